@@ -1,0 +1,1 @@
+"""CLIP with learnable memory: backbone weights, tokenizer, model, checkpoints and training."""

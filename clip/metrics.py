@@ -1,0 +1,58 @@
+"""The published metrics (METHOD.md section 4), computed on the logits of a whole split.
+
+Shapes: `logits` (N, C); `labels` (N, C) of 0/1 for multi-label tasks, (N,) class numbers otherwise.
+All values are fractions in [0, 1].
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+THRESHOLD = 0.5
+
+
+def multilabel_f1(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """F1 at threshold 0.5, averaged over classes, decisions, samples and classes by support.
+
+    `f1_macro` leaves out classes that are in neither predictions nor targets; `f1_samples` counts a sample with no
+    predicted and no true class as 0; `f1_weighted` weighs classes by their number of true samples.
+    """
+    predicted = logits.double().sigmoid() > THRESHOLD
+    true = labels > 0.5
+    tp = (predicted & true).double()
+    fp = (predicted & ~true).double()
+    fn = (~predicted & true).double()
+    per_class = _f1(tp.sum(0), fp.sum(0), fn.sum(0))
+    occurs = (predicted | true).any(0)
+    support = true.double().sum(0)
+    return {
+        "f1_macro": _mean(per_class[occurs]),
+        "f1_micro": float(_f1(tp.sum(), fp.sum(), fn.sum())),
+        "f1_samples": _mean(_f1(tp.sum(1), fp.sum(1), fn.sum(1))),
+        "f1_weighted": float((per_class * support).sum() / support.sum().clamp(min=1)),
+    }
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of samples whose highest logit is the true class."""
+    return {"accuracy": _mean((logits.argmax(-1) == labels).double())}
+
+
+def auroc_and_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Area under the ROC curve of class 1's probability, exact (no binning), and the accuracy.
+
+    The AUROC is 0 where only one class occurs.
+    """
+    scores = logits.double().softmax(-1)[:, 1]
+    both = 0 < int(labels.sum()) < len(labels)
+    return {"auroc": float(binary_auroc(scores, labels)) if both else 0.0, **class_accuracy(logits, labels)}
+
+
+def _f1(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
+    """2TP/(2TP+FP+FN), 0 where the denominator is 0."""
+    denominator = 2 * tp + fp + fn
+    return torch.where(denominator > 0, 2 * tp / denominator.clamp(min=1), torch.zeros_like(denominator))
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else 0.0

@@ -1,0 +1,125 @@
+"""CLIP's byte-pair tokenizer, from a Hugging Face tokenizer or from CLIP's merges file (METHOD.md section 1)."""
+
+import gzip
+import hashlib
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+
+from vilt.errors import BackboneError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+CONTEXT_LENGTH = 77
+CLIP_MERGES = 49152 - 256 - 2
+"""Merges that CLIP reads from its file, which holds more."""
+PIECES = (
+    r"(?i)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's pattern
+)
+
+
+class ClipTokenizer:
+    """Texts to CLIP token ids, exactly as OpenAI's code makes them.
+
+    Args:
+        vocab: piece to id; `<|endoftext|>` has the highest id, because the text tower reads out there.
+        merges: pairs of pieces, first merged first.
+
+    Raises:
+        BackboneError: the vocabulary lacks the special tokens, or `<|endoftext|>` is not its highest id.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], source: str) -> None:
+        highest = max(vocab, key=lambda piece: vocab[piece], default=None)
+        needed = {START, *_byte_characters()}
+        if not needed <= vocab.keys() or highest != END:
+            raise BackboneError(
+                f"{source}: not a CLIP vocabulary: expected {START}, the 256 byte characters, and {END} as the highest "
+                f"id; found {len(needed & vocab.keys())} of those {len(needed)} and {highest!r} as the highest"
+            )
+        self.start_id, self.end_id = vocab[START], vocab[END]
+        self.vocab_size = self.end_id + 1
+        digest = json.dumps([sorted(vocab.items()), list(merges)]).encode()
+        self.fingerprint = hashlib.sha256(digest).hexdigest()
+        """Identifies vocabulary and merges; part of the names of token caches."""
+        bpe = BPE(vocab=vocab, merges=list(merges), end_of_word_suffix="</w>", continuing_subword_prefix="")
+        self._tokenizer = Tokenizer(bpe)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        self._tokenizer.add_special_tokens([START, END])
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Ids of `texts`, int64 (N, 77): start, text, end, zeros; a long text is cut so that end is the last."""
+        ids = np.zeros((len(texts), CONTEXT_LENGTH), dtype=np.int64)
+        for row, encoding in enumerate(self._tokenizer.encode_batch([clean(text) for text in texts])):
+            pieces = encoding.ids[: CONTEXT_LENGTH - 2]
+            ids[row, : len(pieces) + 2] = [self.start_id, *pieces, self.end_id]
+        return ids
+
+
+def clean(text: str) -> str:
+    """CLIP's cleaning: ftfy, HTML entities resolved twice, white space collapsed, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def load_tokenizer(source: str) -> ClipTokenizer:
+    """The tokenizer of a Hugging Face folder or hub name, or of CLIP's `bpe_simple_vocab_16e6.txt[.gz]`.
+
+    Raises:
+        BackboneError: nothing usable is at `source`.
+    """
+    path = Path(source)
+    return _from_merges_file(path) if path.is_file() else _from_hugging_face(source)
+
+
+def _from_merges_file(path: Path) -> ClipTokenizer:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        lines = raw.decode("utf-8").split("\n")[1 : CLIP_MERGES + 1]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise BackboneError(f"tokenizer={path}: not readable as a CLIP merges file: {error}") from error
+    pairs = [tuple(line.split()) for line in lines if line]
+    if len(pairs) != CLIP_MERGES or any(len(pair) != 2 for pair in pairs):
+        raise BackboneError(f"tokenizer={path}: expected {CLIP_MERGES} merges of two pieces, found {len(pairs)} lines")
+    merges = [(first, second) for first, second in pairs]
+    characters = _byte_characters()
+    pieces = [*characters, *(f"{c}</w>" for c in characters), *(a + b for a, b in merges), START, END]
+    return ClipTokenizer({piece: i for i, piece in enumerate(pieces)}, merges, f"tokenizer={path}")
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte, in the order of CLIP's ids: printable bytes first."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(printable)
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]
+
+
+def _from_hugging_face(source: str) -> ClipTokenizer:
+    from transformers import CLIPTokenizer  # seconds to import; only needed here
+
+    tokenizer = None
+    for local_files_only in (True, False):
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=local_files_only)
+            break
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+    if tokenizer is None:
+        raise BackboneError(
+            f"tokenizer={source}: expected a Hugging Face folder or hub name with a CLIP tokenizer, or CLIP's merges "
+            f"file bpe_simple_vocab_16e6.txt.gz: {reason}"
+        )
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [(a, b) for a, b in (m if isinstance(m, list) else m.split() for m in model["merges"])]
+    return ClipTokenizer(model["vocab"], merges, f"tokenizer={source}")

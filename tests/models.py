@@ -1,0 +1,75 @@
+"""Building the real model in tests: from a state dict, from a golden file, or small and random."""
+
+import torch
+from torch import Tensor
+
+from clip.backbone import architecture_of
+from clip.modules.clip_dynamic_memory import MissingModalityClassifier, ModelInput
+from clip.modules.vision_transformer_memory import ClipArchitecture
+from clip.tasks import TASKS
+from clip.trainable import freeze
+
+TINY = ClipArchitecture(
+    image_size=32,
+    patch_size=16,
+    vision_width=128,
+    vision_layers=3,
+    vision_heads=2,
+    text_width=64,
+    text_layers=2,
+    text_heads=1,
+    context_length=77,
+    vocab_size=300,
+    embed_dim=64,
+    activation="quick_gelu",
+)
+
+
+def model_input(images: Tensor, tokens: Tensor, missing_types: list[int]) -> ModelInput:
+    """The batch of samples with `missing_types`, given every image and text; what is missing is left out here."""
+    image_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != 2], dtype=torch.long)
+    text_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != 1], dtype=torch.long)
+    return ModelInput(
+        image_b3RR=images[image_rows],
+        tokens_bL=tokens[text_rows],
+        missing_type_B=torch.tensor(missing_types),
+        image_rows=image_rows,
+        text_rows=text_rows,
+        types=tuple(sorted(set(missing_types))),
+    )
+
+
+def classifier_of(state: dict[str, Tensor], task: str, memory_length: int, memory_depth: int):
+    """The real classifier with the values of `state`, checkpoint names; parameters frozen as `task` says."""
+    towers = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    architecture = architecture_of(towers, "quick_gelu")
+    classes = state[f"{task}_classifier.weight"].shape[0]
+    classifier = MissingModalityClassifier(architecture, memory_length, memory_depth, f"{task}_classifier", classes)
+    classifier.load_state_dict(state, strict=True)
+    freeze(classifier, task)
+    return classifier
+
+
+def tiny_classifier(task: str = "mmimdb", memory_length: int = 6, memory_depth: int = 2, seed: int = 0):
+    """A random classifier of TINY size, biases and norms moved away from their trivial start."""
+    torch.manual_seed(seed)
+    spec = TASKS[task]
+    classifier = MissingModalityClassifier(TINY, memory_length, memory_depth, spec.head_name, spec.n_classes)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    freeze(classifier, task)
+    return classifier
+
+
+def tiny_batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(images (B, 3, 32, 32), tokens (B, 77)) for TINY; texts of 1 to 75 tokens, `<end>` is 299."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 3, TINY.image_size, TINY.image_size, generator=generator)
+    tokens = torch.zeros(size, 77, dtype=torch.long)
+    for row in range(size):
+        length = int(torch.randint(1, 76, (), generator=generator)) if row else 75
+        tokens[row, 0] = 298
+        tokens[row, 1 : length + 1] = torch.randint(1, 298, (length,), generator=generator)
+        tokens[row, length + 1] = 299
+    return images, tokens

@@ -1,0 +1,196 @@
+"""The model against the slow, obvious version of tests/slow_rep.py, and against CLIP itself."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clip.modules.clip_dynamic_memory import RDN, MemoryLearner, MissingModalityClassifier
+from clip.modules.vision_transformer_memory import TextTransformerMemory, VisionTransformerMemory
+from clip.tasks import TASKS
+from clip.trainable import freeze, optimizer_groups, rows_by_parameter
+from tests import golden, slow_rep
+from tests.models import TINY, model_input, tiny_batch, tiny_classifier
+
+MIXES = [
+    *([t] * 4 for t in range(3)),
+    *([a, b, a, b] for a, b in itertools.permutations(range(3), 2)),
+    [0, 1, 2, 0],
+    [2, 1, 0, 1],
+    [1],
+]
+
+
+def labels_of(task: str, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    if task == "mmimdb":
+        return (torch.rand(size, 23, generator=generator) < 0.2).double()
+    return torch.randint(TASKS[task].n_classes, (size,), generator=generator)
+
+
+def slow_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
+    """The classifier's values as independent leaves, for the slow version."""
+    trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
+    return {
+        name: value.detach().clone().requires_grad_(name in trained) for name, value in classifier.state_dict().items()
+    }
+
+
+def assert_same_gradients(classifier: nn.Module, state: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    """Equal where the slow version has a gradient; zero or absent where it has none.
+
+    The slow version never encodes for nothing, so a tower nobody needs leaves gradients absent there.
+    """
+    for name, parameter in classifier.named_parameters():
+        slow = state[name].grad
+        if slow is None or not slow.any():
+            assert parameter.grad is None or not parameter.grad.any(), name
+        else:
+            assert parameter.grad is not None, name
+            assert golden.relative_error(parameter.grad, slow) < tolerance, name
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
+def test_equals_the_slow_version(task: str, mix: list[int]) -> None:
+    classifier = tiny_classifier(task).double().eval()  # in float64, where a mistake cannot pass for rounding
+    images, tokens = tiny_batch(len(mix))
+    images = images.double()
+    labels = labels_of(task, len(mix))
+    state = slow_state(classifier)
+
+    logits = classifier(model_input(images, tokens, mix))
+    TASKS[task].loss(logits, labels).backward()
+    slow_logits = slow_rep.batch_logits(state, images, tokens, mix, 2, task)
+    slow_rep.loss(slow_logits, labels, task).backward()
+
+    assert golden.relative_error(logits, slow_logits) < 1e-9
+    assert_same_gradients(classifier, state)
+
+
+@pytest.mark.parametrize("mix", [[0, 1, 2, 0], [1, 1, 0, 1], [2, 2, 2]], ids=str)
+def test_each_sample_has_its_own_dropout_mask(mix: list[int]) -> None:
+    """In training: the masks that the real learner draws, one per sample, give the slow version the same numbers."""
+    classifier = tiny_classifier().double().train()
+    images, tokens = tiny_batch(len(mix))
+    images = images.double()
+    labels = labels_of("mmimdb", len(mix))
+    state = slow_state(classifier)
+    masks: dict[str, Tensor] = {}
+    for name, module in classifier.named_modules():
+        if isinstance(module, RDN):
+
+            def keep_mask(_: nn.Module, inputs: tuple[Tensor], output: Tensor, name: str = name) -> None:
+                masks[name] = (output / inputs[0]).detach()
+
+            module.dropout.register_forward_hook(keep_mask)
+
+    logits = classifier(model_input(images, tokens, mix))
+    TASKS["mmimdb"].loss(logits, labels).backward()
+
+    def sample_dropout(row: int) -> slow_rep.Dropout:
+        return lambda name, x: x * masks[name][row].to(x.dtype)
+
+    dropouts = [sample_dropout(row) for row in range(len(mix))]
+    slow_logits = slow_rep.batch_logits(state, images, tokens, mix, 2, "mmimdb", dropouts=dropouts)
+    slow_rep.loss(slow_logits, labels, "mmimdb").backward()
+    some_mask = masks["model.memory_learner.common_memory_projection_text"]
+    assert not torch.equal(some_mask[0], some_mask[1])
+    assert golden.relative_error(logits, slow_logits) < 1e-9
+    assert_same_gradients(classifier, state)
+
+
+def test_parameters_of_absent_types_get_no_gradient_and_skipped_towers_get_zeros() -> None:
+    """As published: start slots of a type that does not occur keep `grad=None` (no weight decay); a tower that
+    nobody needs still gives zero gradients to what feeds it."""
+    classifier = tiny_classifier("hatememes").train()
+    images, tokens = tiny_batch(3)
+    classifier(model_input(images, tokens, [2, 2, 2])).sum().backward()
+    gradients = {name: p.grad for name, p in classifier.named_parameters()}
+    assert gradients["model.memory_learner.common_memory_image"] is None
+    assert gradients["model.memory_learner.visual_memory_complete"] is None
+    for name in ("model.memory_learner.compound_memory_projections_image.1.fc2.weight", "model.image_encoder.proj"):
+        gradient = gradients[name]
+        assert gradient is not None and not gradient.any()
+
+
+def test_trained_parameters_are_the_published_ones() -> None:
+    published = slow_rep.trained_names
+    for task in ("mmimdb", "food101", "hatememes"):
+        classifier = tiny_classifier(task)
+        trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
+        expected = published(classifier.state_dict(), task)
+        unused = {name for name in expected if ".dynamic_common_token_net." in name}
+        assert trained == {name for name in expected - unused if "memories_dynamic" not in name}
+        assert rows_by_parameter(classifier).keys() == dict(classifier.named_parameters()).keys()
+
+
+def test_optimizer_groups_by_decay_and_head() -> None:
+    classifier = tiny_classifier("hatememes")
+    groups = optimizer_groups(classifier, "hatememes_classifier", 0.01, 5.0, 0.02)
+    by_parameter = {id(p): group for group in groups for p in group["params"]}  # type: ignore[attr-defined]
+    named = dict(classifier.named_parameters())
+    assert len(by_parameter) == len([p for p in named.values() if p.requires_grad])
+    for name, lr, decay in (
+        ("hatememes_classifier.weight", 0.05, 0.02),
+        ("hatememes_classifier.bias", 0.05, 0.0),
+        ("model.memory_learner.residual_alpha", 0.01, 0.02),
+        ("model.memory_learner.layernorm_text.0.weight", 0.01, 0.0),
+        ("model.memory_learner.layernorm_text.0.bias", 0.01, 0.0),
+        ("model.image_encoder.transformer.resblocks.0.attn_memory.in_proj_weight", 0.01, 0.02),
+        ("model.image_encoder.transformer.resblocks.0.attn_memory.in_proj_bias", 0.01, 0.0),
+        ("model.image_encoder.ln_post.weight", 0.01, 0.0),
+        ("model.image_encoder.proj", 0.01, 0.02),
+    ):
+        group = by_parameter[id(named[name])]
+        assert (group["lr"], group["weight_decay"]) == pytest.approx((lr, decay)), name
+
+
+def test_freeze_reports_counts() -> None:
+    text = freeze(tiny_classifier(), "mmimdb")
+    assert "memory learner" in text and "trained in all" in text and "frozen" in text
+
+
+def test_starting_slots_lie_around_the_backbone_embeddings() -> None:
+    torch.manual_seed(0)
+    learner = MemoryLearner(TINY, memory_length=9, memory_depth=2)
+    class_embedding, end_embedding = torch.randn(128), torch.randn(64)
+    learner.start_from(class_embedding, end_embedding)
+    for name, centre in (("visual_memory_missing", class_embedding), ("text_memory_complete", end_embedding)):
+        distance = (learner.get_parameter(name) - centre).norm(dim=-1)
+        torch.testing.assert_close(distance, torch.full((3,), 0.2))
+    assert learner.residual_alpha.item() == 0.5
+
+
+@pytest.mark.parametrize("length", [0, -3, 4, 35])
+def test_memory_length_must_be_a_positive_multiple_of_three(length: int) -> None:
+    with pytest.raises(ValueError, match=f"multiple of 3.*{length}"):
+        MemoryLearner(TINY, length, 2)
+
+
+def test_memory_depth_must_fit_the_towers() -> None:
+    with pytest.raises(ValueError, match="memory_depth=3 is more than the backbone has blocks"):
+        MissingModalityClassifier(TINY, 6, 3, "mmimdb_classifier", 23)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_bare_towers_equal_transformers_clip(tmp_path, activation: str) -> None:
+    """Without memory the towers are CLIP: features of the same random weights, in transformers' implementation."""
+    from clip.backbone import load_backbone
+    from tests.backbones import random_hf_clip
+
+    hf = random_hf_clip(tmp_path, activation=activation)
+    backbone = load_backbone(str(tmp_path))
+    arch = backbone.architecture
+    image_tower, text_tower = VisionTransformerMemory(arch, 1), TextTransformerMemory(arch, 1)
+    for prefix, tower in (("image_encoder.", image_tower), ("text_encoder.", text_tower)):
+        own = {k.removeprefix(prefix): v for k, v in backbone.state.items() if k.startswith(prefix)}
+        missing, unexpected = tower.load_state_dict(own, strict=False)
+        assert not unexpected and all("memor" in name for name in missing)
+    images, tokens = tiny_batch(3)
+    with torch.no_grad():
+        image_features = hf.visual_projection(hf.vision_model(pixel_values=images).pooler_output)
+        text_features = hf.text_projection(hf.text_model(input_ids=tokens).pooler_output)
+        assert golden.relative_error(image_tower(images), image_features) < 1e-5
+        assert golden.relative_error(text_tower(tokens), text_features) < 1e-5

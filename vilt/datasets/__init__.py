@@ -1,0 +1,1 @@
+"""The datasets as arrow files, and which of their modalities are missing."""

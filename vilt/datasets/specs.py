@@ -1,0 +1,96 @@
+"""The table of datasets: files, columns, label type and classes. Adding a dataset is adding a row."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+MMIMDB_GENRES = (
+    "Drama",
+    "Comedy",
+    "Romance",
+    "Thriller",
+    "Crime",
+    "Action",
+    "Adventure",
+    "Horror",
+    "Documentary",
+    "Mystery",
+    "Sci-Fi",
+    "Fantasy",
+    "Family",
+    "Biography",
+    "War",
+    "History",
+    "Music",
+    "Animation",
+    "Musical",
+    "Western",
+    "Sport",
+    "Short",
+    "Film-Noir",
+)
+"""The 23 genres in the order of the published label vectors."""
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One dataset as its converter writes it and the loader reads it."""
+
+    name: str
+    """Prefix of the arrow files: `NAME_SPLIT.arrow`."""
+    file_splits: dict[Split, str]
+    """What each split is called in the file names (`dev` for validation in two of the three datasets)."""
+    text_column: str
+    """Column with the list of texts of a sample; each text is a training sample of its own."""
+    id_column: str | None
+    """Column naming the sample, where the published files have one."""
+    multilabel: bool
+    """True: the label column holds a 0/1 vector over classes; False: a class number."""
+    n_classes: int
+    class_names: tuple[str, ...] | None
+    """None where the names are read from the data (Food-101's class_idx.json)."""
+    make_arrow_name: str
+    """Name of the dataset on the command line of make_arrow.py."""
+
+    def file_name(self, split: Split) -> str:
+        """Name of the arrow file of `split`, for example `mmimdb_dev.arrow` for `val`."""
+        return f"{self.name}_{self.file_splits[split]}.arrow"
+
+
+DATASETS: dict[str, DatasetSpec] = {
+    spec.name: spec
+    for spec in (
+        DatasetSpec(
+            name="mmimdb",
+            file_splits={"train": "train", "val": "dev", "test": "test"},
+            text_column="plots",
+            id_column="image_id",
+            multilabel=True,
+            n_classes=23,
+            class_names=MMIMDB_GENRES,
+            make_arrow_name="mmimdb",
+        ),
+        DatasetSpec(
+            name="food101",
+            file_splits={"train": "train", "val": "val", "test": "test"},
+            text_column="text",
+            id_column="image_id",
+            multilabel=False,
+            n_classes=101,
+            class_names=None,
+            make_arrow_name="food101",
+        ),
+        DatasetSpec(
+            name="hatememes",
+            file_splits={"train": "train", "val": "dev", "test": "test"},
+            text_column="text",
+            id_column=None,
+            multilabel=False,
+            n_classes=2,
+            class_names=("not hateful", "hateful"),
+            make_arrow_name="hateful_memes",
+        ),
+    )
+}

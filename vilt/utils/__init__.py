@@ -1,0 +1,1 @@
+"""Converters of raw datasets to arrow files, and small helpers for files."""

@@ -139,7 +139,9 @@ def _choices() -> str:
 
 def _from_hugging_face(vit: str, source: str) -> tuple[dict[str, Tensor], ClipArchitecture]:
     from transformers import CLIPConfig, CLIPModel  # seconds to import; not needed for files
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     reason = ""
     for local_files_only in (True, False):  # the cache first: no network where it suffices
         try:

@@ -1,6 +1,7 @@
 """The table of datasets: files, columns, label type and classes. Adding a dataset is adding a row."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 MMIMDB_GENRES = (
@@ -57,6 +58,10 @@ class DatasetSpec:
     def file_name(self, split: Split) -> str:
         """Name of the arrow file of `split`, for example `mmimdb_dev.arrow` for `val`."""
         return f"{self.name}_{self.file_splits[split]}.arrow"
+
+    def how_to_make(self, folder: Path) -> str:
+        """For messages about files that are not in `folder`."""
+        return f"make it with `python make_arrow.py --dataset {self.make_arrow_name} --root RAW --target {folder}`"
 
 
 DATASETS: dict[str, DatasetSpec] = {

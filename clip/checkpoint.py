@@ -1,0 +1,268 @@
+"""Checkpoints: what they hold, reading them, and reading those of the published code.
+
+Ours hold what is trained, the dynamic attention and its queries, and the backbone's name and hash, not the frozen
+weights. Published ones hold the whole model except the dynamic queries (METHOD.md section 6). Neither can run code:
+`torch.load` runs with `weights_only=True`, and the classes that published files mention become inert stand-ins.
+"""
+
+import hashlib
+import logging
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip.backbone import Backbone, architecture_of
+from clip.modules.clip_dynamic_memory import MissingModalityClassifier
+from clip.modules.vision_transformer_memory import ClipArchitecture, is_added
+from clip.tasks import TASKS
+from clip.trainable import freeze
+from vilt.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+DESCRIPTION = "rep"
+"""Key of a checkpoint under which it says what it is."""
+STAND_IN_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "pathlib.", "_io.")
+"""Published checkpoints mention classes of these (callbacks, hyper-parameters, paths). Others are refused."""
+DYNAMIC_QUERY_SEED = 0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a classifier is built from."""
+
+    task: str
+    memory_length: int
+    memory_depth: int
+    architecture: ClipArchitecture
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file, read and understood."""
+
+    path: Path
+    sha256: str
+    spec: ModelSpec
+    state: dict[str, Tensor]
+    backbone_name: str | None
+    backbone_sha256: str | None
+    """None, like the name, for a published checkpoint, which holds the backbone itself."""
+
+    @property
+    def published(self) -> bool:
+        """True for a checkpoint of the published code."""
+        return self.backbone_sha256 is None
+
+
+def describe(spec: ModelSpec, backbone_name: str, backbone_sha256: str) -> dict[str, Any]:
+    """The plain values that a checkpoint holds under DESCRIPTION."""
+    return {
+        "format": FORMAT,
+        "task": spec.task,
+        "memory_length": spec.memory_length,
+        "memory_depth": spec.memory_depth,
+        "architecture": asdict(spec.architecture),
+        "backbone": {"name": backbone_name, "sha256": backbone_sha256},
+    }
+
+
+def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
+    """A classifier with random memory and head, its parameters frozen as the task says."""
+    task = TASKS[spec.task]
+    classifier = MissingModalityClassifier(
+        spec.architecture, spec.memory_length, spec.memory_depth, task.head_name, task.n_classes
+    )
+    freeze(classifier, spec.task)
+    return classifier
+
+
+def kept_names(classifier: MissingModalityClassifier) -> list[str]:
+    """Names of the entries that a checkpoint keeps: trained, or added to CLIP (also where they stay frozen)."""
+    trained = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    return [name for name in classifier.state_dict() if name in trained or is_added(name)]
+
+
+def kept_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
+    """The entries a checkpoint keeps. Those that bfloat16 holds without loss are kept so, in half the space."""
+    state = classifier.state_dict()
+    trained = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    kept = {}
+    for name in kept_names(classifier):
+        tensor = state[name].detach()
+        halved = tensor.bfloat16()
+        kept[name] = halved if name not in trained and torch.equal(halved.to(tensor.dtype), tensor) else tensor
+    return kept
+
+
+def load_kept_state(classifier: MissingModalityClassifier, state: dict[str, Tensor], source: str) -> None:
+    """Copies a checkpoint's entries into `classifier`; every name is accounted for.
+
+    Raises:
+        CheckpointError: names are missing or left over, or a shape differs.
+    """
+    _copy(classifier, state, set(kept_names(classifier)), source)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint of ours or of the published code, without running anything in it.
+
+    Raises:
+        CheckpointError: not there, damaged, or not a checkpoint of this model.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"load_path={path}: no such file")
+    raw = _load_inert(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("state_dict"), dict):
+        raise CheckpointError(f"{path}: expected a Lightning checkpoint with a state_dict, found {_kind(raw)}")
+    state = raw["state_dict"]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        raise CheckpointError(f"{path}: expected names and tensors in its state_dict")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    described = raw.get(DESCRIPTION)
+    if described is None:
+        return Checkpoint(path, digest, _published_spec(path, state), state, None, None)
+    if described.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {described.get('format')!r}")
+    try:
+        spec = ModelSpec(
+            task=described["task"],
+            memory_length=described["memory_length"],
+            memory_depth=described["memory_depth"],
+            architecture=ClipArchitecture(**described["architecture"]),
+        )
+        name, backbone_digest = described["backbone"]["name"], described["backbone"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its description is not whole: {error!r}") from error
+    return Checkpoint(path, digest, spec, state, name, backbone_digest)
+
+
+def restore_classifier(checkpoint: Checkpoint, backbone: Backbone | None) -> MissingModalityClassifier:
+    """The classifier that `checkpoint` holds.
+
+    Args:
+        backbone: the frozen weights; None for a published checkpoint, which has them.
+
+    Raises:
+        CheckpointError: the backbone is another one, or the state does not fit.
+    """
+    classifier = build_classifier(checkpoint.spec)
+    if checkpoint.published:
+        _load_published(classifier, checkpoint)
+        return classifier
+    assert backbone is not None, "a checkpoint without frozen weights needs its backbone"
+    check_backbone(checkpoint, backbone)
+    backbone.load_into(classifier.model)
+    load_kept_state(classifier, checkpoint.state, str(checkpoint.path))
+    return classifier
+
+
+def check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
+    """Raises CheckpointError unless `backbone` holds the weights that the checkpoint was trained on."""
+    if backbone.sha256 != checkpoint.backbone_sha256:
+        raise CheckpointError(
+            f"{checkpoint.path}: trained on the backbone {checkpoint.backbone_name} "
+            f"(sha256 {str(checkpoint.backbone_sha256)[:16]}…), but vit={backbone.name} has other weights "
+            f"(sha256 {backbone.sha256[:16]}…)"
+        )
+
+
+def _load_published(classifier: MissingModalityClassifier, checkpoint: Checkpoint) -> None:
+    state = dict(checkpoint.state)
+    expected = set(classifier.state_dict())
+    queries = sorted(name for name in expected if ".memories_dynamic_" in name)
+    absent = [name for name in queries if name not in state]
+    if absent:
+        log.warning(
+            "%s: its dynamic queries were never saved; they are drawn from seed %d, so its published result is not "
+            "reproduced exactly",
+            checkpoint.path,
+            DYNAMIC_QUERY_SEED,
+        )
+        generator = torch.Generator().manual_seed(DYNAMIC_QUERY_SEED)
+        for name in absent:
+            state[name] = torch.randn(classifier.state_dict()[name].shape, generator=generator) * 0.02
+    _copy(classifier, state, expected, str(checkpoint.path))
+
+
+def _copy(classifier: MissingModalityClassifier, state: dict[str, Tensor], expected: set[str], source: str) -> None:
+    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{source}: does not fit this model: {len(missing)} names missing {_some(missing)}"
+            f", {len(unexpected)} unexpected {_some(unexpected)}"
+        )
+    own = classifier.state_dict()
+    for name in expected:
+        if own[name].shape != state[name].shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+            )
+    with torch.no_grad():
+        for name in expected:
+            own[name].copy_(state[name])
+
+
+def _some(names: list[str]) -> str:
+    return f"({', '.join(names[:6])}{', …' if len(names) > 6 else ''})" if names else ""
+
+
+def _kind(value: object) -> str:
+    return f"a dict of {', '.join(map(str, list(value)[:5]))}" if isinstance(value, dict) else type(value).__name__
+
+
+def _published_spec(path: Path, state: dict[str, Tensor]) -> ModelSpec:
+    """Sizes from the shapes; the published files' own description is not needed."""
+    learner = "model.memory_learner."
+    if any(name.startswith("model.prompt_learner.") for name in state):
+        raise CheckpointError(f"{path}: a checkpoint of DCP (prompt_learner), not of REP (memory_learner)")
+    try:
+        slots = state[f"{learner}common_memory_complete"].shape[0]
+        architecture = architecture_of(
+            {name.removeprefix("model."): value for name, value in state.items()}, "quick_gelu"
+        )
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path}: not a whole published REP checkpoint: {error.args[0]} is not in it; "
+            f"found {len(state)} entries {_some(sorted(state))}"
+        ) from error
+    heads = [task for task in TASKS.values() if f"{task.head_name}.weight" in state]
+    if len(heads) != 1:
+        expected = " or ".join(task.head_name for task in TASKS.values())
+        raise CheckpointError(f"{path}: expected one head named {expected}, found {len(heads)}")
+    prefix = f"{learner}layernorm_text."
+    depth = len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+    return ModelSpec(heads[0].name, 3 * slots, depth, architecture)
+
+
+class _StandIn:
+    """Takes the place of a class that a published checkpoint mentions, and does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _load_inert(path: Path) -> Any:
+    try:
+        mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        refused = [name for name in mentioned if not name.startswith(STAND_IN_MODULES)]
+        if refused:
+            raise CheckpointError(
+                f"{path}: mentions {', '.join(refused)}, which a checkpoint has no need of and which might run code; "
+                f"not opened"
+            )
+        # Hyper-parameters come as a subclass of dict; torch's restricted reader fills nothing but plain ones.
+        stand_ins: list[Any] = [(dict if name.endswith("AttributeDict") else _StandIn, name) for name in mentioned]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, "cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not readable as a checkpoint: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,425 @@
+"""The options: defaults and named configs (Sacred), and their check before anything heavy starts."""
+
+import difflib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import torch
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # Sacred's; requirements.txt holds setuptools back
+    from sacred import SETTINGS, Experiment
+    from sacred.utils import ConfigAddedError, SacredError
+
+from clip.backbone import HUB_NAMES
+from clip.modules.vision_transformer_memory import ACTIVATIONS
+from clip.tasks import TASKS
+from clip.training import OptimizerSettings
+from vilt.datamodules import DataSettings
+from vilt.datasets.specs import DATASETS, SPLITS, Split
+from vilt.errors import ConfigError
+from vilt.missing_tables import MISSING_TYPES, MissingPattern
+
+SETTINGS.CAPTURE_MODE = "no"  # Sacred would otherwise take over standard output, progress bars included
+SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # run.py records the devices itself
+
+__all__ = ["EX", "ConfigAddedError", "Options", "SacredError", "check", "unknown_option"]
+
+EX = Experiment("REP", save_git_info=False)
+logging.getLogger("REP").setLevel(logging.ERROR)  # Sacred's steps; `check` says what is wrong with a value
+EX.logger = logging.getLogger("REP")  # type: ignore[assignment]
+PROMPT_TYPES = ("rep",)
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+@EX.config
+def defaults() -> None:
+    exp_name = "rep"  # name of the run's folder
+    seed = 0  # draws initial memory, order of samples, dropout, missing tables
+    task = None  # set by task_finetune_mmimdb, task_finetune_food101, task_finetune_hatememes
+
+    # Data
+    data_root = ""  # folder of the arrow files that make_arrow.py wrote
+    missing_ratio = {"train": 0.7, "val": 0.7, "test": 0.7}  # share of samples that lose a modality; a number sets all
+    missing_type = {"train": "both", "val": "both", "test": "both"}  # text, image or both; one word sets all
+    both_ratio = 0.5  # for both: share of the incomplete samples that lose the image (the others lose the text)
+    missing_table_root = "datasets/missing_tables"  # where missing tables are kept
+    simulate_missing = False  # in training, complete samples too lose a modality at random, anew in each epoch
+    num_workers = 8  # loader processes; at most as many as there are cores
+
+    # Model
+    vit = "ViT-B/16"  # CLIP weights: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a Hugging Face folder, or a file
+    vit_activation = None  # quick_gelu or gelu, for open_clip state dicts that do not say it
+    tokenizer = None  # Hugging Face folder or name, or CLIP's merges file; None: the one that comes with vit
+    trust_backbone = False  # run a TorchScript archive whose SHA-256 is not one that OpenAI published
+    prompt_type = "rep"  # the method
+    memory_length = 36  # memory slots in all; a third each private, shared, dynamic
+    memory_depth = 6  # blocks of each tower that get private slots
+    image_size = None  # side of the images; None: the backbone's, and no other is possible
+
+    # Optimisation
+    batch_size = 256  # effective batch, reached by accumulation
+    per_gpu_batchsize = 32  # samples per process and forward pass
+    learning_rate = 1e-2  # of AdamW
+    lr_mult = 1  # factor on the learning rate of the head
+    weight_decay = 2e-2  # none on biases and norms
+    max_epoch = 20  # epochs
+    max_steps = None  # optimiser steps; None: as many as max_epoch needs
+    warmup_steps = 0.1  # optimiser steps of linear warm-up, or a share of all if below 1
+    decay_power = 1  # power of the polynomial decay, or cosine
+    end_lr = 0  # learning rate at the last step
+    val_check_interval = 0.2  # epochs between validations, or training batches if an integer above 1
+    precision = None  # 32, 16 or bf16; None: bf16 where the hardware has it, else 16 on a GPU, 32 on a CPU
+
+    # Machine
+    num_gpus = None  # GPUs per node; None: 1 if there is one, else 0 (the CPU)
+    num_nodes = 1  # machines
+    cpu_processes = 1  # processes, without GPUs
+
+    # Course of the run
+    log_dir = "result"  # folder of the run folders
+    load_path = ""  # checkpoint: to evaluate with test_only, else a warm start
+    finetune_first = False  # warm start takes the head too (a checkpoint of the same task)
+    resume_from = None  # checkpoint `last.ckpt` of an interrupted run: goes on where it stood
+    fast_dev_run = False  # one batch of everything, nothing written
+    test_after_fit = True  # evaluate the best checkpoint on the test split after training
+    test_only = False  # evaluate load_path on the test split
+    test_ratio = None  # missing ratio of validation and test
+    test_type = None  # missing type of validation and test
+    test_exp_name = None  # name of the folder of a test_only run
+
+
+@EX.named_config
+def task_finetune_mmimdb() -> None:
+    exp_name = "finetune_mmimdb"
+    task = "mmimdb"
+
+
+@EX.named_config
+def task_finetune_food101() -> None:
+    exp_name = "finetune_food101"
+    task = "food101"
+
+
+@EX.named_config
+def task_finetune_hatememes() -> None:
+    exp_name = "finetune_hatememes"
+    task = "hatememes"
+    val_check_interval = 0.1
+
+
+# The check. A reader of a value takes (option, value) and returns the value to use, or raises ConfigError.
+
+Reader = Callable[[str, Any], Any]
+
+
+def _wrong(option: str, expected: str, value: Any) -> ConfigError:
+    return ConfigError(f"{option}: expected {expected}, found {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def integer(low: int) -> Reader:
+    """Reads an integer of at least `low`."""
+
+    def read(option: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise _wrong(option, f"an integer of at least {low}", value)
+        return value
+
+    return read
+
+
+def number(low: float, high: float = float("inf"), *, above: bool = False) -> Reader:
+    """Reads a number from `low` (exclusive if `above`) to `high`."""
+
+    def read(option: str, value: Any) -> float:
+        if not _is_number(value) or not low <= value <= high or (above and value == low):
+            span = f"above {low:g}" if above else f"of at least {low:g}" if high == float("inf") else ""
+            raise _wrong(option, f"a number {span or f'from {low:g} to {high:g}'}", value)
+        return float(value)
+
+    return read
+
+
+def flag(option: str, value: Any) -> bool:
+    """Reads True or False."""
+    if not isinstance(value, bool):
+        raise _wrong(option, "True or False", value)
+    return value
+
+
+def one_of(*choices: str) -> Reader:
+    """Reads one of some words."""
+
+    def read(option: str, value: Any) -> str:
+        if value not in choices:
+            raise _wrong(option, " or ".join(choices), value)
+        return str(value)
+
+    return read
+
+
+def text(option: str, value: Any) -> str:
+    """Reads a text; a number is one too, since Sacred reads `exp_name=7` as a number."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise _wrong(option, "a text", value)
+    return str(value)
+
+
+def folder_name(option: str, value: Any) -> str:
+    """Reads the name of a folder without a path."""
+    name = text(option, value)
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise _wrong(option, "the name of a folder, without slashes", value)
+    return name
+
+
+def path(option: str, value: Any) -> Path:
+    """Reads a path."""
+    return Path(text(option, value)).expanduser()
+
+
+def optional(reader: Reader) -> Reader:
+    """Reads None, an empty text (None too), or what `reader` reads."""
+    return lambda option, value: None if value is None or value == "" else reader(option, value)
+
+
+def per_split(reader: Reader) -> Reader:
+    """Reads one value for all splits, or a dictionary of train, val and test."""
+
+    def read(option: str, value: Any) -> dict[Split, Any]:
+        if not isinstance(value, Mapping):
+            return {split: reader(option, value) for split in SPLITS}
+        if set(value) != set(SPLITS):
+            raise _wrong(option, f"a value, or a dictionary of {', '.join(SPLITS)}", dict(value))
+        return {split: reader(f"{option}.{split}", value[split]) for split in SPLITS}
+
+    return read
+
+
+def warmup(option: str, value: Any) -> float:
+    """Reads a share below 1 or a whole number of steps."""
+    if not _is_number(value) or value < 0 or (value >= 1 and value != int(value)):
+        raise _wrong(option, "a share below 1 or a number of steps", value)
+    return float(value)
+
+
+def interval(option: str, value: Any) -> int | float:
+    """Reads a share of an epoch (up to 1) or a number of batches."""
+    if _is_number(value) and (0 < value <= 1 or (isinstance(value, int) and value > 1)):
+        return value if isinstance(value, int) and value > 1 else float(value)
+    raise _wrong(option, "a share of an epoch above 0 and up to 1, or an integer number of batches", value)
+
+
+def power(option: str, value: Any) -> float | str:
+    """Reads a positive number or `cosine`."""
+    return "cosine" if value == "cosine" else number(0, above=True)(option, value)
+
+
+def lightning_precision(option: str, value: Any) -> str:
+    """Reads 32, 16 or bf16, also in Lightning's spelling."""
+    word = str(value)
+    if word in PRECISIONS.values():
+        return word
+    if word not in PRECISIONS:
+        raise _wrong(option, "32, 16 or bf16", value)
+    return PRECISIONS[word]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked options; the comments in `defaults` say what each is."""
+
+    exp_name: Annotated[str, folder_name]
+    seed: Annotated[int, integer(0)]
+    task: Annotated[str, optional(one_of(*TASKS))]
+    data_root: Annotated[Path, optional(path)]
+    missing_ratio: Annotated[dict[Split, float], per_split(number(0, 1))]
+    missing_type: Annotated[dict[Split, str], per_split(one_of(*MISSING_TYPES))]
+    both_ratio: Annotated[float, number(0, 1)]
+    missing_table_root: Annotated[Path, path]
+    simulate_missing: Annotated[bool, flag]
+    num_workers: Annotated[int, integer(0)]
+    vit: Annotated[str, text]
+    vit_activation: Annotated[str | None, optional(one_of(*ACTIVATIONS))]
+    tokenizer: Annotated[str | None, optional(text)]
+    trust_backbone: Annotated[bool, flag]
+    prompt_type: Annotated[str, one_of(*PROMPT_TYPES)]
+    memory_length: Annotated[int, integer(3)]
+    memory_depth: Annotated[int, integer(1)]
+    image_size: Annotated[int | None, optional(integer(1))]
+    batch_size: Annotated[int, integer(1)]
+    per_gpu_batchsize: Annotated[int, integer(1)]
+    learning_rate: Annotated[float, number(0, above=True)]
+    lr_mult: Annotated[float, number(0, above=True)]
+    weight_decay: Annotated[float, number(0)]
+    max_epoch: Annotated[int, integer(1)]
+    max_steps: Annotated[int | None, optional(integer(1))]
+    warmup_steps: Annotated[float, warmup]
+    decay_power: Annotated[float | str, power]
+    end_lr: Annotated[float, number(0)]
+    val_check_interval: Annotated[int | float, interval]
+    precision: Annotated[str, optional(lightning_precision)]
+    num_gpus: Annotated[int, optional(integer(0))]
+    num_nodes: Annotated[int, integer(1)]
+    cpu_processes: Annotated[int, integer(1)]
+    log_dir: Annotated[Path, path]
+    load_path: Annotated[Path | None, optional(path)]
+    finetune_first: Annotated[bool, flag]
+    resume_from: Annotated[Path | None, optional(path)]
+    fast_dev_run: Annotated[bool, flag]
+    test_after_fit: Annotated[bool, flag]
+    test_only: Annotated[bool, flag]
+    test_ratio: Annotated[float | None, optional(number(0, 1))]
+    test_type: Annotated[str | None, optional(one_of(*MISSING_TYPES))]
+    test_exp_name: Annotated[str | None, optional(folder_name)]
+
+    @property
+    def processes(self) -> int:
+        """Of all nodes together."""
+        return self.num_nodes * (self.num_gpus or self.cpu_processes)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimiser step."""
+        return self.batch_size // (self.per_gpu_batchsize * self.processes)
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that this run reads."""
+        if self.test_only:
+            return ("test",)
+        return SPLITS if self.test_after_fit and not self.fast_dev_run else ("train", "val")
+
+    def data_settings(self) -> DataSettings:
+        """The part of the options that the loaders need."""
+        return DataSettings(
+            dataset=self.task,
+            data_root=self.data_root,
+            missing_table_root=self.missing_table_root,
+            patterns={
+                split: MissingPattern(self.missing_type[split], self.missing_ratio[split], self.both_ratio, self.seed)
+                for split in SPLITS
+            },
+            simulate_missing=self.simulate_missing,
+            per_gpu_batchsize=self.per_gpu_batchsize,
+            num_workers=self.num_workers,
+            seed=self.seed,
+        )
+
+    def optimizer_settings(self) -> OptimizerSettings:
+        """The part of the options that the optimiser needs."""
+        return OptimizerSettings(
+            learning_rate=self.learning_rate,
+            lr_mult=self.lr_mult,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+            end_lr=self.end_lr,
+            decay_power=self.decay_power,
+        )
+
+
+def check(config: Mapping[str, Any]) -> Options:
+    """The whole configuration, checked against itself, the machine and the files it names.
+
+    Raises:
+        ConfigError: one line that names the option, what was expected and what was found.
+    """
+    readers: dict[str, Reader] = {
+        name: get_args(hint)[1] for name, hint in get_type_hints(Options, include_extras=True).items()
+    }
+    values = {name: reader(name, config[name]) for name, reader in readers.items()}
+    for option, overridden in (("test_ratio", "missing_ratio"), ("test_type", "missing_type")):
+        if values[option] is not None:
+            values[overridden] |= {"val": values[option], "test": values[option]}
+    gpus = torch.cuda.device_count()
+    if values["num_gpus"] is None:
+        values["num_gpus"] = min(1, gpus)
+    if values["num_gpus"] > gpus:
+        raise ConfigError(f"num_gpus: expected at most the {gpus} of this machine, found {values['num_gpus']}")
+    values["num_workers"] = min(values["num_workers"], len(os.sched_getaffinity(0)))
+    values["precision"] = _fitting_precision(values["precision"], on_gpu=values["num_gpus"] > 0)
+    options = Options(**values)
+    _check_together(options)
+    _check_files(options)
+    return options
+
+
+def unknown_option(names: list[str], config_names: list[str]) -> ConfigError:
+    """The error for options that do not exist, with the nearest that do."""
+    told = []
+    for name in names:
+        near = difflib.get_close_matches(name, config_names, n=1, cutoff=0.6)
+        told.append(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return ConfigError("; ".join(told) + " (`python run.py print_config` shows all)")
+
+
+def _fitting_precision(precision: str | None, on_gpu: bool) -> str:
+    if on_gpu:
+        if precision is None:
+            return PRECISIONS["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "16"]
+        return precision
+    if precision == PRECISIONS["16"]:
+        raise ConfigError("precision: expected 32 or bf16, found 16, which a CPU cannot compute in")
+    return precision or PRECISIONS["bf16" if torch.cpu._is_avx512_bf16_supported() else "32"]
+
+
+def _check_together(options: Options) -> None:
+    if options.task is None:
+        names = ", ".join(f"task_finetune_{name}" for name in TASKS)
+        raise ConfigError(f"no task: expected one of {names}, as in `python run.py with task_finetune_mmimdb …`")
+    if options.memory_length % 3:
+        raise ConfigError(
+            f"memory_length: expected a positive multiple of 3 (private, shared and dynamic slots), "
+            f"found {options.memory_length}"
+        )
+    if options.cpu_processes > 1 and options.num_gpus:
+        raise ConfigError(f"cpu_processes: expected 1 where GPUs are used (num_gpus={options.num_gpus})")
+    per_pass = options.per_gpu_batchsize * options.processes
+    if not options.test_only and options.batch_size % per_pass:
+        raise ConfigError(
+            f"batch_size: expected a multiple of per_gpu_batchsize × processes = "
+            f"{options.per_gpu_batchsize} × {options.processes} = {per_pass}, found {options.batch_size}"
+        )
+    if options.end_lr >= options.learning_rate:
+        raise ConfigError(
+            f"end_lr: expected less than learning_rate={options.learning_rate:g}, found {options.end_lr:g}"
+        )
+    if options.test_only and options.load_path is None:
+        raise ConfigError("test_only: expected a checkpoint to evaluate, as in load_path=result/…/best.ckpt")
+    if options.finetune_first and options.load_path is None:
+        raise ConfigError("finetune_first: expected a checkpoint to start from in load_path")
+    if options.resume_from is not None and (options.load_path is not None or options.test_only):
+        raise ConfigError("resume_from: goes on with a training run; load_path and test_only contradict it")
+
+
+def _check_files(options: Options) -> None:
+    for name, checkpoint in (("load_path", options.load_path), ("resume_from", options.resume_from)):
+        if checkpoint is not None and not checkpoint.is_file():
+            raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")
+    if options.data_root is None:
+        raise ConfigError("data_root: expected the folder of the arrow files that make_arrow.py wrote, found nothing")
+    spec = DATASETS[options.task]
+    missing = [
+        spec.file_name(split) for split in options.splits if not (options.data_root / spec.file_name(split)).is_file()
+    ]
+    if missing:
+        raise ConfigError(
+            f"data_root: expected {', '.join(missing)} in {options.data_root}, found "
+            f"{'no such folder' if not options.data_root.is_dir() else 'no such file'}; "
+            + spec.how_to_make(options.data_root)
+        )
+    known = options.vit in HUB_NAMES or Path(options.vit).exists() or options.vit.startswith(("RN", "ViT-"))
+    if not known:
+        raise ConfigError(
+            f"vit: expected one of {', '.join(HUB_NAMES)}, a Hugging Face folder or a weights file, "
+            f"found {options.vit!r}"
+        )

@@ -1,0 +1,234 @@
+"""Writes a small made-up dataset in the MM-IMDb layout, and separate films with captions to pretrain a CLIP on.
+
+    python -m demo.data --out DIR [--films 1200] [--pretrain-films 3000] [--seed 0]
+
+writes DIR/raw (images/ID.jpeg, labels/ID.json, split.json: the task) and DIR/pretrain (images, and labels with a
+caption in two wordings; no genres). In the task some genres show in the poster alone, some in the plot alone and
+some in both (see themes.py), so that a missing modality costs something that the other cannot give back. No cue is
+certain: some are left out, some posters are faint, and some plots use a genre's word without meaning it.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from demo.posters import SKIES, draw_poster
+from demo.themes import (
+    DISTRACTORS,
+    FILLERS,
+    JOBS,
+    NAMES,
+    PLACES,
+    THEME_BY_GENRE,
+    THEMES,
+    TITLE_FIRST,
+    TITLE_LAST,
+    Theme,
+)
+from vilt.errors import DataError, UserError
+
+MARKER = "made_up.json"
+"""File that says that a folder was written here, so that a rerun may replace it."""
+
+_GENRES_PER_FILM = {1: 0.35, 2: 0.45, 3: 0.20}
+_CUE_ABSENT = 0.05
+_POSTER_FAINT = 0.08
+_SECOND_PLOT = 0.15
+_DISTRACTOR = 0.30
+_DEV_SHARE, _TEST_SHARE = 1 / 6, 1 / 3
+_FIRST_TASK_ID, _FIRST_PRETRAIN_ID = 1_000_000, 9_000_000
+
+
+@dataclass(frozen=True)
+class Film:
+    """One made-up film. `genres` is None for a pretraining film, which carries no label."""
+
+    title: str
+    plots: list[str]
+    genres: list[str] | None
+    year: int
+    poster: Image.Image
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields a new folder beside `target` to write into; it becomes `target` only when the block ends without error.
+
+    A folder that this function wrote before is replaced. DataError where `target` is anything else.
+    """
+    if target.exists() and not (target / MARKER).is_file():
+        raise DataError(f"{target} exists and was not written by the demo (no {MARKER} in it): choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    fresh, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("part", "old"))
+    fresh.mkdir()
+    try:
+        yield fresh
+        (fresh / MARKER).write_text(json.dumps({"written_by": "demo"}), encoding="utf-8")
+        if target.exists():
+            target.replace(old)
+        fresh.replace(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(sentence: str, rng: random.Random, cast: Sequence[str], place: str) -> str:
+    name, friend = rng.sample(cast, 2)
+    return sentence.format(name=name, friend=friend, place=place, job=rng.choice(JOBS))
+
+
+def _tell(sentences: list[str], rng: random.Random) -> str:
+    """The sentences in any order, with one cast and one place."""
+    cast, place = rng.sample(NAMES, 3), rng.choice(PLACES)
+    rng.shuffle(sentences)
+    return " ".join(_fill(sentence, rng, cast, place) for sentence in sentences)
+
+
+def _draw_genres(rng: random.Random, by_weight: bool) -> list[str]:
+    count = rng.choices(list(_GENRES_PER_FILM), weights=list(_GENRES_PER_FILM.values()))[0]
+    chosen: list[str] = []
+    while len(chosen) < count:
+        theme = rng.choices(THEMES, weights=[theme.weight if by_weight else 1.0 for theme in THEMES])[0]
+        if theme.genre not in chosen:
+            chosen.append(theme.genre)
+    return chosen
+
+
+def _title(rng: random.Random) -> str:
+    return f"{rng.choice(TITLE_FIRST)} {rng.choice(TITLE_LAST)}"
+
+
+def _task_plot(themes: Sequence[Theme], rng: random.Random) -> str:
+    """A plot that tells the themes that have tales, hidden between sentences that tell nothing."""
+    told = [rng.choice(theme.tales) for theme in themes if theme.in_plot and rng.random() >= _CUE_ABSENT]
+    padding = rng.sample(FILLERS, 1 if len(told) == 3 else 2)
+    if rng.random() < _DISTRACTOR:
+        padding[0] = rng.choice(DISTRACTORS)
+    return _tell(told + padding, rng)
+
+
+def make_task_film(seed: int, number: int) -> Film:
+    """Film `number` of the task: 1 to 3 genres, each shown where its theme shows and nowhere else."""
+    rng = random.Random(f"task-{seed}-{number}")
+    genres = _draw_genres(rng, by_weight=True)
+    themes = [THEME_BY_GENRE[genre] for genre in genres]
+    strength = {
+        theme.genre: 0.5 if rng.random() < _POSTER_FAINT else 1.0
+        for theme in themes
+        if theme.in_poster and rng.random() >= _CUE_ABSENT
+    }
+    plots = [_task_plot(themes, rng) for _ in range(2 if rng.random() < _SECOND_PLOT else 1)]
+    title = _title(rng)
+    scenery = rng.sample(range(3), rng.randrange(2))
+    poster = draw_poster(title, rng.choice(list(SKIES)), strength, rng, scenery)
+    return Film(title, plots, genres, rng.randrange(1930, 2016), poster)
+
+
+def _caption(themes: Sequence[Theme], sky: str, rng: random.Random) -> str:
+    """A caption that tells every theme of a pretraining poster: by a look, or by a tale where there is one."""
+    looks: list[str] = []
+    tales: list[str] = []
+    for theme in themes:
+        if theme.in_poster and (not theme.in_plot or rng.random() < 0.3):
+            looks.append(rng.choice(theme.looks))
+        else:
+            tales.append(rng.choice(theme.tales))
+    if rng.random() < 0.6:
+        tales.append(rng.choice(FILLERS))
+    story = _tell(tales, rng)
+    rng.shuffle(looks)
+    scene = " and ".join(looks) or "a landscape"
+    look = rng.choice(("A poster of {} under a {} sky.", "{} below a {} sky.", "The poster shows {}, the sky is {}."))
+    if not looks and rng.random() < 0.5:
+        return story
+    described = look.format(scene, sky)
+    parts = [described[0].upper() + described[1:], story]
+    rng.shuffle(parts)
+    return " ".join(part for part in parts if part)
+
+
+def make_pretrain_film(seed: int, number: int) -> Film:
+    """Film `number` of the pretraining part: the poster shows every theme, two captions each tell every theme."""
+    rng = random.Random(f"pretrain-{seed}-{number}")
+    genres = _draw_genres(rng, by_weight=False)
+    themes = [THEME_BY_GENRE[genre] for genre in genres]
+    sky, title = rng.choice(list(SKIES)), _title(rng)
+    scenery = rng.sample(range(3), rng.randrange(2))
+    poster = draw_poster(title, sky, dict.fromkeys(genres, 1.0), rng, scenery)
+    return Film(title, [_caption(themes, sky, rng) for _ in range(2)], None, rng.randrange(1930, 2016), poster)
+
+
+def _write_film(folder: Path, film_id: str, film: Film) -> None:
+    film.poster.save(folder / "images" / f"{film_id}.jpeg", quality=88)
+    label: dict[str, object] = {"title": film.title, "plot": film.plots, "year": film.year}
+    if film.genres is not None:
+        label["genres"] = film.genres
+    (folder / "labels" / f"{film_id}.json").write_text(json.dumps(label), encoding="utf-8")
+
+
+def _make_layout(folder: Path) -> None:
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
+
+
+def write_task(target: Path, films: int, seed: int) -> dict[str, list[str]]:
+    """Writes the task in the MM-IMDb layout: `films` films to train, a sixth more for dev, a third more for test.
+
+    Returns the split as written: ids by "train", "dev", "test". DataError where `target` is not ours to replace.
+    """
+    sizes = {"train": films, "dev": max(1, round(films * _DEV_SHARE)), "test": max(1, round(films * _TEST_SHARE))}
+    numbers = list(range(sum(sizes.values())))
+    random.Random(f"split-{seed}").shuffle(numbers)
+    split: dict[str, list[str]] = {}
+    with whole_folder(target) as folder:
+        _make_layout(folder)
+        for name, size in sizes.items():
+            chosen, numbers = numbers[:size], numbers[size:]
+            split[name] = [str(_FIRST_TASK_ID + number) for number in chosen]
+            for film_id, number in zip(split[name], chosen, strict=True):
+                _write_film(folder, film_id, make_task_film(seed, number))
+        (folder / "split.json").write_text(json.dumps(split), encoding="utf-8")
+    return split
+
+
+def write_pretrain(target: Path, films: int, seed: int) -> None:
+    """Writes `films` captioned posters, without genres or split. DataError where `target` is not ours to replace."""
+    with whole_folder(target) as folder:
+        _make_layout(folder)
+        for number in range(films):
+            _write_film(folder, str(_FIRST_PRETRAIN_ID + number), make_pretrain_film(seed, number))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this module; returns the exit status: 0, or 2 for an error that the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m demo.data", description="Write the demo's made-up films.")
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets raw/ and pretrain/")
+    parser.add_argument("--films", type=int, default=1200, help="films to train on (default: %(default)s)")
+    parser.add_argument("--pretrain-films", type=int, default=3000, help="captioned posters (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        if args.films < 1 or args.pretrain_films < 1:
+            raise DataError(f"--films {args.films} --pretrain-films {args.pretrain_films}: both must be at least 1")
+        split = write_task(args.out / "raw", args.films, args.seed)
+        write_pretrain(args.out / "pretrain", args.pretrain_films, args.seed)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    sizes = ", ".join(f"{len(ids)} {name}" for name, ids in split.items())
+    print(f"{args.out / 'raw'}: {sizes} films; {args.out / 'pretrain'}: {args.pretrain_films} captioned posters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Converts a raw dataset to the arrow files that training reads: see DATA.md for layouts and output.
+
+python make_arrow.py --dataset mmimdb --root RAW --target OUT
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vilt.datasets.specs import DATASETS
+from vilt.errors import UserError
+from vilt.utils import write_food101, write_hatememes, write_mmimdb
+from vilt.utils.raw_data import RawDataset, printable
+
+if TYPE_CHECKING:
+    from vilt.utils.arrow_writer import BadSample, SplitSummary, Summary
+
+N_SHOWN = 20
+"""How many bad samples the terminal shows."""
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options. Exits with status 2 if they contradict each other."""
+    parser = argparse.ArgumentParser(
+        description="Convert a raw dataset to arrow files. DATA.md describes the layouts of RAW and the files written."
+    )
+    parser.add_argument("--dataset", required=True, choices=[spec.make_arrow_name for spec in DATASETS.values()])
+    parser.add_argument("--root", required=True, type=Path, metavar="RAW", help="folder of the raw dataset")
+    parser.add_argument("--target", type=Path, metavar="OUT", help="folder for the arrow files (default: RAW)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that read and check images; 0: none but this one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave bad samples out, listed in OUT/NAME_bad_samples.tsv (default: write nothing if there are any)",
+    )
+    parser.add_argument(
+        "--test-split",
+        choices=write_hatememes.TEST_SPLITS,
+        help="hateful_memes only: the jsonl file to use for testing (default: test)",
+    )
+    args = parser.parse_args(argv)
+    if args.test_split is not None and args.dataset != "hateful_memes":
+        parser.error(f"--test-split belongs to --dataset hateful_memes, not {args.dataset}")
+    if args.workers < 0:
+        parser.error(f"--workers: expected 0 or more, found {args.workers}")
+    return args
+
+
+def open_raw(dataset: str, root: Path, test_split: write_hatememes.TestSplit | None) -> RawDataset:
+    """The raw dataset in `root`, its top-level files checked. Raises DataError."""
+    if dataset == "hateful_memes":
+        return write_hatememes.open_raw(root, test_split or "test")
+    return {"mmimdb": write_mmimdb.open_raw, "food101": write_food101.open_raw}[dataset](root)
+
+
+def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    """The rows as lines with aligned columns; the columns numbered in `left` to the left, others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def describe_bad(bad: "list[BadSample]") -> str:
+    """The bad samples for the terminal: how many for each reason, and the first of them."""
+    counts = Counter(sample.reason for sample in bad)
+    lines = [f"  {line}" for line in table([(f"{n:,}", reason) for reason, n in counts.most_common()], left=[1])]
+    lines += ["", *(f"  {line}" for line in table([s.fields() for s in bad[:N_SHOWN]], left=[0, 1, 3, 4, 5]))]
+    if len(bad) > N_SHOWN:
+        lines.append(f"  ... and {len(bad) - N_SHOWN:,} more")
+    return "\n".join(lines)
+
+
+def size(n_bytes: int) -> str:
+    """For example `11.8 MB`."""
+    value = float(n_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:,.{0 if unit == 'B' else 1}f} {unit}"
+        value /= 1000
+    return f"{value:,.1f} GB"
+
+
+def label_table(splits: "Sequence[SplitSummary]", class_names: Sequence[str]) -> list[str]:
+    """How many samples of each split have each label; in two blocks side by side where there are many labels."""
+    header = ("label", *(s.name for s in splits))
+    rows = [
+        (printable(name), *(f"{s.label_counts[number]:,}" for s in splits)) for number, name in enumerate(class_names)
+    ]
+    height = len(rows) if len(rows) <= 30 else -(-len(rows) // 2)
+    blocks = [table([header, *rows[start : start + height]], left=[0]) for start in range(0, len(rows), height)]
+    width = max(map(len, blocks[0]))
+    return ["    ".join(line.ljust(width) for line in lines).rstrip() for lines in zip_longest(*blocks, fillvalue="")]
+
+
+def describe(summary: "Summary", class_names: Sequence[str], seconds: float) -> str:
+    """The summary for the terminal: files, label counts per split, what was left out, time."""
+    splits = summary.splits
+
+    def row(name: str, parts: "Sequence[SplitSummary]", remark: str) -> tuple[str, ...]:
+        n_samples, n_texts = sum(part.n_samples for part in parts), sum(part.n_texts for part in parts)
+        return (name, f"{n_samples:,}", f"{n_texts:,}", size(sum(part.n_bytes for part in parts)), remark)
+
+    files = [row(s.path.name, [s], "replaced" if s.replaced else "") for s in splits]
+    lines = table([("file", "samples", "texts", "size", ""), *files, row("total", splits, "")], left=[0, 4])
+    lines += ["", *label_table(splits, class_names), ""]
+    remarks = {
+        "left out, no text": [s.n_without_text for s in splits],
+        "left out, bad": [len(s.bad) for s in splits],
+        "kept, but with none of the labels": [s.n_without_label for s in splits],
+    }
+    for remark, counts in remarks.items():
+        if any(counts):
+            per_split = ", ".join(f"{s.name} {n:,}" for s, n in zip(splits, counts, strict=True))
+            lines.append(f"{remark}: {per_split}")
+    if summary.report is not None:
+        lines.append(f"the bad samples are listed in {summary.report}")
+    lines.append(f"written to {summary.target} in {seconds:,.1f} s")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    args = parse_args(argv)
+    # Here and not above: worker processes import this file, and have no use for pyarrow's 40 MB.
+    from vilt.utils.arrow_writer import BadSamplesError, convert
+
+    target: Path = args.target or args.root
+    start = time.monotonic()
+    try:
+        dataset = open_raw(args.dataset, args.root, args.test_split)
+        summary = convert(dataset, target, args.workers, args.skip_bad)
+    except BadSamplesError as error:
+        print(f"error: {error}; nothing was written to {target}.\n", file=sys.stderr)
+        print(describe_bad(error.bad), file=sys.stderr)
+        print("\nMend them, or leave them out with --skip-bad, which lists all of them in a file.", file=sys.stderr)
+        return 2
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; nothing was written to {target}.", file=sys.stderr)
+        return 130
+    if summary.bad:
+        print(f"{len(summary.bad):,} bad samples were left out:\n\n{describe_bad(summary.bad)}\n", file=sys.stderr)
+    print(describe(summary, dataset.class_names, time.monotonic() - start))
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, which removes unfinished files
+    sys.exit(main())

@@ -1,0 +1,379 @@
+"""Training and evaluation of REP: `python run.py with task_finetune_mmimdb data_root=… exp_name=…`.
+
+`python run.py print_config` shows the options. Exit status: 0 done, 2 something the user can mend, 1 a fault of ours.
+"""
+
+import logging
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+
+from clip.backbone import HUB_NAMES, Backbone, load_backbone
+from clip.checkpoint import (
+    Checkpoint,
+    ModelSpec,
+    build_classifier,
+    check_backbone,
+    kept_names,
+    load_kept_state,
+    read_checkpoint,
+    restore_classifier,
+)
+from clip.modules.clip_dynamic_memory import MissingModalityClassifier
+from clip.run_folder import environment, make_run_folder, write_json
+from clip.tasks import TASKS
+from clip.tokenizer import ClipTokenizer, load_tokenizer
+from clip.trainable import freeze
+from clip.training import FinetuneModule
+from config import EX, ConfigAddedError, Options, SacredError, check, unknown_option
+from vilt.datamodules import MissingModalityData
+from vilt.errors import BackboneError, CheckpointError, ConfigError, UserError
+from vilt.missing_tables import type_counts
+
+log = logging.getLogger("rep")
+
+
+@EX.main
+def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
+    """Trains, or evaluates with test_only=True; returns the test metrics."""
+    options = check(_config)
+    set_up_logging()
+    given = {update.partition("=")[0].partition(".")[0].strip() for update in _run.meta_info["options"]["UPDATE"]}
+    return evaluate(options, given) if options.test_only else train(options)
+
+
+def train(options: Options) -> dict[str, float]:
+    """A training run in its own folder; the metrics of its best checkpoint on the test split."""
+    pl.seed_everything(options.seed, workers=True, verbose=False)
+    task = TASKS[options.task]
+    say_device(options)
+    backbone = load_backbone(options.vit, trust=options.trust_backbone, activation=options.vit_activation)
+    tokenizer = tokenizer_for(options.tokenizer, options.vit, backbone.architecture.vocab_size)
+    data = open_data(options, backbone.architecture.image_size, tokenizer)
+    spec = ModelSpec(options.task, options.memory_length, options.memory_depth, backbone.architecture)
+    try:
+        classifier = build_classifier(spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    log.info("parameters:\n%s", freeze(classifier, options.task))
+    backbone.load_into(classifier.model)
+    token_embedding = backbone.state["text_encoder.token_embedding.weight"]
+    classifier.model.memory_learner.start_from(
+        backbone.state["image_encoder.class_embedding"], token_embedding[tokenizer.end_id]
+    )
+    if options.load_path is not None:
+        warm_start(classifier, read_checkpoint(options.load_path), backbone, with_head=options.finetune_first)
+    if options.resume_from is not None:
+        check_resume(read_checkpoint(options.resume_from), spec, backbone)
+
+    folder = start_folder(options, f"{options.exp_name}_seed{options.seed}") if not options.fast_dev_run else None
+    module = FinetuneModule(
+        classifier, spec, (options.vit, backbone.sha256), options.optimizer_settings(), options.seed
+    )
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor=f"val/{task.monitor}",
+        mode="max",
+        save_weights_only=True,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+    )
+    trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), best)
+    trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
+    best_path = trainer.strategy.broadcast(best.best_model_path)
+    if options.fast_dev_run:
+        log.info("fast_dev_run: one batch of everything went through; nothing was written")
+        return {}
+    if not best_path:
+        log.warning("no validation took place, so that there is no best checkpoint and nothing is tested")
+        return {}
+    score = best.best_model_score
+    log.info("best val/%s %.4f: %s", task.monitor, score if score is not None else float("nan"), best_path)
+    if not options.test_after_fit:
+        return {}
+    checkpoint = read_checkpoint(Path(best_path))
+    load_kept_state(classifier, checkpoint.state, best_path)
+    return test(options, trainer, module, data, checkpoint, folder)
+
+
+def evaluate(options: Options, given: set[str]) -> dict[str, float]:
+    """Evaluates `load_path`; the model's options come from the checkpoint, and `given` ones may not contradict it."""
+    assert options.load_path is not None
+    say_device(options)
+    checkpoint = read_checkpoint(options.load_path)
+    spec = checkpoint.spec
+    for option in ("task", "memory_length", "memory_depth"):
+        theirs, ours = getattr(spec, option), getattr(options, option)
+        if (option in given or option == "task") and theirs != ours:
+            raise ConfigError(f"{option}: {ours} contradicts the checkpoint {checkpoint.path}, which has {theirs}")
+    if checkpoint.published:
+        log.info("%s: a checkpoint of the published code; it holds its own CLIP weights", checkpoint.path)
+        vit, backbone = options.vit, None
+    else:
+        vit = options.vit if "vit" in given else str(checkpoint.backbone_name)
+        activation = options.vit_activation
+        if activation is None and Path(vit).is_file():
+            activation = spec.architecture.activation
+        backbone = load_backbone(vit, trust=options.trust_backbone, activation=activation)
+    classifier = restore_classifier(checkpoint, backbone)
+    tokenizer = tokenizer_for(options.tokenizer, vit, spec.architecture.vocab_size)
+    data = open_data(options, spec.architecture.image_size, tokenizer)
+    name = options.test_exp_name or (
+        f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
+    )
+    folder = start_folder(options, name)
+    trainer = make_trainer(options, folder, steps_per_epoch=1)
+    return test(options, trainer, FinetuneModule(classifier, spec), data, checkpoint, folder)
+
+
+def test(
+    options: Options,
+    trainer: pl.Trainer,
+    module: FinetuneModule,
+    data: MissingModalityData,
+    checkpoint: Checkpoint,
+    folder: Path | None,
+) -> dict[str, float]:
+    """Runs the test split, prints the result and writes it to `test_results.json`."""
+    started = time.monotonic()
+    trainer.test(module, datamodule=data, verbose=False)
+    dataset = data.datasets["test"]
+    pattern = data.settings.patterns["test"]
+    result = {
+        "task": options.task,
+        "split": "test",
+        "samples": module.tested_samples,
+        "missing": type_counts(dataset.missing_type_of_sample),
+        "missing_pattern": asdict(pattern),
+        "metrics": module.test_metrics,
+        "checkpoint": str(checkpoint.path),
+        "checkpoint_sha256": checkpoint.sha256,
+        "precision": options.precision,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if trainer.is_global_zero:
+        assert folder is not None
+        write_json(folder / "test_results.json", result)
+        counts = ", ".join(f"{count:,} {name}" for name, count in result["missing"].items())  # type: ignore[attr-defined]
+        print(f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})")
+        print(
+            f"  {options.task} test, {pattern.ratio:.0%} missing ({pattern.missing_type}), seed {pattern.seed}: "
+            f"{module.tested_samples:,} samples: {counts}"
+        )
+        for metric, value in module.test_metrics.items():
+            print(f"  test/{metric:<12} {value:.4f}")
+        print(f"  written to {folder / 'test_results.json'}\n")
+    return module.test_metrics
+
+
+def make_trainer(
+    options: Options, folder: Path | None, steps_per_epoch: int, best: ModelCheckpoint | None = None
+) -> pl.Trainer:
+    """The Lightning trainer. Validation falls on optimiser steps, so that no checkpoint is amid an accumulation."""
+    strategy: Strategy | str = "auto"
+    if options.processes > 1:
+        # Types that a batch lacks leave parameters without gradient. The buffers are equal by construction, and
+        # processes may have different numbers of evaluation batches: no broadcast in a forward pass.
+        strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+    wanted = options.val_check_interval
+    batches = int(wanted * steps_per_epoch) if isinstance(wanted, float) else wanted
+    batches = max(1, round(batches / options.accumulation)) * options.accumulation if best is not None else 1
+    callbacks: list[pl.Callback] = [TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 0)]
+    if best is not None and folder is not None:
+        callbacks += [best, LastCheckpoint(folder / "last.ckpt"), LearningRateMonitor("step")]
+    if best is not None:
+        callbacks.append(Report(f"val/{TASKS[options.task].monitor}"))
+    loggers = [CSVLogger(folder, "", ""), TensorBoardLogger(folder, "", "tensorboard")] if folder and best else False
+    return pl.Trainer(
+        accelerator="gpu" if options.num_gpus else "cpu",
+        devices=options.num_gpus or options.cpu_processes,
+        num_nodes=options.num_nodes,
+        strategy=strategy,
+        precision=options.precision,  # type: ignore[arg-type]
+        max_epochs=options.max_epoch,
+        max_steps=options.max_steps or -1,
+        accumulate_grad_batches=options.accumulation if best is not None else 1,
+        val_check_interval=min(batches, steps_per_epoch),
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        fast_dev_run=options.fast_dev_run,
+        use_distributed_sampler=False,  # EpochSampler does it, and counts evaluation samples once
+        enable_model_summary=False,
+        enable_checkpointing=folder is not None and best is not None,
+        logger=loggers,
+        callbacks=callbacks,
+        default_root_dir=folder,
+    )
+
+
+class LastCheckpoint(pl.Callback):
+    """Keeps the newest state in one file, from which `resume_from` goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(trainer.strategy.broadcast(self.path))
+
+
+class Report(pl.Callback):
+    """A line per validation."""
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        shown = [name for name in ("train/loss", "val/loss", self.monitor) if name in metrics]
+        values = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in shown)
+        log.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, values)
+
+
+def tokenizer_for(tokenizer: str | None, vit: str, vocab_size: int) -> ClipTokenizer:
+    """The tokenizer that the user names, or the one that comes with the backbone.
+
+    Raises:
+        BackboneError: there is none, or it has ids that the backbone has no embedding for.
+    """
+    fallback = vit if Path(vit).is_dir() else HUB_NAMES.get(vit, HUB_NAMES["ViT-B/16"])
+    found = load_tokenizer(tokenizer or fallback)
+    if found.vocab_size > vocab_size:
+        raise BackboneError(
+            f"tokenizer={tokenizer or fallback}: has {found.vocab_size} ids, but the backbone embeds only {vocab_size}"
+        )
+    return found
+
+
+def open_data(options: Options, image_size: int, tokenizer: ClipTokenizer) -> MissingModalityData:
+    """The splits that this run reads."""
+    if options.image_size not in (None, image_size):
+        raise ConfigError(
+            f"image_size: expected {image_size}, which is what the position embeddings of the backbone are for, "
+            f"found {options.image_size}"
+        )
+    data = MissingModalityData(options.data_settings(), options.splits, image_size, tokenizer, tokenizer.fingerprint)
+    log.info("data of %s:\n%s", options.data_root, data.describe())
+    return data
+
+
+def warm_start(
+    classifier: MissingModalityClassifier, checkpoint: Checkpoint, backbone: Backbone, *, with_head: bool
+) -> None:
+    """Starts from the memory of `checkpoint` (and its head), and says what it took.
+
+    Raises:
+        CheckpointError: the memory does not fit, or was trained on another backbone.
+    """
+    if not checkpoint.published:
+        check_backbone(checkpoint, backbone)
+    start = restore_classifier(checkpoint, None if checkpoint.published else backbone)
+    heads = tuple(f"{task.head_name}." for task in TASKS.values())
+    own, theirs = classifier.state_dict(), start.state_dict()
+    wanted = [name for name in kept_names(classifier) if with_head or not name.startswith(heads)]
+    misfits = [name for name in wanted if name not in theirs or own[name].shape != theirs[name].shape]
+    if misfits:
+        raise CheckpointError(
+            f"load_path={checkpoint.path}: {len(misfits)} entries do not fit this model, for example {misfits[0]}: its "
+            f"task is {checkpoint.spec.task}, memory_length {checkpoint.spec.memory_length}, memory_depth "
+            f"{checkpoint.spec.memory_depth}"
+        )
+    with torch.no_grad():
+        for name in wanted:
+            own[name].copy_(theirs[name])
+    log.info(
+        "warm start from %s: %d entries of the memory loaded, %s",
+        checkpoint.path,
+        len([name for name in wanted if not name.startswith(heads)]),
+        "the head too" if with_head else "the head starts anew (finetune_first=True takes it too)",
+    )
+
+
+def check_resume(checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone) -> None:
+    """Raises CheckpointError unless training can go on from `checkpoint` with this model."""
+    if checkpoint.published:
+        raise CheckpointError(f"resume_from={checkpoint.path}: a published checkpoint; use it as load_path")
+    check_backbone(checkpoint, backbone)
+    if checkpoint.spec != spec:
+        theirs, ours = asdict(checkpoint.spec), asdict(spec)
+        differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in theirs if theirs[key] != ours[key]]
+        raise CheckpointError(f"resume_from={checkpoint.path}: a run with other options: {', '.join(differing)}")
+
+
+@rank_zero_only
+def start_folder(options: Options, name: str) -> Path:
+    """The run's new folder, with the configuration and the environment in it; None on other processes than the first.
+
+    Lightning tells the others where it is.
+    """
+    folder = make_run_folder(options.log_dir, name)
+    write_json(folder / "config.json", asdict(options))
+    write_json(folder / "environment.json", {"command": sys.argv, **environment()})
+    log.info("run folder: %s", folder)
+    return folder
+
+
+def say_device(options: Options) -> None:
+    """Says what the run computes on."""
+    if options.num_gpus:
+        log.info("%d × %s, precision %s", options.processes, torch.cuda.get_device_name(), options.precision)
+    else:
+        log.info(
+            "no GPU in use: runs on the CPU (%d threads), precision %s", torch.get_num_threads(), options.precision
+        )
+
+
+def set_up_logging() -> None:
+    """One line per event on standard error, from the first process only; Lightning's small talk is left out."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for name in ("pytorch_lightning", "lightning", "lightning_fabric", "transformers", "httpx", "sacred", "fsspec"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if getattr(rank_zero_only, "rank", 0):
+        logging.disable(logging.INFO)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder, which holds config.json
+    warnings.filterwarnings("ignore", ".*`isinstance.treespec, LeafSpec.` is deprecated.*")
+
+
+def command_line(argv: list[str]) -> int:
+    """Runs a command as Sacred reads it; errors that the user can mend become one line and status 2."""
+    try:
+        # --debug hands errors on to here instead of printing a traceback
+        EX.run_commandline([*argv, "--debug"] if len(argv) > 1 else argv)
+    except ConfigAddedError as error:
+        unknown = sorted(vars(error)["conflicting_configs"])
+        return _fail(str(unknown_option(unknown, list(Options.__dataclass_fields__))))
+    except (UserError, SacredError) as error:
+        return _fail(str(error))
+    except SystemExit as stop:  # Sacred's own: usage, or an unknown command
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        return 2 if stop.code else 0
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(sys.argv))

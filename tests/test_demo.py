@@ -1,0 +1,232 @@
+"""The demo's made-up films and its tiny CLIP: their layout, what they promise, and that a rerun gives the same."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from demo import data
+from demo.baseline import frequent_genres_f1
+from demo.posters import HEIGHT, MOTIFS, WIDTH, draw_poster
+from demo.themes import DISTRACTORS, FILLERS, THEME_BY_GENRE, THEMES
+from vilt.datasets.specs import MMIMDB_GENRES
+from vilt.errors import DataError
+
+transformers = pytest.importorskip("transformers", reason="the tiny CLIP is a transformers model")
+from demo import backbone  # noqa: E402
+
+SIZES = backbone.TinyClip(image_width=64, image_layers=1, text_layers=1, embed=32, batch=8)
+
+
+def labels_of(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "labels").glob("*.json"))}
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("films")
+    assert data.main(["--out", str(out), "--films", "60", "--pretrain-films", "40", "--seed", "3"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("clip") / "backbone"
+    backbone.make_backbone(films / "pretrain", out, steps=2, seed=0, sizes=SIZES, say=lambda line: None)
+    return out
+
+
+def test_task_has_the_mmimdb_layout(films):
+    raw = films / "raw"
+    labels = labels_of(raw)
+    split = json.loads((raw / "split.json").read_text())
+    assert {name: len(ids) for name, ids in split.items()} == {"train": 60, "dev": 10, "test": 20}
+    in_splits = [film_id for ids in split.values() for film_id in ids]
+    assert sorted(in_splits) == sorted(labels), "each film is in exactly one split"
+    for film_id, label in labels.items():
+        assert set(label) == {"title", "plot", "genres", "year"}
+        assert 1 <= len(label["genres"]) <= 3
+        assert set(label["genres"]) <= set(MMIMDB_GENRES)
+        assert 1 <= len(label["plot"]) <= 2
+        assert all(plot and "{" not in plot for plot in label["plot"])
+        with Image.open(raw / "images" / f"{film_id}.jpeg") as poster:
+            assert (poster.format, poster.mode, poster.size) == ("JPEG", "RGB", (WIDTH, HEIGHT))
+
+
+def test_pretraining_films_are_others_and_carry_no_genres(films):
+    raw, pretrain = labels_of(films / "raw"), labels_of(films / "pretrain")
+    assert len(pretrain) == 40
+    assert not set(raw) & set(pretrain)
+    assert not any("genres" in label for label in pretrain.values())
+    assert {path.stem for path in (films / "pretrain" / "images").iterdir()} == set(pretrain)
+
+
+def test_same_seed_same_bytes_and_another_seed_others(films, tmp_path):
+    data.write_task(tmp_path / "raw", 60, seed=3)
+    data.write_pretrain(tmp_path / "pretrain", 40, seed=3)
+    for part in ("raw", "pretrain"):
+        assert fingerprint(tmp_path / part) == fingerprint(films / part)
+    # A rerun replaces what the demo wrote.
+    data.write_task(tmp_path / "raw", 60, seed=4)
+    other, first = fingerprint(tmp_path / "raw"), fingerprint(films / "raw")
+    assert other.keys() == first.keys()
+    assert sum(other[name] == first[name] for name in first) == 1, "only the marker is the same"
+
+
+def test_genres_of_the_poster_leave_no_word_in_any_plot(films):
+    seen_only = [theme for theme in THEMES if not theme.in_plot]
+    told_only = [theme for theme in THEMES if not theme.in_poster]
+    assert len(seen_only) >= 3
+    assert len(told_only) >= 3
+    words_of_looks = {
+        word
+        for theme in seen_only
+        for phrase in (theme.genre, *theme.looks)
+        for word in re.findall(r"[a-z]{4,}", phrase.lower())
+    } - {"with"}
+    task_sentences = [*FILLERS, *DISTRACTORS, *(tale for theme in THEMES for tale in theme.tales)]
+    plots = [plot for label in labels_of(films / "raw").values() for plot in label["plot"]]
+    for text in [*task_sentences, *plots]:
+        assert not words_of_looks & set(re.findall(r"[a-z]+", text.lower())), text
+
+
+def test_posters_show_the_genres_of_the_poster_alone(monkeypatch):
+    shown: list[set[str]] = []
+
+    def note(title, sky, strength, rng, scenery=()):
+        shown.append(set(strength))
+        return draw_poster(title, sky, strength, rng, scenery)
+
+    monkeypatch.setattr(data, "draw_poster", note)
+    made = [data.make_task_film(0, number) for number in range(150)]
+    for film, on_poster in zip(made, shown, strict=True):
+        assert on_poster <= {genre for genre in film.genres or [] if THEME_BY_GENRE[genre].in_poster}
+    hidden = sum(
+        THEME_BY_GENRE[genre].in_poster and genre not in on_poster
+        for film, on_poster in zip(made, shown, strict=True)
+        for genre in film.genres or []
+    )
+    assert 0 < hidden < 30, "a few cues are left out"
+
+
+def test_every_genre_has_a_poster_motif_and_is_one_of_the_23():
+    assert set(MOTIFS) | {"Animation", "Film-Noir"} == set(THEME_BY_GENRE)
+    assert set(THEME_BY_GENRE) <= set(MMIMDB_GENRES)
+    assert all(theme.in_poster or theme.in_plot for theme in THEMES)
+
+
+def test_a_broken_run_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch):
+    target = tmp_path / "raw"
+    data.write_task(target, 6, seed=0)
+    before = fingerprint(target)
+
+    def break_at_the_third(seed, number, made=[]):  # noqa: B006
+        made.append(number)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return make(seed, number)
+
+    make = data.make_task_film
+    monkeypatch.setattr(data, "make_task_film", break_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        data.write_task(target, 6, seed=1)
+    assert fingerprint(target) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_a_folder_of_the_users_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "thesis.txt").write_text("mine")
+    assert data.main(["--out", str(tmp_path), "--films", "3", "--pretrain-films", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert (tmp_path / "raw" / "thesis.txt").read_text() == "mine"
+
+
+def test_transformers_opens_the_backbone(tiny_clip):
+    model = transformers.CLIPModel.from_pretrained(tiny_clip)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny_clip)
+    text = model.config.text_config
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert end == max(tokenizer.get_vocab().values()) == text.eos_token_id == text.vocab_size - 1
+    assert tokenizer.convert_tokens_to_ids("<|startoftext|>") == end - 1 == text.bos_token_id
+    assert (text.max_position_embeddings, text.hidden_act, text.pad_token_id) == (77, "quick_gelu", 0)
+    assert text.hidden_size == 64 * text.num_attention_heads
+    ids = tokenizer("A tall CACTUS, below a   golden sky!")["input_ids"]
+    assert (ids[0], ids[-1]) == (end - 1, end)
+    assert tokenizer.decode(ids[1:-1]).replace(" ,", ",").startswith("a tall cactus, below a golden sky")
+    ids_BL = backbone.encode(tokenizer, ["short", "long " * 200])
+    with torch.no_grad():
+        out = model(pixel_values=torch.zeros(2, 3, 64, 64), input_ids=ids_BL)
+    assert out.logits_per_image.isfinite().all()
+
+
+def test_vocabulary_files_follow_clips_order(tiny_clip):
+    vocabulary = json.loads((tiny_clip / "vocab.json").read_text(encoding="utf-8"))
+    version, *merges = (tiny_clip / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert version.startswith("#version")
+    symbols = backbone.byte_symbols()
+    merged = ["".join(line.split(" ")) for line in merges]
+    expected = [*symbols, *(s + "</w>" for s in symbols), *merged, "<|startoftext|>", "<|endoftext|>"]
+    assert list(vocabulary) == expected
+    assert list(vocabulary.values()) == list(range(len(expected)))
+
+
+def test_encode_pads_with_0_and_ends_a_cut_text_with_the_end_mark(tiny_clip):
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny_clip)
+    end = tokenizer.eos_token_id
+    short, long = backbone.encode(tokenizer, ["", "sky " * 200])
+    assert short.tolist() == [end - 1, end, *[0] * 75]
+    assert (len(long), long[0], long[-1]) == (77, end - 1, end)
+    assert (long == end).sum() == 1
+
+
+def test_pretraining_is_repeatable(films, tiny_clip, tmp_path):
+    again = tmp_path / "backbone"
+    backbone.make_backbone(films / "pretrain", again, steps=2, seed=0, sizes=SIZES, say=lambda line: None)
+    assert fingerprint(again) == fingerprint(tiny_clip)
+
+
+def test_backbone_of_a_missing_folder_is_one_line_and_status_2(tmp_path, capsys):
+    assert backbone.main(["--data", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "absent" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_backbone_names_the_film_without_a_poster(tmp_path):
+    data.write_pretrain(tmp_path / "films", 4, seed=0)
+    (tmp_path / "films" / "images" / "9000002.jpeg").unlink()
+    with pytest.raises(DataError, match="9000002"):
+        backbone.read_films(tmp_path / "films", 64)
+
+
+def test_frequent_genres_f1_by_hand(tmp_path):
+    films = {"1": ["Drama"], "2": ["Drama", "War"], "3": ["Drama"], "4": ["Drama"], "5": ["War"], "6": ["Drama"]}
+    (tmp_path / "labels").mkdir()
+    for film_id, genres in films.items():
+        (tmp_path / "labels" / f"{film_id}.json").write_text(json.dumps({"genres": genres}))
+    split = {"train": ["1", "2"], "dev": ["3", "4"], "test": ["5", "6"]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    # dev has dramas only, so k = 1; on the test films Drama scores 2/3 and War, never predicted, 0.
+    assert frequent_genres_f1(tmp_path) == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_frequent_genres_of_the_made_up_films_score_low(films):
+    assert 0.1 < frequent_genres_f1(films / "raw") < 0.35
+
+
+def test_frequent_genres_f1_names_a_missing_split(tmp_path):
+    with pytest.raises(DataError, match=r"split\.json"):
+        frequent_genres_f1(tmp_path)

@@ -1,0 +1,214 @@
+"""Batches of the splits, in an order that follows from the seed and survives interruption and several processes."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from vilt.datasets.arrow_dataset import ArrowDataset, Sample, Tokenize
+from vilt.datasets.specs import DATASETS, Split
+from vilt.errors import ConfigError
+from vilt.missing_tables import MissingPattern, load_missing_table, type_counts
+
+log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """What `collate` makes of B samples, of which b have the modality in question."""
+
+    image_b3RR: Tensor
+    """uint8 images of the samples `image_rows`."""
+    tokens_bL: Tensor
+    """int64 token ids of the samples `text_rows`."""
+    missing_type_B: Tensor
+    image_rows: Tensor
+    text_rows: Tensor
+    types: tuple[int, ...]
+    """The missing types that occur, ascending; on the host, so that nobody has to ask the device."""
+    label: Tensor
+    """(B, C) uint8 or (B,) int64."""
+    index_B: Tensor
+    """Numbers of the samples in the dataset."""
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stacks samples; what is missing takes no room."""
+    images = [sample.image_3RR for sample in samples if sample.image_3RR is not None]
+    tokens = [sample.tokens_L for sample in samples if sample.tokens_L is not None]
+    missing_types = [sample.missing_type for sample in samples]
+    return Batch(
+        image_b3RR=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+        tokens_bL=torch.stack(tokens) if tokens else torch.empty(0, 0, dtype=torch.long),
+        missing_type_B=torch.tensor(missing_types),
+        image_rows=_rows([sample.image_3RR is not None for sample in samples]),
+        text_rows=_rows([sample.tokens_L is not None for sample in samples]),
+        types=tuple(sorted(set(missing_types))),
+        label=torch.stack([sample.label for sample in samples]),
+        index_B=torch.tensor([sample.number for sample in samples]),
+    )
+
+
+def _rows(present: list[bool]) -> Tensor:
+    return torch.tensor([row for row, there in enumerate(present) if there], dtype=torch.long)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Keys (epoch, index) of one process's share of the samples.
+
+    In training the order is drawn from (seed, epoch), and the samples are filled up from its start so that all
+    processes have the same number. In evaluation nothing is drawn and nothing filled up: every sample occurs once.
+    """
+
+    def __init__(self, samples: int, *, seed: int | None, rank: int, world_size: int) -> None:
+        self.samples = samples
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.skip: tuple[int, int] | None = None
+        """(epoch, n): in this epoch the first n samples of the share are left out; they were seen before a resume."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.seed is None:
+            return len(range(self.rank, self.samples, self.world_size))
+        return -(-self.samples // self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.seed is None:
+            order = list(range(self.samples))
+        else:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.samples, generator=generator).tolist()
+            while len(order) < len(self) * self.world_size:
+                order += order[: len(self) * self.world_size - len(order)]
+        share = order[self.rank :: self.world_size]
+        if self.skip is not None and self.skip[0] == self.epoch:
+            share = share[self.skip[1] :]
+        return iter([(self.epoch, index) for index in share])
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the loaders need to know of the configuration."""
+
+    dataset: str
+    data_root: Path
+    missing_table_root: Path
+    patterns: dict[Split, MissingPattern]
+    simulate_missing: bool
+    per_gpu_batchsize: int
+    num_workers: int
+    seed: int
+
+
+class MissingModalityData(pl.LightningDataModule):
+    """The loaders of one dataset.
+
+    Args:
+        splits: which splits to open.
+        tokenize, fingerprint: the backbone's tokenizer and what identifies it.
+
+    Raises:
+        DataError: from opening the arrow files and missing tables.
+    """
+
+    def __init__(
+        self, settings: DataSettings, splits: Sequence[Split], image_size: int, tokenize: Tokenize, fingerprint: str
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.datasets: dict[Split, ArrowDataset] = {}
+        for split in splits:
+            dataset = ArrowDataset(DATASETS[settings.dataset], settings.data_root, split, image_size)
+            dataset.tokenize(tokenize, fingerprint)
+            dataset.missing_table = load_missing_table(
+                settings.missing_table_root, settings.dataset, split, settings.patterns[split], dataset.n_rows
+            )
+            if split == "train" and settings.simulate_missing:
+                dataset.simulate_seed = settings.seed
+            self.datasets[split] = dataset
+        self._resume: tuple[int, int] | None = None
+
+    def describe(self) -> str:
+        """A line per split: samples, rows, and how many are missing what."""
+        lines = []
+        for split, dataset in self.datasets.items():
+            counts = ", ".join(f"{count:,} {name}" for name, count in type_counts(dataset.missing_table).items())
+            rows = "" if len(dataset) == dataset.n_rows else f" of {dataset.n_rows:,} rows"
+            lines.append(f"  {split:<6}{len(dataset):>8,} samples{rows} ({counts})")
+        return "\n".join(lines)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("test")
+
+    def steps_per_epoch(self, world_size: int) -> int:
+        """Batches that each process trains on in an epoch."""
+        return -(-len(self.datasets["train"]) // (world_size * self.settings.per_gpu_batchsize))
+
+    def _loader(self, split: Split) -> DataLoader[Any]:
+        settings, trainer = self.settings, self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        sampler = EpochSampler(
+            len(self.datasets[split]),
+            seed=settings.seed if split == "train" else None,
+            rank=rank,
+            world_size=world_size,
+        )
+        if split == "train" and self._resume is not None:
+            epoch, batches = self._resume
+            sampler.skip = (epoch, batches * settings.per_gpu_batchsize)
+        return DataLoader(
+            self.datasets[split],
+            batch_size=settings.per_gpu_batchsize,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=settings.num_workers,
+            persistent_workers=settings.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training stands in its data, for the checkpoint."""
+        assert self.trainer is not None
+        return {
+            "epoch": self.trainer.current_epoch,
+            "batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.completed,
+            "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,
+            "samples": len(self.datasets["train"]),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Goes on where the checkpoint stood.
+
+        Raises:
+            ConfigError: the batches or the dataset are other ones than the checkpoint's, so that no place in them
+                corresponds to it.
+        """
+        assert self.trainer is not None
+        now = {
+            "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,
+            "samples": len(self.datasets["train"]),
+        }
+        for name, value in now.items():
+            if state_dict[name] != value:
+                raise ConfigError(
+                    f"resume_from: the checkpoint was trained with {name.replace('_', ' ')} = {state_dict[name]}, "
+                    f"now it is {value}; resume with the same per_gpu_batchsize, processes and data"
+                )
+        self._resume = (state_dict["epoch"], state_dict["batches"])

@@ -1,0 +1,207 @@
+"""One dataset class for all arrow files."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vilt.datasets.specs import DatasetSpec, Split
+from vilt.errors import DataError
+from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING
+from vilt.transforms import decode_image
+from vilt.utils.files import atomic_path
+
+log = logging.getLogger(__name__)
+
+Tokenize = Callable[[Sequence[str]], np.ndarray]
+"""Texts to token ids, (N, 77)."""
+
+
+class Sample(NamedTuple):
+    """One text of one row with its image; a missing modality is None."""
+
+    image_3RR: Tensor | None
+    """uint8."""
+    tokens_L: Tensor | None
+    """int64."""
+    label: Tensor
+    """0/1 vector (C,) uint8 for multi-label data, else a class number, int64."""
+    missing_type: int
+    number: int
+    """Of the sample in the dataset."""
+
+
+class ArrowDataset(Dataset[Sample]):
+    """The samples of one split, read from a memory-mapped arrow file.
+
+    A sample is one text: a film with three plots is three samples with the same image and missing type. Opening reads
+    labels and texts; images are read and decoded one by one.
+
+    Args:
+        spec: row of the dataset table.
+        root: folder of the arrow files.
+        image_size: side of the images returned.
+
+    Raises:
+        DataError: the file is not there, damaged, or its columns or labels are not the dataset's.
+    """
+
+    def __init__(self, spec: DatasetSpec, root: Path, split: Split, image_size: int) -> None:
+        self.spec = spec
+        self.split: Split = split
+        self.path = root / spec.file_name(split)
+        self.image_size = image_size
+        self._table: pa.Table | None = None
+        self._check_columns()
+        lengths = pc.list_value_length(self.table[spec.text_column]).to_numpy().astype(np.int64)
+        self._row_of_sample = np.repeat(np.arange(len(lengths)), lengths)
+        self._labels = self._read_labels()
+        self.tokens: np.ndarray | None = None
+        """Token ids of every sample, (N, 77); set by `tokenize`."""
+        self.missing_table = np.zeros(self.n_rows, dtype=np.int8)
+        self.simulate_seed: int | None = None
+        """Training only: complete samples lose a modality at random in each epoch (option simulate_missing)."""
+
+    @property
+    def table(self) -> pa.Table:
+        """The memory-mapped table; each process opens its own."""
+        if self._table is None:
+            try:
+                self._table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+            except FileNotFoundError as error:
+                raise DataError(f"{self.path}: no such file; {self.spec.how_to_make(self.path.parent)}") from error
+            except (OSError, pa.ArrowInvalid) as error:
+                raise DataError(f"{self.path}: not readable as an arrow file: {error}") from error
+        return self._table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}  # a worker process maps the file itself
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the file, which is what missing tables count."""
+        return self.table.num_rows
+
+    @property
+    def missing_type_of_sample(self) -> np.ndarray:
+        """Missing type of every sample by the table, int8 (N,)."""
+        return self.missing_table[self._row_of_sample]
+
+    def __len__(self) -> int:
+        return len(self._row_of_sample)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Sample `index` in epoch `epoch`, for the key (epoch, index).
+
+        Raises:
+            DataError: the image cannot be decoded; names file and row.
+        """
+        epoch, index = key
+        row = int(self._row_of_sample[index])
+        missing_type = int(self.missing_table[row])
+        if self.simulate_seed is not None and missing_type == COMPLETE:
+            missing_type = int(np.random.default_rng([self.simulate_seed, epoch, index]).integers(3))
+        label = torch.from_numpy(self._labels[row]) if self.spec.multilabel else torch.tensor(int(self._labels[row]))
+        tokens: Tensor | None = None
+        if missing_type != TEXT_MISSING and self.tokens is not None:
+            tokens = torch.from_numpy(self.tokens[index].astype(np.int64))
+        image = self._image(row) if missing_type != IMAGE_MISSING else None
+        return Sample(image, tokens, label, missing_type, index)
+
+    def sample_name(self, index: int) -> str:
+        """The sample's id where the file has one, else its row: for messages and results."""
+        row = int(self._row_of_sample[index])
+        column = self.spec.id_column
+        if column is not None and column in self.table.column_names:
+            return str(self.table[column][row].as_py())
+        return f"row {row}"
+
+    def class_names(self) -> tuple[str, ...]:
+        """Names in label order, from the dataset table or the file's metadata, else the class numbers."""
+        if self.spec.class_names is not None:
+            return self.spec.class_names
+        metadata = self.table.schema.metadata or {}
+        if b"class_names" in metadata:
+            return tuple(json.loads(metadata[b"class_names"]))
+        return tuple(map(str, range(self.spec.n_classes)))
+
+    def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
+        """Makes the token ids of all texts, once: they are kept beside the arrow file and found there again.
+
+        Args:
+            fingerprint: identifies the tokenizer; part of the cache's name, like the texts themselves.
+        """
+        texts: list[str] = pc.list_flatten(self.table[self.spec.text_column]).to_pylist()
+        digest = hashlib.sha256(fingerprint.encode())
+        for text in texts:
+            digest.update(text.encode() + b"\0")
+        cache = self.path.with_name(f"{self.path.stem}_tokens_{digest.hexdigest()[:16]}.npy")
+        if cache.is_file():
+            try:
+                kept = np.load(cache, mmap_mode="r", allow_pickle=False)
+                if kept.ndim == 2 and len(kept) == len(texts):
+                    self.tokens = kept
+                    return
+            except (OSError, ValueError) as error:
+                log.warning("%s: not readable (%s); making it anew", cache, error)
+        self.tokens = tokenize(texts).astype(np.int32)
+        try:
+            with atomic_path(cache) as temporary, temporary.open("wb") as file:
+                np.save(file, self.tokens)
+        except OSError as error:
+            log.info("%s: cannot keep the token ids there (%s); each run makes them anew", cache, error.strerror)
+
+    def _image(self, row: int) -> Tensor:
+        try:
+            return decode_image(self.table["image"][row].as_py(), self.image_size)
+        except (OSError, ValueError, SyntaxError, TypeError, AttributeError) as error:
+            raise DataError(f"{self.path}: row {row}: the image cannot be decoded: {error}") from error
+
+    def _check_columns(self) -> None:
+        expected = {"image", self.spec.text_column, "label"}
+        found = self.table.column_names
+        if not expected <= set(found):
+            raise DataError(
+                f"{self.path}: expected the columns {', '.join(sorted(expected))}; found {', '.join(found) or 'none'}"
+            )
+        for name in sorted(expected):
+            if self.table[name].null_count:
+                raise DataError(f"{self.path}: column {name}: {self.table[name].null_count} rows are empty (null)")
+        if not pa.types.is_list(self.table.schema.field(self.spec.text_column).type):
+            raise DataError(f"{self.path}: column {self.spec.text_column}: expected lists of texts")
+        if self.table.num_rows == 0:
+            raise DataError(f"{self.path}: expected samples, found none")
+
+    def _read_labels(self) -> np.ndarray:
+        """(N, C) uint8 for multi-label data, (N,) int64 otherwise."""
+        column, n_classes = self.table["label"], self.spec.n_classes
+        if not self.spec.multilabel:
+            if not pa.types.is_integer(column.type) or column.null_count:
+                raise DataError(f"{self.path}: column label: expected class numbers, found {column.type}")
+            labels = column.to_numpy().astype(np.int64)
+            wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
+            if len(wrong):
+                raise DataError(
+                    f"{self.path}: row {wrong[0]}: label {labels[wrong[0]]} is outside 0 to {n_classes - 1} "
+                    f"({len(wrong)} such rows)"
+                )
+            return labels
+        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy() if pa.types.is_list(column.type) else []
+        wrong = np.flatnonzero(np.asarray(lengths) != n_classes)
+        if not len(lengths) or len(wrong):
+            at = f"row {wrong[0]}: " if len(wrong) else ""
+            raise DataError(f"{self.path}: {at}column label: expected lists of {n_classes} zeros and ones")
+        labels = pc.list_flatten(column).to_numpy().reshape(-1, n_classes)
+        wrong = np.flatnonzero(~np.isin(labels, (0, 1)).all(axis=1))
+        if len(wrong):
+            raise DataError(f"{self.path}: row {wrong[0]}: column label: expected zeros and ones")
+        return labels.astype(np.uint8)

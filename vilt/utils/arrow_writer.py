@@ -1,0 +1,250 @@
+"""Writes a raw dataset as arrow files: in batches, checked, all of its splits or none."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from vilt.datasets.specs import DatasetSpec
+from vilt.errors import DataError
+from vilt.utils.files import atomic_path
+from vilt.utils.ordered_pool import OrderedPool
+from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row, printable
+
+Results = Iterator[tuple[int, Row | BadSampleError]]
+"""Row numbers, and the rows or what is wrong with them."""
+
+MAX_BATCH_BYTES = 8 * 2**20
+MAX_BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One line of the list of bad samples."""
+
+    split: str
+    source: str
+    row: int
+    file: str
+    reason: str
+    detail: str
+
+    def fields(self) -> tuple[str, ...]:
+        """The columns of the list and of the report, printable."""
+        cells = (self.split, self.source, str(self.row), self.file, self.reason, self.detail)
+        return tuple(printable(cell) for cell in cells)
+
+
+REPORT_COLUMNS = ("split", "listed_in", "row", "file", "reason", "detail")
+
+
+class BadSamplesError(DataError):
+    """Some samples cannot be used, and leaving them out was not asked for."""
+
+    def __init__(self, bad: list[BadSample], n_samples: int) -> None:
+        super().__init__(f"{len(bad):,} of {n_samples:,} samples cannot be used")
+        self.bad = bad
+
+
+@dataclass
+class SplitSummary:
+    """What one arrow file holds, and what it does not."""
+
+    name: str
+    """The split as the file name has it."""
+    path: Path
+    replaced: bool
+    """Whether a file of that name was there before."""
+    n_without_text: int
+    n_samples: int = 0
+    n_texts: int = 0
+    n_bytes: int = 0
+    n_without_label: int = 0
+    """Samples of a multi-label dataset with no label set."""
+    label_counts: Counter[int] = field(default_factory=Counter)
+    bad: list[BadSample] = field(default_factory=list)
+
+
+@dataclass
+class Summary:
+    """The outcome of a conversion."""
+
+    target: Path
+    splits: list[SplitSummary]
+    report: Path | None
+    """Where the bad samples are listed, if there are any."""
+
+    @property
+    def bad(self) -> list[BadSample]:
+        """Those of all splits."""
+        return [sample for split in self.splits for sample in split.bad]
+
+
+def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
+    """Columns and types of the published converters, and the class names as JSON in the metadata `class_names`."""
+    texts = pa.list_(pa.string())
+    columns = [("image", pa.binary()), (spec.text_column, texts)]
+    if spec.multilabel:
+        columns += [("label", pa.list_(pa.int64())), ("genres", texts)]
+    else:
+        columns += [("label", pa.int64())]
+    if spec.id_column is not None:
+        columns += [(spec.id_column, pa.large_string())]
+    columns += [("split", pa.large_string())]
+    return pa.schema(columns, metadata={"class_names": json.dumps(class_names, ensure_ascii=False)})
+
+
+def report_path(spec: DatasetSpec, target: Path) -> Path:
+    """Where the bad samples of a conversion to `target` are listed."""
+    return target / f"{spec.name}_bad_samples.tsv"
+
+
+class _BatchWriter:
+    """Collects rows and writes them as record batches bounded in bytes and rows."""
+
+    def __init__(self, sink: pa.NativeFile, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._writer = pa.ipc.new_file(sink, schema)
+        self._rows: list[Row] = []
+        self._n_bytes = 0
+
+    def add(self, row: Row, n_bytes: int) -> None:
+        if self._rows and self._n_bytes + n_bytes > MAX_BATCH_BYTES:
+            self._flush()
+        self._rows.append(row)
+        self._n_bytes += n_bytes
+        if len(self._rows) == MAX_BATCH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        columns = [pa.array([row[column.name] for row in self._rows], column.type) for column in self._schema]
+        self._rows.clear()
+        self._n_bytes = 0
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+
+    def finish(self) -> None:
+        """Writes the rest and the footer; without it the file is not readable."""
+        if self._rows:
+            self._flush()
+        self._writer.close()
+
+
+def _write_split(
+    dataset: RawDataset, raw_split: RawSplit, results: Results, part: Path, summary: SplitSummary, skip_bad: bool
+) -> None:
+    """Writes the results of reading one split to `part`, and fills in `summary`."""
+    spec = dataset.spec
+    with pa.OSFile(str(part), "wb") as sink:
+        writer = _BatchWriter(sink, arrow_schema(spec, dataset.class_names))
+        for row_number, row in results:
+            if isinstance(row, BadSampleError):
+                where = (summary.name, raw_split.source, row_number)
+                summary.bad.append(BadSample(*where, row.file, row.reason, row.detail))
+                continue
+            texts, label = row[spec.text_column], row["label"]
+            labels = [number for number, is_set in enumerate(label) if is_set] if spec.multilabel else [label]
+            summary.n_samples += 1
+            summary.n_texts += len(texts)
+            summary.n_without_label += not labels
+            summary.label_counts.update(labels)
+            if skip_bad or not summary.bad:  # otherwise the file will not be kept: the rest completes the list only
+                writer.add({**row, "split": summary.name}, len(row["image"]) + sum(map(len, texts)))
+        writer.finish()
+    summary.n_bytes = part.stat().st_size
+
+
+def _write_report(path: Path, bad: list[BadSample]) -> None:
+    lines = [REPORT_COLUMNS, *(sample.fields() for sample in bad)]
+    path.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+
+
+@contextmanager
+def _folder(target: Path) -> Iterator[None]:
+    """Makes the folder `target`, and removes it again if it was made in vain."""
+    existed = target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                target.rmdir()
+        raise
+
+
+def _start(spec: DatasetSpec, raw_split: RawSplit, target: Path) -> SplitSummary:
+    path = target / spec.file_name(raw_split.split)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; the arrow file needs that name.")
+    return SplitSummary(spec.file_splits[raw_split.split], path, path.exists(), raw_split.n_without_text)
+
+
+def _progress_bar(n_samples: int) -> "tqdm[NoReturn]":
+    # A log file gets a line now and then; a terminal is kept up to date.
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=n_samples, unit=" samples", dynamic_ncols=True, mininterval=interval)
+
+
+def _counted(results: Results, bar: "tqdm[NoReturn]") -> Results:
+    for result in results:
+        bar.update()
+        yield result
+
+
+def _refuse_empty(summary: Summary) -> None:
+    for split in summary.splits:
+        if not split.n_samples:
+            first = f" The first bad one: {' '.join(split.bad[0].fields())}" if split.bad else ""
+            raise DataError(
+                f"no sample is left for {split.path.name}: "
+                f"{len(split.bad):,} are bad, {split.n_without_text:,} have no text.{first}"
+            )
+
+
+def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: bool = False) -> Summary:
+    """Writes `NAME_SPLIT.arrow` for each split into the folder `target`, and shows a progress bar on stderr.
+
+    The files appear under their names together, after the last sample has been read; until then older files of those
+    names stay as they are. Memory is bounded by batch size and number of workers, not by the dataset.
+
+    Args:
+        dataset: from one of the `open_raw` functions; its samples can be taken once.
+        target: the folder to write to; made if absent.
+        n_workers: number of processes that read and decode; 0 reads in this process.
+        skip_bad: leave bad samples out and list them in `NAME_bad_samples.tsv`, instead of raising.
+
+    Raises:
+        BadSamplesError: there are bad samples and `skip_bad` is false. It holds all of them; nothing was written.
+        DataError: a split has no usable sample, a worker died, or the disk cannot be written. Nothing was written.
+    """
+    summary = Summary(target, [_start(dataset.spec, raw_split, target) for raw_split in dataset.splits], None)
+    report = report_path(dataset.spec, target)
+    n_samples = sum(raw_split.n_samples for raw_split in dataset.splits)
+    try:
+        with _folder(target), ExitStack() as files:
+            with OrderedPool(n_workers) as pool, _progress_bar(n_samples) as bar:
+                for raw_split, split in zip(dataset.splits, summary.splits, strict=True):
+                    bar.set_description(split.path.name, refresh=False)
+                    results = _counted(pool.read(raw_split.samples), bar)
+                    part = files.enter_context(atomic_path(split.path))
+                    _write_split(dataset, raw_split, results, part, split, skip_bad)
+            if summary.bad and not skip_bad:
+                raise BadSamplesError(summary.bad, n_samples)
+            _refuse_empty(summary)
+            if summary.bad:
+                summary.report = report
+                _write_report(files.enter_context(atomic_path(report)), summary.bad)
+        if not summary.bad:
+            report.unlink(missing_ok=True)  # of an earlier run: it would speak of files that are replaced now
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {target}: {error.strerror or error}. No file was left half-written."
+        ) from None
+    return summary

@@ -1,0 +1,244 @@
+"""Raw datasets as the converter sees them: samples that are read one by one, and what makes one unusable.
+
+Neither this module nor write_*.py imports pyarrow: the converter's worker processes import them, and so stay small.
+"""
+
+import io
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Protocol
+
+from PIL import Image
+
+from vilt.datasets.specs import DatasetSpec, Split
+from vilt.errors import DataError
+
+MISSING_FILE = "missing file"
+UNREADABLE_FILE = "unreadable file"
+UNDECODABLE_IMAGE = "undecodable image"
+BROKEN_JSON = "broken JSON"
+INCOMPLETE_JSON = "incomplete JSON"
+UNKNOWN_CLASS = "unknown class"
+PATH_LEAVES_RAW = "path leaves RAW"
+
+MAX_FILE_BYTES = 64 * 2**20
+"""Of one sample's file. No image of these datasets comes near, and memory stays bounded."""
+
+Row = dict[str, Any]
+"""One sample, column name -> value, without the `split` column, which the writer adds."""
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used. `file` is relative to the raw folder, `detail` may be empty."""
+
+    def __init__(self, reason: str, file: str, detail: str = "") -> None:
+        super().__init__(reason, file, detail)  # all of them, or the exception would not survive pickling
+        self.reason = reason
+        self.file = file
+        self.detail = detail
+
+
+class Sample(Protocol):
+    """What a worker gets: small, picklable, and able to read itself."""
+
+    @property
+    def name(self) -> str:
+        """How messages call the sample."""
+
+    def read(self) -> Row:
+        """Reads and checks everything of the sample. Raises BadSampleError if it cannot be used."""
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """The samples of one split, in the order of the file that lists them."""
+
+    split: Split
+    source: str
+    """The file that lists the samples, relative to the raw folder."""
+    n_samples: int
+    samples: Iterable[tuple[int, Sample]]
+    """Pairs of row in `source` (from 1) and sample; made while they are taken, once."""
+    n_without_text: int = 0
+    """Listed samples that are left out because the dataset has no text for them."""
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A raw dataset whose top-level files have been read and checked; its samples have not been yet."""
+
+    spec: DatasetSpec
+    class_names: tuple[str, ...]
+    splits: tuple[RawSplit, ...]
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without control characters, so that a hostile or broken name cannot garble a list."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text in UTF-8 (a byte order mark is allowed).
+
+    Raises ValueError for anything else, also for an object that repeats a key: Python would silently keep the last.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for name in keys if names.count(name) > 1)
+            raise ValueError(f"the key {repeated!r} is repeated")
+        return keys
+
+    try:
+        text = data.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=unique)
+        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which JSON can spell and UTF-8 cannot
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"{error.msg} ({line}column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def kind_of(value: object) -> str:
+    """JSON's name for the type of `value`, for messages."""
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    return names.get(type(value), json.dumps(value))
+
+
+# ---- top-level files: one of them wrong means that nothing can be converted
+
+
+def require_layout(root: Path, names: Iterable[str], layout: str) -> None:
+    """Raises DataError, which shows `layout`, unless all `names` exist in `root`; those ending in `/` are folders."""
+    if not root.is_dir():
+        problem = f"the raw folder {root} does not exist"
+    else:
+        missing = [n for n in names if not ((root / n).is_dir() if n.endswith("/") else (root / n).is_file())]
+        if not missing:
+            return
+        problem = f"{', '.join(missing)} not found in {root}"
+    raise DataError(f"{problem}. Expected layout of RAW:\n\n{layout.rstrip()}")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a top-level file. Raises DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_object(path: Path, expected: str) -> dict[str, Any]:
+    """The JSON object in a top-level file; `expected` says in the message what it should hold. Raises DataError."""
+    try:
+        value = parse_json(read_bytes(path))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON in UTF-8: {error}. Expected {expected}.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected {expected}, found {kind_of(value)}.")
+    return value
+
+
+def read_split_file(path: Path, spec: DatasetSpec) -> dict[Split, list[str]]:
+    """The names in split.json by split, in its order.
+
+    Raises DataError if a split is absent, unknown or empty, or if a name is not a string or is listed twice.
+    """
+    keys = list(spec.file_splits.values())
+    expected = f"an object with the lists {', '.join(map(repr, keys))}"
+    value = read_object(path, expected)
+    if set(value) != set(keys):
+        raise DataError(f"{path}: expected {expected}, found the keys {', '.join(map(repr, value)) or '(none)'}.")
+    seen: dict[str, str] = {}
+    for key, names in value.items():
+        if not isinstance(names, list) or not names:
+            found = "an empty list" if names == [] else kind_of(names)
+            raise DataError(f"{path}: expected a list of strings under {key!r}, found {found}.")
+        for row, name in enumerate(names, 1):
+            where = f"{key!r}, row {row}"
+            if not isinstance(name, str):
+                raise DataError(f"{path}: expected a string at {where}, found {kind_of(name)} ({name!r}).")
+            if name in seen:
+                raise DataError(f"{path}: {name!r} is listed twice, at {seen[name]} and at {where}.")
+            seen[name] = where
+    return {split: value[key] for split, key in spec.file_splits.items()}
+
+
+# ---- parts of a sample: one of them wrong makes a bad sample
+
+
+def check_inside(file: str) -> None:
+    """Raises BadSampleError if `file`, relative to the raw folder, is absolute or climbs with `..`."""
+    # The path as written decides, not where links lead: big image folders often are links to another disk.
+    path = PurePath(file)
+    if path.anchor or ".." in path.parts:
+        raise BadSampleError(PATH_LEAVES_RAW, file)
+
+
+def read_file(raw: Path, file: str) -> bytes:
+    """The bytes of `raw/file`. Raises BadSampleError, also if `file` leaves `raw`."""
+    check_inside(file)
+    path = raw / file
+    try:
+        if not path.is_file():
+            raise BadSampleError(MISSING_FILE, file)
+        with path.open("rb") as opened:
+            data = opened.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise BadSampleError(UNREADABLE_FILE, file, error.strerror or str(error)) from None
+    if len(data) > MAX_FILE_BYTES:
+        raise BadSampleError(UNREADABLE_FILE, file, f"larger than {MAX_FILE_BYTES:,} bytes")
+    return data
+
+
+def read_image(raw: Path, file: str) -> bytes:
+    """The bytes of an image file, unchanged, after a full decode to RGB has succeeded. Raises BadSampleError."""
+    data = read_file(raw, file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata and the like: the pixels are what counts
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                if image.mode != "RGB":
+                    image.convert("RGB")
+    except Image.UnidentifiedImageError:  # its message names a buffer in memory
+        raise BadSampleError(UNDECODABLE_IMAGE, file, "not an image" if data else "empty file") from None
+    except Exception as error:  # Pillow's decoders raise whatever the damage leads to: struct.error, IndexError, ...
+        raise BadSampleError(UNDECODABLE_IMAGE, file, str(error) or type(error).__name__) from None
+    return data
+
+
+def read_record(data: bytes, file: str) -> dict[str, Any]:
+    """The JSON object of one sample. Raises BadSampleError."""
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise BadSampleError(BROKEN_JSON, file, str(error)) from None
+    if not isinstance(value, dict):
+        raise BadSampleError(INCOMPLETE_JSON, file, f"expected an object, found {kind_of(value)}")
+    return value
+
+
+def check_text(text: object, file: str, what: str) -> str:
+    """`text` if it is a string. Raises BadSampleError; `what` names the text in its detail."""
+    if not isinstance(text, str):
+        raise BadSampleError(INCOMPLETE_JSON, file, f"{what}: expected a string, found {kind_of(text)}")
+    return text
+
+
+def check_texts(record: dict[str, Any], key: str, file: str) -> list[str]:
+    """The list of strings under `key`. Raises BadSampleError."""
+    if key not in record:
+        raise BadSampleError(INCOMPLETE_JSON, file, f"no {key!r}")
+    if not isinstance(record[key], list):
+        raise BadSampleError(INCOMPLETE_JSON, file, f"{key!r}: expected a list, found {kind_of(record[key])}")
+    return [check_text(text, file, repr(key)) for text in record[key]]

@@ -1,0 +1,145 @@
+"""UPMC Food-101: photographs from web pages about 101 dishes, each with the title of its page."""
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vilt.datasets.specs import DATASETS, Split
+from vilt.errors import DataError
+from vilt.utils.raw_data import (
+    UNKNOWN_CLASS,
+    BadSampleError,
+    RawDataset,
+    RawSplit,
+    Row,
+    Sample,
+    check_inside,
+    check_text,
+    kind_of,
+    read_bytes,
+    read_image,
+    read_object,
+    read_split_file,
+    require_layout,
+)
+
+LAYOUT = """\
+RAW/
+  class_idx.json                  {CLASS: NUMBER, ...}, numbers from 0 without gaps
+  split.json                      {"train": [FILE, ...], "val": [FILE, ...], "test": [FILE, ...]}
+  text.json                       {FILE: TEXT, ...}; or instead of it
+  texts/train_titles.csv          FILE,TEXT,CLASS on each line, no header
+  texts/test_titles.csv
+  images/train/CLASS/FILE         training and validation images
+  images/test/CLASS/FILE          FILE is CLASS_NUMBER.jpg
+"""
+TITLE_FILES = ("texts/train_titles.csv", "texts/test_titles.csv")
+
+
+def class_of(name: str) -> str:
+    """The class in a file name: `apple_pie` in `apple_pie_12.jpg`; empty if there is no `_`."""
+    return name.rpartition("_")[0]
+
+
+@dataclass(frozen=True)
+class Dish:
+    """One image file of split.json that has a text."""
+
+    raw: Path
+    folder: str
+    name: str
+    text: object
+    label: int | None
+
+    def read(self) -> Row:
+        """Columns image, text (a list of one), label (class number), image_id (file name). Raises BadSampleError."""
+        file = f"{self.folder}/{class_of(self.name)}/{self.name}"
+        check_inside(file)
+        if self.label is None:
+            raise BadSampleError(UNKNOWN_CLASS, file, f"{class_of(self.name)!r} is not in class_idx.json")
+        text = check_text(self.text, file, "text")
+        return {
+            "image": read_image(self.raw, file),
+            "text": [text],
+            "label": self.label,
+            "image_id": self.name,
+        }
+
+
+def read_classes(path: Path, n_most: int) -> dict[str, int]:
+    """class_idx.json: class name -> number, checked to be 0 ... n-1, n at most `n_most`. Raises DataError."""
+    expected = "an object with class names and their numbers, from 0 without gaps"
+    classes = read_object(path, expected)
+    for name, number in classes.items():
+        if type(number) is not int:
+            raise DataError(f"{path}: expected {expected}, found {kind_of(number)} under {name!r}.")
+    if sorted(classes.values()) != list(range(len(classes))) or not classes:
+        raise DataError(f"{path}: expected {expected}, found the numbers {sorted(classes.values())}.")
+    if len(classes) > n_most:
+        raise DataError(f"{path}: expected at most {n_most} classes, found {len(classes)}.")
+    return classes
+
+
+def read_titles(path: Path) -> Iterator[tuple[str, str]]:
+    """Pairs of file name and text from a titles CSV. Raises DataError."""
+    try:
+        lines = csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""))
+        for fields in lines:
+            if not fields:
+                continue
+            if len(fields) < 3:
+                raise DataError(
+                    f"{path}, line {lines.line_num}: expected FILE,TEXT,CLASS, found {len(fields)} field(s)."
+                )
+            # A title with a comma and no quotes around it falls apart into several fields.
+            yield fields[0], ",".join(fields[1:-1])
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not valid UTF-8: {error}.") from None
+    except csv.Error as error:
+        raise DataError(f"{path}, line {lines.line_num}: {error}.") from None
+
+
+def read_texts(raw: Path) -> dict[str, Any]:
+    """File name -> text, from text.json or, where that is absent, from the two titles files. Raises DataError."""
+    if (raw / "text.json").is_file():
+        return read_object(raw / "text.json", "an object with file names and their texts")
+    require_layout(raw, TITLE_FILES, LAYOUT)
+    texts: dict[str, str] = {}
+    for file in TITLE_FILES:
+        for name, text in read_titles(raw / file):
+            if texts.setdefault(name, text) != text:
+                raise DataError(f"{raw / file}: {name!r} has two different texts: {texts[name]!r} and {text!r}.")
+    return texts
+
+
+def _is_text(text: object) -> bool:
+    """False for None and blanks. A value of another type passes here, to be reported as a bad sample."""
+    return bool(text.strip()) if isinstance(text, str) else text is not None
+
+
+def open_raw(raw: Path) -> RawDataset:
+    """UPMC Food-101 in `raw`, with its classes, splits and texts read and checked. Raises DataError."""
+    spec = DATASETS["food101"]
+    require_layout(raw, ("class_idx.json", "split.json", "images/train/", "images/test/"), LAYOUT)
+    classes = read_classes(raw / "class_idx.json", spec.n_classes)
+    texts = read_texts(raw)
+
+    def split_of(split: Split, names: list[str]) -> RawSplit:
+        folder = "images/test" if split == "test" else "images/train"
+        with_text = [(row, name) for row, name in enumerate(names, 1) if _is_text(texts.get(name))]
+
+        def dishes() -> Iterator[tuple[int, Sample]]:
+            for row, name in with_text:
+                yield row, Dish(raw, folder, name, texts[name], classes.get(class_of(name)))
+
+        return RawSplit(split, "split.json", len(with_text), dishes(), len(names) - len(with_text))
+
+    splits = read_split_file(raw / "split.json", spec)
+    return RawDataset(
+        spec,
+        tuple(sorted(classes, key=classes.__getitem__)),
+        tuple(split_of(split, names) for split, names in splits.items()),
+    )

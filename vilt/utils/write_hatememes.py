@@ -1,0 +1,136 @@
+"""Hateful Memes: images with their caption, hateful or not."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vilt.datasets.specs import DATASETS, Split
+from vilt.errors import DataError
+from vilt.utils.raw_data import (
+    INCOMPLETE_JSON,
+    UNKNOWN_CLASS,
+    BadSampleError,
+    RawDataset,
+    RawSplit,
+    Row,
+    Sample,
+    check_text,
+    parse_json,
+    read_bytes,
+    read_image,
+    read_record,
+    require_layout,
+)
+
+LAYOUT = """\
+RAW/ or RAW/data/
+  train.jsonl         {"id": ..., "img": "img/FILE.png", "label": 0 or 1, "text": TEXT} on each line
+  dev.jsonl           or dev_seen.jsonl
+  test.jsonl          or test_seen.jsonl, test_unseen.jsonl: choose with --test-split
+  img/FILE.png
+"""
+TestSplit = Literal["test", "test_seen", "test_unseen"]
+TEST_SPLITS: tuple[TestSplit, ...] = ("test", "test_seen", "test_unseen")
+
+
+def _choice(names: Sequence[str]) -> str:
+    return f"Usable here: {' or '.join(f'--test-split {name}' for name in names)}."
+
+
+@dataclass(frozen=True)
+class Meme:
+    """One line of a jsonl file."""
+
+    folder: Path
+    source: str
+    row: int
+    line: bytes
+
+    @property
+    def name(self) -> str:
+        """File and line."""
+        return f"{self.source}, row {self.row}"
+
+    def read(self) -> Row:
+        """Columns image, text (a list of one), label (1: hateful). Raises BadSampleError."""
+        record = read_record(self.line, self.source)
+        for key in ("img", "text", "label"):
+            if record.get(key) is None:
+                raise BadSampleError(INCOMPLETE_JSON, self.source, f"no {key!r}")
+        text = check_text(record["text"], self.source, "'text'")
+        if not text.strip():
+            raise BadSampleError(INCOMPLETE_JSON, self.source, "'text' is empty")
+        label = record["label"]
+        if type(label) is not int or label not in (0, 1):
+            raise BadSampleError(UNKNOWN_CLASS, self.source, f"'label': expected 0 or 1, found {label!r}")
+        image = read_image(self.folder, check_text(record["img"], self.source, "'img'"))
+        return {"image": image, "text": [text], "label": label}
+
+
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a jsonl file that are not blank, with their number. Raises DataError if there are none."""
+    lines = [(row, line) for row, line in enumerate(read_bytes(path).splitlines(), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"{path} is empty.")
+    return lines
+
+
+def _records(lines: list[tuple[int, bytes]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines that are whole; the others are reported with the bad samples."""
+    for row, line in lines:
+        try:
+            record = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield row, record
+
+
+def _check_rows(path: Path) -> bool:
+    """False if `path` has rows that are whole, and none of them has a label. Raises DataError if an id comes twice."""
+    records = list(_records(_lines(path)))
+    rows: dict[int | str, int] = {}
+    for row, record in records:
+        name = record.get("id")
+        # Within a file only: dev_seen and dev_unseen of the later release overlap by design.
+        if isinstance(name, int | str) and rows.setdefault(name, row) != row:
+            raise DataError(f"{path}: the id {name!r} is listed twice, in rows {rows[name]} and {row}.")
+    return not records or any(record.get("label") is not None for _, record in records)
+
+
+def open_raw(raw: Path, test_split: TestSplit = "test") -> RawDataset:
+    """Hateful Memes in `raw` or `raw/data`, its jsonl files checked for labels and repeated ids. Raises DataError."""
+    spec = DATASETS["hatememes"]
+    folder = raw / "data" if (raw / "data" / "train.jsonl").is_file() and not (raw / "train.jsonl").is_file() else raw
+    require_layout(folder, ("train.jsonl", "img/"), LAYOUT)
+    dev = "dev_seen" if (folder / "dev_seen.jsonl").is_file() and not (folder / "dev.jsonl").is_file() else "dev"
+    require_layout(folder, (f"{dev}.jsonl",), LAYOUT)
+    tests = [name for name in TEST_SPLITS if (folder / f"{name}.jsonl").is_file()]
+    if not tests:
+        require_layout(folder, (f"{test_split}.jsonl",), LAYOUT)
+    if test_split not in tests:
+        files = ", ".join(f"{name}.jsonl" for name in tests)
+        raise DataError(f"{test_split}.jsonl not found in {folder}, which has {files}. {_choice(tests)}")
+
+    def memes(source: str, lines: list[tuple[int, bytes]]) -> Iterator[tuple[int, Sample]]:
+        for row, line in lines:
+            yield row, Meme(folder, source, row, line)
+
+    splits = []
+    names: dict[Split, str] = {"train": "train", "val": dev, "test": test_split}
+    for split, name in names.items():
+        path = folder / f"{name}.jsonl"
+        lines = _lines(path)
+        if not _check_rows(path):
+            others = [test for test in tests if test != name and _check_rows(folder / f"{test}.jsonl")]
+            hint = (
+                "No test file here has labels: the later release of the dataset has." if not others else _choice(others)
+            )
+            raise DataError(
+                f"{path}: none of its {len(lines):,} rows has a 'label', which the conversion needs."
+                + (f" {hint}" if split == "test" else "")
+            )
+        splits.append(RawSplit(split, path.name, len(lines), memes(path.name, lines)))
+    assert spec.class_names is not None
+    return RawDataset(spec, spec.class_names, tuple(splits))

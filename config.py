@@ -4,7 +4,7 @@ import difflib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -14,6 +14,7 @@ import torch
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # Sacred's; requirements.txt holds setuptools back
     from sacred import SETTINGS, Experiment
+    from sacred.arg_parser import get_config_updates
     from sacred.utils import ConfigAddedError, SacredError
 
 from clip.backbone import HUB_NAMES
@@ -28,10 +29,10 @@ from vilt.missing_tables import MISSING_TYPES, MissingPattern
 SETTINGS.CAPTURE_MODE = "no"  # Sacred would otherwise take over standard output, progress bars included
 SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # run.py records the devices itself
 
-__all__ = ["EX", "ConfigAddedError", "Options", "SacredError", "check", "unknown_option"]
+__all__ = ["EX", "ConfigAddedError", "Options", "SacredError", "check", "check_seed", "unknown_option"]
 
 EX = Experiment("REP", save_git_info=False)
-logging.getLogger("REP").setLevel(logging.ERROR)  # Sacred's steps; `check` says what is wrong with a value
+logging.getLogger("REP").setLevel(logging.CRITICAL)  # Sacred's steps and type changes; run.py and `check` tell
 EX.logger = logging.getLogger("REP")  # type: ignore[assignment]
 PROMPT_TYPES = ("rep",)
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -351,6 +352,14 @@ def check(config: Mapping[str, Any]) -> Options:
     _check_together(options)
     _check_files(options)
     return options
+
+
+def check_seed(argv: Sequence[str]) -> None:
+    """Checks `seed` where a command line sets it, ahead of Sacred, which draws from it before anything is checked."""
+    updates = [argument for argument in argv if "=" in argument and not argument.startswith("-")]
+    given = get_config_updates(updates)[0]
+    if "seed" in given:
+        integer(0)("seed", given["seed"])
 
 
 def unknown_option(names: list[str], config_names: list[str]) -> ConfigError:

@@ -14,11 +14,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from clip.backbone import HUB_NAMES, Backbone, load_backbone
+from clip.callbacks import Checkpoints, Report
 from clip.checkpoint import (
     Checkpoint,
     ModelSpec,
@@ -35,7 +36,7 @@ from clip.tasks import TASKS
 from clip.tokenizer import ClipTokenizer, load_tokenizer
 from clip.trainable import freeze
 from clip.training import FinetuneModule
-from config import EX, ConfigAddedError, Options, SacredError, check, unknown_option
+from config import EX, ConfigAddedError, Options, SacredError, check, check_seed, unknown_option
 from vilt.datamodules import MissingModalityData
 from vilt.errors import BackboneError, CheckpointError, ConfigError, UserError
 from vilt.missing_tables import type_counts
@@ -80,30 +81,22 @@ def train(options: Options) -> dict[str, float]:
     module = FinetuneModule(
         classifier, spec, (options.vit, backbone.sha256), options.optimizer_settings(), options.seed
     )
-    best = ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor=f"val/{task.monitor}",
-        mode="max",
-        save_weights_only=True,
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-    )
-    trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), best)
+    # Processes without the folder write nothing, but take part in writing.
+    checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
+    trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints)
     trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
-    best_path = trainer.strategy.broadcast(best.best_model_path)
     if options.fast_dev_run:
         log.info("fast_dev_run: one batch of everything went through; nothing was written")
         return {}
-    if not best_path:
+    if checkpoints.best is None:
         log.warning("no validation took place, so that there is no best checkpoint and nothing is tested")
         return {}
-    score = best.best_model_score
-    log.info("best val/%s %.4f: %s", task.monitor, score if score is not None else float("nan"), best_path)
+    best_path = trainer.strategy.broadcast(checkpoints.best_path)
+    log.info("best %s %.4f: %s", checkpoints.monitor, checkpoints.best["score"], best_path)
     if not options.test_after_fit:
         return {}
-    checkpoint = read_checkpoint(Path(best_path))
-    load_kept_state(classifier, checkpoint.state, best_path)
+    checkpoint = read_checkpoint(best_path)
+    load_kept_state(classifier, checkpoint.state, str(best_path))
     return test(options, trainer, module, data, checkpoint, folder)
 
 
@@ -178,23 +171,28 @@ def test(
 
 
 def make_trainer(
-    options: Options, folder: Path | None, steps_per_epoch: int, best: ModelCheckpoint | None = None
+    options: Options, folder: Path | None, steps_per_epoch: int, checkpoints: Checkpoints | None = None
 ) -> pl.Trainer:
-    """The Lightning trainer. Validation falls on optimiser steps, so that no checkpoint is amid an accumulation."""
+    """The Lightning trainer, for training if there are `checkpoints` to keep, else for evaluation.
+
+    Validation falls on optimiser steps, so that no checkpoint is amid an accumulation.
+    """
     strategy: Strategy | str = "auto"
     if options.processes > 1:
         # Types that a batch lacks leave parameters without gradient. The buffers are equal by construction, and
         # processes may have different numbers of evaluation batches: no broadcast in a forward pass.
-        strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
-    wanted = options.val_check_interval
-    batches = int(wanted * steps_per_epoch) if isinstance(wanted, float) else wanted
-    batches = max(1, round(batches / options.accumulation)) * options.accumulation if best is not None else 1
+        strategy = DDPStrategy(find_unused_parameters=True, forward_sync_buffers=False)
     callbacks: list[pl.Callback] = [TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 0)]
-    if best is not None and folder is not None:
-        callbacks += [best, LastCheckpoint(folder / "last.ckpt"), LearningRateMonitor("step")]
-    if best is not None:
-        callbacks.append(Report(f"val/{TASKS[options.task].monitor}"))
-    loggers = [CSVLogger(folder, "", ""), TensorBoardLogger(folder, "", "tensorboard")] if folder and best else False
+    interval, accumulation = steps_per_epoch, 1
+    if checkpoints is not None:
+        accumulation, wanted = options.accumulation, options.val_check_interval
+        interval = int(wanted * steps_per_epoch) if isinstance(wanted, float) else wanted
+        interval = min(steps_per_epoch, max(1, round(interval / accumulation)) * accumulation)
+        callbacks.append(Report(checkpoints.monitor))
+    keeps = checkpoints is not None and not options.fast_dev_run
+    if checkpoints is not None and keeps:
+        callbacks += [checkpoints, LearningRateMonitor("step")]
+    place = folder or options.log_dir
     return pl.Trainer(
         accelerator="gpu" if options.num_gpus else "cpu",
         devices=options.num_gpus or options.cpu_processes,
@@ -203,47 +201,18 @@ def make_trainer(
         precision=options.precision,  # type: ignore[arg-type]
         max_epochs=options.max_epoch,
         max_steps=options.max_steps or -1,
-        accumulate_grad_batches=options.accumulation if best is not None else 1,
-        val_check_interval=min(batches, steps_per_epoch),
+        accumulate_grad_batches=accumulation,
+        val_check_interval=interval,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         fast_dev_run=options.fast_dev_run,
         use_distributed_sampler=False,  # EpochSampler does it, and counts evaluation samples once
         enable_model_summary=False,
-        enable_checkpointing=folder is not None and best is not None,
-        logger=loggers,
+        enable_checkpointing=keeps,
+        logger=[CSVLogger(place, "", ""), TensorBoardLogger(place, "", "tensorboard")] if keeps else False,
         callbacks=callbacks,
         default_root_dir=folder,
     )
-
-
-class LastCheckpoint(pl.Callback):
-    """Keeps the newest state in one file, from which `resume_from` goes on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(trainer.strategy.broadcast(self.path))
-
-
-class Report(pl.Callback):
-    """A line per validation."""
-
-    def __init__(self, monitor: str) -> None:
-        self.monitor = monitor
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        shown = [name for name in ("train/loss", "val/loss", self.monitor) if name in metrics]
-        values = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in shown)
-        log.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, values)
 
 
 def tokenizer_for(tokenizer: str | None, vit: str, vocab_size: int) -> ClipTokenizer:
@@ -348,16 +317,20 @@ def set_up_logging() -> None:
         logging.disable(logging.INFO)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder, which holds config.json
+    warnings.filterwarnings(
+        "ignore", ".*It is recommended to use `self.log.*sync_dist=True.*"
+    )  # all have the same value
     warnings.filterwarnings("ignore", ".*`isinstance.treespec, LeafSpec.` is deprecated.*")
 
 
 def command_line(argv: list[str]) -> int:
     """Runs a command as Sacred reads it; errors that the user can mend become one line and status 2."""
     try:
+        check_seed(argv)
         # --debug hands errors on to here instead of printing a traceback
         EX.run_commandline([*argv, "--debug"] if len(argv) > 1 else argv)
     except ConfigAddedError as error:
-        unknown = sorted(vars(error)["conflicting_configs"])
+        unknown = sorted(map(str, error.__conflicting_configs__))
         return _fail(str(unknown_option(unknown, list(Options.__dataclass_fields__))))
     except (UserError, SacredError) as error:
         return _fail(str(error))

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from clip.messages import first_line
 from clip.modules.vision_transformer_memory import (
     ACTIVATIONS,
     ClipArchitecture,
@@ -43,6 +43,9 @@ OPENAI_SHA256 = {
 """SHA-256 of the TorchScript archives that OpenAI published, which may therefore be run."""
 RESNET = re.compile(r"^(RN\d+|resnet)", re.IGNORECASE)
 HEAD_WIDTH = 64
+WIDEST = 1024
+"""Width of ViT-L. Wider towers of open_clip (ViT-H, g, bigG) have heads of another width, which no shape shows."""
+LAYER_NORM_EPS = 1e-5
 CONTEXT_LENGTH = 77
 IGNORED_ENTRIES = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
 """Not weights: sizes that OpenAI's archives store, and a constant mask."""
@@ -74,7 +77,8 @@ def load_backbone(vit: str, *, trust: bool = False, activation: str | None = Non
     Args:
         vit: a key of HUB_NAMES, a Hugging Face folder, or a file `.pt`, `.safetensors`, `.bin`.
         trust: run a TorchScript archive even though its SHA-256 is not one that OpenAI published.
-        activation: `quick_gelu` or `gelu`, for files that do not say (open_clip state dicts).
+        activation: `quick_gelu` or `gelu`, for files that do not say (open_clip state dicts); where the file says,
+            it must agree.
 
     Raises:
         BackboneError: not there, not readable, not a CLIP of two transformers, or names left over or missing.
@@ -104,14 +108,13 @@ def architecture_of(state: Mapping[str, Tensor], activation: str) -> ClipArchite
 
     Raises:
         KeyError: an entry that tells a size is missing.
+        ValueError: an entry that tells a size has another number of dimensions, or no elements.
     """
-    conv = state["image_encoder.conv1.weight"]
-    positions = state["image_encoder.positional_embedding"].shape[0]
-    text_width, embed_dim = state["text_encoder.text_projection"].shape
-    vision_width, patch_size = conv.shape[0], conv.shape[-1]
-    context_length, vocab_size = (
-        state[f"text_encoder.{name}"].shape[0] for name in ("positional_embedding", "token_embedding.weight")
-    )
+    vision_width, _, _, patch_size = _shape(state, "image_encoder.conv1.weight", 4)
+    positions, _ = _shape(state, "image_encoder.positional_embedding", 2)
+    text_width, embed_dim = _shape(state, "text_encoder.text_projection", 2)
+    context_length, _ = _shape(state, "text_encoder.positional_embedding", 2)
+    vocab_size, _ = _shape(state, "text_encoder.token_embedding.weight", 2)
     return ClipArchitecture(
         image_size=math.isqrt(positions - 1) * patch_size,
         patch_size=patch_size,
@@ -126,6 +129,13 @@ def architecture_of(state: Mapping[str, Tensor], activation: str) -> ClipArchite
         embed_dim=embed_dim,
         activation=activation,
     )
+
+
+def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    shape = tuple(state[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"{name} has shape {shape}, expected {dimensions} dimensions, none of them 0")
+    return shape
 
 
 def _count_blocks(state: Mapping[str, Tensor], tower: str) -> int:
@@ -146,16 +156,25 @@ def _from_hugging_face(vit: str, source: str) -> tuple[dict[str, Tensor], ClipAr
     for local_files_only in (True, False):  # the cache first: no network where it suffices
         try:
             config = CLIPConfig.get_config_dict(source, local_files_only=local_files_only)[0]
+            if not config:  # what transformers gives where the file is not there
+                reason = "no config.json there"
+                continue
             if config.get("model_type") != "clip":
                 raise BackboneError(
                     f"vit={vit}: expected a CLIP (model_type clip), found model_type {config.get('model_type')!r}"
                 )
             model, info = CLIPModel.from_pretrained(
-                source, local_files_only=local_files_only, dtype=torch.float32, output_loading_info=True
+                source,
+                local_files_only=local_files_only,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in `info`, and refused below with their names
             )
             break
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except BackboneError:
+            raise
+        except Exception as error:  # on damaged folders: pickle's, ImportError, KeyError, and classes of its own
+            reason = first_line(error)
     else:
         if vit in HUB_NAMES:
             raise BackboneError(
@@ -167,8 +186,14 @@ def _from_hugging_face(vit: str, source: str) -> tuple[dict[str, Tensor], ClipAr
     left_over = {name for name in info["unexpected_keys"] if not name.endswith("position_ids")}
     _refuse_names(vit, missing=set(info["missing_keys"]), unexpected=left_over)
     if info["mismatched_keys"]:
-        raise BackboneError(f"vit={vit}: shapes differ from config.json: {sorted(map(str, info['mismatched_keys']))}")
+        found = sorted(f"{name} {tuple(has)}, expected {tuple(wants)}" for name, has, wants in info["mismatched_keys"])
+        raise BackboneError(f"vit={vit}: {len(found)} shapes do not fit config.json: {'; '.join(found[:4])}")
     vision, text = model.config.vision_config, model.config.text_config
+    if {vision.layer_norm_eps, text.layer_norm_eps} != {LAYER_NORM_EPS}:
+        raise BackboneError(
+            f"vit={vit}: expected layer_norm_eps {LAYER_NORM_EPS} in both towers, "
+            f"found {vision.layer_norm_eps} (image) and {text.layer_norm_eps} (text)"
+        )
     if vision.hidden_act != text.hidden_act or vision.hidden_act not in ACTIVATIONS:
         raise BackboneError(
             f"vit={vit}: expected hidden_act {' or '.join(ACTIVATIONS)} in both towers, "
@@ -239,20 +264,42 @@ def _read_file(path: Path, trust: bool, activation: str | None) -> tuple[dict[st
                 f"vit={path}: a TorchScript archive can run code, and its SHA-256 {digest} is none that OpenAI "
                 f"published; if you trust its source, say trust_backbone=True"
             )
-        return dict(torch.jit.load(str(path), map_location="cpu").state_dict()), activation or "quick_gelu"
+        try:
+            raw = dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+        except Exception as error:  # as below, on damaged archives
+            raise BackboneError(f"vit={path}: not readable as a TorchScript archive: {first_line(error)}") from error
+        return raw, _activation(path, raw, activation, openai=digest in OPENAI_SHA256)
     try:
         raw = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch.load and safetensors raise many types on damaged files
-        raise BackboneError(f"vit={path}: not readable as a state dict: {str(error).splitlines()[0]}") from error
-    while isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict):
+        raise BackboneError(f"vit={path}: not readable as a state dict: {first_line(error)}") from error
+    if isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict):
         raw = raw["state_dict"]
-    if not isinstance(raw, dict) or not raw or not all(isinstance(value, Tensor) for value in raw.values()):
+    if not isinstance(raw, dict) or not raw:
         raise BackboneError(f"vit={path}: expected a state dict (name to tensor), found {type(raw).__name__}")
-    raw = {name.removeprefix("module."): value for name, value in raw.items()}
-    return raw, activation or _activation_of_file(path, raw)
+    others = [name for name, value in raw.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if others:
+        raise BackboneError(
+            f"vit={path}: expected a state dict (name to tensor); {others[0]!r} is a {type(raw[others[0]]).__name__}"
+        )
+    raw = {name.removeprefix("module."): value.detach() for name, value in raw.items()}
+    return raw, _activation(path, raw, activation, openai=False)
 
 
-def _activation_of_file(path: Path, raw: Mapping[str, Tensor]) -> str:
+def _activation(path: Path, raw: Mapping[str, Tensor], wanted: str | None, *, openai: bool) -> str:
+    """What the file says its activation is, else `wanted`; BackboneError if both say something and differ."""
+    told = "quick_gelu" if openai else _activation_of_file(path, raw)
+    if wanted is not None and told is not None and wanted != told:
+        raise BackboneError(f"vit_activation={wanted}: vit={path} says itself that it is {told}; leave it out")
+    if told is None and wanted is None:
+        raise BackboneError(
+            f"vit={path}: a state dict does not say its activation; give vit_activation=quick_gelu (OpenAI's weights) "
+            f"or vit_activation=gelu (LAION's and DataComp's), or put open_clip_config.json beside the file"
+        )
+    return told or wanted or ""
+
+
+def _activation_of_file(path: Path, raw: Mapping[str, Tensor]) -> str | None:
     """OpenAI's state dicts hold `input_resolution`; open_clip's say their activation in open_clip_config.json."""
     if "input_resolution" in raw:
         return "quick_gelu"
@@ -263,10 +310,7 @@ def _activation_of_file(path: Path, raw: Mapping[str, Tensor]) -> str:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BackboneError(f"{config}: expected an object with `model_cfg`: {error!r}") from error
         return "quick_gelu" if quick else "gelu"
-    raise BackboneError(
-        f"vit={path}: a state dict does not say its activation; give vit_activation=quick_gelu (OpenAI's weights) or "
-        f"vit_activation=gelu (LAION's and DataComp's), or put open_clip_config.json beside the file"
-    )
+    return None
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -285,12 +329,20 @@ def _from_openai_names(
         raise BackboneError(f"vit={vit}: a ResNet CLIP has no tokens to put memory among; use one of {_choices()}")
     state = {_tower_name(name): tensor.float() for name, tensor in raw.items() if name not in IGNORED_ENTRIES}
     try:
-        return state, architecture_of(state, activation)
-    except (KeyError, ValueError) as error:
+        architecture = architecture_of(state, activation)
+    except KeyError as error:
         raise BackboneError(
             f"vit={vit}: not a CLIP of two transformers under OpenAI's names: {error} is not there; "
             f"found {len(raw)} entries, for example {', '.join(list(raw)[:3])}"
         ) from error
+    except ValueError as error:
+        raise BackboneError(f"vit={vit}: not a CLIP of two transformers: {error}") from error
+    if architecture.vision_width > WIDEST:
+        raise BackboneError(
+            f"vit={vit}: an image tower of width {architecture.vision_width}; those wider than {WIDEST} have heads "
+            f"whose number a state dict does not show; use a Hugging Face folder of this model"
+        )
+    return state, architecture
 
 
 def _tower_name(name: str) -> str:

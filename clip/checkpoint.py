@@ -7,7 +7,6 @@ weights. Published ones hold the whole model except the dynamic queries (METHOD.
 
 import hashlib
 import logging
-import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clip.backbone import Backbone, architecture_of
+from clip.messages import first_line
 from clip.modules.clip_dynamic_memory import MissingModalityClassifier
 from clip.modules.vision_transformer_memory import ClipArchitecture, is_added
 from clip.tasks import TASKS
@@ -128,8 +128,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     described = raw.get(DESCRIPTION)
     if described is None:
         return Checkpoint(path, digest, _published_spec(path, state), state, None, None)
-    if described.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {described.get('format')!r}")
+    found = described.get("format") if isinstance(described, dict) else described
+    if not isinstance(described, dict) or found != FORMAT:
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found!r}")
     try:
         spec = ModelSpec(
             task=described["task"],
@@ -137,9 +138,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
             memory_depth=described["memory_depth"],
             architecture=ClipArchitecture(**described["architecture"]),
         )
-        name, backbone_digest = described["backbone"]["name"], described["backbone"]["sha256"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its description is not whole: {error!r}") from error
+        name, backbone_digest = str(described["backbone"]["name"]), str(described["backbone"]["sha256"])
+        if spec.task not in TASKS:
+            raise ValueError(f"task {spec.task!r}, expected one of {', '.join(TASKS)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its description is not whole: {first_line(error)}") from error
     return Checkpoint(path, digest, spec, state, name, backbone_digest)
 
 
@@ -152,24 +155,36 @@ def restore_classifier(checkpoint: Checkpoint, backbone: Backbone | None) -> Mis
     Raises:
         CheckpointError: the backbone is another one, or the state does not fit.
     """
-    classifier = build_classifier(checkpoint.spec)
+    if not checkpoint.published:
+        assert backbone is not None, "a checkpoint without frozen weights needs its backbone"
+        check_backbone(checkpoint, backbone)
+    try:
+        classifier = build_classifier(checkpoint.spec)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path}: no model has its sizes: {first_line(error)}") from error
     if checkpoint.published:
         _load_published(classifier, checkpoint)
         return classifier
-    assert backbone is not None, "a checkpoint without frozen weights needs its backbone"
-    check_backbone(checkpoint, backbone)
+    assert backbone is not None
     backbone.load_into(classifier.model)
     load_kept_state(classifier, checkpoint.state, str(checkpoint.path))
     return classifier
 
 
 def check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
-    """Raises CheckpointError unless `backbone` holds the weights that the checkpoint was trained on."""
+    """Raises CheckpointError unless `backbone` is the one that the checkpoint was trained on."""
     if backbone.sha256 != checkpoint.backbone_sha256:
         raise CheckpointError(
             f"{checkpoint.path}: trained on the backbone {checkpoint.backbone_name} "
             f"(sha256 {str(checkpoint.backbone_sha256)[:16]}…), but vit={backbone.name} has other weights "
             f"(sha256 {backbone.sha256[:16]}…)"
+        )
+    theirs, ours = asdict(checkpoint.spec.architecture), asdict(backbone.architecture)
+    differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in theirs if theirs[key] != ours[key]]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path}: vit={backbone.name} has the weights it was trained on, but other sizes or another "
+            f"activation: {', '.join(differing)}"
         )
 
 
@@ -223,7 +238,7 @@ def _published_spec(path: Path, state: dict[str, Tensor]) -> ModelSpec:
     if any(name.startswith("model.prompt_learner.") for name in state):
         raise CheckpointError(f"{path}: a checkpoint of DCP (prompt_learner), not of REP (memory_learner)")
     try:
-        slots = state[f"{learner}common_memory_complete"].shape[0]
+        slots = len(state[f"{learner}common_memory_complete"])
         architecture = architecture_of(
             {name.removeprefix("model."): value for name, value in state.items()}, "quick_gelu"
         )
@@ -232,6 +247,8 @@ def _published_spec(path: Path, state: dict[str, Tensor]) -> ModelSpec:
             f"{path}: not a whole published REP checkpoint: {error.args[0]} is not in it; "
             f"found {len(state)} entries {_some(sorted(state))}"
         ) from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a published REP checkpoint: {first_line(error)}") from error
     heads = [task for task in TASKS.values() if f"{task.head_name}.weight" in state]
     if len(heads) != 1:
         expected = " or ".join(task.head_name for task in TASKS.values())
@@ -264,5 +281,7 @@ def _load_inert(path: Path) -> Any:
         stand_ins: list[Any] = [(dict if name.endswith("AttributeDict") else _StandIn, name) for name in mentioned]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, "cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not readable as a checkpoint: {str(error).strip().splitlines()[0]}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch.load raises many types on damaged files
+        raise CheckpointError(f"{path}: not readable as a checkpoint: {first_line(error)}") from error

@@ -5,6 +5,7 @@ import hashlib
 import html
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
+from clip.messages import first_line
 from vilt.errors import BackboneError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -32,23 +34,28 @@ class ClipTokenizer:
         merges: pairs of pieces, first merged first.
 
     Raises:
-        BackboneError: the vocabulary lacks the special tokens, or `<|endoftext|>` is not its highest id.
+        BackboneError: the vocabulary lacks a special token or a byte, `<|endoftext|>` is not its highest id, or a merge
+            is of pieces that it does not have.
     """
 
     def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], source: str) -> None:
         highest = max(vocab, key=lambda piece: vocab[piece], default=None)
-        needed = {START, *_byte_characters()}
+        needed = {START, *_byte_characters(), *(f"{c}</w>" for c in _byte_characters())}
         if not needed <= vocab.keys() or highest != END:
             raise BackboneError(
-                f"{source}: not a CLIP vocabulary: expected {START}, the 256 byte characters, and {END} as the highest "
-                f"id; found {len(needed & vocab.keys())} of those {len(needed)} and {highest!r} as the highest"
+                f"{source}: not a CLIP vocabulary: expected {START}, the 256 byte characters inside and at the end of "
+                f"a word, and {END} as the highest id; found {len(needed & vocab.keys())} of those {len(needed)} and "
+                f"{highest!r} as the highest"
             )
         self.start_id, self.end_id = vocab[START], vocab[END]
         self.vocab_size = self.end_id + 1
         digest = json.dumps([sorted(vocab.items()), list(merges)]).encode()
         self.fingerprint = hashlib.sha256(digest).hexdigest()
         """Identifies vocabulary and merges; part of the names of token caches."""
-        bpe = BPE(vocab=vocab, merges=list(merges), end_of_word_suffix="</w>", continuing_subword_prefix="")
+        try:
+            bpe = BPE(vocab=vocab, merges=list(merges), end_of_word_suffix="</w>", continuing_subword_prefix="")
+        except Exception as error:  # the class that tokenizers raises for a merge of unknown pieces
+            raise BackboneError(f"{source}: not a CLIP vocabulary: {first_line(error)}") from error
         self._tokenizer = Tokenizer(bpe)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -56,14 +63,24 @@ class ClipTokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-        self._tokenizer.add_special_tokens([START, END])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Ids of `texts`, int64 (N, 77): start, text, end, zeros; a long text is cut so that end is the last."""
         ids = np.zeros((len(texts), CONTEXT_LENGTH), dtype=np.int64)
-        for row, encoding in enumerate(self._tokenizer.encode_batch([clean(text) for text in texts])):
-            pieces = encoding.ids[: CONTEXT_LENGTH - 2]
+        cleaned = [clean(text) for text in texts]
+        for row, (text, encoding) in enumerate(zip(cleaned, self._tokenizer.encode_batch(cleaned), strict=True)):
+            found = self._with_marks(text) if START in text or END in text else encoding.ids
+            pieces = found[: CONTEXT_LENGTH - 2]
             ids[row, : len(pieces) + 2] = [self.start_id, *pieces, self.end_id]
+        return ids
+
+    def _with_marks(self, text: str) -> list[int]:
+        """Ids of a cleaned text that spells a mark out. As OpenAI's pattern has it, only a piece that is nothing else
+        is the mark: `!<|endoftext|>` is punctuation, a word and punctuation."""
+        marks = {START: self.start_id, END: self.end_id}
+        ids: list[int] = []
+        for piece, _ in pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True).pre_tokenize_str(text):
+            ids += [marks[piece]] if piece in marks else self._tokenizer.encode(piece).ids
         return ids
 
 
@@ -87,8 +104,8 @@ def _from_merges_file(path: Path) -> ClipTokenizer:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = raw.decode("utf-8").split("\n")[1 : CLIP_MERGES + 1]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise BackboneError(f"tokenizer={path}: not readable as a CLIP merges file: {error}") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise BackboneError(f"tokenizer={path}: not readable as a CLIP merges file: {first_line(error)}") from error
     pairs = [tuple(line.split()) for line in lines if line]
     if len(pairs) != CLIP_MERGES or any(len(pair) != 2 for pair in pairs):
         raise BackboneError(f"tokenizer={path}: expected {CLIP_MERGES} merges of two pieces, found {len(pairs)} lines")
@@ -108,18 +125,25 @@ def _byte_characters() -> list[str]:
 def _from_hugging_face(source: str) -> ClipTokenizer:
     from transformers import CLIPTokenizer  # seconds to import; only needed here
 
-    tokenizer = None
-    for local_files_only in (True, False):
+    reason = ""
+    for local_files_only in (True, False):  # the cache first: no network where it suffices
         try:
             tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=local_files_only)
-            break
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-    if tokenizer is None:
-        raise BackboneError(
-            f"tokenizer={source}: expected a Hugging Face folder or hub name with a CLIP tokenizer, or CLIP's merges "
-            f"file bpe_simple_vocab_16e6.txt.gz: {reason}"
+            model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+            if len(model["vocab"]) > len(tokenizer.all_special_tokens):
+                merges = [(a, b) for a, b in (m if isinstance(m, list) else m.split() for m in model["merges"])]
+                return ClipTokenizer(model["vocab"], merges, f"tokenizer={source}")
+            reason = "no vocabulary found"  # transformers makes an empty tokenizer where its files are not there
+        except BackboneError:
+            raise
+        except Exception as error:  # on damaged folders: KeyError, and the bare Exception of tokenizers
+            reason = first_line(error)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_dir():
+        reason += (
+            f". On a machine with network run `hf download {source}`, copy the folder it names here and give "
+            f"tokenizer=THAT_FOLDER, or put it into the cache that HF_HOME names"
         )
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [(a, b) for a, b in (m if isinstance(m, list) else m.split() for m in model["merges"])]
-    return ClipTokenizer(model["vocab"], merges, f"tokenizer={source}")
+    raise BackboneError(
+        f"tokenizer={source}: expected a Hugging Face folder or hub name with a CLIP tokenizer, or CLIP's merges "
+        f"file bpe_simple_vocab_16e6.txt.gz: {reason}"
+    )

@@ -126,7 +126,10 @@ class FinetuneModule(pl.LightningModule):
         self._kept[stage].append((batch.index_B, logits.detach(), batch.label))
 
     def _log_metrics(self, stage: Stage) -> dict[str, float]:
-        logits, labels = self._collect(stage)
+        collected = self._collect(stage)
+        if collected is None:
+            return {}
+        logits, labels = collected
         metrics = {"loss": self.task.loss(logits, labels).item(), **self.task.metrics(logits, labels)}
         if stage == "test":
             self.tested_samples = len(logits)
@@ -136,15 +139,21 @@ class FinetuneModule(pl.LightningModule):
                 self.log(f"{stage}/{name}", value, prog_bar=name == self.task.monitor, rank_zero_only=False)
         return metrics
 
-    def _collect(self, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Logits and labels that all processes kept since the last call, in dataset order, each sample once."""
+    def _collect(self, stage: Stage) -> tuple[Tensor, Tensor] | None:
+        """Logits and labels that all processes kept since the last call, in dataset order, each sample once.
+
+        None where nothing was kept: a run resumed at the end of an epoch.
+        """
         parts = self._kept[stage]
         kept: list[Any] = [tuple(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)) if parts else None]
         parts.clear()
         if self.trainer.world_size > 1:
             mine, kept = kept[0], [None] * self.trainer.world_size
             torch.distributed.all_gather_object(kept, mine)
-        index_N, logits_NC, labels = (torch.cat(tensors) for tensors in zip(*filter(None, kept), strict=True))
+        kept = [of_process for of_process in kept if of_process is not None]
+        if not kept:
+            return None
+        index_N, logits_NC, labels = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
         order = torch.argsort(index_N, stable=True)
         index_N = index_N[order]
         first = torch.ones_like(index_N, dtype=torch.bool)

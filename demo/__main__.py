@@ -69,7 +69,7 @@ def demo(out: Path, seed: int) -> None:
         run("conversion", "make_arrow.py", "--dataset", "mmimdb", "--root", str(raw), "--target", str(arrow))
     if not backbone.is_dir():
         run("a tiny CLIP, pretrained on other films", "-m", "demo.backbone", "--data", str(out / "pretrain"),
-            "--out", str(backbone), "--steps", "320", "--seed", str(seed))  # fmt: skip
+            "--out", str(backbone), "--steps", "400", "--seed", str(seed))  # fmt: skip
     common = ["run.py", "with", "task_finetune_mmimdb", f"data_root={arrow}", f"log_dir={result}", f"seed={seed}"]
     common += [f"missing_table_root={out / 'missing_tables'}"]
     options = [f"{name}={value}" for name, value in TRAINING.items()]

@@ -173,6 +173,8 @@ class MissingModalityData(pl.LightningDataModule):
         if split == "train" and self._resume is not None:
             epoch, batches = self._resume
             sampler.skip = (epoch, batches * settings.per_gpu_batchsize)
+            # Workers ask for their first batches before Lightning, when it resumes, has told the sampler its epoch.
+            sampler.set_epoch(epoch)
         return DataLoader(
             self.datasets[split],
             batch_size=settings.per_gpu_batchsize,
@@ -186,29 +188,35 @@ class MissingModalityData(pl.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Where the training stands in its data, for the checkpoint."""
         assert self.trainer is not None
+        fit_loop = self.trainer.fit_loop
+        epochs: Any = fit_loop.epoch_progress.current
+        batches = fit_loop.epoch_loop.batch_progress.current.completed
         return {
-            "epoch": self.trainer.current_epoch,
-            "batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.completed,
+            "epoch": epochs.processed,
+            # Lightning keeps the count of an epoch that is over until the next one starts.
+            "batches": batches if epochs.ready > epochs.processed else 0,
             "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,
             "samples": len(self.datasets["train"]),
+            "seed": self.settings.seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Goes on where the checkpoint stood.
 
         Raises:
-            ConfigError: the batches or the dataset are other ones than the checkpoint's, so that no place in them
-                corresponds to it.
+            ConfigError: the batches, the dataset or its order are other ones than the checkpoint's, so that no place
+                in them corresponds to it.
         """
         assert self.trainer is not None
         now = {
             "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,
             "samples": len(self.datasets["train"]),
+            "seed": self.settings.seed,
         }
         for name, value in now.items():
             if state_dict[name] != value:
                 raise ConfigError(
                     f"resume_from: the checkpoint was trained with {name.replace('_', ' ')} = {state_dict[name]}, "
-                    f"now it is {value}; resume with the same per_gpu_batchsize, processes and data"
+                    f"now it is {value}; resume with the same per_gpu_batchsize, processes, data and seed"
                 )
         self._resume = (state_dict["epoch"], state_dict["batches"])

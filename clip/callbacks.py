@@ -1,0 +1,92 @@
+"""What happens beside the steps of a training run: checkpoints, and a line per validation."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+
+from clip.training import FinetuneModule
+from vilt.utils.files import atomic_path
+
+log = logging.getLogger("rep")
+
+
+class Checkpoints(Checkpoint):
+    """Keeps `best.ckpt`, the best model by a validation metric, and `last.ckpt`, from which `resume_from` goes on.
+
+    `last.ckpt` also carries the best model so far: a resumed run, which has a folder of its own, ends with the same
+    best model as an uninterrupted one.
+
+    Args:
+        folder: where both are written, by the first process alone.
+        monitor: name of the logged metric; higher is better.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        self.folder = folder
+        self.monitor = monitor
+        self.best: dict[str, Any] | None = None
+        """What `best.ckpt` holds."""
+
+    @property
+    def best_path(self) -> Path:
+        """Of the best model; meaningful in the first process."""
+        return self.folder / "best.ckpt"
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.best is not None:  # a resumed run
+            self._write_best(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, FinetuneModule)
+        score = float(trainer.callback_metrics[self.monitor])
+        if self.best is None or score > self.best["score"] or math.isnan(self.best["score"]):
+            self.best = {
+                "state_dict": {name: value.cpu().clone() for name, value in pl_module.state_dict().items()},
+                "epoch": trainer.current_epoch,
+                "global_step": trainer.global_step,
+                "monitor": self.monitor,
+                "score": score,
+            }
+            pl_module.on_save_checkpoint(self.best)
+            self._write_best(trainer)
+        self._write_last(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_last(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def _write_best(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            with atomic_path(self.best_path) as temporary:
+                torch.save(self.best, temporary)
+
+    def _write_last(self, trainer: pl.Trainer) -> None:
+        path = self.folder / "last.ckpt"
+        if trainer.is_global_zero:
+            with atomic_path(path) as temporary:
+                trainer.save_checkpoint(temporary)
+        else:
+            trainer.save_checkpoint(path)  # writes nothing here, but the first process waits for all to take part
+
+
+class Report(pl.Callback):
+    """A line per validation."""
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        shown = [name for name in ("train/loss", "val/loss", self.monitor) if name in metrics]
+        values = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in shown)
+        log.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, values)

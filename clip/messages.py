@@ -1,0 +1,19 @@
+"""Words of other libraries' errors, to put into ours."""
+
+import re
+
+
+def first_line(error: BaseException) -> str:
+    """The line of `error`'s text that says what is wrong; its type where the text alone says nothing.
+
+    Of torch's refusal of a pickle: what it refused, not the advice to read the file without care.
+    """
+    text = str(error)
+    if text.startswith("Weights only load failed"):
+        if mentioned := re.search(r"GLOBAL (\S+)", text):
+            return f"it mentions {mentioned[1]}, which might run code"
+        text = text.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines or isinstance(error, KeyError):
+        return " ".join([type(error).__name__, *lines[:1]])
+    return lines[0]

@@ -1,0 +1,88 @@
+"""What several test files share: a made-up dataset, a tiny CLIP with its tokenizer, and a trained run on them."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SHARED_VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
+if "CLIP_VOCAB" not in os.environ and SHARED_VOCABULARY.is_file():
+    os.environ["CLIP_VOCAB"] = str(SHARED_VOCABULARY)
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits for it
+
+GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with everything that a run needs."""
+
+    root: Path
+
+    @property
+    def arrow(self) -> Path:
+        """Made-up films: 40 for training, 6 for validation, 13 for the test."""
+        return self.root / "arrow"
+
+    @property
+    def backbone(self) -> Path:
+        """A Hugging Face folder of a tiny CLIP, hardly pretrained."""
+        return self.root / "backbone"
+
+    @property
+    def results(self) -> Path:
+        """log_dir of the runs."""
+        return self.root / "result"
+
+    def command(self, *options: str, task: str = "mmimdb", data_root: Path | None = None) -> list[str]:
+        """Arguments of `run.py` for a small float32 run; later options win."""
+        return [
+            "run.py",
+            "with",
+            f"task_finetune_{task}",
+            f"data_root={data_root or self.arrow}",
+            f"log_dir={self.results}",
+            f"missing_table_root={self.root / 'missing_tables'}",
+            "precision=32",
+            "num_workers=0",
+            "memory_length=6",
+            "memory_depth=2",
+            "batch_size=8",
+            "per_gpu_batchsize=4",
+            "max_epoch=2",
+            *options,
+        ]
+
+
+def _make_backbone(root: Path) -> None:
+    from demo.backbone import TinyClip, make_backbone
+    from demo.data import write_pretrain
+
+    sizes = TinyClip(image_size=32, image_width=128, image_layers=2, text_width=64, text_layers=2, embed=64, batch=8)
+    write_pretrain(root / "pretrain", films=16, seed=0)
+    make_backbone(root / "pretrain", root / "backbone", steps=2, seed=0, sizes=sizes, say=lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Dataset and backbone, made once per test session."""
+    import make_arrow
+    from demo.data import write_task
+
+    root = tmp_path_factory.mktemp("workspace")
+    write_task(root / "raw", films=40, seed=0)
+    _make_backbone(root)
+    status = make_arrow.main(
+        ["--dataset", "mmimdb", "--root", str(root / "raw"), "--target", str(root / "arrow"), "--workers", "0"]
+    )
+    assert status == 0
+    return Workspace(root)
+
+
+@pytest.fixture
+def golden_arrow(tmp_path: Path) -> Path:
+    """A copy of what the published converters wrote, so that nothing is written beside the original."""
+    return Path(shutil.copytree(GOLDEN_ARROW, tmp_path / "golden_arrow"))

@@ -1,0 +1,795 @@
+"""One random tiny CLIP written in every format that weights come in, and everything that a file can have wrong."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from clip import backbone as backbone_module
+from clip.backbone import HUB_NAMES, Backbone, architecture_of, load_backbone
+from clip.modules.clip_dynamic_memory import DynamicMemoryCLIP, MissingModalityClassifier
+from clip.modules.vision_transformer_memory import ClipArchitecture, is_added
+from tests import golden
+from tests.backbones import random_hf_clip
+from tests.models import TINY
+from tests.test_tokenizer import SENTENCES, SlowTokenizer, train_merges, write_folder
+from vilt.errors import BackboneError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, but the format of OpenAI's archives
+ROOT = Path(__file__).parents[1]
+SCALARS = {"input_resolution": 32, "context_length": 77, "vocab_size": 300}
+"""Entries that OpenAI's archives hold beside the weights."""
+
+
+class Tiny:
+    """The one tiny CLIP: its Hugging Face folder, and its state dict under OpenAI's names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = random_hf_clip(folder)
+        with torch.no_grad():  # values that half precision holds, so that fp16 files are the same CLIP
+            for parameter in self.model.parameters():
+                parameter.copy_(parameter.half())
+        self.model.save_pretrained(folder)
+        self.openai = openai_state(self.model)
+
+
+def openai_state(model: CLIPModel) -> dict[str, Tensor]:
+    """OpenAI's state dict of a Hugging Face CLIP, written out entry by entry."""
+    state = {
+        "logit_scale": model.logit_scale,
+        "text_projection": model.text_projection.weight.T,
+        "visual.proj": model.visual_projection.weight.T,
+        "visual.class_embedding": model.vision_model.embeddings.class_embedding,
+        "visual.positional_embedding": model.vision_model.embeddings.position_embedding.weight,
+        "visual.conv1.weight": model.vision_model.embeddings.patch_embedding.weight,
+        "positional_embedding": model.text_model.embeddings.position_embedding.weight,
+        "token_embedding.weight": model.text_model.embeddings.token_embedding.weight,
+    }
+    norms = {
+        "visual.ln_pre": model.vision_model.pre_layrnorm,
+        "visual.ln_post": model.vision_model.post_layernorm,
+        "ln_final": model.text_model.final_layer_norm,
+    }
+    for prefix, tower in (("visual.", model.vision_model), ("", model.text_model)):
+        for number, layer in enumerate(tower.encoder.layers):
+            block = f"{prefix}transformer.resblocks.{number}"
+            norms |= {
+                f"{block}.ln_1": layer.layer_norm1,
+                f"{block}.ln_2": layer.layer_norm2,
+                f"{block}.mlp.c_fc": layer.mlp.fc1,
+                f"{block}.mlp.c_proj": layer.mlp.fc2,
+                f"{block}.attn.out_proj": layer.self_attn.out_proj,
+            }
+            qkv = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+            state[f"{block}.attn.in_proj_weight"] = torch.cat([part.weight for part in qkv])
+            state[f"{block}.attn.in_proj_bias"] = torch.cat([part.bias for part in qkv])
+    for name, module in norms.items():
+        state |= {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
+    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny") / "hf")
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Tiny) -> Backbone:
+    return load_backbone(str(tiny.folder))
+
+
+def hf_folder(tiny: Tiny, folder: Path, change: Callable[[dict[str, Tensor]], None] | None = None, **files: Any) -> str:
+    """A copy of the tiny folder. `change` edits the weights; config= edits config.json; pickled=True writes .bin."""
+    folder.mkdir(parents=True)
+    config = json.loads((tiny.folder / "config.json").read_text())
+    files.get("config", lambda _: None)(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    state = load_file(tiny.folder / "model.safetensors")
+    if change is not None:
+        change(state)
+    if files.get("pickled"):
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def add_position_ids(state: dict[str, Tensor]) -> None:
+    state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    state["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+
+
+def scalars() -> dict[str, Tensor]:
+    return {name: torch.tensor(value) for name, value in SCALARS.items()}
+
+
+def half_like_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Half precision where OpenAI's archives have it: everything but norms and embeddings."""
+    return {
+        name: value if "ln_" in name or "embedding" in name or name == "logit_scale" else value.half()
+        for name, value in state.items()
+    }
+
+
+class _Node(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def torchscript(state: dict[str, Tensor], path: Path) -> Path:
+    """A TorchScript archive whose state dict is `state`, as OpenAI's archives are."""
+    root = _Node()
+    for name, value in state.items():
+        *parents, leaf = name.split(".")
+        node: nn.Module = root
+        for part in parents:
+            if part not in dict(node.named_children()):
+                node.add_module(part, _Node())
+            node = node.get_submodule(part)
+        if value.is_floating_point():
+            node.register_parameter(leaf, nn.Parameter(value.clone(), requires_grad=False))
+        else:
+            node.register_buffer(leaf, value)
+    torch.jit.save(torch.jit.trace(root, torch.zeros(1)), str(path))
+    return path
+
+
+def open_clip(tiny: Tiny, path: Path, quick: bool | None) -> str:
+    """The tiny CLIP as open_clip's state dict; `quick` is what open_clip_config.json beside it says, None for none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(tiny.openai, path)
+    else:
+        torch.save(tiny.openai, path)
+    if quick is not None:
+        entries = {"embed_dim": 64, **({"quick_gelu": True} if quick else {})}
+        (path.parent / "open_clip_config.json").write_text(json.dumps({"model_cfg": entries}))
+    return str(path)
+
+
+def write_bin_folder(tiny: Tiny, to: Path) -> str:
+    return hf_folder(tiny, to / "hf", pickled=True)
+
+
+def write_old_folder(tiny: Tiny, to: Path) -> str:
+    return hf_folder(tiny, to / "hf", add_position_ids)
+
+
+def write_old_bin_folder(tiny: Tiny, to: Path) -> str:
+    return hf_folder(tiny, to / "hf", add_position_ids, pickled=True)
+
+
+def write_half_folder(tiny: Tiny, to: Path) -> str:
+    def halve(state: dict[str, Tensor]) -> None:
+        state.update({name: value.half() for name, value in state.items()})
+
+    return hf_folder(tiny, to / "hf", halve, config=lambda config: config.update(dtype="float16"))
+
+
+def write_openai(tiny: Tiny, to: Path) -> str:
+    torch.save({**tiny.openai, **scalars()}, to / "clip.pt")
+    return str(to / "clip.pt")
+
+
+def write_openai_half(tiny: Tiny, to: Path) -> str:
+    torch.save({**half_like_openai(tiny.openai), **scalars()}, to / "clip.pt")
+    return str(to / "clip.pt")
+
+
+def write_openai_legacy(tiny: Tiny, to: Path) -> str:
+    torch.save({**tiny.openai, **scalars()}, to / "clip.pth", _use_new_zipfile_serialization=False)
+    return str(to / "clip.pth")
+
+
+def write_openai_parameters(tiny: Tiny, to: Path) -> str:
+    parameters = {name: nn.Parameter(value) for name, value in tiny.openai.items()}
+    torch.save({**parameters, **scalars()}, to / "clip.pt")
+    return str(to / "clip.pt")
+
+
+def write_open_clip_safetensors(tiny: Tiny, to: Path) -> str:
+    return open_clip(tiny, to / "open_clip_model.safetensors", quick=True)
+
+
+def write_open_clip_bin(tiny: Tiny, to: Path) -> str:
+    return open_clip(tiny, to / "open_clip_pytorch_model.bin", quick=True)
+
+
+def write_open_clip_training(tiny: Tiny, to: Path) -> str:
+    """What open_clip's training writes: wrapped, and named by DistributedDataParallel."""
+    open_clip(tiny, to / "unused.bin", quick=True)
+    wrapped = {f"module.{name}": value for name, value in tiny.openai.items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": wrapped, "optimizer": {"state": {}}}, to / "epoch_3.pt")
+    return str(to / "epoch_3.pt")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_bin_folder,
+        write_old_folder,
+        write_old_bin_folder,
+        write_half_folder,
+        write_openai,
+        write_openai_half,
+        write_openai_legacy,
+        write_openai_parameters,
+        write_open_clip_safetensors,
+        write_open_clip_bin,
+        write_open_clip_training,
+    ],
+)
+def test_every_format_is_the_same_backbone(
+    write: Callable[[Tiny, Path], str], tiny: Tiny, loaded: Backbone, tmp_path: Path
+) -> None:
+    vit = write(tiny, tmp_path)
+    assert_same(load_backbone(vit), loaded, tiny)
+
+
+def assert_same(found: Backbone, loaded: Backbone, tiny: Tiny) -> None:
+    assert found.architecture == loaded.architecture == TINY
+    assert found.sha256 == loaded.sha256
+    expected = {
+        name
+        if name == "logit_scale"
+        else f"image_encoder.{name[7:]}"
+        if name[:7] == "visual."
+        else f"text_encoder.{name}"
+        for name in tiny.openai
+    }
+    assert found.state.keys() == loaded.state.keys() == expected
+    for name, tensor in found.state.items():
+        short = name.removeprefix("text_encoder.").replace("image_encoder.", "visual.")
+        assert tensor.dtype == torch.float32 and not tensor.requires_grad
+        assert torch.equal(tensor, tiny.openai[short]), name
+
+
+def test_hash_is_of_the_values(tiny: Tiny, loaded: Backbone, tmp_path: Path) -> None:
+    state = {**tiny.openai, **scalars()}
+    value = tiny.openai["visual.ln_post.bias"].clone()
+    value[3] = torch.nextafter(value[3], torch.tensor(9.0))
+    torch.save({**state, "visual.ln_post.bias": value}, tmp_path / "other.pt")
+    assert load_backbone(str(tmp_path / "other.pt")).sha256 != loaded.sha256
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_features_are_those_of_transformers(activation: str, tmp_path: Path) -> None:
+    """Both towers without memory; also with heads of another width than 64, which a folder tells."""
+    model = random_hf_clip(tmp_path / "hf", activation)
+    images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 298, (3, 77))
+    tokens[:, 20] = TINY.vocab_size - 1
+    for heads in (1, 4):
+        config = json.loads((tmp_path / "hf" / "config.json").read_text())
+        config["vision_config"]["num_attention_heads"] = config["text_config"]["num_attention_heads"] = heads
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+        model = CLIPModel.from_pretrained(tmp_path / "hf").eval()
+        backbone = load_backbone(str(tmp_path / "hf"))
+        assert backbone.architecture == replace(TINY, activation=activation, vision_heads=heads, text_heads=heads)
+        clip = DynamicMemoryCLIP(backbone.architecture, 3, 1).eval()
+        backbone.load_into(clip)
+        with torch.no_grad():
+            vision = model.visual_projection(model.vision_model(pixel_values=images).pooler_output)
+            text = model.text_projection(model.text_model(input_ids=tokens).pooler_output)
+            assert golden.relative_error(clip.image_encoder(images), vision) < 1e-5
+            assert golden.relative_error(clip.text_encoder(tokens), text) < 1e-5
+
+
+# TorchScript archives
+
+
+def test_torchscript_runs_only_if_published_or_trusted(
+    tiny: Tiny, loaded: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = torchscript({**half_like_openai(tiny.openai), **scalars()}, tmp_path / "ViT-B-16.pt")
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    opened: list[str] = []
+    load = torch.jit.load
+
+    def recorded(path: str, **options: Any) -> Any:
+        opened.append(path)
+        return load(path, **options)
+
+    monkeypatch.setattr(torch.jit, "load", recorded)
+    with pytest.raises(BackboneError, match="trust_backbone=True") as refusal:
+        load_backbone(str(archive))
+    assert digest in str(refusal.value) and str(archive) in str(refusal.value)
+    assert not opened
+    assert_same(load_backbone(str(archive), trust=True), loaded, tiny)
+    monkeypatch.setitem(backbone_module.OPENAI_SHA256, digest, "ViT-B/16")
+    assert_same(load_backbone(str(archive)), loaded, tiny)
+    assert len(opened) == 2
+
+
+def test_torchscript_under_another_ending_is_not_run(tiny: Tiny, tmp_path: Path) -> None:
+    archive = torchscript({**tiny.openai, **scalars()}, tmp_path / "clip.bin")
+    with pytest.raises(BackboneError, match="not readable"):
+        load_backbone(str(archive), activation="quick_gelu")
+
+
+def test_damaged_torchscript_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    archive = torchscript({**tiny.openai, **scalars()}, tmp_path / "clip.pt")
+    content = bytearray(archive.read_bytes())
+    start = content.index(b"data.pkl") + 100
+    content[start : start + 400] = b"\xff" * 400
+    archive.write_bytes(content)
+    with pytest.raises(BackboneError, match="not readable as a TorchScript archive"):
+        load_backbone(str(archive), trust=True)
+
+
+def test_published_archives_are_openais_four() -> None:
+    assert sorted(backbone_module.OPENAI_SHA256.values()) == sorted(HUB_NAMES)
+    assert all(len(digest) == 64 for digest in backbone_module.OPENAI_SHA256)
+
+
+# The activation
+
+
+def test_open_clip_config_says_the_activation(tiny: Tiny, tmp_path: Path) -> None:
+    for name, quick, expected in (("a", True, "quick_gelu"), ("b", False, "gelu")):
+        for ending in (".safetensors", ".bin"):
+            vit = open_clip(tiny, tmp_path / name / f"open_clip{ending}", quick)
+            assert load_backbone(vit).architecture == replace(TINY, activation=expected)
+
+
+def test_activation_that_nobody_says_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    vit = open_clip(tiny, tmp_path / "open_clip.bin", None)
+    with pytest.raises(BackboneError, match=r"vit_activation=quick_gelu.*vit_activation=gelu.*open_clip_config.json"):
+        load_backbone(vit)
+    for activation in ("gelu", "quick_gelu"):
+        assert load_backbone(vit, activation=activation).architecture == replace(TINY, activation=activation)
+    with pytest.raises(BackboneError, match="expected quick_gelu or gelu"):
+        load_backbone(vit, activation="relu")
+
+
+def test_trusted_archive_that_says_no_activation_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    archive = str(torchscript(tiny.openai, tmp_path / "clip.pt"))
+    with pytest.raises(BackboneError, match=r"vit_activation=quick_gelu"):
+        load_backbone(archive, trust=True)
+    assert load_backbone(archive, trust=True, activation="gelu").architecture.activation == "gelu"
+
+
+@pytest.mark.parametrize("write", [write_openai, write_open_clip_bin])
+def test_activation_that_contradicts_the_file_is_refused(
+    write: Callable[[Tiny, Path], str], tiny: Tiny, tmp_path: Path
+) -> None:
+    vit = write(tiny, tmp_path)
+    assert load_backbone(vit, activation="quick_gelu").architecture == TINY
+    with pytest.raises(BackboneError, match=r"vit_activation=gelu.*quick_gelu"):
+        load_backbone(vit, activation="gelu")
+
+
+def test_folders_and_hub_names_say_their_activation(tiny: Tiny) -> None:
+    for vit in (str(tiny.folder), "ViT-B/16"):
+        with pytest.raises(BackboneError, match=r"vit_activation=gelu.*leave it out"):
+            load_backbone(vit, activation="gelu")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_cfg": 3}'])
+def test_broken_open_clip_config_is_named(tiny: Tiny, tmp_path: Path, content: str) -> None:
+    vit = open_clip(tiny, tmp_path / "open_clip.bin", None)
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(BackboneError, match=r"open_clip_config.json: expected an object with `model_cfg`"):
+        load_backbone(vit)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", ["RN50", "RN101", "RN50x4", "RN50x64", "weights/RN50.pt", "resnet50"])
+def test_resnet_names_are_refused(name: str) -> None:
+    with pytest.raises(BackboneError, match=r"ResNet.*ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px"):
+        load_backbone(name)
+
+
+def test_resnet_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    text = {name: value for name, value in tiny.openai.items() if not name.startswith("visual.")}
+    image = {
+        "visual.conv1.weight": torch.zeros(32, 3, 3, 3),
+        "visual.bn1.weight": torch.ones(32),
+        "visual.layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1),
+        "visual.attnpool.positional_embedding": torch.zeros(50, 64),
+    }
+    torch.save({**text, **image, **scalars()}, tmp_path / "clip.pt")
+    with pytest.raises(BackboneError, match=r"clip\.pt: a ResNet CLIP"):
+        load_backbone(str(tmp_path / "clip.pt"))
+
+
+def refused(vit: str, problem: str, **options: Any) -> None:
+    with pytest.raises(BackboneError, match=problem) as refusal:
+        load_backbone(vit, **options)
+    message = str(refusal.value)
+    assert vit in message, "the message does not say which file"
+    assert len(message.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("vit", "problem"),
+    [
+        ("ViT-B/8", "found nothing of that name"),
+        ("nowhere/clip.pt", "found nothing of that name"),
+        (str(ROOT / "pyproject.toml"), "found a file of another kind"),
+    ],
+)
+def test_names_of_nothing_are_refused(vit: str, problem: str) -> None:
+    refused(vit, problem)
+    refused(vit, "expected one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px")
+
+
+Change = Callable[[dict[str, Tensor]], None]
+
+
+def set_nan(name: str) -> Change:
+    def change(state: dict[str, Tensor]) -> None:
+        state[name] = state[name].clone()
+        state[name].view(-1)[0] = float("nan")
+
+    return change
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda s: s.pop("logit_scale"), r"1 names missing \(logit_scale\), 0 unexpected"),
+        (lambda s: s.update(extra=torch.ones(2)), r"0 names missing , 1 unexpected \(extra\)"),
+        (lambda s: s.pop("vision_model.encoder.layers.1.self_attn.k_proj.bias"), r"1 names missing .*1\.self_attn"),
+        (
+            lambda s: s.update({"visual_projection.weight": torch.ones(2, 3)}),
+            r"visual_projection.*\(2, 3\).*\(64, 128\)",
+        ),
+        (set_nan("visual_projection.weight"), "image_encoder.proj holds values that are not finite"),
+    ],
+    ids=["missing", "unexpected", "missing in block", "shape", "nan"],
+)
+def test_folder_with_wrong_weights_is_refused(
+    change: Change, problem: str, pickled: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    refused(hf_folder(tiny, tmp_path / "hf", change, pickled=pickled), problem)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (lambda c: c.update(model_type="bert"), "expected a CLIP .* found model_type 'bert'"),
+        (lambda c: c["text_config"].update(num_hidden_layers=1), "0 names missing , 16 unexpected"),
+        (lambda c: c["text_config"].update(num_hidden_layers=3), "16 names missing"),
+        (lambda c: c["text_config"].update(max_position_embeddings=70), r"\(77, 64\), expected \(70, 64\)"),
+        (lambda c: c["vision_config"].update(hidden_act="relu"), r"found relu \(image\) and quick_gelu \(text\)"),
+        (lambda c: c["vision_config"].update(hidden_act="gelu"), r"found gelu \(image\) and quick_gelu \(text\)"),
+        (lambda c: c["vision_config"].update(hidden_act="unheard"), "unheard"),
+        (lambda c: c["vision_config"].update(hidden_size="wide"), "hidden_size"),
+        (lambda c: c["vision_config"].update(num_attention_heads=3), "not readable|heads"),
+        (lambda c: c["vision_config"].update(patch_size=0), "not readable"),
+        (lambda c: c["text_config"].update(layer_norm_eps=0.1), r"layer_norm_eps 1e-05.*0\.1 \(text\)"),
+        (lambda c: c.update(vision_config=5), "vision_config"),
+        (lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "8-bit"),
+        (lambda c: c.clear(), "no config.json"),
+    ],
+)
+def test_folder_with_wrong_config_is_refused(config: Change, problem: str, tiny: Tiny, tmp_path: Path) -> None:
+    refused(hf_folder(tiny, tmp_path / "hf", config=config), problem)
+
+
+def test_context_other_than_77_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    def shorten(state: dict[str, Tensor]) -> None:
+        name = "text_model.embeddings.position_embedding.weight"
+        state[name] = state[name][:70].clone()
+
+    vit = hf_folder(
+        tiny, tmp_path / "hf", shorten, config=lambda c: c["text_config"].update(max_position_embeddings=70)
+    )
+    refused(vit, "expected a text context of 77, found 70")
+
+
+def test_folders_without_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(str(tmp_path / "empty"), "no config.json")
+    for name, content in (("broken", "{not"), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+        refused(str(tmp_path / name), "config")
+    vit = hf_folder(tiny, tmp_path / "config only")
+    (Path(vit) / "model.safetensors").unlink()
+    refused(vit, "no file named model.safetensors")
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_folder_with_a_truncated_file_is_refused(pickled: bool, tiny: Tiny, tmp_path: Path) -> None:
+    vit = Path(hf_folder(tiny, tmp_path / "hf", pickled=pickled))
+    file = vit / ("pytorch_model.bin" if pickled else "model.safetensors")
+    whole = file.read_bytes()
+    for size in (0, 5, 1000, len(whole) - 1000):
+        file.write_bytes(whole[:size])
+        refused(str(vit), "not readable as a Hugging Face CLIP folder: .")
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda s: s.pop("logit_scale"), r"1 names missing \(logit_scale\), 0 unexpected"),
+        (lambda s: s.pop("visual.conv1.weight"), r"image_encoder.conv1.weight' is not there"),
+        (lambda s: s.pop("visual.transformer.resblocks.1.ln_2.bias"), r"1 names missing .*resblocks\.1\.ln_2\.bias"),
+        (lambda s: s.update(extra=torch.ones(2)), r"0 names missing , 1 unexpected \(text_encoder.extra\)"),
+        (lambda s: s.update({"visual.proj": torch.ones(2, 3)}), r"image_encoder.proj has shape \(2, 3\).*\(128, 64\)"),
+        (lambda s: s.update({"visual.conv1.weight": torch.tensor(1.0)}), r"conv1.weight has shape \(\), expected 4"),
+        (lambda s: s.update({"visual.conv1.weight": torch.zeros(128, 3, 0, 0)}), r"conv1.weight has shape .* 0\)"),
+        (lambda s: s.update({"text_projection": torch.ones(4)}), r"text_projection has shape \(4,\), expected 2"),
+        (
+            lambda s: s.update({"visual.positional_embedding": torch.ones(7, 128)}),
+            r"positional_embedding has shape \(7, 128\), expected \(5, 128\)",
+        ),
+        (
+            lambda s: s.update({"positional_embedding": torch.ones(76, 64)}),
+            "expected a text context of 77, found 76",
+        ),
+        (set_nan("visual.proj"), "image_encoder.proj holds values that are not finite"),
+        (lambda s: s.clear() or s.update(a=torch.ones(1)), "found 1 entries, for example a"),
+    ],
+)
+def test_state_dict_with_wrong_weights_is_refused(
+    change: Change, problem: str, ending: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    state = dict(tiny.openai)
+    change(state)
+    path = tmp_path / f"clip{ending}"
+    if ending == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    refused(str(path), problem, activation="quick_gelu")
+
+
+def test_towers_whose_heads_no_shape_shows_are_refused(tmp_path: Path) -> None:
+    """open_clip's ViT-H has 16 heads of width 80; its state dict would pass for one with 20 of 64."""
+    state = openai_shapes(1280, 1, 14, 28, 64, 1, 64, vocab_size=300)
+    torch.save({name: torch.zeros(value.shape) for name, value in state.items()}, tmp_path / "vit_h.bin")
+    refused(str(tmp_path / "vit_h.bin"), "width 1280.*Hugging Face folder", activation="gelu")
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin", ".safetensors"])
+def test_truncated_and_foreign_files_are_refused(ending: str, tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / f"clip{ending}"
+    if ending == ".safetensors":
+        save_file(tiny.openai, path)
+    else:
+        torch.save(tiny.openai, path)
+    whole = path.read_bytes()
+    for content in (b"", b"\x00", b"hello, this is no tensor file", whole[:900], whole[: len(whole) - 1000]):
+        path.write_bytes(content)
+        refused(str(path), "not readable as a state dict: .", activation="quick_gelu")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[torch.ones(2)], {}, {"epoch": 3}, {3: torch.ones(2)}, {"state_dict": {"a": "b"}}, torch.ones(3)],
+    ids=["list", "empty", "number", "numbered", "text", "tensor"],
+)
+def test_other_things_than_state_dicts_are_refused(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "clip.pt")
+    refused(str(tmp_path / "clip.pt"), r"expected a state dict \(name to tensor\)", activation="quick_gelu")
+
+
+def test_dict_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "clip.pt")
+    refused(str(tmp_path / "clip.pt"), "expected a state dict", activation="quick_gelu")
+
+
+class Code:
+    """Pickled, it creates a file where it is read without care."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("where", ["clip.pt", "clip.pth", "clip.bin", "hf"])
+def test_code_in_a_pickle_does_not_run(where: str, zipped: bool, tiny: Tiny, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    target = tmp_path / where
+    if where == "hf":
+        hf_folder(tiny, target)
+        (target / "model.safetensors").unlink()
+    file = target / "pytorch_model.bin" if where == "hf" else target
+    state = {**tiny.openai, "code": Code(marker)}
+    torch.save(state, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(BackboneError, match=r"posix\.system") as refusal:
+        load_backbone(str(target), trust=where != "hf")
+    assert "weights_only" not in str(refusal.value)  # no advice to open it all the same
+    assert not marker.exists()
+    torch.load(file, weights_only=False)
+    assert marker.exists(), "the pickle would never have run its code"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_flipped_bytes_are_read_or_refused(seed: int, tiny: Tiny, tmp_path: Path) -> None:
+    """Never another error than BackboneError."""
+    path = tmp_path / ("clip.safetensors" if seed % 3 == 0 else "clip.pt")
+    if seed % 3 == 0:
+        save_file(tiny.openai, path)
+    else:
+        torch.save({**tiny.openai, **scalars()}, path, _use_new_zipfile_serialization=seed % 3 == 1)
+    content = bytearray(path.read_bytes())
+    generator = torch.Generator().manual_seed(seed)
+    for position in torch.randint(0, 12_000, (1 + seed % 5,), generator=generator).tolist():
+        content[position] ^= int(torch.randint(1, 256, (), generator=generator))
+    path.write_bytes(content)
+    try:
+        found = load_backbone(str(path), activation="quick_gelu")
+    except BackboneError as error:
+        assert str(path) in str(error) or "vit_activation" in str(error)
+    else:
+        assert found.architecture.embed_dim == TINY.embed_dim
+
+
+# The hub
+
+IN_CACHE = """
+import socket, sys
+attempts = []
+def refuse(*args, **kwargs):
+    attempts.append(args)
+    raise OSError("no network in this test")
+socket.socket.connect = refuse
+socket.getaddrinfo = refuse
+from clip.backbone import load_backbone
+from clip.tokenizer import load_tokenizer
+print(load_backbone("ViT-B/16").sha256)
+print(load_tokenizer("openai/clip-vit-base-patch16").fingerprint)
+print(len(attempts))
+"""
+NOT_THERE = """
+from clip.backbone import load_backbone
+from clip.tokenizer import load_tokenizer
+from vilt.errors import BackboneError
+for load, name in ((load_backbone, "ViT-L/14@336px"), (load_tokenizer, "openai/clip-vit-large-patch14-336")):
+    try:
+        load(name)
+    except BackboneError as error:
+        print(str(error).replace("\\n", "|"))
+"""
+
+
+def test_hub_names_with_and_without_a_cache(tiny: Tiny, loaded: Backbone, tmp_path: Path) -> None:
+    slow = SlowTokenizer(train_merges(SENTENCES[:1], 20))
+    repository = tmp_path / "cached" / "hub" / "models--openai--clip-vit-base-patch16"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    write_folder(snapshot, slow.vocab, slow.merges)
+    for file in tiny.folder.iterdir():
+        (snapshot / file.name).write_bytes(file.read_bytes())
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+
+    def start(script: str, home: str, **more: str) -> subprocess.Popen[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+        environment = {**kept, "HF_HOME": str(tmp_path / home), "OMP_NUM_THREADS": "1", **more}
+        environment["HF_HUB_DISABLE_TELEMETRY"] = "1"  # the hub's library asks for a list of agents, to report them
+        return subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    running = [start(IN_CACHE, "cached"), start(NOT_THERE, "empty", HF_HUB_OFFLINE="1")]  # no network, no waiting
+    (in_cache, errors), (not_there, more_errors) = (process.communicate(timeout=120) for process in running)
+
+    digest, fingerprint, attempts = in_cache.split() or [errors]
+    assert digest == loaded.sha256
+    assert len(fingerprint) == 64
+    assert attempts == "0", "a name in the cache asked the network"
+    lines = not_there.splitlines()
+    assert len(lines) == 2, more_errors
+    for line, given in zip(lines, ("vit=", "tokenizer="), strict=True):
+        assert line.startswith(given)
+        assert "hf download openai/clip-vit-large-patch14-336" in line
+        assert f"{given}THAT_FOLDER" in line and "HF_HOME" in line
+
+
+# Sizes of the real ones
+
+
+def openai_shapes(
+    width: int,
+    layers: int,
+    patch: int,
+    resolution: int,
+    text_width: int,
+    text_layers: int,
+    embed_dim: int,
+    vocab_size: int = 49408,
+) -> dict[str, Tensor]:
+    """OpenAI's names and shapes, on the meta device."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "logit_scale": (),
+        "text_projection": (text_width, embed_dim),
+        "positional_embedding": (77, text_width),
+        "token_embedding.weight": (vocab_size, text_width),
+        "visual.proj": (width, embed_dim),
+        "visual.class_embedding": (width,),
+        "visual.conv1.weight": (width, 3, patch, patch),
+        "visual.positional_embedding": ((resolution // patch) ** 2 + 1, width),
+    }
+    for norm, size in (("visual.ln_pre", width), ("visual.ln_post", width), ("ln_final", text_width)):
+        shapes |= {f"{norm}.weight": (size,), f"{norm}.bias": (size,)}
+    for prefix, size, count in (("visual.", width, layers), ("", text_width, text_layers)):
+        for number in range(count):
+            block = f"{prefix}transformer.resblocks.{number}"
+            for part, out, into in (
+                ("attn.out_proj", size, size),
+                ("mlp.c_fc", 4 * size, size),
+                ("mlp.c_proj", size, 4 * size),
+            ):
+                shapes |= {f"{block}.{part}.weight": (out, into), f"{block}.{part}.bias": (out,)}
+            for norm in ("ln_1", "ln_2"):
+                shapes |= {f"{block}.{norm}.weight": (size,), f"{block}.{norm}.bias": (size,)}
+            shapes |= {f"{block}.attn.in_proj_weight": (3 * size, size), f"{block}.attn.in_proj_bias": (3 * size,)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+REAL = {
+    "ViT-B/32": ClipArchitecture(224, 32, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu"),
+    "ViT-B/16": ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu"),
+    "ViT-L/14": ClipArchitecture(224, 14, 1024, 24, 16, 768, 12, 12, 77, 49408, 768, "quick_gelu"),
+    "ViT-L/14@336px": ClipArchitecture(336, 14, 1024, 24, 16, 768, 12, 12, 77, 49408, 768, "quick_gelu"),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_sizes_come_from_the_weights(name: str) -> None:
+    arch = REAL[name]
+    openai = openai_shapes(
+        arch.vision_width,
+        arch.vision_layers,
+        arch.patch_size,
+        arch.image_size,
+        arch.text_width,
+        arch.text_layers,
+        arch.embed_dim,
+    )
+    state = {
+        name
+        if name == "logit_scale"
+        else f"image_encoder.{name[7:]}"
+        if name[:7] == "visual."
+        else f"text_encoder.{name}": v
+        for name, v in openai.items()
+    }
+    assert architecture_of(state, "quick_gelu") == arch
+    with torch.device("meta"):
+        model = DynamicMemoryCLIP(arch, 36, 6)
+    own = {n: v.shape for n, v in model.state_dict().items() if not is_added(n) and not n.startswith("memory_learner.")}
+    assert own == {n: v.shape for n, v in state.items()}
+    assert model.image_encoder.transformer.resblocks[0].get_submodule("attn").heads == arch.vision_heads
+    assert model.text_encoder.transformer.resblocks[-1].get_submodule("attn").heads == arch.text_heads
+
+
+def test_names_and_shapes_of_vit_b_16_are_the_published_ones() -> None:
+    published = json.loads((golden.GOLDEN_DIR / "rep_checkpoint_keys_vitb16.json").read_text())
+    depth = len({name.split(".")[3] for name in published if ".memory_learner.layernorm_text." in name})
+    slots = published["model.memory_learner.common_memory_complete"][0]
+    with torch.device("meta"):
+        classifier = MissingModalityClassifier(REAL["ViT-B/16"], 3 * slots, depth, "mmimdb_classifier", 23)
+    own = {name: list(value.shape) for name, value in classifier.state_dict().items()}
+    assert {name: shape for name, shape in own.items() if "memories_dynamic_" not in name} == published
+    assert len([name for name in own if "memories_dynamic_" in name]) == 6

@@ -1,0 +1,500 @@
+"""Checkpoints of ours and of the published code: what they hold, that they restore exactly, and what is refused."""
+
+import builtins
+import importlib
+import io
+import logging
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clip.backbone import Backbone, load_backbone
+from clip.checkpoint import (
+    DESCRIPTION,
+    ModelSpec,
+    build_classifier,
+    describe,
+    kept_state,
+    load_kept_state,
+    read_checkpoint,
+    restore_classifier,
+)
+from clip.modules.clip_dynamic_memory import MissingModalityClassifier
+from clip.modules.vision_transformer_memory import ClipArchitecture, is_added
+from tests import golden
+from tests.backbones import random_hf_clip
+from tests.models import TINY, model_input, tiny_batch, tiny_classifier
+from vilt.errors import CheckpointError
+
+TYPES = [0, 1, 2, 0, 2]
+VIT_B_16 = ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    folder = tmp_path_factory.mktemp("backbone")
+    random_hf_clip(folder)
+    return load_backbone(str(folder))
+
+
+def spec_of(task: str) -> ModelSpec:
+    return ModelSpec(task, memory_length=6, memory_depth=2, architecture=TINY)
+
+
+def trained_classifier(task: str, backbone: Backbone, seed: int = 0) -> MissingModalityClassifier:
+    """On `backbone`, with everything that training moves moved."""
+    torch.manual_seed(seed)
+    classifier = build_classifier(spec_of(task))
+    backbone.load_into(classifier.model)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return classifier.eval()
+
+
+def content_of(classifier: MissingModalityClassifier, task: str, backbone: Backbone) -> dict[str, Any]:
+    return {
+        "epoch": 3,
+        "state_dict": kept_state(classifier),
+        DESCRIPTION: describe(spec_of(task), backbone.name, backbone.sha256),
+    }
+
+
+def logits_of(classifier: MissingModalityClassifier) -> Tensor:
+    images, tokens = tiny_batch(len(TYPES))
+    with torch.no_grad():
+        return classifier.eval()(model_input(images, tokens, TYPES))
+
+
+# Ours
+
+
+@pytest.mark.parametrize("task", ["mmimdb", "food101", "hatememes"])
+def test_what_is_read_back_gives_the_same_logits(task: str, backbone: Backbone, tmp_path: Path) -> None:
+    classifier = trained_classifier(task, backbone)
+    torch.save(content_of(classifier, task, backbone), tmp_path / "best.ckpt")
+    torch.manual_seed(99)  # the model is built anew: nothing of it may come from the random state
+    checkpoint = read_checkpoint(tmp_path / "best.ckpt")
+    assert checkpoint.spec == spec_of(task)
+    assert (checkpoint.backbone_name, checkpoint.backbone_sha256) == (backbone.name, backbone.sha256)
+    assert not checkpoint.published
+    restored = restore_classifier(checkpoint, backbone)
+    assert torch.equal(logits_of(restored), logits_of(classifier))
+    named = dict(restored.named_parameters())
+    for name, parameter in classifier.named_parameters():
+        assert named[name].requires_grad == parameter.requires_grad
+
+
+@pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
+def test_what_is_kept(task: str, backbone: Backbone) -> None:
+    """The trained, the dynamic attention and its queries; not the frozen weights."""
+    kept = kept_state(trained_classifier(task, backbone))
+    frozen = {f"model.{name}" for name in backbone.state}
+    tuned = {
+        "model.image_encoder.proj",
+        *(f"model.image_encoder.ln_post.{part}" for part in ("weight", "bias")),
+        *(f"model.text_encoder.ln_final.{part}" for part in ("weight", "bias")),
+    }
+    assert frozen & kept.keys() == (tuned if task == "hatememes" else set())
+    assert len([name for name in kept if "memories_dynamic_" in name]) == 6
+    assert len([name for name in kept if ".attn_memory." in name]) == 8
+    assert {f"{task}_classifier.weight", "model.memory_learner.residual_alpha"} <= kept.keys()
+
+
+def test_optimiser_state_can_travel_along(backbone: Backbone, tmp_path: Path) -> None:
+    classifier = trained_classifier("mmimdb", backbone)
+    optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad])
+    images, tokens = tiny_batch(len(TYPES))
+    classifier(model_input(images, tokens, TYPES)).sum().backward()
+    optimizer.step()
+    content = {**content_of(classifier, "mmimdb", backbone), "optimizer_states": [optimizer.state_dict()]}
+    torch.save(content, tmp_path / "last.ckpt")
+    restored = restore_classifier(read_checkpoint(tmp_path / "last.ckpt"), backbone)
+    assert torch.equal(logits_of(restored), logits_of(classifier))
+
+
+def test_halving_is_lossless_and_only_for_frozen_values_that_fit(backbone: Backbone) -> None:
+    frozen = trained_classifier("mmimdb", backbone)
+    weight = "model.image_encoder.transformer.resblocks.0.attn_memory.in_proj_weight"
+    with torch.no_grad():  # one value that bfloat16 does not hold
+        frozen.get_parameter("model.text_encoder.transformer.resblocks.0.attn_memory.in_proj_weight")[0, 0] = 1 + 2**-20
+    kept, state = kept_state(frozen), frozen.state_dict()
+    assert kept[weight].dtype == torch.bfloat16
+    assert kept[weight.replace("image", "text")].dtype == torch.float32
+    for name, tensor in kept.items():
+        assert torch.equal(tensor.to(state[name].dtype), state[name]), name
+        if not is_added(name):
+            assert tensor.dtype == torch.float32, f"{name} is trained"
+    trained = trained_classifier("hatememes", backbone)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.copy_(parameter.bfloat16())
+    for name, parameter in trained.named_parameters():
+        if parameter.requires_grad:
+            assert kept_state(trained)[name].dtype == torch.float32, name
+
+
+def test_best_checkpoint_of_vit_b_16_is_under_80_mb() -> None:
+    with torch.device("meta"):
+        classifier = build_classifier(ModelSpec("mmimdb", 36, 6, VIT_B_16))
+    with torch.no_grad():  # real values only where they are kept: the frozen 600 MB are never made
+        for name in kept_names_of(classifier):
+            module, _, leaf = name.rpartition(".")
+            owner = classifier.get_submodule(module)
+            value = torch.randn(getattr(owner, leaf).shape)
+            value = value.bfloat16().float() if ".attn_memory." in name else value
+            if leaf in dict(owner.named_parameters(recurse=False)):
+                trained = getattr(owner, leaf).requires_grad
+                setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=trained))
+            else:
+                setattr(owner, leaf, value)
+    written = io.BytesIO()
+    content = {
+        "state_dict": kept_state(classifier),
+        DESCRIPTION: describe(ModelSpec("mmimdb", 36, 6, VIT_B_16), "", ""),
+    }
+    torch.save(content, written)
+    assert 70e6 < len(written.getvalue()) < 80e6
+
+
+def kept_names_of(classifier: MissingModalityClassifier) -> list[str]:
+    trained = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    return [name for name in classifier.state_dict() if name in trained or is_added(name)]
+
+
+def test_dynamic_attention_starts_with_values_that_are_halved() -> None:
+    """What the size of an MM-IMDb checkpoint rests on."""
+    kept = kept_state(build_classifier(spec_of("mmimdb")))
+    attention = [value for name, value in kept.items() if ".attn_memory." in name]
+    assert len(attention) == 8 and all(value.dtype == torch.bfloat16 for value in attention)
+
+
+def test_another_backbone_is_refused(backbone: Backbone, tmp_path: Path) -> None:
+    torch.save(content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone), tmp_path / "best.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "best.ckpt")
+    random_hf_clip(tmp_path / "other", seed=1)
+    other = load_backbone(str(tmp_path / "other"))
+    with pytest.raises(CheckpointError) as refusal:
+        restore_classifier(checkpoint, other)
+    for part in (str(tmp_path / "best.ckpt"), backbone.name, other.name, backbone.sha256[:16], other.sha256[:16]):
+        assert part in str(refusal.value)
+    gelu = replace(backbone, architecture=replace(TINY, activation="gelu"))
+    with pytest.raises(CheckpointError, match=r"activation \(there quick_gelu, here gelu\)"):
+        restore_classifier(checkpoint, gelu)
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda c: c["state_dict"].pop("model.memory_learner.residual_alpha"), r"1 names missing .*residual_alpha\)"),
+        (lambda c: c["state_dict"].update(extra=torch.ones(1)), r"1 unexpected \(extra\)"),
+        (
+            lambda c: c["state_dict"].update({"mmimdb_classifier.weight": torch.ones(2, 128)}),
+            r"mmimdb_classifier.weight has shape \(2, 128\), expected \(23, 128\)",
+        ),
+        (
+            lambda c: c["state_dict"].update({"mmimdb_classifier.bias": torch.tensor(1.0)}),
+            r"shape \(\), expected \(23,\)",
+        ),
+        (lambda c: c["state_dict"].update(extra="text"), "expected names and tensors"),
+        (lambda c: c["state_dict"].update({7: torch.ones(1)}), "expected names and tensors"),
+        (lambda c: c.update(state_dict=[]), "expected a Lightning checkpoint with a state_dict"),
+        (lambda c: c.pop("state_dict"), "expected a Lightning checkpoint with a state_dict, found a dict of epoch"),
+        (lambda c: c["rep"].update(format=2), "expected checkpoint format 1, found 2"),
+        (lambda c: c["rep"].pop("format"), "expected checkpoint format 1, found None"),
+        (lambda c: c.update(rep="1"), "expected checkpoint format 1, found '1'"),
+        (lambda c: c.update(rep=None), "not a whole published REP checkpoint"),
+        (lambda c: c["rep"].pop("task"), "description is not whole: .*task"),
+        (lambda c: c["rep"].update(task="other"), "task 'other', expected one of mmimdb, food101, hatememes"),
+        (lambda c: c["rep"].update(task=["mmimdb"]), "not whole"),
+        (lambda c: c["rep"].update(memory_length=7), "memory_length must be a positive multiple of 3"),
+        (lambda c: c["rep"].update(memory_length="6"), "no model has its sizes"),
+        (lambda c: c["rep"].update(memory_depth=3), "memory_depth=3 is more than the backbone has blocks"),
+        (lambda c: c["rep"].update(memory_depth=1), "unexpected"),
+        (lambda c: c["rep"].update(memory_length=9), "has shape"),
+        (lambda c: c["rep"].pop("backbone"), "description is not whole: .*backbone"),
+        (lambda c: c["rep"].update(backbone="x"), "description is not whole"),
+        (lambda c: c["rep"]["backbone"].update(sha256=None), "has other weights"),
+        (lambda c: c["rep"].pop("architecture"), "description is not whole: .*architecture"),
+        (lambda c: c["rep"]["architecture"].update(depth=3), "description is not whole.*depth"),
+        (lambda c: c["rep"]["architecture"].pop("patch_size"), "description is not whole.*patch_size"),
+        (lambda c: c["rep"]["architecture"].update(vision_layers=10**9), "vision_layers .there 1000000000, here 3"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: Change, problem: str, backbone: Backbone, tmp_path: Path) -> None:
+    content = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone)
+    change(content)
+    path = tmp_path / "best.ckpt"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=problem) as refusal:
+        restore_classifier(read_checkpoint(path), backbone)
+    assert str(path) in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_refused_state_changes_nothing(backbone: Backbone) -> None:
+    classifier = trained_classifier("mmimdb", backbone)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    state = {name: torch.zeros_like(value) for name, value in kept_state(classifier).items()}
+    state["mmimdb_classifier.bias"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"here: mmimdb_classifier.bias has shape"):
+        load_kept_state(classifier, state, "here")
+    assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+
+
+def test_files_that_are_no_checkpoints_are_refused(backbone: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "best.ckpt"
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_checkpoint(path)
+    torch.save(content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone), path)
+    whole = path.read_bytes()
+    for content in (b"", b"\x80", b"not a checkpoint at all", whole[:2000], whole[: len(whole) - 2000]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"not readable as a checkpoint: .") as refusal:
+            read_checkpoint(path)
+        assert str(path) in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+    for other, found in (([1, 2], "list"), (torch.ones(2), "Tensor"), ({"a": 1}, "a dict of a"), ("text", "str")):
+        torch.save(other, path)
+        with pytest.raises(CheckpointError, match=f"expected a Lightning checkpoint with a state_dict, found {found}"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_flipped_bytes_are_read_or_refused(seed: int, tmp_path: Path) -> None:
+    """Never another error than CheckpointError, whatever is in the file."""
+    path = tmp_path / "some.ckpt"
+    content = bytearray((golden.GOLDEN_DIR / "published_style.ckpt").read_bytes())
+    generator = torch.Generator().manual_seed(seed)
+    for position in torch.randint(64, 1400, (1 + seed % 4,), generator=generator).tolist():  # within its data.pkl
+        content[position] ^= int(torch.randint(1, 256, (), generator=generator))
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"some\.ckpt"):  # whole, it is refused too: three tensors are no model
+        read_checkpoint(path)
+
+
+# Code in a file
+
+
+class Call:
+    """Pickled, it is a call that a careless reader makes."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def calls(marker: Path) -> dict[str, Call]:
+    text = f"open({str(marker)!r}, 'w')"
+    return {
+        "posix.system": Call(os.system, f"touch {marker}"),
+        "builtins.eval": Call(builtins.eval, text),
+        "builtins.exec": Call(builtins.exec, text),
+        "commands.getoutput": Call(subprocess.getoutput, f"touch {marker}"),  # its name in pickle protocol 2
+        "builtins.getattr": Call(getattr, marker, "touch"),
+        "importlib.import_module": Call(importlib.import_module, "this"),
+    }
+
+
+@pytest.mark.parametrize("function", list(calls(Path("x"))))
+@pytest.mark.parametrize("place", ["top", "state_dict"])
+def test_code_is_refused_by_name(function: str, place: str, backbone: Backbone, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    content = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone)
+    (content if place == "top" else content["state_dict"])["code"] = calls(marker)[function]
+    torch.save(content, tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError, match=function.replace("builtins", "(builtins|__builtin__)")) as refusal:
+        read_checkpoint(tmp_path / "bad.ckpt")
+    assert str(tmp_path / "bad.ckpt") in str(refusal.value)
+    assert not marker.exists()
+
+
+def test_code_in_an_old_file_format_does_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    torch.save(
+        {"state_dict": {"code": calls(marker)["posix.system"]}}, tmp_path / "x", _use_new_zipfile_serialization=False
+    )
+    with pytest.raises(CheckpointError, match="not readable"):
+        read_checkpoint(tmp_path / "x")
+    assert not marker.exists()
+
+
+def test_functions_of_the_modules_with_stand_ins_are_not_called(tmp_path: Path) -> None:
+    """Those of `_io` and `pathlib` are among the names that published files may mention."""
+    marker = tmp_path / "marker"
+    content = {"state_dict": {"a": torch.ones(1)}, "file": Call(io.FileIO, str(marker), "w"), "path": marker}
+    torch.save(content, tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError, match="not a whole published REP checkpoint"):
+        read_checkpoint(tmp_path / "bad.ckpt")
+    assert not marker.exists()
+    torch.load(tmp_path / "bad.ckpt", weights_only=False)["file"].close()
+    assert marker.exists(), "the pickle would never have opened the file"
+
+
+# Published ones
+
+
+class ModelCheckpoint:
+    """Under the name of Lightning's callback, of which published checkpoints have the class as a key."""
+
+
+class AttributeDict(dict):
+    """Under the name of Lightning's hyper-parameters."""
+
+
+@pytest.fixture
+def published_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pickle writes the two classes above under their published names."""
+    for module, member in (
+        ("pytorch_lightning.callbacks.model_checkpoint", ModelCheckpoint),
+        ("pytorch_lightning.utilities.parsing", AttributeDict),
+    ):
+        for end in range(1, module.count(".") + 2):
+            name = ".".join(module.split(".")[:end])
+            fake = types.ModuleType(name)
+            fake.__path__ = []
+            monkeypatch.setitem(sys.modules, name, fake)
+        setattr(sys.modules[module], member.__name__, member)
+        monkeypatch.setattr(member, "__module__", module)
+
+
+def published_content(classifier: MissingModalityClassifier) -> dict[str, Any]:
+    """What the published code's trainer writes: everything but the dynamic queries."""
+    state = {name: value for name, value in classifier.state_dict().items() if "memories_dynamic_" not in name}
+    score = torch.tensor(0.5)
+    return {
+        "epoch": 4,
+        "global_step": 634,
+        "pytorch-lightning_version": "1.1.4",
+        "state_dict": state,
+        "callbacks": {ModelCheckpoint: {"monitor": "val/the_metric", "best_model_score": score, "dirpath": "result"}},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "hparams_name": "config",
+        "hyper_parameters": AttributeDict(memory_length=36, vit="ViT-B/16", loss_names={"mmimdb": 1}),
+    }
+
+
+@pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
+@pytest.mark.usefixtures("published_names")
+def test_published_checkpoints_load_without_a_backbone(
+    task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    classifier = tiny_classifier(task)
+    path = tmp_path / "published.ckpt"
+    torch.save(published_content(classifier), path)
+    written = path.read_bytes()
+    assert b"pytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint" in written
+    assert b"pytorch_lightning.utilities.parsing\nAttributeDict" in written
+
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.published and checkpoint.backbone_name is None
+    assert checkpoint.spec == spec_of(task)
+    with caplog.at_level(logging.WARNING, logger="clip.checkpoint"):
+        restored = restore_classifier(checkpoint, None)
+    assert "dynamic queries" in caplog.text and "seed 0" in caplog.text and str(path) in caplog.text
+
+    torch.manual_seed(5)
+    again = restore_classifier(read_checkpoint(path), None)
+    assert torch.equal(logits_of(again), logits_of(restored))
+    queries = {name: value for name, value in classifier.state_dict().items() if "memories_dynamic_" in name}
+    drawn = {name: value for name, value in restored.state_dict().items() if name in queries}
+    assert len(drawn) == 6
+    for value in drawn.values():
+        assert 0.005 < value.std() < 0.04  # N(0, 0.02²)
+    assert not torch.equal(logits_of(restored), logits_of(classifier))
+    restored.load_state_dict({**restored.state_dict(), **queries})
+    assert torch.equal(logits_of(restored), logits_of(classifier))
+
+
+@pytest.mark.usefixtures("published_names")
+def test_published_layout_with_queries_keeps_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    classifier = tiny_classifier()
+    torch.save({**published_content(classifier), "state_dict": classifier.state_dict()}, tmp_path / "whole.ckpt")
+    restored = restore_classifier(read_checkpoint(tmp_path / "whole.ckpt"), None)
+    assert torch.equal(logits_of(restored), logits_of(classifier))
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("published_names")
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda s: s.pop("model.memory_learner.residual_alpha"),
+            r"1 names missing \(model.memory_learner.residual_alpha\)",
+        ),
+        (lambda s: s.update({"model.extra": torch.ones(1)}), r"1 unexpected \(model.extra\)"),
+        (lambda s: s.pop("model.image_encoder.conv1.weight"), "image_encoder.conv1.weight is not in it"),
+        (
+            lambda s: s.update({"model.image_encoder.conv1.weight": torch.ones(2)}),
+            r"shape \(2,\), expected 4 dimensions",
+        ),
+        (lambda s: s.update({"model.memory_learner.common_memory_complete": torch.tensor(1.0)}), "not a published REP"),
+        (
+            lambda s: s.update({"model.memory_learner.common_memory_complete": torch.ones(0, 64)}),
+            "memory_length must be",
+        ),
+        (lambda s: s.update({"mmimdb_classifier.bias": torch.ones(3)}), r"shape \(3,\), expected \(23,\)"),
+        (lambda s: [s.pop(n) for n in list(s) if n.startswith("mmimdb")], "expected one head .*, found 0"),
+        (lambda s: s.update({"food101_classifier.weight": torch.ones(101, 128)}), "expected one head .*, found 2"),
+        (lambda s: [s.pop(n) for n in list(s) if "layernorm_text" in n], "memory_depth must be at least 1"),
+    ],
+)
+def test_published_checkpoints_that_are_not_whole_are_refused(change: Change, problem: str, tmp_path: Path) -> None:
+    content = published_content(tiny_classifier())
+    change(content["state_dict"])
+    torch.save(content, tmp_path / "published.ckpt")
+    with pytest.raises(CheckpointError, match=problem) as refusal:
+        restore_classifier(read_checkpoint(tmp_path / "published.ckpt"), None)
+    assert str(tmp_path / "published.ckpt") in str(refusal.value)
+
+
+@pytest.mark.usefixtures("published_names")
+def test_checkpoints_of_dcp_are_refused_by_name(tmp_path: Path) -> None:
+    content = published_content(tiny_classifier())
+    content["state_dict"] = {
+        name.replace("memory_learner", "prompt_learner").replace("attn_memory", "attn_prompt"): value
+        for name, value in content["state_dict"].items()
+    }
+    torch.save(content, tmp_path / "dcp.ckpt")
+    with pytest.raises(CheckpointError, match=r"dcp.ckpt: a checkpoint of DCP \(prompt_learner\), not of REP"):
+        read_checkpoint(tmp_path / "dcp.ckpt")
+
+
+@pytest.mark.usefixtures("published_names")
+def test_stand_ins_are_gone_after_reading(tmp_path: Path) -> None:
+    torch.save(published_content(tiny_classifier()), tmp_path / "published.ckpt")
+    before = list(torch.serialization.get_safe_globals())
+    read_checkpoint(tmp_path / "published.ckpt")
+    assert sorted(map(str, torch.serialization.get_safe_globals())) == sorted(map(str, before))
+
+
+def test_published_style_file_is_read_and_found_incomplete() -> None:
+    """It has the published layout, but three tensors of a model."""
+    path = golden.GOLDEN_DIR / "published_style.ckpt"
+    with pytest.raises(CheckpointError, match="not a whole published REP checkpoint") as refusal:
+        read_checkpoint(path)
+    message = str(refusal.value)
+    assert str(path) in message and "found 3 entries" in message and "mmimdb_classifier.weight" in message
+    assert "common_memory_complete" in message
+
+
+def test_description_is_plain_and_whole() -> None:
+    described = describe(spec_of("food101"), "ViT-B/16", "ab" * 32)
+    assert described["architecture"] == asdict(TINY)
+    assert described["backbone"] == {"name": "ViT-B/16", "sha256": "ab" * 32}
+    assert (described["task"], described["memory_length"], described["memory_depth"]) == ("food101", 6, 2)

@@ -1,0 +1,163 @@
+"""The metrics against slow, obvious loops and against values computed by hand (METHOD.md section 4)."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from clip.metrics import auroc_and_accuracy, class_accuracy, multilabel_f1
+from clip.tasks import TASKS
+
+YES, NO = 2.0, -2.0
+
+
+def slow_f1(true: list[bool], predicted: list[bool]) -> float:
+    tp = sum(t and p for t, p in zip(true, predicted, strict=True))
+    wrong = sum(t != p for t, p in zip(true, predicted, strict=True))
+    return 2 * tp / (2 * tp + wrong) if tp + wrong else 0.0
+
+
+def slow_multilabel(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    predicted = [[1 / (1 + math.exp(-x)) > 0.5 for x in row] for row in logits.tolist()]
+    true = [[x == 1 for x in row] for row in labels.tolist()]
+    n, c = len(true), len(true[0])
+    per_class = [slow_f1([row[k] for row in true], [row[k] for row in predicted]) for k in range(c)]
+    support = [sum(row[k] for row in true) for k in range(c)]
+    occurring = [k for k in range(c) if any(true[i][k] or predicted[i][k] for i in range(n))]
+    return {
+        "f1_macro": sum(per_class[k] for k in occurring) / len(occurring) if occurring else 0.0,
+        "f1_micro": slow_f1(list(itertools.chain(*true)), list(itertools.chain(*predicted))),
+        "f1_samples": sum(slow_f1(t, p) for t, p in zip(true, predicted, strict=True)) / n,
+        "f1_weighted": sum(f * s for f, s in zip(per_class, support, strict=True)) / max(1, sum(support)),
+    }
+
+
+def slow_auroc(scores: list[float], labels: list[int]) -> float:
+    """Share of pairs of a positive and a negative that are in the right order; ties count half."""
+    positives = [s for s, label in zip(scores, labels, strict=True) if label == 1]
+    negatives = [s for s, label in zip(scores, labels, strict=True) if label == 0]
+    if not positives or not negatives:
+        return 0.0
+    won = sum(1.0 if p > n else 0.5 if p == n else 0.0 for p in positives for n in negatives)
+    return won / (len(positives) * len(negatives))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_multilabel_f1_is_that_of_the_slow_loops(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n, c = int(torch.randint(1, 40, (), generator=generator)), int(torch.randint(1, 24, (), generator=generator))
+    rarity = 0.02 + 0.3 * (seed % 3)  # where it is low, classes and samples with nothing counted are there
+    labels = (torch.rand(n, c, generator=generator) < rarity).float()
+    logits = torch.randn(n, c, generator=generator) - (2 if rarity < 0.1 else 0)
+    assert multilabel_f1(logits, labels) == pytest.approx(slow_multilabel(logits, labels), abs=1e-12)
+
+
+def test_multilabel_f1_by_hand() -> None:
+    logits = torch.tensor([[YES, YES, NO, NO], [YES, NO, NO, NO], [NO, NO, NO, NO]])
+    labels = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    # class 0: 2 of 2, F1 1; class 1: one false alarm, one miss, F1 0; classes 2 and 3 do not occur.
+    assert multilabel_f1(logits, labels) == pytest.approx(
+        {
+            "f1_macro": 1 / 2,  # of the two classes that occur, not of four
+            "f1_micro": 4 / 6,
+            "f1_samples": (2 / 3 + 2 / 3 + 0) / 3,  # nothing predicted, nothing true: 0
+            "f1_weighted": 2 / 3,  # supports 2 and 1
+        }
+    )
+
+
+def test_a_class_that_is_only_predicted_counts_in_macro() -> None:
+    logits = torch.tensor([[YES, YES, NO]])
+    assert multilabel_f1(logits, torch.tensor([[1.0, 0, 0]]))["f1_macro"] == pytest.approx(1 / 2)
+    assert multilabel_f1(logits, torch.tensor([[1.0, 0, 1]]))["f1_macro"] == pytest.approx(1 / 3)
+
+
+def test_threshold_is_strict_and_takes_small_logits() -> None:
+    labels = torch.tensor([[1.0]])
+    assert multilabel_f1(torch.tensor([[0.0]]), labels)["f1_micro"] == 0.0  # a probability of exactly 0.5
+    assert multilabel_f1(torch.tensor([[1e-6]]), labels)["f1_micro"] == 1.0
+
+
+def test_nothing_predicted_and_nothing_true_is_zero_not_nan() -> None:
+    values = multilabel_f1(torch.full((3, 5), NO), torch.zeros(3, 5))
+    assert values == {"f1_macro": 0.0, "f1_micro": 0.0, "f1_samples": 0.0, "f1_weighted": 0.0}
+
+
+def test_integer_labels_give_the_same() -> None:
+    labels = torch.tensor([[1, 0, 1], [0, 1, 0]])
+    logits = torch.tensor([[YES, YES, NO], [NO, YES, YES]])
+    assert multilabel_f1(logits, labels) == multilabel_f1(logits, labels.float())
+    assert multilabel_f1(logits, labels)["f1_micro"] == pytest.approx(4 / 7)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_auroc_is_the_share_of_pairs_in_order(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(2, 60, (), generator=generator))
+    margin = torch.randint(-3, 4, (n,), generator=generator).float()  # few values, so many ties
+    logits = torch.stack([-margin / 2, margin / 2], dim=1)
+    labels = torch.randint(0, 2, (n,), generator=generator)
+    expected = slow_auroc(margin.tolist(), labels.tolist())
+    assert auroc_and_accuracy(logits, labels)["auroc"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_auroc_by_hand() -> None:
+    def auroc(margins: list[float], labels: list[int]) -> float:
+        margin = torch.tensor(margins)
+        return auroc_and_accuracy(torch.stack([torch.zeros_like(margin), margin], 1), torch.tensor(labels))["auroc"]
+
+    assert auroc([1, 2, 3, 4], [0, 0, 1, 1]) == pytest.approx(1)
+    assert auroc([1, 2, 3, 4], [1, 1, 0, 0]) == pytest.approx(0)
+    assert auroc([5, 5, 5], [0, 1, 0]) == pytest.approx(1 / 2)
+    assert auroc([1, 2, 2, 3], [0, 1, 0, 1]) == pytest.approx(3.5 / 4)
+
+
+def test_auroc_tells_confident_scores_apart() -> None:
+    """In float32 both probabilities are 1, which would be a tie."""
+    logits = torch.tensor([[0.0, 20.0], [0.0, 25.0]])
+    assert auroc_and_accuracy(logits, torch.tensor([0, 1]))["auroc"] == pytest.approx(1)
+
+
+def test_auroc_uses_the_probability_not_the_logit_of_class_one() -> None:
+    logits = torch.tensor([[9.0, 5.0], [0.0, 1.0]])
+    assert auroc_and_accuracy(logits, torch.tensor([0, 1]))["auroc"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_auroc_of_one_class_is_zero(label: int) -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, 2.0], [1.0, 0.0]])
+    values = auroc_and_accuracy(logits, torch.full((3,), label))
+    assert values == pytest.approx({"auroc": 0.0, "accuracy": (2 if label else 1) / 3})
+
+
+@pytest.mark.parametrize("classes", [2, 101])
+def test_accuracy_is_the_share_of_hits(classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(50, classes, generator=generator)
+    labels = torch.randint(0, classes, (50,), generator=generator)
+    labels[:20] = logits[:20].argmax(-1)
+    hits = sum(max(range(classes), key=row.__getitem__) == y for row, y in zip(logits.tolist(), labels, strict=True))
+    assert 20 <= hits < 50
+    assert class_accuracy(logits, labels) == {"accuracy": hits / 50}
+
+
+def test_each_task_reports_what_it_is_chosen_by() -> None:
+    cases = {"mmimdb": "f1_macro", "food101": "accuracy", "hatememes": "auroc"}
+    assert {name: task.monitor for name, task in TASKS.items()} == cases
+    for task in TASKS.values():
+        labels = torch.zeros(4, task.n_classes) if task.name == "mmimdb" else torch.tensor([0, 1, 1, 0])
+        values = task.metrics(torch.randn(4, task.n_classes), labels)
+        assert task.monitor in values
+        assert all(0 <= value <= 1 for value in values.values())
+
+
+def test_losses_are_those_of_the_method() -> None:
+    logits = torch.tensor([[0.5, -1.0], [2.0, 0.0]])
+    labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    terms = [math.log1p(math.exp(-0.5)), math.log1p(math.exp(-1.0)), math.log1p(math.exp(2.0)), math.log(2)]
+    assert TASKS["mmimdb"].loss(logits, labels).item() == pytest.approx(sum(terms) / 4)
+    by_class = [math.log(1 + math.exp(-1.5)), math.log(1 + math.exp(2.0))]
+    for name in ("food101", "hatememes"):
+        assert TASKS[name].loss(logits, torch.tensor([0, 1])).item() == pytest.approx(sum(by_class) / 2)

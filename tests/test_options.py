@@ -1,0 +1,140 @@
+"""Every wrong option ends in one clear line and status 2, before anything heavy starts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import EX, Options, check
+from run import command_line
+from tests.conftest import Workspace
+
+WRONG = {
+    "learning_rat=1": "unknown option learning_rat; did you mean learning_rate?",
+    "missing_ratio.tran=0.5": "unknown option missing_ratio.tran",
+    "max_text_len=77": "unknown option max_text_len",
+    "seed=abc": "seed: expected an integer of at least 0, found 'abc'",
+    "seed=08": "seed: expected an integer of at least 0, found '08'",
+    "seed=-1": "seed: expected an integer of at least 0, found -1",
+    "seed=True": "seed: expected an integer of at least 0, found True",
+    "learning_rate=0": "learning_rate: expected a number above 0, found 0",
+    "learning_rate=fast": "learning_rate: expected a number above 0, found 'fast'",
+    "learning_rate=nan": "learning_rate: expected a number above 0, found 'nan'",
+    "missing_ratio=1.5": "missing_ratio: expected a number from 0 to 1, found 1.5",
+    "missing_ratio.train=-0.1": "missing_ratio.train: expected a number from 0 to 1, found -0.1",
+    "test_ratio=70": "test_ratio: expected a number from 0 to 1, found 70",
+    "both_ratio=2": "both_ratio: expected a number from 0 to 1, found 2",
+    "missing_type=picture": "missing_type: expected text or image or both, found 'picture'",
+    "missing_type.test=none": "missing_type.test: expected text or image or both, found 'none'",
+    "test_type=audio": "test_type: expected text or image or both, found 'audio'",
+    "prompt_type=input": "prompt_type: expected rep, found 'input'",
+    "memory_length=35": "memory_length: expected a positive multiple of 3",
+    "memory_length=0": "memory_length: expected an integer of at least 3, found 0",
+    "memory_depth=0": "memory_depth: expected an integer of at least 1, found 0",
+    "batch_size=10": "batch_size: expected a multiple of per_gpu_batchsize × processes = 4 × 1 = 4, found 10",
+    "per_gpu_batchsize=0": "per_gpu_batchsize: expected an integer of at least 1, found 0",
+    "max_epoch=1.5": "max_epoch: expected an integer of at least 1, found 1.5",
+    "warmup_steps=1.5": "warmup_steps: expected a share below 1 or a number of steps, found 1.5",
+    "val_check_interval=0": "val_check_interval: expected a share of an epoch above 0 and up to 1, or an integer",
+    "val_check_interval=2.5": "val_check_interval: expected a share of an epoch above 0 and up to 1, or an integer",
+    "decay_power=linear": "decay_power: expected a number above 0, found 'linear'",
+    "end_lr=1": "end_lr: expected less than learning_rate=0.01, found 1",
+    "precision=8": "precision: expected 32, 16 or bf16, found 8",
+    "num_nodes=0": "num_nodes: expected an integer of at least 1, found 0",
+    "num_gpus=99": "num_gpus: expected at most the ",
+    "fast_dev_run=yes": "fast_dev_run: expected True or False, found 'yes'",
+    "exp_name=a/b": "exp_name: expected the name of a folder, without slashes, found 'a/b'",
+    "data_root=nowhere": "mmimdb_train.arrow, mmimdb_dev.arrow, mmimdb_test.arrow in nowhere, found no such folder; "
+    "make it with `python make_arrow.py --dataset mmimdb --root RAW --target nowhere`",
+    "data_root=": "data_root: expected the folder of the arrow files",
+    "vit=ViT-Z": "vit=ViT-Z: expected one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px",
+    "vit=nowhere": "vit: expected one of ViT-B/32",
+    "vit=RN50": "vit=RN50: ResNet CLIPs have no tokens to put memory among",
+    "image_size=48": "image_size: expected 32, which is what the position embeddings of the backbone are for, found 48",
+    "memory_depth=3": "memory_depth=3 is more than the backbone has blocks (2 in the image tower, 2 in the text tower)",
+    "load_path=no.ckpt": "load_path: expected a checkpoint file, found nothing at no.ckpt",
+    "resume_from=no.ckpt": "resume_from: expected a checkpoint file, found nothing at no.ckpt",
+    "test_only=True": "test_only: expected a checkpoint to evaluate",
+    "finetune_first=True": "finetune_first: expected a checkpoint to start from in load_path",
+    "task=imagenet": "task: expected mmimdb or food101 or hatememes, found 'imagenet'",
+    "tokenizer=nowhere": "tokenizer=nowhere: expected a Hugging Face folder or hub name with a CLIP tokenizer",
+    "task_finetune_coco": "task_finetune_coco",
+}
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_wrong_option(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    command = workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path / 'result'}", option)
+    status = command_line(command)
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert status == 2
+    assert len(errors) == 1 and WRONG[option] in errors[0], said
+    assert "Traceback" not in said
+    assert not (tmp_path / "result").exists()
+
+
+def test_no_task(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(["run.py", "with", f"data_root={workspace.arrow}"]) == 2
+    assert "error: no task: expected one of task_finetune_mmimdb, task_finetune_food101" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="16 is possible on a GPU")
+def test_half_precision_needs_a_gpu(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(workspace.command("precision=16")) == 2
+    assert "error: precision: expected 32 or bf16, found 16" in capsys.readouterr().err
+
+
+def test_gpus_that_are_not_there(workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert command_line(workspace.command("num_gpus=3")) == 2
+    assert "error: num_gpus: expected at most the 2 of this machine, found 3" in capsys.readouterr().err
+
+
+def test_as_a_process(workspace: Workspace) -> None:
+    """The status reaches the shell, and the line is all that is said."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, *workspace.command("missing_ratio=2")], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: missing_ratio: expected a number from 0 to 1, found 2\n"
+    assert done.stdout == ""
+
+
+def test_every_option_is_checked_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """The defaults and the checked options have the same names, and print_config explains each."""
+    names = set(EX.configurations[0]())
+    assert names == set(Options.__dataclass_fields__)
+    assert command_line(["run.py", "print_config"]) == 0
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    for name in names:
+        assert any(re.match(rf"  {name}( =|:).* # \w", line) for line in shown), name
+
+
+def config_with(workspace: Workspace, **changes: object) -> Options:
+    config = dict(EX.configurations[0]())
+    return check({**config, "task": "mmimdb", "data_root": str(workspace.arrow), **changes})
+
+
+def test_published_defaults(workspace: Workspace) -> None:
+    options = config_with(workspace)
+    assert (options.batch_size, options.learning_rate, options.weight_decay) == (256, 1e-2, 2e-2)
+    assert (options.max_epoch, options.warmup_steps, options.val_check_interval) == (20, 0.1, 0.2)
+    assert (options.memory_length, options.memory_depth, options.prompt_type) == (36, 6, "rep")
+    assert options.missing_ratio == {"train": 0.7, "val": 0.7, "test": 0.7}
+    assert options.accumulation == 8
+
+
+def test_one_value_serves_all_splits_and_the_test_options_override_two(workspace: Workspace) -> None:
+    options = config_with(workspace, missing_ratio=0.5, missing_type="text", test_ratio=0.9, test_type="image")
+    assert options.missing_ratio == {"train": 0.5, "val": 0.9, "test": 0.9}
+    assert options.missing_type == {"train": "text", "val": "image", "test": "image"}
+
+
+def test_accumulation_counts_all_processes(workspace: Workspace) -> None:
+    options = config_with(workspace, num_gpus=0, cpu_processes=2, num_nodes=2, per_gpu_batchsize=8, batch_size=64)
+    assert (options.processes, options.accumulation) == (4, 2)

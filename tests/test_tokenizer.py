@@ -1,0 +1,373 @@
+"""The tokenizer against a slow, obvious byte-pair encoding, in every form it is read from.
+
+The small vocabulary is made here. The tests of CLIP's own need the environment variable CLIP_VOCAB, which names
+`bpe_simple_vocab_16e6.txt.gz`.
+"""
+
+import gzip
+import html
+import itertools
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import numpy as np
+import pytest
+import regex  # type: ignore[import-untyped]
+from transformers import CLIPTokenizer
+
+from clip.tokenizer import CLIP_MERGES, END, START, ClipTokenizer, load_tokenizer
+from tests import golden
+from vilt.errors import BackboneError
+
+SENTENCES = (
+    "the quick brown fox jumps over the lazy dog and then the other dogs, too; they've all seen it: 1999 was the year",
+    "a film about a photographer who photographs photographs (in black & white) and the city that she's leaving",
+    "l'été à la mer – où les enfants jouent à être des héros… très, très lentement",
+    "日本語の映画 и русский фильм о войне 😀😀 !!! ??? ... --- $100,000.00",
+)
+OPENAI_PATTERN = regex.compile(
+    r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""",
+    regex.IGNORECASE,
+)
+needs_vocabulary = pytest.mark.skipif(not os.environ.get("CLIP_VOCAB"), reason="CLIP_VOCAB names no vocabulary file")
+
+
+def byte_symbols() -> dict[int, str]:
+    """Byte to the character that stands for it, in the order of CLIP's ids."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in symbols:
+            symbols[byte] = chr(256 + len(symbols) - len(printable))
+    return symbols
+
+
+SYMBOLS = byte_symbols()
+
+
+def openai_clean(text: str) -> str:
+    """What OpenAI's code does with a text before it looks for pieces."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+def symbols_of(word: str) -> list[str]:
+    symbols = [SYMBOLS[byte] for byte in word.encode()]
+    return [*symbols[:-1], symbols[-1] + "</w>"]
+
+
+def merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    while parts:
+        width = 2 if tuple(parts[:2]) == pair else 1
+        out.append("".join(parts[:width]))
+        parts = parts[width:]
+    return out
+
+
+class SlowTokenizer:
+    """Byte-pair encoding, step by step: of the pairs that are there, the one merged first in training is joined."""
+
+    def __init__(self, merges: list[tuple[str, str]]) -> None:
+        self.merges = merges
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        characters = list(SYMBOLS.values())
+        pieces = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges), START, END]
+        self.vocab = {piece: number for number, piece in enumerate(pieces)}
+
+    def __call__(self, text: str) -> list[int]:
+        ids = [self.vocab[START]]
+        for word in OPENAI_PATTERN.findall(openai_clean(text)):
+            parts = [word] if word in (START, END) else symbols_of(word)
+            while known := [pair for pair in itertools.pairwise(parts) if pair in self.ranks]:
+                parts = merged(parts, min(known, key=self.ranks.__getitem__))
+            ids += [self.vocab[part] for part in parts]
+        ids = [*ids, self.vocab[END]]
+        if len(ids) > 77:
+            ids = [*ids[:76], self.vocab[END]]
+        return ids + [0] * (77 - len(ids))
+
+
+def train_merges(texts: tuple[str, ...], count: int) -> list[tuple[str, str]]:
+    """The most frequent pair is merged, again and again."""
+    words = [symbols_of(word) for text in texts for word in OPENAI_PATTERN.findall(openai_clean(text))]
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count:
+        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = [merged(word, best) for word in words]
+    return merges
+
+
+@pytest.fixture(scope="module")
+def slow() -> SlowTokenizer:
+    return SlowTokenizer(train_merges(SENTENCES, 150))
+
+
+@pytest.fixture(scope="module")
+def fast(slow: SlowTokenizer) -> ClipTokenizer:
+    return ClipTokenizer(slow.vocab, slow.merges, "test")
+
+
+def write_folder(folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]]) -> Path:
+    """A Hugging Face folder with vocab.json and merges.txt."""
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+def ids_of(tokenizer: ClipTokenizer, text: str) -> list[int]:
+    return tokenizer([text])[0].tolist()
+
+
+ALPHABET = [
+    *"abcdetho xyz é日😀ßİſ½12!?.,&;#'-\t\n\x00\x1c\x85\u00a0\u3000\u200d\u0301",
+    *(
+        "<|endoftext|>",
+        "<|STARTOFTEXT|>",
+        "<|end",
+        "|>",
+        "&amp;",
+        "<b> &amp;amp;",
+        "&amp;amp;amp;",
+        "&lt;b&gt;",
+        "'ll",
+        "I'M",
+        "'ſ",
+        "the ",
+        "photograph",
+    ),
+    "\ud800",
+]
+
+
+def random_texts(count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return ["".join(draw.choice(ALPHABET) for _ in range(draw.randrange(60))) for _ in range(count)]
+
+
+def test_equals_the_slow_encoding(slow: SlowTokenizer, fast: ClipTokenizer) -> None:
+    texts = [*SENTENCES, *random_texts(600, seed=0)]
+    found = fast(texts)
+    assert found.shape == (len(texts), 77) and found.dtype == np.int64
+    for text, row in zip(texts, found.tolist(), strict=True):
+        assert row == slow(text), ascii(text)
+    assert (found[:, 76] == fast.end_id).any(), "no text was long enough to be cut"
+
+
+def test_merges_of_lower_rank_come_first() -> None:
+    """`abc` with b+c before a+b is a, bc: not the leftmost pair."""
+    merges = [("b", "c</w>"), ("a", "b"), ("a", "bc</w>")]
+    slow = SlowTokenizer(merges[:2])
+    assert ids_of(ClipTokenizer(slow.vocab, merges[:2], "test"), "abc ab")[1:5] == [
+        slow.vocab["a"],
+        slow.vocab["bc</w>"],
+        slow.vocab["a"],
+        slow.vocab["b</w>"],
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n\t\u3000", "\x00", "\x00 \x07", "&#32;"])
+def test_nothing_to_say_is_start_and_end(fast: ClipTokenizer, text: str) -> None:
+    assert ids_of(fast, text) == [fast.start_id, fast.end_id] + [0] * 75
+
+
+def test_no_texts_give_no_rows(fast: ClipTokenizer) -> None:
+    assert fast([]).shape == (0, 77)
+
+
+def test_control_characters_are_dropped_and_lone_surrogates_replaced(fast: ClipTokenizer) -> None:
+    """ftfy's cleaning: neither reaches the tokenizer."""
+    assert ids_of(fast, "th\x00e d\x00og") == ids_of(fast, "the dog")
+    assert ids_of(fast, "the \ud800 dog \udfff") == ids_of(fast, "the \ufffd dog \ufffd")
+    assert ids_of(fast, "&#xD800;&#0;") == ids_of(fast, "\ufffd\ufffd")
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "the dog " * 125_000], ids=["one word", "many words"])
+def test_a_megabyte_is_cut_with_end_last(fast: ClipTokenizer, slow: SlowTokenizer, text: str) -> None:
+    assert ids_of(fast, text) == slow(text[:800])
+
+
+@pytest.mark.parametrize("words", [74, 75, 76])
+def test_cut_at_77(fast: ClipTokenizer, words: int) -> None:
+    ids = ids_of(fast, "7" * words)  # each digit is its own piece
+    seven = ids[1]
+    assert ids == [fast.start_id, *[seven] * min(words, 75), fast.end_id, *[0] * (75 - words)]
+
+
+def test_marks_spelt_out_are_marks_only_as_pieces_of_their_own(slow: SlowTokenizer, fast: ClipTokenizer) -> None:
+    """As OpenAI's pattern has it: after punctuation the pattern has already taken the mark's bracket."""
+    start, end = fast.start_id, fast.end_id
+    dog = ids_of(fast, "dog")[1:-1]
+    dog = dog[: dog.index(end)]
+    assert ids_of(fast, "dog<|endoftext|>dog <|StartOfText|>")[: 5 + 2 * len(dog)] == [
+        start,
+        *dog,
+        end,
+        *dog,
+        start,
+        end,
+        *[0],
+    ]
+    glued = ids_of(fast, "!<|endoftext|>")
+    assert glued == slow("!<|endoftext|>")
+    assert glued.index(end) > 5  # only the one that ends the text
+
+
+def test_folders_and_the_object_agree(slow: SlowTokenizer, fast: ClipTokenizer, tmp_path: Path) -> None:
+    old = write_folder(tmp_path / "old", slow.vocab, slow.merges)
+    CLIPTokenizer(vocab=slow.vocab, merges=slow.merges).save_pretrained(tmp_path / "new")
+    assert (tmp_path / "new" / "tokenizer.json").is_file() and not (tmp_path / "new" / "vocab.json").exists()
+    texts = random_texts(100, seed=1)
+    for folder in (old, tmp_path / "new"):
+        read = load_tokenizer(str(folder))
+        assert (read(texts) == fast(texts)).all()
+        assert (read.fingerprint, read.vocab_size) == (fast.fingerprint, len(slow.vocab))
+
+
+def test_fingerprint_tells_vocabularies_and_merges_apart(slow: SlowTokenizer, fast: ClipTokenizer) -> None:
+    reordered = ClipTokenizer(slow.vocab, [slow.merges[1], slow.merges[0], *slow.merges[2:]], "test")
+    fewer = SlowTokenizer(slow.merges[:-1])
+    smaller = ClipTokenizer(fewer.vocab, fewer.merges, "test")
+    assert len({fast.fingerprint, reordered.fingerprint, smaller.fingerprint}) == 3
+
+
+def empty_folder(folder: Path, _: SlowTokenizer) -> None:
+    folder.mkdir()
+
+
+def broken_json(folder: Path, slow: SlowTokenizer) -> None:
+    CLIPTokenizer(vocab=slow.vocab, merges=slow.merges).save_pretrained(folder)
+    whole = (folder / "tokenizer.json").read_text("utf-8")
+    (folder / "tokenizer.json").write_text(whole[: len(whole) // 2], "utf-8")
+
+
+def other_json(folder: Path, slow: SlowTokenizer) -> None:
+    CLIPTokenizer(vocab=slow.vocab, merges=slow.merges).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"a": 1}', "utf-8")
+
+
+def no_merges(folder: Path, slow: SlowTokenizer) -> None:
+    write_folder(folder, slow.vocab, slow.merges)
+    (folder / "merges.txt").unlink()
+
+
+def merges_of_unknown_pieces(folder: Path, slow: SlowTokenizer) -> None:
+    write_folder(folder, slow.vocab, [*slow.merges, ("zz", "qq")])
+
+
+def vocabulary_is_a_list(folder: Path, slow: SlowTokenizer) -> None:
+    write_folder(folder, slow.vocab, slow.merges)
+    (folder / "vocab.json").write_text("[1, 2]", "utf-8")
+
+
+def no_word_end_byte(folder: Path, slow: SlowTokenizer) -> None:
+    vocab = {piece: number for piece, number in slow.vocab.items() if piece != "q</w>"}
+    write_folder(folder, vocab, [pair for pair in slow.merges if "q</w>" not in pair])
+
+
+def end_not_highest(folder: Path, slow: SlowTokenizer) -> None:
+    vocab = {**slow.vocab, START: slow.vocab[END], END: slow.vocab[START]}
+    write_folder(folder, vocab, slow.merges)
+
+
+def bert(folder: Path, _: SlowTokenizer) -> None:
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\na\n", "utf-8")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}', "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (empty_folder, "no vocabulary"),
+        (broken_json, "EOF|line 1|delimiter|[Uu]nterminated|column"),
+        (other_json, "KeyError"),
+        (no_merges, "merges"),
+        (merges_of_unknown_pieces, "[Mm]erges"),
+        (vocabulary_is_a_list, "vocabulary"),
+        (no_word_end_byte, "found 512 of those 513"),
+        (end_not_highest, r"'<\|startoftext\|>' as the highest"),
+        (bert, "no vocabulary"),
+    ],
+)
+def test_broken_folders_are_refused(
+    make: Callable[[Path, SlowTokenizer], None], problem: str, slow: SlowTokenizer, tmp_path: Path
+) -> None:
+    make(tmp_path / "folder", slow)
+    with pytest.raises(BackboneError, match=problem) as refusal:
+        load_tokenizer(str(tmp_path / "folder"))
+    assert str(tmp_path / "folder") in str(refusal.value) and len(str(refusal.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("empty.txt", b"", "found 0 lines"),
+        ("few.txt", b"#version\na b\nc d\n", "found 2 lines"),
+        ("odd.txt", b"#version\n" + b"a b\n" * (CLIP_MERGES - 1) + b"a b c\n", "two pieces"),
+        ("binary.txt", b"\xff\xfe\x00", "not readable"),
+        ("plain.gz", b"#version\na b\n", "[Nn]ot a gzipped file"),
+        ("cut.gz", gzip.compress(b"#version\n" + os.urandom(4096))[:2000], "not readable"),
+        ("damaged.gz", gzip.compress(b"#version\n")[:10] + b"\x07" * 40, "not readable"),
+    ],
+)
+def test_broken_merges_files_are_refused(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BackboneError, match=problem) as refusal:
+        load_tokenizer(str(tmp_path / name))
+    assert str(tmp_path / name) in str(refusal.value)
+
+
+def test_the_hub_is_asked_where_the_cache_has_no_vocabulary(
+    slow: SlowTokenizer, fast: ClipTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers makes an empty tokenizer, without an error, of a hub name that is not in the cache."""
+    asked: list[bool] = []
+
+    def from_pretrained(source: str, *, local_files_only: bool, **_: Any) -> CLIPTokenizer:
+        asked.append(local_files_only)
+        return CLIPTokenizer() if local_files_only else CLIPTokenizer(vocab=slow.vocab, merges=slow.merges)
+
+    monkeypatch.setattr(CLIPTokenizer, "from_pretrained", from_pretrained)
+    assert load_tokenizer("openai/clip-vit-base-patch16").fingerprint == fast.fingerprint
+    assert asked == [True, False]
+
+
+@needs_vocabulary
+def test_golden_ids_in_every_form(tmp_path: Path) -> None:
+    packed = Path(os.environ["CLIP_VOCAB"])
+    plain = tmp_path / "bpe_simple_vocab_16e6.txt"
+    if packed.suffix == ".gz":
+        plain.write_bytes(gzip.decompress(packed.read_bytes()))
+    else:
+        shutil.copy(packed, plain)
+    lines = plain.read_text("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    slow = SlowTokenizer([(a, b) for a, b in (line.split() for line in lines)])
+    write_folder(tmp_path / "old", slow.vocab, slow.merges)
+    CLIPTokenizer(vocab=slow.vocab, merges=slow.merges).save_pretrained(tmp_path / "new")
+    entries = json.loads((golden.GOLDEN_DIR / "clip_tokens.json").read_text("utf-8"))
+    texts = [entry["text"] for entry in entries]
+    expected = [entry["ids"] + [0] * (77 - len(entry["ids"])) for entry in entries]
+    assert [slow(text) for text in texts] == expected
+    more = random_texts(200, seed=2)
+    fingerprints = set()
+    for source in (packed, plain, tmp_path / "old", tmp_path / "new"):
+        tokenizer = load_tokenizer(str(source))
+        assert tokenizer(texts).tolist() == expected
+        assert tokenizer(more).tolist() == [slow(text) for text in more]
+        assert (tokenizer.start_id, tokenizer.end_id, tokenizer.vocab_size) == (49406, 49407, 49408)
+        fingerprints.add(tokenizer.fingerprint)
+    assert len(fingerprints) == 1

@@ -4,6 +4,7 @@
 """
 
 import logging
+import re
 import sys
 import time
 import warnings
@@ -187,7 +188,8 @@ def make_trainer(
     if checkpoints is not None:
         accumulation, wanted = options.accumulation, options.val_check_interval
         interval = int(wanted * steps_per_epoch) if isinstance(wanted, float) else wanted
-        interval = min(steps_per_epoch, max(1, round(interval / accumulation)) * accumulation)
+        steps = min(max(1, round(interval / accumulation)), options.max_steps or sys.maxsize)
+        interval = min(steps_per_epoch, steps * accumulation)
         callbacks.append(Report(checkpoints.monitor))
     keeps = checkpoints is not None and not options.fast_dev_run
     if checkpoints is not None and keeps:
@@ -344,6 +346,8 @@ def command_line(argv: list[str]) -> int:
 
 
 def _fail(message: str) -> int:
+    if message.startswith("Caught "):  # in a loader process: torch puts its traceback into the message
+        message = re.split(r"^[\w.]+Error: ", message, flags=re.MULTILINE)[-1].rstrip()
     print(f"error: {message}", file=sys.stderr)
     return 2
 

@@ -57,7 +57,10 @@ class Checkpoints(Checkpoint):
         self._write_last(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write_last(trainer)
+        # Lightning also calls this where max_steps ends the training in mid-epoch, and would take what is left of the
+        # epoch for done in a run resumed from there.
+        if trainer.fit_loop.epoch_loop.batch_progress.current.completed == trainer.num_training_batches:
+            self._write_last(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

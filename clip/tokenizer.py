@@ -40,7 +40,7 @@ class ClipTokenizer:
 
     def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], source: str) -> None:
         highest = max(vocab, key=lambda piece: vocab[piece], default=None)
-        needed = {START, *_byte_characters(), *(f"{c}</w>" for c in _byte_characters())}
+        needed = {START, *byte_characters(), *(f"{c}</w>" for c in byte_characters())}
         if not needed <= vocab.keys() or highest != END:
             raise BackboneError(
                 f"{source}: not a CLIP vocabulary: expected {START}, the 256 byte characters inside and at the end of "
@@ -110,12 +110,12 @@ def _from_merges_file(path: Path) -> ClipTokenizer:
     if len(pairs) != CLIP_MERGES or any(len(pair) != 2 for pair in pairs):
         raise BackboneError(f"tokenizer={path}: expected {CLIP_MERGES} merges of two pieces, found {len(pairs)} lines")
     merges = [(first, second) for first, second in pairs]
-    characters = _byte_characters()
+    characters = byte_characters()
     pieces = [*characters, *(f"{c}</w>" for c in characters), *(a + b for a, b in merges), START, END]
     return ClipTokenizer({piece: i for i, piece in enumerate(pieces)}, merges, f"tokenizer={path}")
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that stands for each byte, in the order of CLIP's ids: printable bytes first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = 256 - len(printable)
@@ -124,10 +124,13 @@ def _byte_characters() -> list[str]:
 
 def _from_hugging_face(source: str) -> ClipTokenizer:
     from transformers import CLIPTokenizer  # seconds to import; only needed here
+    from transformers.utils import cached_file
 
     reason = ""
     for local_files_only in (True, False):  # the cache first: no network where it suffices
         try:
+            if not local_files_only and not Path(source).is_dir():
+                cached_file(source, "vocab.json")  # without a network, fails once and not for each of six files
             tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=local_files_only)
             model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
             if len(model["vocab"]) > len(tokenizer.all_special_tokens):

@@ -17,30 +17,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from clip.tokenizer import CONTEXT_LENGTH, END, PIECES, START, byte_characters
 from demo.data import whole_folder
 from vilt.errors import DataError, UserError
+from vilt.transforms import decode_image, normalise
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
-_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 VOCABULARY = 2000
 """Most tokens there may be: 512 bytes, the merges, the two marks. Fewer come out when every word has its own."""
 
-POSITIONS = 77
 _HELD_OUT = 128
 """Films kept from the training, for the retrieval accuracy at the end."""
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -62,18 +56,10 @@ class TinyClip:
     weight_decay: float = 0.05
 
 
-def byte_symbols() -> list[str]:
-    """The 256 printable stand-ins of the byte values that byte-level BPE writes, in the order of CLIP's vocabulary."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    # Bytes without a printable character borrow those from 256 on.
-    n_borrowed = 256 - len(printable)
-    return [chr(code) for code in [*printable, *range(256, 256 + n_borrowed)]]
-
-
 def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> CLIPTokenizer:
     """A CLIP tokenizer with at most `vocabulary` ids trained on `texts`: the bytes, the bytes at a word's end, the
     merges, and last the start and the end mark."""
-    symbols = byte_symbols()
+    symbols = byte_characters()
     alphabet = [*symbols, *(symbol + _WORD_END for symbol in symbols)]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
     tokenizer.normalizer = normalizers.Sequence(
@@ -81,7 +67,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> CLIPT
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -94,31 +80,18 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> CLIPT
     merges = [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = [*alphabet, *(left + right for left, right in merges), START, END]
     return CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)}, merges=merges, model_max_length=POSITIONS
+        vocab={token: number for number, token in enumerate(tokens)}, merges=merges, model_max_length=CONTEXT_LENGTH
     )
 
 
 def encode(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
     """Token ids, B x 77: cut to 77 with the end mark last, padded with 0."""
-    ids_BL = torch.zeros(len(texts), POSITIONS, dtype=torch.long)
+    ids_BL = torch.zeros(len(texts), CONTEXT_LENGTH, dtype=torch.long)
     for row, ids in zip(
-        ids_BL, tokenizer(list(texts), truncation=True, max_length=POSITIONS)["input_ids"], strict=True
+        ids_BL, tokenizer(list(texts), truncation=True, max_length=CONTEXT_LENGTH)["input_ids"], strict=True
     ):
         row[: len(ids)] = torch.tensor(ids)
     return ids_BL
-
-
-def load_image(path: Path, size: int) -> torch.Tensor:
-    """A poster as the main program's loader gives it (METHOD.md, section 1): 3 x size x size, normalised."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    width, height = image.size
-    scale = size / min(width, height)
-    image = image.resize((max(size, int(width * scale)), max(size, int(height * scale))), Image.Resampling.BICUBIC)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    pixels = (pixels - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def read_films(folder: Path, image_size: int) -> tuple[torch.Tensor, list[list[str]]]:
@@ -137,7 +110,7 @@ def read_films(folder: Path, image_size: int) -> tuple[torch.Tensor, list[list[s
         poster = folder / "images" / f"{path.stem}.jpeg"
         try:
             captions.append(list(json.loads(path.read_text(encoding="utf-8"))["plot"]))
-            images.append(load_image(poster, image_size))
+            images.append(normalise(decode_image(poster.read_bytes(), image_size)))
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"film {path.stem} of {folder} cannot be read: {type(error).__name__}: {error}") from error
     return torch.stack(images), captions
@@ -152,7 +125,7 @@ def build_model(tokenizer: CLIPTokenizer, sizes: TinyClip) -> CLIPModel:
         "intermediate_size": 4 * sizes.text_width,
         "num_hidden_layers": sizes.text_layers,
         "num_attention_heads": sizes.text_width // 64,
-        "max_position_embeddings": POSITIONS,
+        "max_position_embeddings": CONTEXT_LENGTH,
         "hidden_act": "quick_gelu",
         "projection_dim": sizes.embed,
         "bos_token_id": int(tokenizer.bos_token_id),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clip.tokenizer import byte_characters
 from demo import data
 from demo.baseline import frequent_genres_f1
 from demo.posters import HEIGHT, MOTIFS, WIDTH, draw_poster
@@ -175,7 +176,7 @@ def test_vocabulary_files_follow_clips_order(tiny_clip):
     vocabulary = json.loads((tiny_clip / "vocab.json").read_text(encoding="utf-8"))
     version, *merges = (tiny_clip / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert version.startswith("#version")
-    symbols = backbone.byte_symbols()
+    symbols = byte_characters()
     merged = ["".join(line.split(" ")) for line in merges]
     expected = [*symbols, *(s + "</w>" for s in symbols), *merged, "<|startoftext|>", "<|endoftext|>"]
     assert list(vocabulary) == expected

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -280,6 +281,37 @@ def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace, capsys: p
     assert command_line(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the loss became nan at step ") and "samples: 1" in error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_ends_the_run_with_file_and_row(
+    workspace: Workspace, golden_arrow: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    """Also from a loader process, whose errors torch wraps into tracebacks."""
+    path = golden_arrow / "food101_train.arrow"
+    table = pa.ipc.open_file(path).read_all()
+    images = table["image"].to_pylist()
+    images[3] = images[3][:500]
+    broken = table.set_column(0, table.schema.field("image"), pa.array(images, pa.binary()))
+    with pa.ipc.new_file(path, broken.schema) as writer:
+        writer.write_table(broken)
+    options = (f"vit={workspace.backbone}", "batch_size=2", "per_gpu_batchsize=2", "missing_ratio=0.0", "exp_name=bad")
+    command = workspace.command(*options, f"num_workers={workers}", task="food101", data_root=golden_arrow)
+    assert command_line(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {path}: row 3: the image cannot be decoded: ")
+
+
+def test_max_steps_ends_in_mid_epoch_and_the_rest_can_follow(workspace: Workspace) -> None:
+    """12 batches an epoch, two of them a step: the run stops after the first validation and is then made longer."""
+    common = (f"vit={workspace.backbone}", "val_check_interval=0.5", "test_after_fit=False", "decay_power=1")
+    assert command_line(workspace.command(*common, "max_steps=4", "exp_name=short")) == 0
+    last = workspace.results / "short_seed0" / "version_0" / "last.ckpt"
+    place = torch.load(last, weights_only=True)["MissingModalityData"]
+    assert (place["epoch"], place["batches"]) == (0, 6)
+    assert command_line(workspace.command(*common, "max_epoch=1", "exp_name=long", f"resume_from={last}")) == 0
+    longer = torch.load(workspace.results / "long_seed0" / "version_0" / "last.ckpt", weights_only=True)
+    assert longer["global_step"] == 6 and longer["MissingModalityData"]["epoch"] == 1
 
 
 def test_fast_dev_run_writes_nothing(workspace: Workspace) -> None:

@@ -76,34 +76,26 @@ def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samp
     return table
 
 
-def load_missing_table(
-    root: Path, dataset: str, split: Split, pattern: MissingPattern, samples: int, *, announce: bool = True
-) -> np.ndarray:
+def load_missing_table(root: Path, dataset: str, split: Split, pattern: MissingPattern, samples: int) -> np.ndarray:
     """The table of a split, int8 (N,): read from `root` where it is kept, else drawn and kept there.
 
     A table in the published form (`mmimdb_train_missing_both_07.pt`) in `root` has precedence and is logged.
 
-    Args:
-        announce: log the use of a published table.
-
     Raises:
-        DataError: a table found does not fit the split, or `root` is not writable.
+        DataError: a table found does not fit the split, or `root` is not readable or writable.
     """
     described = pattern.describe(dataset, split, samples)
     stem = f"{dataset}_{described['split']}_missing_{pattern.missing_type}"
     published = root / f"{stem}_{str(float(pattern.ratio)).replace('.', '')}.pt"
-    if published.is_file():
+    if _is_file(published):
         table = _read_published(published, samples)
-        if announce:
-            log.info(
-                "missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, published
-            )
+        log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, published)
         return table
     if pattern.ratio == 0:
         return np.zeros(samples, dtype=np.int8)
     name = f"{stem}_{described['ratio']}_both_ratio_{described['both_ratio']}_seed_{pattern.seed}_of_{samples}.txt"
     path = root / name
-    if path.is_file():
+    if _is_file(path):
         return _read(path, described)
     table = draw_missing_table(dataset, split, pattern, samples)
     try:
@@ -117,6 +109,13 @@ def load_missing_table(
 def type_counts(table: np.ndarray) -> dict[str, int]:
     """How many entries of `table` have each missing type, by name."""
     return {name: int((table == value).sum()) for value, name in enumerate(TYPE_NAMES)}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise DataError(f"missing_table_root={path.parent}: not readable: {error.strerror or error}") from error
 
 
 def _format(table: np.ndarray, described: dict[str, str]) -> str:
@@ -137,19 +136,24 @@ def _read(path: Path, described: dict[str, str]) -> np.ndarray:
         raise DataError(f"{path}: expected the first line {expected!r}, found {lines[0] if lines else 'nothing'!r}")
     digits = "".join(line for line in lines if not line.startswith("#"))
     samples = int(described["samples"])
-    if len(digits) != samples or not set(digits) <= set("012"):
-        raise DataError(f"{path}: expected {samples} digits 0, 1 or 2, found {len(digits)} characters")
+    wrong = next((place for place, digit in enumerate(digits) if digit not in "012"), None)
+    if wrong is not None:
+        raise DataError(f"{path}: expected the digits 0, 1 and 2, found {digits[wrong]!r} for row {wrong}")
+    if len(digits) != samples:
+        raise DataError(f"{path}: expected {samples} digits, one per row of the split, found {len(digits)}")
     return np.frombuffer(digits.encode(), dtype=np.int8) - ord("0")
 
 
 def _read_published(path: Path, samples: int) -> np.ndarray:
     try:
-        table = torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types on damaged files
+        loaded = torch.load(path, "cpu", weights_only=True)
+        table = loaded.detach().float().numpy() if isinstance(loaded, torch.Tensor) else None
+    except Exception as error:  # of many types, on damaged files and on tensors that are no plain list of numbers
         raise DataError(f"{path}: not readable as a published missing table: {error}") from error
-    if not isinstance(table, torch.Tensor) or table.shape != (samples,):
-        found = tuple(table.shape) if isinstance(table, torch.Tensor) else type(table).__name__
+    if table is None or table.shape != (samples,):
+        found = type(loaded).__name__ if table is None else table.shape
         raise DataError(f"{path}: expected a tensor of {samples} entries, one per row of the split, found {found}")
-    if not torch.isin(table, torch.tensor([0.0, 1.0, 2.0])).all():
-        raise DataError(f"{path}: expected only 0, 1 and 2 in it")
-    return table.numpy().astype(np.int8)
+    wrong = np.flatnonzero(~np.isin(table, (COMPLETE, TEXT_MISSING, IMAGE_MISSING)))
+    if len(wrong):
+        raise DataError(f"{path}: expected only 0, 1 and 2, found {table[wrong[0]]} for row {wrong[0]}")
+    return table.astype(np.int8)

@@ -148,10 +148,11 @@ class ArrowDataset(Dataset[Sample]):
         if cache.is_file():
             try:
                 kept = np.load(cache, mmap_mode="r", allow_pickle=False)
-                if kept.ndim == 2 and len(kept) == len(texts):
-                    self.tokens = kept
-                    return
-            except (OSError, ValueError) as error:
+                if kept.ndim != 2 or len(kept) != len(texts) or kept.dtype != np.int32:
+                    raise ValueError(f"expected int32 for {len(texts)} texts, found {kept.dtype} {kept.shape}")
+                self.tokens = kept
+                return
+            except Exception as error:  # NumPy raises EOFError, BadZipFile, TokenError, ... on damaged files
                 log.warning("%s: not readable (%s); making it anew", cache, error)
         self.tokens = tokenize(texts).astype(np.int32)
         try:
@@ -163,8 +164,9 @@ class ArrowDataset(Dataset[Sample]):
     def _image(self, row: int) -> Tensor:
         try:
             return decode_image(self.table["image"][row].as_py(), self.image_size)
-        except (OSError, ValueError, SyntaxError, TypeError, AttributeError) as error:
-            raise DataError(f"{self.path}: row {row}: the image cannot be decoded: {error}") from error
+        except Exception as error:  # Pillow's decoders raise whatever the damage leads to, DecompressionBombError, ...
+            reason = str(error) or type(error).__name__
+            raise DataError(f"{self.path}: row {row}: the image cannot be decoded: {reason}") from error
 
     def _check_columns(self) -> None:
         expected = {"image", self.spec.text_column, "label"}
@@ -174,12 +176,31 @@ class ArrowDataset(Dataset[Sample]):
                 f"{self.path}: expected the columns {', '.join(sorted(expected))}; found {', '.join(found) or 'none'}"
             )
         for name in sorted(expected):
-            if self.table[name].null_count:
-                raise DataError(f"{self.path}: column {name}: {self.table[name].null_count} rows are empty (null)")
-        if not pa.types.is_list(self.table.schema.field(self.spec.text_column).type):
-            raise DataError(f"{self.path}: column {self.spec.text_column}: expected lists of texts")
-        if self.table.num_rows == 0:
-            raise DataError(f"{self.path}: expected samples, found none")
+            column = self.table[name]
+            try:
+                column.validate(full=True)  # offsets within the file, texts in UTF-8; reads no image
+            except pa.ArrowException as error:
+                raise DataError(f"{self.path}: column {name}: damaged: {error}") from error
+            if column.null_count:
+                row = pc.index(pc.is_null(column), True).as_py()
+                raise DataError(
+                    f"{self.path}: row {row}: column {name} is empty (null) ({column.null_count} such rows)"
+                )
+        image_type, text_type = self.table["image"].type, self.table[self.spec.text_column].type
+        if not (pa.types.is_binary(image_type) or pa.types.is_large_binary(image_type)):
+            raise DataError(f"{self.path}: column image: expected the bytes of image files, found {image_type}")
+        if not pa.types.is_list(text_type) or not pa.types.is_string(text_type.value_type):
+            raise DataError(f"{self.path}: column {self.spec.text_column}: expected lists of texts, found {text_type}")
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        column = self.table[self.spec.text_column]
+        texts, row_of_text = pc.list_flatten(column), pc.list_parent_indices(column)
+        if len(texts) == 0:
+            raise DataError(f"{self.path}: expected samples, found {self.n_rows} rows and no text")
+        if texts.null_count:
+            row = row_of_text[pc.index(pc.is_null(texts), True).as_py()].as_py()
+            raise DataError(f"{self.path}: row {row}: column {self.spec.text_column}: a text is empty (null)")
 
     def _read_labels(self) -> np.ndarray:
         """(N, C) uint8 for multi-label data, (N,) int64 otherwise."""

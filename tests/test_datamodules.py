@@ -1,0 +1,539 @@
+"""Batches, their order, their division among processes, and going on after an interruption."""
+
+import io
+import logging
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from vilt.datamodules import Batch, DataSettings, EpochSampler, MissingModalityData, collate
+from vilt.datasets.arrow_dataset import Sample
+from vilt.datasets.specs import DATASETS, SPLITS, Split
+from vilt.errors import ConfigError, DataError
+from vilt.missing_tables import MissingPattern, draw_missing_table
+
+SIZE = 8
+BOTH = MissingPattern("both", 0.5, 0.5, 0)
+
+
+def png(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def tokenize(texts: Sequence[str]) -> np.ndarray:
+    """The text's number, 77 times."""
+    return np.array([[int(text)] * 77 for text in texts])
+
+
+def write_memes(folder: Path, split: Split, rows: int, images: dict[int, bytes] | None = None) -> None:
+    table = pa.table(
+        {
+            "image": [(images or {}).get(row, png(row)) for row in range(rows)],
+            "text": [[str(row)] for row in range(rows)],
+            "label": [row % 2 for row in range(rows)],
+        }
+    )
+    with pa.ipc.new_file(str(folder / DATASETS["hatememes"].file_name(split)), table.schema) as writer:
+        writer.write_table(table)
+
+
+@dataclass
+class Processes:
+    """What the loaders ask a trainer for."""
+
+    global_rank: int
+    world_size: int
+
+
+def settings_in(folder: Path, **changes: Any) -> DataSettings:
+    settings = DataSettings(
+        dataset="hatememes",
+        data_root=folder,
+        missing_table_root=folder / "tables",
+        patterns=dict.fromkeys(SPLITS, BOTH),
+        simulate_missing=False,
+        per_gpu_batchsize=2,
+        num_workers=0,
+        seed=0,
+    )
+    return replace(settings, **changes)
+
+
+def open_data(settings: DataSettings, *splits: Split) -> MissingModalityData:
+    return MissingModalityData(settings, splits, SIZE, tokenize, "numbers")
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert one.types == other.types
+    for name, mine, theirs in zip(Batch._fields, one, other, strict=True):
+        if name != "types":
+            assert isinstance(mine, torch.Tensor)
+            assert isinstance(theirs, torch.Tensor)
+            assert mine.dtype == theirs.dtype, name
+            assert mine.shape == theirs.shape, name
+            assert torch.equal(mine, theirs), name
+
+
+# ---- collate
+
+
+def sample(number: int, missing_type: int, label: Any = 1) -> Sample:
+    image = torch.full((3, 2, 2), number, dtype=torch.uint8)
+    tokens = torch.tensor([number, number + 1, 0])
+    return Sample(
+        None if missing_type == 2 else image,
+        None if missing_type == 1 else tokens,
+        torch.tensor(label) if isinstance(label, int) else torch.tensor(label, dtype=torch.uint8),
+        missing_type,
+        number,
+    )
+
+
+def images(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+
+
+def rows(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def test_collate_leaves_out_what_is_missing():
+    batch = collate([sample(5, 2, 0), sample(6, 0, 1), sample(7, 1, 1), sample(8, 0, 0)])
+    expected = Batch(
+        image_b3RR=images(6, 7, 8),
+        tokens_bL=torch.tensor([[5, 6, 0], [6, 7, 0], [8, 9, 0]]),
+        missing_type_B=rows(2, 0, 1, 0),
+        image_rows=rows(1, 2, 3),
+        text_rows=rows(0, 1, 3),
+        types=(0, 1, 2),
+        label=rows(0, 1, 1, 0),
+        index_B=rows(5, 6, 7, 8),
+    )
+    assert_equal(batch, expected)
+
+
+def test_collate_where_nobody_has_an_image():
+    batch = collate([sample(3, 2, [0, 1, 1]), sample(4, 2, [1, 0, 0])])
+    expected = Batch(
+        image_b3RR=torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+        tokens_bL=torch.tensor([[3, 4, 0], [4, 5, 0]]),
+        missing_type_B=rows(2, 2),
+        image_rows=rows(),
+        text_rows=rows(0, 1),
+        types=(2,),
+        label=torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.uint8),
+        index_B=rows(3, 4),
+    )
+    assert_equal(batch, expected)
+
+
+def test_collate_where_nobody_has_a_text():
+    batch = collate([sample(9, 1)])
+    expected = Batch(
+        image_b3RR=images(9),
+        tokens_bL=torch.empty(0, 0, dtype=torch.int64),
+        missing_type_B=rows(1),
+        image_rows=rows(0),
+        text_rows=rows(),
+        types=(1,),
+        label=rows(1),
+        index_B=rows(9),
+    )
+    assert_equal(batch, expected)
+
+
+def test_collate_where_everything_is_there():
+    batch = collate([sample(1, 0, 0), sample(2, 0, 1)])
+    expected = Batch(
+        image_b3RR=images(1, 2),
+        tokens_bL=torch.tensor([[1, 2, 0], [2, 3, 0]]),
+        missing_type_B=rows(0, 0),
+        image_rows=rows(0, 1),
+        text_rows=rows(0, 1),
+        types=(0,),
+        label=rows(0, 1),
+        index_B=rows(1, 2),
+    )
+    assert_equal(batch, expected)
+
+
+# ---- EpochSampler
+
+
+SIZES = [(samples, world) for samples in (1, 2, 3, 7, 8, 9, 16, 101) for world in (1, 2, 3, 4, 8)]
+
+
+def shares(samples: int, world: int, seed: int | None, epoch: int = 0) -> list[list[int]]:
+    result = []
+    for rank in range(world):
+        sampler = EpochSampler(samples, seed=seed, rank=rank, world_size=world)
+        sampler.set_epoch(epoch)
+        keys = list(sampler)
+        assert len(keys) == len(sampler)
+        assert {key[0] for key in keys} <= {epoch}
+        result.append([key[1] for key in keys])
+    return result
+
+
+@pytest.mark.parametrize(("samples", "world"), SIZES)
+def test_evaluation_counts_every_sample_exactly_once(samples, world):
+    parts = shares(samples, world, None, epoch=3)
+    assert sorted(index for part in parts for index in part) == list(range(samples))
+    assert all(part == sorted(part) for part in parts)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(("samples", "world"), SIZES)
+def test_training_gives_all_processes_as_many_samples_and_leaves_none_out(samples, world):
+    parts = shares(samples, world, seed=4, epoch=2)
+    assert {len(part) for part in parts} == {-(-samples // world)}
+    in_turn = [index for turn in zip(*parts, strict=True) for index in turn]
+    assert sorted(in_turn[:samples]) == list(range(samples)), "each once"
+    filled_up = [in_turn[place % samples] for place in range(len(in_turn))]
+    assert in_turn == filled_up, "then from the start of the order"
+
+
+def test_the_order_is_the_same_for_any_number_of_processes():
+    (alone,) = shares(48, 1, seed=9, epoch=5)
+    for world in (2, 3, 4, 6):
+        assert [index for turn in zip(*shares(48, world, 9, 5), strict=True) for index in turn] == alone
+
+
+def test_the_order_follows_from_seed_and_epoch_alone():
+    orders = {(seed, epoch): tuple(shares(50, 1, seed, epoch)[0]) for seed in (0, 1, 2) for epoch in range(4)}
+    assert len(set(orders.values())) == 12, "epochs and seeds differ"
+    assert tuple(range(50)) not in orders.values()
+    torch.manual_seed(99)
+    random.seed(99)
+    state = torch.get_rng_state()
+    assert {key: tuple(shares(50, 1, *key)[0]) for key in reversed(orders)} == orders
+    assert torch.equal(torch.get_rng_state(), state), "the global state is not moved"
+
+
+def test_the_order_is_the_one_that_was_written_down():
+    assert shares(10, 1, seed=0, epoch=0) == [[4, 1, 7, 5, 3, 9, 0, 8, 6, 2]]
+    assert shares(10, 1, seed=1, epoch=3) == [[2, 7, 8, 4, 5, 3, 6, 0, 9, 1]]
+
+
+def test_a_sampler_gives_the_same_again_until_its_epoch_changes():
+    sampler = EpochSampler(20, seed=0, rank=1, world_size=2)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_skip_leaves_out_the_start_of_one_epoch_only(rank):
+    sampler = EpochSampler(21, seed=3, rank=rank, world_size=2)
+    whole = {}
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        whole[epoch] = list(sampler)
+    sampler.skip = (1, 4)
+    for epoch, expected in ((0, whole[0]), (1, whole[1][4:]), (2, whole[2])):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == expected
+    sampler.skip = (2, 11)
+    assert list(sampler) == []
+
+
+# ---- the data module
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_memes(tmp_path, "train", 11)
+    write_memes(tmp_path, "val", 7)
+    write_memes(tmp_path, "test", 9)
+    return tmp_path
+
+
+def test_each_split_has_its_own_pattern(folder):
+    patterns: dict[Split, MissingPattern] = {
+        "train": MissingPattern("both", 0.7, 0.5, 1),
+        "val": MissingPattern("text", 0.5, 0.5, 1),
+        "test": MissingPattern("image", 0.9, 0.5, 1),
+    }
+    data = open_data(settings_in(folder, patterns=patterns, simulate_missing=True, seed=6), *SPLITS)
+    for split, pattern in patterns.items():
+        dataset = data.datasets[split]
+        assert np.array_equal(dataset.missing_table, draw_missing_table("hatememes", split, pattern, dataset.n_rows))
+    assert [data.datasets[split].simulate_seed for split in SPLITS] == [6, None, None], "in training only"
+    assert len(list((folder / "tables").iterdir())) == 3
+    assert data.describe() == (
+        "  train       11 samples (4 complete, 4 text missing, 3 image missing)\n"
+        "  val          7 samples (4 complete, 3 text missing, 0 image missing)\n"
+        "  test         9 samples (1 complete, 0 text missing, 8 image missing)"
+    )
+
+
+def test_without_simulation_training_takes_the_table_as_it_is(folder):
+    data = open_data(settings_in(folder), "train")
+    table = data.datasets["train"].missing_table
+    for epoch in range(3):
+        loader = data.train_dataloader()
+        assert isinstance(loader.sampler, EpochSampler)
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            assert batch.missing_type_B.tolist() == table[batch.index_B.numpy()].tolist()
+
+
+def test_only_the_splits_asked_for_are_opened(folder):
+    (folder / "hatememes_train.arrow").unlink()
+    (folder / "hatememes_dev.arrow").write_bytes(b"")
+    assert list(open_data(settings_in(folder), "test").datasets) == ["test"]
+    with pytest.raises(DataError, match=r"hatememes_train\.arrow: no such file"):
+        open_data(settings_in(folder), "train", "test")
+
+
+def test_a_published_table_is_used_and_one_of_the_wrong_length_refused(folder, caplog):
+    (folder / "tables").mkdir()
+    types = torch.tensor([0, 1, 2, 0, 1, 2, 0], dtype=torch.float32)
+    torch.save(types, folder / "tables" / "hatememes_dev_missing_both_05.pt")
+    with caplog.at_level(logging.INFO):
+        data = open_data(settings_in(folder), "val")
+    assert "hatememes_dev_missing_both_05.pt" in caplog.text
+    assert [type_ for batch in data.val_dataloader() for type_ in batch.missing_type_B.tolist()] == types.tolist()
+    torch.save(types[:6], folder / "tables" / "hatememes_dev_missing_both_05.pt")
+    with pytest.raises(DataError, match=r"hatememes_dev_missing_both_05\.pt: expected a tensor of 7 entries.* \(6,\)"):
+        open_data(settings_in(folder), "val")
+
+
+def test_batches_are_the_samples_in_order(folder):
+    data = open_data(settings_in(folder, per_gpu_batchsize=4), "test")
+    dataset = data.datasets["test"]
+    batches = list(data.test_dataloader())
+    assert [batch.index_B.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    for batch in batches:
+        assert_equal(batch, collate([dataset[0, index] for index in batch.index_B.tolist()]))
+
+
+def test_workers_do_not_change_the_batches(folder):
+    per_workers = []
+    for workers in (0, 2):
+        data = open_data(settings_in(folder, num_workers=workers, simulate_missing=True), *SPLITS)
+        np.random.seed(workers)
+        torch.manual_seed(workers)
+        loader = data.train_dataloader()
+        batches = []
+        for epoch in (0, 1):
+            assert isinstance(loader.sampler, EpochSampler)
+            loader.sampler.set_epoch(epoch)
+            batches += list(loader)
+        per_workers.append([*batches, *data.val_dataloader()])
+    assert [len(batches) for batches in per_workers] == [6 + 6 + 4] * 2
+    for alone, with_workers in zip(*per_workers, strict=True):
+        assert_equal(alone, with_workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_sample_stops_the_loader_and_is_named(folder, workers):
+    write_memes(folder, "test", 6, {4: b"broken"})
+    nothing = {split: MissingPattern("both", 0.0, 0.5, 0) for split in SPLITS}
+    batches = iter(open_data(settings_in(folder, num_workers=workers, patterns=nothing), "test").test_dataloader())
+    assert next(batches).index_B.tolist() == [0, 1]
+    assert next(batches).index_B.tolist() == [2, 3]
+    with pytest.raises(DataError, match=r"hatememes_test\.arrow: row 4: the image cannot be decoded"):
+        next(batches)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_all_processes_together_evaluate_each_sample_once_and_train_equally_long(folder, world):
+    data = open_data(settings_in(folder), *SPLITS)
+    seen: dict[str, list[int]] = {"val": [], "test": [], "train": []}
+    lengths = set()
+    for rank in range(world):
+        data.trainer = Processes(rank, world)  # type: ignore[assignment]
+        loaders = {"val": data.val_dataloader(), "test": data.test_dataloader(), "train": data.train_dataloader()}
+        for split, loader in loaders.items():
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            seen[split] += [index for batch in batches for index in batch.index_B.tolist()]
+        lengths.add(len(loaders["train"]))
+    assert sorted(seen["val"]) == list(range(7))
+    assert sorted(seen["test"]) == list(range(9))
+    assert set(seen["train"]) == set(range(11))
+    assert lengths == {data.steps_per_epoch(world)}
+
+
+def test_steps_per_epoch_are_the_batches_of_the_loader():
+    for samples, world in SIZES:
+        for batch in (1, 2, 3, 5, 64):
+            data = SimpleNamespace(
+                datasets={"train": range(samples)}, settings=SimpleNamespace(per_gpu_batchsize=batch)
+            )
+            share = len(EpochSampler(samples, seed=0, rank=0, world_size=world))
+            expected = len(range(0, share, batch))
+            assert MissingModalityData.steps_per_epoch(data, world) == expected  # type: ignore[arg-type]
+
+
+# ---- going on after an interruption
+
+
+Step = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+"""Epoch, batch, samples, their missing types."""
+
+
+class Recorder(pl.LightningModule):
+    """Trains one number and writes down what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.zeros(1))
+        self.steps: list[Step] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        samples, types = tuple(batch.index_B.tolist()), tuple(batch.missing_type_B.tolist())
+        self.steps.append((self.current_epoch, batch_idx, samples, types))
+        return self.number.square().sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class KeepEvery(pl.Callback):
+    """Saves where run.py saves: after each validation and each epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: list[tuple[Path, int]] = []
+        """File, steps of this run until then."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        path = self.folder / f"{len(self.saved)}.ckpt"
+        trainer.save_checkpoint(path)
+        assert isinstance(trainer.lightning_module, Recorder)
+        self.saved.append((path, len(trainer.lightning_module.steps)))
+
+
+@pytest.fixture
+def quiet():
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    yield
+    logging.getLogger("pytorch_lightning").setLevel(logging.NOTSET)
+
+
+def fit(
+    settings: DataSettings, checkpoints: Path, *, val_every: int, epochs: int = 3, resume: Path | None = None
+) -> tuple[list[Step], list[tuple[Path, int]], pl.Trainer]:
+    checkpoints.mkdir(exist_ok=True)
+    module, keep = Recorder(), KeepEvery(checkpoints)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        val_check_interval=val_every,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=False,
+        callbacks=[keep],
+    )
+    trainer.fit(module, datamodule=open_data(settings, "train", "val"), ckpt_path=resume, weights_only=True)
+    return module.steps, keep.saved, trainer
+
+
+RESUMED = pytest.mark.filterwarnings("ignore")  # Lightning does not know that these loaders can resume
+
+
+@RESUMED
+@pytest.mark.parametrize(("workers", "val_every"), [(0, 2), (0, 5), (1, 3)])
+def test_a_resumed_run_goes_on_with_the_next_sample(folder, quiet, workers, val_every):
+    settings = settings_in(folder, simulate_missing=True)
+    whole, saved, _ = fit(settings, folder / "whole", val_every=val_every)
+    assert [step[:2] for step in whole] == [(epoch, batch) for epoch in range(3) for batch in range(6)]
+    for epoch in range(3):
+        seen = [index for step in whole if step[0] == epoch for index in step[2]]
+        assert sorted(seen) == list(range(11))
+    assert len(saved) == 3 * (6 // val_every + 1)
+    for path, steps in saved:
+        resumed, _, _ = fit(
+            replace(settings, num_workers=workers), folder / "resumed", val_every=val_every, resume=path
+        )
+        assert resumed == whole[steps:], f"after {steps} steps"
+
+
+@RESUMED
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_may_be_interrupted_twice(folder, quiet, workers):
+    settings = settings_in(folder, simulate_missing=True, num_workers=workers)
+    whole, saved, _ = fit(settings, folder / "whole", val_every=4)
+    (path, steps) = saved[2]
+    assert steps == 10, "in the middle of the second epoch"
+    resumed, saved_again, _ = fit(settings, folder / "resumed", val_every=4, resume=path)
+    assert resumed == whole[steps:]
+    for path_again, steps_again in saved_again:
+        twice, _, _ = fit(settings, folder / "twice", val_every=4, resume=path_again)
+        assert twice == whole[steps + steps_again :]
+
+
+@RESUMED
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_finished_run_can_be_made_longer(folder, quiet, workers):
+    settings = settings_in(folder, simulate_missing=True, num_workers=workers)
+    longer, _, _ = fit(settings, folder / "longer", val_every=6, epochs=4)
+    whole, saved, trainer = fit(settings, folder / "whole", val_every=6, epochs=2)
+    assert whole == longer[:12]
+    trainer.save_checkpoint(folder / "after.ckpt")
+    for path in (saved[-1][0], folder / "after.ckpt"):
+        resumed, _, _ = fit(settings, folder / "resumed", val_every=6, epochs=4, resume=path)
+        assert resumed == longer[12:]
+
+
+@RESUMED
+@pytest.mark.parametrize(
+    ("changes", "rows_now", "message"),
+    [
+        ({"per_gpu_batchsize": 3}, 11, "trained with samples per batch = 2, now it is 3"),
+        ({}, 12, "trained with samples = 11, now it is 12"),
+        ({"seed": 1}, 11, "trained with seed = 0, now it is 1"),
+    ],
+)
+def test_a_run_whose_order_is_another_one_is_not_resumed(folder, quiet, changes, rows_now, message):
+    _, saved, _ = fit(settings_in(folder), folder / "whole", val_every=2, epochs=1)
+    write_memes(folder, "train", rows_now)
+    with pytest.raises(ConfigError, match=f"resume_from: the checkpoint was {message}; resume with the same"):
+        fit(settings_in(folder, **changes), folder / "resumed", val_every=2, resume=saved[0][0])
+
+
+def test_films_with_several_plots_are_counted_as_samples_and_described_by_row(tmp_path):
+    shutil.copy(Path(__file__).parent / "data" / "golden" / "arrow" / "mmimdb_train.arrow", tmp_path)
+
+    def lengths(texts: Sequence[str]) -> np.ndarray:
+        return np.array([[len(text)] * 77 for text in texts])
+
+    settings = settings_in(tmp_path, dataset="mmimdb", per_gpu_batchsize=8)
+    data = MissingModalityData(settings, ("train",), SIZE, lengths, "lengths")
+    assert data.describe() == "  train        5 samples of 4 rows (2 complete, 1 text missing, 1 image missing)"
+    (batch,) = data.train_dataloader()
+    assert sorted(batch.index_B.tolist()) == [0, 1, 2, 3, 4]
+    assert batch.label.shape == (5, 23)
+    table = data.datasets["train"].missing_table
+    row_of = {0: 0, 1: 0, 2: 1, 3: 2, 4: 3}
+    assert batch.missing_type_B.tolist() == [table[row_of[index]] for index in batch.index_B.tolist()]

@@ -1,0 +1,475 @@
+"""Missing tables: what they contain, that nothing but their description decides it, and how they are kept."""
+
+import errno
+import hashlib
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vilt import missing_tables
+from vilt.datasets.specs import DATASETS, SPLITS, Split
+from vilt.errors import DataError
+from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, type_counts
+from vilt.utils.files import atomic_path
+
+ROOT = Path(__file__).parents[1]
+BOTH = MissingPattern("both", 0.7, 0.5, 0)
+
+# Drawn once and written down: results of a seed must be the same for ever.
+DRAWN: list[tuple[str, Split, MissingPattern, str]] = [
+    ("mmimdb", "train", MissingPattern("both", 0.7, 0.5, 0), "2011112021202120102020012011122000122211"),
+    ("mmimdb", "train", MissingPattern("both", 0.3, 0.5, 0), "0010010021000000002000010010002000022210"),
+    ("mmimdb", "val", MissingPattern("text", 0.5, 0.5, 0), "1001001110001000111101100010100101100111"),
+    ("food101", "test", MissingPattern("image", 0.9, 0.5, 1), "2202222222222220222222222222222220202222"),
+    ("hatememes", "train", MissingPattern("both", 0.65, 0.25, 7), "1121211121102011101112000011000110120001"),
+]
+DIGESTS: list[tuple[str, Split, MissingPattern, int, str]] = [
+    ("mmimdb", "train", MissingPattern("both", 0.7, 0.5, 0), 15552, "4e81e47986ebf269677f31e335067fbd"),
+    ("food101", "train", MissingPattern("image", 0.5, 0.5, 0), 61142, "d51d2ffcf4aad5dadafad67d7142e04f"),
+    ("hatememes", "test", MissingPattern("both", 0.9, 0.3, 123), 1000, "ba938fb9aa559b82800fbf891d8973f0"),
+]
+
+KEPT_NAME = "mmimdb_dev_missing_both_0.7_both_ratio_0.5_seed_0_of_10.txt"
+KEPT_HEADER = "# missing table: dataset=mmimdb split=dev type=both ratio=0.7 both_ratio=0.5 seed=0 samples=10"
+
+
+def digits(table: np.ndarray) -> str:
+    return "".join(map(str, table.tolist()))
+
+
+def slow_table(dataset: str, split: Split, pattern: MissingPattern, samples: int) -> list[int]:
+    """The same table row by row: rows in the order of their random numbers lose something until enough have."""
+    key = hashlib.sha256(f"{dataset}/{DATASETS[dataset].file_splits[split]}/{pattern.seed}".encode()).hexdigest()
+    numbers = np.random.PCG64(int(key, 16)).random_raw(samples).tolist()
+    table, images_lost = [0] * samples, 0
+    order = [row for _, row in sorted((number, row) for row, number in enumerate(numbers))]
+    for lost, row in enumerate(order[: int(samples * pattern.ratio)], start=1):
+        loses_image = pattern.missing_type == "image" or (
+            pattern.missing_type == "both" and int(lost * pattern.both_ratio) > images_lost
+        )
+        images_lost += loses_image
+        table[row] = 2 if loses_image else 1
+    return table
+
+
+def random_cases(n: int) -> list[tuple[int, float, float, int]]:
+    """(samples, ratio, both_ratio, seed) of all sizes, with the awkward ratios among them."""
+    draw = random.Random(20)
+    awkward = [0.0, 1.0, 0.1, 0.29, 0.57, 0.7, 0.9, 1 / 3, 2 / 3, 1e-9, 1 - 2**-53]
+    cases = [(samples, 0.5, 0.5, 0) for samples in (1, 2, 3)]
+    while len(cases) < n:
+        ratio, both_ratio = (draw.choice(awkward) if draw.random() < 0.6 else draw.random() for _ in "ab")
+        cases.append((draw.choice([1, 2, 7, 100, 999, draw.randrange(1, 3000)]), ratio, both_ratio, draw.randrange(99)))
+    return cases
+
+
+# ---- what a table contains
+
+
+@pytest.mark.parametrize(("dataset", "split", "pattern", "expected"), DRAWN)
+def test_drawn_tables_are_those_that_were_written_down(dataset, split, pattern, expected):
+    table = draw_missing_table(dataset, split, pattern, 40)
+    assert table.dtype == np.int8
+    assert digits(table) == expected
+
+
+@pytest.mark.parametrize(("dataset", "split", "pattern", "samples", "expected"), DIGESTS)
+def test_tables_of_real_size_have_the_digests_that_were_written_down(dataset, split, pattern, samples, expected):
+    table = draw_missing_table(dataset, split, pattern, samples)
+    assert hashlib.sha256(table.tobytes()).hexdigest()[:32] == expected
+
+
+@pytest.mark.parametrize("missing_type", ["text", "image", "both"])
+def test_equals_the_slow_version_and_has_exact_counts(missing_type):
+    for samples, ratio, both_ratio, seed in random_cases(150):
+        pattern = MissingPattern(missing_type, ratio, both_ratio, seed)
+        table = draw_missing_table("food101", "val", pattern, samples)
+        assert table.tolist() == slow_table("food101", "val", pattern, samples), (samples, pattern)
+        missing = int(samples * ratio)
+        images = {"text": 0, "image": missing, "both": int(missing * both_ratio)}[missing_type]
+        assert [(table == value).sum() for value in range(3)] == [samples - missing, missing - images, images]
+
+
+@pytest.mark.parametrize(
+    ("samples", "ratio", "both_ratio", "counts"),
+    [
+        (15552, 0.7, 0.5, (4666, 5443, 5443)),
+        (2608, 0.9, 0.3, (261, 1643, 704)),
+        (100, 0.29, 0.5, (72, 14, 14)),  # 100 · 0.29 is a little less than 29 in binary
+        (1000, 1.0, 1.0, (0, 0, 1000)),
+        (1000, 1.0, 0.0, (0, 1000, 0)),
+        (9, 0.1, 0.5, (9, 0, 0)),
+    ],
+)
+def test_counts_of_some_tables(samples, ratio, both_ratio, counts):
+    table = draw_missing_table("mmimdb", "train", MissingPattern("both", ratio, both_ratio, 5), samples)
+    assert type_counts(table) == dict(zip(("complete", "text missing", "image missing"), counts, strict=True))
+
+
+@pytest.mark.parametrize("missing_type", ["text", "image", "both"])
+def test_what_is_missing_stays_missing_at_a_higher_ratio(missing_type):
+    ratios = [0, 0.05, 0.1, 0.29, 0.3, 0.5, 0.65, 0.7, 0.9, 1]
+    for samples, _, both_ratio, seed in random_cases(60):
+        tables = [
+            draw_missing_table("hatememes", "train", MissingPattern(missing_type, ratio, both_ratio, seed), samples)
+            for ratio in ratios
+        ]
+        for lower, higher in itertools.pairwise(tables):
+            assert np.array_equal(higher[lower > 0], lower[lower > 0]), "missing, and in the same way"
+
+
+def test_dataset_split_and_seed_each_give_another_table():
+    tables = {
+        digits(draw_missing_table(dataset, split, MissingPattern("both", 0.7, 0.5, seed), 60))
+        for dataset in DATASETS
+        for split in SPLITS
+        for seed in (0, 1, 2)
+    }
+    assert len(tables) == 27
+
+
+def test_every_row_is_as_likely_to_be_missing_and_to_lose_its_image():
+    tables = np.stack(
+        [draw_missing_table("mmimdb", "train", MissingPattern("both", 0.5, 0.5, s), 40) for s in range(600)]
+    )
+    for value, expected in ((0, 300), (1, 150), (2, 150)):
+        per_row = (tables == value).sum(axis=0)
+        assert np.abs(per_row - expected).max() < 5 * np.sqrt(expected)  # five standard deviations
+
+
+# ---- nothing else decides it
+
+
+def test_global_random_states_are_neither_used_nor_moved(tmp_path):
+    tables, states = [], []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        before = pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
+        tables.append(load_missing_table(tmp_path / str(seed), "mmimdb", "train", BOTH, 300))
+        after = pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
+        states.append(before)
+        assert after == before
+    assert states[0] != states[1]
+    assert np.array_equal(tables[0], tables[1])
+
+
+def test_another_process_with_another_hash_seed_draws_the_same():
+    code = (
+        "import json, random, numpy, torch\n"
+        "random.seed(7); numpy.random.seed(7); torch.manual_seed(7)\n"
+        "from vilt.missing_tables import MissingPattern, draw_missing_table as draw\n"
+        "print(json.dumps([draw('mmimdb', split, MissingPattern(kind, 0.7, 0.3, 11), 500).tolist()\n"
+        "                  for split in ('train', 'val', 'test') for kind in ('text', 'image', 'both')]))\n"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "4711", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    here = [
+        draw_missing_table("mmimdb", split, MissingPattern(kind, 0.7, 0.3, 11), 500).tolist()
+        for split in SPLITS
+        for kind in ("text", "image", "both")
+    ]
+    assert json.loads(done.stdout) == here
+
+
+# ---- how tables are kept
+
+
+def test_a_kept_table_is_a_small_readable_file_that_says_all_of_it(tmp_path):
+    root = tmp_path / "not" / "there" / "yet"
+    table = load_missing_table(root, "mmimdb", "val", BOTH, 10)
+    assert [path.name for path in root.iterdir()] == [KEPT_NAME]
+    assert (root / KEPT_NAME).read_text() == (
+        f"{KEPT_HEADER}\n# 0=complete 1=text_missing 2=image_missing\n{digits(table)}\n"
+    )
+
+
+def test_a_long_table_is_wrapped_and_read_back_equal(tmp_path):
+    pattern = MissingPattern("both", 0.7, 0.5, 0)
+    drawn = load_missing_table(tmp_path, "mmimdb", "train", pattern, 15552)
+    (path,) = tmp_path.iterdir()
+    lines = path.read_text().splitlines()
+    assert {len(line) for line in lines[2:-1]} == {100}
+    assert len(lines[-1]) == 52
+    assert path.stat().st_size < 16_200
+    again = load_missing_table(tmp_path, "mmimdb", "train", pattern, 15552)
+    assert again.dtype == drawn.dtype == np.int8
+    assert np.array_equal(again, drawn)
+
+
+def test_a_kept_table_is_used_rather_than_drawn_again(tmp_path, monkeypatch):
+    drawn = load_missing_table(tmp_path, "food101", "val", BOTH, 50)
+    monkeypatch.setattr(missing_tables, "draw_missing_table", None)
+    assert np.array_equal(load_missing_table(tmp_path, "food101", "val", BOTH, 50), drawn)
+
+
+def test_whatever_differs_is_kept_under_another_name(tmp_path):
+    patterns = [
+        MissingPattern(kind, ratio, both_ratio, seed)
+        for kind in ("text", "image", "both")
+        for ratio in (0.5, 0.05)
+        for both_ratio in (0.5, 0.25)
+        for seed in (0, 10)
+    ]
+    cases = [
+        (d, split, p, n) for d in ("mmimdb", "food101") for split in SPLITS[:2] for p in patterns for n in (20, 30)
+    ]
+    first = [load_missing_table(tmp_path, *case) for case in cases]
+    assert len(list(tmp_path.iterdir())) == len(cases)
+    for case, table in zip(cases, first, strict=True):
+        assert np.array_equal(load_missing_table(tmp_path, *case), table)
+        assert np.array_equal(draw_missing_table(*case), table)
+
+
+def test_nothing_is_kept_where_nothing_is_missing(tmp_path):
+    table = load_missing_table(tmp_path / "root", "mmimdb", "train", MissingPattern("both", 0, 0.5, 0), 7)
+    assert table.tolist() == [0] * 7
+    assert not (tmp_path / "root").exists()
+
+
+def _load_in_step(root: Path, barrier, results, rounds: int) -> None:
+    for seed in range(rounds):
+        try:
+            barrier.wait(30)
+            table = load_missing_table(root, "mmimdb", "train", MissingPattern("both", 0.7, 0.5, seed), 2000)
+            results.put((seed, digits(table)))
+        except Exception as error:
+            results.put((seed, repr(error)))
+
+
+def test_processes_that_race_get_the_same_table_and_leave_one_file(tmp_path):
+    context = multiprocessing.get_context("fork")
+    rounds, n_processes = 25, 3
+    barrier, results = context.Barrier(n_processes), context.Queue()
+    processes = [
+        context.Process(target=_load_in_step, args=(tmp_path, barrier, results, rounds), daemon=True)
+        for _ in range(n_processes)
+    ]
+    for process in processes:
+        process.start()
+    got = [results.get(timeout=60) for _ in range(rounds * n_processes)]
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    patterns = [MissingPattern("both", 0.7, 0.5, seed) for seed in range(rounds)]
+    expected = [digits(draw_missing_table("mmimdb", "train", pattern, 2000)) for pattern in patterns]
+    assert sorted(got) == sorted((seed, table) for seed, table in enumerate(expected) for _ in range(n_processes))
+    assert len(list(tmp_path.iterdir())) == rounds, "one file each, and nothing temporary"
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "folder" / "file.txt"
+    with atomic_path(target) as first, atomic_path(target) as second:
+        assert first != second, "writers do not meet"
+        assert first.parent == second.parent == target.parent, "a rename within a folder is atomic"
+        first.write_text("first")
+        second.write_text("second")
+        assert not target.exists()
+    assert target.read_text() == "first", "the outer block ends last"
+    with pytest.raises(KeyboardInterrupt), atomic_path(target) as temporary:
+        temporary.write_text("half of the")
+        raise KeyboardInterrupt
+    assert target.read_text() == "first"
+    assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
+
+
+# ---- what is refused
+
+
+def corrupt(path: Path, how: str) -> None:
+    text = path.read_text()
+    header, meaning, table = text.splitlines()
+    changed = {
+        "another ratio": text.replace("ratio=0.7", "ratio=0.5", 1),
+        "another seed": text.replace("seed=0", "seed=1"),
+        "another dataset": text.replace("dataset=mmimdb", "dataset=food101"),
+        "another size": text.replace("samples=10", "samples=11"),
+        "no header": f"{table}\n",
+        "empty": "",
+        "cut in the header": header[:30],
+        "no digits": f"{header}\n{meaning}\n",
+        "digit 3": f"{header}\n{meaning}\n{table[:4]}3{table[5:]}\n",
+        "a letter": f"{header}\n{meaning}\n{table[:9]}x\n",
+        "one too few": f"{header}\n{meaning}\n{table[:9]}\n",
+        "one too many": f"{header}\n{meaning}\n{table}0\n",
+    }[how]
+    path.write_text(changed)
+
+
+@pytest.mark.parametrize(
+    ("how", "found"),
+    [
+        ("another ratio", "ratio=0.5"),
+        ("another seed", "seed=1"),
+        ("another dataset", "dataset=food101"),
+        ("another size", "samples=11"),
+        ("no header", "found '"),
+        ("empty", "found 'nothing'"),
+        ("cut in the header", "found '# missing table: dataset=mmimd'"),
+        ("no digits", "expected 10 digits, one per row of the split, found 0"),
+        ("digit 3", "expected the digits 0, 1 and 2, found '3' for row 4"),
+        ("a letter", "expected the digits 0, 1 and 2, found 'x' for row 9"),
+        ("one too few", "expected 10 digits, one per row of the split, found 9"),
+        ("one too many", "expected 10 digits, one per row of the split, found 11"),
+    ],
+)
+def test_a_damaged_kept_table_is_an_error_and_stays_as_it_is(tmp_path, how, found):
+    load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
+    path = tmp_path / KEPT_NAME
+    corrupt(path, how)
+    damaged = path.read_bytes()
+    with pytest.raises(DataError) as raised:
+        load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
+    message = str(raised.value)
+    assert message.startswith(f"{path}: ")
+    assert found in message
+    if "digit" not in found:
+        assert repr(KEPT_HEADER) in message, "what was expected"
+    assert path.read_bytes() == damaged
+
+
+def test_a_kept_table_that_is_no_text_is_an_error(tmp_path):
+    (tmp_path / KEPT_NAME).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"seed_0_of_10\.txt: not readable as a missing table"):
+        load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
+
+
+@pytest.mark.parametrize("inside", ["", "folder"])
+def test_a_root_that_cannot_be_made_is_an_error(tmp_path, inside):
+    (tmp_path / "file").write_text("not a folder")
+    root = tmp_path / "file" / inside if inside else tmp_path / "file"
+    with pytest.raises(DataError) as raised:
+        load_missing_table(root, "mmimdb", "val", BOTH, 10)
+    assert f"missing_table_root={root}: cannot write {KEPT_NAME}" in str(raised.value)
+
+
+def test_a_root_that_cannot_be_looked_into_is_an_error(tmp_path):
+    root = tmp_path / ("x" * 300)
+    with pytest.raises(DataError, match=r"missing_table_root=.*xxx: not readable: File name too long"):
+        load_missing_table(root, "mmimdb", "val", BOTH, 10)
+
+
+def test_a_folder_in_place_of_the_table_is_an_error(tmp_path):
+    (tmp_path / KEPT_NAME).mkdir()
+    with pytest.raises(DataError, match=r"missing_table_root=.*: cannot write mmimdb_dev"):
+        load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
+    assert [path.name for path in tmp_path.iterdir()] == [KEPT_NAME]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def write_half(path: Path, text: str, encoding: str) -> int:
+        path.write_bytes(text[: len(text) // 2].encode(encoding))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(DataError, match=r"missing_table_root=.*: cannot write .*: No space left on device"):
+        load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- tables of the published code
+
+
+def published(root: Path, name: str, values: object, **options: bool) -> Path:
+    torch.save(values, root / name, **options)
+    return root / name
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "pattern", "name"),
+    [
+        ("mmimdb", "train", BOTH, "mmimdb_train_missing_both_07.pt"),
+        ("mmimdb", "val", MissingPattern("text", 0.9, 0.5, 3), "mmimdb_dev_missing_text_09.pt"),
+        ("food101", "val", MissingPattern("image", 0.65, 0.5, 0), "food101_val_missing_image_065.pt"),
+        ("hatememes", "test", MissingPattern("both", 1, 0.5, 0), "hatememes_test_missing_both_10.pt"),
+        ("mmimdb", "test", MissingPattern("both", 0, 0.5, 0), "mmimdb_test_missing_both_00.pt"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_published_table_is_used_and_the_log_says_so(tmp_path, caplog, dataset, split, pattern, name, zipped):
+    path = published(tmp_path, name, torch.tensor([0.0, 2, 1, 1, 0, 2]), _use_new_zipfile_serialization=zipped)
+    with caplog.at_level(logging.INFO):
+        table = load_missing_table(tmp_path, dataset, split, pattern, 6)
+    assert table.dtype == np.int8
+    assert table.tolist() == [0, 2, 1, 1, 0, 2]
+    assert [(record.levelname, str(path) in record.getMessage()) for record in caplog.records] == [("INFO", True)]
+    assert list(tmp_path.iterdir()) == [path], "it is not copied"
+
+
+def test_a_published_table_has_precedence_over_a_kept_one_for_its_pattern_only(tmp_path, caplog):
+    kept = load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10)
+    published(tmp_path, "mmimdb_train_missing_both_07.pt", torch.ones(10))
+    assert kept.tolist() != [1] * 10
+    assert load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10).tolist() == [1] * 10
+    caplog.clear()
+    others: list[tuple[str, Split, MissingPattern]] = [
+        ("mmimdb", "train", MissingPattern("both", 0.5, 0.5, 0)),
+        ("mmimdb", "train", MissingPattern("image", 0.7, 0.5, 0)),
+        ("mmimdb", "val", BOTH),
+        ("food101", "train", BOTH),
+    ]
+    for dataset, split, pattern in others:
+        table = load_missing_table(tmp_path, dataset, split, pattern, 10)
+        assert np.array_equal(table, draw_missing_table(dataset, split, pattern, 10))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8])
+def test_a_published_table_may_have_another_number_type(tmp_path, dtype):
+    published(tmp_path, "mmimdb_train_missing_both_07.pt", torch.tensor([0, 1, 2], dtype=dtype))
+    assert load_missing_table(tmp_path, "mmimdb", "train", BOTH, 3).tolist() == [0, 1, 2]
+
+
+class Unwanted:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed_by_torch_load"),))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.zeros(9), r"expected a tensor of 10 entries, one per row of the split, found \(9,\)"),
+        (torch.zeros(11), r"expected a tensor of 10 entries, one per row of the split, found \(11,\)"),
+        (torch.zeros(10, 1), r"found \(10, 1\)"),
+        (torch.zeros(()), r"found \(\)"),
+        ([0.0] * 10, "expected a tensor of 10 entries, one per row of the split, found list"),
+        (torch.tensor([0, 1, 2, 0, 3.0, 0, 0, 0, 0, 9]), r"expected only 0, 1 and 2, found 3\.0 for row 4"),
+        (torch.tensor([0.5] + [0] * 9), r"found 0\.5 for row 0"),
+        (torch.tensor([0] * 9 + [float("nan")]), "found nan for row 9"),
+        (torch.tensor([0] * 9 + [-1]), r"found -1\.0 for row 9"),
+        (torch.zeros(10).to_sparse(), "not readable as a published missing table"),
+        (Unwanted(), "not readable as a published missing table"),
+    ],
+)
+def test_a_published_table_that_does_not_fit_is_an_error(tmp_path, monkeypatch, values, message):
+    monkeypatch.chdir(tmp_path)
+    path = published(tmp_path, "mmimdb_train_missing_both_07.pt", values)
+    with pytest.raises(DataError, match=message) as raised:
+        load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert list(tmp_path.iterdir()) == [path], "nothing of the file is executed, nothing drawn in its place"
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -20])
+def test_a_damaged_published_table_is_an_error(tmp_path, keep):
+    path = published(tmp_path, "mmimdb_train_missing_both_07.pt", torch.zeros(10))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"both_07\.pt: not readable as a published missing table"):
+        load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10)
+
+
+def test_a_trained_tensor_is_read_too(tmp_path):
+    published(tmp_path, "mmimdb_train_missing_both_07.pt", torch.nn.Parameter(torch.tensor([2.0, 1, 0])))
+    assert load_missing_table(tmp_path, "mmimdb", "train", BOTH, 3).tolist() == [2, 1, 0]

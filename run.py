@@ -318,6 +318,9 @@ def set_up_logging() -> None:
     if getattr(rank_zero_only, "rank", 0):
         logging.disable(logging.INFO)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings(
+        "ignore", ".*your dataloader is not resumable.*"
+    )  # EpochSampler goes on at the right sample
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder, which holds config.json
     warnings.filterwarnings(
         "ignore", ".*It is recommended to use `self.log.*sync_dist=True.*"

@@ -52,6 +52,7 @@ def defaults() -> None:
     missing_table_root = "datasets/missing_tables"  # where missing tables are kept
     simulate_missing = False  # in training, complete samples too lose a modality at random, anew in each epoch
     num_workers = 8  # loader processes; at most as many as there are cores
+    image_cache = False  # keep decoded images beside the arrow files, for machines whose CPU cannot feed the GPU
 
     # Model
     vit = "ViT-B/16"  # CLIP weights: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a Hugging Face folder, or a file
@@ -81,6 +82,8 @@ def defaults() -> None:
     num_gpus = None  # GPUs per node; None: 1 if there is one, else 0 (the CPU)
     num_nodes = 1  # machines
     cpu_processes = 1  # processes, without GPUs
+    compile = False  # torch.compile: the same numbers faster on a GPU, after minutes of compiling
+    activation_checkpointing = False  # less memory for larger batches, at the price of a second forward pass
 
     # Course of the run
     log_dir = "result"  # folder of the run folders
@@ -249,6 +252,7 @@ class Options:
     missing_table_root: Annotated[Path, path]
     simulate_missing: Annotated[bool, flag]
     num_workers: Annotated[int, integer(0)]
+    image_cache: Annotated[bool, flag]
     vit: Annotated[str, text]
     vit_activation: Annotated[str | None, optional(one_of(*ACTIVATIONS))]
     tokenizer: Annotated[str | None, optional(text)]
@@ -272,6 +276,8 @@ class Options:
     num_gpus: Annotated[int, optional(integer(0))]
     num_nodes: Annotated[int, integer(1)]
     cpu_processes: Annotated[int, integer(1)]
+    compile: Annotated[bool, flag]
+    activation_checkpointing: Annotated[bool, flag]
     log_dir: Annotated[Path, path]
     load_path: Annotated[Path | None, optional(path)]
     finetune_first: Annotated[bool, flag]

@@ -44,6 +44,11 @@ from vilt.missing_tables import type_counts
 
 log = logging.getLogger("rep")
 
+COMPUTE_TYPES = {"32-true": torch.float32, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+"""Of the frozen towers, by Lightning's name of the precision."""
+GPU_STEPS_PER_LOOK = 50
+"""Training steps on a GPU between two looks at the loss, for the records; each look makes the host wait."""
+
 
 @EX.main
 def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
@@ -78,6 +83,7 @@ def train(options: Options) -> dict[str, float]:
     if options.resume_from is not None:
         check_resume(read_checkpoint(options.resume_from), spec, backbone)
 
+    set_computation(options, classifier)
     folder = start_folder(options, f"{options.exp_name}_seed{options.seed}") if not options.fast_dev_run else None
     module = FinetuneModule(
         classifier, spec, (options.vit, backbone.sha256), options.optimizer_settings(), options.seed
@@ -121,6 +127,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
             activation = spec.architecture.activation
         backbone = load_backbone(vit, trust=options.trust_backbone, activation=activation)
     classifier = restore_classifier(checkpoint, backbone)
+    set_computation(options, classifier)
     tokenizer = tokenizer_for(options.tokenizer, vit, spec.architecture.vocab_size)
     data = open_data(options, spec.architecture.image_size, tokenizer)
     name = options.test_exp_name or (
@@ -171,6 +178,13 @@ def test(
     return module.test_metrics
 
 
+def set_computation(options: Options, classifier: MissingModalityClassifier) -> None:
+    """Sets how the towers compute, once their weights are there."""
+    classifier.compute(
+        COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing, compiled=options.compile
+    )
+
+
 def make_trainer(
     options: Options, folder: Path | None, steps_per_epoch: int, checkpoints: Checkpoints | None = None
 ) -> pl.Trainer:
@@ -183,7 +197,8 @@ def make_trainer(
         # Types that a batch lacks leave parameters without gradient. The buffers are equal by construction, and
         # processes may have different numbers of evaluation batches: no broadcast in a forward pass.
         strategy = DDPStrategy(find_unused_parameters=True, forward_sync_buffers=False)
-    callbacks: list[pl.Callback] = [TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 0)]
+    steps_per_look = GPU_STEPS_PER_LOOK if options.num_gpus else 1
+    callbacks: list[pl.Callback] = [TQDMProgressBar(refresh_rate=steps_per_look if sys.stderr.isatty() else 0)]
     interval, accumulation = steps_per_epoch, 1
     if checkpoints is not None:
         accumulation, wanted = options.accumulation, options.val_check_interval
@@ -205,7 +220,7 @@ def make_trainer(
         max_steps=options.max_steps or -1,
         accumulate_grad_batches=accumulation,
         val_check_interval=interval,
-        log_every_n_steps=1,
+        log_every_n_steps=steps_per_look,
         num_sanity_val_steps=0,
         fast_dev_run=options.fast_dev_run,
         use_distributed_sampler=False,  # EpochSampler does it, and counts evaluation samples once

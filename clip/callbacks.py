@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from clip.training import FinetuneModule
+from vilt.datamodules import Batch, TimedLoader
 from vilt.utils.files import atomic_path
 
 log = logging.getLogger("rep")
@@ -83,13 +85,57 @@ class Checkpoints(Checkpoint):
 
 
 class Report(pl.Callback):
-    """A line per validation."""
+    """A line per validation, and one per epoch on how fast the training was and what held it up."""
 
     def __init__(self, monitor: str) -> None:
         self.monitor = monitor
+        self._samples = 0
+        self._started = 0.0
+        self._paused: tuple[float, float] | None = None
+        """Clock and seconds waited for data when a validation began, until training goes on."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _loader(trainer).waited = 0.0
+        self._samples, self._started = 0, time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self._go_on(trainer)
+        self._samples += len(batch.index_B) * trainer.world_size
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._paused = time.perf_counter(), _loader(trainer).waited
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
         shown = [name for name in ("train/loss", "val/loss", self.monitor) if name in metrics]
         values = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in shown)
         log.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, values)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._go_on(trainer)
+        seconds = time.perf_counter() - self._started
+        log.info(
+            "epoch %d: %s training samples in %.1f s, %.1f per second; %.0f %% of the time waiting for data",
+            trainer.current_epoch,
+            f"{self._samples:,}",
+            seconds,
+            self._samples / seconds,
+            100 * _loader(trainer).waited / seconds,
+        )
+
+    def _go_on(self, trainer: pl.Trainer) -> None:
+        """Takes a validation, and the checkpoints after it, out of the training time."""
+        if self._paused is not None:
+            clock, waited = self._paused
+            self._started += time.perf_counter() - clock - (_loader(trainer).waited - waited)
+            self._paused = None
+
+
+def _loader(trainer: pl.Trainer) -> TimedLoader:
+    loader = trainer.train_dataloader
+    assert isinstance(loader, TimedLoader)
+    return loader

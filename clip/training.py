@@ -22,6 +22,8 @@ from vilt.transforms import normalise
 Stage = Literal["train", "val", "test"]
 ADAM_BETAS = (0.9, 0.98)
 ADAM_EPS = 1e-8
+LOSSES_PER_CHECK = 32
+"""Looking at a loss makes the host wait for the GPU."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class FinetuneModule(pl.LightningModule):
         self.settings = settings
         self.seed = seed
         self._kept: dict[Stage, list[tuple[Tensor, Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
+        self._unchecked: list[tuple[Tensor, int, int, Tensor]] = []
+        """(loss, step, batch, samples) of steps whose loss nobody has looked at yet."""
         self.test_metrics: dict[str, float] = {}
         """The test metrics of all processes' samples, after a test run."""
         self.tested_samples = 0
@@ -80,6 +84,8 @@ class FinetuneModule(pl.LightningModule):
                 image_rows=batch.image_rows,
                 text_rows=batch.text_rows,
                 types=batch.types,
+                text_length=batch.text_length,
+                image_of_B=batch.image_of_B,
             )
         )
 
@@ -96,14 +102,23 @@ class FinetuneModule(pl.LightningModule):
         """
         logits = self(batch).float()
         loss = self.task.loss(logits, batch.label)
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss became {loss.item()} at step {self.global_step} (epoch {self.current_epoch}, batch "
-                f"{batch_idx}); samples: {', '.join(self._sample_names(batch))}"
-            )
+        self._unchecked.append((loss.detach(), self.global_step, batch_idx, batch.index_B))
+        if loss.device.type == "cpu" or len(self._unchecked) == LOSSES_PER_CHECK:
+            self._check_losses()
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=len(logits))
         self._keep("train", batch, logits)
         return loss
+
+    def _check_losses(self) -> None:
+        """Raises NonFiniteLossError for the first of the losses since the last check that is not finite."""
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked or torch.stack([loss for loss, *_ in unchecked]).isfinite().all():
+            return
+        loss, step, batch_idx, index_B = next(entry for entry in unchecked if not entry[0].isfinite())
+        raise NonFiniteLossError(
+            f"the loss became {loss.item()} at step {step} (epoch {self.current_epoch}, batch {batch_idx}); "
+            f"samples: {', '.join(self._sample_names(index_B))}"
+        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the logits; the metrics are those of the whole split."""
@@ -113,7 +128,11 @@ class FinetuneModule(pl.LightningModule):
         """Keeps the logits; the metrics are those of the whole split."""
         self._keep("test", batch, self(batch).float())
 
+    def on_validation_start(self) -> None:
+        self._check_losses()  # ahead of the checkpoint that follows a validation
+
     def on_train_epoch_end(self) -> None:
+        self._check_losses()
         self._log_metrics("train")
 
     def on_validation_epoch_end(self) -> None:
@@ -160,10 +179,10 @@ class FinetuneModule(pl.LightningModule):
         first[1:] = index_N[1:] != index_N[:-1]  # training repeats samples so that all processes have as many
         return logits_NC[order][first], labels[order][first]
 
-    def _sample_names(self, batch: Batch) -> list[str]:
+    def _sample_names(self, index_B: Tensor) -> list[str]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, MissingModalityData)
-        return [data.datasets["train"].sample_name(int(number)) for number in batch.index_B]
+        return [data.datasets["train"].sample_name(number) for number in index_B.tolist()]
 
     def configure_optimizers(self) -> Any:
         """AdamW over the declared groups, with warm-up and decay per optimiser step."""
@@ -172,7 +191,7 @@ class FinetuneModule(pl.LightningModule):
         groups = optimizer_groups(
             self.classifier, self.task.head_name, settings.learning_rate, settings.lr_mult, settings.weight_decay
         )
-        optimizer = AdamW(groups, lr=settings.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS)
+        optimizer = AdamW(groups, lr=settings.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
         scheduler = make_schedule(optimizer, settings, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -36,6 +36,7 @@ def model_input(images: Tensor, tokens: Tensor, missing_types: list[int]) -> Mod
         image_rows=image_rows,
         text_rows=text_rows,
         types=tuple(sorted(set(missing_types))),
+        text_length=int(tokens[text_rows].argmax(-1).max()) + 1 if len(text_rows) else None,
     )
 
 

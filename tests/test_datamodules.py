@@ -4,6 +4,7 @@ import io
 import logging
 import random
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,15 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from vilt.datamodules import Batch, DataSettings, EpochSampler, MissingModalityData, collate
+from vilt.datamodules import (
+    Batch,
+    DataSettings,
+    EpochSampler,
+    MissingModalityData,
+    TimedLoader,
+    collate,
+    collate_for_evaluation,
+)
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.specs import DATASETS, SPLITS, Split
 from vilt.errors import ConfigError, DataError
@@ -77,10 +86,10 @@ def open_data(settings: DataSettings, *splits: Split) -> MissingModalityData:
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
-    assert one.types == other.types
     for name, mine, theirs in zip(Batch._fields, one, other, strict=True):
-        if name != "types":
-            assert isinstance(mine, torch.Tensor)
+        if not isinstance(mine, torch.Tensor):
+            assert mine == theirs, name
+        else:
             assert isinstance(theirs, torch.Tensor)
             assert mine.dtype == theirs.dtype, name
             assert mine.shape == theirs.shape, name
@@ -119,6 +128,8 @@ def test_collate_leaves_out_what_is_missing():
         image_rows=rows(1, 2, 3),
         text_rows=rows(0, 1, 3),
         types=(0, 1, 2),
+        text_length=2,
+        image_of_B=None,
         label=rows(0, 1, 1, 0),
         index_B=rows(5, 6, 7, 8),
     )
@@ -134,6 +145,8 @@ def test_collate_where_nobody_has_an_image():
         image_rows=rows(),
         text_rows=rows(0, 1),
         types=(2,),
+        text_length=2,
+        image_of_B=None,
         label=torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.uint8),
         index_B=rows(3, 4),
     )
@@ -149,6 +162,8 @@ def test_collate_where_nobody_has_a_text():
         image_rows=rows(0),
         text_rows=rows(),
         types=(1,),
+        text_length=None,
+        image_of_B=None,
         label=rows(1),
         index_B=rows(9),
     )
@@ -164,10 +179,31 @@ def test_collate_where_everything_is_there():
         image_rows=rows(0, 1),
         text_rows=rows(0, 1),
         types=(0,),
+        text_length=2,
+        image_of_B=None,
         label=rows(0, 1),
         index_B=rows(1, 2),
     )
     assert_equal(batch, expected)
+
+
+def test_collate_for_evaluation_has_a_shared_image_once():
+    first, second, third, fourth = sample(5, 0), sample(6, 2), sample(7, 1), sample(8, 0)
+    batch = collate_for_evaluation([first, second, third._replace(image_3RR=first.image_3RR), fourth])
+    expected = Batch(
+        image_b3RR=images(5, 8),
+        tokens_bL=torch.tensor([[5, 6, 0], [6, 7, 0], [8, 9, 0]]),
+        missing_type_B=rows(0, 2, 1, 0),
+        image_rows=rows(0, 3),
+        text_rows=rows(0, 1, 3),
+        types=(0, 1, 2),
+        text_length=2,
+        image_of_B=rows(0, 1, 0, 3),
+        label=rows(1, 1, 1, 1),
+        index_B=rows(5, 6, 7, 8),
+    )
+    assert_equal(batch, expected)
+    assert collate_for_evaluation([first, second, fourth]).image_of_B is None
 
 
 # ---- EpochSampler
@@ -194,6 +230,31 @@ def test_evaluation_counts_every_sample_exactly_once(samples, world):
     assert sorted(index for part in parts for index in part) == list(range(samples))
     assert all(part == sorted(part) for part in parts)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_evaluation_goes_in_the_order_given_and_processes_take_turns():
+    order = np.array([4, 0, 3, 1, 2])
+    parts = [
+        [index for _, index in EpochSampler(5, seed=None, rank=rank, world_size=2, order=order)] for rank in range(2)
+    ]
+    assert parts == [[4, 3, 2], [0, 1]]
+
+
+def test_timed_loader_counts_the_waiting_and_gives_every_batch():
+    class Slow(torch.utils.data.Dataset[int]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> int:
+            time.sleep(0.02)
+            return index
+
+    loader = TimedLoader(Slow(), batch_size=2)
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
+    assert loader.waited >= 0.08
+    loader.waited = 0.0
+    assert len(list(loader)) == 2
+    assert loader.waited >= 0.08
 
 
 @pytest.mark.parametrize(("samples", "world"), SIZES)
@@ -309,7 +370,12 @@ def test_a_published_table_is_used_and_one_of_the_wrong_length_refused(folder, c
     with caplog.at_level(logging.INFO):
         data = open_data(settings_in(folder), "val")
     assert "hatememes_dev_missing_both_05.pt" in caplog.text
-    assert [type_ for batch in data.val_dataloader() for type_ in batch.missing_type_B.tolist()] == types.tolist()
+    type_of = {
+        index: missing_type
+        for batch in data.val_dataloader()
+        for index, missing_type in zip(batch.index_B.tolist(), batch.missing_type_B.tolist(), strict=True)
+    }
+    assert type_of == dict(enumerate(types.tolist()))
     torch.save(types[:6], folder / "tables" / "hatememes_dev_missing_both_05.pt")
     with pytest.raises(DataError, match=r"hatememes_dev_missing_both_05\.pt: expected a tensor of 7 entries.* \(6,\)"):
         open_data(settings_in(folder), "val")

@@ -1,6 +1,7 @@
 """The model against the slow, obvious version of tests/slow_rep.py, and against CLIP itself."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -67,6 +68,122 @@ def test_equals_the_slow_version(task: str, mix: list[int]) -> None:
 
     assert golden.relative_error(logits, slow_logits) < 1e-9
     assert_same_gradients(classifier, state)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_evaluation_without_gradients_equals_the_slow_version(depth: int) -> None:
+    """What is kept between batches serves every mix of types, and follows every change of the weights."""
+    classifier = tiny_classifier(memory_depth=depth).double().eval()
+    images, tokens = tiny_batch(4)
+    images = images.double()
+
+    def assert_equal_to_slow() -> None:
+        state = slow_state(classifier)
+        for mix in ([0, 1, 2, 0], [1, 1, 1, 1], [2, 0, 2, 2], [0, 0, 1, 1]):
+            with torch.inference_mode():
+                logits = classifier(model_input(images, tokens, mix))
+            slow_logits = slow_rep.batch_logits(state, images, tokens, mix, depth, "mmimdb")
+            assert golden.relative_error(logits, slow_logits) < 1e-9, mix
+
+    assert_equal_to_slow()
+    optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad], lr=0.1, fused=True)
+    classifier(model_input(images, tokens, [0, 1, 2, 0])).sum().backward()
+    optimizer.step()
+    assert_equal_to_slow()
+    with torch.no_grad():
+        classifier.model.text_encoder.transformer.resblocks[1].ln_1.weight.mul_(2)
+    assert_equal_to_slow()
+    classifier.load_state_dict(tiny_classifier(memory_depth=depth, seed=5).state_dict())
+    assert_equal_to_slow()
+
+
+@pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
+def test_memory_of_one_block_equals_the_slow_version(task: str) -> None:
+    classifier = tiny_classifier(task, memory_depth=1).double().eval()
+    images, tokens = tiny_batch(4)
+    images, mix, labels = images.double(), [0, 1, 2, 0], labels_of(task, 4)
+    state = slow_state(classifier)
+    logits = classifier(model_input(images, tokens, mix))
+    TASKS[task].loss(logits, labels).backward()
+    slow_logits = slow_rep.batch_logits(state, images, tokens, mix, 1, task)
+    slow_rep.loss(slow_logits, labels, task).backward()
+    assert golden.relative_error(logits, slow_logits) < 1e-9
+    assert_same_gradients(classifier, state)
+
+
+def test_text_after_the_last_end_changes_nothing() -> None:
+    classifier = tiny_classifier().double().eval()
+    images, tokens = tiny_batch(3)
+    tokens[0, 40:] = 0
+    tokens[0, 39] = 299
+    batch = model_input(images.double(), tokens, [0, 2, 0])
+    assert batch.text_length is not None and batch.text_length < 77
+    whole = classifier(batch._replace(text_length=None))
+    assert golden.relative_error(classifier(batch), whole) < 1e-12
+
+
+def test_samples_that_share_an_image() -> None:
+    """Three texts of one image and one without: the image is encoded once, and each gets its features."""
+    classifier = tiny_classifier().double().eval()
+    images, tokens = tiny_batch(4)
+    images = images[[0, 0, 2, 0]].double()
+    whole = model_input(images, tokens, [0, 0, 2, 0])
+    once = whole._replace(image_b3RR=images[:1], image_rows=torch.tensor([0]), image_of_B=torch.tensor([0, 0, 2, 0]))
+    with torch.no_grad():
+        assert golden.relative_error(classifier(once), classifier(whole)) < 1e-12
+
+
+@pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
+def test_checkpointing_gives_the_same_numbers_to_the_bit(task: str) -> None:
+    images, tokens = tiny_batch(4)
+    labels = labels_of(task, 4)
+    results = []
+    for checkpointing in (False, True):
+        classifier = tiny_classifier(task).train()
+        classifier.compute(torch.float32, checkpointing=checkpointing)
+        torch.manual_seed(1)
+        TASKS[task].loss(classifier(model_input(images, tokens, [0, 1, 2, 0])), labels).backward()
+        results.append({name: p.grad for name, p in classifier.named_parameters() if p.grad is not None})
+    plain, checkpointed = results
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_sixteen_bits_hold_the_frozen_weights_once_and_stay_close() -> None:
+    classifier, images, tokens = tiny_classifier().eval(), *tiny_batch(4)
+    batch = model_input(images, tokens, [0, 1, 2, 0])
+    expected = classifier(batch).detach()
+    halved = tiny_classifier().eval()
+    halved.compute(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = halved(batch).float()
+    assert golden.relative_error(logits, expected) < 2e-2
+    logits.sum().backward()
+    for name, parameter in halved.named_parameters():
+        blocks = any(part in name for part in (".attn.", ".mlp.", "conv1"))
+        assert parameter.dtype == (torch.bfloat16 if blocks else torch.float32), name
+        assert not (blocks and parameter.requires_grad), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_gives_the_same_numbers() -> None:
+    images, tokens = tiny_batch(4)
+    labels = labels_of("mmimdb", 4)
+    results = []
+    for compiled in (False, True):
+        classifier = tiny_classifier().train()
+        classifier.compute(torch.float32, compiled=compiled)
+        names = list(classifier.state_dict())
+        for mix in ([0, 1, 2, 0], [0, 0, 1, 0], [2, 2, 0, 2]):  # other sizes, no error
+            torch.manual_seed(1)
+            classifier.zero_grad()
+            TASKS["mmimdb"].loss(classifier(model_input(images, tokens, mix)), labels).backward()
+        results.append((names, {name: p.grad for name, p in classifier.named_parameters() if p.grad is not None}))
+    (names, plain), (compiled_names, compiled_grads) = results
+    assert names == compiled_names
+    assert plain.keys() == compiled_grads.keys()
+    for name in plain:
+        assert golden.relative_error(compiled_grads[name], plain[name]) < 1e-4, name
 
 
 @pytest.mark.parametrize("mix", [[0, 1, 2, 0], [1, 1, 0, 1], [2, 2, 2]], ids=str)

@@ -1,11 +1,13 @@
 """Batches of the splits, in an order that follows from the seed and survives interruption and several processes."""
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ class Batch(NamedTuple):
     """What `collate` makes of B samples, of which b have the modality in question."""
 
     image_b3RR: Tensor
-    """uint8 images of the samples `image_rows`."""
+    """uint8 images of the samples `image_rows`; in evaluation, each image once."""
     tokens_bL: Tensor
     """int64 token ids of the samples `text_rows`."""
     missing_type_B: Tensor
@@ -31,6 +33,10 @@ class Batch(NamedTuple):
     text_rows: Tensor
     types: tuple[int, ...]
     """The missing types that occur, ascending; on the host, so that nobody has to ask the device."""
+    text_length: int | None
+    """Positions up to the last `<end>`, on the host too; None where no sample has a text."""
+    image_of_B: Tensor | None
+    """Where samples share an image: the row whose image each sample has (its own if it has none)."""
     label: Tensor
     """(B, C) uint8 or (B,) int64."""
     index_B: Tensor
@@ -39,16 +45,34 @@ class Batch(NamedTuple):
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stacks samples; what is missing takes no room."""
-    images = [sample.image_3RR for sample in samples if sample.image_3RR is not None]
+    return _collate(samples, list(range(len(samples))))
+
+
+def collate_for_evaluation(samples: Sequence[Sample]) -> Batch:
+    """Stacks samples, an image that several of them have once: without dropout its features are the same for all."""
+    first_row: dict[int, int] = {}
+    image_of = [
+        row if sample.image_3RR is None else first_row.setdefault(id(sample.image_3RR), row)
+        for row, sample in enumerate(samples)
+    ]
+    return _collate(samples, image_of)
+
+
+def _collate(samples: Sequence[Sample], image_of: list[int]) -> Batch:
+    own_image = [sample.image_3RR is not None and image_of[row] == row for row, sample in enumerate(samples)]
+    images = [sample.image_3RR for sample, own in zip(samples, own_image, strict=True) if own]
     tokens = [sample.tokens_L for sample in samples if sample.tokens_L is not None]
+    tokens_bL = torch.stack(tokens) if tokens else torch.empty(0, 0, dtype=torch.long)
     missing_types = [sample.missing_type for sample in samples]
     return Batch(
-        image_b3RR=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
-        tokens_bL=torch.stack(tokens) if tokens else torch.empty(0, 0, dtype=torch.long),
+        image_b3RR=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),  # type: ignore[arg-type]
+        tokens_bL=tokens_bL,
         missing_type_B=torch.tensor(missing_types),
-        image_rows=_rows([sample.image_3RR is not None for sample in samples]),
+        image_rows=_rows(own_image),
         text_rows=_rows([sample.tokens_L is not None for sample in samples]),
         types=tuple(sorted(set(missing_types))),
+        text_length=int(tokens_bL.argmax(dim=-1).max()) + 1 if tokens else None,
+        image_of_B=None if image_of == list(range(len(samples))) else torch.tensor(image_of),
         label=torch.stack([sample.label for sample in samples]),
         index_B=torch.tensor([sample.number for sample in samples]),
     )
@@ -63,11 +87,18 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     In training the order is drawn from (seed, epoch), and the samples are filled up from its start so that all
     processes have the same number. In evaluation nothing is drawn and nothing filled up: every sample occurs once.
+
+    Args:
+        seed: None for evaluation.
+        order: of the samples in evaluation; None: as in the dataset.
     """
 
-    def __init__(self, samples: int, *, seed: int | None, rank: int, world_size: int) -> None:
+    def __init__(
+        self, samples: int, *, seed: int | None, rank: int, world_size: int, order: np.ndarray | None = None
+    ) -> None:
         self.samples = samples
         self.seed = seed
+        self.order = order
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
@@ -85,7 +116,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         if self.seed is None:
-            order = list(range(self.samples))
+            order = list(range(self.samples)) if self.order is None else self.order.tolist()
         else:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.samples, generator=generator).tolist()
@@ -95,6 +126,23 @@ class EpochSampler(Sampler[tuple[int, int]]):
         if self.skip is not None and self.skip[0] == self.epoch:
             share = share[self.skip[1] :]
         return iter([(self.epoch, index) for index in share])
+
+
+class TimedLoader(DataLoader[Any]):
+    """A loader that counts the seconds its reader waits for batches."""
+
+    waited = 0.0
+    """Since the reader last set it to 0."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch says: of a class of its own
+        batches = super().__iter__()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -148,38 +196,39 @@ class MissingModalityData(pl.LightningDataModule):
             lines.append(f"  {split:<6}{len(dataset):>8,} samples{rows} ({counts})")
         return "\n".join(lines)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> TimedLoader:
         return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> TimedLoader:
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> TimedLoader:
         return self._loader("test")
 
     def steps_per_epoch(self, world_size: int) -> int:
         """Batches that each process trains on in an epoch."""
         return -(-len(self.datasets["train"]) // (world_size * self.settings.per_gpu_batchsize))
 
-    def _loader(self, split: Split) -> DataLoader[Any]:
-        settings, trainer = self.settings, self.trainer
+    def _loader(self, split: Split) -> TimedLoader:
+        settings, trainer, training = self.settings, self.trainer, split == "train"
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         sampler = EpochSampler(
             len(self.datasets[split]),
-            seed=settings.seed if split == "train" else None,
+            seed=settings.seed if training else None,
             rank=rank,
             world_size=world_size,
+            order=None if training else self.datasets[split].evaluation_order(),
         )
-        if split == "train" and self._resume is not None:
+        if training and self._resume is not None:
             epoch, batches = self._resume
             sampler.skip = (epoch, batches * settings.per_gpu_batchsize)
             # Workers ask for their first batches before Lightning, when it resumes, has told the sampler its epoch.
             sampler.set_epoch(epoch)
-        return DataLoader(
+        return TimedLoader(
             self.datasets[split],
             batch_size=settings.per_gpu_batchsize,
             sampler=sampler,
-            collate_fn=collate,
+            collate_fn=collate if training else collate_for_evaluation,
             num_workers=settings.num_workers,
             persistent_workers=settings.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

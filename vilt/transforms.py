@@ -1,5 +1,6 @@
 """CLIP's image transform (METHOD.md section 1), with Pillow."""
 
+import functools
 import io
 
 import numpy as np
@@ -32,6 +33,11 @@ def decode_image(data: bytes, size: int) -> Tensor:
 
 def normalise(image_u8: Tensor) -> Tensor:
     """uint8 images (…, 3, R, R) as CLIP takes them: scaled to [0, 1], mean taken off, divided by the deviation."""
-    mean = torch.tensor(IMAGE_MEAN, device=image_u8.device).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=image_u8.device).view(3, 1, 1)
+    mean, std = _mean_and_std(image_u8.device)
     return (image_u8.float() / 255 - mean) / std
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """On `device`, sent there once: sending makes the host wait for it."""
+    return torch.tensor(IMAGE_MEAN, device=device).view(3, 1, 1), torch.tensor(IMAGE_STD, device=device).view(3, 1, 1)

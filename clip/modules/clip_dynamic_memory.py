@@ -4,7 +4,7 @@ Shape suffixes: B batch, N rows of the learner, L sequence, D width, m slots of 
 C classes.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from clip.modules.vision_transformer_memory import (
     ClipArchitecture,
+    MemoryPrefix,
+    ResidualAttentionBlock,
     TextTransformerMemory,
     TowerMemory,
+    Transformer,
     VisionTransformerMemory,
 )
 
@@ -52,6 +55,10 @@ class ModelInput(NamedTuple):
     text_rows: Tensor
     types: tuple[int, ...]
     """The missing types that occur in the batch, ascending, known without asking the device."""
+    text_length: int | None = None
+    """Positions up to the last `<end>` of the batch, likewise; None: encode all 77."""
+    image_of_B: Tensor | None = None
+    """In evaluation, where samples share an image: the row whose image each sample has; `image_rows` has just those."""
 
 
 class RDN(nn.Module):
@@ -65,8 +72,12 @@ class RDN(nn.Module):
         self.dropout = nn.Dropout(RDN_DROPOUT)
         self.skip = nn.Linear(width_in, width_out) if width_in != width_out else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.dropout(F.gelu(self.layernorm(self.fc1(x))))) + self.skip(x)
+    def forward(self, x_NmD: Tensor, row_B: Tensor | None = None) -> Tensor:
+        """Of the rows as they are, or of the rows `row_B`, each with a dropout mask of its own."""
+        hidden, skipped = F.gelu(self.layernorm(self.fc1(x_NmD))), self.skip(x_NmD)
+        if row_B is not None:
+            hidden, skipped = hidden.index_select(0, row_B), skipped.index_select(0, row_B)
+        return self.fc2(self.dropout(hidden)) + skipped
 
 
 class MemoryLearner(nn.Module):
@@ -113,28 +124,34 @@ class MemoryLearner(nn.Module):
     def forward(self, missing_type_B: Tensor, types: tuple[int, ...]) -> Memory:
         """Slots of every sample of a batch.
 
-        In training each sample has its own dropout masks, so the chain runs on B rows; in evaluation all samples of a
-        missing type share one row. Start slots of types that do not occur get no gradient, as published.
+        In training each sample has its own dropout masks, so that samples of a type part at the first of them; in
+        evaluation all samples of a type share one row. Start slots of types that do not occur get no gradient, as
+        published.
 
         Args:
             missing_type_B: 0 complete, 1 text missing, 2 image missing.
             types: the values that occur in it, ascending.
         """
-        row_of_type = torch.zeros(3, dtype=torch.long, device=missing_type_B.device)
-        for row, missing_type in enumerate(types):
-            row_of_type[missing_type] = row
-        row_B = row_of_type[missing_type_B]
+        absent = [missing_type for missing_type in range(3) if missing_type not in types]
+        row_B = missing_type_B - sum((missing_type_B > missing_type).long() for missing_type in absent)
+        memory = self._chain(types, row_B if self.training else None)
+        return memory if self.training else Memory(memory.image.rows(row_B), memory.text.rows(row_B))
+
+    def of_types(self) -> Memory:
+        """Slots of each missing type, in evaluation: a row for each."""
+        assert not self.training
+        return self._chain((0, 1, 2), None)
+
+    def _chain(self, types: tuple[int, ...], row_B: Tensor | None) -> Memory:
+        """The private chain with its residual bypass, and the shared projections: for `types`, or for samples.
+
+        The slots stay in the type of the parameters, also where the projections are computed in 16 bits.
+        """
         visual_NmD, text_NmD, common_NmE = (
             torch.stack([self.get_parameter(START_MEMORY[missing_type][part]) for missing_type in types])
             for part in range(3)
         )
-        if self.training:
-            return self._chain(visual_NmD[row_B], text_NmD[row_B], common_NmE[row_B])
-        memory = self._chain(visual_NmD, text_NmD, common_NmE)
-        return Memory(memory.image.rows(row_B), memory.text.rows(row_B))
-
-    def _chain(self, visual_NmD: Tensor, text_NmD: Tensor, common_NmE: Tensor) -> Memory:
-        """The private chain with its residual bypass, and the shared projections."""
+        dtype = visual_NmD.dtype
         image_layers: list[Tensor] = []
         text_layers: list[Tensor] = []
         layers = zip(
@@ -146,19 +163,19 @@ class MemoryLearner(nn.Module):
         )
         for depth, (project_image, norm_image, project_text, norm_text) in enumerate(layers):
             pair_NmD = torch.cat([visual_NmD, text_NmD], dim=-1)
-            projected_visual_NmD = project_image(norm_image(pair_NmD))
-            projected_text_NmD = project_text(norm_text(pair_NmD))
+            first_row_B = row_B if depth == 0 else None
+            projected_visual = project_image(norm_image(pair_NmD), first_row_B).to(dtype)
+            projected_text = project_text(norm_text(pair_NmD), first_row_B).to(dtype)
             if depth == 0:
-                visual_NmD, text_NmD = projected_visual_NmD, projected_text_NmD
+                visual_NmD, text_NmD = projected_visual, projected_text
             else:
-                alpha = self.residual_alpha
-                visual_NmD = alpha * projected_visual_NmD + (1 - alpha) * visual_NmD
-                text_NmD = alpha * projected_text_NmD + (1 - alpha) * text_NmD
+                visual_NmD = torch.lerp(visual_NmD, projected_visual, self.residual_alpha)
+                text_NmD = torch.lerp(text_NmD, projected_text, self.residual_alpha)
             image_layers.append(visual_NmD)
             text_layers.append(text_NmD)
         return Memory(
-            TowerMemory(image_layers, self.common_memory_projection_image(common_NmE)),
-            TowerMemory(text_layers, self.common_memory_projection_text(common_NmE)),
+            TowerMemory(image_layers, self.common_memory_projection_image(common_NmE, row_B).to(dtype)),
+            TowerMemory(text_layers, self.common_memory_projection_text(common_NmE, row_B).to(dtype)),
         )
 
 
@@ -179,27 +196,70 @@ class DynamicMemoryCLIP(nn.Module):
         self.image_encoder = VisionTransformerMemory(arch, m)
         self.text_encoder = TextTransformerMemory(arch, m)
 
+        self._kept: tuple[object, TowerMemory, MemoryPrefix] | None = None
+
     def forward(self, batch: ModelInput) -> Tensor:
         """Joint features (B, 2E), image first; the half of a missing modality is zero."""
-        memory = self.memory_learner(batch.missing_type_B, batch.types)
-        image_BE = self._encode(
-            self.image_encoder, batch.image_b3RR, memory.image, batch.missing_type_B, batch.image_rows
-        )
-        text_BE = self._encode(self.text_encoder, batch.tokens_bL, memory.text, batch.missing_type_B, batch.text_rows)
+        types_B = batch.missing_type_B
+        image_memory: TowerMemory
+        text_memory: TowerMemory | MemoryPrefix
+        if self.training or torch.is_grad_enabled():
+            self._kept = None  # what follows may be a step of an optimiser; fused ones leave no trace in `_version`
+            memory = self.memory_learner(types_B, batch.types)
+            image_memory, text_memory = memory.image.rows(batch.image_rows), memory.text.rows(batch.text_rows)
+        else:
+            image_memory_of_type, text_prefix_of_type = self._memory_of_types()
+            image_memory = image_memory_of_type.rows(types_B[batch.image_rows])
+            text_memory = text_prefix_of_type.rows(types_B[batch.text_rows])
+        with torch.autocast(types_B.device.type, enabled=False):  # a tower computes in the type its weights are held in
+            image_BE = self._encode(self.image_encoder, batch.image_rows, types_B, batch.image_b3RR, image_memory)
+            text_BE = self._encode(
+                self.text_encoder, batch.text_rows, types_B, batch.tokens_bL, text_memory, batch.text_length
+            )
+        if batch.image_of_B is not None:
+            image_BE = image_BE[batch.image_of_B]
         return torch.cat([image_BE, text_BE], dim=-1)
 
     def _encode(
-        self, tower: nn.Module, input_b: Tensor, memory: TowerMemory, missing_type_B: Tensor, rows: Tensor
+        self,
+        tower: nn.Module,
+        rows: Tensor,
+        missing_type_B: Tensor,
+        input_b: Tensor,
+        memory: TowerMemory | MemoryPrefix,
+        *length: int | None,
     ) -> Tensor:
+        """(B, E): the tower's features of the samples `rows`, zero for the others."""
         size_BE = (len(missing_type_B), self.embed_dim)
         if len(rows) == 0:
             # Nobody has the modality. Gradients are then zero, not absent: what the published code gets by encoding
             # everything and masking, and what several processes need, of which another one may have the modality.
-            inputs = [*memory.private_BmD, memory.shared_BmD, *(p for p in tower.parameters() if p.requires_grad)]
-            return (0.0 * torch.stack([x.sum() for x in inputs]).sum()).expand(size_BE)
-        encoded_bE = tower(input_b, memory.rows(rows), missing_type_B[rows])
-        encoded_bE = encoded_bE.to(torch.promote_types(encoded_bE.dtype, torch.float32))  # bf16 stays in the towers
+            slots = [*memory.private_BmD, memory.shared_BmD] if isinstance(memory, TowerMemory) else []
+            inputs = [*slots, *(p for p in tower.parameters() if p.requires_grad)]
+            nothing = torch.zeros((), device=missing_type_B.device, dtype=self.logit_scale.dtype)
+            return (nothing + sum(0.0 * x.sum() for x in inputs)).expand(size_BE)
+        encoded_bE = tower(input_b, memory, missing_type_B[rows], *length)
         return encoded_bE.new_zeros(size_BE).index_copy(0, rows, encoded_bE)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode, and drops what evaluation keeps between batches."""
+        self._kept = None
+        return super().train(mode)
+
+    def _memory_of_types(self) -> tuple[TowerMemory, MemoryPrefix]:
+        """In evaluation, the image tower's slots and the text tower's prefix by missing type.
+
+        Kept from batch to batch until a parameter that they follow from changes.
+        """
+        parameters = [*self.memory_learner.parameters(), *self.text_encoder.transformer.parameters()]
+        state = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        device = parameters[0].device.type
+        key = (state, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        if self._kept is None or self._kept[0] != key:
+            memory = self.memory_learner.of_types()
+            with torch.autocast(device, enabled=False):
+                self._kept = key, memory.image, self.text_encoder.transformer.prefix(memory.text)
+        return self._kept[1:]
 
 
 class MissingModalityClassifier(nn.Module):
@@ -220,6 +280,26 @@ class MissingModalityClassifier(nn.Module):
         nn.init.normal_(head.weight, std=HEAD_STD)
         nn.init.zeros_(head.bias)
         self.add_module(head_name, head)
+
+    def compute(self, dtype: torch.dtype, *, checkpointing: bool = False, compiled: bool = False) -> None:
+        """Sets how the towers compute; what they compute stays the same.
+
+        Args:
+            dtype: of the blocks' matrix products and the patches' convolution. Their weights, which are frozen, are
+                held in it, and never cast again; norms, embeddings and what is trained stay as they are.
+            checkpointing: activations within a block are computed again for the gradients instead of kept.
+            compiled: torch.compile for what is around the attentions.
+        """
+        for module in self.modules():
+            if isinstance(module, ResidualAttentionBlock):
+                module.attn.to(dtype)
+                module.mlp.to(dtype)
+                if compiled:
+                    module.compile_parts()
+            elif isinstance(module, nn.Conv2d):
+                module.to(dtype)
+            elif isinstance(module, Transformer):
+                module.checkpointing = checkpointing
 
     def forward(self, batch: ModelInput) -> Tensor:
         """Logits (B, C)."""

@@ -6,12 +6,14 @@ A tower without memory is OpenAI's CLIP, parameter names included. With memory, 
 `[private, shared, dynamic, input tokens]`; the private slots are replaced before each of the first `depth` blocks.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 COMPLETE, TEXT_MISSING, IMAGE_MISSING = 0, 1, 2
 DYNAMIC_QUERIES = ("memories_dynamic_complete", "memories_dynamic_image", "memories_dynamic_text")
@@ -38,25 +40,30 @@ class ClipArchitecture:
 
 
 class TowerMemory(NamedTuple):
-    """What the memory learner gives one tower, for the samples in the order the tower sees them."""
+    """What the memory learner gives one tower, a row for each sample or each missing type."""
 
     private_BmD: list[Tensor]
     """One tensor per layer of the memory depth."""
     shared_BmD: Tensor
 
     def rows(self, index: Tensor) -> "TowerMemory":
-        """The memory of the samples `index`, in that order."""
+        """The memory of the rows `index`, in that order."""
         return TowerMemory([private[index] for private in self.private_BmD], self.shared_BmD[index])
 
 
-class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU, x·sigmoid(1.702x)."""
+class MemoryPrefix(NamedTuple):
+    """The private and shared slots of a causal tower on their way through it, as keys and values for what follows.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+    They come first, so that nothing that a sample brings can change them: in evaluation they are the same for all
+    samples of a missing type.
+    """
 
+    keys_values_BP2D: list[Tensor]
+    """One tensor per block of the tower."""
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+    def rows(self, index: Tensor) -> "MemoryPrefix":
+        """The prefix of the rows `index`, in that order."""
+        return MemoryPrefix([keys_values[index] for keys_values in self.keys_values_BP2D])
 
 
 class Attention(nn.Module):
@@ -71,34 +78,89 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query_BND: Tensor, context_BLD: Tensor, causal: bool = False) -> Tensor:
-        """Attends from each query position to the context, (B, N, D); `causal` needs N = L."""
-        D = query_BND.shape[-1]
-        if query_BND is context_BLD:
-            q, k, v = F.linear(query_BND, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        else:
-            q = F.linear(query_BND, self.in_proj_weight[:D], self.in_proj_bias[:D])
-            k, v = F.linear(context_BLD, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, dim=-1)
-        q_BHND, k_BHLD, v_BHLD = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD, is_causal=causal)
-        return self.out_proj(out_BHND.transpose(1, 2).flatten(2))
+    def queries_keys_values(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, 3D)."""
+        return F.linear(x_BLD, self.in_proj_weight, self.in_proj_bias)
+
+    def keys_values(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, 2D)."""
+        D = x_BLD.shape[-1]
+        return F.linear(x_BLD, self.in_proj_weight[D:], self.in_proj_bias[D:])
+
+    def queries(self, x_BND: Tensor) -> Tensor:
+        """(B, N, D)."""
+        D = x_BND.shape[-1]
+        return F.linear(x_BND, self.in_proj_weight[:D], self.in_proj_bias[:D])
+
+    def attend(
+        self, query_BND: Tensor, keys_values_BL2D: Tensor, *, causal: bool = False, mask: Tensor | None = None
+    ) -> Tensor:
+        """What the heads see, (B, N, D), for `out_proj`; `causal` needs N = L, `mask` is True where one may look."""
+        key_BLD, value_BLD = keys_values_BL2D.chunk(2, dim=-1)
+        q_BHND, k_BHLD, v_BHLD = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query_BND, key_BLD, value_BLD)
+        )
+        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD, attn_mask=mask, is_causal=causal)
+        return out_BHND.transpose(1, 2).flatten(2)
+
+
+class SlotAttention(Attention):
+    """One-head attention of a few fixed queries over many tokens, without keys and values of the tokens.
+
+    With few queries it is cheaper to carry each query into the space of the tokens, and the mean of the tokens out of
+    it: q·(W_k x + b_k) = (W_k^T q)·x + a constant that the softmax takes away, and Σ a_i (W_v x_i + b_v) =
+    W_v Σ a_i x_i + b_v.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, heads=1)
+
+    def forward(self, queries_TmD: Tensor, tokens_BLD: Tensor, row_B: Tensor) -> Tensor:
+        """What the queries of row `row_B` of each sample read from its tokens, (B, m, D)."""
+        D = tokens_BLD.shape[-1]
+        weight_k_DD, weight_v_DD = self.in_proj_weight[D : 2 * D], self.in_proj_weight[2 * D :]
+        carried_TmD = self.queries(queries_TmD) @ weight_k_DD * D**-0.5
+        score_BmL = carried_TmD[row_B] @ tokens_BLD.transpose(1, 2)
+        mean_BmD = score_BmL.softmax(dim=-1) @ tokens_BLD
+        return self.out_proj(F.linear(mean_BmD, weight_v_DD, self.in_proj_bias[2 * D :]))
 
 
 class MLP(nn.Module):
-    """The feed-forward half of a block."""
+    """The feed-forward half of a block, with OpenAI's QuickGELU x·sigmoid(1.702x) or GELU.
+
+    QuickGELU is silu(1.702x) / 1.702, one pass over memory instead of three; the two factors ride along in the matrix
+    products.
+    """
 
     def __init__(self, width: int, activation: str) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
-        self.activation = ACTIVATIONS[activation]()
         self.c_proj = nn.Linear(4 * width, width)
+        self.activate, self.factor = ACTIVATIONS[activation]
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x_BLD)))
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to (…, D)."""
+        x_ND = x.flatten(end_dim=-2)
+        factor = self.factor
+        hidden_N4D = torch.addmm(self.c_fc.bias, x_ND, self.c_fc.weight.T, beta=factor, alpha=factor)
+        out_ND = torch.addmm(self.c_proj.bias, self.activate(hidden_N4D), self.c_proj.weight.T, alpha=1 / factor)
+        return out_ND.view(x.shape)
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "quick_gelu": (F.silu, 1.702),
+    "gelu": (F.gelu, 1.0),
+}
+"""(f, s) by name: the activation of x is f(s·x) / s."""
 
 
 class ResidualAttentionBlock(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block.
+
+    Its sequence comes in parts, so that nothing is joined, differentiated or computed in vain: first, maybe, `ahead`,
+    keys and values of positions whose output nobody needs, then the tensors `parts`. Whatever the type of the residual
+    stream, the matrix products are done in the type that the weights are held in.
+    """
 
     def __init__(self, width: int, heads: int, activation: str) -> None:
         super().__init__()
@@ -107,10 +169,54 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = MLP(width, activation)
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x_BLD: Tensor, causal: bool) -> Tensor:
-        normed_BLD = self.ln_1(x_BLD)
-        x_BLD = x_BLD + self.attn(normed_BLD, normed_BLD, causal)
-        return x_BLD + self.mlp(self.ln_2(x_BLD))
+    def keys_values(self, x_BPD: Tensor) -> Tensor:
+        """What positions that are only looked at bring, (B, P, 2D): the `ahead` of `forward`."""
+        return self.attn.keys_values(self._normed(self.ln_1, x_BPD))
+
+    def forward(self, parts_BLD: Sequence[Tensor], ahead_BP2D: Tensor | None, causal: bool) -> Tensor:
+        """Output of all positions of the parts, joined: (B, L, D)."""
+        x_BLD = _join(parts_BLD)
+        L, D = x_BLD.shape[1:]
+        query_BLD, keys_values = _join([self._project(part) for part in parts_BLD]).split((D, 2 * D), dim=-1)
+        mask = None
+        if ahead_BP2D is not None:
+            keys_values = torch.cat([ahead_BP2D, keys_values], dim=1)
+            if causal:
+                P = ahead_BP2D.shape[1]
+                mask = torch.ones(L, P + L, dtype=torch.bool, device=x_BLD.device).tril(P)
+        seen_BLD = self.attn.attend(query_BLD, keys_values, causal=causal and mask is None, mask=mask)
+        return self._finish(x_BLD, seen_BLD)
+
+    def read_out(self, parts_BLD: Sequence[Tensor], ahead_BP2D: Tensor | None, at_B: Tensor, causal: bool) -> Tensor:
+        """Output of the one position `at_B` (counted over the joined parts) of each sample, (B, D)."""
+        x_BLD = _join(parts_BLD)
+        row_B = torch.arange(len(x_BLD), device=x_BLD.device)
+        normed_BLD = self._normed(self.ln_1, x_BLD)
+        keys_values = self.attn.keys_values(normed_BLD)
+        mask = None
+        if causal:
+            mask = torch.arange(x_BLD.shape[1], device=x_BLD.device) <= at_B[:, None, None, None]
+        if ahead_BP2D is not None:
+            keys_values = torch.cat([ahead_BP2D, keys_values], dim=1)
+            if mask is not None:
+                mask = F.pad(mask, (ahead_BP2D.shape[1], 0), value=True)
+        query_B1D = self.attn.queries(normed_BLD[row_B, at_B][:, None])
+        return self._finish(x_BLD[row_B, at_B], self.attn.attend(query_B1D, keys_values, mask=mask)[:, 0])
+
+    def compile_parts(self) -> None:
+        """Compiles what is around the attention, which fuses its passes over memory."""
+        self._project = torch.compile(self._project, dynamic=True)  # type: ignore[method-assign]
+        self._finish = torch.compile(self._finish, dynamic=True)  # type: ignore[method-assign]
+
+    def _project(self, x_BLD: Tensor) -> Tensor:
+        return self.attn.queries_keys_values(self._normed(self.ln_1, x_BLD))
+
+    def _finish(self, x: Tensor, seen: Tensor) -> Tensor:
+        x = x + self.attn.out_proj(seen)
+        return x + self.mlp(self._normed(self.ln_2, x))
+
+    def _normed(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        return norm(x).to(self.attn.in_proj_weight.dtype)
 
 
 class DynamicMemoryBlock(ResidualAttentionBlock):
@@ -122,7 +228,7 @@ class DynamicMemoryBlock(ResidualAttentionBlock):
 
     def __init__(self, width: int, heads: int, activation: str, slots: int) -> None:
         super().__init__(width, heads, activation)
-        self.attn_memory = Attention(width, heads=1)
+        self.attn_memory = SlotAttention(width)
         with torch.no_grad():
             # Where the task leaves this attention frozen at its random start, a checkpoint has to carry it:
             # values that bfloat16 holds exactly take half the space there (see clip/checkpoint.py).
@@ -134,37 +240,81 @@ class DynamicMemoryBlock(ResidualAttentionBlock):
     def dynamic_slots(self, tokens_BLD: Tensor, missing_type_B: Tensor) -> Tensor:
         """Slots read from all input tokens by the queries of each sample's missing type, (B, m, D)."""
         queries_3mD = torch.stack([self.get_buffer(name).squeeze(1) for name in DYNAMIC_QUERIES])
-        return self.attn_memory(queries_3mD[missing_type_B].to(tokens_BLD.dtype), tokens_BLD)
+        return self.attn_memory(queries_3mD, tokens_BLD, missing_type_B)
 
 
 class Transformer(nn.Module):
-    """The blocks of a tower, and the memory slots on their way through them."""
+    """The blocks of a tower, and the memory slots on their way through them.
+
+    The private slots are replaced before each block of the memory depth. What a block makes of slots that are replaced
+    right after it nobody reads, so those are keys and values only. Of the last block only one position is read.
+    """
 
     def __init__(self, width: int, layers: int, heads: int, activation: str, slots: int, causal: bool) -> None:
         super().__init__()
         self.causal = causal
-        self.slots = slots
+        self.checkpointing = False
+        """Activations of a block are computed again for its gradient instead of kept."""
         first = DynamicMemoryBlock(width, heads, activation, slots)
         rest = [ResidualAttentionBlock(width, heads, activation) for _ in range(layers - 1)]
         self.resblocks = nn.ModuleList([first, *rest])
 
-    def forward(self, tokens_BLD: Tensor, memory: TowerMemory | None, missing_type_B: Tensor | None) -> Tensor:
-        """Output tokens of the last block, (B, L, D), without the memory slots."""
-        if memory is None or missing_type_B is None:
-            for block in self.resblocks:
-                tokens_BLD = block(tokens_BLD, self.causal)
-            return tokens_BLD
+    def dynamic_slots(self, tokens_BLD: Tensor, missing_type_B: Tensor) -> Tensor:
+        """Slots that the first block reads from the tower's input tokens, (B, m, D)."""
         first = self.resblocks[0]
         assert isinstance(first, DynamicMemoryBlock)
-        dynamic_BmD = first.dynamic_slots(tokens_BLD, missing_type_B)
-        head = [memory.private_BmD[0], memory.shared_BmD, dynamic_BmD]
-        x_BLD = torch.cat([slot.to(tokens_BLD.dtype) for slot in head] + [tokens_BLD], dim=1)
-        for depth, block in enumerate(self.resblocks):
-            if 0 < depth < len(memory.private_BmD):
-                private_BmD = memory.private_BmD[depth].to(x_BLD.dtype)
-                x_BLD = torch.cat([private_BmD, x_BLD[:, self.slots :]], dim=1)
-            x_BLD = block(x_BLD, self.causal)
-        return x_BLD[:, 3 * self.slots :]
+        return first.dynamic_slots(tokens_BLD, missing_type_B)
+
+    def forward(
+        self,
+        tokens_BLD: Tensor,
+        at_B: Tensor,
+        memory: TowerMemory | MemoryPrefix | None,
+        dynamic_BmD: Tensor | None,
+    ) -> Tensor:
+        """What the last block gives for the tokens `at_B`, (B, D)."""
+        if isinstance(memory, TowerMemory):
+            assert dynamic_BmD is not None
+            parts, private_BmD = [memory.shared_BmD, dynamic_BmD, tokens_BLD], memory.private_BmD
+        else:
+            parts, private_BmD = [tokens_BLD] if dynamic_BmD is None else [dynamic_BmD, tokens_BLD], []
+        for depth, block in enumerate(self._blocks()):
+            parts, ahead_BP2D = self._with_private(block, depth, parts, private_BmD)
+            if isinstance(memory, MemoryPrefix):
+                ahead_BP2D = memory.keys_values_BP2D[depth]
+            if depth + 1 < len(self.resblocks):
+                parts = [self._run(block, parts, ahead_BP2D)]
+        before_tokens = sum(part.shape[1] for part in parts) - tokens_BLD.shape[1]
+        return block.read_out(parts, ahead_BP2D, before_tokens + at_B, self.causal)
+
+    def prefix(self, memory: TowerMemory) -> MemoryPrefix:
+        """The private and shared slots alone, through all blocks of a causal tower."""
+        assert self.causal
+        parts, prefix = [memory.shared_BmD], []
+        for depth, block in enumerate(self._blocks()):
+            parts, ahead_BP2D = self._with_private(block, depth, parts, memory.private_BmD)
+            own = [block.keys_values(part) for part in parts]
+            prefix.append(_join(own if ahead_BP2D is None else [ahead_BP2D, *own]))
+            if depth + 1 < len(self.resblocks):
+                parts = [block(parts, ahead_BP2D, self.causal)]
+        return MemoryPrefix(prefix)
+
+    def _blocks(self) -> list[ResidualAttentionBlock]:
+        return cast(list[ResidualAttentionBlock], list(self.resblocks))
+
+    def _with_private(
+        self, block: ResidualAttentionBlock, depth: int, parts: list[Tensor], private_BmD: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """The parts and what is ahead of them, with the private slots of this depth in one of the two."""
+        if depth + 1 < len(private_BmD):
+            return parts, block.keys_values(private_BmD[depth])
+        return ([private_BmD[depth], *parts] if depth < len(private_BmD) else parts), None
+
+    def _run(self, block: ResidualAttentionBlock, parts: list[Tensor], ahead_BP2D: Tensor | None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            # Blocks draw nothing at random.
+            return checkpoint(block, parts, ahead_BP2D, self.causal, use_reentrant=False, preserve_rng_state=False)
+        return block(parts, ahead_BP2D, self.causal)
 
 
 class VisionTransformerMemory(nn.Module):
@@ -188,11 +338,15 @@ class VisionTransformerMemory(nn.Module):
         self, image_B3RR: Tensor, memory: TowerMemory | None = None, missing_type_B: Tensor | None = None
     ) -> Tensor:
         """Features of normalised images (B, 3, R, R), before any masking: (B, E)."""
-        patches_BLD = self.conv1(image_B3RR).flatten(2).transpose(1, 2)
-        class_B1D = self.class_embedding.to(patches_BLD.dtype).expand(len(patches_BLD), 1, -1)
-        tokens_BLD = torch.cat([class_B1D, patches_BLD], dim=1) + self.positional_embedding
-        x_BLD = self.transformer(self.ln_pre(tokens_BLD), memory, missing_type_B)
-        return self.ln_post(x_BLD[:, 0]) @ self.proj
+        patches_BLD = self.conv1(image_B3RR.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        class_B1D = self.class_embedding.expand(len(patches_BLD), 1, -1)
+        tokens_BLD = torch.cat([class_B1D, patches_BLD.to(class_B1D.dtype)], dim=1) + self.positional_embedding
+        tokens_BLD = self.ln_pre(tokens_BLD)
+        dynamic_BmD = None
+        if missing_type_B is not None:
+            dynamic_BmD = self.transformer.dynamic_slots(tokens_BLD, missing_type_B)
+        class_token_B = torch.zeros(len(tokens_BLD), dtype=torch.long, device=tokens_BLD.device)
+        return self.ln_post(self.transformer(tokens_BLD, class_token_B, memory, dynamic_BmD)) @ self.proj
 
 
 class TextTransformerMemory(nn.Module):
@@ -208,14 +362,29 @@ class TextTransformerMemory(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(width, arch.embed_dim) * width**-0.5)
 
     def forward(
-        self, tokens_BL: Tensor, memory: TowerMemory | None = None, missing_type_B: Tensor | None = None
+        self,
+        tokens_BL: Tensor,
+        memory: TowerMemory | MemoryPrefix | None = None,
+        missing_type_B: Tensor | None = None,
+        length: int | None = None,
     ) -> Tensor:
-        """Features of token ids (B, 77), before any masking: (B, E). The highest id, `<end>`, is the read-out."""
-        embedded_BLD = self.token_embedding(tokens_BL) + self.positional_embedding
-        x_BLD = self.transformer(embedded_BLD, memory, missing_type_B)
+        """Features of token ids (B, 77), before any masking: (B, E). The highest id, `<end>`, is the read-out.
+
+        Args:
+            length: positions up to the last `<end>` of the batch, for who knows it without asking the device; the mask
+                is causal, so that what comes after cannot matter. The dynamic slots read all 77 positions all the same.
+        """
+        tokens_BLD = self.token_embedding(tokens_BL) + self.positional_embedding
+        dynamic_BmD = None
+        if missing_type_B is not None:
+            dynamic_BmD = self.transformer.dynamic_slots(tokens_BLD, missing_type_B)
         end_B = tokens_BL.argmax(dim=-1)  # the first one: argmax returns the first of equal values
-        x_BD = x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), end_B]
+        x_BD = self.transformer(tokens_BLD[:, :length], end_B, memory, dynamic_BmD)
         return self.ln_final(x_BD) @ self.text_projection
+
+
+def _join(parts_BLD: Sequence[Tensor]) -> Tensor:
+    return parts_BLD[0] if len(parts_BLD) == 1 else torch.cat(list(parts_BLD), dim=1)
 
 
 def is_added(name: str) -> bool:

@@ -105,7 +105,26 @@ class ArrowDataset(Dataset[Sample]):
         Raises:
             DataError: the image cannot be decoded; names file and row.
         """
-        epoch, index = key
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample]:
+        """The samples of a batch, as loaders ask for them; samples of one row share one image tensor."""
+        images: dict[int, Tensor] = {}
+        return [self._sample(epoch, index, images) for epoch, index in keys]
+
+    def evaluation_order(self) -> np.ndarray:
+        """All samples by falling length of their text, so that batches have little padding; (N,).
+
+        A missing text has length 0. The samples of a row stay together, ordered by the longest of their texts.
+        """
+        lengths = np.zeros(len(self), dtype=np.int64)
+        if self.tokens is not None:
+            lengths = np.where(self.missing_type_of_sample == TEXT_MISSING, 0, self.tokens.argmax(axis=1) + 1)
+        longest_of_row = np.zeros(self.n_rows, dtype=np.int64)
+        np.maximum.at(longest_of_row, self._row_of_sample, lengths)
+        return np.argsort(-longest_of_row[self._row_of_sample], kind="stable")
+
+    def _sample(self, epoch: int, index: int, images: dict[int, Tensor]) -> Sample:
         row = int(self._row_of_sample[index])
         missing_type = int(self.missing_table[row])
         if self.simulate_seed is not None and missing_type == COMPLETE:
@@ -114,8 +133,11 @@ class ArrowDataset(Dataset[Sample]):
         tokens: Tensor | None = None
         if missing_type != TEXT_MISSING and self.tokens is not None:
             tokens = torch.from_numpy(self.tokens[index].astype(np.int64))
-        image = self._image(row) if missing_type != IMAGE_MISSING else None
-        return Sample(image, tokens, label, missing_type, index)
+        if missing_type == IMAGE_MISSING:
+            return Sample(None, tokens, label, missing_type, index)
+        if row not in images:
+            images[row] = self._image(row)
+        return Sample(images[row], tokens, label, missing_type, index)
 
     def sample_name(self, index: int) -> str:
         """The sample's id where the file has one, else its row: for messages and results."""

@@ -1,0 +1,1 @@
+"""How fast it is, beside the published algorithm written plainly. Not part of the tests."""

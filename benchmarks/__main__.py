@@ -1,0 +1,364 @@
+"""`make bench`: how fast training, evaluation, loading and the learner are, beside the published algorithm.
+
+    python -m benchmarks [--only PART …] [--pairs 5] [--threads 2] [--device cpu] [--record benchmarks/RESULTS.md]
+
+Prints Markdown tables. `--record` puts them in place of those between the markers of a file.
+"""
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from benchmarks.loading import made_up_films
+from benchmarks.operations import needed_operations
+from benchmarks.sides import (
+    MEMORY_DEPTH,
+    MEMORY_LENGTH,
+    VIT_B16,
+    Data,
+    Ours,
+    Theirs,
+    adamw,
+    mixed,
+    random_classifier,
+    without_image,
+)
+from benchmarks.timing import Comparison, compare, seconds
+from benchmarks.undone import PATCHES, put_back
+from clip.modules.clip_dynamic_memory import MemoryLearner
+from vilt.missing_tables import IMAGE_MISSING
+from vilt.utils.files import atomic_path
+
+BATCH = 16
+LEARNER_BATCH = 32
+BEGIN, END = "<!-- measured on {} -->", "<!-- end of {} -->"
+
+
+class Bench:
+    """The parts of the benchmark on one device."""
+
+    def __init__(self, device: torch.device, pairs: int) -> None:
+        self.device = device
+        self.pairs = pairs
+
+    def steps(self) -> Iterable[str]:
+        """The table of required ratios."""
+        short = [15 + row % 11 for row in range(BATCH)]
+        long = [VIT_B16.context_length] * BATCH
+        both, no_image = Data(mixed(BATCH), long, self.device), Data(without_image(BATCH, 0.9), long, self.device)
+        both_short = Data(mixed(BATCH), short, self.device)
+        yield from _header("case", "baseline", "ours", "ratio", "lowest to highest", "required")
+        theirs, ours = Theirs(self.device), Ours(self.device)
+        for name, data, required in (
+            ("training step, float32, 70 % both, 77-token texts", both, 1.6),
+            ("training step, float32, 70 % both, texts of 15 to 25 tokens", both_short, 1.8),
+            ("training step, float32, 90 % image missing", no_image, 4),
+        ):
+            yield self._row(name, lambda d=data: theirs.train(d), lambda d=data: ours.train(d), required)  # type: ignore[misc]
+        halved = Ours(self.device, torch.bfloat16)
+        yield self._row(
+            "training step, 70 % both, bf16 against the baseline's float32",
+            lambda: theirs.train(both),
+            lambda: halved.train(both),
+            3,
+        )
+        theirs_halved = Theirs(self.device, torch.bfloat16)
+        yield self._row(
+            "training step, 70 % both, bf16 against the baseline's bf16 (autocast)",
+            lambda: theirs_halved.train(both),
+            lambda: halved.train(both),
+            None,
+        )
+        del theirs_halved
+        yield self._row(
+            "evaluation, float32, 70 % both", lambda: theirs.evaluate(both), lambda: ours.evaluate(both), 1.6
+        )
+        yield self._row(
+            "evaluation, 70 % both, bf16 against the baseline's float32",
+            lambda: theirs.evaluate(both),
+            lambda: halved.evaluate(both),
+            None,
+        )
+        plain, fast = theirs.model.model.memory_learner.train(), ours.classifier.model.memory_learner.train()
+        types = torch.tensor(mixed(LEARNER_BATCH), device=self.device)
+        yield self._row(
+            f"memory learner, forward and backward, batch {LEARNER_BATCH}",
+            lambda: _backward(plain(types)),
+            lambda: _backward(_learned(fast, types)),
+            8,
+        )
+        if self.device.type == "cpu":
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            with made_up_films() as films:
+                yield self._row("loading samples, 70 % image missing, one core", films.theirs, films.ours, 3)
+            torch.set_num_threads(threads)
+
+    def rates(self) -> Iterable[str]:
+        """Achieved rates beside that of a plain matrix product."""
+        data = Data(mixed(BATCH), [VIT_B16.context_length] * BATCH, self.device)
+        samples = list(zip(data.types, data.lengths, strict=True))
+        yield from _header("step", "needed Gflop", "seconds", "Gflop/s", "plain product Gflop/s", "share", "required")
+        for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16")):
+            ours = Ours(self.device, dtype)
+            for training, required in ((False, "80 %"), (True, "70 %")):
+                needed = needed_operations(VIT_B16, MEMORY_LENGTH, MEMORY_DEPTH, samples, training)
+                step = (lambda o=ours: o.train(data)) if training else (lambda o=ours: o.evaluate(data))  # type: ignore[misc]
+                product, flop = self._product(dtype)
+                timed = compare(product, step, self.device, 2 * self.pairs)
+                plain, took = flop / statistics.median(timed.baseline), statistics.median(timed.ours)
+                yield _line(
+                    f"{'training' if training else 'evaluation'}, {name}",
+                    f"{needed / 1e9:.0f}",
+                    f"{took:.3f}",
+                    f"{needed / took / 1e9:.0f}",
+                    f"{plain / 1e9:.0f}",
+                    f"{needed / took / plain:.0%}",
+                    required if dtype is torch.float32 else "",
+                )
+
+    def pieces(self) -> Iterable[str]:
+        """What each piece of work that is left out would cost: operations and time with it put back, over without."""
+        long, short = [VIT_B16.context_length] * BATCH, [15 + row % 11 for row in range(BATCH)]
+        both, both_short = Data(mixed(BATCH), long, self.device), Data(mixed(BATCH), short, self.device)
+        complete = Data([0] * BATCH, long, self.device)
+        ours = Ours(self.device)
+        yield from _header("left out", "measured on", "expected", "measured", "lowest to highest")
+
+        def row(name: str, step: str, data: Data, more: Callable[[], object], less: Callable[[], object]) -> str:
+            expected = _operations(more) / _operations(less)
+            timed = compare(more, less, self.device, self.pairs)
+            return _line(name, step, f"{expected:.3f}", f"{timed.ratio:.3f}", "{:.2f} to {:.2f}".format(*timed.spread))
+
+        def train(data: Data) -> Callable[[], object]:
+            return lambda: ours.train(data)
+
+        def evaluate(data: Data) -> Callable[[], object]:
+            return lambda: ours.evaluate(data)
+
+        yield row("towers of missing modalities", "training", both, train(complete), train(both))
+        yield row("towers of missing modalities", "evaluation", both, evaluate(complete), evaluate(both))
+        yield row(
+            "text after the last `<end>`",
+            "training, texts of 15 to 25 tokens",
+            both_short,
+            lambda: ours.train(both_short, text_length=VIT_B16.context_length),
+            train(both_short),
+        )
+        lengths = [10 + (row * 29) % 68 for row in range(2 * BATCH)]
+        halves = [[*lengths[0::2]], [*lengths[1::2]]]
+        by_length = [sorted(lengths)[:BATCH], sorted(lengths)[BATCH:]]
+        unsorted_batches, sorted_batches = (
+            [Data([IMAGE_MISSING] * BATCH, half, self.device) for half in batches] for batches in (halves, by_length)
+        )
+        yield row(
+            "padding, by sorting evaluation batches",
+            "evaluation, texts alone, 10 to 77 tokens",
+            both,
+            lambda: [ours.evaluate(data) for data in unsorted_batches],
+            lambda: [ours.evaluate(data) for data in sorted_batches],
+        )
+        films = torch.arange(BATCH) // 2 * 2
+        yield row(
+            "an image that two texts share, once",
+            "evaluation, two plots a film",
+            complete,
+            evaluate(complete),
+            lambda: ours.evaluate(
+                complete,
+                image_b3RR=complete.present().image_b3RR[::2],
+                image_rows=complete.image_rows[::2],
+                image_of_B=films.to(self.device),
+            ),
+        )
+        for name in PATCHES:
+            in_training = name not in (
+                "learner and prefix kept between evaluation batches",
+                "text prefix once per type",
+            )
+            data = both_short if name == "text prefix once per type" else both
+            step = train(data) if in_training else evaluate(data)
+            kind = "training" if in_training else "evaluation"
+            kind += ", texts of 15 to 25 tokens" if data is both_short else ""
+
+            def with_it(name: str = name, step: Callable[[], object] = step) -> None:
+                with put_back(name):
+                    step()
+
+            if not in_training:
+                ours.classifier.eval()
+            yield row(name, kind, data, with_it, step)
+        optimizers = [adamw(random_classifier().to(self.device), fused) for fused in (None, True)]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+        timed = compare(optimizers[0].step, optimizers[1].step, self.device, self.pairs)
+        low, high = timed.spread
+        yield _line(
+            "AdamW in one pass (fused)", "optimiser step alone", "", f"{timed.ratio:.2f}", f"{low:.2f} to {high:.2f}"
+        )
+
+    def memory(self) -> Iterable[str]:
+        """Peak memory of a training step."""
+        yield from _header("training step, batch 16, 70 % both", "MiB above the model at rest")
+        sides = (("baseline, float32", "theirs"), ("ours, float32", "ours"), ("ours, bf16", "ours bf16"))
+        for name, arguments in sides:
+            command = [sys.executable, "-m", "benchmarks.memory", *arguments.split()]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            yield _line(name, f"{float(out):,.0f}")
+
+    def options(self) -> Iterable[str]:
+        """What the options compile and activation_checkpointing do to a training step."""
+        data = Data(mixed(BATCH), [VIT_B16.context_length] * BATCH, self.device)
+        yield from _header("option", "first step, s", "step without / with it", "lowest to highest")
+        for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16")):
+            plain = Ours(self.device, dtype)
+            for option in ("compiled", "checkpointing"):
+                other = Ours(self.device, dtype, **{option: True})
+                first = seconds(lambda o=other: o.train(data), self.device)  # type: ignore[misc]
+                timed = compare(lambda: plain.train(data), lambda o=other: o.train(data), self.device, self.pairs)  # type: ignore[misc]
+                low, high = timed.spread
+                yield _line(f"{option}, {name}", f"{first:.1f}", f"{timed.ratio:.2f}", f"{low:.2f} to {high:.2f}")
+
+    def throughput(self) -> Iterable[str]:
+        """Images per second of both sides, at two batch sizes: for GPUs."""
+        yield from _header("batch", "step", "baseline, samples/s", "ours, samples/s", "ours, share of the bf16 rate")
+        product, flop = self._product(torch.bfloat16)
+        for batch in (32, 256):
+            data = Data(mixed(batch), [VIT_B16.context_length] * batch, self.device)
+            samples = list(zip(data.types, data.lengths, strict=True))
+            theirs, ours = Theirs(self.device, torch.bfloat16), Ours(self.device, torch.bfloat16)
+            for training in (True, False):
+                needed = needed_operations(VIT_B16, MEMORY_LENGTH, MEMORY_DEPTH, samples, training)
+                works = (
+                    (lambda t=theirs, d=data: t.train(d), lambda o=ours, d=data: o.train(d))  # type: ignore[misc]
+                    if training
+                    else (lambda t=theirs, d=data: t.evaluate(d), lambda o=ours, d=data: o.evaluate(d))  # type: ignore[misc]
+                )
+                timed = compare(*works, self.device, self.pairs)
+                plain = flop / min(seconds(product, self.device) for _ in range(self.pairs))
+                took = statistics.median(timed.ours)
+                yield _line(
+                    str(batch),
+                    "training" if training else "evaluation",
+                    f"{batch / statistics.median(timed.baseline):,.0f}",
+                    f"{batch / took:,.0f}",
+                    f"{needed / took / plain:.0%}",
+                )
+
+    def _row(self, name: str, theirs: Callable[[], object], ours: Callable[[], object], required: float | None) -> str:
+        timed: Comparison = compare(theirs, ours, self.device, self.pairs)
+        times = (f"{statistics.median(side):.3f} s" for side in (timed.baseline, timed.ours))
+        spread = "{:.2f} to {:.2f}".format(*timed.spread)
+        return _line(name, *times, f"{timed.ratio:.2f}", spread, "" if required is None else f"≥ {required}")
+
+    def _product(self, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+        """The towers' commonest product, tokens by MLP weights, alone; and its operations."""
+        tokens, D = BATCH * 233, VIT_B16.vision_width
+        x, weight = (torch.randn(rows, D, dtype=dtype, device=self.device) for rows in (tokens, 4 * D))
+        times = 20 if dtype is torch.bfloat16 else 4
+
+        def work() -> None:
+            for _ in range(times):
+                F.linear(x, weight)
+
+        return work, times * 2 * tokens * D * 4 * D
+
+
+def _learned(learner: MemoryLearner, types: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    memory = learner(types, (0, 1, 2))
+    return [*memory.image.private_BmD, memory.image.shared_BmD], [*memory.text.private_BmD, memory.text.shared_BmD]
+
+
+def _backward(memory: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
+    torch.stack([slots.sum() for tower in memory for slots in tower]).sum().backward()
+
+
+def _operations(work: Callable[[], object]) -> int:
+    """Counted as they run; attention whole, also what a mask hides."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    counted = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _header(*names: str) -> list[str]:
+    return [_line(*names), "|" + "---|" * len(names)]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def machine(device: torch.device) -> str:
+    """What the figures were measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"
+    model = "CPU"
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    features = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
+    amx = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return (
+        f"{model}, {torch.get_num_threads()} threads, {features} AVX512-BF16{amx}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def record(path: Path, device: str, text: str) -> None:
+    """Puts `text` between the markers of `device` in `path`."""
+    begin, end = BEGIN.format(device), END.format(device)
+    whole = path.read_text("utf-8")
+    if begin not in whole or end not in whole:
+        raise SystemExit(f"{path}: expected the lines {begin} and {end}")
+    before, after = whole.partition(begin)[0], whole.partition(end)[2]
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", "utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parts = ("steps", "rates", "pieces", "memory", "options", "throughput")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=parts, help="default: all but throughput, which is for GPUs")
+    parser.add_argument("--pairs", type=int, default=5, help="timed pairs per comparison")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--record", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    bench = Bench(device, arguments.pairs)
+    default = parts[:-1] if device.type == "cpu" else ("steps", "rates", "pieces", "options", "throughput")
+    command = f"python -m benchmarks {' '.join(sys.argv[1:])}".strip()
+    lines = [f"`{command}` on {date.today()}: {machine(device)}"]
+    print(lines[0])
+    for part in arguments.only or default:
+        work: Callable[[], Iterable[str]] = getattr(bench, part)
+        lines += ["", (work.__doc__ or "").strip(), ""]
+        print("\n".join(lines[-3:]))
+        for line in work():
+            print(line, flush=True)
+            lines.append(line)
+    if arguments.record:
+        record(arguments.record, device.type, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,13 @@
 # make demo   sets up and runs the whole method on made-up data (minutes on two cores)
 # make test   sets up and runs all tests
 # make lint   ruff and mypy
+# make bench  how fast it is, beside the published algorithm (half an hour on two cores); writes benchmarks/RESULTS.md
 # make clean  removes what the above made
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/.ready
 	$(BIN)/python -m demo
@@ -18,6 +19,9 @@ lint: .venv/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/.ready
+	$(BIN)/python -m benchmarks --record benchmarks/RESULTS.md
 
 clean:
 	rm -rf .venv demo_run .pytest_cache .mypy_cache .ruff_cache .hypothesis

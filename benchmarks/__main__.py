@@ -12,14 +12,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.loading import made_up_films
-from benchmarks.operations import needed_operations
+from benchmarks.operations import counted_operations, needed_operations
 from benchmarks.sides import (
     MEMORY_DEPTH,
     MEMORY_LENGTH,
@@ -34,7 +35,7 @@ from benchmarks.sides import (
 )
 from benchmarks.timing import Comparison, compare, seconds
 from benchmarks.undone import PATCHES, put_back
-from clip.modules.clip_dynamic_memory import MemoryLearner
+from clip.modules.vision_transformer_memory import TowerMemory
 from vilt.missing_tables import IMAGE_MISSING
 from vilt.utils.files import atomic_path
 
@@ -63,39 +64,39 @@ class Bench:
             ("training step, float32, 70 % both, texts of 15 to 25 tokens", both_short, 1.8),
             ("training step, float32, 90 % image missing", no_image, 4),
         ):
-            yield self._row(name, lambda d=data: theirs.train(d), lambda d=data: ours.train(d), required)  # type: ignore[misc]
+            yield self._row(name, partial(theirs.train, data), partial(ours.train, data), required)
         halved = Ours(self.device, torch.bfloat16)
         yield self._row(
             "training step, 70 % both, bf16 against the baseline's float32",
-            lambda: theirs.train(both),
-            lambda: halved.train(both),
+            partial(theirs.train, both),
+            partial(halved.train, both),
             3,
         )
         theirs_halved = Theirs(self.device, torch.bfloat16)
         yield self._row(
             "training step, 70 % both, bf16 against the baseline's bf16 (autocast)",
-            lambda: theirs_halved.train(both),
-            lambda: halved.train(both),
+            partial(theirs_halved.train, both),
+            partial(halved.train, both),
             None,
         )
-        del theirs_halved
         yield self._row(
-            "evaluation, float32, 70 % both", lambda: theirs.evaluate(both), lambda: ours.evaluate(both), 1.6
+            "evaluation, float32, 70 % both", partial(theirs.evaluate, both), partial(ours.evaluate, both), 1.6
         )
         yield self._row(
             "evaluation, 70 % both, bf16 against the baseline's float32",
-            lambda: theirs.evaluate(both),
-            lambda: halved.evaluate(both),
+            partial(theirs.evaluate, both),
+            partial(halved.evaluate, both),
             None,
         )
         plain, fast = theirs.model.model.memory_learner.train(), ours.classifier.model.memory_learner.train()
         types = torch.tensor(mixed(LEARNER_BATCH), device=self.device)
-        yield self._row(
-            f"memory learner, forward and backward, batch {LEARNER_BATCH}",
-            lambda: _backward(plain(types)),
-            lambda: _backward(_learned(fast, types)),
-            8,
-        )
+        for name, dtype in (("float32", torch.float32), ("bf16 on both sides", torch.bfloat16)):
+            yield self._row(
+                f"memory learner, forward and backward, batch {LEARNER_BATCH}, {name}",
+                partial(_learn, plain, dtype, types),
+                partial(_learn, fast, dtype, types, (0, 1, 2)),
+                8,
+            )
         if self.device.type == "cpu":
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
@@ -112,7 +113,7 @@ class Bench:
             ours = Ours(self.device, dtype)
             for training, required in ((False, "80 %"), (True, "70 %")):
                 needed = needed_operations(VIT_B16, MEMORY_LENGTH, MEMORY_DEPTH, samples, training)
-                step = (lambda o=ours: o.train(data)) if training else (lambda o=ours: o.evaluate(data))  # type: ignore[misc]
+                step = partial(ours.train if training else ours.evaluate, data)
                 product, flop = self._product(dtype)
                 timed = compare(product, step, self.device, 2 * self.pairs)
                 plain, took = flop / statistics.median(timed.baseline), statistics.median(timed.ours)
@@ -135,15 +136,15 @@ class Bench:
         yield from _header("left out", "measured on", "expected", "measured", "lowest to highest")
 
         def row(name: str, step: str, data: Data, more: Callable[[], object], less: Callable[[], object]) -> str:
-            expected = _operations(more) / _operations(less)
+            expected = counted_operations(more) / counted_operations(less)
             timed = compare(more, less, self.device, self.pairs)
             return _line(name, step, f"{expected:.3f}", f"{timed.ratio:.3f}", "{:.2f} to {:.2f}".format(*timed.spread))
 
         def train(data: Data) -> Callable[[], object]:
-            return lambda: ours.train(data)
+            return partial(ours.train, data)
 
         def evaluate(data: Data) -> Callable[[], object]:
-            return lambda: ours.evaluate(data)
+            return partial(ours.evaluate, data)
 
         yield row("towers of missing modalities", "training", both, train(complete), train(both))
         yield row("towers of missing modalities", "evaluation", both, evaluate(complete), evaluate(both))
@@ -210,12 +211,13 @@ class Bench:
 
     def memory(self) -> Iterable[str]:
         """Peak memory of a training step."""
-        yield from _header("training step, batch 16, 70 % both", "MiB above the model at rest")
+        yield from _header("training step, batch 16, 70 % both", "at rest, MiB", "peak, MiB", "step alone, MiB")
         sides = (("baseline, float32", "theirs"), ("ours, float32", "ours"), ("ours, bf16", "ours bf16"))
         for name, arguments in sides:
             command = [sys.executable, "-m", "benchmarks.memory", *arguments.split()]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            yield _line(name, f"{float(out):,.0f}")
+            at_rest, peak = map(float, out.split())
+            yield _line(name, f"{at_rest:,.0f}", f"{peak:,.0f}", f"{peak - at_rest:,.0f}")
 
     def options(self) -> Iterable[str]:
         """What the options compile and activation_checkpointing do to a training step."""
@@ -225,8 +227,13 @@ class Bench:
             plain = Ours(self.device, dtype)
             for option in ("compiled", "checkpointing"):
                 other = Ours(self.device, dtype, **{option: True})
-                first = seconds(lambda o=other: o.train(data), self.device)  # type: ignore[misc]
-                timed = compare(lambda: plain.train(data), lambda o=other: o.train(data), self.device, self.pairs)  # type: ignore[misc]
+                first = seconds(partial(other.train, data), self.device)
+                timed = compare(
+                    partial(plain.train, data),
+                    partial(other.train, data),
+                    self.device,
+                    self.pairs,
+                )
                 low, high = timed.spread
                 yield _line(f"{option}, {name}", f"{first:.1f}", f"{timed.ratio:.2f}", f"{low:.2f} to {high:.2f}")
 
@@ -240,12 +247,8 @@ class Bench:
             theirs, ours = Theirs(self.device, torch.bfloat16), Ours(self.device, torch.bfloat16)
             for training in (True, False):
                 needed = needed_operations(VIT_B16, MEMORY_LENGTH, MEMORY_DEPTH, samples, training)
-                works = (
-                    (lambda t=theirs, d=data: t.train(d), lambda o=ours, d=data: o.train(d))  # type: ignore[misc]
-                    if training
-                    else (lambda t=theirs, d=data: t.evaluate(d), lambda o=ours, d=data: o.evaluate(d))  # type: ignore[misc]
-                )
-                timed = compare(*works, self.device, self.pairs)
+                works = [partial(side.train if training else side.evaluate, data) for side in (theirs, ours)]
+                timed = compare(works[0], works[1], self.device, self.pairs)
                 plain = flop / min(seconds(product, self.device) for _ in range(self.pairs))
                 took = statistics.median(timed.ours)
                 yield _line(
@@ -275,26 +278,15 @@ class Bench:
         return work, times * 2 * tokens * D * 4 * D
 
 
-def _learned(learner: MemoryLearner, types: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    memory = learner(types, (0, 1, 2))
-    return [*memory.image.private_BmD, memory.image.shared_BmD], [*memory.text.private_BmD, memory.text.shared_BmD]
-
-
-def _backward(memory: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
-    torch.stack([slots.sum() for tower in memory for slots in tower]).sum().backward()
-
-
-def _operations(work: Callable[[], object]) -> int:
-    """Counted as they run; attention whole, also what a mask hides."""
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    counted = {
-        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        backward: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v),
-    }
-    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
-        work()
-    return counter.get_total_flops()
+def _learn(learner: torch.nn.Module, dtype: torch.dtype, *arguments: Any) -> None:
+    """Forward and backward of either learner, with gradients that do not depend on the size of the slots."""
+    with torch.autocast(arguments[0].device.type, dtype, enabled=dtype is not torch.float32):
+        image, text = learner(*arguments)
+    slots: list[torch.Tensor] = []
+    for tower in (image, text):
+        slots += [*tower.private_BmD, tower.shared_BmD] if isinstance(tower, TowerMemory) else tower
+    torch.stack([tensor.float().sum() for tensor in slots]).sum().backward()
+    learner.zero_grad()
 
 
 def _header(*names: str) -> list[str]:

@@ -57,11 +57,12 @@ class Blocks(nn.Module):
 
     def forward(self, tokens_LBD: Tensor, memory: list[Tensor], missing_type_B: Tensor) -> Tensor:
         m, first = self.slots, self.resblocks[0]
+        assert isinstance(first, Block)
         queries = torch.cat([first.get_buffer(DYNAMIC_QUERIES[int(missing)]) for missing in missing_type_B], dim=1)
         dynamic = first.attn_memory(queries, tokens_LBD, tokens_LBD, need_weights=False)[0]
         x_LBD = torch.cat([memory[0].transpose(0, 1), dynamic, tokens_LBD])
         L = len(x_LBD)
-        mask = torch.full((L, L), float("-inf"), device=x_LBD.device).triu(1) if self.causal else None
+        mask = x_LBD.new_full((L, L), float("-inf")).triu(1) if self.causal else None
         for depth, block in enumerate(self.resblocks):
             if 0 < depth < len(memory):
                 x_LBD = torch.cat([memory[depth].transpose(0, 1), x_LBD[m:]])

@@ -9,14 +9,14 @@ from benchmarks.sides import Data, Ours, Theirs, mixed
 
 
 def main(side: str, dtype: torch.dtype) -> None:
-    """Prints the MiB that the second of two steps' peak lies above the memory of the model at rest."""
+    """Prints the MiB of the model at rest and the peak of two steps."""
     device = torch.device("cpu")
     model = Ours(device, dtype) if side == "ours" else Theirs(device, dtype)
     data = Data(mixed(16), [77] * 16, device)
-    before = _resident_mib()
+    at_rest = _resident_mib()
     model.train(data)
     model.train(data)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+    print(at_rest, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def _resident_mib() -> float:

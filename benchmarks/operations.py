@@ -4,8 +4,11 @@ A product of matrices (a×b)·(b×c) is 2abc operations. Element-wise work (norm
 What a causal mask hides is not counted, nor what flash attention computes a second time for its gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from clip.modules.clip_dynamic_memory import RDN_HIDDEN
 from clip.modules.vision_transformer_memory import IMAGE_MISSING, TEXT_MISSING, ClipArchitecture
@@ -87,3 +90,16 @@ def _learner(arch: ClipArchitecture, m: int, depth: int, samples: int, types: in
         skip = E * width if width != E else 0
         total += 2 * m * (types * (E * hidden + skip) + samples * outer)  # the shared slots
     return 3 * total
+
+
+def counted_operations(work: Callable[[], object]) -> int:
+    """Operations of products as `work` runs them on a CPU; attention is counted whole, also what a mask hides."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    counted = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        work()
+    return counter.get_total_flops()

@@ -50,8 +50,12 @@ class Data:
         self.types, self.lengths = list(types), list(lengths)
         self.images, self.tokens = images.to(device), tokens.to(device)
         self.missing_type_B = torch.tensor(types, device=device)
-        self.image_rows = torch.tensor([row for row, t in enumerate(types) if t != IMAGE_MISSING], device=device)
-        self.text_rows = torch.tensor([row for row, t in enumerate(types) if t != TEXT_MISSING], device=device)
+        self.image_rows = torch.tensor(
+            [row for row, t in enumerate(types) if t != IMAGE_MISSING], dtype=torch.long, device=device
+        )
+        self.text_rows = torch.tensor(
+            [row for row, t in enumerate(types) if t != TEXT_MISSING], dtype=torch.long, device=device
+        )
         self.labels = (torch.rand(B, TASK.n_classes, generator=generator) < 0.1).float().to(device)
         self.present_images = self.images[self.image_rows]
         self.present_tokens = self.tokens[self.text_rows]

@@ -185,6 +185,41 @@ def test_a_film_with_several_plots_is_several_samples_with_one_missing_entry(tmp
 # ---- images are read one by one
 
 
+def test_evaluation_goes_from_long_to_short_texts_and_keeps_films_together(tmp_path):
+    def tokenize(texts: Sequence[str]) -> np.ndarray:
+        ids = np.zeros((len(texts), 77), dtype=np.int64)
+        for row, text in enumerate(texts):
+            ids[row, int(text)] = 9
+        return ids
+
+    write(tmp_path / "mmimdb_train.arrow", films([["3"], ["5", "70"], ["76"], ["6", "2"], ["3"]]))
+    dataset = open_films(tmp_path)
+    assert dataset.evaluation_order().tolist() == list(range(7)), "no tokens: as they are"
+    dataset.tokenize(tokenize, "numbers")
+    assert dataset.evaluation_order().tolist() == [3, 1, 2, 4, 5, 0, 6]
+    dataset.missing_table = np.array([0, 0, 1, 2, 0], dtype=np.int8)  # the third has no text
+    assert dataset.evaluation_order().tolist() == [1, 2, 4, 5, 0, 6, 3]
+
+
+def test_samples_of_a_film_in_one_batch_share_its_image(tmp_path, monkeypatch):
+    write(tmp_path / "mmimdb_train.arrow", films([["a"], ["b", "c"], ["d", "e"]]))
+    dataset = open_films(tmp_path)
+    dataset.missing_table = np.array([0, 0, 2], dtype=np.int8)
+    decoded = []
+
+    def counting(data: bytes, size: int) -> torch.Tensor:
+        decoded.append(data)
+        return decode_image(data, size)
+
+    monkeypatch.setattr(arrow_dataset, "decode_image", counting)
+    batch = dataset.__getitems__([(0, 2), (0, 0), (0, 1), (0, 3)])
+    assert [sample.number for sample in batch] == [2, 0, 1, 3]
+    assert batch[0].image_3RR is batch[2].image_3RR and batch[3].image_3RR is None
+    assert len(decoded) == 2
+    for sample in batch:
+        assert_equal(sample, dataset[0, sample.number])
+
+
 def test_opening_reads_no_image(tmp_path):
     """A file of MM-IMDb's length: its bytes are mapped, and what an image holds shows only when it is asked for."""
     n_rows = 15_552

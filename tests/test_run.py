@@ -2,9 +2,11 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -13,9 +15,12 @@ import torch
 
 import run
 from clip.backbone import load_backbone
-from clip.checkpoint import read_checkpoint, restore_classifier
+from clip.checkpoint import ModelSpec, read_checkpoint, restore_classifier
+from clip.training import FinetuneModule
 from run import command_line
 from tests.conftest import Workspace
+from tests.models import TINY, tiny_classifier
+from vilt.errors import NonFiniteLossError
 
 ROOT = Path(__file__).parents[1]
 
@@ -281,6 +286,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace, capsys: p
     assert command_line(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the loss became nan at step ") and "samples: 1" in error
+
+
+def test_losses_on_a_gpu_are_looked_at_together() -> None:
+    """The first that is not finite is named, with its own step and samples, and nothing is looked at twice."""
+    module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", 6, 2, TINY))
+    module._sample_names = lambda index_B: [f"film{number}" for number in index_B.tolist()]  # type: ignore[method-assign]
+    module._trainer = SimpleNamespace(current_epoch=3)  # type: ignore[assignment]
+    losses = [1.0, float("inf"), float("nan")]
+    module._unchecked = [(torch.tensor(loss), 40 + i, i, torch.tensor([i, 10 * i])) for i, loss in enumerate(losses)]
+    with pytest.raises(NonFiniteLossError, match=r"became inf at step 41 \(epoch 3, batch 1\); samples: film1, film10"):
+        module._check_losses()
+    module._check_losses()
+
+
+def test_an_epoch_ends_with_the_throughput(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (f"vit={workspace.backbone}", "test_after_fit=False", "exp_name=timed")
+    assert command_line(workspace.command(*options)) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "training samples" in line]
+    pattern = r"epoch (\d): 4\d training samples in [\d.]+ s, [\d.]+ per second; (\d+) % of the time waiting for data"
+    found = [re.fullmatch(pattern, line) for line in lines]
+    assert [match and match[1] for match in found] == ["0", "1"], lines
+    assert all(match and int(match[2]) <= 100 for match in found)
+
+
+def test_activation_checkpointing_trains_to_the_same_result(workspace: Workspace, fitted: Path) -> None:
+    options = (f"vit={workspace.backbone}", "activation_checkpointing=True", "exp_name=checkpointed")
+    assert command_line(workspace.command(*options)) == 0
+    other = workspace.results / "checkpointed_seed0" / "version_0"
+    assert results_of(other)["metrics"] == results_of(fitted)["metrics"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

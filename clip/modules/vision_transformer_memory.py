@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 COMPLETE, TEXT_MISSING, IMAGE_MISSING = 0, 1, 2
 DYNAMIC_QUERIES = ("memories_dynamic_complete", "memories_dynamic_image", "memories_dynamic_text")
 """Buffer of dynamic queries by missing type; the published names say which modality is left."""
+RECOMPILE_LIMIT = 64
+"""Variants of a function that torch.compile makes before it gives up on compiling it."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,8 @@ class ResidualAttentionBlock(nn.Module):
 
     def compile_parts(self) -> None:
         """Compiles what is around the attention, which fuses its passes over memory."""
+        # Compiled code is kept by function: for each tower, with and without gradients, in training and evaluation.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         self._project = torch.compile(self._project, dynamic=True)  # type: ignore[method-assign]
         self._finish = torch.compile(self._finish, dynamic=True)  # type: ignore[method-assign]
 

@@ -319,6 +319,7 @@ class Options:
             simulate_missing=self.simulate_missing,
             per_gpu_batchsize=self.per_gpu_batchsize,
             num_workers=self.num_workers,
+            image_cache=self.image_cache,
             seed=self.seed,
         )
 

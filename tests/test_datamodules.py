@@ -76,6 +76,7 @@ def settings_in(folder: Path, **changes: Any) -> DataSettings:
         simulate_missing=False,
         per_gpu_batchsize=2,
         num_workers=0,
+        image_cache=False,
         seed=0,
     )
     return replace(settings, **changes)

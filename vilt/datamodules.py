@@ -156,6 +156,7 @@ class DataSettings:
     simulate_missing: bool
     per_gpu_batchsize: int
     num_workers: int
+    image_cache: bool
     seed: int
 
 
@@ -179,6 +180,8 @@ class MissingModalityData(pl.LightningDataModule):
         for split in splits:
             dataset = ArrowDataset(DATASETS[settings.dataset], settings.data_root, split, image_size)
             dataset.tokenize(tokenize, fingerprint)
+            if settings.image_cache:
+                dataset.cache_images(settings.num_workers)
             dataset.missing_table = load_missing_table(
                 settings.missing_table_root, settings.dataset, split, settings.patterns[split], dataset.n_rows
             )

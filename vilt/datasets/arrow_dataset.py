@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.errors import DataError
+from vilt.image_cache import make_image_cache, open_image_cache
 from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING
 from vilt.transforms import decode_image
 from vilt.utils.files import atomic_path
@@ -65,8 +66,10 @@ class ArrowDataset(Dataset[Sample]):
         lengths = pc.list_value_length(self.table[spec.text_column]).to_numpy().astype(np.int64)
         self._row_of_sample = np.repeat(np.arange(len(lengths)), lengths)
         self._labels = self._read_labels()
-        self.tokens: np.ndarray | None = None
-        """Token ids of every sample, (N, 77); set by `tokenize`."""
+        self._tokens: np.ndarray | None = None
+        self._token_cache: Path | None = None
+        self._images: np.ndarray | None = None
+        self._image_cache: Path | None = None
         self.missing_table = np.zeros(self.n_rows, dtype=np.int8)
         self.simulate_seed: int | None = None
         """Training only: complete samples lose a modality at random in each epoch (option simulate_missing)."""
@@ -84,7 +87,15 @@ class ArrowDataset(Dataset[Sample]):
         return self._table
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}  # a worker process maps the file itself
+        state = {**self.__dict__, "_table": None, "_images": None}  # a worker process maps the files itself
+        return state if self._token_cache is None else {**state, "_tokens": None}
+
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """Token ids of every sample, (N, 77), once `tokenize` was called."""
+        if self._tokens is None and self._token_cache is not None:
+            self._tokens = np.load(self._token_cache, mmap_mode="r", allow_pickle=False)
+        return self._tokens
 
     @property
     def n_rows(self) -> int:
@@ -172,18 +183,34 @@ class ArrowDataset(Dataset[Sample]):
                 kept = np.load(cache, mmap_mode="r", allow_pickle=False)
                 if kept.ndim != 2 or len(kept) != len(texts) or kept.dtype != np.int32:
                     raise ValueError(f"expected int32 for {len(texts)} texts, found {kept.dtype} {kept.shape}")
-                self.tokens = kept
+                self._tokens, self._token_cache = kept, cache
                 return
             except Exception as error:  # NumPy raises EOFError, BadZipFile, TokenError, ... on damaged files
                 log.warning("%s: not readable (%s); making it anew", cache, error)
-        self.tokens = tokenize(texts).astype(np.int32)
+        self._tokens = tokenize(texts).astype(np.int32)
         try:
             with atomic_path(cache) as temporary, temporary.open("wb") as file:
-                np.save(file, self.tokens)
+                np.save(file, self._tokens)
+            self._token_cache = cache
         except OSError as error:
             log.info("%s: cannot keep the token ids there (%s); each run makes them anew", cache, error.strerror)
 
+    def cache_images(self, workers: int) -> None:
+        """Decodes the images of all rows, once: they are kept beside the arrow file and found there again.
+
+        Args:
+            workers: processes that decode.
+
+        Raises:
+            DataError: an image cannot be decoded, or there is no room for them.
+        """
+        self._image_cache = make_image_cache(self.path, self.n_rows, self.image_size, self._image, workers)
+
     def _image(self, row: int) -> Tensor:
+        if self._image_cache is not None:
+            if self._images is None:
+                self._images = open_image_cache(self._image_cache)
+            return torch.from_numpy(self._images[row].copy())
         try:
             return decode_image(self.table["image"][row].as_py(), self.image_size)
         except Exception as error:  # Pillow's decoders raise whatever the damage leads to, DecompressionBombError, ...

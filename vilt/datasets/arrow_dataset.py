@@ -16,10 +16,11 @@ from torch.utils.data import Dataset
 
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.errors import DataError
-from vilt.image_cache import make_image_cache, open_image_cache
+from vilt.image_cache import open_image_cache
 from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING
 from vilt.transforms import decode_image
 from vilt.utils.files import atomic_path
+from vilt.utils.mapped_array import MappedArray, fault_of
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class ArrowDataset(Dataset[Sample]):
     """The samples of one split, read from a memory-mapped arrow file.
 
     A sample is one text: a film with three plots is three samples with the same image and missing type. Opening reads
-    labels and texts; images are read and decoded one by one.
+    labels and texts; images are read and decoded one by one, unless `cache_images` has decoded them all before.
 
     Args:
         spec: row of the dataset table.
@@ -66,10 +67,8 @@ class ArrowDataset(Dataset[Sample]):
         lengths = pc.list_value_length(self.table[spec.text_column]).to_numpy().astype(np.int64)
         self._row_of_sample = np.repeat(np.arange(len(lengths)), lengths)
         self._labels = self._read_labels()
-        self._tokens: np.ndarray | None = None
-        self._token_cache: Path | None = None
-        self._images: np.ndarray | None = None
-        self._image_cache: Path | None = None
+        self._tokens: MappedArray | np.ndarray | None = None
+        self._images: MappedArray | None = None
         self.missing_table = np.zeros(self.n_rows, dtype=np.int8)
         self.simulate_seed: int | None = None
         """Training only: complete samples lose a modality at random in each epoch (option simulate_missing)."""
@@ -87,20 +86,17 @@ class ArrowDataset(Dataset[Sample]):
         return self._table
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_table": None, "_images": None}  # a worker process maps the files itself
-        return state if self._token_cache is None else {**state, "_tokens": None}
-
-    @property
-    def tokens(self) -> np.ndarray | None:
-        """Token ids of every sample, (N, 77), once `tokenize` was called."""
-        if self._tokens is None and self._token_cache is not None:
-            self._tokens = np.load(self._token_cache, mmap_mode="r", allow_pickle=False)
-        return self._tokens
+        return {**self.__dict__, "_table": None}  # a worker process maps the file itself, and those of the caches
 
     @property
     def n_rows(self) -> int:
         """Rows of the file, which is what missing tables count."""
         return self.table.num_rows
+
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """Token ids of every sample, int32 (N, 77); None before `tokenize`."""
+        return self._tokens.values if isinstance(self._tokens, MappedArray) else self._tokens
 
     @property
     def missing_type_of_sample(self) -> np.ndarray:
@@ -114,7 +110,7 @@ class ArrowDataset(Dataset[Sample]):
         """Sample `index` in epoch `epoch`, for the key (epoch, index).
 
         Raises:
-            DataError: the image cannot be decoded; names file and row.
+            DataError: the image cannot be decoded (names file and row), or a cache cannot be read any more.
         """
         return self.__getitems__([key])[0]
 
@@ -129,8 +125,8 @@ class ArrowDataset(Dataset[Sample]):
         A missing text has length 0. The samples of a row stay together, ordered by the longest of their texts.
         """
         lengths = np.zeros(len(self), dtype=np.int64)
-        if self.tokens is not None:
-            lengths = np.where(self.missing_type_of_sample == TEXT_MISSING, 0, self.tokens.argmax(axis=1) + 1)
+        if (tokens := self.tokens) is not None:
+            lengths = np.where(self.missing_type_of_sample == TEXT_MISSING, 0, tokens.argmax(axis=1) + 1)
         longest_of_row = np.zeros(self.n_rows, dtype=np.int64)
         np.maximum.at(longest_of_row, self._row_of_sample, lengths)
         return np.argsort(-longest_of_row[self._row_of_sample], kind="stable")
@@ -142,8 +138,8 @@ class ArrowDataset(Dataset[Sample]):
             missing_type = int(np.random.default_rng([self.simulate_seed, epoch, index]).integers(3))
         label = torch.from_numpy(self._labels[row]) if self.spec.multilabel else torch.tensor(int(self._labels[row]))
         tokens: Tensor | None = None
-        if missing_type != TEXT_MISSING and self.tokens is not None:
-            tokens = torch.from_numpy(self.tokens[index].astype(np.int64))
+        if missing_type != TEXT_MISSING and (all_tokens := self.tokens) is not None:
+            tokens = torch.from_numpy(all_tokens[index].astype(np.int64))
         if missing_type == IMAGE_MISSING:
             return Sample(None, tokens, label, missing_type, index)
         if row not in images:
@@ -178,39 +174,41 @@ class ArrowDataset(Dataset[Sample]):
         for text in texts:
             digest.update(text.encode() + b"\0")
         cache = self.path.with_name(f"{self.path.stem}_tokens_{digest.hexdigest()[:16]}.npy")
-        if cache.is_file():
-            try:
-                kept = np.load(cache, mmap_mode="r", allow_pickle=False)
-                if kept.ndim != 2 or len(kept) != len(texts) or kept.dtype != np.int32:
-                    raise ValueError(f"expected int32 for {len(texts)} texts, found {kept.dtype} {kept.shape}")
-                self._tokens, self._token_cache = kept, cache
-                return
-            except Exception as error:  # NumPy raises EOFError, BadZipFile, TokenError, ... on damaged files
-                log.warning("%s: not readable (%s); making it anew", cache, error)
-        self._tokens = tokenize(texts).astype(np.int32)
+        fault = fault_of(cache, np.int32, (len(texts), None))
+        if fault is None:
+            self._tokens = MappedArray(cache)
+            return
+        if cache.exists():
+            log.warning("%s: not readable (%s); making it anew", cache, fault)
+        tokens = tokenize(texts).astype(np.int32)
         try:
             with atomic_path(cache) as temporary, temporary.open("wb") as file:
-                np.save(file, self._tokens)
-            self._token_cache = cache
+                np.save(file, tokens)
+            self._tokens = MappedArray(cache)
         except OSError as error:
             log.info("%s: cannot keep the token ids there (%s); each run makes them anew", cache, error.strerror)
+            self._tokens = tokens
 
     def cache_images(self, workers: int) -> None:
         """Decodes the images of all rows, once: they are kept beside the arrow file and found there again.
 
+        From then on images are read from there. They take 3·R² bytes a row: 3.9 GB for the 25,959 films at R = 224.
+
         Args:
-            workers: processes that decode.
+            workers: number of processes that decode; 0 decodes in this process.
 
         Raises:
-            DataError: an image cannot be decoded, or there is no room for them.
+            DataError: an image cannot be decoded (also one that the missing table leaves out), or the cache cannot be
+                written.
         """
-        self._image_cache = make_image_cache(self.path, self.n_rows, self.image_size, self._image, workers)
+        self._images = open_image_cache(self.path, self.n_rows, self.image_size, self._decoded, workers)
 
     def _image(self, row: int) -> Tensor:
-        if self._image_cache is not None:
-            if self._images is None:
-                self._images = open_image_cache(self._image_cache)
-            return torch.from_numpy(self._images[row].copy())
+        if self._images is not None:
+            return torch.from_numpy(self._images.values[row].copy())
+        return self._decoded(row)
+
+    def _decoded(self, row: int) -> Tensor:
         try:
             return decode_image(self.table["image"][row].as_py(), self.image_size)
         except Exception as error:  # Pillow's decoders raise whatever the damage leads to, DecompressionBombError, ...

@@ -149,8 +149,12 @@ class MLP(nn.Module):
         return out_ND.view(x.shape)
 
 
+def _silu(x: Tensor) -> Tensor:
+    return F.silu(x, inplace=not torch.is_grad_enabled())  # without gradients nobody needs x any more
+
+
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "quick_gelu": (F.silu, 1.702),
+    "quick_gelu": (_silu, 1.702),
     "gelu": (F.gelu, 1.0),
 }
 """(f, s) by name: the activation of x is f(s·x) / s."""

@@ -4,7 +4,7 @@ import difflib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -19,6 +19,7 @@ with warnings.catch_warnings():
 
 from clip.backbone import HUB_NAMES
 from clip.modules.vision_transformer_memory import ACTIVATIONS
+from clip.run_table import COLUMNS
 from clip.tasks import TASKS
 from clip.training import OptimizerSettings
 from vilt.datamodules import DataSettings
@@ -29,7 +30,17 @@ from vilt.missing_tables import MISSING_TYPES, MissingPattern
 SETTINGS.CAPTURE_MODE = "no"  # Sacred would otherwise take over standard output, progress bars included
 SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # run.py records the devices itself
 
-__all__ = ["EX", "ConfigAddedError", "Options", "SacredError", "check", "check_seed", "unknown_option"]
+__all__ = [
+    "EX",
+    "ConfigAddedError",
+    "Options",
+    "SacredError",
+    "check",
+    "check_seed",
+    "read_load_paths",
+    "read_options",
+    "unknown_option",
+]
 
 EX = Experiment("REP", save_git_info=False)
 logging.getLogger("REP").setLevel(logging.CRITICAL)  # Sacred's steps and type changes; run.py and `check` tell
@@ -96,6 +107,21 @@ def defaults() -> None:
     test_ratio = None  # missing ratio of validation and test
     test_type = None  # missing type of validation and test
     test_exp_name = None  # name of the folder of a test_only run
+
+    # `run.py robustness`: load_path (also a list, or a folder of runs) at every combination of these
+    robustness_types = ["text", "image", "both"]  # missing types
+    robustness_ratios = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]  # missing ratios
+    robustness_both_ratios = None  # values of both_ratio, for missing type both; None: both_ratio alone
+    robustness_seeds = [0, 1, 2, 3, 4]  # seeds of the missing tables
+    bootstrap = 1000  # resamples behind the confidence intervals; 0: no intervals
+    robustness_anew = False  # replace stored logits that do not fit the checkpoint, test set or precision
+
+    # `run.py runs`
+    runs_sort = "date"  # column that the table of runs is sorted by; -date and the like: the other way round
+
+    # `run.py report`
+    runs = "result"  # run folders, or folders that hold some
+    out = "report"  # folder that the report is written to
 
 
 @EX.named_config
@@ -209,6 +235,23 @@ def per_split(reader: Reader) -> Reader:
     return read
 
 
+def several(reader: Reader) -> Reader:
+    """Reads a list of different values, at least one, into a tuple; a single value is a list of one."""
+
+    def read(option: str, value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str) and value.startswith(("[", "(")):  # Sacred hands on as text what it cannot read
+            raise _wrong(option, """a list as Python writes it, such as "['a','b']" or [1,2]""", value)
+        values = [reader(option, one) for one in value] if isinstance(value, (list, tuple)) else [reader(option, value)]
+        if not values:
+            raise _wrong(option, "at least one value", list(value))
+        twice = [one for place, one in enumerate(values) if one in values[:place]]
+        if twice:
+            raise ConfigError(f"{option}: expected each value once, found {twice[0]} twice")
+        return tuple(values)
+
+    return read
+
+
 def warmup(option: str, value: Any) -> float:
     """Reads a share below 1 or a whole number of steps."""
     if not _is_number(value) or value < 0 or (value >= 1 and value != int(value)):
@@ -226,6 +269,13 @@ def interval(option: str, value: Any) -> int | float:
 def power(option: str, value: Any) -> float | str:
     """Reads a positive number or `cosine`."""
     return "cosine" if value == "cosine" else number(0, above=True)(option, value)
+
+
+def sort_order(option: str, value: Any) -> str:
+    """Reads a column of the table of runs, with `-` in front for descending order."""
+    if str(value).removeprefix("-") not in COLUMNS:
+        raise _wrong(option, f"{', '.join(COLUMNS)}, or one of these with - in front", value)
+    return str(value)
 
 
 def lightning_precision(option: str, value: Any) -> str:
@@ -288,6 +338,15 @@ class Options:
     test_ratio: Annotated[float | None, optional(number(0, 1))]
     test_type: Annotated[str | None, optional(one_of(*MISSING_TYPES))]
     test_exp_name: Annotated[str | None, optional(folder_name)]
+    robustness_types: Annotated[tuple[str, ...], several(one_of(*MISSING_TYPES))]
+    robustness_ratios: Annotated[tuple[float, ...], several(number(0, 1))]
+    robustness_both_ratios: Annotated[tuple[float, ...] | None, optional(several(number(0, 1)))]
+    robustness_seeds: Annotated[tuple[int, ...], several(integer(0))]
+    bootstrap: Annotated[int, integer(0)]
+    robustness_anew: Annotated[bool, flag]
+    runs_sort: Annotated[str, sort_order]
+    runs: Annotated[tuple[Path, ...], several(path)]
+    out: Annotated[Path, path]
 
     @property
     def processes(self) -> int:
@@ -305,6 +364,16 @@ class Options:
         if self.test_only:
             return ("test",)
         return SPLITS if self.test_after_fit and not self.fast_dev_run else ("train", "val")
+
+    def robustness_patterns(self) -> list[list[MissingPattern]]:
+        """The cells of a robustness matrix: of each, its pattern with every table seed."""
+        both_ratios = {"both": self.robustness_both_ratios or (self.both_ratio,)}  # the other types do not depend on it
+        return [
+            [MissingPattern(missing_type, ratio, both_ratio, seed) for seed in self.robustness_seeds]
+            for missing_type in self.robustness_types
+            for both_ratio in both_ratios.get(missing_type, (self.both_ratio,))
+            for ratio in self.robustness_ratios
+        ]
 
     def data_settings(self) -> DataSettings:
         """The part of the options that the loaders need."""
@@ -341,10 +410,7 @@ def check(config: Mapping[str, Any]) -> Options:
     Raises:
         ConfigError: one line that names the option, what was expected and what was found.
     """
-    readers: dict[str, Reader] = {
-        name: get_args(hint)[1] for name, hint in get_type_hints(Options, include_extras=True).items()
-    }
-    values = {name: reader(name, config[name]) for name, reader in readers.items()}
+    values = read_options(config, Options.__dataclass_fields__)
     for option, overridden in (("test_ratio", "missing_ratio"), ("test_type", "missing_type")):
         if values[option] is not None:
             values[overridden] |= {"val": values[option], "test": values[option]}
@@ -359,6 +425,22 @@ def check(config: Mapping[str, Any]) -> Options:
     _check_together(options)
     _check_files(options)
     return options
+
+
+def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The options `names`, each checked by itself. Raises ConfigError."""
+    hints = get_type_hints(Options, include_extras=True)
+    readers: dict[str, Reader] = {name: get_args(hints[name])[1] for name in names}
+    return {name: reader(name, config[name]) for name, reader in readers.items()}
+
+
+def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:
+    """What `load_path` names where it may be several: checkpoints and folders of runs. Raises ConfigError."""
+    if config["load_path"] in (None, ""):
+        raise ConfigError(
+            "load_path: expected a checkpoint, a list of them, or a folder of runs, as in load_path=result/…/best.ckpt"
+        )
+    return several(path)("load_path", config["load_path"])
 
 
 def check_seed(argv: Sequence[str]) -> None:

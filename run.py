@@ -1,6 +1,8 @@
 """Training and evaluation of REP: `python run.py with task_finetune_mmimdb data_root=… exp_name=…`.
 
-`python run.py print_config` shows the options. Exit status: 0 done, 2 something the user can mend, 1 a fault of ours.
+`python run.py robustness with load_path=…` evaluates at every missing type and ratio; `python run.py runs` lists runs;
+`python run.py report with runs=…` writes a page about them; `python run.py print_config` shows the options.
+Exit status: 0 done, 2 something the user can mend, 1 a fault of ours.
 """
 
 import logging
@@ -31,16 +33,21 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
+from clip.logit_store import LogitModule, encode
 from clip.modules.clip_dynamic_memory import MissingModalityClassifier
+from clip.robustness import Robustness, measure, write_results
+from clip.robustness_text import describe_one, describe_several
 from clip.run_folder import environment, make_run_folder, write_json
+from clip.run_table import describe_runs, list_runs, sort_runs, write_runs
 from clip.tasks import TASKS
 from clip.tokenizer import ClipTokenizer, load_tokenizer
 from clip.trainable import freeze
 from clip.training import FinetuneModule
-from config import EX, ConfigAddedError, Options, SacredError, check, check_seed, unknown_option
+from config import EX, ConfigAddedError, Options, SacredError, check, check_seed, read_options, unknown_option
+from targets import Target, check_agreement, open_targets
 from vilt.datamodules import MissingModalityData
 from vilt.errors import BackboneError, CheckpointError, ConfigError, UserError
-from vilt.missing_tables import type_counts
+from vilt.missing_tables import TYPE_NAMES, type_counts
 
 log = logging.getLogger("rep")
 
@@ -55,8 +62,43 @@ def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
     """Trains, or evaluates with test_only=True; returns the test metrics."""
     options = check(_config)
     set_up_logging()
-    given = {update.partition("=")[0].partition(".")[0].strip() for update in _run.meta_info["options"]["UPDATE"]}
-    return evaluate(options, given) if options.test_only else train(options)
+    return evaluate(options, given_options(_run)) if options.test_only else train(options)
+
+
+@EX.command
+def robustness(_config: dict[str, Any], _run: Any) -> None:
+    """Evaluates load_path at all robustness_types and robustness_ratios, from three passes over the test split."""
+    set_up_logging()
+    given = given_options(_run)
+    results = [measure_target(target, given) for target in open_targets(_config, given)]
+    whole = [result for result in results if result is not None]
+    if whole:
+        print(f"\n{describe_several(whole) if len(whole) > 1 else describe_one(whole[0])}\n")
+
+
+@EX.command(unobserved=True)
+def runs(_config: dict[str, Any]) -> None:
+    """Prints the table of all runs below log_dir, sorted by runs_sort, and writes it to log_dir/runs.csv."""
+    options = read_options(_config, ["log_dir", "runs_sort"])
+    log_dir = options["log_dir"]
+    rows = sort_runs(list_runs(log_dir), options["runs_sort"])
+    write_runs(rows, log_dir / "runs.csv")
+    print(f"\n{describe_runs(rows, log_dir)}\nwritten to {log_dir / 'runs.csv'}\n")
+
+
+@EX.command(unobserved=True)
+def report(_config: dict[str, Any]) -> None:
+    """Writes a page, with tables and figures, about the runs in and below the folders `runs`, into the folder `out`."""
+    from report import make_report  # draws with matplotlib, which nothing else needs
+
+    options = read_options(_config, ["runs", "out"])
+    set_up_logging()
+    print(f"\nwritten to {make_report(options['runs'], options['out'])}\n")
+
+
+def given_options(sacred_run: Any) -> set[str]:
+    """Names of the options that the command line sets."""
+    return {update.partition("=")[0].partition(".")[0].strip() for update in sacred_run.meta_info["options"]["UPDATE"]}
 
 
 def train(options: Options) -> dict[str, float]:
@@ -112,11 +154,21 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     assert options.load_path is not None
     say_device(options)
     checkpoint = read_checkpoint(options.load_path)
+    check_agreement(options, checkpoint, given)
+    classifier, data = open_evaluation(options, checkpoint, given)
+    name = options.test_exp_name or (
+        f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
+    )
+    folder = start_folder(options, name)
+    trainer = make_trainer(options, folder, steps_per_epoch=1)
+    return test(options, trainer, FinetuneModule(classifier, checkpoint.spec), data, checkpoint, folder)
+
+
+def open_evaluation(
+    options: Options, checkpoint: Checkpoint, given: set[str]
+) -> tuple[MissingModalityClassifier, MissingModalityData]:
+    """The model of `checkpoint`, on the backbone it was trained on, and the test split for it."""
     spec = checkpoint.spec
-    for option in ("task", "memory_length", "memory_depth"):
-        theirs, ours = getattr(spec, option), getattr(options, option)
-        if (option in given or option == "task") and theirs != ours:
-            raise ConfigError(f"{option}: {ours} contradicts the checkpoint {checkpoint.path}, which has {theirs}")
     if checkpoint.published:
         log.info("%s: a checkpoint of the published code; it holds its own CLIP weights", checkpoint.path)
         vit, backbone = options.vit, None
@@ -130,12 +182,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     set_computation(options, classifier)
     tokenizer = tokenizer_for(options.tokenizer, vit, spec.architecture.vocab_size)
     data = open_data(options, spec.architecture.image_size, tokenizer)
-    name = options.test_exp_name or (
-        f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
-    )
-    folder = start_folder(options, name)
-    trainer = make_trainer(options, folder, steps_per_epoch=1)
-    return test(options, trainer, FinetuneModule(classifier, spec), data, checkpoint, folder)
+    return classifier, data
 
 
 def test(
@@ -183,6 +230,32 @@ def set_computation(options: Options, classifier: MissingModalityClassifier) -> 
     classifier.compute(
         COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing, compiled=options.compile
     )
+
+
+def measure_target(target: Target, given: set[str]) -> Robustness | None:
+    """Encodes what a target lacks and writes its results; they are None on other processes than the first.
+
+    Raises:
+        CheckpointError: the checkpoint was replaced since the target was opened.
+    """
+    options, subject, store = target.options, target.subject, target.store
+    needed = ", ".join(TYPE_NAMES[missing_type] for missing_type in target.lacking)
+    log.info("%s: needs encodings: %s", subject.checkpoint, needed or "none")
+    if target.lacking:
+        store.check_writable()
+        say_device(options)
+        checkpoint = read_checkpoint(subject.checkpoint)
+        if checkpoint.sha256 != subject.checkpoint_sha256:
+            raise CheckpointError(f"{subject.checkpoint}: was replaced by another checkpoint a moment ago; start again")
+        classifier, data = open_evaluation(options, checkpoint, given)
+        trainer = make_trainer(options, None, steps_per_epoch=1)
+        encode(store, target.lacking, LogitModule(classifier, checkpoint.spec), trainer, data)
+    if getattr(rank_zero_only, "rank", 0):
+        return None
+    found = measure(subject, store.load(), options.robustness_patterns(), options.bootstrap)
+    names = write_results(found, store.folder)
+    log.info("written to %s: %s", store.folder, ", ".join(["logits.arrow", *names]))
+    return found
 
 
 def make_trainer(

@@ -17,18 +17,15 @@ def multilabel_f1(logits: Tensor, labels: Tensor) -> dict[str, float]:
     `f1_macro` leaves out classes that are in neither predictions nor targets; `f1_samples` counts a sample with no
     predicted and no true class as 0; `f1_weighted` weighs classes by their number of true samples.
     """
-    predicted = logits.double().sigmoid() > THRESHOLD
-    true = labels > 0.5
-    tp = (predicted & true).double()
-    fp = (predicted & ~true).double()
-    fn = (~predicted & true).double()
-    per_class = _f1(tp.sum(0), fp.sum(0), fn.sum(0))
+    predicted, true = decisions(logits, labels)
+    tp, fp, fn = outcomes(predicted, true)
+    per_class = f1(tp.sum(0), fp.sum(0), fn.sum(0))
     occurs = (predicted | true).any(0)
     support = true.double().sum(0)
     return {
         "f1_macro": _mean(per_class[occurs]),
-        "f1_micro": float(_f1(tp.sum(), fp.sum(), fn.sum())),
-        "f1_samples": _mean(_f1(tp.sum(1), fp.sum(1), fn.sum(1))),
+        "f1_micro": float(f1(tp.sum(), fp.sum(), fn.sum())),
+        "f1_samples": _mean(f1(tp.sum(1), fp.sum(1), fn.sum(1))),
         "f1_weighted": float((per_class * support).sum() / support.sum().clamp(min=1)),
     }
 
@@ -48,7 +45,23 @@ def auroc_and_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"auroc": float(binary_auroc(scores, labels)) if both else 0.0, **class_accuracy(logits, labels)}
 
 
-def _f1(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
+def decisions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which classes are predicted and which are true, bool (N, C) each.
+
+    Multi-label: every class of a probability above 0.5. Otherwise: the class of the highest logit.
+    """
+    if labels.ndim == 2:
+        return logits.double().sigmoid() > THRESHOLD, labels > 0.5
+    class_C = torch.arange(logits.shape[1])
+    return logits.argmax(-1, keepdim=True) == class_C, labels[:, None] == class_C
+
+
+def outcomes(predicted: Tensor, true: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """1 for each true positive, false positive and false negative, else 0: float64 (N, C) each."""
+    return (predicted & true).double(), (predicted & ~true).double(), (~predicted & true).double()
+
+
+def f1(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
     """2TP/(2TP+FP+FN), 0 where the denominator is 0."""
     denominator = 2 * tp + fp + fn
     return torch.where(denominator > 0, 2 * tp / denominator.clamp(min=1), torch.zeros_like(denominator))

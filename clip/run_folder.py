@@ -1,16 +1,19 @@
 """The folder of a run: its configuration, what it ran on, and its results. Earlier runs are never touched."""
 
+import csv
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vilt.errors import ConfigError
+from clip.messages import first_line
+from vilt.errors import ConfigError, DataError
 from vilt.utils.files import atomic_path
 
 PACKAGES = (
@@ -51,6 +54,25 @@ def write_json(path: Path, content: Any) -> None:
     """Writes `content` readably, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file. Raises DataError, naming it, where it is not readable as an object."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def environment() -> dict[str, Any]:

@@ -11,11 +11,9 @@ certain: some are left out, some posters are faint, and some plots use a genre's
 import argparse
 import json
 import random
-import shutil
 import sys
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from demo.themes import (
     Theme,
 )
 from vilt.errors import DataError, UserError
+from vilt.utils import files
 
 MARKER = "made_up.json"
 """File that says that a folder was written here, so that a rerun may replace it."""
@@ -59,27 +58,9 @@ class Film:
     poster: Image.Image
 
 
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yields a new folder beside `target` to write into; it becomes `target` only when the block ends without error.
-
-    A folder that this function wrote before is replaced. DataError where `target` is anything else.
-    """
-    if target.exists() and not (target / MARKER).is_file():
-        raise DataError(f"{target} exists and was not written by the demo (no {MARKER} in it): choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    fresh, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("part", "old"))
-    fresh.mkdir()
-    try:
-        yield fresh
-        (fresh / MARKER).write_text(json.dumps({"written_by": "demo"}), encoding="utf-8")
-        if target.exists():
-            target.replace(old)
-        fresh.replace(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+def whole_folder(target: Path) -> AbstractContextManager[Path]:
+    """A folder that becomes `target` when it is whole. DataError where `target` is not the demo's to replace."""
+    return files.whole_folder(target, MARKER, "the demo")
 
 
 def _fill(sentence: str, rng: random.Random, cast: Sequence[str], place: str) -> str:

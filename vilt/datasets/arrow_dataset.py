@@ -99,6 +99,11 @@ class ArrowDataset(Dataset[Sample]):
         return self._tokens.values if isinstance(self._tokens, MappedArray) else self._tokens
 
     @property
+    def row_of_sample(self) -> np.ndarray:
+        """Row of every sample, int64 (N,), ascending."""
+        return self._row_of_sample
+
+    @property
     def missing_type_of_sample(self) -> np.ndarray:
         """Missing type of every sample by the table, int8 (N,)."""
         return self.missing_table[self._row_of_sample]

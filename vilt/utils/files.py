@@ -1,10 +1,14 @@
-"""Writing files so that a reader sees either the old file or the whole new one."""
+"""Writing files and folders so that a reader sees either the old one or the whole new one."""
 
+import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from vilt.errors import DataError
 
 
 @contextmanager
@@ -22,3 +26,43 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(target: Path, marker: str, maker: str) -> Iterator[Path]:
+    """Yields a new folder beside `target` to write into; it becomes `target` only when the block ends without error.
+
+    An empty folder, and one that was written in this way before, are replaced.
+
+    Args:
+        marker: name of a file that says that `maker` wrote the folder.
+
+    Raises:
+        DataError: `target` is anything else.
+    """
+    check_replaceable(target, marker, maker)
+    target, mark = target.resolve(), uuid.uuid4().hex[:8]
+    fresh, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("part", "old"))
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        (fresh / marker).write_text(json.dumps({"written_by": maker}), "utf-8")
+        if target.exists():
+            target.replace(old)
+        try:
+            fresh.replace(target)
+        except OSError:
+            if old.exists():
+                old.replace(target)
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(target: Path, marker: str, maker: str) -> None:
+    """Raises DataError unless `target` is free, empty, or a folder with the file `marker`, which `maker` wrote."""
+    is_folder = target.is_dir()
+    if (target.exists() and not is_folder) or (is_folder and not (target / marker).is_file() and any(target.iterdir())):
+        what = f"no {marker} in it" if is_folder else "a file"
+        raise DataError(f"{target} exists and was not written by {maker} ({what}): choose another folder")

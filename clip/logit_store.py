@@ -1,0 +1,301 @@
+"""The logits of a test split for each missing type, kept beside their checkpoint in `robustness/logits.arrow`.
+
+A sample's logits depend on nothing but the sample and its missing type, so that these three sets of logits give the
+result of any missing table. Until all three are there, each is kept in a part file of its own.
+
+Shapes: T missing types (complete, text missing, image missing), N samples, C classes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from clip.messages import first_line
+from clip.training import FinetuneModule
+from vilt.datamodules import MissingModalityData
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.errors import CheckpointError, DataError, UserError
+from vilt.missing_tables import TYPE_NAMES
+from vilt.utils.files import atomic_path
+
+log = logging.getLogger("rep")
+
+FORMAT = 1
+DESCRIPTION = b"rep"
+"""Key of the schema's metadata under which a file says what it holds, as JSON."""
+LOGIT_COLUMNS = tuple(f"logits_{name.replace(' ', '_')}" for name in TYPE_NAMES)
+"""Of the missing types."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What logits follow from. Those of one origin are never taken for those of another."""
+
+    task: str
+    checkpoint_sha256: str
+    arrow_file: str
+    """Name of the file with the test split."""
+    arrow_sha256: str
+    precision: str
+    tokenizer: str | None
+    """The option; None for the tokenizer that comes with the weights."""
+
+
+SAID = {
+    "task": "task",
+    "checkpoint_sha256": "checkpoint (sha256)",
+    "arrow_file": "test set",
+    "arrow_sha256": "test set (sha256 of the arrow file)",
+    "precision": "precision",
+    "tokenizer": "tokenizer",
+}
+"""What messages call each part of an origin."""
+
+
+@dataclass(frozen=True, eq=False)
+class SplitLogits:
+    """A test split with its logits."""
+
+    row_of_sample_N: np.ndarray
+    table_rows: int
+    """Rows of the arrow file, which is what missing tables count."""
+    labels: Tensor
+    """(N, C) uint8 for multi-label tasks, else (N,) int64."""
+    logits_TNC: Tensor
+    """float32."""
+
+    def at(self, table: np.ndarray) -> Tensor:
+        """Logits (N, C) where the rows of the split lose what a missing table says."""
+        type_N = torch.from_numpy(table[self.row_of_sample_N].astype(np.int64))
+        return self.logits_TNC[type_N, torch.arange(len(type_N))]
+
+
+class LogitStore:
+    """The files with the logits of one checkpoint.
+
+    Args:
+        folder: where they are; made when something is written.
+        dataset: the test split.
+        configuration: of the run, for the record.
+        anew: whether a logits.arrow that does not fit or cannot be read is replaced, not an error.
+    """
+
+    def __init__(
+        self, folder: Path, origin: Origin, dataset: ArrowDataset, configuration: dict[str, Any], anew: bool = False
+    ) -> None:
+        self.folder = folder
+        self.path = folder / "logits.arrow"
+        self.origin = origin
+        self.dataset = dataset
+        self.configuration = configuration
+        self.anew = anew
+
+    def lacking(self) -> list[int]:
+        """The missing types that have to be encoded.
+
+        Raises:
+            CheckpointError: logits.arrow has another origin.
+            DataError: it is damaged, or something else.
+        """
+        if self._is_whole:
+            return []
+        return [kind for kind in range(len(TYPE_NAMES)) if not self._has_part(kind)]
+
+    def load(self) -> SplitLogits:
+        """All logits, when none are lacking. Parts are put together first, and removed."""
+        if not self._is_whole:
+            self._join_parts()
+        table = self._read(self.path, LOGIT_COLUMNS)
+        logits_TNC = np.stack([_matrix(table[name], self.dataset.spec.n_classes) for name in LOGIT_COLUMNS])
+        return SplitLogits(
+            row_of_sample_N=self.dataset.row_of_sample,
+            table_rows=self.dataset.n_rows,
+            labels=torch.from_numpy(self._labels(table)),
+            logits_TNC=torch.from_numpy(logits_TNC),
+        )
+
+    def keep(self, missing_type: int, logits_NC: Tensor, labels: Tensor) -> None:
+        """Writes the part of one missing type: float32 logits and labels of all samples, in their order.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        self._write(self._part(missing_type), self._columns(labels) | {LOGIT_COLUMNS[missing_type]: _lists(logits_NC)})
+
+    def check_writable(self) -> None:
+        """Makes the folder; DataError where that or writing there is impossible."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(None, "not writable")
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot keep results there: {error.strerror or error}") from error
+
+    def _part(self, missing_type: int) -> Path:
+        return self.folder / f"{LOGIT_COLUMNS[missing_type]}.part.arrow"
+
+    @cached_property
+    def _is_whole(self) -> bool:
+        if not self.path.is_file():
+            return False
+        try:
+            self._read(self.path, LOGIT_COLUMNS)
+        except UserError as error:
+            if not self.anew:
+                raise type(error)(f"{error}; robustness_anew=True makes them anew") from error
+            log.info("%s; they are made anew", error)
+            return False
+        return True
+
+    def _has_part(self, missing_type: int) -> bool:
+        path = self._part(missing_type)
+        if not path.is_file():
+            return False
+        try:
+            self._read(path, [LOGIT_COLUMNS[missing_type]])
+        except UserError as error:
+            log.info("%s; not used", error)
+            return False
+        return True
+
+    def _join_parts(self) -> None:
+        parts = [self._read(self._part(kind), [name]) for kind, name in enumerate(LOGIT_COLUMNS)]
+        columns = self._columns(torch.from_numpy(self._labels(parts[0])))
+        self._write(self.path, columns | {name: part[name] for name, part in zip(LOGIT_COLUMNS, parts, strict=True)})
+        self._is_whole = True
+        for kind in range(len(TYPE_NAMES)):
+            self._part(kind).unlink()
+
+    def _columns(self, labels: Tensor) -> dict[str, pa.Array]:
+        """What says which sample a row is."""
+        rows = self.dataset.row_of_sample
+        first_of_row = np.searchsorted(rows, rows)  # rows ascend
+        return {
+            "sample": pa.array(np.arange(len(rows)), pa.int64()),
+            "row": pa.array(rows, pa.int64()),
+            "id": pa.array([self.dataset.sample_name(number) for number in range(len(rows))], pa.string()),
+            "text_number": pa.array(np.arange(len(rows)) - first_of_row, pa.int64()),
+            "label": _lists(labels) if self.dataset.spec.multilabel else pa.array(labels.numpy(), pa.int64()),
+        }
+
+    def _labels(self, table: pa.Table) -> np.ndarray:
+        if self.dataset.spec.multilabel:
+            return _matrix(table["label"], self.dataset.spec.n_classes)
+        return table["label"].to_numpy().copy()
+
+    def _write(self, path: Path, columns: dict[str, Any]) -> None:
+        description = {"format": FORMAT, **asdict(self.origin), "configuration": self.configuration}
+        metadata = {DESCRIPTION: json.dumps(description, default=str).encode()}
+        table = pa.table(columns).replace_schema_metadata(metadata)
+        self.check_writable()
+        try:
+            with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
+                writer.write_table(table)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def _read(self, path: Path, logit_columns: Sequence[str]) -> pa.Table:
+        """The table in `path`; CheckpointError where its origin is another one, DataError where it is damaged."""
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            for column in table.columns:
+                column.validate(full=True)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: not readable as stored logits: {first_line(error)}") from error
+        self._check_origin(path, table)
+        spec = self.dataset.spec
+        types = {name: pa.int64() for name in ("sample", "row", "text_number")} | {"id": pa.string()}
+        types["label"] = pa.list_(pa.uint8()) if spec.multilabel else pa.int64()
+        types |= {name: pa.list_(pa.float32()) for name in logit_columns}
+        found = dict(zip(table.schema.names, table.schema.types, strict=True))
+        if found != types:
+            raise DataError(f"{path}: expected stored logits, with the columns {_some(types)}; found {_some(found)}")
+        if not np.array_equal(table["row"].to_numpy(), self.dataset.row_of_sample):
+            raise DataError(f"{path}: expected the {len(self.dataset):,} samples of {self.dataset.path}, found others")
+        for name in [*logit_columns, *(["label"] if spec.multilabel else [])]:
+            lengths = pc.fill_null(pc.list_value_length(table[name]), -1).to_numpy()
+            wrong = np.flatnonzero(lengths != spec.n_classes)
+            if len(wrong):
+                raise DataError(f"{path}: row {wrong[0]}: column {name}: expected {spec.n_classes} numbers")
+        return table
+
+    def _check_origin(self, path: Path, table: pa.Table) -> None:
+        try:
+            described = json.loads((table.schema.metadata or {})[DESCRIPTION])
+            if described["format"] != FORMAT:
+                raise ValueError
+            origin = Origin(**{name: described[name] for name in Origin.__dataclass_fields__})
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: expected logits that `run.py robustness` stored, found another file") from error
+        for name, what in SAID.items():
+            expected, found = getattr(self.origin, name), getattr(origin, name)
+            if found != expected:
+                raise CheckpointError(
+                    f"{path}: stored logits of another {what}: expected {_short(expected)}, found {_short(found)}"
+                )
+
+
+class LogitModule(FinetuneModule):
+    """Collects the logits of a test run, in the order of the samples, instead of measuring them."""
+
+    collected: tuple[Tensor, Tensor] | None = None
+    """Logits (N, C) and labels of all processes' samples, after a test run."""
+
+    def on_test_epoch_end(self) -> None:
+        self.collected = self._collect("test")
+
+
+def encode(
+    store: LogitStore, lacking: Sequence[int], module: LogitModule, trainer: pl.Trainer, data: MissingModalityData
+) -> None:
+    """Computes the logits that `store` lacks, in one pass over the test split for each missing type.
+
+    With several processes all take part, and the first one writes.
+    """
+    dataset = data.datasets["test"]
+    for number, missing_type in enumerate(lacking, start=1):
+        log.info("encoding %d of %d: %s, %d samples", number, len(lacking), TYPE_NAMES[missing_type], len(dataset))
+        dataset.missing_table = np.full(dataset.n_rows, missing_type, dtype=np.int8)
+        trainer.test(module, datamodule=data, verbose=False)
+        assert module.collected is not None and len(module.collected[0]) == len(dataset)
+        if trainer.is_global_zero:
+            store.keep(missing_type, *module.collected)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lists(values_NC: Tensor) -> pa.Array:
+    """A column with a list per row."""
+    array = values_NC.contiguous().numpy()
+    offsets = np.arange(len(array) + 1, dtype=np.int32) * array.shape[1]
+    return pa.ListArray.from_arrays(offsets, pa.array(array.reshape(-1)))
+
+
+def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """The lists of a column, all of length `width`, as (N, width)."""
+    return pc.list_flatten(column).to_numpy().reshape(-1, width).copy()
+
+
+def _short(value: str | None) -> str:
+    return f"{value[:12]}…" if value is not None and len(value) == 64 else str(value)
+
+
+def _some(names: dict[str, Any]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in names.items())

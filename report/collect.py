@@ -1,0 +1,437 @@
+"""Finding run folders and reading what they hold, checked: configuration, curves, test and robustness results."""
+
+import csv
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clip.messages import first_line
+from clip.tasks import TASKS
+from report.text import without_home
+from vilt.datasets.specs import DATASETS, SPLITS
+from vilt.errors import ConfigError, DataError
+from vilt.missing_tables import MISSING_TYPES, TYPE_NAMES
+
+FORMAT = 1
+LOGIT_COLUMNS = {name: f"logits_{name.replace(' ', '_')}" for name in TYPE_NAMES}
+"""Missing types to the columns of logits.arrow."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation pattern of a robustness result."""
+
+    missing_type: str
+    ratio: float
+    both_ratio: float
+    values: dict[str, list[float]]
+    """Metric to one value per table seed, fractions."""
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Of one class at one missing type, fractions."""
+
+    type_name: str
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often samples of one class were taken for another."""
+
+    type_name: str
+    true: str
+    predicted: str
+    count: int
+    share: float
+    """Of the samples of the true class."""
+
+
+@dataclass(frozen=True)
+class Roc:
+    """A receiver operating characteristic."""
+
+    fpr: list[float]
+    tpr: list[float]
+    auroc: float
+
+
+@dataclass(frozen=True)
+class StoredLogits:
+    """A logits.arrow that belongs to the robustness.json beside it."""
+
+    path: Path
+    rows: int
+    """Of the test set; a film with several plots is one."""
+    test_set: str
+    """Digest of ids and labels: equal for logits of the same test set."""
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """What `robustness/robustness.json` says; the tables by type have the keys of TYPE_NAMES."""
+
+    samples: int
+    metrics: tuple[str, ...]
+    table_seeds: tuple[int, ...]
+    class_names: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    by_type: dict[str, dict[str, float]]
+    level: float
+    resamples: int
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    per_class: tuple[ClassScores, ...]
+    confusions: tuple[Confusion, ...]
+    roc: dict[str, Roc]
+    logits: StoredLogits | None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run folder. What it lacks is None."""
+
+    number: int
+    folder: Path
+    """As the user spelled it."""
+    started: datetime
+    """When the configuration was written."""
+    config: dict[str, Any]
+    environment: dict[str, Any] | None
+    curves: dict[str, list[tuple[int, float]]] | None
+    """Columns of metrics.csv by name: (optimiser step, value)."""
+    test: dict[str, Any] | None
+    robustness: Robustness | None
+
+    @property
+    def tag(self) -> str:
+        """Short name, used throughout the report."""
+        return f"R{self.number}"
+
+    @property
+    def task(self) -> str:
+        """A key of TASKS."""
+        return str(self.config["task"])
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether nothing was trained (test_only)."""
+        return bool(self.config["test_only"])
+
+    @property
+    def place(self) -> str:
+        """NAME/version_N, without the folders above."""
+        return "/".join(Path(without_home(str(self.folder.resolve()))).parts[-2:])
+
+
+def read_runs(given: Sequence[Path]) -> list[Run]:
+    """The runs in and below `given`, each once, in the order given and by name below.
+
+    Raises:
+        ConfigError: a folder is not there, or neither is a run nor holds one.
+        DataError: a file is damaged, or results belong to another checkpoint, dataset or test set.
+    """
+    folders: dict[Path, Path] = {}
+    for path in given:
+        found = list(_run_folders(path))
+        if not found:
+            what = "no run" if path.is_dir() else "a file" if path.exists() else "no such folder"
+            raise ConfigError(
+                f"runs={path}: expected a run folder or a folder with runs below it (known by their config.json), "
+                f"found {what}"
+            )
+        for folder in found:
+            folders.setdefault(folder.resolve(), folder)
+    if not folders:
+        raise ConfigError("runs: expected run folders, or folders with runs below them, found nothing")
+    runs = [read_run(folder, number) for number, folder in enumerate(folders.values(), start=1)]
+    _check_same_test_set(runs)
+    return runs
+
+
+def read_run(folder: Path, number: int) -> Run:
+    """Reads one run folder.
+
+    Raises:
+        DataError: a file is damaged, or results belong to another checkpoint or dataset.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    with _as_written_by_run(path):
+        task = config["task"]
+        if task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)}, found {task!r}")
+        for option in ("exp_name", "seed", "prompt_type", "missing_type", "missing_ratio", "both_ratio", "test_only"):
+            if option not in config:
+                raise ValueError(f"the option {option} is not there")
+        for split in SPLITS:
+            _check_pattern(config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"])
+    environment, test = (
+        read_json(folder / name) if (folder / name).is_file() else None
+        for name in ("environment.json", "test_results.json")
+    )
+    if environment is not None:
+        with _as_written_by_run(folder / "environment.json"):
+            environment["packages"].items()
+            if not environment["command"] or not all(isinstance(word, str) for word in environment["command"]):
+                raise ValueError(f"command: expected words, found {environment['command']!r}")
+    if test is not None:
+        with _as_written_by_run(folder / "test_results.json"):
+            _check_task(test["task"], task)
+            int(test["samples"]), float(test["metrics"][TASKS[task].monitor])
+            tested = test["missing_pattern"]
+            _check_pattern(tested["missing_type"], tested["ratio"], tested["both_ratio"])
+    return Run(
+        number=number,
+        folder=folder,
+        started=datetime.fromtimestamp(path.stat().st_mtime),
+        config=config,
+        environment=environment,
+        curves=read_curves(folder / "metrics.csv"),
+        test=test,
+        robustness=read_robustness(folder, task),
+    )
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises DataError, naming it, where it is not readable as an object."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]] | None:
+    """The columns of a metrics.csv that have values, as (step, value); None where there is no such file.
+
+    Raises:
+        DataError: a step or value is not a number; names file and line.
+    """
+    if not path.is_file():
+        return None
+    curves: dict[str, list[tuple[int, float]]] = {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                for name, value in row.items():
+                    if name not in ("epoch", "step") and value:
+                        curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: line {reader.line_num}: not what a run writes: {first_line(error)}") from error
+    return {name: [point for point in points if math.isfinite(point[1])] for name, points in curves.items()}
+
+
+def read_robustness(folder: Path, task: str) -> Robustness | None:
+    """The robustness results of a run folder; None where there are none.
+
+    Raises:
+        DataError: they are damaged, or belong to another task or checkpoint.
+    """
+    path = folder / "robustness" / "robustness.json"
+    if not path.is_file():
+        return None
+    raw = read_json(path)
+    with _as_written_by_run(path):
+        if raw["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, found {raw['format']!r}")
+        _check_task(raw["task"], task)
+        _check_checkpoint(raw["checkpoint_sha256"], folder / "best.ckpt")
+        metrics, class_names = tuple(raw["metrics"]), tuple(map(str, raw["class_names"]))
+        if raw["metric"] != TASKS[task].monitor or raw["metric"] not in metrics:
+            raise ValueError(f"metric: expected {TASKS[task].monitor}, found {raw['metric']!r}")
+        if len(class_names) != TASKS[task].n_classes:
+            raise ValueError(f"class_names: expected {TASKS[task].n_classes}, found {len(class_names)}")
+        samples, confidence = int(raw["samples"]), raw["confidence"]
+        return Robustness(
+            samples=samples,
+            metrics=metrics,
+            table_seeds=tuple(raw["table_seeds"]),
+            class_names=class_names,
+            cells=tuple(_cell(cell, metrics, len(raw["table_seeds"])) for cell in raw["cells"]),
+            by_type={
+                name: {metric: _finite(raw["by_type"][name][metric]) for metric in metrics} for name in TYPE_NAMES
+            },
+            level=float(confidence["level"]),
+            resamples=int(confidence["resamples"]),
+            intervals={
+                name: {metric: _interval(confidence[name][metric]) for metric in metrics} for name in TYPE_NAMES
+            },
+            per_class=tuple(_class_scores(entry) for entry in raw["per_class"]),
+            confusions=tuple(_confusion(entry) for entry in raw["confusions"]),
+            roc={name: _roc(raw["roc"][name]) for name in TYPE_NAMES if name in raw["roc"]},
+            logits=_stored_logits(path.with_name("logits.arrow"), task, samples, raw["checkpoint_sha256"]),
+        )
+
+
+def read_logits(path: Path) -> pa.Table:
+    """The memory-mapped table of stored logits. Raises DataError, naming the file, where it is damaged."""
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        for column in table.columns:
+            column.validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not readable as an arrow file: {first_line(error)}") from error
+    expected = {"sample", "row", "id", "text_number", "label", *LOGIT_COLUMNS.values()}
+    if not expected <= set(table.column_names):
+        lacking = ", ".join(sorted(expected - set(table.column_names)))
+        raise DataError(f"{path}: expected the columns of stored logits, found none called {lacking}")
+    return table
+
+
+def _run_folders(top: Path) -> Iterator[Path]:
+    """Run folders in natural order: version_10 after version_9. A run has no runs below it."""
+    if _is_run(top):
+        yield top
+    elif top.is_dir():
+        for below in sorted(top.iterdir(), key=lambda path: _natural(path.name)):
+            yield from _run_folders(below)
+
+
+def _is_run(folder: Path) -> bool:
+    # CLIP's weights have a config.json too; Sacred's record of a run has one that says the same, and a run.json.
+    path = folder / "config.json"
+    if not path.is_file() or (folder / "run.json").is_file():
+        return False
+    return {"task", "exp_name"} <= set(read_json(path))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+
+
+@contextmanager
+def _as_written_by_run(path: Path) -> Iterator[None]:
+    """Turns what odd content leads to into one line that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{path}: {first_line(error)}") from error
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
+
+
+def _check_task(found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(f"results of another dataset: expected {expected}, found {found!r}")
+
+
+def _check_checkpoint(recorded: str, best: Path) -> None:
+    if best.is_file():  # a run may be kept without its checkpoint
+        with best.open("rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if recorded != actual:
+            raise ValueError(
+                f"results of another checkpoint: expected those of best.ckpt (sha256 {actual[:12]}), "
+                f"found sha256 {recorded[:12]}; run `python run.py robustness` again"
+            )
+
+
+def _stored_logits(path: Path, task: str, samples: int, sha256: str) -> StoredLogits | None:
+    """None where no logits are kept. Raises DataError unless they are of the same result."""
+    if not path.is_file():
+        return None
+    table = read_logits(path)
+    with _as_written_by_run(path):
+        described = json.loads((table.schema.metadata or {})[b"rep"])
+        _check_task(described["task"], task)
+        if described["checkpoint_sha256"] != sha256:
+            raise ValueError("logits of another checkpoint than robustness.json beside it")
+        if table.num_rows != samples:
+            raise ValueError(f"expected the {samples} samples of robustness.json, found {table.num_rows}")
+        for column in [*LOGIT_COLUMNS.values(), *(["label"] if DATASETS[task].multilabel else [])]:
+            if table.num_rows and pc.unique(pc.list_value_length(table[column])).to_pylist() != [TASKS[task].n_classes]:
+                raise ValueError(f"column {column}: expected lists of {TASKS[task].n_classes}")
+        labels_are_lists = pa.types.is_list(table["label"].type)
+        if labels_are_lists != DATASETS[task].multilabel:
+            raise ValueError(f"column label: not that of {task}: {table['label'].type}")
+    labels = pc.list_flatten(table["label"]) if labels_are_lists else table["label"]
+    digest = hashlib.sha256("\0".join(table["id"].to_pylist()).encode())
+    digest.update(np.ascontiguousarray(labels.to_numpy(), dtype=np.int64).tobytes())
+    return StoredLogits(path, len(pc.unique(table["row"])), digest.hexdigest())
+
+
+def _check_same_test_set(runs: Sequence[Run]) -> None:
+    """Raises DataError where runs of one task were measured on different test sets: their numbers do not compare."""
+    first: dict[str, tuple[Run, int]] = {}
+    first_digest: dict[str, tuple[Run, str]] = {}
+    advice = "make a report of each"
+    for run in runs:
+        sizes = [run.robustness.samples] if run.robustness else []
+        sizes += [int(run.test["samples"])] if run.test else []
+        for size in sizes:
+            other, expected = first.setdefault(run.task, (run, size))
+            if size != expected:
+                raise DataError(
+                    f"{run.folder}: results on another dataset than {other.folder}: expected {expected} test samples, "
+                    f"found {size}; {advice}"
+                )
+        logits = run.robustness.logits if run.robustness else None
+        if logits is not None:
+            other, known = first_digest.setdefault(run.task, (run, logits.test_set))
+            if known != logits.test_set:
+                raise DataError(
+                    f"{logits.path}: logits of another dataset than {other.folder} has: other ids or labels; {advice}"
+                )
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a number, found {number}")
+    return number
+
+
+def _check_pattern(missing_type: str, ratio: float, both_ratio: float) -> None:
+    if missing_type not in MISSING_TYPES:
+        raise ValueError(f"missing_type: expected {' or '.join(MISSING_TYPES)}, found {missing_type!r}")
+    for share in (ratio, both_ratio):
+        if not 0 <= float(share) <= 1:
+            raise ValueError(f"expected a ratio from 0 to 1, found {share!r}")
+
+
+def _cell(raw: dict[str, Any], metrics: Sequence[str], seeds: int) -> Cell:
+    _check_pattern(raw["missing_type"], raw["ratio"], raw["both_ratio"])
+    values = {metric: [_finite(value) for value in raw["metrics"][metric]["values"]] for metric in metrics}
+    if any(len(of_metric) != seeds for of_metric in values.values()):
+        raise ValueError(f"expected {seeds} values per cell, one per table seed")
+    return Cell(raw["missing_type"], float(raw["ratio"]), float(raw["both_ratio"]), values)
+
+
+def _interval(raw: Sequence[float]) -> tuple[float, float]:
+    low, high = raw
+    return _finite(low), _finite(high)
+
+
+def _class_scores(raw: dict[str, Any]) -> ClassScores:
+    precision, recall, f1 = (_finite(raw[name]) for name in ("precision", "recall", "f1"))
+    return ClassScores(raw["type"], str(raw["class"]), precision, recall, f1, int(raw["support"]))
+
+
+def _confusion(raw: dict[str, Any]) -> Confusion:
+    return Confusion(raw["type"], str(raw["true"]), str(raw["predicted"]), int(raw["count"]), _finite(raw["share"]))
+
+
+def _roc(raw: dict[str, Any]) -> Roc:
+    fpr, tpr = ([_finite(value) for value in raw[name]] for name in ("fpr", "tpr"))
+    if len(fpr) != len(tpr):
+        raise ValueError(f"roc: expected as many tpr as fpr, found {len(tpr)} and {len(fpr)}")
+    return Roc(fpr, tpr, _finite(raw["auroc"]))

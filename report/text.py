@@ -1,0 +1,64 @@
+"""How numbers, dates and paths are written, in the page, the figures and Markdown alike."""
+
+import math
+import re
+from datetime import datetime
+
+from report.estimate import Estimate
+
+NOT_MEASURED = "not measured"
+NOT_APPLICABLE = "—"
+DATASET_TITLES = {"mmimdb": "MM-IMDb", "food101": "UPMC Food-101", "hatememes": "Hateful Memes"}
+_NAME = r"[^/\\\\\s\"',;:]+"
+_HOME = re.compile(rf"(?<![\w.~-])(?:/home/{_NAME}|/Users/{_NAME}|/root(?![\w.-])|[A-Za-z]:\\+Users\\+{_NAME})")
+
+
+def percent(share: float) -> str:
+    """A fraction in per cent with two decimals, without the sign."""
+    return f"{100 * share:.2f}" if math.isfinite(share) else "undefined"
+
+
+def spread(value: Estimate | None) -> str:
+    """Mean ± deviation in per cent; the deviation only where there is one."""
+    if value is None:
+        return NOT_MEASURED
+    return percent(value.mean) + (f" ± {percent(value.std)}" if value.std is not None else "")
+
+
+def signed(points: float) -> str:
+    """A difference in percentage points, with its sign."""
+    return f"{round(points, 2) + 0.0:+.2f}".replace("-", "−")
+
+
+def without_home(text: str) -> str:
+    """`text` with home folders as `~`: a report is passed on."""
+    return _HOME.sub("~", text)
+
+
+def day(moment: datetime) -> str:
+    """For example 3 March 2026."""
+    return f"{moment.day} {moment:%B %Y}"
+
+
+def capital(text: str) -> str:
+    """`text` as the start of a sentence."""
+    return text[:1].upper() + text[1:]
+
+
+def listed(words: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def excerpt(text: str, length: int) -> str:
+    """The start of `text` in at most `length` characters, cut between words."""
+    text = " ".join(text.split())
+    if len(text) <= length:
+        return text
+    cut = text[: length - 1]
+    return (cut.rpartition(" ")[0] or cut) + "…"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

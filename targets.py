@@ -1,0 +1,120 @@
+"""What `run.py robustness` evaluates: checkpoints, with what is known of their runs and with their stored logits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clip.checkpoint import Checkpoint, read_checkpoint
+from clip.logit_store import LogitStore, Origin, file_sha256
+from clip.robustness import Subject
+from clip.run_folder import read_json
+from clip.run_table import find_checkpoints
+from clip.tasks import TASKS
+from config import Options, check, read_load_paths
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.specs import DATASETS
+from vilt.errors import ConfigError, DataError
+
+TAKEN_FROM_THE_RUN = ("data_root", "missing_table_root", "tokenizer")
+"""Options that a checkpoint's config.json answers where the command line does not."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One checkpoint to evaluate."""
+
+    options: Options
+    """Those of the evaluation."""
+    subject: Subject
+    store: LogitStore
+    lacking: list[int]
+    """Missing types that have to be encoded."""
+
+
+def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
+    """Everything that `load_path` names, checked as a whole before anything heavy starts.
+
+    Args:
+        config: Sacred's configuration.
+        given: names of the options that the command line sets.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: an option is wrong, a checkpoint or its stored logits do not fit, or
+            the checkpoints are not all of one test set.
+    """
+    test_sets: dict[Path, tuple[ArrowDataset, str]] = {}
+    targets = [_open(config, given, path, test_sets) for path in find_checkpoints(read_load_paths(config))]
+    _check_comparable(targets)
+    return targets
+
+
+def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -> None:
+    """Raises ConfigError where the task, or a given option of the model, is another one than the checkpoint's."""
+    for option in ("task", "memory_length", "memory_depth"):
+        theirs, ours = getattr(checkpoint.spec, option), getattr(options, option)
+        if (option in given or option == "task") and theirs != ours:
+            raise ConfigError(f"{option}: {ours} contradicts the checkpoint {checkpoint.path}, which has {theirs}")
+
+
+def _open(
+    config: Mapping[str, Any], given: set[str], path: Path, test_sets: dict[Path, tuple[ArrowDataset, str]]
+) -> Target:
+    checkpoint = read_checkpoint(path)
+    recorded = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+    taken = {name: recorded[name] for name in TAKEN_FROM_THE_RUN if name in recorded and name not in given}
+    of_evaluation = {"load_path": str(path), "test_only": True, "test_ratio": 0.0}
+    options = check({**config, **taken, **of_evaluation, "task": config["task"] or checkpoint.spec.task})
+    if options.fast_dev_run:
+        raise ConfigError("fast_dev_run: robustness needs the whole test split")
+    check_agreement(options, checkpoint, given)
+    spec = DATASETS[options.task]
+    arrow = options.data_root / spec.file_name("test")
+    if arrow not in test_sets:
+        dataset = ArrowDataset(spec, options.data_root, "test", checkpoint.spec.architecture.image_size)
+        test_sets[arrow] = dataset, file_sha256(arrow)
+    dataset, arrow_sha256 = test_sets[arrow]
+    subject = Subject(
+        checkpoint=path,
+        checkpoint_sha256=checkpoint.sha256,
+        method=str(recorded.get("prompt_type", options.prompt_type)),
+        exp_name=str(recorded.get("exp_name", path.stem)),
+        train_seed=recorded.get("seed"),
+        train_pattern=_train_pattern(path.parent / "config.json", recorded) if recorded else None,
+        precision=options.precision,
+        task=TASKS[options.task],
+        class_names=dataset.class_names(),
+        missing_table_root=options.missing_table_root,
+    )
+    origin = Origin(options.task, checkpoint.sha256, arrow.name, arrow_sha256, options.precision, options.tokenizer)
+    store = LogitStore(path.parent / "robustness", origin, dataset, asdict(options), anew=options.robustness_anew)
+    return Target(options, subject, store, store.lacking())
+
+
+def _train_pattern(path: Path, recorded: dict[str, Any]) -> dict[str, Any]:
+    try:
+        missing_type, ratio = recorded["missing_type"]["train"], recorded["missing_ratio"]["train"]
+        return {"missing_type": missing_type, "ratio": ratio, "both_ratio": recorded["both_ratio"]}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: not as written by run.py: {error} is not there") from error
+
+
+def _check_comparable(targets: Sequence[Target]) -> None:
+    first = targets[0]
+    folders: dict[Path, Target] = {}
+    for target in targets:
+        origin, path = target.store.origin, target.subject.checkpoint
+        same_folder = folders.setdefault(target.store.folder.resolve(), target)
+        if same_folder is not target:
+            raise ConfigError(
+                f"load_path: {same_folder.subject.checkpoint} and {path} are in one folder, which has room for the "
+                f"results of one checkpoint"
+            )
+        for name, what in (("task", "dataset"), ("arrow_sha256", "test set")):
+            expected, found = getattr(first.store.origin, name), getattr(origin, name)
+            if found != expected:
+                places = [f"{one.options.data_root / one.store.origin.arrow_file}" for one in (first, target)]
+                raise ConfigError(
+                    f"load_path: expected checkpoints of one {what}, found {places[0]} for "
+                    f"{first.subject.checkpoint} and {places[1]} for {path}"
+                )

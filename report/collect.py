@@ -96,6 +96,7 @@ class Robustness:
     level: float
     resamples: int
     intervals: dict[str, dict[str, tuple[float, float]]]
+    """Of every metric; of none without resamples."""
     per_class: tuple[ClassScores, ...]
     confusions: tuple[Confusion, ...]
     roc: dict[str, Roc]
@@ -273,7 +274,8 @@ def read_robustness(folder: Path, task: str) -> Robustness | None:
             level=float(confidence["level"]),
             resamples=int(confidence["resamples"]),
             intervals={
-                name: {metric: _interval(confidence[name][metric]) for metric in metrics} for name in TYPE_NAMES
+                name: {metric: _interval(confidence[name][metric]) for metric in metrics if confidence["resamples"]}
+                for name in TYPE_NAMES
             },
             per_class=tuple(_class_scores(entry) for entry in raw["per_class"]),
             confusions=tuple(_confusion(entry) for entry in raw["confusions"]),

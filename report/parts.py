@@ -205,9 +205,13 @@ def _classes_parts(dataset: Dataset) -> list[Part]:
 
 def _confidence_part(dataset: Dataset) -> Part:
     part = Part(f"{dataset.task}-confidence", "Confidence intervals")
-    if dataset.measured:
+    results = [result for series in dataset.measured for result in series.results]
+    without = [run.tag for run, robustness in results if not robustness.resamples]
+    if len(without) < len(results):
         part.tables.append(confidence_table(dataset))
-    else:
+    if without:
+        part.missing.append(Missing(f"Confidence intervals are missing in {listed(without)}: made with bootstrap=0."))
+    if not results:
         part.missing.append(Missing("Confidence intervals are missing: no run has robustness results."))
     return part
 

@@ -206,7 +206,7 @@ def outside_published(dataset: Dataset) -> list[Series]:
 
 def confidence_table(dataset: Dataset) -> Table:
     """Every metric of every run where all samples are complete, without text, or without image."""
-    results = [(series, run, found) for series in dataset.measured for run, found in series.results]
+    results = [(series, run, found) for series in dataset.measured for run, found in series.results if found.resamples]
     metrics = list(dict.fromkeys(metric for _, _, found in results for metric in found.metrics))
     rows: list[list[Value]] = [
         [

@@ -158,6 +158,14 @@ def test_the_report_is_written(workspace: Workspace, folder: Path, tmp_path: Pat
     assert "Robustness curves" in page and "default-src 'none'" in page
 
 
+def test_the_report_says_that_intervals_were_not_asked_for(workspace: Workspace, folder: Path, tmp_path: Path) -> None:
+    assert robustness(workspace, folder / "best.ckpt", "bootstrap=0") == 0
+    assert set(result(folder)["confidence"]["complete"]) == set()
+    assert command_line(["run.py", "report", "with", f"runs={folder}", f"out={tmp_path / 'report'}"]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "Confidence intervals are missing in R1: made with bootstrap=0." in page
+
+
 def test_class_figures_equal_counting() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(40, 5, generator=generator), (torch.rand(40, 5, generator=generator) < 0.4).int()

@@ -27,8 +27,11 @@ NOT_THE_METHOD = {
     *("test_ratio", "test_type", "test_exp_name", "missing_ratio.test", "missing_type.test"),
     *("data_root", "missing_table_root", "num_workers", "per_gpu_batchsize"),
     *("num_gpus", "num_nodes", "cpu_processes", "image_size", "trust_backbone"),
+    *("image_cache", "compile", "activation_checkpointing"),
+    *("robustness_types", "robustness_ratios", "robustness_both_ratios", "robustness_seeds", "robustness_anew"),
+    *("bootstrap", "runs_sort", "runs", "out"),
 }
-"""Options in which the runs of a series may differ: names, places, the machine and the test pattern."""
+"""Options in which the runs of a series may differ: names, places, the machine, the test pattern, other commands."""
 
 
 class Pattern(NamedTuple):

@@ -165,6 +165,17 @@ def test_the_matrix_of_one_run_is_that_of_its_results(runs: Path) -> None:
         assert row["REP std"] == f"{100 * cell['metrics']['f1_macro']['std']:.4f}"
 
 
+def test_options_of_speed_and_of_other_commands_are_no_other_method(tmp_path: Path) -> None:
+    changed: dict[str, Any] = {"image_cache": True, "compile": True, "activation_checkpointing": True}
+    changed |= {"bootstrap": 0, "runs_sort": "-test", "runs": "x", "out": "y"}
+    changed |= {"robustness_types": ["text"], "robustness_ratios": [0.5], "robustness_both_ratios": [0.3]}
+    changed |= {"robustness_seeds": [7], "robustness_anew": True}
+    write_run(tmp_path / "a", seed=0)
+    write_run(tmp_path / "b", seed=1, **changed)
+    (series,) = dataset_of(tmp_path).series
+    assert [run.folder.name for run in series.runs] == ["a", "b"]
+
+
 def test_seeds_are_pooled_with_table_seeds_in_the_matrix_and_the_curves(runs: Path) -> None:
     dataset = dataset_of(runs / "mmimdb")
     results = [results_of(runs / "mmimdb" / f"rep_seed{seed}" / "version_0") for seed in (0, 1)]

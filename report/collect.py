@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip.messages import first_line
+from clip.run_folder import read_json
 from clip.tasks import TASKS
 from report.text import without_home
 from vilt.datasets.specs import DATASETS, SPLITS
@@ -207,17 +208,6 @@ def read_run(folder: Path, number: int) -> Run:
         test=test,
         robustness=read_robustness(folder, task),
     )
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises DataError, naming it, where it is not readable as an object."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]] | None:

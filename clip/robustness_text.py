@@ -50,14 +50,14 @@ def describe_several(results: Sequence[Robustness]) -> str:
         last_kind = kind
     head = [
         f"robustness of {len(results)} checkpoints, {first.subject.task.name} test, {first.samples:,} samples",
-        f"  {metric}, {_over_tables(first.seeds, '')} each; mean ± std over the seeds of the training",
+        f"  {metric}: of each checkpoint the {_over_tables(first.seeds, '')}; of these, mean ± std over training seeds",
     ]
     return "\n".join([*head, "", *_indented(rows, "<" + ">" * (len(rows[0]) - 1))])
 
 
 def _by_type(found: Robustness) -> list[str]:
     metric = found.subject.task.monitor
-    rows = [["every sample", metric, f"{LEVEL:.0%} interval" if found.resamples else ""]]
+    rows = [["every sample", metric, f"{per_cent(LEVEL)} interval" if found.resamples else ""]]
     for name in TYPE_NAMES:
         interval = found.intervals[name].get(metric)
         said = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
@@ -92,7 +92,7 @@ def _ratios(found: Robustness) -> list[float]:
 
 def _over_tables(seeds: Sequence[int], figure: str = " ± std") -> str:
     if len(seeds) == 1:
-        return f"missing table of seed {seeds[0]}"
+        return f"value at the missing table of seed {seeds[0]}"
     return f"mean{figure} of {len(seeds)} missing tables (seeds {', '.join(map(str, seeds))})"
 
 

@@ -1,210 +1,597 @@
-"""The robustness matrix: equal to evaluating pattern by pattern, and nothing computed twice."""
+"""`run.py robustness`: every cell from three passes, equal to one evaluation each; resumption, reuse and refusals."""
 
 import csv
 import json
+import math
+import re
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 import run
-from clip.metrics import multilabel_f1
-from clip.sample_statistics import class_figures, confidence, confusions, roc
-from clip.tasks import TASKS
+from clip.logit_store import LOGIT_COLUMNS, LogitModule, LogitStore
 from run import command_line
 from tests.conftest import Workspace
+from tests.test_run import in_processes
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.specs import DATASETS
+from vilt.missing_tables import TYPE_NAMES, MissingPattern, load_missing_table
+
+QUICK = ("robustness_ratios=[0,0.5]", "robustness_seeds=[0,1]", "bootstrap=20")
+
+
+def train(workspace: Workspace, name: str, *options: str, task: str = "mmimdb", data_root: Path | None = None) -> Path:
+    """The folder of a run whose head is then drawn at random, so that its predictions are not all the same."""
+    common = (f"vit={workspace.backbone}", f"exp_name={name}", "max_epoch=1", "test_after_fit=False")
+    assert command_line(workspace.command(*common, *options, task=task, data_root=data_root)) == 0
+    folder = max((workspace.results).glob(f"{name}_seed*/version_*"), key=lambda path: path.stat().st_mtime_ns)
+    draw_head(folder / "best.ckpt", task, seed=0)
+    return folder
+
+
+def draw_head(path: Path, task: str, seed: int) -> None:
+    """Another checkpoint in the place of `path`."""
+    checkpoint = torch.load(path, weights_only=True)
+    weight = checkpoint["state_dict"][f"{task}_classifier.weight"]
+    generator = torch.Generator().manual_seed(seed)
+    checkpoint["state_dict"][f"{task}_classifier.weight"] = torch.randn(weight.shape, generator=generator)
+    torch.save(checkpoint, path)
 
 
 @pytest.fixture(scope="module")
 def trained(workspace: Workspace) -> Path:
-    """A run folder."""
-    options = (f"vit={workspace.backbone}", "exp_name=robust", "test_after_fit=False", "max_epoch=1")
-    assert command_line(workspace.command(*options)) == 0
-    return workspace.results / "robust_seed0" / "version_0"
+    """The folder of a run, without robustness results."""
+    return train(workspace, "robust")
 
 
 @pytest.fixture
-def folder(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the run folder, to write into."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+def fresh(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(trained, tmp_path / "robust_seed0" / "version_0"))
 
 
-def robustness(workspace: Workspace, load_path: Path | str, *options: str) -> int:
-    small = ("robustness_ratios=[0.0,0.3,0.7,1.0]", "robustness_seeds=[0,1]", "bootstrap=20")
-    command = workspace.command(f"load_path={load_path}", *small, *options)
-    return command_line([command[0], "robustness", *command[1:]])
+def robustness(workspace: Workspace, *options: str, status: int = 0) -> None:
+    """`run.py robustness` without task and data_root, which the run knows."""
+    assert command_line(robustness_command(workspace, *options)) == status
 
 
-def result(folder: Path) -> dict[str, Any]:
+def robustness_command(workspace: Workspace, *options: str) -> list[str]:
+    return ["run.py", "robustness", "with", "precision=32", "num_workers=0", "per_gpu_batchsize=4", *options]
+
+
+def results_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "robustness" / "robustness.json").read_text())
 
 
-def cell(found: dict[str, Any], missing_type: str, ratio: float) -> dict[str, Any]:
-    return next(c for c in found["cells"] if (c["missing_type"], c["ratio"]) == (missing_type, ratio))
+def table_of(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / "robustness" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def no_model(*_: object, **__: object) -> None:
-    raise AssertionError("the model was asked for")
+def stored(folder: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(folder / "robustness" / "logits.arrow"))).read_all()
 
 
-def test_a_cell_is_what_test_only_gives(workspace: Workspace, folder: Path) -> None:
-    assert robustness(workspace, folder / "best.ckpt") == 0
-    found = result(folder)
-    assert len(found["cells"]) == 3 * 4 and found["table_seeds"] == [0, 1]
-    for number, (missing_type, ratio, seed) in enumerate([("both", 0.7, 0), ("image", 0.3, 1), ("text", 1.0, 0)]):
-        options = (f"load_path={folder / 'best.ckpt'}", f"test_type={missing_type}", f"test_ratio={ratio}")
-        name = f"one_{number}"
-        given = (*options, "test_only=True", f"test_exp_name={name}", f"seed={seed}")
-        assert command_line(workspace.command(*given)) == 0
-        alone = json.loads((workspace.results / name / "version_0" / "test_results.json").read_text())["metrics"]
-        for metric, values in cell(found, missing_type, ratio)["metrics"].items():
-            assert values["values"][seed] == pytest.approx(alone[metric], abs=1e-6), (missing_type, metric)
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command ended with."""
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said, said
+    return errors[0]
 
 
-def test_more_ratios_and_seeds_need_no_model(
-    workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever touches the model fails from here on."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the model was touched")
+
+    for name in ("load_backbone", "restore_classifier", "make_trainer"):
+        monkeypatch.setattr(run, name, fail)
+
+
+def test_every_cell_is_what_test_only_gives(workspace: Workspace, fresh: Path, tmp_path: Path) -> None:
+    """One by one with test_only=True, to 1e-6; kept tables, drawn ones and one in the published form."""
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    dataset = ArrowDataset(DATASETS["mmimdb"], workspace.arrow, "test", 32)
+    published = torch.arange(dataset.n_rows) % 3
+    torch.save(published, tables / "mmimdb_test_missing_image_05.pt")
+    best = f"load_path={fresh / 'best.ckpt'}"
+    common = (f"missing_table_root={tables}", "both_ratio=0.3", best)
+    ratios, seeds = (0, 0.5, 0.7, 1), (0, 3)
+    robustness(workspace, *common, f"robustness_ratios={list(ratios)}", f"robustness_seeds={list(seeds)}",
+               "num_workers=1", "bootstrap=0")  # fmt: skip
+    cells = {(cell["missing_type"], cell["ratio"]): cell["metrics"] for cell in results_of(fresh)["cells"]}
+    assert list(cells) == [(kind, ratio) for kind in ("text", "image", "both") for ratio in ratios]
+    compared = [("text", 0), ("text", 0.7), ("image", 0.5), ("image", 1), ("both", 0.5), ("both", 0.7)]
+    values = set()
+    for kind, ratio in compared:
+        for place, seed in enumerate(seeds):
+            name = f"cell_{kind}_{ratio}_{seed}"
+            options = (f"test_type={kind}", f"test_ratio={ratio}", f"seed={seed}", f"test_exp_name={name}")
+            assert command_line(workspace.command("test_only=True", *common, *options)) == 0
+            tested = json.loads((workspace.results / name / "version_0" / "test_results.json").read_text())
+            found = {metric: figures["values"][place] for metric, figures in cells[kind, ratio].items()}
+            expected = {metric: value for metric, value in tested["metrics"].items() if metric != "loss"}
+            assert found == pytest.approx(expected, abs=1e-6), name
+            values.add(found["f1_macro"])
+    assert len(values) > 6, "the cells should differ, or their equality says little"
+    published_cell = cells["image", 0.5]["f1_macro"]
+    assert published_cell["std"] == 0.0  # one table for all seeds
+
+
+def test_the_stored_logits_name_their_samples(workspace: Workspace, fresh: Path) -> None:
+    robustness(workspace, f"load_path={fresh / 'best.ckpt'}", *QUICK)
+    table = stored(fresh).to_pydict()
+    films = pa.ipc.open_file(workspace.arrow / "mmimdb_test.arrow").read_all().to_pylist()
+    expected = [(row, number, film) for row, film in enumerate(films) for number in range(len(film["plots"]))]
+    assert max(number for _, number, _ in expected) > 0, "no film with several plots"
+    assert table["sample"] == list(range(len(expected)))
+    assert table["row"] == [row for row, _, _ in expected]
+    assert table["text_number"] == [number for _, number, _ in expected]
+    assert table["id"] == [film["image_id"] for _, _, film in expected]
+    assert table["label"] == [film["label"] for _, _, film in expected]
+    logits = [np.array(table[name]) for name in LOGIT_COLUMNS]
+    assert all(values.shape == (len(expected), 23) and np.isfinite(values).all() for values in logits)
+    assert all(np.abs(logits[0] - other).max() > 1e-3 for other in logits[1:])
+    for row in {row for row, number, _ in expected if number}:  # plots of one film differ, its poster does not
+        same = [place for place, found in enumerate(table["row"]) if found == row]
+        assert np.allclose(logits[1][same[0]], logits[1][same[1]], atol=1e-5)
+        assert not np.allclose(logits[2][same[0]], logits[2][same[1]], atol=1e-5)
+    description = json.loads(stored(fresh).schema.metadata[b"rep"])
+    assert description["format"] == 1 and description["task"] == "mmimdb" and description["precision"] == "32-true"
+    assert description["arrow_file"] == "mmimdb_test.arrow" and len(description["arrow_sha256"]) == 64
+    assert description["checkpoint_sha256"] == results_of(fresh)["checkpoint_sha256"]
+
+
+def test_the_files_agree_with_the_stored_logits(workspace: Workspace, fresh: Path, tmp_path: Path) -> None:
+    """Every figure again from logits.arrow and the missing tables, with the statistics module."""
+    root = tmp_path / "tables"
+    options = ("robustness_ratios=[0,0.3,1.0]", "robustness_seeds=[5,2,9]", "robustness_both_ratios=[0.5,0.2]")
+    robustness(workspace, f"load_path={fresh / 'best.ckpt'}", f"missing_table_root={root}", *options, "bootstrap=30")
+    results, table = results_of(fresh), stored(fresh).to_pydict()
+    assert results["format"] == 1 and results["split"] == "test" and results["checkpoint"] == "best.ckpt"
+    assert (results["method"], results["exp_name"], results["train_seed"]) == ("rep", "robust", 0)
+    assert results["train_pattern"] == {"missing_type": "both", "ratio": 0.7, "both_ratio": 0.5}
+    assert results["table_seeds"] == [5, 2, 9] and results["metric"] == "f1_macro"
+    assert results["class_names"] == list(DATASETS["mmimdb"].class_names or ())
+    logits = [torch.tensor(table[name]) for name in LOGIT_COLUMNS]
+    labels, rows = torch.tensor(table["label"]), table["row"]
+    metrics = run.TASKS["mmimdb"].metrics
+    kinds = [("text", 0.5), ("image", 0.5), ("both", 0.5), ("both", 0.2)]  # both_ratio given for `both` alone
+    assert [(cell["missing_type"], cell["both_ratio"], cell["ratio"]) for cell in results["cells"]] == [
+        (kind, both_ratio, ratio) for kind, both_ratio in kinds for ratio in (0.0, 0.3, 1.0)
+    ]
+    by_cell, matrix = table_of(fresh, "cells.csv"), table_of(fresh, "matrix.csv")
+    for cell, line in zip(results["cells"], matrix, strict=True):
+        pattern = (cell["missing_type"], cell["ratio"], cell["both_ratio"])
+        tables = [load_missing_table(root, "mmimdb", "test", MissingPattern(*pattern, seed), 13) for seed in (5, 2, 9)]
+        expected = [
+            metrics(torch.stack([logits[found[row]][n] for n, row in enumerate(rows)]), labels) for found in tables
+        ]
+        for metric, figures in cell["metrics"].items():
+            values = [one[metric] for one in expected]
+            assert figures["values"] == pytest.approx(values, abs=1e-12)
+            assert figures["mean"] == pytest.approx(statistics.fmean(values)) == float(line[f"{metric}_mean"])
+            assert figures["std"] == pytest.approx(statistics.stdev(values), abs=1e-12)
+            assert figures["std"] == float(line[f"{metric}_std"])
+        assert cell["image_available"] == pytest.approx(np.mean([np.mean(found != 2) for found in tables]))
+        assert cell["text_available"] == pytest.approx(np.mean([np.mean(found != 1) for found in tables]))
+        assert float(line["image_available"]) == pytest.approx(100 * cell["image_available"], abs=1e-5)
+        assert line["n_seeds"] == "3"
+        for seed, value in zip((5, 2, 9), cell["metrics"]["f1_macro"]["values"], strict=True):
+            row = by_cell.pop(0)
+            assert (row["missing_type"], float(row["ratio"]), float(row["both_ratio"])) == pattern
+            assert (int(row["table_seed"]), int(row["samples"]), float(row["f1_macro"])) == (seed, len(rows), value)
+    assert not by_cell
+    untouched = [cell["metrics"] for cell in results["cells"] if cell["ratio"] == 0]
+    assert all(cell == untouched[0] and cell["f1_macro"]["std"] == 0.0 for cell in untouched)
+    for name, of_type in zip(TYPE_NAMES, logits, strict=True):
+        assert results["by_type"][name] == pytest.approx(metrics(of_type, labels), abs=1e-12)
+    assert untouched[0]["f1_macro"]["mean"] == results["by_type"]["complete"]["f1_macro"]
+    assert [(row["type_name"], row["class"], int(row["support"])) for row in table_of(fresh, "per_class.csv")] == [
+        (row["type"], row["class"], row["support"]) for row in results["per_class"]
+    ]
+    assert len(results["per_class"]) == 3 * 23 and (results["confusions"], results["roc"]) == ([], {})
+    assert not (fresh / "robustness" / "roc.csv").exists()
+
+
+def test_adding_ratios_and_seeds_does_not_touch_the_model(
+    workspace: Workspace, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert robustness(workspace, folder / "best.ckpt") == 0
-    first = result(folder)
-    monkeypatch.setattr(run, "open_evaluation", no_model)
-    assert robustness(workspace, folder, "robustness_ratios=[0.0,0.5,0.7]", "robustness_seeds=[0,1,2,3]") == 0
-    second = result(folder)
-    assert len(second["cells"]) == 9 and second["table_seeds"] == [0, 1, 2, 3]
-    one, more = (cell(found, "both", 0.7)["metrics"]["f1_macro"]["values"] for found in (first, second))
-    assert more[:2] == one
-    with (folder / "robustness" / "matrix.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 9 and rows[0]["n_seeds"] == "4"
+    best = f"load_path={fresh / 'best.ckpt'}"
+    robustness(workspace, best, *QUICK)
+    assert "needs encodings: complete, text missing, image missing" in capsys.readouterr().err
+    before = results_of(fresh)["cells"]
+    no_model(monkeypatch)
+    robustness(workspace, best, "robustness_ratios=[0,0.25,0.5]", "robustness_seeds=[0,1,2]", "bootstrap=0")
+    assert "needs encodings: none" in capsys.readouterr().err
+    after = {(cell["missing_type"], cell["ratio"]): cell["metrics"]["f1_micro"] for cell in results_of(fresh)["cells"]}
+    assert len(after) == 9 and all(len(figures["values"]) == 3 for figures in after.values())
+    for cell in before:
+        assert after[cell["missing_type"], cell["ratio"]]["values"][:2] == cell["metrics"]["f1_micro"]["values"]
+    assert results_of(fresh)["confidence"] == {"level": 0.95, "resamples": 0} | {name: {} for name in TYPE_NAMES}
 
 
-def test_an_interrupted_encoding_goes_on_with_the_type_it_was_at(
-    workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_interrupted_pass_is_resumed(
+    workspace: Workspace, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    from clip.logit_store import LogitStore
+    whole = Path(shutil.copytree(fresh, tmp_path / "whole"))
+    robustness(workspace, f"load_path={whole / 'best.ckpt'}", *QUICK)
+    keep, passes = LogitStore.keep, []
 
-    keep = LogitStore.keep
-
-    def stop_at_the_second(store: LogitStore, missing_type: int, *tensors: torch.Tensor) -> None:
-        if missing_type == 1:
+    def keep_one(self: LogitStore, missing_type: int, *values: Any) -> None:
+        passes.append(missing_type)
+        if len(passes) == 2:
             raise KeyboardInterrupt
-        keep(store, missing_type, *tensors)
+        keep(self, missing_type, *values)
 
-    monkeypatch.setattr(LogitStore, "keep", stop_at_the_second)
-    assert robustness(workspace, folder / "best.ckpt") != 0
-    monkeypatch.setattr(LogitStore, "keep", keep)
-    capsys.readouterr()
-    assert robustness(workspace, folder / "best.ckpt") == 0
+    monkeypatch.setattr(LogitStore, "keep", keep_one)
+    command = robustness_command(workspace, f"load_path={fresh / 'best.ckpt'}", *QUICK)
+    assert command_line(command) == 130
+    assert [path.name for path in (fresh / "robustness").iterdir()] == ["logits_complete.part.arrow"]
+    assert command_line(command) == 0
+    assert passes == [0, 1, 1, 2]
     assert "needs encodings: text missing, image missing" in capsys.readouterr().err
-    assert not list((folder / "robustness").glob("*.part*"))
+    assert not list((fresh / "robustness").glob("*part*"))
+    assert stored(fresh).equals(stored(whole))
+    assert results_of(fresh) == results_of(whole)
 
 
-def test_stored_logits_of_another_checkpoint_are_refused_or_made_anew(
-    workspace: Workspace, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert robustness(workspace, folder / "best.ckpt") == 0
-    checkpoint = torch.load(folder / "best.ckpt", weights_only=True)
-    checkpoint["state_dict"]["mmimdb_classifier.bias"] += 1
-    torch.save(checkpoint, folder / "best.ckpt")
+def test_parts_of_another_checkpoint_are_not_used(workspace: Workspace, fresh: Path, monkeypatch, capsys) -> None:
+    def stop(self: LogitStore) -> None:
+        raise KeyboardInterrupt
+
+    command = robustness_command(workspace, f"load_path={fresh / 'best.ckpt'}", *QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(LogitStore, "_join_parts", stop)
+        assert command_line(command) == 130
+    part = fresh / "robustness" / "logits_complete.part.arrow"
+    part.write_bytes(part.read_bytes()[:-200])
+    with monkeypatch.context() as patch:
+        patch.setattr(LogitStore, "_join_parts", stop)
+        assert command_line(command) == 130
+    said = capsys.readouterr().err
+    assert f"{part}: not readable as stored logits" in said and "needs encodings: complete\n" in said
+    with monkeypatch.context() as patch:  # all three parts are there: nothing is left to encode
+        no_model(patch)
+        patch.setattr(LogitStore, "_join_parts", stop)
+        assert command_line(command) == 130
     capsys.readouterr()
-    assert robustness(workspace, folder / "best.ckpt") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "logits.arrow: stored logits of another checkpoint" in error and "robustness_anew=True" in error
-    assert robustness(workspace, folder / "best.ckpt", "robustness_anew=True") == 0
+    draw_head(fresh / "best.ckpt", "mmimdb", seed=1)
+    assert command_line(command) == 0
+    said = capsys.readouterr().err
+    assert said.count("stored logits of another checkpoint (sha256)") == 3 and said.count("; not used") == 3
+    assert "needs encodings: complete, text missing, image missing" in said
 
 
-@pytest.mark.parametrize("content", [b"", b"no arrow file", None])
-def test_a_damaged_store_is_named(
-    workspace: Workspace, folder: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+def test_a_store_of_another_checkpoint_is_refused_or_made_anew(
+    workspace: Workspace, fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert robustness(workspace, folder / "best.ckpt") == 0
-    path = folder / "robustness" / "logits.arrow"
-    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
-    assert robustness(workspace, folder / "best.ckpt") == 2
-    assert f"error: {path}: not readable as stored logits" in capsys.readouterr().err
+    best = fresh / "best.ckpt"
+    robustness(workspace, f"load_path={best}", *QUICK)
+    old = results_of(fresh)
+    draw_head(best, "mmimdb", seed=1)
+    new_sha256 = run.read_checkpoint(best).sha256
+    capsys.readouterr()
+    robustness(workspace, f"load_path={best}", *QUICK, status=2)
+    assert error_of(capsys) == (
+        f"error: {fresh / 'robustness' / 'logits.arrow'}: stored logits of another checkpoint (sha256): expected "
+        f"{new_sha256[:12]}…, found {old['checkpoint_sha256'][:12]}…; robustness_anew=True makes them anew"
+    )
+    assert results_of(fresh) == old
+    robustness(workspace, f"load_path={best}", *QUICK, "robustness_anew=True")
+    assert results_of(fresh)["checkpoint_sha256"] == new_sha256
+    assert results_of(fresh)["by_type"] != old["by_type"]
+    no_model(monkeypatch)
+    robustness(workspace, f"load_path={best}", *QUICK, "robustness_anew=True")  # replaces only what does not fit
 
 
-def test_a_folder_without_a_finished_checkpoint(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert robustness(workspace, tmp_path) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: load_path: expected")
+def rewrite(path: Path, **changes: Any) -> None:
+    """Changes columns of a logits.arrow (None removes one), or its `metadata`."""
+    table = pa.ipc.open_file(path).read_all()
+    metadata = changes.pop("metadata", table.schema.metadata)
+    columns = {name: table[name] for name in table.column_names} | changes
+    table = pa.table({name: column for name, column in columns.items() if column is not None})
+    with pa.ipc.new_file(str(path), table.replace_schema_metadata(metadata).schema) as writer:
+        writer.write_table(table.replace_schema_metadata(metadata))
+
+
+def damage(path: Path, how: str) -> None:
+    table = pa.ipc.open_file(pa.OSFile(str(path))).read_all()
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "text":
+        path.write_text("logits")
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "foreign":
+        rewrite(path, metadata={})
+    elif how == "format":
+        rewrite(path, metadata={"rep": table.schema.metadata[b"rep"].replace(b'"format": 1', b'"format": 2')})
+    elif how == "column":
+        rewrite(path, logits_complete=None)
+    elif how == "type":
+        rewrite(path, logits_complete=table["logits_complete"].cast(pa.list_(pa.float64())))
+    elif how == "rows":
+        rewrite(path, row=pa.array([0] * len(table), pa.int64()))
+    elif how == "width":
+        lists = table["logits_complete"].to_pylist()
+        rewrite(path, logits_complete=pa.array([*lists[:4], lists[4][:5], *lists[5:]], pa.list_(pa.float32())))
 
 
 @pytest.mark.parametrize(
-    "option",
-    ["robustness_ratios=[0.5,1.5]", "robustness_ratios=[0.5,0.5]", "robustness_types=audio", "robustness_seeds=[-1]"],
+    ("how", "message"),
+    [
+        ("truncated", "not readable as stored logits: "),
+        ("text", "not readable as stored logits: "),
+        ("empty", "not readable as stored logits: "),
+        ("foreign", "expected logits that `run.py robustness` stored, found another file"),
+        ("format", "expected logits that `run.py robustness` stored, found another file"),
+        ("column", "expected stored logits, with the columns sample (int64), row (int64), "),
+        ("type", "logits_complete (list<item: double>)"),
+        ("rows", "samples of {arrow}, found others"),
+        ("width", "row 4: column logits_complete: expected 23 numbers"),
+    ],
 )
-def test_wrong_options(workspace: Workspace, trained: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert robustness(workspace, trained / "best.ckpt", option) == 2
-    assert f"error: {option.partition('=')[0]}: expected" in capsys.readouterr().err
+def test_a_damaged_or_foreign_store_is_refused(
+    workspace: Workspace, encoded: Path, capsys: pytest.CaptureFixture[str], how: str, message: str
+) -> None:
+    damage(encoded / "robustness" / "logits.arrow", how)
+    robustness(workspace, f"load_path={encoded / 'best.ckpt'}", *QUICK, status=2)
+    error = error_of(capsys)
+    assert error.startswith(f"error: {encoded / 'robustness' / 'logits.arrow'}: ")
+    assert message.format(arrow=workspace.arrow / "mmimdb_test.arrow") in error
+    assert error.endswith("; robustness_anew=True makes them anew")
 
 
-def test_runs_are_listed(workspace: Workspace, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command_line(["run.py", "runs", "with", f"log_dir={workspace.results}", "runs_sort=-date"]) == 0
-    out = capsys.readouterr().out
-    assert "robust_seed0/version_0" in out
-    with (workspace.results / "runs.csv").open() as file:
-        rows = {row["folder"].removeprefix(f"{workspace.results}/"): row for row in csv.DictReader(file)}
-    assert rows["robust_seed0/version_0"]["dataset"] == "mmimdb", list(rows)
+@pytest.fixture(scope="module")
+def encoded_once(workspace: Workspace, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("encoded") / "version_0"))
+    robustness(workspace, f"load_path={folder / 'best.ckpt'}", *QUICK)
+    return folder
 
 
-def test_the_report_is_written(workspace: Workspace, folder: Path, tmp_path: Path) -> None:
-    assert robustness(workspace, folder / "best.ckpt") == 0
-    assert command_line(["run.py", "report", "with", f"runs={folder}", f"out={tmp_path / 'report'}"]) == 0
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert "Robustness curves" in page and "default-src 'none'" in page
+@pytest.fixture
+def encoded(encoded_once: Path, tmp_path: Path) -> Path:
+    """A copy of a run with robustness results, for one test."""
+    return Path(shutil.copytree(encoded_once, tmp_path / "encoded" / "version_0"))
 
 
-def test_the_report_says_that_intervals_were_not_asked_for(workspace: Workspace, folder: Path, tmp_path: Path) -> None:
-    assert robustness(workspace, folder / "best.ckpt", "bootstrap=0") == 0
-    assert set(result(folder)["confidence"]["complete"]) == set()
-    assert command_line(["run.py", "report", "with", f"runs={folder}", f"out={tmp_path / 'report'}"]) == 0
-    page = (tmp_path / "report" / "report.md").read_text()
-    assert "Confidence intervals are missing in R1: made with bootstrap=0." in page
+def test_another_test_set_precision_or_tokenizer_is_refused(
+    workspace: Workspace, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = f"load_path={encoded / 'best.ckpt'}"
+    robustness(workspace, best, "precision=bf16", status=2)
+    assert "stored logits of another precision: expected bf16-mixed, found 32-true; " in error_of(capsys)
+    robustness(workspace, best, f"tokenizer={workspace.backbone}", status=2)
+    assert f"stored logits of another tokenizer: expected {workspace.backbone}, found None; " in error_of(capsys)
+    other = Path(shutil.copytree(workspace.arrow, tmp_path / "arrow"))
+    with (other / "mmimdb_test.arrow").open("r+b") as file:  # one bit of one poster
+        file.seek(2000)
+        byte = file.read(1)
+        file.seek(2000)
+        file.write(bytes([byte[0] ^ 1]))
+    robustness(workspace, best, f"data_root={other}", status=2)
+    assert "stored logits of another test set (sha256 of the arrow file): expected " in error_of(capsys)
+    moved = Path(shutil.copytree(workspace.arrow, tmp_path / "moved"))
+    robustness(workspace, best, f"data_root={moved}", *QUICK)  # the same file in another place
 
 
-def test_class_figures_equal_counting() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(40, 5, generator=generator), (torch.rand(40, 5, generator=generator) < 0.4).int()
-    for c, figures in enumerate(class_figures(logits, labels)):
-        said, true = logits[:, c] > 0, labels[:, c] == 1
-        hits = int((said & true).sum())
-        assert figures.support == int(true.sum())
-        assert figures.precision == pytest.approx(hits / int(said.sum()))
-        assert figures.recall == pytest.approx(hits / int(true.sum()))
-    mean_f1 = sum(figures.f1 for figures in class_figures(logits, labels)) / 5
-    assert mean_f1 == pytest.approx(multilabel_f1(logits, labels)["f1_macro"])
+def test_several_checkpoints_become_mean_and_deviation_and_columns(
+    workspace: Workspace, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {}
+    for name, seed, method in (("robust", 0, "rep"), ("robust", 1, "rep"), ("other", 4, "mmp")):
+        folder = Path(shutil.copytree(encoded, tmp_path / "runs" / f"{name}_seed{seed}" / "version_0"))
+        shutil.rmtree(folder / "robustness")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(
+            json.dumps(config | {"exp_name": name, "seed": seed, "prompt_type": method})
+        )
+        draw_head(folder / "best.ckpt", "mmimdb", seed)
+        folders[seed] = folder
+    unfinished = tmp_path / "runs" / "robust_seed2" / "version_0"
+    unfinished.mkdir(parents=True)
+    shutil.copy(folders[0] / "config.json", unfinished)
+    capsys.readouterr()
+    robustness(workspace, f"load_path={tmp_path / 'runs'}", *QUICK)
+    said = capsys.readouterr()
+    assert f"without a checkpoint, and left out: {unfinished}\n" in said.err
+    results = {seed: results_of(folder) for seed, folder in folders.items()}
+    assert [results[seed]["train_seed"] for seed in results] == [0, 1, 4]
+    assert results[4]["method"] == "mmp"
+    lines = said.out.splitlines()
+    place = lines.index(next(line for line in lines if line.split()[:1] == ["method"]))
+    assert lines[place].split() == ["method", "mmp", "rep"]
+    assert lines[place + 1].split() == ["name", "other", "robust"]
+    assert lines[place + 2].split() == ["trained", "at", "70", "%", "both", "70", "%", "both"]
+    assert lines[place + 3].split() == ["seeds", "4", "0,", "1"]
+    expected = []
+    for number, cell in enumerate(results[0]["cells"]):
+        means = {seed: found["cells"][number]["metrics"]["f1_macro"]["mean"] for seed, found in results.items()}
+        both = [means[0], means[1]]
+        figures = f"{means[4]:.4f} {statistics.fmean(both):.4f} ± {statistics.stdev(both):.4f}"
+        expected.append(f"{100 * cell['ratio']:g} % {figures}")
+    shown = [" ".join(found[0].split()) for line in lines[place + 4 :] if (found := re.search(r"\d+ %.*", line))]
+    assert shown == expected
 
 
-def test_confusions_and_roc() -> None:
-    labels = torch.tensor([0, 0, 0, 1, 2, 2])
-    logits = torch.nn.functional.one_hot(torch.tensor([1, 1, 0, 1, 0, 2]), 3).float()
-    pairs = [(pair.true, pair.predicted, pair.count, pair.share) for pair in confusions(logits, labels)]
-    assert pairs == [(0, 1, 2, pytest.approx(2 / 3)), (2, 0, 1, 0.5)]
-    curve = roc(torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, -1.0], [0.0, 0.5]]), torch.tensor([1, 1, 0, 0]))
-    assert curve is not None and curve.tpr[0] == 0 and curve.tpr[-1] == 1 and curve.fpr[-1] == 1
-    assert 1.0 in [tpr for tpr, fpr in zip(curve.tpr, curve.fpr, strict=True) if fpr == 0]
+def test_the_matrix_of_one_checkpoint(
+    workspace: Workspace, encoded: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_model(monkeypatch)
+    robustness(workspace, f"load_path={encoded / 'best.ckpt'}", *QUICK, "robustness_both_ratios=[0.2,0.5]")
+    results = results_of(encoded)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(f"robustness of {encoded / 'best.ckpt'} (sha256 {results['checkpoint_sha256'][:12]})")
+    assert lines[2].endswith(f"{results['samples']} samples; f1_macro, mean ± std of 2 missing tables (seeds 0, 1)")
+    assert lines[4].split() == ["missing", "text", "image", "both", "0.2", "both", "0.5"]
+    figures = {
+        (cell["missing_type"], cell["both_ratio"], cell["ratio"]): cell["metrics"]["f1_macro"]
+        for cell in results["cells"]
+    }
+    kinds = (("text", 0.5), ("image", 0.5), ("both", 0.2), ("both", 0.5))
+    for line, ratio in zip(lines[5:7], (0.0, 0.5), strict=True):
+        cells = [figures[(*kind, ratio)] for kind in kinds]
+        shown = [f"{cell['mean']:.4f} ± {cell['std']:.4f}" for cell in cells]
+        assert " ".join(line.split()) == " ".join([f"{100 * ratio:g} %", *shown])
+    assert len({len(line) for line in lines[4:7]}) == 1, "columns end in one line"
+    low, high = results["confidence"]["text missing"]["f1_macro"]
+    value = results["by_type"]["text missing"]["f1_macro"]
+    assert lines[10].split() == ["text", "missing", f"{value:.4f}", f"{low:.4f}", "to", f"{high:.4f}"]
 
 
-def test_confidence_intervals_repeat_and_hold_the_value() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(200, 2, generator=generator), torch.randint(2, (200,), generator=generator)
-    task = TASKS["food101"]
-    once, again = (confidence(task, [logits], labels, 200)[0] for _ in range(2))
-    assert once == again
-    low, high = once["accuracy"]
-    accuracy = task.metrics(logits, labels)["accuracy"]
-    assert low < accuracy < high
-    assert high - low == pytest.approx(2 * 1.96 * (accuracy * (1 - accuracy) / 200) ** 0.5, rel=0.2)
+def test_checkpoints_of_different_datasets_or_test_sets(
+    workspace: Workspace, encoded: Path, golden_arrow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    food = train(workspace, "food_mix", "batch_size=2", "per_gpu_batchsize=2", task="food101", data_root=golden_arrow)
+    both = f"load_path=['{encoded / 'best.ckpt'}', '{food / 'best.ckpt'}']"
+    robustness(workspace, both, status=2)
+    assert error_of(capsys) == (
+        f"error: load_path: expected checkpoints of one dataset, found {workspace.arrow / 'mmimdb_test.arrow'} for "
+        f"{encoded / 'best.ckpt'} and {golden_arrow / 'food101_test.arrow'} for {food / 'best.ckpt'}"
+    )
+    robustness(workspace, "task_finetune_mmimdb", f"load_path={food / 'best.ckpt'}", f"data_root={workspace.arrow}",
+               status=2)  # fmt: skip
+    assert f"error: task: mmimdb contradicts the checkpoint {food / 'best.ckpt'}, which has food101" in error_of(capsys)
+    other = Path(shutil.copytree(encoded, tmp_path / "other" / "version_0"))
+    shutil.rmtree(other / "robustness")
+    config = json.loads((other / "config.json").read_text()) | {"data_root": str(golden_arrow)}
+    (other / "config.json").write_text(json.dumps(config))
+    robustness(workspace, f"load_path=['{encoded}','{other}']", status=2)
+    assert "error: load_path: expected checkpoints of one test set, found " in error_of(capsys)
 
 
-def test_stored_logits_have_the_samples_and_labels(workspace: Workspace, folder: Path) -> None:
-    assert robustness(workspace, folder / "best.ckpt") == 0
-    table = pa.ipc.open_file(folder / "robustness" / "logits.arrow").read_all()
-    films = pa.ipc.open_file(workspace.arrow / "mmimdb_test.arrow").read_all()
-    row_of = table["row"].to_pylist()
-    assert table["id"].to_pylist() == [films["image_id"][row].as_py() for row in row_of]
-    assert table["label"].to_pylist() == [films["label"][row].as_py() for row in row_of]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "load_path: expected a checkpoint, a list of them, or a folder of runs"),
+        (["load_path={top}/nowhere.ckpt"], "load_path: expected a checkpoint file or a folder of runs, found nothing"),
+        (["load_path={top}/empty"], "load_path: expected runs with a best.ckpt in {top}/empty, found no run"),
+        (["load_path={top}/half"], "found runs without one: {top}/half/rep_seed0/version_0"),
+        (["load_path=[{run}/best.ckpt,{run}]"], "load_path: expected a list as Python writes it"),
+        (["load_path=['{run}/best.ckpt','{run}']"], "load_path: expected each checkpoint once, found {run}/best.ckpt"),
+        (["load_path=['{run}','{run}']"], "load_path: expected each value once, found {run} twice"),
+        (["load_path=['{run}/best.ckpt','{run}/again.ckpt']"], "are in one folder, which has room for the results"),
+        (["load_path={run}", "data_root={top}/nowhere"], "data_root: expected mmimdb_test.arrow in {top}/nowhere"),
+        (["load_path={run}", "memory_length=9"], "memory_length: 9 contradicts the checkpoint {run}/best.ckpt"),
+        (["load_path={run}", "fast_dev_run=True"], "fast_dev_run: robustness needs the whole test split"),
+        (["load_path={run}/config.json"], "{run}/config.json: not readable as a checkpoint: "),
+        (["load_path={run}", "robustnes_types=text"], "unknown option robustnes_types; did you mean robustness_types?"),
+    ],
+)  # fmt: skip
+def test_places_that_do_not_serve(
+    workspace: Workspace, encoded: Path, tmp_path: Path, capsys, options: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half" / "rep_seed0" / "version_0").mkdir(parents=True)
+    shutil.copy(encoded / "config.json", tmp_path / "half" / "rep_seed0" / "version_0")
+    shutil.copy(encoded / "best.ckpt", encoded / "again.ckpt")
+    places = {"top": tmp_path, "run": encoded}
+    robustness(workspace, *(option.format(**places) for option in options), status=2)
+    assert message.format(**places) in error_of(capsys)
+
+
+def test_a_folder_that_cannot_be_written(workspace: Workspace, fresh: Path, capsys) -> None:
+    (fresh / "robustness").write_text("a file in the way")
+    robustness(workspace, f"load_path={fresh / 'best.ckpt'}", *QUICK, status=2)
+    assert f"error: {fresh / 'robustness'}: cannot keep results there: File exists" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("robustness_types=[text]", "robustness_types: expected a list as Python writes it, such as \"['a','b']\""),
+        ("robustness_types=['text','pictures']", "robustness_types: expected text or image or both, found 'pictures'"),
+        ("robustness_types=['text','text']", "robustness_types: expected each value once, found text twice"),
+        ("robustness_types=[]", "robustness_types: expected at least one value, found []"),
+        ("robustness_ratios=[0,1.1]", "robustness_ratios: expected a number from 0 to 1, found 1.1"),
+        ("robustness_ratios=[0,0.0]", "robustness_ratios: expected each value once, found 0.0 twice"),
+        ("robustness_ratios=[0.1,", "robustness_ratios: expected a list as Python writes it"),
+        ("robustness_ratios=['a']", "robustness_ratios: expected a number from 0 to 1, found 'a'"),
+        ("robustness_both_ratios=[-1]", "robustness_both_ratios: expected a number from 0 to 1, found -1"),
+        ("robustness_seeds=[1.5]", "robustness_seeds: expected an integer of at least 0, found 1.5"),
+        ("robustness_seeds=[0,1,0]", "robustness_seeds: expected each value once, found 0 twice"),
+        ("robustness_seeds=None", "robustness_seeds: expected an integer of at least 0, found None"),
+        ("bootstrap=-1", "bootstrap: expected an integer of at least 0, found -1"),
+        ("bootstrap=True", "bootstrap: expected an integer of at least 0, found True"),
+        ("robustness_anew=yes", "robustness_anew: expected True or False, found 'yes'"),
+    ],
+)
+def test_wrong_options(workspace: Workspace, trained: Path, capsys, option: str, message: str) -> None:
+    robustness(workspace, f"load_path={trained / 'best.ckpt'}", option, status=2)
+    assert error_of(capsys).startswith(f"error: {message}")
+    assert not (trained / "robustness").exists()
+
+
+def test_a_single_value_is_a_list_of_one(workspace: Workspace, encoded: Path) -> None:
+    one = ("robustness_types=both", "robustness_ratios=0.7", "robustness_seeds=3", "robustness_both_ratios=0.4")
+    robustness(workspace, f"load_path={encoded}", *one, "bootstrap=0")
+    (cell,) = results_of(encoded)["cells"]
+    assert (cell["missing_type"], cell["ratio"], cell["both_ratio"]) == ("both", 0.7, 0.4)
+    assert cell["metrics"]["f1_macro"]["std"] == 0.0 and len(cell["metrics"]["f1_macro"]["values"]) == 1
+
+
+def test_a_checkpoint_without_its_run(workspace: Workspace, trained: Path, tmp_path: Path, capsys) -> None:
+    """As with published ones: task from the checkpoint, the data from the command line."""
+    path = Path(shutil.copy(trained / "best.ckpt", tmp_path / "downloaded.ckpt"))
+    robustness(workspace, f"load_path={path}", status=2)
+    assert "data_root: expected the folder of the arrow files" in error_of(capsys)
+    tables = f"missing_table_root={tmp_path / 'tables'}"
+    robustness(workspace, f"load_path={path}", f"data_root={workspace.arrow}", tables, *QUICK)
+    results = results_of(tmp_path)
+    assert (results["exp_name"], results["train_seed"], results["train_pattern"]) == ("downloaded", None, None)
+    assert results["checkpoint"] == "downloaded.ckpt"
+
+
+@pytest.mark.parametrize("task", ["food101", "hatememes"])
+def test_the_other_tasks(workspace: Workspace, golden_arrow: Path, task: str) -> None:
+    folder = train(workspace, f"r_{task}", "batch_size=2", "per_gpu_batchsize=2", task=task, data_root=golden_arrow)
+    robustness(workspace, f"load_path={folder}", *QUICK)
+    results, names = results_of(folder), {path.name for path in (folder / "robustness").iterdir()}
+    always = {"logits.arrow", "robustness.json", "cells.csv", "matrix.csv", "per_class.csv"}
+    table = stored(folder).to_pydict()
+    if task == "food101":
+        wrong = [sum(np.argmax(table[name], 1) != table["label"]) for name in LOGIT_COLUMNS]
+        counts = [sum(row["count"] for row in results["confusions"] if row["type"] == name) for name in TYPE_NAMES]
+        assert counts == wrong and names == always | {"confusions.csv"} and results["roc"] == {}
+        classes = {row["true"] for row in table_of(folder, "confusions.csv")}
+        assert classes <= set(results["class_names"]) and len(results["class_names"]) == 101
+    else:
+        assert names == always | {"roc.csv"} and results["confusions"] == []
+        for name in TYPE_NAMES:
+            assert results["roc"][name]["auroc"] == results["by_type"][name]["auroc"]
+        first = table_of(folder, "roc.csv")[0]
+        assert (first["type_name"], float(first["fpr"]), float(first["threshold"])) == ("complete", 0.0, math.inf)
+
+
+def test_two_processes_give_the_same(workspace: Workspace, fresh: Path, encoded: Path) -> None:
+    in_processes(robustness_command(workspace, f"load_path={fresh / 'best.ckpt'}", "cpu_processes=2", *QUICK))
+    for name in LOGIT_COLUMNS:
+        two, one = (np.array(stored(folder)[name].to_pylist()) for folder in (fresh, encoded))
+        assert np.allclose(two, one, atol=1e-5)
+    assert {path.name for path in (fresh / "robustness").iterdir()} == {
+        path.name for path in (encoded / "robustness").iterdir()
+    }
+
+
+def test_a_checkpoint_replaced_while_it_is_opened(workspace: Workspace, fresh: Path, monkeypatch, capsys) -> None:
+    """As by a training run that is still going on."""
+    check_writable = LogitStore.check_writable
+
+    def and_replace(self: LogitStore) -> None:
+        check_writable(self)
+        draw_head(fresh / "best.ckpt", "mmimdb", seed=5)
+
+    monkeypatch.setattr(LogitStore, "check_writable", and_replace)
+    monkeypatch.setattr(LogitModule, "test_step", None)
+    robustness(workspace, f"load_path={fresh}", *QUICK, status=2)
+    assert "best.ckpt: was replaced by another checkpoint a moment ago; start again" in error_of(capsys)

@@ -1,0 +1,215 @@
+"""`run.py runs`: every run is there, with its state and its figures."""
+
+import csv
+import json
+import os
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clip.run_table import find_checkpoints, list_runs, sort_runs
+from config import EX
+from run import command_line
+from tests.conftest import Workspace
+from vilt.errors import ConfigError
+
+BEGAN = 1_750_000_000
+
+
+def write_run(folder: Path, *, score: float | None = 0.4, tested: float | None = 0.3, **options: Any) -> Path:
+    """A run folder with made-up content; `options` differ from the defaults."""
+    config = json.loads(json.dumps(EX.configurations[0]())) | {"task": "mmimdb", **options}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    os.utime(folder / "config.json", (BEGAN, BEGAN + config["seed"]))
+    if score is not None:
+        torch.save({"score": score, "state_dict": {"head": torch.zeros(3)}}, folder / "best.ckpt")
+        torch.save({"global_step": 6, "MissingModalityData": {"epoch": 3, "batches": 0}}, folder / "last.ckpt")
+    if tested is not None:
+        pattern = {"missing_type": "both", "ratio": 0.5, "both_ratio": 0.3, "seed": 0}
+        results = {"missing_pattern": pattern, "metrics": {"loss": 1.0, "f1_macro": tested, "accuracy": tested}}
+        (folder / "test_results.json").write_text(json.dumps(results))
+    return folder
+
+
+def state_of(folder: Path) -> tuple[str, str]:
+    (row,) = list_runs(folder.parent)
+    return row.state, row.note
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "rep_seed3" / "version_0", exp_name="rep", seed=3, both_ratio=0.25)
+    (row,) = list_runs(tmp_path)
+    assert row.folder == folder
+    assert (row.name, row.method, row.dataset, row.seed, row.metric) == ("rep", "rep", "mmimdb", 3, "f1_macro")
+    assert (row.train, row.tested_at, row.validation, row.test) == ("70 % both 0.25", "50 % both 0.3", 0.4, 0.3)
+    assert row.date == datetime.fromtimestamp(BEGAN + 3) and (row.state, row.note) == ("finished", "")
+
+
+def test_an_evaluation_has_no_training(tmp_path: Path) -> None:
+    write_run(tmp_path / "rep_test_both_0.5" / "version_0", score=None, test_only=True)
+    write_run(tmp_path / "rep_test_both_0.6" / "version_0", score=None, tested=None, test_only=True)
+    done, broken_off = list_runs(tmp_path)
+    assert (done.name, done.train, done.validation, done.test) == ("rep_test_both_0.5", None, None, 0.3)
+    assert done.state == "finished" and (broken_off.state, broken_off.note) == ("unfinished", "no test result")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_epoch": 20}, ("unfinished", "3 of 20 epochs")),
+        ({"max_epoch": 3}, ("unfinished", "not tested")),
+        ({"max_epoch": 3, "test_after_fit": False}, ("finished", "not tested")),
+        ({"max_epoch": 20, "max_steps": 6, "test_after_fit": False}, ("finished", "not tested")),
+        ({"max_epoch": 20, "max_steps": 7, "test_after_fit": False}, ("unfinished", "3 of 20 epochs")),
+        ({"score": None}, ("unfinished", "no validation yet")),
+    ],
+)
+def test_how_far_a_run_without_test_result_came(tmp_path: Path, options: dict[str, Any], expected) -> None:
+    folder = write_run(tmp_path / "a" / "version_0", tested=None, **options)
+    assert state_of(folder) == expected
+
+
+def test_validation_without_the_checkpoint_is_that_of_metrics_csv(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a" / "version_0", score=None)
+    (folder / "metrics.csv").write_text("epoch,step,val/f1_macro\n0,1,0.2\n0,2,nan\n0,2,\n1,3,0.25\n1,4,0.1\n")
+    assert list_runs(tmp_path)[0].validation == 0.25
+
+
+DAMAGE = {
+    "config.json": ("{", "config.json: not readable as JSON: "),
+    "best.ckpt": ("weights", "best.ckpt: not readable as a checkpoint: "),
+    "test_results.json": ('{"metrics": {}}', "test_results.json: not as written by run.py: KeyError 'missing_pattern'"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_shown_as_such(tmp_path: Path, name: str) -> None:
+    folder = write_run(tmp_path / "rep_seed0" / "version_0")
+    content, message = DAMAGE[name]
+    (folder / name).write_text(content)
+    state, note = state_of(folder)
+    assert state == "damaged" and note.startswith(message)
+
+
+def test_other_damage(tmp_path: Path) -> None:
+    (tmp_path / "a" / "version_0").mkdir(parents=True)  # cut off before anything was written
+    csv_broken = write_run(tmp_path / "b" / "version_0", score=None, tested=None)
+    (csv_broken / "metrics.csv").write_text("step,val/f1_macro\n0,0.2\n1,high\n")
+    whole = write_run(tmp_path / "c" / "version_0")
+    (whole / "best.ckpt").write_bytes((whole / "best.ckpt").read_bytes()[:-300])
+    last_broken = write_run(tmp_path / "d" / "version_0", tested=None)
+    torch.save([1, 2], last_broken / "last.ckpt")
+    old = write_run(tmp_path / "e" / "version_0")
+    (old / "config.json").write_text('{"task": "mmimdb", "exp_name": "e", "test_only": false}')
+    write_run(tmp_path / "f" / "version_0", task="imagenet")
+    rows = list_runs(tmp_path)
+    assert [row.state for row in rows] == ["damaged"] * 6
+    assert [row.name for row in rows] == ["a", "rep", "rep", "rep", "e", "f"]
+    assert rows[0].note.startswith("config.json: not readable as JSON: ")
+    assert rows[1].note.startswith("metrics.csv: line 3: could not convert string to float")
+    assert rows[2].note.startswith("best.ckpt: not readable as a checkpoint: ") and rows[2].validation is None
+    assert "expected a checkpoint of a run, with MissingModalityData and global_step" in rows[3].note
+    assert rows[4].note == "config.json: not as written by run.py: KeyError 'missing_type'"
+
+
+def test_only_runs_are_runs(tmp_path: Path) -> None:
+    """CLIP's folder and Sacred's records have a config.json too; runs may lie deeper, or under another name."""
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "config.json").write_text('{"model_type": "clip"}')
+    sacred = write_run(tmp_path / "sacred" / "1")
+    (sacred / "run.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("x")
+    renamed = write_run(tmp_path / "kept" / "best of march")
+    folders = [write_run(tmp_path / "x" / "rep_seed0" / f"version_{number}") for number in (10, 9)]
+    (folders[0] / "robustness").mkdir()
+    assert [row.folder for row in list_runs(tmp_path)] == [renamed, folders[1], folders[0]]
+
+
+def test_sorting_puts_what_is_lacking_last(tmp_path: Path) -> None:
+    for seed, score in ((10, 0.2), (9, None), (2, 0.7)):
+        write_run(tmp_path / f"rep_seed{seed}" / "version_0", seed=seed, score=score)
+    rows = list_runs(tmp_path)
+    assert [row.seed for row in rows] == [2, 9, 10]
+    for order, seeds in {
+        "validation": [10, 2, 9],
+        "-validation": [2, 10, 9],
+        "seed": [2, 9, 10],
+        "-date": [10, 9, 2],
+        "folder": [2, 9, 10],
+        "-folder": [10, 9, 2],
+    }.items():
+        assert [row.seed for row in sort_runs(rows, order)] == seeds, order
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, tested in ((0, 0.25), (1, 0.75)):
+        write_run(tmp_path / f"rep_seed{seed}" / "version_0", exp_name="rep", seed=seed, tested=tested)
+    (tmp_path / "cut" / "version_0").mkdir(parents=True)
+    assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}", "runs_sort=-test"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = lines[1]
+    assert header.split() == ["name", "method", "dataset", "train", "seed", "validation", "test", "tested", "at",
+                              "date", "state", "folder", "note"]  # fmt: skip
+    date = time.strftime("%Y-%m-%d %H:%M", time.localtime(BEGAN))
+    expected = f"rep rep mmimdb 70 % both 1 0.4000 0.7500 50 % both 0.3 {date} finished rep_seed1/version_0"
+    assert " ".join(lines[2].split()) == expected
+    assert lines[3].split()[-1] == "rep_seed0/version_0" and lines[4].startswith("cut ") and "damaged" in lines[4]
+    for title, text in (("state", "finished"), ("tested at", "50 %"), ("folder", "rep_seed1")):
+        assert header.index(title) == lines[2].index(text)
+    assert "validation (the best) and test: f1_macro (mmimdb)" in lines
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["test"] for row in rows] == ["0.75", "0.25", ""]
+    assert rows[0]["metric"] == "f1_macro" and rows[0]["folder"] == str(tmp_path / "rep_seed1" / "version_0")
+
+
+def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("name  method  dataset")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("log_dir={top}/nowhere", "log_dir: expected a folder of runs, found no folder at {top}/nowhere"),
+        ("runs_sort=speed", "runs_sort: expected name, method, dataset, "),
+        ("runs_sort=--date", "runs_sort: expected name, method, dataset, "),
+        ("run_sort=date", "unknown option run_sort; did you mean runs_sort?"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str) -> None:
+    assert command_line(["run.py", "runs", "with", option.format(top=tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message.format(top=tmp_path)}")
+
+
+def test_a_real_run(workspace: Workspace) -> None:
+    command = workspace.command(f"vit={workspace.backbone}", "exp_name=listed", "max_epoch=1", "learning_rate=0.1")
+    assert command_line(command) == 0
+    folder = workspace.results / "listed_seed0" / "version_0"
+    (row,) = list_runs(folder.parent)
+    with (folder / "metrics.csv").open() as file:
+        values = [float(line["val/f1_macro"]) for line in csv.DictReader(file) if line["val/f1_macro"]]
+    assert row.validation == pytest.approx(max(values), abs=1e-6)
+    assert row.test == json.loads((folder / "test_results.json").read_text())["metrics"]["f1_macro"]
+    assert (row.state, row.name, row.train) == ("finished", "listed", "70 % both")
+    (folder / "test_results.json").unlink()
+    assert state_of(folder) == ("unfinished", "not tested")
+
+
+def test_checkpoints_below_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Natural order; evaluations have no checkpoint and need none."""
+    folders = [write_run(tmp_path / "rep_seed0" / f"version_{number}") for number in (10, 9)]
+    write_run(tmp_path / "rep_test" / "version_0", score=None, test_only=True)
+    cut = write_run(tmp_path / "cut" / "version_0", score=None, tested=None)
+    empty = tmp_path / "empty" / "version_0"
+    empty.mkdir(parents=True)
+    assert find_checkpoints([tmp_path]) == [folders[1] / "best.ckpt", folders[0] / "best.ckpt"]
+    assert caplog.messages == [f"without a checkpoint, and left out: {cut}, {empty}"]
+    assert find_checkpoints([folders[0] / "last.ckpt"]) == [folders[0] / "last.ckpt"]
+    with pytest.raises(ConfigError, match=r"found runs without one: .*cut/version_0$"):
+        find_checkpoints([tmp_path / "cut"])

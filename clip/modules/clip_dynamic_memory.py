@@ -195,8 +195,8 @@ class DynamicMemoryCLIP(nn.Module):
         self.memory_learner = MemoryLearner(arch, memory_length, memory_depth)
         self.image_encoder = VisionTransformerMemory(arch, m)
         self.text_encoder = TextTransformerMemory(arch, m)
-
         self._kept: tuple[object, TowerMemory, MemoryPrefix] | None = None
+        """What it followed from, the image slots and the text prefix by missing type, between evaluation batches."""
 
     def forward(self, batch: ModelInput) -> Tensor:
         """Joint features (B, 2E), image first; the half of a missing modality is zero."""

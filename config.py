@@ -35,6 +35,7 @@ EX = Experiment("REP", save_git_info=False)
 logging.getLogger("REP").setLevel(logging.CRITICAL)  # Sacred's steps and type changes; run.py and `check` tell
 EX.logger = logging.getLogger("REP")  # type: ignore[assignment]
 PROMPT_TYPES = ("rep",)
+LAUNCHERS = ("local", "slurm", "submitit_local", "commands")
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -97,6 +98,16 @@ def defaults() -> None:
     test_type = None  # missing type of validation and test
     test_exp_name = None  # name of the folder of a test_only run
 
+    # Sweep: many runs, `python run.py sweep with …`
+    sweep_name = "sweep"  # name of the folder, below log_dir, of all that a sweep writes
+    sweep_types = ["text", "image", "both"]  # missing types of the grid, each for training and test alike
+    sweep_ratios = [0.5, 0.7, 0.9]  # missing ratios of the grid
+    sweep_seeds = [0, 1, 2]  # seeds of the grid
+    sweep_launcher = "local"  # local, slurm, submitit_local (as on SLURM, here), or commands (a list, nothing run)
+    sweep_slurm = None  # submitit's parameters, as sweep_slurm.partition=gpu sweep_slurm.timeout_min=600
+    search = None  # instead of a grid, options to find good values of: search.learning_rate=[1e-4,1e-1]
+    search_trials = 20  # complete trials that a search ends with
+
 
 @EX.named_config
 def task_finetune_mmimdb() -> None:
@@ -120,6 +131,12 @@ def task_finetune_hatememes() -> None:
 # The check. A reader of a value takes (option, value) and returns the value to use, or raises ConfigError.
 
 Reader = Callable[[str, Any], Any]
+NOT_SEARCHED = frozenset(
+    {"exp_name", "seed", "task", "data_root", "missing_ratio", "missing_type", "both_ratio", "missing_table_root"}
+    | {"num_workers", "image_cache", "image_size", "num_gpus", "num_nodes", "cpu_processes", "log_dir", "load_path"}
+    | {"resume_from", "fast_dev_run", "test_after_fit", "test_only", "test_ratio", "test_type", "test_exp_name"}
+)
+"""Options that a search cannot vary: what is to be solved, where, on what, and the course of a run."""
 
 
 def _wrong(option: str, expected: str, value: Any) -> ConfigError:
@@ -209,6 +226,55 @@ def per_split(reader: Reader) -> Reader:
     return read
 
 
+def listed(reader: Reader) -> Reader:
+    """Reads a list of different values, or one value.
+
+    A shell makes `[text,image]` of `["text","image"]`, which Sacred then takes for a text: read as the list too.
+    """
+
+    def read(option: str, value: Any) -> list[Any]:
+        if isinstance(value, str):
+            words = [word.strip() for word in value.strip("[]").split(",")]
+            value = [get_config_updates([f"word={word}"])[0]["word"] for word in words if word]
+        found = list(value) if isinstance(value, (list, tuple)) else [value]
+        values = [reader(option, one) for one in found]
+        if not values or len(set(map(repr, values))) < len(values):
+            raise _wrong(option, "a list of different values", found)
+        return values
+
+    return read
+
+
+def dictionary(option: str, value: Any) -> dict[str, Any]:
+    """Reads a dictionary; None is an empty one."""
+    value = {} if value is None else value
+    if not isinstance(value, Mapping):
+        raise _wrong(option, f"a dictionary, or one entry as in {option}.NAME=VALUE", value)
+    return {str(key): entry for key, entry in value.items()}
+
+
+def search_space(option: str, value: Any) -> dict[str, list[Any]]:
+    """Reads a dictionary of options, each with the values to look among (see `is_range`)."""
+    readers, space = _readers(), {}
+    for name, values in dictionary(option, value).items():
+        place = f"{option}.{name}"
+        if name not in readers:
+            raise ConfigError(f"{option}: {unknown_option([name], list(readers))}")
+        if name in NOT_SEARCHED or name.startswith(("sweep_", "search")):
+            raise ConfigError(f"{place}: expected an option of the model or its training, found {name!r}")
+        space[name] = listed(readers[name])(place, values)
+        if len(space[name]) < 2:
+            raise _wrong(place, "a list of at least two values", space[name])
+        if is_range(name, space[name]) and space[name][0] >= space[name][1]:
+            raise _wrong(place, "a range, the lower end first", space[name])
+    return space
+
+
+def is_range(name: str, values: Sequence[Any]) -> bool:
+    """Whether `values` of a search are the two ends of a range: two numbers for an option that is any number."""
+    return len(values) == 2 and get_args(get_type_hints(Options, include_extras=True)[name])[0] is float
+
+
 def warmup(option: str, value: Any) -> float:
     """Reads a share below 1 or a whole number of steps."""
     if not _is_number(value) or value < 0 or (value >= 1 and value != int(value)):
@@ -288,6 +354,14 @@ class Options:
     test_ratio: Annotated[float | None, optional(number(0, 1))]
     test_type: Annotated[str | None, optional(one_of(*MISSING_TYPES))]
     test_exp_name: Annotated[str | None, optional(folder_name)]
+    sweep_name: Annotated[str, folder_name]
+    sweep_types: Annotated[list[str], listed(one_of(*MISSING_TYPES))]
+    sweep_ratios: Annotated[list[float], listed(number(0, 1))]
+    sweep_seeds: Annotated[list[int], listed(integer(0))]
+    sweep_launcher: Annotated[str, one_of(*LAUNCHERS)]
+    sweep_slurm: Annotated[dict[str, Any], dictionary]
+    search: Annotated[dict[str, list[Any]], search_space]
+    search_trials: Annotated[int, integer(1)]
 
     @property
     def processes(self) -> int:
@@ -340,10 +414,7 @@ def check(config: Mapping[str, Any]) -> Options:
     Raises:
         ConfigError: one line that names the option, what was expected and what was found.
     """
-    readers: dict[str, Reader] = {
-        name: get_args(hint)[1] for name, hint in get_type_hints(Options, include_extras=True).items()
-    }
-    values = {name: reader(name, config[name]) for name, reader in readers.items()}
+    values = {name: reader(name, config[name]) for name, reader in _readers().items()}
     for option, overridden in (("test_ratio", "missing_ratio"), ("test_type", "missing_type")):
         if values[option] is not None:
             values[overridden] |= {"val": values[option], "test": values[option]}
@@ -375,6 +446,10 @@ def unknown_option(names: list[str], config_names: list[str]) -> ConfigError:
         near = difflib.get_close_matches(name, config_names, n=1, cutoff=0.6)
         told.append(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
     return ConfigError("; ".join(told) + " (`python run.py print_config` shows all)")
+
+
+def _readers() -> dict[str, Reader]:
+    return {name: get_args(hint)[1] for name, hint in get_type_hints(Options, include_extras=True).items()}
 
 
 def _fitting_precision(precision: str | None, on_gpu: bool) -> str:

@@ -38,6 +38,7 @@ from clip.tokenizer import ClipTokenizer, load_tokenizer
 from clip.trainable import freeze
 from clip.training import FinetuneModule
 from config import EX, ConfigAddedError, Options, SacredError, check, check_seed, unknown_option
+from sweep.command import run_sweep
 from vilt.datamodules import MissingModalityData
 from vilt.errors import BackboneError, CheckpointError, ConfigError, UserError
 from vilt.missing_tables import type_counts
@@ -57,6 +58,16 @@ def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
     set_up_logging()
     given = {update.partition("=")[0].partition(".")[0].strip() for update in _run.meta_info["options"]["UPDATE"]}
     return evaluate(options, given) if options.test_only else train(options)
+
+
+@EX.command
+def sweep(_config: dict[str, Any], _run: Any, search: Any, sweep_slurm: Any) -> None:
+    """Trains and evaluates a grid of missing patterns and seeds, or searches for good values of options.
+
+    `search` and `sweep_slurm` are arguments so that Sacred lets entries be added to them; they are in `_config` too.
+    """
+    set_up_logging()
+    run_sweep(_config, _run.meta_info["options"]["UPDATE"])
 
 
 def train(options: Options) -> dict[str, float]:

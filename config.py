@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -46,6 +47,7 @@ EX = Experiment("REP", save_git_info=False)
 logging.getLogger("REP").setLevel(logging.CRITICAL)  # Sacred's steps and type changes; run.py and `check` tell
 EX.logger = logging.getLogger("REP")  # type: ignore[assignment]
 PROMPT_TYPES = ("rep",)
+LAUNCHERS = ("local", "slurm", "submitit_local", "commands")
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -123,6 +125,17 @@ def defaults() -> None:
     runs = "result"  # run folders, or folders that hold some
     out = "report"  # folder that the report is written to
 
+    # Sweep: many runs, `python run.py sweep with …`
+    sweep_name = "sweep"  # name of the folder, below log_dir, of all that a sweep writes
+    sweep_types = ["text", "image", "both"]  # missing types of the grid, each for training and test alike
+    sweep_ratios = [0.5, 0.7, 0.9]  # missing ratios of the grid
+    sweep_seeds = [0, 1, 2]  # seeds of the grid
+    sweep_over = None  # further options of the grid, as sweep_over.memory_depth=[3,6] sweep_over.memory_length=[12,36]
+    sweep_launcher = "local"  # local, slurm, submitit_local (as on SLURM, here), or commands (a list, nothing run)
+    sweep_slurm = None  # submitit's parameters, as sweep_slurm.partition=gpu sweep_slurm.timeout_min=600
+    search = None  # instead of a grid, options to find good values of: search.learning_rate=[1e-4,1e-1]
+    search_trials = 20  # complete trials that a search ends with
+
 
 @EX.named_config
 def task_finetune_mmimdb() -> None:
@@ -146,6 +159,12 @@ def task_finetune_hatememes() -> None:
 # The check. A reader of a value takes (option, value) and returns the value to use, or raises ConfigError.
 
 Reader = Callable[[str, Any], Any]
+OF_THE_METHOD = frozenset(
+    {"simulate_missing", "vit", "vit_activation", "tokenizer", "prompt_type", "memory_length", "memory_depth"}
+    | {"batch_size", "per_gpu_batchsize", "learning_rate", "lr_mult", "weight_decay", "max_epoch", "max_steps"}
+    | {"warmup_steps", "decay_power", "end_lr", "val_check_interval", "precision", "finetune_first"}
+)
+"""Options of the model and its training: those that a search or a sweep can vary."""
 
 
 def _wrong(option: str, expected: str, value: Any) -> ConfigError:
@@ -236,10 +255,16 @@ def per_split(reader: Reader) -> Reader:
 
 
 def several(reader: Reader) -> Reader:
-    """Reads a list of different values, at least one, into a tuple; a single value is a list of one."""
+    """Reads a list of different values, at least one, into a tuple; a single value is a list of one.
+
+    A shell makes `[text,image]` of `["text","image"]`, which Sacred then takes for a text: read as the list too.
+    """
 
     def read(option: str, value: Any) -> tuple[Any, ...]:
-        if isinstance(value, str) and value.startswith(("[", "(")):  # Sacred hands on as text what it cannot read
+        if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+            words = [word.strip() for word in value[1:-1].split(",")]
+            value = [get_config_updates([f"word={word}"])[0]["word"] for word in words if word]
+        elif isinstance(value, str) and value.startswith(("[", "(")):
             raise _wrong(option, """a list as Python writes it, such as "['a','b']" or [1,2]""", value)
         values = [reader(option, one) for one in value] if isinstance(value, (list, tuple)) else [reader(option, value)]
         if not values:
@@ -250,6 +275,43 @@ def several(reader: Reader) -> Reader:
         return tuple(values)
 
     return read
+
+
+def dictionary(option: str, value: Any) -> dict[str, Any]:
+    """Reads a dictionary; None is an empty one."""
+    value = {} if value is None else value
+    if not isinstance(value, Mapping):
+        raise _wrong(option, f"a dictionary, or one entry as in {option}.NAME=VALUE", value)
+    return {str(key): entry for key, entry in value.items()}
+
+
+def values_of_options(option: str, value: Any) -> dict[str, tuple[Any, ...]]:
+    """Reads a dictionary of options of the model or its training, each with several values."""
+    space = {}
+    for name, values in dictionary(option, value).items():
+        place = f"{option}.{name}"
+        if name not in Options.__dataclass_fields__:
+            raise ConfigError(f"{option}: {unknown_option([name], list(Options.__dataclass_fields__))}")
+        if name not in OF_THE_METHOD:
+            raise ConfigError(f"{place}: expected an option of the model or its training, found {name!r}")
+        space[name] = several(_reader(name))(place, values)
+    return space
+
+
+def search_space(option: str, value: Any) -> dict[str, tuple[Any, ...]]:
+    """Reads a dictionary of options, each with the values to look among (see `is_range`)."""
+    space = values_of_options(option, value)
+    for name, values in space.items():
+        if len(values) < 2:
+            raise _wrong(f"{option}.{name}", "a list of at least two values", list(values))
+        if is_range(name, values) and values[0] >= values[1]:
+            raise _wrong(f"{option}.{name}", "a range, the lower end first", list(values))
+    return space
+
+
+def is_range(name: str, values: Sequence[Any]) -> bool:
+    """Whether `values` of a search are the two ends of a range: two numbers for an option that is any number."""
+    return len(values) == 2 and get_args(_hints()[name])[0] is float
 
 
 def warmup(option: str, value: Any) -> float:
@@ -347,6 +409,15 @@ class Options:
     runs_sort: Annotated[str, sort_order]
     runs: Annotated[tuple[Path, ...], several(path)]
     out: Annotated[Path, path]
+    sweep_name: Annotated[str, folder_name]
+    sweep_types: Annotated[tuple[str, ...], several(one_of(*MISSING_TYPES))]
+    sweep_ratios: Annotated[tuple[float, ...], several(number(0, 1))]
+    sweep_seeds: Annotated[tuple[int, ...], several(integer(0))]
+    sweep_over: Annotated[dict[str, tuple[Any, ...]], values_of_options]
+    sweep_launcher: Annotated[str, one_of(*LAUNCHERS)]
+    sweep_slurm: Annotated[dict[str, Any], dictionary]
+    search: Annotated[dict[str, tuple[Any, ...]], search_space]
+    search_trials: Annotated[int, integer(1)]
 
     @property
     def processes(self) -> int:
@@ -429,9 +500,7 @@ def check(config: Mapping[str, Any]) -> Options:
 
 def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The options `names`, each checked by itself. Raises ConfigError."""
-    hints = get_type_hints(Options, include_extras=True)
-    readers: dict[str, Reader] = {name: get_args(hints[name])[1] for name in names}
-    return {name: reader(name, config[name]) for name, reader in readers.items()}
+    return {name: _reader(name)(name, config[name]) for name in names}
 
 
 def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -458,6 +527,16 @@ def unknown_option(names: list[str], config_names: list[str]) -> ConfigError:
         near = difflib.get_close_matches(name, config_names, n=1, cutoff=0.6)
         told.append(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
     return ConfigError("; ".join(told) + " (`python run.py print_config` shows all)")
+
+
+def _reader(option: str) -> Reader:
+    reader: Reader = get_args(_hints()[option])[1]
+    return reader
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Options, include_extras=True)
 
 
 def _fitting_precision(precision: str | None, on_gpu: bool) -> str:

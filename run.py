@@ -44,6 +44,7 @@ from clip.tokenizer import ClipTokenizer, load_tokenizer
 from clip.trainable import freeze
 from clip.training import FinetuneModule
 from config import EX, ConfigAddedError, Options, SacredError, check, check_seed, read_options, unknown_option
+from sweep.command import run_sweep
 from targets import Target, check_agreement, open_targets
 from vilt.datamodules import MissingModalityData
 from vilt.errors import BackboneError, CheckpointError, ConfigError, UserError
@@ -60,9 +61,11 @@ GPU_STEPS_PER_LOOK = 50
 @EX.main
 def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
     """Trains, or evaluates with test_only=True; returns the test metrics."""
-    options = check(_config)
+    options, given = check(_config), given_options(_run)
+    if of_sweeps := sorted(name for name in given if name.startswith("sweep_") or name in ("search", "search_trials")):
+        raise ConfigError(f"{of_sweeps[0]}: for many runs; expected `python run.py sweep with …`")
     set_up_logging()
-    return evaluate(options, given_options(_run)) if options.test_only else train(options)
+    return evaluate(options, given) if options.test_only else train(options)
 
 
 @EX.command
@@ -99,6 +102,16 @@ def report(_config: dict[str, Any]) -> None:
 def given_options(sacred_run: Any) -> set[str]:
     """Names of the options that the command line sets."""
     return {update.partition("=")[0].partition(".")[0].strip() for update in sacred_run.meta_info["options"]["UPDATE"]}
+
+
+@EX.command
+def sweep(_config: dict[str, Any], _run: Any, search: Any, sweep_over: Any, sweep_slurm: Any) -> None:
+    """Trains and evaluates a grid of missing patterns and seeds, or searches for good values of options.
+
+    The last arguments are there so that Sacred lets entries be added to them; they are in `_config` too.
+    """
+    set_up_logging()
+    run_sweep(_config, _run.meta_info["options"]["UPDATE"])
 
 
 def train(options: Options) -> dict[str, float]:

@@ -18,6 +18,12 @@ def align(rows: Sequence[Sequence[str]], sides: str, gap: int) -> list[str]:
     return lines
 
 
+def ruled_table(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> str:
+    """Columns under their names, with a line between, indented."""
+    first, *rest = align([head, *rows], sides, gap=3)
+    return "\n".join(f"  {line}" for line in (first, "─" * max(map(len, (first, *rest))), *rest))
+
+
 def per_cent(share: float) -> str:
     """A share as `70 %`."""
     return f"{round(100 * share, 6):g} %"

@@ -30,6 +30,8 @@ NOT_THE_METHOD = {
     *("image_cache", "compile", "activation_checkpointing"),
     *("robustness_types", "robustness_ratios", "robustness_both_ratios", "robustness_seeds", "robustness_anew"),
     *("bootstrap", "runs_sort", "runs", "out"),
+    *("sweep_name", "sweep_types", "sweep_ratios", "sweep_seeds", "sweep_over", "sweep_launcher", "sweep_slurm"),
+    *("search", "search_trials"),
 }
 """Options in which the runs of a series may differ: names, places, the machine, the test pattern, other commands."""
 

@@ -477,7 +477,7 @@ def test_checkpoints_of_different_datasets_or_test_sets(
         (["load_path={top}/nowhere.ckpt"], "load_path: expected a checkpoint file or a folder of runs, found nothing"),
         (["load_path={top}/empty"], "load_path: expected runs with a best.ckpt in {top}/empty, found no run"),
         (["load_path={top}/half"], "found runs without one: {top}/half/rep_seed0/version_0"),
-        (["load_path=[{run}/best.ckpt,{run}]"], "load_path: expected a list as Python writes it"),
+        (["load_path=[{run}/best.ckpt,{run}]"], "load_path: expected each checkpoint once, found {run}/best.ckpt"),
         (["load_path=['{run}/best.ckpt','{run}']"], "load_path: expected each checkpoint once, found {run}/best.ckpt"),
         (["load_path=['{run}','{run}']"], "load_path: expected each value once, found {run} twice"),
         (["load_path=['{run}/best.ckpt','{run}/again.ckpt']"], "are in one folder, which has room for the results"),
@@ -509,7 +509,7 @@ def test_a_folder_that_cannot_be_written(workspace: Workspace, fresh: Path, caps
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("robustness_types=[text]", "robustness_types: expected a list as Python writes it, such as \"['a','b']\""),
+        ("robustness_types=[text,sound]", "robustness_types: expected text or image or both, found 'sound'"),
         ("robustness_types=['text','pictures']", "robustness_types: expected text or image or both, found 'pictures'"),
         ("robustness_types=['text','text']", "robustness_types: expected each value once, found text twice"),
         ("robustness_types=[]", "robustness_types: expected at least one value, found []"),

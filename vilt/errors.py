@@ -23,3 +23,7 @@ class CheckpointError(UserError):
 
 class NonFiniteLossError(UserError):
     """The loss became infinite or not a number; the run stops instead of training on."""
+
+
+class SweepError(UserError):
+    """Runs of a sweep failed, or its folder belongs to another sweep or to one that is still running."""

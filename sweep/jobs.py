@@ -1,0 +1,175 @@
+"""One run of a sweep: its folder, how far it got, and running it to its end in a process of its own.
+
+Nothing heavy is imported here: a node of a cluster reads this module before it starts the run.
+"""
+
+import fcntl
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from vilt.errors import ConfigError, SweepError
+
+RUN = Path(__file__).resolve().parents[1] / "run.py"
+PATIENCE_S = 60.0
+"""How long a run that is told to stop may take, before it is killed."""
+
+State = Literal["complete", "cut off", "not begun"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a sweep.
+
+    Args:
+        name: of the folder of its versions: exp_name and seed.
+        folder: of the sweep.
+        options: of `run.py`, without `resume_from`.
+        tested: whether it ends with the test; of a run that does not, only its exit status says that it is complete.
+    """
+
+    name: str
+    folder: Path
+    options: tuple[str, ...]
+    tested: bool
+
+    @property
+    def log(self) -> Path:
+        """What the run said, in all its attempts."""
+        return self.folder / "logs" / f"{self.name}.log"
+
+    @property
+    def result(self) -> Path | None:
+        """The test results, once the run is complete."""
+        return self.newest("test_results.json") if self.tested else None
+
+    @property
+    def state(self) -> State:
+        """How far the run got, from its files alone."""
+        if self.result is not None:
+            return "complete"
+        return "not begun" if self.newest("last.ckpt") is None else "cut off"
+
+    def newest(self, file: str) -> Path | None:
+        """The file of this name in the newest version of the run that has one."""
+        found = {
+            int(path.parent.name.removeprefix("version_")): path
+            for path in (self.folder / self.name).glob(f"version_*/{file}")
+            if path.parent.name.removeprefix("version_").isdecimal()
+        }
+        return found[max(found)] if found else None
+
+    def command(self) -> list[str]:
+        """Begins the run, or goes on with it where it was cut off."""
+        last = self.newest("last.ckpt")
+        return run_command("with", *self.options, *([] if last is None else [f"resume_from={last}"]))
+
+
+class Outcome(NamedTuple):
+    """How a run ended: what went wrong, or None, and how long it took."""
+
+    error: str | None
+    seconds: float
+
+
+def run_command(*arguments: str) -> list[str]:
+    """A command line of run.py, for the interpreter that runs now."""
+    return [sys.executable, str(RUN), *arguments]
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[int]:
+    """Holds the lock file `path`; yields its descriptor, which a child process may hold too.
+
+    Raises:
+        SweepError: another process holds it: `busy`, and who.
+        ConfigError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise ConfigError(f"log_dir: cannot write to {path.parent}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise SweepError(f"{busy} ({file.read().strip()})") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield file.fileno()
+
+
+def run_job(job: Job) -> Outcome:
+    """Runs `job` to its end, its words going to its log; interrupted, it first stops the run."""
+    began = time.monotonic()
+    try:
+        # The run holds the lock too: should this process be killed, nobody runs the same beside what goes on alone.
+        with locked(job.log.with_suffix(".lock"), "another process is at this run") as lock:
+            error = None if job.state == "complete" else _run(job, lock)
+    except SweepError as busy:
+        error = str(busy)
+    return Outcome(error, time.monotonic() - began)
+
+
+def _run(job: Job, lock: int) -> str | None:
+    # Lightning starts the processes of a run itself, and is not to take a job of SLURM for having done so.
+    variables = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"}
+    command = job.command()
+    with job.log.open("ab") as log:
+        log.write(f"$ {shlex.join(command)}\n".encode())
+        log.flush()
+        start = log.tell()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**variables, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C comes from here alone, once
+            pass_fds=[lock],
+        )
+        try:
+            status = process.wait()
+        except BaseException:  # Ctrl-C, or the end of a cluster job's time
+            _stop(process)
+            raise
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    if status:
+        return error_in(job.log.read_bytes()[start:].decode("utf-8", "replace"))
+    return "it ended without test_results.json" if job.tested and job.result is None else None
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """Interrupts a run and its processes, and kills what is left."""
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(PATIENCE_S)
+    finally:
+        with suppress(ProcessLookupError):  # none is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def error_in(said: str) -> str:
+    """The line of a run's words that says what went wrong: our own, an exception's, or else the last one."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    for pattern in (r"error: (.*)", r"((?:\w+\.)*\w+(?:Error|Exception|Interrupt)\b.*)"):
+        found = [match[1] for line in lines if (match := re.fullmatch(pattern, line))]
+        if found:
+            return found[-1]
+    return lines[-1] if lines else "it said nothing"

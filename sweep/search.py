@@ -1,0 +1,245 @@
+"""The search: values of options that give the best validation metric, proposed by Optuna's TPE one trial after another.
+
+All that is known of the trials is in Optuna's journal in the sweep's folder, so that a search goes on where it stood.
+"""
+
+import hashlib
+import itertools
+import logging
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from clip.messages import first_line
+from clip.run_folder import write_csv
+from clip.tasks import TASKS
+from clip.text_table import ruled_table
+from config import Options, check, is_range
+from sweep.jobs import Job, Outcome, run_command
+from sweep.launchers import Launcher
+from sweep.progress import Progress
+from vilt.errors import ConfigError, SweepError
+
+log = logging.getLogger("rep")
+
+STATE_NAMES = {TrialState.COMPLETE: "complete", TrialState.FAIL: "failed", TrialState.RUNNING: "cut off"}
+BEST_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search, its trials and where they are.
+
+    Args:
+        options: of the sweep.
+        given: options of the command line that all trials have.
+        folder: of the sweep.
+        study: Optuna's record.
+    """
+
+    options: Options
+    given: tuple[str, ...]
+    folder: Path
+    study: optuna.Study
+
+    @property
+    def metric(self) -> str:
+        """The validation metric that is to be high."""
+        return f"val/{TASKS[self.options.task].monitor}"
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials so far, by number; of these states, or all."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def job(self, number: int, values: Mapping[str, Any]) -> Job:
+        """The run of a trial. It does not test: the test split has no part in the choice."""
+        name = f"{self.options.sweep_name}_trial_{number}"
+        own = (*assignments(values), f"exp_name={name}", f"log_dir={self.folder}", "test_after_fit=False")
+        return Job(f"{name}_seed{self.options.seed}", self.folder, (*self.given, *own), tested=False)
+
+    def job_of(self, trial: FrozenTrial) -> Job:
+        """The run that gave a trial its score: its own, or that of the first complete trial with the same values."""
+        same = [other for other in self.trials(TrialState.COMPLETE) if other.params == trial.params]
+        first = same[0] if same and trial.state == TrialState.COMPLETE else trial
+        return self.job(first.number, first.params)
+
+    def best(self) -> list[FrozenTrial]:
+        """The complete trials with a run of their own, the best first."""
+        ranked = sorted(self.trials(TrialState.COMPLETE), key=lambda trial: (-_score(trial), trial.number))
+        return [trial for trial in ranked if self.job_of(trial) == self.job(trial.number, trial.params)]
+
+
+def assignments(values: Mapping[str, Any]) -> list[str]:
+    """Values of options as a command line has them."""
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def distributions(options: Options) -> dict[str, BaseDistribution]:
+    """What Optuna draws from: a range of two numbers, log-uniform or linear where it begins at 0; a list of choices."""
+    space: dict[str, BaseDistribution] = {}
+    for name, values in options.search.items():
+        if is_range(name, values):
+            low, high = values
+            space[name] = FloatDistribution(low, high, log=low > 0)
+        else:
+            space[name] = CategoricalDistribution(values)
+    return space
+
+
+def check_values(options: Options, config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value that is wrong together with any values of the other options of the search.
+
+    Args:
+        config: the whole configuration as it was given.
+    """
+    for name, values in options.search.items():
+        others = {other: ends for other, ends in options.search.items() if other != name}
+        for value in values:
+            refused: ConfigError | None = None
+            for together in itertools.product(*others.values()):
+                try:
+                    check({**config, **dict(zip(others, together, strict=True)), name: value})
+                    break
+                except ConfigError as error:
+                    refused = error
+            else:
+                assert refused is not None
+                raise ConfigError(f"search.{name}: {value!r} is not possible: {refused}")
+
+
+def open_search(options: Options, given: Sequence[str], folder: Path) -> Search:
+    """The search in `folder`, new or as far as it got.
+
+    Raises:
+        SweepError: its journal is damaged.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = folder / "optuna.journal"
+    try:
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(path))),
+            study_name=options.sweep_name,
+            direction="maximize",
+            load_if_exists=True,
+            pruner=optuna.pruners.NopPruner(),
+        )
+    except Exception as error:  # of many types, on a damaged file
+        raise SweepError(f"{path}: not readable as Optuna's journal: {first_line(error)}") from error
+    return Search(options, tuple(given), folder, study)
+
+
+def run_search(search: Search, launch: Launcher) -> None:
+    """Runs trials until `search_trials` are complete or have failed now; writes `search.csv` and prints the best.
+
+    Raises:
+        SweepError: trials failed; they are listed before.
+    """
+    wanted = search.options.search_trials
+    counts = {name: len(search.trials(state)) for state, name in STATE_NAMES.items()}
+    told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    log.info("search %s: %d trials wanted%s", search.options.sweep_name, wanted, f"; so far {told}" if told else "")
+    progress = Progress(max(wanted, counts["complete"] + counts["cut off"]), counts["complete"])
+    for number, values in _proposals(search):
+        job = search.job(number, values)
+        score, outcome = _try(search, job, values, launch)
+        words = ""
+        if score is None:
+            search.study.tell(number, state=TrialState.FAIL)
+        else:
+            search.study.tell(number, score)
+            shown = " ".join(f"{name}={_short(value)}" for name, value in values.items())
+            words = f"{search.metric} {score:.4f} with {shown}"
+        progress.tell(job, outcome, words)
+        write_trials(search)
+    write_trials(search)
+    _print_best(search)
+    if progress.failed:
+        print(f"failed:\n{progress.failures()}\n")
+        raise SweepError(f"{len(progress.failed)} trials failed; the same command tries as many others")
+
+
+def _proposals(search: Search) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers and values of the trials to run: first those cut off, then new ones, each after the last one's result."""
+    space = distributions(search.options)
+    cut_off = []
+    for trial in search.trials(TrialState.RUNNING):
+        if trial.params.keys() == space.keys():
+            cut_off.append(trial)
+        else:  # while its values were drawn
+            search.study.tell(trial.number, state=TrialState.FAIL)
+    new = search.options.search_trials - len(search.trials(TrialState.COMPLETE)) - len(cut_off)
+    for trial in cut_off:
+        yield trial.number, trial.params
+    for _ in range(new):
+        # Seeded anew for each trial, so that an interruption does not change what follows.
+        key = hashlib.sha256(f"{search.options.seed}/{len(search.trials())}".encode()).digest()
+        search.study.sampler = optuna.samplers.TPESampler(seed=int.from_bytes(key[:4], "big"))
+        proposed = search.study.ask(space)
+        yield proposed.number, proposed.params
+
+
+def _try(search: Search, job: Job, values: dict[str, Any], launch: Launcher) -> tuple[float | None, Outcome]:
+    """The score of a trial and how its run ended; a run with the same values, which would end the same, serves too."""
+    for trial in search.trials(TrialState.COMPLETE):
+        if trial.params == values:
+            log.info("%s has the values of trial %d, and so its score", job.name, trial.number)
+            return _score(trial), Outcome(None, 0.0)
+    [(_, outcome)] = launch([job])
+    if outcome.error is not None:
+        return None, outcome
+    best = job.newest("best.ckpt")
+    if best is None:
+        return None, Outcome("it ended without best.ckpt, so that there was no validation", outcome.seconds)
+    score = float(torch.load(best, "cpu", weights_only=True, mmap=True)["score"])
+    if math.isnan(score):
+        return None, Outcome(f"{search.metric} is not a number", outcome.seconds)
+    return score, outcome
+
+
+def write_trials(search: Search) -> None:
+    """Writes `search.csv`: a line per trial with its values, its score and the folder of its run."""
+    path = search.folder / "search.csv"
+    lines = []
+    for trial in search.trials():
+        newest = search.job_of(trial).newest("config.json")
+        values = [trial.params.get(name, "") for name in search.options.search]
+        score = "" if trial.value is None else trial.value
+        lines.append([trial.number, STATE_NAMES[trial.state], *values, score, "" if newest is None else newest.parent])
+    write_csv(path, ["number", "state", *search.options.search, search.metric, "folder"], lines)
+
+
+def _print_best(search: Search) -> None:
+    ranked = search.best()
+    if not ranked:
+        return
+    best = ranked[0]
+    names = list(search.options.search)
+    rows = [
+        (f"trial {trial.number}", *(_short(trial.params[name]) for name in names), f"{_score(trial):.4f}")
+        for trial in ranked[:BEST_SHOWN]
+    ]
+    table = ruled_table(("", *names, search.metric), rows, "<" + ">" * (len(names) + 1))
+    print(f"\nsearch {search.options.sweep_name}: the best trials\n\n{table}\n")
+    print(f"  all are in {search.folder / 'search.csv'}; the best model is {search.job_of(best).newest('best.ckpt')}\n")
+    print("to train and test with the best values:\n")
+    name = f"exp_name={search.options.sweep_name}_best"
+    print(f"  {shlex.join(run_command('with', *search.given, *assignments(best.params), name))}\n")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _score(trial: FrozenTrial) -> float:
+    assert trial.value is not None
+    return trial.value

@@ -1,0 +1,914 @@
+"""Sweeps: what they run, skip, resume and refuse, and what they leave. Most with a stand-in for run.py."""
+
+import csv
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from clip.text_table import ruled_table
+from run import command_line
+from sweep import jobs
+from sweep.grid import mean_and_std
+from sweep.jobs import Job, Outcome, error_in, locked, run_job
+from sweep.launchers import Submission, _run_submitted, make_launcher
+from sweep.progress import Progress, duration
+from tests.conftest import Workspace
+from vilt.errors import ConfigError
+
+STAND_IN = """
+import json, os, pathlib, shutil, signal, sys, time
+options = dict(argument.split("=", 1) for argument in sys.argv[2:] if "=" in argument)
+parent = pathlib.Path(options["log_dir"]) / f"{options['exp_name']}_seed{options.get('seed', 0)}"
+folder = parent / f"version_{len(list(parent.glob('version_*')))}"
+folder.mkdir(parents=True)
+(folder / "config.json").write_text(json.dumps(sys.argv[1:]))
+print("at work", flush=True)
+here = pathlib.Path(__file__).parent
+BEHAVIOUR
+if options.get("test_after_fit") != "False":
+    score = float(options["missing_ratio"]) + float(options["seed"]) ** 2 / 10
+    result = {"metrics": {"f1_macro": score, "f1_micro": score / 2}}
+    (folder / "test_results.json").write_text(json.dumps(result))
+"""
+"""Makes a run folder as run.py does; its F1-macro is the missing ratio and a tenth of the squared seed."""
+
+SetUp = Callable[[str], None]
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
+    """Runs are made by a quick script from now on; given lines say what else it does."""
+    path = tmp_path / "stand in" / "run.py"
+    path.parent.mkdir()
+    monkeypatch.setattr(jobs, "RUN", path)
+
+    def set_up(behaviour: str) -> None:
+        path.write_text(STAND_IN.replace("BEHAVIOUR", behaviour))
+
+    set_up("")
+    return set_up
+
+
+class Sweep:
+    """A sweep called `s` with its own log_dir."""
+
+    def __init__(self, workspace: Workspace, log_dir: Path) -> None:
+        self.workspace = workspace
+        self.log_dir = log_dir
+        self.folder = log_dir / "s"
+
+    def command(self, *options: str) -> list[str]:
+        common = (f"vit={self.workspace.backbone}", f"log_dir={self.log_dir}", "sweep_name=s", "max_epoch=1")
+        return ["run.py", "sweep", *self.workspace.command(*common, *options)[1:]]
+
+    def run(self, *options: str) -> int:
+        return command_line(self.command(*options))
+
+    def grid(self, *options: str, types: str = "[text,both]", ratios: str = "[0.5,0.9]", seeds: str = "[0,1]") -> int:
+        return self.run(f"sweep_types={types}", f"sweep_ratios={ratios}", f"sweep_seeds={seeds}", *options)
+
+    def versions(self) -> dict[str, int]:
+        """Runs so far, by name."""
+        return {path.name: len(list(path.glob("version_*"))) for path in self.folder.glob("s_*") if path.is_dir()}
+
+    def arguments(self, run: str, version: int = 0) -> list[str]:
+        """The command line that the stand-in got."""
+        return json.loads((self.folder / run / f"version_{version}" / "config.json").read_text())
+
+    def table(self, name: str = "table.csv") -> list[dict[str, str]]:
+        with (self.folder / name).open() as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def sweep(workspace: Workspace, tmp_path: Path) -> Sweep:
+    return Sweep(workspace, tmp_path / "result s")
+
+
+def error_line(said: str) -> str:
+    """The one line that begins with `error: `, without that."""
+    [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in said
+    return line.removeprefix("error: ")
+
+
+# The grid
+
+
+def test_the_whole_grid_runs_one_seed_of_each_pattern_first(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in("(here / 'order').open('a').write(options['exp_name'] + options['seed'] + '\\n')")
+    assert sweep.grid("learning_rate=0.003", "sweep_launcher=local") == 0
+    order = (jobs.RUN.parent / "order").read_text().split()
+    patterns = ["s_text_0.5", "s_text_0.9", "s_both_0.5", "s_both_0.9"]
+    assert order == [f"{pattern}{seed}" for seed in (0, 1) for pattern in patterns]
+    given = sweep.arguments("s_both_0.9_seed1")
+    assert given[0] == "with" and "task_finetune_mmimdb" in given and "learning_rate=0.003" in given
+    own = ["missing_type=both", "missing_ratio=0.9", "seed=1", "exp_name=s_both_0.9", f"log_dir={sweep.folder}"]
+    assert given[-5:] == own
+    assert not any(argument.startswith(("sweep_", "resume_from")) for argument in given)
+    assert "at work" in (sweep.folder / "logs" / "s_both_0.9_seed1.log").read_text()
+    said = capsys.readouterr()
+    assert "sweep s: 8 cells, 8 not begun" in said.err
+    assert "[8/8] s_both_0.9_seed1: f1_macro 1.0000 (" in said.err and " left)" not in said.err.splitlines()[-1]
+
+
+def test_the_table_has_mean_and_standard_deviation_over_seeds(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.grid(seeds="[0,1,2]", types="[image,both]") == 0
+    rows = sweep.table()
+    assert [(row["missing_type"], row["ratio"]) for row in rows] == [
+        ("image", "0.5"),
+        ("image", "0.9"),
+        ("both", "0.5"),
+        ("both", "0.9"),
+    ]
+    assert [(row["image_available"], row["text_available"]) for row in rows] == [
+        ("0.5", "1.0"),
+        ("0.1", "1.0"),
+        ("0.75", "0.75"),
+        ("0.55", "0.55"),
+    ]
+    # of 0.9, 0.9 + 0.1 and 0.9 + 0.4
+    mean = 0.9 + 0.5 / 3
+    std = math.sqrt(sum((value - mean) ** 2 for value in (0.9, 1.0, 1.3)) / 2)
+    assert float(rows[1]["f1_macro_mean"]) == pytest.approx(mean)
+    assert float(rows[1]["f1_macro_std"]) == pytest.approx(std)
+    assert float(rows[1]["f1_micro_mean"]) == pytest.approx(mean / 2)
+    assert [(row["complete"], row["failed"], row["open"]) for row in rows] == [("3", "0", "0")] * 4
+    said = capsys.readouterr().out
+    assert f"  image       0.9    10 %   100 %   {mean:.4f} ± {std:.4f}           3 of 3" in said.splitlines()
+    assert str(sweep.folder / "table.csv") in said
+
+
+def test_one_seed_has_no_deviation(sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.grid(seeds="2", types="text", ratios="0.5") == 0
+    [row] = sweep.table()
+    assert (row["f1_macro_mean"], row["f1_macro_std"]) == ("0.9", "0.0")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  text ")]
+    assert "0.9000" in line and "±" not in line and "1 of 1" in line
+
+
+def test_a_second_call_runs_nothing_and_shows_the_table_again(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.grid() == 0
+    table, shown = (sweep.folder / "table.csv").read_text(), capsys.readouterr().out
+    stand_in("sys.exit('error: not to be run again')")
+    assert sweep.grid() == 0
+    said = capsys.readouterr()
+    assert "sweep s: 8 cells, 8 complete" in said.err
+    assert (said.out, (sweep.folder / "table.csv").read_text()) == (shown, table)
+    assert set(sweep.versions().values()) == {1} and len(sweep.versions()) == 8
+
+
+def test_further_options_of_the_grid(sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]) -> None:
+    over = ("sweep_over.memory_depth=[1,2]", "sweep_over.decay_power=[1,cosine]")
+    assert sweep.grid(*over, types="both", ratios="0.5") == 0
+    names = {f"s_{power}_memory_depth-{depth}_both_0.5" for depth in (1, 2) for power in ("decay_power-1.0", "cosine")}
+    assert set(sweep.versions()) == {f"{name}_seed{seed}" for name in names for seed in (0, 1)}
+    given = sweep.arguments("s_cosine_memory_depth-2_both_0.5_seed1")
+    assert "memory_depth=2" in given and "decay_power=cosine" in given and not any("sweep_over" in g for g in given)
+    rows = sweep.table()
+    assert [(row["memory_depth"], row["decay_power"]) for row in rows] == [
+        ("1", "1.0"), ("2", "1.0"), ("1", "cosine"), ("2", "cosine")
+    ]  # fmt: skip
+    assert [row["complete"] for row in rows] == ["2"] * 4
+    said = capsys.readouterr().out
+    assert "  decay_power   memory_depth   missing   ratio" in said
+    assert sweep.grid("sweep_over.memory_depth=[1,2,3]", "sweep_over.decay_power=[1,cosine]", types="both",
+                      ratios="0.5", seeds="[0,1]") == 0  # fmt: skip
+    assert "sweep s: 12 cells, 8 complete, 4 not begun" in capsys.readouterr().err
+    assert sweep.grid("sweep_over.memory_depth=[1,2,3]", types="both", ratios="0.5") == 2
+    assert "the sweep in" in (line := error_line(capsys.readouterr().err)) and "sweep_over.decay_power" in line
+
+
+def test_cells_can_be_added_and_not_taken_away(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.grid(seeds="[0]", ratios="[0.5]") == 0
+    assert sweep.grid(seeds="[1,0]", types="[text,both,image]", ratios="[0.5,0.7]") == 0
+    assert "sweep s: 12 cells, 2 complete, 10 not begun" in capsys.readouterr().err
+    assert len(sweep.versions()) == 12 and set(sweep.versions().values()) == {1}
+    assert sweep.grid(seeds="[1,2]", types="[text,both,image]", ratios="[0.5,0.7]") == 2
+    assert error_line(capsys.readouterr().err) == (
+        f"sweep_seeds: expected at least [1, 0], which the sweep in {sweep.folder} has, found [1, 2], without [0]; "
+        f"cells can be added, not taken away"
+    )
+    assert json.loads((sweep.folder / "sweep.json").read_text())["grid"] == {
+        "sweep_types": ["text", "both", "image"],
+        "sweep_ratios": [0.5, 0.7],
+        "sweep_seeds": [1, 0],
+    }
+
+
+def test_other_options_under_the_same_name_are_refused(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.grid() == 0
+    before = (sweep.folder / "sweep.json").read_text()
+    assert sweep.grid("weight_decay=0.5", "decay_power=cosine") == 2
+    assert error_line(capsys.readouterr().err) == (
+        f"sweep_name=s: {sweep.folder / 'sweep.json'} is of a sweep with other options: "
+        f"weight_decay (there 0.02, here 0.5), decay_power (there 1, here 'cosine'); "
+        f"expected the same, or another sweep_name"
+    )
+    assert sweep.run("search.learning_rate=[1e-3,1e-1]") == 2
+    assert "search (there {}, here {'learning_rate': [0.001, 0.1]})" in error_line(capsys.readouterr().err)
+    assert (sweep.folder / "sweep.json").read_text() == before
+    assert sweep.grid("num_workers=1", "sweep_launcher=commands") == 0, "those that change no result may differ"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "JSONDecodeError"),
+        ('{"format": 2}', "expected format 1, found 2"),
+        ('{"format": 1}', "KeyError: 'options'"),
+        ("[]", "TypeError"),
+    ],
+)
+def test_a_damaged_record(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str], content: str, problem: str
+) -> None:
+    sweep.folder.mkdir(parents=True)
+    (sweep.folder / "sweep.json").write_text(content)
+    assert sweep.grid() == 2
+    line = error_line(capsys.readouterr().err)
+    assert f"{sweep.folder / 'sweep.json'}: not readable as the record of a sweep: " in line and problem in line
+    assert sweep.versions() == {}
+
+
+def test_damaged_results(sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.grid() == 0
+    path = sweep.folder / "s_text_0.9_seed1" / "version_0" / "test_results.json"
+    path.write_text('{"metrics": 3}')
+    assert sweep.grid() == 2
+    assert error_line(capsys.readouterr().err).startswith(f"{path}: not the results of a test: TypeError")
+
+
+def test_a_failed_cell_is_listed_and_the_others_are_run(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(
+        "if options['exp_name'] == 's_text_0.9':\n"
+        "    sys.exit('warning: odd\\nerror: no films at all' + options['seed'])\n"
+        "if options['exp_name'] + options['seed'] == 's_both_0.50':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert sweep.grid() == 2
+    said = capsys.readouterr()
+    assert error_line(said.err) == "3 of 8 cells failed; the same command tries them again, and no other"
+    assert "[2/8] s_text_0.9_seed0: failed: no films at all0 (" in said.err
+    logs = sweep.folder / "logs"
+    assert said.out[said.out.index("failed:\n") :].splitlines() == [
+        "failed:",
+        "  s_text_0.9_seed0: no films at all0",
+        f"    {logs / 's_text_0.9_seed0.log'}",
+        "  s_both_0.5_seed0: killed by SIGKILL",
+        f"    {logs / 's_both_0.5_seed0.log'}",
+        "  s_text_0.9_seed1: no films at all1",
+        f"    {logs / 's_text_0.9_seed1.log'}",
+        "",
+    ]
+    counts = {
+        (row["missing_type"], row["ratio"]): (row["complete"], row["failed"], row["open"], row["f1_macro_mean"])
+        for row in sweep.table()
+    }
+    assert counts["text", "0.9"] == ("0", "2", "0", "") and counts["both", "0.5"] == ("1", "1", "0", "0.6")
+    assert "0 of 2        2" in said.out and "1 of 2        1" in said.out
+    stand_in("")
+    assert sweep.grid() == 0
+    assert "sweep s: 8 cells, 5 complete, 3 not begun" in capsys.readouterr().err
+    again = {name for name, count in sweep.versions().items() if count == 2}
+    assert again == {"s_text_0.9_seed0", "s_text_0.9_seed1", "s_both_0.5_seed0"}
+    log = (logs / "s_text_0.9_seed0.log").read_text()
+    assert "no films at all0" in log and log.count("$ ") == 2, "the log keeps both attempts"
+
+
+def test_a_cell_that_ends_well_without_results_has_failed(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in("sys.exit(0)")
+    assert sweep.grid(seeds="0", types="text", ratios="0.5") == 2
+    assert "  s_text_0.5_seed0: it ended without test_results.json\n" in capsys.readouterr().out
+
+
+def test_a_cell_that_was_cut_off_is_resumed(sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in("(folder / 'last.ckpt').touch()\nif options['missing_type'] == 'both': sys.exit(3)")
+    assert sweep.grid(seeds="0", ratios="0.5") == 2
+    stand_in("")
+    capsys.readouterr()
+    assert sweep.grid(seeds="0", ratios="0.5") == 0
+    said = capsys.readouterr().err
+    assert "sweep s: 2 cells, 1 complete, 1 cut off" in said
+    assert "s_both_0.5_seed0 was cut off and is resumed from version_0: " in said
+    last = sweep.folder / "s_both_0.5_seed0" / "version_0" / "last.ckpt"
+    resumed = sweep.arguments("s_both_0.5_seed0", version=1)
+    assert resumed == [*sweep.arguments("s_both_0.5_seed0"), f"resume_from={last}"]
+
+
+def test_the_newest_version_counts(tmp_path: Path) -> None:
+    job = Job("run", tmp_path, (), tested=True)
+    assert job.state == "not begun" and job.newest("last.ckpt") is None
+    for version in ("version_9", "version_10", "version_x", "version_11"):
+        (tmp_path / "run" / version).mkdir(parents=True)
+    for version in ("version_9", "version_10", "version_x"):
+        (tmp_path / "run" / version / "last.ckpt").touch()
+    assert job.newest("last.ckpt") == tmp_path / "run" / "version_10" / "last.ckpt"
+    assert job.state == "cut off"
+    (tmp_path / "run" / "version_9" / "test_results.json").touch()
+    assert job.state == "complete"
+    assert Job("run", tmp_path, (), tested=False).state == "cut off", "its results say nothing of a trial"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("one\nerror: first\nerror: second\nlast", "second"),
+        ("Traceback\n  File x\nRuntimeError: bad shape\n", "RuntimeError: bad shape"),
+        ("torch.OutOfMemoryError: CUDA\nloading…\n", "torch.OutOfMemoryError: CUDA"),
+        ("a test: RuntimeError: quoted\nbye\n\n", "bye"),
+        ("KeyboardInterrupt\n", "KeyboardInterrupt"),
+        ("\n", "it said nothing"),
+    ],
+)
+def test_the_line_of_the_error(said: str, expected: str) -> None:
+    assert error_in(said) == expected
+
+
+# Only one at a time
+
+
+def test_two_sweeps_of_a_name_do_not_meet(sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(sweep.folder / ".lock", "never said"):
+        assert sweep.grid() == 2
+    line = error_line(capsys.readouterr().err)
+    assert line.startswith(f"sweep_name=s: another sweep of this name is at work in {sweep.log_dir} (process ")
+    assert f"(process {os.getpid()} on " in line
+    assert sweep.versions() == {}
+    assert sweep.grid() == 0, "the lock ends with its holder"
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(sweep.folder / "logs" / "s_both_0.5_seed0.lock", "never said"):
+        assert sweep.grid(seeds="0", ratios="0.5") == 2
+    assert f"s_both_0.5_seed0: another process is at this run (process {os.getpid()} on " in capsys.readouterr().out
+    assert sweep.versions() == {"s_text_0.5_seed0": 1}
+
+
+def test_a_killed_sweep_leaves_the_lock_to_its_run(tmp_path: Path, stand_in: SetUp) -> None:
+    """The run goes on alone, and nobody begins it beside it."""
+    stand_in("(here / 'pid').write_text(str(os.getpid()))\ntime.sleep(60)")
+    job = Job("run_seed0", tmp_path, ("exp_name=run", f"log_dir={tmp_path}", "missing_ratio=0", "seed=0"), tested=True)
+    script = (
+        "import sys; from pathlib import Path; from sweep import jobs; jobs.RUN = Path(sys.argv[1]); "
+        f"jobs.run_job(jobs.Job('run_seed0', Path({str(tmp_path)!r}), {job.options!r}, True))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, str(jobs.RUN)], cwd=Path(__file__).parents[1])
+    pid = jobs.RUN.parent / "pid"
+    while not (pid.exists() and pid.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    outcome = run_job(job)
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert outcome.error is not None and outcome.error.startswith("another process is at this run (process ")
+
+
+def test_a_run_completed_meanwhile_is_not_run(tmp_path: Path, stand_in: SetUp) -> None:
+    stand_in("sys.exit('error: not to be run')")
+    job = Job("run_seed0", tmp_path, ("exp_name=run", f"log_dir={tmp_path}"), tested=True)
+    (tmp_path / "run_seed0" / "version_0").mkdir(parents=True)
+    (tmp_path / "run_seed0" / "version_0" / "test_results.json").touch()
+    assert run_job(job).error is None
+    assert not job.log.exists()
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_interrupts_the_run_and_says_how_to_go_on(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """Only the sweep gets the signal; the run it has started is interrupted, and may end in order."""
+    stand_in(
+        "if options['missing_type'] == 'both':\n"
+        f"    os.kill(os.getppid(), {int(number)})\n"
+        "    try: time.sleep(60)\n"
+        "    except KeyboardInterrupt: (folder / 'last.ckpt').touch(); sys.exit(1)\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    assert sweep.grid(seeds="0", ratios="0.5") == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stopped; ")]
+    interpreter, script, *arguments = shlex.split(line.removeprefix("stopped; the same command goes on: "))
+    assert (interpreter, script) == (sys.executable, str(jobs.RUN))
+    stand_in("")
+    assert command_line(["run.py", *arguments]) == 0
+    assert "is resumed from version_0" in capsys.readouterr().err
+    assert sweep.versions() == {"s_text_0.5_seed0": 1, "s_both_0.5_seed0": 2}
+
+
+def test_a_run_that_does_not_stop_is_killed(
+    sweep: Sweep, stand_in: SetUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(jobs, "PATIENCE_S", 0.2)
+    stand_in(
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "(here / 'pid').write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "time.sleep(60)"
+    )
+    assert sweep.grid() == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((jobs.RUN.parent / "pid").read_text()), 0)
+
+
+# Lists of commands, and submitit
+
+
+def test_commands_are_listed_and_run_as_they_stand(
+    sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in("if options['missing_type'] == 'both': (folder / 'last.ckpt').touch(); sys.exit(1)")
+    # Whether there are as many GPUs as that, the runs find out where they are run.
+    options = ("sweep_launcher=commands", "num_nodes=2", "batch_size=8", "num_gpus=99", "precision=16")
+    assert sweep.grid(*options, seeds="0", ratios="0.5") == 0
+    said = capsys.readouterr()
+    lines = (sweep.folder / "commands.txt").read_text().splitlines()
+    assert said.out.splitlines() == lines and len(lines) == 2
+    assert sweep.versions() == {}, "nothing was run"
+    statuses = [subprocess.run(line, shell=True, check=False).returncode for line in lines]
+    assert statuses == [0, 1]
+    assert {"num_nodes=2", "num_gpus=99", "precision=16"} < set(sweep.arguments("s_text_0.5_seed0"))
+    assert sweep.grid(*options, seeds="0", ratios="0.5") == 0
+    assert "2 cells, 1 complete, 1 cut off" in capsys.readouterr().err
+    last = sweep.folder / "s_both_0.5_seed0" / "version_0" / "last.ckpt"
+    assert (sweep.folder / "commands.txt").read_text() == f"{lines[1]} {shlex.quote(f'resume_from={last}')}\n"
+
+
+def test_submitit_runs_the_cells_as_on_slurm(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real run.py, through submitit's local executor; one cell finds its folder's place taken."""
+    sweep.folder.mkdir(parents=True)
+    (sweep.folder / "s_both_0.5_seed1").touch()
+    options = ("sweep_launcher=submitit_local", "sweep_slurm.timeout_min=5", "sweep_slurm.partition=any")
+    assert sweep.grid(*options, types="both", ratios="0.5") == 2
+    said = capsys.readouterr()
+    assert "s_both_0.5_seed0 begins as job " in said.err
+    assert f"  s_both_0.5_seed1: log_dir: cannot make a folder in {sweep.folder / 's_both_0.5_seed1'}: " in said.out
+    folder = sweep.folder / "s_both_0.5_seed0" / "version_0"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["missing_ratio"] == {"train": 0.5, "val": 0.5, "test": 0.5}
+    result = json.loads((folder / "test_results.json").read_text())
+    [row] = sweep.table()
+    assert (float(row["f1_macro_mean"]), row["complete"], row["failed"]) == (result["metrics"]["f1_macro"], "1", "1")
+
+
+class Handle:
+    """A job of an executor that is not there."""
+
+    def __init__(self, job: Job, result: Outcome | Exception) -> None:
+        self.job_id = job.name
+        self.outcome = result
+        self.cancelled = False
+
+    def done(self) -> bool:
+        return self.job_id != "slow"
+
+    def cancel(self, check: bool) -> None:
+        self.cancelled = True
+
+    def result(self) -> Outcome:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+def test_jobs_are_told_of_as_they_end_and_cancelled_when_left(tmp_path: Path) -> None:
+    results: dict[str, Any] = {
+        "slow": Outcome(None, 9.0),
+        "well": Outcome(None, 2.0),
+        "broken": RuntimeError("Job (task=0) failed during processing with trace:\n-----\nOSError: disk full\n-----\n"),
+    }
+    made: dict[str, Handle] = {}
+
+    def submit(submission: Submission) -> Handle:
+        made[submission.job.name] = Handle(submission.job, results[submission.job.name])
+        return made[submission.job.name]
+
+    executor: Any = SimpleNamespace(batch=nullcontext, submit=submit)
+    outcomes = _run_submitted(executor, [Job(name, tmp_path, (), tested=True) for name in results])
+    told = {job.name: outcome for job, outcome in (next(outcomes), next(outcomes))}
+    assert told == {"well": Outcome(None, 2.0), "broken": Outcome("OSError: disk full", 0.0)}
+    outcomes.close()  # type: ignore[attr-defined]
+    assert {name: handle.cancelled for name, handle in made.items()} == {"slow": True, "well": False, "broken": False}
+
+
+def test_a_cluster_job_at_the_end_of_its_time_is_queued_again_for_the_same_run(tmp_path: Path, stand_in: SetUp) -> None:
+    stand_in("print(options.get('resume_from'))")
+    options = ("exp_name=run", f"log_dir={tmp_path}", "missing_ratio=0", "seed=0")
+    submission = Submission(Job("run_seed0", tmp_path, options, tested=True))
+    (tmp_path / "run_seed0" / "version_0").mkdir(parents=True)
+    last = tmp_path / "run_seed0" / "version_0" / "last.ckpt"
+    last.touch()
+    again = submission.checkpoint()
+    assert again.result().error is None
+    assert str(last) in submission.job.log.read_text().splitlines()
+
+
+def test_runs_do_not_take_themselves_for_started_by_slurm(
+    tmp_path: Path, stand_in: SetUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    stand_in("print(os.environ.get('SLURM_NTASKS'), os.environ['SLURM_JOB_ID'])")
+    job = Job("run_seed0", tmp_path, ("exp_name=run", f"log_dir={tmp_path}", "missing_ratio=0", "seed=0"), tested=True)
+    assert run_job(job).error is None
+    assert "None 77" in job.log.read_text().splitlines()
+
+
+def test_submitit_parameters_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sweep_slurm: Unknown argument 'partitoin' for executor 'slurm'"):
+        make_launcher("submitit_local", {"partitoin": "gpu"}, tmp_path / "submitit")
+    with pytest.raises(ConfigError, match='sweep_slurm: Parameter "timeout_min" expected type'):
+        make_launcher("submitit_local", {"timeout_min": "long"}, tmp_path / "submitit")
+    with pytest.raises(ConfigError, match=r"sweep_slurm.nodes: expected 1, since a run starts its processes itself"):
+        make_launcher("submitit_local", {"nodes": 2}, tmp_path / "submitit")
+
+
+# The real run.py
+
+
+def test_a_run_stopped_by_ctrl_c_ends_as_one_that_was_not(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("max_epoch=4", "val_check_interval=0.5", "sweep_types=both", "sweep_ratios=0.7", "sweep_seeds=1")
+    run = sweep.folder / "s_both_0.7_seed1"
+
+    def press_ctrl_c() -> None:
+        while not (run / "version_0" / "last.ckpt").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press_ctrl_c, daemon=True).start()
+    assert sweep.run(*options) == 130
+    assert not (run / "version_0" / "test_results.json").exists()
+    assert sweep.run(*options) == 0
+    assert "s_both_0.7_seed1 was cut off and is resumed from version_0" in capsys.readouterr().err
+    whole = ("missing_type=both", "missing_ratio=0.7", "seed=1", "exp_name=whole", *options[:2])
+    common = (f"vit={sweep.workspace.backbone}", f"log_dir={sweep.log_dir}")
+    assert command_line(sweep.workspace.command(*common, *whole)) == 0
+    expected = json.loads((sweep.log_dir / "whole_seed1" / "version_0" / "test_results.json").read_text())
+    found = json.loads((run / "version_1" / "test_results.json").read_text())
+    assert found["metrics"] == expected["metrics"] and found["missing_pattern"] == expected["missing_pattern"]
+    [row] = sweep.table()
+    assert float(row["f1_macro_mean"]) == expected["metrics"]["f1_macro"]
+
+
+def test_a_search_with_the_real_model_and_its_best_command(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.run("search.learning_rate=[1e-3,1e-1]", "search.memory_length=[3,6]", "search_trials=2") == 0
+    said = capsys.readouterr().out
+    trials = sweep.table("search.csv")
+    assert [trial["state"] for trial in trials] == ["complete"] * 2
+    for trial in trials:
+        folder = Path(trial["folder"])
+        config = json.loads((folder / "config.json").read_text())
+        assert config["learning_rate"] == float(trial["learning_rate"])
+        assert config["memory_length"] == int(trial["memory_length"])
+        assert torch.load(folder / "best.ckpt", weights_only=True)["score"] == float(trial["val/f1_macro"])
+        assert not (folder / "test_results.json").exists(), "the test split has no part in a search"
+    best = max(trials, key=lambda trial: float(trial["val/f1_macro"]))
+    line = said[said.index("to train and test with the best values:") :].splitlines()[2]
+    interpreter, script, *arguments = shlex.split(line)
+    assert (interpreter, Path(script).name) == (sys.executable, "run.py")
+    assert command_line(["run.py", *arguments]) == 0
+    trained = sweep.log_dir / "s_best_seed0" / "version_0"
+    score = torch.load(trained / "best.ckpt", weights_only=True)["score"]
+    assert score == float(best["val/f1_macro"])
+    assert (trained / "test_results.json").exists()
+
+
+# The search
+
+
+@pytest.fixture
+def scores(stand_in: SetUp) -> SetUp:
+    """Trials of the stand-in score their memory_length / 100."""
+    for length in (3, 6, 9, 12):
+        torch.save({"score": length / 100}, jobs.RUN.parent / f"{length}.ckpt")
+    copy = "shutil.copy(here / (options['memory_length'] + '.ckpt'), folder / 'best.ckpt')\n"
+
+    def set_up(behaviour: str) -> None:
+        stand_in(f"{behaviour}\n{copy}")
+
+    set_up("")
+    return set_up
+
+
+SPACE = ("search.memory_length=[3,6,9,12]", "search.learning_rate=[1e-4,1e-1]", "search.weight_decay=[0,0.1]")
+
+
+def test_a_search_tries_values_and_ends_with_the_best(
+    sweep: Sweep, scores: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.run(*SPACE, "search_trials=12", "missing_ratio=0.5") == 0
+    said = capsys.readouterr()
+    trials = sweep.table("search.csv")
+    assert list(trials[0]) == [
+        "number",
+        "state",
+        "learning_rate",
+        "memory_length",
+        "weight_decay",
+        "val/f1_macro",
+        "folder",
+    ]
+    assert [trial["number"] for trial in trials] == [str(number) for number in range(12)]
+    for trial in trials:
+        assert int(trial["memory_length"]) / 100 == float(trial["val/f1_macro"])
+        assert 1e-4 <= float(trial["learning_rate"]) <= 1e-1 and 0 <= float(trial["weight_decay"]) <= 0.1
+        assert trial["folder"] == str(sweep.folder / f"s_trial_{trial['number']}_seed0" / "version_0")
+    rates = [float(trial["learning_rate"]) for trial in trials]
+    assert statistics.median(rates) < 0.02, "log-uniform: a linear one would have its median at 0.05"
+    arguments = sweep.arguments("s_trial_7_seed0")
+    assert arguments[-6:] == [
+        f"learning_rate={trials[7]['learning_rate']}",
+        f"memory_length={trials[7]['memory_length']}",
+        f"weight_decay={trials[7]['weight_decay']}",
+        "exp_name=s_trial_7",
+        f"log_dir={sweep.folder}",
+        "test_after_fit=False",
+    ]
+    assert "missing_ratio=0.5" in arguments and not any(argument.startswith("search") for argument in arguments)
+    best = next(trial for trial in trials if trial["memory_length"] == "12")
+    shown = said.out.splitlines()
+    first = next(line for line in shown if line.startswith("  trial "))
+    rate, decay = (f"{float(best[name]):.4g}" for name in ("learning_rate", "weight_decay"))
+    assert first.split() == ["trial", best["number"], rate, "12", decay, "0.1200"]
+    assert sum(line.startswith("  trial ") for line in shown) == 5
+    assert str(Path(best["folder"]) / "best.ckpt") in said.out
+    command = shlex.split(shown[shown.index("to train and test with the best values:") + 2])
+    wanted = [f"learning_rate={best['learning_rate']}", "memory_length=12", f"weight_decay={best['weight_decay']}"]
+    assert command[-4:] == [*wanted, "exp_name=s_best"]
+    assert f"log_dir={sweep.log_dir}" in command and not any(part.startswith("search") for part in command)
+    assert (
+        f"[12/12] s_trial_11_seed0: val/f1_macro {float(trials[11]['val/f1_macro']):.4f} with learning_rate="
+        in said.err
+    )
+
+
+def test_a_search_in_parts_tries_what_one_in_a_go_does(workspace: Workspace, tmp_path: Path, scores: SetUp) -> None:
+    whole, parts = Sweep(workspace, tmp_path / "whole"), Sweep(workspace, tmp_path / "parts")
+    assert whole.run(*SPACE, "search_trials=13") == 0
+    for trials in (4, 11, 13, 13):
+        assert parts.run(*SPACE, f"search_trials={trials}") == 0
+        assert len(parts.table("search.csv")) == trials
+    assert set(parts.versions().values()) == {1}
+    columns = ("number", "state", "memory_length", "learning_rate", "weight_decay", "val/f1_macro")
+    in_go, in_parts = (
+        [[trial[column] for column in columns] for trial in sweep.table("search.csv")] for sweep in (whole, parts)
+    )
+    assert in_go == in_parts
+    assert len({trial[3] for trial in in_go}) == 13
+
+
+def test_another_seed_searches_elsewhere(workspace: Workspace, tmp_path: Path, scores: SetUp) -> None:
+    first, second = Sweep(workspace, tmp_path / "first"), Sweep(workspace, tmp_path / "second")
+    assert first.run(*SPACE, "search_trials=1") == second.run(*SPACE, "search_trials=1", "seed=1") == 0
+    assert first.table("search.csv")[0]["learning_rate"] != second.table("search.csv")[0]["learning_rate"]
+
+
+def test_a_trial_that_was_cut_off_is_resumed(sweep: Sweep, scores: SetUp, capsys: pytest.CaptureFixture[str]) -> None:
+    scores(
+        "(folder / 'last.ckpt').touch()\nif 'trial_2' in options['exp_name']: os.kill(os.getppid(), 2); time.sleep(9)"
+    )
+    assert sweep.run(*SPACE, "search_trials=4") == 130
+    scores("")
+    capsys.readouterr()
+    assert sweep.run(*SPACE, "search_trials=4") == 0
+    said = capsys.readouterr().err
+    assert "search s: 4 trials wanted; so far 2 complete, 1 cut off" in said
+    assert "s_trial_2_seed0 was cut off and is resumed from version_0" in said and "[4/4] s_trial_3_seed0" in said
+    last = sweep.folder / "s_trial_2_seed0" / "version_0" / "last.ckpt"
+    assert sweep.arguments("s_trial_2_seed0", 1) == [*sweep.arguments("s_trial_2_seed0"), f"resume_from={last}"]
+    trials = sweep.table("search.csv")
+    assert [trial["state"] for trial in trials] == ["complete"] * 4
+    assert trials[2]["folder"] == str(sweep.folder / "s_trial_2_seed0" / "version_1")
+
+
+def test_failed_trials_are_recorded_and_the_search_goes_on(
+    sweep: Sweep, scores: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"score": float("nan")}, jobs.RUN.parent / "nan.ckpt")
+    scores(
+        "if options['exp_name'] == 's_trial_1': sys.exit('error: the loss became nan')\n"
+        "if options['exp_name'] == 's_trial_2': sys.exit(0)\n"
+        "if options['exp_name'] == 's_trial_3': options['memory_length'] = 'nan'\n"
+    )
+    assert sweep.run(*SPACE, "search_trials=5") == 2
+    said = capsys.readouterr()
+    assert error_line(said.err) == "3 trials failed; the same command tries as many others"
+    assert said.out[said.out.index("failed:\n") :].splitlines()[1:-1:2] == [
+        "  s_trial_1_seed0: the loss became nan",
+        "  s_trial_2_seed0: it ended without best.ckpt, so that there was no validation",
+        "  s_trial_3_seed0: val/f1_macro is not a number",
+    ]
+    states = ["complete", "failed", "failed", "failed", "complete"]
+    assert [trial["state"] for trial in sweep.table("search.csv")] == states
+    assert [trial["val/f1_macro"] == "" for trial in sweep.table("search.csv")] == [
+        state == "failed" for state in states
+    ]
+    assert sweep.run(*SPACE, "search_trials=5") == 0
+    assert [trial["state"] for trial in sweep.table("search.csv")] == [*states, "complete", "complete", "complete"]
+
+
+def test_a_search_without_a_complete_trial_has_no_best(
+    sweep: Sweep, scores: SetUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores("sys.exit('error: no')")
+    assert sweep.run(*SPACE, "search_trials=2") == 2
+    assert "best" not in capsys.readouterr().out
+
+
+def test_the_same_values_are_not_trained_twice(sweep: Sweep, scores: SetUp, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.run("search.memory_length=[3,12]", "search_trials=6") == 0
+    trials = sweep.table("search.csv")
+    assert len(trials) == 6 and len(sweep.versions()) == 2
+    for trial in trials:
+        first = next(other for other in trials if other["memory_length"] == trial["memory_length"])
+        assert (trial["val/f1_macro"], trial["folder"]) == (first["val/f1_macro"], first["folder"])
+    assert sum(line.startswith("  trial ") for line in capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_trial_cut_off_while_its_values_were_drawn_is_given_up(sweep: Sweep, scores: SetUp) -> None:
+    assert sweep.run(*SPACE, "search_trials=1") == 0
+    journal = optuna.storages.journal.JournalFileBackend(str(sweep.folder / "optuna.journal"))
+    study = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(journal))
+    study.ask()
+    assert sweep.run(*SPACE, "search_trials=2") == 0
+    assert [trial["state"] for trial in sweep.table("search.csv")] == ["complete", "failed", "complete"]
+    assert study.get_trials()[1].state == TrialState.FAIL
+
+
+def test_a_damaged_journal(sweep: Sweep, scores: SetUp, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.run(*SPACE, "search_trials=1") == 0
+    (sweep.folder / "optuna.journal").write_text("{\n{\n")
+    assert sweep.run(*SPACE, "search_trials=1") == 2
+    expected = f"{sweep.folder / 'optuna.journal'}: not readable as Optuna's journal: "
+    assert error_line(capsys.readouterr().err).startswith(expected)
+
+
+# Options
+
+WRONG = {
+    "sweep_name=a/b": "sweep_name: expected the name of a folder, without slashes, found 'a/b'",
+    "sweep_types=[text,audio]": "sweep_types: expected text or image or both, found 'audio'",
+    "sweep_types=[]": "sweep_types: expected at least one value, found []",
+    "sweep_types=[text,text]": "sweep_types: expected each value once, found text twice",
+    "sweep_ratios=[0.5,1.5]": "sweep_ratios: expected a number from 0 to 1, found 1.5",
+    "sweep_ratios=[0.5,0.50]": "sweep_ratios: expected each value once, found 0.5 twice",
+    "sweep_ratios=half": "sweep_ratios: expected a number from 0 to 1, found 'half'",
+    "sweep_seeds=[0,-1]": "sweep_seeds: expected an integer of at least 0, found -1",
+    "sweep_seeds=0.5": "sweep_seeds: expected an integer of at least 0, found 0.5",
+    "sweep_launcher=kubernetes": "sweep_launcher: expected local or slurm or submitit_local or commands, found 'kuber",
+    "sweep_slurm=gpu": "sweep_slurm: expected a dictionary, or one entry as in sweep_slurm.NAME=VALUE, found 'gpu'",
+    "sweep_slurm.partition=gpu": "sweep_slurm: expected sweep_launcher=slurm or submitit_local, found local",
+    "sweep_launcher=slurm": 'sweep_launcher=slurm: Could not detect "srun"',
+    "sweep_launcher=submitit_local sweep_slurm.cores=2": "sweep_slurm: Unknown argument 'cores' for executor 'slurm'",
+    "missing_ratio=0.5": "missing_ratio: the cells of a sweep differ in it; expected sweep_ratios",
+    "missing_ratio.train=0.5": "missing_ratio: the cells of a sweep differ in it; expected sweep_ratios",
+    "missing_type=text": "missing_type: the cells of a sweep differ in it; expected sweep_types",
+    "test_ratio=0.5": "test_ratio: the cells of a sweep differ in it; expected sweep_ratios",
+    "test_type=text": "test_type: the cells of a sweep differ in it; expected sweep_types",
+    "seed=3": "seed: the cells of a sweep differ in it; expected sweep_seeds",
+    "exp_name=x": "exp_name: the runs of a sweep are named after it; expected sweep_name",
+    "fast_dev_run=True": "fast_dev_run: contradicts a sweep, which trains and evaluates its runs itself",
+    "test_after_fit=False": "test_after_fit: contradicts a sweep",
+    "sweep_over.memory_lengt=[3]": "sweep_over: unknown option memory_lengt; did you mean memory_length?",
+    "sweep_over.seed=[1,2]": "sweep_over.seed: expected an option of the model or its training, found 'seed'",
+    "sweep_over.memory_length=[3,4]": "sweep_over: {'memory_length': 4} is not possible: memory_length: expected a pos",
+    "search.memory_length=[3,6] sweep_over.memory_depth=[1,2]": "sweep_over: is for a grid; a search has one missing",
+    "num_nodes=2 batch_size=8": "num_nodes: expected 1, since a sweep starts each run on one machine",
+    "search=fast": "search: expected a dictionary, or one entry as in search.NAME=VALUE, found 'fast'",
+    "search.learning_rat=[1,2]": "search: unknown option learning_rat; did you mean learning_rate?",
+    "search.seed=[1,2]": "search.seed: expected an option of the model or its training, found 'seed'",
+    "search.search_trials=[1,2]": "search.search_trials: expected an option of the model or its training",
+    "search.sweep_seeds=[1,2]": "search.sweep_seeds: expected an option of the model or its training",
+    "search.learning_rate=0.1": "search.learning_rate: expected a list of at least two values, found [0.1]",
+    "search.learning_rate=[0,1]": "search.learning_rate: expected a number above 0, found 0",
+    "search.learning_rate=[1e-1,1e-4]": "search.learning_rate: expected a range, the lower end first, found [0.1, 0.0",
+    "search.memory_length=[12,few]": "search.memory_length: expected an integer of at least 3, found 'few'",
+    "search.memory_length=[12,12]": "search.memory_length: expected each value once, found 12 twice",
+    "search.memory_length=[6,10]": "search.memory_length: 10 is not possible: memory_length: expected a positive multi",
+    "search.batch_size=[8,10]": "search.batch_size: 10 is not possible: batch_size: expected a multiple of per_gpu_bat",
+    "search_trials=0": "search_trials: expected an integer of at least 1, found 0",
+    "search_trials=5": "search_trials: expected options to search, as in search.learning_rate=[1e-4,1e-1]",
+    "search.memory_length=[3,6] sweep_seeds=[1,2]": "sweep_seeds: is for a grid; a search has one missing_type",
+    "search.memory_length=[3,6] sweep_launcher=commands": "sweep_launcher: a search chooses by results; expected local",
+    "data_root=nowhere": "data_root: expected mmimdb_train.arrow",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_option(sweep: Sweep, capsys: pytest.CaptureFixture[str], options: str) -> None:
+    assert sweep.run(*options.split(" ")) == 2
+    assert error_line(capsys.readouterr().err).startswith(WRONG[options])
+    assert sweep.versions() == {} and not (sweep.folder / "sweep.json").exists()
+
+
+def test_a_folder_that_cannot_be_written(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep.log_dir.touch()
+    assert sweep.grid() == 2
+    assert error_line(capsys.readouterr().err).startswith(f"log_dir: cannot write to {sweep.folder}: ")
+
+
+def test_values_that_are_only_possible_together(sweep: Sweep, scores: SetUp) -> None:
+    """A batch of 10 fits passes of 5 samples, which no other batch does."""
+    options = ("search.batch_size=[8,10]", "search.per_gpu_batchsize=[4,5]", "search.memory_length=[3,6]")
+    assert sweep.run(*options, "search_trials=1") == 0
+
+
+def test_lists_that_a_shell_has_unquoted(sweep: Sweep, stand_in: SetUp) -> None:
+    assert sweep.grid(types="[text, image]", ratios="(0.5,)", seeds="1,2") == 0
+    assert set(sweep.versions()) == {f"s_{kind}_0.5_seed{seed}" for kind in ("text", "image") for seed in (1, 2)}
+
+
+def test_choices_for_an_option_that_is_any_number(sweep: Sweep, scores: SetUp) -> None:
+    """Two numbers are a range, three are choices; words and numbers may be mixed."""
+    options = ("search.learning_rate=[0.001,0.01,0.1]", "search.decay_power=[1,cosine]", "search.memory_length=[3,6]")
+    assert sweep.run(*options, "search_trials=8") == 0
+    trials = sweep.table("search.csv")
+    assert {trial["learning_rate"] for trial in trials} <= {"0.001", "0.01", "0.1"}
+    assert {trial["decay_power"] for trial in trials} <= {"1.0", "cosine"}
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5940, "99 min"), (6000, "1 h 40 min"), (90061, "25 h 1 min")],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_the_estimate_of_what_is_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 10 runs 4 are complete; two that took 60 s in all leave four more, 2 minutes."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = Progress(10, complete=4)
+    job = Job("run", tmp_path, (), tested=True)
+    with caplog.at_level("INFO", logger="rep"):
+        clock[0] += 20
+        progress.tell(job, Outcome(None, 20.0), "good")
+        clock[0] += 40
+        progress.tell(job, Outcome("it broke", 40.0), "good")
+    assert caplog.messages == [
+        "[5/10] run: good (20 s; about 2 min left)",
+        "[6/10] run: failed: it broke (40 s; about 2 min left)",
+    ]
+
+
+def test_tables_align() -> None:
+    assert ruled_table(("a", "bb"), [("long", "1"), ("x", "1000")], "<>").splitlines() == [
+        "  a        bb",
+        "  " + "─" * 11,
+        "  long      1",
+        "  x      1000",
+    ]
+
+
+def test_mean_and_std_by_hand() -> None:
+    assert mean_and_std([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2)))
+    assert mean_and_std([0.25]) == (0.25, 0.0)
+
+
+def test_a_single_run_takes_no_option_of_sweeps(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, name in (("search.learning_rate=[1e-3,1e-2]", "search"), ("sweep_seeds=[1,2]", "sweep_seeds")):
+        assert command_line(["run.py", *workspace.command(option)[1:]]) == 2
+        assert error_line(capsys.readouterr().err) == f"{name}: for many runs; expected `python run.py sweep with …`"

@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -19,6 +19,9 @@ with warnings.catch_warnings():
     from sacred.utils import ConfigAddedError, SacredError
 
 from clip.backbone import HUB_NAMES
+from clip.modules.heads import HEADS
+from clip.modules.method import MethodOptions
+from clip.modules.registry import METHODS
 from clip.modules.vision_transformer_memory import ACTIVATIONS
 from clip.run_table import COLUMNS
 from clip.tasks import TASKS
@@ -46,7 +49,6 @@ __all__ = [
 EX = Experiment("REP", save_git_info=False)
 logging.getLogger("REP").setLevel(logging.CRITICAL)  # Sacred's steps and type changes; run.py and `check` tell
 EX.logger = logging.getLogger("REP")  # type: ignore[assignment]
-PROMPT_TYPES = ("rep",)
 LAUNCHERS = ("local", "slurm", "submitit_local", "commands")
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -72,9 +74,15 @@ def defaults() -> None:
     vit_activation = None  # quick_gelu or gelu, for open_clip state dicts that do not say it
     tokenizer = None  # Hugging Face folder or name, or CLIP's merges file; None: the one that comes with vit
     trust_backbone = False  # run a TorchScript archive whose SHA-256 is not one that OpenAI published
-    prompt_type = "rep"  # the method
+    prompt_type = "rep"  # the method: rep, dcp, map_input, map_attention, maple, coop, msp or none
     memory_length = 36  # memory slots in all; a third each private, shared, dynamic
     memory_depth = 6  # blocks of each tower that get private slots
+    head = "linear"  # linear, or prototype (DPL)
+    far = True  # REP: residual bypass, and replay if replay_depth is above 0; False for ablations
+    fmb = True  # REP: private slots by missing type, and shared slots; False for ablations
+    replay_depth = 0  # REP as described: blocks after memory_depth that get back what earlier ones made of the slots
+    decoupling_weight = 0  # REP as described: weight of the loss that keeps private and shared slots apart
+    dynamic_init = False  # REP as described: shared slots start from the sample, too
     image_size = None  # side of the images; None: the backbone's, and no other is possible
 
     # Optimisation
@@ -138,6 +146,18 @@ def defaults() -> None:
 
 
 @EX.named_config
+def rep_described() -> None:
+    replay_depth = 6
+    decoupling_weight = 0.1
+    dynamic_init = True
+
+
+@EX.named_config
+def ablation() -> None:
+    sweep_over = {"far": [False, True], "fmb": [False, True]}
+
+
+@EX.named_config
 def task_finetune_mmimdb() -> None:
     exp_name = "finetune_mmimdb"
     task = "mmimdb"
@@ -161,6 +181,7 @@ def task_finetune_hatememes() -> None:
 Reader = Callable[[str, Any], Any]
 OF_THE_METHOD = frozenset(
     {"simulate_missing", "vit", "vit_activation", "tokenizer", "prompt_type", "memory_length", "memory_depth"}
+    | {"head", "far", "fmb", "replay_depth", "decoupling_weight", "dynamic_init"}
     | {"batch_size", "per_gpu_batchsize", "learning_rate", "lr_mult", "weight_decay", "max_epoch", "max_steps"}
     | {"warmup_steps", "decay_power", "end_lr", "val_check_interval", "precision", "finetune_first"}
 )
@@ -369,9 +390,15 @@ class Options:
     vit_activation: Annotated[str | None, optional(one_of(*ACTIVATIONS))]
     tokenizer: Annotated[str | None, optional(text)]
     trust_backbone: Annotated[bool, flag]
-    prompt_type: Annotated[str, one_of(*PROMPT_TYPES)]
+    prompt_type: Annotated[str, one_of(*METHODS)]
     memory_length: Annotated[int, integer(3)]
     memory_depth: Annotated[int, integer(1)]
+    head: Annotated[str, one_of(*HEADS)]
+    far: Annotated[bool, flag]
+    fmb: Annotated[bool, flag]
+    replay_depth: Annotated[int, integer(0)]
+    decoupling_weight: Annotated[float, number(0)]
+    dynamic_init: Annotated[bool, flag]
     image_size: Annotated[int | None, optional(integer(1))]
     batch_size: Annotated[int, integer(1)]
     per_gpu_batchsize: Annotated[int, integer(1)]
@@ -428,6 +455,10 @@ class Options:
     def accumulation(self) -> int:
         """Forward passes per optimiser step."""
         return self.batch_size // (self.per_gpu_batchsize * self.processes)
+
+    def method(self) -> MethodOptions:
+        """The part of the options that says what the towers get."""
+        return MethodOptions(**{field.name: getattr(self, field.name) for field in fields(MethodOptions)})
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -558,6 +589,7 @@ def _check_together(options: Options) -> None:
             f"memory_length: expected a positive multiple of 3 (private, shared and dynamic slots), "
             f"found {options.memory_length}"
         )
+    _check_method(options)
     if options.cpu_processes > 1 and options.num_gpus:
         raise ConfigError(f"cpu_processes: expected 1 where GPUs are used (num_gpus={options.num_gpus})")
     per_pass = options.per_gpu_batchsize * options.processes
@@ -576,6 +608,21 @@ def _check_together(options: Options) -> None:
         raise ConfigError("finetune_first: expected a checkpoint to start from in load_path")
     if options.resume_from is not None and (options.load_path is not None or options.test_only):
         raise ConfigError("resume_from: goes on with a training run; load_path and test_only contradict it")
+
+
+def _check_method(options: Options) -> None:
+    plain, names = MethodOptions(), ("far", "fmb", "replay_depth", "decoupling_weight", "dynamic_init")
+    of_rep = {name: getattr(options, name) for name in names}
+    for name, value in of_rep.items():
+        if value != getattr(plain, name) and options.prompt_type != "rep":
+            raise ConfigError(f"{name}: is an option of prompt_type=rep, found prompt_type={options.prompt_type}")
+    for name, needed in (("replay_depth", "far"), ("decoupling_weight", "fmb"), ("dynamic_init", "fmb")):
+        if of_rep[name] and not of_rep[needed]:
+            raise ConfigError(f"{name}: expected {getattr(plain, name)} with {needed}=False, found {of_rep[name]}")
+    if options.prompt_type == "map_attention" and options.memory_length % 2:
+        raise ConfigError(
+            f"memory_length: expected a multiple of 6 (a third of it is keys and values), found {options.memory_length}"
+        )
 
 
 def _check_files(options: Options) -> None:

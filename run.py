@@ -34,7 +34,7 @@ from clip.checkpoint import (
     restore_classifier,
 )
 from clip.logit_store import LogitModule, encode
-from clip.modules.clip_dynamic_memory import MissingModalityClassifier
+from clip.modules.classifier import MissingModalityClassifier
 from clip.robustness import Robustness, measure, write_results
 from clip.robustness_text import describe_one, describe_several
 from clip.run_folder import environment, make_run_folder, write_json
@@ -122,7 +122,7 @@ def train(options: Options) -> dict[str, float]:
     backbone = load_backbone(options.vit, trust=options.trust_backbone, activation=options.vit_activation)
     tokenizer = tokenizer_for(options.tokenizer, options.vit, backbone.architecture.vocab_size)
     data = open_data(options, backbone.architecture.image_size, tokenizer)
-    spec = ModelSpec(options.task, options.memory_length, options.memory_depth, backbone.architecture)
+    spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head)
     try:
         classifier = build_classifier(spec)
     except ValueError as error:
@@ -130,7 +130,7 @@ def train(options: Options) -> dict[str, float]:
     log.info("parameters:\n%s", freeze(classifier, options.task))
     backbone.load_into(classifier.model)
     token_embedding = backbone.state["text_encoder.token_embedding.weight"]
-    classifier.model.memory_learner.start_from(
+    classifier.model.method.start_from(
         backbone.state["image_encoder.class_embedding"], token_embedding[tokenizer.end_id]
     )
     if options.load_path is not None:
@@ -146,7 +146,9 @@ def train(options: Options) -> dict[str, float]:
     # Processes without the folder write nothing, but take part in writing.
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints)
+    began = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
+    seconds = time.monotonic() - began
     if options.fast_dev_run:
         log.info("fast_dev_run: one batch of everything went through; nothing was written")
         return {}
@@ -159,7 +161,11 @@ def train(options: Options) -> dict[str, float]:
         return {}
     checkpoint = read_checkpoint(best_path)
     load_kept_state(classifier, checkpoint.state, str(best_path))
-    return test(options, trainer, module, data, checkpoint, folder)
+    training = {
+        "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
+        "training_seconds": None if options.resume_from else round(seconds, 1),
+    }
+    return test(options, trainer, module, data, checkpoint, folder, training)
 
 
 def evaluate(options: Options, given: set[str]) -> dict[str, float]:
@@ -205,8 +211,9 @@ def test(
     data: MissingModalityData,
     checkpoint: Checkpoint,
     folder: Path | None,
+    training: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Runs the test split, prints the result and writes it to `test_results.json`."""
+    """Runs the test split, prints the result and writes it, with `training`, to `test_results.json`."""
     started = time.monotonic()
     trainer.test(module, datamodule=data, verbose=False)
     dataset = data.datasets["test"]
@@ -222,11 +229,12 @@ def test(
         "checkpoint_sha256": checkpoint.sha256,
         "precision": options.precision,
         "seconds": round(time.monotonic() - started, 1),
+        **(training or {}),
     }
     if trainer.is_global_zero:
         assert folder is not None
         write_json(folder / "test_results.json", result)
-        counts = ", ".join(f"{count:,} {name}" for name, count in result["missing"].items())  # type: ignore[attr-defined]
+        counts = ", ".join(f"{count:,} {name}" for name, count in result["missing"].items())
         print(f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})")
         print(
             f"  {options.task} test, {pattern.ratio:.0%} missing ({pattern.missing_type}), seed {pattern.seed}: "
@@ -358,13 +366,17 @@ def warm_start(
     start = restore_classifier(checkpoint, None if checkpoint.published else backbone)
     heads = tuple(f"{task.head_name}." for task in TASKS.values())
     own, theirs = classifier.state_dict(), start.state_dict()
-    wanted = [name for name in kept_names(classifier) if with_head or not name.startswith(heads)]
+    # What REP as described adds to the released model starts as nothing, and is not in checkpoints without it.
+    method = classifier.model.method
+    added = tuple(f"model.{method.attribute}.{beginning}" for beginning in method.start_as_nothing)
+    absent = {name for name in kept_names(classifier) if name.startswith(added)} - set(kept_names(start))
+    of_this_model = [name for name in kept_names(classifier) if name not in absent]
+    wanted = [name for name in of_this_model if with_head or not name.startswith(heads)]
     misfits = [name for name in wanted if name not in theirs or own[name].shape != theirs[name].shape]
     if misfits:
         raise CheckpointError(
             f"load_path={checkpoint.path}: {len(misfits)} entries do not fit this model, for example {misfits[0]}: its "
-            f"task is {checkpoint.spec.task}, memory_length {checkpoint.spec.memory_length}, memory_depth "
-            f"{checkpoint.spec.memory_depth}"
+            f"task is {checkpoint.spec.task}, its method {checkpoint.spec.method}, its head {checkpoint.spec.head}"
         )
     with torch.no_grad():
         for name in wanted:
@@ -383,7 +395,8 @@ def check_resume(checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone) ->
         raise CheckpointError(f"resume_from={checkpoint.path}: a published checkpoint; use it as load_path")
     check_backbone(checkpoint, backbone)
     if checkpoint.spec != spec:
-        theirs, ours = asdict(checkpoint.spec), asdict(spec)
+        theirs, ours = ({**asdict(one), **asdict(one.method)} for one in (checkpoint.spec, spec))
+        del theirs["method"]
         differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in theirs if theirs[key] != ours[key]]
         raise CheckpointError(f"resume_from={checkpoint.path}: a run with other options: {', '.join(differing)}")
 

@@ -51,8 +51,9 @@ def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
 
 def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -> None:
     """Raises ConfigError where the task, or a given option of the model, is another one than the checkpoint's."""
-    for option in ("task", "memory_length", "memory_depth"):
-        theirs, ours = getattr(checkpoint.spec, option), getattr(options, option)
+    spec = checkpoint.spec
+    for option, theirs in {"task": spec.task, **asdict(spec.method), "head": spec.head}.items():
+        ours = getattr(options, option)
         if (option in given or option == "task") and theirs != ours:
             raise ConfigError(f"{option}: {ours} contradicts the checkpoint {checkpoint.path}, which has {theirs}")
 
@@ -77,7 +78,7 @@ def _open(
     subject = Subject(
         checkpoint=path,
         checkpoint_sha256=checkpoint.sha256,
-        method=str(recorded.get("prompt_type", options.prompt_type)),
+        method=str(recorded.get("prompt_type", checkpoint.spec.method.prompt_type)),
         exp_name=str(recorded.get("exp_name", path.stem)),
         train_seed=recorded.get("seed"),
         train_pattern=_train_pattern(path.parent / "config.json", recorded) if recorded else None,

@@ -88,7 +88,7 @@ class Bench:
             partial(halved.evaluate, both),
             None,
         )
-        plain, fast = theirs.model.model.memory_learner.train(), ours.classifier.model.memory_learner.train()
+        plain, fast = theirs.model.model.memory_learner.train(), ours.classifier.model.method.train()
         types = torch.tensor(mixed(LEARNER_BATCH), device=self.device)
         for name, dtype in (("float32", torch.float32), ("bf16 on both sides", torch.bfloat16)):
             yield self._row(
@@ -281,10 +281,10 @@ class Bench:
 def _learn(learner: torch.nn.Module, dtype: torch.dtype, *arguments: Any) -> None:
     """Forward and backward of either learner, with gradients that do not depend on the size of the slots."""
     with torch.autocast(arguments[0].device.type, dtype, enabled=dtype is not torch.float32):
-        image, text = learner(*arguments)
+        image, text = learner(*arguments)[:2]
     slots: list[torch.Tensor] = []
     for tower in (image, text):
-        slots += [*tower.private_BmD, tower.shared_BmD] if isinstance(tower, TowerMemory) else tower
+        slots += [*tower.replaced_BmD, *tower.inserted_BmD] if isinstance(tower, TowerMemory) else tower
     torch.stack([tensor.float().sum() for tensor in slots]).sum().backward()
     learner.zero_grad()
 

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clip.modules.clip_dynamic_memory import RDN, START_MEMORY, MissingModalityClassifier
-from clip.modules.vision_transformer_memory import DYNAMIC_QUERIES, ClipArchitecture
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.clip_dynamic_memory import BUFFER_OF_TYPE, DYNAMIC_QUERIES, RDN
+from clip.modules.vision_transformer_memory import ClipArchitecture
 from vilt.transforms import IMAGE_MEAN, IMAGE_STD
 
 
@@ -142,7 +143,9 @@ class Learner(nn.Module):
         return image, text
 
     def _of_sample(self, missing: int) -> tuple[list[Tensor], list[Tensor]]:
-        visual, text, common = (self.get_parameter(name) for name in START_MEMORY[missing])
+        visual, text, common = (
+            self.get_parameter(f"{part}_memory_{of_type[missing]}") for part, of_type in BUFFER_OF_TYPE.items()
+        )
         image_layers: list[Tensor] = []
         text_layers: list[Tensor] = []
         for k in range(len(self.layernorm_text)):

@@ -10,7 +10,8 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.baseline import PublishedAlgorithm
 from clip.checkpoint import ModelSpec, build_classifier
-from clip.modules.clip_dynamic_memory import MissingModalityClassifier, ModelInput
+from clip.modules.classifier import MissingModalityClassifier, ModelInput
+from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import COMPLETE, IMAGE_MISSING, TEXT_MISSING, ClipArchitecture
 from clip.tasks import TASKS
 from clip.trainable import optimizer_groups
@@ -153,7 +154,7 @@ class Theirs:
 def random_classifier() -> MissingModalityClassifier:
     """The same at every call, frozen as MM-IMDb asks."""
     torch.manual_seed(0)
-    return build_classifier(ModelSpec(TASK.name, MEMORY_LENGTH, MEMORY_DEPTH, VIT_B16))
+    return build_classifier(ModelSpec(TASK.name, MethodOptions("rep", MEMORY_LENGTH, MEMORY_DEPTH), VIT_B16))
 
 
 def adamw(model: torch.nn.Module, fused: bool | None) -> Optimizer:

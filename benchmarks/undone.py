@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip.modules.clip_dynamic_memory import RDN, DynamicMemoryCLIP
+from clip.modules.classifier import PromptedCLIP
+from clip.modules.clip_dynamic_memory import RDN
+from clip.modules.method import ALL_TYPES
 from clip.modules.vision_transformer_memory import (
     MLP,
     DynamicMemoryBlock,
     MemoryPrefix,
+    Passage,
     ResidualAttentionBlock,
     SlotAttention,
     TowerMemory,
-    Transformer,
 )
 
 
@@ -30,13 +32,14 @@ def whole_last_block(
 
 
 def replaced_slots_computed(
-    self: Transformer, block: ResidualAttentionBlock, depth: int, parts: list[Tensor], private_BmD: list[Tensor]
+    self: Passage, block: ResidualAttentionBlock, depth: int, parts: Sequence[Tensor]
 ) -> tuple[list[Tensor], None]:
     """Computes the output of private slots although they are replaced right after."""
-    if depth >= len(private_BmD):
-        return parts, None
-    m = private_BmD[0].shape[1]
-    return [private_BmD[depth], *([parts[0][:, m:]] if depth else parts)], None
+    replaced, inserted, _ = self._memory.groups
+    if depth >= len(replaced):
+        return list(parts), None
+    m = replaced[depth].shape[1]
+    return [replaced[depth], *([parts[0][:, m:]] if depth else [*inserted, *parts])], None
 
 
 def input_with_gradient(
@@ -63,29 +66,29 @@ def learner_per_sample(self: RDN, x: Tensor, row_B: Tensor | None = None) -> Ten
     return self.fc2(self.dropout(F.gelu(self.layernorm(self.fc1(x))))) + self.skip(x)
 
 
-def memory_anew(self: DynamicMemoryCLIP) -> tuple[TowerMemory, MemoryPrefix]:
+def memory_anew(self: PromptedCLIP) -> tuple[TowerMemory, MemoryPrefix]:
     """The learner and the prefix anew for every evaluation batch."""
     self._kept = None
     return _MEMORY_OF_TYPES(self)
 
 
-def slots_per_sample(self: DynamicMemoryCLIP) -> tuple[TowerMemory, TowerMemory]:
+def slots_per_sample(self: PromptedCLIP) -> tuple[TowerMemory, TowerMemory]:
     """Carries the text tower's private and shared slots through it for every sample."""
-    memory = self.memory_learner.of_types()
+    memory = self.method.of_types(ALL_TYPES)
     return memory.image, memory.text
 
 
-_MEMORY_OF_TYPES = DynamicMemoryCLIP._memory_of_types
+_MEMORY_OF_TYPES = PromptedCLIP._memory_of_types
 
 PATCHES: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "read-out alone in the last block": (ResidualAttentionBlock, "read_out", whole_last_block),
-    "slots that are replaced have no output": (Transformer, "_with_private", replaced_slots_computed),
+    "slots that are replaced have no output": (Passage, "before", replaced_slots_computed),
     "no gradient for the first block's frozen input": (DynamicMemoryBlock, "forward", input_with_gradient),
     "QuickGELU as silu, its factors in the products": (MLP, "forward", three_pass_quick_gelu),
     "dynamic slots without keys and values of the tokens": (SlotAttention, "forward", keys_of_all_tokens),
     "learner: one row per type up to the first dropout": (RDN, "forward", learner_per_sample),
-    "learner and prefix kept between evaluation batches": (DynamicMemoryCLIP, "_memory_of_types", memory_anew),
-    "text prefix once per type": (DynamicMemoryCLIP, "_memory_of_types", slots_per_sample),
+    "learner and prefix kept between evaluation batches": (PromptedCLIP, "_memory_of_types", memory_anew),
+    "text prefix once per type": (PromptedCLIP, "_memory_of_types", slots_per_sample),
 }
 """What is left out, and what puts it back."""
 

@@ -24,7 +24,6 @@ from clip.modules.vision_transformer_memory import (
     ClipArchitecture,
     TextTransformerMemory,
     VisionTransformerMemory,
-    is_added,
 )
 from vilt.errors import BackboneError
 
@@ -64,7 +63,7 @@ class Backbone:
     """Of the weights' values, the same in whatever format they were read."""
 
     def load_into(self, model: nn.Module) -> None:
-        """Copies the weights into a `DynamicMemoryCLIP` of the same architecture."""
+        """Copies the weights into a `PromptedCLIP` of the same architecture."""
         own = model.state_dict()
         with torch.no_grad():
             for name, tensor in self.state.items():
@@ -359,14 +358,12 @@ def _check_names_and_shapes(vit: str, state: Mapping[str, Tensor], architecture:
         )
     with torch.device("meta"):
         towers = {
-            "image_encoder": VisionTransformerMemory(architecture, slots=1),
-            "text_encoder": TextTransformerMemory(architecture, slots=1),
+            "image_encoder": VisionTransformerMemory(architecture),
+            "text_encoder": TextTransformerMemory(architecture),
         }
     shapes: dict[str, torch.Size] = {"logit_scale": torch.Size([])}
     for tower_name, tower in towers.items():
-        for name, tensor in tower.state_dict().items():
-            if not is_added(name):
-                shapes[f"{tower_name}.{name}"] = tensor.shape
+        shapes |= {f"{tower_name}.{name}": tensor.shape for name, tensor in tower.state_dict().items()}
     _refuse_names(vit, missing=shapes.keys() - state.keys(), unexpected=state.keys() - shapes.keys())
     for name, shape in shapes.items():
         if state[name].shape != shape:

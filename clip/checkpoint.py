@@ -7,7 +7,7 @@ weights. Published ones hold the whole model except the dynamic queries (METHOD.
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch import Tensor
 
 from clip.backbone import Backbone, architecture_of
 from clip.messages import first_line
-from clip.modules.clip_dynamic_memory import MissingModalityClassifier
-from clip.modules.vision_transformer_memory import ClipArchitecture, is_added
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.heads import HEADS
+from clip.modules.method import MethodOptions
+from clip.modules.registry import METHODS
+from clip.modules.vision_transformer_memory import ClipArchitecture, DynamicMemoryBlock
 from clip.tasks import TASKS
 from clip.trainable import freeze
 from vilt.errors import CheckpointError
@@ -37,9 +40,9 @@ class ModelSpec:
     """What a classifier is built from."""
 
     task: str
-    memory_length: int
-    memory_depth: int
+    method: MethodOptions
     architecture: ClipArchitecture
+    head: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ def describe(spec: ModelSpec, backbone_name: str, backbone_sha256: str) -> dict[
     return {
         "format": FORMAT,
         "task": spec.task,
-        "memory_length": spec.memory_length,
-        "memory_depth": spec.memory_depth,
+        **asdict(spec.method),
+        "head": spec.head,
         "architecture": asdict(spec.architecture),
         "backbone": {"name": backbone_name, "sha256": backbone_sha256},
     }
@@ -75,9 +78,7 @@ def describe(spec: ModelSpec, backbone_name: str, backbone_sha256: str) -> dict[
 def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     """A classifier with random memory and head, its parameters frozen as the task says."""
     task = TASKS[spec.task]
-    classifier = MissingModalityClassifier(
-        spec.architecture, spec.memory_length, spec.memory_depth, task.head_name, task.n_classes
-    )
+    classifier = MissingModalityClassifier(spec.architecture, spec.method, task.head_name, task.n_classes, spec.head)
     freeze(classifier, spec.task)
     return classifier
 
@@ -85,7 +86,14 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
 def kept_names(classifier: MissingModalityClassifier) -> list[str]:
     """Names of the entries that a checkpoint keeps: trained, or added to CLIP (also where they stay frozen)."""
     trained = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
-    return [name for name in classifier.state_dict() if name in trained or is_added(name)]
+    wanted = trained | added_names(classifier)
+    return [name for name in classifier.state_dict() if name in wanted]
+
+
+def added_names(classifier: MissingModalityClassifier) -> set[str]:
+    """Names of the entries of the towers that CLIP does not have: the dynamic attention and its queries."""
+    blocks = {prefix: block for prefix, block in classifier.named_modules() if isinstance(block, DynamicMemoryBlock)}
+    return {f"{prefix}.{name}" for prefix, block in blocks.items() for name in block.added_names()}
 
 
 def kept_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
@@ -134,16 +142,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         spec = ModelSpec(
             task=described["task"],
-            memory_length=described["memory_length"],
-            memory_depth=described["memory_depth"],
+            method=_described_method(described),
+            head=described.get("head", "linear"),
             architecture=ClipArchitecture(**described["architecture"]),
         )
         name, backbone_digest = str(described["backbone"]["name"]), str(described["backbone"]["sha256"])
         if spec.task not in TASKS:
             raise ValueError(f"task {spec.task!r}, expected one of {', '.join(TASKS)}")
+        if spec.method.prompt_type not in METHODS:
+            raise ValueError(f"prompt_type {spec.method.prompt_type!r}, expected one of {', '.join(METHODS)}")
+        if spec.head not in HEADS:
+            raise ValueError(f"head {spec.head!r}, expected one of {', '.join(HEADS)}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its description is not whole: {first_line(error)}") from error
     return Checkpoint(path, digest, spec, state, name, backbone_digest)
+
+
+def _described_method(described: dict[str, Any]) -> MethodOptions:
+    """Options that a checkpoint does not name are newer than it, and have their defaults."""
+    plain = (str, int, float)  # bool is an int
+    values = {field.name: described.get(field.name, field.default) for field in fields(MethodOptions)}
+    wrong = [name for name, value in values.items() if not isinstance(value, plain)]
+    if wrong or not {"memory_length", "memory_depth"} <= described.keys():
+        raise ValueError(f"expected {', '.join(values)}, found {wrong or sorted(described)}")
+    return MethodOptions(**values)
 
 
 def restore_classifier(checkpoint: Checkpoint, backbone: Backbone | None) -> MissingModalityClassifier:
@@ -191,7 +213,9 @@ def check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
 def _load_published(classifier: MissingModalityClassifier, checkpoint: Checkpoint) -> None:
     state = dict(checkpoint.state)
     expected = set(classifier.state_dict())
-    queries = sorted(name for name in expected if ".memories_dynamic_" in name)
+    dynamic = classifier.model.method.dynamic_names
+    assert dynamic is not None, "published methods have dynamic queries"
+    queries = sorted(name for name in expected if name.endswith(dynamic[1]))
     absent = [name for name in queries if name not in state]
     if absent:
         log.warning(
@@ -233,29 +257,29 @@ def _kind(value: object) -> str:
 
 
 def _published_spec(path: Path, state: dict[str, Tensor]) -> ModelSpec:
-    """Sizes from the shapes; the published files' own description is not needed."""
-    learner = "model.memory_learner."
-    if any(name.startswith("model.prompt_learner.") for name in state):
-        raise CheckpointError(f"{path}: a checkpoint of DCP (prompt_learner), not of REP (memory_learner)")
+    """Method and sizes from names and shapes; the published files' own description is not needed."""
+    dcp = any(name.startswith("model.prompt_learner.") for name in state)
+    prompt_type, title = ("dcp", "DCP") if dcp else ("rep", "REP")
+    learner = f"model.{METHODS[prompt_type].attribute}."
     try:
-        slots = len(state[f"{learner}common_memory_complete"])
+        slots = len(state[f"{learner}common_{'prompt' if dcp else 'memory'}_complete"])
         architecture = architecture_of(
             {name.removeprefix("model."): value for name, value in state.items()}, "quick_gelu"
         )
     except KeyError as error:
         raise CheckpointError(
-            f"{path}: not a whole published REP checkpoint: {error.args[0]} is not in it; "
+            f"{path}: not a whole published {title} checkpoint: {error.args[0]} is not in it; "
             f"found {len(state)} entries {_some(sorted(state))}"
         ) from error
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a published REP checkpoint: {first_line(error)}") from error
+        raise CheckpointError(f"{path}: not a published {title} checkpoint: {first_line(error)}") from error
     heads = [task for task in TASKS.values() if f"{task.head_name}.weight" in state]
     if len(heads) != 1:
         expected = " or ".join(task.head_name for task in TASKS.values())
         raise CheckpointError(f"{path}: expected one head named {expected}, found {len(heads)}")
     prefix = f"{learner}layernorm_text."
     depth = len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
-    return ModelSpec(heads[0].name, 3 * slots, depth, architecture)
+    return ModelSpec(heads[0].name, MethodOptions(prompt_type, 3 * slots, depth), architecture)
 
 
 class _StandIn:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
 
 from clip.checkpoint import DESCRIPTION, ModelSpec, describe, kept_state, load_kept_state
-from clip.modules.clip_dynamic_memory import MissingModalityClassifier, ModelInput
+from clip.modules.classifier import MissingModalityClassifier, ModelInput
 from clip.tasks import TASKS
 from clip.trainable import optimizer_groups
 from vilt.datamodules import Batch, MissingModalityData
@@ -38,6 +38,20 @@ class OptimizerSettings:
     end_lr: float
     decay_power: float | str
     """Power of the polynomial decay, or `cosine`."""
+
+
+def model_input(batch: Batch) -> ModelInput:
+    """A batch as the model takes it."""
+    return ModelInput(
+        image_b3RR=normalise(batch.image_b3RR),
+        tokens_bL=batch.tokens_bL,
+        missing_type_B=batch.missing_type_B,
+        image_rows=batch.image_rows,
+        text_rows=batch.text_rows,
+        types=batch.types,
+        text_length=batch.text_length,
+        image_of_B=batch.image_of_B,
+    )
 
 
 class FinetuneModule(pl.LightningModule):
@@ -76,18 +90,7 @@ class FinetuneModule(pl.LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C)."""
-        return self.classifier(
-            ModelInput(
-                image_b3RR=normalise(batch.image_b3RR),
-                tokens_bL=batch.tokens_bL,
-                missing_type_B=batch.missing_type_B,
-                image_rows=batch.image_rows,
-                text_rows=batch.text_rows,
-                types=batch.types,
-                text_length=batch.text_length,
-                image_of_B=batch.image_of_B,
-            )
-        )
+        return self.classifier(model_input(batch))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds the dropout masks by their place in the training, so that an interruption does not change them."""
@@ -95,13 +98,16 @@ class FinetuneModule(pl.LightningModule):
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "big"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch.
+        """Mean loss of the batch, with the method's own.
 
         Raises:
             NonFiniteLossError: names the step and the samples.
         """
-        logits = self(batch).float()
+        logits, penalty = self.classifier.training_outputs(model_input(batch), batch.label)
+        logits = logits.float()
         loss = self.task.loss(logits, batch.label)
+        if penalty is not None:
+            loss = loss + penalty
         self._unchecked.append((loss.detach(), self.global_step, batch_idx, batch.index_B))
         if loss.device.type == "cpu" or len(self._unchecked) == LOSSES_PER_CHECK:
             self._check_losses()

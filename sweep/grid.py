@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clip.run_folder import read_json, write_csv
 from clip.tasks import TASKS
@@ -16,11 +16,22 @@ from clip.text_table import per_cent, ruled_table
 from config import Options
 from sweep.jobs import Job
 from sweep.launchers import Launcher
-from sweep.progress import Progress
+from sweep.progress import Progress, duration
 from vilt.errors import DataError, SweepError
 from vilt.utils.files import atomic_path
 
 log = logging.getLogger("rep")
+
+
+COSTS = ("trained_parameters", "training_seconds")
+"""What a run says of its cost. A run that was interrupted does not know its time."""
+
+
+class Result(NamedTuple):
+    """What a complete run reached, and what it cost."""
+
+    metrics: dict[str, float]
+    costs: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,8 @@ class Cell:
         """What the seeds of a row of the table have in common."""
         return (*self.variant.values(), self.missing_type, self.ratio)
 
-    def metrics(self) -> dict[str, float] | None:
-        """Of the test, once the run is complete.
+    def result(self) -> "Result | None":
+        """Of the run, once it is complete.
 
         Raises:
             SweepError: the file of its results is damaged.
@@ -49,7 +60,8 @@ class Cell:
         if result is None:
             return None
         try:
-            return dict(read_json(result)["metrics"])
+            written = read_json(result)
+            return Result(dict(written["metrics"]), {name: written[name] for name in COSTS if written.get(name)})
         except DataError as error:
             raise SweepError(str(error)) from error
         except (KeyError, TypeError, ValueError) as error:
@@ -105,8 +117,8 @@ def run_grid(options: Options, cells: Sequence[Cell], launch: Launcher, folder: 
     log.info("sweep %s: %s", options.sweep_name, count_states(cells))
     progress = Progress(len(cells), len(cells) - len(waiting))
     for job, outcome in launch([cell.job for cell in waiting]):
-        metrics = cell_of[job].metrics() or {}
-        progress.tell(job, outcome, f"{metric} {metrics.get(metric, float('nan')):.4f}")
+        result = cell_of[job].result()
+        progress.tell(job, outcome, "" if result is None else f"{metric} {result.metrics[metric]:.4f}")
         write_table(options, cells, progress, folder / "table.csv")
     rows = write_table(options, cells, progress, folder / "table.csv")
     print(f"\nsweep {options.sweep_name}: {options.task} test, mean ± standard deviation over seeds\n")
@@ -147,6 +159,8 @@ class Row:
     text_available: float
     metrics: dict[str, tuple[float, float]]
     """Mean and sample standard deviation (0 for one seed) by name; empty while no seed is complete."""
+    costs: dict[str, float]
+    """Mean of what is known, likewise."""
     complete: int
     failed: int
     open: int
@@ -161,7 +175,7 @@ def table_rows(options: Options, cells: Iterable[Cell], failed: Iterable[Job]) -
         seeds_of.setdefault(cell.pattern, []).append(cell)
     for seeds in seeds_of.values():
         missing_type, ratio = seeds[0].missing_type, seeds[0].ratio
-        results = [metrics for cell in seeds if (metrics := cell.metrics()) is not None]
+        results = [result for cell in seeds if (result := cell.result()) is not None]
         share = options.both_ratio if missing_type == "both" else float(missing_type == "image")
         broken = sum(cell.job in failed for cell in seeds)
         rows.append(
@@ -171,13 +185,20 @@ def table_rows(options: Options, cells: Iterable[Cell], failed: Iterable[Job]) -
                 ratio,
                 image_available=round(1 - ratio * share, 6),
                 text_available=round(1 - ratio * (1 - share), 6),
-                metrics={name: mean_and_std([result[name] for result in results]) for name in (results or [{}])[0]},
+                metrics=mean_and_std_of([result.metrics for result in results]),
+                costs={name: mean for name, (mean, _) in mean_and_std_of([result.costs for result in results]).items()},
                 complete=len(results),
                 failed=broken,
                 open=len(seeds) - len(results) - broken,
             )
         )
     return rows
+
+
+def mean_and_std_of(values: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Mean and sample standard deviation of the values that all have."""
+    common = [name for name in (values or [{}])[0] if all(name in of_one for of_one in values)]
+    return {name: mean_and_std([of_one[name] for of_one in values]) for name in common}
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
@@ -190,27 +211,33 @@ def write_table(options: Options, cells: Sequence[Cell], progress: Progress, pat
     rows = table_rows(options, cells, [job for job, _ in progress.failed])
     names = list(dict.fromkeys(name for row in rows for name in row.metrics)) or [TASKS[options.task].monitor]
     columns = [f"{name}_{figure}" for name in names for figure in ("mean", "std")]
-    header = ["missing_type", "ratio", "image_available", "text_available", *columns, "complete", "failed", "open"]
+    pattern_columns = [*options.sweep_over, "missing_type", "ratio", "image_available", "text_available"]
     lines = []
     for row in rows:
         figures = [figure for name in names for figure in row.metrics.get(name, ("", ""))]
         pattern = (*row.variant.values(), row.missing_type, row.ratio, row.image_available, row.text_available)
-        lines.append([*pattern, *figures, row.complete, row.failed, row.open])
-    write_csv(path, [*options.sweep_over, *header], lines)
+        costs = [row.costs.get(name, "") for name in COSTS]
+        lines.append([*pattern, *figures, *costs, row.complete, row.failed, row.open])
+    write_csv(path, [*pattern_columns, *columns, *COSTS, "complete", "failed", "open"], lines)
     return rows
 
 
 def table_text(rows: Sequence[Row], metric: str) -> str:
     """The table for the eye, with one metric."""
     varied, any_failed = list(rows[0].variant), any(row.failed for row in rows)
+    any_costs = any(row.costs for row in rows)
     shown = []
     for row in rows:
         mean, std = row.metrics.get(metric, (None, 0.0))
         value = "–" if mean is None else f"{mean:.4f} ± {std:.4f}" if row.complete > 1 else f"{mean:.4f}" + " " * 9
         available = [per_cent(share) for share in (row.image_available, row.text_available)]
-        seeds = f"{row.complete} of {row.complete + row.failed + row.open}"
+        seeds = [f"{row.complete} of {row.complete + row.failed + row.open}"]
         failed = [str(row.failed or "")] if any_failed else []
         variant = [str(value) for value in row.variant.values()]
-        shown.append([*variant, row.missing_type, f"{row.ratio:.4g}", *available, value, seeds, *failed])
-    head = [*varied, "missing", "ratio", "image", "text", metric, "seeds complete", *["failed"][: int(any_failed)]]
+        if any_costs:
+            trained, seconds = (row.costs.get(name) for name in COSTS)
+            seeds += ["–" if trained is None else f"{trained:,.0f}", "–" if seconds is None else duration(seconds)]
+        shown.append([*variant, row.missing_type, f"{row.ratio:.4g}", *available, value, *seeds, *failed])
+    head = [*varied, "missing", "ratio", "image", "text", metric, "seeds complete"]
+    head += [*(["values trained", "time of a run"] if any_costs else []), *(["failed"] if any_failed else [])]
     return ruled_table(head, shown, "<" * (len(varied) + 1) + ">" * (len(head) - len(varied) - 1))

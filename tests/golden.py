@@ -36,6 +36,7 @@ class Golden:
     """One golden file: a whole model, a batch, and what the published code made of them in evaluation mode."""
 
     path: Path
+    prompt_type: str
     task: str
     vision_layers: int
     text_layers: int
@@ -57,6 +58,11 @@ class Golden:
 def rep_files() -> list[Path]:
     """The golden files of the REP model, sorted."""
     return sorted(GOLDEN_DIR.glob("rep_*.npz"))
+
+
+def dcp_files() -> list[Path]:
+    """The golden files of DCP, sorted."""
+    return sorted(GOLDEN_DIR.glob("dcp_*.npz"))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -123,8 +129,41 @@ def rep_shapes(
     return shapes
 
 
+def dcp_shapes(
+    folder: Path,
+    *,
+    task: str,
+    classes: int,
+    memory_length: int,
+    memory_depth: int,
+    **sizes: int,
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a DCP model: REP's towers, and the prompt learner as METHOD.md section 8 has it."""
+    rep = rep_shapes(folder, task=task, classes=classes, memory_length=memory_length, memory_depth=1, **sizes)
+    renamed = {
+        name.replace("attn_memory", "attn_prompt").replace("memories_dynamic", "prompts_dynamic"): shape
+        for name, shape in rep.items()
+        if ".memory_learner." not in name
+    }
+    m, d_v, d_t, E = memory_length // 3, WIDTHS["image"], WIDTHS["text"], 512
+    V = d_v + d_t
+    learner: dict[str, tuple[int, ...]] = {f"common_prompt_{kind}": (m, E) for kind in ("complete", "image", "text")}
+
+    def bottleneck(name: str, width_in: int, width_out: int) -> None:
+        learner.update({f"{name}.0.weight": (width_in // 16, width_in), f"{name}.0.bias": (width_in // 16,)})
+        learner.update({f"{name}.2.weight": (width_out, width_in // 16), f"{name}.2.bias": (width_out,)})
+
+    for modality, tower, width in (("visual", "image", d_v), ("text", "text", d_t)):
+        learner.update({f"{modality}_prompt_{state}": (m, width) for state in ("complete", "missing")})
+        bottleneck(f"common_prompt_projection_{tower}", E, width)
+        for k in range(memory_depth):
+            bottleneck(f"compound_prompt_projections_{tower}.{k}", V, width)
+            learner.update({f"layernorm_{tower}.{k}.{part}": (V,) for part in ("weight", "bias")})
+    return renamed | {f"model.prompt_learner.{name}": shape for name, shape in learner.items()}
+
+
 def load_golden(path: Path) -> Golden:
-    """Read a `rep_*.npz` and make the weights and inputs behind it, from the files beside it.
+    """Read a `rep_*.npz` or `dcp_*.npz` and make the weights and inputs behind it, from the files beside it.
 
     Raises ValueError if the inputs made are not the ones in the file.
     """
@@ -137,10 +176,12 @@ def load_golden(path: Path) -> Golden:
     task, tag, missing_types = meta["task"], meta["tag"], meta["missing_type"]
     classes = arrays["logits"].shape[1]
 
+    prompt_type = path.name.partition("_")[0]
+    shapes = {"rep": rep_shapes, "dcp": dcp_shapes}[prompt_type]
     weights = load_weights_module(path.parent)
     state = {
         name: torch.from_numpy(np.asarray(weights.parameter(tag, name, shape)))
-        for name, shape in rep_shapes(path.parent, task=task, classes=classes, **sizes).items()
+        for name, shape in shapes(path.parent, task=task, classes=classes, **sizes).items()
     }
     tokens, images, labels = weights.inputs(tag, missing_types, meta["resolution"], task, classes)
     for made, name in ((tokens, "tokens"), (labels, "label")):
@@ -149,6 +190,7 @@ def load_golden(path: Path) -> Golden:
 
     return Golden(
         path=path,
+        prompt_type=prompt_type,
         task=task,
         **sizes,
         missing_types=missing_types,

@@ -1,10 +1,13 @@
 """Building the real model in tests: from a state dict, from a golden file, or small and random."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from clip.backbone import architecture_of
-from clip.modules.clip_dynamic_memory import MissingModalityClassifier, ModelInput
+from clip.modules.classifier import MissingModalityClassifier, ModelInput
+from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture
 from clip.tasks import TASKS
 from clip.trainable import freeze
@@ -40,22 +43,33 @@ def model_input(images: Tensor, tokens: Tensor, missing_types: list[int]) -> Mod
     )
 
 
-def classifier_of(state: dict[str, Tensor], task: str, memory_length: int, memory_depth: int):
+def classifier_of(
+    state: dict[str, Tensor], task: str, memory_length: int, memory_depth: int, prompt_type: str = "rep"
+) -> MissingModalityClassifier:
     """The real classifier with the values of `state`, checkpoint names; parameters frozen as `task` says."""
     towers = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     architecture = architecture_of(towers, "quick_gelu")
     classes = state[f"{task}_classifier.weight"].shape[0]
-    classifier = MissingModalityClassifier(architecture, memory_length, memory_depth, f"{task}_classifier", classes)
+    options = MethodOptions(prompt_type, memory_length, memory_depth)
+    classifier = MissingModalityClassifier(architecture, options, f"{task}_classifier", classes)
     classifier.load_state_dict(state, strict=True)
     freeze(classifier, task)
     return classifier
 
 
-def tiny_classifier(task: str = "mmimdb", memory_length: int = 6, memory_depth: int = 2, seed: int = 0):
+def tiny_classifier(
+    task: str = "mmimdb",
+    memory_length: int = 6,
+    memory_depth: int = 2,
+    seed: int = 0,
+    head: str = "linear",
+    **of_method: Any,
+) -> MissingModalityClassifier:
     """A random classifier of TINY size, biases and norms moved away from their trivial start."""
     torch.manual_seed(seed)
     spec = TASKS[task]
-    classifier = MissingModalityClassifier(TINY, memory_length, memory_depth, spec.head_name, spec.n_classes)
+    options = MethodOptions(memory_length=memory_length, memory_depth=memory_depth, **of_method)
+    classifier = MissingModalityClassifier(TINY, options, spec.head_name, spec.n_classes, head)
     with torch.no_grad():
         for parameter in classifier.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -10,6 +10,7 @@ from benchmarks.operations import counted_operations, needed_operations
 from benchmarks.sides import VIT_B16
 from benchmarks.undone import PATCHES, put_back
 from clip.checkpoint import ModelSpec, build_classifier
+from clip.modules.method import MethodOptions
 from clip.tasks import TASKS
 from tests import golden
 from tests.models import TINY, model_input, tiny_batch, tiny_classifier
@@ -63,7 +64,7 @@ def test_putting_work_back_changes_no_number(name: str) -> None:
 def test_the_needed_operations_are_those_that_run(missing_type: int, training: bool) -> None:
     """At full width. What runs besides is small: what a mask hides, and the products of the fixed queries."""
     arch = replace(VIT_B16, vision_layers=3, text_layers=3, vocab_size=300)
-    classifier = build_classifier(ModelSpec("mmimdb", 36, 2, arch)).train(training)
+    classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("rep", 36, 2), arch)).train(training)
     tokens = torch.ones(16, 77, dtype=torch.long)
     tokens[:, 40] = 299
     batch = model_input(torch.zeros(16, 3, 224, 224), tokens, [missing_type] * 16)

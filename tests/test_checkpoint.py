@@ -21,6 +21,7 @@ from clip.backbone import Backbone, load_backbone
 from clip.checkpoint import (
     DESCRIPTION,
     ModelSpec,
+    added_names,
     build_classifier,
     describe,
     kept_state,
@@ -28,8 +29,9 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.modules.clip_dynamic_memory import MissingModalityClassifier
-from clip.modules.vision_transformer_memory import ClipArchitecture, is_added
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.method import MethodOptions
+from clip.modules.vision_transformer_memory import ClipArchitecture
 from tests import golden
 from tests.backbones import random_hf_clip
 from tests.models import TINY, model_input, tiny_batch, tiny_classifier
@@ -47,7 +49,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 
 def spec_of(task: str) -> ModelSpec:
-    return ModelSpec(task, memory_length=6, memory_depth=2, architecture=TINY)
+    return ModelSpec(task, MethodOptions("rep", 6, 2), TINY)
 
 
 def trained_classifier(task: str, backbone: Backbone, seed: int = 0) -> MissingModalityClassifier:
@@ -133,7 +135,7 @@ def test_halving_is_lossless_and_only_for_frozen_values_that_fit(backbone: Backb
     assert kept[weight.replace("image", "text")].dtype == torch.float32
     for name, tensor in kept.items():
         assert torch.equal(tensor.to(state[name].dtype), state[name]), name
-        if not is_added(name):
+        if name not in added_names(frozen):
             assert tensor.dtype == torch.float32, f"{name} is trained"
     trained = trained_classifier("hatememes", backbone)
     with torch.no_grad():
@@ -146,7 +148,7 @@ def test_halving_is_lossless_and_only_for_frozen_values_that_fit(backbone: Backb
 
 def test_best_checkpoint_of_vit_b_16_is_under_80_mb() -> None:
     with torch.device("meta"):
-        classifier = build_classifier(ModelSpec("mmimdb", 36, 6, VIT_B_16))
+        classifier = build_classifier(ModelSpec("mmimdb", MethodOptions(), VIT_B_16))
     with torch.no_grad():  # real values only where they are kept: the frozen 600 MB are never made
         for name in kept_names_of(classifier):
             module, _, leaf = name.rpartition(".")
@@ -161,7 +163,7 @@ def test_best_checkpoint_of_vit_b_16_is_under_80_mb() -> None:
     written = io.BytesIO()
     content = {
         "state_dict": kept_state(classifier),
-        DESCRIPTION: describe(ModelSpec("mmimdb", 36, 6, VIT_B_16), "", ""),
+        DESCRIPTION: describe(ModelSpec("mmimdb", MethodOptions(), VIT_B_16), "", ""),
     }
     torch.save(content, written)
     assert 70e6 < len(written.getvalue()) < 80e6
@@ -169,7 +171,7 @@ def test_best_checkpoint_of_vit_b_16_is_under_80_mb() -> None:
 
 def kept_names_of(classifier: MissingModalityClassifier) -> list[str]:
     trained = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
-    return [name for name in classifier.state_dict() if name in trained or is_added(name)]
+    return [name for name in classifier.state_dict() if name in trained or name in added_names(classifier)]
 
 
 def test_dynamic_attention_starts_with_values_that_are_halved() -> None:
@@ -464,14 +466,13 @@ def test_published_checkpoints_that_are_not_whole_are_refused(change: Change, pr
 
 
 @pytest.mark.usefixtures("published_names")
-def test_checkpoints_of_dcp_are_refused_by_name(tmp_path: Path) -> None:
-    content = published_content(tiny_classifier())
-    content["state_dict"] = {
-        name.replace("memory_learner", "prompt_learner").replace("attn_memory", "attn_prompt"): value
-        for name, value in content["state_dict"].items()
-    }
+def test_a_dcp_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    content = published_content(tiny_classifier(prompt_type="dcp"))
+    del content["state_dict"]["model.prompt_learner.common_prompt_complete"]
     torch.save(content, tmp_path / "dcp.ckpt")
-    with pytest.raises(CheckpointError, match=r"dcp.ckpt: a checkpoint of DCP \(prompt_learner\), not of REP"):
+    with pytest.raises(
+        CheckpointError, match=r"not a whole published DCP checkpoint: .*common_prompt_complete is not in it"
+    ):
         read_checkpoint(tmp_path / "dcp.ckpt")
 
 

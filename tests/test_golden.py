@@ -1,6 +1,6 @@
 """The model gives the published implementation's numbers, outputs and gradients, and CLIP's token ids.
 
-Runs over every `rep_*.npz` and `clip_tokens.json` in GOLDEN_DIR (default: tests/data/golden).
+Runs over every `rep_*.npz`, `dcp_*.npz` and `clip_tokens.json` in GOLDEN_DIR (default: tests/data/golden).
 """
 
 import json
@@ -24,11 +24,13 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         expected = self.golden = golden.load_golden(path)
-        classifier = classifier_of(expected.state, expected.task, expected.memory_length, expected.memory_depth)
+        classifier = classifier_of(
+            expected.state, expected.task, expected.memory_length, expected.memory_depth, expected.prompt_type
+        )
         classifier.eval()
         batch = model_input(expected.images, expected.tokens, expected.missing_types)
         model, types = classifier.model, batch.missing_type_B
-        memory = model.memory_learner(types, batch.types)
+        memory = model.method(types, batch.types)
         image, text = memory.image, memory.text
         features = model(batch)
         logits = classifier(batch)
@@ -38,10 +40,10 @@ class Run:
                 model.text_encoder(expected.tokens, text, types),
             ]
         self.outputs = {
-            "memory_image_0": torch.cat([image.private_BmD[0], image.shared_BmD], dim=1),
-            "memory_text_0": torch.cat([text.private_BmD[0], text.shared_BmD], dim=1),
-            "memory_image_last": image.private_BmD[-1],
-            "memory_text_last": text.private_BmD[-1],
+            "memory_image_0": torch.cat([image.replaced_BmD[0], image.inserted_BmD[0]], dim=1),
+            "memory_text_0": torch.cat([text.replaced_BmD[0], text.inserted_BmD[0]], dim=1),
+            "memory_image_last": image.replaced_BmD[-1],
+            "memory_text_last": text.replaced_BmD[-1],
             "features_unmasked": torch.cat(unmasked, dim=-1),
             "features": features,
             "logits": logits,
@@ -52,13 +54,14 @@ class Run:
         self.gradients = {name: p.grad for name, p in classifier.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture(scope="module", params=golden.rep_files(), ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=[*golden.rep_files(), *golden.dcp_files()], ids=lambda path: path.stem)
 def run(request: pytest.FixtureRequest) -> Run:
     return Run(request.param)
 
 
 def test_golden_files_are_there() -> None:
-    assert golden.rep_files(), f"no rep_*.npz in {golden.GOLDEN_DIR} (environment variable GOLDEN_DIR)"
+    for method, files in (("rep", golden.rep_files()), ("dcp", golden.dcp_files())):
+        assert files, f"no {method}_*.npz in {golden.GOLDEN_DIR} (environment variable GOLDEN_DIR)"
 
 
 @pytest.mark.parametrize("name", golden.EXPECTED)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clip.modules.clip_dynamic_memory import RDN, MemoryLearner, MissingModalityClassifier
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.clip_dynamic_memory import RDN, MemoryLearner
+from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import TextTransformerMemory, VisionTransformerMemory
 from clip.tasks import TASKS
-from clip.trainable import freeze, optimizer_groups, rows_by_parameter
+from clip.trainable import freeze, optimizer_groups, part_of_parameters
 from tests import golden, slow_rep
 from tests.models import TINY, model_input, tiny_batch, tiny_classifier
 
@@ -91,7 +93,7 @@ def test_evaluation_without_gradients_equals_the_slow_version(depth: int) -> Non
     optimizer.step()
     assert_equal_to_slow()
     with torch.no_grad():
-        classifier.model.text_encoder.transformer.resblocks[1].ln_1.weight.mul_(2)
+        classifier.get_parameter("model.text_encoder.transformer.resblocks.1.ln_1.weight").mul_(2)
     assert_equal_to_slow()
     classifier.load_state_dict(tiny_classifier(memory_depth=depth, seed=5).state_dict())
     assert_equal_to_slow()
@@ -240,7 +242,7 @@ def test_trained_parameters_are_the_published_ones() -> None:
         expected = published(classifier.state_dict(), task)
         unused = {name for name in expected if ".dynamic_common_token_net." in name}
         assert trained == {name for name in expected - unused if "memories_dynamic" not in name}
-        assert rows_by_parameter(classifier).keys() == dict(classifier.named_parameters()).keys()
+        assert part_of_parameters(classifier).keys() == dict(classifier.named_parameters()).keys()
 
 
 def test_optimizer_groups_by_decay_and_head() -> None:
@@ -266,12 +268,12 @@ def test_optimizer_groups_by_decay_and_head() -> None:
 
 def test_freeze_reports_counts() -> None:
     text = freeze(tiny_classifier(), "mmimdb")
-    assert "memory learner" in text and "trained in all" in text and "frozen" in text
+    assert "  method  " in text and "trained in all" in text and "frozen" in text
 
 
 def test_starting_slots_lie_around_the_backbone_embeddings() -> None:
     torch.manual_seed(0)
-    learner = MemoryLearner(TINY, memory_length=9, memory_depth=2)
+    learner = MemoryLearner(TINY, MethodOptions("rep", 9, 2))
     class_embedding, end_embedding = torch.randn(128), torch.randn(64)
     learner.start_from(class_embedding, end_embedding)
     for name, centre in (("visual_memory_missing", class_embedding), ("text_memory_complete", end_embedding)):
@@ -283,12 +285,12 @@ def test_starting_slots_lie_around_the_backbone_embeddings() -> None:
 @pytest.mark.parametrize("length", [0, -3, 4, 35])
 def test_memory_length_must_be_a_positive_multiple_of_three(length: int) -> None:
     with pytest.raises(ValueError, match=f"multiple of 3.*{length}"):
-        MemoryLearner(TINY, length, 2)
+        MemoryLearner(TINY, MethodOptions("rep", length, 2))
 
 
 def test_memory_depth_must_fit_the_towers() -> None:
     with pytest.raises(ValueError, match="memory_depth=3 is more than the backbone has blocks"):
-        MissingModalityClassifier(TINY, 6, 3, "mmimdb_classifier", 23)
+        MissingModalityClassifier(TINY, MethodOptions("rep", 6, 3), "mmimdb_classifier", 23)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -300,11 +302,10 @@ def test_bare_towers_equal_transformers_clip(tmp_path, activation: str) -> None:
     hf = random_hf_clip(tmp_path, activation=activation)
     backbone = load_backbone(str(tmp_path))
     arch = backbone.architecture
-    image_tower, text_tower = VisionTransformerMemory(arch, 1), TextTransformerMemory(arch, 1)
+    image_tower, text_tower = VisionTransformerMemory(arch), TextTransformerMemory(arch)
     for prefix, tower in (("image_encoder.", image_tower), ("text_encoder.", text_tower)):
         own = {k.removeprefix(prefix): v for k, v in backbone.state.items() if k.startswith(prefix)}
-        missing, unexpected = tower.load_state_dict(own, strict=False)
-        assert not unexpected and all("memor" in name for name in missing)
+        tower.load_state_dict(own, strict=True)
     images, tokens = tiny_batch(3)
     with torch.no_grad():
         image_features = hf.visual_projection(hf.vision_model(pixel_values=images).pooler_output)

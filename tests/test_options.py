@@ -30,7 +30,16 @@ WRONG = {
     "missing_type=picture": "missing_type: expected text or image or both, found 'picture'",
     "missing_type.test=none": "missing_type.test: expected text or image or both, found 'none'",
     "test_type=audio": "test_type: expected text or image or both, found 'audio'",
-    "prompt_type=input": "prompt_type: expected rep, found 'input'",
+    "prompt_type=input": "prompt_type: expected rep or dcp or map_input or map_attention or maple or coop or msp or",
+    "head=cosine": "head: expected linear or prototype, found 'cosine'",
+    "far=no": "far: expected True or False, found 'no'",
+    "prompt_type=dcp far=False": "far: is an option of prompt_type=rep, found prompt_type=dcp",
+    "prompt_type=none rep_described": "replay_depth: is an option of prompt_type=rep, found prompt_type=none",
+    "replay_depth=-1": "replay_depth: expected an integer of at least 0, found -1",
+    "replay_depth=1 far=False": "replay_depth: expected 0 with far=False, found 1",
+    "decoupling_weight=0.1 fmb=False": "decoupling_weight: expected 0.0 with fmb=False, found 0.1",
+    "dynamic_init=True fmb=False": "dynamic_init: expected False with fmb=False, found True",
+    "prompt_type=map_attention memory_length=9": "memory_length: expected a multiple of 6 (a third of it is keys and",
     "memory_length=35": "memory_length: expected a positive multiple of 3",
     "memory_length=0": "memory_length: expected an integer of at least 3, found 0",
     "memory_depth=0": "memory_depth: expected an integer of at least 1, found 0",
@@ -67,7 +76,7 @@ WRONG = {
 
 @pytest.mark.parametrize("option", WRONG)
 def test_wrong_option(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
-    command = workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path / 'result'}", option)
+    command = workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path / 'result'}", *option.split(" "))
     status = command_line(command)
     said = capsys.readouterr().err
     errors = [line for line in said.splitlines() if line.startswith("error: ")]

@@ -16,6 +16,7 @@ import torch
 import run
 from clip.backbone import load_backbone
 from clip.checkpoint import ModelSpec, read_checkpoint, restore_classifier
+from clip.modules.method import MethodOptions
 from clip.training import FinetuneModule
 from run import command_line
 from tests.conftest import Workspace
@@ -290,7 +291,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace, capsys: p
 
 def test_losses_on_a_gpu_are_looked_at_together() -> None:
     """The first that is not finite is named, with its own step and samples, and nothing is looked at twice."""
-    module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", 6, 2, TINY))
+    module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY))
     module._sample_names = lambda index_B: [f"film{number}" for number in index_B.tolist()]  # type: ignore[method-assign]
     module._trainer = SimpleNamespace(current_epoch=3)  # type: ignore[assignment]
     losses = [1.0, float("inf"), float("nan")]

@@ -1,14 +1,15 @@
-"""CLIP's two towers with places for memory slots (METHOD.md section 3).
+"""CLIP's two towers with places for slots (METHOD.md sections 3 and 8).
 
-Shape suffixes: B batch, L sequence, D width, H heads, m slots of one group, E joint embedding width.
+Shape suffixes: B batch, L sequence, D width, H heads, m slots of one group, P positions ahead, E joint embedding width.
 
-A tower without memory is OpenAI's CLIP, parameter names included. With memory, its sequence is
-`[private, shared, dynamic, input tokens]`; the private slots are replaced before each of the first `depth` blocks.
+A tower without slots is OpenAI's CLIP, parameter names included. Which slots enter which block is what a method says
+(`TowerMemory`); the sequence of a block is `[replaced slots, inserted slots, dynamic slots, input tokens]`. REP's
+private slots are replaced ones, its shared slots are inserted before the first block.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 COMPLETE, TEXT_MISSING, IMAGE_MISSING = 0, 1, 2
-DYNAMIC_QUERIES = ("memories_dynamic_complete", "memories_dynamic_image", "memories_dynamic_text")
-"""Buffer of dynamic queries by missing type; the published names say which modality is left."""
 RECOMPILE_LIMIT = 64
 """Variants of a function that torch.compile makes before it gives up on compiling it."""
 
@@ -41,31 +40,63 @@ class ClipArchitecture:
     """`quick_gelu` (OpenAI) or `gelu` (most open_clip weights)."""
 
 
-class TowerMemory(NamedTuple):
-    """What the memory learner gives one tower, a row for each sample or each missing type."""
+class DynamicSlots(NamedTuple):
+    """Slots that the first block reads from the tower's input tokens, and the names of what reads them."""
 
-    private_BmD: list[Tensor]
-    """One tensor per layer of the memory depth."""
-    shared_BmD: Tensor
+    slots: int
+    attention: str
+    queries: tuple[str, str, str]
+    """Buffers by missing type; the published names say which modality is left."""
+
+
+class Replay(Protocol):
+    """What slots get back, before deeper blocks, of what earlier blocks made of them."""
+
+    steps: int
+    """Blocks, after those that replace slots, before which something is added."""
+
+    def __call__(self, outputs_BPD: Sequence[Tensor], step: int) -> Tensor:
+        """(B, P, D) to add to the replaced and inserted slots, of what each replacing block made of them."""
+
+
+class TowerMemory(NamedTuple):
+    """What a method gives one tower: a row for each sample or each missing type. Lists go by block, from the first."""
+
+    replaced_BmD: Sequence[Tensor] = ()
+    """Slots in place of those of the block before; the last ones go on through the later blocks."""
+    inserted_BmD: Sequence[Tensor] = ()
+    """Slots that come in before a block, in front of what is there, and go on."""
+    prefixed_BP2D: Sequence[Tensor] = ()
+    """Keys and values that all positions of a block see, without positions of their own."""
+    replay: Replay | None = None
 
     def rows(self, index: Tensor) -> "TowerMemory":
         """The memory of the rows `index`, in that order."""
-        return TowerMemory([private[index] for private in self.private_BmD], self.shared_BmD[index])
+        replaced, inserted, prefixed = ([slots[index] for slots in group] for group in self.groups)
+        return TowerMemory(replaced, inserted, prefixed, self.replay)
+
+    @property
+    def groups(self) -> tuple[Sequence[Tensor], ...]:
+        """All tensors, by what they are for."""
+        return self.replaced_BmD, self.inserted_BmD, self.prefixed_BP2D
 
 
 class MemoryPrefix(NamedTuple):
-    """The private and shared slots of a causal tower on their way through it, as keys and values for what follows.
+    """The slots of a causal tower on their way through it, as keys and values for what follows.
 
     They come first, so that nothing that a sample brings can change them: in evaluation they are the same for all
     samples of a missing type.
     """
 
-    keys_values_BP2D: list[Tensor]
-    """One tensor per block of the tower."""
+    keys_values_BP2D: Sequence[Tensor | None]
+    """One tensor per block of the tower; None where it sees no slots."""
 
     def rows(self, index: Tensor) -> "MemoryPrefix":
         """The prefix of the rows `index`, in that order."""
-        return MemoryPrefix([keys_values[index] for keys_values in self.keys_values_BP2D])
+        return MemoryPrefix([None if slots is None else slots[index] for slots in self.keys_values_BP2D])
+
+
+NO_MEMORY = TowerMemory()
 
 
 class Attention(nn.Module):
@@ -234,89 +265,146 @@ class DynamicMemoryBlock(ResidualAttentionBlock):
     do not hold them (METHOD.md section 6, point 2).
     """
 
-    def __init__(self, width: int, heads: int, activation: str, slots: int) -> None:
+    def __init__(self, width: int, heads: int, activation: str, dynamic: DynamicSlots) -> None:
         super().__init__(width, heads, activation)
-        self.attn_memory = SlotAttention(width)
+        self.dynamic = dynamic
+        attention = SlotAttention(width)
         with torch.no_grad():
             # Where the task leaves this attention frozen at its random start, a checkpoint has to carry it:
             # values that bfloat16 holds exactly take half the space there (see clip/checkpoint.py).
-            for parameter in self.attn_memory.parameters():
+            for parameter in attention.parameters():
                 parameter.copy_(parameter.bfloat16())
-        for name in DYNAMIC_QUERIES:
-            self.register_buffer(name, torch.randn(slots, 1, width) * 0.02)
+        self.add_module(dynamic.attention, attention)
+        for name in dynamic.queries:
+            self.register_buffer(name, torch.randn(dynamic.slots, 1, width) * 0.02)
+
+    def added_names(self) -> list[str]:
+        """Names of its entries that a block of CLIP does not have."""
+        beginnings = (f"{self.dynamic.attention}.", *self.dynamic.queries)
+        return [name for name in self.state_dict() if name.startswith(beginnings)]
 
     def dynamic_slots(self, tokens_BLD: Tensor, missing_type_B: Tensor) -> Tensor:
         """Slots read from all input tokens by the queries of each sample's missing type, (B, m, D)."""
-        queries_3mD = torch.stack([self.get_buffer(name).squeeze(1) for name in DYNAMIC_QUERIES])
-        return self.attn_memory(queries_3mD, tokens_BLD, missing_type_B)
+        queries_3mD = torch.stack([self.get_buffer(name).squeeze(1) for name in self.dynamic.queries])
+        slots: Tensor = self.get_submodule(self.dynamic.attention)(queries_3mD, tokens_BLD, missing_type_B)
+        return slots
+
+
+class Passage:
+    """The slots of one pass through the blocks of a tower.
+
+    What a block makes of slots that are replaced right after it nobody reads, so those are keys and values only, unless
+    they are replayed later.
+    """
+
+    def __init__(self, memory: TowerMemory) -> None:
+        self._memory = memory
+        self._n_inserted = 0
+        self._outputs_BPD: list[Tensor] = []
+
+    def before(
+        self, block: ResidualAttentionBlock, depth: int, parts_BLD: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """The parts of the sequence of block `depth`, given what the one before left, and what is ahead of them."""
+        replaced, inserted, prefixed = self._memory.groups
+        dtype = block.attn.in_proj_weight.dtype
+        parts, ahead = list(parts_BLD), [keys_values.to(dtype) for keys_values in prefixed[depth : depth + 1]]
+        if depth < len(inserted):
+            parts.insert(0, inserted[depth])
+            self._n_inserted += inserted[depth].shape[1]
+        if depth < len(replaced):
+            if depth + 1 < len(replaced) and self._memory.replay is None:
+                ahead.append(block.keys_values(replaced[depth]))
+            else:
+                parts.insert(0, replaced[depth])
+        elif self._outputs_BPD and depth - len(replaced) < self._memory.replay.steps:  # type: ignore[union-attr]
+            [x_BLD] = parts
+            again_BPD = self._memory.replay(self._outputs_BPD, depth - len(replaced))  # type: ignore[misc]
+            P = again_BPD.shape[1]
+            parts = [x_BLD[:, :P] + again_BPD, x_BLD[:, P:]]
+        return parts, _join(ahead) if ahead else None
+
+    def after(self, depth: int, x_BLD: Tensor) -> Tensor:
+        """What goes on to the next block, of what block `depth` gave."""
+        replaced = self._memory.replaced_BmD
+        if self._memory.replay is None or depth >= len(replaced):
+            return x_BLD
+        m = replaced[depth].shape[1]
+        self._outputs_BPD.append(x_BLD[:, : m + self._n_inserted])
+        return x_BLD[:, m:] if depth + 1 < len(replaced) else x_BLD
+
+
+class PrefixPassage(Passage):
+    """A pass of samples whose slots went through the tower before."""
+
+    def __init__(self, prefix: MemoryPrefix) -> None:
+        super().__init__(TowerMemory())
+        self._prefix = prefix
+
+    def before(
+        self, block: ResidualAttentionBlock, depth: int, parts_BLD: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """The parts as they are, and the prefix ahead of them."""
+        return list(parts_BLD), self._prefix.keys_values_BP2D[depth]
 
 
 class Transformer(nn.Module):
-    """The blocks of a tower, and the memory slots on their way through them.
+    """The blocks of a tower, and the slots on their way through them. Of the last block only one position is read."""
 
-    The private slots are replaced before each block of the memory depth. What a block makes of slots that are replaced
-    right after it nobody reads, so those are keys and values only. Of the last block only one position is read.
-    """
-
-    def __init__(self, width: int, layers: int, heads: int, activation: str, slots: int, causal: bool) -> None:
+    def __init__(
+        self, width: int, layers: int, heads: int, activation: str, dynamic: DynamicSlots | None, causal: bool
+    ) -> None:
         super().__init__()
         self.causal = causal
         self.checkpointing = False
         """Activations of a block are computed again for its gradient instead of kept."""
-        first = DynamicMemoryBlock(width, heads, activation, slots)
+        first = (
+            ResidualAttentionBlock(width, heads, activation)
+            if dynamic is None
+            else DynamicMemoryBlock(width, heads, activation, dynamic)
+        )
         rest = [ResidualAttentionBlock(width, heads, activation) for _ in range(layers - 1)]
         self.resblocks = nn.ModuleList([first, *rest])
 
-    def dynamic_slots(self, tokens_BLD: Tensor, missing_type_B: Tensor) -> Tensor:
-        """Slots that the first block reads from the tower's input tokens, (B, m, D)."""
+    def dynamic_slots(self, tokens_BLD: Tensor, missing_type_B: Tensor | None) -> list[Tensor]:
+        """Slots that the first block reads from the tower's input tokens: one tensor (B, m, D), or none."""
         first = self.resblocks[0]
-        assert isinstance(first, DynamicMemoryBlock)
-        return first.dynamic_slots(tokens_BLD, missing_type_B)
+        if missing_type_B is None or not isinstance(first, DynamicMemoryBlock):
+            return []
+        return [first.dynamic_slots(tokens_BLD, missing_type_B)]
 
     def forward(
         self,
-        tokens_BLD: Tensor,
+        parts_BLD: Sequence[Tensor],
         at_B: Tensor,
-        memory: TowerMemory | MemoryPrefix | None,
-        dynamic_BmD: Tensor | None,
+        memory: TowerMemory | MemoryPrefix,
     ) -> Tensor:
-        """What the last block gives for the tokens `at_B`, (B, D)."""
-        if isinstance(memory, TowerMemory):
-            assert dynamic_BmD is not None
-            parts, private_BmD = [memory.shared_BmD, dynamic_BmD, tokens_BLD], memory.private_BmD
-        else:
-            parts, private_BmD = [tokens_BLD] if dynamic_BmD is None else [dynamic_BmD, tokens_BLD], []
-        for depth, block in enumerate(self._blocks()):
-            parts, ahead_BP2D = self._with_private(block, depth, parts, private_BmD)
-            if isinstance(memory, MemoryPrefix):
-                ahead_BP2D = memory.keys_values_BP2D[depth]
-            if depth + 1 < len(self.resblocks):
-                parts = [self._run(block, parts, ahead_BP2D)]
-        before_tokens = sum(part.shape[1] for part in parts) - tokens_BLD.shape[1]
-        return block.read_out(parts, ahead_BP2D, before_tokens + at_B, self.causal)
+        """What the last block gives, (B, D), for the positions `at_B` of the last of the parts."""
+        passage = PrefixPassage(memory) if isinstance(memory, MemoryPrefix) else Passage(memory)
+        L = parts_BLD[-1].shape[1]
+        *blocks, last = self._blocks()
+        for depth, block in enumerate(blocks):
+            parts, ahead_BP2D = passage.before(block, depth, parts_BLD)
+            parts_BLD = [passage.after(depth, self._run(block, parts, ahead_BP2D))]
+        parts, ahead_BP2D = passage.before(last, len(blocks), parts_BLD)
+        before_tokens = sum(part.shape[1] for part in parts) - L
+        return last.read_out(parts, ahead_BP2D, before_tokens + at_B, self.causal)
 
     def prefix(self, memory: TowerMemory) -> MemoryPrefix:
-        """The private and shared slots alone, through all blocks of a causal tower."""
+        """The slots alone, through all blocks of a causal tower."""
         assert self.causal
-        parts, prefix = [memory.shared_BmD], []
+        passage, prefix = Passage(memory), []
+        parts: list[Tensor] = []
         for depth, block in enumerate(self._blocks()):
-            parts, ahead_BP2D = self._with_private(block, depth, parts, memory.private_BmD)
-            own = [block.keys_values(part) for part in parts]
-            prefix.append(_join(own if ahead_BP2D is None else [ahead_BP2D, *own]))
-            if depth + 1 < len(self.resblocks):
-                parts = [block(parts, ahead_BP2D, self.causal)]
+            parts, ahead_BP2D = passage.before(block, depth, parts)
+            seen = [*([] if ahead_BP2D is None else [ahead_BP2D]), *map(block.keys_values, parts)]
+            prefix.append(_join(seen) if seen else None)
+            if parts and depth + 1 < len(self.resblocks):
+                parts = [passage.after(depth, block(parts, ahead_BP2D, self.causal))]
         return MemoryPrefix(prefix)
 
     def _blocks(self) -> list[ResidualAttentionBlock]:
         return cast(list[ResidualAttentionBlock], list(self.resblocks))
-
-    def _with_private(
-        self, block: ResidualAttentionBlock, depth: int, parts: list[Tensor], private_BmD: list[Tensor]
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """The parts and what is ahead of them, with the private slots of this depth in one of the two."""
-        if depth + 1 < len(private_BmD):
-            return parts, block.keys_values(private_BmD[depth])
-        return ([private_BmD[depth], *parts] if depth < len(private_BmD) else parts), None
 
     def _run(self, block: ResidualAttentionBlock, parts: list[Tensor], ahead_BP2D: Tensor | None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -328,7 +416,7 @@ class Transformer(nn.Module):
 class VisionTransformerMemory(nn.Module):
     """The image tower."""
 
-    def __init__(self, arch: ClipArchitecture, slots: int) -> None:
+    def __init__(self, arch: ClipArchitecture, dynamic: DynamicSlots | None = None) -> None:
         super().__init__()
         width = arch.vision_width
         grid = arch.image_size // arch.patch_size
@@ -337,64 +425,82 @@ class VisionTransformerMemory(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(
-            width, arch.vision_layers, arch.vision_heads, arch.activation, slots, causal=False
+            width, arch.vision_layers, arch.vision_heads, arch.activation, dynamic, causal=False
         )
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, arch.embed_dim) * width**-0.5)
 
-    def forward(
-        self, image_B3RR: Tensor, memory: TowerMemory | None = None, missing_type_B: Tensor | None = None
-    ) -> Tensor:
-        """Features of normalised images (B, 3, R, R), before any masking: (B, E)."""
+    def embed(self, image_B3RR: Tensor) -> Tensor:
+        """Input tokens of normalised images (B, 3, R, R), the class token first: (B, L, D)."""
         patches_BLD = self.conv1(image_B3RR.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.expand(len(patches_BLD), 1, -1)
         tokens_BLD = torch.cat([class_B1D, patches_BLD.to(class_B1D.dtype)], dim=1) + self.positional_embedding
-        tokens_BLD = self.ln_pre(tokens_BLD)
-        dynamic_BmD = None
-        if missing_type_B is not None:
-            dynamic_BmD = self.transformer.dynamic_slots(tokens_BLD, missing_type_B)
+        return self.ln_pre(tokens_BLD)
+
+    def forward(
+        self,
+        image_B3RR: Tensor,
+        memory: TowerMemory | MemoryPrefix = NO_MEMORY,
+        missing_type_B: Tensor | None = None,
+    ) -> Tensor:
+        """Features of normalised images (B, 3, R, R), before any masking: (B, E)."""
+        return self.encode(self.embed(image_B3RR), memory, missing_type_B)
+
+    def encode(self, tokens_BLD: Tensor, memory: TowerMemory | MemoryPrefix, missing_type_B: Tensor | None) -> Tensor:
+        """Features of input tokens (B, L, D): (B, E)."""
+        parts_BLD = [*self.transformer.dynamic_slots(tokens_BLD, missing_type_B), tokens_BLD]
         class_token_B = torch.zeros(len(tokens_BLD), dtype=torch.long, device=tokens_BLD.device)
-        return self.ln_post(self.transformer(tokens_BLD, class_token_B, memory, dynamic_BmD)) @ self.proj
+        return self.ln_post(self.transformer(parts_BLD, class_token_B, memory)) @ self.proj
 
 
 class TextTransformerMemory(nn.Module):
-    """The text tower. Its mask is causal over the whole sequence, memory slots first."""
+    """The text tower. Its mask is causal over the whole sequence, slots first."""
 
-    def __init__(self, arch: ClipArchitecture, slots: int) -> None:
+    def __init__(self, arch: ClipArchitecture, dynamic: DynamicSlots | None = None) -> None:
         super().__init__()
         width = arch.text_width
         self.token_embedding = nn.Embedding(arch.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(arch.context_length, width) * 0.01)
-        self.transformer = Transformer(width, arch.text_layers, arch.text_heads, arch.activation, slots, causal=True)
+        self.transformer = Transformer(width, arch.text_layers, arch.text_heads, arch.activation, dynamic, causal=True)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, arch.embed_dim) * width**-0.5)
 
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        """Input tokens of token ids (B, 77), padding too: (B, 77, D)."""
+        return self.token_embedding(ids_BL) + self.positional_embedding
+
     def forward(
         self,
-        tokens_BL: Tensor,
-        memory: TowerMemory | MemoryPrefix | None = None,
+        ids_BL: Tensor,
+        memory: TowerMemory | MemoryPrefix = NO_MEMORY,
         missing_type_B: Tensor | None = None,
         length: int | None = None,
     ) -> Tensor:
-        """Features of token ids (B, 77), before any masking: (B, E). The highest id, `<end>`, is the read-out.
+        """Features of token ids (B, 77), before any masking: (B, E). The highest id, `<end>`, is the read-out."""
+        return self.encode(self.embed(ids_BL), memory, missing_type_B, end_positions(ids_BL), length)
+
+    def encode(
+        self,
+        tokens_BLD: Tensor,
+        memory: TowerMemory | MemoryPrefix,
+        missing_type_B: Tensor | None,
+        end_B: Tensor,
+        length: int | None,
+    ) -> Tensor:
+        """Features of input tokens (B, 77, D) read out at `end_B`: (B, E).
 
         Args:
             length: positions up to the last `<end>` of the batch, for who knows it without asking the device; the mask
                 is causal, so that what comes after cannot matter. The dynamic slots read all 77 positions all the same.
         """
-        tokens_BLD = self.token_embedding(tokens_BL) + self.positional_embedding
-        dynamic_BmD = None
-        if missing_type_B is not None:
-            dynamic_BmD = self.transformer.dynamic_slots(tokens_BLD, missing_type_B)
-        end_B = tokens_BL.argmax(dim=-1)  # the first one: argmax returns the first of equal values
-        x_BD = self.transformer(tokens_BLD[:, :length], end_B, memory, dynamic_BmD)
-        return self.ln_final(x_BD) @ self.text_projection
+        parts_BLD = [*self.transformer.dynamic_slots(tokens_BLD, missing_type_B), tokens_BLD[:, :length]]
+        return self.ln_final(self.transformer(parts_BLD, end_B, memory)) @ self.text_projection
+
+
+def end_positions(ids_BL: Tensor) -> Tensor:
+    """Positions (B,) of `<end>`, the highest token id; the first one where there are several."""
+    return ids_BL.argmax(dim=-1)  # argmax returns the first of equal values
 
 
 def _join(parts_BLD: Sequence[Tensor]) -> Tensor:
     return parts_BLD[0] if len(parts_BLD) == 1 else torch.cat(list(parts_BLD), dim=1)
-
-
-def is_added(name: str) -> bool:
-    """True for tower entries that CLIP does not have: the dynamic attention and its queries."""
-    return ".attn_memory." in name or ".memories_dynamic_" in name

@@ -1,0 +1,249 @@
+"""The methods beside REP, and REP's options, slowly: one sample at a time, every position of every block computed.
+
+As METHOD.md sections 7 and 8 say it, on the slow building blocks of `slow_rep`; nothing is shared with the fast model.
+Shape suffixes as there, W the width of either tower.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests import slow_rep
+from tests.slow_rep import IMAGE, IMAGE_MISSING, TEXT, TEXT_MISSING, State, activate, layer_norm, linear
+
+PROMPTS = "model.prompt_learner"
+MEMORY = "model.memory_learner"
+TOWERS = {"image": IMAGE, "text": TEXT}
+AVAILABLE = ("complete", "image", "text")
+
+
+@dataclass
+class Slots:
+    """What one tower gets for one sample. Lists go by block."""
+
+    replaced: list[Tensor] = field(default_factory=list)
+    inserted: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    queries: Tensor | None = None
+    dynamic: str = ""
+    replay: str = ""
+
+
+def method_slots(
+    state: State, prompt_type: str, missing_type: int, inputs: dict[str, Tensor], rep: dict[str, bool]
+) -> dict[str, Slots]:
+    """The slots of one sample for the image and the text tower.
+
+    Args:
+        inputs: input tokens (L, W) of either tower, for `dynamic_init`.
+        rep: the options far, fmb and dynamic_init of REP.
+    """
+    slots = {"image": Slots(), "text": Slots()}
+    if prompt_type == "none":
+        return slots
+    if prompt_type in ("rep", "dcp"):
+        return _chained(state, prompt_type, missing_type, inputs, rep)
+    for tower, of_tower in slots.items():
+        prompts = state.get(f"{PROMPTS}.{tower}_prompts")
+        if prompt_type == "coop":
+            assert prompts is not None
+            of_tower.inserted = [prompts]
+        elif prompt_type == "maple":
+            text = state[f"{PROMPTS}.text_prompts"]
+            for k in range(len(text)):
+                name = f"{PROMPTS}.image_projections.{k}"
+                of_tower.replaced.append(text[k] if tower == "text" else linear(state, name, text[k]))
+        elif prompt_type == "msp":
+            assert prompts is not None
+            for for_image, for_text in prompts:
+                of_type = (for_image + for_text, for_image, for_text)
+                of_tower.replaced.append(of_type[missing_type])
+        else:
+            assert prompts is not None
+            for of_block in prompts:
+                mine = of_block[missing_type]
+                if prompt_type == "map_input":
+                    of_tower.inserted.append(mine)
+                else:
+                    half = len(mine) // 2
+                    of_tower.keys.append(mine[:half])
+                    of_tower.values.append(mine[half:])
+    return slots
+
+
+def _chained(
+    state: State, prompt_type: str, missing_type: int, inputs: dict[str, Tensor], rep: dict[str, bool]
+) -> dict[str, Slots]:
+    """REP and DCP: private slots that follow from those of the layer before, shared ones, dynamic ones."""
+    learner, word = (MEMORY, "memory") if prompt_type == "rep" else (PROMPTS, "prompt")
+    image_state = "missing" if missing_type == IMAGE_MISSING and rep["fmb"] else "complete"
+    text_state = "missing" if missing_type == TEXT_MISSING and rep["fmb"] else "complete"
+    visual = state[f"{learner}.visual_{word}_{image_state}"]
+    text = state[f"{learner}.text_{word}_{text_state}"]
+    slots = {"image": Slots(), "text": Slots()}
+
+    def project(name: str, x: Tensor) -> Tensor:
+        if prompt_type == "rep":
+            return slow_rep.rdn(state, f"{learner}.{name}", x, None)
+        return linear(state, f"{learner}.{name}.2", F.gelu(linear(state, f"{learner}.{name}.0", x)))
+
+    k = 0
+    while f"{learner}.layernorm_image.{k}.weight" in state:
+        pair = torch.cat([visual, text], dim=-1)
+        normed_for_image = layer_norm(state, f"{learner}.layernorm_image.{k}", pair)
+        normed_for_text = layer_norm(state, f"{learner}.layernorm_text.{k}", pair)
+        new_visual = project(f"compound_{word}_projections_image.{k}", normed_for_image)
+        new_text = project(f"compound_{word}_projections_text.{k}", normed_for_text)
+        if prompt_type == "rep" and k > 0 and rep["far"]:
+            alpha = state[f"{learner}.residual_alpha"]
+            new_visual = alpha * new_visual + (1 - alpha) * visual
+            new_text = alpha * new_text + (1 - alpha) * text
+        visual, text = new_visual, new_text
+        slots["image"].replaced.append(visual)
+        slots["text"].replaced.append(text)
+        k += 1
+    common = state[f"{learner}.common_{word}_{AVAILABLE[missing_type]}"]
+    if rep["dynamic_init"]:
+        means = [inputs["image"].mean(0), inputs["text"].mean(0)]
+        if missing_type == IMAGE_MISSING:
+            means[0] = torch.zeros_like(means[0])
+        if missing_type == TEXT_MISSING:
+            means[1] = torch.zeros_like(means[1])
+        net = f"{learner}.dynamic_common_token_net"
+        common = common + slow_rep.rdn(state, net, torch.cat(means)[None], None)
+    queries = "memories_dynamic" if prompt_type == "rep" else "prompts_dynamic"
+    for tower, of_tower in slots.items():
+        if rep["fmb"]:
+            of_tower.inserted = [project(f"common_{word}_projection_{tower}", common)]
+        block = f"{TOWERS[tower]}.transformer.resblocks.0"
+        of_tower.queries = state[f"{block}.{queries}_{AVAILABLE[missing_type]}"][:, 0]
+        of_tower.dynamic = f"{block}.attn_{word}"
+        of_tower.replay = f"{learner}.replay_{tower}"
+    return slots
+
+
+def run_tower(state: State, tower: str, tokens_LW: Tensor, slots: Slots, activation: str) -> tuple[Tensor, int]:
+    """All positions (slots first) after the last block, and the number of those before the input tokens."""
+    x = tokens_LW
+    if slots.queries is not None:
+        x = torch.cat([slow_rep.attention(state, slots.dynamic, slots.queries, tokens_LW, heads=1), x])
+    outputs: list[Tensor] = []
+    n_replaced = n_inserted = n = 0
+    replay_depth = len(state[f"{slots.replay}.gates"]) if f"{slots.replay}.gates" in state else 0
+    while f"{TOWERS[tower]}.transformer.resblocks.{n}.ln_1.weight" in state:
+        if n < len(slots.replaced):
+            x = x[n_replaced:]
+        if n < len(slots.inserted):
+            x = torch.cat([slots.inserted[n], x])
+            n_inserted += len(slots.inserted[n])
+        if n < len(slots.replaced):
+            x = torch.cat([slots.replaced[n], x])
+            n_replaced = len(slots.replaced[n])
+        deeper = n - len(slots.replaced)
+        if 0 <= deeper < replay_depth:
+            weights = state[f"{slots.replay}.layer_scores"].softmax(0)
+            total = sum(weight * output for weight, output in zip(weights, outputs, strict=True))
+            assert isinstance(total, Tensor)
+            again = state[f"{slots.replay}.gates"][deeper] * layer_norm(state, f"{slots.replay}.norm", total)
+            x = torch.cat([x[: len(again)] + again, x[len(again) :]])
+        keys, values = (ahead[n] if n < len(ahead) else x[:0] for ahead in (slots.keys, slots.values))
+        x = _block(state, f"{TOWERS[tower]}.transformer.resblocks.{n}", x, keys, values, tower == "text", activation)
+        if n < len(slots.replaced):
+            outputs.append(x[: n_replaced + n_inserted])
+        n += 1
+    return x, len(x) - len(tokens_LW)
+
+
+def _block(
+    state: State, name: str, x_LW: Tensor, keys: Tensor, values: Tensor, causal: bool, activation: str
+) -> Tensor:
+    """One block of CLIP, with keys and values in front that every position sees."""
+    L, P, W = len(x_LW), len(keys), x_LW.shape[-1]
+    normed = layer_norm(state, f"{name}.ln_1", x_LW)
+    weights, biases = state[f"{name}.attn.in_proj_weight"].chunk(3), state[f"{name}.attn.in_proj_bias"].chunk(3)
+    query, key, value = (F.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    key, value = torch.cat([keys, key]), torch.cat([values, value])
+    allowed = torch.ones(L, P + L, dtype=torch.bool)
+    if causal:
+        allowed[:, P:] = torch.ones(L, L, dtype=torch.bool).tril()
+    seen = []
+    for start in range(0, W, slow_rep.HEAD_WIDTH):
+        part = slice(start, start + slow_rep.HEAD_WIDTH)
+        score = query[:, part] @ key[:, part].T / math.sqrt(slow_rep.HEAD_WIDTH)
+        seen.append(score.masked_fill(~allowed, -math.inf).softmax(-1) @ value[:, part])
+    x_LW = x_LW + linear(state, f"{name}.attn.out_proj", torch.cat(seen, dim=-1))
+    hidden = activate(linear(state, f"{name}.mlp.c_fc", layer_norm(state, f"{name}.ln_2", x_LW)), activation)
+    return x_LW + linear(state, f"{name}.mlp.c_proj", hidden)
+
+
+def features(
+    state: State,
+    prompt_type: str,
+    image: Tensor,
+    tokens: Tensor,
+    missing_type: int,
+    rep: dict[str, bool],
+    activation: str = "quick_gelu",
+) -> Tensor:
+    """(2E,) of one sample, the half of the missing modality zero."""
+    kernel = state[f"{IMAGE}.conv1.weight"]
+    patches = F.conv2d(image[None], kernel, stride=kernel.shape[-1])[0].flatten(1).T
+    image_tokens = torch.cat([state[f"{IMAGE}.class_embedding"][None], patches])
+    image_tokens = layer_norm(state, f"{IMAGE}.ln_pre", image_tokens + state[f"{IMAGE}.positional_embedding"])
+    text_tokens = state[f"{TEXT}.token_embedding.weight"][tokens] + state[f"{TEXT}.positional_embedding"]
+    slots = method_slots(state, prompt_type, missing_type, {"image": image_tokens, "text": text_tokens}, rep)
+
+    x, before = run_tower(state, "image", image_tokens, slots["image"], activation)
+    image_E = layer_norm(state, f"{IMAGE}.ln_post", x[before]) @ state[f"{IMAGE}.proj"]
+    x, before = run_tower(state, "text", text_tokens, slots["text"], activation)
+    end = int((tokens == tokens.max()).nonzero()[0])
+    text_E = layer_norm(state, f"{TEXT}.ln_final", x[before + end]) @ state[f"{TEXT}.text_projection"]
+    if missing_type == IMAGE_MISSING:
+        image_E = torch.zeros_like(image_E)
+    if missing_type == TEXT_MISSING:
+        text_E = torch.zeros_like(text_E)
+    return torch.cat([image_E, text_E])
+
+
+def prototype_logits(
+    prototypes_32CE: Tensor, features_2E: Tensor, missing_type: int, right: list[int] | None = None
+) -> Tensor:
+    """(C,) of the prototype head for one sample; `right` are the classes that it has, in training."""
+    E = len(features_2E) // 2
+    logits = torch.zeros(prototypes_32CE.shape[2], dtype=features_2E.dtype)
+    for modality, there in ((0, missing_type != IMAGE_MISSING), (1, missing_type != TEXT_MISSING)):
+        if not there:
+            continue
+        feature = features_2E[modality * E : (modality + 1) * E]
+        cosines = []
+        for label, prototype in enumerate(prototypes_32CE[missing_type, modality]):
+            angle = torch.arccos(feature @ prototype / (feature.norm() * prototype.norm()))
+            cosines.append(torch.cos(angle + 0.1) if right is not None and label in right else torch.cos(angle))
+        logits = logits + 32 * torch.stack(cosines)
+    return logits
+
+
+def msp_penalty(state: State) -> Tensor:
+    """0.15 times the mean absolute cosine between the two sets, over towers and blocks."""
+    cosines = []
+    for tower in TOWERS:
+        for for_image, for_text in state[f"{PROMPTS}.{tower}_prompts"]:
+            one, other = for_image.flatten(), for_text.flatten()
+            cosines.append((one @ other / (one.norm() * other.norm())).abs())
+    return 0.15 * torch.stack(cosines).mean()
+
+
+def decoupling(all_slots: list[dict[str, Slots]]) -> Tensor:
+    """Mean squared cosine between every private and every shared slot, over samples, towers and layers."""
+    squares = []
+    for slots in all_slots:
+        for of_tower in slots.values():
+            for private in of_tower.replaced:
+                for one in private:
+                    for other in of_tower.inserted[0]:
+                        squares.append((one @ other / (one.norm() * other.norm())) ** 2)
+    return torch.stack(squares).mean()

@@ -24,10 +24,11 @@ from clip.modules.method import MethodOptions
 from clip.modules.registry import METHODS
 from clip.modules.vision_transformer_memory import ACTIVATIONS
 from clip.run_table import COLUMNS
-from clip.tasks import TASKS
+from clip.tasks import TASK_NAMES, TASKS
 from clip.training import OptimizerSettings
 from vilt.datamodules import DataSettings
-from vilt.datasets.specs import DATASETS, SPLITS, Split
+from vilt.datasets.custom import CUSTOM
+from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
 from vilt.errors import ConfigError
 from vilt.missing_tables import MISSING_TYPES, MissingPattern
 
@@ -57,7 +58,7 @@ PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 def defaults() -> None:
     exp_name = "rep"  # name of the run's folder
     seed = 0  # draws initial memory, order of samples, dropout, missing tables
-    task = None  # set by task_finetune_mmimdb, task_finetune_food101, task_finetune_hatememes
+    task = None  # set by task_finetune_mmimdb, task_finetune_food101, task_finetune_hatememes, task_finetune_custom
 
     # Data
     data_root = ""  # folder of the arrow files that make_arrow.py wrote
@@ -176,6 +177,12 @@ def task_finetune_hatememes() -> None:
     val_check_interval = 0.1
 
 
+@EX.named_config
+def task_finetune_custom() -> None:
+    exp_name = "finetune_custom"
+    task = "custom"
+
+
 # The check. A reader of a value takes (option, value) and returns the value to use, or raises ConfigError.
 
 Reader = Callable[[str, Any], Any]
@@ -235,6 +242,13 @@ def one_of(*choices: str) -> Reader:
         return str(value)
 
     return read
+
+
+def task_name(option: str, value: Any) -> str:
+    """Reads the name of a task."""
+    if value not in TASK_NAMES:
+        raise ConfigError(f"{_wrong(option, ' or '.join(TASKS), value)}; data of your own is {CUSTOM}")
+    return str(value)
 
 
 def text(option: str, value: Any) -> str:
@@ -377,7 +391,7 @@ class Options:
 
     exp_name: Annotated[str, folder_name]
     seed: Annotated[int, integer(0)]
-    task: Annotated[str, optional(one_of(*TASKS))]
+    task: Annotated[str, optional(task_name)]
     data_root: Annotated[Path, optional(path)]
     missing_ratio: Annotated[dict[Split, float], per_split(number(0, 1))]
     missing_type: Annotated[dict[Split, str], per_split(one_of(*MISSING_TYPES))]
@@ -582,7 +596,7 @@ def _fitting_precision(precision: str | None, on_gpu: bool) -> str:
 
 def _check_together(options: Options) -> None:
     if options.task is None:
-        names = ", ".join(f"task_finetune_{name}" for name in TASKS)
+        names = ", ".join(f"task_finetune_{name}" for name in TASK_NAMES)
         raise ConfigError(f"no task: expected one of {names}, as in `python run.py with task_finetune_mmimdb …`")
     if options.memory_length % 3:
         raise ConfigError(
@@ -631,7 +645,7 @@ def _check_files(options: Options) -> None:
             raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")
     if options.data_root is None:
         raise ConfigError("data_root: expected the folder of the arrow files that make_arrow.py wrote, found nothing")
-    spec = DATASETS[options.task]
+    spec = EVERY_DATASET[options.task]
     missing = [
         spec.file_name(split) for split in options.splits if not (options.data_root / spec.file_name(split)).is_file()
     ]

@@ -14,9 +14,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vilt.datasets.specs import DATASETS
+from vilt.datasets.custom import CUSTOM
+from vilt.datasets.specs import EVERY_DATASET
 from vilt.errors import UserError
-from vilt.utils import write_food101, write_hatememes, write_mmimdb
+from vilt.utils import write_custom, write_food101, write_hatememes, write_mmimdb
 from vilt.utils.raw_data import RawDataset, printable
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Convert a raw dataset to arrow files. DATA.md describes the layouts of RAW and the files written."
     )
-    parser.add_argument("--dataset", required=True, choices=[spec.make_arrow_name for spec in DATASETS.values()])
+    parser.add_argument("--dataset", required=True, choices=[spec.make_arrow_name for spec in EVERY_DATASET.values()])
     parser.add_argument("--root", required=True, type=Path, metavar="RAW", help="folder of the raw dataset")
     parser.add_argument("--target", type=Path, metavar="OUT", help="folder for the arrow files (default: RAW)")
     parser.add_argument(
@@ -51,7 +52,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=write_hatememes.TEST_SPLITS,
         help="hateful_memes only: the jsonl file to use for testing (default: test)",
     )
+    described = parser.add_mutually_exclusive_group()
+    described.add_argument(
+        "--spec", type=Path, metavar="FILE", help="custom only: what the tables hold (default: RAW/spec.yaml)"
+    )
+    described.add_argument(
+        "--table", type=Path, metavar="FILE", help="custom only: a table with columns image, text, label and split"
+    )
     args = parser.parse_args(argv)
+    for option in ("spec", "table"):
+        if getattr(args, option) is not None and args.dataset != CUSTOM:
+            parser.error(f"--{option} belongs to --dataset {CUSTOM}, not {args.dataset}")
     if args.test_split is not None and args.dataset != "hateful_memes":
         parser.error(f"--test-split belongs to --dataset hateful_memes, not {args.dataset}")
     if args.workers < 0:
@@ -60,7 +71,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def open_raw(dataset: str, root: Path, test_split: write_hatememes.TestSplit | None) -> RawDataset:
-    """The raw dataset in `root`, its top-level files checked. Raises DataError."""
+    """The published dataset in `root`, its top-level files checked. Raises DataError."""
     if dataset == "hateful_memes":
         return write_hatememes.open_raw(root, test_split or "test")
     return {"mmimdb": write_mmimdb.open_raw, "food101": write_food101.open_raw}[dataset](root)
@@ -145,7 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     target: Path = args.target or args.root
     start = time.monotonic()
     try:
-        dataset = open_raw(args.dataset, args.root, args.test_split)
+        if args.dataset == CUSTOM:
+            dataset = write_custom.open_raw(args.root, args.spec, args.table)
+        else:
+            dataset = open_raw(args.dataset, args.root, args.test_split)
         summary = convert(dataset, target, args.workers, args.skip_bad)
     except BadSamplesError as error:
         print(f"error: {error}; nothing was written to {target}.\n", file=sys.stderr)

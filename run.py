@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from clip.checkpoint import (
     ModelSpec,
     build_classifier,
     check_backbone,
+    check_classes,
     kept_names,
     load_kept_state,
     read_checkpoint,
@@ -39,7 +40,7 @@ from clip.robustness import Robustness, measure, write_results
 from clip.robustness_text import describe_one, describe_several
 from clip.run_folder import environment, make_run_folder, write_json
 from clip.run_table import describe_runs, list_runs, sort_runs, write_runs
-from clip.tasks import TASKS
+from clip.tasks import TASKS, head_name, task_of
 from clip.tokenizer import ClipTokenizer, load_tokenizer
 from clip.trainable import freeze
 from clip.training import FinetuneModule
@@ -47,6 +48,7 @@ from config import EX, ConfigAddedError, Options, SacredError, check, check_seed
 from sweep.command import run_sweep
 from targets import Target, check_agreement, open_targets
 from vilt.datamodules import MissingModalityData
+from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.errors import BackboneError, CheckpointError, ConfigError, UserError
 from vilt.missing_tables import TYPE_NAMES, type_counts
 
@@ -117,12 +119,13 @@ def sweep(_config: dict[str, Any], _run: Any, search: Any, sweep_over: Any, swee
 def train(options: Options) -> dict[str, float]:
     """A training run in its own folder; the metrics of its best checkpoint on the test split."""
     pl.seed_everything(options.seed, workers=True, verbose=False)
-    task = TASKS[options.task]
     say_device(options)
     backbone = load_backbone(options.vit, trust=options.trust_backbone, activation=options.vit_activation)
     tokenizer = tokenizer_for(options.tokenizer, options.vit, backbone.architecture.vocab_size)
     data = open_data(options, backbone.architecture.image_size, tokenizer)
-    spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head)
+    custom = data.spec.custom
+    task = task_of(options.task, custom)
+    spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, custom)
     try:
         classifier = build_classifier(spec)
     except ValueError as error:
@@ -134,12 +137,16 @@ def train(options: Options) -> dict[str, float]:
         backbone.state["image_encoder.class_embedding"], token_embedding[tokenizer.end_id]
     )
     if options.load_path is not None:
-        warm_start(classifier, read_checkpoint(options.load_path), backbone, with_head=options.finetune_first)
+        start = read_checkpoint(options.load_path)
+        if options.finetune_first:
+            check_classes(start, custom)
+        warm_start(classifier, start, backbone, with_head=options.finetune_first)
     if options.resume_from is not None:
         check_resume(read_checkpoint(options.resume_from), spec, backbone)
 
     set_computation(options, classifier)
-    folder = start_folder(options, f"{options.exp_name}_seed{options.seed}") if not options.fast_dev_run else None
+    name = f"{options.exp_name}_seed{options.seed}"
+    folder = start_folder(options, name, custom) if not options.fast_dev_run else None
     module = FinetuneModule(
         classifier, spec, (options.vit, backbone.sha256), options.optimizer_settings(), options.seed
     )
@@ -178,9 +185,11 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     name = options.test_exp_name or (
         f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
     )
-    folder = start_folder(options, name)
+    custom = data.spec.custom
+    folder = start_folder(options, name, custom)
     trainer = make_trainer(options, folder, steps_per_epoch=1)
-    return test(options, trainer, FinetuneModule(classifier, checkpoint.spec), data, checkpoint, folder)
+    module = FinetuneModule(classifier, replace(checkpoint.spec, custom=custom))
+    return test(options, trainer, module, data, checkpoint, folder)
 
 
 def open_evaluation(
@@ -364,7 +373,7 @@ def warm_start(
     if not checkpoint.published:
         check_backbone(checkpoint, backbone)
     start = restore_classifier(checkpoint, None if checkpoint.published else backbone)
-    heads = tuple(f"{task.head_name}." for task in TASKS.values())
+    heads = tuple(f"{head_name(task)}." for task in (*TASKS, CUSTOM))
     own, theirs = classifier.state_dict(), start.state_dict()
     # What REP as described adds to the released model starts as nothing, and is not in checkpoints without it.
     method = classifier.model.method
@@ -395,20 +404,27 @@ def check_resume(checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone) ->
         raise CheckpointError(f"resume_from={checkpoint.path}: a published checkpoint; use it as load_path")
     check_backbone(checkpoint, backbone)
     if checkpoint.spec != spec:
-        theirs, ours = ({**asdict(one), **asdict(one.method)} for one in (checkpoint.spec, spec))
-        del theirs["method"]
-        differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in theirs if theirs[key] != ours[key]]
+        check_classes(checkpoint, spec.custom)
+        theirs, ours = (
+            asdict(one.method)
+            | {"task": one.task, "head": one.head, "architecture": one.architecture}
+            | (asdict(one.custom) if one.custom is not None else {})
+            for one in (checkpoint.spec, spec)
+        )
+        both = [key for key in theirs if key in ours]
+        differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in both if theirs[key] != ours[key]]
         raise CheckpointError(f"resume_from={checkpoint.path}: a run with other options: {', '.join(differing)}")
 
 
 @rank_zero_only
-def start_folder(options: Options, name: str) -> Path:
+def start_folder(options: Options, name: str, custom: CustomData | None) -> Path:
     """The run's new folder, with the configuration and the environment in it; None on other processes than the first.
 
+    The configuration also says what the arrow files say of one's own data, for `run.py runs` and `run.py report`.
     Lightning tells the others where it is.
     """
     folder = make_run_folder(options.log_dir, name)
-    write_json(folder / "config.json", asdict(options))
+    write_json(folder / "config.json", asdict(options) | ({CUSTOM: asdict(custom)} if custom is not None else {}))
     write_json(folder / "environment.json", {"command": sys.argv, **environment()})
     log.info("run folder: %s", folder)
     return folder

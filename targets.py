@@ -5,15 +5,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clip.checkpoint import Checkpoint, read_checkpoint
+from clip.checkpoint import Checkpoint, check_classes, read_checkpoint
 from clip.logit_store import LogitStore, Origin, file_sha256
 from clip.robustness import Subject
 from clip.run_folder import read_json
 from clip.run_table import find_checkpoints
-from clip.tasks import TASKS
+from clip.tasks import task_of
 from config import Options, check, read_load_paths
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.specs import DATASETS
+from vilt.datasets.open_spec import open_spec
 from vilt.errors import ConfigError, DataError
 
 TAKEN_FROM_THE_RUN = ("data_root", "missing_table_root", "tokenizer")
@@ -50,12 +50,18 @@ def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
 
 
 def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -> None:
-    """Raises ConfigError where the task, or a given option of the model, is another one than the checkpoint's."""
+    """Compares the task, the given options of the model and the classes of one's own data with the checkpoint's.
+
+    Raises:
+        ConfigError, CheckpointError: they are others.
+        DataError: the arrow file of one's own data is not readable.
+    """
     spec = checkpoint.spec
     for option, theirs in {"task": spec.task, **asdict(spec.method), "head": spec.head}.items():
         ours = getattr(options, option)
         if (option in given or option == "task") and theirs != ours:
             raise ConfigError(f"{option}: {ours} contradicts the checkpoint {checkpoint.path}, which has {theirs}")
+    check_classes(checkpoint, open_spec(options.task, options.data_root, options.splits).custom)
 
 
 def _open(
@@ -69,7 +75,7 @@ def _open(
     if options.fast_dev_run:
         raise ConfigError("fast_dev_run: robustness needs the whole test split")
     check_agreement(options, checkpoint, given)
-    spec = DATASETS[options.task]
+    spec = open_spec(options.task, options.data_root, options.splits)
     arrow = options.data_root / spec.file_name("test")
     if arrow not in test_sets:
         dataset = ArrowDataset(spec, options.data_root, "test", checkpoint.spec.architecture.image_size)
@@ -83,7 +89,7 @@ def _open(
         train_seed=recorded.get("seed"),
         train_pattern=_train_pattern(path.parent / "config.json", recorded) if recorded else None,
         precision=options.precision,
-        task=TASKS[options.task],
+        task=task_of(options.task, spec.custom),
         class_names=dataset.class_names(),
         missing_table_root=options.missing_table_root,
     )

@@ -21,8 +21,9 @@ from clip.modules.heads import HEADS
 from clip.modules.method import MethodOptions
 from clip.modules.registry import METHODS
 from clip.modules.vision_transformer_memory import ClipArchitecture, DynamicMemoryBlock
-from clip.tasks import TASKS
+from clip.tasks import TASK_NAMES, TASKS, task_of
 from clip.trainable import freeze
+from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class ModelSpec:
     method: MethodOptions
     architecture: ClipArchitecture
     head: str = "linear"
+    custom: CustomData | None = None
+    """Classes and metric of one's own data (task `custom`)."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,13 @@ def describe(spec: ModelSpec, backbone_name: str, backbone_sha256: str) -> dict[
         "head": spec.head,
         "architecture": asdict(spec.architecture),
         "backbone": {"name": backbone_name, "sha256": backbone_sha256},
+        **({"custom": asdict(spec.custom)} if spec.custom is not None else {}),
     }
 
 
 def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     """A classifier with random memory and head, its parameters frozen as the task says."""
-    task = TASKS[spec.task]
+    task = task_of(spec.task, spec.custom)
     classifier = MissingModalityClassifier(spec.architecture, spec.method, task.head_name, task.n_classes, spec.head)
     freeze(classifier, spec.task)
     return classifier
@@ -145,10 +149,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
             method=_described_method(described),
             head=described.get("head", "linear"),
             architecture=ClipArchitecture(**described["architecture"]),
+            custom=CustomData.of(described["custom"]) if described["task"] == CUSTOM else None,
         )
         name, backbone_digest = str(described["backbone"]["name"]), str(described["backbone"]["sha256"])
-        if spec.task not in TASKS:
-            raise ValueError(f"task {spec.task!r}, expected one of {', '.join(TASKS)}")
+        if spec.task not in TASK_NAMES:
+            raise ValueError(f"task {spec.task!r}, expected one of {', '.join(TASK_NAMES)}")
         if spec.method.prompt_type not in METHODS:
             raise ValueError(f"prompt_type {spec.method.prompt_type!r}, expected one of {', '.join(METHODS)}")
         if spec.head not in HEADS:
@@ -207,6 +212,16 @@ def check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: vit={backbone.name} has the weights it was trained on, but other sizes or another "
             f"activation: {', '.join(differing)}"
+        )
+
+
+def check_classes(checkpoint: Checkpoint, custom: CustomData | None) -> None:
+    """Raises CheckpointError where the head of `checkpoint` is for other classes than those of one's own data."""
+    theirs = checkpoint.spec.custom
+    difference = theirs.difference(custom) if theirs is not None and custom is not None else None
+    if theirs is not None and difference is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: trained on the classes of {theirs.name}, the data's differ: {difference}"
         )
 
 

@@ -35,6 +35,15 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"accuracy": _mean((logits.argmax(-1) == labels).double())}
 
 
+def macro_f1_and_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """F1 of the class of the highest logit, averaged over the classes, and the accuracy.
+
+    `f1_macro` leaves out classes that are in neither predictions nor targets.
+    """
+    tp, fp, fn = (outcome.sum(0) for outcome in outcomes(*decisions(logits, labels)))
+    return {"f1_macro": _mean(f1(tp, fp, fn)[tp + fp + fn > 0]), **class_accuracy(logits, labels)}
+
+
 def auroc_and_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Area under the ROC curve of class 1's probability, exact (no binning), and the accuracy.
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from clip.logit_store import SplitLogits
+from clip.metrics import auroc_and_accuracy
 from clip.run_folder import write_csv, write_json
 from clip.sample_statistics import LEVEL, class_figures, confidence, confusions, roc
 from clip.tasks import Task
@@ -202,7 +203,7 @@ def _rocs(subject: Subject, logits: SplitLogits) -> dict[str, dict[str, Any]]:
     for type_name, logits_NC in zip(TYPE_NAMES, logits.logits_TNC, strict=True):
         curve = roc(logits_NC, logits.labels)
         if curve is not None:
-            rocs[type_name] = {**asdict(curve), "auroc": subject.task.metrics(logits_NC, logits.labels)["auroc"]}
+            rocs[type_name] = {**asdict(curve), "auroc": auroc_and_accuracy(logits_NC, logits.labels)["auroc"]}
     return rocs
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from clip.messages import first_line
+from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.errors import ConfigError, DataError
 from vilt.utils.files import atomic_path
 
@@ -65,6 +66,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def custom_in(config: dict[str, Any]) -> CustomData | None:
+    """What a config.json says of one's own data, None for another task. Raises ValueError or KeyError."""
+    return CustomData.of(config[CUSTOM]) if config["task"] == CUSTOM else None
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

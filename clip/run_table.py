@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from clip.messages import first_line
-from clip.run_folder import read_json, write_csv
-from clip.tasks import TASKS
+from clip.run_folder import custom_in, read_json, write_csv
+from clip.tasks import task_of
 from clip.text_table import align, pattern_text
 from vilt.errors import ConfigError, DataError
 
@@ -188,15 +188,15 @@ def _configured(row: RunRow, config: dict[str, Any]) -> RunRow:
     """What the options say."""
     path = row.folder / "config.json"
     try:
-        types, ratios = config["missing_type"], config["missing_ratio"]
+        types, ratios, custom = config["missing_type"], config["missing_ratio"], custom_in(config)
         return replace(
             row,
             name=row.name if config["test_only"] else config["exp_name"],
             method=config["prompt_type"],
-            dataset=config["task"],
+            dataset=config["task"] if custom is None else custom.key,
             train=None if config["test_only"] else pattern_text(types["train"], ratios["train"], config["both_ratio"]),
             seed=config["seed"],
-            metric=TASKS[config["task"]].monitor,
+            metric=task_of(config["task"], custom).monitor,
             date=datetime.fromtimestamp(path.stat().st_mtime),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip.metrics import auroc_and_accuracy, class_accuracy, decisions, f1, multilabel_f1, outcomes
+from clip.metrics import (
+    auroc_and_accuracy,
+    class_accuracy,
+    decisions,
+    f1,
+    macro_f1_and_accuracy,
+    multilabel_f1,
+    outcomes,
+)
 from clip.tasks import Task
 
 LEVEL = 0.95
@@ -159,6 +167,12 @@ def resampled_accuracy(logits: Tensor, labels: Tensor) -> Resampled:
     return lambda weights_RN: {"accuracy": weights_RN @ correct_N / weights_RN.sum(1)}
 
 
+def resampled_macro_f1_and_accuracy(logits: Tensor, labels: Tensor) -> Resampled:
+    """`macro_f1_and_accuracy` of weighted samples."""
+    all_f1, accuracy = resampled_multilabel_f1(logits, labels), resampled_accuracy(logits, labels)
+    return lambda weights_RN: {"f1_macro": all_f1(weights_RN)["f1_macro"], **accuracy(weights_RN)}
+
+
 def resampled_auroc_and_accuracy(logits: Tensor, labels: Tensor) -> Resampled:
     """`auroc_and_accuracy` of weighted samples."""
     accuracy = resampled_accuracy(logits, labels)
@@ -179,6 +193,7 @@ def resampled_auroc_and_accuracy(logits: Tensor, labels: Tensor) -> Resampled:
 RESAMPLED: dict[Callable[[Tensor, Tensor], dict[str, float]], Callable[[Tensor, Tensor], Resampled]] = {
     multilabel_f1: resampled_multilabel_f1,
     class_accuracy: resampled_accuracy,
+    macro_f1_and_accuracy: resampled_macro_f1_and_accuracy,
     auroc_and_accuracy: resampled_auroc_and_accuracy,
 }
 """The weighted form of the metrics of each task."""

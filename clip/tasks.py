@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip.metrics import auroc_and_accuracy, class_accuracy, multilabel_f1
+from clip.metrics import auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
+from vilt.datasets.custom import CUSTOM, CustomData
 
 
 def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -15,6 +16,11 @@ def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
+
+
+def head_name(task: str) -> str:
+    """Attribute name of the head of a task, as in published checkpoints."""
+    return f"{task}_classifier"
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ class Task:
 
     @property
     def head_name(self) -> str:
-        """Attribute name of the head, as in published checkpoints."""
-        return f"{self.name}_classifier"
+        """Attribute name of the head."""
+        return head_name(self.name)
 
 
 TASKS: dict[str, Task] = {
@@ -44,3 +50,20 @@ TASKS: dict[str, Task] = {
         Task("hatememes", 2, _cross_entropy, auroc_and_accuracy, "auroc"),
     )
 }
+TASK_NAMES = (*TASKS, CUSTOM)
+"""With that of one's own data."""
+METRICS_OF_CUSTOM: dict[tuple[str, str], Callable[[Tensor, Tensor], dict[str, float]]] = {
+    ("multi", "f1_macro"): multilabel_f1,
+    ("single", "accuracy"): class_accuracy,
+    ("single", "f1_macro"): macro_f1_and_accuracy,
+    ("single", "auroc"): auroc_and_accuracy,
+}
+"""Of one's own data, by its labels and the metric that it names."""
+
+
+def task_of(name: str, custom: CustomData | None) -> Task:
+    """The row of a task; that of one's own data follows from what the data says."""
+    if custom is None:
+        return TASKS[name]
+    loss = _binary_cross_entropy if custom.labels == "multi" else _cross_entropy
+    return Task(name, custom.n_classes, loss, METRICS_OF_CUSTOM[custom.labels, custom.metric], custom.metric)

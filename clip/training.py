@@ -13,7 +13,7 @@ from transformers import get_cosine_schedule_with_warmup, get_polynomial_decay_s
 
 from clip.checkpoint import DESCRIPTION, ModelSpec, describe, kept_state, load_kept_state
 from clip.modules.classifier import MissingModalityClassifier, ModelInput
-from clip.tasks import TASKS
+from clip.tasks import task_of
 from clip.trainable import optimizer_groups
 from vilt.datamodules import Batch, MissingModalityData
 from vilt.errors import NonFiniteLossError
@@ -77,7 +77,7 @@ class FinetuneModule(pl.LightningModule):
         super().__init__()
         self.classifier = classifier
         self.spec = spec
-        self.task = TASKS[spec.task]
+        self.task = task_of(spec.task, spec.custom)
         self.backbone = backbone
         self.settings = settings
         self.seed = seed

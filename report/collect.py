@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip.messages import first_line
-from clip.run_folder import read_json
-from clip.tasks import TASKS
+from clip.run_folder import custom_in, read_json
+from clip.tasks import TASK_NAMES, TASKS, Task, task_of
 from report.text import without_home
-from vilt.datasets.specs import DATASETS, SPLITS
+from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, custom_spec
 from vilt.errors import ConfigError, DataError
 from vilt.missing_tables import MISSING_TYPES, TYPE_NAMES
 
@@ -119,6 +120,8 @@ class Run:
     """Columns of metrics.csv by name: (optimiser step, value)."""
     test: dict[str, Any] | None
     robustness: Robustness | None
+    custom: CustomData | None = None
+    """Of one's own data."""
 
     @property
     def tag(self) -> str:
@@ -127,8 +130,18 @@ class Run:
 
     @property
     def task(self) -> str:
-        """A key of TASKS."""
-        return str(self.config["task"])
+        """A key of TASKS, or that of one's own data."""
+        return str(self.config["task"]) if self.custom is None else self.custom.key
+
+    @property
+    def metric(self) -> str:
+        """The metric of the task."""
+        return task_of(self.config["task"], self.custom).monitor
+
+    @property
+    def data(self) -> DatasetSpec:
+        """The row of the dataset."""
+        return dataset_of(self.task, self.custom)
 
     @property
     def is_evaluation(self) -> bool:
@@ -139,6 +152,11 @@ class Run:
     def place(self) -> str:
         """NAME/version_N, without the folders above."""
         return "/".join(Path(without_home(str(self.folder.resolve()))).parts[-2:])
+
+
+def dataset_of(task: str, custom: CustomData | None) -> DatasetSpec:
+    """The row of the dataset of a task."""
+    return DATASETS[task] if custom is None else custom_spec(custom)
 
 
 def read_runs(given: Sequence[Path]) -> list[Run]:
@@ -176,8 +194,10 @@ def read_run(folder: Path, number: int) -> Run:
     config = read_json(path)
     with _as_written_by_run(path):
         task = config["task"]
-        if task not in TASKS:
-            raise ValueError(f"task: expected one of {', '.join(TASKS)}, found {task!r}")
+        if task not in TASK_NAMES:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)}, found {task!r}; one's own data is {CUSTOM}")
+        custom = custom_in(config)
+        rules, data = task_of(task, custom), dataset_of(task, custom)
         for option in ("exp_name", "seed", "prompt_type", "missing_type", "missing_ratio", "both_ratio", "test_only"):
             if option not in config:
                 raise ValueError(f"the option {option} is not there")
@@ -195,7 +215,7 @@ def read_run(folder: Path, number: int) -> Run:
     if test is not None:
         with _as_written_by_run(folder / "test_results.json"):
             _check_task(test["task"], task)
-            int(test["samples"]), float(test["metrics"][TASKS[task].monitor])
+            int(test["samples"]), float(test["metrics"][rules.monitor])
             tested = test["missing_pattern"]
             _check_pattern(tested["missing_type"], tested["ratio"], tested["both_ratio"])
     return Run(
@@ -206,7 +226,8 @@ def read_run(folder: Path, number: int) -> Run:
         environment=environment,
         curves=read_curves(folder / "metrics.csv"),
         test=test,
-        robustness=read_robustness(folder, task),
+        robustness=read_robustness(folder, rules, data),
+        custom=custom,
     )
 
 
@@ -231,7 +252,7 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]] | None:
     return {name: [point for point in points if math.isfinite(point[1])] for name, points in curves.items()}
 
 
-def read_robustness(folder: Path, task: str) -> Robustness | None:
+def read_robustness(folder: Path, task: Task, data: DatasetSpec) -> Robustness | None:
     """The robustness results of a run folder; None where there are none.
 
     Raises:
@@ -244,13 +265,13 @@ def read_robustness(folder: Path, task: str) -> Robustness | None:
     with _as_written_by_run(path):
         if raw["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT}, found {raw['format']!r}")
-        _check_task(raw["task"], task)
+        _check_task(raw["task"], task.name)
         _check_checkpoint(raw["checkpoint_sha256"], folder / "best.ckpt")
         metrics, class_names = tuple(raw["metrics"]), tuple(map(str, raw["class_names"]))
-        if raw["metric"] != TASKS[task].monitor or raw["metric"] not in metrics:
-            raise ValueError(f"metric: expected {TASKS[task].monitor}, found {raw['metric']!r}")
-        if len(class_names) != TASKS[task].n_classes:
-            raise ValueError(f"class_names: expected {TASKS[task].n_classes}, found {len(class_names)}")
+        if raw["metric"] != task.monitor or raw["metric"] not in metrics:
+            raise ValueError(f"metric: expected {task.monitor}, found {raw['metric']!r}")
+        if len(class_names) != task.n_classes:
+            raise ValueError(f"class_names: expected {task.n_classes}, found {len(class_names)}")
         samples, confidence = int(raw["samples"]), raw["confidence"]
         return Robustness(
             samples=samples,
@@ -270,7 +291,7 @@ def read_robustness(folder: Path, task: str) -> Robustness | None:
             per_class=tuple(_class_scores(entry) for entry in raw["per_class"]),
             confusions=tuple(_confusion(entry) for entry in raw["confusions"]),
             roc={name: _roc(raw["roc"][name]) for name in TYPE_NAMES if name in raw["roc"]},
-            logits=_stored_logits(path.with_name("logits.arrow"), task, samples, raw["checkpoint_sha256"]),
+            logits=_stored_logits(path.with_name("logits.arrow"), data, samples, raw["checkpoint_sha256"]),
         )
 
 
@@ -337,24 +358,24 @@ def _check_checkpoint(recorded: str, best: Path) -> None:
             )
 
 
-def _stored_logits(path: Path, task: str, samples: int, sha256: str) -> StoredLogits | None:
+def _stored_logits(path: Path, data: DatasetSpec, samples: int, sha256: str) -> StoredLogits | None:
     """None where no logits are kept. Raises DataError unless they are of the same result."""
     if not path.is_file():
         return None
     table = read_logits(path)
     with _as_written_by_run(path):
         described = json.loads((table.schema.metadata or {})[b"rep"])
-        _check_task(described["task"], task)
+        _check_task(described["task"], data.name)
         if described["checkpoint_sha256"] != sha256:
             raise ValueError("logits of another checkpoint than robustness.json beside it")
         if table.num_rows != samples:
             raise ValueError(f"expected the {samples} samples of robustness.json, found {table.num_rows}")
-        for column in [*LOGIT_COLUMNS.values(), *(["label"] if DATASETS[task].multilabel else [])]:
-            if table.num_rows and pc.unique(pc.list_value_length(table[column])).to_pylist() != [TASKS[task].n_classes]:
-                raise ValueError(f"column {column}: expected lists of {TASKS[task].n_classes}")
+        for column in [*LOGIT_COLUMNS.values(), *(["label"] if data.multilabel else [])]:
+            if table.num_rows and pc.unique(pc.list_value_length(table[column])).to_pylist() != [data.n_classes]:
+                raise ValueError(f"column {column}: expected lists of {data.n_classes}")
         labels_are_lists = pa.types.is_list(table["label"].type)
-        if labels_are_lists != DATASETS[task].multilabel:
-            raise ValueError(f"column label: not that of {task}: {table['label'].type}")
+        if labels_are_lists != data.multilabel:
+            raise ValueError(f"column label: not that of {data.name}: {table['label'].type}")
     labels = pc.list_flatten(table["label"]) if labels_are_lists else table["label"]
     digest = hashlib.sha256("\0".join(table["id"].to_pylist()).encode())
     digest.update(np.ascontiguousarray(labels.to_numpy(), dtype=np.int64).tobytes())
@@ -363,10 +384,17 @@ def _stored_logits(path: Path, task: str, samples: int, sha256: str) -> StoredLo
 
 def _check_same_test_set(runs: Sequence[Run]) -> None:
     """Raises DataError where runs of one task were measured on different test sets: their numbers do not compare."""
+    first_of: dict[str, Run] = {}
     first: dict[str, tuple[Run, int]] = {}
     first_digest: dict[str, tuple[Run, str]] = {}
     advice = "make a report of each"
     for run in runs:
+        namesake = first_of.setdefault(run.task, run)
+        if namesake.custom != run.custom:
+            raise DataError(
+                f"{run.folder}: a run on another dataset than {namesake.folder}, of the same name {run.task}: "
+                f"with other classes, labels or metric; {advice}"
+            )
         sizes = [run.robustness.samples] if run.robustness else []
         sizes += [int(run.test["samples"])] if run.test else []
         for size in sizes:

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from report.estimate import Estimate, estimate
 from report.series import Dataset, Pattern, Series
-from report.text import DATASET_TITLES, capital, listed, spread
+from report.text import capital, dataset_title, listed, spread
 from vilt.missing_tables import TYPE_NAMES
 
 WIDTH = 7.2
@@ -133,7 +133,7 @@ def robustness_curves(dataset: Dataset) -> Figure:
         canvas,
         f"curves_{dataset.task}",
         "Robustness curves",
-        f"{capital(dataset.metric_title)} on {DATASET_TITLES[dataset.task]} as more of the test samples lose "
+        f"{capital(dataset.metric_title)} on {dataset_title(dataset.task)} as more of the test samples lose "
         "their text, their image, or one of the two. Line: mean; band: ± one standard deviation over train seeds and "
         "table seeds; ring: the pattern of the training.",
         f"Line chart of {dataset.metric_title} against the missing ratio. {'; '.join(told)}.",
@@ -172,7 +172,7 @@ def heat_map(dataset: Dataset) -> Figure:
         canvas,
         f"matrix_{dataset.task}",
         "Missing type × missing ratio",
-        f"Mean {dataset.metric_title} in per cent on {DATASET_TITLES[dataset.task]} by what the test samples lose "
+        f"Mean {dataset.metric_title} in per cent on {dataset_title(dataset.task)} by what the test samples lose "
         "(rows) and how many of them do (columns). Darker is better; one scale for all panels.",
         f"Heat map of {dataset.metric_title}. {'; '.join(told)}.",
     )
@@ -205,7 +205,7 @@ def training_curves(dataset: Dataset) -> Figure | None:
         canvas,
         f"training_{dataset.task}",
         "Training",
-        f"Training loss and validation {dataset.metric_title} by optimiser step on {DATASET_TITLES[dataset.task]}; "
+        f"Training loss and validation {dataset.metric_title} by optimiser step on {dataset_title(dataset.task)}; "
         f"one line per run ({', '.join(run.tag for _, run in recorded)}). Long curves are averaged to "
         f"{CURVE_POINTS} points.",
         f"Two line charts. Best validation {dataset.metric_title} in per cent: {', '.join(best)}.",
@@ -248,7 +248,7 @@ def class_bars(dataset: Dataset, series: Series, number: int) -> Figure:
         canvas,
         f"per_class_{dataset.task}_{number}",
         f"F1 by class: {series.label}",
-        f"F1 by class of {series.label} on {DATASET_TITLES[dataset.task]}, with every test sample complete, without "
+        f"F1 by class of {series.label} on {dataset_title(dataset.task)}, with every test sample complete, without "
         "text, or without image; the most frequent class first."
         + (" Whiskers: ± one standard deviation over train seeds." if len(series.results) > 1 else "")
         + (f" No test sample is of {listed(absent)}." if absent else ""),
@@ -286,7 +286,7 @@ def roc_curves(dataset: Dataset) -> Figure:
         canvas,
         f"roc_{dataset.task}",
         "ROC curves",
-        f"True against false positives on {DATASET_TITLES[dataset.task]} with every test sample complete, without "
+        f"True against false positives on {dataset_title(dataset.task)} with every test sample complete, without "
         "text, or without image; one line per run. Dotted: chance.",
         f"ROC curves by missing type. {'; '.join(told)}.",
     )

@@ -26,7 +26,8 @@ from report.tables import (
     per_class_table,
     published_table,
 )
-from report.text import DATASET_TITLES, NOT_APPLICABLE, counted, listed, percent, spread, without_home
+from report.text import NOT_APPLICABLE, counted, dataset_title, listed, percent, spread, without_home
+from vilt.datasets.specs import DATASETS
 from vilt.missing_tables import TYPE_NAMES
 
 
@@ -78,11 +79,11 @@ class RunDetails:
 
 def section_of(dataset: Dataset) -> Section:
     """The parts of a dataset, in order; what is missing is said where it would stand."""
-    title = DATASET_TITLES[dataset.task]
+    title = dataset_title(dataset.task)
     parts = [
         _curves_part(dataset),
         _matrix_part(dataset),
-        _published_part(dataset),
+        *([_published_part(dataset)] if dataset.task in DATASETS else []),
         _training_part(dataset),
         *_classes_parts(dataset),
         _confidence_part(dataset),
@@ -179,8 +180,9 @@ def _training_part(dataset: Dataset) -> Part:
 
 def _classes_parts(dataset: Dataset) -> list[Part]:
     """The view by class that the task has: bars, confusions or ROC."""
-    if dataset.task == "mmimdb":
-        part = Part("mmimdb-classes", "Results by genre")
+    data = dataset.runs[0].data
+    if data.multilabel:
+        part = Part(f"{dataset.task}-classes", f"Results by {'genre' if dataset.task == 'mmimdb' else 'class'}")
         drawn = [
             figures.class_bars(dataset, series, number)
             for number, series in enumerate(dataset.measured, start=1)
@@ -189,13 +191,13 @@ def _classes_parts(dataset: Dataset) -> list[Part]:
         part.figures, part.folded_figures = drawn[:1], drawn[1:]
         part.folded_tables = [per_class_table(dataset)] if drawn else []
         there = bool(drawn)
-    elif dataset.task == "food101":
-        part = Part("food101-confusions", "Most frequent confusions")
+    elif data.n_classes > 2:
+        part = Part(f"{dataset.task}-confusions", "Most frequent confusions")
         table = confusion_table(dataset)
         part.tables = [table] if table.rows else []
         there = bool(table.rows)
     else:
-        part = Part("hatememes-roc", "ROC curves")
+        part = Part(f"{dataset.task}-roc", "ROC curves")
         there = any(robustness.roc for series in dataset.measured for _, robustness in series.results)
         part.figures = [figures.roc_curves(dataset)] if there else []
     if not there:
@@ -247,7 +249,7 @@ def run_details(run: Run) -> RunDetails:
     kind = "evaluation" if run.is_evaluation else "training"
     details = RunDetails(
         run,
-        f"{run.tag}: {run.place} ({DATASET_TITLES[run.task]}, {kind}, seed {run.config['seed']})",
+        f"{run.tag}: {run.place} ({dataset_title(run.task)}, {kind}, seed {run.config['seed']})",
         without_home(json.dumps(run.config, indent=2)),
     )
     if run.environment is None:
@@ -326,7 +328,7 @@ def _versions(environment: dict[str, Any] | None) -> dict[str, str]:
 def _robustness_command(run: Run) -> str:
     options = [
         f"load_path={run.folder / 'best.ckpt'}",
-        f"task_finetune_{run.task}",
+        f"task_finetune_{run.config['task']}",
         f"data_root={run.config.get('data_root')}",
     ]
     return without_home(shlex.join(["python", "run.py", "robustness", "with", *options]))

@@ -12,9 +12,8 @@ from PIL import Image
 from clip.metrics import THRESHOLD
 from report.collect import LOGIT_COLUMNS, Robustness, Run, read_logits
 from report.tables import Column, Table
-from report.text import DATASET_TITLES, excerpt
+from report.text import dataset_title, excerpt
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.specs import DATASETS
 from vilt.errors import DataError
 from vilt.missing_tables import TYPE_NAMES
 
@@ -86,7 +85,7 @@ def sample_grid(run: Run, robustness: Robustness) -> SampleGrid:
         DataError: the stored logits are damaged.
     """
     assert robustness.logits is not None
-    spec = DATASETS[run.task]
+    spec = run.data
     table = read_logits(robustness.logits.path)
     names = robustness.class_names
     probabilities_of = {
@@ -131,7 +130,7 @@ def samples_table(grid: SampleGrid) -> Table:
     """The grid as a table."""
     return Table(
         f"samples_{grid.run.task}",
-        f"Test samples of {DATASET_TITLES[grid.run.task]} in run {grid.run.tag} whose prediction changes the most "
+        f"Test samples of {dataset_title(grid.run.task)} in run {grid.run.tag} whose prediction changes the most "
         "where a modality is missing. ✓ marks classes that are right, ✗ those that are wrong.",
         (
             Column("rank", "No.", "number"),
@@ -174,7 +173,7 @@ def _predicted(
 def _open_dataset(run: Run, logits: pa.Table) -> tuple[ArrowDataset | None, str | None]:
     """The arrow file that the logits are of, or None and why pictures and texts cannot be shown."""
     root = Path(run.config["data_root"])
-    spec = DATASETS[run.task]
+    spec = run.data
     name = spec.file_name("test")
     if not (root / name).is_file():
         return None, f"Images and texts are not available: {name} is no longer in the data_root of {run.tag}."

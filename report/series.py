@@ -141,7 +141,7 @@ class Dataset:
     @property
     def metric(self) -> str:
         """The metric of the task."""
-        return TASKS[self.task].monitor
+        return self.runs[0].metric
 
     @property
     def measured(self) -> tuple[Series, ...]:
@@ -155,10 +155,11 @@ class Dataset:
 
 
 def by_dataset(runs: Sequence[Run]) -> list[Dataset]:
-    """One entry per task that occurs, in the order of TASKS."""
+    """One entry per dataset that occurs, in the order of TASKS, then one's own."""
+    own = sorted({run.task for run in runs} - set(TASKS))
     return [
         _dataset(task, [run for run in runs if run.task == task])
-        for task in TASKS
+        for task in (*TASKS, *own)
         if any(run.task == task for run in runs)
     ]
 
@@ -186,7 +187,7 @@ def cell_at(robustness: Robustness, pattern: Pattern) -> Cell | None:
 
 def own_pattern_result(run: Run, pattern: Pattern) -> float | None:
     """The task's metric of one run at `pattern`: mean over table seeds, else the test result at that pattern."""
-    metric = TASKS[run.task].monitor
+    metric = run.metric
     cell = cell_at(run.robustness, pattern) if run.robustness is not None else None
     if cell is not None:
         return statistics.fmean(cell.values[metric])

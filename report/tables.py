@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from clip.tasks import TASKS
 from report.collect import Run
 from report.estimate import Estimate
 from report.series import METHODS, METRIC_TITLES, Dataset, Pattern, Series, method_title, train_pattern
-from report.text import DATASET_TITLES, NOT_APPLICABLE, NOT_MEASURED, capital, percent, signed, spread
+from report.text import NOT_APPLICABLE, NOT_MEASURED, capital, dataset_title, percent, signed, spread
 from vilt.datasets.specs import DATASETS
 from vilt.missing_tables import TYPE_NAMES
 
@@ -75,7 +74,7 @@ def runs_table(runs: Sequence[Run], datasets: Sequence[Dataset]) -> Table:
     repeats = {run.number for dataset in datasets for run in dataset.repeats}
     rows: list[list[Value]] = []
     for run in runs:
-        metric = TASKS[run.task].monitor
+        metric = run.metric
         validation = [value for _, value in (run.curves or {}).get(f"val/{metric}", [])]
         kind = "evaluation" if run.is_evaluation else "repeated" if run.number in repeats else "training"
         rows.append(
@@ -83,7 +82,7 @@ def runs_table(runs: Sequence[Run], datasets: Sequence[Dataset]) -> Table:
                 run.tag,
                 str(run.config["exp_name"]),
                 method_title(str(run.config["prompt_type"])),
-                DATASET_TITLES[run.task],
+                dataset_title(run.task),
                 NOT_APPLICABLE if run.is_evaluation else str(train_pattern(run)),
                 str(run.config["seed"]),
                 kind,
@@ -176,7 +175,7 @@ def published_table(dataset: Dataset) -> Table:
     for number, row in enumerate(read_published(dataset.task)):
         published = {method: float(row[method]) for method in METHODS}
         available = [float(row[name]) for name in ("image_available", "text_available")]
-        cells: list[Value] = [DATASET_TITLES[dataset.task], float(row["missing_rate"]), *available]
+        cells: list[Value] = [dataset_title(dataset.task), float(row["missing_rate"]), *available]
         cells += [f"{value:.2f}" for value in published.values()]
         best = max(published.values())
         strong |= {(number, 4 + place) for place, value in enumerate(published.values()) if value == best}

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample, Tokenize
-from vilt.datasets.specs import DATASETS, Split
+from vilt.datasets.open_spec import open_spec
+from vilt.datasets.specs import Split
 from vilt.errors import ConfigError
 from vilt.missing_tables import MissingPattern, load_missing_table, type_counts
 
@@ -176,9 +177,10 @@ class MissingModalityData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.settings = settings
+        self.spec = open_spec(settings.dataset, settings.data_root, splits)
         self.datasets: dict[Split, ArrowDataset] = {}
         for split in splits:
-            dataset = ArrowDataset(DATASETS[settings.dataset], settings.data_root, split, image_size)
+            dataset = ArrowDataset(self.spec, settings.data_root, split, image_size)
             dataset.tokenize(tokenize, fingerprint)
             if settings.image_cache:
                 dataset.cache_images(settings.num_workers)

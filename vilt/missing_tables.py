@@ -14,7 +14,7 @@ from typing import get_args
 import numpy as np
 import torch
 
-from vilt.datasets.specs import DATASETS, Split
+from vilt.datasets.specs import EVERY_DATASET, Split
 from vilt.errors import DataError
 from vilt.utils.files import atomic_path
 
@@ -48,7 +48,7 @@ class MissingPattern:
         assert split in get_args(Split)
         return {
             "dataset": dataset,
-            "split": DATASETS[dataset].file_splits[split],
+            "split": EVERY_DATASET[dataset].file_splits[split],
             "type": self.missing_type,
             "ratio": repr(float(self.ratio)),
             "both_ratio": repr(float(self.both_ratio)),
@@ -62,7 +62,7 @@ def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samp
 
     Exactly int(N·ratio) are missing; for `both`, exactly int(k·both_ratio) of those k lose the image.
     """
-    key = hashlib.sha256(f"{dataset}/{DATASETS[dataset].file_splits[split]}/{pattern.seed}".encode()).digest()
+    key = hashlib.sha256(f"{dataset}/{EVERY_DATASET[dataset].file_splits[split]}/{pattern.seed}".encode()).digest()
     # random_raw is the one stream of NumPy that is promised never to change.
     order = np.argsort(np.random.PCG64(int.from_bytes(key, "big")).random_raw(samples), kind="stable")
     missing = order[: int(samples * pattern.ratio)]

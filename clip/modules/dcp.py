@@ -19,7 +19,7 @@ class DeepCorrelatedPrompts(Method):
     """
 
     dynamic_names = ("attn_prompt", ("prompts_dynamic_complete", "prompts_dynamic_image", "prompts_dynamic_text"))
-    trains_towers_on = frozenset({"mmimdb", "food101", "hatememes"})
+    trains_towers_on = frozenset({"mmimdb", "food101", "hatememes", "custom"})
 
     def __init__(self, arch: ClipArchitecture, options: MethodOptions) -> None:
         super().__init__(arch, options)

@@ -1,8 +1,10 @@
 """The table of datasets: files, columns, label type and classes. Adding a dataset is adding a row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from vilt.datasets.custom import CUSTOM, CustomData
 
 MMIMDB_GENRES = (
     "Drama",
@@ -54,6 +56,8 @@ class DatasetSpec:
     """None where the names are read from the data (Food-101's class_idx.json)."""
     make_arrow_name: str
     """Name of the dataset on the command line of make_arrow.py."""
+    custom: CustomData | None = None
+    """What the arrow files say of a dataset of one's own."""
 
     def file_name(self, split: Split) -> str:
         """Name of the arrow file of `split`, for example `mmimdb_dev.arrow` for `val`."""
@@ -99,3 +103,29 @@ DATASETS: dict[str, DatasetSpec] = {
         ),
     )
 }
+
+EVERY_DATASET: dict[str, DatasetSpec] = {
+    **DATASETS,
+    CUSTOM: DatasetSpec(
+        name=CUSTOM,
+        file_splits={"train": "train", "val": "val", "test": "test"},
+        text_column="text",
+        id_column="image_id",
+        multilabel=False,
+        n_classes=0,
+        class_names=None,
+        make_arrow_name=CUSTOM,
+    ),
+}
+"""With the row of one's own data, which has files and columns; `custom_spec` fills in the labels."""
+
+
+def custom_spec(custom: CustomData) -> DatasetSpec:
+    """The whole row of a dataset of one's own."""
+    return replace(
+        EVERY_DATASET[CUSTOM],
+        multilabel=custom.labels == "multi",
+        n_classes=custom.n_classes,
+        class_names=custom.class_names,
+        custom=custom,
+    )

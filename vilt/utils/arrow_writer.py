@@ -88,17 +88,27 @@ class Summary:
 
 
 def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
-    """Columns and types of the published converters, and the class names as JSON in the metadata `class_names`."""
+    """Columns and types of the published converters, and the class names as JSON in the metadata `class_names`.
+
+    For a dataset of one's own also what else is to be known of it, as JSON in the metadata `custom`.
+    """
     texts = pa.list_(pa.string())
     columns = [("image", pa.binary()), (spec.text_column, texts)]
-    if spec.multilabel:
-        columns += [("label", pa.list_(pa.int64())), ("genres", texts)]
-    else:
-        columns += [("label", pa.int64())]
+    columns += [("label", pa.list_(pa.int64()) if spec.multilabel else pa.int64())]
+    if spec.multilabel and spec.custom is None:
+        columns += [("genres", texts)]
     if spec.id_column is not None:
         columns += [(spec.id_column, pa.large_string())]
     columns += [("split", pa.large_string())]
-    return pa.schema(columns, metadata={"class_names": json.dumps(class_names, ensure_ascii=False)})
+    metadata = {"class_names": class_names, **custom_metadata(spec)}
+    return pa.schema(columns, metadata={key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()})
+
+
+def custom_metadata(spec: DatasetSpec) -> dict[str, object]:
+    """What `open_spec` finds beside the class names; nothing for the other datasets."""
+    if spec.custom is None:
+        return {}
+    return {"custom": {"name": spec.custom.name, "labels": spec.custom.labels, "metric": spec.custom.metric}}
 
 
 def report_path(spec: DatasetSpec, target: Path) -> Path:

@@ -21,6 +21,7 @@ UNREADABLE_FILE = "unreadable file"
 UNDECODABLE_IMAGE = "undecodable image"
 BROKEN_JSON = "broken JSON"
 INCOMPLETE_JSON = "incomplete JSON"
+INCOMPLETE_ROW = "incomplete row"
 UNKNOWN_CLASS = "unknown class"
 PATH_LEAVES_RAW = "path leaves RAW"
 

@@ -1,0 +1,463 @@
+"""make_arrow.py --dataset custom: tables of each format, what they become, and every fault that they may have."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+import make_arrow
+from tests.custom_files import convert, films_as_custom, png, read_arrow, write_jsonl, write_labelled
+from vilt.datasets.custom import CustomData
+from vilt.datasets.open_spec import open_spec
+from vilt.datasets.specs import SPLITS
+from vilt.errors import DataError
+from vilt.utils import write_custom
+
+ROOT = Path(__file__).parents[1]
+MOVIES = ROOT.parent / "shared" / "data" / "movies"
+HEADER = ["image", "text", "label", "split"]
+ROWS = [
+    ["a.png", "one, two", "cat", "train"],
+    ["b.png", 'says "miau"', "dog", "train"],
+    ["a.png", "another\nline", "cat", "train"],
+    ["b.png", "bark", "dog", "val"],
+    ["a.png", "purr", " cat ", "test"],
+]
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Two images and the table of ROWS in a folder."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(10))
+    (folder / "b.png").write_bytes(png(20))
+    write_table(folder / "table.csv", ROWS)
+    return folder
+
+
+def write_table(path: Path, rows: list[list[str]], header: list[str] = HEADER) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, "excel-tab" if path.suffix == ".tsv" else "excel").writerows([header, *rows])
+
+
+def columns_of(folder: Path, split: str = "train") -> dict[str, list]:
+    return read_arrow(folder / f"custom_{split}.arrow").to_pydict()
+
+
+def said_of(status: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a run with status 2 says."""
+    assert status == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and said.startswith("error: "), said
+    return said
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.jsonl", "TABLE.CSV"])
+def test_a_table_of_each_format(raw: Path, name: str) -> None:
+    (raw / "table.csv").unlink()
+    if name.endswith("jsonl"):
+        write_jsonl(raw / name, [dict(zip(HEADER, row, strict=True)) for row in ROWS])
+    else:
+        write_table(raw / name, ROWS)
+    assert convert(raw, raw / "out", "--table", str(raw / name)) == 0
+    assert sorted(path.name for path in (raw / "out").iterdir()) == [f"custom_{s}.arrow" for s in sorted(SPLITS)]
+    assert columns_of(raw / "out") == {
+        "image": [png(10), png(20), png(10)],
+        "text": [["one, two"], ['says "miau"'], ["another\nline"]],
+        "label": [0, 1, 0],
+        "image_id": ["a.png", "b.png", "a.png"],
+        "split": ["train"] * 3,
+    }
+    assert columns_of(raw / "out", "val")["label"] == [1] and columns_of(raw / "out", "test")["label"] == [0]
+    assert open_spec("custom", raw / "out", SPLITS).custom == CustomData("custom", "single", ("cat", "dog"), "accuracy")
+
+
+def test_a_table_for_each_split_with_columns_of_other_names(raw: Path) -> None:
+    for split, rows in (("train", ROWS[:3]), ("val", ROWS[3:4])):
+        write_table(
+            raw / f"{split}.csv", [[row[2], "x", row[0], row[1]] for row in rows], ["kind", "n", "file", "says"]
+        )
+    write_jsonl(raw / "test.jsonl", [{"file": "a.png", "says": ["purr", " "], "kind": "cat"}])
+    (raw / "about.yaml").write_text(
+        "name: Pets-1\nfiles: {train: train.csv, val: val.csv, test: test.jsonl}\n"
+        "columns: {image: file, text: says, label: kind}\nclasses: [fish, dog, cat]\nmetric: f1_macro\n"
+    )
+    assert convert(raw, raw / "out", "--spec", str(raw / "about.yaml")) == 0
+    assert columns_of(raw / "out")["label"] == [2, 1, 2]
+    assert columns_of(raw / "out", "test")["text"] == [["purr", " "]]
+    spec = open_spec("custom", raw / "out", SPLITS)
+    assert spec.custom == CustomData("Pets-1", "single", ("fish", "dog", "cat"), "f1_macro")
+    assert (spec.n_classes, spec.multilabel, spec.class_names) == (3, False, ("fish", "dog", "cat"))
+
+
+@pytest.mark.parametrize("separator", [None, ", "])
+def test_several_labels(raw: Path, separator: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    mark = separator or "|"
+    labels = [f"red{mark}green", "", f"green{mark}{mark} blue ", "blue", f"red{mark}red"]
+    write_table(raw / "table.csv", [[*row[:2], label, row[3]] for row, label in zip(ROWS, labels, strict=True)])
+    given = f'separator: "{separator}"\n' if separator else ""
+    (raw / "spec.yaml").write_text(f"files: table.csv\nlabels: multi\n{given}")
+    assert convert(raw, raw / "out") == 0
+    assert "kept, but with none of the labels: train 1, val 0, test 0" in capsys.readouterr().out
+    assert columns_of(raw / "out")["label"] == [[0, 1, 1], [0, 0, 0], [1, 1, 0]]
+    assert set(columns_of(raw / "out")) == {"image", "text", "label", "image_id", "split"}
+    spec = open_spec("custom", raw / "out", SPLITS)
+    assert spec.custom == CustomData("custom", "multi", ("blue", "green", "red"), "f1_macro") and spec.multilabel
+
+
+def test_numbers_are_names_in_json_and_yaml(raw: Path) -> None:
+    rows = [dict(zip(HEADER, [*row[:2], number % 2, row[3]], strict=True)) for number, row in enumerate(ROWS)]
+    write_jsonl(raw / "table.jsonl", rows)
+    (raw / "spec.yaml").write_text("files: table.jsonl\nclasses: [1, 0]\nmetric: auroc\n")
+    assert convert(raw, raw / "out") == 0
+    assert columns_of(raw / "out")["label"] == [1, 0, 1]
+    assert open_spec("custom", raw / "out", SPLITS).class_names == ("1", "0")
+
+
+def test_workers_do_not_change_a_byte(raw: Path) -> None:
+    args = ["--dataset", "custom", "--root", str(raw), "--table", str(raw / "table.csv")]
+    for workers in ("0", "2"):
+        assert make_arrow.main([*args, "--target", str(raw / workers), "--workers", workers]) == 0
+    for split in SPLITS:
+        name = f"custom_{split}.arrow"
+        assert (raw / "0" / name).read_bytes() == (raw / "2" / name).read_bytes()
+
+
+def test_the_summary_counts_labels(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(raw, raw / "out", "--table", str(raw / "table.csv")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if line.startswith(("cat", "dog"))] == [
+        ["cat", "2", "0", "1"],
+        ["dog", "1", "1", "0"],
+    ]
+
+
+@pytest.mark.parametrize("source", ["made up", "movies"])
+def test_films_are_those_of_the_mmimdb_path(tmp_path: Path, source: str) -> None:
+    raw = MOVIES
+    if source == "made up":
+        from demo.data import write_task
+
+        raw = tmp_path / "raw"
+        write_task(raw, films=20, seed=3)
+    elif not MOVIES.is_dir():
+        pytest.skip(f"{MOVIES} is not there")
+    args = ["--dataset", "mmimdb", "--root", str(raw), "--target", str(tmp_path / "films"), "--workers", "0"]
+    assert make_arrow.main(args) == 0
+    assert convert(raw, tmp_path / "own", "--spec", str(films_as_custom(raw, tmp_path / "table"))) == 0
+    for split, called in (("train", "train"), ("val", "dev"), ("test", "test")):
+        theirs = read_arrow(tmp_path / "films" / f"mmimdb_{called}.arrow")
+        ours = read_arrow(tmp_path / "own" / f"custom_{split}.arrow")
+        assert ours["image"].equals(theirs["image"]) and ours["label"].equals(theirs["label"])
+        assert ours["text"].equals(theirs["plots"]) and ours.num_rows > 2
+        metadata = [table.schema.metadata[b"class_names"] for table in (ours, theirs)]
+        assert metadata[0] == metadata[1]
+
+
+# ---- a wrong spec
+
+
+SPECS = {
+    "": "the file: expected the keys name, files, columns, labels, separator, classes, metric, found None",
+    "[a]": "the file: expected the keys name,",
+    "files: [": "is not valid YAML: while parsing a flow node",
+    "files: a.csv\nfiles: b.csv": "is not valid YAML: the key 'files' is repeated",
+    "files: 2001-13-45": "is not valid YAML: month must be in 1..12",
+    "name: x": "files: expected a table, or one for each split, found none",
+    "file: a.csv": "unknown key file; expected name, files,",
+    "files: 3": "files: expected a text, found 3",
+    "files: table.txt": "files: expected a table, with a name that ends in .csv or .tsv or .jsonl, found 'table.txt'",
+    "files: {train: a.csv, dev: b.csv}": "unknown key files.dev; expected train, val, test",
+    "files: {train: a.csv, val: b.csv}": "files: expected a table for each of train, val, test, found none for test",
+    "files: {train: a.csv, val: b.csv, test: 1}": "files.test: expected a text, found 1",
+    "files: nowhere.csv": "nowhere.csv cannot be read: No such file or directory",
+    "files: {train: table.csv, val: table.csv, test: table.csv}\ncolumns: {split: split}": "columns.split: contradicts "
+    "files, which has a table for each split",
+    "files: table.csv\ncolumns: image": "columns: expected the keys image, text, label, split, found 'image'",
+    "files: table.csv\ncolumns: {picture: a}": "unknown key columns.picture; expected image, text, label, split",
+    "files: table.csv\ncolumns: {image: 1}": "columns.image: expected a text, found 1",
+    "files: table.csv\nname: a b": "name: expected letters, digits, - and _, found 'a b'",
+    "files: table.csv\nname: 7": "name: expected a text, found 7",
+    "files: table.csv\nlabels: both": "labels: expected single or multi, found 'both'",
+    "files: table.csv\nlabels: [single]": "labels: expected single or multi, found ['single']",
+    "files: table.csv\nseparator: ';'": "separator: belongs to labels: multi, found labels: single",
+    "files: table.csv\nlabels: multi\nseparator: ''": "separator: expected a text, found ''",
+    "files: table.csv\nclasses: cat": "classes: expected a list of names, found 'cat'",
+    "files: table.csv\nclasses: [cat, no]": "classes, row 2: expected a name (in quotes, if YAML takes it for "
+    "something else), found False",
+    "files: table.csv\nclasses: [cat, 1.5]": "classes, row 2: expected a name",
+    "files: table.csv\nclasses: [cat, dog, cat]": "classes: 'cat' is listed twice, in rows 1 and 3",
+    "files: table.csv\nclasses: [cat, '']": "classes: expected a name in row 2, found ''",
+    "files: table.csv\nclasses: []": "classes: expected at least 2, found none",
+    "files: table.csv\nclasses: [cat]": "classes: expected at least 2, found 1 ('cat')",
+    "files: table.csv\nmetric: f1": "metric: expected accuracy or f1_macro or auroc, found 'f1'",
+    "files: table.csv\nlabels: multi\nmetric: auroc": "metric: expected f1_macro with labels: multi, found 'auroc'",
+    "files: table.csv\nclasses: [cat, dog, cow]\nmetric: auroc": "metric: auroc takes 2 classes, found 3",
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_wrong_spec(raw: Path, spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (raw / "spec.yaml").write_text(spec)
+    said = said_of(convert(raw, raw / "out", "--skip-bad"), capsys)
+    assert SPECS[spec] in said
+    assert str(raw / ("nowhere.csv" if "nowhere" in spec else "spec.yaml")) in said
+    assert not (raw / "out").exists()
+
+
+def test_a_spec_that_is_not_there(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(raw, raw / "out") == 2
+    said = capsys.readouterr().err
+    assert f"spec.yaml not found in {raw}" in said and write_custom.LAYOUT.rstrip() in said
+    assert "no.yaml cannot be read" in said_of(convert(raw, raw / "out", "--spec", str(raw / "no.yaml")), capsys)
+    assert convert(tmp_path / "nowhere", raw / "out", "--table", str(raw / "table.csv")) == 2
+    assert f"the raw folder {tmp_path / 'nowhere'} does not exist" in capsys.readouterr().err
+    message = "--table: expected a table, with a name that ends in .csv or .tsv or .jsonl, found "
+    assert message in said_of(convert(raw, raw / "out", "--table", str(raw)), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["custom", "--spec", "a", "--table", "b"], "not allowed with argument --spec"),
+        (["mmimdb", "--spec", "a"], "--spec belongs to --dataset custom, not mmimdb"),
+        (["food101", "--table", "a"], "--table belongs to --dataset custom, not food101"),
+        (["custom", "--test-split", "test"], "--test-split belongs to --dataset hateful_memes, not custom"),
+    ],
+)
+def test_options_that_contradict(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        make_arrow.main(["--root", "nowhere", "--dataset", *options])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# ---- a wrong table
+
+
+GOOD = "image,text,label,split\na.png,x,cat,train\na.png,x,cat,val\na.png,x,dog,test\n"
+TABLES: dict[str, tuple[str, str | bytes, str]] = {
+    "empty": ("csv", "", "row 1: expected the columns 'image', 'text', 'label', 'split', found nothing"),
+    "column": (
+        "csv",
+        "image,text,label,spl\n",
+        "row 1: expected the columns 'split', found 'image', 'text', 'label', ",
+    ),
+    "tab": (
+        "tsv",
+        GOOD,
+        "row 1: expected the columns 'image', 'text', 'label', 'split', found 'image,text,label,split'",
+    ),
+    "repeated": ("csv", "image,text,label,split,text\n", "row 1: the column 'text' is repeated"),
+    "short": ("csv", GOOD + "a.png,x,cat\n", "row 5: expected 4 values, as in the header, found 3"),
+    "long": ("csv", GOOD + "\na.png,x,y,cat,train\n", "row 6: expected 4 values, as in the header, found 5"),
+    "quote": ("csv", GOOD + 'a.png,"x,cat,train\n', "row 5: unexpected end of data"),
+    "after a quote": ("csv", GOOD + 'a.png,"x" y,cat,train\n', "row 5: ',' expected after '\"'"),
+    "latin": (
+        "csv",
+        GOOD.replace("cat", "caf\xe9").encode("latin-1"),
+        "is not valid UTF-8: 'utf-8' codec can't decode",
+    ),
+    "split": ("csv", GOOD + "a.png,x,cat,dev\n", "row 5: split: expected train, val or test, found 'dev'"),
+    "no split": ("jsonl", '{"image": "a.png", "text": "x", "label": "a"}\n', "row 1: split: expected train, val or "),
+    "number": ("jsonl", '\n{"split": 1}\n', "row 2: split: expected train, val or test, found 1"),
+    "no val": ("csv", GOOD.replace("val", "train"), "expected rows with split val, found none"),
+    "header alone": ("csv", "image,text,label,split\n", "expected rows with split train, found none"),
+    "broken": ("jsonl", '{"split": "train"}\n{"spl', "row 2: not valid JSON in UTF-8: Unterminated string"),
+    "list": ("jsonl", "[1]\n", "row 1: expected an object, found a list"),
+    "key twice": ("jsonl", '{"split": "train", "split": "val"}', "row 1: not valid JSON in UTF-8: the key 'split' is "),
+    "one class": ("csv", GOOD.replace("dog", "cat"), "classes: expected at least 2, found 1 ('cat')"),
+}
+
+
+@pytest.mark.parametrize("fault", TABLES)
+def test_a_wrong_table(raw: Path, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    suffix, content, message = TABLES[fault]
+    path = raw / f"wrong.{suffix}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    said = said_of(convert(raw, raw / "out", "--skip-bad", "--table", str(path)), capsys)
+    assert f"error: {path}" in said and message in said
+    assert not (raw / "out").exists()
+
+
+def test_an_empty_table_of_a_split(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(raw / "val.jsonl", [])
+    (raw / "spec.yaml").write_text("files: {train: table.csv, val: val.jsonl, test: table.csv}")
+    assert f"{raw / 'val.jsonl'}: expected rows, found none" in said_of(convert(raw, raw / "out"), capsys)
+
+
+# ---- bad samples
+
+
+def outside(raw: Path) -> str:
+    (raw.parent / "secret.png").write_bytes(png())
+    (raw / "link.png").symlink_to(raw.parent / "secret.png")
+    return "link.png"
+
+
+def circle(raw: Path) -> str:
+    (raw / "circle.png").symlink_to(raw / "circle.png")
+    return "circle.png"
+
+
+def damaged(raw: Path) -> str:
+    (raw / "damaged.png").write_bytes(png()[:50])
+    return "damaged.png"
+
+
+BAD: dict[str, tuple[str, object, str, str]] = {
+    "no image": ("image", None, "incomplete row", "image: expected a path, found none"),
+    "empty image": ("image", "", "incomplete row", "image: expected a path, found ''"),
+    "image list": ("image", ["a.png"], "incomplete row", "image: expected a path, found a list"),
+    "absent": ("image", "no.png", "missing file", ""),
+    "absolute": ("image", "/etc/hostname", "path leaves RAW", ""),
+    "climbs": ("image", "../secret.png", "path leaves RAW", ""),
+    "linked": ("image", outside, "path leaves RAW", "by a link"),
+    "circle": ("image", circle, "", ""),
+    "null byte": ("image", "a\0.png", "unreadable file", "embedded null byte"),
+    "damaged": ("image", damaged, "undecodable image", ""),
+    "no text": ("text", None, "incomplete row", "text: expected a string or a list, found none"),
+    "blank text": ("text", " ", "incomplete row", "text: empty"),
+    "no texts": ("text", [], "incomplete row", "text: empty"),
+    "blank texts": ("text", ["", " "], "incomplete row", "text: empty"),
+    "number as text": ("text", ["a", 1], "incomplete row", "text: expected a string or a list, found 1"),
+    "no label": ("label", None, "incomplete row", "label: expected a name, found none"),
+    "blank label": ("label", " ", "incomplete row", "label: expected a name, found ' '"),
+    "truth value": ("label", True, "incomplete row", "label: expected a name, found true"),
+    "label list": ("label", ["cat"], "incomplete row", "label: expected a name, found a list"),
+    "unknown": ("label", "cow", "unknown class", "'cow' is not in classes"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_sample_is_named_and_can_be_skipped(raw: Path, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    column, given, reason, detail = BAD[fault]
+    value = given(raw) if callable(given) else given
+    records = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
+    bad = {key: found for key, found in {**records[0], column: value}.items() if found is not None}
+    write_jsonl(raw / "table.jsonl", [*records, bad])
+    (raw / "spec.yaml").write_text("files: table.jsonl\nclasses: [cat, dog]\n")
+    assert convert(raw, raw / "out") == 2
+    assert "1 of 6 samples cannot be used; nothing was written" in capsys.readouterr().err
+    assert not (raw / "out").exists()
+    assert convert(raw, raw / "out", "--skip-bad") == 0
+    with (raw / "out" / "custom_bad_samples.tsv").open(encoding="utf-8", newline="") as file:
+        (line,) = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    assert (line["split"], line["listed_in"], line["row"]) == ("train", "table.jsonl", "6")
+    assert line["reason"].startswith(reason) and detail in line["detail"]
+    assert len(columns_of(raw / "out")["label"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "detail"),
+    [
+        ("red", "label: expected a list, found 'red'"),
+        (None, "label: expected a list, found none"),
+        (["red", ""], "label: expected a name, found ''"),
+        (["red", None], "label: expected a name, found none"),
+        (["red", "pink"], "'pink' is not in classes"),
+    ],
+)
+def test_bad_labels_where_there_are_several(
+    raw: Path, labels: object, detail: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{**dict(zip(HEADER, row, strict=True)), "label": ["red"]} for row in ROWS]
+    write_jsonl(raw / "table.jsonl", [*records, {**records[0], "label": labels}])
+    (raw / "spec.yaml").write_text("files: table.jsonl\nlabels: multi\nclasses: [red]\n")
+    assert convert(raw, raw / "out") == 2
+    assert detail in capsys.readouterr().err
+
+
+def test_a_link_within_the_folder_is_followed(raw: Path) -> None:
+    (raw / "c.png").symlink_to("a.png")
+    write_table(raw / "table.csv", [["c.png", *row[1:]] for row in ROWS])
+    assert convert(raw, raw / "out", "--table", str(raw / "table.csv")) == 0
+    assert columns_of(raw / "out")["image"] == [png(10)] * 3
+
+
+# ---- opening what was written
+
+
+def own(folder: Path, labels: list[str], **spec: object) -> Path:
+    """Arrow files of a small dataset in FOLDER/arrow."""
+    write_labelled(folder, dict.fromkeys(SPLITS, len(labels)), labels, **spec)
+    assert convert(folder, folder / "arrow") == 0
+    return folder / "arrow"
+
+
+@pytest.mark.parametrize(
+    ("labels", "spec", "message"),
+    [
+        (["a", "b", "c"], {}, "expected 2 classes, found 3"),
+        (["a", "c"], {}, "expected 'b' as class 1, found 'c'"),
+        (["a", "b"], {"classes": ["b", "a"]}, "expected 'a' as class 0, found 'b'"),
+        (["a", "b"], {"name": "pets"}, "expected the name custom and metric accuracy, found pets and accuracy"),
+        (["a", "b"], {"metric": "auroc"}, "expected the name custom and metric accuracy, found custom and auroc"),
+    ],
+)
+def test_splits_of_different_datasets(tmp_path: Path, labels: list[str], spec: dict[str, object], message: str) -> None:
+    first, second = own(tmp_path / "first", ["a", "b"]), own(tmp_path / "second", labels, **spec)
+    (second / "custom_val.arrow").replace(first / "custom_val.arrow")
+    with pytest.raises(DataError, match=re.escape(message)) as error:
+        open_spec("custom", first, SPLITS)
+    assert str(first / "custom_val.arrow") in str(error.value) and "custom_train.arrow" in str(error.value)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    folder = own(tmp_path / "own", ["a", "b"])
+    path = folder / "custom_test.arrow"
+    table = read_arrow(path)
+    metadata = table.schema.metadata
+    for changed, message in (
+        ({}, "expected metadata with class names, labels and metric, found none"),
+        ({"class_names": '["a", "b"]'}, "expected metadata with class names, labels and metric, found none"),
+        ({**metadata, b"custom": b"{"}, "Expecting property name"),
+        ({**metadata, b"custom": b"[]"}, "metadata custom: expected an object, found []"),
+        ({**metadata, b"custom": b"{}"}, "expected the values name, labels, class_names, metric of a dataset, found "),
+        ({**metadata, b"class_names": b'["a", "a"]'}, "classes: 'a' is listed twice, in rows 1 and 2"),
+        ({**metadata, b"class_names": b'"ab"'}, "class_names: expected a list, found 'ab'"),
+        ({**metadata, b"class_names": b"[1, 2]"}, "classes: expected a name in row 1, found 1"),
+    ):
+        with pa.ipc.new_file(str(path), table.schema.with_metadata(changed)) as writer:
+            writer.write_table(table.replace_schema_metadata(changed))
+        with pytest.raises(DataError, match=re.escape(message)) as error:
+            open_spec("custom", folder, ["test"])
+        assert str(path) in str(error.value) and "--dataset custom" in str(error.value)
+    path.write_bytes(b"no arrow")
+    with pytest.raises(DataError, match="not readable as an arrow file"):
+        open_spec("custom", folder, ["test"])
+    path.unlink()
+    with pytest.raises(DataError, match=re.escape("no such file; make it with `python make_arrow.py --dataset custom")):
+        open_spec("custom", folder, ["test"])
+
+
+# ---- DATA.md
+
+
+def test_data_md_shows_the_layout_and_its_example_works(tmp_path: Path) -> None:
+    text = (ROOT / "DATA.md").read_text(encoding="utf-8")
+    assert write_custom.LAYOUT in text and "--dataset custom " in text
+    section = text[text.index("## Your own data") : text.index("## What is written")]
+    blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["csv", "yaml", "json"]
+    for kind, name in (("csv", "birds.csv"), ("yaml", "spec.yaml"), ("json", "birds.jsonl")):
+        (tmp_path / name).write_text(dict(blocks)[kind])
+    for name in set(re.findall(r"photos/\w+\.jpg", section)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    assert convert(tmp_path, tmp_path / "arrow") == 0
+    found = open_spec("custom", tmp_path / "arrow", SPLITS).custom
+    assert found is not None and found.name == "birds" and found.labels == "multi"
+    as_csv = {split: columns_of(tmp_path / "arrow", split) for split in SPLITS}
+    (tmp_path / "spec.yaml").write_text(dict(blocks)["yaml"].replace("birds.csv", "birds.jsonl"))
+    assert convert(tmp_path, tmp_path / "arrow") == 0
+    as_json = {split: columns_of(tmp_path / "arrow", split) for split in SPLITS}
+    for split in SPLITS:
+        assert as_json[split]["label"] == as_csv[split]["label"]
+    assert json.dumps(as_csv["val"]["text"]) == json.dumps(as_json["val"]["text"])

@@ -1,0 +1,393 @@
+"""Data of one's own from the arrow files to the report: the same as a published task where the data is the same."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import make_arrow
+import run
+from clip.checkpoint import ModelSpec, build_classifier, read_checkpoint
+from clip.metrics import macro_f1_and_accuracy
+from clip.modules.method import MethodOptions
+from clip.sample_statistics import RESAMPLED
+from clip.tasks import METRICS_OF_CUSTOM, TASKS, task_of
+from run import command_line
+from tests.conftest import Workspace
+from tests.custom_files import convert, films_as_custom, write_labelled
+from tests.models import TINY
+from vilt.datasets.custom import CUSTOM_METRICS, CustomData
+from vilt.datasets.specs import EVERY_DATASET, SPLITS
+from vilt.errors import CheckpointError
+from vilt.missing_tables import MissingPattern, draw_missing_table
+
+MOVIES = Path(__file__).parents[2] / "shared" / "data" / "movies"
+ROWS = {"train": 12, "val": 6, "test": 9}
+QUICK = ("robustness_ratios=[0.0,0.7]", "robustness_seeds=[0,1]", "bootstrap=10")
+
+
+def make_own(folder: Path, labels: list[str], **spec: object) -> Path:
+    """Arrow files of a single-label dataset."""
+    write_labelled(folder, ROWS, labels, **spec)
+    assert convert(folder, folder / "arrow") == 0
+    return folder / "arrow"
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, chosen by F1-macro."""
+    return make_own(tmp_path_factory.mktemp("pets"), ["cat", "dog", "cow"], name="pets", metric="f1_macro")
+
+
+@pytest.fixture(scope="module")
+def fitted(workspace: Workspace, pets: Path) -> Path:
+    """A finished run on the pets."""
+    return train(workspace, "pets", pets)
+
+
+def train(workspace: Workspace, name: str, data: Path, *options: str, task: str = "custom") -> Path:
+    """The folder of a training run."""
+    command = workspace.command(f"vit={workspace.backbone}", f"exp_name={name}", *options, task=task, data_root=data)
+    assert command_line(command) == 0
+    return workspace.results / f"{name}_seed0" / "version_0"
+
+
+def refused(workspace: Workspace, capsys: pytest.CaptureFixture[str], data: Path, *options: str) -> str:
+    """The error of a run."""
+    capsys.readouterr()
+    assert command_line(workspace.command(*options, task="custom", data_root=data)) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def json_of(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def numbers_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+# ---- the same as MM-IMDb
+
+
+@pytest.mark.parametrize("source", ["made up", "movies"])
+def test_films_train_and_test_as_by_the_mmimdb_path(workspace: Workspace, tmp_path: Path, source: str) -> None:
+    """Equal to the last digit: the loss of every step, every metric of validation and test, and the memory."""
+    raw = workspace.root / "raw" if source == "made up" else MOVIES
+    if not raw.is_dir():
+        pytest.skip(f"{raw} is not there")
+    args = ["--dataset", "mmimdb", "--root", str(raw), "--target", str(tmp_path / "films"), "--workers", "0"]
+    assert make_arrow.main(args) == 0
+    assert convert(raw, tmp_path / "own", "--spec", str(films_as_custom(raw, tmp_path / "table"))) == 0
+    share_missing_tables(tmp_path, raw)
+    options = [f"missing_table_root={tmp_path / 'tables'}", "max_steps=3", "val_check_interval=1.0"]
+    theirs = train(workspace, f"films {source}", tmp_path / "films", *options, task="mmimdb")
+    ours = train(workspace, f"own {source}", tmp_path / "own", *options)
+    assert len(numbers_of(ours)) > 3 and numbers_of(ours) == numbers_of(theirs)
+    results, expected = (json_of(folder / "test_results.json") for folder in (ours, theirs))
+    for name in ("metrics", "missing", "samples"):
+        assert results[name] == expected[name]
+    assert set(results["metrics"]) == {"loss", "f1_macro", "f1_micro", "f1_samples", "f1_weighted"}
+    states = [torch.load(folder / "best.ckpt", weights_only=True)["state_dict"] for folder in (ours, theirs)]
+    renamed = {name.replace("custom_classifier", "mmimdb_classifier"): value for name, value in states[0].items()}
+    assert renamed.keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in renamed.items())
+
+
+def share_missing_tables(folder: Path, raw: Path) -> None:
+    """Tables in the published form for both names; drawn ones follow from the dataset's name too."""
+    (folder / "tables").mkdir()
+    lists = json_of(raw / "split.json")
+    for split in SPLITS:
+        called = {name: EVERY_DATASET[name].file_splits[split] for name in ("mmimdb", "custom")}
+        pattern = MissingPattern("both", 0.7, 0.5, 0)
+        table = torch.from_numpy(draw_missing_table("mmimdb", split, pattern, len(lists[called["mmimdb"]])))
+        for name, part in called.items():
+            torch.save(table, folder / "tables" / f"{name}_{part}_missing_both_07.pt")
+
+
+def test_what_is_trained_is_that_of_mmimdb() -> None:
+    custom = CustomData("x", "multi", tuple(map(str, range(23))), "f1_macro")
+    trained = []
+    method = MethodOptions("rep", 6, 2)
+    for spec in (ModelSpec("mmimdb", method, TINY), ModelSpec("custom", method, TINY, custom=custom)):
+        classifier = build_classifier(spec)
+        names = {name for name, value in classifier.named_parameters() if value.requires_grad}
+        trained.append({name.replace(spec.task, "task") for name in names})
+    assert trained[0] == trained[1]
+
+
+# ---- a run of one's own
+
+
+def test_the_run_says_what_the_data_says(workspace: Workspace, fitted: Path, pets: Path) -> None:
+    described = {"name": "pets", "labels": "single", "class_names": ["cat", "cow", "dog"], "metric": "f1_macro"}
+    assert json_of(fitted / "config.json")["custom"] == described
+    spec = read_checkpoint(fitted / "best.ckpt").spec
+    assert spec.custom == CustomData("pets", "single", ("cat", "cow", "dog"), "f1_macro")
+    checkpoint = torch.load(fitted / "best.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["custom_classifier.weight"].shape[0] == 3
+    assert checkpoint["monitor"] == "val/f1_macro"
+    results = json_of(fitted / "test_results.json")
+    assert results["task"] == "custom" and results["samples"] == 9
+    assert set(results["metrics"]) == {"loss", "f1_macro", "accuracy"}
+
+
+def test_evaluation_repeats_the_result(workspace: Workspace, fitted: Path, pets: Path) -> None:
+    options = ["test_only=True", f"load_path={fitted / 'best.ckpt'}", "test_exp_name=pets_again"]
+    assert command_line(workspace.command(*options, task="custom", data_root=pets)) == 0
+    again = workspace.results / "pets_again" / "version_0"
+    assert json_of(again / "test_results.json")["metrics"] == json_of(fitted / "test_results.json")["metrics"]
+    assert json_of(again / "config.json")["custom"] == json_of(fitted / "config.json")["custom"]
+
+
+def test_a_run_that_was_interrupted_ends_the_same(
+    workspace: Workspace, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkpoint after the first epoch, to the last digit."""
+    save = run.Checkpoints._write_last
+
+    def save_and_keep_the_first(self: Any, trainer: Any) -> None:
+        save(self, trainer)
+        if not (tmp_path / "first.ckpt").exists():
+            shutil.copy(self.folder / "last.ckpt", tmp_path / "first.ckpt")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Checkpoints, "_write_last", save_and_keep_the_first)
+        whole = train(workspace, "pets_whole", pets)
+    resumed = train(workspace, "pets_resumed", pets, f"resume_from={tmp_path / 'first.ckpt'}")
+    first, *last = (
+        torch.load(path, weights_only=True)
+        for path in (tmp_path / "first.ckpt", whole / "last.ckpt", resumed / "last.ckpt")
+    )
+    assert first["global_step"] < last[0]["global_step"] == last[1]["global_step"]
+    assert last[0]["rep"] == last[1]["rep"]
+    for name, value in last[0]["state_dict"].items():
+        assert torch.equal(last[1]["state_dict"][name], value), name
+    results = [json_of(folder / "test_results.json")["metrics"] for folder in (whole, resumed)]
+    assert results[0] == results[1]
+
+
+def test_a_warm_start_takes_the_head_of_the_same_classes_alone(
+    workspace: Workspace, fitted: Path, pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    renamed = make_own(tmp_path / "renamed", ["cat", "dog", "horse"])
+    start = (f"load_path={fitted / 'best.ckpt'}", f"vit={workspace.backbone}")
+    said = refused(workspace, capsys, renamed, *start, "finetune_first=True")
+    assert "trained on the classes of pets, the data's differ: expected 'cow' as class 1, found 'dog'" in said
+    train(workspace, "pets_memory", renamed, start[0], "max_steps=1")
+    train(workspace, "pets_head", pets, start[0], "finetune_first=True", "max_steps=1")
+    assert "the head too" in capsys.readouterr().err
+
+
+def test_data_of_other_classes_is_refused(
+    workspace: Workspace, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = f"load_path={fitted / 'best.ckpt'}"
+    for number, (labels, message) in enumerate(
+        (
+            (["cat", "dog", "horse"], "expected 'cow' as class 1, found 'dog'"),
+            (["cat", "dog"], "expected 3 classes, found 2"),
+        )
+    ):
+        other = make_own(tmp_path / str(number), labels)
+        message = f"{fitted / 'best.ckpt'}: trained on the classes of pets, the data's differ: {message}"
+        assert message in refused(workspace, capsys, other, load, "test_only=True")
+        command = workspace.command(load, *QUICK, task="custom", data_root=other)
+        assert command_line([command[0], "robustness", *command[1:]]) == 2
+        assert message in capsys.readouterr().err
+        resume = f"resume_from={fitted / 'last.ckpt'}"
+        message = message.replace("best.ckpt", "last.ckpt")
+        assert message in refused(workspace, capsys, other, resume, f"vit={workspace.backbone}")
+
+
+def test_data_of_another_metric_cannot_go_on_but_be_tested(
+    workspace: Workspace, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_own(tmp_path, ["cat", "dog", "cow"])
+    said = refused(workspace, capsys, other, f"resume_from={fitted / 'last.ckpt'}", f"vit={workspace.backbone}")
+    assert "other options: name (there pets, here custom), metric (there f1_macro, here accuracy)" in said
+    options = [f"load_path={fitted / 'best.ckpt'}", "test_only=True", "test_exp_name=other_metric"]
+    assert command_line(workspace.command(*options, task="custom", data_root=other)) == 0
+    metrics = json_of(workspace.results / "other_metric" / "version_0" / "test_results.json")["metrics"]
+    assert metrics["accuracy"] == json_of(fitted / "test_results.json")["metrics"]["accuracy"]
+    assert set(metrics) == {"loss", "accuracy"}
+
+
+def test_another_task_than_the_checkpoints(workspace: Workspace, fitted: Path, capsys) -> None:
+    load = f"load_path={fitted / 'best.ckpt'}"
+    assert command_line(workspace.command(load, "test_only=True")) == 2
+    assert "task: mmimdb contradicts the checkpoint" in capsys.readouterr().err
+    assert command_line(workspace.command(load, "finetune_first=True", f"vit={workspace.backbone}")) == 2
+    assert "entries do not fit this model, for example mmimdb_classifier.weight: its task is custom" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"custom": None}, "expected the values name, labels, class_names, metric of a dataset, found None"),
+        ({"custom": {"name": "x"}}, "expected the values name, labels, class_names, metric of a dataset, found name"),
+        ({"task": "imagenet"}, "task 'imagenet', expected one of mmimdb, food101, hatememes, custom"),
+    ],
+)
+def test_a_damaged_description(fitted: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    checkpoint = torch.load(fitted / "best.ckpt", weights_only=True)
+    checkpoint["rep"] |= changes
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    with pytest.raises(CheckpointError, match=re.escape(message)) as error:
+        read_checkpoint(tmp_path / "changed.ckpt")
+    assert "changed.ckpt" in str(error.value)
+
+
+def test_files_that_are_not_there(workspace: Workspace, pets: Path, tmp_path: Path, capsys) -> None:
+    said = refused(workspace, capsys, tmp_path)
+    assert "expected custom_train.arrow, custom_val.arrow, custom_test.arrow" in said and "--dataset custom" in said
+
+
+# ---- robustness, runs and report
+
+
+@pytest.fixture(scope="module")
+def measured(workspace: Workspace, pets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs with robustness results: three classes, two by AUROC, two by accuracy, and several labels."""
+    log_dir = tmp_path_factory.mktemp("measured")
+    folders = {}
+    for name, data in (
+        ("pets", pets),
+        ("memes", make_own(log_dir / "memes_data", ["fine", "hateful"], name="memes", metric="auroc")),
+        ("coins", make_own(log_dir / "coins_data", ["head", "tail"], name="coins")),
+        ("films", films_of(workspace, log_dir / "films_data")),
+    ):
+        options = (f"vit={workspace.backbone}", f"exp_name={name}", f"log_dir={log_dir / 'runs'}", "max_epoch=1")
+        assert command_line(workspace.command(*options, task="custom", data_root=data)) == 0
+        folders[name] = log_dir / "runs" / f"{name}_seed0" / "version_0"
+        load = [f"load_path={folders[name] / 'best.ckpt'}", f"data_root={data}"]
+        tables = f"missing_table_root={log_dir / 'tables'}"
+        assert (
+            command_line(["run.py", "robustness", "with", *load, tables, "precision=32", "num_workers=0", *QUICK]) == 0
+        )
+    return folders
+
+
+def films_of(workspace: Workspace, folder: Path) -> Path:
+    raw = workspace.root / "raw"
+    assert convert(raw, folder / "arrow", "--spec", str(films_as_custom(raw, folder))) == 0
+    return folder / "arrow"
+
+
+def test_robustness_of_each_kind(measured: dict[str, Path]) -> None:
+    for name, metric, extra in (
+        ("pets", "f1_macro", "confusions.csv"),
+        ("memes", "auroc", "roc.csv"),
+        ("coins", "accuracy", "roc.csv"),
+        ("films", "f1_macro", None),
+    ):
+        folder = measured[name] / "robustness"
+        results = json_of(folder / "robustness.json")
+        assert (results["task"], results["metric"]) == ("custom", metric)
+        assert results["class_names"] == json_of(measured[name] / "config.json")["custom"]["class_names"]
+        assert metric in results["by_type"]["complete"] and metric in results["confidence"]["complete"]
+        files = {path.name for path in folder.iterdir()}
+        assert files >= {"logits.arrow", "cells.csv", "matrix.csv", "per_class.csv"}
+        assert (extra in files) if extra else not files & {"roc.csv", "confusions.csv"}
+    roc = json_of(measured["memes"] / "robustness" / "robustness.json")
+    for name, curve in roc["roc"].items():
+        assert curve["auroc"] == roc["by_type"][name]["auroc"]
+
+
+def test_the_cells_are_what_test_only_gives(workspace: Workspace, measured: dict[str, Path], tmp_path: Path) -> None:
+    """At 70 % missing, both, the pattern of the test after the training."""
+    for name, folder in measured.items():
+        results = json_of(folder / "test_results.json")
+        cells = json_of(folder / "robustness" / "robustness.json")["cells"]
+        (cell,) = [cell for cell in cells if (cell["missing_type"], cell["ratio"]) == ("both", 0.7)]
+        for metric, found in cell["metrics"].items():
+            assert found["values"][0] == pytest.approx(results["metrics"][metric], abs=1e-12), name
+
+
+def test_the_table_of_runs(measured: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    log_dir = measured["pets"].parents[1]
+    assert command_line(["run.py", "runs", "with", f"log_dir={log_dir}"]) == 0
+    assert "f1_macro (custom_pets)" in capsys.readouterr().out
+    with (log_dir / "runs.csv").open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert {name: (row["dataset"], row["metric"], row["state"]) for name, row in rows.items()} == {
+        "pets": ("custom_pets", "f1_macro", "finished"),
+        "memes": ("custom_memes", "auroc", "finished"),
+        "coins": ("custom_coins", "accuracy", "finished"),
+        "films": ("custom_films", "f1_macro", "finished"),
+    }
+    for name, row in rows.items():
+        assert float(row["test"]) == json_of(measured[name] / "test_results.json")["metrics"][row["metric"]]
+
+
+def test_the_report(measured: dict[str, Path], tmp_path: Path) -> None:
+    runs = measured["pets"].parents[1]
+    assert command_line(["run.py", "report", "with", f"runs={runs}", f"out={tmp_path / 'report'}"]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    headings = [line.lstrip("# ") for line in page.splitlines() if line.startswith("#")]
+    for heading in ("pets", "memes", "coins", "films", "Most frequent confusions", "ROC curves", "Results by class"):
+        assert heading in headings
+    assert "Published results and ours" not in headings  # there are none
+    assert "task_finetune_custom" in page and "AUROC" in page
+    names = {path.name for path in (tmp_path / "report").rglob("*.csv")}
+    assert {"matrix_custom_pets.csv", "matrix_custom_memes.csv", "confusions_custom_pets.csv"} <= names
+
+
+def test_a_report_of_two_datasets_of_one_name(measured: dict[str, Path], tmp_path: Path, capsys) -> None:
+    for number, (name, folder) in enumerate(measured.items()):
+        config = json_of(folder / "config.json")
+        config["custom"]["name"] = "same"
+        place = tmp_path / "runs" / name / f"version_{number}"
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps(config))
+    assert command_line(["run.py", "report", "with", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'out'}"]) == 2
+    assert "of the same name custom_same: with other classes, labels or metric" in capsys.readouterr().err
+
+
+def test_a_configuration_without_its_dataset(tmp_path: Path, measured: dict[str, Path], capsys) -> None:
+    config = json_of(measured["pets"] / "config.json")
+    place = tmp_path / "pets" / "version_0"
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps({**config, "custom": 3}))
+    assert command_line(["run.py", "report", "with", f"runs={tmp_path}", f"out={tmp_path / 'out'}"]) == 2
+    assert "config.json: expected the values name, labels, class_names, metric" in capsys.readouterr().err
+    assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
+    assert "damaged" in capsys.readouterr().out
+
+
+# ---- the table of tasks
+
+
+def test_every_metric_that_data_may_name_has_its_row() -> None:
+    named = {(labels, metric) for labels, metrics in CUSTOM_METRICS.items() for metric in metrics}
+    assert named == set(METRICS_OF_CUSTOM)
+    for labels, metric in named:
+        custom = CustomData("x", labels, ("a", "b"), metric)  # type: ignore[arg-type]
+        task = task_of("custom", custom)
+        target = torch.tensor([[1, 0], [0, 1], [1, 1]]) if labels == "multi" else torch.tensor([0, 1, 1])
+        logits = torch.tensor([[2.0, -1.0], [0.5, 1.0], [3.0, -2.0]])
+        assert task.monitor == metric and metric in task.metrics(logits, target)
+        assert task.metrics in RESAMPLED and (task.n_classes, task.head_name) == (2, "custom_classifier")
+        like = "mmimdb" if labels == "multi" else "food101"
+        assert task.loss(logits, target) == TASKS[like].loss(logits, target)
+
+
+def test_macro_f1_of_single_labels() -> None:
+    """By hand: class 0 is right once and missed once, class 1 is right once and taken once, class 2 never occurs."""
+    logits = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0]])
+    labels = torch.tensor([0, 0, 1])
+    assert macro_f1_and_accuracy(logits, labels) == pytest.approx({"f1_macro": 2 / 3, "accuracy": 2 / 3})
+    weights_RN = torch.tensor([[1.0, 1, 1], [0, 2, 1], [0, 0, 3]]).double()
+    found = RESAMPLED[macro_f1_and_accuracy](logits, labels)(weights_RN)
+    for number, which in enumerate(([0, 1, 2], [1, 1, 2], [2, 2, 2])):
+        expected = macro_f1_and_accuracy(logits[which], labels[which])
+        assert {name: float(values[number]) for name, values in found.items()} == pytest.approx(expected)

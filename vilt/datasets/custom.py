@@ -1,0 +1,86 @@
+"""A dataset of one's own: what its arrow files say of it, and checkpoints and run folders repeat."""
+
+import re
+from dataclasses import dataclass, fields
+from typing import Literal, Self, get_args
+
+CUSTOM = "custom"
+"""Name of the task, and prefix of the arrow files, of every such dataset."""
+Labels = Literal["single", "multi"]
+CUSTOM_METRICS: dict[str, tuple[str, ...]] = {"single": ("accuracy", "f1_macro", "auroc"), "multi": ("f1_macro",)}
+"""By kind of labels: the metrics that can choose the best model, the default first."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class CustomData:
+    """Name, labels, classes and metric of a dataset.
+
+    Raises:
+        ValueError: a value is of the wrong type or contradicts another one; names it, and what was expected and found.
+    """
+
+    name: str
+    """What tables and reports call the dataset."""
+    labels: Labels
+    """Whether a sample has exactly one label or any number of them."""
+    class_names: tuple[str, ...]
+    metric: str
+    """The one that chooses the best model."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            raise ValueError(f"name: expected letters, digits, - and _, found {self.name!r}")
+        if self.labels not in get_args(Labels):
+            raise ValueError(f"labels: expected {' or '.join(get_args(Labels))}, found {self.labels!r}")
+        self._check_classes()
+        metrics = CUSTOM_METRICS[self.labels]
+        if self.metric not in metrics:
+            expected = " or ".join(metrics)
+            raise ValueError(f"metric: expected {expected} with labels: {self.labels}, found {self.metric!r}")
+        if self.metric == "auroc" and self.n_classes != 2:
+            raise ValueError(f"metric: auroc takes 2 classes, found {self.n_classes}")
+
+    def _check_classes(self) -> None:
+        rows: dict[str, int] = {}
+        for row, name in enumerate(self.class_names, 1):
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"classes: expected a name in row {row}, found {name!r}")
+            if rows.setdefault(name, row) != row:
+                raise ValueError(f"classes: {name!r} is listed twice, in rows {rows[name]} and {row}")
+        least = 2 if self.labels == "single" else 1
+        if self.n_classes < least:
+            found = f"{self.n_classes} ({', '.join(map(repr, self.class_names))})" if self.class_names else "none"
+            raise ValueError(f"classes: expected at least {least}, found {found}")
+
+    @classmethod
+    def of(cls, value: object) -> Self:
+        """From its values by name, as JSON and checkpoints hold them. Raises ValueError."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(value, dict) or set(value) != set(names):
+            found = ", ".join(map(str, value)) if isinstance(value, dict) else repr(value)
+            raise ValueError(f"expected the values {', '.join(names)} of a dataset, found {found or 'none'}")
+        if not isinstance(value["class_names"], (list, tuple)):
+            raise ValueError(f"class_names: expected a list, found {value['class_names']!r}")
+        return cls(**{**value, "class_names": tuple(value["class_names"])})
+
+    @property
+    def n_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    @property
+    def key(self) -> str:
+        """What tells the dataset from others, in tables and in names of files."""
+        return f"{CUSTOM}_{self.name}"
+
+    def difference(self, other: "CustomData") -> str | None:
+        """What labels and classes `other` has instead of these, for messages; None where they are the same."""
+        if other.labels != self.labels:
+            return f"expected labels: {self.labels}, found labels: {other.labels}"
+        if other.n_classes != self.n_classes:
+            return f"expected {self.n_classes} classes, found {other.n_classes}"
+        for number, (ours, theirs) in enumerate(zip(self.class_names, other.class_names, strict=True)):
+            if ours != theirs:
+                return f"expected {ours!r} as class {number}, found {theirs!r}"
+        return None

@@ -1,0 +1,50 @@
+"""The row of a dataset, which for one's own data is read from its arrow files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec, Split, custom_spec
+from vilt.errors import DataError
+
+
+def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:
+    """The row of `dataset`, with classes and metric of the arrow files of `splits` in `root` if it is one's own.
+
+    Raises:
+        DataError: such a file is not there, not readable or not of one's own data, or the files do not agree.
+    """
+    if dataset != CUSTOM:
+        return DATASETS[dataset]
+    paths = [root / EVERY_DATASET[CUSTOM].file_name(split) for split in splits]
+    first, *others = [_read(path) for path in paths]
+    for path, other in zip(paths[1:], others, strict=True):
+        if other != first:
+            names = f"name {first.name} and metric {first.metric}, found {other.name} and {other.metric}"
+            difference = first.difference(other) or f"expected the {names}"
+            raise DataError(f"{path}: not of one dataset with {paths[0].name}: {difference}; convert them together")
+    return custom_spec(first)
+
+
+def _read(path: Path) -> CustomData:
+    """What the metadata of an arrow file says. Raises DataError."""
+    how_to_make = EVERY_DATASET[CUSTOM].how_to_make(path.parent)
+    try:
+        with pa.memory_map(str(path)) as source:
+            metadata = pa.ipc.open_file(source).schema.metadata or {}
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; {how_to_make}") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: not readable as an arrow file: {error}") from error
+    try:
+        if not {b"custom", b"class_names"} <= set(metadata):
+            raise ValueError("expected metadata with class names, labels and metric, found none")
+        described = json.loads(metadata[b"custom"])
+        if not isinstance(described, dict):
+            raise ValueError(f"metadata custom: expected an object, found {described!r}")
+        return CustomData.of({**described, "class_names": json.loads(metadata[b"class_names"])})
+    except ValueError as error:  # of json too
+        raise DataError(f"{path}: {error}; {how_to_make}") from error

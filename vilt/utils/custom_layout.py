@@ -1,0 +1,171 @@
+"""How the tables of a dataset of one's own are laid out: what its spec.yaml says, checked."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
+from vilt.datasets.specs import SPLITS, Split
+from vilt.errors import DataError
+from vilt.utils.raw_data import read_bytes
+
+COLUMNS = ("image", "text", "label", "split")
+FORMATS = (".csv", ".tsv", ".jsonl")
+SEPARATOR = "|"
+Reader = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a spec.yaml says; the defaults are those of `--table`, which does without."""
+
+    source: Path
+    """Where it says so, for messages."""
+    tables: tuple[tuple[Path, Split | None], ...]
+    """Each with the split of its rows; None where a column gives it."""
+    name: str = CUSTOM
+    columns: dict[str, str] = field(default_factory=lambda: {column: column for column in COLUMNS})
+    """What the tables call each of COLUMNS."""
+    labels: str = "single"
+    separator: str = SEPARATOR
+    """Between the labels of a row, in CSV and TSV."""
+    classes: tuple[str, ...] | None = None
+    """In the order of their numbers; None: those that occur, sorted."""
+    metric: str | None = None
+
+    def dataset(self, found: set[str]) -> CustomData:
+        """The dataset, if `found` are the labels that occur. Raises DataError."""
+        classes = self.classes if self.classes is not None else tuple(sorted(found))
+        try:
+            metric = self.metric or CUSTOM_METRICS[self.labels][0]
+            return CustomData.of({"name": self.name, "labels": self.labels, "class_names": classes, "metric": metric})
+        except ValueError as error:
+            raise DataError(f"{self.source}: {error}") from None
+
+
+def table_layout(table: Path) -> Layout:
+    """The layout of one table with a split column. Raises DataError."""
+    try:
+        return Layout(table, ((Path(_table("--table", str(table))), None),))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def read_layout(path: Path, raw: Path) -> Layout:
+    """What the spec.yaml at `path` says; its tables are relative to `raw`.
+
+    Raises:
+        DataError: it is not readable, or a value is unknown, of the wrong type or contradicts another one.
+    """
+    try:
+        given = yaml.load(read_bytes(path), _UniqueKeyLoader)
+    except RecursionError:
+        raise DataError(f"{path} is not valid YAML: nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    try:
+        return _layout(path, raw, given)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _layout(source: Path, raw: Path, given: Any) -> Layout:
+    _check_keys("", given, READERS)
+    if "files" not in given:
+        raise ValueError("files: expected a table, or one for each split, found none")
+    values = {key: read(key, given[key]) for key, read in READERS.items() if key in given}
+    tables = tuple((raw / name, split) for name, split in values.pop("files"))
+    columns = values.get("columns", {})
+    if "split" in columns and len(tables) > 1:
+        raise ValueError("columns.split: contradicts files, which has a table for each split")
+    if "separator" in values and values.get("labels", "single") != "multi":
+        raise ValueError("separator: belongs to labels: multi, found labels: single")
+    values["columns"] = {column: columns.get(column, column) for column in COLUMNS}
+    return Layout(source, tables, **values)
+
+
+def _wrong(key: str, expected: str, value: object) -> ValueError:
+    return ValueError(f"{key}: expected {expected}, found {value!r}")
+
+
+def _check_keys(prefix: str, value: object, known: Iterable[str]) -> None:
+    if not isinstance(value, dict):
+        raise _wrong(prefix.rstrip(".") or "the file", f"the keys {', '.join(known)}", value)
+    for key in value:
+        if key not in known:
+            raise ValueError(f"unknown key {prefix}{key}; expected {', '.join(known)}")
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _wrong(key, "a text", value)
+    return value
+
+
+def _one_of(*choices: str) -> Reader:
+    def read(key: str, value: object) -> str:
+        if value not in choices:
+            raise _wrong(key, " or ".join(choices), value)
+        return str(value)
+
+    return read
+
+
+def _columns(key: str, value: object) -> dict[str, str]:
+    _check_keys(f"{key}.", value, COLUMNS)
+    assert isinstance(value, dict)
+    return {column: _text(f"{key}.{column}", name) for column, name in value.items()}
+
+
+def _classes(key: str, value: object) -> tuple[str, ...]:
+    """Names; a number is one too. What YAML takes for a truth value (no, yes, on, off) is told."""
+    if not isinstance(value, list):
+        raise _wrong(key, "a list of names", value)
+    for row, name in enumerate(value, 1):
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            raise _wrong(f"{key}, row {row}", "a name (in quotes, if YAML takes it for something else)", name)
+    return tuple(str(name).strip() for name in value)
+
+
+def _files(key: str, value: object) -> list[tuple[str, Split | None]]:
+    """The tables, each with the split of its rows; None for a single one."""
+    if isinstance(value, dict):
+        _check_keys(f"{key}.", value, SPLITS)
+        missing = [split for split in SPLITS if split not in value]
+        if missing:
+            raise ValueError(f"{key}: expected a table for each of {', '.join(SPLITS)}, found none for {missing[0]}")
+        return [(_table(f"{key}.{split}", value[split]), split) for split in SPLITS]
+    return [(_table(key, value), None)]
+
+
+def _table(key: str, value: object) -> str:
+    name = _text(key, value)
+    if Path(name).suffix.lower() not in FORMATS:
+        raise _wrong(key, f"a table, with a name that ends in {' or '.join(FORMATS)}", value)
+    return name
+
+
+READERS: dict[str, Reader] = {
+    "name": _text,
+    "files": _files,
+    "columns": _columns,
+    "labels": _one_of(*CUSTOM_METRICS),
+    "separator": _text,
+    "classes": _classes,
+    "metric": _one_of(*dict.fromkeys(metric for metrics in CUSTOM_METRICS.values() for metric in metrics)),
+}
+"""The keys of a spec.yaml. A reader takes (key, value) and returns the value to use, or raises ValueError."""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a mapping that repeats a key; PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise yaml.MarkedYAMLError(problem=f"the key {repeated!r} is repeated", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)

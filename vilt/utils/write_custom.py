@@ -1,0 +1,247 @@
+"""A dataset of one's own: tables (CSV, TSV or JSONL) that list an image, texts and labels in each row."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from vilt.datasets.specs import SPLITS, Split, custom_spec
+from vilt.errors import DataError
+from vilt.utils.custom_layout import COLUMNS, Layout, read_layout, table_layout
+from vilt.utils.raw_data import (
+    INCOMPLETE_ROW,
+    PATH_LEAVES_RAW,
+    UNKNOWN_CLASS,
+    UNREADABLE_FILE,
+    BadSampleError,
+    RawDataset,
+    RawSplit,
+    Row,
+    Sample,
+    check_inside,
+    kind_of,
+    parse_json,
+    read_bytes,
+    read_image,
+    require_layout,
+)
+
+LAYOUT = """\
+RAW/
+  spec.yaml           files: TABLE and what else is to be known; or say --spec FILE or --table TABLE
+  TABLE.csv           columns image, text, label, split; or .tsv, or .jsonl with these keys on each line
+  ANY/FILE            the images: in the table stands ANY/FILE
+"""
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+Record = dict[str, Any]
+"""One row of a table: the values of COLUMNS that it has."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One row of a table, whose image has not been read yet."""
+
+    source: str
+    row: int
+    image: object
+    text: object
+    labels: list[str] | BadSampleError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row with its labels as numbers."""
+
+    raw: Path
+    listed: Listed
+    label: int | list[int] | BadSampleError
+
+    @property
+    def name(self) -> str:
+        """File and line."""
+        return f"{self.listed.source}, row {self.listed.row}"
+
+    def read(self) -> Row:
+        """Columns image, text, label (class number, or 0/1 over the classes), image_id. Raises BadSampleError."""
+        source, file = self.listed.source, self.listed.image
+        if not isinstance(file, str) or not file:
+            raise BadSampleError(INCOMPLETE_ROW, source, f"image: expected a path, found {_found(file)}")
+        texts = _texts(self.listed.text, source)
+        if isinstance(self.label, BadSampleError):
+            raise self.label
+        _check_inside(self.raw, file)
+        return {"image": read_image(self.raw, file), "text": texts, "label": self.label, "image_id": file}
+
+
+def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> RawDataset:
+    """The dataset in `raw`, its tables read and its classes found.
+
+    Args:
+        spec: the spec.yaml; None: that of `raw`.
+        table: instead of a spec: the only table, with the default columns.
+
+    Raises:
+        DataError: the spec or a table is wrong as a whole; names the file, and the row where there is one.
+    """
+    require_layout(raw, () if spec or table else ("spec.yaml",), LAYOUT)
+    layout = table_layout(table) if table is not None else read_layout(spec or raw / "spec.yaml", raw)
+    rows: dict[Split, list[Listed]] = {split: [] for split in SPLITS}
+    for path, split in layout.tables:
+        for row, record in read_table(path, layout):
+            labels = _labels(record.get("label"), layout, path)
+            listed = Listed(path.name, row, record.get("image"), record.get("text"), labels)
+            rows[split or _split(record, path, row, layout)].append(listed)
+        _refuse_empty(rows, path, split, layout)
+    custom = layout.dataset({name for of_split in rows.values() for one in of_split for name in _known(one.labels)})
+    numbers = {name: number for number, name in enumerate(custom.class_names)}
+
+    def entries(of_split: list[Listed]) -> Iterator[tuple[int, Sample]]:
+        for one in of_split:
+            yield one.row, Entry(raw, one, _numbered(one, numbers, layout))
+
+    splits = tuple(RawSplit(split, listed[0].source, len(listed), entries(listed)) for split, listed in rows.items())
+    return RawDataset(custom_spec(custom), custom.class_names, splits)
+
+
+# ---- tables: a row that cannot be told from the others ends the conversion
+
+
+def read_table(path: Path, layout: Layout) -> Iterator[tuple[int, Record]]:
+    """Pairs of line (from 1, where the row begins) and record. Raises DataError."""
+    columns = {column: layout.columns[column] for column in COLUMNS}
+    delimiter = DELIMITERS.get(path.suffix.lower())
+    for row, values in _json_rows(path) if delimiter is None else _csv_rows(path, delimiter, _needed(layout)):
+        yield row, {column: values[name] for column, name in columns.items() if name in values}
+
+
+def _needed(layout: Layout) -> list[str]:
+    """Names of the columns that a table must have."""
+    return [layout.columns[column] for column in COLUMNS if column != "split" or len(layout.tables) == 1]
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for row, line in enumerate(read_bytes(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{path}, row {row}: not valid JSON in UTF-8: {error}") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{path}, row {row}: expected an object, found {kind_of(value)}")
+        yield row, value
+
+
+def _csv_rows(path: Path, delimiter: str, needed: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not valid UTF-8: {error}") from None
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    row = 1
+    try:
+        header = next(lines, [])
+        _check_header(path, header, needed)
+        while True:
+            row = lines.line_num + 1
+            fields = next(lines, None)
+            if fields is None:
+                return
+            if fields and len(fields) != len(header):
+                raise DataError(
+                    f"{path}, row {row}: expected {len(header)} values, as in the header, found {len(fields)}"
+                )
+            if fields:
+                yield row, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}, row {row}: {error}") from None
+
+
+def _check_header(path: Path, header: list[str], needed: list[str]) -> None:
+    for name in header:
+        if header.count(name) > 1:
+            raise DataError(f"{path}, row 1: the column {name!r} is repeated")
+    missing = [name for name in needed if name not in header]
+    if missing:
+        found = ", ".join(map(repr, header)) or "nothing"
+        raise DataError(f"{path}, row 1: expected the columns {', '.join(map(repr, missing))}, found {found}")
+
+
+def _split(record: Record, path: Path, row: int, layout: Layout) -> Split:
+    value = record.get("split")
+    for split in get_args(Split):
+        if isinstance(value, str) and value.strip() == split:
+            return split
+    expected = ", ".join(SPLITS[:-1]) + f" or {SPLITS[-1]}"
+    raise DataError(f"{path}, row {row}: {layout.columns['split']}: expected {expected}, found {_found(value)}")
+
+
+def _refuse_empty(rows: dict[Split, list[Listed]], path: Path, split: Split | None, layout: Layout) -> None:
+    for one in SPLITS if split is None else (split,):
+        if not rows[one]:
+            what = "rows" if split else f"rows with {layout.columns['split']} {one}"
+            raise DataError(f"{path}: expected {what}, found none")
+
+
+# ---- parts of a row: one of them wrong makes a bad sample
+
+
+def _found(value: object) -> str:
+    return repr(value) if isinstance(value, str) else kind_of(value) if value is not None else "none"
+
+
+def _texts(value: object, source: str) -> list[str]:
+    """The texts of a sample: one, or a list of them in JSON, at least one of them not blank."""
+    texts: list[Any] = value if isinstance(value, list) else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise BadSampleError(INCOMPLETE_ROW, source, f"text: expected a string or a list, found {_found(text)}")
+    if not any(text.strip() for text in texts):
+        raise BadSampleError(INCOMPLETE_ROW, source, "text: empty")
+    return texts
+
+
+def _labels(value: object, layout: Layout, table: Path) -> list[str] | BadSampleError:
+    """The names of the labels of a row, or what is wrong with them."""
+    several = layout.labels == "multi"
+    parts: list[object] = [value]
+    if several and table.suffix.lower() in DELIMITERS:
+        parts = [part for part in str(value).split(layout.separator) if part.strip()]
+    elif several:
+        if not isinstance(value, list):
+            return BadSampleError(INCOMPLETE_ROW, table.name, f"label: expected a list, found {_found(value)}")
+        parts = value
+    names = [str(part).strip() for part in parts]
+    for part, name in zip(parts, names, strict=True):
+        if isinstance(part, bool) or not isinstance(part, (str, int)) or not name:
+            return BadSampleError(INCOMPLETE_ROW, table.name, f"label: expected a name, found {_found(part)}")
+    return names
+
+
+def _known(labels: list[str] | BadSampleError) -> list[str]:
+    return [] if isinstance(labels, BadSampleError) else labels
+
+
+def _numbered(listed: Listed, numbers: dict[str, int], layout: Layout) -> int | list[int] | BadSampleError:
+    if isinstance(listed.labels, BadSampleError):
+        return listed.labels
+    unknown = [name for name in listed.labels if name not in numbers]
+    if unknown:
+        return BadSampleError(UNKNOWN_CLASS, listed.source, f"{unknown[0]!r} is not in classes")
+    if layout.labels == "single":
+        return numbers[listed.labels[0]]
+    return [int(name in listed.labels) for name in numbers]
+
+
+def _check_inside(raw: Path, file: str) -> None:
+    """Raises BadSampleError if `file` leaves `raw`: as it is written, or where links lead."""
+    check_inside(file)
+    try:
+        inside = (raw / file).resolve().is_relative_to(raw.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a null byte
+        raise BadSampleError(UNREADABLE_FILE, file, str(error)) from None
+    if not inside:
+        raise BadSampleError(PATH_LEAVES_RAW, file, "by a link")

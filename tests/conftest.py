@@ -1,7 +1,9 @@
 """What several test files share: a made-up dataset, a tiny CLIP with its tokenizer, and a trained run on them."""
 
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +82,19 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     )
     assert status == 0
     return Workspace(root)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """run.py sets up logging for its process, which tests share."""
+    loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
+    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    disabled = logging.root.manager.disable
+    yield
+    logging.disable(disabled)
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture

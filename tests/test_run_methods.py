@@ -1,0 +1,141 @@
+"""Every method through run.py: trained, tested, evaluated from its checkpoint, resumed, and started from another."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clip.callbacks import Checkpoints
+from clip.checkpoint import read_checkpoint
+from clip.modules.registry import METHODS
+from run import command_line
+from tests.conftest import Workspace
+
+DESCRIBED = ("memory_depth=1", "replay_depth=1", "dynamic_init=True", "decoupling_weight=0.1")
+VARIANTS = {
+    **{name: (f"prompt_type={name}",) for name in METHODS},
+    "described": DESCRIBED,
+    "baseline of the ablation": ("far=False", "fmb=False"),
+    "prototype head": ("head=prototype",),
+    "prototype head alone": ("head=prototype", "prompt_type=none"),
+}
+
+
+def run(workspace: Workspace, tmp_path: Path, *options: str, status: int = 0) -> None:
+    common = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=1", "val_check_interval=1.0")
+    assert command_line(workspace.command(*common, *options)) == status
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "version_0" / "test_results.json").read_text())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_and_the_evaluation_of_its_checkpoint(workspace: Workspace, tmp_path: Path, variant: str) -> None:
+    run(workspace, tmp_path, *VARIANTS[variant], "exp_name=m")
+    best = tmp_path / "m_seed0" / "version_0" / "best.ckpt"
+    trained = result(tmp_path / "m_seed0")
+    state = torch.load(best, weights_only=True)["state_dict"]
+    assert trained["trained_parameters"] <= sum(value.numel() for value in state.values())
+    assert trained["training_seconds"] > 0
+    evaluation = workspace.command(f"load_path={best}", "test_only=True", "test_exp_name=again", f"log_dir={tmp_path}")
+    evaluation = [option for option in evaluation if not option.startswith("memory_")]
+    assert command_line(evaluation) == 0
+    assert result(tmp_path / "again")["metrics"] == trained["metrics"]
+    assert "trained_parameters" not in result(tmp_path / "again")
+
+
+@pytest.mark.parametrize("variant", ["map_input", "msp", "described"])
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+    workspace: Workspace, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkpoint of every validation."""
+    copies: list[Path] = []
+    of_callbacks = Checkpoints.on_validation_end
+
+    def keep_a_copy(self: Checkpoints, trainer: Any, *rest: Any) -> None:
+        of_callbacks(self, trainer, *rest)
+        copies.append(Path(shutil.copy(self.folder / "last.ckpt", tmp_path / f"{len(copies)}.ckpt")))
+
+    options = (*VARIANTS[variant], "max_epoch=2", "test_after_fit=False")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_validation_end", keep_a_copy)
+        run(workspace, tmp_path, *options, "exp_name=whole")
+    whole = torch.load(tmp_path / "whole_seed0" / "version_0" / "last.ckpt", weights_only=True)["state_dict"]
+    assert len(copies) == 2
+    run(workspace, tmp_path, *options, "exp_name=on", f"resume_from={copies[0]}")
+    resumed = torch.load(tmp_path / "on_seed0" / "version_0" / "last.ckpt", weights_only=True)["state_dict"]
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_the_described_model_starts_from_a_released_checkpoint(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not yet trained, it gives what the released model gives."""
+    run(workspace, tmp_path, "memory_depth=1", "exp_name=released", "test_after_fit=False")
+    released = tmp_path / "released_seed0" / "version_0" / "best.ckpt"
+    run(workspace, tmp_path, f"load_path={released}", "test_only=True", "test_exp_name=released_test", "memory_depth=1")
+    start = (*DESCRIBED, f"load_path={released}", "finetune_first=True", "learning_rate=1e-30", "weight_decay=0")
+    run(workspace, tmp_path, *start, "exp_name=described")
+    assert "warm start" in capsys.readouterr().err
+    described = read_checkpoint(tmp_path / "described_seed0" / "version_0" / "best.ckpt")
+    assert described.spec.method.replay_depth == 1 and described.spec.method.dynamic_init
+    expected, found = result(tmp_path / "released_test")["metrics"], result(tmp_path / "described_seed0")["metrics"]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("prompt_type=maple", "prompt_type: maple contradicts the checkpoint {best}, which has dcp"),
+        ("head=prototype", "head: prototype contradicts the checkpoint {best}, which has linear"),
+        ("memory_length=12", "memory_length: 12 contradicts the checkpoint {best}, which has 6"),
+        ("replay_depth=1 prompt_type=rep", "contradicts the checkpoint {best}"),
+    ],
+)
+def test_options_that_contradict_the_checkpoint(
+    workspace: Workspace, dcp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    run(workspace, tmp_path, f"load_path={dcp}", "test_only=True", *options.split(" "), status=2)
+    assert message.format(best=dcp) in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def dcp(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dcp")
+    run(workspace, folder, "prompt_type=dcp", "exp_name=dcp", "test_after_fit=False")
+    return folder / "dcp_seed0" / "version_0" / "best.ckpt"
+
+
+def test_a_warm_start_from_another_method_is_refused(
+    workspace: Workspace, dcp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(workspace, tmp_path, f"load_path={dcp}", status=2)
+    assert "entries do not fit this model" in capsys.readouterr().err
+
+
+def test_resuming_with_another_method_is_refused(
+    workspace: Workspace, dcp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = dcp.with_name("last.ckpt")
+    run(workspace, tmp_path, f"resume_from={last}", status=2)
+    assert "a run with other options: prompt_type (there dcp, here rep)" in capsys.readouterr().err
+
+
+def test_sizes_that_the_backbone_does_not_have(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(workspace, tmp_path, "rep_described", status=2)
+    message = "error: memory_depth=2 with replay_depth=6 is more than the backbone has blocks (2 in the image tower"
+    assert message in capsys.readouterr().err
+
+
+def test_robustness_of_a_method(workspace: Workspace, dcp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = workspace.command(f"load_path={dcp}", "bootstrap=0", "robustness_seeds=[0]")
+    assert command_line([command[0], "robustness", *command[1:]]) == 0
+    summary = json.loads((dcp.parent / "robustness" / "robustness.json").read_text())
+    assert "dcp" in json.dumps(summary)

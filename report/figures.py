@@ -107,7 +107,7 @@ def robustness_curves(dataset: Dataset) -> Figure:
     shown = dataset.measured
     kinds = list(dict.fromkeys(pattern.kind for series in shown for pattern in series.patterns))
     rows = math.ceil(len(kinds) / 3)
-    with _canvas(0.25 + 2.5 * rows + 0.17 * len(shown)) as canvas:
+    with new_canvas(0.25 + 2.5 * rows + 0.17 * len(shown)) as canvas:
         panels = canvas.subplots(rows, min(3, len(kinds)), sharey=True, squeeze=False)
         for axes in panels.flat[len(kinds) :]:
             axes.set_visible(False)
@@ -119,7 +119,7 @@ def robustness_curves(dataset: Dataset) -> Figure:
                 if series.pattern.kind == kind and own is not None:
                     axes.plot(
                         *(100 * series.pattern.ratio, 100 * own.mean, "o"),
-                        ms=8.5, mfc="none", mec=_look(place)["color"], mew=1.1,
+                        ms=8.5, mfc="none", mec=look(place)["color"], mew=1.1,
                     )  # fmt: skip
             axes.set_title(_kind_title(kind))
             axes.set_xlabel("missing ratio, %")
@@ -146,7 +146,7 @@ def heat_map(dataset: Dataset) -> Figure:
     grids = [_grid(series, dataset.metric) for series in shown]
     values = np.concatenate([grid.ravel() for _, _, grid in grids])
     low, high = np.nanmin(values), np.nanmax(values)
-    with _canvas(sum(0.62 + 0.3 * len(kinds) for kinds, _, _ in grids) + 0.1) as canvas:
+    with new_canvas(sum(0.62 + 0.3 * len(kinds) for kinds, _, _ in grids) + 0.1) as canvas:
         heights = [len(kinds) for kinds, _, _ in grids]
         panels = canvas.subplots(len(shown), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
         for axes, series, (kinds, ratios, grid) in zip(panels, shown, grids, strict=True):
@@ -184,7 +184,7 @@ def training_curves(dataset: Dataset) -> Figure | None:
     names = ("train/loss", f"val/{dataset.metric}")
     if not any(run.curves and run.curves.get(name) for _, run in recorded for name in names):
         return None
-    with _canvas(2.55 + 0.17 * len(dataset.series)) as canvas:
+    with new_canvas(2.55 + 0.17 * len(dataset.series)) as canvas:
         panels = canvas.subplots(1, 2)
         best = []
         for place, run in recorded:
@@ -192,7 +192,7 @@ def training_curves(dataset: Dataset) -> Figure | None:
             for axes, name, factor in zip(panels, names, (1, 100), strict=True):
                 steps, values = _thinned(run.curves.get(name, []))
                 marker = MARKERS[place % len(MARKERS)] if len(steps) <= 30 else ""
-                axes.plot(steps, [factor * v for v in values], marker=marker, ms=2.6, lw=1, **_look(place), alpha=0.85)
+                axes.plot(steps, [factor * v for v in values], marker=marker, ms=2.6, lw=1, **look(place), alpha=0.85)
             reached = max((value for _, value in run.curves.get(names[1], [])), default=math.nan)
             best.append(f"{run.tag} {100 * reached:.2f}")
         panels[0].set_title("Training loss")
@@ -217,7 +217,7 @@ def class_bars(dataset: Dataset, series: Series, number: int) -> Figure:
     names = [name for name in series.classes if series.support(name)]
     absent = [name for name in series.classes if not series.support(name)]
     values = {type_name: [series.of_class(type_name, name, "f1") for name in names] for type_name in TYPE_NAMES}
-    with _canvas(0.8 + 0.29 * len(names)) as canvas:
+    with new_canvas(0.8 + 0.29 * len(names)) as canvas:
         axes = canvas.subplots()
         for offset, type_name in zip((-0.27, 0, 0.27), TYPE_NAMES, strict=True):
             axes.barh(
@@ -260,15 +260,16 @@ def roc_curves(dataset: Dataset) -> Figure:
     """ROC by missing type, a line per run."""
     shown = [series for series in dataset.measured if any(robustness.roc for _, robustness in series.results)]
     told = []
-    with _canvas(2.75 + 0.17 * len(shown)) as canvas:
+    with new_canvas(2.75 + 0.17 * len(shown)) as canvas:
         panels = canvas.subplots(1, len(TYPE_NAMES), sharey=True)
         for axes, type_name in zip(panels, TYPE_NAMES, strict=True):
             axes.plot([0, 100], [0, 100], color=MUTED, lw=0.7, ls=":")
             for place, series in enumerate(shown):
                 curves = [robustness.roc.get(type_name) for _, robustness in series.results]
                 for curve in filter(None, curves):
-                    look = _look(place)
-                    axes.plot([100 * x for x in curve.fpr], [100 * y for y in curve.tpr], lw=1.1, **look, alpha=0.85)
+                    axes.plot(
+                        [100 * x for x in curve.fpr], [100 * y for y in curve.tpr], lw=1.1, **look(place), alpha=0.85
+                    )
                 area = estimate([curve.auroc for curve in curves if curve])
                 told.append(f"{series.label}, {type_name}: AUROC {spread(area)} %")
                 axes.text(
@@ -293,7 +294,7 @@ def roc_curves(dataset: Dataset) -> Figure:
 
 
 @contextmanager
-def _canvas(height: float) -> Iterator[Canvas]:
+def new_canvas(height: float) -> Iterator[Canvas]:
     """A figure of WIDTH × `height` inches; drawn in within the style of the report."""
     with matplotlib.rc_context(STYLE):
         yield Canvas(figsize=(WIDTH, height), layout="constrained")
@@ -320,7 +321,8 @@ def _kind_title(kind: str) -> str:
     )
 
 
-def _look(place: int) -> dict[str, str]:
+def look(place: int) -> dict[str, str]:
+    """Colour and dashes of the series at this place."""
     return {
         "color": COLOURS[place % len(COLOURS)],
         "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
@@ -332,12 +334,12 @@ def _line_with_band(axes: Axes, points: Sequence[tuple[float, Estimate]], place:
     means = np.array([100 * value.mean for _, value in points])
     stds = np.array([100 * (value.std or 0) for _, value in points])
     axes.fill_between(ratios, means - stds, means + stds, color=COLOURS[place % len(COLOURS)], alpha=0.18, lw=0)
-    axes.plot(ratios, means, marker=MARKERS[place % len(MARKERS)], **_look(place))  # type: ignore[arg-type]
+    axes.plot(ratios, means, marker=MARKERS[place % len(MARKERS)], **look(place))  # type: ignore[arg-type]
 
 
 def _legend(canvas: Canvas, labels: Sequence[str]) -> None:
     handles = [
-        Line2D([], [], marker=MARKERS[place % len(MARKERS)], ms=3.6, lw=1.4, **_look(place))  # type: ignore[arg-type]
+        Line2D([], [], marker=MARKERS[place % len(MARKERS)], ms=3.6, lw=1.4, **look(place))  # type: ignore[arg-type]
         for place in range(len(labels))
     ]
     canvas.legend(handles, [_wrapped(label) for label in labels], loc="outside upper left", ncols=1)

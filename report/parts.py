@@ -10,6 +10,7 @@ from typing import Any
 from config import EX
 from report import figures
 from report.collect import Run
+from report.comparison import compared_variants, comparison_figure, comparison_table
 from report.estimate import Estimate
 from report.figures import Figure
 from report.samples import SampleGrid, sample_grid
@@ -81,6 +82,7 @@ def section_of(dataset: Dataset) -> Section:
     """The parts of a dataset, in order; what is missing is said where it would stand."""
     title = dataset_title(dataset.task)
     parts = [
+        *([_comparison_part(dataset)] if compared_variants(dataset) else []),
         _curves_part(dataset),
         _matrix_part(dataset),
         *([_published_part(dataset)] if dataset.task in DATASETS else []),
@@ -128,6 +130,15 @@ def _summary_without_robustness(dataset: Dataset) -> str:
     return (
         f"The best of {total}, {run.tag}, reaches a test {dataset.metric_title} of {percent(value)} % ({pattern}). "
         "No run has robustness results."
+    )
+
+
+def _comparison_part(dataset: Dataset) -> Part:
+    return Part(
+        f"{dataset.task}-comparison",
+        "Methods compared",
+        figures=[comparison_figure(dataset)],
+        tables=[comparison_table(dataset)],
     )
 
 

@@ -36,6 +36,22 @@ NOT_THE_METHOD = {
 """Options in which the runs of a series may differ: names, places, the machine, the test pattern, other commands."""
 
 
+OTHER_METHODS = {
+    "map_input": "MAP",
+    "map_attention": "MAP, attention level",
+    "msp": "MSP",
+    "none": "head alone",
+}
+"""Titles of methods that the published table does not have, or has under another name."""
+ABLATION = {
+    (False, False): "baseline",
+    (True, False): "baseline + FAR",
+    (False, True): "baseline + FMB",
+    (True, True): "REP",
+}
+"""Titles of REP without its parts, by the options far and fmb."""
+
+
 class Pattern(NamedTuple):
     """What was missing, in training or in an evaluation. `both_ratio` is 0.5 where it has no effect."""
 
@@ -200,7 +216,8 @@ def own_pattern_result(run: Run, pattern: Pattern) -> float | None:
 
 def method_title(prompt_type: str) -> str:
     """The method as the published table writes it, else as the option does."""
-    return next((name for name in METHODS if name.casefold() == prompt_type.casefold()), prompt_type)
+    published = (name for name in METHODS if name.casefold() == prompt_type.casefold())
+    return OTHER_METHODS.get(prompt_type) or next(published, prompt_type)
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -251,8 +268,11 @@ def _variant_titles(options_of: dict[str, dict[str, Any]]) -> dict[str, str]:
     for key, options in options_of.items():
         same_method = [other for other in options_of.values() if other["prompt_type"] == options["prompt_type"]]
         differing = [name for name in options if _differs(name, same_method)]
-        told = [without_home(f"{name}={options[name]}") for name in differing]
-        titles[key] = " ".join([method_title(str(options["prompt_type"])), *told])
+        title = method_title(str(options["prompt_type"]))
+        if options["prompt_type"] == "rep":
+            title = ABLATION[options.get("far", True), options.get("fmb", True)]
+            differing = [name for name in differing if name not in ("far", "fmb")]
+        titles[key] = " ".join([title, *(without_home(f"{name}={options[name]}") for name in differing)])
     return titles
 
 

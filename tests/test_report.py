@@ -20,6 +20,7 @@ from PIL import Image
 
 from report import make_report
 from report.collect import Run, read_runs
+from report.comparison import compared_variants, comparison_figure, comparison_table
 from report.figures import CURVE_POINTS, class_bars, heat_map, robustness_curves, roc_curves, training_curves
 from report.parts import options_table, run_details, section_of
 from report.samples import sample_grid
@@ -248,6 +249,54 @@ def test_methods_stand_side_by_side(tmp_path: Path) -> None:
         *("REP (ours)", "REP, difference", "MAP (ours)", "MAP, difference"),
     ]
     assert table.shown()[5][-4:] == ["60.00", "+7.69", "50.00", "+7.34"]
+
+
+def write_compared(top: Path) -> None:
+    """Two methods at two patterns with two seeds; one of a pattern's runs is not tested."""
+    for method, base in (("rep", 0.5), ("maple", 0.4)):
+        for seed in (0, 1):
+            for kind, tested in (("both", base + seed / 10), ("text", base / 2)):
+                if (method, kind, seed) == ("maple", "text", 1):
+                    continue
+                run = write_run(top / f"{method}_{kind}_{seed}", prompt_type=method, seed=seed, tested=tested,
+                                **at(kind, 0.7))  # fmt: skip
+                results = json.loads((run / "test_results.json").read_text())
+                cost = {"trained_parameters": 1234567, "training_seconds": 60.0 * (1 + seed)}
+                (run / "test_results.json").write_text(json.dumps(results | (cost if method == "rep" else {})))
+
+
+def test_methods_are_compared_where_they_were_trained_to(tmp_path: Path) -> None:
+    write_compared(tmp_path)
+    table = comparison_table(dataset_of(tmp_path))
+    titles = ["Method", "Values trained", "Minutes", "Seeds", "70 % missing, both", "70 % missing, text"]
+    assert [column.title for column in table.columns] == titles
+    assert sorted(table.shown()) == [
+        ["MaPLe", "not measured", "not measured", "1–2", "45.00 ± 7.07", "20.00"],
+        ["REP", "1,234,567", "1.5", "2", "55.00 ± 7.07", "25.00 ± 0.00"],
+    ]
+    best = next(number for number, row in enumerate(table.rows) if row[0] == "REP")
+    assert table.strong == {(best, 4), (best, 5)}
+    figure = comparison_figure(dataset_of(tmp_path))
+    assert (
+        "REP, 70 % missing, both: 55.00 ± 7.07 %" in figure.alt and "MaPLe, 70 % missing, text: 20.00 %" in figure.alt
+    )
+    parts = [part.title for part in section_of(dataset_of(tmp_path)).parts]
+    assert parts[0] == "Methods compared"
+
+
+def test_one_method_is_compared_with_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", tested=0.6)
+    write_run(tmp_path / "b", tested=0.6, seed=1)
+    write_run(tmp_path / "c", prompt_type="maple", tested=None)
+    assert compared_variants(dataset_of(tmp_path)) == {}
+    assert "Methods compared" not in [part.title for part in section_of(dataset_of(tmp_path)).parts]
+
+
+def test_parts_of_rep_have_the_names_of_the_ablation(tmp_path: Path) -> None:
+    for far in (False, True):
+        for fmb in (False, True):
+            write_run(tmp_path / f"{far}_{fmb}", far=far, fmb=fmb, tested=0.5)
+    assert set(compared_variants(dataset_of(tmp_path))) == {"baseline", "baseline + FAR", "baseline + FMB", "REP"}
 
 
 def test_confidence_intervals(runs: Path) -> None:

@@ -44,6 +44,7 @@ __all__ = [
     "check_seed",
     "read_load_paths",
     "read_options",
+    "read_with_machine",
     "unknown_option",
 ]
 
@@ -129,6 +130,10 @@ def defaults() -> None:
 
     # `run.py runs`
     runs_sort = "date"  # column that the table of runs is sorted by; -date and the like: the other way round
+
+    # `run.py predict`: load_path on samples of one's own
+    input = None  # CSV, TSV or JSONL with columns image, text and maybe id, or a folder of images and texts
+    output = "predictions.csv"  # file to write, .csv or .jsonl
 
     # `run.py report`
     runs = "result"  # run folders, or folders that hold some
@@ -269,6 +274,14 @@ def folder_name(option: str, value: Any) -> str:
 def path(option: str, value: Any) -> Path:
     """Reads a path."""
     return Path(text(option, value)).expanduser()
+
+
+def prediction_file(option: str, value: Any) -> Path:
+    """Reads the path of a file that predictions can be written to."""
+    found = path(option, value)
+    if found.suffix not in (".csv", ".jsonl"):
+        raise _wrong(option, "a file .csv or .jsonl", value)
+    return found
 
 
 def optional(reader: Reader) -> Reader:
@@ -448,6 +461,8 @@ class Options:
     bootstrap: Annotated[int, integer(0)]
     robustness_anew: Annotated[bool, flag]
     runs_sort: Annotated[str, sort_order]
+    input: Annotated[Path | None, optional(path)]
+    output: Annotated[Path, prediction_file]
     runs: Annotated[tuple[Path, ...], several(path)]
     out: Annotated[Path, path]
     sweep_name: Annotated[str, folder_name]
@@ -530,13 +545,7 @@ def check(config: Mapping[str, Any]) -> Options:
     for option, overridden in (("test_ratio", "missing_ratio"), ("test_type", "missing_type")):
         if values[option] is not None:
             values[overridden] |= {"val": values[option], "test": values[option]}
-    gpus = torch.cuda.device_count()
-    if values["num_gpus"] is None:
-        values["num_gpus"] = min(1, gpus)
-    if values["num_gpus"] > gpus:
-        raise ConfigError(f"num_gpus: expected at most the {gpus} of this machine, found {values['num_gpus']}")
-    values["num_workers"] = min(values["num_workers"], len(os.sched_getaffinity(0)))
-    values["precision"] = _fitting_precision(values["precision"], on_gpu=values["num_gpus"] > 0)
+    _settle_machine(values)
     options = Options(**values)
     _check_together(options)
     _check_files(options)
@@ -546,6 +555,13 @@ def check(config: Mapping[str, Any]) -> Options:
 def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The options `names`, each checked by itself. Raises ConfigError."""
     return {name: _reader(name)(name, config[name]) for name in names}
+
+
+def read_with_machine(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The options `names`, each checked by itself, with those of the machine as they fit it. Raises ConfigError."""
+    values = read_options(config, [*names, "num_gpus", "num_workers", "precision"])
+    _settle_machine(values)
+    return values
 
 
 def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -582,6 +598,17 @@ def _reader(option: str) -> Reader:
 @cache
 def _hints() -> dict[str, Any]:
     return get_type_hints(Options, include_extras=True)
+
+
+def _settle_machine(values: dict[str, Any]) -> None:
+    """Checks num_gpus, num_workers and precision against the machine, and fills in what is left to it."""
+    gpus = torch.cuda.device_count()
+    if values["num_gpus"] is None:
+        values["num_gpus"] = min(1, gpus)
+    if values["num_gpus"] > gpus:
+        raise ConfigError(f"num_gpus: expected at most the {gpus} of this machine, found {values['num_gpus']}")
+    values["num_workers"] = min(values["num_workers"], len(os.sched_getaffinity(0)))
+    values["precision"] = _fitting_precision(values["precision"], on_gpu=values["num_gpus"] > 0)
 
 
 def _fitting_precision(precision: str | None, on_gpu: bool) -> str:

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
+from tqdm import tqdm
 
-from clip.backbone import HUB_NAMES, Backbone, load_backbone
+from clip.backbone import Backbone, load_backbone
 from clip.callbacks import Checkpoints, Report
 from clip.checkpoint import (
     Checkpoint,
@@ -36,26 +38,40 @@ from clip.checkpoint import (
 )
 from clip.logit_store import LogitModule, encode
 from clip.modules.classifier import MissingModalityClassifier
+from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model, tokenizer_for
+from clip.predict import Predictor, describe_predictions, read_items, write_predictions
 from clip.robustness import Robustness, measure, write_results
 from clip.robustness_text import describe_one, describe_several
 from clip.run_folder import environment, make_run_folder, write_json
 from clip.run_table import describe_runs, list_runs, sort_runs, write_runs
 from clip.tasks import TASKS, head_name, task_of
-from clip.tokenizer import ClipTokenizer, load_tokenizer
+from clip.tokenizer import ClipTokenizer
 from clip.trainable import freeze
 from clip.training import FinetuneModule
-from config import EX, ConfigAddedError, Options, SacredError, check, check_seed, read_options, unknown_option
+from config import (
+    EX,
+    ConfigAddedError,
+    Options,
+    SacredError,
+    check,
+    check_seed,
+    read_options,
+    read_with_machine,
+    unknown_option,
+)
 from sweep.command import run_sweep
 from targets import Target, check_agreement, open_targets
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.errors import BackboneError, CheckpointError, ConfigError, UserError
+from vilt.errors import CheckpointError, ConfigError, UserError
 from vilt.missing_tables import TYPE_NAMES, type_counts
 
 log = logging.getLogger("rep")
 
-COMPUTE_TYPES = {"32-true": torch.float32, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
-"""Of the frozen towers, by Lightning's name of the precision."""
+PREDICTION_OPTIONS = (
+    *("load_path", "input", "output", "per_gpu_batchsize"),
+    *("vit", "vit_activation", "tokenizer", "trust_backbone"),
+)
 GPU_STEPS_PER_LOOK = 50
 """Training steps on a GPU between two looks at the loss, for the records; each look makes the host wait."""
 
@@ -99,6 +115,28 @@ def report(_config: dict[str, Any]) -> None:
     options = read_options(_config, ["runs", "out"])
     set_up_logging()
     print(f"\nwritten to {make_report(options['runs'], options['out'])}\n")
+
+
+@EX.command(unobserved=True)
+def predict(_config: dict[str, Any], _run: Any) -> None:
+    """Predicts classes of the images and texts that `input` names with load_path, and writes them to `output`."""
+    options = read_with_machine(_config, PREDICTION_OPTIONS)
+    if options["load_path"] is None or options["input"] is None:
+        raise ConfigError(
+            "predict: expected a checkpoint and samples, as in load_path=result/…/best.ckpt input=samples.csv"
+        )
+    set_up_logging()
+    items = read_items(options["input"])
+    checkpoint = read_checkpoint(options["load_path"])
+    choice = backbone_choice(options, given_options(_run))
+    classifier, tokenizer = open_model(checkpoint, choice, options["vit"])
+    device = torch.device("cuda" if options["num_gpus"] else "cpu")
+    predictor = Predictor(checkpoint, classifier, tokenizer, device, options["precision"])
+    batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
+    predictions = predictor.predict_items(items, batch_size=batch_size, workers=workers)
+    shown = tqdm(predictions, "predicting", len(items), disable=not sys.stderr.isatty())
+    first = write_predictions(options["output"], items, shown, predictor)
+    print(f"\n{describe_predictions(items, first)}\n\n  {len(items):,} predictions, written to {options['output']}\n")
 
 
 def given_options(sacred_run: Any) -> set[str]:
@@ -196,21 +234,16 @@ def open_evaluation(
     options: Options, checkpoint: Checkpoint, given: set[str]
 ) -> tuple[MissingModalityClassifier, MissingModalityData]:
     """The model of `checkpoint`, on the backbone it was trained on, and the test split for it."""
-    spec = checkpoint.spec
-    if checkpoint.published:
-        log.info("%s: a checkpoint of the published code; it holds its own CLIP weights", checkpoint.path)
-        vit, backbone = options.vit, None
-    else:
-        vit = options.vit if "vit" in given else str(checkpoint.backbone_name)
-        activation = options.vit_activation
-        if activation is None and Path(vit).is_file():
-            activation = spec.architecture.activation
-        backbone = load_backbone(vit, trust=options.trust_backbone, activation=activation)
-    classifier = restore_classifier(checkpoint, backbone)
+    classifier, tokenizer = open_model(checkpoint, backbone_choice(asdict(options), given), options.vit)
     set_computation(options, classifier)
-    tokenizer = tokenizer_for(options.tokenizer, vit, spec.architecture.vocab_size)
-    data = open_data(options, spec.architecture.image_size, tokenizer)
+    data = open_data(options, checkpoint.spec.architecture.image_size, tokenizer)
     return classifier, data
+
+
+def backbone_choice(options: Mapping[str, Any], given: set[str]) -> BackboneChoice:
+    """What the user says of the backbone; its name counts only where it is `given`."""
+    vit = options["vit"] if "vit" in given else None
+    return BackboneChoice(vit, options["vit_activation"], options["tokenizer"], options["trust_backbone"])
 
 
 def test(
@@ -333,21 +366,6 @@ def make_trainer(
         callbacks=callbacks,
         default_root_dir=folder,
     )
-
-
-def tokenizer_for(tokenizer: str | None, vit: str, vocab_size: int) -> ClipTokenizer:
-    """The tokenizer that the user names, or the one that comes with the backbone.
-
-    Raises:
-        BackboneError: there is none, or it has ids that the backbone has no embedding for.
-    """
-    fallback = vit if Path(vit).is_dir() else HUB_NAMES.get(vit, HUB_NAMES["ViT-B/16"])
-    found = load_tokenizer(tokenizer or fallback)
-    if found.vocab_size > vocab_size:
-        raise BackboneError(
-            f"tokenizer={tokenizer or fallback}: has {found.vocab_size} ids, but the backbone embeds only {vocab_size}"
-        )
-    return found
 
 
 def open_data(options: Options, image_size: int, tokenizer: ClipTokenizer) -> MissingModalityData:

@@ -7,6 +7,7 @@ weights. Published ones hold the whole model except the dynamic queries (METHOD.
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class Checkpoint:
     backbone_name: str | None
     backbone_sha256: str | None
     """None, like the name, for a published checkpoint, which holds the backbone itself."""
+    class_names: tuple[str, ...] = ()
+    """In label order; empty where it does not say them."""
 
     @property
     def published(self) -> bool:
@@ -66,7 +69,9 @@ class Checkpoint:
         return self.backbone_sha256 is None
 
 
-def describe(spec: ModelSpec, backbone_name: str, backbone_sha256: str) -> dict[str, Any]:
+def describe(
+    spec: ModelSpec, backbone_name: str, backbone_sha256: str, class_names: Sequence[str] = ()
+) -> dict[str, Any]:
     """The plain values that a checkpoint holds under DESCRIPTION."""
     return {
         "format": FORMAT,
@@ -75,6 +80,7 @@ def describe(spec: ModelSpec, backbone_name: str, backbone_sha256: str) -> dict[
         "head": spec.head,
         "architecture": asdict(spec.architecture),
         "backbone": {"name": backbone_name, "sha256": backbone_sha256},
+        "class_names": list(class_names),
         **({"custom": asdict(spec.custom)} if spec.custom is not None else {}),
     }
 
@@ -158,9 +164,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"prompt_type {spec.method.prompt_type!r}, expected one of {', '.join(METHODS)}")
         if spec.head not in HEADS:
             raise ValueError(f"head {spec.head!r}, expected one of {', '.join(HEADS)}")
+        class_names = tuple(str(name) for name in described.get("class_names", ()))
+        if class_names and len(class_names) != task_of(spec.task, spec.custom).n_classes:
+            raise ValueError(f"{len(class_names)} class names for another number of classes")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its description is not whole: {first_line(error)}") from error
-    return Checkpoint(path, digest, spec, state, name, backbone_digest)
+    return Checkpoint(path, digest, spec, state, name, backbone_digest, class_names)
 
 
 def _described_method(described: dict[str, Any]) -> MethodOptions:

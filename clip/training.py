@@ -16,6 +16,7 @@ from clip.modules.classifier import MissingModalityClassifier, ModelInput
 from clip.tasks import task_of
 from clip.trainable import optimizer_groups
 from vilt.datamodules import Batch, MissingModalityData
+from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.errors import NonFiniteLossError
 from vilt.transforms import normalise
 
@@ -186,9 +187,13 @@ class FinetuneModule(pl.LightningModule):
         return logits_NC[order][first], labels[order][first]
 
     def _sample_names(self, index_B: Tensor) -> list[str]:
+        dataset = self._train_data()
+        return [dataset.sample_name(number) for number in index_B.tolist()]
+
+    def _train_data(self) -> ArrowDataset:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, MissingModalityData)
-        return [data.datasets["train"].sample_name(number) for number in index_B.tolist()]
+        return data.datasets["train"]
 
     def configure_optimizers(self) -> Any:
         """AdamW over the declared groups, with warm-up and decay per optimiser step."""
@@ -211,7 +216,7 @@ class FinetuneModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.backbone is not None
-        checkpoint[DESCRIPTION] = describe(self.spec, *self.backbone)
+        checkpoint[DESCRIPTION] = describe(self.spec, *self.backbone, self._train_data().class_names())
 
 
 def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LRScheduler:

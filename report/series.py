@@ -29,7 +29,7 @@ NOT_THE_METHOD = {
     *("num_gpus", "num_nodes", "cpu_processes", "image_size", "trust_backbone"),
     *("image_cache", "compile", "activation_checkpointing"),
     *("robustness_types", "robustness_ratios", "robustness_both_ratios", "robustness_seeds", "robustness_anew"),
-    *("bootstrap", "runs_sort", "runs", "out"),
+    *("bootstrap", "runs_sort", "runs", "out", "input", "output"),
     *("sweep_name", "sweep_types", "sweep_ratios", "sweep_seeds", "sweep_over", "sweep_launcher", "sweep_slurm"),
     *("search", "search_trials"),
 }

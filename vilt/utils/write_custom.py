@@ -1,8 +1,6 @@
 """A dataset of one's own: tables (CSV, TSV or JSONL) that list an image, texts and labels in each row."""
 
-import csv
-import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,11 +20,10 @@ from vilt.utils.raw_data import (
     Sample,
     check_inside,
     kind_of,
-    parse_json,
-    read_bytes,
     read_image,
     require_layout,
 )
+from vilt.utils.tables import DELIMITERS, table_rows
 
 LAYOUT = """\
 RAW/
@@ -34,7 +31,6 @@ RAW/
   TABLE.csv           columns image, text, label, split; or .tsv, or .jsonl with these keys on each line
   ANY/FILE            the images: in the table stands ANY/FILE
 """
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 Record = dict[str, Any]
 """One row of a table: the values of COLUMNS that it has."""
@@ -112,62 +108,13 @@ def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> 
 def read_table(path: Path, layout: Layout) -> Iterator[tuple[int, Record]]:
     """Pairs of line (from 1, where the row begins) and record. Raises DataError."""
     columns = {column: layout.columns[column] for column in COLUMNS}
-    delimiter = DELIMITERS.get(path.suffix.lower())
-    for row, values in _json_rows(path) if delimiter is None else _csv_rows(path, delimiter, _needed(layout)):
+    for row, values in table_rows(path, _needed(layout)):
         yield row, {column: values[name] for column, name in columns.items() if name in values}
 
 
 def _needed(layout: Layout) -> list[str]:
     """Names of the columns that a table must have."""
     return [layout.columns[column] for column in COLUMNS if column != "split" or len(layout.tables) == 1]
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for row, line in enumerate(read_bytes(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = parse_json(line)
-        except ValueError as error:
-            raise DataError(f"{path}, row {row}: not valid JSON in UTF-8: {error}") from None
-        if not isinstance(value, dict):
-            raise DataError(f"{path}, row {row}: expected an object, found {kind_of(value)}")
-        yield row, value
-
-
-def _csv_rows(path: Path, delimiter: str, needed: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not valid UTF-8: {error}") from None
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    row = 1
-    try:
-        header = next(lines, [])
-        _check_header(path, header, needed)
-        while True:
-            row = lines.line_num + 1
-            fields = next(lines, None)
-            if fields is None:
-                return
-            if fields and len(fields) != len(header):
-                raise DataError(
-                    f"{path}, row {row}: expected {len(header)} values, as in the header, found {len(fields)}"
-                )
-            if fields:
-                yield row, dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}, row {row}: {error}") from None
-
-
-def _check_header(path: Path, header: list[str], needed: list[str]) -> None:
-    for name in header:
-        if header.count(name) > 1:
-            raise DataError(f"{path}, row 1: the column {name!r} is repeated")
-    missing = [name for name in needed if name not in header]
-    if missing:
-        found = ", ".join(map(repr, header)) or "nothing"
-        raise DataError(f"{path}, row 1: expected the columns {', '.join(map(repr, missing))}, found {found}")
 
 
 def _split(record: Record, path: Path, row: int, layout: Layout) -> Split:

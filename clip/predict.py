@@ -1,0 +1,332 @@
+"""Predictions of a trained model for images and texts of one's own.
+
+from clip.predict import load_model
+
+model = load_model("result/rep_seed0/version_0/best.ckpt")
+for prediction in model.predict(images=["poster.jpg", None], texts=["Two friends rob a train.", "A ghost story."]):
+    print(prediction.missing, prediction.labels, prediction.probabilities)
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_lightning.utilities import move_data_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clip.checkpoint import Checkpoint, read_checkpoint
+from clip.modules.classifier import MissingModalityClassifier
+from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model
+from clip.text_table import per_cent, ruled_table
+from clip.tokenizer import ClipTokenizer
+from clip.training import model_input
+from vilt.datamodules import Batch, collate_for_evaluation
+from vilt.datasets.arrow_dataset import Sample
+from vilt.datasets.specs import DATASETS
+from vilt.errors import DataError
+from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING, TYPE_NAMES
+from vilt.transforms import decode_image
+from vilt.utils.files import atomic_path
+from vilt.utils.raw_data import MAX_FILE_BYTES, printable
+from vilt.utils.tables import DELIMITERS, table_rows
+
+THRESHOLD = 0.5
+"""Of the probability of a class, where a sample can have several."""
+SHOWN = 5
+"""Predictions that the terminal shows."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+ImageInput = str | Path | Image.Image | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one sample."""
+
+    missing: str
+    """`complete`, `text missing` or `image missing`."""
+    labels: tuple[str, ...]
+    """The most probable class, or all those above 0.5 where a sample can have several."""
+    probabilities: dict[str, float]
+    """Of every class, by its name."""
+
+
+class Item(NamedTuple):
+    """One input. `place` is how messages call it."""
+
+    id: str
+    image: ImageInput
+    text: str | None
+    place: str
+
+
+class Predictor:
+    """A trained model that predicts; made by `load_model`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        classifier: MissingModalityClassifier,
+        tokenizer: ClipTokenizer,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.class_names = class_names_of(checkpoint)
+        self.multilabel = is_multilabel(checkpoint)
+        self.image_size = checkpoint.spec.architecture.image_size
+        self.device = device
+        self.dtype = COMPUTE_TYPES[precision]
+        self._tokenizer = tokenizer
+        classifier.compute(self.dtype)
+        self._classifier = classifier.to(device).eval()
+
+    def predict(
+        self,
+        images: Sequence[ImageInput] | None = None,
+        texts: Sequence[str | None] | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> list[Prediction]:
+        """A prediction per sample.
+
+        Args:
+            images: paths or Pillow images; None for a sample without one. Left out: no sample has one.
+            texts: likewise.
+
+        Raises:
+            DataError: the two are not of one length, a sample has neither, or an image cannot be read.
+        """
+        count = len(images if images is not None else texts if texts is not None else [])
+        images = [None] * count if images is None else images
+        texts = [None] * count if texts is None else texts
+        if len(images) != len(texts):
+            raise DataError(f"expected as many images as texts, found {len(images)} and {len(texts)}")
+        pairs = zip(images, texts, strict=True)
+        items = [Item(str(n), image, text, f"sample {n}") for n, (image, text) in enumerate(pairs)]
+        return list(self.predict_items(items, batch_size=batch_size))
+
+    def predict_items(self, items: Sequence[Item], *, batch_size: int, workers: int = 0) -> Iterator[Prediction]:
+        """A prediction per item, in order; images are read by `workers` processes as they are needed.
+
+        Raises:
+            DataError: an item has neither image nor text, or its image cannot be read; names it.
+        """
+        loader = DataLoader(
+            _Items(items, self._tokenizer, self.image_size),
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=collate_for_evaluation,
+        )
+        for batch in loader:
+            yield from self._predictions(batch)
+
+    @torch.inference_mode()
+    def _predictions(self, batch: Batch) -> list[Prediction]:
+        moved = move_data_to_device(batch, self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            logits_BC = self._classifier(model_input(moved)).float().cpu()
+        probability_BC = logits_BC.sigmoid() if self.multilabel else logits_BC.softmax(dim=-1)
+        return [
+            self._prediction(int(missing_type), probability_C.tolist())
+            for missing_type, probability_C in zip(batch.missing_type_B, probability_BC, strict=True)
+        ]
+
+    def _prediction(self, missing_type: int, probability: list[float]) -> Prediction:
+        named = dict(zip(self.class_names, probability, strict=True))
+        chosen = [name for name, value in named.items() if value > THRESHOLD] if self.multilabel else []
+        if not self.multilabel:
+            chosen = [max(named, key=lambda name: named[name])]
+        return Prediction(TYPE_NAMES[missing_type], tuple(chosen), named)
+
+
+class _Items(Dataset[Sample]):
+    """The samples behind items; what they lack is missing."""
+
+    def __init__(self, items: Sequence[Item], tokenizer: ClipTokenizer, image_size: int) -> None:
+        self._items = items
+        self._image_size = image_size
+        for item in items:
+            if item.image is None and item.text is None:
+                raise DataError(f"{item.place}: expected an image or a text, found neither")
+        self._tokens = tokenizer([item.text or "" for item in items]) if items else np.zeros((0, 0), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, number: int) -> Sample:
+        item = self._items[number]
+        image = None if item.image is None else self._image(item.image, item.place)
+        tokens = None if item.text is None else torch.from_numpy(self._tokens[number])
+        missing_type = IMAGE_MISSING if image is None else TEXT_MISSING if tokens is None else COMPLETE
+        return Sample(image, tokens, torch.tensor(0), missing_type, number)
+
+    def _image(self, image: str | Path | Image.Image, place: str) -> Tensor:
+        if isinstance(image, Image.Image):
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "PNG")  # without loss
+            return decode_image(buffer.getvalue(), self._image_size)
+        try:
+            path = Path(image)
+            if (size := path.stat().st_size) > MAX_FILE_BYTES:
+                raise ValueError(f"{size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
+            return decode_image(path.read_bytes(), self._image_size)
+        except Exception as error:  # Pillow's decoders raise whatever the damage leads to
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise DataError(f"{place}: image {image}: cannot be read: {reason}") from error
+
+
+def load_model(
+    path: str | Path,
+    *,
+    vit: str | None = None,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    precision: str = "32-true",
+    trust_backbone: bool = False,
+    vit_activation: str | None = None,
+) -> Predictor:
+    """The trained model of a checkpoint, ready to predict.
+
+    Args:
+        path: a checkpoint, ours or a published one.
+        vit, tokenizer, trust_backbone, vit_activation: as the options of `run.py`; None: what the checkpoint says.
+        device: as torch names it; None: the first GPU, else the CPU.
+        precision: `32-true`, `bf16-mixed` or `16-mixed`.
+
+    Raises:
+        CheckpointError, BackboneError: the checkpoint, the frozen weights or the tokenizer cannot be had.
+    """
+    checkpoint = read_checkpoint(Path(path))
+    choice = BackboneChoice(vit, vit_activation, tokenizer, trust_backbone)
+    classifier, found = open_model(checkpoint, choice, published_vit=vit or "ViT-B/16")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Predictor(checkpoint, classifier, found, where, precision)
+
+
+def class_names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the classes: those that the checkpoint has, else the dataset's, else `class 0` and so on."""
+    spec = checkpoint.spec
+    if spec.custom is not None:
+        return spec.custom.class_names
+    dataset = DATASETS[spec.task]
+    return checkpoint.class_names or dataset.class_names or tuple(f"class {n}" for n in range(dataset.n_classes))
+
+
+def is_multilabel(checkpoint: Checkpoint) -> bool:
+    """Whether a sample can have several classes."""
+    spec = checkpoint.spec
+    return spec.custom.labels == "multi" if spec.custom is not None else DATASETS[spec.task].multilabel
+
+
+def read_items(source: Path) -> list[Item]:
+    """The inputs in a CSV, TSV or JSONL with columns `image`, `text` and maybe `id`, or in a folder of images.
+
+    Image paths are relative to the table. In a folder, a text for `NAME.jpg` is in `NAME.txt` beside it; texts without
+    an image count too. Files are taken in the order of their names, folders within it too.
+
+    Raises:
+        DataError: it is not there or holds nothing, or a row is not as expected; names file and row.
+    """
+    items = _items_of_folder(source) if source.is_dir() else _items_of_table(source)
+    if not items:
+        raise DataError(f"input={source}: expected at least one sample, found none")
+    return items
+
+
+def _items_of_table(source: Path) -> list[Item]:
+    if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
+        raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl")
+    items, any_column = [], False
+    for row, values in table_rows(source, needed=[]):
+        place = f"{source}, row {row}"
+        any_column = any_column or bool({"image", "text"} & values.keys())
+        if not any_column:
+            found = ", ".join(map(repr, values)) or "none"
+            raise DataError(f"{place}: expected the columns 'image', 'text' or both, found {found}")
+        image, text = (_cell(values.get(name), name, place) for name in ("image", "text"))
+        name = values.get("id")
+        if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int))):
+            raise DataError(f"{place}: id: expected a text or a number, found {json.dumps(name)}")
+        path = None if image is None else source.parent / image
+        items.append(Item(str(row if name is None else name), path, text, place))
+    return items
+
+
+def _cell(value: object, name: str, place: str) -> str | None:
+    """A text; None where it is absent or blank."""
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{place}: {name}: expected a text, found {json.dumps(value)[:80]}")
+    return value if value is not None and value.strip() else None
+
+
+def _items_of_folder(source: Path) -> list[Item]:
+    images: dict[Path, Path] = {}
+    texts: dict[Path, Path] = {}
+    for path in sorted((path for path in source.rglob("*") if path.is_file()), key=_natural):
+        of_kind = images if path.suffix.lower() in IMAGE_SUFFIXES else texts if path.suffix.lower() == ".txt" else None
+        if of_kind is not None and (other := of_kind.setdefault(path.with_suffix(""), path)) is not path:
+            raise DataError(f"{path}: expected one file of this name, found {other.name} too")
+    items = []
+    for stem in sorted({*images, *texts}, key=_natural):
+        text = None
+        if stem in texts:
+            try:
+                text = texts[stem].read_text("utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{texts[stem]}: not readable as text in UTF-8: {error}") from error
+        items.append(Item(str(stem.relative_to(source)), images.get(stem), text or None, str(stem)))
+    return items
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """9 before 10."""
+    parts = re.findall(r"\d+|\D+", str(path))
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def write_predictions(
+    path: Path, items: Sequence[Item], predictions: Iterable[Prediction], predictor: Predictor
+) -> list[Prediction]:
+    """Writes a line per sample as CSV or JSONL, whole or not at all; returns the first few.
+
+    In a CSV several labels are separated by `|`, and the probability of class X is in the column `p(X)`.
+
+    Raises:
+        DataError: as `predict_items`, or the file cannot be written.
+    """
+    first: list[Prediction] = []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if path.suffix == ".csv":
+                writer.writerow(["id", "missing", "labels", *(f"p({name})" for name in predictor.class_names)])
+            for item, prediction in zip(items, predictions, strict=True):
+                if path.suffix == ".csv":
+                    probabilities = prediction.probabilities.values()
+                    writer.writerow([item.id, prediction.missing, "|".join(prediction.labels), *probabilities])
+                else:
+                    file.write(json.dumps({"id": item.id, **asdict(prediction)}, ensure_ascii=False) + "\n")
+                if len(first) < SHOWN:
+                    first.append(prediction)
+    except OSError as error:
+        raise DataError(f"output={path}: cannot be written: {error.strerror or error}") from error
+    return first
+
+
+def describe_predictions(items: Sequence[Item], first: Sequence[Prediction]) -> str:
+    """The first predictions, as a table for the terminal."""
+    rows = []
+    for item, prediction in zip(items, first, strict=False):
+        shown = [f"{name} {per_cent(round(prediction.probabilities[name], 3))}" for name in prediction.labels]
+        rows.append([printable(item.id), prediction.missing, printable(", ".join(shown)) or "none above 50 %"])
+    return ruled_table(("id", "missing", "prediction"), rows, "<<<")

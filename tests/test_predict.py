@@ -1,0 +1,342 @@
+"""Predictions: those of the evaluation, for whatever form the samples come in; and what is wrong with samples."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from clip.checkpoint import read_checkpoint
+from clip.predict import Item, Predictor, load_model, read_items
+from run import command_line
+from tests.conftest import Workspace
+from vilt.datasets.specs import MMIMDB_GENRES
+from vilt.errors import CheckpointError, DataError
+from vilt.missing_tables import TYPE_NAMES
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Workspace) -> Path:
+    """A checkpoint, with its logits of the test split for each missing type beside it."""
+    common = (f"vit={workspace.backbone}", "exp_name=predicting", "max_epoch=1", "test_after_fit=False")
+    assert command_line(workspace.command(*common)) == 0
+    best = workspace.results / "predicting_seed0" / "version_0" / "best.ckpt"
+    command = workspace.command(f"load_path={best}", "bootstrap=0", "robustness_seeds=[0]")
+    assert command_line([command[0], "robustness", *command[1:]]) == 0
+    return best
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> Predictor:
+    return load_model(trained)
+
+
+class Films:
+    """The test split: the bytes of an image, a text and the logits by missing type of each sample."""
+
+    def __init__(self, workspace: Workspace, trained: Path) -> None:
+        table = pa.ipc.open_file(pa.memory_map(str(workspace.arrow / "mmimdb_test.arrow"))).read_all()
+        stored = pa.ipc.open_file(pa.memory_map(str(trained.parent / "robustness" / "logits.arrow"))).read_all()
+        self.images, self.texts = [], []
+        for row in table.to_pylist():
+            for text in row["plots"]:
+                self.images.append(row["image"])
+                self.texts.append(text)
+        names = [name for name in stored.column_names if name.startswith("logits")]
+        self.logits = [torch.tensor(stored[name].to_pylist()) for name in names]
+        assert len(self.logits) == 3 and len(self.logits[0]) == len(self.texts)
+
+
+@pytest.fixture(scope="module")
+def films(workspace: Workspace, trained: Path) -> Films:
+    return Films(workspace, trained)
+
+
+def run_predict(trained: Path, *options: str) -> int:
+    return command_line(
+        ["run.py", "predict", "with", f"load_path={trained}", "precision=32", "num_workers=0", *options]
+    )
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    said = capsys.readouterr().err
+    [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in said
+    return line
+
+
+# The numbers
+
+
+@pytest.mark.parametrize("missing_type", [0, 1, 2])
+def test_probabilities_are_those_of_the_evaluation(
+    model: Predictor, films: Films, tmp_path: Path, missing_type: int
+) -> None:
+    paths = []
+    for number, data in enumerate(films.images):
+        paths.append(tmp_path / f"{number}.jpg")
+        paths[-1].write_bytes(data)
+    found = model.predict(
+        images=None if missing_type == 2 else paths, texts=None if missing_type == 1 else films.texts, batch_size=5
+    )
+    probability = torch.tensor([list(one.probabilities.values()) for one in found])
+    assert torch.allclose(probability, films.logits[missing_type].sigmoid(), rtol=0, atol=1e-6)
+    assert {one.missing for one in found} == {TYPE_NAMES[missing_type]}
+    for one in found:
+        assert tuple(one.probabilities) == MMIMDB_GENRES
+        assert one.labels == tuple(name for name, value in one.probabilities.items() if value > 0.5)
+
+
+def test_samples_with_different_modalities_in_one_batch(model: Predictor, films: Films) -> None:
+    opened = [Image.open(io.BytesIO(data)) for data in films.images[:3]]
+    found = model.predict(images=[opened[0], None, opened[2]], texts=[films.texts[0], films.texts[1], None])
+    for number, missing_type in enumerate((0, 2, 1)):
+        expected = films.logits[missing_type][number].sigmoid()
+        assert torch.allclose(torch.tensor(list(found[number].probabilities.values())), expected, atol=1e-6)
+        assert found[number].missing == TYPE_NAMES[missing_type]
+
+
+def test_nothing_to_predict(model: Predictor) -> None:
+    assert model.predict() == [] and model.predict(images=[], texts=[]) == []
+
+
+# The command
+
+
+def write_table(folder: Path, films: Films, suffix: str) -> Path:
+    (folder / "posters").mkdir(parents=True)
+    rows: list[dict[str, str | None]] = []
+    for number, (image, text) in enumerate(zip(films.images, films.texts, strict=True)):
+        (folder / "posters" / f"ünïcode {number}.jpg").write_bytes(image)
+        image_path = f"posters/ünïcode {number}.jpg" if number % 3 != 2 else None
+        rows.append({"id": f"film {number}", "image": image_path, "text": text if number % 3 != 1 else None})
+    path = folder / f"films{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "id", "image"], delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_table_of_samples(
+    trained: Path, films: Films, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, output: str
+) -> None:
+    table = write_table(tmp_path / "in", films, suffix)
+    target = tmp_path / "out" / f"found.{output}"
+    assert run_predict(trained, f"input={table}", f"output={target}", "per_gpu_batchsize=4") == 0
+    if output == "csv":
+        with target.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        probabilities = [[float(row[f"p({name})"]) for name in MMIMDB_GENRES] for row in rows]
+        labels = [tuple(filter(None, row["labels"].split("|"))) for row in rows]
+    else:
+        rows = [json.loads(line) for line in target.read_text("utf-8").splitlines()]
+        probabilities = [list(dict(row["probabilities"]).values()) for row in rows]
+        labels = [tuple(row["labels"]) for row in rows]
+    assert [row["id"] for row in rows] == [f"film {n}" for n in range(len(films.texts))]
+    for number, row in enumerate(rows):
+        missing_type = (0, 1, 2)[number % 3]
+        assert row["missing"] == TYPE_NAMES[missing_type]
+        expected = films.logits[missing_type][number].sigmoid()
+        assert torch.allclose(torch.tensor(probabilities[number]), expected, atol=1e-6)
+        assert labels[number] == tuple(name for name, value in zip(MMIMDB_GENRES, expected, strict=True) if value > 0.5)
+    said = capsys.readouterr().out
+    assert f"{len(rows)} predictions, written to {target}" in said and "film 4" in said and "film 5" not in said
+
+
+def test_a_folder_of_images_and_texts(trained: Path, films: Films, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "more").mkdir(parents=True)
+    (folder / "film10.JPG").write_bytes(films.images[0])
+    (folder / "film10.txt").write_text(films.texts[0], "utf-8")
+    (folder / "film9.jpg").write_bytes(films.images[1])
+    (folder / "more" / "plot.txt").write_text("\ufeff" + films.texts[2], "utf-8")
+    (folder / "notes.md").write_text("not a sample")
+    assert run_predict(trained, f"input={folder}", f"output={tmp_path / 'found.jsonl'}") == 0
+    rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["missing"]) for row in rows] == [
+        ("film9", "text missing"), ("film10", "complete"), ("more/plot", "image missing")
+    ]  # fmt: skip
+    for row, (number, missing_type) in zip(rows, ((1, 1), (0, 0), (2, 2)), strict=True):
+        expected = films.logits[missing_type][number].sigmoid()
+        assert torch.allclose(torch.tensor(list(row["probabilities"].values())), expected, atol=1e-6)
+
+
+def test_samples_are_read_by_workers(model: Predictor, films: Films, tmp_path: Path) -> None:
+    items = read_items(write_table(tmp_path / "in", films, ".csv"))
+    alone = list(model.predict_items(items, batch_size=4))
+    assert list(model.predict_items(items, batch_size=4, workers=2)) == alone
+
+
+def test_without_an_id_the_row_is_the_id(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("text\nA ghost story.\n\nTwo friends rob a train.\n")
+    assert [item.id for item in read_items(tmp_path / "in.csv")] == ["2", "4"]
+
+
+# Classes
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("CMYK", "JPEG"), ("I;16", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("L", "BMP")]
+)
+def test_images_of_all_modes(model: Predictor, tmp_path: Path, mode: str, kind: str) -> None:
+    path = tmp_path / "image"
+    Image.new(mode, (40, 50)).save(path, kind)
+    assert model.predict(images=[path])[0].missing == "text missing"
+    assert model.predict(images=[Image.new(mode, (40, 50))])[0].missing == "text missing"
+
+
+def test_a_very_long_text_and_one_of_odd_characters(model: Predictor) -> None:
+    texts = ["word " * 400_000, "a\0b \ud83d\ude00 <|endoftext|> &amp;amp;", "\u202e"]
+    found = model.predict(texts=[text.encode("utf-8", "replace").decode() for text in texts])
+    assert all(0 < value < 1 for one in found for value in one.probabilities.values())
+
+
+def test_a_single_label_model_names_one_class(workspace: Workspace, golden_arrow: Path, tmp_path: Path) -> None:
+    """Food-101's class names come from its arrow files, through the checkpoint."""
+    options = ("max_epoch=1", f"log_dir={tmp_path}", "exp_name=food", "test_after_fit=False", "batch_size=2",
+               "per_gpu_batchsize=2")  # fmt: skip
+    command = workspace.command(f"vit={workspace.backbone}", *options, task="food101", data_root=golden_arrow)
+    assert command_line(command) == 0
+    best = tmp_path / "food_seed0" / "version_0" / "best.ckpt"
+    found = load_model(best).predict(texts=["apple pie"])[0]
+    assert sum(found.probabilities.values()) == pytest.approx(1, abs=1e-5) and len(found.probabilities) == 101
+    assert found.labels == (max(found.probabilities, key=lambda name: found.probabilities[name]),)
+    assert tuple(found.probabilities) == read_checkpoint(best).class_names
+    assert run_predict(best, f"input={write_text(tmp_path)}", f"output={tmp_path / 'found.csv'}") == 0
+
+
+def write_text(folder: Path) -> Path:
+    path = folder / "one.jsonl"
+    path.write_text('{"text": "apple pie", "id": 7}\n')
+    return path
+
+
+def test_a_checkpoint_without_class_names_has_those_of_the_dataset(trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained, weights_only=True)
+    del content["rep"]["class_names"]
+    torch.save(content, tmp_path / "old.ckpt")
+    assert load_model(tmp_path / "old.ckpt").class_names == MMIMDB_GENRES
+    content["rep"]["class_names"] = ["one", "two"]
+    torch.save(content, tmp_path / "wrong.ckpt")
+    with pytest.raises(CheckpointError, match="2 class names for another number of classes"):
+        load_model(tmp_path / "wrong.ckpt")
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.csv", "", "expected at least one sample, found none"),
+        ("in.csv", "text,image\n", "expected at least one sample, found none"),
+        (
+            "in.csv",
+            "title,year\na,b\n",
+            "in.csv, row 2: expected the columns 'image', 'text' or both, found 'title'",
+        ),
+        ("in.csv", "text,image\n,\n", "in.csv, row 2: expected an image or a text, found neither"),
+        ("in.csv", "text,image\nx,  \n ,\t\n", "in.csv, row 3: expected an image or a text, found neither"),
+        (
+            "in.csv",
+            "text,image\nx,nowhere.jpg\n",
+            "in.csv, row 2: image {top}/nowhere.jpg: cannot be read: No such",
+        ),
+        (
+            "in.csv",
+            "text,image\nx,in.csv\n",
+            "in.csv, row 2: image {top}/in.csv: cannot be read: cannot identify",
+        ),
+        ("in.csv", "text,image\nx\n", "in.csv, row 2: expected 2 values, as in the header, found 1"),
+        ("in.csv", "text,text\nx,y\n", "in.csv, row 1: the column 'text' is repeated"),
+        ("in.csv", b"text\n\xff\n", "in.csv is not valid UTF-8"),
+        ("in.jsonl", '{"text": 3}\n', "in.jsonl, row 1: text: expected a text, found 3"),
+        ("in.jsonl", '{"text": ["a"]}\n', 'in.jsonl, row 1: text: expected a text, found ["a"]'),
+        ("in.jsonl", '{"text": "a"}\n{"text": "b"\n', "in.jsonl, row 2: not valid JSON in UTF-8"),
+        ("in.jsonl", '{"text": "a", "id": true}\n', "in.jsonl, row 1: id: expected a text or a number, found true"),
+        ("in.jsonl", '["a"]\n', "in.jsonl, row 1: expected an object, found a list"),
+        ("in.jsonl", '{"plot": "a"}\n', "in.jsonl, row 1: expected the columns 'image', 'text' or both, found 'plot'"),
+        ("in.xlsx", "", "expected a folder of images, or a file .csv, .tsv or .jsonl"),
+        ("in.txt", "a", "expected a folder of images, or a file .csv, .tsv or .jsonl"),
+    ],
+)
+def test_samples_that_are_not_as_expected(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert run_predict(trained, f"input={tmp_path / name}", f"output={tmp_path / 'found.csv'}") == 2
+    assert message.format(top=tmp_path) in error_of(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("input=nowhere", "input=nowhere: expected a folder of images, or a file .csv, .tsv or .jsonl"),
+        ("input=nowhere.csv", "nowhere.csv cannot be read: No such file or directory"),
+        ("input=None", "predict: expected a checkpoint and samples"),
+        ("load_path=nowhere.ckpt", "nowhere.ckpt"),
+        ("output=found.xlsx", "output: expected a file .csv or .jsonl, found 'found.xlsx'"),
+        ("per_gpu_batchsize=0", "per_gpu_batchsize: expected an integer of at least 1, found 0"),
+        ("vit=nowhere", "vit=nowhere"),
+    ],
+)
+def test_options_that_are_not_as_expected(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    given = [f"input={write_text(tmp_path)}", f"output={tmp_path / 'found.csv'}", option]
+    assert run_predict(trained, *given) == 2
+    assert message in error_of(capsys)
+    assert not (tmp_path / "found.csv").exists()
+
+
+def test_files_of_one_name_in_a_folder(tmp_path: Path, films: Films) -> None:
+    (tmp_path / "a.jpg").write_bytes(films.images[0])
+    shutil.copy(tmp_path / "a.jpg", tmp_path / "a.jpeg")
+    with pytest.raises(DataError, match=r"a.jpg: expected one file of this name, found a.jpeg too"):
+        read_items(tmp_path)
+
+
+def test_a_text_that_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"a.txt: not readable as text in UTF-8"):
+        read_items(tmp_path)
+
+
+def test_lists_of_different_lengths(model: Predictor) -> None:
+    with pytest.raises(DataError, match="expected as many images as texts, found 1 and 2"):
+        model.predict(images=[None], texts=["a", "b"])
+    with pytest.raises(DataError, match="sample 1: expected an image or a text, found neither"):
+        model.predict(images=[None, None], texts=["a", None])
+
+
+def test_an_image_that_is_too_large_a_file(model: Predictor, tmp_path: Path) -> None:
+    with (tmp_path / "large.jpg").open("wb") as file:
+        file.truncate(65 * 2**20)
+    with pytest.raises(DataError, match=r"sample 0: image .*large.jpg: cannot be read: 68,157,440 bytes, at most"):
+        model.predict(images=[tmp_path / "large.jpg"])
+
+
+def test_an_output_that_cannot_be_written(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run_predict(trained, f"input={write_text(tmp_path)}", f"output={tmp_path / 'file' / 'found.csv'}") == 2
+    assert "output=" in (said := error_of(capsys)) and "cannot be written" in said
+
+
+def test_items_know_their_place(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text('image,text\na.jpg,"two\nlines"\nb.jpg,\n')
+    assert read_items(tmp_path / "in.csv") == [
+        Item("2", tmp_path / "a.jpg", "two\nlines", f"{tmp_path / 'in.csv'}, row 2"),
+        Item("4", tmp_path / "b.jpg", None, f"{tmp_path / 'in.csv'}, row 4"),
+    ]

@@ -1,0 +1,73 @@
+"""Tables that users write: CSV, TSV and JSONL, read row by row."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vilt.errors import DataError
+from vilt.utils.raw_data import kind_of, parse_json, read_bytes
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def table_rows(path: Path, needed: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Pairs of line (from 1, where the row begins) and values by column: strings, or of a `.jsonl` what JSON has.
+
+    Args:
+        needed: columns that the header of a CSV or TSV must have.
+
+    Raises:
+        DataError: the file cannot be read, or a row cannot be told from the others; names file and row.
+    """
+    delimiter = DELIMITERS.get(path.suffix.lower())
+    return _json_rows(path) if delimiter is None else _csv_rows(path, delimiter, needed)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for row, line in enumerate(read_bytes(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{path}, row {row}: not valid JSON in UTF-8: {error}") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{path}, row {row}: expected an object, found {kind_of(value)}")
+        yield row, value
+
+
+def _csv_rows(path: Path, delimiter: str, needed: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not valid UTF-8: {error}") from None
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    row = 1
+    try:
+        header = next(lines, [])
+        _check_header(path, header, needed)
+        while True:
+            row = lines.line_num + 1
+            fields = next(lines, None)
+            if fields is None:
+                return
+            if fields and len(fields) != len(header):
+                raise DataError(
+                    f"{path}, row {row}: expected {len(header)} values, as in the header, found {len(fields)}"
+                )
+            if fields:
+                yield row, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}, row {row}: {error}") from None
+
+
+def _check_header(path: Path, header: list[str], needed: list[str]) -> None:
+    for name in header:
+        if header.count(name) > 1:
+            raise DataError(f"{path}, row 1: the column {name!r} is repeated")
+    missing = [name for name in needed if name not in header]
+    if missing:
+        found = ", ".join(map(repr, header)) or "nothing"
+        raise DataError(f"{path}, row 1: expected the columns {', '.join(map(repr, missing))}, found {found}")

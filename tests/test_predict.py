@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -133,6 +134,7 @@ def test_a_table_of_samples(
 ) -> None:
     table = write_table(tmp_path / "in", films, suffix)
     target = tmp_path / "out" / f"found.{output}"
+    rows: list[dict[str, Any]]
     assert run_predict(trained, f"input={table}", f"output={target}", "per_gpu_batchsize=4") == 0
     if output == "csv":
         with target.open(newline="", encoding="utf-8") as file:
@@ -141,7 +143,7 @@ def test_a_table_of_samples(
         labels = [tuple(filter(None, row["labels"].split("|"))) for row in rows]
     else:
         rows = [json.loads(line) for line in target.read_text("utf-8").splitlines()]
-        probabilities = [list(dict(row["probabilities"]).values()) for row in rows]
+        probabilities = [list(row["probabilities"].values()) for row in rows]
         labels = [tuple(row["labels"]) for row in rows]
     assert [row["id"] for row in rows] == [f"film {n}" for n in range(len(films.texts))]
     for number, row in enumerate(rows):

@@ -2,12 +2,13 @@
 # make test   sets up and runs all tests
 # make lint   ruff and mypy
 # make bench  how fast it is, beside the published algorithm (half an hour on two cores); writes benchmarks/RESULTS.md
+# make fuzz   feeds damaged input to every reader for ten minutes, and counts what came of it
 # make clean  removes what the above made
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 
 demo: .venv/.ready
 	$(BIN)/python -m demo
@@ -22,6 +23,9 @@ lint: .venv/.ready-dev
 
 bench: .venv/.ready
 	$(BIN)/python -m benchmarks --record benchmarks/RESULTS.md
+
+fuzz: .venv/.ready-dev
+	$(BIN)/python -m tests.fuzz
 
 clean:
 	rm -rf .venv demo_run .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,12 +3,14 @@
 # make lint   ruff and mypy
 # make bench  how fast it is, beside the published algorithm (half an hour on two cores); writes benchmarks/RESULTS.md
 # make fuzz   feeds damaged input to every reader for ten minutes, and counts what came of it
+# make constraints  installs requirements-dev.txt anew, in an environment of its own, and pins all of it in constraints.txt
 # make clean  removes what the above made
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench fuzz clean
+.PHONY: demo test lint bench fuzz constraints clean
 
 demo: .venv/.ready
 	$(BIN)/python -m demo
@@ -27,18 +29,26 @@ bench: .venv/.ready
 fuzz: .venv/.ready-dev
 	$(BIN)/python -m tests.fuzz
 
+constraints: .venv/bin/python
+	rm -rf .venv-constraints
+	$(BIN)/python -m venv .venv-constraints
+	.venv-constraints/bin/python $(PIP_INSTALL) -r requirements-dev.txt
+	.venv-constraints/bin/python constraints.py > .venv-constraints/constraints.txt
+	mv .venv-constraints/constraints.txt constraints.txt
+	rm -rf .venv-constraints
+
 clean:
-	rm -rf .venv demo_run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-constraints demo_run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one as in make demo PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 
-.venv/.ready: requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/.ready: requirements.txt constraints.txt | .venv/bin/python
+	$(BIN)/python $(PIP_INSTALL) -r requirements.txt -c constraints.txt
 	@touch $@
 
-.venv/.ready-dev: requirements-dev.txt requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/.ready-dev: requirements-dev.txt requirements.txt constraints.txt | .venv/bin/python
+	$(BIN)/python $(PIP_INSTALL) -r requirements-dev.txt -c constraints.txt
 	@touch .venv/.ready $@

@@ -16,6 +16,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # Sacred's; requirements.txt holds setuptools back
     from sacred import SETTINGS, Experiment
     from sacred.arg_parser import get_config_updates
+    from sacred.config.config_files import HANDLER_BY_EXT
     from sacred.utils import ConfigAddedError, SacredError
 
 from clip.backbone import HUB_NAMES
@@ -23,6 +24,7 @@ from clip.modules.heads import HEADS
 from clip.modules.method import MethodOptions
 from clip.modules.registry import METHODS
 from clip.modules.vision_transformer_memory import ACTIVATIONS
+from clip.run_folder import read_json
 from clip.run_table import COLUMNS
 from clip.tasks import TASK_NAMES, TASKS
 from clip.training import OptimizerSettings
@@ -34,6 +36,9 @@ from vilt.missing_tables import MISSING_TYPES, MissingPattern
 
 SETTINGS.CAPTURE_MODE = "no"  # Sacred would otherwise take over standard output, progress bars included
 SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # run.py records the devices itself
+for _extension in set(HANDLER_BY_EXT) - {".json"}:  # of the files that `with` takes; pickles and YAML can run code,
+    del HANDLER_BY_EXT[_extension]
+HANDLER_BY_EXT[".json"].load = lambda file: read_json(Path(file.name))  # and so can Sacred's own reading of JSON
 
 __all__ = [
     "EX",
@@ -42,9 +47,11 @@ __all__ = [
     "SacredError",
     "check",
     "check_seed",
+    "check_together",
     "read_load_paths",
     "read_options",
     "read_with_machine",
+    "resolve",
     "unknown_option",
 ]
 
@@ -541,15 +548,24 @@ def check(config: Mapping[str, Any]) -> Options:
     Raises:
         ConfigError: one line that names the option, what was expected and what was found.
     """
+    options = resolve(config)
+    check_together(options)
+    _check_data_and_weights(options)
+    return options
+
+
+def resolve(config: Mapping[str, Any]) -> Options:
+    """The configuration, each option checked by itself and what is left open decided for this machine.
+
+    Raises:
+        ConfigError: as `check`.
+    """
     values = read_options(config, Options.__dataclass_fields__)
     for option, overridden in (("test_ratio", "missing_ratio"), ("test_type", "missing_type")):
         if values[option] is not None:
             values[overridden] |= {"val": values[option], "test": values[option]}
     _settle_machine(values)
-    options = Options(**values)
-    _check_together(options)
-    _check_files(options)
-    return options
+    return Options(**values)
 
 
 def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -621,7 +637,8 @@ def _fitting_precision(precision: str | None, on_gpu: bool) -> str:
     return precision or PRECISIONS["bf16" if torch.cpu._is_avx512_bf16_supported() else "32"]
 
 
-def _check_together(options: Options) -> None:
+def check_together(options: Options) -> None:
+    """Raises ConfigError where options contradict each other, or name checkpoints that are not there."""
     if options.task is None:
         names = ", ".join(f"task_finetune_{name}" for name in TASK_NAMES)
         raise ConfigError(f"no task: expected one of {names}, as in `python run.py with task_finetune_mmimdb …`")
@@ -649,6 +666,9 @@ def _check_together(options: Options) -> None:
         raise ConfigError("finetune_first: expected a checkpoint to start from in load_path")
     if options.resume_from is not None and (options.load_path is not None or options.test_only):
         raise ConfigError("resume_from: goes on with a training run; load_path and test_only contradict it")
+    for name, checkpoint in (("load_path", options.load_path), ("resume_from", options.resume_from)):
+        if checkpoint is not None and not checkpoint.is_file():
+            raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")
 
 
 def _check_method(options: Options) -> None:
@@ -666,10 +686,7 @@ def _check_method(options: Options) -> None:
         )
 
 
-def _check_files(options: Options) -> None:
-    for name, checkpoint in (("load_path", options.load_path), ("resume_from", options.resume_from)):
-        if checkpoint is not None and not checkpoint.is_file():
-            raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")
+def _check_data_and_weights(options: Options) -> None:
     if options.data_root is None:
         raise ConfigError("data_root: expected the folder of the arrow files that make_arrow.py wrote, found nothing")
     spec = EVERY_DATASET[options.task]

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import EVERY_DATASET
 from vilt.errors import UserError
@@ -148,7 +149,7 @@ def describe(summary: "Summary", class_names: Sequence[str], seconds: float) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Runs the command line. Returns the exit status: 0, 2 for what the user can mend, 1 for ours, 130 for Ctrl-C."""
     args = parse_args(argv)
     # Here and not above: worker processes import this file, and have no use for pyarrow's 40 MB.
     from vilt.utils.arrow_writer import BadSamplesError, convert
@@ -165,19 +166,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}; nothing was written to {target}.\n", file=sys.stderr)
         print(describe_bad(error.bad), file=sys.stderr)
         print("\nMend them, or leave them out with --skip-bad, which lists all of them in a file.", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         print(f"interrupted; nothing was written to {target}.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except Exception as error:
+        return end_with_our_fault(error, None)
     if summary.bad:
         print(f"{len(summary.bad):,} bad samples were left out:\n\n{describe_bad(summary.bad)}\n", file=sys.stderr)
     print(describe(summary, dataset.class_names, time.monotonic() - start))
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, which removes unfinished files
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # an orderly end, which removes unfinished files
     sys.exit(main())

@@ -1,12 +1,13 @@
 """Training and evaluation of REP: `python run.py with task_finetune_mmimdb data_root=… exp_name=…`.
 
 `python run.py robustness with load_path=…` evaluates at every missing type and ratio; `python run.py runs` lists runs;
-`python run.py report with runs=…` writes a page about them; `python run.py print_config` shows the options.
-Exit status: 0 done, 2 something the user can mend, 1 a fault of ours.
+`python run.py report with runs=…` writes a page about them; `python run.py print_config` shows the options;
+`python run.py doctor with …` looks, before a long run, whether all that it needs is there and whole.
+Exit status: 0 done, 2 something the user can mend, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import logging
-import re
+import signal
 import sys
 import time
 import warnings
@@ -21,6 +22,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from clip.backbone import Backbone, load_backbone
@@ -36,7 +38,17 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
+from clip.ending import (
+    DONE,
+    INTERRUPTED,
+    TERMINATED,
+    USER_ERROR,
+    end_with_our_fault,
+    end_with_signal,
+    end_with_user_error,
+)
 from clip.logit_store import LogitModule, encode
+from clip.messages import first_line
 from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model, tokenizer_for
 from clip.predict import Predictor, describe_predictions, read_items, write_predictions
@@ -63,7 +75,7 @@ from sweep.command import run_sweep
 from targets import Target, check_agreement, open_targets
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.errors import CheckpointError, ConfigError, UserError
+from vilt.errors import CheckpointError, CheckupError, ConfigError, UserError, machine_error
 from vilt.missing_tables import TYPE_NAMES, type_counts
 
 log = logging.getLogger("rep")
@@ -137,6 +149,21 @@ def predict(_config: dict[str, Any], _run: Any) -> None:
     shown = tqdm(predictions, "predicting", len(items), disable=not sys.stderr.isatty())
     first = write_predictions(options["output"], items, shown, predictor)
     print(f"\n{describe_predictions(items, first)}\n\n  {len(items):,} predictions, written to {options['output']}\n")
+
+
+@EX.command(unobserved=True)
+def doctor(_config: dict[str, Any]) -> None:
+    """Checks installation, machine, dataset, weights and one training step: a line each, with ok, warn or FAIL."""
+    from doctor import examine
+
+    set_up_logging()
+    findings = []
+    for finding in examine(_config, tokenizer_for, set_computation):
+        print(finding.line(), flush=True)
+        findings.append(finding)
+    failed = sum(finding.level == "FAIL" for finding in findings)
+    if failed:
+        raise CheckupError(f"{failed} of {len(findings)} checks failed")
 
 
 def given_options(sacred_run: Any) -> set[str]:
@@ -442,6 +469,7 @@ def start_folder(options: Options, name: str, custom: CustomData | None) -> Path
     Lightning tells the others where it is.
     """
     folder = make_run_folder(options.log_dir, name)
+    EX.current_run.info["folder"] = str(folder)  # type: ignore[attr-defined]  # for `command_line`, and Sacred's record
     write_json(folder / "config.json", asdict(options) | ({CUSTOM: asdict(custom)} if custom is not None else {}))
     write_json(folder / "environment.json", {"command": sys.argv, **environment()})
     log.info("run folder: %s", folder)
@@ -477,31 +505,49 @@ def set_up_logging() -> None:
 
 
 def command_line(argv: list[str]) -> int:
-    """Runs a command as Sacred reads it; errors that the user can mend become one line and status 2."""
+    """Runs a command as Sacred reads it; returns the exit status, after a line on standard error if it is not 0."""
+    EX.current_run = None  # that of an earlier call in this process
     try:
         check_seed(argv)
         # --debug hands errors on to here instead of printing a traceback
-        EX.run_commandline([*argv, "--debug"] if len(argv) > 1 else argv)
+        EX.run_commandline([*argv, *(["main"] if len(argv) == 1 else []), "--debug"])
     except ConfigAddedError as error:
         unknown = sorted(map(str, error.__conflicting_configs__))
-        return _fail(str(unknown_option(unknown, list(Options.__dataclass_fields__))))
+        return end_with_user_error(error, None, str(unknown_option(unknown, list(Options.__dataclass_fields__))))
     except (UserError, SacredError) as error:
-        return _fail(str(error))
-    except SystemExit as stop:  # Sacred's own: usage, or an unknown command
-        if isinstance(stop.code, str):
+        return end_with_user_error(error, run_folder())
+    except torch.OutOfMemoryError as error:
+        return end_with_user_error(error, run_folder(), f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
+    except SystemExit as stop:
+        if stop.code == TERMINATED or isinstance(stop, SIGTERMException):
+            return end_with_signal(TERMINATED, run_folder())
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's, of an interrupted loop
+            return end_with_signal(INTERRUPTED, run_folder())
+        if isinstance(stop.code, str):  # Sacred's own: usage, or an unknown command
             print(stop.code, file=sys.stderr)
-        return 2 if stop.code else 0
+        return USER_ERROR if stop.code else DONE
     except KeyboardInterrupt:
-        return 130
-    return 0
+        return end_with_signal(INTERRUPTED, run_folder())
+    except Exception as error:
+        if EX.current_run is None:  # Sacred did not get beyond reading the command line
+            return end_with_user_error(error, None, f"command line: {first_line(error)}")
+        if isinstance(error, OSError) and (refusal := machine_error(error)) is not None:
+            return end_with_user_error(error, run_folder(), str(refusal))
+        return end_with_our_fault(error, run_folder())
+    return DONE
 
 
-def _fail(message: str) -> int:
-    if message.startswith("Caught "):  # in a loader process: torch puts its traceback into the message
-        message = re.split(r"^[\w.]+Error: ", message, flags=re.MULTILINE)[-1].rstrip()
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+def run_folder() -> Path | None:
+    """The folder that this call's run has made, if it has."""
+    folder = EX.current_run.info.get("folder") if EX.current_run is not None else None
+    return Path(folder) if folder is not None else None
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM becomes an orderly end, which removes unfinished files; Lightning would go on to the end of the step."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(command_line(sys.argv))

@@ -1,5 +1,6 @@
 """What happens beside the steps of a training run: checkpoints, and a line per validation."""
 
+import io
 import logging
 import math
 import time
@@ -72,8 +73,10 @@ class Checkpoints(Checkpoint):
 
     def _write_best(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
+            written = io.BytesIO()  # where the disk is full, torch's own way of writing does not say so
+            torch.save(self.best, written)
             with atomic_path(self.best_path) as temporary:
-                torch.save(self.best, temporary)
+                temporary.write_bytes(written.getbuffer())
 
     def _write_last(self, trainer: pl.Trainer) -> None:
         path = self.folder / "last.ckpt"

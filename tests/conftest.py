@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,16 +84,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    """run.py sets up logging for its process, which tests share."""
-    loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
-    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
-    disabled = logging.root.manager.disable
-    yield
-    logging.disable(disabled)
-    for logger, level, handlers in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
+def _plain_logging() -> None:
+    """Takes back what run.py set up in tests before, and in fixtures: it configures its whole process."""
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    logging.disable(logging.NOTSET)
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:  # those of pytest are of classes of its own
+            root.removeHandler(handler)
 
 
 @pytest.fixture

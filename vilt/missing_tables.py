@@ -84,6 +84,28 @@ def load_missing_table(root: Path, dataset: str, split: Split, pattern: MissingP
     Raises:
         DataError: a table found does not fit the split, or `root` is not readable or writable.
     """
+    kept = read_kept_table(root, dataset, split, pattern, samples)
+    if kept is not None:
+        return kept
+    table = draw_missing_table(dataset, split, pattern, samples)
+    if pattern.ratio == 0:
+        return table
+    described = pattern.describe(dataset, split, samples)
+    path = root / _file_name(dataset, pattern, described)
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(_format(table, described), "utf-8")
+    except OSError as error:
+        raise DataError(f"missing_table_root={root}: cannot write {path.name}: {error.strerror or error}") from error
+    return table
+
+
+def read_kept_table(root: Path, dataset: str, split: Split, pattern: MissingPattern, samples: int) -> np.ndarray | None:
+    """The table of a split as kept in `root`, in the published form or ours, int8 (N,); None where there is none.
+
+    Raises:
+        DataError: it does not fit the split, or `root` is not readable.
+    """
     described = pattern.describe(dataset, split, samples)
     stem = f"{dataset}_{described['split']}_missing_{pattern.missing_type}"
     published = root / f"{stem}_{str(float(pattern.ratio)).replace('.', '')}.pt"
@@ -91,19 +113,15 @@ def load_missing_table(root: Path, dataset: str, split: Split, pattern: MissingP
         table = _read_published(published, samples)
         log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, published)
         return table
-    if pattern.ratio == 0:
-        return np.zeros(samples, dtype=np.int8)
-    name = f"{stem}_{described['ratio']}_both_ratio_{described['both_ratio']}_seed_{pattern.seed}_of_{samples}.txt"
-    path = root / name
-    if _is_file(path):
-        return _read(path, described)
-    table = draw_missing_table(dataset, split, pattern, samples)
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_text(_format(table, described), "utf-8")
-    except OSError as error:
-        raise DataError(f"missing_table_root={root}: cannot write {name}: {error.strerror or error}") from error
-    return table
+    path = root / _file_name(dataset, pattern, described)
+    return _read(path, described) if pattern.ratio != 0 and _is_file(path) else None
+
+
+def _file_name(dataset: str, pattern: MissingPattern, described: dict[str, str]) -> str:
+    return (
+        f"{dataset}_{described['split']}_missing_{pattern.missing_type}_{described['ratio']}"
+        f"_both_ratio_{described['both_ratio']}_seed_{pattern.seed}_of_{described['samples']}.txt"
+    )
 
 
 def type_counts(table: np.ndarray) -> dict[str, int]:

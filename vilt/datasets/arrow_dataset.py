@@ -99,6 +99,11 @@ class ArrowDataset(Dataset[Sample]):
         return self._tokens.values if isinstance(self._tokens, MappedArray) else self._tokens
 
     @property
+    def labels(self) -> np.ndarray:
+        """Labels of every row: (N, C) uint8 for multi-label data, (N,) int64 otherwise."""
+        return self._labels
+
+    @property
     def row_of_sample(self) -> np.ndarray:
         """Row of every sample, int64 (N,), ascending."""
         return self._row_of_sample

@@ -24,6 +24,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(target)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk shows when writing, where the system names no file
+            error.filename = str(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -267,6 +267,8 @@ def _copy(classifier: MissingModalityClassifier, state: dict[str, Tensor], expec
             raise CheckpointError(
                 f"{source}: {name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
             )
+        if not state[name].isfinite().all():
+            raise CheckpointError(f"{source}: {name} holds values that are not finite")
     with torch.no_grad():
         for name in expected:
             own[name].copy_(state[name])

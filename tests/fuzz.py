@@ -51,10 +51,9 @@ def feed_target(name: str, seconds: float) -> None:
             )
             @given(st.data())
             def feed(data: st.DataObject) -> None:
-                if time.monotonic() > until:
+                given_input = data.draw(target.inputs)  # also when the time is up: drawing has to stay the same
+                if (began := time.monotonic()) > until:
                     return
-                given_input = data.draw(target.inputs)
-                began = time.monotonic()
                 try:
                     outcome = outcome_of(target, prepared, folder, given_input)
                 except BaseException:

@@ -202,6 +202,10 @@ Change = Callable[[dict[str, Any]], Any]
     ("change", "problem"),
     [
         (lambda c: c["state_dict"].pop("model.memory_learner.residual_alpha"), r"1 names missing .*residual_alpha\)"),
+        (
+            lambda c: c["state_dict"]["model.memory_learner.residual_alpha"].fill_(float("nan")),
+            r"residual_alpha holds values that are not finite",
+        ),
         (lambda c: c["state_dict"].update(extra=torch.ones(1)), r"1 unexpected \(extra\)"),
         (
             lambda c: c["state_dict"].update({"mmimdb_classifier.weight": torch.ones(2, 128)}),

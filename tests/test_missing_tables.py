@@ -394,6 +394,7 @@ def published(root: Path, name: str, values: object, **options: bool) -> Path:
         ("mmimdb", "val", MissingPattern("text", 0.9, 0.5, 3), "mmimdb_dev_missing_text_09.pt"),
         ("food101", "val", MissingPattern("image", 0.65, 0.5, 0), "food101_val_missing_image_065.pt"),
         ("hatememes", "test", MissingPattern("both", 1, 0.5, 0), "hatememes_test_missing_both_10.pt"),
+        ("hatememes", "test", MissingPattern("both", 1.0, 0.5, 0), "hatememes_test_missing_both_1.pt"),
         ("mmimdb", "test", MissingPattern("both", 0, 0.5, 0), "mmimdb_test_missing_both_00.pt"),
     ],
 )

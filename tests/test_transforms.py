@@ -2,6 +2,9 @@
 
 import io
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,3 +238,36 @@ def test_normalised_black_and_white():
 
 def test_normalise_takes_a_batch_without_images():
     assert normalise(torch.empty(0, 3, 0, 0, dtype=torch.uint8)).shape == (0, 3, 0, 0)
+
+
+@pytest.mark.parametrize(("long", "short"), [(2000, 3), (5000, 7), (20_000, 40), (900, 1)])
+def test_very_thin_images_are_close_to_those_that_are_resized_whole(long, short):
+    size = 56
+    ramp = np.linspace(0, 40 * np.pi, long)
+    pixels = np.repeat((127 + 120 * np.sin(ramp))[None, :, None], short, axis=0).repeat(3, axis=2).astype(np.uint8)
+    for array in (pixels, pixels.transpose(1, 0, 2)):
+        image = Image.fromarray(np.ascontiguousarray(array))
+        width, height = image.size
+        new_long = int(size * long / short)
+        whole = image.resize((new_long, size) if width > height else (size, new_long), Image.Resampling.BICUBIC)
+        left, top = round((whole.width - size) / 2), round((whole.height - size) / 2)
+        expected = np.array(whole.crop((left, top, left + size, top + size))).transpose(2, 0, 1).astype(int)
+        assert np.abs(decode_image(saved(image), size).numpy().astype(int) - expected).max() <= 1
+
+
+def test_a_very_thin_image_takes_little_memory():
+    """Resized whole, 1 × 60,000 pixels would be 9 GB."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2); "
+        "from PIL import Image; from vilt.transforms import decode_image; import io; b = io.BytesIO(); "
+        "Image.new('RGB', (60000, 1), (7, 8, 9)).save(b, 'PNG'); x = decode_image(b.getvalue(), 224); "
+        "assert x.shape == (3, 224, 224) and x[:, 5, 5].tolist() == [7, 8, 9]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_an_image_of_too_many_pixels_is_not_decoded():
+    image = Image.new("1", (10_000, 9_000))
+    with pytest.raises(ValueError, match="10000 × 9000 pixels, at most 89,478,485 are decoded"):
+        decode_image(saved(image), 224)

@@ -108,8 +108,10 @@ def read_kept_table(root: Path, dataset: str, split: Split, pattern: MissingPatt
     """
     described = pattern.describe(dataset, split, samples)
     stem = f"{dataset}_{described['split']}_missing_{pattern.missing_type}"
-    published = root / f"{stem}_{str(float(pattern.ratio)).replace('.', '')}.pt"
-    if _is_file(published):
+    ratios = dict.fromkeys(str(ratio).replace(".", "") for ratio in (float(pattern.ratio), f"{pattern.ratio:g}"))
+    names = [f"{stem}_{ratio}.pt" for ratio in ratios]  # the published code wrote 1.0 as 10, and 1 as 1
+    published = next((root / name for name in names if _is_file(root / name)), None)
+    if published is not None:
         table = _read_published(published, samples)
         log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, published)
         return table

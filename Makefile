@@ -1,5 +1,6 @@
 # make demo   sets up and runs the whole method on made-up data (minutes on two cores)
 # make test   sets up and runs all tests
+# make test-long  and those that take long: runs interrupted anywhere, thousands of steps (10 minutes more on two cores)
 # make lint   ruff and mypy
 # make bench  how fast it is, beside the published algorithm (half an hour on two cores); writes benchmarks/RESULTS.md
 # make fuzz   feeds damaged input to every reader for ten minutes, and counts what came of it
@@ -10,13 +11,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench fuzz constraints clean
+.PHONY: demo test test-long lint bench fuzz constraints clean
 
 demo: .venv/.ready
 	$(BIN)/python -m demo
 
 test: .venv/.ready-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: .venv/.ready-dev
+	TEST_LONG=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .

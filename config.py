@@ -24,6 +24,7 @@ from clip.modules.heads import HEADS
 from clip.modules.method import MethodOptions
 from clip.modules.registry import METHODS
 from clip.modules.vision_transformer_memory import ACTIVATIONS
+from clip.resume import AUTO
 from clip.run_folder import read_json
 from clip.run_table import COLUMNS
 from clip.tasks import TASK_NAMES, TASKS
@@ -107,6 +108,7 @@ def defaults() -> None:
     end_lr = 0  # learning rate at the last step
     val_check_interval = 0.2  # epochs between validations, or training batches if an integer above 1
     precision = None  # 32, 16 or bf16; None: bf16 where the hardware has it, else 16 on a GPU, 32 on a CPU
+    skip_bad_steps = 20  # with precision 16: optimiser steps in a row that may be skipped for an overflow
 
     # Machine
     num_gpus = None  # GPUs per node; None: 1 if there is one, else 0 (the CPU)
@@ -119,7 +121,7 @@ def defaults() -> None:
     log_dir = "result"  # folder of the run folders
     load_path = ""  # checkpoint: to evaluate with test_only, else a warm start
     finetune_first = False  # warm start takes the head too (a checkpoint of the same task)
-    resume_from = None  # checkpoint `last.ckpt` of an interrupted run: goes on where it stood
+    resume_from = None  # checkpoint `last.ckpt` of an interrupted run: goes on where it stood; auto: finds it
     fast_dev_run = False  # one batch of everything, nothing written
     test_after_fit = True  # evaluate the best checkpoint on the test split after training
     test_only = False  # evaluate load_path on the test split
@@ -291,6 +293,11 @@ def prediction_file(option: str, value: Any) -> Path:
     return found
 
 
+def path_or_auto(option: str, value: Any) -> Path | str:
+    """Reads a path, or `auto`."""
+    return AUTO if value == AUTO else path(option, value)
+
+
 def optional(reader: Reader) -> Reader:
     """Reads None, an empty text (None too), or what `reader` reads."""
     return lambda option, value: None if value is None or value == "" else reader(option, value)
@@ -446,6 +453,7 @@ class Options:
     end_lr: Annotated[float, number(0)]
     val_check_interval: Annotated[int | float, interval]
     precision: Annotated[str, optional(lightning_precision)]
+    skip_bad_steps: Annotated[int, integer(0)]
     num_gpus: Annotated[int, optional(integer(0))]
     num_nodes: Annotated[int, integer(1)]
     cpu_processes: Annotated[int, integer(1)]
@@ -454,7 +462,7 @@ class Options:
     log_dir: Annotated[Path, path]
     load_path: Annotated[Path | None, optional(path)]
     finetune_first: Annotated[bool, flag]
-    resume_from: Annotated[Path | None, optional(path)]
+    resume_from: Annotated[Path | str | None, optional(path_or_auto)]
     fast_dev_run: Annotated[bool, flag]
     test_after_fit: Annotated[bool, flag]
     test_only: Annotated[bool, flag]
@@ -664,10 +672,12 @@ def check_together(options: Options) -> None:
         raise ConfigError("test_only: expected a checkpoint to evaluate, as in load_path=result/…/best.ckpt")
     if options.finetune_first and options.load_path is None:
         raise ConfigError("finetune_first: expected a checkpoint to start from in load_path")
-    if options.resume_from is not None and (options.load_path is not None or options.test_only):
-        raise ConfigError("resume_from: goes on with a training run; load_path and test_only contradict it")
+    if options.resume_from is not None and options.test_only:
+        raise ConfigError("resume_from: goes on with a training run; test_only contradicts it")
+    if options.resume_from not in (None, AUTO) and options.load_path is not None:
+        raise ConfigError("resume_from: goes on with a training run; load_path contradicts it")
     for name, checkpoint in (("load_path", options.load_path), ("resume_from", options.resume_from)):
-        if checkpoint is not None and not checkpoint.is_file():
+        if checkpoint not in (None, AUTO) and not Path(checkpoint).is_file():
             raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")
 
 

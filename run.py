@@ -7,7 +7,6 @@ Exit status: 0 done, 2 something the user can mend, 1 a fault of ours, 130 Ctrl-
 """
 
 import logging
-import signal
 import sys
 import time
 import warnings
@@ -20,9 +19,9 @@ import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from clip.backbone import Backbone, load_backbone
@@ -38,23 +37,19 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.ending import (
-    DONE,
-    INTERRUPTED,
-    TERMINATED,
-    USER_ERROR,
-    end_with_our_fault,
-    end_with_signal,
-    end_with_user_error,
-)
+from clip.checkpoint_file import WholeCheckpoints, check_whole, told_when_full
+from clip.ending import DONE, INTERRUPTED, USER_ERROR, end_with_our_fault, end_with_signal, end_with_user_error
+from clip.interruption import Stopped, end_loaders, stopping_on_signals
 from clip.logit_store import LogitModule, encode
 from clip.messages import first_line
+from clip.metrics_log import MetricsLogger
 from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model, tokenizer_for
 from clip.predict import Predictor, describe_predictions, read_items, write_predictions
+from clip.resume import AUTO, find_progress
 from clip.robustness import Robustness, measure, write_results
 from clip.robustness_text import describe_one, describe_several
-from clip.run_folder import environment, make_run_folder, write_json
+from clip.run_folder import environment, make_run_folder, read_json, write_json
 from clip.run_table import describe_runs, list_runs, sort_runs, write_runs
 from clip.tasks import TASKS, head_name, task_of
 from clip.tokenizer import ClipTokenizer
@@ -183,6 +178,14 @@ def sweep(_config: dict[str, Any], _run: Any, search: Any, sweep_over: Any, swee
 
 def train(options: Options) -> dict[str, float]:
     """A training run in its own folder; the metrics of its best checkpoint on the test split."""
+    name = f"{options.exp_name}_seed{options.seed}"
+    if options.resume_from == AUTO:
+        samples_per_batch = options.per_gpu_batchsize * options.processes
+        progress = find_progress(options.log_dir / name, asdict(options), samples_per_batch)
+        if progress.finished is not None:
+            log.info("resume_from=auto: nothing is left to do: %s is finished", progress.finished)
+            return read_json(progress.finished / "test_results.json")["metrics"] if options.test_after_fit else {}
+        options = replace(options, resume_from=progress.checkpoint)
     pl.seed_everything(options.seed, workers=True, verbose=False)
     say_device(options)
     backbone = load_backbone(options.vit, trust=options.trust_backbone, activation=options.vit_activation)
@@ -201,43 +204,51 @@ def train(options: Options) -> dict[str, float]:
     classifier.model.method.start_from(
         backbone.state["image_encoder.class_embedding"], token_embedding[tokenizer.end_id]
     )
-    if options.load_path is not None:
+    if options.resume_from is not None:
+        check_whole(Path(options.resume_from))
+        check_resume(read_checkpoint(Path(options.resume_from)), spec, backbone)
+    elif options.load_path is not None:
         start = read_checkpoint(options.load_path)
         if options.finetune_first:
             check_classes(start, custom)
         warm_start(classifier, start, backbone, with_head=options.finetune_first)
-    if options.resume_from is not None:
-        check_resume(read_checkpoint(options.resume_from), spec, backbone)
 
     set_computation(options, classifier)
-    name = f"{options.exp_name}_seed{options.seed}"
     folder = start_folder(options, name, custom) if not options.fast_dev_run else None
+    skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
     module = FinetuneModule(
-        classifier, spec, (options.vit, backbone.sha256), options.optimizer_settings(), options.seed
+        classifier,
+        spec,
+        (options.vit, backbone.sha256),
+        options.optimizer_settings(),
+        options.seed,
+        skip_bad_steps,
+        data.datasets["train"].class_names(),
     )
     # Processes without the folder write nothing, but take part in writing.
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints)
-    began = time.monotonic()
-    trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
-    seconds = time.monotonic() - began
-    if options.fast_dev_run:
-        log.info("fast_dev_run: one batch of everything went through; nothing was written")
-        return {}
-    if checkpoints.best is None:
-        log.warning("no validation took place, so that there is no best checkpoint and nothing is tested")
-        return {}
-    best_path = trainer.strategy.broadcast(checkpoints.best_path)
-    log.info("best %s %.4f: %s", checkpoints.monitor, checkpoints.best["score"], best_path)
-    if not options.test_after_fit:
-        return {}
-    checkpoint = read_checkpoint(best_path)
-    load_kept_state(classifier, checkpoint.state, str(best_path))
-    training = {
-        "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
-        "training_seconds": None if options.resume_from else round(seconds, 1),
-    }
-    return test(options, trainer, module, data, checkpoint, folder, training)
+    with told_when_full(folder or options.log_dir), data.naming_dead_workers():
+        began = time.monotonic()
+        trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
+        seconds = time.monotonic() - began
+        if options.fast_dev_run:
+            log.info("fast_dev_run: one batch of everything went through; nothing was written")
+            return {}
+        if checkpoints.best is None:
+            log.warning("no validation took place, so that there is no best checkpoint and nothing is tested")
+            return {}
+        best_path = trainer.strategy.broadcast(checkpoints.best_path)
+        log.info("best %s %.4f: %s", checkpoints.monitor, checkpoints.best["score"], best_path)
+        if not options.test_after_fit:
+            return {}
+        checkpoint = read_checkpoint(best_path)
+        load_kept_state(classifier, checkpoint.state, str(best_path))
+        training = {
+            "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
+            "training_seconds": None if options.resume_from else round(seconds, 1),
+        }
+        return test(options, trainer, module, data, checkpoint, folder, training)
 
 
 def evaluate(options: Options, given: set[str]) -> dict[str, float]:
@@ -254,7 +265,8 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     folder = start_folder(options, name, custom)
     trainer = make_trainer(options, folder, steps_per_epoch=1)
     module = FinetuneModule(classifier, replace(checkpoint.spec, custom=custom))
-    return test(options, trainer, module, data, checkpoint, folder)
+    with data.naming_dead_workers():
+        return test(options, trainer, module, data, checkpoint, folder)
 
 
 def open_evaluation(
@@ -339,7 +351,8 @@ def measure_target(target: Target, given: set[str]) -> Robustness | None:
             raise CheckpointError(f"{subject.checkpoint}: was replaced by another checkpoint a moment ago; start again")
         classifier, data = open_evaluation(options, checkpoint, given)
         trainer = make_trainer(options, None, steps_per_epoch=1)
-        encode(store, target.lacking, LogitModule(classifier, checkpoint.spec), trainer, data)
+        with data.naming_dead_workers():
+            encode(store, target.lacking, LogitModule(classifier, checkpoint.spec), trainer, data)
     if getattr(rank_zero_only, "rank", 0):
         return None
     found = measure(subject, store.load(), options.robustness_patterns(), options.bootstrap)
@@ -373,6 +386,9 @@ def make_trainer(
     if checkpoints is not None and keeps:
         callbacks += [checkpoints, LearningRateMonitor("step")]
     place = folder or options.log_dir
+    plugins: list[Any] = [WholeCheckpoints()]
+    if SLURMEnvironment.detect():  # Lightning's own way to requeue a job cuts accumulations; slurm.sh is ours
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     return pl.Trainer(
         accelerator="gpu" if options.num_gpus else "cpu",
         devices=options.num_gpus or options.cpu_processes,
@@ -389,8 +405,9 @@ def make_trainer(
         use_distributed_sampler=False,  # EpochSampler does it, and counts evaluation samples once
         enable_model_summary=False,
         enable_checkpointing=keeps,
-        logger=[CSVLogger(place, "", ""), TensorBoardLogger(place, "", "tensorboard")] if keeps else False,
+        logger=[MetricsLogger(place, "", ""), TensorBoardLogger(place, "", "tensorboard")] if keeps else False,
         callbacks=callbacks,
+        plugins=plugins,
         default_root_dir=folder,
     )
 
@@ -509,8 +526,9 @@ def command_line(argv: list[str]) -> int:
     EX.current_run = None  # that of an earlier call in this process
     try:
         check_seed(argv)
-        # --debug hands errors on to here instead of printing a traceback
-        EX.run_commandline([*argv, *(["main"] if len(argv) == 1 else []), "--debug"])
+        with stopping_on_signals():
+            # --debug hands errors on to here instead of printing a traceback
+            EX.run_commandline([*argv, *(["main"] if len(argv) == 1 else []), "--debug"])
     except ConfigAddedError as error:
         unknown = sorted(map(str, error.__conflicting_configs__))
         return end_with_user_error(error, None, str(unknown_option(unknown, list(Options.__dataclass_fields__))))
@@ -518,11 +536,11 @@ def command_line(argv: list[str]) -> int:
         return end_with_user_error(error, run_folder())
     except torch.OutOfMemoryError as error:
         return end_with_user_error(error, run_folder(), f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
+    except Stopped as stop:
+        end_loaders()
+        # Of the other processes Lightning takes any status but 0 for a fault, and kills the first.
+        return DONE if getattr(rank_zero_only, "rank", 0) else end_with_signal(int(str(stop.code)), run_folder())
     except SystemExit as stop:
-        if stop.code == TERMINATED or isinstance(stop, SIGTERMException):
-            return end_with_signal(TERMINATED, run_folder())
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's, of an interrupted loop
-            return end_with_signal(INTERRUPTED, run_folder())
         if isinstance(stop.code, str):  # Sacred's own: usage, or an unknown command
             print(stop.code, file=sys.stderr)
         return USER_ERROR if stop.code else DONE
@@ -543,11 +561,5 @@ def run_folder() -> Path | None:
     return Path(folder) if folder is not None else None
 
 
-def end_on_sigterm() -> None:
-    """SIGTERM becomes an orderly end, which removes unfinished files; Lightning would go on to the end of the step."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-
-
 if __name__ == "__main__":
-    end_on_sigterm()
     sys.exit(command_line(sys.argv))

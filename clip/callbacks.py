@@ -1,6 +1,5 @@
 """What happens beside the steps of a training run: checkpoints, and a line per validation."""
 
-import io
 import logging
 import math
 import time
@@ -11,9 +10,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 
+from clip.checkpoint import DESCRIPTION
+from clip.checkpoint_file import write_checkpoint
+from clip.interruption import Stopped, StopRequest
 from clip.training import FinetuneModule
 from vilt.datamodules import Batch, TimedLoader
-from vilt.utils.files import atomic_path
 
 log = logging.getLogger("rep")
 
@@ -22,7 +23,8 @@ class Checkpoints(Checkpoint):
     """Keeps `best.ckpt`, the best model by a validation metric, and `last.ckpt`, from which `resume_from` goes on.
 
     `last.ckpt` also carries the best model so far: a resumed run, which has a folder of its own, ends with the same
-    best model as an uninterrupted one.
+    best model as an uninterrupted one. It is written after validations and epochs, and where a signal stops the run:
+    between two optimiser steps, or amid a validation, which is then run anew.
 
     Args:
         folder: where both are written, by the first process alone.
@@ -34,6 +36,9 @@ class Checkpoints(Checkpoint):
         self.monitor = monitor
         self.best: dict[str, Any] | None = None
         """What `best.ckpt` holds."""
+        self._stop = StopRequest()
+        self._kept_step = 0
+        """Optimiser steps behind the newest checkpoint, here or in the folder of the run that is resumed."""
 
     @property
     def best_path(self) -> Path:
@@ -43,6 +48,29 @@ class Checkpoints(Checkpoint):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.best is not None:  # a resumed run
             self._write_best(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._kept_step = trainer.global_step
+        self._stop.listen()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        loader: Any = trainer.val_dataloaders
+        if batch_idx < loader.sampler.samples // trainer.world_size // loader.batch_size:  # every process gets there
+            self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, FinetuneModule)
@@ -54,16 +82,26 @@ class Checkpoints(Checkpoint):
                 "global_step": trainer.global_step,
                 "monitor": self.monitor,
                 "score": score,
+                DESCRIPTION: pl_module.description(),
             }
-            pl_module.on_save_checkpoint(self.best)
             self._write_best(trainer)
         self._write_last(trainer)
+        self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning also calls this where max_steps ends the training in mid-epoch, and would take what is left of the
         # epoch for done in a run resumed from there.
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed == trainer.num_training_batches:
             self._write_last(trainer)
+            self._stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop.ignore()
+        if number := self._stop.made(trainer):
+            raise Stopped(number)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop.ignore()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -71,20 +109,39 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Makes Lightning's counts say what it has to do next when it reads them back."""
+        loops = checkpoint["loops"]["fit_loop"]
+        training, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+        if training["current"]["ready"] > training["current"]["completed"]:  # a batch was fetched, but not trained on
+            training["is_last_batch"] = False
+            for counts in (training["total"], training["current"]):
+                counts["ready"] = counts["completed"]
+        if validation["current"]["ready"] > validation["current"]["completed"]:
+            # In its first batch: what Lightning takes for a validation that is to be run, in whole.
+            validation["is_last_batch"] = False
+            validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            validation["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+
     def _write_best(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
-            written = io.BytesIO()  # where the disk is full, torch's own way of writing does not say so
-            torch.save(self.best, written)
-            with atomic_path(self.best_path) as temporary:
-                temporary.write_bytes(written.getbuffer())
+            assert self.best is not None
+            write_checkpoint(self.best, self.best_path)
 
     def _write_last(self, trainer: pl.Trainer) -> None:
-        path = self.folder / "last.ckpt"
-        if trainer.is_global_zero:
-            with atomic_path(path) as temporary:
-                trainer.save_checkpoint(temporary)
-        else:
-            trainer.save_checkpoint(path)  # writes nothing here, but the first process waits for all to take part
+        trainer.save_checkpoint(self.folder / "last.ckpt")  # by WholeCheckpoints; all processes take part
+        self._kept_step = trainer.global_step
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        number = self._stop.made(trainer)
+        if number is None:
+            return
+        if trainer.global_step > self._kept_step:
+            self._write_last(trainer)
+        log.info("stopped at step %d; resume_from=auto, other options as before, goes on from there", self._kept_step)
+        raise Stopped(number)
 
 
 class Report(pl.Callback):
@@ -97,9 +154,11 @@ class Report(pl.Callback):
         self._paused: tuple[float, float] | None = None
         """Clock and seconds waited for data when a validation began, until training goes on."""
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer)  # a run resumed in mid-epoch does not start that epoch
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _loader(trainer).waited = 0.0
-        self._samples, self._started = 0, time.perf_counter()
+        self._begin(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
@@ -129,6 +188,10 @@ class Report(pl.Callback):
             self._samples / seconds,
             100 * _loader(trainer).waited / seconds,
         )
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        _loader(trainer).waited = 0.0
+        self._samples, self._started = 0, time.perf_counter()
 
     def _go_on(self, trainer: pl.Trainer) -> None:
         """Takes a validation, and the checkpoints after it, out of the training time."""

@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file. Raises DataError, naming it, where it is not readable as an object."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -1,6 +1,8 @@
 """Training and evaluation steps of a classifier, as a Lightning module."""
 
 import hashlib
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,14 +15,22 @@ from transformers import get_cosine_schedule_with_warmup, get_polynomial_decay_s
 
 from clip.checkpoint import DESCRIPTION, ModelSpec, describe, kept_state, load_kept_state
 from clip.modules.classifier import MissingModalityClassifier, ModelInput
+from clip.numerics import GradientWatch, first_not_finite
 from clip.tasks import task_of
 from clip.trainable import optimizer_groups
 from vilt.datamodules import Batch, MissingModalityData
-from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.errors import NonFiniteLossError
 from vilt.transforms import normalise
 
+log = logging.getLogger("rep")
+
 Stage = Literal["train", "val", "test"]
+Kept = tuple[Tensor, Tensor, Tensor]
+"""Numbers of samples, their logits and labels."""
+EPOCH_SO_FAR = "epoch_so_far"
+"""Key of a checkpoint: what each process has kept of the epoch that it was written in."""
+BAD_STEPS = "bad_steps"
+"""Likewise: how many steps had a gradient that is not finite, in all and of the newest ones in a row."""
 ADAM_BETAS = (0.9, 0.98)
 ADAM_EPS = 1e-8
 LOSSES_PER_CHECK = 32
@@ -65,6 +75,7 @@ class FinetuneModule(pl.LightningModule):
         backbone: name and SHA-256 of the frozen weights, for the checkpoints; None where none are written.
         settings: None where nothing is trained.
         seed: with epoch, batch and process it gives the dropout masks, so that a resumed run draws the same ones.
+        skip_bad_steps: optimiser steps in a row that may have a gradient that is not finite (see GradientWatch).
     """
 
     def __init__(
@@ -74,17 +85,23 @@ class FinetuneModule(pl.LightningModule):
         backbone: tuple[str, str] | None = None,
         settings: OptimizerSettings | None = None,
         seed: int = 0,
+        skip_bad_steps: int = 0,
+        class_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.classifier = classifier
         self.spec = spec
         self.task = task_of(spec.task, spec.custom)
         self.backbone = backbone
+        self.class_names = class_names
         self.settings = settings
         self.seed = seed
-        self._kept: dict[Stage, list[tuple[Tensor, Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
+        self._kept: dict[Stage, list[Kept]] = {"train": [], "val": [], "test": []}
         self._unchecked: list[tuple[Tensor, int, int, Tensor]] = []
         """(loss, step, batch, samples) of steps whose loss nobody has looked at yet."""
+        self._gradients = GradientWatch(skip_bad_steps)
+        self._step_samples: list[Tensor] = []
+        """Of the optimiser step that is under way."""
         self.test_metrics: dict[str, float] = {}
         """The test metrics of all processes' samples, after a test run."""
         self.tested_samples = 0
@@ -102,7 +119,7 @@ class FinetuneModule(pl.LightningModule):
         """Mean loss of the batch, with the method's own.
 
         Raises:
-            NonFiniteLossError: names the step and the samples.
+            NonFiniteLossError: names the step, the samples and the layer.
         """
         logits, penalty = self.classifier.training_outputs(model_input(batch), batch.label)
         logits = logits.float()
@@ -110,21 +127,48 @@ class FinetuneModule(pl.LightningModule):
         if penalty is not None:
             loss = loss + penalty
         self._unchecked.append((loss.detach(), self.global_step, batch_idx, batch.index_B))
+        self._step_samples.append(batch.index_B)
         if loss.device.type == "cpu" or len(self._unchecked) == LOSSES_PER_CHECK:
-            self._check_losses()
+            self._check_losses(batch)
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=len(logits))
         self._keep("train", batch, logits)
         return loss
 
-    def _check_losses(self) -> None:
-        """Raises NonFiniteLossError for the first of the losses since the last check that is not finite."""
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Looks at the gradients, on a GPU at those of many steps together."""
+        waiting = self._gradients.note(self.classifier.named_parameters(), self.global_step, self._step_samples)
+        self._step_samples = []
+        if self.device.type == "cpu" or waiting == LOSSES_PER_CHECK:
+            self._check_gradients()
+
+    def _check_losses(self, batch: Batch | None = None) -> None:
+        """Raises NonFiniteLossError for the first of the losses since the last check that is not finite.
+
+        Args:
+            batch: of the newest one, whose forward pass can still be looked into if it is the first.
+        """
         unchecked, self._unchecked = self._unchecked, []
         if not unchecked or torch.stack([loss for loss, *_ in unchecked]).isfinite().all():
             return
         loss, step, batch_idx, index_B = next(entry for entry in unchecked if not entry[0].isfinite())
+        place = None
+        if batch is not None and index_B is batch.index_B:
+            self.on_train_batch_start(batch, batch_idx)  # the same dropout masks
+            place = first_not_finite(self.classifier, lambda: self(batch))
         raise NonFiniteLossError(
-            f"the loss became {loss.item()} at step {step} (epoch {self.current_epoch}, batch {batch_idx}); "
-            f"samples: {', '.join(self._sample_names(index_B))}"
+            f"the loss became {loss.item()} at step {step} (epoch {self.current_epoch}, batch {batch_idx})"
+            f"{f', first in the {place}' if place else ''}; samples: {', '.join(self._sample_names(index_B))}"
+        )
+
+    def _check_gradients(self) -> None:
+        """Raises NonFiniteLossError for too many gradients in a row, up to the newest step, that are not finite."""
+        bad = self._gradients.look()
+        if bad is None:
+            return
+        several = f"; so were {self._gradients.allowed} before it (skip_bad_steps)" if self._gradients.allowed else ""
+        raise NonFiniteLossError(
+            f"the gradient of {bad.parameter} is not finite at step {bad.step} (epoch {self.current_epoch}){several}; "
+            f"samples: {', '.join(self._sample_names(bad.samples))}"
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -137,10 +181,19 @@ class FinetuneModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         self._check_losses()  # ahead of the checkpoint that follows a validation
+        self._check_gradients()
 
     def on_train_epoch_end(self) -> None:
         self._check_losses()
-        self._log_metrics("train")
+        self._check_gradients()
+        if self._gradients.skipped:
+            log.info("%d optimiser steps skipped so far: gradients not finite", self._gradients.skipped)
+        metrics = self._log_metrics("train")
+        # Lightning would write the line after the checkpoint of the epoch's end, and a run killed between lose it.
+        for logger in self.trainer.loggers if metrics else []:
+            line = {f"train/{name}": value for name, value in metrics.items() if name != "loss"}
+            logger.log_metrics({**line, "epoch": self.current_epoch}, step=self.global_step - 1)
+            logger.save()
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -162,7 +215,8 @@ class FinetuneModule(pl.LightningModule):
         for name, value in metrics.items():
             if (stage, name) != ("train", "loss"):  # logged step by step
                 # Every process has computed the same value of all samples: nothing to average.
-                self.log(f"{stage}/{name}", value, prog_bar=name == self.task.monitor, rank_zero_only=False)
+                shown, logged = name == self.task.monitor, False if stage == "train" else None
+                self.log(f"{stage}/{name}", value, prog_bar=shown, logger=logged, rank_zero_only=False)
         return metrics
 
     def _collect(self, stage: Stage) -> tuple[Tensor, Tensor] | None:
@@ -170,13 +224,8 @@ class FinetuneModule(pl.LightningModule):
 
         None where nothing was kept: a run resumed at the end of an epoch.
         """
-        parts = self._kept[stage]
-        kept: list[Any] = [tuple(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)) if parts else None]
-        parts.clear()
-        if self.trainer.world_size > 1:
-            mine, kept = kept[0], [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(kept, mine)
-        kept = [of_process for of_process in kept if of_process is not None]
+        kept = [of_process for of_process in self._gathered(stage) if of_process is not None]
+        self._kept[stage].clear()
         if not kept:
             return None
         index_N, logits_NC, labels = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
@@ -186,14 +235,22 @@ class FinetuneModule(pl.LightningModule):
         first[1:] = index_N[1:] != index_N[:-1]  # training repeats samples so that all processes have as many
         return logits_NC[order][first], labels[order][first]
 
-    def _sample_names(self, index_B: Tensor) -> list[str]:
-        dataset = self._train_data()
-        return [dataset.sample_name(number) for number in index_B.tolist()]
+    def _gathered(self, stage: Stage) -> list[Kept | None]:
+        """What each process has kept, None for one that has nothing."""
+        parts = self._kept[stage]
+        columns = zip(*parts, strict=True)  # what a resumed run took from its checkpoint is on the host
+        mine = tuple(torch.cat([part.cpu() for part in column]) for column in columns) if parts else None
+        gathered: list[Any] = [mine]
+        if self.trainer.world_size > 1:
+            gathered = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, mine)
+        return gathered
 
-    def _train_data(self) -> ArrowDataset:
+    def _sample_names(self, index_B: Tensor) -> list[str]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, MissingModalityData)
-        return data.datasets["train"]
+        dataset = data.datasets["train"]
+        return [dataset.sample_name(number) for number in index_B.tolist()]
 
     def configure_optimizers(self) -> Any:
         """AdamW over the declared groups, with warm-up and decay per optimiser step."""
@@ -215,8 +272,27 @@ class FinetuneModule(pl.LightningModule):
         load_kept_state(self.classifier, state_dict, "checkpoint")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the description, and what the train metrics of the epoch follow from so far; all processes take part."""
+        self._check_losses()
+        self._check_gradients()
+        checkpoint[DESCRIPTION] = self.description()
+        checkpoint[EPOCH_SO_FAR] = self._gathered("train")
+        checkpoint[BAD_STEPS] = (self._gradients.skipped, self._gradients.in_a_row)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes back what `on_save_checkpoint` added, so that train metrics are those of whole epochs."""
+        kept, rank = checkpoint.get(EPOCH_SO_FAR, []), self.trainer.global_rank
+        if len(kept) == self.trainer.world_size:
+            kept = kept[rank : rank + 1]
+        elif rank:
+            kept = []
+        self._kept["train"] = [part for part in kept if part is not None]
+        self._gradients.skipped, self._gradients.in_a_row = checkpoint.get(BAD_STEPS, (0, 0))
+
+    def description(self) -> dict[str, Any]:
+        """What checkpoints hold under DESCRIPTION."""
         assert self.backbone is not None
-        checkpoint[DESCRIPTION] = describe(self.spec, *self.backbone, self._train_data().class_names())
+        return describe(self.spec, *self.backbone, self.class_names)
 
 
 def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LRScheduler:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from clip.option_names import OF_OTHER_COMMANDS
 from clip.tasks import TASKS
 from report.collect import Cell, ClassScores, Robustness, Run
 from report.estimate import Estimate, estimate
@@ -26,12 +27,9 @@ NOT_THE_METHOD = {
     *("exp_name", "seed", "log_dir", "resume_from", "fast_dev_run", "test_after_fit", "test_only"),
     *("test_ratio", "test_type", "test_exp_name", "missing_ratio.test", "missing_type.test"),
     *("data_root", "missing_table_root", "num_workers", "per_gpu_batchsize"),
-    *("num_gpus", "num_nodes", "cpu_processes", "image_size", "trust_backbone"),
+    *("num_gpus", "num_nodes", "cpu_processes", "image_size", "trust_backbone", "skip_bad_steps"),
     *("image_cache", "compile", "activation_checkpointing"),
-    *("robustness_types", "robustness_ratios", "robustness_both_ratios", "robustness_seeds", "robustness_anew"),
-    *("bootstrap", "runs_sort", "runs", "out", "input", "output"),
-    *("sweep_name", "sweep_types", "sweep_ratios", "sweep_seeds", "sweep_over", "sweep_launcher", "sweep_slurm"),
-    *("search", "search_trials"),
+    *OF_OTHER_COMMANDS,
 }
 """Options in which the runs of a series may differ: names, places, the machine, the test pattern, other commands."""
 

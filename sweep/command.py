@@ -3,12 +3,12 @@
 import json
 import logging
 import shlex
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clip.interruption import Stopped
 from clip.run_folder import write_json
 from clip.tasks import TASKS
 from config import Options, check
@@ -175,25 +175,18 @@ def _read_record(path: Path) -> dict[str, Any]:
         if found["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT}, found {found['format']!r}")
         return {"options": dict(found["options"]), "grid": found["grid"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SweepError(f"{path}: not readable as the record of a sweep: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
 def _interruptible(updates: Sequence[str]) -> Iterator[None]:
-    """Ends in order on Ctrl-C and on SIGTERM alike, and says how to go on."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    """Says how to go on where Ctrl-C or SIGTERM ends the block."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         log.info("stopped; the same command goes on: %s", shlex.join(run_command("sweep", "with", *updates)))
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _name(update: str) -> str:

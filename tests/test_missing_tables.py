@@ -251,7 +251,7 @@ def _load_in_step(root: Path, barrier, results, rounds: int) -> None:
 
 def test_processes_that_race_get_the_same_table_and_leave_one_file(tmp_path):
     context = multiprocessing.get_context("fork")
-    rounds, n_processes = 25, 3
+    rounds, n_processes = 10, 8
     barrier, results = context.Barrier(n_processes), context.Queue()
     processes = [
         context.Process(target=_load_in_step, args=(tmp_path, barrier, results, rounds), daemon=True)

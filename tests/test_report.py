@@ -41,6 +41,7 @@ from tests.conftest import Workspace
 from tests.report_files import TestSet, at, sha256_of, write_films, write_logits, write_run
 from vilt.datasets.specs import MMIMDB_GENRES
 from vilt.errors import ConfigError, DataError, UserError
+from vilt.utils import files
 
 HOSTILE = (
     """<script>alert("x")</script>'"> <img src=x onerror=alert(1)> | `code` *stars* [a](http://b) {{ 7 * 7 }} $x$ _"""
@@ -665,6 +666,7 @@ def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch:
     for method, failing in (("write_bytes", full), ("replace", stuck)):
         with monkeypatch.context() as patched:
             patched.setattr(Path, method, failing)
+            patched.setattr(files, "_exchange", lambda *_: False)  # as on a system that cannot
             with pytest.raises(DataError, match="report: cannot be written: No space left on device"):
                 make_report([run], out)
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -279,7 +279,7 @@ def test_resume_with_other_batches_or_options_is_refused(
     assert command_line([*base, "memory_depth=1"]) == 2
     assert "a run with other options: memory_depth (there 2, here 1)" in capsys.readouterr().err
     assert command_line([*base, f"load_path={fitted / 'best.ckpt'}"]) == 2
-    assert "load_path and test_only contradict it" in capsys.readouterr().err
+    assert "load_path contradicts it" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,6 +287,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace, capsys: p
     assert command_line(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the loss became nan at step ") and "samples: 1" in error
+    assert ", first in the parameter model.memory_learner." in error or ", first in the output of model." in error
 
 
 def test_losses_on_a_gpu_are_looked_at_together() -> None:
@@ -388,7 +389,8 @@ def test_two_processes_train_and_count_every_test_sample_once(workspace: Workspa
     in_processes(workspace.command("test_only=True", best, "cpu_processes=2", "test_exp_name=two"))
     two, one = results_of(workspace.results / "two" / "version_0"), results_of(fitted)
     assert two["samples"] == one["samples"]
-    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
+    # The batches are others, so that the last bit of a logit may differ, which no decision here depends on.
+    assert two["metrics"] == {**one["metrics"], "loss": pytest.approx(one["metrics"]["loss"], abs=1e-6)}
     # All train samples lose the same modality, so that one tower's memory gets no data at all.
     pattern = ("missing_type.train=image", "missing_ratio.train=1.0")
     options = (f"vit={workspace.backbone}", "exp_name=ddp", "max_epoch=1", *pattern)

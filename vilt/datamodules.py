@@ -1,8 +1,12 @@
 """Batches of the splits, in an order that follows from the seed and survives interruption and several processes."""
 
 import logging
+import os
+import re
+import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +20,13 @@ from torch.utils.data import DataLoader, Sampler
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample, Tokenize
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
-from vilt.errors import ConfigError
+from vilt.errors import ConfigError, DataError
 from vilt.missing_tables import MissingPattern, load_missing_table, type_counts
 
 log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Those that ask a run to stop."""
 
 
 class Batch(NamedTuple):
@@ -136,7 +143,8 @@ class TimedLoader(DataLoader[Any]):
     """Since the reader last set it to 0."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch says: of a class of its own
-        batches = super().__iter__()
+        with signals_held():
+            batches = super().__iter__()
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
@@ -144,6 +152,36 @@ class TimedLoader(DataLoader[Any]):
             if batch is None:
                 return
             yield batch
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals to stop take effect after the block, in which processes begin: an exception amid a fork would be lost.
+
+    In new processes they wait until `leave_group`. To be used in the main thread.
+    """
+    came: list[int] = []  # through another thread, whatever this one blocks
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        for held in came:
+            signal.raise_signal(held)
+
+
+def leave_group(_: int) -> None:
+    """In a loader process: Ctrl-C and its like go to a whole group, but the next checkpoint still needs its batches."""
+    os.setpgrp()
+    while came := signal.sigtimedwait(STOP_SIGNALS, 0):  # since the process began
+        if came.si_pid == os.getppid():  # not to the group: the main process ends
+            os._exit(0)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -214,6 +252,30 @@ class MissingModalityData(pl.LightningDataModule):
         """Batches that each process trains on in an epoch."""
         return -(-len(self.datasets["train"]) // (world_size * self.settings.per_gpu_batchsize))
 
+    @contextmanager
+    def naming_dead_workers(self) -> Iterator[None]:
+        """Within the block, the death of a loader process is one line that names the sample it was at.
+
+        Raises:
+            DataError: it was killed, most often because the memory was used up.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # torch raises it wherever the main process happens to be
+            ended = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
+            if ended is None:
+                raise
+            places = [
+                f"{dataset.path}: sample {dataset.sample_name(number)}"
+                for dataset in self.datasets.values()
+                for pid, number in (dataset.reading.tolist() if dataset.reading is not None else [])
+                if str(pid) in ended[1].split(", ")
+            ]
+            raise DataError(
+                f"{'; '.join(places) or 'before its first sample'}: the loader process that read it "
+                f"{ended[2].rstrip('. ')}; if memory is short, try fewer num_workers"
+            ) from error
+
     def _loader(self, split: Split) -> TimedLoader:
         settings, trainer, training = self.settings, self.trainer, split == "train"
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
@@ -229,12 +291,14 @@ class MissingModalityData(pl.LightningDataModule):
             sampler.skip = (epoch, batches * settings.per_gpu_batchsize)
             # Workers ask for their first batches before Lightning, when it resumes, has told the sampler its epoch.
             sampler.set_epoch(epoch)
+        self.datasets[split].reading = torch.full((settings.num_workers, 2), -1).share_memory_()
         return TimedLoader(
             self.datasets[split],
             batch_size=settings.per_gpu_batchsize,
             sampler=sampler,
             collate_fn=collate if training else collate_for_evaluation,
             num_workers=settings.num_workers,
+            worker_init_fn=leave_group,
             persistent_workers=settings.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

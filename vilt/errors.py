@@ -24,11 +24,15 @@ class CheckpointError(UserError):
 
 
 class NonFiniteLossError(UserError):
-    """The loss became infinite or not a number; the run stops instead of training on."""
+    """The loss or a gradient became infinite or not a number; the run stops instead of training on."""
 
 
 class SweepError(UserError):
     """Runs of a sweep failed, or its folder belongs to another sweep or to one that is still running."""
+
+
+class StorageError(UserError):
+    """A file cannot be written: the disk is full, or a limit on space or file size is reached."""
 
 
 class CheckupError(UserError):

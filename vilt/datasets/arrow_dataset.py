@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.errors import DataError
@@ -54,7 +55,8 @@ class ArrowDataset(Dataset[Sample]):
         image_size: side of the images returned.
 
     Raises:
-        DataError: the file is not there, damaged, or its columns or labels are not the dataset's.
+        DataError: the file is not there, damaged, of another conversion than the rest, or its columns or labels are
+            not the dataset's.
     """
 
     def __init__(self, spec: DatasetSpec, root: Path, split: Split, image_size: int) -> None:
@@ -63,6 +65,11 @@ class ArrowDataset(Dataset[Sample]):
         self.path = root / spec.file_name(split)
         self.image_size = image_size
         self._table: pa.Table | None = None
+        if spec.replacing_mark(root).exists():
+            raise DataError(
+                f"{root}: its {spec.name} files are being replaced, or were when make_arrow.py was ended, and belong "
+                f"to two conversions; {spec.how_to_make(root)}"
+            )
         self._check_columns()
         lengths = pc.list_value_length(self.table[spec.text_column]).to_numpy().astype(np.int64)
         self._row_of_sample = np.repeat(np.arange(len(lengths)), lengths)
@@ -72,6 +79,8 @@ class ArrowDataset(Dataset[Sample]):
         self.missing_table = np.zeros(self.n_rows, dtype=np.int8)
         self.simulate_seed: int | None = None
         """Training only: complete samples lose a modality at random in each epoch (option simulate_missing)."""
+        self.reading: Tensor | None = None
+        """int64 (workers, 2), shared: of each loader process its id and the number of the sample that it reads."""
 
     @property
     def table(self) -> pa.Table:
@@ -142,6 +151,8 @@ class ArrowDataset(Dataset[Sample]):
         return np.argsort(-longest_of_row[self._row_of_sample], kind="stable")
 
     def _sample(self, epoch: int, index: int, images: dict[int, Tensor]) -> Sample:
+        if self.reading is not None and (worker := get_worker_info()) is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), index])
         row = int(self._row_of_sample[index])
         missing_type = int(self.missing_table[row])
         if self.simulate_seed is not None and missing_type == COMPLETE:

@@ -63,6 +63,10 @@ class DatasetSpec:
         """Name of the arrow file of `split`, for example `mmimdb_dev.arrow` for `val`."""
         return f"{self.name}_{self.file_splits[split]}.arrow"
 
+    def replacing_mark(self, root: Path) -> Path:
+        """A file that is in `root` from before the first to after the last of the arrow files is replaced."""
+        return root / f".{self.name}_replacing"
+
     def how_to_make(self, folder: Path) -> str:
         """For messages about files that are not in `folder`."""
         return f"make it with `python make_arrow.py --dataset {self.make_arrow_name} --root RAW --target {folder}`"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vilt.datasets.specs import DatasetSpec
 from vilt.errors import DataError
-from vilt.utils.files import atomic_path
+from vilt.utils.files import atomic_path, sync_folder
 from vilt.utils.ordered_pool import OrderedPool
 from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row, printable
 
@@ -222,7 +222,8 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
     """Writes `NAME_SPLIT.arrow` for each split into the folder `target`, and shows a progress bar on stderr.
 
     The files appear under their names together, after the last sample has been read; until then older files of those
-    names stay as they are. Memory is bounded by batch size and number of workers, not by the dataset.
+    names stay as they are. Where this ends among the renames, a mark stays that keeps the files from being read.
+    Memory is bounded by batch size and number of workers, not by the dataset.
 
     Args:
         dataset: from one of the `open_raw` functions; its samples can be taken once.
@@ -251,6 +252,10 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
             if summary.bad:
                 summary.report = report
                 _write_report(files.enter_context(atomic_path(report)), summary.bad)
+            mark = dataset.spec.replacing_mark(target)
+            mark.touch()
+            sync_folder(target)
+        mark.unlink()  # not after an error or a kill among the renames: the files are of two conversions then
         if not summary.bad:
             report.unlink(missing_ok=True)  # of an earlier run: it would speak of files that are replaced now
     except OSError as error:

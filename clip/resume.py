@@ -1,0 +1,118 @@
+"""`resume_from=auto`: how far earlier runs with the same options came."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip.checkpoint_file import check_whole
+from clip.messages import first_line
+from clip.option_names import OF_OTHER_COMMANDS
+from clip.run_folder import read_json
+from vilt.errors import CheckpointError, DataError
+
+log = logging.getLogger("rep")
+
+AUTO = "auto"
+"""Value of the option resume_from."""
+NOT_THE_TRAINING = {
+    *("exp_name", "log_dir", "resume_from", "test_after_fit"),
+    *("missing_ratio.test", "missing_type.test", "test_ratio", "test_type", "test_exp_name"),
+    *("data_root", "missing_table_root", "num_workers", "image_cache", "image_size", "trust_backbone"),
+    *("num_gpus", "num_nodes", "cpu_processes", "per_gpu_batchsize", "compile", "activation_checkpointing"),
+    *OF_OTHER_COMMANDS,
+}
+"""Options in which a run and the one that goes on with it may differ: names, places, the machine, the test, other
+commands. What of the machine and the data does matter is checked when the checkpoint is read."""
+TEST_PATTERN = ("missing_ratio.test", "missing_type.test")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What there is of a run; nothing if all is None."""
+
+    finished: Path | None = None
+    """Folder of the run, if nothing is left to do."""
+    checkpoint: Path | None = None
+    """From which it goes on otherwise. A run that lacks only the test has one of its last step."""
+
+
+def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> Progress:
+    """The newest checkpoint of the runs `parent/version_N` whose options agree with `config`; logs what it finds.
+
+    A damaged checkpoint is passed over, and the one before is taken.
+
+    Args:
+        config: the options.
+        samples_per_batch: of all processes together.
+    """
+    ours = _comparable(config)
+    runs = list(_agreeing(parent, ours, samples_per_batch))
+    for folder, theirs in runs:
+        same_test = all(theirs[name] == ours[name] for name in TEST_PATTERN)
+        if config["test_after_fit"] and same_test and (folder / "test_results.json").is_file():
+            return Progress(finished=folder)
+    for folder, _ in runs:
+        path = folder / "last.ckpt"
+        if not path.is_file():
+            continue
+        try:
+            epochs, steps = _place(path)
+        except CheckpointError as error:
+            log.warning("%s; the one before is taken", error)
+            continue
+        if not config["test_after_fit"] and (
+            epochs >= config["max_epoch"] or steps >= (config["max_steps"] or math.inf)
+        ):
+            return Progress(finished=folder)
+        log.info("resume_from=auto: goes on from %s (%d epochs, %d steps)", path, epochs, steps)
+        return Progress(checkpoint=path)
+    log.info("resume_from=auto: no checkpoint of this run in %s; starts anew", parent)
+    return Progress()
+
+
+def _agreeing(parent: Path, ours: dict[str, Any], samples_per_batch: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The run folders with the same options, newest first, and their options."""
+    numbers = [int(path.name[8:]) for path in parent.glob("version_*") if path.name[8:].isdigit()]
+    for folder in (parent / f"version_{number}" for number in sorted(numbers, reverse=True)):
+        try:
+            config = read_json(folder / "config.json")
+            theirs = _comparable(config)
+            batch = config["per_gpu_batchsize"] * config["num_nodes"] * (config["num_gpus"] or config["cpu_processes"])
+        except (DataError, KeyError, TypeError) as error:
+            log.warning("%s: passed over: %s", folder, first_line(error))
+            continue
+        differing = [
+            f"{name} (there {theirs.get(name, 'no such option')}, here {ours.get(name, 'no such option')})"
+            for name in sorted(ours.keys() | theirs.keys())
+            if name not in NOT_THE_TRAINING and (name not in ours or name not in theirs or ours[name] != theirs[name])
+        ]
+        if batch != samples_per_batch:
+            differing.append(f"samples per batch (there {batch}, here {samples_per_batch})")
+        if differing:
+            log.info("%s: a run with other options: %s", folder, ", ".join(differing))
+        else:
+            yield folder, theirs
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as config.json gives them back; those of a split as `option.split`."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(dict(config), default=str)).items():
+        flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Epochs and optimiser steps behind a checkpoint. Raises CheckpointError where it is damaged."""
+    check_whole(path)
+    try:
+        content = torch.load(path, "cpu", weights_only=True, mmap=True)
+        return int(content["MissingModalityData"]["epoch"]), int(content["global_step"])
+    except Exception as error:  # torch.load raises many types on damaged files
+        raise CheckpointError(f"{path}: not readable as a checkpoint: {first_line(error)}") from error

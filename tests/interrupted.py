@@ -1,0 +1,152 @@
+"""Runs in processes of their own that are interrupted, and what such a chain of runs leaves."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.conftest import Workspace
+
+CONTEXT = multiprocessing.get_context("forkserver")  # imports everything once: a run then starts in a moment
+CONTEXT.set_forkserver_preload(["run"])
+OPTIONS = (
+    *("val_check_interval=0.4", "max_epoch=3", "num_workers=1", "simulate_missing=True"),
+    *("batch_size=8", "per_gpu_batchsize=4", "resume_from=auto"),
+)
+"""Twelve batches an epoch, two of them a step; validation after the batches 4, 8 and 12."""
+
+Trap = tuple[str, int, int]
+"""Place in the run, at which of its passes the process sends itself a signal there, and that signal."""
+
+
+def _trap(trap: Trap, group: bool) -> None:
+    from clip import checkpoint_file
+    from clip.callbacks import Checkpoints
+    from clip.training import FinetuneModule
+
+    place, passes, number = trap
+    places: dict[str, tuple[Any, str, Callable[..., bool]]] = {
+        "accumulation": (FinetuneModule, "training_step", lambda _, __, batch_idx: batch_idx % 2 == 1),
+        "optimiser step": (FinetuneModule, "training_step", lambda _, __, batch_idx: batch_idx % 2 == 0),
+        "before the optimiser": (FinetuneModule, "optimizer_step", lambda *_: True),
+        "validation": (FinetuneModule, "validation_step", lambda *_: True),
+        "before the checkpoint": (Checkpoints, "_write_last", lambda *_: True),
+        "checkpoint": (checkpoint_file, "check_whole", lambda path: path.name.endswith(".part")),
+        "epoch end": (FinetuneModule, "on_train_epoch_end", lambda *_: True),
+        "test": (FinetuneModule, "test_step", lambda *_: True),
+    }
+    owner, name, condition = places[place]
+    original: Callable[..., Any] = getattr(owner, name)
+    passed = 0
+
+    def trapped(*arguments: Any) -> Any:
+        nonlocal passed
+        if condition(*arguments):
+            passed += 1
+            if passed == passes:
+                (os.killpg if group else os.kill)(os.getpid(), number)
+        return original(*arguments)
+
+    setattr(owner, name, trapped)
+
+
+def _run(command: list[str], log: Path, traps: tuple[Trap, ...], group: bool) -> None:
+    os.setsid()  # a group of its own, as a shell gives it
+    multiprocessing.set_start_method("fork", force=True)  # what a run has for its loaders
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    from run import command_line
+
+    for trap in traps:
+        _trap(trap, group)
+    sys.exit(command_line(command))
+
+
+class Chain:
+    """Runs of one name, one after the other, each going on from the one before."""
+
+    def __init__(self, workspace: Workspace, name: str, *options: str) -> None:
+        self.command = workspace.command(f"vit={workspace.backbone}", *OPTIONS, f"exp_name={name}", *options)
+        self.parent = workspace.results / f"{name}_seed0"
+        self.log = workspace.root / f"{name}.log"
+        self.seconds = 0.0
+        """How long the last run took."""
+
+    def run(self, *traps: Trap, after: float | None = None, number: int = signal.SIGKILL, group: bool = False) -> int:
+        """Starts a run and waits for its end; its exit status, or the negative number of the signal that killed it.
+
+        Args:
+            after: seconds until it is sent the signal `number`.
+            group: signals go to all its processes, as from Ctrl-C.
+        """
+        start = time.monotonic()
+        process = self.started(*traps, group=group)
+        assert process.pid is not None
+        if after is not None:
+            process.join(after)
+            if process.is_alive():
+                (os.killpg if group else os.kill)(process.pid, number)
+        process.join(120)
+        self.seconds = time.monotonic() - start
+        assert process.exitcode is not None, f"does not end:\n{self.log.read_text()}"
+        return process.exitcode
+
+    def started(self, *traps: Trap, group: bool = False) -> multiprocessing.process.BaseProcess:
+        """A run under way."""
+        process = CONTEXT.Process(target=_run, args=(self.command, self.log, traps, group))
+        process.start()
+        return process
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of the runs, in their order."""
+        return sorted(self.parent.iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
+
+    def metrics(self) -> dict[tuple[int, tuple[str, ...]], dict[str, str]]:
+        """The lines of all metrics.csv by step and columns; repeated ones have to agree."""
+        found: dict[tuple[int, tuple[str, ...]], dict[str, str]] = {}
+        for path in (folder / "metrics.csv" for folder in self.folders if (folder / "metrics.csv").is_file()):
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    line = {name: value for name, value in row.items() if value}
+                    key = int(line["step"]), tuple(sorted(line))
+                    assert found.setdefault(key, line) == line, path
+        return found
+
+    def result(self) -> dict[str, Any]:
+        """Everything that a run computes: the newest last.ckpt and best.ckpt, the test metrics, all logged metrics."""
+        last = next(folder for folder in reversed(self.folders) if (folder / "last.ckpt").is_file())
+        best = torch.load(self.folders[-1] / "best.ckpt", weights_only=True)
+        state = torch.load(last / "last.ckpt", weights_only=True)
+        return {
+            "weights": state["state_dict"],
+            "optimizer": state["optimizer_states"],
+            "schedule": state["lr_schedulers"],
+            "step": state["global_step"],
+            "best": {name: best[name] for name in ("state_dict", "score", "epoch", "global_step")},
+            "test": json.loads((self.folders[-1] / "test_results.json").read_text())["metrics"],
+            "metrics": self.metrics(),
+        }
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two results are not the same, bit for bit."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        alone = [f"{path}/{key}: only in one" for key in one.keys() ^ other.keys()]
+        return sum((differences(one[key], other[key], f"{path}/{key}") for key in one.keys() & other.keys()), alone)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [path]
+    return [] if one == other else [f"{path}: {one!r}, {other!r}"]

@@ -1,0 +1,217 @@
+"""A run that is killed and resumed, however often and wherever, ends with the same bits as one that is not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from clip.interruption import Stopped, stopping_on_signals
+from run import command_line
+from tests.conftest import Workspace
+from tests.interrupted import Chain, differences
+from vilt.datamodules import signals_held
+from vilt.datasets.arrow_dataset import ArrowDataset
+
+ROOT = Path(__file__).parents[1]
+LONG = bool(os.environ.get("TEST_LONG"))
+PLACES = ("accumulation", "optimiser step", "validation", "before the checkpoint", "checkpoint", "epoch end", "test")
+KILLED, TERMINATED, INTERRUPTED = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+
+
+@pytest.fixture(scope="module")
+def whole(workspace: Workspace) -> Chain:
+    """A run that nothing interrupts."""
+    chain = Chain(workspace, "uninterrupted")
+    assert chain.run() == 0, chain.log.read_text()
+    return chain
+
+
+def assert_same(chain: Chain, whole: Chain) -> None:
+    found = differences(chain.result(), whole.result())
+    assert not found, (found[:5], chain.log.read_text()[-3000:] if chain.log.is_file() else "")
+
+
+def test_killed_three_times_it_ends_with_the_same_bits(workspace: Workspace, whole: Chain) -> None:
+    chain = Chain(workspace, "killed")
+    for place, passes in (("accumulation", 9), ("checkpoint", 3), ("validation", 3)):
+        assert chain.run((place, passes, KILLED)) == -KILLED, chain.log.read_text()
+    assert chain.run() == 0, chain.log.read_text()
+    assert_same(chain, whole)
+
+
+def test_sigterm_writes_a_checkpoint_first(workspace: Workspace, whole: Chain) -> None:
+    """No step is lost: each run ends where the signal came, and the next one begins there."""
+    chain = Chain(workspace, "terminated")
+    stops = [
+        ("accumulation", 3, 3),
+        ("validation", 1, 4),
+        ("epoch end", 1, 6),
+        ("optimiser step", 2, 8),
+        ("test", 1, 18),
+    ]
+    for place, passes, step in stops:
+        assert chain.run((place, passes, TERMINATED)) == 143, chain.log.read_text()
+        newest = [folder / "last.ckpt" for folder in chain.folders if (folder / "last.ckpt").is_file()][-1]
+        assert torch.load(newest, weights_only=True)["global_step"] == step, place
+    assert chain.run() == 0, chain.log.read_text()
+    assert_same(chain, whole)
+
+
+def test_a_second_signal_stops_at_once(workspace: Workspace) -> None:
+    """The first comes amid an accumulation, and its other half would end with a checkpoint."""
+    chain = Chain(workspace, "twice_told", "batch_size=24")
+    assert chain.run(("accumulation", 1, TERMINATED), ("before the optimiser", 1, INTERRUPTED)) == 130
+    assert "a second one stops at once" in chain.log.read_text()
+    assert not list(chain.folders[0].glob("*.ckpt"))
+
+
+def test_a_stop_is_told_from_what_goes_wrong_on_its_way() -> None:
+    def cut_short() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise RuntimeError("half set up, and not to be cleaned up")
+
+    def noted() -> None:
+        raise SIGTERMException
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    for action, status in ((cut_short, 130), (noted, 143)):
+        with pytest.raises(Stopped) as stopped, stopping_on_signals():
+            action()
+        assert stopped.value.code == status
+    with pytest.raises(ZeroDivisionError), stopping_on_signals():
+        print(1 / 0)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize("number", [TERMINATED, INTERRUPTED])
+def test_a_signal_while_processes_begin_takes_effect_after_that(number: int) -> None:
+    begun = False
+    with pytest.raises(Stopped) as stopped, stopping_on_signals(), signals_held():
+        os.kill(os.getpid(), number)
+        begun = True
+    assert begun and stopped.value.code == 128 + number
+
+
+def test_ctrl_c_to_the_whole_group_reaches_the_checkpoint(workspace: Workspace, whole: Chain) -> None:
+    """The loader processes still give what the run needs until then."""
+    chain = Chain(workspace, "group")
+    assert chain.run(("accumulation", 8, INTERRUPTED), group=True) == 130, chain.log.read_text()
+    assert (chain.folders[0] / "last.ckpt").is_file()
+    assert chain.run() == 0
+    assert_same(chain, whole)
+
+
+def test_a_loader_process_that_dies_ends_the_run_with_the_sample_it_was_at(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = ArrowDataset._image
+
+    def die(self: ArrowDataset, row: int) -> torch.Tensor:
+        if self.split == "train" and row == 17:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return image(self, row)
+
+    monkeypatch.setattr(ArrowDataset, "_image", die)
+    options = ("missing_ratio=0.0", "num_workers=2", "exp_name=dies")
+    assert command_line(workspace.command(f"vit={workspace.backbone}", *options)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    name = pa.ipc.open_file(workspace.arrow / "mmimdb_train.arrow").read_all()["image_id"][17]
+    assert error.startswith(f"error: {workspace.arrow / 'mmimdb_train.arrow'}: sample {name}: the loader process")
+    assert "is killed by signal" in error or "exited unexpectedly" in error  # as torch happens to notice it
+
+
+def test_the_same_seed_gives_the_same_bits(workspace: Workspace, whole: Chain) -> None:
+    again, other = Chain(workspace, "again"), Chain(workspace, "other", "seed=1")
+    other.parent = other.parent.with_name("other_seed1")
+    assert again.run() == 0 and other.run() == 0
+    assert_same(again, whole)
+    assert differences(other.result()["weights"], whole.result()["weights"])
+
+
+def test_a_slurm_job_goes_on_by_itself(workspace: Workspace, whole: Chain, tmp_path: Path) -> None:
+    """slurm.sh with an srun that runs its arguments, and an scontrol that notes its own."""
+    programs = {"srun": 'exec "$@"', "scontrol": f'echo "$@" >> {tmp_path}/requeued'}
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    chain = Chain(workspace, "slurm")
+    options = [option for option in chain.command[2:] if option != "resume_from=auto"]
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "rep", "SLURM_PROCID": "0"}
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    environment["OMP_NUM_THREADS"] = "1"
+
+    command = ["bash", str(ROOT / "slurm.sh"), *options]
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    assert job.stderr is not None
+    for line in job.stderr:
+        if line.startswith("epoch 0, step 2:"):
+            # SLURM signals the task, not the script: here the only child of the script's shell.
+            os.kill(int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[0]), signal.SIGTERM)
+    assert job.wait(60) == 143
+    assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+    assert not list(workspace.results.rglob("hpc_ckpt*"))
+    assert chain.run() == 0
+    assert "goes on from" in chain.log.read_text()
+    assert_same(chain, whole)
+
+
+# `make test-long`
+
+
+@pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
+@pytest.mark.parametrize("number", [KILLED, TERMINATED, INTERRUPTED])
+@pytest.mark.parametrize("place", PLACES)
+def test_interrupted_anywhere(workspace: Workspace, whole: Chain, place: str, number: int) -> None:
+    """At each place, at its first, third, and fifth pass in a run; passes that do not come end the chain earlier."""
+    chain = Chain(workspace, f"{place.replace(' ', '_')}_{number}")
+    statuses = [chain.run((place, passes, number)) for passes in (1, 3, 5)]
+    assert statuses[0] in (-KILLED, 128 + number), chain.log.read_text()
+    assert set(statuses) <= {-KILLED, 128 + number, 0}
+    assert chain.run() == 0
+    assert_same(chain, whole)
+
+
+@pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
+@pytest.mark.parametrize("seed", range(8))
+def test_interrupted_at_random_moments(workspace: Workspace, whole: Chain, seed: int) -> None:
+    """Each chain until it ends; signals go to the process or to its group."""
+    chain, draw = Chain(workspace, f"random{seed}"), random.Random(seed)
+    timed = Chain(workspace, f"timed{seed}")
+    assert timed.run() == 0
+    statuses: list[int] = []
+    while not statuses or statuses[-1] != 0:
+        number = draw.choice([KILLED, KILLED, TERMINATED, INTERRUPTED])
+        moment = draw.uniform(0.2, 1.2) * timed.seconds
+        statuses.append(chain.run(after=moment, number=number, group=draw.random() < 0.5))
+        assert statuses[-1] in (-number, 128 + number, 0), chain.log.read_text()
+        assert len(statuses) < 60
+    print(f"random chain {seed}: {statuses}")
+    assert_same(chain, whole)
+
+
+@pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
+@pytest.mark.parametrize("place", ["epoch 0, step 2:", "epoch 0: "])
+def test_two_processes_stop_together(workspace: Workspace, place: str) -> None:
+    """The signal reaches the first alone; both stop at the same step, and the run goes on as if it had not stopped."""
+    chains = [Chain(workspace, f"pair_{number}_{len(place)}", "cpu_processes=2", "batch_size=16") for number in (0, 1)]
+    for chain, stopped in zip(chains, (True, False), strict=True):
+        statuses: list[int] = []
+        while not statuses or statuses[-1] == 143:
+            job = subprocess.Popen([sys.executable, *chain.command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            assert job.stderr is not None
+            for line in job.stderr:
+                if line.startswith(place) and stopped and not statuses:
+                    os.kill(job.pid, signal.SIGTERM)
+            statuses.append(job.wait(120))
+        assert statuses == ([143, 0] if stopped else [0])
+    assert_same(chains[0], chains[1])

@@ -87,10 +87,12 @@ class ArrowDataset(Dataset[Sample]):
         """The memory-mapped table; each process opens its own."""
         if self._table is None:
             try:
-                self._table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+                table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+                str(table.column_names)  # names that are not UTF-8 show when they are asked for
+                self._table = table
             except FileNotFoundError as error:
                 raise DataError(f"{self.path}: no such file; {self.spec.how_to_make(self.path.parent)}") from error
-            except (OSError, pa.ArrowInvalid) as error:
+            except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
                 raise DataError(f"{self.path}: not readable as an arrow file: {error}") from error
         return self._table
 

@@ -37,7 +37,7 @@ def _read(path: Path) -> CustomData:
             metadata = pa.ipc.open_file(source).schema.metadata or {}
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; {how_to_make}") from error
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as an arrow file: {error}") from error
     try:
         if not {b"custom", b"class_names"} <= set(metadata):

@@ -2,11 +2,14 @@
 
     python -m benchmarks [--only PART …] [--pairs 5] [--threads 2] [--device cpu] [--record benchmarks/RESULTS.md]
 
-Prints Markdown tables. `--record` puts them in place of those between the markers of a file.
+Prints Markdown tables. `--record` puts them in place of those between the markers of a file, with `--only` each in
+place of the table with its caption.
 """
 
 import argparse
+import logging
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -20,10 +23,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.loading import made_up_films
+from benchmarks.matrix import CELLS, SAMPLED_BATCHES, SAMPLED_CELLS, made_up_matrix
 from benchmarks.operations import counted_operations, needed_operations
 from benchmarks.sides import (
     MEMORY_DEPTH,
     MEMORY_LENGTH,
+    SPEC,
     VIT_B16,
     Data,
     Ours,
@@ -41,7 +46,10 @@ from vilt.utils.files import atomic_path
 
 BATCH = 16
 LEARNER_BATCH = 32
+MATRIX_FILMS = 32
 BEGIN, END = "<!-- measured on {} -->", "<!-- end of {} -->"
+CAPTION = r"\n\n([^|`\n].*)\n\n"
+"""A paragraph of a section that is neither a table nor a heading, which begins with a command."""
 
 
 class Bench:
@@ -209,6 +217,27 @@ class Bench:
             "AdamW in one pass (fused)", "optimiser step alone", "", f"{timed.ratio:.2f}", f"{low:.2f} to {high:.2f}"
         )
 
+    def robustness(self) -> Iterable[str]:
+        """A robustness matrix: its 33 cells, missing type × ratio, of one table seed. Expected: by operations."""
+        yield from _header("work", "seconds", "beside", "seconds", "expected", "ratio", "lowest to highest", "required")
+        classifier = random_classifier().to(self.device)
+        with made_up_matrix(classifier, SPEC, self.device, MATRIX_FILMS, BATCH) as matrix:
+            encodings, evaluation = counted_operations(matrix.encodings), counted_operations(matrix.evaluation)
+            one_by_one = counted_operations(matrix.sampled_cells) / matrix.share_sampled
+            sampled = compare(matrix.sampled_cells, matrix.whole, self.device, self.pairs)
+            timed = Comparison([took / matrix.share_sampled for took in sampled.baseline], sampled.ours)
+            yield self._beside(
+                f"{len(CELLS)} cells one by one, {MATRIX_FILMS} samples, float32: {SAMPLED_BATCHES} batches at each of "
+                f"{len(SAMPLED_CELLS)} cells, times {1 / matrix.share_sampled:g}",
+                "ours, three encodings and the cells from them",
+                one_by_one / encodings,
+                timed,
+                "≥ 15",
+            )
+            passes = compare(matrix.encodings, matrix.evaluation, self.device, 2 * self.pairs)
+            other = "ours, one evaluation of the complete split"
+            yield self._beside("three encodings", other, encodings / evaluation, passes, "≤ 2.2")
+
     def memory(self) -> Iterable[str]:
         """Peak memory of a training step."""
         yield from _header("training step, batch 16, 70 % both", "at rest, MiB", "peak, MiB", "step alone, MiB")
@@ -265,6 +294,11 @@ class Bench:
         spread = "{:.2f} to {:.2f}".format(*timed.spread)
         return _line(name, *times, f"{timed.ratio:.2f}", spread, "" if required is None else f"≥ {required}")
 
+    def _beside(self, name: str, other: str, expected: float, timed: Comparison, required: str) -> str:
+        one, two = (f"{statistics.median(side):.1f} s" for side in (timed.baseline, timed.ours))
+        spread = "{:.2f} to {:.2f}".format(*timed.spread)
+        return _line(name, one, other, two, f"{expected:.2f}", f"{timed.ratio:.2f}", spread, required)
+
     def _product(self, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
         """The towers' commonest product, tokens by MLP weights, alone; and its operations."""
         tokens, D = BATCH * 233, VIT_B16.vision_width
@@ -313,20 +347,33 @@ def machine(device: torch.device) -> str:
     )
 
 
-def record(path: Path, device: str, text: str) -> None:
-    """Puts `text` between the markers of `device` in `path`."""
+def record(path: Path, device: str, heading: str, tables: dict[str, str], whole: bool) -> None:
+    """Puts `tables`, by their captions, between the markers of `device` in `path`.
+
+    Args:
+        heading: how and on what they were measured.
+        whole: whether they replace all that is there; else each replaces the table with its caption, or comes last,
+            with a heading of its own.
+    """
     begin, end = BEGIN.format(device), END.format(device)
-    whole = path.read_text("utf-8")
-    if begin not in whole or end not in whole:
+    text = path.read_text("utf-8")
+    if begin not in text or end not in text:
         raise SystemExit(f"{path}: expected the lines {begin} and {end}")
-    before, after = whole.partition(begin)[0], whole.partition(end)[2]
+    before, _, rest = text.partition(begin)
+    there, _, after = rest.partition(end)
+    top, *blocks = re.split(CAPTION, f"\n\n{there.strip()}")
+    kept = {} if whole else dict(zip(blocks[::2], blocks[1::2], strict=True))
+    own_heading = "" if whole else f"{heading}\n\n"
+    kept |= {caption: f"{own_heading}{table}" for caption, table in tables.items()}
+    parts = [heading if whole else top.strip(), *(f"{caption}\n\n{block.strip()}" for caption, block in kept.items())]
+    section = "\n\n".join(parts).strip()
     with atomic_path(path) as temporary:
-        temporary.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", "utf-8")
+        temporary.write_text(f"{before}{begin}\n\n{section}\n{end}{after}", "utf-8")
 
 
 def main() -> None:
     """The command line."""
-    parts = ("steps", "rates", "pieces", "memory", "options", "throughput")
+    parts = ("steps", "rates", "pieces", "robustness", "memory", "options", "throughput")
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=parts, help="default: all but throughput, which is for GPUs")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs per comparison")
@@ -335,21 +382,25 @@ def main() -> None:
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     device = torch.device(arguments.device)
     bench = Bench(device, arguments.pairs)
-    default = parts[:-1] if device.type == "cpu" else ("steps", "rates", "pieces", "options", "throughput")
+    default = parts[:-1] if device.type == "cpu" else [part for part in parts if part != "memory"]
     command = f"python -m benchmarks {' '.join(sys.argv[1:])}".strip()
-    lines = [f"`{command}` on {date.today()}: {machine(device)}"]
-    print(lines[0])
+    heading = f"`{command}` on {date.today()}: {machine(device)}"
+    print(heading)
+    tables = {}
     for part in arguments.only or default:
         work: Callable[[], Iterable[str]] = getattr(bench, part)
-        lines += ["", (work.__doc__ or "").strip(), ""]
-        print("\n".join(lines[-3:]))
+        caption = (work.__doc__ or "").strip()
+        print(f"\n{caption}\n")
+        lines = []
         for line in work():
             print(line, flush=True)
             lines.append(line)
+        tables[caption] = "\n".join(lines)
     if arguments.record:
-        record(arguments.record, device.type, "\n".join(lines))
+        record(arguments.record, device.type, heading, tables, whole=not arguments.only)
 
 
 if __name__ == "__main__":

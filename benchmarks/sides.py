@@ -34,6 +34,7 @@ VIT_B16 = ClipArchitecture(
 )
 MEMORY_LENGTH, MEMORY_DEPTH = 36, 6
 TASK = TASKS["mmimdb"]
+SPEC = ModelSpec(TASK.name, MethodOptions("rep", MEMORY_LENGTH, MEMORY_DEPTH), VIT_B16)
 START, END = 49406, 49407
 
 
@@ -154,7 +155,7 @@ class Theirs:
 def random_classifier() -> MissingModalityClassifier:
     """The same at every call, frozen as MM-IMDb asks."""
     torch.manual_seed(0)
-    return build_classifier(ModelSpec(TASK.name, MethodOptions("rep", MEMORY_LENGTH, MEMORY_DEPTH), VIT_B16))
+    return build_classifier(SPEC)
 
 
 def adamw(model: torch.nn.Module, fused: bool | None) -> Optimizer:

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from demo.baseline import frequent_genres_f1
@@ -24,12 +24,11 @@ TRAINING = {
     "val_check_interval": "1.0",
     "memory_length": "12",
     "memory_depth": "3",
-    "missing_ratio": "0.7",
-    "missing_type": "both",
     "precision": "32",
     "num_workers": "1",
 }
 """The published schedule is for 15,552 films; this one is for 1,200. Everything else is at its default."""
+EVALUATION = {"precision": "32", "num_workers": "1"}
 PATTERNS = (
     ("complete", "100 %", "100 %", "both", "0"),
     ("image missing", "0 %", "100 %", "image", "1"),
@@ -37,6 +36,8 @@ PATTERNS = (
     ("70 % missing, both", "65 %", "65 %", "both", "0.7"),
 )
 """Label, image and text available, test_type, test_ratio."""
+SWEEP, SWEEP_TYPES, SWEEP_RATIO, SWEEP_SEEDS = "sweep", ("both", "text", "image"), "0.7", 2
+"""The small grid whose robustness the report shows; its seeds begin with that of the demo."""
 
 
 class StepError(Exception):
@@ -59,10 +60,15 @@ def results_in(folder: Path) -> dict[str, object] | None:
     return json.loads(found[-1].read_text("utf-8")) if found else None
 
 
+def options(values: Mapping[str, object]) -> list[str]:
+    """As words of a command line."""
+    return [f"{name}={value}" for name, value in values.items()]
+
+
 def demo(out: Path, seed: int) -> None:
     """All steps, and the table at the end."""
     began = time.monotonic()
-    raw, arrow, backbone, result = out / "raw", out / "arrow", out / "backbone", out / "result"
+    raw, arrow, backbone = out / "raw", out / "arrow", out / "backbone"
     if not (raw.is_dir() and (out / "pretrain").is_dir()):
         run("made-up films in the MM-IMDb layout", "-m", "demo.data", "--out", str(out), "--seed", str(seed))
     if not all((arrow / DATASETS["mmimdb"].file_name(split)).is_file() for split in SPLITS):
@@ -70,27 +76,9 @@ def demo(out: Path, seed: int) -> None:
     if not backbone.is_dir():
         run("a tiny CLIP, pretrained on other films", "-m", "demo.backbone", "--data", str(out / "pretrain"),
             "--out", str(backbone), "--steps", "400", "--seed", str(seed))  # fmt: skip
-    common = ["run.py", "with", "task_finetune_mmimdb", f"data_root={arrow}", f"log_dir={result}", f"seed={seed}"]
-    common += [f"missing_table_root={out / 'missing_tables'}"]
-    options = [f"{name}={value}" for name, value in TRAINING.items()]
-    trained = result / f"rep_seed{seed}"
-    if results_in(trained) is None:
-        run("training", *common, f"vit={backbone}", "exp_name=rep", *options)
-    fit = results_in(trained)
-    assert fit is not None, "training ended well without a test result"
-    checkpoint = str(fit["checkpoint"])
-    rows = []
-    for label, image, text, test_type, test_ratio in PATTERNS:
-        name = f"rep_test_{test_type}_{test_ratio}"
-        if (tested := results_in(result / name)) is None or tested["checkpoint_sha256"] != fit["checkpoint_sha256"]:
-            run(f"evaluation: {label}", *common, f"load_path={checkpoint}", "test_only=True", "precision=32",
-                "num_workers=1", f"test_ratio={test_ratio}", f"test_type={test_type}",
-                f"test_exp_name={name}")  # fmt: skip
-            tested = results_in(result / name)
-        assert tested is not None
-        metrics = tested["metrics"]
-        assert isinstance(metrics, dict)
-        rows.append((label, image, text, metrics["f1_macro"], metrics["f1_micro"]))
+    common = {"data_root": arrow, "log_dir": out / "result", "missing_table_root": out / "missing_tables"}
+    checkpoint, rows = train_and_evaluate(common, backbone, seed)
+    page = sweep_and_report(out, common, backbone, seed)
     print(f"\nREP on made-up films, trained at 70 % missing (both), checkpoint {checkpoint}\n")
     print(f"  {'test pattern':<22}{'image':>7}{'text':>7}{'F1-macro':>11}{'F1-micro':>11}")
     for label, image, text, macro, micro in rows:
@@ -100,6 +88,10 @@ def demo(out: Path, seed: int) -> None:
         f"""
   image, text: share of the films that have it. Some genres show only in the poster, some only in the plot.
   Everything is in {out}/ ({time.monotonic() - began:.0f} s this time; what is there is used again).
+
+A report on REP trained at three patterns, tested at every missing type and ratio, for a browser:
+
+  {page}
 
 The same on a real dataset (DATA.md says how to get it):
 
@@ -112,6 +104,51 @@ The same on a real dataset (DATA.md says how to get it):
   hateful memes:   --dataset hateful_memes, task_finetune_hatememes
 """
     )
+
+
+def train_and_evaluate(
+    common: Mapping[str, object], backbone: Path, seed: int
+) -> tuple[str, list[tuple[str, str, str, float, float]]]:
+    """Trains one run and tests it at PATTERNS; its checkpoint, and label, image, text and two F1 of each."""
+    result = Path(str(common["log_dir"]))
+    command = ["run.py", "with", "task_finetune_mmimdb", *options(common), f"seed={seed}"]
+    trained = result / f"rep_seed{seed}"
+    if results_in(trained) is None:
+        run("training", *command, f"vit={backbone}", "exp_name=rep", *options(TRAINING), "missing_ratio=0.7",
+            "missing_type=both")  # fmt: skip
+    fit = results_in(trained)
+    assert fit is not None, "training ended well without a test result"
+    rows = []
+    for label, image, text, test_type, test_ratio in PATTERNS:
+        name = f"rep_test_{test_type}_{test_ratio}"
+        if (tested := results_in(result / name)) is None or tested["checkpoint_sha256"] != fit["checkpoint_sha256"]:
+            run(f"evaluation: {label}", *command, f"load_path={fit['checkpoint']}", "test_only=True",
+                *options(EVALUATION), f"test_ratio={test_ratio}", f"test_type={test_type}",
+                f"test_exp_name={name}")  # fmt: skip
+            tested = results_in(result / name)
+        assert tested is not None
+        metrics = tested["metrics"]
+        assert isinstance(metrics, dict)
+        rows.append((label, image, text, metrics["f1_macro"], metrics["f1_micro"]))
+    return str(fit["checkpoint"]), rows
+
+
+def sweep_and_report(out: Path, common: Mapping[str, object], backbone: Path, seed: int) -> Path:
+    """Trains a small grid, evaluates its runs at every missing pattern, and writes a report; returns its page."""
+    grid, page = out / "result" / SWEEP, out / "report" / "index.html"
+    seeds = range(seed, seed + SWEEP_SEEDS)
+    names = [f"{SWEEP}_{kind}_{SWEEP_RATIO}_seed{one}" for kind in SWEEP_TYPES for one in seeds]
+    if not all(results_in(grid / name) for name in names):
+        run("a sweep: three missing types, two seeds", "run.py", "sweep", "with", "task_finetune_mmimdb",
+            *options(common), f"vit={backbone}", *options(TRAINING), f"sweep_name={SWEEP}",
+            f"sweep_types=[{','.join(SWEEP_TYPES)}]", f"sweep_ratios=[{SWEEP_RATIO}]",
+            f"sweep_seeds=[{','.join(map(str, seeds))}]")  # fmt: skip
+    found = [test.parent / "robustness" / "robustness.json" for test in grid.glob("*/version_*/test_results.json")]
+    if not all(path.is_file() for path in found):
+        run("all missing types and ratios", "run.py", "robustness", "with", f"load_path={grid}", *options(EVALUATION))
+    if not page.is_file() or page.stat().st_mtime < max(path.stat().st_mtime for path in found):
+        run("a report", "run.py", "report", "with", f"runs={grid}", f"out={page.parent}")
+    return page
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,9 +10,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from report.collect import read_runs
+from report.collect import Run, read_runs
 from report.parts import options_table, report_command, run_details, section_of, versions_table
 from report.samples import INPUT_TITLES, SampleCard, SampleGrid, samples_table
+from report.search_section import search_section
+from report.searches import Search, read_searches
 from report.series import by_dataset
 from report.tables import runs_table
 from report.text import counted, day, listed
@@ -41,17 +43,24 @@ def make_report(runs: Sequence[Path], out: Path) -> Path:
     """
     check_replaceable(out, MARKER, MAKER)  # now, not after minutes of drawing
     read = read_runs(runs)
-    datasets = by_dataset(read)
+    searches = read_searches(runs, read)
+    trials = {run for search in searches for run in search.runs}
+    datasets = by_dataset([run for run in read if run not in trials])
     sections = [section_of(dataset) for dataset in datasets]
+    title = f"Robustness to missing modalities: {listed([section.title for section in sections])}"
+    sections += [search_section(search, number) for number, search in enumerate(searches, start=1)]
+    # Of a search's trials, whose values its section has, the best one's run stands for all.
+    best = {_best_run(search) for search in searches}
+    shown = [run for run in read if run not in trials or run in best]
     content: dict[str, Any] = {
-        "title": f"Robustness to missing modalities: {listed([section.title for section in sections])}",
+        "title": title if datasets else listed([section.title for section in sections]),
         "date": day(datetime.now()),
         "n_runs": counted(len(read), "run"),
         "sections": sections,
         "runs_table": runs_table(read, datasets),
-        "options_table": options_table(read),
-        "versions_table": versions_table(read),
-        "details": [run_details(run) for run in read],
+        "options_table": options_table(shown),
+        "versions_table": versions_table(shown),
+        "details": [run_details(run) for run in shown],
         "report_command": report_command(runs),
     }
     files = _files(content)
@@ -63,6 +72,11 @@ def make_report(runs: Sequence[Path], out: Path) -> Path:
     except OSError as error:
         raise DataError(f"out={out}: cannot be written: {error.strerror or error}") from error
     return out / "index.html"
+
+
+def _best_run(search: Search) -> Run | None:
+    """The best trial's; the first where no trial is known to be complete."""
+    return search.run_of(search.ranked[0][0]) if search.ranked else search.runs[0]
 
 
 def _files(content: dict[str, Any]) -> dict[str, bytes]:

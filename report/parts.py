@@ -53,6 +53,7 @@ class Part:
     grid: SampleGrid | None = None
     missing: list[Missing] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -272,7 +273,7 @@ def run_details(run: Run) -> RunDetails:
         details.commands.append((kind.capitalize(), shlex.join(["python", Path(program).name, *arguments])))
     if run.robustness is not None:
         details.commands.append(("Robustness", _robustness_command(run)))
-    if run.test is None:
+    if run.test is None and run.config.get("test_after_fit") is not False:  # a run that is not to test lacks nothing
         details.missing.append(Missing(f"test_results.json of {run.tag} is not there."))
     return details
 

@@ -70,12 +70,14 @@ class Table:
 
 
 def runs_table(runs: Sequence[Run], datasets: Sequence[Dataset]) -> Table:
-    """All runs, whatever they lack."""
+    """All runs, whatever they lack. Those that are in none of `datasets` are trials of searches."""
+    numbers = {run.number for dataset in datasets for run in dataset.runs}
     repeats = {run.number for dataset in datasets for run in dataset.repeats}
     rows: list[list[Value]] = []
     for run in runs:
         metric = run.metric
         validation = [value for _, value in (run.curves or {}).get(f"val/{metric}", [])]
+        is_trial = run.number not in numbers
         kind = "evaluation" if run.is_evaluation else "repeated" if run.number in repeats else "training"
         rows.append(
             [
@@ -85,10 +87,10 @@ def runs_table(runs: Sequence[Run], datasets: Sequence[Dataset]) -> Table:
                 dataset_title(run.task),
                 NOT_APPLICABLE if run.is_evaluation else str(train_pattern(run)),
                 str(run.config["seed"]),
-                kind,
+                "trial" if is_trial else kind,
                 NOT_APPLICABLE if run.is_evaluation else max(validation, default=None),
-                float(run.test["metrics"][metric]) if run.test else None,
-                "yes" if run.robustness else NOT_APPLICABLE if run.is_evaluation else None,
+                float(run.test["metrics"][metric]) if run.test else NOT_APPLICABLE if is_trial else None,
+                "yes" if run.robustness else NOT_APPLICABLE if run.is_evaluation or is_trial else None,
                 f"{run.started:%Y-%m-%d}",
                 run.place,
             ]
@@ -97,7 +99,7 @@ def runs_table(runs: Sequence[Run], datasets: Sequence[Dataset]) -> Table:
         "runs",
         "All runs of this report. Best validation and test are the metric of the dataset, in per cent; the test is at "
         "the run's own test pattern. A repeated run has the configuration and seed of a later or more complete one, "
-        "which counts instead.",
+        "which counts instead. A trial is one of a search, which has a section of its own.",
         (
             Column("run", "Run"),
             Column("name", "Name"),

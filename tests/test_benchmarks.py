@@ -1,11 +1,14 @@
-"""What the benchmarks compare is the same thing: the baseline's numbers, the counts, and what is put back."""
+"""What the benchmarks compare is the same thing: the baseline's numbers, the counts, what is put back, the matrices."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.__main__ import record
 from benchmarks.baseline import PublishedAlgorithm
+from benchmarks.matrix import CELLS, SAMPLED_CELLS, Matrix
 from benchmarks.operations import counted_operations, needed_operations
 from benchmarks.sides import VIT_B16
 from benchmarks.undone import PATCHES, put_back
@@ -14,6 +17,7 @@ from clip.modules.method import MethodOptions
 from clip.tasks import TASKS
 from tests import golden
 from tests.models import TINY, model_input, tiny_batch, tiny_classifier
+from vilt.missing_tables import draw_missing_table
 
 TYPES = [0, 1, 2, 0]
 
@@ -78,3 +82,75 @@ def test_the_needed_operations_are_those_that_run(missing_type: int, training: b
     step()  # makes what evaluation keeps between batches
     needed = needed_operations(arch, 36, 2, [(missing_type, 41)] * 16, training)
     assert 1.0 <= counted_operations(step) / needed < 1.03
+
+
+def test_both_ways_to_a_matrix_are_of_the_same_numbers(tmp_path: Path) -> None:
+    arch = replace(TINY, vocab_size=2000)
+    spec = ModelSpec("mmimdb", MethodOptions("rep", 6, 2), arch)
+    torch.manual_seed(0)
+    matrix = Matrix(tmp_path, build_classifier(spec).eval(), spec, torch.device("cpu"), films=8, batch=4)
+    logits = matrix.encodings()
+    sampled = matrix.sampled_cells()
+    assert [cell for cell, _, _ in sampled] == [cell for cell in SAMPLED_CELLS for _ in range(2)]
+    for cell, rows, theirs in sampled:
+        table = draw_missing_table("mmimdb", "test", cell, 8)
+        assert golden.relative_error(logits.at(table)[list(rows)], theirs) < 1e-4
+    found = matrix.whole()
+    assert len(found.cells) == len(CELLS) == 33
+    assert matrix.share_sampled == 3 * 2 * 4 / (33 * 8)
+    metrics = matrix.evaluation()
+    assert {name: metrics[name] for name in found.metrics} == found.by_type["complete"]
+
+
+RESULTS = """# Results
+
+<!-- measured on cpu -->
+
+`python -m benchmarks` on a day
+
+What took long.
+
+| a |
+|---|
+| 1 |
+
+What was large.
+
+| b |
+|---|
+| 2 |
+<!-- end of cpu -->
+
+The rest.
+"""
+
+
+def test_a_record_of_all_replaces_a_section(tmp_path: Path) -> None:
+    path = tmp_path / "RESULTS.md"
+    path.write_text(RESULTS)
+    record(path, "cpu", "`today`", {"What took long.": "| a |"}, whole=True)
+    section = "<!-- measured on cpu -->\n\n`today`\n\nWhat took long.\n\n| a |\n<!-- end of cpu -->\n"
+    assert path.read_text() == f"# Results\n\n{section}\nThe rest.\n"
+
+
+def test_a_record_of_some_parts_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "RESULTS.md"
+    path.write_text(RESULTS)
+    added = {"What took long.": "| a |\n|---|\n| 3 |", "What is new.": "| c |"}
+    record(path, "cpu", "`--only` on another day", added, whole=False)
+    once = (
+        RESULTS.replace("What took long.\n", "What took long.\n\n`--only` on another day\n")
+        .replace("| 1 |", "| 3 |")
+        .replace("| 2 |\n", "| 2 |\n\nWhat is new.\n\n`--only` on another day\n\n| c |\n")
+    )
+    assert path.read_text() == once
+    record(path, "cpu", "`--only` on another day", added, whole=False)
+    assert path.read_text() == once
+
+
+def test_a_record_needs_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "RESULTS.md"
+    path.write_text(RESULTS)
+    with pytest.raises(SystemExit, match="expected the lines <!-- measured on cuda -->"):
+        record(path, "cuda", "`today`", {}, whole=True)
+    assert path.read_text() == RESULTS

@@ -1,4 +1,5 @@
-"""The demo's made-up films and its tiny CLIP: their layout, what they promise, and that a rerun gives the same."""
+"""The demo's made-up films and its tiny CLIP: their layout, what they promise, and that a rerun gives the same. Then
+its steps, small and in this process."""
 
 import hashlib
 import json
@@ -9,11 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
+import sweep.launchers
 from clip.tokenizer import byte_characters
+from demo import __main__ as demo
 from demo import data
 from demo.baseline import frequent_genres_f1
 from demo.posters import HEIGHT, MOTIFS, WIDTH, draw_poster
 from demo.themes import DISTRACTORS, FILLERS, THEME_BY_GENRE, THEMES
+from run import command_line
+from sweep.jobs import Job, Outcome
+from tests.conftest import Workspace
 from vilt.datasets.specs import MMIMDB_GENRES
 from vilt.errors import DataError
 
@@ -231,3 +237,55 @@ def test_frequent_genres_of_the_made_up_films_score_low(films):
 def test_frequent_genres_f1_names_a_missing_split(tmp_path):
     with pytest.raises(DataError, match=r"split\.json"):
         frequent_genres_f1(tmp_path)
+
+
+@pytest.fixture
+def steps(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The commands that the demo runs: in this process, on films and a CLIP that are there, hardly training."""
+    for name in ("raw", "pretrain", "arrow", "backbone"):
+        (tmp_path / name).symlink_to(workspace.root / name)
+    small = {"max_epoch": "1", "memory_length": "6", "memory_depth": "2", "num_workers": "0"}
+    monkeypatch.setattr(demo, "TRAINING", demo.TRAINING | small)
+    monkeypatch.setattr(demo, "EVALUATION", demo.EVALUATION | {"num_workers": "0"})
+    monkeypatch.setattr(demo, "SWEEP_TYPES", ("both", "text"))
+    monkeypatch.setattr(demo, "SWEEP_SEEDS", 1)
+    commands = []
+
+    def run(title: str, *command: str) -> None:
+        commands.append(command)
+        assert command_line(list(command)) == 0, title
+
+    def run_job(job: Job) -> Outcome:
+        assert command_line(["run.py", *job.command()[2:]]) == 0
+        return Outcome(None, 0.0)
+
+    monkeypatch.setattr(demo, "run", run)
+    monkeypatch.setattr(sweep.launchers, "run_job", run_job)
+    return commands
+
+
+def test_the_demo_from_training_to_its_report(steps, workspace, tmp_path, capsys):
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    page = tmp_path / "report" / "index.html"
+    printed = capsys.readouterr().out
+    assert f"\n  {page}\n" in printed
+    for label, _, _, test_type, ratio in demo.PATTERNS:
+        result = tmp_path / "result" / f"rep_test_{test_type}_{ratio}" / "version_0" / "test_results.json"
+        tested = json.loads(result.read_text())
+        assert re.search(rf"{label} .* {tested['metrics']['f1_macro']:.3f} ", printed)
+    assert [command[1] for command in steps] == [*["with"] * 5, "sweep", "robustness", "report"]
+    runs = [path.parent.name for path in sorted((tmp_path / "result" / "sweep").glob("*/version_0"))]
+    assert runs == ["sweep_both_0.7_seed0", "sweep_text_0.7_seed0"]
+    for name in ("curves_mmimdb.png", "matrix_mmimdb.png"):
+        assert (page.parent / "figures" / name).is_file()
+
+    # What is there is used again.
+    steps.clear()
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    assert steps == []
+    # What is not is made again, with what follows from it.
+    (tmp_path / "result" / "sweep" / runs[1] / "version_0" / "robustness" / "robustness.json").unlink()
+    before = page.stat().st_mtime_ns
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    assert [command[1] for command in steps] == ["robustness", "report"]
+    assert page.stat().st_mtime_ns > before

@@ -2,8 +2,8 @@
 
 import difflib
 import logging
+import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,12 +15,14 @@ import torch
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # Sacred's; requirements.txt holds setuptools back
-    from sacred import SETTINGS, Experiment
+    from sacred import SETTINGS, Experiment, arg_parser
     from sacred.arg_parser import get_config_updates
     from sacred.config.config_files import HANDLER_BY_EXT
+    from sacred.config.utils import normalize_or_die
     from sacred.utils import ConfigAddedError, SacredError
 
 from clip.backbone import HUB_NAMES
+from clip.messages import first_line, quoted
 from clip.modules.heads import HEADS
 from clip.modules.method import MethodOptions
 from clip.modules.registry import METHODS
@@ -37,6 +39,7 @@ from vilt.errors import ConfigError
 from vilt.missing_tables import MISSING_TYPES, MissingPattern
 
 SETTINGS.CAPTURE_MODE = "no"  # Sacred would otherwise take over standard output, progress bars included
+arg_parser.restore = lambda value: value  # Sacred's own, jsonpickle, calls what a value on the command line names
 SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # run.py records the devices itself
 for _extension in set(HANDLER_BY_EXT) - {".json"}:  # of the files that `with` takes; pickles and YAML can run code,
     del HANDLER_BY_EXT[_extension]
@@ -48,7 +51,7 @@ __all__ = [
     "Options",
     "SacredError",
     "check",
-    "check_seed",
+    "check_command_line",
     "check_together",
     "read_load_paths",
     "read_options",
@@ -60,6 +63,8 @@ __all__ = [
 EX = Experiment("REP", save_git_info=False)
 logging.getLogger("REP").setLevel(logging.CRITICAL)  # Sacred's steps and type changes; run.py and `check` tell
 EX.logger = logging.getLogger("REP")  # type: ignore[assignment]
+FLAGS = {"-h": False, "--help": False, "-u": False, "--unobserved": False, "-F": True, "--file_storage=": True}
+"""Sacred's flags that serve here, with whether a value is part of them."""
 LAUNCHERS = ("local", "slurm", "submitit_local", "commands")
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -211,22 +216,33 @@ OF_THE_METHOD = frozenset(
 
 
 def _wrong(option: str, expected: str, value: Any) -> ConfigError:
-    return ConfigError(f"{option}: expected {expected}, found {value!r}")
+    return ConfigError(f"{option}: expected {expected}, found {quoted(value)}")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Whether `value` is a number that float holds, not infinite and not NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of an integer with hundreds of digits
+        return False
 
 
-def integer(low: int) -> Reader:
-    """Reads an integer of at least `low`."""
+def integer(low: int, high: int = 2**63 - 1) -> Reader:
+    """Reads an integer from `low` to `high`."""
 
     def read(option: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise _wrong(option, f"an integer of at least {low}", value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            at_most = f" and at most {high}" if isinstance(value, int) and value > high else ""
+            raise _wrong(option, f"an integer of at least {low}{at_most}", value)
         return value
 
     return read
+
+
+SEED = integer(0, 2**32 - 1)
+"""As many as NumPy and Lightning take."""
 
 
 def number(low: float, high: float = float("inf"), *, above: bool = False) -> Reader:
@@ -276,14 +292,34 @@ def text(option: str, value: Any) -> str:
 def folder_name(option: str, value: Any) -> str:
     """Reads the name of a folder without a path."""
     name = text(option, value)
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable() or not _may_be_path(name):
         raise _wrong(option, "the name of a folder, without slashes", value)
     return name
 
 
 def path(option: str, value: Any) -> Path:
-    """Reads a path."""
-    return Path(text(option, value)).expanduser()
+    """Reads a path; `~` is the home folder."""
+    try:
+        return Path(path_or_name(option, value)).expanduser()
+    except RuntimeError:  # no such user
+        raise _wrong(option, "a path", value) from None
+
+
+def path_or_name(option: str, value: Any) -> str:
+    """Reads a text that may be a path."""
+    name = text(option, value)
+    if not _may_be_path(name):
+        raise _wrong(option, "a path", value)
+    return name
+
+
+def _may_be_path(name: str) -> bool:
+    """False for what the file system can have no file of: too long, with a NUL or half of a surrogate pair."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name and len(name) < 4096 and max(map(len, parts)) < 256
 
 
 def prediction_file(option: str, value: Any) -> Path:
@@ -418,7 +454,7 @@ class Options:
     """The checked options; the comments in `defaults` say what each is."""
 
     exp_name: Annotated[str, folder_name]
-    seed: Annotated[int, integer(0)]
+    seed: Annotated[int, SEED]
     task: Annotated[str, optional(task_name)]
     data_root: Annotated[Path, optional(path)]
     missing_ratio: Annotated[dict[Split, float], per_split(number(0, 1))]
@@ -428,9 +464,9 @@ class Options:
     simulate_missing: Annotated[bool, flag]
     num_workers: Annotated[int, integer(0)]
     image_cache: Annotated[bool, flag]
-    vit: Annotated[str, text]
+    vit: Annotated[str, path_or_name]
     vit_activation: Annotated[str | None, optional(one_of(*ACTIVATIONS))]
-    tokenizer: Annotated[str | None, optional(text)]
+    tokenizer: Annotated[str | None, optional(path_or_name)]
     trust_backbone: Annotated[bool, flag]
     prompt_type: Annotated[str, one_of(*METHODS)]
     memory_length: Annotated[int, integer(3)]
@@ -473,7 +509,7 @@ class Options:
     robustness_types: Annotated[tuple[str, ...], several(one_of(*MISSING_TYPES))]
     robustness_ratios: Annotated[tuple[float, ...], several(number(0, 1))]
     robustness_both_ratios: Annotated[tuple[float, ...] | None, optional(several(number(0, 1)))]
-    robustness_seeds: Annotated[tuple[int, ...], several(integer(0))]
+    robustness_seeds: Annotated[tuple[int, ...], several(SEED)]
     bootstrap: Annotated[int, integer(0)]
     robustness_anew: Annotated[bool, flag]
     runs_sort: Annotated[str, sort_order]
@@ -598,12 +634,29 @@ def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:
     return several(path)("load_path", config["load_path"])
 
 
-def check_seed(argv: Sequence[str]) -> None:
-    """Checks `seed` where a command line sets it, ahead of Sacred, which draws from it before anything is checked."""
-    updates = [argument for argument in argv if "=" in argument and not argument.startswith("-")]
-    given = get_config_updates(updates)[0]
+def check_command_line(argv: Sequence[str]) -> None:
+    """Checks what Sacred acts on before anything else is checked.
+
+    Raises:
+        ConfigError: `seed` is none, a value cannot be read, a flag is none of FLAGS, or a file stands where a named
+            config is expected that is no JSON: Sacred would read options from it, in ways that can run code.
+    """
+    words = []
+    for word in argv[1:]:
+        if word.startswith("-"):
+            if not any(word == flag or (takes and word.startswith(flag)) for flag, takes in FLAGS.items()):
+                raise ConfigError(f"{quoted(word)}: expected one of {', '.join(FLAGS)}, or name=value")
+        elif "=" in word:
+            words.append(word)
+        elif _may_be_path(word) and Path(word).suffix != ".json" and Path(word).is_file():
+            raise ConfigError(f"{word}: expected name=value, a named config, or a .json file, found another file")
+    try:
+        given = get_config_updates(words)[0]
+        normalize_or_die(given)
+    except (TypeError, LookupError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"expected name=value, found what is none: {first_line(error)}") from error
     if "seed" in given:
-        integer(0)("seed", given["seed"])
+        SEED("seed", given["seed"])
 
 
 def unknown_option(names: list[str], config_names: list[str]) -> ConfigError:

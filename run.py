@@ -61,7 +61,7 @@ from config import (
     Options,
     SacredError,
     check,
-    check_seed,
+    check_command_line,
     read_options,
     read_with_machine,
     unknown_option,
@@ -230,7 +230,14 @@ def train(options: Options) -> dict[str, float]:
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints)
     with told_when_full(folder or options.log_dir), data.naming_dead_workers():
         began = time.monotonic()
-        trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
+        except Exception as error:
+            if options.resume_from is None or checkpoints.training or isinstance(error, UserError):
+                raise
+            raise CheckpointError(
+                f"resume_from={options.resume_from}: not to be resumed: {first_line(error)}"
+            ) from error
         seconds = time.monotonic() - began
         if options.fast_dev_run:
             log.info("fast_dev_run: one batch of everything went through; nothing was written")
@@ -464,6 +471,11 @@ def check_resume(checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone) ->
     """Raises CheckpointError unless training can go on from `checkpoint` with this model."""
     if checkpoint.published:
         raise CheckpointError(f"resume_from={checkpoint.path}: a published checkpoint; use it as load_path")
+    if not checkpoint.resumable:
+        raise CheckpointError(
+            f"resume_from={checkpoint.path}: does not hold where the training stood, as last.ckpt does; "
+            f"use it as load_path"
+        )
     check_backbone(checkpoint, backbone)
     if checkpoint.spec != spec:
         check_classes(checkpoint, spec.custom)
@@ -525,7 +537,7 @@ def command_line(argv: list[str]) -> int:
     """Runs a command as Sacred reads it; returns the exit status, after a line on standard error if it is not 0."""
     EX.current_run = None  # that of an earlier call in this process
     try:
-        check_seed(argv)
+        check_command_line(argv)
         with stopping_on_signals():
             # --debug hands errors on to here instead of printing a traceback
             EX.run_commandline([*argv, *(["main"] if len(argv) == 1 else []), "--debug"])

@@ -11,7 +11,7 @@ from clip.robustness import Subject
 from clip.run_folder import read_json
 from clip.run_table import find_checkpoints
 from clip.tasks import task_of
-from config import Options, check, read_load_paths
+from config import Options, check, read_load_paths, read_options
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.errors import ConfigError, DataError
@@ -81,13 +81,14 @@ def _open(
         dataset = ArrowDataset(spec, options.data_root, "test", checkpoint.spec.architecture.image_size)
         test_sets[arrow] = dataset, file_sha256(arrow)
     dataset, arrow_sha256 = test_sets[arrow]
+    training = _training(path.parent / "config.json", recorded) if recorded else None
     subject = Subject(
         checkpoint=path,
         checkpoint_sha256=checkpoint.sha256,
         method=str(recorded.get("prompt_type", checkpoint.spec.method.prompt_type)),
         exp_name=str(recorded.get("exp_name", path.stem)),
-        train_seed=recorded.get("seed"),
-        train_pattern=_train_pattern(path.parent / "config.json", recorded) if recorded else None,
+        train_seed=training["seed"] if training else None,
+        train_pattern=_train_pattern(training) if training else None,
         precision=options.precision,
         task=task_of(options.task, spec.custom),
         class_names=dataset.class_names(),
@@ -98,12 +99,19 @@ def _open(
     return Target(options, subject, store, store.lacking())
 
 
-def _train_pattern(path: Path, recorded: dict[str, Any]) -> dict[str, Any]:
+def _train_pattern(training: dict[str, Any]) -> dict[str, Any]:
+    missing_type, ratio = training["missing_type"]["train"], training["missing_ratio"]["train"]
+    return {"missing_type": missing_type, "ratio": ratio, "both_ratio": training["both_ratio"]}
+
+
+def _training(path: Path, recorded: dict[str, Any]) -> dict[str, Any]:
+    """The options of the training that results are filed under. Raises DataError."""
     try:
-        missing_type, ratio = recorded["missing_type"]["train"], recorded["missing_ratio"]["train"]
-        return {"missing_type": missing_type, "ratio": ratio, "both_ratio": recorded["both_ratio"]}
-    except (KeyError, TypeError) as error:
+        return read_options(recorded, ("missing_type", "missing_ratio", "both_ratio", "seed"))
+    except KeyError as error:
         raise DataError(f"{path}: not as written by run.py: {error} is not there") from error
+    except ConfigError as error:
+        raise DataError(f"{path}: not as written by run.py: {error}") from error
 
 
 def _check_comparable(targets: Sequence[Target]) -> None:

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from clip.modules.vision_transformer_memory import (
     VisionTransformerMemory,
 )
 from vilt.errors import BackboneError
+from vilt.utils.torch_file import check_archive, fault_of_weights, load_inert
 
 HUB_NAMES = {
     "ViT-B/32": "openai/clip-vit-base-patch32",
@@ -44,7 +46,11 @@ RESNET = re.compile(r"^(RN\d+|resnet)", re.IGNORECASE)
 HEAD_WIDTH = 64
 WIDEST = 1024
 """Width of ViT-L. Wider towers of open_clip (ViT-H, g, bigG) have heads of another width, which no shape shows."""
+MOST_BLOCKS = 100
+"""Of a tower. ViT-bigG has 48."""
 LAYER_NORM_EPS = 1e-5
+PLAIN = {"attn_implementation": "eager"}
+"""Else config.json may name one on the hub, which would be fetched and run. Only the weights are taken anyway."""
 CONTEXT_LENGTH = 77
 IGNORED_ENTRIES = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
 """Not weights: sizes that OpenAI's archives store, and a constant mask."""
@@ -162,11 +168,14 @@ def _from_hugging_face(vit: str, source: str) -> tuple[dict[str, Tensor], ClipAr
                 raise BackboneError(
                     f"vit={vit}: expected a CLIP (model_type clip), found model_type {config.get('model_type')!r}"
                 )
+            if Path(source).is_dir():
+                _check_sizes(Path(source), config)
             model, info = CLIPModel.from_pretrained(
                 source,
                 local_files_only=local_files_only,
                 dtype=torch.float32,
                 output_loading_info=True,
+                **PLAIN,
                 ignore_mismatched_sizes=True,  # they are in `info`, and refused below with their names
             )
             break
@@ -213,6 +222,24 @@ def _from_hugging_face(vit: str, source: str) -> tuple[dict[str, Tensor], ClipAr
         activation=vision.hidden_act,
     )
     return _openai_names(model.state_dict()), architecture
+
+
+def _check_sizes(folder: Path, described: dict[str, Any]) -> None:
+    """Raises ValueError where config.json describes more values than the weights files hold: they would all be made."""
+    from transformers import CLIPConfig, CLIPModel
+
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    for path in files:
+        check_archive(path)
+    config = CLIPConfig(**described)
+    for tower in (config.vision_config, config.text_config):
+        if not 0 < tower.num_hidden_layers <= MOST_BLOCKS:
+            raise ValueError(f"num_hidden_layers: expected 1 to {MOST_BLOCKS}, found {tower.num_hidden_layers}")
+    with torch.device("meta"):
+        values = sum(parameter.numel() for parameter in CLIPModel._from_config(config, **PLAIN).parameters())
+    there = sum(path.stat().st_size for path in files)
+    if files and values > there:
+        raise ValueError(f"config.json describes {values:,} values, and the weights have {there:,} bytes")
 
 
 HF_TOWERS = (("vision_model.", "image_encoder."), ("text_model.", "text_encoder."))
@@ -269,7 +296,7 @@ def _read_file(path: Path, trust: bool, activation: str | None) -> tuple[dict[st
             raise BackboneError(f"vit={path}: not readable as a TorchScript archive: {first_line(error)}") from error
         return raw, _activation(path, raw, activation, openai=digest in OPENAI_SHA256)
     try:
-        raw = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        raw = load_file(path) if path.suffix == ".safetensors" else load_inert(path)
     except Exception as error:  # torch.load and safetensors raise many types on damaged files
         raise BackboneError(f"vit={path}: not readable as a state dict: {first_line(error)}") from error
     if isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict):
@@ -282,6 +309,9 @@ def _read_file(path: Path, trust: bool, activation: str | None) -> tuple[dict[st
             f"vit={path}: expected a state dict (name to tensor); {others[0]!r} is a {type(raw[others[0]]).__name__}"
         )
     raw = {name.removeprefix("module."): value.detach() for name, value in raw.items()}
+    for name, value in raw.items():
+        if name not in IGNORED_ENTRIES and (fault := fault_of_weights(value)) is not None:
+            raise BackboneError(f"vit={path}: {name} {fault}")
     return raw, _activation(path, raw, activation, openai=False)
 
 
@@ -306,7 +336,7 @@ def _activation_of_file(path: Path, raw: Mapping[str, Tensor]) -> str | None:
     if config.is_file():
         try:
             quick = json.loads(config.read_text("utf-8"))["model_cfg"].get("quick_gelu", False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BackboneError(f"{config}: expected an object with `model_cfg`: {error!r}") from error
         return "quick_gelu" if quick else "gelu"
     return None

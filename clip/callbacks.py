@@ -15,6 +15,7 @@ from clip.checkpoint_file import write_checkpoint
 from clip.interruption import Stopped, StopRequest
 from clip.training import FinetuneModule
 from vilt.datamodules import Batch, TimedLoader
+from vilt.errors import CheckpointError
 
 log = logging.getLogger("rep")
 
@@ -39,6 +40,8 @@ class Checkpoints(Checkpoint):
         self._stop = StopRequest()
         self._kept_step = 0
         """Optimiser steps behind the newest checkpoint, here or in the folder of the run that is resumed."""
+        self.training = False
+        """Whether the training has begun, all that a checkpoint resumes being restored."""
 
     @property
     def best_path(self) -> Path:
@@ -71,6 +74,7 @@ class Checkpoints(Checkpoint):
         loader: Any = trainer.val_dataloaders
         if batch_idx < loader.sampler.samples // trainer.world_size // loader.batch_size:  # every process gets there
             self._stop_if_asked(trainer)
+        self.training = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, FinetuneModule)
@@ -107,7 +111,13 @@ class Checkpoints(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        best = state_dict["best"]
+        whole = isinstance(best, dict) and type(best.get("score")) is float and isinstance(best.get("state_dict"), dict)
+        if best is not None and not whole:
+            raise CheckpointError(
+                "resume_from: expected the best model so far in it, with its score, found another thing"
+            )
+        self.best = best
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

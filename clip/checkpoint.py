@@ -8,15 +8,15 @@ weights. Published ones hold the whole model except the dynamic queries (METHOD.
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from clip.backbone import Backbone, architecture_of
-from clip.messages import first_line
+from clip.messages import first_line, quoted
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.heads import HEADS
 from clip.modules.method import MethodOptions
@@ -26,12 +26,23 @@ from clip.tasks import TASK_NAMES, TASKS, task_of
 from clip.trainable import freeze
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.errors import CheckpointError
+from vilt.utils.torch_file import check_archive, fault_of_weights, load_inert
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 DESCRIPTION = "rep"
 """Key of a checkpoint under which it says what it is."""
+OF_TRAINING = {
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "MissingModalityData": dict,
+}
+"""Entries that going on with a training takes, with their types; those that are not numbers are not empty."""
 STAND_IN_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "pathlib.", "_io.")
 """Published checkpoints mention classes of these (callbacks, hyper-parameters, paths). Others are refused."""
 DYNAMIC_QUERY_SEED = 0
@@ -62,6 +73,8 @@ class Checkpoint:
     """None, like the name, for a published checkpoint, which holds the backbone itself."""
     class_names: tuple[str, ...] = ()
     """In label order; empty where it does not say them."""
+    resumable: bool = False
+    """Whether it also holds where the training stood, like `last.ckpt`."""
 
     @property
     def published(self) -> bool:
@@ -124,7 +137,8 @@ def load_kept_state(classifier: MissingModalityClassifier, state: dict[str, Tens
     Raises:
         CheckpointError: names are missing or left over, or a shape differs.
     """
-    _copy(classifier, state, set(kept_names(classifier)), source)
+    _check_fit(classifier, state, set(kept_names(classifier)), source)
+    _copy(classifier, state)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -141,45 +155,70 @@ def read_checkpoint(path: Path) -> Checkpoint:
     state = raw["state_dict"]
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise CheckpointError(f"{path}: expected names and tensors in its state_dict")
+    for name, value in state.items():
+        if (fault := fault_of_weights(value)) is not None:
+            raise CheckpointError(f"{path}: {name} {fault}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     described = raw.get(DESCRIPTION)
     if described is None:
         return Checkpoint(path, digest, _published_spec(path, state), state, None, None)
     found = described.get("format") if isinstance(described, dict) else described
-    if not isinstance(described, dict) or found != FORMAT:
-        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found!r}")
+    if not isinstance(described, dict) or type(found) is not int or found != FORMAT:
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {quoted(found)}")
     try:
         spec = ModelSpec(
-            task=described["task"],
+            task=_value(described, "task", str),
             method=_described_method(described),
             head=described.get("head", "linear"),
-            architecture=ClipArchitecture(**described["architecture"]),
+            architecture=_architecture(described["architecture"]),
             custom=CustomData.of(described["custom"]) if described["task"] == CUSTOM else None,
         )
-        name, backbone_digest = str(described["backbone"]["name"]), str(described["backbone"]["sha256"])
         if spec.task not in TASK_NAMES:
-            raise ValueError(f"task {spec.task!r}, expected one of {', '.join(TASK_NAMES)}")
+            raise ValueError(f"task {quoted(spec.task)}, expected one of {', '.join(TASK_NAMES)}")
         if spec.method.prompt_type not in METHODS:
-            raise ValueError(f"prompt_type {spec.method.prompt_type!r}, expected one of {', '.join(METHODS)}")
-        if spec.head not in HEADS:
-            raise ValueError(f"head {spec.head!r}, expected one of {', '.join(HEADS)}")
-        class_names = tuple(str(name) for name in described.get("class_names", ()))
+            raise ValueError(f"prompt_type {quoted(spec.method.prompt_type)}, expected one of {', '.join(METHODS)}")
+        if not isinstance(spec.head, str) or spec.head not in HEADS:
+            raise ValueError(f"head {quoted(spec.head)}, expected one of {', '.join(HEADS)}")
+        name, backbone_digest = (_value(described["backbone"], key, str) for key in ("name", "sha256"))
+        class_names = tuple(map(str, described.get("class_names", ())))
         if class_names and len(class_names) != task_of(spec.task, spec.custom).n_classes:
             raise ValueError(f"{len(class_names)} class names for another number of classes")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its description is not whole: {first_line(error)}") from error
-    return Checkpoint(path, digest, spec, state, name, backbone_digest, class_names)
+    return Checkpoint(path, digest, spec, state, name, backbone_digest, class_names, _is_resumable(raw))
 
 
 def _described_method(described: dict[str, Any]) -> MethodOptions:
     """Options that a checkpoint does not name are newer than it, and have their defaults."""
-    plain = (str, int, float)  # bool is an int
-    values = {field.name: described.get(field.name, field.default) for field in fields(MethodOptions)}
-    wrong = [name for name, value in values.items() if not isinstance(value, plain)]
-    if wrong or not {"memory_length", "memory_depth"} <= described.keys():
-        raise ValueError(f"expected {', '.join(values)}, found {wrong or sorted(described)}")
-    return MethodOptions(**values)
+    if not {"memory_length", "memory_depth"} <= described.keys():
+        raise ValueError(f"memory_length, memory_depth: expected both, found {quoted(sorted(described))}")
+    options = MethodOptions()
+    for field in fields(MethodOptions):
+        if field.name in described:
+            kind = type(field.default)
+            options = replace(options, **{field.name: _value(described, field.name, kind)})
+    return options
+
+
+def _value(described: dict[str, Any], key: str, kind: type) -> Any:
+    """One entry of a description. Raises KeyError, TypeError, ValueError."""
+    if type(described[key]) is not kind:
+        raise ValueError(f"{key}: expected {kind.__name__}, found {quoted(described[key])}")
+    return described[key]
+
+
+def _architecture(described: object) -> ClipArchitecture:
+    kinds = get_type_hints(ClipArchitecture)
+    if not isinstance(described, dict):
+        raise ValueError(f"architecture: expected sizes by name, found {quoted(described)}")
+    if odd := [name for name in {**kinds, **described} if name not in kinds or name not in described]:
+        raise ValueError(f"architecture: {quoted(odd[0])} is {'missing' if odd[0] in kinds else 'unexpected'}")
+    return ClipArchitecture(**{key: _value(described, key, kind) for key, kind in kinds.items()})
+
+
+def _is_resumable(raw: dict[str, Any]) -> bool:
+    return all(type(raw.get(name)) is kind and (kind is int or raw[name]) for name, kind in OF_TRAINING.items())
 
 
 def restore_classifier(checkpoint: Checkpoint, backbone: Backbone | None) -> MissingModalityClassifier:
@@ -195,15 +234,22 @@ def restore_classifier(checkpoint: Checkpoint, backbone: Backbone | None) -> Mis
         assert backbone is not None, "a checkpoint without frozen weights needs its backbone"
         check_backbone(checkpoint, backbone)
     try:
-        classifier = build_classifier(checkpoint.spec)
-    except (ValueError, TypeError) as error:
+        with torch.device("meta"):  # sizes alone, until the file is known to fill them
+            planned = build_classifier(checkpoint.spec)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{checkpoint.path}: no model has its sizes: {first_line(error)}") from error
-    if checkpoint.published:
-        _load_published(classifier, checkpoint)
-        return classifier
-    assert backbone is not None
-    backbone.load_into(classifier.model)
-    load_kept_state(classifier, checkpoint.state, str(checkpoint.path))
+    expected = set(planned.state_dict() if checkpoint.published else kept_names(planned))
+    dynamic = planned.model.method.dynamic_names
+    queries = {name for name in expected if dynamic is not None and name.endswith(dynamic[1])}
+    absent = queries - checkpoint.state.keys()
+    unsaved = absent if checkpoint.published else set()
+    _check_fit(planned, checkpoint.state, expected - unsaved, str(checkpoint.path))
+    classifier = build_classifier(checkpoint.spec)
+    if backbone is not None and not checkpoint.published:
+        backbone.load_into(classifier.model)
+    _copy(classifier, checkpoint.state)
+    if unsaved:
+        _draw_queries(classifier, sorted(unsaved), checkpoint.path)
     return classifier
 
 
@@ -234,27 +280,21 @@ def check_classes(checkpoint: Checkpoint, custom: CustomData | None) -> None:
         )
 
 
-def _load_published(classifier: MissingModalityClassifier, checkpoint: Checkpoint) -> None:
-    state = dict(checkpoint.state)
-    expected = set(classifier.state_dict())
-    dynamic = classifier.model.method.dynamic_names
-    assert dynamic is not None, "published methods have dynamic queries"
-    queries = sorted(name for name in expected if name.endswith(dynamic[1]))
-    absent = [name for name in queries if name not in state]
-    if absent:
-        log.warning(
-            "%s: its dynamic queries were never saved; they are drawn from seed %d, so its published result is not "
-            "reproduced exactly",
-            checkpoint.path,
-            DYNAMIC_QUERY_SEED,
-        )
-        generator = torch.Generator().manual_seed(DYNAMIC_QUERY_SEED)
-        for name in absent:
-            state[name] = torch.randn(classifier.state_dict()[name].shape, generator=generator) * 0.02
-    _copy(classifier, state, expected, str(checkpoint.path))
+def _draw_queries(classifier: MissingModalityClassifier, names: list[str], path: Path) -> None:
+    log.warning(
+        "%s: its dynamic queries were never saved; they are drawn from seed %d, so its published result is not "
+        "reproduced exactly",
+        path,
+        DYNAMIC_QUERY_SEED,
+    )
+    generator = torch.Generator().manual_seed(DYNAMIC_QUERY_SEED)
+    own = classifier.state_dict()
+    _copy(classifier, {name: torch.randn(own[name].shape, generator=generator) * 0.02 for name in names})
 
 
-def _copy(classifier: MissingModalityClassifier, state: dict[str, Tensor], expected: set[str], source: str) -> None:
+def _check_fit(
+    classifier: MissingModalityClassifier, state: dict[str, Tensor], expected: set[str], source: str
+) -> None:
     missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
     if missing or unexpected:
         raise CheckpointError(
@@ -267,11 +307,13 @@ def _copy(classifier: MissingModalityClassifier, state: dict[str, Tensor], expec
             raise CheckpointError(
                 f"{source}: {name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
             )
-        if not state[name].isfinite().all():
-            raise CheckpointError(f"{source}: {name} holds values that are not finite")
+
+
+def _copy(classifier: MissingModalityClassifier, state: dict[str, Tensor]) -> None:
+    own = classifier.state_dict()
     with torch.no_grad():
-        for name in expected:
-            own[name].copy_(state[name])
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
 
 
 def _some(names: list[str]) -> str:
@@ -279,7 +321,9 @@ def _some(names: list[str]) -> str:
 
 
 def _kind(value: object) -> str:
-    return f"a dict of {', '.join(map(str, list(value)[:5]))}" if isinstance(value, dict) else type(value).__name__
+    if not isinstance(value, dict):
+        return type(value).__name__
+    return f"a dict of {', '.join(key if isinstance(key, str) else type(key).__name__ for key in list(value)[:5])}"
 
 
 def _published_spec(path: Path, state: dict[str, Tensor]) -> ModelSpec:
@@ -320,6 +364,7 @@ class _StandIn:
 
 def _load_inert(path: Path) -> Any:
     try:
+        check_archive(path)
         mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         refused = [name for name in mentioned if not name.startswith(STAND_IN_MODULES)]
         if refused:
@@ -330,7 +375,7 @@ def _load_inert(path: Path) -> Any:
         # Hyper-parameters come as a subclass of dict; torch's restricted reader fills nothing but plain ones.
         stand_ins: list[Any] = [(dict if name.endswith("AttributeDict") else _StandIn, name) for name in mentioned]
         with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, "cpu", weights_only=True)
+            return load_inert(path)
     except CheckpointError:
         raise
     except Exception as error:  # torch.load raises many types on damaged files

@@ -23,7 +23,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from clip.messages import first_line
+from clip.messages import first_line, quoted
 from clip.training import FinetuneModule
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -213,15 +213,16 @@ class LogitStore:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             for column in table.columns:
                 column.validate(full=True)
-        except (OSError, pa.ArrowException) as error:
+            names = table.schema.names
+        except (OSError, MemoryError, UnicodeDecodeError, pa.ArrowException) as error:
             raise DataError(f"{path}: not readable as stored logits: {first_line(error)}") from error
         self._check_origin(path, table)
         spec = self.dataset.spec
         types = {name: pa.int64() for name in ("sample", "row", "text_number")} | {"id": pa.string()}
         types["label"] = pa.list_(pa.uint8()) if spec.multilabel else pa.int64()
         types |= {name: pa.list_(pa.float32()) for name in logit_columns}
-        found = dict(zip(table.schema.names, table.schema.types, strict=True))
-        if found != types:
+        found = dict(zip(names, table.schema.types, strict=True))
+        if found != types or len(names) != len(types):
             raise DataError(f"{path}: expected stored logits, with the columns {_some(types)}; found {_some(found)}")
         if not np.array_equal(table["row"].to_numpy(), self.dataset.row_of_sample):
             raise DataError(f"{path}: expected the {len(self.dataset):,} samples of {self.dataset.path}, found others")
@@ -230,6 +231,12 @@ class LogitStore:
             wrong = np.flatnonzero(lengths != spec.n_classes)
             if len(wrong):
                 raise DataError(f"{path}: row {wrong[0]}: column {name}: expected {spec.n_classes} numbers")
+        if not np.array_equal(self._labels(table), self.dataset.label_of_sample):
+            raise DataError(f"{path}: expected the labels of {self.dataset.path}, found others")
+        for name in logit_columns:
+            wrong = np.flatnonzero(~np.isfinite(_matrix(table[name], spec.n_classes)).all(axis=1))
+            if len(wrong):
+                raise DataError(f"{path}: row {wrong[0]}: column {name}: expected finite numbers")
         return table
 
     def _check_origin(self, path: Path, table: pa.Table) -> None:
@@ -238,7 +245,7 @@ class LogitStore:
             if described["format"] != FORMAT:
                 raise ValueError
             origin = Origin(**{name: described[name] for name in Origin.__dataclass_fields__})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: expected logits that `run.py robustness` stored, found another file") from error
         for name, what in SAID.items():
             expected, found = getattr(self.origin, name), getattr(origin, name)
@@ -293,8 +300,10 @@ def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
     return pc.list_flatten(column).to_numpy().reshape(-1, width).copy()
 
 
-def _short(value: str | None) -> str:
-    return f"{value[:12]}…" if value is not None and len(value) == 64 else str(value)
+def _short(value: object) -> str:
+    if not isinstance(value, str):
+        return quoted(value)
+    return f"{value[:12]}…" if len(value) == 64 else value[:100]
 
 
 def _some(names: dict[str, Any]) -> str:

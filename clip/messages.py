@@ -1,6 +1,16 @@
-"""Words of other libraries' errors, to put into ours."""
+"""Words of other libraries' errors, and of values that are not what was expected, to put into our errors."""
 
 import re
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
+
+def quoted(value: object) -> str:
+    """`value` as Python writes it; what is long or nested deeply is shortened."""
+    return _SHORT.repr(value)
 
 
 def first_line(error: BaseException) -> str:

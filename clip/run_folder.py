@@ -16,6 +16,7 @@ from clip.messages import first_line
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.errors import ConfigError, DataError
 from vilt.utils.files import atomic_path
+from vilt.utils.raw_data import kind_of, parse_json
 
 PACKAGES = (
     "torch",
@@ -60,11 +61,11 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file. Raises DataError, naming it, where it is not readable as an object."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise DataError(f"{path}: expected a JSON object, found {kind_of(content)}")
     return content
 
 

@@ -10,13 +10,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from clip.messages import first_line
+from clip.messages import first_line, quoted
 from clip.run_folder import custom_in, read_json, write_csv
 from clip.tasks import task_of
 from clip.text_table import align, pattern_text
 from vilt.errors import ConfigError, DataError
+from vilt.utils.torch_file import load_inert
 
 log = logging.getLogger("rep")
 
@@ -37,6 +36,8 @@ COLUMNS = {
     "note": "<",
 }
 """Of the table, each with the side that it is aligned to; they are fields of RunRow."""
+NOT_AS_WRITTEN = (KeyError, TypeError, ValueError, ArithmeticError)
+"""What odd content of a file leads to."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,12 @@ def find_checkpoints(places: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _run_folders(top: Path) -> Iterator[Path]:
-    """In natural order: version_10 after version_9. A run has no runs below it."""
+def _run_folders(top: Path, seen: set[Path] | None = None) -> Iterator[Path]:
+    """In natural order: version_10 after version_9. A run has no runs below it, and links lead to no folder twice."""
+    seen = set() if seen is None else seen
+    if top.resolve() in seen:
+        return
+    seen.add(top.resolve())
     try:
         if _is_run(top):
             yield top
@@ -149,7 +154,7 @@ def _run_folders(top: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"{top}: not readable: {error.strerror}") from error
     for folder in below:
-        yield from _run_folders(folder)
+        yield from _run_folders(folder, seen)
 
 
 def _is_run(folder: Path) -> bool:
@@ -189,6 +194,9 @@ def _configured(row: RunRow, config: dict[str, Any]) -> RunRow:
     path = row.folder / "config.json"
     try:
         types, ratios, custom = config["missing_type"], config["missing_ratio"], custom_in(config)
+        for option, kind in (("exp_name", str), ("prompt_type", str), ("task", str), ("seed", int)):
+            if type(config[option]) is not kind:
+                raise ValueError(f"{option}: expected {kind.__name__}, found {quoted(config[option])}")
         return replace(
             row,
             name=row.name if config["test_only"] else config["exp_name"],
@@ -199,14 +207,19 @@ def _configured(row: RunRow, config: dict[str, Any]) -> RunRow:
             metric=task_of(config["task"], custom).monitor,
             date=datetime.fromtimestamp(path.stat().st_mtime),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except NOT_AS_WRITTEN as error:
         raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
 
 
 def _best_validation(folder: Path, monitor: str) -> float | None:
     """Of the best checkpoint, else of metrics.csv, which in a resumed run knows only what came after."""
     if (folder / "best.ckpt").is_file():
-        return float(_open_checkpoint(folder / "best.ckpt", "score")["score"])
+        score = _open_checkpoint(folder / "best.ckpt", "score")["score"]
+        if type(score) is not float:
+            raise DataError(
+                f"{folder / 'best.ckpt'}: not as written by run.py: expected a score, found {quoted(score)}"
+            )
+        return score
     path = folder / "metrics.csv"
     if not path.is_file():
         return None
@@ -233,7 +246,7 @@ def _tested(row: RunRow) -> RunRow:
             tested_at=pattern_text(pattern["missing_type"], pattern["ratio"], pattern["both_ratio"]),
             state="finished",
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except NOT_AS_WRITTEN as error:
         raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
 
 
@@ -252,7 +265,7 @@ def _how_far(row: RunRow) -> RunRow:
         if trained and not config["test_after_fit"]:
             return replace(row, state="finished", note="not tested")
         note = "not tested" if trained else f"{epochs} of {config['max_epoch']} epochs"
-    except (KeyError, TypeError) as error:
+    except NOT_AS_WRITTEN as error:
         raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
     return replace(row, state="unfinished", note=note)
 
@@ -260,7 +273,7 @@ def _how_far(row: RunRow) -> RunRow:
 def _open_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
     """The content of a checkpoint of ours, with the `needed` keys; its tensors stay on disk."""
     try:
-        content = torch.load(path, "cpu", weights_only=True, mmap=True)
+        content = load_inert(path, mmap=True)
         if not isinstance(content, dict) or not set(needed) <= set(content):
             raise ValueError(f"expected a checkpoint of a run, with {' and '.join(needed)}")
     except Exception as error:  # torch.load raises many types on damaged files

@@ -21,6 +21,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
 CLIP_MERGES = 49152 - 256 - 2
 """Merges that CLIP reads from its file, which holds more."""
+MOST_BYTES = 16 * 2**20
+"""Of a merges file, unpacked. CLIP's has 3.2 million."""
 PIECES = (
     r"(?i)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's pattern
 )
@@ -102,7 +104,10 @@ def load_tokenizer(source: str) -> ClipTokenizer:
 
 def _from_merges_file(path: Path) -> ClipTokenizer:
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise OSError(f"more than {MOST_BYTES:,} bytes")
         lines = raw.decode("utf-8").split("\n")[1 : CLIP_MERGES + 1]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BackboneError(f"tokenizer={path}: not readable as a CLIP merges file: {first_line(error)}") from error

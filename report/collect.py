@@ -301,22 +301,41 @@ def read_logits(path: Path) -> pa.Table:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         for column in table.columns:
             column.validate(full=True)
-    except (OSError, pa.ArrowException) as error:
+        found = table.column_names
+    except (OSError, MemoryError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{path}: not readable as an arrow file: {first_line(error)}") from error
-    expected = {"sample", "row", "id", "text_number", "label", *LOGIT_COLUMNS.values()}
-    if not expected <= set(table.column_names):
-        lacking = ", ".join(sorted(expected - set(table.column_names)))
-        raise DataError(f"{path}: expected the columns of stored logits, found none called {lacking}")
+    kinds = dict.fromkeys(("sample", "row", "text_number"), pa.types.is_integer) | {"id": pa.types.is_string}
+    kinds |= dict.fromkeys(LOGIT_COLUMNS.values(), _is_list_of_floats)
+    if lacking := sorted((kinds.keys() | {"label"}) - set(found)):
+        raise DataError(f"{path}: expected the columns of stored logits, found none called {', '.join(lacking)}")
+    for name, is_right in kinds.items():
+        if found.count(name) > 1 or table[name].null_count or not is_right(table[name].type):
+            raise DataError(f"{path}: column {name}: not that of stored logits")
+    for name in LOGIT_COLUMNS.values():
+        if not np.isfinite(pc.list_flatten(table[name]).to_numpy()).all():
+            raise DataError(f"{path}: column {name}: expected finite numbers")
     return table
 
 
-def _run_folders(top: Path) -> Iterator[Path]:
-    """Run folders in natural order: version_10 after version_9. A run has no runs below it."""
+def _is_list_of_floats(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) and pa.types.is_floating(kind.value_type)
+
+
+def _run_folders(top: Path, seen: set[Path] | None = None) -> Iterator[Path]:
+    """Run folders in natural order: version_10 after version_9. A run has no runs below it.
+
+    Links lead to no folder twice.
+    """
+    seen = set() if seen is None else seen
+    if top.is_dir() and top.resolve() in seen:
+        return
+    if top.is_dir():
+        seen.add(top.resolve())
     if _is_run(top):
         yield top
     elif top.is_dir():
         for below in sorted(top.iterdir(), key=lambda path: _natural(path.name)):
-            yield from _run_folders(below)
+            yield from _run_folders(below, seen)
 
 
 def _is_run(folder: Path) -> bool:
@@ -338,7 +357,7 @@ def _as_written_by_run(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise DataError(f"{path}: {first_line(error)}") from error
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, pa.ArrowException) as error:
         raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from clip.metrics import THRESHOLD
 from report.collect import LOGIT_COLUMNS, Robustness, Run, read_logits
@@ -16,6 +15,7 @@ from report.text import dataset_title, excerpt
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.errors import DataError
 from vilt.missing_tables import TYPE_NAMES
+from vilt.utils.images import open_rgb
 
 SHOWN = 24
 TEXT_LENGTH = 220
@@ -199,9 +199,8 @@ def _same_samples(dataset: ArrowDataset, logits: pa.Table) -> bool:
 def _thumbnail(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
     """The image as a small JPEG file with its width and height, or None where it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image = opened.convert("RGB")
-    except Exception:  # Pillow's decoders raise whatever the damage leads to; the page says which images are left out
+        image = open_rgb(data)
+    except Exception:  # see there; the page says which images are left out
         return None
     image.thumbnail(THUMBNAIL_SIZE)
     file = io.BytesIO()

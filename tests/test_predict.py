@@ -258,7 +258,7 @@ def test_a_checkpoint_without_class_names_has_those_of_the_dataset(trained: Path
         (
             "in.csv",
             "text,image\nx,in.csv\n",
-            "in.csv, row 2: image {top}/in.csv: cannot be read: cannot identify",
+            "in.csv, row 2: image {top}/in.csv: cannot be read: not an image",
         ),
         ("in.csv", "text,image\nx\n", "in.csv, row 2: expected 2 values, as in the header, found 1"),
         ("in.csv", "text,text\nx,y\n", "in.csv, row 1: the column 'text' is repeated"),

@@ -793,7 +793,7 @@ ROBUSTNESS = "robustness/robustness.json"
     ("name", "text", "message"),
     [
         ("config.json", "{", r"config\.json: not readable as JSON: Expecting property name"),
-        ("config.json", "[]", r"config\.json: expected a JSON object, found list"),
+        ("config.json", "[]", r"config\.json: expected a JSON object, found a list"),
         ("environment.json", "", r"environment\.json: not readable as JSON"),
         ("environment.json", '{"command": []}', r"environment\.json: not as written by run\.py: KeyError 'packages'"),
         ("environment.json", '{"command": [], "packages": {}}', r"command: expected words, found \[\]"),

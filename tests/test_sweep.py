@@ -417,8 +417,9 @@ def test_stopping_interrupts_the_run_and_says_how_to_go_on(
     """Only the sweep gets the signal; the run it has started is interrupted, and may end in order."""
     stand_in(
         "if options['missing_type'] == 'both':\n"
-        f"    os.kill(os.getppid(), {int(number)})\n"
-        "    try: time.sleep(60)\n"
+        "    try:\n"
+        f"        os.kill(os.getppid(), {int(number)})\n"
+        "        time.sleep(60)\n"
         "    except KeyboardInterrupt: (folder / 'last.ckpt').touch(); sys.exit(1)\n"
     )
     before = signal.getsignal(signal.SIGTERM)

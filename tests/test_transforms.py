@@ -175,12 +175,8 @@ def pixels_of(mode: str, *values) -> Image.Image:
         (saved(with_palette()), [(10, 20, 30), (250, 0, 128), (1, 2, 3), (250, 0, 128)]),
         (saved(with_palette(), "GIF"), [(10, 20, 30), (250, 0, 128), (1, 2, 3), (250, 0, 128)]),
         (saved(with_palette(), transparency=1), [(10, 20, 30), (250, 0, 128), (1, 2, 3), (250, 0, 128)]),
-        (
-            saved(pixels_of("CMYK", (0, 0, 0, 0), (0, 255, 255, 0), (255, 0, 255, 0), (0, 0, 0, 255)), "TIFF"),
-            [(255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 0)],
-        ),
     ],
-    ids=["grey", "black and white", "grey with alpha", "RGBA", "palette", "GIF", "transparent colour", "CMYK"],
+    ids=["grey", "black and white", "grey with alpha", "RGBA", "palette", "GIF", "transparent colour"],
 )
 def test_every_mode_becomes_rgb(data, expected):
     image = decode_image(data, 2)
@@ -212,7 +208,7 @@ def test_the_orientation_tag_is_not_applied_as_in_clip():
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encode(noise(30, 30))[:-200]])
 def test_what_is_not_an_image_raises(data):
-    with pytest.raises(OSError, match=r"cannot identify image|truncated|unexpected end"):
+    with pytest.raises((OSError, ValueError), match=r"empty file|not an image|truncated|unexpected end"):
         decode_image(data, 8)
 
 
@@ -269,5 +265,5 @@ def test_a_very_thin_image_takes_little_memory():
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_an_image_of_too_many_pixels_is_not_decoded():
     image = Image.new("1", (10_000, 9_000))
-    with pytest.raises(ValueError, match="10000 × 9000 pixels, at most 89,478,485 are decoded"):
+    with pytest.raises(ValueError, match="10000 × 9000 pixels; at most 89,478,485 are read, and 100,000 to a side"):
         decode_image(saved(image), 224)

@@ -332,9 +332,9 @@ class MissingModalityData(pl.LightningDataModule):
             "seed": self.settings.seed,
         }
         for name, value in now.items():
-            if state_dict[name] != value:
+            if state_dict.get(name) != value:
                 raise ConfigError(
-                    f"resume_from: the checkpoint was trained with {name.replace('_', ' ')} = {state_dict[name]}, "
+                    f"resume_from: the checkpoint was trained with {name.replace('_', ' ')} = {state_dict.get(name)}, "
                     f"now it is {value}; resume with the same per_gpu_batchsize, processes, data and seed"
                 )
         self._resume = (state_dict["epoch"], state_dict["batches"])

@@ -14,9 +14,11 @@ from typing import get_args
 import numpy as np
 import torch
 
+from clip.messages import first_line
 from vilt.datasets.specs import EVERY_DATASET, Split
 from vilt.errors import DataError
 from vilt.utils.files import atomic_path
+from vilt.utils.torch_file import load_inert
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +81,8 @@ def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samp
 def load_missing_table(root: Path, dataset: str, split: Split, pattern: MissingPattern, samples: int) -> np.ndarray:
     """The table of a split, int8 (N,): read from `root` where it is kept, else drawn and kept there.
 
-    A table in the published form (`mmimdb_train_missing_both_07.pt`) in `root` has precedence and is logged.
+    A table in the published form (`mmimdb_train_missing_both_07.pt`; at ratio 1 `…_10.pt`, else `…_1.pt`) in `root` has
+    precedence and is logged.
 
     Raises:
         DataError: a table found does not fit the split, or `root` is not readable or writable.
@@ -108,9 +111,7 @@ def read_kept_table(root: Path, dataset: str, split: Split, pattern: MissingPatt
     """
     described = pattern.describe(dataset, split, samples)
     stem = f"{dataset}_{described['split']}_missing_{pattern.missing_type}"
-    ratios = dict.fromkeys(str(ratio).replace(".", "") for ratio in (float(pattern.ratio), f"{pattern.ratio:g}"))
-    names = [f"{stem}_{ratio}.pt" for ratio in ratios]  # the published code wrote 1.0 as 10, and 1 as 1
-    published = next((root / name for name in names if _is_file(root / name)), None)
+    published = next((path for path in _published_paths(root, stem, pattern.ratio) if _is_file(path)), None)
     if published is not None:
         table = _read_published(published, samples)
         log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, published)
@@ -129,6 +130,12 @@ def _file_name(dataset: str, pattern: MissingPattern, described: dict[str, str])
 def type_counts(table: np.ndarray) -> dict[str, int]:
     """How many entries of `table` have each missing type, by name."""
     return {name: int((table == value).sum()) for value, name in enumerate(TYPE_NAMES)}
+
+
+def _published_paths(root: Path, stem: str, ratio: float) -> list[Path]:
+    """Where the published code keeps a table: it wrote a ratio without its dot, and 1 as `1` or, of 1.0, as `10`."""
+    spellings = [str(float(ratio)), *([str(int(ratio))] if ratio == int(ratio) else [])]
+    return [root / f"{stem}_{spelling.replace('.', '')}.pt" for spelling in spellings]
 
 
 def _is_file(path: Path) -> bool:
@@ -166,12 +173,13 @@ def _read(path: Path, described: dict[str, str]) -> np.ndarray:
 
 def _read_published(path: Path, samples: int) -> np.ndarray:
     try:
-        loaded = torch.load(path, "cpu", weights_only=True)
-        table = loaded.detach().float().numpy() if isinstance(loaded, torch.Tensor) else None
+        loaded = load_inert(path)
+        fits = isinstance(loaded, torch.Tensor) and loaded.shape == (samples,)
+        table = loaded.detach().float().numpy() if fits else None
     except Exception as error:  # of many types, on damaged files and on tensors that are no plain list of numbers
-        raise DataError(f"{path}: not readable as a published missing table: {error}") from error
-    if table is None or table.shape != (samples,):
-        found = type(loaded).__name__ if table is None else table.shape
+        raise DataError(f"{path}: not readable as a published missing table: {first_line(error)}") from error
+    if table is None:
+        found = tuple(loaded.shape) if isinstance(loaded, torch.Tensor) else type(loaded).__name__
         raise DataError(f"{path}: expected a tensor of {samples} entries, one per row of the split, found {found}")
     wrong = np.flatnonzero(~np.isin(table, (COMPLETE, TEXT_MISSING, IMAGE_MISSING)))
     if len(wrong):

@@ -1,15 +1,19 @@
 """CLIP's image transform (METHOD.md section 1), with Pillow."""
 
 import functools
-import io
+import math
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vilt.utils.images import open_rgb
+
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+LONGEST = 50
+"""Times its shorter side: only the middle of an image that is longer still, and has to be enlarged, is resized."""
 
 
 MAX_PIXELS = 89_478_485
@@ -22,35 +26,44 @@ def decode_image(data: bytes, size: int) -> Tensor:
     """RGB image of `data`, shorter side resized to `size` (bicubic), centre crop: uint8 (3, size, size).
 
     Raises:
-        OSError, ValueError, SyntaxError: what Pillow raises on data that it cannot decode; ValueError also for an image
-            of more than MAX_PIXELS pixels.
+        ValueError and others: the data cannot be decoded, or is an image of too many pixels (see `open_rgb`).
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"{opened.width} × {opened.height} pixels, at most {MAX_PIXELS:,} are decoded")
-        image = opened.convert("RGB")
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    if long > THIN * short:
-        return _middle_of_thin(image, size)
-    if short != size:
-        new_long = int(size * long / short)
-        image = image.resize((size, new_long) if width <= height else (new_long, size), Image.Resampling.BICUBIC)
-        width, height = image.size
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = open_rgb(data)
+    short, long = min(image.size), max(image.size)
+    if short < size and long > LONGEST * short:
+        image = _cut_and_resized(image, size)
+    elif short != size:
+        image = image.resize(_resized(image, size), Image.Resampling.BICUBIC)
+    left, top = (round((length - size) / 2) for length in image.size)
     image = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _middle_of_thin(image: Image.Image, size: int) -> Tensor:
-    """The same, to a few levels of 255, of an image that would be large once resized: 1 × 20,000 pixels take 3 GB."""
+def _resized(image: Image.Image, size: int) -> tuple[int, int]:
+    """Width and height once the shorter side is `size`."""
     width, height = image.size
-    new_long = int(size * max(width, height) / min(width, height))
-    scale, first = max(width, height) / new_long, round((new_long - size) / 2)
-    start, end = scale * first, min(scale * (first + size), max(width, height))
-    box = (start, 0, end, height) if width > height else (0, start, width, end)
-    resized = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+    short, long = min(width, height), max(width, height)
+    new_long = int(size * long / short)
+    return (size, new_long) if width <= height else (new_long, size)
+
+
+def _cut_and_resized(image: Image.Image, size: int) -> Image.Image:
+    """The (size, size) in the middle of the resized image, of which no more than that is ever made.
+
+    As a whole a line of 1 × 20,000 pixels would become an image of 3 GB. Ordinary images do not take this way: the
+    places below are rounded, which might change one of their pixels by a level.
+    """
+    cuts, boxes = [], []
+    for length, new_length in zip(image.size, _resized(image, size), strict=True):
+        scale, offset = length / new_length, round((new_length - size) / 2)
+        start, end = offset * scale, (offset + size) * scale
+        kernel = math.ceil(2 * max(scale, 1)) + 1  # how far a bicubic kernel reaches
+        cut = max(0, math.floor(start) - kernel), min(length, math.ceil(end) + kernel)
+        cuts.append(cut)
+        boxes.append((start - cut[0], end - cut[0]))
+    part = image.crop((cuts[0][0], cuts[1][0], cuts[0][1], cuts[1][1]))
+    part = part.resize((size, part.height), Image.Resampling.BICUBIC, box=(boxes[0][0], 0, boxes[0][1], part.height))
+    return part.resize((size, size), Image.Resampling.BICUBIC, box=(0, boxes[1][0], size, boxes[1][1]))
 
 
 def normalise(image_u8: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class ArrowDataset(Dataset[Sample]):
                 self._table = table
             except FileNotFoundError as error:
                 raise DataError(f"{self.path}: no such file; {self.spec.how_to_make(self.path.parent)}") from error
-            except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            except (OSError, MemoryError, pa.ArrowException, UnicodeDecodeError) as error:
                 raise DataError(f"{self.path}: not readable as an arrow file: {error}") from error
         return self._table
 
@@ -118,6 +118,11 @@ class ArrowDataset(Dataset[Sample]):
     def row_of_sample(self) -> np.ndarray:
         """Row of every sample, int64 (N,), ascending."""
         return self._row_of_sample
+
+    @property
+    def label_of_sample(self) -> np.ndarray:
+        """Label of every sample: (N, C) uint8 for multi-label data, (N,) int64 otherwise."""
+        return self._labels[self._row_of_sample]
 
     @property
     def missing_type_of_sample(self) -> np.ndarray:
@@ -178,13 +183,27 @@ class ArrowDataset(Dataset[Sample]):
         return f"row {row}"
 
     def class_names(self) -> tuple[str, ...]:
-        """Names in label order, from the dataset table or the file's metadata, else the class numbers."""
+        """Names in label order, from the dataset table or the file's metadata; classes without one have their number.
+
+        Raises:
+            DataError: the metadata is damaged.
+        """
         if self.spec.class_names is not None:
             return self.spec.class_names
         metadata = self.table.schema.metadata or {}
         if b"class_names" in metadata:
-            return tuple(json.loads(metadata[b"class_names"]))
+            return self._read_class_names(metadata[b"class_names"])
         return tuple(map(str, range(self.spec.n_classes)))
+
+    def _read_class_names(self, written: bytes) -> tuple[str, ...]:
+        expected = f"{self.path}: metadata class_names: expected a list of at most {self.spec.n_classes} names"
+        try:
+            names = json.loads(written)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{expected}: {error}") from error
+        if not isinstance(names, list) or len(names) > self.spec.n_classes or not all(type(n) is str for n in names):
+            raise DataError(f"{expected}, found something else")
+        return (*names, *map(str, range(len(names), self.spec.n_classes)))
 
     def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
         """Makes the token ids of all texts, once: they are kept beside the arrow file and found there again.
@@ -240,17 +259,24 @@ class ArrowDataset(Dataset[Sample]):
 
     def _check_columns(self) -> None:
         expected = {"image", self.spec.text_column, "label"}
-        found = self.table.column_names
+        try:
+            found = self.table.column_names
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path}: the name of a column is not valid UTF-8: {error}") from error
         if not expected <= set(found):
             raise DataError(
                 f"{self.path}: expected the columns {', '.join(sorted(expected))}; found {', '.join(found) or 'none'}"
             )
-        for name in sorted(expected):
-            column = self.table[name]
+        twice = [name for place, name in enumerate(found) if name in found[:place]]
+        if twice:
+            raise DataError(f"{self.path}: expected each column once, found {twice[0]} twice")
+        for name in found:  # also those that nothing needs: pyarrow ends the whole process on a damaged one
             try:
-                column.validate(full=True)  # offsets within the file, texts in UTF-8; reads no image
+                self.table[name].validate(full=True)  # offsets within the file, texts in UTF-8; reads no image
             except pa.ArrowException as error:
                 raise DataError(f"{self.path}: column {name}: damaged: {error}") from error
+        for name in sorted(expected):
+            column = self.table[name]
             if column.null_count:
                 row = pc.index(pc.is_null(column), True).as_py()
                 raise DataError(

@@ -23,6 +23,8 @@ Results = Iterator[tuple[int, Row | BadSampleError]]
 
 MAX_BATCH_BYTES = 8 * 2**20
 MAX_BATCH_ROWS = 4096
+MAX_CELL = 1000
+"""Characters of a name in the list of bad samples; a hostile one may have millions."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class BadSample:
     def fields(self) -> tuple[str, ...]:
         """The columns of the list and of the report, printable."""
         cells = (self.split, self.source, str(self.row), self.file, self.reason, self.detail)
-        return tuple(printable(cell) for cell in cells)
+        return tuple(printable(cell[:MAX_CELL]) for cell in cells)
 
 
 REPORT_COLUMNS = ("split", "listed_in", "row", "file", "reason", "detail")

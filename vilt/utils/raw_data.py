@@ -3,18 +3,17 @@
 Neither this module nor write_*.py imports pyarrow: the converter's worker processes import them, and so stay small.
 """
 
-import io
 import json
-import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
-from PIL import Image
-
+from clip.messages import quoted
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.errors import DataError
+from vilt.utils.images import open_rgb
 
 MISSING_FILE = "missing file"
 UNREADABLE_FILE = "unreadable file"
@@ -27,6 +26,8 @@ PATH_LEAVES_RAW = "path leaves RAW"
 
 MAX_FILE_BYTES = 64 * 2**20
 """Of one sample's file. No image of these datasets comes near, and memory stays bounded."""
+MAX_RECORD_BYTES = 16 * 2**20
+"""Likewise of one sample's JSON file, of which Python makes up to 30 times as much in memory."""
 
 Row = dict[str, Any]
 """One sample, column name -> value, without the `split` column, which the writer adds."""
@@ -90,9 +91,9 @@ def parse_json(data: bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = dict(pairs)
         if len(keys) < len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in keys if names.count(name) > 1)
-            raise ValueError(f"the key {repeated!r} is repeated")
+            counts = Counter(name for name, _ in pairs)
+            repeated = next(name for name in counts if counts[name] > 1)
+            raise ValueError(f"the key {quoted(repeated)} is repeated")
         return keys
 
     try:
@@ -111,7 +112,7 @@ def parse_json(data: bytes) -> Any:
 def kind_of(value: object) -> str:
     """JSON's name for the type of `value`, for messages."""
     names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
-    return names.get(type(value), json.dumps(value))
+    return names.get(type(value)) or json.dumps(value)[:120]
 
 
 # ---- top-level files: one of them wrong means that nothing can be converted
@@ -157,18 +158,20 @@ def read_split_file(path: Path, spec: DatasetSpec) -> dict[Split, list[str]]:
     expected = f"an object with the lists {', '.join(map(repr, keys))}"
     value = read_object(path, expected)
     if set(value) != set(keys):
-        raise DataError(f"{path}: expected {expected}, found the keys {', '.join(map(repr, value)) or '(none)'}.")
+        raise DataError(
+            f"{path}: expected {expected}, found the keys {', '.join(map(quoted, list(value)[:8])) or '(none)'}."
+        )
     seen: dict[str, str] = {}
     for key, names in value.items():
         if not isinstance(names, list) or not names:
             found = "an empty list" if names == [] else kind_of(names)
-            raise DataError(f"{path}: expected a list of strings under {key!r}, found {found}.")
+            raise DataError(f"{path}: expected a list of strings under {quoted(key)}, found {found}.")
         for row, name in enumerate(names, 1):
-            where = f"{key!r}, row {row}"
+            where = f"{quoted(key)}, row {row}"
             if not isinstance(name, str):
-                raise DataError(f"{path}: expected a string at {where}, found {kind_of(name)} ({name!r}).")
+                raise DataError(f"{path}: expected a string at {where}, found {kind_of(name)} ({quoted(name)}).")
             if name in seen:
-                raise DataError(f"{path}: {name!r} is listed twice, at {seen[name]} and at {where}.")
+                raise DataError(f"{path}: {quoted(name)} is listed twice, at {seen[name]} and at {where}.")
             seen[name] = where
     return {split: value[key] for split, key in spec.file_splits.items()}
 
@@ -184,19 +187,19 @@ def check_inside(file: str) -> None:
         raise BadSampleError(PATH_LEAVES_RAW, file)
 
 
-def read_file(raw: Path, file: str) -> bytes:
-    """The bytes of `raw/file`. Raises BadSampleError, also if `file` leaves `raw`."""
+def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of `raw/file`, `most` of them. Raises BadSampleError, also if there are more or `file` leaves `raw`."""
     check_inside(file)
     path = raw / file
     try:
         if not path.is_file():
             raise BadSampleError(MISSING_FILE, file)
         with path.open("rb") as opened:
-            data = opened.read(MAX_FILE_BYTES + 1)
+            data = opened.read(most + 1)
     except OSError as error:
         raise BadSampleError(UNREADABLE_FILE, file, error.strerror or str(error)) from None
-    if len(data) > MAX_FILE_BYTES:
-        raise BadSampleError(UNREADABLE_FILE, file, f"larger than {MAX_FILE_BYTES:,} bytes")
+    if len(data) > most:
+        raise BadSampleError(UNREADABLE_FILE, file, f"larger than {most:,} bytes")
     return data
 
 
@@ -204,16 +207,8 @@ def read_image(raw: Path, file: str) -> bytes:
     """The bytes of an image file, unchanged, after a full decode to RGB has succeeded. Raises BadSampleError."""
     data = read_file(raw, file)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata and the like: the pixels are what counts
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                if image.mode != "RGB":
-                    image.convert("RGB")
-    except Image.UnidentifiedImageError:  # its message names a buffer in memory
-        raise BadSampleError(UNDECODABLE_IMAGE, file, "not an image" if data else "empty file") from None
-    except Exception as error:  # Pillow's decoders raise whatever the damage leads to: struct.error, IndexError, ...
+        open_rgb(data)
+    except Exception as error:  # see there
         raise BadSampleError(UNDECODABLE_IMAGE, file, str(error) or type(error).__name__) from None
     return data
 
@@ -239,7 +234,7 @@ def check_text(text: object, file: str, what: str) -> str:
 def check_texts(record: dict[str, Any], key: str, file: str) -> list[str]:
     """The list of strings under `key`. Raises BadSampleError."""
     if key not in record:
-        raise BadSampleError(INCOMPLETE_JSON, file, f"no {key!r}")
+        raise BadSampleError(INCOMPLETE_JSON, file, f"no {quoted(key)}")
     if not isinstance(record[key], list):
-        raise BadSampleError(INCOMPLETE_JSON, file, f"{key!r}: expected a list, found {kind_of(record[key])}")
+        raise BadSampleError(INCOMPLETE_JSON, file, f"{quoted(key)}: expected a list, found {kind_of(record[key])}")
     return [check_text(text, file, repr(key)) for text in record[key]]

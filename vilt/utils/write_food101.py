@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clip.messages import quoted
 from vilt.datasets.specs import DATASETS, Split
 from vilt.errors import DataError
 from vilt.utils.raw_data import (
@@ -59,7 +60,7 @@ class Dish:
         file = f"{self.folder}/{class_of(self.name)}/{self.name}"
         check_inside(file)
         if self.label is None:
-            raise BadSampleError(UNKNOWN_CLASS, file, f"{class_of(self.name)!r} is not in class_idx.json")
+            raise BadSampleError(UNKNOWN_CLASS, file, f"{quoted(class_of(self.name))} is not in class_idx.json")
         text = check_text(self.text, file, "text")
         return {
             "image": read_image(self.raw, file),
@@ -75,9 +76,9 @@ def read_classes(path: Path, n_most: int) -> dict[str, int]:
     classes = read_object(path, expected)
     for name, number in classes.items():
         if type(number) is not int:
-            raise DataError(f"{path}: expected {expected}, found {kind_of(number)} under {name!r}.")
+            raise DataError(f"{path}: expected {expected}, found {kind_of(number)} under {quoted(name)}.")
     if sorted(classes.values()) != list(range(len(classes))) or not classes:
-        raise DataError(f"{path}: expected {expected}, found the numbers {sorted(classes.values())}.")
+        raise DataError(f"{path}: expected {expected}, found the numbers {quoted(sorted(classes.values()))}.")
     if len(classes) > n_most:
         raise DataError(f"{path}: expected at most {n_most} classes, found {len(classes)}.")
     return classes
@@ -111,7 +112,9 @@ def read_texts(raw: Path) -> dict[str, Any]:
     for file in TITLE_FILES:
         for name, text in read_titles(raw / file):
             if texts.setdefault(name, text) != text:
-                raise DataError(f"{raw / file}: {name!r} has two different texts: {texts[name]!r} and {text!r}.")
+                raise DataError(
+                    f"{raw / file}: {quoted(name)} has two different texts: {quoted(texts[name])} and {quoted(text)}."
+                )
     return texts
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from clip.messages import quoted
 from vilt.datasets.specs import DATASETS, Split
 from vilt.errors import DataError
 from vilt.utils.raw_data import (
@@ -63,7 +64,7 @@ class Meme:
             raise BadSampleError(INCOMPLETE_JSON, self.source, "'text' is empty")
         label = record["label"]
         if type(label) is not int or label not in (0, 1):
-            raise BadSampleError(UNKNOWN_CLASS, self.source, f"'label': expected 0 or 1, found {label!r}")
+            raise BadSampleError(UNKNOWN_CLASS, self.source, f"'label': expected 0 or 1, found {quoted(label)}")
         image = read_image(self.folder, check_text(record["img"], self.source, "'img'"))
         return {"image": image, "text": [text], "label": label}
 
@@ -95,7 +96,7 @@ def _check_rows(path: Path) -> bool:
         name = record.get("id")
         # Within a file only: dev_seen and dev_unseen of the later release overlap by design.
         if isinstance(name, int | str) and rows.setdefault(name, row) != row:
-            raise DataError(f"{path}: the id {name!r} is listed twice, in rows {rows[name]} and {row}.")
+            raise DataError(f"{path}: the id {quoted(name)} is listed twice, in rows {rows[name]} and {row}.")
     return not records or any(record.get("label") is not None for _, record in records)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 from vilt.utils.raw_data import (
     INCOMPLETE_JSON,
+    MAX_RECORD_BYTES,
     BadSampleError,
     RawDataset,
     RawSplit,
@@ -41,7 +42,7 @@ class Film:
         Raises BadSampleError.
         """
         label_file = f"labels/{self.name}.json"
-        record = read_record(read_file(self.raw, label_file), label_file)
+        record = read_record(read_file(self.raw, label_file, MAX_RECORD_BYTES), label_file)
         plots = check_texts(record, "plot", label_file)
         if not any(plot.strip() for plot in plots):
             raise BadSampleError(INCOMPLETE_JSON, label_file, "no plot")

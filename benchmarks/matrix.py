@@ -65,7 +65,7 @@ class Matrix:
         published = PublishedAlgorithm(
             classifier, spec.architecture, spec.method.memory_length, spec.method.memory_depth
         )
-        self.published = published.to(device).eval()
+        self.published = published.to(device).eval().requires_grad_(False)  # nothing here trains
         self.classifier = classifier
         self.trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",

@@ -38,7 +38,15 @@ from clip.checkpoint import (
     restore_classifier,
 )
 from clip.checkpoint_file import WholeCheckpoints, check_whole, told_when_full
-from clip.ending import DONE, INTERRUPTED, USER_ERROR, end_with_our_fault, end_with_signal, end_with_user_error
+from clip.ending import (
+    DONE,
+    INTERRUPTED,
+    USER_ERROR,
+    end_with_other_process,
+    end_with_our_fault,
+    end_with_signal,
+    end_with_user_error,
+)
 from clip.interruption import Stopped, end_loaders, stopping_on_signals
 from clip.logit_store import LogitModule, encode
 from clip.messages import first_line
@@ -46,6 +54,7 @@ from clip.metrics_log import MetricsLogger
 from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model, tokenizer_for
 from clip.predict import Predictor, describe_predictions, read_items, write_predictions
+from clip.processes import OtherProcessError, ending_together
 from clip.resume import AUTO, find_progress
 from clip.robustness import Robustness, measure, write_results
 from clip.robustness_text import describe_one, describe_several
@@ -74,6 +83,7 @@ from vilt.errors import CheckpointError, CheckupError, ConfigError, UserError, m
 from vilt.missing_tables import TYPE_NAMES, type_counts
 
 log = logging.getLogger("rep")
+EX.doc = __doc__  # for `run.py --help`
 
 PREDICTION_OPTIONS = (
     *("load_path", "input", "output", "per_gpu_batchsize"),
@@ -228,7 +238,7 @@ def train(options: Options) -> dict[str, float]:
     # Processes without the folder write nothing, but take part in writing.
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints)
-    with told_when_full(folder or options.log_dir), data.naming_dead_workers():
+    with told_when_full(folder or options.log_dir), data.naming_dead_workers(), ending_together(trainer):
         began = time.monotonic()
         try:
             trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
@@ -272,7 +282,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     folder = start_folder(options, name, custom)
     trainer = make_trainer(options, folder, steps_per_epoch=1)
     module = FinetuneModule(classifier, replace(checkpoint.spec, custom=custom))
-    with data.naming_dead_workers():
+    with data.naming_dead_workers(), ending_together(trainer):
         return test(options, trainer, module, data, checkpoint, folder)
 
 
@@ -358,7 +368,7 @@ def measure_target(target: Target, given: set[str]) -> Robustness | None:
             raise CheckpointError(f"{subject.checkpoint}: was replaced by another checkpoint a moment ago; start again")
         classifier, data = open_evaluation(options, checkpoint, given)
         trainer = make_trainer(options, None, steps_per_epoch=1)
-        with data.naming_dead_workers():
+        with data.naming_dead_workers(), ending_together(trainer):
             encode(store, target.lacking, LogitModule(classifier, checkpoint.spec), trainer, data)
     if getattr(rank_zero_only, "rank", 0):
         return None
@@ -539,13 +549,17 @@ def command_line(argv: list[str]) -> int:
     try:
         check_command_line(argv)
         with stopping_on_signals():
-            # --debug hands errors on to here instead of printing a traceback
-            EX.run_commandline([*argv, *(["main"] if len(argv) == 1 else []), "--debug"])
+            if not {"help", "--help", "-h"} & set(argv[1:2]):
+                # --debug hands errors on to here instead of printing a traceback
+                argv = [*argv, *(["main"] if len(argv) == 1 else []), "--debug"]
+            EX.run_commandline(argv)
     except ConfigAddedError as error:
         unknown = sorted(map(str, error.__conflicting_configs__))
         return end_with_user_error(error, None, str(unknown_option(unknown, list(Options.__dataclass_fields__))))
     except (UserError, SacredError) as error:
         return end_with_user_error(error, run_folder())
+    except OtherProcessError as error:
+        return end_with_other_process(error)
     except torch.OutOfMemoryError as error:
         return end_with_user_error(error, run_folder(), f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
     except Stopped as stop:

@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 from clip.messages import first_line
+from clip.processes import OtherProcessError
 from vilt.utils.files import atomic_path
 
 DONE, OUR_FAULT, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -34,6 +35,13 @@ def end_with_our_fault(error: BaseException, folder: Path | None) -> int:
     where = _where(_keep_traceback(error, folder))
     print(f"internal error: {what}: a fault of this program, not of what it was given{where}", file=sys.stderr)
     return OUR_FAULT
+
+
+def end_with_other_process(error: OtherProcessError) -> int:
+    """A line that says which process; it has said why, unless it was killed."""
+    said = "its message is above" if error.status > 0 else "perhaps for want of memory"
+    print(f"error: {error}: {said}", file=sys.stderr)
+    return error.status if error.status > 0 else USER_ERROR
 
 
 def end_with_signal(status: int, folder: Path | None) -> int:

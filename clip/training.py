@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -24,9 +24,12 @@ from vilt.transforms import normalise
 
 log = logging.getLogger("rep")
 
+T = TypeVar("T")
 Stage = Literal["train", "val", "test"]
 Kept = tuple[Tensor, Tensor, Tensor]
 """Numbers of samples, their logits and labels."""
+UncheckedLoss = tuple[Tensor, int, int, Tensor]
+"""Loss, step, batch and samples of a step whose loss nobody has looked at yet."""
 EPOCH_SO_FAR = "epoch_so_far"
 """Key of a checkpoint: what each process has kept of the epoch that it was written in."""
 BAD_STEPS = "bad_steps"
@@ -97,8 +100,7 @@ class FinetuneModule(pl.LightningModule):
         self.settings = settings
         self.seed = seed
         self._kept: dict[Stage, list[Kept]] = {"train": [], "val": [], "test": []}
-        self._unchecked: list[tuple[Tensor, int, int, Tensor]] = []
-        """(loss, step, batch, samples) of steps whose loss nobody has looked at yet."""
+        self._unchecked: list[UncheckedLoss] = []
         self._gradients = GradientWatch(skip_bad_steps)
         self._step_samples: list[Tensor] = []
         """Of the optimiser step that is under way."""
@@ -130,7 +132,8 @@ class FinetuneModule(pl.LightningModule):
         self._step_samples.append(batch.index_B)
         if loss.device.type == "cpu" or len(self._unchecked) == LOSSES_PER_CHECK:
             self._check_losses(batch)
-        self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=len(logits))
+        several = self.trainer.world_size > 1
+        self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=len(logits), sync_dist=several)
         self._keep("train", batch, logits)
         return loss
 
@@ -144,31 +147,45 @@ class FinetuneModule(pl.LightningModule):
     def _check_losses(self, batch: Batch | None = None) -> None:
         """Raises NonFiniteLossError for the first of the losses since the last check that is not finite.
 
+        All processes take part, and end with the same message.
+
         Args:
             batch: of the newest one, whose forward pass can still be looked into if it is the first.
         """
         unchecked, self._unchecked = self._unchecked, []
-        if not unchecked or torch.stack([loss for loss, *_ in unchecked]).isfinite().all():
+        if not unchecked:
             return
+        bad = anywhere = not torch.stack([loss for loss, *_ in unchecked]).isfinite().all()
+        if self.trainer.world_size > 1:
+            anywhere = self.trainer.strategy.reduce_boolean_decision(bad, all=False)
+        if anywhere:
+            found = self._of_all_processes(self._describe_first_bad(unchecked, batch) if bad else None)
+            raise NonFiniteLossError(next(message for message in found if message is not None))
+
+    def _describe_first_bad(self, unchecked: Sequence[UncheckedLoss], batch: Batch | None) -> str:
         loss, step, batch_idx, index_B = next(entry for entry in unchecked if not entry[0].isfinite())
         place = None
         if batch is not None and index_B is batch.index_B:
             self.on_train_batch_start(batch, batch_idx)  # the same dropout masks
             place = first_not_finite(self.classifier, lambda: self(batch))
-        raise NonFiniteLossError(
+        return (
             f"the loss became {loss.item()} at step {step} (epoch {self.current_epoch}, batch {batch_idx})"
             f"{f', first in the {place}' if place else ''}; samples: {', '.join(self._sample_names(index_B))}"
         )
 
     def _check_gradients(self) -> None:
-        """Raises NonFiniteLossError for too many gradients in a row, up to the newest step, that are not finite."""
+        """Raises NonFiniteLossError for too many gradients in a row, up to the newest step, that are not finite.
+
+        Gradients are those of all processes, so that all come to the same end.
+        """
         bad = self._gradients.look()
         if bad is None:
             return
         several = f"; so were {self._gradients.allowed} before it (skip_bad_steps)" if self._gradients.allowed else ""
+        samples = [name for names in self._of_all_processes(self._sample_names(bad.samples)) for name in names]
         raise NonFiniteLossError(
             f"the gradient of {bad.parameter} is not finite at step {bad.step} (epoch {self.current_epoch}){several}; "
-            f"samples: {', '.join(self._sample_names(bad.samples))}"
+            f"samples: {', '.join(samples)}"
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -239,7 +256,11 @@ class FinetuneModule(pl.LightningModule):
         """What each process has kept, None for one that has nothing."""
         parts = self._kept[stage]
         columns = zip(*parts, strict=True)  # what a resumed run took from its checkpoint is on the host
-        mine = tuple(torch.cat([part.cpu() for part in column]) for column in columns) if parts else None
+        mine: Any = tuple(torch.cat([part.cpu() for part in column]) for column in columns) if parts else None
+        return self._of_all_processes(mine)
+
+    def _of_all_processes(self, mine: T) -> list[T]:
+        """What each process gives; all have to call this at the same place."""
         gathered: list[Any] = [mine]
         if self.trainer.world_size > 1:
             gathered = [None] * self.trainer.world_size

@@ -111,6 +111,23 @@ def test_a_command_line_that_sacred_cannot_read_is_one_line(
     assert len(said) == 1 and said[0].startswith("error: ")
 
 
+@pytest.mark.parametrize("told", [("-h",), ("--help",), ("help",), ("help", "robustness")])
+def test_help_is_no_error(told: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(["run.py", *told]) == 0
+    said = capsys.readouterr()
+    assert ("three passes" if "robustness" in told else "python run.py with task_finetune_mmimdb") in said.out
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("inside", ["", "/record"])
+def test_a_record_of_sacred_that_cannot_be_made(
+    workspace: Workspace, tmp_path: Path, inside: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert command_line([*workspace.command(f"log_dir={tmp_path}"), f"-F{tmp_path / 'file'}{inside}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'file'}")
+
+
 def test_configuration_files_cannot_run_code(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

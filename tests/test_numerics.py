@@ -103,7 +103,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(
 def test_too_many_skipped_steps_end_the_run() -> None:
     module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), skip_bad_steps=1)
     module._sample_names = lambda index_B: [f"film{number}" for number in index_B.tolist()]  # type: ignore[method-assign]
-    module._trainer = SimpleNamespace(current_epoch=3, global_step=40)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(current_epoch=3, global_step=40, world_size=1)  # type: ignore[assignment]
     optimizer: Any = None
     for parameter in module.classifier.parameters():
         parameter.grad = torch.full_like(parameter, INF)

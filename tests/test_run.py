@@ -294,7 +294,7 @@ def test_losses_on_a_gpu_are_looked_at_together() -> None:
     """The first that is not finite is named, with its own step and samples, and nothing is looked at twice."""
     module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY))
     module._sample_names = lambda index_B: [f"film{number}" for number in index_B.tolist()]  # type: ignore[method-assign]
-    module._trainer = SimpleNamespace(current_epoch=3)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(current_epoch=3, world_size=1)  # type: ignore[assignment]
     losses = [1.0, float("inf"), float("nan")]
     module._unchecked = [(torch.tensor(loss), 40 + i, i, torch.tensor([i, 10 * i])) for i, loss in enumerate(losses)]
     with pytest.raises(NonFiniteLossError, match=r"became inf at step 41 \(epoch 3, batch 1\); samples: film1, film10"):

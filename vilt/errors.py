@@ -55,6 +55,10 @@ OF_THE_MACHINE = frozenset(
         errno.ENFILE,
         errno.EIO,
         errno.ESTALE,
+        errno.ENOTDIR,  # a file where a folder is to be
+        errno.EEXIST,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
     )
 )
 """What an OSError can be about without any fault of the program's; others, such as a file that is not there, it should

@@ -1,0 +1,65 @@
+"""Runs on several processes: what ends one of them ends all, with one message and one exit status."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytorch_lightning as pl
+
+from clip.interruption import Stopped
+
+SECONDS_TO_END = 5
+"""For a process whose connections are gone."""
+
+
+class OtherProcessError(Exception):
+    """A process that this one has started ended before its time; it has said why itself.
+
+    Args:
+        rank: its number.
+        status: its exit status, or the negative number of the signal that killed it.
+    """
+
+    def __init__(self, rank: int, status: int) -> None:
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        super().__init__(f"process {rank} of the run {how}")
+        self.status = status
+
+
+@contextmanager
+def ending_together(trainer: pl.Trainer) -> Iterator[None]:
+    """Within the block, an error in this process ends those that it has started, before they miss it and complain.
+
+    Where processes are started by torchrun or SLURM, that is left to them.
+
+    Raises:
+        OtherProcessError: the error was that one of them is gone.
+    """
+    try:
+        yield
+    except Stopped:  # all stop together
+        raise
+    except BaseException as error:
+        others: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+        started = list(enumerate(others, trainer.global_rank + 1))
+        others.clear()  # Lightning watches these, and would kill this process too
+        ended = _first_failed(started) if isinstance(error, RuntimeError) else None  # which lost connections raise
+        for _, process in started:
+            process.kill()
+        if ended is not None:
+            raise OtherProcessError(*ended) from error
+        raise
+
+
+def _first_failed(started: list[tuple[int, "subprocess.Popen[bytes]"]]) -> tuple[int, int] | None:
+    """Rank and status of a process that failed, or does within SECONDS_TO_END."""
+    until = time.monotonic() + SECONDS_TO_END * bool(started)
+    while True:
+        for rank, process in started:
+            if status := process.poll():
+                return rank, status
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.1)

@@ -37,7 +37,7 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.checkpoint_file import WholeCheckpoints, check_whole, told_when_full
+from clip.checkpoint_file import WholeCheckpoints, told_when_full
 from clip.ending import (
     DONE,
     INTERRUPTED,
@@ -215,7 +215,6 @@ def train(options: Options) -> dict[str, float]:
         backbone.state["image_encoder.class_embedding"], token_embedding[tokenizer.end_id]
     )
     if options.resume_from is not None:
-        check_whole(Path(options.resume_from))
         check_resume(read_checkpoint(Path(options.resume_from)), spec, backbone)
     elif options.load_path is not None:
         start = read_checkpoint(options.load_path)
@@ -559,7 +558,7 @@ def command_line(argv: list[str]) -> int:
     except (UserError, SacredError) as error:
         return end_with_user_error(error, run_folder())
     except OtherProcessError as error:
-        return end_with_other_process(error)
+        return end_with_other_process(str(error), error.status)
     except torch.OutOfMemoryError as error:
         return end_with_user_error(error, run_folder(), f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
     except Stopped as stop:

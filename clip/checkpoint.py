@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from clip.backbone import Backbone, architecture_of
+from clip.checkpoint_file import check_whole
 from clip.messages import first_line, quoted
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.heads import HEADS
@@ -163,6 +164,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     described = raw.get(DESCRIPTION)
     if described is None:
         return Checkpoint(path, digest, _published_spec(path, state), state, None, None)
+    check_whole(path)
     found = described.get("format") if isinstance(described, dict) else described
     if not isinstance(described, dict) or type(found) is not int or found != FORMAT:
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {quoted(found)}")

@@ -6,7 +6,6 @@ import traceback
 from pathlib import Path
 
 from clip.messages import first_line
-from clip.processes import OtherProcessError
 from vilt.utils.files import atomic_path
 
 DONE, OUR_FAULT, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -37,11 +36,14 @@ def end_with_our_fault(error: BaseException, folder: Path | None) -> int:
     return OUR_FAULT
 
 
-def end_with_other_process(error: OtherProcessError) -> int:
-    """A line that says which process; it has said why, unless it was killed."""
-    said = "its message is above" if error.status > 0 else "perhaps for want of memory"
-    print(f"error: {error}: {said}", file=sys.stderr)
-    return error.status if error.status > 0 else USER_ERROR
+def end_with_other_process(what: str, status: int) -> int:
+    """A line about another process of the run, which has said itself why it ended, unless a signal killed it.
+
+    Args:
+        status: its own, or the negative number of the signal.
+    """
+    print(f"error: {what}: {'its message is above' if status > 0 else 'perhaps for want of memory'}", file=sys.stderr)
+    return status if status > 0 else USER_ERROR
 
 
 def end_with_signal(status: int, folder: Path | None) -> int:

@@ -23,12 +23,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from clip.messages import first_line, quoted
+from clip.messages import quoted
 from clip.training import FinetuneModule
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.errors import CheckpointError, DataError, UserError
 from vilt.missing_tables import TYPE_NAMES
+from vilt.utils.arrow_file import open_table
 from vilt.utils.files import atomic_path
 
 log = logging.getLogger("rep")
@@ -209,20 +210,14 @@ class LogitStore:
 
     def _read(self, path: Path, logit_columns: Sequence[str]) -> pa.Table:
         """The table in `path`; CheckpointError where its origin is another one, DataError where it is damaged."""
-        try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            for column in table.columns:
-                column.validate(full=True)
-            names = table.schema.names
-        except (OSError, MemoryError, UnicodeDecodeError, pa.ArrowException) as error:
-            raise DataError(f"{path}: not readable as stored logits: {first_line(error)}") from error
+        table = open_table(path, "stored logits")
         self._check_origin(path, table)
         spec = self.dataset.spec
         types = {name: pa.int64() for name in ("sample", "row", "text_number")} | {"id": pa.string()}
         types["label"] = pa.list_(pa.uint8()) if spec.multilabel else pa.int64()
         types |= {name: pa.list_(pa.float32()) for name in logit_columns}
-        found = dict(zip(names, table.schema.types, strict=True))
-        if found != types or len(names) != len(types):
+        found = dict(zip(table.schema.names, table.schema.types, strict=True))
+        if found != types:
             raise DataError(f"{path}: expected stored logits, with the columns {_some(types)}; found {_some(found)}")
         if not np.array_equal(table["row"].to_numpy(), self.dataset.row_of_sample):
             raise DataError(f"{path}: expected the {len(self.dataset):,} samples of {self.dataset.path}, found others")

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import pytorch_lightning as pl
 
+from clip.ending import USER_ERROR
 from clip.interruption import Stopped
+from vilt.errors import NonFiniteLossError
 
 SECONDS_TO_END = 5
 """For a process whose connections are gone."""
@@ -42,6 +44,8 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
     except Stopped:  # all stop together
         raise
     except BaseException as error:
+        if trainer.global_rank and isinstance(error, NonFiniteLossError):  # all have it, and the first says so
+            raise SystemExit(USER_ERROR) from error
         others: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
         started = list(enumerate(others, trainer.global_rank + 1))
         others.clear()  # Lightning watches these, and would kill this process too

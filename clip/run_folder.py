@@ -93,7 +93,7 @@ def environment() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": versions | {"torch": torch.__version__},  # with what it was built for
         "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "gpus": gpus},
         "git": git_state(),
     }

@@ -290,7 +290,7 @@ class FinetuneModule(pl.LightningModule):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
         """Takes what `state_dict` gave; every name is accounted for, whatever `strict` says."""
-        load_kept_state(self.classifier, state_dict, "checkpoint")
+        load_kept_state(self.classifier, state_dict, "resume_from")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the description, and what the train metrics of the epoch follow from so far; all processes take part."""

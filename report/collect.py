@@ -24,6 +24,7 @@ from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, custom_spec
 from vilt.errors import ConfigError, DataError
 from vilt.missing_tables import MISSING_TYPES, TYPE_NAMES
+from vilt.utils.arrow_file import open_table
 
 FORMAT = 1
 LOGIT_COLUMNS = {name: f"logits_{name.replace(' ', '_')}" for name in TYPE_NAMES}
@@ -298,18 +299,15 @@ def read_robustness(folder: Path, task: Task, data: DatasetSpec) -> Robustness |
 def read_logits(path: Path) -> pa.Table:
     """The memory-mapped table of stored logits. Raises DataError, naming the file, where it is damaged."""
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        for column in table.columns:
-            column.validate(full=True)
-        found = table.column_names
-    except (OSError, MemoryError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not readable as an arrow file: {first_line(error)}") from error
+        table = open_table(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
     kinds = dict.fromkeys(("sample", "row", "text_number"), pa.types.is_integer) | {"id": pa.types.is_string}
     kinds |= dict.fromkeys(LOGIT_COLUMNS.values(), _is_list_of_floats)
-    if lacking := sorted((kinds.keys() | {"label"}) - set(found)):
+    if lacking := sorted((kinds.keys() | {"label"}) - set(table.column_names)):
         raise DataError(f"{path}: expected the columns of stored logits, found none called {', '.join(lacking)}")
     for name, is_right in kinds.items():
-        if found.count(name) > 1 or table[name].null_count or not is_right(table[name].type):
+        if table[name].null_count or not is_right(table[name].type):
             raise DataError(f"{path}: column {name}: not that of stored logits")
     for name in LOGIT_COLUMNS.values():
         if not np.isfinite(pc.list_flatten(table[name]).to_numpy()).all():

@@ -1,0 +1,436 @@
+"""Hostile and broken data: arrow files, images, and the files of raw datasets. A result, or an error of ours."""
+
+import io
+import json
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image, PngImagePlugin
+
+import make_arrow
+from tests.test_arrow_dataset import file_of, memes, open_memes, write
+from tests.test_transforms import encode, noise, saved, slow_transform, to_hwc
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.specs import DATASETS, SPLITS
+from vilt.errors import DataError
+from vilt.transforms import LONGEST, decode_image
+from vilt.utils.arrow_file import open_table
+from vilt.utils.images import MAX_SIDE, open_rgb
+from vilt.utils.raw_data import MAX_RECORD_BYTES
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "data" / "golden"
+ODD_FILES = (
+    b"", b"\0", b"null", b"[", b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"NaN", b"\xef\xbb\xbf{}",
+    b"\xff\xfe{\x00}\x00", b"\r\r\r", b"\n" * 100, b'{"a": 1, "a": 2}', b'"\\ud800"', b"<svg/>", b"<!DOCTYPE html>",
+    b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF\0\0\0\0WEBP",
+    b"%!PS-Adobe-3.0 EPSF-3.0", b"ARROW1\0\0", b"\x93NUMPY\x01\x00",
+    b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00trueq\x85R.",
+)  # fmt: skip
+
+# Arrow files
+
+READ_EACH = """
+import random, sys
+from pathlib import Path
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.specs import DATASETS
+from vilt.errors import DataError
+
+path = Path(sys.argv[1])
+whole = path.read_bytes()
+draw = random.Random(0)
+sizes = [len(whole) * part // 30 for part in range(30)]
+flips = [draw.randrange(len(whole)) for _ in range(200)]
+outcomes = []
+for number in range(230):
+    content = bytearray(whole[: sizes[number]] if number < 30 else whole)
+    if number >= 30:
+        content[flips[number - 30]] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+    try:
+        dataset = ArrowDataset(DATASETS["mmimdb"], path.parent, "test", 8)
+        dataset.class_names()
+        for index in range(len(dataset)):
+            dataset.sample_name(index)
+            dataset[0, index]
+        dataset.table["plots"].to_pylist()
+        outcomes.append("read")
+    except DataError as error:
+        assert str(path) in str(error), error
+        outcomes.append("refused")
+print(" ".join(outcomes))
+"""
+
+
+def test_cut_and_flipped_arrow_files_are_read_or_refused(tmp_path: Path) -> None:
+    """In a process of its own, which pyarrow would take along. A flipped letter of a text cannot be noticed."""
+    shutil.copy(GOLDEN / "arrow" / "mmimdb_test.arrow", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_EACH, str(tmp_path / "mmimdb_test.arrow")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = done.stdout.splitlines()[-1].split()
+    assert outcomes[:30] == ["refused"] * 30
+    assert len(outcomes[30:]) == 200 and set(outcomes[30:]) == {"read", "refused"}
+
+
+def with_ids(ids: list[str]) -> pa.Table:
+    return memes().append_column("image_id", pa.array(ids))
+
+
+def test_a_damaged_column_that_nothing_needs_is_refused(tmp_path: Path) -> None:
+    """pyarrow ends the whole process on such a one when it is read."""
+    content = file_of(with_ids(["first", "second", "third"]))
+    offsets = np.array([0, 5, 11, 16], dtype="<i4").tobytes()
+    assert content.count(offsets) == 1
+    path = tmp_path / "hatememes_train.arrow"
+    path.write_bytes(content.replace(offsets, np.array([0, 2**30, 11, 16], dtype="<i4").tobytes()))
+    with pytest.raises(DataError, match=r"hatememes_train\.arrow: column image_id: damaged"):
+        ArrowDataset(DATASETS["hatememes"], tmp_path, "train", 8)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+@pytest.mark.parametrize("encoded", [False, True], ids=["plain", "dictionary"])
+def test_compressed_files_are_refused_before_they_are_unpacked(tmp_path: Path, codec: str, encoded: bool) -> None:
+    column = pa.array(["a" * 10**6] * 50)
+    table = pa.table({"image": column.dictionary_encode() if encoded else column})
+    with pa.ipc.new_file(
+        str(tmp_path / "x"), table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)
+    ) as writer:
+        writer.write_table(table)
+    assert (tmp_path / "x").stat().st_size < 1_000_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(DataError, match="x: not readable as an arrow file: it is compressed"):
+        open_table(tmp_path / "x")
+    assert pa.total_allocated_bytes() == before
+    write(tmp_path / "y", table)
+    assert open_table(tmp_path / "y").equals(table)
+
+
+def test_columns_of_one_name_and_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    table = memes()
+    write(
+        tmp_path / "hatememes_train.arrow", pa.table([*table.columns, table["label"]], [*table.column_names, "label"])
+    )
+    with pytest.raises(DataError, match=r"train\.arrow: expected each column once, found label twice"):
+        ArrowDataset(DATASETS["hatememes"], tmp_path, "train", 8)
+    (tmp_path / "hatememes_train.arrow").write_bytes(
+        file_of(with_ids(["a", "b", "c"])).replace(b"image_id", b"image\xffid")
+    )
+    with pytest.raises(DataError, match=r"train\.arrow: not readable as an arrow file: .*utf-8"):
+        ArrowDataset(DATASETS["hatememes"], tmp_path, "train", 8)
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("[", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+        ("{}", "found something else"),
+        ('["a", 1]', "found something else"),
+        (json.dumps(["a"] * 102), "found something else"),
+        (b"\xff", "utf-8"),
+    ],
+)
+def test_damaged_class_names_are_an_error(tmp_path: Path, written: str | bytes, found: str) -> None:
+    write(tmp_path / "food101_test.arrow", memes().replace_schema_metadata({"class_names": written}))
+    dataset = ArrowDataset(DATASETS["food101"], tmp_path, "test", 8)
+    with pytest.raises(DataError, match=rf"food101_test\.arrow: metadata class_names: expected .*101 names.*{found}"):
+        dataset.class_names()
+
+
+def test_classes_without_a_name_have_their_number(tmp_path: Path) -> None:
+    table = memes().replace_schema_metadata({"class_names": json.dumps(["apple_pie", "pizza"])})
+    write(tmp_path / "food101_test.arrow", table)
+    names = ArrowDataset(DATASETS["food101"], tmp_path, "test", 8).class_names()
+    assert names[:3] == ("apple_pie", "pizza", "2") and len(names) == 101 and names[100] == "100"
+
+
+# Images
+
+
+def photo(file_format: str, **options: object) -> bytes:
+    return saved(Image.fromarray(noise(40, 30)), file_format, **options)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+def test_cut_and_flipped_images_are_read_or_refused(tmp_path: Path, file_format: str) -> None:
+    whole = photo(file_format)
+    draw = random.Random(0)
+    damaged = [whole[: len(whole) * part // 20] for part in range(20)]
+    for _ in range(60):
+        content = bytearray(whole)
+        content[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        damaged.append(bytes(content))
+    columns = {"image": pa.array(damaged, pa.binary()), "text": [["a"]] * 80, "label": [0] * 80}
+    dataset = open_memes(tmp_path, pa.table(columns))
+    refused = 0
+    for row in range(80):
+        try:
+            image = dataset[0, row].image_3RR
+            assert image is not None and image.shape == (3, 8, 8)
+        except DataError as error:
+            refused += 1
+            assert str(error).startswith(f"{dataset.path}: row {row}: the image cannot be decoded: ")
+    assert refused == 80 if file_format == "PNG" else 10 <= refused < 80  # a PNG has check sums
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def with_text(kind: bytes) -> bytes:
+    """A PNG of a few pixels whose compressed text would be 200 MB."""
+    head = b"name\0\0" if kind == b"zTXt" else b"name\0\1\0\0\0"
+    packed = zlib.compress(bytes(200 * 2**20), 9)
+    whole = photo("PNG")
+    return whole[:33] + chunk(kind, head + packed) + whole[33:]
+
+
+def announced(width: int, height: int) -> bytes:
+    """The head of a PNG of that size."""
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", "empty file"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image of the kinds BMP, GIF, JPEG, PNG, WEBP"),
+        (b"<!DOCTYPE html><title>404</title>", "not an image of the kinds"),
+        (photo("TIFF"), "not an image of the kinds"),
+        (photo("EPS"), "not an image of the kinds"),
+        (announced(30_000, 4_000), "30000 × 4000 pixels; at most 89,478,485 are read, and 100,000 to a side"),
+        (announced(MAX_SIDE + 1, 1), "100001 × 1 pixels"),
+        (announced(1, MAX_SIDE + 1), "1 × 100001 pixels"),
+        (announced(2**31 - 1, 2**31 - 1), "exceeds limit"),
+        (with_text(b"zTXt"), "too large"),
+        (with_text(b"iTXt"), "too large"),
+    ],
+)
+def test_what_is_no_image_to_read(data: bytes, found: str) -> None:
+    with pytest.raises(Exception, match=found):
+        open_rgb(data)
+
+
+def test_no_other_program_runs_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would start Ghostscript for EPS, also where the file is called `x.jpg`."""
+    for name in ("gs", "gswin32c", "gswin64c"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {tmp_path / 'marker'}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(ValueError, match="not an image"):
+        open_rgb(photo("EPS"))
+    assert not (tmp_path / "marker").exists()
+    with pytest.raises(OSError, match=r".+"):
+        Image.open(io.BytesIO(photo("EPS"))).load()
+    assert (tmp_path / "marker").exists(), "the program would never have been started"
+
+
+def test_animations_show_their_first_frame() -> None:
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    for file_format, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
+        data = saved(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+        assert to_hwc(decode_image(data, 2)).tolist() == [[[255, 0, 0]] * 2] * 2, file_format
+
+
+def test_a_palette_with_several_transparencies_and_16_bit_grey() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([9, 8, 7, 200, 100, 50])
+    image.putdata([0, 1])
+    assert open_rgb(saved(image, transparency=b"\0\x80")).tobytes() == bytes([9, 8, 7, 200, 100, 50])
+    grey = Image.fromarray(np.array([[0, 255, 256, 65535]], dtype=np.uint16))
+    assert open_rgb(saved(grey)).size == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [(1, 60, 4), (60, 1, 4), (3, 400, 8), (400, 3, 8), (2, 201, 16), (5, 2000, 8), (2000, 5, 8), (1, 1000, 7)],
+)
+def test_very_long_images_equal_the_slow_version(width: int, height: int, size: int) -> None:
+    assert max(width, height) > LONGEST * min(width, height)
+    pixels = noise(width, height)
+    image = decode_image(encode(pixels), size)
+    assert image.shape == (3, size, size)
+    assert np.abs(to_hwc(image).astype(float) - slow_transform(pixels, size)).max() < 1.6
+
+
+DECODE_A_LINE = """
+import resource, sys
+from pathlib import Path
+from tests.test_transforms import encode, noise
+from vilt.transforms import decode_image
+data = [encode(noise(1, 20000)), encode(noise(20000, 1)), encode(noise(1, 99999))]
+limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 200 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for one in data:
+    assert decode_image(one, 224).shape == (3, 224, 224)
+"""
+
+
+def test_a_line_of_pixels_takes_little_memory() -> None:
+    """Whole, the first would become an image of 3 GB."""
+    done = subprocess.run([sys.executable, "-c", DECODE_A_LINE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
+# Raw datasets
+
+NAMES = {"mmimdb": "mmimdb", "food101": "food101", "hatememes": "hateful_memes"}
+Convert = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Convert:
+    """Converts a copy of a golden raw dataset after files of it were replaced; gives status and messages."""
+
+    def run(name: str, files: dict[str, bytes], *options: str) -> tuple[int, str]:
+        shutil.rmtree(tmp_path / "raw", ignore_errors=True)
+        shutil.copytree(GOLDEN / "raw" / name, tmp_path / "raw")
+        for file, content in files.items():
+            (tmp_path / "raw" / file).write_bytes(content)
+        arguments = ["--dataset", NAMES[name], "--root", str(tmp_path / "raw"), "--target", str(tmp_path / "out")]
+        status = make_arrow.main([*arguments, "--workers", "0", *options])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+FILES = {
+    "mmimdb": ("split.json", "labels/0000012.json", "images/0000012.jpeg"),
+    "food101": ("split.json", "class_idx.json", "text.json", "images/train/pizza/pizza_2.jpg"),
+    "hatememes": ("data/train.jsonl", "data/dev.jsonl", "data/test.jsonl", "data/img/10005.png"),
+}
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
+def test_a_file_of_something_else_ends_in_an_error_that_names_it(convert: Convert, name: str, file: str) -> None:
+    assert (GOLDEN / "raw" / name / file).is_file()
+    for content in ODD_FILES:
+        status, said = convert(name, {file: content})
+        assert status == 2, content[:50]
+        nothing_left = "no sample is left" in said and content.endswith(b"{}")  # texts of no dish at all
+        assert Path(file).name in said or nothing_left, said[:500]
+        assert "Traceback" not in said
+        assert len(said) < 10_000
+
+
+FILM = {"plot": ["a"], "genres": ["Drama"]}
+
+
+def film(**changes: object) -> bytes:
+    return json.dumps({**FILM, **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (film(plot=None), "'plot': expected a list, found null"),
+        (film(plot={"a": "b"}), "'plot': expected a list, found an object"),
+        (film(plot=[["a"]]), "'plot': expected a string, found a list"),
+        (film(genres=10**400), "'genres': expected a list, found 1000"),
+        (film(genres=[True]), "'genres': expected a string, found true"),
+        (film(plot=[float("nan")]), "'plot': expected a string, found NaN"),
+        (b'{"plot": ["a\0b"], "genres": []}', "Invalid control character"),
+        (film(year=1)[:-1] + b', "year": ' + b"1" * 5000 + b"}", "4300 digits"),
+        (b" " * (MAX_RECORD_BYTES + 1), "larger than 16,777,216 bytes"),
+        ("{}".encode("utf-16"), "can't decode"),
+    ],
+)  # fmt: skip
+def test_films_with_wrong_values(convert: Convert, content: bytes, found: str) -> None:
+    status, said = convert("mmimdb", {"labels/0000012.json": content})
+    assert status == 2 and "labels/0000012.json" in said and found in said
+    assert len(said) < 5000
+    assert convert("mmimdb", {"labels/0000012.json": content}, "--skip-bad")[0] == 0
+
+
+@pytest.mark.parametrize("label", [-1, 2, 0.5, 1.0, True, "1", None, [1], 10**400, float("nan")])
+def test_memes_with_wrong_labels(convert: Convert, label: object) -> None:
+    lines = (GOLDEN / "raw/hatememes/data/dev.jsonl").read_bytes().splitlines()
+    record = {**json.loads(lines[0]), "label": label}
+    content = b"\n".join([json.dumps(record).encode(), *lines[1:]])
+    status, said = convert("hatememes", {"data/dev.jsonl": content})
+    assert status == 2 and "dev.jsonl" in said and ("expected 0 or 1" in said or "no 'label'" in said)
+    assert len(said) < 5000
+
+
+@pytest.mark.parametrize("numbers", [[0, -1], [0, 0.5], [0, 2], [0, True], [0, "1"], [0, None], [0, 10**400]])
+def test_dishes_with_wrong_class_numbers(convert: Convert, numbers: list[object]) -> None:
+    content = json.dumps(dict(zip(("apple_pie", "pizza"), numbers, strict=True))).encode()
+    status, said = convert("food101", {"class_idx.json": content})
+    assert status == 2 and "class_idx.json: expected an object with class names" in said and len(said) < 1000
+
+
+def test_what_reads_as_usual(convert: Convert, tmp_path: Path) -> None:
+    """A byte order mark, CR line ends, NaN that nobody asks for, a NUL that is spelt out, and 10 MB of text."""
+    mark = b"\xef\xbb\xbf"
+    lines = (GOLDEN / "raw/hatememes/data/dev.jsonl").read_bytes().splitlines()
+    assert convert("hatememes", {"data/dev.jsonl": mark + b"\r".join(lines)})[0] == 0
+    assert open_table(tmp_path / "out" / "hatememes_dev.arrow").num_rows == len(lines)
+    text = "word " * 2_000_000
+    for content in (mark + film(year=float("nan")), film(plot=["a\0b"]), film(plot=[text])):
+        assert convert("mmimdb", {"labels/0000012.json": content})[0] == 0
+    dataset = ArrowDataset(DATASETS["mmimdb"], tmp_path / "out", "val", 8)
+    assert dataset.table["plots"][0].as_py() == [text]
+
+
+def test_a_loop_of_links_is_a_missing_file(tmp_path: Path, convert: Convert) -> None:
+    assert convert("mmimdb", {})[0] == 0
+    image = tmp_path / "raw" / "images" / "0000012.jpeg"
+    image.unlink()
+    image.symlink_to(image)
+    arguments = ["--dataset", "mmimdb", "--root", str(tmp_path / "raw"), "--target", str(tmp_path / "out2")]
+    assert make_arrow.main([*arguments, "--workers", "0", "--skip-bad"]) == 0
+    assert "missing file" in (tmp_path / "out2" / "mmimdb_bad_samples.tsv").read_text()
+
+
+def test_hostile_names_do_not_flood_the_terminal(convert: Convert) -> None:
+    name = "x" * 1_000_000
+    splits = json.loads((GOLDEN / "raw/mmimdb/split.json").read_text())
+    for split in (
+        {**splits, "dev": [name, name]},
+        {**splits, "dev": [[[[[]]]] * 1000]},
+        {**splits, name: ["a"]},
+        {**splits, "dev": [*splits["dev"], name]},
+    ):
+        status, said = convert("mmimdb", {"split.json": json.dumps(split).encode()})
+        assert status == 2 and len(said) < 20_000, len(said)
+    repeated = '{"' + '": 1, "'.join(map(str, range(100_000))) + '": 1, "99999": 2}'
+    status, said = convert("mmimdb", {"split.json": repeated.encode()})
+    assert status == 2 and "the key '99999' is repeated" in said
+
+
+def test_a_text_chunk_of_ordinary_size_is_no_harm() -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "x" * 100_000, zip=True)
+    assert open_rgb(photo("PNG", pnginfo=info)).size == (40, 30)
+
+
+def test_every_split_is_read_after_a_conversion_of_damaged_images(convert: Convert, tmp_path: Path) -> None:
+    """What the converter lets pass, the loader can read."""
+    whole = (GOLDEN / "raw/mmimdb/images/0000012.jpeg").read_bytes()
+    draw = random.Random(3)
+    converted = 0
+    for _ in range(30):
+        content = bytearray(whole)
+        content[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        if convert("mmimdb", {"images/0000012.jpeg": bytes(content)})[0] == 0:
+            converted += 1
+            for split in SPLITS:
+                dataset = ArrowDataset(DATASETS["mmimdb"], tmp_path / "out", split, 8)
+                assert all(dataset[0, index].image_3RR is not None for index in range(len(dataset)))
+    assert converted > 5

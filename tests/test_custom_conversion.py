@@ -320,7 +320,7 @@ BAD: dict[str, tuple[str, object, str, str]] = {
     "climbs": ("image", "../secret.png", "path leaves RAW", ""),
     "linked": ("image", outside, "path leaves RAW", "by a link"),
     "circle": ("image", circle, "", ""),
-    "null byte": ("image", "a\0.png", "unreadable file", "embedded null byte"),
+    "null byte": ("image", "a\0.png", "unreadable file", "embedded null"),
     "damaged": ("image", damaged, "undecodable image", ""),
     "no text": ("text", None, "incomplete row", "text: expected a string or a list, found none"),
     "blank text": ("text", " ", "incomplete row", "text: empty"),

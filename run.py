@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model, tokenizer_for
 from clip.predict import Predictor, describe_predictions, read_items, write_predictions
 from clip.processes import OtherProcessError, ending_together
-from clip.resume import AUTO, find_progress
+from clip.resume import AUTO, alone, find_progress
 from clip.robustness import Robustness, measure, write_results
 from clip.robustness_text import describe_one, describe_several
 from clip.run_folder import environment, make_run_folder, read_json, write_json
@@ -187,15 +188,21 @@ def sweep(_config: dict[str, Any], _run: Any, search: Any, sweep_over: Any, swee
 
 
 def train(options: Options) -> dict[str, float]:
-    """A training run in its own folder; the metrics of its best checkpoint on the test split."""
+    """A training run, or what is left of it; the metrics of its best checkpoint on the test split."""
     name = f"{options.exp_name}_seed{options.seed}"
-    if options.resume_from == AUTO:
-        samples_per_batch = options.per_gpu_batchsize * options.processes
-        progress = find_progress(options.log_dir / name, asdict(options), samples_per_batch)
+    if options.resume_from != AUTO:
+        return train_from(options, name)
+    what = (options.log_dir / name, asdict(options), options.per_gpu_batchsize * options.processes)
+    with nullcontext() if options.fast_dev_run else alone(*what):  # which would write a lock
+        progress = find_progress(*what)
         if progress.finished is not None:
             log.info("resume_from=auto: nothing is left to do: %s is finished", progress.finished)
             return read_json(progress.finished / "test_results.json")["metrics"] if options.test_after_fit else {}
-        options = replace(options, resume_from=progress.checkpoint)
+        return train_from(replace(options, resume_from=progress.checkpoint), name)
+
+
+def train_from(options: Options, name: str) -> dict[str, float]:
+    """A training run in its own folder, `name`, from its start or from the checkpoint `resume_from`."""
     pl.seed_everything(options.seed, workers=True, verbose=False)
     say_device(options)
     backbone = load_backbone(options.vit, trust=options.trust_backbone, activation=options.vit_activation)
@@ -372,7 +379,7 @@ def measure_target(target: Target, given: set[str]) -> Robustness | None:
     if getattr(rank_zero_only, "rank", 0):
         return None
     found = measure(subject, store.load(), options.robustness_patterns(), options.bootstrap)
-    names = write_results(found, store.folder)
+    names = write_results(found, store)
     log.info("written to %s: %s", store.folder, ", ".join(["logits.arrow", *names]))
     return found
 

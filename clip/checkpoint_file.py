@@ -15,11 +15,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from clip.messages import first_line
-from vilt.errors import CheckpointError, StorageError
+from vilt.errors import NO_SPACE, CheckpointError, StorageError
 from vilt.utils.files import atomic_path
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A full disk, a used-up quota, a limit on the size of files."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -1,7 +1,8 @@
 """The logits of a test split for each missing type, kept beside their checkpoint in `robustness/logits.arrow`.
 
 A sample's logits depend on nothing but the sample and its missing type, so that these three sets of logits give the
-result of any missing table. Until all three are there, each is kept in a part file of its own.
+result of any missing table. Until all three are there, each is kept in a part file of its own; then the next results
+bring logits.arrow with them, and take the place of the folder as a whole.
 
 Shapes: T missing types (complete, text missing, image missing), N samples, C classes.
 """
@@ -10,7 +11,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +31,10 @@ from clip.messages import quoted
 from clip.training import FinetuneModule
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.errors import CheckpointError, DataError, UserError
+from vilt.errors import CheckpointError, DataError, UserError, reason_of
 from vilt.missing_tables import TYPE_NAMES
 from vilt.utils.arrow_file import open_table
-from vilt.utils.files import atomic_path
+from vilt.utils.files import atomic_path, new_folder, remove_leftovers
 
 log = logging.getLogger("rep")
 
@@ -105,21 +109,20 @@ class LogitStore:
         self.anew = anew
 
     def lacking(self) -> list[int]:
-        """The missing types that have to be encoded.
+        """The missing types that have to be encoded; what a killed run left of the folder is put in order first.
 
         Raises:
             CheckpointError: logits.arrow has another origin.
             DataError: it is damaged, or something else.
         """
+        remove_leftovers(self.folder.resolve().parent, re.escape(self.folder.resolve().name))
         if self._is_whole:
             return []
         return [kind for kind in range(len(TYPE_NAMES)) if not self._has_part(kind)]
 
     def load(self) -> SplitLogits:
-        """All logits, when none are lacking. Parts are put together first, and removed."""
-        if not self._is_whole:
-            self._join_parts()
-        table = self._read(self.path, LOGIT_COLUMNS)
+        """All logits, when none are lacking."""
+        table = self._read(self.path, LOGIT_COLUMNS) if self._is_whole else self._join_parts()
         logits_TNC = np.stack([_matrix(table[name], self.dataset.spec.n_classes) for name in LOGIT_COLUMNS])
         return SplitLogits(
             row_of_sample_N=self.dataset.row_of_sample,
@@ -134,13 +137,41 @@ class LogitStore:
         Raises:
             DataError: the folder cannot be written.
         """
-        self._write(self._part(missing_type), self._columns(labels) | {LOGIT_COLUMNS[missing_type]: _lists(logits_NC)})
+        self.check_writable()
+        path = self._part(missing_type)
+        columns = self._columns(labels) | {LOGIT_COLUMNS[missing_type]: _lists(logits_NC)}
+        try:
+            self._write(path, self._described(columns))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
+
+    @contextmanager
+    def renewed(self, results: Sequence[str]) -> Iterator[Path]:
+        """Yields a folder that takes the place of the old one when the block ends: a kill leaves the one or the other.
+
+        It holds all logits, when none are lacking, and what else the old one holds, but for files called as `results`.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        parts = (self._part(kind).name for kind in range(len(TYPE_NAMES)))
+        left_behind = shutil.ignore_patterns(*results, *parts, ".*.part")
+        try:
+            with new_folder(self.folder) as fresh:
+                shutil.copytree(
+                    self.folder, fresh, symlinks=True, ignore=left_behind, copy_function=_link, dirs_exist_ok=True
+                )
+                if not self._is_whole:
+                    self._write(fresh / self.path.name, self._join_parts())
+                yield fresh
+        except OSError as error:
+            raise DataError(f"{error.filename or self.folder}: cannot be written: {reason_of(error)}") from error
 
     def check_writable(self) -> None:
         """Makes the folder; DataError where that or writing there is impossible."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
+            if not all(os.access(folder, os.W_OK) for folder in (self.folder, self.folder.resolve().parent)):
                 raise PermissionError(None, "not writable")
         except OSError as error:
             raise DataError(f"{self.folder}: cannot keep results there: {error.strerror or error}") from error
@@ -172,13 +203,10 @@ class LogitStore:
             return False
         return True
 
-    def _join_parts(self) -> None:
+    def _join_parts(self) -> pa.Table:
         parts = [self._read(self._part(kind), [name]) for kind, name in enumerate(LOGIT_COLUMNS)]
         columns = self._columns(torch.from_numpy(self._labels(parts[0])))
-        self._write(self.path, columns | {name: part[name] for name, part in zip(LOGIT_COLUMNS, parts, strict=True)})
-        self._is_whole = True
-        for kind in range(len(TYPE_NAMES)):
-            self._part(kind).unlink()
+        return self._described(columns | {name: part[name] for name, part in zip(LOGIT_COLUMNS, parts, strict=True)})
 
     def _columns(self, labels: Tensor) -> dict[str, pa.Array]:
         """What says which sample a row is."""
@@ -197,16 +225,13 @@ class LogitStore:
             return _matrix(table["label"], self.dataset.spec.n_classes)
         return table["label"].to_numpy().copy()
 
-    def _write(self, path: Path, columns: dict[str, Any]) -> None:
+    def _described(self, columns: dict[str, Any]) -> pa.Table:
         description = {"format": FORMAT, **asdict(self.origin), "configuration": self.configuration}
-        metadata = {DESCRIPTION: json.dumps(description, default=str).encode()}
-        table = pa.table(columns).replace_schema_metadata(metadata)
-        self.check_writable()
-        try:
-            with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
-                writer.write_table(table)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+        return pa.table(columns).replace_schema_metadata({DESCRIPTION: json.dumps(description, default=str).encode()})
+
+    def _write(self, path: Path, table: pa.Table) -> None:
+        with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
+            writer.write_table(table)
 
     def _read(self, path: Path, logit_columns: Sequence[str]) -> pa.Table:
         """The table in `path`; CheckpointError where its origin is another one, DataError where it is damaged."""
@@ -281,6 +306,14 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _link(source: str, target: str) -> None:
+    """Gives a file a second name, so that it is not written again; copies it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _lists(values_NC: Tensor) -> pa.Array:

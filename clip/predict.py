@@ -32,7 +32,7 @@ from clip.training import model_input
 from vilt.datamodules import Batch, collate_for_evaluation
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.specs import DATASETS
-from vilt.errors import DataError
+from vilt.errors import DataError, reason_of
 from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING, TYPE_NAMES
 from vilt.transforms import decode_image
 from vilt.utils.files import atomic_path
@@ -319,7 +319,7 @@ def write_predictions(
                 if len(first) < SHOWN:
                     first.append(prediction)
     except OSError as error:
-        raise DataError(f"output={path}: cannot be written: {error.strerror or error}") from error
+        raise DataError(f"output={path}: cannot be written: {reason_of(error)}") from error
     return first
 
 

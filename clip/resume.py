@@ -1,20 +1,24 @@
 """`resume_from=auto`: how far earlier runs with the same options came."""
 
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip.checkpoint_file import check_whole
 from clip.messages import first_line
 from clip.option_names import OF_OTHER_COMMANDS
 from clip.run_folder import read_json
 from vilt.errors import CheckpointError, DataError
+from vilt.utils.locks import locked
 
 log = logging.getLogger("rep")
 
@@ -40,6 +44,26 @@ class Progress:
     """Folder of the run, if nothing is left to do."""
     checkpoint: Path | None = None
     """From which it goes on otherwise. A run that lacks only the test has one of its last step."""
+
+
+@contextmanager
+def alone(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> Iterator[None]:
+    """Sees to it that no two runs below `parent` do the same training at once, each from the other's checkpoints.
+
+    Runs that differ in an option of the training have different locks. Of several processes the first one holds it.
+
+    Raises:
+        BusyError: another one is at it; names it.
+        ConfigError: `parent` cannot be written.
+    """
+    if getattr(rank_zero_only, "rank", 0):
+        yield
+        return
+    training = {name: value for name, value in _comparable(config).items() if name not in NOT_THE_TRAINING}
+    described = json.dumps([training, samples_per_batch], sort_keys=True)
+    lock = parent / f".training_{hashlib.sha256(described.encode()).hexdigest()[:16]}.lock"
+    with locked(lock, f"resume_from=auto: another process is at this training in {parent}"):
+        yield
 
 
 def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> Progress:

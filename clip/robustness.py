@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from clip.logit_store import SplitLogits
+from clip.logit_store import LogitStore, SplitLogits
 from clip.metrics import auroc_and_accuracy
 from clip.run_folder import write_csv, write_json
 from clip.sample_statistics import LEVEL, class_figures, confidence, confusions, roc
 from clip.tasks import Task
 from vilt import missing_tables
-from vilt.errors import DataError
 from vilt.missing_tables import IMAGE_MISSING, TEXT_MISSING, TYPE_NAMES, MissingPattern, load_missing_table
 
 FORMAT = 1
+RESULTS = ("robustness.json", "cells.csv", "matrix.csv", "per_class.csv", "confusions.csv", "roc.csv")
+"""All files that `write_results` may write; which of them depends on the dataset."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,8 @@ def measure(
     )
 
 
-def write_results(found: Robustness, folder: Path) -> list[str]:
-    """Writes robustness.json and the tables into `folder`, each whole or not at all; returns their names.
+def write_results(found: Robustness, store: LogitStore) -> list[str]:
+    """Writes robustness.json and the tables beside the logits, all of them or none; returns their names.
 
     Raises:
         DataError: the folder cannot be written.
@@ -156,12 +157,10 @@ def write_results(found: Robustness, folder: Path) -> list[str]:
         ]
     if found.roc:
         tables["roc.csv"] = [["type_name", "fpr", "tpr", "threshold"], *_roc_rows(found)]
-    try:
+    with store.renewed(RESULTS) as folder:
         for name, (header, *rows) in tables.items():
             write_csv(folder / name, header, rows)
         write_json(folder / "robustness.json", _as_json(found))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot keep results there: {error.strerror or error}") from error
     return ["robustness.json", *tables]
 
 

@@ -14,7 +14,8 @@ from clip.messages import first_line, quoted
 from clip.run_folder import custom_in, read_json, write_csv
 from clip.tasks import task_of
 from clip.text_table import align, pattern_text
-from vilt.errors import ConfigError, DataError
+from vilt.errors import ConfigError, DataError, reason_of
+from vilt.utils.files import whole_lines
 from vilt.utils.torch_file import load_inert
 
 log = logging.getLogger("rep")
@@ -105,7 +106,7 @@ def write_runs(rows: Sequence[RunRow], path: Path) -> None:
     try:
         write_csv(path, header, [[_say_date(v) if isinstance(v, datetime) else v for v in line] for line in values])
     except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
 
 
 def find_checkpoints(places: Sequence[Path]) -> list[Path]:
@@ -224,7 +225,7 @@ def _best_validation(folder: Path, monitor: str) -> float | None:
     if not path.is_file():
         return None
     with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(whole_lines(file))
         try:
             values = [float(line[monitor]) for line in reader if line.get(monitor)]
         except (ValueError, csv.Error) as error:

@@ -9,6 +9,7 @@ certain: some are left out, some posters are faint, and some plots use a genre's
 """
 
 import argparse
+import io
 import json
 import random
 import sys
@@ -150,7 +151,9 @@ def make_pretrain_film(seed: int, number: int) -> Film:
 
 
 def _write_film(folder: Path, film_id: str, film: Film) -> None:
-    film.poster.save(folder / "images" / f"{film_id}.jpeg", quality=88)
+    poster = io.BytesIO()  # Pillow does not notice where a full disk takes a part of a file only
+    film.poster.save(poster, "JPEG", quality=88)
+    (folder / "images" / f"{film_id}.jpeg").write_bytes(poster.getvalue())
     label: dict[str, object] = {"title": film.title, "plot": film.plots, "year": film.year}
     if film.genres is not None:
         label["genres"] = film.genres

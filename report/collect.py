@@ -25,6 +25,7 @@ from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, custom_spec
 from vilt.errors import ConfigError, DataError
 from vilt.missing_tables import MISSING_TYPES, TYPE_NAMES
 from vilt.utils.arrow_file import open_table
+from vilt.utils.files import whole_lines
 
 FORMAT = 1
 LOGIT_COLUMNS = {name: f"logits_{name.replace(' ', '_')}" for name in TYPE_NAMES}
@@ -243,7 +244,7 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]] | None:
     curves: dict[str, list[tuple[int, float]]] = {}
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(whole_lines(file))
             for row in reader:
                 for name, value in row.items():
                     if name not in ("epoch", "step") and value:

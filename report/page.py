@@ -18,7 +18,7 @@ from report.searches import Search, read_searches
 from report.series import by_dataset
 from report.tables import runs_table
 from report.text import counted, day, listed
-from vilt.errors import DataError
+from vilt.errors import DataError, reason_of
 from vilt.utils.files import check_replaceable, whole_folder
 
 MARKER = "report.json"
@@ -70,7 +70,7 @@ def make_report(runs: Sequence[Path], out: Path) -> Path:
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(data)
     except OSError as error:
-        raise DataError(f"out={out}: cannot be written: {error.strerror or error}") from error
+        raise DataError(f"out={out}: cannot be written: {reason_of(error)}") from error
     return out / "index.html"
 
 

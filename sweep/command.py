@@ -13,10 +13,11 @@ from clip.run_folder import write_json
 from clip.tasks import TASKS
 from config import Options, check
 from sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
-from sweep.jobs import locked, run_command
+from sweep.jobs import run_command
 from sweep.launchers import CLUSTERS, make_launcher
 from sweep.search import check_values, open_search, run_search
 from vilt.errors import ConfigError, SweepError
+from vilt.utils.locks import locked
 
 log = logging.getLogger("rep")
 

@@ -3,22 +3,20 @@
 Nothing heavy is imported here: a node of a cluster reads this module before it starts the run.
 """
 
-import fcntl
 import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vilt.errors import ConfigError, SweepError
+from vilt.errors import BusyError
+from vilt.utils.locks import locked
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
 PATIENCE_S = 60.0
@@ -87,31 +85,6 @@ def run_command(*arguments: str) -> list[str]:
     return [sys.executable, str(RUN), *arguments]
 
 
-@contextmanager
-def locked(path: Path, busy: str) -> Iterator[int]:
-    """Holds the lock file `path`; yields its descriptor, which a child process may hold too.
-
-    Raises:
-        SweepError: another process holds it: `busy`, and who.
-        ConfigError: it cannot be made.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        raise ConfigError(f"log_dir: cannot write to {path.parent}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise SweepError(f"{busy} ({file.read().strip()})") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield file.fileno()
-
-
 def run_job(job: Job) -> Outcome:
     """Runs `job` to its end, its words going to its log; interrupted, it first stops the run."""
     began = time.monotonic()
@@ -119,7 +92,7 @@ def run_job(job: Job) -> Outcome:
         # The run holds the lock too: should this process be killed, nobody runs the same beside what goes on alone.
         with locked(job.log.with_suffix(".lock"), "another process is at this run") as lock:
             error = None if job.state == "complete" else _run(job, lock)
-    except SweepError as busy:
+    except BusyError as busy:
         error = str(busy)
     return Outcome(error, time.monotonic() - began)
 

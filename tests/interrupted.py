@@ -16,7 +16,7 @@ import torch
 from tests.conftest import Workspace
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports everything once: a run then starts in a moment
-CONTEXT.set_forkserver_preload(["run"])
+CONTEXT.set_forkserver_preload(["run", "tests.writers"])
 OPTIONS = (
     *("val_check_interval=0.4", "max_epoch=3", "num_workers=1", "simulate_missing=True"),
     *("batch_size=8", "per_gpu_batchsize=4", "resume_from=auto"),
@@ -111,7 +111,7 @@ class Chain:
     @property
     def folders(self) -> list[Path]:
         """Of the runs, in their order."""
-        return sorted(self.parent.iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
+        return sorted(self.parent.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
 
     def metrics(self) -> dict[tuple[int, tuple[str, ...]], dict[str, str]]:
         """The lines of all metrics.csv by step and columns; repeated ones have to agree."""

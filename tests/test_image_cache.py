@@ -31,6 +31,7 @@ from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.errors import DataError
 from vilt.image_cache import open_image_cache
 from vilt.transforms import decode_image
+from vilt.utils.files import MACHINE
 
 SIZE = 8
 ROWS = 7
@@ -268,7 +269,7 @@ def test_what_else_makes_a_cache_stale(memes, monkeypatch, what):
 def test_only_stale_caches_of_the_same_file_and_size_are_removed(memes, caplog):
     digest = "0123456789abcdef"
     stale = f"hatememes_train_images8_{digest}.npy"
-    unfinished = f".hatememes_train_images8_{digest}.npy.89abcdef.part"
+    unfinished = f".hatememes_train_images8_{digest}.npy.{MACHINE}.89abcdef.part"
     others = {
         f"hatememes_train_images18_{digest}.npy",
         f"hatememes_train_images8_{digest}0.npy",
@@ -398,6 +399,16 @@ def test_a_folder_that_takes_no_lock_is_an_error(memes):
     assert str(raised.value) == (
         f"{memes / ARROW}: cannot keep the decoded images beside it: Is a directory; they need 1,344 bytes"
     )
+
+
+def test_what_a_maker_killed_at_the_very_end_has_left_is_removed(memes):
+    open_memes(memes).cache_images(0)
+    cache = cache_in(memes)
+    made = cache.stat().st_ino
+    (memes / "hatememes_train_images8_0123456789abcdef.npy").touch()
+    (memes / LOCK).touch()
+    open_memes(memes).cache_images(0)
+    assert cache_in(memes) == cache and cache.stat().st_ino == made
 
 
 def test_an_interruption_leaves_nothing_behind(memes, small_batches, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,26 @@ def test_sigterm_writes_a_checkpoint_first(workspace: Workspace, whole: Chain) -
         assert torch.load(newest, weights_only=True)["global_step"] == step, place
     assert chain.run() == 0, chain.log.read_text()
     assert_same(chain, whole)
+
+
+def test_of_two_that_are_started_together_one_is_refused(workspace: Workspace, whole: Chain) -> None:
+    """And none is after the other was killed, whose loader processes live on for a while."""
+    pair = [Chain(workspace, "together"), Chain(workspace, "together")]
+    pair[1].log = pair[1].log.with_name("together_too.log")
+    assert pair[0].run(("accumulation", 3, KILLED)) == -KILLED
+    processes = [chain.started() for chain in pair]
+    for process in processes:
+        process.join(120)
+    at_work, refused = sorted(zip(processes, pair, strict=True), key=lambda one: one[0].exitcode or 0)
+    assert [at_work[0].exitcode, refused[0].exitcode] == [0, 2], [chain.log.read_text() for chain in pair]
+    assert refused[1].log.read_text().splitlines()[-1] == (
+        f"error: resume_from=auto: another process is at this training in {pair[0].parent} "
+        f"(process {at_work[0].pid} on {socket.gethostname()})"
+    )
+    assert len(pair[0].folders) == 2, "that of the killed run, and one"
+    assert_same(pair[0], whole)
+    assert pair[1].run() == 0, "nothing is left to do"
+    assert not list(pair[0].parent.glob(".*"))
 
 
 def test_a_second_signal_stops_at_once(workspace: Workspace) -> None:

@@ -368,7 +368,9 @@ def test_training_curves_are_averaged_over_equal_parts(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     steps = CURVE_POINTS * 4
     lines = [f"0,{step},{step % 4}," for step in range(steps)]
-    (run / "metrics.csv").write_text("\n".join(["epoch,step,train/loss,val/f1_macro", *lines, f"0,{steps},,0.25"]))
+    (run / "metrics.csv").write_text(
+        "\n".join(["epoch,step,train/loss,val/f1_macro", *lines, f"0,{steps},,0.25\n0,9,,0.9"])
+    )
     figure = training_curves(dataset_of(run))
     assert figure is not None and "R1 25.00" in figure.alt
     from report.figures import _thinned
@@ -658,7 +660,7 @@ def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch:
         return written(path, data)
 
     def stuck(path: Path, target: Path) -> Path:
-        if path.suffix == ".part":
+        if path.name == "new":
             raise OSError(5, "No space left on device")
         return renamed(path, target)
 

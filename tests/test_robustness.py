@@ -365,6 +365,32 @@ def encoded(encoded_once: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(encoded_once, tmp_path / "encoded" / "version_0"))
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_new_results_take_the_place_of_all_old_ones_and_of_nothing_else(
+    workspace: Workspace, encoded: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    folder = encoded / "robustness"
+    (folder / "roc.csv").write_text("of another dataset")
+    (folder / "logits_complete.part.arrow").write_text("of a run that was killed when it had put them together")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "cells.txt").write_text("kept")
+    logits = (folder / "logits.arrow").stat()
+    if not links:
+        monkeypatch.setattr("os.link", refuse)
+    robustness(workspace, f"load_path={encoded / 'best.ckpt'}", "robustness_ratios=[0.5]", "bootstrap=0")
+    names = {"logits.arrow", "robustness.json", "cells.csv", "matrix.csv", "per_class.csv", "mine"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "mine" / "cells.txt").read_text() == "kept"
+    assert len(results_of(encoded)["cells"]) == len(table_of(encoded, "matrix.csv")) == 3
+    now = (folder / "logits.arrow").stat()
+    assert (now.st_size, now.st_mtime_ns) == (logits.st_size, logits.st_mtime_ns)
+    assert (now.st_ino == logits.st_ino) == links
+    assert not [path for path in encoded.iterdir() if path.name.startswith(".")]
+
+
 def test_another_test_set_precision_or_tokenizer_is_refused(
     workspace: Workspace, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,7 @@ def test_how_far_a_run_without_test_result_came(tmp_path: Path, options: dict[st
 
 def test_validation_without_the_checkpoint_is_that_of_metrics_csv(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a" / "version_0", score=None)
-    (folder / "metrics.csv").write_text("epoch,step,val/f1_macro\n0,1,0.2\n0,2,nan\n0,2,\n1,3,0.25\n1,4,0.1\n")
+    (folder / "metrics.csv").write_text("epoch,step,val/f1_macro\n0,1,0.2\n0,2,nan\n0,2,\n1,3,0.25\n1,4,0.1\n1,5,0.9")
     assert list_runs(tmp_path)[0].validation == 0.25
 
 

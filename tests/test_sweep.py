@@ -26,11 +26,12 @@ from clip.text_table import ruled_table
 from run import command_line
 from sweep import jobs
 from sweep.grid import mean_and_std
-from sweep.jobs import Job, Outcome, error_in, locked, run_job
+from sweep.jobs import Job, Outcome, error_in, run_job
 from sweep.launchers import Submission, _run_submitted, make_launcher
 from sweep.progress import Progress, duration
 from tests.conftest import Workspace
 from vilt.errors import ConfigError
+from vilt.utils.locks import locked
 
 STAND_IN = """
 import json, os, pathlib, shutil, signal, sys, time

@@ -1,6 +1,9 @@
 """Errors that a user can mend. `run.py` and `make_arrow.py` print them without a traceback and exit with status 2."""
 
 import errno
+import os
+import shutil
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -28,7 +31,11 @@ class NonFiniteLossError(UserError):
 
 
 class SweepError(UserError):
-    """Runs of a sweep failed, or its folder belongs to another sweep or to one that is still running."""
+    """Runs of a sweep failed, or its folder belongs to another sweep."""
+
+
+class BusyError(UserError):
+    """Another process is at the same work."""
 
 
 class StorageError(UserError):
@@ -43,11 +50,11 @@ class MachineError(UserError):
     """The machine refuses: a disk is full, a folder may not be written, too many files are open, no memory is left."""
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a used-up quota, a limit on the size of files."""
 OF_THE_MACHINE = frozenset(
     (
-        errno.ENOSPC,  # disk full
-        errno.EDQUOT,
-        errno.EFBIG,  # a limit on the size of files
+        *NO_SPACE,
         errno.EACCES,
         errno.EPERM,
         errno.EROFS,
@@ -70,4 +77,15 @@ def machine_error(error: OSError) -> MachineError | None:
     if error.errno not in OF_THE_MACHINE:
         return None
     at = f"{error.filename}: " if error.filename is not None else ""
-    return MachineError(f"{at}{error.strerror}")
+    return MachineError(f"{at}{reason_of(error)}")
+
+
+def reason_of(error: OSError) -> str:
+    """What the system says of a file that it cannot write; where room is lacking, also how much there is."""
+    if error.errno not in NO_SPACE:
+        return error.strerror or str(error)
+    free = ""
+    if error.filename is not None:
+        folder = next(folder for folder in Path(error.filename).absolute().parents if folder.exists())
+        free = f"; {shutil.disk_usage(folder).free:,} bytes free"
+    return f"{os.strerror(error.errno)}{free}"

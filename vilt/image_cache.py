@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vilt.errors import DataError
-from vilt.utils.files import atomic_path
+from vilt.utils.files import atomic_path, remove_leftovers
 from vilt.utils.mapped_array import MappedArray, fault_of
 
 log = logging.getLogger(__name__)
@@ -58,18 +58,19 @@ def open_image_cache(arrow_path: Path, n_rows: int, size: int, read_image: ReadI
     needed = math.prod(shape)  # bytes; the header is 128 more
     try:
         cache = _path_of(arrow_path, size)
-        if fault_of(cache, np.uint8, shape) is None:
-            return MappedArray(cache)
         # One lock for all states of the arrow file: its holder knows that nobody else is writing.
         lock = cache.with_name(f".{arrow_path.stem}_images{size}.lock")
+        # Where the lock is there, the cache is just being made, or its maker was killed, and may have left others.
+        if fault_of(cache, np.uint8, shape) is None and not os.access(lock, os.W_OK):
+            return MappedArray(cache)
         with _locked(lock, f"{cache}: another process is making it ({_size(needed)}); waiting for that"):
             fault = fault_of(cache, np.uint8, shape)
             if fault is not None:
                 if cache.exists():
                     log.warning("%s: not readable (%s); making it anew", cache, fault)
-                _remove_others(cache, arrow_path, size, unfinished=True)
+                remove_leftovers(cache.parent, _names(arrow_path, size))
                 _make(cache, shape, read_image, workers)
-                _remove_others(cache, arrow_path, size, unfinished=False)
+            _remove_others(cache, arrow_path, size)
     except OSError as error:
         raise DataError(
             f"{arrow_path}: cannot keep the decoded images beside it: {error.strerror or error}; "
@@ -132,13 +133,16 @@ def _is_at(path: Path, descriptor: int) -> bool:
     return False
 
 
-def _remove_others(cache: Path, arrow_path: Path, size: int, *, unfinished: bool) -> None:
-    """Removes caches of other states of the arrow file, or those that were never finished: their maker was killed."""
-    name = rf"{re.escape(arrow_path.stem)}_images{size}_[0-9a-f]{{16}}\.npy"
-    pattern = re.compile(rf"\.{name}\.[0-9a-f]{{8}}\.part" if unfinished else name)
+def _names(arrow_path: Path, size: int) -> str:
+    """The names of the caches of all states of the arrow file, as a regular expression."""
+    return rf"{re.escape(arrow_path.stem)}_images{size}_[0-9a-f]{{16}}\.npy"
+
+
+def _remove_others(cache: Path, arrow_path: Path, size: int) -> None:
+    """Removes caches of other states of the arrow file."""
     for path in list(cache.parent.iterdir()):
-        if pattern.fullmatch(path.name) and path != cache:
-            what = "left by a run that was killed" if unfinished else "of another state of the arrow file or Pillow"
+        if re.fullmatch(_names(arrow_path, size), path.name) and path != cache:
+            what = "of another state of the arrow file or Pillow"
             try:
                 path.unlink(missing_ok=True)
                 log.info("%s: %s; removed", path, what)

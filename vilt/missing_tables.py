@@ -16,7 +16,7 @@ import torch
 
 from clip.messages import first_line
 from vilt.datasets.specs import EVERY_DATASET, Split
-from vilt.errors import DataError
+from vilt.errors import DataError, reason_of
 from vilt.utils.files import atomic_path
 from vilt.utils.torch_file import load_inert
 
@@ -99,7 +99,7 @@ def load_missing_table(root: Path, dataset: str, split: Split, pattern: MissingP
         with atomic_path(path) as temporary:
             temporary.write_text(_format(table, described), "utf-8")
     except OSError as error:
-        raise DataError(f"missing_table_root={root}: cannot write {path.name}: {error.strerror or error}") from error
+        raise DataError(f"missing_table_root={root}: cannot write {path.name}: {reason_of(error)}") from error
     return table
 
 

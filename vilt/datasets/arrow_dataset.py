@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from vilt.datasets.specs import DatasetSpec, Split
-from vilt.errors import DataError
+from vilt.errors import DataError, reason_of
 from vilt.image_cache import open_image_cache
 from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING
 from vilt.transforms import decode_image
@@ -225,7 +225,7 @@ class ArrowDataset(Dataset[Sample]):
                 np.save(file, tokens)
             self._tokens = MappedArray(cache)
         except OSError as error:
-            log.info("%s: cannot keep the token ids there (%s); each run makes them anew", cache, error.strerror)
+            log.info("%s: cannot keep the token ids there (%s); each run makes them anew", cache, reason_of(error))
             self._tokens = tokens
 
     def cache_images(self, workers: int) -> None:

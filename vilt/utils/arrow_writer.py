@@ -13,7 +13,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from vilt.datasets.specs import DatasetSpec
-from vilt.errors import DataError
+from vilt.errors import DataError, reason_of
 from vilt.utils.files import atomic_path, sync_folder
 from vilt.utils.ordered_pool import OrderedPool
 from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row, printable
@@ -257,11 +257,11 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
             mark = dataset.spec.replacing_mark(target)
             mark.touch()
             sync_folder(target)
-        mark.unlink()  # not after an error or a kill among the renames: the files are of two conversions then
         if not summary.bad:
             report.unlink(missing_ok=True)  # of an earlier run: it would speak of files that are replaced now
+        mark.unlink()  # not after an error or a kill before this: the files are of two conversions then
     except OSError as error:
         raise DataError(
-            f"cannot write to {target}: {error.strerror or error}. No file was left half-written."
+            f"cannot write to {error.filename or target}: {reason_of(error)}. No file was left half-written."
         ) from None
     return summary

@@ -584,6 +584,7 @@ class Options:
             warmup_steps=self.warmup_steps,
             end_lr=self.end_lr,
             decay_power=self.decay_power,
+            max_steps=self.max_steps,
         )
 
 
@@ -728,8 +729,6 @@ def check_together(options: Options) -> None:
         raise ConfigError("finetune_first: expected a checkpoint to start from in load_path")
     if options.resume_from is not None and options.test_only:
         raise ConfigError("resume_from: goes on with a training run; test_only contradicts it")
-    if options.resume_from not in (None, AUTO) and options.load_path is not None:
-        raise ConfigError("resume_from: goes on with a training run; load_path contradicts it")
     for name, checkpoint in (("load_path", options.load_path), ("resume_from", options.resume_from)):
         if checkpoint not in (None, AUTO) and not Path(checkpoint).is_file():
             raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")

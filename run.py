@@ -6,6 +6,7 @@
 Exit status: 0 done, 2 something the user can mend, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM.
 """
 
+import inspect
 import logging
 import sys
 import time
@@ -23,10 +24,11 @@ from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from clip.backbone import Backbone, load_backbone
-from clip.callbacks import Checkpoints, Report
+from clip.callbacks import Checkpoints, Report, StepLimit
 from clip.checkpoint import (
     Checkpoint,
     ModelSpec,
@@ -56,7 +58,7 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model, tokenizer_for
 from clip.predict import Predictor, describe_predictions, read_items, write_predictions
 from clip.processes import OtherProcessError, ending_together
-from clip.resume import AUTO, alone, find_progress
+from clip.resume import AUTO, alone, find_progress, say_differences
 from clip.robustness import Robustness, measure, write_results
 from clip.robustness_text import describe_one, describe_several
 from clip.run_folder import environment, make_run_folder, read_json, write_json
@@ -80,6 +82,7 @@ from sweep.command import run_sweep
 from targets import Target, check_agreement, open_targets
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.open_spec import open_spec
 from vilt.errors import CheckpointError, CheckupError, ConfigError, UserError, machine_error
 from vilt.missing_tables import TYPE_NAMES, type_counts
 
@@ -192,7 +195,8 @@ def train(options: Options) -> dict[str, float]:
     name = f"{options.exp_name}_seed{options.seed}"
     if options.resume_from != AUTO:
         return train_from(options, name)
-    what = (options.log_dir / name, asdict(options), options.per_gpu_batchsize * options.processes)
+    custom = open_spec(options.task, options.data_root, options.splits).custom
+    what = (options.log_dir / name, described(options, custom), options.per_gpu_batchsize * options.processes)
     with nullcontext() if options.fast_dev_run else alone(*what):  # which would write a lock
         progress = find_progress(*what)
         if progress.finished is not None:
@@ -223,6 +227,7 @@ def train_from(options: Options, name: str) -> dict[str, float]:
     )
     if options.resume_from is not None:
         check_resume(read_checkpoint(Path(options.resume_from)), spec, backbone)
+        say_differences(Path(options.resume_from), described(options, custom))
     elif options.load_path is not None:
         start = read_checkpoint(options.load_path)
         if options.finetune_first:
@@ -395,16 +400,20 @@ def make_trainer(
     if options.processes > 1:
         # Types that a batch lacks leave parameters without gradient. The buffers are equal by construction, and
         # processes may have different numbers of evaluation batches: no broadcast in a forward pass.
-        strategy = DDPStrategy(find_unused_parameters=True, forward_sync_buffers=False)
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as once called
+        without_sync: dict[str, Any] = {sync: False}
+        strategy = DDPStrategy(find_unused_parameters=True, **without_sync)
     steps_per_look = GPU_STEPS_PER_LOOK if options.num_gpus else 1
     callbacks: list[pl.Callback] = [TQDMProgressBar(refresh_rate=steps_per_look if sys.stderr.isatty() else 0)]
     interval, accumulation = steps_per_epoch, 1
     if checkpoints is not None:
         accumulation, wanted = options.accumulation, options.val_check_interval
         interval = int(wanted * steps_per_epoch) if isinstance(wanted, float) else wanted
-        steps = min(max(1, round(interval / accumulation)), options.max_steps or sys.maxsize)
-        interval = min(steps_per_epoch, steps * accumulation)
+        interval = min(steps_per_epoch, max(1, round(interval / accumulation)) * accumulation)
         callbacks.append(Report(checkpoints.monitor))
+        if options.max_steps is not None:
+            callbacks.append(StepLimit(options.max_steps))
     keeps = checkpoints is not None and not options.fast_dev_run
     if checkpoints is not None and keeps:
         callbacks += [checkpoints, LearningRateMonitor("step")]
@@ -419,7 +428,6 @@ def make_trainer(
         strategy=strategy,
         precision=options.precision,  # type: ignore[arg-type]
         max_epochs=options.max_epoch,
-        max_steps=options.max_steps or -1,
         accumulate_grad_batches=accumulation,
         val_check_interval=interval,
         log_every_n_steps=steps_per_look,
@@ -515,10 +523,15 @@ def start_folder(options: Options, name: str, custom: CustomData | None) -> Path
     """
     folder = make_run_folder(options.log_dir, name)
     EX.current_run.info["folder"] = str(folder)  # type: ignore[attr-defined]  # for `command_line`, and Sacred's record
-    write_json(folder / "config.json", asdict(options) | ({CUSTOM: asdict(custom)} if custom is not None else {}))
+    write_json(folder / "config.json", described(options, custom))
     write_json(folder / "environment.json", {"command": sys.argv, **environment()})
     log.info("run folder: %s", folder)
     return folder
+
+
+def described(options: Options, custom: CustomData | None) -> dict[str, Any]:
+    """What config.json holds: the options, and what the arrow files say of one's own data."""
+    return asdict(options) | ({CUSTOM: asdict(custom)} if custom is not None else {})
 
 
 def say_device(options: Options) -> None:

@@ -93,7 +93,7 @@ class Checkpoints(Checkpoint):
         self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning also calls this where max_steps ends the training in mid-epoch, and would take what is left of the
+        # Lightning also calls this where StepLimit ends the training in mid-epoch, and would take what is left of the
         # epoch for done in a run resumed from there.
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed == trainer.num_training_batches:
             self._write_last(trainer)
@@ -152,6 +152,42 @@ class Checkpoints(Checkpoint):
             self._write_last(trainer)
         log.info("stopped at step %d; resume_from=auto, other options as before, goes on from there", self._kept_step)
         raise Stopped(number)
+
+
+class StepLimit(pl.Callback):
+    """Ends a training after `max_steps` optimiser steps, with a validation.
+
+    Lightning's own max_steps does not: it neither validates then, nor knows, on resuming, an epoch that is over from
+    one that it stopped in the middle of, and leaves the next one out.
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loop = trainer.fit_loop
+        epoch, validation = loop.epoch_progress.current, loop.epoch_loop.val_loop.batch_progress.total
+        batches = loop.epoch_loop.batch_progress.current.completed
+        # In a resumed run the end of an epoch, or a validation that was stopped, may be still to come.
+        if not (batches == trainer.num_training_batches and epoch.ready > epoch.completed) and (
+            validation.ready == validation.completed
+        ):
+            self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._look(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step >= self.max_steps:
+            trainer.should_stop = True
 
 
 class Report(pl.Callback):

@@ -1,5 +1,6 @@
 """Runs on several processes: what ends one of them ends all, with one message and one exit status."""
 
+import re
 import signal
 import subprocess
 import time
@@ -8,25 +9,25 @@ from contextlib import contextmanager
 
 import pytorch_lightning as pl
 
-from clip.ending import USER_ERROR
+from clip.ending import OUR_FAULT, USER_ERROR
 from clip.interruption import Stopped
 from vilt.errors import NonFiniteLossError
 
 SECONDS_TO_END = 5
 """For a process whose connections are gone."""
+LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|failed to recv", re.IGNORECASE)
+"""What torch's errors say when the process at the other end is gone."""
 
 
 class OtherProcessError(Exception):
-    """A process that this one has started ended before its time; it has said why itself.
+    """Another process of the run is gone; it has said why itself.
 
     Args:
-        rank: its number.
         status: its exit status, or the negative number of the signal that killed it.
     """
 
-    def __init__(self, rank: int, status: int) -> None:
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        super().__init__(f"process {rank} of the run {how}")
+    def __init__(self, what: str, status: int) -> None:
+        super().__init__(what)
         self.status = status
 
 
@@ -53,7 +54,11 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
         for _, process in started:
             process.kill()
         if ended is not None:
-            raise OtherProcessError(*ended) from error
+            rank, status = ended
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            raise OtherProcessError(f"process {rank} of the run {how}", status) from error
+        if trainer.global_rank and isinstance(error, RuntimeError) and LOST.search(str(error)):
+            raise OtherProcessError(f"process {trainer.global_rank} lost the others of the run", OUR_FAULT) from error
         raise
 
 

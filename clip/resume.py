@@ -33,6 +33,8 @@ NOT_THE_TRAINING = {
 }
 """Options in which a run and the one that goes on with it may differ: names, places, the machine, the test, other
 commands. What of the machine and the data does matter is checked when the checkpoint is read."""
+OF_A_START = {"load_path": None, "finetune_first": None}
+"""Options that a training which goes on has no use for."""
 TEST_PATTERN = ("missing_ratio.test", "missing_type.test")
 
 
@@ -111,17 +113,43 @@ def _agreeing(parent: Path, ours: dict[str, Any], samples_per_batch: int) -> Ite
         except (DataError, KeyError, TypeError) as error:
             log.warning("%s: passed over: %s", folder, first_line(error))
             continue
-        differing = [
-            f"{name} (there {theirs.get(name, 'no such option')}, here {ours.get(name, 'no such option')})"
-            for name in sorted(ours.keys() | theirs.keys())
-            if name not in NOT_THE_TRAINING and (name not in ours or name not in theirs or ours[name] != theirs[name])
-        ]
+        differing = _differences(theirs, ours)
         if batch != samples_per_batch:
             differing.append(f"samples per batch (there {batch}, here {samples_per_batch})")
         if differing:
             log.info("%s: a run with other options: %s", folder, ", ".join(differing))
         else:
             yield folder, theirs
+
+
+def say_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
+    """Logs in which options a training that goes on from `checkpoint` differs from the run that wrote it.
+
+    What optimiser and schedule hold comes from the checkpoint; the rest is as the options are now.
+    """
+    path = checkpoint.with_name("config.json")
+    if not path.is_file():
+        return
+    try:
+        theirs, ours = ({**_comparable(one), **OF_A_START} for one in (read_json(path), config))
+        differing = _differences(theirs, ours)
+    except (DataError, TypeError, ValueError) as error:
+        log.info("%s: not compared: %s", path, first_line(error))
+        return
+    if differing:
+        log.info(
+            "resume_from: goes on with other options than the run had: %s; the learning rate and its schedule stay "
+            "those of the checkpoint",
+            ", ".join(differing),
+        )
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} (there {theirs.get(name, 'no such option')}, here {ours.get(name, 'no such option')})"
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in NOT_THE_TRAINING and (name not in ours or name not in theirs or ours[name] != theirs[name])
+    ]
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:

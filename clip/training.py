@@ -52,6 +52,8 @@ class OptimizerSettings:
     end_lr: float
     decay_power: float | str
     """Power of the polynomial decay, or `cosine`."""
+    max_steps: int | None = None
+    """All steps, where that is less than the epochs have."""
 
 
 def model_input(batch: Batch) -> ModelInput:
@@ -281,7 +283,8 @@ class FinetuneModule(pl.LightningModule):
             self.classifier, self.task.head_name, settings.learning_rate, settings.lr_mult, settings.weight_decay
         )
         optimizer = AdamW(groups, lr=settings.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
-        scheduler = make_schedule(optimizer, settings, int(self.trainer.estimated_stepping_batches))
+        of_epochs = int(self.trainer.estimated_stepping_batches)
+        scheduler = make_schedule(optimizer, settings, min(of_epochs, settings.max_steps or of_epochs))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -121,7 +121,7 @@ class Chain:
                 for row in csv.DictReader(file):
                     line = {name: value for name, value in row.items() if value}
                     key = int(line["step"]), tuple(sorted(line))
-                    assert found.setdefault(key, line) == line, path
+                    assert found.setdefault(key, line) == line, (path, line)
         return found
 
     def result(self) -> dict[str, Any]:

@@ -391,3 +391,17 @@ def test_macro_f1_of_single_labels() -> None:
     for number, which in enumerate(([0, 1, 2], [1, 1, 2], [2, 2, 2])):
         expected = macro_f1_and_accuracy(logits[which], labels[which])
         assert {name: float(values[number]) for name, values in found.items()} == pytest.approx(expected)
+
+
+def test_a_training_on_ones_own_data_goes_on_by_itself(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], pets: Path
+) -> None:
+    options = ("resume_from=auto", f"log_dir={tmp_path}", "exp_name=pets", "max_epoch=1", "val_check_interval=1.0")
+    command = workspace.command(f"vit={workspace.backbone}", *options, task="custom", data_root=pets)
+    for started, said in ((1, "no checkpoint of this run"), (1, "nothing is left to do")):
+        assert command_line(command) == 0
+        assert said in capsys.readouterr().err
+        assert len(list((tmp_path / "pets_seed0").glob("version_*"))) == started
+    (tmp_path / "pets_seed0" / "version_0" / "test_results.json").unlink()
+    assert command_line(command) == 0
+    assert "goes on from" in capsys.readouterr().err

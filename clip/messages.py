@@ -2,10 +2,13 @@
 
 import re
 import reprlib
+from collections.abc import Sequence
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+LONGEST_LINE = 500
+"""Of another library's words, in characters: some have in them what was found, of any length."""
 
 
 def quoted(value: object) -> str:
@@ -13,8 +16,13 @@ def quoted(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def listed(names: Sequence[object]) -> str:
+    """Names as Python writes them, with commas between them, of many the first ten; `nothing` where there are none."""
+    return ", ".join([*map(quoted, names[:10]), *(["…"] if len(names) > 10 else [])]) or "nothing"
+
+
 def first_line(error: BaseException) -> str:
-    """The line of `error`'s text that says what is wrong; its type where the text alone says nothing.
+    """The line of `error`'s text that says what is wrong, cut where it is long; its type where the text says nothing.
 
     Of torch's refusal of a pickle: what it refused, not the advice to read the file without care.
     """
@@ -25,5 +33,5 @@ def first_line(error: BaseException) -> str:
         text = text.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or isinstance(error, KeyError):
-        return " ".join([type(error).__name__, *lines[:1]])
-    return lines[0]
+        lines = [" ".join([type(error).__name__, *lines[:1]])]
+    return lines[0] if len(lines[0]) <= LONGEST_LINE else f"{lines[0][:LONGEST_LINE]}…"

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip.checkpoint import Checkpoint, read_checkpoint
+from clip.messages import listed
 from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model
 from clip.text_table import per_cent, ruled_table
@@ -250,12 +251,12 @@ def _items_of_table(source: Path) -> list[Item]:
         place = f"{source}, row {row}"
         any_column = any_column or bool({"image", "text"} & values.keys())
         if not any_column:
-            found = ", ".join(map(repr, values)) or "none"
+            found = listed(list(values))
             raise DataError(f"{place}: expected the columns 'image', 'text' or both, found {found}")
         image, text = (_cell(values.get(name), name, place) for name in ("image", "text"))
         name = values.get("id")
         if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int))):
-            raise DataError(f"{place}: id: expected a text or a number, found {json.dumps(name)}")
+            raise DataError(f"{place}: id: expected a text or a number, found {json.dumps(name)[:80]}")
         path = None if image is None else source.parent / image
         items.append(Item(str(row if name is None else name), path, text, place))
     return items

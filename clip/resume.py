@@ -109,7 +109,7 @@ def _agreeing(parent: Path, ours: dict[str, Any], samples_per_batch: int) -> Ite
         try:
             config = read_json(folder / "config.json")
             theirs = _comparable(config)
-            batch = config["per_gpu_batchsize"] * config["num_nodes"] * (config["num_gpus"] or config["cpu_processes"])
+            batch = _samples_per_batch(config)
         except (DataError, KeyError, TypeError) as error:
             log.warning("%s: passed over: %s", folder, first_line(error))
             continue
@@ -158,6 +158,14 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in json.loads(json.dumps(dict(config), default=str)).items():
         flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
     return flat
+
+
+def _samples_per_batch(config: Mapping[str, Any]) -> int:
+    """Of all processes together. Raises KeyError or TypeError where the options are not numbers."""
+    processes = config["num_nodes"], config["num_gpus"] or config["cpu_processes"]
+    if any(type(number) is not int for number in (config["per_gpu_batchsize"], *processes)):
+        raise TypeError("samples per batch: expected whole numbers")
+    return config["per_gpu_batchsize"] * math.prod(processes)
 
 
 def _place(path: Path) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip.messages import first_line
+from clip.messages import first_line, quoted
 from clip.run_folder import custom_in, read_json
 from clip.tasks import TASK_NAMES, TASKS, Task, task_of
 from report.text import without_home
@@ -30,6 +30,17 @@ from vilt.utils.files import whole_lines
 FORMAT = 1
 LOGIT_COLUMNS = {name: f"logits_{name.replace(' ', '_')}" for name in TYPE_NAMES}
 """Missing types to the columns of logits.arrow."""
+
+OPTIONS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("task", "exp_name", "prompt_type", "data_root"), (str,)),
+    **dict.fromkeys(("missing_type", "missing_ratio"), (dict,)),
+    **dict.fromkeys(("test_only", "far", "fmb"), (bool,)),
+    "both_ratio": (float, int),
+    "seed": (int,),
+}
+"""Of the configuration, those that the report needs, with the types that run.py writes."""
+NEWER_OPTIONS = ("far", "fmb")
+"""Those that an old configuration may lack."""
 
 
 @dataclass(frozen=True)
@@ -197,12 +208,15 @@ def read_run(folder: Path, number: int) -> Run:
     with _as_written_by_run(path):
         task = config["task"]
         if task not in TASK_NAMES:
-            raise ValueError(f"task: expected one of {', '.join(TASKS)}, found {task!r}; one's own data is {CUSTOM}")
+            expected = f"expected one of {', '.join(TASKS)}"
+            raise ValueError(f"task: {expected}, found {quoted(task)}; one's own data is {CUSTOM}")
         custom = custom_in(config)
         rules, data = task_of(task, custom), dataset_of(task, custom)
-        for option in ("exp_name", "seed", "prompt_type", "missing_type", "missing_ratio", "both_ratio", "test_only"):
-            if option not in config:
+        for option, kinds in OPTIONS.items():
+            if option not in config and option not in NEWER_OPTIONS:
                 raise ValueError(f"the option {option} is not there")
+            if option in config and type(config[option]) not in kinds:
+                raise ValueError(f"the option {option} is {quoted(config[option])}")
         for split in SPLITS:
             _check_pattern(config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"])
     environment, test = (
@@ -212,8 +226,10 @@ def read_run(folder: Path, number: int) -> Run:
     if environment is not None:
         with _as_written_by_run(folder / "environment.json"):
             environment["packages"].items()
+            machine, git = environment.get("machine") or {}, environment.get("git") or {}
+            len(machine.get("gpus") or []), len(git.get("changed") or [])
             if not environment["command"] or not all(isinstance(word, str) for word in environment["command"]):
-                raise ValueError(f"command: expected words, found {environment['command']!r}")
+                raise ValueError(f"command: expected words, found {quoted(environment['command'])}")
     if test is not None:
         with _as_written_by_run(folder / "test_results.json"):
             _check_task(test["task"], task)
@@ -266,12 +282,12 @@ def read_robustness(folder: Path, task: Task, data: DatasetSpec) -> Robustness |
     raw = read_json(path)
     with _as_written_by_run(path):
         if raw["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, found {raw['format']!r}")
+            raise ValueError(f"expected format {FORMAT}, found {quoted(raw['format'])}")
         _check_task(raw["task"], task.name)
         _check_checkpoint(raw["checkpoint_sha256"], folder / "best.ckpt")
         metrics, class_names = tuple(raw["metrics"]), tuple(map(str, raw["class_names"]))
         if raw["metric"] != task.monitor or raw["metric"] not in metrics:
-            raise ValueError(f"metric: expected {task.monitor}, found {raw['metric']!r}")
+            raise ValueError(f"metric: expected {task.monitor}, found {quoted(raw['metric'])}")
         if len(class_names) != task.n_classes:
             raise ValueError(f"class_names: expected {task.n_classes}, found {len(class_names)}")
         samples, confidence = int(raw["samples"]), raw["confidence"]
@@ -299,10 +315,7 @@ def read_robustness(folder: Path, task: Task, data: DatasetSpec) -> Robustness |
 
 def read_logits(path: Path) -> pa.Table:
     """The memory-mapped table of stored logits. Raises DataError, naming the file, where it is damaged."""
-    try:
-        table = open_table(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
+    table = open_table(path)
     kinds = dict.fromkeys(("sample", "row", "text_number"), pa.types.is_integer) | {"id": pa.types.is_string}
     kinds |= dict.fromkeys(LOGIT_COLUMNS.values(), _is_list_of_floats)
     if lacking := sorted((kinds.keys() | {"label"}) - set(table.column_names)):
@@ -362,7 +375,7 @@ def _as_written_by_run(path: Path) -> Iterator[None]:
 
 def _check_task(found: str, expected: str) -> None:
     if found != expected:
-        raise ValueError(f"results of another dataset: expected {expected}, found {found!r}")
+        raise ValueError(f"results of another dataset: expected {expected}, found {quoted(found)}")
 
 
 def _check_checkpoint(recorded: str, best: Path) -> None:
@@ -394,9 +407,12 @@ def _stored_logits(path: Path, data: DatasetSpec, samples: int, sha256: str) -> 
         labels_are_lists = pa.types.is_list(table["label"].type)
         if labels_are_lists != data.multilabel:
             raise ValueError(f"column label: not that of {data.name}: {table['label'].type}")
-    labels = pc.list_flatten(table["label"]) if labels_are_lists else table["label"]
+        labels = (pc.list_flatten(table["label"]) if labels_are_lists else table["label"]).to_numpy()
+        highest = 1 if data.multilabel else data.n_classes - 1
+        if not np.isin(labels, np.arange(highest + 1)).all():
+            raise ValueError(f"column label: expected numbers from 0 to {highest}")
     digest = hashlib.sha256("\0".join(table["id"].to_pylist()).encode())
-    digest.update(np.ascontiguousarray(labels.to_numpy(), dtype=np.int64).tobytes())
+    digest.update(np.ascontiguousarray(labels, dtype=np.int64).tobytes())
     return StoredLogits(path, len(pc.unique(table["row"])), digest.hexdigest())
 
 
@@ -440,10 +456,10 @@ def _finite(value: Any) -> float:
 
 def _check_pattern(missing_type: str, ratio: float, both_ratio: float) -> None:
     if missing_type not in MISSING_TYPES:
-        raise ValueError(f"missing_type: expected {' or '.join(MISSING_TYPES)}, found {missing_type!r}")
+        raise ValueError(f"missing_type: expected {' or '.join(MISSING_TYPES)}, found {quoted(missing_type)}")
     for share in (ratio, both_ratio):
-        if not 0 <= float(share) <= 1:
-            raise ValueError(f"expected a ratio from 0 to 1, found {share!r}")
+        if type(share) not in (float, int) or not 0 <= share <= 1:
+            raise ValueError(f"expected a ratio from 0 to 1, found {quoted(share)}")
 
 
 def _cell(raw: dict[str, Any], metrics: Sequence[str], seeds: int) -> Cell:

@@ -316,7 +316,7 @@ def _said(value: Any) -> str:
     """An option's value as text; nothing and None are the same, as are 1 and 1.0."""
     if value is None or value == "":
         return "none"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, float):
         return f"{value:.12g}"
     return without_home(str(value))
 

@@ -175,7 +175,7 @@ def _open_dataset(run: Run, logits: pa.Table) -> tuple[ArrowDataset | None, str 
     root = Path(run.config["data_root"])
     spec = run.data
     name = spec.file_name("test")
-    if not (root / name).is_file():
+    if not _is_file(root / name):
         return None, f"Images and texts are not available: {name} is no longer in the data_root of {run.tag}."
     another = f"Images and texts are not available: {name} in the data_root of {run.tag} holds other samples."
     try:
@@ -183,6 +183,14 @@ def _open_dataset(run: Run, logits: pa.Table) -> tuple[ArrowDataset | None, str 
     except DataError:
         return None, f"Images and texts are not available: {name} in the data_root of {run.tag} is damaged."
     return (dataset, None) if _same_samples(dataset, logits) else (None, another)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is there; a path that no system has is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _same_samples(dataset: ArrowDataset, logits: pa.Table) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clip.interruption import Stopped
+from clip.messages import quoted
 from clip.run_folder import write_json
 from clip.tasks import TASKS
 from config import Options, check
@@ -146,7 +147,7 @@ def record(options: Options, config: Mapping[str, Any], folder: Path) -> None:
     if path.is_file():
         theirs = _read_record(path)
         differing = [
-            f"{name} (there {theirs['options'].get(name)!r}, here {value!r})"
+            f"{name} (there {quoted(theirs['options'].get(name))}, here {quoted(value)})"
             for name, value in mine["options"].items()
             if theirs["options"].get(name) != value
         ]
@@ -174,8 +175,11 @@ def _read_record(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
         if found["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, found {found['format']!r}")
-        return {"options": dict(found["options"]), "grid": found["grid"]}
+            raise ValueError(f"expected format {FORMAT}, found {quoted(found['format'])}")
+        options, grid = dict(found["options"]), found["grid"]
+        if grid is not None and not all(isinstance(values, list) for values in dict(grid).values()):
+            raise ValueError(f"grid: expected lists of values by name, found {quoted(grid)}")
+        return {"options": options, "grid": None if grid is None else dict(grid)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SweepError(f"{path}: not readable as the record of a sweep: {type(error).__name__}: {error}") from error
 

@@ -4,12 +4,13 @@ import logging
 import re
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clip.messages import quoted
 from clip.run_folder import read_json, write_csv
 from clip.tasks import TASKS
 from clip.text_table import per_cent, ruled_table
@@ -61,11 +62,20 @@ class Cell:
             return None
         try:
             written = read_json(result)
-            return Result(dict(written["metrics"]), {name: written[name] for name in COSTS if written.get(name)})
+            costs = {name: written[name] for name in COSTS if written.get(name)}
+            return Result(_numbers(written["metrics"]), _numbers(costs))
         except DataError as error:
             raise SweepError(str(error)) from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise SweepError(f"{result}: not the results of a test: {type(error).__name__}: {error}") from error
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Raises ValueError, OverflowError or AttributeError where `values` are not numbers by name."""
+    for name, value in values.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"{name}: expected a number, found {quoted(value)}")
+    return {name: float(value) for name, value in values.items()}
 
 
 def grid_cells(options: Options, given: Sequence[str], folder: Path) -> list[Cell]:

@@ -25,6 +25,7 @@ from clip.run_table import list_runs
 from clip.tokenizer import ClipTokenizer, load_tokenizer
 from config import EX, read_options
 from report.collect import read_runs
+from tests.archives import rewritten
 from tests.models import TINY, tiny_classifier
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
@@ -218,8 +219,12 @@ def _checkpoints(folder: Path) -> list[bytes]:
     return [(folder / "own.ckpt").read_bytes(), (GOLDEN / "published_style.ckpt").read_bytes()]
 
 
-def _read_checkpoint(contents: list[bytes], folder: Path, given: tuple[int, Damage]) -> None:
-    (folder / "x.ckpt").write_bytes(given[1].apply(contents[given[0]]))
+def _read_checkpoint(contents: list[bytes], folder: Path, given: tuple[int, Damage, bool]) -> None:
+    """Damages the file, or what is pickled in it and so has the right checksum."""
+    number, damage, within = given
+    whole = contents[number]
+    damaged = rewritten(whole, "data.pkl", damage.apply) if within else damage.apply(whole)
+    (folder / "x.ckpt").write_bytes(damaged)
     checkpoint = read_checkpoint(folder / "x.ckpt")
     if checkpoint.published:
         restore_classifier(checkpoint, None)
@@ -325,7 +330,7 @@ TARGETS = {
     "own datasets": Target(
         st.tuples(st.sampled_from(["table.csv", "table.jsonl", "spec.yaml"]), DAMAGE), _own, _convert_own
     ),
-    "checkpoints": Target(st.tuples(st.integers(0, 1), DAMAGE), _checkpoints, _read_checkpoint),
+    "checkpoints": Target(st.tuples(st.integers(0, 1), DAMAGE, st.booleans()), _checkpoints, _read_checkpoint),
     "backbones": Target(
         st.tuples(st.sampled_from(["model.safetensors", "config.json"]), DAMAGE), _backbone, _load_backbone
     ),

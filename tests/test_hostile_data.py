@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,25 +18,21 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import make_arrow
+from tests.custom_files import convert as convert_own
+from tests.custom_files import write_labelled
 from tests.test_arrow_dataset import file_of, memes, open_memes, write
-from tests.test_transforms import encode, noise, saved, slow_transform, to_hwc
+from tests.test_transforms import noise, saved, to_hwc
 from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.errors import DataError
-from vilt.transforms import LONGEST, decode_image
-from vilt.utils.arrow_file import open_table
+from vilt.transforms import decode_image
+from vilt.utils.arrow_file import _is_compressed, open_table
 from vilt.utils.images import MAX_SIDE, open_rgb
 from vilt.utils.raw_data import MAX_RECORD_BYTES
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
-ODD_FILES = (
-    b"", b"\0", b"null", b"[", b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"NaN", b"\xef\xbb\xbf{}",
-    b"\xff\xfe{\x00}\x00", b"\r\r\r", b"\n" * 100, b'{"a": 1, "a": 2}', b'"\\ud800"', b"<svg/>", b"<!DOCTYPE html>",
-    b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF\0\0\0\0WEBP",
-    b"%!PS-Adobe-3.0 EPSF-3.0", b"ARROW1\0\0", b"\x93NUMPY\x01\x00",
-    b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00trueq\x85R.",
-)  # fmt: skip
 
 # Arrow files
 
@@ -60,10 +57,7 @@ for number in range(230):
     try:
         dataset = ArrowDataset(DATASETS["mmimdb"], path.parent, "test", 8)
         dataset.class_names()
-        for index in range(len(dataset)):
-            dataset.sample_name(index)
-            dataset[0, index]
-        dataset.table["plots"].to_pylist()
+        dataset.__getitems__([(0, index) for index in range(len(dataset))])
         outcomes.append("read")
     except DataError as error:
         assert str(path) in str(error), error
@@ -99,34 +93,93 @@ def test_a_damaged_column_that_nothing_needs_is_refused(tmp_path: Path) -> None:
         ArrowDataset(DATASETS["hatememes"], tmp_path, "train", 8)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def options_of(**values: Any) -> pa.ipc.IpcWriteOptions:
+    return pa.ipc.IpcWriteOptions(**values)
+
+
+def write_texts(
+    path: Path, texts: pa.Array, options: pa.ipc.IpcWriteOptions, metadata: dict[str, str] | None = None
+) -> pa.Table:
+    table = pa.table({"image": texts})
+    with pa.ipc.new_file(str(path), table.schema, options=options) as writer:
+        writer.write_batch(table.to_batches()[0], custom_metadata=metadata)
+    return table
+
+
+WAYS_TO_COMPRESS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "zstd": ({"compression": "zstd"}, {}),
+    "lz4": ({"compression": "lz4"}, {}),
+    "framed as before 0.15": ({"compression": "lz4", "use_legacy_format": True}, {}),
+    "marked as before 1.0": (
+        {"metadata_version": pa.ipc.MetadataVersion.V4},
+        {"ARROW:experimental_compression": "ZSTD"},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_COMPRESS)
 @pytest.mark.parametrize("encoded", [False, True], ids=["plain", "dictionary"])
-def test_compressed_files_are_refused_before_they_are_unpacked(tmp_path: Path, codec: str, encoded: bool) -> None:
-    column = pa.array(["a" * 10**6] * 50)
-    table = pa.table({"image": column.dictionary_encode() if encoded else column})
-    with pa.ipc.new_file(
-        str(tmp_path / "x"), table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)
-    ) as writer:
-        writer.write_table(table)
-    assert (tmp_path / "x").stat().st_size < 1_000_000
+def test_compressed_files_are_refused_before_they_are_unpacked(tmp_path: Path, way: str, encoded: bool) -> None:
+    """50 MB, of which the file has less than one (a file of the last kind holds all, but pyarrow would unpack it)."""
+    values, metadata = WAYS_TO_COMPRESS[way]
+    texts = pa.array(["a" * 10**6] * 50)
+    write_texts(tmp_path / "x", texts.dictionary_encode() if encoded else texts, options_of(**values), metadata)
     before = pa.total_allocated_bytes()
-    with pytest.raises(DataError, match="x: not readable as an arrow file: it is compressed"):
+    with pytest.raises(DataError, match=r"x: not readable as an arrow file: it is compressed; write it without"):
         open_table(tmp_path / "x")
     assert pa.total_allocated_bytes() == before
-    write(tmp_path / "y", table)
-    assert open_table(tmp_path / "y").equals(table)
+
+
+@pytest.mark.parametrize("codec", [None, "zstd"])
+def test_a_dictionary_is_looked_into_as_a_batch_is(codec: str | None) -> None:
+    """pyarrow writes none that is compressed without a batch that is; others may."""
+    table = pa.table({"image": pa.array(["a" * 1000] * 50).dictionary_encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=options_of(compression=codec)) as writer:
+        writer.write_table(table)
+    _, *messages = pa.ipc.MessageReader.open_stream(sink.getvalue())
+    assert [message.type for message in messages] == ["dictionary", "record batch"]
+    assert [_is_compressed(message) for message in messages] == [codec is not None] * 2
+
+
+@pytest.mark.parametrize("version", [pa.ipc.MetadataVersion.V4, pa.ipc.MetadataVersion.V5], ids=["V4", "V5"])
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("encoded", [False, True], ids=["plain", "dictionary"])
+def test_files_of_every_version_of_the_format_are_read(
+    tmp_path: Path, version: pa.ipc.MetadataVersion, legacy: bool, encoded: bool
+) -> None:
+    texts = pa.array(["a", "b" * 1000, ""] * 40)
+    options = options_of(metadata_version=version, use_legacy_format=legacy)
+    table = write_texts(tmp_path / "x", texts.dictionary_encode() if encoded else texts, options)
+    assert open_table(tmp_path / "x").equals(table)
+
+
+def test_a_batch_that_is_listed_again_and_again_is_refused(tmp_path: Path) -> None:
+    """The list takes 24 bytes for each batch, so that a small file could have any number of rows."""
+    path = tmp_path / "x"
+    with pa.ipc.new_file(str(path), pa.schema({"image": pa.string()})) as writer:
+        for length in (100_000, *[1] * 29):
+            writer.write_table(pa.table({"image": ["a" * length]}))
+    with pa.memory_map(str(path)) as mapped:
+        mapped.seek(8)
+        pa.ipc.read_message(mapped)  # the columns, behind which is the first batch
+        place = struct.pack("<q", mapped.tell())
+    content = bytearray(path.read_bytes())
+    first = content.rindex(place)
+    content[first : first + 30 * 24] = content[first : first + 24] * 30
+    path.write_bytes(content)
+    assert pa.ipc.open_file(str(path)).read_all().nbytes > 20 * len(content)
+    with pytest.raises(DataError, match=rf"x: not .* file: its batches claim more than the {len(content):,} bytes"):
+        open_table(path)
 
 
 def test_columns_of_one_name_and_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
     table = memes()
-    write(
-        tmp_path / "hatememes_train.arrow", pa.table([*table.columns, table["label"]], [*table.column_names, "label"])
-    )
+    path = tmp_path / "hatememes_train.arrow"
+    write(path, pa.table([*table.columns, table["label"]], [*table.column_names, "label"]))
     with pytest.raises(DataError, match=r"train\.arrow: expected each column once, found label twice"):
         ArrowDataset(DATASETS["hatememes"], tmp_path, "train", 8)
-    (tmp_path / "hatememes_train.arrow").write_bytes(
-        file_of(with_ids(["a", "b", "c"])).replace(b"image_id", b"image\xffid")
-    )
+    path.write_bytes(file_of(with_ids(["a", "b", "c"])).replace(b"image_id", b"image\xffid"))
     with pytest.raises(DataError, match=r"train\.arrow: not readable as an arrow file: .*utf-8"):
         ArrowDataset(DATASETS["hatememes"], tmp_path, "train", 8)
 
@@ -154,6 +207,35 @@ def test_classes_without_a_name_have_their_number(tmp_path: Path) -> None:
     write(tmp_path / "food101_test.arrow", table)
     names = ArrowDataset(DATASETS["food101"], tmp_path, "test", 8).class_names()
     assert names[:3] == ("apple_pie", "pizza", "2") and len(names) == 101 and names[100] == "100"
+
+
+OWN = {"name": "pets", "labels": "single", "metric": "accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("custom", "class_names", "found"),
+    [
+        ("[" * 100_000, ["cat", "dog"], "recursion"),
+        (b"\xff", ["cat", "dog"], "utf-8"),
+        ([], ["cat", "dog"], "expected an object, found []"),
+        ({**OWN, "name": [1]}, ["cat", "dog"], "name: expected letters, digits, - and _, found [1]"),
+        ({**OWN, "labels": {}}, ["cat", "dog"], "labels: expected single or multi, found {}"),
+        ({**OWN, "metric": 5}, ["cat", "dog"], "metric: expected accuracy or f1_macro or auroc with labels: single"),
+        ({**OWN, "classes": 2}, ["cat", "dog"], "expected the values name, labels, class_names, metric"),
+        (OWN, {"cat": "dog"}, "class_names: expected a list, found {'cat': 'dog'}"),
+        (OWN, ["cat", None], "classes: expected a name in row 2, found None"),
+        (OWN, ["cat", ["dog"]], "classes: expected a name in row 2, found ['dog']"),
+    ],
+)
+def test_a_description_of_ones_own_data_that_is_none(
+    tmp_path: Path, custom: Any, class_names: object, found: str
+) -> None:
+    written = custom if isinstance(custom, (str, bytes)) else json.dumps(custom)
+    metadata = {"custom": written, "class_names": json.dumps(class_names)}
+    write(tmp_path / "custom_train.arrow", memes().replace_schema_metadata(metadata))
+    with pytest.raises(DataError, match=r"custom_train\.arrow: ") as refusal:
+        open_spec("custom", tmp_path, ("train",))
+    assert found in str(refusal.value) and len(str(refusal.value)) < 1000
 
 
 # Images
@@ -199,19 +281,14 @@ def with_text(kind: bytes) -> bytes:
 
 def announced(width: int, height: int) -> bytes:
     """The head of a PNG of that size."""
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", b"")
-    )
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"")
 
 
 @pytest.mark.parametrize(
     ("data", "found"),
     [
-        (b"", "empty file"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image of the kinds BMP, GIF, JPEG, PNG, WEBP"),
-        (b"<!DOCTYPE html><title>404</title>", "not an image of the kinds"),
         (photo("TIFF"), "not an image of the kinds"),
         (photo("EPS"), "not an image of the kinds"),
         (announced(30_000, 4_000), "30000 × 4000 pixels; at most 89,478,485 are read, and 100,000 to a side"),
@@ -221,10 +298,17 @@ def announced(width: int, height: int) -> bytes:
         (with_text(b"zTXt"), "too large"),
         (with_text(b"iTXt"), "too large"),
     ],
+    ids=["svg", "tiff", "eps", "many pixels", "wide", "high", "any size", "zTXt", "iTXt"],
 )
 def test_what_is_no_image_to_read(data: bytes, found: str) -> None:
     with pytest.raises(Exception, match=found):
         open_rgb(data)
+
+
+def test_a_text_within_an_image_of_ordinary_size_is_no_harm() -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "x" * 100_000, zip=True)
+    assert open_rgb(photo("PNG", pnginfo=info)).size == (40, 30)
 
 
 def test_no_other_program_runs_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,37 +341,6 @@ def test_a_palette_with_several_transparencies_and_16_bit_grey() -> None:
     assert open_rgb(saved(grey)).size == (4, 1)
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "size"),
-    [(1, 60, 4), (60, 1, 4), (3, 400, 8), (400, 3, 8), (2, 201, 16), (5, 2000, 8), (2000, 5, 8), (1, 1000, 7)],
-)
-def test_very_long_images_equal_the_slow_version(width: int, height: int, size: int) -> None:
-    assert max(width, height) > LONGEST * min(width, height)
-    pixels = noise(width, height)
-    image = decode_image(encode(pixels), size)
-    assert image.shape == (3, size, size)
-    assert np.abs(to_hwc(image).astype(float) - slow_transform(pixels, size)).max() < 1.6
-
-
-DECODE_A_LINE = """
-import resource, sys
-from pathlib import Path
-from tests.test_transforms import encode, noise
-from vilt.transforms import decode_image
-data = [encode(noise(1, 20000)), encode(noise(20000, 1)), encode(noise(1, 99999))]
-limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 200 * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-for one in data:
-    assert decode_image(one, 224).shape == (3, 224, 224)
-"""
-
-
-def test_a_line_of_pixels_takes_little_memory() -> None:
-    """Whole, the first would become an image of 3 GB."""
-    done = subprocess.run([sys.executable, "-c", DECODE_A_LINE], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-1000:]
-
-
 # Raw datasets
 
 NAMES = {"mmimdb": "mmimdb", "food101": "food101", "hatememes": "hateful_memes"}
@@ -310,6 +363,12 @@ def convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Convert:
     return run
 
 
+ODD_FILES = (
+    b"", b"\0", b"null", b"[", b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"NaN", b"\xef\xbb\xbf{}",
+    b"\xff\xfe{\x00}\x00", b"\r\r\r", b"\n" * 100, b'{"a": 1, "a": 2}', b'"\\ud800"', b"<svg/>",
+    b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF\0\0\0\0WEBP",
+    b"ARROW1\0\0", b"\x93NUMPY\x01\x00", b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00trueq\x85R.",
+)  # fmt: skip
 FILES = {
     "mmimdb": ("split.json", "labels/0000012.json", "images/0000012.jpeg"),
     "food101": ("split.json", "class_idx.json", "text.json", "images/train/pizza/pizza_2.jpg"),
@@ -350,7 +409,8 @@ def film(**changes: object) -> bytes:
         (b" " * (MAX_RECORD_BYTES + 1), "larger than 16,777,216 bytes"),
         ("{}".encode("utf-16"), "can't decode"),
     ],
-)  # fmt: skip
+    ids=["null", "object", "lists in it", "large number", "truth value", "NaN", "NUL", "digits", "spaces", "UTF-16"],
+)
 def test_films_with_wrong_values(convert: Convert, content: bytes, found: str) -> None:
     status, said = convert("mmimdb", {"labels/0000012.json": content})
     assert status == 2 and "labels/0000012.json" in said and found in said
@@ -358,19 +418,19 @@ def test_films_with_wrong_values(convert: Convert, content: bytes, found: str) -
     assert convert("mmimdb", {"labels/0000012.json": content}, "--skip-bad")[0] == 0
 
 
-@pytest.mark.parametrize("label", [-1, 2, 0.5, 1.0, True, "1", None, [1], 10**400, float("nan")])
+@pytest.mark.parametrize("label", [-1, 0.5, 1.0, [1], 10**400, float("nan")], ids=lambda label: str(label)[:8])
 def test_memes_with_wrong_labels(convert: Convert, label: object) -> None:
     lines = (GOLDEN / "raw/hatememes/data/dev.jsonl").read_bytes().splitlines()
     record = {**json.loads(lines[0]), "label": label}
     content = b"\n".join([json.dumps(record).encode(), *lines[1:]])
     status, said = convert("hatememes", {"data/dev.jsonl": content})
-    assert status == 2 and "dev.jsonl" in said and ("expected 0 or 1" in said or "no 'label'" in said)
+    assert status == 2 and "dev.jsonl" in said and "expected 0 or 1" in said
     assert len(said) < 5000
 
 
-@pytest.mark.parametrize("numbers", [[0, -1], [0, 0.5], [0, 2], [0, True], [0, "1"], [0, None], [0, 10**400]])
-def test_dishes_with_wrong_class_numbers(convert: Convert, numbers: list[object]) -> None:
-    content = json.dumps(dict(zip(("apple_pie", "pizza"), numbers, strict=True))).encode()
+@pytest.mark.parametrize("number", [-1, 0.5, 2, None, 10**400], ids=lambda number: str(number)[:8])
+def test_dishes_with_wrong_class_numbers(convert: Convert, number: object) -> None:
+    content = json.dumps({"apple_pie": 0, "pizza": number}).encode()
     status, said = convert("food101", {"class_idx.json": content})
     assert status == 2 and "class_idx.json: expected an object with class names" in said and len(said) < 1000
 
@@ -414,12 +474,6 @@ def test_hostile_names_do_not_flood_the_terminal(convert: Convert) -> None:
     assert status == 2 and "the key '99999' is repeated" in said
 
 
-def test_a_text_chunk_of_ordinary_size_is_no_harm() -> None:
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Comment", "x" * 100_000, zip=True)
-    assert open_rgb(photo("PNG", pnginfo=info)).size == (40, 30)
-
-
 def test_every_split_is_read_after_a_conversion_of_damaged_images(convert: Convert, tmp_path: Path) -> None:
     """What the converter lets pass, the loader can read."""
     whole = (GOLDEN / "raw/mmimdb/images/0000012.jpeg").read_bytes()
@@ -434,3 +488,103 @@ def test_every_split_is_read_after_a_conversion_of_damaged_images(convert: Conve
                 dataset = ArrowDataset(DATASETS["mmimdb"], tmp_path / "out", split, 8)
                 assert all(dataset[0, index].image_3RR is not None for index in range(len(dataset)))
     assert converted > 5
+
+
+# Datasets of one's own
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """The raw folder of a dataset that converts: table.jsonl, spec.yaml, pictures/."""
+    write_labelled(tmp_path / "own", {"train": 2, "val": 2, "test": 2}, ["cat", "dog"])
+    return tmp_path / "own"
+
+
+def test_tables_and_specs_of_something_else_end_in_one_line(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("table.jsonl", "spec.yaml", "table.csv"):
+        whole = (own / name).read_bytes() if name != "table.csv" else b""
+        for content in ODD_FILES:
+            (own / name).write_bytes(content)
+            table = ["--table", str(own / "table.csv")] if name == "table.csv" else []
+            assert convert_own(own, own / "out", *table) == 2, (name, content[:50])
+            said = capsys.readouterr().err
+            assert said.startswith(f"error: {own / name}") and len(said.splitlines()) == 1 and len(said) < 2000, said
+        (own / name).write_bytes(whole)
+    assert convert_own(own, own / "out") == 0
+
+
+def write_samples(path: Path, texts: tuple[str, str]) -> None:
+    """A table with the two texts in each split, classes `a` and `b`."""
+    header = ["image", "text", "label", "split"]
+    rows = [
+        ["pictures/train0.png", text, name, split] for split in SPLITS for text, name in zip(texts, "ab", strict=True)
+    ]
+    lines = [json.dumps(dict(zip(header, row, strict=True))) for row in rows]
+    if path.suffix == ".csv":
+        lines = [",".join(row) for row in [header, *rows]]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "texts"),
+    [("jsonl", ("word " * 2_000_000, "a\0b")), ("csv", ("word " * 20_000, "a\0b"))],
+    ids=["jsonl", "csv"],
+)
+def test_long_texts_and_a_nul_in_a_table(own: Path, suffix: str, texts: tuple[str, str]) -> None:
+    write_samples(own / f"long.{suffix}", texts)
+    assert convert_own(own, own / "out", "--table", str(own / f"long.{suffix}")) == 0
+    assert open_table(own / "out" / "custom_val.arrow")["text"].to_pylist() == [[text] for text in texts]
+
+
+def test_a_text_of_10_mb_in_a_csv_is_refused(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As from a quotation mark that is never closed."""
+    write_samples(own / "long.csv", ("a", "word " * 2_000_000))
+    assert convert_own(own, own / "out", "--table", str(own / "long.csv")) == 2
+    assert capsys.readouterr().err == f"error: {own / 'long.csv'}, row 3: field larger than field limit (131072)\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "found"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\nname: [*b, *b]\n", "expected no aliases"),
+        ("a: &a {x: 1}\n<<: [*a, *a]\n", "expected no aliases"),
+        ("? [a, b]\n: 1\n", "found unhashable key"),
+        ("".join(f"k{number}: 1\n" for number in range(5000)) + "k17: 1\n", "the key 'k17' is repeated"),
+        (f"? {'k' * 100_000}\n: 1\n", "unknown key kkk"),
+        (f"files: table.jsonl\nname: {'n' * 100_000}.\n", "name: expected letters, digits, - and _, found 'nnn"),
+        (f"files: table.jsonl\nlabels: {[['x'] * 10_000] * 10}\n", "labels: expected single or multi, found [["),
+        ("!!python/object/apply:os.system ['touch marker']\n", "could not determine a constructor"),
+    ],
+    ids=["aliases", "merged", "list as key", "many keys", "long key", "long name", "long list", "code"],
+)
+def test_specs_that_would_grow_or_run(
+    own: Path, spec: str, found: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(own)
+    (own / "spec.yaml").write_text(spec)
+    assert convert_own(own, own / "out") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {own / 'spec.yaml'}") and found in said and len(said) < 1000
+    assert not (own / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 0.5, 10**400, [], [["a"]], {}, {"a": {}}, "", "\0", "x" * 10**6],
+    ids=lambda value: json.dumps(value)[:10],
+)
+@pytest.mark.parametrize("column", ["image", "text", "label", "split"])
+def test_wrong_values_in_a_table_end_in_an_error(
+    own: Path, column: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [json.loads(line) for line in (own / "table.jsonl").read_text().splitlines()]
+    records[1][column] = value
+    (own / "table.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    status = convert_own(own, own / "out")
+    said = capsys.readouterr().err
+    is_a_name = type(value) is int or (isinstance(value, str) and value != "")
+    if (column == "label" and is_a_name) or (column == "text" and isinstance(value, str) and value):
+        assert status == 0
+    else:
+        assert status == 2 and ("table.jsonl, row 2: split" in said if column == "split" else "table.jsonl  2" in said)
+    assert "Traceback" not in said and len(said) < 5000

@@ -88,7 +88,7 @@ def _class_names_of(dataset: ArrowDataset) -> tuple[str, ...] | None:
     if raw is None:
         return None
     names = None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         names = json.loads(raw)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{dataset.path}: metadata class_names: expected a JSON list of texts, found {raw[:60]!r}")

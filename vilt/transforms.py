@@ -16,12 +16,6 @@ LONGEST = 50
 """Times its shorter side: only the middle of an image that is longer still, and has to be enlarged, is resized."""
 
 
-MAX_PIXELS = 89_478_485
-"""Of an image, before it is decoded: where Pillow starts to warn of decompression bombs. 268 MB of RGB."""
-THIN = 200
-"""Times that one side is longer than the other, from which on only what the crop leaves is resized."""
-
-
 def decode_image(data: bytes, size: int) -> Tensor:
     """RGB image of `data`, shorter side resized to `size` (bicubic), centre crop: uint8 (3, size, size).
 

@@ -87,10 +87,7 @@ class ArrowDataset(Dataset[Sample]):
     def table(self) -> pa.Table:
         """The memory-mapped table; each process opens its own."""
         if self._table is None:
-            try:
-                self._table = open_table(self.path)
-            except FileNotFoundError as error:
-                raise DataError(f"{self.path}: no such file; {self.spec.how_to_make(self.path.parent)}") from error
+            self._table = open_table(self.path, how_to_make=self.spec.how_to_make(self.path.parent))
         return self._table
 
     def __getstate__(self) -> dict[str, Any]:

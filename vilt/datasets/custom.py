@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal, Self, get_args
 
+from clip.messages import listed, quoted
+
 CUSTOM = "custom"
 """Name of the task, and prefix of the arrow files, of every such dataset."""
 Labels = Literal["single", "multi"]
@@ -30,14 +32,14 @@ class CustomData:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
-            raise ValueError(f"name: expected letters, digits, - and _, found {self.name!r}")
+            raise ValueError(f"name: expected letters, digits, - and _, found {quoted(self.name)}")
         if self.labels not in get_args(Labels):
-            raise ValueError(f"labels: expected {' or '.join(get_args(Labels))}, found {self.labels!r}")
+            raise ValueError(f"labels: expected {' or '.join(get_args(Labels))}, found {quoted(self.labels)}")
         self._check_classes()
         metrics = CUSTOM_METRICS[self.labels]
         if self.metric not in metrics:
             expected = " or ".join(metrics)
-            raise ValueError(f"metric: expected {expected} with labels: {self.labels}, found {self.metric!r}")
+            raise ValueError(f"metric: expected {expected} with labels: {self.labels}, found {quoted(self.metric)}")
         if self.metric == "auroc" and self.n_classes != 2:
             raise ValueError(f"metric: auroc takes 2 classes, found {self.n_classes}")
 
@@ -45,12 +47,12 @@ class CustomData:
         rows: dict[str, int] = {}
         for row, name in enumerate(self.class_names, 1):
             if not isinstance(name, str) or not name.strip():
-                raise ValueError(f"classes: expected a name in row {row}, found {name!r}")
+                raise ValueError(f"classes: expected a name in row {row}, found {quoted(name)}")
             if rows.setdefault(name, row) != row:
-                raise ValueError(f"classes: {name!r} is listed twice, in rows {rows[name]} and {row}")
+                raise ValueError(f"classes: {quoted(name)} is listed twice, in rows {rows[name]} and {row}")
         least = 2 if self.labels == "single" else 1
         if self.n_classes < least:
-            found = f"{self.n_classes} ({', '.join(map(repr, self.class_names))})" if self.class_names else "none"
+            found = f"{self.n_classes} ({listed(self.class_names)})" if self.class_names else "none"
             raise ValueError(f"classes: expected at least {least}, found {found}")
 
     @classmethod
@@ -58,10 +60,10 @@ class CustomData:
         """From its values by name, as JSON and checkpoints hold them. Raises ValueError."""
         names = [field.name for field in fields(cls)]
         if not isinstance(value, dict) or set(value) != set(names):
-            found = ", ".join(map(str, value)) if isinstance(value, dict) else repr(value)
-            raise ValueError(f"expected the values {', '.join(names)} of a dataset, found {found or 'none'}")
+            found = listed(list(value)) if isinstance(value, dict) else quoted(value)
+            raise ValueError(f"expected the values {', '.join(names)} of a dataset, found {found}")
         if not isinstance(value["class_names"], (list, tuple)):
-            raise ValueError(f"class_names: expected a list, found {value['class_names']!r}")
+            raise ValueError(f"class_names: expected a list, found {quoted(value['class_names'])}")
         return cls(**{**value, "class_names": tuple(value["class_names"])})
 
     @property
@@ -82,5 +84,5 @@ class CustomData:
             return f"expected {self.n_classes} classes, found {other.n_classes}"
         for number, (ours, theirs) in enumerate(zip(self.class_names, other.class_names, strict=True)):
             if ours != theirs:
-                return f"expected {ours!r} as class {number}, found {theirs!r}"
+                return f"expected {quoted(ours)} as class {number}, found {quoted(theirs)}"
         return None

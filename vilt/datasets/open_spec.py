@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-
+from clip.messages import quoted
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec, Split, custom_spec
 from vilt.errors import DataError
+from vilt.utils.arrow_file import open_table
 
 
 def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:
@@ -32,19 +32,13 @@ def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:
 def _read(path: Path) -> CustomData:
     """What the metadata of an arrow file says. Raises DataError."""
     how_to_make = EVERY_DATASET[CUSTOM].how_to_make(path.parent)
-    try:
-        with pa.memory_map(str(path)) as source:
-            metadata = pa.ipc.open_file(source).schema.metadata or {}
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; {how_to_make}") from error
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as an arrow file: {error}") from error
+    metadata = open_table(path, how_to_make=how_to_make).schema.metadata or {}
     try:
         if not {b"custom", b"class_names"} <= set(metadata):
             raise ValueError("expected metadata with class names, labels and metric, found none")
         described = json.loads(metadata[b"custom"])
         if not isinstance(described, dict):
-            raise ValueError(f"metadata custom: expected an object, found {described!r}")
+            raise ValueError(f"metadata custom: expected an object, found {quoted(described)}")
         return CustomData.of({**described, "class_names": json.loads(metadata[b"class_names"])})
-    except ValueError as error:  # of json too
+    except (ValueError, RecursionError) as error:  # of json too
         raise DataError(f"{path}: {error}; {how_to_make}") from error

@@ -1,5 +1,6 @@
 """How the tables of a dataset of one's own are laid out: what its spec.yaml says, checked."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from clip.messages import quoted
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import SPLITS, Split
 from vilt.errors import DataError
@@ -61,7 +63,7 @@ def read_layout(path: Path, raw: Path) -> Layout:
         DataError: it is not readable, or a value is unknown, of the wrong type or contradicts another one.
     """
     try:
-        given = yaml.load(read_bytes(path), _UniqueKeyLoader)
+        given = yaml.load(read_bytes(path), _PlainLoader)
     except RecursionError:
         raise DataError(f"{path} is not valid YAML: nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
@@ -88,7 +90,7 @@ def _layout(source: Path, raw: Path, given: Any) -> Layout:
 
 
 def _wrong(key: str, expected: str, value: object) -> ValueError:
-    return ValueError(f"{key}: expected {expected}, found {value!r}")
+    return ValueError(f"{key}: expected {expected}, found {quoted(value)}")
 
 
 def _check_keys(prefix: str, value: object, known: Iterable[str]) -> None:
@@ -96,7 +98,7 @@ def _check_keys(prefix: str, value: object, known: Iterable[str]) -> None:
         raise _wrong(prefix.rstrip(".") or "the file", f"the keys {', '.join(known)}", value)
     for key in value:
         if key not in known:
-            raise ValueError(f"unknown key {prefix}{key}; expected {', '.join(known)}")
+            raise ValueError(f"unknown key {prefix}{str(key)[:100]}; expected {', '.join(known)}")
 
 
 def _text(key: str, value: object) -> str:
@@ -160,12 +162,21 @@ READERS: dict[str, Reader] = {
 """The keys of a spec.yaml. A reader takes (key, value) and returns the value to use, or raises ValueError."""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping that repeats a key; PyYAML would silently keep the last."""
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses a mapping that repeats a key, of which PyYAML would silently keep the last, and aliases.
+
+    Aliases let a short file stand for one of any size.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="expected no aliases", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        repeated = next((name for name in names if names.count(name) > 1), None)
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        repeated = next((name for name, count in counts.items() if count > 1), None)
         if repeated is not None:
-            raise yaml.MarkedYAMLError(problem=f"the key {repeated!r} is repeated", problem_mark=node.start_mark)
+            problem = f"the key {quoted(repeated)} is repeated"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)

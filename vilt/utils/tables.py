@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from clip.messages import listed, quoted
 from vilt.errors import DataError
 from vilt.utils.raw_data import kind_of, parse_json, read_bytes
 
@@ -66,8 +67,7 @@ def _csv_rows(path: Path, delimiter: str, needed: list[str]) -> Iterator[tuple[i
 def _check_header(path: Path, header: list[str], needed: list[str]) -> None:
     for name in header:
         if header.count(name) > 1:
-            raise DataError(f"{path}, row 1: the column {name!r} is repeated")
+            raise DataError(f"{path}, row 1: the column {quoted(name)} is repeated")
     missing = [name for name in needed if name not in header]
     if missing:
-        found = ", ".join(map(repr, header)) or "nothing"
-        raise DataError(f"{path}, row 1: expected the columns {', '.join(map(repr, missing))}, found {found}")
+        raise DataError(f"{path}, row 1: expected the columns {listed(missing)}, found {listed(header)}")

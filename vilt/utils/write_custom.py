@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from clip.messages import quoted
 from vilt.datasets.specs import SPLITS, Split, custom_spec
 from vilt.errors import DataError
 from vilt.utils.custom_layout import COLUMNS, Layout, read_layout, table_layout
@@ -137,7 +138,7 @@ def _refuse_empty(rows: dict[Split, list[Listed]], path: Path, split: Split | No
 
 
 def _found(value: object) -> str:
-    return repr(value) if isinstance(value, str) else kind_of(value) if value is not None else "none"
+    return quoted(value) if isinstance(value, str) else kind_of(value) if value is not None else "none"
 
 
 def _texts(value: object, source: str) -> list[str]:
@@ -177,7 +178,7 @@ def _numbered(listed: Listed, numbers: dict[str, int], layout: Layout) -> int | 
         return listed.labels
     unknown = [name for name in listed.labels if name not in numbers]
     if unknown:
-        return BadSampleError(UNKNOWN_CLASS, listed.source, f"{unknown[0]!r} is not in classes")
+        return BadSampleError(UNKNOWN_CLASS, listed.source, f"{quoted(unknown[0])} is not in classes")
     if layout.labels == "single":
         return numbers[listed.labels[0]]
     return [int(name in listed.labels) for name in numbers]

@@ -30,10 +30,11 @@ from clip.modules.vision_transformer_memory import ACTIVATIONS
 from clip.resume import AUTO
 from clip.run_folder import read_json
 from clip.run_table import COLUMNS
-from clip.tasks import TASK_NAMES, TASKS
+from clip.tasks import TASK_NAMES, TASKS, task_of
 from clip.training import OptimizerSettings
 from vilt.datamodules import DataSettings
 from vilt.datasets.custom import CUSTOM
+from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
 from vilt.errors import ConfigError
 from vilt.missing_tables import MISSING_TYPES, MissingPattern
@@ -547,6 +548,12 @@ class Options:
         if self.test_only:
             return ("test",)
         return SPLITS if self.test_after_fit and not self.fast_dev_run else ("train", "val")
+
+    @property
+    def monitor(self) -> str:
+        """The metric that chooses the best model; of one's own data, what the arrow files say."""
+        assert self.data_root is not None
+        return task_of(self.task, open_spec(self.task, self.data_root, self.splits).custom).monitor
 
     def robustness_patterns(self) -> list[list[MissingPattern]]:
         """The cells of a robustness matrix: of each, its pattern with every table seed."""

@@ -226,7 +226,9 @@ def train_from(options: Options, name: str) -> dict[str, float]:
         backbone.state["image_encoder.class_embedding"], token_embedding[tokenizer.end_id]
     )
     if options.resume_from is not None:
-        check_resume(read_checkpoint(Path(options.resume_from)), spec, backbone)
+        start = read_checkpoint(Path(options.resume_from))
+        check_resume(start, spec, backbone)
+        load_kept_state(classifier, start.state, f"resume_from={start.path}")
         say_differences(Path(options.resume_from), described(options, custom))
     elif options.load_path is not None:
         start = read_checkpoint(options.load_path)
@@ -290,7 +292,8 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
         f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
     )
     custom = data.spec.custom
-    folder = start_folder(options, name, custom)
+    of_model = replace(options, head=checkpoint.spec.head, **asdict(checkpoint.spec.method))  # not what they default to
+    folder = start_folder(of_model, name, custom)
     trainer = make_trainer(options, folder, steps_per_epoch=1)
     module = FinetuneModule(classifier, replace(checkpoint.spec, custom=custom))
     with data.naming_dead_workers(), ending_together(trainer):

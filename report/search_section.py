@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from clip.tasks import TASKS
 from clip.text_table import per_cent
 from report.figures import COLOURS, Figure, canvas_figure, new_canvas
 from report.parts import Missing, Part, Section
@@ -137,7 +136,7 @@ def _trials_table(search: Search, name: str, caption: str, rows: list[list[Value
             Column("number", "Trial", "number"),
             Column("state", "State"),
             *(Column(option, option, "code") for option in search.options),
-            Column(f"val/{TASKS[search.task].monitor}", "Score", "share", "none"),
+            Column(f"val/{search.runs[0].metric}", "Score", "share", "none"),
             Column("run", "Run", absent="none"),
         ),
         rows,
@@ -268,7 +267,7 @@ def _short(value: str) -> str:
 
 
 def _metric(search: Search) -> str:
-    return METRIC_TITLES[TASKS[search.task].monitor]
+    return METRIC_TITLES[search.runs[0].metric]
 
 
 def _file(anchor: str) -> str:

@@ -17,7 +17,6 @@ from optuna.trial import TrialState
 
 from clip.messages import first_line
 from clip.run_folder import read_json
-from clip.tasks import TASKS
 from config import is_range
 from report.collect import Run
 from report.text import counted, without_home
@@ -116,7 +115,7 @@ def _read_search(folder: Path, runs: tuple[Run, ...]) -> Search:
     scales: dict[str, Scale] = {}
     importances: dict[str, float] = {}
     try:
-        options, trials = _read_trials(folder / "search.csv", f"val/{TASKS[runs[0].task].monitor}")
+        options, trials = _read_trials(folder / "search.csv", f"val/{runs[0].metric}")
     except DataError as error:
         missing["trials"] = _said(folder, error)
     try:

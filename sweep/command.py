@@ -11,7 +11,6 @@ from typing import Any
 from clip.interruption import Stopped
 from clip.messages import quoted
 from clip.run_folder import write_json
-from clip.tasks import TASKS
 from config import Options, check
 from sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
 from sweep.jobs import run_command
@@ -139,7 +138,7 @@ def record(options: Options, config: Mapping[str, Any], folder: Path) -> None:
         "format": FORMAT,
         "name": options.sweep_name,
         "task": options.task,
-        "metric": TASKS[options.task].monitor,
+        "metric": options.monitor,
         "grid": grid,
         "options": {name: values[name] for name in fixed if grid is None or name not in SET_BY_GRID},
     }

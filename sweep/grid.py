@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from clip.messages import quoted
 from clip.run_folder import read_json, write_csv
-from clip.tasks import TASKS
 from clip.text_table import per_cent, ruled_table
 from config import Options
 from sweep.jobs import Job
@@ -63,15 +62,15 @@ class Cell:
         try:
             written = read_json(result)
             costs = {name: written[name] for name in COSTS if written.get(name)}
-            return Result(_numbers(written["metrics"]), _numbers(costs))
+            return Result(_numbers(dict(written["metrics"])), _numbers(costs))
         except DataError as error:
             raise SweepError(str(error)) from error
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise SweepError(f"{result}: not the results of a test: {type(error).__name__}: {error}") from error
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Raises ValueError, OverflowError or AttributeError where `values` are not numbers by name."""
+    """Raises ValueError or OverflowError where `values` are not numbers."""
     for name, value in values.items():
         if type(value) not in (int, float):
             raise ValueError(f"{name}: expected a number, found {quoted(value)}")
@@ -121,7 +120,7 @@ def run_grid(options: Options, cells: Sequence[Cell], launch: Launcher, folder: 
     Raises:
         SweepError: runs failed; they are listed before.
     """
-    metric = TASKS[options.task].monitor
+    metric = options.monitor
     waiting = [cell for cell in cells if cell.job.state != "complete"]
     cell_of = {cell.job: cell for cell in cells}
     log.info("sweep %s: %s", options.sweep_name, count_states(cells))
@@ -219,7 +218,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 def write_table(options: Options, cells: Sequence[Cell], progress: Progress, path: Path) -> list[Row]:
     """Writes the table with all metrics as CSV, and returns its rows."""
     rows = table_rows(options, cells, [job for job, _ in progress.failed])
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics)) or [TASKS[options.task].monitor]
+    names = list(dict.fromkeys(name for row in rows for name in row.metrics)) or [options.monitor]
     columns = [f"{name}_{figure}" for name in names for figure in ("mean", "std")]
     pattern_columns = [*options.sweep_over, "missing_type", "ratio", "image_available", "text_available"]
     lines = []

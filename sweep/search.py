@@ -22,7 +22,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from clip.messages import first_line
 from clip.run_folder import write_csv
-from clip.tasks import TASKS
 from clip.text_table import ruled_table
 from config import Options, check, is_range
 from sweep.jobs import Job, Outcome, run_command
@@ -55,7 +54,7 @@ class Search:
     @property
     def metric(self) -> str:
         """The validation metric that is to be high."""
-        return f"val/{TASKS[self.options.task].monitor}"
+        return f"val/{self.options.monitor}"
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """The trials so far, by number; of these states, or all."""

@@ -234,7 +234,7 @@ def test_another_task_than_the_checkpoints(workspace: Workspace, fitted: Path, c
     ("changes", "message"),
     [
         ({"custom": None}, "expected the values name, labels, class_names, metric of a dataset, found None"),
-        ({"custom": {"name": "x"}}, "expected the values name, labels, class_names, metric of a dataset, found name"),
+        ({"custom": {"name": "x"}}, "expected the values name, labels, class_names, metric of a dataset, found 'name'"),
         ({"task": "imagenet"}, "task 'imagenet', expected one of mmimdb, food101, hatememes, custom"),
     ],
 )
@@ -405,3 +405,15 @@ def test_a_training_on_ones_own_data_goes_on_by_itself(
     (tmp_path / "pets_seed0" / "version_0" / "test_results.json").unlink()
     assert command_line(command) == 0
     assert "goes on from" in capsys.readouterr().err
+
+
+def test_doctor_and_sweep_on_ones_own_data(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], pets: Path
+) -> None:
+    options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=1", "val_check_interval=1.0")
+    command = workspace.command(*options, task="custom", data_root=pets)
+    assert command_line([command[0], "doctor", *command[1:]]) == 0
+    assert "ok   train rows: " in capsys.readouterr().out
+    grid = ("sweep_types=['both']", "sweep_ratios=[0.7]", "sweep_seeds=[0]", "sweep_name=own")
+    assert command_line([command[0], "sweep", *command[1:], *grid]) == 0
+    assert "f1_macro" in (tmp_path / "own" / "table.csv").read_text()

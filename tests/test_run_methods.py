@@ -46,6 +46,8 @@ def test_a_run_and_the_evaluation_of_its_checkpoint(workspace: Workspace, tmp_pa
     assert command_line(evaluation) == 0
     assert result(tmp_path / "again")["metrics"] == trained["metrics"]
     assert "trained_parameters" not in result(tmp_path / "again")
+    configs = (json.loads((tmp_path / name / "version_0" / "config.json").read_text()) for name in ("m_seed0", "again"))
+    assert len({(one["prompt_type"], one["head"], one["memory_length"], one["far"]) for one in configs}) == 1
 
 
 @pytest.mark.parametrize("variant", ["map_input", "msp", "described"])

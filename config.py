@@ -1,6 +1,7 @@
 """The options: defaults and named configs (Sacred), and their check before anything heavy starts."""
 
 import difflib
+import json
 import logging
 import math
 import os
@@ -663,8 +664,25 @@ def check_command_line(argv: Sequence[str]) -> None:
         normalize_or_die(given)
     except (TypeError, LookupError, RecursionError, MemoryError) as error:
         raise ConfigError(f"expected name=value, found what is none: {first_line(error)}") from error
+    given = options_in_files(argv[1:]) | given
     if "seed" in given:
         SEED("seed", given["seed"])
+
+
+def options_in_files(words: Sequence[str]) -> dict[str, Any]:
+    """What the .json files among the words of a command line set; raises ConfigError where one is damaged."""
+    found: dict[str, Any] = {}
+    for path in (Path(word) for word in words if "=" not in word and word.endswith(".json") and _may_be_path(word)):
+        if not path.is_file():
+            continue
+        try:
+            read = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError, OSError) as error:
+            raise ConfigError(f"{path}: expected options as JSON: {first_line(error)}") from error
+        if not isinstance(read, dict):
+            raise ConfigError(f"{path}: expected an object with options, found {quoted(read)}")
+        found |= read
+    return found
 
 
 def unknown_option(names: list[str], config_names: list[str]) -> ConfigError:

@@ -74,6 +74,7 @@ from config import (
     SacredError,
     check,
     check_command_line,
+    options_in_files,
     read_options,
     read_with_machine,
     unknown_option,
@@ -176,8 +177,9 @@ def doctor(_config: dict[str, Any]) -> None:
 
 
 def given_options(sacred_run: Any) -> set[str]:
-    """Names of the options that the command line sets."""
-    return {update.partition("=")[0].partition(".")[0].strip() for update in sacred_run.meta_info["options"]["UPDATE"]}
+    """Names of the options that the command line sets, itself or by .json files that it names."""
+    words = sacred_run.meta_info["options"]["UPDATE"]
+    return {word.partition("=")[0].partition(".")[0].strip() for word in words} | set(options_in_files(words))
 
 
 @EX.command

@@ -301,3 +301,32 @@ def test_sigterm_of_a_process(workspace: Workspace, tmp_path: Path) -> None:
     assert said.splitlines()[-1].startswith("terminated")
     assert "Traceback" not in said
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"seed": null}', "seed: expected an integer"),
+        ("[1]", "expected an object with options, found [1]"),
+        ('{"seed"', "expected options as JSON"),
+    ],
+)
+def test_a_configuration_file_that_is_none(
+    workspace: Workspace, tmp_path: Path, content: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "options.json").write_text(content)
+    assert command_line([*workspace.command(f"log_dir={tmp_path}"), str(tmp_path / "options.json")]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_of_a_file_count_as_given(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A method that contradicts the checkpoint's is refused."""
+    start = workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_steps=1", "test_after_fit=False")
+    assert command_line(start) == 0
+    (tmp_path / "options.json").write_text('{"prompt_type": "coop"}')
+    best = next(tmp_path.rglob("best.ckpt"))
+    command = workspace.command("test_only=True", f"load_path={best}", f"log_dir={tmp_path}")
+    assert command_line([*command, str(tmp_path / "options.json")]) == 2
+    assert "prompt_type" in capsys.readouterr().err.splitlines()[-1]

@@ -55,6 +55,7 @@ __all__ = [
     "check",
     "check_command_line",
     "check_together",
+    "options_in_files",
     "read_load_paths",
     "read_options",
     "read_with_machine",
@@ -647,11 +648,15 @@ def check_command_line(argv: Sequence[str]) -> None:
     """Checks what Sacred acts on before anything else is checked.
 
     Raises:
-        ConfigError: `seed` is none, a value cannot be read, a flag is none of FLAGS, or a file stands where a named
-            config is expected that is no JSON: Sacred would read options from it, in ways that can run code.
+        ConfigError: `seed` is none (in a .json file too), a value cannot be read, a flag is none of FLAGS, or a file
+            stands where a named config is expected that is no JSON: Sacred would read options from it, in ways that can
+            run code.
+        DataError: a .json file is not readable.
     """
     words = []
     for word in argv[1:]:
+        if "seed" in (in_file := options_in_files([word])):
+            SEED(f"{word}: seed", in_file["seed"])
         if word.startswith("-"):
             if not any(word == flag or (takes and word.startswith(flag)) for flag, takes in FLAGS.items()):
                 raise ConfigError(f"{quoted(word)}: expected one of {', '.join(FLAGS)}, or name=value")
@@ -664,7 +669,6 @@ def check_command_line(argv: Sequence[str]) -> None:
         normalize_or_die(given)
     except (TypeError, LookupError, RecursionError, MemoryError) as error:
         raise ConfigError(f"expected name=value, found what is none: {first_line(error)}") from error
-    given = options_in_files(argv[1:]) | given
     if "seed" in given:
         SEED("seed", given["seed"])
 

@@ -32,9 +32,11 @@ from clip.callbacks import Checkpoints, Report, StepLimit
 from clip.checkpoint import (
     Checkpoint,
     ModelSpec,
+    TokenizerUsed,
     build_classifier,
     check_backbone,
     check_classes,
+    check_tokenizer,
     kept_names,
     load_kept_state,
     read_checkpoint,
@@ -80,8 +82,9 @@ from config import (
     unknown_option,
 )
 from sweep.command import run_sweep
-from targets import Target, check_agreement, open_targets
+from targets import Target, check_agreement, open_targets, with_model_of
 from vilt.datamodules import MissingModalityData
+from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.open_spec import open_spec
 from vilt.errors import CheckpointError, CheckupError, ConfigError, UserError, machine_error
@@ -102,7 +105,8 @@ GPU_STEPS_PER_LOOK = 50
 def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
     """Trains, or evaluates with test_only=True; returns the test metrics."""
     options, given = check(_config), given_options(_run)
-    if of_sweeps := sorted(name for name in given if name.startswith("sweep_") or name in ("search", "search_trials")):
+    written = written_options(_run)  # a file may be the config.json of a run, which has all options
+    if of_sweeps := sorted(n for n in written if n.startswith("sweep_") or n in ("search", "search_trials")):
         raise ConfigError(f"{of_sweeps[0]}: for many runs; expected `python run.py sweep with …`")
     set_up_logging()
     return evaluate(options, given) if options.test_only else train(options)
@@ -177,9 +181,14 @@ def doctor(_config: dict[str, Any]) -> None:
 
 
 def given_options(sacred_run: Any) -> set[str]:
-    """Names of the options that the command line sets, itself or by .json files that it names."""
-    words = sacred_run.meta_info["options"]["UPDATE"]
-    return {word.partition("=")[0].partition(".")[0].strip() for word in words} | set(options_in_files(words))
+    """Names of the options that the command line sets, itself or in the .json files that it names."""
+    return written_options(sacred_run) | set(options_in_files(sacred_run.meta_info["options"]["UPDATE"]))
+
+
+def written_options(sacred_run: Any) -> set[str]:
+    """Names of the options that the command line itself sets."""
+    updates = [update for update in sacred_run.meta_info["options"]["UPDATE"] if "=" in update]
+    return {update.partition("=")[0].partition(".")[0].strip() for update in updates}
 
 
 @EX.command
@@ -228,14 +237,14 @@ def train_from(options: Options, name: str) -> dict[str, float]:
         backbone.state["image_encoder.class_embedding"], token_embedding[tokenizer.end_id]
     )
     if options.resume_from is not None:
-        start = read_checkpoint(Path(options.resume_from))
-        check_resume(start, spec, backbone)
-        load_kept_state(classifier, start.state, f"resume_from={start.path}")
-        say_differences(Path(options.resume_from), described(options, custom))
+        resumed = read_checkpoint(Path(options.resume_from))
+        check_resume(resumed, spec, backbone, tokenizer, data.datasets["train"])
+        load_kept_state(classifier, resumed.state, f"resume_from={resumed.path}")
+        say_differences(resumed.path, described(options, custom))
     elif options.load_path is not None:
         start = read_checkpoint(options.load_path)
         if options.finetune_first:
-            check_classes(start, custom)
+            check_classes(start, data.datasets["train"])
         warm_start(classifier, start, backbone, with_head=options.finetune_first)
 
     set_computation(options, classifier)
@@ -249,6 +258,7 @@ def train_from(options: Options, name: str) -> dict[str, float]:
         options.seed,
         skip_bad_steps,
         data.datasets["train"].class_names(),
+        TokenizerUsed(options.tokenizer, tokenizer.fingerprint),
     )
     # Processes without the folder write nothing, but take part in writing.
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
@@ -289,13 +299,15 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     say_device(options)
     checkpoint = read_checkpoint(options.load_path)
     check_agreement(options, checkpoint, given)
+    arrow = open_spec(options.task, options.data_root, options.splits)
+    image_size = checkpoint.spec.architecture.image_size
+    check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test", image_size))  # before anything heavy
     classifier, data = open_evaluation(options, checkpoint, given)
     name = options.test_exp_name or (
         f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
     )
     custom = data.spec.custom
-    of_model = replace(options, head=checkpoint.spec.head, **asdict(checkpoint.spec.method))  # not what they default to
-    folder = start_folder(of_model, name, custom)
+    folder = start_folder(with_model_of(checkpoint, options, given), name, custom)
     trainer = make_trainer(options, folder, steps_per_epoch=1)
     module = FinetuneModule(classifier, replace(checkpoint.spec, custom=custom))
     with data.naming_dead_workers(), ending_together(trainer):
@@ -496,8 +508,10 @@ def warm_start(
     )
 
 
-def check_resume(checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone) -> None:
-    """Raises CheckpointError unless training can go on from `checkpoint` with this model."""
+def check_resume(
+    checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone, tokenizer: ClipTokenizer, dataset: ArrowDataset
+) -> None:
+    """Raises CheckpointError unless training can go on from `checkpoint` with this model on `dataset`."""
     if checkpoint.published:
         raise CheckpointError(f"resume_from={checkpoint.path}: a published checkpoint; use it as load_path")
     if not checkpoint.resumable:
@@ -506,8 +520,9 @@ def check_resume(checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone) ->
             f"use it as load_path"
         )
     check_backbone(checkpoint, backbone)
+    check_tokenizer(checkpoint, tokenizer)
+    check_classes(checkpoint, dataset)
     if checkpoint.spec != spec:
-        check_classes(checkpoint, spec.custom)
         theirs, ours = (
             asdict(one.method)
             | {"task": one.task, "head": one.head, "architecture": one.architecture}

@@ -1,7 +1,8 @@
 """What `run.py robustness` evaluates: checkpoints, with what is known of their runs and with their stored logits."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from config import Options, check, read_load_paths, read_options
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.errors import ConfigError, DataError
+
+log = logging.getLogger("rep")
 
 TAKEN_FROM_THE_RUN = ("data_root", "missing_table_root", "tokenizer")
 """Options that a checkpoint's config.json answers where the command line does not."""
@@ -50,18 +53,18 @@ def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
 
 
 def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -> None:
-    """Compares the task, the given options of the model and the classes of one's own data with the checkpoint's.
-
-    Raises:
-        ConfigError, CheckpointError: they are others.
-        DataError: the arrow file of one's own data is not readable.
-    """
+    """Raises ConfigError where the task or a given option of the model is another one than the checkpoint's."""
     spec = checkpoint.spec
     for option, theirs in {"task": spec.task, **asdict(spec.method), "head": spec.head}.items():
         ours = getattr(options, option)
         if (option in given or option == "task") and theirs != ours:
             raise ConfigError(f"{option}: {ours} contradicts the checkpoint {checkpoint.path}, which has {theirs}")
-    check_classes(checkpoint, open_spec(options.task, options.data_root, options.splits).custom)
+
+
+def with_model_of(checkpoint: Checkpoint, options: Options, given: set[str]) -> Options:
+    """The options of an evaluation for the records: method, head and backbone are those of `checkpoint`."""
+    vit = options.vit if "vit" in given or checkpoint.backbone_name is None else checkpoint.backbone_name
+    return replace(options, **asdict(checkpoint.spec.method), head=checkpoint.spec.head, vit=vit)
 
 
 def _open(
@@ -70,6 +73,7 @@ def _open(
     checkpoint = read_checkpoint(path)
     recorded = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     taken = {name: recorded[name] for name in TAKEN_FROM_THE_RUN if name in recorded and name not in given}
+    _pass_over_absent_tables(taken, config, path.parent / "config.json")
     of_evaluation = {"load_path": str(path), "test_only": True, "test_ratio": 0.0}
     options = check({**config, **taken, **of_evaluation, "task": config["task"] or checkpoint.spec.task})
     if options.fast_dev_run:
@@ -81,6 +85,7 @@ def _open(
         dataset = ArrowDataset(spec, options.data_root, "test", checkpoint.spec.architecture.image_size)
         test_sets[arrow] = dataset, file_sha256(arrow)
     dataset, arrow_sha256 = test_sets[arrow]
+    check_classes(checkpoint, dataset)
     training = _training(path.parent / "config.json", recorded) if recorded else None
     subject = Subject(
         checkpoint=path,
@@ -95,8 +100,20 @@ def _open(
         missing_table_root=options.missing_table_root,
     )
     origin = Origin(options.task, checkpoint.sha256, arrow.name, arrow_sha256, options.precision, options.tokenizer)
-    store = LogitStore(path.parent / "robustness", origin, dataset, asdict(options), anew=options.robustness_anew)
+    recorded_options = asdict(with_model_of(checkpoint, options, given))
+    store = LogitStore(path.parent / "robustness", origin, dataset, recorded_options, anew=options.robustness_anew)
     return Target(options, subject, store, store.lacking())
+
+
+def _pass_over_absent_tables(taken: dict[str, Any], config: Mapping[str, Any], source: Path) -> None:
+    """Leaves out of `taken` a missing_table_root that is no folder here: tables would be written wherever it points."""
+    if "missing_table_root" not in taken:
+        return
+    root, default = (read_options(one, ["missing_table_root"])["missing_table_root"] for one in (taken, config))
+    if not root.is_dir():
+        del taken["missing_table_root"]
+        if root != default:
+            log.warning("%s: missing_table_root: no folder at %s here; %s is used instead", source, root, default)
 
 
 def _train_pattern(training: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,9 @@ from clip.modules.method import MethodOptions
 from clip.modules.registry import METHODS
 from clip.modules.vision_transformer_memory import ClipArchitecture, DynamicMemoryBlock
 from clip.tasks import TASK_NAMES, TASKS, task_of
+from clip.tokenizer import ClipTokenizer
 from clip.trainable import freeze
+from vilt.datasets.arrow_dataset import ArrowDataset, first_repeated
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.errors import CheckpointError
 from vilt.utils.torch_file import check_archive, fault_of_weights, load_inert
@@ -62,6 +64,15 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class TokenizerUsed:
+    """The tokenizer of a training."""
+
+    option: str | None
+    """What the run had as option `tokenizer`; None for the one that comes with the backbone."""
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint file, read and understood."""
 
@@ -76,6 +87,8 @@ class Checkpoint:
     """In label order; empty where it does not say them."""
     resumable: bool = False
     """Whether it also holds where the training stood, like `last.ckpt`."""
+    tokenizer: TokenizerUsed | None = None
+    """None where it does not say it."""
 
     @property
     def published(self) -> bool:
@@ -84,7 +97,11 @@ class Checkpoint:
 
 
 def describe(
-    spec: ModelSpec, backbone_name: str, backbone_sha256: str, class_names: Sequence[str] = ()
+    spec: ModelSpec,
+    backbone_name: str,
+    backbone_sha256: str,
+    class_names: Sequence[str] = (),
+    tokenizer: TokenizerUsed | None = None,
 ) -> dict[str, Any]:
     """The plain values that a checkpoint holds under DESCRIPTION."""
     return {
@@ -95,6 +112,7 @@ def describe(
         "architecture": asdict(spec.architecture),
         "backbone": {"name": backbone_name, "sha256": backbone_sha256},
         "class_names": list(class_names),
+        **({"tokenizer": asdict(tokenizer)} if tokenizer is not None else {}),
         **({"custom": asdict(spec.custom)} if spec.custom is not None else {}),
     }
 
@@ -187,9 +205,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         class_names = tuple(map(str, described.get("class_names", ())))
         if class_names and len(class_names) != task_of(spec.task, spec.custom).n_classes:
             raise ValueError(f"{len(class_names)} class names for another number of classes")
+        if (twice := first_repeated(class_names)) is not None:
+            raise ValueError(f"class_names: expected each name once, found {quoted(twice)} twice")
+        tokenizer = _described_tokenizer(described)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its description is not whole: {first_line(error)}") from error
-    return Checkpoint(path, digest, spec, state, name, backbone_digest, class_names, _is_resumable(raw))
+    return Checkpoint(path, digest, spec, state, name, backbone_digest, class_names, _is_resumable(raw), tokenizer)
 
 
 def _described_method(described: dict[str, Any]) -> MethodOptions:
@@ -202,6 +223,15 @@ def _described_method(described: dict[str, Any]) -> MethodOptions:
             kind = type(field.default)
             options = replace(options, **{field.name: _value(described, field.name, kind)})
     return options
+
+
+def _described_tokenizer(described: dict[str, Any]) -> TokenizerUsed | None:
+    """None where the checkpoint is older than this entry."""
+    if "tokenizer" not in described:
+        return None
+    used = _value(described, "tokenizer", dict)
+    option = None if used["option"] is None else _value(used, "option", str)
+    return TokenizerUsed(option, _value(used, "fingerprint", str))
 
 
 def _value(described: dict[str, Any], key: str, kind: type) -> Any:
@@ -273,14 +303,42 @@ def check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
         )
 
 
-def check_classes(checkpoint: Checkpoint, custom: CustomData | None) -> None:
-    """Raises CheckpointError where the head of `checkpoint` is for other classes than those of one's own data."""
-    theirs = checkpoint.spec.custom
-    difference = theirs.difference(custom) if theirs is not None and custom is not None else None
-    if theirs is not None and difference is not None:
+def check_tokenizer(checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> None:
+    """Raises CheckpointError where `checkpoint` says that it was trained with another tokenizer."""
+    used = checkpoint.tokenizer
+    if used is not None and used.fingerprint != tokenizer.fingerprint:
+        had = f"tokenizer={used.option}" if used.option is not None else "the tokenizer that comes with its backbone"
         raise CheckpointError(
-            f"{checkpoint.path}: trained on the classes of {theirs.name}, the data's differ: {difference}"
+            f"{checkpoint.path}: trained with {had} (fingerprint {used.fingerprint[:16]}…), "
+            f"this tokenizer is another one (fingerprint {tokenizer.fingerprint[:16]}…)"
         )
+
+
+def check_classes(checkpoint: Checkpoint, dataset: ArrowDataset) -> None:
+    """Compares the classes that the head of `checkpoint` is for with those of `dataset`, where both are of one task.
+
+    A class whose name is its number has none: the arrow file that it comes from did not say it.
+
+    Raises:
+        CheckpointError: they differ; names the first class that does.
+        DataError: the class names in the arrow file are damaged.
+    """
+    spec = checkpoint.spec
+    if spec.task != dataset.spec.name:
+        return
+    if spec.custom is not None and dataset.spec.custom is not None:
+        difference = spec.custom.difference(dataset.spec.custom)
+        if difference is not None:
+            raise CheckpointError(
+                f"{checkpoint.path}: trained on the classes of {spec.custom.name}, the data's differ: {difference}"
+            )
+    elif checkpoint.class_names:
+        for number, (theirs, ours) in enumerate(zip(checkpoint.class_names, dataset.class_names(), strict=True)):
+            if theirs != ours and str(number) not in (theirs, ours):
+                raise CheckpointError(
+                    f"{checkpoint.path}: trained on other classes than those of {dataset.path}: expected "
+                    f"{quoted(theirs)} as class {number}, found {quoted(ours)}"
+                )
 
 
 def _draw_queries(classifier: MissingModalityClassifier, names: list[str], path: Path) -> None:

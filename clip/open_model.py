@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from clip.backbone import HUB_NAMES, load_backbone
-from clip.checkpoint import Checkpoint, restore_classifier
+from clip.checkpoint import Checkpoint, check_tokenizer, restore_classifier
 from clip.modules.classifier import MissingModalityClassifier
 from clip.tokenizer import ClipTokenizer, load_tokenizer
 from vilt.errors import BackboneError
@@ -36,7 +36,8 @@ def open_model(
         published_vit: for a published checkpoint, which holds its CLIP weights: whose tokenizer goes with them.
 
     Raises:
-        BackboneError, CheckpointError: weights or tokenizer cannot be had, or do not fit each other.
+        BackboneError, CheckpointError: weights or tokenizer cannot be had, do not fit each other, or are not those of
+            the training.
     """
     spec = checkpoint.spec
     if checkpoint.published:
@@ -47,8 +48,9 @@ def open_model(
         if activation is None and Path(vit).is_file():
             activation = spec.architecture.activation
         backbone = load_backbone(vit, trust=choice.trust, activation=activation)
-    classifier = restore_classifier(checkpoint, backbone)
-    return classifier, tokenizer_for(choice.tokenizer, vit, spec.architecture.vocab_size)
+    tokenizer = tokenizer_for(choice.tokenizer, vit, spec.architecture.vocab_size)
+    check_tokenizer(checkpoint, tokenizer)
+    return restore_classifier(checkpoint, backbone), tokenizer
 
 
 def tokenizer_for(tokenizer: str | None, vit: str, vocab_size: int) -> ClipTokenizer:

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
 
-from clip.checkpoint import DESCRIPTION, ModelSpec, describe, kept_state, load_kept_state
+from clip.checkpoint import DESCRIPTION, ModelSpec, TokenizerUsed, describe, kept_state, load_kept_state
 from clip.modules.classifier import MissingModalityClassifier, ModelInput
 from clip.numerics import GradientWatch, first_not_finite
 from clip.tasks import task_of
@@ -81,6 +81,7 @@ class FinetuneModule(pl.LightningModule):
         settings: None where nothing is trained.
         seed: with epoch, batch and process it gives the dropout masks, so that a resumed run draws the same ones.
         skip_bad_steps: optimiser steps in a row that may have a gradient that is not finite (see GradientWatch).
+        class_names, tokenizer: of the training data, for the checkpoints.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class FinetuneModule(pl.LightningModule):
         seed: int = 0,
         skip_bad_steps: int = 0,
         class_names: Sequence[str] = (),
+        tokenizer: TokenizerUsed | None = None,
     ) -> None:
         super().__init__()
         self.classifier = classifier
@@ -99,6 +101,7 @@ class FinetuneModule(pl.LightningModule):
         self.task = task_of(spec.task, spec.custom)
         self.backbone = backbone
         self.class_names = class_names
+        self.tokenizer = tokenizer
         self.settings = settings
         self.seed = seed
         self._kept: dict[Stage, list[Kept]] = {"train": [], "val": [], "test": []}
@@ -316,7 +319,7 @@ class FinetuneModule(pl.LightningModule):
     def description(self) -> dict[str, Any]:
         """What checkpoints hold under DESCRIPTION."""
         assert self.backbone is not None
-        return describe(self.spec, *self.backbone, self.class_names)
+        return describe(self.spec, *self.backbone, self.class_names, self.tokenizer)
 
 
 def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LRScheduler:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from clip.messages import quoted
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.errors import DataError, reason_of
 from vilt.image_cache import open_image_cache
@@ -28,6 +29,16 @@ log = logging.getLogger(__name__)
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 """Texts to token ids, (N, 77)."""
+
+
+def first_repeated(names: Sequence[str]) -> str | None:
+    """The first of `names` that was there before, None where each is there once."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 class Sample(NamedTuple):
@@ -197,7 +208,10 @@ class ArrowDataset(Dataset[Sample]):
             raise DataError(f"{expected}: {error}") from error
         if not isinstance(names, list) or len(names) > self.spec.n_classes or not all(type(n) is str for n in names):
             raise DataError(f"{expected}, found something else")
-        return (*names, *map(str, range(len(names), self.spec.n_classes)))
+        named = (*names, *map(str, range(len(names), self.spec.n_classes)))
+        if (twice := first_repeated(named)) is not None:
+            raise DataError(f"{expected}, each once, found {quoted(twice)} twice")
+        return named
 
     def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
         """Makes the token ids of all texts, once: they are kept beside the arrow file and found there again.

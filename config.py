@@ -31,11 +31,10 @@ from clip.modules.vision_transformer_memory import ACTIVATIONS
 from clip.resume import AUTO
 from clip.run_folder import read_json
 from clip.run_table import COLUMNS
-from clip.tasks import TASK_NAMES, TASKS, task_of
+from clip.tasks import TASK_NAMES, TASKS
 from clip.training import OptimizerSettings
 from vilt.datamodules import DataSettings
 from vilt.datasets.custom import CUSTOM
-from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
 from vilt.errors import ConfigError
 from vilt.missing_tables import MISSING_TYPES, MissingPattern
@@ -408,12 +407,19 @@ def search_space(option: str, value: Any) -> dict[str, tuple[Any, ...]]:
             raise _wrong(f"{option}.{name}", "a list of at least two values", list(values))
         if is_range(name, values) and values[0] >= values[1]:
             raise _wrong(f"{option}.{name}", "a range, the lower end first", list(values))
+        if is_range_of_steps(name, values) and (0 < values[0] < 1 or values[1] == 1):
+            raise _wrong(f"{option}.{name}", "a range of shares, all below 1, or of numbers of steps", list(values))
     return space
 
 
 def is_range(name: str, values: Sequence[Any]) -> bool:
     """Whether `values` of a search are the two ends of a range: two numbers for an option that is any number."""
     return len(values) == 2 and get_args(_hints()[name])[0] is float
+
+
+def is_range_of_steps(name: str, values: Sequence[Any]) -> bool:
+    """Whether a range is of whole numbers: of `warmup_steps` up to 1 or more, where below 1 it is a share."""
+    return name == "warmup_steps" and is_range(name, values) and values[1] >= 1
 
 
 def warmup(option: str, value: Any) -> float:
@@ -523,7 +529,7 @@ class Options:
     sweep_name: Annotated[str, folder_name]
     sweep_types: Annotated[tuple[str, ...], several(one_of(*MISSING_TYPES))]
     sweep_ratios: Annotated[tuple[float, ...], several(number(0, 1))]
-    sweep_seeds: Annotated[tuple[int, ...], several(integer(0))]
+    sweep_seeds: Annotated[tuple[int, ...], several(SEED)]
     sweep_over: Annotated[dict[str, tuple[Any, ...]], values_of_options]
     sweep_launcher: Annotated[str, one_of(*LAUNCHERS)]
     sweep_slurm: Annotated[dict[str, Any], dictionary]
@@ -550,12 +556,6 @@ class Options:
         if self.test_only:
             return ("test",)
         return SPLITS if self.test_after_fit and not self.fast_dev_run else ("train", "val")
-
-    @property
-    def monitor(self) -> str:
-        """The metric that chooses the best model; of one's own data, what the arrow files say."""
-        assert self.data_root is not None
-        return task_of(self.task, open_spec(self.task, self.data_root, self.splits).custom).monitor
 
     def robustness_patterns(self) -> list[list[MissingPattern]]:
         """The cells of a robustness matrix: of each, its pattern with every table seed."""

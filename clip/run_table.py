@@ -183,7 +183,7 @@ def _read_run(folder: Path) -> RunRow:
     try:
         row = _configured(row, read_json(folder / "config.json"))
         if row.train is not None:
-            row = replace(row, validation=_best_validation(folder, f"val/{row.metric}"))
+            row = replace(row, validation=best_validation(folder, f"val/{row.metric}"))
         row = _tested(row)
         return row if row.test is not None else _how_far(row)
     except DataError as error:
@@ -212,8 +212,14 @@ def _configured(row: RunRow, config: dict[str, Any]) -> RunRow:
         raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
 
 
-def _best_validation(folder: Path, monitor: str) -> float | None:
-    """Of the best checkpoint, else of metrics.csv, which in a resumed run knows only what came after."""
+def best_validation(folder: Path, monitor: str) -> float | None:
+    """The best value of the metric `monitor` (`val/…`) in validation, a fraction; None where there is none.
+
+    Of the best checkpoint, else of metrics.csv, which in a resumed run knows only what came after.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     if (folder / "best.ckpt").is_file():
         score = _open_checkpoint(folder / "best.ckpt", "score")["score"]
         if type(score) is not float:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 
 from clip.messages import first_line, quoted
 from clip.run_folder import custom_in, read_json
+from clip.run_table import best_validation
 from clip.tasks import TASK_NAMES, TASKS, Task, task_of
 from report.text import without_home
 from vilt.datasets.custom import CUSTOM, CustomData
@@ -26,6 +28,8 @@ from vilt.errors import ConfigError, DataError
 from vilt.missing_tables import MISSING_TYPES, TYPE_NAMES
 from vilt.utils.arrow_file import open_table
 from vilt.utils.files import whole_lines
+
+log = logging.getLogger("rep")
 
 FORMAT = 1
 LOGIT_COLUMNS = {name: f"logits_{name.replace(' ', '_')}" for name in TYPE_NAMES}
@@ -131,6 +135,8 @@ class Run:
     environment: dict[str, Any] | None
     curves: dict[str, list[tuple[int, float]]] | None
     """Columns of metrics.csv by name: (optimiser step, value)."""
+    best_validation: float | None
+    """Of the metric of the task, a fraction; None for an evaluation, too."""
     test: dict[str, Any] | None
     robustness: Robustness | None
     custom: CustomData | None = None
@@ -175,13 +181,20 @@ def dataset_of(task: str, custom: CustomData | None) -> DatasetSpec:
 def read_runs(given: Sequence[Path]) -> list[Run]:
     """The runs in and below `given`, each once, in the order given and by name below.
 
+    A folder whose config.json cannot be read may be anything's: it is left out, with a warning that names the file.
+
     Raises:
         ConfigError: a folder is not there, or neither is a run nor holds one.
         DataError: a file is damaged, or results belong to another checkpoint, dataset or test set.
     """
     folders: dict[Path, Path] = {}
     for path in given:
-        found = list(_run_folders(path))
+        odd: list[DataError] = []
+        found = list(_run_folders(path, odd))
+        if odd and not found:
+            raise odd[0]
+        for error in odd:
+            log.warning("left out of the report: %s", error)
         if not found:
             what = "no run" if path.is_dir() else "a file" if path.exists() else "no such folder"
             raise ConfigError(
@@ -243,6 +256,7 @@ def read_run(folder: Path, number: int) -> Run:
         config=config,
         environment=environment,
         curves=read_curves(folder / "metrics.csv"),
+        best_validation=None if config["test_only"] else best_validation(folder, f"val/{rules.monitor}"),
         test=test,
         robustness=read_robustness(folder, rules, data),
         custom=custom,
@@ -333,29 +347,33 @@ def _is_list_of_floats(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) and pa.types.is_floating(kind.value_type)
 
 
-def _run_folders(top: Path, seen: set[Path] | None = None) -> Iterator[Path]:
+def _run_folders(top: Path, odd: list[DataError], seen: set[Path] | None = None) -> Iterator[Path]:
     """Run folders in natural order: version_10 after version_9. A run has no runs below it.
 
-    Links lead to no folder twice.
+    Links lead to no folder twice. `odd` gets what is wrong with each config.json that cannot be read.
     """
     seen = set() if seen is None else seen
     if top.is_dir() and top.resolve() in seen:
         return
     if top.is_dir():
         seen.add(top.resolve())
-    if _is_run(top):
+    if _is_run(top, odd):
         yield top
     elif top.is_dir():
         for below in sorted(top.iterdir(), key=lambda path: _natural(path.name)):
-            yield from _run_folders(below, seen)
+            yield from _run_folders(below, odd, seen)
 
 
-def _is_run(folder: Path) -> bool:
+def _is_run(folder: Path, odd: list[DataError]) -> bool:
     # CLIP's weights have a config.json too; Sacred's record of a run has one that says the same, and a run.json.
     path = folder / "config.json"
     if not path.is_file() or (folder / "run.json").is_file():
         return False
-    return {"task", "exp_name"} <= set(read_json(path))
+    try:
+        return {"task", "exp_name"} <= set(read_json(path))
+    except DataError as error:
+        odd.append(error)
+        return False
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from report.estimate import Estimate, estimate
 from report.series import Dataset, Pattern, Series
-from report.text import capital, dataset_title, listed, spread
+from report.text import NOT_MEASURED, capital, dataset_title, listed, percent, spread
 from vilt.missing_tables import TYPE_NAMES
 
 WIDTH = 7.2
@@ -193,8 +193,7 @@ def training_curves(dataset: Dataset) -> Figure | None:
                 steps, values = _thinned(run.curves.get(name, []))
                 marker = MARKERS[place % len(MARKERS)] if len(steps) <= 30 else ""
                 axes.plot(steps, [factor * v for v in values], marker=marker, ms=2.6, lw=1, **look(place), alpha=0.85)
-            reached = max((value for _, value in run.curves.get(names[1], [])), default=math.nan)
-            best.append(f"{run.tag} {100 * reached:.2f}")
+            best.append(f"{run.tag} {NOT_MEASURED if run.best_validation is None else percent(run.best_validation)}")
         panels[0].set_title("Training loss")
         panels[1].set_title(f"Validation {dataset.metric_title}, %")
         for axes in panels:

@@ -14,7 +14,7 @@ from report.parts import Missing, Part, Section
 from report.searches import TOP_SHARE, Search, Trial, count_states
 from report.series import METRIC_TITLES
 from report.tables import Column, Table, Value
-from report.text import DATASET_TITLES, excerpt, listed, percent, without_home
+from report.text import dataset_title, excerpt, listed, percent, without_home
 
 BEST_SHOWN = 10
 OWN_OF_A_TRIAL = ("exp_name", "log_dir", "test_after_fit", "resume_from")
@@ -31,7 +31,7 @@ def search_section(search: Search, number: int) -> Section:
         _importances_part(search, anchor),
         _command_part(search, anchor),
     ]
-    return Section(anchor, f"Search {search.name} ({DATASET_TITLES[search.task]})", _summary(search), parts)
+    return Section(anchor, f"Search {search.name} ({dataset_title(search.task)})", _summary(search), parts)
 
 
 def best_table(search: Search, name: str) -> Table:
@@ -136,7 +136,7 @@ def _trials_table(search: Search, name: str, caption: str, rows: list[list[Value
             Column("number", "Trial", "number"),
             Column("state", "State"),
             *(Column(option, option, "code") for option in search.options),
-            Column(f"val/{search.runs[0].metric}", "Score", "share", "none"),
+            Column(f"val/{search.metric}", "Score", "share", "none"),
             Column("run", "Run", absent="none"),
         ),
         rows,
@@ -267,7 +267,7 @@ def _short(value: str) -> str:
 
 
 def _metric(search: Search) -> str:
-    return METRIC_TITLES[search.runs[0].metric]
+    return METRIC_TITLES[search.metric]
 
 
 def _file(anchor: str) -> str:

@@ -68,8 +68,13 @@ class Search:
 
     @property
     def task(self) -> str:
-        """A key of TASKS."""
+        """A key of TASKS, or that of one's own data."""
         return self.runs[0].task
+
+    @property
+    def metric(self) -> str:
+        """The metric of the task."""
+        return self.runs[0].metric
 
     @property
     def complete(self) -> list[tuple[Trial, float]]:

@@ -76,7 +76,6 @@ def runs_table(runs: Sequence[Run], datasets: Sequence[Dataset]) -> Table:
     rows: list[list[Value]] = []
     for run in runs:
         metric = run.metric
-        validation = [value for _, value in (run.curves or {}).get(f"val/{metric}", [])]
         is_trial = run.number not in numbers
         kind = "evaluation" if run.is_evaluation else "repeated" if run.number in repeats else "training"
         rows.append(
@@ -88,7 +87,7 @@ def runs_table(runs: Sequence[Run], datasets: Sequence[Dataset]) -> Table:
                 NOT_APPLICABLE if run.is_evaluation else str(train_pattern(run)),
                 str(run.config["seed"]),
                 "trial" if is_trial else kind,
-                NOT_APPLICABLE if run.is_evaluation else max(validation, default=None),
+                NOT_APPLICABLE if run.is_evaluation else run.best_validation,
                 float(run.test["metrics"][metric]) if run.test else NOT_APPLICABLE if is_trial else None,
                 "yes" if run.robustness else NOT_APPLICABLE if run.is_evaluation or is_trial else None,
                 f"{run.started:%Y-%m-%d}",

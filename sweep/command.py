@@ -11,11 +11,13 @@ from typing import Any
 from clip.interruption import Stopped
 from clip.messages import quoted
 from clip.run_folder import write_json
+from clip.tasks import task_of
 from config import Options, check
 from sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
 from sweep.jobs import run_command
 from sweep.launchers import CLUSTERS, make_launcher
 from sweep.search import check_values, open_search, run_search
+from vilt.datasets.open_spec import open_spec
 from vilt.errors import ConfigError, SweepError
 from vilt.utils.locks import locked
 
@@ -45,9 +47,11 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
 
     Raises:
         ConfigError: an option is wrong, or contradicts another one.
+        DataError: the arrow files of one's own data do not say which metric is theirs.
         SweepError: runs failed, the folder has a sweep with other options, or a sweep is at work in it.
     """
     options = check_sweep(config, updates)
+    metric = metric_of(options)
     folder = options.log_dir / options.sweep_name
     given = [update for update in updates if not _is_of_sweep(_name(update))]
     busy = f"sweep_name={options.sweep_name}: another sweep of this name is at work in {options.log_dir}"
@@ -55,16 +59,16 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
         launch = None
         if options.sweep_launcher != "commands":
             launch = make_launcher(options.sweep_launcher, options.sweep_slurm, folder / "submitit")
-        record(options, config, folder)
+        record(options, metric, config, folder)
         if options.search:
             assert launch is not None, "check_sweep lets no search be a list of commands"
-            run_search(open_search(options, given, folder), launch)
+            run_search(open_search(options, metric, given, folder), launch)
             return
         cells = grid_cells(options, given, folder)
         if launch is None:
             write_commands(options, cells, folder)
         else:
-            run_grid(options, cells, launch, folder)
+            run_grid(options, metric, cells, launch, folder)
 
 
 def check_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> Options:
@@ -124,7 +128,17 @@ def grid_axes(options: Options) -> dict[str, tuple[Any, ...]]:
     return {**axes, **{f"sweep_over.{name}": values for name, values in options.sweep_over.items()}}
 
 
-def record(options: Options, config: Mapping[str, Any], folder: Path) -> None:
+def metric_of(options: Options) -> str:
+    """The metric that chooses the best model; of one's own data, the one that its arrow files name.
+
+    Raises:
+        DataError: an arrow file of one's own data is not readable, or the files do not agree.
+    """
+    spec = open_spec(options.task, options.data_root, options.splits)
+    return task_of(options.task, spec.custom).monitor
+
+
+def record(options: Options, metric: str, config: Mapping[str, Any], folder: Path) -> None:
     """Writes `sweep.json`, which says what the sweep is; one that is there must be of the same sweep.
 
     Raises:
@@ -138,7 +152,7 @@ def record(options: Options, config: Mapping[str, Any], folder: Path) -> None:
         "format": FORMAT,
         "name": options.sweep_name,
         "task": options.task,
-        "metric": options.monitor,
+        "metric": metric,
         "grid": grid,
         "options": {name: values[name] for name in fixed if grid is None or name not in SET_BY_GRID},
     }

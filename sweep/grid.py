@@ -114,13 +114,15 @@ def _cell(
     return Cell(missing_type, ratio, variant, seed, job)
 
 
-def run_grid(options: Options, cells: Sequence[Cell], launch: Launcher, folder: Path) -> None:
+def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launcher, folder: Path) -> None:
     """Runs what is not complete, and writes and prints the table.
+
+    Args:
+        metric: of the task; the one that is printed.
 
     Raises:
         SweepError: runs failed; they are listed before.
     """
-    metric = options.monitor
     waiting = [cell for cell in cells if cell.job.state != "complete"]
     cell_of = {cell.job: cell for cell in cells}
     log.info("sweep %s: %s", options.sweep_name, count_states(cells))
@@ -128,8 +130,8 @@ def run_grid(options: Options, cells: Sequence[Cell], launch: Launcher, folder: 
     for job, outcome in launch([cell.job for cell in waiting]):
         result = cell_of[job].result()
         progress.tell(job, outcome, "" if result is None else f"{metric} {result.metrics[metric]:.4f}")
-        write_table(options, cells, progress, folder / "table.csv")
-    rows = write_table(options, cells, progress, folder / "table.csv")
+        write_table(options, metric, cells, progress, folder / "table.csv")
+    rows = write_table(options, metric, cells, progress, folder / "table.csv")
     print(f"\nsweep {options.sweep_name}: {options.task} test, mean ± standard deviation over seeds\n")
     print(f"{table_text(rows, metric)}\n\n  written to {folder / 'table.csv'}\n")
     if progress.failed:
@@ -215,10 +217,10 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def write_table(options: Options, cells: Sequence[Cell], progress: Progress, path: Path) -> list[Row]:
-    """Writes the table with all metrics as CSV, and returns its rows."""
+def write_table(options: Options, metric: str, cells: Sequence[Cell], progress: Progress, path: Path) -> list[Row]:
+    """Writes the table with all metrics (`metric` while none is known) as CSV, and returns its rows."""
     rows = table_rows(options, cells, [job for job, _ in progress.failed])
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics)) or [options.monitor]
+    names = list(dict.fromkeys(name for row in rows for name in row.metrics)) or [metric]
     columns = [f"{name}_{figure}" for name in names for figure in ("mean", "std")]
     pattern_columns = [*options.sweep_over, "missing_type", "ratio", "image_available", "text_available"]
     lines = []

@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from clip.messages import first_line
 from clip.run_folder import write_csv
 from clip.text_table import ruled_table
-from config import Options, check, is_range
+from config import Options, check, is_range, is_range_of_steps
 from sweep.jobs import Job, Outcome, run_command
 from sweep.launchers import Launcher
 from sweep.progress import Progress
@@ -41,20 +41,17 @@ class Search:
 
     Args:
         options: of the sweep.
+        metric: the validation metric that is to be high, such as `val/f1_macro`.
         given: options of the command line that all trials have.
         folder: of the sweep.
         study: Optuna's record.
     """
 
     options: Options
+    metric: str
     given: tuple[str, ...]
     folder: Path
     study: optuna.Study
-
-    @property
-    def metric(self) -> str:
-        """The validation metric that is to be high."""
-        return f"val/{self.options.monitor}"
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """The trials so far, by number; of these states, or all."""
@@ -87,7 +84,10 @@ def distributions(options: Options) -> dict[str, BaseDistribution]:
     """What Optuna draws from: a range of two numbers, log-uniform or linear where it begins at 0; a list of choices."""
     space: dict[str, BaseDistribution] = {}
     for name, values in options.search.items():
-        if is_range(name, values):
+        if is_range_of_steps(name, values):
+            low, high = map(int, values)
+            space[name] = IntDistribution(low, high, log=low > 0)
+        elif is_range(name, values):
             low, high = values
             space[name] = FloatDistribution(low, high, log=low > 0)
         else:
@@ -116,8 +116,11 @@ def check_values(options: Options, config: Mapping[str, Any]) -> None:
                 raise ConfigError(f"search.{name}: {value!r} is not possible: {refused}")
 
 
-def open_search(options: Options, given: Sequence[str], folder: Path) -> Search:
+def open_search(options: Options, metric: str, given: Sequence[str], folder: Path) -> Search:
     """The search in `folder`, new or as far as it got.
+
+    Args:
+        metric: of the task.
 
     Raises:
         SweepError: its journal is damaged.
@@ -134,7 +137,7 @@ def open_search(options: Options, given: Sequence[str], folder: Path) -> Search:
         )
     except Exception as error:  # of many types, on a damaged file
         raise SweepError(f"{path}: not readable as Optuna's journal: {first_line(error)}") from error
-    return Search(options, tuple(given), folder, study)
+    return Search(options, f"val/{metric}", tuple(given), folder, study)
 
 
 def run_search(search: Search, launch: Launcher) -> None:

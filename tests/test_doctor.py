@@ -20,6 +20,7 @@ from config import EX, Options, resolve
 from doctor import StepCost, run_seconds
 from run import command_line
 from tests.conftest import Workspace
+from tests.custom_files import convert, write_labelled
 from vilt import checkup
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
@@ -133,6 +134,15 @@ def test_counts_as_published(workspace: Workspace, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(checkup.PUBLISHED_ROWS, "mmimdb", {"train": (15552, 40000)})
     (finding,) = checkup.check_rows(dataset)
     assert finding.level == "warn" and finding.text.endswith("the published split lists 15,552 or 40,000")
+
+
+def test_data_of_ones_own_has_no_published_counts(examine: Any, tmp_path: Path) -> None:
+    write_labelled(tmp_path / "raw", {"train": 8, "val": 5, "test": 6}, ["cat", "dog"], name="pets")
+    assert convert(tmp_path / "raw", tmp_path / "own") == 0
+    found = examine(data_root=tmp_path / "own", task="custom")
+    assert (found.status, found.failed()) == (0, set()), found.lines
+    for split, rows in {"train": 8, "val": 5, "test": 6}.items():
+        assert found.found[f"{split} rows"] == ("ok", f"{rows} rows, {rows} samples (one per text)")
 
 
 def test_missing_files_say_how_to_make_them_and_the_rest_is_looked_at(examine: Any, arrow: Path) -> None:

@@ -371,8 +371,7 @@ def test_training_curves_are_averaged_over_equal_parts(tmp_path: Path) -> None:
     (run / "metrics.csv").write_text(
         "\n".join(["epoch,step,train/loss,val/f1_macro", *lines, f"0,{steps},,0.25\n0,9,,0.9"])
     )
-    figure = training_curves(dataset_of(run))
-    assert figure is not None and "R1 25.00" in figure.alt
+    assert training_curves(dataset_of(run)) is not None
     from report.figures import _thinned
 
     thinned_steps, values = _thinned([(step, float(step % 4)) for step in range(steps)])
@@ -428,6 +427,45 @@ def test_evaluations_are_listed_but_train_nothing(tmp_path: Path) -> None:
     assert "R1, reaches a test F1-macro of 25.00 % (70 % missing, both)" in section.summary
     lacking = [one.text for part in section.parts for one in part.missing]
     assert "No run of this dataset trained a model." in lacking
+
+
+def test_the_best_validation_of_a_resumed_run_is_that_of_its_checkpoint(tmp_path: Path) -> None:
+    """The curves of its folder know only what came after."""
+    run = write_run(tmp_path / "run")
+    (run / "metrics.csv").write_text("epoch,step,train/loss,val/f1_macro\n1,8,0.5,\n1,8,,0.25\n1,9,,0.3\n")
+    shown = []
+    for _ in range(2):
+        dataset = dataset_of(run)
+        figure = training_curves(dataset)
+        assert figure is not None
+        [row] = as_dicts(runs_table(dataset.runs, [dataset]))
+        shown.append((row["best_validation"], figure.alt.rpartition(": ")[2]))
+        (run / "best.ckpt").unlink(missing_ok=True)
+    assert shown == [("40.0000", "R1 40.00."), ("30.0000", "R1 30.00.")], "without the checkpoint, the curves' best"
+    (run / "metrics.csv").write_text("epoch,step,train/loss\n1,8,0.5\n")
+    figure = training_curves(dataset_of(run))
+    assert figure is not None and figure.alt.endswith(": R1 not measured.")
+
+
+def test_a_configuration_that_is_none_of_ours_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_run(tmp_path / "runs" / "rep_seed0" / "version_0")
+    contents = {"bare": b"[1]", "half": b"{", "packed": b"\xff"}
+    for name, content in contents.items():
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "config.json").write_bytes(content)
+    write_run(tmp_path / "runs" / "bare" / "rep_seed1" / "version_0", seed=1)
+    with caplog.at_level("WARNING", logger="rep"):
+        found = read_runs([tmp_path / "runs"])
+    assert [run.place for run in found] == ["rep_seed1/version_0", "rep_seed0/version_0"]
+    bare, half, packed = caplog.messages
+    assert bare == (
+        f"left out of the report: {tmp_path / 'runs' / 'bare' / 'config.json'}: expected a JSON object, found a list"
+    )
+    for message, name in ((half, "half"), (packed, "packed")):
+        path = tmp_path / "runs" / name / "config.json"
+        assert message.startswith(f"left out of the report: {path}: not readable as JSON: ")
+    with pytest.raises(DataError, match=r"half/config\.json: not readable as JSON"):
+        read_runs([tmp_path / "runs" / "half"])
 
 
 def test_runs_are_found_below_folders_once_and_in_order(tmp_path: Path) -> None:
@@ -796,6 +834,7 @@ ROBUSTNESS = "robustness/robustness.json"
     [
         ("config.json", "{", r"config\.json: not readable as JSON: Expecting property name"),
         ("config.json", "[]", r"config\.json: expected a JSON object, found a list"),
+        ("best.ckpt", "weights", r"best\.ckpt: not readable as a checkpoint: "),
         ("environment.json", "", r"environment\.json: not readable as JSON"),
         ("environment.json", '{"command": []}', r"environment\.json: not as written by run\.py: KeyError 'packages'"),
         ("environment.json", '{"command": [], "packages": {}}', r"command: expected words, found \[\]"),

@@ -342,6 +342,18 @@ def test_the_report(measured: dict[str, Path], tmp_path: Path) -> None:
     assert {"matrix_custom_pets.csv", "matrix_custom_memes.csv", "confusions_custom_pets.csv"} <= names
 
 
+def test_the_report_of_a_search(measured: dict[str, Path], tmp_path: Path) -> None:
+    """One trial, which is the run on the coins; its score is an accuracy."""
+    run = shutil.copytree(measured["coins"], tmp_path / "s" / "s_trial_0_seed0" / "version_0")
+    header = "number,state,memory_length,val/accuracy,folder"
+    (tmp_path / "s" / "search.csv").write_text(f"{header}\n0,complete,6,0.625,{run}\n")
+    assert command_line(["run.py", "report", "with", f"runs={tmp_path / 's'}", f"out={tmp_path / 'report'}"]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "## Search s (coins)" in page and "reaches a validation accuracy of 62.50 %" in page
+    with (tmp_path / "report" / "tables" / "search_1_best.csv").open() as file:
+        assert [row["val/accuracy"] for row in csv.DictReader(file)] == ["62.5000"]
+
+
 def test_a_report_of_two_datasets_of_one_name(measured: dict[str, Path], tmp_path: Path, capsys) -> None:
     for number, (name, folder) in enumerate(measured.items()):
         config = json_of(folder / "config.json")

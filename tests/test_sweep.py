@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ from sweep.jobs import Job, Outcome, error_in, run_job
 from sweep.launchers import Submission, _run_submitted, make_launcher
 from sweep.progress import Progress, duration
 from tests.conftest import Workspace
+from tests.custom_files import convert, write_labelled
 from vilt.errors import ConfigError
 from vilt.utils.locks import locked
 
@@ -45,10 +47,11 @@ here = pathlib.Path(__file__).parent
 BEHAVIOUR
 if options.get("test_after_fit") != "False":
     score = float(options["missing_ratio"]) + float(options["seed"]) ** 2 / 10
-    result = {"metrics": {"f1_macro": score, "f1_micro": score / 2}}
+    result = {"metrics": {"f1_macro": score, "f1_micro": score / 2, "accuracy": score / 4}}
     (folder / "test_results.json").write_text(json.dumps(result))
 """
-"""Makes a run folder as run.py does; its F1-macro is the missing ratio and a tenth of the squared seed."""
+"""Makes a run folder as run.py does; its F1-macro is the missing ratio and a tenth of the squared seed, its
+accuracy a quarter of that."""
 
 SetUp = Callable[[str], None]
 
@@ -793,6 +796,7 @@ WRONG = {
     "sweep_ratios=[0.5,0.50]": "sweep_ratios: expected each value once, found 0.5 twice",
     "sweep_ratios=half": "sweep_ratios: expected a number from 0 to 1, found 'half'",
     "sweep_seeds=[0,-1]": "sweep_seeds: expected an integer of at least 0, found -1",
+    "sweep_seeds=[0,4294967296]": "sweep_seeds: expected an integer of at least 0 and at most 4294967295, found 42949",
     "sweep_seeds=0.5": "sweep_seeds: expected an integer of at least 0, found 0.5",
     "sweep_launcher=kubernetes": "sweep_launcher: expected local or slurm or submitit_local or commands, found 'kuber",
     "sweep_slurm=gpu": "sweep_slurm: expected a dictionary, or one entry as in sweep_slurm.NAME=VALUE, found 'gpu'",
@@ -821,6 +825,9 @@ WRONG = {
     "search.learning_rate=0.1": "search.learning_rate: expected a list of at least two values, found [0.1]",
     "search.learning_rate=[0,1]": "search.learning_rate: expected a number above 0, found 0",
     "search.learning_rate=[1e-1,1e-4]": "search.learning_rate: expected a range, the lower end first, found [0.1, 0.0",
+    "search.warmup_steps=[0.1,10]": "search.warmup_steps: expected a range of shares, all below 1, or of numbers of st",
+    "search.warmup_steps=[0,1]": "search.warmup_steps: expected a range of shares, all below 1, or of numbers of st",
+    "search.warmup_steps=[2,10.5]": "search.warmup_steps: expected a share below 1 or a number of steps, found 10.5",
     "search.memory_length=[12,few]": "search.memory_length: expected an integer of at least 3, found 'few'",
     "search.memory_length=[12,12]": "search.memory_length: expected each value once, found 12 twice",
     "search.memory_length=[6,10]": "search.memory_length: 10 is not possible: memory_length: expected a positive multi",
@@ -864,6 +871,72 @@ def test_choices_for_an_option_that_is_any_number(sweep: Sweep, scores: SetUp) -
     trials = sweep.table("search.csv")
     assert {trial["learning_rate"] for trial in trials} <= {"0.001", "0.01", "0.1"}
     assert {trial["decay_power"] for trial in trials} <= {"1.0", "cosine"}
+
+
+@pytest.mark.parametrize("ends", [(0, 10), (2, 40), (1.0, 3.0)])
+def test_a_range_of_warmup_steps_gives_whole_numbers(sweep: Sweep, scores: SetUp, ends: tuple[float, float]) -> None:
+    space = (f"search.warmup_steps=[{ends[0]},{ends[1]}]", "search.memory_length=[3,6]")
+    assert sweep.run(*space, "search_trials=8") == 0
+    drawn = {trial["warmup_steps"] for trial in sweep.table("search.csv")}
+    assert len(drawn) > 1 and drawn <= {str(steps) for steps in range(int(ends[0]), int(ends[1]) + 1)}
+
+
+def test_a_range_of_warmup_below_1_is_one_of_shares(sweep: Sweep, scores: SetUp) -> None:
+    assert sweep.run("search.warmup_steps=[0,0.5]", "search.memory_length=[3,6]", "search_trials=4") == 0
+    drawn = [float(trial["warmup_steps"]) for trial in sweep.table("search.csv")]
+    assert len(set(drawn)) == 4 and all(0 <= share <= 0.5 for share in drawn)
+
+
+# Data of one's own
+
+
+@pytest.fixture
+def own(workspace: Workspace, tmp_path: Path) -> tuple[str, ...]:
+    """Options of a sweep on data of one's own, whose metric is accuracy."""
+    write_labelled(tmp_path / "raw", {"train": 8, "val": 4, "test": 4}, ["cat", "dog"], metric="accuracy")
+    assert convert(tmp_path / "raw", tmp_path / "own") == 0
+    return ("task_finetune_custom", f"data_root={tmp_path / 'own'}")
+
+
+def test_a_grid_on_data_of_ones_own_has_the_metric_of_the_data(
+    sweep: Sweep, stand_in: SetUp, own: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.grid(*own, types="text", ratios="0.5") == 0
+    said = capsys.readouterr()
+    assert "[1/2] s_text_0.5_seed0: accuracy 0.1250 (" in said.err
+    [head] = [line for line in said.out.splitlines() if "missing   ratio" in line]
+    assert head.split()[4] == "accuracy" and "0.1375 ± 0.0177" in said.out
+    assert json.loads((sweep.folder / "sweep.json").read_text())["metric"] == "accuracy"
+
+
+def test_a_grid_without_results_has_the_column_of_the_metric(
+    sweep: Sweep, stand_in: SetUp, own: tuple[str, ...]
+) -> None:
+    stand_in("sys.exit('error: no')")
+    assert sweep.grid(*own, types="text", ratios="0.5", seeds="0") == 2
+    [row] = sweep.table()
+    assert row["accuracy_mean"] == "" and not any("f1" in name for name in row)
+
+
+def test_a_search_on_data_of_ones_own_has_the_metric_of_the_data(
+    sweep: Sweep, scores: SetUp, own: tuple[str, ...]
+) -> None:
+    assert sweep.run(*own, "search.memory_length=[3,6]", "search_trials=2") == 0
+    assert [set(trial) >= {"val/accuracy"} for trial in sweep.table("search.csv")] == [True, True]
+
+
+def test_arrow_files_of_ones_own_that_do_not_agree(
+    sweep: Sweep, own: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_labelled(tmp_path / "other", {"train": 4, "val": 4, "test": 4}, ["cat", "dog"], metric="auroc")
+    assert convert(tmp_path / "other", tmp_path / "other") == 0
+    shutil.copy(tmp_path / "other" / "custom_val.arrow", tmp_path / "own")
+    assert sweep.grid(*own) == 2
+    assert error_line(capsys.readouterr().err).endswith(
+        "custom_val.arrow: not of one dataset with custom_train.arrow: expected the name custom and metric accuracy, "
+        "found custom and auroc; convert them together"
+    )
+    assert sweep.versions() == {} and not (sweep.folder / "sweep.json").exists()
 
 
 # Words

@@ -1,6 +1,6 @@
 """The table of datasets: files, columns, label type and classes. Adding a dataset is adding a row."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +58,8 @@ class DatasetSpec:
     """Name of the dataset on the command line of make_arrow.py."""
     custom: CustomData | None = None
     """What the arrow files say of a dataset of one's own."""
+    published_rows: dict[Split, tuple[int, ...]] = field(default_factory=dict)
+    """Rows of the published splits; Hateful Memes has two for the test, seen and unseen (DATA.md)."""
 
     def file_name(self, split: Split) -> str:
         """Name of the arrow file of `split`, for example `mmimdb_dev.arrow` for `val`."""
@@ -84,6 +86,7 @@ DATASETS: dict[str, DatasetSpec] = {
             n_classes=23,
             class_names=MMIMDB_GENRES,
             make_arrow_name="mmimdb",
+            published_rows={"train": (15552,), "val": (2608,), "test": (7799,)},
         ),
         DatasetSpec(
             name="food101",
@@ -94,6 +97,7 @@ DATASETS: dict[str, DatasetSpec] = {
             n_classes=101,
             class_names=None,
             make_arrow_name="food101",
+            published_rows={"train": (61142,), "val": (6846,), "test": (22716,)},
         ),
         DatasetSpec(
             name="hatememes",
@@ -104,6 +108,7 @@ DATASETS: dict[str, DatasetSpec] = {
             n_classes=2,
             class_names=("not hateful", "hateful"),
             make_arrow_name="hateful_memes",
+            published_rows={"train": (8500,), "val": (500,), "test": (1000, 2000)},
         ),
     )
 }

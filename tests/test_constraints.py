@@ -6,7 +6,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,7 @@ REQUIRED = [
 INSTALLED = {canonicalize_name(one.metadata["Name"]): one for one in distributions()}
 
 
-def needs(name: str) -> list[Requirement]:
+def needs(name: NormalizedName) -> list[Requirement]:
     """What the installed distribution `name` requires on this machine, without its extras."""
     found = map(Requirement, INSTALLED[name].requires or ())
     return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
@@ -36,7 +36,7 @@ def test_the_file_is_one_exact_pin_a_line() -> None:
 
 def test_nothing_that_the_requirements_need_is_left_out() -> None:
     waiting = {canonicalize_name(Requirement(line).name) for line in REQUIRED}
-    seen: set[str] = set()
+    seen: set[NormalizedName] = set()
     while waiting:
         seen.add(name := waiting.pop())
         names = {canonicalize_name(one.name) for one in needs(name)}

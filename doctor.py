@@ -42,7 +42,7 @@ from vilt.checkup import (
     is_writable,
     nearest_folder,
 )
-from vilt.datamodules import Batch, collate
+from vilt.datamodules import Batch, collate, split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
@@ -197,10 +197,9 @@ def check_data(patient: Patient) -> Iterator[Finding]:
 def _check_split(patient: Patient, split: Split) -> Iterator[Finding]:
     options = patient.options
     image_size = patient.backbone.architecture.image_size if patient.backbone is not None else CLIP_IMAGE_SIZE
-    dataset = ArrowDataset(
-        open_spec(options.task, options.data_root, options.splits), options.data_root, split, image_size
-    )
-    pattern = options.data_settings().patterns[split]
+    spec = open_spec(options.task, options.data_root, options.splits)
+    dataset = ArrowDataset(spec, options.data_root, split, image_size)
+    pattern = split_patterns(options.data_settings().patterns, spec, options.data_root)[split]
 
     def check_tokens() -> Iterator[Finding]:
         if patient.tokenizer is None:

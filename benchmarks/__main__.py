@@ -33,7 +33,6 @@ from benchmarks.sides import (
     Data,
     Ours,
     Theirs,
-    adamw,
     mixed,
     random_classifier,
     without_image,
@@ -206,16 +205,6 @@ class Bench:
             if not in_training:
                 ours.classifier.eval()
             yield row(name, kind, data, with_it, step)
-        optimizers = [adamw(random_classifier().to(self.device), fused) for fused in (None, True)]
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = torch.zeros_like(parameter)
-        timed = compare(optimizers[0].step, optimizers[1].step, self.device, self.pairs)
-        low, high = timed.spread
-        yield _line(
-            "AdamW in one pass (fused)", "optimiser step alone", "", f"{timed.ratio:.2f}", f"{low:.2f} to {high:.2f}"
-        )
 
     def robustness(self) -> Iterable[str]:
         """A robustness matrix: its 33 cells, missing type × ratio, of one table seed. Expected: by operations."""

@@ -58,6 +58,7 @@ class Matrix:
             num_workers=0,
             image_cache=False,
             seed=0,
+            order_seed=0,
         )
         size = spec.architecture.image_size
         self.data = MissingModalityData(settings, ("test",), size, self.tokenizer, self.tokenizer.fingerprint)

@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from benchmarks.baseline import PublishedAlgorithm
 from clip.checkpoint import ModelSpec, build_classifier
 from clip.modules.classifier import MissingModalityClassifier, ModelInput
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import COMPLETE, IMAGE_MISSING, TEXT_MISSING, ClipArchitecture
+from clip.optimization import OptimizerSettings, make_optimizer
 from clip.tasks import TASKS
-from clip.trainable import optimizer_groups
-from clip.training import ADAM_BETAS, ADAM_EPS
 from vilt.transforms import normalise
 
 VIT_B16 = ClipArchitecture(
@@ -102,7 +101,7 @@ class Ours:
         self.classifier = random_classifier().to(device)
         self.classifier.compute(dtype, **computation)
         self.device, self.dtype = device, dtype
-        self.optimizer = adamw(self.classifier, fused=True)
+        self.optimizer = adamw(self.classifier)
 
     def train(self, data: Data, **changes: Any) -> None:
         """One training step."""
@@ -130,7 +129,7 @@ class Theirs:
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.model = PublishedAlgorithm(random_classifier(), VIT_B16, MEMORY_LENGTH, MEMORY_DEPTH).to(device)
         self.device, self.dtype = device, dtype
-        self.optimizer = adamw(self.model, fused=None)
+        self.optimizer = adamw(self.model)
 
     def train(self, data: Data) -> None:
         """One training step."""
@@ -158,7 +157,7 @@ def random_classifier() -> MissingModalityClassifier:
     return build_classifier(SPEC)
 
 
-def adamw(model: torch.nn.Module, fused: bool | None) -> Optimizer:
+def adamw(model: torch.nn.Module) -> Optimizer:
     """AdamW as the training has it."""
-    groups = optimizer_groups(model, TASK.head_name, 1e-4, 1.0, 2e-2)
-    return AdamW(groups, lr=1e-4, betas=ADAM_BETAS, eps=ADAM_EPS, fused=fused)
+    settings = OptimizerSettings("adamw", 1e-4, 1.0, 2e-2, warmup_steps=0, end_lr=0, decay_power=1)
+    return make_optimizer(model, TASK.head_name, settings)

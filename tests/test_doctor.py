@@ -294,9 +294,9 @@ def test_weights_tokenizer_and_data_that_are_not_there(examine: Any, tmp_path: P
 
 
 def test_options_that_contradict_each_other_or_the_backbone(examine: Any) -> None:
-    found = examine("batch_size=10", "image_size=48", "memory_depth=3")
+    found = examine("end_lr=1", "image_size=48", "memory_depth=3")
     assert {"options", "backbone"} <= found.failed()
-    assert found.found["options"][1].startswith("batch_size: expected a multiple of ")
+    assert found.found["options"][1].startswith("end_lr: expected less than learning_rate")
     assert found.found["backbone"][1] == "image_size: expected 32, which is the backbone's, found 48"
     found = examine("memory_depth=3")
     assert found.failed() == {"training step"}

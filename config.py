@@ -28,16 +28,16 @@ from clip.modules.heads import HEADS
 from clip.modules.method import MethodOptions
 from clip.modules.registry import METHODS
 from clip.modules.vision_transformer_memory import ACTIVATIONS
+from clip.optimization import OPTIMIZERS, OptimizerSettings
 from clip.resume import AUTO
 from clip.run_folder import read_json
 from clip.run_table import COLUMNS
 from clip.tasks import TASK_NAMES, TASKS
-from clip.training import OptimizerSettings
 from vilt.datamodules import DataSettings
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
 from vilt.errors import ConfigError
-from vilt.missing_tables import MISSING_TYPES, MissingPattern
+from vilt.missing_tables import DRAWINGS, MISSING_TYPES, PUBLISHED, MissingPattern
 
 SETTINGS.CAPTURE_MODE = "no"  # Sacred would otherwise take over standard output, progress bars included
 arg_parser.restore = lambda value: value  # Sacred's own, jsonpickle, calls what a value on the command line names
@@ -68,6 +68,8 @@ EX.logger = logging.getLogger("REP")  # type: ignore[assignment]
 FLAGS = {"-h": False, "--help": False, "-u": False, "--unobserved": False, "-F": True, "--file_storage=": True}
 """Sacred's flags that serve here, with whether a value is part of them."""
 LAUNCHERS = ("local", "slurm", "submitit_local", "commands")
+PUBLISHED_INTERVALS: dict[str, dict[str | None, float]] = {"hatememes": {None: 0.1, "dcp": 0.11}}
+"""Epochs between validations, by task and method, where they are not 0.2."""
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -83,6 +85,8 @@ def defaults() -> None:
     missing_type = {"train": "both", "val": "both", "test": "both"}  # text, image or both; one word sets all
     both_ratio = 0.5  # for both: share of the incomplete samples that lose the image (the others lose the text)
     missing_table_root = "datasets/missing_tables"  # where missing tables are kept
+    missing_tables = "nested"  # how they are drawn; published: as the published code draws them
+    order_seed = None  # draws the order of the training samples; None: seed
     simulate_missing = False  # in training, complete samples too lose a modality at random, anew in each epoch
     num_workers = 8  # loader processes; at most as many as there are cores
     image_cache = False  # keep decoded images beside the arrow files, for machines whose CPU cannot feed the GPU
@@ -106,20 +110,21 @@ def defaults() -> None:
     # Optimisation
     batch_size = 256  # effective batch, reached by accumulation
     per_gpu_batchsize = 32  # samples per process and forward pass
-    learning_rate = 1e-2  # of AdamW
+    optim_type = "adamw"  # adamw (as in transformers 4.2.1), adam or sgd
+    learning_rate = 1e-2  # at the end of the warm-up
     lr_mult = 1  # factor on the learning rate of the head
-    weight_decay = 2e-2  # none on biases and norms
+    weight_decay = 2e-2  # none on biases and on the norms within RDNs
     max_epoch = 20  # epochs
     max_steps = None  # optimiser steps; None: as many as max_epoch needs
     warmup_steps = 0.1  # optimiser steps of linear warm-up, or a share of all if below 1
     decay_power = 1  # power of the polynomial decay, or cosine
     end_lr = 0  # learning rate at the last step
-    val_check_interval = 0.2  # epochs between validations, or training batches if an integer above 1
-    precision = None  # 32, 16 or bf16; None: bf16 where the hardware has it, else 16 on a GPU, 32 on a CPU
+    val_check_interval = None  # epochs between validations, or batches if above 1; None: as published
+    precision = None  # 32, 16, bf16, or published: 16 on a GPU; None: bf16 where the hardware has it, else 16 or 32
     skip_bad_steps = 20  # with precision 16: optimiser steps in a row that may be skipped for an overflow
 
     # Machine
-    num_gpus = None  # GPUs per node; None: 1 if there is one, else 0 (the CPU)
+    num_gpus = None  # GPUs per node, or a list as [0]; None: 1 if there is one, else 0 (the CPU)
     num_nodes = 1  # machines
     cpu_processes = 1  # processes, without GPUs
     compile = False  # torch.compile: the same numbers faster on a GPU, after minutes of compiling
@@ -128,6 +133,7 @@ def defaults() -> None:
     # Course of the run
     log_dir = "result"  # folder of the run folders
     load_path = ""  # checkpoint: to evaluate with test_only, else a warm start
+    published_seed = 0  # seed of the run that wrote a published checkpoint: draws its dynamic queries
     finetune_first = False  # warm start takes the head too (a checkpoint of the same task)
     resume_from = None  # checkpoint `last.ckpt` of an interrupted run: goes on where it stood; auto: finds it
     fast_dev_run = False  # one batch of everything, nothing written
@@ -176,6 +182,13 @@ def rep_described() -> None:
 
 
 @EX.named_config
+def published() -> None:
+    missing_tables = "published"
+    order_seed = 0
+    precision = "published"
+
+
+@EX.named_config
 def ablation() -> None:
     sweep_over = {"far": [False, True], "fmb": [False, True]}
 
@@ -196,7 +209,6 @@ def task_finetune_food101() -> None:
 def task_finetune_hatememes() -> None:
     exp_name = "finetune_hatememes"
     task = "hatememes"
-    val_check_interval = 0.1
 
 
 @EX.named_config
@@ -211,7 +223,16 @@ Reader = Callable[[str, Any], Any]
 OF_THE_METHOD = frozenset(
     {"simulate_missing", "vit", "vit_activation", "tokenizer", "prompt_type", "memory_length", "memory_depth"}
     | {"head", "far", "fmb", "replay_depth", "decoupling_weight", "dynamic_init"}
-    | {"batch_size", "per_gpu_batchsize", "learning_rate", "lr_mult", "weight_decay", "max_epoch", "max_steps"}
+    | {
+        "batch_size",
+        "per_gpu_batchsize",
+        "optim_type",
+        "learning_rate",
+        "lr_mult",
+        "weight_decay",
+        "max_epoch",
+        "max_steps",
+    }
     | {"warmup_steps", "decay_power", "end_lr", "val_check_interval", "precision", "finetune_first"}
 )
 """Options of the model and its training: those that a search or a sweep can vary."""
@@ -449,13 +470,32 @@ def sort_order(option: str, value: Any) -> str:
 
 
 def lightning_precision(option: str, value: Any) -> str:
-    """Reads 32, 16 or bf16, also in Lightning's spelling."""
+    """Reads 32, 16 or bf16, also in Lightning's spelling, or `published`."""
     word = str(value)
-    if word in PRECISIONS.values():
+    if word == PUBLISHED or word in PRECISIONS.values():
         return word
     if word not in PRECISIONS:
-        raise _wrong(option, "32, 16 or bf16", value)
+        raise _wrong(option, "32, 16, bf16 or published", value)
     return PRECISIONS[word]
+
+
+def gpus(option: str, value: Any) -> int:
+    """Reads a number of GPUs, or the list of the first ones: [0], [0, 1], …"""
+    if isinstance(value, (list, tuple)) and value:
+        if list(value) != list(range(len(value))):
+            raise ConfigError(
+                f"{option}: expected a number, or the first GPUs as in [0] or [0,1], found {list(value)}; "
+                f"CUDA_VISIBLE_DEVICES chooses others"
+            )
+        return len(value)
+    return integer(0)(option, value)
+
+
+def method_name(option: str, value: Any) -> str:
+    """Reads the name of a method."""
+    if value in ("input", "attention"):  # in the published README
+        raise ConfigError(f"{_wrong(option, ' or '.join(METHODS), value)}; MAP's are map_input and map_attention")
+    return one_of(*METHODS)(option, value)
 
 
 @dataclass(frozen=True)
@@ -470,6 +510,8 @@ class Options:
     missing_type: Annotated[dict[Split, str], per_split(one_of(*MISSING_TYPES))]
     both_ratio: Annotated[float, number(0, 1)]
     missing_table_root: Annotated[Path, path]
+    missing_tables: Annotated[str, one_of(*DRAWINGS)]
+    order_seed: Annotated[int | None, optional(SEED)]
     simulate_missing: Annotated[bool, flag]
     num_workers: Annotated[int, integer(0)]
     image_cache: Annotated[bool, flag]
@@ -477,7 +519,7 @@ class Options:
     vit_activation: Annotated[str | None, optional(one_of(*ACTIVATIONS))]
     tokenizer: Annotated[str | None, optional(path_or_name)]
     trust_backbone: Annotated[bool, flag]
-    prompt_type: Annotated[str, one_of(*METHODS)]
+    prompt_type: Annotated[str, method_name]
     memory_length: Annotated[int, integer(3)]
     memory_depth: Annotated[int, integer(1)]
     head: Annotated[str, one_of(*HEADS)]
@@ -489,6 +531,7 @@ class Options:
     image_size: Annotated[int | None, optional(integer(1))]
     batch_size: Annotated[int, integer(1)]
     per_gpu_batchsize: Annotated[int, integer(1)]
+    optim_type: Annotated[str, one_of(*OPTIMIZERS)]
     learning_rate: Annotated[float, number(0, above=True)]
     lr_mult: Annotated[float, number(0, above=True)]
     weight_decay: Annotated[float, number(0)]
@@ -497,16 +540,17 @@ class Options:
     warmup_steps: Annotated[float, warmup]
     decay_power: Annotated[float | str, power]
     end_lr: Annotated[float, number(0)]
-    val_check_interval: Annotated[int | float, interval]
+    val_check_interval: Annotated[int | float, optional(interval)]
     precision: Annotated[str, optional(lightning_precision)]
     skip_bad_steps: Annotated[int, integer(0)]
-    num_gpus: Annotated[int, optional(integer(0))]
+    num_gpus: Annotated[int, optional(gpus)]
     num_nodes: Annotated[int, integer(1)]
     cpu_processes: Annotated[int, integer(1)]
     compile: Annotated[bool, flag]
     activation_checkpointing: Annotated[bool, flag]
     log_dir: Annotated[Path, path]
     load_path: Annotated[Path | None, optional(path)]
+    published_seed: Annotated[int, SEED]
     finetune_first: Annotated[bool, flag]
     resume_from: Annotated[Path | str | None, optional(path_or_auto)]
     fast_dev_run: Annotated[bool, flag]
@@ -543,8 +587,8 @@ class Options:
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimiser step."""
-        return self.batch_size // (self.per_gpu_batchsize * self.processes)
+        """Forward passes per optimiser step, rounded down as published."""
+        return max(1, self.batch_size // (self.per_gpu_batchsize * self.processes))
 
     def method(self) -> MethodOptions:
         """The part of the options that says what the towers get."""
@@ -561,7 +605,10 @@ class Options:
         """The cells of a robustness matrix: of each, its pattern with every table seed."""
         both_ratios = {"both": self.robustness_both_ratios or (self.both_ratio,)}  # the other types do not depend on it
         return [
-            [MissingPattern(missing_type, ratio, both_ratio, seed) for seed in self.robustness_seeds]
+            [
+                MissingPattern(missing_type, ratio, both_ratio, seed, self.missing_tables)
+                for seed in self.robustness_seeds
+            ]
             for missing_type in self.robustness_types
             for both_ratio in both_ratios.get(missing_type, (self.both_ratio,))
             for ratio in self.robustness_ratios
@@ -574,7 +621,13 @@ class Options:
             data_root=self.data_root,
             missing_table_root=self.missing_table_root,
             patterns={
-                split: MissingPattern(self.missing_type[split], self.missing_ratio[split], self.both_ratio, self.seed)
+                split: MissingPattern(
+                    self.missing_type[split],
+                    self.missing_ratio[split],
+                    self.both_ratio,
+                    self.seed,
+                    self.missing_tables,
+                )
                 for split in SPLITS
             },
             simulate_missing=self.simulate_missing,
@@ -582,11 +635,13 @@ class Options:
             num_workers=self.num_workers,
             image_cache=self.image_cache,
             seed=self.seed,
+            order_seed=self.seed if self.order_seed is None else self.order_seed,
         )
 
     def optimizer_settings(self) -> OptimizerSettings:
         """The part of the options that the optimiser needs."""
         return OptimizerSettings(
+            optim_type=self.optim_type,
             learning_rate=self.learning_rate,
             lr_mult=self.lr_mult,
             weight_decay=self.weight_decay,
@@ -619,6 +674,9 @@ def resolve(config: Mapping[str, Any]) -> Options:
     for option, overridden in (("test_ratio", "missing_ratio"), ("test_type", "missing_type")):
         if values[option] is not None:
             values[overridden] |= {"val": values[option], "test": values[option]}
+    if values["val_check_interval"] is None:
+        by_method = PUBLISHED_INTERVALS.get(values["task"], {})
+        values["val_check_interval"] = by_method.get(values["prompt_type"], by_method.get(None, 0.2))
     _settle_machine(values)
     return Options(**values)
 
@@ -714,12 +772,15 @@ def _settle_machine(values: dict[str, Any]) -> None:
     if values["num_gpus"] is None:
         values["num_gpus"] = min(1, gpus)
     if values["num_gpus"] > gpus:
-        raise ConfigError(f"num_gpus: expected at most the {gpus} of this machine, found {values['num_gpus']}")
+        remedy = "; leave num_gpus out to run on the CPU" if gpus == 0 else ""
+        raise ConfigError(f"num_gpus: expected at most the {gpus} of this machine, found {values['num_gpus']}{remedy}")
     values["num_workers"] = min(values["num_workers"], len(os.sched_getaffinity(0)))
     values["precision"] = _fitting_precision(values["precision"], on_gpu=values["num_gpus"] > 0)
 
 
 def _fitting_precision(precision: str | None, on_gpu: bool) -> str:
+    if precision == PUBLISHED:
+        return PRECISIONS["16" if on_gpu else "32"]
     if on_gpu:
         if precision is None:
             return PRECISIONS["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "16"]
@@ -742,12 +803,6 @@ def check_together(options: Options) -> None:
     _check_method(options)
     if options.cpu_processes > 1 and options.num_gpus:
         raise ConfigError(f"cpu_processes: expected 1 where GPUs are used (num_gpus={options.num_gpus})")
-    per_pass = options.per_gpu_batchsize * options.processes
-    if not options.test_only and options.batch_size % per_pass:
-        raise ConfigError(
-            f"batch_size: expected a multiple of per_gpu_batchsize × processes = "
-            f"{options.per_gpu_batchsize} × {options.processes} = {per_pass}, found {options.batch_size}"
-        )
     if options.end_lr >= options.learning_rate:
         raise ConfigError(
             f"end_lr: expected less than learning_rate={options.learning_rate:g}, found {options.end_lr:g}"

@@ -31,6 +31,7 @@ from clip.messages import listed, quoted
 from clip.open_model import tokenizer_for
 from clip.tokenizer import ClipTokenizer
 from config import Options, check_together, resolve
+from vilt.datamodules import split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
@@ -39,8 +40,7 @@ from vilt.image_cache import missing_bytes
 from vilt.missing_tables import load_missing_table, type_counts
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-SHARED_MEMORY = Path("/dev/shm")
-IMAGES_DECODED = 64  # of each split, evenly spread
+SHARED_MEMORY, IMAGES_DECODED = Path("/dev/shm"), 64  # images of each split, evenly spread
 _size = partial(tqdm.format_sizeof, suffix="B")
 Found = tuple[str, str]
 """A level and a text. `FAIL`: the run would end, or give wrong results; `warn`: worth a look; else `ok`."""
@@ -148,7 +148,7 @@ class Doctor:
             raise DataError(f"{data.path}: column split: expected {quoted(expected)}, found {quoted(found)}")
         for index in np.unique(np.linspace(0, len(data) - 1, IMAGES_DECODED, dtype=int)).tolist():
             data[0, index]  # raises DataError where the image cannot be decoded
-        pattern = options.data_settings().patterns[split]
+        pattern = split_patterns(options.data_settings().patterns, spec, root)[split]
         table = load_missing_table(options.missing_table_root, options.task, split, pattern, data.n_rows)
         facts = [f"{data.n_rows:,} rows, {len(data):,} samples (one per text)"]
         facts, remarks = [*facts, *(f"{count:,} {kind}" for kind, count in type_counts(table).items())], []

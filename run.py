@@ -60,6 +60,7 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model, tokenizer_for
 from clip.predict import Predictor, describe_predictions, read_items, write_predictions
 from clip.processes import OtherProcessError, ending_together
+from clip.published_options import with_names_of_here
 from clip.resume import AUTO, alone, find_progress, say_differences
 from clip.robustness import Robustness, measure, write_results
 from clip.robustness_text import describe_one, describe_several
@@ -95,7 +96,7 @@ EX.doc = __doc__  # for `run.py --help`
 
 PREDICTION_OPTIONS = (
     *("load_path", "input", "output", "per_gpu_batchsize"),
-    *("vit", "vit_activation", "tokenizer", "trust_backbone"),
+    *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed"),
 )
 GPU_STEPS_PER_LOOK = 50
 """Training steps on a GPU between two looks at the loss, for the records; each look makes the host wait."""
@@ -245,7 +246,7 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
         start = read_checkpoint(options.load_path)
         if options.finetune_first:
             check_classes(start, data.datasets["train"])
-        warm_start(classifier, start, backbone, with_head=options.finetune_first)
+        warm_start(classifier, start, backbone, options.published_seed, with_head=options.finetune_first)
 
     set_computation(options, classifier)
     folder = start_folder(options, name, custom) if not options.fast_dev_run else None
@@ -327,7 +328,8 @@ def open_evaluation(
 def backbone_choice(options: Mapping[str, Any], given: set[str]) -> BackboneChoice:
     """What the user says of the backbone; its name counts only where it is `given`."""
     vit = options["vit"] if "vit" in given else None
-    return BackboneChoice(vit, options["vit_activation"], options["tokenizer"], options["trust_backbone"])
+    others = ("vit_activation", "tokenizer", "trust_backbone", "published_seed")
+    return BackboneChoice(vit, *(options[name] for name in others))
 
 
 def test(
@@ -343,13 +345,13 @@ def test(
     started = time.monotonic()
     trainer.test(module, datamodule=data, verbose=False)
     dataset = data.datasets["test"]
-    pattern = data.settings.patterns["test"]
+    pattern = data.patterns["test"]
     result = {
         "task": options.task,
         "split": "test",
         "samples": module.tested_samples,
         "missing": type_counts(dataset.missing_type_of_sample),
-        "missing_pattern": asdict(pattern),
+        "missing_pattern": pattern.recorded(),
         "metrics": module.test_metrics,
         "checkpoint": str(checkpoint.path),
         "checkpoint_sha256": checkpoint.sha256,
@@ -400,7 +402,7 @@ def measure_target(target: Target, given: set[str]) -> Robustness | None:
             encode(store, target.lacking, LogitModule(classifier, checkpoint.spec), trainer, data)
     if getattr(rank_zero_only, "rank", 0):
         return None
-    found = measure(subject, store.load(), options.robustness_patterns(), options.bootstrap)
+    found = measure(subject, store.load(), target.patterns, options.bootstrap)
     names = write_results(found, store)
     log.info("written to %s: %s", store.folder, ", ".join(["logits.arrow", *names]))
     return found
@@ -430,8 +432,7 @@ def make_trainer(
     interval, accumulation = steps_per_epoch, 1
     if checkpoints is not None:
         accumulation, wanted = options.accumulation, options.val_check_interval
-        interval = int(wanted * steps_per_epoch) if isinstance(wanted, float) else wanted
-        interval = min(steps_per_epoch, max(1, round(interval / accumulation)) * accumulation)
+        interval = validation_interval(wanted, steps_per_epoch, accumulation)
         callbacks.append(Report(checkpoints.monitor))
         if options.max_steps is not None:
             callbacks.append(StepLimit(options.max_steps))
@@ -464,6 +465,18 @@ def make_trainer(
     )
 
 
+def validation_interval(wanted: int | float, batches: int, accumulation: int) -> int:
+    """Batches from one validation to the next, as `wanted`: a share of the `batches` of an epoch, or a number.
+
+    Rounded down, never up, so that the last share of an epoch is validated too: to whole batches, and then to optimiser
+    steps, of which one is the least.
+    """
+    interval = int(wanted * batches) if isinstance(wanted, float) else wanted
+    if interval >= batches:
+        return batches  # an epoch ends with a step
+    return min(batches, max(1, interval // accumulation) * accumulation)
+
+
 def open_data(options: Options, image_size: int, tokenizer: ClipTokenizer) -> MissingModalityData:
     """The splits that this run reads."""
     if options.image_size not in (None, image_size):
@@ -477,7 +490,12 @@ def open_data(options: Options, image_size: int, tokenizer: ClipTokenizer) -> Mi
 
 
 def warm_start(
-    classifier: MissingModalityClassifier, checkpoint: Checkpoint, backbone: Backbone, *, with_head: bool
+    classifier: MissingModalityClassifier,
+    checkpoint: Checkpoint,
+    backbone: Backbone,
+    published_seed: int,
+    *,
+    with_head: bool,
 ) -> None:
     """Starts from the memory of `checkpoint` (and its head), and says what it took.
 
@@ -486,7 +504,7 @@ def warm_start(
     """
     if not checkpoint.published:
         check_backbone(checkpoint, backbone)
-    start = restore_classifier(checkpoint, None if checkpoint.published else backbone)
+    start = restore_classifier(checkpoint, None if checkpoint.published else backbone, published_seed)
     heads = tuple(f"{head_name(task)}." for task in (*TASKS, CUSTOM))
     own, theirs = classifier.state_dict(), start.state_dict()
     # What REP as described adds to the released model starts as nothing, and is not in checkpoints without it.
@@ -590,6 +608,7 @@ def command_line(argv: list[str]) -> int:
     """Runs a command as Sacred reads it; returns the exit status, after a line on standard error if it is not 0."""
     EX.current_run = None  # that of an earlier call in this process
     try:
+        argv = with_names_of_here(argv)
         check_command_line(argv)
         with stopping_on_signals():
             if not {"help", "--help", "-h"} & set(argv[1:2]):

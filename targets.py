@@ -13,9 +13,12 @@ from clip.run_folder import read_json
 from clip.run_table import find_checkpoints
 from clip.tasks import task_of
 from config import Options, check, read_load_paths, read_options
+from vilt.datamodules import rows_of_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
+from vilt.datasets.specs import DatasetSpec
 from vilt.errors import ConfigError, DataError
+from vilt.missing_tables import NESTED, MissingPattern, published_patterns
 
 log = logging.getLogger("rep")
 
@@ -33,6 +36,8 @@ class Target:
     store: LogitStore
     lacking: list[int]
     """Missing types that have to be encoded."""
+    patterns: list[list[MissingPattern]]
+    """The cells of the matrix: of each, its pattern with every table seed."""
 
 
 def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
@@ -99,10 +104,28 @@ def _open(
         class_names=dataset.class_names(),
         missing_table_root=options.missing_table_root,
     )
-    origin = Origin(options.task, checkpoint.sha256, arrow.name, arrow_sha256, options.precision, options.tokenizer)
+    published_seed = options.published_seed if checkpoint.published else None
+    of_model = (options.precision, options.tokenizer, published_seed)
+    origin = Origin(options.task, checkpoint.sha256, arrow.name, arrow_sha256, *of_model)
     recorded_options = asdict(with_model_of(checkpoint, options, given))
     store = LogitStore(path.parent / "robustness", origin, dataset, recorded_options, anew=options.robustness_anew)
-    return Target(options, subject, store, store.lacking())
+    return Target(options, subject, store, store.lacking(), _patterns(options, spec))
+
+
+def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]:
+    """The cells of the matrix. For the published drawing each is behind the training's, as with `test_only`."""
+    cells = options.robustness_patterns()
+    if options.missing_tables == NESTED:
+        return cells
+    assert options.data_root is not None
+    train, rows = options.data_settings().patterns["train"], rows_of_splits(spec, options.data_root)
+    return [
+        [
+            published_patterns({"train": replace(train, seed=cell.seed), "val": cell, "test": cell}, rows)["test"]
+            for cell in of_cell
+        ]
+        for of_cell in cells
+    ]
 
 
 def _pass_over_absent_tables(taken: dict[str, Any], config: Mapping[str, Any], source: Path) -> None:

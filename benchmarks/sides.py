@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from benchmarks.baseline import PublishedAlgorithm
 from clip.checkpoint import ModelSpec, build_classifier
 from clip.modules.classifier import MissingModalityClassifier, ModelInput
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import COMPLETE, IMAGE_MISSING, TEXT_MISSING, ClipArchitecture
+from clip.optimization import OptimizerSettings, make_optimizer
 from clip.tasks import TASKS
-from clip.trainable import optimizer_groups
-from clip.training import ADAM_BETAS, ADAM_EPS
 from vilt.transforms import normalise
 
 VIT_B16 = ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu")
@@ -77,12 +75,10 @@ class Side:
         inputs: makes the model's arguments of a batch.
     """
 
-    def __init__(
-        self, model: nn.Module, inputs: Callable[[Data], tuple[Any, ...]], dtype: torch.dtype, *, fused: bool | None
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: Callable[[Data], tuple[Any, ...]], dtype: torch.dtype) -> None:
         self.model, self.inputs, self.dtype = model, inputs, dtype
-        groups = optimizer_groups(model, TASK.head_name, 1e-4, 1.0, 2e-2)
-        self.optimizer = AdamW(groups, lr=1e-4, betas=ADAM_BETAS, eps=ADAM_EPS, fused=fused)
+        settings = OptimizerSettings("adamw", 1e-4, 1.0, 2e-2, warmup_steps=0, end_lr=0, decay_power=1)
+        self.optimizer = make_optimizer(model, TASK.head_name, settings)
 
     def train(self, data: Data) -> None:
         """One training step."""
@@ -107,13 +103,13 @@ def ours(device: torch.device, dtype: torch.dtype = torch.float32) -> Side:
     """The classifier with random weights, as a training has it."""
     classifier = random_classifier().to(device)
     classifier.compute(dtype)
-    return Side(classifier, Data.present, dtype, fused=True)
+    return Side(classifier, Data.present, dtype)
 
 
 def baseline(device: torch.device, dtype: torch.dtype = torch.float32) -> Side:
     """The published algorithm with the same weights."""
     model = PublishedAlgorithm(random_classifier(), VIT_B16, SPEC.method.memory_length, SPEC.method.memory_depth)
-    return Side(model.to(device), Data.everything, dtype, fused=None)
+    return Side(model.to(device), Data.everything, dtype)
 
 
 def random_classifier() -> MissingModalityClassifier:

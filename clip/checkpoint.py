@@ -1,7 +1,8 @@
 """Checkpoints: what they hold, reading them, and reading those of the published code.
 
 Ours hold what is trained, the dynamic attention and its queries, and the backbone's name and hash, not the frozen
-weights. Published ones hold the whole model except the dynamic queries (METHOD.md section 6). Neither can run code:
+weights. Published ones hold the whole model except the dynamic queries, which follow from the seed of their run
+(METHOD.md section 6). Neither can run code:
 `torch.load` runs with `weights_only=True`, and the classes that published files mention become inert stand-ins.
 """
 
@@ -23,6 +24,7 @@ from clip.modules.heads import HEADS
 from clip.modules.method import MethodOptions
 from clip.modules.registry import METHODS
 from clip.modules.vision_transformer_memory import ClipArchitecture, DynamicMemoryBlock
+from clip.published_queries import published_queries
 from clip.tasks import TASK_NAMES, TASKS, task_of
 from clip.tokenizer import ClipTokenizer
 from clip.trainable import freeze
@@ -48,7 +50,6 @@ OF_TRAINING = {
 """Entries that going on with a training takes, with their types; those that are not numbers are not empty."""
 STAND_IN_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "pathlib.", "_io.")
 """Published checkpoints mention classes of these (callbacks, hyper-parameters, paths). Others are refused."""
-DYNAMIC_QUERY_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -254,11 +255,14 @@ def _is_resumable(raw: dict[str, Any]) -> bool:
     return all(type(raw.get(name)) is kind and (kind is int or raw[name]) for name, kind in OF_TRAINING.items())
 
 
-def restore_classifier(checkpoint: Checkpoint, backbone: Backbone | None) -> MissingModalityClassifier:
+def restore_classifier(
+    checkpoint: Checkpoint, backbone: Backbone | None, published_seed: int = 0
+) -> MissingModalityClassifier:
     """The classifier that `checkpoint` holds.
 
     Args:
         backbone: the frozen weights; None for a published checkpoint, which has them.
+        published_seed: that of the run which wrote a published checkpoint; its dynamic queries follow from it.
 
     Raises:
         CheckpointError: the backbone is another one, or the state does not fit.
@@ -282,7 +286,11 @@ def restore_classifier(checkpoint: Checkpoint, backbone: Backbone | None) -> Mis
         backbone.load_into(classifier.model)
     _copy(classifier, checkpoint.state)
     if unsaved:
-        _draw_queries(classifier, sorted(unsaved), checkpoint.path)
+        assert dynamic is not None
+        spec = checkpoint.spec
+        queries_by_name = published_queries(spec.architecture, spec.method.slots, dynamic[1], published_seed)
+        _copy(classifier, {name: queries_by_name[name] for name in unsaved})
+        log.info("%s: dynamic queries as its run with seed %d drew them", checkpoint.path, published_seed)
     return classifier
 
 
@@ -339,18 +347,6 @@ def check_classes(checkpoint: Checkpoint, dataset: ArrowDataset) -> None:
                     f"{checkpoint.path}: trained on other classes than those of {dataset.path}: expected "
                     f"{quoted(theirs)} as class {number}, found {quoted(ours)}"
                 )
-
-
-def _draw_queries(classifier: MissingModalityClassifier, names: list[str], path: Path) -> None:
-    log.warning(
-        "%s: its dynamic queries were never saved; they are drawn from seed %d, so its published result is not "
-        "reproduced exactly",
-        path,
-        DYNAMIC_QUERY_SEED,
-    )
-    generator = torch.Generator().manual_seed(DYNAMIC_QUERY_SEED)
-    own = classifier.state_dict()
-    _copy(classifier, {name: torch.randn(own[name].shape, generator=generator) * 0.02 for name in names})
 
 
 def _check_fit(

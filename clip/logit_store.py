@@ -57,6 +57,8 @@ class Origin:
     precision: str
     tokenizer: str | None
     """The option; None for the tokenizer that comes with the weights."""
+    published_seed: int | None = None
+    """The option, for a published checkpoint, whose dynamic queries follow from it."""
 
 
 SAID = {
@@ -66,6 +68,7 @@ SAID = {
     "arrow_sha256": "test set (sha256 of the arrow file)",
     "precision": "precision",
     "tokenizer": "tokenizer",
+    "published_seed": "published_seed",
 }
 """What messages call each part of an origin."""
 
@@ -264,7 +267,8 @@ class LogitStore:
             described = json.loads((table.schema.metadata or {})[DESCRIPTION])
             if described["format"] != FORMAT:
                 raise ValueError
-            origin = Origin(**{name: described[name] for name in Origin.__dataclass_fields__})
+            names = Origin.__dataclass_fields__.keys() - {"published_seed"}  # younger than the others
+            origin = Origin(**{name: described[name] for name in names}, published_seed=described.get("published_seed"))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: expected logits that `run.py robustness` stored, found another file") from error
         for name, what in SAID.items():

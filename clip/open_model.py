@@ -25,6 +25,8 @@ class BackboneChoice(NamedTuple):
     activation: str | None = None
     tokenizer: str | None = None
     trust: bool = False
+    published_seed: int = 0
+    """Of the run that wrote a published checkpoint."""
 
 
 def open_model(
@@ -50,7 +52,7 @@ def open_model(
         backbone = load_backbone(vit, trust=choice.trust, activation=activation)
     tokenizer = tokenizer_for(choice.tokenizer, vit, spec.architecture.vocab_size)
     check_tokenizer(checkpoint, tokenizer)
-    return restore_classifier(checkpoint, backbone), tokenizer
+    return restore_classifier(checkpoint, backbone, choice.published_seed), tokenizer
 
 
 def tokenizer_for(tokenizer: str | None, vit: str, vocab_size: int) -> ClipTokenizer:

@@ -194,12 +194,14 @@ def load_model(
     precision: str = "32-true",
     trust_backbone: bool = False,
     vit_activation: str | None = None,
+    published_seed: int = 0,
 ) -> Predictor:
     """The trained model of a checkpoint, ready to predict.
 
     Args:
         path: a checkpoint, ours or a published one.
-        vit, tokenizer, trust_backbone, vit_activation: as the options of `run.py`; None: what the checkpoint says.
+        vit, tokenizer, trust_backbone, vit_activation, published_seed: as the options of `run.py`; None: what the
+            checkpoint says.
         device: as torch names it; None: the first GPU, else the CPU.
         precision: `32-true`, `bf16-mixed` or `16-mixed`.
 
@@ -207,7 +209,7 @@ def load_model(
         CheckpointError, BackboneError: the checkpoint, the frozen weights or the tokenizer cannot be had.
     """
     checkpoint = read_checkpoint(Path(path))
-    choice = BackboneChoice(vit, vit_activation, tokenizer, trust_backbone)
+    choice = BackboneChoice(vit, vit_activation, tokenizer, trust_backbone, published_seed)
     classifier, found = open_model(checkpoint, choice, published_vit=vit or "ViT-B/16")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Predictor(checkpoint, classifier, found, where, precision)

@@ -3,8 +3,6 @@
 import re
 from typing import NamedTuple
 
-from torch import nn
-
 from clip.modules.classifier import MissingModalityClassifier
 
 LEARNER = r"model\.(memory|prompt)_learner\."
@@ -68,34 +66,3 @@ def freeze(classifier: MissingModalityClassifier, task: str) -> str:
     ]
     in_all = sum(counts[part] for part in trained)
     return "\n".join([*lines, f"  {'trained in all':<44}{in_all:>14,}"])
-
-
-def optimizer_groups(
-    module: nn.Module, head_name: str, learning_rate: float, lr_mult: float, weight_decay: float
-) -> list[dict[str, object]]:
-    """AdamW's parameter groups: weight decay or none (biases and norms), backbone part or head.
-
-    Every trained parameter is in exactly one group.
-    """
-    norm_parameters = {
-        f"{module_name}.{name}"
-        for module_name, submodule in module.named_modules()
-        if isinstance(submodule, nn.LayerNorm)
-        for name, _ in submodule.named_parameters(recurse=False)
-    }
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            plain = name.endswith("bias") or name in norm_parameters
-            groups.setdefault((name.startswith(f"{head_name}."), plain), []).append(parameter)
-    grouped = [id(parameter) for parameters in groups.values() for parameter in parameters]
-    trained = [id(parameter) for parameter in module.parameters() if parameter.requires_grad]
-    assert sorted(grouped) == sorted(trained), "a trained parameter is in no optimiser group, or in two"
-    return [
-        {
-            "params": parameters,
-            "lr": learning_rate * (lr_mult if head else 1.0),
-            "weight_decay": 0.0 if plain else weight_decay,
-        }
-        for (head, plain), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ]

@@ -3,21 +3,18 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_cosine_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
+from torch.optim import Optimizer
 
 from clip.checkpoint import DESCRIPTION, ModelSpec, TokenizerUsed, describe, kept_state, load_kept_state
 from clip.modules.classifier import MissingModalityClassifier, ModelInput
 from clip.numerics import GradientWatch, first_not_finite
+from clip.optimization import OptimizerSettings, make_optimizer, make_schedule, schedule_steps
 from clip.tasks import task_of
-from clip.trainable import optimizer_groups
 from vilt.datamodules import Batch, MissingModalityData
 from vilt.errors import NonFiniteLossError
 from vilt.transforms import normalise
@@ -34,26 +31,8 @@ EPOCH_SO_FAR = "epoch_so_far"
 """Key of a checkpoint: what each process has kept of the epoch that it was written in."""
 BAD_STEPS = "bad_steps"
 """Likewise: how many steps had a gradient that is not finite, in all and of the newest ones in a row."""
-ADAM_BETAS = (0.9, 0.98)
-ADAM_EPS = 1e-8
 LOSSES_PER_CHECK = 32
 """Looking at a loss makes the host wait for the GPU."""
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """The schedule (METHOD.md section 5)."""
-
-    learning_rate: float
-    lr_mult: float
-    weight_decay: float
-    warmup_steps: float
-    """Optimiser steps, or a share of all steps if below 1."""
-    end_lr: float
-    decay_power: float | str
-    """Power of the polynomial decay, or `cosine`."""
-    max_steps: int | None = None
-    """All steps, where that is less than the epochs have."""
 
 
 def model_input(batch: Batch) -> ModelInput:
@@ -68,6 +47,11 @@ def model_input(batch: Batch) -> ModelInput:
         text_length=batch.text_length,
         image_of_B=batch.image_of_B,
     )
+
+
+def _full_precision(logits: Tensor) -> Tensor:
+    """float32 in place of 16 bits; float64 stays."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class FinetuneModule(pl.LightningModule):
@@ -129,7 +113,7 @@ class FinetuneModule(pl.LightningModule):
             NonFiniteLossError: names the step, the samples and the layer.
         """
         logits, penalty = self.classifier.training_outputs(model_input(batch), batch.label)
-        logits = logits.float()
+        logits = _full_precision(logits)
         loss = self.task.loss(logits, batch.label)
         if penalty is not None:
             loss = loss + penalty
@@ -195,11 +179,11 @@ class FinetuneModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the logits; the metrics are those of the whole split."""
-        self._keep("val", batch, self(batch).float())
+        self._keep("val", batch, _full_precision(self(batch)))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the logits; the metrics are those of the whole split."""
-        self._keep("test", batch, self(batch).float())
+        self._keep("test", batch, _full_precision(self(batch)))
 
     def on_validation_start(self) -> None:
         self._check_losses()  # ahead of the checkpoint that follows a validation
@@ -279,16 +263,38 @@ class FinetuneModule(pl.LightningModule):
         return [dataset.sample_name(number) for number in index_B.tolist()]
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the declared groups, with warm-up and decay per optimiser step."""
+        """The optimiser over the declared groups, with warm-up and decay per optimiser step."""
         assert self.settings is not None
-        settings = self.settings
-        groups = optimizer_groups(
-            self.classifier, self.task.head_name, settings.learning_rate, settings.lr_mult, settings.weight_decay
+        optimizer = make_optimizer(self.classifier, self.task.head_name, self.settings)
+        trainer = self.trainer
+        _ = trainer.estimated_stepping_batches  # sets up the loaders that `num_training_batches` counts
+        assert trainer.max_epochs is not None
+        steps = schedule_steps(
+            int(trainer.num_training_batches),
+            trainer.max_epochs,
+            trainer.accumulate_grad_batches,
+            self.settings.max_steps,
         )
-        optimizer = AdamW(groups, lr=settings.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
-        of_epochs = int(self.trainer.estimated_stepping_batches)
-        scheduler = make_schedule(optimizer, settings, min(of_epochs, settings.max_steps or of_epochs))
+        scheduler = make_schedule(optimizer, self.settings, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """In a resumed run, gives back the gradients of 0 that `optimizer_zero_grad` keeps."""
+        [optimizer] = self.trainer.optimizers
+        for parameter in optimizer.state:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Zeroes gradients instead of dropping them.
+
+        As published: once a parameter has had a gradient, a step that has none for it (a start slot whose missing type
+        is absent) still moves it by momentum and weight decay.
+        """
+        optimizer.zero_grad(set_to_none=False)
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Leaves the gradients alone, which Lightning would drop before a validation."""
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint keeps: not the frozen weights."""
@@ -320,14 +326,3 @@ class FinetuneModule(pl.LightningModule):
         """What checkpoints hold under DESCRIPTION."""
         assert self.backbone is not None
         return describe(self.spec, *self.backbone, self.class_names, self.tokenizer)
-
-
-def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LRScheduler:
-    """Linear warm-up, then decay to `end_lr` at `total_steps`."""
-    warmup = settings.warmup_steps
-    warmup_steps = int(total_steps * warmup) if warmup < 1 else int(warmup)
-    if settings.decay_power == "cosine":
-        return get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
-    return get_polynomial_decay_schedule_with_warmup(
-        optimizer, warmup_steps, total_steps, lr_end=settings.end_lr, power=float(settings.decay_power)
-    )

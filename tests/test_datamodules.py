@@ -78,6 +78,7 @@ def settings_in(folder: Path, **changes: Any) -> DataSettings:
         num_workers=0,
         image_cache=False,
         seed=0,
+        order_seed=0,
     )
     return replace(settings, **changes)
 
@@ -580,6 +581,7 @@ def test_a_finished_run_can_be_made_longer(folder, quiet, workers):
         ({"per_gpu_batchsize": 3}, 11, "trained with samples per batch = 2, now it is 3"),
         ({}, 12, "trained with samples = 11, now it is 12"),
         ({"seed": 1}, 11, "trained with seed = 0, now it is 1"),
+        ({"order_seed": 1}, 11, "trained with order seed = 0, now it is 1"),
     ],
 )
 def test_a_run_whose_order_is_another_one_is_not_resumed(folder, quiet, changes, rows_now, message):

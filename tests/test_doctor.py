@@ -206,7 +206,7 @@ def test_weights_tokenizer_and_data_that_are_not_there(examine: Examine, tmp_pat
 @pytest.mark.parametrize(
     ("option", "subject", "fact"),
     [
-        ("batch_size=10", "options", "batch_size"),
+        ("end_lr=1", "options", "end_lr"),
         ("load_path=no.ckpt", "options", "no.ckpt"),
         ("image_size=48", "training step", "expected 32"),
         ("memory_depth=3", "training step", "memory_depth=3"),

@@ -12,7 +12,7 @@ from clip.modules.clip_dynamic_memory import RDN, MemoryLearner
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import TextTransformerMemory, VisionTransformerMemory
 from clip.tasks import TASKS
-from clip.trainable import freeze, optimizer_groups, part_of_parameters
+from clip.trainable import freeze, part_of_parameters
 from tests import golden, slow_rep
 from tests.models import TINY, model_input, tiny_batch, tiny_classifier
 
@@ -243,27 +243,6 @@ def test_trained_parameters_are_the_published_ones() -> None:
         unused = {name for name in expected if ".dynamic_common_token_net." in name}
         assert trained == {name for name in expected - unused if "memories_dynamic" not in name}
         assert part_of_parameters(classifier).keys() == dict(classifier.named_parameters()).keys()
-
-
-def test_optimizer_groups_by_decay_and_head() -> None:
-    classifier = tiny_classifier("hatememes")
-    groups = optimizer_groups(classifier, "hatememes_classifier", 0.01, 5.0, 0.02)
-    by_parameter = {id(p): group for group in groups for p in group["params"]}  # type: ignore[attr-defined]
-    named = dict(classifier.named_parameters())
-    assert len(by_parameter) == len([p for p in named.values() if p.requires_grad])
-    for name, lr, decay in (
-        ("hatememes_classifier.weight", 0.05, 0.02),
-        ("hatememes_classifier.bias", 0.05, 0.0),
-        ("model.memory_learner.residual_alpha", 0.01, 0.02),
-        ("model.memory_learner.layernorm_text.0.weight", 0.01, 0.0),
-        ("model.memory_learner.layernorm_text.0.bias", 0.01, 0.0),
-        ("model.image_encoder.transformer.resblocks.0.attn_memory.in_proj_weight", 0.01, 0.02),
-        ("model.image_encoder.transformer.resblocks.0.attn_memory.in_proj_bias", 0.01, 0.0),
-        ("model.image_encoder.ln_post.weight", 0.01, 0.0),
-        ("model.image_encoder.proj", 0.01, 0.02),
-    ):
-        group = by_parameter[id(named[name])]
-        assert (group["lr"], group["weight_decay"]) == pytest.approx((lr, decay)), name
 
 
 def test_freeze_reports_counts() -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample, Tokenize
 from vilt.datasets.open_spec import open_spec
-from vilt.datasets.specs import Split
+from vilt.datasets.specs import SPLITS, DatasetSpec, Split
 from vilt.errors import ConfigError, DataError
-from vilt.missing_tables import MissingPattern, load_missing_table, type_counts
+from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, published_patterns, type_counts
+from vilt.utils.arrow_file import open_table
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +198,37 @@ class DataSettings:
     num_workers: int
     image_cache: bool
     seed: int
+    order_seed: int
+    """Draws the order of the training samples."""
+
+
+def split_patterns(
+    patterns: Mapping[Split, MissingPattern], spec: DatasetSpec, data_root: Path
+) -> dict[Split, MissingPattern]:
+    """The patterns of all splits; those of the published drawing with what is drawn before them.
+
+    Raises:
+        DataError: from `rows_of_splits`.
+    """
+    if all(pattern.drawing == NESTED for pattern in patterns.values()):
+        return dict(patterns)
+    return published_patterns(patterns, rows_of_splits(spec, data_root))
+
+
+def rows_of_splits(spec: DatasetSpec, data_root: Path) -> dict[Split, int]:
+    """Rows of the arrow files of all splits, for the published drawing of missing tables.
+
+    Raises:
+        DataError: a file is not there, or not readable.
+    """
+    files = {split: data_root / spec.file_name(split) for split in SPLITS}
+    absent = [path.name for path in files.values() if not path.is_file()]
+    if absent:
+        raise DataError(
+            f"missing_tables=published: the tables of all splits are drawn in turn; expected {', '.join(absent)} in "
+            f"{data_root}, found no such file"
+        )
+    return {split: open_table(path).num_rows for split, path in files.items()}
 
 
 class MissingModalityData(pl.LightningDataModule):
@@ -216,6 +248,7 @@ class MissingModalityData(pl.LightningDataModule):
         super().__init__()
         self.settings = settings
         self.spec = open_spec(settings.dataset, settings.data_root, splits)
+        self.patterns = split_patterns(settings.patterns, self.spec, settings.data_root)
         self.datasets: dict[Split, ArrowDataset] = {}
         for split in splits:
             dataset = ArrowDataset(self.spec, settings.data_root, split, image_size)
@@ -223,7 +256,7 @@ class MissingModalityData(pl.LightningDataModule):
             if settings.image_cache:
                 dataset.cache_images(settings.num_workers)
             dataset.missing_table = load_missing_table(
-                settings.missing_table_root, settings.dataset, split, settings.patterns[split], dataset.n_rows
+                settings.missing_table_root, settings.dataset, split, self.patterns[split], dataset.n_rows
             )
             if split == "train" and settings.simulate_missing:
                 dataset.simulate_seed = settings.seed
@@ -281,7 +314,7 @@ class MissingModalityData(pl.LightningDataModule):
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         sampler = EpochSampler(
             len(self.datasets[split]),
-            seed=settings.seed if training else None,
+            seed=settings.order_seed if training else None,
             rank=rank,
             world_size=world_size,
             order=None if training else self.datasets[split].evaluation_order(),
@@ -316,6 +349,7 @@ class MissingModalityData(pl.LightningDataModule):
             "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,
             "samples": len(self.datasets["train"]),
             "seed": self.settings.seed,
+            "order_seed": self.settings.order_seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -330,11 +364,12 @@ class MissingModalityData(pl.LightningDataModule):
             "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,
             "samples": len(self.datasets["train"]),
             "seed": self.settings.seed,
+            "order_seed": self.settings.order_seed,
         }
         for name, value in now.items():
             if state_dict.get(name) != value:
                 raise ConfigError(
                     f"resume_from: the checkpoint was trained with {name.replace('_', ' ')} = {state_dict.get(name)}, "
-                    f"now it is {value}; resume with the same per_gpu_batchsize, processes, data and seed"
+                    f"now it is {value}; resume with the same per_gpu_batchsize, processes, data and seeds"
                 )
         self._resume = (state_dict["epoch"], state_dict["batches"])

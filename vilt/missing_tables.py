@@ -1,13 +1,19 @@
 """Which samples lose which modality (the protocol's missing tables).
 
 A table gives each row of an arrow file its missing type: 0 complete, 1 text missing, 2 image missing. It follows from
-(dataset, split, type, ratio, both_ratio, seed) alone, so that every process and every machine has the same one, and it
-is nested: what is missing at ratio 0.3 is missing in the same way at 0.5.
+its description alone, so that every process and every machine has the same one. There are two ways to draw one:
+
+- nested, from (dataset, split, type, ratio, both_ratio, seed): what is missing at ratio 0.3 is missing in the same way
+  at 0.5;
+- published, as the published code draws the tables of train, dev and test in turn from one generator: a table also
+  follows from the patterns and sizes of the splits before its own.
 """
 
 import hashlib
 import logging
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +21,7 @@ import numpy as np
 import torch
 
 from clip.messages import first_line
-from vilt.datasets.specs import EVERY_DATASET, Split
+from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
 from vilt.errors import DataError, reason_of
 from vilt.utils.files import atomic_path
 from vilt.utils.torch_file import load_inert
@@ -25,6 +31,7 @@ log = logging.getLogger(__name__)
 COMPLETE, TEXT_MISSING, IMAGE_MISSING = 0, 1, 2
 TYPE_NAMES = ("complete", "text missing", "image missing")
 MISSING_TYPES = ("text", "image", "both")
+NESTED, PUBLISHED = DRAWINGS = ("nested", "published")
 LINE = 100
 MAGIC = "missing table"
 
@@ -38,12 +45,17 @@ class MissingPattern:
         ratio: share of samples that lose a modality.
         both_ratio: for `both`, share of those that lose the image; the others lose the text.
         seed: draws the samples.
+        drawing: one of DRAWINGS.
+        after: for the published drawing, (missing_type, ratio, both_ratio, rows) of the splits drawn before this one;
+            see `published_patterns`.
     """
 
     missing_type: str
     ratio: float
     both_ratio: float
     seed: int
+    drawing: str = NESTED
+    after: tuple[tuple[str, float, float, int], ...] = ()
 
     def describe(self, dataset: str, split: Split, samples: int) -> dict[str, str]:
         """All that a table follows from, as written into its header."""
@@ -56,7 +68,33 @@ class MissingPattern:
             "both_ratio": repr(float(self.both_ratio)),
             "seed": str(self.seed),
             "samples": str(samples),
+            **({} if self.drawing == NESTED else {"drawing": self.drawing, "after": self._described_after()}),
         }
+
+    def recorded(self) -> dict[str, str | float]:
+        """For the results of a test."""
+        kept = ("missing_type", "ratio", "both_ratio", "seed", *(() if self.drawing == NESTED else ("drawing",)))
+        return {name: getattr(self, name) for name in kept}
+
+    def _described_after(self) -> str:
+        return ",".join(":".join(map(str, split)) for split in self.after) or "nothing"
+
+
+def published_patterns(
+    patterns: Mapping[Split, MissingPattern], rows: Mapping[Split, int]
+) -> dict[Split, MissingPattern]:
+    """The patterns of the published drawing, each with what is drawn before it.
+
+    Args:
+        rows: of the arrow files of all splits.
+    """
+    found: dict[Split, MissingPattern] = {}
+    after: tuple[tuple[str, float, float, int], ...] = ()
+    for split in SPLITS:
+        pattern = replace(patterns[split], after=after)
+        found[split] = pattern
+        after += ((pattern.missing_type, float(pattern.ratio), float(pattern.both_ratio), rows[split]),)
+    return found
 
 
 def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samples: int) -> np.ndarray:
@@ -64,6 +102,8 @@ def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samp
 
     Exactly int(N·ratio) are missing; for `both`, exactly int(k·both_ratio) of those k lose the image.
     """
+    if pattern.drawing == PUBLISHED:
+        return _draw_as_published(pattern, samples)
     key = hashlib.sha256(f"{dataset}/{EVERY_DATASET[dataset].file_splits[split]}/{pattern.seed}".encode()).digest()
     # random_raw is the one stream of NumPy that is promised never to change.
     order = np.argsort(np.random.PCG64(int.from_bytes(key, "big")).random_raw(samples), kind="stable")
@@ -75,6 +115,18 @@ def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samp
         table[missing] = np.where(np.diff(images) > 0, IMAGE_MISSING, TEXT_MISSING)
     else:
         table[missing] = TEXT_MISSING if pattern.missing_type == "text" else IMAGE_MISSING
+    return table
+
+
+def _draw_as_published(pattern: MissingPattern, samples: int) -> np.ndarray:
+    generator = random.Random(pattern.seed)
+    own = (pattern.missing_type, pattern.ratio, pattern.both_ratio, samples)
+    for missing_type, ratio, both_ratio, rows in (*pattern.after, own):
+        table = np.zeros(rows, dtype=np.int8)
+        missing = generator.sample(range(rows), int(rows * ratio))
+        table[missing] = IMAGE_MISSING if missing_type == "image" else TEXT_MISSING
+        if missing_type == "both":
+            table[generator.sample(missing, int(len(missing) * both_ratio))] = IMAGE_MISSING
     return table
 
 
@@ -121,9 +173,12 @@ def read_kept_table(root: Path, dataset: str, split: Split, pattern: MissingPatt
 
 
 def _file_name(dataset: str, pattern: MissingPattern, described: dict[str, str]) -> str:
+    drawn = ""
+    if pattern.drawing == PUBLISHED:
+        drawn = f"_published_{hashlib.sha256(described['after'].encode()).hexdigest()[:12]}"
     return (
         f"{dataset}_{described['split']}_missing_{pattern.missing_type}_{described['ratio']}"
-        f"_both_ratio_{described['both_ratio']}_seed_{pattern.seed}_of_{described['samples']}.txt"
+        f"_both_ratio_{described['both_ratio']}_seed_{pattern.seed}_of_{described['samples']}{drawn}.txt"
     )
 
 

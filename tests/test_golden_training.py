@@ -1,0 +1,164 @@
+"""Whole trainings give the published implementation's losses, rates and parameters.
+
+Runs over every `.npz` with a `meta` in GOLDEN_TRAINING_DIR (default: tests/data/golden/training), in float64 and
+without dropout, through the program's own module, optimiser and schedule, and Lightning's loop. Start values and inputs
+follow from a tag, as `tests/golden.py` says.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from benchmarks.sides import VIT_B16
+from clip.checkpoint import ModelSpec
+from clip.modules.method import MethodOptions
+from clip.optimization import OptimizerSettings
+from clip.published_queries import published_queries
+from clip.tasks import TASKS
+from clip.training import FinetuneModule
+from tests import golden
+from tests.models import classifier_of
+from vilt.datamodules import Batch
+
+DIR = Path(os.environ.get("GOLDEN_TRAINING_DIR") or golden.GOLDEN_DIR / "training")
+SHAPES = {"rep": golden.rep_shapes, "dcp": golden.dcp_shapes}
+
+
+def meta_of(path: Path) -> dict[str, Any] | None:
+    with np.load(path) as file:
+        return json.loads(str(file["meta"])) if "meta" in file.files else None
+
+
+class Samples:
+    """The batches of each epoch in the order of the published run."""
+
+    def __init__(self, meta: dict[str, Any], order: np.ndarray) -> None:
+        self.meta, self.order = meta, order
+        self.sampler = self  # where Lightning says which epoch it is
+        self.set_epoch(0)
+        weights = golden.load_weights_module(golden.GOLDEN_DIR)
+        task = TASKS[meta["task"]]
+        inputs = weights.inputs(meta["tag"], meta["missing_type"], meta["resolution"], task.name, task.n_classes)
+        self.tokens, self.images, self.labels = map(torch.from_numpy, inputs)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.meta["samples"] // self.meta["per_gpu_batchsize"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        order, size = torch.from_numpy(self.order[self.epoch]), self.meta["per_gpu_batchsize"]
+        return (self.batch(numbers) for numbers in order.split(size))
+
+    def batch(self, numbers: torch.Tensor) -> Batch:
+        kinds = torch.tensor(self.meta["missing_type"])[numbers]
+        image_rows, text_rows = (kinds != 2).nonzero().flatten(), (kinds != 1).nonzero().flatten()
+        tokens_bL = self.tokens[numbers][text_rows]
+        return Batch(
+            image_b3RR=self.images[numbers][image_rows].double(),
+            tokens_bL=tokens_bL,
+            missing_type_B=kinds,
+            image_rows=image_rows,
+            text_rows=text_rows,
+            types=tuple(sorted(set(kinds.tolist()))),
+            text_length=int(tokens_bL.argmax(-1).max()) + 1 if len(text_rows) else None,
+            image_of_B=None,
+            label=self.labels[numbers],
+            index_B=numbers,
+        )
+
+
+class Record(pl.Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+
+@pytest.mark.parametrize("path", [path for path in sorted(DIR.glob("*.npz")) if meta_of(path)], ids=lambda p: p.stem)
+def test_a_training_equals_the_published_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = meta_of(path)
+    assert meta is not None
+    with np.load(path) as file:
+        order, losses, rates = (file[name] for name in ("order", "loss", "rate"))
+    task = TASKS[meta["task"]]
+    sizes = {name: meta[name] for name in ("resolution", "memory_length", "memory_depth")}
+    layers = {"vision_layers": meta["layers"], "text_layers": meta["layers"]}
+    shapes = SHAPES[meta["method"]](golden.GOLDEN_DIR, task=task.name, classes=task.n_classes, **layers, **sizes)
+    weights = golden.load_weights_module(golden.GOLDEN_DIR)
+    state = {
+        name: torch.from_numpy(np.asarray(weights.parameter(meta["tag"], name, shape))).double()
+        for name, shape in shapes.items()
+    }
+    classifier = classifier_of(state, task.name, meta["memory_length"], meta["memory_depth"], meta["method"]).double()
+    classifier.load_state_dict(state)
+    for module in classifier.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    monkeypatch.setattr("clip.training.normalise", lambda images: images)
+    schedule = {name: meta[name] for name in ("learning_rate", "lr_mult", "weight_decay", "warmup_steps")}
+    settings = OptimizerSettings("adamw", **schedule, end_lr=meta["end_lr"], decay_power=meta["decay_power"])
+    options = MethodOptions(meta["method"], meta["memory_length"], meta["memory_depth"])
+    module = FinetuneModule(classifier, ModelSpec(task.name, options, VIT_B16), settings=settings)
+    record = Record()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        precision="64-true",
+        max_epochs=meta["epochs"],
+        accumulate_grad_batches=meta["accumulation"],
+        val_check_interval=2 * meta["accumulation"],  # what a validation does must not show
+        num_sanity_val_steps=0,
+        callbacks=[record],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    samples = Samples(meta, order)
+    trainer.fit(module, samples, DataLoader([samples.batch(torch.arange(2))], batch_size=None))  # type: ignore[arg-type]
+
+    assert record.losses == pytest.approx(losses.tolist(), rel=1e-9)
+    assert [of_groups[0] for of_groups in record.rates] == pytest.approx(rates.tolist(), rel=1e-9)
+    assert all(set(of_groups) == {of_groups[0]} for of_groups in record.rates)  # lr_mult is 1
+
+    named = dict(classifier.named_parameters())
+    names = {id(parameter): name for name, parameter in named.items()}
+    never_moves = {name for name, moved in meta["moved"].items() if moved == 0}  # not trained here
+    groups = trainer.optimizers[0].param_groups
+    found = [(group["weight_decay"], sorted(names[id(p)] for p in group["params"])) for group in groups]
+    expected = [(group["weight_decay"], sorted(set(group["parameters"]) - never_moves)) for group in meta["groups"]]
+    assert found == expected
+    for name, norm in meta["final_norm"].items():
+        value = named[name].detach()
+        if name not in never_moves:
+            assert float(value.norm()) == pytest.approx(norm, rel=1e-8), name
+            head = [float(x) for x in value.flatten()[:4]]
+            assert head == pytest.approx(meta["final_head"][name], rel=1e-8, abs=1e-10), name
+            moved = float((value - state[name]).norm())
+            assert moved == pytest.approx(meta["moved"][name], rel=1e-8), name
+
+
+def test_the_queries_that_published_runs_draw() -> None:
+    names = ("memories_dynamic_complete", "memories_dynamic_image", "memories_dynamic_text")
+    queries = published_queries(VIT_B16, 12, names, seed=0)
+    with np.load(DIR / "queries_seed0_vitb16.npz") as file:
+        assert {name.removeprefix("model.") for name in queries} == set(file.files)
+        for name, query in queries.items():
+            assert np.array_equal(query.numpy(), file[name.removeprefix("model.")]), name
+    other = published_queries(VIT_B16, 12, names, seed=1)
+    assert not any(torch.equal(query, other[name]) for name, query in queries.items())

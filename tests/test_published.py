@@ -1,0 +1,326 @@
+"""What the published code does and this program repeats: its queries, tables, steps, intervals and command lines.
+
+Whole trainings are in test_golden_training.py.
+"""
+
+import math
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clip.backbone import load_backbone
+from clip.checkpoint import read_checkpoint, restore_classifier
+from clip.optimization import AdamW, OptimizerSettings, make_optimizer, make_schedule, schedule_steps
+from clip.published_queries import published_queries
+from config import EX, Options, check, resolve
+from run import command_line, validation_interval
+from tests.conftest import Workspace
+from tests.test_run import evaluate, results_of
+from vilt.datamodules import rows_of_splits
+from vilt.datasets.specs import DATASETS, SPLITS
+from vilt.errors import ConfigError
+from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, published_patterns
+
+QUERIES = ("memories_dynamic_complete", "memories_dynamic_image", "memories_dynamic_text")
+
+
+def defaults(**changes: Any) -> dict[str, Any]:
+    return {**EX.configurations[0](), "task": "mmimdb", **changes}
+
+
+# ---- queries
+
+
+def test_a_published_checkpoint_gives_the_logits_of_its_run(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written without its queries, as published, it evaluates as it did with those that its seed drew."""
+    command = workspace.command(f"vit={workspace.backbone}", "exp_name=before", "test_after_fit=False")
+    assert command_line(command) == 0
+    backbone = load_backbone(str(workspace.backbone))
+    trained = read_checkpoint(workspace.results / "before_seed0" / "version_0" / "best.ckpt")
+    classifier = restore_classifier(trained, backbone)
+    files = {}
+    for seed in (0, 3):
+        queries = published_queries(backbone.architecture, trained.spec.method.slots, QUERIES, seed)
+        state = {**classifier.state_dict(), **queries}
+        assert state.keys() == classifier.state_dict().keys()
+        for kind, names in (("with", state.keys()), ("without", state.keys() - queries.keys())):
+            files[kind, seed] = tmp_path / f"{kind}_{seed}.ckpt"
+            torch.save({"state_dict": {name: state[name] for name in names}}, files[kind, seed])
+
+    def metrics(kind: str, seed: int, *options: str) -> dict[str, float]:
+        options = (f"load_path={files[kind, seed]}", f"tokenizer={workspace.backbone}", "test_ratio=0.7", *options)
+        found: dict[str, float] = evaluate(workspace, f"{kind}_{seed}", *options)["metrics"]
+        return found
+
+    for seed in (0, 3):
+        before = restore_classifier(read_checkpoint(files["with", seed]), None).state_dict()
+        after = restore_classifier(read_checkpoint(files["without", seed]), None, published_seed=seed).state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert metrics("without", 0) == metrics("with", 0)
+    assert metrics("without", 3, "published_seed=3") == metrics("with", 3)
+    assert metrics("with", 3)["loss"] != metrics("with", 0)["loss"]
+
+    alone = tmp_path / "alone" / "published.ckpt"  # stored logits go by the seed too
+    alone.parent.mkdir()
+    shutil.copy(files["without", 3], alone)
+    robustness = ["run.py", "robustness", *workspace.command()[1:], f"load_path={alone}", "robustness_types=text"]
+    robustness += [f"tokenizer={workspace.backbone}", "robustness_ratios=0.7", "robustness_seeds=0", "bootstrap=0"]
+    assert command_line([*robustness, "published_seed=3"]) == 0
+    assert command_line(robustness) == 2
+    assert "published_seed: expected 0, found 3" in capsys.readouterr().err
+
+
+def test_drawing_queries_leaves_the_global_generator_as_it_is() -> None:
+    from tests.models import TINY
+
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    published_queries(TINY, 2, QUERIES, seed=0)
+    assert torch.equal(torch.randn(3), expected)
+
+
+# ---- missing tables
+
+
+def tables_of_one_generator(patterns: list[MissingPattern], rows: list[int]) -> list[list[int]]:
+    """As the published code draws them: one global generator, the splits in turn."""
+    random.seed(patterns[0].seed)
+    tables = []
+    for pattern, samples in zip(patterns, rows, strict=True):
+        table = [0] * samples
+        chosen = random.sample(range(samples), int(samples * pattern.ratio))
+        for row in chosen:
+            table[row] = 2 if pattern.missing_type == "image" else 1
+        if pattern.missing_type == "both":
+            for row in random.sample(chosen, int(len(chosen) * pattern.both_ratio)):
+                table[row] = 2
+        tables.append(table)
+    return tables
+
+
+@pytest.mark.parametrize("missing_type", ["text", "image", "both"])
+@pytest.mark.parametrize(("ratios", "seed"), [((0.7, 0.7, 0.7), 0), ((0.9, 0.0, 0.5), 3), ((0.0, 1.0, 0.3), 1)])
+def test_published_tables_are_drawn_in_turn(
+    tmp_path: Path, missing_type: str, ratios: tuple[float, ...], seed: int
+) -> None:
+    rows = dict(zip(SPLITS, (155, 26, 78), strict=True))
+    given = {
+        split: MissingPattern(missing_type, ratio, 0.5, seed, "published")
+        for split, ratio in zip(SPLITS, ratios, strict=True)
+    }
+    patterns = published_patterns(given, rows)
+    expected = tables_of_one_generator(list(given.values()), list(rows.values()))
+    for split, table in zip(SPLITS, expected, strict=True):
+        for _ in range(2):  # drawn, then read
+            found = load_missing_table(tmp_path, "mmimdb", split, patterns[split], rows[split])
+            assert found.tolist() == table
+    nested = MissingPattern(missing_type, 0.7, 0.5, seed)
+    assert not np.array_equal(
+        draw_missing_table("mmimdb", "train", nested, 155),
+        draw_missing_table("mmimdb", "train", MissingPattern(missing_type, 0.7, 0.5, seed, "published"), 155),
+    )
+
+
+def test_kept_published_tables_of_other_training_patterns_are_others(tmp_path: Path) -> None:
+    rows = dict(zip(SPLITS, (155, 26, 78), strict=True))
+    tables = []
+    for ratio in (0.7, 0.5):
+        given = {split: MissingPattern("both", 0.7, 0.5, 0, "published") for split in SPLITS}
+        given["train"] = MissingPattern("both", ratio, 0.5, 0, "published")
+        pattern = published_patterns(given, rows)["test"]
+        tables.append(load_missing_table(tmp_path, "mmimdb", "test", pattern, 78))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not np.array_equal(tables[0], tables[1])
+
+
+def test_published_tables_in_a_run_and_its_robustness(workspace: Workspace, tmp_path: Path) -> None:
+    """A test at another pattern has the table that the published code draws behind those of training and validation."""
+    tables = f"missing_table_root={tmp_path / 'tables'}"
+    command = workspace.command(f"vit={workspace.backbone}", "published", "exp_name=as_published", tables)
+    assert command_line(command) == 0
+    folder = workspace.results / "as_published_seed0" / "version_0"
+    trained = results_of(folder)
+    assert trained["missing_pattern"]["drawing"] == "published"
+    rows = rows_of_splits(DATASETS["mmimdb"], workspace.arrow)
+    options = ("missing_tables=published", "test_ratio=0.4", "test_type=text", f"load_path={folder / 'best.ckpt'}")
+    tested = evaluate(workspace, "table", *options, tables)
+    patterns = [MissingPattern(kind, ratio, 0.5, 0) for kind, ratio in (("both", 0.7), ("text", 0.4), ("text", 0.4))]
+    expected = tables_of_one_generator(patterns, list(rows.values()))[2]
+    name = next(path for path in (tmp_path / "tables").iterdir() if "_test_missing_text_0.4_" in path.name)
+    assert "".join(line for line in name.read_text().splitlines() if line[0] != "#") == "".join(map(str, expected))
+    robustness = ["run.py", "robustness", *command[1:], f"load_path={folder / 'best.ckpt'}", "robustness_types=text"]
+    assert command_line([*robustness, "robustness_ratios=0.4", "robustness_seeds=0", "bootstrap=0"]) == 0
+    cells = (folder / "robustness" / "cells.csv").read_text().splitlines()
+    cell = dict(zip(cells[0].split(","), cells[1].split(","), strict=True))
+    assert float(cell["f1_macro"]) == pytest.approx(tested["metrics"]["f1_macro"], abs=1e-9)
+
+
+def test_published_tables_need_all_splits(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"mmimdb_{split}.arrow").write_bytes((workspace.arrow / f"mmimdb_{split}.arrow").read_bytes())
+    command = workspace.command(f"vit={workspace.backbone}", "missing_tables=published", data_root=tmp_path)
+    assert command_line(["run.py", "doctor", *command[1:]]) == 2
+    assert "missing_tables=published" in capsys.readouterr().out
+
+
+# ---- optimiser steps
+
+
+def slow_adamw(p: float, gradients: list[float | None], rates: list[float], decay: float) -> float:
+    """transformers 4.2.1's AdamW for one number; None: no gradient."""
+    mean = square = 0.0
+    step = 0
+    for gradient, rate in zip(gradients, rates, strict=True):
+        if gradient is None:
+            continue
+        step += 1
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.98 * square + 0.02 * gradient**2
+        p -= rate * math.sqrt(1 - 0.98**step) / (1 - 0.9**step) * mean / (math.sqrt(square) + 1e-8)
+        p -= rate * decay * p
+    return p
+
+
+def test_adamw_is_that_of_transformers() -> None:
+    """Also where a parameter gets its first gradient later, and with gradients so small that eps counts."""
+    gradients: list[list[float | None]] = [[0.3, -0.1, 1e-9, 0.0, 0.7], [None, None, -2.0, 0.0, 1e-8], [None] * 5]
+    rates = [0.1, 0.2, 0.3, 0.2, 0.0]
+    parameters = [torch.nn.Parameter(torch.tensor([1.5], dtype=torch.float64)) for _ in gradients]
+    optimizer = AdamW([{"params": parameters, "weight_decay": 0.05}], 0.1, (0.9, 0.98), 1e-8)
+    for step, rate in enumerate(rates):
+        for parameter, of_parameter in zip(parameters, gradients, strict=True):
+            value = of_parameter[step]
+            parameter.grad = None if value is None else torch.tensor([value], dtype=torch.float64)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    for parameter, of_parameter in zip(parameters, gradients, strict=True):
+        assert parameter.item() == pytest.approx(slow_adamw(1.5, of_parameter, rates, 0.05), rel=1e-12)
+    assert parameters[2] not in optimizer.state
+
+
+def test_optim_type_chooses_the_published_optimisers() -> None:
+    def made(optim_type: str) -> torch.optim.Optimizer:
+        model = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "body": torch.nn.Linear(2, 2)})
+        return make_optimizer(model, "head", OptimizerSettings(optim_type, 0.1, 2.0, 0.01, 0, 0, 1))
+
+    assert [type(made(name)) for name in ("adamw", "adam", "sgd")] == [AdamW, torch.optim.Adam, torch.optim.SGD]
+    assert made("sgd").param_groups[0]["momentum"] == 0.9 and made("adam").param_groups[0]["betas"] == (0.9, 0.999)
+    for name in ("adamw", "adam", "sgd"):
+        assert [(g["lr"], g["weight_decay"]) for g in made(name).param_groups] == [
+            (0.1, 0.01),
+            (0.1, 0),
+            (0.2, 0.01),
+            (0.2, 0),
+        ]
+
+
+def test_the_schedule_spans_the_batches_of_all_epochs_rounded_down() -> None:
+    assert schedule_steps(21, 4, 4, None) == 21  # of 24 that are taken
+    assert schedule_steps(21, 4, 4, 10) == 10 and schedule_steps(21, 4, 4, 100) == 21
+    assert schedule_steps(1, 2, 8, None) == 1
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = AdamW([parameter], 1.0, (0.9, 0.98), 1e-8)
+    scheduler = make_schedule(optimizer, OptimizerSettings("adamw", 1.0, 1, 0, 0.1, 0, 1), 21)
+    rates = []
+    for _ in range(24):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:3] == [0, 0.5, 1] and rates[20] > 0 and rates[21:] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "batches", "accumulation", "interval", "validations"),
+    [
+        (0.2, 1911, 8, 376, 5),  # Food-101 at 32: published every 382 batches
+        (0.2, 486, 8, 96, 5),
+        (1.0, 21, 4, 21, 1),
+        (0.5, 21, 4, 8, 2),
+        (0.1, 20, 4, 4, 5),  # a step is the least
+        (0.1, 3, 8, 8, 0),
+        (7, 21, 4, 4, 5),
+        (50, 21, 4, 21, 1),
+    ],
+)
+def test_validation_falls_on_steps_and_never_later_than_asked(
+    wanted: float, batches: int, accumulation: int, interval: int, validations: int
+) -> None:
+    found = validation_interval(wanted, batches, accumulation)
+    assert found == min(interval, batches) and batches // found == max(1, validations)
+    asked = int(wanted * batches) if isinstance(wanted, float) else wanted
+    assert found <= max(asked, accumulation)
+
+
+def test_intervals_of_validation_follow_task_and_method() -> None:
+    def interval(**options: Any) -> float:
+        return resolve(defaults(**options)).val_check_interval
+
+    assert interval() == interval(prompt_type="dcp") == interval(task="food101") == 0.2
+    assert interval(task="hatememes") == 0.1 and interval(task="hatememes", prompt_type="dcp") == 0.11
+    assert interval(task="hatememes", val_check_interval=0.5) == 0.5
+
+
+# ---- command lines
+
+
+def options_of(workspace: Workspace, **changes: Any) -> Options:
+    return check(defaults(data_root=str(workspace.arrow), **changes))
+
+
+def test_any_batch_size_accumulates_what_fits_in_batch_size(workspace: Workspace) -> None:
+    sizes = {7: 36, 12: 21, 32: 8, 256: 1, 300: 1}
+    found = {size: options_of(workspace, per_gpu_batchsize=size).accumulation for size in sizes}
+    assert found == sizes
+
+
+def test_gpus_by_number(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for number in (1, [0]):
+        with pytest.raises(ConfigError, match=r"num_gpus: .* 0 of this machine, found 1; leave num_gpus out"):
+            options_of(workspace, num_gpus=number)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert options_of(workspace, num_gpus=[0]).num_gpus == 1
+    assert options_of(workspace, num_gpus=[0, 1]).num_gpus == 2
+    with pytest.raises(ConfigError, match=r"num_gpus: .*found \[1\]; CUDA_VISIBLE_DEVICES"):
+        options_of(workspace, num_gpus=[1])
+    assert options_of(workspace, num_gpus=1, precision="published").precision == "16-mixed"
+    assert options_of(workspace, num_gpus=0, precision="published").precision == "32-true"
+
+
+def test_dcps_names_of_options(workspace: Workspace, tmp_path: Path) -> None:
+    names = ("prompt_type=dcp", "prompt_length=9", "prompt_depth=1", "exp_name=dcp", "max_epoch=1")
+    assert command_line(workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path}", *names)) == 0
+    method = read_checkpoint(tmp_path / "dcp_seed0" / "version_0" / "best.ckpt").spec.method
+    assert (method.prompt_type, method.memory_length, method.memory_depth) == ("dcp", 9, 1)
+
+
+@pytest.mark.parametrize("word", ["max_image_len=40", "draw_false_image=1", "task_finetune_vqa_randaug", "step100k"])
+def test_options_of_vilt_have_no_meaning(workspace: Workspace, capsys: pytest.CaptureFixture[str], word: str) -> None:
+    assert command_line(workspace.command(word)) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"error: {word.partition('=')[0]}: ") and "ViLT" in said[0]
+
+
+def test_the_published_configuration() -> None:
+    published = EX.named_configs["published"]()
+    assert dict(published) == {"missing_tables": "published", "order_seed": 0, "precision": "published"}
+    settings = {
+        seed: resolve(defaults(seed=seed, data_root="somewhere", **published)).data_settings() for seed in (0, 5)
+    }
+    assert [one.order_seed for one in settings.values()] == [0, 0]
+    assert {pattern.drawing for pattern in settings[5].patterns.values()} == {"published"}
+    assert {pattern.seed for pattern in settings[5].patterns.values()} == {5}
+    plain = resolve(defaults(seed=5, data_root="somewhere")).data_settings()
+    assert plain.order_seed == 5 and {asdict(pattern)["drawing"] for pattern in plain.patterns.values()} == {"nested"}

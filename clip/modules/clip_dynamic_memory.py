@@ -161,7 +161,8 @@ class MemoryLearner(Method):
         if self.options.fmb:
             common_BmE = self._start("common", batch)
             if self.options.dynamic_init:
-                common_BmE = common_BmE + self.dynamic_common_token_net(_mean_tokens(batch, tokens, self.places))[:, None]
+                mean_BV = _mean_tokens(batch, tokens, self.places)
+                common_BmE = common_BmE + self.dynamic_common_token_net(mean_BV)[:, None]
             shared_image = [self.common_memory_projection_image(common_BmE)]
             shared_text = [self.common_memory_projection_text(common_BmE)]
 

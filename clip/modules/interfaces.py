@@ -33,14 +33,14 @@ class ModelInput(NamedTuple):
     types: tuple[int, ...]
     """The missing types that occur, ascending, known without asking the device."""
     lengths: Mapping[str, int] = {}
-    """By modality, the positions that matter (of texts: up to the last `<end>`), likewise; all where it is not named."""
+    """By modality, the positions that matter (of texts: up to the last `<end>`), likewise; without an entry, all."""
     source_of_B: Mapping[str, Tensor] = {}
     """By modality, where samples share an input: the row whose input each sample has; `rows` has just those."""
     index_B: Tensor | None = None
     """Numbers of the samples in their dataset."""
 
     @property
-    def missing_type_B(self) -> Tensor:
+    def missing_type_B(self) -> Tensor:  # noqa: N802
         """The missing modalities as a binary number, the last modality the lowest digit.
 
         With image and text: 0 complete, 1 text missing, 2 image missing.
@@ -77,7 +77,8 @@ class Replay(Protocol):
 class TowerSlots(NamedTuple):
     """What a method puts into one tower, a row for each sample. Lists go by block, from the first.
 
-    The sequence of a block is `[replaced | inserted | dynamic | tokens]`, of REP `[private | shared | dynamic | tokens]`.
+    The sequence of a block is `[replaced | inserted | dynamic | tokens]`, for REP
+    `[private | shared | dynamic | tokens]`.
     """
 
     replaced_BmD: Sequence[Tensor] = ()

@@ -160,10 +160,11 @@ def kept_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
 
 def model_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a checkpoint under the names that the model has for them (see PUBLISHED_NAMES)."""
-    return {_model_name(name): tensor for name, tensor in state.items()}
+    return {model_name(name): tensor for name, tensor in state.items()}
 
 
-def _model_name(name: str) -> str:
+def model_name(name: str) -> str:
+    """The name that the model has for an entry of a published checkpoint."""
     for published, ours in PUBLISHED_NAMES.items():
         if name.startswith(published):
             return ours + name.removeprefix(published)

@@ -132,7 +132,7 @@ def test_a_checkpoint_of_vit_b_16_holds_the_learner_and_not_the_backbone() -> No
 
 
 def test_names_of_older_checkpoints_are_read(backbone: Backbone, tmp_path: Path) -> None:
-    """Of those that have the dynamic slots where published ones have their attention, in 16 bits where these suffice."""
+    """They have the dynamic slots in the towers, as published, and frozen values that fit into 16 bits in these."""
     classifier = trained_classifier("mmimdb", backbone)
     content = content_of(classifier, "mmimdb", backbone)
     weight = content["state_dict"]["model.memory_learner.dynamic.image.attention.in_proj_weight"]

@@ -27,7 +27,7 @@ class MissingModalityClassifier(nn.Module):
         self.model = backbone
         self.model.add_module(method.attribute, method)
         self.add_module(head_name, head)
-        self._method_name, self._head_name = method.attribute, head_name
+        self._method_name, self.head_name = method.attribute, head_name
 
     @property
     def method(self) -> Method:
@@ -39,7 +39,7 @@ class MissingModalityClassifier(nn.Module):
     @property
     def head(self) -> nn.Module:
         """What classifies."""
-        return self.get_submodule(self._head_name)
+        return self.get_submodule(self.head_name)
 
     def forward(self, batch: ModelInput) -> Tensor:
         """Logits (B, C)."""

@@ -160,9 +160,10 @@ class Transformer(nn.Module):
             mask = _causal_mask(x_BLD, prefix_BP2D) if self.causal else None
             last = k + 1 == len(self.resblocks)
             read = x_BLD.shape[1] - L + read_B if last else None
+            run: Callable[..., Tensor] = block
             if self.checkpointing and torch.is_grad_enabled():  # blocks draw nothing at random
-                block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-            x_BLD = block(x_BLD, prefix_BP2D, mask, read)
+                run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            x_BLD = run(x_BLD, prefix_BP2D, mask, read)
             if replay is not None and k < depth:
                 outputs_BPD.append(x_BLD[:, : replaced[k].shape[1] + sum(each.shape[1] for each in inserted)])
         return x_BLD[:, 0]

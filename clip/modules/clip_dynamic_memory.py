@@ -4,7 +4,8 @@ Shape suffixes: B samples, b samples with a modality, L sequence, m slots of one
 both towers together, E joint embedding width, P private and shared slots.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -79,12 +80,15 @@ class LayerReplay(nn.Module):
 
     def __init__(self, width: int, depth: int, steps: int) -> None:
         super().__init__()
-        self.steps = steps
         self.layer_scores = nn.Parameter(torch.zeros(depth))
         self.norm = nn.LayerNorm(width)
         self.gates = nn.Parameter(torch.zeros(steps))
 
-    def forward(self, outputs_BPD: Sequence[Tensor], step: int) -> Tensor:
+    def of_each_block(self) -> list[Callable[[Sequence[Tensor]], Tensor]]:
+        """A function for each deeper block, from the outputs to what is added before it."""
+        return [partial(self, step) for step in range(len(self.gates))]
+
+    def forward(self, step: int, outputs_BPD: Sequence[Tensor]) -> Tensor:
         """(B, P, D): what is added before the `step`-th deeper block."""
         weights = self.layer_scores.softmax(dim=0)
         summed_BPD = torch.stack([weight * x for weight, x in zip(weights, outputs_BPD, strict=True)]).sum(dim=0)
@@ -167,9 +171,12 @@ class MemoryLearner(Method):
             shared_text = [self.common_memory_projection_text(common_BmE)]
 
         dynamic = {modality: read(batch, modality, tokens) for modality, read in self.dynamic.items()}
+        replay_image, replay_text = (
+            [] if replay is None else replay.of_each_block() for replay in (self.replay_image, self.replay_text)
+        )
         return {
-            "image": TowerSlots(private_image, shared_image, dynamic["image"], replay=self.replay_image),
-            "text": TowerSlots(private_text, shared_text, dynamic["text"], replay=self.replay_text),
+            "image": TowerSlots(private_image, shared_image, dynamic["image"], replay=replay_image),
+            "text": TowerSlots(private_text, shared_text, dynamic["text"], replay=replay_text),
         }
 
     def _start(self, part: str, batch: ModelInput) -> Tensor:

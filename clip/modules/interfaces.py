@@ -4,8 +4,8 @@ Shape suffixes: B samples of the batch, b samples with a modality, M modalities,
 D width of a tower, E width of a modality's features.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,16 +64,6 @@ class ModelInput(NamedTuple):
         return self._replace(inputs=inputs, rows=rows, source_of_B={})
 
 
-class Replay(Protocol):
-    """What slots get back, before deeper blocks, of what earlier blocks computed for them."""
-
-    steps: int
-    """Blocks, after those that replace slots, before which something is added."""
-
-    def __call__(self, outputs_BPD: Sequence[Tensor], step: int) -> Tensor:
-        """(B, P, D) to add to the replaced and inserted slots, given their outputs of each replacing block."""
-
-
 class TowerSlots(NamedTuple):
     """What a method puts into one tower, a row for each sample. Lists go by block, from the first.
 
@@ -89,7 +79,9 @@ class TowerSlots(NamedTuple):
     """Come in before the first block, right in front of the tokens, and stay."""
     prefix_BP2D: Sequence[Tensor] = ()
     """Keys and values that all positions of a block see, without positions of their own."""
-    replay: Replay | None = None
+    replay: Sequence[Callable[[Sequence[Tensor]], Tensor]] = ()
+    """For blocks after those that replace slots: from the outputs (B, P, D) of each replacing block at replaced and
+    inserted slots to what is added to these slots (B, P, D)."""
 
     def of_rows(self, rows: Tensor) -> "TowerSlots":
         """The slots of the samples `rows`, in that order."""
@@ -108,27 +100,64 @@ class TowerSlots(NamedTuple):
 NO_SLOTS = TowerSlots()
 
 
+class Tower(nn.Module):
+    """The encoder of one modality."""
+
+    def embed(self, input_b: Tensor) -> Tensor:
+        """Input tokens (b, L, D)."""
+        raise NotImplementedError
+
+    def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots) -> Tensor:
+        """Features (b, E) of input tokens."""
+        raise NotImplementedError
+
+    def forward(self, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
+        """Features (b, E) of inputs."""
+        return self.encode(self.embed(input_b), input_b, slots)
+
+
 class Backbone(nn.Module):
-    """Encoders with places for slots. Another family of models is another subclass."""
+    """Towers whose features are joined. Another family of models is another subclass."""
 
     places: dict[str, Place]
     """By modality."""
     embed_dim: int
     """E."""
 
+    @property
+    def towers(self) -> dict[str, Tower]:
+        """By modality."""
+        raise NotImplementedError
+
     def embed(self, batch: ModelInput) -> dict[str, Tensor]:
         """Input tokens (b, L, D) of the modalities that any sample has."""
-        raise NotImplementedError
+        present = {modality: tower for modality, tower in self.towers.items() if len(batch.rows[modality])}
+        with torch.autocast(batch.present_BM.device.type, enabled=False):  # towers compute in the type of their weights
+            return {modality: tower.embed(batch.inputs[modality]) for modality, tower in present.items()}
 
     def encode(
         self, batch: ModelInput, tokens: Mapping[str, Tensor], slots: Mapping[str, TowerSlots]
     ) -> dict[str, Tensor]:
         """Features (B, E) of every modality, zero where a sample lacks it."""
-        raise NotImplementedError
+        features = {}
+        for modality, tower in self.towers.items():
+            if modality not in tokens:
+                trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+                zero_feature = zero_of([*trained, *slots[modality].tensors()], batch.present_BM.device)
+                features[modality] = zero_feature.expand(len(batch.present_BM), self.embed_dim)
+                continue
+            tokens_bLD = tokens[modality][:, : batch.lengths.get(modality)]
+            slots_b = slots[modality].of_rows(batch.rows[modality])
+            with torch.autocast(tokens_bLD.device.type, enabled=False):
+                feature_bE = tower.encode(tokens_bLD, batch.inputs[modality], slots_b)
+            feature_BE = batch.to_all_samples(modality, feature_bE)
+            source_B = batch.source_of_B.get(modality)
+            features[modality] = feature_BE if source_B is None else feature_BE[source_B]
+        return features
 
     def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
-        """What the head classifies."""
-        raise NotImplementedError
+        """What the head classifies: (B, ME), the features side by side."""
+        return torch.cat([features[modality] for modality in self.places], dim=-1)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Its parameters, each in one named part, which a method may train (`Method.trains`)."""

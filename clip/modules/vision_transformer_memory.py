@@ -6,7 +6,7 @@ E joint embedding width.
 A tower without slots is OpenAI's CLIP, parameter names included.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clip.modules.interfaces import NO_SLOTS, Backbone, ModelInput, Place, TowerSlots, zero_of
+from clip.modules.interfaces import Backbone, Place, Tower, TowerSlots
 
 FINAL = "final norms, image projection"
 FROZEN = "CLIP"
@@ -153,8 +153,8 @@ class Transformer(nn.Module):
                 x_BLD = x_BLD[:, replaced[k - 1].shape[1] :]
             # [replaced | inserted | dynamic | tokens]
             x_BLD = torch.cat([*replaced[k : k + 1], *inserted[k : k + 1], x_BLD], dim=1)
-            if replay is not None and depth <= k < depth + replay.steps:
-                x_BLD = _add_in_front(x_BLD, replay(outputs_BPD, k - depth))
+            if depth <= k < depth + len(replay):
+                x_BLD = _add_in_front(x_BLD, replay[k - depth](outputs_BPD))
 
             prefix_BP2D = prefix[k] if k < len(prefix) else None
             mask = _causal_mask(x_BLD, prefix_BP2D) if self.causal else None
@@ -164,7 +164,7 @@ class Transformer(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():  # blocks draw nothing at random
                 run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             x_BLD = run(x_BLD, prefix_BP2D, mask, read)
-            if replay is not None and k < depth:
+            if replay and k < depth:
                 outputs_BPD.append(x_BLD[:, : replaced[k].shape[1] + sum(each.shape[1] for each in inserted)])
         return x_BLD[:, 0]
 
@@ -178,32 +178,6 @@ def _causal_mask(x_BLD: Tensor, prefix_BP2D: Tensor | None) -> Tensor:
     """(L, P + L): positions see the prefix, themselves and what is before them."""
     L, P = x_BLD.shape[1], 0 if prefix_BP2D is None else prefix_BP2D.shape[1]
     return torch.ones(L, P + L, dtype=torch.bool, device=x_BLD.device).tril(P)
-
-
-class Tower(nn.Module):
-    """Input to tokens, tokens with slots to features (B, E)."""
-
-    transformer: Transformer
-
-    def embed(self, input_B: Tensor) -> Tensor:
-        """Tokens (B, L, D)."""
-        raise NotImplementedError
-
-    def read_positions(self, input_B: Tensor) -> Tensor:
-        """The token (B,) that the feature is read from."""
-        raise NotImplementedError
-
-    def project(self, x_BD: Tensor) -> Tensor:
-        """(B, E)."""
-        raise NotImplementedError
-
-    def encode(self, tokens_BLD: Tensor, read_B: Tensor, slots: TowerSlots) -> Tensor:
-        """Features (B, E) of tokens."""
-        return self.project(self.transformer(tokens_BLD, read_B, slots))
-
-    def forward(self, input_B: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
-        """Features (B, E) of inputs."""
-        return self.encode(self.embed(input_B), self.read_positions(input_B), slots)
 
 
 class ImageTower(Tower):
@@ -227,13 +201,10 @@ class ImageTower(Tower):
         class_B1D = self.class_embedding.expand(len(patches_BLD), 1, -1)
         return self.ln_pre(torch.cat([class_B1D, patches_BLD], dim=1) + self.positional_embedding)
 
-    def read_positions(self, image_B3RR: Tensor) -> Tensor:
-        """The class token."""
-        return torch.zeros(len(image_B3RR), dtype=torch.long, device=image_B3RR.device)
-
-    def project(self, x_BD: Tensor) -> Tensor:
-        """(B, E)."""
-        return self.ln_post(x_BD) @ self.proj
+    def encode(self, tokens_BLD: Tensor, image_B3RR: Tensor, slots: TowerSlots) -> Tensor:
+        """Features (B, E), read from the class token."""
+        class_token_B = torch.zeros(len(tokens_BLD), dtype=torch.long, device=tokens_BLD.device)
+        return self.ln_post(self.transformer(tokens_BLD, class_token_B, slots)) @ self.proj
 
 
 class TextTower(Tower):
@@ -252,13 +223,10 @@ class TextTower(Tower):
         """Tokens (B, 77, D) of token ids, padding too."""
         return self.token_embedding(ids_BL) + self.positional_embedding
 
-    def read_positions(self, ids_BL: Tensor) -> Tensor:
-        """`<end>`, the highest token id; the first one where there are several."""
-        return ids_BL.argmax(dim=-1)  # argmax returns the first of equal values
-
-    def project(self, x_BD: Tensor) -> Tensor:
-        """(B, E)."""
-        return self.ln_final(x_BD) @ self.text_projection
+    def encode(self, tokens_BLD: Tensor, ids_BL: Tensor, slots: TowerSlots) -> Tensor:
+        """Features (B, E), read from `<end>`, the highest token id; what follows it does not matter to them."""
+        end_B = ids_BL.argmax(dim=-1)  # the first one where there are several
+        return self.ln_final(self.transformer(tokens_BLD, end_B, slots)) @ self.text_projection
 
 
 class ClipBackbone(Backbone):
@@ -277,40 +245,6 @@ class ClipBackbone(Backbone):
         """By modality."""
         return {"image": self.image_encoder, "text": self.text_encoder}
 
-    def embed(self, batch: ModelInput) -> dict[str, Tensor]:
-        """Input tokens (b, L, D) of the modalities that any sample has."""
-        with torch.autocast(batch.present_BM.device.type, enabled=False):  # towers compute in the type of their weights
-            return {
-                modality: tower.embed(batch.inputs[modality])
-                for modality, tower in self.towers.items()
-                if len(batch.rows[modality])
-            }
-
-    def encode(
-        self, batch: ModelInput, tokens: Mapping[str, Tensor], slots: Mapping[str, TowerSlots]
-    ) -> dict[str, Tensor]:
-        """Features (B, E) of both modalities, zero where a sample lacks it."""
-        features = {}
-        for modality, tower in self.towers.items():
-            if modality not in tokens:
-                trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
-                zero_feature = zero_of([*trained, *slots[modality].tensors()], batch.present_BM.device)
-                features[modality] = zero_feature.expand(len(batch.present_BM), self.embed_dim)
-                continue
-            # The mask of texts is causal: nothing that follows the last `<end>` matters.
-            tokens_bLD = tokens[modality][:, : batch.lengths.get(modality)]
-            read_b = tower.read_positions(batch.inputs[modality])
-            with torch.autocast(tokens_bLD.device.type, enabled=False):
-                feature_bE = tower.encode(tokens_bLD, read_b, slots[modality].of_rows(batch.rows[modality]))
-            feature_BE = batch.to_all_samples(modality, feature_bE)
-            source_B = batch.source_of_B.get(modality)
-            features[modality] = feature_BE if source_B is None else feature_BE[source_B]
-        return features
-
-    def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
-        """(B, 2E): the features side by side, image first."""
-        return torch.cat([features[modality] for modality in self.places], dim=-1)
-
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """What follows the last blocks, and the rest; the text projection is never trained, as published."""
         final = [*self.image_encoder.ln_post.parameters(), self.image_encoder.proj]
@@ -322,8 +256,8 @@ class ClipBackbone(Backbone):
     def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
         """See `Backbone.compute`."""
         self.image_encoder.conv1.to(dtype)
-        for tower in self.towers.values():
-            tower.transformer.checkpointing = checkpointing
-            for block in tower.transformer.resblocks:
+        for transformer in (self.image_encoder.transformer, self.text_encoder.transformer):
+            transformer.checkpointing = checkpointing
+            for block in transformer.resblocks:
                 block.get_submodule("attn").to(dtype)
                 block.get_submodule("mlp").to(dtype)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +234,7 @@ def check_step(patient: Patient) -> Iterator[Finding]:
         raise ConfigError(str(error)) from error
     backbone.load_into(classifier.model)
     patient.run_bytes = _run_bytes(classifier)
-    patient.set_computation(replace(options, compile=False), classifier)
+    patient.set_computation(options, classifier)
     device = torch.device("cuda" if options.num_gpus else "cpu")
     module = FinetuneModule(classifier, spec).to(device)
 

@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 
 from benchmarks.baseline import PublishedAlgorithm
 from clip.checkpoint import ModelSpec, build_classifier
-from clip.modules.classifier import MissingModalityClassifier, ModelInput
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.interfaces import COMPLETE, IMAGE_MISSING, TEXT_MISSING, ModelInput
 from clip.modules.method import MethodOptions
-from clip.modules.vision_transformer_memory import COMPLETE, IMAGE_MISSING, TEXT_MISSING, ClipArchitecture
+from clip.modules.vision_transformer_memory import ClipArchitecture
 from clip.optimization import OptimizerSettings, make_optimizer
 from clip.tasks import TASKS
 from vilt.transforms import normalise
@@ -51,6 +52,7 @@ class Data:
         self.types, self.lengths = list(types), list(lengths)
         self.images, self.tokens = images.to(device), tokens.to(device)
         self.missing_type_B = torch.tensor(types, device=device)
+        self.present_BM = torch.tensor([[t != IMAGE_MISSING, t != TEXT_MISSING] for t in types], device=device)
         self.image_rows = torch.tensor(
             [row for row, t in enumerate(types) if t != IMAGE_MISSING], dtype=torch.long, device=device
         )
@@ -70,13 +72,11 @@ class Data:
     def present(self, **changes: Any) -> ModelInput:
         """For ours: uint8 images come, and are normalised here."""
         batch = ModelInput(
-            image_b3RR=normalise(self.present_images),
-            tokens_bL=self.present_tokens,
-            missing_type_B=self.missing_type_B,
-            image_rows=self.image_rows,
-            text_rows=self.text_rows,
+            inputs={"image": normalise(self.present_images), "text": self.present_tokens},
+            rows={"image": self.image_rows, "text": self.text_rows},
+            present_BM=self.present_BM,
             types=tuple(sorted(set(self.types))),
-            text_length=self.text_length,
+            lengths={} if self.text_length is None else {"text": self.text_length},
         )
         return batch._replace(**changes)
 
@@ -97,9 +97,11 @@ def without_image(size: int, share: float) -> list[int]:
 class Ours:
     """A classifier of full size with random weights, and its steps."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32, **computation: bool) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype = torch.float32, *, checkpointing: bool = False
+    ) -> None:
         self.classifier = random_classifier().to(device)
-        self.classifier.compute(dtype, **computation)
+        self.classifier.compute(dtype, checkpointing=checkpointing)
         self.device, self.dtype = device, dtype
         self.optimizer = adamw(self.classifier)
 

@@ -127,7 +127,6 @@ def defaults() -> None:
     num_gpus = None  # GPUs per node, or a list as [0]; None: 1 if there is one, else 0 (the CPU)
     num_nodes = 1  # machines
     cpu_processes = 1  # processes, without GPUs
-    compile = False  # torch.compile: the same numbers faster on a GPU, after minutes of compiling
     activation_checkpointing = False  # less memory for larger batches, at the price of a second forward pass
 
     # Course of the run
@@ -546,7 +545,6 @@ class Options:
     num_gpus: Annotated[int, optional(gpus)]
     num_nodes: Annotated[int, integer(1)]
     cpu_processes: Annotated[int, integer(1)]
-    compile: Annotated[bool, flag]
     activation_checkpointing: Annotated[bool, flag]
     log_dir: Annotated[Path, path]
     load_path: Annotated[Path | None, optional(path)]

@@ -234,8 +234,8 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
     log.info("parameters:\n%s", freeze(classifier, options.task))
     backbone.load_into(classifier.model)
     token_embedding = backbone.state["text_encoder.token_embedding.weight"]
-    classifier.model.method.start_from(
-        backbone.state["image_encoder.class_embedding"], token_embedding[tokenizer.end_id]
+    classifier.method.start_from(
+        {"image": backbone.state["image_encoder.class_embedding"], "text": token_embedding[tokenizer.end_id]}
     )
     if options.resume_from is not None:
         resumed = read_checkpoint(Path(options.resume_from))
@@ -376,9 +376,7 @@ def test(
 
 def set_computation(options: Options, classifier: MissingModalityClassifier) -> None:
     """Sets how the towers compute, once their weights are there."""
-    classifier.compute(
-        COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing, compiled=options.compile
-    )
+    classifier.compute(COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing)
 
 
 def measure_target(target: Target, given: set[str]) -> Robustness | None:
@@ -507,9 +505,9 @@ def warm_start(
     start = restore_classifier(checkpoint, None if checkpoint.published else backbone, published_seed)
     heads = tuple(f"{head_name(task)}." for task in (*TASKS, CUSTOM))
     own, theirs = classifier.state_dict(), start.state_dict()
-    # What REP as described adds to the released model starts as nothing, and is not in checkpoints without it.
-    method = classifier.model.method
-    added = tuple(f"model.{method.attribute}.{beginning}" for beginning in method.start_as_nothing)
+    # What REP as described adds to the released model starts as the identity, and is not in checkpoints without it.
+    method = classifier.method
+    added = tuple(f"model.{method.attribute}.{beginning}" for beginning in method.identity_at_init)
     absent = {name for name in kept_names(classifier) if name.startswith(added)} - set(kept_names(start))
     of_this_model = [name for name in kept_names(classifier) if name not in absent]
     wanted = [name for name in of_this_model if with_head or not name.startswith(heads)]

@@ -2,7 +2,7 @@
 
 It encodes both modalities of every sample and puts zeros in place of the missing ones afterwards, makes the memory once
 per sample in a loop, takes all 77 positions of every text through all blocks, and decodes and tokenises every sample
-whatever it lacks. Attention is `nn.MultiheadAttention`, as in OpenAI's CLIP. Parameters have our names and values.
+whatever it lacks. Attention is `nn.MultiheadAttention`, as in OpenAI's CLIP. Parameters have our values.
 """
 
 import io
@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from clip.checkpoint import model_name
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.clip_dynamic_memory import BUFFER_OF_TYPE, DYNAMIC_QUERIES, RDN
+from clip.modules.clip_dynamic_memory import RDN, START
 from clip.modules.vision_transformer_memory import ClipArchitecture
 from vilt.transforms import IMAGE_MEAN, IMAGE_STD
+
+DYNAMIC_QUERIES = ("memories_dynamic_complete", "memories_dynamic_image", "memories_dynamic_text")
 
 
 class QuickGELU(nn.Module):
@@ -142,7 +145,7 @@ class Learner(nn.Module):
 
     def _of_sample(self, missing: int) -> tuple[list[Tensor], list[Tensor]]:
         visual, text, common = (
-            self.get_parameter(f"{part}_memory_{of_type[missing]}") for part, of_type in BUFFER_OF_TYPE.items()
+            self.get_parameter(f"{part}_memory_{of_type[missing]}") for part, of_type in START.items()
         )
         image_layers: list[Tensor] = []
         text_layers: list[Tensor] = []
@@ -182,13 +185,12 @@ class PublishedAlgorithm(nn.Module):
         super().__init__()
         self.model = Model(arch, memory_length, memory_depth)
         self.head_name = ours.head_name
-        head = ours.get_submodule(ours.head_name)
-        assert isinstance(head, nn.Linear)
-        self.add_module(ours.head_name, nn.Linear(head.in_features, head.out_features))
-        self.load_state_dict(ours.state_dict())
-        trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+        assert isinstance(ours.head, nn.Linear)
+        self.add_module(ours.head_name, nn.Linear(ours.head.in_features, ours.head.out_features))
+        state, parameters = ours.state_dict(), dict(ours.named_parameters())
+        self.load_state_dict({name: state[model_name(name)] for name in self.state_dict()})
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in trained)
+            parameter.requires_grad_(parameters[model_name(name)].requires_grad)
 
     def forward(self, image_B3RR: Tensor, tokens_BL: Tensor, missing_type_B: Tensor) -> Tensor:
         """Logits (B, C) of normalised images and token ids of all samples, missing or not."""

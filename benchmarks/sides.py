@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from benchmarks.baseline import PublishedAlgorithm
 from clip.checkpoint import ModelSpec, build_classifier
-from clip.modules.classifier import MissingModalityClassifier, ModelInput
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.interfaces import COMPLETE, IMAGE_MISSING, TEXT_MISSING, ModelInput
 from clip.modules.method import MethodOptions
-from clip.modules.vision_transformer_memory import COMPLETE, IMAGE_MISSING, TEXT_MISSING, ClipArchitecture
+from clip.modules.vision_transformer_memory import ClipArchitecture
 from clip.optimization import OptimizerSettings, make_optimizer
 from clip.tasks import TASKS
 from vilt.transforms import normalise
@@ -37,12 +38,13 @@ class Data:
             tokens[row, 0], tokens[row, length - 1] = START, END
         self.images, self.tokens = images.to(device), tokens.to(device)
         self.missing_type_B = torch.tensor(types, device=device)
-        self.image_rows = (self.missing_type_B != IMAGE_MISSING).nonzero().flatten()
-        self.text_rows = (self.missing_type_B != TEXT_MISSING).nonzero().flatten()
-        self.present_images, self.present_tokens = self.images[self.image_rows], self.tokens[self.text_rows]
+        self.present_BM = torch.tensor([[t != IMAGE_MISSING, t != TEXT_MISSING] for t in types], device=device)
+        image_rows, text_rows = (present_B.nonzero().flatten() for present_B in self.present_BM.unbind(1))
+        self.rows = {"image": image_rows, "text": text_rows}
+        self.present_images, self.present_tokens = self.images[image_rows], self.tokens[text_rows]
         self.types = tuple(sorted(set(types)))
         lengths_there = [length for length, t in zip(lengths, types, strict=True) if t != TEXT_MISSING]
-        self.text_length = max(lengths_there, default=None)
+        self.lengths = {"text": max(lengths_there)} if lengths_there else {}
         self.labels = (torch.rand(B, TASK.n_classes, generator=generator) < 0.1).float().to(device)
 
     def everything(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,8 +53,8 @@ class Data:
 
     def present(self) -> tuple[ModelInput]:
         """Input of ours."""
-        inputs = (normalise(self.present_images), self.present_tokens, self.missing_type_B)
-        return (ModelInput(*inputs, self.image_rows, self.text_rows, self.types, self.text_length),)
+        inputs = {"image": normalise(self.present_images), "text": self.present_tokens}
+        return (ModelInput(inputs, self.rows, self.present_BM, self.types, self.lengths),)
 
 
 def mixed(size: int) -> list[int]:

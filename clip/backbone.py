@@ -23,8 +23,7 @@ from clip.messages import first_line
 from clip.modules.vision_transformer_memory import (
     ACTIVATIONS,
     ClipArchitecture,
-    TextTransformerMemory,
-    VisionTransformerMemory,
+    ClipBackbone,
 )
 from vilt.errors import BackboneError
 from vilt.utils.torch_file import check_archive, fault_of_weights, load_inert
@@ -69,7 +68,7 @@ class Backbone:
     """Of the weights' values, the same in whatever format they were read."""
 
     def load_into(self, model: nn.Module) -> None:
-        """Copies the weights into a `PromptedCLIP` of the same architecture."""
+        """Copies the weights into a `ClipBackbone` of the same architecture."""
         own = model.state_dict()
         with torch.no_grad():
             for name, tensor in self.state.items():
@@ -387,13 +386,7 @@ def _check_names_and_shapes(vit: str, state: Mapping[str, Tensor], architecture:
             f"vit={vit}: expected a text context of {CONTEXT_LENGTH}, found {architecture.context_length}"
         )
     with torch.device("meta"):
-        towers = {
-            "image_encoder": VisionTransformerMemory(architecture),
-            "text_encoder": TextTransformerMemory(architecture),
-        }
-    shapes: dict[str, torch.Size] = {"logit_scale": torch.Size([])}
-    for tower_name, tower in towers.items():
-        shapes |= {f"{tower_name}.{name}": tensor.shape for name, tensor in tower.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in ClipBackbone(architecture).state_dict().items()}
     _refuse_names(vit, missing=shapes.keys() - state.keys(), unexpected=state.keys() - shapes.keys())
     for name, shape in shapes.items():
         if state[name].shape != shape:

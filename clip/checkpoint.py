@@ -1,8 +1,7 @@
 """Checkpoints: what they hold, reading them, and reading those of the published code.
 
-Ours hold what is trained, the dynamic attention and its queries, and the backbone's name and hash, not the frozen
-weights. Published ones hold the whole model except the dynamic queries, which follow from the seed of their run
-(METHOD.md section 6). Neither can run code:
+Ours hold everything but the frozen backbone, and the backbone's name and hash. Published ones hold the whole model
+except the dynamic queries, which follow from the seed of their run (METHOD.md section 6). Neither can run code:
 `torch.load` runs with `weights_only=True`, and the classes that published files mention become inert stand-ins.
 """
 
@@ -21,13 +20,13 @@ from clip.checkpoint_file import check_whole
 from clip.messages import first_line, quoted
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.heads import HEADS
-from clip.modules.method import MethodOptions
+from clip.modules.method import UNUSED, MethodOptions
 from clip.modules.registry import METHODS
-from clip.modules.vision_transformer_memory import ClipArchitecture, DynamicMemoryBlock
+from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from clip.published_queries import published_queries
 from clip.tasks import TASK_NAMES, TASKS, task_of
 from clip.tokenizer import ClipTokenizer
-from clip.trainable import freeze
+from clip.trainable import freeze, parts_of
 from vilt.datasets.arrow_dataset import ArrowDataset, first_repeated
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.errors import CheckpointError
@@ -50,6 +49,17 @@ OF_TRAINING = {
 """Entries that going on with a training takes, with their types; those that are not numbers are not empty."""
 STAND_IN_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "pathlib.", "_io.")
 """Published checkpoints mention classes of these (callbacks, hyper-parameters, paths). Others are refused."""
+PUBLISHED_NAMES = {
+    f"model.{tower}_encoder.transformer.resblocks.0.{published}": f"model.{learner}.dynamic.{tower}.{ours}"
+    for learner, slots, attention in (
+        ("memory_learner", "memories", "attn_memory"),
+        ("prompt_learner", "prompts", "attn_prompt"),
+    )
+    for published, ours in ((f"{attention}.", "attention."), (f"{slots}_dynamic_", "queries_"))
+    for tower in ("image", "text")
+}
+"""Beginnings of names in published checkpoints, and in older ones of ours, that the model has under other names: of
+REP's and DCP's dynamic slots, which are in the towers there."""
 
 
 @dataclass(frozen=True)
@@ -119,36 +129,46 @@ def describe(
 
 
 def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
-    """A classifier with random memory and head, its parameters frozen as the task says."""
+    """A classifier with random weights, its parameters frozen as the task says.
+
+    Raises:
+        ValueError: the method's sizes do not fit each other or the backbone.
+    """
     task = task_of(spec.task, spec.custom)
-    classifier = MissingModalityClassifier(spec.architecture, spec.method, task.head_name, task.n_classes, spec.head)
+    architecture = spec.architecture
+    method = METHODS[spec.method.prompt_type](architecture.places, architecture.embed_dim, spec.method)
+    backbone = ClipBackbone(architecture)
+    head = HEADS[spec.head](len(backbone.places), backbone.embed_dim, task.n_classes)
+    classifier = MissingModalityClassifier(backbone, method, task.head_name, head)
     freeze(classifier, spec.task)
     return classifier
 
 
 def kept_names(classifier: MissingModalityClassifier) -> list[str]:
-    """Names of the entries that a checkpoint keeps: trained, or added to CLIP (also where they stay frozen)."""
-    trained = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
-    wanted = trained | added_names(classifier)
-    return [name for name in classifier.state_dict() if name in wanted]
-
-
-def added_names(classifier: MissingModalityClassifier) -> set[str]:
-    """Names of the entries of the towers that CLIP does not have: the dynamic attention and its queries."""
-    blocks = {prefix: block for prefix, block in classifier.named_modules() if isinstance(block, DynamicMemoryBlock)}
-    return {f"{prefix}.{name}" for prefix, block in blocks.items() for name in block.added_names()}
+    """Names of the entries that a checkpoint keeps: all but the frozen backbone and what the method does not use."""
+    parts, backbone = parts_of(classifier), classifier.model.parts()
+    of_backbone = [parameter for part in backbone.values() for parameter in part if not parameter.requires_grad]
+    left_out = set(map(id, [*of_backbone, *parts.get(UNUSED, [])]))
+    return [name for name, value in classifier.state_dict(keep_vars=True).items() if id(value) not in left_out]
 
 
 def kept_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
-    """The entries a checkpoint keeps. Those that bfloat16 holds without loss are kept so, in half the space."""
+    """The entries a checkpoint keeps."""
     state = classifier.state_dict()
-    trained = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
-    kept = {}
-    for name in kept_names(classifier):
-        tensor = state[name].detach()
-        halved = tensor.bfloat16()
-        kept[name] = halved if name not in trained and torch.equal(halved.to(tensor.dtype), tensor) else tensor
-    return kept
+    return {name: state[name] for name in kept_names(classifier)}
+
+
+def model_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a checkpoint under the names that the model has for them (see PUBLISHED_NAMES)."""
+    return {model_name(name): tensor for name, tensor in state.items()}
+
+
+def model_name(name: str) -> str:
+    """The name that the model has for an entry of a published checkpoint."""
+    for published, ours in PUBLISHED_NAMES.items():
+        if name.startswith(published):
+            return ours + name.removeprefix(published)
+    return name
 
 
 def load_kept_state(classifier: MissingModalityClassifier, state: dict[str, Tensor], source: str) -> None:
@@ -157,6 +177,7 @@ def load_kept_state(classifier: MissingModalityClassifier, state: dict[str, Tens
     Raises:
         CheckpointError: names are missing or left over, or a shape differs.
     """
+    state = model_names(state)
     _check_fit(classifier, state, set(kept_names(classifier)), source)
     _copy(classifier, state)
 
@@ -184,7 +205,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     described = raw.get(DESCRIPTION)
     if described is None:
-        return Checkpoint(path, digest, _published_spec(path, state), state, None, None)
+        return Checkpoint(path, digest, _published_spec(path, state), model_names(state), None, None)
     found = described.get("format") if isinstance(described, dict) else described
     if not isinstance(described, dict) or type(found) is not int or found != FORMAT:
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {quoted(found)}")
@@ -211,7 +232,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tokenizer = _described_tokenizer(described)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its description is not whole: {first_line(error)}") from error
-    return Checkpoint(path, digest, spec, state, name, backbone_digest, class_names, _is_resumable(raw), tokenizer)
+    return Checkpoint(
+        path, digest, spec, model_names(state), name, backbone_digest, class_names, _is_resumable(raw), tokenizer
+    )
 
 
 def _described_method(described: dict[str, Any]) -> MethodOptions:
@@ -276,8 +299,7 @@ def restore_classifier(
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{checkpoint.path}: no model has its sizes: {first_line(error)}") from error
     expected = set(planned.state_dict() if checkpoint.published else kept_names(planned))
-    dynamic = planned.model.method.dynamic_names
-    queries = {name for name in expected if dynamic is not None and name.endswith(dynamic[1])}
+    queries = {name for name in expected if ".dynamic." in name and ".queries_" in name}
     absent = queries - checkpoint.state.keys()
     unsaved = absent if checkpoint.published else set()
     _check_fit(planned, checkpoint.state, expected - unsaved, str(checkpoint.path))
@@ -286,10 +308,9 @@ def restore_classifier(
         backbone.load_into(classifier.model)
     _copy(classifier, checkpoint.state)
     if unsaved:
-        assert dynamic is not None
-        spec = checkpoint.spec
-        queries_by_name = published_queries(spec.architecture, spec.method.slots, dynamic[1], published_seed)
-        _copy(classifier, {name: queries_by_name[name] for name in unsaved})
+        drawn = published_queries(checkpoint.spec.architecture, checkpoint.spec.method.slots, published_seed)
+        dynamic = f"model.{planned.method.attribute}.dynamic."
+        _copy(classifier, {name: drawn[name.removeprefix(dynamic)] for name in unsaved})
         log.info("%s: dynamic queries as its run with seed %d drew them", checkpoint.path, published_seed)
     return classifier
 

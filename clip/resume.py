@@ -28,7 +28,8 @@ NOT_THE_TRAINING = {
     *("exp_name", "log_dir", "resume_from", "test_after_fit"),
     *("missing_ratio.test", "missing_type.test", "test_ratio", "test_type", "test_exp_name"),
     *("data_root", "missing_table_root", "num_workers", "image_cache", "image_size", "trust_backbone"),
-    *("num_gpus", "num_nodes", "cpu_processes", "per_gpu_batchsize", "compile", "activation_checkpointing"),
+    *("num_gpus", "num_nodes", "cpu_processes", "per_gpu_batchsize", "activation_checkpointing"),
+    "compile",  # of older runs
     *OF_OTHER_COMMANDS,
 }
 """Options in which a run and the one that goes on with it may differ: names, places, the machine, the test, other

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip.checkpoint import DESCRIPTION, ModelSpec, TokenizerUsed, describe, kept_state, load_kept_state
-from clip.modules.classifier import MissingModalityClassifier, ModelInput
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.interfaces import IMAGE_MISSING, TEXT_MISSING, ModelInput
 from clip.numerics import GradientWatch, first_not_finite
 from clip.optimization import OptimizerSettings, make_optimizer, make_schedule, schedule_steps
 from clip.tasks import task_of
@@ -37,15 +38,15 @@ LOSSES_PER_CHECK = 32
 
 def model_input(batch: Batch) -> ModelInput:
     """A batch as the model takes it."""
+    present = {"image": batch.missing_type_B != IMAGE_MISSING, "text": batch.missing_type_B != TEXT_MISSING}
     return ModelInput(
-        image_b3RR=normalise(batch.image_b3RR),
-        tokens_bL=batch.tokens_bL,
-        missing_type_B=batch.missing_type_B,
-        image_rows=batch.image_rows,
-        text_rows=batch.text_rows,
+        inputs={"image": normalise(batch.image_b3RR), "text": batch.tokens_bL},
+        rows={"image": batch.image_rows, "text": batch.text_rows},
+        present_BM=torch.stack(list(present.values()), dim=1),
         types=batch.types,
-        text_length=batch.text_length,
-        image_of_B=batch.image_of_B,
+        lengths={} if batch.text_length is None else {"text": batch.text_length},
+        source_of_B={} if batch.image_of_B is None else {"image": batch.image_of_B},
+        index_B=batch.index_B,
     )
 
 
@@ -107,22 +108,22 @@ class FinetuneModule(pl.LightningModule):
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "big"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch, with the method's own.
+        """Mean loss of the batch, with the method's own losses, each of which is logged by its name.
 
         Raises:
             NonFiniteLossError: names the step, the samples and the layer.
         """
-        logits, penalty = self.classifier.training_outputs(model_input(batch), batch.label)
+        logits, own_losses = self.classifier.training_outputs(model_input(batch), batch.label)
         logits = _full_precision(logits)
-        loss = self.task.loss(logits, batch.label)
-        if penalty is not None:
-            loss = loss + penalty
+        loss = self.task.loss(logits, batch.label) + sum(own_losses.values())
         self._unchecked.append((loss.detach(), self.global_step, batch_idx, batch.index_B))
         self._step_samples.append(batch.index_B)
         if loss.device.type == "cpu" or len(self._unchecked) == LOSSES_PER_CHECK:
             self._check_losses(batch)
         several = self.trainer.world_size > 1
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=len(logits), sync_dist=several)
+        for name, value in own_losses.items():
+            self.log(f"train/{name}", value.detach(), on_step=True, batch_size=len(logits), sync_dist=several)
         self._keep("train", batch, logits)
         return loss
 

@@ -28,7 +28,8 @@ NOT_THE_METHOD = {
     *("test_ratio", "test_type", "test_exp_name", "missing_ratio.test", "missing_type.test"),
     *("data_root", "missing_table_root", "num_workers", "per_gpu_batchsize"),
     *("num_gpus", "num_nodes", "cpu_processes", "image_size", "trust_backbone", "skip_bad_steps"),
-    *("image_cache", "compile", "activation_checkpointing"),
+    *("image_cache", "activation_checkpointing"),
+    "compile",  # of older runs
     *OF_OTHER_COMMANDS,
 }
 """Options in which the runs of a series may differ: names, places, the machine, the test pattern, other commands."""

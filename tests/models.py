@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from clip.backbone import architecture_of
-from clip.modules.classifier import MissingModalityClassifier, ModelInput
+from clip.checkpoint import PUBLISHED_NAMES, ModelSpec, build_classifier, model_names
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.interfaces import IMAGE_MISSING, TEXT_MISSING, ModelInput
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture
-from clip.tasks import TASKS
-from clip.trainable import freeze
 
 TINY = ClipArchitecture(
     image_size=32,
@@ -30,30 +30,39 @@ TINY = ClipArchitecture(
 
 def model_input(images: Tensor, tokens: Tensor, missing_types: list[int]) -> ModelInput:
     """The batch of samples with `missing_types`, given every image and text; what is missing is left out here."""
-    image_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != 2], dtype=torch.long)
-    text_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != 1], dtype=torch.long)
+    image_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != IMAGE_MISSING], dtype=torch.long)
+    text_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != TEXT_MISSING], dtype=torch.long)
     return ModelInput(
-        image_b3RR=images[image_rows],
-        tokens_bL=tokens[text_rows],
-        missing_type_B=torch.tensor(missing_types),
-        image_rows=image_rows,
-        text_rows=text_rows,
+        inputs={"image": images[image_rows], "text": tokens[text_rows]},
+        rows={"image": image_rows, "text": text_rows},
+        present_BM=torch.tensor([[t != IMAGE_MISSING, t != TEXT_MISSING] for t in missing_types]),
         types=tuple(sorted(set(missing_types))),
-        text_length=int(tokens[text_rows].argmax(-1).max()) + 1 if len(text_rows) else None,
+        lengths={"text": int(tokens[text_rows].argmax(-1).max()) + 1} if len(text_rows) else {},
     )
+
+
+def published_name(name: str) -> str:
+    """The name of an entry of the model in published checkpoints, which the slow version goes by."""
+    for published, ours in PUBLISHED_NAMES.items():
+        if name.startswith(ours):
+            return published + name.removeprefix(ours)
+    return name
+
+
+def published_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
+    """Parameters and buffers under their published names; gradients reach them."""
+    entries = [*classifier.named_buffers(), *classifier.named_parameters()]
+    return {published_name(name): value for name, value in entries}
 
 
 def classifier_of(
     state: dict[str, Tensor], task: str, memory_length: int, memory_depth: int, prompt_type: str = "rep"
 ) -> MissingModalityClassifier:
-    """The real classifier with the values of `state`, checkpoint names; parameters frozen as `task` says."""
+    """The real classifier with the values of `state`, published names; parameters frozen as `task` says."""
     towers = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-    architecture = architecture_of(towers, "quick_gelu")
-    classes = state[f"{task}_classifier.weight"].shape[0]
     options = MethodOptions(prompt_type, memory_length, memory_depth)
-    classifier = MissingModalityClassifier(architecture, options, f"{task}_classifier", classes)
-    classifier.load_state_dict(state, strict=True)
-    freeze(classifier, task)
+    classifier = build_classifier(ModelSpec(task, options, architecture_of(towers, "quick_gelu")))
+    classifier.load_state_dict(model_names(state), strict=True)
     return classifier
 
 
@@ -63,17 +72,16 @@ def tiny_classifier(
     memory_depth: int = 2,
     seed: int = 0,
     head: str = "linear",
+    arch: ClipArchitecture = TINY,
     **of_method: Any,
 ) -> MissingModalityClassifier:
     """A random classifier of TINY size, biases and norms moved away from their trivial start."""
     torch.manual_seed(seed)
-    spec = TASKS[task]
     options = MethodOptions(memory_length=memory_length, memory_depth=memory_depth, **of_method)
-    classifier = MissingModalityClassifier(TINY, options, spec.head_name, spec.n_classes, head)
+    classifier = build_classifier(ModelSpec(task, options, arch, head))
     with torch.no_grad():
         for parameter in classifier.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    freeze(classifier, task)
     return classifier
 
 

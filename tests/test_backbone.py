@@ -18,12 +18,12 @@ from transformers import CLIPModel
 
 from clip import backbone as backbone_module
 from clip.backbone import HUB_NAMES, Backbone, architecture_of, load_backbone
-from clip.modules.classifier import MissingModalityClassifier, PromptedCLIP
+from clip.checkpoint import ModelSpec, build_classifier
 from clip.modules.method import MethodOptions
-from clip.modules.vision_transformer_memory import ClipArchitecture
+from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from tests import golden
 from tests.backbones import random_hf_clip
-from tests.models import TINY
+from tests.models import TINY, published_name
 from tests.test_tokenizer import SENTENCES, SlowTokenizer, train_merges, write_folder
 from vilt.errors import BackboneError
 
@@ -278,7 +278,7 @@ def test_features_are_those_of_transformers(activation: str, tmp_path: Path) -> 
         model = CLIPModel.from_pretrained(tmp_path / "hf").eval()
         backbone = load_backbone(str(tmp_path / "hf"))
         assert backbone.architecture == replace(TINY, activation=activation, vision_heads=heads, text_heads=heads)
-        clip = PromptedCLIP(backbone.architecture, MethodOptions("rep", 3, 1)).eval()
+        clip = ClipBackbone(backbone.architecture).eval()
         backbone.load_into(clip)
         with torch.no_grad():
             vision = model.visual_projection(model.vision_model(pixel_values=images).pooler_output)
@@ -778,7 +778,7 @@ def test_sizes_come_from_the_weights(name: str) -> None:
     }
     assert architecture_of(state, "quick_gelu") == arch
     with torch.device("meta"):
-        model = PromptedCLIP(arch, MethodOptions("none"))
+        model = ClipBackbone(arch)
     own = {n: v.shape for n, v in model.state_dict().items()}
     assert own == {n: v.shape for n, v in state.items()}
     assert model.image_encoder.transformer.resblocks[0].get_submodule("attn").heads == arch.vision_heads
@@ -790,9 +790,7 @@ def test_names_and_shapes_of_vit_b_16_are_the_published_ones() -> None:
     depth = len({name.split(".")[3] for name in published if ".memory_learner.layernorm_text." in name})
     slots = published["model.memory_learner.common_memory_complete"][0]
     with torch.device("meta"):
-        classifier = MissingModalityClassifier(
-            REAL["ViT-B/16"], MethodOptions("rep", 3 * slots, depth), "mmimdb_classifier", 23
-        )
-    own = {name: list(value.shape) for name, value in classifier.state_dict().items()}
+        classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("rep", 3 * slots, depth), REAL["ViT-B/16"]))
+    own = {published_name(name): list(value.shape) for name, value in classifier.state_dict().items()}
     assert {name: shape for name, shape in own.items() if "memories_dynamic_" not in name} == published
     assert len([name for name in own if "memories_dynamic_" in name]) == 6

@@ -13,7 +13,7 @@ import torch
 from clip.tasks import TASKS
 from clip.tokenizer import load_tokenizer
 from tests import golden
-from tests.models import classifier_of, model_input
+from tests.models import classifier_of, model_input, published_name
 
 FORWARD_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
@@ -29,29 +29,28 @@ class Run:
         )
         classifier.eval()
         batch = model_input(expected.images, expected.tokens, expected.missing_types)
-        model, types = classifier.model, batch.missing_type_B
-        memory = model.method(types, batch.types)
-        image, text = memory.image, memory.text
-        features = model(batch)
+        features, slots = classifier.features(batch)
+        image, text = slots["image"], slots["text"]
         logits = classifier(batch)
-        with torch.no_grad():
-            unmasked = [
-                model.image_encoder(expected.images, image, types),
-                model.text_encoder(expected.tokens, text, types),
-            ]
+        every_row = torch.arange(len(expected.images))
+        unmasked = batch._replace(
+            inputs={"image": expected.images, "text": expected.tokens}, rows={"image": every_row, "text": every_row}
+        )
         self.outputs = {
             "memory_image_0": torch.cat([image.replaced_BmD[0], image.inserted_BmD[0]], dim=1),
             "memory_text_0": torch.cat([text.replaced_BmD[0], text.inserted_BmD[0]], dim=1),
             "memory_image_last": image.replaced_BmD[-1],
             "memory_text_last": text.replaced_BmD[-1],
-            "features_unmasked": torch.cat(unmasked, dim=-1),
-            "features": features,
+            "features_unmasked": classifier.model.fuse(classifier.features(unmasked)[0]),
+            "features": classifier.model.fuse(features),
             "logits": logits,
         }
         loss = TASKS[expected.task].loss(logits, expected.labels)
         loss.backward()
         self.loss = loss.item()
-        self.gradients = {name: p.grad for name, p in classifier.named_parameters() if p.grad is not None}
+        self.gradients = {
+            published_name(name): p.grad for name, p in classifier.named_parameters() if p.grad is not None
+        }
 
 
 @pytest.fixture(scope="module", params=[*golden.rep_files(), *golden.dcp_files()], ids=lambda path: path.stem)

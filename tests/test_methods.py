@@ -1,22 +1,39 @@
-"""Every method equals its slow version, in evaluation and training, outputs and gradients."""
+"""Every method equals its slow version, in evaluation and training, outputs and gradients; what else methods may do."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clip.checkpoint import ModelSpec, build_classifier, kept_names, read_checkpoint, restore_classifier
-from clip.modules.classifier import MissingModalityClassifier, ModelInput
-from clip.modules.heads import PrototypeHead
-from clip.modules.method import MethodOptions
+from clip.backbone import load_backbone
+from clip.checkpoint import (
+    DESCRIPTION,
+    ModelSpec,
+    build_classifier,
+    describe,
+    kept_state,
+    read_checkpoint,
+    restore_classifier,
+)
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.heads import HEADS, PrototypeHead
+from clip.modules.interfaces import ModelInput, TowerSlots
+from clip.modules.method import Method, MethodOptions
 from clip.modules.registry import METHODS
 from clip.modules.vision_transformer_memory import ClipArchitecture
-from clip.trainable import freeze
+from clip.tasks import TASKS
+from clip.training import FinetuneModule
+from clip.training import model_input as training_input
 from tests import golden, slow_methods
-from tests.models import TINY, model_input, tiny_batch, tiny_classifier
+from tests.backbones import random_hf_clip
+from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
+from vilt.datamodules import Batch
 
 MIXES = ([0, 1, 2, 0], [1, 1], [2, 0, 2], [2], [0])
 REP_OPTIONS: dict[str, dict[str, Any]] = {
@@ -33,30 +50,41 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **REP_OPTIONS,
     **{name: {"prompt_type": name} for name in METHODS if name != "rep"},
 }
-DEEPER = ClipArchitecture(
-    **{**vars(TINY), "vision_layers": 4, "text_layers": 3},
-)
+DEEPER = replace(TINY, vision_layers=4, text_layers=3)
 
 
-def make(variant: str, arch: ClipArchitecture = DEEPER, depth: int = 2, head: str = "linear", seed: int = 0):
+def make(
+    variant: str,
+    arch: ClipArchitecture = DEEPER,
+    depth: int = 2,
+    head: str = "linear",
+    seed: int = 0,
+    task: str = "mmimdb",
+    **more: Any,
+) -> MissingModalityClassifier:
     """A random classifier in float64, all values moved away from their trivial start."""
-    torch.manual_seed(seed)
-    options = MethodOptions(memory_length=6, memory_depth=depth, **VARIANTS[variant])
-    classifier = MissingModalityClassifier(arch, options, "mmimdb_classifier", 23, head).double()
-    with torch.no_grad():
-        for parameter in classifier.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    freeze(classifier, "mmimdb")
-    return classifier.eval()
+    options = {**VARIANTS[variant], **more}
+    return tiny_classifier(task, memory_depth=depth, seed=seed, head=head, arch=arch, **options).double().eval()
 
 
-def slow_features(classifier: MissingModalityClassifier, variant: str, images: Tensor, tokens: Tensor, mix: list[int]):
+def joined_features(classifier: MissingModalityClassifier, batch: ModelInput) -> Tensor:
+    return classifier.model.fuse(classifier.features(batch)[0])
+
+
+def slow_features(
+    classifier: MissingModalityClassifier,
+    variant: str,
+    images: Tensor,
+    tokens: Tensor,
+    mix: list[int],
+    activation: str = "quick_gelu",
+) -> Tensor:
     """(B, 2E) of the slow version; gradients reach the parameters of the classifier."""
-    state = {**dict(classifier.named_buffers()), **dict(classifier.named_parameters())}
+    state = published_state(classifier)
     options = {"far": True, "fmb": True, "dynamic_init": False} | VARIANTS[variant]
     prompt_type = options.get("prompt_type", "rep")
     rows = [
-        slow_methods.features(state, prompt_type, image, ids, missing_type, options)
+        slow_methods.features(state, prompt_type, image, ids, missing_type, options, activation)
         for image, ids, missing_type in zip(images, tokens, mix, strict=True)
     ]
     return torch.stack(rows)
@@ -69,18 +97,18 @@ def double_batch(size: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_and_gradients_equal_the_slow_version(variant: str) -> None:
-    classifier = make(variant)
+    classifier = make(variant, task="hatememes")
     images, tokens = double_batch(4)
-    weight = torch.randn(23, dtype=torch.float64)
+    weight = torch.randn(2, dtype=torch.float64)
     for mix in MIXES:
         of_mix = images[: len(mix)], tokens[: len(mix)]
         slow = slow_features(classifier, variant, *of_mix, mix)
-        expected = slow @ classifier.get_parameter("mmimdb_classifier.weight").T
-        expected = expected + classifier.get_parameter("mmimdb_classifier.bias")
+        expected = slow @ classifier.get_parameter("hatememes_classifier.weight").T
+        expected = expected + classifier.get_parameter("hatememes_classifier.bias")
         with torch.inference_mode():
-            kept = classifier(model_input(*of_mix, mix))
+            evaluated = classifier(model_input(*of_mix, mix))
         fast = classifier(model_input(*of_mix, mix))
-        assert golden.relative_error(kept, expected) < 1e-9, mix
+        assert golden.relative_error(evaluated, expected) < 1e-9, mix
         assert golden.relative_error(fast, expected) < 1e-9, mix
         trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
         grads = torch.autograd.grad((fast * weight).sum(), list(trained.values()), allow_unused=True)
@@ -90,29 +118,24 @@ def test_outputs_and_gradients_equal_the_slow_version(variant: str) -> None:
             assert float((mine - theirs).norm()) <= 1e-8 * (1 + float(theirs.norm())), (name, mix)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if "replay" not in name and "described" not in name])
-def test_memory_depths_from_one_block_to_all(variant: str, depth: int) -> None:
-    classifier = make(variant, depth=depth)
+NO_REPLAY = [name for name in VARIANTS if "replay" not in name and "described" not in name]
+OTHER_SIZES: list[tuple[str, ClipArchitecture, int, dict[str, Any]]] = [
+    *((variant, DEEPER, depth, {}) for variant in NO_REPLAY for depth in (1, 3)),
+    *((variant, replace(DEEPER, activation="gelu"), 2, {}) for variant in VARIANTS),
+    ("rep replay", replace(TINY, vision_layers=5, text_layers=4), 2, {"replay_depth": 2}),
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "arch", "depth", "more"),
+    OTHER_SIZES,
+    ids=[f"{variant}-depth {depth}-{arch.activation}" for variant, arch, depth, _ in OTHER_SIZES],
+)
+def test_other_depths_and_activations(variant: str, arch: ClipArchitecture, depth: int, more: dict[str, Any]) -> None:
+    classifier = make(variant, arch, depth, **more)
     images, tokens = double_batch(3)
-    slow = slow_features(classifier, variant, images, tokens, [0, 1, 2])
-    with torch.inference_mode():
-        assert golden.relative_error(classifier.model(model_input(images, tokens, [0, 1, 2])), slow) < 1e-9
-    assert golden.relative_error(classifier.model(model_input(images, tokens, [0, 1, 2])), slow) < 1e-9
-
-
-def test_replay_before_several_blocks() -> None:
-    arch = ClipArchitecture(**{**vars(TINY), "vision_layers": 5, "text_layers": 4})
-    VARIANTS["several"] = {"replay_depth": 2}
-    try:
-        classifier = make("several", arch)
-        images, tokens = double_batch(3)
-        slow = slow_features(classifier, "several", images, tokens, [0, 1, 2])
-    finally:
-        del VARIANTS["several"]
-    with torch.inference_mode():
-        assert golden.relative_error(classifier.model(model_input(images, tokens, [0, 1, 2])), slow) < 1e-9
-    assert golden.relative_error(classifier.model(model_input(images, tokens, [0, 1, 2])), slow) < 1e-9
+    slow = slow_features(classifier, variant, images, tokens, [0, 1, 2], arch.activation)
+    assert golden.relative_error(joined_features(classifier, model_input(images, tokens, [0, 1, 2])), slow) < 1e-9
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -120,62 +143,64 @@ def test_samples_that_share_an_image(variant: str) -> None:
     """In evaluation an image that several samples have is in the batch once."""
     classifier = make(variant)
     images, tokens = double_batch(5)
-    mix = [2, 0, 0, 1, 1]
-    images[2] = images[1]
-    images[4] = images[3]
-    apart = model_input(images, tokens, mix)
+    images[2], images[4] = images[1], images[3]
+    apart = model_input(images, tokens, [2, 0, 0, 1, 1])
     together = apart._replace(
-        image_b3RR=images[[1, 3]], image_rows=torch.tensor([1, 3]), image_of_B=torch.tensor([0, 1, 1, 3, 3])
+        inputs={**apart.inputs, "image": images[[1, 3]]},
+        rows={**apart.rows, "image": torch.tensor([1, 3])},
+        source_of_B={"image": torch.tensor([0, 1, 1, 3, 3])},
     )
     with torch.inference_mode():
         assert torch.allclose(classifier(together), classifier(apart), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_evaluation_keeps_follows_every_change(variant: str) -> None:
-    classifier = make(variant)
-    images, tokens = double_batch(3)
-    batch = model_input(images, tokens, [0, 1, 2])
-    with torch.inference_mode():
-        classifier(batch)
-    optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad], lr=0.1, fused=True)
-    classifier.train()
-    classifier(batch).square().sum().backward()
-    optimizer.step()
-    classifier.eval()
-    slow = slow_features(classifier, variant, images, tokens, [0, 1, 2])
-    with torch.inference_mode():
-        assert golden.relative_error(classifier.model(batch), slow) < 1e-9
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_checkpointing_changes_nothing(variant: str) -> None:
-    classifier = make(variant)
+def test_checkpointing_changes_no_bit(variant: str) -> None:
+    classifier = make(variant, task="hatememes").train()
     images, tokens = double_batch(3)
     results = []
     for checkpointing in (False, True):
         classifier.compute(torch.float64, checkpointing=checkpointing)
         classifier.zero_grad()
-        logits = classifier(model_input(images, tokens, [0, 1, 2]))
-        logits.square().sum().backward()
-        grads = {name: p.grad.clone() for name, p in classifier.named_parameters() if p.grad is not None}
-        results.append((logits, grads))
-    (logits, grads), (again, grads_again) = results
-    assert torch.equal(logits, again) and grads.keys() == grads_again.keys()
-    assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+        torch.manual_seed(1)  # dropout
+        classifier(model_input(images, tokens, [0, 1, 2])).square().sum().backward()
+        results.append({name: p.grad.clone() for name, p in classifier.named_parameters() if p.grad is not None})
+    plain, checkpointed = results
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_is_close(variant: str) -> None:
     classifier = make(variant).float()
-    images, tokens = tiny_batch(3)
-    batch = model_input(images, tokens, [0, 1, 2])
+    batch = model_input(*tiny_batch(3), [0, 1, 2])
     with torch.inference_mode():
-        whole = classifier(batch)
+        exact = classifier(batch)
         classifier.compute(torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             half = classifier(batch)
-    assert golden.relative_error(half.float(), whole) < 5e-2
+    assert golden.relative_error(half.float(), exact) < 5e-2
+
+
+@pytest.mark.parametrize(("prompt_type", "head"), [*((name, "linear") for name in METHODS), ("none", "prototype")])
+def test_sixteen_samples_are_learnt_by_heart(prompt_type: str, head: str) -> None:
+    """And everything that is trained takes part."""
+    torch.manual_seed(0)
+    options = MethodOptions(prompt_type, 6, 2, dynamic_init=True, replay_depth=0)
+    classifier = build_classifier(ModelSpec("hatememes", options, TINY, head)).train()
+    batch = model_input(*tiny_batch(16), [0, 1, 2, 0] * 4)
+    labels = torch.arange(16) // 2 % 2
+    trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0)
+    for _ in range(30):
+        logits, losses = classifier.training_outputs(batch, labels)
+        (TASKS["hatememes"].loss(logits, labels) + sum(losses.values())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.inference_mode():
+        assert classifier.eval()(batch).argmax(dim=1).tolist() == labels.tolist()
+    assert [name for name, parameter in trained.items() if torch.equal(parameter, start[name])] == []
 
 
 # What is trained, and its size
@@ -208,43 +233,43 @@ def test_the_prompts_and_the_head_alone_are_trained(prompt_type: str, task: str)
 def test_dcp_trains_the_ends_of_the_towers_on_every_task(task: str) -> None:
     classifier = build_classifier(ModelSpec(task, MethodOptions("dcp", 6, 2), TINY))
     trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
-    of_towers = {name for name in trained if "_encoder." in name}
     ends = {"model.image_encoder.proj"}
     ends |= {f"model.{norm}.{part}" for norm in ("image_encoder.ln_post", "text_encoder.ln_final")
              for part in ("weight", "bias")}  # fmt: skip
-    ends |= {
-        f"model.{tower}_encoder.transformer.resblocks.0.attn_prompt.{name}"
+    assert {name for name in trained if "_encoder." in name} == ends
+    dynamic = {name.partition(".dynamic.")[2] for name in trained if ".dynamic." in name}
+    assert dynamic == {
+        f"{tower}.attention.{name}"
         for tower in ("image", "text")
         for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
     }
-    assert of_towers == ends
 
 
 @pytest.mark.parametrize(
-    ("options", "frozen"),
+    ("options", "unused"),
     [
-        ({}, ["dynamic_common_token_net.fc1.weight"]),
-        ({"dynamic_init": True}, []),
-        ({"far": False}, ["residual_alpha"]),
-        ({"fmb": False}, ["text_memory_missing", "visual_memory_missing", "common_memory_image",
-                          "common_memory_projection_text.fc1.weight"]),
+        ({}, {"dynamic_common_token_net"}),
+        ({"dynamic_init": True}, set()),
+        ({"far": False}, {"dynamic_common_token_net", "residual_alpha"}),
+        ({"fmb": False}, {"dynamic_common_token_net", "text_memory_missing", "visual_memory_missing",
+                          "common_memory_complete", "common_memory_image", "common_memory_text",
+                          "common_memory_projection_image", "common_memory_projection_text"}),
     ],
 )  # fmt: skip
-def test_what_an_option_leaves_unused_is_not_trained(options: dict[str, Any], frozen: list[str]) -> None:
-    learner = build_classifier(ModelSpec("mmimdb", MethodOptions("rep", 6, 2, **options), TINY)).model.method
-    assert all(not learner.get_parameter(name).requires_grad for name in frozen)
-    used = set(dict(learner.named_parameters())) - {n for n in dict(learner.named_parameters()) if n in frozen}
-    assert ("dynamic_common_token_net.fc2.weight" in used) and learner.get_parameter(
-        "text_memory_complete"
-    ).requires_grad
+def test_what_an_option_leaves_unused_is_not_trained(options: dict[str, Any], unused: set[str]) -> None:
+    learner = build_classifier(ModelSpec("hatememes", MethodOptions("rep", 6, 2, **options), TINY)).method
+    assert {name.split(".")[0] for name, p in learner.named_parameters() if not p.requires_grad} == unused
+    assert {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}.isdisjoint(unused)
 
 
 def test_published_sizes_in_millions() -> None:
     """REP's learner has 17.9 million values, DCP's 2.0 (METHOD.md section 9), at ViT-B/16 and the default sizes."""
     for prompt_type, millions in (("rep", 17.9), ("dcp", 2.0)):
         with torch.device("meta"):
-            learner = METHODS[prompt_type](VIT_B_16, MethodOptions(prompt_type))
-        assert sum(p.numel() for p in learner.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+            learner = METHODS[prompt_type](VIT_B_16.places, VIT_B_16.embed_dim, MethodOptions(prompt_type))
+        parts = learner.parts()
+        size = sum(p.numel() for label, part in parts.items() if label != "dynamic attention" for p in part)
+        assert size / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 # The losses
@@ -258,47 +283,86 @@ def training_batch(mix: list[int]) -> tuple[ModelInput, Tensor]:
     return model_input(images, tokens, mix), labels
 
 
+BATCH = Batch(
+    image_b3RR=torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+    tokens_bL=tiny_batch(2)[1],
+    missing_type_B=torch.tensor([0, 2, 1]),
+    image_rows=torch.tensor([0, 2]),
+    text_rows=torch.tensor([0, 1]),
+    types=(0, 1, 2),
+    text_length=None,
+    image_of_B=None,
+    label=torch.eye(23, dtype=torch.uint8)[:3],
+    index_B=torch.arange(3),
+)
+
+
+def training_step(classifier: MissingModalityClassifier) -> tuple[Tensor, dict[str, float], ModelInput]:
+    """The loss of a step on BATCH in float32 as the trainer gets it, what is logged, and the model's input."""
+    module = FinetuneModule(classifier.float(), ModelSpec("mmimdb", MethodOptions(), DEEPER))
+    module._trainer = SimpleNamespace(world_size=1, global_step=0)  # type: ignore[assignment]
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})  # type: ignore[method-assign]
+    return module.training_step(BATCH, 0), logged, training_input(BATCH)
+
+
 def test_the_loss_of_msp() -> None:
     classifier = make("msp").train()
-    _, penalty = classifier.training_outputs(*training_batch([0, 2]))
-    assert penalty is not None
+    losses = classifier.training_outputs(*training_batch([0, 2]))[1]
+    assert losses.keys() == {"orthogonality"}
     expected = slow_methods.msp_penalty(dict(classifier.named_parameters()))
-    assert float(penalty) == pytest.approx(float(expected), rel=1e-12)
-    penalty.backward()
-    assert float(classifier.get_parameter("model.prompt_learner.image_prompts").grad.norm()) > 0
-    classifier.eval()
-    assert classifier.training_outputs(*training_batch([0, 2]))[1] is None
+    assert losses["orthogonality"].item() == pytest.approx(expected.item(), rel=1e-12)
+    losses["orthogonality"].backward()
+    gradient = classifier.get_parameter("model.prompt_learner.image_prompts").grad
+    assert gradient is not None and gradient.any()
 
 
 def test_the_decoupling_loss() -> None:
     classifier = make("rep described").train()
     for module in classifier.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, nn.Dropout):
             module.eval()
     mix = [0, 2, 1, 0]
-    batch, labels = training_batch(mix)
-    _, penalty = classifier.training_outputs(batch, labels)
-    assert penalty is not None
-    state = {**dict(classifier.named_buffers()), **dict(classifier.named_parameters())}
+    losses = classifier.training_outputs(*training_batch(mix))[1]
+    assert losses.keys() == {"decoupling"}
     images, tokens = double_batch(len(mix))
-    image_tokens, text_tokens = (
-        classifier.model.image_encoder.embed(images),
-        classifier.model.text_encoder.embed(tokens),
-    )
+    everything = model_input(images, tokens, [0] * len(mix))
+    inputs = classifier.model.embed(everything).values()
     options = {"far": True, "fmb": True, "dynamic_init": True}
+    state = published_state(classifier)
     slots = [
-        slow_methods.method_slots(
-            state, "rep", mix[row], {"image": image_tokens[row], "text": text_tokens[row]}, options
-        )
-        for row in range(len(mix))
+        slow_methods.method_slots(state, "rep", missing_type, {"image": image, "text": text}, options)
+        for missing_type, image, text in zip(mix, *inputs, strict=True)
     ]
-    assert float(penalty) == pytest.approx(0.5 * float(slow_methods.decoupling(slots)), rel=1e-9)
+    assert losses["decoupling"].item() == pytest.approx(0.5 * slow_methods.decoupling(slots).item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("msp", "rep described")])
 def test_no_other_method_has_a_loss_of_its_own(variant: str) -> None:
     classifier = make(variant).train()
-    assert classifier.training_outputs(*training_batch([0, 2]))[1] is None
+    assert classifier.training_outputs(*training_batch([0, 2]))[1] == {}
+
+
+@pytest.mark.parametrize(("variant", "name"), [("msp", "orthogonality"), ("rep described", "decoupling")])
+def test_a_training_step_adds_and_logs_the_losses_of_the_method(variant: str, name: str) -> None:
+    classifier = make(variant)  # in evaluation, without dropout
+    loss, logged, batch = training_step(classifier)
+    logits, losses = classifier.training_outputs(batch, BATCH.label)
+    of_task = TASKS["mmimdb"].loss(logits.float(), BATCH.label).item()
+    assert losses[name].item() > 1e-3
+    assert loss.item() == pytest.approx(of_task + losses[name].item(), rel=1e-6)
+    assert logged == {"train/loss": loss.item(), f"train/{name}": losses[name].item()}
+
+
+def test_a_training_step_gives_the_head_the_labels() -> None:
+    """The prototype head widens the angles to the right classes, which makes the loss larger."""
+    classifier = make("none", head="prototype")
+    loss, _, batch = training_step(classifier)
+    with torch.no_grad():
+        without_margin = TASKS["mmimdb"].loss(classifier(batch).float(), BATCH.label)
+        with_margin = TASKS["mmimdb"].loss(classifier.training_outputs(batch, BATCH.label)[0].float(), BATCH.label)
+    assert loss.item() == pytest.approx(with_margin.item(), rel=1e-6)
+    assert loss.item() > without_margin.item() + 1e-3
 
 
 @pytest.mark.parametrize("multilabel", [True, False])
@@ -309,7 +373,7 @@ def test_the_prototype_head_equals_the_slow_version(variant: str, multilabel: bo
     batch, labels = training_batch(mix)
     if not multilabel:
         labels = torch.tensor([3, 0, 22, 3])
-    features = classifier.model(batch)
+    features = joined_features(classifier, batch)
     prototypes = classifier.get_parameter("mmimdb_classifier.prototypes")
     logits = classifier(batch)
     widened, _ = classifier.training_outputs(batch, labels)
@@ -320,31 +384,39 @@ def test_the_prototype_head_equals_the_slow_version(variant: str, multilabel: bo
         expected = slow_methods.prototype_logits(prototypes, features[row], missing_type, right)
         assert torch.allclose(widened[row], expected, rtol=1e-6, atol=1e-6)
     widened.square().sum().backward()
-    assert torch.isfinite(prototypes.grad).all()
+    assert prototypes.grad is not None and prototypes.grad.isfinite().all()
 
 
-def test_a_sample_on_its_prototype_has_a_finite_gradient() -> None:
-    head = PrototypeHead(4, 3).double()
-    features = (
-        torch.cat([head.prototypes[0, 0, 1], torch.zeros(4, dtype=torch.float64)])[None].detach().requires_grad_()
-    )
-    logits = head(features, torch.tensor([0]), torch.tensor([1]))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cosine", [0.9, 0.998, 0.9999, 1.0])
+def test_a_sample_near_its_prototype_has_a_finite_gradient(cosine: float, dtype: torch.dtype) -> None:
+    """Also under autocast, where a cosine in 16 bits would be 1 from 0.998 on."""
+    torch.manual_seed(0)
+    head = PrototypeHead(2, 64, 3).to(torch.float64 if dtype is torch.float64 else torch.float32)
+    prototype = nn.functional.normalize(head.prototypes[0, 0, 1].detach(), dim=0)
+    other = torch.randn_like(prototype)
+    other = nn.functional.normalize(other - (other @ prototype) * prototype, dim=0)
+    feature = cosine * prototype + (1 - cosine**2) ** 0.5 * other
+    features = torch.cat([feature, torch.zeros_like(feature)])[None].to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        logits = head(features, torch.tensor([0]), torch.tensor([1]))
+    assert logits.dtype == head.prototypes.dtype
+    assert logits[0, 1].item() == pytest.approx(32 * np.cos(np.arccos(cosine) + 0.1), abs=0.3)
     logits.sum().backward()
-    assert torch.isfinite(features.grad).all() and torch.isfinite(head.prototypes.grad).all()  # type: ignore[arg-type]
+    for leaf in (features, head.prototypes):
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
 
 
 # REP as described
 
 
 def test_with_gates_at_their_start_the_described_model_gives_the_released_output() -> None:
-    released = tiny_classifier().eval()
-    described = MissingModalityClassifier(
-        TINY, MethodOptions("rep", 6, 1, replay_depth=1, dynamic_init=True), "mmimdb_classifier", 23
+    described = build_classifier(
+        ModelSpec("mmimdb", MethodOptions("rep", 6, 1, replay_depth=1, dynamic_init=True), TINY)
     )
     shallow = tiny_classifier(memory_depth=1).eval()
-    assert len(released.state_dict()) > len(shallow.state_dict())
     new = set(described.state_dict()) - set(shallow.state_dict())
-    assert all(".replay_" in name for name in new)
+    assert new and all(".replay_" in name for name in new)
     state = shallow.state_dict()
     for name in list(state):
         if "dynamic_common_token_net.fc2" in name or "dynamic_common_token_net.skip" in name:
@@ -374,40 +446,25 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_method_on_every_backbone_by_shapes(arch: str, variant: str) -> None:
+@pytest.mark.parametrize(
+    ("arch", "variant"), [*(("ViT-B/32", variant) for variant in VARIANTS), *((arch, "rep") for arch in ARCHITECTURES)]
+)
+def test_every_method_and_every_backbone_by_shapes(arch: str, variant: str) -> None:
     """Forward and backward at the sizes of real backbones, without values."""
-    of_backbone = ARCHITECTURES[arch]
     with FakeTensorMode():
         options = MethodOptions(memory_length=36, memory_depth=6, **VARIANTS[variant])
-        classifier = MissingModalityClassifier(of_backbone, options, "food101_classifier", 101).train()
-        freeze(classifier, "food101")
+        classifier = build_classifier(ModelSpec("food101", options, ARCHITECTURES[arch])).train()
         rows = torch.arange(2)
         batch = ModelInput(
-            torch.empty(2, 3, 224, 224), torch.zeros(2, 77, dtype=torch.long), torch.zeros(2, dtype=torch.long),
-            rows, rows, (0,), None,
-        )  # fmt: skip
-        logits, penalty = classifier.training_outputs(batch, torch.zeros(2, dtype=torch.long))
-        (logits.sum() + (0 if penalty is None else penalty)).backward()
+            inputs={"image": torch.empty(2, 3, 224, 224), "text": torch.zeros(2, 77, dtype=torch.long)},
+            rows={"image": rows, "text": rows},
+            present_BM=torch.ones(2, 2, dtype=torch.bool),
+            types=(0,),
+        )
+        logits, losses = classifier.training_outputs(batch, torch.zeros(2, dtype=torch.long))
+        (logits.sum() + sum(losses.values())).backward()
     assert logits.shape == (2, 101)
     assert all(p.grad is not None for p in classifier.get_submodule("food101_classifier").parameters())
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gelu_backbones(variant: str) -> None:
-    arch = ClipArchitecture(**{**vars(DEEPER), "activation": "gelu"})
-    classifier = make(variant, arch)
-    images, tokens = double_batch(3)
-    state = {**dict(classifier.named_buffers()), **dict(classifier.named_parameters())}
-    options = {"far": True, "fmb": True, "dynamic_init": False} | VARIANTS[variant]
-    with torch.inference_mode():
-        fast = classifier.model(model_input(images, tokens, [0, 1, 2]))
-    for row in range(3):
-        slow = slow_methods.features(
-            state, options.get("prompt_type", "rep"), images[row], tokens[row], row, options, "gelu"
-        )
-        assert golden.relative_error(fast[row], slow) < 1e-9
 
 
 # Sizes that do not fit
@@ -422,6 +479,7 @@ def test_gelu_backbones(variant: str) -> None:
         ({"prompt_type": "dcp", "memory_depth": 3}, "memory_depth=3 is more than the backbone has blocks"),
         ({"prompt_type": "map_attention", "memory_length": 9}, "memory_length must be a multiple of 6, found 9"),
         ({"prompt_type": "coop", "memory_length": 8}, "memory_length must be a positive multiple of 3"),
+        ({"memory_depth": 3}, "memory_depth=3 is more than the backbone has blocks"),
         ({"memory_depth": 2, "replay_depth": 1}, "memory_depth=2 with replay_depth=1 is more than the backbone has"),
     ],
 )
@@ -433,25 +491,66 @@ def test_sizes_that_do_not_fit(options: dict[str, Any], problem: str) -> None:
 # Checkpoints
 
 
-@pytest.mark.parametrize("head", ["linear", "prototype"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_what_a_checkpoint_keeps_restores_the_model(variant: str, head: str) -> None:
-    classifier = make(variant, head=head)
-    other = make(variant, head=head, seed=1)
-    images, tokens = double_batch(3)
-    batch = model_input(images, tokens, [0, 1, 2])
-    kept = set(kept_names(classifier))
-    unused = tuple(f"model.{classifier.model.method.attribute}.{name}" for name in classifier.model.method.frozen)
-    state, target = classifier.state_dict(), other.state_dict()
+class Stamped(Method):
+    """Has a buffer, a parameter that it does not train, and names of its own."""
+
+    attribute = "stamps"
+
+    def __init__(self, places: Any, embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
+        self.stamp: Tensor
+        self.register_buffer("stamp", torch.randn(embed_dim))
+        self.fixed = nn.ModuleDict({name: nn.Linear(embed_dim, place.width) for name, place in places.items()})
+        self.ink = nn.Parameter(torch.randn(2, embed_dim))
+
+    def forward(self, batch: ModelInput, tokens: Any) -> dict[str, TowerSlots]:
+        slots_BmE = (self.ink + self.stamp).expand(len(batch.present_BM), -1, -1)
+        return {name: TowerSlots(inserted_BmD=[fixed(slots_BmE)]) for name, fixed in self.fixed.items()}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {"method": [self.ink], "fixed": list(self.fixed.parameters())}
+
+
+class Scaled(nn.Linear):
+    """A head with a buffer and other names than today's."""
+
+    def __init__(self, modalities: int, embed_dim: int, n_classes: int) -> None:
+        super().__init__(modalities * embed_dim, n_classes)
+        self.scale: Tensor
+        self.register_buffer("scale", torch.rand(n_classes))
+
+    def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(features) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("variant", "head"), [*((variant, "linear") for variant in VARIANTS), ("rep", "prototype"), ("stamped", "scaled")]
+)
+def test_a_checkpoint_restores_the_model_on_its_backbone(
+    variant: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a method or a head registers, under whatever name."""
+    monkeypatch.setitem(METHODS, "stamped", Stamped)
+    monkeypatch.setitem(HEADS, "scaled", Scaled)
+    monkeypatch.setitem(VARIANTS, "stamped", {"prompt_type": "stamped"})
+    random_hf_clip(tmp_path)
+    backbone = load_backbone(str(tmp_path))
+    options = {"memory_length": 6, "memory_depth": 1, **VARIANTS[variant]}
+    spec = ModelSpec("hatememes", MethodOptions(**options), backbone.architecture, head)
+    torch.manual_seed(0)
+    classifier = build_classifier(spec).eval()
+    backbone.load_into(classifier.model)
     with torch.no_grad():
-        for name, value in state.items():
-            frozen_clip = name.startswith(("model.image_encoder", "model.text_encoder", "model.logit_scale"))
-            if name in kept or frozen_clip:
-                target[name].copy_(value)
-            else:
-                assert name.startswith(unused), f"{name} is neither kept nor of the backbone"
+        for parameter in classifier.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    content = {"state_dict": kept_state(classifier), DESCRIPTION: describe(spec, backbone.name, backbone.sha256)}
+    torch.save(content, tmp_path / "best.ckpt")
+    assert not any(".resblocks." in name for name in content["state_dict"])
+    restored = restore_classifier(read_checkpoint(tmp_path / "best.ckpt"), backbone).eval()
+    batch = model_input(*tiny_batch(3), [0, 1, 2])
     with torch.inference_mode():
-        assert torch.equal(other(batch), classifier(batch))
+        assert torch.equal(restored(batch), classifier(batch))
 
 
 def test_a_published_dcp_checkpoint_evaluates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -467,7 +566,7 @@ def test_a_published_dcp_checkpoint_evaluates(tmp_path: Path, caplog: pytest.Log
     assert "its dynamic queries were never saved" in caplog.text
     with torch.no_grad():
         for name, buffer in classifier.named_buffers():
-            buffer.copy_(expected.state[name])
+            buffer.copy_(expected.state[published_name(name)])
     with torch.inference_mode():
         logits = classifier(model_input(expected.images, expected.tokens, expected.missing_types))
     assert golden.relative_error(logits, expected.expected["logits"]) < 1e-4

@@ -21,13 +21,12 @@ from clip.published_queries import published_queries
 from config import EX, Options, check, resolve
 from run import command_line, validation_interval
 from tests.conftest import Workspace
+from tests.models import TINY, published_name, published_state
 from tests.test_run import evaluate, results_of
 from vilt.datamodules import rows_of_splits
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.errors import ConfigError
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, published_patterns
-
-QUERIES = ("memories_dynamic_complete", "memories_dynamic_image", "memories_dynamic_text")
 
 
 def defaults(**changes: Any) -> dict[str, Any]:
@@ -48,9 +47,10 @@ def test_a_published_checkpoint_gives_the_logits_of_its_run(
     classifier = restore_classifier(trained, backbone)
     files = {}
     for seed in (0, 3):
-        queries = published_queries(backbone.architecture, trained.spec.method.slots, QUERIES, seed)
-        state = {**classifier.state_dict(), **queries}
-        assert state.keys() == classifier.state_dict().keys()
+        drawn = published_queries(backbone.architecture, trained.spec.method.slots, seed)
+        queries = {published_name(f"model.memory_learner.dynamic.{name}"): query for name, query in drawn.items()}
+        state = {**published_state(classifier), **queries}
+        assert state.keys() == published_state(classifier).keys()
         for kind, names in (("with", state.keys()), ("without", state.keys() - queries.keys())):
             files[kind, seed] = tmp_path / f"{kind}_{seed}.ckpt"
             torch.save({"state_dict": {name: state[name] for name in names}}, files[kind, seed])
@@ -79,12 +79,10 @@ def test_a_published_checkpoint_gives_the_logits_of_its_run(
 
 
 def test_drawing_queries_leaves_the_global_generator_as_it_is() -> None:
-    from tests.models import TINY
-
     torch.manual_seed(7)
     expected = torch.randn(3)
     torch.manual_seed(7)
-    published_queries(TINY, 2, QUERIES, seed=0)
+    published_queries(TINY, 2, seed=0)
     assert torch.equal(torch.randn(3), expected)
 
 

@@ -86,7 +86,7 @@ def test_checkpoints_hold_what_is_trained_and_not_the_backbone(workspace: Worksp
     for checkpoint in (best, last):
         names = checkpoint["state_dict"]
         assert "mmimdb_classifier.weight" in names
-        assert "model.image_encoder.transformer.resblocks.0.memories_dynamic_complete" in names
+        assert "model.memory_learner.dynamic.image.queries_complete" in names
         assert not any("resblocks.1." in name or "conv1" in name or "dynamic_common_token" in name for name in names)
         assert checkpoint["rep"]["backbone"]["name"] == str(workspace.backbone)
 

@@ -140,4 +140,4 @@ def test_robustness_of_a_method(workspace: Workspace, dcp: Path, capsys: pytest.
     command = workspace.command(f"load_path={dcp}", "bootstrap=0", "robustness_seeds=[0]")
     assert command_line([command[0], "robustness", *command[1:]]) == 0
     summary = json.loads((dcp.parent / "robustness" / "robustness.json").read_text())
-    assert "dcp" in json.dumps(summary)
+    assert summary["method"] == "dcp" and summary["exp_name"] == "dcp"

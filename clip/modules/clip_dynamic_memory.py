@@ -1,29 +1,33 @@
-"""REP's memory learner (METHOD.md sections 2 and 7).
+"""REP's memory learner (METHOD.md sections 2, 3 and 7).
 
-Shape suffixes: B batch, N rows of the learner, L sequence, D width, V widths of both towers together, m slots of one
-group, P slots of two groups, E joint embedding width.
+Shape suffixes: B samples, b samples with a modality, L sequence, m slots of one group, D width of a tower, V widths of
+both towers together, E joint embedding width, P private and shared slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip.modules.method import Memory, Method, MethodOptions, check_depth, row_of_type
-from clip.modules.vision_transformer_memory import ClipArchitecture, TowerMemory
+from clip.modules.interfaces import ModelInput, Place, TowerSlots, zero_of
+from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, of_missing_type, without
+from clip.modules.vision_transformer_memory import FINAL, Attention
 
 RDN_HIDDEN = 256
 RDN_DROPOUT = 0.1
 RESIDUAL_ALPHA = 0.5
-DYNAMIC_QUERIES = ("memories_dynamic_complete", "memories_dynamic_image", "memories_dynamic_text")
-BUFFER_OF_TYPE = {
+DYNAMIC_STD = 0.02
+DYNAMIC_ATTENTION = "dynamic attention"
+AVAILABLE = ("complete", "image", "text")
+"""By missing type (0 complete, 1 text missing, 2 image missing): which modalities are available."""
+START = {
     "visual": ("complete", "complete", "missing"),
     "text": ("complete", "missing", "complete"),
-    "common": ("complete", "image", "text"),
+    "common": AVAILABLE,
 }
-"""By missing type (0 complete, 1 text missing, 2 image missing): the slots that the private chains start from and the
-slots that both towers share."""
+"""By missing type: the slots that the private chains start from and the slots that both towers share."""
 
 
 class RDN(nn.Module):
@@ -37,47 +41,87 @@ class RDN(nn.Module):
         self.dropout = nn.Dropout(RDN_DROPOUT)
         self.skip = nn.Linear(width_in, width_out) if width_in != width_out else nn.Identity()
 
-    def forward(self, x_NmD: Tensor, row_B: Tensor | None = None) -> Tensor:
-        """Of the rows as they are, or of the rows `row_B`, each with a dropout mask of its own."""
-        hidden, skipped = F.gelu(self.layernorm(self.fc1(x_NmD))), self.skip(x_NmD)
-        if row_B is not None:
-            hidden, skipped = hidden.index_select(0, row_B), skipped.index_select(0, row_B)
-        return self.fc2(self.dropout(hidden)) + skipped
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, i) to (…, o), in the type of x also where autocast computes in 16 bits."""
+        hidden = self.dropout(F.gelu(self.layernorm(self.fc1(x))))
+        return (self.fc2(hidden) + self.skip(x)).to(x.dtype)
+
+
+class DynamicSlots(nn.Module):
+    """Slots that fixed queries, one set for each missing type, read from the input tokens of a tower.
+
+    The queries are buffers, never trained. The published code has them as plain tensors, so that its checkpoints lack
+    them (METHOD.md section 6, point 2).
+    """
+
+    def __init__(self, place: Place, slots: int) -> None:
+        super().__init__()
+        self.attention = Attention(place.width, heads=1)
+        for available in AVAILABLE:
+            self.register_buffer(f"queries_{available}", DYNAMIC_STD * torch.randn(slots, 1, place.width))
+
+    def forward(self, batch: ModelInput, modality: str, tokens: Mapping[str, Tensor]) -> Tensor:
+        """(B, m, D) of `tokens` by modality, all of them; zero for samples without the modality."""
+        queries_3mD = torch.stack([self.get_buffer(f"queries_{available}").squeeze(1) for available in AVAILABLE])
+        if modality not in tokens:
+            zero = zero_of(self.attention.parameters(), queries_3mD.device)
+            return zero.expand(len(batch.present_BM), *queries_3mD.shape[1:])
+        type_b = batch.missing_type_B[batch.rows[modality]]
+        with torch.autocast(queries_3mD.device.type, enabled=False):
+            return batch.to_all_samples(modality, self.attention(queries_3mD[type_b], tokens[modality]))
+
+
+class LayerReplay(nn.Module):
+    """Gives deeper blocks back the outputs of the first blocks at private and shared slots (METHOD.md section 7).
+
+    The outputs of the `depth` first blocks are summed with learned softmax weights and normalised; a gate for each
+    deeper block, 0 at the start, says how much of the sum is added before it.
+    """
+
+    def __init__(self, width: int, depth: int, steps: int) -> None:
+        super().__init__()
+        self.layer_scores = nn.Parameter(torch.zeros(depth))
+        self.norm = nn.LayerNorm(width)
+        self.gates = nn.Parameter(torch.zeros(steps))
+
+    def of_each_block(self) -> list[Callable[[Sequence[Tensor]], Tensor]]:
+        """A function for each deeper block, from the outputs to what is added before it."""
+        return [partial(self, step) for step in range(len(self.gates))]
+
+    def forward(self, step: int, outputs_BPD: Sequence[Tensor]) -> Tensor:
+        """(B, P, D): what is added before the `step`-th deeper block."""
+        weights = self.layer_scores.softmax(dim=0)
+        summed_BPD = torch.stack([weight * x for weight, x in zip(weights, outputs_BPD, strict=True)]).sum(dim=0)
+        return self.gates[step] * self.norm(summed_BPD)
 
 
 class MemoryLearner(Method):
-    """Private and shared slots for each layer of the memory depth.
+    """Private slots for each layer of the memory depth, shared slots and dynamic slots for the first one.
 
     Options of METHOD.md section 7, which start as the identity: `replay_depth`, `dynamic_init`, and the loss of
     `decoupling_weight`. For ablations: without `far` a layer's private slots are the projection alone; without `fmb`
     all missing types start from the same private slots, and there are no shared ones.
-
-    Raises:
-        ValueError: the sizes do not fit each other or the backbone, or an option needs another one.
     """
 
     attribute = "memory_learner"
-    dynamic_names = ("attn_memory", DYNAMIC_QUERIES)
-    trains_towers_on = frozenset({"hatememes"})
-    start_as_nothing = ("replay_image.", "replay_text.", "dynamic_common_token_net.")
+    identity_at_init = ("replay_image.", "replay_text.", "dynamic_common_token_net.")
 
-    def __init__(self, arch: ClipArchitecture, options: MethodOptions) -> None:
-        super().__init__(arch, options)
-        m, depth = options.slots, options.memory_depth
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
+        m, depth, steps = options.slots, options.memory_depth, options.replay_depth
         if depth < 1:
             raise ValueError(f"memory_depth must be at least 1, found {depth}")
-        check_depth(arch, depth, f"memory_depth={depth}")
-        steps = options.replay_depth
-        check_depth(arch, depth + steps, f"memory_depth={depth} with replay_depth={steps}")
-        self.options = options
-        self.reads_input = options.dynamic_init
-        d_v, d_t, E = arch.vision_width, arch.text_width, arch.embed_dim
-        for name in ("text_memory_complete", "text_memory_missing"):
-            self.register_parameter(name, nn.Parameter(0.2 * _unit_rows(m, d_t)))
-        for name in ("visual_memory_complete", "visual_memory_missing"):
-            self.register_parameter(name, nn.Parameter(0.2 * _unit_rows(m, d_v)))
-        for name in ("common_memory_complete", "common_memory_image", "common_memory_text"):
-            self.register_parameter(name, nn.Parameter(_unit_rows(m, E) + 0.2 * torch.randn(m, E)))
+        check_depth(places, depth, f"memory_depth={depth}")
+        check_depth(places, depth + steps, f"memory_depth={depth} with replay_depth={steps}")
+        self.per_sample = options.dynamic_init
+        d_v, d_t, E = places["image"].width, places["text"].width, embed_dim
+        for state in ("complete", "missing"):
+            self.register_parameter(f"text_memory_{state}", nn.Parameter(0.2 * _unit_rows(m, d_t)))
+        for state in ("complete", "missing"):
+            self.register_parameter(f"visual_memory_{state}", nn.Parameter(0.2 * _unit_rows(m, d_v)))
+        for available in AVAILABLE:
+            common_mE = _unit_rows(m, E) + 0.2 * torch.randn(m, E)
+            self.register_parameter(f"common_memory_{available}", nn.Parameter(common_mE))
         self.residual_alpha = nn.Parameter(torch.tensor(RESIDUAL_ALPHA))
         # Part of published checkpoints; the released model never calls it.
         self.dynamic_common_token_net = RDN(d_v + d_t, E)
@@ -93,136 +137,93 @@ class MemoryLearner(Method):
                     nn.init.zeros_(parameter)
         self.replay_image = LayerReplay(d_v, depth, steps) if steps else None
         self.replay_text = LayerReplay(d_t, depth, steps) if steps else None
-
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """What the options leave unused."""
-        unused = [] if self.options.dynamic_init else ["dynamic_common_token_net."]
-        if not self.options.far:
-            unused.append("residual_alpha")
-        if not self.options.fmb:
-            unused += ["text_memory_missing", "visual_memory_missing", "common_memory_"]
-        return tuple(unused)
+        self.dynamic = nn.ModuleDict({modality: DynamicSlots(place, m) for modality, place in places.items()})
 
     @torch.no_grad()
-    def start_from(self, class_embedding_D: Tensor, end_embedding_D: Tensor) -> None:
+    def start_from(self, embeddings: Mapping[str, Tensor]) -> None:
         """Adds the backbone's class embedding and its embedding of `<end>` to every private start slot."""
-        for name in ("text_memory_complete", "text_memory_missing"):
-            self.get_parameter(name).add_(end_embedding_D)
-        for name in ("visual_memory_complete", "visual_memory_missing"):
-            self.get_parameter(name).add_(class_embedding_D)
+        for state in ("complete", "missing"):
+            self.get_parameter(f"visual_memory_{state}").add_(embeddings["image"])
+            self.get_parameter(f"text_memory_{state}").add_(embeddings["text"])
 
-    def of_types(self, types: Sequence[int]) -> Memory:
-        """Slots of missing types, in evaluation: a row for each."""
-        assert not self.training and not self.reads_input
-        return self._memory(self._private(types, None), self._shared(types, None))
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """Private, shared and dynamic slots of every sample, in training each with dropout masks of its own."""
+        visual_BmD, text_BmD = self._start("visual", batch), self._start("text", batch)
+        private_image, private_text = [], []
+        for k in range(self.options.memory_depth):
+            pair_BmV = torch.cat([visual_BmD, text_BmD], dim=-1)
+            new_visual_BmD = self.compound_memory_projections_image[k](self.layernorm_image[k](pair_BmV))
+            new_text_BmD = self.compound_memory_projections_text[k](self.layernorm_text[k](pair_BmV))
+            if k > 0 and self.options.far:  # the residual bypass
+                new_visual_BmD = torch.lerp(visual_BmD, new_visual_BmD, self.residual_alpha)
+                new_text_BmD = torch.lerp(text_BmD, new_text_BmD, self.residual_alpha)
+            visual_BmD, text_BmD = new_visual_BmD, new_text_BmD
+            private_image.append(visual_BmD)
+            private_text.append(text_BmD)
 
-    def forward(self, missing_type_B: Tensor, types: tuple[int, ...], input_BV: Tensor | None = None) -> Memory:
-        """Slots of every sample of a batch.
+        shared_image, shared_text = [], []
+        if self.options.fmb:
+            common_BmE = self._start("common", batch)
+            if self.options.dynamic_init:
+                mean_BV = _mean_tokens(batch, tokens, self.places)
+                common_BmE = common_BmE + self.dynamic_common_token_net(mean_BV)[:, None]
+            shared_image = [self.common_memory_projection_image(common_BmE)]
+            shared_text = [self.common_memory_projection_text(common_BmE)]
 
-        In training each sample has its own dropout masks, so that samples of a type part at the first of them; in
-        evaluation all samples of a type share one row. Start slots of types that do not occur get no gradient, as
-        published.
-        """
-        row_B = row_of_type(missing_type_B, types)
-        drawn_B = row_B if self.training else None
-        private = self._private(types, drawn_B)
-        if not self.training:
-            private = [[slots[row_B] for slots in tower] for tower in private]
-        if input_BV is not None:
-            shared = self._shared(types, row_B, self.dynamic_common_token_net(input_BV).to(input_BV.dtype))
-        else:
-            shared = self._shared(types, drawn_B)
-            if not self.training:
-                shared = [[slots[row_B] for slots in tower] for tower in shared]
-        return self._memory(private, shared)
-
-    def _memory(self, private: list[list[Tensor]], shared: list[list[Tensor]]) -> Memory:
-        towers = zip(private, shared, (self.replay_image, self.replay_text), strict=True)
-        image, text = (TowerMemory(own, common, replay=replay) for own, common, replay in towers)
-        penalty = None
-        if self.training and self.options.decoupling_weight:
-            penalty = self.options.decoupling_weight * _likeness(image, text)
-        return Memory(image, text, penalty)
-
-    def _private(self, types: Sequence[int], row_B: Tensor | None) -> list[list[Tensor]]:
-        """The private chain with its residual bypass, image then text: for `types`, or for samples.
-
-        The slots stay in the type of the parameters, also where the projections are computed in 16 bits.
-        """
-        visual_NmD, text_NmD = self._start("visual", types), self._start("text", types)
-        dtype = visual_NmD.dtype
-        image_layers: list[Tensor] = []
-        text_layers: list[Tensor] = []
-        layers = zip(
-            self.compound_memory_projections_image,
-            self.layernorm_image,
-            self.compound_memory_projections_text,
-            self.layernorm_text,
-            strict=True,
+        dynamic = {modality: read(batch, modality, tokens) for modality, read in self.dynamic.items()}
+        replay_image, replay_text = (
+            [] if replay is None else replay.of_each_block() for replay in (self.replay_image, self.replay_text)
         )
-        for depth, (project_image, norm_image, project_text, norm_text) in enumerate(layers):
-            pair_NmV = torch.cat([visual_NmD, text_NmD], dim=-1)
-            first_row_B = row_B if depth == 0 else None
-            projected_visual = project_image(norm_image(pair_NmV), first_row_B).to(dtype)
-            projected_text = project_text(norm_text(pair_NmV), first_row_B).to(dtype)
-            if depth == 0 or not self.options.far:
-                visual_NmD, text_NmD = projected_visual, projected_text
-            else:
-                visual_NmD = torch.lerp(visual_NmD, projected_visual, self.residual_alpha)
-                text_NmD = torch.lerp(text_NmD, projected_text, self.residual_alpha)
-            image_layers.append(visual_NmD)
-            text_layers.append(text_NmD)
-        return [image_layers, text_layers]
+        return {
+            "image": TowerSlots(private_image, shared_image, dynamic["image"], replay=replay_image),
+            "text": TowerSlots(private_text, shared_text, dynamic["text"], replay=replay_text),
+        }
 
-    def _shared(
-        self, types: Sequence[int], row_B: Tensor | None, dynamic_BE: Tensor | None = None
-    ) -> list[list[Tensor]]:
-        """The shared slots of the first block, image then text: for `types`, or for samples."""
+    def _start(self, part: str, batch: ModelInput) -> Tensor:
+        names = START[part] if self.options.fmb else ("complete",) * 3
+        return of_missing_type([self.get_parameter(f"{part}_memory_{name}") for name in names], batch)
+
+    def losses(
+        self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The decoupling: mean squared cosine between private and shared slots, over layers and towers."""
+        if not self.options.decoupling_weight:
+            return {}
+        squared = []
+        for of_tower in slots.values():
+            shared_BmD = F.normalize(of_tower.inserted_BmD[0], dim=-1)
+            for private_BmD in of_tower.replaced_BmD:
+                cosine_Bmm = F.normalize(private_BmD, dim=-1) @ shared_BmD.transpose(1, 2)
+                squared.append(cosine_Bmm.square().mean())
+        return {"decoupling": self.options.decoupling_weight * torch.stack(squared).mean()}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The learner, what the options leave unused, and the attention of the dynamic slots."""
+        unused = [] if self.options.dynamic_init else [*self.dynamic_common_token_net.parameters()]
+        if not self.options.far:
+            unused.append(self.residual_alpha)
         if not self.options.fmb:
-            return [[], []]
-        common_NmE = self._start("common", types)
-        dtype = common_NmE.dtype
-        if dynamic_BE is not None:
-            common_NmE, row_B = common_NmE[row_B] + dynamic_BE[:, None], None
-        projections = (self.common_memory_projection_image, self.common_memory_projection_text)
-        return [[project(common_NmE, row_B).to(dtype)] for project in projections]
+            unused += [self.get_parameter(f"{part}_memory_missing") for part in ("text", "visual")]
+            unused += [self.get_parameter(f"common_memory_{available}") for available in AVAILABLE]
+            unused += [*self.common_memory_projection_image.parameters()]
+            unused += [*self.common_memory_projection_text.parameters()]
+        dynamic = [*self.dynamic.parameters()]
+        return {METHOD: without(self.parameters(), unused, dynamic), UNUSED: unused, DYNAMIC_ATTENTION: dynamic}
 
-    def _start(self, part: str, types: Sequence[int]) -> Tensor:
-        of_type = BUFFER_OF_TYPE[part] if self.options.fmb else ("complete",) * 3
-        return torch.stack([self.get_parameter(f"{part}_memory_{of_type[missing_type]}") for missing_type in types])
-
-
-class LayerReplay(nn.Module):
-    """Carries what the first blocks made of private and shared slots to deeper blocks (METHOD.md section 7).
-
-    The outputs of the `depth` first blocks are summed with learned softmax weights and normalised; a gate for each
-    deeper block, 0 at the start, says how much of the sum is added before it.
-    """
-
-    def __init__(self, width: int, depth: int, steps: int) -> None:
-        super().__init__()
-        self.steps = steps
-        self.layer_scores = nn.Parameter(torch.zeros(depth))
-        self.norm = nn.LayerNorm(width)
-        self.gates = nn.Parameter(torch.zeros(steps))
-
-    def forward(self, outputs_BPD: Sequence[Tensor], step: int) -> Tensor:
-        """(B, P, D): what the `step`-th deeper block gets."""
-        weights = self.layer_scores.softmax(dim=0)
-        summed_BPD = torch.stack([weight * x for weight, x in zip(weights, outputs_BPD, strict=True)]).sum(dim=0)
-        return self.gates[step] * self.norm(summed_BPD)
+    def trains(self, task: str) -> tuple[str, ...]:
+        """On Hateful Memes, the dynamic attention and the ends of the towers too (METHOD.md section 5)."""
+        return (METHOD, DYNAMIC_ATTENTION, FINAL) if task == "hatememes" else (METHOD,)
 
 
-def _likeness(image: TowerMemory, text: TowerMemory) -> Tensor:
-    """Mean squared cosine between private and shared slots, over layers and towers."""
-    squared = []
-    for tower in (image, text):
-        [shared_BmD] = tower.inserted_BmD
-        shared_BmD = F.normalize(shared_BmD, dim=-1)
-        for private_BmD in tower.replaced_BmD:
-            squared.append((F.normalize(private_BmD, dim=-1) @ shared_BmD.transpose(1, 2)).square().mean())
-    return torch.stack(squared).mean()
+def _mean_tokens(batch: ModelInput, tokens: Mapping[str, Tensor], places: Mapping[str, Place]) -> Tensor:
+    """(B, V): the mean of each sample's input tokens, image tower first, zero for a missing modality."""
+    means = []
+    for modality, place in places.items():
+        if modality in tokens:
+            means.append(batch.to_all_samples(modality, tokens[modality].mean(dim=1)))
+        else:
+            means.append(torch.zeros(len(batch.present_BM), place.width, device=batch.present_BM.device))
+    return torch.cat(means, dim=-1)
 
 
 def _unit_rows(rows: int, width: int) -> Tensor:

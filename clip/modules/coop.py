@@ -1,9 +1,11 @@
 """CoOp: learned context in front of the input, the same for all samples (arXiv 2109.01134)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from clip.modules.method import Memory, Method, MethodOptions, prompts
-from clip.modules.vision_transformer_memory import ClipArchitecture, TowerMemory
+from torch import Tensor
+
+from clip.modules.interfaces import ModelInput, Place, TowerSlots
+from clip.modules.method import Method, MethodOptions, prompts
 
 
 class CoOp(Method):
@@ -12,12 +14,12 @@ class CoOp(Method):
     The source prompts the text tower of a zero-shot classifier; here both towers get prompts, and a head classifies.
     """
 
-    def __init__(self, arch: ClipArchitecture, options: MethodOptions) -> None:
-        super().__init__(arch, options)
-        self.image_prompts = prompts(options.slots, arch.vision_width)
-        self.text_prompts = prompts(options.slots, arch.text_width)
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
+        for name, place in places.items():
+            self.register_parameter(f"{name}_prompts", prompts(options.slots, place.width))
 
-    def of_types(self, types: Sequence[int]) -> Memory:
-        """The same slots for every type."""
-        image_NmD, text_NmD = (slots.expand(len(types), -1, -1) for slots in (self.image_prompts, self.text_prompts))
-        return Memory(TowerMemory(inserted_BmD=[image_NmD]), TowerMemory(inserted_BmD=[text_NmD]))
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """The same slots for every sample."""
+        slots = {name: self.get_parameter(f"{name}_prompts") for name in self.places}
+        return {name: TowerSlots(inserted_BmD=[x.expand(len(batch.present_BM), -1, -1)]) for name, x in slots.items()}

@@ -1,13 +1,14 @@
 """DCP, deep correlated prompting: the method that REP grew out of (METHOD.md section 8)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from clip.modules.clip_dynamic_memory import BUFFER_OF_TYPE
-from clip.modules.method import Memory, Method, MethodOptions, check_depth, prompts
-from clip.modules.vision_transformer_memory import ClipArchitecture, TowerMemory
+from clip.modules.clip_dynamic_memory import AVAILABLE, DYNAMIC_ATTENTION, START, DynamicSlots
+from clip.modules.interfaces import ModelInput, Place, TowerSlots
+from clip.modules.method import METHOD, Method, MethodOptions, check_depth, of_missing_type, prompts, without
+from clip.modules.vision_transformer_memory import FINAL
 
 BOTTLENECK = 16
 
@@ -18,17 +19,14 @@ class DeepCorrelatedPrompts(Method):
     Parameter names are those of published checkpoints.
     """
 
-    dynamic_names = ("attn_prompt", ("prompts_dynamic_complete", "prompts_dynamic_image", "prompts_dynamic_text"))
-    trains_towers_on = frozenset({"mmimdb", "food101", "hatememes", "custom"})
-
-    def __init__(self, arch: ClipArchitecture, options: MethodOptions) -> None:
-        super().__init__(arch, options)
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
         m, depth = options.slots, options.memory_depth
-        check_depth(arch, depth, f"memory_depth={depth}")
-        d_v, d_t, E = arch.vision_width, arch.text_width, arch.embed_dim
+        check_depth(places, depth, f"memory_depth={depth}")
+        d_v, d_t, E = places["image"].width, places["text"].width, embed_dim
         self.visual_prompt_complete, self.visual_prompt_missing = prompts(m, d_v), prompts(m, d_v)
         self.text_prompt_complete, self.text_prompt_missing = prompts(m, d_t), prompts(m, d_t)
-        for available in ("complete", "image", "text"):
+        for available in AVAILABLE:
             self.register_parameter(f"common_prompt_{available}", prompts(m, E))
         self.compound_prompt_projections_text = nn.ModuleList(_bottleneck(d_v + d_t, d_t) for _ in range(depth))
         self.compound_prompt_projections_image = nn.ModuleList(_bottleneck(d_v + d_t, d_v) for _ in range(depth))
@@ -36,30 +34,37 @@ class DeepCorrelatedPrompts(Method):
         self.layernorm_image = nn.ModuleList(nn.LayerNorm(d_v + d_t) for _ in range(depth))
         self.common_prompt_projection_image = _bottleneck(E, d_v)
         self.common_prompt_projection_text = _bottleneck(E, d_t)
+        self.dynamic = nn.ModuleDict({modality: DynamicSlots(place, m) for modality, place in places.items()})
 
-    def of_types(self, types: Sequence[int]) -> Memory:
-        """Private prompts of each layer and shared ones of the first, by type."""
-        visual_NmD, text_NmD, common_NmE = (self._start(part, types) for part in ("visual", "text", "common"))
-        image, text = [], []
-        layers = zip(
-            self.compound_prompt_projections_image,
-            self.layernorm_image,
-            self.compound_prompt_projections_text,
-            self.layernorm_text,
-            strict=True,
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """Private prompts of each layer, shared and dynamic ones of the first."""
+        visual_BmD, text_BmD, common_BmE = (
+            of_missing_type([self.get_parameter(f"{part}_prompt_{name}") for name in names], batch)
+            for part, names in START.items()
         )
-        for project_image, norm_image, project_text, norm_text in layers:
-            pair_NmV = torch.cat([visual_NmD, text_NmD], dim=-1)
-            visual_NmD = project_image(norm_image(pair_NmV)).to(pair_NmV.dtype)
-            text_NmD = project_text(norm_text(pair_NmV)).to(pair_NmV.dtype)
-            image.append(visual_NmD)
-            text.append(text_NmD)
-        shared_image = self.common_prompt_projection_image(common_NmE).to(common_NmE.dtype)
-        shared_text = self.common_prompt_projection_text(common_NmE).to(common_NmE.dtype)
-        return Memory(TowerMemory(image, [shared_image]), TowerMemory(text, [shared_text]))
+        image, text = [], []
+        for k in range(self.options.memory_depth):
+            pair_BmV = torch.cat([visual_BmD, text_BmD], dim=-1)
+            visual_BmD = self.compound_prompt_projections_image[k](self.layernorm_image[k](pair_BmV))
+            text_BmD = self.compound_prompt_projections_text[k](self.layernorm_text[k](pair_BmV))
+            image.append(visual_BmD)
+            text.append(text_BmD)
+        shared_image = self.common_prompt_projection_image(common_BmE)
+        shared_text = self.common_prompt_projection_text(common_BmE)
+        dynamic = {modality: read(batch, modality, tokens) for modality, read in self.dynamic.items()}
+        return {
+            "image": TowerSlots(image, [shared_image], dynamic["image"]),
+            "text": TowerSlots(text, [shared_text], dynamic["text"]),
+        }
 
-    def _start(self, part: str, types: Sequence[int]) -> Tensor:
-        return torch.stack([self.get_parameter(f"{part}_prompt_{BUFFER_OF_TYPE[part][t]}") for t in types])
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The prompts, and the attention of the dynamic ones."""
+        dynamic = [*self.dynamic.parameters()]
+        return {METHOD: without(self.parameters(), dynamic), DYNAMIC_ATTENTION: dynamic}
+
+    def trains(self, task: str) -> tuple[str, ...]:
+        """The ends of the towers too, on every task."""
+        return (METHOD, DYNAMIC_ATTENTION, FINAL)
 
 
 def _bottleneck(width_in: int, width_out: int) -> nn.Sequential:

@@ -1,9 +1,11 @@
 """MAP, missing-aware prompts: a set of prompts for each missing type (arXiv 2303.03369)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from clip.modules.method import Memory, Method, MethodOptions, check_depth, prompts
-from clip.modules.vision_transformer_memory import ClipArchitecture, TowerMemory
+from torch import Tensor
+
+from clip.modules.interfaces import ModelInput, Place, TowerSlots
+from clip.modules.method import Method, MethodOptions, check_depth, prompts
 
 
 class MissingAwarePrompts(Method):
@@ -12,21 +14,24 @@ class MissingAwarePrompts(Method):
     The source has one transformer over both modalities; here each tower has prompts of its own.
     """
 
-    def __init__(self, arch: ClipArchitecture, options: MethodOptions) -> None:
-        super().__init__(arch, options)
-        depth = options.memory_depth
-        check_depth(arch, depth, f"memory_depth={depth}")
-        self.image_prompts = prompts(depth, 3, options.slots, arch.vision_width)
-        self.text_prompts = prompts(depth, 3, options.slots, arch.text_width)
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
+        depth, types = options.memory_depth, 2 ** len(places) - 1
+        check_depth(places, depth, f"memory_depth={depth}")
+        for name, place in places.items():
+            self.register_parameter(f"{name}_prompts", prompts(depth, types, options.slots, place.width))
+
+    def prompts_of(self, batch: ModelInput) -> dict[str, Tensor]:
+        """(D, B, m, width) by place: those of each sample's missing type."""
+        return {name: self.get_parameter(f"{name}_prompts")[:, batch.missing_type_B] for name in self.places}
 
 
 class MapInput(MissingAwarePrompts):
-    """Input level: the prompts of a block come in front of what is there and stay, so that the sequence grows."""
+    """Input level: the prompts of a block come in front of its input and stay, so that the sequence grows."""
 
-    def of_types(self, types: Sequence[int]) -> Memory:
-        """Slots by type, to insert before each of D blocks."""
-        image, text = self.image_prompts[:, list(types)], self.text_prompts[:, list(types)]
-        return Memory(TowerMemory(inserted_BmD=list(image)), TowerMemory(inserted_BmD=list(text)))
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """Slots to insert before each of D blocks."""
+        return {name: TowerSlots(inserted_BmD=list(slots)) for name, slots in self.prompts_of(batch).items()}
 
 
 class MapAttention(MissingAwarePrompts):
@@ -36,19 +41,17 @@ class MapAttention(MissingAwarePrompts):
         ValueError: the number of prompts is odd.
     """
 
-    def __init__(self, arch: ClipArchitecture, options: MethodOptions) -> None:
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         if options.slots % 2:
             raise ValueError(
                 f"map_attention splits its {options.slots} prompts into keys and values: "
                 f"memory_length must be a multiple of 6, found {options.memory_length}"
             )
-        super().__init__(arch, options)
+        super().__init__(places, embed_dim, options)
 
-    def of_types(self, types: Sequence[int]) -> Memory:
-        """Keys and values by type, ahead of each of D blocks."""
-        image, text = (
-            # (D, 3, m, width) to D tensors (N, m / 2, 2 width)
-            list(slots[:, list(types)].unflatten(2, (2, -1)).transpose(2, 3).flatten(3))
-            for slots in (self.image_prompts, self.text_prompts)
-        )
-        return Memory(TowerMemory(prefixed_BP2D=image), TowerMemory(prefixed_BP2D=text))
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """Keys and values, a prefix of each of D blocks: D tensors (B, m / 2, 2 width)."""
+        return {
+            name: TowerSlots(prefix_BP2D=list(slots.unflatten(2, (2, -1)).transpose(2, 3).flatten(3)))
+            for name, slots in self.prompts_of(batch).items()
+        }

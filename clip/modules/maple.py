@@ -1,11 +1,11 @@
 """MaPLe: text prompts in several blocks, and image prompts that follow from them (arXiv 2210.03117)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
-from clip.modules.method import Memory, Method, MethodOptions, check_depth, prompts
-from clip.modules.vision_transformer_memory import ClipArchitecture, TowerMemory
+from clip.modules.interfaces import ModelInput, Place, TowerSlots
+from clip.modules.method import Method, MethodOptions, check_depth, prompts
 
 
 class MaPLe(Method):
@@ -15,17 +15,19 @@ class MaPLe(Method):
     behind the start token; here they come first.
     """
 
-    def __init__(self, arch: ClipArchitecture, options: MethodOptions) -> None:
-        super().__init__(arch, options)
-        depth = options.memory_depth
-        check_depth(arch, depth, f"memory_depth={depth}")
-        self.text_prompts = prompts(depth, options.slots, arch.text_width)
-        self.image_projections = nn.ModuleList(nn.Linear(arch.text_width, arch.vision_width) for _ in range(depth))
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
+        depth, d_v, d_t = options.memory_depth, places["image"].width, places["text"].width
+        check_depth(places, depth, f"memory_depth={depth}")
+        self.text_prompts = prompts(depth, options.slots, d_t)
+        self.image_projections = nn.ModuleList(nn.Linear(d_t, d_v) for _ in range(depth))
 
-    def of_types(self, types: Sequence[int]) -> Memory:
-        """The same slots for every type."""
-        text, image = [], []
-        for prompts_mD, project in zip(self.text_prompts, self.image_projections, strict=True):
-            text.append(prompts_mD.expand(len(types), -1, -1))
-            image.append(project(prompts_mD).to(prompts_mD.dtype).expand(len(types), -1, -1))
-        return Memory(TowerMemory(replaced_BmD=image), TowerMemory(replaced_BmD=text))
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """The same slots for every sample."""
+        B = len(batch.present_BM)
+        text = [prompts_mD.expand(B, -1, -1) for prompts_mD in self.text_prompts]
+        image = [
+            project(prompts_mD).expand(B, -1, -1)
+            for project, prompts_mD in zip(self.image_projections, self.text_prompts, strict=True)
+        ]
+        return {"image": TowerSlots(image), "text": TowerSlots(text)}

@@ -1,20 +1,20 @@
-"""What a method is: the slots it gives the frozen towers, what it trains, and its own loss.
+"""What a method is: the slots it gives the frozen towers, what it trains, and its own losses.
 
-Shape suffixes: B batch, N rows (missing types), m slots of one group, V widths of both towers together.
+Shape suffixes: B samples, T missing types, m slots of one group, D width of a tower.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from clip.modules.vision_transformer_memory import ClipArchitecture, TowerMemory
+from clip.modules.interfaces import ModelInput, Place, TowerSlots
 
 PROMPT_STD = 0.02
-ALL_TYPES = (0, 1, 2)
-NO_TASK: frozenset[str] = frozenset()
+METHOD = "method"
+UNUSED = "method, unused"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MethodOptions:
     fmb: bool = True
     """Feature memory buffers: private slots by missing type, and shared slots."""
     replay_depth: int = 0
-    """Blocks after the memory depth that get back what earlier blocks made of the slots."""
+    """Blocks after the memory depth that get back the outputs of earlier blocks at the slots."""
     decoupling_weight: float = 0.0
     """Weight of the loss that keeps private and shared slots apart."""
     dynamic_init: bool = False
@@ -48,71 +48,83 @@ class MethodOptions:
         return self.memory_length // 3
 
 
-class Memory(NamedTuple):
-    """What a method gives for a batch, or for missing types."""
-
-    image: TowerMemory
-    text: TowerMemory
-    penalty: Tensor | None = None
-    """A loss of the method's own, already weighted; in training only."""
-
-    def rows(self, index: Tensor) -> "Memory":
-        """The memory of the rows `index`, in that order."""
-        return Memory(self.image.rows(index), self.text.rows(index), self.penalty)
-
-
 class Method(nn.Module):
     """A method. A new one is a subclass in a file of its own and a line in `clip/modules/registry.py`.
 
-    Subclasses take `(arch, options)`, and give slots by missing type in `of_types`. Those whose slots are drawn for
-    each sample (dropout), or depend on its input, override `forward` too.
+    Parameters and buffers may have any name: checkpoints keep them all, but for those in the part UNUSED.
+
+    Args:
+        places: where slots can enter, by modality.
+        embed_dim: E, the width that all modalities' features have.
 
     Raises:
         ValueError: the sizes do not fit each other or the backbone.
     """
 
     attribute: ClassVar[str] = "prompt_learner"
-    """Where it is in the model: part of the names in checkpoints."""
-    dynamic_names: ClassVar[tuple[str, tuple[str, str, str]] | None] = None
-    """Of the attention and the queries that read dynamic slots from the input, where it has them."""
-    trains_towers_on: ClassVar[frozenset[str]] = NO_TASK
-    """Tasks for which it also trains the dynamic attention, the final norms and the image projection."""
-    start_as_nothing: ClassVar[tuple[str, ...]] = ()
+    """Its name in the model, and in published checkpoints."""
+    identity_at_init: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of parameters that change nothing at their start values, for options of the method."""
-    reads_input = False
-    """True: `forward` needs the mean input tokens, and its slots are not the same for all samples of a type."""
+    per_sample = False
+    """True: a modality's slots follow from more of a sample than its missing type and its input of that modality, so
+    that an input that several samples share has to be encoded for each of them."""
 
-    def __init__(self, arch: ClipArchitecture, options: MethodOptions) -> None:
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__()
+        self.places = places
+        self.options = options
 
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """Beginnings of the names of its own parameters that it does not train."""
-        return ()
-
-    def of_types(self, types: Sequence[int]) -> Memory:
-        """Slots of the missing types `types` (0 complete, 1 text missing, 2 image missing), a row for each."""
-        raise NotImplementedError
-
-    def forward(self, missing_type_B: Tensor, types: tuple[int, ...], input_BV: Tensor | None = None) -> Memory:
-        """Slots of every sample of a batch.
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """The slots of a batch, by place, B rows each.
 
         Args:
-            missing_type_B: 0 complete, 1 text missing, 2 image missing.
-            types: the values that occur in it, ascending.
-            input_BV: with `reads_input`, each sample's mean input token of either tower, image first, zero where the
-                modality is missing.
+            tokens: input tokens (b, L, D) of the modalities that any sample has.
         """
-        return self.of_types(types).rows(row_of_type(missing_type_B, types))
+        raise NotImplementedError
 
-    def start_from(self, class_embedding_D: Tensor, end_embedding_D: Tensor) -> None:
-        """Takes what its start values need of the backbone: the class token, and the embedding of `<end>`."""
+    def losses(
+        self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Its own losses in training, weighted, by the names that they are logged under (`train/NAME`).
+
+        Args:
+            slots: what `forward` gave.
+            features: (B, E) by modality.
+            labels: (B, C) of 0 and 1, or (B,) class numbers.
+        """
+        return {}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Its parameters, each in one named part."""
+        return {METHOD: list(self.parameters())}
+
+    def trains(self, task: str) -> tuple[str, ...]:
+        """The parts, of its own and of the backbone, that it trains for `task`; the head always is."""
+        return (METHOD,)
+
+    def start_from(self, embeddings: Mapping[str, Tensor]) -> None:
+        """Takes what its start values need of the backbone.
+
+        Args:
+            embeddings: (D,) by place: the class token of the image tower, the embedding of `<end>` of the text tower.
+        """
 
 
-def row_of_type(missing_type_B: Tensor, types: Sequence[int]) -> Tensor:
-    """Of each sample, the row of its missing type among `types`, which are ascending."""
-    absent = [missing_type for missing_type in ALL_TYPES if missing_type not in types]
-    return missing_type_B - sum((missing_type_B > missing_type).long() for missing_type in absent)
+def of_missing_type(slots_of_type: Sequence[Tensor], batch: ModelInput) -> Tensor:
+    """(B, m, D) of T tensors (m, D): those of each sample's missing type.
+
+    Slots of types that do not occur get no gradient, not one of zero: as published, the optimiser leaves them alone.
+    """
+    slots_TmD = torch.stack([
+        slots if missing_type in batch.types else slots.detach() for missing_type, slots in enumerate(slots_of_type)
+    ])  # fmt: skip
+    return slots_TmD[batch.missing_type_B]
+
+
+def without(parameters: Iterable[nn.Parameter], *taken: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters that are in none of the groups `taken`."""
+    ids = {id(parameter) for group in taken for parameter in group}
+    return [parameter for parameter in parameters if id(parameter) not in ids]
 
 
 def prompts(*shape: int) -> nn.Parameter:
@@ -120,10 +132,8 @@ def prompts(*shape: int) -> nn.Parameter:
     return nn.Parameter(PROMPT_STD * torch.randn(*shape))
 
 
-def check_depth(arch: ClipArchitecture, blocks: int, option: str) -> None:
-    """Raises ValueError where either tower has fewer than `blocks` blocks, which `option` asks for."""
-    if blocks > min(arch.vision_layers, arch.text_layers):
-        raise ValueError(
-            f"{option} is more than the backbone has blocks "
-            f"({arch.vision_layers} in the image tower, {arch.text_layers} in the text tower)"
-        )
+def check_depth(places: Mapping[str, Place], blocks: int, option: str) -> None:
+    """Raises ValueError where a tower has fewer than `blocks` blocks, which `option` asks for."""
+    if blocks > min(place.depth for place in places.values()):
+        there = ", ".join(f"{place.depth} in the {name} tower" for name, place in places.items())
+        raise ValueError(f"{option} is more than the backbone has blocks ({there})")

@@ -1,13 +1,13 @@
-"""MSP, modality-specific prompts: a set for each modality that is there (arXiv 2312.15890)."""
+"""MSP, modality-specific prompts: a set for each available modality (arXiv 2312.15890)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip.modules.method import Memory, Method, MethodOptions, check_depth, prompts
-from clip.modules.vision_transformer_memory import IMAGE_MISSING, TEXT_MISSING, ClipArchitecture, TowerMemory
+from clip.modules.interfaces import ModelInput, Place, TowerSlots
+from clip.modules.method import Method, MethodOptions, check_depth, prompts
 
 ORTHOGONALITY_WEIGHT = 0.15
 
@@ -15,30 +15,32 @@ ORTHOGONALITY_WEIGHT = 0.15
 class ModalitySpecificPrompts(Method):
     """m prompts per modality, tower and block, for each of D blocks (METHOD.md section 8).
 
-    A sample with one modality gets that modality's prompts, a complete one the sum of both sets. A loss on the cosine
-    between the two sets keeps them apart. They replace those of the block before.
+    A sample gets the sum of the sets of its modalities. A loss on the cosine between the two sets keeps them apart.
+    They replace those of the block before.
     """
 
-    def __init__(self, arch: ClipArchitecture, options: MethodOptions) -> None:
-        super().__init__(arch, options)
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
         depth = options.memory_depth
-        check_depth(arch, depth, f"memory_depth={depth}")
-        self.image_prompts = prompts(depth, 2, options.slots, arch.vision_width)
-        self.text_prompts = prompts(depth, 2, options.slots, arch.text_width)
+        check_depth(places, depth, f"memory_depth={depth}")
+        for name, place in places.items():  # (D, M, m, width): a set for each modality in each tower
+            self.register_parameter(f"{name}_prompts", prompts(depth, len(places), options.slots, place.width))
 
-    def of_types(self, types: Sequence[int]) -> Memory:
-        """Slots by type, and in training the loss on the two sets."""
-        sets = (self.image_prompts, self.text_prompts)
-        image, text = (TowerMemory(replaced_BmD=list(_by_type(prompts_D2mW, types))) for prompts_D2mW in sets)
-        penalty = None
-        if self.training:
-            alike = [F.cosine_similarity(one[:, 0].flatten(1), one[:, 1].flatten(1), dim=-1).abs() for one in sets]
-            penalty = ORTHOGONALITY_WEIGHT * torch.stack(alike).mean()
-        return Memory(image, text, penalty)
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """The sum of the sets of the modalities that each sample has."""
+        slots = {}
+        for name in self.places:
+            prompts_DMmW = self.get_parameter(f"{name}_prompts")
+            slots_DBmW = torch.einsum("bk,dkmw->dbmw", batch.present_BM.to(prompts_DMmW.dtype), prompts_DMmW)
+            slots[name] = TowerSlots(list(slots_DBmW))
+        return slots
 
-
-def _by_type(prompts_D2mW: Tensor, types: Sequence[int]) -> Tensor:
-    """(D, N, m, W) of (D, 2, m, W), whose sets are for samples that have an image and for those that have a text."""
-    for_image, for_text = prompts_D2mW.unbind(1)
-    of_type = {TEXT_MISSING: for_image, IMAGE_MISSING: for_text}
-    return torch.stack([of_type.get(missing_type, for_image + for_text) for missing_type in types], dim=1)
+    def losses(
+        self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The mean absolute cosine between the two sets, over towers and blocks."""
+        alike = []
+        for name in self.places:
+            first_DmW, second_DmW = self.get_parameter(f"{name}_prompts").unbind(1)
+            alike.append(F.cosine_similarity(first_DmW.flatten(1), second_DmW.flatten(1), dim=-1).abs())
+        return {"orthogonality": ORTHOGONALITY_WEIGHT * torch.stack(alike).mean()}

@@ -1,14 +1,16 @@
 """No prompts at all: frozen CLIP and the head, the floor of every comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from clip.modules.method import Memory, Method
-from clip.modules.vision_transformer_memory import NO_MEMORY
+from torch import Tensor
+
+from clip.modules.interfaces import NO_SLOTS, ModelInput, TowerSlots
+from clip.modules.method import Method
 
 
 class NoPrompts(Method):
-    """Gives the towers nothing; the head alone is trained."""
+    """Leaves the towers as they are; the head alone is trained."""
 
-    def of_types(self, types: Sequence[int]) -> Memory:
-        """Nothing."""
-        return Memory(NO_MEMORY, NO_MEMORY)
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """No slots anywhere."""
+        return dict.fromkeys(self.places, NO_SLOTS)

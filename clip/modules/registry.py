@@ -5,10 +5,9 @@ from clip.modules.coop import CoOp
 from clip.modules.dcp import DeepCorrelatedPrompts
 from clip.modules.map_prompts import MapAttention, MapInput
 from clip.modules.maple import MaPLe
-from clip.modules.method import Method, MethodOptions
+from clip.modules.method import Method
 from clip.modules.msp import ModalitySpecificPrompts
 from clip.modules.no_prompts import NoPrompts
-from clip.modules.vision_transformer_memory import ClipArchitecture
 
 METHODS: dict[str, type[Method]] = {
     "rep": MemoryLearner,
@@ -20,12 +19,3 @@ METHODS: dict[str, type[Method]] = {
     "msp": ModalitySpecificPrompts,
     "none": NoPrompts,
 }
-
-
-def build_method(arch: ClipArchitecture, options: MethodOptions) -> Method:
-    """The method that `options` names, with its start values.
-
-    Raises:
-        ValueError: its sizes do not fit each other or the backbone.
-    """
-    return METHODS[options.prompt_type](arch, options)

@@ -1,0 +1,183 @@
+"""What data, backbone, method and head hand each other. Modalities go by name, in the order of the backbone's places.
+
+Shape suffixes: B samples of the batch, b samples with a modality, M modalities, L sequence, m slots, P prefix keys,
+D width of a tower, E width of a modality's features.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+COMPLETE, TEXT_MISSING, IMAGE_MISSING = 0, 1, 2
+
+
+class Place(NamedTuple):
+    """Where slots can enter: a tower."""
+
+    width: int
+    depth: int
+    """Blocks."""
+
+
+class ModelInput(NamedTuple):
+    """A batch. A modality that a sample lacks is not in it, so it costs nothing."""
+
+    inputs: Mapping[str, Tensor]
+    """By modality, what b samples have of it: images (b, 3, R, R), token ids (b, L)."""
+    rows: Mapping[str, Tensor]
+    """By modality, the numbers (b,) of these samples in the batch."""
+    present_BM: Tensor
+    """True where a sample has a modality."""
+    types: tuple[int, ...]
+    """The missing types that occur, ascending, known without asking the device."""
+    lengths: Mapping[str, int] = {}
+    """By modality, the positions that matter (of texts: up to the last `<end>`), likewise; without an entry, all."""
+    source_of_B: Mapping[str, Tensor] = {}
+    """By modality, where samples share an input: the row whose input each sample has; `rows` has just those."""
+    index_B: Tensor | None = None
+    """Numbers of the samples in their dataset."""
+
+    @property
+    def missing_type_B(self) -> Tensor:  # noqa: N802
+        """The missing modalities as a binary number, the last modality the lowest digit.
+
+        With image and text: 0 complete, 1 text missing, 2 image missing.
+        """
+        M = self.present_BM.shape[1]
+        digits_M = 2 ** torch.arange(M - 1, -1, -1, device=self.present_BM.device)
+        return ((~self.present_BM) * digits_M).sum(dim=1)
+
+    def to_all_samples(self, modality: str, x_b: Tensor) -> Tensor:
+        """(B, …) of (b, …): zero for samples without the modality."""
+        x_B = x_b.new_zeros(len(self.present_BM), *x_b.shape[1:])
+        return x_B.index_copy(0, self.rows[modality], x_b)
+
+    def with_own_inputs(self) -> "ModelInput":
+        """Every sample with inputs of its own, for methods that treat samples with the same input differently."""
+        inputs, rows = dict(self.inputs), dict(self.rows)
+        for modality, source_B in self.source_of_B.items():
+            column = list(self.inputs).index(modality)
+            rows[modality] = self.present_BM[:, column].nonzero().flatten()
+            inputs[modality] = inputs[modality][torch.searchsorted(self.rows[modality], source_B[rows[modality]])]
+        return self._replace(inputs=inputs, rows=rows, source_of_B={})
+
+
+class TowerSlots(NamedTuple):
+    """What a method puts into one tower, a row for each sample. Lists go by block, from the first.
+
+    The sequence of a block is `[replaced | inserted | dynamic | tokens]`, for REP
+    `[private | shared | dynamic | tokens]`.
+    """
+
+    replaced_BmD: Sequence[Tensor] = ()
+    """Take the place of those of the block before; the last ones stay."""
+    inserted_BmD: Sequence[Tensor] = ()
+    """Come in before a block, in front of the sequence, and stay."""
+    dynamic_BmD: Tensor | None = None
+    """Come in before the first block, right in front of the tokens, and stay."""
+    prefix_BP2D: Sequence[Tensor] = ()
+    """Keys and values that all positions of a block see, without positions of their own."""
+    replay: Sequence[Callable[[Sequence[Tensor]], Tensor]] = ()
+    """For blocks after those that replace slots: from the outputs (B, P, D) of each replacing block at replaced and
+    inserted slots to what is added to these slots (B, P, D)."""
+
+    def of_rows(self, rows: Tensor) -> "TowerSlots":
+        """The slots of the samples `rows`, in that order."""
+        replaced, inserted, prefix = (
+            [slots[rows] for slots in group] for group in (self.replaced_BmD, self.inserted_BmD, self.prefix_BP2D)
+        )
+        dynamic = None if self.dynamic_BmD is None else self.dynamic_BmD[rows]
+        return TowerSlots(replaced, inserted, dynamic, prefix, self.replay)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        dynamic = [] if self.dynamic_BmD is None else [self.dynamic_BmD]
+        return [*self.replaced_BmD, *self.inserted_BmD, *dynamic, *self.prefix_BP2D]
+
+
+NO_SLOTS = TowerSlots()
+
+
+class Tower(nn.Module):
+    """The encoder of one modality."""
+
+    def embed(self, input_b: Tensor) -> Tensor:
+        """Input tokens (b, L, D)."""
+        raise NotImplementedError
+
+    def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots) -> Tensor:
+        """Features (b, E) of input tokens."""
+        raise NotImplementedError
+
+    def forward(self, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
+        """Features (b, E) of inputs."""
+        return self.encode(self.embed(input_b), input_b, slots)
+
+
+class Backbone(nn.Module):
+    """Towers whose features are joined. Another family of models is another subclass."""
+
+    places: dict[str, Place]
+    """By modality."""
+    embed_dim: int
+    """E."""
+
+    @property
+    def towers(self) -> dict[str, Tower]:
+        """By modality."""
+        raise NotImplementedError
+
+    def embed(self, batch: ModelInput) -> dict[str, Tensor]:
+        """Input tokens (b, L, D) of the modalities that any sample has."""
+        present = {modality: tower for modality, tower in self.towers.items() if len(batch.rows[modality])}
+        with torch.autocast(batch.present_BM.device.type, enabled=False):  # towers compute in the type of their weights
+            return {modality: tower.embed(batch.inputs[modality]) for modality, tower in present.items()}
+
+    def encode(
+        self, batch: ModelInput, tokens: Mapping[str, Tensor], slots: Mapping[str, TowerSlots]
+    ) -> dict[str, Tensor]:
+        """Features (B, E) of every modality, zero where a sample lacks it."""
+        features = {}
+        for modality, tower in self.towers.items():
+            if modality not in tokens:
+                trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+                zero_feature = zero_of([*trained, *slots[modality].tensors()], batch.present_BM.device)
+                features[modality] = zero_feature.expand(len(batch.present_BM), self.embed_dim)
+                continue
+            tokens_bLD = tokens[modality][:, : batch.lengths.get(modality)]
+            slots_b = slots[modality].of_rows(batch.rows[modality])
+            with torch.autocast(tokens_bLD.device.type, enabled=False):
+                feature_bE = tower.encode(tokens_bLD, batch.inputs[modality], slots_b)
+            feature_BE = batch.to_all_samples(modality, feature_bE)
+            source_B = batch.source_of_B.get(modality)
+            features[modality] = feature_BE if source_B is None else feature_BE[source_B]
+        return features
+
+    def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
+        """What the head classifies: (B, ME), the features side by side."""
+        return torch.cat([features[modality] for modality in self.places], dim=-1)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Its parameters, each in one named part, which a method may train (`Method.trains`)."""
+        raise NotImplementedError
+
+    def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
+        """Sets how it computes; what it computes stays the same.
+
+        Args:
+            dtype: of the blocks' matrix products and convolutions. Their weights, which are frozen, are held in it and
+                never cast again; norms, embeddings and trained parameters keep their type.
+            checkpointing: recompute activations within a block for the gradients instead of keeping them.
+        """
+        raise NotImplementedError
+
+
+def zero_of(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """A scalar zero that depends on `tensors`, so that their gradients are zero, not absent.
+
+    For what no sample of a batch needs: the published code encodes everything and masks, and in a training over several
+    processes another one may have the modality.
+    """
+    return sum((0.0 * tensor.float().sum() for tensor in tensors), torch.zeros((), device=device))

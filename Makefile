@@ -4,6 +4,7 @@
 # make lint   ruff and mypy
 # make bench  how fast it is, beside the published algorithm (half an hour on two cores); writes benchmarks/RESULTS.md
 # make fuzz   feeds damaged input to every reader for ten minutes, and counts what came of it
+# make docs   writes docs/options.md from config.py
 # make constraints  installs requirements-dev.txt in a fresh environment, and pins all of it in constraints.txt
 # make clean  removes what the above made
 
@@ -14,7 +15,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # compares them.
 PINS := sed -E '/^(pip=|nvidia-|cuda-|triton=)/d; s/\+.*//; s/^[^=]+/\L&/; :a; s/^([^=]*)[_.]/\1-/; ta' | LC_ALL=C sort -t= -k1,1
 
-.PHONY: demo test test-long lint bench fuzz constraints clean
+.PHONY: demo test test-long lint bench fuzz docs constraints clean
 
 demo: .venv/.ready
 	$(BIN)/python -m demo
@@ -35,6 +36,9 @@ bench: .venv/.ready
 
 fuzz: .venv/.ready-dev
 	$(BIN)/python -m tests.fuzz
+
+docs: .venv/.ready
+	$(BIN)/python -m docs.options
 
 constraints: .venv/bin/python
 	rm -rf .venv-constraints

@@ -8,9 +8,9 @@ PAGE = Path(__file__).with_name("options.md")
 HEAD = """\
 # Options
 
-Anything can be set as `name=value` after `with`, in any order; named configs (`task_finetune_mmimdb`) stand there without
-`=`. The whole configuration is checked first: what is wrong is one line, and exit status 2. `python run.py print_config
-with …` shows the values that a command would use. `make docs` writes this page from config.py.
+Anything can be set as `name=value` after `with`, in any order; named configs (`task_finetune_mmimdb`) stand there
+alone. The whole configuration is checked first: what is wrong is one line, and exit status 2. `make docs` writes this
+page from config.py; `python run.py print_config with …` shows the values that a command would use.
 
 | option | default | |
 |---|---|---|

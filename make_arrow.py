@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
+from common.errors import UserError
+from common.messages import printable
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import EVERY_DATASET
-from vilt.errors import UserError
 from vilt.utils import write_custom, write_food101, write_hatememes, write_mmimdb
-from vilt.utils.raw_data import RawDataset, printable
+from vilt.utils.raw_data import RawDataset
 
 if TYPE_CHECKING:
     from vilt.utils.arrow_writer import BadSample, SplitSummary, Summary

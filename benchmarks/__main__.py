@@ -41,8 +41,8 @@ from benchmarks.sides import (
 from benchmarks.timing import Comparison, compare, seconds
 from benchmarks.undone import PATCHES, put_back
 from clip.modules.vision_transformer_memory import TowerMemory
+from common.files import atomic_path
 from vilt.missing_tables import IMAGE_MISSING
-from vilt.utils.files import atomic_path
 
 BATCH = 16
 LEARNER_BATCH = 32

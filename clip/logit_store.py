@@ -7,7 +7,6 @@ bring logits.arrow with them, and take the place of the folder as a whole.
 Shapes: T missing types (complete, text missing, image missing), N samples, C classes.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -27,14 +26,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from clip.messages import quoted
 from clip.training import FinetuneModule
+from common.arrow_file import open_table
+from common.errors import CheckpointError, DataError, UserError, reason_of
+from common.files import atomic_path, new_folder, remove_leftovers
+from common.messages import quoted
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.errors import CheckpointError, DataError, UserError, reason_of
 from vilt.missing_tables import TYPE_NAMES
-from vilt.utils.arrow_file import open_table
-from vilt.utils.files import atomic_path, new_folder, remove_leftovers
 
 log = logging.getLogger("rep")
 
@@ -300,12 +299,6 @@ def encode(
         assert module.collected is not None and len(module.collected[0]) == len(dataset)
         if trainer.is_global_zero:
             store.keep(missing_type, *module.collected)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _link(source: str, target: str) -> None:

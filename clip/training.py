@@ -18,8 +18,8 @@ from clip.modules.classifier import MissingModalityClassifier, ModelInput
 from clip.numerics import GradientWatch, first_not_finite
 from clip.tasks import task_of
 from clip.trainable import optimizer_groups
+from common.errors import NonFiniteLossError
 from vilt.datamodules import Batch, MissingModalityData
-from vilt.errors import NonFiniteLossError
 from vilt.transforms import normalise
 
 log = logging.getLogger("rep")

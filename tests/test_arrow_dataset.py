@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from common.errors import DataError
 from vilt.datasets import arrow_dataset
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES, SPLITS, Split
-from vilt.errors import DataError
 from vilt.transforms import decode_image
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

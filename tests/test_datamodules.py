@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
+from common.errors import ConfigError, DataError
 from vilt.datamodules import (
     Batch,
     DataSettings,
@@ -29,7 +30,6 @@ from vilt.datamodules import (
 )
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.specs import DATASETS, SPLITS, Split
-from vilt.errors import ConfigError, DataError
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
 SIZE = 8

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from clip.run_folder import write_csv, write_json
+from common import files
+from common.errors import DataError
+from common.files import atomic_path, whole_folder
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
-from vilt.errors import DataError
-from vilt.utils import arrow_writer, files
-from vilt.utils.files import atomic_path, whole_folder
+from vilt.utils import arrow_writer
 
 FORK = multiprocessing.get_context("fork")
 LENGTH = 50_000

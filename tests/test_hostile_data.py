@@ -18,6 +18,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import make_arrow
+from common.arrow_file import _is_compressed, open_table
+from common.errors import DataError
 from tests.custom_files import convert as convert_own
 from tests.custom_files import write_labelled
 from tests.test_arrow_dataset import file_of, memes, open_memes, write
@@ -25,9 +27,7 @@ from tests.test_transforms import noise, saved, to_hwc
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import DATASETS, SPLITS
-from vilt.errors import DataError
 from vilt.transforms import decode_image
-from vilt.utils.arrow_file import _is_compressed, open_table
 from vilt.utils.images import MAX_SIDE, open_rgb
 from vilt.utils.raw_data import MAX_RECORD_BYTES
 
@@ -41,7 +41,7 @@ import random, sys
 from pathlib import Path
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
-from vilt.errors import DataError
+from common.errors import DataError
 
 path = Path(sys.argv[1])
 whole = path.read_bytes()

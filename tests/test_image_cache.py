@@ -24,14 +24,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from common.errors import DataError
+from common.files import MACHINE
 from vilt import image_cache
 from vilt.datasets import arrow_dataset
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.specs import DATASETS, SPLITS
-from vilt.errors import DataError
 from vilt.image_cache import open_image_cache
 from vilt.transforms import decode_image
-from vilt.utils.files import MACHINE
 
 SIZE = 8
 ROWS = 7

@@ -17,10 +17,10 @@ import pytest
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip.resume import alone
-from vilt.errors import BusyError, ConfigError
-from vilt.utils import files
-from vilt.utils.files import MACHINE, NEW, OLD, atomic_path, new_folder, whole_lines
-from vilt.utils.locks import in_use, is_abandoned, locked
+from common import files
+from common.errors import BusyError, ConfigError
+from common.files import MACHINE, NEW, OLD, atomic_path, new_folder, whole_lines
+from common.locks import in_use, is_abandoned, locked
 
 FORK = multiprocessing.get_context("fork")
 WHO = f"process {os.getpid()} on {socket.gethostname()}"

@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 
 import make_arrow
+from common.errors import DataError
+from common.strict_json import parse_json
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
-from vilt.errors import DataError
 from vilt.utils import arrow_writer, write_food101, write_hatememes, write_mmimdb
 from vilt.utils.ordered_pool import IN_FLIGHT_PER_WORKER, OrderedPool
-from vilt.utils.raw_data import BadSampleError, Row, parse_json, read_file
+from vilt.utils.raw_data import BadSampleError, Row, read_file
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"

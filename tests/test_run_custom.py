@@ -17,13 +17,13 @@ from clip.metrics import macro_f1_and_accuracy
 from clip.modules.method import MethodOptions
 from clip.sample_statistics import RESAMPLED
 from clip.tasks import METRICS_OF_CUSTOM, TASKS, task_of
+from common.errors import CheckpointError
 from run import command_line
 from tests.conftest import Workspace
 from tests.custom_files import convert, films_as_custom, write_labelled
 from tests.models import TINY
 from vilt.datasets.custom import CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS
-from vilt.errors import CheckpointError
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
 MOVIES = Path(__file__).parents[2] / "shared" / "data" / "movies"

@@ -28,6 +28,8 @@ from clip.metrics_log import MetricsLogger
 from clip.robustness import RESULTS
 from clip.run_folder import read_json, write_json
 from clip.tasks import TASKS
+from common import files
+from common.errors import DataError, UserError, machine_error
 from demo.data import write_task
 from run import command_line
 from tests.conftest import Workspace
@@ -37,10 +39,8 @@ from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS
-from vilt.errors import DataError, UserError, machine_error
 from vilt.image_cache import missing_bytes
 from vilt.missing_tables import MissingPattern, load_missing_table, read_kept_table
-from vilt.utils import files
 from vilt.utils.mapped_array import MappedArray
 
 GOLDEN_RAW = Path(__file__).parent / "data" / "golden" / "raw"

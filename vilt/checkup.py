@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 import pyarrow.compute as pc
 
+from common.errors import DataError, UserError
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import Split
-from vilt.errors import DataError, UserError
 from vilt.missing_tables import MissingPattern, draw_missing_table, read_kept_table, type_counts
 from vilt.utils.arrow_writer import arrow_schema
 

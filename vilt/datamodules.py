@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from common.errors import ConfigError, DataError
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample, Tokenize
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
-from vilt.errors import ConfigError, DataError
 from vilt.missing_tables import MissingPattern, load_missing_table, type_counts
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vilt.errors import DataError
-from vilt.utils.files import atomic_path, remove_leftovers
+from common.errors import DataError
+from common.files import atomic_path, remove_leftovers
 from vilt.utils.mapped_array import MappedArray, fault_of
 
 log = logging.getLogger(__name__)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from clip.messages import quoted
+from common.arrow_file import open_table
+from common.errors import DataError, reason_of
+from common.files import atomic_path
+from common.messages import quoted
 from vilt.datasets.specs import DatasetSpec, Split
-from vilt.errors import DataError, reason_of
 from vilt.image_cache import open_image_cache
 from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING
 from vilt.transforms import decode_image
-from vilt.utils.arrow_file import open_table
-from vilt.utils.files import atomic_path
 from vilt.utils.mapped_array import MappedArray, fault_of
 
 log = logging.getLogger(__name__)

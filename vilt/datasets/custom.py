@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal, Self, get_args
 
-from clip.messages import listed, quoted
+from common.messages import listed, quoted
 
 CUSTOM = "custom"
 """Name of the task, and prefix of the arrow files, of every such dataset."""

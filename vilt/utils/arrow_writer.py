@@ -12,11 +12,12 @@ from typing import NoReturn
 import pyarrow as pa
 from tqdm import tqdm
 
+from common.errors import DataError, reason_of
+from common.files import atomic_path, sync_folder
+from common.messages import printable
 from vilt.datasets.specs import DatasetSpec
-from vilt.errors import DataError, reason_of
-from vilt.utils.files import atomic_path, sync_folder
 from vilt.utils.ordered_pool import OrderedPool
-from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row, printable
+from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row
 
 Results = Iterator[tuple[int, Row | BadSampleError]]
 """Row numbers, and the rows or what is wrong with them."""

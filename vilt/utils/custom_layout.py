@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from clip.messages import quoted
+from common.errors import DataError
+from common.messages import quoted
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import SPLITS, Split
-from vilt.errors import DataError
 from vilt.utils.raw_data import read_bytes
 
 COLUMNS = ("image", "text", "label", "split")

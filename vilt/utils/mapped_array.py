@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from vilt.errors import DataError
+from common.errors import DataError
 
 
 class MappedArray:

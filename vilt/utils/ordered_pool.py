@@ -10,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 
-from vilt.errors import DataError
+from common.errors import DataError
 from vilt.utils.raw_data import BadSampleError, Row, Sample
 
 IN_FLIGHT_PER_WORKER = 4

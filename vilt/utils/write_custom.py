@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from clip.messages import quoted
+from common.errors import DataError
+from common.messages import quoted
+from common.strict_json import kind_of
 from vilt.datasets.specs import SPLITS, Split, custom_spec
-from vilt.errors import DataError
 from vilt.utils.custom_layout import COLUMNS, Layout, read_layout, table_layout
 from vilt.utils.raw_data import (
     INCOMPLETE_ROW,
@@ -20,7 +21,6 @@ from vilt.utils.raw_data import (
     Row,
     Sample,
     check_inside,
-    kind_of,
     read_image,
     require_layout,
 )

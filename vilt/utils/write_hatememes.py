@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clip.messages import quoted
+from common.errors import DataError
+from common.messages import quoted
+from common.strict_json import parse_json
 from vilt.datasets.specs import DATASETS, Split
-from vilt.errors import DataError
 from vilt.utils.raw_data import (
     INCOMPLETE_JSON,
     UNKNOWN_CLASS,
@@ -17,7 +18,6 @@ from vilt.utils.raw_data import (
     Row,
     Sample,
     check_text,
-    parse_json,
     read_bytes,
     read_image,
     read_record,

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from vilt.errors import DataError
-from vilt.utils.locks import in_use, is_abandoned
+from common.errors import DataError
+from common.locks import in_use, is_abandoned
 
 log = logging.getLogger(__name__)
 

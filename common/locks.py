@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vilt.errors import BusyError, ConfigError
+from common.errors import BusyError, ConfigError
 
 log = logging.getLogger("rep")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from clip.messages import first_line
-from vilt.errors import DataError
+from common.errors import DataError
+from common.messages import first_line
 
 FOOTER_TAIL = struct.Struct("<i6s")
 """At the end of the file: the length of the footer, and a magic word."""

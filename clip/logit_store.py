@@ -10,7 +10,6 @@ Shapes: T missing types (complete, text missing, image missing), N samples, C cl
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from torch import Tensor
 from clip.training import FinetuneModule
 from common.arrow_file import open_table
 from common.errors import CheckpointError, DataError, UserError, reason_of
-from common.files import atomic_path, new_folder, remove_leftovers
+from common.files import atomic_path, new_folder, restore_folder
 from common.messages import quoted
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -114,7 +113,7 @@ class LogitStore:
             CheckpointError: logits.arrow has another origin.
             DataError: it is damaged, or something else.
         """
-        remove_leftovers(self.folder.resolve().parent, re.escape(self.folder.resolve().name))
+        restore_folder(self.folder)
         if self._is_whole:
             return []
         return [kind for kind in range(len(TYPE_NAMES)) if not self._has_part(kind)]

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import pickle
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -352,7 +353,7 @@ def changed_films(labels: pa.Array) -> pa.Table:
         (changed("image", [png(0), None, None]), "row 1: column image is empty (null) (2 such rows)"),
         (changed("image", ["a", "b", "c"]), "column image: expected the bytes of image files, found string"),
         (changed("image", [1, 2, 3]), "column image: expected the bytes of image files, found int64"),
-        (changed("label", [0, 1, None]), "row 2: column label is empty (null) (1 such rows)"),
+        (changed("label", [0, 1, None]), "row 2: column label is empty"),
         (changed("label", [0, 2, 2]), "row 1: label 2 is outside 0 to 1 (2 such rows)"),
         (changed("label", [-1, 0, 1]), "row 0: label -1 is outside 0 to 1 (1 such rows)"),
         (changed("label", [0.0, 1.0, 1.0]), "column label: expected class numbers, found double"),
@@ -374,13 +375,13 @@ def test_a_file_that_is_not_the_dataset_is_refused_when_it_is_opened(tmp_path, t
         ([genres(1), genres(1)[:-1], genres(1)], "row 1: column label: expected lists of 23 zeros and ones"),
         ([genres(1), genres(), [*genres(2), 0]], "row 2: column label: expected lists of 23 zeros and ones"),
         ([[], genres(1), genres(1)], "row 0: column label: expected lists of 23 zeros and ones"),
-        ([genres(1), genres(), [*genres(2)[:-1], 2]], "row 2: column label: expected zeros and ones"),
-        ([[-1, *genres()[1:]], genres(1), genres(1)], "row 0: column label: expected zeros and ones"),
-        ([genres(1), [None, *genres()[1:]], genres(1)], "row 1: column label: expected zeros and ones"),
-        ([genres(1), [0.5, *genres()[1:]], genres(1)], "row 1: column label: expected zeros and ones"),
-        ([genres(1), None, genres(1)], "row 1: column label is empty (null) (1 such rows)"),
+        ([genres(1), genres(), [*genres(2)[:-1], 2]], "row 2: .* 23 zeros and ones, found 2"),
+        ([[-1, *genres()[1:]], genres(1), genres(1)], "row 0: .* 23 zeros and ones, found -1"),
+        ([genres(1), [None, *genres()[1:]], genres(1)], "row 1: .* 23 zeros and ones, found None"),
+        ([genres(1), [0.5, *genres()[1:]], genres(1)], "row 1: .* 23 zeros and ones, found 0.5"),
+        ([genres(1), None, genres(1)], "row 1: column label is empty"),
         ([1, 0, 1], "column label: expected lists of 23 zeros and ones"),
-        ([list("0" * 23)] * 3, "row 0: column label: expected zeros and ones"),
+        ([list("0" * 23)] * 3, "row 0: .* 23 zeros and ones, found '0'"),
     ],
 )
 def test_label_vectors_that_are_not_the_datasets_are_refused(tmp_path, labels, message):
@@ -389,8 +390,7 @@ def test_label_vectors_that_are_not_the_datasets_are_refused(tmp_path, labels, m
     write(tmp_path / "mmimdb_train.arrow", changed_films(pa.array(labels)))
     with pytest.raises(DataError) as raised:
         open_films(tmp_path)
-    assert str(raised.value).startswith(f"{tmp_path / 'mmimdb_train.arrow'}: ")
-    assert message in str(raised.value)
+    assert re.match(rf"{tmp_path / 'mmimdb_train.arrow'}: {message}", str(raised.value))
 
 
 def test_a_missing_file_says_how_to_make_it(tmp_path):

@@ -1,4 +1,4 @@
-"""The cache of decoded images: equal to decoding, made once, made anew when stale or damaged, whole or not there."""
+"""The cache of decoded images: equal to decoding, made once, made again when stale or damaged, whole or not there."""
 
 import fcntl
 import io
@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.errors import DataError
-from common.files import MACHINE
 from vilt import image_cache
 from vilt.datasets import arrow_dataset
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
@@ -198,7 +197,7 @@ def test_the_log_says_how_large_it_is_and_how_long_it_took(memes, caplog, capsys
         open_memes(memes).cache_images(0)
     cache = cache_in(memes)
     first, last = caplog.messages
-    assert first == f"{cache}: decoding 7 images once, 1.34kB"
+    assert first == f"{cache}: decoding 7 images once, 1.3 kB"
     assert last.startswith(f"{cache}: made in ")
     assert last.endswith(" s")
     assert capsys.readouterr().err == "", "no progress bar where there is no terminal"
@@ -269,7 +268,7 @@ def test_what_else_makes_a_cache_stale(memes, monkeypatch, what):
 def test_only_stale_caches_of_the_same_file_and_size_are_removed(memes, caplog):
     digest = "0123456789abcdef"
     stale = f"hatememes_train_images8_{digest}.npy"
-    unfinished = f".hatememes_train_images8_{digest}.npy.{MACHINE}.89abcdef.part"
+    unfinished = f".hatememes_train_images8_{digest}.npy.89abcdef.part"
     others = {
         f"hatememes_train_images18_{digest}.npy",
         f"hatememes_train_images8_{digest}0.npy",
@@ -285,8 +284,8 @@ def test_only_stale_caches_of_the_same_file_and_size_are_removed(memes, caplog):
     (cache,) = names(memes) - others
     assert names(memes) == {cache, *others}
     assert cache not in (stale, unfinished)
-    assert f"{memes / stale}: of another state of the arrow file or Pillow; removed" in caplog.messages
-    assert f"{memes / unfinished}: left by a run that was killed; removed" in caplog.messages
+    assert f"{memes / stale}: of another state of the arrow file; removed" in caplog.messages
+    assert f"{memes / unfinished}: left by a killed maker; removed" in caplog.messages
 
 
 def test_the_stale_cache_stays_until_the_new_one_is_whole(memes):
@@ -327,7 +326,7 @@ def test_a_damaged_cache_is_made_anew_with_one_warning(memes, caplog, content, r
         dataset.cache_images(0)
     (warning,) = caplog.messages
     assert warning.startswith(f"{cache}: not readable ({reason}")
-    assert warning.endswith("); making it anew")
+    assert warning.endswith("); making it again")
     assert cache_in(memes) == cache
     assert np.load(cache).tolist() == expected_images().tolist()
     assert_equal(dataset[0, 1], open_memes(memes)[0, 1])
@@ -362,17 +361,6 @@ def test_an_undecodable_image_is_named_by_file_and_row(memes, small_batches, wor
     assert dataset[0, 4].image_3RR is not None, "goes on without a cache"
 
 
-def test_too_little_room_is_said_before_anything_is_decoded(memes, monkeypatch):
-    dataset = open_memes(memes)
-    monkeypatch.setattr(arrow_dataset, "decode_image", refuse)
-    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1343))
-    with pytest.raises(DataError) as raised:
-        dataset.cache_images(0)
-    assert str(raised.value).startswith(f"{memes}/hatememes_train_images8_")
-    assert str(raised.value).endswith(".npy: too little room: 1,344 bytes needed, 1,343 bytes free")
-    assert names(memes) == set()
-
-
 @pytest.mark.parametrize("room", [100, 1000])
 def test_a_disk_that_refuses_to_be_written_leaves_nothing_behind(memes, small_batches, room):
     """The limit on the size of files refuses as a full disk does: within the header, or within the images."""
@@ -384,9 +372,8 @@ def test_a_disk_that_refuses_to_be_written_leaves_nothing_behind(memes, small_ba
             dataset.cache_images(0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(raised.value) == (
-        f"{memes / ARROW}: cannot keep the decoded images beside it: File too large; they need 1,344 bytes"
-    )
+    assert str(raised.value).startswith(f"{memes / ARROW}: cannot keep the decoded images beside it: File too large; ")
+    assert str(raised.value).endswith(" bytes free; they need 1,344 bytes")
     assert names(memes) == set()
     dataset.cache_images(0)
     assert np.load(cache_in(memes)).tolist() == expected_images().tolist()
@@ -506,7 +493,7 @@ def test_who_comes_later_waits_and_says_so_and_holds_the_lock_then(memes, caplog
         fcntl.flock(lock, fcntl.LOCK_UN)
         waiting.join(60)
     cache = cache_in(memes)
-    assert caplog.messages[0] == f"{cache}: another process is making it (1.34kB); waiting for that"
+    assert caplog.messages[0] == f"{cache}: another process is making it (1.3 kB); waiting for that"
     assert held_by_others == [True] * ROWS
     assert np.load(cache).tolist() == expected_images().tolist()
 

@@ -1,4 +1,4 @@
-"""A dataset of one's own: what its arrow files say of it, and checkpoints and run folders repeat."""
+"""A custom dataset: what its arrow files say of it, and checkpoints and run folders repeat."""
 
 import re
 from dataclasses import dataclass, fields
@@ -9,8 +9,11 @@ from common.messages import listed, quoted
 CUSTOM = "custom"
 """Name of the task, and prefix of the arrow files, of every such dataset."""
 Labels = Literal["single", "multi"]
-CUSTOM_METRICS: dict[str, tuple[str, ...]] = {"single": ("accuracy", "f1_macro", "auroc"), "multi": ("f1_macro",)}
-"""By kind of labels: the metrics that can choose the best model, the default first."""
+CUSTOM_METRICS: dict[str, dict[str, str]] = {
+    "single": {"accuracy": "class_accuracy", "f1_macro": "macro_f1_and_accuracy", "auroc": "auroc_and_accuracy"},
+    "multi": {"f1_macro": "multilabel_f1"},
+}
+"""By kind of labels: the metrics that can choose the best model, the default first, and what is measured with each."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 

@@ -4,8 +4,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,10 +17,10 @@ from common.errors import DataError, reason_of
 from common.files import atomic_path, sync_folder
 from common.messages import printable
 from vilt.datasets.specs import DatasetSpec
-from vilt.utils.ordered_pool import OrderedPool
+from vilt.utils.ordered_pool import Result, read_in_order
 from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row
 
-Results = Iterator[tuple[int, Row | BadSampleError]]
+Results = Iterator[tuple[int, Result]]
 """Row numbers, and the rows or what is wrong with them."""
 
 MAX_BATCH_BYTES = 8 * 2**20
@@ -93,25 +94,17 @@ class Summary:
 def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
     """Columns and types of the published converters, and the class names as JSON in the metadata `class_names`.
 
-    For a dataset of one's own also what else is to be known of it, as JSON in the metadata `custom`.
+    For a custom dataset also what else is known of it, as JSON in the metadata `custom`.
     """
     texts = pa.list_(pa.string())
-    columns = [("image", pa.binary()), (spec.text_column, texts)]
+    columns = [(spec.modalities["image"], pa.binary()), (spec.text_column, texts)]
     columns += [("label", pa.list_(pa.int64()) if spec.multilabel else pa.int64())]
-    if spec.multilabel and spec.custom is None:
-        columns += [("genres", texts)]
-    if spec.id_column is not None:
-        columns += [(spec.id_column, pa.large_string())]
-    columns += [("split", pa.large_string())]
-    metadata = {"class_names": class_names, **custom_metadata(spec)}
+    columns += [(name, texts) for name in spec.kept_columns]
+    columns += [(name, pa.large_string()) for name in (spec.id_column, "split") if name is not None]
+    metadata: dict[str, object] = {"class_names": class_names}
+    if spec.custom is not None:
+        metadata["custom"] = {"name": spec.custom.name, "labels": spec.custom.labels, "metric": spec.custom.metric}
     return pa.schema(columns, metadata={key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()})
-
-
-def custom_metadata(spec: DatasetSpec) -> dict[str, object]:
-    """What `open_spec` finds beside the class names; nothing for the other datasets."""
-    if spec.custom is None:
-        return {}
-    return {"custom": {"name": spec.custom.name, "labels": spec.custom.labels, "metric": spec.custom.metric}}
 
 
 def report_path(spec: DatasetSpec, target: Path) -> Path:
@@ -150,13 +143,20 @@ class _BatchWriter:
 
 
 def _write_split(
-    dataset: RawDataset, raw_split: RawSplit, results: Results, part: Path, summary: SplitSummary, skip_bad: bool
+    dataset: RawDataset,
+    raw_split: RawSplit,
+    results: Results,
+    bar: "tqdm[NoReturn]",
+    part: Path,
+    summary: SplitSummary,
+    skip_bad: bool,
 ) -> None:
     """Writes the results of reading one split to `part`, and fills in `summary`."""
     spec = dataset.spec
     with pa.OSFile(str(part), "wb") as sink:
         writer = _BatchWriter(sink, arrow_schema(spec, dataset.class_names))
         for row_number, row in results:
+            bar.update()
             if isinstance(row, BadSampleError):
                 where = (summary.name, raw_split.source, row_number)
                 summary.bad.append(BadSample(*where, row.file, row.reason, row.detail))
@@ -171,11 +171,6 @@ def _write_split(
                 writer.add({**row, "split": summary.name}, len(row["image"]) + sum(map(len, texts)))
         writer.finish()
     summary.n_bytes = part.stat().st_size
-
-
-def _write_report(path: Path, bad: list[BadSample]) -> None:
-    lines = [REPORT_COLUMNS, *(sample.fields() for sample in bad)]
-    path.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
 
 
 @contextmanager
@@ -197,18 +192,6 @@ def _start(spec: DatasetSpec, raw_split: RawSplit, target: Path) -> SplitSummary
     if path.is_dir():
         raise DataError(f"{path} is a folder; the arrow file needs that name.")
     return SplitSummary(spec.file_splits[raw_split.split], path, path.exists(), raw_split.n_without_text)
-
-
-def _progress_bar(n_samples: int) -> "tqdm[NoReturn]":
-    # A log file gets a line now and then; a terminal is kept up to date.
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=n_samples, unit=" samples", dynamic_ncols=True, mininterval=interval)
-
-
-def _counted(results: Results, bar: "tqdm[NoReturn]") -> Results:
-    for result in results:
-        bar.update()
-        yield result
 
 
 def _refuse_empty(summary: Summary) -> None:
@@ -241,20 +224,25 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
     summary = Summary(target, [_start(dataset.spec, raw_split, target) for raw_split in dataset.splits], None)
     report = report_path(dataset.spec, target)
     n_samples = sum(raw_split.n_samples for raw_split in dataset.splits)
+    # A log file gets a line now and then; a terminal is kept up to date.
+    bar = tqdm(unit=" samples", total=n_samples, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0)
     try:
         with _folder(target), ExitStack() as files:
-            with OrderedPool(n_workers) as pool, _progress_bar(n_samples) as bar:
+            all_samples = chain.from_iterable(raw_split.samples for raw_split in dataset.splits)
+            with bar, closing(read_in_order(all_samples, n_workers)) as results:
                 for raw_split, split in zip(dataset.splits, summary.splits, strict=True):
                     bar.set_description(split.path.name, refresh=False)
-                    results = _counted(pool.read(raw_split.samples), bar)
                     part = files.enter_context(atomic_path(split.path))
-                    _write_split(dataset, raw_split, results, part, split, skip_bad)
+                    of_split = islice(results, raw_split.n_samples)
+                    _write_split(dataset, raw_split, of_split, bar, part, split, skip_bad)
             if summary.bad and not skip_bad:
                 raise BadSamplesError(summary.bad, n_samples)
             _refuse_empty(summary)
             if summary.bad:
                 summary.report = report
-                _write_report(files.enter_context(atomic_path(report)), summary.bad)
+                lines = [REPORT_COLUMNS, *(sample.fields() for sample in summary.bad)]
+                part = files.enter_context(atomic_path(report))
+                part.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
             mark = dataset.spec.replacing_mark(target)
             mark.touch()
             sync_folder(target)

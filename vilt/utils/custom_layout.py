@@ -42,7 +42,7 @@ class Layout:
         """The dataset, if `found` are the labels that occur. Raises DataError."""
         classes = self.classes if self.classes is not None else tuple(sorted(found))
         try:
-            metric = self.metric or CUSTOM_METRICS[self.labels][0]
+            metric = self.metric or next(iter(CUSTOM_METRICS[self.labels]))
             return CustomData.of({"name": self.name, "labels": self.labels, "class_names": classes, "metric": metric})
         except ValueError as error:
             raise DataError(f"{self.source}: {error}") from None
@@ -163,15 +163,7 @@ READERS: dict[str, Reader] = {
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses a mapping that repeats a key, of which PyYAML would silently keep the last, and aliases.
-
-    Aliases let a short file stand for one of any size.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="expected no aliases", problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+    """Refuses a mapping that repeats a key, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))

@@ -12,7 +12,7 @@ from common.errors import DataError
 from common.messages import quoted
 from common.strict_json import kind_of, parse_json
 from vilt.datasets.specs import DatasetSpec, Split
-from vilt.utils.images import open_rgb
+from vilt.images import open_rgb
 
 MISSING_FILE = "missing file"
 UNREADABLE_FILE = "unreadable file"

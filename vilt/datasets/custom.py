@@ -40,7 +40,7 @@ class CustomData:
             raise ValueError(f"labels: expected {' or '.join(get_args(Labels))}, found {quoted(self.labels)}")
         self._check_classes()
         metrics = CUSTOM_METRICS[self.labels]
-        if self.metric not in metrics:
+        if self.metric not in tuple(metrics):
             expected = " or ".join(metrics)
             raise ValueError(f"metric: expected {expected} with labels: {self.labels}, found {quoted(self.metric)}")
         if self.metric == "auroc" and self.n_classes != 2:

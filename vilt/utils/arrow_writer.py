@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import NoReturn
@@ -42,8 +42,7 @@ class BadSample:
 
     def fields(self) -> tuple[str, ...]:
         """The columns of the list and of the report, printable."""
-        cells = (self.split, self.source, str(self.row), self.file, self.reason, self.detail)
-        return tuple(printable(cell[:MAX_CELL]) for cell in cells)
+        return tuple(printable(str(cell)[:MAX_CELL]) for cell in astuple(self))
 
 
 REPORT_COLUMNS = ("split", "listed_in", "row", "file", "reason", "detail")
@@ -107,70 +106,39 @@ def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
     return pa.schema(columns, metadata={key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()})
 
 
-def report_path(spec: DatasetSpec, target: Path) -> Path:
-    """Where the bad samples of a conversion to `target` are listed."""
-    return target / f"{spec.name}_bad_samples.tsv"
+def _kept_rows(
+    results: Results, bar: "tqdm[NoReturn]", spec: DatasetSpec, source: str, summary: SplitSummary, skip_bad: bool
+) -> Iterator[Row]:
+    """The rows to write, with the `split` column; fills in `summary`, also from the others."""
+    for row_number, row in results:
+        bar.update()
+        if isinstance(row, BadSampleError):
+            summary.bad.append(BadSample(summary.name, source, row_number, row.file, row.reason, row.detail))
+            continue
+        label = row["label"]
+        labels = [number for number, is_set in enumerate(label) if is_set] if spec.multilabel else [label]
+        summary.n_samples += 1
+        summary.n_texts += len(row[spec.text_column])
+        summary.n_without_label += not labels
+        summary.label_counts.update(labels)
+        if skip_bad or not summary.bad:  # otherwise the file will not be kept: the rest completes the list only
+            yield {**row, "split": summary.name}
 
 
-class _BatchWriter:
-    """Collects rows and writes them as record batches bounded in bytes and rows."""
-
-    def __init__(self, sink: pa.NativeFile, schema: pa.Schema) -> None:
-        self._schema = schema
-        self._writer = pa.ipc.new_file(sink, schema)
-        self._rows: list[Row] = []
-        self._n_bytes = 0
-
-    def add(self, row: Row, n_bytes: int) -> None:
-        if self._rows and self._n_bytes + n_bytes > MAX_BATCH_BYTES:
-            self._flush()
-        self._rows.append(row)
-        self._n_bytes += n_bytes
-        if len(self._rows) == MAX_BATCH_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        columns = [pa.array([row[column.name] for row in self._rows], column.type) for column in self._schema]
-        self._rows.clear()
-        self._n_bytes = 0
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-
-    def finish(self) -> None:
-        """Writes the rest and the footer; without it the file is not readable."""
-        if self._rows:
-            self._flush()
-        self._writer.close()
-
-
-def _write_split(
-    dataset: RawDataset,
-    raw_split: RawSplit,
-    results: Results,
-    bar: "tqdm[NoReturn]",
-    part: Path,
-    summary: SplitSummary,
-    skip_bad: bool,
-) -> None:
-    """Writes the results of reading one split to `part`, and fills in `summary`."""
-    spec = dataset.spec
-    with pa.OSFile(str(part), "wb") as sink:
-        writer = _BatchWriter(sink, arrow_schema(spec, dataset.class_names))
-        for row_number, row in results:
-            bar.update()
-            if isinstance(row, BadSampleError):
-                where = (summary.name, raw_split.source, row_number)
-                summary.bad.append(BadSample(*where, row.file, row.reason, row.detail))
-                continue
-            texts, label = row[spec.text_column], row["label"]
-            labels = [number for number, is_set in enumerate(label) if is_set] if spec.multilabel else [label]
-            summary.n_samples += 1
-            summary.n_texts += len(texts)
-            summary.n_without_label += not labels
-            summary.label_counts.update(labels)
-            if skip_bad or not summary.bad:  # otherwise the file will not be kept: the rest completes the list only
-                writer.add({**row, "split": summary.name}, len(row["image"]) + sum(map(len, texts)))
-        writer.finish()
-    summary.n_bytes = part.stat().st_size
+def _write_rows(rows: Iterator[Row], part: Path, schema: pa.Schema, spec: DatasetSpec) -> None:
+    """Writes record batches that are bounded in bytes and rows."""
+    batch: list[Row] = []
+    n_bytes = 0
+    with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for row in rows:
+            size = len(row[spec.modalities["image"]]) + sum(map(len, row[spec.text_column]))
+            if batch and (n_bytes + size > MAX_BATCH_BYTES or len(batch) == MAX_BATCH_ROWS):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                batch, n_bytes = [], 0
+            batch.append(row)
+            n_bytes += size
+        if batch:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
 
 @contextmanager
@@ -222,7 +190,7 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
         DataError: a split has no usable sample, a worker died, or the disk cannot be written. Nothing was written.
     """
     summary = Summary(target, [_start(dataset.spec, raw_split, target) for raw_split in dataset.splits], None)
-    report = report_path(dataset.spec, target)
+    schema, report = arrow_schema(dataset.spec, dataset.class_names), target / f"{dataset.spec.name}_bad_samples.tsv"
     n_samples = sum(raw_split.n_samples for raw_split in dataset.splits)
     # A log file gets a line now and then; a terminal is kept up to date.
     bar = tqdm(unit=" samples", total=n_samples, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0)
@@ -234,7 +202,9 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
                     bar.set_description(split.path.name, refresh=False)
                     part = files.enter_context(atomic_path(split.path))
                     of_split = islice(results, raw_split.n_samples)
-                    _write_split(dataset, raw_split, of_split, bar, part, split, skip_bad)
+                    rows = _kept_rows(of_split, bar, dataset.spec, raw_split.source, split, skip_bad)
+                    _write_rows(rows, part, schema, dataset.spec)
+                    split.n_bytes = part.stat().st_size
             if summary.bad and not skip_bad:
                 raise BadSamplesError(summary.bad, n_samples)
             _refuse_empty(summary)

@@ -15,7 +15,7 @@ from clip.run_table import list_runs
 from common.errors import CheckpointError, DataError
 from run import command_line
 from tests.conftest import Workspace
-from tests.test_arrow_dataset import write
+from tests.data_files import write
 from tests.test_robustness import QUICK, error_of, robustness
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS

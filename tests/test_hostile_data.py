@@ -21,7 +21,8 @@ from common.arrow_file import open_table
 from common.errors import DataError
 from tests.custom_files import convert as convert_own
 from tests.custom_files import write_labelled
-from tests.test_arrow_dataset import file_of, memes, open_memes, write
+from tests.data_files import file_of, memes, write
+from tests.test_arrow_dataset import open_memes
 from tests.test_transforms import noise, saved, to_hwc
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec

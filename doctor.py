@@ -28,6 +28,7 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.tasks import task_of
 from clip.tokenizer import ClipTokenizer
 from clip.training import FinetuneModule
+from common.errors import ConfigError
 from config import Options, check_together, resolve
 from constraints import read_requirements
 from vilt.checkup import (
@@ -46,7 +47,6 @@ from vilt.datamodules import Batch, collate, split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
-from vilt.errors import ConfigError
 from vilt.image_cache import missing_bytes
 
 OLDEST_PYTHON = (3, 11)

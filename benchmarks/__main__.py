@@ -39,8 +39,8 @@ from benchmarks.sides import (
 )
 from benchmarks.timing import Comparison, compare, seconds
 from benchmarks.undone import whole_last_block
+from common.files import atomic_path
 from vilt.missing_tables import IMAGE_MISSING
-from vilt.utils.files import atomic_path
 
 BATCH = 16
 LEARNER_BATCH = 32

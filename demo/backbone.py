@@ -24,8 +24,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from clip.tokenizer import CONTEXT_LENGTH, END, PIECES, START, byte_characters
+from common.errors import DataError, UserError
 from demo.data import whole_folder
-from vilt.errors import DataError, UserError
 from vilt.transforms import decode_image, normalise
 
 _WORD_END = "</w>"

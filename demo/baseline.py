@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vilt.errors import DataError
+from common.errors import DataError
 
 
 def _genres_of(raw: Path, ids: Sequence[str]) -> list[set[str]]:

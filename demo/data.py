@@ -20,6 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from common import files
+from common.errors import DataError, UserError
 from demo.posters import SKIES, draw_poster
 from demo.themes import (
     DISTRACTORS,
@@ -33,8 +35,6 @@ from demo.themes import (
     TITLE_LAST,
     Theme,
 )
-from vilt.errors import DataError, UserError
-from vilt.utils import files
 
 MARKER = "made_up.json"
 """File that says that a folder was written here, so that a rerun may replace it."""

@@ -128,10 +128,10 @@ def test_files_of_the_published_converters_are_ok(examine: Any, golden_arrow: Pa
 
 def test_counts_as_published(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = ArrowDataset(DATASETS["mmimdb"], workspace.arrow, "train", 32)
-    monkeypatch.setitem(checkup.PUBLISHED_ROWS, "mmimdb", {"train": (40,)})
+    monkeypatch.setitem(dataset.spec.published_rows, "train", (40,))
     (finding,) = checkup.check_rows(dataset)
     assert finding.level == "ok" and finding.text.endswith("as published")
-    monkeypatch.setitem(checkup.PUBLISHED_ROWS, "mmimdb", {"train": (15552, 40000)})
+    monkeypatch.setitem(dataset.spec.published_rows, "train", (15552, 40000))
     (finding,) = checkup.check_rows(dataset)
     assert finding.level == "warn" and finding.text.endswith("the published split lists 15,552 or 40,000")
 
@@ -212,7 +212,7 @@ def test_a_label_out_of_range(examine: Any, arrow: Path, golden_arrow: Path) -> 
     rewrite(path, label=pa.array(labels))
     found = examine(data_root=arrow)
     assert found.failed() == {"train file"}
-    assert found.found["train file"][1] == f"{path}: row 7: column label: expected zeros and ones"
+    assert found.found["train file"][1] == f"{path}: row 7: column label: expected lists of 23 zeros and ones, found 3"
     path = golden_arrow / "food101_val.arrow"
     rewrite(path, label=pa.array([101, *column(path, "label")[1:]]))
     found = examine("batch_size=2", "per_gpu_batchsize=2", data_root=golden_arrow, task="food101")

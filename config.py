@@ -23,7 +23,6 @@ with warnings.catch_warnings():
     from sacred.utils import ConfigAddedError, SacredError
 
 from clip.backbone import HUB_NAMES
-from clip.messages import first_line, quoted
 from clip.modules.heads import HEADS
 from clip.modules.method import MethodOptions
 from clip.modules.registry import METHODS
@@ -33,10 +32,11 @@ from clip.resume import AUTO
 from clip.run_folder import read_json
 from clip.run_table import COLUMNS
 from clip.tasks import TASK_NAMES, TASKS
+from common.errors import ConfigError
+from common.messages import first_line, quoted
 from vilt.datamodules import DataSettings
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
-from vilt.errors import ConfigError
 from vilt.missing_tables import DRAWINGS, MISSING_TYPES, PUBLISHED, MissingPattern
 
 SETTINGS.CAPTURE_MODE = "no"  # Sacred would otherwise take over standard output, progress bars included

@@ -24,24 +24,22 @@ import pyarrow.compute as pc
 import pytorch_lightning as pl
 import torch
 from packaging.requirements import Requirement
-from tqdm import tqdm
 
 from clip.backbone import Backbone, load_backbone
-from clip.messages import listed, quoted
 from clip.open_model import tokenizer_for
 from clip.tokenizer import ClipTokenizer
+from common.errors import ConfigError, DataError, StorageError, UserError
+from common.messages import byte_size, listed, quoted
 from config import Options, check_together, resolve
 from vilt.datamodules import split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
-from vilt.errors import ConfigError, DataError, StorageError, UserError
 from vilt.image_cache import missing_bytes
 from vilt.missing_tables import load_missing_table, type_counts
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 SHARED_MEMORY, IMAGES_DECODED = Path("/dev/shm"), 64  # images of each split, evenly spread
-_size = partial(tqdm.format_sizeof, suffix="B")
 Found = tuple[str, str]
 """A level and a text. `FAIL`: the run would end, or give wrong results; `warn`: worth a look; else `ok`."""
 
@@ -84,8 +82,7 @@ def check_packages() -> Found:
 class StepTimer(pl.Callback):
     """Loss, seconds and trainable bytes of the newest training step."""
 
-    loss = seconds = began = 0.0
-    trainable_bytes = 0
+    loss, seconds, began, trainable_bytes = 0.0, 0.0, 0.0, 0
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.began = time.perf_counter()
@@ -117,7 +114,10 @@ class Doctor:
         if not self.options.num_gpus:
             return "warn", f"no GPU in use, {torch.get_num_threads()} threads: a published training takes days"
         free, total = torch.cuda.mem_get_info()
-        device = f"{self.options.num_gpus} × {torch.cuda.get_device_name()}, {_size(free)} of {_size(total)} free"
+        device = (
+            f"{self.options.num_gpus} × {torch.cuda.get_device_name()}, {byte_size(free)} of {byte_size(total)} free"
+        )
+        device = f"{self.options.num_gpus} × {torch.cuda.get_device_name()}, {memory}"
         return "ok" if free > total / 2 else "warn", device
 
     def check_backbone(self) -> Found:
@@ -183,7 +183,7 @@ class Doctor:
         samples = {split: len(dataset) for split, dataset in self.datasets.items()}
         run = timedelta(seconds=math.ceil(run_seconds(options, loading, timer.seconds, samples)))
         speed = f"{timer.seconds:.2f} s to train on {batch} samples, {loading:.2f} s to load them"
-        speed += f", peak memory {_size(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
+        speed += f", peak memory {byte_size(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
         slow = loading / max(1, options.num_workers) > timer.seconds
         hint = "; loading is slower than training (image_cache=True keeps decoded images)" if slow else ""
         return "warn" if slow else "ok", f"loss {timer.loss:.4f}; {speed}; the run takes about {run}{hint}"
@@ -203,8 +203,8 @@ class Doctor:
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise StorageError(f"{path}: expected a folder that can be written, or created")
             if (free := shutil.disk_usage(folder).free) < needed:
-                raise StorageError(f"{path}: {_size(free)} free, about {_size(needed)} needed for {what}")
-        return "ok", ", ".join(f"{path}: about {_size(needed)} needed for {what}" for path, needed, what in needs)
+                raise StorageError(f"{path}: {byte_size(free)} free, about {byte_size(needed)} needed for {what}")
+        return "ok", ", ".join(f"{path}: about {byte_size(needed)} needed for {what}" for path, needed, what in needs)
 
 
 def run_seconds(options: Options, loading: float, training: float, samples: Mapping[Split, int]) -> float:

@@ -4,6 +4,7 @@ python make_arrow.py --dataset mmimdb --root RAW --target OUT
 """
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -15,17 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
-from vilt.datasets.custom import CUSTOM
+from clip.text_table import align
+from common.errors import UserError
+from common.messages import byte_size, printable
 from vilt.datasets.specs import EVERY_DATASET
-from vilt.errors import UserError
-from vilt.utils import write_custom, write_food101, write_hatememes, write_mmimdb
-from vilt.utils.raw_data import RawDataset, printable
 
 if TYPE_CHECKING:
     from vilt.utils.arrow_writer import BadSample, SplitSummary, Summary
 
 N_SHOWN = 20
 """How many bad samples the terminal shows."""
+CONVERTERS = {spec.make_arrow_name: spec for spec in EVERY_DATASET.values()}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -33,7 +34,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Convert a raw dataset to arrow files. DATA.md describes the layouts of RAW and the files written."
     )
-    parser.add_argument("--dataset", required=True, choices=[spec.make_arrow_name for spec in EVERY_DATASET.values()])
+    parser.add_argument("--dataset", required=True, choices=list(CONVERTERS))
     parser.add_argument("--root", required=True, type=Path, metavar="RAW", help="folder of the raw dataset")
     parser.add_argument("--target", type=Path, metavar="OUT", help="folder for the arrow files (default: RAW)")
     parser.add_argument(
@@ -50,7 +51,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--test-split",
-        choices=write_hatememes.TEST_SPLITS,
+        choices=("test", "test_seen", "test_unseen"),
         help="hateful_memes only: the jsonl file to use for testing (default: test)",
     )
     described = parser.add_mutually_exclusive_group()
@@ -61,53 +62,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--table", type=Path, metavar="FILE", help="custom only: a table with columns image, text, label and split"
     )
     args = parser.parse_args(argv)
-    for option in ("spec", "table"):
-        if getattr(args, option) is not None and args.dataset != CUSTOM:
-            parser.error(f"--{option} belongs to --dataset {CUSTOM}, not {args.dataset}")
-    if args.test_split is not None and args.dataset != "hateful_memes":
-        parser.error(f"--test-split belongs to --dataset hateful_memes, not {args.dataset}")
+    for name, spec in CONVERTERS.items():
+        for option in spec.converter_options:
+            if getattr(args, option) is not None and args.dataset != name:
+                parser.error(f"--{option.replace('_', '-')} belongs to --dataset {name}, not {args.dataset}")
     if args.workers < 0:
         parser.error(f"--workers: expected 0 or more, found {args.workers}")
     return args
 
 
-def open_raw(dataset: str, root: Path, test_split: write_hatememes.TestSplit | None) -> RawDataset:
-    """The published dataset in `root`, its top-level files checked. Raises DataError."""
-    if dataset == "hateful_memes":
-        return write_hatememes.open_raw(root, test_split or "test")
-    return {"mmimdb": write_mmimdb.open_raw, "food101": write_food101.open_raw}[dataset](root)
-
-
-def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """The rows as lines with aligned columns; the columns numbered in `left` to the left, others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def describe_bad(bad: "list[BadSample]") -> str:
     """The bad samples for the terminal: how many for each reason, and the first of them."""
     counts = Counter(sample.reason for sample in bad)
-    lines = [f"  {line}" for line in table([(f"{n:,}", reason) for reason, n in counts.most_common()], left=[1])]
-    lines += ["", *(f"  {line}" for line in table([s.fields() for s in bad[:N_SHOWN]], left=[0, 1, 3, 4, 5]))]
+    lines = [f"  {line}" for line in align([(f"{n:,}", reason) for reason, n in counts.most_common()], "><", gap=2)]
+    lines += ["", *(f"  {line}" for line in align([sample.fields() for sample in bad[:N_SHOWN]], "<<><<<", gap=2))]
     if len(bad) > N_SHOWN:
         lines.append(f"  ... and {len(bad) - N_SHOWN:,} more")
     return "\n".join(lines)
-
-
-def size(n_bytes: int) -> str:
-    """For example `11.8 MB`."""
-    value = float(n_bytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:,.{0 if unit == 'B' else 1}f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} GB"
 
 
 def label_table(splits: "Sequence[SplitSummary]", class_names: Sequence[str]) -> list[str]:
@@ -117,7 +88,8 @@ def label_table(splits: "Sequence[SplitSummary]", class_names: Sequence[str]) ->
         (printable(name), *(f"{s.label_counts[number]:,}" for s in splits)) for number, name in enumerate(class_names)
     ]
     height = len(rows) if len(rows) <= 30 else -(-len(rows) // 2)
-    blocks = [table([header, *rows[start : start + height]], left=[0]) for start in range(0, len(rows), height)]
+    sides = "<" + ">" * len(splits)
+    blocks = [align([header, *rows[at : at + height]], sides, gap=2) for at in range(0, len(rows), height)]
     width = max(map(len, blocks[0]))
     return ["    ".join(line.ljust(width) for line in lines).rstrip() for lines in zip_longest(*blocks, fillvalue="")]
 
@@ -128,10 +100,10 @@ def describe(summary: "Summary", class_names: Sequence[str], seconds: float) -> 
 
     def row(name: str, parts: "Sequence[SplitSummary]", remark: str) -> tuple[str, ...]:
         n_samples, n_texts = sum(part.n_samples for part in parts), sum(part.n_texts for part in parts)
-        return (name, f"{n_samples:,}", f"{n_texts:,}", size(sum(part.n_bytes for part in parts)), remark)
+        return (name, f"{n_samples:,}", f"{n_texts:,}", byte_size(sum(part.n_bytes for part in parts)), remark)
 
     files = [row(s.path.name, [s], "replaced" if s.replaced else "") for s in splits]
-    lines = table([("file", "samples", "texts", "size", ""), *files, row("total", splits, "")], left=[0, 4])
+    lines = align([("file", "samples", "texts", "size", ""), *files, row("total", splits, "")], "<>>><", gap=2)
     lines += ["", *label_table(splits, class_names), ""]
     remarks = {
         "left out, no text": [s.n_without_text for s in splits],
@@ -149,23 +121,22 @@ def describe(summary: "Summary", class_names: Sequence[str], seconds: float) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit status: 0, 2 for what the user can mend, 1 for ours, 130 for Ctrl-C."""
+    """Runs the command line. Returns the exit status: 0, 2 for a user error, 1 for a fault of ours, 130 for Ctrl-C."""
     args = parse_args(argv)
-    # Here and not above: worker processes import this file, and have no use for pyarrow's 40 MB.
+    # Here and not above: worker processes import this file, and do not need pyarrow's 40 MB.
     from vilt.utils.arrow_writer import BadSamplesError, convert
 
     target: Path = args.target or args.root
     start = time.monotonic()
     try:
-        if args.dataset == CUSTOM:
-            dataset = write_custom.open_raw(args.root, args.spec, args.table)
-        else:
-            dataset = open_raw(args.dataset, args.root, args.test_split)
+        spec = CONVERTERS[args.dataset]
+        options = {name: getattr(args, name) for name in spec.converter_options if getattr(args, name) is not None}
+        dataset = importlib.import_module(spec.converter).open_raw(args.root, **options)
         summary = convert(dataset, target, args.workers, args.skip_bad)
     except BadSamplesError as error:
         print(f"error: {error}; nothing was written to {target}.\n", file=sys.stderr)
         print(describe_bad(error.bad), file=sys.stderr)
-        print("\nMend them, or leave them out with --skip-bad, which lists all of them in a file.", file=sys.stderr)
+        print("\nCorrect them, or leave them out with --skip-bad, which lists all of them in a file.", file=sys.stderr)
         return USER_ERROR
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

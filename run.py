@@ -54,7 +54,6 @@ from clip.ending import (
 )
 from clip.interruption import Stopped, end_loaders, stopping_on_signals
 from clip.logit_store import LogitModule, encode
-from clip.messages import first_line
 from clip.metrics_log import MetricsLogger
 from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model, tokenizer_for
@@ -70,6 +69,8 @@ from clip.tasks import TASKS, head_name, task_of
 from clip.tokenizer import ClipTokenizer
 from clip.trainable import freeze
 from clip.training import FinetuneModule
+from common.errors import CheckpointError, CheckupError, ConfigError, UserError, machine_error
+from common.messages import first_line
 from config import (
     EX,
     ConfigAddedError,
@@ -88,7 +89,6 @@ from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.open_spec import open_spec
-from vilt.errors import CheckpointError, CheckupError, ConfigError, UserError, machine_error
 from vilt.missing_tables import TYPE_NAMES, type_counts
 
 log = logging.getLogger("rep")

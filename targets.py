@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from clip.checkpoint import Checkpoint, check_classes, read_checkpoint
-from clip.logit_store import LogitStore, Origin, file_sha256
+from clip.logit_store import LogitStore, Origin
 from clip.robustness import Subject
 from clip.run_folder import read_json
 from clip.run_table import find_checkpoints
 from clip.tasks import task_of
+from common.errors import ConfigError, DataError
+from common.hashing import file_sha256
 from config import Options, check, read_load_paths, read_options
 from vilt.datamodules import rows_of_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import DatasetSpec
-from vilt.errors import ConfigError, DataError
 from vilt.missing_tables import NESTED, MissingPattern, published_patterns
 
 log = logging.getLogger("rep")

@@ -24,13 +24,12 @@ from benchmarks import sides
 from benchmarks.loading import Loading
 from benchmarks.sides import Comparison, Data, compare, mixed, without_image
 from clip.modules.interfaces import TowerSlots
+from common.files import atomic_path
 from vilt.missing_tables import TYPE_NAMES
-from vilt.utils.files import atomic_path
 
 BATCH, LEARNER_BATCH = 16, 32
 BEGIN, END = "<!-- measured on {} -->", "<!-- end of {} -->"
-CAPTION = r"\n\n([^|`\n].*)\n\n"
-"""A paragraph that is neither a table nor a heading, which begins with a command."""
+CAPTION = r"\n\n([^|`\n].*)\n\n"  # a paragraph that is neither a table nor a heading with a command
 BF16 = torch.bfloat16
 
 

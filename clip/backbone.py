@@ -19,14 +19,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clip.messages import first_line
 from clip.modules.vision_transformer_memory import (
     ACTIVATIONS,
     ClipArchitecture,
     ClipBackbone,
 )
-from vilt.errors import BackboneError
-from vilt.utils.torch_file import check_archive, fault_of_weights, load_inert
+from common.errors import BackboneError
+from common.hashing import file_sha256
+from common.messages import first_line
+from common.torch_file import check_archive, fault_of_weights, load_inert
 
 HUB_NAMES = {
     "ViT-B/32": "openai/clip-vit-base-patch32",
@@ -283,7 +284,7 @@ def _openai_names(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read_file(path: Path, trust: bool, activation: str | None) -> tuple[dict[str, Tensor], str]:
     """State dict of a weights file under the names it holds, and its activation."""
     if path.suffix in (".pt", ".pth") and _is_torchscript(path):
-        digest = _file_sha256(path)
+        digest = file_sha256(path)
         if digest not in OPENAI_SHA256 and not trust:
             raise BackboneError(
                 f"vit={path}: a TorchScript archive can run code, and its SHA-256 {digest} is none that OpenAI "
@@ -414,8 +415,3 @@ def _sha256(vit: str, state: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(state[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,8 +14,8 @@ from clip.checkpoint import DESCRIPTION
 from clip.checkpoint_file import write_checkpoint
 from clip.interruption import Stopped, StopRequest
 from clip.training import FinetuneModule
+from common.errors import CheckpointError
 from vilt.datamodules import Batch, TimedLoader
-from vilt.errors import CheckpointError
 
 log = logging.getLogger("rep")
 

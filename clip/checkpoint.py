@@ -5,7 +5,6 @@ except the dynamic queries, which follow from the seed of their run (METHOD.md s
 `torch.load` runs with `weights_only=True`, and the classes that published files mention become inert stand-ins.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from clip.backbone import Backbone, architecture_of
 from clip.checkpoint_file import check_whole
-from clip.messages import first_line, quoted
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.heads import HEADS
 from clip.modules.method import UNUSED, MethodOptions
@@ -27,10 +25,12 @@ from clip.published_queries import published_queries
 from clip.tasks import TASK_NAMES, TASKS, task_of
 from clip.tokenizer import ClipTokenizer
 from clip.trainable import freeze, parts_of
+from common.errors import CheckpointError
+from common.hashing import file_sha256
+from common.messages import first_line, quoted
+from common.torch_file import check_archive, fault_of_weights, load_inert
 from vilt.datasets.arrow_dataset import ArrowDataset, first_repeated
 from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.errors import CheckpointError
-from vilt.utils.torch_file import check_archive, fault_of_weights, load_inert
 
 log = logging.getLogger(__name__)
 
@@ -201,8 +201,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for name, value in state.items():
         if (fault := fault_of_weights(value)) is not None:
             raise CheckpointError(f"{path}: {name} {fault}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     described = raw.get(DESCRIPTION)
     if described is None:
         return Checkpoint(path, digest, _published_spec(path, state), model_names(state), None, None)

@@ -14,9 +14,9 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from clip.messages import first_line
-from vilt.errors import NO_SPACE, CheckpointError, StorageError
-from vilt.utils.files import atomic_path
+from common.errors import NO_SPACE, CheckpointError, StorageError
+from common.files import atomic_path
+from common.messages import first_line
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -5,8 +5,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from clip.messages import first_line
-from vilt.utils.files import atomic_path
+from common.files import atomic_path
+from common.messages import first_line
 
 DONE, OUR_FAULT, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 """Exit statuses; the last two as shells have it: 128 and the number of SIGINT or SIGTERM."""

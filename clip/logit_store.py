@@ -7,11 +7,9 @@ bring logits.arrow with them, and take the place of the folder as a whole.
 Shapes: T missing types (complete, text missing, image missing), N samples, C classes.
 """
 
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,14 +25,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from clip.messages import quoted
 from clip.training import FinetuneModule
+from common.arrow_file import open_table
+from common.errors import CheckpointError, DataError, UserError, reason_of
+from common.files import atomic_path, new_folder, restore_folder
+from common.messages import quoted
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.errors import CheckpointError, DataError, UserError, reason_of
 from vilt.missing_tables import TYPE_NAMES
-from vilt.utils.arrow_file import open_table
-from vilt.utils.files import atomic_path, new_folder, remove_leftovers
 
 log = logging.getLogger("rep")
 
@@ -118,7 +116,7 @@ class LogitStore:
             CheckpointError: logits.arrow has another origin.
             DataError: it is damaged, or something else.
         """
-        remove_leftovers(self.folder.resolve().parent, re.escape(self.folder.resolve().name))
+        restore_folder(self.folder)
         if self._is_whole:
             return []
         return [kind for kind in range(len(TYPE_NAMES)) if not self._has_part(kind)]
@@ -304,12 +302,6 @@ def encode(
         assert module.collected is not None and len(module.collected[0]) == len(dataset)
         if trainer.is_global_zero:
             store.keep(missing_type, *module.collected)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _link(source: str, target: str) -> None:

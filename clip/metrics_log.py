@@ -10,7 +10,7 @@ from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
-from vilt.utils.files import atomic_path
+from common.files import atomic_path
 
 
 class MetricsLogger(CSVLogger):

@@ -10,7 +10,7 @@ from clip.backbone import HUB_NAMES, load_backbone
 from clip.checkpoint import Checkpoint, check_tokenizer, restore_classifier
 from clip.modules.classifier import MissingModalityClassifier
 from clip.tokenizer import ClipTokenizer, load_tokenizer
-from vilt.errors import BackboneError
+from common.errors import BackboneError
 
 log = logging.getLogger("rep")
 

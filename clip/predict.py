@@ -24,20 +24,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip.checkpoint import Checkpoint, read_checkpoint
-from clip.messages import listed
 from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model
 from clip.text_table import per_cent, ruled_table
 from clip.tokenizer import ClipTokenizer
 from clip.training import model_input
+from common.errors import DataError, reason_of
+from common.files import atomic_path
+from common.messages import listed, printable
 from vilt.datamodules import Batch, collate_for_evaluation
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.specs import DATASETS
-from vilt.errors import DataError, reason_of
 from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING, TYPE_NAMES
 from vilt.transforms import decode_image
-from vilt.utils.files import atomic_path
-from vilt.utils.raw_data import MAX_FILE_BYTES, printable
+from vilt.utils.raw_data import MAX_FILE_BYTES
 from vilt.utils.tables import DELIMITERS, table_rows
 
 THRESHOLD = 0.5

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 
 from clip.ending import OUR_FAULT, USER_ERROR
 from clip.interruption import Stopped
-from vilt.errors import NonFiniteLossError
+from common.errors import NonFiniteLossError
 
 SECONDS_TO_END = 5
 """For a process whose connections are gone."""

@@ -5,7 +5,7 @@ The published code inherits ViLT's configuration, most of which is for ViLT's ow
 
 from collections.abc import Sequence
 
-from vilt.errors import ConfigError
+from common.errors import ConfigError
 
 RENAMED = {"prompt_length": "memory_length", "prompt_depth": "memory_depth"}
 """DCP's names."""

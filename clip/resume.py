@@ -14,11 +14,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip.checkpoint_file import check_whole
-from clip.messages import first_line
 from clip.option_names import OF_OTHER_COMMANDS
 from clip.run_folder import read_json
-from vilt.errors import CheckpointError, DataError
-from vilt.utils.locks import locked
+from common.errors import CheckpointError, DataError
+from common.locks import locked
+from common.messages import first_line
 
 log = logging.getLogger("rep")
 

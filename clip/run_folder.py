@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from clip.messages import first_line
+from common.errors import ConfigError, DataError
+from common.files import atomic_path
+from common.messages import first_line
+from common.strict_json import kind_of, parse_json
 from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.errors import ConfigError, DataError
-from vilt.utils.files import atomic_path
-from vilt.utils.raw_data import kind_of, parse_json
 
 PACKAGES = (
     "torch",

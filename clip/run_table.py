@@ -10,13 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from clip.messages import first_line, quoted
 from clip.run_folder import custom_in, read_json, write_csv
 from clip.tasks import task_of
 from clip.text_table import align, pattern_text
-from vilt.errors import ConfigError, DataError, reason_of
-from vilt.utils.files import whole_lines
-from vilt.utils.torch_file import load_inert
+from common.errors import ConfigError, DataError, reason_of
+from common.files import whole_lines
+from common.messages import first_line, quoted
+from common.torch_file import load_inert
 
 log = logging.getLogger("rep")
 

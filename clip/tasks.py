@@ -1,4 +1,4 @@
-"""The table of tasks: head, loss, metrics and the metric that chooses the best model (METHOD.md section 4)."""
+"""Tasks: head, loss, metrics and the metric that chooses the best model (METHOD.md section 4), by dataset."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clip.metrics import auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
 from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.specs import DATASETS, DatasetSpec, custom_spec
 
 
 def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -16,6 +17,15 @@ def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "binary_cross_entropy": _binary_cross_entropy,
+    "cross_entropy": _cross_entropy,
+}
+METRICS: dict[str, Callable[[Tensor, Tensor], dict[str, float]]] = {
+    metric.__name__: metric for metric in (multilabel_f1, class_accuracy, macro_f1_and_accuracy, auroc_and_accuracy)
+}
 
 
 def head_name(task: str) -> str:
@@ -42,28 +52,15 @@ class Task:
         return head_name(self.name)
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("mmimdb", 23, _binary_cross_entropy, multilabel_f1, "f1_macro"),
-        Task("food101", 101, _cross_entropy, class_accuracy, "accuracy"),
-        Task("hatememes", 2, _cross_entropy, auroc_and_accuracy, "auroc"),
-    )
-}
+def task_with(spec: DatasetSpec) -> Task:
+    """The task of a dataset."""
+    return Task(spec.name, spec.n_classes, LOSSES[spec.loss], METRICS[spec.metrics], spec.monitor)
+
+
+TASKS: dict[str, Task] = {name: task_with(spec) for name, spec in DATASETS.items()}
 TASK_NAMES = (*TASKS, CUSTOM)
-"""With that of one's own data."""
-METRICS_OF_CUSTOM: dict[tuple[str, str], Callable[[Tensor, Tensor], dict[str, float]]] = {
-    ("multi", "f1_macro"): multilabel_f1,
-    ("single", "accuracy"): class_accuracy,
-    ("single", "f1_macro"): macro_f1_and_accuracy,
-    ("single", "auroc"): auroc_and_accuracy,
-}
-"""Of one's own data, by its labels and the metric that it names."""
 
 
 def task_of(name: str, custom: CustomData | None) -> Task:
-    """The row of a task; that of one's own data follows from what the data says."""
-    if custom is None:
-        return TASKS[name]
-    loss = _binary_cross_entropy if custom.labels == "multi" else _cross_entropy
-    return Task(name, custom.n_classes, loss, METRICS_OF_CUSTOM[custom.labels, custom.metric], custom.metric)
+    """The task of a dataset by its name; that of a custom dataset follows from what the data says."""
+    return TASKS[name] if custom is None else task_with(custom_spec(custom))

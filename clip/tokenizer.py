@@ -14,8 +14,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
-from clip.messages import first_line
-from vilt.errors import BackboneError
+from common.errors import BackboneError
+from common.messages import first_line
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77

@@ -16,8 +16,8 @@ from clip.modules.interfaces import IMAGE_MISSING, TEXT_MISSING, ModelInput
 from clip.numerics import GradientWatch, first_not_finite
 from clip.optimization import OptimizerSettings, make_optimizer, make_schedule, schedule_steps
 from clip.tasks import task_of
+from common.errors import NonFiniteLossError
 from vilt.datamodules import Batch, MissingModalityData
-from vilt.errors import NonFiniteLossError
 from vilt.transforms import normalise
 
 log = logging.getLogger("rep")

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from clip.metrics import multilabel_f1
+from common.errors import UserError
 from demo.backbone import make_backbone
 from demo.data import write_pretrain, write_task
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS, SPLITS
-from vilt.errors import UserError
 
 FILMS, PRETRAIN_FILMS, PRETRAIN_STEPS = 1200, 3000, 400
 TRAINING = {

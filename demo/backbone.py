@@ -19,8 +19,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from clip.tokenizer import CONTEXT_LENGTH, END, PIECES, START, byte_characters
+from common.errors import DataError
 from demo.data import whole_folder
-from vilt.errors import DataError
 from vilt.transforms import decode_image, normalise
 
 _WORD_END = "</w>"

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from common import files
 from demo import themes
 from demo.posters import SKIES, draw_poster
 from demo.themes import FILLERS, THEME_BY_GENRE, THEMES, Theme
-from vilt.utils import files
 
 MARKER = "made_up.json"
 """File that says that a folder was written here, so that a rerun may replace it."""

@@ -17,17 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip.messages import first_line, quoted
 from clip.run_folder import custom_in, read_json
 from clip.run_table import best_validation
 from clip.tasks import TASK_NAMES, TASKS, Task, task_of
+from common.arrow_file import open_table
+from common.errors import ConfigError, DataError
+from common.files import whole_lines
+from common.hashing import file_sha256
+from common.messages import first_line, quoted
 from report.text import without_home
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, custom_spec
-from vilt.errors import ConfigError, DataError
 from vilt.missing_tables import MISSING_TYPES, TYPE_NAMES
-from vilt.utils.arrow_file import open_table
-from vilt.utils.files import whole_lines
 
 log = logging.getLogger("rep")
 
@@ -398,8 +399,7 @@ def _check_task(found: str, expected: str) -> None:
 
 def _check_checkpoint(recorded: str, best: Path) -> None:
     if best.is_file():  # a run may be kept without its checkpoint
-        with best.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        actual = file_sha256(best)
         if recorded != actual:
             raise ValueError(
                 f"results of another checkpoint: expected those of best.ckpt (sha256 {actual[:12]}), "

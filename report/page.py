@@ -10,6 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from common.errors import DataError, reason_of
+from common.files import check_replaceable, whole_folder
 from report.collect import Run, read_runs
 from report.parts import options_table, report_command, run_details, section_of, versions_table
 from report.samples import INPUT_TITLES, SampleCard, SampleGrid, samples_table
@@ -18,8 +20,6 @@ from report.searches import Search, read_searches
 from report.series import by_dataset
 from report.tables import runs_table
 from report.text import counted, day, listed
-from vilt.errors import DataError, reason_of
-from vilt.utils.files import check_replaceable, whole_folder
 
 MARKER = "report.json"
 """File that says that a folder is a report, so that a later one may replace it."""

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip.metrics import THRESHOLD
+from common.errors import DataError
 from report.collect import LOGIT_COLUMNS, Robustness, Run, read_logits
 from report.tables import Column, Table
 from report.text import dataset_title, excerpt
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.errors import DataError
+from vilt.images import open_rgb
 from vilt.missing_tables import TYPE_NAMES
-from vilt.utils.images import open_rgb
 
 SHOWN = 24
 TEXT_LENGTH = 220

@@ -15,12 +15,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from clip.messages import first_line
 from clip.run_folder import read_json
+from common.errors import DataError
+from common.messages import first_line
 from config import is_range
 from report.collect import Run
 from report.text import counted, without_home
-from vilt.errors import DataError
 
 TOP_SHARE = 0.25
 """Of the complete trials, those that importances tell from the rest."""

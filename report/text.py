@@ -6,18 +6,17 @@ from datetime import datetime
 
 from report.estimate import Estimate
 from vilt.datasets.custom import CUSTOM
+from vilt.datasets.specs import DATASETS
 
 NOT_MEASURED = "not measured"
 NOT_APPLICABLE = "—"
-DATASET_TITLES = {"mmimdb": "MM-IMDb", "food101": "UPMC Food-101", "hatememes": "Hateful Memes"}
-"""Of the published datasets."""
 _NAME = r"[^/\\\\\s\"',;:]+"
 _HOME = re.compile(rf"(?<![\w.~-])(?:/home/{_NAME}|/Users/{_NAME}|/root(?![\w.-])|[A-Za-z]:\\+Users\\+{_NAME})")
 
 
 def dataset_title(task: str) -> str:
-    """As texts and figures name the dataset; one's own is called what its spec.yaml says."""
-    return DATASET_TITLES.get(task, task.removeprefix(f"{CUSTOM}_"))
+    """As texts and figures name the dataset; a custom one is called what its spec.yaml says."""
+    return DATASETS[task].title if task in DATASETS else task.removeprefix(f"{CUSTOM}_")
 
 
 def percent(share: float) -> str:

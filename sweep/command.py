@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from clip.interruption import Stopped
-from clip.messages import quoted
 from clip.run_folder import write_json
 from clip.tasks import task_of
+from common.errors import ConfigError, SweepError
+from common.locks import locked
+from common.messages import quoted
 from config import Options, check
 from sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
 from sweep.jobs import run_command
 from sweep.launchers import CLUSTERS, make_launcher
 from sweep.search import check_values, open_search, run_search
 from vilt.datasets.open_spec import open_spec
-from vilt.errors import ConfigError, SweepError
-from vilt.utils.locks import locked
 
 log = logging.getLogger("rep")
 

@@ -10,15 +10,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip.messages import quoted
 from clip.run_folder import read_json, write_csv
 from clip.text_table import per_cent, ruled_table
+from common.errors import DataError, SweepError
+from common.files import atomic_path
+from common.messages import quoted
 from config import Options
 from sweep.jobs import Job
 from sweep.launchers import Launcher
 from sweep.progress import Progress, duration
-from vilt.errors import DataError, SweepError
-from vilt.utils.files import atomic_path
 
 log = logging.getLogger("rep")
 

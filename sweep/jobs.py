@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vilt.errors import BusyError
-from vilt.utils.locks import locked
+from common.errors import BusyError
+from common.locks import locked
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
 PATIENCE_S = 60.0

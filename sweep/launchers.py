@@ -11,9 +11,9 @@ from typing import Any
 import submitit
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
-from clip.messages import first_line
+from common.errors import ConfigError
+from common.messages import first_line
 from sweep.jobs import RUN, Job, Outcome, error_in, run_job
-from vilt.errors import ConfigError
 
 log = logging.getLogger("rep")
 

@@ -20,14 +20,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from clip.messages import first_line
 from clip.run_folder import write_csv
 from clip.text_table import ruled_table
+from common.errors import ConfigError, SweepError
+from common.messages import first_line
 from config import Options, check, is_range, is_range_of_steps
 from sweep.jobs import Job, Outcome, run_command
 from sweep.launchers import Launcher
 from sweep.progress import Progress
-from vilt.errors import ConfigError, SweepError
 
 log = logging.getLogger("rep")
 

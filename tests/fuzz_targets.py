@@ -23,13 +23,13 @@ from clip.predict import read_items
 from clip.run_folder import read_json
 from clip.run_table import list_runs
 from clip.tokenizer import ClipTokenizer, load_tokenizer
+from common.errors import DataError, UserError
 from config import EX, read_options
 from report.collect import read_runs
 from tests.archives import rewritten
 from tests.models import TINY, tiny_classifier
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
-from vilt.errors import DataError, UserError
 from vilt.missing_tables import MissingPattern, load_missing_table
 from vilt.utils.raw_data import BadSampleError, read_image
 

@@ -12,13 +12,13 @@ import torch
 from clip.checkpoint import read_checkpoint
 from clip.predict import load_model
 from clip.run_table import list_runs
+from common.errors import CheckpointError, DataError
 from run import command_line
 from tests.conftest import Workspace
-from tests.test_arrow_dataset import write
+from tests.data_files import write
 from tests.test_robustness import QUICK, error_of, robustness
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
-from vilt.errors import CheckpointError, DataError
 
 DISHES = [f"dish {number}" for number in range(101)]
 SMALL = ("batch_size=2", "per_gpu_batchsize=2", "max_epoch=1")

@@ -21,11 +21,11 @@ from clip.backbone import HUB_NAMES, Backbone, architecture_of, load_backbone
 from clip.checkpoint import ModelSpec, build_classifier
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
+from common.errors import BackboneError
 from tests import golden
 from tests.backbones import random_hf_clip
 from tests.models import TINY, published_name
 from tests.test_tokenizer import SENTENCES, SlowTokenizer, train_merges, write_folder
-from vilt.errors import BackboneError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, but the format of OpenAI's archives
 ROOT = Path(__file__).parents[1]
@@ -659,7 +659,7 @@ print(len(attempts))
 NOT_THERE = """
 from clip.backbone import load_backbone
 from clip.tokenizer import load_tokenizer
-from vilt.errors import BackboneError
+from common.errors import BackboneError
 for load, name in ((load_backbone, "ViT-L/14@336px"), (load_tokenizer, "openai/clip-vit-large-patch14-336")):
     try:
         load(name)

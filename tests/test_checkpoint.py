@@ -31,11 +31,11 @@ from clip.checkpoint import (
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture
+from common.errors import CheckpointError
 from tests import golden
 from tests.archives import rewritten
 from tests.backbones import random_hf_clip
 from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
-from vilt.errors import CheckpointError
 
 TYPES = [0, 1, 2, 0, 2]
 VIT_B_16 = ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu")

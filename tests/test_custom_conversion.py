@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 import make_arrow
+from common.errors import DataError
 from tests.custom_files import convert, films_as_custom, png, read_arrow, write_jsonl, write_labelled
 from vilt.datasets.custom import CustomData
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS
-from vilt.errors import DataError
 from vilt.utils import write_custom
 
 ROOT = Path(__file__).parents[1]

@@ -12,6 +12,7 @@ from PIL import Image
 
 import sweep.launchers
 from clip.tokenizer import byte_characters
+from common.errors import DataError
 from demo import __main__ as demo
 from demo import data
 from demo.__main__ import frequent_genres_f1
@@ -21,7 +22,6 @@ from run import command_line
 from sweep.jobs import Job, Outcome
 from tests.conftest import Workspace
 from vilt.datasets.specs import MMIMDB_GENRES
-from vilt.errors import DataError
 
 transformers = pytest.importorskip("transformers", reason="the tiny CLIP is a transformers model")
 from demo import backbone  # noqa: E402

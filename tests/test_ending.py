@@ -19,9 +19,9 @@ import make_arrow
 import run
 from clip.run_folder import write_json
 from clip.training import FinetuneModule
+from common.errors import NO_SPACE, MachineError, UserError, machine_error
 from run import command_line
 from tests.conftest import Workspace
-from vilt.errors import NO_SPACE, MachineError, UserError, machine_error
 from vilt.utils import arrow_writer
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def test_the_traceback_of_a_user_error_is_kept_too(
     last = said.splitlines()[-1]
     assert last.startswith("error: the loss became nan at step ") and last.endswith(f" (traceback in {kept})")
     assert "Traceback" not in said
-    assert "vilt.errors.NonFiniteLossError: the loss became nan" in kept.read_text()
+    assert "common.errors.NonFiniteLossError: the loss became nan" in kept.read_text()
 
 
 @pytest.mark.parametrize(

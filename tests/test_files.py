@@ -1,7 +1,9 @@
-"""Files and folders are whole at every moment, whenever their writer is killed."""
+"""Files and folders are intact at every moment, whenever their writer is killed."""
 
+import errno
 import json
 import multiprocessing
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from clip.run_folder import write_csv, write_json
+from common.errors import DataError
+from common.files import NEW, OLD, atomic_path, new_folder, restore_folder, whole_folder, whole_lines
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
-from vilt.errors import DataError
-from vilt.utils import arrow_writer, files
-from vilt.utils.files import atomic_path, whole_folder
+from vilt.utils import arrow_writer
 
 FORK = multiprocessing.get_context("fork")
 LENGTH = 50_000
@@ -44,6 +46,7 @@ def _folder(target: Path, number: int) -> None:
 
 def _number_in(target: Path) -> int:
     """The number that `target` was written with, in each of its files."""
+    restore_folder(target)
     if target.is_dir():
         (number,) = {_number_in(target / name) for name in ("a", "b")}
         return number
@@ -83,21 +86,74 @@ def test_a_killed_writer_leaves_the_old_or_the_new(
     assert any(found)  # not all were killed before they wrote anything
 
 
-def test_without_an_exchange_of_names_a_folder_is_replaced_in_two_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
-    for number in (1, 2):
-        _folder(tmp_path / "folder", number)
-        assert _number_in(tmp_path / "folder") == number
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+def test_what_a_killed_writer_left_goes_with_the_next_writing_of_the_same_a_day_later(tmp_path: Path) -> None:
+    target = tmp_path / "a[b.csv"
+    old, new, others = (tmp_path / f".{name}.part" for name in ("a[b.csv.0123abcd", "a[b.csv.123abcde", "c.0123abcd"))
+    for part in (old, new, others):
+        part.write_text("half")
+        os.utime(part, (time.time() - 90_000 * (part != new),) * 2)
+    _bytes(target, 1)
+    assert set(tmp_path.iterdir()) == {target, new, others}
 
 
-def test_arrow_files_of_two_conversions_are_refused(
-    workspace_raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_folder_without_a_successor_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer is killed, or told to stop, between its two renames."""
+    target, part = tmp_path / "folder", tmp_path / ".folder.0123abcd.part"
+
+    def read() -> list[str]:
+        return [path.name for path in target.iterdir()]
+
+    for restore in (restore_folder, lambda target: new_folder(target).__enter__()):
+        (part / OLD).mkdir(parents=True, exist_ok=True)
+        (part / OLD / "old").touch()
+        (part / NEW).mkdir(exist_ok=True)
+        restore(target)
+        assert read() == ["old"]
+        (target / "old").unlink()
+        target.rmdir()
+    target.mkdir()
+    (target / "old").touch()
+    replace = Path.replace
+
+    def stopped(path: Path, to: Path) -> Path:
+        if path.name == NEW:
+            raise KeyboardInterrupt
+        return replace(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt), new_folder(target) as fresh:
+            (fresh / "new").touch()
+    assert read() == ["old"]
+    with new_folder(target) as fresh:
+        (fresh / "new").touch()
+    assert read() == ["new"]
+
+
+def test_errors_name_the_target_and_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as raised, atomic_path(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "file")
+    with pytest.raises(OSError) as raised, new_folder(tmp_path / "folder") as fresh:
+        (fresh / "below" / "no folder").touch()
+    assert raised.value.filename == str(tmp_path / "folder" / "below" / "no folder")
+    with pytest.raises(OSError) as raised, atomic_path(tmp_path / "file"):
+        (tmp_path / "elsewhere").read_bytes()
+    assert raised.value.filename == str(tmp_path / "elsewhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("text", "lines"), [("a\r\nb\r\n", 2), ("a\nb", 1), ("a\nb\r", 1), ("a", 0), ("", 0)])
+def test_a_last_line_that_is_cut_is_left_out(tmp_path: Path, text: str, lines: int) -> None:
+    (tmp_path / "log").write_bytes(text.encode())
+    with (tmp_path / "log").open(newline="") as file:
+        assert [line.strip() for line in whole_lines(file)] == ["a", "b"][:lines]
+
+
+def test_arrow_files_of_two_conversions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """make_arrow.py is killed between two of the renames."""
     import make_arrow
+    from demo.data import write_task
 
     class Killed(BaseException):
         pass
@@ -110,25 +166,16 @@ def test_arrow_files_of_two_conversions_are_refused(
                 raise Killed
 
     out, spec = tmp_path / "arrow", DATASETS["mmimdb"]
-    command = ["--dataset", "mmimdb", "--root", str(workspace_raw), "--target", str(out), "--workers", "0"]
+    write_task(tmp_path / "films", films=12, seed=0)
+    command = ["--dataset", "mmimdb", "--root", str(tmp_path / "films"), "--target", str(out), "--workers", "0"]
     assert make_arrow.main(command) == 0
     names = {path.name for path in out.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(arrow_writer, "atomic_path", killed_at_the_second)
         with pytest.raises(Killed):
             make_arrow.main(command)
-    with pytest.raises(DataError, match=r"arrow: its mmimdb files are being replaced, or were when .* two conversions"):
+    with pytest.raises(DataError, match=r"arrow: its mmimdb files .* two conversions"):
         ArrowDataset(spec, out, "train", 32)
     assert make_arrow.main(command) == 0
     assert {path.name for path in out.iterdir()} == names
     assert len(ArrowDataset(spec, out, "train", 32)) > 0
-
-
-@pytest.fixture(scope="module")
-def workspace_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A raw dataset of a few made-up films."""
-    from demo.data import write_task
-
-    root = tmp_path_factory.mktemp("raw")
-    write_task(root / "films", films=12, seed=0)
-    return root / "films"

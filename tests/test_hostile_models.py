@@ -32,15 +32,15 @@ from clip.checkpoint import (
 )
 from clip.modules.method import MethodOptions
 from clip.tokenizer import MOST_BYTES, load_tokenizer
+from common.errors import BackboneError, CheckpointError, DataError, UserError
+from common.torch_file import check_archive, load_inert
 from run import command_line
 from tests.backbones import random_hf_clip
 from tests.conftest import Workspace
 from tests.models import TINY, tiny_classifier
 from tests.report_files import write_run
 from tests.test_backbone import openai_state
-from vilt.errors import BackboneError, CheckpointError, DataError, UserError
 from vilt.missing_tables import MissingPattern, load_missing_table
-from vilt.utils.torch_file import check_archive, load_inert
 
 SPEC = ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY)
 WEIGHT = "model.memory_learner.text_memory_complete"

@@ -17,6 +17,7 @@ import pytest
 from clip.logit_store import LogitStore, Origin
 from clip.resume import Progress, find_progress
 from clip.run_table import list_runs
+from common.errors import DataError, UserError
 from report.collect import read_logits, read_runs
 from report.page import make_report
 from run import command_line
@@ -24,7 +25,6 @@ from tests.report_files import TestSet, write_run
 from tests.test_sweep import SetUp, Sweep, error_line, stand_in, sweep  # noqa: F401 - two fixtures
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
-from vilt.errors import DataError, UserError
 
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
 ROBUSTNESS = "robustness/robustness.json"

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import DataError
+from common.files import atomic_path
 from vilt import missing_tables
 from vilt.datasets.specs import DATASETS, SPLITS, Split
-from vilt.errors import DataError
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, type_counts
-from vilt.utils.files import atomic_path
 
 ROOT = Path(__file__).parents[1]
 BOTH = MissingPattern("both", 0.7, 0.5, 0)

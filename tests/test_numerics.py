@@ -11,10 +11,10 @@ from clip.checkpoint import ModelSpec
 from clip.modules.method import MethodOptions
 from clip.numerics import BadStep, GradientWatch, first_not_finite
 from clip.training import FinetuneModule
+from common.errors import NonFiniteLossError
 from run import command_line
 from tests.conftest import Workspace
 from tests.models import TINY, model_input, tiny_batch, tiny_classifier
-from vilt.errors import NonFiniteLossError
 
 INF, NAN = float("inf"), float("nan")
 

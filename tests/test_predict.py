@@ -14,10 +14,10 @@ from PIL import Image
 
 from clip.checkpoint import read_checkpoint
 from clip.predict import Item, Predictor, load_model, read_items
+from common.errors import CheckpointError, DataError
 from run import command_line
 from tests.conftest import Workspace
 from vilt.datasets.specs import MMIMDB_GENRES
-from vilt.errors import CheckpointError, DataError
 from vilt.missing_tables import TYPE_NAMES
 
 

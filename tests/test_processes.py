@@ -77,7 +77,7 @@ FinetuneModule.training_step = spoil
 BAD_IMAGE = """
 import os
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.errors import DataError
+from common.errors import DataError
 def refuse(self, row):
     raise DataError(f"{self.path}: row {row}: the image cannot be decoded: made up")
 if os.environ.get("LOCAL_RANK", "0") == "{rank}":

@@ -18,6 +18,7 @@ from clip.backbone import load_backbone
 from clip.checkpoint import read_checkpoint, restore_classifier
 from clip.optimization import AdamW, OptimizerSettings, make_optimizer, make_schedule, schedule_steps
 from clip.published_queries import published_queries
+from common.errors import ConfigError
 from config import EX, Options, check, resolve
 from run import command_line, validation_interval
 from tests.conftest import Workspace
@@ -25,7 +26,6 @@ from tests.models import TINY, published_name, published_state
 from tests.test_run import evaluate, results_of
 from vilt.datamodules import rows_of_splits
 from vilt.datasets.specs import DATASETS, SPLITS
-from vilt.errors import ConfigError
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, published_patterns
 
 

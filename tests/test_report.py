@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common import files
+from common.errors import ConfigError, DataError, UserError
 from report import make_report
 from report.collect import Run, read_runs
 from report.comparison import compared_variants, comparison_figure, comparison_table
@@ -40,8 +42,6 @@ from run import command_line
 from tests.conftest import Workspace
 from tests.report_files import TestSet, at, sha256_of, write_films, write_logits, write_run
 from vilt.datasets.specs import MMIMDB_GENRES
-from vilt.errors import ConfigError, DataError, UserError
-from vilt.utils import files
 
 HOSTILE = (
     """<script>alert("x")</script>'"> <img src=x onerror=alert(1)> | `code` *stars* [a](http://b) {{ 7 * 7 }} $x$ _"""

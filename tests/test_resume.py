@@ -16,9 +16,9 @@ import run
 from clip import checkpoint_file
 from clip.checkpoint_file import check_whole, write_checkpoint
 from clip.resume import Progress, find_progress
+from common.errors import CheckpointError, StorageError
 from run import command_line
 from tests.conftest import Workspace
-from vilt.errors import CheckpointError, StorageError
 
 OPTIONS = ("val_check_interval=0.4", "max_epoch=1")
 

@@ -18,10 +18,10 @@ from clip.backbone import load_backbone
 from clip.checkpoint import ModelSpec, read_checkpoint, restore_classifier
 from clip.modules.method import MethodOptions
 from clip.training import FinetuneModule
+from common.errors import NonFiniteLossError
 from run import command_line
 from tests.conftest import Workspace
 from tests.models import TINY, tiny_classifier
-from vilt.errors import NonFiniteLossError
 
 ROOT = Path(__file__).parents[1]
 

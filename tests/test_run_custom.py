@@ -16,14 +16,14 @@ from clip.checkpoint import ModelSpec, build_classifier, read_checkpoint
 from clip.metrics import macro_f1_and_accuracy
 from clip.modules.method import MethodOptions
 from clip.sample_statistics import RESAMPLED
-from clip.tasks import METRICS_OF_CUSTOM, TASKS, task_of
+from clip.tasks import TASKS, task_of
+from common.errors import CheckpointError
 from run import command_line
 from tests.conftest import Workspace
 from tests.custom_files import convert, films_as_custom, write_labelled
 from tests.models import TINY
 from vilt.datasets.custom import CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS
-from vilt.errors import CheckpointError
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
 MOVIES = Path(__file__).parents[2] / "shared" / "data" / "movies"
@@ -380,9 +380,7 @@ def test_a_configuration_without_its_dataset(tmp_path: Path, measured: dict[str,
 
 
 def test_every_metric_that_data_may_name_has_its_row() -> None:
-    named = {(labels, metric) for labels, metrics in CUSTOM_METRICS.items() for metric in metrics}
-    assert named == set(METRICS_OF_CUSTOM)
-    for labels, metric in named:
+    for labels, metric in [(labels, metric) for labels, metrics in CUSTOM_METRICS.items() for metric in metrics]:
         custom = CustomData("x", labels, ("a", "b"), metric)  # type: ignore[arg-type]
         task = task_of("custom", custom)
         target = torch.tensor([[1, 0], [0, 1], [1, 1]]) if labels == "multi" else torch.tensor([0, 1, 1])

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from clip.run_table import find_checkpoints, list_runs, sort_runs
+from common.errors import ConfigError
 from config import EX
 from run import command_line
 from tests.conftest import Workspace
-from vilt.errors import ConfigError
 
 BEGAN = 1_750_000_000
 

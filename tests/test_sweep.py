@@ -24,6 +24,8 @@ import torch
 from optuna.trial import TrialState
 
 from clip.text_table import ruled_table
+from common.errors import ConfigError
+from common.locks import locked
 from run import command_line
 from sweep import jobs
 from sweep.grid import mean_and_std
@@ -32,8 +34,6 @@ from sweep.launchers import Submission, _run_submitted, make_launcher
 from sweep.progress import Progress, duration
 from tests.conftest import Workspace
 from tests.custom_files import convert, write_labelled
-from vilt.errors import ConfigError
-from vilt.utils.locks import locked
 
 STAND_IN = """
 import json, os, pathlib, shutil, signal, sys, time

@@ -23,8 +23,8 @@ import regex  # type: ignore[import-untyped]
 from transformers import CLIPTokenizer
 
 from clip.tokenizer import CLIP_MERGES, END, START, ClipTokenizer, load_tokenizer
+from common.errors import BackboneError
 from tests import golden
-from vilt.errors import BackboneError
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog and then the other dogs, too; they've all seen it: 1999 was the year",

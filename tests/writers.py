@@ -28,6 +28,9 @@ from clip.metrics_log import MetricsLogger
 from clip.robustness import RESULTS
 from clip.run_folder import read_json, write_json
 from clip.tasks import TASKS
+from common import files
+from common.errors import DataError, UserError, machine_error
+from common.files import restore_folder
 from demo.data import write_task
 from run import command_line
 from tests.conftest import Workspace
@@ -37,10 +40,8 @@ from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS
-from vilt.errors import DataError, UserError, machine_error
 from vilt.image_cache import missing_bytes
 from vilt.missing_tables import MissingPattern, load_missing_table, read_kept_table
-from vilt.utils import files
 from vilt.utils.mapped_array import MappedArray
 
 GOLDEN_RAW = Path(__file__).parent / "data" / "golden" / "raw"
@@ -71,7 +72,7 @@ class Writer:
     status: int = 2
     """Exit status on a full disk."""
     between: tuple[Any, ...] = ()
-    """What a reader may find besides the old and the new."""
+    """What a reader may find besides the old and the new; None of a folder that is just being replaced."""
 
 
 def run_writer(
@@ -93,15 +94,16 @@ def run_writer(
         os.dup2(said.fileno(), descriptor)
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    in_use = files.in_use
+    parts = files._parts
 
-    def begin(path: Path) -> Any:
-        files.in_use = in_use
+    def begin(target: Path) -> list[Path]:
+        files._parts = parts
         signals.send("begins")
-        return in_use(path)
+        return parts(target)
 
-    files.in_use = begin
-    for owner, function in ((os, "fsync"), (os, "replace"), (files, "_exchange")):
+    files._parts = begin
+    files.ABANDONED_S = 0
+    for owner, function in ((os, "fsync"), (os, "replace")):
         setattr(owner, function, _slowly(getattr(owner, function)))
     if room is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -294,6 +296,7 @@ def _take_run_with_parts(folder: Path, workspace: Workspace) -> None:
 def _read_robustness(folder: Path) -> Any:
     """All of it, or only the parts of the logits."""
     robustness = folder / "run" / "robustness"
+    restore_folder(robustness)  # as the next `run.py robustness` does
     names = {path.name for path in robustness.iterdir() if not path.name.startswith(".")}
     found = report.collect.read_robustness(folder / "run", TASKS["mmimdb"], SPEC)
     if found is None:
@@ -432,7 +435,9 @@ WRITERS: dict[str, Writer] = {
     "runs.csv": Writer(
         _prepare_runs(_write_runs), _write_runs, lambda folder: _rows(folder / "result" / "runs.csv"), "runs.csv"
     ),
-    "report": Writer(_prepare_runs(_write_report), _write_report, lambda folder: _files(folder / "report"), "report"),
+    "report": Writer(
+        _prepare_runs(_write_report), _write_report, lambda folder: _files(folder / "report"), "report", between=(None,)
+    ),
     "sweep table": Writer(_prepare_table, _write_table, _read_sweep("table.csv"), "s/sweep.json"),
     "sweep commands": Writer(_prepare_commands, _write_commands, _read_sweep("commands.txt"), "s/"),
     "demo films": Writer(
@@ -440,5 +445,6 @@ WRITERS: dict[str, Writer] = {
         lambda folder, _: _status(lambda: write_task(folder / "films", films=3, seed=1)),
         lambda folder: _files(folder / "films"),
         "films",
+        between=(None,),
     ),
 }

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from common.arrow_file import open_table
+from common.errors import ConfigError, DataError
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample, Tokenize
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS, DatasetSpec, Split
-from vilt.errors import ConfigError, DataError
 from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, published_patterns, type_counts
-from vilt.utils.arrow_file import open_table
 
 log = logging.getLogger(__name__)
 
@@ -68,27 +68,26 @@ def collate_for_evaluation(samples: Sequence[Sample]) -> Batch:
 
 
 def _collate(samples: Sequence[Sample], image_of: list[int]) -> Batch:
-    own_image = [sample.image_3RR is not None and image_of[row] == row for row, sample in enumerate(samples)]
-    images = [sample.image_3RR for sample, own in zip(samples, own_image, strict=True) if own]
-    tokens = [sample.tokens_L for sample in samples if sample.tokens_L is not None]
-    tokens_bL = torch.stack(tokens) if tokens else torch.empty(0, 0, dtype=torch.long)
+    images = {
+        row: sample.image_3RR
+        for row, sample in enumerate(samples)
+        if sample.image_3RR is not None and image_of[row] == row
+    }
+    tokens = {row: sample.tokens_L for row, sample in enumerate(samples) if sample.tokens_L is not None}
+    tokens_bL = torch.stack([*tokens.values()]) if tokens else torch.empty(0, 0, dtype=torch.long)
     missing_types = [sample.missing_type for sample in samples]
     return Batch(
-        image_b3RR=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),  # type: ignore[arg-type]
+        image_b3RR=torch.stack([*images.values()]) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         tokens_bL=tokens_bL,
         missing_type_B=torch.tensor(missing_types),
-        image_rows=_rows(own_image),
-        text_rows=_rows([sample.tokens_L is not None for sample in samples]),
+        image_rows=torch.tensor([*images], dtype=torch.long),
+        text_rows=torch.tensor([*tokens], dtype=torch.long),
         types=tuple(sorted(set(missing_types))),
         text_length=int(tokens_bL.argmax(dim=-1).max()) + 1 if tokens else None,
         image_of_B=None if image_of == list(range(len(samples))) else torch.tensor(image_of),
         label=torch.stack([sample.label for sample in samples]),
         index_B=torch.tensor([sample.number for sample in samples]),
     )
-
-
-def _rows(present: list[bool]) -> Tensor:
-    return torch.tensor([row for row, there in enumerate(present) if there], dtype=torch.long)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -272,15 +271,6 @@ class MissingModalityData(pl.LightningDataModule):
             lines.append(f"  {split:<6}{len(dataset):>8,} samples{rows} ({counts})")
         return "\n".join(lines)
 
-    def train_dataloader(self) -> TimedLoader:
-        return self._loader("train")
-
-    def val_dataloader(self) -> TimedLoader:
-        return self._loader("val")
-
-    def test_dataloader(self) -> TimedLoader:
-        return self._loader("test")
-
     def steps_per_epoch(self, world_size: int) -> int:
         """Batches that each process trains on in an epoch."""
         return -(-len(self.datasets["train"]) // (world_size * self.settings.per_gpu_batchsize))
@@ -336,6 +326,15 @@ class MissingModalityData(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
+    def train_dataloader(self) -> TimedLoader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> TimedLoader:
+        return self._loader("val")
+
+    def test_dataloader(self) -> TimedLoader:
+        return self._loader("test")
+
     def state_dict(self) -> dict[str, int]:
         """Where the training stands in its data, for the checkpoint."""
         assert self.trainer is not None
@@ -346,30 +345,30 @@ class MissingModalityData(pl.LightningDataModule):
             "epoch": epochs.processed,
             # Lightning keeps the count of an epoch that is over until the next one starts.
             "batches": batches if epochs.ready > epochs.processed else 0,
-            "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,
-            "samples": len(self.datasets["train"]),
-            "seed": self.settings.seed,
-            "order_seed": self.settings.order_seed,
+            **self._order(),
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Goes on where the checkpoint stood.
+        """Resumes where the checkpoint stood.
 
         Raises:
             ConfigError: the batches, the dataset or its order are other ones than the checkpoint's, so that no place
                 in them corresponds to it.
         """
-        assert self.trainer is not None
-        now = {
-            "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,
-            "samples": len(self.datasets["train"]),
-            "seed": self.settings.seed,
-            "order_seed": self.settings.order_seed,
-        }
-        for name, value in now.items():
+        for name, value in self._order().items():
             if state_dict.get(name) != value:
                 raise ConfigError(
                     f"resume_from: the checkpoint was trained with {name.replace('_', ' ')} = {state_dict.get(name)}, "
                     f"now it is {value}; resume with the same per_gpu_batchsize, processes, data and seeds"
                 )
         self._resume = (state_dict["epoch"], state_dict["batches"])
+
+    def _order(self) -> dict[str, int]:
+        """What decides which samples a batch has."""
+        assert self.trainer is not None
+        return {
+            "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,
+            "samples": len(self.datasets["train"]),
+            "seed": self.settings.seed,
+            "order_seed": self.settings.order_seed,
+        }

@@ -20,11 +20,11 @@ from typing import get_args
 import numpy as np
 import torch
 
-from clip.messages import first_line
+from common.errors import DataError, reason_of
+from common.files import atomic_path
+from common.messages import first_line
+from common.torch_file import load_inert
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
-from vilt.errors import DataError, reason_of
-from vilt.utils.files import atomic_path
-from vilt.utils.torch_file import load_inert
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from clip.messages import quoted
+from common.arrow_file import open_table
+from common.errors import DataError, reason_of
+from common.files import atomic_path
+from common.messages import quoted
 from vilt.datasets.specs import DatasetSpec, Split
-from vilt.errors import DataError, reason_of
 from vilt.image_cache import open_image_cache
 from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING
 from vilt.transforms import decode_image
-from vilt.utils.arrow_file import open_table
-from vilt.utils.files import atomic_path
 from vilt.utils.mapped_array import MappedArray, fault_of
 
 log = logging.getLogger(__name__)
@@ -32,13 +33,8 @@ Tokenize = Callable[[Sequence[str]], np.ndarray]
 
 
 def first_repeated(names: Sequence[str]) -> str | None:
-    """The first of `names` that was there before, None where each is there once."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    """The first of `names` that occurs more than once; None where there is none."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 class Sample(NamedTuple):
@@ -84,8 +80,10 @@ class ArrowDataset(Dataset[Sample]):
             )
         self._check_columns()
         lengths = pc.list_value_length(self.table[spec.text_column]).to_numpy().astype(np.int64)
-        self._row_of_sample = np.repeat(np.arange(len(lengths)), lengths)
-        self._labels = self._read_labels()
+        self.row_of_sample = np.repeat(np.arange(len(lengths)), lengths)
+        """Row of every sample, int64 (N,), ascending."""
+        self.labels = self._read_labels()
+        """Labels of every row: (N, C) uint8 for multi-label data, (N,) int64 otherwise."""
         self._tokens: MappedArray | np.ndarray | None = None
         self._images: MappedArray | None = None
         self.missing_table = np.zeros(self.n_rows, dtype=np.int8)
@@ -115,33 +113,23 @@ class ArrowDataset(Dataset[Sample]):
         return self._tokens.values if isinstance(self._tokens, MappedArray) else self._tokens
 
     @property
-    def labels(self) -> np.ndarray:
-        """Labels of every row: (N, C) uint8 for multi-label data, (N,) int64 otherwise."""
-        return self._labels
-
-    @property
-    def row_of_sample(self) -> np.ndarray:
-        """Row of every sample, int64 (N,), ascending."""
-        return self._row_of_sample
-
-    @property
     def label_of_sample(self) -> np.ndarray:
         """Label of every sample: (N, C) uint8 for multi-label data, (N,) int64 otherwise."""
-        return self._labels[self._row_of_sample]
+        return self.labels[self.row_of_sample]
 
     @property
     def missing_type_of_sample(self) -> np.ndarray:
         """Missing type of every sample by the table, int8 (N,)."""
-        return self.missing_table[self._row_of_sample]
+        return self.missing_table[self.row_of_sample]
 
     def __len__(self) -> int:
-        return len(self._row_of_sample)
+        return len(self.row_of_sample)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Sample `index` in epoch `epoch`, for the key (epoch, index).
 
         Raises:
-            DataError: the image cannot be decoded (names file and row), or a cache cannot be read any more.
+            DataError: the image cannot be decoded (names file and row), or a cache can no longer be read.
         """
         return self.__getitems__([key])[0]
 
@@ -159,17 +147,17 @@ class ArrowDataset(Dataset[Sample]):
         if (tokens := self.tokens) is not None:
             lengths = np.where(self.missing_type_of_sample == TEXT_MISSING, 0, tokens.argmax(axis=1) + 1)
         longest_of_row = np.zeros(self.n_rows, dtype=np.int64)
-        np.maximum.at(longest_of_row, self._row_of_sample, lengths)
-        return np.argsort(-longest_of_row[self._row_of_sample], kind="stable")
+        np.maximum.at(longest_of_row, self.row_of_sample, lengths)
+        return np.argsort(-longest_of_row[self.row_of_sample], kind="stable")
 
     def _sample(self, epoch: int, index: int, images: dict[int, Tensor]) -> Sample:
         if self.reading is not None and (worker := get_worker_info()) is not None:
             self.reading[worker.id] = torch.tensor([os.getpid(), index])
-        row = int(self._row_of_sample[index])
+        row = int(self.row_of_sample[index])
         missing_type = int(self.missing_table[row])
         if self.simulate_seed is not None and missing_type == COMPLETE:
             missing_type = int(np.random.default_rng([self.simulate_seed, epoch, index]).integers(3))
-        label = torch.from_numpy(self._labels[row]) if self.spec.multilabel else torch.tensor(int(self._labels[row]))
+        label = torch.from_numpy(self.labels[row]) if self.spec.multilabel else torch.tensor(int(self.labels[row]))
         tokens: Tensor | None = None
         if missing_type != TEXT_MISSING and (all_tokens := self.tokens) is not None:
             tokens = torch.from_numpy(all_tokens[index].astype(np.int64))
@@ -181,11 +169,8 @@ class ArrowDataset(Dataset[Sample]):
 
     def sample_name(self, index: int) -> str:
         """The sample's id where the file has one, else its row: for messages and results."""
-        row = int(self._row_of_sample[index])
-        column = self.spec.id_column
-        if column is not None and column in self.table.column_names:
-            return str(self.table[column][row].as_py())
-        return f"row {row}"
+        row, column = int(self.row_of_sample[index]), self.spec.id_column
+        return str(self.table[column][row].as_py()) if column in self.table.column_names else f"row {row}"
 
     def class_names(self) -> tuple[str, ...]:
         """Names in label order, from the dataset table or the file's metadata; classes without one have their number.
@@ -195,26 +180,21 @@ class ArrowDataset(Dataset[Sample]):
         """
         if self.spec.class_names is not None:
             return self.spec.class_names
-        metadata = self.table.schema.metadata or {}
-        if b"class_names" in metadata:
-            return self._read_class_names(metadata[b"class_names"])
-        return tuple(map(str, range(self.spec.n_classes)))
-
-    def _read_class_names(self, written: bytes) -> tuple[str, ...]:
-        expected = f"{self.path}: metadata class_names: expected a list of at most {self.spec.n_classes} names"
+        most = self.spec.n_classes
+        expected = f"{self.path}: metadata class_names: expected a list of at most {most} names"
         try:
-            names = json.loads(written)
+            names = json.loads((self.table.schema.metadata or {}).get(b"class_names", b"[]"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{expected}: {error}") from error
-        if not isinstance(names, list) or len(names) > self.spec.n_classes or not all(type(n) is str for n in names):
+        if not isinstance(names, list) or len(names) > most or not all(type(name) is str for name in names):
             raise DataError(f"{expected}, found something else")
-        named = (*names, *map(str, range(len(names), self.spec.n_classes)))
+        named = (*names, *map(str, range(len(names), most)))
         if (twice := first_repeated(named)) is not None:
             raise DataError(f"{expected}, each once, found {quoted(twice)} twice")
         return named
 
     def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
-        """Makes the token ids of all texts, once: they are kept beside the arrow file and found there again.
+        """Computes the token ids of all texts, once: they are kept beside the arrow file and found there again.
 
         Args:
             fingerprint: identifies the tokenizer; part of the cache's name, like the texts themselves.
@@ -224,19 +204,18 @@ class ArrowDataset(Dataset[Sample]):
         for text in texts:
             digest.update(text.encode() + b"\0")
         cache = self.path.with_name(f"{self.path.stem}_tokens_{digest.hexdigest()[:16]}.npy")
+        self._tokens = MappedArray(cache)
         fault = fault_of(cache, np.int32, (len(texts), None))
         if fault is None:
-            self._tokens = MappedArray(cache)
             return
         if cache.exists():
-            log.warning("%s: not readable (%s); making it anew", cache, fault)
+            log.warning("%s: not readable (%s); making it again", cache, fault)
         tokens = tokenize(texts).astype(np.int32)
         try:
             with atomic_path(cache) as temporary, temporary.open("wb") as file:
                 np.save(file, tokens)
-            self._tokens = MappedArray(cache)
         except OSError as error:
-            log.info("%s: cannot keep the token ids there (%s); each run makes them anew", cache, reason_of(error))
+            log.info("%s: cannot keep the token ids there (%s); each run computes them", cache, reason_of(error))
             self._tokens = tokens
 
     def cache_images(self, workers: int) -> None:
@@ -254,9 +233,7 @@ class ArrowDataset(Dataset[Sample]):
         self._images = open_image_cache(self.path, self.n_rows, self.image_size, self._decoded, workers)
 
     def _image(self, row: int) -> Tensor:
-        if self._images is not None:
-            return torch.from_numpy(self._images.values[row].copy())
-        return self._decoded(row)
+        return self._decoded(row) if self._images is None else torch.from_numpy(self._images.values[row].copy())
 
     def _decoded(self, row: int) -> Tensor:
         try:
@@ -266,40 +243,34 @@ class ArrowDataset(Dataset[Sample]):
             raise DataError(f"{self.path}: row {row}: the image cannot be decoded: {reason}") from error
 
     def _check_columns(self) -> None:
-        expected = {"image", self.spec.text_column, "label"}
-        found = self.table.column_names
+        columns, found = self.spec.modalities, self.table.column_names
+        expected = {*columns.values(), "label"}
         if not expected <= set(found):
             raise DataError(
                 f"{self.path}: expected the columns {', '.join(sorted(expected))}; found {', '.join(found) or 'none'}"
             )
         for name in sorted(expected):
-            column = self.table[name]
-            if column.null_count:
-                row = pc.index(pc.is_null(column), True).as_py()
-                raise DataError(
-                    f"{self.path}: row {row}: column {name} is empty (null) ({column.null_count} such rows)"
-                )
-        image_type, text_type = self.table["image"].type, self.table[self.spec.text_column].type
+            if nulls := self.table[name].null_count:
+                row = pc.index(pc.is_null(self.table[name]), True).as_py()
+                raise DataError(f"{self.path}: row {row}: column {name} is empty (null) ({nulls} such rows)")
+        image_type, texts_of_row = self.table[columns["image"]].type, self.table[columns["text"]]
         if not (pa.types.is_binary(image_type) or pa.types.is_large_binary(image_type)):
             raise DataError(f"{self.path}: column image: expected the bytes of image files, found {image_type}")
+        text_type, at = texts_of_row.type, f"column {columns['text']}"
         if not pa.types.is_list(text_type) or not pa.types.is_string(text_type.value_type):
-            raise DataError(f"{self.path}: column {self.spec.text_column}: expected lists of texts, found {text_type}")
-        self._check_texts()
-
-    def _check_texts(self) -> None:
-        column = self.table[self.spec.text_column]
-        texts, row_of_text = pc.list_flatten(column), pc.list_parent_indices(column)
+            raise DataError(f"{self.path}: {at}: expected lists of texts, found {text_type}")
+        texts = pc.list_flatten(texts_of_row)
         if len(texts) == 0:
             raise DataError(f"{self.path}: expected samples, found {self.n_rows} rows and no text")
         if texts.null_count:
-            row = row_of_text[pc.index(pc.is_null(texts), True).as_py()].as_py()
-            raise DataError(f"{self.path}: row {row}: column {self.spec.text_column}: a text is empty (null)")
+            row = pc.list_parent_indices(texts_of_row)[pc.index(pc.is_null(texts), True).as_py()].as_py()
+            raise DataError(f"{self.path}: row {row}: {at}: a text is empty (null)")
 
     def _read_labels(self) -> np.ndarray:
         """(N, C) uint8 for multi-label data, (N,) int64 otherwise."""
         column, n_classes = self.table["label"], self.spec.n_classes
         if not self.spec.multilabel:
-            if not pa.types.is_integer(column.type) or column.null_count:
+            if not pa.types.is_integer(column.type):
                 raise DataError(f"{self.path}: column label: expected class numbers, found {column.type}")
             labels = column.to_numpy().astype(np.int64)
             wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
@@ -309,13 +280,17 @@ class ArrowDataset(Dataset[Sample]):
                     f"({len(wrong)} such rows)"
                 )
             return labels
-        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy() if pa.types.is_list(column.type) else []
-        wrong = np.flatnonzero(np.asarray(lengths) != n_classes)
-        if not len(lengths) or len(wrong):
-            at = f"row {wrong[0]}: " if len(wrong) else ""
-            raise DataError(f"{self.path}: {at}column label: expected lists of {n_classes} zeros and ones")
-        labels = pc.list_flatten(column).to_numpy().reshape(-1, n_classes)
-        wrong = np.flatnonzero(~np.isin(labels, (0, 1)).all(axis=1))
+        expected = f"column label: expected lists of {n_classes} zeros and ones"
+        if not pa.types.is_list(column.type):
+            raise DataError(f"{self.path}: {expected}, found {column.type}")
+        lengths = pc.list_value_length(column).to_numpy()
+        wrong = np.flatnonzero(lengths != n_classes)
         if len(wrong):
-            raise DataError(f"{self.path}: row {wrong[0]}: column label: expected zeros and ones")
-        return labels.astype(np.uint8)
+            raise DataError(f"{self.path}: row {wrong[0]}: {expected}, found {lengths[wrong[0]]} values")
+        values = pc.list_flatten(column)
+        labels = values.to_numpy()
+        wrong = np.flatnonzero(~np.isin(labels, (0, 1)))
+        if len(wrong):
+            row, found = wrong[0] // n_classes, values[wrong[0]].as_py()
+            raise DataError(f"{self.path}: row {row}: {expected}, found {quoted(found)}")
+        return labels.reshape(-1, n_classes).astype(np.uint8)

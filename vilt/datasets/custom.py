@@ -1,16 +1,19 @@
-"""A dataset of one's own: what its arrow files say of it, and checkpoints and run folders repeat."""
+"""A custom dataset: what its arrow files say of it, and checkpoints and run folders repeat."""
 
 import re
 from dataclasses import dataclass, fields
 from typing import Literal, Self, get_args
 
-from clip.messages import listed, quoted
+from common.messages import listed, quoted
 
 CUSTOM = "custom"
 """Name of the task, and prefix of the arrow files, of every such dataset."""
 Labels = Literal["single", "multi"]
-CUSTOM_METRICS: dict[str, tuple[str, ...]] = {"single": ("accuracy", "f1_macro", "auroc"), "multi": ("f1_macro",)}
-"""By kind of labels: the metrics that can choose the best model, the default first."""
+CUSTOM_METRICS: dict[str, dict[str, str]] = {
+    "single": {"accuracy": "class_accuracy", "f1_macro": "macro_f1_and_accuracy", "auroc": "auroc_and_accuracy"},
+    "multi": {"f1_macro": "multilabel_f1"},
+}
+"""By kind of labels: the metrics that can choose the best model, the default first, and what is measured with each."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -37,7 +40,7 @@ class CustomData:
             raise ValueError(f"labels: expected {' or '.join(get_args(Labels))}, found {quoted(self.labels)}")
         self._check_classes()
         metrics = CUSTOM_METRICS[self.labels]
-        if self.metric not in metrics:
+        if self.metric not in tuple(metrics):
             expected = " or ".join(metrics)
             raise ValueError(f"metric: expected {expected} with labels: {self.labels}, found {quoted(self.metric)}")
         if self.metric == "auroc" and self.n_classes != 2:

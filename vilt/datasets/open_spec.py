@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip.messages import quoted
+from common.arrow_file import open_table
+from common.errors import DataError
+from common.messages import quoted
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec, Split, custom_spec
-from vilt.errors import DataError
-from vilt.utils.arrow_file import open_table
 
 
 def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:

@@ -1,36 +1,18 @@
-"""The table of datasets: files, columns, label type and classes. Adding a dataset is adding a row."""
+"""The table of datasets. Adding a dataset is adding a row, and the converter that it names."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
 
+# fmt: off
 MMIMDB_GENRES = (
-    "Drama",
-    "Comedy",
-    "Romance",
-    "Thriller",
-    "Crime",
-    "Action",
-    "Adventure",
-    "Horror",
-    "Documentary",
-    "Mystery",
-    "Sci-Fi",
-    "Fantasy",
-    "Family",
-    "Biography",
-    "War",
-    "History",
-    "Music",
-    "Animation",
-    "Musical",
-    "Western",
-    "Sport",
-    "Short",
-    "Film-Noir",
+    "Drama", "Comedy", "Romance", "Thriller", "Crime", "Action", "Adventure", "Horror", "Documentary", "Mystery",
+    "Sci-Fi", "Fantasy", "Family", "Biography", "War", "History", "Music", "Animation", "Musical", "Western",
+    "Sport", "Short", "Film-Noir",
 )
+# fmt: on
 """The 23 genres in the order of the published label vectors."""
 
 Split = Literal["train", "val", "test"]
@@ -39,14 +21,16 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset as its converter writes it and the loader reads it."""
+    """One dataset: what its converter writes, the loader reads, the training minimises and the report calls it."""
 
     name: str
-    """Prefix of the arrow files: `NAME_SPLIT.arrow`."""
+    """Name of the task, and prefix of the arrow files: `NAME_SPLIT.arrow`."""
+    title: str
+    """For people."""
     file_splits: dict[Split, str]
     """What each split is called in the file names (`dev` for validation in two of the three datasets)."""
-    text_column: str
-    """Column with the list of texts of a sample; each text is a training sample of its own."""
+    modalities: dict[str, str]
+    """Column of each modality. Each text of a row's list of texts is a training sample of its own."""
     id_column: str | None
     """Column naming the sample, where the published files have one."""
     multilabel: bool
@@ -54,12 +38,29 @@ class DatasetSpec:
     n_classes: int
     class_names: tuple[str, ...] | None
     """None where the names are read from the data (Food-101's class_idx.json)."""
+    loss: str
+    """Name of the loss function."""
+    metrics: str
+    """Name of the function that measures them."""
+    monitor: str
+    """The metric that chooses the best model; higher is better."""
     make_arrow_name: str
     """Name of the dataset on the command line of make_arrow.py."""
-    custom: CustomData | None = None
-    """What the arrow files say of a dataset of one's own."""
+    converter: str
+    """Module with `open_raw(raw, **options)`, which returns a RawDataset."""
+    converter_options: tuple[str, ...] = ()
+    """Options of make_arrow.py that only this converter takes."""
+    kept_columns: tuple[str, ...] = ()
+    """Columns with lists of texts that are kept as given and not read."""
     published_rows: dict[Split, tuple[int, ...]] = field(default_factory=dict)
-    """Rows of the published splits; Hateful Memes has two for the test, seen and unseen (DATA.md)."""
+    """Samples that the published splits list (DATA.md)."""
+    custom: CustomData | None = None
+    """What the arrow files say of a custom dataset."""
+
+    @property
+    def text_column(self) -> str:
+        """Column of the texts."""
+        return self.modalities["text"]
 
     def file_name(self, split: Split) -> str:
         """Name of the arrow file of `split`, for example `mmimdb_dev.arrow` for `val`."""
@@ -79,36 +80,53 @@ DATASETS: dict[str, DatasetSpec] = {
     for spec in (
         DatasetSpec(
             name="mmimdb",
+            title="MM-IMDb",
             file_splits={"train": "train", "val": "dev", "test": "test"},
-            text_column="plots",
+            modalities={"image": "image", "text": "plots"},
             id_column="image_id",
             multilabel=True,
             n_classes=23,
             class_names=MMIMDB_GENRES,
+            loss="binary_cross_entropy",
+            metrics="multilabel_f1",
+            monitor="f1_macro",
             make_arrow_name="mmimdb",
+            converter="vilt.utils.write_mmimdb",
+            kept_columns=("genres",),
             published_rows={"train": (15552,), "val": (2608,), "test": (7799,)},
         ),
         DatasetSpec(
             name="food101",
+            title="UPMC Food-101",
             file_splits={"train": "train", "val": "val", "test": "test"},
-            text_column="text",
+            modalities={"image": "image", "text": "text"},
             id_column="image_id",
             multilabel=False,
             n_classes=101,
             class_names=None,
+            loss="cross_entropy",
+            metrics="class_accuracy",
+            monitor="accuracy",
             make_arrow_name="food101",
+            converter="vilt.utils.write_food101",
             published_rows={"train": (61142,), "val": (6846,), "test": (22716,)},
         ),
         DatasetSpec(
             name="hatememes",
+            title="Hateful Memes",
             file_splits={"train": "train", "val": "dev", "test": "test"},
-            text_column="text",
+            modalities={"image": "image", "text": "text"},
             id_column=None,
             multilabel=False,
             n_classes=2,
             class_names=("not hateful", "hateful"),
+            loss="cross_entropy",
+            metrics="auroc_and_accuracy",
+            monitor="auroc",
             make_arrow_name="hateful_memes",
-            published_rows={"train": (8500,), "val": (500,), "test": (1000, 2000)},
+            converter="vilt.utils.write_hatememes",
+            converter_options=("test_split",),
+            published_rows={"train": (8500,), "val": (500,), "test": (1000, 2000)},  # dev_seen; test_seen, test_unseen
         ),
     )
 }
@@ -117,24 +135,35 @@ EVERY_DATASET: dict[str, DatasetSpec] = {
     **DATASETS,
     CUSTOM: DatasetSpec(
         name=CUSTOM,
+        title="custom dataset",
         file_splits={"train": "train", "val": "val", "test": "test"},
-        text_column="text",
+        modalities={"image": "image", "text": "text"},
         id_column="image_id",
         multilabel=False,
         n_classes=0,
         class_names=None,
+        loss="cross_entropy",
+        metrics="class_accuracy",
+        monitor="accuracy",
         make_arrow_name=CUSTOM,
+        converter="vilt.utils.write_custom",
+        converter_options=("spec", "table"),
     ),
 }
-"""With the row of one's own data, which has files and columns; `custom_spec` fills in the labels."""
+"""With the row of custom datasets; `custom_spec` fills in what the arrow files say."""
 
 
 def custom_spec(custom: CustomData) -> DatasetSpec:
-    """The whole row of a dataset of one's own."""
+    """The complete row of a custom dataset."""
+    multilabel = custom.labels == "multi"
     return replace(
         EVERY_DATASET[CUSTOM],
-        multilabel=custom.labels == "multi",
+        title=custom.name,
+        multilabel=multilabel,
         n_classes=custom.n_classes,
         class_names=custom.class_names,
+        loss="binary_cross_entropy" if multilabel else "cross_entropy",
+        metrics=CUSTOM_METRICS[custom.labels][custom.metric],
+        monitor=custom.metric,
         custom=custom,
     )

@@ -4,21 +4,23 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import astuple, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import NoReturn
 
 import pyarrow as pa
 from tqdm import tqdm
 
+from common.errors import DataError, reason_of
+from common.files import atomic_path, sync_folder
+from common.messages import printable
 from vilt.datasets.specs import DatasetSpec
-from vilt.errors import DataError, reason_of
-from vilt.utils.files import atomic_path, sync_folder
-from vilt.utils.ordered_pool import OrderedPool
-from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row, printable
+from vilt.utils.ordered_pool import Result, read_in_order
+from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row
 
-Results = Iterator[tuple[int, Row | BadSampleError]]
+Results = Iterator[tuple[int, Result]]
 """Row numbers, and the rows or what is wrong with them."""
 
 MAX_BATCH_BYTES = 8 * 2**20
@@ -40,8 +42,7 @@ class BadSample:
 
     def fields(self) -> tuple[str, ...]:
         """The columns of the list and of the report, printable."""
-        cells = (self.split, self.source, str(self.row), self.file, self.reason, self.detail)
-        return tuple(printable(cell[:MAX_CELL]) for cell in cells)
+        return tuple(printable(str(cell)[:MAX_CELL]) for cell in astuple(self))
 
 
 REPORT_COLUMNS = ("split", "listed_in", "row", "file", "reason", "detail")
@@ -92,89 +93,52 @@ class Summary:
 def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
     """Columns and types of the published converters, and the class names as JSON in the metadata `class_names`.
 
-    For a dataset of one's own also what else is to be known of it, as JSON in the metadata `custom`.
+    For a custom dataset also what else is known of it, as JSON in the metadata `custom`.
     """
     texts = pa.list_(pa.string())
-    columns = [("image", pa.binary()), (spec.text_column, texts)]
+    columns = [(spec.modalities["image"], pa.binary()), (spec.text_column, texts)]
     columns += [("label", pa.list_(pa.int64()) if spec.multilabel else pa.int64())]
-    if spec.multilabel and spec.custom is None:
-        columns += [("genres", texts)]
-    if spec.id_column is not None:
-        columns += [(spec.id_column, pa.large_string())]
-    columns += [("split", pa.large_string())]
-    metadata = {"class_names": class_names, **custom_metadata(spec)}
+    columns += [(name, texts) for name in spec.kept_columns]
+    columns += [(name, pa.large_string()) for name in (spec.id_column, "split") if name is not None]
+    metadata: dict[str, object] = {"class_names": class_names}
+    if spec.custom is not None:
+        metadata["custom"] = {"name": spec.custom.name, "labels": spec.custom.labels, "metric": spec.custom.metric}
     return pa.schema(columns, metadata={key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()})
 
 
-def custom_metadata(spec: DatasetSpec) -> dict[str, object]:
-    """What `open_spec` finds beside the class names; nothing for the other datasets."""
-    if spec.custom is None:
-        return {}
-    return {"custom": {"name": spec.custom.name, "labels": spec.custom.labels, "metric": spec.custom.metric}}
+def _kept_rows(
+    results: Results, bar: "tqdm[NoReturn]", spec: DatasetSpec, source: str, summary: SplitSummary, skip_bad: bool
+) -> Iterator[Row]:
+    """The rows to write, with the `split` column; fills in `summary`, also from the others."""
+    for row_number, row in results:
+        bar.update()
+        if isinstance(row, BadSampleError):
+            summary.bad.append(BadSample(summary.name, source, row_number, row.file, row.reason, row.detail))
+            continue
+        label = row["label"]
+        labels = [number for number, is_set in enumerate(label) if is_set] if spec.multilabel else [label]
+        summary.n_samples += 1
+        summary.n_texts += len(row[spec.text_column])
+        summary.n_without_label += not labels
+        summary.label_counts.update(labels)
+        if skip_bad or not summary.bad:  # otherwise the file will not be kept: the rest completes the list only
+            yield {**row, "split": summary.name}
 
 
-def report_path(spec: DatasetSpec, target: Path) -> Path:
-    """Where the bad samples of a conversion to `target` are listed."""
-    return target / f"{spec.name}_bad_samples.tsv"
-
-
-class _BatchWriter:
-    """Collects rows and writes them as record batches bounded in bytes and rows."""
-
-    def __init__(self, sink: pa.NativeFile, schema: pa.Schema) -> None:
-        self._schema = schema
-        self._writer = pa.ipc.new_file(sink, schema)
-        self._rows: list[Row] = []
-        self._n_bytes = 0
-
-    def add(self, row: Row, n_bytes: int) -> None:
-        if self._rows and self._n_bytes + n_bytes > MAX_BATCH_BYTES:
-            self._flush()
-        self._rows.append(row)
-        self._n_bytes += n_bytes
-        if len(self._rows) == MAX_BATCH_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        columns = [pa.array([row[column.name] for row in self._rows], column.type) for column in self._schema]
-        self._rows.clear()
-        self._n_bytes = 0
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-
-    def finish(self) -> None:
-        """Writes the rest and the footer; without it the file is not readable."""
-        if self._rows:
-            self._flush()
-        self._writer.close()
-
-
-def _write_split(
-    dataset: RawDataset, raw_split: RawSplit, results: Results, part: Path, summary: SplitSummary, skip_bad: bool
-) -> None:
-    """Writes the results of reading one split to `part`, and fills in `summary`."""
-    spec = dataset.spec
-    with pa.OSFile(str(part), "wb") as sink:
-        writer = _BatchWriter(sink, arrow_schema(spec, dataset.class_names))
-        for row_number, row in results:
-            if isinstance(row, BadSampleError):
-                where = (summary.name, raw_split.source, row_number)
-                summary.bad.append(BadSample(*where, row.file, row.reason, row.detail))
-                continue
-            texts, label = row[spec.text_column], row["label"]
-            labels = [number for number, is_set in enumerate(label) if is_set] if spec.multilabel else [label]
-            summary.n_samples += 1
-            summary.n_texts += len(texts)
-            summary.n_without_label += not labels
-            summary.label_counts.update(labels)
-            if skip_bad or not summary.bad:  # otherwise the file will not be kept: the rest completes the list only
-                writer.add({**row, "split": summary.name}, len(row["image"]) + sum(map(len, texts)))
-        writer.finish()
-    summary.n_bytes = part.stat().st_size
-
-
-def _write_report(path: Path, bad: list[BadSample]) -> None:
-    lines = [REPORT_COLUMNS, *(sample.fields() for sample in bad)]
-    path.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+def _write_rows(rows: Iterator[Row], part: Path, schema: pa.Schema, spec: DatasetSpec) -> None:
+    """Writes record batches that are bounded in bytes and rows."""
+    batch: list[Row] = []
+    n_bytes = 0
+    with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for row in rows:
+            size = len(row[spec.modalities["image"]]) + sum(map(len, row[spec.text_column]))
+            if batch and (n_bytes + size > MAX_BATCH_BYTES or len(batch) == MAX_BATCH_ROWS):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                batch, n_bytes = [], 0
+            batch.append(row)
+            n_bytes += size
+        if batch:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
 
 @contextmanager
@@ -196,18 +160,6 @@ def _start(spec: DatasetSpec, raw_split: RawSplit, target: Path) -> SplitSummary
     if path.is_dir():
         raise DataError(f"{path} is a folder; the arrow file needs that name.")
     return SplitSummary(spec.file_splits[raw_split.split], path, path.exists(), raw_split.n_without_text)
-
-
-def _progress_bar(n_samples: int) -> "tqdm[NoReturn]":
-    # A log file gets a line now and then; a terminal is kept up to date.
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=n_samples, unit=" samples", dynamic_ncols=True, mininterval=interval)
-
-
-def _counted(results: Results, bar: "tqdm[NoReturn]") -> Results:
-    for result in results:
-        bar.update()
-        yield result
 
 
 def _refuse_empty(summary: Summary) -> None:
@@ -238,22 +190,29 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
         DataError: a split has no usable sample, a worker died, or the disk cannot be written. Nothing was written.
     """
     summary = Summary(target, [_start(dataset.spec, raw_split, target) for raw_split in dataset.splits], None)
-    report = report_path(dataset.spec, target)
+    schema, report = arrow_schema(dataset.spec, dataset.class_names), target / f"{dataset.spec.name}_bad_samples.tsv"
     n_samples = sum(raw_split.n_samples for raw_split in dataset.splits)
+    # A log file gets a line now and then; a terminal is kept up to date.
+    bar = tqdm(unit=" samples", total=n_samples, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0)
     try:
         with _folder(target), ExitStack() as files:
-            with OrderedPool(n_workers) as pool, _progress_bar(n_samples) as bar:
+            all_samples = chain.from_iterable(raw_split.samples for raw_split in dataset.splits)
+            with bar, closing(read_in_order(all_samples, n_workers)) as results:
                 for raw_split, split in zip(dataset.splits, summary.splits, strict=True):
                     bar.set_description(split.path.name, refresh=False)
-                    results = _counted(pool.read(raw_split.samples), bar)
                     part = files.enter_context(atomic_path(split.path))
-                    _write_split(dataset, raw_split, results, part, split, skip_bad)
+                    of_split = islice(results, raw_split.n_samples)
+                    rows = _kept_rows(of_split, bar, dataset.spec, raw_split.source, split, skip_bad)
+                    _write_rows(rows, part, schema, dataset.spec)
+                    split.n_bytes = part.stat().st_size
             if summary.bad and not skip_bad:
                 raise BadSamplesError(summary.bad, n_samples)
             _refuse_empty(summary)
             if summary.bad:
                 summary.report = report
-                _write_report(files.enter_context(atomic_path(report)), summary.bad)
+                lines = [REPORT_COLUMNS, *(sample.fields() for sample in summary.bad)]
+                part = files.enter_context(atomic_path(report))
+                part.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
             mark = dataset.spec.replacing_mark(target)
             mark.touch()
             sync_folder(target)

@@ -1,23 +1,22 @@
-"""How the tables of a dataset of one's own are laid out: what its spec.yaml says, checked."""
+"""How the tables of a custom dataset are laid out: what its spec.yaml says, checked."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from clip.messages import quoted
+from common.errors import DataError
+from common.messages import quoted
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import SPLITS, Split
-from vilt.errors import DataError
 from vilt.utils.raw_data import read_bytes
 
+KEYS = ("name", "files", "columns", "labels", "separator", "classes", "metric")
 COLUMNS = ("image", "text", "label", "split")
 FORMATS = (".csv", ".tsv", ".jsonl")
-SEPARATOR = "|"
-Reader = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Layout:
     columns: dict[str, str] = field(default_factory=lambda: {column: column for column in COLUMNS})
     """What the tables call each of COLUMNS."""
     labels: str = "single"
-    separator: str = SEPARATOR
+    separator: str = "|"
     """Between the labels of a row, in CSV and TSV."""
     classes: tuple[str, ...] | None = None
     """In the order of their numbers; None: those that occur, sorted."""
@@ -41,8 +40,8 @@ class Layout:
     def dataset(self, found: set[str]) -> CustomData:
         """The dataset, if `found` are the labels that occur. Raises DataError."""
         classes = self.classes if self.classes is not None else tuple(sorted(found))
+        metric = next(iter(CUSTOM_METRICS[self.labels])) if self.metric is None else self.metric
         try:
-            metric = self.metric or CUSTOM_METRICS[self.labels][0]
             return CustomData.of({"name": self.name, "labels": self.labels, "class_names": classes, "metric": metric})
         except ValueError as error:
             raise DataError(f"{self.source}: {error}") from None
@@ -75,18 +74,24 @@ def read_layout(path: Path, raw: Path) -> Layout:
 
 
 def _layout(source: Path, raw: Path, given: Any) -> Layout:
-    _check_keys("", given, READERS)
+    _check_keys("", given, KEYS)
     if "files" not in given:
         raise ValueError("files: expected a table, or one for each split, found none")
-    values = {key: read(key, given[key]) for key, read in READERS.items() if key in given}
-    tables = tuple((raw / name, split) for name, split in values.pop("files"))
-    columns = values.get("columns", {})
+    values: dict[str, Any] = {key: given[key] for key in ("name", "metric") if key in given}  # CustomData checks them
+    tables, columns, labels = _tables(given["files"]), given.get("columns", {}), given.get("labels", "single")
+    _check_keys("columns.", columns, COLUMNS)
     if "split" in columns and len(tables) > 1:
         raise ValueError("columns.split: contradicts files, which has a table for each split")
-    if "separator" in values and values.get("labels", "single") != "multi":
-        raise ValueError("separator: belongs to labels: multi, found labels: single")
-    values["columns"] = {column: columns.get(column, column) for column in COLUMNS}
-    return Layout(source, tables, **values)
+    if labels not in tuple(CUSTOM_METRICS):
+        raise _wrong("labels", " or ".join(CUSTOM_METRICS), labels)
+    if "separator" in given:
+        if labels != "multi":
+            raise ValueError("separator: belongs to labels: multi, found labels: single")
+        values["separator"] = _text("separator", given["separator"])
+    if "classes" in given:
+        values["classes"] = _classes(given["classes"])
+    values["columns"] = {column: _text(f"columns.{column}", columns.get(column, column)) for column in COLUMNS}
+    return Layout(source, tuple((raw / name, split) for name, split in tables), labels=labels, **values)
 
 
 def _wrong(key: str, expected: str, value: object) -> ValueError:
@@ -107,40 +112,25 @@ def _text(key: str, value: object) -> str:
     return value
 
 
-def _one_of(*choices: str) -> Reader:
-    def read(key: str, value: object) -> str:
-        if value not in choices:
-            raise _wrong(key, " or ".join(choices), value)
-        return str(value)
-
-    return read
-
-
-def _columns(key: str, value: object) -> dict[str, str]:
-    _check_keys(f"{key}.", value, COLUMNS)
-    assert isinstance(value, dict)
-    return {column: _text(f"{key}.{column}", name) for column, name in value.items()}
-
-
-def _classes(key: str, value: object) -> tuple[str, ...]:
-    """Names; a number is one too. What YAML takes for a truth value (no, yes, on, off) is told."""
+def _classes(value: object) -> tuple[str, ...]:
+    """Names; a number is one too. What YAML takes for a truth value (no, yes, on, off) is refused."""
     if not isinstance(value, list):
-        raise _wrong(key, "a list of names", value)
+        raise _wrong("classes", "a list of names", value)
     for row, name in enumerate(value, 1):
         if isinstance(name, bool) or not isinstance(name, (str, int)):
-            raise _wrong(f"{key}, row {row}", "a name (in quotes, if YAML takes it for something else)", name)
+            raise _wrong(f"classes, row {row}", "a name (in quotes, if YAML takes it for something else)", name)
     return tuple(str(name).strip() for name in value)
 
 
-def _files(key: str, value: object) -> list[tuple[str, Split | None]]:
+def _tables(value: object) -> list[tuple[str, Split | None]]:
     """The tables, each with the split of its rows; None for a single one."""
-    if isinstance(value, dict):
-        _check_keys(f"{key}.", value, SPLITS)
-        missing = [split for split in SPLITS if split not in value]
-        if missing:
-            raise ValueError(f"{key}: expected a table for each of {', '.join(SPLITS)}, found none for {missing[0]}")
-        return [(_table(f"{key}.{split}", value[split]), split) for split in SPLITS]
-    return [(_table(key, value), None)]
+    if not isinstance(value, dict):
+        return [(_table("files", value), None)]
+    _check_keys("files.", value, SPLITS)
+    missing = [split for split in SPLITS if split not in value]
+    if missing:
+        raise ValueError(f"files: expected a table for each of {', '.join(SPLITS)}, found none for {missing[0]}")
+    return [(_table(f"files.{split}", value[split]), split) for split in SPLITS]
 
 
 def _table(key: str, value: object) -> str:
@@ -150,28 +140,8 @@ def _table(key: str, value: object) -> str:
     return name
 
 
-READERS: dict[str, Reader] = {
-    "name": _text,
-    "files": _files,
-    "columns": _columns,
-    "labels": _one_of(*CUSTOM_METRICS),
-    "separator": _text,
-    "classes": _classes,
-    "metric": _one_of(*dict.fromkeys(metric for metrics in CUSTOM_METRICS.values() for metric in metrics)),
-}
-"""The keys of a spec.yaml. A reader takes (key, value) and returns the value to use, or raises ValueError."""
-
-
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses a mapping that repeats a key, of which PyYAML would silently keep the last, and aliases.
-
-    Aliases let a short file stand for one of any size.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="expected no aliases", problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+    """Refuses a mapping that repeats a key, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from vilt.errors import DataError
+from common.errors import DataError
 
 
 class MappedArray:
@@ -48,10 +48,11 @@ def fault_of(path: Path, dtype: DTypeLike, shape: tuple[int | None, ...]) -> str
     except Exception as error:  # as above
         return str(error) or type(error).__name__
     fits = found.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, found.shape, strict=True))
-    if found.dtype != dtype or not fits:
-        expected = ", ".join("any" if length is None else str(length) for length in shape)
-        return f"expected {np.dtype(dtype)} ({expected}), found {found.dtype} {found.shape}"
-    return None
+    return (
+        None
+        if fits and found.dtype == dtype
+        else f"expected {np.dtype(dtype)} {shape}, found {found.dtype} {found.shape}"
+    )
 
 
 def _load(path: Path) -> np.ndarray:

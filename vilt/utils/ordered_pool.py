@@ -1,27 +1,62 @@
-"""Reads samples in worker processes, hands them back in order, and holds only a few at a time."""
+"""Reads samples in worker processes and returns them in order, a few at a time."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
 
-from vilt.errors import DataError
+from common.errors import DataError
 from vilt.utils.raw_data import BadSampleError, Row, Sample
 
 IN_FLIGHT_PER_WORKER = 4
+Result = Row | BadSampleError
 
 
-def read_sample(sample: Sample) -> Row | BadSampleError:
+def read_sample(sample: Sample) -> Result:
     """The sample's row, or what is wrong with it."""
     try:
         return sample.read()
     except BadSampleError as bad:
         return bad
+
+
+def read_in_order(samples: Iterable[tuple[int, Sample]], n_workers: int) -> Generator[tuple[int, Result], None, None]:
+    """Pairs of row number and result, in the order of `samples`, of which only a few are taken at a time.
+
+    Args:
+        n_workers: number of processes; 0 reads in this process.
+
+    Raises:
+        DataError: a worker process died.
+    """
+    if n_workers == 0:
+        for row, sample in samples:
+            yield row, read_sample(sample)
+        return
+    # spawn: forking a process that has threads (pyarrow, tqdm) may dead-lock, and differs between systems.
+    pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _start_worker)
+    pending: deque[tuple[int, Sample, Future[Result]]] = deque()
+    try:
+        for row, sample in samples:
+            if len(pending) == n_workers * IN_FLIGHT_PER_WORKER:
+                yield pending[0][0], pending[0][2].result()
+                pending.popleft()
+            pending.append((row, sample, pool.submit(read_sample, sample)))
+        while pending:
+            yield pending[0][0], pending[0][2].result()
+            pending.popleft()
+    except BrokenProcessPool:
+        near = f" near {pending[0][1].name} (row {pending[0][0]})" if pending else ""
+        raise DataError(
+            f"A worker process died{near}: out of memory, or killed. "
+            "Try fewer --workers; --workers 0 reads in the main process and shows where it stops."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
@@ -35,50 +70,3 @@ def _start_worker() -> None:
 
     # A parent that is killed outright cannot stop its workers, which would wait for work for ever.
     threading.Thread(target=follow_parent, daemon=True).start()
-
-
-class OrderedPool:
-    """`n_workers` processes that read samples; with 0 they are read in this process."""
-
-    def __init__(self, n_workers: int) -> None:
-        self._limit = n_workers * IN_FLIGHT_PER_WORKER
-        self._executor: ProcessPoolExecutor | None = None
-        if n_workers > 0:
-            # spawn: forking a process that has threads (pyarrow, tqdm) may dead-lock, and differs between systems.
-            context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker)
-
-    def __enter__(self) -> "OrderedPool":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-
-    def read(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[tuple[int, Row | BadSampleError]]:
-        """Pairs of row number and result, in the order of `samples`, which is taken only a few samples ahead.
-
-        Raises DataError if a worker process dies.
-        """
-        if self._executor is None:
-            for row, sample in samples:
-                yield row, read_sample(sample)
-            return
-        pending: deque[tuple[int, Sample, Future[Row | BadSampleError]]] = deque()
-        try:
-            for row, sample in samples:
-                if len(pending) == self._limit:
-                    yield pending[0][0], pending[0][2].result()
-                    pending.popleft()
-                pending.append((row, sample, self._executor.submit(read_sample, sample)))
-            while pending:
-                yield pending[0][0], pending[0][2].result()
-                pending.popleft()
-        except BrokenProcessPool:
-            near = f" near {pending[0][1].name} (row {pending[0][0]})" if pending else ""
-            raise DataError(
-                f"A worker process died{near}: out of memory, or killed. "
-                "Try fewer --workers; --workers 0 reads in the main process and shows where it stops."
-            ) from None

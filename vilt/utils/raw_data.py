@@ -3,17 +3,16 @@
 Neither this module nor write_*.py imports pyarrow: the converter's worker processes import them, and so stay small.
 """
 
-import json
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
-from clip.messages import quoted
+from common.errors import DataError
+from common.messages import quoted
+from common.strict_json import kind_of, parse_json
 from vilt.datasets.specs import DatasetSpec, Split
-from vilt.errors import DataError
-from vilt.utils.images import open_rgb
+from vilt.images import open_rgb
 
 MISSING_FILE = "missing file"
 UNREADABLE_FILE = "unreadable file"
@@ -75,44 +74,6 @@ class RawDataset:
     spec: DatasetSpec
     class_names: tuple[str, ...]
     splits: tuple[RawSplit, ...]
-
-
-def printable(text: str) -> str:
-    """`text` on one line, without control characters, so that a hostile or broken name cannot garble a list."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def parse_json(data: bytes) -> Any:
-    """The value of a JSON text in UTF-8 (a byte order mark is allowed).
-
-    Raises ValueError for anything else, also for an object that repeats a key: Python would silently keep the last.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            repeated = next(name for name in counts if counts[name] > 1)
-            raise ValueError(f"the key {quoted(repeated)} is repeated")
-        return keys
-
-    try:
-        text = data.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=unique)
-        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which JSON can spell and UTF-8 cannot
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"{error.msg} ({line}column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return value
-
-
-def kind_of(value: object) -> str:
-    """JSON's name for the type of `value`, for messages."""
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
-    return names.get(type(value)) or json.dumps(value)[:120]
 
 
 # ---- top-level files: one of them wrong means that nothing can be converted

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from clip.messages import listed, quoted
-from vilt.errors import DataError
-from vilt.utils.raw_data import kind_of, parse_json, read_bytes
+from common.errors import DataError
+from common.messages import listed, quoted
+from common.strict_json import kind_of, parse_json
+from vilt.utils.raw_data import read_bytes
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 

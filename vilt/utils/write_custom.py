@@ -1,13 +1,14 @@
-"""A dataset of one's own: tables (CSV, TSV or JSONL) that list an image, texts and labels in each row."""
+"""A custom dataset: tables (CSV, TSV or JSONL) that list an image, texts and labels in each row."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from clip.messages import quoted
+from common.errors import DataError
+from common.messages import quoted
+from common.strict_json import kind_of
 from vilt.datasets.specs import SPLITS, Split, custom_spec
-from vilt.errors import DataError
 from vilt.utils.custom_layout import COLUMNS, Layout, read_layout, table_layout
 from vilt.utils.raw_data import (
     INCOMPLETE_ROW,
@@ -20,7 +21,6 @@ from vilt.utils.raw_data import (
     Row,
     Sample,
     check_inside,
-    kind_of,
     read_image,
     require_layout,
 )
@@ -32,9 +32,6 @@ RAW/
   TABLE.csv           columns image, text, label, split; or .tsv, or .jsonl with these keys on each line
   ANY/FILE            the images: in the table stands ANY/FILE
 """
-
-Record = dict[str, Any]
-"""One row of a table: the values of COLUMNS that it has."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,12 @@ class Entry:
         source, file = self.listed.source, self.listed.image
         if not isinstance(file, str) or not file:
             raise BadSampleError(INCOMPLETE_ROW, source, f"image: expected a path, found {_found(file)}")
-        texts = _texts(self.listed.text, source)
+        texts: list[Any] = self.listed.text if isinstance(self.listed.text, list) else [self.listed.text]
+        for text in texts:
+            if not isinstance(text, str):
+                raise BadSampleError(INCOMPLETE_ROW, source, f"text: expected a string or a list, found {_found(text)}")
+        if not any(text.strip() for text in texts):
+            raise BadSampleError(INCOMPLETE_ROW, source, "text: empty")
         if isinstance(self.label, BadSampleError):
             raise self.label
         _check_inside(self.raw, file)
@@ -81,57 +83,39 @@ def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> 
         table: instead of a spec: the only table, with the default columns.
 
     Raises:
-        DataError: the spec or a table is wrong as a whole; names the file, and the row where there is one.
+        DataError: the spec or a table as such is wrong; names the file, and the row where there is one.
     """
     require_layout(raw, () if spec or table else ("spec.yaml",), LAYOUT)
     layout = table_layout(table) if table is not None else read_layout(spec or raw / "spec.yaml", raw)
     rows: dict[Split, list[Listed]] = {split: [] for split in SPLITS}
-    for path, split in layout.tables:
-        for row, record in read_table(path, layout):
-            labels = _labels(record.get("label"), layout, path)
-            listed = Listed(path.name, row, record.get("image"), record.get("text"), labels)
-            rows[split or _split(record, path, row, layout)].append(listed)
-        _refuse_empty(rows, path, split, layout)
-    custom = layout.dataset({name for of_split in rows.values() for one in of_split for name in _known(one.labels)})
+    needed = [layout.columns[column] for column in COLUMNS if column != "split" or len(layout.tables) == 1]
+    for path, of_table in layout.tables:
+        for row, values in table_rows(path, needed):
+            image, text, label, split = (values.get(layout.columns[column]) for column in COLUMNS)
+            listed = Listed(path.name, row, image, text, _labels(label, layout, path))
+            rows[of_table or _split(split, path, row, layout)].append(listed)
+        for one in SPLITS if of_table is None else (of_table,):
+            if not rows[one]:
+                what = "rows" if of_table else f"rows with {layout.columns['split']} {one}"
+                raise DataError(f"{path}: expected {what}, found none")
+    of_all = [listed.labels for of_split in rows.values() for listed in of_split]
+    custom = layout.dataset({name for labels in of_all if not isinstance(labels, BadSampleError) for name in labels})
     numbers = {name: number for number, name in enumerate(custom.class_names)}
 
     def entries(of_split: list[Listed]) -> Iterator[tuple[int, Sample]]:
-        for one in of_split:
-            yield one.row, Entry(raw, one, _numbered(one, numbers, layout))
+        for listed in of_split:
+            yield listed.row, Entry(raw, listed, _numbered(listed, numbers, layout))
 
     splits = tuple(RawSplit(split, listed[0].source, len(listed), entries(listed)) for split, listed in rows.items())
     return RawDataset(custom_spec(custom), custom.class_names, splits)
 
 
-# ---- tables: a row that cannot be told from the others ends the conversion
-
-
-def read_table(path: Path, layout: Layout) -> Iterator[tuple[int, Record]]:
-    """Pairs of line (from 1, where the row begins) and record. Raises DataError."""
-    columns = {column: layout.columns[column] for column in COLUMNS}
-    for row, values in table_rows(path, _needed(layout)):
-        yield row, {column: values[name] for column, name in columns.items() if name in values}
-
-
-def _needed(layout: Layout) -> list[str]:
-    """Names of the columns that a table must have."""
-    return [layout.columns[column] for column in COLUMNS if column != "split" or len(layout.tables) == 1]
-
-
-def _split(record: Record, path: Path, row: int, layout: Layout) -> Split:
-    value = record.get("split")
-    for split in get_args(Split):
+def _split(value: object, path: Path, row: int, layout: Layout) -> Split:
+    for split in SPLITS:
         if isinstance(value, str) and value.strip() == split:
             return split
     expected = ", ".join(SPLITS[:-1]) + f" or {SPLITS[-1]}"
     raise DataError(f"{path}, row {row}: {layout.columns['split']}: expected {expected}, found {_found(value)}")
-
-
-def _refuse_empty(rows: dict[Split, list[Listed]], path: Path, split: Split | None, layout: Layout) -> None:
-    for one in SPLITS if split is None else (split,):
-        if not rows[one]:
-            what = "rows" if split else f"rows with {layout.columns['split']} {one}"
-            raise DataError(f"{path}: expected {what}, found none")
 
 
 # ---- parts of a row: one of them wrong makes a bad sample
@@ -141,27 +125,16 @@ def _found(value: object) -> str:
     return quoted(value) if isinstance(value, str) else kind_of(value) if value is not None else "none"
 
 
-def _texts(value: object, source: str) -> list[str]:
-    """The texts of a sample: one, or a list of them in JSON, at least one of them not blank."""
-    texts: list[Any] = value if isinstance(value, list) else [value]
-    for text in texts:
-        if not isinstance(text, str):
-            raise BadSampleError(INCOMPLETE_ROW, source, f"text: expected a string or a list, found {_found(text)}")
-    if not any(text.strip() for text in texts):
-        raise BadSampleError(INCOMPLETE_ROW, source, "text: empty")
-    return texts
-
-
 def _labels(value: object, layout: Layout, table: Path) -> list[str] | BadSampleError:
     """The names of the labels of a row, or what is wrong with them."""
-    several = layout.labels == "multi"
     parts: list[object] = [value]
-    if several and table.suffix.lower() in DELIMITERS:
-        parts = [part for part in str(value).split(layout.separator) if part.strip()]
-    elif several:
-        if not isinstance(value, list):
+    if layout.labels == "multi":
+        if table.suffix.lower() in DELIMITERS:
+            parts = [part for part in str(value).split(layout.separator) if part.strip()]
+        elif isinstance(value, list):
+            parts = value
+        else:
             return BadSampleError(INCOMPLETE_ROW, table.name, f"label: expected a list, found {_found(value)}")
-        parts = value
     names = [str(part).strip() for part in parts]
     for part, name in zip(parts, names, strict=True):
         if isinstance(part, bool) or not isinstance(part, (str, int)) or not name:
@@ -169,19 +142,14 @@ def _labels(value: object, layout: Layout, table: Path) -> list[str] | BadSample
     return names
 
 
-def _known(labels: list[str] | BadSampleError) -> list[str]:
-    return [] if isinstance(labels, BadSampleError) else labels
-
-
 def _numbered(listed: Listed, numbers: dict[str, int], layout: Layout) -> int | list[int] | BadSampleError:
-    if isinstance(listed.labels, BadSampleError):
-        return listed.labels
-    unknown = [name for name in listed.labels if name not in numbers]
+    labels = listed.labels
+    if isinstance(labels, BadSampleError):
+        return labels
+    unknown = [name for name in labels if name not in numbers]
     if unknown:
         return BadSampleError(UNKNOWN_CLASS, listed.source, f"{quoted(unknown[0])} is not in classes")
-    if layout.labels == "single":
-        return numbers[listed.labels[0]]
-    return [int(name in listed.labels) for name in numbers]
+    return numbers[labels[0]] if layout.labels == "single" else [int(name in labels) for name in numbers]
 
 
 def _check_inside(raw: Path, file: str) -> None:

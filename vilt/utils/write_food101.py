@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip.messages import quoted
+from common.errors import DataError
+from common.messages import quoted
+from common.strict_json import kind_of
 from vilt.datasets.specs import DATASETS, Split
-from vilt.errors import DataError
 from vilt.utils.raw_data import (
     UNKNOWN_CLASS,
     BadSampleError,
@@ -19,7 +20,6 @@ from vilt.utils.raw_data import (
     Sample,
     check_inside,
     check_text,
-    kind_of,
     read_bytes,
     read_image,
     read_object,

@@ -1,13 +1,14 @@
 """Hateful Memes: images with their caption, hateful or not."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from clip.messages import quoted
+from common.errors import DataError
+from common.messages import quoted
+from common.strict_json import parse_json
 from vilt.datasets.specs import DATASETS, Split
-from vilt.errors import DataError
 from vilt.utils.raw_data import (
     INCOMPLETE_JSON,
     UNKNOWN_CLASS,
@@ -17,7 +18,6 @@ from vilt.utils.raw_data import (
     Row,
     Sample,
     check_text,
-    parse_json,
     read_bytes,
     read_image,
     read_record,
@@ -31,12 +31,7 @@ RAW/ or RAW/data/
   test.jsonl          or test_seen.jsonl, test_unseen.jsonl: choose with --test-split
   img/FILE.png
 """
-TestSplit = Literal["test", "test_seen", "test_unseen"]
-TEST_SPLITS: tuple[TestSplit, ...] = ("test", "test_seen", "test_unseen")
-
-
-def _choice(names: Sequence[str]) -> str:
-    return f"Usable here: {' or '.join(f'--test-split {name}' for name in names)}."
+TEST_SPLITS = ("test", "test_seen", "test_unseen")
 
 
 @dataclass(frozen=True)
@@ -77,30 +72,29 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
     return lines
 
 
-def _records(lines: list[tuple[int, bytes]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines that are whole; the others are reported with the bad samples."""
-    for row, line in lines:
+def _has_labels(path: Path) -> bool:
+    """False if `path` has intact rows, and none of them has a label. Raises DataError if an id comes twice."""
+    rows: dict[int | str, int] = {}
+    labels = []
+    for row, line in _lines(path):
         try:
-            record = parse_json(line)
-        except ValueError:
+            record: Any = parse_json(line)
+        except ValueError:  # reported with the bad samples
             continue
         if isinstance(record, dict):
-            yield row, record
+            labels.append(record.get("label"))
+            name = record.get("id")
+            # Within a file only: dev_seen and dev_unseen of the later release overlap by design.
+            if isinstance(name, int | str) and rows.setdefault(name, row) != row:
+                raise DataError(f"{path}: the id {quoted(name)} is listed twice, in rows {rows[name]} and {row}.")
+    return not labels or any(label is not None for label in labels)
 
 
-def _check_rows(path: Path) -> bool:
-    """False if `path` has rows that are whole, and none of them has a label. Raises DataError if an id comes twice."""
-    records = list(_records(_lines(path)))
-    rows: dict[int | str, int] = {}
-    for row, record in records:
-        name = record.get("id")
-        # Within a file only: dev_seen and dev_unseen of the later release overlap by design.
-        if isinstance(name, int | str) and rows.setdefault(name, row) != row:
-            raise DataError(f"{path}: the id {quoted(name)} is listed twice, in rows {rows[name]} and {row}.")
-    return not records or any(record.get("label") is not None for _, record in records)
+def _choice(names: list[str]) -> str:
+    return f"Usable here: {' or '.join(f'--test-split {name}' for name in names)}."
 
 
-def open_raw(raw: Path, test_split: TestSplit = "test") -> RawDataset:
+def open_raw(raw: Path, test_split: str = "test") -> RawDataset:
     """Hateful Memes in `raw` or `raw/data`, its jsonl files checked for labels and repeated ids. Raises DataError."""
     spec = DATASETS["hatememes"]
     folder = raw / "data" if (raw / "data" / "train.jsonl").is_file() and not (raw / "train.jsonl").is_file() else raw
@@ -123,15 +117,14 @@ def open_raw(raw: Path, test_split: TestSplit = "test") -> RawDataset:
     for split, name in names.items():
         path = folder / f"{name}.jsonl"
         lines = _lines(path)
-        if not _check_rows(path):
-            others = [test for test in tests if test != name and _check_rows(folder / f"{test}.jsonl")]
-            hint = (
-                "No test file here has labels: the later release of the dataset has." if not others else _choice(others)
-            )
-            raise DataError(
-                f"{path}: none of its {len(lines):,} rows has a 'label', which the conversion needs."
-                + (f" {hint}" if split == "test" else "")
-            )
+        if not _has_labels(path):
+            hint = ""
+            if split == "test":
+                others = [test for test in tests if test != name and _has_labels(folder / f"{test}.jsonl")]
+                hint = " No test file here has labels: the later release of the dataset has."
+                hint = f" {_choice(others)}" if others else hint
+            message = f"{path}: none of its {len(lines):,} rows has a 'label', which the conversion needs."
+            raise DataError(message + hint)
         splits.append(RawSplit(split, path.name, len(lines), memes(path.name, lines)))
     assert spec.class_names is not None
     return RawDataset(spec, spec.class_names, tuple(splits))

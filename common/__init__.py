@@ -1,0 +1,1 @@
+"""Errors, messages, files and locks: what every other package needs."""

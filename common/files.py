@@ -1,0 +1,148 @@
+"""Writing files and folders so that a reader sees either the old one or the new one, never a part.
+
+What is unfinished lies beside its target, under a hidden name that ends in `.part`. What a killed writer left there is
+removed when the same target is written again, once it is older than a day.
+"""
+
+import glob
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from common.errors import DataError
+
+log = logging.getLogger(__name__)
+
+ABANDONED_S = 86_400
+"""Age from which an unfinished file or folder is taken for a killed writer's."""
+NEW, OLD = "new", "old"
+"""In an unfinished folder: what is to take the place of the target, and what was there until then."""
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yields an empty file beside `target` to write to; it becomes `target` only when the block ends without an error.
+
+    The folder is created. Concurrent writers do not meet: each has its own temporary file, the last rename wins.
+    Both the content and the rename are on the disk when the block has ended: a power cut changes nothing any more.
+    """
+    with _part_of(target) as part:
+        part.touch(exist_ok=False)
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.replace(target)
+        sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in `folder`, as they are now, are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_folder(target: Path, marker: str, maker: str) -> Iterator[Path]:
+    """As `new_folder`, for a `target` that is free, an empty folder, or one that was written in this way before.
+
+    Args:
+        marker: name of a file that says that `maker` wrote the folder.
+
+    Raises:
+        DataError: `target` is anything else.
+    """
+    check_replaceable(target, marker, maker)
+    with new_folder(target) as fresh:
+        yield fresh
+        (fresh / marker).write_text(json.dumps({"written_by": maker}), "utf-8")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target` to write into; it becomes `target` only when the block ends without error.
+
+    The old folder is moved away first. A kill between the two renames leaves no folder of that name: `restore_folder`,
+    or writing it again, puts the old one back.
+    """
+    target = target.resolve()
+    with _part_of(target) as part:
+        fresh = part / NEW
+        fresh.mkdir(parents=True)
+        yield fresh
+        if target.exists():
+            target.replace(part / OLD)
+        fresh.replace(target)
+        sync_folder(target.parent)
+
+
+def restore_folder(target: Path) -> None:
+    """Puts the old folder back where a writer of `target` was killed between its two renames."""
+    target = target.resolve()
+    for part in _parts(target):
+        if (part / OLD).exists() and not target.exists():
+            (part / OLD).replace(target)
+
+
+def whole_lines(file: TextIO) -> Iterator[str]:
+    """The lines of a file that grows by appending, without a last one that a power cut has left without its end."""
+    return (line for line in file if line.endswith("\n"))
+
+
+def check_replaceable(target: Path, marker: str, maker: str) -> None:
+    """Raises DataError unless `target` is free, empty, or a folder with the file `marker`, which `maker` wrote."""
+    is_folder = target.is_dir()
+    if (target.exists() and not is_folder) or (is_folder and not (target / marker).is_file() and any(target.iterdir())):
+        what = f"no {marker} in it" if is_folder else "a file"
+        raise DataError(f"{target} exists and was not written by {maker} ({what}): choose another folder")
+
+
+@contextmanager
+def _part_of(target: Path) -> Iterator[Path]:
+    """A free name beside `target` for an unfinished file or folder, which is gone when the block ends."""
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        restore_folder(target)
+        _remove_abandoned(target)
+        try:
+            yield part
+        finally:
+            restore_folder(target)
+            _remove(part)
+    except OSError as error:
+        # A full disk shows when writing, where the system names no file; the names of parts tell a user nothing.
+        at = part if error.filename is None else Path(error.filename)
+        if at.is_relative_to(part / NEW):
+            error.filename = str(target / at.relative_to(part / NEW))
+        elif at.is_relative_to(part):
+            error.filename = str(target)
+        raise
+
+
+def _parts(target: Path) -> list[Path]:
+    """What writers have left beside `target`, or are writing now."""
+    return list(target.parent.glob(f".{glob.escape(target.name)}.????????.part"))
+
+
+def _remove_abandoned(target: Path) -> None:
+    for part in _parts(target):
+        if time.time() - part.lstat().st_mtime > ABANDONED_S:
+            _remove(part)
+            log.info("%s: left by a killed writer; removed", part)
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""Small arrow files and tokenizers for tests of what reads them."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+
+def png(seed: int, size: int = 8) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def write(path: Path, table: pa.Table, rows_per_batch: int | None = None) -> None:
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, rows_per_batch)
+
+
+def file_of(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def genres(*ones: int) -> list[int]:
+    return [int(genre in ones) for genre in range(23)]
+
+
+def films(plots: Sequence[Sequence[str]]) -> pa.Table:
+    rows = range(len(plots))
+    return pa.table(
+        {
+            "image": [png(row) for row in rows],
+            "plots": [list(texts) for texts in plots],
+            "label": [genres(row, row + 1) for row in rows],
+            "image_id": [f"film{row}" for row in rows],
+        }
+    )
+
+
+def memes(rows: int = 3, images: Mapping[int, bytes] | None = None, text: str = "meme {}") -> pa.Table:
+    return pa.table(
+        {
+            "image": [(images or {}).get(row, png(row)) for row in range(rows)],
+            "text": [[text.format(row)] for row in range(rows)],
+            "label": [row % 2 for row in range(rows)],
+        }
+    )
+
+
+def as_npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+class Tokenizer:
+    """Says what it was asked: a text becomes its length and its first characters."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        self.calls.append(list(texts))
+        ids = np.zeros((len(texts), 77), dtype=np.int64)
+        for row, text in enumerate(texts):
+            ids[row, : min(77, len(text) + 1)] = [len(text), *map(ord, text)][:77]
+        return ids
+
+
+def assert_equal(one: Sequence[Any], other: Sequence[Any]) -> None:
+    """Of samples or batches: all values, types and shapes."""
+    for mine, theirs in zip(one, other, strict=True):
+        if isinstance(mine, torch.Tensor):
+            assert isinstance(theirs, torch.Tensor)
+            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs)
+        else:
+            assert mine == theirs

@@ -114,9 +114,7 @@ class Doctor:
         if not self.options.num_gpus:
             return "warn", f"no GPU in use, {torch.get_num_threads()} threads: a published training takes days"
         free, total = torch.cuda.mem_get_info()
-        device = (
-            f"{self.options.num_gpus} × {torch.cuda.get_device_name()}, {byte_size(free)} of {byte_size(total)} free"
-        )
+        memory = f"{byte_size(free)} of {byte_size(total)} free"
         device = f"{self.options.num_gpus} × {torch.cuda.get_device_name()}, {memory}"
         return "ok" if free > total / 2 else "warn", device
 

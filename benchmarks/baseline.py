@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A tower's blocks with memory (METHOD.md section 3)."""
+    """A tower's blocks with memory (docs/method.md section 3)."""
 
     def __init__(self, width: int, layers: int, heads: int, slots: int, causal: bool) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class TextTower(nn.Module):
 
 
 class Learner(nn.Module):
-    """The memory learner, one sample after another (METHOD.md section 2)."""
+    """The memory learner, one sample after another (docs/method.md section 2)."""
 
     def __init__(self, arch: ClipArchitecture, slots: int, depth: int) -> None:
         super().__init__()

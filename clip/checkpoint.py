@@ -1,7 +1,7 @@
 """Checkpoints: what they hold, reading them, and reading those of the published code.
 
 Ours hold everything but the frozen backbone, and the backbone's name and hash. Published ones hold the whole model
-except the dynamic queries, which follow from the seed of their run (METHOD.md section 6). Neither can run code:
+except the dynamic queries, which follow from the seed of their run (docs/method.md section 6). Neither can run code:
 `torch.load` runs with `weights_only=True`, and the classes that published files mention become inert stand-ins.
 """
 

@@ -1,4 +1,4 @@
-"""The published metrics (METHOD.md section 4), computed on the logits of a whole split.
+"""The published metrics (docs/method.md section 4), computed on the logits of a whole split.
 
 Shapes: `logits` (N, C); `labels` (N, C) of 0/1 for multi-label tasks, (N,) class numbers otherwise.
 All values are fractions in [0, 1].

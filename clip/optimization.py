@@ -1,4 +1,4 @@
-"""What a training step does with gradients: parameter groups, optimiser and learning rate (METHOD.md section 5)."""
+"""What a training step does with gradients: parameter groups, optimiser and learning rate (docs/method.md, 5)."""
 
 import math
 from collections.abc import Callable, Iterable

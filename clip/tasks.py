@@ -1,4 +1,4 @@
-"""Tasks: head, loss, metrics and the metric that chooses the best model (METHOD.md section 4), by dataset."""
+"""Tasks: head, loss, metrics and the metric that chooses the best model (docs/method.md section 4), by dataset."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -263,7 +263,7 @@ def test_what_an_option_leaves_unused_is_not_trained(options: dict[str, Any], un
 
 
 def test_published_sizes_in_millions() -> None:
-    """REP's learner has 17.9 million values, DCP's 2.0 (METHOD.md section 9), at ViT-B/16 and the default sizes."""
+    """REP's learner has 17.9 million values, DCP's 2.0 (method.md section 9), at ViT-B/16 and the default sizes."""
     for prompt_type, millions in (("rep", 17.9), ("dcp", 2.0)):
         with torch.device("meta"):
             learner = METHODS[prompt_type](VIT_B_16.places, VIT_B_16.embed_dim, MethodOptions(prompt_type))

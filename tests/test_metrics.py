@@ -1,4 +1,4 @@
-"""The metrics against slow, obvious loops and against values computed by hand (METHOD.md section 4)."""
+"""The metrics against slow, obvious loops and against values computed by hand (docs/method.md section 4)."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Images as the model takes them (METHOD.md section 1)."""
+"""Images as the model takes them (docs/method.md section 1)."""
 
 import functools
 

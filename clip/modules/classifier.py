@@ -1,4 +1,4 @@
-"""The classifier: a frozen backbone, a method's slots in it, and a head (METHOD.md sections 3, 4 and 8).
+"""The classifier: a frozen backbone, a method's slots in it, and a head (docs/method.md sections 3, 4 and 8).
 
 Shape suffixes: B samples, b samples with a modality, L sequence, D width of a tower, E width of a modality's features,
 C classes.

@@ -29,8 +29,9 @@ from clip.tasks import task_of
 from clip.tokenizer import ClipTokenizer
 from clip.training import FinetuneModule
 from common.errors import ConfigError
-from config import Options, check_together, resolve
+from config import Options
 from constraints import read_requirements
+from runs.check_options import check_together, resolve
 from vilt.checkup import (
     Finding,
     check_file,

@@ -71,18 +71,9 @@ from clip.trainable import freeze
 from clip.training import FinetuneModule
 from common.errors import CheckpointError, CheckupError, ConfigError, UserError, machine_error
 from common.messages import first_line
-from config import (
-    EX,
-    ConfigAddedError,
-    Options,
-    SacredError,
-    check,
-    check_command_line,
-    options_in_files,
-    read_options,
-    read_with_machine,
-    unknown_option,
-)
+from config import OPTIONS, Options, unknown_option
+from runs.check_options import check, read_options, read_with_machine
+from runs.experiment import EX, ConfigAddedError, SacredError, check_command_line, described_options, options_in_files
 from sweep.command import run_sweep
 from targets import Target, check_agreement, open_targets, with_model_of
 from vilt.datamodules import MissingModalityData
@@ -122,6 +113,12 @@ def robustness(_config: dict[str, Any], _run: Any) -> None:
     whole = [result for result in results if result is not None]
     if whole:
         print(f"\n{describe_several(whole) if len(whole) > 1 else describe_one(whole[0])}\n")
+
+
+@EX.command(unobserved=True)
+def print_config(_config: dict[str, Any]) -> None:
+    """Prints all options with their values and what they are for."""
+    print(described_options(_config))
 
 
 @EX.command(unobserved=True)
@@ -611,7 +608,7 @@ def command_line(argv: list[str]) -> int:
             EX.run_commandline(argv)
     except ConfigAddedError as error:
         unknown = sorted(map(str, error.__conflicting_configs__))
-        return end_with_user_error(error, None, str(unknown_option(unknown, list(Options.__dataclass_fields__))))
+        return end_with_user_error(error, None, str(unknown_option(unknown, list(OPTIONS))))
     except (UserError, SacredError) as error:
         return end_with_user_error(error, run_folder())
     except OtherProcessError as error:

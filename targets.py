@@ -14,7 +14,8 @@ from clip.run_table import find_checkpoints
 from clip.tasks import task_of
 from common.errors import ConfigError, DataError
 from common.hashing import file_sha256
-from config import Options, check, read_load_paths, read_options
+from config import Options
+from runs.check_options import check, read_load_paths, read_options
 from vilt.datamodules import rows_of_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import EX
+from config import DEFAULTS
 from report import figures
 from report.collect import Run
 from report.comparison import compared_variants, comparison_figure, comparison_table
@@ -280,7 +280,7 @@ def run_details(run: Run) -> RunDetails:
 
 def options_table(runs: Sequence[Run]) -> Table:
     """The options in which a run differs from the defaults, a column per run."""
-    defaults = {name: _said(value) for name, value in flat(dict(EX.configurations[0]()))}
+    defaults = {name: _said(value) for name, value in flat(dict(DEFAULTS))}
     options = {run: {name: _said(value) for name, value in flat(run.config)} for run in runs}
     names = dict.fromkeys(name for of_run in options.values() for name in of_run)
     differing = [name for name in names if any(of_run.get(name) != defaults.get(name) for of_run in options.values())]

@@ -14,7 +14,8 @@ from clip.tasks import task_of
 from common.errors import ConfigError, SweepError
 from common.locks import locked
 from common.messages import quoted
-from config import Options, check
+from config import Options
+from runs.check_options import check
 from sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
 from sweep.jobs import run_command
 from sweep.launchers import CLUSTERS, make_launcher

@@ -24,7 +24,8 @@ from clip.run_folder import write_csv
 from clip.text_table import ruled_table
 from common.errors import ConfigError, SweepError
 from common.messages import first_line
-from config import Options, check, is_range, is_range_of_steps
+from config import Options, is_range, is_range_of_steps
+from runs.check_options import check
 from sweep.jobs import Job, Outcome, run_command
 from sweep.launchers import Launcher
 from sweep.progress import Progress

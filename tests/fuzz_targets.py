@@ -24,8 +24,9 @@ from clip.run_folder import read_json
 from clip.run_table import list_runs
 from clip.tokenizer import ClipTokenizer, load_tokenizer
 from common.errors import DataError, UserError
-from config import EX, read_options
+from config import DEFAULTS
 from report.collect import read_runs
+from runs.check_options import read_options
 from tests.archives import rewritten
 from tests.models import TINY, tiny_classifier
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -296,9 +297,6 @@ def _read_samples(_: None, folder: Path, given: tuple[str, Damage]) -> None:
 
 
 # Options, texts
-
-
-DEFAULTS: dict[str, Any] = EX.configurations[0]()
 
 
 def _check_options(_: None, folder: Path, given: dict[str, Any]) -> None:

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import doctor
-from config import EX, Options, resolve
+from config import DEFAULTS, Options
 from doctor import StepCost, run_seconds
 from run import command_line
+from runs.check_options import resolve
 from tests.conftest import Workspace
 from tests.custom_files import convert, write_labelled
 from vilt import checkup
@@ -377,7 +378,7 @@ def test_memory_of_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def options_with(workspace: Workspace, *changes: tuple[str, Any]) -> Options:
-    config = {**EX.configurations[0](), "task": "mmimdb", "data_root": str(workspace.arrow), "num_gpus": 0}
+    config = {**DEFAULTS, "task": "mmimdb", "data_root": str(workspace.arrow), "num_gpus": 0}
     sizes = {"per_gpu_batchsize": 10, "batch_size": 40, "max_epoch": 3}
     return resolve({**config, **sizes, **dict(changes)})
 

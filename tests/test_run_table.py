@@ -13,7 +13,7 @@ import torch
 
 from clip.run_table import find_checkpoints, list_runs, sort_runs
 from common.errors import ConfigError
-from config import EX
+from config import DEFAULTS
 from run import command_line
 from tests.conftest import Workspace
 
@@ -22,7 +22,7 @@ BEGAN = 1_750_000_000
 
 def write_run(folder: Path, *, score: float | None = 0.4, tested: float | None = 0.3, **options: Any) -> Path:
     """A run folder with made-up content; `options` differ from the defaults."""
-    config = json.loads(json.dumps(EX.configurations[0]())) | {"task": "mmimdb", **options}
+    config = json.loads(json.dumps(DEFAULTS)) | {"task": "mmimdb", **options}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     os.utime(folder / "config.json", (BEGAN, BEGAN + config["seed"]))

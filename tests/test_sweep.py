@@ -831,7 +831,7 @@ WRONG = {
     "search.memory_length=[12,few]": "search.memory_length: expected an integer of at least 3, found 'few'",
     "search.memory_length=[12,12]": "search.memory_length: expected each value once, found 12 twice",
     "search.memory_length=[6,10]": "search.memory_length: 10 is not possible: memory_length: expected a positive multi",
-    "search.batch_size=[8,10]": "search.batch_size: 10 is not possible: batch_size: expected a multiple of per_gpu_bat",
+    "search.memory_length=[3,7]": "search.memory_length: 7 is not possible: memory_length: expected a positive multiple of",
     "search_trials=0": "search_trials: expected an integer of at least 1, found 0",
     "search_trials=5": "search_trials: expected options to search, as in search.learning_rate=[1e-4,1e-1]",
     "search.memory_length=[3,6] sweep_seeds=[1,2]": "sweep_seeds: is for a grid; a search has one missing_type",
@@ -851,12 +851,6 @@ def test_a_folder_that_cannot_be_written(sweep: Sweep, capsys: pytest.CaptureFix
     sweep.log_dir.touch()
     assert sweep.grid() == 2
     assert error_line(capsys.readouterr().err).startswith(f"log_dir: cannot write to {sweep.folder}: ")
-
-
-def test_values_that_are_only_possible_together(sweep: Sweep, scores: SetUp) -> None:
-    """A batch of 10 fits passes of 5 samples, which no other batch does."""
-    options = ("search.batch_size=[8,10]", "search.per_gpu_batchsize=[4,5]", "search.memory_length=[3,6]")
-    assert sweep.run(*options, "search_trials=1") == 0
 
 
 def test_lists_that_a_shell_has_unquoted(sweep: Sweep, stand_in: SetUp) -> None:

@@ -21,7 +21,7 @@ from clip.training import FinetuneModule
 from common.errors import NonFiniteLossError
 from run import command_line
 from tests.conftest import Workspace
-from tests.models import TINY, tiny_classifier
+from tests.models import TINY, published_state, tiny_classifier
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,7 +218,7 @@ def test_a_published_checkpoint_evaluates_without_a_backbone(
 ) -> None:
     """All weights in the file, no dynamic queries, no description: what the published code wrote."""
     checkpoint = read_checkpoint(fitted / "best.ckpt")
-    state = restore_classifier(checkpoint, load_backbone(str(workspace.backbone))).state_dict()
+    state = published_state(restore_classifier(checkpoint, load_backbone(str(workspace.backbone))))
     published = {name: value for name, value in state.items() if "memories_dynamic" not in name}
     path = tmp_path / "published.ckpt"
     torch.save({"state_dict": published, "epoch": 3, "hyper_parameters": {"config": {"memory_length": 6}}}, path)

@@ -831,7 +831,6 @@ WRONG = {
     "search.memory_length=[12,few]": "search.memory_length: expected an integer of at least 3, found 'few'",
     "search.memory_length=[12,12]": "search.memory_length: expected each value once, found 12 twice",
     "search.memory_length=[6,10]": "search.memory_length: 10 is not possible: memory_length: expected a positive multi",
-    "search.memory_length=[3,7]": "search.memory_length: 7 is not possible: memory_length: expected a positive multiple of",
     "search_trials=0": "search_trials: expected an integer of at least 1, found 0",
     "search_trials=5": "search_trials: expected options to search, as in search.learning_rate=[1e-4,1e-1]",
     "search.memory_length=[3,6] sweep_seeds=[1,2]": "sweep_seeds: is for a grid; a search has one missing_type",

@@ -4,14 +4,18 @@
 # make lint   ruff and mypy
 # make bench  how fast it is, beside the published algorithm (half an hour on two cores); writes benchmarks/RESULTS.md
 # make fuzz   feeds damaged input to every reader, some thousands of each kind (ten minutes on two cores)
-# make constraints  installs requirements-dev.txt anew, in an environment of its own, and pins all of it in constraints.txt
+# make docs   writes docs/options.md from config.py
+# make constraints  installs requirements-dev.txt in a fresh environment, and pins all of it in constraints.txt
 # make clean  removes what the above made
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Of `pip freeze`: no CUDA packages, which a torch with CUDA pins itself; no local versions (torch's +cpu); names as pip
+# compares them.
+PINS := sed -E '/^(pip=|nvidia-|cuda-|triton=)/d; s/\+.*//; s/^[^=]+/\L&/; :a; s/^([^=]*)[_.]/\1-/; ta' | LC_ALL=C sort -t= -k1,1
 
-.PHONY: demo test test-long lint bench fuzz constraints clean
+.PHONY: demo test test-long lint bench fuzz docs constraints clean
 
 demo: .venv/.ready
 	$(BIN)/python -m demo
@@ -33,11 +37,15 @@ bench: .venv/.ready
 fuzz: .venv/.ready-dev
 	FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest -s tests/test_fuzz.py
 
+docs: .venv/.ready
+	$(BIN)/python -m runs.options_page
+
 constraints: .venv/bin/python
 	rm -rf .venv-constraints
 	$(BIN)/python -m venv .venv-constraints
 	.venv-constraints/bin/python $(PIP_INSTALL) -r requirements-dev.txt
-	.venv-constraints/bin/python constraints.py > .venv-constraints/constraints.txt
+	.venv-constraints/bin/python -m pip freeze --all > .venv-constraints/frozen.txt
+	{ grep '^#' constraints.txt; $(PINS) < .venv-constraints/frozen.txt; } > .venv-constraints/constraints.txt
 	mv .venv-constraints/constraints.txt constraints.txt
 	rm -rf .venv-constraints
 

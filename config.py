@@ -153,8 +153,15 @@ def is_range_of_steps(name: str, values: Sequence[Any]) -> bool:
 # The table
 
 DATA, MODEL, TRAINING, MACHINE, RUN, COMMAND = "data", "model", "training", "machine", "run", "command"
-"""Kinds of options. Those of model and training are what sweeps and searches vary; a resumed run has the same ones, and
-the same data. COMMAND: of other commands than training and evaluation."""
+KINDS = {
+    DATA: "Data and missing modalities",
+    MODEL: "Model",
+    TRAINING: "Training",
+    MACHINE: "Machine and places",
+    RUN: "Course of a run",
+    COMMAND: "Other commands",
+}
+"""Sweeps and searches vary options of model and training; a resumed run has the same ones, and the same data."""
 
 
 @dataclass(frozen=True)

@@ -1,428 +1,221 @@
-"""`run.py doctor`: looks, before a long run, whether all that it needs is there, whole, and fast enough.
+"""`run.py doctor`: checks, before a long run, that all it needs is there, intact and fast enough.
 
-Every check is made, whatever the others find. Nothing is written but the token ids beside the arrow files, which a run
-would make too.
+Every check is made, whatever the others find. The readers that the run uses make most of them; nothing is written but
+the token ids and missing tables that the run would write too.
 """
 
 import importlib.metadata
+import json
 import math
+import os
 import platform
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pytorch_lightning as pl
 import torch
-from torch import Tensor
-from torch.optim import AdamW
+from packaging.requirements import Requirement
+from tqdm import tqdm
 
 from clip.backbone import Backbone, load_backbone
-from clip.checkpoint import ModelSpec, build_classifier, kept_state
-from clip.modules.classifier import MissingModalityClassifier
-from clip.tasks import task_of
+from clip.open_model import tokenizer_for
 from clip.tokenizer import ClipTokenizer
-from clip.training import FinetuneModule
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError, StorageError, UserError
+from common.messages import listed, quoted
 from config import Options
-from constraints import read_requirements
 from runs.check_options import check_together, resolve
-from vilt.checkup import (
-    Finding,
-    check_file,
-    check_images,
-    check_labels,
-    check_missing_table,
-    check_rows,
-    check_texts,
-    guarded,
-    is_writable,
-    nearest_folder,
-)
-from vilt.datamodules import Batch, collate, split_patterns
+from vilt.datamodules import split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
 from vilt.image_cache import missing_bytes
+from vilt.missing_tables import load_missing_table, type_counts
 
-OLDEST_PYTHON = (3, 11)
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-SHARED_MEMORY = Path("/dev/shm")
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-BATCHES_AHEAD = 2
-"""Batches that each loader process keeps ready, in shared memory: torch's default."""
-LOADER_BYTES = 300 * 2**20
-"""Memory of a loader process, roughly."""
-UNKNOWN_RUN_BYTES = 2**30
-"""What a run may leave where the model could not be built and measured."""
-CLIP_IMAGE_SIZE = 224
-"""Where the backbone cannot be read and tell."""
-
-TokenizerFor = Callable[[str | None, str, int], ClipTokenizer]
-SetComputation = Callable[[Options, MissingModalityClassifier], None]
+SHARED_MEMORY, IMAGES_DECODED = Path("/dev/shm"), 64  # images of each split, evenly spread
+_size = partial(tqdm.format_sizeof, suffix="B")
+Found = tuple[str, str]
+"""A level and a text. `FAIL`: the run would end, or give wrong results; `warn`: worth a look; else `ok`."""
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """Seconds that one batch takes."""
-
-    loading: float
-    """In one loader process."""
-    training: float
-    evaluation: float
-
-
-@dataclass
-class Patient:
-    """What is looked at, and what the checks so far have found of it."""
-
-    options: Options
-    tokenizer_for: TokenizerFor
-    set_computation: SetComputation
-    backbone: Backbone | None = None
-    tokenizer: ClipTokenizer | None = None
-    datasets: dict[Split, ArrowDataset] = field(default_factory=dict)
-    run_bytes: int = UNKNOWN_RUN_BYTES
-    """What a run leaves in its folder."""
-    cost: StepCost | None = None
+def examine(config: Mapping[str, Any], train: Callable[[Options, pl.Callback], object]) -> Iterator[Found]:
+    """Level and line of each check of a run, as soon as it is made. Raises ConfigError for an option out of range."""
+    doctor = Doctor(resolve(config), train)
+    checks: dict[str, Callable[[], Found]] = {
+        "packages": check_packages,
+        "options": doctor.check_options,
+        "device": doctor.check_device,
+        "backbone": doctor.check_backbone,
+        "tokenizer": doctor.check_tokenizer,
+        **{f"{split} data": partial(doctor.check_split, split) for split in doctor.options.splits},
+        "training step": doctor.check_step,
+        "storage": doctor.check_storage,
+    }
+    for subject, check in checks.items():
+        try:
+            level, text = check()
+        except Exception as error:
+            level, text = "FAIL", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        yield level, " ".join(f"{level:<5}{subject}: {text}".splitlines())
 
 
-def examine(
-    config: Mapping[str, Any], tokenizer_for: TokenizerFor, set_computation: SetComputation
-) -> Iterator[Finding]:
-    """All findings, each as soon as it is made.
-
-    Args:
-        config: Sacred's configuration.
-        tokenizer_for, set_computation: run.py's.
-    """
-    yield from guarded("python", check_python)
-    yield from guarded("packages", check_packages)
-    try:
-        options = resolve(config)
-    except ConfigError as error:
-        yield Finding("FAIL", "options", str(error))
-        yield Finding("warn", "all else", "not looked at: it depends on the options")
-        return
-    patient = Patient(options, tokenizer_for, set_computation)
-    for subject, check in CHECKS.items():
-        yield from guarded(subject, lambda check=check: check(patient))  # type: ignore[misc]
-
-
-def check_python() -> Iterator[Finding]:
-    """The interpreter's version."""
-    fine = sys.version_info >= OLDEST_PYTHON
-    wanted = "" if fine else f"; expected {'.'.join(map(str, OLDEST_PYTHON))} or newer"
-    yield Finding("ok" if fine else "FAIL", "python", f"{platform.python_version()} ({sys.executable}){wanted}")
-
-
-def check_packages() -> Iterator[Finding]:
+def check_packages() -> Found:
     """Installed versions beside those of requirements.txt."""
-    requirements = list(read_requirements(REQUIREMENTS))
-    others, absent = [], []
-    for requirement in requirements:
+    others, lines = [], REQUIREMENTS.read_text("utf-8").splitlines()
+    for requirement in (Requirement(line) for line in lines if line and not line.startswith("#")):
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            absent.append(requirement.name)
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            others.append(f"{requirement.name} {version} (tested: {str(requirement.specifier).removeprefix('==')})")
-    if absent:
-        yield Finding("FAIL", "packages", f"not installed: {', '.join(absent)}; pip install -r {REQUIREMENTS.name}")
-    if others:
-        yield Finding("warn", "packages", f"other versions than {REQUIREMENTS.name} has: {', '.join(others)}")
-    if not absent and not others:
-        yield Finding("ok", "packages", f"all {len(requirements)} as in {REQUIREMENTS.name}")
+            raise ConfigError(f"{requirement.name} is not installed; pip install -r {REQUIREMENTS.name}") from None
+        if version not in requirement.specifier:
+            others.append(f"{requirement.name} {version} (tested: {requirement.specifier})")
+    found = f"other versions than tested: {', '.join(others)}" if others else f"as in {REQUIREMENTS.name}"
+    return "warn" if others else "ok", f"Python {platform.python_version()}; {found}"
 
 
-def check_options(patient: Patient) -> Iterator[Finding]:
-    """Whether the options go together."""
-    options = patient.options
-    check_together(options)
-    passes = f"{options.accumulation} × {options.processes} × {options.per_gpu_batchsize} samples a step"
-    yield Finding("ok", "options", f"go together; {passes}, {options.max_epoch} epochs, seed {options.seed}")
+class StepTimer(pl.Callback):
+    """Loss, seconds and trainable bytes of the newest training step."""
+
+    loss = seconds = began = 0.0
+    trainable_bytes = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, _: Any, module: Any, outputs: Any, *__: Any) -> None:
+        self.loss = outputs["loss"].item()  # waits for the GPU
+        self.seconds = time.perf_counter() - self.began
+        self.trainable_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
-def check_device(patient: Patient) -> Iterator[Finding]:
-    """What computes, and how precisely."""
-    options = patient.options
-    if options.num_gpus:
+@dataclass
+class Doctor:
+    """The checks that need the options; later ones use what earlier ones have found."""
+
+    options: Options
+    train: Callable[[Options, pl.Callback], object]
+    backbone: Backbone | None = None
+    tokenizer: ClipTokenizer | None = None
+    image_size: int = 224
+    datasets: dict[Split, ArrowDataset] = field(default_factory=dict)
+    run_bytes: int = 2**30
+    """What the run leaves in its folder; a guess until a step was tried."""
+
+    def check_options(self) -> Found:
+        check_together(self.options)
+        return "ok", f"{self.options.batch_size} samples a step, {self.options.max_epoch} epochs"
+
+    def check_device(self) -> Found:
+        if not self.options.num_gpus:
+            return "warn", f"no GPU in use, {torch.get_num_threads()} threads: a published training takes days"
         free, total = torch.cuda.mem_get_info()
-        said = f"{options.num_gpus} × {torch.cuda.get_device_name()}, {_size(free)} of {_size(total)} free"
-        yield Finding("ok" if free > total / 2 else "warn", "device", f"{said}, precision {options.precision}")
-    else:
-        said = f"no GPU in use; {torch.get_num_threads()} threads, precision {options.precision}"
-        yield Finding("warn", "device", f"{said}: a training of the published length takes days")
+        device = f"{self.options.num_gpus} × {torch.cuda.get_device_name()}, {_size(free)} of {_size(total)} free"
+        return "ok" if free > total / 2 else "warn", device
+
+    def check_backbone(self) -> Found:
+        options = self.options
+        backbone = load_backbone(options.vit, trust=options.trust_backbone, activation=options.vit_activation)
+        self.backbone, self.image_size = backbone, backbone.architecture.image_size
+        parameters = f"{sum(tensor.numel() for tensor in backbone.state.values()):,} parameters, all finite"
+        return "ok", f"{options.vit}: {parameters}; sha256 {backbone.sha256[:16]}"
+
+    def check_tokenizer(self) -> Found:
+        vocab_size = self.backbone.architecture.vocab_size if self.backbone else sys.maxsize
+        self.tokenizer = tokenizer_for(self.options.tokenizer, self.options.vit, vocab_size)
+        return "ok", f"{self.tokenizer.vocab_size:,} ids"
+
+    def check_split(self, split: Split) -> Found:
+        """Arrow file, classes, size, a sample of the images, texts and missing table."""
+        options, root = self.options, self.options.data_root
+        if options.task is None or root is None:
+            raise ConfigError("expected a task and data_root, as in task_finetune_mmimdb data_root=datasets/mmimdb")
+        spec = open_spec(options.task, root, options.splits)
+        data = ArrowDataset(spec, root, split, self.image_size)
+        names = list(data.class_names())
+        stored = json.loads((data.table.schema.metadata or {}).get(b"class_names", b"null"))
+        if stored not in (None, names):
+            raise DataError(f"{data.path}: metadata class_names: expected {listed(names)}, found {quoted(stored)}")
+        expected = [spec.file_splits[split]]
+        if "split" in data.table.column_names and (found := pc.unique(data.table["split"]).to_pylist()) != expected:
+            raise DataError(f"{data.path}: column split: expected {quoted(expected)}, found {quoted(found)}")
+        for index in np.unique(np.linspace(0, len(data) - 1, IMAGES_DECODED, dtype=int)).tolist():
+            data[0, index]  # raises DataError where the image cannot be decoded
+        pattern = split_patterns(options.data_settings().patterns, spec, root)[split]
+        table = load_missing_table(options.missing_table_root, options.task, split, pattern, data.n_rows)
+        facts = [f"{data.n_rows:,} rows, {len(data):,} samples (one per text)"]
+        facts, remarks = [*facts, *(f"{count:,} {kind}" for kind, count in type_counts(table).items())], []
+        if data.n_rows not in (published := spec.published_rows.get(split, (data.n_rows,))):
+            remarks.append(f"the published split has {' or '.join(f'{rows:,}' for rows in published)} rows")
+        counts = data.labels.sum(0) if data.labels.ndim == 2 else np.bincount(data.labels, minlength=len(names))
+        if absent := [names[number] for number in np.flatnonzero(counts == 0)]:
+            remarks.append(f"{len(absent)} of {len(names)} classes do not occur: {listed(absent)}")
+        if self.tokenizer is not None:
+            data.tokenize(self.tokenizer, self.tokenizer.fingerprint)
+            assert data.tokens is not None
+            lengths, most = data.tokens.argmax(axis=1) - 1, data.tokens.shape[1] - 2  # without <start> and <end>
+            facts.append(f"{np.median(lengths):.0f} tokens (median), {(lengths == most).mean():.0%} fill all {most}")
+            if empty := int((lengths == 0).sum()):
+                remarks.append(f"{empty:,} empty texts")
+        self.datasets[split] = data
+        return "warn" if remarks else "ok", "; ".join([", ".join(facts), *remarks])
+
+    def check_step(self) -> Found:
+        """Two training steps on real samples, of which the second is timed, a validation, and an estimate."""
+        options, train = self.options, self.datasets.get("train")
+        if self.backbone is None or self.tokenizer is None or train is None or "val" not in self.datasets:
+            return "warn", "not tried: it needs backbone, tokenizer, and train and val data"
+        alone = {"num_gpus": min(1, options.num_gpus), "num_nodes": 1, "cpu_processes": 1, "num_workers": 0}
+        short = {"fast_dev_run": 2, "batch_size": options.per_gpu_batchsize, "image_cache": False, "resume_from": None}
+        timer, changes = StepTimer(), dict[str, Any](alone | short)
+        self.train(replace(options, **changes), timer)
+        self.run_bytes = 9 * timer.trainable_bytes  # best.ckpt; last.ckpt with that and AdamW's state, old and new
+        began, batch = time.perf_counter(), min(options.per_gpu_batchsize, len(train))
+        train.__getitems__([(0, index) for index in range(batch)])
+        loading = time.perf_counter() - began
+        samples = {split: len(dataset) for split, dataset in self.datasets.items()}
+        run = timedelta(seconds=math.ceil(run_seconds(options, loading, timer.seconds, samples)))
+        speed = f"{timer.seconds:.2f} s to train on {batch} samples, {loading:.2f} s to load them"
+        speed += f", peak memory {_size(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
+        slow = loading / max(1, options.num_workers) > timer.seconds
+        hint = "; loading is slower than training (image_cache=True keeps decoded images)" if slow else ""
+        return "warn" if slow else "ok", f"loss {timer.loss:.4f}; {speed}; the run takes about {run}{hint}"
+
+    def check_storage(self) -> Found:
+        """Space where the run writes; its loaders hand batches over through shared memory."""
+        options = self.options
+        # Two batches of each worker wait there; the workers of training and validation live at the same time.
+        workers = 2 * (options.num_gpus or options.cpu_processes) * options.num_workers
+        batches = 2 * workers * options.per_gpu_batchsize * 3 * self.image_size**2
+        needs = [(options.log_dir, self.run_bytes, "checkpoints"), (SHARED_MEMORY, batches, "loaded batches")]
+        if options.image_cache and self.datasets:
+            caches = [missing_bytes(data.path, data.n_rows, self.image_size) for data in self.datasets.values()]
+            needs.append((options.data_root, sum(caches), "decoded images"))
+        for path, needed, what in needs:
+            folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                raise StorageError(f"{path}: expected a folder that can be written, or created")
+            if (free := shutil.disk_usage(folder).free) < needed:
+                raise StorageError(f"{path}: {_size(free)} free, about {_size(needed)} needed for {what}")
+        return "ok", ", ".join(f"{path}: about {_size(needed)} needed for {what}" for path, needed, what in needs)
 
 
-def check_backbone(patient: Patient) -> Iterator[Finding]:
-    """CLIP's weights: found, whole, finite."""
-    options = patient.options
-    backbone = load_backbone(options.vit, trust=options.trust_backbone, activation=options.vit_activation)
-    size = backbone.architecture.image_size
-    if options.image_size not in (None, size):
-        raise ConfigError(f"image_size: expected {size}, which is the backbone's, found {options.image_size}")
-    patient.backbone = backbone
-    values = sum(tensor.numel() for tensor in backbone.state.values())
-    said = f"{options.vit}: {values:,} values, all finite; images of {size}; sha256 {backbone.sha256[:16]}…"
-    yield Finding("ok", "backbone", said)
+def run_seconds(options: Options, loading: float, training: float, samples: Mapping[Split, int]) -> float:
+    """An estimate from the seconds that one batch takes; evaluating it takes half of `training`: no backward pass."""
 
+    def batch(computing: float) -> float:
+        return max(loading / options.num_workers, computing) if options.num_workers else loading + computing
 
-def check_tokenizer(patient: Patient) -> Iterator[Finding]:
-    """The tokenizer, beside the backbone's embeddings where these are known."""
-    options, backbone = patient.options, patient.backbone
-    vocab_size = backbone.architecture.vocab_size if backbone is not None else sys.maxsize
-    patient.tokenizer = patient.tokenizer_for(options.tokenizer, options.vit, vocab_size)
-    said = f"{patient.tokenizer.vocab_size:,} ids; fingerprint {patient.tokenizer.fingerprint[:16]}…"
-    yield Finding("ok", "tokenizer", said)
-
-
-def check_data(patient: Patient) -> Iterator[Finding]:
-    """Every split that a run would read."""
-    options = patient.options
-    if options.task is None or options.data_root is None:
-        lacking = "task" if options.task is None else "data_root"
-        raise ConfigError(
-            f"not looked at: {lacking} is not given, as in task_finetune_mmimdb data_root=datasets/mmimdb"
-        )
-    for split in options.splits:
-        yield from guarded(f"{split} file", lambda split=split: _check_split(patient, split))  # type: ignore[misc]
-
-
-def _check_split(patient: Patient, split: Split) -> Iterator[Finding]:
-    options = patient.options
-    image_size = patient.backbone.architecture.image_size if patient.backbone is not None else CLIP_IMAGE_SIZE
-    spec = open_spec(options.task, options.data_root, options.splits)
-    dataset = ArrowDataset(spec, options.data_root, split, image_size)
-    pattern = split_patterns(options.data_settings().patterns, spec, options.data_root)[split]
-
-    def check_tokens() -> Iterator[Finding]:
-        if patient.tokenizer is None:
-            yield Finding("warn", f"{split} texts", "not looked at: there is no tokenizer")
-            return
-        dataset.tokenize(patient.tokenizer, patient.tokenizer.fingerprint)
-        yield from check_texts(dataset)
-
-    yield from guarded(f"{split} file", lambda: check_file(dataset))
-    yield from guarded(f"{split} rows", lambda: check_rows(dataset))
-    yield from guarded(f"{split} labels", lambda: check_labels(dataset))
-    yield from guarded(f"{split} images", lambda: check_images(dataset))
-    yield from guarded(f"{split} texts", check_tokens)
-    yield from guarded(
-        f"{split} missing table", lambda: check_missing_table(dataset, options.missing_table_root, pattern)
-    )
-    patient.datasets[split] = dataset
-
-
-def check_step(patient: Patient) -> Iterator[Finding]:
-    """One training step, twice, and one evaluation pass, on real samples; only the second step is timed."""
-    options, backbone = patient.options, patient.backbone
-    dataset = next(iter(patient.datasets.values()), None)
-    if backbone is None or dataset is None or dataset.tokens is None:
-        yield Finding("warn", "training step", "not tried: it needs backbone, tokenizer and dataset")
-        return
-    spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, dataset.spec.custom)
-    task = task_of(spec.task, spec.custom)
-    try:
-        classifier = build_classifier(spec)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    backbone.load_into(classifier.model)
-    patient.run_bytes = _run_bytes(classifier)
-    patient.set_computation(options, classifier)
-    device = torch.device("cuda" if options.num_gpus else "cpu")
-    module = FinetuneModule(classifier, spec).to(device)
-
-    chosen = np.random.default_rng(options.seed).permutation(len(dataset))[: options.per_gpu_batchsize]
-    loading, batch = _timed(lambda: collate(dataset.__getitems__([(0, int(index)) for index in chosen])), device)
-    on_device = Batch._make(part.to(device) if isinstance(part, Tensor) else part for part in batch)
-    optimizer = AdamW([parameter for parameter in classifier.parameters() if parameter.requires_grad])
-    mixed = torch.float16 if options.precision == "16-mixed" else torch.bfloat16
-    precision = nullcontext() if options.precision == "32-true" else torch.autocast(device.type, mixed)
-
-    def train() -> Tensor:
-        with precision:
-            loss = task.loss(module(on_device).float(), on_device.label)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    def evaluate() -> Tensor:
-        with precision, torch.no_grad():
-            return module(on_device)
-
-    try:
-        first_loss = train()
-        training, _ = _timed(train, device)
-        evaluation, _ = _timed(evaluate, device)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(f"per_gpu_batchsize: {len(chosen)} samples do not fit into the GPU; give fewer") from error
-    patient.cost = StepCost(loading, training, evaluation)
-    fine = bool(first_loss.isfinite())
-    speed = f"{training:.2f} s forward and backward, {loading:.2f} s to load; peak memory {_peak_memory(device)}"
-    loss = f"loss {first_loss.item():.4f}" + ("" if fine else ", expected a finite number")
-    yield Finding("ok" if fine else "FAIL", "training step", f"{len(chosen)} samples: {loss}; {speed}")
-
-
-def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that `work` takes, the device's part included, and its result."""
-    started = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, result
-
-
-def _peak_memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{_size(torch.cuda.max_memory_allocated())} on the GPU"
-    return f"{_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)} of this process"
-
-
-def _run_bytes(classifier: MissingModalityClassifier) -> int:
-    """best.ckpt; last.ckpt with the best model and the optimiser's moments, twice: the old one stays till the end."""
-    kept = sum(tensor.nbytes for tensor in kept_state(classifier).values())
-    trained = sum(parameter.nbytes for parameter in classifier.parameters() if parameter.requires_grad)
-    last = 2 * kept + 2 * trained
-    return kept + 2 * last
-
-
-def check_time(patient: Patient) -> Iterator[Finding]:
-    """How long a run of these options would take at the measured speed."""
-    if patient.cost is None or "train" not in patient.datasets or "val" not in patient.datasets:
-        yield Finding("warn", "length of the run", "not estimated: it needs a training step, and train and val")
-        return
-    options, cost = patient.options, patient.cost
-    samples = {split: len(dataset) for split, dataset in patient.datasets.items()}
-    seconds = run_seconds(options, cost, samples)
-    batches = math.ceil(samples["train"] / (options.processes * options.per_gpu_batchsize))
-    said = f"about {_duration(seconds)}: {options.max_epoch} epochs of {batches:,} batches"
-    if options.max_steps is not None:
-        said += f", {options.max_steps:,} steps at most"
-    slow = cost.loading / max(1, options.num_workers) > cost.training
-    if slow:
-        said += "; loading is slower than training (image_cache=True keeps decoded images)"
-    yield Finding("warn" if slow else "ok", "length of the run", said)
-
-
-def run_seconds(options: Options, cost: StepCost, samples: Mapping[Split, int]) -> float:
-    """An estimate: every batch takes what the slower one of loading and computing takes, or both without loaders.
-
-    Args:
-        samples: of each split that the run reads.
-    """
-
-    def per_batch(computing: float) -> float:
-        if options.num_workers == 0:
-            return cost.loading + computing
-        return max(cost.loading / options.num_workers, computing)
-
-    per_pass = options.processes * options.per_gpu_batchsize
-    batches = {split: math.ceil(number / per_pass) for split, number in samples.items()}
-    interval = options.val_check_interval
-    validations = 1 / interval if isinstance(interval, float) else batches["train"] / interval
-    epoch = batches["train"] * per_batch(cost.training) + validations * batches["val"] * per_batch(cost.evaluation)
-    epochs = float(options.max_epoch)
-    if options.max_steps is not None:
-        epochs = min(epochs, options.max_steps * options.accumulation / batches["train"])
-    return epochs * epoch + batches.get("test", 0) * per_batch(cost.evaluation)
-
-
-def check_disks(patient: Patient) -> Iterator[Finding]:
-    """Room and rights where a run writes."""
-    options = patient.options
-    if is_writable(options.log_dir):
-        yield _room("log_dir", options.log_dir, patient.run_bytes, "checkpoints")
-    else:
-        yield Finding("FAIL", "log_dir", f"{options.log_dir}: expected a folder that can be written, or made")
-    if not patient.datasets:
-        return
-    if is_writable(options.data_root):
-        caches = [
-            missing_bytes(one.path, one.n_rows, one.image_size) if options.image_cache else 0
-            for one in patient.datasets.values()
-        ]
-        yield _room("data_root", options.data_root, sum(caches), "caches beside the arrow files")
-    elif options.image_cache:
-        yield Finding("FAIL", "data_root", f"{options.data_root}: image_cache needs a folder that can be written")
-    else:
-        yield Finding("warn", "data_root", f"{options.data_root}: not writable; each run makes the token ids anew")
-
-
-def check_shared_memory(patient: Patient) -> Iterator[Finding]:
-    """Loader processes hand batches over through shared memory, of which containers often have 64 MB."""
-    options = patient.options
-    if options.num_workers == 0:
-        yield Finding("ok", "shared memory", "not needed (num_workers=0)")
-    elif not SHARED_MEMORY.is_dir():
-        yield Finding("warn", "shared memory", f"not looked at: there is no {SHARED_MEMORY}")
-    else:
-        size = patient.backbone.architecture.image_size if patient.backbone is not None else CLIP_IMAGE_SIZE
-        batch = options.per_gpu_batchsize * 3 * size**2
-        local = options.num_gpus or options.cpu_processes
-        # The loaders of training and validation are there at the same time.
-        needed = 2 * local * options.num_workers * BATCHES_AHEAD * batch
-        yield _room("shared memory", SHARED_MEMORY, needed, f"batches of {options.num_workers} loader processes")
-
-
-def _room(subject: str, folder: Path, needed: int, what: str) -> Finding:
-    free = shutil.disk_usage(nearest_folder(folder)).free
-    said = f"{folder}: {_size(free)} free, about {_size(needed)} needed for {what}"
-    return Finding("FAIL" if free < needed else "warn" if free < 2 * needed else "ok", subject, said)
-
-
-def check_memory(patient: Patient) -> Iterator[Finding]:
-    """Main memory for the weights and the loaders of all processes of this machine."""
-    options = patient.options
-    weights = sum(tensor.nbytes for tensor in patient.backbone.state.values()) if patient.backbone is not None else 0
-    local = options.num_gpus or options.cpu_processes
-    needed = local * (2 * weights + 2 * options.num_workers * LOADER_BYTES)
-    free = _free_memory()
-    yield Finding(
-        "ok" if free > needed else "warn", "memory", f"{_size(free)} free, about {_size(needed)} needed besides batches"
-    )
-
-
-def _free_memory() -> int:
-    """Bytes that processes can still have: of the machine, or of the container if that has less."""
-    entries = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
-    free = int(entries["MemAvailable"].split()[0]) * 1024
-    with suppress(OSError, ValueError):  # no such file, or no limit: `max`
-        limit, used = (int((CONTROL_GROUP / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    return free
-
-
-CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
-    "options": check_options,
-    "device": check_device,
-    "backbone": check_backbone,
-    "tokenizer": check_tokenizer,
-    "data": check_data,
-    "training step": check_step,
-    "length of the run": check_time,
-    "disks": check_disks,
-    "shared memory": check_shared_memory,
-    "memory": check_memory,
-}
-"""In order; later ones use what earlier ones have found."""
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    days, hours = divmod(minutes // 60, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes % 60, "min")]
-    return " ".join(f"{number} {unit}" for number, unit in parts if number)
+    per_pass, interval = options.processes * options.per_gpu_batchsize, options.val_check_interval
+    train, val, test = (math.ceil(samples.get(split, 0) / per_pass) for split in ("train", "val", "test"))
+    validations = 1 / interval if isinstance(interval, float) else train / interval
+    epochs = min(options.max_epoch, (options.max_steps or math.inf) * options.accumulation / train)
+    return epochs * (train * batch(training) + validations * val * batch(training / 2)) + test * batch(training / 2)

@@ -2,7 +2,7 @@
 
 `python run.py robustness with load_path=…` evaluates at every missing type and ratio; `python run.py runs` lists runs;
 `python run.py report with runs=…` writes a page about them; `python run.py print_config` shows the options;
-`python run.py doctor with …` looks, before a long run, whether all that it needs is there and whole.
+`python run.py doctor with …` checks, before a long run, that all it needs is there and intact.
 Exit status: 0 done, 2 something the user can mend, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM.
 """
 
@@ -169,13 +169,13 @@ def doctor(_config: dict[str, Any]) -> None:
     from doctor import examine
 
     set_up_logging()
-    findings = []
-    for finding in examine(_config, tokenizer_for, set_computation):
-        print(finding.line(), flush=True)
-        findings.append(finding)
-    failed = sum(finding.level == "FAIL" for finding in findings)
-    if failed:
-        raise CheckupError(f"{failed} of {len(findings)} checks failed")
+    logging.disable(logging.INFO)
+    levels = []
+    for level, line in examine(_config, lambda options, callback: train_from(options, options.exp_name, callback)):
+        print(line, flush=True)
+        levels.append(level)
+    if failed := levels.count("FAIL"):
+        raise CheckupError(f"{failed} of {len(levels)} checks failed")
 
 
 def given_options(sacred_run: Any) -> set[str]:
@@ -214,7 +214,7 @@ def train(options: Options) -> dict[str, float]:
         return train_from(replace(options, resume_from=progress.checkpoint), name)
 
 
-def train_from(options: Options, name: str) -> dict[str, float]:
+def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str, float]:
     """A training run in its own folder, `name`, from its start or from the checkpoint `resume_from`."""
     pl.seed_everything(options.seed, workers=True, verbose=False)
     say_device(options)
@@ -260,7 +260,7 @@ def train_from(options: Options, name: str) -> dict[str, float]:
     )
     # Processes without the folder write nothing, but take part in writing.
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
-    trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints)
+    trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints, *callbacks)
     with told_when_full(folder or options.log_dir), data.naming_dead_workers(), ending_together(trainer):
         began = time.monotonic()
         try:
@@ -404,7 +404,11 @@ def measure_target(target: Target, given: set[str]) -> Robustness | None:
 
 
 def make_trainer(
-    options: Options, folder: Path | None, steps_per_epoch: int, checkpoints: Checkpoints | None = None
+    options: Options,
+    folder: Path | None,
+    steps_per_epoch: int,
+    checkpoints: Checkpoints | None = None,
+    *more_callbacks: pl.Callback,
 ) -> pl.Trainer:
     """The Lightning trainer, for training if there are `checkpoints` to keep, else for evaluation.
 
@@ -419,7 +423,7 @@ def make_trainer(
         without_sync: dict[str, Any] = {sync: False}
         strategy = DDPStrategy(find_unused_parameters=True, **without_sync)
     steps_per_look = GPU_STEPS_PER_LOOK if options.num_gpus else 1
-    callbacks: list[pl.Callback] = [TQDMProgressBar(refresh_rate=steps_per_look if sys.stderr.isatty() else 0)]
+    callbacks = [TQDMProgressBar(refresh_rate=steps_per_look if sys.stderr.isatty() else 0), *more_callbacks]
     interval, accumulation = steps_per_epoch, 1
     if checkpoints is not None:
         accumulation, wanted = options.accumulation, options.val_check_interval

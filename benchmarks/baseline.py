@@ -1,10 +1,8 @@
 """The published algorithm, written plainly: what the benchmarks compare with.
 
 It encodes both modalities of every sample and puts zeros in place of the missing ones afterwards, makes the memory once
-per sample in a loop, takes all 77 positions of every text through all blocks, computes whole last blocks, and decodes
-and tokenises every sample whatever it is missing. Attention is torch's `nn.MultiheadAttention`, as in OpenAI's CLIP.
-
-Parameters are those of a `MissingModalityClassifier` under their published names: both sides compute the same numbers.
+per sample in a loop, takes all 77 positions of every text through all blocks, and decodes and tokenises every sample
+whatever it lacks. Attention is `nn.MultiheadAttention`, as in OpenAI's CLIP. Parameters have our values.
 """
 
 import io

@@ -1,10 +1,7 @@
 """Made-up films with posters and plots of the usual size, and loading them: reading, decoding, transforming, tokens."""
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -13,80 +10,48 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.baseline import load_image
-from clip.tokenizer import ClipTokenizer, load_tokenizer
+from clip.tokenizer import load_tokenizer
 from demo.backbone import train_tokenizer
 from vilt.datamodules import collate
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.specs import DATASETS, Split
-from vilt.missing_tables import IMAGE_MISSING, TEXT_MISSING, MissingPattern, draw_missing_table
+from vilt.datasets.specs import DATASETS
+from vilt.missing_tables import IMAGE_MISSING, MissingPattern, draw_missing_table
 
-FILMS, POSTER, WORDS = 192, (300, 440), 110
-PATTERN = MissingPattern("image", 0.7, 0.5, 0)
+FILMS, BATCH, POSTER, WORDS = 192, 32, (300, 440), 110
 
 
 class Loading:
-    """A training split of made-up films, and both ways to load it."""
+    """A training split of made-up films, one plot each, 70 % without image, in `folder`; both ways to load it."""
 
     def __init__(self, folder: Path) -> None:
-        self.tokenizer = write_films(folder, "train", FILMS)
+        draw = np.random.default_rng(0)
+        words = ["".join(draw.choice(list("abcdefghijklmnop"), draw.integers(2, 9))) for _ in range(2000)]
+        plots = [" ".join(draw.choice(words, WORDS)) for _ in range(FILMS)]
+        images = [_poster(draw) for _ in range(FILMS)]
+        table = pa.table({"image": images, "plots": [[plot] for plot in plots], "label": [[1] + [0] * 22] * FILMS})
+        with pa.ipc.new_file(str(folder / DATASETS["mmimdb"].file_name("train")), table.schema) as writer:
+            writer.write_table(table)
+        train_tokenizer(plots).save_pretrained(folder)
+        self.tokenizer = load_tokenizer(str(folder))
         self.dataset = ArrowDataset(DATASETS["mmimdb"], folder, "train", 224)
         self.dataset.tokenize(self.tokenizer, self.tokenizer.fingerprint)
-        self.dataset.missing_table = draw_missing_table("mmimdb", "train", PATTERN, FILMS)
+        pattern = MissingPattern("image", 0.7, 0.5, 0)
+        self.dataset.missing_table = draw_missing_table("mmimdb", "train", pattern, FILMS)
 
     def ours(self) -> None:
-        """An epoch in batches of 32."""
-        for start in range(0, FILMS, 32):
-            collate(self.dataset.__getitems__([(0, index) for index in range(start, start + 32)]))
+        """An epoch in batches."""
+        for start in range(0, FILMS, BATCH):
+            collate(self.dataset.__getitems__([(0, index) for index in range(start, start + BATCH)]))
 
     def theirs(self) -> None:
-        """An epoch in batches of 32."""
-        for start in range(0, FILMS, 32):
-            load_whole(self.dataset, self.tokenizer, range(start, start + 32), self.dataset.missing_table)
+        """An epoch in batches, as published: all is decoded and tokenised, then a missing image becomes ones."""
+        for start in range(0, FILMS, BATCH):
+            torch.stack([self._load(row) for row in range(start, start + BATCH)])
 
-
-def load_whole(
-    dataset: ArrowDataset, tokenizer: ClipTokenizer, rows: Sequence[int], missing_table: np.ndarray
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch as the published code loads it: everything is decoded and tokenised, then a missing image becomes ones.
-
-    Returns:
-        Normalised images (B, 3, R, R), token ids (B, 77) and missing types (B,), the input of the baseline.
-    """
-    images: list[Tensor] = []
-    tokens: list[Tensor] = []
-    for row in rows:
-        image = load_image(dataset.table["image"][row].as_py(), dataset.image_size)
-        text = dataset.table["plots"][row].as_py()[0]
-        missing = int(missing_table[row])
-        images.append(torch.ones_like(image) if missing == IMAGE_MISSING else image)
-        tokens.append(torch.from_numpy(tokenizer(["" if missing == TEXT_MISSING else text])[0]))
-    return torch.stack(images), torch.stack(tokens), torch.from_numpy(missing_table[list(rows)].astype(np.int64))
-
-
-def write_films(folder: Path, split: Split, films: int) -> ClipTokenizer:
-    """Writes the arrow file of a split of MM-IMDb's, one plot a film, and a tokenizer for the plots; returns that."""
-    draw = np.random.default_rng(0)
-    words = ["".join(draw.choice(list("abcdefghijklmnop"), draw.integers(2, 9))) for _ in range(2000)]
-    plots = [" ".join(draw.choice(words, WORDS)) for _ in range(films)]
-    table = pa.table(
-        {
-            "image": [_poster(draw) for _ in range(films)],
-            "plots": [[plot] for plot in plots],
-            "label": [[1] + [0] * 22] * films,
-            "image_id": [str(film) for film in range(films)],
-        }
-    )
-    with pa.ipc.new_file(str(folder / DATASETS["mmimdb"].file_name(split)), table.schema) as writer:
-        writer.write_table(table)
-    train_tokenizer(plots).save_pretrained(folder)
-    return load_tokenizer(str(folder))
-
-
-@contextmanager
-def made_up_films() -> Iterator[Loading]:
-    """In a temporary folder."""
-    with TemporaryDirectory() as folder:
-        yield Loading(Path(folder))
+    def _load(self, row: int) -> Tensor:
+        image = load_image(self.dataset.table["image"][row].as_py(), self.dataset.image_size)
+        torch.from_numpy(self.tokenizer(self.dataset.table["plots"][row].as_py())[0])
+        return torch.ones_like(image) if self.dataset.missing_table[row] == IMAGE_MISSING else image
 
 
 def _poster(draw: np.random.Generator) -> bytes:

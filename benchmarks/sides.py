@@ -1,12 +1,13 @@
-"""The two sides that are compared: models of full size, batches, and the steps that are timed."""
+"""The two sides: models of full size, batches, and the steps that are timed, in turn: what else runs meets both."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from benchmarks.baseline import PublishedAlgorithm
 from clip.checkpoint import ModelSpec, build_classifier
@@ -18,28 +19,14 @@ from clip.optimization import OptimizerSettings, make_optimizer
 from clip.tasks import TASKS
 from vilt.transforms import normalise
 
-VIT_B16 = ClipArchitecture(
-    image_size=224,
-    patch_size=16,
-    vision_width=768,
-    vision_layers=12,
-    vision_heads=12,
-    text_width=512,
-    text_layers=12,
-    text_heads=8,
-    context_length=77,
-    vocab_size=49408,
-    embed_dim=512,
-    activation="quick_gelu",
-)
-MEMORY_LENGTH, MEMORY_DEPTH = 36, 6
+VIT_B16 = ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu")
 TASK = TASKS["mmimdb"]
-SPEC = ModelSpec(TASK.name, MethodOptions("rep", MEMORY_LENGTH, MEMORY_DEPTH), VIT_B16)
+SPEC = ModelSpec(TASK.name, MethodOptions("rep", memory_length=36, memory_depth=6), VIT_B16)
 START, END = 49406, 49407
 
 
 class Data:
-    """A batch of made-up samples, all of it and without what is missing."""
+    """A batch of made-up samples: all of it for the baseline, without what is missing for ours."""
 
     def __init__(self, types: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -49,36 +36,25 @@ class Data:
         for row, length in enumerate(lengths):
             tokens[row, : length - 1] = torch.randint(1, START, (length - 1,), generator=generator)
             tokens[row, 0], tokens[row, length - 1] = START, END
-        self.types, self.lengths = list(types), list(lengths)
         self.images, self.tokens = images.to(device), tokens.to(device)
         self.missing_type_B = torch.tensor(types, device=device)
         self.present_BM = torch.tensor([[t != IMAGE_MISSING, t != TEXT_MISSING] for t in types], device=device)
-        self.image_rows = torch.tensor(
-            [row for row, t in enumerate(types) if t != IMAGE_MISSING], dtype=torch.long, device=device
-        )
-        self.text_rows = torch.tensor(
-            [row for row, t in enumerate(types) if t != TEXT_MISSING], dtype=torch.long, device=device
-        )
+        image_rows, text_rows = (present_B.nonzero().flatten() for present_B in self.present_BM.unbind(1))
+        self.rows = {"image": image_rows, "text": text_rows}
+        self.present_images, self.present_tokens = self.images[image_rows], self.tokens[text_rows]
+        self.types = tuple(sorted(set(types)))
+        lengths_there = [length for length, t in zip(lengths, types, strict=True) if t != TEXT_MISSING]
+        self.lengths = {"text": max(lengths_there)} if lengths_there else {}
         self.labels = (torch.rand(B, TASK.n_classes, generator=generator) < 0.1).float().to(device)
-        self.present_images = self.images[self.image_rows]
-        self.present_tokens = self.tokens[self.text_rows]
-        present = [length for length, t in zip(lengths, types, strict=True) if t != TEXT_MISSING]
-        self.text_length = max(present) if present else None
 
-    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For the baseline, which the loader gives everything, normalised."""
+    def everything(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Input of the baseline."""
         return normalise(self.images), self.tokens, self.missing_type_B
 
-    def present(self, **changes: Any) -> ModelInput:
-        """For ours: uint8 images come, and are normalised here."""
-        batch = ModelInput(
-            inputs={"image": normalise(self.present_images), "text": self.present_tokens},
-            rows={"image": self.image_rows, "text": self.text_rows},
-            present_BM=self.present_BM,
-            types=tuple(sorted(set(self.types))),
-            lengths={} if self.text_length is None else {"text": self.text_length},
-        )
-        return batch._replace(**changes)
+    def present(self) -> tuple[ModelInput]:
+        """Input of ours."""
+        inputs = {"image": normalise(self.present_images), "text": self.present_tokens}
+        return (ModelInput(inputs, self.rows, self.present_BM, self.types, self.lengths),)
 
 
 def mixed(size: int) -> list[int]:
@@ -94,50 +70,23 @@ def without_image(size: int, share: float) -> list[int]:
     return [COMPLETE] * (size - missing) + [IMAGE_MISSING] * missing
 
 
-class Ours:
-    """A classifier of full size with random weights, and its steps."""
+class Side:
+    """A model with its steps; in 16 bits under autocast.
 
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype = torch.float32, *, checkpointing: bool = False
-    ) -> None:
-        self.classifier = random_classifier().to(device)
-        self.classifier.compute(dtype, checkpointing=checkpointing)
-        self.device, self.dtype = device, dtype
-        self.optimizer = adamw(self.classifier)
+    Args:
+        inputs: makes the model's arguments of a batch.
+    """
 
-    def train(self, data: Data, **changes: Any) -> None:
-        """One training step."""
-        self.classifier.train()
-        with self._precision():
-            loss = TASK.loss(self.classifier(data.present(**changes)).float(), data.labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def evaluate(self, data: Data, **changes: Any) -> Tensor:
-        """Logits of a batch, in evaluation."""
-        self.classifier.eval() if self.classifier.training else None
-        with torch.inference_mode(), self._precision():
-            return self.classifier(data.present(**changes))
-
-    def _precision(self) -> Any:
-        mixed = self.dtype is not torch.float32
-        return torch.autocast(self.device.type, self.dtype) if mixed else nullcontext()
-
-
-class Theirs:
-    """The baseline with the same weights, and its steps. In 16 bits it runs under autocast, as published."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.model = PublishedAlgorithm(random_classifier(), VIT_B16, MEMORY_LENGTH, MEMORY_DEPTH).to(device)
-        self.device, self.dtype = device, dtype
-        self.optimizer = adamw(self.model)
+    def __init__(self, model: nn.Module, inputs: Callable[[Data], tuple[Any, ...]], dtype: torch.dtype) -> None:
+        self.model, self.inputs, self.dtype = model, inputs, dtype
+        settings = OptimizerSettings("adamw", 1e-4, 1.0, 2e-2, warmup_steps=0, end_lr=0, decay_power=1)
+        self.optimizer = make_optimizer(model, TASK.head_name, settings)
 
     def train(self, data: Data) -> None:
         """One training step."""
         self.model.train()
-        with self._precision():
-            loss = TASK.loss(self.model(*data.whole()).float(), data.labels)
+        with self._autocast(data):
+            loss = TASK.loss(self.model(*self.inputs(data)).float(), data.labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -145,12 +94,24 @@ class Theirs:
     def evaluate(self, data: Data) -> Tensor:
         """Logits of a batch, in evaluation."""
         self.model.eval()
-        with torch.inference_mode(), self._precision():
-            return self.model(*data.whole())
+        with torch.inference_mode(), self._autocast(data):
+            return self.model(*self.inputs(data))
 
-    def _precision(self) -> Any:
-        mixed = self.dtype is not torch.float32
-        return torch.autocast(self.device.type, self.dtype) if mixed else nullcontext()
+    def _autocast(self, data: Data) -> torch.autocast:
+        return torch.autocast(data.images.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+
+
+def ours(device: torch.device, dtype: torch.dtype = torch.float32) -> Side:
+    """The classifier with random weights, as a training has it."""
+    classifier = random_classifier().to(device)
+    classifier.compute(dtype)
+    return Side(classifier, Data.present, dtype)
+
+
+def baseline(device: torch.device, dtype: torch.dtype = torch.float32) -> Side:
+    """The published algorithm with the same weights."""
+    model = PublishedAlgorithm(random_classifier(), VIT_B16, SPEC.method.memory_length, SPEC.method.memory_depth)
+    return Side(model.to(device), Data.everything, dtype)
 
 
 def random_classifier() -> MissingModalityClassifier:
@@ -159,7 +120,39 @@ def random_classifier() -> MissingModalityClassifier:
     return build_classifier(SPEC)
 
 
-def adamw(model: torch.nn.Module) -> Optimizer:
-    """AdamW as the training has it."""
-    settings = OptimizerSettings("adamw", 1e-4, 1.0, 2e-2, warmup_steps=0, end_lr=0, decay_power=1)
-    return make_optimizer(model, TASK.head_name, settings)
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of each side, pair by pair."""
+
+    baseline: list[float]
+    ours: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Baseline time / our time."""
+        return [theirs / mine for theirs, mine in zip(self.baseline, self.ours, strict=True)]
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Both medians, the median ratio, and its lowest and highest."""
+        medians = (f"{statistics.median(side):.3f} s" for side in (self.baseline, self.ours))
+        ratio, spread = statistics.median(self.ratios), f"{min(self.ratios):.2f} to {max(self.ratios):.2f}"
+        return (*medians, f"{ratio:.2f}", spread)  # type: ignore[return-value]
+
+
+def compare(baseline: Callable[[], object], ours: Callable[[], object], pairs: int) -> Comparison:
+    """Runs both once to warm up, then in turn."""
+    seconds(baseline)
+    seconds(ours)
+    timed = [(seconds(baseline), seconds(ours)) for _ in range(pairs)]
+    return Comparison([theirs for theirs, _ in timed], [mine for _, mine in timed])
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long `work` takes, the GPU's part included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

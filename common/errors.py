@@ -43,7 +43,7 @@ class StorageError(UserError):
 
 
 class CheckupError(UserError):
-    """`run.py doctor` found what would end a run; it has said what."""
+    """`run.py doctor` found, and printed, what would end a run."""
 
 
 class MachineError(UserError):

@@ -2,7 +2,7 @@
 
     python -m demo [--out demo_run] [--seed 0]
 
-Steps whose result is there are not repeated; delete the folder to begin anew.
+Steps whose result is there are not repeated; delete the folder to start again.
 """
 
 import argparse
@@ -13,10 +13,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from demo.baseline import frequent_genres_f1
+import torch
+from torch import Tensor
+
+from clip.metrics import multilabel_f1
+from common.errors import UserError
+from demo.backbone import make_backbone
+from demo.data import write_pretrain, write_task
+from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS, SPLITS
 
+FILMS, PRETRAIN_FILMS, PRETRAIN_STEPS = 1200, 3000, 400
 TRAINING = {
     "per_gpu_batchsize": "32",
     "batch_size": "32",
@@ -38,6 +47,12 @@ PATTERNS = (
 """Label, image and text available, test_type, test_ratio."""
 SWEEP, SWEEP_TYPES, SWEEP_RATIO, SWEEP_SEEDS = "sweep", ("both", "text", "image"), "0.7", 2
 """The small grid whose robustness the report shows; its seeds begin with that of the demo."""
+REAL_DATA = """\
+The same on a real dataset (DATA.md says how to get it):
+
+  .venv/bin/python make_arrow.py --dataset mmimdb --root RAW --target datasets/mmimdb
+  .venv/bin/python run.py with task_finetune_mmimdb data_root=datasets/mmimdb per_gpu_batchsize=32 exp_name=rep
+"""
 
 
 class StepError(Exception):
@@ -54,7 +69,7 @@ def run(title: str, *command: str) -> None:
     print(f"   ({time.monotonic() - began:.0f} s)", flush=True)
 
 
-def results_in(folder: Path) -> dict[str, object] | None:
+def results_in(folder: Path) -> dict[str, Any] | None:
     """The newest test result of the runs in `folder`, or None."""
     found = sorted(folder.glob("version_*/test_results.json"), key=lambda path: path.stat().st_mtime)
     return json.loads(found[-1].read_text("utf-8")) if found else None
@@ -65,45 +80,46 @@ def options(values: Mapping[str, object]) -> list[str]:
     return [f"{name}={value}" for name, value in values.items()]
 
 
+def frequent_genres_f1(train: Tensor, dev: Tensor, test: Tensor) -> float:
+    """F1-macro on `test` (N, C) of predicting the k most frequent genres of `train` everywhere; k is best on `dev`."""
+    ranked = train.sum(0).argsort(descending=True, stable=True)
+
+    def f1(k: int, labels: Tensor) -> float:
+        logits = torch.full(labels.shape, -1.0)
+        logits[:, ranked[:k]] = 1.0
+        return multilabel_f1(logits, labels)["f1_macro"]
+
+    return f1(max(range(1, len(ranked) + 1), key=lambda k: f1(k, dev)), test)
+
+
 def demo(out: Path, seed: int) -> None:
     """All steps, and the table at the end."""
     began = time.monotonic()
     raw, arrow, backbone = out / "raw", out / "arrow", out / "backbone"
     if not (raw.is_dir() and (out / "pretrain").is_dir()):
-        run("made-up films in the MM-IMDb layout", "-m", "demo.data", "--out", str(out), "--seed", str(seed))
+        print(f"\n── made-up films in the MM-IMDb layout: {raw}", flush=True)
+        write_task(raw, FILMS, seed)
+        write_pretrain(out / "pretrain", PRETRAIN_FILMS, seed)
     if not all((arrow / DATASETS["mmimdb"].file_name(split)).is_file() for split in SPLITS):
         run("conversion", "make_arrow.py", "--dataset", "mmimdb", "--root", str(raw), "--target", str(arrow))
     if not backbone.is_dir():
-        run("a tiny CLIP, pretrained on other films", "-m", "demo.backbone", "--data", str(out / "pretrain"),
-            "--out", str(backbone), "--steps", "400", "--seed", str(seed))  # fmt: skip
+        print(f"\n── a tiny CLIP, pretrained on other films: {backbone}", flush=True)
+        make_backbone(out / "pretrain", backbone, PRETRAIN_STEPS, seed)
     common = {"data_root": arrow, "log_dir": out / "result", "missing_table_root": out / "missing_tables"}
     checkpoint, rows = train_and_evaluate(common, backbone, seed)
     page = sweep_and_report(out, common, backbone, seed)
+    labels = (torch.from_numpy(ArrowDataset(DATASETS["mmimdb"], arrow, split, 64).labels) for split in SPLITS)
     print(f"\nREP on made-up films, trained at 70 % missing (both), checkpoint {checkpoint}\n")
     print(f"  {'test pattern':<22}{'image':>7}{'text':>7}{'F1-macro':>11}{'F1-micro':>11}")
     for label, image, text, macro, micro in rows:
         print(f"  {label:<22}{image:>7}{text:>7}{macro:>11.3f}{micro:>11.3f}")
-    print(f"  {'always the most frequent genres':<36}{frequent_genres_f1(raw):>11.3f}")
+    print(f"  {'always the most frequent genres':<36}{frequent_genres_f1(*labels):>11.3f}")
     print(
-        f"""
-  image, text: share of the films that have it. Some genres show only in the poster, some only in the plot.
-  Everything is in {out}/ ({time.monotonic() - began:.0f} s this time; what is there is used again).
-
-A report on REP trained at three patterns, tested at every missing type and ratio, for a browser:
-
-  {page}
-
-The same on a real dataset (DATA.md says how to get it):
-
-  .venv/bin/python make_arrow.py --dataset mmimdb --root RAW --target datasets/mmimdb
-  .venv/bin/python run.py with task_finetune_mmimdb data_root=datasets/mmimdb per_gpu_batchsize=32 exp_name=rep
-  .venv/bin/python run.py with task_finetune_mmimdb data_root=datasets/mmimdb test_only=True \\
-      load_path=result/rep_seed0/version_0/best.ckpt test_ratio=0.7 test_type=both
-
-  food101:         --dataset food101,       task_finetune_food101
-  hateful memes:   --dataset hateful_memes, task_finetune_hatememes
-"""
+        "\n  image, text: share of the films that have it. Some genres show only in the poster, some only in the plot."
     )
+    print(f"  Everything is in {out}/ ({time.monotonic() - began:.0f} s this time; what is there is used again).")
+    print("\nA report on REP trained at three patterns, tested at every missing type and ratio, for a browser:")
+    print(f"\n  {page}\n\n{REAL_DATA}")
 
 
 def train_and_evaluate(
@@ -114,23 +130,21 @@ def train_and_evaluate(
     command = ["run.py", "with", "task_finetune_mmimdb", *options(common), f"seed={seed}"]
     trained = result / f"rep_seed{seed}"
     if results_in(trained) is None:
-        run("training", *command, f"vit={backbone}", "exp_name=rep", *options(TRAINING), "missing_ratio=0.7",
-            "missing_type=both")  # fmt: skip
+        pattern = ("missing_ratio=0.7", "missing_type=both")
+        run("training", *command, f"vit={backbone}", "exp_name=rep", *options(TRAINING), *pattern)
     fit = results_in(trained)
     assert fit is not None, "training ended well without a test result"
     rows = []
     for label, image, text, test_type, test_ratio in PATTERNS:
         name = f"rep_test_{test_type}_{test_ratio}"
         if (tested := results_in(result / name)) is None or tested["checkpoint_sha256"] != fit["checkpoint_sha256"]:
-            run(f"evaluation: {label}", *command, f"load_path={fit['checkpoint']}", "test_only=True",
-                *options(EVALUATION), f"test_ratio={test_ratio}", f"test_type={test_type}",
-                f"test_exp_name={name}")  # fmt: skip
+            test = (f"test_ratio={test_ratio}", f"test_type={test_type}", f"test_exp_name={name}")
+            checkpoint = (f"load_path={fit['checkpoint']}", "test_only=True")
+            run(f"evaluation: {label}", *command, *checkpoint, *options(EVALUATION), *test)
             tested = results_in(result / name)
         assert tested is not None
-        metrics = tested["metrics"]
-        assert isinstance(metrics, dict)
-        rows.append((label, image, text, metrics["f1_macro"], metrics["f1_micro"]))
-    return str(fit["checkpoint"]), rows
+        rows.append((label, image, text, tested["metrics"]["f1_macro"], tested["metrics"]["f1_micro"]))
+    return fit["checkpoint"], rows
 
 
 def sweep_and_report(out: Path, common: Mapping[str, object], backbone: Path, seed: int) -> Path:
@@ -139,10 +153,10 @@ def sweep_and_report(out: Path, common: Mapping[str, object], backbone: Path, se
     seeds = range(seed, seed + SWEEP_SEEDS)
     names = [f"{SWEEP}_{kind}_{SWEEP_RATIO}_seed{one}" for kind in SWEEP_TYPES for one in seeds]
     if not all(results_in(grid / name) for name in names):
-        run("a sweep: three missing types, two seeds", "run.py", "sweep", "with", "task_finetune_mmimdb",
-            *options(common), f"vit={backbone}", *options(TRAINING), f"sweep_name={SWEEP}",
-            f"sweep_types=[{','.join(SWEEP_TYPES)}]", f"sweep_ratios=[{SWEEP_RATIO}]",
-            f"sweep_seeds=[{','.join(map(str, seeds))}]")  # fmt: skip
+        types, listed = f"sweep_types=[{','.join(SWEEP_TYPES)}]", f"sweep_seeds=[{','.join(map(str, seeds))}]"
+        axes = (f"sweep_name={SWEEP}", types, f"sweep_ratios=[{SWEEP_RATIO}]", listed)
+        command = ("run.py", "sweep", "with", "task_finetune_mmimdb", *options(common), f"vit={backbone}")
+        run("a sweep: three missing types, two seeds", *command, *options(TRAINING), *axes)
     found = [test.parent / "robustness" / "robustness.json" for test in grid.glob("*/version_*/test_results.json")]
     if not all(path.is_file() for path in found):
         run("all missing types and ratios", "run.py", "robustness", "with", f"load_path={grid}", *options(EVALUATION))
@@ -159,9 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         demo(args.out, args.seed)
-    except StepError as failure:
+    except (StepError, UserError, OSError) as failure:
         print(f"error: {failure}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(failure, StepError) else 2
     return 0
 
 

@@ -1,18 +1,13 @@
-"""Writes a small made-up dataset in the MM-IMDb layout, and separate films with captions to pretrain a CLIP on.
+"""A small made-up dataset in the MM-IMDb layout, and separate films with captions to pretrain a CLIP on.
 
-    python -m demo.data --out DIR [--films 1200] [--pretrain-films 3000] [--seed 0]
-
-writes DIR/raw (images/ID.jpeg, labels/ID.json, split.json: the task) and DIR/pretrain (images, and labels with a
-caption in two wordings; no genres). In the task some genres show in the poster alone, some in the plot alone and
-some in both (see themes.py), so that a missing modality costs something that the other cannot give back. No cue is
-certain: some are left out, some posters are faint, and some plots use a genre's word without meaning it.
+In the task some genres show in the poster alone, some in the plot alone and some in both (see themes.py), so that a
+missing modality costs something that the other cannot give back. No cue is certain: some are left out, some posters
+are faint, and some plots use a genre's word without meaning it.
 """
 
-import argparse
 import io
 import json
 import random
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,20 +16,9 @@ from pathlib import Path
 from PIL import Image
 
 from common import files
-from common.errors import DataError, UserError
+from demo import themes
 from demo.posters import SKIES, draw_poster
-from demo.themes import (
-    DISTRACTORS,
-    FILLERS,
-    JOBS,
-    NAMES,
-    PLACES,
-    THEME_BY_GENRE,
-    THEMES,
-    TITLE_FIRST,
-    TITLE_LAST,
-    Theme,
-)
+from demo.themes import FILLERS, THEME_BY_GENRE, THEMES, Theme
 
 MARKER = "made_up.json"
 """File that says that a folder was written here, so that a rerun may replace it."""
@@ -60,18 +44,18 @@ class Film:
 
 
 def whole_folder(target: Path) -> AbstractContextManager[Path]:
-    """A folder that becomes `target` when it is whole. DataError where `target` is not the demo's to replace."""
+    """A folder that becomes `target` when it is complete. DataError where `target` is not the demo's to replace."""
     return files.whole_folder(target, MARKER, "the demo")
 
 
 def _fill(sentence: str, rng: random.Random, cast: Sequence[str], place: str) -> str:
     name, friend = rng.sample(cast, 2)
-    return sentence.format(name=name, friend=friend, place=place, job=rng.choice(JOBS))
+    return sentence.format(name=name, friend=friend, place=place, job=rng.choice(themes.JOBS))
 
 
 def _tell(sentences: list[str], rng: random.Random) -> str:
     """The sentences in any order, with one cast and one place."""
-    cast, place = rng.sample(NAMES, 3), rng.choice(PLACES)
+    cast, place = rng.sample(themes.NAMES, 3), rng.choice(themes.PLACES)
     rng.shuffle(sentences)
     return " ".join(_fill(sentence, rng, cast, place) for sentence in sentences)
 
@@ -87,15 +71,15 @@ def _draw_genres(rng: random.Random, by_weight: bool) -> list[str]:
 
 
 def _title(rng: random.Random) -> str:
-    return f"{rng.choice(TITLE_FIRST)} {rng.choice(TITLE_LAST)}"
+    return f"{rng.choice(themes.TITLE_FIRST)} {rng.choice(themes.TITLE_LAST)}"
 
 
-def _task_plot(themes: Sequence[Theme], rng: random.Random) -> str:
+def _task_plot(shown: Sequence[Theme], rng: random.Random) -> str:
     """A plot that tells the themes that have tales, hidden between sentences that tell nothing."""
-    told = [rng.choice(theme.tales) for theme in themes if theme.in_plot and rng.random() >= _CUE_ABSENT]
+    told = [rng.choice(theme.tales) for theme in shown if theme.in_plot and rng.random() >= _CUE_ABSENT]
     padding = rng.sample(FILLERS, 1 if len(told) == 3 else 2)
     if rng.random() < _DISTRACTOR:
-        padding[0] = rng.choice(DISTRACTORS)
+        padding[0] = rng.choice(themes.DISTRACTORS)
     return _tell(told + padding, rng)
 
 
@@ -103,24 +87,24 @@ def make_task_film(seed: int, number: int) -> Film:
     """Film `number` of the task: 1 to 3 genres, each shown where its theme shows and nowhere else."""
     rng = random.Random(f"task-{seed}-{number}")
     genres = _draw_genres(rng, by_weight=True)
-    themes = [THEME_BY_GENRE[genre] for genre in genres]
+    shown = [THEME_BY_GENRE[genre] for genre in genres]
     strength = {
         theme.genre: 0.5 if rng.random() < _POSTER_FAINT else 1.0
-        for theme in themes
+        for theme in shown
         if theme.in_poster and rng.random() >= _CUE_ABSENT
     }
-    plots = [_task_plot(themes, rng) for _ in range(2 if rng.random() < _SECOND_PLOT else 1)]
+    plots = [_task_plot(shown, rng) for _ in range(2 if rng.random() < _SECOND_PLOT else 1)]
     title = _title(rng)
     scenery = rng.sample(range(3), rng.randrange(2))
     poster = draw_poster(title, rng.choice(list(SKIES)), strength, rng, scenery)
     return Film(title, plots, genres, rng.randrange(1930, 2016), poster)
 
 
-def _caption(themes: Sequence[Theme], sky: str, rng: random.Random) -> str:
+def _caption(shown: Sequence[Theme], sky: str, rng: random.Random) -> str:
     """A caption that tells every theme of a pretraining poster: by a look, or by a tale where there is one."""
     looks: list[str] = []
     tales: list[str] = []
-    for theme in themes:
+    for theme in shown:
         if theme.in_poster and (not theme.in_plot or rng.random() < 0.3):
             looks.append(rng.choice(theme.looks))
         else:
@@ -143,26 +127,23 @@ def make_pretrain_film(seed: int, number: int) -> Film:
     """Film `number` of the pretraining part: the poster shows every theme, two captions each tell every theme."""
     rng = random.Random(f"pretrain-{seed}-{number}")
     genres = _draw_genres(rng, by_weight=False)
-    themes = [THEME_BY_GENRE[genre] for genre in genres]
+    shown = [THEME_BY_GENRE[genre] for genre in genres]
     sky, title = rng.choice(list(SKIES)), _title(rng)
     scenery = rng.sample(range(3), rng.randrange(2))
     poster = draw_poster(title, sky, dict.fromkeys(genres, 1.0), rng, scenery)
-    return Film(title, [_caption(themes, sky, rng) for _ in range(2)], None, rng.randrange(1930, 2016), poster)
+    return Film(title, [_caption(shown, sky, rng) for _ in range(2)], None, rng.randrange(1930, 2016), poster)
 
 
 def _write_film(folder: Path, film_id: str, film: Film) -> None:
     poster = io.BytesIO()  # Pillow does not notice where a full disk takes a part of a file only
     film.poster.save(poster, "JPEG", quality=88)
+    (folder / "images").mkdir(exist_ok=True)
+    (folder / "labels").mkdir(exist_ok=True)
     (folder / "images" / f"{film_id}.jpeg").write_bytes(poster.getvalue())
     label: dict[str, object] = {"title": film.title, "plot": film.plots, "year": film.year}
     if film.genres is not None:
         label["genres"] = film.genres
     (folder / "labels" / f"{film_id}.json").write_text(json.dumps(label), encoding="utf-8")
-
-
-def _make_layout(folder: Path) -> None:
-    (folder / "images").mkdir()
-    (folder / "labels").mkdir()
 
 
 def write_task(target: Path, films: int, seed: int) -> dict[str, list[str]]:
@@ -175,7 +156,6 @@ def write_task(target: Path, films: int, seed: int) -> dict[str, list[str]]:
     random.Random(f"split-{seed}").shuffle(numbers)
     split: dict[str, list[str]] = {}
     with whole_folder(target) as folder:
-        _make_layout(folder)
         for name, size in sizes.items():
             chosen, numbers = numbers[:size], numbers[size:]
             split[name] = [str(_FIRST_TASK_ID + number) for number in chosen]
@@ -188,31 +168,5 @@ def write_task(target: Path, films: int, seed: int) -> dict[str, list[str]]:
 def write_pretrain(target: Path, films: int, seed: int) -> None:
     """Writes `films` captioned posters, without genres or split. DataError where `target` is not ours to replace."""
     with whole_folder(target) as folder:
-        _make_layout(folder)
         for number in range(films):
             _write_film(folder, str(_FIRST_PRETRAIN_ID + number), make_pretrain_film(seed, number))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of this module; returns the exit status: 0, or 2 for an error that the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m demo.data", description="Write the demo's made-up films.")
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets raw/ and pretrain/")
-    parser.add_argument("--films", type=int, default=1200, help="films to train on (default: %(default)s)")
-    parser.add_argument("--pretrain-films", type=int, default=3000, help="captioned posters (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        if args.films < 1 or args.pretrain_films < 1:
-            raise DataError(f"--films {args.films} --pretrain-films {args.pretrain_films}: both must be at least 1")
-        split = write_task(args.out / "raw", args.films, args.seed)
-        write_pretrain(args.out / "pretrain", args.pretrain_films, args.seed)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    sizes = ", ".join(f"{len(ids)} {name}" for name, ids in split.items())
-    print(f"{args.out / 'raw'}: {sizes} films; {args.out / 'pretrain'}: {args.pretrain_films} captioned posters")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

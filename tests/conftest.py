@@ -64,7 +64,7 @@ def _make_backbone(root: Path) -> None:
 
     sizes = TinyClip(image_size=32, image_width=128, image_layers=2, text_width=64, text_layers=2, embed=64, batch=8)
     write_pretrain(root / "pretrain", films=16, seed=0)
-    make_backbone(root / "pretrain", root / "backbone", steps=2, seed=0, sizes=sizes, say=lambda _: None)
+    make_backbone(root / "pretrain", root / "backbone", steps=2, seed=0, sizes=sizes)
 
 
 @pytest.fixture(scope="session")

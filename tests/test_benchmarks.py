@@ -1,4 +1,4 @@
-"""What the benchmarks compare is the same thing: the baseline's numbers, the counts, what is put back, the matrices."""
+"""What the benchmarks compare is the same thing: the baseline has our numbers; and what they record."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,18 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.__main__ import record
+from benchmarks import loading, sides
+from benchmarks.__main__ import main, record
 from benchmarks.baseline import PublishedAlgorithm
-from benchmarks.matrix import CELLS, SAMPLED_CELLS, Matrix
-from benchmarks.operations import counted_operations, needed_operations
-from benchmarks.sides import VIT_B16
-from benchmarks.undone import whole_last_block
-from clip.checkpoint import ModelSpec, build_classifier
 from clip.modules.method import MethodOptions
+from clip.modules.vision_transformer_memory import ClipArchitecture
 from clip.tasks import TASKS
 from tests import golden
 from tests.models import TINY, model_input, published_name, tiny_batch, tiny_classifier
-from vilt.missing_tables import draw_missing_table
 
 TYPES = [0, 1, 2, 0]
 
@@ -42,65 +38,20 @@ def test_the_baseline_computes_the_same_numbers(task: str) -> None:
             assert golden.relative_error(parameter.grad, theirs_grad) < 1e-8, name
 
 
-def test_putting_work_back_changes_no_number() -> None:
-    classifier = tiny_classifier(memory_depth=1).double()
-    batch = model_input(tiny_batch(4)[0].double(), tiny_batch(4)[1], TYPES)
-
-    def numbers() -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        classifier.zero_grad()
-        classifier.train()(batch).sum().backward()
-        gradients = [p.grad.clone() for p in classifier.parameters() if p.grad is not None]
-        with torch.no_grad():
-            return [classifier.eval()(batch), *gradients]
-
-    without = numbers()
-    with whole_last_block():
-        back = numbers()
-    assert len(without) == len(back)
-    for one, other in zip(without, back, strict=True):
-        assert golden.relative_error(one, other) < 1e-9
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("missing_type", [1, 2])
-def test_the_needed_operations_are_those_that_run(missing_type: int, training: bool) -> None:
-    """At full width. Apart from it, only what a mask hides is computed, which is little."""
-    arch = replace(VIT_B16, vision_layers=3, text_layers=3, vocab_size=300)
-    classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("rep", 36, 2), arch)).train(training)
-    tokens = torch.ones(16, 77, dtype=torch.long)
-    tokens[:, 40] = 299
-    batch = model_input(torch.zeros(16, 3, 224, 224), tokens, [missing_type] * 16)
-
-    def step() -> None:
-        with torch.set_grad_enabled(training):
-            logits = classifier(batch)
-            if training:
-                logits.sum().backward()
-
-    needed = needed_operations(arch, 36, 2, [(missing_type, 41)] * 16, training)
-    assert 1.0 <= counted_operations(step) / needed < 1.03
-
-
-def test_both_ways_to_a_matrix_are_of_the_same_numbers(tmp_path: Path) -> None:
-    arch = replace(TINY, vocab_size=2000)
-    spec = ModelSpec("mmimdb", MethodOptions("rep", 6, 2), arch)
-    torch.manual_seed(0)
-    matrix = Matrix(tmp_path, build_classifier(spec).eval(), spec, torch.device("cpu"), films=8, batch=4)
-    logits = matrix.encodings()
-    sampled = matrix.sampled_cells()
-    assert [cell for cell, _, _ in sampled] == [cell for cell in SAMPLED_CELLS for _ in range(2)]
-    for cell, rows, theirs in sampled:
-        table = draw_missing_table("mmimdb", "test", cell, 8)
-        assert golden.relative_error(logits.at(table)[list(rows)], theirs) < 1e-4
-    found = matrix.whole()
-    assert len(found.cells) == len(CELLS) == 33
-    assert matrix.share_sampled == 3 * 2 * 4 / (33 * 8)
-    encodings, evaluation = counted_operations(matrix.encodings), counted_operations(matrix.evaluation)
-    assert encodings / evaluation == pytest.approx(2, rel=0.05)
-    assert counted_operations(matrix.sampled_cells) / matrix.share_sampled / encodings > 15
-    metrics = matrix.evaluation()
-    assert {name: metrics[name] for name in found.metrics} == found.by_type["complete"]
+def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The command line, on a tiny model and a few films."""
+    arch = ClipArchitecture(32, 16, 64, 2, 1, 64, 2, 1, 77, 49408, 64, "quick_gelu")
+    monkeypatch.setattr(sides, "VIT_B16", arch)
+    monkeypatch.setattr(sides, "SPEC", replace(sides.SPEC, architecture=arch, method=MethodOptions("rep", 6, 2)))
+    monkeypatch.setattr(loading, "FILMS", loading.BATCH)
+    path = tmp_path / "RESULTS.md"
+    path.write_text("<!-- measured on cpu -->\n<!-- end of cpu -->\n")
+    threads = str(torch.get_num_threads())
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--pairs", "1", "--threads", threads, "--record", str(path)])
+    main()
+    rows = [line.split(" | ") for line in path.read_text().splitlines() if line.startswith("| ") and " s | " in line]
+    assert len(rows) == 10 + 1
+    assert all(float(ratio) > 0 for *_, ratio, _, _ in rows)
 
 
 RESULTS = """# Results

@@ -423,7 +423,7 @@ def test_doctor_and_sweep_on_ones_own_data(
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=1", "val_check_interval=1.0")
     command = workspace.command(*options, task="custom", data_root=pets)
     assert command_line([command[0], "doctor", *command[1:]]) == 0
-    assert "ok   train rows: " in capsys.readouterr().out
+    assert "ok   train data: " in capsys.readouterr().out
     grid = ("sweep_types=['both']", "sweep_ratios=[0.7]", "sweep_seeds=[0]", "sweep_name=own")
     assert command_line([command[0], "sweep", *command[1:], *grid]) == 0
     assert "f1_macro" in (tmp_path / "own" / "table.csv").read_text()

@@ -1,0 +1,37 @@
+"""The documentation: options as config.py has them, links that lead somewhere, and all of it found from README."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from runs.options_page import PAGE, page
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+
+
+def links(path: Path) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", path.read_text("utf-8"))
+
+
+def test_the_options_are_those_of_config() -> None:
+    assert PAGE.read_text("utf-8") == page(), "`make docs` writes it"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for link in links(path):
+        name, _, anchor = link.partition("#")
+        if link.startswith("https://"):
+            continue
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
+def test_every_page_is_found_from_the_readme() -> None:
+    linked = {(ROOT / link).resolve() for link in links(ROOT / "README.md") if not link.startswith("https://")}
+    assert {path.resolve() for path in PAGES if path.name != "README.md"} <= linked

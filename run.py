@@ -140,7 +140,7 @@ def report(_config: dict[str, Any]) -> None:
 
     options = read_options(_config, ["runs", "out"])
     set_up_logging()
-    print(f"\nwritten to {make_report(options['runs'], options['out'])}\n")
+    print(f"\nwritten to {make_report(options['runs'], options['out'], dict(EX.configurations[0]()))}\n")
 
 
 @EX.command(unobserved=True)
@@ -401,7 +401,7 @@ def measure_target(target: Target, given: set[str]) -> Robustness | None:
     if getattr(rank_zero_only, "rank", 0):
         return None
     found = measure(subject, store.load(), options.robustness_patterns(), options.bootstrap)
-    names = write_results(found, store)
+    names = write_results(found, store.folder)
     log.info("written to %s: %s", store.folder, ", ".join(["logits.arrow", *names]))
     return found
 

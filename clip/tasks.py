@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip.metrics import auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
+from clip.metrics import Metric, auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
 from vilt.datasets.custom import CUSTOM, CustomData
 
 
@@ -31,7 +31,7 @@ class Task:
     n_classes: int
     loss: Callable[[Tensor, Tensor], Tensor]
     """(logits (B, C), labels) to the mean loss."""
-    metrics: Callable[[Tensor, Tensor], dict[str, float]]
+    metrics: Metric
     """(logits (N, C), labels) of a whole split to named values."""
     monitor: str
     """The metric that chooses the best model; higher is better."""
@@ -52,7 +52,7 @@ TASKS: dict[str, Task] = {
 }
 TASK_NAMES = (*TASKS, CUSTOM)
 """With that of one's own data."""
-METRICS_OF_CUSTOM: dict[tuple[str, str], Callable[[Tensor, Tensor], dict[str, float]]] = {
+METRICS_OF_CUSTOM: dict[tuple[str, str], Metric] = {
     ("multi", "f1_macro"): multilabel_f1,
     ("single", "accuracy"): class_accuracy,
     ("single", "f1_macro"): macro_f1_and_accuracy,

@@ -19,7 +19,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from clip.text_table import ruled_table
+from common.text import terminal_table
 from tests.fuzz_targets import TARGETS, outcome_of
 
 MEMORY_BYTES = 6 * 2**30
@@ -93,7 +93,7 @@ def main() -> int:
         bad += found
         rows.append([name, f"{results + errors + found:,}", f"{results:,}", f"{errors:,}", f"{found:,}"])
         print(f"{name}: {rows[-1][1:]}", file=sys.stderr, flush=True)
-    print(ruled_table(("target", "inputs", "results", "our errors", "others"), rows, "<>>>>"))
+    print(terminal_table(("target", "inputs", "results", "our errors", "others"), rows, "<>>>>"))
     return 1 if bad else 0
 
 

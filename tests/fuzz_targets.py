@@ -25,7 +25,7 @@ from clip.run_table import list_runs
 from clip.tokenizer import ClipTokenizer, load_tokenizer
 from common.errors import DataError, UserError
 from config import EX, read_options
-from report.collect import read_runs
+from report.results import read_report_runs
 from tests.archives import rewritten
 from tests.models import TINY, tiny_classifier
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -276,7 +276,7 @@ def _read_run(source: Path, folder: Path, given: tuple[str, Damage]) -> None:
     path = folder / "result" / "version_0" / given[0]
     path.write_bytes(given[1].apply(path.read_bytes()))
     list_runs(folder / "result")
-    read_runs([folder / "result"])
+    read_report_runs([folder / "result"])
 
 
 def _read_json(_: None, folder: Path, given: Any) -> None:

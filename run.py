@@ -60,7 +60,7 @@ from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model, tokenizer
 from clip.predict import Predictor, describe_predictions, read_items, write_predictions
 from clip.processes import OtherProcessError, ending_together
 from clip.resume import AUTO, alone, find_progress, say_differences
-from clip.robustness import Robustness, measure, write_results
+from clip.robustness import Results, measure, write_results
 from clip.robustness_text import describe_one, describe_several
 from clip.run_folder import environment, make_run_folder, read_json, write_json
 from clip.run_table import describe_runs, list_runs, sort_runs, write_runs
@@ -117,10 +117,12 @@ def robustness(_config: dict[str, Any], _run: Any) -> None:
     """Evaluates load_path at all robustness_types and robustness_ratios, from three passes over the test split."""
     set_up_logging()
     given = given_options(_run)
-    results = [measure_target(target, given) for target in open_targets(_config, given)]
-    whole = [result for result in results if result is not None]
-    if whole:
-        print(f"\n{describe_several(whole) if len(whole) > 1 else describe_one(whole[0])}\n")
+    targets = open_targets(_config, given)
+    found = [
+        (target.subject, measured) for target in targets if (measured := measure_target(target, given)) is not None
+    ]
+    if found:
+        print(f"\n{describe_several(found) if len(found) > 1 else describe_one(*found[0])}\n")
 
 
 @EX.command(unobserved=True)
@@ -379,7 +381,7 @@ def set_computation(options: Options, classifier: MissingModalityClassifier) -> 
     )
 
 
-def measure_target(target: Target, given: set[str]) -> Robustness | None:
+def measure_target(target: Target, given: set[str]) -> Results | None:
     """Encodes what a target lacks and writes its results; they are None on other processes than the first.
 
     Raises:

@@ -15,7 +15,7 @@ from benchmarks.loading import load_whole, write_films
 from clip.checkpoint import ModelSpec
 from clip.logit_store import LogitModule, LogitStore, Origin, SplitLogits, encode
 from clip.modules.classifier import MissingModalityClassifier
-from clip.robustness import Robustness, Subject, measure
+from clip.robustness import Results, Subject, measure
 from clip.tasks import TASKS
 from clip.training import FinetuneModule
 from vilt.datamodules import DataSettings, MissingModalityData
@@ -94,7 +94,7 @@ class Matrix:
                 results.append((cell, rows, logits))
         return results
 
-    def whole(self) -> Robustness:
+    def whole(self) -> Results:
         """Our way to all cells."""
         subject = Subject(
             checkpoint=self.folder / "best.ckpt",

@@ -19,7 +19,7 @@ from clip.run_folder import write_csv, write_json
 from clip.sample_statistics import LEVEL, class_figures, confidence, confusions, roc
 from clip.tasks import Task
 from common.errors import DataError, reason_of
-from common.text import Estimate, estimate
+from common.text import estimate
 from vilt import missing_tables
 from vilt.missing_tables import IMAGE_MISSING, TEXT_MISSING, TYPE_NAMES, MissingPattern, load_missing_table
 
@@ -47,53 +47,13 @@ class Subject:
     """The options in which runs of one line agree; none where there is no record."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One pattern, with a missing table per seed."""
-
-    missing_type: str
-    ratio: float
-    both_ratio: float
-    image_available: float
-    """Mean over the tables of the share of their rows that keep the image; likewise the text."""
-    text_available: float
-    values: dict[str, list[float]]
-    """Metric to one value per seed."""
-
-    def estimate(self, metric: str) -> Estimate:
-        """Of `metric`, over the seeds."""
-        found = estimate(self.values[metric])
-        assert found is not None
-        return found
-
-
-@dataclass(frozen=True)
-class Robustness:
-    """The results of one subject."""
-
-    subject: Subject
-    samples: int
-    seeds: tuple[int, ...]
-    """Of the missing tables."""
-    cells: tuple[Cell, ...]
-    by_type: dict[str, dict[str, float]]
-    """Name of a missing type to the metrics where every sample is of that type."""
-    intervals: dict[str, dict[str, list[float]]]
-    """Likewise to the confidence interval [low, high] of each metric; no metric without resamples."""
-    resamples: int
-    per_class: list[dict[str, Any]]
-    confusions: list[dict[str, Any]]
-    roc: dict[str, dict[str, Any]]
-
-    @property
-    def metrics(self) -> list[str]:
-        """Names of the metrics."""
-        return list(self.by_type[TYPE_NAMES[0]])
+Results = dict[str, Any]
+"""What robustness.json holds, and the thresholds of the ROC curves."""
 
 
 def measure(
     subject: Subject, logits: SplitLogits, patterns: Sequence[Sequence[MissingPattern]], resamples: int
-) -> Robustness:
+) -> Results:
     """Everything that the logits of a test split say.
 
     Args:
@@ -107,116 +67,15 @@ def measure(
     multilabel, binary = labels.ndim == 2, task.n_classes == 2
     of_type = dict(zip(TYPE_NAMES, logits.logits_TNC, strict=True))
     with _each_message_once(missing_tables.log):
-        cells = tuple(_cell(subject, logits, of_cell) for of_cell in patterns)
+        cells = [_cell(subject, logits, of_cell) for of_cell in patterns]
     intervals = confidence(task, list(logits.logits_TNC), labels, resamples) if resamples else [{} for _ in TYPE_NAMES]
     by_type = {name: task.metrics(logits_NC, labels) for name, logits_NC in of_type.items()}
     curves = {name: roc(of_type[name], labels) for name in TYPE_NAMES} if binary and not multilabel else {}
-    return Robustness(
-        subject=subject,
-        samples=len(labels),
-        seeds=tuple(pattern.seed for pattern in patterns[0]),
-        cells=cells,
-        by_type=by_type,
-        intervals=dict(zip(TYPE_NAMES, intervals, strict=True)),
-        resamples=resamples,
-        per_class=[
-            {"type": type_name, "class": class_name, **figures}
-            for type_name, logits_NC in of_type.items()
-            for class_name, figures in zip(names, class_figures(logits_NC, labels), strict=True)
-        ],
-        confusions=[
-            {"type": type_name, **pair}
-            for type_name, logits_NC in of_type.items()
-            if not multilabel and not binary
-            for pair in confusions(logits_NC, labels, names)
-        ],
-        roc={
-            name: {**curve, "auroc": auroc_and_accuracy(of_type[name], labels)["auroc"]}
-            for name, curve in curves.items()
-            if curve is not None
-        },
-    )
-
-
-def write_results(found: Robustness, folder: Path) -> list[str]:
-    """Writes the tables and, last, robustness.json beside the logits; returns their names.
-
-    Of each file a reader finds the old one or the new one.
-
-    Raises:
-        DataError: the folder cannot be written.
-    """
-    tables = {"cells.csv": _cells_table(found), "matrix.csv": _matrix_table(found)}
-    tables["per_class.csv"] = _table(found.per_class, type="type_name")
-    if found.confusions:
-        tables["confusions.csv"] = _table(found.confusions, type="type_name")
-    if found.roc:
-        points = [
-            (name, *point)
-            for name, curve in found.roc.items()
-            for point in zip(curve["fpr"], curve["tpr"], curve["threshold"], strict=True)
-        ]
-        tables["roc.csv"] = [("type_name", "fpr", "tpr", "threshold"), *points]
-    try:
-        for name in set(RESULTS) - {"robustness.json", *tables}:  # of another dataset
-            (folder / name).unlink(missing_ok=True)
-        for name, (header, *rows) in tables.items():
-            write_csv(folder / name, header, rows)
-        write_json(folder / "robustness.json", _as_json(found))
-    except OSError as error:
-        raise DataError(f"{error.filename or folder}: cannot be written: {reason_of(error)}") from error
-    return ["robustness.json", *tables]
-
-
-def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPattern]) -> Cell:
-    task, first = subject.task, patterns[0]
-    tables = [
-        load_missing_table(subject.missing_table_root, task.name, "test", pattern, logits.table_rows)
-        for pattern in patterns
-    ]
-    results = [task.metrics(logits.at(table), logits.labels) for table in tables]
-    return Cell(
-        missing_type=first.missing_type,
-        ratio=first.ratio,
-        both_ratio=first.both_ratio,
-        image_available=statistics.mean([float(np.mean(table != IMAGE_MISSING)) for table in tables]),
-        text_available=statistics.mean([float(np.mean(table != TEXT_MISSING)) for table in tables]),
-        values={metric: [result[metric] for result in results] for metric in results[0]},
-    )
-
-
-def _table(entries: Sequence[dict[str, Any]], **renamed: str) -> list[Sequence[Any]]:
-    return [[renamed.get(name, name) for name in entries[0]], *(list(entry.values()) for entry in entries)]
-
-
-def _cells_table(found: Robustness) -> list[Sequence[Any]]:
-    rows = [
-        [cell.missing_type, cell.ratio, cell.both_ratio, seed, found.samples, *values]
-        for cell in found.cells
-        for seed, *values in zip(found.seeds, *cell.values.values(), strict=True)
-    ]
-    return [["missing_type", "ratio", "both_ratio", "table_seed", "samples", *found.metrics], *rows]
-
-
-def _matrix_table(found: Robustness) -> list[Sequence[Any]]:
-    header = ["missing_type", "ratio", "both_ratio", "image_available", "text_available"]
-    header += [f"{metric}_{figure}" for metric in found.metrics for figure in ("mean", "std")]
-    rows = []
-    for cell in found.cells:
-        row = [cell.missing_type, cell.ratio, cell.both_ratio]
-        row += [round(100 * share, 6) for share in (cell.image_available, cell.text_available)]
-        row += [figure for metric in found.metrics for figure in cell.estimate(metric)[:2]]
-        rows.append([*row, len(found.seeds)])
-    return [[*header, "n_seeds"], *rows]
-
-
-def _as_json(found: Robustness) -> dict[str, Any]:
-    subject = found.subject
     return {
         "format": FORMAT,
-        "task": subject.task.name,
+        "task": task.name,
         "split": "test",
-        "samples": found.samples,
+        "samples": len(labels),
         "method": subject.method,
         "exp_name": subject.exp_name,
         "train_seed": subject.train_seed,
@@ -224,33 +83,115 @@ def _as_json(found: Robustness) -> dict[str, Any]:
         "checkpoint": subject.checkpoint.name,
         "checkpoint_sha256": subject.checkpoint_sha256,
         "precision": subject.precision,
-        "metric": subject.task.monitor,
-        "metrics": found.metrics,
-        "table_seeds": list(found.seeds),
-        "class_names": list(subject.class_names),
-        "cells": [
-            {
-                "missing_type": cell.missing_type,
-                "ratio": cell.ratio,
-                "both_ratio": cell.both_ratio,
-                "image_available": cell.image_available,
-                "text_available": cell.text_available,
-                "metrics": {
-                    metric: {"mean": cell.estimate(metric).mean, "std": cell.estimate(metric).std, "values": values}
-                    for metric, values in cell.values.items()
-                },
-            }
-            for cell in found.cells
+        "metric": task.monitor,
+        "metrics": list(by_type[TYPE_NAMES[0]]),
+        "table_seeds": [pattern.seed for pattern in patterns[0]],
+        "class_names": list(names),
+        "cells": cells,
+        "by_type": by_type,
+        "confidence": {"level": LEVEL, "resamples": resamples, **dict(zip(TYPE_NAMES, intervals, strict=True))},
+        "per_class": [
+            {"type": type_name, "class": class_name, **figures}
+            for type_name, logits_NC in of_type.items()
+            for class_name, figures in zip(names, class_figures(logits_NC, labels), strict=True)
         ],
-        "by_type": found.by_type,
-        "confidence": {"level": LEVEL, "resamples": found.resamples, **found.intervals},
-        "per_class": found.per_class,
-        "confusions": found.confusions,
+        "confusions": [
+            {"type": type_name, **pair}
+            for type_name, logits_NC in of_type.items()
+            if not multilabel and not binary
+            for pair in confusions(logits_NC, labels, names)
+        ],
         "roc": {
-            name: {key: curve[key] for key in ("fpr", "tpr", "auroc")}  # the first threshold is no JSON number
-            for name, curve in found.roc.items()
+            name: {**curve, "auroc": auroc_and_accuracy(of_type[name], labels)["auroc"]}
+            for name, curve in curves.items()
+            if curve is not None
         },
     }
+
+
+def write_results(found: Results, folder: Path) -> list[str]:
+    """Writes the tables and, last, robustness.json beside the logits; returns their names.
+
+    Of each file a reader finds the old one or the new one.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    tables: dict[str, list[Sequence[Any]]] = {
+        "cells.csv": _cells_table(found),
+        "matrix.csv": _matrix_table(found),
+    }
+    for name in ("per_class", "confusions"):
+        if entries := found[name]:
+            header = ["type_name", *list(entries[0])[1:]]
+            tables[f"{name}.csv"] = [header, *(list(entry.values()) for entry in entries)]
+    if found["roc"]:
+        columns = ("fpr", "tpr", "threshold")
+        points = [
+            (name, *point)
+            for name, curve in found["roc"].items()
+            for point in zip(*(curve[column] for column in columns), strict=True)
+        ]
+        tables["roc.csv"] = [("type_name", *columns), *points]
+    # The first threshold is no JSON number.
+    curves = {name: {key: curve[key] for key in ("fpr", "tpr", "auroc")} for name, curve in found["roc"].items()}
+    try:
+        for name in set(RESULTS) - {"robustness.json", *tables}:  # of another dataset
+            (folder / name).unlink(missing_ok=True)
+        for name, lines in tables.items():
+            write_csv(folder / name, lines[0], lines[1:])
+        write_json(folder / "robustness.json", {**found, "roc": curves})
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: cannot be written: {reason_of(error)}") from error
+    return ["robustness.json", *tables]
+
+
+def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPattern]) -> dict[str, Any]:
+    """One pattern, with a missing table per seed. What is available: the mean over the tables of the share of rows."""
+    task, first = subject.task, patterns[0]
+    tables = [
+        load_missing_table(subject.missing_table_root, task.name, "test", pattern, logits.table_rows)
+        for pattern in patterns
+    ]
+    results = [task.metrics(logits.at(table), logits.labels) for table in tables]
+    metrics = {}
+    for metric in results[0]:
+        values = [result[metric] for result in results]
+        found = estimate(values)
+        assert found is not None
+        metrics[metric] = {"mean": found.mean, "std": found.std, "values": values}
+    return {
+        "missing_type": first.missing_type,
+        "ratio": first.ratio,
+        "both_ratio": first.both_ratio,
+        "image_available": statistics.mean([float(np.mean(table != IMAGE_MISSING)) for table in tables]),
+        "text_available": statistics.mean([float(np.mean(table != TEXT_MISSING)) for table in tables]),
+        "metrics": metrics,
+    }
+
+
+def _cells_table(found: Results) -> list[Sequence[Any]]:
+    header = ["missing_type", "ratio", "both_ratio", "table_seed", "samples", *found["metrics"]]
+    rows = [
+        [cell["missing_type"], cell["ratio"], cell["both_ratio"], seed, found["samples"], *values]
+        for cell in found["cells"]
+        for seed, *values in zip(
+            found["table_seeds"], *(figures["values"] for figures in cell["metrics"].values()), strict=True
+        )
+    ]
+    return [header, *rows]
+
+
+def _matrix_table(found: Results) -> list[Sequence[Any]]:
+    header = ["missing_type", "ratio", "both_ratio", "image_available", "text_available"]
+    header += [f"{metric}_{figure}" for metric in found["metrics"] for figure in ("mean", "std")]
+    rows = []
+    for cell in found["cells"]:
+        row = [cell["missing_type"], cell["ratio"], cell["both_ratio"]]
+        row += [round(100 * cell[name], 6) for name in ("image_available", "text_available")]
+        row += [figures[name] for figures in cell["metrics"].values() for name in ("mean", "std")]
+        rows.append([*row, len(found["table_seeds"])])
+    return [[*header, "n_seeds"], *rows]
 
 
 @contextmanager

@@ -96,13 +96,13 @@ def test_both_ways_to_a_matrix_are_of_the_same_numbers(tmp_path: Path) -> None:
         table = draw_missing_table("mmimdb", "test", cell, 8)
         assert golden.relative_error(logits.at(table)[list(rows)], theirs) < 1e-4
     found = matrix.whole()
-    assert len(found.cells) == len(CELLS) == 33
+    assert len(found["cells"]) == len(CELLS) == 33
     assert matrix.share_sampled == 3 * 2 * 4 / (33 * 8)
     encodings, evaluation = counted_operations(matrix.encodings), counted_operations(matrix.evaluation)
     assert encodings / evaluation == pytest.approx(2, rel=0.05)
     assert counted_operations(matrix.sampled_cells) / matrix.share_sampled / encodings > 15
     metrics = matrix.evaluation()
-    assert {name: metrics[name] for name in found.metrics} == found.by_type["complete"]
+    assert {name: metrics[name] for name in found["metrics"]} == found["by_type"]["complete"]
 
 
 RESULTS = """# Results

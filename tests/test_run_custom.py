@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import create_trial
 
 import make_arrow
@@ -348,7 +348,7 @@ def test_the_report_of_a_search(measured: dict[str, Path], tmp_path: Path) -> No
     """One trial, which is the run on the coins; its score is an accuracy."""
     run = shutil.copytree(measured["coins"], tmp_path / "s" / "s_trial_0_seed0" / "version_0")
     study = open_study(run.parents[1] / "optuna.journal", "s")
-    space = {"memory_length": CategoricalDistribution([6, 12])}
+    space: dict[str, BaseDistribution] = {"memory_length": CategoricalDistribution([6, 12])}
     study.add_trial(create_trial(params={"memory_length": 6}, distributions=space, value=0.625))
     assert command_line(["run.py", "report", "with", f"runs={tmp_path / 's'}", f"out={tmp_path / 'report'}"]) == 0
     page = (tmp_path / "report" / "report.md").read_text()

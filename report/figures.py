@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
 from common.text import estimate
-from report.results import Dataset, Line
+from report.lines import Dataset, Line
 from report.tables import compared_patterns, compared_variants, support_of
 from report.text import capital, dataset_title, listed, spread
 from vilt.missing_tables import TYPE_NAMES

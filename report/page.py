@@ -12,8 +12,9 @@ from markupsafe import Markup, escape
 
 from common.errors import DataError, reason_of
 from common.files import check_replaceable, whole_folder
+from report.lines import by_dataset
 from report.parts import options_table, report_command, run_details, section_of
-from report.results import by_dataset, read_report_runs
+from report.results import read_report_runs
 from report.samples import INPUT_TITLES, samples_table
 from report.search import read_searches, search_section
 from report.tables import runs_table, versions_table

@@ -11,7 +11,8 @@ from clip.run_reader import flat_options
 from common.text import Estimate
 from report import figures, tables
 from report.figures import Figure
-from report.results import Dataset, Line, Pattern, ReportRun
+from report.lines import Dataset, Line
+from report.results import Pattern, ReportRun
 from report.samples import SampleGrid, sample_grid
 from report.tables import Column, Table, Value
 from report.text import NOT_APPLICABLE, counted, dataset_title, listed, percent, spread, without_home

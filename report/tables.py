@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from common.text import Estimate
-from report.results import METHODS, Dataset, Line, Pattern, ReportRun, method_title, versions_of
+from report.lines import METHODS, Dataset, Line, method_title
+from report.results import Pattern, ReportRun, versions_of
 from report.text import METRIC_TITLES, NOT_APPLICABLE, NOT_MEASURED, capital, dataset_title, percent, signed, spread
 from vilt.datasets.specs import DATASETS
 from vilt.missing_tables import TYPE_NAMES

@@ -23,8 +23,9 @@ from common.errors import ConfigError, DataError, UserError
 from config import EX
 from report import make_report
 from report.figures import CURVE_POINTS, class_bars, thinned, training_curves
+from report.lines import Dataset, by_dataset
 from report.parts import options_table, run_details, section_of
-from report.results import Dataset, Pattern, by_dataset, read_report_runs
+from report.results import Pattern, read_report_runs
 from report.samples import sample_grid
 from report.tables import (
     Table,

@@ -297,4 +297,6 @@ def _lists(values_NC: np.ndarray) -> pa.Array:
 
 
 def _short(value: object) -> str:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else quoted(value)
+    if not isinstance(value, str):
+        return quoted(value)
+    return f"{value[:12]}…" if len(value) == 64 else value[:100]

@@ -18,7 +18,6 @@ from config import Options, check
 from sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
 from sweep.jobs import run_command
 from sweep.launchers import CLUSTERS, make_launcher
-from sweep.search import Search, check_values, open_study, run_search
 from vilt.datasets.open_spec import open_spec
 
 log = logging.getLogger("rep")
@@ -61,6 +60,8 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
             launch = make_launcher(options.sweep_launcher, options.sweep_slurm, folder / "submitit")
         record(options, metric, config, folder)
         if options.search:
+            from sweep.search import Search, open_study, run_search
+
             assert launch is not None, "check_sweep lets no search be a list of commands"
             study = open_study(folder / "optuna.journal", options.sweep_name)
             run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
@@ -104,6 +105,8 @@ def check_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> Options:
     if options.search:
         if options.sweep_launcher == "commands":
             raise ConfigError("sweep_launcher: a search chooses by results; expected local, slurm or submitit_local")
+        from sweep.search import check_values  # Optuna takes pandas along, which nothing else needs
+
         check_values(options, {**config, **elsewhere})
     else:
         check_variants(options, {**config, **elsewhere})

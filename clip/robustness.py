@@ -117,10 +117,7 @@ def write_results(found: Results, folder: Path) -> list[str]:
     Raises:
         DataError: the folder cannot be written.
     """
-    tables: dict[str, list[Sequence[Any]]] = {
-        "cells.csv": _cells_table(found),
-        "matrix.csv": _matrix_table(found),
-    }
+    tables: dict[str, list[Sequence[Any]]] = {"cells.csv": _cells_table(found), "matrix.csv": _matrix_table(found)}
     for name in ("per_class", "confusions"):
         if entries := found[name]:
             header = ["type_name", *list(entries[0])[1:]]

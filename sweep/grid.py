@@ -128,8 +128,8 @@ def write_commands(options: Options, cells: Sequence[Cell], folder: Path) -> Non
 def _log_states(options: Options, cells: Sequence[Cell]) -> None:
     states = [cell.job.state for cell in cells]
     counts = [(states.count(state), state) for state in ("complete", "cut off", "not begun")]
-    told = ", ".join(f"{count} {state}" for count, state in counts if count)
-    log.info("sweep %s: %d cells, %s", options.sweep_name, len(cells), told)
+    shown = ", ".join(f"{count} {state}" for count, state in counts if count)
+    log.info("sweep %s: %d cells, %s", options.sweep_name, len(cells), shown)
 
 
 def table_rows(options: Options, metric: str, cells: Sequence[Cell], failed: Collection[Job]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ log = logging.getLogger("rep")
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
 PATIENCE_S = 60.0
-"""How long a run that is told to stop may take, before it is killed."""
+"""How long a run that is asked to stop may take, before it is killed."""
 
 State = Literal["complete", "cut off", "not begun"]
 

@@ -81,8 +81,7 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "odd_values"),
-    [("config.json", 6), ("environment.json", 15), ("test_results.json", 15), (ROBUSTNESS, 2)],
+    ("name", "odd_values"), [("config.json", 6), ("environment.json", 15), ("test_results.json", 15), (ROBUSTNESS, 2)]
 )
 def test_odd_values_in_the_files_of_a_run(run: Path, name: str, odd_values: int) -> None:
     outcomes = set()

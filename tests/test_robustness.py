@@ -403,7 +403,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_column(
 ) -> None:
     """Others are columns of their own, also of the same name; a resumed run counts once."""
     folders = {}
-    for name, options in {
+    described: dict[str, dict[str, Any]] = {
         "robust_seed0/version_0": {"exp_name": "robust", "seed": 0},
         "robust_seed0/version_1": {
             "exp_name": "robust",
@@ -413,7 +413,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_column(
         "robust_seed1/version_0": {"exp_name": "robust", "seed": 1, "num_workers": 1},
         "robust_seed3/version_0": {"exp_name": "robust", "seed": 3, "weight_decay": 0.5},
         "other_seed4/version_0": {"exp_name": "other", "seed": 4, "prompt_type": "mmp"},
-    }.items():
+    }
+    for name, options in described.items():
         folder = Path(shutil.copytree(encoded, tmp_path / "runs" / name))
         shutil.rmtree(folder / "robustness")
         config = json.loads((folder / "config.json").read_text())

@@ -61,7 +61,7 @@ from clip.predict import Predictor, describe_predictions, read_items, write_pred
 from clip.processes import OtherProcessError, ending_together
 from clip.published_options import with_names_of_here
 from clip.resume import AUTO, alone, find_progress, say_differences
-from clip.robustness import Robustness, measure, write_results
+from clip.robustness import Results, measure, write_results
 from clip.robustness_text import describe_one, describe_several
 from clip.run_folder import environment, make_run_folder, read_json, write_json
 from clip.run_table import describe_runs, list_runs, sort_runs, write_runs
@@ -71,7 +71,7 @@ from clip.trainable import freeze
 from clip.training import FinetuneModule
 from common.errors import CheckpointError, CheckupError, ConfigError, UserError, machine_error
 from common.messages import first_line
-from config import OPTIONS, Options, unknown_option
+from config import DEFAULTS, OPTIONS, Options, unknown_option
 from runs.check_options import check, read_options, read_with_machine
 from runs.experiment import EX, ConfigAddedError, SacredError, check_command_line, described_options, options_in_files
 from sweep.command import run_sweep
@@ -109,10 +109,12 @@ def robustness(_config: dict[str, Any], _run: Any) -> None:
     """Evaluates load_path at all robustness_types and robustness_ratios, from three passes over the test split."""
     set_up_logging()
     given = given_options(_run)
-    results = [measure_target(target, given) for target in open_targets(_config, given)]
-    whole = [result for result in results if result is not None]
-    if whole:
-        print(f"\n{describe_several(whole) if len(whole) > 1 else describe_one(whole[0])}\n")
+    targets = open_targets(_config, given)
+    found = [
+        (target.subject, measured) for target in targets if (measured := measure_target(target, given)) is not None
+    ]
+    if found:
+        print(f"\n{describe_several(found) if len(found) > 1 else describe_one(*found[0])}\n")
 
 
 @EX.command(unobserved=True)
@@ -138,7 +140,7 @@ def report(_config: dict[str, Any]) -> None:
 
     options = read_options(_config, ["runs", "out"])
     set_up_logging()
-    print(f"\nwritten to {make_report(options['runs'], options['out'])}\n")
+    print(f"\nwritten to {make_report(options['runs'], options['out'], DEFAULTS)}\n")
 
 
 @EX.command(unobserved=True)
@@ -376,7 +378,7 @@ def set_computation(options: Options, classifier: MissingModalityClassifier) -> 
     classifier.compute(COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing)
 
 
-def measure_target(target: Target, given: set[str]) -> Robustness | None:
+def measure_target(target: Target, given: set[str]) -> Results | None:
     """Encodes what a target lacks and writes its results; they are None on other processes than the first.
 
     Raises:
@@ -398,7 +400,7 @@ def measure_target(target: Target, given: set[str]) -> Robustness | None:
     if getattr(rank_zero_only, "rank", 0):
         return None
     found = measure(subject, store.load(), target.patterns, options.bootstrap)
-    names = write_results(found, store)
+    names = write_results(found, store.folder)
     log.info("written to %s: %s", store.folder, ", ".join(["logits.arrow", *names]))
     return found
 

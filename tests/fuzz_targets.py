@@ -26,7 +26,7 @@ from clip.run_table import list_runs
 from clip.tokenizer import ClipTokenizer, load_tokenizer
 from common.errors import DataError, UserError
 from config import DEFAULTS
-from report.collect import read_runs
+from report.results import read_report_runs
 from runs.check_options import read_options
 from tests.archives import rewritten
 from tests.models import TINY, tiny_classifier
@@ -240,7 +240,7 @@ def _read_run(source: Path, folder: Path, given: tuple[str, Damage]) -> None:
     path = folder / "result" / "version_0" / given[0]
     path.write_bytes(given[1].apply(path.read_bytes()))
     list_runs(folder / "result")
-    read_runs([folder / "result"])
+    read_report_runs([folder / "result"])
 
 
 def _read_json(_: None, folder: Path, given: Any) -> None:

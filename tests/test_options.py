@@ -146,7 +146,7 @@ def test_options_are_read_without_torch() -> None:
 
 
 def config_with(workspace: Workspace, **changes: object) -> Options:
-    config = dict(DEFAULTS)
+    config = DEFAULTS
     return check({**config, "task": "mmimdb", "data_root": str(workspace.arrow), **changes})
 
 

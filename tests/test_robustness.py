@@ -14,9 +14,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-import run
+from clip.checkpoint import read_checkpoint
 from clip.logit_store import LOGIT_COLUMNS, LogitModule, LogitStore
+from clip.tasks import TASKS
 from run import command_line
+from runs import evaluation
 from tests.conftest import Workspace
 from tests.test_run import in_processes
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -92,8 +94,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the model was touched")
 
-    for name in ("load_backbone", "restore_classifier", "make_trainer"):
-        monkeypatch.setattr(run, name, fail)
+    for name in ("open_model", "make_trainer"):
+        monkeypatch.setattr(evaluation, name, fail)
 
 
 def test_every_cell_is_what_test_only_gives(workspace: Workspace, fresh: Path, tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_the_files_agree_with_the_stored_logits(workspace: Workspace, fresh: Pat
     assert results["class_names"] == list(DATASETS["mmimdb"].class_names or ())
     logits = [torch.tensor(table[name]) for name in LOGIT_COLUMNS]
     labels, rows = torch.tensor(table["label"]), table["row"]
-    metrics = run.TASKS["mmimdb"].metrics
+    metrics = TASKS["mmimdb"].metrics
     kinds = [("text", 0.5), ("image", 0.5), ("both", 0.5), ("both", 0.2)]  # both_ratio given for `both` alone
     assert [(cell["missing_type"], cell["both_ratio"], cell["ratio"]) for cell in results["cells"]] == [
         (kind, both_ratio, ratio) for kind, both_ratio in kinds for ratio in (0.0, 0.3, 1.0)
@@ -279,7 +281,7 @@ def test_a_store_of_another_checkpoint_is_refused_or_made_anew(
     robustness(workspace, f"load_path={best}", *QUICK)
     old = results_of(fresh)
     draw_head(best, "mmimdb", seed=1)
-    new_sha256 = run.read_checkpoint(best).sha256
+    new_sha256 = read_checkpoint(best).sha256
     capsys.readouterr()
     robustness(workspace, f"load_path={best}", *QUICK, status=2)
     assert error_of(capsys) == (

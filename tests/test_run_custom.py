@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import create_trial
 
 import make_arrow
-import run
+from clip.callbacks import Checkpoints
 from clip.checkpoint import ModelSpec, build_classifier, read_checkpoint
 from clip.metrics import Metric, macro_f1_and_accuracy
 from clip.modules.method import MethodOptions
@@ -153,7 +153,7 @@ def test_a_run_that_was_interrupted_ends_the_same(
     workspace: Workspace, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the checkpoint after the first epoch, to the last digit."""
-    save = run.Checkpoints._write_last
+    save = Checkpoints._write_last
 
     def save_and_keep_the_first(self: Any, trainer: Any) -> None:
         save(self, trainer)
@@ -161,7 +161,7 @@ def test_a_run_that_was_interrupted_ends_the_same(
             shutil.copy(self.folder / "last.ckpt", tmp_path / "first.ckpt")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run.Checkpoints, "_write_last", save_and_keep_the_first)
+        patched.setattr(Checkpoints, "_write_last", save_and_keep_the_first)
         whole = train(workspace, "pets_whole", pets)
     resumed = train(workspace, "pets_resumed", pets, f"resume_from={tmp_path / 'first.ckpt'}")
     first, *last = (

@@ -3,7 +3,7 @@
 # make test-long  and those that take long: runs interrupted anywhere, thousands of steps (10 minutes more on two cores)
 # make lint   ruff and mypy
 # make bench  how fast it is, beside the published algorithm (half an hour on two cores); writes benchmarks/RESULTS.md
-# make fuzz   feeds damaged input to every reader for ten minutes, and counts what came of it
+# make fuzz   feeds damaged input to every reader, some thousands of each kind (ten minutes on two cores)
 # make docs   writes docs/options.md from config.py
 # make constraints  installs requirements-dev.txt in a fresh environment, and pins all of it in constraints.txt
 # make clean  removes what the above made
@@ -35,10 +35,10 @@ bench: .venv/.ready
 	$(BIN)/python -m benchmarks --record benchmarks/RESULTS.md
 
 fuzz: .venv/.ready-dev
-	$(BIN)/python -m tests.fuzz
+	FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest -s tests/test_fuzz.py
 
 docs: .venv/.ready
-	$(BIN)/python -m docs.options
+	$(BIN)/python -m runs.options_page
 
 constraints: .venv/bin/python
 	rm -rf .venv-constraints

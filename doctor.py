@@ -30,7 +30,8 @@ from clip.open_model import tokenizer_for
 from clip.tokenizer import ClipTokenizer
 from common.errors import ConfigError, DataError, StorageError, UserError
 from common.messages import byte_size, listed, quoted
-from config import Options, check_together, resolve
+from config import Options
+from runs.check_options import check_together, resolve
 from vilt.datamodules import split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
-from clip.text_table import align
 from common.errors import UserError
 from common.messages import byte_size, printable
+from common.text import align
 from vilt.datasets.specs import EVERY_DATASET
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def describe_bad(bad: "list[BadSample]") -> str:
     """The bad samples for the terminal: how many for each reason, and the first of them."""
     counts = Counter(sample.reason for sample in bad)
-    lines = [f"  {line}" for line in align([(f"{n:,}", reason) for reason, n in counts.most_common()], "><", gap=2)]
-    lines += ["", *(f"  {line}" for line in align([sample.fields() for sample in bad[:N_SHOWN]], "<<><<<", gap=2))]
+    lines = [f"  {line}" for line in align([(f"{n:,}", reason) for reason, n in counts.most_common()], "><")]
+    lines += ["", *(f"  {line}" for line in align([sample.fields() for sample in bad[:N_SHOWN]], "<<><<<"))]
     if len(bad) > N_SHOWN:
         lines.append(f"  ... and {len(bad) - N_SHOWN:,} more")
     return "\n".join(lines)
@@ -89,7 +89,7 @@ def label_table(splits: "Sequence[SplitSummary]", class_names: Sequence[str]) ->
     ]
     height = len(rows) if len(rows) <= 30 else -(-len(rows) // 2)
     sides = "<" + ">" * len(splits)
-    blocks = [align([header, *rows[at : at + height]], sides, gap=2) for at in range(0, len(rows), height)]
+    blocks = [align([header, *rows[at : at + height]], sides) for at in range(0, len(rows), height)]
     width = max(map(len, blocks[0]))
     return ["    ".join(line.ljust(width) for line in lines).rstrip() for lines in zip_longest(*blocks, fillvalue="")]
 
@@ -103,7 +103,7 @@ def describe(summary: "Summary", class_names: Sequence[str], seconds: float) -> 
         return (name, f"{n_samples:,}", f"{n_texts:,}", byte_size(sum(part.n_bytes for part in parts)), remark)
 
     files = [row(s.path.name, [s], "replaced" if s.replaced else "") for s in splits]
-    lines = align([("file", "samples", "texts", "size", ""), *files, row("total", splits, "")], "<>>><", gap=2)
+    lines = align([("file", "samples", "texts", "size", ""), *files, row("total", splits, "")], "<>>><")
     lines += ["", *label_table(splits, class_names), ""]
     remarks = {
         "left out, no text": [s.n_without_text for s in splits],

@@ -17,9 +17,8 @@ from torch import Tensor
 from clip.backbone import Backbone, architecture_of
 from clip.checkpoint_file import check_whole
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.heads import HEADS
 from clip.modules.method import UNUSED, MethodOptions
-from clip.modules.registry import METHODS
+from clip.modules.registry import HEADS, METHODS, head_class, method_class
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from clip.published_queries import published_queries
 from clip.tasks import TASK_NAMES, TASKS, task_of
@@ -136,9 +135,9 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     """
     task = task_of(spec.task, spec.custom)
     architecture = spec.architecture
-    method = METHODS[spec.method.prompt_type](architecture.places, architecture.embed_dim, spec.method)
+    method = method_class(spec.method.prompt_type)(architecture.places, architecture.embed_dim, spec.method)
     backbone = ClipBackbone(architecture)
-    head = HEADS[spec.head](len(backbone.places), backbone.embed_dim, task.n_classes)
+    head = head_class(spec.head)(len(backbone.places), backbone.embed_dim, task.n_classes)
     classifier = MissingModalityClassifier(backbone, method, task.head_name, head)
     freeze(classifier, spec.task)
     return classifier
@@ -407,7 +406,7 @@ def _published_spec(path: Path, state: dict[str, Tensor]) -> ModelSpec:
     """Method and sizes from names and shapes; the published files' own description is not needed."""
     dcp = any(name.startswith("model.prompt_learner.") for name in state)
     prompt_type, title = ("dcp", "DCP") if dcp else ("rep", "REP")
-    learner = f"model.{METHODS[prompt_type].attribute}."
+    learner = f"model.{method_class(prompt_type).attribute}."
     try:
         slots = len(state[f"{learner}common_{'prompt' if dcp else 'memory'}_complete"])
         architecture = architecture_of(

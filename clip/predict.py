@@ -10,7 +10,6 @@ for prediction in model.predict(images=["poster.jpg", None], texts=["Two friends
 import csv
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,12 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 from clip.checkpoint import Checkpoint, read_checkpoint
 from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model
-from clip.text_table import per_cent, ruled_table
 from clip.tokenizer import ClipTokenizer
 from clip.training import model_input
 from common.errors import DataError, reason_of
 from common.files import atomic_path
 from common.messages import listed, printable
+from common.text import natural_key, per_cent, terminal_table
 from vilt.datamodules import Batch, collate_for_evaluation
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.specs import DATASETS
@@ -274,12 +273,12 @@ def _cell(value: object, name: str, place: str) -> str | None:
 def _items_of_folder(source: Path) -> list[Item]:
     images: dict[Path, Path] = {}
     texts: dict[Path, Path] = {}
-    for path in sorted((path for path in source.rglob("*") if path.is_file()), key=_natural):
+    for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
         of_kind = images if path.suffix.lower() in IMAGE_SUFFIXES else texts if path.suffix.lower() == ".txt" else None
         if of_kind is not None and (other := of_kind.setdefault(path.with_suffix(""), path)) is not path:
             raise DataError(f"{path}: expected one file of this name, found {other.name} too")
     items = []
-    for stem in sorted({*images, *texts}, key=_natural):
+    for stem in sorted({*images, *texts}, key=natural_key):
         text = None
         if stem in texts:
             try:
@@ -288,12 +287,6 @@ def _items_of_folder(source: Path) -> list[Item]:
                 raise DataError(f"{texts[stem]}: not readable as text in UTF-8: {error}") from error
         items.append(Item(str(stem.relative_to(source)), images.get(stem), text or None, str(stem)))
     return items
-
-
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """9 before 10."""
-    parts = re.findall(r"\d+|\D+", str(path))
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def write_predictions(
@@ -332,4 +325,4 @@ def describe_predictions(items: Sequence[Item], first: Sequence[Prediction]) -> 
     for item, prediction in zip(items, first, strict=False):
         shown = [f"{name} {per_cent(round(prediction.probabilities[name], 3))}" for name in prediction.labels]
         rows.append([printable(item.id), prediction.missing, printable(", ".join(shown)) or "none above 50 %"])
-    return ruled_table(("id", "missing", "prediction"), rows, "<<<")
+    return terminal_table(("id", "missing", "prediction"), rows, "<<<")

@@ -16,19 +16,12 @@ from common.errors import ConfigError, DataError
 from common.files import atomic_path
 from common.messages import first_line
 from common.strict_json import kind_of, parse_json
-from vilt.datasets.custom import CUSTOM, CustomData
 
 PACKAGES = (
-    "torch",
-    "pytorch-lightning",
-    "transformers",
-    "tokenizers",
-    "torchmetrics",
-    "pyarrow",
-    "pillow",
-    "sacred",
-    "numpy",
+    *("torch", "pytorch-lightning", "transformers", "tokenizers", "torchmetrics"),
+    *("pyarrow", "pillow", "sacred", "numpy"),
 )
+"""Whose versions are recorded."""
 
 
 def make_run_folder(log_dir: Path, name: str) -> Path:
@@ -53,7 +46,7 @@ def make_run_folder(log_dir: Path, name: str) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` readably, whole or not at all."""
+    """Writes `content` readably; a reader finds the old file or the new one."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
 
@@ -69,13 +62,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def custom_in(config: dict[str, Any]) -> CustomData | None:
-    """What a config.json says of one's own data, None for another task. Raises ValueError or KeyError."""
-    return CustomData.of(config[CUSTOM]) if config["task"] == CUSTOM else None
-
-
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table, whole or not at all."""
+    """Writes a table; a reader finds the old file or the new one."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip.metrics import auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
+from clip.metrics import Metric, auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import DATASETS, DatasetSpec, custom_spec
 
@@ -23,8 +23,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "binary_cross_entropy": _binary_cross_entropy,
     "cross_entropy": _cross_entropy,
 }
-METRICS: dict[str, Callable[[Tensor, Tensor], dict[str, float]]] = {
-    metric.__name__: metric for metric in (multilabel_f1, class_accuracy, macro_f1_and_accuracy, auroc_and_accuracy)
+METRICS: dict[str, Metric] = {
+    "multilabel_f1": multilabel_f1,
+    "class_accuracy": class_accuracy,
+    "macro_f1_and_accuracy": macro_f1_and_accuracy,
+    "auroc_and_accuracy": auroc_and_accuracy,
 }
 
 
@@ -41,7 +44,7 @@ class Task:
     n_classes: int
     loss: Callable[[Tensor, Tensor], Tensor]
     """(logits (B, C), labels) to the mean loss."""
-    metrics: Callable[[Tensor, Tensor], dict[str, float]]
+    metrics: Metric
     """(logits (N, C), labels) of a whole split to named values."""
     monitor: str
     """The metric that chooses the best model; higher is better."""

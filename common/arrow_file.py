@@ -26,7 +26,7 @@ def open_table(path: Path, what: str = "an arrow file", how_to_make: str | None 
         names = table.column_names
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file" + (f"; {how_to_make}" if how_to_make else "")) from error
-    except (OSError, MemoryError, ValueError, pa.ArrowException) as error:
+    except (OSError, EOFError, MemoryError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path}: not readable as {what}: {first_line(error)}") from error
     twice = [name for place, name in enumerate(names) if name in names[:place]]
     if twice:

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. `run.py` and `make_arrow.py` print them without a traceback and exit with status 2."""
+"""Errors that a user can correct. run.py and make_arrow.py print them without a traceback and exit with status 2."""
 
 import errno
 import os
@@ -52,28 +52,17 @@ class MachineError(UserError):
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, a used-up quota, a limit on the size of files."""
-OF_THE_MACHINE = frozenset(
-    (
-        *NO_SPACE,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.EIO,
-        errno.ESTALE,
-        errno.ENOTDIR,  # a file where a folder is to be
-        errno.EEXIST,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-    )
-)
+OF_THE_MACHINE = {
+    *NO_SPACE,
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE),
+    *(errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),  # a file where a folder is to be, and the like
+}
 """What an OSError can be about without any fault of the program's; others, such as a file that is not there, it should
 have looked for itself."""
 
 
 def machine_error(error: OSError) -> MachineError | None:
-    """`error` as one that the user can mend, if it is: the file, and what the system says of it."""
+    """`error` as one that the user can correct, if it is: the file, and what the system says of it."""
     if error.errno not in OF_THE_MACHINE:
         return None
     at = f"{error.filename}: " if error.filename is not None else ""

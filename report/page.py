@@ -12,14 +12,13 @@ from markupsafe import Markup, escape
 
 from common.errors import DataError, reason_of
 from common.files import check_replaceable, whole_folder
-from report.collect import Run, read_runs
-from report.parts import options_table, report_command, run_details, section_of, versions_table
-from report.samples import INPUT_TITLES, SampleCard, SampleGrid, samples_table
-from report.search_section import search_section
-from report.searches import Search, read_searches
-from report.series import by_dataset
-from report.tables import runs_table
-from report.text import counted, day, listed
+from report.lines import by_dataset
+from report.parts import options_table, report_command, run_details, section_of
+from report.results import read_report_runs
+from report.samples import INPUT_TITLES, samples_table
+from report.search import read_searches, search_section
+from report.tables import runs_table, versions_table
+from report.text import counted, listed
 
 MARKER = "report.json"
 """File that says that a folder is a report, so that a later one may replace it."""
@@ -28,12 +27,13 @@ TEMPLATES = Path(__file__).with_name("templates")
 _MARKDOWN_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_[]|~$"})
 
 
-def make_report(runs: Sequence[Path], out: Path) -> Path:
-    """Writes a report of `runs` into the folder `out`, whole or not at all.
+def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> Path:
+    """Writes a report into the folder `out`: a reader finds the old one or the new one.
 
     Args:
-        runs: run folders, or folders with run folders below them.
+        places: run folders, or folders with run folders below them.
         out: a folder that does not exist, is empty, or is an earlier report, which is replaced.
+        defaults: of all options, for the table of those that differ.
 
     Returns:
         The page, `out/index.html`.
@@ -42,28 +42,30 @@ def make_report(runs: Sequence[Path], out: Path) -> Path:
         UserError: a folder is no run, a file is damaged or belongs to another run, or `out` is not to be replaced.
     """
     check_replaceable(out, MARKER, MAKER)  # now, not after minutes of drawing
-    read = read_runs(runs)
-    searches = read_searches(runs, read)
+    runs = read_report_runs(places)
+    searches = read_searches(places, runs)
     trials = {run for search in searches for run in search.runs}
-    datasets = by_dataset([run for run in read if run not in trials])
+    datasets = by_dataset([run for run in runs if run not in trials])
     sections = [section_of(dataset) for dataset in datasets]
     title = f"Robustness to missing modalities: {listed([section.title for section in sections])}"
     sections += [search_section(search, number) for number, search in enumerate(searches, start=1)]
     # Of a search's trials, whose values its section has, the best one's run stands for all.
-    best = {_best_run(search) for search in searches}
-    shown = [run for run in read if run not in trials or run in best]
-    content: dict[str, Any] = {
-        "title": title if datasets else listed([section.title for section in sections]),
-        "date": day(datetime.now()),
-        "n_runs": counted(len(read), "run"),
-        "sections": sections,
-        "runs_table": runs_table(read, datasets),
-        "options_table": options_table(shown),
-        "versions_table": versions_table(shown),
-        "details": [run_details(run) for run in shown],
-        "report_command": report_command(runs),
-    }
-    files = _files(content)
+    best = {search.run_of(search.ranked[0]) if search.ranked else search.runs[0] for search in searches}
+    shown = [run for run in runs if run not in trials or run in best]
+    now = datetime.now()
+    files = _files(
+        {
+            "title": title if datasets else listed([section.title for section in sections]),
+            "date": f"{now.day} {now:%B %Y}",
+            "n_runs": counted(len(runs), "run"),
+            "sections": sections,
+            "runs_table": runs_table(runs, datasets),
+            "options_table": options_table(shown, defaults),
+            "versions_table": versions_table(shown),
+            "details": [run_details(run) for run in shown],
+            "report_command": report_command(places),
+        }
+    )
     try:
         with whole_folder(out, MARKER, MAKER) as folder:
             for name, data in files.items():
@@ -72,11 +74,6 @@ def make_report(runs: Sequence[Path], out: Path) -> Path:
     except OSError as error:
         raise DataError(f"out={out}: cannot be written: {reason_of(error)}") from error
     return out / "index.html"
-
-
-def _best_run(search: Search) -> Run | None:
-    """The best trial's; the first where no trial is known to be complete."""
-    return search.run_of(search.ranked[0][0]) if search.ranked else search.runs[0]
 
 
 def _files(content: dict[str, Any]) -> dict[str, bytes]:
@@ -89,7 +86,7 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
         lstrip_blocks=True,
     )
     html.filters |= {"data_uri": _data_uri, "unbroken": _unbroken}
-    html.globals |= {"input_titles": INPUT_TITLES, "thumbnail_name": thumbnail_name}
+    html.globals["input_titles"] = INPUT_TITLES
     markdown = html.overlay(finalize=_markdown_text)
     markdown.filters["indented"] = _indented
     markdown.filters["verbatim"] = Markup  # names of our own files
@@ -103,20 +100,12 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
         drawn += [*part.figures, *part.folded_figures]
         if part.grid is not None:
             tables.append(samples_table(part.grid))
-            files |= {
-                thumbnail_name(part.grid, card): card.thumbnail
-                for card in part.grid.cards
-                if card.thumbnail is not None
-            }
+            pictures = {part.grid.thumbnail_name(card): card.thumbnail for card in part.grid.cards}
+            files |= {name: data for name, data in pictures.items() if data is not None}
     files |= {f"tables/{table.name}.csv": table.csv().encode(errors="replace") for table in tables}
     files |= {f"figures/{figure.name}.svg": figure.svg.encode() for figure in drawn}
     files |= {f"figures/{figure.name}.png": figure.png for figure in drawn}
     return files
-
-
-def thumbnail_name(grid: SampleGrid, card: SampleCard) -> str:
-    """Path of a sample's picture in the report's folder."""
-    return f"thumbnails/{grid.run.task}_{card.rank:02}.jpg"
 
 
 def _data_uri(data: bytes) -> str:

@@ -7,26 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import EX
-from report import figures
-from report.collect import Run
-from report.comparison import compared_variants, comparison_figure, comparison_table
-from report.estimate import Estimate
+from clip.run_reader import flat_options
+from common.text import Estimate
+from report import figures, tables
 from report.figures import Figure
+from report.lines import Dataset, Line
+from report.results import Pattern, ReportRun
 from report.samples import SampleGrid, sample_grid
-from report.series import Dataset, Pattern, Series, flat
-from report.tables import (
-    PUBLISHED_TEST_ROWS,
-    Column,
-    Table,
-    Value,
-    confidence_table,
-    confusion_table,
-    matrix_table,
-    outside_published,
-    per_class_table,
-    published_table,
-)
+from report.tables import Column, Table, Value
 from report.text import NOT_APPLICABLE, counted, dataset_title, listed, percent, spread, without_home
 from vilt.datasets.specs import DATASETS
 from vilt.missing_tables import TYPE_NAMES
@@ -70,7 +58,7 @@ class Section:
 class RunDetails:
     """Configuration and commands of a run."""
 
-    run: Run
+    run: ReportRun
     title: str
     configuration: str
     """JSON."""
@@ -81,95 +69,83 @@ class RunDetails:
 
 def section_of(dataset: Dataset) -> Section:
     """The parts of a dataset, in order; what is missing is said where it would stand."""
-    title = dataset_title(dataset.task)
     parts = [
-        *([_comparison_part(dataset)] if compared_variants(dataset) else []),
-        _curves_part(dataset),
-        _matrix_part(dataset),
-        *([_published_part(dataset)] if dataset.task in DATASETS else []),
+        *([_comparison_part(dataset)] if tables.compared_variants(dataset) else []),
+        *_matrix_parts(dataset),
+        *([_published_part(dataset)] if dataset.key in DATASETS else []),
         _training_part(dataset),
-        *_classes_parts(dataset),
+        _classes_part(dataset),
         _confidence_part(dataset),
         _samples_part(dataset),
     ]
-    return Section(dataset.task, title, _summary(dataset), parts)
+    summary = _summary(dataset) if dataset.measured else _summary_without_robustness(dataset)
+    return Section(dataset.key, dataset_title(dataset.key), summary, parts)
 
 
 def _summary(dataset: Dataset) -> str:
     """One or two sentences of numbers."""
-    if not dataset.measured:
-        return _summary_without_robustness(dataset)
-    metric = dataset.metric
-    best = max(dataset.measured, key=lambda series: series.by_type("complete", metric) or Estimate(0, None))
-    n_measured = len(dataset.measured)
+    metric, n_measured = dataset.metric, len(dataset.measured)
+    best = max(dataset.measured, key=lambda line: line.by_type("complete", metric) or Estimate(0, 0, 0))
     start = best.label if n_measured == 1 else f"The best of {n_measured} configurations, {best.label},"
     values = [f"{spread(best.by_type(name, metric))} %" for name in TYPE_NAMES]
     sentence = (
         f"{start} reaches {dataset.metric_title} {values[0]} where nothing is missing, {values[1]} without any text "
         f"and {values[2]} without any image"
     )
-    own = best.at_own_pattern()
-    if own is not None:
+    if (own := best.at_own_pattern()) is not None:
         sentence += f", and {spread(own)} % at the pattern of its training ({best.pattern})"
-    results = [robustness for series in dataset.measured for _, robustness in series.results]
-    have = "has" if len(results) == 1 else "have"
-    total = counted(sum(len(series.runs) for series in dataset.series), "trained run")
-    return f"{sentence}. {len(results)} of {total} {have} robustness results, on {results[0].samples:,} test samples."
+    n_results, samples = len(dataset.results), dataset.results[0][2].samples
+    have = "has" if n_results == 1 else "have"
+    total = counted(sum(len(line.runs) for line in dataset.lines), "trained run")
+    return f"{sentence}. {n_results} of {total} {have} robustness results, on {samples:,} test samples."
 
 
 def _summary_without_robustness(dataset: Dataset) -> str:
     """The best test result, at whatever pattern it is."""
-    metric = dataset.metric
-    tested = [
-        (float(run.test["metrics"][metric]), run.test["missing_pattern"], run) for run in dataset.runs if run.test
-    ]
+    tested = [(run.test_score, run) for run in dataset.runs if run.test_score is not None]
     total = counted(len(dataset.runs), "run")
     if not tested:
         return f"Results are missing: {total}, none of them tested."
-    value, raw, run = max(tested, key=lambda entry: entry[0])
-    pattern = Pattern.of(raw["missing_type"], raw["ratio"], raw["both_ratio"])
+    value, best = max(tested, key=lambda entry: entry[0])
+    assert best.run.tested_at is not None
     return (
-        f"The best of {total}, {run.tag}, reaches a test {dataset.metric_title} of {percent(value)} % ({pattern}). "
-        "No run has robustness results."
+        f"The best of {total}, {best.tag}, reaches a test {dataset.metric_title} of {percent(value)} % "
+        f"({Pattern.of(*best.run.tested_at)}). No run has robustness results."
     )
 
 
 def _comparison_part(dataset: Dataset) -> Part:
-    return Part(
-        f"{dataset.task}-comparison",
-        "Methods compared",
-        figures=[comparison_figure(dataset)],
-        tables=[comparison_table(dataset)],
-    )
-
-
-def _curves_part(dataset: Dataset) -> Part:
-    part = Part(f"{dataset.task}-curves", "Robustness curves", missing=_without_robustness(dataset))
-    if any(series.patterns for series in dataset.measured):
-        part.figures.append(figures.robustness_curves(dataset))
-    else:
-        part.missing.append(Missing("The curves are missing: no run has robustness results."))
+    part = Part(f"{dataset.key}-comparison", "Methods compared")
+    part.figures, part.tables = [figures.comparison_figure(dataset)], [tables.comparison_table(dataset)]
     return part
 
 
-def _matrix_part(dataset: Dataset) -> Part:
-    part = Part(f"{dataset.task}-matrix", "Missing type × missing ratio")
-    if any(series.patterns for series in dataset.measured):
-        part.figures.append(figures.heat_map(dataset))
-        part.folded_tables.append(matrix_table(dataset))
+def _matrix_parts(dataset: Dataset) -> list[Part]:
+    curves = Part(f"{dataset.key}-curves", "Robustness curves")
+    matrix = Part(f"{dataset.key}-matrix", "Missing type × missing ratio")
+    curves.missing = [
+        Missing(f"{run.tag} ({run.place}) has no robustness results. They are made by:", robustness_command(run))
+        for line in dataset.lines
+        for run in line.runs
+        if run.robustness is None
+    ]
+    if any(line.patterns for line in dataset.measured):
+        curves.figures.append(figures.robustness_curves(dataset))
+        matrix.figures.append(figures.heat_map(dataset))
+        matrix.folded_tables.append(tables.matrix_table(dataset))
     else:
-        part.missing.append(Missing("The matrix is missing: no run has robustness results."))
-    return part
+        curves.missing.append(Missing("The curves are missing: no run has robustness results."))
+        matrix.missing.append(Missing("The matrix is missing: no run has robustness results."))
+    return [curves, matrix]
 
 
 def _published_part(dataset: Dataset) -> Part:
-    part = Part(f"{dataset.task}-published", "Published results and ours", tables=[published_table(dataset)])
-    outside = outside_published(dataset)
+    part = Part(f"{dataset.key}-published", "Published results and ours", tables=[tables.published_table(dataset)])
+    outside = [f"{_tags(line)} ({line.pattern})" for line in tables.outside_published(dataset)]
     if outside:
-        told = listed([f"{_tags(series)} ({series.pattern})" for series in outside])
-        part.notes.append(f"Trained at patterns that the published table does not have: {told}.")
-    expected = PUBLISHED_TEST_ROWS.get(dataset.task)
-    found = next((r.logits.rows for series in dataset.measured for _, r in series.results if r.logits), None)
+        part.notes.append(f"Trained at patterns that the published table does not have: {listed(outside)}.")
+    expected = tables.PUBLISHED_TEST_ROWS.get(dataset.key)
+    found = next((result.test_rows for _, _, result in dataset.results if result.test_rows), None)
     if expected and found and expected != found:
         part.notes.append(
             f"Not like for like: the published results are on a test split of {expected:,} items, ours has {found:,}."
@@ -178,114 +154,106 @@ def _published_part(dataset: Dataset) -> Part:
 
 
 def _training_part(dataset: Dataset) -> Part:
-    part = Part(f"{dataset.task}-training", "Training curves")
+    part = Part(f"{dataset.key}-training", "Training curves")
     drawn = figures.training_curves(dataset)
     if drawn is not None:
         part.figures.append(drawn)
-    lacking = [run.tag for s in dataset.series for run in s.runs if not run.curves]
+    lacking = [run.tag for line in dataset.lines for run in line.runs if not run.run.curves]
     if lacking:
         part.missing.append(Missing(f"No training curves of {listed(lacking)}: metrics.csv is not there or is empty."))
-    if not dataset.series:
+    if not dataset.lines:
         part.missing.append(Missing("No run of this dataset trained a model."))
     return part
 
 
-def _classes_parts(dataset: Dataset) -> list[Part]:
+def _classes_part(dataset: Dataset) -> Part:
     """The view by class that the task has: bars, confusions or ROC."""
-    data = dataset.runs[0].data
-    if data.multilabel:
-        part = Part(f"{dataset.task}-classes", f"Results by {'genre' if dataset.task == 'mmimdb' else 'class'}")
+    spec = dataset.runs[0].run.spec
+    if spec.multilabel:
+        part = Part(f"{dataset.key}-classes", f"Results by {'genre' if dataset.key == 'mmimdb' else 'class'}")
         drawn = [
-            figures.class_bars(dataset, series, number)
-            for number, series in enumerate(dataset.measured, start=1)
-            if series.classes
+            figures.class_bars(dataset, line, number)
+            for number, line in enumerate(dataset.measured, start=1)
+            if line.by_class
         ]
         part.figures, part.folded_figures = drawn[:1], drawn[1:]
-        part.folded_tables = [per_class_table(dataset)] if drawn else []
-        there = bool(drawn)
-    elif data.n_classes > 2:
-        part = Part(f"{dataset.task}-confusions", "Most frequent confusions")
-        table = confusion_table(dataset)
+        part.folded_tables = [tables.per_class_table(dataset)] if drawn else []
+    elif spec.n_classes > 2:
+        part = Part(f"{dataset.key}-confusions", "Most frequent confusions")
+        table = tables.confusion_table(dataset)
         part.tables = [table] if table.rows else []
-        there = bool(table.rows)
     else:
-        part = Part(f"{dataset.task}-roc", "ROC curves")
-        there = any(robustness.roc for series in dataset.measured for _, robustness in series.results)
+        part = Part(f"{dataset.key}-roc", "ROC curves")
+        there = any(result.roc for _, _, result in dataset.results)
         part.figures = [figures.roc_curves(dataset)] if there else []
-    if not there:
+    if not part.figures and not part.tables:
         part.missing.append(Missing(f"{part.title} are missing: no run has robustness results with them."))
-    return [part]
+    return part
 
 
 def _confidence_part(dataset: Dataset) -> Part:
-    part = Part(f"{dataset.task}-confidence", "Confidence intervals")
-    results = [result for series in dataset.measured for result in series.results]
-    without = [run.tag for run, robustness in results if not robustness.resamples]
-    if len(without) < len(results):
-        part.tables.append(confidence_table(dataset))
+    part = Part(f"{dataset.key}-confidence", "Confidence intervals")
+    without = [run.tag for _, run, result in dataset.results if not result.resamples]
+    if len(without) < len(dataset.results):
+        part.tables.append(tables.confidence_table(dataset))
     if without:
         part.missing.append(Missing(f"Confidence intervals are missing in {listed(without)}: made with bootstrap=0."))
-    if not results:
+    if not dataset.results:
         part.missing.append(Missing("Confidence intervals are missing: no run has robustness results."))
     return part
 
 
 def _samples_part(dataset: Dataset) -> Part:
-    part = Part(f"{dataset.task}-samples", "Test samples that change the most")
-    results = [result for series in dataset.measured for result in series.results]
-    with_logits = [(run, robustness) for run, robustness in results if robustness.logits]
+    part = Part(f"{dataset.key}-samples", "Test samples that change the most")
+    with_logits = [(_complete_score(run, dataset), run, result) for _, run, result in dataset.results if result.logits]
     if with_logits:
-        run, robustness = max(with_logits, key=lambda result: result[1].by_type["complete"][dataset.metric])
-        part.grid = sample_grid(run, robustness)
+        _, run, result = max(with_logits, key=lambda entry: entry[0])
+        part.grid = sample_grid(run, result)
         part.missing += [Missing(part.grid.note)] if part.grid.note else []
-    elif results:
-        lacking = listed([run.tag for run, _ in results])
+    elif dataset.results:
+        lacking = listed([run.tag for _, run, _ in dataset.results])
         part.missing.append(Missing(f"Samples are missing: there is no logits.arrow in {lacking}."))
     else:
         part.missing.append(Missing("Samples are missing: no run has robustness results."))
     return part
 
 
-def _without_robustness(dataset: Dataset) -> list[Missing]:
-    """The runs of the dataset that trained and have no robustness results."""
-    return [
-        Missing(f"{run.tag} ({run.place}) has no robustness results. They are made by:", _robustness_command(run))
-        for series in dataset.series
-        for run in series.runs
-        if run.robustness is None
-    ]
+def _complete_score(run: ReportRun, dataset: Dataset) -> float:
+    found = Line("", "", (run,)).by_type("complete", dataset.metric)
+    return found.mean if found else 0.0
 
 
-def run_details(run: Run) -> RunDetails:
+def run_details(one: ReportRun) -> RunDetails:
     """What a run was, and how to repeat it."""
+    run = one.run
     kind = "evaluation" if run.is_evaluation else "training"
     details = RunDetails(
-        run,
-        f"{run.tag}: {run.place} ({dataset_title(run.task)}, {kind}, seed {run.config['seed']})",
+        one,
+        f"{one.tag}: {one.place} ({dataset_title(run.dataset)}, {kind}, seed {run.config['seed']})",
         without_home(json.dumps(run.config, indent=2)),
     )
-    if run.environment is None:
+    if one.environment is None:
         details.missing.append(
-            Missing(f"environment.json of {run.tag} is not there: versions and command are not known.")
+            Missing(f"environment.json of {one.tag} is not there: versions and command are not known.")
         )
     else:
-        program, *arguments = run.environment["command"]
+        program, *arguments = one.environment["command"]
         details.commands.append((kind.capitalize(), shlex.join(["python", Path(program).name, *arguments])))
-    if run.robustness is not None:
-        details.commands.append(("Robustness", _robustness_command(run)))
+    if one.robustness is not None:
+        details.commands.append(("Robustness", robustness_command(one)))
     if run.test is None and run.config.get("test_after_fit") is not False:  # a run that is not to test lacks nothing
-        details.missing.append(Missing(f"test_results.json of {run.tag} is not there."))
+        details.missing.append(Missing(f"test_results.json of {one.tag} is not there."))
     return details
 
 
-def options_table(runs: Sequence[Run]) -> Table:
+def options_table(runs: Sequence[ReportRun], defaults: dict[str, Any]) -> Table:
     """The options in which a run differs from the defaults, a column per run."""
-    defaults = {name: _said(value) for name, value in flat(dict(EX.configurations[0]()))}
-    options = {run: {name: _said(value) for name, value in flat(run.config)} for run in runs}
-    names = dict.fromkeys(name for of_run in options.values() for name in of_run)
-    differing = [name for name in names if any(of_run.get(name) != defaults.get(name) for of_run in options.values())]
+    default = {name: _option_text(value) for name, value in flat_options(defaults).items()}
+    options = [{name: _option_text(value) for name, value in flat_options(run.run.config).items()} for run in runs]
+    names = dict.fromkeys(name for of_run in options for name in of_run)
+    differing = [name for name in names if any(of_run.get(name) != default.get(name) for of_run in options)]
     rows: list[list[Value]] = [
-        [name, defaults.get(name), *(options[run].get(name) for run in runs)] for name in differing
+        [name, default.get(name), *(of_run.get(name) for of_run in options)] for name in differing
     ]
     return Table(
         "options",
@@ -296,61 +264,32 @@ def options_table(runs: Sequence[Run]) -> Table:
             *(Column(run.tag, run.tag, "code", NOT_APPLICABLE) for run in runs),
         ),
         rows,
-        {(place, 2 + r) for place, row in enumerate(rows) for r in range(len(runs)) if row[2 + r] != row[1]},
+        {(row, 2 + r) for row, cells in enumerate(rows) for r in range(len(runs)) if cells[2 + r] != cells[1]},
     )
 
 
-def versions_table(runs: Sequence[Run]) -> Table:
-    """Packages, machine and commit, a column per run."""
-    versions = {run: _versions(run.environment) for run in runs}
-    names = dict.fromkeys(name for of_run in versions.values() for name in of_run)
-    return Table(
-        "versions",
-        "What the runs ran on.",
-        (Column("what", ""), *(Column(run.tag, run.tag, "code", "missing") for run in runs)),
-        [[name, *(versions[run].get(name) for run in runs)] for name in names],
-    )
-
-
-def _said(value: Any) -> str:
+def _option_text(value: Any) -> str:
     """An option's value as text; nothing and None are the same, as are 1 and 1.0."""
     if value is None or value == "":
         return "none"
-    if isinstance(value, float):
-        return f"{value:.12g}"
-    return without_home(str(value))
+    return f"{value:.12g}" if isinstance(value, float) else without_home(str(value))
 
 
-def _versions(environment: dict[str, Any] | None) -> dict[str, str]:
-    if environment is None:
-        return {}
-    machine, git = environment.get("machine") or {}, environment.get("git") or {}
-    changed = len(git.get("changed") or [])
-    return {
-        "python": str(environment.get("python")),
-        **{name: str(version) for name, version in environment["packages"].items()},
-        "platform": str(machine.get("platform")),
-        "cores": str(machine.get("cores")),
-        "GPUs": ", ".join(map(str, machine.get("gpus") or [])) or "none",
-        "commit": str(git.get("commit", "not known"))[:12]
-        + (f" + {counted(changed, 'changed file')}" if changed else ""),
-    }
-
-
-def _robustness_command(run: Run) -> str:
+def robustness_command(one: ReportRun) -> str:
+    """The command that makes the robustness results of a run."""
     options = [
-        f"load_path={run.folder / 'best.ckpt'}",
-        f"task_finetune_{run.config['task']}",
-        f"data_root={run.config.get('data_root')}",
+        f"load_path={one.run.folder / 'best.ckpt'}",
+        f"task_finetune_{one.run.config['task']}",
+        f"data_root={one.run.config['data_root']}",
     ]
     return without_home(shlex.join(["python", "run.py", "robustness", "with", *options]))
 
 
-def report_command(runs: Sequence[Path]) -> str:
-    """The command that makes this report of the folders `runs`."""
-    folders = [without_home(str(folder)) for folder in runs]
+def report_command(places: Sequence[Path]) -> str:
+    """The command that makes this report of the folders `places`."""
+    folders = [without_home(str(folder)) for folder in places]
     return shlex.join(["python", "run.py", "report", "with", f"runs={folders[0] if len(folders) == 1 else folders}"])
 
 
-def _tags(series: Series) -> str:
-    return listed([run.tag for run in series.runs])
+def _tags(line: Line) -> str:
+    return listed([run.tag for run in line.runs])

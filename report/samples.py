@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clip.logit_store import LOGIT_COLUMNS, matrix_of, read_logits
 from clip.metrics import THRESHOLD
 from common.errors import DataError
-from report.collect import LOGIT_COLUMNS, Robustness, Run, read_logits
+from report.results import ReportRun, Robustness
 from report.tables import Column, Table
 from report.text import dataset_title, excerpt
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -54,10 +55,14 @@ class SampleCard:
 class SampleGrid:
     """The samples of one run that change the most."""
 
-    run: Run
+    run: ReportRun
     cards: list[SampleCard]
     note: str | None
     """What is missing of pictures and texts, and why."""
+
+    def thumbnail_name(self, card: SampleCard) -> str:
+        """Path of a sample's picture in the report's folder."""
+        return f"thumbnails/{self.run.run.dataset}_{card.rank:02}.jpg"
 
 
 def probabilities(logits_NC: np.ndarray, multilabel: bool) -> np.ndarray:
@@ -69,43 +74,34 @@ def probabilities(logits_NC: np.ndarray, multilabel: bool) -> np.ndarray:
     return powers_NC / powers_NC.sum(-1, keepdims=True)
 
 
-def change_of(probabilities_of: dict[str, np.ndarray]) -> np.ndarray:
-    """By how much losing one modality changes the class probabilities at most, (N,): max of Σ_c |p - p_complete|."""
-    complete_NC = probabilities_of["complete"]
-    lost = [probabilities_of[name] for name in TYPE_NAMES if name != "complete"]
-    return np.max([np.abs(lost_NC - complete_NC).sum(-1) for lost_NC in lost], axis=0)
-
-
-def sample_grid(run: Run, robustness: Robustness) -> SampleGrid:
+def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     """The SHOWN samples of a run that change the most, first the largest change.
 
+    The change is the sum over classes of how far the probability moves when a modality is lost, the larger of the two.
     Of a row with several texts only the text that changes the most is shown.
 
     Raises:
         DataError: the stored logits are damaged.
     """
     assert robustness.logits is not None
-    spec = run.data
-    table = read_logits(robustness.logits.path)
-    names = robustness.class_names
-    probabilities_of = {
-        name: probabilities(_matrix(table[column], len(names)), spec.multilabel)
-        for name, column in LOGIT_COLUMNS.items()
-    }
-    changes = change_of(probabilities_of)
+    spec, names = run.run.spec, robustness.class_names
+    table, _ = read_logits(robustness.logits, spec)
+    probabilities_TNC = np.stack(
+        [probabilities(matrix_of(table[column], len(names)), spec.multilabel) for column in LOGIT_COLUMNS]
+    )
+    changes = np.abs(probabilities_TNC[1:] - probabilities_TNC[0]).sum(-1).max(0)
     rows = table["row"].to_numpy()
-    chosen: dict[int, int] = {}  # row to sample
-    for index in np.argsort(-changes, kind="stable").tolist():
-        if len(chosen) == SHOWN:
-            break
-        chosen.setdefault(int(rows[index]), index)
+    order = np.argsort(-changes, kind="stable")
+    _, first_of_row = np.unique(rows[order], return_index=True)
+    chosen = order[np.sort(first_of_row)][:SHOWN].tolist()
     dataset, note = _open_dataset(run, table)
     texts = pc.list_flatten(dataset.table[spec.text_column]) if dataset is not None else None
     cards = []
-    for rank, (row, index) in enumerate(chosen.items(), start=1):
+    for rank, index in enumerate(chosen, start=1):
         label = table["label"][index].as_py()
         true = set(np.flatnonzero(label).tolist()) if spec.multilabel else {label}
-        thumbnail = _thumbnail(dataset.table["image"][row].as_py()) if dataset is not None else None
+        image = dataset.table["image"][int(rows[index])].as_py() if dataset is not None else None
+        thumbnail = None if image is None else _thumbnail(image)
         cards.append(
             SampleCard(
                 rank=rank,
@@ -113,7 +109,8 @@ def sample_grid(run: Run, robustness: Robustness) -> SampleGrid:
                 text=excerpt(texts[table["sample"][index].as_py()].as_py(), TEXT_LENGTH) if texts is not None else None,
                 label=[names[number] for number in sorted(true)],
                 predictions={
-                    name: _predicted(probabilities_of[name][index], true, names, spec.multilabel) for name in TYPE_NAMES
+                    name: _predicted(probabilities_TNC[kind, index], true, names, spec.multilabel)
+                    for kind, name in enumerate(TYPE_NAMES)
                 },
                 change=float(changes[index]),
                 thumbnail=thumbnail[0] if thumbnail else None,
@@ -129,9 +126,9 @@ def sample_grid(run: Run, robustness: Robustness) -> SampleGrid:
 def samples_table(grid: SampleGrid) -> Table:
     """The grid as a table."""
     return Table(
-        f"samples_{grid.run.task}",
-        f"Test samples of {dataset_title(grid.run.task)} in run {grid.run.tag} whose prediction changes the most "
-        "where a modality is missing. ✓ marks classes that are right, ✗ those that are wrong.",
+        f"samples_{grid.run.run.dataset}",
+        f"Test samples of {dataset_title(grid.run.run.dataset)} in run {grid.run.tag} whose prediction changes the "
+        "most where a modality is missing. ✓ marks classes that are right, ✗ those that are wrong.",
         (
             Column("rank", "No.", "number"),
             Column("id", "Sample"),
@@ -142,10 +139,7 @@ def samples_table(grid: SampleGrid) -> Table:
         ),
         [
             [
-                card.rank,
-                card.id,
-                card.text,
-                ", ".join(card.label) or "none",
+                *(card.rank, card.id, card.text, ", ".join(card.label) or "none"),
                 *(
                     ", ".join(f"{'✓' if p.correct else '✗'} {p.name} {p.probability:.0%}" for p in predicted) or "none"
                     for predicted in card.predictions.values()
@@ -157,10 +151,6 @@ def samples_table(grid: SampleGrid) -> Table:
     )
 
 
-def _matrix(column: pa.ChunkedArray, n_classes: int) -> np.ndarray:
-    return pc.list_flatten(column).to_numpy().reshape(-1, n_classes)
-
-
 def _predicted(
     probabilities_C: np.ndarray, true: set[int], names: tuple[str, ...], multilabel: bool
 ) -> list[Predicted]:
@@ -170,38 +160,25 @@ def _predicted(
     return [Predicted(names[n], float(probabilities_C[n]), int(n) in true) for n in numbers]
 
 
-def _open_dataset(run: Run, logits: pa.Table) -> tuple[ArrowDataset | None, str | None]:
+def _open_dataset(run: ReportRun, logits: pa.Table) -> tuple[ArrowDataset | None, str | None]:
     """The arrow file that the logits are of, or None and why pictures and texts cannot be shown."""
-    root = Path(run.config["data_root"])
-    spec = run.data
+    root, spec = Path(run.run.config["data_root"]), run.run.spec
     name = spec.file_name("test")
-    if not _is_file(root / name):
+    if not (root / name).is_file():
         return None, f"Images and texts are not available: {name} is no longer in the data_root of {run.tag}."
-    another = f"Images and texts are not available: {name} in the data_root of {run.tag} holds other samples."
     try:
         dataset = ArrowDataset(spec, root, "test", image_size=THUMBNAIL_SIZE[0])
     except DataError:
         return None, f"Images and texts are not available: {name} in the data_root of {run.tag} is damaged."
-    return (dataset, None) if _same_samples(dataset, logits) else (None, another)
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it is there; a path that no system has is not."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def _same_samples(dataset: ArrowDataset, logits: pa.Table) -> bool:
-    """Whether sample, row, id and label of the logits are those of the arrow file."""
     samples, rows = logits["sample"].to_numpy(), logits["row"].to_numpy()
-    if len(dataset) != len(samples) or not np.array_equal(np.sort(samples), np.arange(len(samples))):
-        return False
-    if [dataset.sample_name(number) for number in samples.tolist()] != logits["id"].to_pylist():
-        return False
-    in_range = len(rows) == 0 or (rows.min() >= 0 and rows.max() < dataset.n_rows)
-    return bool(in_range) and dataset.table["label"].take(pa.array(rows)).to_pylist() == logits["label"].to_pylist()
+    if (
+        np.array_equal(np.sort(samples), np.arange(len(dataset)))
+        and np.array_equal(rows, dataset.row_of_sample[samples])
+        and [dataset.sample_name(number) for number in samples.tolist()] == logits["id"].to_pylist()
+        and dataset.table["label"].take(pa.array(rows)).to_pylist() == logits["label"].to_pylist()
+    ):
+        return dataset, None
+    return None, f"Images and texts are not available: {name} in the data_root of {run.tag} holds other samples."
 
 
 def _thumbnail(data: bytes) -> tuple[bytes, tuple[int, int]] | None:

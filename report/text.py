@@ -1,15 +1,19 @@
-"""How numbers, dates and paths are written, in the page, the figures and Markdown alike."""
+"""How numbers, names and paths are written, in the page, the figures and Markdown alike."""
 
 import math
 import re
-from datetime import datetime
 
-from report.estimate import Estimate
+from common.text import Estimate
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import DATASETS
 
 NOT_MEASURED = "not measured"
 NOT_APPLICABLE = "—"
+METRIC_TITLES = {
+    **{name: name.replace("f1_", "F1-") for name in ("f1_macro", "f1_micro", "f1_samples", "f1_weighted")},
+    "accuracy": "accuracy",
+    "auroc": "AUROC",
+}
 _NAME = r"[^/\\\\\s\"',;:]+"
 _HOME = re.compile(rf"(?<![\w.~-])(?:/home/{_NAME}|/Users/{_NAME}|/root(?![\w.-])|[A-Za-z]:\\+Users\\+{_NAME})")
 
@@ -26,9 +30,7 @@ def percent(share: float) -> str:
 
 def spread(value: Estimate | None) -> str:
     """Mean ± deviation in per cent; the deviation only where there is one."""
-    if value is None:
-        return NOT_MEASURED
-    return percent(value.mean) + (f" ± {percent(value.std)}" if value.std is not None else "")
+    return NOT_MEASURED if value is None else value.text(digits=2, factor=100)
 
 
 def signed(points: float) -> str:
@@ -39,11 +41,6 @@ def signed(points: float) -> str:
 def without_home(text: str) -> str:
     """`text` with home folders as `~`: a report is passed on."""
     return _HOME.sub("~", text)
-
-
-def day(moment: datetime) -> str:
-    """For example 3 March 2026."""
-    return f"{moment.day} {moment:%B %Y}"
 
 
 def capital(text: str) -> str:

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from clip.interruption import Stopped
-from clip.run_folder import write_json
+from clip.run_folder import read_json, write_json
 from clip.tasks import task_of
-from common.errors import ConfigError, SweepError
+from common.errors import ConfigError, DataError, SweepError
 from common.locks import locked
-from common.messages import quoted
-from config import Options, check
+from common.messages import first_line, quoted
+from config import Options
+from runs.check_options import check
 from sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
 from sweep.jobs import run_command
 from sweep.launchers import CLUSTERS, make_launcher
-from sweep.search import check_values, open_search, run_search
 from vilt.datasets.open_spec import open_spec
 
 log = logging.getLogger("rep")
@@ -35,7 +35,7 @@ SET_BY_GRID = {
 SET_BY_SWEEP = ("exp_name", "test_exp_name", "test_only", "test_after_fit", "fast_dev_run", "resume_from")
 FREE = (*SET_BY_SWEEP, *GRID, "log_dir", "sweep_name", "sweep_launcher", "sweep_slurm", "search_trials",
         "num_workers", "image_cache")  # fmt: skip
-"""Options that may be others when a sweep goes on: those of its own course, and those that change no result."""
+"""Options that may be others when a sweep is resumed: those of its own course, and those that change no result."""
 
 
 def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
 
     Raises:
         ConfigError: an option is wrong, or contradicts another one.
-        DataError: the arrow files of one's own data do not say which metric is theirs.
+        DataError: the arrow files of a custom dataset do not say which metric is theirs.
         SweepError: runs failed, the folder has a sweep with other options, or a sweep is at work in it.
     """
     options = check_sweep(config, updates)
@@ -61,8 +61,11 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
             launch = make_launcher(options.sweep_launcher, options.sweep_slurm, folder / "submitit")
         record(options, metric, config, folder)
         if options.search:
+            from sweep.search import Search, open_study, run_search
+
             assert launch is not None, "check_sweep lets no search be a list of commands"
-            run_search(open_search(options, metric, given, folder), launch)
+            study = open_study(folder / "optuna.journal", options.sweep_name)
+            run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
             return
         cells = grid_cells(options, given, folder)
         if launch is None:
@@ -103,6 +106,8 @@ def check_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> Options:
     if options.search:
         if options.sweep_launcher == "commands":
             raise ConfigError("sweep_launcher: a search chooses by results; expected local, slurm or submitit_local")
+        from sweep.search import check_values  # Optuna takes pandas along, which nothing else needs
+
         check_values(options, {**config, **elsewhere})
     else:
         check_variants(options, {**config, **elsewhere})
@@ -129,10 +134,10 @@ def grid_axes(options: Options) -> dict[str, tuple[Any, ...]]:
 
 
 def metric_of(options: Options) -> str:
-    """The metric that chooses the best model; of one's own data, the one that its arrow files name.
+    """The metric that chooses the best model; of a custom dataset, the one that its arrow files name.
 
     Raises:
-        DataError: an arrow file of one's own data is not readable, or the files do not agree.
+        DataError: an arrow file of a custom dataset is not readable, or the files do not agree.
     """
     spec = open_spec(options.task, options.data_root, options.splits)
     return task_of(options.task, spec.custom).monitor
@@ -158,52 +163,50 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
     }
     mine = json.loads(json.dumps(mine, default=str))
     if path.is_file():
-        theirs = _read_record(path)
-        differing = [
-            f"{name} (there {quoted(theirs['options'].get(name))}, here {quoted(value)})"
-            for name, value in mine["options"].items()
-            if theirs["options"].get(name) != value
-        ]
-        if differing:
-            raise SweepError(
-                f"sweep_name={options.sweep_name}: {path} is of a sweep with other options: {', '.join(differing)}; "
-                f"expected the same, or another sweep_name"
-            )
-        there, here = theirs["grid"] or {"a search": []}, mine["grid"] or {"a search": []}
-        if there.keys() != here.keys():
-            raise SweepError(
-                f"sweep_name={options.sweep_name}: the sweep in {folder} is over {', '.join(there)}, not over "
-                f"{', '.join(here)}; expected the same, or another sweep_name"
-            )
-        for name, values in there.items():
-            if lacking := [value for value in values if value not in here[name]]:
-                raise SweepError(
-                    f"{name}: expected at least {values}, which the sweep in {folder} has, found {here[name]}, "
-                    f"without {lacking}; cells can be added, not taken away"
-                )
+        _check_same_sweep(path, mine, f"sweep_name={options.sweep_name}")
     write_json(path, mine)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _check_same_sweep(path: Path, mine: dict[str, Any], named: str) -> None:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
         if found["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT}, found {quoted(found['format'])}")
-        options, grid = dict(found["options"]), found["grid"]
-        if grid is not None and not all(isinstance(values, list) for values in dict(grid).values()):
-            raise ValueError(f"grid: expected lists of values by name, found {quoted(grid)}")
-        return {"options": options, "grid": None if grid is None else dict(grid)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SweepError(f"{path}: not readable as the record of a sweep: {type(error).__name__}: {error}") from error
+        theirs, there = dict(found["options"]), dict(found["grid"] or {"a search": []})
+        if not all(isinstance(values, list) for values in there.values()):
+            raise ValueError(f"grid: expected lists of values by name, found {quoted(found['grid'])}")
+    except DataError as error:
+        raise SweepError(str(error)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SweepError(f"{path}: not as a sweep writes it: {first_line(error)}") from error
+    expected = "expected the same, or another sweep_name"
+    differing = [
+        f"{name} (there {quoted(theirs.get(name))}, here {quoted(value)})"
+        for name, value in mine["options"].items()
+        if theirs.get(name) != value
+    ]
+    if differing:
+        raise SweepError(f"{named}: {path} is of a sweep with other options: {', '.join(differing)}; {expected}")
+    here = mine["grid"] or {"a search": []}
+    if there.keys() != here.keys():
+        raise SweepError(
+            f"{named}: {path} is of a sweep over {', '.join(there)}, not over {', '.join(here)}; {expected}"
+        )
+    for name, values in there.items():
+        if lacking := [value for value in values if value not in here[name]]:
+            raise SweepError(
+                f"{name}: expected at least {values}, as in {path}, found {here[name]}, without {lacking}; "
+                f"cells can be added, not taken away"
+            )
 
 
 @contextmanager
 def _interruptible(updates: Sequence[str]) -> Iterator[None]:
-    """Says how to go on where Ctrl-C or SIGTERM ends the block."""
+    """Says how to resume where Ctrl-C or SIGTERM ends the block."""
     try:
         yield
     except (KeyboardInterrupt, Stopped):
-        log.info("stopped; the same command goes on: %s", shlex.join(run_command("sweep", "with", *updates)))
+        log.info("stopped; the same command resumes: %s", shlex.join(run_command("sweep", "with", *updates)))
         raise
 
 

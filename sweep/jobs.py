@@ -3,6 +3,7 @@
 Nothing heavy is imported here: a node of a cluster reads this module before it starts the run.
 """
 
+import logging
 import os
 import re
 import shlex
@@ -17,10 +18,13 @@ from typing import Literal, NamedTuple
 
 from common.errors import BusyError
 from common.locks import locked
+from common.text import duration
+
+log = logging.getLogger("rep")
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
 PATIENCE_S = 60.0
-"""How long a run that is told to stop may take, before it is killed."""
+"""How long a run that is asked to stop may take, before it is killed."""
 
 State = Literal["complete", "cut off", "not begun"]
 
@@ -68,7 +72,7 @@ class Job:
         return found[max(found)] if found else None
 
     def command(self) -> list[str]:
-        """Begins the run, or goes on with it where it was cut off."""
+        """Begins the run, or resumes it where it was cut off."""
         last = self.newest("last.ckpt")
         return run_command("with", *self.options, *([] if last is None else [f"resume_from={last}"]))
 
@@ -80,16 +84,49 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+class Progress:
+    """A line for each run that ends, with its time and an estimate of what is left; remembers those that failed.
+
+    Args:
+        total: runs of the whole sweep.
+        complete: runs that were complete before this one started.
+    """
+
+    def __init__(self, total: int, complete: int) -> None:
+        self.total = total
+        self.done = complete
+        self.ended = 0
+        self.failed: list[tuple[Job, str]] = []
+        self._began = time.monotonic()
+
+    def report(self, job: Job, outcome: Outcome, words: str) -> None:
+        """Says that `job` ended, and with what; `words` are its result."""
+        self.ended += 1
+        if outcome.error is None:
+            self.done += 1
+        else:
+            self.failed.append((job, outcome.error))
+            words = f"failed: {outcome.error}"
+        place = self.done + len(self.failed)
+        per_run = (time.monotonic() - self._began) / self.ended
+        rest = f"; about {duration((self.total - place) * per_run)} left" if place < self.total else ""
+        log.info("[%d/%d] %s: %s (%s%s)", place, self.total, job.name, words, duration(outcome.seconds), rest)
+
+    def failures(self) -> str:
+        """The runs that failed, each with its last error and its log, as text."""
+        return "\n".join(f"  {job.name}: {error}\n    {job.log}" for job, error in self.failed)
+
+
 def run_command(*arguments: str) -> list[str]:
     """A command line of run.py, for the interpreter that runs now."""
     return [sys.executable, str(RUN), *arguments]
 
 
 def run_job(job: Job) -> Outcome:
-    """Runs `job` to its end, its words going to its log; interrupted, it first stops the run."""
+    """Runs `job` to its end, its output going to its log; interrupted, it first stops the run."""
     began = time.monotonic()
     try:
-        # The run holds the lock too: should this process be killed, nobody runs the same beside what goes on alone.
+        # The run holds the lock too: should this process be killed, nobody starts the same run beside it.
         with locked(job.log.with_suffix(".lock"), "another process is at this run") as lock:
             error = None if job.state == "complete" else _run(job, lock)
     except BusyError as busy:
@@ -139,7 +176,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 def error_in(said: str) -> str:
-    """The line of a run's words that says what went wrong: our own, an exception's, or else the last one."""
+    """The line of a run's output that says what went wrong: our own, an exception's, or else the last one."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     for pattern in (r"error: (.*)", r"((?:\w+\.)*\w+(?:Error|Exception|Interrupt)\b.*)"):
         found = [match[1] for line in lines if (match := re.fullmatch(pattern, line))]

@@ -1,6 +1,6 @@
 """The search: values of options that give the best validation metric, proposed by Optuna's TPE one trial after another.
 
-All that is known of the trials is in Optuna's journal in the sweep's folder, so that a search goes on where it stood.
+All that is known of the trials is in Optuna's journal in the sweep's folder, so that a search can be resumed.
 """
 
 import hashlib
@@ -8,26 +8,26 @@ import itertools
 import logging
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from clip.run_folder import write_csv
-from clip.text_table import ruled_table
+from clip.run_reader import open_checkpoint
 from common.errors import ConfigError, SweepError
 from common.messages import first_line
-from config import Options, check, is_range, is_range_of_steps
-from sweep.jobs import Job, Outcome, run_command
+from common.text import terminal_table
+from config import Options, is_range, is_range_of_steps
+from runs.check_options import check
+from sweep.jobs import Job, Outcome, Progress, run_command
 from sweep.launchers import Launcher
-from sweep.progress import Progress
 
 log = logging.getLogger("rep")
 
@@ -71,13 +71,24 @@ class Search:
 
     def best(self) -> list[FrozenTrial]:
         """The complete trials with a run of their own, the best first."""
-        ranked = sorted(self.trials(TrialState.COMPLETE), key=lambda trial: (-_score(trial), trial.number))
+        ranked = sorted(self.trials(TrialState.COMPLETE), key=lambda trial: (-score_of(trial), trial.number))
         return [trial for trial in ranked if self.job_of(trial) == self.job(trial.number, trial.params)]
+
+
+def score_of(trial: FrozenTrial) -> float:
+    """Of a complete trial."""
+    assert trial.value is not None
+    return trial.value
 
 
 def assignments(values: Mapping[str, Any]) -> list[str]:
     """Values of options as a command line has them."""
     return [f"{name}={value}" for name, value in values.items()]
+
+
+def short(value: Any) -> str:
+    """A value for tables."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def distributions(options: Options) -> dict[str, BaseDistribution]:
@@ -101,43 +112,35 @@ def check_values(options: Options, config: Mapping[str, Any]) -> None:
     Args:
         config: the whole configuration as it was given.
     """
-    for name, values in options.search.items():
-        others = {other: ends for other, ends in options.search.items() if other != name}
-        for value in values:
-            refused: ConfigError | None = None
-            for together in itertools.product(*others.values()):
-                try:
-                    check({**config, **dict(zip(others, together, strict=True)), name: value})
-                    break
-                except ConfigError as error:
-                    refused = error
-            else:
-                assert refused is not None
-                raise ConfigError(f"search.{name}: {value!r} is not possible: {refused}")
+    possible: set[tuple[str, Any]] = set()
+    refused: dict[tuple[str, Any], ConfigError] = {}
+    for together in itertools.product(*options.search.values()):
+        values = dict(zip(options.search, together, strict=True))
+        if not values.items() <= possible:
+            try:
+                check({**config, **values})
+                possible |= values.items()
+            except ConfigError as error:
+                refused |= dict.fromkeys(values.items(), error)
+    for name, values_of_option in options.search.items():
+        for value in values_of_option:
+            if (name, value) not in possible:
+                raise ConfigError(f"search.{name}: {value!r} is not possible: {refused[name, value]}")
 
 
-def open_search(options: Options, metric: str, given: Sequence[str], folder: Path) -> Search:
-    """The search in `folder`, new or as far as it got.
-
-    Args:
-        metric: of the task.
-
-    Raises:
-        SweepError: its journal is damaged.
-    """
+def open_study(path: Path, name: str) -> optuna.Study:
+    """The study in a journal, which is made where there is none. Raises SweepError where it is damaged."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = folder / "optuna.journal"
     try:
-        study = optuna.create_study(
+        return optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(path))),
-            study_name=options.sweep_name,
+            study_name=name,
             direction="maximize",
             load_if_exists=True,
             pruner=optuna.pruners.NopPruner(),
         )
     except Exception as error:  # of many types, on a damaged file
         raise SweepError(f"{path}: not readable as Optuna's journal: {first_line(error)}") from error
-    return Search(options, f"val/{metric}", tuple(given), folder, study)
 
 
 def run_search(search: Search, launch: Launcher) -> None:
@@ -148,8 +151,8 @@ def run_search(search: Search, launch: Launcher) -> None:
     """
     wanted = search.options.search_trials
     counts = {name: len(search.trials(state)) for state, name in STATE_NAMES.items()}
-    told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    log.info("search %s: %d trials wanted%s", search.options.sweep_name, wanted, f"; so far {told}" if told else "")
+    so_far = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    log.info("search %s: %d trials wanted%s", search.options.sweep_name, wanted, f"; so far {so_far}" if so_far else "")
     progress = Progress(max(wanted, counts["complete"] + counts["cut off"]), counts["complete"])
     for number, values in _proposals(search):
         job = search.job(number, values)
@@ -159,9 +162,9 @@ def run_search(search: Search, launch: Launcher) -> None:
             search.study.tell(number, state=TrialState.FAIL)
         else:
             search.study.tell(number, score)
-            shown = " ".join(f"{name}={_short(value)}" for name, value in values.items())
+            shown = " ".join(f"{name}={short(value)}" for name, value in values.items())
             words = f"{search.metric} {score:.4f} with {shown}"
-        progress.tell(job, outcome, words)
+        progress.report(job, outcome, words)
         write_trials(search)
     write_trials(search)
     _print_best(search)
@@ -183,7 +186,7 @@ def _proposals(search: Search) -> Iterator[tuple[int, dict[str, Any]]]:
     for trial in cut_off:
         yield trial.number, trial.params
     for _ in range(new):
-        # Seeded anew for each trial, so that an interruption does not change what follows.
+        # Its own seed for each trial, so that an interruption does not change what follows.
         key = hashlib.sha256(f"{search.options.seed}/{len(search.trials())}".encode()).digest()
         search.study.sampler = optuna.samplers.TPESampler(seed=int.from_bytes(key[:4], "big"))
         proposed = search.study.ask(space)
@@ -195,14 +198,14 @@ def _try(search: Search, job: Job, values: dict[str, Any], launch: Launcher) -> 
     for trial in search.trials(TrialState.COMPLETE):
         if trial.params == values:
             log.info("%s has the values of trial %d, and so its score", job.name, trial.number)
-            return _score(trial), Outcome(None, 0.0)
+            return score_of(trial), Outcome(None, 0.0)
     [(_, outcome)] = launch([job])
     if outcome.error is not None:
         return None, outcome
     best = job.newest("best.ckpt")
     if best is None:
         return None, Outcome("it ended without best.ckpt, so that there was no validation", outcome.seconds)
-    score = float(torch.load(best, "cpu", weights_only=True, mmap=True)["score"])
+    score = float(open_checkpoint(best, "score")["score"])
     if math.isnan(score):
         return None, Outcome(f"{search.metric} is not a number", outcome.seconds)
     return score, outcome
@@ -210,38 +213,27 @@ def _try(search: Search, job: Job, values: dict[str, Any], launch: Launcher) -> 
 
 def write_trials(search: Search) -> None:
     """Writes `search.csv`: a line per trial with its values, its score and the folder of its run."""
-    path = search.folder / "search.csv"
     lines = []
     for trial in search.trials():
         newest = search.job_of(trial).newest("config.json")
         values = [trial.params.get(name, "") for name in search.options.search]
         score = "" if trial.value is None else trial.value
         lines.append([trial.number, STATE_NAMES[trial.state], *values, score, "" if newest is None else newest.parent])
-    write_csv(path, ["number", "state", *search.options.search, search.metric, "folder"], lines)
+    write_csv(search.folder / "search.csv", ["number", "state", *search.options.search, search.metric, "folder"], lines)
 
 
 def _print_best(search: Search) -> None:
     ranked = search.best()
     if not ranked:
         return
-    best = ranked[0]
-    names = list(search.options.search)
+    best, names = ranked[0], list(search.options.search)
     rows = [
-        (f"trial {trial.number}", *(_short(trial.params[name]) for name in names), f"{_score(trial):.4f}")
+        (f"trial {trial.number}", *(short(trial.params[name]) for name in names), f"{score_of(trial):.4f}")
         for trial in ranked[:BEST_SHOWN]
     ]
-    table = ruled_table(("", *names, search.metric), rows, "<" + ">" * (len(names) + 1))
+    table = terminal_table(("", *names, search.metric), rows, "<" + ">" * (len(names) + 1))
     print(f"\nsearch {search.options.sweep_name}: the best trials\n\n{table}\n")
     print(f"  all are in {search.folder / 'search.csv'}; the best model is {search.job_of(best).newest('best.ckpt')}\n")
     print("to train and test with the best values:\n")
     name = f"exp_name={search.options.sweep_name}_best"
     print(f"  {shlex.join(run_command('with', *search.given, *assignments(best.params), name))}\n")
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _score(trial: FrozenTrial) -> float:
-    assert trial.value is not None
-    return trial.value

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
+from PIL import Image
 
 import make_arrow
 from clip.backbone import load_backbone
@@ -24,8 +25,9 @@ from clip.run_folder import read_json
 from clip.run_table import list_runs
 from clip.tokenizer import ClipTokenizer, load_tokenizer
 from common.errors import DataError, UserError
-from config import EX, read_options
-from report.collect import read_runs
+from config import DEFAULTS
+from report.results import read_report_runs
+from runs.check_options import read_options
 from tests.archives import rewritten
 from tests.models import TINY, tiny_classifier
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -104,8 +106,6 @@ IMAGE_KINDS = (
 
 
 def _images(folder: Path) -> list[bytes]:
-    from PIL import Image
-
     made = []
     for mode, kind in IMAGE_KINDS:
         buffer = io.BytesIO()
@@ -127,12 +127,9 @@ def _read_image(images: list[bytes], folder: Path, given: tuple[int, Damage]) ->
 
 def _raw(folder: Path) -> list[tuple[str, Path, Path]]:
     """(dataset, its raw folder, a file of it)."""
-    found = []
-    for dataset, name in (("mmimdb", "mmimdb"), ("food101", "food101"), ("hateful_memes", "hatememes")):
-        root = GOLDEN / "raw" / name
-        files = [path for path in sorted(root.rglob("*")) if path.is_file()]
-        found += [(dataset, root, path) for path in files]
-    return found
+    roots = {spec.make_arrow_name: GOLDEN / "raw" / name for name, spec in DATASETS.items()}
+    files = [(dataset, root, path) for dataset, root in roots.items() for path in sorted(root.rglob("*"))]
+    return [(dataset, root, path) for dataset, root, path in files if path.is_file()]
 
 
 def _convert(raw: list[tuple[str, Path, Path]], folder: Path, given: tuple[int, Damage, bool]) -> None:
@@ -140,70 +137,37 @@ def _convert(raw: list[tuple[str, Path, Path]], folder: Path, given: tuple[int, 
     shutil.copytree(root, folder / "raw")
     broken = folder / "raw" / path.relative_to(root)
     broken.write_bytes(given[1].apply(path.read_bytes()))
-    arguments = ["--dataset", dataset, "--root", str(folder / "raw"), "--target", str(folder / "out"), "--workers", "0"]
-    _make(arguments + (["--skip-bad"] if given[2] else []), folder / "out")
+    _make(dataset, folder, *(["--skip-bad"] if given[2] else []))
 
 
-def _make(arguments: list[str], target: Path) -> None:
+def _make(dataset: str, folder: Path, *options: str) -> None:
     said = io.StringIO()
+    places = ["--root", str(folder / "raw"), "--target", str(folder / "out")]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = make_arrow.main(arguments)
+        status = make_arrow.main(["--dataset", dataset, *places, "--workers", "0", *options])
     assert status in (0, 2), said.getvalue()
     if status == 2:
-        assert not list(target.glob("*.arrow")), "an arrow file was left behind"
+        assert not list((folder / "out").glob("*.arrow")), "an arrow file was left behind"
         raise DataError(said.getvalue())
 
 
-TABLE = (
-    "image,text,label,split\n"
-    "a.png,one,cat,train\na.png,\"two, three\",dog,train\na.png,four,cat,val\na.png,five,dog,test\n"
-)  # fmt: skip
-RECORDS = [
-    {"image": "a.png", "text": ["one", "two"], "label": ["x", "y"], "split": split}
+TABLE = 'image,text,label,split\na.png,one,cat,train\na.png,"two, three",dog,val\na.png,five,dog,test\n'
+RECORDS = "".join(
+    json.dumps({"image": "a.png", "text": ["one", "two"], "label": ["x", "y"], "split": split}) + "\n"
     for split in ("train", "val", "test")
-]
-SPEC = "name: pets\nfiles: table.csv\nlabels: single\nmetric: accuracy\n"
-SPEC_OF_RECORDS = "name: pets\nfiles: table.jsonl\nlabels: multi\nmetric: f1_macro\n"
+)
+SPEC = "name: pets\nfiles: table.{}\nlabels: {}\nmetric: f1_macro\n"
 
 
-def _own(folder: Path) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _convert_own(image: bytes, folder: Path, given: tuple[str, Damage]) -> None:
+def _convert_custom(images: list[bytes], folder: Path, given: tuple[str, Damage]) -> None:
     kind, damage = given
+    layout = ("jsonl", "multi") if kind == "table.jsonl" else ("csv", "single")
+    contents = {"table.csv": TABLE, "table.jsonl": RECORDS, "spec.yaml": SPEC.format(*layout)}
     (folder / "raw").mkdir()
-    (folder / "raw" / "a.png").write_bytes(image)
-    records = "".join(json.dumps(record) + "\n" for record in RECORDS)
-    contents = {
-        "table.csv": TABLE.encode(),
-        "table.jsonl": records.encode(),
-        "spec.yaml": (
-            SPEC if kind == "spec.yaml" else SPEC.replace("csv", "jsonl").replace("single", "multi")
-        ).encode(),
-    }
-    contents["spec.yaml"] = contents["spec.yaml"].replace(
-        b"accuracy", b"accuracy" if kind == "spec.yaml" else b"f1_macro"
-    )
-    contents[kind] = damage.apply(contents[kind])
+    (folder / "raw" / "a.png").write_bytes(images[0])
     for name, content in contents.items():
-        (folder / "raw" / name).write_bytes(content)
-    how = ["--table", "table.csv"] if kind == "table.csv" else []
-    arguments = [
-        "--dataset",
-        "custom",
-        "--root",
-        str(folder / "raw"),
-        "--target",
-        str(folder / "out"),
-        "--workers",
-        "0",
-    ]
-    _make([*arguments, *how], folder / "out")
+        (folder / "raw" / name).write_bytes(damage.apply(content.encode()) if name == kind else content.encode())
+    _make("custom", folder, *(["--table", str(folder / "raw" / kind)] if kind == "table.csv" else []))
 
 
 # Checkpoints, backbones
@@ -276,7 +240,7 @@ def _read_run(source: Path, folder: Path, given: tuple[str, Damage]) -> None:
     path = folder / "result" / "version_0" / given[0]
     path.write_bytes(given[1].apply(path.read_bytes()))
     list_runs(folder / "result")
-    read_runs([folder / "result"])
+    read_report_runs([folder / "result"])
 
 
 def _read_json(_: None, folder: Path, given: Any) -> None:
@@ -296,9 +260,6 @@ def _read_samples(_: None, folder: Path, given: tuple[str, Damage]) -> None:
 
 
 # Options, texts
-
-
-DEFAULTS: dict[str, Any] = EX.configurations[0]()
 
 
 def _check_options(_: None, folder: Path, given: dict[str, Any]) -> None:
@@ -327,8 +288,8 @@ TARGETS = {
     "arrow files": Target(st.tuples(st.sampled_from(sorted(DATASETS)), DAMAGE), _nothing, _open_arrow),
     "images": Target(st.tuples(st.integers(0, 7), DAMAGE), _images, _read_image),
     "raw datasets": Target(st.tuples(st.integers(0, 10**6), DAMAGE, st.booleans()), _raw, _convert),
-    "own datasets": Target(
-        st.tuples(st.sampled_from(["table.csv", "table.jsonl", "spec.yaml"]), DAMAGE), _own, _convert_own
+    "custom datasets": Target(
+        st.tuples(st.sampled_from(["table.csv", "table.jsonl", "spec.yaml"]), DAMAGE), _images, _convert_custom
     ),
     "checkpoints": Target(st.tuples(st.integers(0, 1), DAMAGE, st.booleans()), _checkpoints, _read_checkpoint),
     "backbones": Target(

@@ -24,9 +24,9 @@ STARTED = 1_790_000_000
 
 def write_run(folder: Path, task: str = "mmimdb", tested: float | None = 0.5, **options: Any) -> Path:
     """A finished run of made-up numbers: `options` differ from the defaults, `tested` is its test result."""
-    from config import EX
+    from config import DEFAULTS
 
-    config = json.loads(json.dumps(EX.configurations[0]()))
+    config = json.loads(json.dumps(DEFAULTS))
     config |= {"task": task, "data_root": "data", **options}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

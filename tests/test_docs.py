@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.options import PAGE, page
+from runs.options_page import PAGE, page
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])

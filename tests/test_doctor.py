@@ -14,9 +14,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import doctor
-from config import EX, resolve
+from config import DEFAULTS
 from doctor import run_seconds
 from run import command_line
+from runs.check_options import resolve
 from tests.conftest import Workspace
 from tests.custom_files import convert, write_labelled
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -286,7 +287,7 @@ def test_space_and_rights(examine: Examine, monkeypatch: pytest.MonkeyPatch, tmp
     ],
 )
 def test_the_length_of_a_run(workspace: Workspace, changes: dict[str, Any], seconds: float) -> None:
-    config = {**EX.configurations[0](), "task": "mmimdb", "data_root": str(workspace.arrow), "num_gpus": 0}
+    config = {**DEFAULTS, "task": "mmimdb", "data_root": str(workspace.arrow), "num_gpus": 0}
     options = resolve({**config, "per_gpu_batchsize": 10, "batch_size": 40, "max_epoch": 3, **changes})
     samples: Any = {"train": 1000, "val": 196, "test": 300}
     assert run_seconds(options, loading=4, training=2, samples=samples) == pytest.approx(seconds)

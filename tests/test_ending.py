@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import make_arrow
-import run
 from clip.run_folder import write_json
 from clip.training import FinetuneModule
 from common.errors import NO_SPACE, MachineError, UserError, machine_error
 from run import command_line
+from runs import start, training
 from tests.conftest import Workspace
 from vilt.utils import arrow_writer
 
@@ -79,7 +79,7 @@ def test_a_fault_of_ours_before_the_run_has_a_folder(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nor does the folder of an earlier run in this process get its traceback."""
-    monkeypatch.setattr(run, "load_backbone", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(training, "load_backbone", lambda *_, **__: 1 / 0)
     assert command_line(small_run(workspace, tmp_path)) == 1
     said = capsys.readouterr().err
     assert said.endswith(
@@ -217,7 +217,7 @@ def test_a_log_dir_that_cannot_be_written(
     def refuse(path: Path, *_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(run, "write_json", refuse)
+    monkeypatch.setattr(start, "write_json", refuse)
     assert command_line(small_run(workspace, tmp_path / "result")) == 2
     folder = tmp_path / "result" / "x_seed0" / "version_0"
     last = capsys.readouterr().err.splitlines()[-1]
@@ -269,7 +269,7 @@ def test_ctrl_c_before_the_loops(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "load_backbone", interrupt)
+    monkeypatch.setattr(training, "load_backbone", interrupt)
     assert command_line(small_run(workspace, tmp_path)) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 

@@ -1,61 +1,95 @@
-"""The model gives the published implementation's numbers, outputs and gradients, and CLIP's token ids.
+"""The model and its slow version give the published implementation's numbers, the tokenizer CLIP's token ids.
 
-Runs over every `rep_*.npz`, `dcp_*.npz` and `clip_tokens.json` in GOLDEN_DIR (default: tests/data/golden).
+Runs over every `rep_*.npz`, `dcp_*.npz` and `clip_tokens.json` in GOLDEN_DIR (default: tests/data/golden). Tolerances
+are on the relative error of a whole array (of the loss and a gradient norm, of that one number).
 """
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from clip.tasks import TASKS
 from clip.tokenizer import load_tokenizer
-from tests import golden
+from tests import golden, slow_rep
 from tests.models import classifier_of, model_input, published_name
 
 FORWARD_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
 
 
+@dataclass
 class Run:
-    """One golden file, and what the real model makes of it, forward and backward, in evaluation mode."""
+    """One golden file, and what a model gives for it, forward and backward, in evaluation mode."""
 
-    def __init__(self, path: Path) -> None:
-        expected = self.golden = golden.load_golden(path)
-        classifier = classifier_of(
-            expected.state, expected.task, expected.memory_length, expected.memory_depth, expected.prompt_type
-        )
-        classifier.eval()
-        batch = model_input(expected.images, expected.tokens, expected.missing_types)
-        features, slots = classifier.features(batch)
-        image, text = slots["image"], slots["text"]
-        logits = classifier(batch)
-        every_row = torch.arange(len(expected.images))
-        unmasked = batch._replace(
-            inputs={"image": expected.images, "text": expected.tokens}, rows={"image": every_row, "text": every_row}
-        )
-        self.outputs = {
-            "memory_image_0": torch.cat([image.replaced_BmD[0], image.inserted_BmD[0]], dim=1),
-            "memory_text_0": torch.cat([text.replaced_BmD[0], text.inserted_BmD[0]], dim=1),
-            "memory_image_last": image.replaced_BmD[-1],
-            "memory_text_last": text.replaced_BmD[-1],
-            "features_unmasked": classifier.model.fuse(classifier.features(unmasked)[0]),
-            "features": classifier.model.fuse(features),
-            "logits": logits,
-        }
-        loss = TASKS[expected.task].loss(logits, expected.labels)
-        loss.backward()
-        self.loss = loss.item()
-        self.gradients = {
-            published_name(name): p.grad for name, p in classifier.named_parameters() if p.grad is not None
-        }
+    golden: golden.Golden
+    outputs: dict[str, Tensor]
+    loss: float
+    gradients: dict[str, Tensor]
+    """By published name."""
 
 
-@pytest.fixture(scope="module", params=[*golden.rep_files(), *golden.dcp_files()], ids=lambda path: path.stem)
+def run_of_the_model(expected: golden.Golden) -> Run:
+    classifier = classifier_of(
+        expected.state, expected.task, expected.memory_length, expected.memory_depth, expected.prompt_type
+    ).eval()
+    batch = model_input(expected.images, expected.tokens, expected.missing_types)
+    features, slots = classifier.features(batch)
+    every_row = torch.arange(len(expected.images))
+    unmasked = batch._replace(
+        inputs={"image": expected.images, "text": expected.tokens}, rows={"image": every_row, "text": every_row}
+    )
+    outputs = {
+        "features_unmasked": classifier.model.fuse(classifier.features(unmasked)[0]),
+        "features": classifier.model.fuse(features),
+        "logits": classifier(batch),
+    }
+    for place, of_place in slots.items():
+        outputs[f"memory_{place}_0"] = torch.cat([of_place.replaced_BmD[0], of_place.inserted_BmD[0]], dim=1)
+        outputs[f"memory_{place}_last"] = of_place.replaced_BmD[-1]
+    loss = TASKS[expected.task].loss(outputs["logits"], expected.labels)
+    loss.backward()
+    gradients = {published_name(name): p.grad for name, p in classifier.named_parameters() if p.grad is not None}
+    return Run(expected, outputs, loss.item(), gradients)
+
+
+def run_of_the_slow_version(expected: golden.Golden) -> Run:
+    task, depth, types = expected.task, expected.memory_depth, expected.missing_types
+    trained = slow_rep.trained_names(expected.state, task)
+    assert trained == set(expected.grad_norm) | set(expected.trainable_without_grad)
+    state = {
+        name: value.clone().requires_grad_() if name in trained else value for name, value in expected.state.items()
+    }
+    image, text = zip(*(slow_rep.learn_memory(state, t, depth) for t in types), strict=True)
+    samples = zip(expected.images, expected.tokens, types, strict=True)
+    features = [slow_rep.features(state, *sample, depth) for sample in samples]
+    outputs = {
+        "features_unmasked": torch.stack([both.unmasked for both in features]),
+        "features": torch.stack([both.masked for both in features]),
+        "logits": slow_rep.batch_logits(state, expected.images, expected.tokens, types, depth, task),
+    }
+    for place, memories in (("image", image), ("text", text)):
+        outputs[f"memory_{place}_0"] = torch.stack([memory[0] for memory in memories])
+        outputs[f"memory_{place}_last"] = torch.stack([memory[-1] for memory in memories])
+    loss = slow_rep.loss(outputs["logits"], expected.labels, task)
+    loss.backward()
+    return Run(expected, outputs, loss.item(), {name: p.grad for name, p in state.items() if p.grad is not None})
+
+
+RUNS = [
+    *((run_of_the_model, path) for path in (*golden.rep_files(), *golden.dcp_files())),
+    *((run_of_the_slow_version, path) for path in golden.rep_files()),
+]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda param: f"{param[0].__name__}-{param[1].stem}")
 def run(request: pytest.FixtureRequest) -> Run:
-    return Run(request.param)
+    make, path = request.param
+    return make(golden.load_golden(path))
 
 
 def test_golden_files_are_there() -> None:
@@ -72,11 +106,9 @@ def test_loss(run: Run) -> None:
     assert run.loss == pytest.approx(run.golden.loss, rel=FORWARD_TOLERANCE)
 
 
-def test_exactly_the_published_parameters_get_a_gradient(run: Run) -> None:
-    assert set(run.gradients) == set(run.golden.grad_norm)
-
-
 def test_gradients(run: Run) -> None:
+    """Exactly the published parameters get one."""
+    assert set(run.gradients) == set(run.golden.grad_norm)
     for name, norm in run.golden.grad_norm.items():
         gradient = run.gradients[name]
         assert float(gradient.norm()) == pytest.approx(norm, rel=GRADIENT_TOLERANCE, abs=0), name
@@ -91,3 +123,38 @@ def test_token_ids() -> None:
     for row, entry in enumerate(texts):
         expected = entry["ids"] + [0] * (77 - len(entry["ids"]))
         assert ids[row].tolist() == expected, entry["text"]
+
+
+# The slow version and the table of names, which other tests rest on
+
+
+def test_full_size_names_are_the_published_ones() -> None:
+    """At the published sizes the table of names is the published checkpoint's, plus the dynamic queries."""
+    sizes = {"vision_layers": 12, "text_layers": 12, "resolution": 224, "memory_length": 36, "memory_depth": 6}
+    shapes = golden.rep_shapes(golden.GOLDEN_DIR, task="mmimdb", classes=23, **sizes)
+    published = json.loads((golden.GOLDEN_DIR / "rep_checkpoint_keys_vitb16.json").read_text())
+    dynamic = {name for name in shapes if "memories_dynamic" in name}
+    assert len(dynamic) == 6
+    assert {name: list(shape) for name, shape in shapes.items() if name not in dynamic} == published
+
+
+@pytest.mark.parametrize("path", golden.rep_files(), ids=lambda path: path.stem)
+def test_the_slow_version_calls_dropout_once_per_rdn(path: Path) -> None:
+    """By the prefix of each RDN, and uses its result."""
+    expected = golden.load_golden(path)
+    state, depth = expected.state, expected.memory_depth
+    seen: list[str] = []
+
+    def drop_all(name: str, hidden: Tensor) -> Tensor:
+        seen.append(name)
+        return torch.zeros_like(hidden)
+
+    image_memory, _ = slow_rep.learn_memory(state, 0, depth, drop_all)
+    lists = [f"compound_memory_projections_{tower}.{k}" for tower in ("image", "text") for k in range(depth)]
+    rdns = [*lists, "common_memory_projection_image", "common_memory_projection_text"]
+    assert sorted(seen) == sorted(f"{slow_rep.LEARNER}.{name}" for name in rdns)
+
+    name = f"{slow_rep.LEARNER}.common_memory_projection_image"
+    common = state[f"{slow_rep.LEARNER}.common_memory_complete"]
+    only_skip = slow_rep.linear(state, f"{name}.skip", common) + state[f"{name}.fc2.bias"]
+    torch.testing.assert_close(image_memory[0][len(common) :], only_skip)

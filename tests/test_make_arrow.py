@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from common.strict_json import parse_json
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 from vilt.utils import arrow_writer, write_food101, write_hatememes, write_mmimdb
 from vilt.utils.ordered_pool import IN_FLIGHT_PER_WORKER, read_in_order
-from vilt.utils.raw_data import BadSampleError, Row, read_file
+from vilt.utils.raw_data import BadSampleError, Row, Sample, read_file
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -52,9 +53,9 @@ def edit_line(path: Path, row: int, line: bytes) -> None:
     path.write_bytes(b"\n".join(lines) + b"\n")
 
 
-def png(mode: str, size: tuple[int, int] = (20, 16)) -> bytes:
+def encoded(mode: str, file_format: str = "PNG", size: tuple[int, int] = (20, 16)) -> bytes:
     out = io.BytesIO()
-    Image.new(mode, size).save(out, "PNG")
+    Image.new(mode, size).save(out, file_format)
     return out.getvalue()
 
 
@@ -78,8 +79,21 @@ class Case:
         self.stdout, self.stderr = self.capsys.readouterr()
         return status
 
+    def refused(self, *options: str, workers: int = 0) -> str:
+        """What is said by a conversion that must fail, and write nothing."""
+        before = contents(self.out)
+        assert self.run(*options, workers=workers) == 2
+        assert contents(self.out) == before
+        return self.stderr
+
     def table(self, split: str) -> pa.Table:
         return read(self.out / f"{NAMES[self.dataset]}_{split}.arrow")
+
+    def only_bad(self) -> dict[str, str]:
+        """The one bad sample that is left out with --skip-bad."""
+        assert self.run("--skip-bad") == 0
+        (bad,) = self.report()
+        return bad
 
     def report(self) -> list[dict[str, str]]:
         with (self.out / f"{NAMES[self.dataset]}_bad_samples.tsv").open(encoding="utf-8", newline="") as opened:
@@ -102,7 +116,7 @@ def case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> MakeCase:
 
 
 @pytest.mark.parametrize("dataset", NAMES)
-def test_equals_what_the_published_converters_wrote(case: MakeCase, dataset: str) -> None:
+def test_equals_what_the_published_converters_wrote_with_any_number_of_workers(case: MakeCase, dataset: str) -> None:
     made = case(dataset)
     assert made.run() == 0
     assert sorted(contents(made.out)) == sorted(FILES[dataset])
@@ -110,12 +124,6 @@ def test_equals_what_the_published_converters_wrote(case: MakeCase, dataset: str
         ours, published = read(made.out / name), read(GOLDEN / "arrow" / name)
         assert ours.schema.equals(published.schema, check_metadata=False)
         assert ours.to_pylist() == published.to_pylist()
-
-
-@pytest.mark.parametrize("dataset", NAMES)
-def test_workers_do_not_change_a_byte(case: MakeCase, dataset: str) -> None:
-    made = case(dataset)
-    assert made.run(workers=0) == 0
     serial = contents(made.out)
     assert made.run(workers=2) == 0
     assert contents(made.out) == serial
@@ -126,15 +134,12 @@ def test_class_names_are_in_the_metadata(case: MakeCase) -> None:
     # Numbers against the alphabet: the order must come from the numbers, not from the file.
     (made.raw / "class_idx.json").write_text('{"apple_pie": 2, "pizza": 0, "baby_back_ribs": 1}')
     assert made.run() == 0
-    metadata = made.table("train").schema.metadata
-    assert json.loads(metadata[b"class_names"]) == ["pizza", "baby_back_ribs", "apple_pie"]
+    assert json.loads(made.table("train").schema.metadata[b"class_names"]) == ["pizza", "baby_back_ribs", "apple_pie"]
     assert made.table("val")["label"].to_pylist() == [2, 1, 0]
-
-
-def test_genre_names_are_in_the_metadata(case: MakeCase) -> None:
-    made = case("mmimdb")
-    assert made.run() == 0
-    assert json.loads(made.table("dev").schema.metadata[b"class_names"]) == list(MMIMDB_GENRES)
+    published = read(GOLDEN / "arrow" / "mmimdb_dev.arrow").schema
+    schema = arrow_writer.arrow_schema(DATASETS["mmimdb"], MMIMDB_GENRES)
+    assert schema.names == published.names
+    assert json.loads(schema.metadata[b"class_names"]) == list(MMIMDB_GENRES)
 
 
 def test_target_defaults_to_raw(case: MakeCase) -> None:
@@ -208,23 +213,20 @@ def test_titles_with_commas_and_quotes(tmp_path: Path, line: bytes, text: str) -
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"a_1.jpg,Pie,a\na_2.jpg,Pie\n", "line 2: expected FILE,TEXT,CLASS"), (b"a_1.jpg,\xff,a\n", "not valid UTF-8")],
+    ("train", "message"),
+    [
+        (b"pizza_0.jpg,one,pizza\npizza_1.jpg,one\n", "line 2: expected FILE,TEXT,CLASS"),
+        (b"pizza_0.jpg,\xff,pizza\n", "not valid UTF-8"),
+        (b"pizza_0.jpg,one,pizza\n", "two different texts: 'one' and 'two'"),
+    ],
 )
-def test_broken_titles_are_an_error(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "t.csv").write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        list(write_food101.read_titles(tmp_path / "t.csv"))
-
-
-def test_titles_that_contradict_each_other_are_an_error(case: MakeCase) -> None:
+def test_wrong_titles_are_an_error(case: MakeCase, train: bytes, message: str) -> None:
     made = case("food101")
     (made.raw / "text.json").unlink()
     (made.raw / "texts").mkdir()
-    (made.raw / "texts" / "train_titles.csv").write_text("pizza_0.jpg,one,pizza\n")
+    (made.raw / "texts" / "train_titles.csv").write_bytes(train)
     (made.raw / "texts" / "test_titles.csv").write_text("pizza_0.jpg,two,pizza\n")
-    assert made.run() == 2
-    assert "two different texts: 'one' and 'two'" in made.stderr
+    assert message in made.refused()
 
 
 def test_genres_outside_the_23_only(case: MakeCase) -> None:
@@ -247,12 +249,10 @@ def test_genres_outside_the_23_only(case: MakeCase) -> None:
     ],
 )
 def test_images_of_all_modes_are_kept_as_they_are(case: MakeCase, mode: str, file_format: str) -> None:
-    out = io.BytesIO()
-    Image.new(mode, (20, 16)).save(out, file_format)
-    made = case("mmimdb")
-    (made.raw / "images" / "0000012.jpeg").write_bytes(out.getvalue())
+    made, data = case("mmimdb"), encoded(mode, file_format)
+    write_poster(made, data)
     assert made.run() == 0
-    assert made.table("dev")["image"][0].as_py() == out.getvalue()
+    assert made.table("dev")["image"][0].as_py() == data
 
 
 def test_a_linked_image_folder_is_followed(case: MakeCase, tmp_path: Path) -> None:
@@ -285,52 +285,39 @@ def folder_for_poster(made: Case) -> None:
     (made.raw / "images" / "0000012.jpeg").mkdir()
 
 
-def bomb() -> bytes:
-    return png("1", (30_000, 4_000))
-
-
+LABELS, POSTER = "labels/0000012.json", "images/0000012.jpeg"
 BAD_FILMS: dict[str, tuple[Callable[[Case], object], str, str]] = {
-    "no poster": (lambda c: (c.raw / "images/0000012.jpeg").unlink(), "missing file", "images/0000012.jpeg"),
-    "no label file": (lambda c: (c.raw / "labels/0000012.json").unlink(), "missing file", "labels/0000012.json"),
-    "folder": (folder_for_poster, "missing file", "images/0000012.jpeg"),
+    "no poster": (lambda c: (c.raw / POSTER).unlink(), "missing file", POSTER),
+    "no label file": (lambda c: (c.raw / LABELS).unlink(), "missing file", LABELS),
+    "folder": (folder_for_poster, "missing file", POSTER),
     "name too long": (lambda c: rename_film(c, "9" * 300), "unreadable file", f"labels/{'9' * 300}.json"),
     "NUL in the name": (lambda c: rename_film(c, "1\0"), "missing file", "labels/1\\x00.json"),
-    "no image": (lambda c: write_poster(c, b"<html>404</html>"), "undecodable image", "images/0000012.jpeg"),
-    "empty image": (lambda c: write_poster(c, b""), "undecodable image", "images/0000012.jpeg"),
-    "truncated image": (lambda c: write_poster(c, TRUNCATED), "undecodable image", "images/0000012.jpeg"),
-    "bomb": (lambda c: write_poster(c, bomb()), "undecodable image", "images/0000012.jpeg"),
-    "broken JSON": (lambda c: write_film(c, b'{"plot": ["a"], '), "broken JSON", "labels/0000012.json"),
-    "bad UTF-8": (lambda c: write_film(c, b'{"plot": ["\xff"]}'), "broken JSON", "labels/0000012.json"),
-    "half a pair": (
-        lambda c: write_film(c, b'{"plot": ["\\ud800"], "genres": []}'),
-        "broken JSON",
-        "labels/0000012.json",
-    ),
-    "deep JSON": (lambda c: write_film(c, b"[" * 100_000), "broken JSON", "labels/0000012.json"),
-    "repeated key": (
-        lambda c: write_film(c, b'{"plot": ["a"], "plot": ["b"], "genres": []}'),
-        "broken JSON",
-        "labels/0000012.json",
-    ),
-    "list": (lambda c: write_film(c, b"[]"), "incomplete JSON", "labels/0000012.json"),
-    "no plot": (lambda c: write_film(c, b'{"genres": ["Drama"]}'), "incomplete JSON", "labels/0000012.json"),
-    "empty plots": (
-        lambda c: write_film(c, b'{"plot": ["", " "], "genres": ["Drama"]}'),
-        "incomplete JSON",
-        "labels/0000012.json",
-    ),
-    "plot a string": (
-        lambda c: write_film(c, b'{"plot": "a", "genres": ["Drama"]}'),
-        "incomplete JSON",
-        "labels/0000012.json",
-    ),
-    "no genres": (lambda c: write_film(c, b'{"plot": ["a"]}'), "incomplete JSON", "labels/0000012.json"),
-    "genre a number": (
-        lambda c: write_film(c, b'{"plot": ["a"], "genres": [1]}'),
-        "incomplete JSON",
-        "labels/0000012.json",
-    ),
     "path": (lambda c: rename_film(c, "../../secret"), "path leaves RAW", "labels/../../secret.json"),
+    **{
+        name: (lambda c, data=data: write_poster(c, data), "undecodable image", POSTER)  # type: ignore[misc]
+        for name, data in {
+            "no image": b"<html>404</html>",
+            "empty image": b"",
+            "truncated image": TRUNCATED,
+            "too many pixels": encoded("1", size=(30_000, 4_000)),
+        }.items()
+    },
+    **{
+        name: (lambda c, data=data: write_film(c, data), reason, LABELS)  # type: ignore[misc]
+        for name, (data, reason) in {
+            "broken JSON": (b'{"plot": ["a"], ', "broken JSON"),
+            "bad UTF-8": (b'{"plot": ["\xff"]}', "broken JSON"),
+            "half a pair": (b'{"plot": ["\\ud800"], "genres": []}', "broken JSON"),
+            "deep JSON": (b"[" * 100_000, "broken JSON"),
+            "repeated key": (b'{"plot": ["a"], "plot": ["b"], "genres": []}', "broken JSON"),
+            "list": (b"[]", "incomplete JSON"),
+            "no plot": (b'{"genres": ["Drama"]}', "incomplete JSON"),
+            "empty plots": (b'{"plot": ["", " "], "genres": ["Drama"]}', "incomplete JSON"),
+            "plot a string": (b'{"plot": "a", "genres": ["Drama"]}', "incomplete JSON"),
+            "no genres": (b'{"plot": ["a"]}', "incomplete JSON"),
+            "genre a number": (b'{"plot": ["a"], "genres": [1]}', "incomplete JSON"),
+        }.items()
+    },
 }
 
 
@@ -339,14 +326,10 @@ def test_bad_film(case: MakeCase, fault: str) -> None:
     damage, reason, file = BAD_FILMS[fault]
     made = case("mmimdb")
     damage(made)
-    assert made.run() == 2
-    assert not made.out.exists()
-    assert "1 of 9 samples cannot be used; nothing was written" in made.stderr
-    assert reason in made.stderr
-    assert file in made.stderr
-
-    assert made.run("--skip-bad") == 0
-    (bad,) = made.report()
+    said = made.refused()
+    assert contents(made.out) == {}
+    assert all(fact in said for fact in ("1 of 9 samples cannot be used; nothing was written", reason, file))
+    bad = made.only_bad()
     assert (bad["split"], bad["listed_in"], bad["row"]) == ("dev", "split.json", "1")
     assert (bad["file"], bad["reason"]) == (file, reason)
     assert made.table("dev")["image_id"].to_pylist() == ["0000013"]
@@ -376,6 +359,8 @@ def meme(**changes: object) -> bytes:
         (meme(label=2), "unknown class"),
         (meme(label="1"), "unknown class"),
         (meme(label=True), "unknown class"),
+        (meme(label=1.0), "unknown class"),
+        (meme(label=10**400), "unknown class"),
         (meme(img="img/1.png"), "missing file"),
         (meme(img="train.jsonl"), "undecodable image"),
         (meme(img="../../../etc/passwd"), "path leaves RAW"),
@@ -385,12 +370,8 @@ def meme(**changes: object) -> bytes:
 def test_bad_meme(case: MakeCase, line: bytes, reason: str) -> None:
     made = case("hateful_memes")
     edit_line(made.folder / "dev.jsonl", 2, line)
-    assert made.run() == 2
-    assert not made.out.exists()
-    assert reason in made.stderr
-
-    assert made.run("--skip-bad") == 0
-    (bad,) = made.report()
+    assert reason in made.refused()
+    bad = made.only_bad()
     assert (bad["split"], bad["listed_in"], bad["row"], bad["reason"]) == ("dev", "dev.jsonl", "2", reason)
     assert made.table("dev").num_rows == 1
     assert made.table("test").num_rows == 3
@@ -410,12 +391,8 @@ def test_bad_dish(case: MakeCase, name: str, text: object, reason: str) -> None:
     made = case("food101")
     edit_json(made.raw / "split.json", lambda splits: splits["val"].insert(1, name))
     edit_json(made.raw / "text.json", lambda texts: texts.update({name: text}))
-    assert made.run() == 2
-    assert not made.out.exists()
-    assert reason in made.stderr
-
-    assert made.run("--skip-bad") == 0
-    (bad,) = made.report()
+    assert reason in made.refused()
+    bad = made.only_bad()
     assert (bad["split"], bad["row"], bad["reason"]) == ("val", "2", reason)
     assert made.table("val").to_pylist() == read(GOLDEN / "arrow/food101_val.arrow").to_pylist()
 
@@ -424,8 +401,7 @@ def test_a_validation_image_under_test_is_missing(case: MakeCase) -> None:
     made = case("food101")
     source = made.raw / "images" / "train" / "pizza" / "pizza_2.jpg"
     source.rename(made.raw / "images" / "test" / "pizza" / "pizza_2.jpg")
-    assert made.run() == 2
-    assert "images/train/pizza/pizza_2.jpg" in made.stderr
+    assert "images/train/pizza/pizza_2.jpg" in made.refused()
 
 
 def test_no_bad_sample_hides_another(case: MakeCase) -> None:
@@ -477,7 +453,7 @@ def test_a_split_with_no_sample_left_is_an_error_even_with_skip_bad(case: MakeCa
     assert made.run("--skip-bad") == 2
     assert "no sample is left for mmimdb_dev.arrow: 2 are bad" in made.stderr
     assert "images/0000012.jpeg" in made.stderr
-    assert not made.out.exists()
+    assert contents(made.out) == {}
 
 
 def test_a_file_too_large_is_not_read_whole(tmp_path: Path) -> None:
@@ -494,18 +470,9 @@ def test_a_file_too_large_is_not_read_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "name"),
     [
-        ("mmimdb", "split.json"),
-        ("mmimdb", "images"),
-        ("mmimdb", "labels"),
-        ("food101", "split.json"),
-        ("food101", "class_idx.json"),
-        ("food101", "text.json"),
-        ("food101", "images/train"),
-        ("food101", "images/test"),
-        ("hateful_memes", "data/train.jsonl"),
-        ("hateful_memes", "data/dev.jsonl"),
-        ("hateful_memes", "data/test.jsonl"),
-        ("hateful_memes", "data/img"),
+        *(("mmimdb", name) for name in ("split.json", "images", "labels")),
+        *(("food101", name) for name in ("split.json", "class_idx.json", "text.json", "images/train", "images/test")),
+        *(("hateful_memes", f"data/{name}") for name in ("train.jsonl", "dev.jsonl", "test.jsonl", "img")),
     ],
 )
 def test_a_missing_top_level_file_shows_the_layout(case: MakeCase, dataset: str, name: str) -> None:
@@ -515,7 +482,7 @@ def test_a_missing_top_level_file_shows_the_layout(case: MakeCase, dataset: str,
     layout = {"mmimdb": write_mmimdb, "food101": write_food101, "hateful_memes": write_hatememes}[dataset].LAYOUT
     assert layout.rstrip() in made.stderr
     assert ("titles.csv" if name == "text.json" else Path(name).name) in made.stderr.splitlines()[0]
-    assert not made.out.exists()
+    assert contents(made.out) == {}
 
 
 def test_a_missing_raw_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -560,7 +527,7 @@ def test_a_wrong_split_file(case: MakeCase, content: str | bytes, messages: list
     for message in messages:
         assert message in made.stderr
     assert len(made.stderr.splitlines()) == 1
-    assert not made.out.exists()
+    assert contents(made.out) == {}
 
 
 @pytest.mark.parametrize(
@@ -570,6 +537,9 @@ def test_a_wrong_split_file(case: MakeCase, content: str | bytes, messages: list
         ("{}", "found the numbers []"),
         ('{"a": "0"}', "found a string under 'a'"),
         ('{"a": true}', "found true under 'a'"),
+        ('{"a": null}', "found null under 'a'"),
+        ('{"a": 0.5}', "found 0.5 under 'a'"),
+        ('{"a": -1}', "found the numbers [-1]"),
         ('{"a": 0, "b": 2}', "found the numbers [0, 2]"),
         ('{"a": 0, "b": 0}', "found the numbers [0, 0]"),
         (json.dumps({str(n): n for n in range(102)}), "at most 101 classes, found 102"),
@@ -578,15 +548,11 @@ def test_a_wrong_split_file(case: MakeCase, content: str | bytes, messages: list
 def test_a_wrong_class_file(case: MakeCase, content: str, message: str) -> None:
     made = case("food101")
     (made.raw / "class_idx.json").write_text(content)
-    assert made.run() == 2
-    assert message in made.stderr
+    assert message in made.refused()
 
 
-def test_a_byte_order_mark_is_allowed() -> None:
+def test_a_byte_order_mark_and_surrogate_pairs_are_allowed() -> None:
     assert parse_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
-
-
-def test_emoji_spelt_as_a_surrogate_pair_are_allowed() -> None:
     assert parse_json(rb'"\ud83d\ude00"') == "\N{GRINNING FACE}"
 
 
@@ -633,8 +599,7 @@ def test_a_test_split_without_labels_names_those_with(case: MakeCase) -> None:
     assert "--test-split test_seen." in made.stderr
     assert len(made.stderr.splitlines()) == 1
     strip_labels(made.folder / "test_seen.jsonl")
-    assert made.run() == 2
-    assert "No test file here has labels" in made.stderr
+    assert "No test file here has labels" in made.refused()
 
 
 def test_a_dev_split_without_labels(case: MakeCase) -> None:
@@ -658,16 +623,14 @@ def test_ids_may_repeat_between_files_but_not_within_one(case: MakeCase) -> None
     edit_line(made.folder / "test.jsonl", 1, lines[0])
     assert made.run() == 0
     edit_line(made.folder / "test.jsonl", 3, lines[0])
-    assert made.run() == 2
-    assert "test.jsonl: the id 10004 is listed twice, in rows 1 and 3" in made.stderr
+    assert "test.jsonl: the id 10004 is listed twice, in rows 1 and 3" in made.refused()
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
 def test_an_empty_jsonl_is_an_error(case: MakeCase, content: bytes) -> None:
     made = case("hateful_memes")
     (made.folder / "dev.jsonl").write_bytes(content)
-    assert made.run() == 2
-    assert "dev.jsonl is empty" in made.stderr
+    assert "dev.jsonl is empty" in made.refused()
 
 
 # ---- options
@@ -741,7 +704,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(case: MakeCase) -> None
     assert done.returncode == 2, done.stderr
     assert f"error: cannot write to {made.out}" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not made.out.exists()
+    assert contents(made.out) == {}
 
 
 @pytest.fixture
@@ -797,7 +760,7 @@ def test_an_interrupted_run_leaves_nothing(large_raw: Path, tmp_path: Path, sent
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == status, stderr
     assert "Traceback" not in stderr
-    assert not out.exists()
+    assert contents(out) == {}
 
 
 def contents_of_parts(out: Path) -> list[Path]:
@@ -807,32 +770,22 @@ def contents_of_parts(out: Path) -> list[Path]:
 # ---- the pool
 
 
-@dataclass(frozen=True)
-class Numbered:
-    """A sample that returns its number, later the smaller it is; or ends the process that reads it."""
-
-    number: int
-    fatal: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"sample {self.number}"
-
-    def read(self) -> Row:
-        if self.fatal:
-            os._exit(1)
-        time.sleep(0.02 if self.number % 4 == 0 else 0)
-        return {"number": self.number}
+def read_numbered(number: int, fatal: int | None = None) -> Row:
+    """Returns the number, sometimes late; or ends the process."""
+    if number == fatal:
+        os._exit(1)
+    time.sleep(0.02 if number % 4 == 0 else 0)
+    return {"number": number}
 
 
 def test_results_come_in_order_and_samples_are_taken_only_a_few_ahead() -> None:
     taken = 0
 
-    def samples() -> Iterator[tuple[int, Numbered]]:
+    def samples() -> Iterator[Sample]:
         nonlocal taken
         for number in range(60):
             taken += 1
-            yield number, Numbered(number)
+            yield Sample(number, "", partial(read_numbered, number))
 
     results: list[tuple[int, Row | BadSampleError]] = []
     for row, result in read_in_order(samples(), 2):
@@ -842,7 +795,7 @@ def test_results_come_in_order_and_samples_are_taken_only_a_few_ahead() -> None:
 
 
 def test_a_worker_that_dies_is_a_clear_error() -> None:
-    samples = ((number, Numbered(number, fatal=number == 3)) for number in range(20))
+    samples = (Sample(number, f"sample {number}", partial(read_numbered, number, 3)) for number in range(20))
     with pytest.raises(DataError, match=r"A worker process died near sample \d"):
         list(read_in_order(samples, 1))
 
@@ -865,13 +818,3 @@ def test_as_a_program(case: MakeCase) -> None:
     assert "samples/s" in done.stderr
     assert sorted(contents(made.out)) == sorted(FILES["mmimdb"])
     assert made.table("train").num_rows == 4
-
-
-def test_bad_samples_as_a_program(case: MakeCase) -> None:
-    made = case("mmimdb")
-    write_poster(made, TRUNCATED)
-    done = subprocess.run(command(made.raw, made.out), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "truncated" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not made.out.exists()

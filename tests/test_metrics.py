@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_f1_score
 
-from clip.metrics import auroc_and_accuracy, class_accuracy, multilabel_f1
+from clip.metrics import auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
 from clip.tasks import TASKS
 
 YES, NO = 2.0, -2.0
@@ -123,6 +124,16 @@ def test_auroc_tells_confident_scores_apart() -> None:
 def test_auroc_uses_the_probability_not_the_logit_of_class_one() -> None:
     logits = torch.tensor([[9.0, 5.0], [0.0, 1.0]])
     assert auroc_and_accuracy(logits, torch.tensor([0, 1]))["auroc"] == pytest.approx(1)
+
+
+def test_macro_f1_is_that_of_torchmetrics_but_for_absent_classes() -> None:
+    """torchmetrics counts a class that does not occur as 0, which published numbers leave out."""
+    generator = torch.Generator().manual_seed(0)
+    labels, logits = torch.randint(0, 5, (200,), generator=generator), torch.randn(200, 5, generator=generator)
+    found = macro_f1_and_accuracy(logits, labels)["f1_macro"]
+    assert found == pytest.approx(float(multiclass_f1_score(logits, labels, 5, average="macro")), abs=1e-6)
+    with_absent = torch.cat([logits, torch.full((200, 1), -99.0)], 1)
+    assert macro_f1_and_accuracy(with_absent, labels)["f1_macro"] == found
 
 
 @pytest.mark.parametrize("label", [0, 1])

@@ -134,7 +134,11 @@ def test_parameters_of_absent_types_get_no_gradient_and_skipped_towers_get_zeros
     gradients = {name: p.grad for name, p in classifier.named_parameters()}
     assert gradients["model.memory_learner.common_memory_image"] is None
     assert gradients["model.memory_learner.visual_memory_complete"] is None
-    for name in ("model.memory_learner.compound_memory_projections_image.1.fc2.weight", "model.image_encoder.proj"):
+    for name in (
+        "model.memory_learner.compound_memory_projections_image.1.fc2.weight",
+        "model.memory_learner.dynamic.image.attention.in_proj_weight",
+        "model.image_encoder.proj",
+    ):
         gradient = gradients[name]
         assert gradient is not None and not gradient.any()
 

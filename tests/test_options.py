@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import EX, Options, check
+from common.errors import ConfigError
+from config import DEFAULTS, OPTIONS, Options
 from run import command_line
+from runs.check_options import check
 from tests.conftest import Workspace
 
 WRONG = {
@@ -37,7 +39,7 @@ WRONG = {
     "prompt_type=none rep_described": "replay_depth: is an option of prompt_type=rep, found prompt_type=none",
     "replay_depth=-1": "replay_depth: expected an integer of at least 0, found -1",
     "replay_depth=1 far=False": "replay_depth: expected 0 with far=False, found 1",
-    "decoupling_weight=0.1 fmb=False": "decoupling_weight: expected 0.0 with fmb=False, found 0.1",
+    "decoupling_weight=0.1 fmb=False": "decoupling_weight: expected 0 with fmb=False, found 0.1",
     "dynamic_init=True fmb=False": "dynamic_init: expected False with fmb=False, found True",
     "prompt_type=map_attention memory_length=9": "memory_length: expected a multiple of 6 (a third of it is keys and",
     "memory_length=35": "memory_length: expected a positive multiple of 3",
@@ -117,18 +119,34 @@ def test_as_a_process(workspace: Workspace) -> None:
     assert done.stdout == ""
 
 
-def test_every_option_is_checked_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    """The defaults and the checked options have the same names, and print_config explains each."""
-    names = set(EX.configurations[0]())
-    assert names == set(Options.__dataclass_fields__)
-    assert command_line(["run.py", "print_config"]) == 0
-    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
-    for name in names:
-        assert any(re.match(rf"  {name}( =|:).* # \w", line) for line in shown), name
+def test_print_config_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(["run.py", "print_config", "with", "published", "seed=3"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line[2:].partition(" = ")[0] for line in shown] == list(DEFAULTS)
+    assert all(re.search(r"  # \S", line) for line in shown)
+    changed = {line[2:].partition(" = ")[0] for line in shown if line.startswith("* ")}
+    assert changed == {"missing_tables", "order_seed", "precision", "seed"}
+
+
+def test_the_choices_of_options_are_those_of_the_code() -> None:
+    from clip.modules.vision_transformer_memory import ACTIVATIONS
+    from clip.optimization import OPTIMIZERS
+
+    for option, known in (("optim_type", OPTIMIZERS), ("vit_activation", ACTIVATIONS)):
+        for name in known:
+            assert OPTIONS[option].read(option, name) == name
+        with pytest.raises(ConfigError, match=f"expected {' or '.join(known)}, found"):
+            OPTIONS[option].read(option, "none of them")
+
+
+def test_options_are_read_without_torch() -> None:
+    """So that a wrong one answers at once."""
+    code = "import sys, runs.experiment; assert not {'torch', 'pytorch_lightning', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
 def config_with(workspace: Workspace, **changes: object) -> Options:
-    config = dict(EX.configurations[0]())
+    config = DEFAULTS
     return check({**config, "task": "mmimdb", "data_root": str(workspace.arrow), **changes})
 
 

@@ -18,9 +18,11 @@ from clip.backbone import load_backbone
 from clip.checkpoint import read_checkpoint, restore_classifier
 from clip.optimization import AdamW, OptimizerSettings, make_optimizer, make_schedule, schedule_steps
 from clip.published_queries import published_queries
+from clip.trainer import validation_interval
 from common.errors import ConfigError
-from config import EX, Options, check, resolve
-from run import command_line, validation_interval
+from config import DEFAULTS, NAMED_CONFIGS, Options
+from run import command_line
+from runs.check_options import check, resolve
 from tests.conftest import Workspace
 from tests.models import TINY, published_name, published_state
 from tests.test_run import evaluate, results_of
@@ -30,7 +32,7 @@ from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing
 
 
 def defaults(**changes: Any) -> dict[str, Any]:
-    return {**EX.configurations[0](), "task": "mmimdb", **changes}
+    return {**DEFAULTS, "task": "mmimdb", **changes}
 
 
 # ---- queries
@@ -312,8 +314,8 @@ def test_options_of_vilt_have_no_meaning(workspace: Workspace, capsys: pytest.Ca
 
 
 def test_the_published_configuration() -> None:
-    published = EX.named_configs["published"]()
-    assert dict(published) == {"missing_tables": "published", "order_seed": 0, "precision": "published"}
+    published = NAMED_CONFIGS["published"]
+    assert published == {"missing_tables": "published", "order_seed": 0, "precision": "published"}
     settings = {
         seed: resolve(defaults(seed=seed, data_root="somewhere", **published)).data_settings() for seed in (0, 5)
     }

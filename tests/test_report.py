@@ -18,17 +18,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import files
 from common.errors import ConfigError, DataError, UserError
+from config import DEFAULTS
 from report import make_report
-from report.collect import Run, read_runs
-from report.comparison import compared_variants, comparison_figure, comparison_table
-from report.figures import CURVE_POINTS, class_bars, heat_map, robustness_curves, roc_curves, training_curves
+from report.figures import CURVE_POINTS, class_bars, thinned, training_curves
+from report.lines import Dataset, by_dataset
 from report.parts import options_table, run_details, section_of
+from report.results import Pattern, read_report_runs
 from report.samples import sample_grid
-from report.series import Dataset, Pattern, by_dataset
 from report.tables import (
     Table,
+    compared_variants,
+    comparison_table,
     confidence_table,
     confusion_table,
     matrix_table,
@@ -122,7 +123,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of all of them."""
     out = tmp_path_factory.mktemp("out") / "report"
-    assert make_report([runs / "others", runs / "mmimdb"], out) == out / "index.html"
+    assert make_report([runs / "others", runs / "mmimdb"], out, {}) == out / "index.html"
     return out
 
 
@@ -132,7 +133,7 @@ def page(report: Path) -> Page:
 
 
 def dataset_of(*folders: Path) -> Dataset:
-    (found,) = by_dataset(read_runs(folders))
+    (found,) = by_dataset(read_report_runs(folders))
     return found
 
 
@@ -174,8 +175,8 @@ def test_options_of_speed_and_of_other_commands_are_no_other_method(tmp_path: Pa
     changed |= {"robustness_seeds": [7], "robustness_anew": True}
     write_run(tmp_path / "a", seed=0)
     write_run(tmp_path / "b", seed=1, **changed)
-    (series,) = dataset_of(tmp_path).series
-    assert [run.folder.name for run in series.runs] == ["a", "b"]
+    (line,) = dataset_of(tmp_path).lines
+    assert [run.run.folder.name for run in line.runs] == ["a", "b"]
 
 
 def test_seeds_are_pooled_with_table_seeds_in_the_matrix_and_the_curves(runs: Path) -> None:
@@ -186,8 +187,6 @@ def test_seeds_are_pooled_with_table_seeds_in_the_matrix_and_the_curves(runs: Pa
         pooled = [v for found in results for v in found["cells"][number]["metrics"]["f1_macro"]["values"]]
         assert len(pooled) == 10
         assert value == f"{100 * statistics.mean(pooled):.2f} ± {100 * statistics.stdev(pooled):.2f}"
-    for figure in (robustness_curves(dataset), heat_map(dataset)):
-        assert f"{shown[0]} % at 0 % to {shown[10]} % at 100 %" in figure.alt
 
 
 def test_the_published_table_and_the_differences(runs: Path) -> None:
@@ -216,40 +215,30 @@ def test_the_published_table_and_the_differences(runs: Path) -> None:
 @pytest.mark.parametrize(("task", "best"), [("food101", 88.56), ("hatememes", 70.01)])
 def test_each_dataset_has_its_published_rows(task: str, best: float) -> None:
     rows = read_published(task)
-    assert len(rows) == 9 and max(float(row["REP"]) for row in rows) == best
+    assert len(rows) == 9 and rows.REP.max() == best
 
 
-def test_a_test_at_another_pattern_than_the_training_is_no_published_result(tmp_path: Path) -> None:
-    pattern = {"train": 0.7, "val": 0.7, "test": 0.5}
-    table = published_table(dataset_of(write_run(tmp_path / "run", missing_ratio=pattern)))
-    assert set(column(table, "REP (ours)")) == {"not measured"}
+@pytest.mark.parametrize(
+    ("options", "cells"),
+    [
+        ({"missing_ratio": {"train": 0.7, "val": 0.7, "test": 0.5}}, ["not measured", "—"]),  # tested elsewhere
+        ({"prompt_type": "new"}, ["60.00", "not published"]),
+        ({"prompt_type": "map"}, ["60.00", "+17.34"]),
+    ],
+)
+def test_ours_beside_the_published_results(tmp_path: Path, options: dict[str, Any], cells: list[str]) -> None:
+    table = published_table(dataset_of(write_run(tmp_path / "run", tested=0.6, **options)))
+    assert table.shown()[5][-2:] == cells
+    write_run(tmp_path / "second", tested=0.5, prompt_type="maple")
+    titles = [column.title for column in published_table(dataset_of(tmp_path)).columns[-4:]]
+    assert titles[2:] == ["MaPLe (ours)", "MaPLe, difference"] and titles[1].endswith(", difference")
 
 
 def test_a_pattern_outside_the_published_table_is_named(tmp_path: Path) -> None:
     write_run(tmp_path / "a", **at("both", 0.3))
     write_run(tmp_path / "b", both_ratio=0.2)
-    section = section_of(dataset_of(tmp_path))
-    notes = [note for part in section.parts for note in part.notes]
-    assert notes == [
-        "Trained at patterns that the published table does not have: R1 (30 % missing, both) and "
-        "R2 (70 % missing, both (20% image))."
-    ]
-
-
-def test_a_method_that_nobody_published_has_no_difference(tmp_path: Path) -> None:
-    table = published_table(dataset_of(write_run(tmp_path / "run", prompt_type="new", tested=0.6)))
-    assert table.shown()[5][-2:] == ["60.00", "not published"]
-    assert table.columns[-2].title == "new (ours)"
-
-
-def test_methods_stand_side_by_side(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", tested=0.6)
-    write_run(tmp_path / "b", prompt_type="map", tested=0.5)
-    table = published_table(dataset_of(tmp_path))
-    assert [column.title for column in table.columns[-4:]] == [
-        *("REP (ours)", "REP, difference", "MAP (ours)", "MAP, difference"),
-    ]
-    assert table.shown()[5][-4:] == ["60.00", "+7.69", "50.00", "+7.34"]
+    [note] = [note for part in section_of(dataset_of(tmp_path)).parts for note in part.notes]
+    assert note.endswith("R1 (30 % missing, both) and R2 (70 % missing, both (20% image)).")
 
 
 def write_compared(top: Path) -> None:
@@ -269,7 +258,7 @@ def write_compared(top: Path) -> None:
 def test_methods_are_compared_where_they_were_trained_to(tmp_path: Path) -> None:
     write_compared(tmp_path)
     table = comparison_table(dataset_of(tmp_path))
-    titles = ["Method", "Values trained", "Minutes", "Seeds", "70 % missing, both", "70 % missing, text"]
+    titles = ["Method", "Trainable parameters", "Minutes", "Seeds", "70 % missing, both", "70 % missing, text"]
     assert [column.title for column in table.columns] == titles
     assert sorted(table.shown()) == [
         ["MaPLe", "not measured", "not measured", "1–2", "45.00 ± 7.07", "20.00"],
@@ -277,10 +266,6 @@ def test_methods_are_compared_where_they_were_trained_to(tmp_path: Path) -> None
     ]
     best = next(number for number, row in enumerate(table.rows) if row[0] == "REP")
     assert table.strong == {(best, 4), (best, 5)}
-    figure = comparison_figure(dataset_of(tmp_path))
-    assert (
-        "REP, 70 % missing, both: 55.00 ± 7.07 %" in figure.alt and "MaPLe, 70 % missing, text: 20.00 %" in figure.alt
-    )
     parts = [part.title for part in section_of(dataset_of(tmp_path)).parts]
     assert parts[0] == "Methods compared"
 
@@ -325,7 +310,6 @@ def test_results_by_class(runs: Path) -> None:
     assert drama["f1_text_missing"] == f"{100 * statistics.mean(f1):.4f}"
     assert drama["f1_text_missing std"] == f"{100 * statistics.stdev(f1):.4f}"
     figure = class_bars(dataset, dataset.measured[0], 1)
-    assert f"{100 * statistics.mean(f1):.2f}" in figure.alt or column(table, "class").index("Drama") > 2
     assert "No test sample is of Film-Noir." in figure.caption
 
 
@@ -345,15 +329,8 @@ def test_confusions_are_the_most_frequent_of_each_type(tmp_path: Path) -> None:
     ]
 
 
-def test_the_roc_figure_names_the_areas(runs: Path) -> None:
-    by_type = results_of(runs / "others" / "hatememes_seed0" / "version_0")["by_type"]
-    figure = roc_curves(dataset_of(runs / "others" / "hatememes_seed0"))
-    for name, metrics in by_type.items():
-        assert f"REP, {name}: AUROC {100 * metrics['auroc']:.2f} %" in figure.alt
-
-
 def test_the_list_of_runs(runs: Path) -> None:
-    read = read_runs([runs / "mmimdb"])
+    read = read_report_runs([runs / "mmimdb"])
     rows = as_dicts(runs_table(read, by_dataset(read)))
     assert [row["folder"] for row in rows] == [f"{name}/version_0" for name in ("rep_seed0", "rep_seed1", "text_seed0")]
     assert [row["name"] for row in rows] == ["rep", HOSTILE, "rep"]
@@ -372,16 +349,14 @@ def test_training_curves_are_averaged_over_equal_parts(tmp_path: Path) -> None:
         "\n".join(["epoch,step,train/loss,val/f1_macro", *lines, f"0,{steps},,0.25\n0,9,,0.9"])
     )
     assert training_curves(dataset_of(run)) is not None
-    from report.figures import _thinned
-
-    thinned_steps, values = _thinned([(step, float(step % 4)) for step in range(steps)])
-    assert thinned_steps == [4 * part + 1.5 for part in range(CURVE_POINTS)] and set(values) == {1.5}
+    found = thinned(np.array([(step, float(step % 4)) for step in range(steps)]))
+    assert found[:, 0].tolist() == [4 * part + 1.5 for part in range(CURVE_POINTS)] and set(found[:, 1]) == {1.5}
 
 
 def test_options_that_differ_from_the_defaults(tmp_path: Path) -> None:
     write_run(tmp_path / "a", seed=0, learning_rate=0.01, max_epoch=20, load_path=None)
     write_run(tmp_path / "b", seed=3, learning_rate=0.1, lr_mult=1.0, **at("both", 0.7))
-    table = options_table(read_runs([tmp_path]))
+    table = options_table(read_report_runs([tmp_path]), DEFAULTS)
     assert table.shown() == [
         ["seed", "0", "0", "3"],
         ["task", "none", "mmimdb", "mmimdb"],
@@ -399,7 +374,7 @@ def test_another_configuration_is_another_line(tmp_path: Path) -> None:
         for seed in (0, 1):
             write_run(tmp_path / f"{memory_length}_{seed}", memory_length=memory_length, seed=seed, num_workers=seed)
     write_run(tmp_path / "text", memory_length=12, **at("text", 0.9))
-    series = dataset_of(tmp_path).series
+    series = dataset_of(tmp_path).lines
     assert [(one.label, len(one.runs)) for one in series] == [
         ("REP memory_length=12, trained with 70 % missing, both", 2),
         ("REP memory_length=36, trained with 70 % missing, both", 2),
@@ -414,8 +389,8 @@ def test_of_repeated_runs_the_most_complete_and_then_the_latest_counts(tmp_path:
     TestSet().write(write_run(tmp_path / "full" / "version_0", seed=1, tested=None))
     write_run(tmp_path / "full" / "version_1", seed=1)
     dataset = dataset_of(tmp_path)
-    (series,) = dataset.series
-    assert [run.place for run in series.runs] == ["rep/version_10", "full/version_0"]
+    (line,) = dataset.lines
+    assert [run.place for run in line.runs] == ["rep/version_10", "full/version_0"]
     assert sorted(run.place for run in dataset.repeats) == ["full/version_1", "rep/version_2", "rep/version_9"]
     kinds = dict(zip(*(column(runs_table(dataset.runs, [dataset]), key) for key in ("folder", "kind")), strict=True))
     assert kinds["rep/version_9"] == "repeated" and kinds["rep/version_10"] == "training"
@@ -429,43 +404,43 @@ def test_evaluations_are_listed_but_train_nothing(tmp_path: Path) -> None:
     assert "No run of this dataset trained a model." in lacking
 
 
-def test_the_best_validation_of_a_resumed_run_is_that_of_its_checkpoint(tmp_path: Path) -> None:
-    """The curves of its folder know only what came after."""
-    run = write_run(tmp_path / "run")
+def test_a_resumed_run_is_one_with_the_run_that_it_was_resumed_from(tmp_path: Path) -> None:
+    """Its best validation is that of its checkpoint, else of the curves of both."""
+    first, run = (write_run(tmp_path / "rep_seed0" / f"version_{number}", tested=None) for number in (0, 1))
+    edited(run, "config.json", resume_from=str(first / "last.ckpt"))
+    (first / "metrics.csv").write_text("epoch,step,train/loss,val/f1_macro\n0,1,1.5,\n0,7,,0.35\n1,8,0.9,\n1,9,0.8,\n")
     (run / "metrics.csv").write_text("epoch,step,train/loss,val/f1_macro\n1,8,0.5,\n1,8,,0.25\n1,9,,0.3\n")
     shown = []
     for _ in range(2):
-        dataset = dataset_of(run)
-        figure = training_curves(dataset)
-        assert figure is not None
+        dataset = dataset_of(tmp_path)
         [row] = as_dicts(runs_table(dataset.runs, [dataset]))
-        shown.append((row["best_validation"], figure.alt.rpartition(": ")[2]))
+        assert row["folder"] == "rep_seed0/version_1"
+        curves = dataset.runs[0].run.curves
+        assert curves == {"train/loss": [(1, 1.5), (8, 0.5)], "val/f1_macro": [(7, 0.35), (8, 0.25), (9, 0.3)]}
+        shown.append(row["best_validation"])
         (run / "best.ckpt").unlink(missing_ok=True)
-    assert shown == [("40.0000", "R1 40.00."), ("30.0000", "R1 30.00.")], "without the checkpoint, the curves' best"
-    (run / "metrics.csv").write_text("epoch,step,train/loss\n1,8,0.5\n")
-    figure = training_curves(dataset_of(run))
-    assert figure is not None and figure.alt.endswith(": R1 not measured.")
+    assert shown == ["40.0000", "35.0000"]
 
 
 def test_a_configuration_that_is_none_of_ours_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_run(tmp_path / "runs" / "rep_seed0" / "version_0")
-    contents = {"bare": b"[1]", "half": b"{", "packed": b"\xff"}
-    for name, content in contents.items():
-        (tmp_path / "runs" / name).mkdir()
-        (tmp_path / "runs" / name / "config.json").write_bytes(content)
-    write_run(tmp_path / "runs" / "bare" / "rep_seed1" / "version_0", seed=1)
+    top = tmp_path / "runs" / "rep_seed0"
+    write_run(top / "version_0")
+    for number, content in enumerate((b"[1]", b"{", b"\xff"), start=1):
+        (top / f"version_{number}").mkdir()
+        (top / f"version_{number}" / "config.json").write_bytes(content)
+    (top / "version_9").mkdir()  # cut off before anything was written
+    (tmp_path / "runs" / "no run").mkdir()
+    (tmp_path / "runs" / "no run" / "config.json").write_text("{")
+    write_run(tmp_path / "runs" / "no run" / "rep_seed1" / "version_0", seed=1)
     with caplog.at_level("WARNING", logger="rep"):
-        found = read_runs([tmp_path / "runs"])
+        found = read_report_runs([tmp_path / "runs"])
     assert [run.place for run in found] == ["rep_seed1/version_0", "rep_seed0/version_0"]
-    bare, half, packed = caplog.messages
-    assert bare == (
-        f"left out of the report: {tmp_path / 'runs' / 'bare' / 'config.json'}: expected a JSON object, found a list"
-    )
-    for message, name in ((half, "half"), (packed, "packed")):
-        path = tmp_path / "runs" / name / "config.json"
-        assert message.startswith(f"left out of the report: {path}: not readable as JSON: ")
-    with pytest.raises(DataError, match=r"half/config\.json: not readable as JSON"):
-        read_runs([tmp_path / "runs" / "half"])
+    told = [message.removeprefix(f"left out of the report: {top}/") for message in caplog.messages]
+    assert told[0] == "version_1/config.json: expected a JSON object, found a list"
+    for message, number in zip(told[1:], (2, 3, 9), strict=True):
+        assert message.startswith(f"version_{number}/config.json: not readable as JSON: ")
+    with pytest.raises(DataError, match=r"version_2/config\.json: not readable as JSON"):
+        read_report_runs([top / "version_2"])
 
 
 def test_runs_are_found_below_folders_once_and_in_order(tmp_path: Path) -> None:
@@ -475,7 +450,7 @@ def test_runs_are_found_below_folders_once_and_in_order(tmp_path: Path) -> None:
     (tmp_path / "backbone" / "config.json").write_text(json.dumps({"model_type": "clip"}))
     shutil.copytree(tmp_path / "rep" / "version_9", tmp_path / "sacred" / "1")
     (tmp_path / "sacred" / "1" / "run.json").write_text("{}")
-    found = read_runs([tmp_path / "rep" / "version_10", tmp_path, tmp_path / "rep"])
+    found = read_report_runs([tmp_path / "rep" / "version_10", tmp_path, tmp_path / "rep"])
     assert [run.place for run in found] == ["rep/version_10", "rep/version_9"]
 
 
@@ -490,7 +465,7 @@ def test_equal_patterns_compare_equal() -> None:
 
 
 def test_samples_that_change_the_most_come_first(runs: Path) -> None:
-    (run,) = read_runs([runs / "mmimdb" / "rep_seed0"])
+    (run,) = read_report_runs([runs / "mmimdb" / "rep_seed0"])
     assert run.robustness is not None
     grid = sample_grid(run, run.robustness)
     test_set = TestSet()
@@ -523,7 +498,7 @@ def test_samples_that_change_the_most_come_first(runs: Path) -> None:
 
 
 def test_single_label_samples_have_one_prediction(runs: Path) -> None:
-    (run,) = read_runs([runs / "others" / "food101_seed0"])
+    (run,) = read_report_runs([runs / "others" / "food101_seed0"])
     assert run.robustness is not None
     grid = sample_grid(run, run.robustness)
     logits = TestSet("food101").logits(0)
@@ -532,6 +507,14 @@ def test_single_label_samples_have_one_prediction(runs: Path) -> None:
         number = int(logits["complete"][sample].argmax())
         assert [p.name for p in card.predictions["complete"]] == [f"dish {number:03}"] or card.id == "tt3"
         assert card.predictions["complete"][0].correct == ([f"dish {number:03}"] == card.label) or card.id == "tt3"
+
+
+def test_logits_that_are_not_there_are_missed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    TestSet().write(run)
+    (run / "robustness" / "logits.arrow").unlink()
+    part = section_of(dataset_of(run)).parts[-1]
+    assert part.grid is None and "no logits.arrow in R1" in part.missing[0].text
 
 
 @pytest.mark.parametrize("what", ["no longer", "other labels", "other ids", "damaged"])
@@ -578,7 +561,7 @@ def test_missing_pieces_are_shown_where_they_would_stand(tmp_path: Path) -> None
     for name in ("environment.json", "metrics.csv"):
         (runs / "bare_seed0" / "version_0" / name).unlink()
     out = tmp_path / "report"
-    make_report([runs], out)
+    make_report([runs], out, {})
     page, markdown = Page((out / "index.html").read_text("utf-8")).text, (out / "report.md").read_text("utf-8")
     command = f"python run.py robustness with load_path={runs}/bare_seed0/version_0/best.ckpt task_finetune_mmimdb"
     for line in (
@@ -599,15 +582,6 @@ def test_missing_pieces_are_shown_where_they_would_stand(tmp_path: Path) -> None
         assert line in page
         assert line in markdown.replace("\\", ""), line
     assert not (out / "figures").exists()
-
-
-def test_logits_that_are_not_there_are_missed(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    TestSet().write(run)
-    (run / "robustness" / "logits.arrow").unlink()
-    part = section_of(dataset_of(run)).parts[-1]
-    assert part.grid is None
-    assert [one.text for one in part.missing] == ["Samples are missing: there is no logits.arrow in R1."]
 
 
 def test_a_smaller_test_split_than_the_published_one_is_pointed_out(runs: Path) -> None:
@@ -643,7 +617,7 @@ def test_figures_are_whole_files(report: Path) -> None:
 
 
 def test_the_same_runs_give_the_same_files(runs: Path, report: Path, tmp_path: Path) -> None:
-    make_report([runs / "others", runs / "mmimdb"], tmp_path / "again")
+    make_report([runs / "others", runs / "mmimdb"], tmp_path / "again", {})
     for path in report.rglob("*"):
         if path.is_file():
             assert (tmp_path / "again" / path.relative_to(report)).read_bytes() == path.read_bytes(), path
@@ -669,48 +643,36 @@ def test_markdown_says_the_same(report: Path, page: Page) -> None:
 def test_a_report_is_replaced_and_a_foreign_folder_is_not(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     out = tmp_path / "out" / "report"
-    make_report([run], out)
+    make_report([run], out, {})
     (out / "tables" / "old.csv").write_text("of an earlier report")
-    make_report([run], out)
+    make_report([run], out, {})
     assert not (out / "tables" / "old.csv").exists() and (out / "index.html").is_file()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    make_report([run], foreign)  # empty
+    make_report([run], foreign, {})  # empty
     (foreign / "report.json").unlink()
     before = sorted(foreign.rglob("*"))
     with pytest.raises(UserError, match=r"foreign exists and was not written by `python run.py report` \(no report"):
-        make_report([run], foreign)
+        make_report([run], foreign, {})
     assert sorted(foreign.rglob("*")) == before
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file exists and was not written by .* \(a file\)"):
-        make_report([run], tmp_path / "file")
+        make_report([run], tmp_path / "file", {})
 
 
 def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = write_run(tmp_path / "run"), tmp_path / "reports" / "report"
-    make_report([run], out)
+    make_report([run], out, {})
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    written = Path.write_bytes
 
     def full(path: Path, data: bytes) -> int:
-        if path.suffix == ".csv":
-            raise OSError(28, "No space left on device")
-        return written(path, data)
+        raise OSError(28, "No space left on device")
 
-    def stuck(path: Path, target: Path) -> Path:
-        if path.name == "new":
-            raise OSError(5, "No space left on device")
-        return renamed(path, target)
-
-    renamed = Path.replace
-    for method, failing in (("write_bytes", full), ("replace", stuck)):
-        with monkeypatch.context() as patched:
-            patched.setattr(Path, method, failing)
-            patched.setattr(files, "_exchange", lambda *_: False)  # as on a system that cannot
-            with pytest.raises(DataError, match="report: cannot be written: No space left on device"):
-                make_report([run], out)
-        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-        assert [path.name for path in out.parent.iterdir()] == ["report"]
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataError, match="report: cannot be written: No space left on device"):
+        make_report([run], out, {})
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in out.parent.iterdir()] == ["report"]
 
 
 # The page
@@ -774,23 +736,21 @@ def test_texts_of_others_have_no_effect(page: Page, report: Path) -> None:
     assert {"R1", "R5"} <= {attributes.get("id", "")[-2:] for attributes in page.all("h3")}  # type: ignore[index]
 
 
-def test_hostile_class_and_option_texts_reach_no_figure_as_markup(tmp_path: Path) -> None:
+def test_texts_of_others_reach_no_figure_as_markup(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tokenizer=HOSTILE)
     write_run(tmp_path / "other", tokenizer="$\\frac{$")
-    content = TestSet().write(run)
-    text = json.dumps(content).replace(json.dumps("Drama"), json.dumps(HOSTILE))
-    (run / "robustness" / "robustness.json").write_text(text)
-    make_report([tmp_path], tmp_path / "report")
+    content = json.dumps(TestSet().write(run))
+    (run / ROBUSTNESS).write_text(content.replace(json.dumps("Drama"), json.dumps(HOSTILE)))
+    make_report([tmp_path], tmp_path / "report", {})
     html = (tmp_path / "report" / "index.html").read_text("utf-8")
     page = Page(html)
-    assert "<script" not in html and not page.all("img")
-    assert any(HOSTILE in str(drawing.get("aria-label")) for drawing in page.all("svg"))
+    assert "<script" not in html and not page.all("img") and " ".join(HOSTILE.split()) in page.text
     for path in (tmp_path / "report" / "figures").glob("*.svg"):
         ET.parse(path)
 
 
 def test_home_folders_stay_at_home(report: Path, runs: Path) -> None:
-    (run,) = read_runs([runs / "mmimdb" / "rep_seed0"])
+    (run,) = read_report_runs([runs / "mmimdb" / "rep_seed0"])
     assert run_details(run).commands[0] == (
         "Training",
         "python run.py with task_finetune_mmimdb data_root=/home/somebody/films",
@@ -806,8 +766,8 @@ def test_a_configuration_names_no_home_folder(tmp_path: Path) -> None:
     write_run(tmp_path / "a", data_root="/home/alice/films", vit="/home/alice/clip", log_dir=f"{ROOT_HOME}/result")
     write_run(tmp_path / "b", vit="/Users/alice/other")
     section = section_of(dataset_of(tmp_path))
-    runs = read_runs([tmp_path])
-    told = json.dumps(options_table(runs).rows) + "".join(run_details(run).configuration for run in runs)
+    runs = read_report_runs([tmp_path])
+    told = json.dumps(options_table(runs, DEFAULTS).rows) + "".join(run_details(run).configuration for run in runs)
     told += str(section)
     assert "~/clip" in told
     assert not re.findall(r"/home/|/Users/|/root", re.sub(r"config=\{.*?\}, environment", "", told))
@@ -830,28 +790,28 @@ ROBUSTNESS = "robustness/robustness.json"
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "found"),
     [
-        ("config.json", "{", r"config\.json: not readable as JSON: Expecting property name"),
-        ("config.json", "[]", r"config\.json: expected a JSON object, found a list"),
-        ("best.ckpt", "weights", r"best\.ckpt: not readable as a checkpoint: "),
-        ("environment.json", "", r"environment\.json: not readable as JSON"),
-        ("environment.json", '{"command": []}', r"environment\.json: not as written by run\.py: KeyError 'packages'"),
-        ("environment.json", '{"command": [], "packages": {}}', r"command: expected words, found \[\]"),
-        ("test_results.json", "nothing", r"test_results\.json: not readable as JSON"),
-        ("test_results.json", '{"task": "mmimdb"}', r"not as written by run\.py: KeyError 'samples'"),
-        ("metrics.csv", "epoch,step,train/loss\n0,0,much\n", r"metrics\.csv: line 2: .*could not convert string"),
-        ("metrics.csv", "epoch,train/loss\n0,1.0\n", r"metrics\.csv: line 2: not what a run writes: KeyError 'step'"),
-        (ROBUSTNESS, "{]", r"robustness\.json: not readable as JSON"),
-        (ROBUSTNESS, '{"format": 1}', r"robustness\.json: not as written by run\.py: KeyError 'task'"),
-        ("robustness/logits.arrow", "ARROW1", r"logits\.arrow: not readable as an arrow file"),
+        ("config.json", "{", "not readable as JSON: Expecting property name"),
+        ("config.json", "[]", "expected a JSON object, found a list"),
+        ("best.ckpt", "weights", "not readable as a checkpoint: "),
+        ("environment.json", "", "not readable as JSON"),
+        ("environment.json", '{"command": ["run.py"]}', "KeyError 'packages'"),
+        ("environment.json", '{"command": [], "packages": {}}', "command: expected words, found []"),
+        ("test_results.json", "nothing", "not readable as JSON"),
+        ("test_results.json", '{"task": "mmimdb"}', "KeyError 'metrics'"),
+        ("metrics.csv", "epoch,step,train/loss\n0,0,much\n", "line 2: not as written by run.py: could not convert"),
+        ("metrics.csv", "epoch,train/loss\n0,1.0\n", "line 2: not as written by run.py: KeyError 'step'"),
+        (ROBUSTNESS, "{]", "not readable as JSON"),
+        (ROBUSTNESS, '{"format": 1}', "KeyError 'task'"),
+        ("robustness/logits.arrow", "ARROW1", "not readable as stored logits"),
     ],
-)  # fmt: skip
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str, found: str) -> None:
     run = write_run(tmp_path / "run")
     TestSet().write(run)
-    with pytest.raises(DataError, match=message) as error:
-        make_report([broken(run, name, text)], tmp_path / "report")
+    with pytest.raises(DataError, match=re.escape(found)) as error:
+        make_report([broken(run, name, text)], tmp_path / "report", {})
     assert str(run / name) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "report").exists()
 
@@ -859,7 +819,11 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str, message: 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("config.json", {"task": "imagenet"}, "task: expected one of mmimdb, food101, hatememes, found 'imagenet'"),
+        (
+            "config.json",
+            {"task": "imagenet"},
+            "task: expected one of mmimdb, food101, hatememes, custom, found 'imagenet'",
+        ),
         (
             "config.json",
             {"missing_type": {"train": "sound", "val": "both", "test": "both"}},
@@ -867,14 +831,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str, message: 
         ),
         ("config.json", {"missing_ratio": {"train": 7}}, "expected a ratio from 0 to 1, found 7"),
         ("test_results.json", {"task": "food101"}, "results of another dataset: expected mmimdb, found 'food101'"),
-        ("test_results.json", {"samples": 31}, "expected 30 test samples, found 31"),
-        (ROBUSTNESS, {"format": 2}, "expected format 1, found 2"),
-        (ROBUSTNESS, {"task": "food101"}, "results of another dataset: expected mmimdb, found 'food101'"),
-        (ROBUSTNESS, {"checkpoint_sha256": "0" * 64}, "results of another checkpoint: expected those of best.ckpt"),
+        ("test_results.json", {"samples": 31}, "test samples: expected 30, found 31"),
+        (ROBUSTNESS, {"format": 2}, "format: expected 1, found 2"),
+        (ROBUSTNESS, {"task": "food101"}, "task: expected mmimdb, found 'food101'"),
+        (ROBUSTNESS, {"checkpoint_sha256": "0" * 64}, "results of another checkpoint than best.ckpt"),
         (ROBUSTNESS, {"metric": "accuracy"}, "metric: expected f1_macro, found 'accuracy'"),
         (ROBUSTNESS, {"class_names": ["a"]}, "class_names: expected 23, found 1"),
-        (ROBUSTNESS, {"samples": 29}, "expected the 29 samples of robustness.json, found 30"),
-        (ROBUSTNESS, {"table_seeds": [0]}, "expected 1 values per cell, one per table seed"),
+        (ROBUSTNESS, {"samples": 29}, "logits of another test set: expected 29 samples, found '30 samples'"),
+        (ROBUSTNESS, {"table_seeds": [0]}, "table_seeds: expected 1 values per cell"),
+        (
+            ROBUSTNESS,
+            {"per_class": [{"type": "complete", "class": "Drama", "f1": float("nan")}]},
+            "expected numbers in",
+        ),
         (ROBUSTNESS, {"cells": [{"missing_type": "x", "ratio": 0, "both_ratio": 0}]}, "missing_type: expected text or"),
     ],
 )
@@ -884,37 +853,27 @@ def test_results_that_do_not_belong_to_the_run(
     run = write_run(tmp_path / "run")
     TestSet().write(run)
     with pytest.raises(DataError, match=re.escape(message)) as error:
-        make_report([edited(run, name, **changes)], tmp_path / "report")
+        make_report([edited(run, name, **changes)], tmp_path / "report", {})
     assert str(run) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_numbers_that_are_none(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    content = TestSet().write(run)
-    content["by_type"]["complete"]["f1_macro"] = float("nan")
-    with pytest.raises(DataError, match=r"robustness\.json: expected a number, found nan"):
-        read_runs([broken(run, ROBUSTNESS, json.dumps(content))])
-
-
 def test_logits_that_do_not_belong_to_the_result(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    test_set = TestSet()
+    run, test_set, other = write_run(tmp_path / "run"), TestSet(), TestSet("food101")
     test_set.write(run)
     path, sha256 = run / "robustness" / "logits.arrow", sha256_of(run / "best.ckpt")
-    ids, rows, labels, logits = test_set.ids, test_set.rows, test_set.labels, test_set.logits(0)
-    other = TestSet("food101")
-    write_logits(path, "food101", sha256, other.ids, other.rows, other.labels, other.logits(0))
-    with pytest.raises(DataError, match=r"logits\.arrow: results of another dataset: expected mmimdb, found 'food101'"):
-        read_runs([run])
-    write_logits(path, "mmimdb", "0" * 64, ids, rows, labels, logits)
-    with pytest.raises(DataError, match=r"logits\.arrow: logits of another checkpoint"):
-        read_runs([run])
+    logits = test_set.logits(0)
+    ours, theirs = ((one.ids, one.rows, one.labels) for one in (test_set, other))
     narrow = {name: values[:, :20] for name, values in logits.items()}
-    write_logits(path, "mmimdb", sha256, ids, rows, labels, narrow)
-    with pytest.raises(DataError, match=r"logits\.arrow: column logits_complete: expected lists of 23"):
-        read_runs([run])
-    write_logits(path, "mmimdb", sha256, ids, rows, labels, logits)
-    assert len(read_runs([run])) == 1
+    for task, digest, samples, values, found in (
+        ("food101", sha256, theirs, other.logits(0), "expected stored logits, with the columns .*found"),
+        ("mmimdb", "0" * 64, ours, logits, "logits of another checkpoint"),
+        ("mmimdb", sha256, ours, narrow, "row 0: column logits_complete: expected 23"),
+    ):
+        write_logits(path, task, digest, *samples, values)
+        with pytest.raises(DataError, match=rf"logits\.arrow: {found}"):
+            read_report_runs([run])
+    write_logits(path, "mmimdb", sha256, *ours, logits)
+    assert len(read_report_runs([run])) == 1
 
 
 def test_results_on_another_test_set_do_not_mix(tmp_path: Path) -> None:
@@ -927,8 +886,8 @@ def test_results_on_another_test_set_do_not_mix(tmp_path: Path) -> None:
         b / "robustness" / "logits.arrow", "mmimdb", sha256_of(b / "best.ckpt"), others, test_set.rows,
         test_set.labels, test_set.logits(0),
     )  # fmt: skip
-    with pytest.raises(DataError, match=r"b/robustness/logits\.arrow: logits of another dataset than .*a has"):
-        read_runs([tmp_path])
+    with pytest.raises(DataError, match=r"b: results on another dataset than .*a, with other ids or labels"):
+        read_report_runs([tmp_path])
 
 
 def test_folders_without_runs(tmp_path: Path) -> None:
@@ -936,9 +895,9 @@ def test_folders_without_runs(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name, found in (("empty", "no run"), ("absent", "no such folder"), ("file", "a file")):
         with pytest.raises(ConfigError, match=rf"runs=.*{name}: expected a run folder .*found {found}$"):
-            make_report([tmp_path / name], tmp_path / "report")
+            make_report([tmp_path / name], tmp_path / "report", {})
     with pytest.raises(ConfigError, match="runs: expected run folders"):
-        make_report([], tmp_path / "report")
+        make_report([], tmp_path / "report", {})
 
 
 # Texts
@@ -959,11 +918,11 @@ def test_a_real_run(workspace: Workspace, tmp_path: Path) -> None:
     command = workspace.command(f"vit={workspace.backbone}", "exp_name=reported", "max_epoch=1")
     assert command_line(command) == 0
     folder = workspace.results / "reported_seed0" / "version_0"
-    page = Page(make_report([folder], tmp_path / "report").read_text("utf-8")).text
+    page = Page(make_report([folder], tmp_path / "report", {}).read_text("utf-8")).text
     results = json.loads((folder / "test_results.json").read_text())
     assert f"{100 * results['metrics']['f1_macro']:.2f}" in page
-    (run,) = read_runs([folder])
-    assert isinstance(run, Run) and run.curves is not None and {"train/loss", "val/f1_macro"} <= set(run.curves)
+    (run,) = read_report_runs([folder])
+    assert {"train/loss", "val/f1_macro"} <= set(run.run.curves)
     assert results["missing_pattern"]["ratio"] == 0.7 and "70 % missing, both" in page
     assert f"python {Path(run.environment['command'][0]).name}" in page if run.environment else False
     assert {"torch", "GPUs", "commit"} <= set(page.split())

@@ -2,27 +2,32 @@
 
 import csv
 import json
-import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState, create_trial
 
 import sweep.launchers
 from report import make_report
-from report.collect import read_runs
-from report.search_section import all_table, best_so_far, best_table, history, scatter, search_section, training_command
-from report.searches import Search, read_searches
+from report.results import read_report_runs
+from report.search import Search, best_table, read_searches, search_section, training_command
 from run import command_line
 from sweep.jobs import Job, Outcome
+from sweep.search import open_study
 from tests.conftest import Workspace
 from tests.report_files import write_run
 
-SPACE = {"learning_rate": [0.0001, 0.1], "memory_length": [12, 24], "weight_decay": [0, 0.1]}
+SPACE = {
+    "learning_rate": FloatDistribution(1e-4, 0.1, log=True),
+    "memory_length": CategoricalDistribution([12, 24]),
+    "weight_decay": FloatDistribution(0, 0.1),
+}
 TRIALS: list[tuple[Any, ...]] = [
     (0, "complete", 0.01, 12, 0.05, 0.31),
     (1, "failed", 0.1, 24, 0.0, ""),
@@ -30,35 +35,39 @@ TRIALS: list[tuple[Any, ...]] = [
     (3, "complete", 0.001, 24, 0.1, 0.42),
     (4, "complete", 0.0123456, 12, 0.02, 0.4),
 ]
-"""As search.csv has them; trial 3 has the values of trial 2, and so its run."""
+"""Number, state, values and score; trial 3 has the values of trial 2, and so its run."""
 
 
-def write_search(folder: Path) -> Path:
-    """A search of made-up scores, without Optuna's journal."""
-    lines: list[list[Any]] = [["number", "state", *SPACE, "val/f1_macro", "folder"]]
-    for number, state, *values, score in TRIALS:
-        of = 2 if number == 3 else number
-        run = folder / f"{folder.name}_trial_{of}_seed0" / "version_0"
-        if not run.exists():
-            given = dict(zip(SPACE, values, strict=True))
-            write_run(run, tested=None, exp_name=run.parent.name, test_after_fit=False, **given)
-            environment = json.loads((run / "environment.json").read_text())
-            environment["command"] += [f"{name}={value}" for name, value in given.items()]
-            environment["command"] += [
-                f"exp_name={folder.name}_trial_{of}",
-                f"log_dir={folder}",
-                "test_after_fit=False",
-            ]
-            (run / "environment.json").write_text(json.dumps(environment))
-        lines.append([number, state, *values, score, run])
-    with (folder / "search.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(lines)
-    (folder / "sweep.json").write_text(json.dumps({"format": 1, "grid": None, "options": {"search": SPACE}}))
+def write_search(folder: Path, trials: Sequence[tuple[Any, ...]] = TRIALS) -> Path:
+    """A search of made-up scores."""
+    folder.mkdir(parents=True)
+    study = open_study(folder / "optuna.journal", folder.name)
+    for number, state, *values, score in trials:
+        given = dict(zip(SPACE, values, strict=True))
+        failed = state == "failed"
+        study.add_trial(
+            create_trial(
+                params=given,
+                distributions=SPACE,
+                value=None if failed else score,
+                state=TrialState.FAIL if failed else TrialState.COMPLETE,
+            )
+        )
+        name = f"{folder.name}_trial_{number}"
+        if number == 3:
+            continue
+        run = write_run(
+            folder / f"{name}_seed0" / "version_0", tested=None, exp_name=name, test_after_fit=False, **given
+        )
+        environment = json.loads((run / "environment.json").read_text())
+        environment["command"] += [f"{option}={value}" for option, value in given.items()]
+        environment["command"] += [f"exp_name={name}", f"log_dir={folder}", "test_after_fit=False"]
+        (run / "environment.json").write_text(json.dumps(environment))
     return folder
 
 
 def search_of(*folders: Path) -> Search:
-    [search] = read_searches(folders, read_runs(folders))
+    [search] = read_searches(folders, read_report_runs(folders))
     return search
 
 
@@ -87,7 +96,7 @@ def real(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_a_real_search_is_told_of(real: Path, tmp_path: Path) -> None:
-    make_report([real], tmp_path / "report")
+    make_report([real], tmp_path / "report", {})
     page = (tmp_path / "report" / "report.md").read_text()
     assert "# Robustness to missing modalities: MM-IMDb and Search" not in page
     with (real / "s" / "search.csv").open() as file:
@@ -113,20 +122,19 @@ def test_a_real_search_is_told_of(real: Path, tmp_path: Path) -> None:
 
 def test_the_command_of_the_best_values_gives_the_score_again(real: Path) -> None:
     search = search_of(real / "s")
-    best, score = search.ranked[0]
+    best = search.ranked[0]
     command = training_command(search, best)
     assert command is not None
     assert command_line(shlex.split(command)[1:]) == 0
     result = json.loads((real / "s_best_seed0" / "version_0" / "test_results.json").read_text())
     assert result["missing"]
-    [run] = read_runs([real / "s_best_seed0"])
-    assert run.curves is not None
-    assert max(value for _, value in run.curves["val/f1_macro"]) == pytest.approx(score, rel=1e-6)
+    [run] = read_report_runs([real / "s_best_seed0"])
+    assert run.run.best_validation == pytest.approx(best.value, rel=1e-6)
     shutil.rmtree(real / "s_best_seed0")
 
 
 def test_trials_are_neither_lines_of_curves_nor_columns(real: Path, tmp_path: Path) -> None:
-    make_report([real], tmp_path / "report")
+    make_report([real], tmp_path / "report", {})
     with (tmp_path / "report" / "tables" / "runs.csv").open() as file:
         kinds = [row["kind"] for row in csv.DictReader(file)]
     assert sorted(kinds) == ["training", *["trial"] * 4]
@@ -137,7 +145,7 @@ def test_trials_are_neither_lines_of_curves_nor_columns(real: Path, tmp_path: Pa
 
 
 def test_a_folder_with_nothing_but_a_search(tmp_path: Path) -> None:
-    make_report([write_search(tmp_path / "s")], tmp_path / "report")
+    make_report([write_search(tmp_path / "s")], tmp_path / "report", {})
     page = (tmp_path / "report" / "report.md").read_text()
     assert page.startswith("# Search s (MM-IMDb)\n")
     assert "test\\_results.json" not in page, "the test split has no part in a search"
@@ -150,9 +158,11 @@ def test_the_best_trials_have_each_values_once(tmp_path: Path) -> None:
         ["4", "complete", "0.01235", "12", "0.02", "40.00", "R4"],
         ["0", "complete", "0.01", "12", "0.05", "31.00", "R1"],
     ]
-    assert [row[:2] for row in all_table(search, "x").rows] == [list(trial[:2]) for trial in TRIALS]
-    assert all_table(search, "x").shown()[3][-1] == "R3", "of the same values, and so of the same run"
-    told = search_section(search, 1).summary
+    section = search_section(search, 1)
+    [table] = section.parts[0].folded_tables
+    assert [row[:2] for row in table.rows] == [list(trial[:2]) for trial in TRIALS]
+    assert table.shown()[3][-1] == "R3", "of the same values, and so of the same run"
+    told = section.summary
     assert told.startswith(
         "5 trials (4 complete, 1 failed). The best, trial 2 (R3), reaches a validation F1-macro of 42.00"
     )
@@ -161,27 +171,19 @@ def test_the_best_trials_have_each_values_once(tmp_path: Path) -> None:
 
 def test_a_single_run_of_a_search_brings_no_section(tmp_path: Path) -> None:
     folder = write_search(tmp_path / "s")
-    assert read_searches([run := folder / "s_trial_0_seed0"], read_runs([run])) == []
+    assert read_searches([run := folder / "s_trial_0_seed0"], read_report_runs([run])) == []
 
 
 def test_a_grid_is_no_search(tmp_path: Path) -> None:
     write_run(tmp_path / "g" / "g_both_0.7_seed0" / "version_0")
     (tmp_path / "g" / "sweep.json").write_text(json.dumps({"format": 1, "grid": {}, "options": {"search": {}}}))
-    assert read_searches([tmp_path], read_runs([tmp_path])) == []
+    assert read_searches([tmp_path], read_report_runs([tmp_path])) == []
 
 
-def test_the_best_so_far() -> None:
-    assert best_so_far([0.3, 0.2, 0.5, 0.4]) == [0.3, 0.3, 0.5, 0.5]
-    assert best_so_far([]) == []
-
-
-def test_figures_say_what_they_show(tmp_path: Path) -> None:
-    search = search_of(write_search(tmp_path / "s"))
-    assert search.scales == {"learning_rate": "log", "memory_length": "choices", "weight_decay": "linear"}
-    shown = scatter(search, "x")
-    assert "On a logarithmic axis, as they were drawn: learning_rate." in shown.caption
-    assert shown.alt.endswith("The best: 42.00 % with learning_rate=0.001, memory_length=24 and weight_decay=0.1.")
-    assert "rises from 31.00 % in trial 0 to 42.00 %" in history(search, "x").alt
+def test_options_drawn_log_uniformly_have_a_logarithmic_axis(tmp_path: Path) -> None:
+    section = search_section(search_of(write_search(tmp_path / "s")), 1)
+    [figure] = section.parts[2].figures
+    assert "On a logarithmic axis, as they were drawn: learning_rate." in figure.caption
 
 
 def test_the_command_drops_what_is_the_trials_own(tmp_path: Path) -> None:
@@ -192,128 +194,42 @@ def test_the_command_drops_what_is_the_trials_own(tmp_path: Path) -> None:
     )
 
 
-def test_texts_of_a_search_have_no_effect(tmp_path: Path) -> None:
-    folder = write_search(tmp_path / "s")
-    path = folder / "search.csv"
-    path.write_text(path.read_text().replace("weight_decay", "<script>$x$ |").replace(",0.05,", ",<img src=x>,"))
-    make_report([folder], tmp_path / "report")
-    html, page = ((tmp_path / "report" / name).read_text() for name in ("index.html", "report.md"))
-    assert "&lt;script&gt;$x$ |" in html and "&lt;img src=x&gt;" in html
-    for text in (html, page):
-        assert "<script" not in text and "<img src=x" not in text
-
-
 # What is missing
 
-
-def no_csv(folder: Path) -> None:
-    (folder / "search.csv").unlink()
+NO_TRIALS = ("The trials are missing", "The history is missing", "The scores are missing", "The command is missing")
 
 
-def cut_csv(folder: Path) -> None:
-    path = folder / "search.csv"
-    path.write_text(path.read_text().replace("0.42,", "0.42 %,"))
+@pytest.mark.parametrize("journal", [None, "no journal\n{}\n"])
+def test_a_search_without_a_journal_that_can_be_read(tmp_path: Path, journal: str | None) -> None:
+    folder = write_search(tmp_path / "s")
+    (folder / "search.csv").touch()  # by which the folder is still one of a search
+    (folder / "optuna.journal").unlink()
+    if journal is not None:
+        (folder / "optuna.journal").write_text(journal)
+    section = search_section(search_of(folder), 1)
+    missing = [one.text for part in section.parts for one in part.missing]
+    assert [text for text in missing if text.startswith(NO_TRIALS)] == [missing[i] for i in (0, 1, 2, 4)]
+    assert "optuna.journal: " + ("is not there" if journal is None else "not readable") in missing[0]
+    make_report([folder], tmp_path / "report", {})
+    assert (tmp_path / "report" / "index.html").read_text().count('class="missing"') >= len(missing)
+    assert not (tmp_path / "report" / "figures").exists()
 
 
-def other_csv(folder: Path) -> None:
-    (folder / "search.csv").write_text("a,b\n1,2\n")
-
-
-def short_csv(folder: Path) -> None:
-    with (folder / "search.csv").open("a") as file:
-        file.write("5,complete\n")
-
-
-def endless_csv(folder: Path) -> None:
-    path = folder / "search.csv"
-    path.write_text(path.read_text().replace("0.42,", "inf,"))
-
-
-def binary_csv(folder: Path) -> None:
-    (folder / "search.csv").write_bytes(b"\xff\xfe\x00")
-
-
-def no_record(folder: Path) -> None:
-    (folder / "sweep.json").unlink()
-
-
-def cut_record(folder: Path) -> None:
-    (folder / "sweep.json").write_text('{"format": 1')
-
-
-def other_record(folder: Path) -> None:
-    (folder / "sweep.json").write_text('{"options": {"search": [1]}}')
-
-
-def record_without_an_option(folder: Path) -> None:
-    (folder / "sweep.json").write_text('{"options": {"search": {"learning_rate": [0.1, 1]}}}')
-
-
-def damaged_journal(folder: Path) -> None:
-    (folder / "optuna.journal").write_text("no journal\n{}\n")
-
-
-def no_environment(folder: Path) -> None:
+def test_the_command_is_missing_where_the_run_does_not_say_its_own(tmp_path: Path) -> None:
+    folder = write_search(tmp_path / "s")
     (folder / "s_trial_2_seed0" / "version_0" / "environment.json").unlink()
-
-
-NO_TRIALS = ["The trials are missing", "The history is missing", "The scores are missing", "The command is missing"]
-LINEAR = "Which options were drawn log-uniformly is missing: sweep.json: "
+    part = search_section(search_of(folder), 1).parts[-1]
+    assert part.commands == [] and "environment.json" in part.missing[0].text
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
-    [
-        (no_csv, [*NO_TRIALS, "search.csv: is not there"]),
-        (
-            cut_csv,
-            [*NO_TRIALS, "search.csv: line 4: not as a search writes it: could not convert string to float: '0.42 %'"],
-        ),
-        (other_csv, [*NO_TRIALS, "search.csv: line 1: not as a search writes it: expected the columns number, state"]),
-        (short_csv, [*NO_TRIALS, "search.csv: line 7: not as a search writes it: expected a value in each column"]),
-        (endless_csv, [*NO_TRIALS, "search.csv: line 4: not as a search writes it: val/f1_macro: expected a number"]),
-        (binary_csv, [*NO_TRIALS, "search.csv: not readable: "]),
-        (no_record, [f"{LINEAR}is not there"]),
-        (cut_record, [f"{LINEAR}not readable as JSON"]),
-        (other_record, [f"{LINEAR}not as a search writes it"]),
-        (record_without_an_option, [f"{LINEAR}the values of memory_length are not as a search writes them"]),
-        (damaged_journal, ["Importances are missing: optuna.journal: not readable as Optuna's journal: "]),
-        (no_environment, ["The command is missing"]),
-    ],
+    ("trials", "told"), [(TRIALS[:1], "at least 4 complete trials, found 1"), (TRIALS[1:2], "1 trial (1 failed)")]
 )
-def test_what_is_missing_stands_where_it_would(tmp_path: Path, damage: Callable[[Path], None], told: list[str]) -> None:
-    folder = write_search(tmp_path / "s")
-    damage(folder)
-    (folder / "optuna.journal").touch()  # by which the folder is still one of a search
-    section = search_section(search_of(folder), 1)
-    missing = [one.text for part in section.parts for one in part.missing]
-    for text in told:
-        assert any(text in one for one in missing), missing
-    assert len(missing) == len({text.partition(":")[0] for text in missing}), "each is told once"
-    make_report([folder], tmp_path / "report")
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert page.count('class="missing"') >= len(missing)
-    figures = {path.stem for path in (tmp_path / "report" / "figures").glob("search_1_*.png")}
-    assert figures == (set() if NO_TRIALS[0] in told else {"search_1_history", "search_1_options"})
-
-
-def test_importances_take_some_trials(real: Path, tmp_path: Path) -> None:
-    folder = write_search(tmp_path / "s")
-    journal = (real / "s" / "optuna.journal").read_text().splitlines(keepends=True)
-    score = next(number for number, line in enumerate(journal) if re.search(r'"values":\s*\[', line))
-    (folder / "optuna.journal").write_text("".join(journal[: score + 1]))
-    search = search_of(folder)
-    assert search.missing == {"importances": "optuna.journal: importances take at least 4 complete trials, found 1"}
-
-
-def test_a_search_without_a_complete_trial(tmp_path: Path) -> None:
-    folder = write_search(tmp_path / "s")
-    lines = (folder / "search.csv").read_text().splitlines(keepends=True)
-    (folder / "search.csv").write_text(lines[0] + lines[2])
-    section = search_section(search_of(folder), 1)
-    assert section.summary == "Results are missing: 1 trial (1 failed)."
-    assert [len(part.figures) for part in section.parts] == [0] * 5
-    make_report([folder], tmp_path / "report")
+def test_a_search_of_few_trials(tmp_path: Path, trials: Sequence[tuple[Any, ...]], told: str) -> None:
+    section = search_section(search_of(write_search(tmp_path / "s", trials)), 1)
+    assert told in " ".join([section.summary, *(one.text for part in section.parts for one in part.missing)])
+    assert [len(part.figures) for part in section.parts] == [0, *[trials[0][1] == "complete"] * 2, 0, 0]
+    make_report([tmp_path / "s"], tmp_path / "report", {})
 
 
 def test_reading_leaves_the_folder_as_it_was(real: Path) -> None:

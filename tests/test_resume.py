@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-import run
 from clip import checkpoint_file
+from clip.callbacks import Checkpoints
 from clip.checkpoint_file import check_whole, write_checkpoint
 from clip.resume import Progress, find_progress
 from common.errors import CheckpointError, StorageError
@@ -37,7 +37,7 @@ class Killed(BaseException):
 
 def interrupt(command: list[str], monkeypatch: pytest.MonkeyPatch, checkpoints: int) -> None:
     """Runs `command` until it has written `checkpoints`, and no further."""
-    save, written = run.Checkpoints._write_last, 0
+    save, written = Checkpoints._write_last, 0
 
     def save_and_end(self: Any, trainer: Any) -> None:
         nonlocal written
@@ -47,7 +47,7 @@ def interrupt(command: list[str], monkeypatch: pytest.MonkeyPatch, checkpoints: 
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Checkpoints, "_write_last", save_and_end)
+        patch.setattr(Checkpoints, "_write_last", save_and_end)
         with pytest.raises(Killed):
             command_line(command)
 
@@ -170,7 +170,7 @@ def test_a_warm_start_is_the_start_of_a_run_and_not_of_its_resumption(
 def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one begins and ends while the first one trains."""
     command = [option for option in auto(workspace, "twice") if option != "resume_from=auto"]
-    save, started = run.Checkpoints._write_last, False
+    save, started = Checkpoints._write_last, False
 
     def start_another(self: Any, trainer: Any) -> None:
         nonlocal started
@@ -179,7 +179,7 @@ def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monk
             started = True
             assert command_line(command) == 0
 
-    monkeypatch.setattr(run.Checkpoints, "_write_last", start_another)
+    monkeypatch.setattr(Checkpoints, "_write_last", start_another)
     assert command_line(command) == 0
     one, other = (folder_of(workspace, "twice", version) for version in (0, 1))
     assert {path.name for path in one.parent.iterdir()} == {"version_0", "version_1"}
@@ -258,7 +258,7 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_later(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, n_bytes: int
 ) -> None:
     name = f"full_{what.partition('.')[0]}"
-    command, save, written = auto(workspace, name), run.Checkpoints._write_last, 0
+    command, save, written = auto(workspace, name), Checkpoints._write_last, 0
     limit = files_up_to(n_bytes)
 
     def save_and_fill(self: Any, trainer: Any) -> None:
@@ -269,7 +269,7 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_later(
             limit.__enter__()
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Checkpoints, "_write_last", save_and_fill)
+        patch.setattr(Checkpoints, "_write_last", save_and_fill)
         try:
             status = command_line(command)
         finally:

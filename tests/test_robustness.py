@@ -14,9 +14,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-import run
+from clip.checkpoint import read_checkpoint
 from clip.logit_store import LOGIT_COLUMNS, LogitModule, LogitStore
+from clip.tasks import TASKS
 from run import command_line
+from runs import evaluation
 from tests.conftest import Workspace
 from tests.test_run import in_processes
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -92,8 +94,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the model was touched")
 
-    for name in ("load_backbone", "restore_classifier", "make_trainer"):
-        monkeypatch.setattr(run, name, fail)
+    for name in ("open_model", "make_trainer"):
+        monkeypatch.setattr(evaluation, name, fail)
 
 
 def test_every_cell_is_what_test_only_gives(workspace: Workspace, fresh: Path, tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_the_files_agree_with_the_stored_logits(workspace: Workspace, fresh: Pat
     assert results["class_names"] == list(DATASETS["mmimdb"].class_names or ())
     logits = [torch.tensor(table[name]) for name in LOGIT_COLUMNS]
     labels, rows = torch.tensor(table["label"]), table["row"]
-    metrics = run.TASKS["mmimdb"].metrics
+    metrics = TASKS["mmimdb"].metrics
     kinds = [("text", 0.5), ("image", 0.5), ("both", 0.5), ("both", 0.2)]  # both_ratio given for `both` alone
     assert [(cell["missing_type"], cell["both_ratio"], cell["ratio"]) for cell in results["cells"]] == [
         (kind, both_ratio, ratio) for kind, both_ratio in kinds for ratio in (0.0, 0.3, 1.0)
@@ -251,18 +253,18 @@ def test_parts_of_another_checkpoint_are_not_used(workspace: Workspace, fresh: P
 
     command = robustness_command(workspace, f"load_path={fresh / 'best.ckpt'}", *QUICK)
     with monkeypatch.context() as patch:
-        patch.setattr(LogitStore, "_join_parts", stop)
+        patch.setattr(LogitStore, "load", stop)
         assert command_line(command) == 130
     part = fresh / "robustness" / "logits_complete.part.arrow"
     part.write_bytes(part.read_bytes()[:-200])
     with monkeypatch.context() as patch:
-        patch.setattr(LogitStore, "_join_parts", stop)
+        patch.setattr(LogitStore, "load", stop)
         assert command_line(command) == 130
     said = capsys.readouterr().err
     assert f"{part}: not readable as stored logits" in said and "needs encodings: complete\n" in said
     with monkeypatch.context() as patch:  # all three parts are there: nothing is left to encode
         no_model(patch)
-        patch.setattr(LogitStore, "_join_parts", stop)
+        patch.setattr(LogitStore, "load", stop)
         assert command_line(command) == 130
     capsys.readouterr()
     draw_head(fresh / "best.ckpt", "mmimdb", seed=1)
@@ -279,12 +281,12 @@ def test_a_store_of_another_checkpoint_is_refused_or_made_anew(
     robustness(workspace, f"load_path={best}", *QUICK)
     old = results_of(fresh)
     draw_head(best, "mmimdb", seed=1)
-    new_sha256 = run.read_checkpoint(best).sha256
+    new_sha256 = read_checkpoint(best).sha256
     capsys.readouterr()
     robustness(workspace, f"load_path={best}", *QUICK, status=2)
     assert error_of(capsys) == (
         f"error: {fresh / 'robustness' / 'logits.arrow'}: stored logits of another checkpoint (sha256): expected "
-        f"{new_sha256[:12]}…, found {old['checkpoint_sha256'][:12]}…; robustness_anew=True makes them anew"
+        f"{new_sha256[:12]}…, found {old['checkpoint_sha256'][:12]}…; robustness_anew=True replaces them"
     )
     assert results_of(fresh) == old
     robustness(workspace, f"load_path={best}", *QUICK, "robustness_anew=True")
@@ -349,7 +351,7 @@ def test_a_damaged_or_foreign_store_is_refused(
     error = error_of(capsys)
     assert error.startswith(f"error: {encoded / 'robustness' / 'logits.arrow'}: ")
     assert message.format(arrow=workspace.arrow / "mmimdb_test.arrow") in error
-    assert error.endswith("; robustness_anew=True makes them anew")
+    assert error.endswith("; robustness_anew=True replaces them")
 
 
 @pytest.fixture(scope="module")
@@ -365,30 +367,17 @@ def encoded(encoded_once: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(encoded_once, tmp_path / "encoded" / "version_0"))
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_new_results_take_the_place_of_all_old_ones_and_of_nothing_else(
-    workspace: Workspace, encoded: Path, monkeypatch: pytest.MonkeyPatch, links: bool
-) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
+def test_new_results_replace_all_old_ones_and_nothing_else(workspace: Workspace, encoded: Path) -> None:
     folder = encoded / "robustness"
     (folder / "roc.csv").write_text("of another dataset")
-    (folder / "logits_complete.part.arrow").write_text("of a run that was killed when it had put them together")
+    (folder / "logits_complete.part.arrow").write_text("of a run that was killed when it had joined them")
     (folder / "mine").mkdir()
-    (folder / "mine" / "cells.txt").write_text("kept")
     logits = (folder / "logits.arrow").stat()
-    if not links:
-        monkeypatch.setattr("os.link", refuse)
     robustness(workspace, f"load_path={encoded / 'best.ckpt'}", "robustness_ratios=[0.5]", "bootstrap=0")
     names = {"logits.arrow", "robustness.json", "cells.csv", "matrix.csv", "per_class.csv", "mine"}
     assert {path.name for path in folder.iterdir()} == names
-    assert (folder / "mine" / "cells.txt").read_text() == "kept"
     assert len(results_of(encoded)["cells"]) == len(table_of(encoded, "matrix.csv")) == 3
-    now = (folder / "logits.arrow").stat()
-    assert (now.st_size, now.st_mtime_ns) == (logits.st_size, logits.st_mtime_ns)
-    assert (now.st_ino == logits.st_ino) == links
-    assert not [path for path in encoded.iterdir() if path.name.startswith(".")]
+    assert (folder / "logits.arrow").stat().st_mtime_ns == logits.st_mtime_ns
 
 
 def test_another_test_set_precision_or_tokenizer_is_refused(
@@ -411,43 +400,54 @@ def test_another_test_set_precision_or_tokenizer_is_refused(
     robustness(workspace, best, f"data_root={moved}", *QUICK)  # the same file in another place
 
 
-def test_several_checkpoints_become_mean_and_deviation_and_columns(
+def test_runs_that_differ_in_their_seed_alone_are_one_column(
     workspace: Workspace, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Others are columns of their own, also of the same name; a resumed run counts once."""
     folders = {}
-    for name, seed, method in (("robust", 0, "rep"), ("robust", 1, "rep"), ("other", 4, "mmp")):
-        folder = Path(shutil.copytree(encoded, tmp_path / "runs" / f"{name}_seed{seed}" / "version_0"))
+    described: dict[str, dict[str, Any]] = {
+        "robust_seed0/version_0": {"exp_name": "robust", "seed": 0},
+        "robust_seed0/version_1": {
+            "exp_name": "robust",
+            "seed": 0,
+            "resume_from": "x/robust_seed0/version_0/last.ckpt",
+        },
+        "robust_seed1/version_0": {"exp_name": "robust", "seed": 1, "num_workers": 1},
+        "robust_seed3/version_0": {"exp_name": "robust", "seed": 3, "weight_decay": 0.5},
+        "other_seed4/version_0": {"exp_name": "other", "seed": 4, "prompt_type": "mmp"},
+    }
+    for name, options in described.items():
+        folder = Path(shutil.copytree(encoded, tmp_path / "runs" / name))
         shutil.rmtree(folder / "robustness")
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(
-            json.dumps(config | {"exp_name": name, "seed": seed, "prompt_type": method})
-        )
-        draw_head(folder / "best.ckpt", "mmimdb", seed)
-        folders[seed] = folder
+        (folder / "config.json").write_text(json.dumps(config | options))
+        draw_head(folder / "best.ckpt", "mmimdb", options["seed"])
+        folders[options["seed"]] = folder
     unfinished = tmp_path / "runs" / "robust_seed2" / "version_0"
     unfinished.mkdir(parents=True)
-    shutil.copy(folders[0] / "config.json", unfinished)
+    shutil.copy(folders[3] / "config.json", unfinished)
     capsys.readouterr()
     robustness(workspace, f"load_path={tmp_path / 'runs'}", *QUICK)
     said = capsys.readouterr()
     assert f"without a checkpoint, and left out: {unfinished}\n" in said.err
+    assert not (folders[0].parent / "version_0" / "robustness").exists(), "its training went on in version_1"
     results = {seed: results_of(folder) for seed, folder in folders.items()}
-    assert [results[seed]["train_seed"] for seed in results] == [0, 1, 4]
-    assert results[4]["method"] == "mmp"
-    lines = said.out.splitlines()
-    place = lines.index(next(line for line in lines if line.split()[:1] == ["method"]))
-    assert lines[place].split() == ["method", "mmp", "rep"]
-    assert lines[place + 1].split() == ["name", "other", "robust"]
-    assert lines[place + 2].split() == ["trained", "at", "70", "%", "both", "70", "%", "both"]
-    assert lines[place + 3].split() == ["seeds", "4", "0,", "1"]
+    assert {seed: found["train_seed"] for seed, found in results.items()} == {seed: seed for seed in folders}
+    lines = [re.split(r"\s{2,}", line.strip()) for line in said.out.splitlines()]
+    place = next(number for number, cells in enumerate(lines) if cells[0] == "method")
+    assert lines[place] == ["method", "mmp", "rep weight_decay=0.02", "rep weight_decay=0.5"]
+    assert lines[place + 2 : place + 5] == [
+        ["name", "other", "robust", "robust"],
+        ["trained at", *["70 % both"] * 3],
+        ["seeds", "4", "0, 1", "3"],
+    ]
     expected = []
     for number, cell in enumerate(results[0]["cells"]):
         means = {seed: found["cells"][number]["metrics"]["f1_macro"]["mean"] for seed, found in results.items()}
         both = [means[0], means[1]]
-        figures = f"{means[4]:.4f} {statistics.fmean(both):.4f} ± {statistics.stdev(both):.4f}"
-        expected.append(f"{100 * cell['ratio']:g} % {figures}")
-    shown = [" ".join(found[0].split()) for line in lines[place + 4 :] if (found := re.search(r"\d+ %.*", line))]
-    assert shown == expected
+        spread = f"{statistics.fmean(both):.4f} ± {statistics.stdev(both):.4f}"
+        expected.append([f"{100 * cell['ratio']:g} %", f"{means[4]:.4f}", spread, f"{means[3]:.4f}"])
+    assert [cells[-4:] for cells in lines[place + 5 :] if len(cells) >= 4] == expected
 
 
 def test_the_matrix_of_one_checkpoint(
@@ -456,23 +456,22 @@ def test_the_matrix_of_one_checkpoint(
     no_model(monkeypatch)
     robustness(workspace, f"load_path={encoded / 'best.ckpt'}", *QUICK, "robustness_both_ratios=[0.2,0.5]")
     results = results_of(encoded)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith(f"robustness of {encoded / 'best.ckpt'} (sha256 {results['checkpoint_sha256'][:12]})")
-    assert lines[2].endswith(f"{results['samples']} samples; f1_macro, mean ± std of 2 missing tables (seeds 0, 1)")
-    assert lines[4].split() == ["missing", "text", "image", "both", "0.2", "both", "0.5"]
+    said = capsys.readouterr().out
+    assert f"robustness of {encoded / 'best.ckpt'} (sha256 {results['checkpoint_sha256'][:12]})" in said
+    assert f"{results['samples']} samples; f1_macro, mean ± std of 2 missing tables (seeds 0, 1)" in said
+    lines = [re.split(r"\s{2,}", line.strip()) for line in said.splitlines()]
+    place = lines.index(["missing", "text", "image", "both 0.2", "both 0.5"])
     figures = {
         (cell["missing_type"], cell["both_ratio"], cell["ratio"]): cell["metrics"]["f1_macro"]
         for cell in results["cells"]
     }
     kinds = (("text", 0.5), ("image", 0.5), ("both", 0.2), ("both", 0.5))
-    for line, ratio in zip(lines[5:7], (0.0, 0.5), strict=True):
+    for line, ratio in zip(lines[place + 2 : place + 4], (0.0, 0.5), strict=True):
         cells = [figures[(*kind, ratio)] for kind in kinds]
-        shown = [f"{cell['mean']:.4f} ± {cell['std']:.4f}" for cell in cells]
-        assert " ".join(line.split()) == " ".join([f"{100 * ratio:g} %", *shown])
-    assert len({len(line) for line in lines[4:7]}) == 1, "columns end in one line"
+        assert line == [f"{100 * ratio:g} %", *(f"{cell['mean']:.4f} ± {cell['std']:.4f}" for cell in cells)]
     low, high = results["confidence"]["text missing"]["f1_macro"]
     value = results["by_type"]["text missing"]["f1_macro"]
-    assert lines[10].split() == ["text", "missing", f"{value:.4f}", f"{low:.4f}", "to", f"{high:.4f}"]
+    assert ["text missing", f"{value:.4f}", f"{low:.4f} to {high:.4f}"] in lines
 
 
 def test_checkpoints_of_different_datasets_or_test_sets(

@@ -11,17 +11,18 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import pytorch_lightning as pl
 import torch
 
-import run
 from clip.backbone import load_backbone
+from clip.callbacks import Checkpoints
 from clip.checkpoint import ModelSpec, read_checkpoint, restore_classifier
 from clip.modules.method import MethodOptions
 from clip.training import FinetuneModule
 from common.errors import NonFiniteLossError
 from run import command_line
 from tests.conftest import Workspace
-from tests.models import TINY, tiny_classifier
+from tests.models import TINY, published_state, tiny_classifier
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,7 +201,7 @@ def test_warm_start_takes_the_memory_and_with_finetune_first_the_head(
         started.append({name: value.clone() for name, value in module.classifier.state_dict().items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.pl.Trainer, "fit", keep_start)
+    monkeypatch.setattr(pl.Trainer, "fit", keep_start)
     base = workspace.command(f"vit={workspace.backbone}", f"load_path={fitted / 'last.ckpt'}", "exp_name=warm")
     assert command_line(base) == 130
     assert command_line([*base, "finetune_first=True"]) == 130
@@ -218,7 +219,7 @@ def test_a_published_checkpoint_evaluates_without_a_backbone(
 ) -> None:
     """All weights in the file, no dynamic queries, no description: what the published code wrote."""
     checkpoint = read_checkpoint(fitted / "best.ckpt")
-    state = restore_classifier(checkpoint, load_backbone(str(workspace.backbone))).state_dict()
+    state = published_state(restore_classifier(checkpoint, load_backbone(str(workspace.backbone))))
     published = {name: value for name, value in state.items() if "memories_dynamic" not in name}
     path = tmp_path / "published.ckpt"
     torch.save({"state_dict": published, "epoch": 3, "hyper_parameters": {"config": {"memory_length": 6}}}, path)
@@ -251,14 +252,14 @@ def test_resuming_in_mid_epoch_ends_where_the_uninterrupted_run_does(
     """Bit for bit: same samples, same dropout masks, same optimiser state, from each checkpoint on the way."""
     command = workspace.command(f"vit={workspace.backbone}", "simulate_missing=True", *options)
     kept: list[Path] = []
-    save = run.Checkpoints._write_last
+    save = Checkpoints._write_last
 
     def save_and_keep(self: Any, trainer: Any) -> None:
         save(self, trainer)
         kept.append(tmp_path / f"at_{len(kept)}.ckpt")
         kept[-1].write_bytes((self.folder / "last.ckpt").read_bytes())
 
-    monkeypatch.setattr(run.Checkpoints, "_write_last", save_and_keep)
+    monkeypatch.setattr(Checkpoints, "_write_last", save_and_keep)
     name = f"whole {' '.join(options)}".replace("=", "_")
     assert command_line([*command, f"exp_name={name}"]) == 0
     expected = final_state(workspace.results / f"{name}_seed0" / "version_0")
@@ -266,7 +267,7 @@ def test_resuming_in_mid_epoch_ends_where_the_uninterrupted_run_does(
     places = [torch.load(path, weights_only=True)["MissingModalityData"] for path in kept]
     steps = [(place["epoch"], place["batches"]) for place in places]
     assert len(steps) >= 4 and any(batches > 0 for _, batches in steps)
-    monkeypatch.setattr(run.Checkpoints, "_write_last", save)
+    monkeypatch.setattr(Checkpoints, "_write_last", save)
     for number, path in enumerate(kept[:-1]):
         name = f"resumed {number} {' '.join(options)}".replace("=", "_")
         assert command_line([*command, f"exp_name={name}", f"resume_from={path}"]) == 0

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import create_trial
 
 import make_arrow
-import run
+from clip.callbacks import Checkpoints
 from clip.checkpoint import ModelSpec, build_classifier, read_checkpoint
-from clip.metrics import macro_f1_and_accuracy
+from clip.metrics import Metric, macro_f1_and_accuracy
 from clip.modules.method import MethodOptions
-from clip.sample_statistics import RESAMPLED
 from clip.tasks import TASKS, task_of
 from common.errors import CheckpointError
 from run import command_line
+from sweep.search import open_study
 from tests.conftest import Workspace
 from tests.custom_files import convert, films_as_custom, write_labelled
 from tests.models import TINY
@@ -151,7 +153,7 @@ def test_a_run_that_was_interrupted_ends_the_same(
     workspace: Workspace, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the checkpoint after the first epoch, to the last digit."""
-    save = run.Checkpoints._write_last
+    save = Checkpoints._write_last
 
     def save_and_keep_the_first(self: Any, trainer: Any) -> None:
         save(self, trainer)
@@ -159,7 +161,7 @@ def test_a_run_that_was_interrupted_ends_the_same(
             shutil.copy(self.folder / "last.ckpt", tmp_path / "first.ckpt")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run.Checkpoints, "_write_last", save_and_keep_the_first)
+        patched.setattr(Checkpoints, "_write_last", save_and_keep_the_first)
         whole = train(workspace, "pets_whole", pets)
     resumed = train(workspace, "pets_resumed", pets, f"resume_from={tmp_path / 'first.ckpt'}")
     first, *last = (
@@ -345,8 +347,9 @@ def test_the_report(measured: dict[str, Path], tmp_path: Path) -> None:
 def test_the_report_of_a_search(measured: dict[str, Path], tmp_path: Path) -> None:
     """One trial, which is the run on the coins; its score is an accuracy."""
     run = shutil.copytree(measured["coins"], tmp_path / "s" / "s_trial_0_seed0" / "version_0")
-    header = "number,state,memory_length,val/accuracy,folder"
-    (tmp_path / "s" / "search.csv").write_text(f"{header}\n0,complete,6,0.625,{run}\n")
+    study = open_study(run.parents[1] / "optuna.journal", "s")
+    space: dict[str, BaseDistribution] = {"memory_length": CategoricalDistribution([6, 12])}
+    study.add_trial(create_trial(params={"memory_length": 6}, distributions=space, value=0.625))
     assert command_line(["run.py", "report", "with", f"runs={tmp_path / 's'}", f"out={tmp_path / 'report'}"]) == 0
     page = (tmp_path / "report" / "report.md").read_text()
     assert "## Search s (coins)" in page and "reaches a validation accuracy of 62.50 %" in page
@@ -362,7 +365,7 @@ def test_a_report_of_two_datasets_of_one_name(measured: dict[str, Path], tmp_pat
         place.mkdir(parents=True)
         (place / "config.json").write_text(json.dumps(config))
     assert command_line(["run.py", "report", "with", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'out'}"]) == 2
-    assert "of the same name custom_same: with other classes, labels or metric" in capsys.readouterr().err
+    assert "results on another dataset than" in capsys.readouterr().err
 
 
 def test_a_configuration_without_its_dataset(tmp_path: Path, measured: dict[str, Path], capsys) -> None:
@@ -371,7 +374,7 @@ def test_a_configuration_without_its_dataset(tmp_path: Path, measured: dict[str,
     place.mkdir(parents=True)
     (place / "config.json").write_text(json.dumps({**config, "custom": 3}))
     assert command_line(["run.py", "report", "with", f"runs={tmp_path}", f"out={tmp_path / 'out'}"]) == 2
-    assert "config.json: expected the values name, labels, class_names, metric" in capsys.readouterr().err
+    assert "expected the values name, labels, class_names, metric" in capsys.readouterr().err
     assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
     assert "damaged" in capsys.readouterr().out
 
@@ -386,7 +389,7 @@ def test_every_metric_that_data_may_name_has_its_row() -> None:
         target = torch.tensor([[1, 0], [0, 1], [1, 1]]) if labels == "multi" else torch.tensor([0, 1, 1])
         logits = torch.tensor([[2.0, -1.0], [0.5, 1.0], [3.0, -2.0]])
         assert task.monitor == metric and metric in task.metrics(logits, target)
-        assert task.metrics in RESAMPLED and (task.n_classes, task.head_name) == (2, "custom_classifier")
+        assert isinstance(task.metrics, Metric) and (task.n_classes, task.head_name) == (2, "custom_classifier")
         like = "mmimdb" if labels == "multi" else "food101"
         assert task.loss(logits, target) == TASKS[like].loss(logits, target)
 
@@ -396,11 +399,10 @@ def test_macro_f1_of_single_labels() -> None:
     logits = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0]])
     labels = torch.tensor([0, 0, 1])
     assert macro_f1_and_accuracy(logits, labels) == pytest.approx({"f1_macro": 2 / 3, "accuracy": 2 / 3})
-    weights_RN = torch.tensor([[1.0, 1, 1], [0, 2, 1], [0, 0, 3]]).double()
-    found = RESAMPLED[macro_f1_and_accuracy](logits, labels)(weights_RN)
-    for number, which in enumerate(([0, 1, 2], [1, 1, 2], [2, 2, 2])):
-        expected = macro_f1_and_accuracy(logits[which], labels[which])
-        assert {name: float(values[number]) for name, values in found.items()} == pytest.approx(expected)
+    counts_RN = torch.tensor([[1.0, 1, 1], [0, 2, 1], [0, 0, 3]]).double()
+    found = macro_f1_and_accuracy.resampled(logits, labels, counts_RN)
+    for of_resample, which in zip(found, ([0, 1, 2], [1, 1, 2], [2, 2, 2]), strict=True):
+        assert of_resample == pytest.approx(macro_f1_and_accuracy(logits[which], labels[which]))
 
 
 def test_a_training_on_ones_own_data_goes_on_by_itself(

@@ -13,7 +13,7 @@ import torch
 
 from clip.run_table import find_checkpoints, list_runs, sort_runs
 from common.errors import ConfigError
-from config import EX
+from config import DEFAULTS
 from run import command_line
 from tests.conftest import Workspace
 
@@ -22,7 +22,7 @@ BEGAN = 1_750_000_000
 
 def write_run(folder: Path, *, score: float | None = 0.4, tested: float | None = 0.3, **options: Any) -> Path:
     """A run folder with made-up content; `options` differ from the defaults."""
-    config = json.loads(json.dumps(EX.configurations[0]())) | {"task": "mmimdb", **options}
+    config = json.loads(json.dumps(DEFAULTS)) | {"task": "mmimdb", **options}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     os.utime(folder / "config.json", (BEGAN, BEGAN + config["seed"]))
@@ -83,7 +83,7 @@ def test_validation_without_the_checkpoint_is_that_of_metrics_csv(tmp_path: Path
 DAMAGE = {
     "config.json": ("{", "config.json: not readable as JSON: "),
     "best.ckpt": ("weights", "best.ckpt: not readable as a checkpoint: "),
-    "test_results.json": ('{"metrics": {}}', "test_results.json: not as written by run.py: KeyError 'missing_pattern'"),
+    "test_results.json": ('{"metrics": {}}', "test_results.json: not as written by run.py: KeyError 'f1_macro'"),
 }
 
 
@@ -111,10 +111,10 @@ def test_other_damage(tmp_path: Path) -> None:
     assert [row.state for row in rows] == ["damaged"] * 6
     assert [row.name for row in rows] == ["a", "rep", "rep", "rep", "e", "f"]
     assert rows[0].note.startswith("config.json: not readable as JSON: ")
-    assert rows[1].note.startswith("metrics.csv: line 3: could not convert string to float")
+    assert "metrics.csv: line 3" in rows[1].note and "could not convert string to float" in rows[1].note
     assert rows[2].note.startswith("best.ckpt: not readable as a checkpoint: ") and rows[2].validation is None
     assert "expected a checkpoint of a run, with MissingModalityData and global_step" in rows[3].note
-    assert rows[4].note == "config.json: not as written by run.py: KeyError 'missing_type'"
+    assert rows[4].note == "config.json: not as written by run.py: KeyError 'prompt_type'"
 
 
 def test_only_runs_are_runs(tmp_path: Path) -> None:
@@ -128,6 +128,22 @@ def test_only_runs_are_runs(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / "x" / "rep_seed0" / f"version_{number}") for number in (10, 9)]
     (folders[0] / "robustness").mkdir()
     assert [row.folder for row in list_runs(tmp_path)] == [renamed, folders[1], folders[0]]
+
+
+def test_a_resumed_run_is_one_with_the_run_that_it_was_resumed_from(tmp_path: Path) -> None:
+    """Wherever both were moved; one that was tested before it was resumed is a run of its own."""
+    parent = tmp_path / "moved" / "rep_seed0"
+    first = write_run(parent / "version_0", tested=None, score=0.1)
+    for number in (1, 2):
+        earlier = f"/elsewhere/rep_seed0/version_{number - 1}/last.ckpt"
+        write_run(parent / f"version_{number}", seed=1, resume_from=earlier, score=0.2 * number, tested=0.3)
+        os.utime(first / "config.json", (BEGAN, BEGAN - 60))
+        if number == 1:
+            (row,) = list_runs(tmp_path)
+            assert (row.folder, row.validation) == (parent / "version_1", 0.2)
+            assert row.date == datetime.fromtimestamp(BEGAN - 60), "when the first one began"
+            assert find_checkpoints([tmp_path]) == [parent / "version_1" / "best.ckpt"]
+    assert [row.folder.name for row in list_runs(tmp_path)] == ["version_1", "version_2"]
 
 
 def test_sorting_puts_what_is_lacking_last(tmp_path: Path) -> None:
@@ -157,15 +173,26 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
                               "date", "state", "folder", "note"]  # fmt: skip
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(BEGAN))
     expected = f"rep rep mmimdb 70 % both 1 0.4000 0.7500 50 % both 0.3 {date} finished rep_seed1/version_0"
-    assert " ".join(lines[2].split()) == expected
-    assert lines[3].split()[-1] == "rep_seed0/version_0" and lines[4].startswith("cut ") and "damaged" in lines[4]
+    assert " ".join(lines[3].split()) == expected
+    assert lines[4].split()[-1] == "rep_seed0/version_0" and lines[5].startswith("cut ") and "damaged" in lines[5]
     for title, text in (("state", "finished"), ("tested at", "50 %"), ("folder", "rep_seed1")):
-        assert header.index(title) == lines[2].index(text)
+        assert header.index(title) == lines[3].index(text)
     assert "validation (the best) and test: f1_macro (mmimdb)" in lines
     with (tmp_path / "runs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["test"] for row in rows] == ["0.75", "0.25", ""]
     assert rows[0]["metric"] == "f1_macro" and rows[0]["folder"] == str(tmp_path / "rep_seed1" / "version_0")
+
+
+def test_the_table_fits_into_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    write_run(tmp_path / ("long_" * 20) / "version_0", max_epoch=20, tested=None)
+    assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[: lines.index("validation (the best) and test: f1_macro (mmimdb)")])) <= 100
+    assert "".join("".join(lines).split()).count("long_") >= 1 and "epochs" in "".join(lines)
 
 
 def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

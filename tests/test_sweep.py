@@ -23,15 +23,12 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from clip.text_table import ruled_table
 from common.errors import ConfigError
 from common.locks import locked
 from run import command_line
 from sweep import jobs
-from sweep.grid import mean_and_std
-from sweep.jobs import Job, Outcome, error_in, run_job
+from sweep.jobs import Job, Outcome, Progress, error_in, run_job
 from sweep.launchers import Submission, _run_submitted, make_launcher
-from sweep.progress import Progress, duration
 from tests.conftest import Workspace
 from tests.custom_files import convert, write_labelled
 
@@ -113,6 +110,11 @@ def error_line(said: str) -> str:
     return line.removeprefix("error: ")
 
 
+def one_spaced(said: str) -> list[str]:
+    """The lines of a table, with one space between words."""
+    return [" ".join(line.split()) for line in said.splitlines()]
+
+
 # The grid
 
 
@@ -160,7 +162,7 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds(
     assert float(rows[1]["f1_micro_mean"]) == pytest.approx(mean / 2)
     assert [(row["complete"], row["failed"], row["open"]) for row in rows] == [("3", "0", "0")] * 4
     said = capsys.readouterr().out
-    assert f"  image       0.9    10 %   100 %   {mean:.4f} ± {std:.4f}           3 of 3" in said.splitlines()
+    assert f"image 0.9 10 % 100 % {mean:.4f} ± {std:.4f} 3 of 3" in one_spaced(said)
     assert str(sweep.folder / "table.csv") in said
 
 
@@ -168,7 +170,7 @@ def test_one_seed_has_no_deviation(sweep: Sweep, stand_in: SetUp, capsys: pytest
     assert sweep.grid(seeds="2", types="text", ratios="0.5") == 0
     [row] = sweep.table()
     assert (row["f1_macro_mean"], row["f1_macro_std"]) == ("0.9", "0.0")
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  text ")]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("text ")]
     assert "0.9000" in line and "±" not in line and "1 of 1" in line
 
 
@@ -198,12 +200,12 @@ def test_further_options_of_the_grid(sweep: Sweep, stand_in: SetUp, capsys: pyte
     ]  # fmt: skip
     assert [row["complete"] for row in rows] == ["2"] * 4
     said = capsys.readouterr().out
-    assert "  decay_power   memory_depth   missing   ratio" in said
+    assert any(line.startswith("decay_power memory_depth missing ratio") for line in one_spaced(said))
     assert sweep.grid("sweep_over.memory_depth=[1,2,3]", "sweep_over.decay_power=[1,cosine]", types="both",
                       ratios="0.5", seeds="[0,1]") == 0  # fmt: skip
     assert "sweep s: 12 cells, 8 complete, 4 not begun" in capsys.readouterr().err
     assert sweep.grid("sweep_over.memory_depth=[1,2,3]", types="both", ratios="0.5") == 2
-    assert "the sweep in" in (line := error_line(capsys.readouterr().err)) and "sweep_over.decay_power" in line
+    assert "a sweep over" in (line := error_line(capsys.readouterr().err)) and "sweep_over.decay_power" in line
 
 
 def test_cells_can_be_added_and_not_taken_away(
@@ -214,10 +216,8 @@ def test_cells_can_be_added_and_not_taken_away(
     assert "sweep s: 12 cells, 2 complete, 10 not begun" in capsys.readouterr().err
     assert len(sweep.versions()) == 12 and set(sweep.versions().values()) == {1}
     assert sweep.grid(seeds="[1,2]", types="[text,both,image]", ratios="[0.5,0.7]") == 2
-    assert error_line(capsys.readouterr().err) == (
-        f"sweep_seeds: expected at least [1, 0], which the sweep in {sweep.folder} has, found [1, 2], without [0]; "
-        f"cells can be added, not taken away"
-    )
+    line = error_line(capsys.readouterr().err)
+    assert line.startswith("sweep_seeds: expected at least [1, 0]") and "found [1, 2], without [0]" in line
     assert json.loads((sweep.folder / "sweep.json").read_text())["grid"] == {
         "sweep_types": ["text", "both", "image"],
         "sweep_ratios": [0.5, 0.7],
@@ -245,10 +245,10 @@ def test_other_options_under_the_same_name_are_refused(
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("{", "JSONDecodeError"),
+        ("{", "not readable as JSON"),
         ('{"format": 2}', "expected format 1, found 2"),
-        ('{"format": 1}', "KeyError: 'options'"),
-        ("[]", "TypeError"),
+        ('{"format": 1}', "KeyError 'options'"),
+        ("[]", "expected a JSON object, found a list"),
     ],
 )
 def test_a_damaged_record(
@@ -258,7 +258,7 @@ def test_a_damaged_record(
     (sweep.folder / "sweep.json").write_text(content)
     assert sweep.grid() == 2
     line = error_line(capsys.readouterr().err)
-    assert f"{sweep.folder / 'sweep.json'}: not readable as the record of a sweep: " in line and problem in line
+    assert line.startswith(f"{sweep.folder / 'sweep.json'}: ") and problem in line
     assert sweep.versions() == {}
 
 
@@ -267,7 +267,7 @@ def test_damaged_results(sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFi
     path = sweep.folder / "s_text_0.9_seed1" / "version_0" / "test_results.json"
     path.write_text('{"metrics": 3}')
     assert sweep.grid() == 2
-    assert error_line(capsys.readouterr().err).startswith(f"{path}: not the results of a test: TypeError")
+    assert error_line(capsys.readouterr().err).startswith(f"{path}: not the results of a test: ")
 
 
 def test_a_failed_cell_is_listed_and_the_others_are_run(
@@ -299,7 +299,8 @@ def test_a_failed_cell_is_listed_and_the_others_are_run(
         for row in sweep.table()
     }
     assert counts["text", "0.9"] == ("0", "2", "0", "") and counts["both", "0.5"] == ("1", "1", "0", "0.6")
-    assert "0 of 2        2" in said.out and "1 of 2        1" in said.out
+    shown = one_spaced(said.out)
+    assert "text 0.9 100 % 10 % – 0 of 2 2" in shown and "both 0.5 75 % 75 % 0.6000 1 of 2 1" in shown
     stand_in("")
     assert sweep.grid() == 0
     assert "sweep s: 8 cells, 5 complete, 3 not begun" in capsys.readouterr().err
@@ -430,7 +431,7 @@ def test_stopping_interrupts_the_run_and_says_how_to_go_on(
     assert sweep.grid(seeds="0", ratios="0.5") == 128 + number
     assert signal.getsignal(signal.SIGTERM) == before
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stopped; ")]
-    interpreter, script, *arguments = shlex.split(line.removeprefix("stopped; the same command goes on: "))
+    interpreter, script, *arguments = shlex.split(line.removeprefix("stopped; the same command resumes: "))
     assert (interpreter, script) == (sys.executable, str(jobs.RUN))
     stand_in("")
     assert command_line(["run.py", *arguments]) == 0
@@ -669,10 +670,10 @@ def test_a_search_tries_values_and_ends_with_the_best(
     assert "missing_ratio=0.5" in arguments and not any(argument.startswith("search") for argument in arguments)
     best = next(trial for trial in trials if trial["memory_length"] == "12")
     shown = said.out.splitlines()
-    first = next(line for line in shown if line.startswith("  trial "))
+    first = next(line for line in shown if line.startswith("trial "))
     rate, decay = (f"{float(best[name]):.4g}" for name in ("learning_rate", "weight_decay"))
     assert first.split() == ["trial", best["number"], rate, "12", decay, "0.1200"]
-    assert sum(line.startswith("  trial ") for line in shown) == 5
+    assert sum(line.startswith("trial ") for line in shown) == 5
     assert str(Path(best["folder"]) / "best.ckpt") in said.out
     command = shlex.split(shown[shown.index("to train and test with the best values:") + 2])
     wanted = [f"learning_rate={best['learning_rate']}", "memory_length=12", f"weight_decay={best['weight_decay']}"]
@@ -764,7 +765,7 @@ def test_the_same_values_are_not_trained_twice(sweep: Sweep, scores: SetUp, caps
     for trial in trials:
         first = next(other for other in trials if other["memory_length"] == trial["memory_length"])
         assert (trial["val/f1_macro"], trial["folder"]) == (first["val/f1_macro"], first["folder"])
-    assert sum(line.startswith("  trial ") for line in capsys.readouterr().out.splitlines()) == 2
+    assert sum(line.startswith("trial ") for line in capsys.readouterr().out.splitlines()) == 2
 
 
 def test_a_trial_cut_off_while_its_values_were_drawn_is_given_up(sweep: Sweep, scores: SetUp) -> None:
@@ -831,7 +832,6 @@ WRONG = {
     "search.memory_length=[12,few]": "search.memory_length: expected an integer of at least 3, found 'few'",
     "search.memory_length=[12,12]": "search.memory_length: expected each value once, found 12 twice",
     "search.memory_length=[6,10]": "search.memory_length: 10 is not possible: memory_length: expected a positive multi",
-    "search.batch_size=[8,10]": "search.batch_size: 10 is not possible: batch_size: expected a multiple of per_gpu_bat",
     "search_trials=0": "search_trials: expected an integer of at least 1, found 0",
     "search_trials=5": "search_trials: expected options to search, as in search.learning_rate=[1e-4,1e-1]",
     "search.memory_length=[3,6] sweep_seeds=[1,2]": "sweep_seeds: is for a grid; a search has one missing_type",
@@ -851,12 +851,6 @@ def test_a_folder_that_cannot_be_written(sweep: Sweep, capsys: pytest.CaptureFix
     sweep.log_dir.touch()
     assert sweep.grid() == 2
     assert error_line(capsys.readouterr().err).startswith(f"log_dir: cannot write to {sweep.folder}: ")
-
-
-def test_values_that_are_only_possible_together(sweep: Sweep, scores: SetUp) -> None:
-    """A batch of 10 fits passes of 5 samples, which no other batch does."""
-    options = ("search.batch_size=[8,10]", "search.per_gpu_batchsize=[4,5]", "search.memory_length=[3,6]")
-    assert sweep.run(*options, "search_trials=1") == 0
 
 
 def test_lists_that_a_shell_has_unquoted(sweep: Sweep, stand_in: SetUp) -> None:
@@ -904,7 +898,7 @@ def test_a_grid_on_data_of_ones_own_has_the_metric_of_the_data(
     assert sweep.grid(*own, types="text", ratios="0.5") == 0
     said = capsys.readouterr()
     assert "[1/2] s_text_0.5_seed0: accuracy 0.1250 (" in said.err
-    [head] = [line for line in said.out.splitlines() if "missing   ratio" in line]
+    [head] = [line for line in said.out.splitlines() if line.startswith("missing")]
     assert head.split()[4] == "accuracy" and "0.1375 ± 0.0177" in said.out
     assert json.loads((sweep.folder / "sweep.json").read_text())["metric"] == "accuracy"
 
@@ -942,14 +936,6 @@ def test_arrow_files_of_ones_own_that_do_not_agree(
 # Words
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5940, "99 min"), (6000, "1 h 40 min"), (90061, "25 h 1 min")],
-)
-def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
-
-
 def test_the_estimate_of_what_is_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -960,27 +946,13 @@ def test_the_estimate_of_what_is_left(
     job = Job("run", tmp_path, (), tested=True)
     with caplog.at_level("INFO", logger="rep"):
         clock[0] += 20
-        progress.tell(job, Outcome(None, 20.0), "good")
+        progress.report(job, Outcome(None, 20.0), "good")
         clock[0] += 40
-        progress.tell(job, Outcome("it broke", 40.0), "good")
+        progress.report(job, Outcome("it broke", 40.0), "good")
     assert caplog.messages == [
         "[5/10] run: good (20 s; about 2 min left)",
         "[6/10] run: failed: it broke (40 s; about 2 min left)",
     ]
-
-
-def test_tables_align() -> None:
-    assert ruled_table(("a", "bb"), [("long", "1"), ("x", "1000")], "<>").splitlines() == [
-        "  a        bb",
-        "  " + "─" * 11,
-        "  long      1",
-        "  x      1000",
-    ]
-
-
-def test_mean_and_std_by_hand() -> None:
-    assert mean_and_std([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2)))
-    assert mean_and_std([0.25]) == (0.25, 0.0)
 
 
 def test_a_single_run_takes_no_option_of_sweeps(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

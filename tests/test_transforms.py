@@ -15,10 +15,8 @@ from torch import Tensor
 from vilt.transforms import decode_image, normalise
 
 
-def encode(pixels: np.ndarray, file_format: str = "PNG") -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, file_format)
-    return out.getvalue()
+def encode(pixels: np.ndarray) -> bytes:
+    return saved(Image.fromarray(pixels))
 
 
 def saved(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
@@ -162,19 +160,23 @@ def pixels_of(mode: str, *values) -> Image.Image:
     return image
 
 
+PALETTE = [(10, 20, 30), (250, 0, 128), (1, 2, 3), (250, 0, 128)]
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
         (saved(pixels_of("L", 0, 7, 255, 100)), [(0,) * 3, (7,) * 3, (255,) * 3, (100,) * 3]),
         (saved(pixels_of("1", 0, 255, 255, 0)), [(0,) * 3, (255,) * 3, (255,) * 3, (0,) * 3]),
         (saved(pixels_of("LA", (9, 0), (9, 255), (80, 3), (0, 0))), [(9,) * 3, (9,) * 3, (80,) * 3, (0,) * 3]),
+        # transparency is dropped, not laid over a background
         (
-            saved(pixels_of("RGBA", (1, 2, 3, 0), (4, 5, 6, 255), (7, 8, 9, 100), (0, 0, 0, 0))),
-            [(1, 2, 3), (4, 5, 6), (7, 8, 9), (0, 0, 0)],  # transparency is dropped, not laid over a background
+            saved(pixels_of("RGBA", (1, 2, 3, 0), (4, 5, 6, 255), (7, 8, 9, 1), (0,) * 4)),
+            [(1, 2, 3), (4, 5, 6), (7, 8, 9), (0,) * 3],
         ),
-        (saved(with_palette()), [(10, 20, 30), (250, 0, 128), (1, 2, 3), (250, 0, 128)]),
-        (saved(with_palette(), "GIF"), [(10, 20, 30), (250, 0, 128), (1, 2, 3), (250, 0, 128)]),
-        (saved(with_palette(), transparency=1), [(10, 20, 30), (250, 0, 128), (1, 2, 3), (250, 0, 128)]),
+        (saved(with_palette()), PALETTE),
+        (saved(with_palette(), "GIF"), PALETTE),
+        (saved(with_palette(), transparency=1), PALETTE),
     ],
     ids=["grey", "black and white", "grey with alpha", "RGBA", "palette", "GIF", "transparent colour"],
 )
@@ -226,14 +228,11 @@ def test_normalised_values_of_every_level():
         assert np.abs(values[1, channel].flatten().double().numpy() - expected).max() < 1e-6
 
 
-def test_normalised_black_and_white():
+def test_normalised_black_and_white_and_nothing():
+    assert normalise(torch.empty(0, 3, 0, 0, dtype=torch.uint8)).shape == (0, 3, 0, 0)
     values = normalise(torch.tensor([0, 255], dtype=torch.uint8).view(1, 2).expand(3, 1, 2))
     assert values[:, 0, 0].tolist() == pytest.approx([-1.7922626, -1.7520971, -1.4802198], abs=1e-6)
     assert values[:, 0, 1].tolist() == pytest.approx([1.9303361, 2.0748837, 2.1458969], abs=1e-6)
-
-
-def test_normalise_takes_a_batch_without_images():
-    assert normalise(torch.empty(0, 3, 0, 0, dtype=torch.uint8)).shape == (0, 3, 0, 0)
 
 
 @pytest.mark.parametrize(("long", "short"), [(2000, 3), (5000, 7), (20_000, 40), (900, 1)])

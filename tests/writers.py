@@ -20,18 +20,18 @@ import torch
 from PIL import Image
 
 import make_arrow
-import report.collect
 from clip.checkpoint_file import check_whole, write_checkpoint
 from clip.ending import DONE, end_with_user_error
 from clip.logit_store import LOGIT_COLUMNS
 from clip.metrics_log import MetricsLogger
 from clip.robustness import RESULTS
 from clip.run_folder import read_json, write_json
-from clip.tasks import TASKS
+from clip.run_reader import read_curves, read_run
 from common import files
 from common.errors import DataError, UserError, machine_error
 from common.files import restore_folder
 from demo.data import write_task
+from report.results import read_robustness
 from run import command_line
 from tests.conftest import Workspace
 from tests.custom_files import write_labelled
@@ -294,17 +294,18 @@ def _take_run_with_parts(folder: Path, workspace: Workspace) -> None:
 
 
 def _read_robustness(folder: Path) -> Any:
-    """All of it, or only the parts of the logits."""
+    """The results; before there are any, whether nothing is encoded anew for them."""
     robustness = folder / "run" / "robustness"
     restore_folder(robustness)  # as the next `run.py robustness` does
     names = {path.name for path in robustness.iterdir() if not path.name.startswith(".")}
-    found = report.collect.read_robustness(folder / "run", TASKS["mmimdb"], SPEC)
+    tables = [_rows(robustness / name) for name in sorted(names) if name.endswith("csv")]
+    assert all(tables)
+    found = read_robustness(read_run(folder / "run"))
     if found is None:
-        assert names == {f"{name}.part.arrow" for name in LOGIT_COLUMNS}
+        assert "logits.arrow" in names or names == {f"{name}.part.arrow" for name in LOGIT_COLUMNS}
         return None
-    assert found.logits is not None and names == {"logits.arrow", *RESULTS} - {"confusions.csv", "roc.csv"}
-    logits = report.collect.read_logits(robustness / "logits.arrow").to_pylist()
-    return _digest((found.cells, logits, [_rows(robustness / name) for name in sorted(names) if name.endswith("csv")]))
+    assert found.logits is not None and names >= {"logits.arrow", *RESULTS} - {"confusions.csv", "roc.csv"}
+    return _digest((found.cells.to_csv(), found.by_type.to_csv(), found.test_set))
 
 
 def _prepare_predictions(ending: str) -> Callable[[Path, Workspace], None]:
@@ -416,7 +417,7 @@ WRITERS: dict[str, Writer] = {
     "metrics.csv": Writer(
         lambda folder, _: _log(folder),
         _write_log,
-        lambda folder: _digest(report.collect.read_curves(folder / "metrics.csv")),
+        lambda folder: _digest(read_curves(folder / "metrics.csv")),
         None,
     ),
     "robustness": Writer(

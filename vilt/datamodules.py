@@ -186,7 +186,7 @@ def leave_group(_: int) -> None:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What the loaders need to know of the configuration."""
+    """What the loaders need of the configuration."""
 
     dataset: str
     data_root: Path
@@ -312,7 +312,7 @@ class MissingModalityData(pl.LightningDataModule):
         if training and self._resume is not None:
             epoch, batches = self._resume
             sampler.skip = (epoch, batches * settings.per_gpu_batchsize)
-            # Workers ask for their first batches before Lightning, when it resumes, has told the sampler its epoch.
+            # Workers ask for their first batches before Lightning, when it resumes, has set the sampler's epoch.
             sampler.set_epoch(epoch)
         self.datasets[split].reading = torch.full((settings.num_workers, 2), -1).share_memory_()
         return TimedLoader(

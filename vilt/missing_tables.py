@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import torch
 
 from common.errors import DataError, reason_of
 from common.files import atomic_path
 from common.messages import first_line
-from common.torch_file import load_inert
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
 
 log = logging.getLogger(__name__)
@@ -227,6 +225,10 @@ def _read(path: Path, described: dict[str, str]) -> np.ndarray:
 
 
 def _read_published(path: Path, samples: int) -> np.ndarray:
+    import torch  # nothing else here needs it, and the options read this module's names
+
+    from common.torch_file import load_inert
+
     try:
         loaded = load_inert(path)
         fits = isinstance(loaded, torch.Tensor) and loaded.shape == (samples,)

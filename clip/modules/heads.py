@@ -64,6 +64,3 @@ def _with_margin(cosine_BMC: Tensor, labels: Tensor, available_BM1: Tensor) -> T
     cosine = cosine_BMC.clamp(-1 + 1e-6, 1 - 1e-6)  # where the sine has a slope
     widened_BMC = cosine * math.cos(MARGIN) - (1 - cosine.square()).sqrt() * math.sin(MARGIN)
     return torch.where(right_BC[:, None] & available_BM1, widened_BMC, cosine_BMC)
-
-
-HEADS: dict[str, type[LinearHead] | type[PrototypeHead]] = {"linear": LinearHead, "prototype": PrototypeHead}

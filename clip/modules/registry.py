@@ -1,21 +1,36 @@
-"""The methods by the name that `prompt_type` knows them by. Adding one is adding a file and a line here."""
+"""Methods by the name that `prompt_type` knows them by, and heads. Adding one is adding a file and a line here.
 
-from clip.modules.clip_dynamic_memory import MemoryLearner
-from clip.modules.coop import CoOp
-from clip.modules.dcp import DeepCorrelatedPrompts
-from clip.modules.map_prompts import MapAttention, MapInput
-from clip.modules.maple import MaPLe
-from clip.modules.method import Method
-from clip.modules.msp import ModalitySpecificPrompts
-from clip.modules.no_prompts import NoPrompts
+Entries are names, so that reading the options loads none of them.
+"""
 
-METHODS: dict[str, type[Method]] = {
-    "rep": MemoryLearner,
-    "dcp": DeepCorrelatedPrompts,
-    "map_input": MapInput,
-    "map_attention": MapAttention,
-    "maple": MaPLe,
-    "coop": CoOp,
-    "msp": ModalitySpecificPrompts,
-    "none": NoPrompts,
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from clip.modules.method import Method
+
+METHODS = {
+    "rep": "clip.modules.clip_dynamic_memory:MemoryLearner",
+    "dcp": "clip.modules.dcp:DeepCorrelatedPrompts",
+    "map_input": "clip.modules.map_prompts:MapInput",
+    "map_attention": "clip.modules.map_prompts:MapAttention",
+    "maple": "clip.modules.maple:MaPLe",
+    "coop": "clip.modules.coop:CoOp",
+    "msp": "clip.modules.msp:ModalitySpecificPrompts",
+    "none": "clip.modules.no_prompts:NoPrompts",
 }
+HEADS = {"linear": "clip.modules.heads:LinearHead", "prototype": "clip.modules.heads:PrototypeHead"}
+
+
+def method_class(name: str) -> "type[Method]":
+    """The class of a method."""
+    found: type[Method] = resolve_name(METHODS[name])
+    return found
+
+
+def head_class(name: str) -> "type[nn.Module]":
+    """The class of a head, which takes (number of modalities, E, number of classes)."""
+    found: type[nn.Module] = resolve_name(HEADS[name])
+    return found

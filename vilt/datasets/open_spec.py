@@ -1,4 +1,4 @@
-"""The row of a dataset, which for one's own data is read from its arrow files."""
+"""The row of a dataset, which for a custom dataset is read from its arrow files."""
 
 import json
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec, Split, cus
 
 
 def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:
-    """The row of `dataset`, with classes and metric of the arrow files of `splits` in `root` if it is one's own.
+    """The row of `dataset`, with classes and metric of the arrow files of `splits` in `root` if it is a custom one.
 
     Raises:
-        DataError: such a file is not there, not readable or not of one's own data, or the files do not agree.
+        DataError: such a file is not there, not readable or not of a custom dataset, or the files do not agree.
     """
     if dataset != CUSTOM:
         return DATASETS[dataset]

@@ -4,9 +4,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing
 from dataclasses import astuple, dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +18,7 @@ from common.files import atomic_path, sync_folder
 from common.messages import printable
 from vilt.datasets.specs import DatasetSpec
 from vilt.utils.ordered_pool import Result, read_in_order
-from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row
+from vilt.utils.raw_data import BadSampleError, RawDataset, Row
 
 Results = Iterator[tuple[int, Result]]
 """Row numbers, and the rows or what is wrong with them."""
@@ -141,35 +141,12 @@ def _write_rows(rows: Iterator[Row], part: Path, schema: pa.Schema, spec: Datase
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
 
-@contextmanager
-def _folder(target: Path) -> Iterator[None]:
-    """Makes the folder `target`, and removes it again if it was made in vain."""
-    existed = target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if not existed:
-            with suppress(OSError):
-                target.rmdir()
-        raise
-
-
-def _start(spec: DatasetSpec, raw_split: RawSplit, target: Path) -> SplitSummary:
-    path = target / spec.file_name(raw_split.split)
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; the arrow file needs that name.")
-    return SplitSummary(spec.file_splits[raw_split.split], path, path.exists(), raw_split.n_without_text)
-
-
-def _refuse_empty(summary: Summary) -> None:
-    for split in summary.splits:
-        if not split.n_samples:
-            first = f" The first bad one: {' '.join(split.bad[0].fields())}" if split.bad else ""
-            raise DataError(
-                f"no sample is left for {split.path.name}: "
-                f"{len(split.bad):,} are bad, {split.n_without_text:,} have no text.{first}"
-            )
+def _empty(split: SplitSummary) -> DataError:
+    first = f" The first bad one: {' '.join(split.bad[0].fields())}" if split.bad else ""
+    return DataError(
+        f"no sample is left for {split.path.name}: "
+        f"{len(split.bad):,} are bad, {split.n_without_text:,} have no text.{first}"
+    )
 
 
 def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: bool = False) -> Summary:
@@ -180,7 +157,7 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
     Memory is bounded by batch size and number of workers, not by the dataset.
 
     Args:
-        dataset: from one of the `open_raw` functions; its samples can be taken once.
+        dataset: from one of the `open_raw` functions; its samples have not been read yet.
         target: the folder to write to; made if absent.
         n_workers: number of processes that read and decode; 0 reads in this process.
         skip_bad: leave bad samples out and list them in `NAME_bad_samples.tsv`, instead of raising.
@@ -189,31 +166,39 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
         BadSamplesError: there are bad samples and `skip_bad` is false. It holds all of them; nothing was written.
         DataError: a split has no usable sample, a worker died, or the disk cannot be written. Nothing was written.
     """
-    summary = Summary(target, [_start(dataset.spec, raw_split, target) for raw_split in dataset.splits], None)
-    schema, report = arrow_schema(dataset.spec, dataset.class_names), target / f"{dataset.spec.name}_bad_samples.tsv"
-    n_samples = sum(raw_split.n_samples for raw_split in dataset.splits)
+    spec = dataset.spec
+    summary = Summary(target, [], None)
+    for raw_split in dataset.splits:
+        path = target / spec.file_name(raw_split.split)
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; the arrow file needs that name.")
+        name = spec.file_splits[raw_split.split]
+        summary.splits.append(SplitSummary(name, path, path.exists(), raw_split.n_without_text))
+    schema, report = arrow_schema(spec, dataset.class_names), target / f"{spec.name}_bad_samples.tsv"
+    samples = [sample for raw_split in dataset.splits for sample in raw_split.samples]
     # A log file gets a line now and then; a terminal is kept up to date.
-    bar = tqdm(unit=" samples", total=n_samples, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0)
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    bar = tqdm(unit=" samples", total=len(samples), dynamic_ncols=True, mininterval=interval)
     try:
-        with _folder(target), ExitStack() as files:
-            all_samples = chain.from_iterable(raw_split.samples for raw_split in dataset.splits)
-            with bar, closing(read_in_order(all_samples, n_workers)) as results:
+        with ExitStack() as files:
+            with bar, closing(read_in_order(samples, n_workers)) as results:
                 for raw_split, split in zip(dataset.splits, summary.splits, strict=True):
                     bar.set_description(split.path.name, refresh=False)
                     part = files.enter_context(atomic_path(split.path))
-                    of_split = islice(results, raw_split.n_samples)
-                    rows = _kept_rows(of_split, bar, dataset.spec, raw_split.source, split, skip_bad)
-                    _write_rows(rows, part, schema, dataset.spec)
+                    of_split = islice(results, len(raw_split.samples))
+                    _write_rows(_kept_rows(of_split, bar, spec, raw_split.source, split, skip_bad), part, schema, spec)
                     split.n_bytes = part.stat().st_size
             if summary.bad and not skip_bad:
-                raise BadSamplesError(summary.bad, n_samples)
-            _refuse_empty(summary)
+                raise BadSamplesError(summary.bad, len(samples))
+            for split in summary.splits:
+                if not split.n_samples:
+                    raise _empty(split)
             if summary.bad:
                 summary.report = report
                 lines = [REPORT_COLUMNS, *(sample.fields() for sample in summary.bad)]
                 part = files.enter_context(atomic_path(report))
                 part.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
-            mark = dataset.spec.replacing_mark(target)
+            mark = spec.replacing_mark(target)
             mark.touch()
             sync_folder(target)
         if not summary.bad:

@@ -47,7 +47,7 @@ def fault_of(path: Path, dtype: DTypeLike, shape: tuple[int | None, ...]) -> str
         found = _load(path)
     except Exception as error:  # as above
         return str(error) or type(error).__name__
-    fits = found.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, found.shape, strict=True))
+    fits = len(shape) == found.ndim and all(want in (None, have) for want, have in zip(shape, found.shape, strict=True))
     return (
         None
         if fits and found.dtype == dtype

@@ -24,7 +24,7 @@ def read_sample(sample: Sample) -> Result:
         return bad
 
 
-def read_in_order(samples: Iterable[tuple[int, Sample]], n_workers: int) -> Generator[tuple[int, Result], None, None]:
+def read_in_order(samples: Iterable[Sample], n_workers: int) -> Generator[tuple[int, Result], None, None]:
     """Pairs of row number and result, in the order of `samples`, of which only a few are taken at a time.
 
     Args:
@@ -34,23 +34,22 @@ def read_in_order(samples: Iterable[tuple[int, Sample]], n_workers: int) -> Gene
         DataError: a worker process died.
     """
     if n_workers == 0:
-        for row, sample in samples:
-            yield row, read_sample(sample)
+        yield from ((sample.row, read_sample(sample)) for sample in samples)
         return
     # spawn: forking a process that has threads (pyarrow, tqdm) may dead-lock, and differs between systems.
     pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _start_worker)
-    pending: deque[tuple[int, Sample, Future[Result]]] = deque()
+    pending: deque[tuple[Sample, Future[Result]]] = deque()
     try:
-        for row, sample in samples:
-            if len(pending) == n_workers * IN_FLIGHT_PER_WORKER:
-                yield pending[0][0], pending[0][2].result()
+        for sample in samples:
+            pending.append((sample, pool.submit(read_sample, sample)))
+            if len(pending) > n_workers * IN_FLIGHT_PER_WORKER:
+                yield pending[0][0].row, pending[0][1].result()
                 pending.popleft()
-            pending.append((row, sample, pool.submit(read_sample, sample)))
         while pending:
-            yield pending[0][0], pending[0][2].result()
+            yield pending[0][0].row, pending[0][1].result()
             pending.popleft()
     except BrokenProcessPool:
-        near = f" near {pending[0][1].name} (row {pending[0][0]})" if pending else ""
+        near = f" near {pending[0][0].name} (row {pending[0][0].row})" if pending else ""
         raise DataError(
             f"A worker process died{near}: out of memory, or killed. "
             "Try fewer --workers; --workers 0 reads in the main process and shows where it stops."

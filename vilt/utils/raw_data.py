@@ -3,10 +3,10 @@
 Neither this module nor write_*.py imports pyarrow: the converter's worker processes import them, and so stay small.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any
 
 from common.errors import DataError
 from common.messages import quoted
@@ -42,15 +42,16 @@ class BadSampleError(Exception):
         self.detail = detail
 
 
-class Sample(Protocol):
-    """What a worker gets: small, picklable, and able to read itself."""
+@dataclass(frozen=True)
+class Sample:
+    """What a worker process gets: small, and able to read itself."""
 
-    @property
-    def name(self) -> str:
-        """How messages call the sample."""
-
-    def read(self) -> Row:
-        """Reads and checks everything of the sample. Raises BadSampleError if it cannot be used."""
+    row: int
+    """In the file that lists it, from 1."""
+    name: str
+    """For messages."""
+    read: Callable[[], Row]
+    """Reads and checks everything of the sample; can be pickled. Raises BadSampleError if it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ class RawSplit:
     split: Split
     source: str
     """The file that lists the samples, relative to the raw folder."""
-    n_samples: int
-    samples: Iterable[tuple[int, Sample]]
-    """Pairs of row in `source` (from 1) and sample; made while they are taken, once."""
+    samples: Sequence[Sample]
     n_without_text: int = 0
     """Listed samples that are left out because the dataset has no text for them."""
 
@@ -81,13 +80,13 @@ class RawDataset:
 
 def require_layout(root: Path, names: Iterable[str], layout: str) -> None:
     """Raises DataError, which shows `layout`, unless all `names` exist in `root`; those ending in `/` are folders."""
+    missing = [n for n in names if not ((root / n).is_dir() if n.endswith("/") else (root / n).is_file())]
     if not root.is_dir():
         problem = f"the raw folder {root} does not exist"
-    else:
-        missing = [n for n in names if not ((root / n).is_dir() if n.endswith("/") else (root / n).is_file())]
-        if not missing:
-            return
+    elif missing:
         problem = f"{', '.join(missing)} not found in {root}"
+    else:
+        return
     raise DataError(f"{problem}. Expected layout of RAW:\n\n{layout.rstrip()}")
 
 
@@ -119,9 +118,8 @@ def read_split_file(path: Path, spec: DatasetSpec) -> dict[Split, list[str]]:
     expected = f"an object with the lists {', '.join(map(repr, keys))}"
     value = read_object(path, expected)
     if set(value) != set(keys):
-        raise DataError(
-            f"{path}: expected {expected}, found the keys {', '.join(map(quoted, list(value)[:8])) or '(none)'}."
-        )
+        found = ", ".join(map(quoted, list(value)[:8])) or "(none)"
+        raise DataError(f"{path}: expected {expected}, found the keys {found}.")
     seen: dict[str, str] = {}
     for key, names in value.items():
         if not isinstance(names, list) or not names:

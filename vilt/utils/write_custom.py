@@ -1,7 +1,7 @@
 """A custom dataset: tables (CSV, TSV or JSONL) that list an image, texts and labels in each row."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +9,9 @@ from common.errors import DataError
 from common.messages import quoted
 from common.strict_json import kind_of
 from vilt.datasets.specs import SPLITS, Split, custom_spec
+from vilt.utils import raw_data
 from vilt.utils.custom_layout import COLUMNS, Layout, read_layout, table_layout
-from vilt.utils.raw_data import (
-    INCOMPLETE_ROW,
-    PATH_LEAVES_RAW,
-    UNKNOWN_CLASS,
-    UNREADABLE_FILE,
-    BadSampleError,
-    RawDataset,
-    RawSplit,
-    Row,
-    Sample,
-    check_inside,
-    read_image,
-    require_layout,
-)
+from vilt.utils.raw_data import INCOMPLETE_ROW, UNKNOWN_CLASS, BadSampleError, RawDataset, RawSplit, Row, Sample
 from vilt.utils.tables import DELIMITERS, table_rows
 
 LAYOUT = """\
@@ -45,34 +33,21 @@ class Listed:
     labels: list[str] | BadSampleError
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A row with its labels as numbers."""
-
-    raw: Path
-    listed: Listed
-    label: int | list[int] | BadSampleError
-
-    @property
-    def name(self) -> str:
-        """File and line."""
-        return f"{self.listed.source}, row {self.listed.row}"
-
-    def read(self) -> Row:
-        """Columns image, text, label (class number, or 0/1 over the classes), image_id. Raises BadSampleError."""
-        source, file = self.listed.source, self.listed.image
-        if not isinstance(file, str) or not file:
-            raise BadSampleError(INCOMPLETE_ROW, source, f"image: expected a path, found {_found(file)}")
-        texts: list[Any] = self.listed.text if isinstance(self.listed.text, list) else [self.listed.text]
-        for text in texts:
-            if not isinstance(text, str):
-                raise BadSampleError(INCOMPLETE_ROW, source, f"text: expected a string or a list, found {_found(text)}")
-        if not any(text.strip() for text in texts):
-            raise BadSampleError(INCOMPLETE_ROW, source, "text: empty")
-        if isinstance(self.label, BadSampleError):
-            raise self.label
-        _check_inside(self.raw, file)
-        return {"image": read_image(self.raw, file), "text": texts, "label": self.label, "image_id": file}
+def read_row(raw: Path, listed: Listed, label: int | list[int] | BadSampleError) -> Row:
+    """Columns image, text, label (class number, or 0/1 over the classes), image_id. Raises BadSampleError."""
+    source, file = listed.source, listed.image
+    if not isinstance(file, str) or not file:
+        raise BadSampleError(INCOMPLETE_ROW, source, f"image: expected a path, found {_found(file)}")
+    texts: list[Any] = listed.text if isinstance(listed.text, list) else [listed.text]
+    for text in texts:
+        if not isinstance(text, str):
+            raise BadSampleError(INCOMPLETE_ROW, source, f"text: expected a string or a list, found {_found(text)}")
+    if not any(text.strip() for text in texts):
+        raise BadSampleError(INCOMPLETE_ROW, source, "text: empty")
+    if isinstance(label, BadSampleError):
+        raise label
+    _check_inside(raw, file)
+    return {"image": raw_data.read_image(raw, file), "text": texts, "label": label, "image_id": file}
 
 
 def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> RawDataset:
@@ -85,7 +60,7 @@ def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> 
     Raises:
         DataError: the spec or a table as such is wrong; names the file, and the row where there is one.
     """
-    require_layout(raw, () if spec or table else ("spec.yaml",), LAYOUT)
+    raw_data.require_layout(raw, () if spec or table else ("spec.yaml",), LAYOUT)
     layout = table_layout(table) if table is not None else read_layout(spec or raw / "spec.yaml", raw)
     rows: dict[Split, list[Listed]] = {split: [] for split in SPLITS}
     needed = [layout.columns[column] for column in COLUMNS if column != "split" or len(layout.tables) == 1]
@@ -102,12 +77,18 @@ def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> 
     custom = layout.dataset({name for labels in of_all if not isinstance(labels, BadSampleError) for name in labels})
     numbers = {name: number for number, name in enumerate(custom.class_names)}
 
-    def entries(of_split: list[Listed]) -> Iterator[tuple[int, Sample]]:
-        for listed in of_split:
-            yield listed.row, Entry(raw, listed, _numbered(listed, numbers, layout))
-
-    splits = tuple(RawSplit(split, listed[0].source, len(listed), entries(listed)) for split, listed in rows.items())
-    return RawDataset(custom_spec(custom), custom.class_names, splits)
+    splits = []
+    for split, of_split in rows.items():
+        samples = [
+            Sample(
+                listed.row,
+                f"{listed.source}, row {listed.row}",
+                partial(read_row, raw, listed, _numbered(listed, numbers, layout)),
+            )
+            for listed in of_split
+        ]
+        splits.append(RawSplit(split, of_split[0].source, samples))
+    return RawDataset(custom_spec(custom), custom.class_names, tuple(splits))
 
 
 def _split(value: object, path: Path, row: int, layout: Layout) -> Split:
@@ -154,10 +135,10 @@ def _numbered(listed: Listed, numbers: dict[str, int], layout: Layout) -> int | 
 
 def _check_inside(raw: Path, file: str) -> None:
     """Raises BadSampleError if `file` leaves `raw`: as it is written, or where links lead."""
-    check_inside(file)
+    raw_data.check_inside(file)
     try:
         inside = (raw / file).resolve().is_relative_to(raw.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a null byte
-        raise BadSampleError(UNREADABLE_FILE, file, str(error)) from None
+        raise BadSampleError(raw_data.UNREADABLE_FILE, file, str(error)) from None
     if not inside:
-        raise BadSampleError(PATH_LEAVES_RAW, file, "by a link")
+        raise BadSampleError(raw_data.PATH_LEAVES_RAW, file, "by a link")

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,8 @@ from common.errors import DataError
 from common.messages import quoted
 from common.strict_json import kind_of
 from vilt.datasets.specs import DATASETS, Split
-from vilt.utils.raw_data import (
-    UNKNOWN_CLASS,
-    BadSampleError,
-    RawDataset,
-    RawSplit,
-    Row,
-    Sample,
-    check_inside,
-    check_text,
-    read_bytes,
-    read_image,
-    read_object,
-    read_split_file,
-    require_layout,
-)
+from vilt.utils import raw_data
+from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row, Sample
 
 LAYOUT = """\
 RAW/
@@ -45,35 +32,20 @@ def class_of(name: str) -> str:
     return name.rpartition("_")[0]
 
 
-@dataclass(frozen=True)
-class Dish:
-    """One image file of split.json that has a text."""
-
-    raw: Path
-    folder: str
-    name: str
-    text: object
-    label: int | None
-
-    def read(self) -> Row:
-        """Columns image, text (a list of one), label (class number), image_id (file name). Raises BadSampleError."""
-        file = f"{self.folder}/{class_of(self.name)}/{self.name}"
-        check_inside(file)
-        if self.label is None:
-            raise BadSampleError(UNKNOWN_CLASS, file, f"{quoted(class_of(self.name))} is not in class_idx.json")
-        text = check_text(self.text, file, "text")
-        return {
-            "image": read_image(self.raw, file),
-            "text": [text],
-            "label": self.label,
-            "image_id": self.name,
-        }
+def read_dish(raw: Path, folder: str, name: str, text: object, label: int | None) -> Row:
+    """Columns image, text (a list of one), label (class number), image_id (file name). Raises BadSampleError."""
+    file = f"{folder}/{class_of(name)}/{name}"
+    raw_data.check_inside(file)
+    if label is None:
+        raise BadSampleError(raw_data.UNKNOWN_CLASS, file, f"{quoted(class_of(name))} is not in class_idx.json")
+    texts = [raw_data.check_text(text, file, "text")]
+    return {"image": raw_data.read_image(raw, file), "text": texts, "label": label, "image_id": name}
 
 
 def read_classes(path: Path, n_most: int) -> dict[str, int]:
     """class_idx.json: class name -> number, checked to be 0 ... n-1, n at most `n_most`. Raises DataError."""
     expected = "an object with class names and their numbers, from 0 without gaps"
-    classes = read_object(path, expected)
+    classes = raw_data.read_object(path, expected)
     for name, number in classes.items():
         if type(number) is not int:
             raise DataError(f"{path}: expected {expected}, found {kind_of(number)} under {quoted(name)}.")
@@ -87,14 +59,11 @@ def read_classes(path: Path, n_most: int) -> dict[str, int]:
 def read_titles(path: Path) -> Iterator[tuple[str, str]]:
     """Pairs of file name and text from a titles CSV. Raises DataError."""
     try:
-        lines = csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""))
-        for fields in lines:
-            if not fields:
-                continue
+        lines = csv.reader(io.StringIO(raw_data.read_bytes(path).decode("utf-8-sig"), newline=""))
+        for fields in filter(None, lines):
             if len(fields) < 3:
-                raise DataError(
-                    f"{path}, line {lines.line_num}: expected FILE,TEXT,CLASS, found {len(fields)} field(s)."
-                )
+                at = f"{path}, line {lines.line_num}"
+                raise DataError(f"{at}: expected FILE,TEXT,CLASS, found {len(fields)} field(s).")
             # A title with a comma and no quotes around it falls apart into several fields.
             yield fields[0], ",".join(fields[1:-1])
     except UnicodeDecodeError as error:
@@ -106,15 +75,14 @@ def read_titles(path: Path) -> Iterator[tuple[str, str]]:
 def read_texts(raw: Path) -> dict[str, Any]:
     """File name -> text, from text.json or, where that is absent, from the two titles files. Raises DataError."""
     if (raw / "text.json").is_file():
-        return read_object(raw / "text.json", "an object with file names and their texts")
-    require_layout(raw, TITLE_FILES, LAYOUT)
+        return raw_data.read_object(raw / "text.json", "an object with file names and their texts")
+    raw_data.require_layout(raw, TITLE_FILES, LAYOUT)
     texts: dict[str, str] = {}
     for file in TITLE_FILES:
         for name, text in read_titles(raw / file):
             if texts.setdefault(name, text) != text:
-                raise DataError(
-                    f"{raw / file}: {quoted(name)} has two different texts: {quoted(texts[name])} and {quoted(text)}."
-                )
+                found = f"{quoted(texts[name])} and {quoted(text)}"
+                raise DataError(f"{raw / file}: {quoted(name)} has two different texts: {found}.")
     return texts
 
 
@@ -126,23 +94,19 @@ def _is_text(text: object) -> bool:
 def open_raw(raw: Path) -> RawDataset:
     """UPMC Food-101 in `raw`, with its classes, splits and texts read and checked. Raises DataError."""
     spec = DATASETS["food101"]
-    require_layout(raw, ("class_idx.json", "split.json", "images/train/", "images/test/"), LAYOUT)
+    raw_data.require_layout(raw, ("class_idx.json", "split.json", "images/train/", "images/test/"), LAYOUT)
     classes = read_classes(raw / "class_idx.json", spec.n_classes)
     texts = read_texts(raw)
 
     def split_of(split: Split, names: list[str]) -> RawSplit:
         folder = "images/test" if split == "test" else "images/train"
-        with_text = [(row, name) for row, name in enumerate(names, 1) if _is_text(texts.get(name))]
+        samples = [
+            Sample(row, name, partial(read_dish, raw, folder, name, texts[name], classes.get(class_of(name))))
+            for row, name in enumerate(names, 1)
+            if _is_text(texts.get(name))
+        ]
+        return RawSplit(split, "split.json", samples, len(names) - len(samples))
 
-        def dishes() -> Iterator[tuple[int, Sample]]:
-            for row, name in with_text:
-                yield row, Dish(raw, folder, name, texts[name], classes.get(class_of(name)))
-
-        return RawSplit(split, "split.json", len(with_text), dishes(), len(names) - len(with_text))
-
-    splits = read_split_file(raw / "split.json", spec)
-    return RawDataset(
-        spec,
-        tuple(sorted(classes, key=classes.__getitem__)),
-        tuple(split_of(split, names) for split, names in splits.items()),
-    )
+    splits = raw_data.read_split_file(raw / "split.json", spec)
+    class_names = tuple(sorted(classes, key=classes.__getitem__))
+    return RawDataset(spec, class_names, tuple(split_of(split, names) for split, names in splits.items()))

@@ -1,7 +1,6 @@
 """Hateful Memes: images with their caption, hateful or not."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +8,8 @@ from common.errors import DataError
 from common.messages import quoted
 from common.strict_json import parse_json
 from vilt.datasets.specs import DATASETS, Split
-from vilt.utils.raw_data import (
-    INCOMPLETE_JSON,
-    UNKNOWN_CLASS,
-    BadSampleError,
-    RawDataset,
-    RawSplit,
-    Row,
-    Sample,
-    check_text,
-    read_bytes,
-    read_image,
-    read_record,
-    require_layout,
-)
+from vilt.utils import raw_data
+from vilt.utils.raw_data import INCOMPLETE_JSON, UNKNOWN_CLASS, BadSampleError, RawDataset, RawSplit, Row, Sample
 
 LAYOUT = """\
 RAW/ or RAW/data/
@@ -34,39 +21,25 @@ RAW/ or RAW/data/
 TEST_SPLITS = ("test", "test_seen", "test_unseen")
 
 
-@dataclass(frozen=True)
-class Meme:
-    """One line of a jsonl file."""
-
-    folder: Path
-    source: str
-    row: int
-    line: bytes
-
-    @property
-    def name(self) -> str:
-        """File and line."""
-        return f"{self.source}, row {self.row}"
-
-    def read(self) -> Row:
-        """Columns image, text (a list of one), label (1: hateful). Raises BadSampleError."""
-        record = read_record(self.line, self.source)
-        for key in ("img", "text", "label"):
-            if record.get(key) is None:
-                raise BadSampleError(INCOMPLETE_JSON, self.source, f"no {key!r}")
-        text = check_text(record["text"], self.source, "'text'")
-        if not text.strip():
-            raise BadSampleError(INCOMPLETE_JSON, self.source, "'text' is empty")
-        label = record["label"]
-        if type(label) is not int or label not in (0, 1):
-            raise BadSampleError(UNKNOWN_CLASS, self.source, f"'label': expected 0 or 1, found {quoted(label)}")
-        image = read_image(self.folder, check_text(record["img"], self.source, "'img'"))
-        return {"image": image, "text": [text], "label": label}
+def read_meme(folder: Path, source: str, line: bytes) -> Row:
+    """Columns image, text (a list of one), label (1: hateful), of a line of a jsonl file. Raises BadSampleError."""
+    record = raw_data.read_record(line, source)
+    for key in ("img", "text", "label"):
+        if record.get(key) is None:
+            raise BadSampleError(INCOMPLETE_JSON, source, f"no {key!r}")
+    text = raw_data.check_text(record["text"], source, "'text'")
+    if not text.strip():
+        raise BadSampleError(INCOMPLETE_JSON, source, "'text' is empty")
+    label = record["label"]
+    if type(label) is not int or label not in (0, 1):
+        raise BadSampleError(UNKNOWN_CLASS, source, f"'label': expected 0 or 1, found {quoted(label)}")
+    image = raw_data.read_image(folder, raw_data.check_text(record["img"], source, "'img'"))
+    return {"image": image, "text": [text], "label": label}
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:
     """The lines of a jsonl file that are not blank, with their number. Raises DataError if there are none."""
-    lines = [(row, line) for row, line in enumerate(read_bytes(path).splitlines(), 1) if line.strip()]
+    lines = [(row, line) for row, line in enumerate(raw_data.read_bytes(path).splitlines(), 1) if line.strip()]
     if not lines:
         raise DataError(f"{path} is empty.")
     return lines
@@ -98,19 +71,15 @@ def open_raw(raw: Path, test_split: str = "test") -> RawDataset:
     """Hateful Memes in `raw` or `raw/data`, its jsonl files checked for labels and repeated ids. Raises DataError."""
     spec = DATASETS["hatememes"]
     folder = raw / "data" if (raw / "data" / "train.jsonl").is_file() and not (raw / "train.jsonl").is_file() else raw
-    require_layout(folder, ("train.jsonl", "img/"), LAYOUT)
+    raw_data.require_layout(folder, ("train.jsonl", "img/"), LAYOUT)
     dev = "dev_seen" if (folder / "dev_seen.jsonl").is_file() and not (folder / "dev.jsonl").is_file() else "dev"
-    require_layout(folder, (f"{dev}.jsonl",), LAYOUT)
+    raw_data.require_layout(folder, (f"{dev}.jsonl",), LAYOUT)
     tests = [name for name in TEST_SPLITS if (folder / f"{name}.jsonl").is_file()]
     if not tests:
-        require_layout(folder, (f"{test_split}.jsonl",), LAYOUT)
+        raw_data.require_layout(folder, (f"{test_split}.jsonl",), LAYOUT)
     if test_split not in tests:
         files = ", ".join(f"{name}.jsonl" for name in tests)
         raise DataError(f"{test_split}.jsonl not found in {folder}, which has {files}. {_choice(tests)}")
-
-    def memes(source: str, lines: list[tuple[int, bytes]]) -> Iterator[tuple[int, Sample]]:
-        for row, line in lines:
-            yield row, Meme(folder, source, row, line)
 
     splits = []
     names: dict[Split, str] = {"train": "train", "val": dev, "test": test_split}
@@ -125,6 +94,9 @@ def open_raw(raw: Path, test_split: str = "test") -> RawDataset:
                 hint = f" {_choice(others)}" if others else hint
             message = f"{path}: none of its {len(lines):,} rows has a 'label', which the conversion needs."
             raise DataError(message + hint)
-        splits.append(RawSplit(split, path.name, len(lines), memes(path.name, lines)))
+        samples = [
+            Sample(row, f"{path.name}, row {row}", partial(read_meme, folder, path.name, line)) for row, line in lines
+        ]
+        splits.append(RawSplit(split, path.name, samples))
     assert spec.class_names is not None
     return RawDataset(spec, spec.class_names, tuple(splits))

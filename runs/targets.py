@@ -1,4 +1,4 @@
-"""What `run.py robustness` evaluates: checkpoints, with what is known of their runs and with their stored logits."""
+"""What `run.py robustness` evaluates: checkpoints, with what is known of their runs and their stored logits."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,13 @@ from typing import Any
 from clip.checkpoint import Checkpoint, check_classes, read_checkpoint
 from clip.logit_store import LogitStore, Origin
 from clip.robustness import Subject
-from clip.run_folder import read_json
+from clip.run_reader import read_run
 from clip.run_table import find_checkpoints
 from clip.tasks import task_of
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError
 from common.hashing import file_sha256
-from config import Options, check, read_load_paths, read_options
+from config import Options
+from runs.check_options import check, read_load_paths, read_options
 from vilt.datamodules import rows_of_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
@@ -42,7 +43,7 @@ class Target:
 
 
 def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
-    """Everything that `load_path` names, checked as a whole before anything heavy starts.
+    """Everything that `load_path` names, all checked before anything heavy starts.
 
     Args:
         config: Sacred's configuration.
@@ -77,9 +78,11 @@ def _open(
     config: Mapping[str, Any], given: set[str], path: Path, test_sets: dict[Path, tuple[ArrowDataset, str]]
 ) -> Target:
     checkpoint = read_checkpoint(path)
-    recorded = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+    source = path.parent / "config.json"
+    run = read_run(path.parent) if source.is_file() else None
+    recorded = {} if run is None else run.config
     taken = {name: recorded[name] for name in TAKEN_FROM_THE_RUN if name in recorded and name not in given}
-    _pass_over_absent_tables(taken, config, path.parent / "config.json")
+    _leave_out_absent_tables(taken, config, source)
     of_evaluation = {"load_path": str(path), "test_only": True, "test_ratio": 0.0}
     options = check({**config, **taken, **of_evaluation, "task": config["task"] or checkpoint.spec.task})
     if options.fast_dev_run:
@@ -92,18 +95,20 @@ def _open(
         test_sets[arrow] = dataset, file_sha256(arrow)
     dataset, arrow_sha256 = test_sets[arrow]
     check_classes(checkpoint, dataset)
-    training = _training(path.parent / "config.json", recorded) if recorded else None
     subject = Subject(
         checkpoint=path,
         checkpoint_sha256=checkpoint.sha256,
         method=str(recorded.get("prompt_type", checkpoint.spec.method.prompt_type)),
         exp_name=str(recorded.get("exp_name", path.stem)),
-        train_seed=training["seed"] if training else None,
-        train_pattern=_train_pattern(training) if training else None,
+        train_seed=None if run is None else run.config["seed"],
+        train_pattern=None
+        if run is None
+        else dict(zip(("missing_type", "ratio", "both_ratio"), run.pattern, strict=True)),
         precision=options.precision,
         task=task_of(options.task, spec.custom),
         class_names=dataset.class_names(),
         missing_table_root=options.missing_table_root,
+        line={} if run is None else run.line,
     )
     published_seed = options.published_seed if checkpoint.published else None
     of_model = (options.precision, options.tokenizer, published_seed)
@@ -129,8 +134,8 @@ def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]
     ]
 
 
-def _pass_over_absent_tables(taken: dict[str, Any], config: Mapping[str, Any], source: Path) -> None:
-    """Leaves out of `taken` a missing_table_root that is no folder here: tables would be written wherever it points."""
+def _leave_out_absent_tables(taken: dict[str, Any], config: Mapping[str, Any], source: Path) -> None:
+    """Of `taken` a missing_table_root that is no folder here: tables would be written wherever it points."""
     if "missing_table_root" not in taken:
         return
     root, default = (read_options(one, ["missing_table_root"])["missing_table_root"] for one in (taken, config))
@@ -138,21 +143,6 @@ def _pass_over_absent_tables(taken: dict[str, Any], config: Mapping[str, Any], s
         del taken["missing_table_root"]
         if root != default:
             log.warning("%s: missing_table_root: no folder at %s here; %s is used instead", source, root, default)
-
-
-def _train_pattern(training: dict[str, Any]) -> dict[str, Any]:
-    missing_type, ratio = training["missing_type"]["train"], training["missing_ratio"]["train"]
-    return {"missing_type": missing_type, "ratio": ratio, "both_ratio": training["both_ratio"]}
-
-
-def _training(path: Path, recorded: dict[str, Any]) -> dict[str, Any]:
-    """The options of the training that results are filed under. Raises DataError."""
-    try:
-        return read_options(recorded, ("missing_type", "missing_ratio", "both_ratio", "seed"))
-    except KeyError as error:
-        raise DataError(f"{path}: not as written by run.py: {error} is not there") from error
-    except ConfigError as error:
-        raise DataError(f"{path}: not as written by run.py: {error}") from error
 
 
 def _check_comparable(targets: Sequence[Target]) -> None:

@@ -1,0 +1,181 @@
+"""Readers of option values: each takes (option, value) and returns the value to use.
+
+All raise ConfigError, one line that names the option, what was expected and what was found.
+"""
+
+import ast
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+from common.messages import quoted
+
+Reader = Callable[[str, Any], Any]
+
+
+def wrong(option: str, expected: str, value: Any) -> ConfigError:
+    """The error for a value."""
+    return ConfigError(f"{option}: expected {expected}, found {quoted(value)}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number that float holds, not infinite and not NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of an integer with hundreds of digits
+        return False
+
+
+def integer(low: int, high: int = 2**63 - 1) -> Reader:
+    """Reads an integer from `low` to `high`."""
+
+    def read(option: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            at_most = f" and at most {high}" if isinstance(value, int) and value > high else ""
+            raise wrong(option, f"an integer of at least {low}{at_most}", value)
+        return value
+
+    return read
+
+
+def number(low: float, high: float = float("inf"), *, above: bool = False) -> Reader:
+    """Reads a number from `low` (exclusive if `above`) to `high`."""
+
+    def read(option: str, value: Any) -> float:
+        if not is_number(value) or not low <= value <= high or (above and value == low):
+            span = f"above {low:g}" if above else f"of at least {low:g}" if high == float("inf") else ""
+            raise wrong(option, f"a number {span or f'from {low:g} to {high:g}'}", value)
+        return float(value)
+
+    return read
+
+
+def flag(option: str, value: Any) -> bool:
+    """Reads True or False."""
+    if not isinstance(value, bool):
+        raise wrong(option, "True or False", value)
+    return value
+
+
+def one_of(*choices: str) -> Reader:
+    """Reads one of some words."""
+
+    def read(option: str, value: Any) -> str:
+        if value not in choices:
+            raise wrong(option, " or ".join(choices), value)
+        return str(value)
+
+    return read
+
+
+def text(option: str, value: Any) -> str:
+    """Reads a text; a number is one too."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise wrong(option, "a text", value)
+    return str(value)
+
+
+def folder_name(option: str, value: Any) -> str:
+    """Reads the name of a folder without a path."""
+    name = text(option, value)
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable() or not may_be_path(name):
+        raise wrong(option, "the name of a folder, without slashes", value)
+    return name
+
+
+def path_or_name(option: str, value: Any) -> str:
+    """Reads a text that may be a path."""
+    name = text(option, value)
+    if not may_be_path(name):
+        raise wrong(option, "a path", value)
+    return name
+
+
+def path(option: str, value: Any) -> Path:
+    """Reads a path; `~` is the home folder."""
+    try:
+        return Path(path_or_name(option, value)).expanduser()
+    except RuntimeError:  # no such user
+        raise wrong(option, "a path", value) from None
+
+
+def may_be_path(name: str) -> bool:
+    """False for what the file system can have no file of: too long, with a NUL or half of a surrogate pair."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name and len(name) < 4096 and max(map(len, parts)) < 256
+
+
+def file_of(*suffixes: str) -> Reader:
+    """Reads the path of a file with one of the suffixes."""
+
+    def read(option: str, value: Any) -> Path:
+        found = path(option, value)
+        if found.suffix not in suffixes:
+            raise wrong(option, f"a file {' or '.join(suffixes)}", value)
+        return found
+
+    return read
+
+
+def optional(reader: Reader) -> Reader:
+    """Reads None, an empty text (None too), or what `reader` reads."""
+    return lambda option, value: None if value is None or value == "" else reader(option, value)
+
+
+def by_key(keys: Sequence[str], reader: Reader) -> Reader:
+    """Reads one value for all keys, or a dictionary with each of them."""
+
+    def read(option: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            return {key: reader(option, value) for key in keys}
+        if set(value) != set(keys):
+            raise wrong(option, f"a value, or a dictionary of {', '.join(keys)}", dict(value))
+        return {key: reader(f"{option}.{key}", value[key]) for key in keys}
+
+    return read
+
+
+def several(reader: Reader) -> Reader:
+    """Reads a list of different values, at least one, into a tuple; a single value is a list of one.
+
+    A shell makes `[text,image]` of `["text","image"]`, which Sacred then takes for a text: read as the list too.
+    """
+
+    def read(option: str, value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+            value = [literal(word.strip()) for word in value[1:-1].split(",") if word.strip()]
+        elif isinstance(value, str) and value.startswith(("[", "(")):
+            raise wrong(option, """a list as Python writes it, such as "['a','b']" or [1,2]""", value)
+        values = [reader(option, one) for one in value] if isinstance(value, (list, tuple)) else [reader(option, value)]
+        if not values:
+            raise wrong(option, "at least one value", list(value))
+        repeated = [one for place, one in enumerate(values) if one in values[:place]]
+        if repeated:
+            raise ConfigError(f"{option}: expected each value once, found {repeated[0]} twice")
+        return tuple(values)
+
+    return read
+
+
+def literal(word: str) -> Any:
+    """The Python literal that a word spells, else the word."""
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+def dictionary(option: str, value: Any) -> dict[str, Any]:
+    """Reads a dictionary; None is an empty one."""
+    value = {} if value is None else value
+    if not isinstance(value, Mapping):
+        raise wrong(option, f"a dictionary, or one entry as in {option}.NAME=VALUE", value)
+    return {str(key): entry for key, entry in value.items()}

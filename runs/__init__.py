@@ -1,0 +1,1 @@
+"""Around a run: its command line, its options, its folder, and what many runs together give."""

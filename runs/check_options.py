@@ -1,0 +1,148 @@
+"""The check of the options: each by itself, against each other, the machine, and the files that they name."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+from common.readers import path, several
+from config import AUTO, OPTIONS, PRECISIONS, Options
+from vilt.datasets.specs import EVERY_DATASET
+from vilt.missing_tables import PUBLISHED
+
+PUBLISHED_INTERVALS: dict[str, dict[str | None, float]] = {"hatememes": {None: 0.1, "dcp": 0.11}}
+"""Epochs between validations, by task and method, where they are not 0.2."""
+
+
+def check(config: Mapping[str, Any]) -> Options:
+    """The whole configuration, checked against itself, the machine and the files it names.
+
+    Raises:
+        ConfigError: one line that names the option, what was expected and what was found.
+    """
+    options = resolve(config)
+    check_together(options)
+    _check_data_and_weights(options)
+    return options
+
+
+def resolve(config: Mapping[str, Any]) -> Options:
+    """The configuration, each option checked by itself and what is left open decided for this machine.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    values = read_options(config, OPTIONS)
+    for name, overridden in (("test_ratio", "missing_ratio"), ("test_type", "missing_type")):
+        if values[name] is not None:
+            values[overridden] |= {"val": values[name], "test": values[name]}
+    if values["val_check_interval"] is None:
+        by_method = PUBLISHED_INTERVALS.get(values["task"], {})
+        values["val_check_interval"] = by_method.get(values["prompt_type"], by_method.get(None, 0.2))
+    _settle_machine(values)
+    return Options(**values)
+
+
+def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The options `names`, each checked by itself. Raises ConfigError."""
+    return {name: OPTIONS[name].read(name, config[name]) for name in names}
+
+
+def read_with_machine(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The options `names`, each checked by itself, with those of the machine as they fit it. Raises ConfigError."""
+    values = read_options(config, [*names, "num_gpus", "num_workers", "precision"])
+    _settle_machine(values)
+    return values
+
+
+def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:
+    """What `load_path` names where it may be several: checkpoints and folders of runs. Raises ConfigError."""
+    if config["load_path"] in (None, ""):
+        raise ConfigError(
+            "load_path: expected a checkpoint, a list of them, or a folder of runs, as in load_path=result/…/best.ckpt"
+        )
+    return several(path)("load_path", config["load_path"])
+
+
+def _settle_machine(values: dict[str, Any]) -> None:
+    """Checks num_gpus, num_workers and precision against the machine, and fills in what is left to it."""
+    import torch
+
+    available = torch.cuda.device_count()
+    if values["num_gpus"] is None:
+        values["num_gpus"] = min(1, available)
+    if values["num_gpus"] > available:
+        remedy = "; leave num_gpus out to run on the CPU" if available == 0 else ""
+        found = f"found {values['num_gpus']}{remedy}"
+        raise ConfigError(f"num_gpus: expected at most the {available} of this machine, {found}")
+    values["num_workers"] = min(values["num_workers"], len(os.sched_getaffinity(0)))
+    on_gpu, precision = values["num_gpus"] > 0, values["precision"]
+    if precision == PUBLISHED:
+        precision = PRECISIONS["16" if on_gpu else "32"]
+    if precision == PRECISIONS["16"] and not on_gpu:
+        raise ConfigError("precision: expected 32 or bf16, found 16, which a CPU cannot compute in")
+    if precision is None and on_gpu:
+        precision = PRECISIONS["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "16"]
+    elif precision is None:
+        precision = PRECISIONS["bf16" if torch.cpu._is_avx512_bf16_supported() else "32"]
+    values["precision"] = precision
+
+
+def check_together(options: Options) -> None:
+    """Raises ConfigError where options contradict each other, or name checkpoints that are not there."""
+    if options.task is None:
+        names = ", ".join(f"task_finetune_{name}" for name in EVERY_DATASET)
+        raise ConfigError(f"no task: expected one of {names}, as in `python run.py with task_finetune_mmimdb …`")
+    _check_method(options)
+    if options.cpu_processes > 1 and options.num_gpus:
+        raise ConfigError(f"cpu_processes: expected 1 where GPUs are used (num_gpus={options.num_gpus})")
+    if options.end_lr >= options.learning_rate:
+        raise ConfigError(
+            f"end_lr: expected less than learning_rate={options.learning_rate:g}, found {options.end_lr:g}"
+        )
+    if options.test_only and options.load_path is None:
+        raise ConfigError("test_only: expected a checkpoint to evaluate, as in load_path=result/…/best.ckpt")
+    if options.finetune_first and options.load_path is None:
+        raise ConfigError("finetune_first: expected a checkpoint to start from in load_path")
+    if options.resume_from is not None and options.test_only:
+        raise ConfigError("resume_from: resumes a training run; test_only contradicts it")
+    for name, checkpoint in (("load_path", options.load_path), ("resume_from", options.resume_from)):
+        if checkpoint not in (None, AUTO) and not Path(checkpoint).is_file():
+            raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")
+
+
+def _check_method(options: Options) -> None:
+    length = options.memory_length
+    if length % 3:
+        raise ConfigError(
+            f"memory_length: expected a positive multiple of 3 (private, shared and dynamic slots), found {length}"
+        )
+    if options.prompt_type == "map_attention" and length % 2:
+        raise ConfigError(f"memory_length: expected a multiple of 6 (a third of it is keys and values), found {length}")
+    needs = {"far": None, "fmb": None, "replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}
+    for name, needed in needs.items():
+        value, default = getattr(options, name), OPTIONS[name].default
+        if value != default and options.prompt_type != "rep":
+            raise ConfigError(f"{name}: is an option of prompt_type=rep, found prompt_type={options.prompt_type}")
+        if needed is not None and value and not getattr(options, needed):
+            raise ConfigError(f"{name}: expected {default} with {needed}=False, found {value}")
+
+
+def _check_data_and_weights(options: Options) -> None:
+    if options.data_root is None:
+        raise ConfigError("data_root: expected the folder of the arrow files that make_arrow.py wrote, found nothing")
+    spec = EVERY_DATASET[options.task]
+    files = [spec.file_name(split) for split in options.splits]
+    missing = [name for name in files if not (options.data_root / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"data_root: expected {', '.join(missing)} in {options.data_root}, found "
+            f"{'no such folder' if not options.data_root.is_dir() else 'no such file'}; "
+            + spec.how_to_make(options.data_root)
+        )
+    if not Path(options.vit).exists() and not options.vit.startswith(("RN", "ViT-")):
+        raise ConfigError(
+            f"vit: expected one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a Hugging Face folder or a weights "
+            f"file, found {options.vit!r}"
+        )

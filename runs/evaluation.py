@@ -1,0 +1,160 @@
+"""Evaluation of checkpoints: the test split, and every missing pattern from stored logits."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from clip.checkpoint import (
+    Checkpoint,
+    check_classes,
+    read_checkpoint,
+)
+from clip.logit_store import LogitModule, encode
+from clip.modules.classifier import MissingModalityClassifier
+from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model
+from clip.processes import ending_together
+from clip.robustness import Results, measure, write_results
+from clip.run_folder import write_json
+from clip.tokenizer import ClipTokenizer
+from clip.trainer import make_trainer
+from clip.training import FinetuneModule
+from common.errors import CheckpointError, ConfigError
+from config import Options
+from runs.start import say_device, start_folder
+from runs.targets import Target, check_agreement, with_model_of
+from vilt.datamodules import MissingModalityData
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.open_spec import open_spec
+from vilt.missing_tables import TYPE_NAMES, type_counts
+
+log = logging.getLogger("rep")
+
+
+def evaluate(options: Options, given: set[str]) -> dict[str, float]:
+    """Evaluates `load_path`; the model's options come from the checkpoint, and `given` ones may not contradict it."""
+    assert options.load_path is not None
+    say_device(options)
+    checkpoint = read_checkpoint(options.load_path)
+    check_agreement(options, checkpoint, given)
+    arrow = open_spec(options.task, options.data_root, options.splits)
+    image_size = checkpoint.spec.architecture.image_size
+    check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test", image_size))  # before anything heavy
+    classifier, data = open_evaluation(options, checkpoint, given)
+    name = options.test_exp_name or (
+        f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
+    )
+    custom = data.spec.custom
+    folder = start_folder(with_model_of(checkpoint, options, given), name, custom)
+    trainer = make_trainer(options, folder, steps_per_epoch=1)
+    module = FinetuneModule(classifier, replace(checkpoint.spec, custom=custom))
+    with data.naming_dead_workers(), ending_together(trainer):
+        return test(options, trainer, module, data, checkpoint, folder)
+
+
+def open_evaluation(
+    options: Options, checkpoint: Checkpoint, given: set[str]
+) -> tuple[MissingModalityClassifier, MissingModalityData]:
+    """The model of `checkpoint`, on the backbone it was trained on, and the test split for it."""
+    classifier, tokenizer = open_model(checkpoint, backbone_choice(asdict(options), given), options.vit)
+    set_computation(options, classifier)
+    data = open_data(options, checkpoint.spec.architecture.image_size, tokenizer)
+    return classifier, data
+
+
+def backbone_choice(options: Mapping[str, Any], given: set[str]) -> BackboneChoice:
+    """What the user says of the backbone; its name counts only where it is `given`."""
+    vit = options["vit"] if "vit" in given else None
+    others = ("vit_activation", "tokenizer", "trust_backbone", "published_seed")
+    return BackboneChoice(vit, *(options[name] for name in others))
+
+
+def open_data(options: Options, image_size: int, tokenizer: ClipTokenizer) -> MissingModalityData:
+    """The splits that this run reads."""
+    if options.image_size not in (None, image_size):
+        raise ConfigError(
+            f"image_size: expected {image_size}, which is what the position embeddings of the backbone are for, "
+            f"found {options.image_size}"
+        )
+    data = MissingModalityData(options.data_settings(), options.splits, image_size, tokenizer, tokenizer.fingerprint)
+    log.info("data of %s:\n%s", options.data_root, data.describe())
+    return data
+
+
+def set_computation(options: Options, classifier: MissingModalityClassifier) -> None:
+    """Sets how the towers compute, once their weights are there."""
+    classifier.compute(COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing)
+
+
+def test(
+    options: Options,
+    trainer: pl.Trainer,
+    module: FinetuneModule,
+    data: MissingModalityData,
+    checkpoint: Checkpoint,
+    folder: Path | None,
+    training: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """Runs the test split, prints the result and writes it, with `training`, to `test_results.json`."""
+    started = time.monotonic()
+    trainer.test(module, datamodule=data, verbose=False)
+    dataset = data.datasets["test"]
+    pattern = data.patterns["test"]
+    result = {
+        "task": options.task,
+        "split": "test",
+        "samples": module.tested_samples,
+        "missing": type_counts(dataset.missing_type_of_sample),
+        "missing_pattern": pattern.recorded(),
+        "metrics": module.test_metrics,
+        "checkpoint": str(checkpoint.path),
+        "checkpoint_sha256": checkpoint.sha256,
+        "precision": options.precision,
+        "seconds": round(time.monotonic() - started, 1),
+        **(training or {}),
+    }
+    if trainer.is_global_zero:
+        assert folder is not None
+        write_json(folder / "test_results.json", result)
+        counts = ", ".join(f"{count:,} {name}" for name, count in result["missing"].items())
+        print(f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})")
+        print(
+            f"  {options.task} test, {pattern.ratio:.0%} missing ({pattern.missing_type}), seed {pattern.seed}: "
+            f"{module.tested_samples:,} samples: {counts}"
+        )
+        for metric, value in module.test_metrics.items():
+            print(f"  test/{metric:<12} {value:.4f}")
+        print(f"  written to {folder / 'test_results.json'}\n")
+    return module.test_metrics
+
+
+def measure_target(target: Target, given: set[str]) -> Results | None:
+    """Encodes what a target lacks and writes its results; they are None on other processes than the first.
+
+    Raises:
+        CheckpointError: the checkpoint was replaced since the target was opened.
+    """
+    options, subject, store = target.options, target.subject, target.store
+    needed = ", ".join(TYPE_NAMES[missing_type] for missing_type in target.lacking)
+    log.info("%s: needs encodings: %s", subject.checkpoint, needed or "none")
+    if target.lacking:
+        store.check_writable()
+        say_device(options)
+        checkpoint = read_checkpoint(subject.checkpoint)
+        if checkpoint.sha256 != subject.checkpoint_sha256:
+            raise CheckpointError(f"{subject.checkpoint}: was replaced by another checkpoint a moment ago; start again")
+        classifier, data = open_evaluation(options, checkpoint, given)
+        trainer = make_trainer(options, None, steps_per_epoch=1)
+        with data.naming_dead_workers(), ending_together(trainer):
+            encode(store, target.lacking, LogitModule(classifier, checkpoint.spec), trainer, data)
+    if getattr(rank_zero_only, "rank", 0):
+        return None
+    found = measure(subject, store.load(), target.patterns, options.bootstrap)
+    names = write_results(found, store.folder)
+    log.info("written to %s: %s", store.folder, ", ".join(["logits.arrow", *names]))
+    return found

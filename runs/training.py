@@ -1,0 +1,206 @@
+"""A training run, from its options to its best checkpoint and the test of it."""
+
+import logging
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from clip.backbone import Backbone, load_backbone
+from clip.callbacks import Checkpoints
+from clip.checkpoint import (
+    Checkpoint,
+    ModelSpec,
+    TokenizerUsed,
+    build_classifier,
+    check_backbone,
+    check_classes,
+    check_tokenizer,
+    kept_names,
+    load_kept_state,
+    read_checkpoint,
+    restore_classifier,
+)
+from clip.checkpoint_file import told_when_full
+from clip.modules.classifier import MissingModalityClassifier
+from clip.open_model import COMPUTE_TYPES, tokenizer_for
+from clip.processes import ending_together
+from clip.resume import AUTO, alone, find_progress, say_differences
+from clip.run_folder import read_json
+from clip.tasks import TASKS, head_name, task_of
+from clip.tokenizer import ClipTokenizer
+from clip.trainable import freeze
+from clip.trainer import make_trainer
+from clip.training import FinetuneModule
+from common.errors import CheckpointError, ConfigError, UserError
+from common.messages import first_line
+from config import Options
+from runs.evaluation import open_data, set_computation, test
+from runs.start import described, say_device, start_folder
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.custom import CUSTOM
+from vilt.datasets.open_spec import open_spec
+
+log = logging.getLogger("rep")
+
+
+def train(options: Options) -> dict[str, float]:
+    """A training run, or what is left of it; the metrics of its best checkpoint on the test split."""
+    name = f"{options.exp_name}_seed{options.seed}"
+    if options.resume_from != AUTO:
+        return train_from(options, name)
+    custom = open_spec(options.task, options.data_root, options.splits).custom
+    what = (options.log_dir / name, described(options, custom), options.per_gpu_batchsize * options.processes)
+    with nullcontext() if options.fast_dev_run else alone(*what):  # which would write a lock
+        progress = find_progress(*what)
+        if progress.finished is not None:
+            log.info("resume_from=auto: nothing is left to do: %s is finished", progress.finished)
+            return read_json(progress.finished / "test_results.json")["metrics"] if options.test_after_fit else {}
+        return train_from(replace(options, resume_from=progress.checkpoint), name)
+
+
+def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str, float]:
+    """A training run in its own folder, `name`, from its start or from the checkpoint `resume_from`."""
+    pl.seed_everything(options.seed, workers=True, verbose=False)
+    say_device(options)
+    backbone = load_backbone(options.vit, trust=options.trust_backbone, activation=options.vit_activation)
+    tokenizer = tokenizer_for(options.tokenizer, options.vit, backbone.architecture.vocab_size)
+    data = open_data(options, backbone.architecture.image_size, tokenizer)
+    custom = data.spec.custom
+    task = task_of(options.task, custom)
+    spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, custom)
+    try:
+        classifier = build_classifier(spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    log.info("parameters:\n%s", freeze(classifier, options.task))
+    backbone.load_into(classifier.model)
+    token_embedding = backbone.state["text_encoder.token_embedding.weight"]
+    classifier.method.start_from(
+        {"image": backbone.state["image_encoder.class_embedding"], "text": token_embedding[tokenizer.end_id]}
+    )
+    if options.resume_from is not None:
+        resumed = read_checkpoint(Path(options.resume_from))
+        check_resume(resumed, spec, backbone, tokenizer, data.datasets["train"])
+        load_kept_state(classifier, resumed.state, f"resume_from={resumed.path}")
+        say_differences(resumed.path, described(options, custom))
+    elif options.load_path is not None:
+        start = read_checkpoint(options.load_path)
+        if options.finetune_first:
+            check_classes(start, data.datasets["train"])
+        warm_start(classifier, start, backbone, options.published_seed, with_head=options.finetune_first)
+
+    set_computation(options, classifier)
+    folder = start_folder(options, name, custom) if not options.fast_dev_run else None
+    skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
+    module = FinetuneModule(
+        classifier,
+        spec,
+        (options.vit, backbone.sha256),
+        options.optimizer_settings(),
+        options.seed,
+        skip_bad_steps,
+        data.datasets["train"].class_names(),
+        TokenizerUsed(options.tokenizer, tokenizer.fingerprint),
+    )
+    # Processes without the folder write nothing, but take part in writing.
+    checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
+    trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints, *callbacks)
+    with told_when_full(folder or options.log_dir), data.naming_dead_workers(), ending_together(trainer):
+        began = time.monotonic()
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
+        except Exception as error:
+            if options.resume_from is None or checkpoints.training or isinstance(error, UserError):
+                raise
+            raise CheckpointError(
+                f"resume_from={options.resume_from}: not to be resumed: {first_line(error)}"
+            ) from error
+        seconds = time.monotonic() - began
+        if options.fast_dev_run:
+            log.info("fast_dev_run: one batch of everything went through; nothing was written")
+            return {}
+        if checkpoints.best is None:
+            log.warning("no validation took place, so that there is no best checkpoint and nothing is tested")
+            return {}
+        best_path = trainer.strategy.broadcast(checkpoints.best_path)
+        log.info("best %s %.4f: %s", checkpoints.monitor, checkpoints.best["score"], best_path)
+        if not options.test_after_fit:
+            return {}
+        checkpoint = read_checkpoint(best_path)
+        load_kept_state(classifier, checkpoint.state, str(best_path))
+        training = {
+            "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
+            "training_seconds": None if options.resume_from else round(seconds, 1),
+        }
+        return test(options, trainer, module, data, checkpoint, folder, training)
+
+
+def warm_start(
+    classifier: MissingModalityClassifier,
+    checkpoint: Checkpoint,
+    backbone: Backbone,
+    published_seed: int,
+    *,
+    with_head: bool,
+) -> None:
+    """Starts from the memory of `checkpoint` (and its head), and says what it took.
+
+    Raises:
+        CheckpointError: the memory does not fit, or was trained on another backbone.
+    """
+    if not checkpoint.published:
+        check_backbone(checkpoint, backbone)
+    start = restore_classifier(checkpoint, None if checkpoint.published else backbone, published_seed)
+    heads = tuple(f"{head_name(task)}." for task in (*TASKS, CUSTOM))
+    own, theirs = classifier.state_dict(), start.state_dict()
+    # What REP as described adds to the released model starts as the identity, and is not in checkpoints without it.
+    method = classifier.method
+    added = tuple(f"model.{method.attribute}.{beginning}" for beginning in method.identity_at_init)
+    absent = {name for name in kept_names(classifier) if name.startswith(added)} - set(kept_names(start))
+    of_this_model = [name for name in kept_names(classifier) if name not in absent]
+    wanted = [name for name in of_this_model if with_head or not name.startswith(heads)]
+    misfits = [name for name in wanted if name not in theirs or own[name].shape != theirs[name].shape]
+    if misfits:
+        raise CheckpointError(
+            f"load_path={checkpoint.path}: {len(misfits)} entries do not fit this model, for example {misfits[0]}: its "
+            f"task is {checkpoint.spec.task}, its method {checkpoint.spec.method}, its head {checkpoint.spec.head}"
+        )
+    with torch.no_grad():
+        for name in wanted:
+            own[name].copy_(theirs[name])
+    log.info(
+        "warm start from %s: %d entries of the memory loaded, %s",
+        checkpoint.path,
+        len([name for name in wanted if not name.startswith(heads)]),
+        "the head too" if with_head else "the head starts anew (finetune_first=True takes it too)",
+    )
+
+
+def check_resume(
+    checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone, tokenizer: ClipTokenizer, dataset: ArrowDataset
+) -> None:
+    """Raises CheckpointError unless training can go on from `checkpoint` with this model on `dataset`."""
+    if checkpoint.published:
+        raise CheckpointError(f"resume_from={checkpoint.path}: a published checkpoint; use it as load_path")
+    if not checkpoint.resumable:
+        raise CheckpointError(
+            f"resume_from={checkpoint.path}: does not hold where the training stood, as last.ckpt does; "
+            f"use it as load_path"
+        )
+    check_backbone(checkpoint, backbone)
+    check_tokenizer(checkpoint, tokenizer)
+    check_classes(checkpoint, dataset)
+    if checkpoint.spec != spec:
+        theirs, ours = (
+            asdict(one.method)
+            | {"task": one.task, "head": one.head, "architecture": one.architecture}
+            | (asdict(one.custom) if one.custom is not None else {})
+            for one in (checkpoint.spec, spec)
+        )
+        both = [key for key in theirs if key in ours]
+        differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in both if theirs[key] != ours[key]]
+        raise CheckpointError(f"resume_from={checkpoint.path}: a run with other options: {', '.join(differing)}")

@@ -1,0 +1,54 @@
+"""Numbers, names and tables as people read them."""
+
+import math
+
+import pytest
+
+from common.text import Estimate, duration, estimate, natural_key, pattern_text, per_cent, size, terminal_table
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5940, "99 min"), (6000, "1 h 40 min"), (90061, "25 h 1 min")],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_sizes_shares_and_patterns() -> None:
+    assert [size(n_bytes) for n_bytes in (1e5, 11.8e6, 3.9e9)] == ["0.1 MB", "11.8 MB", "3.9 GB"]
+    assert per_cent(0.1 * 7) == "70 %"
+    assert [pattern_text("both", 0.5, share) for share in (0.5, 0.3)] == ["50 % both", "50 % both 0.3"]
+    assert pattern_text("text", 0.5, 0.3) == "50 % text", "the share has no effect"
+
+
+def test_numbers_in_names_sort_as_numbers() -> None:
+    names = ["²", "version_10b", "version_9", "version_10", "a"]
+    assert sorted(names, key=natural_key) == ["a", "version_9", "version_10", "version_10b", "²"]
+
+
+def test_mean_and_deviation_by_hand() -> None:
+    assert estimate([1.0, 2.0, 6.0]) == Estimate(3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2)), 3)  # type: ignore[arg-type]
+    assert estimate([0.1] * 7) == Estimate(0.1, 0.0, 7), "exact for equal values"
+    assert estimate([0.25]) == (0.25, 0.0, 1) and estimate([]) is None
+    assert Estimate(0.5, 0.25, 2).text(2, 100) == "50.00 ± 25.00" and Estimate(0.5, 0.0, 1).text() == "0.5000"
+
+
+def test_a_table_in_a_pipe_has_a_line_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    rows = [("long " * 60, "1"), None, ("[red]x[/red] :smile:", "1000")]
+    lines = terminal_table(("a", "bb"), rows, "<>").splitlines()
+    assert len(lines) == 5 and lines[3].strip() == "", "a line between"
+    assert lines[2].rstrip().endswith("1") and lines[2].startswith("long " * 60)
+    assert lines[4].startswith("[red]x[/red] :smile: ") and lines[4].endswith("  1000")
+    assert {len(lines[number]) for number in (0, 2, 4)} == {len(lines[4])}
+
+
+def test_a_table_on_a_narrow_terminal_is_folded_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    cell = "".join(f"{number:02}" for number in range(40))
+    lines = terminal_table(("first", "second", "n"), [(cell, f"x{cell}", "7")], "<<>").splitlines()
+    assert max(map(len, lines)) <= 40
+    second, third = lines[0].index("second"), lines[0].index("n", lines[0].index("second") + 6)
+    assert "".join(line[:second].strip() for line in lines[2:]) == cell
+    assert "".join(line[second : third - 1].strip() for line in lines[2:]) == f"x{cell}"

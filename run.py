@@ -6,11 +6,9 @@
 Exit status: 0 done, 2 something the user can mend, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM.
 """
 
-import inspect
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -20,15 +18,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
-from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.environments import SLURMEnvironment
-from pytorch_lightning.strategies import DDPStrategy, Strategy
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from clip.backbone import Backbone, load_backbone
-from clip.callbacks import Checkpoints, Report, StepLimit
+from clip.callbacks import Checkpoints
 from clip.checkpoint import (
     Checkpoint,
     ModelSpec,
@@ -42,19 +35,16 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.checkpoint_file import WholeCheckpoints, told_when_full
 from clip.ending import (
     DONE,
     INTERRUPTED,
     USER_ERROR,
-    end_with_other_process,
     end_with_our_fault,
     end_with_signal,
     end_with_user_error,
 )
 from clip.interruption import Stopped, end_loaders, stopping_on_signals
 from clip.logit_store import LogitModule, encode
-from clip.metrics_log import MetricsLogger
 from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model, tokenizer_for
 from clip.predict import Predictor, describe_predictions, read_items, write_predictions
@@ -68,6 +58,7 @@ from clip.run_table import describe_runs, list_runs, sort_runs, write_runs
 from clip.tasks import TASKS, head_name, task_of
 from clip.tokenizer import ClipTokenizer
 from clip.trainable import freeze
+from clip.trainer import make_trainer, set_up_logging
 from clip.training import FinetuneModule
 from common.errors import CheckpointError, CheckupError, ConfigError, UserError, machine_error
 from common.messages import first_line
@@ -98,8 +89,6 @@ PREDICTION_OPTIONS = (
     *("load_path", "input", "output", "per_gpu_batchsize"),
     *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed"),
 )
-GPU_STEPS_PER_LOOK = 50
-"""Training steps on a GPU between two looks at the loss, for the records; each look makes the host wait."""
 
 
 @EX.main
@@ -264,7 +253,7 @@ def train_from(options: Options, name: str) -> dict[str, float]:
     # Processes without the folder write nothing, but take part in writing.
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints)
-    with told_when_full(folder or options.log_dir), data.naming_dead_workers(), ending_together(trainer):
+    with data.naming_dead_workers(), ending_together(trainer):
         began = time.monotonic()
         try:
             trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
@@ -406,71 +395,6 @@ def measure_target(target: Target, given: set[str]) -> Robustness | None:
     return found
 
 
-def make_trainer(
-    options: Options, folder: Path | None, steps_per_epoch: int, checkpoints: Checkpoints | None = None
-) -> pl.Trainer:
-    """The Lightning trainer, for training if there are `checkpoints` to keep, else for evaluation.
-
-    Validation falls on optimiser steps, so that no checkpoint is amid an accumulation.
-    """
-    strategy: Strategy | str = "auto"
-    if options.processes > 1:
-        # Types that a batch lacks leave parameters without gradient. The buffers are equal by construction, and
-        # processes may have different numbers of evaluation batches: no broadcast in a forward pass.
-        known = inspect.signature(DistributedDataParallel).parameters
-        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as once called
-        without_sync: dict[str, Any] = {sync: False}
-        strategy = DDPStrategy(find_unused_parameters=True, **without_sync)
-    steps_per_look = GPU_STEPS_PER_LOOK if options.num_gpus else 1
-    callbacks: list[pl.Callback] = [TQDMProgressBar(refresh_rate=steps_per_look if sys.stderr.isatty() else 0)]
-    interval, accumulation = steps_per_epoch, 1
-    if checkpoints is not None:
-        accumulation, wanted = options.accumulation, options.val_check_interval
-        interval = validation_interval(wanted, steps_per_epoch, accumulation)
-        callbacks.append(Report(checkpoints.monitor))
-        if options.max_steps is not None:
-            callbacks.append(StepLimit(options.max_steps))
-    keeps = checkpoints is not None and not options.fast_dev_run
-    if checkpoints is not None and keeps:
-        callbacks += [checkpoints, LearningRateMonitor("step")]
-    place = folder or options.log_dir
-    plugins: list[Any] = [WholeCheckpoints()]
-    if SLURMEnvironment.detect():  # Lightning's own way to requeue a job cuts accumulations; slurm.sh is ours
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    return pl.Trainer(
-        accelerator="gpu" if options.num_gpus else "cpu",
-        devices=options.num_gpus or options.cpu_processes,
-        num_nodes=options.num_nodes,
-        strategy=strategy,
-        precision=options.precision,  # type: ignore[arg-type]
-        max_epochs=options.max_epoch,
-        accumulate_grad_batches=accumulation,
-        val_check_interval=interval,
-        log_every_n_steps=steps_per_look,
-        num_sanity_val_steps=0,
-        fast_dev_run=options.fast_dev_run,
-        use_distributed_sampler=False,  # EpochSampler does it, and counts evaluation samples once
-        enable_model_summary=False,
-        enable_checkpointing=keeps,
-        logger=[MetricsLogger(place, "", ""), TensorBoardLogger(place, "", "tensorboard")] if keeps else False,
-        callbacks=callbacks,
-        plugins=plugins,
-        default_root_dir=folder,
-    )
-
-
-def validation_interval(wanted: int | float, batches: int, accumulation: int) -> int:
-    """Batches from one validation to the next, as `wanted`: a share of the `batches` of an epoch, or a number.
-
-    Rounded down, never up, so that the last share of an epoch is validated too: to whole batches, and then to optimiser
-    steps, of which one is the least.
-    """
-    interval = int(wanted * batches) if isinstance(wanted, float) else wanted
-    if interval >= batches:
-        return batches  # an epoch ends with a step
-    return min(batches, max(1, interval // accumulation) * accumulation)
-
-
 def open_data(options: Options, image_size: int, tokenizer: ClipTokenizer) -> MissingModalityData:
     """The splits that this run reads."""
     if options.image_size not in (None, image_size):
@@ -580,24 +504,6 @@ def say_device(options: Options) -> None:
         )
 
 
-def set_up_logging() -> None:
-    """One line per event on standard error, from the first process only; Lightning's small talk is left out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for name in ("pytorch_lightning", "lightning", "lightning_fabric", "transformers", "httpx", "sacred", "fsspec"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if getattr(rank_zero_only, "rank", 0):
-        logging.disable(logging.INFO)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings(
-        "ignore", ".*your dataloader is not resumable.*"
-    )  # EpochSampler goes on at the right sample
-    warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder, which holds config.json
-    warnings.filterwarnings(
-        "ignore", ".*It is recommended to use `self.log.*sync_dist=True.*"
-    )  # all have the same value
-    warnings.filterwarnings("ignore", ".*`isinstance.treespec, LeafSpec.` is deprecated.*")
-
-
 def command_line(argv: list[str]) -> int:
     """Runs a command as Sacred reads it; returns the exit status, after a line on standard error if it is not 0."""
     EX.current_run = None  # that of an earlier call in this process
@@ -615,7 +521,8 @@ def command_line(argv: list[str]) -> int:
     except (UserError, SacredError) as error:
         return end_with_user_error(error, run_folder())
     except OtherProcessError as error:
-        return end_with_other_process(str(error), error.status)
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
     except torch.OutOfMemoryError as error:
         return end_with_user_error(error, run_folder(), f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
     except Stopped as stop:
@@ -631,7 +538,7 @@ def command_line(argv: list[str]) -> int:
     except Exception as error:
         if EX.current_run is None:  # Sacred did not get beyond reading the command line
             return end_with_user_error(error, None, f"command line: {first_line(error)}")
-        if isinstance(error, OSError) and (refusal := machine_error(error)) is not None:
+        if isinstance(error, OSError) and (refusal := machine_error(error, run_folder())) is not None:
             return end_with_user_error(error, run_folder(), str(refusal))
         return end_with_our_fault(error, run_folder())
     return DONE

@@ -18,9 +18,10 @@ from clip.backbone import load_backbone
 from clip.checkpoint import read_checkpoint, restore_classifier
 from clip.optimization import AdamW, OptimizerSettings, make_optimizer, make_schedule, schedule_steps
 from clip.published_queries import published_queries
+from clip.trainer import validation_interval
 from common.errors import ConfigError
 from config import EX, Options, check, resolve
-from run import command_line, validation_interval
+from run import command_line
 from tests.conftest import Workspace
 from tests.models import TINY, published_name, published_state
 from tests.test_run import evaluate, results_of

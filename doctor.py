@@ -28,7 +28,7 @@ from packaging.requirements import Requirement
 from clip.backbone import Backbone, load_backbone
 from clip.open_model import tokenizer_for
 from clip.tokenizer import ClipTokenizer
-from common.errors import ConfigError, DataError, StorageError, UserError
+from common.errors import ConfigError, DataError, UserError
 from common.messages import byte_size, listed, quoted
 from config import Options
 from runs.check_options import check_together, resolve
@@ -200,9 +200,9 @@ class Doctor:
         for path, needed, what in needs:
             folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-                raise StorageError(f"{path}: expected a folder that can be written, or created")
+                raise DataError(f"{path}: expected a folder that can be written, or created")
             if (free := shutil.disk_usage(folder).free) < needed:
-                raise StorageError(f"{path}: {byte_size(free)} free, about {byte_size(needed)} needed for {what}")
+                raise DataError(f"{path}: {byte_size(free)} free, about {byte_size(needed)} needed for {what}")
         return "ok", ", ".join(f"{path}: about {byte_size(needed)} needed for {what}" for path, needed, what in needs)
 
 

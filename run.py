@@ -22,7 +22,6 @@ from clip.ending import (
     DONE,
     INTERRUPTED,
     USER_ERROR,
-    end_with_other_process,
     end_with_our_fault,
     end_with_signal,
     end_with_user_error,
@@ -34,13 +33,13 @@ from clip.processes import OtherProcessError
 from clip.published_options import with_names_of_here
 from clip.robustness_text import describe_one, describe_several
 from clip.run_table import describe_runs, list_runs, sort_runs, write_runs
+from clip.trainer import set_up_logging
 from common.errors import CheckupError, ConfigError, UserError, machine_error
 from common.messages import first_line
 from config import DEFAULTS, OPTIONS, unknown_option
 from runs.check_options import check, read_options, read_with_machine
 from runs.evaluation import backbone_choice, evaluate, measure_target
 from runs.experiment import EX, ConfigAddedError, SacredError, check_command_line, described_options, options_in_files
-from runs.start import set_up_logging
 from runs.targets import open_targets
 from runs.training import train, train_from
 from sweep.command import run_sweep
@@ -179,7 +178,8 @@ def command_line(argv: list[str]) -> int:
     except (UserError, SacredError) as error:
         return end_with_user_error(error, run_folder())
     except OtherProcessError as error:
-        return end_with_other_process(str(error), error.status)
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
     except torch.OutOfMemoryError as error:
         return end_with_user_error(error, run_folder(), f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
     except Stopped as stop:
@@ -195,7 +195,7 @@ def command_line(argv: list[str]) -> int:
     except Exception as error:
         if EX.current_run is None:  # Sacred did not get beyond reading the command line
             return end_with_user_error(error, None, f"command line: {first_line(error)}")
-        if isinstance(error, OSError) and (refusal := machine_error(error)) is not None:
+        if isinstance(error, OSError) and (refusal := machine_error(error, run_folder())) is not None:
             return end_with_user_error(error, run_folder(), str(refusal))
         return end_with_our_fault(error, run_folder())
     return DONE

@@ -1,4 +1,4 @@
-"""What happens beside the steps of a training run: checkpoints, and a line per validation."""
+"""What happens beside the steps of a training run: checkpoints, a limit of steps, and lines about the progress."""
 
 import logging
 import math
@@ -21,11 +21,12 @@ log = logging.getLogger("rep")
 
 
 class Checkpoints(Checkpoint):
-    """Keeps `best.ckpt`, the best model by a validation metric, and `last.ckpt`, from which `resume_from` goes on.
+    """Keeps `best.ckpt`, the best model by a validation metric, and `last.ckpt`, for `resume_from`.
 
     `last.ckpt` also carries the best model so far: a resumed run, which has a folder of its own, ends with the same
-    best model as an uninterrupted one. It is written after validations and epochs, and where a signal stops the run:
-    between two optimiser steps, or amid a validation, which is then run anew.
+    best model as an uninterrupted one. Lightning's ModelCheckpoint loses it in another folder, and knows no way to
+    stop at a signal: `last.ckpt` is written after validations and epochs, and where a signal stops the run, between two
+    optimiser steps or in a validation, which is then repeated.
 
     Args:
         folder: where both are written, by the first process alone.
@@ -41,7 +42,7 @@ class Checkpoints(Checkpoint):
         self._kept_step = 0
         """Optimiser steps behind the newest checkpoint, here or in the folder of the run that is resumed."""
         self.training = False
-        """Whether the training has begun, all that a checkpoint resumes being restored."""
+        """Whether a validation has begun, by when all that a checkpoint restores has been used."""
 
     @property
     def best_path(self) -> Path:
@@ -49,8 +50,7 @@ class Checkpoints(Checkpoint):
         return self.folder / "best.ckpt"
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.best is not None:  # a resumed run
-            self._write_best(trainer)
+        self._write_best(trainer)  # of a resumed run
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._kept_step = trainer.global_step
@@ -93,8 +93,8 @@ class Checkpoints(Checkpoint):
         self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning also calls this where StepLimit ends the training in mid-epoch, and would take what is left of the
-        # epoch for done in a run resumed from there.
+        # Lightning also calls this where StepLimit ends the training in mid-epoch, and would take the rest of the epoch
+        # for done in a run resumed from there.
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed == trainer.num_training_batches:
             self._write_last(trainer)
             self._stop_if_asked(trainer)
@@ -104,44 +104,41 @@ class Checkpoints(Checkpoint):
         if number := self._stop.made(trainer):
             raise Stopped(number)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop.ignore()
-
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = state_dict["best"]
-        whole = isinstance(best, dict) and type(best.get("score")) is float and isinstance(best.get("state_dict"), dict)
-        if best is not None and not whole:
-            raise CheckpointError(
-                "resume_from: expected the best model so far in it, with its score, found another thing"
-            )
+        if best is not None and not (
+            isinstance(best, dict) and type(best.get("score")) is float and isinstance(best.get("state_dict"), dict)
+        ):
+            raise CheckpointError("resume_from: expected the best model so far in it, with its score, found none")
         self.best = best
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Makes Lightning's counts say what it has to do next when it reads them back."""
+        """Makes Lightning's counts say what it has to do next when it reads them back.
+
+        By itself it leaves out a batch that was fetched, and the rest of a validation that had begun.
+        """
         loops = checkpoint["loops"]["fit_loop"]
         training, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
-        if training["current"]["ready"] > training["current"]["completed"]:  # a batch was fetched, but not trained on
+        if training["current"]["ready"] > training["current"]["completed"]:
             training["is_last_batch"] = False
             for counts in (training["total"], training["current"]):
                 counts["ready"] = counts["completed"]
-        if validation["current"]["ready"] > validation["current"]["completed"]:
-            # In its first batch: what Lightning takes for a validation that is to be run, in whole.
+        if validation["current"]["ready"] > validation["current"]["completed"]:  # which it has to repeat
             validation["is_last_batch"] = False
             validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-            validation["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+            validation["current"] = dict.fromkeys(validation["total"], 0)
 
     def _write_best(self, trainer: pl.Trainer) -> None:
-        if trainer.is_global_zero:
-            assert self.best is not None
+        if trainer.is_global_zero and self.best is not None:
             write_checkpoint(self.best, self.best_path)
 
     def _write_last(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self.folder / "last.ckpt")  # by WholeCheckpoints; all processes take part
+        trainer.save_checkpoint(self.folder / "last.ckpt")  # by AtomicCheckpointIO; all processes take part
         self._kept_step = trainer.global_step
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
@@ -150,7 +147,7 @@ class Checkpoints(Checkpoint):
             return
         if trainer.global_step > self._kept_step:
             self._write_last(trainer)
-        log.info("stopped at step %d; resume_from=auto, other options as before, goes on from there", self._kept_step)
+        log.info("stopped at step %d; resume_from=auto, other options as before, resumes from there", self._kept_step)
         raise Stopped(number)
 
 
@@ -169,25 +166,15 @@ class StepLimit(pl.Callback):
         epoch, validation = loop.epoch_progress.current, loop.epoch_loop.val_loop.batch_progress.total
         batches = loop.epoch_loop.batch_progress.current.completed
         # In a resumed run the end of an epoch, or a validation that was stopped, may be still to come.
-        if not (batches == trainer.num_training_batches and epoch.ready > epoch.completed) and (
-            validation.ready == validation.completed
-        ):
+        ends_epoch = batches == trainer.num_training_batches and epoch.ready > epoch.completed
+        if not ends_epoch and validation.ready == validation.completed:
             self._look(trainer)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look(trainer)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        self._look(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look(trainer)
-
-    def _look(self, trainer: pl.Trainer) -> None:
+    def _look(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_step >= self.max_steps:
             trainer.should_stop = True
+
+    on_train_batch_end = on_validation_end = on_train_epoch_end = _look
 
 
 class Report(pl.Callback):
@@ -196,24 +183,24 @@ class Report(pl.Callback):
     def __init__(self, monitor: str) -> None:
         self.monitor = monitor
         self._samples = 0
-        self._started = 0.0
-        self._paused: tuple[float, float] | None = None
-        """Clock and seconds waited for data when a validation began, until training goes on."""
+        self._seconds = 0.0
+        self._since: float | None = None
+        """Clock at the start of what `_seconds` does not count yet; None in a validation and the checkpoints after."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer)  # a run resumed in mid-epoch does not start that epoch
+        _loader(trainer).waited = 0.0
+        self._samples, self._seconds, self._since = 0, 0.0, time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer)
+    on_train_epoch_start = on_train_start  # which a run resumed in mid-epoch has not
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self._go_on(trainer)
+        self._since = self._since or time.perf_counter()
         self._samples += len(batch.index_B) * trainer.world_size
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._paused = time.perf_counter(), _loader(trainer).waited
+        self._count(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
@@ -222,29 +209,24 @@ class Report(pl.Callback):
         log.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, values)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._go_on(trainer)
-        seconds = time.perf_counter() - self._started
+        self._count(pl_module)
+        if not self._samples:  # resumed at the end of an epoch
+            return
         log.info(
             "epoch %d: %s training samples in %.1f s, %.1f per second; %.0f %% of the time waiting for data",
             trainer.current_epoch,
             f"{self._samples:,}",
-            seconds,
-            self._samples / seconds,
-            100 * _loader(trainer).waited / seconds,
+            self._seconds,
+            self._samples / self._seconds,
+            min(100, 100 * _loader(trainer).waited / self._seconds),
         )
 
-    def _begin(self, trainer: pl.Trainer) -> None:
-        _loader(trainer).waited = 0.0
-        self._samples, self._started = 0, time.perf_counter()
-
-    def _go_on(self, trainer: pl.Trainer) -> None:
-        """Takes a validation, and the checkpoints after it, out of the training time."""
-        if self._paused is not None:
-            clock, waited = self._paused
-            self._started += time.perf_counter() - clock - (_loader(trainer).waited - waited)
-            self._paused = None
+    def _count(self, pl_module: pl.LightningModule) -> None:
+        if self._since is not None:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
 
 
 def _loader(trainer: pl.Trainer) -> TimedLoader:

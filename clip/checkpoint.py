@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clip.backbone import Backbone, architecture_of
-from clip.checkpoint_file import check_whole
+from clip.checkpoint_file import check_intact
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import UNUSED, MethodOptions
 from clip.modules.registry import HEADS, METHODS, head_class, method_class
@@ -442,7 +442,7 @@ def _load_inert(path: Path) -> Any:
     try:
         check_archive(path)
         mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # refuses what is no zip archive
-        check_whole(path)
+        check_intact(path)
         refused = [name for name in mentioned if not name.startswith(STAND_IN_MODULES)]
         if refused:
             raise CheckpointError(

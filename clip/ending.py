@@ -14,7 +14,7 @@ ERROR_FILE = "error.txt"
 
 
 def end_with_user_error(error: BaseException, folder: Path | None, message: str | None = None) -> int:
-    """One line about what the user can mend; `message`, or else the error's own text.
+    """One line about what the user can correct; `message`, or else the error's own text.
 
     Args:
         folder: that of the run, if it came so far.
@@ -22,6 +22,8 @@ def end_with_user_error(error: BaseException, folder: Path | None, message: str 
     message = str(error) if message is None else message
     if message.startswith("Caught "):  # in a loader process: torch puts its traceback into the message
         message = re.split(r"^[\w.]+Error: ", message, flags=re.MULTILINE)[-1].rstrip()
+    if isinstance(error, OSError):  # a full disk, say: the training is not at fault
+        message += _how_to_resume(folder)
     print(f"error: {message}{_where(_keep_traceback(error, folder))}", file=sys.stderr)
     return USER_ERROR
 
@@ -36,22 +38,16 @@ def end_with_our_fault(error: BaseException, folder: Path | None) -> int:
     return OUR_FAULT
 
 
-def end_with_other_process(what: str, status: int) -> int:
-    """A line about another process of the run, which has said itself why it ended, unless a signal killed it.
-
-    Args:
-        status: its own, or the negative number of the signal.
-    """
-    print(f"error: {what}: {'its message is above' if status > 0 else 'perhaps for want of memory'}", file=sys.stderr)
-    return status if status > 0 else USER_ERROR
-
-
 def end_with_signal(status: int, folder: Path | None) -> int:
-    """A line that says so, and how the run goes on, where it can."""
-    last = folder / "last.ckpt" if folder is not None else None
-    resume = f"; to go on, repeat the command with resume_from={last}" if last is not None and last.is_file() else ""
-    print(f"{'interrupted' if status == INTERRUPTED else 'terminated'}{resume}", file=sys.stderr)
+    """A line that says so, and how to resume the run, where that is possible."""
+    print(f"{'interrupted' if status == INTERRUPTED else 'terminated'}{_how_to_resume(folder)}", file=sys.stderr)
     return status
+
+
+def _how_to_resume(folder: Path | None) -> str:
+    if folder is None or not (folder / "last.ckpt").is_file():
+        return ""
+    return f"; to resume, repeat the command with resume_from={folder / 'last.ckpt'}"
 
 
 def _keep_traceback(error: BaseException, folder: Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do: a training run keeps where it stands and then ends, everything else ends at once.
+"""What SIGTERM and Ctrl-C do: a training run writes a checkpoint and then ends, everything else ends at once.
 
 The exit status is 128 + the signal's number: 143 for SIGTERM, 130 for Ctrl-C.
 """
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from vilt.datamodules import STOP_SIGNALS
 
@@ -36,14 +35,12 @@ def stopping_on_signals() -> Iterator[None]:
     before = {number: signal.signal(number, stop_now) for number in STOP_SIGNALS}
     try:
         yield
-    except SIGTERMException as error:  # Lightning's, which notes the signal too
-        raise Stopped(signal.SIGTERM) from error
     except Exception as error:
-        behind: BaseException | None = error
-        while behind is not None and not isinstance(behind, Stopped):
-            behind = behind.__context__
-        if behind is not None:  # what was stopped halfway could not be cleaned up: no fault
-            raise behind from error
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, Stopped):
+            cause = cause.__context__
+        if cause is not None:  # the error is from cleaning up what the signal stopped halfway
+            raise cause from error
         raise
     finally:
         for number, handler in before.items():
@@ -51,8 +48,8 @@ def stopping_on_signals() -> Iterator[None]:
 
 
 def end_loaders() -> None:
-    """Kills the loader processes. They hold nothing, and one that just begins might not hear a gentler word."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it a failure
+    """Kills the loader processes, which hold no state; at exit torch would report their end as an error."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
         process.join()
@@ -60,13 +57,13 @@ def end_loaders() -> None:
 
 
 class StopRequest:
-    """Notes the first SIGTERM or Ctrl-C, for a training to stop where it can go on from; a second one stops at once."""
+    """Notes the first SIGTERM or Ctrl-C, for a training to stop at a checkpoint; a second one stops at once."""
 
     def __init__(self) -> None:
         self._asked: int | None = None
 
     def listen(self) -> None:
-        """From now on notes signals, in place of Lightning's handlers, which stop amid an accumulation."""
+        """From now on notes signals, in place of Lightning's handlers, which stop in the middle of an accumulation."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 

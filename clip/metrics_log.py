@@ -1,8 +1,6 @@
-"""`metrics.csv`: a line is written whole or not at all, and no line is lost when the columns change."""
+"""`metrics.csv`, of which no line is lost when its columns change."""
 
 import csv
-import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +12,24 @@ from common.files import atomic_path
 
 
 class MetricsLogger(CSVLogger):
-    """Lightning's logger, which by itself empties the file before it writes it anew with other columns."""
+    """Lightning's logger with a writer of ours."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """What writes the file; made when it is first asked for."""
         if self._experiment is None:
-            Path(self.root_dir).mkdir(parents=True, exist_ok=True)
-            self._experiment = _Writer(log_dir=self.log_dir)
+            self._experiment = _Writer(self.log_dir)
         return self._experiment
 
 
 class _Writer(ExperimentWriter):
-    def save(self) -> None:
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """As Lightning's, which empties the file first: a run killed there would lose all its metrics."""
         path = Path(self.metrics_file_path)
-        there = path.is_file()
-        if self._record_new_keys() and there:
-            with path.open(encoding="utf-8", newline="") as file:
-                lines = list(csv.DictReader(file))
-            with atomic_path(path) as temporary:
-                self._append(temporary, lines, header=True)
-        n_bytes = path.stat().st_size if there else 0
-        try:
-            self._append(path, self.metrics, header=not there)
-        except OSError:  # a full disk, which may have taken a part of a line
-            if path.is_file():
-                os.truncate(path, n_bytes)
-            raise
-        self.metrics = []
-
-    def _append(self, path: Path, lines: Sequence[Mapping[str, Any]], *, header: bool) -> None:
-        with path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self.metrics_keys)
-            if header:
-                writer.writeheader()
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames)
+            writer.writeheader()
             writer.writerows(lines)

@@ -1,24 +1,27 @@
 """Where numbers stopped being finite: the step, the layer, and how many such steps may be skipped."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-class BadStep(NamedTuple):
-    """An optimiser step whose gradient is not finite."""
+class NotFinite(NamedTuple):
+    """A loss or a gradient that is not finite."""
 
+    of_gradient: bool
     step: int
+    what: str
+    """Value of the loss, or the first parameter that the backward pass reached with such a gradient."""
+    batch: int
+    """Number in the epoch of the loss's batch, or of the step's last one."""
     samples: Tensor
-    """Numbers of its samples."""
-    parameter: str
-    """The first one that the backward pass reached with such a gradient."""
+    """Numbers of the samples of the batch, or of all the step's."""
 
 
-class GradientWatch:
-    """Looks whether gradients are finite, at many optimiser steps together: each look makes the host wait for the GPU.
+class FiniteWatch:
+    """Looks whether losses and gradients are finite, of many optimiser steps together: a look makes the host wait.
 
     Args:
         allowed: how many steps in a row may have gradients that are not finite. In 16 bits they are no fault: the
@@ -28,33 +31,41 @@ class GradientWatch:
     def __init__(self, allowed: int) -> None:
         self.allowed = allowed
         self.skipped = 0
-        """Such steps up to the last look, in all."""
+        """Steps with such gradients up to the last look, in all."""
         self.in_a_row = 0
         """Of the newest steps up to the last look."""
-        self._unchecked: list[tuple[int, Sequence[Tensor], list[str], Tensor]] = []
-        """(step, numbers of samples, names of the parameters with a gradient, largest absolute value in each)."""
+        self._batches: list[tuple[int, Tensor, Tensor]] = []
+        """(number, numbers of samples, loss) of the step that is under way."""
+        self._steps: list[tuple[int, list[tuple[int, Tensor, Tensor]], list[str], Tensor]] = []
+        """(step, batches, names of the parameters with a gradient, losses and each gradient's largest absolute value)
+        since the last look."""
 
-    def note(self, parameters: Iterable[tuple[str, nn.Parameter]], step: int, samples: Sequence[Tensor]) -> int:
-        """Takes the gradients of a step, for the next look; the number of steps that wait for it."""
+    def note_loss(self, batch: int, samples: Tensor, loss: Tensor) -> None:
+        """Takes the loss of a batch."""
+        self._batches.append((batch, samples, loss.detach()))
+
+    def note_gradients(self, parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> int:
+        """Takes the gradients of a step, which ends the batches so far; the number of steps that wait for a look."""
         gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
-        largest = torch.stack(torch._foreach_norm(list(gradients.values()), float("inf")))
-        self._unchecked.append((step, samples, list(gradients), largest))
-        return len(self._unchecked)
+        largest = torch._foreach_norm(list(gradients.values()), float("inf"))
+        values = torch.stack([*(loss for *_, loss in self._batches), *largest])
+        self._steps.append((step, self._batches, list(gradients), values))
+        self._batches = []
+        return len(self._steps)
 
-    def look(self) -> BadStep | None:
-        """The step with which there are more in a row than allowed; None if there is none."""
-        unchecked, self._unchecked = self._unchecked, []
-        if not unchecked:
-            return None
-        finite = torch.cat([largest for *_, largest in unchecked]).isfinite().cpu()
-        for (step, samples, names, _), of_step in zip(
-            unchecked, finite.split([len(names) for _, _, names, _ in unchecked]), strict=True
-        ):
-            bad = [name for name, is_finite in zip(names, of_step.tolist(), strict=True) if not is_finite]
+    def look(self) -> NotFinite | None:
+        """The first loss that is not finite, or the gradient with which there are more in a row than allowed."""
+        steps, self._steps = self._steps, []
+        finite = iter(torch.cat([values for *_, values in steps]).isfinite().tolist() if steps else [])
+        for step, batches, names, _ in steps:
+            for batch, samples, loss in batches:
+                if not next(finite):
+                    return NotFinite(False, step, str(loss.item()), batch, samples)
+            bad = [name for name in names if not next(finite)]
             self.skipped += bool(bad)
             self.in_a_row = self.in_a_row + 1 if bad else 0
             if self.in_a_row > self.allowed:
-                return BadStep(step, torch.cat(list(samples)), bad[-1])
+                return NotFinite(True, step, bad[-1], batches[-1][0], torch.cat([samples for _, samples, _ in batches]))
         return None
 
 

@@ -20,14 +20,10 @@ LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|failed t
 
 
 class OtherProcessError(Exception):
-    """Another process of the run is gone; it has said why itself.
+    """Another process of the run is gone; `status` is the exit status for this one."""
 
-    Args:
-        status: its exit status, or the negative number of the signal that killed it.
-    """
-
-    def __init__(self, what: str, status: int) -> None:
-        super().__init__(what)
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
         self.status = status
 
 
@@ -35,7 +31,8 @@ class OtherProcessError(Exception):
 def ending_together(trainer: pl.Trainer) -> Iterator[None]:
     """Within the block, an error in this process ends those that it has started, before they miss it and complain.
 
-    Where processes are started by torchrun or SLURM, that is left to them.
+    Lightning kills the others as well, but prints the traceback of a lost connection for each. Where processes are
+    started by torchrun or SLURM, that is left to them.
 
     Raises:
         OtherProcessError: the error was that one of them is gone.
@@ -48,27 +45,30 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
         if trainer.global_rank and isinstance(error, NonFiniteLossError):  # all have it, and the first says so
             raise SystemExit(USER_ERROR) from error
         others: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
-        started = list(enumerate(others, trainer.global_rank + 1))
+        started = list(others)
         others.clear()  # Lightning watches these, and would kill this process too
-        ended = _first_failed(started) if isinstance(error, RuntimeError) else None  # which lost connections raise
-        for _, process in started:
+        lost = isinstance(error, RuntimeError)  # what lost connections raise
+        failed = _first_failed(started) if lost and started else None
+        for process in started:
             process.kill()
-        if ended is not None:
-            rank, status = ended
-            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            raise OtherProcessError(f"process {rank} of the run {how}", status) from error
-        if trainer.global_rank and isinstance(error, RuntimeError) and LOST.search(str(error)):
-            raise OtherProcessError(f"process {trainer.global_rank} lost the others of the run", OUR_FAULT) from error
+        if failed is not None:
+            who, status = f"process {trainer.global_rank + 1 + started.index(failed)} of the run", failed.returncode
+            if status > 0:
+                raise OtherProcessError(f"{who} ended with status {status}: its message is above", status) from error
+            killed = f"{who} was killed by {signal.Signals(-status).name}: perhaps out of memory"
+            raise OtherProcessError(killed, USER_ERROR) from error
+        if trainer.global_rank and lost and LOST.search(str(error)):
+            message = f"process {trainer.global_rank} lost the others of the run: their message is above"
+            raise OtherProcessError(message, OUR_FAULT) from error
         raise
 
 
-def _first_failed(started: list[tuple[int, "subprocess.Popen[bytes]"]]) -> tuple[int, int] | None:
-    """Rank and status of a process that failed, or does within SECONDS_TO_END."""
-    until = time.monotonic() + SECONDS_TO_END * bool(started)
-    while True:
-        for rank, process in started:
-            if status := process.poll():
-                return rank, status
-        if time.monotonic() >= until:
-            return None
+def _first_failed(processes: list["subprocess.Popen[bytes]"]) -> "subprocess.Popen[bytes] | None":
+    """A process that failed, or does within SECONDS_TO_END."""
+    until = time.monotonic() + SECONDS_TO_END
+    while time.monotonic() < until:
+        for process in processes:
+            if process.poll():
+                return process
         time.sleep(0.1)
+    return None

@@ -1,4 +1,4 @@
-"""`resume_from=auto`: how far earlier runs with the same options came."""
+"""`resume_from=auto`: how far earlier runs with the same options got."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from clip.checkpoint_file import check_whole
+from clip.checkpoint_file import check_intact
 from clip.option_names import OF_OTHER_COMMANDS
 from clip.run_folder import read_json
 from common.errors import CheckpointError, DataError
@@ -32,10 +32,10 @@ NOT_THE_TRAINING = {
     "compile",  # of older runs
     *OF_OTHER_COMMANDS,
 }
-"""Options in which a run and the one that goes on with it may differ: names, places, the machine, the test, other
-commands. What of the machine and the data does matter is checked when the checkpoint is read."""
+"""Options in which a run and the one that resumes it may differ: names, places, the machine, the test, other commands.
+What of the machine and the data does matter is checked when the checkpoint is read."""
 OF_A_START = {"load_path": None, "finetune_first": None}
-"""Options that a training which goes on has no use for."""
+"""Options that a resumed training has no use for."""
 TEST_PATTERN = ("missing_ratio.test", "missing_type.test")
 
 
@@ -46,12 +46,12 @@ class Progress:
     finished: Path | None = None
     """Folder of the run, if nothing is left to do."""
     checkpoint: Path | None = None
-    """From which it goes on otherwise. A run that lacks only the test has one of its last step."""
+    """From which it resumes otherwise. A run that lacks only the test has one of its last step."""
 
 
 @contextmanager
 def alone(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> Iterator[None]:
-    """Sees to it that no two runs below `parent` do the same training at once, each from the other's checkpoints.
+    """Keeps two runs below `parent` from doing the same training at once, each from the other's checkpoints.
 
     Runs that differ in an option of the training have different locks. Of several processes the first one holds it.
 
@@ -70,9 +70,9 @@ def alone(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> It
 
 
 def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> Progress:
-    """The newest checkpoint of the runs `parent/version_N` whose options agree with `config`; logs what it finds.
+    """The newest intact checkpoint of the runs `parent/version_N` whose options agree with `config`.
 
-    A damaged checkpoint is passed over, and the one before is taken.
+    Logs what it finds, and which checkpoints are damaged.
 
     Args:
         config: the options.
@@ -84,22 +84,21 @@ def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: in
         same_test = all(theirs[name] == ours[name] for name in TEST_PATTERN)
         if config["test_after_fit"] and same_test and (folder / "test_results.json").is_file():
             return Progress(finished=folder)
-    for folder, _ in runs:
-        path = folder / "last.ckpt"
-        if not path.is_file():
-            continue
+    for path in (folder / "last.ckpt" for folder, _ in runs):
         try:
-            epochs, steps = _place(path)
+            place = _place(path) if path.is_file() else None
         except CheckpointError as error:
             log.warning("%s; the one before is taken", error)
             continue
-        if not config["test_after_fit"] and (
-            epochs >= config["max_epoch"] or steps >= (config["max_steps"] or math.inf)
-        ):
-            return Progress(finished=folder)
-        log.info("resume_from=auto: goes on from %s (%d epochs, %d steps)", path, epochs, steps)
+        if place is None:
+            continue
+        epochs, steps = place
+        trained = epochs >= config["max_epoch"] or steps >= (config["max_steps"] or math.inf)
+        if trained and not config["test_after_fit"]:
+            return Progress(finished=path.parent)
+        log.info("resume_from=auto: resumes from %s (%d epochs, %d steps)", path, epochs, steps)
         return Progress(checkpoint=path)
-    log.info("resume_from=auto: no checkpoint of this run in %s; starts anew", parent)
+    log.info("resume_from=auto: no checkpoint of this run in %s; starts from the beginning", parent)
     return Progress()
 
 
@@ -124,23 +123,19 @@ def _agreeing(parent: Path, ours: dict[str, Any], samples_per_batch: int) -> Ite
 
 
 def say_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
-    """Logs in which options a training that goes on from `checkpoint` differs from the run that wrote it.
-
-    What optimiser and schedule hold comes from the checkpoint; the rest is as the options are now.
-    """
+    """Logs in which options a training that resumes from `checkpoint` differs from the run that wrote it."""
     path = checkpoint.with_name("config.json")
     if not path.is_file():
         return
     try:
         theirs, ours = ({**_comparable(one), **OF_A_START} for one in (read_json(path), config))
-        differing = _differences(theirs, ours)
-    except (DataError, TypeError, ValueError) as error:
+    except DataError as error:
         log.info("%s: not compared: %s", path, first_line(error))
         return
-    if differing:
+    if differing := _differences(theirs, ours):
         log.info(
-            "resume_from: goes on with other options than the run had: %s; the learning rate and its schedule stay "
-            "those of the checkpoint",
+            "resume_from: other options than the run had: %s; the learning rate and its schedule stay those of the "
+            "checkpoint",
             ", ".join(differing),
         )
 
@@ -171,7 +166,7 @@ def _samples_per_batch(config: Mapping[str, Any]) -> int:
 
 def _place(path: Path) -> tuple[int, int]:
     """Epochs and optimiser steps behind a checkpoint. Raises CheckpointError where it is damaged."""
-    check_whole(path)
+    check_intact(path)
     try:
         content = torch.load(path, "cpu", weights_only=True, mmap=True)
         return int(content["MissingModalityData"]["epoch"]), int(content["global_step"])

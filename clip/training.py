@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from clip.checkpoint import DESCRIPTION, ModelSpec, TokenizerUsed, describe, kept_state, load_kept_state
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import IMAGE_MISSING, TEXT_MISSING, ModelInput
-from clip.numerics import GradientWatch, first_not_finite
+from clip.numerics import FiniteWatch, NotFinite, first_not_finite
 from clip.optimization import OptimizerSettings, make_optimizer, make_schedule, schedule_steps
 from clip.tasks import task_of
 from common.errors import NonFiniteLossError
@@ -26,14 +26,12 @@ T = TypeVar("T")
 Stage = Literal["train", "val", "test"]
 Kept = tuple[Tensor, Tensor, Tensor]
 """Numbers of samples, their logits and labels."""
-UncheckedLoss = tuple[Tensor, int, int, Tensor]
-"""Loss, step, batch and samples of a step whose loss nobody has looked at yet."""
 EPOCH_SO_FAR = "epoch_so_far"
 """Key of a checkpoint: what each process has kept of the epoch that it was written in."""
 BAD_STEPS = "bad_steps"
 """Likewise: how many steps had a gradient that is not finite, in all and of the newest ones in a row."""
-LOSSES_PER_CHECK = 32
-"""Looking at a loss makes the host wait for the GPU."""
+GPU_STEPS_PER_CHECK = 32
+"""Looking at losses and gradients makes the host wait for the GPU."""
 
 
 def model_input(batch: Batch) -> ModelInput:
@@ -65,7 +63,7 @@ class FinetuneModule(pl.LightningModule):
         backbone: name and SHA-256 of the frozen weights, for the checkpoints; None where none are written.
         settings: None where nothing is trained.
         seed: with epoch, batch and process it gives the dropout masks, so that a resumed run draws the same ones.
-        skip_bad_steps: optimiser steps in a row that may have a gradient that is not finite (see GradientWatch).
+        skip_bad_steps: optimiser steps in a row that may have a gradient that is not finite (see FiniteWatch).
         class_names, tokenizer: of the training data, for the checkpoints.
     """
 
@@ -90,10 +88,9 @@ class FinetuneModule(pl.LightningModule):
         self.settings = settings
         self.seed = seed
         self._kept: dict[Stage, list[Kept]] = {"train": [], "val": [], "test": []}
-        self._unchecked: list[UncheckedLoss] = []
-        self._gradients = GradientWatch(skip_bad_steps)
-        self._step_samples: list[Tensor] = []
-        """Of the optimiser step that is under way."""
+        self._watch = FiniteWatch(skip_bad_steps)
+        self._newest: Batch | None = None
+        """The batch of the newest training step."""
         self.test_metrics: dict[str, float] = {}
         """The test metrics of all processes' samples, after a test run."""
         self.tested_samples = 0
@@ -108,18 +105,12 @@ class FinetuneModule(pl.LightningModule):
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "big"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch, with the method's own losses, each of which is logged by its name.
-
-        Raises:
-            NonFiniteLossError: names the step, the samples and the layer.
-        """
+        """Mean loss of the batch, with the method's own losses, each of which is logged by its name."""
         logits, own_losses = self.classifier.training_outputs(model_input(batch), batch.label)
         logits = _full_precision(logits)
         loss = self.task.loss(logits, batch.label) + sum(own_losses.values())
-        self._unchecked.append((loss.detach(), self.global_step, batch_idx, batch.index_B))
-        self._step_samples.append(batch.index_B)
-        if loss.device.type == "cpu" or len(self._unchecked) == LOSSES_PER_CHECK:
-            self._check_losses(batch)
+        self._watch.note_loss(batch_idx, batch.index_B, loss)
+        self._newest = batch
         several = self.trainer.world_size > 1
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=len(logits), sync_dist=several)
         for name, value in own_losses.items():
@@ -128,54 +119,44 @@ class FinetuneModule(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Looks at the gradients, on a GPU at those of many steps together."""
-        waiting = self._gradients.note(self.classifier.named_parameters(), self.global_step, self._step_samples)
-        self._step_samples = []
-        if self.device.type == "cpu" or waiting == LOSSES_PER_CHECK:
-            self._check_gradients()
+        """Looks at losses and gradients, on a GPU at those of many steps together.
 
-    def _check_losses(self, batch: Batch | None = None) -> None:
-        """Raises NonFiniteLossError for the first of the losses since the last check that is not finite.
-
-        All processes take part, and end with the same message.
-
-        Args:
-            batch: of the newest one, whose forward pass can still be looked into if it is the first.
+        Raises:
+            NonFiniteLossError: see `_check_finite`.
         """
-        unchecked, self._unchecked = self._unchecked, []
-        if not unchecked:
-            return
-        bad = anywhere = not torch.stack([loss for loss, *_ in unchecked]).isfinite().all()
-        if self.trainer.world_size > 1:
-            anywhere = self.trainer.strategy.reduce_boolean_decision(bad, all=False)
-        if anywhere:
-            found = self._of_all_processes(self._describe_first_bad(unchecked, batch) if bad else None)
-            raise NonFiniteLossError(next(message for message in found if message is not None))
+        waiting = self._watch.note_gradients(self.classifier.named_parameters(), self.global_step)
+        if self.device.type == "cpu" or waiting == GPU_STEPS_PER_CHECK:
+            self._check_finite()
 
-    def _describe_first_bad(self, unchecked: Sequence[UncheckedLoss], batch: Batch | None) -> str:
-        loss, step, batch_idx, index_B = next(entry for entry in unchecked if not entry[0].isfinite())
-        place = None
-        if batch is not None and index_B is batch.index_B:
-            self.on_train_batch_start(batch, batch_idx)  # the same dropout masks
+    def _check_finite(self) -> None:
+        """All processes have to call this at the same place, and end with the same message.
+
+        Raises:
+            NonFiniteLossError: for the first loss that is not finite, or too many such gradients in a row; names the
+                step, the samples and the layer.
+        """
+        bad = self._watch.look()
+        mine = None
+        if bad is not None:
+            mine = bad.of_gradient, bad.step, self._describe(bad), self._sample_names(bad.samples)
+        found = sorted(of_process for of_process in self._of_all_processes(mine) if of_process is not None)
+        if found:
+            *_, message, _ = found[0]  # of a gradient, all processes have the same
+            samples = [name for *_, other, names in found if other == message for name in names]
+            raise NonFiniteLossError(f"{message}; samples: {', '.join(samples)}")
+
+    def _describe(self, bad: NotFinite) -> str:
+        if bad.of_gradient:
+            allowed = self._watch.allowed
+            several = f"; so were {allowed} before it (skip_bad_steps)" if allowed else ""
+            return f"the gradient of {bad.what} is not finite at step {bad.step} (epoch {self.current_epoch}){several}"
+        place, batch = None, self._newest
+        if batch is not None and batch.index_B is bad.samples:  # its forward pass can still be looked into
+            self.on_train_batch_start(batch, bad.batch)  # the same dropout masks
             place = first_not_finite(self.classifier, lambda: self(batch))
         return (
-            f"the loss became {loss.item()} at step {step} (epoch {self.current_epoch}, batch {batch_idx})"
-            f"{f', first in the {place}' if place else ''}; samples: {', '.join(self._sample_names(index_B))}"
-        )
-
-    def _check_gradients(self) -> None:
-        """Raises NonFiniteLossError for too many gradients in a row, up to the newest step, that are not finite.
-
-        Gradients are those of all processes, so that all come to the same end.
-        """
-        bad = self._gradients.look()
-        if bad is None:
-            return
-        several = f"; so were {self._gradients.allowed} before it (skip_bad_steps)" if self._gradients.allowed else ""
-        samples = [name for names in self._of_all_processes(self._sample_names(bad.samples)) for name in names]
-        raise NonFiniteLossError(
-            f"the gradient of {bad.parameter} is not finite at step {bad.step} (epoch {self.current_epoch}){several}; "
-            f"samples: {', '.join(samples)}"
+            f"the loss became {bad.what} at step {bad.step} (epoch {self.current_epoch}, batch {bad.batch})"
+            f"{f', first in the {place}' if place else ''}"
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -187,14 +168,12 @@ class FinetuneModule(pl.LightningModule):
         self._keep("test", batch, _full_precision(self(batch)))
 
     def on_validation_start(self) -> None:
-        self._check_losses()  # ahead of the checkpoint that follows a validation
-        self._check_gradients()
+        self._check_finite()  # before the checkpoint that follows a validation
 
     def on_train_epoch_end(self) -> None:
-        self._check_losses()
-        self._check_gradients()
-        if self._gradients.skipped:
-            log.info("%d optimiser steps skipped so far: gradients not finite", self._gradients.skipped)
+        self._check_finite()
+        if self._watch.skipped:
+            log.info("%d optimiser steps skipped so far: gradients not finite", self._watch.skipped)
         metrics = self._log_metrics("train")
         # Lightning would write the line after the checkpoint of the epoch's end, and a run killed between lose it.
         for logger in self.trainer.loggers if metrics else []:
@@ -307,11 +286,10 @@ class FinetuneModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the description, and what the train metrics of the epoch follow from so far; all processes take part."""
-        self._check_losses()
-        self._check_gradients()
+        self._check_finite()
         checkpoint[DESCRIPTION] = self.description()
         checkpoint[EPOCH_SO_FAR] = self._gathered("train")
-        checkpoint[BAD_STEPS] = (self._gradients.skipped, self._gradients.in_a_row)
+        checkpoint[BAD_STEPS] = (self._watch.skipped, self._watch.in_a_row)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back what `on_save_checkpoint` added, so that train metrics are those of whole epochs."""
@@ -321,7 +299,7 @@ class FinetuneModule(pl.LightningModule):
         elif rank:
             kept = []
         self._kept["train"] = [part for part in kept if part is not None]
-        self._gradients.skipped, self._gradients.in_a_row = checkpoint.get(BAD_STEPS, (0, 0))
+        self._watch.skipped, self._watch.in_a_row = checkpoint.get(BAD_STEPS, (0, 0))
 
     def description(self) -> dict[str, Any]:
         """What checkpoints hold under DESCRIPTION."""

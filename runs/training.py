@@ -24,7 +24,6 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.checkpoint_file import told_when_full
 from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, tokenizer_for
 from clip.processes import ending_together
@@ -109,7 +108,7 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
     # Processes without the folder write nothing, but take part in writing.
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints, *callbacks)
-    with told_when_full(folder or options.log_dir), data.naming_dead_workers(), ending_together(trainer):
+    with data.naming_dead_workers(), ending_together(trainer):
         began = time.monotonic()
         try:
             trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)

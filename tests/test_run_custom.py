@@ -416,7 +416,7 @@ def test_a_training_on_ones_own_data_goes_on_by_itself(
         assert len(list((tmp_path / "pets_seed0").glob("version_*"))) == started
     (tmp_path / "pets_seed0" / "version_0" / "test_results.json").unlink()
     assert command_line(command) == 0
-    assert "goes on from" in capsys.readouterr().err
+    assert "resumes from" in capsys.readouterr().err
 
 
 def test_doctor_and_sweep_on_ones_own_data(

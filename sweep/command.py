@@ -10,10 +10,11 @@ from typing import Any
 
 from clip.interruption import Stopped
 from clip.run_folder import read_json, write_json
+from clip.run_reader import as_written_by_run
 from clip.tasks import task_of
-from common.errors import ConfigError, DataError, SweepError
+from common.errors import ConfigError, SweepError
 from common.locks import locked
-from common.messages import first_line, quoted
+from common.messages import quoted
 from config import Options
 from runs.check_options import check
 from sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
@@ -51,7 +52,8 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
         SweepError: runs failed, the folder has a sweep with other options, or a sweep is at work in it.
     """
     options = check_sweep(config, updates)
-    metric = metric_of(options)
+    spec = open_spec(options.task, options.data_root, options.splits)
+    metric = task_of(options.task, spec.custom).monitor
     folder = options.log_dir / options.sweep_name
     given = [update for update in updates if not _is_of_sweep(_name(update))]
     busy = f"sweep_name={options.sweep_name}: another sweep of this name is at work in {options.log_dir}"
@@ -133,20 +135,11 @@ def grid_axes(options: Options) -> dict[str, tuple[Any, ...]]:
     return {**axes, **{f"sweep_over.{name}": values for name, values in options.sweep_over.items()}}
 
 
-def metric_of(options: Options) -> str:
-    """The metric that chooses the best model; of a custom dataset, the one that its arrow files name.
-
-    Raises:
-        DataError: an arrow file of a custom dataset is not readable, or the files do not agree.
-    """
-    spec = open_spec(options.task, options.data_root, options.splits)
-    return task_of(options.task, spec.custom).monitor
-
-
 def record(options: Options, metric: str, config: Mapping[str, Any], folder: Path) -> None:
     """Writes `sweep.json`, which says what the sweep is; one that is there must be of the same sweep.
 
     Raises:
+        DataError: it is damaged.
         SweepError: it is of a sweep with other options, or of one with cells that this one lacks.
     """
     path = folder / "sweep.json"
@@ -168,17 +161,13 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
 
 
 def _check_same_sweep(path: Path, mine: dict[str, Any], named: str) -> None:
-    try:
-        found = read_json(path)
+    found = read_json(path)
+    with as_written_by_run(path):
         if found["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT}, found {quoted(found['format'])}")
         theirs, there = dict(found["options"]), dict(found["grid"] or {"a search": []})
         if not all(isinstance(values, list) for values in there.values()):
             raise ValueError(f"grid: expected lists of values by name, found {quoted(found['grid'])}")
-    except DataError as error:
-        raise SweepError(str(error)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise SweepError(f"{path}: not as a sweep writes it: {first_line(error)}") from error
     expected = "expected the same, or another sweep_name"
     differing = [
         f"{name} (there {quoted(theirs.get(name))}, here {quoted(value)})"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from clip.run_folder import read_json, write_csv
-from common.errors import DataError, SweepError
+from clip.run_reader import as_written_by_run
+from common.errors import SweepError
 from common.files import atomic_path
-from common.messages import first_line, quoted
+from common.messages import quoted
 from common.text import duration, estimate, per_cent, terminal_table
 from config import Options
 from sweep.jobs import Job, Progress
@@ -36,21 +37,17 @@ class Cell:
     job: Job
 
     def result(self) -> dict[str, float] | None:
-        """Metrics and costs of the run, once it is complete. Raises SweepError where its results are damaged."""
+        """Metrics and costs of the run, once it is complete. Raises DataError where its results are damaged."""
         path = self.job.result
         if path is None:
             return None
-        try:
-            written = read_json(path)
+        written = read_json(path)
+        with as_written_by_run(path):
             values = {**written["metrics"], **{name: written[name] for name in COSTS if written.get(name)}}
             for name, value in values.items():
                 if type(value) not in (int, float):
                     raise ValueError(f"{name}: expected a number, found {quoted(value)}")
             return {name: float(value) for name, value in values.items()}
-        except DataError as error:
-            raise SweepError(str(error)) from error
-        except (KeyError, OverflowError, TypeError, ValueError) as error:
-            raise SweepError(f"{path}: not the results of a test: {first_line(error)}") from error
 
 
 def grid_cells(options: Options, given: Sequence[str], folder: Path) -> list[Cell]:

@@ -156,7 +156,7 @@ def test_odd_values_in_the_record_and_the_results_of_a_sweep(
 @pytest.mark.parametrize(
     ("grid", "problem"),
     [
-        (5, "not as a sweep writes it"),
+        (5, "not as written by run.py"),
         ([], "sweep.json is of a sweep over a search, not over sweep_types"),
         ({"sweep_types": 5}, "grid: expected lists of values by name, found {{'sweep_types': 5}}"),
         ({"sweep_types": [[]], "sweep_ratios": [], "sweep_seeds": []}, "sweep_types: expected at least"),

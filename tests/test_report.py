@@ -443,13 +443,9 @@ def test_a_configuration_that_is_none_of_ours_is_left_out(tmp_path: Path, caplog
         read_report_runs([top / "version_2"])
 
 
-def test_runs_are_found_below_folders_once_and_in_order(tmp_path: Path) -> None:
+def test_a_run_that_is_named_twice_is_there_once(tmp_path: Path) -> None:
     for version in (10, 9):
         write_run(tmp_path / "rep" / f"version_{version}")
-    (tmp_path / "backbone").mkdir()
-    (tmp_path / "backbone" / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    shutil.copytree(tmp_path / "rep" / "version_9", tmp_path / "sacred" / "1")
-    (tmp_path / "sacred" / "1" / "run.json").write_text("{}")
     found = read_report_runs([tmp_path / "rep" / "version_10", tmp_path, tmp_path / "rep"])
     assert [run.place for run in found] == ["rep/version_10", "rep/version_9"]
 

@@ -267,7 +267,7 @@ def test_damaged_results(sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFi
     path = sweep.folder / "s_text_0.9_seed1" / "version_0" / "test_results.json"
     path.write_text('{"metrics": 3}')
     assert sweep.grid() == 2
-    assert error_line(capsys.readouterr().err).startswith(f"{path}: not the results of a test: ")
+    assert error_line(capsys.readouterr().err).startswith(f"{path}: not as written by run.py: ")
 
 
 def test_a_failed_cell_is_listed_and_the_others_are_run(

@@ -664,11 +664,19 @@ def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch:
     def full(path: Path, data: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DataError, match="report: cannot be written: No space left on device"):
-        make_report([run], out, {})
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert [path.name for path in out.parent.iterdir()] == ["report"]
+    def stuck(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(5, "No space left on device")
+        return renamed(path, target)
+
+    renamed = Path.replace
+    for method, failing in (("write_bytes", full), ("replace", stuck)):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, method, failing)
+            with pytest.raises(DataError, match="report: cannot be written: No space left on device"):
+                make_report([run], out, {})
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        assert [path.name for path in out.parent.iterdir()] == ["report"]
 
 
 # The page

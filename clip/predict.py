@@ -255,21 +255,21 @@ def _cell(value: object, name: str, place: str) -> str | None:
 
 
 def _items_of_folder(source: Path) -> list[Item]:
-    images: dict[Path, Path] = {}
-    texts: dict[Path, Path] = {}
+    samples: dict[Path, dict[str, Path]] = {}
     for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
-        of_kind = images if path.suffix.lower() in IMAGE_SUFFIXES else texts if path.suffix.lower() == ".txt" else None
-        if of_kind is not None and (other := of_kind.setdefault(path.with_suffix(""), path)) is not path:
+        kind = "text" if path.suffix.lower() == ".txt" else "image"
+        if kind == "image" and path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        files = samples.setdefault(path.with_suffix(""), {})
+        if (other := files.setdefault(kind, path)) is not path:
             raise DataError(f"{path}: expected one file of this name, found {other.name} too")
     items = []
-    for stem in sorted({*images, *texts}, key=natural_key):
-        text = None
-        if stem in texts:
-            try:
-                text = texts[stem].read_text("utf-8-sig")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{texts[stem]}: not readable as text in UTF-8: {error}") from error
-        items.append(Item(str(stem.relative_to(source)), images.get(stem), text or None, str(stem)))
+    for stem, files in samples.items():
+        try:
+            text = files["text"].read_text("utf-8-sig") if "text" in files else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{files['text']}: not readable as text in UTF-8: {error}") from error
+        items.append(Item(str(stem.relative_to(source)), files.get("image"), text or None, str(stem)))
     return items
 
 

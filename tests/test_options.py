@@ -66,7 +66,7 @@ WRONG = {
     "data_root=": "data_root: expected the folder of the arrow files",
     "vit=ViT-Z": "vit=ViT-Z: expected one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px",
     "vit=nowhere": "vit: expected one of ViT-B/32",
-    "vit=RN50": "vit=RN50: ResNet CLIPs have no tokens to put memory among",
+    "vit=RN50": "vit=RN50: expected one of ViT-B/32",
     "image_size=48": "image_size: expected 32, which is what the position embeddings of the backbone are for, found 48",
     "memory_depth=3": "memory_depth=3 is more than the backbone has blocks (2 in the image tower, 2 in the text tower)",
     "load_path=no.ckpt": "load_path: expected a checkpoint file, found nothing at no.ckpt",

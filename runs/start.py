@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from clip.run_folder import environment, make_run_folder, write_json
+from common.strict_json import write_json
 from config import Options
 from runs.experiment import EX
+from runs.run_folder import environment, make_run_folder
 from vilt.datasets.custom import CUSTOM, CustomData
 
 log = logging.getLogger("rep")

@@ -10,8 +10,15 @@ import pytorch_lightning as pl
 import torch
 
 from clip.backbone import Backbone, load_backbone
-from clip.callbacks import Checkpoints
-from clip.checkpoint import (
+from clip.modules.classifier import MissingModalityClassifier
+from clip.tokenizer import ClipTokenizer
+from clip.trainable import freeze
+from common.errors import CheckpointError, ConfigError, UserError
+from common.messages import first_line
+from common.strict_json import read_json
+from config import Options
+from engine.callbacks import Checkpoints
+from engine.checkpoint import (
     Checkpoint,
     ModelSpec,
     TokenizerUsed,
@@ -24,19 +31,12 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.modules.classifier import MissingModalityClassifier
-from clip.open_model import COMPUTE_TYPES, tokenizer_for
-from clip.processes import ending_together
-from clip.resume import AUTO, alone, find_progress, say_differences
-from clip.run_folder import read_json
-from clip.tasks import TASKS, head_name, task_of
-from clip.tokenizer import ClipTokenizer
-from clip.trainable import freeze
-from clip.trainer import make_trainer
-from clip.training import FinetuneModule
-from common.errors import CheckpointError, ConfigError, UserError
-from common.messages import first_line
-from config import Options
+from engine.open_model import COMPUTE_TYPES, tokenizer_for
+from engine.processes import ending_together
+from engine.resume import AUTO, alone, find_progress, say_differences
+from engine.tasks import TASKS, head_name, task_of
+from engine.trainer import make_trainer
+from engine.training import FinetuneModule
 from runs.evaluation import open_data, set_computation, test
 from runs.start import described, say_device, start_folder
 from vilt.datasets.arrow_dataset import ArrowDataset

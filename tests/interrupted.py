@@ -30,8 +30,8 @@ Trap = tuple[str, int, int]
 
 
 def _trap(trap: Trap, group: bool) -> None:
-    from clip.callbacks import Checkpoints
-    from clip.training import FinetuneModule
+    from engine.callbacks import Checkpoints
+    from engine.training import FinetuneModule
 
     place, passes, number = trap
     places: dict[str, tuple[Any, str, Callable[..., bool]]] = {

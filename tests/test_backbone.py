@@ -18,10 +18,10 @@ from transformers import CLIPModel
 
 from clip import backbone as backbone_module
 from clip.backbone import HUB_NAMES, Backbone, architecture_of, load_backbone
-from clip.checkpoint import ModelSpec, build_classifier
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from common.errors import BackboneError
+from engine.checkpoint import ModelSpec, build_classifier
 from tests import golden
 from tests.backbones import hf_config, openai_state, random_hf_clip
 from tests.models import TINY, published_name

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from clip.backbone import Backbone, load_backbone
-from clip.checkpoint import (
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.method import MethodOptions
+from clip.modules.vision_transformer_memory import ClipArchitecture
+from common.errors import CheckpointError
+from engine.checkpoint import (
     DESCRIPTION,
     ModelSpec,
     build_classifier,
@@ -23,10 +27,6 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.method import MethodOptions
-from clip.modules.vision_transformer_memory import ClipArchitecture
-from common.errors import CheckpointError
 from tests import golden
 from tests.backbones import random_hf_clip
 from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
@@ -320,7 +320,7 @@ def test_published_checkpoints_load_without_a_backbone(
     checkpoint = read_checkpoint(path)
     assert checkpoint.published and checkpoint.backbone_name is None
     assert checkpoint.spec == spec_of(task)
-    with caplog.at_level(logging.INFO, logger="clip.checkpoint"):
+    with caplog.at_level(logging.INFO, logger="engine.checkpoint"):
         restored = restore_classifier(checkpoint, None, published_seed=4)
     assert "dynamic queries" in caplog.text and "seed 4" in caplog.text and str(path) in caplog.text
 

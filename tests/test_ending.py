@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import make_arrow
-from clip.run_folder import write_json
-from clip.training import FinetuneModule
 from common.errors import NO_SPACE, MachineError, UserError, machine_error
+from common.strict_json import write_json
+from engine.training import FinetuneModule
 from run import command_line
 from runs import start, training
 from tests.conftest import Workspace

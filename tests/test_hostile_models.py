@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from clip.backbone import Backbone, load_backbone
-from clip.checkpoint import (
+from clip.modules.method import MethodOptions
+from common.errors import CheckpointError, UserError
+from common.torch_file import load_inert
+from engine.checkpoint import (
     DESCRIPTION,
     ModelSpec,
     build_classifier,
@@ -28,9 +31,6 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.modules.method import MethodOptions
-from common.errors import CheckpointError, UserError
-from common.torch_file import load_inert
 from run import command_line
 from tests.backbones import random_hf_clip
 from tests.conftest import Workspace

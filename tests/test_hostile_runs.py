@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from clip.logit_store import LogitStore, Origin
-from clip.resume import Progress, find_progress
-from clip.run_table import list_runs
 from common.errors import DataError, UserError
-from report.results import read_report_runs
+from engine.logit_store import LogitStore, Origin
+from engine.resume import Progress, find_progress
 from run import command_line
+from runs.report.results import read_report_runs
+from runs.run_table import list_runs
 from tests.report_files import TestSet, write_run
 from tests.test_sweep import SetUp, Sweep, error_line, stand_in, sweep  # noqa: F401 - two fixtures
 from vilt.datasets.arrow_dataset import ArrowDataset

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clip.backbone import load_backbone
-from clip.checkpoint import (
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.heads import PrototypeHead
+from clip.modules.interfaces import ModelInput, TowerSlots
+from clip.modules.method import Method, MethodOptions
+from clip.modules.registry import HEADS, METHODS, method_class
+from clip.modules.vision_transformer_memory import ClipArchitecture
+from engine.checkpoint import (
     DESCRIPTION,
     ModelSpec,
     build_classifier,
@@ -21,15 +27,9 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.heads import PrototypeHead
-from clip.modules.interfaces import ModelInput, TowerSlots
-from clip.modules.method import Method, MethodOptions
-from clip.modules.registry import HEADS, METHODS, method_class
-from clip.modules.vision_transformer_memory import ClipArchitecture
-from clip.tasks import TASKS
-from clip.training import FinetuneModule
-from clip.training import model_input as training_input
+from engine.tasks import TASKS
+from engine.training import FinetuneModule
+from engine.training import model_input as training_input
 from tests import golden, slow_methods
 from tests.backbones import random_hf_clip
 from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from clip import metrics_log
-from clip.metrics_log import MetricsLogger
-from clip.run_reader import read_curves
+from engine import metrics_log
+from engine.metrics_log import MetricsLogger
+from runs.run_reader import read_curves
 from tests.interrupted import files_up_to
 
 

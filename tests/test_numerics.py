@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from clip.checkpoint import ModelSpec
 from clip.modules.method import MethodOptions
-from clip.numerics import FiniteWatch, first_not_finite
-from clip.training import FinetuneModule
 from common.errors import NonFiniteLossError
+from engine.checkpoint import ModelSpec
+from engine.numerics import FiniteWatch, first_not_finite
+from engine.training import FinetuneModule
 from run import command_line
 from tests.conftest import Workspace
 from tests.models import TINY, model_input, tiny_batch, tiny_classifier

@@ -130,7 +130,7 @@ def test_print_config_explains_every_option(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_choices_of_options_are_those_of_the_code() -> None:
     from clip.modules.vision_transformer_memory import ACTIVATIONS
-    from clip.optimization import OPTIMIZERS
+    from engine.optimization import OPTIMIZERS
 
     for option, known in (("optim_type", OPTIMIZERS), ("vit_activation", ACTIVATIONS)):
         for name in known:

@@ -20,13 +20,14 @@ from PIL import Image
 
 from common.errors import ConfigError, DataError, UserError
 from config import DEFAULTS
-from report import make_report
-from report.figures import CURVE_POINTS, class_bars, thinned, training_curves
-from report.lines import Dataset, by_dataset
-from report.parts import options_table, run_details, section_of
-from report.results import Pattern, read_report_runs
-from report.samples import sample_grid
-from report.tables import (
+from run import command_line
+from runs.report import make_report
+from runs.report.figures import CURVE_POINTS, class_bars, thinned, training_curves
+from runs.report.lines import Dataset, by_dataset
+from runs.report.parts import options_table, run_details, section_of
+from runs.report.results import Pattern, read_report_runs
+from runs.report.samples import sample_grid
+from runs.report.tables import (
     Table,
     compared_variants,
     comparison_table,
@@ -38,8 +39,7 @@ from report.tables import (
     read_published,
     runs_table,
 )
-from report.text import excerpt, signed, without_home
-from run import command_line
+from runs.report.text import excerpt, signed, without_home
 from tests.conftest import Workspace
 from tests.report_files import TestSet, at, sha256_of, write_films, write_logits, write_run
 from vilt.datasets.specs import MMIMDB_GENRES

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from clip.callbacks import Checkpoints
-from clip.checkpoint_file import check_intact, write_checkpoint
-from clip.resume import Progress, find_progress
 from common.errors import CheckpointError
+from engine.callbacks import Checkpoints
+from engine.checkpoint_file import check_intact, write_checkpoint
+from engine.resume import Progress, find_progress
 from run import command_line
 from tests.conftest import Workspace
 from tests.interrupted import differences, files_up_to

@@ -14,8 +14,8 @@ import pytorch_lightning as pl
 import torch
 
 from clip.backbone import load_backbone
-from clip.callbacks import Checkpoints
-from clip.checkpoint import read_checkpoint, restore_classifier
+from engine.callbacks import Checkpoints
+from engine.checkpoint import read_checkpoint, restore_classifier
 from run import command_line
 from tests.conftest import Workspace
 from tests.models import published_state

@@ -26,9 +26,9 @@ from optuna.trial import TrialState
 from common.errors import ConfigError
 from common.locks import locked
 from run import command_line
-from sweep import jobs
-from sweep.jobs import Job, Outcome, Progress, error_in, run_job
-from sweep.launchers import Submission, _run_submitted, make_launcher
+from runs.sweep import jobs
+from runs.sweep.jobs import Job, Outcome, Progress, error_in, run_job
+from runs.sweep.launchers import Submission, _run_submitted, make_launcher
 from tests.conftest import Workspace
 from tests.custom_files import convert, write_labelled
 

@@ -11,18 +11,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.messages import byte_size, printable
-from common.text import align
+from common.text import terminal_table
 from engine.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
 from vilt.datasets.specs import EVERY_DATASET
-
-if TYPE_CHECKING:
-    from vilt.utils.arrow_writer import BadSample, SplitSummary, Summary
+from vilt.utils.arrow_writer import BAD_SAMPLES, BadSample, BadSamplesError, SplitSummary, convert
 
 N_SHOWN = 20
 """How many bad samples the terminal shows."""
@@ -42,7 +38,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=min(8, os.cpu_count() or 1),
         metavar="N",
-        help="processes that read and check images; 0: none but this one (default: %(default)s)",
+        help="threads that read and check images (default: %(default)s)",
     )
     parser.add_argument(
         "--skip-bad",
@@ -71,72 +67,58 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def describe_bad(bad: "list[BadSample]") -> str:
+def describe_bad(bad: Sequence[BadSample]) -> str:
     """The bad samples for the terminal: how many for each reason, and the first of them."""
-    counts = Counter(sample.reason for sample in bad)
-    lines = [f"  {line}" for line in align([(f"{n:,}", reason) for reason, n in counts.most_common()], "><")]
-    lines += ["", *(f"  {line}" for line in align([sample.fields() for sample in bad[:N_SHOWN]], "<<><<<"))]
-    if len(bad) > N_SHOWN:
-        lines.append(f"  ... and {len(bad) - N_SHOWN:,} more")
-    return "\n".join(lines)
+    counts = Counter(sample.reason for sample in bad).most_common()
+    more = f"\n... and {len(bad) - N_SHOWN:,} more" if len(bad) > N_SHOWN else ""
+    return "\n\n".join(
+        [
+            terminal_table(("samples", "reason"), [(f"{n:,}", reason) for reason, n in counts], "><"),
+            terminal_table(BadSample._fields, [sample.cells() for sample in bad[:N_SHOWN]], "<<><<<") + more,
+        ]
+    )
 
 
-def label_table(splits: "Sequence[SplitSummary]", class_names: Sequence[str]) -> list[str]:
-    """How many samples of each split have each label; in two blocks side by side where there are many labels."""
-    header = ("label", *(s.name for s in splits))
-    rows = [
-        (printable(name), *(f"{s.label_counts[number]:,}" for s in splits)) for number, name in enumerate(class_names)
-    ]
-    height = len(rows) if len(rows) <= 30 else -(-len(rows) // 2)
-    sides = "<" + ">" * len(splits)
-    blocks = [align([header, *rows[at : at + height]], sides) for at in range(0, len(rows), height)]
-    width = max(map(len, blocks[0]))
-    return ["    ".join(line.ljust(width) for line in lines).rstrip() for lines in zip_longest(*blocks, fillvalue="")]
+def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
+    """The files for the terminal: their sizes, label counts per split, what was left out."""
 
-
-def describe(summary: "Summary", class_names: Sequence[str], seconds: float) -> str:
-    """The summary for the terminal: files, label counts per split, what was left out, time."""
-    splits = summary.splits
-
-    def row(name: str, parts: "Sequence[SplitSummary]", remark: str) -> tuple[str, ...]:
+    def row(name: str, parts: Sequence[SplitSummary], remark: str) -> tuple[str, ...]:
         n_samples, n_texts = sum(part.n_samples for part in parts), sum(part.n_texts for part in parts)
         return (name, f"{n_samples:,}", f"{n_texts:,}", byte_size(sum(part.n_bytes for part in parts)), remark)
 
     files = [row(s.path.name, [s], "replaced" if s.replaced else "") for s in splits]
-    lines = align([("file", "samples", "texts", "size", ""), *files, row("total", splits, "")], "<>>><")
-    lines += ["", *label_table(splits, class_names), ""]
+    counts = [[printable(name), *(f"{s.label_counts[n]:,}" for s in splits)] for n, name in enumerate(class_names)]
+    lines = [
+        terminal_table(("file", "samples", "texts", "size", ""), [*files, None, row("total", splits, "")], "<>>><"),
+        "",
+        terminal_table(["label", *(s.name for s in splits)], counts, "<" + ">" * len(splits)),
+        "",
+    ]
     remarks = {
         "left out, no text": [s.n_without_text for s in splits],
         "left out, bad": [len(s.bad) for s in splits],
         "kept, but with none of the labels": [s.n_without_label for s in splits],
     }
-    for remark, counts in remarks.items():
-        if any(counts):
-            per_split = ", ".join(f"{s.name} {n:,}" for s, n in zip(splits, counts, strict=True))
+    for remark, numbers in remarks.items():
+        if any(numbers):
+            per_split = ", ".join(f"{s.name} {n:,}" for s, n in zip(splits, numbers, strict=True))
             lines.append(f"{remark}: {per_split}")
-    if summary.report is not None:
-        lines.append(f"the bad samples are listed in {summary.report}")
-    lines.append(f"written to {summary.target} in {seconds:,.1f} s")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit status: 0, 2 for a user error, 1 for a fault of ours, 130 for Ctrl-C."""
     args = parse_args(argv)
-    # Here and not above: worker processes import this file, and do not need pyarrow's 40 MB.
-    from vilt.utils.arrow_writer import BadSamplesError, convert
-
     target: Path = args.target or args.root
     start = time.monotonic()
     try:
         spec = CONVERTERS[args.dataset]
         options = {name: getattr(args, name) for name in spec.converter_options if getattr(args, name) is not None}
         dataset = importlib.import_module(spec.converter).open_raw(args.root, **options)
-        summary = convert(dataset, target, args.workers, args.skip_bad)
+        splits = convert(dataset, target, args.workers, args.skip_bad)
     except BadSamplesError as error:
-        print(f"error: {error}; nothing was written to {target}.\n", file=sys.stderr)
-        print(describe_bad(error.bad), file=sys.stderr)
-        print("\nCorrect them, or leave them out with --skip-bad, which lists all of them in a file.", file=sys.stderr)
+        print(f"error: {error}; nothing was written to {target}.\n\n{describe_bad(error.bad)}\n", file=sys.stderr)
+        print("Correct them, or leave them out with --skip-bad, which lists all of them in a file.", file=sys.stderr)
         return USER_ERROR
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -146,9 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         return end_with_our_fault(error, None)
-    if summary.bad:
-        print(f"{len(summary.bad):,} bad samples were left out:\n\n{describe_bad(summary.bad)}\n", file=sys.stderr)
-    print(describe(summary, dataset.class_names, time.monotonic() - start))
+    if bad := [sample for split in splits for sample in split.bad]:
+        report = target / f"{spec.name}{BAD_SAMPLES}"
+        print(f"{len(bad):,} bad samples were left out, and are listed in {report}:\n", file=sys.stderr)
+        print(f"{describe_bad(bad)}\n", file=sys.stderr)
+    print(describe(splits, dataset.class_names))
+    print(f"written to {target} in {time.monotonic() - start:,.1f} s")
     return DONE
 
 

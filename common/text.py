@@ -51,11 +51,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def size(n_bytes: float) -> str:
-    """For example `11.8 MB`, `3.9 GB`."""
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
-
-
 def per_cent(share: float) -> str:
     """A fraction as `70 %`."""
     return f"{round(100 * share, 6):g} %"
@@ -91,16 +86,3 @@ def terminal_table(heads: Sequence[str], rows: Sequence[Sequence[str] | None], s
     console = Console(file=file, width=available, markup=False, highlight=False, emoji=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
-
-
-def align(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """A line per row, columns aligned to their `sides` (`<` or `>`); a row without columns is an empty line."""
-    widths = [max(len(row[place]) for row in rows if row) for place in range(len(sides))]
-    aligned = [
-        [
-            text.ljust(width) if side == "<" else text.rjust(width)
-            for text, side, width in zip(row, sides, widths, strict=False)
-        ]
-        for row in rows
-    ]
-    return ["  ".join(cells).rstrip() for cells in aligned]

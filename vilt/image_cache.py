@@ -14,16 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.errors import DataError, reason_of
 from common.files import atomic_path
 from common.messages import byte_size
 from vilt.utils.mapped_array import MappedArray, fault_of
+from vilt.utils.ordered_threads import in_order
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +30,9 @@ ReadImage = Callable[[int], Tensor]
 """Row to image, uint8 (3, R, R); raises DataError, which names the row, where it cannot be decoded."""
 
 FORMAT_VERSION = 1
-"""To be raised when `decode_image` or the file's layout changes."""
+"""Increase it when `decode_image` or the file's layout changes."""
 FOOTER_BYTES = 64 * 2**10
 """The end of an arrow file, which identifies it: there lie the places of all its batches."""
-BATCH_BYTES = 2**20
-"""How much a worker process hands over at a time, through shared memory, of which containers have little."""
 
 
 def open_image_cache(arrow_path: Path, n_rows: int, size: int, read_image: ReadImage, workers: int) -> MappedArray:
@@ -46,7 +43,7 @@ def open_image_cache(arrow_path: Path, n_rows: int, size: int, read_image: ReadI
 
     Args:
         size: side of the images in pixels.
-        workers: number of processes that decode; 0 decodes in this process.
+        workers: number of threads that decode.
 
     Raises:
         DataError: an image cannot be decoded, the disk has too little room, or the folder cannot be written. Then
@@ -56,27 +53,26 @@ def open_image_cache(arrow_path: Path, n_rows: int, size: int, read_image: ReadI
     try:
         cache = _path_of(arrow_path, size)
         # One lock for all states of the arrow file: its holder knows that nobody else is writing.
-        path = cache.with_name(f".{arrow_path.stem}_images{size}.lock")
+        lock = FileLock(cache.with_name(f".{arrow_path.stem}_images{size}.lock"))
         # Where the lock is there, the cache is just being made, or its maker was killed, and may have left others.
-        if fault_of(cache, np.uint8, shape) is None and not os.access(path, os.W_OK):
+        if fault_of(cache, np.uint8, shape) is None and not os.access(lock.lock_file, os.W_OK):
             return MappedArray(cache)
-        name = f"{arrow_path.stem}_images{size}_{'[0-9a-f]' * 16}.npy"
-        lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             log.info("%s: another process is making it (%s); waiting for that", cache, byte_size(math.prod(shape)))
             lock.acquire()
         try:
+            name = f"{arrow_path.stem}_images{size}_{'[0-9a-f]' * 16}.npy"
             fault = fault_of(cache, np.uint8, shape)
             if fault is not None:
                 _remove(cache.parent.glob(f".{name}.*.part"), "left by a killed maker")
                 if cache.exists():
                     log.warning("%s: not readable (%s); making it again", cache, fault)
                 _make(cache, shape, read_image, workers)
-            _remove([path for path in cache.parent.glob(name) if path != cache], "of another state of the arrow file")
+            _remove(set(cache.parent.glob(name)) - {cache}, "of another state of the arrow file")
         finally:
-            path.unlink(missing_ok=True)
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it opens a new one
             lock.release()
     except OSError as error:
         raise DataError(
@@ -104,40 +100,15 @@ def _path_of(arrow_path: Path, size: int) -> Path:
 
 def _remove(paths: Iterable[Path], what: str) -> None:
     for path in paths:
-        try:
-            path.unlink(missing_ok=True)
-            log.info("%s: %s; removed", path, what)
-        except OSError as error:
-            log.warning("%s: %s, but cannot be removed: %s", path, what, error.strerror or error)
-
-
-class _Rows(Dataset[Tensor | DataError]):
-    """Images by ranges of rows; an error is handed back, since torch would wrap what a worker process raises."""
-
-    def __init__(self, read_image: ReadImage) -> None:
-        self.read_image = read_image
-
-    def __getitem__(self, rows: range) -> Tensor | DataError:
-        try:
-            return torch.stack([self.read_image(row) for row in rows])
-        except DataError as error:
-            return error
+        path.unlink(missing_ok=True)
+        log.info("%s: %s; removed", path, what)
 
 
 def _make(cache: Path, shape: tuple[int, ...], read_image: ReadImage, workers: int) -> None:
-    """Writes the file, a batch of rows at a time."""
+    """Writes the file, row by row."""
     n_rows = shape[0]
     log.info("%s: decoding %s images once, %s", cache, f"{n_rows:,}", byte_size(math.prod(shape)))
     start = time.monotonic()
-    step = max(1, BATCH_BYTES // math.prod(shape[1:]))
-    ranges = [range(first, min(first + step, n_rows)) for first in range(0, n_rows, step)]
-    batches: DataLoader[Tensor | DataError] = DataLoader(
-        _Rows(read_image),
-        batch_size=None,
-        sampler=ranges,
-        num_workers=workers,
-        generator=torch.Generator(),  # else torch draws from the global one, and making a cache would change the run
-    )
     with (
         atomic_path(cache) as part,
         tqdm(total=n_rows, desc=cache.name, unit=" images", dynamic_ncols=True, disable=None) as bar,
@@ -145,10 +116,8 @@ def _make(cache: Path, shape: tuple[int, ...], read_image: ReadImage, workers: i
         values = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
         with part.open("r+b") as file:  # claims the room: a full disk is an error here, and no bus error later
             os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        for rows, images in zip(ranges, batches, strict=True):
-            if isinstance(images, DataError):
-                raise images
-            values[rows.start : rows.stop] = images.numpy()
-            bar.update(len(rows))
+        for row, image in enumerate(in_order(read_image, range(n_rows), workers)):
+            values[row] = image.numpy()
+            bar.update()
         values.flush()
     log.info("%s: made in %.1f s", cache, time.monotonic() - start)

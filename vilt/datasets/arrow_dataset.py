@@ -224,7 +224,7 @@ class ArrowDataset(Dataset[Sample]):
         From then on images are read from there. They take 3·R² bytes a row: 3.9 GB for the 25,959 films at R = 224.
 
         Args:
-            workers: number of processes that decode; 0 decodes in this process.
+            workers: number of threads that decode.
 
         Raises:
             DataError: an image cannot be decoded (also one that the missing table leaves out), or the cache cannot be

@@ -5,10 +5,10 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -17,35 +17,33 @@ from common.errors import DataError, reason_of
 from common.files import atomic_path, sync_folder
 from common.messages import printable
 from vilt.datasets.specs import DatasetSpec
-from vilt.utils.ordered_pool import Result, read_in_order
-from vilt.utils.raw_data import BadSampleError, RawDataset, Row
+from vilt.utils.ordered_threads import in_order
+from vilt.utils.raw_data import BadSampleError, RawDataset, Row, Sample
 
-Results = Iterator[tuple[int, Result]]
-"""Row numbers, and the rows or what is wrong with them."""
+Result = tuple[int, Row | BadSampleError]
+"""Row number, and the row or what is wrong with it."""
 
 MAX_BATCH_BYTES = 8 * 2**20
 MAX_BATCH_ROWS = 4096
+BAD_SAMPLES = "_bad_samples.tsv"
+"""End of the name of the list of bad samples."""
 MAX_CELL = 1000
 """Characters of a name in the list of bad samples; a hostile one may have millions."""
 
 
-@dataclass(frozen=True)
-class BadSample:
+class BadSample(NamedTuple):
     """One line of the list of bad samples."""
 
     split: str
-    source: str
+    listed_in: str
     row: int
     file: str
     reason: str
     detail: str
 
-    def fields(self) -> tuple[str, ...]:
-        """The columns of the list and of the report, printable."""
-        return tuple(printable(str(cell)[:MAX_CELL]) for cell in astuple(self))
-
-
-REPORT_COLUMNS = ("split", "listed_in", "row", "file", "reason", "detail")
+    def cells(self) -> tuple[str, ...]:
+        """The columns, printable."""
+        return tuple(printable(str(cell)[:MAX_CELL]) for cell in self)
 
 
 class BadSamplesError(DataError):
@@ -62,6 +60,8 @@ class SplitSummary:
 
     name: str
     """The split as the file name has it."""
+    source: str
+    """The file that lists its samples."""
     path: Path
     replaced: bool
     """Whether a file of that name was there before."""
@@ -73,21 +73,6 @@ class SplitSummary:
     """Samples of a multi-label dataset with no label set."""
     label_counts: Counter[int] = field(default_factory=Counter)
     bad: list[BadSample] = field(default_factory=list)
-
-
-@dataclass
-class Summary:
-    """The outcome of a conversion."""
-
-    target: Path
-    splits: list[SplitSummary]
-    report: Path | None
-    """Where the bad samples are listed, if there are any."""
-
-    @property
-    def bad(self) -> list[BadSample]:
-        """Those of all splits."""
-        return [sample for split in self.splits for sample in split.bad]
 
 
 def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
@@ -106,14 +91,22 @@ def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
     return pa.schema(columns, metadata={key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()})
 
 
+def _read(sample: Sample) -> Result:
+    row, read = sample
+    try:
+        return row, read()
+    except BadSampleError as bad:
+        return row, bad
+
+
 def _kept_rows(
-    results: Results, bar: "tqdm[NoReturn]", spec: DatasetSpec, source: str, summary: SplitSummary, skip_bad: bool
+    results: Iterator[Result], bar: "tqdm[NoReturn]", spec: DatasetSpec, summary: SplitSummary, skip_bad: bool
 ) -> Iterator[Row]:
     """The rows to write, with the `split` column; fills in `summary`, also from the others."""
     for row_number, row in results:
         bar.update()
         if isinstance(row, BadSampleError):
-            summary.bad.append(BadSample(summary.name, source, row_number, row.file, row.reason, row.detail))
+            summary.bad.append(BadSample(summary.name, summary.source, row_number, row.file, row.reason, row.detail))
             continue
         label = row["label"]
         labels = [number for number, is_set in enumerate(label) if is_set] if spec.multilabel else [label]
@@ -141,15 +134,7 @@ def _write_rows(rows: Iterator[Row], part: Path, schema: pa.Schema, spec: Datase
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
 
-def _empty(split: SplitSummary) -> DataError:
-    first = f" The first bad one: {' '.join(split.bad[0].fields())}" if split.bad else ""
-    return DataError(
-        f"no sample is left for {split.path.name}: "
-        f"{len(split.bad):,} are bad, {split.n_without_text:,} have no text.{first}"
-    )
-
-
-def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: bool = False) -> Summary:
+def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: bool = False) -> list[SplitSummary]:
     """Writes `NAME_SPLIT.arrow` for each split into the folder `target`, and shows a progress bar on stderr.
 
     The files appear under their names together, after the last sample has been read; until then older files of those
@@ -159,53 +144,54 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
     Args:
         dataset: from one of the `open_raw` functions; its samples have not been read yet.
         target: the folder to write to; made if absent.
-        n_workers: number of processes that read and decode; 0 reads in this process.
+        n_workers: number of threads that read and decode.
         skip_bad: leave bad samples out and list them in `NAME_bad_samples.tsv`, instead of raising.
 
     Raises:
         BadSamplesError: there are bad samples and `skip_bad` is false. It holds all of them; nothing was written.
-        DataError: a split has no usable sample, a worker died, or the disk cannot be written. Nothing was written.
+        DataError: a split has no usable sample, or the disk cannot be written. Nothing was written.
     """
     spec = dataset.spec
-    summary = Summary(target, [], None)
+    splits: list[SplitSummary] = []
     for raw_split in dataset.splits:
         path = target / spec.file_name(raw_split.split)
         if path.is_dir():
-            raise DataError(f"{path} is a folder; the arrow file needs that name.")
+            raise DataError(f"{path} is a folder; the arrow file needs that name")
         name = spec.file_splits[raw_split.split]
-        summary.splits.append(SplitSummary(name, path, path.exists(), raw_split.n_without_text))
-    schema, report = arrow_schema(spec, dataset.class_names), target / f"{spec.name}_bad_samples.tsv"
+        splits.append(SplitSummary(name, raw_split.source, path, path.exists(), raw_split.n_without_text))
+    schema, report = arrow_schema(spec, dataset.class_names), target / f"{spec.name}{BAD_SAMPLES}"
     samples = [sample for raw_split in dataset.splits for sample in raw_split.samples]
     # A log file gets a line now and then; a terminal is kept up to date.
     interval = 0.2 if sys.stderr.isatty() else 10.0
     bar = tqdm(unit=" samples", total=len(samples), dynamic_ncols=True, mininterval=interval)
     try:
         with ExitStack() as files:
-            with bar, closing(read_in_order(samples, n_workers)) as results:
-                for raw_split, split in zip(dataset.splits, summary.splits, strict=True):
+            with bar, closing(in_order(_read, samples, n_workers)) as results:
+                for raw_split, split in zip(dataset.splits, splits, strict=True):
                     bar.set_description(split.path.name, refresh=False)
                     part = files.enter_context(atomic_path(split.path))
                     of_split = islice(results, len(raw_split.samples))
-                    _write_rows(_kept_rows(of_split, bar, spec, raw_split.source, split, skip_bad), part, schema, spec)
+                    _write_rows(_kept_rows(of_split, bar, spec, split, skip_bad), part, schema, spec)
                     split.n_bytes = part.stat().st_size
-            if summary.bad and not skip_bad:
-                raise BadSamplesError(summary.bad, len(samples))
-            for split in summary.splits:
+            bad = [sample for split in splits for sample in split.bad]
+            if bad and not skip_bad:
+                raise BadSamplesError(bad, len(samples))
+            for split in splits:
                 if not split.n_samples:
-                    raise _empty(split)
-            if summary.bad:
-                summary.report = report
-                lines = [REPORT_COLUMNS, *(sample.fields() for sample in summary.bad)]
+                    counts = f"{len(split.bad):,} are bad, {split.n_without_text:,} have no text"
+                    first = f"; the first bad one: {' '.join(split.bad[0].cells())}" if split.bad else ""
+                    raise DataError(f"no sample is left for {split.path.name}: {counts}{first}")
+            if bad:
+                lines = [BadSample._fields, *(sample.cells() for sample in bad)]
                 part = files.enter_context(atomic_path(report))
                 part.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
             mark = spec.replacing_mark(target)
             mark.touch()
             sync_folder(target)
-        if not summary.bad:
+        if not bad:
             report.unlink(missing_ok=True)  # of an earlier run: it would speak of files that are replaced now
         mark.unlink()  # not after an error or a kill before this: the files are of two conversions then
     except OSError as error:
-        raise DataError(
-            f"cannot write to {error.filename or target}: {reason_of(error)}. No file was left half-written."
-        ) from None
-    return summary
+        at = error.filename or target
+        raise DataError(f"cannot write to {at}: {reason_of(error)}. No file was left half-written.") from None
+    return splits

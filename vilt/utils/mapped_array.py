@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from common.errors import DataError
+from common.messages import first_line
 
 
 class MappedArray:
@@ -21,16 +22,13 @@ class MappedArray:
 
     @property
     def values(self) -> np.ndarray:
-        """The array, read-only.
-
-        Raises:
-            DataError: the file cannot be read; names it.
-        """
+        """The array, read-only. Raises DataError, which names the file, if that cannot be read."""
         if self._values is None:
             try:
-                self._values = _load(self.path)
+                # A plain array is quicker to index than a memmap.
+                self._values = np.asarray(np.load(self.path, mmap_mode="r", allow_pickle=False))
             except Exception as error:  # NumPy raises EOFError, BadZipFile, TokenError, ... on damaged files
-                raise DataError(f"{self.path}: not readable as a .npy file: {error}") from error
+                raise DataError(f"{self.path}: not readable as a .npy file: {first_line(error)}") from error
         return self._values
 
     def __getstate__(self) -> dict[str, Any]:
@@ -44,16 +42,10 @@ def fault_of(path: Path, dtype: DTypeLike, shape: tuple[int | None, ...]) -> str
         shape: the shape expected; None stands for any length.
     """
     try:
-        found = _load(path)
-    except Exception as error:  # as above
-        return str(error) or type(error).__name__
+        found = MappedArray(path).values
+    except DataError as error:
+        return str(error).removeprefix(f"{path}: ")
     fits = len(shape) == found.ndim and all(want in (None, have) for want, have in zip(shape, found.shape, strict=True))
-    return (
-        None
-        if fits and found.dtype == dtype
-        else f"expected {np.dtype(dtype)} {shape}, found {found.dtype} {found.shape}"
-    )
-
-
-def _load(path: Path) -> np.ndarray:
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # a plain array is quicker to index
+    if fits and found.dtype == dtype:
+        return None
+    return f"expected {np.dtype(dtype)} {shape}, found {found.dtype} {found.shape}"

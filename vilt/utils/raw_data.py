@@ -1,27 +1,19 @@
-"""Raw datasets as the converter sees them: samples that are read one by one, and what makes one unusable.
-
-Neither this module nor write_*.py imports pyarrow: the converter's worker processes import them, and so stay small.
-"""
+"""Raw datasets as the converter sees them: samples that are read one by one, and what makes one unusable."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from common.errors import DataError
-from common.messages import quoted
-from common.strict_json import kind_of, parse_json
+from common.messages import listed, quoted
+from common.strict_json import kind_of, parse_json, read_json
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.images import open_rgb
 
-MISSING_FILE = "missing file"
-UNREADABLE_FILE = "unreadable file"
-UNDECODABLE_IMAGE = "undecodable image"
-BROKEN_JSON = "broken JSON"
-INCOMPLETE_JSON = "incomplete JSON"
-INCOMPLETE_ROW = "incomplete row"
-UNKNOWN_CLASS = "unknown class"
-PATH_LEAVES_RAW = "path leaves RAW"
+MISSING_FILE, UNREADABLE_FILE, UNDECODABLE_IMAGE = "missing file", "unreadable file", "undecodable image"
+BROKEN_JSON, INCOMPLETE_JSON, INCOMPLETE_ROW = "broken JSON", "incomplete JSON", "incomplete row"
+UNKNOWN_CLASS, PATH_LEAVES_RAW = "unknown class", "path leaves RAW"
 
 MAX_FILE_BYTES = 64 * 2**20
 """Of one sample's file. No image of these datasets comes near, and memory stays bounded."""
@@ -30,28 +22,17 @@ MAX_RECORD_BYTES = 16 * 2**20
 
 Row = dict[str, Any]
 """One sample, column name -> value, without the `split` column, which the writer adds."""
+Sample = tuple[int, Callable[[], Row]]
+"""Row in the file that lists it, from 1, and what reads and checks all of it, or raises BadSampleError."""
+Kind = TypeVar("Kind", str, list, dict)
 
 
 class BadSampleError(Exception):
     """A sample that cannot be used. `file` is relative to the raw folder, `detail` may be empty."""
 
     def __init__(self, reason: str, file: str, detail: str = "") -> None:
-        super().__init__(reason, file, detail)  # all of them, or the exception would not survive pickling
-        self.reason = reason
-        self.file = file
-        self.detail = detail
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a worker process gets: small, and able to read itself."""
-
-    row: int
-    """In the file that lists it, from 1."""
-    name: str
-    """For messages."""
-    read: Callable[[], Row]
-    """Reads and checks everything of the sample; can be pickled. Raises BadSampleError if it cannot be used."""
+        super().__init__(reason, file, detail)
+        self.reason, self.file, self.detail = reason, file, detail
 
 
 @dataclass(frozen=True)
@@ -79,15 +60,12 @@ class RawDataset:
 
 
 def require_layout(root: Path, names: Iterable[str], layout: str) -> None:
-    """Raises DataError, which shows `layout`, unless all `names` exist in `root`; those ending in `/` are folders."""
-    missing = [n for n in names if not ((root / n).is_dir() if n.endswith("/") else (root / n).is_file())]
-    if not root.is_dir():
-        problem = f"the raw folder {root} does not exist"
-    elif missing:
-        problem = f"{', '.join(missing)} not found in {root}"
-    else:
-        return
-    raise DataError(f"{problem}. Expected layout of RAW:\n\n{layout.rstrip()}")
+    """Raises DataError, which shows `layout`, unless all `names` exist in `root`."""
+    missing = [name for name in names if not (root / name).exists()]
+    if missing or not root.is_dir():
+        there = root.is_dir()
+        problem = f"{', '.join(missing)} not found in {root}" if there else f"the raw folder {root} does not exist"
+        raise DataError(f"{problem}. Expected layout of RAW:\n\n{layout.rstrip()}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -98,41 +76,26 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def read_object(path: Path, expected: str) -> dict[str, Any]:
-    """The JSON object in a top-level file; `expected` says in the message what it should hold. Raises DataError."""
-    try:
-        value = parse_json(read_bytes(path))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON in UTF-8: {error}. Expected {expected}.") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected {expected}, found {kind_of(value)}.")
-    return value
-
-
 def read_split_file(path: Path, spec: DatasetSpec) -> dict[Split, list[str]]:
     """The names in split.json by split, in its order.
 
     Raises DataError if a split is absent, unknown or empty, or if a name is not a string or is listed twice.
     """
-    keys = list(spec.file_splits.values())
-    expected = f"an object with the lists {', '.join(map(repr, keys))}"
-    value = read_object(path, expected)
-    if set(value) != set(keys):
-        found = ", ".join(map(quoted, list(value)[:8])) or "(none)"
-        raise DataError(f"{path}: expected {expected}, found the keys {found}.")
+    keys, lists = list(spec.file_splits.values()), read_json(path)
+    if lists.keys() != set(keys):
+        raise DataError(f"{path}: expected lists under {listed(keys)}, found the keys {listed(list(lists))}")
     seen: dict[str, str] = {}
-    for key, names in value.items():
+    for key, names in lists.items():
         if not isinstance(names, list) or not names:
             found = "an empty list" if names == [] else kind_of(names)
-            raise DataError(f"{path}: expected a list of strings under {quoted(key)}, found {found}.")
+            raise DataError(f"{path}: expected a list of strings under {quoted(key)}, found {found}")
         for row, name in enumerate(names, 1):
-            where = f"{quoted(key)}, row {row}"
+            place = f"{quoted(key)}, row {row}"
             if not isinstance(name, str):
-                raise DataError(f"{path}: expected a string at {where}, found {kind_of(name)} ({quoted(name)}).")
-            if name in seen:
-                raise DataError(f"{path}: {quoted(name)} is listed twice, at {seen[name]} and at {where}.")
-            seen[name] = where
-    return {split: value[key] for split, key in spec.file_splits.items()}
+                raise DataError(f"{path}: expected a string at {place}, found {kind_of(name)} ({quoted(name)})")
+            if seen.setdefault(name, place) != place:
+                raise DataError(f"{path}: {quoted(name)} is listed twice, at {seen[name]} and at {place}")
+    return {split: lists[key] for split, key in spec.file_splits.items()}
 
 
 # ---- parts of a sample: one of them wrong makes a bad sample
@@ -147,13 +110,12 @@ def check_inside(file: str) -> None:
 
 
 def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of `raw/file`, `most` of them. Raises BadSampleError, also if there are more or `file` leaves `raw`."""
+    """The bytes of `raw/file`. Raises BadSampleError, also if there are more than `most` or `file` leaves `raw`."""
     check_inside(file)
-    path = raw / file
     try:
-        if not path.is_file():
+        if not (raw / file).is_file():
             raise BadSampleError(MISSING_FILE, file)
-        with path.open("rb") as opened:
+        with (raw / file).open("rb") as opened:
             data = opened.read(most + 1)
     except OSError as error:
         raise BadSampleError(UNREADABLE_FILE, file, error.strerror or str(error)) from None
@@ -175,25 +137,18 @@ def read_image(raw: Path, file: str) -> bytes:
 def read_record(data: bytes, file: str) -> dict[str, Any]:
     """The JSON object of one sample. Raises BadSampleError."""
     try:
-        value = parse_json(data)
+        return of_kind(dict, parse_json(data), file, "the sample")
     except ValueError as error:
         raise BadSampleError(BROKEN_JSON, file, str(error)) from None
-    if not isinstance(value, dict):
-        raise BadSampleError(INCOMPLETE_JSON, file, f"expected an object, found {kind_of(value)}")
+
+
+def of_kind(kind: type[Kind], value: object, file: str, what: str) -> Kind:
+    """`value`, if it is a `kind`. Raises BadSampleError, whose detail calls it `what`."""
+    if not isinstance(value, kind):
+        raise BadSampleError(INCOMPLETE_JSON, file, f"{what}: expected {kind_of(kind())}, found {kind_of(value)}")
     return value
 
 
-def check_text(text: object, file: str, what: str) -> str:
-    """`text` if it is a string. Raises BadSampleError; `what` names the text in its detail."""
-    if not isinstance(text, str):
-        raise BadSampleError(INCOMPLETE_JSON, file, f"{what}: expected a string, found {kind_of(text)}")
-    return text
-
-
-def check_texts(record: dict[str, Any], key: str, file: str) -> list[str]:
+def texts_of(record: dict[str, Any], key: str, file: str) -> list[str]:
     """The list of strings under `key`. Raises BadSampleError."""
-    if key not in record:
-        raise BadSampleError(INCOMPLETE_JSON, file, f"no {quoted(key)}")
-    if not isinstance(record[key], list):
-        raise BadSampleError(INCOMPLETE_JSON, file, f"{quoted(key)}: expected a list, found {kind_of(record[key])}")
-    return [check_text(text, file, repr(key)) for text in record[key]]
+    return [of_kind(str, text, file, repr(key)) for text in of_kind(list, record.get(key), file, repr(key))]

@@ -14,6 +14,29 @@ from vilt.utils.raw_data import read_bytes
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
+def csv_fields(path: Path, delimiter: str = ",", strict: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """Pairs of line (from 1, where the row begins) and fields of the rows that are not blank.
+
+    Args:
+        strict: refuse an unclosed quote, or text behind one, rather than read what follows into the same field.
+
+    Raises:
+        DataError: the file is not UTF-8, or a row cannot be told from the others; names file and row.
+    """
+    row = 1
+    try:
+        text = io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
+        lines = csv.reader(text, delimiter=delimiter, strict=strict)
+        for fields in lines:
+            if fields:
+                yield row, fields
+            row = lines.line_num + 1
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not valid UTF-8: {error}") from None
+    except csv.Error as error:
+        raise DataError(f"{path}, row {row}: {error}") from None
+
+
 def table_rows(path: Path, needed: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Pairs of line (from 1, where the row begins) and values by column: strings, or of a `.jsonl` what JSON has.
 
@@ -41,34 +64,15 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _csv_rows(path: Path, delimiter: str, needed: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not valid UTF-8: {error}") from None
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    row = 1
-    try:
-        header = next(lines, [])
-        _check_header(path, header, needed)
-        while True:
-            row = lines.line_num + 1
-            fields = next(lines, None)
-            if fields is None:
-                return
-            if fields and len(fields) != len(header):
-                raise DataError(
-                    f"{path}, row {row}: expected {len(header)} values, as in the header, found {len(fields)}"
-                )
-            if fields:
-                yield row, dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}, row {row}: {error}") from None
-
-
-def _check_header(path: Path, header: list[str], needed: list[str]) -> None:
-    for name in header:
-        if header.count(name) > 1:
-            raise DataError(f"{path}, row 1: the column {quoted(name)} is repeated")
+    rows = csv_fields(path, delimiter)
+    _, header = next(rows, (1, []))
+    repeated = [name for name in header if header.count(name) > 1]
+    if repeated:
+        raise DataError(f"{path}, row 1: the column {quoted(repeated[0])} is repeated")
     missing = [name for name in needed if name not in header]
     if missing:
         raise DataError(f"{path}, row 1: expected the columns {listed(missing)}, found {listed(header)}")
+    for row, fields in rows:
+        if len(fields) != len(header):
+            raise DataError(f"{path}, row {row}: expected {len(header)} values, as in the header, found {len(fields)}")
+        yield row, dict(zip(header, fields, strict=True))

@@ -1,17 +1,16 @@
 """A custom dataset: tables (CSV, TSV or JSONL) that list an image, texts and labels in each row."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.errors import DataError
 from common.messages import quoted
 from common.strict_json import kind_of
 from vilt.datasets.specs import SPLITS, Split, custom_spec
 from vilt.utils import raw_data
-from vilt.utils.custom_layout import COLUMNS, Layout, read_layout, table_layout
-from vilt.utils.raw_data import INCOMPLETE_ROW, UNKNOWN_CLASS, BadSampleError, RawDataset, RawSplit, Row, Sample
+from vilt.utils.custom_layout import COLUMNS, Layout, read_layout
+from vilt.utils.raw_data import INCOMPLETE_ROW, UNKNOWN_CLASS, BadSampleError, RawDataset, RawSplit, Row
 from vilt.utils.tables import DELIMITERS, table_rows
 
 LAYOUT = """\
@@ -22,8 +21,7 @@ RAW/
 """
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """One row of a table, whose image has not been read yet."""
 
     source: str
@@ -46,8 +44,10 @@ def read_row(raw: Path, listed: Listed, label: int | list[int] | BadSampleError)
         raise BadSampleError(INCOMPLETE_ROW, source, "text: empty")
     if isinstance(label, BadSampleError):
         raise label
-    _check_inside(raw, file)
-    return {"image": raw_data.read_image(raw, file), "text": texts, "label": label, "image_id": file}
+    image = raw_data.read_image(raw, file)
+    if not (raw / file).resolve().is_relative_to(raw.resolve()):
+        raise BadSampleError(raw_data.PATH_LEAVES_RAW, file, "by a link")
+    return {"image": image, "text": texts, "label": label, "image_id": file}
 
 
 def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> RawDataset:
@@ -61,14 +61,17 @@ def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> 
         DataError: the spec or a table as such is wrong; names the file, and the row where there is one.
     """
     raw_data.require_layout(raw, () if spec or table else ("spec.yaml",), LAYOUT)
-    layout = table_layout(table) if table is not None else read_layout(spec or raw / "spec.yaml", raw)
+    layout = read_layout(raw, spec, table)
     rows: dict[Split, list[Listed]] = {split: [] for split in SPLITS}
     needed = [layout.columns[column] for column in COLUMNS if column != "split" or len(layout.tables) == 1]
     for path, of_table in layout.tables:
         for row, values in table_rows(path, needed):
             image, text, label, split = (values.get(layout.columns[column]) for column in COLUMNS)
-            listed = Listed(path.name, row, image, text, _labels(label, layout, path))
-            rows[of_table or _split(split, path, row, layout)].append(listed)
+            split = of_table or (split.strip() if isinstance(split, str) else split)
+            if split not in tuple(SPLITS):
+                place = f"{path}, row {row}: {layout.columns['split']}"
+                raise DataError(f"{place}: expected {' or '.join(SPLITS)}, found {_found(split)}")
+            rows[split].append(Listed(path.name, row, image, text, _labels(label, layout, path)))
         for one in SPLITS if of_table is None else (of_table,):
             if not rows[one]:
                 what = "rows" if of_table else f"rows with {layout.columns['split']} {one}"
@@ -76,27 +79,13 @@ def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> 
     of_all = [listed.labels for of_split in rows.values() for listed in of_split]
     custom = layout.dataset({name for labels in of_all if not isinstance(labels, BadSampleError) for name in labels})
     numbers = {name: number for number, name in enumerate(custom.class_names)}
-
     splits = []
     for split, of_split in rows.items():
         samples = [
-            Sample(
-                listed.row,
-                f"{listed.source}, row {listed.row}",
-                partial(read_row, raw, listed, _numbered(listed, numbers, layout)),
-            )
-            for listed in of_split
+            (listed.row, partial(read_row, raw, listed, _numbered(listed, numbers, layout))) for listed in of_split
         ]
         splits.append(RawSplit(split, of_split[0].source, samples))
     return RawDataset(custom_spec(custom), custom.class_names, tuple(splits))
-
-
-def _split(value: object, path: Path, row: int, layout: Layout) -> Split:
-    for split in SPLITS:
-        if isinstance(value, str) and value.strip() == split:
-            return split
-    expected = ", ".join(SPLITS[:-1]) + f" or {SPLITS[-1]}"
-    raise DataError(f"{path}, row {row}: {layout.columns['split']}: expected {expected}, found {_found(value)}")
 
 
 # ---- parts of a row: one of them wrong makes a bad sample
@@ -131,14 +120,3 @@ def _numbered(listed: Listed, numbers: dict[str, int], layout: Layout) -> int | 
     if unknown:
         return BadSampleError(UNKNOWN_CLASS, listed.source, f"{quoted(unknown[0])} is not in classes")
     return numbers[labels[0]] if layout.labels == "single" else [int(name in labels) for name in numbers]
-
-
-def _check_inside(raw: Path, file: str) -> None:
-    """Raises BadSampleError if `file` leaves `raw`: as it is written, or where links lead."""
-    raw_data.check_inside(file)
-    try:
-        inside = (raw / file).resolve().is_relative_to(raw.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a null byte
-        raise BadSampleError(raw_data.UNREADABLE_FILE, file, str(error)) from None
-    if not inside:
-        raise BadSampleError(raw_data.PATH_LEAVES_RAW, file, "by a link")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 from vilt.utils import raw_data
-from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row, Sample
+from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row
 
 LAYOUT = """\
 RAW/
@@ -22,10 +22,9 @@ def read_film(raw: Path, name: str) -> Row:
     """
     file = f"labels/{name}.json"
     record = raw_data.read_record(raw_data.read_file(raw, file, raw_data.MAX_RECORD_BYTES), file)
-    plots = raw_data.check_texts(record, "plot", file)
+    plots, genres = (raw_data.texts_of(record, key, file) for key in ("plot", "genres"))
     if not any(plot.strip() for plot in plots):
         raise BadSampleError(raw_data.INCOMPLETE_JSON, file, "no plot")
-    genres = raw_data.check_texts(record, "genres", file)
     return {
         "image": raw_data.read_image(raw, f"images/{name}.jpeg"),
         "plots": plots,
@@ -38,11 +37,9 @@ def read_film(raw: Path, name: str) -> Row:
 def open_raw(raw: Path) -> RawDataset:
     """MM-IMDb in `raw`, with split.json read and checked. Raises DataError."""
     spec = DATASETS["mmimdb"]
-    raw_data.require_layout(raw, ("split.json", "images/", "labels/"), LAYOUT)
-
-    def split_of(names: list[str]) -> list[Sample]:
-        return [Sample(row, name, partial(read_film, raw, name)) for row, name in enumerate(names, 1)]
-
-    splits = raw_data.read_split_file(raw / "split.json", spec)
-    raw_splits = (RawSplit(split, "split.json", split_of(names)) for split, names in splits.items())
-    return RawDataset(spec, MMIMDB_GENRES, tuple(raw_splits))
+    raw_data.require_layout(raw, ("split.json", "images", "labels"), LAYOUT)
+    splits = []
+    for split, names in raw_data.read_split_file(raw / "split.json", spec).items():
+        samples = [(row, partial(read_film, raw, name)) for row, name in enumerate(names, 1)]
+        splits.append(RawSplit(split, "split.json", samples))
+    return RawDataset(spec, MMIMDB_GENRES, tuple(splits))

@@ -1,14 +1,12 @@
 """The cache of decoded images: equal to decoding, made once, made again when stale or damaged, whole or not there."""
 
 import fcntl
-import io
 import logging
 import multiprocessing
 import os
 import pickle
 import resource
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,11 +57,6 @@ def memes(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_cache, "BATCH_BYTES", 2 * 3 * SIZE**2)  # two images; the last batch has one
-
-
 def expected_images(n_rows: int = ROWS) -> np.ndarray:
     return np.stack([decode_image(png(row), SIZE).numpy() for row in range(n_rows)])
 
@@ -104,19 +97,11 @@ def test_samples_are_the_same_with_and_without_the_cache(golden_arrow, name, spl
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_file_holds_the_image_of_every_row(memes, small_batches, workers):
-    open_memes(memes).cache_images(workers)
-    cache = cache_in(memes)
-    assert cache.name.startswith("hatememes_train_images8_")
-    kept = np.load(cache, allow_pickle=False)
-    assert kept.dtype == np.uint8
-    assert kept.tolist() == expected_images().tolist()
-    assert cache.stat().st_size == 128 + ROWS * 3 * SIZE**2
-
-
-def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(memes, monkeypatch):
+def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(memes, monkeypatch, workers):
     dataset = open_memes(memes)
-    dataset.cache_images(0)
+    dataset.cache_images(workers)
+    kept = np.load(cache_in(memes), allow_pickle=False)
+    assert kept.dtype == np.uint8 and kept.tolist() == expected_images().tolist()
     monkeypatch.setattr(arrow_dataset, "decode_image", refuse)
     worker = pickle.loads(pickle.dumps(dataset))
     for row, expected in enumerate(expected_images()):
@@ -124,17 +109,8 @@ def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(meme
             image = reader[0, row].image_3RR
             assert image is not None
             assert image.tolist() == expected.tolist()
+            image.zero_()  # its own copy
     assert vars(worker)["_table"] is None
-
-
-def test_an_image_may_be_written_to_without_changing_the_cache(memes):
-    dataset = open_memes(memes)
-    dataset.cache_images(0)
-    image = dataset[0, 1].image_3RR
-    assert image is not None and image.sum() > 0
-    image.zero_()
-    assert_equal(dataset[0, 1][:1], [torch.from_numpy(expected_images()[1])])
-    assert np.load(cache_in(memes)).tolist() == expected_images().tolist()
 
 
 def test_the_cache_is_made_once_and_found_again(memes, monkeypatch, caplog):
@@ -152,39 +128,13 @@ def test_the_cache_is_made_once_and_found_again(memes, monkeypatch, caplog):
     assert (cache.stat().st_ino, cache.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_making_it_draws_nothing_from_the_runs_random_numbers(memes, workers):
-    dataset = open_memes(memes)
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    dataset.cache_images(workers)
-    assert torch.equal(torch.rand(4), expected)
-
-
-def test_image_sizes_have_their_own_caches(memes):
-    datasets = {size: open_memes(memes, size) for size in (8, 10)}
-    for dataset in datasets.values():
-        dataset.cache_images(0)
-    assert {name.rpartition("_")[0] for name in names(memes)} == {f"hatememes_train_images{size}" for size in datasets}
-    for size, dataset in datasets.items():
-        assert_equal(dataset[0, 2][:1], [decode_image(png(2), size)])
-
-
-def test_the_log_says_how_large_it_is_and_a_terminal_shows_the_progress(memes, monkeypatch, caplog, capsys):
+def test_the_log_says_how_large_it_is(memes, caplog, capsys):
     with caplog.at_level(logging.INFO):
         open_memes(memes).cache_images(0)
-    cache = cache_in(memes)
     first, last = caplog.messages
-    assert str(cache) in first and "7 images" in first and "1.3 kB" in first
-    assert last.startswith(f"{cache}: made in ")
+    assert all(fact in first for fact in (str(cache_in(memes)), "7 images", "1.3 kB"))
+    assert last.startswith(f"{cache_in(memes)}: made in ")
     assert capsys.readouterr().err == "", "no progress bar where there is no terminal"
-    cache.unlink()
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    open_memes(memes).cache_images(0)
-    assert "7/7" in terminal.getvalue()
 
 
 # ---- stale and damaged caches
@@ -245,42 +195,28 @@ def test_only_stale_caches_of_the_same_file_and_size_are_removed(memes, caplog):
     assert f"{memes / unfinished}: left by a killed maker; removed" in caplog.messages
 
 
-def test_the_stale_cache_stays_until_the_new_one_is_complete(memes):
-    open_memes(memes).cache_images(0)
-    old = cache_in(memes)
-    write_memes(memes, [png(0), b"broken"])
-    with pytest.raises(DataError):
-        open_memes(memes).cache_images(0)
-    assert cache_in(memes) == old
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", ""),
         (b"garbage", ""),
         (as_npy(expected_images())[:-1], ""),
-        (as_npy(expected_images())[:200], ""),
         (as_npy(expected_images(6)), "expected uint8 (7, 3, 8, 8), found uint8 (6, 3, 8, 8)"),
-        (as_npy(expected_images()[0]), "expected uint8 (7, 3, 8, 8), found uint8 (3, 8, 8)"),
         (as_npy(expected_images().astype(np.int16)), "expected uint8 (7, 3, 8, 8), found int16 (7, 3, 8, 8)"),
         (as_npy(np.array([None] * ROWS)), ""),
     ],
-    ids=["empty", "garbage", "a byte short", "cut", "a row short", "one image", "int16", "objects"],
+    ids=["empty", "garbage", "a byte short", "a row short", "int16", "objects"],
 )
-def test_a_damaged_cache_is_made_anew_with_one_warning(memes, caplog, content, reason):
+def test_a_damaged_cache_is_made_again_with_one_warning(memes, caplog, content, reason):
     open_memes(memes).cache_images(0)
     cache = cache_in(memes)
     cache.write_bytes(content)
-    dataset = open_memes(memes)
     with caplog.at_level(logging.WARNING):
-        dataset.cache_images(0)
+        open_memes(memes).cache_images(0)
     (warning,) = caplog.messages
-    assert warning.startswith(f"{cache}: not readable ({reason}")
-    assert warning.endswith("); making it again")
+    assert warning.startswith(f"{cache}: not readable (") and reason in warning and "making it again" in warning
     assert cache_in(memes) == cache
     assert np.load(cache).tolist() == expected_images().tolist()
-    assert_equal(dataset[0, 1], open_memes(memes)[0, 1])
 
 
 def test_a_cache_that_vanishes_is_an_error_that_names_it(memes):
@@ -297,7 +233,7 @@ def test_a_cache_that_vanishes_is_an_error_that_names_it(memes):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_undecodable_image_is_named_by_file_and_row(memes, small_batches, workers):
+def test_an_undecodable_image_is_named_by_file_and_row(memes, workers):
     write_memes(memes, [png(row) if row != 5 else b"no image" for row in range(ROWS)])
     dataset = open_memes(memes)
     with pytest.raises(DataError, match=rf"^{memes / ARROW}: row 5: the image cannot be decoded: .*$"):
@@ -307,7 +243,7 @@ def test_an_undecodable_image_is_named_by_file_and_row(memes, small_batches, wor
 
 
 @pytest.mark.parametrize("room", [100, 1000])
-def test_a_disk_that_refuses_to_be_written_leaves_nothing_behind(memes, small_batches, room):
+def test_a_disk_that_refuses_to_be_written_leaves_nothing_behind(memes, room):
     """The limit on the size of files refuses as a full disk does: within the header, or within the images."""
     dataset = open_memes(memes)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -317,17 +253,8 @@ def test_a_disk_that_refuses_to_be_written_leaves_nothing_behind(memes, small_ba
             dataset.cache_images(0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(raised.value).startswith(f"{memes / ARROW}: cannot keep the decoded images beside it: File too large; ")
-    assert str(raised.value).endswith(" bytes free; they need 1,344 bytes")
+    assert all(fact in str(raised.value) for fact in (str(memes / ARROW), "File too large", "they need 1,344 bytes"))
     assert names(memes) == set()
-    dataset.cache_images(0)
-    assert np.load(cache_in(memes)).tolist() == expected_images().tolist()
-
-
-def test_a_folder_that_takes_no_lock_is_an_error(memes):
-    (memes / LOCK).mkdir()
-    with pytest.raises(DataError, match=rf"^{memes / ARROW}: .*: Is a directory; they need 1,344 bytes"):
-        open_memes(memes).cache_images(0)
 
 
 def test_what_a_maker_killed_at_the_very_end_has_left_is_removed(memes):
@@ -340,7 +267,7 @@ def test_what_a_maker_killed_at_the_very_end_has_left_is_removed(memes):
     assert cache_in(memes) == cache and cache.stat().st_ino == made
 
 
-def test_an_interruption_leaves_nothing_behind(memes, small_batches, monkeypatch):
+def test_an_interruption_leaves_nothing_behind(memes, monkeypatch):
     dataset = open_memes(memes)
     decoded = []
 
@@ -376,7 +303,7 @@ def started(target: Callable[[], None], n: int) -> Iterator[list[Any]]:
 
 
 @pytest.mark.parametrize("before", ["nothing", "a stale cache", "a damaged cache"])
-def test_eight_processes_at_once_make_one_cache(memes, small_batches, before):
+def test_eight_processes_at_once_make_one_cache(memes, before):
     if before != "nothing":
         open_memes(memes).cache_images(0)
         if before == "a stale cache":
@@ -440,7 +367,7 @@ def test_who_comes_later_waits_and_says_so_and_holds_the_lock_then(memes, caplog
     assert np.load(cache).tolist() == expected_images().tolist()
 
 
-def test_the_lock_of_a_killed_maker_is_free_and_its_half_file_goes(memes, small_batches):
+def test_the_lock_of_a_killed_maker_is_free_and_its_half_file_goes(memes):
     reached = FORK.Event()
 
     def make_half() -> None:
@@ -479,19 +406,3 @@ def test_worker_processes_read_the_same(memes, method):
     assert len(samples) == ROWS
     for sample, plain in zip(samples, expected, strict=True):
         assert_equal(sample, plain)
-
-
-def test_pickling_carries_neither_images_nor_tokens(tmp_path):
-    rows = 400
-    write_memes(tmp_path, [png_of(row, 4) for row in range(rows)])
-    made = open_memes(tmp_path, 32)
-    made.cache_images(0)
-    found = open_memes(tmp_path, 32)
-    found.cache_images(0)
-    for dataset in (made, found):
-        assert dataset[0, 1].image_3RR is not None  # the files are mapped now
-        pickled = pickle.dumps(dataset)
-        assert len(pickled) < 20_000, "tokens are 123 kB, images 1.2 MB"
-        copy = pickle.loads(pickled)
-        for index in (0, 1, rows - 1):
-            assert_equal(copy[0, index], dataset[0, index])

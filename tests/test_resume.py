@@ -84,8 +84,7 @@ def test_a_run_that_lacks_its_test_is_tested_alone(workspace: Workspace, capsys:
     assert f"{first} is finished" in said_by("test_after_fit=False")
     said = said_by()
     assert f"from {first / 'last.ckpt'} (1 epochs, 6 steps)" in said and "step 6" not in said
-    best = [load(folder / "best.ckpt") for folder in (first, second)]
-    assert not differences(*best)
+    assert not differences(load(first / "best.ckpt"), load(second / "best.ckpt"))
     assert json.loads((second / "test_results.json").read_text())["checkpoint"] == str(second / "best.ckpt")
     # Another test pattern is another test of the same training. test_ratio wins, and is what was tested.
     assert "is finished" in said_by("test_ratio=0.7", "test_type=both", "missing_ratio.test=0.5")

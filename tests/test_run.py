@@ -218,7 +218,7 @@ def test_a_published_checkpoint_evaluates_without_a_backbone(
     """All weights in the file, no dynamic queries, no description: what the published code wrote."""
     checkpoint = read_checkpoint(fitted / "best.ckpt")
     state = restore_classifier(checkpoint, load_backbone(str(workspace.backbone))).state_dict()
-    published = {name: value for name, value in state.items() if "memories_dynamic" not in name}
+    published = {name: value for name, value in state.items() if ".queries_" not in name}
     path = tmp_path / "published.ckpt"
     torch.save({"state_dict": published, "epoch": 3, "hyper_parameters": {"config": {"memory_length": 6}}}, path)
     metrics = [

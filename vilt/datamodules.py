@@ -111,7 +111,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.world_size = world_size
         self.epoch = 0
         self.skip: tuple[int, int] | None = None
-        """(epoch, n): in this epoch the first n samples of the share are left out; they were seen before a resume."""
+        """(epoch, n): in this epoch the first n samples of the share are left out; they were seen before a resume.
+
+        This place is all that a checkpoint has to keep, since the order follows from (seed, epoch): no state of the
+        loaders, which fetch ahead.
+        """
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""

@@ -14,8 +14,12 @@ from common.errors import BackboneError
 
 log = logging.getLogger("rep")
 
-COMPUTE_TYPES = {"32-true": torch.float32, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
-"""Of the frozen towers, by Lightning's name of the precision."""
+COMPUTE_TYPES = {
+    **dict.fromkeys(("32", "32-true"), torch.float32),
+    **dict.fromkeys(("16", "16-mixed"), torch.float16),
+    **dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16),
+}
+"""Of the frozen towers, by the precision as the option has it, and as Lightning calls it."""
 
 
 class BackboneChoice(NamedTuple):
@@ -38,7 +42,7 @@ def open_model(
         published_vit: for a published checkpoint, which holds its CLIP weights: whose tokenizer goes with them.
 
     Raises:
-        BackboneError, CheckpointError: weights or tokenizer cannot be had, do not fit each other, or are not those of
+        BackboneError, CheckpointError: weights or tokenizer are not found, do not fit each other, or are not those of
             the training.
     """
     spec = checkpoint.spec

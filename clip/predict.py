@@ -1,4 +1,4 @@
-"""Predictions of a trained model for images and texts of one's own.
+"""Predictions of a trained model for any images and texts.
 
 from clip.predict import load_model
 
@@ -27,13 +27,13 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.open_model import COMPUTE_TYPES, BackboneChoice, open_model
 from clip.tokenizer import ClipTokenizer
 from clip.training import model_input
-from common.errors import DataError, reason_of
+from common.errors import ConfigError, DataError, reason_of
 from common.files import atomic_path
 from common.messages import listed, printable
 from common.text import natural_key, per_cent, terminal_table
 from vilt.datamodules import Batch, collate_for_evaluation
 from vilt.datasets.arrow_dataset import Sample
-from vilt.datasets.specs import DATASETS
+from vilt.datasets.specs import DATASETS, custom_spec
 from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING, TYPE_NAMES
 from vilt.transforms import decode_image
 from vilt.utils.raw_data import MAX_FILE_BYTES
@@ -80,8 +80,11 @@ class Predictor:
         device: torch.device,
         precision: str,
     ) -> None:
-        self.class_names = class_names_of(checkpoint)
-        self.multilabel = is_multilabel(checkpoint)
+        custom = checkpoint.spec.custom
+        dataset = DATASETS[checkpoint.spec.task] if custom is None else custom_spec(custom)
+        names = checkpoint.class_names or dataset.class_names
+        self.class_names = names or tuple(f"class {number}" for number in range(dataset.n_classes))
+        self.multilabel = dataset.multilabel
         self.image_size = checkpoint.spec.architecture.image_size
         self.device = device
         self.dtype = COMPUTE_TYPES[precision]
@@ -135,17 +138,14 @@ class Predictor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             logits_BC = self._classifier(model_input(moved)).float().cpu()
         probability_BC = logits_BC.sigmoid() if self.multilabel else logits_BC.softmax(dim=-1)
-        return [
-            self._prediction(int(missing_type), probability_C.tolist())
-            for missing_type, probability_C in zip(batch.missing_type_B, probability_BC, strict=True)
-        ]
-
-    def _prediction(self, missing_type: int, probability: list[float]) -> Prediction:
-        named = dict(zip(self.class_names, probability, strict=True))
-        chosen = [name for name, value in named.items() if value > THRESHOLD] if self.multilabel else []
-        if not self.multilabel:
-            chosen = [max(named, key=lambda name: named[name])]
-        return Prediction(TYPE_NAMES[missing_type], tuple(chosen), named)
+        predictions = []
+        for missing_type, probability_C in zip(batch.missing_type_B.tolist(), probability_BC.tolist(), strict=True):
+            named = dict(zip(self.class_names, probability_C, strict=True))
+            labels = [name for name, value in named.items() if value > THRESHOLD]
+            if not self.multilabel:
+                labels = [self.class_names[int(np.argmax(probability_C))]]
+            predictions.append(Prediction(TYPE_NAMES[missing_type], tuple(labels), named))
+        return predictions
 
 
 class _Items(Dataset[Sample]):
@@ -190,7 +190,7 @@ def load_model(
     vit: str | None = None,
     tokenizer: str | None = None,
     device: str | None = None,
-    precision: str = "32-true",
+    precision: str | int = "32",
     trust_backbone: bool = False,
     vit_activation: str | None = None,
     published_seed: int = 0,
@@ -202,31 +202,20 @@ def load_model(
         vit, tokenizer, trust_backbone, vit_activation, published_seed: as the options of `run.py`; None: what the
             checkpoint says.
         device: as torch names it; None: the first GPU, else the CPU.
-        precision: `32-true`, `bf16-mixed` or `16-mixed`.
+        precision: `32`, `16` or `bf16`, also in Lightning's spelling.
 
     Raises:
-        CheckpointError, BackboneError: the checkpoint, the frozen weights or the tokenizer cannot be had.
+        ConfigError: there is no such precision.
+        CheckpointError, BackboneError: checkpoint, frozen weights or tokenizer are not found, not readable, or do not
+            fit each other.
     """
+    if str(precision) not in COMPUTE_TYPES:
+        raise ConfigError(f"precision: expected 32, 16 or bf16, found {precision!r}")
     checkpoint = read_checkpoint(Path(path))
     choice = BackboneChoice(vit, vit_activation, tokenizer, trust_backbone, published_seed)
     classifier, found = open_model(checkpoint, choice, published_vit=vit or "ViT-B/16")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Predictor(checkpoint, classifier, found, where, precision)
-
-
-def class_names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Names of the classes: those that the checkpoint has, else the dataset's, else `class 0` and so on."""
-    spec = checkpoint.spec
-    if spec.custom is not None:
-        return spec.custom.class_names
-    dataset = DATASETS[spec.task]
-    return checkpoint.class_names or dataset.class_names or tuple(f"class {n}" for n in range(dataset.n_classes))
-
-
-def is_multilabel(checkpoint: Checkpoint) -> bool:
-    """Whether a sample can have several classes."""
-    spec = checkpoint.spec
-    return spec.custom.labels == "multi" if spec.custom is not None else DATASETS[spec.task].multilabel
+    return Predictor(checkpoint, classifier, found, where, str(precision))
 
 
 def read_items(source: Path) -> list[Item]:
@@ -247,19 +236,14 @@ def read_items(source: Path) -> list[Item]:
 def _items_of_table(source: Path) -> list[Item]:
     if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
         raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl")
-    items, any_column = [], False
+    items = []
     for row, values in table_rows(source, needed=[]):
         place = f"{source}, row {row}"
-        any_column = any_column or bool({"image", "text"} & values.keys())
-        if not any_column:
-            found = listed(list(values))
-            raise DataError(f"{place}: expected the columns 'image', 'text' or both, found {found}")
+        if not {"image", "text"} & values.keys():
+            raise DataError(f"{place}: expected the columns 'image', 'text' or both, found {listed(list(values))}")
         image, text = (_cell(values.get(name), name, place) for name in ("image", "text"))
-        name = values.get("id")
-        if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int))):
-            raise DataError(f"{place}: id: expected a text or a number, found {json.dumps(name)[:80]}")
         path = None if image is None else source.parent / image
-        items.append(Item(str(row if name is None else name), path, text, place))
+        items.append(Item(str(row if values.get("id") is None else values["id"]), path, text, place))
     return items
 
 
@@ -292,7 +276,7 @@ def _items_of_folder(source: Path) -> list[Item]:
 def write_predictions(
     path: Path, items: Sequence[Item], predictions: Iterable[Prediction], predictor: Predictor
 ) -> list[Prediction]:
-    """Writes a line per sample as CSV or JSONL, whole or not at all; returns the first few.
+    """Writes a line per sample as CSV or JSONL, completely or not at all; returns the first few.
 
     In a CSV several labels are separated by `|`, and the probability of class X is in the column `p(X)`.
 

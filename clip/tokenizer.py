@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
+from clip.pretrained import read_pretrained
 from common.errors import BackboneError
 from common.messages import first_line
 
@@ -21,8 +22,6 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
 CLIP_MERGES = 49152 - 256 - 2
 """Merges that CLIP reads from its file, which holds more."""
-MOST_BYTES = 16 * 2**20
-"""Of a merges file, unpacked. CLIP's has 3.2 million."""
 PIECES = (
     r"(?i)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's pattern
 )
@@ -36,16 +35,16 @@ class ClipTokenizer:
         merges: pairs of pieces, first merged first.
 
     Raises:
-        BackboneError: the vocabulary lacks a special token or a byte, `<|endoftext|>` is not its highest id, or a merge
+        ValueError: the vocabulary lacks a special token or a byte, `<|endoftext|>` is not its highest id, or a merge
             is of pieces that it does not have.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], source: str) -> None:
+    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
         highest = max(vocab, key=lambda piece: vocab[piece], default=None)
         needed = {START, *byte_characters(), *(f"{c}</w>" for c in byte_characters())}
         if not needed <= vocab.keys() or highest != END:
-            raise BackboneError(
-                f"{source}: not a CLIP vocabulary: expected {START}, the 256 byte characters inside and at the end of "
+            raise ValueError(
+                f"not a CLIP vocabulary: expected {START}, the 256 byte characters inside and at the end of "
                 f"a word, and {END} as the highest id; found {len(needed & vocab.keys())} of those {len(needed)} and "
                 f"{highest!r} as the highest"
             )
@@ -57,7 +56,7 @@ class ClipTokenizer:
         try:
             bpe = BPE(vocab=vocab, merges=list(merges), end_of_word_suffix="</w>", continuing_subword_prefix="")
         except Exception as error:  # the class that tokenizers raises for a merge of unknown pieces
-            raise BackboneError(f"{source}: not a CLIP vocabulary: {first_line(error)}") from error
+            raise ValueError(f"not a CLIP vocabulary: {first_line(error)}") from error
         self._tokenizer = Tokenizer(bpe)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -105,19 +104,16 @@ def load_tokenizer(source: str) -> ClipTokenizer:
 def _from_merges_file(path: Path) -> ClipTokenizer:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read(MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            raise OSError(f"more than {MOST_BYTES:,} bytes")
-        lines = raw.decode("utf-8").split("\n")[1 : CLIP_MERGES + 1]
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            lines = file.read().decode("utf-8").split("\n")[1 : CLIP_MERGES + 1]
+        pairs = [tuple(line.split()) for line in lines if line]
+        if len(pairs) != CLIP_MERGES or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"expected {CLIP_MERGES} merges of two pieces, found {len(pairs)} lines")
+        merges = [(first, second) for first, second in pairs]
+        characters = byte_characters()
+        pieces = [*characters, *(f"{c}</w>" for c in characters), *(a + b for a, b in merges), START, END]
+        return ClipTokenizer({piece: i for i, piece in enumerate(pieces)}, merges)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise BackboneError(f"tokenizer={path}: not readable as a CLIP merges file: {first_line(error)}") from error
-    pairs = [tuple(line.split()) for line in lines if line]
-    if len(pairs) != CLIP_MERGES or any(len(pair) != 2 for pair in pairs):
-        raise BackboneError(f"tokenizer={path}: expected {CLIP_MERGES} merges of two pieces, found {len(pairs)} lines")
-    merges = [(first, second) for first, second in pairs]
-    characters = byte_characters()
-    pieces = [*characters, *(f"{c}</w>" for c in characters), *(a + b for a, b in merges), START, END]
-    return ClipTokenizer({piece: i for i, piece in enumerate(pieces)}, merges, f"tokenizer={path}")
 
 
 def byte_characters() -> list[str]:
@@ -131,27 +127,15 @@ def _from_hugging_face(source: str) -> ClipTokenizer:
     from transformers import CLIPTokenizer  # seconds to import; only needed here
     from transformers.utils import cached_file
 
-    reason = ""
-    for local_files_only in (True, False):  # the cache first: no network where it suffices
-        try:
-            if not local_files_only and not Path(source).is_dir():
-                cached_file(source, "vocab.json")  # without a network, fails once and not for each of six files
-            tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=local_files_only)
-            model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-            if len(model["vocab"]) > len(tokenizer.all_special_tokens):
-                merges = [(a, b) for a, b in (m if isinstance(m, list) else m.split() for m in model["merges"])]
-                return ClipTokenizer(model["vocab"], merges, f"tokenizer={source}")
-            reason = "no vocabulary found"  # transformers makes an empty tokenizer where its files are not there
-        except BackboneError:
-            raise
-        except Exception as error:  # on damaged folders: KeyError, and the bare Exception of tokenizers
-            reason = first_line(error)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_dir():
-        reason += (
-            f". On a machine with network run `hf download {source}`, copy the folder it names here and give "
-            f"tokenizer=THAT_FOLDER, or put it into the cache that HF_HOME names"
-        )
-    raise BackboneError(
-        f"tokenizer={source}: expected a Hugging Face folder or hub name with a CLIP tokenizer, or CLIP's merges "
-        f"file bpe_simple_vocab_16e6.txt.gz: {reason}"
-    )
+    def read(local_files_only: bool) -> ClipTokenizer:
+        if not local_files_only:
+            cached_file(source, "vocab.json")  # without a network, fails once and not for each of six files
+        tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=local_files_only)
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        if len(model["vocab"]) <= len(tokenizer.all_special_tokens):  # what transformers makes where no files are
+            raise ValueError("no vocabulary found")
+        merges = [(a, b) for a, b in (m if isinstance(m, list) else m.split() for m in model["merges"])]
+        return ClipTokenizer(model["vocab"], merges)
+
+    what = "a CLIP tokenizer (a Hugging Face folder, a hub name, or the merges file bpe_simple_vocab_16e6.txt.gz)"
+    return read_pretrained(f"tokenizer={source}", source, read, what)

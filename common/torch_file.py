@@ -1,13 +1,13 @@
-"""Opening what others wrote with `torch.save`: nothing in it runs, and it cannot ask for more memory than it fills."""
+"""Files of `torch.save` and the state dicts in them: nothing in a file runs, and every name is accounted for."""
 
 import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ZIP_START = b"PK\x03\x04"
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -15,36 +15,49 @@ def load_inert(path: Path, *, mmap: bool = False) -> Any:
     """The plain values and CPU tensors in a file of `torch.save`; with `mmap` the tensors stay on disk.
 
     Raises:
-        ValueError: it is an archive that grows when it is unpacked.
+        ValueError: it is an archive that grows when it is unpacked; those of `torch.save` are not compressed.
         Exception: torch raises many types on damaged files, and on those that mention code.
     """
-    check_archive(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            claimed, found = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+        if claimed > found:
+            raise ValueError(f"its entries claim {claimed:,} bytes, and it has {found:,}")
     return torch.load(path, "cpu", weights_only=True, mmap=mmap)
 
 
-def check_archive(path: Path) -> None:
-    """Raises ValueError or zipfile.BadZipFile where `path` is a zip archive that is damaged or grows when unpacked.
-
-    `torch.save` compresses nothing, so that the entries of an archive of its own together are smaller than the file.
-    """
-    with path.open("rb") as file:
-        if file.read(len(ZIP_START)) != ZIP_START:
-            return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("its entries are compressed, which torch.save never does")
-    claimed, there = sum(entry.file_size for entry in entries), path.stat().st_size
-    if claimed > there:
-        raise ValueError(f"its entries claim {claimed:,} bytes, and it has {there:,}")
+def state_dict_of(value: object) -> dict[str, Tensor]:
+    """`value`, which has to be a state dict; ValueError says what it is instead."""
+    expected = "expected a state dict (name to tensor)"
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{expected}, found {type(value).__name__}{' without entries' * (value == {})}")
+    for name, entry in value.items():
+        if not isinstance(name, str) or not isinstance(entry, Tensor):
+            raise ValueError(f"{expected}; {str(name)[:80]!r} is a {type(entry).__name__}")
+    return value
 
 
-def fault_of_weights(tensor: Tensor) -> str | None:
-    """What `tensor` has that weights of a model have not, to follow its name in a message; None if nothing."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in NUMBERS:
-        return f"holds {tensor.dtype} ({tensor.layout}, {tensor.device}), expected floating-point numbers"
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"has the shape {tuple(tensor.shape)}, but not as many values"
-    if not torch.isfinite(tensor).all():
-        return "holds values that are not finite"
-    return None
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless `state` has exactly the names and shapes of `expected`, and finite numbers."""
+    check_names(missing=expected.keys() - state.keys(), unexpected=state.keys() - expected.keys())
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+        if tensor.dtype not in NUMBERS or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{name} holds {tensor.dtype} ({tensor.layout}), expected floating-point numbers")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds values that are not finite")
+
+
+def check_names(missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raises ValueError if there are any."""
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights do not fit: {len(missing)} names missing {first_of(missing)}, "
+            f"{len(unexpected)} unexpected {first_of(unexpected)}"
+        )
+
+
+def first_of(names: Collection[str]) -> str:
+    """The first names in parentheses; nothing where there are none."""
+    return f"({', '.join(sorted(names)[:8])}{', …' if len(names) > 8 else ''})" if names else ""

@@ -114,10 +114,7 @@ def test_classes_without_a_name_agree_with_any(
         assert command_line(workspace.command(*options, task="food101", data_root=unnamed)) == 0
 
 
-def test_a_class_name_that_stands_twice(food: Path, tmp_path: Path, golden_arrow: Path) -> None:
-    twice = changed(food / "best.ckpt", tmp_path / "twice.ckpt", class_names=["dish 0", *DISHES[:100]])
-    with pytest.raises(CheckpointError, match="class_names: expected each name once, found 'dish 0' twice"):
-        read_checkpoint(twice)
+def test_a_class_name_that_stands_twice(golden_arrow: Path) -> None:
     for names, found in ((["a", "b", "a"], "a"), (["3"], "3")):  # the fourth class has no name but its number
         arrow = name_classes(golden_arrow, names)
         with pytest.raises(DataError, match=rf"food101_test\.arrow: metadata class_names: .* found '{found}' twice"):
@@ -166,7 +163,7 @@ def test_a_checkpoint_without_its_tokenizer_is_read(coop: Path, other_tokenizer:
     load_model(old, tokenizer=str(other_tokenizer))
     assert read_checkpoint(old).tokenizer is None
     for wrong in ("x", {"option": 1, "fingerprint": "ab"}, {"option": None}, {"option": None, "fingerprint": 3}):
-        with pytest.raises(CheckpointError, match="its description is not whole: "):
+        with pytest.raises(CheckpointError, match=r"wrong\.ckpt: .*(TokenizerUsed|option|fingerprint)"):
             read_checkpoint(changed(coop / "best.ckpt", tmp_path / "wrong.ckpt", tokenizer=wrong))
 
 
@@ -176,14 +173,9 @@ def test_a_checkpoint_without_its_tokenizer_is_read(coop: Path, other_tokenizer:
 def test_an_evaluation_records_the_model_of_its_checkpoint(workspace: Workspace, coop: Path, tmp_path: Path) -> None:
     assert command_line(evaluation(workspace, tmp_path, f"load_path={coop / 'best.ckpt'}")) == 0
     config = json.loads((tmp_path / "e" / "version_0" / "config.json").read_text())
-    recorded = {name: config[name] for name in ("prompt_type", "memory_length", "memory_depth", "head", "vit")}
-    assert recorded == {
-        "prompt_type": "coop",
-        "memory_length": 6,
-        "memory_depth": 2,
-        "head": "linear",
-        "vit": str(workspace.backbone),
-    }
+    expected = {"prompt_type": "coop", "memory_length": 6, "memory_depth": 2, "head": "linear"}
+    expected |= {"vit": str(workspace.backbone)}
+    assert {name: config[name] for name in expected} == expected
     assert [row.method for row in list_runs(tmp_path)] == ["coop"]
 
 

@@ -23,7 +23,7 @@ from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from common.errors import BackboneError
 from tests import golden
-from tests.backbones import random_hf_clip
+from tests.backbones import hf_config, openai_state, random_hf_clip
 from tests.models import TINY, published_name
 from tests.test_tokenizer import SENTENCES, SlowTokenizer, train_merges, write_folder
 
@@ -44,41 +44,6 @@ class Tiny:
                 parameter.copy_(parameter.half())
         self.model.save_pretrained(folder)
         self.openai = openai_state(self.model)
-
-
-def openai_state(model: CLIPModel) -> dict[str, Tensor]:
-    """OpenAI's state dict of a Hugging Face CLIP, written out entry by entry."""
-    state = {
-        "logit_scale": model.logit_scale,
-        "text_projection": model.text_projection.weight.T,
-        "visual.proj": model.visual_projection.weight.T,
-        "visual.class_embedding": model.vision_model.embeddings.class_embedding,
-        "visual.positional_embedding": model.vision_model.embeddings.position_embedding.weight,
-        "visual.conv1.weight": model.vision_model.embeddings.patch_embedding.weight,
-        "positional_embedding": model.text_model.embeddings.position_embedding.weight,
-        "token_embedding.weight": model.text_model.embeddings.token_embedding.weight,
-    }
-    norms = {
-        "visual.ln_pre": model.vision_model.pre_layrnorm,
-        "visual.ln_post": model.vision_model.post_layernorm,
-        "ln_final": model.text_model.final_layer_norm,
-    }
-    for prefix, tower in (("visual.", model.vision_model), ("", model.text_model)):
-        for number, layer in enumerate(tower.encoder.layers):
-            block = f"{prefix}transformer.resblocks.{number}"
-            norms |= {
-                f"{block}.ln_1": layer.layer_norm1,
-                f"{block}.ln_2": layer.layer_norm2,
-                f"{block}.mlp.c_fc": layer.mlp.fc1,
-                f"{block}.mlp.c_proj": layer.mlp.fc2,
-                f"{block}.attn.out_proj": layer.self_attn.out_proj,
-            }
-            qkv = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
-            state[f"{block}.attn.in_proj_weight"] = torch.cat([part.weight for part in qkv])
-            state[f"{block}.attn.in_proj_bias"] = torch.cat([part.bias for part in qkv])
-    for name, module in norms.items():
-        state |= {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
-    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -160,97 +125,62 @@ def open_clip(tiny: Tiny, path: Path, quick: bool | None) -> str:
     return str(path)
 
 
-def write_bin_folder(tiny: Tiny, to: Path) -> str:
-    return hf_folder(tiny, to / "hf", pickled=True)
+def halve(state: dict[str, Tensor]) -> None:
+    state.update({name: value.half() for name, value in state.items()})
 
 
-def write_old_folder(tiny: Tiny, to: Path) -> str:
-    return hf_folder(tiny, to / "hf", add_position_ids)
+def saved(content: object, path: Path, **options: Any) -> str:
+    torch.save(content, path, **options)
+    return str(path)
 
 
-def write_old_bin_folder(tiny: Tiny, to: Path) -> str:
-    return hf_folder(tiny, to / "hf", add_position_ids, pickled=True)
-
-
-def write_half_folder(tiny: Tiny, to: Path) -> str:
-    def halve(state: dict[str, Tensor]) -> None:
-        state.update({name: value.half() for name, value in state.items()})
-
-    return hf_folder(tiny, to / "hf", halve, config=lambda config: config.update(dtype="float16"))
-
-
-def write_openai(tiny: Tiny, to: Path) -> str:
-    torch.save({**tiny.openai, **scalars()}, to / "clip.pt")
-    return str(to / "clip.pt")
-
-
-def write_openai_half(tiny: Tiny, to: Path) -> str:
-    torch.save({**half_like_openai(tiny.openai), **scalars()}, to / "clip.pt")
-    return str(to / "clip.pt")
-
-
-def write_openai_legacy(tiny: Tiny, to: Path) -> str:
-    torch.save({**tiny.openai, **scalars()}, to / "clip.pth", _use_new_zipfile_serialization=False)
-    return str(to / "clip.pth")
-
-
-def write_openai_parameters(tiny: Tiny, to: Path) -> str:
-    parameters = {name: nn.Parameter(value) for name, value in tiny.openai.items()}
-    torch.save({**parameters, **scalars()}, to / "clip.pt")
-    return str(to / "clip.pt")
-
-
-def write_open_clip_safetensors(tiny: Tiny, to: Path) -> str:
-    return open_clip(tiny, to / "open_clip_model.safetensors", quick=True)
-
-
-def write_open_clip_bin(tiny: Tiny, to: Path) -> str:
-    return open_clip(tiny, to / "open_clip_pytorch_model.bin", quick=True)
-
-
-def write_open_clip_training(tiny: Tiny, to: Path) -> str:
+def wrapped(state: dict[str, Tensor]) -> dict[str, Any]:
     """What open_clip's training writes: wrapped, and named by DistributedDataParallel."""
-    open_clip(tiny, to / "unused.bin", quick=True)
-    wrapped = {f"module.{name}": value for name, value in tiny.openai.items()}
-    torch.save({"epoch": 3, "name": "run", "state_dict": wrapped, "optimizer": {"state": {}}}, to / "epoch_3.pt")
-    return str(to / "epoch_3.pt")
+    state = {f"module.{name}": value for name, value in state.items()}
+    return {"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        write_bin_folder,
-        write_old_folder,
-        write_old_bin_folder,
-        write_half_folder,
-        write_openai,
-        write_openai_half,
-        write_openai_legacy,
-        write_openai_parameters,
-        write_open_clip_safetensors,
-        write_open_clip_bin,
-        write_open_clip_training,
-    ],
-)
-def test_every_format_is_the_same_backbone(
-    write: Callable[[Tiny, Path], str], tiny: Tiny, loaded: Backbone, tmp_path: Path
-) -> None:
-    vit = write(tiny, tmp_path)
-    assert_same(load_backbone(vit), loaded, tiny)
+def old_dtype(config: dict[str, Any]) -> None:
+    config.update(dtype="float16")
+
+
+FORMATS: dict[str, Callable[[Tiny, Path], str]] = {
+    "bin folder": lambda tiny, to: hf_folder(tiny, to / "hf", pickled=True),
+    "old folder": lambda tiny, to: hf_folder(tiny, to / "hf", add_position_ids),
+    "old bin folder": lambda tiny, to: hf_folder(tiny, to / "hf", add_position_ids, pickled=True),
+    "half folder": lambda tiny, to: hf_folder(tiny, to / "hf", halve, config=old_dtype),
+    "openai": lambda tiny, to: saved({**tiny.openai, **scalars()}, to / "clip.pt"),
+    "openai half": lambda tiny, to: saved({**half_like_openai(tiny.openai), **scalars()}, to / "clip.pt"),
+    "openai legacy": lambda tiny, to: saved(
+        {**tiny.openai, **scalars()}, to / "clip.pth", _use_new_zipfile_serialization=False
+    ),
+    "openai parameters": lambda tiny, to: saved(
+        {**{name: nn.Parameter(value) for name, value in tiny.openai.items()}, **scalars()}, to / "clip.pt"
+    ),
+    "open_clip safetensors": lambda tiny, to: open_clip(tiny, to / "open_clip_model.safetensors", quick=True),
+    "open_clip bin": lambda tiny, to: open_clip(tiny, to / "open_clip_pytorch_model.bin", quick=True),
+    "open_clip training": lambda tiny, to: saved(
+        wrapped(tiny.openai), Path(open_clip(tiny, to / "unused.bin", quick=True)).with_name("epoch_3.pt")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_the_same_backbone(name: str, tiny: Tiny, loaded: Backbone, tmp_path: Path) -> None:
+    assert_same(load_backbone(FORMATS[name](tiny, tmp_path)), loaded, tiny)
+
+
+def tower_name(name: str) -> str:
+    """Ours of OpenAI's."""
+    if name == "logit_scale":
+        return name
+    return f"image_encoder.{name[7:]}" if name[:7] == "visual." else f"text_encoder.{name}"
 
 
 def assert_same(found: Backbone, loaded: Backbone, tiny: Tiny) -> None:
     assert found.architecture == loaded.architecture == TINY
     assert found.sha256 == loaded.sha256
-    expected = {
-        name
-        if name == "logit_scale"
-        else f"image_encoder.{name[7:]}"
-        if name[:7] == "visual."
-        else f"text_encoder.{name}"
-        for name in tiny.openai
-    }
-    assert found.state.keys() == loaded.state.keys() == expected
+    assert found.state.keys() == loaded.state.keys() == set(map(tower_name, tiny.openai))
     for name, tensor in found.state.items():
         short = name.removeprefix("text_encoder.").replace("image_encoder.", "visual.")
         assert tensor.dtype == torch.float32 and not tensor.requires_grad
@@ -325,8 +255,7 @@ def test_damaged_torchscript_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     start = content.index(b"data.pkl") + 100
     content[start : start + 400] = b"\xff" * 400
     archive.write_bytes(content)
-    with pytest.raises(BackboneError, match="not readable as a TorchScript archive"):
-        load_backbone(str(archive), trust=True)
+    refused(str(archive), "not readable", trust=True)
 
 
 def test_published_archives_are_openais_four() -> None:
@@ -350,7 +279,7 @@ def test_activation_that_nobody_says_is_asked_for(tiny: Tiny, tmp_path: Path) ->
         load_backbone(vit)
     for activation in ("gelu", "quick_gelu"):
         assert load_backbone(vit, activation=activation).architecture == replace(TINY, activation=activation)
-    with pytest.raises(BackboneError, match="expected quick_gelu or gelu"):
+    with pytest.raises(BackboneError, match=r"expected vit_activation=quick_gelu or gelu.*found relu"):
         load_backbone(vit, activation="relu")
 
 
@@ -361,20 +290,12 @@ def test_trusted_archive_that_says_no_activation_is_asked_for(tiny: Tiny, tmp_pa
     assert load_backbone(archive, trust=True, activation="gelu").architecture.activation == "gelu"
 
 
-@pytest.mark.parametrize("write", [write_openai, write_open_clip_bin])
-def test_activation_that_contradicts_the_file_is_refused(
-    write: Callable[[Tiny, Path], str], tiny: Tiny, tmp_path: Path
-) -> None:
-    vit = write(tiny, tmp_path)
-    assert load_backbone(vit, activation="quick_gelu").architecture == TINY
-    with pytest.raises(BackboneError, match=r"vit_activation=gelu.*quick_gelu"):
-        load_backbone(vit, activation="gelu")
-
-
-def test_folders_and_hub_names_say_their_activation(tiny: Tiny) -> None:
-    for vit in (str(tiny.folder), "ViT-B/16"):
-        with pytest.raises(BackboneError, match=r"vit_activation=gelu.*leave it out"):
-            load_backbone(vit, activation="gelu")
+@pytest.mark.parametrize("name", ["openai", "open_clip bin", "bin folder"])
+def test_activation_that_contradicts_the_file_is_refused(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    vit = FORMATS[name](tiny, tmp_path)
+    refused(vit, "vit_activation=(quick_gelu.*found )?gelu", activation="gelu")
+    if name != "bin folder":
+        assert load_backbone(vit, activation="quick_gelu").architecture == TINY
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_cfg": 3}'])
@@ -388,37 +309,19 @@ def test_broken_open_clip_config_is_named(tiny: Tiny, tmp_path: Path, content: s
 # What is refused
 
 
-@pytest.mark.parametrize("name", ["RN50", "RN101", "RN50x4", "RN50x64", "weights/RN50.pt", "resnet50"])
-def test_resnet_names_are_refused(name: str) -> None:
-    with pytest.raises(BackboneError, match=r"ResNet.*ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px"):
-        load_backbone(name)
-
-
-def test_resnet_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None:
-    text = {name: value for name, value in tiny.openai.items() if not name.startswith("visual.")}
-    image = {
-        "visual.conv1.weight": torch.zeros(32, 3, 3, 3),
-        "visual.bn1.weight": torch.ones(32),
-        "visual.layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1),
-        "visual.attnpool.positional_embedding": torch.zeros(50, 64),
-    }
-    torch.save({**text, **image, **scalars()}, tmp_path / "clip.pt")
-    with pytest.raises(BackboneError, match=r"clip\.pt: a ResNet CLIP"):
-        load_backbone(str(tmp_path / "clip.pt"))
-
-
 def refused(vit: str, problem: str, **options: Any) -> None:
     with pytest.raises(BackboneError, match=problem) as refusal:
         load_backbone(vit, **options)
     message = str(refusal.value)
     assert vit in message, "the message does not say which file"
-    assert len(message.splitlines()) <= 3
+    assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("vit", "problem"),
     [
         ("ViT-B/8", "found nothing of that name"),
+        ("RN50", "found nothing of that name"),
         ("nowhere/clip.pt", "found nothing of that name"),
         (str(ROOT / "pyproject.toml"), "found a file of another kind"),
     ],
@@ -463,16 +366,13 @@ def test_folder_with_wrong_weights_is_refused(
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        (lambda c: c.update(model_type="bert"), "expected a CLIP .* found model_type 'bert'"),
+        (lambda c: c.update(model_type="bert"), "expected model_type 'clip', found 'bert'"),
         (lambda c: c["text_config"].update(num_hidden_layers=1), "0 names missing , 16 unexpected"),
         (lambda c: c["text_config"].update(num_hidden_layers=3), "16 names missing"),
         (lambda c: c["text_config"].update(max_position_embeddings=70), r"\(77, 64\), expected \(70, 64\)"),
         (lambda c: c["vision_config"].update(hidden_act="relu"), r"found relu \(image\) and quick_gelu \(text\)"),
         (lambda c: c["vision_config"].update(hidden_act="gelu"), r"found gelu \(image\) and quick_gelu \(text\)"),
-        (lambda c: c["vision_config"].update(hidden_act="unheard"), "unheard"),
-        (lambda c: c["vision_config"].update(hidden_size="wide"), "hidden_size"),
         (lambda c: c["vision_config"].update(num_attention_heads=3), "not readable|heads"),
-        (lambda c: c["vision_config"].update(patch_size=0), "not readable"),
         (lambda c: c["text_config"].update(layer_norm_eps=0.1), r"layer_norm_eps 1e-05.*0\.1 \(text\)"),
         (lambda c: c.update(vision_config=5), "vision_config"),
         (lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "8-bit"),
@@ -497,10 +397,9 @@ def test_context_other_than_77_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 def test_folders_without_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(str(tmp_path / "empty"), "no config.json")
-    for name, content in (("broken", "{not"), ("list", "[]")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(content)
-        refused(str(tmp_path / name), "config")
+    for content in ("{not", "[]"):
+        (tmp_path / "empty" / "config.json").write_text(content)
+        refused(str(tmp_path / "empty"), "not readable as a Hugging Face CLIP")
     vit = hf_folder(tiny, tmp_path / "config only")
     (Path(vit) / "model.safetensors").unlink()
     refused(vit, "no file named model.safetensors")
@@ -513,7 +412,7 @@ def test_folder_with_a_truncated_file_is_refused(pickled: bool, tiny: Tiny, tmp_
     whole = file.read_bytes()
     for size in (0, 5, 1000, len(whole) - 1000):
         file.write_bytes(whole[:size])
-        refused(str(vit), "not readable as a Hugging Face CLIP folder: .")
+        refused(str(vit), "not readable as a Hugging Face CLIP: .")
 
 
 @pytest.mark.parametrize("ending", [".pt", ".bin", ".safetensors"])
@@ -521,12 +420,11 @@ def test_folder_with_a_truncated_file_is_refused(pickled: bool, tiny: Tiny, tmp_
     ("change", "problem"),
     [
         (lambda s: s.pop("logit_scale"), r"1 names missing \(logit_scale\), 0 unexpected"),
-        (lambda s: s.pop("visual.conv1.weight"), r"image_encoder.conv1.weight' is not there"),
+        (lambda s: s.pop("visual.conv1.weight"), r"image_encoder.conv1.weight is missing"),
         (lambda s: s.pop("visual.transformer.resblocks.1.ln_2.bias"), r"1 names missing .*resblocks\.1\.ln_2\.bias"),
         (lambda s: s.update(extra=torch.ones(2)), r"0 names missing , 1 unexpected \(text_encoder.extra\)"),
         (lambda s: s.update({"visual.proj": torch.ones(2, 3)}), r"image_encoder.proj has shape \(2, 3\).*\(128, 64\)"),
         (lambda s: s.update({"visual.conv1.weight": torch.tensor(1.0)}), r"conv1.weight has shape \(\), expected 4"),
-        (lambda s: s.update({"visual.conv1.weight": torch.zeros(128, 3, 0, 0)}), r"conv1.weight has shape .* 0\)"),
         (lambda s: s.update({"text_projection": torch.ones(4)}), r"text_projection has shape \(4,\), expected 2"),
         (
             lambda s: s.update({"visual.positional_embedding": torch.ones(7, 128)}),
@@ -536,8 +434,8 @@ def test_folder_with_a_truncated_file_is_refused(pickled: bool, tiny: Tiny, tmp_
             lambda s: s.update({"positional_embedding": torch.ones(76, 64)}),
             "expected a text context of 77, found 76",
         ),
-        (set_nan("visual.proj"), r"visual\.proj holds values that are not finite"),
-        (lambda s: s.clear() or s.update(a=torch.ones(1)), "found 1 entries, for example a"),
+        (set_nan("visual.proj"), r"image_encoder\.proj holds values that are not finite"),
+        (lambda s: s.clear() or s.update(a=torch.ones(1)), r"found 1 entries \(text_encoder.a\)"),
     ],
 )
 def test_state_dict_with_wrong_weights_is_refused(
@@ -555,7 +453,7 @@ def test_state_dict_with_wrong_weights_is_refused(
 
 def test_towers_whose_heads_no_shape_shows_are_refused(tmp_path: Path) -> None:
     """open_clip's ViT-H has 16 heads of width 80; its state dict would pass for one with 20 of 64."""
-    state = openai_shapes(1280, 1, 14, 28, 64, 1, 64, vocab_size=300)
+    state = shapes_of(replace(TINY, vision_width=1280, vision_layers=1, vision_heads=16))
     torch.save({name: torch.zeros(value.shape) for name, value in state.items()}, tmp_path / "vit_h.bin")
     refused(str(tmp_path / "vit_h.bin"), "width 1280.*Hugging Face folder", activation="gelu")
 
@@ -570,7 +468,7 @@ def test_truncated_and_foreign_files_are_refused(ending: str, tiny: Tiny, tmp_pa
     whole = path.read_bytes()
     for content in (b"", b"\x00", b"hello, this is no tensor file", whole[:900], whole[: len(whole) - 1000]):
         path.write_bytes(content)
-        refused(str(path), "not readable as a state dict: .", activation="quick_gelu")
+        refused(str(path), "not readable as weights: .", activation="quick_gelu")
 
 
 @pytest.mark.parametrize(
@@ -581,13 +479,6 @@ def test_truncated_and_foreign_files_are_refused(ending: str, tiny: Tiny, tmp_pa
 def test_other_things_than_state_dicts_are_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "clip.pt")
     refused(str(tmp_path / "clip.pt"), r"expected a state dict \(name to tensor\)", activation="quick_gelu")
-
-
-def test_dict_that_holds_itself_is_refused(tmp_path: Path) -> None:
-    content: dict[str, Any] = {}
-    content["state_dict"] = content
-    torch.save(content, tmp_path / "clip.pt")
-    refused(str(tmp_path / "clip.pt"), "expected a state dict", activation="quick_gelu")
 
 
 class Code:
@@ -710,42 +601,10 @@ def test_hub_names_with_and_without_a_cache(tiny: Tiny, loaded: Backbone, tmp_pa
 # Sizes of the real ones
 
 
-def openai_shapes(
-    width: int,
-    layers: int,
-    patch: int,
-    resolution: int,
-    text_width: int,
-    text_layers: int,
-    embed_dim: int,
-    vocab_size: int = 49408,
-) -> dict[str, Tensor]:
+def shapes_of(arch: ClipArchitecture) -> dict[str, Tensor]:
     """OpenAI's names and shapes, on the meta device."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "logit_scale": (),
-        "text_projection": (text_width, embed_dim),
-        "positional_embedding": (77, text_width),
-        "token_embedding.weight": (vocab_size, text_width),
-        "visual.proj": (width, embed_dim),
-        "visual.class_embedding": (width,),
-        "visual.conv1.weight": (width, 3, patch, patch),
-        "visual.positional_embedding": ((resolution // patch) ** 2 + 1, width),
-    }
-    for norm, size in (("visual.ln_pre", width), ("visual.ln_post", width), ("ln_final", text_width)):
-        shapes |= {f"{norm}.weight": (size,), f"{norm}.bias": (size,)}
-    for prefix, size, count in (("visual.", width, layers), ("", text_width, text_layers)):
-        for number in range(count):
-            block = f"{prefix}transformer.resblocks.{number}"
-            for part, out, into in (
-                ("attn.out_proj", size, size),
-                ("mlp.c_fc", 4 * size, size),
-                ("mlp.c_proj", size, 4 * size),
-            ):
-                shapes |= {f"{block}.{part}.weight": (out, into), f"{block}.{part}.bias": (out,)}
-            for norm in ("ln_1", "ln_2"):
-                shapes |= {f"{block}.{norm}.weight": (size,), f"{block}.{norm}.bias": (size,)}
-            shapes |= {f"{block}.attn.in_proj_weight": (3 * size, size), f"{block}.attn.in_proj_bias": (3 * size,)}
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with torch.device("meta"):
+        return openai_state(CLIPModel(hf_config(arch)))
 
 
 REAL = {
@@ -759,23 +618,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_sizes_come_from_the_weights(name: str) -> None:
     arch = REAL[name]
-    openai = openai_shapes(
-        arch.vision_width,
-        arch.vision_layers,
-        arch.patch_size,
-        arch.image_size,
-        arch.text_width,
-        arch.text_layers,
-        arch.embed_dim,
-    )
-    state = {
-        name
-        if name == "logit_scale"
-        else f"image_encoder.{name[7:]}"
-        if name[:7] == "visual."
-        else f"text_encoder.{name}": v
-        for name, v in openai.items()
-    }
+    state = {tower_name(name): value for name, value in shapes_of(arch).items()}
     assert architecture_of(state, "quick_gelu") == arch
     with torch.device("meta"):
         model = ClipBackbone(arch)

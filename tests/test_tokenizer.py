@@ -116,7 +116,7 @@ def slow() -> SlowTokenizer:
 
 @pytest.fixture(scope="module")
 def fast(slow: SlowTokenizer) -> ClipTokenizer:
-    return ClipTokenizer(slow.vocab, slow.merges, "test")
+    return ClipTokenizer(slow.vocab, slow.merges)
 
 
 def write_folder(folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]]) -> Path:
@@ -171,7 +171,7 @@ def test_merges_of_lower_rank_come_first() -> None:
     """`abc` with b+c before a+b is a, bc: not the leftmost pair."""
     merges = [("b", "c</w>"), ("a", "b"), ("a", "bc</w>")]
     slow = SlowTokenizer(merges[:2])
-    assert ids_of(ClipTokenizer(slow.vocab, merges[:2], "test"), "abc ab")[1:5] == [
+    assert ids_of(ClipTokenizer(slow.vocab, merges[:2]), "abc ab")[1:5] == [
         slow.vocab["a"],
         slow.vocab["bc</w>"],
         slow.vocab["a"],
@@ -238,9 +238,9 @@ def test_folders_and_the_object_agree(slow: SlowTokenizer, fast: ClipTokenizer, 
 
 
 def test_fingerprint_tells_vocabularies_and_merges_apart(slow: SlowTokenizer, fast: ClipTokenizer) -> None:
-    reordered = ClipTokenizer(slow.vocab, [slow.merges[1], slow.merges[0], *slow.merges[2:]], "test")
+    reordered = ClipTokenizer(slow.vocab, [slow.merges[1], slow.merges[0], *slow.merges[2:]])
     fewer = SlowTokenizer(slow.merges[:-1])
-    smaller = ClipTokenizer(fewer.vocab, fewer.merges, "test")
+    smaller = ClipTokenizer(fewer.vocab, fewer.merges)
     assert len({fast.fingerprint, reordered.fingerprint, smaller.fingerprint}) == 3
 
 

@@ -1,0 +1,36 @@
+"""Reading from a Hugging Face folder, the Hugging Face cache, or the hub."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from common.errors import BackboneError
+from common.messages import first_line
+
+T = TypeVar("T")
+
+
+def read_pretrained(option: str, source: str, read: Callable[[bool], T], what: str) -> T:
+    """What `read(local_files_only)` gives.
+
+    Args:
+        option: as the user gave it, `NAME=VALUE`.
+        source: a folder, or a name on the hub.
+        what: what is expected there.
+
+    Raises:
+        BackboneError: nothing usable is there.
+    """
+    is_folder, reason = Path(source).is_dir(), ""
+    for local_files_only in (True,) if is_folder else (True, False):  # the cache first: no network where it suffices
+        try:
+            return read(local_files_only)
+        except Exception as error:  # on damaged folders: pickle's, ImportError, KeyError, and classes of its own
+            reason = first_line(error)
+    name = option.partition("=")[0]
+    advice = (
+        f". {source} is neither in the Hugging Face cache nor within reach on the hub: on a machine with network run "
+        f"`hf download {source}` and copy the folder that it names here; then give {name}=THAT_FOLDER, or put it into "
+        f"the cache that HF_HOME names"
+    )
+    raise BackboneError(f"{option}: not readable as {what}: {reason}{'' if is_folder else advice}")

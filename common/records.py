@@ -1,0 +1,28 @@
+"""Dataclasses of plain values, read back from the dicts that `dataclasses.asdict` made of them."""
+
+from dataclasses import MISSING, fields
+from typing import TypeVar, get_type_hints
+
+from common.messages import listed, quoted
+
+T = TypeVar("T")
+
+
+def record_of(kind: type[T], values: object) -> T:
+    """A `kind` with `values` by field; a field with a default may be left out.
+
+    Raises:
+        ValueError: a field is missing, unknown, or has a value of another type; names it.
+    """
+    types = get_type_hints(kind)
+    needed = {field.name for field in fields(kind) if field.default is MISSING}  # type: ignore[arg-type]
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a {kind.__name__}, found {quoted(values)}")
+    missing, unknown = sorted(needed - values.keys()), sorted(map(str, values.keys() - types.keys()))
+    if missing or unknown:
+        raise ValueError(f"{kind.__name__}: missing: {listed(missing)}; unknown: {listed(unknown)}")
+    for name, value in values.items():
+        if not isinstance(value, types[name]):
+            expected = getattr(types[name], "__name__", types[name])
+            raise ValueError(f"{name}: expected {expected}, found {quoted(value)}")
+    return kind(**values)

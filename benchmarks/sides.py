@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from benchmarks.baseline import PublishedAlgorithm
 from clip.checkpoint import ModelSpec, build_classifier
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.interfaces import COMPLETE, IMAGE_MISSING, TEXT_MISSING, ModelInput
+from clip.modules.interfaces import ModelInput
 from clip.modules.method import MethodOptions
-from clip.modules.vision_transformer_memory import ClipArchitecture
+from clip.modules.vision_transformer_memory import ClipArchitecture, normalise
 from clip.optimization import OptimizerSettings, make_optimizer
 from clip.tasks import TASKS
-from vilt.transforms import normalise
 
 VIT_B16 = ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu")
 TASK = TASKS["mmimdb"]

@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from clip.tokenizer import CONTEXT_LENGTH, END, PIECES, START, byte_characters
 from common.errors import DataError
 from demo.data import whole_folder
-from vilt.transforms import decode_image, normalise
+from vilt.transforms import decode_image
 
 _WORD_END = "</w>"
 VOCABULARY = 2000

@@ -36,7 +36,7 @@ from vilt.missing_types import ANY, BOTH
 
 if TYPE_CHECKING:
     from clip.modules.method import MethodOptions
-    from clip.optimization import OptimizerSettings
+    from engine.optimization import OptimizerSettings
     from vilt.datamodules import DataSettings
 
 AUTO = "auto"
@@ -132,7 +132,7 @@ def precision_name(option: str, value: Any) -> str:
 
 def sort_order(option: str, value: Any) -> str:
     """Reads a column of the table of runs, with `-` in front for descending order."""
-    from clip.run_table import COLUMNS
+    from runs.run_table import COLUMNS
 
     if str(value).removeprefix("-") not in COLUMNS:
         raise wrong(option, f"{', '.join(COLUMNS)}, or one of these with - in front", value)
@@ -378,7 +378,7 @@ class Options:
 
     def optimizer_settings(self) -> "OptimizerSettings":
         """The part of the options that the optimiser needs."""
-        from clip.optimization import OptimizerSettings
+        from engine.optimization import OptimizerSettings
 
         return OptimizerSettings(**{each.name: getattr(self, each.name) for each in fields(OptimizerSettings)})
 

@@ -15,10 +15,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
 from common.errors import UserError
 from common.messages import byte_size, printable
 from common.text import align
+from engine.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
 from vilt.datasets.specs import EVERY_DATASET
 
 if TYPE_CHECKING:

@@ -15,35 +15,34 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from clip.checkpoint import (
+from common.errors import CheckupError, ConfigError, UserError, machine_error
+from common.messages import first_line
+from config import DEFAULTS, OPTIONS, unknown_option
+from engine.checkpoint import (
     read_checkpoint,
 )
-from clip.ending import (
+from engine.ending import (
     DONE,
     INTERRUPTED,
     USER_ERROR,
-    end_with_other_process,
     end_with_our_fault,
     end_with_signal,
     end_with_user_error,
 )
-from clip.interruption import Stopped, end_loaders, stopping_on_signals
-from clip.open_model import open_model
-from clip.predict import Predictor, describe_predictions, read_items, write_predictions
-from clip.processes import OtherProcessError
-from clip.published_options import with_names_of_here
-from clip.robustness_text import describe_one, describe_several
-from clip.run_table import describe_runs, list_runs, sort_runs, write_runs
-from common.errors import CheckupError, ConfigError, UserError, machine_error
-from common.messages import first_line
-from config import DEFAULTS, OPTIONS, unknown_option
+from engine.interruption import Stopped, end_loaders, stopping_on_signals
+from engine.open_model import open_model
+from engine.predict import Predictor, describe_predictions, read_items, write_predictions
+from engine.processes import OtherProcessError
+from engine.trainer import set_up_logging
 from runs.check_options import check, read_options, read_with_machine
 from runs.evaluation import backbone_choice, evaluate, measure_target
 from runs.experiment import EX, ConfigAddedError, SacredError, check_command_line, described_options, options_in_files
-from runs.start import set_up_logging
+from runs.published_options import with_names_of_here
+from runs.robustness_text import describe_one, describe_several
+from runs.run_table import describe_runs, list_runs, sort_runs, write_runs
+from runs.sweep.command import run_sweep
 from runs.targets import open_targets
 from runs.training import train, train_from
-from sweep.command import run_sweep
 
 log = logging.getLogger("rep")
 EX.doc = __doc__  # for `run.py --help`
@@ -97,7 +96,7 @@ def runs(_config: dict[str, Any]) -> None:
 @EX.command(unobserved=True)
 def report(_config: dict[str, Any]) -> None:
     """Writes a page, with tables and figures, about the runs in and below the folders `runs`, into the folder `out`."""
-    from report import make_report  # draws with matplotlib, which nothing else needs
+    from runs.report import make_report  # draws with matplotlib, which nothing else needs
 
     options = read_options(_config, ["runs", "out"])
     set_up_logging()
@@ -128,7 +127,7 @@ def predict(_config: dict[str, Any], _run: Any) -> None:
 @EX.command(unobserved=True)
 def doctor(_config: dict[str, Any]) -> None:
     """Checks installation, machine, dataset, weights and one training step: a line each, with ok, warn or FAIL."""
-    from doctor import examine
+    from runs.doctor import examine
 
     set_up_logging()
     logging.disable(logging.INFO)
@@ -178,7 +177,8 @@ def command_line(argv: list[str]) -> int:
     except (UserError, SacredError) as error:
         return end_with_user_error(error, run_folder())
     except OtherProcessError as error:
-        return end_with_other_process(str(error), error.status)
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
     except torch.OutOfMemoryError as error:
         return end_with_user_error(error, run_folder(), f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
     except Stopped as stop:
@@ -194,7 +194,7 @@ def command_line(argv: list[str]) -> int:
     except Exception as error:
         if EX.current_run is None:  # Sacred did not get beyond reading the command line
             return end_with_user_error(error, None, f"command line: {first_line(error)}")
-        if isinstance(error, OSError) and (refusal := machine_error(error)) is not None:
+        if isinstance(error, OSError) and (refusal := machine_error(error, run_folder())) is not None:
             return end_with_user_error(error, run_folder(), str(refusal))
         return end_with_our_fault(error, run_folder())
     return DONE

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clip.checkpoint import model_name
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.clip_dynamic_memory import RDN, START
 from clip.modules.vision_transformer_memory import IMAGE_MEAN, IMAGE_STD, ClipArchitecture
+from engine.checkpoint import model_name
 
 DYNAMIC_QUERIES = ("memories_dynamic_complete", "memories_dynamic_image", "memories_dynamic_text")
 
@@ -49,7 +49,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A tower's blocks with memory (METHOD.md section 3)."""
+    """A tower's blocks with memory (docs/method.md section 3)."""
 
     def __init__(self, width: int, layers: int, heads: int, slots: int, causal: bool) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class TextTower(nn.Module):
 
 
 class Learner(nn.Module):
-    """The memory learner, one sample after another (METHOD.md section 2)."""
+    """The memory learner, one sample after another (docs/method.md section 2)."""
 
     def __init__(self, arch: ClipArchitecture, slots: int, depth: int) -> None:
         super().__init__()

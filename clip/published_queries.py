@@ -1,4 +1,4 @@
-"""The dynamic queries of published checkpoints, which do not hold them (METHOD.md section 6, point 2).
+"""The dynamic queries of published checkpoints, which do not hold them (docs/method.md section 6, point 2).
 
 The published code draws them in the constructor of its model, right after it has seeded torch, and never saves them.
 Training and test with the same seed have the same ones, and so has whoever repeats the draws.

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, from a Hugging Face tokenizer or from CLIP's merges file (METHOD.md section 1)."""
+"""CLIP's byte-pair tokenizer, from a Hugging Face tokenizer or from CLIP's merges file (docs/method.md section 1)."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""Which parameters are trained: the parts of the model, and what trains which (METHOD.md section 5)."""
+"""Which parameters are trained: the parts of the model, and what trains which (docs/method.md section 5)."""
 
 from torch import nn
 

@@ -38,10 +38,6 @@ class BusyError(UserError):
     """Another process is at the same work."""
 
 
-class StorageError(UserError):
-    """A file cannot be written: the disk is full, or a limit on space or file size is reached."""
-
-
 class CheckupError(UserError):
     """`run.py doctor` found, and printed, what would end a run."""
 
@@ -61,10 +57,16 @@ OF_THE_MACHINE = {
 have looked for itself."""
 
 
-def machine_error(error: OSError) -> MachineError | None:
-    """`error` as one that the user can correct, if it is: the file, and what the system says of it."""
+def machine_error(error: OSError, folder: Path | None = None) -> MachineError | None:
+    """`error` as one that the user can correct, if it is: the file, and what the system says of it.
+
+    Args:
+        folder: where it was, in case the system names no file, as of a write to an open one.
+    """
     if error.errno not in OF_THE_MACHINE:
         return None
+    if error.filename is None and folder is not None:
+        error.filename = str(folder)
     at = f"{error.filename}: " if error.filename is not None else ""
     return MachineError(f"{at}{reason_of(error)}")
 

@@ -1,10 +1,13 @@
-"""JSON that others wrote, read without guessing."""
+"""JSON files: written at once, and those of others read without guessing."""
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from common.messages import quoted
+from common.errors import DataError
+from common.files import atomic_path
+from common.messages import first_line, quoted
 
 
 def parse_json(data: bytes) -> Any:
@@ -38,3 +41,20 @@ def kind_of(value: object) -> str:
     """JSON's name for the type of `value`, for messages."""
     names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
     return names.get(type(value)) or json.dumps(value)[:120]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` readably; a reader finds the old file or the new one."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file. Raises DataError, naming it, where it is not readable as an object."""
+    try:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {kind_of(content)}")
+    return content

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip.metrics import multilabel_f1
 from common.errors import UserError
 from demo.backbone import make_backbone
 from demo.data import write_pretrain, write_task
+from engine.metrics import multilabel_f1
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS, SPLITS
 

@@ -10,18 +10,22 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from clip.checkpoint import Checkpoint, check_classes, read_checkpoint
-from clip.families import BackboneChoice
-from clip.logit_store import LogitModule, encode
 from clip.modules.classifier import MissingModalityClassifier
-from clip.open_model import COMPUTE_TYPES, open_model
-from clip.processes import ending_together
-from clip.robustness import Results, measure, write_results
-from clip.run_folder import write_json
-from clip.trainer import make_trainer
-from clip.training import FinetuneModule
 from common.errors import CheckpointError
+from common.strict_json import write_json
 from config import Options
+from engine.checkpoint import (
+    Checkpoint,
+    check_classes,
+    read_checkpoint,
+)
+from engine.families import BackboneChoice
+from engine.logit_store import LogitModule, encode
+from engine.open_model import COMPUTE_TYPES, open_model
+from engine.processes import ending_together
+from engine.robustness import Results, measure, write_results
+from engine.trainer import make_trainer
+from engine.training import FinetuneModule
 from runs.start import say_device, start_folder
 from runs.targets import Target, check_agreement, with_model_of
 from vilt.datamodules import MissingModalityData

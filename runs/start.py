@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from clip.run_folder import environment, make_run_folder, write_json
+from common.strict_json import write_json
 from config import Options
 from runs.experiment import EX
+from runs.run_folder import environment, make_run_folder
 from vilt.datasets.custom import CUSTOM, CustomData
 
 log = logging.getLogger("rep")
@@ -46,21 +46,3 @@ def say_device(options: Options) -> None:
         log.info(
             "no GPU in use: runs on the CPU (%d threads), precision %s", torch.get_num_threads(), options.precision
         )
-
-
-def set_up_logging() -> None:
-    """One line per event on standard error, from the first process only; Lightning's small talk is left out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for name in ("pytorch_lightning", "lightning", "lightning_fabric", "transformers", "httpx", "sacred", "fsspec"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if getattr(rank_zero_only, "rank", 0):
-        logging.disable(logging.INFO)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings(
-        "ignore", ".*your dataloader is not resumable.*"
-    )  # EpochSampler goes on at the right sample
-    warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder, which holds config.json
-    warnings.filterwarnings(
-        "ignore", ".*It is recommended to use `self.log.*sync_dist=True.*"
-    )  # all have the same value
-    warnings.filterwarnings("ignore", ".*`isinstance.treespec, LeafSpec.` is deprecated.*")

@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clip.checkpoint import Checkpoint, check_classes, read_checkpoint
-from clip.logit_store import LogitStore, Origin
-from clip.robustness import Subject
-from clip.run_reader import read_run
-from clip.run_table import find_checkpoints
-from clip.tasks import task_of
 from common.errors import ConfigError
 from common.hashing import file_sha256
 from config import Options
+from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
+from engine.logit_store import LogitStore, Origin
+from engine.robustness import Subject
+from engine.tasks import task_of
 from runs.check_options import check, read_load_paths, read_options
+from runs.run_reader import read_run
+from runs.run_table import find_checkpoints
 from vilt.datamodules import rows_of_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec

@@ -10,8 +10,14 @@ import pytorch_lightning as pl
 import torch
 
 from clip.backbone import Backbone
-from clip.callbacks import Checkpoints
-from clip.checkpoint import (
+from clip.modules.classifier import MissingModalityClassifier
+from clip.trainable import freeze
+from common.errors import CheckpointError, ConfigError, UserError
+from common.messages import first_line
+from common.strict_json import read_json
+from config import Options
+from engine.callbacks import Checkpoints
+from engine.checkpoint import (
     Checkpoint,
     ModelSpec,
     TokenizerUsed,
@@ -24,20 +30,13 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.checkpoint_file import told_when_full
-from clip.families import family_of
-from clip.modules.classifier import MissingModalityClassifier
-from clip.open_model import COMPUTE_TYPES
-from clip.processes import ending_together
-from clip.resume import AUTO, alone, find_progress, say_differences
-from clip.run_folder import read_json
-from clip.tasks import head_name, task_of
-from clip.trainable import freeze
-from clip.trainer import make_trainer
-from clip.training import FinetuneModule
-from common.errors import CheckpointError, ConfigError, UserError
-from common.messages import first_line
-from config import Options
+from engine.families import family_of
+from engine.open_model import COMPUTE_TYPES
+from engine.processes import ending_together
+from engine.resume import AUTO, alone, find_progress, say_differences
+from engine.tasks import head_name, task_of
+from engine.trainer import make_trainer
+from engine.training import FinetuneModule
 from runs.evaluation import backbone_choice, open_data, set_computation, test
 from runs.start import described, say_device, start_folder
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -107,7 +106,7 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
     # Processes without the folder write nothing, but take part in writing.
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints, *callbacks)
-    with told_when_full(folder or options.log_dir), data.naming_dead_workers(), ending_together(trainer):
+    with data.naming_dead_workers(), ending_together(trainer):
         began = time.monotonic()
         try:
             trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)

@@ -18,16 +18,16 @@ from PIL import Image
 
 import make_arrow
 from clip.backbone import load_backbone
-from clip.checkpoint import ModelSpec, describe, kept_state, read_checkpoint, restore_classifier
 from clip.modules.method import MethodOptions
-from clip.predict import read_items
-from clip.run_folder import read_json
-from clip.run_table import list_runs
 from clip.tokenizer import ClipTokenizer, load_tokenizer
 from common.errors import DataError, UserError
+from common.strict_json import read_json
 from config import DEFAULTS
-from report.results import read_report_runs
+from engine.checkpoint import ModelSpec, describe, kept_state, read_checkpoint, restore_classifier
+from engine.predict import read_items
 from runs.check_options import read_options
+from runs.report.results import read_report_runs
+from runs.run_table import list_runs
 from tests.archives import rewritten
 from tests.models import TINY, tiny_classifier
 from vilt.datasets.arrow_dataset import ArrowDataset

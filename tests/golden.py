@@ -138,7 +138,7 @@ def dcp_shapes(
     memory_depth: int,
     **sizes: int,
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a DCP model: REP's towers, and the prompt learner as METHOD.md section 8 has it."""
+    """Names and shapes of a DCP model: REP's towers, and the prompt learner as docs/method.md section 8 has it."""
     rep = rep_shapes(folder, task=task, classes=classes, memory_length=memory_length, memory_depth=1, **sizes)
     renamed = {
         name.replace("attn_memory", "attn_prompt").replace("memories_dynamic", "prompts_dynamic"): shape

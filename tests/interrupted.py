@@ -4,10 +4,12 @@ import csv
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,8 @@ Trap = tuple[str, int, int]
 
 
 def _trap(trap: Trap, group: bool) -> None:
-    from clip import checkpoint_file
-    from clip.callbacks import Checkpoints
-    from clip.training import FinetuneModule
+    from engine.callbacks import Checkpoints
+    from engine.training import FinetuneModule
 
     place, passes, number = trap
     places: dict[str, tuple[Any, str, Callable[..., bool]]] = {
@@ -39,7 +40,7 @@ def _trap(trap: Trap, group: bool) -> None:
         "before the optimiser": (FinetuneModule, "optimizer_step", lambda *_: True),
         "validation": (FinetuneModule, "validation_step", lambda *_: True),
         "before the checkpoint": (Checkpoints, "_write_last", lambda *_: True),
-        "checkpoint": (checkpoint_file, "check_whole", lambda path: path.name.endswith(".part")),
+        "checkpoint": (Path, "replace", lambda path, _: ".ckpt." in path.name),
         "epoch end": (FinetuneModule, "on_train_epoch_end", lambda *_: True),
         "test": (FinetuneModule, "test_step", lambda *_: True),
     }
@@ -74,7 +75,7 @@ def _run(command: list[str], log: Path, traps: tuple[Trap, ...], group: bool) ->
 
 
 class Chain:
-    """Runs of one name, one after the other, each going on from the one before."""
+    """Runs of one name, one after the other, each resuming the one before."""
 
     def __init__(self, workspace: Workspace, name: str, *options: str) -> None:
         self.command = workspace.command(f"vit={workspace.backbone}", *OPTIONS, f"exp_name={name}", *options)
@@ -138,6 +139,17 @@ class Chain:
             "test": json.loads((self.folders[-1] / "test_results.json").read_text())["metrics"],
             "metrics": self.metrics(),
         }
+
+
+@contextmanager
+def files_up_to(n_bytes: int) -> Iterator[None]:
+    """No file may become longer: a write beyond fails as on a full disk, with another number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from clip.backbone import architecture_of
-from clip.checkpoint import PUBLISHED_NAMES, ModelSpec, build_classifier, model_names
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import IMAGE_MISSING, TEXT_MISSING, ModelInput
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture
+from engine.checkpoint import PUBLISHED_NAMES, ModelSpec, build_classifier, model_names
 
 TINY = ClipArchitecture(
     image_size=32,

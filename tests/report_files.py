@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from clip.tasks import TASKS
+from engine.tasks import TASKS
 from vilt.datasets.specs import DATASETS
 from vilt.missing_tables import TYPE_NAMES, MissingPattern, draw_missing_table
 

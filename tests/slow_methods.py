@@ -1,6 +1,6 @@
 """The methods beside REP, and REP's options, slowly: one sample at a time, every position of every block computed.
 
-As METHOD.md sections 7 and 8 say it, on the slow building blocks of `slow_rep`; nothing is shared with the fast model.
+As method.md sections 7 and 8 say it, on the slow building blocks of `slow_rep`; nothing is shared with the fast model.
 Shape suffixes as there, W the width of either tower.
 """
 

@@ -1,4 +1,4 @@
-"""REP, slowly: one sample at a time, every step spelled out, as METHOD.md sections 2-5 say it.
+"""REP, slowly: one sample at a time, every step spelled out, as docs/method.md sections 2-5 say it.
 
 This is the yardstick for the fast model, so it shares no code with it: pure functions over `state`, a flat dict of
 tensors under their checkpoint names (`model.image_encoder.proj`, ...). Sizes come from the tensors; autograd flows
@@ -102,7 +102,7 @@ def rdn(state: State, name: str, x: Tensor, dropout: Dropout | None) -> Tensor:
 def learn_memory(
     state: State, missing_type: int, depth: int, dropout: Dropout | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Memory of one sample for the first `depth` blocks of each tower (D of METHOD.md; at least 1).
+    """Memory of one sample for the first `depth` blocks of each tower (D of docs/method.md; at least 1).
 
     Returns `(image_memory, text_memory)`, each a list of `depth` tensors: element 0 is (2m, D), private then shared
     slots; the others are (m, D), private slots only. D is d_v for the image, d_t for the text.

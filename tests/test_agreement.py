@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from clip.checkpoint import read_checkpoint
-from clip.predict import load_model
-from clip.run_table import list_runs
 from common.errors import CheckpointError, DataError
+from engine.checkpoint import read_checkpoint
+from engine.predict import load_model
 from run import command_line
+from runs.run_table import list_runs
 from tests.conftest import Workspace
 from tests.data_files import write
 from tests.test_robustness import QUICK, error_of, robustness

@@ -11,7 +11,7 @@ from benchmarks.__main__ import main, record
 from benchmarks.baseline import PublishedAlgorithm
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture
-from clip.tasks import TASKS
+from engine.tasks import TASKS
 from tests import golden
 from tests.models import TINY, model_input, published_name, tiny_batch, tiny_classifier
 

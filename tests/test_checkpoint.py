@@ -1,13 +1,8 @@
 """Checkpoints of ours and of the published code: what they hold, that they restore exactly, and what is refused."""
 
-import builtins
-import importlib
 import io
 import logging
 import os
-import subprocess
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +13,11 @@ import torch
 from torch import Tensor
 
 from clip.backbone import Backbone, load_backbone
-from clip.checkpoint import (
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.method import MethodOptions
+from clip.modules.vision_transformer_memory import ClipArchitecture
+from common.errors import CheckpointError
+from engine.checkpoint import (
     DESCRIPTION,
     ModelSpec,
     build_classifier,
@@ -28,15 +27,14 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.method import MethodOptions
-from clip.modules.vision_transformer_memory import ClipArchitecture
-from common.errors import CheckpointError
 from tests import golden
 from tests.backbones import random_hf_clip
 from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
 
 TYPES = [0, 1, 2, 0, 2]
+ALPHA = "model.memory_learner.residual_alpha"
+COMMON = "model.memory_learner.common_memory_complete"
+CONV = "model.image_encoder.conv1.weight"
 VIT_B_16 = ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu")
 
 
@@ -152,19 +150,12 @@ Change = Callable[[dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda c: c["state_dict"].pop("model.memory_learner.residual_alpha"), r"1 names missing .*residual_alpha\)"),
-        (
-            lambda c: c["state_dict"]["model.memory_learner.residual_alpha"].fill_(float("nan")),
-            r"residual_alpha holds values that are not finite",
-        ),
+        (lambda c: c["state_dict"].pop(ALPHA), r"1 names missing .*residual_alpha\)"),
+        (lambda c: c["state_dict"][ALPHA].fill_(float("nan")), "residual_alpha holds values that are not finite"),
         (lambda c: c["state_dict"].update(extra=torch.ones(1)), r"1 unexpected \(extra\)"),
         (
             lambda c: c["state_dict"].update({"mmimdb_classifier.weight": torch.ones(2, 128)}),
             r"mmimdb_classifier.weight has shape \(2, 128\), expected \(23, 128\)",
-        ),
-        (
-            lambda c: c["state_dict"].update({"mmimdb_classifier.bias": torch.tensor(1.0)}),
-            r"shape \(\), expected \(23,\)",
         ),
         (lambda c: c["state_dict"].update(extra="text"), r"expected a state dict .*'extra' is a str"),
         (lambda c: c["state_dict"].update({7: torch.ones(1)}), r"expected a state dict .*'7' is a Tensor"),
@@ -249,28 +240,17 @@ class Call:
         return self.call
 
 
-def calls(marker: Path) -> dict[str, Call]:
-    text = f"open({str(marker)!r}, 'w')"
-    return {
-        "posix.system": Call(os.system, f"touch {marker}"),
-        "builtins.eval": Call(builtins.eval, text),
-        "builtins.exec": Call(builtins.exec, text),
-        "commands.getoutput": Call(subprocess.getoutput, f"touch {marker}"),  # its name in pickle protocol 2
-        "builtins.getattr": Call(getattr, marker, "touch"),
-        "importlib.import_module": Call(importlib.import_module, "this"),
-    }
-
-
-@pytest.mark.parametrize("function", list(calls(Path("x"))))
-@pytest.mark.parametrize("place", ["top", "state_dict"])
-def test_code_is_refused_by_name(function: str, place: str, backbone: Backbone, tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [(os.system, "touch {marker}"), (eval, "open('{marker}', 'w')"), (exec, "open('{marker}', 'w')")],
+)
+def test_code_is_refused_by_name(function: Any, argument: str, backbone: Backbone, tmp_path: Path) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "bad.ckpt"
     content = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone)
-    (content if place == "top" else content["state_dict"])["code"] = calls(marker)[function]
-    torch.save(content, tmp_path / "bad.ckpt")
-    with pytest.raises(CheckpointError, match=function.replace("builtins", "(builtins|__builtin__)")) as refusal:
-        read_checkpoint(tmp_path / "bad.ckpt")
-    assert str(tmp_path / "bad.ckpt") in str(refusal.value)
+    content["state_dict"]["code"] = Call(function, argument.format(marker=marker))
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=rf"bad\.ckpt: .*mentions \S+\.{function.__name__}, "):
+        read_checkpoint(path)
     assert not marker.exists()
 
 
@@ -304,12 +284,7 @@ def published_names(monkeypatch: pytest.MonkeyPatch) -> None:
         ("pytorch_lightning.callbacks.model_checkpoint", ModelCheckpoint),
         ("pytorch_lightning.utilities.parsing", AttributeDict),
     ):
-        for end in range(1, module.count(".") + 2):
-            name = ".".join(module.split(".")[:end])
-            fake = types.ModuleType(name)
-            fake.__path__ = []
-            monkeypatch.setitem(sys.modules, name, fake)
-        setattr(sys.modules[module], member.__name__, member)
+        monkeypatch.setattr(f"{module}.{member.__name__}", member)
         monkeypatch.setattr(member, "__module__", module)
 
 
@@ -345,7 +320,7 @@ def test_published_checkpoints_load_without_a_backbone(
     checkpoint = read_checkpoint(path)
     assert checkpoint.published and checkpoint.backbone_name is None
     assert checkpoint.spec == spec_of(task)
-    with caplog.at_level(logging.INFO, logger="clip.checkpoint"):
+    with caplog.at_level(logging.INFO, logger="engine.checkpoint"):
         restored = restore_classifier(checkpoint, None, published_seed=4)
     assert "dynamic queries" in caplog.text and "seed 4" in caplog.text and str(path) in caplog.text
 
@@ -375,12 +350,9 @@ def test_published_layout_with_queries_keeps_them(tmp_path: Path, caplog: pytest
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (
-            lambda s: s.pop("model.memory_learner.residual_alpha"),
-            r"1 names missing \(model.memory_learner.residual_alpha\)",
-        ),
+        (lambda s: s.pop(ALPHA), r"1 names missing \(model.memory_learner.residual_alpha\)"),
         (lambda s: s.update({"model.extra": torch.ones(1)}), r"1 unexpected \(model.extra\)"),
-        (lambda s: s.pop("model.image_encoder.conv1.weight"), "image_encoder.conv1.weight is missing"),
+        (lambda s: s.pop(CONV), "image_encoder.conv1.weight is missing"),
         (
             lambda s: s.update({"model.image_encoder.conv1.weight": torch.ones(2)}),
             r"shape \(2,\), expected 4 dimensions",
@@ -428,11 +400,9 @@ def test_stand_ins_are_gone_after_reading(tmp_path: Path) -> None:
 def test_published_style_file_is_read_and_found_incomplete() -> None:
     """It has the published layout, but three tensors of a model."""
     path = golden.GOLDEN_DIR / "published_style.ckpt"
-    with pytest.raises(CheckpointError, match=r"common_memory_complete is missing") as refusal:
+    expected = rf"{path}: .*common_memory_complete is missing, found 3 entries .*mmimdb_classifier.weight"
+    with pytest.raises(CheckpointError, match=expected):
         read_checkpoint(path)
-    message = str(refusal.value)
-    assert str(path) in message and "found 3 entries" in message and "mmimdb_classifier.weight" in message
-    assert "common_memory_complete" in message
 
 
 def test_description_is_of_plain_values() -> None:

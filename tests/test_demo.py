@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import sweep.launchers
 from clip.tokenizer import byte_characters
 from common.errors import DataError
 from demo import __main__ as demo
@@ -19,7 +18,8 @@ from demo.__main__ import frequent_genres_f1
 from demo.posters import HEIGHT, MOTIFS, WIDTH, draw_poster
 from demo.themes import DISTRACTORS, FILLERS, THEME_BY_GENRE, THEMES
 from run import command_line
-from sweep.jobs import Job, Outcome
+from runs.sweep import launchers
+from runs.sweep.jobs import Job, Outcome
 from tests.conftest import Workspace
 from vilt.datasets.specs import MMIMDB_GENRES
 
@@ -253,7 +253,7 @@ def steps(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return Outcome(None, 0.0)
 
     monkeypatch.setattr(demo, "run", run)
-    monkeypatch.setattr(sweep.launchers, "run_job", run_job)
+    monkeypatch.setattr(launchers, "run_job", run_job)
     return commands
 
 

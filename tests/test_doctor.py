@@ -13,11 +13,11 @@ import pyarrow as pa
 import pytest
 from safetensors.torch import load_file, save_file
 
-import doctor
 from config import DEFAULTS
-from doctor import run_seconds
 from run import command_line
+from runs import doctor
 from runs.check_options import resolve
+from runs.doctor import run_seconds
 from tests.conftest import Workspace
 from tests.custom_files import convert, write_labelled
 from vilt.datasets.arrow_dataset import ArrowDataset

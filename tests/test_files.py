@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from clip.run_folder import write_csv, write_json
 from common.errors import DataError
-from common.files import NEW, OLD, atomic_path, new_folder, restore_folder, whole_folder, whole_lines
+from common.files import NEW, OLD, atomic_path, new_folder, restore_folder, whole_folder, whole_lines, write_csv
+from common.strict_json import write_json
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
 from vilt.utils import arrow_writer

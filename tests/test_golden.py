@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip.tasks import TASKS
 from clip.tokenizer import load_tokenizer
+from engine.tasks import TASKS
 from tests import golden, slow_rep
 from tests.models import classifier_of, model_input, published_name
 

@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks.sides import VIT_B16
-from clip.checkpoint import ModelSpec, model_names
 from clip.modules.method import MethodOptions
-from clip.optimization import OptimizerSettings
 from clip.published_queries import published_queries
-from clip.tasks import TASKS
-from clip.training import FinetuneModule
+from engine.checkpoint import ModelSpec, model_names
+from engine.optimization import OptimizerSettings
+from engine.tasks import TASKS
+from engine.training import FinetuneModule
 from tests import golden
 from tests.models import classifier_of, published_name
 from vilt.datamodules import Batch
@@ -110,7 +110,7 @@ def test_a_training_equals_the_published_one(path: Path, monkeypatch: pytest.Mon
     for module in classifier.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    monkeypatch.setattr("clip.training.normalise", lambda images: images)
+    monkeypatch.setattr("engine.training.normalise", lambda images: images)
     schedule = {name: meta[name] for name in ("learning_rate", "lr_mult", "weight_decay", "warmup_steps")}
     settings = OptimizerSettings("adamw", **schedule, end_lr=meta["end_lr"], decay_power=meta["decay_power"])
     options = MethodOptions(meta["method"], meta["memory_length"], meta["memory_depth"])

@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from clip.logit_store import LogitStore, Origin
-from clip.resume import Progress, find_progress
-from clip.run_table import list_runs
 from common.errors import DataError, UserError
-from report.results import read_report_runs
+from engine.logit_store import LogitStore, Origin
+from engine.resume import Progress, find_progress
 from run import command_line
+from runs.report.results import read_report_runs
+from runs.run_table import list_runs
 from tests.report_files import TestSet, write_run
 from tests.test_sweep import SetUp, Sweep, error_line, stand_in, sweep  # noqa: F401 - two fixtures
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -156,7 +156,7 @@ def test_odd_values_in_the_record_and_the_results_of_a_sweep(
 @pytest.mark.parametrize(
     ("grid", "problem"),
     [
-        (5, "not as a sweep writes it"),
+        (5, "not as written by run.py"),
         ([], "sweep.json is of a sweep over a search, not over sweep_types"),
         ({"sweep_types": 5}, "grid: expected lists of values by name, found {{'sweep_types': 5}}"),
         ({"sweep_types": [[]], "sweep_ratios": [], "sweep_seeds": []}, "sweep_types: expected at least"),

@@ -16,9 +16,9 @@ import pytest
 from filelock import FileLock
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from clip.resume import alone
 from common.errors import BusyError, ConfigError
 from common.locks import locked
+from engine.resume import alone
 
 FORK = multiprocessing.get_context("fork")
 WHO = f"process {os.getpid()} on {socket.gethostname()}"

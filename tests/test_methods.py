@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clip.backbone import load_backbone
-from clip.checkpoint import (
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.heads import PrototypeHead
+from clip.modules.interfaces import ModelInput, TowerSlots
+from clip.modules.method import Method, MethodOptions
+from clip.modules.registry import HEADS, METHODS, method_class
+from clip.modules.vision_transformer_memory import ClipArchitecture
+from engine.checkpoint import (
     DESCRIPTION,
     ModelSpec,
     build_classifier,
@@ -21,15 +27,9 @@ from clip.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.heads import PrototypeHead
-from clip.modules.interfaces import ModelInput, TowerSlots
-from clip.modules.method import Method, MethodOptions
-from clip.modules.registry import HEADS, METHODS, method_class
-from clip.modules.vision_transformer_memory import ClipArchitecture
-from clip.tasks import TASKS
-from clip.training import FinetuneModule
-from clip.training import model_input as training_input
+from engine.tasks import TASKS
+from engine.training import FinetuneModule
+from engine.training import model_input as training_input
 from tests import golden, slow_methods
 from tests.backbones import random_hf_clip
 from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
@@ -263,7 +263,7 @@ def test_what_an_option_leaves_unused_is_not_trained(options: dict[str, Any], un
 
 
 def test_published_sizes_in_millions() -> None:
-    """REP's learner has 17.9 million values, DCP's 2.0 (METHOD.md section 9), at ViT-B/16 and the default sizes."""
+    """REP's learner has 17.9 million values, DCP's 2.0 (method.md section 9), at ViT-B/16 and the default sizes."""
     for prompt_type, millions in (("rep", 17.9), ("dcp", 2.0)):
         with torch.device("meta"):
             learner = method_class(prompt_type)(VIT_B_16.places, VIT_B_16.embed_dim, MethodOptions(prompt_type))

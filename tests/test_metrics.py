@@ -1,4 +1,4 @@
-"""The metrics against slow, obvious loops and against values computed by hand (METHOD.md section 4)."""
+"""The metrics against slow, obvious loops and against values computed by hand (docs/method.md section 4)."""
 
 import itertools
 import math
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from clip.metrics import auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
-from clip.tasks import TASKS
+from engine.metrics import auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
+from engine.tasks import TASKS
 
 YES, NO = 2.0, -2.0
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clip.checkpoint import ModelSpec, build_classifier
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.clip_dynamic_memory import RDN, MemoryLearner
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ImageTower, TextTower
-from clip.tasks import TASKS
 from clip.trainable import freeze, parts_of
+from engine.checkpoint import ModelSpec, build_classifier
+from engine.tasks import TASKS
 from tests import golden, slow_rep
 from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
 

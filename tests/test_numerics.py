@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from clip.checkpoint import ModelSpec
 from clip.modules.method import MethodOptions
-from clip.numerics import BadStep, GradientWatch, first_not_finite
-from clip.training import FinetuneModule
 from common.errors import NonFiniteLossError
+from engine.checkpoint import ModelSpec
+from engine.numerics import FiniteWatch, first_not_finite
+from engine.training import FinetuneModule
 from run import command_line
 from tests.conftest import Workspace
 from tests.models import TINY, model_input, tiny_batch, tiny_classifier
@@ -29,41 +29,59 @@ def named(*gradients: list[float] | None) -> list[tuple[str, nn.Parameter]]:
     return parameters
 
 
+def noted(watch: FiniteWatch, step: int, gradients: list[list[float] | None], *losses: float) -> int:
+    """A step of batches of two samples: in step 6 the batches 60, 61, … with the samples 600, 601, 610, …"""
+    for batch, loss in enumerate(losses or (1.0,), 10 * step):
+        watch.note_loss(batch, torch.tensor([10 * batch, 10 * batch + 1]), torch.tensor(loss))
+    return watch.note_gradients(named(*gradients), step)
+
+
 def test_the_first_bad_step_and_the_parameter_nearest_to_the_loss_are_named() -> None:
-    watch = GradientWatch(0)
-    watch.note(named([1.0, 3e38], None, [-3e38]), 4, [torch.tensor([1])])  # large, and finite
+    watch = FiniteWatch(0)
+    noted(watch, 4, [[1.0, 3e38], None, [-3e38]], 3e38)  # large, and finite
     assert watch.look() is None and watch.skipped == 0
-    watch.note(named([1.0], [2.0], [3.0]), 5, [torch.tensor([1])])
-    watch.note(named([NAN], None, [-INF, 1.0], [1.0]), 6, [torch.tensor([2, 3]), torch.tensor([4])])
-    assert watch.note(named([INF], [1.0]), 7, [torch.tensor([5])]) == 3
+    noted(watch, 5, [[1.0], [2.0], [3.0]])
+    noted(watch, 6, [[NAN], None, [-INF, 1.0], [1.0]], 1.0, 2.0)
+    assert noted(watch, 7, [[INF], [1.0]], NAN) == 3
     found = watch.look()
-    assert found is not None and (found.step, found.samples.tolist(), found.parameter) == (6, [2, 3, 4], "c")
+    assert found is not None and (found.of_gradient, found.step, found.what) == (True, 6, "c")
+    assert found.samples.tolist() == [600, 601, 610, 611]
     assert watch.look() is None  # nothing is looked at twice
 
 
+@pytest.mark.parametrize("allowed", [0, 5])
+def test_the_first_bad_loss_is_named_whatever_may_be_skipped(allowed: int) -> None:
+    watch = FiniteWatch(allowed)
+    for step, losses in enumerate([(1.0, 2.0), (1.0, INF), (NAN, NAN)]):
+        noted(watch, step, [[1.0]], *losses)
+    found = watch.look()
+    assert found is not None and found[:4] == (False, 1, "inf", 11) and found.samples.tolist() == [110, 111]
+
+
 def test_so_many_in_a_row_may_be_skipped() -> None:
-    watch = GradientWatch(2)
-    seen: list[tuple[int, int, BadStep | None]] = []
+    watch = FiniteWatch(2)
     for step, value in enumerate([INF, INF, 1.0, NAN, NAN, NAN]):
-        watch.note(named([value]), step, [torch.tensor([step])])
-        seen.append((watch.skipped, watch.in_a_row, found := watch.look()))
-        assert (found is not None) is (step == 5)
+        noted(watch, step, [[value]])
+        assert (watch.look() is not None) is (step == 5)
     assert (watch.skipped, watch.in_a_row) == (5, 3)
 
 
-def test_counts_go_into_the_checkpoint_and_back() -> None:
-    backbone = ("tiny", "0" * 64)
-    one, other = (
-        FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), backbone)
-        for _ in range(2)
+def module_of(**trainer: Any) -> FinetuneModule:
+    module = FinetuneModule(
+        tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), ("tiny", "0" * 64), skip_bad_steps=1
     )
-    for module in (one, other):
-        module._trainer = SimpleNamespace(world_size=1, global_rank=0)  # type: ignore[assignment]
-    one._gradients.skipped, one._gradients.in_a_row = 7, 2
+    module._sample_names = lambda index_B: [f"film{number}" for number in index_B.tolist()]  # type: ignore[method-assign]
+    module._trainer = SimpleNamespace(world_size=1, global_rank=0, **trainer)  # type: ignore[assignment]
+    return module
+
+
+def test_counts_go_into_the_checkpoint_and_back() -> None:
+    one, other = module_of(), module_of()
+    one._watch.skipped, one._watch.in_a_row = 7, 2
     checkpoint: dict[str, Any] = {}
     one.on_save_checkpoint(checkpoint)
     other.on_load_checkpoint(checkpoint)
-    assert (other._gradients.skipped, other._gradients.in_a_row) == (7, 2)
+    assert (other._watch.skipped, other._watch.in_a_row) == (7, 2)
 
 
 @pytest.mark.parametrize("name", ["model.memory_learner.layernorm_text.1", "mmimdb_classifier"])
@@ -100,17 +118,12 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(
     assert error.startswith(start) and len(error.removeprefix(start).split(", ")) == 8
 
 
-def test_too_many_skipped_steps_end_the_run() -> None:
-    module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), skip_bad_steps=1)
-    module._sample_names = lambda index_B: [f"film{number}" for number in index_B.tolist()]  # type: ignore[method-assign]
-    module._trainer = SimpleNamespace(current_epoch=3, global_step=40, world_size=1)  # type: ignore[assignment]
-    optimizer: Any = None
-    for parameter in module.classifier.parameters():
-        parameter.grad = torch.full_like(parameter, INF)
-    module._step_samples = [torch.tensor([4])]
-    module.on_before_optimizer_step(optimizer)
-    module._step_samples = [torch.tensor([5]), torch.tensor([6])]
-    with pytest.raises(
-        NonFiniteLossError, match=r"at step 40 \(epoch 3\); so were 1 before it .*samples: film5, film6"
-    ):
-        module.on_before_optimizer_step(optimizer)
+def test_what_the_module_says() -> None:
+    module = module_of(current_epoch=3)
+    noted(module._watch, 4, [[1.0]], NAN)
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 4 \(epoch 3, batch 40\); samples: film400, film401"):
+        module._check_finite()
+    for step in (5, 6):
+        noted(module._watch, step, [[INF]])
+    with pytest.raises(NonFiniteLossError, match=r" a is .* step 6 \(epoch 3\); so were 1 before .*: film600, film601"):
+        module._check_finite()

@@ -66,7 +66,7 @@ WRONG = {
     "data_root=": "data_root: expected the folder of the arrow files",
     "vit=ViT-Z": "vit=ViT-Z: expected one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px",
     "vit=nowhere": "vit: expected one of ViT-B/32",
-    "vit=RN50": "vit=RN50: ResNet CLIPs have no tokens to put memory among",
+    "vit=RN50": "vit=RN50: expected one of ViT-B/32",
     "image_size=48": "image_size: expected 32, which is what the position embeddings of the backbone are for, found 48",
     "memory_depth=3": "memory_depth=3 is more than the backbone has blocks (2 in the image tower, 2 in the text tower)",
     "load_path=no.ckpt": "load_path: expected a checkpoint file, found nothing at no.ckpt",
@@ -130,7 +130,7 @@ def test_print_config_explains_every_option(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_choices_of_options_are_those_of_the_code() -> None:
     from clip.modules.vision_transformer_memory import ACTIVATIONS
-    from clip.optimization import OPTIMIZERS
+    from engine.optimization import OPTIMIZERS
 
     for option, known in (("optim_type", OPTIMIZERS), ("vit_activation", ACTIVATIONS)):
         for name in known:

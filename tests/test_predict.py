@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clip.checkpoint import read_checkpoint
-from clip.predict import Item, Predictor, load_model, read_items
 from common.errors import CheckpointError, ConfigError, DataError
+from engine.checkpoint import read_checkpoint
+from engine.predict import Item, Predictor, load_model, read_items
 from run import command_line
 from tests.conftest import Workspace
 from vilt.datasets.specs import MMIMDB_GENRES

@@ -65,7 +65,7 @@ def test_two_processes_train_what_one_does(workspace: Workspace, tmp_path: Path)
 
 SPOILED = """
 import os, torch
-from clip.training import FinetuneModule
+from engine.training import FinetuneModule
 of_module = FinetuneModule.training_step
 def spoil(self, batch, batch_idx):
     if self.global_step == 2 and os.environ.get("LOCAL_RANK", "0") == "{rank}":
@@ -85,7 +85,7 @@ if os.environ.get("LOCAL_RANK", "0") == "{rank}":
 """
 FAULT = """
 import os, signal
-from clip.training import FinetuneModule
+from engine.training import FinetuneModule
 of_module = FinetuneModule.training_step
 def fail(self, batch, batch_idx):
     if self.global_step == 1 and os.environ.get("LOCAL_RANK", "0") == "{rank}":

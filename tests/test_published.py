@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from clip.backbone import load_backbone
-from clip.checkpoint import read_checkpoint, restore_classifier
-from clip.optimization import AdamW, OptimizerSettings, make_optimizer, make_schedule, schedule_steps
 from clip.published_queries import published_queries
-from clip.trainer import validation_interval
 from common.errors import ConfigError
 from config import DEFAULTS, NAMED_CONFIGS, Options
+from engine.checkpoint import read_checkpoint, restore_classifier
+from engine.optimization import AdamW, OptimizerSettings, make_optimizer, make_schedule, schedule_steps
+from engine.trainer import validation_interval
 from run import command_line
 from runs.check_options import check, resolve
 from tests.conftest import Workspace

@@ -20,13 +20,14 @@ from PIL import Image
 
 from common.errors import ConfigError, DataError, UserError
 from config import DEFAULTS
-from report import make_report
-from report.figures import CURVE_POINTS, class_bars, thinned, training_curves
-from report.lines import Dataset, by_dataset
-from report.parts import options_table, run_details, section_of
-from report.results import Pattern, read_report_runs
-from report.samples import sample_grid
-from report.tables import (
+from run import command_line
+from runs.report import make_report
+from runs.report.figures import CURVE_POINTS, class_bars, thinned, training_curves
+from runs.report.lines import Dataset, by_dataset
+from runs.report.parts import options_table, run_details, section_of
+from runs.report.results import Pattern, read_report_runs
+from runs.report.samples import sample_grid
+from runs.report.tables import (
     Table,
     compared_variants,
     comparison_table,
@@ -38,8 +39,7 @@ from report.tables import (
     read_published,
     runs_table,
 )
-from report.text import excerpt, signed, without_home
-from run import command_line
+from runs.report.text import excerpt, signed, without_home
 from tests.conftest import Workspace
 from tests.report_files import TestSet, at, sha256_of, write_films, write_logits, write_run
 from vilt.datasets.specs import MMIMDB_GENRES
@@ -443,13 +443,9 @@ def test_a_configuration_that_is_none_of_ours_is_left_out(tmp_path: Path, caplog
         read_report_runs([top / "version_2"])
 
 
-def test_runs_are_found_below_folders_once_and_in_order(tmp_path: Path) -> None:
+def test_a_run_that_is_named_twice_is_there_once(tmp_path: Path) -> None:
     for version in (10, 9):
         write_run(tmp_path / "rep" / f"version_{version}")
-    (tmp_path / "backbone").mkdir()
-    (tmp_path / "backbone" / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    shutil.copytree(tmp_path / "rep" / "version_9", tmp_path / "sacred" / "1")
-    (tmp_path / "sacred" / "1" / "run.json").write_text("{}")
     found = read_report_runs([tmp_path / "rep" / "version_10", tmp_path, tmp_path / "rep"])
     assert [run.place for run in found] == ["rep/version_10", "rep/version_9"]
 
@@ -668,11 +664,19 @@ def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch:
     def full(path: Path, data: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DataError, match="report: cannot be written: No space left on device"):
-        make_report([run], out, {})
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert [path.name for path in out.parent.iterdir()] == ["report"]
+    def stuck(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(5, "No space left on device")
+        return renamed(path, target)
+
+    renamed = Path.replace
+    for method, failing in (("write_bytes", full), ("replace", stuck)):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, method, failing)
+            with pytest.raises(DataError, match="report: cannot be written: No space left on device"):
+                make_report([run], out, {})
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        assert [path.name for path in out.parent.iterdir()] == ["report"]
 
 
 # The page

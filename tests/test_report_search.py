@@ -13,13 +13,13 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-import sweep.launchers
-from report import make_report
-from report.results import read_report_runs
-from report.search import Search, best_table, read_searches, search_section, training_command
 from run import command_line
-from sweep.jobs import Job, Outcome
-from sweep.search import open_study
+from runs.report import make_report
+from runs.report.results import read_report_runs
+from runs.report.search import Search, best_table, read_searches, search_section, training_command
+from runs.sweep import launchers
+from runs.sweep.jobs import Job, Outcome
+from runs.sweep.search import open_study
 from tests.conftest import Workspace
 from tests.report_files import write_run
 
@@ -86,7 +86,7 @@ def real(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path
     command, *options = workspace.command("max_epoch=1", f"vit={workspace.backbone}", f"log_dir={log_dir}")
     searched = ("search.learning_rate=[1e-4,1e-1]", "search.memory_length=[3,6]", "search_trials=4", "sweep_name=s")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep.launchers, "run_job", run_job)
+        patch.setattr(launchers, "run_job", run_job)
         assert command_line([command, "sweep", *options, *searched]) == 0
     write_run(log_dir / "rep_seed0" / "version_0")
     return log_dir

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from clip.checkpoint import read_checkpoint
-from clip.logit_store import LOGIT_COLUMNS, LogitModule, LogitStore
-from clip.tasks import TASKS
+from engine.checkpoint import read_checkpoint
+from engine.logit_store import LOGIT_COLUMNS, LogitModule, LogitStore
+from engine.tasks import TASKS
 from run import command_line
 from runs import evaluation
 from tests.conftest import Workspace

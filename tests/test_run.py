@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -15,14 +14,11 @@ import pytorch_lightning as pl
 import torch
 
 from clip.backbone import load_backbone
-from clip.callbacks import Checkpoints
-from clip.checkpoint import ModelSpec, read_checkpoint, restore_classifier
-from clip.modules.method import MethodOptions
-from clip.training import FinetuneModule
-from common.errors import NonFiniteLossError
+from engine.callbacks import Checkpoints
+from engine.checkpoint import read_checkpoint, restore_classifier
 from run import command_line
 from tests.conftest import Workspace
-from tests.models import TINY, published_state, tiny_classifier
+from tests.models import published_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -295,18 +291,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace, capsys: p
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the loss became nan at step ") and "samples: 1" in error
     assert ", first in the parameter model.memory_learner." in error or ", first in the output of model." in error
-
-
-def test_losses_on_a_gpu_are_looked_at_together() -> None:
-    """The first that is not finite is named, with its own step and samples, and nothing is looked at twice."""
-    module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY))
-    module._sample_names = lambda index_B: [f"film{number}" for number in index_B.tolist()]  # type: ignore[method-assign]
-    module._trainer = SimpleNamespace(current_epoch=3, world_size=1)  # type: ignore[assignment]
-    losses = [1.0, float("inf"), float("nan")]
-    module._unchecked = [(torch.tensor(loss), 40 + i, i, torch.tensor([i, 10 * i])) for i, loss in enumerate(losses)]
-    with pytest.raises(NonFiniteLossError, match=r"became inf at step 41 \(epoch 3, batch 1\); samples: film1, film10"):
-        module._check_losses()
-    module._check_losses()
 
 
 def test_an_epoch_ends_with_the_throughput(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

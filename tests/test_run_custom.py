@@ -13,14 +13,14 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import create_trial
 
 import make_arrow
-from clip.callbacks import Checkpoints
-from clip.checkpoint import ModelSpec, build_classifier, read_checkpoint
-from clip.metrics import Metric, macro_f1_and_accuracy
 from clip.modules.method import MethodOptions
-from clip.tasks import TASKS, task_of
 from common.errors import CheckpointError
+from engine.callbacks import Checkpoints
+from engine.checkpoint import ModelSpec, build_classifier, read_checkpoint
+from engine.metrics import Metric, macro_f1_and_accuracy
+from engine.tasks import TASKS, task_of
 from run import command_line
-from sweep.search import open_study
+from runs.sweep.search import open_study
 from tests.conftest import Workspace
 from tests.custom_files import convert, films_as_custom, write_labelled
 from tests.models import TINY
@@ -416,7 +416,7 @@ def test_a_training_on_ones_own_data_goes_on_by_itself(
         assert len(list((tmp_path / "pets_seed0").glob("version_*"))) == started
     (tmp_path / "pets_seed0" / "version_0" / "test_results.json").unlink()
     assert command_line(command) == 0
-    assert "goes on from" in capsys.readouterr().err
+    assert "resumes from" in capsys.readouterr().err
 
 
 def test_doctor_and_sweep_on_ones_own_data(

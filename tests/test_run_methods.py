@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from clip.callbacks import Checkpoints
-from clip.checkpoint import read_checkpoint
 from clip.modules.registry import METHODS
+from engine.callbacks import Checkpoints
+from engine.checkpoint import read_checkpoint
 from run import command_line
 from tests.conftest import Workspace
 

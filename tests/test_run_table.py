@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from clip.run_table import find_checkpoints, list_runs, sort_runs
 from common.errors import ConfigError
 from config import DEFAULTS
 from run import command_line
+from runs.run_table import find_checkpoints, list_runs, sort_runs
 from tests.conftest import Workspace
 
 BEGAN = 1_750_000_000

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip.metrics import auroc_and_accuracy
-from clip.sample_statistics import BOOTSTRAP_SEED, CONFUSIONS, ROC_POINTS, class_figures, confidence, confusions, roc
-from clip.tasks import TASKS, Task
+from engine.metrics import auroc_and_accuracy
+from engine.sample_statistics import BOOTSTRAP_SEED, CONFUSIONS, ROC_POINTS, class_figures, confidence, confusions, roc
+from engine.tasks import TASKS, Task
 
 DISHES = [f"dish {number}" for number in range(101)]
 
@@ -107,7 +107,7 @@ def test_the_bootstrap_is_that_of_a_slow_loop(name: str, monkeypatch: pytest.Mon
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     drawn = [rng.integers(samples, size=samples) for _ in range(resamples)]
     for counts_at_once in (1000 * samples, 7 * samples):
-        monkeypatch.setattr("clip.sample_statistics.COUNTS_AT_ONCE", counts_at_once)
+        monkeypatch.setattr("engine.sample_statistics.COUNTS_AT_ONCE", counts_at_once)
         for logits, found in zip(two_sets, confidence(task, two_sets, labels, resamples), strict=True):
             values = [task.metrics(logits[which], labels[which]) for which in drawn]
             for metric, interval in found.items():

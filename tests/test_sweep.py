@@ -26,9 +26,9 @@ from optuna.trial import TrialState
 from common.errors import ConfigError
 from common.locks import locked
 from run import command_line
-from sweep import jobs
-from sweep.jobs import Job, Outcome, Progress, error_in, run_job
-from sweep.launchers import Submission, _run_submitted, make_launcher
+from runs.sweep import jobs
+from runs.sweep.jobs import Job, Outcome, Progress, error_in, run_job
+from runs.sweep.launchers import Submission, _run_submitted, make_launcher
 from tests.conftest import Workspace
 from tests.custom_files import convert, write_labelled
 
@@ -267,7 +267,7 @@ def test_damaged_results(sweep: Sweep, stand_in: SetUp, capsys: pytest.CaptureFi
     path = sweep.folder / "s_text_0.9_seed1" / "version_0" / "test_results.json"
     path.write_text('{"metrics": 3}')
     assert sweep.grid() == 2
-    assert error_line(capsys.readouterr().err).startswith(f"{path}: not the results of a test: ")
+    assert error_line(capsys.readouterr().err).startswith(f"{path}: not as written by run.py: ")
 
 
 def test_a_failed_cell_is_listed_and_the_others_are_run(

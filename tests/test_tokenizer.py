@@ -133,23 +133,9 @@ def ids_of(tokenizer: ClipTokenizer, text: str) -> list[int]:
 
 
 ALPHABET = [
-    *"abcdetho xyz é日😀ßİſ½12!?.,&;#'-\t\n\x00\x1c\x85\u00a0\u3000\u200d\u0301",
-    *(
-        "<|endoftext|>",
-        "<|STARTOFTEXT|>",
-        "<|end",
-        "|>",
-        "&amp;",
-        "<b> &amp;amp;",
-        "&amp;amp;amp;",
-        "&lt;b&gt;",
-        "'ll",
-        "I'M",
-        "'ſ",
-        "the ",
-        "photograph",
-    ),
-    "\ud800",
+    *"abcdetho xyz é日😀ßİſ½12!?.,&;#'-\t\n\x00\x1c\x85\u00a0\u3000\u200d\u0301\ud800",
+    *("<|endoftext|>", "<|STARTOFTEXT|>", "<|end", "|>", "&amp;", "<b> &amp;amp;", "&amp;amp;amp;", "&lt;b&gt;"),
+    *("'ll", "I'M", "'ſ", "the ", "photograph"),
 ]
 
 
@@ -171,12 +157,8 @@ def test_merges_of_lower_rank_come_first() -> None:
     """`abc` with b+c before a+b is a, bc: not the leftmost pair."""
     merges = [("b", "c</w>"), ("a", "b"), ("a", "bc</w>")]
     slow = SlowTokenizer(merges[:2])
-    assert ids_of(ClipTokenizer(slow.vocab, merges[:2]), "abc ab")[1:5] == [
-        slow.vocab["a"],
-        slow.vocab["bc</w>"],
-        slow.vocab["a"],
-        slow.vocab["b</w>"],
-    ]
+    expected = [slow.vocab[piece] for piece in ("a", "bc</w>", "a", "b</w>")]
+    assert ids_of(ClipTokenizer(slow.vocab, merges[:2]), "abc ab")[1:5] == expected
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t\u3000", "\x00", "\x00 \x07", "&#32;"])
@@ -212,15 +194,8 @@ def test_marks_spelt_out_are_marks_only_as_pieces_of_their_own(slow: SlowTokeniz
     start, end = fast.start_id, fast.end_id
     dog = ids_of(fast, "dog")[1:-1]
     dog = dog[: dog.index(end)]
-    assert ids_of(fast, "dog<|endoftext|>dog <|StartOfText|>")[: 5 + 2 * len(dog)] == [
-        start,
-        *dog,
-        end,
-        *dog,
-        start,
-        end,
-        *[0],
-    ]
+    marked = ids_of(fast, "dog<|endoftext|>dog <|StartOfText|>")
+    assert marked[: 5 + 2 * len(dog)] == [start, *dog, end, *dog, start, end, 0]
     glued = ids_of(fast, "!<|endoftext|>")
     assert glued == slow("!<|endoftext|>")
     assert glued.index(end) > 5  # only the one that ends the text
@@ -244,72 +219,54 @@ def test_fingerprint_tells_vocabularies_and_merges_apart(slow: SlowTokenizer, fa
     assert len({fast.fingerprint, reordered.fingerprint, smaller.fingerprint}) == 3
 
 
-def empty_folder(folder: Path, _: SlowTokenizer) -> None:
-    folder.mkdir()
-
-
-def broken_json(folder: Path, slow: SlowTokenizer) -> None:
+def write_new(folder: Path, slow: SlowTokenizer, change: Callable[[str], str]) -> None:
+    """A Hugging Face folder with tokenizer.json, changed."""
     CLIPTokenizer(vocab=slow.vocab, merges=slow.merges).save_pretrained(folder)
-    whole = (folder / "tokenizer.json").read_text("utf-8")
-    (folder / "tokenizer.json").write_text(whole[: len(whole) // 2], "utf-8")
+    path = folder / "tokenizer.json"
+    path.write_text(change(path.read_text("utf-8")), "utf-8")
 
 
-def other_json(folder: Path, slow: SlowTokenizer) -> None:
-    CLIPTokenizer(vocab=slow.vocab, merges=slow.merges).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text('{"a": 1}', "utf-8")
+def vocabulary_without(slow: SlowTokenizer, piece: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    vocab = {name: number for name, number in slow.vocab.items() if name != piece}
+    return vocab, [pair for pair in slow.merges if piece not in pair]
 
 
-def no_merges(folder: Path, slow: SlowTokenizer) -> None:
-    write_folder(folder, slow.vocab, slow.merges)
-    (folder / "merges.txt").unlink()
+BROKEN: dict[str, tuple[Callable[[Path, SlowTokenizer], object], str]] = {
+    "empty": (lambda folder, slow: folder.mkdir(), "no vocabulary"),
+    "cut": (
+        lambda folder, slow: write_new(folder, slow, lambda text: text[: len(text) // 2]),
+        "not readable as a CLIP",
+    ),
+    "other JSON": (lambda folder, slow: write_new(folder, slow, lambda text: '{"a": 1}'), "KeyError"),
+    "no merges": (
+        lambda folder, slow: (write_folder(folder, slow.vocab, slow.merges) / "merges.txt").unlink(),
+        "merges",
+    ),
+    "unknown merge": (lambda folder, slow: write_folder(folder, slow.vocab, [*slow.merges, ("zz", "q")]), "[Mm]erges"),
+    "list": (
+        lambda folder, slow: (write_folder(folder, slow.vocab, slow.merges) / "vocab.json").write_text("[1, 2]"),
+        "vocabulary",
+    ),
+    "no byte": (
+        lambda folder, slow: write_folder(folder, *vocabulary_without(slow, "q</w>")),
+        "found 512 of those 513",
+    ),
+    "end not highest": (
+        lambda folder, slow: write_folder(
+            folder, {**slow.vocab, START: slow.vocab[END], END: slow.vocab[START]}, slow.merges
+        ),
+        r"'<\|startoftext\|>' as the highest",
+    ),
+}
 
 
-def merges_of_unknown_pieces(folder: Path, slow: SlowTokenizer) -> None:
-    write_folder(folder, slow.vocab, [*slow.merges, ("zz", "qq")])
-
-
-def vocabulary_is_a_list(folder: Path, slow: SlowTokenizer) -> None:
-    write_folder(folder, slow.vocab, slow.merges)
-    (folder / "vocab.json").write_text("[1, 2]", "utf-8")
-
-
-def no_word_end_byte(folder: Path, slow: SlowTokenizer) -> None:
-    vocab = {piece: number for piece, number in slow.vocab.items() if piece != "q</w>"}
-    write_folder(folder, vocab, [pair for pair in slow.merges if "q</w>" not in pair])
-
-
-def end_not_highest(folder: Path, slow: SlowTokenizer) -> None:
-    vocab = {**slow.vocab, START: slow.vocab[END], END: slow.vocab[START]}
-    write_folder(folder, vocab, slow.merges)
-
-
-def bert(folder: Path, _: SlowTokenizer) -> None:
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\na\n", "utf-8")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}', "utf-8")
-
-
-@pytest.mark.parametrize(
-    ("make", "problem"),
-    [
-        (empty_folder, "no vocabulary"),
-        (broken_json, "EOF|line 1|delimiter|[Uu]nterminated|column"),
-        (other_json, "KeyError"),
-        (no_merges, "merges"),
-        (merges_of_unknown_pieces, "[Mm]erges"),
-        (vocabulary_is_a_list, "vocabulary"),
-        (no_word_end_byte, "found 512 of those 513"),
-        (end_not_highest, r"'<\|startoftext\|>' as the highest"),
-        (bert, "no vocabulary"),
-    ],
-)
-def test_broken_folders_are_refused(
-    make: Callable[[Path, SlowTokenizer], None], problem: str, slow: SlowTokenizer, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_are_refused(name: str, slow: SlowTokenizer, tmp_path: Path) -> None:
+    make, problem = BROKEN[name]
     make(tmp_path / "folder", slow)
     with pytest.raises(BackboneError, match=problem) as refusal:
         load_tokenizer(str(tmp_path / "folder"))
-    assert str(tmp_path / "folder") in str(refusal.value) and len(str(refusal.value).splitlines()) <= 3
+    assert str(tmp_path / "folder") in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,19 +20,19 @@ import torch
 from PIL import Image
 
 import make_arrow
-from clip.checkpoint_file import check_whole, write_checkpoint
-from clip.ending import DONE, end_with_user_error
-from clip.logit_store import LOGIT_COLUMNS
-from clip.metrics_log import MetricsLogger
-from clip.robustness import RESULTS
-from clip.run_folder import read_json, write_json
-from clip.run_reader import read_curves, read_run
 from common import files
 from common.errors import DataError, UserError, machine_error
 from common.files import restore_folder
+from common.strict_json import read_json, write_json
 from demo.data import write_task
-from report.results import read_robustness
+from engine.checkpoint_file import check_intact, write_checkpoint
+from engine.ending import DONE, end_with_user_error
+from engine.logit_store import LOGIT_COLUMNS
+from engine.metrics_log import MetricsLogger
+from engine.robustness import RESULTS
 from run import command_line
+from runs.report.results import read_robustness
+from runs.run_reader import read_curves, read_run
 from tests.conftest import Workspace
 from tests.custom_files import write_labelled
 from tests.report_files import write_run
@@ -242,7 +242,7 @@ def _checkpoint(value: float) -> dict[str, Any]:
 
 
 def _read_checkpoint(folder: Path) -> list[float]:
-    check_whole(folder / "last.ckpt")
+    check_intact(folder / "last.ckpt")
     return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]["weights"].unique().tolist()
 
 
@@ -400,7 +400,7 @@ WRITERS: dict[str, Writer] = {
     "missing table": Writer(
         lambda folder, _: (folder / "tables").mkdir(), _write_missing_table, _read_missing_table, "_of_20000.txt"
     ),
-    "tokens": Writer(_take_films, _write_tokens, _read_tokens, "", status=DONE),  # a run goes on without keeping them
+    "tokens": Writer(_take_films, _write_tokens, _read_tokens, "", status=DONE),  # a run does without keeping them
     "images": Writer(_prepare_images, _write_images, _read_images, None),
     "checkpoint": Writer(
         lambda folder, _: write_checkpoint(_checkpoint(1), folder / "last.ckpt"),

@@ -141,8 +141,7 @@ class TimedLoader(DataLoader[Any]):
     """Since the reader last set it to 0."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch says: of a class of its own
-        with signals_held():
-            batches = super().__iter__()
+        batches = super().__iter__()
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
@@ -152,34 +151,11 @@ class TimedLoader(DataLoader[Any]):
             yield batch
 
 
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Signals to stop take effect after the block, in which processes begin: an exception amid a fork would be lost.
-
-    In new processes they wait until `leave_group`. To be used in the main thread.
-    """
-    came: list[int] = []  # through another thread, whatever this one blocks
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOP_SIGNALS}
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        for held in came:
-            signal.raise_signal(held)
-
-
 def leave_group(_: int) -> None:
-    """In a loader process: Ctrl-C and its like go to a whole group, but the next checkpoint still needs its batches."""
+    """In a loader process: Ctrl-C goes to a whole group, but the checkpoint that follows still needs its batches."""
     os.setpgrp()
-    while came := signal.sigtimedwait(STOP_SIGNALS, 0):  # since the process began
-        if came.si_pid == os.getppid():  # not to the group: the main process ends
-            os._exit(0)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -275,7 +251,7 @@ class MissingModalityData(pl.LightningDataModule):
 
     @contextmanager
     def naming_dead_workers(self) -> Iterator[None]:
-        """Within the block, the death of a loader process is one line that names the sample it was at.
+        """Within the block, the death of a loader process is one line that names the sample that it was reading.
 
         Raises:
             DataError: it was killed, most often because the memory was used up.

@@ -1,4 +1,4 @@
-"""Images: every one that others made is opened here, and resized as CLIP expects it (METHOD.md section 1).
+"""Images: every one that others made is opened here, and resized as CLIP expects it (docs/method.md section 1).
 
 Memory is bounded by MAX_PIXELS and MAX_SIDE: 4 bytes a pixel, twice where a mode has to be changed; 700 MB at worst.
 Neither NumPy nor torch here: the converter's worker processes import this file, and should stay small.

@@ -1,4 +1,4 @@
-"""The classifier: a frozen backbone, a method's slots in it, and a head (METHOD.md sections 3, 4 and 8).
+"""The classifier: a frozen backbone, a method's slots in it, and a head (docs/method.md sections 3, 4 and 8).
 
 Shape suffixes: B samples, b samples with a modality, L sequence, D width of a tower, E width of a modality's features,
 C classes.
@@ -14,8 +14,8 @@ from clip.modules.method import Method
 class MissingModalityClassifier(nn.Module):
     """Tokens, slots, features by modality, logits, in this order.
 
-    State names are those of published checkpoints, but for the dynamic slots (see `clip/checkpoint.py`): `model.…` the
-    backbone, `model.memory_learner.…` REP's learner in it, `mmimdb_classifier.…` the head.
+    State names are those of published checkpoints, but for the dynamic slots (see `engine/checkpoint.py`): `model.…`
+    the backbone, `model.memory_learner.…` REP's learner in it, `mmimdb_classifier.…` the head.
 
     Args:
         head_name: attribute of the head, for example `mmimdb_classifier`.

@@ -1,4 +1,4 @@
-"""REP's memory learner (METHOD.md sections 2, 3 and 7).
+"""REP's memory learner (docs/method.md sections 2, 3 and 7).
 
 Shape suffixes: B samples, b samples with a modality, L sequence, m slots of one group, D width of a tower, V widths of
 both towers together, E joint embedding width, P private and shared slots.
@@ -51,7 +51,7 @@ class DynamicSlots(nn.Module):
     """Slots that fixed queries, one set for each missing type, read from the input tokens of a tower.
 
     The queries are buffers, never trained. The published code has them as plain tensors, so that its checkpoints lack
-    them (METHOD.md section 6, point 2).
+    them (docs/method.md section 6, point 2).
     """
 
     def __init__(self, place: Place, slots: int) -> None:
@@ -72,7 +72,7 @@ class DynamicSlots(nn.Module):
 
 
 class LayerReplay(nn.Module):
-    """Gives deeper blocks back the outputs of the first blocks at private and shared slots (METHOD.md section 7).
+    """Gives deeper blocks back the outputs of the first blocks at private and shared slots (docs/method.md section 7).
 
     The outputs of the `depth` first blocks are summed with learned softmax weights and normalised; a gate for each
     deeper block, 0 at the start, says how much of the sum is added before it.
@@ -98,7 +98,7 @@ class LayerReplay(nn.Module):
 class MemoryLearner(Method):
     """Private slots for each layer of the memory depth, shared slots and dynamic slots for the first one.
 
-    Options of METHOD.md section 7, which start as the identity: `replay_depth`, `dynamic_init`, and the loss of
+    Options of docs/method.md section 7, which start as the identity: `replay_depth`, `dynamic_init`, and the loss of
     `decoupling_weight`. For ablations: without `far` a layer's private slots are the projection alone; without `fmb`
     all missing types start from the same private slots, and there are no shared ones.
     """
@@ -211,7 +211,7 @@ class MemoryLearner(Method):
         return {METHOD: without(self.parameters(), unused, dynamic), UNUSED: unused, DYNAMIC_ATTENTION: dynamic}
 
     def trains(self, task: str) -> tuple[str, ...]:
-        """On Hateful Memes, the dynamic attention and the ends of the towers too (METHOD.md section 5)."""
+        """On Hateful Memes, the dynamic attention and the ends of the towers too (docs/method.md section 5)."""
         return (METHOD, DYNAMIC_ATTENTION, FINAL) if task == "hatememes" else (METHOD,)
 
 

@@ -9,7 +9,7 @@ from clip.modules.method import Method, MethodOptions, prompts
 
 
 class CoOp(Method):
-    """m prompts in front of the first block of each tower, blind to the missing type (METHOD.md section 8).
+    """m prompts in front of the first block of each tower, blind to the missing type (docs/method.md section 8).
 
     The source prompts the text tower of a zero-shot classifier; here both towers get prompts, and a head classifies.
     """

@@ -1,4 +1,4 @@
-"""DCP, deep correlated prompting: the method that REP grew out of (METHOD.md section 8)."""
+"""DCP, deep correlated prompting: the method that REP grew out of (docs/method.md section 8)."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Heads: from features to logits (METHOD.md sections 4 and 8).
+"""Heads: from features to logits (docs/method.md sections 4 and 8).
 
 Shape suffixes: B samples, M modalities, E width of a modality's features, C classes, T missing types.
 """

@@ -9,7 +9,7 @@ from clip.modules.method import Method, MethodOptions, check_depth, prompts
 
 
 class MissingAwarePrompts(Method):
-    """m prompts per missing type, tower and block, for each of D blocks (METHOD.md section 8).
+    """m prompts per missing type, tower and block, for each of D blocks (docs/method.md section 8).
 
     The source has one transformer over both modalities; here each tower has prompts of its own.
     """

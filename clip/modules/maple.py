@@ -9,7 +9,7 @@ from clip.modules.method import Method, MethodOptions, check_depth, prompts
 
 
 class MaPLe(Method):
-    """m text prompts for each of D blocks; the image prompts are a linear map of them (METHOD.md section 8).
+    """m text prompts for each of D blocks; the image prompts are a linear map of them (docs/method.md section 8).
 
     Both replace those of the block before, and are blind to the missing type. In the source the text prompts stand
     behind the start token; here they come first.

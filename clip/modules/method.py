@@ -19,7 +19,7 @@ UNUSED = "method, unused"
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Which method, and its options; those after the third are REP's (METHOD.md section 7)."""
+    """Which method, and its options; those after the third are REP's (docs/method.md section 7)."""
 
     prompt_type: str = "rep"
     memory_length: int = 36

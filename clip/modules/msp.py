@@ -13,7 +13,7 @@ ORTHOGONALITY_WEIGHT = 0.15
 
 
 class ModalitySpecificPrompts(Method):
-    """m prompts per modality, tower and block, for each of D blocks (METHOD.md section 8).
+    """m prompts per modality, tower and block, for each of D blocks (docs/method.md section 8).
 
     A sample gets the sum of the sets of its modalities. A loss on the cosine between the two sets keeps them apart.
     They replace those of the block before.

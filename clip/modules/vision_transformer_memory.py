@@ -1,4 +1,4 @@
-"""CLIP's two towers with places for slots (METHOD.md sections 3 and 8).
+"""CLIP's two towers with places for slots (docs/method.md sections 3 and 8).
 
 Shape suffixes: B samples, L sequence, N queries, D width of a tower, P prefix keys, R image side, m slots of one group,
 E joint embedding width.

@@ -262,12 +262,11 @@ class ArrayKind(Kind):
         """From an array, or the path of a .npy file."""
         if not isinstance(value, np.ndarray):
             value = np.load(io.BytesIO(_bytes_of(Path(value))), allow_pickle=False)
-        shape = modality.shape
-        if len(value.shape) != len(shape) or any(
-            want not in (None, have) or not have for want, have in zip(shape, value.shape, strict=True)
-        ):
-            raise ValueError(f"expected an array of shape {shape}, found {value.shape}")
-        if not np.isfinite(array := value.astype(np.float32)).all():
+        array, shape = np.asarray(value), modality.shape
+        fits = array.ndim == len(shape) and array.shape[1:] == shape[1:] and shape[0] in (None, len(array))
+        if not fits or not array.size:
+            raise ValueError(f"expected an array of shape {shape}, found {array.shape}")
+        if not np.isfinite(array := array.astype(np.float32)).all():
             raise ValueError("expected finite numbers")
         return torch.from_numpy(array)
 

@@ -1,0 +1,235 @@
+"""What happens beside the steps of a training run: checkpoints, a limit of steps, and lines about the progress."""
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+
+from common.errors import CheckpointError
+from engine.checkpoint import DESCRIPTION
+from engine.checkpoint_file import write_checkpoint
+from engine.interruption import Stopped, StopRequest
+from engine.training import FinetuneModule
+from vilt.datamodules import Batch, TimedLoader
+
+log = logging.getLogger("rep")
+
+
+class Checkpoints(Checkpoint):
+    """Keeps `best.ckpt`, the best model by a validation metric, and `last.ckpt`, for `resume_from`.
+
+    `last.ckpt` also carries the best model so far: a resumed run, which has a folder of its own, ends with the same
+    best model as an uninterrupted one. Lightning's ModelCheckpoint loses it in another folder, and knows no way to
+    stop at a signal: `last.ckpt` is written after validations and epochs, and where a signal stops the run, between two
+    optimiser steps or in a validation, which is then repeated.
+
+    Args:
+        folder: where both are written, by the first process alone.
+        monitor: name of the logged metric; higher is better.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        self.folder = folder
+        self.monitor = monitor
+        self.best: dict[str, Any] | None = None
+        """What `best.ckpt` holds."""
+        self._stop = StopRequest()
+        self._kept_step = 0
+        """Optimiser steps behind the newest checkpoint, here or in the folder of the run that is resumed."""
+        self.training = False
+        """Whether a validation has begun, by when all that a checkpoint restores has been used."""
+
+    @property
+    def best_path(self) -> Path:
+        """Of the best model; meaningful in the first process."""
+        return self.folder / "best.ckpt"
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_best(trainer)  # of a resumed run
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._kept_step = trainer.global_step
+        self._stop.listen()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        loader: Any = trainer.val_dataloaders
+        if batch_idx < loader.sampler.samples // trainer.world_size // loader.batch_size:  # every process gets there
+            self._stop_if_asked(trainer)
+        self.training = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, FinetuneModule)
+        score = float(trainer.callback_metrics[self.monitor])
+        if self.best is None or score > self.best["score"] or math.isnan(self.best["score"]):
+            self.best = {
+                "state_dict": {name: value.cpu().clone() for name, value in pl_module.state_dict().items()},
+                "epoch": trainer.current_epoch,
+                "global_step": trainer.global_step,
+                "monitor": self.monitor,
+                "score": score,
+                DESCRIPTION: pl_module.description(),
+            }
+            self._write_best(trainer)
+        self._write_last(trainer)
+        self._stop_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning also calls this where StepLimit ends the training in mid-epoch, and would take the rest of the epoch
+        # for done in a run resumed from there.
+        if trainer.fit_loop.epoch_loop.batch_progress.current.completed == trainer.num_training_batches:
+            self._write_last(trainer)
+            self._stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop.ignore()
+        if number := self._stop.made(trainer):
+            raise Stopped(number)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        best = state_dict["best"]
+        if best is not None and not (
+            isinstance(best, dict) and type(best.get("score")) is float and isinstance(best.get("state_dict"), dict)
+        ):
+            raise CheckpointError("resume_from: expected the best model so far in it, with its score, found none")
+        self.best = best
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Makes Lightning's counts say what it has to do next when it reads them back.
+
+        By itself it leaves out a batch that was fetched, and the rest of a validation that had begun.
+        """
+        loops = checkpoint["loops"]["fit_loop"]
+        training, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+        if training["current"]["ready"] > training["current"]["completed"]:
+            training["is_last_batch"] = False
+            for counts in (training["total"], training["current"]):
+                counts["ready"] = counts["completed"]
+        if validation["current"]["ready"] > validation["current"]["completed"]:  # which it has to repeat
+            validation["is_last_batch"] = False
+            validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            validation["current"] = dict.fromkeys(validation["total"], 0)
+
+    def _write_best(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and self.best is not None:
+            write_checkpoint(self.best, self.best_path)
+
+    def _write_last(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.folder / "last.ckpt")  # by AtomicCheckpointIO; all processes take part
+        self._kept_step = trainer.global_step
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        number = self._stop.made(trainer)
+        if number is None:
+            return
+        if trainer.global_step > self._kept_step:
+            self._write_last(trainer)
+        log.info("stopped at step %d; resume_from=auto, other options as before, resumes from there", self._kept_step)
+        raise Stopped(number)
+
+
+class StepLimit(pl.Callback):
+    """Ends a training after `max_steps` optimiser steps, with a validation.
+
+    Lightning's own max_steps does not: it neither validates then, nor knows, on resuming, an epoch that is over from
+    one that it stopped in the middle of, and leaves the next one out.
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loop = trainer.fit_loop
+        epoch, validation = loop.epoch_progress.current, loop.epoch_loop.val_loop.batch_progress.total
+        batches = loop.epoch_loop.batch_progress.current.completed
+        # In a resumed run the end of an epoch, or a validation that was stopped, may be still to come.
+        ends_epoch = batches == trainer.num_training_batches and epoch.ready > epoch.completed
+        if not ends_epoch and validation.ready == validation.completed:
+            self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step >= self.max_steps:
+            trainer.should_stop = True
+
+    on_train_batch_end = on_validation_end = on_train_epoch_end = _look
+
+
+class Report(pl.Callback):
+    """A line per validation, and one per epoch on how fast the training was and what held it up."""
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+        self._samples = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+        """Clock at the start of what `_seconds` does not count yet; None in a validation and the checkpoints after."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _loader(trainer).waited = 0.0
+        self._samples, self._seconds, self._since = 0, 0.0, time.perf_counter()
+
+    on_train_epoch_start = on_train_start  # which a run resumed in mid-epoch has not
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self._since = self._since or time.perf_counter()
+        self._samples += len(batch.index_B) * trainer.world_size
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._count(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        shown = [name for name in ("train/loss", "val/loss", self.monitor) if name in metrics]
+        values = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in shown)
+        log.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, values)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._count(pl_module)
+        if not self._samples:  # resumed at the end of an epoch
+            return
+        log.info(
+            "epoch %d: %s training samples in %.1f s, %.1f per second; %.0f %% of the time waiting for data",
+            trainer.current_epoch,
+            f"{self._samples:,}",
+            self._seconds,
+            self._samples / self._seconds,
+            min(100, 100 * _loader(trainer).waited / self._seconds),
+        )
+
+    def _count(self, pl_module: pl.LightningModule) -> None:
+        if self._since is not None:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+
+def _loader(trainer: pl.Trainer) -> TimedLoader:
+    loader = trainer.train_dataloader
+    assert isinstance(loader, TimedLoader)
+    return loader

@@ -1,0 +1,369 @@
+"""Checkpoints: what they hold, reading them, and reading those of the published code.
+
+Ours hold everything but the frozen backbone, and the backbone's name and hash. Published ones hold the model with its
+backbone, except the dynamic queries, which follow from the seed of their run (docs/method.md section 6). Neither can
+run code: `torch.load` runs with `weights_only=True`, and the classes that published files mention become inert
+stand-ins.
+"""
+
+import logging
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip.backbone import Backbone, architecture_of, shape_of
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.method import UNUSED, MethodOptions
+from clip.modules.registry import HEADS, METHODS, head_class, method_class
+from clip.published_queries import published_queries
+from clip.trainable import freeze, parts_of
+from common.errors import CheckpointError
+from common.hashing import file_sha256
+from common.messages import first_line, quoted
+from common.records import record_of
+from common.torch_file import check_state, first_of, load_inert, state_dict_of
+from engine.checkpoint_file import check_intact
+from engine.families import family_of
+from engine.tasks import TASKS, task_of
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec, custom_spec
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+DESCRIPTION = "rep"
+"""Key of a checkpoint under which it says what it is."""
+OF_TRAINING = "epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "MissingModalityData"
+"""Entries that resuming a training takes, none of them empty."""
+STAND_IN_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "pathlib.", "_io.")
+"""Published checkpoints mention classes of these (callbacks, hyper-parameters, paths). Others are refused."""
+PUBLISHED_NAMES = {
+    f"model.{tower}_encoder.transformer.resblocks.0.{published}": f"model.{learner}.dynamic.{tower}.{ours}"
+    for learner, slots, attention in (
+        ("memory_learner", "memories", "attn_memory"),
+        ("prompt_learner", "prompts", "attn_prompt"),
+    )
+    for published, ours in ((f"{attention}.", "attention."), (f"{slots}_dynamic_", "queries_"))
+    for tower in ("image", "text")
+}
+"""Beginnings of names in published checkpoints, and in older ones of ours, that the model has under other names: of
+REP's and DCP's dynamic slots, which are in the towers there."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a classifier is built from."""
+
+    task: str
+    method: MethodOptions
+    architecture: Any
+    """Sizes of the backbone, as its family describes them."""
+    head: str = "linear"
+    custom: CustomData | None = None
+    """Classes and metric of a custom dataset (task `custom`)."""
+
+    @property
+    def dataset(self) -> DatasetSpec:
+        """Row of the dataset."""
+        return DATASETS[self.task] if self.custom is None else custom_spec(self.custom)
+
+
+@dataclass(frozen=True)
+class TokenizerUsed:
+    """The tokenizer of a training."""
+
+    option: str | None
+    """What the run had as option `tokenizer`; None for the one that comes with the backbone."""
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file, read and understood."""
+
+    path: Path
+    sha256: str
+    spec: ModelSpec
+    state: dict[str, Tensor]
+    backbone_name: str | None = None
+    backbone_sha256: str | None = None
+    """None, like the name, for a published checkpoint, which holds the backbone itself."""
+    class_names: tuple[str, ...] = ()
+    """In label order; empty where it does not say them."""
+    resumable: bool = False
+    """Whether it also holds the state of the training, like `last.ckpt`."""
+    tokenizer: TokenizerUsed | None = None
+    """None where it does not say it."""
+
+    @property
+    def published(self) -> bool:
+        """True for a checkpoint of the published code."""
+        return self.backbone_sha256 is None
+
+
+def describe(
+    spec: ModelSpec,
+    backbone_name: str,
+    backbone_sha256: str,
+    class_names: Sequence[str] = (),
+    tokenizer: TokenizerUsed | None = None,
+) -> dict[str, Any]:
+    """The plain values that a checkpoint holds under DESCRIPTION."""
+    return {
+        "format": FORMAT,
+        "task": spec.task,
+        **asdict(spec.method),
+        "head": spec.head,
+        "architecture": asdict(spec.architecture),
+        "backbone": {"name": backbone_name, "sha256": backbone_sha256},
+        "class_names": list(class_names),
+        **({"tokenizer": asdict(tokenizer)} if tokenizer is not None else {}),
+        **({"custom": asdict(spec.custom)} if spec.custom is not None else {}),
+    }
+
+
+def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
+    """A classifier with random weights, its parameters frozen as the task says.
+
+    Raises:
+        ValueError: the method's sizes do not fit each other or the backbone.
+    """
+    task = task_of(spec.task, spec.custom)
+    backbone = family_of(spec.task).build(spec.architecture)
+    method = method_class(spec.method.prompt_type)(backbone.places, backbone.embed_dim, spec.method)
+    head = head_class(spec.head)(len(backbone.places), backbone.embed_dim, task.n_classes)
+    classifier = MissingModalityClassifier(backbone, method, task.head_name, head)
+    freeze(classifier, spec.task)
+    return classifier
+
+
+def kept_names(classifier: MissingModalityClassifier) -> list[str]:
+    """Names of the entries that a checkpoint keeps: all but the frozen backbone and what the method does not use."""
+    parts, backbone = parts_of(classifier), classifier.model.parts()
+    of_backbone = [parameter for part in backbone.values() for parameter in part if not parameter.requires_grad]
+    left_out = set(map(id, [*of_backbone, *parts.get(UNUSED, [])]))
+    return [name for name, value in classifier.state_dict(keep_vars=True).items() if id(value) not in left_out]
+
+
+def kept_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
+    """The entries a checkpoint keeps."""
+    state = classifier.state_dict()
+    return {name: state[name] for name in kept_names(classifier)}
+
+
+def model_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a checkpoint under the names that the model has for them (see PUBLISHED_NAMES)."""
+    return {model_name(name): tensor for name, tensor in state.items()}
+
+
+def model_name(name: str) -> str:
+    """The name that the model has for an entry of a published checkpoint."""
+    for published, ours in PUBLISHED_NAMES.items():
+        if name.startswith(published):
+            return ours + name.removeprefix(published)
+    return name
+
+
+def load_kept_state(classifier: MissingModalityClassifier, state: dict[str, Tensor], source: str) -> None:
+    """Copies a checkpoint's entries into `classifier`; every name is accounted for.
+
+    Raises:
+        CheckpointError: names are missing or unexpected, a shape differs, or a value is not finite.
+    """
+    _load(classifier, model_names(state), kept_names(classifier), source)
+
+
+def _load(
+    classifier: MissingModalityClassifier, state: dict[str, Tensor], expected: Collection[str], source: object
+) -> None:
+    own = classifier.state_dict()
+    try:
+        check_state(state, {name: own[name] for name in expected})
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    classifier.load_state_dict(state, strict=False)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint of ours or of the published code, without running anything in it.
+
+    Raises:
+        CheckpointError: not there, damaged, or not a checkpoint of this model.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"load_path={path}: no such file")
+    raw = _load_inert(path)
+    try:
+        if not isinstance(raw, dict) or "state_dict" not in raw:
+            found = first_of([str(name) for name in raw]) if isinstance(raw, dict) else ""
+            raise ValueError(
+                f"expected a Lightning checkpoint with a state_dict, found a {type(raw).__name__} {found}".rstrip()
+            )
+        state = state_dict_of(raw["state_dict"])
+        described = raw.get(DESCRIPTION)
+        of_model = {"spec": _published_spec(state)} if described is None else _described_model(described)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {first_line(error)}") from error
+    resumable = all(raw.get(name) not in (None, [], {}) for name in OF_TRAINING)
+    return Checkpoint(path, file_sha256(path), state=model_names(state), resumable=resumable, **of_model)
+
+
+def _described_model(described: Any) -> dict[str, Any]:
+    """What `describe` has said. Options that a checkpoint does not name are newer than it, and have their defaults.
+
+    Raises:
+        KeyError, TypeError, ValueError: an entry is missing, or not as expected.
+    """
+    found = described.get("format") if isinstance(described, dict) else described
+    if found != FORMAT:
+        raise ValueError(f"expected checkpoint format {FORMAT}, found {quoted(found)}")
+    task, head = described["task"], described.get("head", "linear")
+    options = {field.name for field in fields(MethodOptions)} & described.keys()
+    method = record_of(MethodOptions, {name: described[name] for name in options})
+    known_values = (("task", task, EVERY_DATASET), ("prompt_type", method.prompt_type, METHODS), ("head", head, HEADS))
+    for option, value, known in known_values:
+        if value not in list(known):
+            raise ValueError(f"{option} {quoted(value)}, expected one of {', '.join(known)}")
+    custom = CustomData.of(described["custom"]) if task == CUSTOM else None
+    architecture = record_of(family_of(task).architecture, described["architecture"])
+    class_names = tuple(map(str, described.get("class_names", ())))
+    if class_names and len(class_names) != (expected := task_of(task, custom).n_classes):
+        raise ValueError(f"class_names: expected {expected}, found {len(class_names)}")
+    return {
+        "spec": ModelSpec(task, method, architecture, head, custom),
+        "backbone_name": str(described["backbone"]["name"]),
+        "backbone_sha256": str(described["backbone"]["sha256"]),
+        "class_names": class_names,
+        "tokenizer": record_of(TokenizerUsed, described["tokenizer"]) if "tokenizer" in described else None,
+    }
+
+
+def restore_classifier(
+    checkpoint: Checkpoint, backbone: Backbone | None, published_seed: int = 0
+) -> MissingModalityClassifier:
+    """The classifier that `checkpoint` holds.
+
+    Args:
+        backbone: the frozen weights; None for a published checkpoint, which has them.
+        published_seed: that of the run which wrote a published checkpoint; its dynamic queries follow from it.
+
+    Raises:
+        CheckpointError: the backbone is another one, or the state does not fit.
+    """
+    path, spec, state = checkpoint.path, checkpoint.spec, checkpoint.state
+    try:
+        classifier = build_classifier(spec)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: no model has its sizes: {first_line(error)}") from error
+    if not checkpoint.published:
+        assert backbone is not None, "a checkpoint without frozen weights needs its backbone"
+        check_backbone(checkpoint, backbone)
+        backbone.load_into(classifier.model)
+        _load(classifier, state, kept_names(classifier), path)
+        return classifier
+    expected = classifier.state_dict().keys()
+    if any(".queries_" in name for name in expected - state.keys()):
+        drawn = published_queries(spec.architecture, spec.method.slots, published_seed)
+        state = {**{f"model.{classifier.method.attribute}.dynamic.{name}": drawn[name] for name in drawn}, **state}
+        log.info("%s: dynamic queries as its run with seed %d drew them", path, published_seed)
+    _load(classifier, state, expected, path)
+    return classifier
+
+
+def check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
+    """Raises CheckpointError unless `backbone` is the one that the checkpoint was trained on."""
+    theirs = {"sha256": checkpoint.backbone_sha256, **asdict(checkpoint.spec.architecture)}
+    ours = {"sha256": backbone.sha256, **asdict(backbone.architecture)}
+    differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in theirs if theirs[key] != ours[key]]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path}: trained on the backbone {checkpoint.backbone_name}, but vit={backbone.name} has "
+            f"others of these: {', '.join(differing)}"
+        )
+
+
+def check_tokenizer(checkpoint: Checkpoint, fingerprint: str) -> None:
+    """Raises CheckpointError where `checkpoint` says that it was trained with another tokenizer."""
+    used = checkpoint.tokenizer
+    if used is not None and used.fingerprint != fingerprint:
+        had = f"tokenizer={used.option}" if used.option is not None else "the tokenizer that comes with its backbone"
+        raise CheckpointError(
+            f"{checkpoint.path}: trained with {had} (fingerprint {used.fingerprint[:16]}…), "
+            f"this tokenizer is another one (fingerprint {fingerprint[:16]}…)"
+        )
+
+
+def check_classes(checkpoint: Checkpoint, dataset: ArrowDataset) -> None:
+    """Compares the classes that the head of `checkpoint` is for with those of `dataset`, where both are of one task.
+
+    A class whose name is its number has none: the arrow file that it comes from did not say it.
+
+    Raises:
+        CheckpointError: they differ; names the first class that does.
+        DataError: the class names in the arrow file are damaged.
+    """
+    spec = checkpoint.spec
+    if spec.task != dataset.spec.name:
+        return
+    if spec.custom is not None and dataset.spec.custom is not None:
+        difference = spec.custom.difference(dataset.spec.custom)
+        if difference is not None:
+            raise CheckpointError(
+                f"{checkpoint.path}: trained on the classes of {spec.custom.name}, the data's differ: {difference}"
+            )
+    elif checkpoint.class_names:
+        for number, (theirs, ours) in enumerate(zip(checkpoint.class_names, dataset.class_names(), strict=True)):
+            if theirs != ours and str(number) not in (theirs, ours):
+                raise CheckpointError(
+                    f"{checkpoint.path}: trained on other classes than those of {dataset.path}: expected "
+                    f"{quoted(theirs)} as class {number}, found {quoted(ours)}"
+                )
+
+
+def _published_spec(state: Mapping[str, Tensor]) -> ModelSpec:
+    """Method and sizes from names and shapes; the published files' own description is not needed.
+
+    Raises:
+        KeyError, TypeError, ValueError: an entry is missing, or not as expected.
+    """
+    dcp = any(name.startswith("model.prompt_learner.") for name in state)
+    prompt_type, slots_name = ("dcp", "common_prompt_complete") if dcp else ("rep", "common_memory_complete")
+    learner = f"model.{method_class(prompt_type).attribute}."
+    slots, _ = shape_of(state, learner + slots_name, 2)
+    architecture = architecture_of({name.removeprefix("model."): state[name] for name in state}, "quick_gelu")
+    heads = [task for task in TASKS.values() if f"{task.head_name}.weight" in state]
+    if len(heads) != 1:
+        expected = " or ".join(task.head_name for task in TASKS.values())
+        raise ValueError(f"expected one head named {expected}, found {len(heads)}")
+    depth = sum(re.fullmatch(rf"{learner}layernorm_text\.\d+\.weight", name) is not None for name in state)
+    return ModelSpec(heads[0].name, MethodOptions(prompt_type, 3 * slots, depth), architecture)
+
+
+class _StandIn:
+    """Takes the place of a class that a published checkpoint mentions, and does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _load_inert(path: Path) -> Any:
+    try:
+        mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # refuses what is no zip archive
+        check_intact(path)
+        if refused := [name for name in mentioned if not name.startswith(STAND_IN_MODULES)]:
+            raise ValueError(f"it mentions {', '.join(refused)}, which might run code; not opened")
+        # Hyper-parameters come as a subclass of dict; torch's restricted reader fills nothing but plain ones.
+        stand_ins: list[Any] = [(dict if name.endswith("AttributeDict") else _StandIn, name) for name in mentioned]
+        with torch.serialization.safe_globals(stand_ins):
+            return load_inert(path)
+    except Exception as error:  # torch.load raises many types on damaged files
+        raise CheckpointError(f"{path}: not readable as a checkpoint: {first_line(error)}") from error

@@ -1,0 +1,46 @@
+"""Writing checkpoints so that a reader finds the old file or the new one, and telling a damaged one from an intact."""
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from common.errors import CheckpointError
+from common.files import atomic_path
+from common.messages import first_line
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """How Lightning writes checkpoints: with `write_checkpoint`.
+
+    Its own way writes into the system's folder for temporary files and copies from there: a kill leaves a part.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Called by Lightning in the first process alone."""
+        write_checkpoint(checkpoint, Path(path))
+
+
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Replaces `path` once all is on the disk. Raises OSError where it cannot be written; `path` is as it was then."""
+    file = io.BytesIO()  # checkpoints lack the frozen weights; and torch hides why writing to a file failed
+    torch.save(content, file)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(file.getbuffer())
+
+
+def check_intact(path: Path) -> None:
+    """Raises CheckpointError unless each entry of a checkpoint has the size and the checksum that the file records.
+
+    torch.load does not look at the checksums.
+    """
+    try:
+        with zipfile.ZipFile(path) as entries:
+            damaged = entries.testzip()
+    except Exception as error:  # zipfile raises many types on damaged files
+        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged: the checksum of its entry {damaged} is wrong")

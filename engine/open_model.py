@@ -1,0 +1,44 @@
+"""A trained model ready to compute: its classifier on the backbone it was trained on, and what it takes."""
+
+import logging
+
+import torch
+
+from clip.modules.classifier import MissingModalityClassifier
+from engine.checkpoint import Checkpoint, check_tokenizer, restore_classifier
+from engine.families import BackboneChoice, family_of
+from vilt.datasets.kinds import InputFormat
+
+log = logging.getLogger("rep")
+
+COMPUTE_TYPES = {
+    **dict.fromkeys(("32", "32-true"), torch.float32),
+    **dict.fromkeys(("16", "16-mixed"), torch.float16),
+    **dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16),
+}
+"""Of the frozen towers, by the precision as the option has it, and as Lightning calls it."""
+
+
+def open_model(
+    checkpoint: Checkpoint, choice: BackboneChoice, published_vit: str
+) -> tuple[MissingModalityClassifier, InputFormat]:
+    """The model of `checkpoint`, and what it takes.
+
+    Args:
+        published_vit: for a published checkpoint, which holds its CLIP weights: whose tokenizer goes with them.
+
+    Raises:
+        BackboneError, CheckpointError: weights or tokenizer are not found, do not fit each other, or are not those of
+            the training.
+        ConfigError: `choice` contradicts the model.
+    """
+    spec, family, backbone = checkpoint.spec, family_of(checkpoint.spec.task), None
+    if checkpoint.published:
+        log.info("%s: a checkpoint of the published code; it holds its own CLIP weights", checkpoint.path)
+        choice = choice._replace(vit=published_vit)
+    else:
+        choice = choice._replace(vit=choice.vit or str(checkpoint.backbone_name))
+        backbone = family.load(choice, spec.architecture)
+    inputs = family.inputs(choice, spec.architecture)
+    check_tokenizer(checkpoint, inputs.fingerprint)
+    return restore_classifier(checkpoint, backbone, choice.published_seed), inputs

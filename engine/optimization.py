@@ -1,0 +1,140 @@
+"""What a training step does with gradients: parameter groups, optimiser and learning rate (docs/method.md, 5)."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_cosine_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
+
+ADAM_BETAS = (0.9, 0.98)
+ADAM_EPS = 1e-8
+SGD_MOMENTUM = 0.9
+NOT_DECAYED = ("bias", "norm.weight")
+"""Endings of the names of parameters without weight decay. Of the norms these are the ones within RDNs, not `ln_post`,
+`ln_final` and `layernorm_text.K`: the published test of names."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Optimiser and schedule."""
+
+    optim_type: str
+    """One of OPTIMIZERS."""
+    learning_rate: float
+    lr_mult: float
+    """Factor on the learning rate of the head."""
+    weight_decay: float
+    warmup_steps: float
+    """Optimiser steps, or a share of all steps if below 1."""
+    end_lr: float
+    decay_power: float | str
+    """Power of the polynomial decay, or `cosine`."""
+    max_steps: int | None = None
+    """All steps, where that is less than the epochs have."""
+
+
+class AdamW(Optimizer):
+    """AdamW as transformers 4.2.1 computed it, which the published numbers come from.
+
+    It differs from `torch.optim.AdamW` in two places: `eps` is added to the square root of the second moment before
+    the bias correction, and the weight decay follows the update.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; a parameter that has never had a gradient stays as it is, and its count has not begun."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            gradients = [parameter.grad for parameter in parameters]
+            states = [self._counted(parameter) for parameter in parameters]
+            means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            beta1, beta2 = group["betas"]
+            torch._foreach_lerp_(means, gradients, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_add_(roots, group["eps"])
+            rates = [
+                -group["lr"] * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"]) for state in states
+            ]
+            torch._foreach_addcdiv_(parameters, means, roots, rates)
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        return loss
+
+    def _counted(self, parameter: torch.Tensor) -> dict[str, Any]:
+        """The state of a parameter, this step counted. The count is on the host, where its powers are computed."""
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        state["step"] += 1
+        return state
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
+    "adamw": lambda groups, lr: AdamW(groups, lr, ADAM_BETAS, ADAM_EPS),
+    "adam": lambda groups, lr: Adam(groups, lr),
+    "sgd": lambda groups, lr: SGD(groups, lr, momentum=SGD_MOMENTUM),
+}
+"""By the option `optim_type`, each as the published code sets it."""
+
+
+def make_optimizer(module: nn.Module, head_name: str, settings: OptimizerSettings) -> Optimizer:
+    """The optimiser over the groups of the trained parameters."""
+    groups = optimizer_groups(module, head_name, settings)
+    return OPTIMIZERS[settings.optim_type](groups, settings.learning_rate)
+
+
+def optimizer_groups(module: nn.Module, head_name: str, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay or none (see NOT_DECAYED), first of all but the head, then of the head.
+
+    Every trained parameter is in exactly one group.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = name.startswith(f"{head_name}."), name.endswith(NOT_DECAYED)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": settings.learning_rate * (settings.lr_mult if of_head else 1.0),
+            "weight_decay": 0.0 if not_decayed else settings.weight_decay,
+        }
+        for (of_head, not_decayed), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def schedule_steps(batches: int, epochs: int, accumulation: int, max_steps: int | None) -> int:
+    """Optimiser steps that the schedule spans: of all batches, rounded down, as published.
+
+    Each epoch ends with a step of its own, however few batches are left for it, so that there may be some steps more
+    than that. They have the final rate.
+    """
+    steps = max(1, batches * epochs // accumulation)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LRScheduler:
+    """Linear warm-up, then decay to `end_lr` at `total_steps`."""
+    warmup = settings.warmup_steps
+    warmup_steps = int(total_steps * warmup) if warmup < 1 else int(warmup)
+    if settings.decay_power == "cosine":
+        return get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    return get_polynomial_decay_schedule_with_warmup(
+        optimizer, warmup_steps, total_steps, lr_end=settings.end_lr, power=float(settings.decay_power)
+    )

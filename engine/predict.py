@@ -1,0 +1,305 @@
+"""Predictions of a trained model for any images and texts.
+
+from engine.predict import load_model
+
+model = load_model("result/rep_seed0/version_0/best.ckpt")
+for prediction in model.predict(images=["poster.jpg", None], texts=["Two friends rob a train.", "A ghost story."]):
+    print(prediction.missing, prediction.labels, prediction.probabilities)
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_lightning.utilities import move_data_to_device
+from torch.utils.data import DataLoader, Dataset
+
+from clip.modules.classifier import MissingModalityClassifier
+from common.errors import ConfigError, DataError, reason_of
+from common.files import atomic_path
+from common.messages import listed, printable
+from common.text import natural_key, per_cent, terminal_table
+from engine.checkpoint import Checkpoint, read_checkpoint
+from engine.families import BackboneChoice
+from engine.open_model import COMPUTE_TYPES, open_model
+from engine.training import model_input
+from vilt.datamodules import Batch, collate
+from vilt.datasets.arrow_dataset import Sample
+from vilt.datasets.kinds import KINDS, InputFormat, kinds_of
+from vilt.datasets.specs import DatasetSpec
+from vilt.utils.tables import DELIMITERS, table_rows
+
+THRESHOLD = 0.5
+"""Of the probability of a class, where a sample can have several."""
+SHOWN = 5
+"""Predictions that the terminal shows."""
+
+ImageInput = str | Path | Image.Image | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one sample."""
+
+    missing: str
+    """`complete`, or the modalities that are missing, as in `text missing`."""
+    labels: tuple[str, ...]
+    """The most probable class, or all those above 0.5 where a sample can have several."""
+    probabilities: dict[str, float]
+    """Of every class, by its name."""
+
+
+class Item(NamedTuple):
+    """One sample."""
+
+    id: str
+    inputs: dict[str, Any]
+    """By modality, of those that it has, what `Kind.read_given` takes."""
+    place: str
+    """How messages call it."""
+
+
+class Predictor:
+    """A trained model that predicts; made by `load_model`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        classifier: MissingModalityClassifier,
+        inputs: InputFormat,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.dataset = dataset = checkpoint.spec.dataset
+        names = checkpoint.class_names or dataset.class_names
+        self.class_names = names or tuple(f"class {number}" for number in range(dataset.n_classes))
+        self.multilabel = dataset.multilabel
+        self.inputs = inputs
+        self.device = device
+        self.dtype = COMPUTE_TYPES[precision]
+        classifier.compute(self.dtype)
+        self._classifier = classifier.to(device).eval()
+
+    def predict(
+        self,
+        images: Sequence[ImageInput] | None = None,
+        texts: Sequence[str | None] | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> list[Prediction]:
+        """A prediction per sample, by a model of images and texts.
+
+        Args:
+            images: paths or Pillow images; None for a sample without one. Left out: no sample has one.
+            texts: likewise.
+
+        Raises:
+            DataError: the two are not of one length, a sample has neither, or an image cannot be read.
+        """
+        count = len(images if images is not None else texts if texts is not None else [])
+        images = [None] * count if images is None else images
+        texts = [None] * count if texts is None else texts
+        if len(images) != len(texts):
+            raise DataError(f"expected as many images as texts, found {len(images)} and {len(texts)}")
+        pairs = zip(images, texts, strict=True)
+        items = [
+            Item(str(n), {name: value for name, value in given.items() if value is not None}, f"sample {n}")
+            for n, given in enumerate({"image": image, "text": text} for image, text in pairs)
+        ]
+        return list(self.predict_items(items, batch_size=batch_size))
+
+    def predict_items(self, items: Sequence[Item], *, batch_size: int, workers: int = 0) -> Iterator[Prediction]:
+        """A prediction per item, in order; inputs are read by `workers` processes as they are needed.
+
+        Raises:
+            DataError: an item has no input, or one that cannot be read; names it.
+        """
+        loader = DataLoader(
+            _Items(items, self.dataset, self.inputs),
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=partial(collate, kinds_of(self.dataset), once=True),
+        )
+        for batch in loader:
+            yield from self._predictions(batch)
+
+    @torch.inference_mode()
+    def _predictions(self, batch: Batch) -> list[Prediction]:
+        moved = move_data_to_device(batch, self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            logits_BC = self._classifier(model_input(moved)).float().cpu()
+        probability_BC = logits_BC.sigmoid() if self.multilabel else logits_BC.softmax(dim=-1)
+        predictions, missing_types = [], model_input(batch).missing_type_B.tolist()
+        for missing_type, probability_C in zip(missing_types, probability_BC.tolist(), strict=True):
+            named = dict(zip(self.class_names, probability_C, strict=True))
+            labels = [name for name, value in named.items() if value > THRESHOLD]
+            if not self.multilabel:
+                labels = [self.class_names[int(np.argmax(probability_C))]]
+            predictions.append(Prediction(self.dataset.type_names[missing_type], tuple(labels), named))
+        return predictions
+
+
+class _Items(Dataset[Sample]):
+    """The samples behind items; what they lack is missing."""
+
+    def __init__(self, items: Sequence[Item], dataset: DatasetSpec, inputs: InputFormat) -> None:
+        self._items, self._dataset, self._inputs = items, dataset, inputs
+        for item in items:
+            if not item.inputs:
+                names = " or ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in dataset.modalities)
+                raise DataError(f"{item.place}: expected {names}, found neither")
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, number: int) -> Sample:
+        read, item = {}, self._items[number]
+        for name, value in item.inputs.items():
+            modality = self._dataset.modalities[name]
+            try:
+                read[name] = KINDS[modality.kind].read_given(value, modality, self._inputs)
+            except Exception as error:  # Pillow's decoders raise whatever the damage leads to
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                raise DataError(f"{item.place}: {name} {value}: cannot be read: {reason}") from error
+        return Sample(read, torch.tensor(0), number)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    vit: str | None = None,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    precision: str | int = "32",
+    trust_backbone: bool = False,
+    vit_activation: str | None = None,
+    published_seed: int = 0,
+) -> Predictor:
+    """The trained model of a checkpoint, ready to predict.
+
+    Args:
+        path: a checkpoint, ours or a published one.
+        vit, tokenizer, trust_backbone, vit_activation, published_seed: as the options of `run.py`; None: what the
+            checkpoint says.
+        device: as torch names it; None: the first GPU, else the CPU.
+        precision: `32`, `16` or `bf16`, also in Lightning's spelling.
+
+    Raises:
+        ConfigError: there is no such precision.
+        CheckpointError, BackboneError: checkpoint, frozen weights or tokenizer are not found, not readable, or do not
+            fit each other.
+    """
+    if str(precision) not in COMPUTE_TYPES:
+        raise ConfigError(f"precision: expected 32, 16 or bf16, found {precision!r}")
+    checkpoint = read_checkpoint(Path(path))
+    choice = BackboneChoice(vit, vit_activation, tokenizer, trust_backbone, published_seed)
+    classifier, found = open_model(checkpoint, choice, published_vit=vit or "ViT-B/16")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Predictor(checkpoint, classifier, found, where, str(precision))
+
+
+def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
+    """The samples in a CSV, TSV or JSONL with a column for each modality and maybe `id`, or in a folder.
+
+    Texts stand in the table, for other inputs the path of a file, relative to the table. In a folder, files of one name
+    are one sample: a text for `NAME.jpg` is in `NAME.txt` beside it. Files are taken in the order of their names,
+    folders within it too.
+
+    Raises:
+        DataError: it is not there or holds nothing, or a row is not as expected; names file and row.
+    """
+    items = _items_of_folder(source, dataset) if source.is_dir() else _items_of_table(source, dataset)
+    if not items:
+        raise DataError(f"input={source}: expected at least one sample, found none")
+    return items
+
+
+def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
+    if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
+        raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl")
+    items, kinds = [], kinds_of(dataset)
+    for row, values in table_rows(source, needed=[]):
+        place = f"{source}, row {row}"
+        if not kinds.keys() & values.keys():
+            names = f"{', '.join(map(repr, kinds))} or {'both' if len(kinds) == 2 else 'some of them'}"
+            raise DataError(f"{place}: expected the columns {names}, found {listed(list(values))}")
+        cells = {name: _cell(values.get(name), name, place) for name in kinds}
+        inputs = {name: source.parent / cell if kinds[name].is_file else cell for name, cell in cells.items() if cell}
+        items.append(Item(str(row if values.get("id") is None else values["id"]), inputs, place))
+    return items
+
+
+def _cell(value: object, name: str, place: str) -> str | None:
+    """A text; None where it is absent or blank."""
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{place}: {name}: expected a text, found {json.dumps(value)[:80]}")
+    return value if value is not None and value.strip() else None
+
+
+def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
+    kinds = kinds_of(dataset)
+    name_of = {suffix: name for name, kind in kinds.items() for suffix in kind.suffixes}
+    if len(set(kinds.values())) < len(kinds):
+        raise DataError(f"input={source}: expected a table, as several of {', '.join(kinds)} are files of one kind")
+    inputs_of: dict[Path, dict[str, Any]] = {}
+    for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
+        if (name := name_of.get(path.suffix.lower())) is None:
+            continue
+        if (other := inputs_of.setdefault(path.with_suffix(""), {}).setdefault(name, path)) is not path:
+            raise DataError(f"{path}: expected one file of this name, found {other.name} too")
+    items = []
+    for stem, inputs in sorted(inputs_of.items(), key=lambda item: natural_key(item[0])):
+        for name, path in list(inputs.items()):
+            if not kinds[name].is_file:
+                try:
+                    inputs[name] = path.read_text("utf-8-sig")
+                except (OSError, UnicodeDecodeError) as error:
+                    raise DataError(f"{path}: not readable as text in UTF-8: {error}") from error
+        items.append(Item(str(stem.relative_to(source)), {n: value for n, value in inputs.items() if value}, str(stem)))
+    return items
+
+
+def write_predictions(
+    path: Path, items: Sequence[Item], predictions: Iterable[Prediction], predictor: Predictor
+) -> list[Prediction]:
+    """Writes a line per sample as CSV or JSONL, completely or not at all; returns the first few.
+
+    In a CSV several labels are separated by `|`, and the probability of class X is in the column `p(X)`.
+
+    Raises:
+        DataError: as `predict_items`, or the file cannot be written.
+    """
+    first: list[Prediction] = []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if path.suffix == ".csv":
+                writer.writerow(["id", "missing", "labels", *(f"p({name})" for name in predictor.class_names)])
+            for item, prediction in zip(items, predictions, strict=True):
+                if path.suffix == ".csv":
+                    probabilities = prediction.probabilities.values()
+                    writer.writerow([item.id, prediction.missing, "|".join(prediction.labels), *probabilities])
+                else:
+                    file.write(json.dumps({"id": item.id, **asdict(prediction)}, ensure_ascii=False) + "\n")
+                if len(first) < SHOWN:
+                    first.append(prediction)
+    except OSError as error:
+        raise DataError(f"output={path}: cannot be written: {reason_of(error)}") from error
+    return first
+
+
+def describe_predictions(items: Sequence[Item], first: Sequence[Prediction]) -> str:
+    """The first predictions, as a table for the terminal."""
+    rows = []
+    for item, prediction in zip(items, first, strict=False):
+        shown = [f"{name} {per_cent(round(prediction.probabilities[name], 3))}" for name in prediction.labels]
+        rows.append([printable(item.id), prediction.missing, printable(", ".join(shown)) or "none above 50 %"])
+    return terminal_table(("id", "missing", "prediction"), rows, "<<<")

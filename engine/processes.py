@@ -1,0 +1,74 @@
+"""Runs on several processes: what ends one of them ends all, with one message and one exit status."""
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytorch_lightning as pl
+
+from common.errors import NonFiniteLossError
+from engine.ending import OUR_FAULT, USER_ERROR
+from engine.interruption import Stopped
+
+SECONDS_TO_END = 5
+"""For a process whose connections are gone."""
+LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|failed to recv", re.IGNORECASE)
+"""What torch's errors say when the process at the other end is gone."""
+
+
+class OtherProcessError(Exception):
+    """Another process of the run is gone; `status` is the exit status for this one."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@contextmanager
+def ending_together(trainer: pl.Trainer) -> Iterator[None]:
+    """Within the block, an error in this process ends those that it has started, before they miss it and complain.
+
+    Lightning kills the others as well, but prints the traceback of a lost connection for each. Where processes are
+    started by torchrun or SLURM, that is left to them.
+
+    Raises:
+        OtherProcessError: the error was that one of them is gone.
+    """
+    try:
+        yield
+    except Stopped:  # all stop together
+        raise
+    except BaseException as error:
+        if trainer.global_rank and isinstance(error, NonFiniteLossError):  # all have it, and the first says so
+            raise SystemExit(USER_ERROR) from error
+        others: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+        started = list(others)
+        others.clear()  # Lightning watches these, and would kill this process too
+        lost = isinstance(error, RuntimeError)  # what lost connections raise
+        failed = _first_failed(started) if lost and started else None
+        for process in started:
+            process.kill()
+        if failed is not None:
+            who, status = f"process {trainer.global_rank + 1 + started.index(failed)} of the run", failed.returncode
+            if status > 0:
+                raise OtherProcessError(f"{who} ended with status {status}: its message is above", status) from error
+            killed = f"{who} was killed by {signal.Signals(-status).name}: perhaps out of memory"
+            raise OtherProcessError(killed, USER_ERROR) from error
+        if trainer.global_rank and lost and LOST.search(str(error)):
+            message = f"process {trainer.global_rank} lost the others of the run: their message is above"
+            raise OtherProcessError(message, OUR_FAULT) from error
+        raise
+
+
+def _first_failed(processes: list["subprocess.Popen[bytes]"]) -> "subprocess.Popen[bytes] | None":
+    """A process that failed, or does within SECONDS_TO_END."""
+    until = time.monotonic() + SECONDS_TO_END
+    while time.monotonic() < until:
+        for process in processes:
+            if process.poll():
+                return process
+        time.sleep(0.1)
+    return None

@@ -1,0 +1,174 @@
+"""`resume_from=auto`: how far earlier runs with the same options got."""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from common.errors import CheckpointError, DataError
+from common.locks import locked
+from common.messages import first_line
+from common.strict_json import read_json
+from engine.checkpoint_file import check_intact
+from runs.option_names import OF_OTHER_COMMANDS
+
+log = logging.getLogger("rep")
+
+AUTO = "auto"
+"""Value of the option resume_from."""
+NOT_THE_TRAINING = {
+    *("exp_name", "log_dir", "resume_from", "test_after_fit"),
+    *("missing_ratio.test", "missing_type.test", "test_ratio", "test_type", "test_exp_name"),
+    *("data_root", "missing_table_root", "num_workers", "image_cache", "image_size", "trust_backbone"),
+    *("num_gpus", "num_nodes", "cpu_processes", "per_gpu_batchsize", "activation_checkpointing"),
+    "compile",  # of older runs
+    *OF_OTHER_COMMANDS,
+}
+"""Options in which a run and the one that resumes it may differ: names, places, the machine, the test, other commands.
+What of the machine and the data does matter is checked when the checkpoint is read."""
+OF_A_START = {"load_path": None, "finetune_first": None}
+"""Options that a resumed training has no use for."""
+TEST_PATTERN = ("missing_ratio.test", "missing_type.test")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What there is of a run; nothing if all is None."""
+
+    finished: Path | None = None
+    """Folder of the run, if nothing is left to do."""
+    checkpoint: Path | None = None
+    """From which it resumes otherwise. A run that lacks only the test has one of its last step."""
+
+
+@contextmanager
+def alone(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> Iterator[None]:
+    """Keeps two runs below `parent` from doing the same training at once, each from the other's checkpoints.
+
+    Runs that differ in an option of the training have different locks. Of several processes the first one holds it.
+
+    Raises:
+        BusyError: another one is at it; names it.
+        ConfigError: `parent` cannot be written.
+    """
+    if getattr(rank_zero_only, "rank", 0):
+        yield
+        return
+    training = {name: value for name, value in _comparable(config).items() if name not in NOT_THE_TRAINING}
+    described = json.dumps([training, samples_per_batch], sort_keys=True)
+    lock = parent / f".training_{hashlib.sha256(described.encode()).hexdigest()[:16]}.lock"
+    with locked(lock, f"resume_from=auto: another process is at this training in {parent}"):
+        yield
+
+
+def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> Progress:
+    """The newest intact checkpoint of the runs `parent/version_N` whose options agree with `config`.
+
+    Logs what it finds, and which checkpoints are damaged.
+
+    Args:
+        config: the options.
+        samples_per_batch: of all processes together.
+    """
+    ours = _comparable(config)
+    runs = list(_agreeing(parent, ours, samples_per_batch))
+    for folder, theirs in runs:
+        same_test = all(theirs[name] == ours[name] for name in TEST_PATTERN)
+        if config["test_after_fit"] and same_test and (folder / "test_results.json").is_file():
+            return Progress(finished=folder)
+    for path in (folder / "last.ckpt" for folder, _ in runs):
+        try:
+            place = _place(path) if path.is_file() else None
+        except CheckpointError as error:
+            log.warning("%s; the one before is taken", error)
+            continue
+        if place is None:
+            continue
+        epochs, steps = place
+        trained = epochs >= config["max_epoch"] or steps >= (config["max_steps"] or math.inf)
+        if trained and not config["test_after_fit"]:
+            return Progress(finished=path.parent)
+        log.info("resume_from=auto: resumes from %s (%d epochs, %d steps)", path, epochs, steps)
+        return Progress(checkpoint=path)
+    log.info("resume_from=auto: no checkpoint of this run in %s; starts from the beginning", parent)
+    return Progress()
+
+
+def _agreeing(parent: Path, ours: dict[str, Any], samples_per_batch: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The run folders with the same options, newest first, and their options."""
+    numbers = [int(path.name[8:]) for path in parent.glob("version_*") if path.name[8:].isdigit()]
+    for folder in (parent / f"version_{number}" for number in sorted(numbers, reverse=True)):
+        try:
+            config = read_json(folder / "config.json")
+            theirs = _comparable(config)
+            batch = _samples_per_batch(config)
+        except (DataError, KeyError, TypeError) as error:
+            log.warning("%s: passed over: %s", folder, first_line(error))
+            continue
+        differing = _differences(theirs, ours)
+        if batch != samples_per_batch:
+            differing.append(f"samples per batch (there {batch}, here {samples_per_batch})")
+        if differing:
+            log.info("%s: a run with other options: %s", folder, ", ".join(differing))
+        else:
+            yield folder, theirs
+
+
+def say_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
+    """Logs in which options a training that resumes from `checkpoint` differs from the run that wrote it."""
+    path = checkpoint.with_name("config.json")
+    if not path.is_file():
+        return
+    try:
+        theirs, ours = ({**_comparable(one), **OF_A_START} for one in (read_json(path), config))
+    except DataError as error:
+        log.info("%s: not compared: %s", path, first_line(error))
+        return
+    if differing := _differences(theirs, ours):
+        log.info(
+            "resume_from: other options than the run had: %s; the learning rate and its schedule stay those of the "
+            "checkpoint",
+            ", ".join(differing),
+        )
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} (there {theirs.get(name, 'no such option')}, here {ours.get(name, 'no such option')})"
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in NOT_THE_TRAINING and (name not in ours or name not in theirs or ours[name] != theirs[name])
+    ]
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as config.json gives them back; those of a split as `option.split`."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(dict(config), default=str)).items():
+        flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _samples_per_batch(config: Mapping[str, Any]) -> int:
+    """Of all processes together. Raises KeyError or TypeError where the options are not numbers."""
+    processes = config["num_nodes"], config["num_gpus"] or config["cpu_processes"]
+    if any(type(number) is not int for number in (config["per_gpu_batchsize"], *processes)):
+        raise TypeError("samples per batch: expected whole numbers")
+    return config["per_gpu_batchsize"] * math.prod(processes)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Epochs and optimiser steps behind a checkpoint. Raises CheckpointError where it is damaged."""
+    check_intact(path)
+    try:
+        content = torch.load(path, "cpu", weights_only=True, mmap=True)
+        return int(content["MissingModalityData"]["epoch"]), int(content["global_step"])
+    except Exception as error:  # torch.load raises many types on damaged files
+        raise CheckpointError(f"{path}: not readable as a checkpoint: {first_line(error)}") from error

@@ -1,0 +1,68 @@
+"""Tasks: head, loss, metrics and the metric that chooses the best model (docs/method.md section 4), by dataset."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.metrics import Metric, auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
+from vilt.datasets.custom import CustomData
+from vilt.datasets.specs import DATASETS, DatasetSpec, custom_spec
+
+
+def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "binary_cross_entropy": _binary_cross_entropy,
+    "cross_entropy": _cross_entropy,
+}
+METRICS: dict[str, Metric] = {
+    "multilabel_f1": multilabel_f1,
+    "class_accuracy": class_accuracy,
+    "macro_f1_and_accuracy": macro_f1_and_accuracy,
+    "auroc_and_accuracy": auroc_and_accuracy,
+}
+
+
+def head_name(task: str) -> str:
+    """Attribute name of the head of a task, as in published checkpoints."""
+    return f"{task}_classifier"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One downstream task. Its name is also the name of its dataset."""
+
+    name: str
+    n_classes: int
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """(logits (B, C), labels) to the mean loss."""
+    metrics: Metric
+    """(logits (N, C), labels) of a whole split to named values."""
+    monitor: str
+    """The metric that chooses the best model; higher is better."""
+
+    @property
+    def head_name(self) -> str:
+        """Attribute name of the head."""
+        return head_name(self.name)
+
+
+def task_with(spec: DatasetSpec) -> Task:
+    """The task of a dataset."""
+    return Task(spec.name, spec.n_classes, LOSSES[spec.loss], METRICS[spec.metrics], spec.monitor)
+
+
+TASKS: dict[str, Task] = {name: task_with(spec) for name, spec in DATASETS.items()}
+
+
+def task_of(name: str, custom: CustomData | None) -> Task:
+    """The task of a dataset by its name; that of a custom dataset follows from what the data says."""
+    return task_with(DATASETS[name]) if custom is None else task_with(custom_spec(custom))

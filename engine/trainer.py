@@ -1,0 +1,110 @@
+"""The Lightning trainer of a run, and what the terminal shows of it."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+from lightning_utilities.core.rank_zero import rank_zero_only
+from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+
+from engine.callbacks import Checkpoints, Report, StepLimit
+from engine.checkpoint_file import AtomicCheckpointIO
+from engine.metrics_log import MetricsLogger
+
+if TYPE_CHECKING:
+    from config import Options
+
+GPU_STEPS_PER_LOOK = 50
+"""Training steps on a GPU between two looks at the loss, for the records; each look makes the host wait."""
+CHATTY = ("pytorch_lightning", "lightning", "lightning_fabric", "transformers", "httpx", "sacred", "fsspec")
+NOT_SHOWN = (
+    "does not have many workers",
+    "your dataloader is not resumable",  # EpochSampler is
+    "exists and is not empty",  # the run folder, which holds config.json
+    r"It is recommended to use `self.log.*sync_dist=True",  # all processes have the same value
+    r"`isinstance.treespec, LeafSpec.` is deprecated",
+)
+"""Warnings of Lightning that do not apply, or are about its own code."""
+
+
+def make_trainer(
+    options: "Options",
+    folder: Path | None,
+    steps_per_epoch: int,
+    checkpoints: Checkpoints | None = None,
+    *more_callbacks: pl.Callback,
+) -> pl.Trainer:
+    """The trainer: for training if there are `checkpoints` to keep, else for evaluation.
+
+    Validation falls on optimiser steps, so that no checkpoint is in the middle of an accumulation.
+    """
+    strategy: DDPStrategy | str = "auto"
+    if options.processes > 1:
+        # Types that a batch lacks leave parameters without gradient. The buffers are equal by construction, and
+        # processes may have different numbers of evaluation batches: no broadcast in a forward pass.
+        strategy = DDPStrategy(find_unused_parameters=True, forward_sync_buffers=False)
+    steps_per_look = GPU_STEPS_PER_LOOK if options.num_gpus else 1
+    callbacks = [TQDMProgressBar(refresh_rate=steps_per_look if sys.stderr.isatty() else 0), *more_callbacks]
+    interval, accumulation = steps_per_epoch, 1
+    keeps = checkpoints is not None and not options.fast_dev_run
+    if checkpoints is not None:
+        accumulation = options.accumulation
+        interval = validation_interval(options.val_check_interval, steps_per_epoch, accumulation)
+        callbacks.append(Report(checkpoints.monitor))
+        if options.max_steps is not None:
+            callbacks.append(StepLimit(options.max_steps))
+        if keeps:
+            callbacks += [checkpoints, LearningRateMonitor("step")]
+    place = folder or options.log_dir
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():  # Lightning's own way to requeue a job cuts accumulations; slurm.sh is ours
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return pl.Trainer(
+        accelerator="gpu" if options.num_gpus else "cpu",
+        devices=options.num_gpus or options.cpu_processes,
+        num_nodes=options.num_nodes,
+        strategy=strategy,
+        precision=options.precision,  # type: ignore[arg-type]
+        max_epochs=options.max_epoch,
+        accumulate_grad_batches=accumulation,
+        val_check_interval=interval,
+        log_every_n_steps=steps_per_look,
+        num_sanity_val_steps=0,
+        fast_dev_run=options.fast_dev_run,
+        use_distributed_sampler=False,  # EpochSampler does it, and counts evaluation samples once
+        enable_model_summary=False,
+        enable_checkpointing=keeps,
+        logger=[MetricsLogger(place, "", ""), TensorBoardLogger(place, "", "tensorboard")] if keeps else False,
+        callbacks=callbacks,
+        plugins=plugins,
+        default_root_dir=folder,
+    )
+
+
+def validation_interval(wanted: int | float, batches: int, accumulation: int) -> int:
+    """Batches from one validation to the next, as `wanted`: a share of the `batches` of an epoch, or a number.
+
+    Rounded down, never up, so that the last share of an epoch is validated too: to complete batches, and then to
+    optimiser steps, of which one is the least.
+    """
+    interval = int(wanted * batches) if isinstance(wanted, float) else wanted
+    if interval >= batches:
+        return batches  # an epoch ends with a step
+    return min(batches, max(1, interval // accumulation) * accumulation)
+
+
+def set_up_logging() -> None:
+    """One line per event on standard error, from the first process only; Lightning's small talk is left out."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if getattr(rank_zero_only, "rank", 0):
+        logging.disable(logging.INFO)
+    for beginning in NOT_SHOWN:
+        warnings.filterwarnings("ignore", f".*{beginning}")

@@ -1,0 +1,242 @@
+"""`run.py doctor`: checks, before a long run, that all it needs is there, intact and fast enough.
+
+Every check is made, whatever the others find. The readers that the run uses make most of them; nothing is written but
+the token ids and missing tables that the run would write too.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pytorch_lightning as pl
+import torch
+from packaging.requirements import Requirement
+
+from clip.backbone import Backbone
+from clip.tokenizer import ClipTokenizer
+from common.errors import ConfigError, DataError, UserError
+from common.messages import byte_size, listed, quoted
+from config import Options
+from engine.families import BackboneChoice, Family, family_of
+from runs.check_options import check_together, resolve
+from runs.evaluation import backbone_choice
+from vilt.datamodules import split_patterns
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.custom import CUSTOM
+from vilt.datasets.kinds import InputFormat, TextKind
+from vilt.datasets.open_spec import open_spec
+from vilt.datasets.specs import Split
+from vilt.image_cache import missing_bytes
+from vilt.missing_tables import load_missing_table, type_counts
+
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+SHARED_MEMORY, IMAGES_DECODED = Path("/dev/shm"), 64  # images of each split, evenly spread
+Found = tuple[str, str]
+"""A level and a text. `FAIL`: the run would end, or give wrong results; `warn`: worth a look; else `ok`."""
+
+
+def examine(config: Mapping[str, Any], train: Callable[[Options, pl.Callback], object]) -> Iterator[Found]:
+    """Level and line of each check of a run, as soon as it is made. Raises ConfigError for an option out of range."""
+    doctor = Doctor(resolve(config), train)
+    checks: dict[str, Callable[[], Found]] = {
+        "packages": check_packages,
+        "options": doctor.check_options,
+        "device": doctor.check_device,
+        "backbone": doctor.check_backbone,
+        "tokenizer": doctor.check_tokenizer,
+        **{f"{split} data": partial(doctor.check_split, split) for split in doctor.options.splits},
+        "training step": doctor.check_step,
+        "storage": doctor.check_storage,
+    }
+    for subject, check in checks.items():
+        try:
+            level, text = check()
+        except Exception as error:
+            level, text = "FAIL", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        yield level, " ".join(f"{level:<5}{subject}: {text}".splitlines())
+
+
+def check_packages() -> Found:
+    """Installed versions beside those of requirements.txt."""
+    others, lines = [], REQUIREMENTS.read_text("utf-8").splitlines()
+    for requirement in (Requirement(line) for line in lines if line and not line.startswith("#")):
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            raise ConfigError(f"{requirement.name} is not installed; pip install -r {REQUIREMENTS.name}") from None
+        if version not in requirement.specifier:
+            others.append(f"{requirement.name} {version} (tested: {requirement.specifier})")
+    found = f"other versions than tested: {', '.join(others)}" if others else f"as in {REQUIREMENTS.name}"
+    return "warn" if others else "ok", f"Python {platform.python_version()}; {found}"
+
+
+class StepTimer(pl.Callback):
+    """Loss, seconds and trainable bytes of the newest training step."""
+
+    loss, seconds, began, trainable_bytes = 0.0, 0.0, 0.0, 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, _: Any, module: Any, outputs: Any, *__: Any) -> None:
+        self.loss = outputs["loss"].item()  # waits for the GPU
+        self.seconds = time.perf_counter() - self.began
+        self.trainable_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+
+
+@dataclass
+class Doctor:
+    """The checks that need the options; later ones use what earlier ones have found."""
+
+    options: Options
+    train: Callable[[Options, pl.Callback], object]
+    backbone: Backbone | None = None
+    inputs: InputFormat | None = None
+    datasets: dict[Split, ArrowDataset] = field(default_factory=dict)
+    run_bytes: int = 2**30
+    """What the run leaves in its folder; a guess until a step was tried."""
+
+    @property
+    def family(self) -> Family:
+        """Of the backbone."""
+        return family_of(self.options.task or CUSTOM)
+
+    @property
+    def choice(self) -> BackboneChoice:
+        """Of the frozen weights; the training step looks at image_size."""
+        return backbone_choice(asdict(self.options), {"vit"})._replace(image_size=None)
+
+    @property
+    def image_size(self) -> int:
+        """In pixels, where there are images."""
+        return (self.inputs and self.inputs.image_size) or 224
+
+    def check_options(self) -> Found:
+        check_together(self.options)
+        return "ok", f"{self.options.batch_size} samples a step, {self.options.max_epoch} epochs"
+
+    def check_device(self) -> Found:
+        if not self.options.num_gpus:
+            return "warn", f"no GPU in use, {torch.get_num_threads()} threads: a published training takes days"
+        free, total = torch.cuda.mem_get_info()
+        memory = f"{byte_size(free)} of {byte_size(total)} free"
+        device = f"{self.options.num_gpus} × {torch.cuda.get_device_name()}, {memory}"
+        return "ok" if free > total / 2 else "warn", device
+
+    def check_backbone(self) -> Found:
+        options, backbone = self.options, self.family.load(self.choice)
+        self.backbone = backbone
+        parameters = f"{sum(tensor.numel() for tensor in backbone.state.values()):,} parameters, all finite"
+        return "ok", f"{options.vit}: {parameters}; sha256 {backbone.sha256[:16]}"
+
+    def check_tokenizer(self) -> Found:
+        self.inputs = self.family.inputs(self.choice, self.backbone.architecture if self.backbone else None)
+        tokenize = self.inputs.tokenize
+        return "ok", f"{tokenize.vocab_size:,} ids" if isinstance(tokenize, ClipTokenizer) else "none needed"
+
+    def check_split(self, split: Split) -> Found:
+        """Arrow file, classes, size, a sample of the images, texts and missing table."""
+        options, root = self.options, self.options.data_root
+        if options.task is None or root is None:
+            raise ConfigError("expected a task and data_root, as in task_finetune_mmimdb data_root=datasets/mmimdb")
+        spec = open_spec(options.task, root, options.splits)
+        data = ArrowDataset(spec, root, split, self.image_size)
+        names = list(data.class_names())
+        stored = json.loads((data.table.schema.metadata or {}).get(b"class_names", b"null"))
+        if stored not in (None, names):
+            raise DataError(f"{data.path}: metadata class_names: expected {listed(names)}, found {quoted(stored)}")
+        expected = [spec.file_splits[split]]
+        if "split" in data.table.column_names and (found := pc.unique(data.table["split"]).to_pylist()) != expected:
+            raise DataError(f"{data.path}: column split: expected {quoted(expected)}, found {quoted(found)}")
+        for index in np.unique(np.linspace(0, len(data) - 1, IMAGES_DECODED, dtype=int)).tolist():
+            data[0, index]  # raises DataError where the image cannot be decoded
+        pattern = split_patterns(options.data_settings().patterns, spec, root)[split]
+        table = load_missing_table(options.missing_table_root, options.task, split, pattern, data.n_rows)
+        what = " (one per text)" if spec.column_of("text") else ""
+        facts = [f"{data.n_rows:,} rows, {len(data):,} samples{what}"]
+        of_types, remarks = type_counts(table, spec.type_names), []
+        facts += [f"{count:,} {kind}" for kind, count in of_types.items()]
+        if data.n_rows not in (published := spec.published_rows.get(split, (data.n_rows,))):
+            remarks.append(f"the published split has {' or '.join(f'{rows:,}' for rows in published)} rows")
+        counts = data.labels.sum(0) if data.labels.ndim == 2 else np.bincount(data.labels, minlength=len(names))
+        if absent := [names[number] for number in np.flatnonzero(counts == 0)]:
+            remarks.append(f"{len(absent)} of {len(names)} classes do not occur: {listed(absent)}")
+        if self.inputs is not None and self.inputs.tokenize is not None:
+            data.tokenize(self.inputs.tokenize, self.inputs.fingerprint)
+        for tokens in (kind.tokens for kind in data.kinds.values() if isinstance(kind, TextKind)):
+            if tokens is None:
+                continue
+            lengths, most = tokens.argmax(axis=1) - 1, tokens.shape[1] - 2  # without <start> and <end>
+            facts.append(f"{np.median(lengths):.0f} tokens (median), {(lengths == most).mean():.0%} fill all {most}")
+            if empty := int((lengths == 0).sum()):
+                remarks.append(f"{empty:,} empty texts")
+        self.datasets[split] = data
+        return "warn" if remarks else "ok", "; ".join([", ".join(facts), *remarks])
+
+    def check_step(self) -> Found:
+        """Two training steps on real samples, of which the second is timed, a validation, and an estimate."""
+        options, train = self.options, self.datasets.get("train")
+        if self.backbone is None or self.inputs is None or train is None or "val" not in self.datasets:
+            return "warn", "not tried: it needs backbone, tokenizer, and train and val data"
+        alone = {"num_gpus": min(1, options.num_gpus), "num_nodes": 1, "cpu_processes": 1, "num_workers": 0}
+        short = {"fast_dev_run": 2, "batch_size": options.per_gpu_batchsize, "image_cache": False, "resume_from": None}
+        timer, changes = StepTimer(), dict[str, Any](alone | short)
+        self.train(replace(options, **changes), timer)
+        self.run_bytes = 9 * timer.trainable_bytes  # best.ckpt; last.ckpt with that and AdamW's state, old and new
+        began, batch = time.perf_counter(), min(options.per_gpu_batchsize, len(train))
+        train.__getitems__([(0, index) for index in range(batch)])
+        loading = time.perf_counter() - began
+        samples = {split: len(dataset) for split, dataset in self.datasets.items()}
+        run = timedelta(seconds=math.ceil(run_seconds(options, loading, timer.seconds, samples)))
+        speed = f"{timer.seconds:.2f} s to train on {batch} samples, {loading:.2f} s to load them"
+        speed += f", peak memory {byte_size(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
+        slow = loading / max(1, options.num_workers) > timer.seconds
+        hint = "; loading is slower than training (image_cache=True keeps decoded images)" if slow else ""
+        return "warn" if slow else "ok", f"loss {timer.loss:.4f}; {speed}; the run takes about {run}{hint}"
+
+    def check_storage(self) -> Found:
+        """Space where the run writes; its loaders hand batches over through shared memory."""
+        options = self.options
+        # Two batches of each worker wait there; the workers of training and validation live at the same time.
+        workers = 2 * (options.num_gpus or options.cpu_processes) * options.num_workers
+        batches = 2 * workers * options.per_gpu_batchsize * 3 * self.image_size**2
+        needs = [(options.log_dir, self.run_bytes, "checkpoints"), (SHARED_MEMORY, batches, "loaded batches")]
+        if options.image_cache and self.datasets:
+            caches = [
+                missing_bytes(data.path, data.n_rows, self.image_size)
+                for data in self.datasets.values()
+                if data.spec.column_of("image")
+            ]
+            needs.append((options.data_root, sum(caches), "decoded images"))
+        for path, needed, what in needs:
+            folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                raise DataError(f"{path}: expected a folder that can be written, or created")
+            if (free := shutil.disk_usage(folder).free) < needed:
+                raise DataError(f"{path}: {byte_size(free)} free, about {byte_size(needed)} needed for {what}")
+        return "ok", ", ".join(f"{path}: about {byte_size(needed)} needed for {what}" for path, needed, what in needs)
+
+
+def run_seconds(options: Options, loading: float, training: float, samples: Mapping[Split, int]) -> float:
+    """An estimate from the seconds that one batch takes; evaluating it takes half of `training`: no backward pass."""
+
+    def batch(computing: float) -> float:
+        return max(loading / options.num_workers, computing) if options.num_workers else loading + computing
+
+    per_pass, interval = options.processes * options.per_gpu_batchsize, options.val_check_interval
+    train, val, test = (math.ceil(samples.get(split, 0) / per_pass) for split in ("train", "val", "test"))
+    validations = 1 / interval if isinstance(interval, float) else train / interval
+    epochs = min(options.max_epoch, (options.max_steps or math.inf) * options.accumulation / train)
+    return epochs * (train * batch(training) + validations * val * batch(training / 2)) + test * batch(training / 2)

@@ -1,0 +1,129 @@
+"""Writing the report: one HTML page, the same as Markdown, and tables and figures as files."""
+
+import base64
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from common.errors import DataError, reason_of
+from common.files import check_replaceable, whole_folder
+from runs.report.lines import by_dataset
+from runs.report.parts import options_table, report_command, run_details, section_of
+from runs.report.results import read_report_runs
+from runs.report.samples import samples_table
+from runs.report.search import read_searches, search_section
+from runs.report.tables import runs_table, versions_table
+from runs.report.text import counted, listed
+
+MARKER = "report.json"
+"""File that says that a folder is a report, so that a later one may replace it."""
+MAKER = "`python run.py report`"
+TEMPLATES = Path(__file__).with_name("templates")
+_MARKDOWN_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_[]|~$"})
+
+
+def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> Path:
+    """Writes a report into the folder `out`: a reader finds the old one or the new one.
+
+    Args:
+        places: run folders, or folders with run folders below them.
+        out: a folder that does not exist, is empty, or is an earlier report, which is replaced.
+        defaults: of all options, for the table of those that differ.
+
+    Returns:
+        The page, `out/index.html`.
+
+    Raises:
+        UserError: a folder is no run, a file is damaged or belongs to another run, or `out` is not to be replaced.
+    """
+    check_replaceable(out, MARKER, MAKER)  # now, not after minutes of drawing
+    runs = read_report_runs(places)
+    searches = read_searches(places, runs)
+    trials = {run for search in searches for run in search.runs}
+    datasets = by_dataset([run for run in runs if run not in trials])
+    sections = [section_of(dataset) for dataset in datasets]
+    title = f"Robustness to missing modalities: {listed([section.title for section in sections])}"
+    sections += [search_section(search, number) for number, search in enumerate(searches, start=1)]
+    # Of a search's trials, whose values its section has, the best one's run stands for all.
+    best = {search.run_of(search.ranked[0]) if search.ranked else search.runs[0] for search in searches}
+    shown = [run for run in runs if run not in trials or run in best]
+    now = datetime.now()
+    files = _files(
+        {
+            "title": title if datasets else listed([section.title for section in sections]),
+            "date": f"{now.day} {now:%B %Y}",
+            "n_runs": counted(len(runs), "run"),
+            "sections": sections,
+            "runs_table": runs_table(runs, datasets),
+            "options_table": options_table(shown, defaults),
+            "versions_table": versions_table(shown),
+            "details": [run_details(run) for run in shown],
+            "report_command": report_command(places),
+        }
+    )
+    try:
+        with whole_folder(out, MARKER, MAKER) as folder:
+            for name, data in files.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(data)
+    except OSError as error:
+        raise DataError(f"out={out}: cannot be written: {reason_of(error)}") from error
+    return out / "index.html"
+
+
+def _files(content: dict[str, Any]) -> dict[str, bytes]:
+    """All files of the report by their path in the folder."""
+    html = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html.filters |= {"data_uri": _data_uri, "unbroken": _unbroken}
+    markdown = html.overlay(finalize=_markdown_text)
+    markdown.filters["indented"] = _indented
+    markdown.filters["verbatim"] = Markup  # names of our own files
+    files = {
+        "index.html": html.get_template("page.html.j2").render(content).encode(errors="replace"),
+        "report.md": markdown.get_template("report.md.j2").render(content).encode(errors="replace"),
+    }
+    tables, drawn = [content["runs_table"], content["options_table"], content["versions_table"]], []
+    for part in (part for section in content["sections"] for part in section.parts):
+        tables += [*part.tables, *part.folded_tables]
+        drawn += [*part.figures, *part.folded_figures]
+        if part.grid is not None:
+            tables.append(samples_table(part.grid))
+            pictures = {part.grid.thumbnail_name(card): card.thumbnail for card in part.grid.cards}
+            files |= {name: data for name, data in pictures.items() if data is not None}
+    files |= {f"tables/{table.name}.csv": table.csv().encode(errors="replace") for table in tables}
+    files |= {f"figures/{figure.name}.svg": figure.svg.encode() for figure in drawn}
+    files |= {f"figures/{figure.name}.png": figure.png for figure in drawn}
+    return files
+
+
+def _data_uri(data: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+
+
+def _unbroken(text: str) -> str:
+    """`text` with no line end within `MM-IMDb` and `61.02 ± 0.45 %`."""
+    text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%")
+    return text.replace("-", "-\N{WORD JOINER}")
+
+
+def _markdown_text(value: Any) -> Any:
+    """Texts of others as they are to be read, on one line: neither HTML nor Markdown in them has an effect."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return escape(re.sub(r"\s+", " ", value).translate(_MARKDOWN_SPECIAL))
+    return value
+
+
+def _indented(text: str) -> Markup:
+    """A code block: nothing within it is interpreted."""
+    return Markup("\n".join(f"    {line}" for line in text.splitlines()))

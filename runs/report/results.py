@@ -1,0 +1,269 @@
+"""The runs of a report, read and checked; their robustness results as data frames."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from common.errors import ConfigError, DataError
+from common.hashing import file_sha256
+from common.messages import quoted
+from common.strict_json import read_json
+from common.text import estimate
+from engine.logit_store import labels_of, read_logits
+from engine.robustness import FORMAT
+from runs.report.text import without_home
+from runs.run_reader import Run, as_written_by_run, check_pattern, find_runs
+from vilt.datasets.specs import DatasetSpec
+from vilt.missing_types import BOTH, available_shares
+
+log = logging.getLogger("rep")
+
+
+class Pattern(NamedTuple):
+    """What was missing, in training or in an evaluation. `both_ratio` is 0.5 where it has no effect."""
+
+    missing_type: str
+    ratio: float
+    both_ratio: float
+    modalities: tuple[str, ...]
+
+    @classmethod
+    def of(cls, spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> "Pattern":
+        """The one spelling of a pattern, so that equal ones compare equal."""
+        both_ratio = round(float(both_ratio), 9) if missing_type == BOTH else 0.5
+        return cls(missing_type, round(float(ratio), 9), both_ratio, tuple(spec.modalities))
+
+    @property
+    def available(self) -> dict[str, float]:
+        """By modality, the share of samples that have it."""
+        shares = available_shares(self.modalities, *self[:3])
+        return {name: round(share, 9) for name, share in shares.items()}
+
+    @property
+    def kind(self) -> str:
+        """The missing type, with the share that loses the first modality where that is not a half."""
+        return self.missing_type + ("" if self.both_ratio == 0.5 else f" ({self.both_ratio:.0%} {self.modalities[0]})")
+
+    def __str__(self) -> str:
+        return f"{100 * self.ratio:g} % missing, {self.kind}" if self.ratio else "nothing missing"
+
+
+@dataclass(frozen=True, eq=False)
+class Robustness:
+    """What `robustness/robustness.json` of a run says."""
+
+    samples: int
+    metrics: tuple[str, ...]
+    class_names: tuple[str, ...]
+    cells: pd.DataFrame
+    """missing_type, ratio, both_ratio, metric, value: a row per table seed."""
+    by_type: pd.DataFrame
+    """type (of every sample), metric, value, low, high."""
+    level: float
+    resamples: int
+    per_class: pd.DataFrame
+    """type, class, precision, recall, f1, support."""
+    confusions: pd.DataFrame
+    """type, true, predicted, count, share."""
+    roc: dict[str, dict[str, Any]]
+    """By type: fpr, tpr, auroc."""
+    logits: Path | None
+    test_rows: int | None = None
+    """Of the test set, where logits are kept; a film with several plots is one."""
+    test_set: str | None = None
+    """Digest of ids and labels."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReportRun:
+    """A run of the report."""
+
+    number: int
+    run: Run
+    robustness: Robustness | None
+    environment: dict[str, Any] | None
+
+    @property
+    def tag(self) -> str:
+        """Short name, used throughout the report."""
+        return f"R{self.number}"
+
+    @property
+    def place(self) -> str:
+        """NAME/version_N, without the folders above."""
+        return "/".join(Path(without_home(str(self.run.folder.resolve()))).parts[-2:])
+
+    @property
+    def pattern(self) -> Pattern:
+        """Of the training."""
+        return Pattern.of(self.run.spec, *self.run.pattern)
+
+    @property
+    def test_score(self) -> float | None:
+        """The task's metric in the test."""
+        return None if self.run.test is None else float(self.run.test["metrics"][self.run.task.monitor])
+
+    @property
+    def score_at_own_pattern(self) -> float | None:
+        """The task's metric at the pattern of the training: mean over table seeds, else the test result there."""
+        if self.robustness is not None:
+            cells = self.robustness.cells
+            same = (cells[["missing_type", "ratio", "both_ratio"]] == list(self.pattern[:3])).all(axis=1)
+            if found := estimate(cells.value[same & (cells.metric == self.run.task.monitor)].tolist()):
+                return found.mean
+        at = self.run.tested_at
+        return self.test_score if at is not None and Pattern.of(self.run.spec, *at) == self.pattern else None
+
+
+def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
+    """The runs in and below `places`. One whose config.json cannot be read is left out, with a warning.
+
+    Raises:
+        ConfigError: a place is not there, or neither is a run nor holds one.
+        DataError: a file is damaged, or results belong to another checkpoint, dataset or test set.
+    """
+    for place in places:
+        runs, damaged = find_runs(place)
+        if not runs and damaged:
+            raise next(iter(damaged.values()))
+        if not runs:
+            found = "no run" if place.is_dir() else "a file" if place.exists() else "no such folder"
+            raise ConfigError(f"runs={place}: expected a run folder or a folder with runs below it, found {found}")
+    runs, damaged = find_runs(*places)
+    if not runs:
+        raise ConfigError("runs: expected run folders, or folders with runs below them, found nothing")
+    for error in damaged.values():
+        log.warning("left out of the report: %s", error)
+    read = [_read(number, run) for number, run in enumerate(runs, start=1)]
+    for dataset in {run.run.dataset for run in read}:
+        _check_same_test_set([run for run in read if run.run.dataset == dataset])
+    return read
+
+
+def _read(number: int, run: Run) -> ReportRun:
+    path, environment = run.folder / "environment.json", None
+    if path.is_file():
+        environment = read_json(path)
+        with as_written_by_run(path):
+            words = environment["command"]
+            if not words or not all(isinstance(word, str) for word in words):
+                raise ValueError(f"command: expected words, found {quoted(words)}")
+            versions_of(environment)
+    assert run.curves is not None
+    run.best_validation, run.test  # noqa: B018  # damage shows here
+    return ReportRun(number, run, read_robustness(run), environment)
+
+
+def versions_of(environment: dict[str, Any]) -> dict[str, str]:
+    """Packages, machine and commit."""
+    machine, git = environment.get("machine") or {}, environment.get("git") or {}
+    changed = len(git.get("changed") or [])
+    suffix = f" + {changed} changed file{'' if changed == 1 else 's'}" if changed else ""
+    return {
+        "python": str(environment.get("python")),
+        **{name: str(version) for name, version in environment["packages"].items()},
+        "platform": str(machine.get("platform")),
+        "cores": str(machine.get("cores")),
+        "GPUs": ", ".join(map(str, machine.get("gpus") or [])) or "none",
+        "commit": str(git.get("commit", "not known"))[:12] + suffix,
+    }
+
+
+def read_robustness(run: Run) -> Robustness | None:
+    """Robustness results and stored logits of a run. Raises DataError where they are damaged, or of something else."""
+    path, best = run.folder / "robustness" / "robustness.json", run.folder / "best.ckpt"
+    if not path.is_file():
+        return None
+    raw = read_json(path)
+    with as_written_by_run(path):
+        for name, expected in {"format": FORMAT, "task": run.config["task"], "metric": run.task.monitor}.items():
+            if raw[name] != expected:
+                raise ValueError(f"{name}: expected {expected}, found {quoted(raw[name])}")
+        if best.is_file() and raw["checkpoint_sha256"] != file_sha256(best):  # a run may be kept without it
+            raise ValueError("results of another checkpoint than best.ckpt; run `python run.py robustness` again")
+        metrics, class_names = tuple(map(str, raw["metrics"])), tuple(map(str, raw["class_names"]))
+        if len(class_names) != run.task.n_classes:
+            raise ValueError(f"class_names: expected {run.task.n_classes}, found {len(class_names)}")
+        for cell in raw["cells"]:
+            check_pattern(run.spec, cell["missing_type"], cell["ratio"], cell["both_ratio"])
+        cells = [
+            (*Pattern.of(run.spec, cell["missing_type"], cell["ratio"], cell["both_ratio"])[:3], metric, value)
+            for cell in raw["cells"]
+            for metric in metrics
+            for value in cell["metrics"][metric]["values"]
+        ]
+        if len(cells) != len(raw["cells"]) * len(metrics) * len(raw["table_seeds"]):
+            raise ValueError(f"table_seeds: expected {len(raw['table_seeds'])} values per cell")
+        confidence = raw["confidence"]
+        by_type = []
+        for name, metric in product(run.spec.type_names, metrics):
+            low, high = confidence[name][metric] if confidence["resamples"] else (0, 0)
+            by_type.append((name, metric, raw["by_type"][name][metric], low, high))
+        robustness = Robustness(
+            samples=int(raw["samples"]),
+            metrics=metrics,
+            class_names=class_names,
+            cells=_frame(cells, ["missing_type", "ratio", "both_ratio", "metric"], ["value"]),
+            by_type=_frame(by_type, ["type", "metric"], ["value", "low", "high"]),
+            level=float(confidence["level"]),
+            resamples=int(confidence["resamples"]),
+            per_class=_frame(raw["per_class"], ["type", "class"], ["precision", "recall", "f1", "support"]),
+            confusions=_frame(raw["confusions"], ["type", "true", "predicted"], ["count", "share"]),
+            roc={name: {**_frame(curve, [], ["fpr", "tpr"]).to_dict("list"), "auroc": float(curve["auroc"])}
+                 for name, curve in raw["roc"].items()},
+            logits=None,
+        )  # fmt: skip
+    return _with_logits(robustness, path.with_name("logits.arrow"), run, raw["checkpoint_sha256"])
+
+
+def _frame(records: Any, texts: list[str], numbers: list[str]) -> pd.DataFrame:
+    """Raises ValueError or TypeError where a column of numbers holds something else."""
+    frame = pd.DataFrame(records, columns=[*texts, *numbers]).astype(dict.fromkeys(numbers, float))
+    if not np.isfinite(frame[numbers].to_numpy()).all():
+        raise ValueError(f"expected numbers in {', '.join(numbers)}")
+    return frame
+
+
+def _with_logits(found: Robustness, path: Path, run: Run, sha256: str) -> Robustness:
+    """`found` with the stored logits beside it, if any. Raises DataError unless they are of the same result."""
+    if not path.is_file():
+        return found
+    table, described = read_logits(path, run.spec)
+    for what, ours, theirs in (
+        ("dataset", run.config["task"], described.get("task")),
+        ("checkpoint", sha256, described.get("checkpoint_sha256")),
+        ("test set", f"{found.samples} samples", f"{table.num_rows} samples"),
+    ):
+        if ours != theirs:
+            raise DataError(f"{path}: logits of another {what}: expected {ours}, found {quoted(theirs)}")
+    digest = hashlib.sha256("\0".join(table["id"].to_pylist()).encode())
+    digest.update(np.ascontiguousarray(labels_of(table, run.spec), dtype=np.int64).tobytes())
+    rows = len(np.unique(table["row"].to_numpy()))
+    return replace(found, logits=path, test_rows=rows, test_set=digest.hexdigest())
+
+
+def _check_same_test_set(runs: Sequence[ReportRun]) -> None:
+    """Raises DataError where runs of one dataset were measured on different test sets: their numbers do not compare."""
+    first: dict[str, tuple[ReportRun, Any]] = {}
+    for run in runs:
+        robustness, test = run.robustness, run.run.test
+        for what, found in (
+            ("classes, labels or metric", run.run.custom),
+            ("test samples", robustness.samples if robustness else None),
+            ("test samples", test.get("samples") if test else None),
+            ("ids or labels of the test samples", robustness.test_set if robustness else None),
+        ):
+            other, expected = first.setdefault(what, (run, found)) if found is not None else (run, None)
+            if found != expected:
+                values = f": expected {expected}, found {found}" if isinstance(found, int) else ""
+                raise DataError(
+                    f"{run.run.folder}: results on another dataset than {other.run.folder}, with other {what}{values}; "
+                    f"make a report of each"
+                )

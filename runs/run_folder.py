@@ -1,0 +1,71 @@
+"""The folder of a run: its configuration, what it ran on, and its results. Earlier runs are never touched."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import ConfigError
+
+PACKAGES = (
+    *("torch", "pytorch-lightning", "transformers", "tokenizers", "torchmetrics"),
+    *("pyarrow", "pillow", "sacred", "numpy"),
+)
+"""Whose versions are recorded."""
+
+
+def make_run_folder(log_dir: Path, name: str) -> Path:
+    """A new folder `log_dir/name/version_N`, with the lowest N that nobody has; safe against other processes.
+
+    Raises:
+        ConfigError: log_dir cannot be written.
+    """
+    parent = log_dir / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while True:
+            folder = parent / f"version_{number}"
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise ConfigError(f"log_dir: cannot make a folder in {parent}: {error.strerror}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the state of the code, for the record."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "packages": versions | {"torch": torch.__version__},  # with what it was built for
+        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "gpus": gpus},
+        "git": git_state(),
+    }
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and changed files of the code, or None where it is not in a git repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.rstrip("\n")
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain").splitlines()}
+    except (OSError, subprocess.SubprocessError):
+        return None

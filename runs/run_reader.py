@@ -1,0 +1,338 @@
+"""The one reader of run folders, for the table of runs, robustness results and the report.
+
+Runs that differ in their seed alone are one line of a table or figure; others are different lines. A run that was
+resumed is one run with those that it was resumed from.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError, DataError
+from common.files import whole_lines
+from common.messages import first_line, quoted
+from common.strict_json import read_json
+from common.text import natural_key
+from common.torch_file import load_inert
+from engine.tasks import Task, task_of
+from runs.option_names import OF_OTHER_COMMANDS
+from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, DatasetSpec, custom_spec
+
+RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
+"""Each tells a run folder, where its config.json does not."""
+NEEDED: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("task", "exp_name", "prompt_type", "data_root"), (str,)),
+    **dict.fromkeys(("missing_type", "missing_ratio"), (dict,)),
+    **{"seed": (int,), "test_only": (bool,), "both_ratio": (float, int)},
+}
+"""Options that readers need, with their types."""
+NOT_THE_LINE = {
+    *("exp_name", "seed", "log_dir", "resume_from", "fast_dev_run", "test_after_fit", "test_only"),
+    *("test_ratio", "test_type", "test_exp_name", "missing_ratio.test", "missing_type.test"),
+    *("data_root", "missing_table_root", "num_workers", "per_gpu_batchsize"),
+    *("num_gpus", "num_nodes", "cpu_processes", "image_size", "trust_backbone", "skip_bad_steps"),
+    *("image_cache", "compile", "activation_checkpointing"),
+    *OF_OTHER_COMMANDS,
+}
+"""Options in which runs of one line may differ: names, places, the machine, the test pattern, other commands."""
+PATTERN_OPTIONS = ("missing_type.train", "missing_ratio.train", "both_ratio")
+Curve = list[tuple[int, float]]
+"""(optimiser step, value)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run folder whose configuration is readable. Its other files are read when they are asked for.
+
+    The properties raise DataError where a file is damaged.
+    """
+
+    folder: Path
+    """As the user spelled it."""
+    config: dict[str, Any]
+    custom: CustomData | None
+    """Of a custom dataset."""
+    started: datetime
+    """When the configuration was written."""
+    earlier: "Run | None" = None
+    """The run that this one was resumed from."""
+
+    @property
+    def task(self) -> Task:
+        """The row of the task; of a custom dataset, what its data says."""
+        return task_of(self.config["task"], self.custom)
+
+    @property
+    def dataset(self) -> str:
+        """What tells the dataset from others, in tables and in names of files."""
+        return str(self.config["task"]) if self.custom is None else self.custom.key
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """The row of the dataset."""
+        return DATASETS[self.config["task"]] if self.custom is None else custom_spec(self.custom)
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether nothing was trained (test_only)."""
+        return bool(self.config["test_only"])
+
+    @property
+    def pattern(self) -> tuple[str, float, float]:
+        """Missing type, ratio and both_ratio of the training."""
+        config = self.config
+        return config["missing_type"]["train"], config["missing_ratio"]["train"], config["both_ratio"]
+
+    @cached_property
+    def test(self) -> dict[str, Any] | None:
+        """The content of test_results.json; None where there is none."""
+        path = self.folder / "test_results.json"
+        if not path.is_file():
+            return None
+        results = read_json(path)
+        with as_written_by_run(path):
+            if results.get("task", self.config["task"]) != self.config["task"]:
+                found = quoted(results["task"])
+                raise ValueError(f"results of another dataset: expected {self.config['task']}, found {found}")
+            float(results["metrics"][self.task.monitor])
+            check_pattern(
+                self.spec, *(results["missing_pattern"][name] for name in ("missing_type", "ratio", "both_ratio"))
+            )
+        return results
+
+    @property
+    def tested_at(self) -> tuple[str, float, float] | None:
+        """Missing type, ratio and both_ratio of the test."""
+        if self.test is None:
+            return None
+        pattern = self.test["missing_pattern"]
+        return pattern["missing_type"], pattern["ratio"], pattern["both_ratio"]
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        """The columns of metrics.csv by name, of the runs that this one was resumed from too; empty without a file."""
+        curves = read_curves(self.folder / "metrics.csv")
+        if self.earlier is None:
+            return curves
+        resumed_at = min((points[0][0] for points in curves.values() if points), default=math.inf)
+        for name, points in self.earlier.curves.items():
+            ours = curves.get(name, [])
+            start = ours[0][0] if ours else resumed_at
+            curves[name] = [point for point in points if point[0] < start] + ours
+        return curves
+
+    @cached_property
+    def best_validation(self) -> float | None:
+        """The best value of the task's metric, a fraction; None for an evaluation, and where there is none.
+
+        Of the best checkpoint, else of the curves.
+        """
+        if self.is_evaluation:
+            return None
+        best = self.folder / "best.ckpt"
+        if best.is_file():
+            score = open_checkpoint(best, "score")["score"]
+            if type(score) is not float:
+                raise DataError(f"{best}: not as written by run.py: expected a score, found {quoted(score)}")
+            return score
+        return max((value for _, value in self.curves.get(f"val/{self.task.monitor}", [])), default=None)
+
+    @cached_property
+    def state(self) -> tuple[str, str]:
+        """`finished` or `unfinished`, and what there is to say about it."""
+        if self.test is not None:
+            return "finished", ""
+        if self.is_evaluation:
+            return "unfinished", "no test result"
+        path = self.folder / "last.ckpt"
+        if not path.is_file():
+            return "unfinished", "no validation yet"
+        last = open_checkpoint(path, "MissingModalityData", "global_step")
+        with as_written_by_run(path):
+            epochs, config = last["MissingModalityData"]["epoch"], self.config
+            trained = epochs >= config["max_epoch"] or last["global_step"] >= (config["max_steps"] or math.inf)
+            done = trained and not config["test_after_fit"]
+            return (
+                "finished" if done else "unfinished",
+                "not tested" if trained else f"{epochs} of {config['max_epoch']} epochs",
+            )
+
+    @cached_property
+    def line(self) -> dict[str, Any]:
+        """The options in which runs of one line agree, those of a split as `option.split`; without the pattern."""
+        flat = flat_options(self.config)
+        left_out = {*NOT_THE_LINE, *PATTERN_OPTIONS}
+        if all(flat[f"{name}.val"] == flat[f"{name}.train"] for name in ("missing_type", "missing_ratio")):
+            left_out |= {"missing_type.val", "missing_ratio.val"}
+        return {name: value for name, value in flat.items() if name not in left_out}
+
+    @property
+    def line_key(self) -> str:
+        """Equal for runs of one line at any pattern."""
+        return json.dumps(self.line, sort_keys=True)
+
+
+def find_runs(*places: Path) -> tuple[list[Run], dict[Path, DataError]]:
+    """The runs in and below `places`, each once, and the folders of those whose config.json cannot be read.
+
+    In natural order below a place: version_10 after version_9. A run that another one was resumed from is part of that
+    one, unless it has a test result of its own.
+
+    Raises:
+        ConfigError: a folder is not readable.
+    """
+    runs: dict[Path, Run] = {}
+    damaged: dict[Path, DataError] = {}
+    for folder in (folder for place in places for folder in _run_folders(place, set())):
+        try:
+            if folder.resolve() not in runs:
+                runs[folder.resolve()] = read_run(folder)
+        except DataError as error:
+            damaged[folder] = error
+    parts = {
+        part.folder.resolve()
+        for run in runs.values()
+        for part in _earlier_runs(run)
+        if not (part.folder / "test_results.json").is_file()
+    }
+    return [run for folder, run in runs.items() if folder not in parts], damaged
+
+
+def read_run(folder: Path) -> Run:
+    """One run folder, with the runs that it was resumed from. Raises DataError where a configuration is damaged."""
+    path = folder / "config.json"
+    config = read_json(path)
+    with as_written_by_run(path):
+        for option, kinds in NEEDED.items():
+            if type(config[option]) not in kinds:
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{option}: expected {expected}, found {quoted(config[option])}")
+        if config["task"] not in EVERY_DATASET:
+            raise ValueError(f"task: expected one of {', '.join(EVERY_DATASET)}, found {quoted(config['task'])}")
+        for split in SPLITS:
+            pattern = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
+            check_pattern(EVERY_DATASET[config["task"]], *pattern)
+        custom = CustomData.of(config[CUSTOM]) if config["task"] == CUSTOM else None
+        started = datetime.fromtimestamp(path.stat().st_mtime)
+    return Run(folder, config, custom, started, _resumed_from(folder, config))
+
+
+def _resumed_from(folder: Path, config: Mapping[str, Any]) -> Run | None:
+    """The run whose checkpoint `resume_from` names, where that is still there; beside this one if both were moved."""
+    named = config.get("resume_from")
+    if not isinstance(named, str) or config["test_only"]:
+        return None
+    place = Path(named).parent
+    for candidate in (folder.parents[1] / Path(*place.parts[-2:]) if len(folder.parents) > 1 else place, place):
+        if (candidate / "config.json").is_file() and candidate.resolve() != folder.resolve():
+            try:
+                return read_run(candidate)
+            except (DataError, RecursionError):
+                return None
+    return None
+
+
+def _earlier_runs(run: Run) -> Iterator[Run]:
+    while run.earlier is not None:
+        run = run.earlier
+        yield run
+
+
+def _run_folders(top: Path, seen: set[Path]) -> Iterator[Path]:
+    """A run has no runs below it, and links lead to no folder twice."""
+    if not top.is_dir() or top.resolve() in seen:
+        return
+    seen.add(top.resolve())
+    try:
+        if _is_run(top):
+            yield top
+            return
+        below = sorted((path for path in top.iterdir() if path.is_dir()), key=natural_key)
+    except OSError as error:
+        raise ConfigError(f"{top}: not readable: {error.strerror}") from error
+    for folder in below:
+        yield from _run_folders(folder, seen)
+
+
+def _is_run(folder: Path) -> bool:
+    if (folder / "run.json").is_file():  # Sacred's record of a run, which has a config.json too, like CLIP's weights
+        return False
+    if re.fullmatch(r"version_\d+", folder.name) or any((folder / name).is_file() for name in RUN_FILES):
+        return True
+    try:
+        return {"task", "exp_name"} <= set(read_json(folder / "config.json"))
+    except DataError:
+        return False
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """The columns of a metrics.csv that have values; empty where there is no such file.
+
+    Raises:
+        DataError: a step or value is not a number; names file and line.
+    """
+    curves: dict[str, Curve] = {}
+    if not path.is_file():
+        return curves
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(whole_lines(file))
+        try:
+            for row in reader:
+                for name, value in row.items():
+                    if name not in ("epoch", "step") and value and math.isfinite(float(value)):
+                        curves.setdefault(name, []).append((int(row["step"]), float(value)))
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise DataError(f"{path}: line {reader.line_num}: not as written by run.py: {first_line(error)}") from error
+    return curves
+
+
+def open_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
+    """The content of a checkpoint of ours, with the `needed` keys; its tensors stay on disk. Raises DataError."""
+    try:
+        content = load_inert(path, mmap=True)
+        if not isinstance(content, dict) or not set(needed) <= set(content):
+            raise ValueError(f"expected a checkpoint of a run, with {' and '.join(needed)}")
+    except Exception as error:  # torch.load raises many types on damaged files
+        raise DataError(f"{path}: not readable as a checkpoint: {first_line(error)}") from error
+    return content
+
+
+def differing_options(lines: Iterable[dict[str, Any]], line: dict[str, Any]) -> list[str]:
+    """`option=value` of `line` for the options in which lines of its method differ."""
+    same_method = [other for other in lines if other["prompt_type"] == line["prompt_type"]]
+    return [f"{name}={value}" for name, value in line.items() if any(other.get(name) != value for other in same_method)]
+
+
+def flat_options(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options and values; those of a dictionary as `option.key`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flat_options(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+@contextmanager
+def as_written_by_run(path: Path) -> Iterator[None]:
+    """Turns what unexpected content of a file leads to into one line that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
+
+
+def check_pattern(spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> None:
+    """Raises ValueError unless it is a missing pattern of a dataset."""
+    if missing_type not in spec.missing_types:
+        raise ValueError(f"missing_type: expected {' or '.join(spec.missing_types)}, found {quoted(missing_type)}")
+    for share in (ratio, both_ratio):
+        if type(share) not in (float, int) or not 0 <= share <= 1:
+            raise ValueError(f"expected a ratio from 0 to 1, found {quoted(share)}")

@@ -1,0 +1,172 @@
+"""The runs below a folder as a table: which there are, how far each came, and what it reached."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from common.errors import ConfigError, DataError, reason_of
+from common.files import write_csv
+from common.text import natural_key, pattern_text, terminal_table
+from runs.run_reader import Run, find_runs
+
+log = logging.getLogger("rep")
+
+COLUMNS = {
+    **dict.fromkeys(("name", "method", "dataset", "train"), "<"),
+    **dict.fromkeys(("seed", "validation", "test"), ">"),
+    **dict.fromkeys(("tested_at", "date", "state", "folder", "note"), "<"),
+}
+"""Of the table, each with the side that it is aligned to; they are fields of RunRow."""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run. What it lacks, or what cannot be read, is None."""
+
+    folder: Path
+    """With log_dir in front."""
+    name: str
+    """Option exp_name, or the name of the folder of an evaluation."""
+    state: str = "damaged"
+    """`finished`, `unfinished` or `damaged`."""
+    note: str = ""
+    """What is unfinished or damaged."""
+    method: str | None = None
+    dataset: str | None = None
+    train: str | None = None
+    """Pattern that it was trained at, such as `70 % both`; None for an evaluation (test_only)."""
+    seed: int | None = None
+    metric: str | None = None
+    """Name of the metric that chooses the best model."""
+    validation: float | None = None
+    """Its best value in validation, a fraction; likewise in the test."""
+    test: float | None = None
+    tested_at: str | None = None
+    """Pattern of the test, as in `train`."""
+    date: datetime | None = None
+    """When the run began."""
+
+    def text(self, column: str, log_dir: Path) -> str:
+        """What the table says in a column."""
+        value = getattr(self, column)
+        if isinstance(value, Path):
+            return str(value.relative_to(log_dir))
+        if isinstance(value, datetime):
+            return f"{value:%Y-%m-%d %H:%M}"
+        return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def list_runs(log_dir: Path) -> list[RunRow]:
+    """Every run below `log_dir`, also unfinished and damaged ones, by folder.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not log_dir.is_dir():
+        raise ConfigError(f"log_dir: expected a folder of runs, found no folder at {log_dir}")
+    runs, damaged = find_runs(log_dir)
+    rows = [
+        *map(_row, runs),
+        *(_damaged(RunRow(folder, folder.parent.name), error) for folder, error in damaged.items()),
+    ]
+    return sorted(rows, key=lambda row: natural_key(row.folder))
+
+
+def _row(run: Run) -> RunRow:
+    config, first = run.config, run
+    while first.earlier is not None:
+        first = first.earlier
+    row = RunRow(
+        run.folder,
+        name=run.folder.parent.name if run.is_evaluation else config["exp_name"],
+        method=config["prompt_type"],
+        dataset=run.dataset,
+        train=None if run.is_evaluation else pattern_text(*run.pattern),
+        seed=config["seed"],
+        metric=run.task.monitor,
+        date=first.started,
+    )
+    try:
+        row = replace(row, validation=run.best_validation)
+        if run.test is not None and run.tested_at is not None:
+            row = replace(row, test=float(run.test["metrics"][row.metric]), tested_at=pattern_text(*run.tested_at))
+        state, note = run.state
+        return replace(row, state=state, note=note)
+    except DataError as error:
+        return _damaged(row, error)
+
+
+def _damaged(row: RunRow, error: DataError) -> RunRow:
+    return replace(row, note=str(error).removeprefix(f"{row.folder}/"))
+
+
+def sort_runs(rows: Sequence[RunRow], order: str) -> list[RunRow]:
+    """By the column `order`, descending with `-` in front; rows that lack it come last either way."""
+    name = order.removeprefix("-")
+    there = [row for row in rows if getattr(row, name) is not None]
+    lacking = [row for row in rows if getattr(row, name) is None]
+
+    def key(row: RunRow) -> object:
+        value = getattr(row, name)
+        return natural_key(value) if isinstance(value, (str, Path)) else value
+
+    return sorted(there, key=key, reverse=order != name) + lacking  # type: ignore[arg-type]
+
+
+def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
+    """The table for the terminal."""
+    heads = [name.replace("_", " ") for name in COLUMNS]
+    table = terminal_table(
+        heads, [[row.text(name, log_dir) for name in COLUMNS] for row in rows], "".join(COLUMNS.values())
+    )
+    metrics = {row.dataset: row.metric for row in rows if row.metric is not None}
+    legend = ", ".join(f"{metric} ({dataset})" for dataset, metric in metrics.items())
+    return f"{table}\n\nvalidation (the best) and test: {legend}" if legend else table
+
+
+def write_runs(rows: Sequence[RunRow], path: Path) -> None:
+    """Writes the table as CSV, numbers unrounded; DataError where that is impossible."""
+    header = [*COLUMNS, "metric"]
+    lines = [
+        [row.text(name, path) if name == "date" and row.date else getattr(row, name) for name in header] for row in rows
+    ]
+    try:
+        write_csv(path, header, lines)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
+
+
+def find_checkpoints(places: Sequence[Path]) -> list[Path]:
+    """The checkpoints among `places`, and the best.ckpt of each run in or below those that are folders.
+
+    Runs without one are named in a warning.
+
+    Raises:
+        ConfigError: a place is not there, or has no checkpoint below it; a checkpoint is named twice.
+    """
+    found: list[Path] = []
+    for place in places:
+        if not place.is_dir():
+            if not place.is_file():
+                raise ConfigError(
+                    f"load_path: expected a checkpoint file or a folder of runs, found nothing at {place}"
+                )
+            found.append(place)
+            continue
+        runs, damaged = find_runs(place)
+        folders = sorted([*(run.folder for run in runs if not run.is_evaluation), *damaged], key=natural_key)
+        below = [path for folder in folders if (path := folder / "best.ckpt").is_file()]
+        without = ", ".join(str(folder) for folder in folders if not (folder / "best.ckpt").is_file())
+        if not below:
+            what = f"runs without one: {without}" if without else "no run"
+            raise ConfigError(f"load_path: expected runs with a best.ckpt in {place}, found {what}")
+        if without:
+            log.warning("without a checkpoint, and left out: %s", without)
+        found += below
+    resolved = [checkpoint.resolve() for checkpoint in found]
+    for number, checkpoint in enumerate(found):
+        if resolved[number] in resolved[:number]:
+            raise ConfigError(f"load_path: expected each checkpoint once, found {checkpoint} twice")
+    return found

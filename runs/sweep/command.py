@@ -1,0 +1,207 @@
+"""`python run.py sweep with …`: its options, its folder, and that only one at a time runs in it."""
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError, SweepError
+from common.locks import locked
+from common.messages import quoted
+from common.strict_json import read_json, write_json
+from config import Options
+from engine.interruption import Stopped
+from engine.tasks import task_of
+from runs.check_options import check
+from runs.run_reader import as_written_by_run
+from runs.sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
+from runs.sweep.jobs import run_command
+from runs.sweep.launchers import CLUSTERS, make_launcher
+from vilt.datasets.open_spec import open_spec
+
+log = logging.getLogger("rep")
+
+FORMAT = 1
+GRID = ("sweep_types", "sweep_ratios", "sweep_seeds", "sweep_over")
+SET_BY_GRID = {
+    "missing_type": "sweep_types",
+    "test_type": "sweep_types",
+    "missing_ratio": "sweep_ratios",
+    "test_ratio": "sweep_ratios",
+    "seed": "sweep_seeds",
+}
+SET_BY_SWEEP = ("exp_name", "test_exp_name", "test_only", "test_after_fit", "fast_dev_run", "resume_from")
+FREE = (*SET_BY_SWEEP, *GRID, "log_dir", "sweep_name", "sweep_launcher", "sweep_slurm", "search_trials",
+        "num_workers", "image_cache")  # fmt: skip
+"""Options that may be others when a sweep is resumed: those of its own course, and those that change no result."""
+
+
+def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
+    """Runs the grid or the search that the configuration describes, or what is left of it.
+
+    Args:
+        config: the whole configuration.
+        updates: options and named configs of the command line, as given; the runs get all but the sweep's own.
+
+    Raises:
+        ConfigError: an option is wrong, or contradicts another one.
+        DataError: the arrow files of a custom dataset do not say which metric is theirs.
+        SweepError: runs failed, the folder has a sweep with other options, or a sweep is at work in it.
+    """
+    options = check_sweep(config, updates)
+    spec = open_spec(options.task, options.data_root, options.splits)
+    metric = task_of(options.task, spec.custom).monitor
+    folder = options.log_dir / options.sweep_name
+    given = [update for update in updates if not _is_of_sweep(_name(update))]
+    busy = f"sweep_name={options.sweep_name}: another sweep of this name is at work in {options.log_dir}"
+    with locked(folder / ".lock", busy), _interruptible(updates):
+        launch = None
+        if options.sweep_launcher != "commands":
+            launch = make_launcher(options.sweep_launcher, options.sweep_slurm, folder / "submitit")
+        record(options, metric, config, folder)
+        if options.search:
+            from runs.sweep.search import Search, open_study, run_search
+
+            assert launch is not None, "check_sweep lets no search be a list of commands"
+            study = open_study(folder / "optuna.journal", options.sweep_name)
+            run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
+            return
+        cells = grid_cells(options, given, folder)
+        if launch is None:
+            write_commands(options, cells, folder)
+        else:
+            run_grid(options, metric, cells, launch, folder)
+
+
+def check_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> Options:
+    """The checked options of a sweep.
+
+    Raises:
+        ConfigError: one line that names the option, what was expected and what was found.
+    """
+    # Where the runs are elsewhere, they check themselves what that machine has.
+    elsewhere = {"num_gpus": None, "precision": None} if config["sweep_launcher"] in ("slurm", "commands") else {}
+    options = check({**config, **elsewhere})
+    names = [_name(update) for update in updates if "=" in update]
+    for name in names:
+        if name == "exp_name":
+            raise ConfigError("exp_name: the runs of a sweep are named after it; expected sweep_name")
+        if name in SET_BY_SWEEP:
+            raise ConfigError(f"{name}: contradicts a sweep, which trains and evaluates its runs itself")
+        if name in SET_BY_GRID and not options.search:
+            raise ConfigError(f"{name}: the cells of a sweep differ in it; expected {SET_BY_GRID[name]}")
+        if name in GRID and options.search:
+            raise ConfigError(f"{name}: is for a grid; a search has one missing_type, missing_ratio and seed")
+    if "search_trials" in names and not options.search:
+        raise ConfigError("search_trials: expected options to search, as in search.learning_rate=[1e-4,1e-1]")
+    if options.sweep_slurm and options.sweep_launcher not in CLUSTERS:
+        launchers = " or ".join(CLUSTERS)
+        raise ConfigError(f"sweep_slurm: expected sweep_launcher={launchers}, found {options.sweep_launcher}")
+    if options.num_nodes > 1 and options.sweep_launcher != "commands":
+        raise ConfigError(
+            f"num_nodes: expected 1, since a sweep starts each run on one machine, or sweep_launcher=commands, "
+            f"found {options.num_nodes}"
+        )
+    if options.search:
+        if options.sweep_launcher == "commands":
+            raise ConfigError("sweep_launcher: a search chooses by results; expected local, slurm or submitit_local")
+        from runs.sweep.search import check_values  # Optuna takes pandas along, which nothing else needs
+
+        check_values(options, {**config, **elsewhere})
+    else:
+        check_variants(options, {**config, **elsewhere})
+    return options
+
+
+def check_variants(options: Options, config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for values of `sweep_over` that are wrong together, or whose folders would have one name."""
+    named: dict[str, dict[str, Any]] = {}
+    for variant in variants(options):
+        try:
+            check({**config, **variant})
+        except ConfigError as error:
+            raise ConfigError(f"sweep_over: {variant} is not possible: {error}") from error
+        other = named.setdefault(variant_name(variant), variant)
+        if other is not variant:
+            raise ConfigError(f"sweep_over: {variant} and {other} would have one folder, {variant_name(variant)}")
+
+
+def grid_axes(options: Options) -> dict[str, tuple[Any, ...]]:
+    """The values that the cells of the grid combine."""
+    axes = {name: getattr(options, name) for name in GRID if name != "sweep_over"}
+    return {**axes, **{f"sweep_over.{name}": values for name, values in options.sweep_over.items()}}
+
+
+def record(options: Options, metric: str, config: Mapping[str, Any], folder: Path) -> None:
+    """Writes `sweep.json`, which says what the sweep is; one that is there must be of the same sweep.
+
+    Raises:
+        DataError: it is damaged.
+        SweepError: it is of a sweep with other options, or of one with cells that this one lacks.
+    """
+    path = folder / "sweep.json"
+    grid = None if options.search else grid_axes(options)
+    fixed = [name for name in Options.__dataclass_fields__ if name not in FREE]
+    values = {**config, "search": options.search}
+    mine = {
+        "format": FORMAT,
+        "name": options.sweep_name,
+        "task": options.task,
+        "metric": metric,
+        "grid": grid,
+        "options": {name: values[name] for name in fixed if grid is None or name not in SET_BY_GRID},
+    }
+    mine = json.loads(json.dumps(mine, default=str))
+    if path.is_file():
+        _check_same_sweep(path, mine, f"sweep_name={options.sweep_name}")
+    write_json(path, mine)
+
+
+def _check_same_sweep(path: Path, mine: dict[str, Any], named: str) -> None:
+    found = read_json(path)
+    with as_written_by_run(path):
+        if found["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, found {quoted(found['format'])}")
+        theirs, there = dict(found["options"]), dict(found["grid"] or {"a search": []})
+        if not all(isinstance(values, list) for values in there.values()):
+            raise ValueError(f"grid: expected lists of values by name, found {quoted(found['grid'])}")
+    expected = "expected the same, or another sweep_name"
+    differing = [
+        f"{name} (there {quoted(theirs.get(name))}, here {quoted(value)})"
+        for name, value in mine["options"].items()
+        if theirs.get(name) != value
+    ]
+    if differing:
+        raise SweepError(f"{named}: {path} is of a sweep with other options: {', '.join(differing)}; {expected}")
+    here = mine["grid"] or {"a search": []}
+    if there.keys() != here.keys():
+        raise SweepError(
+            f"{named}: {path} is of a sweep over {', '.join(there)}, not over {', '.join(here)}; {expected}"
+        )
+    for name, values in there.items():
+        if lacking := [value for value in values if value not in here[name]]:
+            raise SweepError(
+                f"{name}: expected at least {values}, as in {path}, found {here[name]}, without {lacking}; "
+                f"cells can be added, not taken away"
+            )
+
+
+@contextmanager
+def _interruptible(updates: Sequence[str]) -> Iterator[None]:
+    """Says how to resume where Ctrl-C or SIGTERM ends the block."""
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped):
+        log.info("stopped; the same command resumes: %s", shlex.join(run_command("sweep", "with", *updates)))
+        raise
+
+
+def _name(update: str) -> str:
+    return update.partition("=")[0].partition(".")[0].strip()
+
+
+def _is_of_sweep(name: str) -> bool:
+    return name.startswith("sweep_") or name in ("search", "search_trials")

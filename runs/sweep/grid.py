@@ -1,0 +1,187 @@
+"""The grid: missing types × ratios × values of further options × seeds, and the table of its results."""
+
+import logging
+import re
+import shlex
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from common.errors import SweepError
+from common.files import atomic_path, write_csv
+from common.messages import quoted
+from common.strict_json import read_json
+from common.text import duration, estimate, per_cent, terminal_table
+from config import Options
+from runs.run_reader import as_written_by_run
+from runs.sweep.jobs import Job, Progress
+from runs.sweep.launchers import Launcher
+from vilt.datasets.specs import EVERY_DATASET
+from vilt.missing_types import AVAILABLE, available_shares
+
+log = logging.getLogger("rep")
+
+COSTS = ("trained_parameters", "training_seconds")
+"""What a run says of its cost. A run that was resumed does not know its time."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid; training, validation and test have the same missing type and ratio."""
+
+    missing_type: str
+    ratio: float
+    variant: dict[str, Any]
+    """Values of the options of `sweep_over`."""
+    seed: int
+    job: Job
+
+    def result(self) -> dict[str, float] | None:
+        """Metrics and costs of the run, once it is complete. Raises DataError where its results are damaged."""
+        path = self.job.result
+        if path is None:
+            return None
+        written = read_json(path)
+        with as_written_by_run(path):
+            values = {**written["metrics"], **{name: written[name] for name in COSTS if written.get(name)}}
+            for name, value in values.items():
+                if type(value) not in (int, float):
+                    raise ValueError(f"{name}: expected a number, found {quoted(value)}")
+            return {name: float(value) for name, value in values.items()}
+
+
+def grid_cells(options: Options, given: Sequence[str], folder: Path) -> list[Cell]:
+    """The cells of the grid in the order of running: one seed of every pattern first, then the next.
+
+    Args:
+        given: options of the command line that all runs have.
+        folder: of the sweep.
+    """
+    cells = []
+    axes = (options.sweep_seeds, options.sweep_types, options.sweep_ratios, variants(options))
+    for seed, missing_type, ratio, variant in product(*axes):
+        name = "_".join(filter(None, [options.sweep_name, variant_name(variant), missing_type, str(ratio)]))
+        own = [f"{option}={value}" for option, value in variant.items()]
+        own += [f"missing_type={missing_type}", f"missing_ratio={ratio}", f"seed={seed}"]
+        job = Job(f"{name}_seed{seed}", folder, (*given, *own, f"exp_name={name}", f"log_dir={folder}"), tested=True)
+        cells.append(Cell(missing_type, ratio, variant, seed, job))
+    return cells
+
+
+def variants(options: Options) -> list[dict[str, Any]]:
+    """All combinations of the values in `sweep_over`."""
+    return [dict(zip(options.sweep_over, values, strict=True)) for values in product(*options.sweep_over.values())]
+
+
+def variant_name(variant: dict[str, Any]) -> str:
+    """What a variant adds to the names of its runs' folders."""
+    words = [value if isinstance(value, str) else f"{option}-{value}" for option, value in variant.items()]
+    return "_".join(re.sub(r"[^\w.+-]", "-", word) for word in words)
+
+
+def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launcher, folder: Path) -> None:
+    """Runs what is not complete, and writes and prints the table.
+
+    Args:
+        metric: of the task; the one that is printed.
+
+    Raises:
+        SweepError: runs failed; they are listed before.
+    """
+    cell_of = {cell.job: cell for cell in cells}
+    waiting = [job for job in cell_of if job.state != "complete"]
+    _log_states(options, cells)
+    progress = Progress(len(cells), len(cells) - len(waiting))
+
+    def write() -> list[dict[str, Any]]:
+        rows = table_rows(options, metric, cells, {job for job, _ in progress.failed})
+        write_csv(folder / "table.csv", list(rows[0]), [list(row.values()) for row in rows])
+        return rows
+
+    for job, outcome in launch(waiting):
+        result = cell_of[job].result()
+        progress.report(job, outcome, "" if result is None else f"{metric} {result[metric]:.4f}")
+        write()
+    print(f"\nsweep {options.sweep_name}: {options.task} test, mean ± standard deviation over seeds\n")
+    print(f"{table_text(write(), options, metric)}\n\n  written to {folder / 'table.csv'}\n")
+    if progress.failed:
+        print(f"failed:\n{progress.failures()}\n")
+        raise SweepError(
+            f"{len(progress.failed)} of {len(cells)} cells failed; the same command tries them again, and no other"
+        )
+
+
+def write_commands(options: Options, cells: Sequence[Cell], folder: Path) -> None:
+    """Prints a command for each run that is not complete, one a line, and writes them to `commands.txt`."""
+    _log_states(options, cells)
+    commands = [shlex.join(cell.job.command()) for cell in cells if cell.job.state != "complete"]
+    with atomic_path(folder / "commands.txt") as temporary:
+        temporary.write_text("".join(f"{command}\n" for command in commands), "utf-8")
+    for command in commands:
+        print(command)
+    log.info("%d commands, written to %s; nothing was run", len(commands), folder / "commands.txt")
+
+
+def _log_states(options: Options, cells: Sequence[Cell]) -> None:
+    states = [cell.job.state for cell in cells]
+    counts = [(states.count(state), state) for state in ("complete", "cut off", "not begun")]
+    shown = ", ".join(f"{count} {state}" for count, state in counts if count)
+    log.info("sweep %s: %d cells, %s", options.sweep_name, len(cells), shown)
+
+
+def table_rows(options: Options, metric: str, cells: Sequence[Cell], failed: Collection[Job]) -> list[dict[str, Any]]:
+    """A row per pattern, with the names of the columns of table.csv; `metric` is there before any seed is complete."""
+    results = {cell.job: cell.result() for cell in cells}
+    names = dict.fromkeys(name for result in results.values() if result for name in result if name not in COSTS)
+    rows: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        rows.setdefault((*cell.variant.values(), cell.missing_type, cell.ratio), []).append(cell)
+    return [_row(options, list(names) or [metric], seeds, results, failed) for seeds in rows.values()]
+
+
+def _row(
+    options: Options,
+    metrics: Sequence[str],
+    seeds: Sequence[Cell],
+    results: dict[Job, dict[str, float] | None],
+    failed: Collection[Job],
+) -> dict[str, Any]:
+    missing_type, ratio = seeds[0].missing_type, seeds[0].ratio
+    shares = available_shares(EVERY_DATASET[options.task].modalities, missing_type, ratio, options.both_ratio)
+    complete = [result for cell in seeds if (result := results[cell.job]) is not None]
+    n_failed = sum(cell.job in failed for cell in seeds)
+    row = {
+        **seeds[0].variant,
+        "missing_type": missing_type,
+        "ratio": ratio,
+        **{f"{name}{AVAILABLE}": round(share, 6) for name, share in shares.items()},
+    }
+    for name in (*metrics, *COSTS):  # of what all seeds have
+        found = estimate([result[name] for result in complete]) if all(name in result for result in complete) else None
+        mean, std = (found.mean, found.std) if found else ("", "")
+        row |= {name: mean} if name in COSTS else {f"{name}_mean": mean, f"{name}_std": std}
+    return {**row, "complete": len(complete), "failed": n_failed, "open": len(seeds) - len(complete) - n_failed}
+
+
+def table_text(rows: Sequence[dict[str, Any]], options: Options, metric: str) -> str:
+    """The table for the terminal, with one metric."""
+    any_costs = any(row[name] for row in rows for name in COSTS)
+    any_failed = any(row["failed"] for row in rows)
+    modalities = list(EVERY_DATASET[options.task].modalities)
+    heads = [*options.sweep_over, "missing", "ratio", *modalities, metric, "seeds complete"]
+    heads += [*(["trainable parameters", "time of a run"] if any_costs else []), *(["failed"] if any_failed else [])]
+    shown = []
+    for row in rows:
+        mean, std = row[f"{metric}_mean"], row[f"{metric}_std"]
+        value = "–" if mean == "" else f"{mean:.4f} ± {std:.4f}" if row["complete"] > 1 else f"{mean:.4f}{'':9}"
+        line = [*(str(row[name]) for name in options.sweep_over), row["missing_type"], f"{row['ratio']:.4g}"]
+        line += [*(per_cent(row[f"{name}{AVAILABLE}"]) for name in modalities), value]
+        line.append(f"{row['complete']} of {row['complete'] + row['failed'] + row['open']}")
+        if any_costs:
+            parameters, seconds = (row[name] for name in COSTS)
+            line += ["–" if parameters == "" else f"{parameters:,.0f}", "–" if seconds == "" else duration(seconds)]
+        shown.append([*line, *([str(row["failed"] or "")] if any_failed else [])])
+    n_left = len(options.sweep_over) + 1
+    return terminal_table(heads, shown, "<" * n_left + ">" * (len(heads) - n_left))

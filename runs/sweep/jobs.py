@@ -1,0 +1,185 @@
+"""One run of a sweep: its folder, how far it got, and running it to its end in a process of its own.
+
+Nothing heavy is imported here: a node of a cluster reads this module before it starts the run.
+"""
+
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from common.errors import BusyError
+from common.locks import locked
+from common.text import duration
+
+log = logging.getLogger("rep")
+
+RUN = Path(__file__).resolve().parents[2] / "run.py"
+PATIENCE_S = 60.0
+"""How long a run that is asked to stop may take, before it is killed."""
+
+State = Literal["complete", "cut off", "not begun"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a sweep.
+
+    Args:
+        name: of the folder of its versions: exp_name and seed.
+        folder: of the sweep.
+        options: of `run.py`, without `resume_from`.
+        tested: whether it ends with the test; of a run that does not, only its exit status says that it is complete.
+    """
+
+    name: str
+    folder: Path
+    options: tuple[str, ...]
+    tested: bool
+
+    @property
+    def log(self) -> Path:
+        """What the run said, in all its attempts."""
+        return self.folder / "logs" / f"{self.name}.log"
+
+    @property
+    def result(self) -> Path | None:
+        """The test results, once the run is complete."""
+        return self.newest("test_results.json") if self.tested else None
+
+    @property
+    def state(self) -> State:
+        """How far the run got, from its files alone."""
+        if self.result is not None:
+            return "complete"
+        return "not begun" if self.newest("last.ckpt") is None else "cut off"
+
+    def newest(self, file: str) -> Path | None:
+        """The file of this name in the newest version of the run that has one."""
+        found = {
+            int(path.parent.name.removeprefix("version_")): path
+            for path in (self.folder / self.name).glob(f"version_*/{file}")
+            if path.parent.name.removeprefix("version_").isdecimal()
+        }
+        return found[max(found)] if found else None
+
+    def command(self) -> list[str]:
+        """Begins the run, or resumes it where it was cut off."""
+        last = self.newest("last.ckpt")
+        return run_command("with", *self.options, *([] if last is None else [f"resume_from={last}"]))
+
+
+class Outcome(NamedTuple):
+    """How a run ended: what went wrong, or None, and how long it took."""
+
+    error: str | None
+    seconds: float
+
+
+class Progress:
+    """A line for each run that ends, with its time and an estimate of what is left; remembers those that failed.
+
+    Args:
+        total: runs of the whole sweep.
+        complete: runs that were complete before this one started.
+    """
+
+    def __init__(self, total: int, complete: int) -> None:
+        self.total = total
+        self.done = complete
+        self.ended = 0
+        self.failed: list[tuple[Job, str]] = []
+        self._began = time.monotonic()
+
+    def report(self, job: Job, outcome: Outcome, words: str) -> None:
+        """Says that `job` ended, and with what; `words` are its result."""
+        self.ended += 1
+        if outcome.error is None:
+            self.done += 1
+        else:
+            self.failed.append((job, outcome.error))
+            words = f"failed: {outcome.error}"
+        place = self.done + len(self.failed)
+        per_run = (time.monotonic() - self._began) / self.ended
+        rest = f"; about {duration((self.total - place) * per_run)} left" if place < self.total else ""
+        log.info("[%d/%d] %s: %s (%s%s)", place, self.total, job.name, words, duration(outcome.seconds), rest)
+
+    def failures(self) -> str:
+        """The runs that failed, each with its last error and its log, as text."""
+        return "\n".join(f"  {job.name}: {error}\n    {job.log}" for job, error in self.failed)
+
+
+def run_command(*arguments: str) -> list[str]:
+    """A command line of run.py, for the interpreter that runs now."""
+    return [sys.executable, str(RUN), *arguments]
+
+
+def run_job(job: Job) -> Outcome:
+    """Runs `job` to its end, its output going to its log; interrupted, it first stops the run."""
+    began = time.monotonic()
+    try:
+        # The run holds the lock too: should this process be killed, nobody starts the same run beside it.
+        with locked(job.log.with_suffix(".lock"), "another process is at this run") as lock:
+            error = None if job.state == "complete" else _run(job, lock)
+    except BusyError as busy:
+        error = str(busy)
+    return Outcome(error, time.monotonic() - began)
+
+
+def _run(job: Job, lock: int) -> str | None:
+    # Lightning starts the processes of a run itself, and is not to take a job of SLURM for having done so.
+    variables = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"}
+    command = job.command()
+    with job.log.open("ab") as log:
+        log.write(f"$ {shlex.join(command)}\n".encode())
+        log.flush()
+        start = log.tell()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**variables, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C comes from here alone, once
+            pass_fds=[lock],
+        )
+        try:
+            status = process.wait()
+        except BaseException:  # Ctrl-C, or the end of a cluster job's time
+            _stop(process)
+            raise
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    if status:
+        return error_in(job.log.read_bytes()[start:].decode("utf-8", "replace"))
+    return "it ended without test_results.json" if job.tested and job.result is None else None
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """Interrupts a run and its processes, and kills what is left."""
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(PATIENCE_S)
+    finally:
+        with suppress(ProcessLookupError):  # none is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def error_in(said: str) -> str:
+    """The line of a run's output that says what went wrong: our own, an exception's, or else the last one."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    for pattern in (r"error: (.*)", r"((?:\w+\.)*\w+(?:Error|Exception|Interrupt)\b.*)"):
+        found = [match[1] for line in lines if (match := re.fullmatch(pattern, line))]
+        if found:
+            return found[-1]
+    return lines[-1] if lines else "it said nothing"

@@ -1,0 +1,239 @@
+"""The search: values of options that give the best validation metric, proposed by Optuna's TPE one trial after another.
+
+All that is known of the trials is in Optuna's journal in the sweep's folder, so that a search can be resumed.
+"""
+
+import hashlib
+import itertools
+import logging
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from common.errors import ConfigError, SweepError
+from common.files import write_csv
+from common.messages import first_line
+from common.text import terminal_table
+from config import Options, is_range, is_range_of_steps
+from runs.check_options import check
+from runs.run_reader import open_checkpoint
+from runs.sweep.jobs import Job, Outcome, Progress, run_command
+from runs.sweep.launchers import Launcher
+
+log = logging.getLogger("rep")
+
+STATE_NAMES = {TrialState.COMPLETE: "complete", TrialState.FAIL: "failed", TrialState.RUNNING: "cut off"}
+BEST_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search, its trials and where they are.
+
+    Args:
+        options: of the sweep.
+        metric: the validation metric that is to be high, such as `val/f1_macro`.
+        given: options of the command line that all trials have.
+        folder: of the sweep.
+        study: Optuna's record.
+    """
+
+    options: Options
+    metric: str
+    given: tuple[str, ...]
+    folder: Path
+    study: optuna.Study
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials so far, by number; of these states, or all."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def job(self, number: int, values: Mapping[str, Any]) -> Job:
+        """The run of a trial. It does not test: the test split has no part in the choice."""
+        name = f"{self.options.sweep_name}_trial_{number}"
+        own = (*assignments(values), f"exp_name={name}", f"log_dir={self.folder}", "test_after_fit=False")
+        return Job(f"{name}_seed{self.options.seed}", self.folder, (*self.given, *own), tested=False)
+
+    def job_of(self, trial: FrozenTrial) -> Job:
+        """The run that gave a trial its score: its own, or that of the first complete trial with the same values."""
+        same = [other for other in self.trials(TrialState.COMPLETE) if other.params == trial.params]
+        first = same[0] if same and trial.state == TrialState.COMPLETE else trial
+        return self.job(first.number, first.params)
+
+    def best(self) -> list[FrozenTrial]:
+        """The complete trials with a run of their own, the best first."""
+        ranked = sorted(self.trials(TrialState.COMPLETE), key=lambda trial: (-score_of(trial), trial.number))
+        return [trial for trial in ranked if self.job_of(trial) == self.job(trial.number, trial.params)]
+
+
+def score_of(trial: FrozenTrial) -> float:
+    """Of a complete trial."""
+    assert trial.value is not None
+    return trial.value
+
+
+def assignments(values: Mapping[str, Any]) -> list[str]:
+    """Values of options as a command line has them."""
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def short(value: Any) -> str:
+    """A value for tables."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def distributions(options: Options) -> dict[str, BaseDistribution]:
+    """What Optuna draws from: a range of two numbers, log-uniform or linear where it begins at 0; a list of choices."""
+    space: dict[str, BaseDistribution] = {}
+    for name, values in options.search.items():
+        if is_range_of_steps(name, values):
+            low, high = map(int, values)
+            space[name] = IntDistribution(low, high, log=low > 0)
+        elif is_range(name, values):
+            low, high = values
+            space[name] = FloatDistribution(low, high, log=low > 0)
+        else:
+            space[name] = CategoricalDistribution(values)
+    return space
+
+
+def check_values(options: Options, config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value that is wrong together with any values of the other options of the search.
+
+    Args:
+        config: the whole configuration as it was given.
+    """
+    possible: set[tuple[str, Any]] = set()
+    refused: dict[tuple[str, Any], ConfigError] = {}
+    for together in itertools.product(*options.search.values()):
+        values = dict(zip(options.search, together, strict=True))
+        if not values.items() <= possible:
+            try:
+                check({**config, **values})
+                possible |= values.items()
+            except ConfigError as error:
+                refused |= dict.fromkeys(values.items(), error)
+    for name, values_of_option in options.search.items():
+        for value in values_of_option:
+            if (name, value) not in possible:
+                raise ConfigError(f"search.{name}: {value!r} is not possible: {refused[name, value]}")
+
+
+def open_study(path: Path, name: str) -> optuna.Study:
+    """The study in a journal, which is made where there is none. Raises SweepError where it is damaged."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(path))),
+            study_name=name,
+            direction="maximize",
+            load_if_exists=True,
+            pruner=optuna.pruners.NopPruner(),
+        )
+    except Exception as error:  # of many types, on a damaged file
+        raise SweepError(f"{path}: not readable as Optuna's journal: {first_line(error)}") from error
+
+
+def run_search(search: Search, launch: Launcher) -> None:
+    """Runs trials until `search_trials` are complete or have failed now; writes `search.csv` and prints the best.
+
+    Raises:
+        SweepError: trials failed; they are listed before.
+    """
+    wanted = search.options.search_trials
+    counts = {name: len(search.trials(state)) for state, name in STATE_NAMES.items()}
+    so_far = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    log.info("search %s: %d trials wanted%s", search.options.sweep_name, wanted, f"; so far {so_far}" if so_far else "")
+    progress = Progress(max(wanted, counts["complete"] + counts["cut off"]), counts["complete"])
+    for number, values in _proposals(search):
+        job = search.job(number, values)
+        score, outcome = _try(search, job, values, launch)
+        words = ""
+        if score is None:
+            search.study.tell(number, state=TrialState.FAIL)
+        else:
+            search.study.tell(number, score)
+            shown = " ".join(f"{name}={short(value)}" for name, value in values.items())
+            words = f"{search.metric} {score:.4f} with {shown}"
+        progress.report(job, outcome, words)
+        write_trials(search)
+    write_trials(search)
+    _print_best(search)
+    if progress.failed:
+        print(f"failed:\n{progress.failures()}\n")
+        raise SweepError(f"{len(progress.failed)} trials failed; the same command tries as many others")
+
+
+def _proposals(search: Search) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers and values of the trials to run: first those cut off, then new ones, each after the last one's result."""
+    space = distributions(search.options)
+    cut_off = []
+    for trial in search.trials(TrialState.RUNNING):
+        if trial.params.keys() == space.keys():
+            cut_off.append(trial)
+        else:  # while its values were drawn
+            search.study.tell(trial.number, state=TrialState.FAIL)
+    new = search.options.search_trials - len(search.trials(TrialState.COMPLETE)) - len(cut_off)
+    for trial in cut_off:
+        yield trial.number, trial.params
+    for _ in range(new):
+        # Its own seed for each trial, so that an interruption does not change what follows.
+        key = hashlib.sha256(f"{search.options.seed}/{len(search.trials())}".encode()).digest()
+        search.study.sampler = optuna.samplers.TPESampler(seed=int.from_bytes(key[:4], "big"))
+        proposed = search.study.ask(space)
+        yield proposed.number, proposed.params
+
+
+def _try(search: Search, job: Job, values: dict[str, Any], launch: Launcher) -> tuple[float | None, Outcome]:
+    """The score of a trial and how its run ended; a run with the same values, which would end the same, serves too."""
+    for trial in search.trials(TrialState.COMPLETE):
+        if trial.params == values:
+            log.info("%s has the values of trial %d, and so its score", job.name, trial.number)
+            return score_of(trial), Outcome(None, 0.0)
+    [(_, outcome)] = launch([job])
+    if outcome.error is not None:
+        return None, outcome
+    best = job.newest("best.ckpt")
+    if best is None:
+        return None, Outcome("it ended without best.ckpt, so that there was no validation", outcome.seconds)
+    score = float(open_checkpoint(best, "score")["score"])
+    if math.isnan(score):
+        return None, Outcome(f"{search.metric} is not a number", outcome.seconds)
+    return score, outcome
+
+
+def write_trials(search: Search) -> None:
+    """Writes `search.csv`: a line per trial with its values, its score and the folder of its run."""
+    lines = []
+    for trial in search.trials():
+        newest = search.job_of(trial).newest("config.json")
+        values = [trial.params.get(name, "") for name in search.options.search]
+        score = "" if trial.value is None else trial.value
+        lines.append([trial.number, STATE_NAMES[trial.state], *values, score, "" if newest is None else newest.parent])
+    write_csv(search.folder / "search.csv", ["number", "state", *search.options.search, search.metric, "folder"], lines)
+
+
+def _print_best(search: Search) -> None:
+    ranked = search.best()
+    if not ranked:
+        return
+    best, names = ranked[0], list(search.options.search)
+    rows = [
+        (f"trial {trial.number}", *(short(trial.params[name]) for name in names), f"{score_of(trial):.4f}")
+        for trial in ranked[:BEST_SHOWN]
+    ]
+    table = terminal_table(("", *names, search.metric), rows, "<" + ">" * (len(names) + 1))
+    print(f"\nsearch {search.options.sweep_name}: the best trials\n\n{table}\n")
+    print(f"  all are in {search.folder / 'search.csv'}; the best model is {search.job_of(best).newest('best.ckpt')}\n")
+    print("to train and test with the best values:\n")
+    name = f"exp_name={search.options.sweep_name}_best"
+    print(f"  {shlex.join(run_command('with', *search.given, *assignments(best.params), name))}\n")

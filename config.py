@@ -79,7 +79,7 @@ class MissingTypeReader:
 
     def __call__(self, option: str, value: Any, task: Any = None) -> Any:
         known = list(EVERY_DATASET[task if task in EVERY_DATASET else CUSTOM].missing_types)
-        if value == self.default and known != MISSING_TYPES:
+        if value and value == self.default and known != MISSING_TYPES:
             value = self.otherwise or known
         return self.shape(one_of(*known))(option, value)
 

@@ -231,7 +231,7 @@ def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
             names = f"{', '.join(map(repr, kinds))} or {'both' if len(kinds) == 2 else 'some of them'}"
             raise DataError(f"{place}: expected the columns {names}, found {listed(list(values))}")
         cells = {name: _cell(values.get(name), name, place) for name in kinds}
-        inputs = {name: source.parent / cell if kinds[name].is_file else cell for name, cell in cells.items() if cell}
+        inputs = {name: source.parent / cell if kinds[name].in_file else cell for name, cell in cells.items() if cell}
         items.append(Item(str(row if values.get("id") is None else values["id"]), inputs, place))
     return items
 
@@ -257,7 +257,7 @@ def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
     items = []
     for stem, inputs in sorted(inputs_of.items(), key=lambda item: natural_key(item[0])):
         for name, path in list(inputs.items()):
-            if not kinds[name].is_file:
+            if not kinds[name].in_file:
                 try:
                     inputs[name] = path.read_text("utf-8-sig")
                 except (OSError, UnicodeDecodeError) as error:

@@ -383,7 +383,7 @@ def test_pickling_carries_neither_the_file_nor_its_table(tmp_path):
     assert dataset.table is opened, "the original keeps its own"
     assert len(pickled) < 200_000 < 4_000_000 < (tmp_path / ARROW).stat().st_size
     copy = pickle.loads(pickled)
-    assert vars(copy._file)["_table"] is None
+    assert vars(copy)["_table"] is None
     for index in (0, 1, 2, rows - 1):
         assert_equal(copy[0, index], dataset[0, index])
 

@@ -123,7 +123,7 @@ def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(meme
         for reader in (dataset, worker):
             image = reader[0, row].inputs["image"]
             assert image.tolist() == expected.tolist()
-    assert vars(worker._file)["_table"] is None
+    assert vars(worker)["_table"] is None
 
 
 def test_an_image_may_be_written_to_without_changing_the_cache(memes):

@@ -119,7 +119,7 @@ def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(
     image = ImageKind._decoded
 
     def die(self: ImageKind, row: int) -> torch.Tensor:
-        if self.file.path.name == "mmimdb_train.arrow" and row == 17:
+        if self.data.path.name == "mmimdb_train.arrow" and row == 17:
             os.kill(os.getpid(), signal.SIGKILL)
         return image(self, row)
 

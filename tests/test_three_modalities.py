@@ -260,7 +260,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
         for folder in (trained["some"], data / "result" / "again_seed0" / "version_1")
     )
     parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
-    assert not list(differences(*({part: content[part] for part in parts} for content in (whole, resumed))))
+    assert not differences([whole[part] for part in parts], [resumed[part] for part in parts])
 
 
 def test_logits_are_kept_of_each_of_seven_types(measured: Path) -> None:
@@ -365,11 +365,15 @@ def test_arrays_that_vary_are_padded_in_front(registered: None, data: Path) -> N
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("motion", pa.array([[1.0] * 6, [1.0] * 5], pa.list_(pa.float32())), r"motion: .*shape \(6,\), found 5"),
+        (
+            "motion",
+            pa.array([[1.0] * 6, [1.0] * 5], pa.list_(pa.float32())),
+            r"motion: .*shape \(6,\), found the size 5",
+        ),
         ("motion", pa.array([[1.0] * 6] * 2, pa.list_(pa.float64())), "motion: expected arrays of float32"),
         ("motion", pa.array([1.0, 2.0], pa.float32()), r"motion: expected arrays of shape \(6,\), found float"),
         ("motion", pa.array([[1.0] * 5 + [None]] * 2, pa.list_(pa.float32())), "motion: .*without nulls"),
-        ("waves", pa.array([[[1.0] * 4], []], pa.list_(pa.list_(pa.float32()))), r"waves: .*found 0"),
+        ("waves", pa.array([[[1.0] * 4], []], pa.list_(pa.list_(pa.float32()))), r"waves: .*found the size 0"),
     ],
 )
 def test_other_arrays_are_refused(

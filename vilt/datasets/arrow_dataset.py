@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from common.arrow_file import open_table
 from common.errors import DataError
 from common.messages import quoted
-from vilt.datasets.kinds import KINDS, ArrowFile, ImageKind, Kind, TextKind, Tokenize
+from vilt.datasets.kinds import ImageKind, TextKind, Tokenize, kinds_of
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.missing_types import COMPLETE, is_missing
 
@@ -58,11 +59,10 @@ class ArrowDataset(Dataset[Sample]):
         self.spec = spec
         self.split: Split = split
         self.path = root / spec.file_name(split)
-        self._file = ArrowFile(self.path, spec.how_to_make(root))
-        self.kinds: dict[str, Kind] = {
-            name: KINDS[modality.kind](modality, self._file, image_size) for name, modality in spec.modalities.items()
-        }
-        """By modality: what reads its inputs."""
+        self.image_size = image_size
+        self._table: pa.Table | None = None
+        self.kinds = {name: kind(spec.modalities[name], self) for name, kind in kinds_of(spec).items()}
+        """By modality, what reads its inputs."""
         if spec.replacing_mark(root).exists():
             raise DataError(
                 f"{root}: its {spec.name} files are being replaced, or were when make_arrow.py was ended, and belong "
@@ -84,7 +84,12 @@ class ArrowDataset(Dataset[Sample]):
     @property
     def table(self) -> pa.Table:
         """The memory-mapped table; each process opens its own."""
-        return self._file.table
+        if self._table is None:
+            self._table = open_table(self.path, how_to_make=self.spec.how_to_make(self.path.parent))
+        return self._table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}  # a worker process maps the file itself, and those of the caches
 
     @property
     def n_rows(self) -> int:
@@ -126,7 +131,7 @@ class ArrowDataset(Dataset[Sample]):
         lengths = np.zeros(len(self), dtype=np.int64)
         for name, kind in self.kinds.items():
             missing = is_missing(self.spec.modalities, name, self.missing_type_of_sample)
-            lengths += np.where(missing, 0, kind.length_of_sample(self.row_of_sample))
+            lengths += np.where(missing, 0, kind.lengths())
         longest_of_row = np.zeros(self.n_rows, dtype=np.int64)
         np.maximum.at(longest_of_row, self.row_of_sample, lengths)
         return np.argsort(-longest_of_row[self.row_of_sample], kind="stable")

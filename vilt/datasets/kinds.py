@@ -6,10 +6,10 @@ Shape suffixes: N samples, b samples with the modality, L length, R side of imag
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.arrow_file import open_table
 from common.errors import DataError, reason_of
 from common.files import atomic_path
 from vilt.datasets.specs import DatasetSpec, Modality
@@ -26,6 +25,9 @@ from vilt.image_cache import open_image_cache
 from vilt.transforms import decode_image
 from vilt.utils.mapped_array import MappedArray, fault_of
 from vilt.utils.raw_data import MAX_FILE_BYTES
+
+if TYPE_CHECKING:
+    from vilt.datasets.arrow_dataset import ArrowDataset
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +37,11 @@ Tokenize = Callable[[Sequence[str]], np.ndarray]
 
 @dataclass(frozen=True)
 class InputFormat:
-    """What a model takes."""
+    """What a model takes: the side of images in pixels, and the tokenizer of texts with what identifies it."""
 
     image_size: int = 0
-    """Side of images in pixels."""
     tokenize: Tokenize | None = None
     fingerprint: str = ""
-    """Identifies the tokenizer."""
 
 
 class Collated(NamedTuple):
@@ -54,41 +54,23 @@ class Collated(NamedTuple):
     """Where they are padded in front."""
 
 
-class ArrowFile:
-    """A memory-mapped arrow file; each process maps it for itself."""
-
-    def __init__(self, path: Path, how_to_make: str) -> None:
-        self.path, self.how_to_make = path, how_to_make
-        self._table: pa.Table | None = None
-
-    @property
-    def table(self) -> pa.Table:
-        """Raises DataError where it is not there, or damaged."""
-        if self._table is None:
-            self._table = open_table(self.path, how_to_make=self.how_to_make)
-        return self._table
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}
-
-
 class Kind:
-    """One modality of an arrow file."""
+    """One modality of a dataset."""
 
-    is_file: ClassVar[bool] = True
+    in_file: ClassVar[bool] = True
     """Whether users name a file for an input, or give the input itself."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Of such files in a folder."""
     of_sample: ClassVar[bool] = False
     """Whether each sample of a row has an input of its own."""
 
-    def __init__(self, modality: Modality, file: ArrowFile, image_size: int) -> None:
-        self.modality, self.file, self.image_size = modality, file, image_size
+    def __init__(self, modality: Modality, data: "ArrowDataset") -> None:
+        self.modality, self.data = modality, data
 
     @property
     def column(self) -> pa.ChunkedArray:
         """Of the arrow file."""
-        return self.file.table[self.modality.column]
+        return self.data.table[self.modality.column]
 
     def check(self) -> None:
         """Raises DataError unless the column, which has no nulls, is of this kind."""
@@ -98,7 +80,7 @@ class Kind:
         """The input of a sample in a row; None for texts before `tokenize`. Raises DataError, which names the row."""
         raise NotImplementedError
 
-    def length_of_sample(self, row_of_sample_N: np.ndarray) -> np.ndarray | int:
+    def lengths(self) -> np.ndarray | int:
         """What decides how much is padded, (N,); 0 where inputs have one length, or it is not known yet."""
         return 0
 
@@ -113,8 +95,8 @@ class Kind:
         raise NotImplementedError
 
     def _fault(self, what: str, row: int | None = None) -> DataError:
-        place = f"{self.file.path}: " + ("" if row is None else f"row {row}: ")
-        return DataError(f"{place}column {self.modality.column}: {what}")
+        place = "" if row is None else f"row {row}: "
+        return DataError(f"{self.data.path}: {place}column {self.modality.column}: {what}")
 
 
 class ImageKind(Kind):
@@ -132,19 +114,18 @@ class ImageKind(Kind):
         return self._decoded(row) if self._cache is None else torch.from_numpy(self._cache.values[row].copy())
 
     def cache(self, workers: int) -> None:
-        """Decodes the images of all rows, see `ArrowDataset.cache_images`."""
-        self._cache = open_image_cache(self.file.path, len(self.column), self.image_size, self._decoded, workers)
+        """See `ArrowDataset.cache_images`."""
+        self._cache = open_image_cache(self.data.path, self.data.n_rows, self.data.image_size, self._decoded, workers)
 
     def _decoded(self, row: int) -> Tensor:
         try:
-            return decode_image(self.column[row].as_py(), self.image_size)
+            return decode_image(self.column[row].as_py(), self.data.image_size)
         except Exception as error:  # Pillow's decoders raise whatever the damage leads to, DecompressionBombError, ...
             reason = str(error) or type(error).__name__
-            raise DataError(f"{self.file.path}: row {row}: the image cannot be decoded: {reason}") from error
+            raise DataError(f"{self.data.path}: row {row}: the image cannot be decoded: {reason}") from error
 
     @staticmethod
     def read_given(value: str | Path | Image.Image, modality: Modality, given: InputFormat) -> Tensor:
-        """From a path or a Pillow image."""
         if isinstance(value, Image.Image):
             buffer = io.BytesIO()
             value.convert("RGB").save(buffer, "PNG")  # without loss
@@ -159,7 +140,7 @@ class ImageKind(Kind):
 class TextKind(Kind):
     """Lists of texts, each text of a row a sample of its own, to int64 token ids (77,)."""
 
-    is_file = False
+    in_file = False
     suffixes = (".txt",)
     of_sample = True
     _tokens: MappedArray | np.ndarray | None = None
@@ -175,7 +156,7 @@ class TextKind(Kind):
             raise self._fault(f"expected lists of texts, found {found}")
         texts = pc.list_flatten(self.column)
         if len(texts) == 0:
-            raise DataError(f"{self.file.path}: expected samples, found {len(self.column)} rows and no text")
+            raise DataError(f"{self.data.path}: expected samples, found {self.data.n_rows} rows and no text")
         if texts.null_count:
             row = pc.list_parent_indices(self.column)[pc.index(pc.is_null(texts), True).as_py()].as_py()
             raise self._fault("a text is empty (null)", row)
@@ -183,16 +164,16 @@ class TextKind(Kind):
     def read(self, row: int, sample: int) -> Tensor | None:
         return None if (tokens := self.tokens) is None else torch.from_numpy(tokens[sample].astype(np.int64))
 
-    def length_of_sample(self, row_of_sample_N: np.ndarray) -> np.ndarray | int:
+    def lengths(self) -> np.ndarray | int:
         return 0 if (tokens := self.tokens) is None else tokens.argmax(axis=1) + 1
 
     def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
-        """Computes the token ids of all texts, see `ArrowDataset.tokenize`."""
+        """See `ArrowDataset.tokenize`."""
         texts: list[str] = pc.list_flatten(self.column).to_pylist()
         digest = hashlib.sha256(fingerprint.encode())
         for text in texts:
             digest.update(text.encode() + b"\0")
-        cache = self.file.path.with_name(f"{self.file.path.stem}_tokens_{digest.hexdigest()[:16]}.npy")
+        cache = self.data.path.with_name(f"{self.data.path.stem}_tokens_{digest.hexdigest()[:16]}.npy")
         self._tokens = MappedArray(cache)
         fault = fault_of(cache, np.int32, (len(texts), None))
         if fault is None:
@@ -209,7 +190,6 @@ class TextKind(Kind):
 
     @staticmethod
     def read_given(value: str, modality: Modality, given: InputFormat) -> Tensor:
-        """From a text."""
         assert given.tokenize is not None
         return torch.from_numpy(given.tokenize([value])[0])
 
@@ -227,16 +207,13 @@ class ArrayKind(Kind):
     suffixes = (".npy",)
 
     def check(self) -> None:
-        values, shape = self.column, self.modality.shape
-        for place, size in enumerate(shape):
-            found = values.type
-            if not (pa.types.is_list(found) or pa.types.is_fixed_size_list(found) or pa.types.is_large_list(found)):
-                raise self._fault(f"expected arrays of shape {shape}, found {self.column.type}")
+        values, expected = self.column, f"expected arrays of shape {self.modality.shape}"
+        for size in self.modality.shape:
+            if not isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+                raise self._fault(f"{expected}, found {self.column.type}")
             lengths = pc.list_value_length(values).to_numpy()
-            wrong = np.flatnonzero(lengths < 1 if size is None else lengths != size)
-            if len(wrong):
-                at = f" (row {wrong[0]})" if place == 0 else ""
-                raise self._fault(f"expected arrays of shape {shape}, found {lengths[wrong[0]]} in place of {size}{at}")
+            if wrong := lengths[lengths < 1 if size is None else lengths != size].tolist():
+                raise self._fault(f"{expected}, found the size {wrong[0]}")
             values = pc.list_flatten(values)
         if values.type != pa.float32() or values.null_count:
             raise self._fault(f"expected arrays of float32 without nulls, found {self.column.type}")
@@ -251,22 +228,19 @@ class ArrayKind(Kind):
             raise self._fault("expected finite numbers", row)
         return torch.from_numpy(array.copy())
 
-    def length_of_sample(self, row_of_sample_N: np.ndarray) -> np.ndarray | int:
+    def lengths(self) -> np.ndarray | int:
         if self.modality.shape[0] is not None:
             return 0
-        lengths: np.ndarray = pc.list_value_length(self.column).to_numpy().astype(np.int64)
-        return lengths[row_of_sample_N]
+        return np.asarray(pc.list_value_length(self.column), dtype=np.int64)[self.data.row_of_sample]
 
     @staticmethod
     def read_given(value: str | Path | np.ndarray, modality: Modality, given: InputFormat) -> Tensor:
-        """From an array, or the path of a .npy file."""
         if not isinstance(value, np.ndarray):
             value = np.load(io.BytesIO(_bytes_of(Path(value))), allow_pickle=False)
-        array, shape = np.asarray(value), modality.shape
-        fits = array.ndim == len(shape) and array.shape[1:] == shape[1:] and shape[0] in (None, len(array))
-        if not fits or not array.size:
+        array, shape = np.asarray(value, dtype=np.float32), modality.shape
+        if array.ndim != len(shape) or array.shape[1:] != shape[1:] or shape[0] not in (None, len(array)):
             raise ValueError(f"expected an array of shape {shape}, found {array.shape}")
-        if not np.isfinite(array := array.astype(np.float32)).all():
+        if not array.size or not np.isfinite(array).all():
             raise ValueError("expected finite numbers")
         return torch.from_numpy(array)
 
@@ -274,17 +248,14 @@ class ArrayKind(Kind):
     def collate(inputs: Sequence[Tensor]) -> Collated:
         if not inputs:
             return Collated(torch.empty(0))
-        length_b = torch.tensor([len(array) for array in inputs])
-        padded = inputs[0].new_zeros(len(inputs), int(length_b.max()), *inputs[0].shape[1:])
-        for row, array in enumerate(inputs):
-            padded[row, padded.shape[1] - len(array) :] = array
-        return Collated(padded, None, length_b)
+        flipped = torch.nn.utils.rnn.pad_sequence([array.flip(0) for array in inputs], batch_first=True)
+        return Collated(flipped.flip(1), length_b=torch.tensor([len(array) for array in inputs]))
 
 
 KINDS: dict[str, type[Kind]] = {"image": ImageKind, "text": TextKind, "array": ArrayKind}
 
 
-def kinds_of(spec: DatasetSpec) -> Mapping[str, type[Kind]]:
+def kinds_of(spec: DatasetSpec) -> dict[str, type[Kind]]:
     """By modality of a dataset."""
     return {name: KINDS[modality.kind] for name, modality in spec.modalities.items()}
 

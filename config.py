@@ -4,8 +4,9 @@ Nothing here loads torch, so that `print_config` and a wrong option answer at on
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -31,7 +32,8 @@ from common.readers import (
 )
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, Split
-from vilt.missing_tables import DRAWINGS, MISSING_TYPES, PUBLISHED, MissingPattern
+from vilt.missing_tables import DRAWINGS, PUBLISHED, MissingPattern
+from vilt.missing_types import ANY, BOTH
 
 if TYPE_CHECKING:
     from clip.modules.method import MethodOptions
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from vilt.datamodules import DataSettings
 
 AUTO = "auto"
+MISSING_TYPES = list(EVERY_DATASET[CUSTOM].missing_types)
+BOTH_EVERYWHERE = dict.fromkeys(SPLITS, BOTH)
 SEED = integer(0, 2**32 - 1)
 """As many as NumPy and Lightning take."""
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -59,6 +63,26 @@ def method_name(option: str, value: Any) -> str:
     if value in ("input", "attention"):  # in the published README
         raise ConfigError(f"{wrong(option, ' or '.join(METHODS), value)}; MAP's are map_input and map_attention")
     return one_of(*METHODS)(option, value)
+
+
+@dataclass(frozen=True)
+class MissingTypeReader:
+    """Reads missing types, those of the modalities of a task.
+
+    Args:
+        shape: from a reader of one missing type to the option's.
+        default: of the option; for tasks that have other types `otherwise`, or all of theirs, is read instead.
+    """
+
+    shape: Callable[[Reader], Reader]
+    default: Any = None
+    otherwise: str | None = None
+
+    def __call__(self, option: str, value: Any, task: Any = None) -> Any:
+        known = list(EVERY_DATASET[task if task in EVERY_DATASET else CUSTOM].missing_types)
+        if value and value == self.default and known != MISSING_TYPES:
+            value = self.otherwise or known
+        return self.shape(one_of(*known))(option, value)
 
 
 def warmup(option: str, value: Any) -> float:
@@ -184,8 +208,8 @@ class Options:
         dict.fromkeys(SPLITS, 0.7), by_key(SPLITS, number(0, 1)), DATA,
         "share of samples that lose a modality; a number sets all splits")
     missing_type: dict[Split, str] = option(
-        dict.fromkeys(SPLITS, "both"), by_key(SPLITS, one_of(*MISSING_TYPES)), DATA,
-        "text, image or both; one word sets all splits")
+        BOTH_EVERYWHERE, MissingTypeReader(partial(by_key, SPLITS), BOTH_EVERYWHERE, ANY), DATA,
+        "text, image or both; of more modalities a name, any or some; one word sets all splits")
     both_ratio: float = option(
         0.5, number(0, 1), DATA, "for both: share of the incomplete samples that lose the image, not the text")
     missing_table_root: Path = option("datasets/missing_tables", path, MACHINE, "where missing tables are kept")
@@ -254,11 +278,11 @@ class Options:
     test_only: bool = option(False, flag, RUN, "evaluate load_path on the test split")
     test_ratio: float | None = option(None, optional(number(0, 1)), RUN, "missing ratio of validation and test")
     test_type: str | None = option(
-        None, optional(one_of(*MISSING_TYPES)), RUN, "missing type of validation and test")
+        None, MissingTypeReader(optional), RUN, "missing type of validation and test")
     test_exp_name: str | None = option(None, optional(folder_name), RUN, "name of the folder of a test_only run")
 
     robustness_types: tuple[str, ...] = option(
-        list(MISSING_TYPES), several(one_of(*MISSING_TYPES)), COMMAND, "robustness: missing types")
+        MISSING_TYPES, MissingTypeReader(several, MISSING_TYPES), COMMAND, "robustness: missing types")
     robustness_ratios: tuple[float, ...] = option(
         [tenths / 10 for tenths in range(11)], several(number(0, 1)), COMMAND, "robustness: missing ratios")
     robustness_both_ratios: tuple[float, ...] | None = option(
@@ -278,7 +302,7 @@ class Options:
 
     sweep_name: str = option("sweep", folder_name, COMMAND, "sweep: name of its folder, below log_dir")
     sweep_types: tuple[str, ...] = option(
-        list(MISSING_TYPES), several(one_of(*MISSING_TYPES)), COMMAND,
+        MISSING_TYPES, MissingTypeReader(several, MISSING_TYPES), COMMAND,
         "sweep: missing types, of training and test alike")
     sweep_ratios: tuple[float, ...] = option([0.5, 0.7, 0.9], several(number(0, 1)), COMMAND, "sweep: missing ratios")
     sweep_seeds: tuple[int, ...] = option([0, 1, 2], several(SEED), COMMAND, "sweep: seeds")
@@ -317,7 +341,7 @@ class Options:
 
     def robustness_patterns(self) -> list[list[MissingPattern]]:
         """The cells of a robustness matrix: of each, its pattern with every table seed."""
-        both_ratios = {"both": self.robustness_both_ratios or (self.both_ratio,)}  # the other types do not depend on it
+        both_ratios = {BOTH: self.robustness_both_ratios or (self.both_ratio,)}  # the other types do not depend on it
         return [
             [MissingPattern(kind, ratio, both, seed, self.missing_tables) for seed in self.robustness_seeds]
             for kind in self.robustness_types

@@ -49,7 +49,7 @@ EX.doc = __doc__  # for `run.py --help`
 
 PREDICTION_OPTIONS = (
     *("load_path", "input", "output", "per_gpu_batchsize"),
-    *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed"),
+    *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed", "image_size"),
 )
 
 
@@ -112,12 +112,11 @@ def predict(_config: dict[str, Any], _run: Any) -> None:
             "predict: expected a checkpoint and samples, as in load_path=result/…/best.ckpt input=samples.csv"
         )
     set_up_logging()
-    items = read_items(options["input"])
     checkpoint = read_checkpoint(options["load_path"])
-    choice = backbone_choice(options, given_options(_run))
-    classifier, tokenizer = open_model(checkpoint, choice, options["vit"])
+    items = read_items(options["input"], checkpoint.spec.dataset)
+    classifier, inputs = open_model(checkpoint, backbone_choice(options, given_options(_run)), options["vit"])
     device = torch.device("cuda" if options["num_gpus"] else "cpu")
-    predictor = Predictor(checkpoint, classifier, tokenizer, device, options["precision"])
+    predictor = Predictor(checkpoint, classifier, inputs, device, options["precision"])
     batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
     predictions = predictor.predict_items(items, batch_size=batch_size, workers=workers)
     shown = tqdm(predictions, "predicting", len(items), disable=not sys.stderr.isatty())

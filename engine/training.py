@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.interfaces import IMAGE_MISSING, TEXT_MISSING, ModelInput
+from clip.modules.interfaces import ModelInput
 from common.errors import NonFiniteLossError
 from engine.checkpoint import DESCRIPTION, ModelSpec, TokenizerUsed, describe, kept_state, load_kept_state
 from engine.numerics import FiniteWatch, NotFinite, first_not_finite
 from engine.optimization import OptimizerSettings, make_optimizer, make_schedule, schedule_steps
 from engine.tasks import task_of
 from vilt.datamodules import Batch, MissingModalityData
-from vilt.transforms import normalise
 
 log = logging.getLogger("rep")
 
@@ -35,17 +34,10 @@ GPU_STEPS_PER_CHECK = 32
 
 
 def model_input(batch: Batch) -> ModelInput:
-    """A batch as the model takes it."""
-    present = {"image": batch.missing_type_B != IMAGE_MISSING, "text": batch.missing_type_B != TEXT_MISSING}
-    return ModelInput(
-        inputs={"image": normalise(batch.image_b3RR), "text": batch.tokens_bL},
-        rows={"image": batch.image_rows, "text": batch.text_rows},
-        present_BM=torch.stack(list(present.values()), dim=1),
-        types=batch.types,
-        lengths={} if batch.text_length is None else {"text": batch.text_length},
-        source_of_B={} if batch.image_of_B is None else {"image": batch.image_of_B},
-        index_B=batch.index_B,
-    )
+    """A batch as the model takes it: without labels."""
+    of_model = batch._asdict()
+    del of_model["label"]
+    return ModelInput(**of_model)
 
 
 def _full_precision(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 
 from common.errors import ConfigError, DataError
-from tests.data_files import assert_equal, memes, write
+from tests.data_files import assert_equal, memes, types_of, write
 from vilt.datamodules import (
     Batch,
     DataSettings,
@@ -24,9 +24,9 @@ from vilt.datamodules import (
     MissingModalityData,
     TimedLoader,
     collate,
-    collate_for_evaluation,
 )
 from vilt.datasets.arrow_dataset import Sample
+from vilt.datasets.kinds import InputFormat, kinds_of
 from vilt.datasets.specs import DATASETS, SPLITS, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
@@ -68,21 +68,18 @@ def settings_in(folder: Path, **changes: Any) -> DataSettings:
 
 
 def open_data(settings: DataSettings, *splits: Split) -> MissingModalityData:
-    return MissingModalityData(settings, splits, SIZE, tokenize, "numbers")
+    return MissingModalityData(settings, splits, InputFormat(SIZE, tokenize, "numbers"))
 
 
 # ---- collate
 
 
 def sample(number: int, missing_type: int, label: Any = 1) -> Sample:
-    image = torch.full((3, 2, 2), number, dtype=torch.uint8)
-    tokens = torch.tensor([number, number + 1, 0])
+    inputs = {"image": torch.full((3, 2, 2), number, dtype=torch.uint8), "text": torch.tensor([number, number + 1, 0])}
+    if missing_type:
+        del inputs["text" if missing_type == 1 else "image"]
     return Sample(
-        None if missing_type == 2 else image,
-        None if missing_type == 1 else tokens,
-        torch.tensor(label) if isinstance(label, int) else torch.tensor(label, dtype=torch.uint8),
-        missing_type,
-        number,
+        inputs, torch.tensor(label) if isinstance(label, int) else torch.tensor(label, dtype=torch.uint8), number
     )
 
 
@@ -94,6 +91,7 @@ def rows(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int64)
 
 
+MEME_KINDS = kinds_of(DATASETS["hatememes"])
 NOBODYS_IMAGES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
 
@@ -104,14 +102,13 @@ NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
         (
             [sample(5, 2, 0), sample(6, 0, 1), sample(7, 1, 1), sample(8, 0, 0)],
             Batch(
-                image_b3RR=images(6, 7, 8),
-                tokens_bL=torch.tensor([[5, 6, 0], [6, 7, 0], [8, 9, 0]]),
-                missing_type_B=rows(2, 0, 1, 0),
-                image_rows=rows(1, 2, 3),
-                text_rows=rows(0, 1, 3),
+                inputs={"image": images(6, 7, 8), "text": torch.tensor([[5, 6, 0], [6, 7, 0], [8, 9, 0]])},
+                rows={"image": rows(1, 2, 3), "text": rows(0, 1, 3)},
+                present_BM=torch.tensor([[False, True], [True, True], [True, False], [True, True]]),
                 types=(0, 1, 2),
-                text_length=2,
-                image_of_B=None,
+                lengths={"text": 2},
+                length_b={},
+                source_of_B={},
                 label=rows(0, 1, 1, 0),
                 index_B=rows(5, 6, 7, 8),
             ),
@@ -119,14 +116,13 @@ NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
         (
             [sample(3, 2, [0, 1, 1]), sample(4, 2, [1, 0, 0])],
             Batch(
-                image_b3RR=NOBODYS_IMAGES,
-                tokens_bL=torch.tensor([[3, 4, 0], [4, 5, 0]]),
-                missing_type_B=rows(2, 2),
-                image_rows=rows(),
-                text_rows=rows(0, 1),
+                inputs={"image": NOBODYS_IMAGES, "text": torch.tensor([[3, 4, 0], [4, 5, 0]])},
+                rows={"image": rows(), "text": rows(0, 1)},
+                present_BM=torch.tensor([[False, True], [False, True]]),
                 types=(2,),
-                text_length=2,
-                image_of_B=None,
+                lengths={"text": 2},
+                length_b={},
+                source_of_B={},
                 label=torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.uint8),
                 index_B=rows(3, 4),
             ),
@@ -134,14 +130,13 @@ NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
         (
             [sample(9, 1)],
             Batch(
-                image_b3RR=images(9),
-                tokens_bL=NOBODYS_TOKENS,
-                missing_type_B=rows(1),
-                image_rows=rows(0),
-                text_rows=rows(),
+                inputs={"image": images(9), "text": NOBODYS_TOKENS},
+                rows={"image": rows(0), "text": rows()},
+                present_BM=torch.tensor([[True, False]]),
                 types=(1,),
-                text_length=None,
-                image_of_B=None,
+                lengths={},
+                length_b={},
+                source_of_B={},
                 label=rows(1),
                 index_B=rows(9),
             ),
@@ -150,16 +145,20 @@ NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
     ids=["all types", "no image", "no text"],
 )
 def test_batches_leave_out_what_is_missing(samples, expected):
-    assert_equal(collate(samples), expected)
-    assert_equal(collate_for_evaluation(samples), expected)
+    assert_equal(collate(MEME_KINDS, samples), expected)
+    assert_equal(collate(MEME_KINDS, samples, once=True), expected)
 
 
-def test_collate_for_evaluation_has_a_shared_image_once():
+def test_a_shared_image_is_there_once_in_evaluation():
     first, second, third, fourth = sample(5, 0), sample(6, 2), sample(7, 1), sample(8, 0)
-    samples = [first, second, third._replace(image_3RR=first.image_3RR), fourth]
-    batch = collate_for_evaluation(samples)
-    once = collate(samples)._replace(image_b3RR=images(5, 8), image_rows=rows(0, 3), image_of_B=rows(0, 1, 0, 3))
-    assert_equal(batch, once)
+    samples = [first, second, third._replace(inputs={"image": first.inputs["image"]}), fourth]
+    apart = collate(MEME_KINDS, samples)
+    once = apart._replace(
+        inputs={**apart.inputs, "image": images(5, 8)},
+        rows={**apart.rows, "image": rows(0, 3)},
+        source_of_B={"image": rows(0, 1, 0, 3)},
+    )
+    assert_equal(collate(MEME_KINDS, samples, once=True), once)
 
 
 # ---- EpochSampler
@@ -308,7 +307,7 @@ def test_a_published_table_is_used_and_one_of_the_wrong_length_refused(folder, c
     type_of = {
         index: missing_type
         for batch in data.val_dataloader()
-        for index, missing_type in zip(batch.index_B.tolist(), batch.missing_type_B.tolist(), strict=True)
+        for index, missing_type in zip(batch.index_B.tolist(), types_of(batch), strict=True)
     }
     assert type_of == dict(enumerate(types.tolist()))
     torch.save(types[:6], folder / "tables" / "hatememes_dev_missing_both_05.pt")
@@ -322,7 +321,7 @@ def test_batches_are_the_samples_in_order(folder):
     batches = list(data.test_dataloader())
     assert [batch.index_B.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
     for batch in batches:
-        assert_equal(batch, collate([dataset[0, index] for index in batch.index_B.tolist()]))
+        assert_equal(batch, collate(MEME_KINDS, [dataset[0, index] for index in batch.index_B.tolist()]))
 
 
 def test_workers_do_not_change_the_batches(folder):
@@ -403,7 +402,7 @@ class Recorder(pl.LightningModule):
         """File, steps of this run until then."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        samples, types = tuple(batch.index_B.tolist()), tuple(batch.missing_type_B.tolist())
+        samples, types = tuple(batch.index_B.tolist()), tuple(types_of(batch))
         self.steps.append((self.current_epoch, batch_idx, samples, types))
         return self.number.square().sum()
 
@@ -500,11 +499,11 @@ def test_films_with_several_plots_are_counted_as_samples_and_described_by_row(tm
         return np.array([[len(text)] * 77 for text in texts])
 
     settings = settings_in(tmp_path, dataset="mmimdb", per_gpu_batchsize=8)
-    data = MissingModalityData(settings, ("train",), SIZE, lengths, "lengths")
+    data = MissingModalityData(settings, ("train",), InputFormat(SIZE, lengths, "lengths"))
     assert data.describe() == "  train        5 samples of 4 rows (2 complete, 1 text missing, 1 image missing)"
     (batch,) = data.train_dataloader()
     assert sorted(batch.index_B.tolist()) == [0, 1, 2, 3, 4]
     assert batch.label.shape == (5, 23)
     table = data.datasets["train"].missing_table
     row_of = {0: 0, 1: 0, 2: 1, 3: 2, 4: 3}
-    assert batch.missing_type_B.tolist() == [table[row_of[index]] for index in batch.index_B.tolist()]
+    assert types_of(batch) == [table[row_of[index]] for index in batch.index_B.tolist()]

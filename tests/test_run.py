@@ -127,7 +127,6 @@ def test_results_equal_those_computed_by_hand(workspace: Workspace, fitted: Path
     from tests.models import model_input
     from vilt.datasets.arrow_dataset import ArrowDataset
     from vilt.datasets.specs import DATASETS
-    from vilt.transforms import normalise
 
     checkpoint = read_checkpoint(fitted / "best.ckpt")
     classifier = restore_classifier(checkpoint, load_backbone(str(workspace.backbone))).eval()
@@ -138,8 +137,7 @@ def test_results_equal_those_computed_by_hand(workspace: Workspace, fitted: Path
     true_positive, wrong = 0, 0
     for index in range(len(dataset)):
         sample = dataset[0, index]
-        assert sample.image_3RR is not None and sample.tokens_L is not None
-        batch = model_input(normalise(sample.image_3RR[None]), sample.tokens_L[None], [0])
+        batch = model_input(sample.inputs["image"][None], sample.inputs["text"][None], [0])
         with torch.no_grad():
             predicted = classifier(batch)[0].sigmoid() > 0.5
         true_positive += int((predicted & (sample.label > 0)).sum())

@@ -19,15 +19,13 @@ from torch.utils.data import DataLoader, Sampler
 
 from common.arrow_file import open_table
 from common.errors import ConfigError, DataError
+from common.signals import STOP_SIGNALS
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample, Tokenize
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS, DatasetSpec, Split
 from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, published_patterns, type_counts
 
 log = logging.getLogger(__name__)
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Those that ask a run to stop."""
 
 
 class Batch(NamedTuple):

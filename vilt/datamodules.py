@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from common.arrow_file import open_table
 from common.errors import ConfigError, DataError
+from common.signals import STOP_SIGNALS
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.kinds import Collated, InputFormat, Kind, kinds_of
 from vilt.datasets.open_spec import open_spec
@@ -28,9 +29,6 @@ from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, publ
 from vilt.missing_types import code_of
 
 log = logging.getLogger(__name__)
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Those that ask a run to stop."""
 
 
 class Batch(NamedTuple):

@@ -25,7 +25,7 @@ from tests.data_files import as_npy, assert_equal, write
 from tests.data_files import memes as memes_table
 from tests.data_files import png as png_of
 from vilt import image_cache
-from vilt.datasets import arrow_dataset
+from vilt.datasets import kinds
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.image_cache import open_image_cache
@@ -102,12 +102,11 @@ def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(meme
     dataset.cache_images(workers)
     kept = np.load(cache_in(memes), allow_pickle=False)
     assert kept.dtype == np.uint8 and kept.tolist() == expected_images().tolist()
-    monkeypatch.setattr(arrow_dataset, "decode_image", refuse)
+    monkeypatch.setattr(kinds, "decode_image", refuse)
     worker = pickle.loads(pickle.dumps(dataset))
     for row, expected in enumerate(expected_images()):
         for reader in (dataset, worker):
-            image = reader[0, row].image_3RR
-            assert image is not None
+            image = reader[0, row].inputs["image"]
             assert image.tolist() == expected.tolist()
             image.zero_()  # its own copy
     assert vars(worker)["_table"] is None
@@ -117,13 +116,13 @@ def test_the_cache_is_made_once_and_found_again(memes, monkeypatch, caplog):
     open_memes(memes).cache_images(0)
     cache = cache_in(memes)
     made = cache.stat()
-    monkeypatch.setattr(arrow_dataset, "decode_image", refuse)
+    monkeypatch.setattr(kinds, "decode_image", refuse)
     monkeypatch.setattr(fcntl, "flock", refuse)  # a folder that may only be read has room for no lock either
     dataset = open_memes(memes)
     with caplog.at_level(logging.INFO):
         dataset.cache_images(2)
     assert caplog.messages == []
-    assert dataset[0, 3].image_3RR is not None
+    assert dataset[0, 3].inputs["image"] is not None
     assert cache_in(memes) == cache
     assert (cache.stat().st_ino, cache.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
 
@@ -239,7 +238,7 @@ def test_an_undecodable_image_is_named_by_file_and_row(memes, workers):
     with pytest.raises(DataError, match=rf"^{memes / ARROW}: row 5: the image cannot be decoded: .*$"):
         dataset.cache_images(workers)
     assert names(memes) == set()
-    assert dataset[0, 4].image_3RR is not None, "works without a cache"
+    assert dataset[0, 4].inputs["image"] is not None, "works without a cache"
 
 
 @pytest.mark.parametrize("room", [100, 1000])
@@ -277,7 +276,7 @@ def test_an_interruption_leaves_nothing_behind(memes, monkeypatch):
             raise KeyboardInterrupt
         return decode_image(data, size)
 
-    monkeypatch.setattr(arrow_dataset, "decode_image", interrupted)
+    monkeypatch.setattr(kinds, "decode_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dataset.cache_images(0)
     assert names(memes) == set()
@@ -348,7 +347,7 @@ def test_who_comes_later_waits_and_says_so_and_holds_the_lock_then(memes, caplog
         def emit(self, record: logging.LogRecord) -> None:
             said.set()
 
-    monkeypatch.setattr(arrow_dataset, "decode_image", try_lock)
+    monkeypatch.setattr(kinds, "decode_image", try_lock)
     monkeypatch.setattr(image_cache.log, "handlers", [Listener()])
     waiting = threading.Thread(target=dataset.cache_images, args=(0,))
     with (memes / LOCK).open("ab") as lock, caplog.at_level(logging.INFO):

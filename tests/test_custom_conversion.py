@@ -4,20 +4,21 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
 import pytest
 
 import make_arrow
 from common.errors import DataError
+from demo.data import write_task
 from tests.custom_files import convert, films_as_custom, png, read_arrow, write_jsonl, write_labelled
+from tests.data_files import memes, write
 from vilt.datasets.custom import CustomData
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS
 from vilt.utils import write_custom
 
 ROOT = Path(__file__).parents[1]
-MOVIES = ROOT.parent / "shared" / "data" / "movies"
 HEADER = ["image", "text", "label", "split"]
 ROWS = [
     ["a.png", "one, two", "cat", "train"],
@@ -121,26 +122,10 @@ def test_numbers_are_names_in_json_and_yaml(raw: Path) -> None:
     assert open_spec("custom", raw / "out", SPLITS).class_names == ("1", "0")
 
 
-def test_workers_do_not_change_a_byte(raw: Path) -> None:
-    args = ["--dataset", "custom", "--root", str(raw), "--table", str(raw / "table.csv")]
-    for workers in ("0", "2"):
-        assert make_arrow.main([*args, "--target", str(raw / workers), "--workers", workers]) == 0
-    for split in SPLITS:
-        name = f"custom_{split}.arrow"
-        assert (raw / "0" / name).read_bytes() == (raw / "2" / name).read_bytes()
-
-
-@pytest.mark.parametrize("source", ["made up", "movies"])
-def test_films_are_those_of_the_mmimdb_path(tmp_path: Path, source: str) -> None:
-    raw = MOVIES
-    if source == "made up":
-        from demo.data import write_task
-
-        raw = tmp_path / "raw"
-        write_task(raw, films=20, seed=3)
-    elif not MOVIES.is_dir():
-        pytest.skip(f"{MOVIES} is not there")
-    args = ["--dataset", "mmimdb", "--root", str(raw), "--target", str(tmp_path / "films"), "--workers", "0"]
+def test_films_are_those_of_the_mmimdb_path(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    write_task(raw, films=20, seed=3)
+    args = ["--dataset", "mmimdb", "--root", str(raw), "--target", str(tmp_path / "films"), "--workers", "2"]
     assert make_arrow.main(args) == 0
     assert convert(raw, tmp_path / "own", "--spec", str(films_as_custom(raw, tmp_path / "table"))) == 0
     for split, called in (("train", "train"), ("val", "dev"), ("test", "test")):
@@ -148,45 +133,45 @@ def test_films_are_those_of_the_mmimdb_path(tmp_path: Path, source: str) -> None
         ours = read_arrow(tmp_path / "own" / f"custom_{split}.arrow")
         assert ours["image"].equals(theirs["image"]) and ours["label"].equals(theirs["label"])
         assert ours["text"].equals(theirs["plots"]) and ours.num_rows > 2
-        metadata = [table.schema.metadata[b"class_names"] for table in (ours, theirs)]
-        assert metadata[0] == metadata[1]
+        assert ours.schema.metadata[b"class_names"] == theirs.schema.metadata[b"class_names"]
 
 
 # ---- a wrong spec
 
 
 SPECS = {
-    "": "the file: expected the keys name, files, columns, labels, separator, classes, metric, found None",
-    "[a]": "the file: expected the keys name,",
+    "": "files: expected a table",
+    "[a]": "the file: expected a dictionary",
     "files: [": "is not valid YAML: while parsing a flow node",
-    "files: a.csv\nfiles: b.csv": "is not valid YAML: the key 'files' is repeated",
-    "files: 2001-13-45": "is not valid YAML: month must be in 1..12",
-    "name: x": "files: expected a table, or one for each split, found none",
+    "files: a.csv\nfiles: b.csv": "the key 'files' is repeated",
+    "files: 2001-13-45": "month must be in 1..12",
+    "name: x": "files: expected a table",
     "file: a.csv": "unknown key file; expected name, files,",
-    "files: 3": "files: expected a text, found 3",
-    "files: table.txt": "files: expected a table, with a name that ends in .csv or .tsv or .jsonl, found 'table.txt'",
+    "files: 3": "files: expected a table",
+    "files: table.txt": "a name that ends in .csv or .tsv or .jsonl, found 'table.txt'",
     "files: {train: a.csv, dev: b.csv}": "unknown key files.dev; expected train, val, test",
-    "files: {train: a.csv, val: b.csv}": "files: expected a table for each of train, val, test, found none for test",
-    "files: {train: a.csv, val: b.csv, test: 1}": "files.test: expected a text, found 1",
+    "files: {train: a.csv, val: b.csv}": "files.test: expected a table, with a name that ends in",
     "files: {train: t.csv, val: t.csv, test: t.csv}\ncolumns: {split: split}": "columns.split: contradicts files",
+    "!!python/object/apply:os.system ['touch marker']": "could not determine a constructor",
+    "? [a, b]\n: 1": "found unhashable key",
     **{
         f"files: table.csv\n{rest}": message
         for rest, message in {
-            "columns: image": "columns: expected the keys image, text, label, split, found 'image'",
+            "columns: image": "columns: expected a dictionary",
             "columns: {picture: a}": "unknown key columns.picture; expected image, text, label, split",
-            "columns: {image: 1}": "columns.image: expected a text, found 1",
+            "columns: {image: true}": "columns.image: expected a name",
             "name: a b": "name: expected letters, digits, - and _, found 'a b'",
             "name: 7": "name: expected letters, digits, - and _, found 7",
+            f"name: {'n' * 100_000}.": "name: expected letters, digits, - and _, found 'nnn",
             "labels: both": "labels: expected single or multi, found 'both'",
             "labels: [single]": "labels: expected single or multi, found ['single']",
             "separator: ';'": "separator: belongs to labels: multi, found labels: single",
-            "labels: multi\nseparator: ''": "separator: expected a text, found ''",
-            "classes: cat": "classes: expected a list of names, found 'cat'",
-            "classes: [cat, no]": "classes, row 2: expected a name (in quotes, if YAML takes it for something else)",
-            "classes: [cat, 1.5]": "classes, row 2: expected a name",
-            "classes: [cat, dog, cat]": "classes: 'cat' is listed twice, in rows 1 and 3",
-            "classes: [cat, '']": "classes: expected a name in row 2, found ''",
-            "classes: []": "classes: expected at least 2, found none",
+            "labels: multi\nseparator: ''": "separator: expected a name",
+            "classes: [cat, no]": "classes: expected a name (in quotes, if YAML takes it for something",
+            "classes: [cat, 1.5]": "classes: expected a name",
+            "classes: [cat, dog, cat]": "classes: expected each value once, found cat twice",
+            "classes: [cat, '']": "classes: expected a name",
+            "classes: []": "classes: expected at least one value",
             "classes: [cat]": "classes: expected at least 2, found 1 ('cat')",
             "metric: f1": "metric: expected accuracy or f1_macro or auroc with labels: single, found 'f1'",
             "labels: multi\nmetric: auroc": "metric: expected f1_macro with labels: multi, found 'auroc'",
@@ -196,41 +181,33 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_a_wrong_spec(raw: Path, spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("spec", SPECS, ids=range(len(SPECS)))
+def test_a_wrong_spec(
+    raw: Path, spec: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(raw)
     (raw / "spec.yaml").write_text(spec)
     said = said_of(convert(raw, raw / "out", "--skip-bad"), capsys)
-    assert SPECS[spec] in said
-    assert str(raw / "spec.yaml") in said
-    assert not list(raw.glob("out/*"))
+    assert SPECS[spec] in said and str(raw / "spec.yaml") in said and len(said) < 1000
+    assert not list(raw.glob("out/*")) and not (raw / "marker").exists()
 
 
-def test_a_spec_that_is_not_there(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spec_or_a_table_that_is_not_there(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(raw, raw / "out") == 2
     said = capsys.readouterr().err
     assert f"spec.yaml not found in {raw}" in said and write_custom.LAYOUT.rstrip() in said
-    assert "no.yaml cannot be read" in said_of(convert(raw, raw / "out", "--spec", str(raw / "no.yaml")), capsys)
     assert convert(tmp_path / "nowhere", raw / "out", "--table", str(raw / "table.csv")) == 2
     assert f"the raw folder {tmp_path / 'nowhere'} does not exist" in capsys.readouterr().err
-    message = "--table: expected a table, with a name that ends in .csv or .tsv or .jsonl, found "
-    assert message in said_of(convert(raw, raw / "out", "--table", str(raw)), capsys)
     (raw / "spec.yaml").write_text("files: nowhere.csv")
-    assert f"{raw / 'nowhere.csv'} cannot be read: No such file" in said_of(convert(raw, raw / "out"), capsys)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["custom", "--spec", "a", "--table", "b"], "not allowed with argument --spec"),
-        (["mmimdb", "--spec", "a"], "--spec belongs to --dataset custom, not mmimdb"),
-        (["food101", "--table", "a"], "--table belongs to --dataset custom, not food101"),
-        (["custom", "--test-split", "test"], "--test-split belongs to --dataset hateful_memes, not custom"),
-    ],
-)
-def test_options_that_contradict(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        make_arrow.main(["--root", "nowhere", "--dataset", *options])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    write_jsonl(raw / "val.jsonl", [])
+    (raw / "val.yaml").write_text("files: {train: table.csv, val: val.jsonl, test: table.csv}")
+    for options, fact in (
+        (["--spec", str(raw / "no.yaml")], "no.yaml cannot be read"),
+        (["--table", str(raw)], f"{raw}: files: expected a table"),
+        ([], f"{raw / 'nowhere.csv'} cannot be read: No such file"),
+        (["--spec", str(raw / "val.yaml")], f"{raw / 'val.jsonl'}: expected rows, found none"),
+    ):
+        assert fact in said_of(convert(raw, raw / "out", *options), capsys)
 
 
 # ---- a wrong table
@@ -238,35 +215,33 @@ def test_options_that_contradict(options: list[str], message: str, capsys: pytes
 
 GOOD = "image,text,label,split\na.png,x,cat,train\na.png,x,cat,val\na.png,x,dog,test\n"
 ALL = "'image', 'text', 'label', 'split'"
-TABLES: dict[str, tuple[str, str | bytes, str]] = {
-    "empty": ("csv", "", f"row 1: expected the columns {ALL}, found nothing"),
-    "column": (
-        "csv",
-        "image,text,label,spl\n",
-        "row 1: expected the columns 'split', found 'image', 'text', 'label', ",
-    ),
-    "tab": ("tsv", GOOD, f"row 1: expected the columns {ALL}, found 'image,text,label,split'"),
-    "repeated": ("csv", "image,text,label,split,text\n", "row 1: the column 'text' is repeated"),
-    "short": ("csv", GOOD + "a.png,x,cat\n", "row 5: expected 4 values, as in the header, found 3"),
-    "long": ("csv", GOOD + "\na.png,x,y,cat,train\n", "row 6: expected 4 values, as in the header, found 5"),
-    "quote": ("csv", GOOD + 'a.png,"x,cat,train\n', "row 5: unexpected end of data"),
-    "after a quote": ("csv", GOOD + 'a.png,"x" y,cat,train\n', "row 5: ',' expected after '\"'"),
-    "latin": ("csv", GOOD.replace("cat", "caf\xe9").encode("latin-1"), "is not valid UTF-8"),
-    "split": ("csv", GOOD + "a.png,x,cat,dev\n", "row 5: split: expected train, val or test, found 'dev'"),
-    "no split": ("jsonl", '{"image": "a.png", "text": "x", "label": "a"}\n', "row 1: split: expected train, val or "),
-    "number": ("jsonl", '\n{"split": 1}\n', "row 2: split: expected train, val or test, found 1"),
-    "no val": ("csv", GOOD.replace("val", "train"), "expected rows with split val, found none"),
-    "header alone": ("csv", "image,text,label,split\n", "expected rows with split train, found none"),
-    "broken": ("jsonl", '{"split": "train"}\n{"spl', "row 2: not valid JSON in UTF-8: Unterminated string"),
-    "list": ("jsonl", "[1]\n", "row 1: expected an object, found a list"),
-    "key twice": ("jsonl", '{"split": "train", "split": "val"}', "row 1: not valid JSON in UTF-8: the key 'split' is "),
-    "one class": ("csv", GOOD.replace("dog", "cat"), "classes: expected at least 2, found 1 ('cat')"),
-}
+TABLES: list[tuple[str, str | bytes, str]] = [
+    ("csv", "", f"row 1: expected the columns {ALL}, found nothing"),
+    ("csv", "image,text,label,spl\n", "row 1: expected the columns 'split', found 'image', 'text', 'label', "),
+    ("tsv", GOOD, f"row 1: expected the columns {ALL}, found 'image,text,label,split'"),
+    ("csv", "image,text,label,split,text\n", "row 1: the column 'text' is repeated"),
+    ("csv", GOOD + "a.png,x,cat\n", "row 5: expected 4 values, as in the header, found 3"),
+    ("csv", GOOD + "\na.png,x,y,cat,train\n", "row 6: expected 4 values, as in the header, found 5"),
+    ("csv", GOOD + 'a.png,"x,cat,train\n', "row 5: unexpected end of data"),
+    ("csv", GOOD + 'a.png,"x" y,cat,train\n', "row 5: ',' expected after '\"'"),
+    ("csv", GOOD.replace("cat", "caf\xe9").encode("latin-1"), "is not valid UTF-8"),
+    ("csv", GOOD + "a.png,x,cat,dev\n", "row 5: split: expected train or val or test, found 'dev'"),
+    ("csv", GOOD + f"a.png,{'word ' * 40_000},cat,val\n", "row 5: field larger than field limit"),
+    ("jsonl", '{"image": "a.png", "text": "x", "label": "a"}\n', "row 1: split: expected train or val or "),
+    ("jsonl", '\n{"split": 1}\n', "row 2: split: expected train or val or test, found 1"),
+    ("csv", GOOD.replace("val", "train"), "expected rows with split val, found none"),
+    ("csv", "image,text,label,split\n", "expected rows with split train, found none"),
+    ("jsonl", '{"split": "train"}\n{"spl', "row 2: not valid JSON in UTF-8: Unterminated string"),
+    ("jsonl", "[1]\n", "row 1: expected an object, found a list"),
+    ("jsonl", '{"split": "train", "split": "val"}', "row 1: not valid JSON in UTF-8: the key 'split' is "),
+    ("csv", GOOD.replace("dog", "cat"), "classes: expected at least 2, found 1 ('cat')"),
+]
 
 
-@pytest.mark.parametrize("fault", TABLES)
-def test_a_wrong_table(raw: Path, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
-    suffix, content, message = TABLES[fault]
+@pytest.mark.parametrize(("suffix", "content", "message"), TABLES, ids=range(len(TABLES)))
+def test_a_wrong_table(
+    raw: Path, suffix: str, content: str | bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = raw / f"wrong.{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     said = said_of(convert(raw, raw / "out", "--skip-bad", "--table", str(path)), capsys)
@@ -274,88 +249,64 @@ def test_a_wrong_table(raw: Path, fault: str, capsys: pytest.CaptureFixture[str]
     assert not list(raw.glob("out/*"))
 
 
-def test_an_empty_table_of_a_split(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_jsonl(raw / "val.jsonl", [])
-    (raw / "spec.yaml").write_text("files: {train: table.csv, val: val.jsonl, test: table.csv}")
-    assert f"{raw / 'val.jsonl'}: expected rows, found none" in said_of(convert(raw, raw / "out"), capsys)
-
-
 # ---- bad samples
 
 
-def special(raw: Path, name: str) -> str:
-    """Makes an image file of a special kind."""
-    if name == "damaged.png":
-        (raw / name).write_bytes(png()[:50])
-    elif name == "circle.png":
-        (raw / name).symlink_to(raw / name)
-    else:
-        (raw.parent / "secret.png").write_bytes(png())
-        (raw / name).symlink_to(raw.parent / "secret.png")
-    return name
+def damage(raw: Path) -> None:
+    """Image files of special kinds."""
+    (raw / "damaged.png").write_bytes(png()[:50])
+    (raw / "circle.png").symlink_to(raw / "circle.png")
+    (raw.parent / "secret.png").write_bytes(png())
+    (raw / "link.png").symlink_to(raw.parent / "secret.png")
 
 
-BAD: dict[str, tuple[str, object, str, str]] = {
-    "no image": ("image", None, "incomplete row", "image: expected a path, found none"),
-    "empty image": ("image", "", "incomplete row", "image: expected a path, found ''"),
-    "image list": ("image", ["a.png"], "incomplete row", "image: expected a path, found a list"),
-    "absent": ("image", "no.png", "missing file", ""),
-    "absolute": ("image", "/etc/hostname", "path leaves RAW", ""),
-    "climbs": ("image", "../secret.png", "path leaves RAW", ""),
-    "linked": ("image", "link.png", "path leaves RAW", "by a link"),
-    "circle": ("image", "circle.png", "", ""),
-    "null byte": ("image", "a\0.png", "unreadable file", "embedded null"),
-    "damaged": ("image", "damaged.png", "undecodable image", ""),
-    "no text": ("text", None, "incomplete row", "text: expected a string or a list, found none"),
-    "blank text": ("text", " ", "incomplete row", "text: empty"),
-    "no texts": ("text", [], "incomplete row", "text: empty"),
-    "blank texts": ("text", ["", " "], "incomplete row", "text: empty"),
-    "number as text": ("text", ["a", 1], "incomplete row", "text: expected a string or a list, found 1"),
-    "no label": ("label", None, "incomplete row", "label: expected a name, found none"),
-    "blank label": ("label", " ", "incomplete row", "label: expected a name, found ' '"),
-    "truth value": ("label", True, "incomplete row", "label: expected a name, found true"),
-    "label list": ("label", ["cat"], "incomplete row", "label: expected a name, found a list"),
-    "unknown": ("label", "cow", "unknown class", "'cow' is not in classes"),
-}
+BAD: list[tuple[str, object, str, str]] = [
+    ("image", None, "incomplete row", "image: expected a path, found none"),
+    ("image", "", "incomplete row", "image: expected a path, found ''"),
+    ("image", ["a.png"], "incomplete row", "image: expected a path, found a list"),
+    ("image", "no.png", "missing file", ""),
+    ("image", "/etc/hostname", "path leaves RAW", ""),
+    ("image", "../secret.png", "path leaves RAW", ""),
+    ("image", "link.png", "path leaves RAW", "by a link"),
+    ("image", "circle.png", "missing file", ""),
+    ("image", "a\0.png", "missing file", ""),
+    ("image", "damaged.png", "undecodable image", ""),
+    ("text", None, "incomplete row", "text: expected a string or a list, found none"),
+    ("text", " ", "incomplete row", "text: empty"),
+    ("text", ["", " "], "incomplete row", "text: empty"),
+    ("text", ["a", 1], "incomplete row", "text: expected a string or a list, found 1"),
+    ("label", None, "incomplete row", "label: expected a name, found none"),
+    ("label", " ", "incomplete row", "label: expected a name, found ' '"),
+    ("label", True, "incomplete row", "label: expected a name, found true"),
+    ("label", ["cat"], "incomplete row", "label: expected a name, found a list"),
+    ("label", "cow", "unknown class", "'cow' is not in classes"),
+    ("labels", "cat", "incomplete row", "label: expected a list, found 'cat'"),
+    ("labels", None, "incomplete row", "label: expected a list, found none"),
+    ("labels", ["cat", ""], "incomplete row", "label: expected a name, found ''"),
+    ("labels", ["cat", None], "incomplete row", "label: expected a name, found none"),
+    ("labels", ["cat", "pink"], "unknown class", "'pink' is not in classes"),
+]
 
 
-@pytest.mark.parametrize("fault", BAD)
-def test_a_bad_sample_is_named_and_can_be_skipped(raw: Path, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
-    column, given, reason, detail = BAD[fault]
-    value = special(raw, given) if given in ("link.png", "circle.png", "damaged.png") else given
-    records = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
-    bad = {key: found for key, found in {**records[0], column: value}.items() if found is not None}
-    write_jsonl(raw / "table.jsonl", [*records, bad])
-    (raw / "spec.yaml").write_text("files: table.jsonl\nclasses: [cat, dog]\n")
+@pytest.mark.parametrize(("column", "value", "reason", "detail"), BAD)
+def test_a_bad_sample_is_named_and_can_be_skipped(
+    raw: Path, column: str, value: object, reason: str, detail: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(raw)
+    several = column == "labels"
+    rows = [{**dict(zip(HEADER, row, strict=True)), **({"label": ["cat"]} if several else {})} for row in ROWS]
+    write_jsonl(raw / "table.jsonl", [*rows, {**rows[0], column.rstrip("s"): value}])
+    kind = "multi" if several else "single"
+    (raw / "spec.yaml").write_text(f"files: table.jsonl\nclasses: [cat, dog]\nlabels: {kind}\n")
     assert convert(raw, raw / "out") == 2
     assert "1 of 6 samples cannot be used; nothing was written" in capsys.readouterr().err
     assert not list(raw.glob("out/*"))
     assert convert(raw, raw / "out", "--skip-bad") == 0
     with (raw / "out" / "custom_bad_samples.tsv").open(encoding="utf-8", newline="") as file:
         (line,) = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    assert (line["split"], line["listed_in"], line["row"]) == ("train", "table.jsonl", "6")
-    assert line["reason"].startswith(reason) and detail in line["detail"]
+    assert (line["split"], line["listed_in"], line["row"], line["reason"]) == ("train", "table.jsonl", "6", reason)
+    assert detail in line["detail"]
     assert len(columns_of(raw / "out")["label"]) == 3
-
-
-@pytest.mark.parametrize(
-    ("labels", "detail"),
-    [
-        ("red", "label: expected a list, found 'red'"),
-        (None, "label: expected a list, found none"),
-        (["red", ""], "label: expected a name, found ''"),
-        (["red", None], "label: expected a name, found none"),
-        (["red", "pink"], "'pink' is not in classes"),
-    ],
-)
-def test_bad_labels_where_there_are_several(
-    raw: Path, labels: object, detail: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records = [{**dict(zip(HEADER, row, strict=True)), "label": ["red"]} for row in ROWS]
-    write_jsonl(raw / "table.jsonl", [*records, {**records[0], "label": labels}])
-    (raw / "spec.yaml").write_text("files: table.jsonl\nlabels: multi\nclasses: [red]\n")
-    assert convert(raw, raw / "out") == 2
-    assert detail in capsys.readouterr().err
 
 
 def test_a_link_within_the_folder_is_followed(raw: Path) -> None:
@@ -393,32 +344,43 @@ def test_splits_of_different_datasets(tmp_path: Path, labels: list[str], spec: d
     assert str(first / "custom_val.arrow") in str(error.value) and "custom_train.arrow" in str(error.value)
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    folder = own(tmp_path / "own", ["a", "b"])
-    path = folder / "custom_test.arrow"
-    table = read_arrow(path)
-    metadata = table.schema.metadata
-    for changed, message in (
-        ({}, "expected metadata with class names, labels and metric, found none"),
-        ({"class_names": '["a", "b"]'}, "expected metadata with class names, labels and metric, found none"),
-        ({**metadata, b"custom": b"{"}, "Expecting property name"),
-        ({**metadata, b"custom": b"[]"}, "metadata custom: expected an object, found []"),
-        ({**metadata, b"custom": b"{}"}, "expected the values name, labels, class_names, metric of a dataset, found "),
-        ({**metadata, b"class_names": b'["a", "a"]'}, "classes: 'a' is listed twice, in rows 1 and 2"),
-        ({**metadata, b"class_names": b'"ab"'}, "class_names: expected a list, found 'ab'"),
-        ({**metadata, b"class_names": b"[1, 2]"}, "classes: expected a name in row 1, found 1"),
-    ):
-        with pa.ipc.new_file(str(path), table.schema.with_metadata(changed)) as writer:
-            writer.write_table(table.replace_schema_metadata(changed))
-        with pytest.raises(DataError, match=re.escape(message)) as error:
-            open_spec("custom", folder, ["test"])
-        assert str(path) in str(error.value) and "--dataset custom" in str(error.value)
-    path.write_bytes(b"no arrow")
-    with pytest.raises(DataError, match="not readable as an arrow file"):
-        open_spec("custom", folder, ["test"])
-    path.unlink()
+OWN = {"name": "pets", "labels": "single", "metric": "accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("custom", "class_names", "found"),
+    [
+        (None, ["a", "b"], "expected metadata with class names, labels and metric, found none"),
+        ("{", ["a", "b"], "Expecting property name"),
+        ("[" * 100_000, ["a", "b"], "recursion"),
+        (b"\xff", ["a", "b"], "utf-8"),
+        ([], ["a", "b"], "expected an object, found []"),
+        ({}, ["a", "b"], "expected the values name, labels, class_names, metric of a dataset, found "),
+        ({**OWN, "classes": 2}, ["a", "b"], "expected the values name, labels, class_names, metric"),
+        ({**OWN, "name": [1]}, ["a", "b"], "name: expected letters, digits, - and _, found [1]"),
+        ({**OWN, "labels": {}}, ["a", "b"], "labels: expected single or multi, found {}"),
+        ({**OWN, "metric": 5}, ["a", "b"], "metric: expected accuracy or f1_macro or auroc with labels: single"),
+        (OWN, ["a", "a"], "classes: 'a' is listed twice, in rows 1 and 2"),
+        (OWN, "ab", "class_names: expected a list, found 'ab'"),
+        (OWN, ["a", ["b"]], "classes: expected a name in row 2, found ['b']"),
+    ],
+)
+def test_a_description_of_a_custom_dataset_that_is_none(
+    tmp_path: Path, custom: Any, class_names: object, found: str
+) -> None:
+    path = tmp_path / "custom_test.arrow"
+    written = custom if isinstance(custom, (str, bytes)) else json.dumps(custom)
+    metadata = {"class_names": json.dumps(class_names), **({} if custom is None else {"custom": written})}
+    write(path, memes().replace_schema_metadata(metadata))
+    with pytest.raises(DataError) as refusal:
+        open_spec("custom", tmp_path, ("test",))
+    said = str(refusal.value)
+    assert found in said and str(path) in said and "--dataset custom" in said and len(said) < 1000
+
+
+def test_a_custom_dataset_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=re.escape("no such file; make it with `python make_arrow.py --dataset custom")):
-        open_spec("custom", folder, ["test"])
+        open_spec("custom", tmp_path, ["test"])
 
 
 # ---- DATA.md

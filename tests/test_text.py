@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from common.text import Estimate, duration, estimate, natural_key, pattern_text, per_cent, size, terminal_table
+from common.text import Estimate, duration, estimate, natural_key, pattern_text, per_cent, terminal_table
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,6 @@ def test_durations(seconds: float, words: str) -> None:
 
 
 def test_sizes_shares_and_patterns() -> None:
-    assert [size(n_bytes) for n_bytes in (1e5, 11.8e6, 3.9e9)] == ["0.1 MB", "11.8 MB", "3.9 GB"]
     assert per_cent(0.1 * 7) == "70 %"
     assert [pattern_text("both", 0.5, share) for share in (0.5, 0.3)] == ["50 % both", "50 % both 0.3"]
     assert pattern_text("text", 0.5, 0.3) == "50 % text", "the share has no effect"

@@ -69,12 +69,11 @@ def read_layout(raw: Path, spec: Path | None, table: Path | None) -> Layout:
 
 
 def _layout(source: Path, folder: Path, given: Any) -> Layout:
-    _check_keys("", given, KEYS)
-    columns = given.get("columns", {})
-    _check_keys("columns.", columns, COLUMNS)
+    given = _known("", given, KEYS)
+    columns = _known("columns.", given.get("columns"), COLUMNS)
     tables: tuple[tuple[Path, Split | None], ...]
     if isinstance(files := given.get("files"), dict):
-        _check_keys("files.", files, SPLITS)
+        files = _known("files.", files, SPLITS)
         tables = tuple((folder / _table(f"files.{split}", files.get(split)), split) for split in SPLITS)
         if "split" in columns:
             raise ConfigError("columns.split: contradicts files, which has a table for each split")
@@ -95,10 +94,13 @@ def _layout(source: Path, folder: Path, given: Any) -> Layout:
     )
 
 
-def _check_keys(prefix: str, value: object, known: Iterable[str]) -> None:
-    for key in dictionary(prefix.rstrip(".") or "the file", value):
+def _known(prefix: str, value: object, known: Iterable[str]) -> dict[str, Any]:
+    """`value`, if it is a dictionary with no other keys than these."""
+    values = dictionary(prefix.rstrip(".") or "the file", value)
+    for key in values:
         if key not in known:
             raise ConfigError(f"unknown key {prefix}{key[:100]}; expected {', '.join(known)}")
+    return values
 
 
 def _name(key: str, value: object) -> str:

@@ -324,24 +324,6 @@ def test_batches_are_the_samples_in_order(folder):
         assert_equal(batch, collate(MEME_KINDS, [dataset[0, index] for index in batch.index_B.tolist()]))
 
 
-def test_workers_do_not_change_the_batches(folder):
-    per_workers = []
-    for workers in (0, 2):
-        data = open_data(settings_in(folder, num_workers=workers, simulate_missing=True), *SPLITS)
-        np.random.seed(workers)
-        torch.manual_seed(workers)
-        loader = data.train_dataloader()
-        batches = []
-        for epoch in (0, 1):
-            assert isinstance(loader.sampler, EpochSampler)
-            loader.sampler.set_epoch(epoch)
-            batches += list(loader)
-        per_workers.append([*batches, *data.val_dataloader()])
-    assert [len(batches) for batches in per_workers] == [6 + 6 + 4] * 2
-    for alone, with_workers in zip(*per_workers, strict=True):
-        assert_equal(alone, with_workers)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_sample_stops_the_loader_and_is_named(folder, workers):
     write_memes(folder, "test", 6, {4: b"broken"})

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import DataError
-from common.files import NEW, OLD, atomic_path, new_folder, restore_folder, whole_folder, whole_lines, write_csv
+from common.files import NEW, OLD, atomic_path, new_folder, restore_folder, whole_folder, whole_lines
 from common.strict_json import write_json
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
@@ -34,10 +34,6 @@ def _json(target: Path, number: int) -> None:
     write_json(target, [number] * LENGTH)
 
 
-def _csv(target: Path, number: int) -> None:
-    write_csv(target, ["number"], ([number] for _ in range(LENGTH)))
-
-
 def _folder(target: Path, number: int) -> None:
     with whole_folder(target, "mark.json", "a test") as folder:
         for name in ("a", "b"):
@@ -50,20 +46,13 @@ def _number_in(target: Path) -> int:
     if target.is_dir():
         (number,) = {_number_in(target / name) for name in ("a", "b")}
         return number
-    if target.suffix == ".json":
-        content = json.loads(target.read_text())
-    elif target.suffix == ".csv":
-        content = [int(line) for line in target.read_text().splitlines()[1:]]
-    else:
-        content = list(target.read_bytes())
+    content = json.loads(target.read_text()) if target.suffix == ".json" else list(target.read_bytes())
     assert len(content) == LENGTH
     (number,) = set(content)
     return number
 
 
-@pytest.mark.parametrize(
-    ("write", "name"), [(_bytes, "file"), (_json, "file.json"), (_csv, "file.csv"), (_folder, "folder")]
-)
+@pytest.mark.parametrize(("write", "name"), [(_bytes, "file"), (_json, "file.json"), (_folder, "folder")])
 def test_a_killed_writer_leaves_the_old_or_the_new(
     tmp_path: Path, write: Callable[[Path, int], None], name: str
 ) -> None:

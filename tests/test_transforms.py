@@ -71,18 +71,18 @@ def slow_transform(pixels: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("width", "height", "size"),
     [
+        (8, 3, 4),  # the longer side would be 10.67: cut, not rounded
+        (3, 4, 224),  # 298.67
+        (640, 427, 224),  # 335.73
         (40, 30, 16),  # landscape, smaller
         (30, 40, 16),  # portrait
         (33, 33, 16),  # square
         (9, 7, 16),  # smaller than what is wanted
         (7, 9, 16),
-        (5, 5, 16),
         (16, 16, 16),
         (16, 50, 16),  # the shorter side fits
-        (50, 16, 16),
         (17, 16, 16),
         (101, 37, 13),  # an odd size
-        (37, 101, 13),
         (200, 3, 8),
         (1, 1, 4),
         (1, 9, 4),
@@ -99,27 +99,6 @@ def test_equals_the_slow_version(width, height, size):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "size", "resized"),
-    [
-        (8, 3, 4, (10, 4)),  # 10.67: cut, not rounded
-        (3, 8, 4, (4, 10)),
-        (10, 7, 5, (7, 5)),  # 7.14
-        (3, 5, 2, (2, 3)),  # 3.33
-        (3, 4, 224, (224, 298)),  # 298.67
-        (640, 427, 224, (335, 224)),  # 335.73
-        (427, 640, 224, (224, 335)),
-        (300, 300, 224, (224, 224)),
-    ],
-)
-def test_the_longer_side_is_cut_to_whole_pixels(width, height, size, resized):
-    pixels = noise(width, height)
-    whole = np.array(Image.fromarray(pixels).resize(resized, Image.Resampling.BICUBIC))
-    left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
-    expected = whole[top : top + size, left : left + size]
-    assert np.array_equal(to_hwc(decode_image(encode(pixels), size)), expected)
-
-
-@pytest.mark.parametrize(
     ("over", "offset"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (6, 3), (7, 4), (9, 4), (11, 6)]
 )
 def test_the_crop_offset_rounds_halves_to_even(over, offset):
@@ -128,21 +107,6 @@ def test_the_crop_offset_rounds_halves_to_even(over, offset):
     assert np.array_equal(to_hwc(image), pixels[:, offset : offset + 8])
     upright = pixels.transpose(1, 0, 2).copy()
     assert np.array_equal(to_hwc(decode_image(encode(upright), 8)), upright[offset : offset + 8])
-
-
-def test_enlarged_pixels_are_those_that_were_written_down():
-    pixels = np.array([[0, 255], [100, 200]], dtype=np.uint8)
-    image = decode_image(encode(pixels), 4)
-    expected = [[0, 47, 204, 255], [19, 67, 197, 245], [72, 107, 184, 219], [99, 127, 177, 205]]
-    for channel in image:
-        assert channel.tolist() == expected
-
-
-def test_reduced_pixels_are_smoothed_over_the_whole_area():
-    stripes = np.zeros((32, 32, 3), dtype=np.uint8)
-    stripes[:, ::2] = 255  # finer than the result can show: all of it becomes grey
-    image = decode_image(encode(stripes), 8).int()
-    assert (image[:, :, 2:-2] - 128).abs().max() <= 1
 
 
 # ---- colour modes
@@ -229,13 +193,6 @@ def test_normalised_values_of_every_level():
         assert np.abs(values[1, channel].flatten().double().numpy() - expected).max() < 1e-6
 
 
-def test_normalised_black_and_white_and_nothing():
-    assert normalise(torch.empty(0, 3, 0, 0, dtype=torch.uint8)).shape == (0, 3, 0, 0)
-    values = normalise(torch.tensor([0, 255], dtype=torch.uint8).view(1, 2).expand(3, 1, 2))
-    assert values[:, 0, 0].tolist() == pytest.approx([-1.7922626, -1.7520971, -1.4802198], abs=1e-6)
-    assert values[:, 0, 1].tolist() == pytest.approx([1.9303361, 2.0748837, 2.1458969], abs=1e-6)
-
-
 @pytest.mark.parametrize(("long", "short"), [(2000, 3), (5000, 7), (20_000, 40), (900, 1)])
 def test_very_thin_images_are_close_to_those_that_are_resized_whole(long, short):
     size = 56
@@ -260,10 +217,3 @@ def test_a_very_thin_image_takes_little_memory():
         "assert x.shape == (3, 224, 224) and x[:, 5, 5].tolist() == [7, 8, 9]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
-
-
-@pytest.mark.filterwarnings("ignore:Image size")
-def test_an_image_of_too_many_pixels_is_not_decoded():
-    image = Image.new("1", (10_000, 9_000))
-    with pytest.raises(ValueError, match="10000 × 9000 pixels; at most 89,478,485 are read, and 100,000 to a side"):
-        decode_image(saved(image), 224)

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import os
 import resource
 import shutil
@@ -37,9 +36,8 @@ from tests.custom_files import write_labelled
 from tests.data_files import LOGIT_COLUMNS
 from tests.report_files import write_run
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.custom import CUSTOM
 from vilt.datasets.open_spec import open_spec
-from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS
+from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.image_cache import missing_bytes
 from vilt.missing_tables import MissingPattern, load_missing_table, read_kept_table
 from vilt.utils.mapped_array import MappedArray
@@ -158,36 +156,28 @@ def _rows(path: Path) -> str:
 # Data
 
 
-def _conversion(dataset: str) -> Writer:
+def _convert(folder: Path, _: Workspace) -> int:
+    arguments = ["--root", str(folder / "raw"), "--target", str(folder / "arrow"), "--workers", "0"]
+    return make_arrow.main(["--dataset", "custom", *arguments])
+
+
+def _prepare_conversion(folder: Path, workspace: Workspace) -> None:
     """All images are others in the new state."""
-    name = next(spec.name for spec in EVERY_DATASET.values() if spec.make_arrow_name == dataset)
+    write_labelled(folder / "raw", {"train": 6, "val": 3, "test": 3}, ["one", "other"])
+    assert _convert(folder, workspace) == DONE
+    for path in (folder / "raw").rglob("*.png"):
+        Image.new("RGB", (40, 40), "red").save(path)
 
-    def convert(folder: Path, _: Workspace) -> int:
-        arguments = ["--root", str(folder / "raw"), "--target", str(folder / "arrow"), "--workers", "0"]
-        return make_arrow.main(["--dataset", dataset, *arguments])
 
-    def prepare(folder: Path, workspace: Workspace) -> None:
-        if dataset == CUSTOM:
-            write_labelled(folder / "raw", {"train": 6, "val": 3, "test": 3}, ["one", "other"])
-        else:
-            shutil.copytree(GOLDEN_RAW / name, folder / "raw")
-        assert convert(folder, workspace) == DONE
-        for path in _below(folder / "raw"):
-            if path.suffix in (".jpg", ".jpeg", ".png"):
-                Image.new("RGB", (40, 40), "red").save(path)
-
-    def read(folder: Path) -> str:
-        try:
-            spec = open_spec(name, folder / "arrow", SPLITS)
-            datasets = [ArrowDataset(spec, folder / "arrow", split, SIZE) for split in SPLITS]
-        except DataError as error:
-            if "two conversions" in str(error):
-                return REFUSED
-            raise
-        return _digest([one.table.to_pylist() for one in datasets])
-
-    # Of MM-IMDb a test of make_arrow.py looks at a full disk.
-    return Writer(prepare, convert, read, f"{name}_train.arrow" if name != "mmimdb" else None, between=(REFUSED,))
+def _read_conversion(folder: Path) -> str:
+    try:
+        spec = open_spec("custom", folder / "arrow", SPLITS)
+        datasets = [ArrowDataset(spec, folder / "arrow", split, SIZE) for split in SPLITS]
+    except DataError as error:
+        if "two conversions" in str(error):
+            return REFUSED
+        raise
+    return _digest([one.table.to_pylist() for one in datasets])
 
 
 def _write_missing_table(folder: Path, _: Workspace) -> int:
@@ -244,10 +234,6 @@ def _checkpoint(value: float) -> dict[str, Any]:
 def _read_checkpoint(folder: Path) -> list[float]:
     check_intact(folder / "last.ckpt")
     return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]["weights"].unique().tolist()
-
-
-def _results(value: float) -> dict[str, Any]:
-    return {"metrics": {f"metric {number}": value for number in range(5_000)}}
 
 
 def _log(folder: Path) -> MetricsLogger:
@@ -308,27 +294,17 @@ def _read_robustness(folder: Path) -> Any:
     return _digest((found.cells.to_csv(), found.by_type.to_csv(), found.test_set))
 
 
-def _prepare_predictions(ending: str) -> Callable[[Path, Workspace], None]:
-    def prepare(folder: Path, workspace: Workspace) -> None:
-        for texts in (["A ghost story."], ["Two friends rob a train.", "A war.", "A song."] * 4):
-            (folder / "films.csv").write_text("\n".join(["text", *texts]) + "\n")
-            if len(texts) == 1:
-                assert _predict(ending)(folder, workspace) == DONE
-
-    return prepare
+def _prepare_predictions(folder: Path, workspace: Workspace) -> None:
+    for texts in (["A ghost story."], ["Two friends rob a train.", "A war.", "A song."] * 4):
+        (folder / "films.csv").write_text("\n".join(["text", *texts]) + "\n")
+        if len(texts) == 1:
+            assert _predict(folder, workspace) == DONE
 
 
-def _predict(ending: str) -> Callable[[Path, Workspace], int]:
-    def predict(folder: Path, workspace: Workspace) -> int:
-        options = (f"load_path={workspace.results / TRAINED / 'best.ckpt'}", "precision=32", "num_workers=0")
-        places = (f"input={folder / 'films.csv'}", f"output={folder / f'predictions.{ending}'}")
-        return command_line(["run.py", "predict", "with", *options, *places, "per_gpu_batchsize=4"])
-
-    return predict
-
-
-def _read_lines(folder: Path) -> str:
-    return _digest([json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()])
+def _predict(folder: Path, workspace: Workspace) -> int:
+    options = (f"load_path={workspace.results / TRAINED / 'best.ckpt'}", "precision=32", "num_workers=0")
+    places = (f"input={folder / 'films.csv'}", f"output={folder / 'predictions.csv'}")
+    return command_line(["run.py", "predict", "with", *options, *places, "per_gpu_batchsize=4"])
 
 
 # Several runs
@@ -377,26 +353,13 @@ def _write_table(folder: Path, workspace: Workspace) -> int:
     return _sweep(folder, workspace, "sweep_seeds=[0,1]")
 
 
-def _prepare_commands(folder: Path, workspace: Workspace) -> None:
-    assert _sweep(folder, workspace, "sweep_launcher=commands", "sweep_seeds=[0]") == DONE
-
-
-def _write_commands(folder: Path, workspace: Workspace) -> int:
-    return _sweep(folder, workspace, "sweep_launcher=commands", "sweep_seeds=[0,1]")
-
-
-def _read_sweep(name: str) -> Callable[[Path], str]:
-    """One of its files; sweep.json is written first, and readable at any moment."""
-
-    def read(folder: Path) -> str:
-        read_json(folder / "s" / "sweep.json")
-        return _digest((folder / "s" / name).read_text())
-
-    return read
+def _read_table(folder: Path) -> str:
+    read_json(folder / "s" / "sweep.json")  # written first, and readable at any moment
+    return _rows(folder / "s" / "table.csv")
 
 
 WRITERS: dict[str, Writer] = {
-    **{f"conversion of {dataset}": _conversion(dataset) for dataset in ("mmimdb", "food101", "hateful_memes", CUSTOM)},
+    "conversion": Writer(_prepare_conversion, _convert, _read_conversion, "custom_train.arrow", between=(REFUSED,)),
     "missing table": Writer(
         lambda folder, _: (folder / "tables").mkdir(), _write_missing_table, _read_missing_table, "_of_20000.txt"
     ),
@@ -408,17 +371,8 @@ WRITERS: dict[str, Writer] = {
         _read_checkpoint,
         None,
     ),
-    "test_results.json": Writer(
-        lambda folder, _: write_json(folder / "test_results.json", _results(1)),
-        lambda folder, _: _status(lambda: write_json(folder / "test_results.json", _results(2))),
-        lambda folder: _digest(read_json(folder / "test_results.json")),
-        "test_results.json",
-    ),
     "metrics.csv": Writer(
-        lambda folder, _: _log(folder),
-        _write_log,
-        lambda folder: _digest(read_curves(folder / "metrics.csv")),
-        None,
+        lambda folder, _: _log(folder), _write_log, lambda folder: _digest(read_curves(folder / "metrics.csv")), None
     ),
     "robustness": Writer(
         _take_run, lambda folder, _: _measure(folder, "[2,3]"), _read_robustness, "run/robustness/robustness.json"
@@ -426,21 +380,16 @@ WRITERS: dict[str, Writer] = {
     "first robustness": Writer(
         _take_run_with_parts, lambda folder, _: _measure(folder, "[2,3]"), _read_robustness, "run/robustness/"
     ),
-    "predictions.csv": Writer(
-        _prepare_predictions("csv"),
-        _predict("csv"),
-        lambda folder: _rows(folder / "predictions.csv"),
-        "predictions.csv",
+    "predictions": Writer(
+        _prepare_predictions, _predict, lambda folder: _rows(folder / "predictions.csv"), "predictions.csv"
     ),
-    "predictions.jsonl": Writer(_prepare_predictions("jsonl"), _predict("jsonl"), _read_lines, "predictions.jsonl"),
     "runs.csv": Writer(
         _prepare_runs(_write_runs), _write_runs, lambda folder: _rows(folder / "result" / "runs.csv"), "runs.csv"
     ),
     "report": Writer(
         _prepare_runs(_write_report), _write_report, lambda folder: _files(folder / "report"), "report", between=(None,)
     ),
-    "sweep table": Writer(_prepare_table, _write_table, _read_sweep("table.csv"), "s/sweep.json"),
-    "sweep commands": Writer(_prepare_commands, _write_commands, _read_sweep("commands.txt"), "s/"),
+    "sweep table": Writer(_prepare_table, _write_table, _read_table, "s/sweep.json"),
     "demo films": Writer(
         lambda folder, _: write_task(folder / "films", films=3, seed=0),
         lambda folder, _: _status(lambda: write_task(folder / "films", films=3, seed=1)),

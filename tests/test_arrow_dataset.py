@@ -375,16 +375,11 @@ def test_other_texts_or_another_tokenizer_have_their_own_cache(tmp_path):
     "content",
     [
         b"",
-        b"PK\x03\x04",
-        b"garbage",
         b"\x93NUMPY\x01\x00\x04\x00((((((",
         as_npy(np.zeros((3, 77), np.int32))[:-4],
         as_npy(np.zeros((2, 77), np.int32)),
-        as_npy(np.zeros(3, np.int32)),
-        as_npy(np.zeros((3, 77))),
-        as_npy(np.array([None] * 3)),
     ],
-    ids=["empty", "zip", "garbage", "bad header", "truncated", "a row short", "one-dimensional", "floats", "objects"],
+    ids=["empty", "bad header", "truncated", "a row short"],
 )
 def test_a_damaged_cache_is_made_again(tmp_path, caplog, content):
     open_memes(tmp_path, memes()).tokenize(Tokenizer(), "f")

@@ -1,13 +1,11 @@
 """Batches, their order, their division among processes, and resuming after an interruption."""
 
-import logging
 import random
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -297,24 +295,6 @@ def test_only_the_splits_asked_for_are_opened(folder):
         open_data(settings_in(folder), "train", "test")
 
 
-def test_a_published_table_is_used_and_one_of_the_wrong_length_refused(folder, caplog):
-    (folder / "tables").mkdir()
-    types = torch.tensor([0, 1, 2, 0, 1, 2, 0], dtype=torch.float32)
-    torch.save(types, folder / "tables" / "hatememes_dev_missing_both_05.pt")
-    with caplog.at_level(logging.INFO):
-        data = open_data(settings_in(folder), "val")
-    assert "hatememes_dev_missing_both_05.pt" in caplog.text
-    type_of = {
-        index: missing_type
-        for batch in data.val_dataloader()
-        for index, missing_type in zip(batch.index_B.tolist(), types_of(batch), strict=True)
-    }
-    assert type_of == dict(enumerate(types.tolist()))
-    torch.save(types[:6], folder / "tables" / "hatememes_dev_missing_both_05.pt")
-    with pytest.raises(DataError, match=r"hatememes_dev_missing_both_05\.pt: expected a tensor of 7 entries.* \(6,\)"):
-        open_data(settings_in(folder), "val")
-
-
 def test_batches_are_the_samples_in_order(folder):
     data = open_data(settings_in(folder, per_gpu_batchsize=4), "test")
     dataset = data.datasets["test"]
@@ -352,17 +332,6 @@ def test_all_processes_together_evaluate_each_sample_once_and_train_equally_long
     assert sorted(seen["test"]) == list(range(9))
     assert set(seen["train"]) == set(range(11))
     assert lengths == {data.steps_per_epoch(world)}
-
-
-def test_steps_per_epoch_are_the_batches_of_the_loader():
-    for samples, world in SIZES:
-        for batch in (1, 2, 3, 5, 64):
-            data = SimpleNamespace(
-                datasets={"train": range(samples)}, settings=SimpleNamespace(per_gpu_batchsize=batch)
-            )
-            share = len(EpochSampler(samples, seed=0, rank=0, world_size=world))
-            expected = len(range(0, share, batch))
-            assert MissingModalityData.steps_per_epoch(data, world) == expected  # type: ignore[arg-type]
 
 
 # ---- resuming after an interruption

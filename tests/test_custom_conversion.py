@@ -98,7 +98,7 @@ def test_a_table_for_each_split_with_columns_of_other_names(raw: Path) -> None:
     assert (spec.n_classes, spec.multilabel, spec.class_names) == (3, False, ("fish", "dog", "cat"))
 
 
-@pytest.mark.parametrize("separator", [None, ", "])
+@pytest.mark.parametrize("separator", [None, ", ", " "])
 def test_several_labels(raw: Path, separator: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     mark = separator or "|"
     labels = [f"red{mark}green", "", f"green{mark}{mark} blue ", "blue", f"red{mark}red"]

@@ -88,7 +88,7 @@ def _layout(source: Path, folder: Path, given: Any) -> Layout:
         {column: _name(f"columns.{column}", columns.get(column, column)) for column in COLUMNS},
         labels,
         _name("separator", given.get("separator", "|")),
-        several(_name)("classes", given["classes"]) if "classes" in given else None,
+        tuple(map(str.strip, several(_name)("classes", given["classes"]))) if "classes" in given else None,
         given.get("name", CUSTOM),  # these two CustomData checks
         given.get("metric", next(iter(CUSTOM_METRICS[labels]))),
     )
@@ -105,7 +105,7 @@ def _known(prefix: str, value: object, known: Iterable[str]) -> dict[str, Any]:
 
 def _name(key: str, value: object) -> str:
     """A text; a number is one too. What YAML takes for a truth value (no, yes, on, off) is refused."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise wrong(key, "a name (in quotes, if YAML takes it for something else)", value)
     return str(value)
 

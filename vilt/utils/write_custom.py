@@ -1,6 +1,8 @@
 """A custom dataset: tables (CSV, TSV or JSONL) that list an image, texts and labels in each row."""
 
+from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,18 +24,18 @@ RAW/
 
 
 class Listed(NamedTuple):
-    """One row of a table, whose image has not been read yet."""
+    """One row of a table, as it stands there."""
 
-    source: str
+    table: Path
     row: int
     image: object
     text: object
-    labels: list[str] | BadSampleError
+    label: object
 
 
-def read_row(raw: Path, listed: Listed, label: int | list[int] | BadSampleError) -> Row:
+def read_row(raw: Path, layout: Layout, numbers: dict[str, int], listed: Listed) -> Row:
     """Columns image, text, label (class number, or 0/1 over the classes), image_id. Raises BadSampleError."""
-    source, file = listed.source, listed.image
+    source, file = listed.table.name, listed.image
     if not isinstance(file, str) or not file:
         raise BadSampleError(INCOMPLETE_ROW, source, f"image: expected a path, found {_found(file)}")
     texts: list[Any] = listed.text if isinstance(listed.text, list) else [listed.text]
@@ -42,12 +44,35 @@ def read_row(raw: Path, listed: Listed, label: int | list[int] | BadSampleError)
             raise BadSampleError(INCOMPLETE_ROW, source, f"text: expected a string or a list, found {_found(text)}")
     if not any(text.strip() for text in texts):
         raise BadSampleError(INCOMPLETE_ROW, source, "text: empty")
-    if isinstance(label, BadSampleError):
-        raise label
+    names = read_labels(layout, listed)
+    for name in names:
+        if name not in numbers:
+            raise BadSampleError(UNKNOWN_CLASS, source, f"{quoted(name)} is not in classes")
+    label = numbers[names[0]] if layout.labels == "single" else [int(name in names) for name in numbers]
     image = raw_data.read_image(raw, file)
     if not (raw / file).resolve().is_relative_to(raw.resolve()):
         raise BadSampleError(raw_data.PATH_LEAVES_RAW, file, "by a link")
     return {"image": image, "text": texts, "label": label, "image_id": file}
+
+
+def read_labels(layout: Layout, listed: Listed) -> list[str]:
+    """The names of the labels of a row. Raises BadSampleError."""
+    source, labels = listed.table.name, [listed.label]
+    if layout.labels == "multi":
+        if listed.table.suffix.lower() in DELIMITERS:
+            labels = [part for part in str(listed.label).split(layout.separator) if part.strip()]
+        elif isinstance(listed.label, list):
+            labels = listed.label
+        else:
+            raise BadSampleError(INCOMPLETE_ROW, source, f"label: expected a list, found {_found(listed.label)}")
+    for label in labels:
+        if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
+            raise BadSampleError(INCOMPLETE_ROW, source, f"label: expected a name, found {_found(label)}")
+    return [str(label).strip() for label in labels]
+
+
+def _found(value: object) -> str:
+    return quoted(value) if isinstance(value, str) else kind_of(value) if value is not None else "none"
 
 
 def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> RawDataset:
@@ -71,52 +96,19 @@ def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> 
             if split not in tuple(SPLITS):
                 place = f"{path}, row {row}: {layout.columns['split']}"
                 raise DataError(f"{place}: expected {' or '.join(SPLITS)}, found {_found(split)}")
-            rows[split].append(Listed(path.name, row, image, text, _labels(label, layout, path)))
+            rows[split].append(Listed(path, row, image, text, label))
         for one in SPLITS if of_table is None else (of_table,):
             if not rows[one]:
                 what = "rows" if of_table else f"rows with {layout.columns['split']} {one}"
                 raise DataError(f"{path}: expected {what}, found none")
-    of_all = [listed.labels for of_split in rows.values() for listed in of_split]
-    custom = layout.dataset({name for labels in of_all if not isinstance(labels, BadSampleError) for name in labels})
-    numbers = {name: number for number, name in enumerate(custom.class_names)}
+    found: set[str] = set()
+    for listed in chain(*rows.values()):
+        with suppress(BadSampleError):  # read_row raises it again
+            found.update(read_labels(layout, listed))
+    custom = layout.dataset(found)
+    read = partial(read_row, raw, layout, {name: number for number, name in enumerate(custom.class_names)})
     splits = []
     for split, of_split in rows.items():
-        samples = [
-            (listed.row, partial(read_row, raw, listed, _numbered(listed, numbers, layout))) for listed in of_split
-        ]
-        splits.append(RawSplit(split, of_split[0].source, samples))
+        samples = [(listed.row, partial(read, listed)) for listed in of_split]
+        splits.append(RawSplit(split, of_split[0].table.name, samples))
     return RawDataset(custom_spec(custom), custom.class_names, tuple(splits))
-
-
-# ---- parts of a row: one of them wrong makes a bad sample
-
-
-def _found(value: object) -> str:
-    return quoted(value) if isinstance(value, str) else kind_of(value) if value is not None else "none"
-
-
-def _labels(value: object, layout: Layout, table: Path) -> list[str] | BadSampleError:
-    """The names of the labels of a row, or what is wrong with them."""
-    parts: list[object] = [value]
-    if layout.labels == "multi":
-        if table.suffix.lower() in DELIMITERS:
-            parts = [part for part in str(value).split(layout.separator) if part.strip()]
-        elif isinstance(value, list):
-            parts = value
-        else:
-            return BadSampleError(INCOMPLETE_ROW, table.name, f"label: expected a list, found {_found(value)}")
-    names = [str(part).strip() for part in parts]
-    for part, name in zip(parts, names, strict=True):
-        if isinstance(part, bool) or not isinstance(part, (str, int)) or not name:
-            return BadSampleError(INCOMPLETE_ROW, table.name, f"label: expected a name, found {_found(part)}")
-    return names
-
-
-def _numbered(listed: Listed, numbers: dict[str, int], layout: Layout) -> int | list[int] | BadSampleError:
-    labels = listed.labels
-    if isinstance(labels, BadSampleError):
-        return labels
-    unknown = [name for name in labels if name not in numbers]
-    if unknown:
-        return BadSampleError(UNKNOWN_CLASS, listed.source, f"{quoted(unknown[0])} is not in classes")
-    return numbers[labels[0]] if layout.labels == "single" else [int(name in labels) for name in numbers]

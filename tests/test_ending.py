@@ -22,7 +22,6 @@ from run import command_line
 from runs import start
 from tests.conftest import Captured, Patch, Workspace
 from tests.interrupted import files_up_to
-from vilt.utils import arrow_writer
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,7 +93,7 @@ def test_a_fault_of_ours_before_the_run_has_a_folder(
 
 
 def test_a_fault_of_ours_in_a_conversion(tmp_path: Path, monkeypatch: Patch, capsys: Captured) -> None:
-    monkeypatch.setattr(arrow_writer, "convert", raising(LookupError("lost")))
+    monkeypatch.setattr(make_arrow, "convert", raising(LookupError("lost")))
     raw = ROOT / "tests" / "data" / "golden" / "raw" / "mmimdb"
     assert make_arrow.main(["--dataset", "mmimdb", "--root", str(raw), "--target", str(tmp_path)]) == 1
     said = capsys.readouterr().err

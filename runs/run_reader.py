@@ -25,7 +25,7 @@ from common.torch_file import load_inert
 from engine.tasks import Task, task_of
 from runs.option_names import OF_OTHER_COMMANDS
 from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, DatasetSpec, custom_spec
+from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
 
 RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
 """Each tells a run folder, where its config.json does not."""
@@ -79,7 +79,7 @@ class Run:
     @property
     def spec(self) -> DatasetSpec:
         """The row of the dataset."""
-        return DATASETS[self.config["task"]] if self.custom is None else custom_spec(self.custom)
+        return spec_of(self.config["task"], self.custom)
 
     @property
     def is_evaluation(self) -> bool:

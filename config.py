@@ -27,6 +27,7 @@ from common.readers import (
     path,
     path_or_name,
     several,
+    word_or,
     wrong,
 )
 from vilt.datasets.custom import CUSTOM
@@ -84,11 +85,6 @@ class MissingTypeReader:
         return self.shape(one_of(*known))(option, value)
 
 
-def path_or_auto(option: str, value: Any) -> Path | str:
-    """Reads a path, or `auto`."""
-    return AUTO if value == AUTO else path(option, value)
-
-
 def warmup(option: str, value: Any) -> float:
     """Reads a share below 1 or a whole number of steps."""
     if not is_number(value) or value < 0 or (value >= 1 and value != int(value)):
@@ -101,11 +97,6 @@ def interval(option: str, value: Any) -> int | float:
     if is_number(value) and (0 < value <= 1 or (isinstance(value, int) and value > 1)):
         return value if isinstance(value, int) and value > 1 else float(value)
     raise wrong(option, "a share of an epoch above 0 and up to 1, or an integer number of batches", value)
-
-
-def power(option: str, value: Any) -> float | str:
-    """Reads a positive number or `cosine`."""
-    return "cosine" if value == "cosine" else number(0, above=True)(option, value)
 
 
 def gpus(option: str, value: Any) -> int:
@@ -259,7 +250,8 @@ class Options:
     max_steps: int | None = option(
         None, optional(integer(1)), TRAINING, "optimiser steps; None: as many as max_epoch needs")
     warmup_steps: float = option(0.1, warmup, TRAINING, "optimiser steps of linear warm-up, or a share if below 1")
-    decay_power: float | str = option(1, power, TRAINING, "power of the polynomial decay, or cosine")
+    decay_power: float | str = option(
+        1, word_or("cosine", number(0, above=True)), TRAINING, "power of the polynomial decay, or cosine")
     end_lr: float = option(0, number(0), TRAINING, "learning rate at the last step")
     val_check_interval: int | float = option(None, optional(interval), TRAINING,
         "epochs between validations, or batches if above 1; None: 0.2, on Hateful Memes 0.1, with DCP there 0.11")
@@ -280,7 +272,7 @@ class Options:
         0, SEED, TRAINING, "seed of the run that wrote a published checkpoint: draws its dynamic queries")
     finetune_first: bool = option(False, flag, TRAINING, "a warm start takes the head too (of the same task)")
     resume_from: Path | str | None = option(
-        None, optional(path_or_auto), RUN, "`last.ckpt` of an interrupted run, to resume it; auto: finds it")
+        None, optional(word_or(AUTO, path)), RUN, "`last.ckpt` of an interrupted run, to resume it; auto: finds it")
     fast_dev_run: bool = option(False, flag, RUN, "one batch of everything, nothing written")
     test_after_fit: bool = option(True, flag, RUN, "evaluate the best checkpoint on the test split after training")
     test_only: bool = option(False, flag, RUN, "evaluate load_path on the test split")

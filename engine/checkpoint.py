@@ -283,8 +283,8 @@ def check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
     differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in theirs if theirs[key] != ours[key]]
     if differing:
         raise CheckpointError(
-            f"{checkpoint.path}: trained on the backbone {checkpoint.backbone_name}, but vit={backbone.name} has "
-            f"others of these: {', '.join(differing)}"
+            f"{checkpoint.path}: trained on the backbone {checkpoint.backbone_name}, but vit={backbone.name} has other "
+            f"weights or sizes: {', '.join(differing)}"
         )
 
 

@@ -9,6 +9,11 @@ from engine.robustness import Results, Subject
 from runs.run_reader import differing_options
 
 
+def describe(measured: Sequence[tuple[Subject, Results]]) -> str:
+    """The results of one checkpoint, or of several side by side."""
+    return describe_several(measured) if len(measured) > 1 else describe_one(*measured[0])
+
+
 def describe_one(subject: Subject, found: Results) -> str:
     """The matrix of one checkpoint: ratios down, missing types across; then each type with its interval."""
     metric, confidence, n_seeds = found["metric"], found["confidence"], len(found["table_seeds"])

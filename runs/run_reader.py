@@ -21,8 +21,6 @@ from common.files import whole_lines
 from common.messages import first_line, quoted
 from common.strict_json import read_json
 from common.text import natural_key
-from common.torch_file import load_inert
-from engine.tasks import Task, task_of
 from runs.option_names import OF_OTHER_COMMANDS
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
@@ -67,11 +65,6 @@ class Run:
     """The run that this one was resumed from."""
 
     @property
-    def task(self) -> Task:
-        """The row of the task; of a custom dataset, what its data says."""
-        return task_of(self.config["task"], self.custom)
-
-    @property
     def dataset(self) -> str:
         """What tells the dataset from others, in tables and in names of files."""
         return str(self.config["task"]) if self.custom is None else self.custom.key
@@ -103,7 +96,7 @@ class Run:
             if results.get("task", self.config["task"]) != self.config["task"]:
                 found = quoted(results["task"])
                 raise ValueError(f"results of another dataset: expected {self.config['task']}, found {found}")
-            float(results["metrics"][self.task.monitor])
+            float(results["metrics"][self.spec.monitor])
             check_pattern(
                 self.spec, *(results["missing_pattern"][name] for name in ("missing_type", "ratio", "both_ratio"))
             )
@@ -144,7 +137,7 @@ class Run:
             if type(score) is not float:
                 raise DataError(f"{best}: not as written by run.py: expected a score, found {quoted(score)}")
             return score
-        return max((value for _, value in self.curves.get(f"val/{self.task.monitor}", [])), default=None)
+        return max((value for _, value in self.curves.get(f"val/{self.spec.monitor}", [])), default=None)
 
     @cached_property
     def state(self) -> tuple[str, str]:
@@ -297,6 +290,8 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 def open_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
     """The content of a checkpoint of ours, with the `needed` keys; its tensors stay on disk. Raises DataError."""
+    from common.torch_file import load_inert  # loads torch, which a table of runs without checkpoints does without
+
     try:
         content = load_inert(path, mmap=True)
         if not isinstance(content, dict) or not set(needed) <= set(content):

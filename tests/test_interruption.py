@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from engine.interruption import Stopped, stopping_on_signals
+from common.signals import Stopped, stopping_on_signals
 from run import command_line
 from tests.conftest import Workspace
 from tests.interrupted import Chain, differences

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from common.arrow_file import open_table
 from common.errors import ConfigError, DataError
+from common.signals import STOP_SIGNALS
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.kinds import Collated, InputFormat, Kind, kinds_of
 from vilt.datasets.open_spec import open_spec
@@ -28,9 +29,6 @@ from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, publ
 from vilt.missing_types import code_of
 
 log = logging.getLogger(__name__)
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Those that ask a run to stop."""
 
 
 class Batch(NamedTuple):
@@ -109,7 +107,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.world_size = world_size
         self.epoch = 0
         self.skip: tuple[int, int] | None = None
-        """(epoch, n): in this epoch the first n samples of the share are left out; they were seen before a resume."""
+        """(epoch, n): in this epoch the first n samples of the share are left out; they were seen before a resume.
+
+        This place is all that a checkpoint has to keep, since the order follows from (seed, epoch): no state of the
+        loaders, which fetch ahead.
+        """
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""

@@ -114,7 +114,7 @@ class Dataset:
     @property
     def metric(self) -> str:
         """The metric of the task."""
-        return self.runs[0].run.task.monitor
+        return self.runs[0].run.spec.monitor
 
     @property
     def metric_title(self) -> str:

@@ -108,7 +108,7 @@ class ReportRun:
     @property
     def test_score(self) -> float | None:
         """The task's metric in the test."""
-        return None if self.run.test is None else float(self.run.test["metrics"][self.run.task.monitor])
+        return None if self.run.test is None else float(self.run.test["metrics"][self.run.spec.monitor])
 
     @property
     def score_at_own_pattern(self) -> float | None:
@@ -116,7 +116,7 @@ class ReportRun:
         if self.robustness is not None:
             cells = self.robustness.cells
             same = (cells[["missing_type", "ratio", "both_ratio"]] == list(self.pattern[:3])).all(axis=1)
-            if found := estimate(cells.value[same & (cells.metric == self.run.task.monitor)].tolist()):
+            if found := estimate(cells.value[same & (cells.metric == self.run.spec.monitor)].tolist()):
                 return found.mean
         at = self.run.tested_at
         return self.test_score if at is not None and Pattern.of(self.run.spec, *at) == self.pattern else None
@@ -183,14 +183,14 @@ def read_robustness(run: Run) -> Robustness | None:
         return None
     raw = read_json(path)
     with as_written_by_run(path):
-        for name, expected in {"format": FORMAT, "task": run.config["task"], "metric": run.task.monitor}.items():
+        for name, expected in {"format": FORMAT, "task": run.config["task"], "metric": run.spec.monitor}.items():
             if raw[name] != expected:
                 raise ValueError(f"{name}: expected {expected}, found {quoted(raw[name])}")
         if best.is_file() and raw["checkpoint_sha256"] != file_sha256(best):  # a run may be kept without it
             raise ValueError("results of another checkpoint than best.ckpt; run `python run.py robustness` again")
         metrics, class_names = tuple(map(str, raw["metrics"])), tuple(map(str, raw["class_names"]))
-        if len(class_names) != run.task.n_classes:
-            raise ValueError(f"class_names: expected {run.task.n_classes}, found {len(class_names)}")
+        if len(class_names) != run.spec.n_classes:
+            raise ValueError(f"class_names: expected {run.spec.n_classes}, found {len(class_names)}")
         for cell in raw["cells"]:
             check_pattern(run.spec, cell["missing_type"], cell["ratio"], cell["both_ratio"])
         cells = [

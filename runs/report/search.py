@@ -57,7 +57,7 @@ class Search:
     @property
     def metric_title(self) -> str:
         """Of the validation metric that is to be high."""
-        return f"validation {METRIC_TITLES[self.runs[0].run.task.monitor]}"
+        return f"validation {METRIC_TITLES[self.runs[0].run.spec.monitor]}"
 
     @property
     def space(self) -> dict[str, BaseDistribution]:
@@ -194,7 +194,7 @@ def _trials_table(search: Search, name: str, caption: str, trials: Sequence[Froz
             Column("number", "Trial", "number"),
             Column("state", "State"),
             *(Column(option, option, "code") for option in search.space),
-            Column(f"val/{search.runs[0].run.task.monitor}", "Score", "share", "none"),
+            Column(f"val/{search.runs[0].run.spec.monitor}", "Score", "share", "none"),
             Column("run", "Run", absent="none"),
         ),
         rows,

@@ -345,6 +345,27 @@ def test_missing_types_are_those_of_the_modalities(
     assert message.replace(".train", "") in capsys.readouterr().err.replace(".train", "")
 
 
+def test_complete_samples_may_lose_any_modalities_in_training(registered: None, data: Path) -> None:
+    dataset = ArrowDataset(SENSORS, data, "train")
+    dataset.simulate_seed = 0
+    seen = {tuple(dataset[epoch, index].inputs) for epoch in range(5) for index in range(24)}
+    assert len(seen) == 7 and () not in seen
+
+
+def test_samples_with_one_input_can_be_given_inputs_of_their_own() -> None:
+    shared = ModelInput(
+        inputs={"sound": torch.tensor([[1.0], [2.0]])},
+        rows={"sound": torch.tensor([0, 2])},
+        present_BM=torch.tensor([[True], [True], [True], [False]]),
+        types=(0,),
+        length_b={"sound": torch.tensor([4, 7])},
+        source_of_B={"sound": torch.tensor([0, 0, 2, 3])},
+    )
+    own = shared.with_own_inputs()
+    assert own.inputs["sound"].flatten().tolist() == [1, 1, 2] and own.length_b["sound"].tolist() == [4, 4, 7]
+    assert own.rows["sound"].tolist() == [0, 1, 2] and not own.source_of_B
+
+
 # Arrays
 
 

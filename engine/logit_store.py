@@ -85,18 +85,12 @@ def logit_columns_of(spec: DatasetSpec) -> list[str]:
     return [f"logits_{name.replace(', ', '_').replace(' ', '_')}" for name in spec.type_names]
 
 
-def read_logits(
-    path: Path, spec: DatasetSpec, logit_columns: Sequence[str] | None = None
-) -> tuple[pa.Table, dict[str, Any]]:
+def read_logits(path: Path, spec: DatasetSpec, logit_columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
     """The memory-mapped table of stored logits of a dataset, and what the file says of itself.
-
-    Args:
-        logit_columns: those that are expected; None: of all missing types.
 
     Raises:
         DataError: it is damaged, or something else.
     """
-    logit_columns = logit_columns_of(spec) if logit_columns is None else logit_columns
     table = open_table(path, "stored logits")
     try:
         described = json.loads((table.schema.metadata or {})[DESCRIPTION])
@@ -286,9 +280,8 @@ def encode(
     """
     dataset = data.datasets["test"]
     for number, missing_type in enumerate(lacking, start=1):
-        log.info(
-            "encoding %d of %d: %s, %d samples", number, len(lacking), store.type_names[missing_type], len(dataset)
-        )
+        name = store.type_names[missing_type]
+        log.info("encoding %d of %d: %s, %d samples", number, len(lacking), name, len(dataset))
         dataset.missing_table = np.full(dataset.n_rows, missing_type, dtype=np.int8)
         trainer.test(module, datamodule=data, verbose=False)
         assert module.collected is not None and len(module.collected[0]) == len(dataset)

@@ -149,7 +149,7 @@ def write_results(found: Results, folder: Path) -> list[str]:
 
 def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPattern]) -> dict[str, Any]:
     """One pattern, with a missing table per seed. What is available: the mean over the tables of the share of rows."""
-    task, first = subject.task, patterns[0]
+    task, first, names = subject.task, patterns[0], subject.modalities
     tables = [
         load_missing_table(subject.missing_table_root, task.name, "test", pattern, logits.table_rows)
         for pattern in patterns
@@ -165,13 +165,12 @@ def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPatte
         "missing_type": first.missing_type,
         "ratio": first.ratio,
         "both_ratio": first.both_ratio,
-        **{f"{name}{AVAILABLE}": _available(subject.modalities, name, tables) for name in subject.modalities},
+        **{
+            name + AVAILABLE: statistics.mean([float(np.mean(~is_missing(names, name, table))) for table in tables])
+            for name in names
+        },
         "metrics": metrics,
     }
-
-
-def _available(modalities: Sequence[str], name: str, tables: Sequence[np.ndarray]) -> float:
-    return statistics.mean([float(np.mean(~is_missing(modalities, name, table))) for table in tables])
 
 
 def _cells_table(found: Results) -> list[Sequence[Any]]:

@@ -23,7 +23,7 @@ from common.strict_json import read_json
 from common.text import natural_key
 from runs.option_names import OF_OTHER_COMMANDS
 from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, DatasetSpec, custom_spec
+from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
 
 RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
 """Each tells a run folder, where its config.json does not."""
@@ -72,7 +72,7 @@ class Run:
     @property
     def spec(self) -> DatasetSpec:
         """The row of the dataset."""
-        return DATASETS[self.config["task"]] if self.custom is None else custom_spec(self.custom)
+        return spec_of(self.config["task"], self.custom)
 
     @property
     def is_evaluation(self) -> bool:

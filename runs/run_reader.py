@@ -21,7 +21,7 @@ from common.files import whole_lines
 from common.messages import first_line, quoted
 from common.strict_json import read_json
 from common.text import natural_key
-from runs.option_names import OF_OTHER_COMMANDS
+from runs.comparable import NOT_THE_LINE
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, DatasetSpec, custom_spec
 from vilt.missing_tables import MISSING_TYPES
@@ -34,15 +34,6 @@ NEEDED: dict[str, tuple[type, ...]] = {
     **{"seed": (int,), "test_only": (bool,), "both_ratio": (float, int)},
 }
 """Options that readers need, with their types."""
-NOT_THE_LINE = {
-    *("exp_name", "seed", "log_dir", "resume_from", "fast_dev_run", "test_after_fit", "test_only"),
-    *("test_ratio", "test_type", "test_exp_name", "missing_ratio.test", "missing_type.test"),
-    *("data_root", "missing_table_root", "num_workers", "per_gpu_batchsize"),
-    *("num_gpus", "num_nodes", "cpu_processes", "image_size", "trust_backbone", "skip_bad_steps"),
-    *("image_cache", "compile", "activation_checkpointing"),
-    *OF_OTHER_COMMANDS,
-}
-"""Options in which runs of one line may differ: names, places, the machine, the test pattern, other commands."""
 PATTERN_OPTIONS = ("missing_type.train", "missing_ratio.train", "both_ratio")
 Curve = list[tuple[int, float]]
 """(optimiser step, value)."""

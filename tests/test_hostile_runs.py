@@ -8,6 +8,7 @@ import copy
 import json
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ import pyarrow as pa
 import pytest
 
 from common.errors import DataError, UserError
+from engine import resume
 from engine.logit_store import LogitStore, Origin
-from engine.resume import Progress, find_progress
+from engine.resume import Progress
 from run import command_line
+from runs.comparable import NOT_THE_TRAINING
 from runs.report.results import read_report_runs
 from runs.run_table import list_runs
 from tests.report_files import TestSet, write_run
 from tests.test_sweep import SetUp, Sweep, error_line, stand_in, sweep  # noqa: F401 - two fixtures
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
+
+find_progress = partial(resume.find_progress, free=NOT_THE_TRAINING)
 
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
 ROBUSTNESS = "robustness/robustness.json"
@@ -117,7 +122,7 @@ def test_flipped_bits_of_stored_logits(run: Path) -> None:
 
 
 def test_stored_logits_that_are_compressed_are_refused(run: Path) -> None:
-    rewrite(run / LOGITS, lambda table: table, compression="zstd")
+    rewrite(run / LOGITS, lambda table: pa.concat_tables([table] * 50), compression="zstd")
     with pytest.raises(DataError, match=r"logits\.arrow: not readable as stored logits: it is compressed"):
         read_report_runs([run])
     dataset = ArrowDataset(DATASETS["mmimdb"], GOLDEN_ARROW, "test", 8)

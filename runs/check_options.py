@@ -7,15 +7,15 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.readers import path, several
-from config import AUTO, OPTIONS, PRECISIONS, Options
-from vilt.datasets.specs import EVERY_DATASET
+from config import AUTO, OPTIONS, PRECISIONS, MissingTypeReader, Options
+from vilt.datasets.specs import CLIP, EVERY_DATASET
 from vilt.missing_tables import PUBLISHED
 
 PUBLISHED_INTERVALS: dict[str, dict[str | None, float]] = {"hatememes": {None: 0.1, "dcp": 0.11}}
 """Epochs between validations, by task and method, where they are not 0.2."""
 PREDICTION_OPTIONS = (
     *("load_path", "input", "output", "per_gpu_batchsize"),
-    *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed"),
+    *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed", "image_size"),
 )
 
 
@@ -61,7 +61,12 @@ def _on_this_machine(values: dict[str, Any]) -> Options:
 
 def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The options `names`, each checked by itself. Raises ConfigError."""
-    return {name: OPTIONS[name].read(name, config[name]) for name in names}
+    found = {}
+    for name in names:
+        read = OPTIONS[name].read
+        of_task = (config["task"],) if isinstance(read, MissingTypeReader) else ()
+        found[name] = read(name, config[name], *of_task)
+    return found
 
 
 def read_with_machine(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def _check_data_and_weights(options: Options) -> None:
             f"{'no such folder' if not options.data_root.is_dir() else 'no such file'}; "
             + spec.how_to_make(options.data_root)
         )
-    if not Path(options.vit).exists() and not options.vit.startswith(("RN", "ViT-")):
+    if spec.family == CLIP and not Path(options.vit).exists() and not options.vit.startswith(("RN", "ViT-")):
         raise ConfigError(
             f"vit: expected one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a Hugging Face folder or a weights "
             f"file, found {options.vit!r}"

@@ -25,11 +25,11 @@ def predict_file(config: Mapping[str, Any], given: set[str]) -> str:
         ConfigError, DataError, CheckpointError, BackboneError: an option, a sample or the model is not as expected.
     """
     options = read_with_machine(config, PREDICTION_OPTIONS)
-    items = read_items(options["input"])
     checkpoint = read_checkpoint(options["load_path"])
-    classifier, tokenizer = open_model(checkpoint, backbone_choice(options, given), options["vit"])
+    items = read_items(options["input"], checkpoint.spec.dataset)
+    classifier, inputs = open_model(checkpoint, backbone_choice(options, given), options["vit"])
     device = torch.device("cuda" if options["num_gpus"] else "cpu")
-    predictor = Predictor(checkpoint, classifier, tokenizer, device, options["precision"])
+    predictor = Predictor(checkpoint, classifier, inputs, device, options["precision"])
     batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
     predictions = predictor.predict_items(items, batch_size=batch_size, workers=workers)
     shown = tqdm(predictions, "predicting", len(items), disable=not sys.stderr.isatty())

@@ -24,7 +24,6 @@ from common.text import natural_key
 from runs.comparable import NOT_THE_LINE
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, DatasetSpec, custom_spec
-from vilt.missing_tables import MISSING_TYPES
 
 RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
 """Each tells a run folder, where its config.json does not."""
@@ -89,7 +88,9 @@ class Run:
                 found = quoted(results["task"])
                 raise ValueError(f"results of another dataset: expected {self.config['task']}, found {found}")
             float(results["metrics"][self.spec.monitor])
-            check_pattern(*(results["missing_pattern"][name] for name in ("missing_type", "ratio", "both_ratio")))
+            check_pattern(
+                self.spec, *(results["missing_pattern"][name] for name in ("missing_type", "ratio", "both_ratio"))
+            )
         return results
 
     @property
@@ -202,7 +203,8 @@ def read_run(folder: Path) -> Run:
         if config["task"] not in EVERY_DATASET:
             raise ValueError(f"task: expected one of {', '.join(EVERY_DATASET)}, found {quoted(config['task'])}")
         for split in SPLITS:
-            check_pattern(config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"])
+            pattern = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
+            check_pattern(EVERY_DATASET[config["task"]], *pattern)
         custom = CustomData.of(config[CUSTOM]) if config["task"] == CUSTOM else None
         started = datetime.fromtimestamp(path.stat().st_mtime)
     return Run(folder, config, custom, started, _resumed_from(folder, config))
@@ -313,10 +315,10 @@ def as_written_by_run(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
 
 
-def check_pattern(missing_type: str, ratio: float, both_ratio: float) -> None:
-    """Raises ValueError unless it is a missing pattern."""
-    if missing_type not in MISSING_TYPES:
-        raise ValueError(f"missing_type: expected {' or '.join(MISSING_TYPES)}, found {quoted(missing_type)}")
+def check_pattern(spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> None:
+    """Raises ValueError unless it is a missing pattern of a dataset."""
+    if missing_type not in spec.missing_types:
+        raise ValueError(f"missing_type: expected {' or '.join(spec.missing_types)}, found {quoted(missing_type)}")
     for share in (ratio, both_ratio):
         if type(share) not in (float, int) or not 0 <= share <= 1:
             raise ValueError(f"expected a ratio from 0 to 1, found {quoted(share)}")

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from engine.tasks import TASKS
+from tests.data_files import TYPE_NAMES
 from vilt.datasets.specs import DATASETS
-from vilt.missing_tables import TYPE_NAMES, MissingPattern, draw_missing_table
+from vilt.missing_tables import MissingPattern, draw_missing_table
 
 RATIOS = tuple(step / 10 for step in range(11))
 STARTED = 1_790_000_000

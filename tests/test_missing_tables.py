@@ -19,6 +19,7 @@ import torch
 
 from common.errors import DataError
 from common.files import atomic_path
+from tests.data_files import TYPE_NAMES
 from vilt import missing_tables
 from vilt.datasets.specs import DATASETS, SPLITS, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, type_counts
@@ -114,7 +115,9 @@ def test_equals_the_slow_version_and_has_exact_counts(missing_type):
 )
 def test_counts_of_some_tables(samples, ratio, both_ratio, counts):
     table = draw_missing_table("mmimdb", "train", MissingPattern("both", ratio, both_ratio, 5), samples)
-    assert type_counts(table) == dict(zip(("complete", "text missing", "image missing"), counts, strict=True))
+    assert type_counts(table, TYPE_NAMES) == dict(
+        zip(("complete", "text missing", "image missing"), counts, strict=True)
+    )
 
 
 @pytest.mark.parametrize("missing_type", ["text", "image", "both"])

@@ -74,7 +74,7 @@ WRONG = {
     "test_only=True": "test_only: expected a checkpoint to evaluate",
     "finetune_first=True": "finetune_first: expected a checkpoint to start from in load_path",
     "task=imagenet": "task: expected mmimdb or food101 or hatememes, found 'imagenet'",
-    "tokenizer=nowhere": "tokenizer=nowhere: not readable as a CLIP tokenizer (a Hugging Face folder, a hub name",
+    "tokenizer=nowhere": "tokenizer=nowhere: not readable as a CLIP tokenizer",
     "task_finetune_coco": "task_finetune_coco",
 }
 

@@ -42,7 +42,7 @@ from runs.report.tables import (
 from runs.report.text import excerpt, signed, without_home
 from tests.conftest import Workspace
 from tests.report_files import TestSet, at, sha256_of, write_films, write_logits, write_run
-from vilt.datasets.specs import MMIMDB_GENRES
+from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 
 HOSTILE = (
     """<script>alert("x")</script>'"> <img src=x onerror=alert(1)> | `code` *stars* [a](http://b) {{ 7 * 7 }} $x$ _"""
@@ -451,10 +451,10 @@ def test_a_run_that_is_named_twice_is_there_once(tmp_path: Path) -> None:
 
 
 def test_equal_patterns_compare_equal() -> None:
-    assert Pattern.of("text", 0.7, 0.2) == Pattern.of("text", 0.1 * 7, 0.5)
-    assert Pattern.of("both", 0.7, 0.2) != Pattern.of("both", 0.7, 0.5)
-    assert Pattern.of("both", 0.7, 0.2).available == (0.86, 0.44)
-    assert Pattern.of("image", 0.3, 0.5).available == (0.7, 1.0)
+    assert Pattern.of(DATASETS["mmimdb"], "text", 0.7, 0.2) == Pattern.of(DATASETS["mmimdb"], "text", 0.1 * 7, 0.5)
+    assert Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.2) != Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.5)
+    assert Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.2).available == {"image": 0.86, "text": 0.44}
+    assert Pattern.of(DATASETS["mmimdb"], "image", 0.3, 0.5).available == {"image": 0.7, "text": 1.0}
 
 
 # Samples

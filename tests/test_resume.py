@@ -5,20 +5,25 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from clip.modules.method import MethodOptions
 from common.errors import CheckpointError
 from engine import resume
 from engine.callbacks import Checkpoints
+from engine.checkpoint import ModelSpec
 from engine.checkpoint_file import check_intact, write_checkpoint
 from engine.resume import Progress
+from engine.training import FinetuneModule
 from run import command_line
 from runs.comparable import NOT_THE_TRAINING
 from tests.conftest import Workspace
 from tests.interrupted import differences, files_up_to
+from tests.models import TINY, tiny_classifier
 
 find_progress = partial(resume.find_progress, free=NOT_THE_TRAINING)
 
@@ -89,8 +94,7 @@ def test_a_run_that_lacks_its_test_is_tested_alone(workspace: Workspace, capsys:
     assert f"{first} is finished" in said_by("test_after_fit=False")
     said = said_by()
     assert f"from {first / 'last.ckpt'} (1 epochs, 6 steps)" in said and "step 6" not in said
-    best = [load(folder / "best.ckpt") for folder in (first, second)]
-    assert not differences(best[0], best[1])
+    assert not differences(load(first / "best.ckpt"), load(second / "best.ckpt"))
     assert json.loads((second / "test_results.json").read_text())["checkpoint"] == str(second / "best.ckpt")
     # Another test pattern is another test of the same training. test_ratio wins, and is what was tested.
     assert "is finished" in said_by("test_ratio=0.7", "test_type=both", "missing_ratio.test=0.5")
@@ -182,6 +186,20 @@ def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monk
 
 
 # Writing checkpoints.
+
+
+def test_the_best_model_is_the_first_with_the_highest_score(tmp_path: Path) -> None:
+    """Of models whose score is not a number any other one is better."""
+    module = FinetuneModule(
+        tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), ("tiny", "0" * 64)
+    )
+    checkpoints, found = Checkpoints(tmp_path, "val/f1_macro"), []
+    for step, score in enumerate([float("nan"), 0.2, 0.5, 0.5, 0.3]):
+        state = {"callback_metrics": {"val/f1_macro": score}, "current_epoch": 0, "global_step": step}
+        trainer: Any = SimpleNamespace(**state, is_global_zero=True, world_size=1, save_checkpoint=lambda _: None)
+        checkpoints.on_validation_end(trainer, module)
+        found.append(load(tmp_path / "best.ckpt")["global_step"])
+    assert found == [0, 1, 2, 2, 2]
 
 
 def content(value: float) -> dict[str, Any]:

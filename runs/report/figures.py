@@ -20,8 +20,8 @@ from matplotlib.lines import Line2D
 from common.text import estimate
 from runs.report.lines import Dataset, Line
 from runs.report.tables import compared_patterns, compared_variants, support_of
-from runs.report.text import capital, dataset_title, listed, spread
-from vilt.missing_tables import TYPE_NAMES
+from runs.report.text import capital, conditions, dataset_title, listed, spread
+from vilt.missing_types import ANY, BOTH, SOME
 
 WIDTH = 7.2
 """Inches of every figure; a page of two columns of text."""
@@ -31,7 +31,8 @@ PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", P
 """Within a page these follow its light or dark scheme; no other element of a figure may have these exact colours."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, which colour-blind readers can tell apart; without black, and the yellow that paper swallows."""
-TYPE_COLOURS = dict(zip(TYPE_NAMES, (COLOURS[0], COLOURS[4], COLOURS[2]), strict=True))
+TYPE_COLOURS = [COLOURS[place] for place in (0, 4, 2, 1, 3, 5)]
+"""Of the missing types, in turn."""
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", ":", "-.")
 SHADES = LinearSegmentedColormap.from_list("accent", ["#f4f9fc", "#9cc9e3", COLOURS[0], "#003a5d"])
 CURVE_POINTS = 150
@@ -178,7 +179,7 @@ def robustness_curves(dataset: Dataset) -> Figure:
         f"curves_{dataset.key}",
         "Robustness curves",
         f"{capital(dataset.metric_title)} on {dataset_title(dataset.key)} as more of the test samples lose "
-        "their text, their image, or one of the two. Line: mean; band: ± one standard deviation over train seeds and "
+        f"{_losses(dataset)}. Line: mean; band: ± one standard deviation over train seeds and "
         "table seeds; ring: the pattern of the training.",
         0.25 + 2.5 * math.ceil(len(kinds) / 3) + 0.17 * len(shown),
         draw,
@@ -257,6 +258,7 @@ def training_curves(dataset: Dataset) -> Figure | None:
 
 def class_bars(dataset: Dataset, line: Line, number: int) -> Figure:
     """F1 by class and missing type of one line; whiskers are the deviation over train seeds."""
+    types = dataset.spec.type_names
     there = {name: of_class for name, of_class in line.by_class.items() if support_of(of_class)}
     absent = [name for name in line.by_class if name not in there]
     several = len(line.results) > 1
@@ -264,26 +266,27 @@ def class_bars(dataset: Dataset, line: Line, number: int) -> Figure:
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
         side_labels(axes, list(there))
-        for offset, name in zip((-0.27, 0, 0.27), TYPE_NAMES, strict=True):
+        for place, name in enumerate(types):
             found = [of_class.get(("f1", name)) for of_class in there.values()]
             axes.barh(
-                np.arange(len(there)) + offset,
+                np.arange(len(there)) + (place - (len(types) - 1) / 2) * 0.81 / len(types),
                 [100 * value.mean if value else 0 for value in found],
-                height=0.25,
-                color=TYPE_COLOURS[name],
+                height=0.75 / len(types),
+                color=TYPE_COLOURS[place % len(TYPE_COLOURS)],
                 xerr=[100 * value.std if value else 0 for value in found] if several else None,
                 error_kw={"elinewidth": 0.7, "ecolor": MUTED},
             )
         axes.set_xlabel("F1, %")
         axes.set_xlim(0, 100)
-        handles = [matplotlib.patches.Patch(color=TYPE_COLOURS[name]) for name in TYPE_NAMES]
-        canvas.legend(handles, TYPE_NAMES, loc="outside upper left", ncols=3, handlelength=1, handleheight=0.8)
+        colours = [TYPE_COLOURS[place % len(TYPE_COLOURS)] for place in range(len(types))]
+        handles = [matplotlib.patches.Patch(color=colour) for colour in colours]
+        canvas.legend(handles, types, loc="outside upper left", ncols=3, handlelength=1, handleheight=0.8)
 
     return draw_figure(
         f"per_class_{dataset.key}_{number}",
         f"F1 by class: {line.label}",
-        f"F1 by class of {line.label} on {dataset_title(dataset.key)}, with every test sample complete, without "
-        "text, or without image; the most frequent class first."
+        f"F1 by class of {line.label} on {dataset_title(dataset.key)}, with every test sample "
+        f"{conditions(types)}; the most frequent class first."
         + (" Whiskers: ± one standard deviation over train seeds." if several else "")
         + (f" No test sample is of {listed(absent)}." if absent else ""),
         0.8 + 0.29 * len(there),
@@ -294,10 +297,11 @@ def class_bars(dataset: Dataset, line: Line, number: int) -> Figure:
 def roc_curves(dataset: Dataset) -> Figure:
     """ROC by missing type, a curve per run."""
     shown = [line for line in dataset.measured if any(robustness.roc for _, robustness in line.results)]
+    types = dataset.spec.type_names
 
     def draw(canvas: Canvas) -> None:
-        grid = panels(canvas, len(TYPE_NAMES), len(TYPE_NAMES), "true positives, %", "false positives, %")
-        for axes, type_name in zip(grid, TYPE_NAMES, strict=True):
+        grid = panels(canvas, len(types), 3, "true positives, %", "false positives, %")
+        for axes, type_name in zip(grid, types, strict=True):
             axes.plot([0, 100], [0, 100], color=MUTED, lw=0.7, ls=":")
             for place, line in enumerate(shown):
                 curves = [robustness.roc[type_name] for _, robustness in line.results if type_name in robustness.roc]
@@ -317,9 +321,9 @@ def roc_curves(dataset: Dataset) -> Figure:
     return draw_figure(
         f"roc_{dataset.key}",
         "ROC curves",
-        f"True against false positives on {dataset_title(dataset.key)} with every test sample complete, without "
-        "text, or without image; one line per run. Dotted: chance.",
-        2.75 + 0.17 * len(shown),
+        f"True against false positives on {dataset_title(dataset.key)} with every test sample "
+        f"{conditions(types)}; one line per run. Dotted: chance.",
+        0.35 + 2.4 * math.ceil(len(types) / 3) + 0.17 * len(shown),
         draw,
     )
 
@@ -343,8 +347,14 @@ def _readable_on(colour: tuple[float, float, float, float]) -> str:
 
 
 def _kind_title(kind: str) -> str:
-    titles = {"text": "Text missing", "image": "Image missing"}
-    return titles.get(kind, kind.replace("both", "One or the other missing"))
+    titles = {ANY: "Any one missing", SOME: "Some missing"}
+    both = kind.replace(BOTH, "One or the other missing") if kind.startswith(BOTH) else None
+    return titles.get(kind) or both or f"{capital(kind)} missing"
+
+
+def _losses(dataset: Dataset) -> str:
+    names = [f"their {name}" for name in reversed(dataset.spec.modalities)]
+    return f"{', '.join(names)}, or {'one of the two' if len(names) == 2 else 'several of them'}"
 
 
 def _legend(canvas: Canvas, lines: Sequence[Line]) -> None:

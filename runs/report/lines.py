@@ -8,11 +8,10 @@ from typing import Any
 import pandas as pd
 
 from common.text import Estimate, estimate
-from engine.tasks import TASKS
 from runs.report.results import Pattern, ReportRun, Robustness
 from runs.report.text import METRIC_TITLES, without_home
 from runs.run_reader import Run, differing_options
-from vilt.missing_tables import MISSING_TYPES
+from vilt.datasets.specs import DATASETS, DatasetSpec
 
 METHODS = ("CoOp", "MAP", "MaPLe", "DePT", "MMP", "DCP", "REP")
 """The published ones, as the published table writes them."""
@@ -65,12 +64,13 @@ class Line:
     @property
     def patterns(self) -> list[Pattern]:
         """The patterns that robustness results give, by type and ratio."""
-        found = {Pattern(*key[1:]) for key in self._at} if self.results else set()
-        return sorted(found, key=lambda p: (MISSING_TYPES.index(p.missing_type), p.both_ratio, p.ratio))
+        spec = self.runs[0].run.spec
+        found = {Pattern.of(spec, *key[1:]) for key in self._at} if self.results else set()
+        return sorted(found, key=lambda p: (spec.missing_types.index(p.missing_type), p.both_ratio, p.ratio))
 
     def at(self, pattern: Pattern, metric: str) -> Estimate | None:
         """Mean and deviation at an evaluation pattern over all values, of train seeds and table seeds alike."""
-        return self._at.get((metric, *pattern)) if self.results else None
+        return self._at.get((metric, *pattern[:3])) if self.results else None
 
     def by_type(self, type_name: str, metric: str) -> Estimate | None:
         """Mean and deviation over train seeds where every sample has missing type `type_name`."""
@@ -107,6 +107,11 @@ class Dataset:
     """Runs that do not count: a later or more complete one has the same configuration and seed."""
 
     @property
+    def spec(self) -> DatasetSpec:
+        """Row of the dataset."""
+        return self.runs[0].run.spec
+
+    @property
     def metric(self) -> str:
         """The metric of the task."""
         return self.runs[0].run.spec.monitor
@@ -128,9 +133,9 @@ class Dataset:
 
 
 def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:
-    """One entry per dataset that occurs, in the order of TASKS, then custom ones."""
+    """One entry per dataset that occurs, in the order of DATASETS, then custom ones."""
     there = {run.run.dataset for run in runs}
-    keys = [key for key in (*TASKS, *sorted(there - set(TASKS))) if key in there]
+    keys = [key for key in (*DATASETS, *sorted(there - set(DATASETS))) if key in there]
     return [_dataset(key, [run for run in runs if run.run.dataset == key]) for key in keys]
 
 

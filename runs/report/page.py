@@ -15,7 +15,7 @@ from common.files import check_replaceable, whole_folder
 from runs.report.lines import by_dataset
 from runs.report.parts import options_table, report_command, run_details, section_of
 from runs.report.results import read_report_runs
-from runs.report.samples import INPUT_TITLES, samples_table
+from runs.report.samples import samples_table
 from runs.report.search import read_searches, search_section
 from runs.report.tables import runs_table, versions_table
 from runs.report.text import counted, listed
@@ -86,7 +86,6 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
         lstrip_blocks=True,
     )
     html.filters |= {"data_uri": _data_uri, "unbroken": _unbroken}
-    html.globals["input_titles"] = INPUT_TITLES
     markdown = html.overlay(finalize=_markdown_text)
     markdown.filters["indented"] = _indented
     markdown.filters["verbatim"] = Markup  # names of our own files

@@ -16,8 +16,6 @@ from runs.report.samples import SampleGrid, sample_grid
 from runs.report.tables import Column, Table, Value
 from runs.report.text import NOT_APPLICABLE, counted, dataset_title, listed, percent, spread, without_home
 from runs.run_reader import flat_options
-from vilt.datasets.specs import DATASETS
-from vilt.missing_tables import TYPE_NAMES
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def section_of(dataset: Dataset) -> Section:
     parts = [
         *([_comparison_part(dataset)] if tables.compared_variants(dataset) else []),
         *_matrix_parts(dataset),
-        *([_published_part(dataset)] if dataset.key in DATASETS else []),
+        *([_published_part(dataset)] if dataset.spec.published_rows else []),
         _training_part(dataset),
         _classes_part(dataset),
         _confidence_part(dataset),
@@ -87,11 +85,10 @@ def _summary(dataset: Dataset) -> str:
     metric, n_measured = dataset.metric, len(dataset.measured)
     best = max(dataset.measured, key=lambda line: line.by_type("complete", metric) or Estimate(0, 0, 0))
     start = best.label if n_measured == 1 else f"The best of {n_measured} configurations, {best.label},"
-    values = [f"{spread(best.by_type(name, metric))} %" for name in TYPE_NAMES]
-    sentence = (
-        f"{start} reaches {dataset.metric_title} {values[0]} where nothing is missing, {values[1]} without any text "
-        f"and {values[2]} without any image"
-    )
+    types = {"where nothing is missing": "complete"}
+    types |= {f"without any {name}": f"{name} missing" for name in reversed(dataset.spec.modalities)}
+    values = listed([f"{spread(best.by_type(name, metric))} % {where}" for where, name in types.items()])
+    sentence = f"{start} reaches {dataset.metric_title} {values}"
     if (own := best.at_own_pattern()) is not None:
         sentence += f", and {spread(own)} % at the pattern of its training ({best.pattern})"
     n_results, samples = len(dataset.results), dataset.results[0][2].samples
@@ -110,7 +107,7 @@ def _summary_without_robustness(dataset: Dataset) -> str:
     assert best.run.tested_at is not None
     return (
         f"The best of {total}, {best.tag}, reaches a test {dataset.metric_title} of {percent(value)} % "
-        f"({Pattern.of(*best.run.tested_at)}). No run has robustness results."
+        f"({Pattern.of(best.run.spec, *best.run.tested_at)}). No run has robustness results."
     )
 
 

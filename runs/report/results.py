@@ -20,7 +20,8 @@ from engine.logit_store import labels_of, read_logits
 from engine.robustness import FORMAT
 from runs.report.text import without_home
 from runs.run_reader import Run, as_written_by_run, check_pattern, find_runs
-from vilt.missing_tables import TYPE_NAMES
+from vilt.datasets.specs import DatasetSpec
+from vilt.missing_types import BOTH, available_shares
 
 log = logging.getLogger("rep")
 
@@ -31,22 +32,24 @@ class Pattern(NamedTuple):
     missing_type: str
     ratio: float
     both_ratio: float
+    modalities: tuple[str, ...]
 
     @classmethod
-    def of(cls, missing_type: str, ratio: float, both_ratio: float) -> "Pattern":
+    def of(cls, spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> "Pattern":
         """The one spelling of a pattern, so that equal ones compare equal."""
-        return cls(missing_type, round(float(ratio), 9), round(float(both_ratio), 9) if missing_type == "both" else 0.5)
+        both_ratio = round(float(both_ratio), 9) if missing_type == BOTH else 0.5
+        return cls(missing_type, round(float(ratio), 9), both_ratio, tuple(spec.modalities))
 
     @property
-    def available(self) -> tuple[float, float]:
-        """Shares of samples that have their image and their text."""
-        image_share = {"text": 0.0, "image": 1.0, "both": self.both_ratio}[self.missing_type]
-        return round(1 - self.ratio * image_share, 9), round(1 - self.ratio * (1 - image_share), 9)
+    def available(self) -> dict[str, float]:
+        """By modality, the share of samples that have it."""
+        shares = available_shares(self.modalities, *self[:3])
+        return {name: round(share, 9) for name, share in shares.items()}
 
     @property
     def kind(self) -> str:
-        """The missing type, with the share of images where that is not a half."""
-        return self.missing_type + ("" if self.both_ratio == 0.5 else f" ({self.both_ratio:.0%} image)")
+        """The missing type, with the share that loses the first modality where that is not a half."""
+        return self.missing_type + ("" if self.both_ratio == 0.5 else f" ({self.both_ratio:.0%} {self.modalities[0]})")
 
     def __str__(self) -> str:
         return f"{100 * self.ratio:g} % missing, {self.kind}" if self.ratio else "nothing missing"
@@ -100,7 +103,7 @@ class ReportRun:
     @property
     def pattern(self) -> Pattern:
         """Of the training."""
-        return Pattern.of(*self.run.pattern)
+        return Pattern.of(self.run.spec, *self.run.pattern)
 
     @property
     def test_score(self) -> float | None:
@@ -112,11 +115,11 @@ class ReportRun:
         """The task's metric at the pattern of the training: mean over table seeds, else the test result there."""
         if self.robustness is not None:
             cells = self.robustness.cells
-            same = (cells[["missing_type", "ratio", "both_ratio"]] == list(self.pattern)).all(axis=1)
+            same = (cells[["missing_type", "ratio", "both_ratio"]] == list(self.pattern[:3])).all(axis=1)
             if found := estimate(cells.value[same & (cells.metric == self.run.spec.monitor)].tolist()):
                 return found.mean
         at = self.run.tested_at
-        return self.test_score if at is not None and Pattern.of(*at) == self.pattern else None
+        return self.test_score if at is not None and Pattern.of(self.run.spec, *at) == self.pattern else None
 
 
 def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
@@ -189,9 +192,9 @@ def read_robustness(run: Run) -> Robustness | None:
         if len(class_names) != run.spec.n_classes:
             raise ValueError(f"class_names: expected {run.spec.n_classes}, found {len(class_names)}")
         for cell in raw["cells"]:
-            check_pattern(cell["missing_type"], cell["ratio"], cell["both_ratio"])
+            check_pattern(run.spec, cell["missing_type"], cell["ratio"], cell["both_ratio"])
         cells = [
-            (*Pattern.of(cell["missing_type"], cell["ratio"], cell["both_ratio"]), metric, value)
+            (*Pattern.of(run.spec, cell["missing_type"], cell["ratio"], cell["both_ratio"])[:3], metric, value)
             for cell in raw["cells"]
             for metric in metrics
             for value in cell["metrics"][metric]["values"]
@@ -200,7 +203,7 @@ def read_robustness(run: Run) -> Robustness | None:
             raise ValueError(f"table_seeds: expected {len(raw['table_seeds'])} values per cell")
         confidence = raw["confidence"]
         by_type = []
-        for name, metric in product(TYPE_NAMES, metrics):
+        for name, metric in product(run.spec.type_names, metrics):
             low, high = confidence[name][metric] if confidence["resamples"] else (0, 0)
             by_type.append((name, metric, raw["by_type"][name][metric], low, high))
         robustness = Robustness(

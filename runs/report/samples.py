@@ -9,20 +9,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common.errors import DataError
-from engine.logit_store import LOGIT_COLUMNS, matrix_of, read_logits
+from engine.logit_store import logit_columns_of, matrix_of, read_logits
 from engine.metrics import THRESHOLD
 from runs.report.results import ReportRun, Robustness
 from runs.report.tables import Column, Table
-from runs.report.text import dataset_title, excerpt
+from runs.report.text import capital, dataset_title, excerpt, without
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.images import open_rgb
-from vilt.missing_tables import TYPE_NAMES
 
 SHOWN = 24
 TEXT_LENGTH = 220
 THUMBNAIL_SIZE = (176, 176)
 JPEG_QUALITY = 82
-INPUT_TITLES = {"complete": "complete", "text missing": "without text", "image missing": "without image"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class SampleCard:
     """None where the arrow file is not there any more."""
     label: list[str]
     predictions: dict[str, list[Predicted]]
-    """By the keys of INPUT_TITLES; more than one class, or none, only in multi-label data."""
+    """By missing type; more than one class, or none, only in multi-label data."""
     change: float
     thumbnail: bytes | None
     """A JPEG file."""
@@ -59,6 +57,19 @@ class SampleGrid:
     cards: list[SampleCard]
     note: str | None
     """What is missing of pictures and texts, and why."""
+
+    @property
+    def input_titles(self) -> dict[str, str]:
+        """Titles of the missing types."""
+        return {name: without(name) for name in self.run.run.spec.type_names}
+
+    @property
+    def measure(self) -> str:
+        """What is left out, and what the change is."""
+        names = [f"the {name}" for name in reversed(self.run.run.spec.modalities)]
+        lost, which = ("or", "larger of the two") if len(names) == 2 else ("and/or", "largest one")
+        left_out = f"{', '.join(names[:-1])} {lost} {names[-1]}"
+        return f"{left_out} is left out; change is the sum of the absolute differences, the {which}."
 
     def thumbnail_name(self, card: SampleCard) -> str:
         """Path of a sample's picture in the report's folder."""
@@ -77,7 +88,7 @@ def probabilities(logits_NC: np.ndarray, multilabel: bool) -> np.ndarray:
 def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     """The SHOWN samples of a run that change the most, first the largest change.
 
-    The change is the sum over classes of how far the probability moves when a modality is lost, the larger of the two.
+    The change is the sum over classes of how far the probability moves when modalities are lost, the largest one.
     Of a row with several texts only the text that changes the most is shown.
 
     Raises:
@@ -87,7 +98,7 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     spec, names = run.run.spec, robustness.class_names
     table, _ = read_logits(robustness.logits, spec)
     probabilities_TNC = np.stack(
-        [probabilities(matrix_of(table[column], len(names)), spec.multilabel) for column in LOGIT_COLUMNS]
+        [probabilities(matrix_of(table[column], len(names)), spec.multilabel) for column in logit_columns_of(spec)]
     )
     changes = np.abs(probabilities_TNC[1:] - probabilities_TNC[0]).sum(-1).max(0)
     rows = table["row"].to_numpy()
@@ -95,12 +106,13 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     _, first_of_row = np.unique(rows[order], return_index=True)
     chosen = order[np.sort(first_of_row)][:SHOWN].tolist()
     dataset, note = _open_dataset(run, table)
-    texts = pc.list_flatten(dataset.table[spec.text_column]) if dataset is not None else None
+    text_column, image_column = spec.column_of("text"), spec.column_of("image")
+    texts = pc.list_flatten(dataset.table[text_column]) if dataset is not None and text_column else None
     cards = []
     for rank, index in enumerate(chosen, start=1):
         label = table["label"][index].as_py()
         true = set(np.flatnonzero(label).tolist()) if spec.multilabel else {label}
-        image = dataset.table["image"][int(rows[index])].as_py() if dataset is not None else None
+        image = dataset.table[image_column][int(rows[index])].as_py() if dataset is not None and image_column else None
         thumbnail = None if image is None else _thumbnail(image)
         cards.append(
             SampleCard(
@@ -110,14 +122,14 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
                 label=[names[number] for number in sorted(true)],
                 predictions={
                     name: _predicted(probabilities_TNC[kind, index], true, names, spec.multilabel)
-                    for kind, name in enumerate(TYPE_NAMES)
+                    for kind, name in enumerate(spec.type_names)
                 },
                 change=float(changes[index]),
                 thumbnail=thumbnail[0] if thumbnail else None,
                 thumbnail_size=thumbnail[1] if thumbnail else None,
             )
         )
-    unreadable = [card.id for card in cards if dataset is not None and card.thumbnail is None]
+    unreadable = [card.id for card in cards if dataset is not None and image_column and card.thumbnail is None]
     if unreadable:
         note = f"{len(unreadable)} images cannot be decoded: {', '.join(unreadable)}."
     return SampleGrid(run, cards, note)
@@ -134,7 +146,7 @@ def samples_table(grid: SampleGrid) -> Table:
             Column("id", "Sample"),
             Column("text", "Text", absent="not available"),
             Column("label", "Label"),
-            *(Column(name.replace(" ", "_"), title.capitalize()) for name, title in INPUT_TITLES.items()),
+            *(Column(name.replace(" ", "_"), capital(title)) for name, title in grid.input_titles.items()),
             Column("change", "Change", "number"),
         ),
         [

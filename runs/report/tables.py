@@ -16,15 +16,17 @@ from runs.report.text import (
     NOT_APPLICABLE,
     NOT_MEASURED,
     capital,
+    conditions,
     dataset_title,
     percent,
     signed,
     spread,
 )
 from vilt.datasets.specs import DATASETS
-from vilt.missing_tables import TYPE_NAMES
+from vilt.missing_types import AVAILABLE
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
+PUBLISHED_SHARES = ("missing_rate", "image_available", "text_available")
 PUBLISHED_TEST_ROWS = {"mmimdb": 7799, "food101": 22716}
 """Rows of the test splits that published results are on, where the split is known."""
 CONFUSIONS_SHOWN = 10
@@ -199,14 +201,13 @@ def matrix_table(dataset: Dataset) -> Table:
         (
             Column("missing_type", "Missing"),
             Column("missing_ratio", "Ratio, %", "number"),
-            Column("image_available", "Image, %", "number"),
-            Column("text_available", "Text, %", "number"),
+            *(Column(f"{name}{AVAILABLE}", f"{capital(name)}, %", "number") for name in dataset.spec.modalities),
             *(Column(line.label, line.label, "percent") for line in dataset.measured),
         ),
         [
             [
                 pattern.kind,
-                *(100 * share for share in (pattern.ratio, *pattern.available)),
+                *(100 * share for share in (pattern.ratio, *pattern.available.values())),
                 *(line.at(pattern, dataset.metric) for line in dataset.measured),
             ]
             for pattern in patterns
@@ -218,7 +219,7 @@ def read_published(task: str) -> pd.DataFrame:
     """The published rows of a dataset: shares of 1, and the methods' results in per cent."""
     frame = pd.read_csv(PUBLISHED)
     frame = frame[frame.dataset == DATASETS[task].make_arrow_name].reset_index(drop=True)
-    return frame.assign(**{name: frame[name] / 100 for name in ("missing_rate", "image_available", "text_available")})
+    return frame.assign(**{name: frame[name] / 100 for name in PUBLISHED_SHARES})
 
 
 def published_table(dataset: Dataset) -> Table:
@@ -246,7 +247,7 @@ def published_table(dataset: Dataset) -> Table:
     strong = set()
     for number, row in read_published(dataset.key).iterrows():
         published = row[list(METHODS)].astype(float)
-        shares = [float(100 * row[name]) for name in ("missing_rate", "image_available", "text_available")]
+        shares = [float(100 * row[name]) for name in PUBLISHED_SHARES]
         cells: list[Value] = [dataset_title(dataset.key), *shares, *(f"{value:.2f}" for value in published)]
         strong |= {
             (int(str(number)), 4 + place) for place in range(len(METHODS)) if published.iloc[place] == published.max()
@@ -276,12 +277,12 @@ def outside_published(dataset: Dataset) -> list[Line]:
 
 
 def _is_row(pattern: Pattern, row: "pd.Series[float]") -> bool:
-    theirs = [row[name] for name in ("missing_rate", "image_available", "text_available")]
-    return all(abs(a - b) < 1e-6 for a, b in zip((pattern.ratio, *pattern.available), theirs, strict=True))
+    theirs = [row[name] for name in PUBLISHED_SHARES]
+    return all(abs(a - b) < 1e-6 for a, b in zip((pattern.ratio, *pattern.available.values()), theirs, strict=True))
 
 
 def confidence_table(dataset: Dataset) -> Table:
-    """Every metric of every run where all samples are complete, without text, or without image."""
+    """Every metric of every run where all samples are of one missing type."""
     results = [(line, run, found) for line, run, found in dataset.results if found.resamples]
     metrics = list(dict.fromkeys(metric for _, _, found in results for metric in found.metrics))
     rows: list[list[Value]] = []
@@ -293,7 +294,7 @@ def confidence_table(dataset: Dataset) -> Table:
     how = " or ".join(f"{100 * level:g} % from {resamples:,} resamples" for level, resamples in levels)
     return Table(
         f"confidence_{dataset.key}",
-        f"Results in per cent with every test sample complete, without text, or without image, and their bootstrap "
+        f"Results in per cent with every test sample {conditions(dataset.spec.type_names)}, and their bootstrap "
         f"confidence intervals over samples ({how}).",
         (
             Column("method", "Method"),
@@ -308,11 +309,11 @@ def confidence_table(dataset: Dataset) -> Table:
 
 def per_class_table(dataset: Dataset) -> Table:
     """Precision, recall and F1 of each class and type, mean over train seeds."""
-    scores = [(score, type_name) for score in ("f1", "precision", "recall") for type_name in TYPE_NAMES]
+    scores = [(score, type_name) for score in ("f1", "precision", "recall") for type_name in dataset.spec.type_names]
     return Table(
         f"per_class_{dataset.key}",
-        "F1, precision and recall in per cent by class, with every test sample complete, without text, or without "
-        "image: mean over train seeds, ± their standard deviation where there are several. Most frequent class first.",
+        f"F1, precision and recall in per cent by class, with every test sample {conditions(dataset.spec.type_names)}: "
+        "mean over train seeds, ± their standard deviation where there are several. Most frequent class first.",
         (
             Column("method", "Method"),
             Column("class", "Class"),
@@ -341,7 +342,7 @@ def confusion_table(dataset: Dataset) -> Table:
     rows: list[list[Value]] = []
     for line in dataset.measured:
         run, found = line.results[0]
-        for name in TYPE_NAMES:
+        for name in dataset.spec.type_names:
             pairs = found.confusions[found.confusions.type == name].sort_values("count", ascending=False, kind="stable")
             for pair in pairs.head(CONFUSIONS_SHOWN).itertuples(index=False):
                 rows.append([line.label, run.tag, name, pair.true, pair.predicted, int(pair[3]), pair.share])

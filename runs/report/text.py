@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 from common.text import Estimate
 from vilt.datasets.custom import CUSTOM
@@ -51,6 +52,17 @@ def capital(text: str) -> str:
 def listed(words: list[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def without(type_name: str) -> str:
+    """A missing type as `complete`, `without text`."""
+    return f"without {lacking}" if (lacking := type_name.removesuffix(" missing")) != type_name else type_name
+
+
+def conditions(type_names: Sequence[str]) -> str:
+    """`complete, without text, or without image`."""
+    *first, last = map(without, type_names)
+    return f"{', '.join(first)}, or {last}"
 
 
 def excerpt(text: str, length: int) -> str:

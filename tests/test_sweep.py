@@ -388,7 +388,7 @@ def test_a_killed_sweep_leaves_the_lock_to_its_run(tmp_path: Path, stand_in: Set
     stand_in("(here / 'pid').write_text(str(os.getpid()))\ntime.sleep(60)")
     job = Job("run_seed0", tmp_path, ("exp_name=run", f"log_dir={tmp_path}", "missing_ratio=0", "seed=0"), tested=True)
     script = (
-        "import sys; from pathlib import Path; from sweep import jobs; jobs.RUN = Path(sys.argv[1]); "
+        "import sys; from pathlib import Path; from runs.sweep import jobs; jobs.RUN = Path(sys.argv[1]); "
         f"jobs.run_job(jobs.Job('run_seed0', Path({str(tmp_path)!r}), {job.options!r}, True))"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, str(jobs.RUN)], cwd=Path(__file__).parents[1])

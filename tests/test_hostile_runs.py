@@ -28,6 +28,8 @@ from tests.test_sweep import SetUp, Sweep, error_line, stand_in, sweep  # noqa: 
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
 
+Captured = pytest.CaptureFixture[str]
+
 find_progress = partial(resume.find_progress, free=NOT_THE_TRAINING)
 
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
@@ -135,7 +137,7 @@ def test_stored_logits_that_are_compressed_are_refused(run: Path) -> None:
 def test_odd_values_in_the_record_and_the_results_of_a_sweep(
     sweep: Sweep,  # noqa: F811
     stand_in: SetUp,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    capsys: Captured,
 ) -> None:
     """Options that another run of the sweep had are those of another sweep; else the record is damaged."""
 
@@ -170,7 +172,7 @@ def test_odd_values_in_the_record_and_the_results_of_a_sweep(
 def test_a_grid_that_is_none(
     sweep: Sweep,  # noqa: F811
     stand_in: SetUp,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    capsys: Captured,
     grid: Any,
     problem: str,
 ) -> None:
@@ -182,7 +184,7 @@ def test_a_grid_that_is_none(
 
 
 def test_a_run_whose_options_are_no_numbers_is_passed_over(
-    run: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    run: Path, caplog: pytest.LogCaptureFixture, capsys: Captured
 ) -> None:
     """Multiplied, this text would fill any memory."""
     config = json.loads((run / "config.json").read_text())

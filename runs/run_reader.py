@@ -56,6 +56,11 @@ class Run:
     """The run that this one was resumed from."""
 
     @property
+    def parts(self) -> list["Run"]:
+        """This run and those that it was resumed from, the last one first."""
+        return [self, *(self.earlier.parts if self.earlier is not None else [])]
+
+    @property
     def dataset(self) -> str:
         """What tells the dataset from others, in tables and in names of files."""
         return str(self.config["task"]) if self.custom is None else self.custom.key
@@ -185,7 +190,7 @@ def find_runs(*places: Path) -> tuple[list[Run], dict[Path, DataError]]:
     parts = {
         part.folder.resolve()
         for run in runs.values()
-        for part in _earlier_runs(run)
+        for part in run.parts[1:]
         if not (part.folder / "test_results.json").is_file()
     }
     return [run for folder, run in runs.items() if folder not in parts], damaged
@@ -223,12 +228,6 @@ def _resumed_from(folder: Path, config: Mapping[str, Any]) -> Run | None:
             except (DataError, RecursionError):
                 return None
     return None
-
-
-def _earlier_runs(run: Run) -> Iterator[Run]:
-    while run.earlier is not None:
-        run = run.earlier
-        yield run
 
 
 def _run_folders(top: Path, seen: set[Path]) -> Iterator[Path]:

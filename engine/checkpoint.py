@@ -32,7 +32,7 @@ from engine.families import family_of
 from engine.tasks import TASKS, task_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec, custom_spec
+from vilt.datasets.specs import EVERY_DATASET, DatasetSpec, spec_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class ModelSpec:
     @property
     def dataset(self) -> DatasetSpec:
         """Row of the dataset."""
-        return DATASETS[self.task] if self.custom is None else custom_spec(self.custom)
+        return spec_of(self.task, self.custom)
 
 
 @dataclass(frozen=True)

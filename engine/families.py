@@ -41,26 +41,11 @@ class Family:
         raise NotImplementedError
 
     def load(self, choice: BackboneChoice, trained_on: Any = None) -> FrozenWeights:
-        """The frozen weights.
-
-        Args:
-            trained_on: the architecture that a checkpoint says, if there is one.
-
-        Raises:
-            BackboneError: not found, or not readable.
-        """
+        """The frozen weights; `trained_on` is the architecture in a checkpoint. Raises BackboneError."""
         raise NotImplementedError
 
     def inputs(self, choice: BackboneChoice, architecture: Any) -> InputFormat:
-        """What it takes.
-
-        Args:
-            architecture: None where it is not known; then nothing is compared with it.
-
-        Raises:
-            BackboneError: the tokenizer is not found, or does not fit.
-            ConfigError: an option contradicts the architecture.
-        """
+        """What it takes; nothing is compared with an architecture that is None. Raises BackboneError, ConfigError."""
         return InputFormat()
 
     def start_embeddings(self, weights: FrozenWeights, inputs: InputFormat) -> dict[str, Tensor]:
@@ -74,11 +59,9 @@ class ClipFamily(Family):
     architecture = ClipArchitecture
 
     def build(self, architecture: ClipArchitecture) -> Backbone:
-        """See `Family`."""
         return ClipBackbone(architecture)
 
     def load(self, choice: BackboneChoice, trained_on: ClipArchitecture | None = None) -> FrozenWeights:
-        """See `Family`."""
         assert choice.vit is not None
         activation = choice.activation
         if activation is None and trained_on is not None and Path(choice.vit).is_file():
@@ -92,17 +75,16 @@ class ClipFamily(Family):
         tokenizer = load_tokenizer(source)
         if architecture is None:
             return InputFormat(tokenize=tokenizer, fingerprint=tokenizer.fingerprint)
-        if tokenizer.vocab_size > architecture.vocab_size:
+        if tokenizer.vocab_size > (most := architecture.vocab_size):
             raise BackboneError(
-                f"tokenizer={source}: has {tokenizer.vocab_size} ids, but the backbone embeds only "
-                f"{architecture.vocab_size}"
+                f"tokenizer={source}: has {tokenizer.vocab_size} ids, but the backbone embeds only {most}"
             )
-        if choice.image_size not in (None, architecture.image_size):
+        if choice.image_size not in (None, expected := architecture.image_size):
             raise ConfigError(
-                f"image_size: expected {architecture.image_size}, which is what the position embeddings of the "
-                f"backbone are for, found {choice.image_size}"
+                f"image_size: expected {expected}, which is what the position embeddings of the backbone are for, "
+                f"found {choice.image_size}"
             )
-        return InputFormat(architecture.image_size, tokenizer, tokenizer.fingerprint)
+        return InputFormat(expected, tokenizer, tokenizer.fingerprint)
 
     def start_embeddings(self, weights: FrozenWeights, inputs: InputFormat) -> dict[str, Tensor]:
         """The class token of images and the embedding of `<end>` of texts."""

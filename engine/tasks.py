@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.metrics import Metric, auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
 from vilt.datasets.custom import CustomData
-from vilt.datasets.specs import DATASETS, DatasetSpec, custom_spec
+from vilt.datasets.specs import DATASETS, DatasetSpec, spec_of
 
 
 def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -65,4 +65,4 @@ TASKS: dict[str, Task] = {name: task_with(spec) for name, spec in DATASETS.items
 
 def task_of(name: str, custom: CustomData | None) -> Task:
     """The task of a dataset by its name; that of a custom dataset follows from what the data says."""
-    return task_with(DATASETS[name]) if custom is None else task_with(custom_spec(custom))
+    return task_with(spec_of(name, custom))

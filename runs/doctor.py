@@ -29,7 +29,7 @@ from clip.tokenizer import ClipTokenizer
 from common.errors import ConfigError, DataError, UserError
 from common.messages import byte_size, listed, quoted
 from config import Options
-from engine.families import BackboneChoice, Family, family_of
+from engine.families import family_of
 from runs.check_options import check_together, resolve
 from runs.evaluation import backbone_choice
 from vilt.datamodules import split_patterns
@@ -108,20 +108,14 @@ class Doctor:
     run_bytes: int = 2**30
     """What the run leaves in its folder; a guess until a step was tried."""
 
-    @property
-    def family(self) -> Family:
-        """Of the backbone."""
-        return family_of(self.options.task or CUSTOM)
-
-    @property
-    def choice(self) -> BackboneChoice:
-        """Of the frozen weights; the training step looks at image_size."""
-        return backbone_choice(asdict(self.options), {"vit"})._replace(image_size=None)
+    def __post_init__(self) -> None:
+        self.family = family_of(self.options.task or CUSTOM)
+        self.choice = backbone_choice(asdict(self.options), {"vit"})._replace(image_size=None)  # see the training step
 
     @property
     def image_size(self) -> int:
-        """In pixels, where there are images."""
-        return (self.inputs and self.inputs.image_size) or 224
+        """In pixels."""
+        return (self.inputs or InputFormat()).image_size
 
     def check_options(self) -> Found:
         check_together(self.options)
@@ -136,10 +130,9 @@ class Doctor:
         return "ok" if free > total / 2 else "warn", device
 
     def check_backbone(self) -> Found:
-        options, backbone = self.options, self.family.load(self.choice)
-        self.backbone = backbone
+        self.backbone = backbone = self.family.load(self.choice)
         parameters = f"{sum(tensor.numel() for tensor in backbone.state.values()):,} parameters, all finite"
-        return "ok", f"{options.vit}: {parameters}; sha256 {backbone.sha256[:16]}"
+        return "ok", f"{self.options.vit}: {parameters}; sha256 {backbone.sha256[:16]}"
 
     def check_tokenizer(self) -> Found:
         self.inputs = self.family.inputs(self.choice, self.backbone.architecture if self.backbone else None)

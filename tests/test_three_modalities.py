@@ -21,8 +21,10 @@ from clip.modules.interfaces import Backbone, ModelInput, Place, Tower, TowerSlo
 from clip.modules.method import Method, MethodOptions, of_missing_type
 from clip.modules.registry import METHODS
 from common.errors import DataError
+from config import DEFAULTS
 from engine.families import FAMILIES, BackboneChoice, Family
 from run import command_line
+from runs.check_options import check
 from tests.data_files import write
 from tests.interrupted import differences
 from tests.test_resume import interrupt
@@ -343,6 +345,43 @@ def test_missing_types_are_those_of_the_modalities(
 ) -> None:
     assert command_line(command(data, option)) == 2
     assert message.replace(".train", "") in capsys.readouterr().err.replace(".train", "")
+
+
+def test_defaults_are_those_of_the_modalities(registered: None, data: Path) -> None:
+    options = check({**DEFAULTS, "task": "sensors", "data_root": str(data)})
+    assert set(options.missing_type.values()) == {"any"} and options.test_type is None
+    assert options.robustness_types == options.sweep_types == TYPES
+
+
+def test_doctor_checks_them(registered: None, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(command(data, name="doctor")) == 0
+    said = capsys.readouterr().out
+    assert (
+        "ok   tokenizer: none needed" in said
+        and "24 rows, 24 samples, 8 complete, 6 light missing, 5 motion missing" in said
+    )
+    assert "ok   training step: loss" in said
+
+
+def test_complete_samples_may_lose_any_modalities_in_training(registered: None, data: Path) -> None:
+    dataset = ArrowDataset(SENSORS, data, "train")
+    dataset.simulate_seed = 0
+    seen = {tuple(dataset[epoch, index].inputs) for epoch in range(5) for index in range(24)}
+    assert len(seen) == 7 and () not in seen
+
+
+def test_samples_with_one_input_can_be_given_inputs_of_their_own() -> None:
+    shared = ModelInput(
+        inputs={"sound": torch.tensor([[1.0], [2.0]])},
+        rows={"sound": torch.tensor([0, 2])},
+        present_BM=torch.tensor([[True], [True], [True], [False]]),
+        types=(0,),
+        length_b={"sound": torch.tensor([4, 7])},
+        source_of_B={"sound": torch.tensor([0, 0, 2, 3])},
+    )
+    own = shared.with_own_inputs()
+    assert own.inputs["sound"].flatten().tolist() == [1, 1, 2] and own.length_b["sound"].tolist() == [4, 4, 7]
+    assert own.rows["sound"].tolist() == [0, 1, 2] and not own.source_of_B
 
 
 # Arrays

@@ -15,6 +15,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -176,10 +177,16 @@ def read_kept_table(root: Path, dataset: str, split: Split, pattern: MissingPatt
     published = next((path for path in _published_paths(root, stem, pattern.ratio) if _is_file(path)), None)
     if published is not None:
         table = _read_published(published, dataset, samples)
-        log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, published)
+        _say_published(dataset, split, published)
         return table
     path = root / _file_name(dataset, pattern, described)
     return _read(path, dataset, described) if pattern.ratio != 0 and _is_file(path) else None
+
+
+@cache
+def _say_published(dataset: str, split: Split, path: Path) -> None:
+    """Once, not for every seed."""
+    log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, path)
 
 
 def _file_name(dataset: str, pattern: MissingPattern, described: dict[str, str]) -> str:
@@ -215,6 +222,10 @@ def _digits(dataset: str) -> str:
     return "0123456789abcde"[: len(EVERY_DATASET[dataset].type_names)]
 
 
+def _listed(known: Sequence[object]) -> str:
+    return f"{', '.join(map(str, known[:-1]))} and {known[-1]}"
+
+
 def _format(table: np.ndarray, dataset: str, described: dict[str, str]) -> str:
     header = " ".join(f"{key}={value}" for key, value in described.items())
     digit, names = _digits(dataset), EVERY_DATASET[dataset].type_names
@@ -236,8 +247,7 @@ def _read(path: Path, dataset: str, described: dict[str, str]) -> np.ndarray:
     samples, known = int(described["samples"]), _digits(dataset)
     wrong = next((place for place, digit in enumerate(digits) if digit not in known), None)
     if wrong is not None:
-        expected = f"{', '.join(known[:-1])} and {known[-1]}"
-        raise DataError(f"{path}: expected the digits {expected}, found {digits[wrong]!r} for row {wrong}")
+        raise DataError(f"{path}: expected the digits {_listed(known)}, found {digits[wrong]!r} for row {wrong}")
     if len(digits) != samples:
         raise DataError(f"{path}: expected {samples} digits, one per row of the split, found {len(digits)}")
     return np.array([int(digit, 16) for digit in digits], dtype=np.int8)
@@ -260,6 +270,5 @@ def _read_published(path: Path, dataset: str, samples: int) -> np.ndarray:
     known = range(len(EVERY_DATASET[dataset].type_names))
     wrong = np.flatnonzero(~np.isin(table, known))
     if len(wrong):
-        expected = f"{', '.join(map(str, known[:-1]))} and {known[-1]}"
-        raise DataError(f"{path}: expected only {expected}, found {table[wrong[0]]} for row {wrong[0]}")
+        raise DataError(f"{path}: expected only {_listed(known)}, found {table[wrong[0]]} for row {wrong[0]}")
     return table.astype(np.int8)

@@ -16,7 +16,7 @@ from common.hashing import file_sha256
 from common.messages import quoted
 from common.strict_json import read_json
 from common.text import estimate
-from engine.logit_store import labels_of, read_logits
+from engine.logit_store import labels_of, logit_columns_of, read_logits
 from engine.robustness import FORMAT
 from runs.report.text import without_home
 from runs.run_reader import Run, as_written_by_run, check_pattern, find_runs
@@ -235,7 +235,7 @@ def _with_logits(found: Robustness, path: Path, run: Run, sha256: str) -> Robust
     """`found` with the stored logits beside it, if any. Raises DataError unless they are of the same result."""
     if not path.is_file():
         return found
-    table, described = read_logits(path, run.spec)
+    table, described = read_logits(path, run.spec, logit_columns_of(run.spec))
     for what, ours, theirs in (
         ("dataset", run.config["task"], described.get("task")),
         ("checkpoint", sha256, described.get("checkpoint_sha256")),

@@ -96,7 +96,7 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     """
     assert robustness.logits is not None
     spec, names = run.run.spec, robustness.class_names
-    table, _ = read_logits(robustness.logits, spec)
+    table, _ = read_logits(robustness.logits, spec, logit_columns_of(spec))
     probabilities_TNC = np.stack(
         [probabilities(matrix_of(table[column], len(names)), spec.multilabel) for column in logit_columns_of(spec)]
     )

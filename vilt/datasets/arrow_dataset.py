@@ -55,7 +55,7 @@ class ArrowDataset(Dataset[Sample]):
             not the dataset's.
     """
 
-    def __init__(self, spec: DatasetSpec, root: Path, split: Split, image_size: int = 0) -> None:
+    def __init__(self, spec: DatasetSpec, root: Path, split: Split, image_size: int = 224) -> None:
         self.spec = spec
         self.split: Split = split
         self.path = root / spec.file_name(split)

@@ -39,7 +39,7 @@ Tokenize = Callable[[Sequence[str]], np.ndarray]
 class InputFormat:
     """What a model takes: the side of images in pixels, and the tokenizer of texts with what identifies it."""
 
-    image_size: int = 0
+    image_size: int = 224
     tokenize: Tokenize | None = None
     fingerprint: str = ""
 

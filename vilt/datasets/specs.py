@@ -188,6 +188,11 @@ EVERY_DATASET: MutableMapping[str, DatasetSpec] = ChainMap(_CUSTOM, DATASETS)
 """With the row of custom datasets; `custom_spec` fills in what the arrow files say."""
 
 
+def spec_of(name: str, custom: CustomData | None) -> DatasetSpec:
+    """The row of a dataset; that of a custom one follows from what its arrow files say."""
+    return DATASETS[name] if custom is None else custom_spec(custom)
+
+
 def custom_spec(custom: CustomData) -> DatasetSpec:
     """The complete row of a custom dataset."""
     multilabel = custom.labels == "multi"

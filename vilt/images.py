@@ -8,6 +8,9 @@ import warnings
 
 from PIL import Image, WebPImagePlugin  # noqa: F401 - registers itself
 
+# About metadata and the like: the pixels are what counts. Here and not where images are opened: threads share filters.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 """What images of these datasets are. Of the others that Pillow reads, it runs another program for EPS (Ghostscript),
 and for TIFF allocates as much memory as the file claims."""
@@ -28,19 +31,15 @@ def open_rgb(data: bytes) -> Image.Image:
     """
     if not data:
         raise ValueError("empty file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata and the like: the pixels are what counts
-        try:
-            opened = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.UnidentifiedImageError:  # its message names a buffer in memory
-            raise ValueError(f"not an image of the kinds {', '.join(FORMATS)}") from None
-        with opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-                raise ValueError(
-                    f"{width} × {height} pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} to a side"
-                )
-            return opened.convert("RGB")
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:  # its message names a buffer in memory
+        raise ValueError(f"not an image of the kinds {', '.join(FORMATS)}") from None
+    with opened:
+        width, height = opened.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+            raise ValueError(f"{width} × {height} pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} to a side")
+        return opened.convert("RGB")
 
 
 def square_image(data: bytes, size: int) -> Image.Image:

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from common.errors import DataError
 from engine.logit_store import LOGIT_COLUMNS, matrix_of, read_logits
 from engine.metrics import THRESHOLD
 from runs.report.results import ReportRun, Robustness
-from runs.report.tables import Column, Table
-from runs.report.text import dataset_title, excerpt
+from runs.report.table import Table, Value, absent
+from runs.report.text import dataset_title, excerpt, without
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.images import open_rgb
 from vilt.missing_tables import TYPE_NAMES
@@ -22,154 +23,79 @@ SHOWN = 24
 TEXT_LENGTH = 220
 THUMBNAIL_SIZE = (176, 176)
 JPEG_QUALITY = 82
-INPUT_TITLES = {"complete": "complete", "text missing": "without text", "image missing": "without image"}
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """One class that is predicted."""
-
-    name: str
-    probability: float
-    correct: bool
-
-
-@dataclass(frozen=True)
-class SampleCard:
-    """One test sample with its predictions."""
-
-    rank: int
-    id: str
-    text: str | None
-    """None where the arrow file is not there any more."""
-    label: list[str]
-    predictions: dict[str, list[Predicted]]
-    """By the keys of INPUT_TITLES; more than one class, or none, only in multi-label data."""
-    change: float
-    thumbnail: bytes | None
-    """A JPEG file."""
-    thumbnail_size: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
 class SampleGrid:
     """The samples of one run that change the most."""
 
-    run: ReportRun
-    cards: list[SampleCard]
+    table: Table
+    """A row per sample."""
+    pictures: dict[str, bytes | None]
+    """Of the samples: JPEG files by path in the report's folder; None where there is no image to be shown."""
     note: str | None
     """What is missing of pictures and texts, and why."""
-
-    def thumbnail_name(self, card: SampleCard) -> str:
-        """Path of a sample's picture in the report's folder."""
-        return f"thumbnails/{self.run.run.dataset}_{card.rank:02}.jpg"
-
-
-def probabilities(logits_NC: np.ndarray, multilabel: bool) -> np.ndarray:
-    """(N, C): sigmoid for multi-label data, else softmax."""
-    logits_NC = logits_NC.astype(np.float64)
-    if multilabel:
-        return 1 / (1 + np.exp(-np.clip(logits_NC, -700, 700)))
-    powers_NC = np.exp(logits_NC - logits_NC.max(-1, keepdims=True))
-    return powers_NC / powers_NC.sum(-1, keepdims=True)
 
 
 def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     """The SHOWN samples of a run that change the most, first the largest change.
 
-    The change is the sum over classes of how far the probability moves when a modality is lost, the larger of the two.
-    Of a row with several texts only the text that changes the most is shown.
+    The change is the sum over classes of how far the probability moves when a modality is lost, the largest one. Of a
+    row with several texts only the text that changes the most is shown.
 
     Raises:
         DataError: the stored logits are damaged.
     """
-    assert robustness.logits is not None
-    spec, names = run.run.spec, robustness.class_names
-    table, _ = read_logits(robustness.logits, spec)
-    probabilities_TNC = np.stack(
-        [probabilities(matrix_of(table[column], len(names)), spec.multilabel) for column in LOGIT_COLUMNS]
-    )
+    spec, names, key = run.run.spec, robustness.class_names, run.run.dataset
+    stored, _ = read_logits(robustness.logits, spec)
+    logits_TNC = torch.tensor(np.stack([matrix_of(stored[column], len(names)) for column in LOGIT_COLUMNS])).double()
+    probabilities_TNC = (logits_TNC.sigmoid() if spec.multilabel else logits_TNC.softmax(-1)).numpy()
     changes = np.abs(probabilities_TNC[1:] - probabilities_TNC[0]).sum(-1).max(0)
-    rows = table["row"].to_numpy()
     order = np.argsort(-changes, kind="stable")
-    _, first_of_row = np.unique(rows[order], return_index=True)
-    chosen = order[np.sort(first_of_row)][:SHOWN].tolist()
-    dataset, note = _open_dataset(run, table)
-    texts = pc.list_flatten(dataset.table[spec.text_column]) if dataset is not None else None
-    cards = []
-    for rank, index in enumerate(chosen, start=1):
-        label = table["label"][index].as_py()
-        true = set(np.flatnonzero(label).tolist()) if spec.multilabel else {label}
-        image = dataset.table["image"][int(rows[index])].as_py() if dataset is not None else None
-        thumbnail = None if image is None else _thumbnail(image)
-        cards.append(
-            SampleCard(
-                rank=rank,
-                id=table["id"][index].as_py(),
-                text=excerpt(texts[table["sample"][index].as_py()].as_py(), TEXT_LENGTH) if texts is not None else None,
-                label=[names[number] for number in sorted(true)],
-                predictions={
-                    name: _predicted(probabilities_TNC[kind, index], true, names, spec.multilabel)
-                    for kind, name in enumerate(TYPE_NAMES)
-                },
-                change=float(changes[index]),
-                thumbnail=thumbnail[0] if thumbnail else None,
-                thumbnail_size=thumbnail[1] if thumbnail else None,
-            )
-        )
-    unreadable = [card.id for card in cards if dataset is not None and card.thumbnail is None]
-    if unreadable:
-        note = f"{len(unreadable)} images cannot be decoded: {', '.join(unreadable)}."
-    return SampleGrid(run, cards, note)
-
-
-def samples_table(grid: SampleGrid) -> Table:
-    """The grid as a table."""
-    return Table(
-        f"samples_{grid.run.run.dataset}",
-        f"Test samples of {dataset_title(grid.run.run.dataset)} in run {grid.run.tag} whose prediction changes the "
-        "most where a modality is missing. ✓ marks classes that are right, ✗ those that are wrong.",
-        (
-            Column("rank", "No.", "number"),
-            Column("id", "Sample"),
-            Column("text", "Text", absent="not available"),
-            Column("label", "Label"),
-            *(Column(name.replace(" ", "_"), title.capitalize()) for name, title in INPUT_TITLES.items()),
-            Column("change", "Change", "number"),
-        ),
-        [
-            [
-                *(card.rank, card.id, card.text, ", ".join(card.label) or "none"),
-                *(
-                    ", ".join(f"{'✓' if p.correct else '✗'} {p.name} {p.probability:.0%}" for p in predicted) or "none"
-                    for predicted in card.predictions.values()
-                ),
-                round(card.change, 2),
-            ]
-            for card in grid.cards
-        ],
+    _, first_of_row = np.unique(stored["row"].to_numpy()[order], return_index=True)
+    dataset, note = _open_dataset(run, stored)
+    types = {name.replace(" ", "_"): without(name).capitalize() for name in TYPE_NAMES}
+    rows: list[dict[str, Value]] = []
+    pictures = {}
+    for rank, index in enumerate(order[np.sort(first_of_row)][:SHOWN].tolist(), start=1):
+        sample = {name: stored[name][index].as_py() for name in ("id", "sample", "row", "label")}
+        true = np.flatnonzero(sample["label"]).tolist() if spec.multilabel else [sample["label"]]
+        text: Value = absent("not available")
+        picture = None
+        if dataset is not None:
+            text = excerpt(pc.list_flatten(dataset.table[spec.text_column])[sample["sample"]].as_py(), TEXT_LENGTH)
+            picture = _thumbnail(dataset.table["image"][sample["row"]].as_py())
+        predicted = {}
+        for column, probabilities_C in zip(types, probabilities_TNC[:, index], strict=True):
+            numbers = np.argsort(-probabilities_C, kind="stable").tolist()
+            numbers = [n for n in numbers if probabilities_C[n] > THRESHOLD] if spec.multilabel else numbers[:1]
+            marks = [f"{'✓' if n in true else '✗'} {names[n]} {probabilities_C[n]:.0%}" for n in numbers]
+            predicted[column] = ", ".join(marks) or "none"
+        label, change = ", ".join(names[n] for n in true) or "none", round(float(changes[index]), 2)
+        rows.append({"rank": rank, "id": sample["id"], "text": text, "label": label, **predicted, "change": change})
+        pictures[f"thumbnails/{key}_{rank:02}.jpg"] = picture
+    undecoded = [str(row["id"]) for row, picture in zip(rows, pictures.values(), strict=True) if picture is None]
+    if dataset is not None and undecoded:
+        note = f"{len(undecoded)} images cannot be decoded: {', '.join(undecoded)}."
+    caption = (
+        f"Test samples of {dataset_title(key)} in run {run.tag}, those first whose predicted class probabilities change "
+        "the most where a modality is missing; change is the sum of the absolute differences, the largest one. ✓ marks "
+        "classes that are right, ✗ those that are wrong."
     )
-
-
-def _predicted(
-    probabilities_C: np.ndarray, true: set[int], names: tuple[str, ...], multilabel: bool
-) -> list[Predicted]:
-    """The predicted classes, the most probable first."""
-    order = np.argsort(-probabilities_C, kind="stable")
-    numbers = [n for n in order if probabilities_C[n] > THRESHOLD] if multilabel else order[:1]
-    return [Predicted(names[n], float(probabilities_C[n]), int(n) in true) for n in numbers]
+    return SampleGrid(Table(f"samples_{key}", caption, rows, {"rank": "No.", "id": "Sample", **types}), pictures, note)
 
 
 def _open_dataset(run: ReportRun, logits: pa.Table) -> tuple[ArrowDataset | None, str | None]:
     """The arrow file that the logits are of, or None and why pictures and texts cannot be shown."""
     root, spec = Path(run.run.config["data_root"]), run.run.spec
     name = spec.file_name("test")
+    fault = f"Images and texts are not available: {name} in the data_root of {run.tag}"
     if not (root / name).is_file():
-        return None, f"Images and texts are not available: {name} is no longer in the data_root of {run.tag}."
+        return None, f"{fault} is gone."
     try:
         dataset = ArrowDataset(spec, root, "test", image_size=THUMBNAIL_SIZE[0])
     except DataError:
-        return None, f"Images and texts are not available: {name} in the data_root of {run.tag} is damaged."
+        return None, f"{fault} is damaged."
     samples, rows = logits["sample"].to_numpy(), logits["row"].to_numpy()
     if (
         np.array_equal(np.sort(samples), np.arange(len(dataset)))
@@ -178,11 +104,11 @@ def _open_dataset(run: ReportRun, logits: pa.Table) -> tuple[ArrowDataset | None
         and dataset.table["label"].take(pa.array(rows)).to_pylist() == logits["label"].to_pylist()
     ):
         return dataset, None
-    return None, f"Images and texts are not available: {name} in the data_root of {run.tag} holds other samples."
+    return None, f"{fault} holds other samples."
 
 
-def _thumbnail(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
-    """The image as a small JPEG file with its width and height, or None where it cannot be decoded."""
+def _thumbnail(data: bytes) -> bytes | None:
+    """The image as a small JPEG file, or None where it cannot be decoded."""
     try:
         image = open_rgb(data)
     except Exception:  # see there; the page says which images are left out
@@ -190,4 +116,4 @@ def _thumbnail(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
     image.thumbnail(THUMBNAIL_SIZE)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    return file.getvalue(), image.size
+    return file.getvalue()

@@ -152,7 +152,7 @@ def robustness_curves(dataset: Dataset) -> Figure:
         canvas,
         f"curves_{dataset.key}",
         "Robustness curves",
-        f"{capital(dataset.metric_title)} on {dataset.title} by what test samples lose, as more of them do. Line: mean; "
+        f"{capital(dataset.metric_title)} on {dataset.title} as more of the test samples lose something. Line: mean; "
         "band: ± one standard deviation over train seeds and table seeds; ring: the pattern of the training.",
     )
 

@@ -201,6 +201,8 @@ def read_robustness(run: Run) -> Robustness | None:
                 if len(values := cell["metrics"][metric]["values"]) != len(raw["table_seeds"]):
                     raise ValueError(f"table_seeds: expected {len(raw['table_seeds'])} values per cell")
                 cells += [(*Pattern.of(*pattern), metric, value) for value in values]
+        if not cells:
+            raise ValueError("cells: expected at least one")
         confidence = raw["confidence"]
         by_type = [
             (name, metric, value, *(confidence[name][metric] if confidence["resamples"] else (0, 0)))

@@ -13,7 +13,7 @@ from common.errors import DataError
 from engine.logit_store import LOGIT_COLUMNS, matrix_of, read_logits
 from engine.metrics import THRESHOLD
 from runs.report.results import ReportRun, Robustness
-from runs.report.table import Table, Value, absent
+from runs.report.table import Row, Table, Value, absent
 from runs.report.text import dataset_title, excerpt, without
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.images import open_rgb
@@ -55,7 +55,7 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     _, first_of_row = np.unique(stored["row"].to_numpy()[order], return_index=True)
     dataset, note = _open_dataset(run, stored)
     types = {name.replace(" ", "_"): without(name).capitalize() for name in TYPE_NAMES}
-    rows: list[dict[str, Value]] = []
+    rows: list[Row] = []
     pictures = {}
     for rank, index in enumerate(order[np.sort(first_of_row)][:SHOWN].tolist(), start=1):
         sample = {name: stored[name][index].as_py() for name in ("id", "sample", "row", "label")}
@@ -78,7 +78,7 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     if dataset is not None and undecoded:
         note = f"{len(undecoded)} images cannot be decoded: {', '.join(undecoded)}."
     caption = (
-        f"Test samples of {dataset_title(key)} in run {run.tag}, those first whose predicted class probabilities change "
+        f"Test samples of {dataset_title(key)} in run {run.tag}, those first whose class probabilities change "
         "the most where a modality is missing; change is the sum of the absolute differences, the largest one. ✓ marks "
         "classes that are right, ✗ those that are wrong."
     )

@@ -24,7 +24,7 @@ from common.text import per_cent
 from runs.report.figures import COLOURS, Figure, finished, new_canvas, panels, ring, side_labels
 from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
-from runs.report.table import Table, Value, absent, share
+from runs.report.table import Row, Table, absent, share
 from runs.report.text import METRIC_TITLES, counted, dataset_title, excerpt, listed, without_home
 
 JOURNAL = "optuna.journal"
@@ -128,7 +128,9 @@ def search_section(search: Search, number: int) -> Section:
         parts.append(Part("Score against each option", [_scatter(search, f"{file}_options")]))
         importances = Part("Importance of each option")
         if search.importances:
-            rows = [{"option": option, "importance": share(part)} for option, part in search.importances.items()]
+            rows: list[Row] = [
+                {"option": option, "importance": share(part)} for option, part in search.importances.items()
+            ]
             caption = "Importance of each option, in per cent of the sum."
             importances.shown = [_importances(search, f"{file}_importances")]
             importances.folded = [Table(f"{file}_importances", caption, rows)]
@@ -173,10 +175,10 @@ def training_command(search: Search, trial: FrozenTrial) -> str | None:
 def trials_table(search: Search, name: str, caption: str, trials: Sequence[FrozenTrial]) -> Table:
     """A row per trial: its values and its score."""
     score = f"val/{search.runs[0].run.task.monitor}"
-    rows: list[dict[str, Value]] = []
+    rows: list[Row] = []
     for trial in trials:
         run, none = search.run_of(trial), absent("none")
-        row: dict[str, Value] = {"number": trial.number, "state": STATE_NAMES[trial.state]}
+        row: Row = {"number": trial.number, "state": STATE_NAMES[trial.state]}
         row |= {option: _short(trial.params[option]) if option in trial.params else "" for option in search.space}
         row |= {score: share(trial.value, none), "run": run.tag if run else none}
         rows.append(row)

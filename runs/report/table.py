@@ -1,8 +1,8 @@
 """A table, described once for the page, Markdown and CSV."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -12,7 +12,8 @@ from runs.report.text import capital, percent, spread
 _NUMBER = re.compile(r"[+−]?[\d,.]+( ± [\d.]+| \[.*\])?|undefined")
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell:
     """A value that is shown otherwise than in CSV."""
 
     text: str
@@ -57,6 +58,8 @@ def interval(value: float, low: float, high: float) -> Cell:
 
 
 Value = str | int | float | Cell
+Row = dict[str, Value]
+"""Value by column, as CSV names it."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,7 @@ class Table:
 
     name: str
     caption: str
-    rows: list[dict[str, Value]]
-    """Value by column, as CSV names it."""
+    rows: Sequence[Mapping[str, Value]]
     titles: dict[str, str] = field(default_factory=dict)
     """Of columns whose title does not follow from the name."""
     strong: set[tuple[int, str]] = field(default_factory=set)
@@ -83,7 +85,8 @@ class Table:
 
     def is_numeric(self, column: str) -> bool:
         """Whether a column is one of numbers, which stand to the right."""
-        there = (row[column] for row in self.rows if not (isinstance(row[column], Cell) and row[column].absent))
+        values = (row[column] for row in self.rows)
+        there = (value for value in values if not (isinstance(value, Cell) and value.absent))
         return all(_NUMBER.fullmatch(_shown(value)) for value in there)
 
     def csv(self) -> str:

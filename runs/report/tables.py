@@ -8,15 +8,16 @@ from typing import Any
 
 import pandas as pd
 
+from runs.report import table
 from runs.report.lines import METHODS, Dataset, Line, by_variant, method_title
 from runs.report.results import Pattern, ReportRun, versions_of
 from runs.report.table import (
     MISSING,
     NOT_APPLICABLE,
     NOT_MEASURED,
+    Row,
     Table,
     Value,
-    absent,
     interval,
     mean_std,
     points,
@@ -37,7 +38,7 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
     """All runs, whatever they lack. Those that are in none of `datasets` are trials of searches."""
     counted = {run for dataset in datasets for run in dataset.runs}
     repeats = {run for dataset in datasets for run in dataset.repeats}
-    rows: list[dict[str, Value]] = []
+    rows: list[Row] = []
     for one in runs:
         run, is_trial = one.run, one not in counted
         kind = "evaluation" if run.is_evaluation else "repeated" if one in repeats else "training"
@@ -84,7 +85,7 @@ def options_table(runs: Sequence[ReportRun], defaults: dict[str, Any]) -> Table:
     differs = frame.fillna("").ne(frame["default"].fillna(""), axis=0)
     frame, differs = frame[differs.any(axis=1)], differs[differs.any(axis=1)]
     texts = frame.astype(object).where(frame.notna(), NOT_APPLICABLE)
-    rows: list[dict[str, Value]] = [{"option": name, **row} for name, row in texts.to_dict("index").items()]
+    rows: list[Row] = [{"option": name, **row} for name, row in texts.to_dict("index").items()]
     strong = {(number, tag) for number, row in enumerate(differs.to_dict("records")) for tag in row if row[tag]}
     caption = "Options that differ from the defaults; those that do in bold. What is not set is none."
     return Table("options", caption, rows, strong=strong)
@@ -101,7 +102,7 @@ def comparison_table(dataset: Dataset) -> Table:
     """A row per variant: trainable parameters, time of a training, and the metric at each training pattern."""
     patterns = dict.fromkeys(line.pattern for lines in dataset.compared.values() for line in lines)
     at = {(variant, line.pattern): line for variant, lines in dataset.compared.items() for line in lines}
-    rows: list[dict[str, Value]] = []
+    rows: list[Row] = []
     strong = set()
     for number, (variant, lines) in enumerate(dataset.compared.items()):
         seeds = sorted({len(line.runs) for line in lines})
@@ -135,7 +136,7 @@ def _cost(lines: Sequence[Line], name: str, form: str, unit: float = 1) -> Value
 
 def matrix_table(dataset: Dataset) -> Table:
     """Missing type × ratio, a column per line."""
-    rows: list[dict[str, Value]] = []
+    rows: list[Row] = []
     for pattern in dict.fromkeys(pattern for line in dataset.measured for pattern in line.matrix):
         shares = {f"{name}_available": 100 * available for name, available in pattern.available.items()}
         values = {line.label: mean_std(line.matrix.get(pattern)) for line in dataset.measured}
@@ -161,7 +162,7 @@ def published_table(dataset: Dataset) -> Table:
     Ours is what runs reach that were trained at the row's pattern, evaluated at that pattern, as in the published
     table. The difference is to the published method of the same name.
     """
-    rows: list[dict[str, Value]] = []
+    rows: list[Row] = []
     strong = set()
     for number, row in enumerate(read_published(dataset.key).to_dict("records")):
         strong |= {(number, method) for method in METHODS if row[method] == max(row[name] for name in METHODS)}
@@ -171,7 +172,7 @@ def published_table(dataset: Dataset) -> Table:
             measured = (line.at_own_pattern for line in lines if is_row(line.pattern, row))
             ours = next((found for found in measured if found), None)
             theirs = row.get(method_title(lines[0].runs[0].run))
-            difference = absent("not published") if theirs is None else NOT_APPLICABLE
+            difference = table.absent("not published") if theirs is None else NOT_APPLICABLE
             if ours and theirs is not None:
                 difference = points(100 * ours.mean - theirs)
             rows[-1] |= {f"{variant} (ours)": mean_std(ours), f"{variant} difference": difference}
@@ -195,12 +196,12 @@ def is_row(pattern: Pattern, row: dict[Any, Any]) -> bool:
 def confidence_table(dataset: Dataset) -> Table:
     """Every metric of every run where all samples are of one missing type."""
     results = [(line, run, found) for line, run, found in dataset.results if found.resamples]
-    rows: list[dict[str, Value]] = []
+    rows: list[Row] = []
     for line, run, found in results:
         for name, of_type in found.by_type.groupby("type", sort=False):
             cells = {row.metric: interval(row.value, row.low, row.high) for row in of_type.itertuples()}
-            of_run = {"method": line.label, "run": run.tag, "seed": str(run.run.config["seed"])}
-            rows.append({**of_run, "test_samples_are": str(name), **cells})
+            of_run: Row = {"method": line.label, "run": run.tag, "seed": str(run.run.config["seed"])}
+            rows.append(of_run | {"test_samples_are": str(name)} | cells)
     levels = sorted({(found.level, found.resamples) for _, _, found in results})
     how = " or ".join(f"{100 * level:g} % from {resamples:,} resamples" for level, resamples in levels)
     return Table(
@@ -215,14 +216,12 @@ def confidence_table(dataset: Dataset) -> Table:
 def per_class_table(dataset: Dataset) -> Table:
     """Precision, recall and F1 of each class and type, mean over train seeds."""
     scores = [(score, name) for score in ("f1", "precision", "recall") for name in dataset.type_names]
-    rows: list[dict[str, Value]] = []
+    rows: list[Row] = []
     for line in dataset.measured:
         for name, support in line.support.items():
-            cells = {
-                f"{score} {kind}".replace(" ", "_"): line.by_class.get((name, score, kind)) for score, kind in scores
-            }
-            of_class = {"method": line.label, "class": name, "support": support}
-            rows.append({**of_class, **{column: mean_std(found) for column, found in cells.items()}})
+            rows.append({"method": line.label, "class": name, "support": support})
+            for score, kind in scores:
+                rows[-1][f"{score} {kind}".replace(" ", "_")] = mean_std(line.by_class.get((name, score, kind)))
     return Table(
         f"per_class_{dataset.key}",
         f"F1, precision and recall in per cent by class, with every test sample {conditions(dataset.type_names)}: "
@@ -234,15 +233,15 @@ def per_class_table(dataset: Dataset) -> Table:
 
 def confusion_table(dataset: Dataset) -> Table:
     """The most frequent confusions of the first run of each line."""
-    rows: list[dict[str, Value]] = []
+    rows: list[Row] = []
     for line in dataset.measured:
         run, found = line.results[0]
         for name in dataset.type_names:
             pairs = found.confusions[found.confusions.type == name].sort_values("count", ascending=False, kind="stable")
             for pair in pairs.head(CONFUSIONS_SHOWN).to_dict("records"):
-                cells = {"method": line.label, "run": run.tag, "test_samples_are": name, "true": pair["true"]}
-                counts = {"count": int(pair["count"]), "share": share(pair["share"])}
-                rows.append({**cells, "predicted": pair["predicted"], **counts})
+                row: Row = {"method": line.label, "run": run.tag, "test_samples_are": name}
+                row |= {"true": pair["true"], "predicted": pair["predicted"]}
+                rows.append({**row, "count": int(pair["count"]), "share": share(pair["share"])})
     return Table(
         f"confusions_{dataset.key}",
         f"The {CONFUSIONS_SHOWN} most frequent confusions by missing type, of the first train seed of each method. "

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 
 from common.text import estimate
 from runs.report.lines import Dataset, Line
-from runs.report.text import capital, conditions, listed, spread
+from runs.report.text import capital, listed, spread
 
 WIDTH = 7.2
 """Inches of every figure; a page of two columns of text."""
@@ -121,13 +121,7 @@ def comparison_figure(dataset: Dataset) -> Figure:
                 axes.errorbar(100 * found.mean, place, None, 100 * found.std, "o", **style)
         axes.set_xlabel(f"{capital(dataset.metric_title)}, %")
         axes.margins(x=0.12)
-    return finished(
-        canvas,
-        f"comparison_{dataset.key}",
-        "Methods compared",
-        f"{capital(dataset.metric_title)} on {dataset.title} at the pattern of the training, which is above each "
-        "panel. Whiskers: ± one standard deviation over train seeds.",
-    )
+    return finished(canvas, f"comparison_{dataset.key}", "Methods compared", dataset.caption("comparison_figure"))
 
 
 def robustness_curves(dataset: Dataset) -> Figure:
@@ -148,13 +142,7 @@ def robustness_curves(dataset: Dataset) -> Figure:
         axes.set_xticks(range(0, 101, 20))
         axes.margins(x=0.04)
     _legend(canvas, shown)
-    return finished(
-        canvas,
-        f"curves_{dataset.key}",
-        "Robustness curves",
-        f"{capital(dataset.metric_title)} on {dataset.title} as more of the test samples lose something. Line: mean; "
-        "band: ± one standard deviation over train seeds and table seeds; ring: the pattern of the training.",
-    )
+    return finished(canvas, f"curves_{dataset.key}", "Robustness curves", dataset.caption("curves"))
 
 
 def heat_map(dataset: Dataset) -> Figure:
@@ -183,13 +171,7 @@ def heat_map(dataset: Dataset) -> Figure:
         axes.spines[:].set_visible(False)
         axes.set_title(_wrapped(line.label), loc="left")
     grid[-1].set_xlabel("missing ratio, %")
-    return finished(
-        canvas,
-        f"matrix_{dataset.key}",
-        "Missing type × missing ratio",
-        f"Mean {dataset.metric_title} in per cent on {dataset.title} by what the test samples lose (rows) and how "
-        "many of them do (columns). Darker is better; one scale for all panels.",
-    )
+    return finished(canvas, f"matrix_{dataset.key}", "Missing type × missing ratio", dataset.caption("heat_map"))
 
 
 def training_curves(dataset: Dataset) -> Figure:
@@ -207,13 +189,9 @@ def training_curves(dataset: Dataset) -> Figure:
     loss.set_ylim(bottom=min(0, loss.get_ylim()[0]))
     validation.set_title(f"Validation {dataset.metric_title}, %")
     _legend(canvas, dataset.lines)
-    return finished(
-        canvas,
-        f"training_{dataset.key}",
-        "Training",
-        f"Training loss and validation {dataset.metric_title} by optimiser step on {dataset.title}; one line per run "
-        f"({', '.join(run.tag for _, run in recorded)}). Long curves are averaged to {CURVE_POINTS} points.",
-    )
+    runs = ", ".join(run.tag for _, run in recorded)
+    caption = dataset.caption("training", runs=runs, points=CURVE_POINTS)
+    return finished(canvas, f"training_{dataset.key}", "Training", caption)
 
 
 def class_bars(dataset: Dataset, line: Line, number: int) -> Figure:
@@ -238,15 +216,10 @@ def class_bars(dataset: Dataset, line: Line, number: int) -> Figure:
     axes.set_xlabel("F1, %")
     axes.set_xlim(0, 100)
     canvas.legend(loc="outside upper left", ncols=3, handlelength=1, handleheight=0.8)
-    return finished(
-        canvas,
-        f"per_class_{dataset.key}_{number}",
-        f"F1 by class: {line.label}",
-        f"F1 by class of {line.label} on {dataset.title}, with every test sample {conditions(types)}; the most "
-        "frequent class first."
-        + (" Whiskers: ± one standard deviation over train seeds." if several else "")
-        + (f" No test sample is of {listed(absent)}." if absent else ""),
-    )
+    caption = dataset.caption("class_bars", line=line.label)
+    caption += " Whiskers: ± one standard deviation over train seeds." if several else ""
+    caption += f" No test sample is of {listed(absent)}." if absent else ""
+    return finished(canvas, f"per_class_{dataset.key}_{number}", f"F1 by class: {line.label}", caption)
 
 
 def roc_curves(dataset: Dataset) -> Figure:
@@ -266,13 +239,7 @@ def roc_curves(dataset: Dataset) -> Figure:
                 axes.text(98, 3 + 8 * (len(shown) - 1 - place), f"AUROC {spread(area)}", **style)
         axes.set(xlabel="false positives, %", aspect="equal", xlim=(-2, 102), ylim=(-2, 102))
     _legend(canvas, shown)
-    return finished(
-        canvas,
-        f"roc_{dataset.key}",
-        "ROC curves",
-        f"True against false positives on {dataset.title} with every test sample {conditions(types)}; one line per "
-        "run. Dotted: chance.",
-    )
+    return finished(canvas, f"roc_{dataset.key}", "ROC curves", dataset.caption("roc"))
 
 
 def look(place: int) -> dict[str, Any]:

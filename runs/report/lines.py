@@ -10,7 +10,7 @@ import pandas as pd
 from common.text import Estimate, estimate
 from engine.tasks import TASKS
 from runs.report.results import Pattern, ReportRun, Robustness
-from runs.report.text import METRIC_TITLES, dataset_title, without_home
+from runs.report.text import CAPTIONS, METRIC_TITLES, capital, conditions, dataset_title, without_home
 from runs.run_reader import Run, differing_options
 from vilt.missing_tables import MISSING_TYPES, TYPE_NAMES
 
@@ -98,6 +98,11 @@ class Dataset:
     def metric_title(self) -> str:
         """As texts and figures name it."""
         return METRIC_TITLES[self.metric]
+
+    def caption(self, name: str, **facts: object) -> str:
+        """Of a figure or table."""
+        facts |= {"metric": self.metric_title, "Metric": capital(self.metric_title), "dataset": self.title}
+        return CAPTIONS[name].format(conditions=conditions(self.type_names), **facts)
 
     @property
     def measured(self) -> list[Line]:

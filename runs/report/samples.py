@@ -14,7 +14,7 @@ from engine.logit_store import LOGIT_COLUMNS, matrix_of, read_logits
 from engine.metrics import THRESHOLD
 from runs.report.results import ReportRun, Robustness
 from runs.report.table import Row, Table, Value, absent
-from runs.report.text import dataset_title, excerpt, without
+from runs.report.text import CAPTIONS, dataset_title, excerpt, without
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.images import open_rgb
 from vilt.missing_tables import TYPE_NAMES
@@ -77,11 +77,7 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     undecoded = [str(row["id"]) for row, picture in zip(rows, pictures.values(), strict=True) if picture is None]
     if dataset is not None and undecoded:
         note = f"{len(undecoded)} images cannot be decoded: {', '.join(undecoded)}."
-    caption = (
-        f"Test samples of {dataset_title(key)} in run {run.tag}, those first whose class probabilities change "
-        "the most where a modality is missing; change is the sum of the absolute differences, the largest one. ✓ marks "
-        "classes that are right, ✗ those that are wrong."
-    )
+    caption = CAPTIONS["samples"].format(dataset=dataset_title(key), run=run.tag)
     return SampleGrid(Table(f"samples_{key}", caption, rows, {"rank": "No.", "id": "Sample", **types}), pictures, note)
 
 

@@ -25,7 +25,7 @@ from runs.report.figures import COLOURS, Figure, finished, new_canvas, panels, r
 from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
 from runs.report.table import Row, Table, absent, share
-from runs.report.text import METRIC_TITLES, counted, dataset_title, excerpt, listed, without_home
+from runs.report.text import CAPTIONS, METRIC_TITLES, counted, dataset_title, excerpt, listed, without_home
 
 JOURNAL = "optuna.journal"
 BEST_SHOWN = 10
@@ -119,11 +119,9 @@ def _read_search(folder: Path, runs: list[ReportRun]) -> Search:
 def search_section(search: Search, number: int) -> Section:
     """The parts of the search, the `number`-th of the report; what is missing is said where it would stand."""
     file = f"search_{number}"
-    everything = trials_table(search, f"{file}_trials", "All trials of the search.", search.trials)
-    parts = [Part("Best trials", folded=[everything])]
+    parts = [Part("Best trials", folded=[trials_table(search, f"{file}_trials", "trials", search.trials)])]
     if search.ranked:
-        best, caption = search.ranked[:BEST_SHOWN], "The best trials of the search, each set of values once."
-        parts[0].shown = [trials_table(search, f"{file}_best", caption, best)]
+        parts[0].shown = [trials_table(search, f"{file}_best", "best_trials", search.ranked[:BEST_SHOWN])]
         parts.append(Part("Best score by trial", [_history(search, f"{file}_history")]))
         parts.append(Part("Score against each option", [_scatter(search, f"{file}_options")]))
         importances = Part("Importance of each option")
@@ -131,9 +129,8 @@ def search_section(search: Search, number: int) -> Section:
             rows: list[Row] = [
                 {"option": option, "importance": share(part)} for option, part in search.importances.items()
             ]
-            caption = "Importance of each option, in per cent of the sum."
             importances.shown = [_importances(search, f"{file}_importances")]
-            importances.folded = [Table(f"{file}_importances", caption, rows)]
+            importances.folded = [Table(f"{file}_importances", CAPTIONS["importances_table"], rows)]
         else:
             why = f"they take at least {TRIALS_FOR_IMPORTANCES} complete trials, found {len(search.complete)}"
             importances.notes = [Note(f"Importances are missing: {why}.")]
@@ -183,7 +180,7 @@ def trials_table(search: Search, name: str, caption: str, trials: Sequence[Froze
         row |= {score: share(trial.value, none), "run": run.tag if run else none}
         rows.append(row)
     titles = {"number": "Trial", score: "Score", **{option: option for option in search.space}}
-    return Table(name, f"{caption} Score: the best {search.metric_title}, in per cent.", rows, titles)
+    return Table(name, CAPTIONS[caption].format(metric=search.metric_title), rows, titles)
 
 
 def _history(search: Search, name: str) -> Figure:
@@ -199,7 +196,7 @@ def _history(search: Search, name: str) -> Figure:
     axes.set_ylabel(f"V{search.metric_title[1:]}, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     canvas.legend(loc="outside upper left", ncols=2)
-    caption = f"The {search.metric_title} of each complete trial of the search {search.name}, and the best so far."
+    caption = CAPTIONS["history"].format(metric=search.metric_title, search=search.name)
     return finished(canvas, name, "Best score by trial", caption)
 
 
@@ -214,9 +211,7 @@ def _scatter(search: Search, name: str) -> Figure:
         ring(axes, place_of[best.params[option]], search.scores[best.number], COLOURS[1])
         axes.set_xlabel(option)
     logarithmic = [option for option, drawn_from in search.space.items() if getattr(drawn_from, "log", False)]
-    caption = (
-        f"The {search.metric_title} of each complete trial against the value of each option; ring: the best trial."
-    )
+    caption = CAPTIONS["scatter"].format(metric=search.metric_title)
     if logarithmic:
         caption += f" On a logarithmic axis, as they were drawn: {listed(logarithmic)}."
     return finished(canvas, name, "Score against each option", caption)
@@ -231,10 +226,7 @@ def _importances(search: Search, name: str) -> Figure:
     axes.barh(range(len(shares)), shares, height=0.6, color=COLOURS[0])
     axes.set_xlim(0, 100)
     axes.set_xlabel("importance, % of the sum")
-    caption = (
-        f"How far the values of each option tell the best {per_cent(TOP_SHARE)} of the complete trials from all "
-        "(PED-ANOVA), as shares of the sum. Of few trials, a hint at most."
-    )
+    caption = CAPTIONS["importances"].format(share=per_cent(TOP_SHARE))
     return finished(canvas, name, "Importance of each option", caption)
 
 

@@ -23,7 +23,7 @@ from runs.report.table import (
     points,
     share,
 )
-from runs.report.text import METRIC_TITLES, capital, conditions, dataset_title, without_home
+from runs.report.text import CAPTIONS, METRIC_TITLES, capital, dataset_title, without_home
 from runs.run_reader import flat_options
 from vilt.datasets.specs import DATASETS
 
@@ -59,14 +59,7 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
                 "folder": one.place,
             }
         )
-    return Table(
-        "runs",
-        "All runs of this report. Best validation and test are the metric of the dataset, in per cent; the test is at "
-        "the run's own test pattern. A repeated run has the configuration and seed of a later or more complete one, "
-        "which counts instead. A trial is one of a search, which has a section of its own.",
-        rows,
-        {"robustness": "Robustness results"},
-    )
+    return Table("runs", CAPTIONS["runs"], rows, {"robustness": "Robustness results"})
 
 
 def versions_table(runs: Sequence[ReportRun]) -> Table:
@@ -74,7 +67,7 @@ def versions_table(runs: Sequence[ReportRun]) -> Table:
     versions = {run.tag: versions_of(run.environment) if run.environment else {} for run in runs}
     names = dict.fromkeys(name for of_run in versions.values() for name in of_run)
     rows = [{"what": name, **{tag: found.get(name, MISSING) for tag, found in versions.items()}} for name in names]
-    return Table("versions", "What the runs ran on.", rows, {"what": ""})
+    return Table("versions", CAPTIONS["versions"], rows, {"what": ""})
 
 
 def options_table(runs: Sequence[ReportRun], defaults: dict[str, Any]) -> Table:
@@ -87,8 +80,7 @@ def options_table(runs: Sequence[ReportRun], defaults: dict[str, Any]) -> Table:
     texts = frame.astype(object).where(frame.notna(), NOT_APPLICABLE)
     rows: list[Row] = [{"option": name, **row} for name, row in texts.to_dict("index").items()]
     strong = {(number, tag) for number, row in enumerate(differs.to_dict("records")) for tag in row if row[tag]}
-    caption = "Options that differ from the defaults; those that do in bold. What is not set is none."
-    return Table("options", caption, rows, strong=strong)
+    return Table("options", CAPTIONS["options"], rows, strong=strong)
 
 
 def _option_text(value: Any) -> str:
@@ -116,15 +108,8 @@ def comparison_table(dataset: Dataset) -> Table:
             rows[-1][f"trained at {pattern}"] = mean_std(found)
             best = max(line.at_own_pattern.mean for (_, p), line in at.items() if p == pattern and line.at_own_pattern)
             strong |= {(number, f"trained at {pattern}")} if found and found.mean == best else set()
-    return Table(
-        f"comparison_{dataset.key}",
-        f"{capital(dataset.metric_title)} in per cent on the test split, at the pattern of the training: mean over "
-        "train seeds, ± their standard deviation where there are several; the best mean in bold. Trainable parameters: "
-        "the head's too. Minutes are those of a training, its validation included, where the run was not interrupted.",
-        rows,
-        {"trained_parameters": "Trainable parameters", "training_minutes": "Minutes"},
-        strong,
-    )
+    titles = {"trained_parameters": "Trainable parameters", "training_minutes": "Minutes"}
+    return Table(f"comparison_{dataset.key}", dataset.caption("comparison"), rows, titles, strong)
 
 
 def _cost(lines: Sequence[Line], name: str, form: str, unit: float = 1) -> Value:
@@ -141,12 +126,7 @@ def matrix_table(dataset: Dataset) -> Table:
         shares = {f"{name}_available": 100 * available for name, available in pattern.available.items()}
         values = {line.label: mean_std(line.matrix.get(pattern)) for line in dataset.measured}
         rows.append({"missing_type": pattern.kind, "missing_ratio": 100 * pattern.ratio, **shares, **values})
-    return Table(
-        f"matrix_{dataset.key}",
-        f"{capital(dataset.metric_title)} by missing type and missing ratio of the test set, all in per cent: mean ± "
-        "standard deviation over train seeds and table seeds.",
-        rows,
-    )
+    return Table(f"matrix_{dataset.key}", dataset.caption("matrix"), rows)
 
 
 def read_published(task: str) -> pd.DataFrame:
@@ -176,15 +156,7 @@ def published_table(dataset: Dataset) -> Table:
             if ours and theirs is not None:
                 difference = points(100 * ours.mean - theirs)
             rows[-1] |= {f"{variant} (ours)": mean_std(ours), f"{variant} difference": difference}
-    return Table(
-        f"published_{dataset.key}",
-        f"{capital(dataset.metric_title)} in the layout of the published table, all in per cent: training and test "
-        "have the same missing type and ratio. Best published value in bold. Ours: mean over train seeds, ± their "
-        "standard deviation where there are several. Difference: ours less the published method of the same name, in "
-        "percentage points.",
-        rows,
-        strong=strong,
-    )
+    return Table(f"published_{dataset.key}", dataset.caption("published"), rows, strong=strong)
 
 
 def is_row(pattern: Pattern, row: dict[Any, Any]) -> bool:
@@ -204,13 +176,8 @@ def confidence_table(dataset: Dataset) -> Table:
             rows.append(of_run | {"test_samples_are": str(name)} | cells)
     levels = sorted({(found.level, found.resamples) for _, _, found in results})
     how = " or ".join(f"{100 * level:g} % from {resamples:,} resamples" for level, resamples in levels)
-    return Table(
-        f"confidence_{dataset.key}",
-        f"Results in per cent with every test sample {conditions(dataset.type_names)}, and their bootstrap "
-        f"confidence intervals over samples ({how}).",
-        rows,
-        {name: capital(title) for name, title in METRIC_TITLES.items()},
-    )
+    titles = {name: capital(title) for name, title in METRIC_TITLES.items()}
+    return Table(f"confidence_{dataset.key}", dataset.caption("confidence", how=how), rows, titles)
 
 
 def per_class_table(dataset: Dataset) -> Table:
@@ -222,13 +189,7 @@ def per_class_table(dataset: Dataset) -> Table:
             rows.append({"method": line.label, "class": name, "support": support})
             for score, kind in scores:
                 rows[-1][f"{score} {kind}".replace(" ", "_")] = mean_std(line.by_class.get((name, score, kind)))
-    return Table(
-        f"per_class_{dataset.key}",
-        f"F1, precision and recall in per cent by class, with every test sample {conditions(dataset.type_names)}: "
-        "mean over train seeds, ± their standard deviation where there are several. Most frequent class first.",
-        rows,
-        {"support": "Samples"},
-    )
+    return Table(f"per_class_{dataset.key}", dataset.caption("per_class"), rows, {"support": "Samples"})
 
 
 def confusion_table(dataset: Dataset) -> Table:
@@ -242,10 +203,5 @@ def confusion_table(dataset: Dataset) -> Table:
                 row: Row = {"method": line.label, "run": run.tag, "test_samples_are": name}
                 row |= {"true": pair["true"], "predicted": pair["predicted"]}
                 rows.append({**row, "count": int(pair["count"]), "share": share(pair["share"])})
-    return Table(
-        f"confusions_{dataset.key}",
-        f"The {CONFUSIONS_SHOWN} most frequent confusions by missing type, of the first train seed of each method. "
-        "Share: of the samples of the true class, in per cent.",
-        rows,
-        {"true": "True class", "count": "Samples"},
-    )
+    caption = dataset.caption("confusions", shown=CONFUSIONS_SHOWN)
+    return Table(f"confusions_{dataset.key}", caption, rows, {"true": "True class", "count": "Samples"})

@@ -3,7 +3,9 @@
 import math
 import re
 import textwrap
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 
 from common.text import Estimate
 from vilt.datasets.custom import CUSTOM
@@ -14,6 +16,7 @@ METRIC_TITLES = {
     "accuracy": "accuracy",
     "auroc": "AUROC",
 }
+CAPTIONS = tomllib.loads((Path(__file__).parent / "templates" / "captions.toml").read_text("utf-8"))
 _NAME = r"[^/\\\\\s\"',;:]+"
 _HOME = re.compile(rf"(?<![\w.~-])(?:/home/{_NAME}|/Users/{_NAME}|/root(?![\w.-])|[A-Za-z]:\\+Users\\+{_NAME})")
 

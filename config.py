@@ -4,8 +4,9 @@ Nothing here loads torch, so that `print_config` and a wrong option answer at on
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -26,11 +27,13 @@ from common.readers import (
     path,
     path_or_name,
     several,
+    word_or,
     wrong,
 )
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, Split
-from vilt.missing_tables import DRAWINGS, MISSING_TYPES, PUBLISHED, MissingPattern
+from vilt.missing_tables import DRAWINGS, PUBLISHED, MissingPattern
+from vilt.missing_types import ANY, BOTH
 
 if TYPE_CHECKING:
     from clip.modules.method import MethodOptions
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from vilt.datamodules import DataSettings
 
 AUTO = "auto"
+MISSING_TYPES = list(EVERY_DATASET[CUSTOM].missing_types)
+BOTH_EVERYWHERE = dict.fromkeys(SPLITS, BOTH)
 SEED = integer(0, 2**32 - 1)
 """As many as NumPy and Lightning take."""
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -60,9 +65,24 @@ def method_name(option: str, value: Any) -> str:
     return one_of(*METHODS)(option, value)
 
 
-def path_or_auto(option: str, value: Any) -> Path | str:
-    """Reads a path, or `auto`."""
-    return AUTO if value == AUTO else path(option, value)
+@dataclass(frozen=True)
+class MissingTypeReader:
+    """Reads missing types, those of the modalities of a task.
+
+    Args:
+        shape: from a reader of one missing type to the option's.
+        default: of the option; for tasks that have other types `otherwise`, or all of theirs, is read instead.
+    """
+
+    shape: Callable[[Reader], Reader]
+    default: Any = None
+    otherwise: str | None = None
+
+    def __call__(self, option: str, value: Any, task: Any = None) -> Any:
+        known = list(EVERY_DATASET[task if task in EVERY_DATASET else CUSTOM].missing_types)
+        if value and value == self.default and known != MISSING_TYPES:
+            value = self.otherwise or known
+        return self.shape(one_of(*known))(option, value)
 
 
 def warmup(option: str, value: Any) -> float:
@@ -77,11 +97,6 @@ def interval(option: str, value: Any) -> int | float:
     if is_number(value) and (0 < value <= 1 or (isinstance(value, int) and value > 1)):
         return value if isinstance(value, int) and value > 1 else float(value)
     raise wrong(option, "a share of an epoch above 0 and up to 1, or an integer number of batches", value)
-
-
-def power(option: str, value: Any) -> float | str:
-    """Reads a positive number or `cosine`."""
-    return "cosine" if value == "cosine" else number(0, above=True)(option, value)
 
 
 def gpus(option: str, value: Any) -> int:
@@ -193,8 +208,8 @@ class Options:
         dict.fromkeys(SPLITS, 0.7), by_key(SPLITS, number(0, 1)), DATA,
         "share of samples that lose a modality; a number sets all splits")
     missing_type: dict[Split, str] = option(
-        dict.fromkeys(SPLITS, "both"), by_key(SPLITS, one_of(*MISSING_TYPES)), DATA,
-        "text, image or both; one word sets all splits")
+        BOTH_EVERYWHERE, MissingTypeReader(partial(by_key, SPLITS), BOTH_EVERYWHERE, ANY), DATA,
+        "text, image or both; of more modalities a name, any or some; one word sets all splits")
     both_ratio: float = option(
         0.5, number(0, 1), DATA, "for both: share of the incomplete samples that lose the image, not the text")
     missing_table_root: Path = option("datasets/missing_tables", path, MACHINE, "where missing tables are kept")
@@ -235,7 +250,8 @@ class Options:
     max_steps: int | None = option(
         None, optional(integer(1)), TRAINING, "optimiser steps; None: as many as max_epoch needs")
     warmup_steps: float = option(0.1, warmup, TRAINING, "optimiser steps of linear warm-up, or a share if below 1")
-    decay_power: float | str = option(1, power, TRAINING, "power of the polynomial decay, or cosine")
+    decay_power: float | str = option(
+        1, word_or("cosine", number(0, above=True)), TRAINING, "power of the polynomial decay, or cosine")
     end_lr: float = option(0, number(0), TRAINING, "learning rate at the last step")
     val_check_interval: int | float = option(None, optional(interval), TRAINING,
         "epochs between validations, or batches if above 1; None: 0.2, on Hateful Memes 0.1, with DCP there 0.11")
@@ -256,17 +272,17 @@ class Options:
         0, SEED, TRAINING, "seed of the run that wrote a published checkpoint: draws its dynamic queries")
     finetune_first: bool = option(False, flag, TRAINING, "a warm start takes the head too (of the same task)")
     resume_from: Path | str | None = option(
-        None, optional(path_or_auto), RUN, "`last.ckpt` of an interrupted run, to resume it; auto: finds it")
+        None, optional(word_or(AUTO, path)), RUN, "`last.ckpt` of an interrupted run, to resume it; auto: finds it")
     fast_dev_run: bool = option(False, flag, RUN, "one batch of everything, nothing written")
     test_after_fit: bool = option(True, flag, RUN, "evaluate the best checkpoint on the test split after training")
     test_only: bool = option(False, flag, RUN, "evaluate load_path on the test split")
     test_ratio: float | None = option(None, optional(number(0, 1)), RUN, "missing ratio of validation and test")
     test_type: str | None = option(
-        None, optional(one_of(*MISSING_TYPES)), RUN, "missing type of validation and test")
+        None, MissingTypeReader(optional), RUN, "missing type of validation and test")
     test_exp_name: str | None = option(None, optional(folder_name), RUN, "name of the folder of a test_only run")
 
     robustness_types: tuple[str, ...] = option(
-        list(MISSING_TYPES), several(one_of(*MISSING_TYPES)), COMMAND, "robustness: missing types")
+        MISSING_TYPES, MissingTypeReader(several, MISSING_TYPES), COMMAND, "robustness: missing types")
     robustness_ratios: tuple[float, ...] = option(
         [tenths / 10 for tenths in range(11)], several(number(0, 1)), COMMAND, "robustness: missing ratios")
     robustness_both_ratios: tuple[float, ...] | None = option(
@@ -286,7 +302,7 @@ class Options:
 
     sweep_name: str = option("sweep", folder_name, COMMAND, "sweep: name of its folder, below log_dir")
     sweep_types: tuple[str, ...] = option(
-        list(MISSING_TYPES), several(one_of(*MISSING_TYPES)), COMMAND,
+        MISSING_TYPES, MissingTypeReader(several, MISSING_TYPES), COMMAND,
         "sweep: missing types, of training and test alike")
     sweep_ratios: tuple[float, ...] = option([0.5, 0.7, 0.9], several(number(0, 1)), COMMAND, "sweep: missing ratios")
     sweep_seeds: tuple[int, ...] = option([0, 1, 2], several(SEED), COMMAND, "sweep: seeds")
@@ -325,7 +341,7 @@ class Options:
 
     def robustness_patterns(self) -> list[list[MissingPattern]]:
         """The cells of a robustness matrix: of each, its pattern with every table seed."""
-        both_ratios = {"both": self.robustness_both_ratios or (self.both_ratio,)}  # the other types do not depend on it
+        both_ratios = {BOTH: self.robustness_both_ratios or (self.both_ratio,)}  # the other types do not depend on it
         return [
             [MissingPattern(kind, ratio, both, seed, self.missing_tables) for seed in self.robustness_seeds]
             for kind in self.robustness_types

@@ -11,16 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
-from tqdm import tqdm
 
-from common.errors import CheckupError, ConfigError, UserError, machine_error
+from common.errors import CheckupError, ConfigError, OtherProcessError, UserError, machine_error
+from common.logs import set_up_logging
 from common.messages import first_line
+from common.signals import Stopped, end_loaders, stopping_on_signals
 from config import DEFAULTS, OPTIONS, unknown_option
-from engine.checkpoint import (
-    read_checkpoint,
-)
 from engine.ending import (
     DONE,
     INTERRUPTED,
@@ -29,28 +26,13 @@ from engine.ending import (
     end_with_signal,
     end_with_user_error,
 )
-from engine.interruption import Stopped, end_loaders, stopping_on_signals
-from engine.open_model import open_model
-from engine.predict import Predictor, describe_predictions, read_items, write_predictions
-from engine.processes import OtherProcessError
-from engine.trainer import set_up_logging
-from runs.check_options import check, read_options, read_with_machine
-from runs.evaluation import backbone_choice, evaluate, measure_target
+from runs.check_options import PREDICTION_OPTIONS, check, read_load_paths, read_options
 from runs.experiment import EX, ConfigAddedError, SacredError, check_command_line, described_options, options_in_files
 from runs.published_options import with_names_of_here
-from runs.robustness_text import describe_one, describe_several
-from runs.run_table import describe_runs, list_runs, sort_runs, write_runs
-from runs.sweep.command import run_sweep
-from runs.targets import open_targets
-from runs.training import train, train_from
 
-log = logging.getLogger("rep")
 EX.doc = __doc__  # for `run.py --help`
 
-PREDICTION_OPTIONS = (
-    *("load_path", "input", "output", "per_gpu_batchsize"),
-    *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed"),
-)
+# Each command imports what it needs once the options are checked: torch and Lightning take seconds.
 
 
 @EX.main
@@ -60,6 +42,9 @@ def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
     written = written_options(_run)  # a file may be the config.json of a run, which has all options
     if of_sweeps := sorted(n for n in written if n.startswith("sweep_") or n in ("search", "search_trials")):
         raise ConfigError(f"{of_sweeps[0]}: for many runs; expected `python run.py sweep with …`")
+    from runs.evaluation import evaluate
+    from runs.training import train
+
     set_up_logging()
     return evaluate(options, given) if options.test_only else train(options)
 
@@ -67,14 +52,16 @@ def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
 @EX.command
 def robustness(_config: dict[str, Any], _run: Any) -> None:
     """Evaluates load_path at all robustness_types and robustness_ratios, from three passes over the test split."""
+    read_load_paths(_config)
+    from runs.evaluation import measure_target
+    from runs.robustness_text import describe
+    from runs.targets import open_targets
+
     set_up_logging()
     given = given_options(_run)
-    targets = open_targets(_config, given)
-    found = [
-        (target.subject, measured) for target in targets if (measured := measure_target(target, given)) is not None
-    ]
-    if found:
-        print(f"\n{describe_several(found) if len(found) > 1 else describe_one(*found[0])}\n")
+    measured = [(target.subject, measure_target(target, given)) for target in open_targets(_config, given)]
+    if found := [(subject, results) for subject, results in measured if results is not None]:
+        print(f"\n{describe(found)}\n")
 
 
 @EX.command(unobserved=True)
@@ -87,6 +74,8 @@ def print_config(_config: dict[str, Any]) -> None:
 def runs(_config: dict[str, Any]) -> None:
     """Prints the table of all runs below log_dir, sorted by runs_sort, and writes it to log_dir/runs.csv."""
     options = read_options(_config, ["log_dir", "runs_sort"])
+    from runs.run_table import describe_runs, list_runs, sort_runs, write_runs
+
     log_dir = options["log_dir"]
     rows = sort_runs(list_runs(log_dir), options["runs_sort"])
     write_runs(rows, log_dir / "runs.csv")
@@ -96,9 +85,9 @@ def runs(_config: dict[str, Any]) -> None:
 @EX.command(unobserved=True)
 def report(_config: dict[str, Any]) -> None:
     """Writes a page, with tables and figures, about the runs in and below the folders `runs`, into the folder `out`."""
-    from runs.report import make_report  # draws with matplotlib, which nothing else needs
-
     options = read_options(_config, ["runs", "out"])
+    from runs.report import make_report
+
     set_up_logging()
     print(f"\nwritten to {make_report(options['runs'], options['out'], DEFAULTS)}\n")
 
@@ -106,29 +95,22 @@ def report(_config: dict[str, Any]) -> None:
 @EX.command(unobserved=True)
 def predict(_config: dict[str, Any], _run: Any) -> None:
     """Predicts classes of the images and texts that `input` names with load_path, and writes them to `output`."""
-    options = read_with_machine(_config, PREDICTION_OPTIONS)
+    options = read_options(_config, PREDICTION_OPTIONS)
     if options["load_path"] is None or options["input"] is None:
         raise ConfigError(
             "predict: expected a checkpoint and samples, as in load_path=result/…/best.ckpt input=samples.csv"
         )
+    from runs.prediction import predict_file
+
     set_up_logging()
-    items = read_items(options["input"])
-    checkpoint = read_checkpoint(options["load_path"])
-    choice = backbone_choice(options, given_options(_run))
-    classifier, tokenizer = open_model(checkpoint, choice, options["vit"])
-    device = torch.device("cuda" if options["num_gpus"] else "cpu")
-    predictor = Predictor(checkpoint, classifier, tokenizer, device, options["precision"])
-    batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
-    predictions = predictor.predict_items(items, batch_size=batch_size, workers=workers)
-    shown = tqdm(predictions, "predicting", len(items), disable=not sys.stderr.isatty())
-    first = write_predictions(options["output"], items, shown, predictor)
-    print(f"\n{describe_predictions(items, first)}\n\n  {len(items):,} predictions, written to {options['output']}\n")
+    print(f"\n{predict_file(_config, given_options(_run))}\n")
 
 
 @EX.command(unobserved=True)
 def doctor(_config: dict[str, Any]) -> None:
     """Checks installation, machine, dataset, weights and one training step: a line each, with ok, warn or FAIL."""
     from runs.doctor import examine
+    from runs.training import train_from
 
     set_up_logging()
     logging.disable(logging.INFO)
@@ -140,6 +122,18 @@ def doctor(_config: dict[str, Any]) -> None:
         raise CheckupError(f"{failed} of {len(levels)} checks failed")
 
 
+@EX.command
+def sweep(_config: dict[str, Any], _run: Any, search: Any, sweep_over: Any, sweep_slurm: Any) -> None:
+    """Trains and evaluates a grid of missing patterns and seeds, or searches for good values of options.
+
+    The last arguments are there so that Sacred lets entries be added to them; they are in `_config` too.
+    """
+    from runs.sweep.command import run_sweep
+
+    set_up_logging()
+    run_sweep(_config, _run.meta_info["options"]["UPDATE"])
+
+
 def given_options(sacred_run: Any) -> set[str]:
     """Names of the options that the command line sets, itself or in the .json files that it names."""
     return written_options(sacred_run) | set(options_in_files(sacred_run.meta_info["options"]["UPDATE"]))
@@ -149,16 +143,6 @@ def written_options(sacred_run: Any) -> set[str]:
     """Names of the options that the command line itself sets."""
     updates = [update for update in sacred_run.meta_info["options"]["UPDATE"] if "=" in update]
     return {update.partition("=")[0].partition(".")[0].strip() for update in updates}
-
-
-@EX.command
-def sweep(_config: dict[str, Any], _run: Any, search: Any, sweep_over: Any, sweep_slurm: Any) -> None:
-    """Trains and evaluates a grid of missing patterns and seeds, or searches for good values of options.
-
-    The last arguments are there so that Sacred lets entries be added to them; they are in `_config` too.
-    """
-    set_up_logging()
-    run_sweep(_config, _run.meta_info["options"]["UPDATE"])
 
 
 def command_line(argv: list[str]) -> int:
@@ -180,8 +164,6 @@ def command_line(argv: list[str]) -> int:
     except OtherProcessError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
-    except torch.OutOfMemoryError as error:
-        return end_with_user_error(error, run_folder(), f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
     except Stopped as stop:
         end_loaders()
         # Of the other processes Lightning takes any status but 0 for a fault, and kills the first.
@@ -195,6 +177,9 @@ def command_line(argv: list[str]) -> int:
     except Exception as error:
         if EX.current_run is None:  # Sacred did not get beyond reading the command line
             return end_with_user_error(error, None, f"command line: {first_line(error)}")
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            advice = f"{first_line(error)} A smaller per_gpu_batchsize needs less."
+            return end_with_user_error(error, run_folder(), advice)
         if isinstance(error, OSError) and (refusal := machine_error(error, run_folder())) is not None:
             return end_with_user_error(error, run_folder(), str(refusal))
         return end_with_our_fault(error, run_folder())

@@ -14,10 +14,11 @@ from clip.tokenizer import load_tokenizer
 from demo.backbone import train_tokenizer
 from vilt.datamodules import collate
 from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import kinds_of
 from vilt.datasets.specs import DATASETS
-from vilt.missing_tables import IMAGE_MISSING, MissingPattern, draw_missing_table
+from vilt.missing_tables import MissingPattern, draw_missing_table
 
-FILMS, BATCH, POSTER, WORDS = 192, 32, (300, 440), 110
+FILMS, BATCH, POSTER, WORDS, SIZE = 192, 32, (300, 440), 110, 224
 
 
 class Loading:
@@ -33,7 +34,8 @@ class Loading:
             writer.write_table(table)
         train_tokenizer(plots).save_pretrained(folder)
         self.tokenizer = load_tokenizer(str(folder))
-        self.dataset = ArrowDataset(DATASETS["mmimdb"], folder, "train", 224)
+        self.dataset = ArrowDataset(DATASETS["mmimdb"], folder, "train", SIZE)
+        self.kinds = kinds_of(self.dataset.spec)
         self.dataset.tokenize(self.tokenizer, self.tokenizer.fingerprint)
         pattern = MissingPattern("image", 0.7, 0.5, 0)
         self.dataset.missing_table = draw_missing_table("mmimdb", "train", pattern, FILMS)
@@ -41,7 +43,7 @@ class Loading:
     def ours(self) -> None:
         """An epoch in batches."""
         for start in range(0, FILMS, BATCH):
-            collate(self.dataset.__getitems__([(0, index) for index in range(start, start + BATCH)]))
+            collate(self.kinds, self.dataset.__getitems__([(0, index) for index in range(start, start + BATCH)]))
 
     def theirs(self) -> None:
         """An epoch in batches, as published: all is decoded and tokenised, then a missing image becomes ones."""
@@ -49,9 +51,9 @@ class Loading:
             torch.stack([self._load(row) for row in range(start, start + BATCH)])
 
     def _load(self, row: int) -> Tensor:
-        image = load_image(self.dataset.table["image"][row].as_py(), self.dataset.image_size)
+        image = load_image(self.dataset.table["image"][row].as_py(), SIZE)
         torch.from_numpy(self.tokenizer(self.dataset.table["plots"][row].as_py())[0])
-        return torch.ones_like(image) if self.dataset.missing_table[row] == IMAGE_MISSING else image
+        return torch.ones_like(image) if self.dataset.missing_table[row] == 2 else image
 
 
 def _poster(draw: np.random.Generator) -> bytes:

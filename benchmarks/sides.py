@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from benchmarks.baseline import PublishedAlgorithm
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.interfaces import COMPLETE, IMAGE_MISSING, TEXT_MISSING, ModelInput
+from clip.modules.interfaces import ModelInput
 from clip.modules.method import MethodOptions
-from clip.modules.vision_transformer_memory import ClipArchitecture
+from clip.modules.vision_transformer_memory import ClipArchitecture, normalise
 from engine.checkpoint import ModelSpec, build_classifier
 from engine.optimization import OptimizerSettings, make_optimizer
 from engine.tasks import TASKS
-from vilt.transforms import normalise
 
 VIT_B16 = ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu")
 TASK = TASKS["mmimdb"]
+NO_TEXT, NO_IMAGE = 1, 2
+"""Missing types."""
 SPEC = ModelSpec(TASK.name, MethodOptions("rep", memory_length=36, memory_depth=6), VIT_B16)
 START, END = 49406, 49407
 
@@ -38,12 +39,12 @@ class Data:
             tokens[row, 0], tokens[row, length - 1] = START, END
         self.images, self.tokens = images.to(device), tokens.to(device)
         self.missing_type_B = torch.tensor(types, device=device)
-        self.present_BM = torch.tensor([[t != IMAGE_MISSING, t != TEXT_MISSING] for t in types], device=device)
+        self.present_BM = torch.tensor([[t != NO_IMAGE, t != NO_TEXT] for t in types], device=device)
         image_rows, text_rows = (present_B.nonzero().flatten() for present_B in self.present_BM.unbind(1))
         self.rows = {"image": image_rows, "text": text_rows}
         self.present_images, self.present_tokens = self.images[image_rows], self.tokens[text_rows]
         self.types = tuple(sorted(set(types)))
-        lengths_there = [length for length, t in zip(lengths, types, strict=True) if t != TEXT_MISSING]
+        lengths_there = [length for length, t in zip(lengths, types, strict=True) if t != NO_TEXT]
         self.lengths = {"text": max(lengths_there)} if lengths_there else {}
         self.labels = (torch.rand(B, TASK.n_classes, generator=generator) < 0.1).float().to(device)
 
@@ -61,13 +62,13 @@ def mixed(size: int) -> list[int]:
     """Missing types at 70 % both: 30 % complete, 35 % without text, 35 % without image."""
     complete = round(0.3 * size)
     no_text = (size - complete) // 2
-    return [COMPLETE] * complete + [TEXT_MISSING] * no_text + [IMAGE_MISSING] * (size - complete - no_text)
+    return [0] * complete + [NO_TEXT] * no_text + [NO_IMAGE] * (size - complete - no_text)
 
 
 def without_image(size: int, share: float) -> list[int]:
     """Missing types where `share` of the samples lack the image."""
     missing = round(share * size)
-    return [COMPLETE] * (size - missing) + [IMAGE_MISSING] * missing
+    return [0] * (size - missing) + [NO_IMAGE] * missing
 
 
 class Side:

@@ -50,18 +50,19 @@ IGNORED_ENTRIES = {"input_resolution", "context_length", "vocab_size", "attn_mas
 
 @dataclass(frozen=True)
 class Backbone:
-    """Frozen CLIP weights."""
+    """Frozen weights."""
 
     name: str
     """What `vit` was."""
-    architecture: ClipArchitecture
+    architecture: Any
+    """The sizes, as the family describes them."""
     state: dict[str, Tensor]
-    """float32 tensors named `image_encoder.*`, `text_encoder.*`, `logit_scale`."""
+    """float32 tensors; of CLIP `image_encoder.*`, `text_encoder.*`, `logit_scale`."""
     sha256: str
     """Of the weights' values, the same in whatever format they were read."""
 
     def load_into(self, model: nn.Module) -> None:
-        """Copies the weights into a `ClipBackbone` of the same architecture, which may hold a method too."""
+        """Copies the weights into a backbone of the same architecture, which may hold a method too."""
         unexpected = model.load_state_dict(self.state, strict=False).unexpected_keys
         assert not unexpected, unexpected
 

@@ -46,6 +46,14 @@ class MachineError(UserError):
     """The machine refuses: a disk is full, a folder may not be written, too many files are open, no memory is left."""
 
 
+class OtherProcessError(Exception):
+    """Another process of the run is gone; `status` is the exit status for this one."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, a used-up quota, a limit on the size of files."""
 OF_THE_MACHINE = {

@@ -130,6 +130,11 @@ def optional(reader: Reader) -> Reader:
     return lambda option, value: None if value is None or value == "" else reader(option, value)
 
 
+def word_or(word: str, reader: Reader) -> Reader:
+    """Reads `word`, or what `reader` reads."""
+    return lambda option, value: word if value == word else reader(option, value)
+
+
 def by_key(keys: Sequence[str], reader: Reader) -> Reader:
     """Reads one value for all keys, or a dictionary with each of them."""
 

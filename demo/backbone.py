@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from clip.modules.vision_transformer_memory import normalise
 from clip.tokenizer import CONTEXT_LENGTH, END, PIECES, START, byte_characters
 from common.errors import DataError
 from demo.data import whole_folder
-from vilt.transforms import decode_image, normalise
+from vilt.transforms import decode_image
 
 _WORD_END = "</w>"
 VOCABULARY = 2000

@@ -11,9 +11,10 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from common.errors import CheckpointError
+from common.signals import Stopped
 from engine.checkpoint import DESCRIPTION
 from engine.checkpoint_file import write_checkpoint
-from engine.interruption import Stopped, StopRequest
+from engine.interruption import StopRequest
 from engine.training import FinetuneModule
 from vilt.datamodules import Batch, TimedLoader
 

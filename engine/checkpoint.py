@@ -20,9 +20,7 @@ from clip.backbone import Backbone, architecture_of, shape_of
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import UNUSED, MethodOptions
 from clip.modules.registry import HEADS, METHODS, head_class, method_class
-from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from clip.published_queries import published_queries
-from clip.tokenizer import ClipTokenizer
 from clip.trainable import freeze, parts_of
 from common.errors import CheckpointError
 from common.hashing import file_sha256
@@ -30,9 +28,11 @@ from common.messages import first_line, quoted
 from common.records import record_of
 from common.torch_file import check_state, first_of, load_inert, state_dict_of
 from engine.checkpoint_file import check_intact
-from engine.tasks import TASK_NAMES, TASKS, task_of
+from engine.families import family_of
+from engine.tasks import TASKS, task_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.specs import EVERY_DATASET, DatasetSpec, spec_of
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +62,16 @@ class ModelSpec:
 
     task: str
     method: MethodOptions
-    architecture: ClipArchitecture
+    architecture: Any
+    """Sizes of the backbone, as its family describes them."""
     head: str = "linear"
     custom: CustomData | None = None
     """Classes and metric of a custom dataset (task `custom`)."""
+
+    @property
+    def dataset(self) -> DatasetSpec:
+        """Row of the dataset."""
+        return spec_of(self.task, self.custom)
 
 
 @dataclass(frozen=True)
@@ -129,9 +135,8 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
         ValueError: the method's sizes do not fit each other or the backbone.
     """
     task = task_of(spec.task, spec.custom)
-    architecture = spec.architecture
-    method = method_class(spec.method.prompt_type)(architecture.places, architecture.embed_dim, spec.method)
-    backbone = ClipBackbone(architecture)
+    backbone = family_of(spec.task).build(spec.architecture)
+    method = method_class(spec.method.prompt_type)(backbone.places, backbone.embed_dim, spec.method)
     head = head_class(spec.head)(len(backbone.places), backbone.embed_dim, task.n_classes)
     classifier = MissingModalityClassifier(backbone, method, task.head_name, head)
     freeze(classifier, spec.task)
@@ -221,16 +226,17 @@ def _described_model(described: Any) -> dict[str, Any]:
     task, head = described["task"], described.get("head", "linear")
     options = {field.name for field in fields(MethodOptions)} & described.keys()
     method = record_of(MethodOptions, {name: described[name] for name in options})
-    known_values = (("task", task, TASK_NAMES), ("prompt_type", method.prompt_type, METHODS), ("head", head, HEADS))
+    known_values = (("task", task, EVERY_DATASET), ("prompt_type", method.prompt_type, METHODS), ("head", head, HEADS))
     for option, value, known in known_values:
         if value not in list(known):
             raise ValueError(f"{option} {quoted(value)}, expected one of {', '.join(known)}")
     custom = CustomData.of(described["custom"]) if task == CUSTOM else None
+    architecture = record_of(family_of(task).architecture, described["architecture"])
     class_names = tuple(map(str, described.get("class_names", ())))
     if class_names and len(class_names) != (expected := task_of(task, custom).n_classes):
         raise ValueError(f"class_names: expected {expected}, found {len(class_names)}")
     return {
-        "spec": ModelSpec(task, method, record_of(ClipArchitecture, described["architecture"]), head, custom),
+        "spec": ModelSpec(task, method, architecture, head, custom),
         "backbone_name": str(described["backbone"]["name"]),
         "backbone_sha256": str(described["backbone"]["sha256"]),
         "class_names": class_names,
@@ -277,19 +283,19 @@ def check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
     differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in theirs if theirs[key] != ours[key]]
     if differing:
         raise CheckpointError(
-            f"{checkpoint.path}: trained on the backbone {checkpoint.backbone_name}, but vit={backbone.name} has "
-            f"others of these: {', '.join(differing)}"
+            f"{checkpoint.path}: trained on the backbone {checkpoint.backbone_name}, but vit={backbone.name} has other "
+            f"weights or sizes: {', '.join(differing)}"
         )
 
 
-def check_tokenizer(checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> None:
+def check_tokenizer(checkpoint: Checkpoint, fingerprint: str) -> None:
     """Raises CheckpointError where `checkpoint` says that it was trained with another tokenizer."""
     used = checkpoint.tokenizer
-    if used is not None and used.fingerprint != tokenizer.fingerprint:
+    if used is not None and used.fingerprint != fingerprint:
         had = f"tokenizer={used.option}" if used.option is not None else "the tokenizer that comes with its backbone"
         raise CheckpointError(
             f"{checkpoint.path}: trained with {had} (fingerprint {used.fingerprint[:16]}…), "
-            f"this tokenizer is another one (fingerprint {tokenizer.fingerprint[:16]}…)"
+            f"this tokenizer is another one (fingerprint {fingerprint[:16]}…)"
         )
 
 

@@ -1,59 +1,14 @@
-"""What SIGTERM and Ctrl-C do: a training run writes a checkpoint and then ends, everything else ends at once.
-
-The exit status is 128 + the signal's number: 143 for SIGTERM, 130 for Ctrl-C.
-"""
+"""What SIGTERM and Ctrl-C do in a training: it stops after an optimiser step, with a checkpoint."""
 
 import logging
-import multiprocessing
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 import pytorch_lightning as pl
 
-from vilt.datamodules import STOP_SIGNALS
+from common.signals import STOP_SIGNALS, stop_now
 
 log = logging.getLogger("rep")
-
-
-class Stopped(SystemExit):
-    """A signal ended the run. `code` is the exit status."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-
-
-def stop_now(number: int, _: FrameType | None) -> None:
-    """A signal handler: ends what runs. Unfinished files are removed on the way."""
-    raise Stopped(number)
-
-
-@contextmanager
-def stopping_on_signals() -> Iterator[None]:
-    """Within the block, SIGTERM and Ctrl-C raise Stopped; to be used in the main thread."""
-    before = {number: signal.signal(number, stop_now) for number in STOP_SIGNALS}
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, Stopped):
-            cause = cause.__context__
-        if cause is not None:  # the error is from cleaning up what the signal stopped halfway
-            raise cause from error
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def end_loaders() -> None:
-    """Kills the loader processes, which hold no state; at exit torch would report their end as an error."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        process.kill()
-        process.join()
-    signal.signal(signal.SIGCHLD, before)
 
 
 class StopRequest:

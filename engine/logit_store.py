@@ -1,9 +1,9 @@
 """The logits of a test split for each missing type, kept beside their checkpoint in `robustness/logits.arrow`.
 
-A sample's logits depend on nothing but the sample and its missing type, so that these three sets of logits give the
-result of any missing table. Until all three are there, each is kept in a part file of its own.
+A sample's logits depend on nothing but the sample and its missing type, so that the logits of each type give the result
+of any missing table. Until all are there, each set is kept in a part file of its own.
 
-Shapes: T missing types (complete, text missing, image missing), N samples, C classes.
+Shapes: T missing types (of M modalities 2^M - 1; with two: complete, one or the other missing), N samples, C classes.
 """
 
 import json
@@ -30,15 +30,12 @@ from engine.training import FinetuneModule
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DatasetSpec
-from vilt.missing_tables import TYPE_NAMES
 
 log = logging.getLogger("rep")
 
 FORMAT = 1
 DESCRIPTION = b"rep"
 """Key of the schema's metadata under which a file says what it holds, as JSON."""
-LOGIT_COLUMNS = tuple(f"logits_{name.replace(' ', '_')}" for name in TYPE_NAMES)
-"""Of the missing types."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +80,12 @@ class SplitLogits:
         return self.logits_TNC[type_N, torch.arange(len(type_N))]
 
 
-def read_logits(
-    path: Path, spec: DatasetSpec, logit_columns: Sequence[str] = LOGIT_COLUMNS
-) -> tuple[pa.Table, dict[str, Any]]:
+def logit_columns_of(spec: DatasetSpec) -> list[str]:
+    """Columns of the missing types of a dataset."""
+    return [f"logits_{name.replace(', ', '_').replace(' ', '_')}" for name in spec.type_names]
+
+
+def read_logits(path: Path, spec: DatasetSpec, logit_columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
     """The memory-mapped table of stored logits of a dataset, and what the file says of itself.
 
     Raises:
@@ -140,6 +140,7 @@ class LogitStore:
         self.path = folder / "logits.arrow"
         self.origin = origin
         self.dataset = dataset
+        self.type_names, self.logit_columns = dataset.spec.type_names, logit_columns_of(dataset.spec)
         self.configuration = configuration
         self.anew = anew
 
@@ -152,7 +153,7 @@ class LogitStore:
         """
         if self._is_complete:
             return []
-        return [kind for kind in range(len(TYPE_NAMES)) if not self._has_part(kind)]
+        return [kind for kind in range(len(self.type_names)) if not self._has_part(kind)]
 
     def load(self) -> SplitLogits:
         """All logits, when none are lacking; parts are joined to logits.arrow.
@@ -160,15 +161,15 @@ class LogitStore:
         Raises:
             DataError: the folder cannot be written.
         """
-        parts = [self._part(kind) for kind in range(len(TYPE_NAMES))]
+        parts = [self._part(kind) for kind in range(len(self.type_names))]
         if not self._is_complete:
-            tables = [self._read(part, [name]) for part, name in zip(parts, LOGIT_COLUMNS, strict=True)]
-            logits = {name: table[name] for name, table in zip(LOGIT_COLUMNS, tables, strict=True)}
+            tables = [self._read(part, [name]) for part, name in zip(parts, self.logit_columns, strict=True)]
+            logits = {name: table[name] for name, table in zip(self.logit_columns, tables, strict=True)}
             self._write(self.path, self._columns() | logits)
         for part in parts:
             part.unlink(missing_ok=True)
-        table = self._read(self.path, LOGIT_COLUMNS)
-        logits_TNC = np.stack([matrix_of(table[name], self.dataset.spec.n_classes) for name in LOGIT_COLUMNS])
+        table = self._read(self.path, self.logit_columns)
+        logits_TNC = np.stack([matrix_of(table[name], self.dataset.spec.n_classes) for name in self.logit_columns])
         return SplitLogits(
             row_of_sample_N=self.dataset.row_of_sample,
             table_rows=self.dataset.n_rows,
@@ -184,7 +185,7 @@ class LogitStore:
         """
         self.check_writable()
         self._write(
-            self._part(missing_type), self._columns() | {LOGIT_COLUMNS[missing_type]: _lists(logits_NC.numpy())}
+            self._part(missing_type), self._columns() | {self.logit_columns[missing_type]: _lists(logits_NC.numpy())}
         )
 
     def check_writable(self) -> None:
@@ -197,7 +198,7 @@ class LogitStore:
             raise DataError(f"{self.folder}: cannot keep results there: {error.strerror or error}") from error
 
     def _part(self, missing_type: int) -> Path:
-        return self.folder / f"{LOGIT_COLUMNS[missing_type]}.part.arrow"
+        return self.folder / f"{self.logit_columns[missing_type]}.part.arrow"
 
     @cached_property
     def _is_complete(self) -> bool:
@@ -205,7 +206,7 @@ class LogitStore:
         if not self.path.is_file():
             return False
         try:
-            self._read(self.path, LOGIT_COLUMNS)
+            self._read(self.path, self.logit_columns)
         except UserError as error:
             if not self.anew:
                 raise type(error)(f"{error}; robustness_anew=True replaces them") from error
@@ -218,7 +219,7 @@ class LogitStore:
         if not path.is_file():
             return False
         try:
-            self._read(path, [LOGIT_COLUMNS[missing_type]])
+            self._read(path, [self.logit_columns[missing_type]])
         except UserError as error:
             log.info("%s; not used", error)
             return False
@@ -279,7 +280,8 @@ def encode(
     """
     dataset = data.datasets["test"]
     for number, missing_type in enumerate(lacking, start=1):
-        log.info("encoding %d of %d: %s, %d samples", number, len(lacking), TYPE_NAMES[missing_type], len(dataset))
+        name = store.type_names[missing_type]
+        log.info("encoding %d of %d: %s, %d samples", number, len(lacking), name, len(dataset))
         dataset.missing_table = np.full(dataset.n_rows, missing_type, dtype=np.int8)
         trainer.test(module, datamodule=data, verbose=False)
         assert module.collected is not None and len(module.collected[0]) == len(dataset)

@@ -8,42 +8,38 @@ for prediction in model.predict(images=["poster.jpg", None], texts=["Two friends
 """
 
 import csv
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from pytorch_lightning.utilities import move_data_to_device
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip.modules.classifier import MissingModalityClassifier
-from clip.tokenizer import ClipTokenizer
 from common.errors import ConfigError, DataError, reason_of
 from common.files import atomic_path
 from common.messages import listed, printable
 from common.text import natural_key, per_cent, terminal_table
 from engine.checkpoint import Checkpoint, read_checkpoint
-from engine.open_model import COMPUTE_TYPES, BackboneChoice, open_model
+from engine.families import BackboneChoice
+from engine.open_model import COMPUTE_TYPES, open_model
 from engine.training import model_input
-from vilt.datamodules import Batch, collate_for_evaluation
+from vilt.datamodules import Batch, collate
 from vilt.datasets.arrow_dataset import Sample
-from vilt.datasets.specs import DATASETS, custom_spec
-from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING, TYPE_NAMES
-from vilt.transforms import decode_image
-from vilt.utils.raw_data import MAX_FILE_BYTES
+from vilt.datasets.kinds import KINDS, InputFormat, kinds_of
+from vilt.datasets.specs import DatasetSpec
 from vilt.utils.tables import DELIMITERS, table_rows
 
 THRESHOLD = 0.5
 """Of the probability of a class, where a sample can have several."""
 SHOWN = 5
 """Predictions that the terminal shows."""
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 ImageInput = str | Path | Image.Image | None
 
@@ -53,7 +49,7 @@ class Prediction:
     """What a model says of one sample."""
 
     missing: str
-    """`complete`, `text missing` or `image missing`."""
+    """`complete`, or the modalities that are missing, as in `text missing`."""
     labels: tuple[str, ...]
     """The most probable class, or all those above 0.5 where a sample can have several."""
     probabilities: dict[str, float]
@@ -61,12 +57,13 @@ class Prediction:
 
 
 class Item(NamedTuple):
-    """One input. `place` is how messages call it."""
+    """One sample."""
 
     id: str
-    image: ImageInput
-    text: str | None
+    inputs: dict[str, Any]
+    """By modality, of those that it has, what `Kind.read_given` takes."""
     place: str
+    """How messages call it."""
 
 
 class Predictor:
@@ -76,19 +73,17 @@ class Predictor:
         self,
         checkpoint: Checkpoint,
         classifier: MissingModalityClassifier,
-        tokenizer: ClipTokenizer,
+        inputs: InputFormat,
         device: torch.device,
         precision: str,
     ) -> None:
-        custom = checkpoint.spec.custom
-        dataset = DATASETS[checkpoint.spec.task] if custom is None else custom_spec(custom)
+        self.dataset = dataset = checkpoint.spec.dataset
         names = checkpoint.class_names or dataset.class_names
         self.class_names = names or tuple(f"class {number}" for number in range(dataset.n_classes))
         self.multilabel = dataset.multilabel
-        self.image_size = checkpoint.spec.architecture.image_size
+        self.inputs = inputs
         self.device = device
         self.dtype = COMPUTE_TYPES[precision]
-        self._tokenizer = tokenizer
         classifier.compute(self.dtype)
         self._classifier = classifier.to(device).eval()
 
@@ -99,7 +94,7 @@ class Predictor:
         *,
         batch_size: int = 32,
     ) -> list[Prediction]:
-        """A prediction per sample.
+        """A prediction per sample, by a model of images and texts.
 
         Args:
             images: paths or Pillow images; None for a sample without one. Left out: no sample has one.
@@ -114,20 +109,23 @@ class Predictor:
         if len(images) != len(texts):
             raise DataError(f"expected as many images as texts, found {len(images)} and {len(texts)}")
         pairs = zip(images, texts, strict=True)
-        items = [Item(str(n), image, text, f"sample {n}") for n, (image, text) in enumerate(pairs)]
+        items = [
+            Item(str(n), {name: value for name, value in given.items() if value is not None}, f"sample {n}")
+            for n, given in enumerate({"image": image, "text": text} for image, text in pairs)
+        ]
         return list(self.predict_items(items, batch_size=batch_size))
 
     def predict_items(self, items: Sequence[Item], *, batch_size: int, workers: int = 0) -> Iterator[Prediction]:
-        """A prediction per item, in order; images are read by `workers` processes as they are needed.
+        """A prediction per item, in order; inputs are read by `workers` processes as they are needed.
 
         Raises:
-            DataError: an item has neither image nor text, or its image cannot be read; names it.
+            DataError: an item has no input, or one that cannot be read; names it.
         """
         loader = DataLoader(
-            _Items(items, self._tokenizer, self.image_size),
+            _Items(items, self.dataset, self.inputs),
             batch_size=batch_size,
             num_workers=workers,
-            collate_fn=collate_for_evaluation,
+            collate_fn=partial(collate, kinds_of(self.dataset), once=True),
         )
         for batch in loader:
             yield from self._predictions(batch)
@@ -138,50 +136,39 @@ class Predictor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             logits_BC = self._classifier(model_input(moved)).float().cpu()
         probability_BC = logits_BC.sigmoid() if self.multilabel else logits_BC.softmax(dim=-1)
-        predictions = []
-        for missing_type, probability_C in zip(batch.missing_type_B.tolist(), probability_BC.tolist(), strict=True):
+        predictions, missing_types = [], model_input(batch).missing_type_B.tolist()
+        for missing_type, probability_C in zip(missing_types, probability_BC.tolist(), strict=True):
             named = dict(zip(self.class_names, probability_C, strict=True))
             labels = [name for name, value in named.items() if value > THRESHOLD]
             if not self.multilabel:
                 labels = [self.class_names[int(np.argmax(probability_C))]]
-            predictions.append(Prediction(TYPE_NAMES[missing_type], tuple(labels), named))
+            predictions.append(Prediction(self.dataset.type_names[missing_type], tuple(labels), named))
         return predictions
 
 
 class _Items(Dataset[Sample]):
     """The samples behind items; what they lack is missing."""
 
-    def __init__(self, items: Sequence[Item], tokenizer: ClipTokenizer, image_size: int) -> None:
-        self._items = items
-        self._image_size = image_size
+    def __init__(self, items: Sequence[Item], dataset: DatasetSpec, inputs: InputFormat) -> None:
+        self._items, self._dataset, self._inputs = items, dataset, inputs
         for item in items:
-            if item.image is None and item.text is None:
-                raise DataError(f"{item.place}: expected an image or a text, found neither")
-        self._tokens = tokenizer([item.text or "" for item in items]) if items else np.zeros((0, 0), dtype=np.int64)
+            if not item.inputs:
+                names = " or ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in dataset.modalities)
+                raise DataError(f"{item.place}: expected {names}, found neither")
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, number: int) -> Sample:
-        item = self._items[number]
-        image = None if item.image is None else self._image(item.image, item.place)
-        tokens = None if item.text is None else torch.from_numpy(self._tokens[number])
-        missing_type = IMAGE_MISSING if image is None else TEXT_MISSING if tokens is None else COMPLETE
-        return Sample(image, tokens, torch.tensor(0), missing_type, number)
-
-    def _image(self, image: str | Path | Image.Image, place: str) -> Tensor:
-        if isinstance(image, Image.Image):
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "PNG")  # without loss
-            return decode_image(buffer.getvalue(), self._image_size)
-        try:
-            path = Path(image)
-            if (size := path.stat().st_size) > MAX_FILE_BYTES:
-                raise ValueError(f"{size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
-            return decode_image(path.read_bytes(), self._image_size)
-        except Exception as error:  # Pillow's decoders raise whatever the damage leads to
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise DataError(f"{place}: image {image}: cannot be read: {reason}") from error
+        read, item = {}, self._items[number]
+        for name, value in item.inputs.items():
+            modality = self._dataset.modalities[name]
+            try:
+                read[name] = KINDS[modality.kind].read_given(value, modality, self._inputs)
+            except Exception as error:  # Pillow's decoders raise whatever the damage leads to
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                raise DataError(f"{item.place}: {name} {value}: cannot be read: {reason}") from error
+        return Sample(read, torch.tensor(0), number)
 
 
 def load_model(
@@ -218,32 +205,34 @@ def load_model(
     return Predictor(checkpoint, classifier, found, where, str(precision))
 
 
-def read_items(source: Path) -> list[Item]:
-    """The inputs in a CSV, TSV or JSONL with columns `image`, `text` and maybe `id`, or in a folder of images.
+def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
+    """The samples in a CSV, TSV or JSONL with a column for each modality and maybe `id`, or in a folder.
 
-    Image paths are relative to the table. In a folder, a text for `NAME.jpg` is in `NAME.txt` beside it; texts without
-    an image count too. Files are taken in the order of their names, folders within it too.
+    Texts stand in the table, for other inputs the path of a file, relative to the table. In a folder, files of one name
+    are one sample: a text for `NAME.jpg` is in `NAME.txt` beside it. Files are taken in the order of their names,
+    folders within it too.
 
     Raises:
         DataError: it is not there or holds nothing, or a row is not as expected; names file and row.
     """
-    items = _items_of_folder(source) if source.is_dir() else _items_of_table(source)
+    items = _items_of_folder(source, dataset) if source.is_dir() else _items_of_table(source, dataset)
     if not items:
         raise DataError(f"input={source}: expected at least one sample, found none")
     return items
 
 
-def _items_of_table(source: Path) -> list[Item]:
+def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
     if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
         raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl")
-    items = []
+    items, kinds = [], kinds_of(dataset)
     for row, values in table_rows(source, needed=[]):
         place = f"{source}, row {row}"
-        if not {"image", "text"} & values.keys():
-            raise DataError(f"{place}: expected the columns 'image', 'text' or both, found {listed(list(values))}")
-        image, text = (_cell(values.get(name), name, place) for name in ("image", "text"))
-        path = None if image is None else source.parent / image
-        items.append(Item(str(row if values.get("id") is None else values["id"]), path, text, place))
+        if not kinds.keys() & values.keys():
+            names = f"{', '.join(map(repr, kinds))} or {'both' if len(kinds) == 2 else 'some of them'}"
+            raise DataError(f"{place}: expected the columns {names}, found {listed(list(values))}")
+        cells = {name: _cell(values.get(name), name, place) for name in kinds}
+        inputs = {name: source.parent / cell if kinds[name].in_file else cell for name, cell in cells.items() if cell}
+        items.append(Item(str(row if values.get("id") is None else values["id"]), inputs, place))
     return items
 
 
@@ -254,22 +243,26 @@ def _cell(value: object, name: str, place: str) -> str | None:
     return value if value is not None and value.strip() else None
 
 
-def _items_of_folder(source: Path) -> list[Item]:
-    samples: dict[Path, dict[str, Path]] = {}
+def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
+    kinds = kinds_of(dataset)
+    name_of = {suffix: name for name, kind in kinds.items() for suffix in kind.suffixes}
+    if len(set(kinds.values())) < len(kinds):
+        raise DataError(f"input={source}: expected a table, as several of {', '.join(kinds)} are files of one kind")
+    inputs_of: dict[Path, dict[str, Any]] = {}
     for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
-        kind = "text" if path.suffix.lower() == ".txt" else "image"
-        if kind == "image" and path.suffix.lower() not in IMAGE_SUFFIXES:
+        if (name := name_of.get(path.suffix.lower())) is None:
             continue
-        files = samples.setdefault(path.with_suffix(""), {})
-        if (other := files.setdefault(kind, path)) is not path:
+        if (other := inputs_of.setdefault(path.with_suffix(""), {}).setdefault(name, path)) is not path:
             raise DataError(f"{path}: expected one file of this name, found {other.name} too")
     items = []
-    for stem, files in samples.items():
-        try:
-            text = files["text"].read_text("utf-8-sig") if "text" in files else None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{files['text']}: not readable as text in UTF-8: {error}") from error
-        items.append(Item(str(stem.relative_to(source)), files.get("image"), text or None, str(stem)))
+    for stem, inputs in sorted(inputs_of.items(), key=lambda item: natural_key(item[0])):
+        for name, path in list(inputs.items()):
+            if not kinds[name].in_file:
+                try:
+                    inputs[name] = path.read_text("utf-8-sig")
+                except (OSError, UnicodeDecodeError) as error:
+                    raise DataError(f"{path}: not readable as text in UTF-8: {error}") from error
+        items.append(Item(str(stem.relative_to(source)), {n: value for n, value in inputs.items() if value}, str(stem)))
     return items
 
 

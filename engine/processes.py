@@ -9,22 +9,14 @@ from contextlib import contextmanager
 
 import pytorch_lightning as pl
 
-from common.errors import NonFiniteLossError
+from common.errors import NonFiniteLossError, OtherProcessError
+from common.signals import Stopped
 from engine.ending import OUR_FAULT, USER_ERROR
-from engine.interruption import Stopped
 
 SECONDS_TO_END = 5
 """For a process whose connections are gone."""
 LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|failed to recv", re.IGNORECASE)
 """What torch's errors say when the process at the other end is gone."""
-
-
-class OtherProcessError(Exception):
-    """Another process of the run is gone; `status` is the exit status for this one."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from engine.metrics import auroc_and_accuracy
 from engine.sample_statistics import LEVEL, class_figures, confidence, confusions, roc
 from engine.tasks import Task
 from vilt import missing_tables
-from vilt.missing_tables import IMAGE_MISSING, TEXT_MISSING, TYPE_NAMES, MissingPattern, load_missing_table
+from vilt.missing_tables import MissingPattern, load_missing_table
+from vilt.missing_types import AVAILABLE, is_missing, type_names
 
 FORMAT = 1
 RESULTS = ("robustness.json", "cells.csv", "matrix.csv", "per_class.csv", "confusions.csv", "roc.csv")
@@ -42,6 +43,7 @@ class Subject:
     train_pattern: dict[str, Any] | None
     precision: str
     task: Task
+    modalities: tuple[str, ...]
     class_names: tuple[str, ...]
     missing_table_root: Path
     line: dict[str, Any] = field(default_factory=dict)
@@ -66,12 +68,13 @@ def measure(
     """
     task, labels, names = subject.task, logits.labels, subject.class_names
     multilabel, binary = labels.ndim == 2, task.n_classes == 2
-    of_type = dict(zip(TYPE_NAMES, logits.logits_TNC, strict=True))
+    types = type_names(subject.modalities)
+    of_type = dict(zip(types, logits.logits_TNC, strict=True))
     with _each_message_once(missing_tables.log):
         cells = [_cell(subject, logits, of_cell) for of_cell in patterns]
-    intervals = confidence(task, list(logits.logits_TNC), labels, resamples) if resamples else [{} for _ in TYPE_NAMES]
+    intervals = confidence(task, list(logits.logits_TNC), labels, resamples) if resamples else [{} for _ in types]
     by_type = {name: task.metrics(logits_NC, labels) for name, logits_NC in of_type.items()}
-    curves = {name: roc(of_type[name], labels) for name in TYPE_NAMES} if binary and not multilabel else {}
+    curves = {name: roc(of_type[name], labels) for name in types} if binary and not multilabel else {}
     return {
         "format": FORMAT,
         "task": task.name,
@@ -85,12 +88,12 @@ def measure(
         "checkpoint_sha256": subject.checkpoint_sha256,
         "precision": subject.precision,
         "metric": task.monitor,
-        "metrics": list(by_type[TYPE_NAMES[0]]),
+        "metrics": list(by_type[types[0]]),
         "table_seeds": [pattern.seed for pattern in patterns[0]],
         "class_names": list(names),
         "cells": cells,
         "by_type": by_type,
-        "confidence": {"level": LEVEL, "resamples": resamples, **dict(zip(TYPE_NAMES, intervals, strict=True))},
+        "confidence": {"level": LEVEL, "resamples": resamples, **dict(zip(types, intervals, strict=True))},
         "per_class": [
             {"type": type_name, "class": class_name, **figures}
             for type_name, logits_NC in of_type.items()
@@ -146,7 +149,7 @@ def write_results(found: Results, folder: Path) -> list[str]:
 
 def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPattern]) -> dict[str, Any]:
     """One pattern, with a missing table per seed. What is available: the mean over the tables of the share of rows."""
-    task, first = subject.task, patterns[0]
+    task, first, names = subject.task, patterns[0], subject.modalities
     tables = [
         load_missing_table(subject.missing_table_root, task.name, "test", pattern, logits.table_rows)
         for pattern in patterns
@@ -162,8 +165,10 @@ def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPatte
         "missing_type": first.missing_type,
         "ratio": first.ratio,
         "both_ratio": first.both_ratio,
-        "image_available": statistics.mean([float(np.mean(table != IMAGE_MISSING)) for table in tables]),
-        "text_available": statistics.mean([float(np.mean(table != TEXT_MISSING)) for table in tables]),
+        **{
+            name + AVAILABLE: statistics.mean([float(np.mean(~is_missing(names, name, table))) for table in tables])
+            for name in names
+        },
         "metrics": metrics,
     }
 
@@ -181,12 +186,13 @@ def _cells_table(found: Results) -> list[Sequence[Any]]:
 
 
 def _matrix_table(found: Results) -> list[Sequence[Any]]:
-    header = ["missing_type", "ratio", "both_ratio", "image_available", "text_available"]
+    shares = [name for name in found["cells"][0] if name.endswith(AVAILABLE)]
+    header = ["missing_type", "ratio", "both_ratio", *shares]
     header += [f"{metric}_{figure}" for metric in found["metrics"] for figure in ("mean", "std")]
     rows = []
     for cell in found["cells"]:
         row = [cell["missing_type"], cell["ratio"], cell["both_ratio"]]
-        row += [round(100 * cell[name], 6) for name in ("image_available", "text_available")]
+        row += [round(100 * cell[name], 6) for name in shares]
         row += [figures[name] for figures in cell["metrics"].values() for name in ("mean", "std")]
         rows.append([*row, len(found["table_seeds"])])
     return [[*header, "n_seeds"], *rows]

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.metrics import Metric, auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
-from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.datasets.specs import DATASETS, DatasetSpec, custom_spec
+from vilt.datasets.custom import CustomData
+from vilt.datasets.specs import DATASETS, DatasetSpec, spec_of
 
 
 def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -61,9 +61,8 @@ def task_with(spec: DatasetSpec) -> Task:
 
 
 TASKS: dict[str, Task] = {name: task_with(spec) for name, spec in DATASETS.items()}
-TASK_NAMES = (*TASKS, CUSTOM)
 
 
 def task_of(name: str, custom: CustomData | None) -> Task:
     """The task of a dataset by its name; that of a custom dataset follows from what the data says."""
-    return TASKS[name] if custom is None else task_with(custom_spec(custom))
+    return task_with(spec_of(name, custom))

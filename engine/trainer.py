@@ -1,13 +1,10 @@
 """The Lightning trainer of a run, and what the terminal shows of it."""
 
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -22,15 +19,6 @@ if TYPE_CHECKING:
 
 GPU_STEPS_PER_LOOK = 50
 """Training steps on a GPU between two looks at the loss, for the records; each look makes the host wait."""
-CHATTY = ("pytorch_lightning", "lightning", "lightning_fabric", "transformers", "httpx", "sacred", "fsspec")
-NOT_SHOWN = (
-    "does not have many workers",
-    "your dataloader is not resumable",  # EpochSampler is
-    "exists and is not empty",  # the run folder, which holds config.json
-    r"It is recommended to use `self.log.*sync_dist=True",  # all processes have the same value
-    r"`isinstance.treespec, LeafSpec.` is deprecated",
-)
-"""Warnings of Lightning that do not apply, or are about its own code."""
 
 
 def make_trainer(
@@ -97,14 +85,3 @@ def validation_interval(wanted: int | float, batches: int, accumulation: int) ->
     if interval >= batches:
         return batches  # an epoch ends with a step
     return min(batches, max(1, interval // accumulation) * accumulation)
-
-
-def set_up_logging() -> None:
-    """One line per event on standard error, from the first process only; Lightning's small talk is left out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if getattr(rank_zero_only, "rank", 0):
-        logging.disable(logging.INFO)
-    for beginning in NOT_SHOWN:
-        warnings.filterwarnings("ignore", f".*{beginning}")

@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.interfaces import IMAGE_MISSING, TEXT_MISSING, ModelInput
+from clip.modules.interfaces import ModelInput
 from common.errors import NonFiniteLossError
 from engine.checkpoint import DESCRIPTION, ModelSpec, TokenizerUsed, describe, kept_state, load_kept_state
 from engine.numerics import FiniteWatch, NotFinite, first_not_finite
 from engine.optimization import OptimizerSettings, make_optimizer, make_schedule, schedule_steps
 from engine.tasks import task_of
 from vilt.datamodules import Batch, MissingModalityData
-from vilt.transforms import normalise
 
 log = logging.getLogger("rep")
 
@@ -35,17 +34,10 @@ GPU_STEPS_PER_CHECK = 32
 
 
 def model_input(batch: Batch) -> ModelInput:
-    """A batch as the model takes it."""
-    present = {"image": batch.missing_type_B != IMAGE_MISSING, "text": batch.missing_type_B != TEXT_MISSING}
-    return ModelInput(
-        inputs={"image": normalise(batch.image_b3RR), "text": batch.tokens_bL},
-        rows={"image": batch.image_rows, "text": batch.text_rows},
-        present_BM=torch.stack(list(present.values()), dim=1),
-        types=batch.types,
-        lengths={} if batch.text_length is None else {"text": batch.text_length},
-        source_of_B={} if batch.image_of_B is None else {"image": batch.image_of_B},
-        index_B=batch.index_B,
-    )
+    """A batch as the model takes it: without labels."""
+    of_model = batch._asdict()
+    del of_model["label"]
+    return ModelInput(**of_model)
 
 
 def _full_precision(logits: Tensor) -> Tensor:
@@ -89,8 +81,8 @@ class FinetuneModule(pl.LightningModule):
         self.seed = seed
         self._kept: dict[Stage, list[Kept]] = {"train": [], "val": [], "test": []}
         self._watch = FiniteWatch(skip_bad_steps)
-        self._newest: Batch | None = None
-        """The batch of the newest training step."""
+        self._batches: list[Batch] = []
+        """Of the optimiser step that is under way."""
         self.test_metrics: dict[str, float] = {}
         """The test metrics of all processes' samples, after a test run."""
         self.tested_samples = 0
@@ -110,7 +102,7 @@ class FinetuneModule(pl.LightningModule):
         logits = _full_precision(logits)
         loss = self.task.loss(logits, batch.label) + sum(own_losses.values())
         self._watch.note_loss(batch_idx, batch.index_B, loss)
-        self._newest = batch
+        self._batches.append(batch)
         several = self.trainer.world_size > 1
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=len(logits), sync_dist=several)
         for name, value in own_losses.items():
@@ -127,6 +119,7 @@ class FinetuneModule(pl.LightningModule):
         waiting = self._watch.note_gradients(self.classifier.named_parameters(), self.global_step)
         if self.device.type == "cpu" or waiting == GPU_STEPS_PER_CHECK:
             self._check_finite()
+        self._batches = []
 
     def _check_finite(self) -> None:
         """All processes have to call this at the same place, and end with the same message.
@@ -150,8 +143,8 @@ class FinetuneModule(pl.LightningModule):
             allowed = self._watch.allowed
             several = f"; so were {allowed} before it (skip_bad_steps)" if allowed else ""
             return f"the gradient of {bad.what} is not finite at step {bad.step} (epoch {self.current_epoch}){several}"
-        place, batch = None, self._newest
-        if batch is not None and batch.index_B is bad.samples:  # its forward pass can still be looked into
+        place, batch = None, next((batch for batch in self._batches if batch.index_B is bad.samples), None)
+        if batch is not None:  # of this step: its forward pass can still be looked into
             self.on_train_batch_start(batch, bad.batch)  # the same dropout masks
             place = first_not_finite(self.classifier, lambda: self(batch))
         return (

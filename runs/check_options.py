@@ -7,12 +7,16 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.readers import path, several
-from config import AUTO, OPTIONS, PRECISIONS, Options
-from vilt.datasets.specs import EVERY_DATASET
+from config import AUTO, OPTIONS, PRECISIONS, MissingTypeReader, Options
+from vilt.datasets.specs import CLIP, EVERY_DATASET
 from vilt.missing_tables import PUBLISHED
 
 PUBLISHED_INTERVALS: dict[str, dict[str | None, float]] = {"hatememes": {None: 0.1, "dcp": 0.11}}
 """Epochs between validations, by task and method, where they are not 0.2."""
+PREDICTION_OPTIONS = (
+    *("load_path", "input", "output", "per_gpu_batchsize"),
+    *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed", "image_size"),
+)
 
 
 def check(config: Mapping[str, Any]) -> Options:
@@ -21,10 +25,11 @@ def check(config: Mapping[str, Any]) -> Options:
     Raises:
         ConfigError: one line that names the option, what was expected and what was found.
     """
-    options = resolve(config)
+    values = _read_all(config)
+    options = Options(**values)
     check_together(options)
     _check_data_and_weights(options)
-    return options
+    return _on_this_machine(values)  # last: it loads torch
 
 
 def resolve(config: Mapping[str, Any]) -> Options:
@@ -33,6 +38,10 @@ def resolve(config: Mapping[str, Any]) -> Options:
     Raises:
         ConfigError: as `check`.
     """
+    return _on_this_machine(_read_all(config))
+
+
+def _read_all(config: Mapping[str, Any]) -> dict[str, Any]:
     values = read_options(config, OPTIONS)
     for name, overridden in (("test_ratio", "missing_ratio"), ("test_type", "missing_type")):
         if values[name] is not None:
@@ -40,13 +49,24 @@ def resolve(config: Mapping[str, Any]) -> Options:
     if values["val_check_interval"] is None:
         by_method = PUBLISHED_INTERVALS.get(values["task"], {})
         values["val_check_interval"] = by_method.get(values["prompt_type"], by_method.get(None, 0.2))
+    return values
+
+
+def _on_this_machine(values: dict[str, Any]) -> Options:
     _settle_machine(values)
+    if values["cpu_processes"] > 1 and values["num_gpus"]:
+        raise ConfigError(f"cpu_processes: expected 1 where GPUs are used (num_gpus={values['num_gpus']})")
     return Options(**values)
 
 
 def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The options `names`, each checked by itself. Raises ConfigError."""
-    return {name: OPTIONS[name].read(name, config[name]) for name in names}
+    found = {}
+    for name in names:
+        read = OPTIONS[name].read
+        of_task = (config["task"],) if isinstance(read, MissingTypeReader) else ()
+        found[name] = read(name, config[name], *of_task)
+    return found
 
 
 def read_with_machine(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -95,8 +115,6 @@ def check_together(options: Options) -> None:
         names = ", ".join(f"task_finetune_{name}" for name in EVERY_DATASET)
         raise ConfigError(f"no task: expected one of {names}, as in `python run.py with task_finetune_mmimdb …`")
     _check_method(options)
-    if options.cpu_processes > 1 and options.num_gpus:
-        raise ConfigError(f"cpu_processes: expected 1 where GPUs are used (num_gpus={options.num_gpus})")
     if options.end_lr >= options.learning_rate:
         raise ConfigError(
             f"end_lr: expected less than learning_rate={options.learning_rate:g}, found {options.end_lr:g}"
@@ -141,7 +159,7 @@ def _check_data_and_weights(options: Options) -> None:
             f"{'no such folder' if not options.data_root.is_dir() else 'no such file'}; "
             + spec.how_to_make(options.data_root)
         )
-    if not Path(options.vit).exists() and not options.vit.startswith(("RN", "ViT-")):
+    if spec.family == CLIP and not Path(options.vit).exists() and not options.vit.startswith(("RN", "ViT-")):
         raise ConfigError(
             f"vit: expected one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a Hugging Face folder or a weights "
             f"file, found {options.vit!r}"

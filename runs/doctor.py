@@ -10,10 +10,9 @@ import math
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,15 +24,18 @@ import pytorch_lightning as pl
 import torch
 from packaging.requirements import Requirement
 
-from clip.backbone import Backbone, load_backbone
+from clip.backbone import Backbone
 from clip.tokenizer import ClipTokenizer
 from common.errors import ConfigError, DataError, UserError
 from common.messages import byte_size, listed, quoted
 from config import Options
-from engine.open_model import tokenizer_for
+from engine.families import family_of
 from runs.check_options import check_together, resolve
+from runs.evaluation import backbone_choice
 from vilt.datamodules import split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.custom import CUSTOM
+from vilt.datasets.kinds import InputFormat, TextKind
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
 from vilt.image_cache import missing_bytes
@@ -101,11 +103,19 @@ class Doctor:
     options: Options
     train: Callable[[Options, pl.Callback], object]
     backbone: Backbone | None = None
-    tokenizer: ClipTokenizer | None = None
-    image_size: int = 224
+    inputs: InputFormat | None = None
     datasets: dict[Split, ArrowDataset] = field(default_factory=dict)
     run_bytes: int = 2**30
     """What the run leaves in its folder; a guess until a step was tried."""
+
+    def __post_init__(self) -> None:
+        self.family = family_of(self.options.task or CUSTOM)
+        self.choice = backbone_choice(asdict(self.options), {"vit"})._replace(image_size=None)  # see the training step
+
+    @property
+    def image_size(self) -> int:
+        """In pixels."""
+        return (self.inputs or InputFormat()).image_size
 
     def check_options(self) -> Found:
         check_together(self.options)
@@ -120,16 +130,14 @@ class Doctor:
         return "ok" if free > total / 2 else "warn", device
 
     def check_backbone(self) -> Found:
-        options = self.options
-        backbone = load_backbone(options.vit, trust=options.trust_backbone, activation=options.vit_activation)
-        self.backbone, self.image_size = backbone, backbone.architecture.image_size
+        self.backbone = backbone = self.family.load(self.choice)
         parameters = f"{sum(tensor.numel() for tensor in backbone.state.values()):,} parameters, all finite"
-        return "ok", f"{options.vit}: {parameters}; sha256 {backbone.sha256[:16]}"
+        return "ok", f"{self.options.vit}: {parameters}; sha256 {backbone.sha256[:16]}"
 
     def check_tokenizer(self) -> Found:
-        vocab_size = self.backbone.architecture.vocab_size if self.backbone else sys.maxsize
-        self.tokenizer = tokenizer_for(self.options.tokenizer, self.options.vit, vocab_size)
-        return "ok", f"{self.tokenizer.vocab_size:,} ids"
+        self.inputs = self.family.inputs(self.choice, self.backbone.architecture if self.backbone else None)
+        tokenize = self.inputs.tokenize
+        return "ok", f"{tokenize.vocab_size:,} ids" if isinstance(tokenize, ClipTokenizer) else "none needed"
 
     def check_split(self, split: Split) -> Found:
         """Arrow file, classes, size, a sample of the images, texts and missing table."""
@@ -149,17 +157,21 @@ class Doctor:
             data[0, index]  # raises DataError where the image cannot be decoded
         pattern = split_patterns(options.data_settings().patterns, spec, root)[split]
         table = load_missing_table(options.missing_table_root, options.task, split, pattern, data.n_rows)
-        facts = [f"{data.n_rows:,} rows, {len(data):,} samples (one per text)"]
-        facts, remarks = [*facts, *(f"{count:,} {kind}" for kind, count in type_counts(table).items())], []
+        what = " (one per text)" if spec.column_of("text") else ""
+        facts = [f"{data.n_rows:,} rows, {len(data):,} samples{what}"]
+        of_types, remarks = type_counts(table, spec.type_names), []
+        facts += [f"{count:,} {kind}" for kind, count in of_types.items()]
         if data.n_rows not in (published := spec.published_rows.get(split, (data.n_rows,))):
             remarks.append(f"the published split has {' or '.join(f'{rows:,}' for rows in published)} rows")
         counts = data.labels.sum(0) if data.labels.ndim == 2 else np.bincount(data.labels, minlength=len(names))
         if absent := [names[number] for number in np.flatnonzero(counts == 0)]:
             remarks.append(f"{len(absent)} of {len(names)} classes do not occur: {listed(absent)}")
-        if self.tokenizer is not None:
-            data.tokenize(self.tokenizer, self.tokenizer.fingerprint)
-            assert data.tokens is not None
-            lengths, most = data.tokens.argmax(axis=1) - 1, data.tokens.shape[1] - 2  # without <start> and <end>
+        if self.inputs is not None and self.inputs.tokenize is not None:
+            data.tokenize(self.inputs.tokenize, self.inputs.fingerprint)
+        for tokens in (kind.tokens for kind in data.kinds.values() if isinstance(kind, TextKind)):
+            if tokens is None:
+                continue
+            lengths, most = tokens.argmax(axis=1) - 1, tokens.shape[1] - 2  # without <start> and <end>
             facts.append(f"{np.median(lengths):.0f} tokens (median), {(lengths == most).mean():.0%} fill all {most}")
             if empty := int((lengths == 0).sum()):
                 remarks.append(f"{empty:,} empty texts")
@@ -169,7 +181,7 @@ class Doctor:
     def check_step(self) -> Found:
         """Two training steps on real samples, of which the second is timed, a validation, and an estimate."""
         options, train = self.options, self.datasets.get("train")
-        if self.backbone is None or self.tokenizer is None or train is None or "val" not in self.datasets:
+        if self.backbone is None or self.inputs is None or train is None or "val" not in self.datasets:
             return "warn", "not tried: it needs backbone, tokenizer, and train and val data"
         alone = {"num_gpus": min(1, options.num_gpus), "num_nodes": 1, "cpu_processes": 1, "num_workers": 0}
         short = {"fast_dev_run": 2, "batch_size": options.per_gpu_batchsize, "image_cache": False, "resume_from": None}
@@ -195,7 +207,11 @@ class Doctor:
         batches = 2 * workers * options.per_gpu_batchsize * 3 * self.image_size**2
         needs = [(options.log_dir, self.run_bytes, "checkpoints"), (SHARED_MEMORY, batches, "loaded batches")]
         if options.image_cache and self.datasets:
-            caches = [missing_bytes(data.path, data.n_rows, self.image_size) for data in self.datasets.values()]
+            caches = [
+                missing_bytes(data.path, data.n_rows, self.image_size)
+                for data in self.datasets.values()
+                if data.spec.column_of("image")
+            ]
             needs.append((options.data_root, sum(caches), "decoded images"))
         for path, needed, what in needs:
             folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

@@ -11,8 +11,7 @@ import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip.modules.classifier import MissingModalityClassifier
-from clip.tokenizer import ClipTokenizer
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError
 from common.strict_json import write_json
 from config import Options
 from engine.checkpoint import (
@@ -20,8 +19,9 @@ from engine.checkpoint import (
     check_classes,
     read_checkpoint,
 )
+from engine.families import BackboneChoice
 from engine.logit_store import LogitModule, encode
-from engine.open_model import COMPUTE_TYPES, BackboneChoice, open_model
+from engine.open_model import COMPUTE_TYPES, open_model
 from engine.processes import ending_together
 from engine.robustness import Results, measure, write_results
 from engine.trainer import make_trainer
@@ -30,8 +30,9 @@ from runs.start import say_device, start_folder
 from runs.targets import Target, check_agreement, with_model_of
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
-from vilt.missing_tables import TYPE_NAMES, type_counts
+from vilt.missing_tables import type_counts
 
 log = logging.getLogger("rep")
 
@@ -43,8 +44,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     checkpoint = read_checkpoint(options.load_path)
     check_agreement(options, checkpoint, given)
     arrow = open_spec(options.task, options.data_root, options.splits)
-    image_size = checkpoint.spec.architecture.image_size
-    check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test", image_size))  # before anything heavy
+    check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test"))  # before anything heavy
     classifier, data = open_evaluation(options, checkpoint, given)
     name = options.test_exp_name or (
         f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
@@ -61,27 +61,21 @@ def open_evaluation(
     options: Options, checkpoint: Checkpoint, given: set[str]
 ) -> tuple[MissingModalityClassifier, MissingModalityData]:
     """The model of `checkpoint`, on the backbone it was trained on, and the test split for it."""
-    classifier, tokenizer = open_model(checkpoint, backbone_choice(asdict(options), given), options.vit)
+    classifier, inputs = open_model(checkpoint, backbone_choice(asdict(options), given), options.vit)
     set_computation(options, classifier)
-    data = open_data(options, checkpoint.spec.architecture.image_size, tokenizer)
-    return classifier, data
+    return classifier, open_data(options, inputs)
 
 
 def backbone_choice(options: Mapping[str, Any], given: set[str]) -> BackboneChoice:
     """What the user says of the backbone; its name counts only where it is `given`."""
     vit = options["vit"] if "vit" in given else None
-    others = ("vit_activation", "tokenizer", "trust_backbone", "published_seed")
+    others = ("vit_activation", "tokenizer", "trust_backbone", "published_seed", "image_size")
     return BackboneChoice(vit, *(options[name] for name in others))
 
 
-def open_data(options: Options, image_size: int, tokenizer: ClipTokenizer) -> MissingModalityData:
+def open_data(options: Options, inputs: InputFormat) -> MissingModalityData:
     """The splits that this run reads."""
-    if options.image_size not in (None, image_size):
-        raise ConfigError(
-            f"image_size: expected {image_size}, which is what the position embeddings of the backbone are for, "
-            f"found {options.image_size}"
-        )
-    data = MissingModalityData(options.data_settings(), options.splits, image_size, tokenizer, tokenizer.fingerprint)
+    data = MissingModalityData(options.data_settings(), options.splits, inputs)
     log.info("data of %s:\n%s", options.data_root, data.describe())
     return data
 
@@ -109,7 +103,7 @@ def test(
         "task": options.task,
         "split": "test",
         "samples": module.tested_samples,
-        "missing": type_counts(dataset.missing_type_of_sample),
+        "missing": type_counts(dataset.missing_type_of_sample, data.spec.type_names),
         "missing_pattern": pattern.recorded(),
         "metrics": module.test_metrics,
         "checkpoint": str(checkpoint.path),
@@ -140,7 +134,7 @@ def measure_target(target: Target, given: set[str]) -> Results | None:
         CheckpointError: the checkpoint was replaced since the target was opened.
     """
     options, subject, store = target.options, target.subject, target.store
-    needed = ", ".join(TYPE_NAMES[missing_type] for missing_type in target.lacking)
+    needed = ", ".join(store.type_names[missing_type] for missing_type in target.lacking)
     log.info("%s: needs encodings: %s", subject.checkpoint, needed or "none")
     if target.lacking:
         store.check_writable()

@@ -7,7 +7,11 @@ from typing import Any
 from common.text import Estimate, estimate, pattern_text, per_cent, terminal_table
 from engine.robustness import Results, Subject
 from runs.run_reader import differing_options
-from vilt.missing_tables import TYPE_NAMES
+
+
+def describe(measured: Sequence[tuple[Subject, Results]]) -> str:
+    """The results of one checkpoint, or of several side by side."""
+    return describe_several(measured) if len(measured) > 1 else describe_one(*measured[0])
 
 
 def describe_one(subject: Subject, found: Results) -> str:
@@ -20,7 +24,7 @@ def describe_one(subject: Subject, found: Results) -> str:
     kinds, ratios = list(dict.fromkeys(kind for kind, _ in at)), dict.fromkeys(ratio for _, ratio in at)
     matrix = [[per_cent(ratio), *(at[kind, ratio] for kind in kinds)] for ratio in ratios]
     by_type = []
-    for name in TYPE_NAMES:
+    for name in found["by_type"]:
         interval = confidence[name].get(metric)
         shown = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
         by_type.append([name, f"{found['by_type'][name][metric]:.4f}", shown])

@@ -21,12 +21,9 @@ from common.files import whole_lines
 from common.messages import first_line, quoted
 from common.strict_json import read_json
 from common.text import natural_key
-from common.torch_file import load_inert
-from engine.tasks import TASK_NAMES, TASKS, Task, task_of
 from runs.option_names import OF_OTHER_COMMANDS
 from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, custom_spec
-from vilt.missing_tables import MISSING_TYPES
+from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
 
 RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
 """Each tells a run folder, where its config.json does not."""
@@ -68,11 +65,6 @@ class Run:
     """The run that this one was resumed from."""
 
     @property
-    def task(self) -> Task:
-        """The row of the task; of a custom dataset, what its data says."""
-        return task_of(self.config["task"], self.custom)
-
-    @property
     def dataset(self) -> str:
         """What tells the dataset from others, in tables and in names of files."""
         return str(self.config["task"]) if self.custom is None else self.custom.key
@@ -80,7 +72,7 @@ class Run:
     @property
     def spec(self) -> DatasetSpec:
         """The row of the dataset."""
-        return DATASETS[self.config["task"]] if self.custom is None else custom_spec(self.custom)
+        return spec_of(self.config["task"], self.custom)
 
     @property
     def is_evaluation(self) -> bool:
@@ -104,8 +96,10 @@ class Run:
             if results.get("task", self.config["task"]) != self.config["task"]:
                 found = quoted(results["task"])
                 raise ValueError(f"results of another dataset: expected {self.config['task']}, found {found}")
-            float(results["metrics"][self.task.monitor])
-            check_pattern(*(results["missing_pattern"][name] for name in ("missing_type", "ratio", "both_ratio")))
+            float(results["metrics"][self.spec.monitor])
+            check_pattern(
+                self.spec, *(results["missing_pattern"][name] for name in ("missing_type", "ratio", "both_ratio"))
+            )
         return results
 
     @property
@@ -143,7 +137,7 @@ class Run:
             if type(score) is not float:
                 raise DataError(f"{best}: not as written by run.py: expected a score, found {quoted(score)}")
             return score
-        return max((value for _, value in self.curves.get(f"val/{self.task.monitor}", [])), default=None)
+        return max((value for _, value in self.curves.get(f"val/{self.spec.monitor}", [])), default=None)
 
     @cached_property
     def state(self) -> tuple[str, str]:
@@ -215,10 +209,11 @@ def read_run(folder: Path) -> Run:
             if type(config[option]) not in kinds:
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise ValueError(f"{option}: expected {expected}, found {quoted(config[option])}")
-        if config["task"] not in TASK_NAMES:
-            raise ValueError(f"task: expected one of {', '.join((*TASKS, CUSTOM))}, found {quoted(config['task'])}")
+        if config["task"] not in EVERY_DATASET:
+            raise ValueError(f"task: expected one of {', '.join(EVERY_DATASET)}, found {quoted(config['task'])}")
         for split in SPLITS:
-            check_pattern(config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"])
+            pattern = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
+            check_pattern(EVERY_DATASET[config["task"]], *pattern)
         custom = CustomData.of(config[CUSTOM]) if config["task"] == CUSTOM else None
         started = datetime.fromtimestamp(path.stat().st_mtime)
     return Run(folder, config, custom, started, _resumed_from(folder, config))
@@ -295,6 +290,8 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 def open_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
     """The content of a checkpoint of ours, with the `needed` keys; its tensors stay on disk. Raises DataError."""
+    from common.torch_file import load_inert  # loads torch, which a table of runs without checkpoints does without
+
     try:
         content = load_inert(path, mmap=True)
         if not isinstance(content, dict) or not set(needed) <= set(content):
@@ -327,10 +324,10 @@ def as_written_by_run(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
 
 
-def check_pattern(missing_type: str, ratio: float, both_ratio: float) -> None:
-    """Raises ValueError unless it is a missing pattern."""
-    if missing_type not in MISSING_TYPES:
-        raise ValueError(f"missing_type: expected {' or '.join(MISSING_TYPES)}, found {quoted(missing_type)}")
+def check_pattern(spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> None:
+    """Raises ValueError unless it is a missing pattern of a dataset."""
+    if missing_type not in spec.missing_types:
+        raise ValueError(f"missing_type: expected {' or '.join(spec.missing_types)}, found {quoted(missing_type)}")
     for share in (ratio, both_ratio):
         if type(share) not in (float, int) or not 0 <= share <= 1:
             raise ValueError(f"expected a ratio from 0 to 1, found {quoted(share)}")

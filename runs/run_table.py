@@ -85,7 +85,7 @@ def _row(run: Run) -> RunRow:
         dataset=run.dataset,
         train=None if run.is_evaluation else pattern_text(*run.pattern),
         seed=config["seed"],
-        metric=run.task.monitor,
+        metric=run.spec.monitor,
         date=first.started,
     )
     try:

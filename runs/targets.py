@@ -91,7 +91,7 @@ def _open(
     spec = open_spec(options.task, options.data_root, options.splits)
     arrow = options.data_root / spec.file_name("test")
     if arrow not in test_sets:
-        dataset = ArrowDataset(spec, options.data_root, "test", checkpoint.spec.architecture.image_size)
+        dataset = ArrowDataset(spec, options.data_root, "test")
         test_sets[arrow] = dataset, file_sha256(arrow)
     dataset, arrow_sha256 = test_sets[arrow]
     check_classes(checkpoint, dataset)
@@ -106,6 +106,7 @@ def _open(
         else dict(zip(("missing_type", "ratio", "both_ratio"), run.pattern, strict=True)),
         precision=options.precision,
         task=task_of(options.task, spec.custom),
+        modalities=tuple(spec.modalities),
         class_names=dataset.class_names(),
         missing_table_root=options.missing_table_root,
         line={} if run is None else run.line,

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from clip.backbone import Backbone, load_backbone
+from clip.backbone import Backbone
 from clip.modules.classifier import MissingModalityClassifier
-from clip.tokenizer import ClipTokenizer
 from clip.trainable import freeze
 from common.errors import CheckpointError, ConfigError, UserError
 from common.messages import first_line
@@ -31,17 +30,18 @@ from engine.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from engine.open_model import COMPUTE_TYPES, tokenizer_for
+from engine.families import family_of
+from engine.open_model import COMPUTE_TYPES
 from engine.processes import ending_together
 from engine.resume import AUTO, alone, find_progress, say_differences
-from engine.tasks import TASKS, head_name, task_of
+from engine.tasks import head_name, task_of
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
-from runs.evaluation import open_data, set_computation, test
+from runs.evaluation import backbone_choice, open_data, set_computation, test
 from runs.start import described, say_device, start_folder
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.custom import CUSTOM
 from vilt.datasets.open_spec import open_spec
+from vilt.datasets.specs import EVERY_DATASET
 
 log = logging.getLogger("rep")
 
@@ -65,9 +65,10 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
     """A training run in its own folder, `name`, from its start or from the checkpoint `resume_from`."""
     pl.seed_everything(options.seed, workers=True, verbose=False)
     say_device(options)
-    backbone = load_backbone(options.vit, trust=options.trust_backbone, activation=options.vit_activation)
-    tokenizer = tokenizer_for(options.tokenizer, options.vit, backbone.architecture.vocab_size)
-    data = open_data(options, backbone.architecture.image_size, tokenizer)
+    family, choice = family_of(options.task), backbone_choice(asdict(options), {"vit"})
+    backbone = family.load(choice)
+    inputs = family.inputs(choice, backbone.architecture)
+    data = open_data(options, inputs)
     custom = data.spec.custom
     task = task_of(options.task, custom)
     spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, custom)
@@ -77,13 +78,10 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
         raise ConfigError(str(error)) from error
     log.info("parameters:\n%s", freeze(classifier, options.task))
     backbone.load_into(classifier.model)
-    token_embedding = backbone.state["text_encoder.token_embedding.weight"]
-    classifier.method.start_from(
-        {"image": backbone.state["image_encoder.class_embedding"], "text": token_embedding[tokenizer.end_id]}
-    )
+    classifier.method.start_from(family.start_embeddings(backbone, inputs))
     if options.resume_from is not None:
         resumed = read_checkpoint(Path(options.resume_from))
-        check_resume(resumed, spec, backbone, tokenizer, data.datasets["train"])
+        check_resume(resumed, spec, backbone, inputs.fingerprint, data.datasets["train"])
         load_kept_state(classifier, resumed.state, f"resume_from={resumed.path}")
         say_differences(resumed.path, described(options, custom))
     elif options.load_path is not None:
@@ -103,7 +101,7 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
         options.seed,
         skip_bad_steps,
         data.datasets["train"].class_names(),
-        TokenizerUsed(options.tokenizer, tokenizer.fingerprint),
+        TokenizerUsed(options.tokenizer, inputs.fingerprint) if inputs.tokenize is not None else None,
     )
     # Processes without the folder write nothing, but take part in writing.
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
@@ -154,7 +152,7 @@ def warm_start(
     if not checkpoint.published:
         check_backbone(checkpoint, backbone)
     start = restore_classifier(checkpoint, None if checkpoint.published else backbone, published_seed)
-    heads = tuple(f"{head_name(task)}." for task in (*TASKS, CUSTOM))
+    heads = tuple(f"{head_name(task)}." for task in EVERY_DATASET)
     own, theirs = classifier.state_dict(), start.state_dict()
     # What REP as described adds to the released model starts as the identity, and is not in checkpoints without it.
     method = classifier.method
@@ -180,7 +178,7 @@ def warm_start(
 
 
 def check_resume(
-    checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone, tokenizer: ClipTokenizer, dataset: ArrowDataset
+    checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone, fingerprint: str, dataset: ArrowDataset
 ) -> None:
     """Raises CheckpointError unless training can go on from `checkpoint` with this model on `dataset`."""
     if checkpoint.published:
@@ -191,7 +189,7 @@ def check_resume(
             f"use it as load_path"
         )
     check_backbone(checkpoint, backbone)
-    check_tokenizer(checkpoint, tokenizer)
+    check_tokenizer(checkpoint, fingerprint)
     check_classes(checkpoint, dataset)
     if checkpoint.spec != spec:
         theirs, ours = (

@@ -10,6 +10,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from vilt.datamodules import Batch
+from vilt.datasets.specs import DATASETS
+
 
 def png(seed: int, size: int = 8) -> bytes:
     out = io.BytesIO()
@@ -75,10 +78,23 @@ class Tokenizer:
         return ids
 
 
-def assert_equal(one: Sequence[Any], other: Sequence[Any]) -> None:
+TYPE_NAMES = DATASETS["mmimdb"].type_names
+LOGIT_COLUMNS = [f"logits_{name.replace(' ', '_')}" for name in TYPE_NAMES]
+
+
+def types_of(batch: Batch) -> list[int]:
+    """Missing types of the samples of a batch of images and texts."""
+    return ((~batch.present_BM).long() @ torch.tensor([2, 1])).tolist()
+
+
+def assert_equal(one: Any, other: Any) -> None:
     """Of samples or batches: all values, types and shapes."""
-    for mine, theirs in zip(one, other, strict=True):
-        if isinstance(mine, torch.Tensor):
+    assert len(one) == len(other)
+    for key in one if isinstance(one, dict) else range(len(one)):
+        mine, theirs = one[key], other[key]
+        if isinstance(mine, dict):
+            assert_equal(mine, theirs)
+        elif isinstance(mine, torch.Tensor):
             assert isinstance(theirs, torch.Tensor)
             assert mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs)
         else:

@@ -96,7 +96,7 @@ def _open_arrow(_: None, folder: Path, given: tuple[str, Damage]) -> None:
     dataset = ArrowDataset(spec, folder, "train", 32)
     for index in range(min(len(dataset), 8)):
         sample = dataset[(0, index)]
-        assert sample.image_3RR is not None and sample.image_3RR.shape == (3, 32, 32)
+        assert sample.inputs["image"].shape == (3, 32, 32)
 
 
 IMAGE_KINDS = (
@@ -256,7 +256,7 @@ def _read_samples(_: None, folder: Path, given: tuple[str, Damage]) -> None:
         ".jsonl": b'{"image": "a.jpg", "text": "b", "id": 3}\n{"text": null, "image": "c"}\n',
     }[suffix]
     (folder / f"x{suffix}").write_bytes(damage.apply(content))
-    assert read_items(folder / f"x{suffix}")
+    assert read_items(folder / f"x{suffix}", DATASETS["mmimdb"])
 
 
 # Options, texts

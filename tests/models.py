@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clip.backbone import architecture_of
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.interfaces import IMAGE_MISSING, TEXT_MISSING, ModelInput
+from clip.modules.interfaces import ModelInput
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture
 from engine.checkpoint import PUBLISHED_NAMES, ModelSpec, build_classifier, model_names
@@ -30,12 +30,12 @@ TINY = ClipArchitecture(
 
 def model_input(images: Tensor, tokens: Tensor, missing_types: list[int]) -> ModelInput:
     """The batch of samples with `missing_types`, given every image and text; what is missing is left out here."""
-    image_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != IMAGE_MISSING], dtype=torch.long)
-    text_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != TEXT_MISSING], dtype=torch.long)
+    image_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != 2], dtype=torch.long)
+    text_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != 1], dtype=torch.long)
     return ModelInput(
         inputs={"image": images[image_rows], "text": tokens[text_rows]},
         rows={"image": image_rows, "text": text_rows},
-        present_BM=torch.tensor([[t != IMAGE_MISSING, t != TEXT_MISSING] for t in missing_types]),
+        present_BM=torch.tensor([[t != 2, t != 1] for t in missing_types]),
         types=tuple(sorted(set(missing_types))),
         lengths={"text": int(tokens[text_rows].argmax(-1).max()) + 1} if len(text_rows) else {},
     )

@@ -16,8 +16,9 @@ from PIL import Image
 from engine.logit_store import SplitLogits
 from engine.robustness import Subject, measure, write_results
 from engine.tasks import TASKS
+from tests.data_files import TYPE_NAMES
 from vilt.datasets.specs import DATASETS
-from vilt.missing_tables import TYPE_NAMES, MissingPattern
+from vilt.missing_tables import MissingPattern
 
 RATIOS = (0.0, 0.5, 0.7, 1.0)
 STARTED = 1_790_000_000
@@ -150,7 +151,9 @@ def write_robustness(
         for ratio in RATIOS
     ]
     of_run = (config["prompt_type"], config["exp_name"], config["seed"], None)
-    subject = Subject(run / "best.ckpt", sha256, *of_run, "32-true", task, classes, run / "missing_tables")
+    subject = Subject(
+        run / "best.ckpt", sha256, *of_run, "32-true", task, ("image", "text"), classes, run / "missing_tables"
+    )
     content = measure(subject, split, patterns, resamples=0)
     content["confidence"] = {"level": 0.95, "resamples": 1000} | {
         name: {metric: [value - 0.03, value + 0.02] for metric, value in found.items()}

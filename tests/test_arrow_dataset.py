@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 
 from common.errors import DataError
 from tests.data_files import Tokenizer, as_npy, assert_equal, file_of, films, genres, memes, png, write
-from vilt.datasets import arrow_dataset
+from vilt.datasets import kinds
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
+from vilt.datasets.kinds import TextKind
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES, SPLITS, Split
 from vilt.transforms import decode_image
 
@@ -40,6 +41,12 @@ def open_memes(folder: Path, table: pa.Table | None = None, rows_per_batch: int 
     return ArrowDataset(DATASETS["hatememes"], folder, "train", SIZE)
 
 
+def tokens_of(dataset: ArrowDataset) -> np.ndarray:
+    texts = dataset.kinds["text"]
+    assert isinstance(texts, TextKind) and texts.tokens is not None
+    return texts.tokens
+
+
 def caches(folder: Path) -> list[Path]:
     return sorted(folder.glob("*_tokens_*.npy"))
 
@@ -53,7 +60,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         found.append(data)
         return decode_image(data, size)
 
-    monkeypatch.setattr(arrow_dataset, "decode_image", remember)
+    monkeypatch.setattr(kinds, "decode_image", remember)
     return found
 
 
@@ -98,7 +105,9 @@ def test_files_of_the_published_converters_are_read_row_by_row(golden_arrow, nam
     tokens = torch.from_numpy(tokenizer(tokenizer.calls[0]))
     for index, (row, image, _, label, name_of_row) in enumerate(expected):
         labels = torch.tensor(label, dtype=torch.uint8 if name == "mmimdb" else torch.int64)
-        assert_equal(dataset[0, index], Sample(decode_image(image, 24), tokens[index], labels, 0, index))
+        assert_equal(
+            dataset[0, index], Sample({"image": decode_image(image, 24), "text": tokens[index]}, labels, index)
+        )
         assert dataset.sample_name(index) == (name_of_row or f"row {row}")
 
 
@@ -123,10 +132,11 @@ def test_a_film_with_several_plots_is_several_samples_with_one_missing_entry(tmp
     dataset.missing_table = np.array([0, 2, 1], dtype=np.int8)
     assert dataset.missing_type_of_sample.tolist() == [0, 2, 2, 2, 1, 1]
     for index, (row, missing, text) in enumerate(zip([0, 1, 1, 1, 2, 2], [0, 2, 2, 2, 1, 1], "abcdef", strict=True)):
-        image = None if missing == 2 else decode_image(png(row), SIZE)
-        tokens = None if missing == 1 else torch.from_numpy(Tokenizer()([text])[0])
+        inputs = {"image": decode_image(png(row), SIZE), "text": torch.from_numpy(Tokenizer()([text])[0])}
+        if missing:
+            del inputs["text" if missing == 1 else "image"]
         label = torch.tensor(genres(row, row + 1), dtype=torch.uint8)
-        assert_equal(dataset[0, index], Sample(image, tokens, label, missing, index))
+        assert_equal(dataset[0, index], Sample(inputs, label, index))
         assert dataset.sample_name(index) == f"film{row}"
 
 
@@ -147,7 +157,7 @@ def test_images_are_decoded_once_in_a_batch_and_not_where_they_are_missing(tmp_p
     dataset.missing_table = np.array([1, 0, 2], dtype=np.int8)
     batch = dataset.__getitems__([(0, 2), (0, 0), (0, 1), (0, 3)])
     assert [sample.number for sample in batch] == [2, 0, 1, 3]
-    assert batch[0].image_3RR is batch[2].image_3RR and batch[3].image_3RR is None
+    assert batch[0].inputs["image"] is batch[2].inputs["image"] and "image" not in batch[3].inputs
     assert decoded == [png(1), png(0)]
     for sample in batch:
         assert_equal(sample, dataset[0, sample.number])
@@ -176,17 +186,14 @@ def test_opening_reads_no_image(tmp_path):
     with path.open("r+b") as file:
         file.seek(path.read_bytes().index(b"not an image, and 009999 is its number"))
         file.write(png(5))
-    assert_equal(dataset[0, 9999][:1], [decode_image(png(5), SIZE)])
+    assert_equal([dataset[0, 9999].inputs["image"]], [decode_image(png(5), SIZE)])
 
 
 # ---- simulate_missing
 
 
 def type_in(dataset: ArrowDataset, epoch: int, index: int) -> int:
-    sample = dataset[epoch, index]
-    assert (sample.image_3RR is None) == (sample.missing_type == 2)
-    assert (sample.tokens_L is None) == (sample.missing_type == 1)
-    return sample.missing_type
+    return [["image", "text"], ["image"], ["text"]].index(list(dataset[epoch, index].inputs))
 
 
 @pytest.fixture
@@ -355,7 +362,7 @@ def truncated_jpeg() -> bytes:
 )
 def test_an_undecodable_image_is_an_error_that_names_file_and_row(tmp_path, data):
     dataset = open_memes(tmp_path, memes(3, {2: data}))
-    assert dataset[0, 1].image_3RR is not None
+    assert dataset[0, 1].inputs["image"] is not None
     with pytest.raises(DataError, match=f"^{tmp_path / ARROW}: row 2: the image cannot be decoded: "):
         dataset[0, 2]
     table = films([["a", "b", "c"], ["d"]])
@@ -413,7 +420,7 @@ def test_tokens_are_computed_once_and_found_again(tmp_path):
     again.tokenize(must_not_be_called, "f")
     for index in range(3):
         assert_equal(again[0, index], first[0, index])
-        assert_equal(again[0, index][1:2], [torch.from_numpy(Tokenizer()([f"meme {index}"])[0])])
+        assert_equal([again[0, index].inputs["text"]], [torch.from_numpy(Tokenizer()([f"meme {index}"])[0])])
 
 
 def test_other_texts_or_another_tokenizer_have_their_own_cache(tmp_path):
@@ -425,8 +432,8 @@ def test_other_texts_or_another_tokenizer_have_their_own_cache(tmp_path):
         dataset, tokenizer = open_memes(tmp_path, table), Tokenizer()
         dataset.tokenize(tokenizer, fingerprint)
         assert tokenizer.calls == [[text for row in table["text"].to_pylist() for text in row]]
-        assert dataset.tokens is not None
-        assert dataset.tokens.tolist() == tokenizer(tokenizer.calls[0]).tolist()
+        assert tokens_of(dataset) is not None
+        assert tokens_of(dataset).tolist() == tokenizer(tokenizer.calls[0]).tolist()
         assert len(caches(tmp_path)) == seen
     open_memes(tmp_path, memes()).tokenize(must_not_be_called, "f")
     for split in SPLITS[:2]:
@@ -457,8 +464,8 @@ def test_a_damaged_cache_is_made_again(tmp_path, caplog, content):
     dataset, tokenizer = open_memes(tmp_path), Tokenizer()
     with caplog.at_level(logging.WARNING):
         dataset.tokenize(tokenizer, "f")
-    assert len(tokenizer.calls) == 1 and dataset.tokens is not None
-    assert dataset.tokens.tolist() == tokenizer(tokenizer.calls[0]).tolist()
+    assert len(tokenizer.calls) == 1 and tokens_of(dataset) is not None
+    assert tokens_of(dataset).tolist() == tokenizer(tokenizer.calls[0]).tolist()
     assert [str(cache) in record.getMessage() for record in caplog.records] == [True]
     assert caches(tmp_path) == [cache] and cache.read_bytes() == intact
 
@@ -469,12 +476,12 @@ def test_a_folder_that_cannot_be_written_works_without_a_cache(tmp_path, caplog,
     def refuse(*_, **__) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(arrow_dataset.np, "save", refuse)
+    monkeypatch.setattr(kinds.np, "save", refuse)
     with caplog.at_level(logging.INFO):
         dataset.tokenize(tokenizer, "f")
     assert [path.name for path in tmp_path.iterdir()] == [ARROW]
     assert "Permission denied" in caplog.text
     readers: tuple[Any, ...] = (dataset, pickle.loads(pickle.dumps(dataset)))
     for reader in readers:
-        assert reader.tokens.tolist() == tokenizer(tokenizer.calls[0]).tolist()
+        assert tokens_of(reader).tolist() == tokenizer(tokenizer.calls[0]).tolist()
         assert_equal(reader[0, 2], dataset[0, 2])

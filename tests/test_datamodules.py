@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 
 from common.errors import ConfigError, DataError
-from tests.data_files import assert_equal, memes, write
+from tests.data_files import assert_equal, memes, types_of, write
 from vilt.datamodules import (
     Batch,
     DataSettings,
@@ -24,9 +24,9 @@ from vilt.datamodules import (
     MissingModalityData,
     TimedLoader,
     collate,
-    collate_for_evaluation,
 )
 from vilt.datasets.arrow_dataset import Sample
+from vilt.datasets.kinds import InputFormat, kinds_of
 from vilt.datasets.specs import DATASETS, SPLITS, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
@@ -68,21 +68,18 @@ def settings_in(folder: Path, **changes: Any) -> DataSettings:
 
 
 def open_data(settings: DataSettings, *splits: Split) -> MissingModalityData:
-    return MissingModalityData(settings, splits, SIZE, tokenize, "numbers")
+    return MissingModalityData(settings, splits, InputFormat(SIZE, tokenize, "numbers"))
 
 
 # ---- collate
 
 
 def sample(number: int, missing_type: int, label: Any = 1) -> Sample:
-    image = torch.full((3, 2, 2), number, dtype=torch.uint8)
-    tokens = torch.tensor([number, number + 1, 0])
+    inputs = {"image": torch.full((3, 2, 2), number, dtype=torch.uint8), "text": torch.tensor([number, number + 1, 0])}
+    if missing_type:
+        del inputs["text" if missing_type == 1 else "image"]
     return Sample(
-        None if missing_type == 2 else image,
-        None if missing_type == 1 else tokens,
-        torch.tensor(label) if isinstance(label, int) else torch.tensor(label, dtype=torch.uint8),
-        missing_type,
-        number,
+        inputs, torch.tensor(label) if isinstance(label, int) else torch.tensor(label, dtype=torch.uint8), number
     )
 
 
@@ -94,6 +91,7 @@ def rows(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int64)
 
 
+MEME_KINDS = kinds_of(DATASETS["hatememes"])
 NOBODYS_IMAGES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
 
@@ -104,14 +102,13 @@ NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
         (
             [sample(5, 2, 0), sample(6, 0, 1), sample(7, 1, 1), sample(8, 0, 0)],
             Batch(
-                image_b3RR=images(6, 7, 8),
-                tokens_bL=torch.tensor([[5, 6, 0], [6, 7, 0], [8, 9, 0]]),
-                missing_type_B=rows(2, 0, 1, 0),
-                image_rows=rows(1, 2, 3),
-                text_rows=rows(0, 1, 3),
+                inputs={"image": images(6, 7, 8), "text": torch.tensor([[5, 6, 0], [6, 7, 0], [8, 9, 0]])},
+                rows={"image": rows(1, 2, 3), "text": rows(0, 1, 3)},
+                present_BM=torch.tensor([[False, True], [True, True], [True, False], [True, True]]),
                 types=(0, 1, 2),
-                text_length=2,
-                image_of_B=None,
+                lengths={"text": 2},
+                length_b={},
+                source_of_B={},
                 label=rows(0, 1, 1, 0),
                 index_B=rows(5, 6, 7, 8),
             ),
@@ -119,14 +116,13 @@ NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
         (
             [sample(3, 2, [0, 1, 1]), sample(4, 2, [1, 0, 0])],
             Batch(
-                image_b3RR=NOBODYS_IMAGES,
-                tokens_bL=torch.tensor([[3, 4, 0], [4, 5, 0]]),
-                missing_type_B=rows(2, 2),
-                image_rows=rows(),
-                text_rows=rows(0, 1),
+                inputs={"image": NOBODYS_IMAGES, "text": torch.tensor([[3, 4, 0], [4, 5, 0]])},
+                rows={"image": rows(), "text": rows(0, 1)},
+                present_BM=torch.tensor([[False, True], [False, True]]),
                 types=(2,),
-                text_length=2,
-                image_of_B=None,
+                lengths={"text": 2},
+                length_b={},
+                source_of_B={},
                 label=torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.uint8),
                 index_B=rows(3, 4),
             ),
@@ -134,14 +130,13 @@ NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
         (
             [sample(9, 1)],
             Batch(
-                image_b3RR=images(9),
-                tokens_bL=NOBODYS_TOKENS,
-                missing_type_B=rows(1),
-                image_rows=rows(0),
-                text_rows=rows(),
+                inputs={"image": images(9), "text": NOBODYS_TOKENS},
+                rows={"image": rows(0), "text": rows()},
+                present_BM=torch.tensor([[True, False]]),
                 types=(1,),
-                text_length=None,
-                image_of_B=None,
+                lengths={},
+                length_b={},
+                source_of_B={},
                 label=rows(1),
                 index_B=rows(9),
             ),
@@ -150,16 +145,20 @@ NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
     ids=["all types", "no image", "no text"],
 )
 def test_batches_leave_out_what_is_missing(samples, expected):
-    assert_equal(collate(samples), expected)
-    assert_equal(collate_for_evaluation(samples), expected)
+    assert_equal(collate(MEME_KINDS, samples), expected)
+    assert_equal(collate(MEME_KINDS, samples, once=True), expected)
 
 
-def test_collate_for_evaluation_has_a_shared_image_once():
+def test_a_shared_image_is_there_once_in_evaluation():
     first, second, third, fourth = sample(5, 0), sample(6, 2), sample(7, 1), sample(8, 0)
-    samples = [first, second, third._replace(image_3RR=first.image_3RR), fourth]
-    batch = collate_for_evaluation(samples)
-    once = collate(samples)._replace(image_b3RR=images(5, 8), image_rows=rows(0, 3), image_of_B=rows(0, 1, 0, 3))
-    assert_equal(batch, once)
+    samples = [first, second, third._replace(inputs={"image": first.inputs["image"]}), fourth]
+    apart = collate(MEME_KINDS, samples)
+    once = apart._replace(
+        inputs={**apart.inputs, "image": images(5, 8)},
+        rows={**apart.rows, "image": rows(0, 3)},
+        source_of_B={"image": rows(0, 1, 0, 3)},
+    )
+    assert_equal(collate(MEME_KINDS, samples, once=True), once)
 
 
 # ---- EpochSampler
@@ -308,7 +307,7 @@ def test_a_published_table_is_used_and_one_of_the_wrong_length_refused(folder, c
     type_of = {
         index: missing_type
         for batch in data.val_dataloader()
-        for index, missing_type in zip(batch.index_B.tolist(), batch.missing_type_B.tolist(), strict=True)
+        for index, missing_type in zip(batch.index_B.tolist(), types_of(batch), strict=True)
     }
     assert type_of == dict(enumerate(types.tolist()))
     torch.save(types[:6], folder / "tables" / "hatememes_dev_missing_both_05.pt")
@@ -322,7 +321,7 @@ def test_batches_are_the_samples_in_order(folder):
     batches = list(data.test_dataloader())
     assert [batch.index_B.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
     for batch in batches:
-        assert_equal(batch, collate([dataset[0, index] for index in batch.index_B.tolist()]))
+        assert_equal(batch, collate(MEME_KINDS, [dataset[0, index] for index in batch.index_B.tolist()]))
 
 
 def test_workers_do_not_change_the_batches(folder):
@@ -392,15 +391,18 @@ Step = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 class Recorder(pl.LightningModule):
-    """Trains one number and writes down what it was given."""
+    """Trains one number, notes what it was given, and saves where run.py does: after validations and epochs."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
+        self.folder = folder
         self.number = torch.nn.Parameter(torch.zeros(1))
         self.steps: list[Step] = []
+        self.saved: list[tuple[Path, int]] = []
+        """File, steps of this run until then."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        samples, types = tuple(batch.index_B.tolist()), tuple(batch.missing_type_B.tolist())
+        samples, types = tuple(batch.index_B.tolist()), tuple(types_of(batch))
         self.steps.append((self.current_epoch, batch_idx, samples, types))
         return self.number.square().sum()
 
@@ -410,40 +412,19 @@ class Recorder(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
 
-
-class KeepEvery(pl.Callback):
-    """Saves where run.py saves: after each validation and each epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.saved: list[tuple[Path, int]] = []
-        """File, steps of this run until then."""
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.save(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.save(trainer)
-
-    def save(self, trainer: pl.Trainer) -> None:
+    def on_validation_end(self) -> None:
         path = self.folder / f"{len(self.saved)}.ckpt"
-        trainer.save_checkpoint(path)
-        assert isinstance(trainer.lightning_module, Recorder)
-        self.saved.append((path, len(trainer.lightning_module.steps)))
+        self.trainer.save_checkpoint(path)
+        self.saved.append((path, len(self.steps)))
 
-
-@pytest.fixture
-def quiet():
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    yield
-    logging.getLogger("pytorch_lightning").setLevel(logging.NOTSET)
+    on_train_epoch_end = on_validation_end
 
 
 def fit(
     settings: DataSettings, checkpoints: Path, *, val_every: int, epochs: int = 3, resume: Path | None = None
-) -> tuple[list[Step], list[tuple[Path, int]], pl.Trainer]:
+) -> Recorder:
     checkpoints.mkdir(exist_ok=True)
-    module, keep = Recorder(), KeepEvery(checkpoints)
+    module = Recorder(checkpoints)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -454,10 +435,9 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         logger=False,
-        callbacks=[keep],
     )
     trainer.fit(module, datamodule=open_data(settings, "train", "val"), ckpt_path=resume, weights_only=True)
-    return module.steps, keep.saved, trainer
+    return module
 
 
 RESUMED = pytest.mark.filterwarnings("ignore")  # Lightning does not know that these loaders can resume
@@ -465,61 +445,50 @@ RESUMED = pytest.mark.filterwarnings("ignore")  # Lightning does not know that t
 
 @RESUMED
 @pytest.mark.parametrize(("workers", "val_every"), [(0, 2), (0, 5), (1, 3)])
-def test_a_resumed_run_starts_with_the_next_sample(folder, quiet, workers, val_every):
+def test_a_resumed_run_starts_with_the_next_sample(folder, workers, val_every):
+    """Also when it is resumed a second time."""
     settings = settings_in(folder, simulate_missing=True)
-    whole, saved, _ = fit(settings, folder / "whole", val_every=val_every)
-    assert [step[:2] for step in whole] == [(epoch, batch) for epoch in range(3) for batch in range(6)]
+    first = fit(settings, folder / "first", val_every=val_every)
+    assert [step[:2] for step in first.steps] == [(epoch, batch) for epoch in range(3) for batch in range(6)]
     for epoch in range(3):
-        seen = [index for step in whole if step[0] == epoch for index in step[2]]
+        seen = [index for step in first.steps if step[0] == epoch for index in step[2]]
         assert sorted(seen) == list(range(11))
-    assert len(saved) == 3 * (6 // val_every + 1)
-    for path, steps in saved:
-        resumed, _, _ = fit(
-            replace(settings, num_workers=workers), folder / "resumed", val_every=val_every, resume=path
-        )
-        assert resumed == whole[steps:], f"after {steps} steps"
-
-
-@RESUMED
-def test_a_run_may_be_interrupted_twice(folder, quiet):
-    settings = settings_in(folder, simulate_missing=True, num_workers=1)
-    whole, saved, _ = fit(settings, folder / "whole", val_every=4)
-    (path, steps) = saved[2]
-    assert steps == 10, "in the middle of the second epoch"
-    resumed, saved_again, _ = fit(settings, folder / "resumed", val_every=4, resume=path)
-    assert resumed == whole[steps:]
-    for path_again, steps_again in saved_again:
-        twice, _, _ = fit(settings, folder / "twice", val_every=4, resume=path_again)
-        assert twice == whole[steps + steps_again :]
+    assert len(first.saved) == 3 * (6 // val_every + 1)
+    settings = replace(settings, num_workers=workers)
+    for path, steps in first.saved:
+        resumed = fit(settings, folder / "resumed", val_every=val_every, resume=path)
+        assert resumed.steps == first.steps[steps:], f"after {steps} steps"
+        for path_again, steps_again in resumed.saved[1:2]:
+            again = fit(settings, folder / "again", val_every=val_every, resume=path_again)
+            assert again.steps == first.steps[steps + steps_again :]
 
 
 @RESUMED
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_finished_run_can_be_made_longer(folder, quiet, workers):
+def test_a_finished_run_can_be_made_longer(folder, workers):
     settings = settings_in(folder, simulate_missing=True, num_workers=workers)
-    longer, _, _ = fit(settings, folder / "longer", val_every=6, epochs=4)
-    whole, saved, trainer = fit(settings, folder / "whole", val_every=6, epochs=2)
-    assert whole == longer[:12]
-    trainer.save_checkpoint(folder / "after.ckpt")
-    for path in (saved[-1][0], folder / "after.ckpt"):
-        resumed, _, _ = fit(settings, folder / "resumed", val_every=6, epochs=4, resume=path)
-        assert resumed == longer[12:]
+    longer = fit(settings, folder / "longer", val_every=6, epochs=4).steps
+    first = fit(settings, folder / "first", val_every=6, epochs=2)
+    assert first.steps == longer[:12]
+    first.trainer.save_checkpoint(folder / "after.ckpt")
+    for path in (first.saved[-1][0], folder / "after.ckpt"):
+        assert fit(settings, folder / "resumed", val_every=6, epochs=4, resume=path).steps == longer[12:]
 
 
 @RESUMED
 @pytest.mark.parametrize(
-    ("changes", "rows_now", "message"),
+    ("changes", "rows_now", "found"),
     [
-        ({"per_gpu_batchsize": 3}, 11, "trained with samples per batch = 2, now it is 3"),
-        ({}, 12, "trained with samples = 11, now it is 12"),
-        ({"seed": 1}, 11, "trained with seed = 0, now it is 1"),
-        ({"order_seed": 1}, 11, "trained with order seed = 0, now it is 1"),
+        ({"per_gpu_batchsize": 3}, 11, "samples per batch = 2, now it is 3"),
+        ({}, 12, "samples = 11, now it is 12"),
+        ({"seed": 1}, 11, "with seed = 0, now it is 1"),
+        ({"order_seed": 1}, 11, "order seed = 0, now it is 1"),
     ],
 )
-def test_a_run_whose_order_is_another_one_is_not_resumed(folder, quiet, changes, rows_now, message):
-    _, saved, _ = fit(settings_in(folder), folder / "whole", val_every=2, epochs=1)
+def test_a_run_whose_order_is_another_one_is_not_resumed(folder, changes, rows_now, found):
+    saved = fit(settings_in(folder), folder / "first", val_every=2, epochs=1).saved
     write_memes(folder, "train", rows_now)
-    with pytest.raises(ConfigError, match=f"resume_from: the checkpoint was {message}; resume with the same"):
+    with pytest.raises(ConfigError, match=f"resume_from: .*{found}"):
         fit(settings_in(folder, **changes), folder / "resumed", val_every=2, resume=saved[0][0])
 
 
@@ -530,11 +499,11 @@ def test_films_with_several_plots_are_counted_as_samples_and_described_by_row(tm
         return np.array([[len(text)] * 77 for text in texts])
 
     settings = settings_in(tmp_path, dataset="mmimdb", per_gpu_batchsize=8)
-    data = MissingModalityData(settings, ("train",), SIZE, lengths, "lengths")
+    data = MissingModalityData(settings, ("train",), InputFormat(SIZE, lengths, "lengths"))
     assert data.describe() == "  train        5 samples of 4 rows (2 complete, 1 text missing, 1 image missing)"
     (batch,) = data.train_dataloader()
     assert sorted(batch.index_B.tolist()) == [0, 1, 2, 3, 4]
     assert batch.label.shape == (5, 23)
     table = data.datasets["train"].missing_table
     row_of = {0: 0, 1: 0, 2: 1, 3: 2, 4: 3}
-    assert batch.missing_type_B.tolist() == [table[row_of[index]] for index in batch.index_B.tolist()]
+    assert types_of(batch) == [table[row_of[index]] for index in batch.index_B.tolist()]

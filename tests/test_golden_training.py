@@ -65,14 +65,13 @@ class Samples:
         image_rows, text_rows = (kinds != 2).nonzero().flatten(), (kinds != 1).nonzero().flatten()
         tokens_bL = self.tokens[numbers][text_rows]
         return Batch(
-            image_b3RR=self.images[numbers][image_rows].double(),
-            tokens_bL=tokens_bL,
-            missing_type_B=kinds,
-            image_rows=image_rows,
-            text_rows=text_rows,
+            inputs={"image": self.images[numbers][image_rows].double(), "text": tokens_bL},  # normalised
+            rows={"image": image_rows, "text": text_rows},
+            present_BM=torch.stack([kinds != 2, kinds != 1], dim=1),
             types=tuple(sorted(set(kinds.tolist()))),
-            text_length=int(tokens_bL.argmax(-1).max()) + 1 if len(text_rows) else None,
-            image_of_B=None,
+            lengths={"text": int(tokens_bL.argmax(-1).max()) + 1} if len(text_rows) else {},
+            length_b={},
+            source_of_B={},
             label=self.labels[numbers],
             index_B=numbers,
         )
@@ -110,7 +109,6 @@ def test_a_training_equals_the_published_one(path: Path, monkeypatch: pytest.Mon
     for module in classifier.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    monkeypatch.setattr("engine.training.normalise", lambda images: images)
     schedule = {name: meta[name] for name in ("learning_rate", "lr_mult", "weight_decay", "warmup_steps")}
     settings = OptimizerSettings("adamw", **schedule, end_lr=meta["end_lr"], decay_power=meta["decay_power"])
     options = MethodOptions(meta["method"], meta["memory_length"], meta["memory_depth"])

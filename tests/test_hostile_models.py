@@ -3,12 +3,9 @@
 A result, or an error of ours; nothing in a file runs.
 """
 
-import gzip
 import io
 import json
-import pickle
 import random
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +29,7 @@ from engine.checkpoint import (
     restore_classifier,
 )
 from run import command_line
+from tests.archives import Touch
 from tests.backbones import random_hf_clip
 from tests.conftest import Workspace
 from tests.models import TINY, tiny_classifier
@@ -93,25 +91,6 @@ def test_cut_and_flipped_checkpoints_are_refused_or_read(backbone: Backbone, tmp
     assert 10 < refused < 60
 
 
-@pytest.mark.parametrize("kind", ["tar", "gzip", "pickle", "web page"])
-def test_other_kinds_of_files_are_no_checkpoints(kind: str, backbone: Backbone, tmp_path: Path) -> None:
-    inner, tarred = io.BytesIO(), io.BytesIO()
-    torch.save(content_of(backbone), inner)
-    with tarfile.open(fileobj=tarred, mode="w") as archive:
-        info = tarfile.TarInfo("data.pkl")
-        info.size = len(inner.getvalue())
-        archive.addfile(info, io.BytesIO(inner.getvalue()))
-    contents = {
-        "tar": tarred.getvalue(),
-        "gzip": gzip.compress(inner.getvalue()),
-        "pickle": pickle.dumps({"state_dict": {}}, 4),
-        "web page": b"<html>",
-    }
-    (tmp_path / "best.ckpt").write_bytes(contents[kind])
-    with pytest.raises(CheckpointError, match=r"best\.ckpt: "):
-        read(tmp_path / "best.ckpt", backbone)
-
-
 def odd_tensors() -> dict[str, tuple[Tensor, str]]:
     return {
         "nan": (torch.full((2, 64), float("nan")), "holds values that are not finite"),
@@ -147,16 +126,6 @@ def test_archives_that_grow_are_not_unpacked(tmp_path: Path) -> None:
 
 
 # Code
-
-
-class Touch:
-    """Pickled, it is a call that makes the file `marker`."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
 
 
 def positions(code: Touch) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tests.data_files import as_npy, assert_equal, write
 from tests.data_files import memes as memes_table
 from tests.data_files import png as png_of
 from vilt import image_cache
-from vilt.datasets import arrow_dataset
+from vilt.datasets import kinds
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.image_cache import open_image_cache
@@ -117,12 +117,11 @@ def test_the_file_holds_the_image_of_every_row(memes, small_batches, workers):
 def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(memes, monkeypatch):
     dataset = open_memes(memes)
     dataset.cache_images(0)
-    monkeypatch.setattr(arrow_dataset, "decode_image", refuse)
+    monkeypatch.setattr(kinds, "decode_image", refuse)
     worker = pickle.loads(pickle.dumps(dataset))
     for row, expected in enumerate(expected_images()):
         for reader in (dataset, worker):
-            image = reader[0, row].image_3RR
-            assert image is not None
+            image = reader[0, row].inputs["image"]
             assert image.tolist() == expected.tolist()
     assert vars(worker)["_table"] is None
 
@@ -130,10 +129,10 @@ def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(meme
 def test_an_image_may_be_written_to_without_changing_the_cache(memes):
     dataset = open_memes(memes)
     dataset.cache_images(0)
-    image = dataset[0, 1].image_3RR
+    image = dataset[0, 1].inputs["image"]
     assert image is not None and image.sum() > 0
     image.zero_()
-    assert_equal(dataset[0, 1][:1], [torch.from_numpy(expected_images()[1])])
+    assert_equal([dataset[0, 1].inputs["image"]], [torch.from_numpy(expected_images()[1])])
     assert np.load(cache_in(memes)).tolist() == expected_images().tolist()
 
 
@@ -141,13 +140,13 @@ def test_the_cache_is_made_once_and_found_again(memes, monkeypatch, caplog):
     open_memes(memes).cache_images(0)
     cache = cache_in(memes)
     made = cache.stat()
-    monkeypatch.setattr(arrow_dataset, "decode_image", refuse)
+    monkeypatch.setattr(kinds, "decode_image", refuse)
     monkeypatch.setattr(fcntl, "flock", refuse)  # a folder that may only be read has room for no lock either
     dataset = open_memes(memes)
     with caplog.at_level(logging.INFO):
         dataset.cache_images(2)
     assert caplog.messages == []
-    assert dataset[0, 3].image_3RR is not None
+    assert dataset[0, 3].inputs["image"] is not None
     assert cache_in(memes) == cache
     assert (cache.stat().st_ino, cache.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
 
@@ -168,7 +167,7 @@ def test_image_sizes_have_their_own_caches(memes):
         dataset.cache_images(0)
     assert {name.rpartition("_")[0] for name in names(memes)} == {f"hatememes_train_images{size}" for size in datasets}
     for size, dataset in datasets.items():
-        assert_equal(dataset[0, 2][:1], [decode_image(png(2), size)])
+        assert_equal([dataset[0, 2].inputs["image"]], [decode_image(png(2), size)])
 
 
 def test_the_log_says_how_large_it_is_and_a_terminal_shows_the_progress(memes, monkeypatch, caplog, capsys):
@@ -303,7 +302,7 @@ def test_an_undecodable_image_is_named_by_file_and_row(memes, small_batches, wor
     with pytest.raises(DataError, match=rf"^{memes / ARROW}: row 5: the image cannot be decoded: .*$"):
         dataset.cache_images(workers)
     assert names(memes) == set()
-    assert dataset[0, 4].image_3RR is not None, "works without a cache"
+    assert dataset[0, 4].inputs["image"] is not None, "works without a cache"
 
 
 @pytest.mark.parametrize("room", [100, 1000])
@@ -350,7 +349,7 @@ def test_an_interruption_leaves_nothing_behind(memes, small_batches, monkeypatch
             raise KeyboardInterrupt
         return decode_image(data, size)
 
-    monkeypatch.setattr(arrow_dataset, "decode_image", interrupted)
+    monkeypatch.setattr(kinds, "decode_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dataset.cache_images(0)
     assert names(memes) == set()
@@ -421,7 +420,7 @@ def test_who_comes_later_waits_and_says_so_and_holds_the_lock_then(memes, caplog
         def emit(self, record: logging.LogRecord) -> None:
             said.set()
 
-    monkeypatch.setattr(arrow_dataset, "decode_image", try_lock)
+    monkeypatch.setattr(kinds, "decode_image", try_lock)
     monkeypatch.setattr(image_cache.log, "handlers", [Listener()])
     waiting = threading.Thread(target=dataset.cache_images, args=(0,))
     with (memes / LOCK).open("ab") as lock, caplog.at_level(logging.INFO):
@@ -489,7 +488,7 @@ def test_pickling_carries_neither_images_nor_tokens(tmp_path):
     found = open_memes(tmp_path, 32)
     found.cache_images(0)
     for dataset in (made, found):
-        assert dataset[0, 1].image_3RR is not None  # the files are mapped now
+        assert dataset[0, 1].inputs["image"] is not None  # the files are mapped now
         pickled = pickle.dumps(dataset)
         assert len(pickled) < 20_000, "tokens are 123 kB, images 1.2 MB"
         copy = pickle.loads(pickled)

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from engine.interruption import Stopped, stopping_on_signals
+from common.signals import Stopped, stopping_on_signals
 from run import command_line
-from tests.conftest import Workspace
+from tests.conftest import Captured, Patch, Workspace
 from tests.interrupted import Chain, differences
-from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import ImageKind
 
 ROOT = Path(__file__).parents[1]
 LONG = bool(os.environ.get("TEST_LONG"))
@@ -114,16 +114,16 @@ def test_ctrl_c_to_the_whole_group_reaches_the_checkpoint(workspace: Workspace, 
 
 
 def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, monkeypatch: Patch, capsys: Captured
 ) -> None:
-    image = ArrowDataset._image
+    image = ImageKind._decoded
 
-    def die(self: ArrowDataset, row: int) -> torch.Tensor:
-        if self.split == "train" and row == 17:
+    def die(self: ImageKind, row: int) -> torch.Tensor:
+        if self.data.path.name == "mmimdb_train.arrow" and row == 17:
             os.kill(os.getpid(), signal.SIGKILL)
         return image(self, row)
 
-    monkeypatch.setattr(ArrowDataset, "_image", die)
+    monkeypatch.setattr(ImageKind, "_decoded", die)
     options = ("missing_ratio=0.0", "num_workers=2", "exp_name=dies")
     assert command_line(workspace.command(f"vit={workspace.backbone}", *options)) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -284,14 +284,16 @@ def training_batch(mix: list[int]) -> tuple[ModelInput, Tensor]:
 
 
 BATCH = Batch(
-    image_b3RR=torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
-    tokens_bL=tiny_batch(2)[1],
-    missing_type_B=torch.tensor([0, 2, 1]),
-    image_rows=torch.tensor([0, 2]),
-    text_rows=torch.tensor([0, 1]),
+    inputs={
+        "image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+        "text": tiny_batch(2)[1],
+    },
+    rows={"image": torch.tensor([0, 2]), "text": torch.tensor([0, 1])},
+    present_BM=torch.tensor([[True, True], [False, True], [True, False]]),
     types=(0, 1, 2),
-    text_length=None,
-    image_of_B=None,
+    lengths={},
+    length_b={},
+    source_of_B={},
     label=torch.eye(23, dtype=torch.uint8)[:3],
     index_B=torch.arange(3),
 )

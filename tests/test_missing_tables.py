@@ -11,6 +11,7 @@ import pickle
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ import torch
 
 from common.errors import DataError
 from common.files import atomic_path
+from tests.data_files import TYPE_NAMES
 from vilt import missing_tables
-from vilt.datasets.specs import DATASETS, SPLITS, Split
+from vilt.datasets.specs import DATASETS, SPLITS, Modality, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, type_counts
+from vilt.missing_types import available_shares, is_missing, missing_types, type_names
 
 ROOT = Path(__file__).parents[1]
 BOTH = MissingPattern("both", 0.7, 0.5, 0)
@@ -114,7 +117,9 @@ def test_equals_the_slow_version_and_has_exact_counts(missing_type):
 )
 def test_counts_of_some_tables(samples, ratio, both_ratio, counts):
     table = draw_missing_table("mmimdb", "train", MissingPattern("both", ratio, both_ratio, 5), samples)
-    assert type_counts(table) == dict(zip(("complete", "text missing", "image missing"), counts, strict=True))
+    assert type_counts(table, TYPE_NAMES) == dict(
+        zip(("complete", "text missing", "image missing"), counts, strict=True)
+    )
 
 
 @pytest.mark.parametrize("missing_type", ["text", "image", "both"])
@@ -182,6 +187,76 @@ def test_another_process_with_another_hash_seed_draws_the_same():
         for kind in ("text", "image", "both")
     ]
     assert json.loads(done.stdout) == here
+
+
+# ---- more than two modalities
+
+NAMES = ("text", "sound", "depth", "light")
+OF_FOUR = (
+    "complete",
+    "light missing",
+    "depth missing",
+    "depth, light missing",
+    "sound missing",
+    "sound, light missing",
+)
+
+
+@pytest.fixture
+def names(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Modalities of a dataset `more`, as many as the parameter says."""
+    found = NAMES[: request.param]
+    modalities = {name: Modality("array", name, (1,)) for name in found}
+    monkeypatch.setitem(DATASETS, "more", replace(DATASETS["hatememes"], name="more", modalities=modalities))
+    return found
+
+
+def test_types_are_named_in_the_order_of_their_binary_numbers() -> None:
+    assert type_names(NAMES)[:6] == OF_FOUR and len(type_names(NAMES)) == 15
+    assert type_names(NAMES)[14] == "text, sound, depth missing"
+    assert missing_types(NAMES) == ("light", "depth", "sound", "text", "any", "some")
+    assert missing_types(("image", "text")) == ("text", "image", "both")
+
+
+@pytest.mark.parametrize("names", [3, 4], indirect=True)
+@pytest.mark.parametrize("drawing", ["nested", "published"])
+@pytest.mark.parametrize("kind", ["any", "some", "text", "sound"])
+def test_all_that_a_pattern_allows_goes_missing_as_often(names, drawing, kind):
+    samples = 14 * 12 * len(names)
+    table = draw_missing_table("more", "train", MissingPattern(kind, 0.5, 0.5, 3, drawing), samples)
+    lost = [{name for name in names if is_missing(names, name, code)} for code in range(len(type_names(names)))]
+    fits = {"any": lambda missing: len(missing) == 1, "some": bool}.get(kind, {kind}.__eq__)
+    allowed = [code for code, missing in enumerate(lost) if fits(missing)]
+    counts = np.bincount(table, minlength=len(lost))
+    assert counts[0] == samples / 2 and set(np.flatnonzero(counts)) == {0, *allowed}
+    assert {counts[code] for code in allowed} == {samples // 2 // len(allowed)}
+    shares = available_shares(names, kind, 0.5, 0.5)
+    for name in names:
+        assert shares[name] == pytest.approx(1 - np.mean(is_missing(names, name, table)))
+
+
+@pytest.mark.parametrize("names", [3, 4], indirect=True)
+@pytest.mark.parametrize("kind", ["any", "some", "sound"])
+def test_tables_of_more_modalities_are_nested(names, kind):
+    tables = [draw_missing_table("more", "val", MissingPattern(kind, r / 10, 0.5, 1), 230) for r in range(11)]
+    for less, more in itertools.pairwise(tables):
+        assert np.array_equal(more[less > 0], less[less > 0]) and (more > 0).sum() == (less > 0).sum() + 23
+
+
+@pytest.mark.parametrize("names", [4], indirect=True)
+def test_tables_of_more_modalities_are_kept_too(names, tmp_path, monkeypatch):
+    pattern = MissingPattern("some", 1, 0.5, 0)
+    drawn = load_missing_table(tmp_path, "more", "val", pattern, 40)
+    (path,) = tmp_path.iterdir()
+    header, meaning, digits = path.read_text().splitlines()
+    assert "dataset=more split=dev type=some ratio=1.0" in header
+    assert meaning.startswith("# 0=complete 1=light_missing") and meaning.endswith("e=text,_sound,_depth_missing")
+    assert digits == "".join(f"{code:x}" for code in drawn) and "e" in digits
+    monkeypatch.setattr(missing_tables, "draw_missing_table", None)
+    assert np.array_equal(load_missing_table(tmp_path, "more", "val", pattern, 40), drawn)
+    path.write_text(path.read_text().replace(digits, "f" + digits[1:]))
+    with pytest.raises(DataError, match=r"expected the digits 0, 1, .* d and e, found 'f' for row 0"):
+        load_missing_table(tmp_path, "more", "val", pattern, 40)
 
 
 # ---- how tables are kept

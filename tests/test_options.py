@@ -74,7 +74,7 @@ WRONG = {
     "test_only=True": "test_only: expected a checkpoint to evaluate",
     "finetune_first=True": "finetune_first: expected a checkpoint to start from in load_path",
     "task=imagenet": "task: expected mmimdb or food101 or hatememes, found 'imagenet'",
-    "tokenizer=nowhere": "tokenizer=nowhere: expected a Hugging Face folder or hub name with a CLIP tokenizer",
+    "tokenizer=nowhere": "tokenizer=nowhere: not readable as a CLIP tokenizer",
     "task_finetune_coco": "task_finetune_coco",
 }
 
@@ -139,10 +139,30 @@ def test_the_choices_of_options_are_those_of_the_code() -> None:
             OPTIONS[option].read(option, "none of them")
 
 
-def test_options_are_read_without_torch() -> None:
-    """So that a wrong one answers at once."""
-    code = "import sys, runs.experiment; assert not {'torch', 'pytorch_lightning', 'pandas'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parents[1], check=True)
+def test_options_are_read_without_torch(workspace: Workspace, tmp_path: Path) -> None:
+    """So that a wrong one, and what needs no model, answers at once."""
+    of_training = workspace.command(f"vit={workspace.backbone}")[1:]
+    commands = [
+        (["print_config"], 0),
+        (["runs", "with", f"log_dir={tmp_path}"], 0),
+        (["report", "with", "runs=[]"], 2),
+        (["predict", "with", "load_path=x.ckpt"], 2),
+        (["robustness"], 2),
+        ([*of_training, "learning_rat=1"], 2),
+        ([*of_training, "learning_rate=0"], 2),
+        ([*of_training, "far=False", "replay_depth=1"], 2),
+        ([*of_training, "data_root=nowhere"], 2),
+        (["sweep", *of_training, "seed=1", "data_root=nowhere"], 2),
+    ]
+    code = (
+        "import sys, run\n"
+        f"found = [run.command_line(['run.py', *command]) for command, _ in {commands}]\n"
+        f"assert found == {[status for _, status in commands]}, found\n"
+        "assert not {'torch', 'pytorch_lightning', 'pandas', 'matplotlib'} & set(sys.modules)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def config_with(workspace: Workspace, **changes: object) -> Options:

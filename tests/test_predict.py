@@ -17,8 +17,10 @@ from engine.checkpoint import read_checkpoint
 from engine.predict import Item, Predictor, load_model, read_items
 from run import command_line
 from tests.conftest import Workspace
-from vilt.datasets.specs import MMIMDB_GENRES
-from vilt.missing_tables import TYPE_NAMES
+from tests.data_files import TYPE_NAMES
+from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
+
+FILMS = DATASETS["mmimdb"]
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +192,14 @@ def test_a_folder_of_images_and_texts(trained: Path, films: Films, tmp_path: Pat
 
 
 def test_samples_are_read_by_workers(model: Predictor, films: Films, tmp_path: Path) -> None:
-    items = read_items(write_table(tmp_path / "in", films, ".csv"))
+    items = read_items(write_table(tmp_path / "in", films, ".csv"), FILMS)
     alone = list(model.predict_items(items, batch_size=4))
     assert list(model.predict_items(items, batch_size=4, workers=2)) == alone
 
 
 def test_without_an_id_the_row_is_the_id(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("text\nA ghost story.\n\nTwo friends rob a train.\n")
-    assert [item.id for item in read_items(tmp_path / "in.csv")] == ["2", "4"]
+    assert [item.id for item in read_items(tmp_path / "in.csv", FILMS)] == ["2", "4"]
 
 
 # Classes
@@ -305,13 +307,13 @@ def test_files_of_one_name_in_a_folder(tmp_path: Path, films: Films) -> None:
     (tmp_path / "a.jpg").write_bytes(films.images[0])
     shutil.copy(tmp_path / "a.jpg", tmp_path / "a.jpeg")
     with pytest.raises(DataError, match=r"a.jpg: expected one file of this name, found a.jpeg too"):
-        read_items(tmp_path)
+        read_items(tmp_path, FILMS)
 
 
 def test_a_text_that_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"a.txt: not readable as text in UTF-8"):
-        read_items(tmp_path)
+        read_items(tmp_path, FILMS)
 
 
 def test_lists_of_different_lengths(model: Predictor) -> None:
@@ -336,7 +338,7 @@ def test_an_output_that_cannot_be_written(trained: Path, tmp_path: Path, capsys:
 
 def test_items_know_their_place(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text('image,text\na.jpg,"two\nlines"\nb.jpg,\n')
-    assert read_items(tmp_path / "in.csv") == [
-        Item("2", tmp_path / "a.jpg", "two\nlines", f"{tmp_path / 'in.csv'}, row 2"),
-        Item("4", tmp_path / "b.jpg", None, f"{tmp_path / 'in.csv'}, row 4"),
+    assert read_items(tmp_path / "in.csv", FILMS) == [
+        Item("2", {"image": tmp_path / "a.jpg", "text": "two\nlines"}, f"{tmp_path / 'in.csv'}, row 2"),
+        Item("4", {"image": tmp_path / "b.jpg"}, f"{tmp_path / 'in.csv'}, row 4"),
     ]

@@ -63,17 +63,17 @@ def test_two_processes_train_what_one_does(workspace: Workspace, tmp_path: Path)
     assert results[0]["samples"] == results[1]["samples"]
 
 
-SPOILED = """
-import os, torch
+IN_A_STEP = """
+import os, signal, torch
 from engine.training import FinetuneModule
-of_module = FinetuneModule.training_step
-def spoil(self, batch, batch_idx):
+training_step = FinetuneModule.training_step
+def changed(self, batch, batch_idx):
     if self.global_step == 2 and os.environ.get("LOCAL_RANK", "0") == "{rank}":
-        with torch.no_grad():
-            self.classifier.get_parameter("mmimdb_classifier.bias")[0] = float("nan")
-    return of_module(self, batch, batch_idx)
-FinetuneModule.training_step = spoil
+        {change}
+    return training_step(self, batch, batch_idx)
+FinetuneModule.training_step = changed
 """
+SPOIL = 'torch.nn.init.constant_(self.classifier.get_parameter("mmimdb_classifier.bias"), float("nan"))'
 BAD_IMAGE = """
 import os
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -83,25 +83,20 @@ def refuse(self, row):
 if os.environ.get("LOCAL_RANK", "0") == "{rank}":
     ArrowDataset._decoded = refuse
 """
-FAULT = """
-import os, signal
-from engine.training import FinetuneModule
-of_module = FinetuneModule.training_step
-def fail(self, batch, batch_idx):
-    if self.global_step == 1 and os.environ.get("LOCAL_RANK", "0") == "{rank}":
-        {fault}
-    return of_module(self, batch, batch_idx)
-FinetuneModule.training_step = fail
-"""
+
+
+def in_a_step(change: str) -> str:
+    """Code that has a process do `change` in its third optimiser step."""
+    return IN_A_STEP.replace("{change}", change)
 
 
 @pytest.mark.parametrize(
     ("change", "ranks", "status", "said"),
     [
-        (SPOILED, (1,), 2, "error: the loss became nan at step 2 (epoch 0, batch 4), first in the parameter mmimdb"),
+        (in_a_step(SPOIL), (1,), 2, "loss became nan at step 2 (epoch 0, batch 4), first in the parameter mmimdb"),
         (BAD_IMAGE, (0, 1), 2, "the image cannot be decoded: made up"),
-        (FAULT.replace("{fault}", "raise ZeroDivisionError"), (1,), 1, "internal error: ZeroDivisionError"),
-        (FAULT.replace("{fault}", "os.kill(os.getpid(), signal.SIGKILL)"), (1,), 2, "was killed by SIGKILL"),
+        (in_a_step("raise ZeroDivisionError"), (1,), 1, "internal error: ZeroDivisionError"),
+        (in_a_step("os.kill(os.getpid(), signal.SIGKILL)"), (1,), 2, "was killed by SIGKILL"),
     ],
     ids=["loss", "image", "fault", "killed"],
 )

@@ -22,7 +22,7 @@ from runs.report.results import Pattern, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.table import Table
 from tests.report_files import HOSTILE, PLOTS, RATIOS, TestSet, at, edited, write_run, write_runs
-from vilt.datasets.specs import MMIMDB_GENRES
+from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 
 TYPES = ("complete", "text missing", "image missing")
 
@@ -331,10 +331,10 @@ def test_a_run_that_is_named_twice_is_there_once(tmp_path: Path) -> None:
 
 
 def test_equal_patterns_compare_equal() -> None:
-    assert Pattern.of("text", 0.7, 0.2) == Pattern.of("text", 0.1 * 7, 0.5)
-    assert Pattern.of("both", 0.7, 0.2) != Pattern.of("both", 0.7, 0.5)
-    assert Pattern.of("both", 0.7, 0.2).available == {"image": 0.86, "text": 0.44}
-    assert Pattern.of("image", 0.3, 0.5).available == {"image": 0.7, "text": 1.0}
+    assert Pattern.of(DATASETS["mmimdb"], "text", 0.7, 0.2) == Pattern.of(DATASETS["mmimdb"], "text", 0.1 * 7, 0.5)
+    assert Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.2) != Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.5)
+    assert Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.2).available == {"image": 0.86, "text": 0.44}
+    assert Pattern.of(DATASETS["mmimdb"], "image", 0.3, 0.5).available == {"image": 0.7, "text": 1.0}
 
 
 # Samples

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from engine.checkpoint import read_checkpoint
-from engine.logit_store import LOGIT_COLUMNS, LogitModule, LogitStore
+from engine.logit_store import LogitModule, LogitStore
 from engine.tasks import TASKS
 from run import command_line
 from runs import evaluation
 from tests.conftest import Workspace
+from tests.data_files import LOGIT_COLUMNS, TYPE_NAMES
 from tests.test_run import in_processes
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
-from vilt.missing_tables import TYPE_NAMES, MissingPattern, load_missing_table
+from vilt.missing_tables import MissingPattern, load_missing_table
 
 QUICK = ("robustness_ratios=[0,0.5]", "robustness_seeds=[0,1]", "bootstrap=20")
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vilt.transforms import decode_image, normalise
+from clip.modules.vision_transformer_memory import normalise
+from vilt.transforms import decode_image
 
 
 def encode(pixels: np.ndarray) -> bytes:

@@ -27,7 +27,6 @@ from common.strict_json import read_json, write_json
 from demo.data import write_task
 from engine.checkpoint_file import check_intact, write_checkpoint
 from engine.ending import DONE, end_with_user_error
-from engine.logit_store import LOGIT_COLUMNS
 from engine.metrics_log import MetricsLogger
 from engine.robustness import RESULTS
 from run import command_line
@@ -35,6 +34,7 @@ from runs.report.results import read_robustness
 from runs.run_reader import read_curves, read_run
 from tests.conftest import Workspace
 from tests.custom_files import write_labelled
+from tests.data_files import LOGIT_COLUMNS
 from tests.report_files import write_run
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,72 +20,67 @@ from torch.utils.data import DataLoader, Sampler
 
 from common.arrow_file import open_table
 from common.errors import ConfigError, DataError
-from vilt.datasets.arrow_dataset import ArrowDataset, Sample, Tokenize
+from common.signals import STOP_SIGNALS
+from vilt.datasets.arrow_dataset import ArrowDataset, Sample
+from vilt.datasets.kinds import Collated, InputFormat, Kind, kinds_of
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS, DatasetSpec, Split
 from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, published_patterns, type_counts
+from vilt.missing_types import code_of
 
 log = logging.getLogger(__name__)
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Those that ask a run to stop."""
 
 
 class Batch(NamedTuple):
     """What `collate` makes of B samples, of which b have the modality in question."""
 
-    image_b3RR: Tensor
-    """uint8 images of the samples `image_rows`; in evaluation, each image once."""
-    tokens_bL: Tensor
-    """int64 token ids of the samples `text_rows`."""
-    missing_type_B: Tensor
-    image_rows: Tensor
-    text_rows: Tensor
+    inputs: dict[str, Tensor]
+    """By modality, those of the samples `rows`; in evaluation, one that several samples share once."""
+    rows: dict[str, Tensor]
+    """By modality, the numbers (b,) of these samples in the batch."""
+    present_BM: Tensor
+    """True where a sample has a modality."""
     types: tuple[int, ...]
     """The missing types that occur, ascending; on the host, so that nobody has to ask the device."""
-    text_length: int | None
-    """Positions up to the last `<end>`, on the host too; None where no sample has a text."""
-    image_of_B: Tensor | None
-    """Where samples share an image: the row whose image each sample has (its own if it has none)."""
+    lengths: dict[str, int]
+    """By modality with padding at the end, the positions up to the last one that matters, on the host too."""
+    length_b: dict[str, Tensor]
+    """By modality with padding in front, the length (b,) of each input."""
+    source_of_B: dict[str, Tensor]
+    """By modality that samples share: the row whose input each sample has (its own if it has none)."""
     label: Tensor
     """(B, C) uint8 or (B,) int64."""
     index_B: Tensor
     """Numbers of the samples in the dataset."""
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stacks samples; what is missing takes no room."""
-    return _collate(samples, list(range(len(samples))))
+def collate(kinds: Mapping[str, type[Kind]], samples: Sequence[Sample], *, once: bool = False) -> Batch:
+    """Stacks samples; what is missing takes no room.
 
-
-def collate_for_evaluation(samples: Sequence[Sample]) -> Batch:
-    """Stacks samples, an image that several of them have once: without dropout its features are the same for all."""
-    first_row: dict[int, int] = {}
-    image_of = [
-        row if sample.image_3RR is None else first_row.setdefault(id(sample.image_3RR), row)
-        for row, sample in enumerate(samples)
-    ]
-    return _collate(samples, image_of)
-
-
-def _collate(samples: Sequence[Sample], image_of: list[int]) -> Batch:
-    images = {
-        row: sample.image_3RR
-        for row, sample in enumerate(samples)
-        if sample.image_3RR is not None and image_of[row] == row
-    }
-    tokens = {row: sample.tokens_L for row, sample in enumerate(samples) if sample.tokens_L is not None}
-    tokens_bL = torch.stack([*tokens.values()]) if tokens else torch.empty(0, 0, dtype=torch.long)
-    missing_types = [sample.missing_type for sample in samples]
+    Args:
+        kinds: by modality, in order.
+        once: an input that several samples share is there once: without dropout its features are the same for all.
+    """
+    collated: dict[str, Collated] = {}
+    rows, sources = {}, {}
+    for name, kind in kinds.items():
+        inputs = {row: sample.inputs[name] for row, sample in enumerate(samples) if name in sample.inputs}
+        first_row: dict[int, int] = {}
+        source_of = {row: first_row.setdefault(id(read), row) if once else row for row, read in inputs.items()}
+        if any(row != source for row, source in source_of.items()):
+            sources[name] = torch.tensor([source_of.get(row, row) for row in range(len(samples))])
+        own = [row for row, source in source_of.items() if row == source]
+        rows[name] = torch.tensor(own, dtype=torch.long)
+        collated[name] = kind.collate([inputs[row] for row in own])
+    missing = [sum(code_of(kinds, name) for name in kinds if name not in sample.inputs) for sample in samples]
     return Batch(
-        image_b3RR=torch.stack([*images.values()]) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
-        tokens_bL=tokens_bL,
-        missing_type_B=torch.tensor(missing_types),
-        image_rows=torch.tensor([*images], dtype=torch.long),
-        text_rows=torch.tensor([*tokens], dtype=torch.long),
-        types=tuple(sorted(set(missing_types))),
-        text_length=int(tokens_bL.argmax(dim=-1).max()) + 1 if tokens else None,
-        image_of_B=None if image_of == list(range(len(samples))) else torch.tensor(image_of),
+        inputs={name: of_kind.input_b for name, of_kind in collated.items()},
+        rows=rows,
+        present_BM=torch.tensor([[name in sample.inputs for name in kinds] for sample in samples]),
+        types=tuple(sorted(set(missing))),
+        lengths={name: of_kind.length for name, of_kind in collated.items() if of_kind.length is not None},
+        length_b={name: of_kind.length_b for name, of_kind in collated.items() if of_kind.length_b is not None},
+        source_of_B=sources,
         label=torch.stack([sample.label for sample in samples]),
         index_B=torch.tensor([sample.number for sample in samples]),
     )
@@ -111,7 +107,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.world_size = world_size
         self.epoch = 0
         self.skip: tuple[int, int] | None = None
-        """(epoch, n): in this epoch the first n samples of the share are left out; they were seen before a resume."""
+        """(epoch, n): in this epoch the first n samples of the share are left out; they were seen before a resume.
+
+        This place is all that a checkpoint has to keep, since the order follows from (seed, epoch): no state of the
+        loaders, which fetch ahead.
+        """
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
@@ -211,23 +211,22 @@ class MissingModalityData(pl.LightningDataModule):
 
     Args:
         splits: which splits to open.
-        tokenize, fingerprint: the backbone's tokenizer and what identifies it.
+        given: what the model takes.
 
     Raises:
         DataError: from opening the arrow files and missing tables.
     """
 
-    def __init__(
-        self, settings: DataSettings, splits: Sequence[Split], image_size: int, tokenize: Tokenize, fingerprint: str
-    ) -> None:
+    def __init__(self, settings: DataSettings, splits: Sequence[Split], given: InputFormat) -> None:
         super().__init__()
         self.settings = settings
         self.spec = open_spec(settings.dataset, settings.data_root, splits)
         self.patterns = split_patterns(settings.patterns, self.spec, settings.data_root)
         self.datasets: dict[Split, ArrowDataset] = {}
         for split in splits:
-            dataset = ArrowDataset(self.spec, settings.data_root, split, image_size)
-            dataset.tokenize(tokenize, fingerprint)
+            dataset = ArrowDataset(self.spec, settings.data_root, split, given.image_size)
+            if given.tokenize is not None:
+                dataset.tokenize(given.tokenize, given.fingerprint)
             if settings.image_cache:
                 dataset.cache_images(settings.num_workers)
             dataset.missing_table = load_missing_table(
@@ -242,7 +241,8 @@ class MissingModalityData(pl.LightningDataModule):
         """A line per split: samples, rows, and how many are missing what."""
         lines = []
         for split, dataset in self.datasets.items():
-            counts = ", ".join(f"{count:,} {name}" for name, count in type_counts(dataset.missing_table).items())
+            of_types = type_counts(dataset.missing_table, self.spec.type_names)
+            counts = ", ".join(f"{count:,} {name}" for name, count in of_types.items())
             rows = "" if len(dataset) == dataset.n_rows else f" of {dataset.n_rows:,} rows"
             lines.append(f"  {split:<6}{len(dataset):>8,} samples{rows} ({counts})")
         return "\n".join(lines)
@@ -295,7 +295,7 @@ class MissingModalityData(pl.LightningDataModule):
             self.datasets[split],
             batch_size=settings.per_gpu_batchsize,
             sampler=sampler,
-            collate_fn=collate if training else collate_for_evaluation,
+            collate_fn=partial(collate, kinds_of(self.spec), once=not training),
             num_workers=settings.num_workers,
             worker_init_fn=leave_group,
             persistent_workers=settings.num_workers > 0,

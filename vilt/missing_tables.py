@@ -1,7 +1,8 @@
 """Which samples lose which modality (the protocol's missing tables).
 
-A table gives each row of an arrow file its missing type: 0 complete, 1 text missing, 2 image missing. It follows from
-its description alone, so that every process and every machine has the same one. There are two ways to draw one:
+A table gives each row of an arrow file its missing type: with image and text 0 complete, 1 text missing, 2 image
+missing (see `vilt/missing_types.py`). It follows from its description alone, so that every process and every machine
+has the same one. There are two ways to draw one:
 
 - nested, from (dataset, split, type, ratio, both_ratio, seed): what is missing at ratio 0.3 is missing in the same way
   at 0.5;
@@ -12,7 +13,7 @@ its description alone, so that every process and every machine has the same one.
 import hashlib
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -23,12 +24,10 @@ from common.errors import DataError, reason_of
 from common.files import atomic_path
 from common.messages import first_line
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
+from vilt.missing_types import ANY, BOTH, SOME, code_of
 
 log = logging.getLogger(__name__)
 
-COMPLETE, TEXT_MISSING, IMAGE_MISSING = 0, 1, 2
-TYPE_NAMES = ("complete", "text missing", "image missing")
-MISSING_TYPES = ("text", "image", "both")
 NESTED, PUBLISHED = DRAWINGS = ("nested", "published")
 LINE = 100
 MAGIC = "missing table"
@@ -39,9 +38,10 @@ class MissingPattern:
     """How a split loses modalities.
 
     Args:
-        missing_type: `text`, `image` or `both`: what the chosen samples lose; `both` means one or the other.
-        ratio: share of samples that lose a modality.
-        both_ratio: for `both`, share of those that lose the image; the others lose the text.
+        missing_type: what the chosen samples lose: a modality's name, `both`, `any` or `some`, see
+            `vilt/missing_types.py`.
+        ratio: share of samples that lose something.
+        both_ratio: for `both`, share of those that lose the first modality; the others lose the second.
         seed: draws the samples.
         drawing: one of DRAWINGS.
         after: for the published drawing, (missing_type, ratio, both_ratio, rows) of the splits drawn before this one;
@@ -98,33 +98,45 @@ def published_patterns(
 def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samples: int) -> np.ndarray:
     """Missing types of `samples` rows, int8 (N,).
 
-    Exactly int(N·ratio) are missing; for `both`, exactly int(k·both_ratio) of those k lose the image.
+    Exactly int(N·ratio) are missing; for `both`, exactly int(k·both_ratio) of those k lose the first modality.
     """
+    modalities = list(EVERY_DATASET[dataset].modalities)
     if pattern.drawing == PUBLISHED:
-        return _draw_as_published(pattern, samples)
+        return _draw_as_published(pattern, modalities, samples)
     key = hashlib.sha256(f"{dataset}/{EVERY_DATASET[dataset].file_splits[split]}/{pattern.seed}".encode()).digest()
     # random_raw is the one stream of NumPy that is promised never to change.
     order = np.argsort(np.random.PCG64(int.from_bytes(key, "big")).random_raw(samples), kind="stable")
     missing = order[: int(samples * pattern.ratio)]
     table = np.zeros(samples, dtype=np.int8)
-    if pattern.missing_type == "both":
-        # The j-th missing sample loses the image where int(j·both_ratio) steps up, so that every prefix has its share.
-        images = (np.arange(len(missing) + 1) * pattern.both_ratio).astype(np.int64)
-        table[missing] = np.where(np.diff(images) > 0, IMAGE_MISSING, TEXT_MISSING)
-    else:
-        table[missing] = TEXT_MISSING if pattern.missing_type == "text" else IMAGE_MISSING
+    table[missing] = _types_lost(modalities, pattern.missing_type, pattern.both_ratio, len(missing))
     return table
 
 
-def _draw_as_published(pattern: MissingPattern, samples: int) -> np.ndarray:
+def _types_lost(modalities: list[str], missing_type: str, both_ratio: float, count: int) -> np.ndarray:
+    """Missing types of the chosen samples, (count,). The first ones are the same for every count."""
+    place = np.arange(count)
+    if missing_type == BOTH:
+        # The j-th loses the first modality where int(j·both_ratio) steps up, so that every prefix has its share.
+        first = np.diff((np.arange(count + 1) * both_ratio).astype(np.int64)) > 0
+        return np.where(first, *(code_of(modalities, name) for name in modalities))
+    if missing_type == ANY:
+        return 2 ** (place % len(modalities))
+    if missing_type == SOME:
+        return 1 + place % (2 ** len(modalities) - 2)
+    return np.full(count, code_of(modalities, missing_type))
+
+
+def _draw_as_published(pattern: MissingPattern, modalities: list[str], samples: int) -> np.ndarray:
     generator = random.Random(pattern.seed)
     own = (pattern.missing_type, pattern.ratio, pattern.both_ratio, samples)
     for missing_type, ratio, both_ratio, rows in (*pattern.after, own):
         table = np.zeros(rows, dtype=np.int8)
         missing = generator.sample(range(rows), int(rows * ratio))
-        table[missing] = IMAGE_MISSING if missing_type == "image" else TEXT_MISSING
-        if missing_type == "both":
-            table[generator.sample(missing, int(len(missing) * both_ratio))] = IMAGE_MISSING
+        if missing_type == BOTH:
+            table[missing] = code_of(modalities, modalities[1])
+            table[generator.sample(missing, int(len(missing) * both_ratio))] = code_of(modalities, modalities[0])
+        else:
+            table[missing] = _types_lost(modalities, missing_type, both_ratio, len(missing))
     return table
 
 
@@ -147,7 +159,7 @@ def load_missing_table(root: Path, dataset: str, split: Split, pattern: MissingP
     path = root / _file_name(dataset, pattern, described)
     try:
         with atomic_path(path) as temporary:
-            temporary.write_text(_format(table, described), "utf-8")
+            temporary.write_text(_format(table, dataset, described), "utf-8")
     except OSError as error:
         raise DataError(f"missing_table_root={root}: cannot write {path.name}: {reason_of(error)}") from error
     return table
@@ -163,11 +175,11 @@ def read_kept_table(root: Path, dataset: str, split: Split, pattern: MissingPatt
     stem = f"{dataset}_{described['split']}_missing_{pattern.missing_type}"
     published = next((path for path in _published_paths(root, stem, pattern.ratio) if _is_file(path)), None)
     if published is not None:
-        table = _read_published(published, samples)
+        table = _read_published(published, dataset, samples)
         log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, published)
         return table
     path = root / _file_name(dataset, pattern, described)
-    return _read(path, described) if pattern.ratio != 0 and _is_file(path) else None
+    return _read(path, dataset, described) if pattern.ratio != 0 and _is_file(path) else None
 
 
 def _file_name(dataset: str, pattern: MissingPattern, described: dict[str, str]) -> str:
@@ -180,9 +192,9 @@ def _file_name(dataset: str, pattern: MissingPattern, described: dict[str, str])
     )
 
 
-def type_counts(table: np.ndarray) -> dict[str, int]:
-    """How many entries of `table` have each missing type, by name."""
-    return {name: int((table == value).sum()) for value, name in enumerate(TYPE_NAMES)}
+def type_counts(table: np.ndarray, names: Sequence[str]) -> dict[str, int]:
+    """How many entries of `table` have each missing type, by its name in `names`."""
+    return {name: int((table == value).sum()) for value, name in enumerate(names)}
 
 
 def _published_paths(root: Path, stem: str, ratio: float) -> list[Path]:
@@ -198,15 +210,25 @@ def _is_file(path: Path) -> bool:
         raise DataError(f"missing_table_root={path.parent}: not readable: {error.strerror or error}") from error
 
 
-def _format(table: np.ndarray, described: dict[str, str]) -> str:
+def _digits(dataset: str) -> str:
+    """That of each missing type."""
+    return "0123456789abcde"[: len(EVERY_DATASET[dataset].type_names)]
+
+
+def _listed(known: Sequence[object]) -> str:
+    return f"{', '.join(map(str, known[:-1]))} and {known[-1]}"
+
+
+def _format(table: np.ndarray, dataset: str, described: dict[str, str]) -> str:
     header = " ".join(f"{key}={value}" for key, value in described.items())
-    meaning = " ".join(f"{value}={name.replace(' ', '_')}" for value, name in enumerate(TYPE_NAMES))
-    digits = "".join(map(str, table.tolist()))
+    digit, names = _digits(dataset), EVERY_DATASET[dataset].type_names
+    meaning = " ".join(f"{digit[value]}={name.replace(' ', '_')}" for value, name in enumerate(names))
+    digits = "".join(digit[value] for value in table.tolist())
     lines = [digits[start : start + LINE] for start in range(0, len(digits), LINE)]
     return "\n".join([f"# {MAGIC}: {header}", f"# {meaning}", *lines, ""])
 
 
-def _read(path: Path, described: dict[str, str]) -> np.ndarray:
+def _read(path: Path, dataset: str, described: dict[str, str]) -> np.ndarray:
     expected = f"# {MAGIC}: " + " ".join(f"{key}={value}" for key, value in described.items())
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -215,16 +237,16 @@ def _read(path: Path, described: dict[str, str]) -> np.ndarray:
     if not lines or lines[0] != expected:
         raise DataError(f"{path}: expected the first line {expected!r}, found {lines[0] if lines else 'nothing'!r}")
     digits = "".join(line for line in lines if not line.startswith("#"))
-    samples = int(described["samples"])
-    wrong = next((place for place, digit in enumerate(digits) if digit not in "012"), None)
+    samples, known = int(described["samples"]), _digits(dataset)
+    wrong = next((place for place, digit in enumerate(digits) if digit not in known), None)
     if wrong is not None:
-        raise DataError(f"{path}: expected the digits 0, 1 and 2, found {digits[wrong]!r} for row {wrong}")
+        raise DataError(f"{path}: expected the digits {_listed(known)}, found {digits[wrong]!r} for row {wrong}")
     if len(digits) != samples:
         raise DataError(f"{path}: expected {samples} digits, one per row of the split, found {len(digits)}")
-    return np.frombuffer(digits.encode(), dtype=np.int8) - ord("0")
+    return np.array([int(digit, 16) for digit in digits], dtype=np.int8)
 
 
-def _read_published(path: Path, samples: int) -> np.ndarray:
+def _read_published(path: Path, dataset: str, samples: int) -> np.ndarray:
     import torch  # nothing else here needs it, and the options read this module's names
 
     from common.torch_file import load_inert
@@ -238,7 +260,8 @@ def _read_published(path: Path, samples: int) -> np.ndarray:
     if table is None:
         found = tuple(loaded.shape) if isinstance(loaded, torch.Tensor) else type(loaded).__name__
         raise DataError(f"{path}: expected a tensor of {samples} entries, one per row of the split, found {found}")
-    wrong = np.flatnonzero(~np.isin(table, (COMPLETE, TEXT_MISSING, IMAGE_MISSING)))
+    known = range(len(EVERY_DATASET[dataset].type_names))
+    wrong = np.flatnonzero(~np.isin(table, known))
     if len(wrong):
-        raise DataError(f"{path}: expected only 0, 1 and 2, found {table[wrong[0]]} for row {wrong[0]}")
+        raise DataError(f"{path}: expected only {_listed(known)}, found {table[wrong[0]]} for row {wrong[0]}")
     return table.astype(np.int8)

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-COMPLETE, TEXT_MISSING, IMAGE_MISSING = 0, 1, 2
-
 
 class Place(NamedTuple):
     """Where slots can enter: a tower."""
@@ -25,7 +23,7 @@ class ModelInput(NamedTuple):
     """A batch. A modality that a sample lacks is not in it, so it costs nothing."""
 
     inputs: Mapping[str, Tensor]
-    """By modality, what b samples have of it: images (b, 3, R, R), token ids (b, L)."""
+    """By modality, what b samples have of it: images (b, 3, R, R), token ids (b, L), arrays."""
     rows: Mapping[str, Tensor]
     """By modality, the numbers (b,) of these samples in the batch."""
     present_BM: Tensor
@@ -34,6 +32,8 @@ class ModelInput(NamedTuple):
     """The missing types that occur, ascending, known without asking the device."""
     lengths: Mapping[str, int] = {}
     """By modality, the positions that matter (of texts: up to the last `<end>`), likewise; without an entry, all."""
+    length_b: Mapping[str, Tensor] = {}
+    """By modality that is padded in front, the length (b,) of each input."""
     source_of_B: Mapping[str, Tensor] = {}
     """By modality, where samples share an input: the row whose input each sample has; `rows` has just those."""
     index_B: Tensor | None = None
@@ -56,12 +56,15 @@ class ModelInput(NamedTuple):
 
     def with_own_inputs(self) -> "ModelInput":
         """Every sample with inputs of its own, for methods that treat samples with the same input differently."""
-        inputs, rows = dict(self.inputs), dict(self.rows)
+        inputs, rows, length_b = dict(self.inputs), dict(self.rows), dict(self.length_b)
         for modality, source_B in self.source_of_B.items():
             column = list(self.inputs).index(modality)
             rows[modality] = self.present_BM[:, column].nonzero().flatten()
-            inputs[modality] = inputs[modality][torch.searchsorted(self.rows[modality], source_B[rows[modality]])]
-        return self._replace(inputs=inputs, rows=rows, source_of_B={})
+            places_b = torch.searchsorted(self.rows[modality], source_B[rows[modality]])
+            inputs[modality] = inputs[modality][places_b]
+            if modality in length_b:
+                length_b[modality] = length_b[modality][places_b]
+        return self._replace(inputs=inputs, rows=rows, length_b=length_b, source_of_B={})
 
 
 class TowerSlots(NamedTuple):

@@ -6,9 +6,9 @@ E joint embedding width.
 A tower without slots is OpenAI's CLIP, parameter names included.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from clip.modules.interfaces import Backbone, Place, Tower, TowerSlots
 
 FINAL = "final norms, image projection"
 FROZEN = "CLIP"
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class Transformer(nn.Module):
             read = x_BLD.shape[1] - L + read_B if last else None
             run: Callable[..., Tensor] = block
             if self.checkpointing and torch.is_grad_enabled():  # blocks draw nothing at random
-                run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+                run = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             x_BLD = run(x_BLD, prefix_BP2D, mask, read)
             if replay and k < depth:
                 outputs_BPD.append(x_BLD[:, : replaced[k].shape[1] + sum(each.shape[1] for each in inserted)])
@@ -178,6 +180,18 @@ def _causal_mask(x_BLD: Tensor, prefix_BP2D: Tensor | None) -> Tensor:
     """(L, P + L): positions see the prefix, themselves and what is before them."""
     L, P = x_BLD.shape[1], 0 if prefix_BP2D is None else prefix_BP2D.shape[1]
     return torch.ones(L, P + L, dtype=torch.bool, device=x_BLD.device).tril(P)
+
+
+def normalise(image_u8: Tensor) -> Tensor:
+    """uint8 images (…, 3, R, R) as CLIP takes them: scaled to [0, 1], mean subtracted, divided by the deviation."""
+    mean, std = _mean_and_std(image_u8.device)
+    return (image_u8.float() / 255 - mean) / std
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """On `device`, sent there once: sending makes the host wait for it."""
+    return torch.tensor(IMAGE_MEAN, device=device).view(3, 1, 1), torch.tensor(IMAGE_STD, device=device).view(3, 1, 1)
 
 
 class ImageTower(Tower):
@@ -196,7 +210,9 @@ class ImageTower(Tower):
         self.proj = nn.Parameter(torch.randn(width, arch.embed_dim) * width**-0.5)
 
     def embed(self, image_B3RR: Tensor) -> Tensor:
-        """Tokens (B, L, D) of normalised images, the class token first."""
+        """Tokens (B, L, D) of images, uint8 or normalised, the class token first."""
+        if image_B3RR.dtype == torch.uint8:
+            image_B3RR = normalise(image_B3RR)
         patches_BLD = self.conv1(image_B3RR.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.expand(len(patches_BLD), 1, -1)
         return self.ln_pre(torch.cat([class_B1D, patches_BLD], dim=1) + self.positional_embedding)

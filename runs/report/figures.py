@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from common.text import estimate
 from runs.report.lines import Dataset, Line
 from runs.report.text import capital, listed, spread
+from vilt.missing_types import ANY, BOTH, SOME
 
 WIDTH = 7.2
 """Inches of every figure; a page of two columns of text."""
@@ -180,7 +181,7 @@ def training_curves(dataset: Dataset) -> Figure:
     canvas = new_canvas(2.55 + 0.17 * len(dataset.lines))
     loss, validation = canvas.subplots(1, 2)
     for place, run in recorded:
-        for axes, name, factor in ((loss, "train/loss", 1), (validation, f"val/{dataset.metric}", 100)):
+        for axes, name, factor in ((loss, "train/loss", 1), (validation, f"val/{dataset.spec.monitor}", 100)):
             points = thinned(np.array(run.run.curves.get(name, [])).reshape(-1, 2))
             marker = MARKERS[place % len(MARKERS)] if len(points) <= 30 else ""
             axes.plot(points[:, 0], factor * points[:, 1], marker=marker, ms=2.6, lw=1, **look(place), alpha=0.85)
@@ -196,7 +197,7 @@ def training_curves(dataset: Dataset) -> Figure:
 
 def class_bars(dataset: Dataset, line: Line, number: int) -> Figure:
     """F1 by class and missing type of one line; whiskers are the deviation over train seeds."""
-    types, several = dataset.type_names, len(line.results) > 1
+    types, several = dataset.spec.type_names, len(line.results) > 1
     there = [name for name, support in line.support.items() if support]
     absent = [name for name in line.support if name not in there]
     canvas = new_canvas(0.8 + 0.29 * len(there))
@@ -224,7 +225,7 @@ def class_bars(dataset: Dataset, line: Line, number: int) -> Figure:
 
 def roc_curves(dataset: Dataset) -> Figure:
     """ROC by missing type, a curve per run."""
-    types, shown = dataset.type_names, dataset.measured
+    types, shown = dataset.spec.type_names, dataset.measured
     titles = [capital(name) for name in types]
     canvas, grid = panels(titles, 2.4, 0.35 + 0.17 * len(shown), "true positives, %")
     for axes, type_name in zip(grid, types, strict=True):
@@ -261,7 +262,9 @@ def _readable_on(colour: tuple[float, float, float, float]) -> str:
 
 
 def _kind_title(kind: str) -> str:
-    return kind.replace("both", "One or the other missing") if kind.startswith("both") else f"{capital(kind)} missing"
+    titles = {ANY: "Any one missing", SOME: "Some missing"}
+    both = kind.replace(BOTH, "One or the other missing") if kind.startswith(BOTH) else None
+    return titles.get(kind) or both or f"{capital(kind)} missing"
 
 
 def _legend(canvas: Canvas, lines: Sequence[Line]) -> None:

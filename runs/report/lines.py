@@ -8,11 +8,10 @@ from typing import Any
 import pandas as pd
 
 from common.text import Estimate, estimate
-from engine.tasks import TASKS
 from runs.report.results import Pattern, ReportRun, Robustness
 from runs.report.text import CAPTIONS, METRIC_TITLES, capital, conditions, dataset_title, without_home
 from runs.run_reader import Run, differing_options
-from vilt.missing_tables import MISSING_TYPES, TYPE_NAMES
+from vilt.datasets.specs import DATASETS, DatasetSpec
 
 METHODS = ("CoOp", "MAP", "MaPLe", "DePT", "MMP", "DCP", "REP")
 """The published ones, as the published table writes them."""
@@ -46,10 +45,11 @@ class Line:
     def matrix(self) -> dict[Pattern, Estimate]:
         """The task's metric by evaluation pattern, over train seeds and table seeds alike, by type and ratio."""
         cells = pd.concat([found.cells for _, found in self.results])
-        found = _estimates(cells[cells.metric == self.runs[0].metric], Pattern._fields)
-        patterns = [Pattern(*key) for key in found]
-        order = sorted(patterns, key=lambda p: (MISSING_TYPES.index(p.missing_type), p.both_ratio, p.ratio))
-        return {pattern: found[pattern] for pattern in order}
+        found = _estimates(cells[cells.metric == self.runs[0].metric], Pattern._fields[:3])
+        spec = self.runs[0].run.spec
+        patterns = [Pattern.of(spec, *key) for key in found]
+        order = sorted(patterns, key=lambda p: (spec.missing_types.index(p.missing_type), p.both_ratio, p.ratio))
+        return {pattern: found[pattern[:3]] for pattern in order}
 
     @cached_property
     def by_type(self) -> dict[str, Estimate]:
@@ -88,21 +88,20 @@ class Dataset:
 
     key: str
     title: str
-    metric: str
+    spec: DatasetSpec
     runs: list[ReportRun]
     lines: list[Line]
     repeats: list[ReportRun]
-    type_names: tuple[str, ...] = TYPE_NAMES
 
     @property
     def metric_title(self) -> str:
         """As texts and figures name it."""
-        return METRIC_TITLES[self.metric]
+        return METRIC_TITLES[self.spec.monitor]
 
     def caption(self, name: str, **facts: object) -> str:
         """Of a figure or table."""
         facts |= {"metric": self.metric_title, "Metric": capital(self.metric_title), "dataset": self.title}
-        return CAPTIONS[name].format(conditions=conditions(self.type_names), **facts)
+        return CAPTIONS[name].format(conditions=conditions(self.spec.type_names), **facts)
 
     @property
     def measured(self) -> list[Line]:
@@ -127,9 +126,9 @@ def by_variant(lines: Sequence[Line]) -> dict[str, list[Line]]:
 
 
 def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:
-    """One entry per dataset that occurs, in the order of TASKS, then custom ones."""
+    """One entry per dataset that occurs, in the order of DATASETS, then custom ones."""
     there = {run.run.dataset for run in runs}
-    keys = [key for key in (*TASKS, *sorted(there - set(TASKS))) if key in there]
+    keys = [key for key in (*DATASETS, *sorted(there - set(DATASETS))) if key in there]
     return [_dataset(key, [run for run in runs if run.run.dataset == key]) for key in keys]
 
 
@@ -151,7 +150,7 @@ def _dataset(key: str, runs: list[ReportRun]) -> Dataset:
         variant = _variant_title(kept[0].run, all_options)
         label = f"{variant}, trained with {pattern}" if several_patterns else variant
         lines.append(Line(variant, label, pattern, kept))
-    return Dataset(key, dataset_title(key), runs[0].metric, runs, lines, repeats)
+    return Dataset(key, dataset_title(key), runs[0].run.spec, runs, lines, repeats)
 
 
 def method_title(run: Run) -> str:

@@ -13,7 +13,6 @@ from runs.report.results import Pattern, ReportRun
 from runs.report.samples import SampleGrid, sample_grid
 from runs.report.table import Table
 from runs.report.text import counted, dataset_title, listed, percent, spread, without, without_home
-from vilt.datasets.specs import DATASETS
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def section_of(dataset: Dataset) -> Section:
         )
     if dataset.measured:
         parts.append(Part("Missing type × missing ratio", [figures.heat_map(dataset)], [tables.matrix_table(dataset)]))
-    if dataset.key in DATASETS:
+    if dataset.spec.published_rows:
         parts.append(
             Part("Published results and ours", [tables.published_table(dataset)], [], _published_notes(dataset))
         )
@@ -99,13 +98,13 @@ def _summary(dataset: Dataset) -> str:
         assert run.run.tested_at is not None
         return (
             f"The best of {total}, {run.tag}, reaches a test {dataset.metric_title} of {percent(value)} % "
-            f"({Pattern.of(*run.run.tested_at)}). No run has robustness results."
+            f"({Pattern.of(run.run.spec, *run.run.tested_at)}). No run has robustness results."
         )
     best = max(dataset.measured, key=lambda line: line.by_type["complete"])
     n_measured, n_results = len(dataset.measured), len(dataset.results)
     start = best.label if n_measured == 1 else f"The best of {n_measured} configurations, {best.label},"
     where = {"complete": "where nothing is missing"}
-    values = [f"{spread(best.by_type[name])} % {where.get(name, without(name))}" for name in dataset.type_names]
+    values = [f"{spread(best.by_type[name])} % {where.get(name, without(name))}" for name in dataset.spec.type_names]
     sentence = f"{start} reaches {dataset.metric_title} {listed(values)}"
     if (own := best.at_own_pattern) is not None:
         sentence += f", and {spread(own)} % at the pattern of its training ({best.pattern})"
@@ -149,7 +148,7 @@ def _results_parts(dataset: Dataset) -> list[Part]:
         intervals.notes = [Note(f"Confidence intervals are missing in {listed(lacking)}: made with bootstrap=0.")]
     samples = Part("Test samples that change the most")
     if with_logits := [(run, found) for _, run, found in results if found.test_set]:
-        grid = sample_grid(*max(with_logits, key=lambda entry: entry[1].scores(dataset.metric).value.iloc[0]))
+        grid = sample_grid(*max(with_logits, key=lambda entry: entry[1].scores(dataset.spec.monitor).value.iloc[0]))
         samples.shown, samples.notes = [grid], [Note(grid.note)] if grid.note else []
     else:
         lacking = [run.tag for _, run, _ in results]

@@ -15,11 +15,12 @@ from common.hashing import file_sha256
 from common.messages import quoted
 from common.strict_json import read_json
 from common.text import estimate
-from engine.logit_store import labels_of, read_logits
+from engine.logit_store import labels_of, logit_columns_of, read_logits
 from engine.robustness import FORMAT
 from runs.report.text import counted, without_home
 from runs.run_reader import Run, as_written_by_run, check_pattern, find_runs
-from vilt.missing_tables import TYPE_NAMES
+from vilt.datasets.specs import DatasetSpec
+from vilt.missing_types import BOTH, available_shares
 
 log = logging.getLogger("rep")
 
@@ -30,23 +31,24 @@ class Pattern(NamedTuple):
     missing_type: str
     ratio: float
     both_ratio: float
+    modalities: tuple[str, ...]
 
     @classmethod
-    def of(cls, missing_type: str, ratio: float, both_ratio: float) -> "Pattern":
+    def of(cls, spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> "Pattern":
         """The one spelling of a pattern, so that equal ones compare equal."""
-        return cls(missing_type, round(float(ratio), 9), round(float(both_ratio), 9) if missing_type == "both" else 0.5)
+        both_ratio = round(float(both_ratio), 9) if missing_type == BOTH else 0.5
+        return cls(missing_type, round(float(ratio), 9), both_ratio, tuple(spec.modalities))
 
     @property
     def available(self) -> dict[str, float]:
         """By modality, the share of samples that have it."""
-        image_share = {"text": 0.0, "image": 1.0, "both": self.both_ratio}[self.missing_type]
-        lost = {"image": image_share, "text": 1 - image_share}
-        return {name: round(1 - self.ratio * share, 9) for name, share in lost.items()}
+        shares = available_shares(self.modalities, *self[:3])
+        return {name: round(share, 9) for name, share in shares.items()}
 
     @property
     def kind(self) -> str:
-        """The missing type, with the share of images where that is not a half."""
-        return self.missing_type + ("" if self.both_ratio == 0.5 else f" ({self.both_ratio:.0%} image)")
+        """The missing type, with the share that loses the first modality where that is not a half."""
+        return self.missing_type + ("" if self.both_ratio == 0.5 else f" ({self.both_ratio:.0%} {self.modalities[0]})")
 
     def __str__(self) -> str:
         return f"{100 * self.ratio:g} % missing, {self.kind}" if self.ratio else "nothing missing"
@@ -103,12 +105,12 @@ class ReportRun:
     @property
     def pattern(self) -> Pattern:
         """Of the training."""
-        return Pattern.of(*self.run.pattern)
+        return Pattern.of(self.run.spec, *self.run.pattern)
 
     @property
     def metric(self) -> str:
         """The metric of the task."""
-        return self.run.task.monitor
+        return self.run.spec.monitor
 
     @property
     def test_score(self) -> float | None:
@@ -120,11 +122,11 @@ class ReportRun:
         """The task's metric at the pattern of the training: mean over table seeds, else the test result there."""
         if self.robustness is not None:
             cells = self.robustness.cells
-            same = (cells[["missing_type", "ratio", "both_ratio"]] == list(self.pattern)).all(axis=1)
+            same = (cells[["missing_type", "ratio", "both_ratio"]] == list(self.pattern[:3])).all(axis=1)
             if found := estimate(cells.value[same & (cells.metric == self.metric)].tolist()):
                 return found.mean
         at = self.run.tested_at
-        return self.test_score if at is not None and Pattern.of(*at) == self.pattern else None
+        return self.test_score if at is not None and Pattern.of(self.run.spec, *at) == self.pattern else None
 
 
 def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
@@ -186,27 +188,27 @@ def read_robustness(run: Run) -> Robustness | None:
         return None
     raw, logits = read_json(path), path.with_name("logits.arrow")
     with as_written_by_run(path):
-        for name, expected in {"format": FORMAT, "task": run.config["task"], "metric": run.task.monitor}.items():
+        for name, expected in {"format": FORMAT, "task": run.config["task"], "metric": run.spec.monitor}.items():
             if raw[name] != expected:
                 raise ValueError(f"{name}: expected {expected}, found {quoted(raw[name])}")
         if best.is_file() and raw["checkpoint_sha256"] != file_sha256(best):  # a run may be kept without it
             raise ValueError("results of another checkpoint than best.ckpt; run `python run.py robustness` again")
-        if len(raw["class_names"]) != run.task.n_classes:
-            raise ValueError(f"class_names: expected {run.task.n_classes}, found {len(raw['class_names'])}")
+        if len(raw["class_names"]) != run.spec.n_classes:
+            raise ValueError(f"class_names: expected {run.spec.n_classes}, found {len(raw['class_names'])}")
         cells = []
         for cell in raw["cells"]:
             pattern = [cell[name] for name in ("missing_type", "ratio", "both_ratio")]
-            check_pattern(*pattern)
+            check_pattern(run.spec, *pattern)
             for metric in raw["metrics"]:
                 if len(values := cell["metrics"][metric]["values"]) != len(raw["table_seeds"]):
                     raise ValueError(f"table_seeds: expected {len(raw['table_seeds'])} values per cell")
-                cells += [(*Pattern.of(*pattern), metric, value) for value in values]
+                cells += [(*Pattern.of(run.spec, *pattern)[:3], metric, value) for value in values]
         if not cells:
             raise ValueError("cells: expected at least one")
         confidence = raw["confidence"]
         by_type = [
             (name, metric, value, *(confidence[name][metric] if confidence["resamples"] else (0, 0)))
-            for name in TYPE_NAMES
+            for name in run.spec.type_names
             for metric, value in raw["by_type"][name].items()
         ]
         test_rows, test_set = _test_set(logits, run, raw) if logits.is_file() else (None, None)
@@ -237,7 +239,7 @@ def _frame(records: Any, texts: list[str], numbers: list[str]) -> pd.DataFrame:
 
 def _test_set(logits: Path, run: Run, raw: dict[str, Any]) -> tuple[int, str]:
     """Rows and digest of the test set of stored logits. Raises DataError unless they are of the result `raw`."""
-    table, described = read_logits(logits, run.spec)
+    table, described = read_logits(logits, run.spec, logit_columns_of(run.spec))
     for what, ours, theirs in (
         ("dataset", run.config["task"], described.get("task")),
         ("checkpoint", raw["checkpoint_sha256"], described.get("checkpoint_sha256")),

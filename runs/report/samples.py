@@ -10,14 +10,13 @@ import pyarrow.compute as pc
 import torch
 
 from common.errors import DataError
-from engine.logit_store import LOGIT_COLUMNS, matrix_of, read_logits
+from engine.logit_store import logit_columns_of, matrix_of, read_logits
 from engine.metrics import THRESHOLD
 from runs.report.results import ReportRun, Robustness
 from runs.report.table import Row, Table, Value, absent
-from runs.report.text import CAPTIONS, dataset_title, excerpt, without
+from runs.report.text import CAPTIONS, capital, dataset_title, excerpt, without
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.images import open_rgb
-from vilt.missing_tables import TYPE_NAMES
 
 SHOWN = 24
 TEXT_LENGTH = 220
@@ -40,21 +39,22 @@ class SampleGrid:
 def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     """The SHOWN samples of a run that change the most, first the largest change.
 
-    The change is the sum over classes of how far the probability moves when a modality is lost, the largest one. Of a
+    The change is the sum over classes of how far the probability moves when modalities are lost, the largest one. Of a
     row with several texts only the text that changes the most is shown.
 
     Raises:
         DataError: the stored logits are damaged.
     """
     spec, names, key = run.run.spec, robustness.class_names, run.run.dataset
-    stored, _ = read_logits(robustness.logits, spec)
-    logits_TNC = torch.tensor(np.stack([matrix_of(stored[column], len(names)) for column in LOGIT_COLUMNS])).double()
+    columns, image_column, text_column = logit_columns_of(spec), spec.column_of("image"), spec.column_of("text")
+    stored, _ = read_logits(robustness.logits, spec, columns)
+    logits_TNC = torch.tensor(np.stack([matrix_of(stored[column], len(names)) for column in columns])).double()
     probabilities_TNC = (logits_TNC.sigmoid() if spec.multilabel else logits_TNC.softmax(-1)).numpy()
     changes = np.abs(probabilities_TNC[1:] - probabilities_TNC[0]).sum(-1).max(0)
     order = np.argsort(-changes, kind="stable")
     _, first_of_row = np.unique(stored["row"].to_numpy()[order], return_index=True)
     dataset, note = _open_dataset(run, stored)
-    types = {name.replace(" ", "_"): without(name).capitalize() for name in TYPE_NAMES}
+    types = {name.replace(" ", "_"): capital(without(name)) for name in spec.type_names}
     rows: list[Row] = []
     pictures = {}
     for rank, index in enumerate(order[np.sort(first_of_row)][:SHOWN].tolist(), start=1):
@@ -62,9 +62,10 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
         true = np.flatnonzero(sample["label"]).tolist() if spec.multilabel else [sample["label"]]
         text: Value = absent("not available")
         picture = None
-        if dataset is not None:
-            text = excerpt(pc.list_flatten(dataset.table[spec.text_column])[sample["sample"]].as_py(), TEXT_LENGTH)
-            picture = _thumbnail(dataset.table["image"][sample["row"]].as_py())
+        if dataset is not None and text_column:
+            text = excerpt(pc.list_flatten(dataset.table[text_column])[sample["sample"]].as_py(), TEXT_LENGTH)
+        if dataset is not None and image_column:
+            picture = _thumbnail(dataset.table[image_column][sample["row"]].as_py())
         predicted = {}
         for column, probabilities_C in zip(types, probabilities_TNC[:, index], strict=True):
             numbers = np.argsort(-probabilities_C, kind="stable").tolist()
@@ -75,7 +76,7 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
         rows.append({"rank": rank, "id": sample["id"], "text": text, "label": label, **predicted, "change": change})
         pictures[f"thumbnails/{key}_{rank:02}.jpg"] = picture
     undecoded = [str(row["id"]) for row, picture in zip(rows, pictures.values(), strict=True) if picture is None]
-    if dataset is not None and undecoded:
+    if dataset is not None and image_column and undecoded:
         note = f"{len(undecoded)} images cannot be decoded: {', '.join(undecoded)}."
     caption = CAPTIONS["samples"].format(dataset=dataset_title(key), run=run.tag)
     return SampleGrid(Table(f"samples_{key}", caption, rows, {"rank": "No.", "id": "Sample", **types}), pictures, note)

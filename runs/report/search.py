@@ -55,7 +55,7 @@ class Search:
     @property
     def metric_title(self) -> str:
         """Of the validation metric that is to be high."""
-        return f"validation {METRIC_TITLES[self.runs[0].run.task.monitor]}"
+        return f"validation {METRIC_TITLES[self.runs[0].run.spec.monitor]}"
 
     @cached_property
     def space(self) -> dict[str, BaseDistribution]:
@@ -171,7 +171,7 @@ def training_command(search: Search, trial: FrozenTrial) -> str | None:
 
 def trials_table(search: Search, name: str, caption: str, trials: Sequence[FrozenTrial]) -> Table:
     """A row per trial: its values and its score."""
-    score = f"val/{search.runs[0].run.task.monitor}"
+    score = f"val/{search.runs[0].run.spec.monitor}"
     rows: list[Row] = []
     for trial in trials:
         run, none = search.run_of(trial), absent("none")

@@ -26,6 +26,7 @@ from runs.report.table import (
 from runs.report.text import CAPTIONS, METRIC_TITLES, capital, dataset_title, without_home
 from runs.run_reader import flat_options
 from vilt.datasets.specs import DATASETS
+from vilt.missing_types import AVAILABLE
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 PUBLISHED_TEST_ROWS = {"mmimdb": 7799, "food101": 22716}
@@ -123,7 +124,7 @@ def matrix_table(dataset: Dataset) -> Table:
     """Missing type × ratio, a column per line."""
     rows: list[Row] = []
     for pattern in dict.fromkeys(pattern for line in dataset.measured for pattern in line.matrix):
-        shares = {f"{name}_available": 100 * available for name, available in pattern.available.items()}
+        shares = {f"{name}{AVAILABLE}": 100 * available for name, available in pattern.available.items()}
         values = {line.label: mean_std(line.matrix.get(pattern)) for line in dataset.measured}
         rows.append({"missing_type": pattern.kind, "missing_ratio": 100 * pattern.ratio, **shares, **values})
     return Table(f"matrix_{dataset.key}", dataset.caption("matrix"), rows)
@@ -182,7 +183,7 @@ def confidence_table(dataset: Dataset) -> Table:
 
 def per_class_table(dataset: Dataset) -> Table:
     """Precision, recall and F1 of each class and type, mean over train seeds."""
-    scores = [(score, name) for score in ("f1", "precision", "recall") for name in dataset.type_names]
+    scores = [(score, name) for score in ("f1", "precision", "recall") for name in dataset.spec.type_names]
     rows: list[Row] = []
     for line in dataset.measured:
         for name, support in line.support.items():
@@ -197,7 +198,7 @@ def confusion_table(dataset: Dataset) -> Table:
     rows: list[Row] = []
     for line in dataset.measured:
         run, found = line.results[0]
-        for name in dataset.type_names:
+        for name in dataset.spec.type_names:
             pairs = found.confusions[found.confusions.type == name].sort_values("count", ascending=False, kind="stable")
             for pair in pairs.head(CONFUSIONS_SHOWN).to_dict("records"):
                 row: Row = {"method": line.label, "run": run.tag, "test_samples_are": name}

@@ -11,10 +11,9 @@ from typing import Any
 from common.errors import ConfigError, SweepError
 from common.locks import locked
 from common.messages import quoted
+from common.signals import Stopped
 from common.strict_json import read_json, write_json
 from config import Options
-from engine.interruption import Stopped
-from engine.tasks import task_of
 from runs.check_options import check
 from runs.run_reader import as_written_by_run
 from runs.sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
@@ -52,8 +51,7 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
         SweepError: runs failed, the folder has a sweep with other options, or a sweep is at work in it.
     """
     options = check_sweep(config, updates)
-    spec = open_spec(options.task, options.data_root, options.splits)
-    metric = task_of(options.task, spec.custom).monitor
+    metric = open_spec(options.task, options.data_root, options.splits).monitor
     folder = options.log_dir / options.sweep_name
     given = [update for update in updates if not _is_of_sweep(_name(update))]
     busy = f"sweep_name={options.sweep_name}: another sweep of this name is at work in {options.log_dir}"

@@ -18,6 +18,8 @@ from config import Options
 from runs.run_reader import as_written_by_run
 from runs.sweep.jobs import Job, Progress
 from runs.sweep.launchers import Launcher
+from vilt.datasets.specs import EVERY_DATASET
+from vilt.missing_types import AVAILABLE, available_shares
 
 log = logging.getLogger("rep")
 
@@ -147,15 +149,14 @@ def _row(
     failed: Collection[Job],
 ) -> dict[str, Any]:
     missing_type, ratio = seeds[0].missing_type, seeds[0].ratio
-    image_share = options.both_ratio if missing_type == "both" else float(missing_type == "image")
+    shares = available_shares(EVERY_DATASET[options.task].modalities, missing_type, ratio, options.both_ratio)
     complete = [result for cell in seeds if (result := results[cell.job]) is not None]
     n_failed = sum(cell.job in failed for cell in seeds)
     row = {
         **seeds[0].variant,
         "missing_type": missing_type,
         "ratio": ratio,
-        "image_available": round(1 - ratio * image_share, 6),
-        "text_available": round(1 - ratio * (1 - image_share), 6),
+        **{f"{name}{AVAILABLE}": round(share, 6) for name, share in shares.items()},
     }
     for name in (*metrics, *COSTS):  # of what all seeds have
         found = estimate([result[name] for result in complete]) if all(name in result for result in complete) else None
@@ -168,14 +169,15 @@ def table_text(rows: Sequence[dict[str, Any]], options: Options, metric: str) ->
     """The table for the terminal, with one metric."""
     any_costs = any(row[name] for row in rows for name in COSTS)
     any_failed = any(row["failed"] for row in rows)
-    heads = [*options.sweep_over, "missing", "ratio", "image", "text", metric, "seeds complete"]
+    modalities = list(EVERY_DATASET[options.task].modalities)
+    heads = [*options.sweep_over, "missing", "ratio", *modalities, metric, "seeds complete"]
     heads += [*(["trainable parameters", "time of a run"] if any_costs else []), *(["failed"] if any_failed else [])]
     shown = []
     for row in rows:
         mean, std = row[f"{metric}_mean"], row[f"{metric}_std"]
         value = "–" if mean == "" else f"{mean:.4f} ± {std:.4f}" if row["complete"] > 1 else f"{mean:.4f}{'':9}"
         line = [*(str(row[name]) for name in options.sweep_over), row["missing_type"], f"{row['ratio']:.4g}"]
-        line += [per_cent(row["image_available"]), per_cent(row["text_available"]), value]
+        line += [*(per_cent(row[f"{name}{AVAILABLE}"]) for name in modalities), value]
         line.append(f"{row['complete']} of {row['complete'] + row['failed'] + row['open']}")
         if any_costs:
             parameters, seconds = (row[name] for name in COSTS)

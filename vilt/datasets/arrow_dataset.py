@@ -1,11 +1,9 @@
 """One dataset class for all arrow files."""
 
-import hashlib
 import json
-import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,19 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from common.arrow_file import open_table
-from common.errors import DataError, reason_of
-from common.files import atomic_path
+from common.errors import DataError
 from common.messages import quoted
+from vilt.datasets.kinds import ImageKind, TextKind, Tokenize, kinds_of
 from vilt.datasets.specs import DatasetSpec, Split
-from vilt.image_cache import open_image_cache
-from vilt.missing_tables import COMPLETE, IMAGE_MISSING, TEXT_MISSING
-from vilt.transforms import decode_image
-from vilt.utils.mapped_array import MappedArray, fault_of
-
-log = logging.getLogger(__name__)
-
-Tokenize = Callable[[Sequence[str]], np.ndarray]
-"""Texts to token ids, (N, 77)."""
+from vilt.missing_types import COMPLETE, is_missing
 
 
 def first_repeated(names: Sequence[str]) -> str | None:
@@ -38,15 +28,12 @@ def first_repeated(names: Sequence[str]) -> str | None:
 
 
 class Sample(NamedTuple):
-    """One text of one row with its image; a missing modality is None."""
+    """One sample of one row."""
 
-    image_3RR: Tensor | None
-    """uint8."""
-    tokens_L: Tensor | None
-    """int64."""
+    inputs: dict[str, Tensor]
+    """By modality, of those that it has."""
     label: Tensor
     """0/1 vector (C,) uint8 for multi-label data, else a class number, int64."""
-    missing_type: int
     number: int
     """Of the sample in the dataset."""
 
@@ -54,38 +41,40 @@ class Sample(NamedTuple):
 class ArrowDataset(Dataset[Sample]):
     """The samples of one split, read from a memory-mapped arrow file.
 
-    A sample is one text: a film with three plots is three samples with the same image and missing type. Opening reads
-    labels and texts; images are read and decoded one by one, unless `cache_images` has decoded them all before.
+    Where there are texts, a sample is one of them: a film with three plots is three samples with the same image and
+    missing type. Opening reads labels and texts; images are read and decoded one by one, unless `cache_images` has
+    decoded them all before.
 
     Args:
         spec: row of the dataset table.
         root: folder of the arrow files.
-        image_size: side of the images returned.
+        image_size: side of the images returned, if there are any.
 
     Raises:
         DataError: the file is not there, damaged, of another conversion than the rest, or its columns or labels are
             not the dataset's.
     """
 
-    def __init__(self, spec: DatasetSpec, root: Path, split: Split, image_size: int) -> None:
+    def __init__(self, spec: DatasetSpec, root: Path, split: Split, image_size: int = 224) -> None:
         self.spec = spec
         self.split: Split = split
         self.path = root / spec.file_name(split)
         self.image_size = image_size
         self._table: pa.Table | None = None
+        self.kinds = {name: kind(spec.modalities[name], self) for name, kind in kinds_of(spec).items()}
+        """By modality, what reads its inputs."""
         if spec.replacing_mark(root).exists():
             raise DataError(
                 f"{root}: its {spec.name} files are being replaced, or were when make_arrow.py was ended, and belong "
                 f"to two conversions; {spec.how_to_make(root)}"
             )
         self._check_columns()
-        lengths = pc.list_value_length(self.table[spec.text_column]).to_numpy().astype(np.int64)
-        self.row_of_sample = np.repeat(np.arange(len(lengths)), lengths)
+        lists = [kind.column for kind in self.kinds.values() if kind.of_sample]
+        samples = pc.list_value_length(lists[0]).to_numpy().astype(np.int64) if lists else 1
+        self.row_of_sample = np.repeat(np.arange(self.n_rows), samples)
         """Row of every sample, int64 (N,), ascending."""
         self.labels = self._read_labels()
         """Labels of every row: (N, C) uint8 for multi-label data, (N,) int64 otherwise."""
-        self._tokens: MappedArray | np.ndarray | None = None
-        self._images: MappedArray | None = None
         self.missing_table = np.zeros(self.n_rows, dtype=np.int8)
         self.simulate_seed: int | None = None
         """Training only: complete samples lose a modality at random in each epoch (option simulate_missing)."""
@@ -106,11 +95,6 @@ class ArrowDataset(Dataset[Sample]):
     def n_rows(self) -> int:
         """Rows of the file, which is what missing tables count."""
         return self.table.num_rows
-
-    @property
-    def tokens(self) -> np.ndarray | None:
-        """Token ids of every sample, int32 (N, 77); None before `tokenize`."""
-        return self._tokens.values if isinstance(self._tokens, MappedArray) else self._tokens
 
     @property
     def label_of_sample(self) -> np.ndarray:
@@ -134,38 +118,43 @@ class ArrowDataset(Dataset[Sample]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample]:
-        """The samples of a batch, as loaders ask for them; samples of one row share one image tensor."""
-        images: dict[int, Tensor] = {}
-        return [self._sample(epoch, index, images) for epoch, index in keys]
+        """The samples of a batch, as loaders ask for them; samples of one row share its image."""
+        of_rows: dict[tuple[str, int], Tensor | None] = {}
+        return [self._sample(epoch, index, of_rows) for epoch, index in keys]
 
     def evaluation_order(self) -> np.ndarray:
-        """All samples by falling length of their text, so that batches have little padding; (N,).
+        """All samples by falling length of their inputs, so that batches have little padding; (N,).
 
-        A missing text has length 0. The samples of a row stay together, ordered by the longest of their texts.
+        Of texts and of arrays that vary; what is missing has length 0. The samples of a row stay together, ordered by
+        the longest of them.
         """
         lengths = np.zeros(len(self), dtype=np.int64)
-        if (tokens := self.tokens) is not None:
-            lengths = np.where(self.missing_type_of_sample == TEXT_MISSING, 0, tokens.argmax(axis=1) + 1)
+        for name, kind in self.kinds.items():
+            missing = is_missing(self.spec.modalities, name, self.missing_type_of_sample)
+            lengths += np.where(missing, 0, kind.lengths())
         longest_of_row = np.zeros(self.n_rows, dtype=np.int64)
         np.maximum.at(longest_of_row, self.row_of_sample, lengths)
         return np.argsort(-longest_of_row[self.row_of_sample], kind="stable")
 
-    def _sample(self, epoch: int, index: int, images: dict[int, Tensor]) -> Sample:
+    def _sample(self, epoch: int, index: int, of_rows: dict[tuple[str, int], Tensor | None]) -> Sample:
         if self.reading is not None and (worker := get_worker_info()) is not None:
             self.reading[worker.id] = torch.tensor([os.getpid(), index])
         row = int(self.row_of_sample[index])
         missing_type = int(self.missing_table[row])
         if self.simulate_seed is not None and missing_type == COMPLETE:
-            missing_type = int(np.random.default_rng([self.simulate_seed, epoch, index]).integers(3))
+            generator = np.random.default_rng([self.simulate_seed, epoch, index])
+            missing_type = int(generator.integers(len(self.spec.type_names)))
         label = torch.from_numpy(self.labels[row]) if self.spec.multilabel else torch.tensor(int(self.labels[row]))
-        tokens: Tensor | None = None
-        if missing_type != TEXT_MISSING and (all_tokens := self.tokens) is not None:
-            tokens = torch.from_numpy(all_tokens[index].astype(np.int64))
-        if missing_type == IMAGE_MISSING:
-            return Sample(None, tokens, label, missing_type, index)
-        if row not in images:
-            images[row] = self._image(row)
-        return Sample(images[row], tokens, label, missing_type, index)
+        inputs: dict[str, Tensor] = {}
+        for name, kind in self.kinds.items():
+            if is_missing(self.spec.modalities, name, missing_type):
+                continue
+            place = name, index if kind.of_sample else row
+            if place not in of_rows:
+                of_rows[place] = kind.read(row, index)
+            if (read := of_rows[place]) is not None:
+                inputs[name] = read
+        return Sample(inputs, label, index)
 
     def sample_name(self, index: int) -> str:
         """The sample's id where the file has one, else its row: for messages and results."""
@@ -199,24 +188,9 @@ class ArrowDataset(Dataset[Sample]):
         Args:
             fingerprint: identifies the tokenizer; part of the cache's name, like the texts themselves.
         """
-        texts: list[str] = pc.list_flatten(self.table[self.spec.text_column]).to_pylist()
-        digest = hashlib.sha256(fingerprint.encode())
-        for text in texts:
-            digest.update(text.encode() + b"\0")
-        cache = self.path.with_name(f"{self.path.stem}_tokens_{digest.hexdigest()[:16]}.npy")
-        self._tokens = MappedArray(cache)
-        fault = fault_of(cache, np.int32, (len(texts), None))
-        if fault is None:
-            return
-        if cache.exists():
-            log.warning("%s: not readable (%s); making it again", cache, fault)
-        tokens = tokenize(texts).astype(np.int32)
-        try:
-            with atomic_path(cache) as temporary, temporary.open("wb") as file:
-                np.save(file, tokens)
-        except OSError as error:
-            log.info("%s: cannot keep the token ids there (%s); each run computes them", cache, reason_of(error))
-            self._tokens = tokens
+        for kind in self.kinds.values():
+            if isinstance(kind, TextKind):
+                kind.tokenize(tokenize, fingerprint)
 
     def cache_images(self, workers: int) -> None:
         """Decodes the images of all rows, once: they are kept beside the arrow file and found there again.
@@ -230,21 +204,13 @@ class ArrowDataset(Dataset[Sample]):
             DataError: an image cannot be decoded (also one that the missing table leaves out), or the cache cannot be
                 written.
         """
-        self._images = open_image_cache(self.path, self.n_rows, self.image_size, self._decoded, workers)
-
-    def _image(self, row: int) -> Tensor:
-        return self._decoded(row) if self._images is None else torch.from_numpy(self._images.values[row].copy())
-
-    def _decoded(self, row: int) -> Tensor:
-        try:
-            return decode_image(self.table["image"][row].as_py(), self.image_size)
-        except Exception as error:  # Pillow's decoders raise whatever the damage leads to, DecompressionBombError, ...
-            reason = str(error) or type(error).__name__
-            raise DataError(f"{self.path}: row {row}: the image cannot be decoded: {reason}") from error
+        for kind in self.kinds.values():
+            if isinstance(kind, ImageKind):
+                kind.cache(workers)
 
     def _check_columns(self) -> None:
-        columns, found = self.spec.modalities, self.table.column_names
-        expected = {*columns.values(), "label"}
+        found = self.table.column_names
+        expected = {*(modality.column for modality in self.spec.modalities.values()), "label"}
         if not expected <= set(found):
             raise DataError(
                 f"{self.path}: expected the columns {', '.join(sorted(expected))}; found {', '.join(found) or 'none'}"
@@ -253,18 +219,8 @@ class ArrowDataset(Dataset[Sample]):
             if nulls := self.table[name].null_count:
                 row = pc.index(pc.is_null(self.table[name]), True).as_py()
                 raise DataError(f"{self.path}: row {row}: column {name} is empty (null) ({nulls} such rows)")
-        image_type, texts_of_row = self.table[columns["image"]].type, self.table[columns["text"]]
-        if not (pa.types.is_binary(image_type) or pa.types.is_large_binary(image_type)):
-            raise DataError(f"{self.path}: column image: expected the bytes of image files, found {image_type}")
-        text_type, at = texts_of_row.type, f"column {columns['text']}"
-        if not pa.types.is_list(text_type) or not pa.types.is_string(text_type.value_type):
-            raise DataError(f"{self.path}: {at}: expected lists of texts, found {text_type}")
-        texts = pc.list_flatten(texts_of_row)
-        if len(texts) == 0:
-            raise DataError(f"{self.path}: expected samples, found {self.n_rows} rows and no text")
-        if texts.null_count:
-            row = pc.list_parent_indices(texts_of_row)[pc.index(pc.is_null(texts), True).as_py()].as_py()
-            raise DataError(f"{self.path}: row {row}: {at}: a text is empty (null)")
+        for kind in self.kinds.values():
+            kind.check()
 
     def _read_labels(self) -> np.ndarray:
         """(N, C) uint8 for multi-label data, (N,) int64 otherwise."""

@@ -1,9 +1,12 @@
 """The table of datasets. Adding a dataset is adding a row, and the converter that it names."""
 
+from collections import ChainMap
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from vilt import missing_types
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
 
 # fmt: off
@@ -17,6 +20,17 @@ MMIMDB_GENRES = (
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+CLIP = "clip"
+
+
+class Modality(NamedTuple):
+    """Where a modality is in the arrow files, and what reads it."""
+
+    kind: str
+    """A key of `vilt.datasets.kinds.KINDS`."""
+    column: str
+    shape: tuple[int | None, ...] = ()
+    """Of an `array`; None as the first size where it varies."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +43,8 @@ class DatasetSpec:
     """For people."""
     file_splits: dict[Split, str]
     """What each split is called in the file names (`dev` for validation in two of the three datasets)."""
-    modalities: dict[str, str]
-    """Column of each modality. Each text of a row's list of texts is a training sample of its own."""
+    modalities: dict[str, Modality]
+    """Each text of a row's list of texts is a training sample of its own."""
     id_column: str | None
     """Column naming the sample, where the published files have one."""
     multilabel: bool
@@ -54,13 +68,29 @@ class DatasetSpec:
     """Columns with lists of texts that are kept as given and not read."""
     published_rows: dict[Split, tuple[int, ...]] = field(default_factory=dict)
     """Samples that the published splits list (DATA.md)."""
+    family: str = CLIP
+    """Name of the family of backbones."""
     custom: CustomData | None = None
     """What the arrow files say of a custom dataset."""
 
     @property
+    def missing_types(self) -> tuple[str, ...]:
+        """What the chosen samples of a missing pattern may lose."""
+        return missing_types.missing_types(self.modalities)
+
+    @property
+    def type_names(self) -> tuple[str, ...]:
+        """What the missing types of samples are called, in the order of their numbers."""
+        return missing_types.type_names(self.modalities)
+
+    def column_of(self, kind: str) -> str | None:
+        """Column of the first modality of a kind."""
+        return next((modality.column for modality in self.modalities.values() if modality.kind == kind), None)
+
+    @property
     def text_column(self) -> str:
         """Column of the texts."""
-        return self.modalities["text"]
+        return self.modalities["text"].column
 
     def file_name(self, split: Split) -> str:
         """Name of the arrow file of `split`, for example `mmimdb_dev.arrow` for `val`."""
@@ -75,6 +105,11 @@ class DatasetSpec:
         return f"make it with `python make_arrow.py --dataset {self.make_arrow_name} --root RAW --target {folder}`"
 
 
+def images_with_texts(text_column: str) -> dict[str, Modality]:
+    """An image and a list of texts in each row."""
+    return {"image": Modality("image", "image"), "text": Modality("text", text_column)}
+
+
 DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec
     for spec in (
@@ -82,7 +117,7 @@ DATASETS: dict[str, DatasetSpec] = {
             name="mmimdb",
             title="MM-IMDb",
             file_splits={"train": "train", "val": "dev", "test": "test"},
-            modalities={"image": "image", "text": "plots"},
+            modalities=images_with_texts("plots"),
             id_column="image_id",
             multilabel=True,
             n_classes=23,
@@ -99,7 +134,7 @@ DATASETS: dict[str, DatasetSpec] = {
             name="food101",
             title="UPMC Food-101",
             file_splits={"train": "train", "val": "val", "test": "test"},
-            modalities={"image": "image", "text": "text"},
+            modalities=images_with_texts("text"),
             id_column="image_id",
             multilabel=False,
             n_classes=101,
@@ -115,7 +150,7 @@ DATASETS: dict[str, DatasetSpec] = {
             name="hatememes",
             title="Hateful Memes",
             file_splits={"train": "train", "val": "dev", "test": "test"},
-            modalities={"image": "image", "text": "text"},
+            modalities=images_with_texts("text"),
             id_column=None,
             multilabel=False,
             n_classes=2,
@@ -131,13 +166,12 @@ DATASETS: dict[str, DatasetSpec] = {
     )
 }
 
-EVERY_DATASET: dict[str, DatasetSpec] = {
-    **DATASETS,
+_CUSTOM = {
     CUSTOM: DatasetSpec(
         name=CUSTOM,
         title="custom dataset",
         file_splits={"train": "train", "val": "val", "test": "test"},
-        modalities={"image": "image", "text": "text"},
+        modalities=images_with_texts("text"),
         id_column="image_id",
         multilabel=False,
         n_classes=0,
@@ -150,7 +184,13 @@ EVERY_DATASET: dict[str, DatasetSpec] = {
         converter_options=("spec", "table"),
     ),
 }
+EVERY_DATASET: MutableMapping[str, DatasetSpec] = ChainMap(_CUSTOM, DATASETS)
 """With the row of custom datasets; `custom_spec` fills in what the arrow files say."""
+
+
+def spec_of(name: str, custom: CustomData | None) -> DatasetSpec:
+    """The row of a dataset; that of a custom one follows from what its arrow files say."""
+    return DATASETS[name] if custom is None else custom_spec(custom)
 
 
 def custom_spec(custom: CustomData) -> DatasetSpec:

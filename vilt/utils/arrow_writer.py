@@ -96,7 +96,7 @@ def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
     For a custom dataset also what else is known of it, as JSON in the metadata `custom`.
     """
     texts = pa.list_(pa.string())
-    columns = [(spec.modalities["image"], pa.binary()), (spec.text_column, texts)]
+    columns = [(spec.modalities["image"].column, pa.binary()), (spec.text_column, texts)]
     columns += [("label", pa.list_(pa.int64()) if spec.multilabel else pa.int64())]
     columns += [(name, texts) for name in spec.kept_columns]
     columns += [(name, pa.large_string()) for name in (spec.id_column, "split") if name is not None]
@@ -131,7 +131,7 @@ def _write_rows(rows: Iterator[Row], part: Path, schema: pa.Schema, spec: Datase
     n_bytes = 0
     with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for row in rows:
-            size = len(row[spec.modalities["image"]]) + sum(map(len, row[spec.text_column]))
+            size = len(row[spec.modalities["image"].column]) + sum(map(len, row[spec.text_column]))
             if batch and (n_bytes + size > MAX_BATCH_BYTES or len(batch) == MAX_BATCH_ROWS):
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
                 batch, n_bytes = [], 0

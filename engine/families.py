@@ -1,0 +1,101 @@
+"""Families of backbones: how each is built, and where its weights and its tokenizer come from.
+
+Another one is a class and a line in FAMILIES; a dataset's row names its family.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from clip.backbone import HUB_NAMES, load_backbone
+from clip.backbone import Backbone as FrozenWeights
+from clip.modules.interfaces import Backbone
+from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
+from clip.tokenizer import ClipTokenizer, load_tokenizer
+from common.errors import BackboneError, ConfigError
+from vilt.datasets.kinds import InputFormat
+from vilt.datasets.specs import CLIP, EVERY_DATASET
+
+
+class BackboneChoice(NamedTuple):
+    """What the user says of the frozen weights; None: what the checkpoint says."""
+
+    vit: str | None = None
+    activation: str | None = None
+    tokenizer: str | None = None
+    trust: bool = False
+    published_seed: int = 0
+    """Of the run that wrote a published checkpoint."""
+    image_size: int | None = None
+
+
+class Family:
+    """What the program needs of a kind of backbone."""
+
+    architecture: type[Any]
+    """Dataclass of the sizes, which checkpoints keep."""
+
+    def build(self, architecture: Any) -> Backbone:
+        """A backbone with random weights."""
+        raise NotImplementedError
+
+    def load(self, choice: BackboneChoice, trained_on: Any = None) -> FrozenWeights:
+        """The frozen weights; `trained_on` is the architecture in a checkpoint. Raises BackboneError."""
+        raise NotImplementedError
+
+    def inputs(self, choice: BackboneChoice, architecture: Any) -> InputFormat:
+        """What it takes; nothing is compared with an architecture that is None. Raises BackboneError, ConfigError."""
+        return InputFormat()
+
+    def start_embeddings(self, weights: FrozenWeights, inputs: InputFormat) -> dict[str, Tensor]:
+        """What the start values of methods may follow from, see `Method.start_from`."""
+        return {}
+
+
+class ClipFamily(Family):
+    """CLIP of two transformers."""
+
+    architecture = ClipArchitecture
+
+    def build(self, architecture: ClipArchitecture) -> Backbone:
+        return ClipBackbone(architecture)
+
+    def load(self, choice: BackboneChoice, trained_on: ClipArchitecture | None = None) -> FrozenWeights:
+        assert choice.vit is not None
+        activation = choice.activation
+        if activation is None and trained_on is not None and Path(choice.vit).is_file():
+            activation = trained_on.activation
+        return load_backbone(choice.vit, trust=choice.trust, activation=activation)
+
+    def inputs(self, choice: BackboneChoice, architecture: ClipArchitecture | None) -> InputFormat:
+        """With the tokenizer that the user names, or the one that comes with the backbone."""
+        vit = str(choice.vit)
+        source = choice.tokenizer or (vit if Path(vit).is_dir() else HUB_NAMES.get(vit, HUB_NAMES["ViT-B/16"]))
+        tokenizer = load_tokenizer(source)
+        if architecture is None:
+            return InputFormat(tokenize=tokenizer, fingerprint=tokenizer.fingerprint)
+        if tokenizer.vocab_size > (most := architecture.vocab_size):
+            raise BackboneError(
+                f"tokenizer={source}: has {tokenizer.vocab_size} ids, but the backbone embeds only {most}"
+            )
+        if choice.image_size not in (None, expected := architecture.image_size):
+            raise ConfigError(
+                f"image_size: expected {expected}, which is what the position embeddings of the backbone are for, "
+                f"found {choice.image_size}"
+            )
+        return InputFormat(expected, tokenizer, tokenizer.fingerprint)
+
+    def start_embeddings(self, weights: FrozenWeights, inputs: InputFormat) -> dict[str, Tensor]:
+        """The class token of images and the embedding of `<end>` of texts."""
+        assert isinstance(inputs.tokenize, ClipTokenizer)
+        text = weights.state["text_encoder.token_embedding.weight"][inputs.tokenize.end_id]
+        return {"image": weights.state["image_encoder.class_embedding"], "text": text}
+
+
+FAMILIES: dict[str, Family] = {CLIP: ClipFamily()}
+
+
+def family_of(task: str) -> Family:
+    """That of the backbones for a task."""
+    return FAMILIES[EVERY_DATASET[task].family]

@@ -1,0 +1,266 @@
+"""Kinds of modalities: how each is stored in arrow files, read, and collated. Another kind is a class and a line here.
+
+Shape suffixes: N samples, b samples with the modality, L length, R side of images.
+"""
+
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.errors import DataError, reason_of
+from common.files import atomic_path
+from vilt.datasets.specs import DatasetSpec, Modality
+from vilt.image_cache import open_image_cache
+from vilt.transforms import decode_image
+from vilt.utils.mapped_array import MappedArray, fault_of
+from vilt.utils.raw_data import MAX_FILE_BYTES
+
+if TYPE_CHECKING:
+    from vilt.datasets.arrow_dataset import ArrowDataset
+
+log = logging.getLogger(__name__)
+
+Tokenize = Callable[[Sequence[str]], np.ndarray]
+"""Texts to token ids, (N, 77)."""
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """What a model takes: the side of images in pixels, and the tokenizer of texts with what identifies it."""
+
+    image_size: int = 224
+    tokenize: Tokenize | None = None
+    fingerprint: str = ""
+
+
+class Collated(NamedTuple):
+    """The inputs of b samples."""
+
+    input_b: Tensor
+    length: int | None = None
+    """Of the longest, where inputs are padded at the end."""
+    length_b: Tensor | None = None
+    """Where they are padded in front."""
+
+
+class Kind:
+    """One modality of a dataset."""
+
+    in_file: ClassVar[bool] = True
+    """Whether users name a file for an input, or give the input itself."""
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Of such files in a folder."""
+    of_sample: ClassVar[bool] = False
+    """Whether each sample of a row has an input of its own."""
+
+    def __init__(self, modality: Modality, data: "ArrowDataset") -> None:
+        self.modality, self.data = modality, data
+
+    @property
+    def column(self) -> pa.ChunkedArray:
+        """Of the arrow file."""
+        return self.data.table[self.modality.column]
+
+    def check(self) -> None:
+        """Raises DataError unless the column, which has no nulls, is of this kind."""
+        raise NotImplementedError
+
+    def read(self, row: int, sample: int) -> Tensor | None:
+        """The input of a sample in a row; None for texts before `tokenize`. Raises DataError, which names the row."""
+        raise NotImplementedError
+
+    def lengths(self) -> np.ndarray | int:
+        """What decides how much is padded, (N,); 0 where inputs have one length, or it is not known yet."""
+        return 0
+
+    @staticmethod
+    def read_given(value: Any, modality: Modality, given: InputFormat) -> Tensor:
+        """An input that a user gives. Raises what its damage leads to."""
+        raise NotImplementedError
+
+    @staticmethod
+    def collate(inputs: Sequence[Tensor]) -> Collated:
+        """Stacks inputs, none of them too."""
+        raise NotImplementedError
+
+    def _fault(self, what: str, row: int | None = None) -> DataError:
+        place = "" if row is None else f"row {row}: "
+        return DataError(f"{self.data.path}: {place}column {self.modality.column}: {what}")
+
+
+class ImageKind(Kind):
+    """Bytes of image files to uint8 (3, R, R)."""
+
+    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+    _cache: MappedArray | None = None
+
+    def check(self) -> None:
+        found = self.column.type
+        if not (pa.types.is_binary(found) or pa.types.is_large_binary(found)):
+            raise self._fault(f"expected the bytes of image files, found {found}")
+
+    def read(self, row: int, sample: int) -> Tensor:
+        return self._decoded(row) if self._cache is None else torch.from_numpy(self._cache.values[row].copy())
+
+    def cache(self, workers: int) -> None:
+        """See `ArrowDataset.cache_images`."""
+        self._cache = open_image_cache(self.data.path, self.data.n_rows, self.data.image_size, self._decoded, workers)
+
+    def _decoded(self, row: int) -> Tensor:
+        try:
+            return decode_image(self.column[row].as_py(), self.data.image_size)
+        except Exception as error:  # Pillow's decoders raise whatever the damage leads to, DecompressionBombError, ...
+            reason = str(error) or type(error).__name__
+            raise DataError(f"{self.data.path}: row {row}: the image cannot be decoded: {reason}") from error
+
+    @staticmethod
+    def read_given(value: str | Path | Image.Image, modality: Modality, given: InputFormat) -> Tensor:
+        if isinstance(value, Image.Image):
+            buffer = io.BytesIO()
+            value.convert("RGB").save(buffer, "PNG")  # without loss
+            return decode_image(buffer.getvalue(), given.image_size)
+        return decode_image(_bytes_of(Path(value)), given.image_size)
+
+    @staticmethod
+    def collate(inputs: Sequence[Tensor]) -> Collated:
+        return Collated(torch.stack([*inputs]) if inputs else torch.empty(0, 3, 0, 0, dtype=torch.uint8))
+
+
+class TextKind(Kind):
+    """Lists of texts, each text of a row a sample of its own, to int64 token ids (77,)."""
+
+    in_file = False
+    suffixes = (".txt",)
+    of_sample = True
+    _tokens: MappedArray | np.ndarray | None = None
+
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """Token ids of every sample, int32 (N, 77); None before `tokenize`."""
+        return self._tokens.values if isinstance(self._tokens, MappedArray) else self._tokens
+
+    def check(self) -> None:
+        found = self.column.type
+        if not pa.types.is_list(found) or not pa.types.is_string(found.value_type):
+            raise self._fault(f"expected lists of texts, found {found}")
+        texts = pc.list_flatten(self.column)
+        if len(texts) == 0:
+            raise DataError(f"{self.data.path}: expected samples, found {self.data.n_rows} rows and no text")
+        if texts.null_count:
+            row = pc.list_parent_indices(self.column)[pc.index(pc.is_null(texts), True).as_py()].as_py()
+            raise self._fault("a text is empty (null)", row)
+
+    def read(self, row: int, sample: int) -> Tensor | None:
+        return None if (tokens := self.tokens) is None else torch.from_numpy(tokens[sample].astype(np.int64))
+
+    def lengths(self) -> np.ndarray | int:
+        return 0 if (tokens := self.tokens) is None else tokens.argmax(axis=1) + 1
+
+    def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
+        """See `ArrowDataset.tokenize`."""
+        texts: list[str] = pc.list_flatten(self.column).to_pylist()
+        digest = hashlib.sha256(fingerprint.encode())
+        for text in texts:
+            digest.update(text.encode() + b"\0")
+        cache = self.data.path.with_name(f"{self.data.path.stem}_tokens_{digest.hexdigest()[:16]}.npy")
+        self._tokens = MappedArray(cache)
+        fault = fault_of(cache, np.int32, (len(texts), None))
+        if fault is None:
+            return
+        if cache.exists():
+            log.warning("%s: not readable (%s); making it again", cache, fault)
+        tokens = tokenize(texts).astype(np.int32)
+        try:
+            with atomic_path(cache) as temporary, temporary.open("wb") as file:
+                np.save(file, tokens)
+        except OSError as error:
+            log.info("%s: cannot keep the token ids there (%s); each run computes them", cache, reason_of(error))
+            self._tokens = tokens
+
+    @staticmethod
+    def read_given(value: str, modality: Modality, given: InputFormat) -> Tensor:
+        assert given.tokenize is not None
+        return torch.from_numpy(given.tokenize([value])[0])
+
+    @staticmethod
+    def collate(inputs: Sequence[Tensor]) -> Collated:
+        if not inputs:
+            return Collated(torch.empty(0, 0, dtype=torch.long))
+        tokens_bL = torch.stack([*inputs])
+        return Collated(tokens_bL, int(tokens_bL.argmax(dim=-1).max()) + 1)  # up to the last `<end>`
+
+
+class ArrayKind(Kind):
+    """Nested lists of float32 to arrays of the modality's shape, whose first size may vary: padded in front with 0."""
+
+    suffixes = (".npy",)
+
+    def check(self) -> None:
+        values, expected = self.column, f"expected arrays of shape {self.modality.shape}"
+        for size in self.modality.shape:
+            if not isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+                raise self._fault(f"{expected}, found {self.column.type}")
+            lengths = pc.list_value_length(values).to_numpy()
+            if wrong := lengths[lengths < 1 if size is None else lengths != size].tolist():
+                raise self._fault(f"{expected}, found the size {wrong[0]}")
+            values = pc.list_flatten(values)
+        if values.type != pa.float32() or values.null_count:
+            raise self._fault(f"expected arrays of float32 without nulls, found {self.column.type}")
+
+    def read(self, row: int, sample: int) -> Tensor:
+        values = self.column[row].values
+        shape = (len(values), *self.modality.shape[1:])
+        for _ in shape[1:]:
+            values = values.flatten()
+        array = values.to_numpy(zero_copy_only=False).reshape(shape)
+        if not np.isfinite(array).all():
+            raise self._fault("expected finite numbers", row)
+        return torch.from_numpy(array.copy())
+
+    def lengths(self) -> np.ndarray | int:
+        if self.modality.shape[0] is not None:
+            return 0
+        return np.asarray(pc.list_value_length(self.column), dtype=np.int64)[self.data.row_of_sample]
+
+    @staticmethod
+    def read_given(value: str | Path | np.ndarray, modality: Modality, given: InputFormat) -> Tensor:
+        if not isinstance(value, np.ndarray):
+            value = np.load(io.BytesIO(_bytes_of(Path(value))), allow_pickle=False)
+        array, shape = np.asarray(value, dtype=np.float32), modality.shape
+        if array.ndim != len(shape) or array.shape[1:] != shape[1:] or shape[0] not in (None, len(array)):
+            raise ValueError(f"expected an array of shape {shape}, found {array.shape}")
+        if not array.size or not np.isfinite(array).all():
+            raise ValueError("expected finite numbers")
+        return torch.from_numpy(array)
+
+    @staticmethod
+    def collate(inputs: Sequence[Tensor]) -> Collated:
+        if not inputs:
+            return Collated(torch.empty(0))
+        flipped = torch.nn.utils.rnn.pad_sequence([array.flip(0) for array in inputs], batch_first=True)
+        return Collated(flipped.flip(1), length_b=torch.tensor([len(array) for array in inputs]))
+
+
+KINDS: dict[str, type[Kind]] = {"image": ImageKind, "text": TextKind, "array": ArrayKind}
+
+
+def kinds_of(spec: DatasetSpec) -> dict[str, type[Kind]]:
+    """By modality of a dataset."""
+    return {name: KINDS[modality.kind] for name, modality in spec.modalities.items()}
+
+
+def _bytes_of(path: Path) -> bytes:
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise ValueError(f"{size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
+    return path.read_bytes()

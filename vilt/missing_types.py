@@ -1,0 +1,50 @@
+"""Missing types: which of M named modalities a sample lacks, as a number, and what that is called.
+
+The number has a binary digit for each modality, 1 where it is missing; the last modality has the lowest digit. With
+image and text: 0 complete, 1 text missing, 2 image missing. A sample always has one modality at least.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+COMPLETE = 0
+AVAILABLE = "_available"
+"""End of the names of the shares of samples that have a modality."""
+BOTH, ANY, SOME = "both", "any", "some"
+"""Missing types of patterns in which samples differ in what they lack: one of two modalities, with a share of each;
+one of more than two, each as often; a non-empty proper subset of more than two, each as often."""
+
+
+def missing_types(modalities: Iterable[str]) -> tuple[str, ...]:
+    """The missing types that a pattern may have: what its chosen samples lose."""
+    names = list(modalities)
+    return (*reversed(names), *((BOTH,) if len(names) == 2 else (ANY, SOME)))
+
+
+def type_names(modalities: Iterable[str]) -> tuple[str, ...]:
+    """What the missing types 0 to 2^M - 2 of samples are called."""
+    names = list(modalities)
+    lacking = ([name for name in names if is_missing(names, name, code)] for code in range(1, 2 ** len(names) - 1))
+    return ("complete", *(f"{', '.join(missing)} missing" for missing in lacking))
+
+
+def code_of(modalities: Iterable[str], modality: str) -> int:
+    """The missing type of samples that lack `modality` alone."""
+    names = list(modalities)
+    return int(2 ** (len(names) - 1 - names.index(modality)))
+
+
+def is_missing(modalities: Iterable[str], modality: str, code: Any) -> Any:
+    """Whether samples of missing type `code`, a number or an array, lack `modality`."""
+    return code & code_of(modalities, modality) != 0
+
+
+def available_shares(modalities: Iterable[str], missing_type: str, ratio: float, both_ratio: float) -> dict[str, float]:
+    """By modality, the share of samples that have it where a share `ratio` loses what `missing_type` says."""
+    names = list(modalities)
+    if missing_type == BOTH:
+        lost = dict(zip(names, (both_ratio, 1 - both_ratio), strict=True))
+    else:
+        share = {ANY: 1 / len(names), SOME: 1 / 2}  # each modality is in half of the subsets
+        lost = {name: share.get(missing_type, float(missing_type == name)) for name in names}
+    return {name: 1 - ratio * lost[name] for name in names}

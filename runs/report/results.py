@@ -87,35 +87,19 @@ class Robustness:
 class ReportRun:
     """A run of the report."""
 
-    number: int
+    tag: str
+    """Short name, used throughout the report."""
+    place: str
+    """NAME/version_N, without the folders above."""
     run: Run
+    pattern: Pattern
+    """Of the training."""
+    metric: str
+    """Of the task."""
+    test_score: float | None
+    """The task's metric in the test."""
     robustness: Robustness | None
     environment: dict[str, Any] | None
-
-    @property
-    def tag(self) -> str:
-        """Short name, used throughout the report."""
-        return f"R{self.number}"
-
-    @property
-    def place(self) -> str:
-        """NAME/version_N, without the folders above."""
-        return "/".join(Path(without_home(str(self.run.folder.resolve()))).parts[-2:])
-
-    @property
-    def pattern(self) -> Pattern:
-        """Of the training."""
-        return Pattern.of(self.run.spec, *self.run.pattern)
-
-    @property
-    def metric(self) -> str:
-        """The metric of the task."""
-        return self.run.spec.monitor
-
-    @property
-    def test_score(self) -> float | None:
-        """The task's metric in the test."""
-        return None if self.run.test is None else float(self.run.test["metrics"][self.metric])
 
     @property
     def score_at_own_pattern(self) -> float | None:
@@ -162,8 +146,11 @@ def _read(number: int, run: Run) -> ReportRun:
             if not words or not all(isinstance(word, str) for word in words):
                 raise ValueError(f"command: expected words, found {quoted(words)}")
             versions_of(environment)
-    run.curves, run.best_validation, run.test  # noqa: B018  # damage shows here
-    return ReportRun(number, run, read_robustness(run), environment)
+    run.curves, run.best_validation  # noqa: B018  # damage shows here
+    place = "/".join(Path(without_home(str(run.folder.resolve()))).parts[-2:])
+    pattern, metric = Pattern.of(run.spec, *run.pattern), run.spec.monitor
+    score = None if run.test is None else float(run.test["metrics"][metric])
+    return ReportRun(f"R{number}", place, run, pattern, metric, score, read_robustness(run), environment)
 
 
 def versions_of(environment: dict[str, Any]) -> dict[str, str]:

@@ -5,7 +5,6 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,44 +40,22 @@ OWN_OF_A_TRIAL = ("exp_name", "log_dir", "test_after_fit", "resume_from")
 class Search:
     """A search and the runs of its trials, at least one."""
 
-    folder: Path
+    name: str
+    """The option sweep_name."""
+    metric: str
+    """Title of the validation metric that is to be high."""
     runs: list[ReportRun]
     trials: list[FrozenTrial]
+    complete: list[FrozenTrial]
+    """The trials that have a score."""
+    scores: dict[int, float]
+    """Those of the complete trials in per cent, by number."""
+    ranked: list[FrozenTrial]
+    """The complete trials, the best first; of those with the same values, which have one run, the first."""
+    space: dict[str, BaseDistribution]
+    """The options it looks for values of, and what these were drawn from."""
     importances: dict[str, float]
     """Shares of each option, the highest first; of none where there are too few trials."""
-
-    @property
-    def name(self) -> str:
-        """The option sweep_name."""
-        return self.folder.resolve().name
-
-    @property
-    def metric_title(self) -> str:
-        """Of the validation metric that is to be high."""
-        return f"validation {METRIC_TITLES[self.runs[0].run.spec.monitor]}"
-
-    @cached_property
-    def space(self) -> dict[str, BaseDistribution]:
-        """The options it looks for values of, and what these were drawn from."""
-        return next((dict(sorted(trial.distributions.items())) for trial in self.trials if trial.params), {})
-
-    @cached_property
-    def complete(self) -> list[FrozenTrial]:
-        """The trials that have a score."""
-        return [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
-
-    @cached_property
-    def scores(self) -> dict[int, float]:
-        """Those of the complete trials in per cent, by number."""
-        return {trial.number: 100 * (trial.value or 0) for trial in self.complete}
-
-    @cached_property
-    def ranked(self) -> list[FrozenTrial]:
-        """The complete trials, the best first; of those with the same values, which have one run, the first."""
-        first: dict[tuple[Any, ...], FrozenTrial] = {}
-        for trial in self.complete:
-            first.setdefault(tuple(sorted(trial.params.items())), trial)
-        return sorted(first.values(), key=lambda trial: -self.scores[trial.number])
 
     def run_of(self, trial: FrozenTrial) -> ReportRun | None:
         """The run that gave a trial its score, if it is there."""
@@ -109,11 +86,17 @@ def _read_search(folder: Path, runs: list[ReportRun]) -> Search:
         trials = study.get_trials(deepcopy=False)
     except Exception as error:  # of many types, on a damaged file
         raise DataError(f"{journal}: not readable as Optuna's journal: {first_line(error)}") from error
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    scores = {trial.number: 100 * (trial.value or 0) for trial in complete}
+    first = {str(sorted(trial.params.items())): trial for trial in reversed(complete)}
+    ranked = sorted(first.values(), key=lambda trial: (-scores[trial.number], trial.number))
+    space = next((dict(sorted(trial.distributions.items())) for trial in trials if trial.params), {})
     importances: dict[str, float] = {}
-    if sum(trial.state == TrialState.COMPLETE for trial in trials) >= TRIALS_FOR_IMPORTANCES:
+    if len(complete) >= TRIALS_FOR_IMPORTANCES:
         with warnings.catch_warnings(action="ignore"):  # that few trials are few; the caption says it
             importances = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP_SHARE))
-    return Search(folder, runs, trials, importances)
+    metric = f"validation {METRIC_TITLES[runs[0].metric]}"
+    return Search(folder.resolve().name, metric, runs, trials, complete, scores, ranked, space, importances)
 
 
 def search_section(search: Search, number: int) -> Section:
@@ -152,7 +135,7 @@ def _summary(search: Search) -> str:
     best = search.ranked[0]
     run, values = search.run_of(best), [f"{option}={_short(best.params[option])}" for option in search.space]
     return (
-        f"{total}. The best, trial {best.number}{f' ({run.tag})' if run else ''}, reaches a {search.metric_title} of "
+        f"{total}. The best, trial {best.number}{f' ({run.tag})' if run else ''}, reaches a {search.metric} of "
         f"{search.scores[best.number]:.2f} % with {listed(values)}. The test split has no part in a search."
     )
 
@@ -171,7 +154,7 @@ def training_command(search: Search, trial: FrozenTrial) -> str | None:
 
 def trials_table(search: Search, name: str, caption: str, trials: Sequence[FrozenTrial]) -> Table:
     """A row per trial: its values and its score."""
-    score = f"val/{search.runs[0].run.spec.monitor}"
+    score = f"val/{search.runs[0].metric}"
     rows: list[Row] = []
     for trial in trials:
         run, none = search.run_of(trial), absent("none")
@@ -180,7 +163,7 @@ def trials_table(search: Search, name: str, caption: str, trials: Sequence[Froze
         row |= {score: share(trial.value, none), "run": run.tag if run else none}
         rows.append(row)
     titles = {"number": "Trial", score: "Score", **{option: option for option in search.space}}
-    return Table(name, CAPTIONS[caption].format(metric=search.metric_title), rows, titles)
+    return Table(name, CAPTIONS[caption].format(metric=search.metric), rows, titles)
 
 
 def _history(search: Search, name: str) -> Figure:
@@ -193,17 +176,17 @@ def _history(search: Search, name: str) -> Figure:
     last = search.trials[-1].number  # complete or not
     axes.step([*numbers, last], [*best, best[-1]], where="post", color=COLOURS[0], label="best so far")
     axes.set_xlabel("trial")
-    axes.set_ylabel(f"V{search.metric_title[1:]}, %")
+    axes.set_ylabel(f"V{search.metric[1:]}, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     canvas.legend(loc="outside upper left", ncols=2)
-    caption = CAPTIONS["history"].format(metric=search.metric_title, search=search.name)
+    caption = CAPTIONS["history"].format(metric=search.metric, search=search.name)
     return finished(canvas, name, "Best score by trial", caption)
 
 
 def _scatter(search: Search, name: str) -> Figure:
     """Score against the values of each option, a panel each; the best trial has a ring."""
     best, columns = search.ranked[0], 2 if len(search.space) == 4 else 3
-    canvas, grid = panels([""] * len(search.space), 2.3, 0.2, f"V{search.metric_title[1:]}, %", columns)
+    canvas, grid = panels([""] * len(search.space), 2.3, 0.2, f"V{search.metric[1:]}, %", columns)
     for axes, (option, drawn_from) in zip(grid, search.space.items(), strict=True):
         place_of = _places(search, option, drawn_from, axes)
         places = [place_of[trial.params[option]] for trial in search.complete]
@@ -211,7 +194,7 @@ def _scatter(search: Search, name: str) -> Figure:
         ring(axes, place_of[best.params[option]], search.scores[best.number], COLOURS[1])
         axes.set_xlabel(option)
     logarithmic = [option for option, drawn_from in search.space.items() if getattr(drawn_from, "log", False)]
-    caption = CAPTIONS["scatter"].format(metric=search.metric_title)
+    caption = CAPTIONS["scatter"].format(metric=search.metric)
     if logarithmic:
         caption += f" On a logarithmic axis, as they were drawn: {listed(logarithmic)}."
     return finished(canvas, name, "Score against each option", caption)

@@ -1,4 +1,4 @@
-"""Made-up run folders, and robustness results from logits in their plainest form, in the formats that run.py writes."""
+"""Made-up run folders, with robustness results from made-up logits, in the formats that run.py writes."""
 
 import hashlib
 import io
@@ -13,12 +13,14 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from engine.logit_store import SplitLogits
+from engine.robustness import Subject, measure, write_results
 from engine.tasks import TASKS
 from tests.data_files import TYPE_NAMES
 from vilt.datasets.specs import DATASETS
-from vilt.missing_tables import MissingPattern, draw_missing_table
+from vilt.missing_tables import MissingPattern
 
-RATIOS = tuple(step / 10 for step in range(11))
+RATIOS = (0.0, 0.5, 0.7, 1.0)
 STARTED = 1_790_000_000
 """Modification time of the made-up runs' config.json."""
 
@@ -79,9 +81,7 @@ def write_films(folder: Path, plots: list[list[str]], labels: np.ndarray, first_
         "image_id": pa.array([f"tt{first_id + number}" for number in range(len(plots))]),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    table = pa.table(columns)
-    with pa.OSFile(str(folder / "mmimdb_test.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
+    write_arrow(folder / "mmimdb_test.arrow", pa.table(columns))
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,14 @@ class TestSet:
             for name, strength in zip(TYPE_NAMES, (2.0, 1.0, 0.6), strict=True)
         }
 
-    def write(self, run: Path, seed: int = 0, **settings: Any) -> dict[str, Any]:
+    def write(self, run: Path, seed: int = 0) -> dict[str, Any]:
         """RUN/robustness for the logits of `seed`; returns what robustness.json holds."""
-        return write_robustness(run, self.ids, self.rows, self.labels, self.logits(seed), **settings)
+        return write_robustness(run, self.ids, self.rows, self.labels, self.logits(seed))
+
+    def write_films(self, folder: Path, plots: list[list[str]], other_labels: bool = False, first_id: int = 0) -> None:
+        """The films of the samples."""
+        labels = self.labels[[self.rows.index(row) for row in range(self.films)]]
+        write_films(folder, plots, 1 - labels if other_labels else labels, first_id)
 
 
 def sha256_of(path: Path) -> str:
@@ -132,92 +137,31 @@ def sha256_of(path: Path) -> str:
 
 
 def write_robustness(
-    run: Path,
-    ids: list[str],
-    rows: list[int],
-    labels: np.ndarray,
-    logits: dict[str, np.ndarray],
-    ratios: tuple[float, ...] = RATIOS,
-    table_seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    run: Path, ids: list[str], rows: list[int], labels: np.ndarray, logits: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     """Writes RUN/robustness for logits (N, C) by name of missing type; returns what robustness.json holds."""
     config = json.loads((run / "config.json").read_text())
-    task = TASKS[config["task"]]
+    task, sha256 = TASKS[config["task"]], sha256_of(run / "best.ckpt")
     classes = DATASETS[task.name].class_names or tuple(f"dish {number:03}" for number in range(task.n_classes))
     logits_TNC = torch.from_numpy(np.stack([logits[name] for name in TYPE_NAMES])).float()
-    target = torch.from_numpy(labels)
-    sha256 = sha256_of(run / "best.ckpt")
-    row_of_sample = np.array(rows)
-
-    def metrics_at(table_R: np.ndarray) -> dict[str, float]:
-        type_N = torch.from_numpy(table_R[row_of_sample]).long()
-        return task.metrics(logits_TNC[type_N, torch.arange(len(rows))], target)
-
-    cells = []
-    for missing_type in ("text", "image", "both"):
-        for ratio in ratios:
-            per_seed = []
-            for seed in table_seeds:
-                pattern = MissingPattern(missing_type, ratio, 0.5, seed)
-                per_seed.append(metrics_at(draw_missing_table(task.name, "test", pattern, max(rows) + 1)))
-            values = {metric: [found[metric] for found in per_seed] for metric in per_seed[0]}
-            lost = {"text": (0, ratio), "image": (ratio, 0), "both": (ratio / 2, ratio / 2)}[missing_type]
-            cells.append(
-                {
-                    "missing_type": missing_type,
-                    "ratio": ratio,
-                    "both_ratio": 0.5,
-                    "image_available": 1 - lost[0],
-                    "text_available": 1 - lost[1],
-                    "metrics": {
-                        metric: {
-                            "mean": float(np.mean(found)),
-                            "std": float(np.std(found, ddof=1)) if len(found) > 1 else 0.0,
-                            "values": found,
-                        }
-                        for metric, found in values.items()
-                    },
-                }
-            )
-    by_type = {name: task.metrics(logits_TNC[number], target) for number, name in enumerate(TYPE_NAMES)}
-    content: dict[str, Any] = {
-        "format": 1,
-        "task": task.name,
-        "split": "test",
-        "samples": len(rows),
-        "method": config["prompt_type"],
-        "exp_name": config["exp_name"],
-        "train_seed": config["seed"],
-        "train_pattern": {
-            "missing_type": config["missing_type"]["train"],
-            "ratio": config["missing_ratio"]["train"],
-            "both_ratio": config["both_ratio"],
-        },
-        "checkpoint": "best.ckpt",
-        "checkpoint_sha256": sha256,
-        "precision": "32-true",
-        "metric": task.monitor,
-        "metrics": list(by_type["complete"]),
-        "table_seeds": list(table_seeds),
-        "class_names": list(classes),
-        "cells": cells,
-        "by_type": by_type,
-        "confidence": {
-            "level": 0.95,
-            "resamples": 1000,
-            **{
-                name: {metric: [value - 0.03, value + 0.02] for metric, value in found.items()}
-                for name, found in by_type.items()
-            },
-        },
-        "per_class": _per_class(logits_TNC, target, classes) if task.name == "mmimdb" else [],
-        "confusions": _confusions(logits_TNC, target, classes) if task.name == "food101" else [],
-        "roc": _roc(logits_TNC, target, by_type) if task.name == "hatememes" else {},
+    split = SplitLogits(np.array(rows), max(rows) + 1, torch.from_numpy(labels), logits_TNC)
+    patterns = [
+        [MissingPattern(missing_type, ratio, 0.5, seed) for seed in (0, 1)]
+        for missing_type in ("text", "image", "both")
+        for ratio in RATIOS
+    ]
+    of_run = (config["prompt_type"], config["exp_name"], config["seed"], None)
+    subject = Subject(
+        run / "best.ckpt", sha256, *of_run, "32-true", task, ("image", "text"), classes, run / "missing_tables"
+    )
+    content = measure(subject, split, patterns, resamples=0)
+    content["confidence"] = {"level": 0.95, "resamples": 1000} | {
+        name: {metric: [value - 0.03, value + 0.02] for metric, value in found.items()}
+        for name, found in content["by_type"].items()
     }
-    folder = run / "robustness"
-    folder.mkdir(exist_ok=True)
-    (folder / "robustness.json").write_text(json.dumps(content))
-    write_logits(folder / "logits.arrow", task.name, sha256, ids, rows, labels, logits)
+    (run / "robustness").mkdir(exist_ok=True)
+    write_results(content, run / "robustness")
+    write_logits(run / "robustness" / "logits.arrow", task.name, sha256, ids, rows, labels, logits)
     return content
 
 
@@ -231,72 +175,51 @@ def write_logits(
     logits: dict[str, np.ndarray],
 ) -> None:
     """Writes a logits.arrow."""
-    numbers = [rows[:place].count(row) for place, row in enumerate(rows)]
-    multilabel = DATASETS[task].multilabel
+    kind = pa.list_(pa.uint8()) if DATASETS[task].multilabel else pa.int64()
     columns: dict[str, pa.Array] = {
         "sample": pa.array(range(len(rows)), pa.int64()),
         "row": pa.array(rows, pa.int64()),
         "id": pa.array(ids, pa.string()),
-        "text_number": pa.array(numbers, pa.int64()),
-        "label": pa.array(labels.tolist(), pa.list_(pa.uint8()) if multilabel else pa.int64()),
+        "text_number": pa.array([rows[:place].count(row) for place, row in enumerate(rows)], pa.int64()),
+        "label": pa.array(labels.tolist(), kind),
     }
     for name in TYPE_NAMES:
         columns[f"logits_{name.replace(' ', '_')}"] = pa.array(logits[name].tolist(), pa.list_(pa.float32()))
     described = {"format": 1, "task": task, "checkpoint_sha256": sha256}
-    table = pa.table(columns).replace_schema_metadata({"rep": json.dumps(described)})
+    write_arrow(path, pa.table(columns).replace_schema_metadata({"rep": json.dumps(described)}))
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
 
 
-def _per_class(logits_TNC: torch.Tensor, target: torch.Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    entries = []
-    for type_name, logits_NC in zip(TYPE_NAMES, logits_TNC, strict=True):
-        predicted = logits_NC > 0
-        for number, name in enumerate(classes):
-            hits = int((predicted[:, number] & (target[:, number] > 0)).sum())
-            n_predicted, support = int(predicted[:, number].sum()), int(target[:, number].sum())
-            entries.append(
-                {
-                    "type": type_name,
-                    "class": name,
-                    "precision": hits / max(1, n_predicted),
-                    "recall": hits / max(1, support),
-                    "f1": 2 * hits / max(1, n_predicted + support),
-                    "support": support,
-                }
-            )
-    return entries
+HOSTILE = (
+    """<script>alert("x")</script>'"> <img src=x onerror=alert(1)> | `code` *stars* [a](http://b) {{ 7 * 7 }} $x$ _"""
+)
+PLOTS = [[f"Plot of film {number}, with words enough."] for number in range(29)]
+PLOTS[3:5] = [["The first plot of film 3.", HOSTILE], [HOSTILE]]
 
 
-def _confusions(logits_TNC: torch.Tensor, target: torch.Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    entries = []
-    for type_name, logits_NC in zip(TYPE_NAMES, logits_TNC, strict=True):
-        counts: dict[tuple[int, int], int] = {}
-        for true, predicted in zip(target.tolist(), logits_NC.argmax(-1).tolist(), strict=True):
-            if true != predicted:
-                counts[true, predicted] = counts.get((true, predicted), 0) + 1
-        for (true, predicted), count in sorted(counts.items(), key=lambda item: -item[1])[:50]:
-            share = count / int((target == true).sum())
-            entries.append(
-                {
-                    "type": type_name,
-                    "true": classes[true],
-                    "predicted": classes[predicted],
-                    "count": count,
-                    "share": share,
-                }
-            )
-    return entries
-
-
-def _roc(logits_TNC: torch.Tensor, target: torch.Tensor, by_type: dict[str, dict[str, float]]) -> dict[str, Any]:
-    found = {}
-    for type_name, logits_NC in zip(TYPE_NAMES, logits_TNC, strict=True):
-        scores = logits_NC.softmax(-1)[:, 1]
-        thresholds = [2.0, *sorted(set(scores.tolist()), reverse=True)]
-        found[type_name] = {
-            "fpr": [float((scores[target == 0] >= threshold).float().mean()) for threshold in thresholds],
-            "tpr": [float((scores[target == 1] >= threshold).float().mean()) for threshold in thresholds],
-            "auroc": by_type[type_name]["auroc"],
+def write_runs(root: Path) -> Path:
+    """Two seeds at 70 % both with results and pictures, a run at 90 % text without, and two other datasets."""
+    TestSet().write_films(root / "films", PLOTS)
+    for seed, name in ((0, "rep"), (1, HOSTILE)):
+        options: dict[str, Any] = {
+            "tested": 0.4 + seed / 100,
+            "seed": seed,
+            "exp_name": name,
+            "data_root": str(root / "films"),
         }
-    return found
+        TestSet().write(write_run(root / "mmimdb" / f"rep_seed{seed}" / "version_0", **options), seed)
+    write_run(root / "mmimdb" / "text_seed0" / "version_0", tested=0.52, **at("text", 0.9))
+    for task in ("food101", "hatememes"):
+        run = write_run(root / "others" / f"{task}_seed0" / "version_0", task, exp_name=task)
+        TestSet(task).write(run)
+    return root
+
+
+def edited(run: Path, name: str, **changes: Any) -> Path:
+    """`run` with other values in one of its JSON files."""
+    (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | changes))
+    return run

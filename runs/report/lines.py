@@ -9,7 +9,7 @@ import pandas as pd
 
 from common.text import Estimate, estimate
 from runs.report.results import Pattern, ReportRun, Robustness
-from runs.report.text import METRIC_TITLES, without_home
+from runs.report.text import CAPTIONS, METRIC_TITLES, capital, conditions, dataset_title, without_home
 from runs.run_reader import Run, differing_options
 from vilt.datasets.specs import DATASETS, DatasetSpec
 
@@ -20,12 +20,7 @@ METHOD_TITLES = {
     **{"map_input": "MAP", "map_attention": "MAP, attention level", "msp": "MSP", "none": "head alone"},
 }
 """Titles of the option prompt_type."""
-ABLATION = {
-    (False, False): "baseline",
-    (True, False): "baseline + FAR",
-    (False, True): "baseline + FMB",
-    (True, True): "REP",
-}
+ABLATION = {(0, 0): "baseline", (1, 0): "baseline + FAR", (0, 1): "baseline + FMB", (1, 1): "REP"}
 """Titles of REP without its parts, by the options far and fmb."""
 
 
@@ -37,17 +32,9 @@ class Line:
     """The method, with the options that set it apart from others of that method in the same report."""
     label: str
     """The variant, with the pattern where that differs within the dataset."""
-    runs: tuple[ReportRun, ...]
-
-    @property
-    def method(self) -> str:
-        """As the published table writes it, where it has it, else the option prompt_type."""
-        return method_title(self.runs[0].run)
-
-    @property
-    def pattern(self) -> Pattern:
-        """Of the training."""
-        return self.runs[0].pattern
+    pattern: Pattern
+    """Of the training."""
+    runs: list[ReportRun]
 
     @cached_property
     def results(self) -> list[tuple[ReportRun, Robustness]]:
@@ -55,81 +42,87 @@ class Line:
         return [(run, run.robustness) for run in self.runs if run.robustness is not None]
 
     @cached_property
-    def _at(self) -> dict[tuple[Any, ...], Estimate | None]:
-        """By metric and pattern: over train seeds and table seeds alike."""
-        keys = ["metric", "missing_type", "ratio", "both_ratio"]
+    def matrix(self) -> dict[Pattern, Estimate]:
+        """The task's metric by evaluation pattern, over train seeds and table seeds alike, by type and ratio."""
         cells = pd.concat([found.cells for _, found in self.results])
-        return {key: estimate(values.tolist()) for key, values in cells.groupby(keys).value}
-
-    @property
-    def patterns(self) -> list[Pattern]:
-        """The patterns that robustness results give, by type and ratio."""
+        found = _estimates(cells[cells.metric == self.runs[0].metric], Pattern._fields[:3])
         spec = self.runs[0].run.spec
-        found = {Pattern.of(spec, *key[1:]) for key in self._at} if self.results else set()
-        return sorted(found, key=lambda p: (spec.missing_types.index(p.missing_type), p.both_ratio, p.ratio))
-
-    def at(self, pattern: Pattern, metric: str) -> Estimate | None:
-        """Mean and deviation at an evaluation pattern over all values, of train seeds and table seeds alike."""
-        return self._at.get((metric, *pattern[:3])) if self.results else None
-
-    def by_type(self, type_name: str, metric: str) -> Estimate | None:
-        """Mean and deviation over train seeds where every sample has missing type `type_name`."""
-        frames = [found.by_type for _, found in self.results]
-        return estimate([float(f.value[(f.type == type_name) & (f.metric == metric)].iloc[0]) for f in frames])
+        patterns = [Pattern.of(spec, *key) for key in found]
+        order = sorted(patterns, key=lambda p: (spec.missing_types.index(p.missing_type), p.both_ratio, p.ratio))
+        return {pattern: found[pattern[:3]] for pattern in order}
 
     @cached_property
-    def by_class(self) -> dict[str, dict[tuple[str, str], Estimate | None]]:
-        """Class names, most frequent first, to score by (score, missing type); nothing without results by class."""
-        if not self.results:
-            return {}
+    def by_type(self) -> dict[str, Estimate]:
+        """The task's metric over train seeds where every sample has one missing type."""
+        return _estimates(pd.concat([found.scores(run.metric) for run, found in self.results]), ["type"])
+
+    @cached_property
+    def by_class(self) -> dict[tuple[str, str, str], Estimate]:
+        """Over train seeds, by class, score and missing type, the most frequent class first."""
         frame = pd.concat([found.per_class for _, found in self.results])
         frame = frame.sort_values("support", ascending=False, kind="stable")
-        found: dict[str, dict[tuple[str, str], Estimate | None]] = {name: {} for name in frame["class"].unique()}
-        for (name, type_name), rows in frame.groupby(["class", "type"]):
-            for score in ("f1", "precision", "recall", "support"):
-                found[name][score, type_name] = estimate(rows[score].tolist())
-        return found
+        return _estimates(frame.melt(["class", "type"], var_name="score"), ["class", "score", "type"])
 
+    @cached_property
+    def support(self) -> dict[str, int]:
+        """Test samples of each class, the most frequent first."""
+        complete = {name: self.by_class.get((name, "support", "complete")) for name, _, _ in self.by_class}
+        return {name: int(found.mean) if found else 0 for name, found in complete.items()}
+
+    @cached_property
     def at_own_pattern(self) -> Estimate | None:
         """Mean and deviation over train seeds of the task's metric, at the pattern of the training."""
         scores = [run.score_at_own_pattern for run in self.runs]
         return estimate([score for score in scores if score is not None])
 
 
+def _estimates(frame: pd.DataFrame, by: Sequence[str]) -> dict[Any, Estimate]:
+    """Mean and deviation of `value` for each group, by its key: that of one column, or a tuple."""
+    groups = frame.groupby(list(by) if len(by) > 1 else by[0], sort=False).value
+    return {key: found for key, values in groups if (found := estimate(values.tolist()))}
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The runs of one dataset."""
+    """The runs of one dataset. Those in `repeats` do not count: a later or more complete one is of the same seed."""
 
     key: str
-    runs: tuple[ReportRun, ...]
-    lines: tuple[Line, ...]
-    repeats: tuple[ReportRun, ...]
-    """Runs that do not count: a later or more complete one has the same configuration and seed."""
-
-    @property
-    def spec(self) -> DatasetSpec:
-        """Row of the dataset."""
-        return self.runs[0].run.spec
-
-    @property
-    def metric(self) -> str:
-        """The metric of the task."""
-        return self.runs[0].run.spec.monitor
+    title: str
+    spec: DatasetSpec
+    runs: list[ReportRun]
+    lines: list[Line]
+    repeats: list[ReportRun]
 
     @property
     def metric_title(self) -> str:
         """As texts and figures name it."""
-        return METRIC_TITLES[self.metric]
+        return METRIC_TITLES[self.spec.monitor]
+
+    def caption(self, name: str, **facts: object) -> str:
+        """Of a figure or table."""
+        facts |= {"metric": self.metric_title, "Metric": capital(self.metric_title), "dataset": self.title}
+        return CAPTIONS[name].format(conditions=conditions(self.spec.type_names), **facts)
 
     @property
-    def measured(self) -> tuple[Line, ...]:
+    def measured(self) -> list[Line]:
         """The lines that have robustness results."""
-        return tuple(line for line in self.lines if line.results)
+        return [line for line in self.lines if line.results]
 
     @property
     def results(self) -> list[tuple[Line, ReportRun, Robustness]]:
         """All robustness results."""
         return [(line, *result) for line in self.measured for result in line.results]
+
+    @property
+    def compared(self) -> dict[str, list[Line]]:
+        """By variant, the lines with results at their training pattern; empty unless there are two to compare."""
+        variants = by_variant([line for line in self.lines if line.at_own_pattern])
+        return variants if len(variants) > 1 else {}
+
+
+def by_variant(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """The lines of each variant."""
+    return {line.variant: [other for other in lines if other.variant == line.variant] for line in lines}
 
 
 def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:
@@ -156,8 +149,8 @@ def _dataset(key: str, runs: list[ReportRun]) -> Dataset:
             repeats += others
         variant = _variant_title(kept[0].run, all_options)
         label = f"{variant}, trained with {pattern}" if several_patterns else variant
-        lines.append(Line(variant, label, tuple(kept)))
-    return Dataset(key, tuple(runs), tuple(lines), tuple(repeats))
+        lines.append(Line(variant, label, pattern, kept))
+    return Dataset(key, dataset_title(key), runs[0].run.spec, runs, lines, repeats)
 
 
 def method_title(run: Run) -> str:

@@ -12,13 +12,14 @@ from markupsafe import Markup, escape
 
 from common.errors import DataError, reason_of
 from common.files import check_replaceable, whole_folder
+from runs.report.figures import Figure
 from runs.report.lines import by_dataset
-from runs.report.parts import options_table, report_command, run_details, section_of
+from runs.report.parts import report_command, run_details, section_of
 from runs.report.results import read_report_runs
-from runs.report.samples import samples_table
+from runs.report.samples import SampleGrid
 from runs.report.search import read_searches, search_section
-from runs.report.tables import runs_table, versions_table
-from runs.report.text import counted, listed
+from runs.report.tables import options_table, runs_table, versions_table
+from runs.report.text import counted, listed, without
 
 MARKER = "report.json"
 """File that says that a folder is a report, so that a later one may replace it."""
@@ -59,9 +60,11 @@ def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> 
             "date": f"{now.day} {now:%B %Y}",
             "n_runs": counted(len(runs), "run"),
             "sections": sections,
-            "runs_table": runs_table(runs, datasets),
-            "options_table": options_table(shown, defaults),
-            "versions_table": versions_table(shown),
+            "tables": {
+                "Runs": runs_table(runs, datasets),
+                "Configurations": options_table(shown, defaults),
+                "Versions": versions_table(shown),
+            },
             "details": [run_details(run) for run in shown],
             "report_command": report_command(places),
         }
@@ -78,14 +81,9 @@ def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> 
 
 def _files(content: dict[str, Any]) -> dict[str, bytes]:
     """All files of the report by their path in the folder."""
-    html = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html.filters |= {"data_uri": _data_uri, "unbroken": _unbroken}
+    loader = FileSystemLoader(TEMPLATES)
+    html = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    html.filters |= {"data_uri": _data_uri, "unbroken": _unbroken, "anchor": _anchor, "without": without}
     markdown = html.overlay(finalize=_markdown_text)
     markdown.filters["indented"] = _indented
     markdown.filters["verbatim"] = Markup  # names of our own files
@@ -93,22 +91,24 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
         "index.html": html.get_template("page.html.j2").render(content).encode(errors="replace"),
         "report.md": markdown.get_template("report.md.j2").render(content).encode(errors="replace"),
     }
-    tables, drawn = [content["runs_table"], content["options_table"], content["versions_table"]], []
-    for part in (part for section in content["sections"] for part in section.parts):
-        tables += [*part.tables, *part.folded_tables]
-        drawn += [*part.figures, *part.folded_figures]
-        if part.grid is not None:
-            tables.append(samples_table(part.grid))
-            pictures = {part.grid.thumbnail_name(card): card.thumbnail for card in part.grid.cards}
-            files |= {name: data for name, data in pictures.items() if data is not None}
-    files |= {f"tables/{table.name}.csv": table.csv().encode(errors="replace") for table in tables}
-    files |= {f"figures/{figure.name}.svg": figure.svg.encode() for figure in drawn}
-    files |= {f"figures/{figure.name}.png": figure.png for figure in drawn}
+    parts = [part for section in content["sections"] for part in section.parts]
+    for item in (*content["tables"].values(), *(item for part in parts for item in (*part.shown, *part.folded))):
+        if isinstance(item, SampleGrid):
+            files |= {name: data for name, data in item.pictures.items() if data is not None}
+            item = item.table
+        if isinstance(item, Figure):
+            files |= {f"figures/{item.name}.svg": item.svg.encode(), f"figures/{item.name}.png": item.png}
+        elif item.rows:
+            files[f"tables/{item.name}.csv"] = item.csv().encode(errors="replace")
     return files
 
 
 def _data_uri(data: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower())
 
 
 def _unbroken(text: str) -> str:

@@ -3,8 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from common.strict_json import read_json
 from common.text import estimate
 from engine.logit_store import labels_of, logit_columns_of, read_logits
 from engine.robustness import FORMAT
-from runs.report.text import without_home
+from runs.report.text import counted, without_home
 from runs.run_reader import Run, as_written_by_run, check_pattern, find_runs
 from vilt.datasets.specs import DatasetSpec
 from vilt.missing_types import BOTH, available_shares
@@ -60,7 +59,6 @@ class Robustness:
     """What `robustness/robustness.json` of a run says."""
 
     samples: int
-    metrics: tuple[str, ...]
     class_names: tuple[str, ...]
     cells: pd.DataFrame
     """missing_type, ratio, both_ratio, metric, value: a row per table seed."""
@@ -74,41 +72,34 @@ class Robustness:
     """type, true, predicted, count, share."""
     roc: dict[str, dict[str, Any]]
     """By type: fpr, tpr, auroc."""
-    logits: Path | None
-    test_rows: int | None = None
-    """Of the test set, where logits are kept; a film with several plots is one."""
-    test_set: str | None = None
+    logits: Path
+    test_rows: int | None
+    """Of the test set, None where there are no logits; a film with several plots is one."""
+    test_set: str | None
     """Digest of ids and labels."""
+
+    def scores(self, metric: str) -> pd.DataFrame:
+        """Rows of `by_type`."""
+        return self.by_type[self.by_type.metric == metric]
 
 
 @dataclass(frozen=True, eq=False)
 class ReportRun:
     """A run of the report."""
 
-    number: int
+    tag: str
+    """Short name, used throughout the report."""
+    place: str
+    """NAME/version_N, without the folders above."""
     run: Run
+    pattern: Pattern
+    """Of the training."""
+    metric: str
+    """Of the task."""
+    test_score: float | None
+    """The task's metric in the test."""
     robustness: Robustness | None
     environment: dict[str, Any] | None
-
-    @property
-    def tag(self) -> str:
-        """Short name, used throughout the report."""
-        return f"R{self.number}"
-
-    @property
-    def place(self) -> str:
-        """NAME/version_N, without the folders above."""
-        return "/".join(Path(without_home(str(self.run.folder.resolve()))).parts[-2:])
-
-    @property
-    def pattern(self) -> Pattern:
-        """Of the training."""
-        return Pattern.of(self.run.spec, *self.run.pattern)
-
-    @property
-    def test_score(self) -> float | None:
-        """The task's metric in the test."""
-        return None if self.run.test is None else float(self.run.test["metrics"][self.run.spec.monitor])
 
     @property
     def score_at_own_pattern(self) -> float | None:
@@ -116,7 +107,7 @@ class ReportRun:
         if self.robustness is not None:
             cells = self.robustness.cells
             same = (cells[["missing_type", "ratio", "both_ratio"]] == list(self.pattern[:3])).all(axis=1)
-            if found := estimate(cells.value[same & (cells.metric == self.run.spec.monitor)].tolist()):
+            if found := estimate(cells.value[same & (cells.metric == self.metric)].tolist()):
                 return found.mean
         at = self.run.tested_at
         return self.test_score if at is not None and Pattern.of(self.run.spec, *at) == self.pattern else None
@@ -142,8 +133,7 @@ def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
     for error in damaged.values():
         log.warning("left out of the report: %s", error)
     read = [_read(number, run) for number, run in enumerate(runs, start=1)]
-    for dataset in {run.run.dataset for run in read}:
-        _check_same_test_set([run for run in read if run.run.dataset == dataset])
+    _check_same_test_sets(read)
     return read
 
 
@@ -156,23 +146,25 @@ def _read(number: int, run: Run) -> ReportRun:
             if not words or not all(isinstance(word, str) for word in words):
                 raise ValueError(f"command: expected words, found {quoted(words)}")
             versions_of(environment)
-    assert run.curves is not None
-    run.best_validation, run.test  # noqa: B018  # damage shows here
-    return ReportRun(number, run, read_robustness(run), environment)
+    run.curves, run.best_validation  # noqa: B018  # damage shows here
+    place = "/".join(Path(without_home(str(run.folder.resolve()))).parts[-2:])
+    pattern, metric = Pattern.of(run.spec, *run.pattern), run.spec.monitor
+    score = None if run.test is None else float(run.test["metrics"][metric])
+    return ReportRun(f"R{number}", place, run, pattern, metric, score, read_robustness(run), environment)
 
 
 def versions_of(environment: dict[str, Any]) -> dict[str, str]:
     """Packages, machine and commit."""
     machine, git = environment.get("machine") or {}, environment.get("git") or {}
     changed = len(git.get("changed") or [])
-    suffix = f" + {changed} changed file{'' if changed == 1 else 's'}" if changed else ""
     return {
         "python": str(environment.get("python")),
         **{name: str(version) for name, version in environment["packages"].items()},
         "platform": str(machine.get("platform")),
         "cores": str(machine.get("cores")),
         "GPUs": ", ".join(map(str, machine.get("gpus") or [])) or "none",
-        "commit": str(git.get("commit", "not known"))[:12] + suffix,
+        "commit": str(git.get("commit", "not known"))[:12]
+        + (f" + {counted(changed, 'changed file')}" if changed else ""),
     }
 
 
@@ -181,35 +173,35 @@ def read_robustness(run: Run) -> Robustness | None:
     path, best = run.folder / "robustness" / "robustness.json", run.folder / "best.ckpt"
     if not path.is_file():
         return None
-    raw = read_json(path)
+    raw, logits = read_json(path), path.with_name("logits.arrow")
     with as_written_by_run(path):
         for name, expected in {"format": FORMAT, "task": run.config["task"], "metric": run.spec.monitor}.items():
             if raw[name] != expected:
                 raise ValueError(f"{name}: expected {expected}, found {quoted(raw[name])}")
         if best.is_file() and raw["checkpoint_sha256"] != file_sha256(best):  # a run may be kept without it
             raise ValueError("results of another checkpoint than best.ckpt; run `python run.py robustness` again")
-        metrics, class_names = tuple(map(str, raw["metrics"])), tuple(map(str, raw["class_names"]))
-        if len(class_names) != run.spec.n_classes:
-            raise ValueError(f"class_names: expected {run.spec.n_classes}, found {len(class_names)}")
+        if len(raw["class_names"]) != run.spec.n_classes:
+            raise ValueError(f"class_names: expected {run.spec.n_classes}, found {len(raw['class_names'])}")
+        cells = []
         for cell in raw["cells"]:
-            check_pattern(run.spec, cell["missing_type"], cell["ratio"], cell["both_ratio"])
-        cells = [
-            (*Pattern.of(run.spec, cell["missing_type"], cell["ratio"], cell["both_ratio"])[:3], metric, value)
-            for cell in raw["cells"]
-            for metric in metrics
-            for value in cell["metrics"][metric]["values"]
-        ]
-        if len(cells) != len(raw["cells"]) * len(metrics) * len(raw["table_seeds"]):
-            raise ValueError(f"table_seeds: expected {len(raw['table_seeds'])} values per cell")
+            pattern = [cell[name] for name in ("missing_type", "ratio", "both_ratio")]
+            check_pattern(run.spec, *pattern)
+            for metric in raw["metrics"]:
+                if len(values := cell["metrics"][metric]["values"]) != len(raw["table_seeds"]):
+                    raise ValueError(f"table_seeds: expected {len(raw['table_seeds'])} values per cell")
+                cells += [(*Pattern.of(run.spec, *pattern)[:3], metric, value) for value in values]
+        if not cells:
+            raise ValueError("cells: expected at least one")
         confidence = raw["confidence"]
-        by_type = []
-        for name, metric in product(run.spec.type_names, metrics):
-            low, high = confidence[name][metric] if confidence["resamples"] else (0, 0)
-            by_type.append((name, metric, raw["by_type"][name][metric], low, high))
-        robustness = Robustness(
+        by_type = [
+            (name, metric, value, *(confidence[name][metric] if confidence["resamples"] else (0, 0)))
+            for name in run.spec.type_names
+            for metric, value in raw["by_type"][name].items()
+        ]
+        test_rows, test_set = _test_set(logits, run, raw) if logits.is_file() else (None, None)
+        return Robustness(
             samples=int(raw["samples"]),
-            metrics=metrics,
-            class_names=class_names,
+            class_names=tuple(map(str, raw["class_names"])),
             cells=_frame(cells, ["missing_type", "ratio", "both_ratio", "metric"], ["value"]),
             by_type=_frame(by_type, ["type", "metric"], ["value", "low", "high"]),
             level=float(confidence["level"]),
@@ -218,9 +210,10 @@ def read_robustness(run: Run) -> Robustness | None:
             confusions=_frame(raw["confusions"], ["type", "true", "predicted"], ["count", "share"]),
             roc={name: {**_frame(curve, [], ["fpr", "tpr"]).to_dict("list"), "auroc": float(curve["auroc"])}
                  for name, curve in raw["roc"].items()},
-            logits=None,
+            logits=logits,
+            test_rows=test_rows,
+            test_set=test_set,
         )  # fmt: skip
-    return _with_logits(robustness, path.with_name("logits.arrow"), run, raw["checkpoint_sha256"])
 
 
 def _frame(records: Any, texts: list[str], numbers: list[str]) -> pd.DataFrame:
@@ -231,39 +224,34 @@ def _frame(records: Any, texts: list[str], numbers: list[str]) -> pd.DataFrame:
     return frame
 
 
-def _with_logits(found: Robustness, path: Path, run: Run, sha256: str) -> Robustness:
-    """`found` with the stored logits beside it, if any. Raises DataError unless they are of the same result."""
-    if not path.is_file():
-        return found
-    table, described = read_logits(path, run.spec, logit_columns_of(run.spec))
+def _test_set(logits: Path, run: Run, raw: dict[str, Any]) -> tuple[int, str]:
+    """Rows and digest of the test set of stored logits. Raises DataError unless they are of the result `raw`."""
+    table, described = read_logits(logits, run.spec, logit_columns_of(run.spec))
     for what, ours, theirs in (
         ("dataset", run.config["task"], described.get("task")),
-        ("checkpoint", sha256, described.get("checkpoint_sha256")),
-        ("test set", f"{found.samples} samples", f"{table.num_rows} samples"),
+        ("checkpoint", raw["checkpoint_sha256"], described.get("checkpoint_sha256")),
+        ("test set", f"{raw['samples']} samples", f"{table.num_rows} samples"),
     ):
         if ours != theirs:
-            raise DataError(f"{path}: logits of another {what}: expected {ours}, found {quoted(theirs)}")
+            raise DataError(f"{logits}: logits of another {what}: expected {ours}, found {quoted(theirs)}")
     digest = hashlib.sha256("\0".join(table["id"].to_pylist()).encode())
     digest.update(np.ascontiguousarray(labels_of(table, run.spec), dtype=np.int64).tobytes())
-    rows = len(np.unique(table["row"].to_numpy()))
-    return replace(found, logits=path, test_rows=rows, test_set=digest.hexdigest())
+    return len(np.unique(table["row"].to_numpy())), digest.hexdigest()
 
 
-def _check_same_test_set(runs: Sequence[ReportRun]) -> None:
+def _check_same_test_sets(runs: Sequence[ReportRun]) -> None:
     """Raises DataError where runs of one dataset were measured on different test sets: their numbers do not compare."""
-    first: dict[str, tuple[ReportRun, Any]] = {}
+    first: dict[tuple[str, str], tuple[Path, Any]] = {}
     for run in runs:
-        robustness, test = run.robustness, run.run.test
+        robustness, test, folder = run.robustness, run.run.test, run.run.folder
         for what, found in (
             ("classes, labels or metric", run.run.custom),
-            ("test samples", robustness.samples if robustness else None),
-            ("test samples", test.get("samples") if test else None),
-            ("ids or labels of the test samples", robustness.test_set if robustness else None),
+            ("test samples", robustness and robustness.samples),
+            ("test samples", test and test.get("samples")),
+            ("ids or labels of the test samples", robustness and robustness.test_set),
         ):
-            other, expected = first.setdefault(what, (run, found)) if found is not None else (run, None)
+            other, expected = first.setdefault((run.run.dataset, what), (folder, found)) if found else (folder, found)
             if found != expected:
                 values = f": expected {expected}, found {found}" if isinstance(found, int) else ""
-                raise DataError(
-                    f"{run.run.folder}: results on another dataset than {other.run.folder}, with other {what}{values}; "
-                    f"make a report of each"
-                )
+                said = f"results on another dataset than {other}, with other {what}{values}; make a report of each"
+                raise DataError(f"{folder}: {said}")

@@ -1,7 +1,6 @@
 """The section of a search, from Optuna's journal: its best trials, how it got there, and which options mattered."""
 
 import itertools
-import math
 import shlex
 import warnings
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from typing import Any
 
 import optuna
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, MaxNLocator
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -19,13 +17,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from common.errors import DataError
 from common.messages import first_line
 from common.text import per_cent
-from runs.report.figures import COLOURS, Figure, draw_figure, panels, side_labels
-from runs.report.parts import Missing, Part, Section
+from runs.report.figures import COLOURS, Figure, finished, new_canvas, panels, ring, side_labels
+from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
-from runs.report.tables import Column, Table, Value
-from runs.report.text import METRIC_TITLES, counted, dataset_title, excerpt, listed, percent, without_home
+from runs.report.table import Row, Table, absent, share
+from runs.report.text import CAPTIONS, METRIC_TITLES, counted, dataset_title, excerpt, listed, without_home
 
 JOURNAL = "optuna.journal"
 BEST_SHOWN = 10
@@ -41,111 +40,89 @@ OWN_OF_A_TRIAL = ("exp_name", "log_dir", "test_after_fit", "resume_from")
 class Search:
     """A search and the runs of its trials, at least one."""
 
-    folder: Path
-    runs: tuple[ReportRun, ...]
-    trials: tuple[FrozenTrial, ...]
+    name: str
+    """The option sweep_name."""
+    metric: str
+    """Title of the validation metric that is to be high."""
+    runs: list[ReportRun]
+    trials: list[FrozenTrial]
+    complete: list[FrozenTrial]
+    """The trials that have a score."""
+    scores: dict[int, float]
+    """Those of the complete trials in per cent, by number."""
+    ranked: list[FrozenTrial]
+    """The complete trials, the best first; of those with the same values, which have one run, the first."""
+    space: dict[str, BaseDistribution]
+    """The options it looks for values of, and what these were drawn from."""
     importances: dict[str, float]
     """Shares of each option, the highest first; of none where there are too few trials."""
-    fault: str | None
-    """Why there are no trials."""
-
-    @property
-    def name(self) -> str:
-        """The option sweep_name."""
-        return self.folder.resolve().name
-
-    @property
-    def metric_title(self) -> str:
-        """Of the validation metric that is to be high."""
-        return f"validation {METRIC_TITLES[self.runs[0].run.spec.monitor]}"
-
-    @property
-    def space(self) -> dict[str, BaseDistribution]:
-        """The options it looks for values of, and what these were drawn from."""
-        return next((dict(sorted(trial.distributions.items())) for trial in self.trials if trial.params), {})
-
-    @property
-    def complete(self) -> list[FrozenTrial]:
-        """The trials that have a score."""
-        return [trial for trial in self.trials if trial.state == TrialState.COMPLETE and trial.value is not None]
-
-    @property
-    def ranked(self) -> list[FrozenTrial]:
-        """The complete trials, the best first; of those with the same values, which have one run, the first."""
-        first: dict[tuple[Any, ...], FrozenTrial] = {}
-        for trial in self.complete:
-            first.setdefault(tuple(sorted(trial.params.items())), trial)
-        return sorted(first.values(), key=lambda trial: -(trial.value or 0))
 
     def run_of(self, trial: FrozenTrial) -> ReportRun | None:
         """The run that gave a trial its score, if it is there."""
-        same = next((other for other in self.complete if other.params == trial.params), trial)
-        wanted = f"{self.name}_trial_{same.number if trial in self.complete else trial.number}_seed"
+        same = [other.number for other in self.ranked if other.params == trial.params and trial.number in self.scores]
+        wanted = f"{self.name}_trial_{[*same, trial.number][0]}_seed"
         return next((run for run in reversed(self.runs) if run.run.folder.parent.name.startswith(wanted)), None)
 
 
 def read_searches(places: Sequence[Path], runs: Sequence[ReportRun]) -> list[Search]:
-    """The searches in and below the folders `places`, known by the runs of their trials among `runs`."""
+    """The searches in and below the folders `places`, known by the runs of their trials among `runs`.
+
+    Raises:
+        DataError: a journal is damaged.
+    """
     runs_of: dict[Path, list[ReportRun]] = {}
     for run in runs:
         sweep = run.run.folder.parent.parent
-        if any(sweep.is_relative_to(place) for place in places) and any(
-            (sweep / name).is_file() for name in (JOURNAL, "search.csv")
-        ):
+        if any(sweep.is_relative_to(place) for place in places) and (sweep / JOURNAL).is_file():
             runs_of.setdefault(sweep, []).append(run)
-    return [_read_search(folder, tuple(of_search)) for folder, of_search in runs_of.items()]
+    return [_read_search(folder, of_search) for folder, of_search in runs_of.items()]
 
 
-def _read_search(folder: Path, runs: tuple[ReportRun, ...]) -> Search:
-    if not (folder / JOURNAL).is_file():
-        return Search(folder, runs, (), {}, f"{JOURNAL}: is not there")
+def _read_search(folder: Path, runs: list[ReportRun]) -> Search:
+    journal = folder / JOURNAL
     try:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
-        trials = tuple(study.get_trials(deepcopy=False))
+        study = optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
+        trials = study.get_trials(deepcopy=False)
     except Exception as error:  # of many types, on a damaged file
-        return Search(folder, runs, (), {}, f"{JOURNAL}: not readable as Optuna's journal: {first_line(error)}")
+        raise DataError(f"{journal}: not readable as Optuna's journal: {first_line(error)}") from error
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    scores = {trial.number: 100 * (trial.value or 0) for trial in complete}
+    first = {str(sorted(trial.params.items())): trial for trial in reversed(complete)}
+    ranked = sorted(first.values(), key=lambda trial: (-scores[trial.number], trial.number))
+    space = next((dict(sorted(trial.distributions.items())) for trial in trials if trial.params), {})
     importances: dict[str, float] = {}
-    if sum(trial.state == TrialState.COMPLETE for trial in trials) >= TRIALS_FOR_IMPORTANCES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that few trials are few; the caption says it
+    if len(complete) >= TRIALS_FOR_IMPORTANCES:
+        with warnings.catch_warnings(action="ignore"):  # that few trials are few; the caption says it
             importances = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP_SHARE))
-    return Search(folder, runs, trials, importances, None)
+    metric = f"validation {METRIC_TITLES[runs[0].metric]}"
+    return Search(folder.resolve().name, metric, runs, trials, complete, scores, ranked, space, importances)
 
 
 def search_section(search: Search, number: int) -> Section:
     """The parts of the search, the `number`-th of the report; what is missing is said where it would stand."""
-    anchor, file = f"search-{number}", f"search_{number}"
+    file = f"search_{number}"
+    parts = [Part("Best trials", folded=[trials_table(search, f"{file}_trials", "trials", search.trials)])]
+    if search.ranked:
+        parts[0].shown = [trials_table(search, f"{file}_best", "best_trials", search.ranked[:BEST_SHOWN])]
+        parts.append(Part("Best score by trial", [_history(search, f"{file}_history")]))
+        parts.append(Part("Score against each option", [_scatter(search, f"{file}_options")]))
+        importances = Part("Importance of each option")
+        if search.importances:
+            rows: list[Row] = [
+                {"option": option, "importance": share(part)} for option, part in search.importances.items()
+            ]
+            importances.shown = [_importances(search, f"{file}_importances")]
+            importances.folded = [Table(f"{file}_importances", CAPTIONS["importances_table"], rows)]
+        else:
+            why = f"they take at least {TRIALS_FOR_IMPORTANCES} complete trials, found {len(search.complete)}"
+            importances.notes = [Note(f"Importances are missing: {why}.")]
+        command = training_command(search, search.ranked[0])
+        note = Note("The command is missing: it follows from environment.json of the best trial's run.")
+        note = Note("Once more, with a test:", command) if command else note
+        parts += [importances, Part("To train and test with the best values", notes=[note])]
     title = f"Search {search.name} ({dataset_title(search.runs[0].run.dataset)})"
-    best = Part(f"{anchor}-best", "Best trials")
-    history = Part(f"{anchor}-history", "Best score by trial")
-    options = Part(f"{anchor}-options", "Score against each option")
-    importances = Part(f"{anchor}-importances", "Importance of each option")
-    command = Part(f"{anchor}-command", "To train and test with the best values")
-    if search.fault:
-        best.missing.append(Missing(f"The trials are missing: {search.fault}."))
-    else:
-        best.folded_tables = [_trials_table(search, f"{file}_trials", "All trials of the search.", search.trials)]
-    if search.complete:
-        best.tables = [best_table(search, f"{file}_best")]
-        history.figures = [_history(search, f"{file}_history")]
-        options.figures = [_scatter(search, f"{file}_options")]
-    else:
-        history.missing.append(Missing("The history is missing: no trial is known to be complete."))
-        options.missing.append(Missing("The scores are missing: no trial is known to be complete."))
-    if search.importances:
-        importances.figures = [_importances(search, f"{file}_importances")]
-        importances.folded_tables = [_importances_table(search, f"{file}_importances")]
-    else:
-        why = f"they take at least {TRIALS_FOR_IMPORTANCES} complete trials, found {len(search.complete)}"
-        importances.missing.append(Missing(f"Importances are missing: {why}."))
-    training = training_command(search, search.ranked[0]) if search.ranked else None
-    if training is None:
-        why = "it follows from environment.json of the best trial's run"
-        command.missing.append(Missing(f"The command is missing: {why}."))
-    else:
-        command.commands.append(training)
-    return Section(anchor, title, _summary(search), [best, history, options, importances, command])
+    return Section(f"search-{number}", title, _summary(search), parts)
 
 
 def _summary(search: Search) -> str:
@@ -154,11 +131,12 @@ def _summary(search: Search) -> str:
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     total = f"{counted(len(states), 'trial')} ({counts})"
     if not search.ranked:
-        return f"Results are missing: {search.fault or total}."
-    trial, run = search.ranked[0], search.run_of(search.ranked[0])
+        return f"Results are missing: {total}."
+    best = search.ranked[0]
+    run, values = search.run_of(best), [f"{option}={_short(best.params[option])}" for option in search.space]
     return (
-        f"{total}. The best, trial {trial.number}{f' ({run.tag})' if run else ''}, reaches a {search.metric_title} of "
-        f"{percent(trial.value or 0)} % with {_values(search, trial)}. The test split has no part in a search."
+        f"{total}. The best, trial {best.number}{f' ({run.tag})' if run else ''}, reaches a {search.metric} of "
+        f"{search.scores[best.number]:.2f} % with {listed(values)}. The test split has no part in a search."
     )
 
 
@@ -169,108 +147,70 @@ def training_command(search: Search, trial: FrozenTrial) -> str | None:
         return None
     words = list(run.environment["command"][1:])
     for option in OWN_OF_A_TRIAL:
-        last = next((place for place in reversed(range(len(words))) if words[place].startswith(f"{option}=")), None)
-        if last is not None:
-            del words[last]
+        if places := [place for place, word in enumerate(words) if word.startswith(f"{option}=")]:
+            del words[places[-1]]
     return without_home(shlex.join(["python", "run.py", *words, f"exp_name={search.name}_best"]))
 
 
-def best_table(search: Search, name: str) -> Table:
-    """The best trials, each set of values once."""
-    shown = search.ranked[:BEST_SHOWN]
-    return _trials_table(search, name, "The best trials of the search, each set of values once.", shown)
-
-
-def _trials_table(search: Search, name: str, caption: str, trials: Sequence[FrozenTrial]) -> Table:
-    rows: list[list[Value]] = []
+def trials_table(search: Search, name: str, caption: str, trials: Sequence[FrozenTrial]) -> Table:
+    """A row per trial: its values and its score."""
+    score = f"val/{search.runs[0].metric}"
+    rows: list[Row] = []
     for trial in trials:
-        run = search.run_of(trial)
-        values = [_short(trial.params[option]) if option in trial.params else "" for option in search.space]
-        rows.append([trial.number, STATE_NAMES[trial.state], *values, trial.value, run.tag if run else None])
-    return Table(
-        name,
-        f"{caption} Score: the best {search.metric_title}, in per cent.",
-        (
-            Column("number", "Trial", "number"),
-            Column("state", "State"),
-            *(Column(option, option, "code") for option in search.space),
-            Column(f"val/{search.runs[0].run.spec.monitor}", "Score", "share", "none"),
-            Column("run", "Run", absent="none"),
-        ),
-        rows,
-    )
-
-
-def _importances_table(search: Search, name: str) -> Table:
-    return Table(
-        name,
-        "Importance of each option, in per cent of the sum.",
-        (Column("option", "Option", "code"), Column("importance", "Importance", "share")),
-        [[option, share] for option, share in search.importances.items()],
-    )
+        run, none = search.run_of(trial), absent("none")
+        row: Row = {"number": trial.number, "state": STATE_NAMES[trial.state]}
+        row |= {option: _short(trial.params[option]) if option in trial.params else "" for option in search.space}
+        row |= {score: share(trial.value, none), "run": run.tag if run else none}
+        rows.append(row)
+    titles = {"number": "Trial", score: "Score", **{option: option for option in search.space}}
+    return Table(name, CAPTIONS[caption].format(metric=search.metric), rows, titles)
 
 
 def _history(search: Search, name: str) -> Figure:
     """Each trial's score, and the best so far."""
-    numbers, scores = _scores(search)
+    numbers, scores = list(search.scores), list(search.scores.values())
     best = list(itertools.accumulate(scores, max))
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.subplots()
-        axes.plot(numbers, scores, "o", color=COLOURS[5], ms=4.5, label="trial")
-        last = search.trials[-1].number  # complete or not
-        axes.step([*numbers, last], [*best, best[-1]], where="post", color=COLOURS[0], label="best so far")
-        axes.set_xlabel("trial")
-        axes.set_ylabel(f"V{search.metric_title[1:]}, %")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        canvas.legend(loc="outside upper left", ncols=2)
-
-    caption = f"The {search.metric_title} of each complete trial of the search {search.name}, and the best so far."
-    return draw_figure(name, "Best score by trial", caption, 2.6, draw)
+    canvas = new_canvas(2.6)
+    axes = canvas.subplots()
+    axes.plot(numbers, scores, "o", color=COLOURS[5], ms=4.5, label="trial")
+    last = search.trials[-1].number  # complete or not
+    axes.step([*numbers, last], [*best, best[-1]], where="post", color=COLOURS[0], label="best so far")
+    axes.set_xlabel("trial")
+    axes.set_ylabel(f"V{search.metric[1:]}, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    canvas.legend(loc="outside upper left", ncols=2)
+    caption = CAPTIONS["history"].format(metric=search.metric, search=search.name)
+    return finished(canvas, name, "Best score by trial", caption)
 
 
 def _scatter(search: Search, name: str) -> Figure:
     """Score against the values of each option, a panel each; the best trial has a ring."""
-    columns = 2 if len(search.space) == 4 else min(3, len(search.space))
-    best = search.ranked[0]
-
-    def draw(canvas: Canvas) -> None:
-        grid = panels(canvas, len(search.space), columns, f"V{search.metric_title[1:]}, %")
-        for axes, (option, drawn_from) in zip(grid, search.space.items(), strict=True):
-            place_of = _places(search, option, drawn_from, axes)
-            _, scores = _scores(search)
-            axes.plot([place_of[t.params[option]] for t in search.complete], scores, "o", color=COLOURS[0], alpha=0.75)
-            ring: Any = {"ms": 8.5, "mfc": "none", "mec": COLOURS[1], "mew": 1.2}
-            axes.plot(place_of[best.params[option]], 100 * (best.value or 0), "o", **ring)
-            axes.set_xlabel(option)
-
+    best, columns = search.ranked[0], 2 if len(search.space) == 4 else 3
+    canvas, grid = panels([""] * len(search.space), 2.3, 0.2, f"V{search.metric[1:]}, %", columns)
+    for axes, (option, drawn_from) in zip(grid, search.space.items(), strict=True):
+        place_of = _places(search, option, drawn_from, axes)
+        places = [place_of[trial.params[option]] for trial in search.complete]
+        axes.plot(places, list(search.scores.values()), "o", color=COLOURS[0], alpha=0.75)
+        ring(axes, place_of[best.params[option]], search.scores[best.number], COLOURS[1])
+        axes.set_xlabel(option)
     logarithmic = [option for option, drawn_from in search.space.items() if getattr(drawn_from, "log", False)]
-    caption = (
-        f"The {search.metric_title} of each complete trial against the value of each option; ring: the best trial."
-    )
+    caption = CAPTIONS["scatter"].format(metric=search.metric)
     if logarithmic:
         caption += f" On a logarithmic axis, as they were drawn: {listed(logarithmic)}."
-    return draw_figure(
-        name, "Score against each option", caption, 0.2 + 2.3 * math.ceil(len(search.space) / columns), draw
-    )
+    return finished(canvas, name, "Score against each option", caption)
 
 
 def _importances(search: Search, name: str) -> Figure:
     """A bar for each option."""
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.subplots()
-        side_labels(axes, list(search.importances))
-        shares = [100 * share for share in search.importances.values()]
-        axes.barh(range(len(shares)), shares, height=0.6, color=COLOURS[0])
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("importance, % of the sum")
-
-    caption = (
-        f"How far the values of each option tell the best {per_cent(TOP_SHARE)} of the complete trials from all "
-        "(PED-ANOVA), as shares of the sum. Of few trials, a hint at most."
-    )
-    return draw_figure(name, "Importance of each option", caption, 0.55 + 0.27 * len(search.importances), draw)
+    canvas = new_canvas(0.55 + 0.27 * len(search.importances))
+    axes = canvas.subplots()
+    side_labels(axes, list(search.importances))
+    shares = [100 * share for share in search.importances.values()]
+    axes.barh(range(len(shares)), shares, height=0.6, color=COLOURS[0])
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("importance, % of the sum")
+    caption = CAPTIONS["importances"].format(share=per_cent(TOP_SHARE))
+    return finished(canvas, name, "Importance of each option", caption)
 
 
 def _places(search: Search, option: str, drawn_from: BaseDistribution, axes: Axes) -> dict[Any, float]:
@@ -287,15 +227,6 @@ def _places(search: Search, option: str, drawn_from: BaseDistribution, axes: Axe
         axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")  # its own is mathematics, which texts are not here
         axes.xaxis.set_minor_formatter("")
     return {value: value for value in values}
-
-
-def _scores(search: Search) -> tuple[list[int], list[float]]:
-    """Numbers and scores in per cent of the complete trials."""
-    return [trial.number for trial in search.complete], [100 * (trial.value or 0) for trial in search.complete]
-
-
-def _values(search: Search, trial: FrozenTrial) -> str:
-    return listed([f"{option}={_short(trial.params[option])}" for option in search.space])
 
 
 def _short(value: Any) -> str:

@@ -2,19 +2,21 @@
 
 import math
 import re
+import textwrap
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 
 from common.text import Estimate
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import DATASETS
 
-NOT_MEASURED = "not measured"
-NOT_APPLICABLE = "—"
 METRIC_TITLES = {
     **{name: name.replace("f1_", "F1-") for name in ("f1_macro", "f1_micro", "f1_samples", "f1_weighted")},
     "accuracy": "accuracy",
     "auroc": "AUROC",
 }
+CAPTIONS = tomllib.loads((Path(__file__).parent / "templates" / "captions.toml").read_text("utf-8"))
 _NAME = r"[^/\\\\\s\"',;:]+"
 _HOME = re.compile(rf"(?<![\w.~-])(?:/home/{_NAME}|/Users/{_NAME}|/root(?![\w.-])|[A-Za-z]:\\+Users\\+{_NAME})")
 
@@ -29,14 +31,9 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f}" if math.isfinite(share) else "undefined"
 
 
-def spread(value: Estimate | None) -> str:
+def spread(value: Estimate) -> str:
     """Mean ± deviation in per cent; the deviation only where there is one."""
-    return NOT_MEASURED if value is None else value.text(digits=2, factor=100)
-
-
-def signed(points: float) -> str:
-    """A difference in percentage points, with its sign."""
-    return f"{round(points, 2) + 0.0:+.2f}".replace("-", "−")
+    return value.text(digits=2, factor=100)
 
 
 def without_home(text: str) -> str:
@@ -49,7 +46,7 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def listed(words: list[str]) -> str:
+def listed(words: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
@@ -68,10 +65,7 @@ def conditions(type_names: Sequence[str]) -> str:
 def excerpt(text: str, length: int) -> str:
     """The start of `text` in at most `length` characters, cut between words."""
     text = " ".join(text.split())
-    if len(text) <= length:
-        return text
-    cut = text[: length - 1]
-    return (cut.rpartition(" ")[0] or cut) + "…"
+    return text if len(text) <= length else f"{textwrap.wrap(text, length - 1)[0]}…"
 
 
 def counted(number: int, noun: str) -> str:

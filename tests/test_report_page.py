@@ -1,0 +1,414 @@
+"""The report's files and page, also in a browser, texts of others in it, input that is damaged or does not fit."""
+
+import csv
+import itertools
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from common.errors import ConfigError, DataError, UserError
+from config import DEFAULTS
+from run import command_line
+from runs.report import make_report
+from runs.report.results import read_report_runs
+from runs.report.text import excerpt, without_home
+from tests.conftest import Workspace
+from tests.report_files import HOSTILE, TestSet, edited, sha256_of, write_logits, write_run, write_runs
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+ROOT_HOME = "/root"
+ROBUSTNESS, LOGITS = "robustness/robustness.json", "robustness/logits.arrow"
+TASKS = ("mmimdb", "food101", "hatememes")
+
+
+class Page(HTMLParser):
+    """A parsed page; complains about tags that do not match."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text("utf-8").replace("\N{WORD JOINER}", ""))
+        self.close()
+        self.text = " ".join(self.text.split())
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.open += [] if tag in VOID else [tag]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}>, line {self.getpos()[0]}"
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if "style" in self.open else f" {data}"
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of all of them."""
+    out = tmp_path_factory.mktemp("out") / "report"
+    assert make_report([runs / "others", runs / "mmimdb"], out, {}) == out / "index.html"
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> Page:
+    return Page(report / "index.html")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Files
+
+
+def test_the_files_of_a_report(report: Path, runs: Path, tmp_path: Path) -> None:
+    found = contents(report)
+    tables = [f"{name}_{task}" for name in ("matrix", "published", "confidence", "samples") for task in TASKS]
+    tables += ["runs", "options", "versions", "per_class_mmimdb", "confusions_food101"]
+    drawn = [f"{name}_{task}" for name in ("curves", "matrix", "training") for task in TASKS]
+    drawn += ["per_class_mmimdb_1", "roc_hatememes"]
+    assert found.keys() == {
+        *("index.html", "report.md", "report.json"),
+        *(f"tables/{name}.csv" for name in tables),
+        *(f"figures/{name}.{ending}" for name in drawn for ending in ("png", "svg")),
+        *(f"thumbnails/mmimdb_{rank:02}.jpg" for rank in range(1, 25)),
+    }
+    for name in drawn:
+        assert ET.fromstring(found[f"figures/{name}.svg"]).tag.endswith("svg")
+        assert b"<image" not in found[f"figures/{name}.svg"], "drawn as shapes"
+        with Image.open(report / "figures" / f"{name}.png") as image:
+            image.load()
+            assert image.width == 1440
+    make_report([runs / "others", runs / "mmimdb"], tmp_path / "again", {})
+    again = contents(tmp_path / "again")
+    assert [name for name in found if again[name] != found[name]] == [], "the same runs give the same files"
+
+
+def test_markdown_says_the_same(report: Path, page: Page) -> None:
+    markdown = (report / "report.md").read_text("utf-8")
+    pictures = re.findall(r"!\[.*?\]\(((?:figures|thumbnails)/[^)]*)\)", markdown)
+    assert len(pictures) == 11 + 24 and all((report / path).is_file() for path in pictures)
+    for name in ("published_mmimdb", "matrix_food101", "confidence_hatememes"):
+        for cell in itertools.chain(*csv.reader((report / "tables" / f"{name}.csv").open(encoding="utf-8"))):
+            if re.fullmatch(r"\d\d\.\d{4}", cell):
+                assert f"{float(cell):.2f}" in markdown and f"{float(cell):.2f}" in page.text
+    tables = [block for block in re.split(r"\n\n+", markdown) if block.lstrip().startswith("|")]
+    assert len(tables) == len(page.all("table")) + 3, "the samples are tables too"
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.strip().splitlines()}) == 1
+
+
+def test_a_report_is_replaced_and_a_foreign_folder_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = write_run(tmp_path / "run"), tmp_path / "out" / "report"
+    out.mkdir(parents=True)
+    make_report([run], out, {})  # empty
+    before = contents(out)
+    (out / "tables" / "old.csv").write_text("of an earlier report")
+    make_report([run], out, {})
+    assert contents(out) == before
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    def stuck(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(5, "No space left on device")
+        return renamed(path, target)
+
+    renamed = Path.replace
+    for method, failing in (("write_bytes", full), ("replace", stuck)):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, method, failing)
+            with pytest.raises(DataError, match="report: cannot be written: No space left on device"):
+                make_report([run], out, {})
+        assert contents(out) == before and [path.name for path in out.parent.iterdir()] == ["report"]
+    (out / "report.json").unlink()
+    (tmp_path / "file").write_text("")
+    for foreign, why in ((out, "no report"), (tmp_path / "file", "a file")):
+        with pytest.raises(UserError, match=rf"{foreign.name} exists and was not written by .* \({why}"):
+            make_report([run], foreign, {})
+    del before["report.json"]
+    assert contents(out) == before
+
+
+# The page
+
+
+def test_the_page_is_self_contained_and_sound(page: Page, report: Path) -> None:
+    ids = Counter(attributes["id"] for _, attributes in page.tags if "id" in attributes)
+    assert [name for name, count in ids.items() if count > 1] == []
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            target = attributes.get(name) or "data:"
+            assert target.startswith("data:") or (target.startswith("#") and target[1:] in ids), (tag, target)
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert attributes.get("aria-labelledby") is None or attributes["aria-labelledby"] in ids
+        for reference in re.findall(r"url\(#([^)]*)\)", " ".join(filter(None, attributes.values()))):
+            assert reference in ids
+    assert not {"script", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
+    images = page.all("img")
+    assert len(images) == 24 and all(image["alt"] and str(image["src"]).startswith("data:image/") for image in images)
+    drawings = [attributes for attributes in page.all("svg") if attributes.get("role") == "img"]
+    assert len(drawings) == 11 and all(drawing["aria-label"] for drawing in drawings)
+    assert page.all("html")[0]["lang"] == "en"
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert all(attributes["scope"] == "col" for attributes in page.all("th"))
+    assert len(page.all("table")) == len(page.all("thead"))
+
+
+def test_sections_and_their_parts_are_in_order(page: Page, report: Path) -> None:
+    html = (report / "index.html").read_text("utf-8").replace("\N{WORD JOINER}", "")
+    headings = [re.sub(r"<.*?>", "", heading) for heading in re.findall(r"<h[123][^>]*>(.*?)</h[123]>", html)]
+    expected = ["Robustness to missing modalities: MM-IMDb, UPMC Food-101 and Hateful Memes"]
+    for title, by_class in (("MM-IMDb", "Results by genre"), ("UPMC Food-101", "Most frequent confusions"),
+                            ("Hateful Memes", "ROC curves")):  # fmt: skip
+        expected += [title, "Robustness curves", "Missing type × missing ratio", "Published results and ours"]
+        expected += ["Training curves", by_class, "Confidence intervals", "Test samples that change the most"]
+    expected += ["Runs and configurations", "Runs", "Configurations", "Versions", "How to reproduce this"]
+    assert headings[: len(expected)] == expected
+    assert "5 runs" in page.text
+    assert "2 of 3 trained runs have robustness results, on 30 test samples." in page.text
+    assert {f"reproduce-R{number}" for number in (1, 5)} <= {attributes.get("id") for attributes in page.all("h3")}
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "bare_seed0" / "version_0", tested=None, data_root="films")
+    for name in ("environment.json", "metrics.csv"):
+        (run / name).unlink()
+    page = Page(make_report([tmp_path / "bare_seed0"], tmp_path / "report", {})).text
+    markdown = (tmp_path / "report" / "report.md").read_text("utf-8").replace("\\", "")
+    command = f"python run.py robustness with load_path={run}/best.ckpt task_finetune_mmimdb data_root=films"
+    for fact in (
+        *("1 run, none of them tested", "R1 (bare_seed0/version_0) has no robustness results", without_home(command)),
+        *("metrics.csv of R1 is not there", "test_results.json of R1 is not there"),
+        *("environment.json of R1 is not there", "command is not known", "not measured"),
+    ):
+        assert fact in page and fact in markdown, fact
+    assert not (tmp_path / "report" / "figures").exists()
+
+
+def test_texts_of_others_have_no_effect(page: Page, report: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "run", tokenizer=HOSTILE)
+    write_run(tmp_path / "runs" / "other", tokenizer="$\\frac{$")
+    TestSet().write(run)
+    (run / ROBUSTNESS).write_text((run / ROBUSTNESS).read_text().replace(json.dumps("Drama"), json.dumps(HOSTILE)))
+    in_figures = Page(make_report([tmp_path / "runs"], tmp_path / "report", {}))
+    for path in (tmp_path / "report" / "figures").glob("*.svg"):
+        ET.parse(path)
+    assert not in_figures.all("img")
+    assert page.text.count(" ".join(HOSTILE.split())) >= 3, "as run name, in the configuration and as a plot"
+    for folder, shown in ((report, page), (tmp_path / "report", in_figures)):
+        markdown = (folder / "report.md").read_text("utf-8")
+        outside_code = "\n".join(line for line in markdown.splitlines() if not line.startswith("    "))
+        assert "<script" not in outside_code and "<img src=x" not in outside_code
+        assert "`code`" not in outside_code.replace(r"\`", "") and "](http://b)" not in outside_code.replace(r"\]", "")
+        assert " ".join(HOSTILE.split()) in shown.text and "script" not in [tag for tag, _ in shown.tags]
+
+
+def test_home_folders_stay_at_home(report: Path, tmp_path: Path) -> None:
+    html = (report / "index.html").read_text("utf-8")
+    assert "python run.py with task_finetune_mmimdb data_root=/home/somebody/films" in html, (
+        "the command as it was given"
+    )
+    assert set(re.findall(r"/home/\w+(?:/\w+)?", html)) == {"/home/somebody/films"}
+    text = f'x=/home/a.b/data,/Users/c {ROOT_HOME}/d "/home/e", /data/home/f'
+    assert without_home(text) == 'x=~/data,~ ~/d "~", /data/home/f'
+    assert without_home(r"C:\\Users\\me\\films /rooted") == r"~\\films /rooted"
+    places: dict[str, Any] = {
+        "data_root": "/home/alice/films",
+        "vit": "/home/alice/clip",
+        "log_dir": f"{ROOT_HOME}/result",
+    }
+    for name, options in (("a", places), ("b", {"vit": "/Users/alice/other"})):
+        run = write_run(tmp_path / "runs" / name, **options)
+        edited(run, "environment.json", command=["run.py", "with"])
+    make_report([tmp_path / "runs"], tmp_path / "report", DEFAULTS)
+    for name, content in contents(tmp_path / "report").items():
+        said = content.decode(errors="ignore").replace(str(tmp_path), "")
+        assert name.endswith(".png") or not re.findall(r"/home/|/Users/|/root\b", said), name
+    assert "~/clip" in (tmp_path / "report" / "tables" / "options.csv").read_text()
+
+
+def test_excerpts() -> None:
+    assert excerpt("one  two\nthree", 13) == "one two three"
+    assert excerpt("one two three", 12) == "one two…"
+    assert excerpt("x" * 20, 10) == "x" * 9 + "…"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("config.json", "{", "not readable as JSON: Expecting property name"),
+        ("config.json", "[]", "expected a JSON object, found a list"),
+        (
+            "config.json",
+            {"task": "imagenet"},
+            "task: expected one of mmimdb, food101, hatememes, custom, found 'imagen",
+        ),
+        ("config.json", {"missing_type": {"train": "x", "val": "both", "test": "both"}}, "expected text or image or"),
+        ("config.json", {"missing_ratio": {"train": 7}}, "expected a ratio from 0 to 1, found 7"),
+        ("best.ckpt", "weights", "not readable as a checkpoint: "),
+        ("environment.json", "", "not readable as JSON"),
+        ("environment.json", '{"command": ["run.py"]}', "KeyError 'packages'"),
+        ("environment.json", {"command": []}, "command: expected words, found []"),
+        ("test_results.json", "nothing", "not readable as JSON"),
+        ("test_results.json", '{"task": "mmimdb"}', "KeyError 'metrics'"),
+        ("test_results.json", {"task": "food101"}, "another dataset: expected mmimdb, found 'food101'"),
+        ("test_results.json", {"samples": 31}, "test samples: expected 30, found 31"),
+        ("metrics.csv", "epoch,step,train/loss\n0,0,much\n", "line 2: not as written by run.py: could not convert"),
+        ("metrics.csv", "epoch,train/loss\n0,1.0\n", "line 2: not as written by run.py: KeyError 'step'"),
+        (ROBUSTNESS, "{]", "not readable as JSON"),
+        (ROBUSTNESS, '{"format": 1}', "KeyError 'task'"),
+        (ROBUSTNESS, {"format": 2}, "format: expected 1, found 2"),
+        (ROBUSTNESS, {"task": "food101"}, "task: expected mmimdb, found 'food101'"),
+        (ROBUSTNESS, {"checkpoint_sha256": "0" * 64}, "another checkpoint than best.ckpt"),
+        (ROBUSTNESS, {"metric": "accuracy"}, "metric: expected f1_macro, found 'accuracy'"),
+        (ROBUSTNESS, {"class_names": ["a"]}, "class_names: expected 23, found 1"),
+        (ROBUSTNESS, {"samples": 29}, "logits of another test set: expected 29 samples, found '30 samples'"),
+        (ROBUSTNESS, {"table_seeds": [0]}, "table_seeds: expected 1 values per cell"),
+        (ROBUSTNESS, {"cells": []}, "cells: expected at least one"),
+        (ROBUSTNESS, {"per_class": [{"type": "complete", "class": "Drama"}]}, "expected numbers in"),
+        (ROBUSTNESS, {"cells": [{"missing_type": "x", "ratio": 0, "both_ratio": 0}]}, "missing_type: expected text or"),
+        (LOGITS, "ARROW1", "not readable as stored logits"),
+    ],
+)
+def test_a_file_that_is_damaged_or_of_another_run_is_named(
+    tmp_path: Path, name: str, content: str | dict[str, Any], found: str
+) -> None:
+    run = write_run(tmp_path / "run")
+    TestSet().write(run)
+    if isinstance(content, dict):
+        edited(run, name, **content)
+    else:
+        (run / name).write_text(content)
+    with pytest.raises(DataError, match=re.escape(found)) as error:
+        make_report([run], tmp_path / "report", {})
+    assert str(run if "test set" in found or "samples" in found else run / name) in str(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
+
+
+def test_logits_that_do_not_belong_to_the_result(tmp_path: Path) -> None:
+    run, test_set, other = write_run(tmp_path / "run"), TestSet(), TestSet("food101")
+    test_set.write(run)
+    sha256, logits = sha256_of(run / "best.ckpt"), test_set.logits(0)
+    ours, theirs = ((one.ids, one.rows, one.labels) for one in (test_set, other))
+    narrow = {name: values[:, :20] for name, values in logits.items()}
+    for task, digest, samples, values, found in (
+        ("food101", sha256, theirs, other.logits(0), "expected stored logits, with the columns .*found"),
+        ("mmimdb", "0" * 64, ours, logits, "logits of another checkpoint"),
+        ("mmimdb", sha256, ours, narrow, "row 0: column logits_complete: expected 23"),
+    ):
+        write_logits(run / LOGITS, task, digest, *samples, values)
+        with pytest.raises(DataError, match=rf"logits\.arrow: {found}"):
+            read_report_runs([run])
+    write_logits(run / LOGITS, "mmimdb", sha256, *ours, logits)
+    assert len(read_report_runs([run])) == 1
+    second = write_run(tmp_path / "second", seed=1)
+    test_set.write(second)
+    samples = ([f"other{row}" for row in test_set.rows], test_set.rows, test_set.labels)
+    write_logits(second / LOGITS, "mmimdb", sha256_of(second / "best.ckpt"), *samples, logits)
+    with pytest.raises(DataError, match=r"second: results on another dataset than .*run, with other ids or labels"):
+        read_report_runs([tmp_path])
+
+
+def test_folders_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, found in (("empty", "no run"), ("absent", "no such folder"), ("file", "a file")):
+        with pytest.raises(ConfigError, match=rf"runs=.*{name}: expected a run folder .*found {found}$"):
+            make_report([tmp_path / name], tmp_path / "report", {})
+    with pytest.raises(ConfigError, match="runs: expected run folders"):
+        make_report([], tmp_path / "report", {})
+    assert command_line(["run.py", "report", "with", f"runs={tmp_path / 'empty'}", f"out={tmp_path / 'report'}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ") and not (tmp_path / "report").exists()
+
+
+# A real run, and a real browser
+
+
+@pytest.mark.parametrize("bootstrap", [0, 20])
+def test_the_report_of_a_real_run(workspace: Workspace, tmp_path: Path, bootstrap: int) -> None:
+    """What run.py leaves is read as it is: no name in it is one that only these tests use."""
+    options = (f"vit={workspace.backbone}", "exp_name=reported", "max_epoch=1", f"log_dir={tmp_path}")
+    assert command_line(workspace.command(*options)) == 0
+    folder = tmp_path / "reported_seed0" / "version_0"
+    wanted = ("robustness_ratios=[0.0,0.7,1.0]", "robustness_seeds=[0,1]", f"bootstrap={bootstrap}")
+    command = workspace.command(f"load_path={folder / 'best.ckpt'}", *wanted)
+    assert command_line([command[0], "robustness", *command[1:]]) == 0
+    assert command_line(["run.py", "report", "with", f"runs={tmp_path}", f"out={tmp_path / 'report'}"]) == 0
+    page = Page(tmp_path / "report" / "index.html")
+    results = json.loads((folder / "test_results.json").read_text())
+    assert f"{100 * results['metrics']['f1_macro']:.2f}" in page.text and "70 % missing, both" in page.text
+    assert {"train/loss", "val/f1_macro"} <= set(read_report_runs([folder])[0].run.curves)
+    assert {"torch", "GPUs", "commit"} <= set(page.text.split()) and "Robustness curves" in page.text
+    assert ("missing in R1: made with bootstrap=0" in page.text) == (not bootstrap)
+    assert any("default-src 'none'" in str(meta.get("content")) for meta in page.all("meta"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium: the one that Playwright has, or the system's."""
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with api.sync_playwright() as playwright:
+        try:
+            chromium = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        except api.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_in_a_browser(report: Path, browser: Any, width: int, scheme: str) -> None:
+    tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    said: list[str] = []
+    requests: list[str] = []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
+    address = (report / "index.html").as_uri()
+    tab.goto(address)
+    assert said == []
+    assert [url for url in requests if not url.startswith("data:")] == [address]
+    assert tab.evaluate("[...document.images].map(image => image.complete ? image.naturalWidth : 0)") == [88] * 24
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out at the side"
+    plots = "[...document.querySelectorAll('svg.plot')]"
+    assert tab.evaluate(f"{plots}.filter(svg => svg.getBoundingClientRect().height > 50).length") == 11
+    cut = tab.evaluate(
+        "[...document.querySelectorAll('p, li, figcaption, h1, h2, h3, dd')]"
+        ".filter(element => element.scrollWidth > element.clientWidth + 1 && element.clientWidth > 0)"
+        ".map(element => element.textContent)"
+    )
+    assert cut == [], "no text is wider than its place"
+    tab.close()

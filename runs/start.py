@@ -22,7 +22,7 @@ log = logging.getLogger("rep")
 def start_folder(options: Options, name: str, custom: CustomData | None) -> Path:
     """The run's new folder, with the configuration and the environment in it; None on other processes than the first.
 
-    The configuration also says what the arrow files say of one's own data, for `run.py runs` and `run.py report`.
+    The configuration also says what the arrow files say of a custom dataset, for `run.py runs` and `run.py report`.
     Lightning tells the others where it is.
     """
     folder = make_run_folder(options.log_dir, name)
@@ -34,7 +34,7 @@ def start_folder(options: Options, name: str, custom: CustomData | None) -> Path
 
 
 def described(options: Options, custom: CustomData | None) -> dict[str, Any]:
-    """What config.json holds: the options, and what the arrow files say of one's own data."""
+    """What config.json holds: the options, and what the arrow files say of a custom dataset."""
     return asdict(options) | ({CUSTOM: asdict(custom)} if custom is not None else {})
 
 

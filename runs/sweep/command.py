@@ -40,7 +40,7 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
     """Runs the grid or the search that the configuration describes, or what is left of it.
 
     Args:
-        config: the whole configuration.
+        config: the complete configuration.
         updates: options and named configs of the command line, as given; the runs get all but the sweep's own.
 
     Raises:

@@ -88,7 +88,7 @@ class Progress:
     """A line for each run that ends, with its time and an estimate of what is left; remembers those that failed.
 
     Args:
-        total: runs of the whole sweep.
+        total: runs of the sweep in all.
         complete: runs that were complete before this one started.
     """
 

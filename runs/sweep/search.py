@@ -110,7 +110,7 @@ def check_values(options: Options, config: Mapping[str, Any]) -> None:
     """Raises ConfigError for a value that is wrong together with any values of the other options of the search.
 
     Args:
-        config: the whole configuration as it was given.
+        config: the complete configuration.
     """
     possible: set[tuple[str, Any]] = set()
     refused: dict[tuple[str, Any], ConfigError] = {}

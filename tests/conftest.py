@@ -14,6 +14,8 @@ if "CLIP_VOCAB" not in os.environ and SHARED_VOCABULARY.is_file():
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits for it
 
+Captured = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
 
 

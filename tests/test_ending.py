@@ -16,10 +16,11 @@ import torch
 import make_arrow
 from common.errors import NO_SPACE, MachineError, UserError, machine_error
 from common.strict_json import write_json
+from engine import families
 from engine.training import FinetuneModule
 from run import command_line
-from runs import start, training
-from tests.conftest import Workspace
+from runs import start
+from tests.conftest import Captured, Patch, Workspace
 from tests.interrupted import files_up_to
 from vilt.utils import arrow_writer
 
@@ -45,14 +46,14 @@ def folder_in(log_dir: Path) -> Path:
     return log_dir / "x_seed0" / "version_0"
 
 
-def ends_with(status: int, command: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, bool]:
+def ends_with(status: int, command: list[str], capsys: Captured) -> tuple[str, bool]:
     """The last line on standard error, and whether there is a traceback before it."""
     assert command_line(command) == status
     said = capsys.readouterr().err
     return said.splitlines()[-1], "Traceback (most recent call last):" in said
 
 
-def in_training_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], at_step: int = 0) -> None:
+def in_training_step(monkeypatch: Patch, act: Callable[[], object], at_step: int = 0) -> None:
     """Runs `act` in the training step of that number."""
     step = FinetuneModule.training_step
 
@@ -72,7 +73,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_a_fault_of_ours_is_a_traceback_a_line_and_a_file(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, tmp_path: Path, monkeypatch: Patch, capsys: Captured
 ) -> None:
     in_training_step(monkeypatch, raising(KeyError("lost")))
     last, traced = ends_with(1, small_run(workspace, tmp_path), capsys)
@@ -83,18 +84,16 @@ def test_a_fault_of_ours_is_a_traceback_a_line_and_a_file(
 
 
 def test_a_fault_of_ours_before_the_run_has_a_folder(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, tmp_path: Path, monkeypatch: Patch, capsys: Captured
 ) -> None:
     """Nor does the folder of an earlier run in this process get its traceback."""
-    monkeypatch.setattr(training, "load_backbone", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(families, "load_backbone", lambda *_, **__: 1 / 0)
     last, traced = ends_with(1, small_run(workspace, tmp_path), capsys)
     assert last.startswith("internal error: ZeroDivisionError: division by zero") and traced
     assert "error.txt" not in last and list(tmp_path.iterdir()) == []
 
 
-def test_a_fault_of_ours_in_a_conversion(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fault_of_ours_in_a_conversion(tmp_path: Path, monkeypatch: Patch, capsys: Captured) -> None:
     monkeypatch.setattr(arrow_writer, "convert", raising(LookupError("lost")))
     raw = ROOT / "tests" / "data" / "golden" / "raw" / "mmimdb"
     assert make_arrow.main(["--dataset", "mmimdb", "--root", str(raw), "--target", str(tmp_path)]) == 1
@@ -103,9 +102,7 @@ def test_a_fault_of_ours_in_a_conversion(
     assert said.splitlines()[-1].startswith("internal error: LookupError: lost")
 
 
-def test_the_traceback_of_a_user_error_is_kept_too(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_traceback_of_a_user_error_is_kept_too(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
     last, traced = ends_with(2, small_run(workspace, tmp_path, "learning_rate=1e30"), capsys)
     kept = folder_in(tmp_path) / "error.txt"
     assert last.startswith("error: the loss became nan at step ") and str(kept) in last and not traced
@@ -116,7 +113,7 @@ def test_the_traceback_of_a_user_error_is_kept_too(
     "options", [[], ["with", "no.such"], ["with", "run.py"], ["with", "clip"], ["with", "seed=0", "-l", "x"]]
 )
 def test_a_command_line_that_sacred_cannot_read_is_one_line(
-    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str], monkeypatch: Patch, capsys: Captured
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert command_line(["run.py", *options]) == 2
@@ -125,7 +122,7 @@ def test_a_command_line_that_sacred_cannot_read_is_one_line(
 
 
 @pytest.mark.parametrize("asked", [("-h",), ("--help",), ("help",), ("help", "robustness")])
-def test_help_is_no_error(asked: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_no_error(asked: tuple[str, ...], capsys: Captured) -> None:
     assert command_line(["run.py", *asked]) == 0
     said = capsys.readouterr()
     assert ("three passes" if "robustness" in asked else "python run.py with task_finetune_mmimdb") in said.out
@@ -134,16 +131,14 @@ def test_help_is_no_error(asked: tuple[str, ...], capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("inside", ["", "/record"])
 def test_a_record_of_sacred_that_cannot_be_made(
-    workspace: Workspace, tmp_path: Path, inside: str, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, tmp_path: Path, inside: str, capsys: Captured
 ) -> None:
     (tmp_path / "file").touch()
     command = [*workspace.command(f"log_dir={tmp_path}"), f"-F{tmp_path / 'file'}{inside}"]
     assert ends_with(2, command, capsys)[0].startswith(f"error: {tmp_path / 'file'}")
 
 
-def test_configuration_files_cannot_run_code(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_configuration_files_cannot_run_code(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
     """Sacred reads pickles, and JSON with jsonpickle, which makes any object that a file asks for."""
     made = tmp_path / "made"
     write_json(
@@ -167,16 +162,14 @@ def test_configuration_files_cannot_run_code(
     ],
 )
 def test_the_options_of_a_configuration_file_are_checked(
-    workspace: Workspace, tmp_path: Path, content: str, said: str, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, tmp_path: Path, content: str, said: str, capsys: Captured
 ) -> None:
     (tmp_path / "options.json").write_text(content)
     named = [option for option in small_run(workspace, tmp_path) if "memory_length" not in option]
     assert said in ends_with(2, [*named, str(tmp_path / "options.json")], capsys)[0]
 
 
-def test_options_of_a_file_count_as_given(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_of_a_file_count_as_given(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
     """A method that contradicts the checkpoint's is refused."""
     assert command_line(small_run(workspace, tmp_path, "max_steps=1")) == 0
     (tmp_path / "options.json").write_text('{"prompt_type": "coop"}')
@@ -185,9 +178,7 @@ def test_options_of_a_file_count_as_given(
 
 
 @pytest.mark.parametrize(("room", "at"), [(100_000, "best.ckpt"), (50, "config.json")])
-def test_a_full_disk(
-    workspace: Workspace, tmp_path: Path, room: int, at: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk(workspace: Workspace, tmp_path: Path, room: int, at: str, capsys: Captured) -> None:
     """With room for 50 bytes not even the traceback can be kept."""
     with files_up_to(room):
         last, traced = ends_with(2, small_run(workspace, tmp_path), capsys)
@@ -199,7 +190,7 @@ def test_a_full_disk(
 
 
 def test_a_log_dir_that_cannot_be_written(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, tmp_path: Path, monkeypatch: Patch, capsys: Captured
 ) -> None:
     (tmp_path / "file").write_text("")
     assert ends_with(2, small_run(workspace, tmp_path / "file"), capsys)[0].startswith("error: log_dir: ")
@@ -209,9 +200,7 @@ def test_a_log_dir_that_cannot_be_written(
     assert last.startswith(f"error: {path}: Permission denied")
 
 
-def test_a_gpu_that_is_full(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gpu_that_is_full(workspace: Workspace, tmp_path: Path, monkeypatch: Patch, capsys: Captured) -> None:
     in_training_step(monkeypatch, raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")))
     last, _ = ends_with(2, small_run(workspace, tmp_path), capsys)
     assert last.startswith("error: CUDA out of memory. Tried to allocate 2 GiB. ") and "per_gpu_batchsize" in last
@@ -241,8 +230,8 @@ def test_other_errors_of_the_system_are_ours(error: OSError) -> None:
 def test_a_signal_in_a_loop_of_lightning(
     workspace: Workspace,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Patch,
+    capsys: Captured,
     number: int,
     step: int,
     status: int,
@@ -254,10 +243,8 @@ def test_a_signal_in_a_loop_of_lightning(
     assert not (folder_in(tmp_path) / "error.txt").exists()
 
 
-def test_ctrl_c_before_the_loops(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(training, "load_backbone", raising(KeyboardInterrupt()))
+def test_ctrl_c_before_the_loops(workspace: Workspace, tmp_path: Path, monkeypatch: Patch, capsys: Captured) -> None:
+    monkeypatch.setattr(families, "load_backbone", raising(KeyboardInterrupt()))
     assert ends_with(130, small_run(workspace, tmp_path), capsys)[0] == "interrupted"
 
 

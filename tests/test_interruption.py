@@ -14,7 +14,7 @@ import torch
 
 from common.signals import Stopped, stopping_on_signals
 from run import command_line
-from tests.conftest import Workspace
+from tests.conftest import Captured, Patch, Workspace
 from tests.interrupted import Chain, differences
 from vilt.datasets.kinds import ImageKind
 
@@ -114,7 +114,7 @@ def test_ctrl_c_to_the_whole_group_reaches_the_checkpoint(workspace: Workspace, 
 
 
 def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, monkeypatch: Patch, capsys: Captured
 ) -> None:
     image = ImageKind._decoded
 

@@ -9,6 +9,7 @@ import pytest
 from engine import metrics_log
 from engine.metrics_log import MetricsLogger
 from runs.run_reader import read_curves
+from tests.conftest import Patch
 from tests.interrupted import files_up_to
 
 
@@ -33,7 +34,7 @@ def test_new_columns_keep_the_lines_before(tmp_path: Path, logger: MetricsLogger
 
 
 def test_a_run_killed_while_the_columns_change_keeps_its_lines(
-    tmp_path: Path, logger: MetricsLogger, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, logger: MetricsLogger, monkeypatch: Patch
 ) -> None:
     before = (tmp_path / "metrics.csv").read_bytes()
 

@@ -18,7 +18,7 @@ from engine.checkpoint_file import check_intact, write_checkpoint
 from engine.resume import Progress, find_progress
 from engine.training import FinetuneModule
 from run import command_line
-from tests.conftest import Workspace
+from tests.conftest import Captured, Patch, Workspace
 from tests.interrupted import differences, files_up_to
 from tests.models import TINY, tiny_classifier
 
@@ -37,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
-def after_checkpoint(patch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
+def after_checkpoint(patch: Patch, number: int, act: Callable[[], object]) -> None:
     """Runs `act` once, after the checkpoint of that number is written."""
     save, written = Checkpoints._write_last, 0
 
@@ -51,7 +51,7 @@ def after_checkpoint(patch: pytest.MonkeyPatch, number: int, act: Callable[[], o
     patch.setattr(Checkpoints, "_write_last", save_and_act)
 
 
-def interrupt(command: list[str], monkeypatch: pytest.MonkeyPatch, checkpoints: int) -> None:
+def interrupt(command: list[str], monkeypatch: Patch, checkpoints: int) -> None:
     """Runs `command` until it has written `checkpoints`, and no further."""
 
     class Killed(BaseException):
@@ -67,7 +67,7 @@ def interrupt(command: list[str], monkeypatch: pytest.MonkeyPatch, checkpoints: 
 
 
 def test_without_an_earlier_run_it_starts_and_then_nothing_is_left_to_do(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, capsys: Captured
 ) -> None:
     command = auto(workspace, "auto")
     assert command_line(command) == 0
@@ -79,7 +79,7 @@ def test_without_an_earlier_run_it_starts_and_then_nothing_is_left_to_do(
     assert {path: path.stat().st_mtime_ns for path in parent.rglob("*")} == before
 
 
-def test_a_run_that_lacks_its_test_is_tested_alone(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_lacks_its_test_is_tested_alone(workspace: Workspace, capsys: Captured) -> None:
     def said_by(*options: str) -> str:
         assert command_line(auto(workspace, "untested", *options)) == 0
         return capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_a_run_that_lacks_its_test_is_tested_alone(workspace: Workspace, capsys:
 
 
 def test_the_newest_intact_checkpoint_is_taken_and_the_best_one_carries_over(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, monkeypatch: Patch, capsys: Captured
 ) -> None:
     command = auto(workspace, "chain", "learning_rate=0.003")
     interrupt(command, monkeypatch, checkpoints=1)
@@ -121,9 +121,7 @@ def test_the_newest_intact_checkpoint_is_taken_and_the_best_one_carries_over(
     assert not differences(load(third / "last.ckpt")["state_dict"], uninterrupted["state_dict"])
 
 
-def test_a_run_with_other_options_is_left_alone(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatch: Patch, capsys: Captured) -> None:
     interrupt(auto(workspace, "other"), monkeypatch, checkpoints=2)
     first = folder_of(workspace, "other", 0)
     config = {**json.loads((first / "config.json").read_text()), "test_after_fit": True}
@@ -152,7 +150,7 @@ def test_folders_that_say_nothing_are_passed_over(tmp_path: Path, caplog: pytest
 
 
 def test_a_warm_start_is_the_start_of_a_run_and_not_of_its_resumption(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, monkeypatch: Patch, capsys: Captured
 ) -> None:
     assert command_line(auto(workspace, "source", "test_after_fit=False")) == 0
     source = folder_of(workspace, "source", 0) / "best.ckpt"
@@ -166,7 +164,7 @@ def test_a_warm_start_is_the_start_of_a_run_and_not_of_its_resumption(
     assert "test_only contradicts it" in capsys.readouterr().err
 
 
-def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monkeypatch: Patch) -> None:
     """The second one begins and ends while the first one trains."""
     command = [option for option in auto(workspace, "twice") if option != "resume_from=auto"]
     statuses: list[int] = []
@@ -225,7 +223,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's, which has no room either
 @pytest.mark.parametrize(("what", "n_bytes"), [("last.ckpt", 1_000_000), ("metrics.csv", 1_000)])
 def test_a_run_on_a_full_disk_ends_with_one_line_and_is_resumed_later(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, n_bytes: int
+    workspace: Workspace, monkeypatch: Patch, capsys: Captured, what: str, n_bytes: int
 ) -> None:
     name = f"full_{what.partition('.')[0]}"
     command, limit = auto(workspace, name), files_up_to(n_bytes)

@@ -17,12 +17,11 @@ from clip.backbone import load_backbone
 from engine.callbacks import Checkpoints
 from engine.checkpoint import read_checkpoint, restore_classifier
 from run import command_line
-from tests.conftest import Workspace
+from tests.conftest import Captured, Patch, Workspace
 from tests.interrupted import differences
 from tests.models import published_state
 
 ROOT = Path(__file__).parents[1]
-Captured = pytest.CaptureFixture[str]
 
 
 def command_of(workspace: Workspace, name: str, *options: str, **source: Any) -> list[str]:
@@ -192,7 +191,7 @@ def other_backbone(workspace: Workspace, folder: Path) -> Path:
 
 
 def test_warm_start_takes_the_memory_and_with_finetune_first_the_head(
-    workspace: Workspace, fitted: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, fitted: Path, capsys: Captured, monkeypatch: Patch
 ) -> None:
     started: list[dict[str, torch.Tensor]] = []
 
@@ -240,7 +239,7 @@ def test_a_published_checkpoint_evaluates_without_a_backbone(
     ids=["no worker", "a worker", "steps of whole epochs", "steps in a third epoch", "steps in mid-epoch"],
 )
 def test_resuming_in_mid_epoch_ends_where_the_uninterrupted_run_does(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+    workspace: Workspace, tmp_path: Path, monkeypatch: Patch, options: tuple[str, ...]
 ) -> None:
     """Bit for bit: same samples, same dropout masks, same optimiser state, from each checkpoint on the way."""
     kept: list[Path] = []

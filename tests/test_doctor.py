@@ -21,6 +21,7 @@ from runs.doctor import run_seconds
 from tests.conftest import Workspace
 from tests.custom_files import convert, write_labelled
 from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import ImageKind
 from vilt.datasets.specs import DATASETS
 
 SPLITS = ("train data", "val data", "test data")
@@ -161,7 +162,7 @@ def test_a_large_split_is_sampled_from_its_first_row_to_its_last(
 ) -> None:
     decoded: list[int] = []
     monkeypatch.setattr(doctor, "IMAGES_DECODED", 3)
-    monkeypatch.setattr(ArrowDataset, "_decoded", lambda _, row: decoded.append(row))
+    monkeypatch.setattr(ImageKind, "_decoded", lambda _, row: decoded.append(row))
     examine("memory_depth=3")  # with which there is no training step
     rows = ArrowDataset(DATASETS["mmimdb"], workspace.arrow, "train", 32).row_of_sample
     assert decoded[:3] == [rows[0], rows[(len(rows) - 1) // 2], rows[-1]]

@@ -76,12 +76,12 @@ FinetuneModule.training_step = changed
 SPOIL = 'torch.nn.init.constant_(self.classifier.get_parameter("mmimdb_classifier.bias"), float("nan"))'
 BAD_IMAGE = """
 import os
-from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import ImageKind
 from common.errors import DataError
 def refuse(self, row):
-    raise DataError(f"{self.path}: row {row}: the image cannot be decoded: made up")
+    raise DataError(f"{self.data.path}: row {row}: the image cannot be decoded: made up")
 if os.environ.get("LOCAL_RANK", "0") == "{rank}":
-    ArrowDataset._decoded = refuse
+    ImageKind._decoded = refuse
 """
 
 

@@ -18,16 +18,18 @@ from common.logs import set_up_logging
 from common.messages import first_line
 from common.signals import Stopped, end_loaders, stopping_on_signals
 from config import DEFAULTS, OPTIONS, unknown_option
-from engine.ending import (
-    DONE,
-    INTERRUPTED,
-    USER_ERROR,
-    end_with_our_fault,
-    end_with_signal,
-    end_with_user_error,
-)
+from engine.ending import DONE, INTERRUPTED, USER_ERROR, end_with_our_fault, end_with_signal, end_with_user_error
 from runs.check_options import PREDICTION_OPTIONS, check, read_load_paths, read_options
-from runs.experiment import EX, ConfigAddedError, SacredError, check_command_line, described_options, options_in_files
+from runs.experiment import (
+    EX,
+    ConfigAddedError,
+    SacredError,
+    check_command_line,
+    described_options,
+    is_of_sweep,
+    option_of,
+    options_in_files,
+)
 from runs.published_options import with_names_of_here
 
 EX.doc = __doc__  # for `run.py --help`
@@ -40,7 +42,7 @@ def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
     """Trains, or evaluates with test_only=True; returns the test metrics."""
     options, given = check(_config), given_options(_run)
     written = written_options(_run)  # a file may be the config.json of a run, which has all options
-    if of_sweeps := sorted(n for n in written if n.startswith("sweep_") or n in ("search", "search_trials")):
+    if of_sweeps := sorted(filter(is_of_sweep, written)):
         raise ConfigError(f"{of_sweeps[0]}: for many runs; expected `python run.py sweep with …`")
     from runs.evaluation import evaluate
     from runs.training import train
@@ -142,7 +144,7 @@ def given_options(sacred_run: Any) -> set[str]:
 def written_options(sacred_run: Any) -> set[str]:
     """Names of the options that the command line itself sets."""
     updates = [update for update in sacred_run.meta_info["options"]["UPDATE"] if "=" in update]
-    return {update.partition("=")[0].partition(".")[0].strip() for update in updates}
+    return {option_of(update) for update in updates}
 
 
 def command_line(argv: list[str]) -> int:

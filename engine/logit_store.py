@@ -153,7 +153,8 @@ class LogitStore:
         """
         if self._is_complete:
             return []
-        return [kind for kind in range(len(self.type_names)) if not self._has_part(kind)]
+        columns = enumerate(self.logit_columns)
+        return [kind for kind, column in columns if not self._fits(self._part(kind), [column], "not used")]
 
     def load(self) -> SplitLogits:
         """All logits, when none are lacking; parts are joined to logits.arrow.
@@ -183,10 +184,8 @@ class LogitStore:
         Raises:
             DataError: the folder cannot be written.
         """
-        self.check_writable()
-        self._write(
-            self._part(missing_type), self._columns() | {self.logit_columns[missing_type]: _lists(logits_NC.numpy())}
-        )
+        column = self.logit_columns[missing_type]
+        self._write(self._part(missing_type), self._columns() | {column: _lists(logits_NC.numpy())})
 
     def check_writable(self) -> None:
         """Makes the folder; DataError where that or writing there is impossible."""
@@ -203,27 +202,20 @@ class LogitStore:
     @cached_property
     def _is_complete(self) -> bool:
         """Whether logits.arrow is there and fits, when the store was opened."""
-        if not self.path.is_file():
-            return False
         try:
-            self._read(self.path, self.logit_columns)
+            return self._fits(self.path, self.logit_columns, "they are replaced" if self.anew else None)
         except UserError as error:
-            if not self.anew:
-                raise type(error)(f"{error}; robustness_anew=True replaces them") from error
-            log.info("%s; they are replaced", error)
-            return False
-        return True
+            raise type(error)(f"{error}; robustness_anew=True replaces them") from error
 
-    def _has_part(self, missing_type: int) -> bool:
-        path = self._part(missing_type)
-        if not path.is_file():
-            return False
+    def _fits(self, path: Path, logit_columns: Sequence[str], otherwise: str | None) -> bool:
+        """Whether a file is there and can be used; logs what is wrong and `otherwise`, or raises it if that is None."""
         try:
-            self._read(path, [self.logit_columns[missing_type]])
+            return path.is_file() and self._read(path, logit_columns) is not None
         except UserError as error:
-            log.info("%s; not used", error)
+            if otherwise is None:
+                raise
+            log.info("%s; %s", error, otherwise)
             return False
-        return True
 
     def _columns(self) -> dict[str, Any]:
         """What says which sample a row is, and its labels."""

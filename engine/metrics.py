@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
 THRESHOLD = 0.5
 
@@ -105,16 +104,17 @@ macro_f1_and_accuracy = Metric(
 
 
 class _AurocAndAccuracy(Metric):
-    """The area does not follow from sums: each resample is ranked by itself."""
+    """The area does not follow from sums over samples, but from those up to each score."""
 
     def __call__(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        both = 0 < int(labels.sum()) < len(labels)
-        area = float(binary_auroc(positive_scores(logits), labels)) if both else 0.0
-        return {"auroc": area, **super().__call__(logits, labels)}
+        return next(self.resampled(logits, labels, torch.ones(1, len(labels), dtype=torch.float64)))
 
     def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Iterator[dict[str, float]]:
-        for counts_N in counts_RN.long():
-            yield self(logits.repeat_interleave(counts_N, 0), labels.repeat_interleave(counts_N))
+        fp_RK, tp_RK, _ = roc_counts(logits, labels, counts_RN)
+        pairs_R = fp_RK[:, -1] * tp_RK[:, -1]
+        area_R = torch.trapezoid(tp_RK, fp_RK) / pairs_R.clamp(min=1)
+        for area, others in zip(area_R.tolist(), super().resampled(logits, labels, counts_RN), strict=True):
+            yield {"auroc": area, **others}
 
 
 auroc_and_accuracy = _AurocAndAccuracy(class_accuracy.terms, class_accuracy.figures)
@@ -124,6 +124,16 @@ The AUROC is 0 where only one class occurs.
 """
 
 
-def positive_scores(logits: Tensor) -> Tensor:
-    """The probability of class 1 of two, (N,), float64: float32 does not tell confident ones apart."""
-    return logits.double().softmax(-1)[:, 1]
+def roc_counts(logits: Tensor, labels: Tensor, counts_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """False and true positives (R, K) of each resample at K thresholds, float64, and the thresholds (K,).
+
+    A threshold is the least probability of class 1 that counts as positive: first infinity, then each that occurs, in
+    float64, since float32 does not tell confident ones apart.
+    """
+    score_N, order_N = logits.double().softmax(-1)[:, 1].sort(descending=True)
+    last_K = torch.nonzero(score_N.diff(append=torch.tensor([-1.0]))).flatten()  # of each run of equal scores
+    counts_RN, positive_N = counts_RN[:, order_N], labels[order_N].double()
+    tp_RK, fp_RK = ((counts_RN * is_N).cumsum(1)[:, last_K] for is_N in (positive_N, 1 - positive_N))
+    nothing_R1 = counts_RN.new_zeros(len(counts_RN), 1)
+    thresholds_K = torch.cat([torch.tensor([torch.inf]), score_N[last_K]])
+    return torch.cat([nothing_R1, fp_RK], 1), torch.cat([nothing_R1, tp_RK], 1), thresholds_K

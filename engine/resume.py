@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +18,9 @@ from common.locks import locked
 from common.messages import first_line
 from common.strict_json import read_json
 from engine.checkpoint_file import check_intact
-from runs.option_names import OF_OTHER_COMMANDS
 
 log = logging.getLogger("rep")
 
-AUTO = "auto"
-"""Value of the option resume_from."""
-NOT_THE_TRAINING = {
-    *("exp_name", "log_dir", "resume_from", "test_after_fit"),
-    *("missing_ratio.test", "missing_type.test", "test_ratio", "test_type", "test_exp_name"),
-    *("data_root", "missing_table_root", "num_workers", "image_cache", "image_size", "trust_backbone"),
-    *("num_gpus", "num_nodes", "cpu_processes", "per_gpu_batchsize", "activation_checkpointing"),
-    "compile",  # of older runs
-    *OF_OTHER_COMMANDS,
-}
-"""Options in which a run and the one that resumes it may differ: names, places, the machine, the test, other commands.
-What of the machine and the data does matter is checked when the checkpoint is read."""
 OF_A_START = {"load_path": None, "finetune_first": None}
 """Options that a resumed training has no use for."""
 TEST_PATTERN = ("missing_ratio.test", "missing_type.test")
@@ -50,10 +37,13 @@ class Progress:
 
 
 @contextmanager
-def alone(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> Iterator[None]:
+def alone(parent: Path, config: Mapping[str, Any], samples_per_batch: int, free: Collection[str]) -> Iterator[None]:
     """Keeps two runs below `parent` from doing the same training at once, each from the other's checkpoints.
 
     Runs that differ in an option of the training have different locks. Of several processes the first one holds it.
+
+    Args:
+        free: names of the options that are not the training's.
 
     Raises:
         BusyError: another one is at it; names it.
@@ -62,14 +52,14 @@ def alone(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> It
     if getattr(rank_zero_only, "rank", 0):
         yield
         return
-    training = {name: value for name, value in _comparable(config).items() if name not in NOT_THE_TRAINING}
+    training = {name: value for name, value in _comparable(config).items() if name not in free}
     described = json.dumps([training, samples_per_batch], sort_keys=True)
     lock = parent / f".training_{hashlib.sha256(described.encode()).hexdigest()[:16]}.lock"
     with locked(lock, f"resume_from=auto: another process is at this training in {parent}"):
         yield
 
 
-def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: int) -> Progress:
+def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: int, free: Collection[str]) -> Progress:
     """The newest intact checkpoint of the runs `parent/version_N` whose options agree with `config`.
 
     Logs what it finds, and which checkpoints are damaged.
@@ -77,9 +67,10 @@ def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: in
     Args:
         config: the options.
         samples_per_batch: of all processes together.
+        free: names of the options that may differ.
     """
     ours = _comparable(config)
-    runs = list(_agreeing(parent, ours, samples_per_batch))
+    runs = list(_agreeing(parent, ours, samples_per_batch, free))
     for folder, theirs in runs:
         same_test = all(theirs[name] == ours[name] for name in TEST_PATTERN)
         if config["test_after_fit"] and same_test and (folder / "test_results.json").is_file():
@@ -102,7 +93,9 @@ def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: in
     return Progress()
 
 
-def _agreeing(parent: Path, ours: dict[str, Any], samples_per_batch: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _agreeing(
+    parent: Path, ours: dict[str, Any], samples_per_batch: int, free: Collection[str]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The run folders with the same options, newest first, and their options."""
     numbers = [int(path.name[8:]) for path in parent.glob("version_*") if path.name[8:].isdigit()]
     for folder in (parent / f"version_{number}" for number in sorted(numbers, reverse=True)):
@@ -113,7 +106,7 @@ def _agreeing(parent: Path, ours: dict[str, Any], samples_per_batch: int) -> Ite
         except (DataError, KeyError, TypeError) as error:
             log.warning("%s: passed over: %s", folder, first_line(error))
             continue
-        differing = _differences(theirs, ours)
+        differing = _differences(theirs, ours, free)
         if batch != samples_per_batch:
             differing.append(f"samples per batch (there {batch}, here {samples_per_batch})")
         if differing:
@@ -122,8 +115,8 @@ def _agreeing(parent: Path, ours: dict[str, Any], samples_per_batch: int) -> Ite
             yield folder, theirs
 
 
-def say_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
-    """Logs in which options a training that resumes from `checkpoint` differs from the run that wrote it."""
+def say_differences(checkpoint: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
+    """Logs in which options a training that resumes from `checkpoint` differs, `free` ones apart, from its run."""
     path = checkpoint.with_name("config.json")
     if not path.is_file():
         return
@@ -132,7 +125,7 @@ def say_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
     except DataError as error:
         log.info("%s: not compared: %s", path, first_line(error))
         return
-    if differing := _differences(theirs, ours):
+    if differing := _differences(theirs, ours, free):
         log.info(
             "resume_from: other options than the run had: %s; the learning rate and its schedule stay those of the "
             "checkpoint",
@@ -140,11 +133,11 @@ def say_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], free: Collection[str]) -> list[str]:
     return [
         f"{name} (there {theirs.get(name, 'no such option')}, here {ours.get(name, 'no such option')})"
         for name in sorted(ours.keys() | theirs.keys())
-        if name not in NOT_THE_TRAINING and (name not in ours or name not in theirs or ours[name] != theirs[name])
+        if name not in free and (name not in ours or name not in theirs or ours[name] != theirs[name])
     ]
 
 

@@ -3,10 +3,8 @@
 Fractions throughout; only matrix.csv gives what is available in per cent.
 """
 
-import logging
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from engine.logit_store import SplitLogits
 from engine.metrics import auroc_and_accuracy
 from engine.sample_statistics import LEVEL, class_figures, confidence, confusions, roc
 from engine.tasks import Task
-from vilt import missing_tables
 from vilt.missing_tables import MissingPattern, load_missing_table
 from vilt.missing_types import AVAILABLE, is_missing, type_names
 
@@ -70,8 +67,7 @@ def measure(
     multilabel, binary = labels.ndim == 2, task.n_classes == 2
     types = type_names(subject.modalities)
     of_type = dict(zip(types, logits.logits_TNC, strict=True))
-    with _each_message_once(missing_tables.log):
-        cells = [_cell(subject, logits, of_cell) for of_cell in patterns]
+    cells = [_cell(subject, logits, of_cell) for of_cell in patterns]
     intervals = confidence(task, list(logits.logits_TNC), labels, resamples) if resamples else [{} for _ in types]
     by_type = {name: task.metrics(logits_NC, labels) for name, logits_NC in of_type.items()}
     curves = {name: roc(of_type[name], labels) for name in types} if binary and not multilabel else {}
@@ -80,10 +76,7 @@ def measure(
         "task": task.name,
         "split": "test",
         "samples": len(labels),
-        "method": subject.method,
-        "exp_name": subject.exp_name,
-        "train_seed": subject.train_seed,
-        "train_pattern": subject.train_pattern,
+        **{name: getattr(subject, name) for name in ("method", "exp_name", "train_seed", "train_pattern")},
         "checkpoint": subject.checkpoint.name,
         "checkpoint_sha256": subject.checkpoint_sha256,
         "precision": subject.precision,
@@ -149,11 +142,13 @@ def write_results(found: Results, folder: Path) -> list[str]:
 
 def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPattern]) -> dict[str, Any]:
     """One pattern, with a missing table per seed. What is available: the mean over the tables of the share of rows."""
-    task, first, names = subject.task, patterns[0], subject.modalities
-    tables = [
-        load_missing_table(subject.missing_table_root, task.name, "test", pattern, logits.table_rows)
-        for pattern in patterns
-    ]
+    task, first = subject.task, patterns[0]
+    root, rows = subject.missing_table_root, logits.table_rows
+    tables = [load_missing_table(root, task.name, "test", pattern, rows) for pattern in patterns]
+    available = {
+        f"{name}{AVAILABLE}": statistics.mean(float(np.mean(~is_missing(subject.modalities, name, t))) for t in tables)
+        for name in subject.modalities
+    }
     results = [task.metrics(logits.at(table), logits.labels) for table in tables]
     metrics = {}
     for metric in results[0]:
@@ -165,52 +160,29 @@ def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPatte
         "missing_type": first.missing_type,
         "ratio": first.ratio,
         "both_ratio": first.both_ratio,
-        **{
-            name + AVAILABLE: statistics.mean([float(np.mean(~is_missing(names, name, table))) for table in tables])
-            for name in names
-        },
+        **available,
         "metrics": metrics,
     }
 
 
+PATTERN = ("missing_type", "ratio", "both_ratio")
+
+
 def _cells_table(found: Results) -> list[Sequence[Any]]:
-    header = ["missing_type", "ratio", "both_ratio", "table_seed", "samples", *found["metrics"]]
-    rows = [
-        [cell["missing_type"], cell["ratio"], cell["both_ratio"], seed, found["samples"], *values]
-        for cell in found["cells"]
-        for seed, *values in zip(
-            found["table_seeds"], *(figures["values"] for figures in cell["metrics"].values()), strict=True
-        )
-    ]
-    return [header, *rows]
+    rows: list[Sequence[Any]] = [[*PATTERN, "table_seed", "samples", *found["metrics"]]]
+    for cell in found["cells"]:
+        for place, seed in enumerate(found["table_seeds"]):
+            values = [figures["values"][place] for figures in cell["metrics"].values()]
+            rows.append([*(cell[name] for name in PATTERN), seed, found["samples"], *values])
+    return rows
 
 
 def _matrix_table(found: Results) -> list[Sequence[Any]]:
     shares = [name for name in found["cells"][0] if name.endswith(AVAILABLE)]
-    header = ["missing_type", "ratio", "both_ratio", *shares]
-    header += [f"{metric}_{figure}" for metric in found["metrics"] for figure in ("mean", "std")]
-    rows = []
+    of_metrics = [(metric, figure) for metric in found["metrics"] for figure in ("mean", "std")]
+    rows: list[Sequence[Any]] = [[*PATTERN, *shares, *("_".join(names) for names in of_metrics), "n_seeds"]]
     for cell in found["cells"]:
-        row = [cell["missing_type"], cell["ratio"], cell["both_ratio"]]
-        row += [round(100 * cell[name], 6) for name in shares]
-        row += [figures[name] for figures in cell["metrics"].values() for name in ("mean", "std")]
-        rows.append([*row, len(found["table_seeds"])])
-    return [[*header, "n_seeds"], *rows]
-
-
-@contextmanager
-def _each_message_once(logger: logging.Logger) -> Iterator[None]:
-    """Drops what `logger` has said before: a published table is found again for every seed."""
-    said: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        new = message not in said
-        said.add(message)
-        return new
-
-    logger.addFilter(is_new)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_new)
+        available = [round(100 * cell[name], 6) for name in shares]
+        figures = [cell["metrics"][metric][figure] for metric, figure in of_metrics]
+        rows.append([*(cell[name] for name in PATTERN), *available, *figures, len(found["table_seeds"])])
+    return rows

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_roc, multiclass_confusion_matrix
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from engine.metrics import f1, outcomes, positive_scores
+from engine.metrics import f1, outcomes, roc_counts
 from engine.tasks import Task
 
 LEVEL = 0.95
@@ -64,18 +64,14 @@ def roc(logits: Tensor, labels: Tensor) -> dict[str, list[float]] | None:
     A threshold is the least probability that counts as positive; the first is infinite. Points on a straight line
     between others are left out first; if there are still too many, evenly spaced ones stay.
     """
-    positives = int(labels.sum())
-    negatives = len(labels) - positives
-    if not positives or not negatives:
+    (fp,), (tp,), thresholds = roc_counts(logits, labels, torch.ones(1, len(labels), dtype=torch.float64))
+    if not fp[-1] or not tp[-1]:
         return None
-    fpr, tpr, thresholds = (values.double() for values in binary_roc(positive_scores(logits), labels))
-    fp, tp = (fpr * negatives).round(), (tpr * positives).round()  # counts, which torchmetrics divides in float32
-    thresholds[0] = torch.inf
     turn = tp.diff()[:-1] * fp.diff()[1:] != tp.diff()[1:] * fp.diff()[:-1]
     kept = torch.nonzero(torch.cat([torch.tensor([True]), turn, torch.tensor([True])])).flatten()
     if len(kept) > ROC_POINTS:
         kept = kept[torch.linspace(0, len(kept) - 1, ROC_POINTS).round().long()]
-    curve = {"fpr": fp / negatives, "tpr": tp / positives, "threshold": thresholds}
+    curve = {"fpr": fp / fp[-1], "tpr": tp / tp[-1], "threshold": thresholds}
     return {name: values[kept].tolist() for name, values in curve.items()}
 
 

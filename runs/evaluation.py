@@ -14,11 +14,7 @@ from clip.modules.classifier import MissingModalityClassifier
 from common.errors import CheckpointError
 from common.strict_json import write_json
 from config import Options
-from engine.checkpoint import (
-    Checkpoint,
-    check_classes,
-    read_checkpoint,
-)
+from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.families import BackboneChoice
 from engine.logit_store import LogitModule, encode
 from engine.open_model import COMPUTE_TYPES, open_model

@@ -43,7 +43,7 @@ EX.add_config(DEFAULTS)
 for _name, _config in NAMED_CONFIGS.items():
     EX.add_named_config(_name, _config)
 
-__all__ = ["EX", "ConfigAddedError", "SacredError", "check_command_line", "described_options", "options_in_files"]
+__all__ = ["EX", "ConfigAddedError", "SacredError"]
 
 
 def check_command_line(argv: Sequence[str]) -> None:
@@ -73,6 +73,16 @@ def check_command_line(argv: Sequence[str]) -> None:
         raise ConfigError(f"expected name=value, found none: {first_line(error)}") from error
     if "seed" in given:
         SEED("seed", given["seed"])
+
+
+def option_of(update: str) -> str:
+    """The name of the option that a word such as `sweep_over.memory_depth=[3,6]` of a command line sets."""
+    return update.partition("=")[0].partition(".")[0].strip()
+
+
+def is_of_sweep(name: str) -> bool:
+    """Whether an option, or a word of a command line, is one of a sweep and not of its runs."""
+    return name.startswith("sweep_") or name in ("search", "search_trials")
 
 
 def options_in_files(words: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from common.files import whole_lines
 from common.messages import first_line, quoted
 from common.strict_json import read_json
 from common.text import natural_key
-from runs.option_names import OF_OTHER_COMMANDS
+from runs.comparable import NOT_THE_LINE
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
 
@@ -33,15 +33,6 @@ NEEDED: dict[str, tuple[type, ...]] = {
     **{"seed": (int,), "test_only": (bool,), "both_ratio": (float, int)},
 }
 """Options that readers need, with their types."""
-NOT_THE_LINE = {
-    *("exp_name", "seed", "log_dir", "resume_from", "fast_dev_run", "test_after_fit", "test_only"),
-    *("test_ratio", "test_type", "test_exp_name", "missing_ratio.test", "missing_type.test"),
-    *("data_root", "missing_table_root", "num_workers", "per_gpu_batchsize"),
-    *("num_gpus", "num_nodes", "cpu_processes", "image_size", "trust_backbone", "skip_bad_steps"),
-    *("image_cache", "compile", "activation_checkpointing"),
-    *OF_OTHER_COMMANDS,
-}
-"""Options in which runs of one line may differ: names, places, the machine, the test pattern, other commands."""
 PATTERN_OPTIONS = ("missing_type.train", "missing_ratio.train", "both_ratio")
 Curve = list[tuple[int, float]]
 """(optimiser step, value)."""
@@ -63,6 +54,11 @@ class Run:
     """When the configuration was written."""
     earlier: "Run | None" = None
     """The run that this one was resumed from."""
+
+    @property
+    def parts(self) -> list["Run"]:
+        """This run and those that it was resumed from, the last one first."""
+        return [self, *(self.earlier.parts if self.earlier is not None else [])]
 
     @property
     def dataset(self) -> str:
@@ -194,7 +190,7 @@ def find_runs(*places: Path) -> tuple[list[Run], dict[Path, DataError]]:
     parts = {
         part.folder.resolve()
         for run in runs.values()
-        for part in _earlier_runs(run)
+        for part in run.parts[1:]
         if not (part.folder / "test_results.json").is_file()
     }
     return [run for folder, run in runs.items() if folder not in parts], damaged
@@ -232,12 +228,6 @@ def _resumed_from(folder: Path, config: Mapping[str, Any]) -> Run | None:
             except (DataError, RecursionError):
                 return None
     return None
-
-
-def _earlier_runs(run: Run) -> Iterator[Run]:
-    while run.earlier is not None:
-        run = run.earlier
-        yield run
 
 
 def _run_folders(top: Path, seen: set[Path]) -> Iterator[Path]:

@@ -67,17 +67,12 @@ def list_runs(log_dir: Path) -> list[RunRow]:
     if not log_dir.is_dir():
         raise ConfigError(f"log_dir: expected a folder of runs, found no folder at {log_dir}")
     runs, damaged = find_runs(log_dir)
-    rows = [
-        *map(_row, runs),
-        *(_damaged(RunRow(folder, folder.parent.name), error) for folder, error in damaged.items()),
-    ]
-    return sorted(rows, key=lambda row: natural_key(row.folder))
+    unreadable = [_damaged(RunRow(folder, folder.parent.name), error) for folder, error in damaged.items()]
+    return sorted([*map(_row, runs), *unreadable], key=lambda row: natural_key(row.folder))
 
 
 def _row(run: Run) -> RunRow:
-    config, first = run.config, run
-    while first.earlier is not None:
-        first = first.earlier
+    config = run.config
     row = RunRow(
         run.folder,
         name=run.folder.parent.name if run.is_evaluation else config["exp_name"],
@@ -86,7 +81,7 @@ def _row(run: Run) -> RunRow:
         train=None if run.is_evaluation else pattern_text(*run.pattern),
         seed=config["seed"],
         metric=run.spec.monitor,
-        date=first.started,
+        date=run.parts[-1].started,
     )
     try:
         row = replace(row, validation=run.best_validation)

@@ -15,7 +15,7 @@ from clip.trainable import freeze
 from common.errors import CheckpointError, ConfigError, UserError
 from common.messages import first_line
 from common.strict_json import read_json
-from config import Options
+from config import AUTO, Options
 from engine.callbacks import Checkpoints
 from engine.checkpoint import (
     Checkpoint,
@@ -33,10 +33,11 @@ from engine.checkpoint import (
 from engine.families import family_of
 from engine.open_model import COMPUTE_TYPES
 from engine.processes import ending_together
-from engine.resume import AUTO, alone, find_progress, say_differences
+from engine.resume import alone, find_progress, say_differences
 from engine.tasks import head_name, task_of
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
+from runs.comparable import NOT_THE_TRAINING
 from runs.evaluation import backbone_choice, open_data, set_computation, test
 from runs.start import described, say_device, start_folder
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -52,7 +53,8 @@ def train(options: Options) -> dict[str, float]:
     if options.resume_from != AUTO:
         return train_from(options, name)
     custom = open_spec(options.task, options.data_root, options.splits).custom
-    what = (options.log_dir / name, described(options, custom), options.per_gpu_batchsize * options.processes)
+    samples_per_batch = options.per_gpu_batchsize * options.processes
+    what = (options.log_dir / name, described(options, custom), samples_per_batch, NOT_THE_TRAINING)
     with nullcontext() if options.fast_dev_run else alone(*what):  # which would write a lock
         progress = find_progress(*what)
         if progress.finished is not None:
@@ -83,7 +85,7 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
         resumed = read_checkpoint(Path(options.resume_from))
         check_resume(resumed, spec, backbone, inputs.fingerprint, data.datasets["train"])
         load_kept_state(classifier, resumed.state, f"resume_from={resumed.path}")
-        say_differences(resumed.path, described(options, custom))
+        say_differences(resumed.path, described(options, custom), NOT_THE_TRAINING)
     elif options.load_path is not None:
         start = read_checkpoint(options.load_path)
         if options.finetune_first:

@@ -20,6 +20,8 @@ from tests.test_robustness import QUICK, error_of, robustness
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
 
+Patch = pytest.MonkeyPatch
+
 DISHES = [f"dish {number}" for number in range(101)]
 SMALL = ("batch_size=2", "per_gpu_batchsize=2", "max_epoch=1")
 
@@ -180,7 +182,7 @@ def test_an_evaluation_records_the_model_of_its_checkpoint(workspace: Workspace,
 
 
 def test_tables_are_not_written_where_a_record_points(
-    workspace: Workspace, coop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    workspace: Workspace, coop: Path, tmp_path: Path, monkeypatch: Patch, capsys: Any
 ) -> None:
     """Only where that folder is there."""
     run = Path(shutil.copytree(coop, tmp_path / "run"))

@@ -8,6 +8,7 @@ import copy
 import json
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,21 @@ import pyarrow as pa
 import pytest
 
 from common.errors import DataError, UserError
+from engine import resume
 from engine.logit_store import LogitStore, Origin
-from engine.resume import Progress, find_progress
+from engine.resume import Progress
 from run import command_line
+from runs.comparable import NOT_THE_TRAINING
 from runs.report.results import read_report_runs
 from runs.run_table import list_runs
 from tests.report_files import TestSet, write_run
 from tests.test_sweep import SetUp, Sweep, error_line, stand_in, sweep  # noqa: F401 - two fixtures
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
+
+Captured = pytest.CaptureFixture[str]
+
+find_progress = partial(resume.find_progress, free=NOT_THE_TRAINING)
 
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
 ROBUSTNESS = "robustness/robustness.json"
@@ -117,7 +124,7 @@ def test_flipped_bits_of_stored_logits(run: Path) -> None:
 
 
 def test_stored_logits_that_are_compressed_are_refused(run: Path) -> None:
-    rewrite(run / LOGITS, lambda table: table, compression="zstd")
+    rewrite(run / LOGITS, lambda table: pa.concat_tables([table] * 50), compression="zstd")
     with pytest.raises(DataError, match=r"logits\.arrow: not readable as stored logits: it is compressed"):
         read_report_runs([run])
     dataset = ArrowDataset(DATASETS["mmimdb"], GOLDEN_ARROW, "test", 8)
@@ -130,7 +137,7 @@ def test_stored_logits_that_are_compressed_are_refused(run: Path) -> None:
 def test_odd_values_in_the_record_and_the_results_of_a_sweep(
     sweep: Sweep,  # noqa: F811
     stand_in: SetUp,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    capsys: Captured,
 ) -> None:
     """Options that another run of the sweep had are those of another sweep; else the record is damaged."""
 
@@ -145,7 +152,7 @@ def test_odd_values_in_the_record_and_the_results_of_a_sweep(
             status = run_grid()
             said = capsys.readouterr().err
             assert status in (0, 2), f"{told}: {said[-1000:]}"
-            assert status == 0 or len(error_line(said)) < 2000, told
+            assert status == 0 or len(error_line(said)) < 3000, told
             outcomes.add(status)
             if path.name == "sweep.json" and status == 0:
                 path.unlink()  # it was written anew
@@ -165,7 +172,7 @@ def test_odd_values_in_the_record_and_the_results_of_a_sweep(
 def test_a_grid_that_is_none(
     sweep: Sweep,  # noqa: F811
     stand_in: SetUp,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    capsys: Captured,
     grid: Any,
     problem: str,
 ) -> None:
@@ -177,7 +184,7 @@ def test_a_grid_that_is_none(
 
 
 def test_a_run_whose_options_are_no_numbers_is_passed_over(
-    run: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    run: Path, caplog: pytest.LogCaptureFixture, capsys: Captured
 ) -> None:
     """Multiplied, this text would fill any memory."""
     config = json.loads((run / "config.json").read_text())

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 
@@ -18,7 +19,10 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from common.errors import BusyError, ConfigError
 from common.locks import locked
-from engine.resume import alone
+from engine import resume
+from runs.comparable import NOT_THE_TRAINING
+
+alone = partial(resume.alone, free=NOT_THE_TRAINING)
 
 FORK = multiprocessing.get_context("fork")
 WHO = f"process {os.getpid()} on {socket.gethostname()}"

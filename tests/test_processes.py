@@ -76,8 +76,8 @@ FinetuneModule.training_step = changed
 SPOIL = 'torch.nn.init.constant_(self.classifier.get_parameter("mmimdb_classifier.bias"), float("nan"))'
 BAD_IMAGE = """
 import os
-from vilt.datasets.kinds import ImageKind
 from common.errors import DataError
+from vilt.datasets.kinds import ImageKind
 def refuse(self, row):
     raise DataError(f"{self.data.path}: row {row}: the image cannot be decoded: made up")
 if os.environ.get("LOCAL_RANK", "0") == "{rank}":

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,19 @@ import torch
 
 from clip.modules.method import MethodOptions
 from common.errors import CheckpointError
+from engine import resume
 from engine.callbacks import Checkpoints
 from engine.checkpoint import ModelSpec
 from engine.checkpoint_file import check_intact, write_checkpoint
-from engine.resume import Progress, find_progress
+from engine.resume import Progress
 from engine.training import FinetuneModule
 from run import command_line
+from runs.comparable import NOT_THE_TRAINING
 from tests.conftest import Captured, Patch, Workspace
 from tests.interrupted import differences, files_up_to
 from tests.models import TINY, tiny_classifier
+
+find_progress = partial(resume.find_progress, free=NOT_THE_TRAINING)
 
 OPTIONS = ("val_check_interval=0.4", "max_epoch=1")
 

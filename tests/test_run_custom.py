@@ -28,6 +28,9 @@ from vilt.datasets.custom import CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
+Captured = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+
 MOVIES = Path(__file__).parents[2] / "shared" / "data" / "movies"
 ROWS = {"train": 12, "val": 6, "test": 9}
 QUICK = ("robustness_ratios=[0.0,0.7]", "robustness_seeds=[0,1]", "bootstrap=10")
@@ -59,7 +62,7 @@ def train(workspace: Workspace, name: str, data: Path, *options: str, task: str 
     return workspace.results / f"{name}_seed0" / "version_0"
 
 
-def refused(workspace: Workspace, capsys: pytest.CaptureFixture[str], data: Path, *options: str) -> str:
+def refused(workspace: Workspace, capsys: Captured, data: Path, *options: str) -> str:
     """The error of a run."""
     capsys.readouterr()
     assert command_line(workspace.command(*options, task="custom", data_root=data)) == 2
@@ -150,7 +153,7 @@ def test_evaluation_repeats_the_result(workspace: Workspace, fitted: Path, pets:
 
 
 def test_a_run_that_was_interrupted_ends_the_same(
-    workspace: Workspace, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, pets: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """From the checkpoint after the first epoch, to the last digit."""
     save = Checkpoints._write_last
@@ -177,7 +180,7 @@ def test_a_run_that_was_interrupted_ends_the_same(
 
 
 def test_a_warm_start_takes_the_head_of_the_same_classes_alone(
-    workspace: Workspace, fitted: Path, pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, fitted: Path, pets: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     renamed = make_own(tmp_path / "renamed", ["cat", "dog", "horse"])
     start = (f"load_path={fitted / 'best.ckpt'}", f"vit={workspace.backbone}")
@@ -188,9 +191,7 @@ def test_a_warm_start_takes_the_head_of_the_same_classes_alone(
     assert "the head too" in capsys.readouterr().err
 
 
-def test_data_of_other_classes_is_refused(
-    workspace: Workspace, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_of_other_classes_is_refused(workspace: Workspace, fitted: Path, tmp_path: Path, capsys: Captured) -> None:
     load = f"load_path={fitted / 'best.ckpt'}"
     for number, (labels, message) in enumerate(
         (
@@ -210,7 +211,7 @@ def test_data_of_other_classes_is_refused(
 
 
 def test_data_of_another_metric_cannot_go_on_but_be_tested(
-    workspace: Workspace, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, fitted: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     other = make_own(tmp_path, ["cat", "dog", "cow"])
     said = refused(workspace, capsys, other, f"resume_from={fitted / 'last.ckpt'}", f"vit={workspace.backbone}")
@@ -315,7 +316,7 @@ def test_the_cells_are_what_test_only_gives(workspace: Workspace, measured: dict
             assert found["values"][0] == pytest.approx(results["metrics"][metric], abs=1e-12), name
 
 
-def test_the_table_of_runs(measured: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_runs(measured: dict[str, Path], capsys: Captured) -> None:
     log_dir = measured["pets"].parents[1]
     assert command_line(["run.py", "runs", "with", f"log_dir={log_dir}"]) == 0
     assert "f1_macro (custom_pets)" in capsys.readouterr().out
@@ -406,7 +407,7 @@ def test_macro_f1_of_single_labels() -> None:
 
 
 def test_a_training_on_ones_own_data_goes_on_by_itself(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], pets: Path
+    workspace: Workspace, tmp_path: Path, capsys: Captured, pets: Path
 ) -> None:
     options = ("resume_from=auto", f"log_dir={tmp_path}", "exp_name=pets", "max_epoch=1", "val_check_interval=1.0")
     command = workspace.command(f"vit={workspace.backbone}", *options, task="custom", data_root=pets)
@@ -419,9 +420,7 @@ def test_a_training_on_ones_own_data_goes_on_by_itself(
     assert "resumes from" in capsys.readouterr().err
 
 
-def test_doctor_and_sweep_on_ones_own_data(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], pets: Path
-) -> None:
+def test_doctor_and_sweep_on_ones_own_data(workspace: Workspace, tmp_path: Path, capsys: Captured, pets: Path) -> None:
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=1", "val_check_interval=1.0")
     command = workspace.command(*options, task="custom", data_root=pets)
     assert command_line([command[0], "doctor", *command[1:]]) == 0

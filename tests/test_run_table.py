@@ -17,6 +17,9 @@ from run import command_line
 from runs.run_table import find_checkpoints, list_runs, sort_runs
 from tests.conftest import Workspace
 
+Captured = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+
 BEGAN = 1_750_000_000
 
 
@@ -162,7 +165,7 @@ def test_sorting_puts_what_is_lacking_last(tmp_path: Path) -> None:
         assert [row.seed for row in sort_runs(rows, order)] == seeds, order
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: Captured) -> None:
     for seed, tested in ((0, 0.25), (1, 0.75)):
         write_run(tmp_path / f"rep_seed{seed}" / "version_0", exp_name="rep", seed=seed, tested=tested)
     (tmp_path / "cut" / "version_0").mkdir(parents=True)
@@ -184,9 +187,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert rows[0]["metric"] == "f1_macro" and rows[0]["folder"] == str(tmp_path / "rep_seed1" / "version_0")
 
 
-def test_the_table_fits_into_a_narrow_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_fits_into_a_narrow_terminal(tmp_path: Path, capsys: Captured, monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     write_run(tmp_path / ("long_" * 20) / "version_0", max_epoch=20, tested=None)
     assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
@@ -195,7 +196,7 @@ def test_the_table_fits_into_a_narrow_terminal(
     assert "".join("".join(lines).split()).count("long_") >= 1 and "epochs" in "".join(lines)
 
 
-def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: Captured) -> None:
     assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("name  method  dataset")
 
@@ -209,7 +210,7 @@ def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: pytest.Cap
         ("run_sort=date", "unknown option run_sort; did you mean runs_sort?"),
     ],
 )
-def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str) -> None:
+def test_wrong_options(tmp_path: Path, capsys: Captured, option: str, message: str) -> None:
     assert command_line(["run.py", "runs", "with", option.format(top=tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message.format(top=tmp_path)}")
 

@@ -15,6 +15,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -176,10 +177,16 @@ def read_kept_table(root: Path, dataset: str, split: Split, pattern: MissingPatt
     published = next((path for path in _published_paths(root, stem, pattern.ratio) if _is_file(path)), None)
     if published is not None:
         table = _read_published(published, dataset, samples)
-        log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, published)
+        _say_published(dataset, split, published)
         return table
     path = root / _file_name(dataset, pattern, described)
     return _read(path, dataset, described) if pattern.ratio != 0 and _is_file(path) else None
+
+
+@cache
+def _say_published(dataset: str, split: Split, path: Path) -> None:
+    """Once, not for every seed."""
+    log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, path)
 
 
 def _file_name(dataset: str, pattern: MissingPattern, described: dict[str, str]) -> str:

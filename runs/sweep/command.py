@@ -3,8 +3,7 @@
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from common.locks import locked
 from common.messages import quoted
 from common.signals import Stopped
 from common.strict_json import read_json, write_json
-from config import Options
+from config import OPTIONS, Options
 from runs.check_options import check
+from runs.experiment import is_of_sweep, option_of
 from runs.run_reader import as_written_by_run
 from runs.sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
 from runs.sweep.jobs import run_command
@@ -26,10 +26,8 @@ log = logging.getLogger("rep")
 FORMAT = 1
 GRID = ("sweep_types", "sweep_ratios", "sweep_seeds", "sweep_over")
 SET_BY_GRID = {
-    "missing_type": "sweep_types",
-    "test_type": "sweep_types",
-    "missing_ratio": "sweep_ratios",
-    "test_ratio": "sweep_ratios",
+    **dict.fromkeys(("missing_type", "test_type"), "sweep_types"),
+    **dict.fromkeys(("missing_ratio", "test_ratio"), "sweep_ratios"),
     "seed": "sweep_seeds",
 }
 SET_BY_SWEEP = ("exp_name", "test_exp_name", "test_only", "test_after_fit", "fast_dev_run", "resume_from")
@@ -53,25 +51,31 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
     options = check_sweep(config, updates)
     metric = open_spec(options.task, options.data_root, options.splits).monitor
     folder = options.log_dir / options.sweep_name
-    given = [update for update in updates if not _is_of_sweep(_name(update))]
+    given = [update for update in updates if not is_of_sweep(option_of(update))]
     busy = f"sweep_name={options.sweep_name}: another sweep of this name is at work in {options.log_dir}"
-    with locked(folder / ".lock", busy), _interruptible(updates):
-        launch = None
-        if options.sweep_launcher != "commands":
-            launch = make_launcher(options.sweep_launcher, options.sweep_slurm, folder / "submitit")
-        record(options, metric, config, folder)
-        if options.search:
-            from runs.sweep.search import Search, open_study, run_search
+    with locked(folder / ".lock", busy):
+        try:
+            _run(options, metric, given, config, folder)
+        except (KeyboardInterrupt, Stopped):
+            log.info("stopped; the same command resumes: %s", shlex.join(run_command("sweep", "with", *updates)))
+            raise
 
-            assert launch is not None, "check_sweep lets no search be a list of commands"
-            study = open_study(folder / "optuna.journal", options.sweep_name)
-            run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
-            return
-        cells = grid_cells(options, given, folder)
-        if launch is None:
-            write_commands(options, cells, folder)
-        else:
-            run_grid(options, metric, cells, launch, folder)
+
+def _run(options: Options, metric: str, given: Sequence[str], config: Mapping[str, Any], folder: Path) -> None:
+    launch = None
+    if options.sweep_launcher != "commands":
+        launch = make_launcher(options.sweep_launcher, options.sweep_slurm, folder / "submitit")
+    record(options, metric, config, folder)
+    cells = [] if options.search else grid_cells(options, given, folder)
+    if launch is None:
+        write_commands(options, cells, folder)
+    elif not options.search:
+        run_grid(options, metric, cells, launch, folder)
+    else:
+        from runs.sweep.search import Search, open_study, run_search
+
+        study = open_study(folder / "optuna.journal", options.sweep_name)
+        run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
 
 
 def check_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> Options:
@@ -83,7 +87,7 @@ def check_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> Options:
     # Where the runs are elsewhere, they check themselves what that machine has.
     elsewhere = {"num_gpus": None, "precision": None} if config["sweep_launcher"] in ("slurm", "commands") else {}
     options = check({**config, **elsewhere})
-    names = [_name(update) for update in updates if "=" in update]
+    names = [option_of(update) for update in updates if "=" in update]
     for name in names:
         if name == "exp_name":
             raise ConfigError("exp_name: the runs of a sweep are named after it; expected sweep_name")
@@ -142,16 +146,11 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
     """
     path = folder / "sweep.json"
     grid = None if options.search else grid_axes(options)
-    fixed = [name for name in Options.__dataclass_fields__ if name not in FREE]
+    fixed = [name for name in OPTIONS if name not in FREE]
     values = {**config, "search": options.search}
-    mine = {
-        "format": FORMAT,
-        "name": options.sweep_name,
-        "task": options.task,
-        "metric": metric,
-        "grid": grid,
-        "options": {name: values[name] for name in fixed if grid is None or name not in SET_BY_GRID},
-    }
+    same = {name: values[name] for name in fixed if grid is None or name not in SET_BY_GRID}
+    of_sweep = {"name": options.sweep_name, "task": options.task, "metric": metric}
+    mine = {"format": FORMAT, **of_sweep, "grid": grid, "options": same}
     mine = json.loads(json.dumps(mine, default=str))
     if path.is_file():
         _check_same_sweep(path, mine, f"sweep_name={options.sweep_name}")
@@ -185,21 +184,3 @@ def _check_same_sweep(path: Path, mine: dict[str, Any], named: str) -> None:
                 f"{name}: expected at least {values}, as in {path}, found {here[name]}, without {lacking}; "
                 f"cells can be added, not taken away"
             )
-
-
-@contextmanager
-def _interruptible(updates: Sequence[str]) -> Iterator[None]:
-    """Says how to resume where Ctrl-C or SIGTERM ends the block."""
-    try:
-        yield
-    except (KeyboardInterrupt, Stopped):
-        log.info("stopped; the same command resumes: %s", shlex.join(run_command("sweep", "with", *updates)))
-        raise
-
-
-def _name(update: str) -> str:
-    return update.partition("=")[0].partition(".")[0].strip()
-
-
-def _is_of_sweep(name: str) -> bool:
-    return name.startswith("sweep_") or name in ("search", "search_trials")

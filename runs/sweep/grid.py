@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from common.errors import SweepError
 from common.files import atomic_path, write_csv
 from common.messages import quoted
 from common.strict_json import read_json
@@ -106,11 +105,7 @@ def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launc
         write()
     print(f"\nsweep {options.sweep_name}: {options.task} test, mean ± standard deviation over seeds\n")
     print(f"{table_text(write(), options, metric)}\n\n  written to {folder / 'table.csv'}\n")
-    if progress.failed:
-        print(f"failed:\n{progress.failures()}\n")
-        raise SweepError(
-            f"{len(progress.failed)} of {len(cells)} cells failed; the same command tries them again, and no other"
-        )
+    progress.end(f"of {len(cells)} cells failed; the same command tries them again, and no other")
 
 
 def write_commands(options: Options, cells: Sequence[Cell], folder: Path) -> None:
@@ -134,35 +129,25 @@ def _log_states(options: Options, cells: Sequence[Cell]) -> None:
 def table_rows(options: Options, metric: str, cells: Sequence[Cell], failed: Collection[Job]) -> list[dict[str, Any]]:
     """A row per pattern, with the names of the columns of table.csv; `metric` is there before any seed is complete."""
     results = {cell.job: cell.result() for cell in cells}
-    names = dict.fromkeys(name for result in results.values() if result for name in result if name not in COSTS)
-    rows: dict[tuple[Any, ...], list[Cell]] = {}
+    metrics = dict.fromkeys(name for result in results.values() if result for name in result if name not in COSTS)
+    patterns: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        rows.setdefault((*cell.variant.values(), cell.missing_type, cell.ratio), []).append(cell)
-    return [_row(options, list(names) or [metric], seeds, results, failed) for seeds in rows.values()]
-
-
-def _row(
-    options: Options,
-    metrics: Sequence[str],
-    seeds: Sequence[Cell],
-    results: dict[Job, dict[str, float] | None],
-    failed: Collection[Job],
-) -> dict[str, Any]:
-    missing_type, ratio = seeds[0].missing_type, seeds[0].ratio
-    shares = available_shares(EVERY_DATASET[options.task].modalities, missing_type, ratio, options.both_ratio)
-    complete = [result for cell in seeds if (result := results[cell.job]) is not None]
-    n_failed = sum(cell.job in failed for cell in seeds)
-    row = {
-        **seeds[0].variant,
-        "missing_type": missing_type,
-        "ratio": ratio,
-        **{f"{name}{AVAILABLE}": round(share, 6) for name, share in shares.items()},
-    }
-    for name in (*metrics, *COSTS):  # of what all seeds have
-        found = estimate([result[name] for result in complete]) if all(name in result for result in complete) else None
-        mean, std = (found.mean, found.std) if found else ("", "")
-        row |= {name: mean} if name in COSTS else {f"{name}_mean": mean, f"{name}_std": std}
-    return {**row, "complete": len(complete), "failed": n_failed, "open": len(seeds) - len(complete) - n_failed}
+        patterns.setdefault((*cell.variant.values(), cell.missing_type, cell.ratio), []).append(cell)
+    rows = []
+    for seeds in patterns.values():
+        cell, complete = seeds[0], [result for one in seeds if (result := results[one.job]) is not None]
+        row = {**cell.variant, "missing_type": cell.missing_type, "ratio": cell.ratio}
+        modalities = EVERY_DATASET[options.task].modalities
+        shares = available_shares(modalities, cell.missing_type, cell.ratio, options.both_ratio)
+        row |= {f"{name}{AVAILABLE}": round(share, 6) for name, share in shares.items()}
+        for name in (*(metrics or [metric]), *COSTS):
+            of_all = [result[name] for result in complete] if all(name in result for result in complete) else []
+            mean, std, _ = estimate(of_all) or ("", "", 0)
+            row |= {name: mean} if name in COSTS else {f"{name}_mean": mean, f"{name}_std": std}
+        n_failed = sum(one.job in failed for one in seeds)
+        counts = {"complete": len(complete), "failed": n_failed, "open": len(seeds) - len(complete) - n_failed}
+        rows.append({**row, **counts})
+    return rows
 
 
 def table_text(rows: Sequence[dict[str, Any]], options: Options, metric: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common.errors import BusyError
+from common.errors import BusyError, SweepError
 from common.locks import locked
 from common.text import duration
 
@@ -112,9 +112,12 @@ class Progress:
         rest = f"; about {duration((self.total - place) * per_run)} left" if place < self.total else ""
         log.info("[%d/%d] %s: %s (%s%s)", place, self.total, job.name, words, duration(outcome.seconds), rest)
 
-    def failures(self) -> str:
-        """The runs that failed, each with its last error and its log, as text."""
-        return "\n".join(f"  {job.name}: {error}\n    {job.log}" for job, error in self.failed)
+    def end(self, failed: str) -> None:
+        """Prints the runs that failed, each with its last error and its log; raises SweepError if there are any."""
+        if self.failed:
+            listed = "\n".join(f"  {job.name}: {error}\n    {job.log}" for job, error in self.failed)
+            print(f"failed:\n{listed}\n")
+            raise SweepError(f"{len(self.failed)} {failed}")
 
 
 def run_command(*arguments: str) -> list[str]:

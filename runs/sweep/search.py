@@ -137,7 +137,6 @@ def open_study(path: Path, name: str) -> optuna.Study:
             study_name=name,
             direction="maximize",
             load_if_exists=True,
-            pruner=optuna.pruners.NopPruner(),
         )
     except Exception as error:  # of many types, on a damaged file
         raise SweepError(f"{path}: not readable as Optuna's journal: {first_line(error)}") from error
@@ -168,9 +167,7 @@ def run_search(search: Search, launch: Launcher) -> None:
         write_trials(search)
     write_trials(search)
     _print_best(search)
-    if progress.failed:
-        print(f"failed:\n{progress.failures()}\n")
-        raise SweepError(f"{len(progress.failed)} trials failed; the same command tries as many others")
+    progress.end("trials failed; the same command tries as many others")
 
 
 def _proposals(search: Search) -> Iterator[tuple[int, dict[str, Any]]]:

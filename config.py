@@ -3,12 +3,11 @@
 Nothing here loads torch, so that `print_config` and a wrong option answer at once.
 """
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from clip.modules.registry import HEADS, METHODS
 from common.errors import ConfigError
@@ -128,41 +127,6 @@ def sort_order(option: str, value: Any) -> str:
     if str(value).removeprefix("-") not in COLUMNS:
         raise wrong(option, f"{', '.join(COLUMNS)}, or one of these with - in front", value)
     return str(value)
-
-
-def values_of_options(option: str, value: Any) -> dict[str, tuple[Any, ...]]:
-    """Reads a dictionary of options of the model or its training, each with several values."""
-    space = {}
-    for name, values in dictionary(option, value).items():
-        if name not in OPTIONS:
-            raise ConfigError(f"{option}: {unknown_option([name], list(OPTIONS))}")
-        if OPTIONS[name].kind not in (MODEL, TRAINING):
-            raise ConfigError(f"{option}.{name}: expected an option of the model or its training, found {name!r}")
-        space[name] = several(OPTIONS[name].read)(f"{option}.{name}", values)
-    return space
-
-
-def search_space(option: str, value: Any) -> dict[str, tuple[Any, ...]]:
-    """Reads a dictionary of options, each with the values to look among (see `is_range`)."""
-    space = values_of_options(option, value)
-    for name, values in space.items():
-        if len(values) < 2:
-            raise wrong(f"{option}.{name}", "a list of at least two values", list(values))
-        if is_range(name, values) and values[0] >= values[1]:
-            raise wrong(f"{option}.{name}", "a range, the lower end first", list(values))
-        if is_range_of_steps(name, values) and (0 < values[0] < 1 or values[1] == 1):
-            raise wrong(f"{option}.{name}", "a range of shares, all below 1, or of numbers of steps", list(values))
-    return space
-
-
-def is_range(name: str, values: Sequence[Any]) -> bool:
-    """Whether `values` of a search are the two ends of a range: two numbers for an option that is any number."""
-    return len(values) == 2 and get_type_hints(Options)[name] is float
-
-
-def is_range_of_steps(name: str, values: Sequence[Any]) -> bool:
-    """Whether a range is of whole numbers: of `warmup_steps` up to 1 or more, where below 1 it is a share."""
-    return name == "warmup_steps" and is_range(name, values) and values[1] >= 1
 
 
 # The table
@@ -307,13 +271,13 @@ class Options:
     sweep_ratios: tuple[float, ...] = option([0.5, 0.7, 0.9], several(number(0, 1)), COMMAND, "sweep: missing ratios")
     sweep_seeds: tuple[int, ...] = option([0, 1, 2], several(SEED), COMMAND, "sweep: seeds")
     sweep_over: dict[str, tuple[Any, ...]] = option(
-        None, values_of_options, COMMAND, "sweep: further options, as sweep_over.memory_depth=[3,6]")
+        None, dictionary, COMMAND, "sweep: further options, as sweep_over.memory_depth=[3,6]")
     sweep_launcher: str = option("local", one_of("local", "slurm", "submitit_local", "commands"), COMMAND,
         "sweep: local, slurm, submitit_local (as on SLURM, here), or commands (a list, nothing run)")
     sweep_slurm: dict[str, Any] = option(
         None, dictionary, COMMAND, "sweep: submitit's parameters, as sweep_slurm.partition=gpu")
     search: dict[str, tuple[Any, ...]] = option(
-        None, search_space, COMMAND, "sweep: instead of a grid, options to search: search.learning_rate=[1e-4,1e-1]")
+        None, dictionary, COMMAND, "sweep: instead of a grid, options to search: search.learning_rate=[1e-4,1e-1]")
     search_trials: int = option(20, integer(1), COMMAND, "sweep: complete trials that a search ends with")
     # fmt: on
 
@@ -383,12 +347,3 @@ NAMED_CONFIGS: dict[str, dict[str, Any]] = {
     "rep_described": {"replay_depth": 6, "decoupling_weight": 0.1, "dynamic_init": True},
     "ablation": {"sweep_over": {"far": [False, True], "fmb": [False, True]}},
 }
-
-
-def unknown_option(names: list[str], known: list[str]) -> ConfigError:
-    """The error for options that do not exist, with the nearest that do."""
-    found = []
-    for name in names:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        found.append(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
-    return ConfigError("; ".join(found) + " (`python run.py print_config` shows all)")

@@ -17,9 +17,9 @@ from common.errors import CheckupError, ConfigError, OtherProcessError, UserErro
 from common.logs import set_up_logging
 from common.messages import first_line
 from common.signals import Stopped, end_loaders, stopping_on_signals
-from config import DEFAULTS, OPTIONS, unknown_option
+from config import DEFAULTS, OPTIONS
 from engine.ending import DONE, INTERRUPTED, USER_ERROR, end_with_our_fault, end_with_signal, end_with_user_error
-from runs.check_options import PREDICTION_OPTIONS, check, read_load_paths, read_options
+from runs.check_options import PREDICTION_OPTIONS, check, read_load_paths, read_options, unknown_option
 from runs.experiment import (
     EX,
     ConfigAddedError,

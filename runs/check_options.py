@@ -1,13 +1,14 @@
 """The check of the options: each by itself, against each other, the machine, and the files that they name."""
 
+import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from common.errors import ConfigError
-from common.readers import path, several
-from config import AUTO, OPTIONS, PRECISIONS, MissingTypeReader, Options
+from common.readers import path, several, wrong
+from config import AUTO, MODEL, OPTIONS, PRECISIONS, TRAINING, MissingTypeReader, Options
 from vilt.datasets.specs import CLIP, EVERY_DATASET
 from vilt.missing_tables import PUBLISHED
 
@@ -43,6 +44,8 @@ def resolve(config: Mapping[str, Any]) -> Options:
 
 def _read_all(config: Mapping[str, Any]) -> dict[str, Any]:
     values = read_options(config, OPTIONS)
+    values["sweep_over"] = values_of_options("sweep_over", values["sweep_over"])
+    values["search"] = search_space("search", values["search"])
     for name, overridden in (("test_ratio", "missing_ratio"), ("test_type", "missing_type")):
         if values[name] is not None:
             values[overridden] |= {"val": values[name], "test": values[name]}
@@ -164,3 +167,47 @@ def _check_data_and_weights(options: Options) -> None:
             f"vit: expected one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a Hugging Face folder or a weights "
             f"file, found {options.vit!r}"
         )
+
+
+def values_of_options(option: str, value: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Checks options of the model or its training that have several values each, for a sweep. Raises ConfigError."""
+    space = {}
+    for name, values in value.items():
+        if name not in OPTIONS:
+            raise ConfigError(f"{option}: {unknown_option([name], list(OPTIONS))}")
+        if OPTIONS[name].kind not in (MODEL, TRAINING):
+            raise ConfigError(f"{option}.{name}: expected an option of the model or its training, found {name!r}")
+        space[name] = several(OPTIONS[name].read)(f"{option}.{name}", values)
+    return space
+
+
+def search_space(option: str, value: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Checks options with the values to look among (see `is_range`). Raises ConfigError."""
+    space = values_of_options(option, value)
+    for name, values in space.items():
+        if len(values) < 2:
+            raise wrong(f"{option}.{name}", "a list of at least two values", list(values))
+        if is_range(name, values) and values[0] >= values[1]:
+            raise wrong(f"{option}.{name}", "a range, the lower end first", list(values))
+        if is_range_of_steps(name, values) and (0 < values[0] < 1 or values[1] == 1):
+            raise wrong(f"{option}.{name}", "a range of shares, all below 1, or of numbers of steps", list(values))
+    return space
+
+
+def is_range(name: str, values: Sequence[Any]) -> bool:
+    """Whether `values` of a search are the two ends of a range: two numbers for an option that is any number."""
+    return len(values) == 2 and get_type_hints(Options)[name] is float
+
+
+def is_range_of_steps(name: str, values: Sequence[Any]) -> bool:
+    """Whether a range is of whole numbers: of `warmup_steps` up to 1 or more, where below 1 it is a share."""
+    return name == "warmup_steps" and is_range(name, values) and values[1] >= 1
+
+
+def unknown_option(names: list[str], known: list[str]) -> ConfigError:
+    """The error for options that do not exist, with the nearest that do."""
+    found = []
+    for name in names:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        found.append(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return ConfigError("; ".join(found) + " (`python run.py print_config` shows all)")

@@ -23,8 +23,8 @@ from common.errors import ConfigError, SweepError
 from common.files import write_csv
 from common.messages import first_line
 from common.text import terminal_table
-from config import Options, is_range, is_range_of_steps
-from runs.check_options import check
+from config import Options
+from runs.check_options import check, is_range, is_range_of_steps
 from runs.run_reader import open_checkpoint
 from runs.sweep.jobs import Job, Outcome, Progress, run_command
 from runs.sweep.launchers import Launcher

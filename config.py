@@ -53,7 +53,7 @@ PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 def task_name(option: str, value: Any) -> str:
     """Reads the name of a task."""
     if not isinstance(value, str) or value not in EVERY_DATASET:
-        raise ConfigError(f"{wrong(option, ' or '.join(DATASETS), value)}; data of your own is {CUSTOM}")
+        raise ConfigError(f"{wrong(option, ' or '.join(DATASETS), value)}; a custom dataset is {CUSTOM}")
     return str(value)
 
 

@@ -3,7 +3,7 @@
 `python run.py robustness with load_path=…` evaluates at every missing type and ratio; `python run.py runs` lists runs;
 `python run.py report with runs=…` writes a page about them; `python run.py print_config` shows the options;
 `python run.py doctor with …` checks, before a long run, that all it needs is there and intact.
-Exit status: 0 done, 2 something the user can mend, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM.
+Exit status: 0 done, 2 something the user can correct, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import logging

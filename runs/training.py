@@ -175,14 +175,14 @@ def warm_start(
         "warm start from %s: %d entries of the memory loaded, %s",
         checkpoint.path,
         len([name for name in wanted if not name.startswith(heads)]),
-        "the head too" if with_head else "the head starts anew (finetune_first=True takes it too)",
+        "the head too" if with_head else "the head starts from random values (finetune_first=True takes it too)",
     )
 
 
 def check_resume(
     checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone, fingerprint: str, dataset: ArrowDataset
 ) -> None:
-    """Raises CheckpointError unless training can go on from `checkpoint` with this model on `dataset`."""
+    """Raises CheckpointError unless training can resume from `checkpoint` with this model on `dataset`."""
     if checkpoint.published:
         raise CheckpointError(f"resume_from={checkpoint.path}: a published checkpoint; use it as load_path")
     if not checkpoint.resumable:

@@ -9,6 +9,7 @@
 # make clean  removes what the above made
 
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Of `pip freeze`: no CUDA packages, which a torch with CUDA pins itself; no local versions (torch's +cpu); names as pip
@@ -21,7 +22,7 @@ demo: .venv/.ready
 	$(BIN)/python -m demo
 
 test: .venv/.ready-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-long: .venv/.ready-dev
 	TEST_LONG=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

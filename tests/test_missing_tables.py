@@ -248,7 +248,7 @@ def test_nothing_is_kept_where_nothing_is_missing(tmp_path):
 def _load_in_step(root: Path, barrier, results, rounds: int) -> None:
     for seed in range(rounds):
         try:
-            barrier.wait(30)
+            barrier.wait(60)
             table = load_missing_table(root, "mmimdb", "train", MissingPattern("both", 0.7, 0.5, seed), 2000)
             results.put((seed, digits(table)))
         except Exception as error:
@@ -256,8 +256,8 @@ def _load_in_step(root: Path, barrier, results, rounds: int) -> None:
 
 
 def test_processes_that_race_get_the_same_table_and_leave_one_file(tmp_path):
-    context = multiprocessing.get_context("fork")
-    rounds, n_processes = 10, 8
+    context = multiprocessing.get_context("spawn")
+    rounds, n_processes = 10, 4
     barrier, results = context.Barrier(n_processes), context.Queue()
     processes = [
         context.Process(target=_load_in_step, args=(tmp_path, barrier, results, rounds), daemon=True)

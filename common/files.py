@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -137,9 +137,10 @@ def _parts(target: Path) -> list[Path]:
 
 def _remove_abandoned(target: Path) -> None:
     for part in _parts(target):
-        if time.time() - part.lstat().st_mtime > ABANDONED_S:
-            _remove(part)
-            log.info("%s: left by a killed writer; removed", part)
+        with suppress(FileNotFoundError):  # its writer is done by now
+            if time.time() - part.lstat().st_mtime > ABANDONED_S:
+                _remove(part)
+                log.info("%s: left by a killed writer; removed", part)
 
 
 def _remove(part: Path) -> None:

@@ -18,6 +18,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, on
 
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
+SLOW = (
+    *(
+        "agreement",
+        "datamodules",
+        "demo",
+        "ending",
+        "fuzz",
+        "golden_training",
+        "hostile_runs",
+        "interruption",
+        "long_run",
+    ),
+    *("processes", "report_page", "resume", "robustness", "run", "run_custom", "run_methods", "sweep", "writers"),
+)
+"""Test files that train, or start processes: `pytest -m "not slow"` leaves them out."""
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
 
 
@@ -60,6 +75,12 @@ class Workspace:
             "max_epoch=2",
             *options,
         ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 def _make_backbone(root: Path) -> None:

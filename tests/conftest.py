@@ -19,18 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, on
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 SLOW = (
-    *(
-        "agreement",
-        "datamodules",
-        "demo",
-        "ending",
-        "fuzz",
-        "golden_training",
-        "hostile_runs",
-        "interruption",
-        "long_run",
-    ),
-    *("processes", "report_page", "resume", "robustness", "run", "run_custom", "run_methods", "sweep", "writers"),
+    *("agreement", "backbone", "datamodules", "demo", "ending", "fuzz", "golden_training", "hostile_runs"),
+    *("interruption", "long_run", "methods", "processes", "published", "report_page", "resume"),
+    *("robustness", "run", "run_custom", "run_methods", "sweep", "writers"),
 )
 """Test files that train, or start processes: `pytest -m "not slow"` leaves them out."""
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"

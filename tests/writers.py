@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -291,7 +292,8 @@ def _read_robustness(folder: Path) -> Any:
         assert "logits.arrow" in names or names == {f"{name}.part.arrow" for name in LOGIT_COLUMNS}
         return None
     assert found.logits is not None and names >= {"logits.arrow", *RESULTS} - {"confusions.csv", "roc.csv"}
-    return _digest((found.cells.to_csv(), found.by_type.to_csv(), found.test_set))
+    seeds = json.loads((robustness / "robustness.json").read_text())["table_seeds"]  # figures may be the same
+    return _digest((found.cells.to_csv(), found.by_type.to_csv(), found.test_set, seeds))
 
 
 def _prepare_predictions(folder: Path, workspace: Workspace) -> None:

@@ -6,7 +6,6 @@ the run.
 """
 
 import hashlib
-import json
 import math
 import re
 import zipfile
@@ -20,12 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clip.modules.vision_transformer_memory import ACTIVATIONS, ClipArchitecture, ClipBackbone
+from clip.preprocessing import image_statistics, open_clip_heads, read_open_clip
 from clip.pretrained import read_pretrained
 from clip.tokenizer import CONTEXT_LENGTH
 from common.errors import BackboneError
 from common.hashing import file_sha256
 from common.messages import first_line
-from common.torch_file import check_names, check_state, first_of, load_inert, state_dict_of
+from common.torch_file import check_names, check_state, first_of, load_inert, state_dict_of, unwrapped_names
 
 HUB_NAMES = {
     "ViT-B/32": "openai/clip-vit-base-patch32",
@@ -44,8 +44,12 @@ HEAD_WIDTH = 64
 WIDEST = 1024
 """Width of ViT-L. Wider towers of open_clip (ViT-H, g, bigG) have heads of another width, which no shape shows."""
 LAYER_NORM_EPS = 1e-5
+END_ID = 49407
+"""Of `<end>` in CLIP's vocabulary, where the text tower reads out."""
 IGNORED_ENTRIES = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
 """Not weights: sizes that OpenAI's archives store, and a constant mask."""
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Entries of a training's checkpoint under which its state dict may be."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,7 @@ def load_backbone(vit: str, *, trust: bool = False, activation: str | None = Non
                 raise ValueError(f"says its activation itself; leave out vit_activation={activation}")
             state, architecture = _from_hugging_face(vit)
         elif path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
-            raw = _read_file(path, trust)
-            state, architecture = _from_openai_names(raw, _activation(path, raw, activation))
+            state, architecture = _from_openai_names(path, _read_file(path, trust), activation)
         else:
             raise ValueError(
                 f"expected one of {', '.join(HUB_NAMES)}, a Hugging Face folder, or a .pt, .bin or .safetensors file; "
@@ -95,6 +98,9 @@ def load_backbone(vit: str, *, trust: bool = False, activation: str | None = Non
             )
         if architecture.context_length != CONTEXT_LENGTH:
             raise ValueError(f"expected a text context of {CONTEXT_LENGTH}, found {architecture.context_length}")
+        if vit not in HUB_NAMES:
+            beside = path if path.is_dir() else path.parent
+            architecture = replace(architecture, **image_statistics(beside, architecture.image_size))  # type: ignore[arg-type]
         with torch.device("meta"):
             check_state(state, ClipBackbone(architecture).state_dict())
     except ValueError as error:
@@ -163,6 +169,7 @@ def _from_hugging_face(vit: str) -> tuple[dict[str, Tensor], ClipArchitecture]:
         return CLIPModel.from_pretrained(
             source,
             local_files_only=local_files_only,
+            key_mapping={r"(^|\.)_orig_mod\.": r"\1", r"^(module\.)+": ""},  # as `unwrapped_names`
             dtype=torch.float32,
             attn_implementation="eager",  # else config.json may name one on the hub, which would be fetched and run
             output_loading_info=True,
@@ -182,6 +189,11 @@ def _from_hugging_face(vit: str) -> tuple[dict[str, Tensor], ClipArchitecture]:
                 f"expected {entry} {' or '.join(map(str, known))} in both towers, "
                 f"found {of_image} (image) and {of_text} (text)"
             )
+    ends = (2, END_ID, text.vocab_size - 1)  # 2 stands for the highest id in old files
+    if text.eos_token_id not in ends:
+        raise ValueError(f"expected eos_token_id {' or '.join(map(str, ends))}, found {text.eos_token_id}")
+    if (Path(vit) / "adapter_config.json").is_file():
+        raise ValueError("adapter_config.json: an adapter beside the weights is not supported; merge it into them")
     state = _openai_names(model.state_dict())
     heads = {"vision_heads": vision.num_attention_heads, "text_heads": text.num_attention_heads}
     return state, replace(architecture_of(state, vision.hidden_act), **heads)
@@ -230,7 +242,7 @@ def _read_file(path: Path, trust: bool) -> dict[str, Tensor]:
     """State dict of a weights file, under the names it holds."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return unwrapped_names(load_file(path))
         if path.suffix != ".bin" and _is_torchscript(path):
             digest = file_sha256(path)
             if digest not in OPENAI_SHA256 and not trust:
@@ -244,9 +256,10 @@ def _read_file(path: Path, trust: bool) -> dict[str, Tensor]:
         raise
     except Exception as error:  # torch and safetensors raise many types on damaged files
         raise ValueError(f"not readable as weights: {first_line(error)}") from error
-    wrapped = isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict)
-    state = state_dict_of(raw["state_dict"] if wrapped else raw)
-    return {name.removeprefix("module."): tensor.detach() for name, tensor in state.items()}
+    for wrapper in WRAPPERS:
+        if isinstance(raw, dict) and isinstance(raw.get(wrapper), dict):
+            raw = raw[wrapper]
+    return {name: tensor.detach() for name, tensor in unwrapped_names(state_dict_of(raw)).items()}
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -256,21 +269,36 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def _activation(path: Path, raw: Mapping[str, Tensor], given: str | None) -> str:
+def _from_openai_names(
+    path: Path, raw: Mapping[str, Tensor], activation: str | None
+) -> tuple[dict[str, Tensor], ClipArchitecture]:
+    state = {}
+    for name, tensor in raw.items():  # the image tower is under `visual.` here, and the text tower at the top
+        if name not in IGNORED_ENTRIES:
+            tower = "" if name == "logit_scale" else "image_encoder." if name.startswith("visual.") else "text_encoder."
+            state[tower + name.removeprefix("visual.")] = tensor
+    config = read_open_clip(path.parent)
+    architecture = architecture_of(state, _activation(raw, config, activation))
+    heads = open_clip_heads(config, architecture.vision_width)
+    if architecture.vision_width > WIDEST and "vision_heads" not in heads:
+        raise ValueError(
+            f"an image tower of width {architecture.vision_width}; those wider than {WIDEST} have heads whose number "
+            f"a state dict does not show; put its open_clip_config.json, which has head_width, beside the file, or use "
+            f"a Hugging Face folder of this model"
+        )
+    return state, replace(architecture, **heads)  # type: ignore[arg-type]
+
+
+def _activation(raw: Mapping[str, Tensor], open_clip: Mapping[str, Any], given: str | None) -> str:
     """What the file says its activation is, else `given`.
 
     OpenAI's files hold `input_resolution`; open_clip's say it in open_clip_config.json beside them.
     """
-    config = path.with_name("open_clip_config.json")
     stated = None
     if "input_resolution" in raw:
         stated = "quick_gelu"
-    elif config.is_file():
-        try:
-            quick = json.loads(config.read_text("utf-8"))["model_cfg"].get("quick_gelu", False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{config}: expected an object with `model_cfg`: {error!r}") from error
-        stated = "quick_gelu" if quick else "gelu"
+    elif open_clip:
+        stated = "quick_gelu" if open_clip["model_cfg"].get("quick_gelu", False) else "gelu"
     if (stated or given) is None:
         raise ValueError(
             "a state dict does not say its activation; give vit_activation=quick_gelu (OpenAI's weights) or "
@@ -280,21 +308,6 @@ def _activation(path: Path, raw: Mapping[str, Tensor], given: str | None) -> str
     if given is not None and given not in known:
         raise ValueError(f"expected vit_activation={' or '.join(known)}, as the file has it, found {given}")
     return stated or given or ""
-
-
-def _from_openai_names(raw: Mapping[str, Tensor], activation: str) -> tuple[dict[str, Tensor], ClipArchitecture]:
-    state = {}
-    for name, tensor in raw.items():  # the image tower is under `visual.` here, and the text tower at the top
-        if name not in IGNORED_ENTRIES:
-            tower = "" if name == "logit_scale" else "image_encoder." if name.startswith("visual.") else "text_encoder."
-            state[tower + name.removeprefix("visual.")] = tensor
-    architecture = architecture_of(state, activation)
-    if architecture.vision_width > WIDEST:
-        raise ValueError(
-            f"an image tower of width {architecture.vision_width}; those wider than {WIDEST} have heads whose number "
-            f"a state dict does not show; use a Hugging Face folder of this model"
-        )
-    return state, architecture
 
 
 def _sha256(state: Mapping[str, Tensor]) -> str:

@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -16,10 +17,12 @@ from tokenizers.models import BPE
 
 from clip.pretrained import read_pretrained
 from common.errors import BackboneError
-from common.messages import first_line
+from common.messages import first_line, listed
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
+FILES = ("tokenizer.json", "vocab.json")
+"""Of a Hugging Face tokenizer: at least one is in its folder."""
 CLIP_MERGES = 49152 - 256 - 2
 """Merges that CLIP reads from its file, which holds more."""
 PIECES = (
@@ -134,8 +137,31 @@ def _from_hugging_face(source: str) -> ClipTokenizer:
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
         if len(model["vocab"]) <= len(tokenizer.all_special_tokens):  # what transformers makes where no files are
             raise ValueError("no vocabulary found")
+        _check_settings(tokenizer)
         merges = [(a, b) for a, b in (m if isinstance(m, list) else m.split() for m in model["merges"])]
         return ClipTokenizer(model["vocab"], merges)
 
     what = "a CLIP tokenizer (a Hugging Face folder, a hub name, or the merges file bpe_simple_vocab_16e6.txt.gz)"
     return read_pretrained(f"tokenizer={source}", source, read, what)
+
+
+def _check_settings(tokenizer: Any) -> None:
+    """Raises ValueError where a Hugging Face tokenizer is set to give other ids than OpenAI's code."""
+    settings = tokenizer.init_kwargs
+    added = sorted({token.content for token in tokenizer.added_tokens_decoder.values()} - {START, END})
+    for name, expected, found, fits in (
+        ("added tokens", f"{START} and {END} alone", listed(added), not added),
+        ("bos_token", START, tokenizer.bos_token, tokenizer.bos_token == START),
+        ("eos_token", END, tokenizer.eos_token, tokenizer.eos_token == END),
+        ("do_lower_case", True, settings.get("do_lower_case"), settings.get("do_lower_case", True)),
+        ("add_prefix_space", False, settings.get("add_prefix_space"), not settings.get("add_prefix_space", False)),
+        ("truncation_side", "right", tokenizer.truncation_side, tokenizer.truncation_side == "right"),
+        (
+            "model_max_length",
+            f"at least {CONTEXT_LENGTH}",
+            tokenizer.model_max_length,
+            tokenizer.model_max_length >= CONTEXT_LENGTH,
+        ),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: expected {expected}, found {found}, which is not supported")

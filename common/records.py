@@ -1,7 +1,7 @@
 """Dataclasses of plain values, read back from the dicts that `dataclasses.asdict` made of them."""
 
 from dataclasses import MISSING, fields
-from typing import TypeVar, get_type_hints
+from typing import TypeVar, get_origin, get_type_hints
 
 from common.messages import listed, quoted
 
@@ -22,7 +22,8 @@ def record_of(kind: type[T], values: object) -> T:
     if missing or unknown:
         raise ValueError(f"{kind.__name__}: missing: {listed(missing)}; unknown: {listed(unknown)}")
     for name, value in values.items():
-        if not isinstance(value, types[name]):
+        plain = tuple if get_origin(types[name]) is tuple else types[name]
+        if not isinstance(value, plain):
             expected = getattr(types[name], "__name__", types[name])
             raise ValueError(f"{name}: expected {expected}, found {quoted(value)}")
     return kind(**values)

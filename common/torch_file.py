@@ -37,6 +37,22 @@ def state_dict_of(value: object) -> dict[str, Tensor]:
     return value
 
 
+def unwrapped_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add to names.
+
+    Raises ValueError where two entries then have one name.
+    """
+    found = {}
+    for name, tensor in state.items():
+        plain = name.replace("_orig_mod.", "")
+        while plain.startswith("module."):
+            plain = plain.removeprefix("module.")
+        if plain in found:
+            raise ValueError(f"two entries are {plain}, one of them as {name}")
+        found[plain] = tensor
+    return found
+
+
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless `state` has exactly the names and shapes of `expected`, and finite numbers."""
     check_names(missing=expected.keys() - state.keys(), unexpected=state.keys() - expected.keys())

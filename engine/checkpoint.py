@@ -26,7 +26,7 @@ from common.errors import CheckpointError
 from common.hashing import file_sha256
 from common.messages import first_line, quoted
 from common.records import record_of
-from common.torch_file import check_state, first_of, load_inert, state_dict_of
+from common.torch_file import check_state, first_of, load_inert, state_dict_of, unwrapped_names
 from engine.checkpoint_file import check_intact
 from engine.families import family_of
 from engine.tasks import TASKS, task_of
@@ -205,7 +205,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(
                 f"expected a Lightning checkpoint with a state_dict, found a {type(raw).__name__} {found}".rstrip()
             )
-        state = state_dict_of(raw["state_dict"])
+        state = unwrapped_names(state_dict_of(raw["state_dict"]))
         described = raw.get(DESCRIPTION)
         of_model = {"spec": _published_spec(state)} if described is None else _described_model(described)
     except (KeyError, TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from clip.backbone import HUB_NAMES, load_backbone
 from clip.backbone import Backbone as FrozenWeights
 from clip.modules.interfaces import Backbone
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
-from clip.tokenizer import ClipTokenizer, load_tokenizer
+from clip.tokenizer import FILES, ClipTokenizer, load_tokenizer
 from common.errors import BackboneError, ConfigError
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.specs import CLIP, EVERY_DATASET
@@ -71,7 +71,9 @@ class ClipFamily(Family):
     def inputs(self, choice: BackboneChoice, architecture: ClipArchitecture | None) -> InputFormat:
         """With the tokenizer that the user names, or the one that comes with the backbone."""
         vit = str(choice.vit)
-        source = choice.tokenizer or (vit if Path(vit).is_dir() else HUB_NAMES.get(vit, HUB_NAMES["ViT-B/16"]))
+        beside = Path(vit) if Path(vit).is_dir() else Path(vit).parent
+        comes_along = Path(vit).is_dir() or (Path(vit).is_file() and any((beside / name).is_file() for name in FILES))
+        source = choice.tokenizer or (str(beside) if comes_along else HUB_NAMES.get(vit, HUB_NAMES["ViT-B/16"]))
         tokenizer = load_tokenizer(source)
         if architecture is None:
             return InputFormat(tokenize=tokenizer, fingerprint=tokenizer.fingerprint)

@@ -78,6 +78,11 @@ def add_position_ids(state: dict[str, Tensor]) -> None:
     state["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
 
 
+def compiled(state: dict[str, Tensor]) -> None:
+    for name in list(state):
+        state[f"module._orig_mod.{name}"] = state.pop(name)
+
+
 def scalars() -> dict[str, Tensor]:
     return {name: torch.tensor(value) for name, value in SCALARS.items()}
 
@@ -160,6 +165,15 @@ FORMATS: dict[str, Callable[[Tiny, Path], str]] = {
     ),
     "open_clip safetensors": lambda tiny, to: open_clip(tiny, to / "open_clip_model.safetensors", quick=True),
     "open_clip bin": lambda tiny, to: open_clip(tiny, to / "open_clip_pytorch_model.bin", quick=True),
+    "compiled": lambda tiny, to: saved(
+        {
+            f"module._orig_mod.{name.replace('resblocks.1.', 'resblocks.1._orig_mod.')}": value
+            for name, value in {**tiny.openai, **scalars()}.items()
+        },
+        to / "clip.pt",
+    ),
+    "compiled folder": lambda tiny, to: hf_folder(tiny, to / "hf", compiled),
+    "model entry": lambda tiny, to: saved({"model": {**tiny.openai, **scalars()}, "epoch": 1}, to / "clip.pt"),
     "open_clip training": lambda tiny, to: saved(
         wrapped(tiny.openai), Path(open_clip(tiny, to / "unused.bin", quick=True)).with_name("epoch_3.pt")
     ),
@@ -283,9 +297,9 @@ def test_activation_that_contradicts_the_file_is_refused(name: str, tiny: Tiny, 
 
 def test_broken_open_clip_config_is_named(tiny: Tiny, tmp_path: Path) -> None:
     vit = open_clip(tiny, tmp_path / "open_clip.bin", None)
-    for content in ("{", "[]", "{}", '{"model_cfg": 3}'):
+    for content in ("{", "[]", '{"a": 1}', '{"model_cfg": 3}'):
         (tmp_path / "open_clip_config.json").write_text(content)
-        refused(vit, "open_clip_config.json: expected an object with `model_cfg`")
+        refused(vit, "open_clip_config.json: (expected an object with `model_cfg`|.*JSON)")
 
 
 # What is refused
@@ -356,6 +370,7 @@ def test_folder_with_wrong_weights_is_refused(
         (lambda c: c["vision_config"].update(hidden_act="gelu"), r"found gelu \(image\) and quick_gelu \(text\)"),
         (lambda c: c["vision_config"].update(num_attention_heads=3), "not readable|heads"),
         (lambda c: c["text_config"].update(layer_norm_eps=0.1), r"layer_norm_eps 1e-05.*0\.1 \(text\)"),
+        (lambda c: c["text_config"].update(eos_token_id=7), "eos_token_id 2 or 49407 or 299, found 7"),
         (lambda c: c.update(vision_config=5), "vision_config"),
         (lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "8-bit"),
         (lambda c: c.clear(), "no config.json"),
@@ -371,6 +386,9 @@ def test_folders_without_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None
     for content in ("{not", "[]"):
         (tmp_path / "empty" / "config.json").write_text(content)
         refused(str(tmp_path / "empty"), "not readable as a Hugging Face CLIP")
+    vit = hf_folder(tiny, tmp_path / "adapter")
+    (Path(vit) / "adapter_config.json").write_text("{}")
+    refused(vit, "adapter_config.json")
     vit = hf_folder(tiny, tmp_path / "config only")
     (Path(vit) / "model.safetensors").unlink()
     refused(vit, "no file named model.safetensors")

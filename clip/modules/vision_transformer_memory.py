@@ -40,6 +40,10 @@ class ClipArchitecture:
     embed_dim: int
     activation: str
     """`quick_gelu` (OpenAI) or `gelu` (most open_clip weights)."""
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    """Of red, green and blue, from 0 to 1; subtracted from images."""
+    image_std: tuple[float, ...] = IMAGE_STD
+    """Images are then divided by it."""
 
     @property
     def places(self) -> dict[str, Place]:
@@ -182,16 +186,15 @@ def _causal_mask(x_BLD: Tensor, prefix_BP2D: Tensor | None) -> Tensor:
     return torch.ones(L, P + L, dtype=torch.bool, device=x_BLD.device).tril(P)
 
 
-def normalise(image_u8: Tensor) -> Tensor:
+def normalise(image_u8: Tensor, mean: tuple[float, ...] = IMAGE_MEAN, std: tuple[float, ...] = IMAGE_STD) -> Tensor:
     """uint8 images (…, 3, R, R) as CLIP takes them: scaled to [0, 1], mean subtracted, divided by the deviation."""
-    mean, std = _mean_and_std(image_u8.device)
-    return (image_u8.float() / 255 - mean) / std
+    return (image_u8.float() / 255 - _of_colours(mean, image_u8.device)) / _of_colours(std, image_u8.device)
 
 
 @functools.cache
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """On `device`, sent there once: sending makes the host wait for it."""
-    return torch.tensor(IMAGE_MEAN, device=device).view(3, 1, 1), torch.tensor(IMAGE_STD, device=device).view(3, 1, 1)
+def _of_colours(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) on `device`, sent there once: sending makes the host wait for it."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 class ImageTower(Tower):
@@ -199,6 +202,7 @@ class ImageTower(Tower):
 
     def __init__(self, arch: ClipArchitecture) -> None:
         super().__init__()
+        self.statistics = arch.image_mean, arch.image_std
         width = arch.vision_width
         grid = arch.image_size // arch.patch_size
         self.conv1 = nn.Conv2d(3, width, kernel_size=arch.patch_size, stride=arch.patch_size, bias=False)
@@ -212,7 +216,7 @@ class ImageTower(Tower):
     def embed(self, image_B3RR: Tensor) -> Tensor:
         """Tokens (B, L, D) of images, uint8 or normalised, the class token first."""
         if image_B3RR.dtype == torch.uint8:
-            image_B3RR = normalise(image_B3RR)
+            image_B3RR = normalise(image_B3RR, *self.statistics)
         patches_BLD = self.conv1(image_B3RR.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.expand(len(patches_BLD), 1, -1)
         return self.ln_pre(torch.cat([class_B1D, patches_BLD], dim=1) + self.positional_embedding)

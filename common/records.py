@@ -14,8 +14,12 @@ def record_of(kind: type[T], values: object) -> T:
     Raises:
         ValueError: a field is missing, unknown, or has a value of another type; names it.
     """
-    types = get_type_hints(kind)
-    needed = {field.name for field in fields(kind) if field.default is MISSING}  # type: ignore[arg-type]
+    types = {name: get_origin(of_field) or of_field for name, of_field in get_type_hints(kind).items()}
+    needed = {
+        field.name
+        for field in fields(kind)  # type: ignore[arg-type]
+        if field.default is MISSING and field.default_factory is MISSING
+    }
     if not isinstance(values, dict):
         raise ValueError(f"expected a {kind.__name__}, found {quoted(values)}")
     missing, unknown = sorted(needed - values.keys()), sorted(map(str, values.keys() - types.keys()))

@@ -137,7 +137,7 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     task = task_of(spec.task, spec.custom)
     backbone = family_of(spec.task).build(spec.architecture)
     method = method_class(spec.method.prompt_type)(backbone.places, backbone.embed_dim, spec.method)
-    head = head_class(spec.head)(len(backbone.places), backbone.embed_dim, task.n_classes)
+    head = head_class(spec.head)(backbone.fused_parts, backbone.embed_dim, task.n_classes)
     classifier = MissingModalityClassifier(backbone, method, task.head_name, head)
     freeze(classifier, spec.task)
     return classifier

@@ -44,8 +44,8 @@ def run_of_the_model(expected: golden.Golden) -> Run:
         inputs={"image": expected.images, "text": expected.tokens}, rows={"image": every_row, "text": every_row}
     )
     outputs = {
-        "features_unmasked": classifier.model.fuse(classifier.features(unmasked)[0]),
-        "features": classifier.model.fuse(features),
+        "features_unmasked": classifier.model.fuse(classifier.features(unmasked)[0], batch.present_BM),
+        "features": classifier.model.fuse(features, batch.present_BM),
         "logits": classifier(batch),
     }
     for place, of_place in slots.items():

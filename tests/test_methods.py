@@ -68,7 +68,7 @@ def make(
 
 
 def joined_features(classifier: MissingModalityClassifier, batch: ModelInput) -> Tensor:
-    return classifier.model.fuse(classifier.features(batch)[0])
+    return classifier.model.fuse(classifier.features(batch)[0], batch.present_BM)
 
 
 def slow_features(

@@ -109,8 +109,8 @@ class SensorBackbone(Backbone):
                 tokens[name] = tokens_bLD.masked_fill(padding_bL[..., None], 0)
         return tokens
 
-    def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
-        return self.mixture(super().fuse(features)).tanh()
+    def fuse(self, features: Mapping[str, Tensor], present_BM: Tensor) -> Tensor:
+        return self.mixture(super().fuse(features, present_BM)).tanh()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"sensors": [*self.of.parameters(), *self.mixture.parameters()]}

@@ -44,7 +44,7 @@ class MissingModalityClassifier(nn.Module):
     def forward(self, batch: ModelInput) -> Tensor:
         """Logits (B, C)."""
         features, _ = self.features(batch)
-        return self.head(self.model.fuse(features), batch.missing_type_B)
+        return self.head(self.model.fuse(features, batch.present_BM), batch.missing_type_B)
 
     def training_outputs(self, batch: ModelInput, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, C) for the loss of the task, and the method's own losses by name.
@@ -53,7 +53,7 @@ class MissingModalityClassifier(nn.Module):
             labels: (B, C) of 0 and 1 or (B,) class numbers; some heads ask more of the right classes.
         """
         features, slots = self.features(batch)
-        logits_BC = self.head(self.model.fuse(features), batch.missing_type_B, labels)
+        logits_BC = self.head(self.model.fuse(features, batch.present_BM), batch.missing_type_B, labels)
         return logits_BC, self.method.losses(slots, features, logits_BC, labels)
 
     def features(self, batch: ModelInput) -> tuple[dict[str, Tensor], dict[str, TowerSlots]]:

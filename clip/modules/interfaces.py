@@ -17,6 +17,8 @@ class Place(NamedTuple):
     width: int
     depth: int
     """Blocks."""
+    widths: tuple[int, ...] = ()
+    """Of each block, where they differ; slots come in with the width of the first."""
 
 
 class ModelInput(NamedTuple):
@@ -158,8 +160,13 @@ class Backbone(nn.Module):
             features[modality] = feature_BE if source_B is None else feature_BE[source_B]
         return features
 
-    def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
-        """What the head classifies: (B, ME), the features side by side."""
+    @property
+    def fused_parts(self) -> int:
+        """How many times E what `fuse` gives is wide."""
+        return len(self.places)
+
+    def fuse(self, features: Mapping[str, Tensor], present_BM: Tensor) -> Tensor:
+        """What the head classifies: (B, ME), the features side by side, zero where `present_BM` is false."""
         return torch.cat([features[modality] for modality in self.places], dim=-1)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:

@@ -1,0 +1,156 @@
+"""Augmentations of signals, one draw for a modality of the whole batch, from torch's generator.
+
+Shape suffixes: B samples, c channels, I intervals, S values of each, T = I·S.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PROBABILITY = 0.5
+"""That a modality is changed."""
+CUTMIX_PROBABILITY = 0.75
+SCALING_STD = 0.2
+MAG_KNOTS, MAG_STD = 4, 0.05
+TIME_KNOTS, TIME_STD = 6, 0.2
+
+
+def mag_warp(x: Tensor) -> Tensor:
+    """Times a smooth curve around 1."""
+    curve = smooth_curve(x[0, 0].numel(), draw_knots(MAG_KNOTS, MAG_STD))
+    return x * torch.from_numpy(curve).to(x).view(x.shape[2:])
+
+
+def time_warp(x: Tensor) -> Tensor:
+    """Read at times that run smoothly faster and slower."""
+    return warped(x, time_positions(smooth_curve(x[0, 0].numel(), draw_knots(TIME_KNOTS, TIME_STD))))
+
+
+def draw_knots(knots: int, std: float) -> np.ndarray:
+    """(3(k - 1) + 1,) values around 1."""
+    drawn: np.ndarray = torch.normal(1.0, std, (3 * (knots - 1) + 1,), dtype=torch.float64).numpy()
+    return drawn
+
+
+def smooth_curve(length: int, values: np.ndarray) -> np.ndarray:
+    """(T,): the cubic spline (not-a-knot) through `values`, evenly over three times the length, at its middle third."""
+    places = np.floor(np.linspace(-length, 2 * length - 1, len(values)))
+    gaps, last = np.diff(places), len(values) - 1
+    equations, right = np.zeros((last + 1, last + 1)), np.zeros(last + 1)
+    for i in range(1, last):  # unknown are the second derivatives
+        equations[i, i - 1 : i + 2] = gaps[i - 1], 2 * (gaps[i - 1] + gaps[i]), gaps[i]
+        right[i] = 6 * ((values[i + 1] - values[i]) / gaps[i] - (values[i] - values[i - 1]) / gaps[i - 1])
+    for row, i in ((0, 0), (last, last - 2)):  # the third one is equal on both sides of the last inner knots
+        equations[row, i : i + 3] = -1 / gaps[i], 1 / gaps[i] + 1 / gaps[i + 1], -1 / gaps[i + 1]
+    second = np.linalg.solve(equations, right)
+    at = np.arange(length)
+    k = np.clip(np.searchsorted(places, at, side="right") - 1, 0, last - 1)
+    u = (at - places[k]) / gaps[k]
+    bend = gaps[k] ** 2 / 6 * (((1 - u) ** 3 - (1 - u)) * second[k] + (u**3 - u) * second[k + 1])
+    curve: np.ndarray = (1 - u) * values[k] + u * values[k + 1] + bend
+    return curve
+
+
+def time_positions(curve_T: np.ndarray) -> np.ndarray:
+    """(T,): from 0 to 1, in steps of the curve."""
+    total = np.cumsum(curve_T)
+    positions: np.ndarray = np.clip((total - total[0]) / (total[-1] - total[0]), 0, 1)
+    return positions
+
+
+def warped(x: Tensor, positions_T: np.ndarray) -> Tensor:
+    """(B, c, I, S): the spline (not-a-knot) of each channel over its intervals, read at `positions_T`."""
+    y = x.flatten(2).flatten(0, 1).double()
+    length = y.shape[-1]
+    second = _second_derivatives(y)
+    at = torch.from_numpy(positions_T * (length - 1)).to(y)
+    i = at.long().clamp(max=length - 2)
+    u = at - i
+    bend = (((1 - u) ** 3 - (1 - u)) * second[:, i] + (u**3 - u) * second[:, i + 1]) / 6
+    return ((1 - u) * y[:, i] + u * y[:, i + 1] + bend).to(x.dtype).view(x.shape)
+
+
+def _second_derivatives(y: Tensor) -> Tensor:
+    """Of the splines through the rows of `y`, at steps of 1.
+
+    They solve m[i-1] + 4 m[i] + m[i+1] = 6 (y[i-1] - 2 y[i] + y[i+1]); not-a-knot makes the second one and the one
+    before the last the differences themselves. The inverse of (1, 4, 1) decays like √3 - 2, so that a short convolution
+    is it, and two solutions of the equation without right side adjust the ends.
+    """
+    root, reach = math.sqrt(3) - 2, 32
+    difference = y.diff(n=2)
+    n = difference.shape[1]
+    powers = root ** torch.arange(max(n, reach + 1), dtype=y.dtype, device=y.device)
+    kernel = torch.cat([powers[1 : reach + 1].flip(0), powers[: reach + 1]]) * 6 / (4 + 2 * root)
+    inner = F.conv1d(difference[:, None], kernel[None, None], padding=reach)[:, 0]
+    ends = (difference - inner)[:, [0, -1]]
+    far = powers[n - 1]
+    first, last = ((ends[:, [j]] - far * ends[:, [1 - j]]) / (1 - far**2) for j in (0, 1))
+    inner = inner + first * powers[:n] + last * powers[:n].flip(0)
+    return torch.cat([2 * inner[:, :1] - inner[:, 1:2], inner, 2 * inner[:, -1:] - inner[:, -2:-1]], dim=1)
+
+
+def phase_shift(spectrum: Tensor, angle: float) -> Tensor:
+    """(B, 2c, I, S): every bin of a spectrum times e^{i·angle}; real and imaginary parts in turn."""
+    real, imaginary = spectrum.unflatten(1, (-1, 2)).unbind(dim=2)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=2).flatten(1, 2)
+
+
+def with_phase(x: Tensor, angle: float) -> Tensor:
+    """Signals whose spectrum is that of `x` with `phase_shift`; complex, since no signal of real numbers has it."""
+    return x * complex(math.cos(angle), math.sin(angle))
+
+
+def flipped(x: Tensor) -> Tensor:
+    """Time reversed."""
+    return x.flip(2, 3)
+
+
+def random_phase(x: Tensor) -> Tensor:
+    """With a phase that is drawn."""
+    return with_phase(x, float(torch.empty(()).uniform_(-math.pi, math.pi)))
+
+
+VIEWS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x[:, :, torch.randperm(x.shape[2])],
+    lambda x: -x,
+    flipped,
+    lambda x: x * float(torch.normal(1.0, SCALING_STD, ())),
+    mag_warp,
+    time_warp,
+    random_phase,
+)
+"""One of them makes a view for FOCAL: permutation of intervals, negation, flip, scaling, the warps, the phase."""
+
+
+def draw_view(signals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A view of a batch: one augmentation, drawn for all, of each modality with probability 0.5."""
+    augment = VIEWS[int(torch.randint(len(VIEWS), ()))]
+    return {name: augment(x) if float(torch.rand(())) < PROBABILITY else x for name, x in signals.items()}
+
+
+def draw_phases(signals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The phase of each modality with probability 0.5."""
+    return {name: random_phase(x) if float(torch.rand(())) < PROBABILITY else x for name, x in signals.items()}
+
+
+def cut_box(share: float, centre: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Rows from and to, columns from and to, of the box that comes from the other sample; `share` is λ."""
+    bounds = []
+    for middle, most in zip(centre, size, strict=True):
+        half = int(most * math.sqrt(1 - share)) // 2
+        bounds += [max(0, middle - half), min(most, middle + half)]
+    return bounds[0], bounds[1], bounds[2], bounds[3]
+
+
+def pasted(x: Tensor, other: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+    """`x` with the box of the plane intervals × values from `other`."""
+    mixed = x.clone()
+    top, bottom, left, right = box
+    mixed[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
+    return mixed

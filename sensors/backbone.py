@@ -1,0 +1,145 @@
+"""The backbones: towers by modality under the names of published checkpoints, and how features are joined.
+
+Shape suffixes: B samples, M modalities, E width of features.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from clip.modules.interfaces import Backbone, Tower
+from sensors.deepsense import DeepSenseTower
+from sensors.sizes import SWT, SensorSizes
+from sensors.swt import DROPOUT, SwtTower
+
+PATCHES = "patch embedding"
+TOWERS = "towers"
+FUSION = "fusion"
+UNUSED_EMBEDDING = "position embedding, unused"
+
+
+class Fusion(nn.Module):
+    """Attention of the mean of the present modalities' features to them."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.mha = nn.MultiheadAttention(width, heads, DROPOUT, batch_first=True)
+
+    def forward(self, features_BME: Tensor, present_BM: Tensor) -> Tensor:
+        """(B, E)."""
+        x_BME = self.norm1(features_BME)
+        present_BM1 = present_BM[..., None].to(x_BME.dtype)
+        query_B1E = (x_BME * present_BM1).sum(dim=1, keepdim=True) / present_BM1.sum(dim=1, keepdim=True)
+        fused_B1E, _ = self.mha(query_B1E, x_BME, x_BME, key_padding_mask=~present_BM, need_weights=False)
+        fused: Tensor = fused_B1E[:, 0]
+        return fused
+
+
+class SensorBackbone(Backbone):
+    """Towers that are not run where a modality is missing; no level of locations."""
+
+    def __init__(self, sizes: SensorSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self._towers: dict[str, SwtTower | DeepSenseTower] = {}
+        """No submodules: their parts are, each kind together, as in published checkpoints."""
+
+    @property
+    def towers(self) -> dict[str, Tower]:
+        return dict(self._towers)
+
+    def train(self, mode: bool = True) -> "SensorBackbone":
+        """Frozen parts stay in evaluation mode, without dropout and with their statistics."""
+        super().train(mode)
+        for part in self.children():
+            for module in part.modules() if mode else ():
+                own = list(module.parameters())
+                if own and not any(parameter.requires_grad for parameter in own):
+                    module.eval()
+        return self
+
+    def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
+        for tower in self._towers.values():
+            tower.dtype, tower.checkpointing = dtype, checkpointing
+
+    def _by_name(self, parts: Mapping[str, nn.Module | nn.Parameter]) -> nn.Module:
+        """Of one location, as checkpoints have them: `location.modality`."""
+        inner: nn.Module
+        if all(isinstance(part, nn.Parameter) for part in parts.values()):
+            inner = nn.ParameterDict(parts)
+        else:
+            inner = nn.ModuleDict(parts)  # type: ignore[arg-type]
+        return nn.ModuleDict({self.sizes.location: inner})
+
+
+class SwtBackbone(SensorBackbone):
+    """SW-Transformers, whose features are joined by attention."""
+
+    def __init__(self, sizes: SensorSizes) -> None:
+        super().__init__(sizes)
+        towers = {modality: SwtTower(sizes, modality) for modality in sizes.modalities}
+        self._towers.update(towers)
+        self.places = {modality: tower.place for modality, tower in towers.items()}
+        self.embed_dim = sizes.feature_width
+        self.patch_embed = self._by_name({name: tower.patch_embed for name, tower in towers.items()})
+        self.absolute_pos_embed = self._by_name({name: tower.absolute_pos_embed for name, tower in towers.items()})
+        self.freq_interval_layers = self._by_name({name: tower.stages for name, tower in towers.items()})
+        self.mod_in_layers = self._by_name({name: tower.in_layer for name, tower in towers.items()})
+        self.mod_fusion_layers = Fusion(sizes.feature_width, sizes.heads)
+
+    @property
+    def fused_parts(self) -> int:
+        return 1
+
+    def fuse(self, features: Mapping[str, Tensor], present_BM: Tensor) -> Tensor:
+        """(B, E)."""
+        fused: Tensor = self.mod_fusion_layers(torch.stack([features[name] for name in self.places], 1), present_BM)
+        return fused
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        towers = [*self.freq_interval_layers.parameters(), *self.mod_in_layers.parameters()]
+        return {
+            PATCHES: [*self.patch_embed.parameters()],
+            TOWERS: towers,
+            UNUSED_EMBEDDING: [*self.absolute_pos_embed.parameters()],
+            FUSION: [*self.mod_fusion_layers.parameters()],
+        }
+
+
+class DeepSenseBackbone(SensorBackbone):
+    """DeepSense, whose features stand side by side, zeros for missing ones."""
+
+    def __init__(self, sizes: SensorSizes) -> None:
+        super().__init__(sizes)
+        towers = {modality: DeepSenseTower(sizes, modality) for modality in sizes.modalities}
+        self._towers.update(towers)
+        self.places = {modality: tower.place for modality, tower in towers.items()}
+        self.embed_dim = 2 * sizes.recurrent_width
+        self.loc_mod_extractors = self._by_name({name: tower.extractor for name, tower in towers.items()})
+        self.recurrent_layers = nn.ModuleDict({name: tower.recurrence for name, tower in towers.items()})
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {TOWERS: [*self.loc_mod_extractors.parameters(), *self.recurrent_layers.parameters()]}
+
+
+def build(sizes: SensorSizes) -> SensorBackbone:
+    """A backbone with random weights. Raises ValueError where sizes do not fit each other."""
+    return SwtBackbone(sizes) if sizes.network == SWT else DeepSenseBackbone(sizes)
+
+
+OURS_ALONE = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
+"""Endings of entries of published checkpoints that follow from sizes, or that nothing reads."""
+OF_LOCATIONS = ("mod_extractors.",)
+"""Beginnings of those that several locations would need."""
+
+
+def read_by_nothing(name: str) -> bool:
+    """Whether an entry of a published checkpoint matters to no output."""
+    return name.endswith(OURS_ALONE) or name.startswith(OF_LOCATIONS)
+
+
+def trained_names(names: Iterable[str]) -> list[str]:
+    """Without what `read_by_nothing`."""
+    return [name for name in names if not read_by_nothing(name)]

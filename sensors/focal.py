@@ -1,0 +1,92 @@
+"""FOCAL's losses (arXiv 2310.20071): shared, private, orthogonal and temporal, of two views of subsequences.
+
+Shape suffixes: A subsequences, L samples of each, d width of projected features, half of it shared and half private.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PARTS = ("shared", "private", "orthogonal", "temporal")
+View = Mapping[str, Tensor]
+"""By modality, projected features (A, L, d)."""
+
+
+@dataclass(frozen=True)
+class FocalSettings:
+    """What the losses take."""
+
+    temperature: float = 0.07
+    weights: tuple[float, ...] = (1, 1, 3, 5)
+    """Of PARTS."""
+    margin: float = 1
+    """Of the temporal part."""
+    no_private: bool = False
+    """Ablation: the shared part compares complete features."""
+
+
+def projector(width_in: int, width: int) -> nn.Sequential:
+    """From the features of a modality to what is compared."""
+    return nn.Sequential(nn.Linear(width_in, width), nn.ReLU(), nn.Linear(width, width))
+
+
+def focal_parts(views: Sequence[View], settings: FocalSettings) -> dict[str, Tensor]:
+    """The four parts, without weights, of two views."""
+    modalities = list(views[0])
+    whole = [[view[name] for name in modalities] for view in views]
+    shared, private = ([[x.chunk(2, dim=-1)[half] for x in view] for view in whole] for half in (0, 1))
+    compared = whole if settings.no_private else shared
+    temperature = settings.temperature
+    zero = whole[0][0].new_zeros(())
+    return {
+        "shared": sum((nt_xent(a, b, temperature) for view in compared for a, b in combinations(view, 2)), zero),
+        "private": sum((nt_xent(a, b, temperature) for a, b in zip(*private, strict=True)), zero),
+        "orthogonal": sum(
+            (
+                sum((_overlap(s, p) for s, p in zip(of_shared, of_private, strict=True)), zero)
+                + sum((_overlap(p, q) for p, q in combinations(of_private, 2)), zero)
+                for of_shared, of_private in zip(shared, private, strict=True)
+            ),
+            zero,
+        ),
+        "temporal": sum((_temporal(x, settings.margin) for view in whole for x in view), zero),
+    }
+
+
+def focal_losses(views: Sequence[View], settings: FocalSettings) -> dict[str, Tensor]:
+    """The parts with their weights; the loss is their sum."""
+    parts = focal_parts(views, settings)
+    return {name: weight * parts[name] for name, weight in zip(PARTS, settings.weights, strict=True)}
+
+
+def nt_xent(a_ALd: Tensor, b_ALd: Tensor, temperature: float) -> Tensor:
+    """At each place of the subsequences: which of the others is the partner, by cosine similarity; the mean of all."""
+    A = a_ALd.shape[0]
+    both = F.normalize(torch.cat([a_ALd, b_ALd]).transpose(0, 1), dim=-1)  # (L, 2A, d)
+    similarity = both @ both.transpose(1, 2) / temperature
+    similarity = similarity.masked_fill(torch.eye(2 * A, dtype=torch.bool, device=both.device), float("-inf"))
+    partner = torch.arange(2 * A, device=both.device).roll(A).expand(len(both), -1)
+    return F.cross_entropy(similarity.flatten(0, 1), partner.flatten())
+
+
+def _overlap(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a, b, dim=-1).clamp(min=0).mean()
+
+
+def _temporal(x_ALd: Tensor, margin: float) -> Tensor:
+    """Samples of one subsequence should be nearer to each other than to those of others, by a margin."""
+    A, L, _ = x_ALd.shape
+    flat = x_ALd.flatten(0, 1)
+    # Without the square root of 0 on the diagonal, whose gradient is not finite.
+    itself = torch.eye(A * L, dtype=torch.bool, device=flat.device)
+    squared = (flat[:, None] - flat).square().sum(dim=-1)
+    distance = squared.masked_fill(itself, 1).sqrt().masked_fill(itself, 0)
+    of_pairs = distance.view(A, L, A, L).sum(dim=(1, 3))
+    within = of_pairs.diagonal() / (L * L - L)
+    between = of_pairs / L**2
+    hinge = (within[:, None] - between + margin).clamp(min=0)
+    return hinge[~torch.eye(A, dtype=torch.bool, device=flat.device)].mean()

@@ -1,0 +1,328 @@
+"""The SW-Transformer of one modality: windows of a grid of intervals × frequencies, in stages, with slots beside it.
+
+Shape suffixes: b samples with the modality, H × W grid of tokens, L = HW, n windows, t tokens of a window, P slots,
+C width of a stage, h heads, d width of a head, E width of features.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clip.modules.interfaces import NO_SLOTS, Place, Tower, TowerSlots
+from sensors.sizes import SensorSizes
+from sensors.spectra import spectrum
+
+DROPOUT = 0.2
+STOCHASTIC_DEPTH = 0.1
+"""Of the last block; the first has none."""
+MLP_RATIO = 4
+BIAS_STD = 0.02
+NOT_SEEN = -100.0
+
+
+class PatchEmbedding(nn.Module):
+    """Patches of a padded spectrum to tokens, row by row."""
+
+    def __init__(self, channels: int, width: int, patch: Sequence[int]) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(2 * channels, width, tuple(patch), tuple(patch))  # type: ignore[arg-type]
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, padded: Tensor) -> Tensor:
+        """(b, L, C)."""
+        tokens: Tensor = self.norm(self.proj(padded).flatten(2).transpose(1, 2))
+        return tokens
+
+    def silence(self) -> Tensor:
+        """(C,): the token of a patch of zeros."""
+        silent: Tensor = self.norm(self.proj.bias)
+        return silent
+
+
+class WindowAttention(nn.Module):
+    """Attention within windows; slots, if there are any, are in every window and see the complete grid.
+
+    Args:
+        grid: H, W.
+        shifted: whether windows are shifted by half their size, where they can be.
+    """
+
+    def __init__(self, width: int, heads: int, grid: tuple[int, int], window: Sequence[int], shifted: bool) -> None:
+        super().__init__()
+        rows, columns = (min(size, of_grid) for size, of_grid in zip(window, grid, strict=True))
+        shift = (rows // 2, columns // 2) if shifted and rows < grid[0] and columns < grid[1] else (0, 0)
+        self.shift = shift if 0 not in shift else (0, 0)
+        self.heads = heads
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * rows - 1) * (2 * columns - 1), heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=BIAS_STD)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+        row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+        index_tt = (row[:, None] - row + rows - 1) * (2 * columns - 1) + column[:, None] - column + columns - 1
+        places = torch.arange(grid[0] * grid[1]).view(grid).roll([-shift for shift in self.shift], (0, 1))
+        order_nt = _windows(places, rows, columns)
+        regions = _region(grid[0], rows, self.shift[0])[:, None] * 3 + _region(grid[1], columns, self.shift[1])
+        region_nt = _windows(regions, rows, columns)
+        apart_ntt = region_nt[:, :, None] != region_nt[:, None]
+        # They follow from the sizes, and are not in our checkpoints.
+        self.index_tt: Tensor
+        self.order_L: Tensor
+        self.inverse_L: Tensor
+        self.mask_ntt: Tensor | None
+        self.register_buffer("index_tt", index_tt, persistent=False)
+        self.register_buffer("order_L", order_nt.flatten(), persistent=False)
+        self.register_buffer("inverse_L", order_nt.flatten().argsort(), persistent=False)
+        mask_ntt = NOT_SEEN * apart_ntt if 0 not in self.shift else None
+        self.register_buffer("mask_ntt", mask_ntt, persistent=False)
+        self.windows, self.tokens = order_nt.shape
+
+    def forward(
+        self, x_bLC: Tensor, slots_bPC: Tensor | None, *, of_slots: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is added to tokens and slots; of slots None where `of_slots` is false."""
+        b, L, C = x_bLC.shape
+        n, t, h = self.windows, self.tokens, self.heads
+        dropout = DROPOUT if self.training else 0.0
+        heads_of = self.qkv(x_bLC[:, self.order_L]).view(b, n, t, 3, h, C // h)
+        q, k, v = heads_of.permute(3, 0, 1, 4, 2, 5).unbind()  # (b, n, h, t, d)
+        bias = self.relative_position_bias_table[self.index_tt].permute(2, 0, 1)  # (h, t, t)
+        bias = bias.expand(n, h, t, t) if self.mask_ntt is None else bias + self.mask_ntt[:, None]
+        keys, values, of_slot_queries = k, v, None
+        if slots_bPC is not None:
+            P = slots_bPC.shape[1]
+            q_slots, k_slots, v_slots = self.qkv(slots_bPC).view(b, P, 3, h, C // h).permute(2, 0, 3, 1, 4).unbind()
+            keys = torch.cat([k_slots[:, None].expand(b, n, h, P, C // h), k], dim=3)
+            values = torch.cat([v_slots[:, None].expand(b, n, h, P, C // h), v], dim=3)
+            bias = F.pad(bias, (P, 0))
+            if of_slots:
+                all_keys = torch.cat([k_slots, k.transpose(1, 2).flatten(2, 3)], dim=2)
+                all_values = torch.cat([v_slots, v.transpose(1, 2).flatten(2, 3)], dim=2)
+                seen = F.scaled_dot_product_attention(q_slots, all_keys, all_values, dropout_p=dropout)
+                of_slot_queries = self._project(seen.transpose(1, 2).reshape(b, P, C))
+        seen = F.scaled_dot_product_attention(
+            q.flatten(1, 2), keys.flatten(1, 2), values.flatten(1, 2), bias.flatten(0, 1)[None], dropout
+        )
+        seen_bLC = seen.view(b, n, h, t, C // h).transpose(2, 3).reshape(b, L, C)
+        return self._project(seen_bLC)[:, self.inverse_L], of_slot_queries
+
+    def _project(self, x: Tensor) -> Tensor:
+        return F.dropout(self.proj(x), DROPOUT, self.training)
+
+
+def _windows(grid_HW: Tensor, rows: int, columns: int) -> Tensor:
+    """(n, t)."""
+    H, W = grid_HW.shape
+    return grid_HW.view(H // rows, rows, W // columns, columns).transpose(1, 2).reshape(-1, rows * columns)
+
+
+def _region(size: int, window: int, shift: int) -> Tensor:
+    """Along an axis of the shifted grid: 0, and 1 and 2 in its last window, which the shift makes of both ends."""
+    place = torch.arange(size)
+    return (place >= size - window).long() + (place >= size - shift).long()
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU between."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, MLP_RATIO * width)
+        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape (…, C)."""
+        hidden = F.dropout(F.gelu(self.fc1(x)), DROPOUT, self.training)
+        return F.dropout(self.fc2(hidden), DROPOUT, self.training)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with its norm before it."""
+
+    def __init__(
+        self, width: int, heads: int, grid: tuple[int, int], window: Sequence[int], shifted: bool, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = WindowAttention(width, heads, grid, window, shifted)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width)
+        self.drop_path = drop_path
+
+    def forward(
+        self, x_bLC: Tensor, slots_bPC: Tensor | None = None, *, of_slots: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens, and slots where there are any and `of_slots` is true."""
+        slots = None if slots_bPC is None else self.norm1(slots_bPC)
+        new_x, new_slots = self.attn(self.norm1(x_bLC), slots, of_slots=of_slots)
+        keep = self._kept(x_bLC), self._kept(x_bLC)
+        x_bLC = x_bLC + keep[0] * new_x
+        x_bLC = x_bLC + keep[1] * self.mlp(self.norm2(x_bLC))
+        if new_slots is None or slots_bPC is None:
+            return x_bLC, None
+        slots_bPC = slots_bPC + keep[0] * new_slots
+        return x_bLC, slots_bPC + keep[1] * self.mlp(self.norm2(slots_bPC))
+
+    def _kept(self, x_bLC: Tensor) -> Tensor | float:
+        """Factor by sample: stochastic depth."""
+        if not self.training or not self.drop_path:
+            return 1.0
+        return x_bLC.new_empty(len(x_bLC), 1, 1).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
+
+
+class Merging(nn.Module):
+    """Half the rows and columns, twice the width."""
+
+    def __init__(self, width: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.grid = grid
+
+    def forward(self, x_bLC: Tensor) -> Tensor:
+        """(b, L/4, 2C) of the tokens; of a patch in the order (0, 0), (1, 0), (0, 1), (1, 1)."""
+        H, W = self.grid
+        patches = x_bLC.unflatten(1, (H // 2, 2, W // 2, 2)).permute(0, 1, 3, 4, 2, 5)
+        merged: Tensor = self.reduction(self.norm(patches.flatten(3).flatten(1, 2)))
+        return merged
+
+    def of_slots(self, slots: Tensor) -> Tensor:
+        """(…, 2C) of slots (…, C): each is a patch of four equal tokens."""
+        merged: Tensor = self.reduction(self.norm(torch.cat([slots] * 4, dim=-1)))
+        return merged
+
+
+class Stage(nn.Module):
+    """Blocks on one grid, and the merging to the next."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        grid: tuple[int, int],
+        window: Sequence[int],
+        drop_paths: Sequence[float],
+        last: bool,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(width, heads, grid, window, number % 2 == 1, drop_path) for number, drop_path in enumerate(drop_paths)
+        )
+        self.downsample = None if last else Merging(width, grid)
+
+
+class SwtTower(Tower):
+    """The encoder of one modality. Its parts are the backbone's, under the names that checkpoints have."""
+
+    def __init__(self, sizes: SensorSizes, modality: str) -> None:
+        super().__init__()
+        of_modality = sizes.of(modality)
+        if min(*of_modality.patch, *of_modality.window, *sizes.blocks, sizes.width, sizes.heads) < 1:
+            raise ValueError("patches, windows, blocks, widths and heads have to be positive")
+        self.padded = [
+            math.ceil(size / multiple) * multiple
+            for size, window, patch in zip(
+                (sizes.intervals, of_modality.samples), of_modality.window, of_modality.patch, strict=True
+            )
+            for multiple in [window * patch * 2 ** (len(sizes.blocks) - 1)]
+        ]
+        H, W = (size // patch for size, patch in zip(self.padded, of_modality.patch, strict=True))
+        depth, first = sum(sizes.blocks), 0
+        self.patch_embed = PatchEmbedding(of_modality.channels, sizes.width, of_modality.patch)
+        self.absolute_pos_embed = nn.Parameter(torch.empty(1, H * W, sizes.width))
+        """In published checkpoints, and used by nothing."""
+        nn.init.trunc_normal_(self.absolute_pos_embed, std=BIAS_STD)
+        self.stages = nn.ModuleList()
+        for s, blocks in enumerate(sizes.blocks):
+            rates = [STOCHASTIC_DEPTH * block / max(1, depth - 1) for block in range(first, first + blocks)]
+            grid, last = (H // 2**s, W // 2**s), s == len(sizes.blocks) - 1
+            self.stages.append(Stage(2**s * sizes.width, sizes.heads, grid, of_modality.window, rates, last))
+            first += blocks
+        last_stage = len(sizes.blocks) - 1
+        flat = H * W // 4**last_stage * 2**last_stage * sizes.width
+        self.in_layer = nn.Linear(flat, sizes.feature_width)
+        self.place = Place(
+            sizes.width,
+            depth,
+            tuple(2**s * sizes.width for s, blocks in enumerate(sizes.blocks) for _ in range(blocks)),
+        )
+        self.dtype, self.checkpointing = torch.float32, False
+
+    def embed(self, input_b: Tensor) -> Tensor:
+        """Tokens (b, L, C) of signals (b, c, I, S)."""
+        taken = spectrum(input_b)
+        missing = [of_padded - size for of_padded, size in zip(self.padded, taken.shape[2:], strict=True)]
+        tokens: Tensor = self.patch_embed(F.pad(taken, (0, missing[1], 0, missing[0])))
+        return tokens
+
+    def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
+        """Features (b, E); slots leave them out of the flattened last stage."""
+        with torch.autocast(tokens_bLD.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            x_bLC, groups = tokens_bLD, _Groups(slots)
+            last = self.place.depth - 1
+            k = 0
+            for stage in self.stages:
+                assert isinstance(stage, Stage)
+                for block in stage.blocks:
+                    slots_bPC = groups.before(k)
+                    if self.checkpointing and torch.is_grad_enabled():
+                        x_bLC, slots_bPC = checkpoint(block, x_bLC, slots_bPC, of_slots=k < last, use_reentrant=False)
+                    else:
+                        x_bLC, slots_bPC = block(x_bLC, slots_bPC, of_slots=k < last)
+                    groups.after(k, slots_bPC)
+                    k += 1
+                if stage.downsample is not None:
+                    assert isinstance(stage.downsample, Merging)
+                    x_bLC = stage.downsample(x_bLC)
+                    groups.carry(stage.downsample)
+            feature: Tensor = self.in_layer(x_bLC.flatten(1))
+        return feature.float() if self.dtype is not torch.float32 else feature
+
+
+class _Groups:
+    """The slots on their way through the blocks, `[replaced | inserted | dynamic]`, and what is still to come of them.
+
+    Raises:
+        ValueError: slots of a kind that this backbone has no place for.
+    """
+
+    def __init__(self, slots: TowerSlots) -> None:
+        if slots.prefix_BP2D or len(slots.inserted_BmD) > 1:
+            raise ValueError("the SW-Transformer takes replaced and dynamic slots, and inserted ones before block 0")
+        self.depth, self.replay = len(slots.replaced_BmD), slots.replay
+        self.to_come = dict(enumerate(slots.replaced_BmD))
+        first = [*slots.replaced_BmD[:1], *slots.inserted_BmD]
+        self.behind = sum(group.shape[1] for group in first)
+        """Replaced and inserted slots, which are replayed."""
+        given = [*first, *([] if slots.dynamic_BmD is None else [slots.dynamic_BmD])]
+        self.now = torch.cat(given, dim=1) if given else None
+        self.outputs: list[Tensor] = []
+
+    def before(self, k: int) -> Tensor | None:
+        """The slots that block `k` gets."""
+        if self.now is None:
+            return None
+        new = self.to_come.pop(k, None)
+        if k > 0 and new is not None:
+            self.now = torch.cat([new, self.now[:, new.shape[1] :]], dim=1)
+        elif self.depth <= k < self.depth + len(self.replay):
+            added = self.replay[k - self.depth](self.outputs)
+            self.now = torch.cat([self.now[:, : self.behind] + added, self.now[:, self.behind :]], dim=1)
+        return self.now
+
+    def after(self, k: int, slots_bPC: Tensor | None) -> None:
+        """Takes what block `k` made of them."""
+        self.now = slots_bPC
+        if self.replay and k < self.depth and slots_bPC is not None:
+            self.outputs.append(slots_bPC[:, : self.behind])
+
+    def carry(self, merging: Merging) -> None:
+        """To the next stage."""
+        if self.now is not None:
+            self.now = merging.of_slots(self.now)
+            self.to_come = {k: merging.of_slots(slots) for k, slots in self.to_come.items()}
+            self.outputs = [merging.of_slots(slots) for slots in self.outputs]

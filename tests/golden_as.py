@@ -1,0 +1,110 @@
+"""The golden numbers of the sensor backbones: published results, with the weights and signals that gave them.
+
+They lie in `tests/data/golden_as`, or in the folder the environment variable GOLDEN_AS_DIR names; `inputs.py` and the
+lists of names come from the former.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sensors.backbone import SensorBackbone, build
+from sensors.focal import projector
+from sensors.sizes import DEEPSENSE, SWT, SensorSizes
+
+HERE = Path(__file__).parent / "data" / "golden_as"
+GOLDEN_AS_DIR = Path(os.environ.get("GOLDEN_AS_DIR") or HERE)
+
+
+def _inputs() -> Any:
+    spec = importlib.util.spec_from_file_location("golden_as_inputs", HERE / "inputs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+INPUTS = _inputs()
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One file."""
+
+    path: Path
+    meta: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.from_numpy(self.arrays[name])
+
+    @property
+    def sizes(self) -> SensorSizes:
+        return sizes_of(self.meta)
+
+    def signals(self, view: int = 0) -> dict[str, Tensor]:
+        meta = self.meta
+        batch = meta["batch"] if "batch" in meta else len(self.arrays["label"]) if "label" in self.arrays else None
+        batch = meta["subsequences"] * meta["seq_len"] if batch is None else batch
+        shapes = {
+            name: (batch, meta["channels"][name], meta["intervals"], meta["samples"][name]) for name in self.names
+        }
+        return {name: torch.from_numpy(INPUTS.signal(meta["tag"], name, shapes[name], view)) for name in self.names}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.meta["modalities"])
+
+    def fill(self, module: nn.Module, prefix: str = "") -> None:
+        """Gives parameters and statistics the values that go with their names."""
+        with torch.no_grad():
+            for name, value in module.state_dict().items():
+                value.copy_(torch.as_tensor(INPUTS.parameter(self.meta["tag"], prefix + name, tuple(value.shape))))
+
+
+def load(path: Path) -> Golden:
+    with np.load(path) as arrays:
+        return Golden(path, json.loads(str(arrays["meta"])), {name: arrays[name] for name in arrays if name != "meta"})
+
+
+def files(*beginnings: str) -> list[Path]:
+    return sorted(path for beginning in beginnings for path in GOLDEN_AS_DIR.glob(f"{beginning}*.npz"))
+
+
+def sizes_of(meta: Mapping[str, Any]) -> SensorSizes:
+    """The sizes that a golden file describes."""
+    swt = "patch" in meta
+    of = {name: {"channels": meta["channels"][name], "samples": meta["samples"][name]} for name in meta["modalities"]}
+    for name, own in of.items():
+        if swt:
+            own |= {"patch": meta["patch"][name], "window": meta["window"][name]}
+        else:
+            kernels = [kernel[1] for kernel in meta["kernels"][name]]
+            own |= {"kernel": kernels[0], "stride": meta["stride"][name][1], "inner_kernel": kernels[1]}
+    common = (meta["location"], meta["intervals"], of)
+    if swt:
+        blocks = meta["blocks"][meta["modalities"][0]]
+        return SensorSizes(SWT, *common, meta["width"], meta["feature_width"], meta["emb_dim"], blocks, meta["heads"])
+    own = {"inner_layers": meta["inter_layers"], "recurrent_width": meta["recurrent_width"]}
+    return SensorSizes(DEEPSENSE, *common, meta["conv_width"], 2 * meta["recurrent_width"], meta["emb_dim"], **own)
+
+
+def backbone_of(golden: Golden) -> SensorBackbone:
+    """With the file's weights, in evaluation mode."""
+    backbone = build(golden.sizes)
+    golden.fill(backbone)
+    return backbone.eval()
+
+
+def projectors_of(golden: Golden, backbone: SensorBackbone) -> nn.ModuleDict:
+    heads = nn.ModuleDict({name: projector(backbone.embed_dim, golden.meta["emb_dim"]) for name in golden.names})
+    golden.fill(heads, "mod_projectors.")
+    return heads

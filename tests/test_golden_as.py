@@ -1,0 +1,229 @@
+"""Backbones, losses and preprocessing give the published implementation's numbers; REP the definition's.
+
+Runs over every `.npz` in GOLDEN_AS_DIR (default: tests/data/golden_as).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip.modules.interfaces import NO_SLOTS
+from sensors import augmentations, spectra
+from sensors.backbone import build, read_by_nothing
+from sensors.focal import FocalSettings, focal_losses, focal_parts
+from sensors.swt import SwtTower
+from tests import golden_as
+from tests.golden import relative_error
+from tests.golden_as import INPUTS, Golden
+
+FORWARD, GRADIENT = 1e-4, 1e-3
+FEATURES = golden_as.files("swt", "deepsense")
+PRETRAIN = golden_as.files("pretrain")
+LOSSES = golden_as.files("loss")
+
+
+def close(found: Tensor, expected: Tensor, what: object = "", tolerance: float = FORWARD) -> None:
+    assert relative_error(found, expected) < tolerance, what
+
+
+def gradients_agree(golden: Golden, modules: dict[str, nn.Module]) -> None:
+    """Exactly the published parameters have one."""
+    found = {
+        prefix + name: parameter.grad
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+    expected = golden.meta["grad_norm"]
+    assert set(found) == set(expected)
+    largest = max(expected.values())
+    for name, norm in expected.items():
+        # Those of biases before a BatchNorm are 0 but for rounding.
+        assert float(found[name].norm()) == pytest.approx(norm, rel=GRADIENT, abs=1e-6 * largest), name
+        head, known = found[name].flatten()[:4], torch.tensor(golden.meta["grad_head"][name])
+        assert float((head - known).norm()) < GRADIENT * float(known.norm()) + 1e-6 * largest, name
+
+
+def test_files_are_there() -> None:
+    assert FEATURES and PRETRAIN and LOSSES and golden_as.files("rep") and golden_as.files("preprocessing")
+
+
+@pytest.mark.parametrize("path", FEATURES, ids=lambda path: path.stem)
+def test_backbone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = golden_as.load(path)
+    meta, names = golden.meta, golden.names
+    backbone = golden_as.backbone_of(golden)
+    classes = nn.Linear(backbone.fused_parts * backbone.embed_dim, meta["n_classes"])
+    golden.fill(classes, "class_layer.0.")
+    if meta["mode"] != "eval":
+        monkeypatch.setattr("sensors.deepsense.DROPOUT", 0.0)
+        backbone.train()
+        for recurrence in backbone.modules():
+            if isinstance(recurrence, nn.GRU):
+                recurrence.dropout = 0.0
+    signals, batch = golden.signals(), meta["batch"]
+    taps: dict[str, Tensor] = {}
+    for name in names:
+        tower = backbone.towers[name]
+        if isinstance(tower, SwtTower):
+            tap_swt(tower, name, taps)
+        else:
+            extractor = tower.get_submodule("extractor")
+            extractor.get_submodule("conv_layer_in").register_forward_hook(
+                lambda *a, n=name: taps.update({f"conv_in_{n}": a[2][0]})
+            )
+            extractor.register_forward_hook(lambda *a, n=name: taps.update({f"conv_{n}": a[2][0]}))
+    features = {name: backbone.towers[name](signals[name]) for name in names}
+    fused = backbone.fuse(features, torch.ones(batch, len(names), dtype=torch.bool))
+    logits = classes(fused)
+    found = {**taps, "fused": fused, "logits": logits, **{f"feature_{n}": x for n, x in features.items()}}
+    heads = golden_as.projectors_of(golden, backbone)
+    found |= {f"projected_{name}": heads[name](x) for name, x in features.items()}
+    if "present" in golden.arrays:
+        present = golden["present"].bool()
+        left = {name: x * present[:, [m]] for m, (name, x) in enumerate(features.items())}
+        found["fused_missing"] = backbone.fuse(left, present)
+        found["logits_missing"] = classes(found["fused_missing"])
+    for name, expected in golden.arrays.items():
+        if name not in ("label", "present"):
+            tensor = found[name]
+            for axis, size in enumerate(expected.shape if name in taps else ()):
+                tensor = tensor.narrow(axis, 0, size)
+            close(tensor, torch.from_numpy(expected), name)
+    loss = F.cross_entropy(logits, golden["label"])
+    assert loss.item() == pytest.approx(meta["loss"], rel=FORWARD)
+    loss.backward()
+    gradients_agree(golden, {"": backbone, "class_layer.0.": classes})
+    state = backbone.state_dict()
+    for name, (total, norm) in meta.get("running_after", {}).items():
+        assert (float(state[name].sum()), float(state[name].norm())) == pytest.approx((total, norm), rel=FORWARD), name
+
+
+def tap_swt(tower: SwtTower, name: str, taps: dict[str, Tensor]) -> None:
+    def keep(module: nn.Module, tap: str) -> None:
+        module.register_forward_hook(
+            lambda _, __, output: taps.update(
+                {f"{tap}_{name}": (output[0] if isinstance(output, tuple) else output)[0]}
+            )
+        )
+
+    keep(tower.patch_embed, "patches")
+    stages: Any = tower.stages
+    for s, stage in enumerate(stages):
+        for b, block in enumerate(stage.blocks):
+            keep(block, f"stage{s}_block{b}")
+        keep(stage.blocks[-1] if stage.downsample is None else stage.downsample, f"stage{s}")
+
+
+@pytest.mark.parametrize("path", golden_as.files("swt"), ids=lambda path: path.stem)
+def test_grids_shifts_and_masks(path: Path) -> None:
+    golden = golden_as.load(path)
+    for name, tower in build(golden.sizes).towers.items():
+        stages: Any = tower.get_submodule("stages")
+        for s, stage in enumerate(stages):
+            first, odd = stage.blocks[0].attn, stage.blocks[1].attn
+            resolution = golden.meta["resolution"][f"{name}.{s}"]
+            assert len(odd.order_L) == resolution[0] * resolution[1]
+            assert first.shift == (0, 0) and list(odd.shift) == golden.meta["shift"][f"{name}.{s}"]
+            masked = odd.mask_ntt
+            found = None if masked is None else [list(masked.shape), int((masked == -100).sum())]
+            assert found == golden.meta["masked"][f"{name}.{s}"] and first.mask_ntt is None
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
+def test_pretraining_step(path: Path) -> None:
+    golden = golden_as.load(path)
+    meta = golden.meta
+    backbone = golden_as.backbone_of(golden)
+    for parameter in (p for name, p in backbone.named_parameters() if name.startswith("patch_embed")):
+        parameter.requires_grad_(False)
+    heads = golden_as.projectors_of(golden, backbone)
+    views = []
+    for view in (1, 2):
+        features = {name: backbone.towers[name](x, NO_SLOTS) for name, x in golden.signals(view).items()}
+        projected = {name: heads[name](x) for name, x in features.items()}
+        for name, x in projected.items():
+            close(x, golden[f"projected{view}_{name}"], (view, name))
+        views.append({name: x.unflatten(0, (meta["subsequences"], meta["seq_len"])) for name, x in projected.items()})
+    settings = FocalSettings(meta["temperature"], tuple(meta["weights"]), meta["margin"])
+    for name, part in focal_parts(views, settings).items():
+        assert part.item() == pytest.approx(meta["parts"][name], rel=FORWARD), name
+    loss = sum(focal_losses(views, settings).values(), torch.zeros(()))
+    assert loss.item() == pytest.approx(meta["loss"], rel=FORWARD)
+    loss.backward()
+    gradients_agree(golden, {"": backbone, "mod_projectors.": heads})
+
+
+@pytest.mark.parametrize("path", LOSSES, ids=lambda path: path.stem)
+def test_losses(path: Path) -> None:
+    golden = golden_as.load(path)
+    meta = golden.meta
+    shape = (meta["subsequences"], meta["seq_len"], meta["width"])
+    leaves = {
+        (view, name): torch.from_numpy(INPUTS.features(meta["tag"], name, view, shape[0] * shape[1], shape[2]))
+        for view in (1, 2)
+        for name in golden.names
+    }
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    views = [{name: leaves[view, name].view(shape) for name in golden.names} for view in (1, 2)]
+    settings = FocalSettings(meta["temperature"], tuple(meta["weights"]), meta["margin"], meta["no_private"])
+    for name, part in focal_parts(views, settings).items():
+        assert part.item() == pytest.approx(meta["parts"][name], rel=FORWARD), name
+    loss = sum(focal_losses(views, settings).values(), torch.zeros(()))
+    assert loss.item() == pytest.approx(meta["loss"], rel=FORWARD)
+    loss.backward()
+    for (view, name), leaf in leaves.items():
+        assert leaf.grad is not None
+        close(leaf.grad, golden[f"grad{view}_{name}"], (view, name), GRADIENT)
+
+
+@pytest.mark.parametrize("path", golden_as.files("preprocessing"), ids=lambda path: path.stem)
+def test_preprocessing(path: Path) -> None:
+    golden = golden_as.load(path)
+    tag, arrays = golden.meta["tag"], golden.arrays
+
+    def signal(name: str, *shape: int) -> Tensor:
+        return torch.from_numpy(INPUTS.signal(tag, name, shape))
+
+    for name, shape in {"even": (2, 2, 3, 8), "odd": (1, 3, 2, 5), "mod_seismic": (1, 1, 10, 20)}.items():
+        close(spectra.spectrum(signal(f"fft_{name}", *shape)), golden[f"fft_{name}"], name)
+    bins = arrays["fft_mod_audio_bins"]
+    close(spectra.spectrum(signal("fft_mod_audio", 1, 1, 10, 1600))[..., bins], golden["fft_mod_audio"])
+    x = signal("warp", 2, 2, 4, 10)
+    curve = augmentations.smooth_curve(40, arrays["mag_knots"])
+    assert curve == pytest.approx(arrays["mag_curve"], abs=1e-9)
+    close(x * torch.from_numpy(curve).view(4, 10), golden["mag_warped"])
+    positions = augmentations.time_positions(augmentations.smooth_curve(40, arrays["time_knots"]))
+    assert 39 * positions == pytest.approx(arrays["time_positions"], abs=1e-9)
+    close(augmentations.warped(x, positions), golden["time_warped"])
+    angle = float(arrays["phase_angle"])
+    close(augmentations.phase_shift(spectra.spectrum(x), angle), golden["phase_shifted"])
+    close(spectra.spectrum(augmentations.with_phase(x, angle)), golden["phase_shifted"])
+    close(augmentations.flipped(x), golden["flipped"])
+    share, other = float(arrays["mix_lam"]), x[golden["mix_perm"]]
+    close(share * x + (1 - share) * other, golden["mixed"])
+    box = augmentations.cut_box(share, tuple(arrays["cut_centre"].tolist()), (4, 10))
+    assert list(box) == arrays["cut_box"].tolist()
+    close(augmentations.pasted(x, other, box), golden["cut"])
+    recording = signal("resample", 1, 1, 1, 641).flatten().numpy().astype(np.float64)
+    assert spectra.half_rate_kernel() == pytest.approx(arrays["resample_kernel"].flatten(), abs=1e-12)
+    assert spectra.at_half_rate(recording) == pytest.approx(arrays["resampled"], abs=1e-9)
+
+
+@pytest.mark.parametrize(("network", "file"), [("swt", "swt_mod"), ("deepsense", "deepsense_mod")])
+def test_names_are_those_of_published_checkpoints(network: str, file: str) -> None:
+    golden = golden_as.load(golden_as.HERE / f"{file}.npz")
+    backbone = build(golden.sizes)
+    keys = json.loads((golden_as.HERE / f"checkpoint_keys_{file}.json").read_text())
+    ours = {name: list(x.shape) for name, x in backbone.state_dict().items()}
+    heads = golden_as.projectors_of(golden, backbone)
+    ours |= {f"mod_projectors.{name}": list(x.shape) for name, x in heads.state_dict().items()}
+    ours |= {"class_layer.0.weight": [7, backbone.fused_parts * backbone.embed_dim], "class_layer.0.bias": [7]}
+    assert ours == {name: shape for name, shape in keys.items() if not read_by_nothing(name)}

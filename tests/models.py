@@ -26,6 +26,13 @@ TINY = ClipArchitecture(
     embed_dim=64,
     activation="quick_gelu",
 )
+REAL = {
+    "ViT-B/32": ClipArchitecture(224, 32, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu"),
+    "ViT-B/16": ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu"),
+    "ViT-L/14": ClipArchitecture(224, 14, 1024, 24, 16, 768, 12, 12, 77, 49408, 768, "quick_gelu"),
+    "ViT-L/14@336px": ClipArchitecture(336, 14, 1024, 24, 16, 768, 12, 12, 77, 49408, 768, "quick_gelu"),
+}
+"""Sizes of OpenAI's weights."""
 
 
 def model_input(images: Tensor, tokens: Tensor, missing_types: list[int]) -> ModelInput:

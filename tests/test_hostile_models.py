@@ -6,6 +6,7 @@ A result, or an error of ours; nothing in a file runs.
 import io
 import json
 import random
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -141,20 +142,24 @@ def positions(code: Touch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
 @pytest.mark.parametrize("position", positions(Touch(Path())))
-def test_code_in_any_position_does_not_run_in_any_reader(position: str, zipped: bool, tmp_path: Path) -> None:
+def test_code_in_any_position_does_not_run_in_any_reader(
+    position: str, zipped: bool, clip: Path, tmp_path: Path
+) -> None:
+    shutil.copy(clip / "config.json", tmp_path)
     marker = tmp_path / "marker"
     content = positions(Touch(marker))[position]
     places: dict[Path, Callable[[Path], object]] = {
         tmp_path / "best.ckpt": read_checkpoint,
         tmp_path / "weights.pt": lambda path: load_backbone(str(path)),
-        tmp_path / "weights.bin": lambda path: load_backbone(str(path)),
+        tmp_path / "weights.bin": lambda path: load_backbone(str(path), trust=True),
+        tmp_path / "pytorch_model.bin": lambda path: load_backbone(str(path.parent)),
         tmp_path / "mmimdb_train_missing_both_07.pt": lambda path: load_missing_table(
             path.parent, "mmimdb", "train", BOTH, 5
         ),
     }
     for path, reader in places.items():
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(UserError, match=path.name):
+        with pytest.raises(UserError, match=f"{path.name}|vit={tmp_path}: not readable"):
             reader(path)
     assert not marker.exists()
     with pytest.raises(Exception, match=r".*"):  # torch.load of a bare call gives None, which is no checkpoint

@@ -1,4 +1,4 @@
-"""REP against the slow, obvious version of tests/slow_rep.py, what is trained, and the towers against CLIP itself."""
+"""REP against the slow, obvious version of tests/slow_rep.py, and what is trained."""
 
 import itertools
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.clip_dynamic_memory import RDN, MemoryLearner
 from clip.modules.method import MethodOptions
-from clip.modules.vision_transformer_memory import ImageTower, TextTower
 from clip.trainable import freeze, parts_of
 from engine.checkpoint import ModelSpec, build_classifier
 from engine.tasks import TASKS
@@ -180,24 +179,3 @@ def test_starting_slots_lie_around_the_backbone_embeddings() -> None:
 def test_memory_length_must_be_a_positive_multiple_of_three(length: int) -> None:
     with pytest.raises(ValueError, match=f"multiple of 3.*{length}"):
         build_classifier(ModelSpec("mmimdb", MethodOptions("rep", length, 2), TINY))
-
-
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_bare_towers_equal_transformers_clip(tmp_path, activation: str) -> None:
-    """Without memory the towers are CLIP: features of the same random weights, in transformers' implementation."""
-    from clip.backbone import load_backbone
-    from tests.backbones import random_hf_clip
-
-    hf = random_hf_clip(tmp_path, activation=activation)
-    backbone = load_backbone(str(tmp_path))
-    arch = backbone.architecture
-    image_tower, text_tower = ImageTower(arch), TextTower(arch)
-    for prefix, tower in (("image_encoder.", image_tower), ("text_encoder.", text_tower)):
-        own = {k.removeprefix(prefix): v for k, v in backbone.state.items() if k.startswith(prefix)}
-        tower.load_state_dict(own, strict=True)
-    images, tokens = tiny_batch(3)
-    with torch.no_grad():
-        image_features = hf.visual_projection(hf.vision_model(pixel_values=images).pooler_output)
-        text_features = hf.text_projection(hf.text_model(input_ids=tokens).pooler_output)
-        assert golden.relative_error(image_tower(images), image_features) < 1e-5
-        assert golden.relative_error(text_tower(tokens), text_features) < 1e-5

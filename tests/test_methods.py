@@ -267,9 +267,7 @@ def test_published_sizes_in_millions() -> None:
     arch = REAL["ViT-B/16"]
     for prompt_type, millions in (("rep", 17.9), ("dcp", 2.0)):
         with torch.device("meta"):
-            learner = method_class(prompt_type)(
-                REAL["ViT-B/16"].places, REAL["ViT-B/16"].embed_dim, MethodOptions(prompt_type)
-            )
+            learner = method_class(prompt_type)(arch.places, arch.embed_dim, MethodOptions(prompt_type))
         parts = learner.parts()
         size = sum(p.numel() for label, part in parts.items() if label != "dynamic attention" for p in part)
         assert size / 1e6 == pytest.approx(millions, abs=0.05)

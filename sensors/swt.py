@@ -98,7 +98,7 @@ class WindowAttention(nn.Module):
             q_slots, k_slots, v_slots = self.qkv(slots_bPC).view(b, P, 3, h, C // h).permute(2, 0, 3, 1, 4).unbind()
             keys = torch.cat([k_slots[:, None].expand(b, n, h, P, C // h), k], dim=3)
             values = torch.cat([v_slots[:, None].expand(b, n, h, P, C // h), v], dim=3)
-            bias = F.pad(bias, (P, 0))
+            bias = pad_bias(bias, P)
             if of_slots:
                 all_keys = torch.cat([k_slots, k.transpose(1, 2).flatten(2, 3)], dim=2)
                 all_values = torch.cat([v_slots, v.transpose(1, 2).flatten(2, 3)], dim=2)
@@ -112,6 +112,11 @@ class WindowAttention(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         return F.dropout(self.proj(x), DROPOUT, self.training)
+
+
+def pad_bias(bias: Tensor, slots: int) -> Tensor:
+    """Towards slots, which come first, there is neither bias nor mask."""
+    return F.pad(bias, (slots, 0))
 
 
 def _windows(grid_HW: Tensor, rows: int, columns: int) -> Tensor:

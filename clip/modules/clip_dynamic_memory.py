@@ -33,11 +33,11 @@ START = {
 class RDN(nn.Module):
     """Residual bottleneck: fc2(dropout(gelu(layernorm(fc1(x))))) + skip(x)."""
 
-    def __init__(self, width_in: int, width_out: int) -> None:
+    def __init__(self, width_in: int, width_out: int, hidden: int = RDN_HIDDEN) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width_in, RDN_HIDDEN)
-        self.fc2 = nn.Linear(RDN_HIDDEN, width_out)
-        self.layernorm = nn.LayerNorm(RDN_HIDDEN)
+        self.fc1 = nn.Linear(width_in, hidden)
+        self.fc2 = nn.Linear(hidden, width_out)
+        self.layernorm = nn.LayerNorm(hidden)
         self.dropout = nn.Dropout(RDN_DROPOUT)
         self.skip = nn.Linear(width_in, width_out) if width_in != width_out else nn.Identity()
 
@@ -116,11 +116,11 @@ class MemoryLearner(Method):
         self.per_sample = options.dynamic_init
         d_v, d_t, E = places["image"].width, places["text"].width, embed_dim
         for state in ("complete", "missing"):
-            self.register_parameter(f"text_memory_{state}", nn.Parameter(0.2 * _unit_rows(m, d_t)))
+            self.register_parameter(f"text_memory_{state}", nn.Parameter(0.2 * unit_rows(m, d_t)))
         for state in ("complete", "missing"):
-            self.register_parameter(f"visual_memory_{state}", nn.Parameter(0.2 * _unit_rows(m, d_v)))
+            self.register_parameter(f"visual_memory_{state}", nn.Parameter(0.2 * unit_rows(m, d_v)))
         for available in AVAILABLE:
-            common_mE = _unit_rows(m, E) + 0.2 * torch.randn(m, E)
+            common_mE = unit_rows(m, E) + 0.2 * torch.randn(m, E)
             self.register_parameter(f"common_memory_{available}", nn.Parameter(common_mE))
         self.residual_alpha = nn.Parameter(torch.tensor(RESIDUAL_ALPHA))
         # Part of published checkpoints; the released model never calls it.
@@ -226,5 +226,6 @@ def _mean_tokens(batch: ModelInput, tokens: Mapping[str, Tensor], places: Mappin
     return torch.cat(means, dim=-1)
 
 
-def _unit_rows(rows: int, width: int) -> Tensor:
+def unit_rows(rows: int, width: int) -> Tensor:
+    """Gaussian rows of length 1."""
     return F.normalize(torch.randn(rows, width), dim=-1)

@@ -1,0 +1,298 @@
+"""REP on the SW-Transformer: the definition's numbers, its properties, and a slow version."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.heads import LinearHead
+from clip.modules.interfaces import ModelInput
+from clip.modules.method import Method, MethodOptions
+from clip.trainable import freeze
+from sensors.backbone import SwtBackbone
+from sensors.memory import SensorMemoryLearner, patterns
+from sensors.methods import FrozenTowers
+from sensors.sizes import SWT, ModalitySizes, SensorSizes
+from tests import golden_as, slow_sensors
+from tests.golden import relative_error
+from tests.test_golden_as import FORWARD, GRADIENT
+from vilt.missing_types import code_of
+
+NAMES = ("sound", "shake", "light")
+SIZES = SensorSizes(
+    SWT, "here", 3,
+    {
+        "sound": asdict(ModalitySizes(1, 7, patch=[1, 2], window=[2, 2])),
+        "shake": asdict(ModalitySizes(2, 6, window=[2, 3])),
+        "light": asdict(ModalitySizes(1, 4, window=[2, 2])),
+    },
+    8, 12, 6, blocks=[2, 2], heads=2,
+)  # fmt: skip
+OPTIONS = MethodOptions("rep", 6, 2)
+ALL = torch.tensor([[bool(number >> bit & 1) for bit in range(3)] for number in range(1, 8)])
+CLASSES = 4
+
+
+def make(
+    sizes: SensorSizes = SIZES, options: MethodOptions = OPTIONS, kind: type[Method] = SensorMemoryLearner,
+    classes: int = CLASSES,
+) -> MissingModalityClassifier:  # fmt: skip
+    """With weights large enough for everything to matter, in evaluation mode."""
+    torch.manual_seed(3)
+    backbone = SwtBackbone(sizes)
+    method = kind(backbone.places, backbone.embed_dim, options)
+    head = LinearHead(backbone.fused_parts, backbone.embed_dim, classes)
+    classifier = MissingModalityClassifier(backbone, method, "class_layer", head)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    freeze(classifier, "sensors")
+    return classifier.eval()
+
+
+def signals_of(sizes: SensorSizes, count: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        name: (count, sizes.of(name).channels, sizes.intervals, sizes.of(name).samples) for name in sizes.modalities
+    }
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def batch_of(signals: Mapping[str, Tensor], present_BM: Tensor) -> ModelInput:
+    """What is missing is not in it."""
+    names = list(signals)
+    rows = {name: present_BM[:, m].nonzero().flatten() for m, name in enumerate(names)}
+    codes = [sum(code_of(names, name) for m, name in enumerate(names) if not here[m]) for here in present_BM.tolist()]
+    inputs = {name: signals[name][rows[name]] for name in names}
+    return ModelInput(inputs, rows, present_BM, tuple(sorted(set(codes))), index_B=torch.arange(len(present_BM)))
+
+
+@pytest.mark.parametrize("path", golden_as.files("rep"), ids=lambda path: path.stem)
+def test_golden(path: Path) -> None:
+    golden = golden_as.load(path)
+    meta = golden.meta
+    options = MethodOptions("rep", meta["memory_length"], meta["memory_depth"])
+    classifier = make(golden.sizes, options, classes=meta["n_classes"])
+    golden.fill(classifier.model)
+    golden.fill(classifier.head, "class_layer.0.")
+    learner = classifier.method
+    assert sum(parameter.numel() for parameter in learner.parameters()) == meta["learner_parameters"]
+    signals, present = golden.signals(), golden["present"].bool()
+    batch = batch_of(signals, present)
+    features, slots = classifier.features(batch)
+    for key, expected in golden.arrays.items():
+        what, _, sample = key.rpartition("_")
+        if not sample.isdigit():
+            continue
+        row = int(sample)
+        kind, _, name = what.rpartition("_")
+        of = slots[name]
+        assert of.dynamic_BmD is not None
+        found = {
+            "slots0": torch.cat([of.replaced_BmD[0][row], of.inserted_BmD[0][row], of.dynamic_BmD[row]]),
+            "private_last": of.replaced_BmD[-1][row],
+            "feature": features[name][row],
+        }[kind]
+        assert relative_error(found, torch.from_numpy(expected)) < FORWARD, key
+    logits = classifier(batch)
+    assert relative_error(logits, golden["logits"]) < FORWARD
+    loss = F.cross_entropy(logits, golden["label"])
+    assert loss.item() == pytest.approx(meta["loss"], rel=FORWARD)
+    loss.backward()
+    gradients = {
+        name.removeprefix("model.").replace("class_layer.", "class_layer.0."): parameter.grad
+        for name, parameter in classifier.named_parameters()
+        if parameter.grad is not None
+    }
+    assert set(gradients) == set(meta["grad_norm"])
+    for name, norm in meta["grad_norm"].items():
+        assert float(gradients[name].norm()) == pytest.approx(norm, rel=GRADIENT, abs=1e-7), name
+        head = torch.tensor(meta["grad_head"][name])
+        assert float((gradients[name].flatten()[:4] - head).norm()) < GRADIENT * float(head.norm()) + 1e-7, name
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"far": False},
+        {"fmb": False},
+        {"memory_depth": 3, "replay_depth": 1, "dynamic_init": True},
+        {"memory_depth": 1, "replay_depth": 3},
+    ],
+    ids=str,
+)
+def test_the_slow_version_gives_the_same_numbers_and_gradients(changed: dict[str, Any]) -> None:
+    options = replace(OPTIONS, **changed)
+    classifier = make(options=options).double()
+    present = ALL[[6, 1, 4]] if not changed else ALL[[4]]
+    signals = {name: x.double() for name, x in signals_of(SIZES, len(present)).items()}
+    names = [name for name, parameter in classifier.named_parameters() if parameter.requires_grad]
+    logits = classifier(batch_of(signals, present))
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    gradients = torch.autograd.grad(
+        (logits * weights).sum(), list(map(classifier.get_parameter, names)), allow_unused=True
+    )
+    state = {name: x.detach().clone().requires_grad_(name in names) for name, x in classifier.state_dict().items()}
+    of_model = {name.removeprefix("model."): x for name, x in state.items()}
+    head = state["class_layer.weight"], state["class_layer.bias"]
+    used = {name: getattr(options, name) for name in ("far", "fmb", "replay_depth", "dynamic_init")}
+    torch.set_default_dtype(torch.double)
+    try:
+        slow = torch.stack(
+            [
+                slow_sensors.logits(
+                    of_model, SIZES, head, {name: signals[name][row] for m, name in enumerate(NAMES) if here[m]},
+                    depth=options.memory_depth, **used,
+                )
+                for row, here in enumerate(present.tolist())
+            ]
+        )  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float)
+    assert relative_error(logits, slow) < 1e-9
+    expected = torch.autograd.grad((slow * weights).sum(), [state[name] for name in names], allow_unused=True)
+    for name, found, known in zip(names, gradients, expected, strict=True):
+        zero = torch.zeros_like(state[name])
+        torch.testing.assert_close(zero if found is None else found, zero if known is None else known, msg=name)
+
+
+def test_without_slots_the_tower_is_the_plain_one() -> None:
+    rep, none = make(), make(kind=FrozenTowers)
+    none.model.load_state_dict(rep.model.state_dict(), strict=False)
+    x = signals_of(SIZES, 2)
+    batch = batch_of(x, torch.ones(2, 3, dtype=torch.bool))
+    features, _ = none.features(batch)
+    for name in NAMES:
+        assert torch.equal(features[name], rep.model.towers[name](x[name]))
+
+
+def test_logits_depend_on_nothing_but_the_sample_and_what_it_has() -> None:
+    classifier = make()
+    signals = signals_of(SIZES, 7)
+    logits = classifier(batch_of(signals, ALL))
+    ran: list[str] = []
+    for name, tower in classifier.model.towers.items():
+        tower.get_submodule("patch_embed").register_forward_hook(lambda *_, name=name: ran.append(name))
+    for row in range(7):
+        other = {name: x[[row]] if ALL[row, m] else x[[row]] + torch.nan for m, (name, x) in enumerate(signals.items())}
+        ran.clear()
+        torch.testing.assert_close(classifier(batch_of(other, ALL[[row]]))[0], logits[row], rtol=1e-4, atol=1e-5)
+        assert set(ran) == {name for m, name in enumerate(NAMES) if ALL[row, m]}
+    order = torch.tensor([3, 0, 6, 1, 5, 4, 2])
+    shuffled = batch_of({name: x[order] for name, x in signals.items()}, ALL[order])
+    torch.testing.assert_close(classifier(shuffled), logits[order], rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_cannot_see_slots_are_those_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their attention logits towards slots at minus infinity."""
+    classifier = make()
+    signals, present = signals_of(SIZES, 2), torch.ones(2, 3, dtype=torch.bool)
+    plain = {name: tower(signals[name]) for name, tower in classifier.model.towers.items()}
+    assert relative_error(classifier.features(batch_of(signals, present))[0]["sound"], plain["sound"]) > 1e-3
+    pad = F.pad
+    monkeypatch.setattr("sensors.swt.pad_bias", lambda bias, slots: pad(bias, (slots, 0), value=float("-inf")))
+    features, _ = classifier.features(batch_of(signals, present))
+    for name in NAMES:
+        assert relative_error(features[name], plain[name]) < 1e-5
+
+
+def test_the_bypass() -> None:
+    options = replace(OPTIONS, memory_depth=4)
+    classifier = make(options=options)
+    signals = signals_of(SIZES, 7)
+
+    def private(classifier: MissingModalityClassifier) -> dict[str, Sequence[Tensor]]:
+        _, slots = classifier.features(batch_of(signals, ALL))
+        return {name: of.replaced_BmD for name, of in slots.items()}
+
+    alpha = classifier.method.get_parameter("residual_alpha")
+    with torch.no_grad():
+        alpha.fill_(0)
+        for of_modality in private(classifier).values():
+            assert all(torch.equal(v, of_modality[0]) for v in of_modality)
+        alpha.fill_(1)
+        of_alpha_1 = private(classifier)
+        without = make(options=replace(options, far=False))
+        without.load_state_dict(classifier.state_dict())
+        for name, of_modality in private(without).items():
+            torch.testing.assert_close(torch.stack([*of_modality]), torch.stack([*of_alpha_1[name]]))
+
+
+def test_all_of_the_learner_is_trained_and_nothing_of_the_towers() -> None:
+    described = replace(OPTIONS, replay_depth=2, decoupling_weight=0.5, dynamic_init=True)
+    for options in (OPTIONS, described):
+        classifier = make(options=options).train()
+        assert not classifier.model.towers["sound"].get_submodule("stages").training
+        before = {name: x.clone() for name, x in classifier.state_dict().items()}
+        labels = torch.arange(7) % CLASSES
+        optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):  # at first, gates of 0 keep the scores of the replay from a gradient
+            logits, own = classifier.training_outputs(batch_of(signals_of(SIZES, 7), ALL), labels)
+            assert set(own) == ({"decoupling"} if options.decoupling_weight else set())
+            (F.cross_entropy(logits, labels) + sum(own.values())).backward()
+            optimizer.step()
+        for name, parameter in classifier.named_parameters():
+            trained = name.startswith(("model.memory_learner.", "model.mod_fusion_layers.", "class_layer."))
+            assert parameter.requires_grad == trained and (parameter.grad is not None) == trained, name
+            assert trained == (not torch.equal(before[name], parameter)), name
+
+
+def test_the_order_of_modalities_changes_logits_by_rounding() -> None:
+    classifier = make().double()
+    turned = ("light", "sound", "shake")
+    other = make(replace(SIZES, modalities={name: SIZES.modalities[name] for name in turned})).double()
+    columns = torch.cat([torch.arange(8) + 8 * NAMES.index(name) for name in turned])
+    key_of = {frozenset(pattern.split("+")): pattern for pattern in patterns(NAMES)}
+    state = {}
+    for name in other.state_dict():
+        beginning, _, last = name.rpartition(".")
+        theirs = f"{beginning}.{key_of[frozenset(last.split('+'))]}" if "+" in last else name
+        value = classifier.state_dict()[theirs]
+        if ".layernorm." in name and "projection" not in name:
+            value = value[columns]
+        elif "compound" in name and name.endswith(("fc1.weight", "skip.weight")):
+            value = value[:, columns]
+        state[name] = value
+    other.load_state_dict(state)
+    signals = {name: x.double() for name, x in signals_of(SIZES, 7).items()}
+    expected = classifier(batch_of(signals, ALL))
+    present = ALL[:, [NAMES.index(name) for name in turned]]
+    torch.testing.assert_close(other(batch_of({name: signals[name] for name in turned}, present)), expected)
+
+
+def test_what_is_trained_of_mod() -> None:
+    """The counts of the definition."""
+    sizes = golden_as.load(golden_as.HERE / "rep_mod.npz").sizes
+    classifier = make(sizes, MethodOptions("rep", 12, 4), classes=7)
+    counts = [
+        sum(p.numel() for p in classifier.parameters() if p.requires_grad == trained) for trained in (True, False)
+    ]
+    assert counts == [486_920, 11_243_840]
+    depth_8 = make(sizes, MethodOptions("rep", 12, 8), classes=7).method
+    assert sum(p.numel() for p in depth_8.parameters()) == 389_889
+    more_slots = make(sizes, MethodOptions("rep", 36, 4), classes=7).method
+    assert sum(p.numel() for p in more_slots.parameters()) == 227_073
+
+
+def test_decoupling_is_of_present_modalities() -> None:
+    classifier = make(options=replace(OPTIONS, decoupling_weight=2.0))
+    batch = batch_of(signals_of(SIZES, 7), ALL)
+    features, slots = classifier.features(batch)
+    found = classifier.method.losses(slots, features, torch.zeros(7, CLASSES), torch.zeros(7))["decoupling"]
+    cosines = [
+        F.cosine_similarity(private, shared, dim=0).square()
+        for m, name in enumerate(NAMES)
+        for row in range(7)
+        if ALL[row, m]
+        for of_layer in slots[name].replaced_BmD
+        for private in of_layer[row]
+        for shared in slots[name].inserted_BmD[0][row]
+    ]
+    assert found.item() == pytest.approx(2 * float(torch.stack(cosines).detach().mean()), rel=1e-5)

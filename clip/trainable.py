@@ -3,6 +3,7 @@
 from torch import nn
 
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.method import EVERY_PART, UNUSED
 
 HEAD = "head"
 
@@ -19,7 +20,9 @@ def parts_of(classifier: MissingModalityClassifier) -> dict[str, list[nn.Paramet
 
 def freeze(classifier: MissingModalityClassifier, task: str) -> str:
     """Sets `requires_grad` of every parameter; returns a table of the parts with their sizes, as text."""
-    trained = {HEAD, *classifier.method.trains(task)}
+    trained = {HEAD, *classifier.model.always_trained, *classifier.method.trains(task)}
+    if EVERY_PART in trained:
+        trained |= parts_of(classifier).keys() - {UNUSED}
     lines, total = [], 0
     for label, parameters in parts_of(classifier).items():
         size = sum(parameter.numel() for parameter in parameters)

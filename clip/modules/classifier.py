@@ -57,12 +57,17 @@ class MissingModalityClassifier(nn.Module):
         return logits_BC, self.method.losses(slots, features, logits_BC, labels)
 
     def features(self, batch: ModelInput) -> tuple[dict[str, Tensor], dict[str, TowerSlots]]:
-        """Features (B, E) by modality, zero where it is missing, and the slots by place."""
-        if self.method.per_sample:
+        """Features (B, E) by modality, and the slots by place."""
+        if self.method.per_sample or self.model.mixes:
             batch = batch.with_own_inputs()
-        tokens = self.model.embed(batch)
+        batch = self.model.prepare(batch)
+        tokens = self.model.mix(batch, self.method.adapt(batch, self.model.embed(batch)))
         slots = self.method(batch, tokens)
-        return self.model.encode(batch, tokens, slots), slots
+        features = self.model.encode(batch, tokens, slots)
+        if self.method.options.mask_readout:
+            has = zip(features.items(), batch.present_BM.unbind(dim=1), strict=True)
+            features = {name: feature_BE * has_B[:, None] for (name, feature_BE), has_B in has}
+        return features, slots
 
     def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
         """Sets how the backbone computes, see `Backbone.compute`."""

@@ -186,16 +186,8 @@ class MemoryLearner(Method):
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """The decoupling: mean squared cosine between private and shared slots, over layers and towers."""
-        if not self.options.decoupling_weight:
-            return {}
-        squared = []
-        for of_tower in slots.values():
-            shared_BmD = F.normalize(of_tower.inserted_BmD[0], dim=-1)
-            for private_BmD in of_tower.replaced_BmD:
-                cosine_Bmm = F.normalize(private_BmD, dim=-1) @ shared_BmD.transpose(1, 2)
-                squared.append(cosine_Bmm.square().mean())
-        return {"decoupling": self.options.decoupling_weight * torch.stack(squared).mean()}
+        """The decoupling of private and shared slots."""
+        return decoupling_loss(slots, self.options.decoupling_weight)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The learner, what the options leave unused, and the attention of the dynamic slots."""
@@ -213,6 +205,19 @@ class MemoryLearner(Method):
     def trains(self, task: str) -> tuple[str, ...]:
         """On Hateful Memes, the dynamic attention and the ends of the towers too (docs/method.md section 5)."""
         return (METHOD, DYNAMIC_ATTENTION, FINAL) if task == "hatememes" else (METHOD,)
+
+
+def decoupling_loss(slots: Mapping[str, TowerSlots], weight: float) -> dict[str, Tensor]:
+    """Mean squared cosine between private and shared slots, over layers and towers, times `weight` if that is not 0."""
+    if not weight:
+        return {}
+    squared = []
+    for of_tower in slots.values():
+        shared_BmD = F.normalize(of_tower.inserted_BmD[0], dim=-1)
+        for private_BmD in of_tower.replaced_BmD:
+            cosine_Bmm = F.normalize(private_BmD, dim=-1) @ shared_BmD.transpose(1, 2)
+            squared.append(cosine_Bmm.square().mean())
+    return {"decoupling": weight * torch.stack(squared).mean()}
 
 
 def _mean_tokens(batch: ModelInput, tokens: Mapping[str, Tensor], places: Mapping[str, Place]) -> Tensor:

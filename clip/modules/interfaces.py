@@ -19,6 +19,8 @@ class Place(NamedTuple):
     """Blocks."""
     widths: tuple[int, ...] = ()
     """Of each block, where they differ; slots come in with the width of the first."""
+    input_shape: tuple[int, ...] = ()
+    """Of an input of its modality, where all have one that methods may depend on."""
 
 
 class ModelInput(NamedTuple):
@@ -82,6 +84,8 @@ class TowerSlots(NamedTuple):
     """Come in before a block, in front of the sequence, and stay."""
     dynamic_BmD: Tensor | None = None
     """Come in before the first block, right in front of the tokens, and stay."""
+    appended_BmD: Tensor | None = None
+    """Tokens behind the others, embedded like them; of towers that read a sequence's last token."""
     prefix_BP2D: Sequence[Tensor] = ()
     """Keys and values that all positions of a block see, without positions of their own."""
     replay: Sequence[Callable[[Sequence[Tensor]], Tensor]] = ()
@@ -93,13 +97,13 @@ class TowerSlots(NamedTuple):
         replaced, inserted, prefix = (
             [slots[rows] for slots in group] for group in (self.replaced_BmD, self.inserted_BmD, self.prefix_BP2D)
         )
-        dynamic = None if self.dynamic_BmD is None else self.dynamic_BmD[rows]
-        return TowerSlots(replaced, inserted, dynamic, prefix, self.replay)
+        dynamic, appended = (each if each is None else each[rows] for each in (self.dynamic_BmD, self.appended_BmD))
+        return TowerSlots(replaced, inserted, dynamic, appended, prefix, self.replay)
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        dynamic = [] if self.dynamic_BmD is None else [self.dynamic_BmD]
-        return [*self.replaced_BmD, *self.inserted_BmD, *dynamic, *self.prefix_BP2D]
+        single = [each for each in (self.dynamic_BmD, self.appended_BmD) if each is not None]
+        return [*self.replaced_BmD, *self.inserted_BmD, *single, *self.prefix_BP2D]
 
 
 NO_SLOTS = TowerSlots()
@@ -128,11 +132,26 @@ class Backbone(nn.Module):
     """By modality."""
     embed_dim: int
     """E."""
+    mixes = False
+    """Whether modalities read each other before their towers, so that samples cannot share the features of one."""
+    always_trained: tuple[str, ...] = ()
+    """Parts (see `parts`) that are trained whatever the method."""
 
     @property
     def towers(self) -> dict[str, Tower]:
         """By modality."""
         raise NotImplementedError
+
+    def start_head(self, head: nn.Module) -> None:
+        """Gives the head other start values than its own, where the published model has others."""
+
+    def prepare(self, batch: ModelInput) -> ModelInput:
+        """The batch as all that follows reads it: with dropout on its inputs, for example."""
+        return batch
+
+    def mix(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Input tokens of the towers, where modalities read each other before: from those of `embed`."""
+        return tokens
 
     def embed(self, batch: ModelInput) -> dict[str, Tensor]:
         """Input tokens (b, L, D) of the modalities that any sample has."""

@@ -14,6 +14,7 @@ from clip.modules.interfaces import ModelInput, Place, TowerSlots
 
 PROMPT_STD = 0.02
 METHOD = "method"
+EVERY_PART = "every part"
 UNUSED = "method, unused"
 
 
@@ -36,6 +37,14 @@ class MethodOptions:
     """Weight of the loss that keeps private and shared slots apart."""
     dynamic_init: bool = False
     """Shared slots start from the sample, too."""
+    rdn_hidden: int = 32
+    """Of text, audio and vision, like the options below: width within REP's projections."""
+    mask_readout: bool = False
+    """What is read out of the tower of a missing modality becomes 0."""
+    train_pooler: bool = False
+    """REP trains the pooler too."""
+    prompt_length: int = 16
+    """MPLMM: steps of each of its prompts."""
 
     @property
     def slots(self) -> int:
@@ -73,6 +82,10 @@ class Method(nn.Module):
         super().__init__()
         self.places = places
         self.options = options
+
+    def adapt(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tokens of `Backbone.embed` as they enter the frozen layers, (B, L, D) where it makes missing ones up."""
+        return tokens
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         """The slots of a batch, by place, B rows each.

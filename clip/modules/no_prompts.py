@@ -1,11 +1,11 @@
-"""No prompts at all: frozen CLIP and the head, the floor of every comparison."""
+"""No prompts at all: the frozen backbone and the head, the floor of every comparison, or all of it trained."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from clip.modules.interfaces import NO_SLOTS, ModelInput, TowerSlots
-from clip.modules.method import Method
+from clip.modules.method import EVERY_PART, Method
 
 
 class NoPrompts(Method):
@@ -14,3 +14,11 @@ class NoPrompts(Method):
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         """No slots anywhere."""
         return dict.fromkeys(self.places, NO_SLOTS)
+
+
+class WholeBackbone(NoPrompts):
+    """No prompts, and nothing frozen: pretraining, and full fine-tuning."""
+
+    def trains(self, task: str) -> tuple[str, ...]:
+        """Every part."""
+        return (EVERY_PART,)

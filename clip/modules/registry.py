@@ -21,12 +21,28 @@ METHODS = {
     "msp": "clip.modules.msp:ModalitySpecificPrompts",
     "none": "clip.modules.no_prompts:NoPrompts",
 }
+FAMILY_METHODS = {
+    "vla": {
+        "rep": "vla.memory_learner:VlaMemoryLearner",
+        "mplmm": "vla.mplmm:Mplmm",
+        "mplmm_described": "vla.mplmm:MplmmDescribed",
+        "none": "clip.modules.no_prompts:NoPrompts",
+        "full": "clip.modules.no_prompts:WholeBackbone",
+    }
+}
+"""Likewise by family of backbones, for those whose methods are not METHODS."""
+EVERY_METHOD = tuple(dict.fromkeys([*METHODS, *(name for methods in FAMILY_METHODS.values() for name in methods)]))
 HEADS = {"linear": "clip.modules.heads:LinearHead", "prototype": "clip.modules.heads:PrototypeHead"}
 
 
-def method_class(name: str) -> "type[Method]":
+def methods_of(family: str) -> dict[str, str]:
+    """The methods for a family of backbones."""
+    return FAMILY_METHODS.get(family, METHODS)
+
+
+def method_class(name: str, family: str = "clip") -> "type[Method]":
     """The class of a method."""
-    found: type[Method] = resolve_name(METHODS[name])
+    found: type[Method] = resolve_name(methods_of(family)[name])
     return found
 
 

@@ -150,7 +150,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BLD: Tensor, read_B: Tensor, slots: TowerSlots) -> Tensor:
         """(B, D): the last block's output of the input token `read_B` of each sample; its others are not computed."""
-        replaced, inserted, dynamic_BmD, prefix, replay = slots
+        replaced, inserted, dynamic_BmD, _, prefix, replay = slots
         depth, L = len(replaced), tokens_BLD.shape[1]
         x_BLD = tokens_BLD if dynamic_BmD is None else torch.cat([dynamic_BmD, tokens_BLD], dim=1)
         outputs_BPD: list[Tensor] = []  # of the replaced and inserted slots, for the replay

@@ -1,0 +1,203 @@
+"""Models of text, audio and vision: REP against its slow version, exact shortcuts, and what is promised of each."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from clip.modules.method import MethodOptions
+from clip.modules.registry import FAMILY_METHODS
+from tests import slow_vla
+from tests.golden import relative_error
+from tests.vla_models import TINY, TYPE_OF_MODE, published_name, random_features, vla_batch, vla_classifier
+from vla.backbone import LETTERS, Attention, Encoder, VlaArchitecture, VlaBackbone
+
+MISSING = ("l", "a", "v", "la", "lv", "av", "")
+REP = MethodOptions("rep", 6, 2)
+METHODS = list(FAMILY_METHODS["vla"])
+
+
+def moved(options: MethodOptions = REP, outputs: int = 1):
+    """A classifier with all values away from their start, in evaluation mode."""
+    classifier = vla_classifier(TINY, options, outputs).eval()
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return classifier
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask_readout": True},
+        {"far": False},
+        {"fmb": False},
+        {"replay_depth": 1, "decoupling_weight": 0.3, "dynamic_init": True},
+        {"memory_depth": 1, "replay_depth": 2},
+    ],
+    ids=str,
+)
+def test_rep_is_its_slow_version(options: Any) -> None:
+    classifier = moved(replace(REP, **options), outputs=2)
+    features = random_features(TINY, 7)
+    batch = vla_batch(features, TYPE_OF_MODE)
+    found, slots = classifier.features(batch)
+    logits = classifier(batch)
+    state = {published_name(name): value for name, value in classifier.state_dict().items()}
+    flags = {name: value for name, value in options.items() if name in ("far", "fmb", "mask_readout")}
+    expected, cosines = zip(
+        *(
+            slow_vla.forward(
+                state, {c: features[name][row] for name, c in LETTERS.items()}, missing, TINY.heads, **flags
+            )
+            for row, missing in enumerate(MISSING)
+        ),
+        strict=True,
+    )
+    assert relative_error(logits, torch.stack(expected)) < 1e-5
+    losses = classifier.method.losses(slots, found, logits, torch.zeros(7))
+    weight = options.get("decoupling_weight", 0)
+    assert set(losses) == ({"decoupling"} if weight else set())
+    if weight:
+        assert losses["decoupling"].item() == pytest.approx(weight * float(torch.stack(cosines).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_depends_on_itself_and_what_it_has_alone(method: str) -> None:
+    classifier = moved(replace(REP, prompt_type=method, prompt_length=3))
+    features = random_features(TINY, 7)
+    together = classifier(vla_batch(features, TYPE_OF_MODE))
+    for row, code in enumerate(TYPE_OF_MODE):
+        own = {name: x[row : row + 1].clone() for name, x in features.items()}
+        alone = classifier(vla_batch(own, [code]))
+        assert torch.allclose(alone[0], together[row], atol=1e-6)
+        for (name, letter), x in zip(LETTERS.items(), own.values(), strict=True):
+            changed = {**own, name: x + 1}
+            same = bool((classifier(vla_batch(changed, [code])) == alone).all())
+            assert same == (letter in MISSING[row]), (name, row)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_slots_in_training_are_those_of_evaluation_without_dropout(method: str) -> None:
+    classifier = moved(replace(REP, prompt_type=method, prompt_length=3))
+    batch = vla_batch(random_features(TINY, 8), [*TYPE_OF_MODE, 0])
+    expected = classifier(batch)
+    classifier.method.train()  # one set of slots for each sample, not for each type
+    for module in classifier.method.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0
+    assert relative_error(classifier(batch), expected) < 1e-5
+
+
+def test_a_missing_source_is_read_as_zeros_are() -> None:
+    model = moved().model
+    assert isinstance(model, VlaBackbone)
+    encoder = model.get_submodule("trans_l_with_a")
+    assert isinstance(encoder, Encoder)
+    target = encoder.embed(torch.randn(3, 5, TINY.width))
+    assert relative_error(encoder.cross_zeros(target, 6), encoder.cross(target, torch.zeros(3, 6, TINY.width))) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [4, 9])
+def test_dropout_on_the_weights_of_a_missing_source_has_the_same_distribution(steps: int) -> None:
+    torch.manual_seed(0)
+    attention = Attention(8, 2).train()
+    source, visible = torch.randn(8), torch.arange(steps) + 1
+    n = 20_000
+    drawn = attention.of_constant(source, n, visible)
+    mask = torch.ones(steps, steps, dtype=torch.bool).tril()
+    constant = source.expand(n, steps, 8)
+    expected = attention(torch.zeros(n, steps, 8), constant, mask)
+    assert (drawn.mean(0) - expected.mean(0)).abs().max() < 0.02
+    assert torch.allclose(drawn.std(0), expected.std(0), rtol=0.05, atol=0.002)
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [("rep", 245_504), ("mplmm", 88_141), ("mplmm_described", 88_141), ("none", 9_931), ("full", 1_071_211)],
+)
+def test_trained_parameters_at_the_sizes_of_mosi(method: str, trained: int) -> None:
+    classifier = vla_classifier(VlaArchitecture(50, 50, 50, 300, 5, 20), MethodOptions(method, 12, 3))
+    assert sum(p.numel() for p in classifier.parameters() if p.requires_grad) == trained
+
+
+@pytest.mark.parametrize(
+    ("option", "more"), [("train_pooler", 65_160), ("dynamic_init", 18_696), ("replay_depth", 375)]
+)
+def test_options_of_rep_add_the_parameters_that_they_say(option: str, more: int) -> None:
+    arch = replace(TINY, width=30, heads=5, layers=5)
+    with_it, without = (
+        sum(p.numel() for p in vla_classifier(arch, options).parameters() if p.requires_grad)
+        for options in (MethodOptions("rep", 12, 3, **{option: 2}), MethodOptions("rep", 12, 3))  # type: ignore[arg-type]
+    )
+    assert with_it - without == more
+
+
+@pytest.mark.parametrize("options", [{"replay_depth": 1}, {"dynamic_init": True}, {"decoupling_weight": 1.0}], ids=str)
+def test_options_as_described_start_as_the_identity(options: Any) -> None:
+    plain, described = (vla_classifier(TINY, each).eval() for each in (REP, replace(REP, **options)))
+    described.load_state_dict(plain.state_dict(), strict=False)
+    batch = vla_batch(random_features(TINY, 7), TYPE_OF_MODE)
+    assert relative_error(described(batch), plain(batch)) < 1e-6
+
+
+@pytest.mark.parametrize(("method", "learns"), [("mplmm", False), ("mplmm_described", True)])
+def test_missing_type_prompts_learn_with_the_start_that_is_described(method: str, learns: bool) -> None:
+    classifier = vla_classifier(TINY, MethodOptions(method, prompt_length=3))
+    optimizer = torch.optim.Adam(p for p in classifier.parameters() if p.requires_grad)
+    batch = vla_batch(random_features(TINY, 7), TYPE_OF_MODE)
+    for _ in range(3):
+        optimizer.zero_grad()
+        classifier(batch).sum().backward()
+        optimizer.step()
+    names = ("missing_type_prompt", "m_l", "m_a", "m_v")
+    for name in names:
+        gradient = classifier.get_parameter(f"model.prompt_learner.{name}").grad
+        assert gradient is not None and bool(gradient.any()) == learns
+
+
+def test_the_first_step_of_stage_one_does_not_explode() -> None:
+    arch = replace(TINY, width=30, heads=5, layers=5, text_steps=20, audio_steps=20, vision_steps=20)
+    classifier = vla_classifier(arch, MethodOptions("full")).eval()
+    features = random_features(arch, 8)
+    classifier(vla_batch(features, [0] * 8)).abs().mean().backward()
+    norm = torch.stack([p.grad.norm() for p in classifier.parameters() if p.grad is not None]).norm()
+    assert float(norm) < 1e3  # 1e10 where the norms behind the cross-modal encoders have no bias
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"width": 9}, "width: expected a multiple of heads=2"), ({"width": 2}, "width: expected .* 4 or more, found 2")],
+)
+def test_sizes_that_do_not_fit(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VlaBackbone(replace(TINY, **change))
+
+
+def test_memory_deeper_than_the_towers() -> None:
+    with pytest.raises(ValueError, match=r"memory_depth=4 .*3 in the text tower"):
+        vla_classifier(TINY, MethodOptions("rep", 6, 4))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step_gives_every_trained_parameter_a_gradient_unless_its_types_are_absent(method: str) -> None:
+    classifier = vla_classifier(TINY, replace(REP, prompt_type=method, prompt_length=3)).train()
+    classifier(vla_batch(random_features(TINY, 7), TYPE_OF_MODE)).sum().backward()
+    lacking = [name for name, p in classifier.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lacking
+    frozen = [name for name, p in classifier.named_parameters() if not p.requires_grad and p.grad is not None]
+    assert not frozen
+
+
+def test_checkpointing_activations_changes_nothing() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        classifier = moved()
+        classifier.train()
+        classifier.compute(torch.float32, checkpointing=checkpointing)
+        torch.manual_seed(3)
+        classifier(vla_batch(random_features(TINY, 7), TYPE_OF_MODE)).sum().backward()
+        gradients.append(classifier.model.get_parameter("proj_l.weight").grad)
+    assert torch.equal(*gradients)

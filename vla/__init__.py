@@ -1,0 +1,1 @@
+"""Text, audio and vision: backbone, methods, and the files that published code wrote."""

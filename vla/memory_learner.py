@@ -1,0 +1,132 @@
+"""REP's memory learner for text, audio and vision: this project's definition (docs/vla.md section 4).
+
+No code or equation for it is published. The slots are those of REP on CLIP, for three towers.
+
+Shape suffixes: B samples, n rows of slots (types or samples), m slots of one group, w width of a tower.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip.modules.clip_dynamic_memory import DYNAMIC_STD, RDN, RESIDUAL_ALPHA, LayerReplay, decoupling_loss
+from clip.modules.interfaces import ModelInput, Place, TowerSlots
+from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, without
+from vilt.missing_types import is_missing
+from vla.backbone import LETTERS, POOLER, Attention
+
+TYPES = 7
+MODE_OF_TYPE = (6, 2, 1, 5, 0, 4, 3)
+"""By missing type (see `vilt/missing_types.py`), the number that published files and tables have for it."""
+
+
+class VlaMemoryLearner(Method):
+    """Private slots for each layer of the memory depth, shared slots and dynamic slots for the first one."""
+
+    attribute = "memory_learner"
+    identity_at_init = ("replay_", "dynamic_common_token_net.")
+
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
+        m, w, depth, steps = options.slots, embed_dim, options.memory_depth, options.replay_depth
+        if depth < 1:
+            raise ValueError(f"memory_depth must be at least 1, found {depth}")
+        check_depth(places, depth, f"memory_depth={depth}")
+        check_depth(places, depth + steps, f"memory_depth={depth} with replay_depth={steps}")
+        rdn = options.rdn_hidden
+        for letter in LETTERS.values():
+            start = F.normalize(torch.randn(2, m, w), dim=-1)
+            self.register_parameter(f"memory_start_{letter}", nn.Parameter(start))
+            queries = DYNAMIC_STD * torch.randn(TYPES, m, w)
+            self.register_parameter(f"dynamic_queries_{letter}", nn.Parameter(queries))
+            self.add_module(f"attn_memory_{letter}", Attention(w, heads=1, dropout=0))
+            projections = nn.ModuleList(RDN(3 * w, w, rdn) for _ in range(depth))
+            self.add_module(f"compound_memory_projections_{letter}", projections)
+            self.add_module(f"layernorm_{letter}", nn.ModuleList(nn.LayerNorm(3 * w) for _ in range(depth)))
+            self.add_module(f"common_memory_projection_{letter}", RDN(w, w, rdn))
+            if steps:
+                self.add_module(f"replay_{letter}", LayerReplay(w, depth, steps))
+        common = F.normalize(torch.randn(TYPES, m, w), dim=-1) + 0.2 * torch.randn(TYPES, m, w)
+        self.common_memory = nn.Parameter(common)
+        self.residual_alpha = nn.Parameter(torch.tensor(RESIDUAL_ALPHA))
+        if options.dynamic_init:
+            self.dynamic_common_token_net = RDN(3 * w, w, rdn)
+            for last in (self.dynamic_common_token_net.fc2, self.dynamic_common_token_net.skip):
+                for parameter in last.parameters():
+                    nn.init.zeros_(parameter)
+
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """The slots of every sample; without dropout private and shared ones are computed once for each type."""
+        type_B = batch.missing_type_B
+        type_n, row_B = type_B, None
+        if not self.training:
+            type_n = torch.tensor(batch.types, device=type_B.device)
+            row_B = torch.searchsorted(type_n, type_B)
+        mode_of_type = torch.tensor(MODE_OF_TYPE, device=type_B.device)
+
+        def of_samples(slots_nmw: Tensor) -> Tensor:
+            return slots_nmw if row_B is None else slots_nmw[row_B]
+
+        private = {letter: [of_samples(x) for x in layers] for letter, layers in self._private(type_n).items()}
+        shared: dict[str, list[Tensor]] = {letter: [] for letter in private}
+        if self.options.fmb:
+            common = self.common_memory[mode_of_type[type_n]]
+            if self.options.dynamic_init:
+                mean = [tokens[name].mean(dim=1) * has[:, None] for name, has in self._presence(batch).items()]
+                common = of_samples(common) + self.dynamic_common_token_net(torch.cat(mean, dim=-1))[:, None]
+            for letter in shared:
+                slots = self.get_submodule(f"common_memory_projection_{letter}")(common)
+                shared[letter] = [slots if self.options.dynamic_init else of_samples(slots)]
+        found = {}
+        for name, letter in LETTERS.items():
+            queries_BmD = self.get_parameter(f"dynamic_queries_{letter}")[mode_of_type[type_B]]
+            dynamic = self.get_submodule(f"attn_memory_{letter}")(queries_BmD, tokens[name])
+            replay = []
+            if self.options.replay_depth:
+                module = self.get_submodule(f"replay_{letter}")
+                assert isinstance(module, LayerReplay)
+                replay = module.of_each_block()
+            found[name] = TowerSlots(private[letter], shared[letter], dynamic, replay=replay)
+        return found
+
+    def _private(self, type_n: Tensor) -> dict[str, list[Tensor]]:
+        """By letter, slots (n, m, w) of each layer of the memory depth."""
+        chain = {}
+        for name, letter in LETTERS.items():
+            lacking = is_missing(LETTERS, name, type_n).long() if self.options.fmb else torch.zeros_like(type_n)
+            chain[letter] = self.get_parameter(f"memory_start_{letter}")[lacking]
+        layers: dict[str, list[Tensor]] = {letter: [] for letter in chain}
+        for k in range(self.options.memory_depth):
+            joined = torch.cat(list(chain.values()), dim=-1)
+            for letter, before in chain.items():
+                norm = self.get_submodule(f"layernorm_{letter}.{k}")
+                slots = self.get_submodule(f"compound_memory_projections_{letter}.{k}")(norm(joined))
+                if k > 0 and self.options.far:  # the residual bypass
+                    slots = torch.lerp(before, slots, self.residual_alpha)
+                layers[letter].append(slots)
+            chain = {letter: of_letter[-1] for letter, of_letter in layers.items()}
+        return layers
+
+    def _presence(self, batch: ModelInput) -> dict[str, Tensor]:
+        return dict(zip(LETTERS, batch.present_BM.unbind(dim=1), strict=True))
+
+    def losses(
+        self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The decoupling of private and shared slots, over layers and towers."""
+        return decoupling_loss(slots, self.options.decoupling_weight)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The learner, and what the options leave unused."""
+        unused = [] if self.options.far else [self.residual_alpha]
+        if not self.options.fmb:
+            unused.append(self.common_memory)
+            for letter in LETTERS.values():
+                unused += self.get_submodule(f"common_memory_projection_{letter}").parameters()
+        return {METHOD: without(self.parameters(), unused), UNUSED: unused}
+
+    def trains(self, task: str) -> tuple[str, ...]:
+        """With `train_pooler` the pooler too."""
+        return (METHOD, POOLER) if self.options.train_pooler else (METHOD,)

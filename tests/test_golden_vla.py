@@ -115,7 +115,7 @@ def arrays_of(golden: Golden) -> dict[str, Tensor]:
             for function, of_rows in (("cross", there), ("cross_zeros", lacking)):
                 watched(module, name, function, of_rows, streams)
     features, slots = classifier.features(batch)
-    fused = model.fuse(features)
+    fused = model.fuse(features, batch.present_BM)
     found = {
         "last_hidden": torch.cat([features[name] for name in LETTERS], dim=-1),
         "fused": fused,

@@ -284,9 +284,9 @@ class VlaBackbone(Backbone):
         """Features (B, 2d) of every modality; that of a missing one holds what the others brought."""
         return {name: tower.encode(tokens[name], tokens[name], slots[name]) for name, tower in self.towers.items()}
 
-    def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
+    def fuse(self, features: Mapping[str, Tensor], present_BM: Tensor) -> Tensor:
         """(B, 6d): the features side by side, behind the residual pooler."""
-        z = super().fuse(features)
+        z = super().fuse(features, present_BM)
         return self.proj2(F.dropout(F.relu(self.proj1(z)), DROPOUT, self.training)) + z
 
     def parts(self) -> dict[str, list[nn.Parameter]]:

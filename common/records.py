@@ -14,7 +14,8 @@ def record_of(kind: type[T], values: object) -> T:
     Raises:
         ValueError: a field is missing, unknown, or has a value of another type; names it.
     """
-    types = {name: get_origin(of_field) or of_field for name, of_field in get_type_hints(kind).items()}
+    hints = get_type_hints(kind)
+    types = {name: get_origin(hint) if get_origin(hint) in (tuple, list, dict) else hint for name, hint in hints.items()}
     needed = {
         field.name
         for field in fields(kind)  # type: ignore[arg-type]
@@ -26,8 +27,7 @@ def record_of(kind: type[T], values: object) -> T:
     if missing or unknown:
         raise ValueError(f"{kind.__name__}: missing: {listed(missing)}; unknown: {listed(unknown)}")
     for name, value in values.items():
-        plain = tuple if get_origin(types[name]) is tuple else types[name]
-        if not isinstance(value, plain):
+        if not isinstance(value, types[name]):
             expected = getattr(types[name], "__name__", types[name])
             raise ValueError(f"{name}: expected {expected}, found {quoted(value)}")
     return kind(**values)

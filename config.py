@@ -317,7 +317,8 @@ class Options:
         """The part of the options that says which slots the towers get."""
         from clip.modules.method import MethodOptions
 
-        return MethodOptions(**{each.name: getattr(self, each.name) for each in fields(MethodOptions)})
+        names = {each.name for each in fields(MethodOptions)} & OPTIONS.keys()
+        return MethodOptions(**{name: getattr(self, name) for name in names})
 
     def data_settings(self) -> "DataSettings":
         """The part of the options that the loaders need."""

@@ -15,7 +15,9 @@ def record_of(kind: type[T], values: object) -> T:
         ValueError: a field is missing, unknown, or has a value of another type; names it.
     """
     hints = get_type_hints(kind)
-    types = {name: get_origin(hint) if get_origin(hint) in (tuple, list, dict) else hint for name, hint in hints.items()}
+    types = {
+        name: origin if (origin := get_origin(hint)) in (tuple, list, dict) else hint for name, hint in hints.items()
+    }
     needed = {
         field.name
         for field in fields(kind)  # type: ignore[arg-type]

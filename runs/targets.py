@@ -63,7 +63,7 @@ def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -
     """Raises ConfigError where the task or a given option of the model is another one than the checkpoint's."""
     spec = checkpoint.spec
     for option, theirs in {"task": spec.task, **asdict(spec.method), "head": spec.head}.items():
-        ours = getattr(options, option)
+        ours = getattr(options, option, theirs)
         if (option in given or option == "task") and theirs != ours:
             raise ConfigError(f"{option}: {ours} contradicts the checkpoint {checkpoint.path}, which has {theirs}")
 
@@ -71,7 +71,8 @@ def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -
 def with_model_of(checkpoint: Checkpoint, options: Options, given: set[str]) -> Options:
     """The options of an evaluation for the records: method, head and backbone are those of `checkpoint`."""
     vit = options.vit if "vit" in given or checkpoint.backbone_name is None else checkpoint.backbone_name
-    return replace(options, **asdict(checkpoint.spec.method), head=checkpoint.spec.head, vit=vit)
+    of_model = {name: value for name, value in asdict(checkpoint.spec.method).items() if hasattr(options, name)}
+    return replace(options, **of_model, head=checkpoint.spec.head, vit=vit)
 
 
 def _open(

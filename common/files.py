@@ -151,8 +151,8 @@ def _remove(part: Path) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table; a reader finds the old file or the new one."""
+    """Writes a table; a reader finds the old file or the new one. NaN, an undefined value, is an empty cell."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows(["" if value != value else value for value in row] for row in rows)

@@ -1,7 +1,9 @@
 """JSON files: written at once, and those of others read without guessing."""
 
 import json
+import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,18 @@ def kind_of(value: object) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` readably; a reader finds the old file or the new one."""
+    """Writes `content` readably; a reader finds the old file or the new one. A number that is not finite is null."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
+        text = json.dumps(_finite(content), indent=2, default=str, allow_nan=False)
+        temporary.write_text(text + "\n", "utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How names, numbers and tables are written for people, on the terminal and in reports alike."""
 
 import io
+import math
 import re
 import shutil
 import statistics
@@ -20,21 +21,43 @@ class Estimate(NamedTuple):
     """A mean with the sample standard deviation (divisor N-1), which is 0 where there is one value only."""
 
     mean: float
+    """NaN where every value is undefined."""
     std: float
     n: int
+    """Values that are defined."""
+    undefined: int = 0
+    """Values that are not, and are left out."""
 
     def text(self, digits: int = 4, factor: float = 1) -> str:
         """`mean ± deviation`, each times `factor`; the deviation only where there are several values."""
         figures = (self.mean, self.std) if self.n > 1 else (self.mean,)
-        return " ± ".join(f"{factor * figure:.{digits}f}" for figure in figures)
+        left_out = f" ({self.n} of {self.n + self.undefined})" if self.n and self.undefined else ""
+        return " ± ".join(figure(factor * value, digits) for value in figures) + left_out
+
+    @property
+    def order(self) -> float:
+        """See `order_of`."""
+        return order_of(self.mean)
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
     """Mean and deviation, exact before they are rounded: of equal values that value and 0. None of no values."""
+    defined = [value for value in values if not math.isnan(value)]
     if not values:
         return None
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return Estimate(float(statistics.mean(values)), std, len(values))
+    mean = float(statistics.mean(defined)) if defined else math.nan
+    std = statistics.stdev(defined) if len(defined) > 1 else 0.0
+    return Estimate(mean, std, len(defined), len(values) - len(defined))
+
+
+def order_of(value: float) -> float:
+    """What to choose the highest value by: an undefined one (NaN) is below all others."""
+    return -math.inf if math.isnan(value) else value
+
+
+def figure(value: float, digits: int = 4) -> str:
+    """A number as text; NaN, which is what a metric is that the samples leave undefined, as `undefined`."""
+    return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def natural_key(name: str | Path) -> list[tuple[int, str]]:

@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from common.errors import CheckpointError
 from common.signals import Stopped
+from common.text import figure, order_of
 from engine.checkpoint import DESCRIPTION
 from engine.checkpoint_file import write_checkpoint
 from engine.interruption import StopRequest
@@ -31,7 +32,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: where both are written, by the first process alone.
-        monitor: name of the logged metric; higher is better.
+        monitor: name of the logged metric; higher is better, and undefined (NaN) is never best.
     """
 
     def __init__(self, folder: Path, monitor: str) -> None:
@@ -80,7 +81,7 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, FinetuneModule)
         score = float(trainer.callback_metrics[self.monitor])
-        if self.best is None or score > self.best["score"] or math.isnan(self.best["score"]):
+        if order_of(score) > (order_of(self.best["score"]) if self.best is not None else -math.inf):
             self.best = {
                 "state_dict": {name: value.cpu().clone() for name, value in pl_module.state_dict().items()},
                 "epoch": trainer.current_epoch,
@@ -206,7 +207,7 @@ class Report(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
         shown = [name for name in ("train/loss", "val/loss", self.monitor) if name in metrics]
-        values = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in shown)
+        values = "  ".join(f"{name} {figure(float(metrics[name]))}" for name in shown)
         log.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, values)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -74,6 +74,16 @@ class SplitLogits:
     logits_TNC: Tensor
     """float32."""
 
+    @property
+    def units(self) -> int:
+        """Rows that have samples."""
+        return len(np.unique(self.row_of_sample_N))
+
+    @property
+    def unit_numbers(self) -> np.ndarray:
+        """Which samples are of one row, such as the plots of one film: numbers from 0."""
+        return np.unique(self.row_of_sample_N, return_inverse=True)[1]
+
     def at(self, table: np.ndarray) -> Tensor:
         """Logits (N, C) where the rows of the split lose what a missing table says."""
         type_N = torch.from_numpy(table[self.row_of_sample_N].astype(np.int64))

@@ -1,10 +1,12 @@
-"""The published metrics (docs/method.md section 4), computed on the logits of a whole split.
+"""The published metrics (docs/method.md section 4) and others, computed on the logits of a whole split.
 
 Shapes: N samples, C classes, R resamples. `logits` (N, C); `labels` (N, C) of 0/1 for multi-label tasks, (N,) class
-numbers otherwise. All values are fractions in [0, 1].
+numbers otherwise. All values are fractions in [0, 1], or NaN where the samples leave them undefined, such as the AUROC
+of one class. Undefined is not 0: such a value is left out of means and intervals, and chooses no model.
 """
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,23 +15,69 @@ from torch import Tensor
 THRESHOLD = 0.5
 
 
+class Measure(ABC):
+    """A figure of a split."""
+
+    @abstractmethod
+    def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Tensor:
+        """The figure (R,) of each resample; `counts_RN` says how often each sample is in it."""
+
+    @abstractmethod
+    def swapped(self, one: Tensor, other: Tensor, labels: Tensor, swaps_RN: Tensor) -> tuple[Tensor, Tensor]:
+        """The figures (R,) of two models' logits where `swaps_RN` (0 or 1) says whose outcomes change sides."""
+
+
 @dataclass(frozen=True)
-class Metric:
-    """Metrics that follow from sums over samples, so that resamples cost one matrix product."""
+class Sums(Measure):
+    """A figure that follows from sums over samples, so that resamples cost one matrix product."""
 
     terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-    """(logits, labels) to what each sample adds: (N, C) or (N,), float64."""
-    figures: Callable[..., dict[str, float]]
-    """Number of samples and the sum of each term, (C,) or (), to named values."""
+    """(logits, labels) to what each sample adds: (N, K) or (N,)."""
+    value: Callable[..., Tensor]
+    """Number of samples (R,) and the sum of each term, (R, K) or (R,), to the figure (R,)."""
+
+    def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Tensor:
+        sums = (counts_RN @ term.to(counts_RN.dtype) for term in self.terms(logits, labels))
+        return self.value(counts_RN.sum(1).double(), *(of_term.double() for of_term in sums))
+
+    def swapped(self, one: Tensor, other: Tensor, labels: Tensor, swaps_RN: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = [], []
+        for mine, theirs in zip(self.terms(one, labels), self.terms(other, labels), strict=True):
+            differs_N = (mine != theirs).reshape(len(labels), -1).any(1)
+            moved = swaps_RN[:, differs_N] @ (theirs - mine)[differs_N].to(swaps_RN.dtype)
+            first.append(mine.sum(0) + moved.double())
+            second.append(theirs.sum(0) - moved.double())
+        n_R = torch.full((len(swaps_RN),), float(len(labels)), dtype=torch.float64)
+        return self.value(n_R, *first), self.value(n_R, *second)
+
+
+class Auroc(Measure):
+    """Area under the ROC curve of class 1's probability, exact (no binning); undefined where only one class occurs."""
+
+    def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Tensor:
+        fp_RK, tp_RK, _ = roc_counts(logits, labels, counts_RN.double())
+        return _ratio(torch.trapezoid(tp_RK, fp_RK), fp_RK[:, -1] * tp_RK[:, -1])
+
+    def swapped(self, one: Tensor, other: Tensor, labels: Tensor, swaps_RN: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the ranks, not the scores, which two models may spread differently (Bandos et al. 2005)."""
+        both, twice = torch.cat([_ranked(one), _ranked(other)]), torch.cat([labels, labels])
+        stays_RN = 1 - swaps_RN
+        first = self.resampled(both, twice, torch.cat([stays_RN, swaps_RN], 1))
+        return first, self.resampled(both, twice, torch.cat([swaps_RN, stays_RN], 1))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The measures of a task by name."""
+
+    measures: dict[str, Measure]
 
     def __call__(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """The metrics of all samples."""
-        return self.figures(len(labels), *(term.sum(0) for term in self.terms(logits, labels)))
-
-    def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Iterator[dict[str, float]]:
-        """The metrics of each resample; `counts_RN`, float64, says how often each sample is in it."""
-        sums = [counts_RN @ term for term in self.terms(logits, labels)]
-        yield from (self.figures(len(labels), *of_resample) for of_resample in zip(*sums, strict=True))
+        """All measures of all samples; undefined, each of them, of no samples and where a logit is not finite."""
+        if not len(labels) or not logits.isfinite().all():
+            return dict.fromkeys(self.measures, torch.nan)
+        once = torch.ones(1, len(labels), dtype=torch.float64)
+        return {name: measure.resampled(logits, labels, once).item() for name, measure in self.measures.items()}
 
 
 def decisions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,79 +97,72 @@ def outcomes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (predicted & true).double(), (predicted & ~true).double(), (~predicted & true).double()
 
 
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """NaN where `whole` is 0."""
+    return torch.where(whole > 0, part / whole, torch.nan)
+
+
 def f1(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
-    """2TP/(2TP+FP+FN), 0 where the denominator is 0."""
-    denominator = 2 * tp + fp + fn
-    return torch.where(denominator > 0, 2 * tp / denominator.clamp(min=1), torch.zeros_like(denominator))
+    """2TP/(2TP+FP+FN); undefined where the denominator is 0."""
+    return _ratio(2 * tp, 2 * tp + fp + fn)
 
 
-def _f1_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    tp, fp, fn = outcomes(logits, labels)
-    return tp, fp, fn, f1(tp.sum(1), fp.sum(1), fn.sum(1))
+def precision(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
+    """TP/(TP+FP); undefined for a class that is never predicted."""
+    return _ratio(tp, tp + fp)
 
 
-def _f1_figures(n: int, tp: Tensor, fp: Tensor, fn: Tensor, of_samples: Tensor) -> dict[str, float]:
-    support, per_class = tp + fn, f1(tp, fp, fn)
-    return {
-        **_f1_macro(tp, fp, fn),
-        "f1_micro": float(f1(tp.sum(), fp.sum(), fn.sum())),
-        "f1_samples": float(of_samples / n) if n else 0.0,
-        "f1_weighted": float((per_class * support).sum() / support.sum().clamp(min=1)),
+def recall(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
+    """TP/(TP+FN); undefined for a class that is never true."""
+    return _ratio(tp, tp + fn)
+
+
+def _f1_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    of_sample = f1(*(outcome.sum(1) for outcome in outcomes(logits, labels)))
+    return (of_sample.nan_to_num(0),)  # as published
+
+
+def _f1_weighted(n: Tensor, tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
+    return _ratio((f1(tp, fp, fn).nan_to_num(0) * (tp + fn)).sum(-1), (tp + fn).sum(-1))
+
+
+def _mean(n: Tensor, total: Tensor) -> Tensor:
+    return _ratio(total, n)
+
+
+_f1_macro = Sums(outcomes, lambda n, *counts: f1(*counts).nanmean(-1))
+_balanced_accuracy = Sums(outcomes, lambda n, *counts: recall(*counts).nanmean(-1))
+_accuracy = Sums(lambda logits, labels: ((logits.argmax(-1) == labels).double(),), _mean)
+
+multilabel_f1 = Metric(
+    {
+        "f1_macro": _f1_macro,
+        "f1_micro": Sums(
+            lambda logits, labels: tuple(outcome.sum(1) for outcome in outcomes(logits, labels)),
+            lambda n, *counts: f1(*counts),
+        ),
+        "f1_samples": Sums(_f1_of_samples, _mean),
+        "f1_weighted": Sums(outcomes, _f1_weighted),
     }
-
-
-def _f1_macro(tp: Tensor, fp: Tensor, fn: Tensor) -> dict[str, float]:
-    occurs = tp + fp + fn > 0
-    return {"f1_macro": float(f1(tp, fp, fn)[occurs].mean()) if occurs.any() else 0.0}
-
-
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(-1) == labels).double()
-
-
-def _accuracy(n: int, correct: Tensor) -> dict[str, float]:
-    return {"accuracy": float(correct / n) if n else 0.0}
-
-
-multilabel_f1 = Metric(_f1_terms, _f1_figures)
+)
 """F1 at threshold 0.5, averaged over classes, decisions, samples and classes by support.
 
 `f1_macro` leaves out classes that are in neither predictions nor targets; `f1_samples` counts a sample with no
 predicted and no true class as 0; `f1_weighted` weighs classes by their number of true samples.
 """
 
-class_accuracy = Metric(lambda logits, labels: (_correct(logits, labels),), _accuracy)
-"""Share of samples whose highest logit is the true class."""
+class_accuracy = Metric({"accuracy": _accuracy, "f1_macro": _f1_macro, "balanced_accuracy": _balanced_accuracy})
+"""Share of samples whose highest logit is the true class; F1 of that class averaged over the classes; mean recall.
 
-macro_f1_and_accuracy = Metric(
-    lambda logits, labels: (*outcomes(logits, labels), _correct(logits, labels)),
-    lambda n, tp, fp, fn, correct: {**_f1_macro(tp, fp, fn), **_accuracy(n, correct)},
-)
-"""F1 of the class of the highest logit, averaged over the classes, and the accuracy.
-
-`f1_macro` leaves out classes that are in neither predictions nor targets, unlike torchmetrics', which counts them as 0.
+`f1_macro` leaves out classes that are in neither predictions nor targets, unlike torchmetrics', which counts them as 0;
+`balanced_accuracy` leaves out those that are not in the targets.
 """
 
+macro_f1_and_accuracy = Metric({"f1_macro": _f1_macro} | class_accuracy.measures)
+"""The same, macro F1 first."""
 
-class _AurocAndAccuracy(Metric):
-    """The area does not follow from sums over samples, but from those up to each score."""
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        return next(self.resampled(logits, labels, torch.ones(1, len(labels), dtype=torch.float64)))
-
-    def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Iterator[dict[str, float]]:
-        fp_RK, tp_RK, _ = roc_counts(logits, labels, counts_RN)
-        pairs_R = fp_RK[:, -1] * tp_RK[:, -1]
-        area_R = torch.trapezoid(tp_RK, fp_RK) / pairs_R.clamp(min=1)
-        for area, others in zip(area_R.tolist(), super().resampled(logits, labels, counts_RN), strict=True):
-            yield {"auroc": area, **others}
-
-
-auroc_and_accuracy = _AurocAndAccuracy(class_accuracy.terms, class_accuracy.figures)
-"""Area under the ROC curve of class 1's probability, exact (no binning), and the accuracy.
-
-The AUROC is 0 where only one class occurs.
-"""
+auroc_and_accuracy = Metric({"auroc": Auroc()} | class_accuracy.measures)
+"""See `Auroc` and `class_accuracy`."""
 
 
 def roc_counts(logits: Tensor, labels: Tensor, counts_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,3 +178,10 @@ def roc_counts(logits: Tensor, labels: Tensor, counts_RN: Tensor) -> tuple[Tenso
     nothing_R1 = counts_RN.new_zeros(len(counts_RN), 1)
     thresholds_K = torch.cat([torch.tensor([torch.inf]), score_N[last_K]])
     return torch.cat([nothing_R1, fp_RK], 1), torch.cat([nothing_R1, tp_RK], 1), thresholds_K
+
+
+def _ranked(logits: Tensor) -> Tensor:
+    """Logits (N, 2) whose margin is the mean rank of class 1's probability, as a share of N."""
+    _, place_N, count_K = logits.double().softmax(-1)[:, 1].unique(return_inverse=True, return_counts=True)
+    rank_N = (count_K.cumsum(0) - (count_K.double() - 1) / 2)[place_N] / len(logits)
+    return torch.stack([torch.zeros_like(rank_N), rank_N], 1)

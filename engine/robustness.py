@@ -1,6 +1,7 @@
 """The robustness results of one checkpoint: every pattern of missing modalities, from stored logits alone.
 
-Fractions throughout; only matrix.csv gives what is available in per cent.
+Fractions throughout; only matrix.csv gives what is available in per cent. What the test samples leave undefined is NaN:
+null in robustness.json, empty in the tables.
 """
 
 import statistics
@@ -15,9 +16,10 @@ from common.errors import DataError, reason_of
 from common.files import write_csv
 from common.strict_json import write_json
 from common.text import estimate
+from engine.baselines import baselines
 from engine.logit_store import SplitLogits
 from engine.metrics import auroc_and_accuracy
-from engine.sample_statistics import LEVEL, class_figures, confidence, confusions, roc
+from engine.sample_statistics import LEVEL, bootstrap, class_figures, confusions, interval, roc
 from engine.tasks import Task
 from vilt.missing_tables import MissingPattern, load_missing_table
 from vilt.missing_types import AVAILABLE, is_missing, type_names
@@ -65,12 +67,10 @@ def measure(
     """
     task, labels, names = subject.task, logits.labels, subject.class_names
     multilabel, binary = labels.ndim == 2, task.n_classes == 2
-    types = type_names(subject.modalities)
-    of_type = dict(zip(types, logits.logits_TNC, strict=True))
-    cells = [_cell(subject, logits, of_cell) for of_cell in patterns]
-    intervals = confidence(task, list(logits.logits_TNC), labels, resamples) if resamples else [{} for _ in types]
+    of_type = dict(zip(type_names(subject.modalities), logits.logits_TNC, strict=True))
     by_type = {name: task.metrics(logits_NC, labels) for name, logits_NC in of_type.items()}
-    curves = {name: roc(of_type[name], labels) for name in types} if binary and not multilabel else {}
+    cells = [_cell(subject, logits, of_cell, resamples) for of_cell in patterns]
+    curves = {name: roc(logits_NC, labels) for name, logits_NC in of_type.items() if binary and not multilabel}
     return {
         "format": FORMAT,
         "task": task.name,
@@ -81,12 +81,13 @@ def measure(
         "checkpoint_sha256": subject.checkpoint_sha256,
         "precision": subject.precision,
         "metric": task.monitor,
-        "metrics": list(by_type[types[0]]),
+        "metrics": list(task.metrics.measures),
         "table_seeds": [pattern.seed for pattern in patterns[0]],
         "class_names": list(names),
         "cells": cells,
         "by_type": by_type,
-        "confidence": {"level": LEVEL, "resamples": resamples, **dict(zip(types, intervals, strict=True))},
+        "baselines": baselines(task, labels, names),
+        "confidence": {"level": LEVEL, "resamples": resamples, **_confidence(task, logits, by_type, resamples)},
         "per_class": [
             {"type": type_name, "class": class_name, **figures}
             for type_name, logits_NC in of_type.items()
@@ -140,7 +141,24 @@ def write_results(found: Results, folder: Path) -> list[str]:
     return ["robustness.json", *tables]
 
 
-def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPattern]) -> dict[str, Any]:
+def _confidence(
+    task: Task, logits: SplitLogits, by_type: dict[str, dict[str, float]], resamples: int
+) -> dict[str, dict[str, Any]]:
+    """[low, high] of each metric where every sample has one missing type; how many resamples left it undefined."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in by_type}
+    left_out: dict[str, dict[str, int]] = {}
+    tables = [np.full(logits.table_rows, code) for code in range(len(by_type))]
+    for metric, measure in task.metrics.measures.items() if resamples else ():
+        values_TR = bootstrap(measure, logits, tables, resamples)
+        for (name, values), values_R in zip(by_type.items(), values_TR, strict=True):
+            low, high, undefined = interval(values[metric], values_R, logits.units)
+            found[name][metric] = [low, high]
+            if undefined:
+                left_out.setdefault(name, {})[metric] = undefined
+    return {**found, "undefined_resamples": left_out}
+
+
+def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPattern], resamples: int) -> dict[str, Any]:
     """One pattern, with a missing table per seed. What is available: the mean over the tables of the share of rows."""
     task, first = subject.task, patterns[0]
     root, rows = subject.missing_table_root, logits.table_rows
@@ -153,16 +171,16 @@ def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPatte
     metrics = {}
     for metric in results[0]:
         values = [result[metric] for result in results]
-        found = estimate(values)
-        assert found is not None
-        metrics[metric] = {"mean": found.mean, "std": found.std, "values": values}
-    return {
-        "missing_type": first.missing_type,
-        "ratio": first.ratio,
-        "both_ratio": first.both_ratio,
-        **available,
-        "metrics": metrics,
-    }
+        of_tables = estimate(values)
+        assert of_tables is not None
+        metrics[metric] = {**of_tables._asdict(), "values": values}
+    cell = {"missing_type": first.missing_type, "ratio": first.ratio, "both_ratio": first.both_ratio}
+    if resamples:
+        different, place_S = np.unique(np.stack(tables), axis=0, return_inverse=True)
+        values_KR = bootstrap(task.metrics.measures[task.monitor], logits, list(different), resamples)
+        found = interval(metrics[task.monitor]["mean"], values_KR[place_S].nanmean(0), logits.units)
+        cell["interval"] = found._asdict()
+    return {**cell, **available, "metrics": metrics}
 
 
 PATTERN = ("missing_type", "ratio", "both_ratio")
@@ -180,9 +198,11 @@ def _cells_table(found: Results) -> list[Sequence[Any]]:
 def _matrix_table(found: Results) -> list[Sequence[Any]]:
     shares = [name for name in found["cells"][0] if name.endswith(AVAILABLE)]
     of_metrics = [(metric, figure) for metric in found["metrics"] for figure in ("mean", "std")]
-    rows: list[Sequence[Any]] = [[*PATTERN, *shares, *("_".join(names) for names in of_metrics), "n_seeds"]]
+    ends = [f"{found['metric']}_{end}" for end in ("low", "high") if "interval" in found["cells"][0]]
+    rows: list[Sequence[Any]] = [[*PATTERN, *shares, *("_".join(names) for names in of_metrics), *ends, "n_seeds"]]
     for cell in found["cells"]:
         available = [round(100 * cell[name], 6) for name in shares]
         figures = [cell["metrics"][metric][figure] for metric, figure in of_metrics]
+        figures += [cell["interval"][end.removeprefix(f"{found['metric']}_")] for end in ends]
         rows.append([*(cell[name] for name in PATTERN), *available, *figures, len(found["table_seeds"])])
     return rows

@@ -1,21 +1,23 @@
 """What the logits of a split say beside its metrics: figures by class, confusions, ROC curves, confidence intervals.
 
 Shapes: N samples, C classes, R resamples. `logits` (N, C); `labels` (N, C) of 0/1 for multi-label tasks, (N,) class
-numbers otherwise. All values but counts are fractions in [0, 1].
+numbers otherwise. All values but counts are fractions in [0, 1], NaN where they are undefined.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from engine.metrics import f1, outcomes, roc_counts
-from engine.tasks import Task
+from engine.logit_store import SplitLogits
+from engine.metrics import Measure, f1, outcomes, precision, recall, roc_counts
 
-LEVEL = 0.95
+LEVEL, NORMAL = 0.95, 1.959964
+"""Of the confidence intervals, with the quantile of the normal distribution that belongs to it."""
 BOOTSTRAP_SEED = 0
 COUNTS_AT_ONCE = 4_000_000
 """How many counts of samples in resamples are held in memory, 8 bytes each."""
@@ -24,18 +26,12 @@ ROC_POINTS = 200
 
 
 def class_figures(logits: Tensor, labels: Tensor) -> list[dict[str, Any]]:
-    """Precision, recall, F1 (0 where a denominator is 0) and support of each of the C classes."""
-    tp, fp, fn = (outcome.sum(0) for outcome in outcomes(logits, labels))
-    columns = {
-        "precision": tp / (tp + fp).clamp(min=1),
-        "recall": tp / (tp + fn).clamp(min=1),
-        "f1": f1(tp, fp, fn),
-        "support": (tp + fn).long(),
-    }
-    return [
-        dict(zip(columns, row, strict=True))
-        for row in zip(*(column.tolist() for column in columns.values()), strict=True)
-    ]
+    """Precision, recall, F1 (each undefined where its denominator is 0) and support of each of the C classes."""
+    counts = [outcome.sum(0) for outcome in outcomes(logits, labels)]
+    columns = {"precision": precision(*counts), "recall": recall(*counts), "f1": f1(*counts)}
+    columns["support"] = (counts[0] + counts[2]).long()
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def confusions(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -75,28 +71,56 @@ def roc(logits: Tensor, labels: Tensor) -> dict[str, list[float]] | None:
     return {name: values[kept].tolist() for name, values in curve.items()}
 
 
-def confidence(
-    task: Task, logits_KNC: Sequence[Tensor], labels: Tensor, resamples: int
-) -> list[dict[str, list[float]]]:
-    """Percentile bootstrap over samples: [low, high] of each metric of `task`, for each of K sets of logits.
+class Interval(NamedTuple):
+    """A confidence interval of level LEVEL over test samples."""
 
-    The samples drawn are the same for all sets, and in every call with as many samples and resamples.
+    low: float
+    high: float
+    undefined: int = 0
+    """Resamples that leave the figure undefined, and are left out."""
+
+
+def draw_counts(units_N: np.ndarray, resamples: int) -> Iterator[Tensor]:
+    """How often each sample is in each resample, (R, N) float32, in parts that fit into memory.
+
+    Args:
+        units_N: numbers from 0; samples of one number, such as the plots of one film, are drawn together.
     """
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    found: list[list[dict[str, float]]] = [[] for _ in logits_KNC]
-    at_once = max(1, COUNTS_AT_ONCE // len(labels))
+    rng, units = np.random.default_rng(BOOTSTRAP_SEED), int(units_N.max()) + 1
+    at_once = max(1, COUNTS_AT_ONCE // len(units_N))
     for done in range(0, resamples, at_once):
-        counts_RN = _draw_counts(rng, min(at_once, resamples - done), len(labels))
-        for of_set, logits in zip(found, logits_KNC, strict=True):
-            of_set.extend(task.metrics.resampled(logits, labels, counts_RN))
-    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    return [
-        {metric: np.quantile([figures[metric] for figures in of_set], tails).tolist() for metric in of_set[0]}
-        for of_set in found
+        drawn_RU = rng.integers(units, size=(min(at_once, resamples - done), units))
+        counts_RU = np.stack([np.bincount(which, minlength=units) for which in drawn_RU])
+        yield torch.from_numpy(counts_RU[:, units_N].astype(np.float32))
+
+
+def bootstrap(measure: Measure, split: SplitLogits, tables_K: Sequence[np.ndarray], resamples: int) -> Tensor:
+    """The figures (K, R) of resamples over test samples at missing tables; the same samples for all, in every call."""
+    parts = [
+        torch.stack([measure.resampled(split.at(table), split.labels, counts_RN) for table in tables_K])
+        for counts_RN in draw_counts(split.unit_numbers, resamples)
     ]
+    return torch.cat(parts, 1)
 
 
-def _draw_counts(rng: np.random.Generator, resamples: int, samples: int) -> Tensor:
-    """How often each sample is in each resample, float64 (R, N)."""
-    drawn = rng.integers(samples, size=(resamples, samples))
-    return torch.from_numpy(np.stack([np.bincount(which, minlength=samples) for which in drawn])).double()
+def interval(value: float, values_R: Tensor, units: int) -> Interval:
+    """The percentile interval of a figure, from its values in resamples.
+
+    Where all resamples agree, as they do where no sample or every sample is right, they say nothing about samples not
+    seen: there it is Wilson's interval of a share of `units`.
+    """
+    defined = values_R[~values_R.isnan()]
+    undefined = len(values_R) - len(defined)
+    if math.isnan(value) or not len(defined):
+        return Interval(math.nan, math.nan, undefined)
+    low, high = np.quantile(defined.numpy(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    if high - low < 1e-9 and 0 <= value <= 1:
+        low, high = wilson(value, units)
+    return Interval(low, high, undefined)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The score interval of a share of `n` samples (Wilson 1927)."""
+    z2 = NORMAL**2
+    centre, half = share + z2 / (2 * n), NORMAL * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
+    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))

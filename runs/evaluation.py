@@ -1,25 +1,32 @@
 """Evaluation of checkpoints: the test split, and every missing pattern from stored logits."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip.modules.classifier import MissingModalityClassifier
-from common.errors import CheckpointError
+from common.errors import CheckpointError, DataError
+from common.messages import listed
 from common.strict_json import write_json
+from common.text import figure
 from config import Options
+from engine.baselines import baseline_text, baselines
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.families import BackboneChoice
 from engine.logit_store import LogitModule, encode
 from engine.open_model import COMPUTE_TYPES, open_model
 from engine.processes import ending_together
 from engine.robustness import Results, measure, write_results
+from engine.tasks import Task
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
 from runs.start import say_device, start_folder
@@ -49,6 +56,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     folder = start_folder(with_model_of(checkpoint, options, given), name, custom)
     trainer = make_trainer(options, folder, steps_per_epoch=1)
     module = FinetuneModule(classifier, replace(checkpoint.spec, custom=custom))
+    check_measurable(data, module.task)
     with data.naming_dead_workers(), ending_together(trainer):
         return test(options, trainer, module, data, checkpoint, folder)
 
@@ -76,6 +84,26 @@ def open_data(options: Options, inputs: InputFormat) -> MissingModalityData:
     return data
 
 
+def check_measurable(data: MissingModalityData, task: Task) -> None:
+    """Says which splits leave the task's metric undefined, whatever is predicted: AUROC where only one class occurs.
+
+    Raises:
+        DataError: so does the validation split, so that nothing can choose the best model.
+    """
+    for split, dataset in data.datasets.items():
+        labels = torch.from_numpy(np.asarray(dataset.label_of_sample))
+        anything = torch.arange(len(labels) * task.n_classes).reshape(len(labels), task.n_classes) * 0.1
+        if not math.isnan(task.metrics(anything, labels)[task.monitor]):
+            continue
+        names = dataset.class_names()
+        absent = [names[number] for number in range(task.n_classes) if number not in labels]
+        why = f"{dataset.path}: no sample is of class {listed(absent)}"
+        said = f"{why}, so that {split}/{task.monitor} is undefined"
+        if split == "val":
+            raise DataError(f"{said} and cannot choose the best model; expected samples of all classes in each split")
+        log.warning("%s: no number is given for it", said)
+
+
 def set_computation(options: Options, classifier: MissingModalityClassifier) -> None:
     """Sets how the towers compute, once their weights are there."""
     classifier.compute(COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing)
@@ -95,6 +123,7 @@ def test(
     trainer.test(module, datamodule=data, verbose=False)
     dataset = data.datasets["test"]
     pattern = data.patterns["test"]
+    found = baselines(module.task, torch.from_numpy(dataset.label_of_sample), dataset.class_names())
     result = {
         "task": options.task,
         "split": "test",
@@ -102,6 +131,7 @@ def test(
         "missing": type_counts(dataset.missing_type_of_sample, data.spec.type_names),
         "missing_pattern": pattern.recorded(),
         "metrics": module.test_metrics,
+        "baselines": found,
         "checkpoint": str(checkpoint.path),
         "checkpoint_sha256": checkpoint.sha256,
         "precision": options.precision,
@@ -118,7 +148,9 @@ def test(
             f"{module.tested_samples:,} samples: {counts}"
         )
         for metric, value in module.test_metrics.items():
-            print(f"  test/{metric:<12} {value:.4f}")
+            print(f"  test/{metric:<17} {figure(value)}")
+        for baseline in found.values():
+            print(f"  {baseline_text(baseline, module.task.monitor)}")
         print(f"  written to {folder / 'test_results.json'}\n")
     return module.test_metrics
 
@@ -139,6 +171,7 @@ def measure_target(target: Target, given: set[str]) -> Results | None:
         if checkpoint.sha256 != subject.checkpoint_sha256:
             raise CheckpointError(f"{subject.checkpoint}: was replaced by another checkpoint a moment ago; start again")
         classifier, data = open_evaluation(options, checkpoint, given)
+        check_measurable(data, subject.task)
         trainer = make_trainer(options, None, steps_per_epoch=1)
         with data.naming_dead_workers(), ending_together(trainer):
             encode(store, target.lacking, LogitModule(classifier, checkpoint.spec), trainer, data)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from common.text import Estimate, estimate, pattern_text, per_cent, terminal_table
+from common.text import Estimate, estimate, figure, pattern_text, per_cent, terminal_table
 from engine.robustness import Results, Subject
 from runs.run_reader import differing_options
 
@@ -16,18 +16,18 @@ def describe(measured: Sequence[tuple[Subject, Results]]) -> str:
 
 def describe_one(subject: Subject, found: Results) -> str:
     """The matrix of one checkpoint: ratios down, missing types across; then each type with its interval."""
-    metric, confidence, n_seeds = found["metric"], found["confidence"], len(found["table_seeds"])
+    metric, confidence = found["metric"], found["confidence"]
     at = {}
     for cell in found["cells"]:
         figures = cell["metrics"][metric]
-        at[_kind(cell, found), cell["ratio"]] = Estimate(figures["mean"], figures["std"], n_seeds).text()
+        at[_kind(cell, found), cell["ratio"]] = Estimate(*(figures[name] for name in Estimate._fields)).text()
     kinds, ratios = list(dict.fromkeys(kind for kind, _ in at)), dict.fromkeys(ratio for _, ratio in at)
     matrix = [[per_cent(ratio), *(at[kind, ratio] for kind in kinds)] for ratio in ratios]
     by_type = []
     for name in found["by_type"]:
         interval = confidence[name].get(metric)
-        shown = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
-        by_type.append([name, f"{found['by_type'][name][metric]:.4f}", shown])
+        shown = " to ".join(map(figure, interval)) if interval else ""
+        by_type.append([name, figure(found["by_type"][name][metric]), shown])
     title = f"{per_cent(confidence['level'])} interval" if confidence["resamples"] else ""
     return "\n".join(
         [

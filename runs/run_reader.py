@@ -92,7 +92,8 @@ class Run:
             if results.get("task", self.config["task"]) != self.config["task"]:
                 found = quoted(results["task"])
                 raise ValueError(f"results of another dataset: expected {self.config['task']}, found {found}")
-            float(results["metrics"][self.spec.monitor])
+            results["metrics"] = numbers_by_name(results["metrics"])
+            results["metrics"][self.spec.monitor]
             check_pattern(
                 self.spec, *(results["missing_pattern"][name] for name in ("missing_type", "ratio", "both_ratio"))
             )
@@ -121,7 +122,7 @@ class Run:
 
     @cached_property
     def best_validation(self) -> float | None:
-        """The best value of the task's metric, a fraction; None for an evaluation, and where there is none.
+        """The best defined value of the task's metric, a fraction; None for an evaluation, and where there is none.
 
         Of the best checkpoint, else of the curves.
         """
@@ -312,6 +313,14 @@ def as_written_by_run(path: Path) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
+
+
+def numbers_by_name(values: Mapping[str, Any]) -> dict[str, float]:
+    """What a results file says of metrics; null is NaN, an undefined value. Raises ValueError for anything else."""
+    for name, value in values.items():
+        if value is not None and type(value) not in (int, float):
+            raise ValueError(f"{name}: expected a number, found {quoted(value)}")
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 
 def check_pattern(spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> None:

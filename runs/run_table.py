@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.errors import ConfigError, DataError, reason_of
 from common.files import write_csv
-from common.text import natural_key, pattern_text, terminal_table
+from common.text import figure, natural_key, pattern_text, terminal_table
 from runs.run_reader import Run, find_runs
 
 log = logging.getLogger("rep")
@@ -55,7 +55,7 @@ class RunRow:
             return str(value.relative_to(log_dir))
         if isinstance(value, datetime):
             return f"{value:%Y-%m-%d %H:%M}"
-        return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        return "–" if value is None else figure(value) if isinstance(value, float) else str(value)
 
 
 def list_runs(log_dir: Path) -> list[RunRow]:
@@ -98,10 +98,10 @@ def _damaged(row: RunRow, error: DataError) -> RunRow:
 
 
 def sort_runs(rows: Sequence[RunRow], order: str) -> list[RunRow]:
-    """By the column `order`, descending with `-` in front; rows that lack it come last either way."""
+    """By the column `order`, descending with `-` in front; rows that lack it, or have it undefined, come last."""
     name = order.removeprefix("-")
-    there = [row for row in rows if getattr(row, name) is not None]
-    lacking = [row for row in rows if getattr(row, name) is None]
+    there = [row for row in rows if (value := getattr(row, name)) is not None and value == value]
+    lacking = [row for row in rows if row not in there]
 
     def key(row: RunRow) -> object:
         value = getattr(row, name)

@@ -38,7 +38,7 @@ from engine.tasks import head_name, task_of
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
 from runs.comparable import NOT_THE_TRAINING
-from runs.evaluation import backbone_choice, open_data, set_computation, test
+from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
 from runs.start import described, say_device, start_folder
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
@@ -73,6 +73,7 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
     data = open_data(options, inputs)
     custom = data.spec.custom
     task = task_of(options.task, custom)
+    check_measurable(data, task)
     spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, custom)
     try:
         classifier = build_classifier(spec)
@@ -123,7 +124,8 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
             log.info("fast_dev_run: one batch of everything went through; nothing was written")
             return {}
         if checkpoints.best is None:
-            log.warning("no validation took place, so that there is no best checkpoint and nothing is tested")
+            what = f"in which {checkpoints.monitor} is defined took place"
+            log.warning("no validation %s, so that there is no best checkpoint and nothing is tested", what)
             return {}
         best_path = trainer.strategy.broadcast(checkpoints.best_path)
         log.info("best %s %.4f: %s", checkpoints.monitor, checkpoints.best["score"], best_path)

@@ -17,7 +17,7 @@ YES, NO = 2.0, -2.0
 def slow_f1(true: list[bool], predicted: list[bool]) -> float:
     tp = sum(t and p for t, p in zip(true, predicted, strict=True))
     wrong = sum(t != p for t, p in zip(true, predicted, strict=True))
-    return 2 * tp / (2 * tp + wrong) if tp + wrong else 0.0
+    return 2 * tp / (2 * tp + wrong) if tp + wrong else math.nan
 
 
 def slow_multilabel(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -28,10 +28,12 @@ def slow_multilabel(logits: Tensor, labels: Tensor) -> dict[str, float]:
     support = [sum(row[k] for row in true) for k in range(c)]
     occurring = [k for k in range(c) if any(true[i][k] or predicted[i][k] for i in range(n))]
     return {
-        "f1_macro": sum(per_class[k] for k in occurring) / len(occurring) if occurring else 0.0,
+        "f1_macro": sum(per_class[k] for k in occurring) / len(occurring) if occurring else math.nan,
         "f1_micro": slow_f1(list(itertools.chain(*true)), list(itertools.chain(*predicted))),
-        "f1_samples": sum(slow_f1(t, p) for t, p in zip(true, predicted, strict=True)) / n,
-        "f1_weighted": sum(f * s for f, s in zip(per_class, support, strict=True)) / max(1, sum(support)),
+        "f1_samples": sum(slow_f1(t, p) if any(t + p) else 0 for t, p in zip(true, predicted, strict=True)) / n,
+        "f1_weighted": sum(per_class[k] * support[k] for k in range(c) if support[k]) / sum(support)
+        if sum(support)
+        else math.nan,
     }
 
 
@@ -40,7 +42,7 @@ def slow_auroc(scores: list[float], labels: list[int]) -> float:
     positives = [s for s, label in zip(scores, labels, strict=True) if label == 1]
     negatives = [s for s, label in zip(scores, labels, strict=True) if label == 0]
     if not positives or not negatives:
-        return 0.0
+        return math.nan
     won = sum(1.0 if p > n else 0.5 if p == n else 0.0 for p in positives for n in negatives)
     return won / (len(positives) * len(negatives))
 
@@ -52,7 +54,7 @@ def test_multilabel_f1_is_that_of_the_slow_loops(seed: int) -> None:
     rarity = 0.02 + 0.3 * (seed % 3)  # where it is low, classes and samples with nothing counted are there
     labels = (torch.rand(n, c, generator=generator) < rarity).float()
     logits = torch.randn(n, c, generator=generator) - (2 if rarity < 0.1 else 0)
-    assert multilabel_f1(logits, labels) == pytest.approx(slow_multilabel(logits, labels), abs=1e-12)
+    assert multilabel_f1(logits, labels) == pytest.approx(slow_multilabel(logits, labels), abs=1e-12, nan_ok=True)
 
 
 def test_multilabel_f1_by_hand() -> None:
@@ -81,9 +83,26 @@ def test_threshold_is_strict_and_takes_small_logits() -> None:
     assert multilabel_f1(torch.tensor([[1e-6]]), labels)["f1_micro"] == 1.0
 
 
-def test_nothing_predicted_and_nothing_true_is_zero_not_nan() -> None:
+def test_nothing_predicted_and_nothing_true_is_undefined() -> None:
+    """But for samples, each of which counts as 0, as published."""
     values = multilabel_f1(torch.full((3, 5), NO), torch.zeros(3, 5))
-    assert values == {"f1_macro": 0.0, "f1_micro": 0.0, "f1_samples": 0.0, "f1_weighted": 0.0}
+    undefined = dict.fromkeys(("f1_macro", "f1_micro", "f1_weighted"), math.nan)
+    assert values == pytest.approx({**undefined, "f1_samples": 0.0}, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("samples", [0, 4])
+def test_no_samples_or_logits_that_are_not_finite_leave_all_undefined(name: str, samples: int) -> None:
+    logits = torch.full((samples, TASKS[name].n_classes), math.nan)
+    labels = torch.zeros_like(logits) if name == "mmimdb" else torch.zeros(samples, dtype=torch.long)
+    assert all(math.isnan(value) for value in TASKS[name].metrics(logits, labels).values())
+
+
+def test_balanced_accuracy_leaves_out_classes_that_are_never_true() -> None:
+    """By hand: class 0 is right in 2 of 3, class 1 in 1 of 1, class 2 is predicted once and never true."""
+    logits = torch.eye(3)[[0, 0, 2, 1]]
+    found = class_accuracy(logits, torch.tensor([0, 0, 0, 1]))
+    assert found == pytest.approx({"accuracy": 3 / 4, "f1_macro": (4 / 5 + 1 + 0) / 3, "balanced_accuracy": 5 / 6})
 
 
 def test_integer_labels_give_the_same() -> None:
@@ -101,7 +120,7 @@ def test_auroc_is_the_share_of_pairs_in_order(seed: int) -> None:
     logits = torch.stack([-margin / 2, margin / 2], dim=1)
     labels = torch.randint(0, 2, (n,), generator=generator)
     expected = slow_auroc(margin.tolist(), labels.tolist())
-    assert auroc_and_accuracy(logits, labels)["auroc"] == pytest.approx(expected, abs=1e-6)
+    assert auroc_and_accuracy(logits, labels)["auroc"] == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_auroc_by_hand() -> None:
@@ -137,10 +156,10 @@ def test_macro_f1_is_that_of_torchmetrics_but_for_absent_classes() -> None:
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_auroc_of_one_class_is_zero(label: int) -> None:
+def test_auroc_of_one_class_is_undefined(label: int) -> None:
     logits = torch.tensor([[0.0, 1.0], [0.0, 2.0], [1.0, 0.0]])
     values = auroc_and_accuracy(logits, torch.full((3,), label))
-    assert values == pytest.approx({"auroc": 0.0, "accuracy": (2 if label else 1) / 3})
+    assert math.isnan(values["auroc"]) and values["accuracy"] == (2 if label else 1) / 3
 
 
 @pytest.mark.parametrize("classes", [2, 101])
@@ -151,14 +170,14 @@ def test_accuracy_is_the_share_of_hits(classes: int) -> None:
     labels[:20] = logits[:20].argmax(-1)
     hits = sum(max(range(classes), key=row.__getitem__) == y for row, y in zip(logits.tolist(), labels, strict=True))
     assert 20 <= hits < 50
-    assert class_accuracy(logits, labels) == {"accuracy": hits / 50}
+    assert class_accuracy(logits, labels)["accuracy"] == hits / 50
 
 
 def test_each_task_reports_what_it_is_chosen_by() -> None:
     cases = {"mmimdb": "f1_macro", "food101": "accuracy", "hatememes": "auroc"}
     assert {name: task.monitor for name, task in TASKS.items()} == cases
     for task in TASKS.values():
-        labels = torch.zeros(4, task.n_classes) if task.name == "mmimdb" else torch.tensor([0, 1, 1, 0])
+        labels = torch.ones(4, task.n_classes) if task.name == "mmimdb" else torch.tensor([0, 1, 1, 0])
         values = task.metrics(torch.randn(4, task.n_classes), labels)
         assert task.monitor in values
         assert all(0 <= value <= 1 for value in values.values())

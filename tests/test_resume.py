@@ -187,7 +187,7 @@ def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monk
 
 
 def test_the_best_model_is_the_first_with_the_highest_score(tmp_path: Path) -> None:
-    """Of models whose score is not a number any other one is better."""
+    """An undefined score is never the best."""
     module = FinetuneModule(
         tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), ("tiny", "0" * 64)
     )
@@ -196,8 +196,9 @@ def test_the_best_model_is_the_first_with_the_highest_score(tmp_path: Path) -> N
         state = {"callback_metrics": {"val/f1_macro": score}, "current_epoch": 0, "global_step": step}
         trainer: Any = SimpleNamespace(**state, is_global_zero=True, world_size=1, save_checkpoint=lambda _: None)
         checkpoints.on_validation_end(trainer, module)
-        found.append(load(tmp_path / "best.ckpt")["global_step"])
-    assert found == [0, 1, 2, 2, 2]
+        best = tmp_path / "best.ckpt"
+        found.append(load(best)["global_step"] if best.exists() else None)
+    assert found == [None, 1, 2, 2, 2]
 
 
 def content(value: float) -> dict[str, Any]:

@@ -399,11 +399,13 @@ def test_macro_f1_of_single_labels() -> None:
     """By hand: class 0 is right once and missed once, class 1 is right once and taken once, class 2 never occurs."""
     logits = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0]])
     labels = torch.tensor([0, 0, 1])
-    assert macro_f1_and_accuracy(logits, labels) == pytest.approx({"f1_macro": 2 / 3, "accuracy": 2 / 3})
+    expected = {"f1_macro": 2 / 3, "accuracy": 2 / 3, "balanced_accuracy": 3 / 4}
+    assert macro_f1_and_accuracy(logits, labels) == pytest.approx(expected)
     counts_RN = torch.tensor([[1.0, 1, 1], [0, 2, 1], [0, 0, 3]]).double()
-    found = macro_f1_and_accuracy.resampled(logits, labels, counts_RN)
-    for of_resample, which in zip(found, ([0, 1, 2], [1, 1, 2], [2, 2, 2]), strict=True):
-        assert of_resample == pytest.approx(macro_f1_and_accuracy(logits[which], labels[which]))
+    for name, measure in macro_f1_and_accuracy.measures.items():
+        found = measure.resampled(logits, labels, counts_RN).tolist()
+        chosen = ([0, 1, 2], [1, 1, 2], [2, 2, 2])
+        assert found == pytest.approx([macro_f1_and_accuracy(logits[which], labels[which])[name] for which in chosen])
 
 
 def test_a_training_on_ones_own_data_goes_on_by_itself(

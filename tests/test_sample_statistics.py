@@ -2,14 +2,25 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from engine.logit_store import SplitLogits
 from engine.metrics import auroc_and_accuracy
-from engine.sample_statistics import BOOTSTRAP_SEED, CONFUSIONS, ROC_POINTS, class_figures, confidence, confusions, roc
+from engine.sample_statistics import (
+    BOOTSTRAP_SEED,
+    CONFUSIONS,
+    ROC_POINTS,
+    bootstrap,
+    class_figures,
+    confusions,
+    interval,
+    roc,
+)
 from engine.tasks import TASKS, Task
 
 DISHES = [f"dish {number}" for number in range(101)]
@@ -46,10 +57,13 @@ def test_figures_by_class(name: str) -> None:
     for number, figures in enumerate(found):
         hits = sum(number in p and number in t for p, t in zip(predicted, true, strict=True))
         n_predicted, support = sum(number in p for p in predicted), sum(number in t for t in true)
-        precision = hits / n_predicted if n_predicted else 0.0
-        recall = hits / support if support else 0.0
-        f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-        assert figures == {"precision": precision, "recall": recall, "f1": pytest.approx(f1), "support": support}
+        expected = {
+            "precision": hits / n_predicted if n_predicted else math.nan,
+            "recall": hits / support if support else math.nan,
+            "f1": 2 * hits / (n_predicted + support) if n_predicted + support else math.nan,
+            "support": support,
+        }
+        assert figures == pytest.approx(expected, nan_ok=True)
 
 
 def test_confusions_are_the_most_frequent_pairs() -> None:
@@ -99,31 +113,51 @@ def test_roc_of_one_class_alone() -> None:
     assert roc(torch.randn(5, 2), torch.ones(5, dtype=torch.long)) is None
 
 
+def split_of(logits: Sequence[Tensor], labels: Tensor, rows: np.ndarray | None = None) -> SplitLogits:
+    rows = np.arange(len(labels)) if rows is None else rows
+    return SplitLogits(rows, int(rows.max()) + 1, labels, torch.stack(list(logits)))
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_the_bootstrap_is_that_of_a_slow_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the resamples do not fit into memory at once."""
+    """Also where the resamples do not fit into memory at once, and where rows have several samples."""
     task, samples, resamples = TASKS[name], 30, 25
     two_sets, labels = [made_up(task, samples, seed)[0] for seed in (0, 1)], made_up(task, samples)[1]
+    rows = np.sort(np.arange(samples) * 2 // 3)
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    drawn = [rng.integers(samples, size=samples) for _ in range(resamples)]
+    drawn = [rng.integers(20, size=20) for _ in range(resamples)]
+    samples_of = [[sample for unit in which for sample in np.flatnonzero(rows == unit).tolist()] for which in drawn]
+    split, tables = split_of(two_sets, labels, rows), [np.full(20, kind) for kind in (0, 1)]
     for counts_at_once in (1000 * samples, 7 * samples):
         monkeypatch.setattr("engine.sample_statistics.COUNTS_AT_ONCE", counts_at_once)
-        for logits, found in zip(two_sets, confidence(task, two_sets, labels, resamples), strict=True):
-            values = [task.metrics(logits[which], labels[which]) for which in drawn]
-            for metric, interval in found.items():
-                expected = np.percentile([value[metric] for value in values], [2.5, 97.5])
-                assert interval == pytest.approx(expected.tolist(), abs=1e-12)
+        for metric, measure in task.metrics.measures.items():
+            found = bootstrap(measure, split, tables, resamples)
+            for logits, values in zip(two_sets, found.tolist(), strict=True):
+                expected = [task.metrics(logits[which], labels[which])[metric] for which in samples_of]
+                assert values == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_interval_covers_where_theory_says_so() -> None:
     """Accuracy of a coin: the interval of 400 samples is 0.98 / sqrt(400) to each side, and covers in 95 % of cases."""
-    generator = torch.Generator().manual_seed(0)
+    generator, measure = torch.Generator().manual_seed(0), TASKS["food101"].metrics.measures["accuracy"]
     covered = 0
     for _ in range(100):
         labels = torch.randint(0, 2, (400,), generator=generator)
-        logits = torch.nn.functional.one_hot(torch.randint(0, 2, (400,), generator=generator), 3).float()
-        (found,) = confidence(TASKS["food101"], [logits], labels, 200)
-        low, high = found["accuracy"]
-        assert high - low == pytest.approx(2 * 0.98 / math.sqrt(400), rel=0.25)
+        logits = torch.nn.functional.one_hot(torch.randint(0, 2, (400,), generator=generator), 101).float()
+        values = bootstrap(measure, split_of([logits], labels), [np.zeros(400, int)], 200)[0]
+        low, high, undefined = interval(0.5, values, 400)
+        assert high - low == pytest.approx(2 * 0.98 / math.sqrt(400), rel=0.25) and undefined == 0
         covered += low <= 0.5 <= high
     assert 88 <= covered <= 100
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(0.0, 0, 0.0713), (1.0, 0.9287, 1), (0.5, 0.3664, 0.6336)])
+def test_an_interval_does_not_shrink_to_nothing(value: float, low: float, high: float) -> None:
+    """Where resamples all agree it is Wilson's, as tables have it for 50 samples."""
+    assert interval(value, torch.full((20,), value), 50) == pytest.approx((low, high, 0), abs=1e-4)
+
+
+def test_undefined_resamples_are_left_out_and_counted() -> None:
+    values = torch.tensor([0.2, math.nan, 0.4, math.nan, 0.4])
+    assert interval(0.3, values, 5) == pytest.approx((*np.quantile([0.2, 0.4, 0.4], [0.025, 0.975]), 2))
+    assert interval(math.nan, values, 5)[:2] == pytest.approx((math.nan, math.nan), nan_ok=True)

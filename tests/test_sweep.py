@@ -722,7 +722,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(sweep: Sweep, scores:
     assert error_line(said.err) == "3 trials failed; the same command tries as many others"
     assert said.out[said.out.index("failed:\n") :].splitlines()[1:-1:2] == [
         "  s_trial_1_seed0: the loss became nan",
-        "  s_trial_2_seed0: it ended without best.ckpt, so that there was no validation",
+        "  s_trial_2_seed0: it ended without best.ckpt: no validation gave val/f1_macro",
         "  s_trial_3_seed0: val/f1_macro is not a number",
     ]
     states = ["complete", "failed", "failed", "failed", "complete"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.text import order_of
 from runs.report import figures, tables
 from runs.report.figures import Figure
 from runs.report.lines import Dataset
@@ -94,13 +95,13 @@ def _summary(dataset: Dataset) -> str:
         tested = [(run.test_score, run) for run in dataset.runs if run.test_score is not None]
         if not tested:
             return f"Results are missing: {total}, none of them tested."
-        value, run = max(tested, key=lambda entry: entry[0])
+        value, run = max(tested, key=lambda entry: order_of(entry[0]))
         assert run.run.tested_at is not None
         return (
             f"The best of {total}, {run.tag}, reaches a test {dataset.metric_title} of {percent(value)} % "
             f"({Pattern.of(run.run.spec, *run.run.tested_at)}). No run has robustness results."
         )
-    best = max(dataset.measured, key=lambda line: line.by_type["complete"])
+    best = max(dataset.measured, key=lambda line: line.by_type["complete"].order)
     n_measured, n_results = len(dataset.measured), len(dataset.results)
     start = best.label if n_measured == 1 else f"The best of {n_measured} configurations, {best.label},"
     where = {"complete": "where nothing is missing"}

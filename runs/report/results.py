@@ -217,9 +217,9 @@ def read_robustness(run: Run) -> Robustness | None:
 
 
 def _frame(records: Any, texts: list[str], numbers: list[str]) -> pd.DataFrame:
-    """Raises ValueError or TypeError where a column of numbers holds something else."""
+    """NaN where a number is null: undefined. Raises ValueError or TypeError where a column holds something else."""
     frame = pd.DataFrame(records, columns=[*texts, *numbers]).astype(dict.fromkeys(numbers, float))
-    if not np.isfinite(frame[numbers].to_numpy()).all():
+    if np.isinf(frame[numbers].to_numpy()).any():
         raise ValueError(f"expected numbers in {', '.join(numbers)}")
     return frame
 

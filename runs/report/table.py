@@ -1,5 +1,6 @@
 """A table, described once for the page, Markdown and CSV."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ NOT_MEASURED, NOT_APPLICABLE, MISSING = absent("not measured"), absent("—"), a
 
 def share(value: float | None, otherwise: Cell = MISSING) -> Cell:
     """A fraction, in per cent."""
-    return otherwise if value is None else Cell(percent(value), {"": 100 * value})
+    return otherwise if value is None else Cell(percent(value), {"": None if math.isnan(value) else 100 * value})
 
 
 def points(difference: float) -> Cell:
@@ -48,11 +49,14 @@ def mean_std(found: Estimate | None) -> Cell:
     """Mean and deviation of fractions, in per cent."""
     if found is None:
         return Cell(NOT_MEASURED.text, {"": None, " std": None})
-    return Cell(spread(found), {"": 100 * found.mean, " std": 100 * found.std if found.n > 1 else None})
+    mean, std = (100 * figure if found.n > at_least else None for figure, at_least in ((found.mean, 0), (found.std, 1)))
+    return Cell(spread(found), {"": mean, " std": std})
 
 
 def interval(value: float, low: float, high: float) -> Cell:
     """A fraction with its confidence interval, in per cent."""
+    if math.isnan(value):
+        return Cell(percent(value), {"": None, " low": None, " high": None})
     text = f"{percent(value)} [{percent(low)}, {percent(high)}]"
     return Cell(text, {"": 100 * value, " low": 100 * low, " high": 100 * high})
 

@@ -107,7 +107,7 @@ def comparison_table(dataset: Dataset) -> Table:
         for pattern in patterns:
             found = at[variant, pattern].at_own_pattern if (variant, pattern) in at else None
             rows[-1][f"trained at {pattern}"] = mean_std(found)
-            best = max(line.at_own_pattern.mean for (_, p), line in at.items() if p == pattern and line.at_own_pattern)
+            best = max(line.at_own_pattern.order for (_, p), line in at.items() if p == pattern and line.at_own_pattern)
             strong |= {(number, f"trained at {pattern}")} if found and found.mean == best else set()
     titles = {"trained_parameters": "Trainable parameters", "training_minutes": "Minutes"}
     return Table(f"comparison_{dataset.key}", dataset.caption("comparison"), rows, titles, strong)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from common.files import atomic_path, write_csv
-from common.messages import quoted
 from common.strict_json import read_json
-from common.text import duration, estimate, per_cent, terminal_table
+from common.text import Estimate, duration, estimate, figure, per_cent, terminal_table
 from config import Options
-from runs.run_reader import as_written_by_run
+from runs.run_reader import as_written_by_run, numbers_by_name
 from runs.sweep.jobs import Job, Progress
 from runs.sweep.launchers import Launcher
 from vilt.datasets.specs import EVERY_DATASET
@@ -45,10 +44,7 @@ class Cell:
         written = read_json(path)
         with as_written_by_run(path):
             values = {**written["metrics"], **{name: written[name] for name in COSTS if written.get(name)}}
-            for name, value in values.items():
-                if type(value) not in (int, float):
-                    raise ValueError(f"{name}: expected a number, found {quoted(value)}")
-            return {name: float(value) for name, value in values.items()}
+            return numbers_by_name(values)
 
 
 def grid_cells(options: Options, given: Sequence[str], folder: Path) -> list[Cell]:
@@ -101,7 +97,7 @@ def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launc
 
     for job, outcome in launch(waiting):
         result = cell_of[job].result()
-        progress.report(job, outcome, "" if result is None else f"{metric} {result[metric]:.4f}")
+        progress.report(job, outcome, "" if result is None else f"{metric} {figure(result[metric])}")
         write()
     print(f"\nsweep {options.sweep_name}: {options.task} test, mean ± standard deviation over seeds\n")
     print(f"{table_text(write(), options, metric)}\n\n  written to {folder / 'table.csv'}\n")
@@ -142,8 +138,9 @@ def table_rows(options: Options, metric: str, cells: Sequence[Cell], failed: Col
         row |= {f"{name}{AVAILABLE}": round(share, 6) for name, share in shares.items()}
         for name in (*(metrics or [metric]), *COSTS):
             of_all = [result[name] for result in complete] if all(name in result for result in complete) else []
-            mean, std, _ = estimate(of_all) or ("", "", 0)
-            row |= {name: mean} if name in COSTS else {f"{name}_mean": mean, f"{name}_std": std}
+            mean, std, _, undefined = estimate(of_all) or ("", "", 0, 0)
+            of_metric = {f"{name}_mean": mean, f"{name}_std": std, f"{name}_undefined": undefined}
+            row |= {name: mean} if name in COSTS else of_metric
         n_failed = sum(one.job in failed for one in seeds)
         counts = {"complete": len(complete), "failed": n_failed, "open": len(seeds) - len(complete) - n_failed}
         rows.append({**row, **counts})
@@ -159,8 +156,9 @@ def table_text(rows: Sequence[dict[str, Any]], options: Options, metric: str) ->
     heads += [*(["trainable parameters", "time of a run"] if any_costs else []), *(["failed"] if any_failed else [])]
     shown = []
     for row in rows:
-        mean, std = row[f"{metric}_mean"], row[f"{metric}_std"]
-        value = "–" if mean == "" else f"{mean:.4f} ± {std:.4f}" if row["complete"] > 1 else f"{mean:.4f}{'':9}"
+        mean, std, undefined = (row[f"{metric}_{name}"] for name in ("mean", "std", "undefined"))
+        value = "–" if mean == "" else Estimate(mean, std, row["complete"] - undefined, undefined).text()
+        value += "" if "±" in value else " " * 9
         line = [*(str(row[name]) for name in options.sweep_over), row["missing_type"], f"{row['ratio']:.4g}"]
         line += [*(per_cent(row[f"{name}{AVAILABLE}"]) for name in modalities), value]
         line.append(f"{row['complete']} of {row['complete'] + row['failed'] + row['open']}")

@@ -201,7 +201,7 @@ def _try(search: Search, job: Job, values: dict[str, Any], launch: Launcher) -> 
         return None, outcome
     best = job.newest("best.ckpt")
     if best is None:
-        return None, Outcome("it ended without best.ckpt, so that there was no validation", outcome.seconds)
+        return None, Outcome(f"it ended without best.ckpt: no validation gave {search.metric}", outcome.seconds)
     score = float(open_checkpoint(best, "score")["score"])
     if math.isnan(score):
         return None, Outcome(f"{search.metric} is not a number", outcome.seconds)

@@ -1,0 +1,53 @@
+"""What a constant answer and a coin get on a test set."""
+
+import math
+
+import pytest
+import torch
+
+from engine.baselines import baselines
+from engine.tasks import TASKS, task_of
+from vilt.datasets.custom import CustomData
+
+
+def test_the_constant_of_several_labels_a_sample_is_the_best_of_all() -> None:
+    """Against every set of classes: which of 2^4 constants has the highest macro F1."""
+    task = task_of("custom", CustomData("x", "multi", ("a", "b", "c", "d"), "f1_macro"))
+    shares = torch.tensor([0.1, 0.7, 0.3, 0.0])
+    labels = (torch.rand(40, 4, generator=torch.Generator().manual_seed(0)) < shares).long()
+    found = baselines(task, labels, "abcd")["constant"]
+    constants = [torch.tensor([1.0 if code >> place & 1 else -1 for place in range(4)]) for code in range(1, 16)]
+    best = max(task.metrics(constant.expand(40, -1), labels)["f1_macro"] for constant in constants)
+    assert found["metrics"]["f1_macro"] == pytest.approx(best)
+    assert found["classes"] == ["a", "b", "c"] and found["answer"] == "always a, b, c"
+
+
+def test_the_constant_of_one_label_a_sample_is_the_most_frequent_class() -> None:
+    labels = torch.tensor([7] * 6 + [3] * 3 + [50])
+    found = baselines(TASKS["food101"], labels, [f"dish {number}" for number in range(101)])
+    assert found["constant"]["answer"] == "always dish 7"
+    expected = {"accuracy": 0.6, "f1_macro": (2 * 6 / 16) / 3, "balanced_accuracy": 1 / 3}
+    assert found["constant"]["metrics"] == pytest.approx(expected)
+    assert found["chance"]["metrics"]["accuracy"] == pytest.approx(1 / 101)
+    assert found["chance"]["metrics"]["balanced_accuracy"] == pytest.approx(1 / 101)
+
+
+def test_of_two_classes() -> None:
+    found = baselines(TASKS["hatememes"], torch.tensor([0, 0, 0, 1]), ("kind", "hateful"))
+    assert found["constant"]["answer"] == "always kind"
+    figures = {"auroc": 0.5, "accuracy": 0.75, "f1_macro": 3 / 7, "balanced_accuracy": 0.5}
+    assert found["constant"]["metrics"] == pytest.approx(figures)
+    chance = found["chance"]["metrics"]
+    assert [chance[name] for name in ("auroc", "accuracy", "balanced_accuracy")] == pytest.approx([0.5] * 3)
+    of_one = baselines(TASKS["hatememes"], torch.tensor([1, 1]), ("kind", "hateful"))
+    assert all(math.isnan(each["metrics"]["auroc"]) for each in of_one.values())
+
+
+def test_a_coin_of_several_labels_is_near_its_expectation() -> None:
+    """Of a class with share p a coin finds half: F1 p / (p + 1/2) of many samples."""
+    shares = torch.linspace(0.05, 0.6, 23)
+    labels = (torch.rand(4000, 23, generator=torch.Generator().manual_seed(0)) < shares).to(torch.uint8)
+    found = baselines(TASKS["mmimdb"], labels, [str(number) for number in range(23)])["chance"]
+    share = labels.double().mean(0)
+    assert found["metrics"]["f1_macro"] == pytest.approx(float((share / (share + 0.5)).mean()), abs=1e-3)
+    assert found["answer"] == "each class with probability 1/2"

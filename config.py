@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip.modules.registry import HEADS, METHODS
+from clip.modules.registry import HEADS, METHODS, every_method
 from common.errors import ConfigError
 from common.readers import (
     Reader,
@@ -61,7 +61,7 @@ def method_name(option: str, value: Any) -> str:
     """Reads the name of a method."""
     if value in ("input", "attention"):  # in the published README
         raise ConfigError(f"{wrong(option, ' or '.join(METHODS), value)}; MAP's are map_input and map_attention")
-    return one_of(*METHODS)(option, value)
+    return one_of(*every_method())(option, value)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from clip.backbone import Backbone, architecture_of, shape_of
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import UNUSED, MethodOptions
-from clip.modules.registry import HEADS, METHODS, head_class, method_class
+from clip.modules.registry import HEADS, head_class, method_class, methods_of
 from clip.published_queries import published_queries
 from clip.trainable import freeze, parts_of
 from common.errors import CheckpointError
@@ -136,8 +136,12 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     """
     task = task_of(spec.task, spec.custom)
     backbone = family_of(spec.task).build(spec.architecture)
-    method = method_class(spec.method.prompt_type)(backbone.places, backbone.embed_dim, spec.method)
+    kind = method_class(spec.method.prompt_type, spec.dataset.family)
+    method = kind(backbone.places, backbone.embed_dim, spec.method)
+    if spec.head != "linear" and backbone.fused_parts != len(backbone.places):
+        raise ValueError(f"head: expected linear where features are not side by side, found {spec.head}")
     head = head_class(spec.head)(backbone.fused_parts, backbone.embed_dim, task.n_classes)
+    backbone.start_head(head)
     classifier = MissingModalityClassifier(backbone, method, task.head_name, head)
     freeze(classifier, spec.task)
     return classifier
@@ -226,7 +230,12 @@ def _described_model(described: Any) -> dict[str, Any]:
     task, head = described["task"], described.get("head", "linear")
     options = {field.name for field in fields(MethodOptions)} & described.keys()
     method = record_of(MethodOptions, {name: described[name] for name in options})
-    known_values = (("task", task, EVERY_DATASET), ("prompt_type", method.prompt_type, METHODS), ("head", head, HEADS))
+    if task not in list(EVERY_DATASET):
+        raise ValueError(f"task {quoted(task)}, expected one of {', '.join(EVERY_DATASET)}")
+    known_values = (
+        ("prompt_type", method.prompt_type, methods_of(EVERY_DATASET[task].family)),
+        ("head", head, HEADS),
+    )
     for option, value, known in known_values:
         if value not in list(known):
             raise ValueError(f"{option} {quoted(value)}, expected one of {', '.join(known)}")

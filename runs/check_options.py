@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from clip.modules.registry import methods_of
 from common.errors import ConfigError
 from common.readers import path, several, wrong
 from config import AUTO, MODEL, OPTIONS, PRECISIONS, TRAINING, MissingTypeReader, Options
@@ -134,6 +135,11 @@ def check_together(options: Options) -> None:
 
 
 def _check_method(options: Options) -> None:
+    known = methods_of(EVERY_DATASET[options.task].family)
+    if options.prompt_type not in known:
+        raise ConfigError(
+            f"prompt_type: expected {' or '.join(known)} with task={options.task}, found {options.prompt_type}"
+        )
     length = options.memory_length
     if length % 3:
         raise ConfigError(

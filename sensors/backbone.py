@@ -77,6 +77,8 @@ class SensorBackbone(Backbone):
 class SwtBackbone(SensorBackbone):
     """SW-Transformers, whose features are joined by attention."""
 
+    always_trained = (FUSION,)
+
     def __init__(self, sizes: SensorSizes) -> None:
         super().__init__(sizes)
         towers = {modality: SwtTower(sizes, modality) for modality in sizes.modalities}

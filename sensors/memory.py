@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from clip.modules.clip_dynamic_memory import DYNAMIC_STD, RDN, RESIDUAL_ALPHA, unit_rows
 from clip.modules.interfaces import ModelInput, Place, TowerSlots, zero_of
 from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, without
-from sensors.backbone import FUSION
 from vilt.missing_types import is_missing
 
 PRIVATE_NOISE = COMMON_NOISE = 0.2
@@ -223,9 +222,6 @@ class SensorMemoryLearner(Method):
             modules = ("private_memory_missing", "common_memory", "common_memory_projection")
             unused += [parameter for name in modules for parameter in self.get_submodule(name).parameters()]
         return {METHOD: without(self.parameters(), unused), UNUSED: unused}
-
-    def trains(self, task: str) -> tuple[str, ...]:
-        return (METHOD, FUSION)
 
 
 def _by_modality(modalities: Mapping[str, Place], make: Callable[[], nn.Module]) -> nn.ModuleDict:

@@ -14,10 +14,10 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.heads import LinearHead
 from clip.modules.interfaces import ModelInput
 from clip.modules.method import Method, MethodOptions
+from clip.modules.no_prompts import NoPrompts
 from clip.trainable import freeze
 from sensors.backbone import SwtBackbone
 from sensors.memory import SensorMemoryLearner, patterns
-from sensors.methods import FrozenTowers
 from sensors.sizes import SWT, ModalitySizes, SensorSizes
 from tests import golden_as, slow_sensors
 from tests.golden import relative_error
@@ -164,7 +164,7 @@ def test_the_slow_version_gives_the_same_numbers_and_gradients(changed: dict[str
 
 
 def test_without_slots_the_tower_is_the_plain_one() -> None:
-    rep, none = make(), make(kind=FrozenTowers)
+    rep, none = make(), make(kind=NoPrompts)
     none.model.load_state_dict(rep.model.state_dict(), strict=False)
     x = signals_of(SIZES, 2)
     batch = batch_of(x, torch.ones(2, 3, dtype=torch.bool))

@@ -34,7 +34,7 @@ from vilt.datasets.kinds import kinds_of
 from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, Modality
 
 SENSORS = DatasetSpec(
-    name="sensors",
+    name="gadgets",
     title="Sensors",
     file_splits={split: split for split in SPLITS},
     modalities={
@@ -49,9 +49,9 @@ SENSORS = DatasetSpec(
     loss="cross_entropy",
     metrics="class_accuracy",
     monitor="accuracy",
-    make_arrow_name="sensors",
+    make_arrow_name="gadgets",
     converter="",
-    family="sensors",
+    family="gadgets",
 )
 ROWS = {"train": 24, "val": 9, "test": 14}
 TYPES = ("light", "motion", "sound", "any", "some")
@@ -113,7 +113,7 @@ class SensorBackbone(Backbone):
         return self.mixture(super().fuse(features, present_BM)).tanh()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        return {"sensors": [*self.of.parameters(), *self.mixture.parameters()]}
+        return {"gadgets": [*self.of.parameters(), *self.mixture.parameters()]}
 
     def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
         pass
@@ -187,17 +187,17 @@ def sensor_rows(split: str) -> pa.Table:
 @pytest.fixture(scope="module")
 def registered() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DATASETS, "sensors", SENSORS)
-        patch.setitem(FAMILIES, "sensors", SensorFamily())
+        patch.setitem(DATASETS, "gadgets", SENSORS)
+        patch.setitem(FAMILIES, "gadgets", SensorFamily())
         patch.setitem(METHODS, "sensing", f"{__name__}:Sensing")
         yield
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sensors")
+    root = tmp_path_factory.mktemp("gadgets")
     for split in SPLITS:
-        write(root / f"sensors_{split}.arrow", sensor_rows(split))
+        write(root / f"gadgets_{split}.arrow", sensor_rows(split))
     return root
 
 
@@ -208,7 +208,7 @@ def command(data: Path, *options: str, name: str | None = None) -> list[str]:
         "run.py",
         *([name] if name else []),
         "with",
-        "task=sensors",
+        "task=gadgets",
         "prompt_type=sensing",
         *places,
         *small,
@@ -243,7 +243,7 @@ def test_a_run_trains_tests_and_keeps_what_the_method_has(trained: dict[str, Pat
     kept = torch.load(trained[kind] / "best.ckpt", weights_only=True)["state_dict"]
     assert set(kept) == {
         *(f"model.sense.wobble.{name}" for name in SENSORS.modalities),
-        *("model.sense.habit", "sensors_classifier.weight", "sensors_classifier.bias"),
+        *("model.sense.habit", "gadgets_classifier.weight", "gadgets_classifier.bias"),
     }
     assert kept["model.sense.habit"].any()
     with (trained[kind] / "metrics.csv").open(newline="") as file:
@@ -320,11 +320,11 @@ def test_the_table_of_runs_and_the_report_show_them(
     measured: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line(["run.py", "runs", "with", f"log_dir={data / 'result'}"]) == 0
-    assert "70 % some" in (said := capsys.readouterr().out) and "sensors" in said
+    assert "70 % some" in (said := capsys.readouterr().out) and "gadgets" in said
     assert command_line(["run.py", "report", "with", f"runs={data / 'result'}", f"out={tmp_path / 'report'}"]) == 0
     page = (tmp_path / "report" / "report.md").read_text()
     assert "Sensors" in page and "without motion, light" in page and "without sound, light" in page
-    with (tmp_path / "report" / "tables" / "matrix_sensors.csv").open(newline="") as file:
+    with (tmp_path / "report" / "tables" / "matrix_gadgets.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["missing_type"] for row in rows} == set(TYPES)
     half = {row["missing_type"]: row for row in rows if row["missing_ratio"] == "50"}
@@ -348,7 +348,7 @@ def test_missing_types_are_those_of_the_modalities(
 
 
 def test_defaults_are_those_of_the_modalities(registered: None, data: Path) -> None:
-    options = check({**DEFAULTS, "task": "sensors", "data_root": str(data)})
+    options = check({**DEFAULTS, "task": "gadgets", "data_root": str(data)})
     assert set(options.missing_type.values()) == {"any"} and options.test_type is None
     assert options.robustness_types == options.sweep_types == TYPES
 
@@ -419,7 +419,7 @@ def test_other_arrays_are_refused(
     registered: None, tmp_path: Path, column: str, values: pa.Array, message: str
 ) -> None:
     table = sensor_rows("val").slice(0, 2)
-    write(tmp_path / "sensors_val.arrow", table.set_column(table.column_names.index(column), column, values))
+    write(tmp_path / "gadgets_val.arrow", table.set_column(table.column_names.index(column), column, values))
     with pytest.raises(DataError, match=message):
         ArrowDataset(SENSORS, tmp_path, "val")
 
@@ -427,10 +427,10 @@ def test_other_arrays_are_refused(
 def test_numbers_that_are_not_finite_are_refused_with_their_row(registered: None, tmp_path: Path) -> None:
     values = pa.array([[1.0] * 6, [1.0] * 5 + [float("nan")]], pa.list_(pa.float32()))
     table = sensor_rows("val").slice(0, 2)
-    write(tmp_path / "sensors_val.arrow", table.set_column(1, "motion", values))
+    write(tmp_path / "gadgets_val.arrow", table.set_column(1, "motion", values))
     dataset = ArrowDataset(SENSORS, tmp_path, "val")
     assert set(dataset[0, 0].inputs) == set(SENSORS.modalities)
-    with pytest.raises(DataError, match=r"sensors_val.arrow: row 1: column motion: expected finite numbers"):
+    with pytest.raises(DataError, match=r"gadgets_val.arrow: row 1: column motion: expected finite numbers"):
         dataset[0, 1]
 
 

@@ -28,11 +28,21 @@ FAMILY_METHODS = {
         "mplmm_described": "vla.mplmm:MplmmDescribed",
         "none": "clip.modules.no_prompts:NoPrompts",
         "full": "clip.modules.no_prompts:WholeBackbone",
-    }
+    },
+    "sensors": {
+        "rep": "sensors.memory:SensorMemoryLearner",
+        "none": "clip.modules.no_prompts:NoPrompts",
+        "full": "sensors.methods:Supervised",
+        "focal": "sensors.methods:Focal",
+    },
 }
 """Likewise by family of backbones, for those whose methods are not METHODS."""
-EVERY_METHOD = tuple(dict.fromkeys([*METHODS, *(name for methods in FAMILY_METHODS.values() for name in methods)]))
 HEADS = {"linear": "clip.modules.heads:LinearHead", "prototype": "clip.modules.heads:PrototypeHead"}
+
+
+def every_method() -> list[str]:
+    """The names of all methods, of any family."""
+    return list(dict.fromkeys([*METHODS, *(name for methods in FAMILY_METHODS.values() for name in methods)]))
 
 
 def methods_of(family: str) -> dict[str, str]:

@@ -61,8 +61,8 @@ def robustness(_config: dict[str, Any], _run: Any) -> None:
 
     set_up_logging()
     given = given_options(_run)
-    measured = [(target.subject, measure_target(target, given)) for target in open_targets(_config, given)]
-    if found := [(subject, results) for subject, results in measured if results is not None]:
+    measured = [(target, measure_target(target, given)) for target in open_targets(_config, given)]
+    if found := [(target, results) for target, results in measured if results is not None]:
         print(f"\n{describe(found)}\n")
 
 

@@ -6,7 +6,7 @@ null in robustness.json, empty in the tables.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,6 @@ class Subject:
     modalities: tuple[str, ...]
     class_names: tuple[str, ...]
     missing_table_root: Path
-    line: dict[str, Any] = field(default_factory=dict)
-    """The options in which runs of one line agree; none where there is no record."""
 
 
 Results = dict[str, Any]

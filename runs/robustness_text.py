@@ -1,80 +1,84 @@
 """Robustness results as tables for the terminal: of one checkpoint, and of several side by side."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from common.text import Estimate, estimate, figure, pattern_text, per_cent, terminal_table
-from engine.robustness import Results, Subject
-from runs.run_reader import differing_options
+from common.text import Estimate, figure, pattern_text, per_cent, terminal_table
+from engine.baselines import baseline_text
+from engine.robustness import Results
+from runs.lines import lines_of, spread_of
+from runs.targets import Target
 
 
-def describe(measured: Sequence[tuple[Subject, Results]]) -> str:
-    """The results of one checkpoint, or of several side by side."""
-    return describe_several(measured) if len(measured) > 1 else describe_one(*measured[0])
+def describe(measured: Sequence[tuple[Target, Results]]) -> str:
+    """The results of one checkpoint, or of several side by side; what answers that look at no sample get."""
+    found = measured[0][1]
+    text = describe_several(measured) if len(measured) > 1 else describe_one(*measured[0])
+    baselines = [f"  {baseline_text(baseline, found['metric'])}" for baseline in found["baselines"].values()]
+    return "\n".join([text, *(["", "without looking at a sample:", *baselines] if baselines else [])])
 
 
-def describe_one(subject: Subject, found: Results) -> str:
+def describe_one(target: Target, found: Results) -> str:
     """The matrix of one checkpoint: ratios down, missing types across; then each type with its interval."""
-    metric, confidence = found["metric"], found["confidence"]
-    at = {}
+    metric, confidence, subject = found["metric"], found["confidence"], target.subject
+    at, intervals = {}, {}
     for cell in found["cells"]:
-        figures = cell["metrics"][metric]
-        at[_kind(cell, found), cell["ratio"]] = Estimate(*(figures[name] for name in Estimate._fields)).text()
+        key = _kind(cell, found), cell["ratio"]
+        at[key] = Estimate(*(cell["metrics"][metric][name] for name in Estimate._fields)).text()
+        intervals[key] = _interval(cell["interval"]["low"], cell["interval"]["high"]) if "interval" in cell else ""
     kinds, ratios = list(dict.fromkeys(kind for kind, _ in at)), dict.fromkeys(ratio for _, ratio in at)
-    matrix = [[per_cent(ratio), *(at[kind, ratio] for kind in kinds)] for ratio in ratios]
-    by_type = []
-    for name in found["by_type"]:
-        interval = confidence[name].get(metric)
-        shown = " to ".join(map(figure, interval)) if interval else ""
-        by_type.append([name, figure(found["by_type"][name][metric]), shown])
-    title = f"{per_cent(confidence['level'])} interval" if confidence["resamples"] else ""
-    return "\n".join(
-        [
-            f"robustness of {subject.checkpoint} (sha256 {subject.checkpoint_sha256[:12]})",
-            f"  {found['task']} test, {found['samples']:,} samples; {metric}, {_over_tables(found)}\n",
-            terminal_table(["missing", *kinds], matrix, ">" * (1 + len(kinds))),
-            "",
-            terminal_table(["every sample", metric, title], by_type, "<>>"),
-        ]
-    )
+    level = f"{per_cent(confidence['level'])} interval over test samples"
+    parts = [
+        f"robustness of {subject.checkpoint} (sha256 {subject.checkpoint_sha256[:12]})",
+        f"  {found['task']} test, {found['samples']:,} samples; {metric}, {_over_tables(found)}\n",
+    ]
+    for title, shown in (("", at), (level, intervals)):
+        if any(shown.values()):
+            rows = [[per_cent(ratio), *(shown[kind, ratio] for kind in kinds)] for ratio in ratios]
+            parts += [f"{title}:\n"] if title else []
+            parts += [terminal_table(["missing", *kinds], rows, ">" * (1 + len(kinds))), ""]
+    by_type = [
+        [name, figure(values[metric]), _interval(*confidence[name][metric]) if confidence["resamples"] else ""]
+        for name, values in found["by_type"].items()
+    ]
+    heads = ["every sample", metric, level if confidence["resamples"] else ""]
+    return "\n".join([*parts, terminal_table(heads, by_type, "<>>")])
 
 
-def describe_several(measured: Sequence[tuple[Subject, Results]]) -> str:
-    """The matrices of several checkpoints of one task: a block per missing type, a column per line.
-
-    Checkpoints whose runs differ in their seed alone make one column; of two with the same seed the later one counts.
-    """
-    lines: dict[str, dict[object, tuple[Subject, Results]]] = {}
-    for subject, result in measured:
-        known = [subject.line, subject.train_pattern] if subject.line else str(subject.checkpoint)
-        seeds = lines.setdefault(json.dumps(known, sort_keys=True, default=str), {})
-        seeds[subject.train_seed] = subject, result
-    first, columns = measured[0][1], [list(seeds.values()) for seeds in lines.values()]
-    metric, known_lines = first["metric"], [column[0][0].line for column in columns if column[0][0].line]
-    heads, rows = ["method", ""], [["name", ""], ["trained at", ""], ["seeds", ""]]
-    for column in columns:
-        subject = column[0][0]
-        heads.append(
-            " ".join([subject.method, *(differing_options(known_lines, subject.line) if subject.line else [])])
-        )
-        rows[0].append(", ".join({one.exp_name: None for one, _ in column}))
-        rows[1].append(pattern_text(**subject.train_pattern) if subject.train_pattern else "not known")
-        rows[2].append(", ".join("not known" if one.train_seed is None else str(one.train_seed) for one, _ in column))
+def describe_several(measured: Sequence[tuple[Target, Results]]) -> str:
+    """The matrices of several checkpoints of one task: a block per missing type, a column per line of runs."""
+    first, lines = measured[0][1], lines_of(measured, lambda entry: entry[0].run)
+    metric = first["metric"]
+    rows = [["name", ""], ["trained at", ""], ["seeds", ""], ["± over", ""]]
+    heads = ["method", ""]
+    for line in lines:
+        subjects = [target.subject for target, _ in line.items]
+        heads.append(" ".join([subjects[0].method, *line.differing(lines)]))
+        rows[0].append(", ".join(dict.fromkeys(subject.exp_name for subject in subjects)))
+        rows[1].append(pattern_text(*line.run.pattern) if line.run is not None else "not known")
+        rows[2].append(", ".join("not known" if one.train_seed is None else str(one.train_seed) for one in subjects))
     table: list[list[str] | None] = [*rows]
     last_kind = None
     for place, cell in enumerate(first["cells"]):  # all checkpoints have the same
         kind = _kind(cell, first)
-        means = [[result["cells"][place]["metrics"][metric]["mean"] for _, result in column] for column in columns]
-        shown = [found.text() for of_column in means if (found := estimate(of_column))]
+        of_lines = [
+            [results["cells"][place]["metrics"][metric]["values"] for _, results in line.items] for line in lines
+        ]
+        spreads = [spread for values in of_lines if (spread := spread_of(values)) is not None]
+        over = [spread.over for spread in spreads]
         table += [None] if kind != last_kind else []
-        table.append([kind if kind != last_kind else "", per_cent(cell["ratio"]), *shown])
+        table.append(
+            [kind if kind != last_kind else "", per_cent(cell["ratio"]), *(s.estimate.text() for s in spreads)]
+        )
         last_kind = kind
+    rows[3] += over
+    left_out = [str(target.subject.checkpoint) for line in lines for target, _ in line.repeats]
     return "\n".join(
         [
             f"robustness of {len(measured)} checkpoints, {first['task']} test, {first['samples']:,} samples",
-            f"  {metric}: of each checkpoint the {_over_tables(first, '')}; of these, mean ± std over training seeds\n",
-            terminal_table(heads, table, "<" + ">" * (1 + len(columns))),
+            f"  {metric}: of each checkpoint the {_over_tables(first, '')}\n",
+            terminal_table(heads, table, "<" + ">" * (1 + len(lines))),
+            *([f"\nnot counted, of a seed that is there already: {', '.join(left_out)}"] if left_out else []),
         ]
     )
 
@@ -85,8 +89,12 @@ def _kind(cell: dict[str, Any], found: Results) -> str:
     return f"both {cell['both_ratio']:g}" if cell["missing_type"] == "both" and several else cell["missing_type"]
 
 
-def _over_tables(found: Results, figure: str = " ± std") -> str:
+def _interval(low: float, high: float) -> str:
+    return f"{figure(low)} to {figure(high)}"
+
+
+def _over_tables(found: Results, spread: str = " ± std") -> str:
     seeds = found["table_seeds"]
     if len(seeds) == 1:
         return f"value at the missing table of seed {seeds[0]}"
-    return f"mean{figure} of {len(seeds)} missing tables (seeds {', '.join(map(str, seeds))})"
+    return f"mean{spread} of {len(seeds)} missing tables (seeds {', '.join(map(str, seeds))})"

@@ -1,14 +1,13 @@
-"""The one reader of run folders, for the table of runs, robustness results and the report.
+"""The one reader of run folders, for the table of runs, robustness results, comparisons and the report.
 
-Runs that differ in their seed alone are one line of a table or figure; others are different lines. A run that was
-resumed is one run with those that it was resumed from.
+A run that was resumed is one run with those that it was resumed from. `runs/lines.py` says which runs are one line.
 """
 
 import csv
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +23,7 @@ from common.text import natural_key
 from runs.comparable import NOT_THE_LINE
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
+from vilt.missing_types import BOTH
 
 RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
 """Each tells a run folder, where its config.json does not."""
@@ -77,9 +77,10 @@ class Run:
 
     @property
     def pattern(self) -> tuple[str, float, float]:
-        """Missing type, ratio and both_ratio of the training."""
+        """Missing type, ratio and both_ratio of the training; that is 0.5 where it has no effect."""
         config = self.config
-        return config["missing_type"]["train"], config["missing_ratio"]["train"], config["both_ratio"]
+        missing_type, ratio = config["missing_type"]["train"], config["missing_ratio"]["train"]
+        return missing_type, float(ratio), float(config["both_ratio"]) if missing_type == BOTH else 0.5
 
     @cached_property
     def test(self) -> dict[str, Any] | None:
@@ -290,12 +291,6 @@ def open_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
     except Exception as error:  # torch.load raises many types on damaged files
         raise DataError(f"{path}: not readable as a checkpoint: {first_line(error)}") from error
     return content
-
-
-def differing_options(lines: Iterable[dict[str, Any]], line: dict[str, Any]) -> list[str]:
-    """`option=value` of `line` for the options in which lines of its method differ."""
-    same_method = [other for other in lines if other["prompt_type"] == line["prompt_type"]]
-    return [f"{name}={value}" for name, value in line.items() if any(other.get(name) != value for other in same_method)]
 
 
 def flat_options(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

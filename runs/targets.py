@@ -14,7 +14,7 @@ from engine.logit_store import LogitStore, Origin
 from engine.robustness import Subject
 from engine.tasks import task_of
 from runs.check_options import check, read_load_paths, read_options
-from runs.run_reader import read_run
+from runs.run_reader import Run, read_run
 from runs.run_table import find_checkpoints
 from vilt.datamodules import rows_of_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -35,6 +35,8 @@ class Target:
     options: Options
     """Those of the evaluation."""
     subject: Subject
+    run: Run | None
+    """None where there is no record of the training."""
     store: LogitStore
     lacking: list[int]
     """Missing types that have to be encoded."""
@@ -110,14 +112,13 @@ def _open(
         modalities=tuple(spec.modalities),
         class_names=dataset.class_names(),
         missing_table_root=options.missing_table_root,
-        line={} if run is None else run.line,
     )
     published_seed = options.published_seed if checkpoint.published else None
     of_model = (options.precision, options.tokenizer, published_seed)
     origin = Origin(options.task, checkpoint.sha256, arrow.name, arrow_sha256, *of_model)
     recorded_options = asdict(with_model_of(checkpoint, options, given))
     store = LogitStore(path.parent / "robustness", origin, dataset, recorded_options, anew=options.robustness_anew)
-    return Target(options, subject, store, store.lacking(), _patterns(options, spec))
+    return Target(options, subject, run, store, store.lacking(), _patterns(options, spec))
 
 
 def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]:

@@ -441,18 +441,20 @@ def test_runs_that_differ_in_their_seed_alone_are_one_column(
     lines = [re.split(r"\s{2,}", line.strip()) for line in said.out.splitlines()]
     place = next(number for number, cells in enumerate(lines) if cells[0] == "method")
     assert lines[place] == ["method", "mmp", "rep weight_decay=0.02", "rep weight_decay=0.5"]
-    assert lines[place + 2 : place + 5] == [
+    assert lines[place + 2 : place + 6] == [
         ["name", "other", "robust", "robust"],
         ["trained at", *["70 % both"] * 3],
         ["seeds", "4", "0, 1", "3"],
+        ["± over", "2 missing tables", "2 training seeds", "2 missing tables"],
     ]
-    expected = []
+    expected, chance = [], f"{results[0]['baselines']['chance']['metrics']['f1_macro']:.4f}"
     for number, cell in enumerate(results[0]["cells"]):
-        means = {seed: found["cells"][number]["metrics"]["f1_macro"]["mean"] for seed, found in results.items()}
-        both = [means[0], means[1]]
-        spread = f"{statistics.fmean(both):.4f} ± {statistics.stdev(both):.4f}"
-        expected.append([f"{100 * cell['ratio']:g} %", f"{means[4]:.4f}", spread, f"{means[3]:.4f}"])
-    assert [cells[-4:] for cells in lines[place + 5 :] if len(cells) >= 4] == expected
+        of_seed = {seed: found["cells"][number]["metrics"]["f1_macro"]["values"] for seed, found in results.items()}
+        both = [statistics.fmean(of_seed[0]), statistics.fmean(of_seed[1])]
+        shown = [f"{statistics.fmean(of):.4f} ± {statistics.stdev(of):.4f}" for of in (of_seed[4], both, of_seed[3])]
+        expected.append([f"{100 * cell['ratio']:g} %", *shown])
+    assert [cells[-4:] for cells in lines[place + 6 :] if len(cells) >= 4] == expected
+    assert any(line == ["each class with probability 1/2: f1_macro " + chance] for line in lines)
 
 
 def test_the_matrix_of_one_checkpoint(

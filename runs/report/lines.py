@@ -8,9 +8,10 @@ from typing import Any
 import pandas as pd
 
 from common.text import Estimate, estimate
+from runs.lines import RunLine, lines_of
 from runs.report.results import Pattern, ReportRun, Robustness
 from runs.report.text import CAPTIONS, METRIC_TITLES, capital, conditions, dataset_title, without_home
-from runs.run_reader import Run, differing_options
+from runs.run_reader import Run
 from vilt.datasets.specs import DATASETS, DatasetSpec
 
 METHODS = ("CoOp", "MAP", "MaPLe", "DePT", "MMP", "DCP", "REP")
@@ -133,23 +134,14 @@ def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:
 
 
 def _dataset(key: str, runs: list[ReportRun]) -> Dataset:
-    groups: dict[tuple[str, Pattern], dict[int, list[ReportRun]]] = {}
-    for run in runs:
-        if not run.run.is_evaluation:
-            by_seed = groups.setdefault((run.run.line_key, run.pattern), {})
-            by_seed.setdefault(run.run.config["seed"], []).append(run)
-    all_options = [next(iter(by_seed.values()))[0].run.line for by_seed in groups.values()]
-    several_patterns = len({pattern for _, pattern in groups}) > 1
-    lines, repeats = [], []
-    for (_, pattern), by_seed in groups.items():
-        kept = []
-        for _, of_seed in sorted(by_seed.items()):
-            *others, best = sorted(of_seed, key=lambda run: (run.robustness is not None, run.run.test is not None))
-            kept.append(best)
-            repeats += others
-        variant = _variant_title(kept[0].run, all_options)
+    groups = lines_of([run for run in runs if not run.run.is_evaluation], lambda run: run.run)
+    several_patterns = len({line.items[0].pattern for line in groups}) > 1
+    lines = []
+    for line in groups:
+        pattern, variant = line.items[0].pattern, _variant_title(line, groups)
         label = f"{variant}, trained with {pattern}" if several_patterns else variant
-        lines.append(Line(variant, label, pattern, kept))
+        lines.append(Line(variant, label, pattern, line.items))
+    repeats = [run for line in groups for run in line.repeats]
     return Dataset(key, dataset_title(key), runs[0].run.spec, runs, lines, repeats)
 
 
@@ -158,8 +150,9 @@ def method_title(run: Run) -> str:
     return METHOD_TITLES.get(run.config["prompt_type"], run.config["prompt_type"])
 
 
-def _variant_title(run: Run, all_options: Sequence[dict[str, Any]]) -> str:
-    title, differing = method_title(run), differing_options(all_options, run.line)
+def _variant_title(line: RunLine[ReportRun], lines: Sequence[RunLine[ReportRun]]) -> str:
+    run = line.items[0].run
+    title, differing = method_title(run), line.differing(lines)
     if run.config["prompt_type"] == "rep":
         title = ABLATION[bool(run.config.get("far", True)), bool(run.config.get("fmb", True))]
         differing = [option for option in differing if not option.startswith(("far=", "fmb="))]

@@ -1,0 +1,89 @@
+"""Which runs are one line, and what its spread is over."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs.lines import RunLine, lines_of, spread_of
+from runs.run_reader import Run, find_runs
+from tests.report_files import at
+from tests.test_run_table import write_run
+
+
+def lines_in(folder: Path) -> list[RunLine[Run]]:
+    runs, damaged = find_runs(folder)
+    assert not damaged
+    return lines_of(runs, lambda run: run)
+
+
+def seeds_of(lines: list[RunLine[Run]]) -> list[list[int]]:
+    return [[run.config["seed"] for run in line.items] for line in lines]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_line(tmp_path: Path) -> None:
+    """Whatever they are called, wherever they ran, and however they were evaluated."""
+    same: list[dict[str, Any]] = [{}, {"num_workers": 0, "exp_name": "other"}, {"test_ratio": 0.3, "log_dir": "x"}]
+    for seed, options in enumerate(same):
+        write_run(tmp_path / f"run{2 - seed}" / "version_0", seed=2 - seed, **options)
+    (line,) = lines_in(tmp_path)
+    assert seeds_of([line]) == [[0, 1, 2]] and not line.repeats and line.differing([line]) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": 0.5}, {"precision": "bf16-mixed"}, {"prompt_type": "mmp"}, at("text", 0.7), {"far": False}],
+)
+def test_other_configurations_and_patterns_are_other_lines(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Also where they have the same seed: three configurations are no three seeds."""
+    for number, differing in enumerate(({}, options)):
+        write_run(tmp_path / f"run{number}" / "version_0", seed=0, **differing)
+    assert seeds_of(lines_in(tmp_path)) == [[0], [0]]
+
+
+def test_a_run_cut_off_and_its_resumed_one_are_one_seed(tmp_path: Path) -> None:
+    """As are two of the same seed, of which the more complete one counts, else the last."""
+    parent = tmp_path / "rep_seed0"
+    cut = write_run(parent / "version_0", tested=None)
+    write_run(parent / "version_1", resume_from=str(cut / "last.ckpt"))
+    (line,) = lines_in(tmp_path)
+    assert [run.folder.name for run in line.items] == ["version_1"] and not line.repeats
+    write_run(parent / "version_2", tested=None)
+    (line,) = lines_in(tmp_path)
+    assert [run.folder.name for run in (*line.items, *line.repeats)] == ["version_1", "version_2"]
+    write_run(parent / "version_3")
+    (line,) = lines_in(tmp_path)
+    assert [run.folder.name for run in (*line.items, *line.repeats)] == ["version_3", "version_2", "version_1"]
+
+
+def test_both_ratio_counts_where_it_has_an_effect(tmp_path: Path) -> None:
+    for number, options in enumerate(({"both_ratio": 0.3}, {"both_ratio": 0.5})):
+        write_run(tmp_path / "text" / f"version_{number}", seed=number, **options, **at("text", 0.7))
+        write_run(tmp_path / "both" / f"version_{number}", seed=number, **options)
+    assert seeds_of(lines_in(tmp_path)) == [[0], [1], [0, 1]]
+
+
+def test_a_checkpoint_without_a_record_is_a_line_of_its_own() -> None:
+    lines = lines_of(["a.ckpt", "b.ckpt"], lambda _: None)
+    assert [line.items for line in lines] == [["a.ckpt"], ["b.ckpt"]]
+
+
+def test_the_spread_is_over_training_seeds_or_named_as_over_tables() -> None:
+    three = spread_of([[0.1, 0.3], [0.4, 0.4], [0.6, 0.6]])
+    assert three is not None and three.over == "3 training seeds"
+    assert (three.estimate.mean, three.estimate.std) == pytest.approx((0.4, 0.2))
+    one = spread_of([[0.1, 0.3]])
+    assert one is not None and one.over == "2 missing tables"
+    assert (one.estimate.mean, one.estimate.std) == pytest.approx((0.2, math.sqrt(0.02)))
+    single = spread_of([[0.5]])
+    assert single is not None and (single.estimate.text(), single.over) == ("0.5000", "")
+    assert spread_of([]) is None
+
+
+def test_undefined_values_are_left_out_and_counted() -> None:
+    found = spread_of([[math.nan, math.nan], [0.4, math.nan], [0.6]])
+    assert found is not None and found.estimate[:1] == (0.5,) and (found.estimate.n, found.estimate.undefined) == (2, 1)
+    assert found.estimate.text() == "0.5000 ± 0.1414 (2 of 3)"
+    nothing = spread_of([[math.nan], [math.nan]])
+    assert nothing is not None and nothing.estimate.text() == "undefined" and nothing.estimate.order == -math.inf

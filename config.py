@@ -261,7 +261,7 @@ class Options:
     input: Path | None = option(
         None, optional(path), COMMAND, "predict: table with image, text and maybe id, or a folder of images and texts")
     output: Path = option("predictions.csv", file_of(".csv", ".jsonl"), COMMAND, "predict: file to write")
-    runs: tuple[Path, ...] = option("result", several(path), COMMAND, "report: run folders, or folders of them")
+    runs: tuple[Path, ...] = option("result", several(path, texts=True), COMMAND, "report: runs, or folders of them")
     out: Path = option("report", path, COMMAND, "report: folder to write")
 
     sweep_name: str = option("sweep", folder_name, COMMAND, "sweep: name of its folder, below log_dir")

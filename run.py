@@ -15,24 +15,15 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from common.errors import CheckupError, ConfigError, OtherProcessError, UserError, machine_error
 from common.logs import set_up_logging
+from common.machine import check_system, print_anywhere, settle_threads
 from common.messages import first_line
 from common.signals import Stopped, end_loaders, stopping_on_signals
-from config import DEFAULTS, OPTIONS
-from engine.ending import DONE, INTERRUPTED, USER_ERROR, end_with_our_fault, end_with_signal, end_with_user_error
-from runs.check_options import PREDICTION_OPTIONS, check, read_load_paths, read_options, unknown_option
-from runs.experiment import (
-    EX,
-    ConfigAddedError,
-    SacredError,
-    check_command_line,
-    described_options,
-    is_of_sweep,
-    option_of,
-    options_in_files,
-)
-from runs.published_options import with_names_of_here
-
-EX.doc = __doc__  # for `run.py --help`
+from config import DEFAULTS
+from engine.ending import DONE, INTERRUPTED, end_with_our_fault, end_with_signal, end_with_user_error
+from runs.check_options import PREDICTION_OPTIONS, check, read_load_paths, read_options
+from runs.command_line import is_of_sweep, read_command_line
+from runs.experiment import EX, run_command
+from runs.help import described_options, help_on
 
 # Each command imports what it needs once the options are checked: torch and Lightning take seconds.
 
@@ -41,8 +32,7 @@ EX.doc = __doc__  # for `run.py --help`
 def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
     """Trains, or evaluates with test_only=True; returns the test metrics."""
     options, given = check(_config), given_options(_run)
-    written = written_options(_run)  # a file may be the config.json of a run, which has all options
-    if of_sweeps := sorted(filter(is_of_sweep, written)):
+    if of_sweeps := sorted(filter(is_of_sweep, _run.meta_info["options"]["CHOSEN"])):
         raise ConfigError(f"{of_sweeps[0]}: for many runs; expected `python run.py sweep with …`")
     from runs.evaluation import evaluate
     from runs.training import train
@@ -126,42 +116,35 @@ def doctor(_config: dict[str, Any]) -> None:
 
 @EX.command
 def sweep(_config: dict[str, Any], _run: Any, search: Any, sweep_over: Any, sweep_slurm: Any) -> None:
-    """Trains and evaluates a grid of missing patterns and seeds, or searches for good values of options.
-
-    The last arguments are there so that Sacred lets entries be added to them; they are in `_config` too.
-    """
+    """Trains and evaluates a grid of missing patterns and seeds, or searches for good values of options."""
+    # The last arguments are there so that Sacred lets entries be added to them; they are in `_config` too.
     from runs.sweep.command import run_sweep
 
     set_up_logging()
-    run_sweep(_config, _run.meta_info["options"]["UPDATE"])
+    asked = _run.meta_info["options"]
+    run_sweep(_config, asked["UPDATE"], asked["CHOSEN"])
 
 
 def given_options(sacred_run: Any) -> set[str]:
     """Names of the options that the command line sets, itself or in the .json files that it names."""
-    return written_options(sacred_run) | set(options_in_files(sacred_run.meta_info["options"]["UPDATE"]))
-
-
-def written_options(sacred_run: Any) -> set[str]:
-    """Names of the options that the command line itself sets."""
-    updates = [update for update in sacred_run.meta_info["options"]["UPDATE"] if "=" in update]
-    return {option_of(update) for update in updates}
+    return set(sacred_run.meta_info["options"]["GIVEN"])
 
 
 def command_line(argv: list[str]) -> int:
-    """Runs a command as Sacred reads it; returns the exit status, after a line on standard error if it is not 0."""
+    """Runs a command; returns the exit status, after a line on standard error if it is not 0."""
     EX.current_run = None  # that of an earlier call in this process
+    print_anywhere()
     try:
-        argv = with_names_of_here(argv)
-        check_command_line(argv)
+        check_system()
+        asked = read_command_line(argv[1:], EX.commands)
+        if asked.help:
+            print(help_on(asked.command, EX.commands, __doc__ or ""))
+            return DONE
+        if asked.command in ("main", "robustness", "predict", "doctor"):
+            settle_threads()
         with stopping_on_signals():
-            if not {"help", "--help", "-h"} & set(argv[1:2]):
-                # --debug hands errors on to here instead of printing a traceback
-                argv = [*argv, *(["main"] if len(argv) == 1 else []), "--debug"]
-            EX.run_commandline(argv)
-    except ConfigAddedError as error:
-        unknown = sorted(map(str, error.__conflicting_configs__))
-        return end_with_user_error(error, None, str(unknown_option(unknown, list(OPTIONS))))
-    except (UserError, SacredError) as error:
+            run_command(asked)
+    except UserError as error:
         return end_with_user_error(error, run_folder())
     except OtherProcessError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -170,10 +153,6 @@ def command_line(argv: list[str]) -> int:
         end_loaders()
         # Of the other processes Lightning takes any status but 0 for a fault, and kills the first.
         return DONE if getattr(rank_zero_only, "rank", 0) else end_with_signal(int(str(stop.code)), run_folder())
-    except SystemExit as stop:
-        if isinstance(stop.code, str):  # Sacred's own: usage, or an unknown command
-            print(stop.code, file=sys.stderr)
-        return USER_ERROR if stop.code else DONE
     except KeyboardInterrupt:
         return end_with_signal(INTERRUPTED, run_folder())
     except Exception as error:

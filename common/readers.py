@@ -74,10 +74,10 @@ def one_of(*choices: str) -> Reader:
 
 
 def text(option: str, value: Any) -> str:
-    """Reads a text; a number is one too."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise wrong(option, "a text", value)
-    return str(value)
+    """Reads a text. A number is none: as what it was written, 1.10 or 1_000, is not known here."""
+    if not isinstance(value, str):
+        raise wrong(option, "a text (a number in quotes)", value)
+    return value
 
 
 def folder_name(option: str, value: Any) -> str:
@@ -148,17 +148,18 @@ def by_key(keys: Sequence[str], reader: Reader) -> Reader:
     return read
 
 
-def several(reader: Reader) -> Reader:
+def several(reader: Reader, *, texts: bool = False) -> Reader:
     """Reads a list of different values, at least one, into a tuple; a single value is a list of one.
 
-    A shell makes `[text,image]` of `["text","image"]`, which Sacred then takes for a text: read as the list too.
+    A shell makes `[text,image]` of `["text","image"]`, which is no list for Python: read as the list too.
+
+    Args:
+        texts: its values are texts, taken as they are written: 1.10 is no number.
     """
 
     def read(option: str, value: Any) -> tuple[Any, ...]:
-        if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-            value = [literal(word.strip()) for word in value[1:-1].split(",") if word.strip()]
-        elif isinstance(value, str) and value.startswith(("[", "(")):
-            raise wrong(option, """a list as Python writes it, such as "['a','b']" or [1,2]""", value)
+        if isinstance(value, str):
+            value = words_of(option, value, texts)
         values = [reader(option, one) for one in value] if isinstance(value, (list, tuple)) else [reader(option, value)]
         if not values:
             raise wrong(option, "at least one value", list(value))
@@ -170,12 +171,31 @@ def several(reader: Reader) -> Reader:
     return read
 
 
+def words_of(option: str, value: str, texts: bool) -> Any:
+    """The values in `[a,b]`; what is no list as it is."""
+    found = literal(value)
+    if isinstance(found, (list, tuple)) and (not texts or all(one is None or isinstance(one, str) for one in found)):
+        return found
+    if value.startswith("[") and value.endswith("]"):
+        words = [word.strip() for word in value[1:-1].split(",") if word.strip()]
+        return [(unquoted(word) if word != "None" else None) if texts else literal(word) for word in words]
+    if value.startswith("[") or (value.startswith("(") and not texts):
+        raise wrong(option, """a list as Python writes it, such as "['a','b']" or [1,2]""", value)
+    return value
+
+
 def literal(word: str) -> Any:
     """The Python literal that a word spells, else the word."""
     try:
         return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return word
+
+
+def unquoted(word: str) -> str:
+    """A text without the quotes around it; without any it stays what it is, whatever it looks like."""
+    found = literal(word)
+    return found if isinstance(found, str) else word
 
 
 def dictionary(option: str, value: Any) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """The check of the options: each by itself, against each other, the machine, and the files that they name."""
 
-import difflib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from clip.modules.registry import methods_of
 from common.errors import ConfigError
+from common.machine import cores
 from common.readers import path, several, wrong
 from config import AUTO, MODEL, OPTIONS, PRECISIONS, TRAINING, MissingTypeReader, Options
+from runs.command_line import is_text, unknown_option
 from vilt.datasets.specs import CLIP, EVERY_DATASET
 from vilt.missing_tables import PUBLISHED
 
@@ -86,7 +86,7 @@ def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:
         raise ConfigError(
             "load_path: expected a checkpoint, a list of them, or a folder of runs, as in load_path=result/…/best.ckpt"
         )
-    return several(path)("load_path", config["load_path"])
+    return several(path, texts=True)("load_path", config["load_path"])
 
 
 def _settle_machine(values: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ def _settle_machine(values: dict[str, Any]) -> None:
         remedy = "; leave num_gpus out to run on the CPU" if available == 0 else ""
         found = f"found {values['num_gpus']}{remedy}"
         raise ConfigError(f"num_gpus: expected at most the {available} of this machine, {found}")
-    values["num_workers"] = min(values["num_workers"], len(os.sched_getaffinity(0)))
+    values["num_workers"] = min(values["num_workers"], cores())
     on_gpu, precision = values["num_gpus"] > 0, values["precision"]
     if precision == PUBLISHED:
         precision = PRECISIONS["16" if on_gpu else "32"]
@@ -183,7 +183,7 @@ def values_of_options(option: str, value: Mapping[str, Any]) -> dict[str, tuple[
             raise ConfigError(f"{option}: {unknown_option([name], list(OPTIONS))}")
         if OPTIONS[name].kind not in (MODEL, TRAINING):
             raise ConfigError(f"{option}.{name}: expected an option of the model or its training, found {name!r}")
-        space[name] = several(OPTIONS[name].read)(f"{option}.{name}", values)
+        space[name] = several(OPTIONS[name].read, texts=is_text(name))(f"{option}.{name}", values)
     return space
 
 
@@ -208,12 +208,3 @@ def is_range(name: str, values: Sequence[Any]) -> bool:
 def is_range_of_steps(name: str, values: Sequence[Any]) -> bool:
     """Whether a range is of whole numbers: of `warmup_steps` up to 1 or more, where below 1 it is a share."""
     return name == "warmup_steps" and is_range(name, values) and values[1] >= 1
-
-
-def unknown_option(names: list[str], known: list[str]) -> ConfigError:
-    """The error for options that do not exist, with the nearest that do."""
-    found = []
-    for name in names:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        found.append(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
-    return ConfigError("; ".join(found) + " (`python run.py print_config` shows all)")

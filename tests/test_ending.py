@@ -156,7 +156,7 @@ def test_configuration_files_cannot_run_code(workspace: Workspace, tmp_path: Pat
     [
         ('{"memory_length": 7}', "memory_length: expected a positive multiple of 3"),
         ('{"seed": null}', "seed: expected an integer"),
-        ("[1]", "expected an object with options, found [1]"),
+        ("[1]", "expected a JSON object, found a list"),
         ('{"seed"', "expected options as JSON"),
     ],
 )

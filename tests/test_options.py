@@ -56,7 +56,7 @@ WRONG = {
     "val_check_interval=2.5": "val_check_interval: expected a share of an epoch above 0 and up to 1, or an integer",
     "decay_power=linear": "decay_power: expected a number above 0, found 'linear'",
     "end_lr=1": "end_lr: expected less than learning_rate=0.01, found 1",
-    "precision=8": "precision: expected 32, 16, bf16 or published, found 8",
+    "precision=8": "precision: expected 32, 16, bf16 or published, found '8'",
     "num_nodes=0": "num_nodes: expected an integer of at least 1, found 0",
     "num_gpus=99": "num_gpus: expected at most the ",
     "fast_dev_run=yes": "fast_dev_run: expected True or False, found 'yes'",

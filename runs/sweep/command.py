@@ -14,7 +14,7 @@ from common.signals import Stopped
 from common.strict_json import read_json, write_json
 from config import OPTIONS, Options
 from runs.check_options import check
-from runs.experiment import is_of_sweep, option_of
+from runs.command_line import is_of_sweep, option_of
 from runs.run_reader import as_written_by_run
 from runs.sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
 from runs.sweep.jobs import run_command
@@ -36,19 +36,20 @@ FREE = (*SET_BY_SWEEP, *GRID, "log_dir", "sweep_name", "sweep_launcher", "sweep_
 """Options that may be others when a sweep is resumed: those of its own course, and those that change no result."""
 
 
-def run_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> None:
+def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequence[str]) -> None:
     """Runs the grid or the search that the configuration describes, or what is left of it.
 
     Args:
         config: the complete configuration.
         updates: options and named configs of the command line, as given; the runs get all but the sweep's own.
+        chosen: names of the options that the user has set.
 
     Raises:
         ConfigError: an option is wrong, or contradicts another one.
         DataError: the arrow files of a custom dataset do not say which metric is theirs.
         SweepError: runs failed, the folder has a sweep with other options, or a sweep is at work in it.
     """
-    options = check_sweep(config, updates)
+    options = check_sweep(config, chosen)
     metric = open_spec(options.task, options.data_root, options.splits).monitor
     folder = options.log_dir / options.sweep_name
     given = [update for update in updates if not is_of_sweep(option_of(update))]
@@ -78,7 +79,7 @@ def _run(options: Options, metric: str, given: Sequence[str], config: Mapping[st
         run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
 
 
-def check_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> Options:
+def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:
     """The checked options of a sweep.
 
     Raises:
@@ -87,7 +88,6 @@ def check_sweep(config: Mapping[str, Any], updates: Sequence[str]) -> Options:
     # Where the runs are elsewhere, they check themselves what that machine has.
     elsewhere = {"num_gpus": None, "precision": None} if config["sweep_launcher"] in ("slurm", "commands") else {}
     options = check({**config, **elsewhere})
-    names = [option_of(update) for update in updates if "=" in update]
     for name in names:
         if name == "exp_name":
             raise ConfigError("exp_name: the runs of a sweep are named after it; expected sweep_name")

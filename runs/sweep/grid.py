@@ -13,6 +13,7 @@ from common.files import atomic_path, write_csv
 from common.strict_json import read_json
 from common.text import Estimate, duration, estimate, figure, per_cent, terminal_table
 from config import Options
+from runs.command_line import written
 from runs.run_reader import as_written_by_run, numbers_by_name
 from runs.sweep.jobs import Job, Progress
 from runs.sweep.launchers import Launcher
@@ -58,7 +59,7 @@ def grid_cells(options: Options, given: Sequence[str], folder: Path) -> list[Cel
     axes = (options.sweep_seeds, options.sweep_types, options.sweep_ratios, variants(options))
     for seed, missing_type, ratio, variant in product(*axes):
         name = "_".join(filter(None, [options.sweep_name, variant_name(variant), missing_type, str(ratio)]))
-        own = [f"{option}={value}" for option, value in variant.items()]
+        own = [written(option, value) for option, value in variant.items()]
         own += [f"missing_type={missing_type}", f"missing_ratio={ratio}", f"seed={seed}"]
         job = Job(f"{name}_seed{seed}", folder, (*given, *own, f"exp_name={name}", f"log_dir={folder}"), tested=True)
         cells.append(Cell(missing_type, ratio, variant, seed, job))

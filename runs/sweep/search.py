@@ -25,6 +25,7 @@ from common.messages import first_line
 from common.text import terminal_table
 from config import Options
 from runs.check_options import check, is_range, is_range_of_steps
+from runs.command_line import written
 from runs.run_reader import open_checkpoint
 from runs.sweep.jobs import Job, Outcome, Progress, run_command
 from runs.sweep.launchers import Launcher
@@ -83,7 +84,7 @@ def score_of(trial: FrozenTrial) -> float:
 
 def assignments(values: Mapping[str, Any]) -> list[str]:
     """Values of options as a command line has them."""
-    return [f"{name}={value}" for name, value in values.items()]
+    return [written(name, value) for name, value in values.items()]
 
 
 def short(value: Any) -> str:

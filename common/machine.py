@@ -1,0 +1,89 @@
+"""The machine that a command runs on: its system, what its terminal can print, its cores."""
+
+import codecs
+import io
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.errors import MachineError
+
+PLAIN = {**dict.fromkeys("–—─━", "-"), **dict.fromkeys("“”", '"'), "│": "|", "×": "x", "±": "+-", "…": "...", "’": "'"}
+"""What stands for a character that a terminal cannot print; `?` for any other."""
+SPINS = "10000"
+"""Rounds that a thread of libgomp waits busily for its next work, a fraction of a millisecond. Its default, 300,000,
+makes the threads of a training wait for each other's turn on a core that another process uses."""
+LOOK_S = 0.2
+"""How long `busy_cores` looks."""
+_TICKS_PER_S = 100
+
+
+def check_system() -> None:
+    """Raises MachineError on anything but Linux."""
+    if sys.platform != "linux":
+        raise MachineError(f"expected Linux, found {sys.platform}: runs there in a container or a virtual machine")
+
+
+def print_anywhere() -> None:
+    """Lets both outputs replace what their encoding lacks (as in some containers and batch systems), instead of
+    ending the command with a UnicodeEncodeError."""
+    codecs.register_error("plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def settle_threads() -> None:
+    """Decides how the threads of libgomp wait, unless the user has; has to be called before torch is imported.
+
+    On a core that another process uses a waiting thread that spins keeps the one it waits for from running: a small
+    model then trains at a tenth of its speed. Where cores are taken, threads sleep instead, which costs a third on a
+    quiet machine. The number of threads, and with it every result, is the same.
+    """
+    if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} or os.environ.get("OMP_NUM_THREADS") == "1":
+        return
+    if busy_cores() > 0.5:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    else:
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+def threads_wait(environment: Mapping[str, str] = os.environ) -> str:
+    """How threads wait for each other, in words; nothing where there is one only."""
+    if environment.get("OMP_NUM_THREADS") == "1":
+        return ""
+    if environment.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+        return ", asleep while they wait (OMP_WAIT_POLICY=PASSIVE), as other processes use the cores"
+    return ""
+
+
+def busy_cores() -> float:
+    """How many of the cores of this process others use now; 0 where the system does not say."""
+    try:
+        before = _idle_ticks()
+        began = time.monotonic()
+        time.sleep(LOOK_S)
+        idle = _idle_ticks() - before
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return cores() - idle / _TICKS_PER_S / (time.monotonic() - began)
+
+
+def _idle_ticks() -> int:
+    """Of all cores of this process since the start of the machine: idle, or waiting for a disk."""
+    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    lines = [line.split() for line in Path("/proc/stat").read_text("ascii").splitlines()]
+    return sum(int(words[4]) + int(words[5]) for words in lines if words[0] in mine)

@@ -1,0 +1,85 @@
+"""`run.py --help`, `run.py COMMAND --help` and `run.py print_config`."""
+
+import inspect
+import json
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from config import COMMAND, DATA, KINDS, MACHINE, NAMED_CONFIGS, OPTIONS
+from runs.check_options import PREDICTION_OPTIONS
+from runs.command_line import MAIN
+
+A_RUN = [kind for kind in KINDS if kind != COMMAND]
+OTHERS: dict[str, Sequence[str]] = {
+    MAIN: A_RUN,
+    "doctor": A_RUN,
+    "sweep": A_RUN,
+    "robustness": ("load_path", DATA, MACHINE),
+    "predict": (*PREDICTION_OPTIONS, "num_gpus", "num_workers", "precision"),
+    "runs": ("log_dir",),
+}
+"""Options of a command beside its own, whose help begins with its name, and kinds of options."""
+FLAGS = {
+    "-F FOLDER": "keeps Sacred's record of the run in FOLDER",
+    "-u": "keeps none",
+    "-h, --help": "shows this, or what a command takes",
+}
+
+
+def help_on(command: str, commands: Mapping[str, Callable[..., Any]], about: str) -> str:
+    """What a command is for and all that it takes; of none (`main`), which commands there are."""
+    if command == MAIN:
+        lines = [
+            about.strip(),
+            "",
+            "Commands (`run.py COMMAND --help` shows its options; `run.py main --help` those of a run):",
+            "",
+        ]
+        for name, function in ((name, function) for name, function in commands.items() if name != MAIN):
+            lines += _entry(name, (inspect.getdoc(function) or "").partition("\n")[0])
+        lines += ["", "Flags:", "", *(line for flag, text in FLAGS.items() for line in _entry(flag, text))]
+        return "\n".join([*lines, "", *_configs()])
+    lines = [
+        f"python run.py {command} with name=value …",
+        "",
+        *textwrap.wrap(inspect.getdoc(commands[command]) or "", 100),
+    ]
+    own = [name for name, option in OPTIONS.items() if option.help.startswith(f"{command}: ")]
+    lines += ["", *_options(own)]
+    wanted = OTHERS.get(command, ())
+    lines += _options([name for name in wanted if name in OPTIONS and name not in own])
+    for kind in (kind for kind in wanted if kind in KINDS):
+        of_kind = [name for name, each in OPTIONS.items() if each.kind == kind and name not in (*own, *wanted)]
+        lines += ["", f"{KINDS[kind]}:", "", *_options(of_kind)]
+    return "\n".join([*lines, "", *(_configs() if DATA in wanted else [])])
+
+
+def _configs() -> list[str]:
+    lines = ["Named configs, which stand behind `with` too:", ""]
+    for name, values in NAMED_CONFIGS.items():
+        lines += _entry(name, ", ".join(f"{option}={value}" for option, value in values.items()))
+    return lines
+
+
+def _options(names: Sequence[str]) -> list[str]:
+    return [line for name in names for line in _entry(f"{name}={OPTIONS[name].default}", OPTIONS[name].help)]
+
+
+def _entry(name: str, text: str) -> list[str]:
+    """A name with what is said of it, on lines of its own where the name is long."""
+    width, column = min(100, shutil.get_terminal_size((100, 24)).columns), 28
+    lines = textwrap.wrap(text, max(20, width - column)) or [""]
+    first = [f"  {name:<{column - 3}} {lines.pop(0)}"] if len(name) < column - 2 else [f"  {name}"]
+    return [*first, *(" " * column + line for line in lines)]
+
+
+def described_options(config: Mapping[str, Any]) -> str:
+    """The options with their values and help, a line each; `*` marks those that are not the default."""
+    lines = []
+    for name, each in OPTIONS.items():
+        value = config[name]
+        changed = json.dumps(value, default=str) != json.dumps(each.default, default=str)
+        lines.append(f"{'*' if changed else ' '} {name} = {value!r}  # {each.help}")
+    return "\n".join(lines)

@@ -1,0 +1,210 @@
+"""Words of a command line: texts as they were typed, wherever they stand, and hints for what is nearly right."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import ConfigError
+from config import DEFAULTS, OPTIONS
+from run import EX, command_line
+from runs.check_options import read_options, values_of_options
+from runs.command_line import CommandLine, is_text, read_command_line, written
+from tests.conftest import Captured, Patch
+
+TYPED = (
+    *("1.10", "12e400", "1_000", "2024_11", "007", "0x10", "1e3", "1E5", "-0", "+1", ".5", "2024-11-05", "inf", "nan"),
+    *("True", "true", "[1,2]", "(1)", "{1}", "1+2j", "...", "a b", "it's", "b'x'", "12:30", "#1", "a=b", "~", "é", "𝟙"),
+)
+
+
+def read(*words: str) -> CommandLine:
+    return read_command_line(words, EX.commands)
+
+
+def values(*words: str) -> dict[str, Any]:
+    return read("with", *words).updates
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_a_text_is_what_was_typed(text: str, tmp_path: Path) -> None:
+    """On the line, in quotes, in a file, in a sweep, and when a sweep hands it on to its runs."""
+    assert values(f"exp_name={text}") == values(f"exp_name={text!r}") == {"exp_name": text}
+    assert values(f"data_root={text}", f"tokenizer={text}") == {"data_root": text, "tokenizer": text}
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"exp_name": text, "tokenizer": text}))
+    assert values(str(file)) == {"exp_name": text, "tokenizer": text}
+    over = values(f"sweep_over.vit={[text]}", f"search.tokenizer={[text, None]}")
+    assert values_of_options("sweep_over", over["sweep_over"]) == {"vit": (text,)}
+    assert values_of_options("search", over["search"]) == {"tokenizer": (text, None)}
+    assert values(written("vit", text)) == {"vit": text}
+
+
+@pytest.mark.parametrize("text", ["1.10", "1_000", "2024_11", "007", "1e3", "12e400", "True", "a b"])
+def test_lists_of_texts_need_no_quotes(text: str) -> None:
+    given = values(f"runs=[{text}, b]", f"sweep_over.vit=[{text},b]", f"sweep_over.tokenizer=[None,{text}]")
+    assert read_options({**DEFAULTS, **given}, ["runs"])["runs"] == (Path(text), Path("b"))
+    assert values_of_options("sweep_over", given["sweep_over"]) == {"vit": (text, "b"), "tokenizer": (None, text)}
+
+
+@pytest.mark.parametrize("number", ["1.10", "1e3", "12e400", "2024", "-0", "NaN"])
+def test_a_number_in_a_file_is_the_text_that_stands_there(number: str, tmp_path: Path) -> None:
+    file = tmp_path / "options.json"
+    file.write_text(f'{{"exp_name": {number}, "runs": [{number}], "sweep_over": {{"vit": [{number}]}}, "seed": 3}}')
+    assert values(str(file)) == {"exp_name": number, "runs": [number], "sweep_over": {"vit": [number]}, "seed": 3}
+
+
+def test_a_number_within_a_dictionary_is_refused_where_a_text_is_expected() -> None:
+    """What was typed is lost by then."""
+    given = values("sweep_over={'vit': [1.10]}")
+    with pytest.raises(ConfigError, match=r"sweep_over\.vit: .*quotes.*1\.1"):
+        values_of_options("sweep_over", given["sweep_over"])
+
+
+def test_none_leaves_open_what_can_be_left_open() -> None:
+    assert values("tokenizer=None", "load_path=None", "precision=None") == {
+        "tokenizer": None,
+        "load_path": None,
+        "precision": None,
+    }
+    assert values("tokenizer='None'", "exp_name=None") == {"tokenizer": "None", "exp_name": "None"}
+    assert values(written("tokenizer", None)) == {"tokenizer": None}
+    assert values(written("tokenizer", "None")) == {"tokenizer": "None"}
+
+
+def test_which_options_are_texts() -> None:
+    texts = {name for name in OPTIONS if is_text(name)}
+    assert texts >= {
+        "exp_name",
+        "data_root",
+        "vit",
+        "tokenizer",
+        "load_path",
+        "resume_from",
+        "runs",
+        "out",
+        "sweep_name",
+    }
+    assert not texts & {
+        "seed",
+        "decay_power",
+        "warmup_steps",
+        "missing_ratio",
+        "far",
+        "num_gpus",
+        "sweep_over",
+        "search",
+    }
+
+
+def test_other_values_are_read_as_python_writes_them() -> None:
+    given = values("seed=3", "learning_rate=1e-3", "far=False", "sweep_ratios=[0.5,0.9]", "missing_type=text")
+    assert given == {
+        "seed": 3, "learning_rate": 0.001, "far": False, "sweep_ratios": [0.5, 0.9], "missing_type": "text"
+    }  # fmt: skip
+    assert values("sweep_slurm.partition=1.10", "sweep_slurm.timeout_min=30", "sweep_slurm.account=007") == {
+        "sweep_slurm": {"partition": "1.10", "timeout_min": 30, "account": "007"}
+    }
+
+
+def test_an_entry_changes_that_entry_alone() -> None:
+    assert values("missing_ratio=0.5", "missing_ratio.train=0.3")["missing_ratio"] == {
+        "train": 0.3, "val": 0.5, "test": 0.5
+    }  # fmt: skip
+    assert values("missing_ratio.train=0.3")["missing_ratio"] == {"train": 0.3}
+    assert values("ablation", "sweep_over.far=[True]")["sweep_over"] == {"far": [True], "fmb": [False, True]}
+
+
+def test_the_line_counts_more_than_files_and_a_later_file_more_than_an_earlier(tmp_path: Path) -> None:
+    for name, seed in (("a.json", 1), ("b.json", 2)):
+        (tmp_path / name).write_text(f'{{"seed": {seed}, "task": "food101"}}')
+    files = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    assert values(*files, "task_finetune_mmimdb") | {"exp_name": ""} == {"seed": 2, "task": "mmimdb", "exp_name": ""}
+    assert values("seed=3", *files)["seed"] == 3
+
+
+def test_the_config_of_a_run_can_be_given_as_options(tmp_path: Path) -> None:
+    """It has all options, and what the files of a custom dataset say of it."""
+    config = json.loads(json.dumps(DEFAULTS)) | {"custom": {"name": "pets"}, "seed": 5, "exp_name": "x"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read("sweep", "with", str(tmp_path / "config.json"))
+    assert found.given == DEFAULTS.keys() and found.chosen == {"seed"}
+
+
+@pytest.mark.parametrize(
+    "flag", [["-F", "1.10"], ["-F1.10"], ["-F=1.10"], ["--file_storage=1.10"], ["--file_storage", "1.10"]]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_the_folder_of_the_record(flag: list[str], first: bool) -> None:
+    words = ["with", "seed=1"]
+    found = read(*flag, *words) if first else read(*words, *flag)
+    assert (found.record, found.updates) == ("1.10", {"seed": 1})
+
+
+WRONG = {
+    "-F": ("-F", "a folder"),
+    "with seed=1 -F": ("-F", "a folder"),
+    "with seed=1 --file_storage": ("--file_storage", "a folder"),
+    "with --file_storage=": ("--file_storage", "a folder"),
+    "with -F seed=1": ("-F", "a folder"),
+    "-F with seed=1": ("-F", "a folder"),
+    "with -F -u": ("-F", "a folder"),
+    "with -F task_finetune_mmimdb": ("-F", "a folder"),
+    "with -F a -F b": ("-F", "once"),
+    "with -F a -u": ("-u", "-F"),
+    "runs -F a": ("-F", "runs"),
+    "with -l": ("'-l'", "name=value"),
+    "with --debug": ("'--debug'",),
+    "with --print-config": ("'--print-config'",),
+    "with --lr=0.1": ("learning_rate=0.1",),
+    "with --learning_rate 0.1": ("learning_rate=",),
+    "task_finetune_mmimdb data_root=x": ("`with`", "run.py with task_finetune_mmimdb data_root=x"),
+    "seed=1": ("`with`", "run.py with seed=1"),
+    "options.json": ("`with`",),
+    "robustness load_path=x": ("`with`", "run.py robustness with load_path=x"),
+    "robustnes with load_path=x": ("'robustnes'", "did you mean robustness?"),
+    "sweep with sweep_seeds=[0, 1]": ("sweep_seeds", "blank"),
+    "sweep with sweep_over={'far': [True]}": ("sweep_over", "blank"),
+    "with exp_name = x": ("exp_name", "blanks around ="),
+    "with exp_name =x": ("exp_name", "blanks around ="),
+    "with exp_name= x": ("exp_name=x", "blank"),
+    "with exp_name": ("exp_name", "exp_name=rep"),
+    "with =3": ("=",),
+    "with lr=1": ("unknown option lr", "learning_rate"),
+    "with method=rep": ("unknown option method", "prompt_type"),
+    "with backbone=x": ("unknown option backbone", "vit"),
+    "with learning_rat=1": ("unknown option learning_rat", "learning_rate"),
+    "with seed.x=1": ("unknown option seed.x",),
+    "with missing_ratio.tran=1": ("unknown option missing_ratio.tran",),
+    "with task_finetune_mmimd": ("task_finetune_mmimdb?",),
+    "with nowhere.json": ("nowhere.json", "no file"),
+    "with max_text_len=3": ("max_text_len", "ViLT"),
+    "with task_mlm_itm": ("task_mlm_itm", "ViLT"),
+    "with seed=4294967296": ("seed", "4294967295"),
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_nearly_right_is_one_line_with_a_hint(
+    line: str, capsys: Captured, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["run.py", *line.split()]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: ")
+    assert all(fact in said[0] for fact in WRONG[line]), said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [name for name in EX.commands if name != "main"])
+@pytest.mark.parametrize("words", [["{}", "--help"], ["help", "{}"], ["{}", "with", "seed=1", "-h"]])
+def test_help_on_a_command_has_its_options(command: str, words: list[str], capsys: Captured) -> None:
+    assert command_line(["run.py", *(word.format(command) for word in words)]) == 0
+    shown = capsys.readouterr().out
+    own = [name for name, option in OPTIONS.items() if option.help.startswith(f"{command}: ")]
+    assert all(re.search(rf"^  {name}=", shown, re.MULTILINE) for name in own)
+    others = {"predict": "load_path", "sweep": "learning_rate", "doctor": "vit", "robustness": "load_path"}
+    assert others.get(command, "") in shown and max(map(len, shown.splitlines())) <= 100
+    assert "sweep_seeds" in shown if command == "sweep" else "sweep_seeds" not in shown

@@ -18,14 +18,17 @@ from common.readers import (
     file_of,
     flag,
     folder_name,
+    gpus,
     integer,
-    is_number,
+    interval,
     number,
+    of_each,
     one_of,
     optional,
     path,
     path_or_name,
     several,
+    warmup,
     word_or,
     wrong,
 )
@@ -82,32 +85,6 @@ class MissingTypeReader:
         if value and value == self.default and known != MISSING_TYPES:
             value = self.otherwise or known
         return self.shape(one_of(*known))(option, value)
-
-
-def warmup(option: str, value: Any) -> float:
-    """Reads a share below 1 or a whole number of steps."""
-    if not is_number(value) or value < 0 or (value >= 1 and value != int(value)):
-        raise wrong(option, "a share below 1 or a number of steps", value)
-    return float(value)
-
-
-def interval(option: str, value: Any) -> int | float:
-    """Reads a share of an epoch (up to 1) or a number of batches."""
-    if is_number(value) and (0 < value <= 1 or (isinstance(value, int) and value > 1)):
-        return value if isinstance(value, int) and value > 1 else float(value)
-    raise wrong(option, "a share of an epoch above 0 and up to 1, or an integer number of batches", value)
-
-
-def gpus(option: str, value: Any) -> int:
-    """Reads a number of GPUs, or the list of the first ones: [0], [0, 1], …"""
-    if isinstance(value, (list, tuple)) and value:
-        if list(value) != list(range(len(value))):
-            raise ConfigError(
-                f"{option}: expected a number, or the first GPUs as in [0] or [0,1], found {list(value)}; "
-                f"CUDA_VISIBLE_DEVICES chooses others"
-            )
-        return len(value)
-    return integer(0)(option, value)
 
 
 def precision_name(option: str, value: Any) -> str:
@@ -195,7 +172,12 @@ class Options:
     prompt_type: str = option("rep", method_name, MODEL, f"the method: {', '.join(METHODS)}")
     memory_length: int = option(36, integer(3), MODEL, "memory slots; a third each private, shared, dynamic")
     memory_depth: int = option(6, integer(1), MODEL, "blocks of each tower that get private slots")
-    head: str = option("linear", one_of(*HEADS), MODEL, "linear, or prototype (DPL)")
+    head: str = option("linear", one_of(*HEADS), MODEL, "linear, linear_by_type (one for each missing type), or dpl")
+    train_ends: bool | None = option(
+        None, optional(flag), MODEL, "train final norms and image projection; None: as method and head are published")
+    dpl_margins: tuple[float, ...] = option(
+        0.1, of_each(3, number(0, 1.5)), MODEL, "dpl: margin in radians; or of complete, text missing, image missing")
+    dpl_contrast_weight: float = option(0, number(0), MODEL, "dpl: weight of the contrast between prototypes")
     far: bool = option(True, flag, MODEL, "REP: residual bypass, and replay if replay_depth is above 0")
     fmb: bool = option(True, flag, MODEL, "REP: private slots by missing type, and shared slots")
     replay_depth: int = option(0, integer(0), MODEL, "REP as described: deeper blocks that get early outputs replayed")

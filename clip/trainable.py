@@ -21,6 +21,11 @@ def parts_of(classifier: MissingModalityClassifier) -> dict[str, list[nn.Paramet
 def freeze(classifier: MissingModalityClassifier, task: str) -> str:
     """Sets `requires_grad` of every parameter; returns a table of the parts with their sizes, as text."""
     trained = {HEAD, *classifier.model.always_trained, *classifier.method.trains(task)}
+    train_ends, ends = classifier.method.options.train_ends, set(classifier.model.ends)
+    if train_ends or (train_ends is None and classifier.head.trains_ends):
+        trained |= ends
+    elif train_ends is False:
+        trained -= ends
     if EVERY_PART in trained:
         trained |= parts_of(classifier).keys() - {UNUSED}
     lines, total = [], 0

@@ -148,6 +148,18 @@ def by_key(keys: Sequence[str], reader: Reader) -> Reader:
     return read
 
 
+def of_each(count: int, reader: Reader) -> Reader:
+    """Reads a list of `count` values, or one value that stands for all of them, into a tuple."""
+
+    def read(option: str, value: Any) -> tuple[Any, ...]:
+        values = value if isinstance(value, (list, tuple)) else [value] * count
+        if len(values) != count:
+            raise wrong(option, f"one value, or a list of {count}", value)
+        return tuple(reader(option, one) for one in values)
+
+    return read
+
+
 def several(reader: Reader, *, texts: bool = False) -> Reader:
     """Reads a list of different values, at least one, into a tuple; a single value is a list of one.
 
@@ -204,3 +216,29 @@ def dictionary(option: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise wrong(option, f"a dictionary, or one entry as in {option}.NAME=VALUE", value)
     return {str(key): entry for key, entry in value.items()}
+
+
+def warmup(option: str, value: Any) -> float:
+    """Reads a share below 1 or a whole number of steps."""
+    if not is_number(value) or value < 0 or (value >= 1 and value != int(value)):
+        raise wrong(option, "a share below 1 or a number of steps", value)
+    return float(value)
+
+
+def interval(option: str, value: Any) -> int | float:
+    """Reads a share of an epoch (up to 1) or a number of batches."""
+    if is_number(value) and (0 < value <= 1 or (isinstance(value, int) and value > 1)):
+        return value if isinstance(value, int) and value > 1 else float(value)
+    raise wrong(option, "a share of an epoch above 0 and up to 1, or an integer number of batches", value)
+
+
+def gpus(option: str, value: Any) -> int:
+    """Reads a number of GPUs, or the list of the first ones: [0], [0, 1], …"""
+    if isinstance(value, (list, tuple)) and value:
+        if list(value) != list(range(len(value))):
+            raise ConfigError(
+                f"{option}: expected a number, or the first GPUs as in [0] or [0,1], found {list(value)}; "
+                f"CUDA_VISIBLE_DEVICES chooses others"
+            )
+        return len(value)
+    return integer(0)(option, value)

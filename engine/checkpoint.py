@@ -140,7 +140,7 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     method = kind(backbone.places, backbone.embed_dim, spec.method)
     if spec.head != "linear" and backbone.fused_parts != len(backbone.places):
         raise ValueError(f"head: expected linear where features are not side by side, found {spec.head}")
-    head = head_class(spec.head)(backbone.fused_parts, backbone.embed_dim, task.n_classes)
+    head = head_class(spec.head)(backbone.fused_parts, backbone.embed_dim, task.n_classes, spec.method)
     backbone.start_head(head)
     classifier = MissingModalityClassifier(backbone, method, task.head_name, head)
     freeze(classifier, spec.task)

@@ -147,6 +147,9 @@ def _check_method(options: Options) -> None:
         )
     if options.prompt_type == "map_attention" and length % 2:
         raise ConfigError(f"memory_length: expected a multiple of 6 (a third of it is keys and values), found {length}")
+    for name in ("dpl_margins", "dpl_contrast_weight"):
+        if options.head != "dpl" and getattr(options, name) != OPTIONS[name].read(name, OPTIONS[name].default):
+            raise ConfigError(f"{name}: is an option of head=dpl, found head={options.head}")
     needs = {"far": None, "fmb": None, "replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}
     for name, needed in needs.items():
         value, default = getattr(options, name), OPTIONS[name].default

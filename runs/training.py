@@ -77,6 +77,7 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
     spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, custom)
     try:
         classifier = build_classifier(spec)
+        classifier.head.trained_on(options.missing_type["train"])
     except ValueError as error:
         raise ConfigError(str(error)) from error
     log.info("parameters:\n%s", freeze(classifier, options.task))

@@ -209,24 +209,6 @@ def features(
     return torch.cat([image_E, text_E])
 
 
-def prototype_logits(
-    prototypes_32CE: Tensor, features_2E: Tensor, missing_type: int, right: list[int] | None = None
-) -> Tensor:
-    """(C,) of the prototype head for one sample; `right` are the classes that it has, in training."""
-    E = len(features_2E) // 2
-    logits = torch.zeros(prototypes_32CE.shape[2], dtype=features_2E.dtype)
-    for modality, there in ((0, missing_type != IMAGE_MISSING), (1, missing_type != TEXT_MISSING)):
-        if not there:
-            continue
-        feature = features_2E[modality * E : (modality + 1) * E]
-        cosines = []
-        for label, prototype in enumerate(prototypes_32CE[missing_type, modality]):
-            angle = torch.arccos(feature @ prototype / (feature.norm() * prototype.norm()))
-            cosines.append(torch.cos(angle + 0.1) if right is not None and label in right else torch.cos(angle))
-        logits = logits + 32 * torch.stack(cosines)
-    return logits
-
-
 def msp_penalty(state: State) -> Tensor:
     """0.15 times the mean absolute cosine between the two sets, over towers and blocks."""
     cosines = []

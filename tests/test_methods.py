@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clip.backbone import load_backbone
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.heads import PrototypeHead
+from clip.modules.dpl import DecoupledPrototypes
+from clip.modules.heads import LinearByType, LinearHead
 from clip.modules.interfaces import ModelInput, TowerSlots
 from clip.modules.method import Method, MethodOptions
 from clip.modules.registry import HEADS, METHODS, method_class
@@ -50,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **REP_OPTIONS,
     **{name: {"prompt_type": name} for name in METHODS if name != "rep"},
 }
+HEADS_ALONE = [("none", head) for head in HEADS if head != "linear"]
 DEEPER = replace(TINY, vision_layers=4, text_layers=3)
 
 
@@ -182,7 +184,9 @@ def test_bfloat16_is_close(variant: str) -> None:
     assert golden.relative_error(half.float(), exact) < 5e-2
 
 
-@pytest.mark.parametrize(("prompt_type", "head"), [*((name, "linear") for name in METHODS), ("none", "prototype")])
+@pytest.mark.parametrize(
+    ("prompt_type", "head"), [*((name, "linear") for name in METHODS), ("none", "dpl"), ("none", "linear_by_type")]
+)
 def test_sixteen_samples_are_learnt_by_heart(prompt_type: str, head: str) -> None:
     """And everything that is trained takes part."""
     torch.manual_seed(0)
@@ -204,6 +208,13 @@ def test_sixteen_samples_are_learnt_by_heart(prompt_type: str, head: str) -> Non
 
 
 # What is trained, and its size
+
+
+ENDS = {
+    "model.image_encoder.proj",
+    *(f"model.image_encoder.ln_post.{part}" for part in ("weight", "bias")),
+    *(f"model.text_encoder.ln_final.{part}" for part in ("weight", "bias")),
+}
 
 
 def learner_size(prompt_type: str, arch: ClipArchitecture, m: int, depth: int) -> int:
@@ -233,10 +244,7 @@ def test_the_prompts_and_the_head_alone_are_trained(prompt_type: str, task: str)
 def test_dcp_trains_the_ends_of_the_towers_on_every_task(task: str) -> None:
     classifier = build_classifier(ModelSpec(task, MethodOptions("dcp", 6, 2), TINY))
     trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
-    ends = {"model.image_encoder.proj"}
-    ends |= {f"model.{norm}.{part}" for norm in ("image_encoder.ln_post", "text_encoder.ln_final")
-             for part in ("weight", "bias")}  # fmt: skip
-    assert {name for name in trained if "_encoder." in name} == ends
+    assert {name for name in trained if "_encoder." in name} == ENDS
     dynamic = {name.partition(".dynamic.")[2] for name in trained if ".dynamic." in name}
     assert dynamic == {
         f"{tower}.attention.{name}"
@@ -358,56 +366,69 @@ def test_a_training_step_adds_and_logs_the_losses_of_the_method(variant: str, na
 
 
 def test_a_training_step_gives_the_head_the_labels() -> None:
-    """The prototype head widens the angles to the right classes, which makes the loss larger."""
-    classifier = make("none", head="prototype")
-    loss, _, batch = training_step(classifier)
+    """DPL widens the angles to the right classes, and scales: another loss than that of the cosines."""
+    classifier = make("none", head="dpl", dpl_contrast_weight=0.5)
+    loss, logged, batch = training_step(classifier)
     with torch.no_grad():
-        without_margin = TASKS["mmimdb"].loss(classifier(batch).float(), BATCH.label)
-        with_margin = TASKS["mmimdb"].loss(classifier.training_outputs(batch, BATCH.label)[0].float(), BATCH.label)
-    assert loss.item() == pytest.approx(with_margin.item(), rel=1e-6)
-    assert loss.item() > without_margin.item() + 1e-3
+        logits, losses = classifier.training_outputs(batch, BATCH.label)
+        without_labels = TASKS["mmimdb"].loss(classifier(batch), BATCH.label)
+        of_task = TASKS["mmimdb"].loss(logits, BATCH.label)
+    assert loss.item() == pytest.approx((of_task + losses["contrast"]).item(), rel=1e-6)
+    assert logged["train/contrast"] == losses["contrast"].item() > 0.1
+    assert of_task > without_labels + 1e-3
 
 
-@pytest.mark.parametrize("multilabel", [True, False])
-@pytest.mark.parametrize("variant", ["rep", "none"])
-def test_the_prototype_head_equals_the_slow_version(variant: str, multilabel: bool) -> None:
-    classifier = make(variant, head="prototype")
-    mix = [0, 1, 2, 0]
-    batch, labels = training_batch(mix)
-    if not multilabel:
-        labels = torch.tensor([3, 0, 22, 3])
-    features = joined_features(classifier, batch)
-    prototypes = classifier.get_parameter("mmimdb_classifier.prototypes")
-    logits = classifier(batch)
-    widened, _ = classifier.training_outputs(batch, labels)
-    for row, missing_type in enumerate(mix):
-        expected = slow_methods.prototype_logits(prototypes, features[row], missing_type)
-        assert torch.allclose(logits[row], expected, rtol=1e-9, atol=1e-9)
-        right = labels[row].nonzero().flatten().tolist() if multilabel else [int(labels[row])]
-        expected = slow_methods.prototype_logits(prototypes, features[row], missing_type, right)
-        assert torch.allclose(widened[row], expected, rtol=1e-6, atol=1e-6)
-    widened.square().sum().backward()
-    assert prototypes.grad is not None and prototypes.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cosine", [0.9, 0.998, 0.9999, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cosine", [0.9, 0.998, 0.9999, 1.0, -1.0])
 def test_a_sample_near_its_prototype_has_a_finite_gradient(cosine: float, dtype: torch.dtype) -> None:
     """Also under autocast, where a cosine in 16 bits would be 1 from 0.998 on."""
     torch.manual_seed(0)
-    head = PrototypeHead(2, 64, 3).to(torch.float64 if dtype is torch.float64 else torch.float32)
-    prototype = nn.functional.normalize(head.prototypes[0, 0, 1].detach(), dim=0)
+    head = DecoupledPrototypes(2, 64, 3, MethodOptions(dpl_contrast_weight=0.5))
+    head = head.to(torch.float64 if dtype is torch.float64 else torch.float32)
+    prototype = nn.functional.normalize(head.get_parameter("w_mi_tm")[:, 1].detach(), dim=0)
     other = torch.randn_like(prototype)
     other = nn.functional.normalize(other - (other @ prototype) * prototype, dim=0)
     feature = cosine * prototype + (1 - cosine**2) ** 0.5 * other
     features = torch.cat([feature, torch.zeros_like(feature)])[None].to(dtype).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        logits = head(features, torch.tensor([0]), torch.tensor([1]))
-    assert logits.dtype == head.prototypes.dtype
-    assert logits[0, 1].item() == pytest.approx(32 * np.cos(np.arccos(cosine) + 0.1), abs=0.3)
-    logits.sum().backward()
-    for leaf in (features, head.prototypes):
+    with torch.autocast("cpu", dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        logits = head(features, torch.tensor([1]), torch.tensor([1]))
+        contrast = head.losses()["contrast"]
+    assert logits.dtype == contrast.dtype == head.get_parameter("w_mi_c").dtype
+    beyond = cosine - 0.1 * np.sin(np.pi - 0.1)
+    expected = np.cos(np.arccos(cosine) + 0.1) if cosine > np.cos(np.pi - 0.1) else beyond
+    assert logits[0, 1].item() == pytest.approx(32 * expected, abs=0.3)
+    (logits.sum() + contrast).backward()
+    for leaf in (features, *head.parameters()):
         assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
+def test_a_head_by_type_is_a_linear_head_for_each() -> None:
+    head = LinearByType(2, 4, 3)
+    nn.init.normal_(head.bias)
+    features, types = torch.randn(4, 8), torch.tensor([2, 0, 1, 2])
+    for row, missing_type in enumerate(types):
+        expected = head.weight[missing_type] @ features[row] + head.bias[missing_type]
+        assert torch.allclose(head(features, types)[row], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompt_type", "task", "head", "train_ends", "trained"),
+    [
+        ("none", "mmimdb", "linear", None, False),
+        ("none", "mmimdb", "linear", True, True),
+        ("none", "mmimdb", "dpl", None, True),
+        ("coop", "mmimdb", "dpl", False, False),
+        ("dcp", "mmimdb", "linear", None, True),
+        ("dcp", "mmimdb", "linear_by_type", False, False),
+        ("rep", "hatememes", "linear", False, False),
+    ],
+)
+def test_what_trains_the_ends_of_the_towers(
+    prompt_type: str, task: str, head: str, train_ends: bool | None, trained: bool
+) -> None:
+    classifier = build_classifier(ModelSpec(task, MethodOptions(prompt_type, 6, 2, train_ends=train_ends), TINY, head))
+    found = {name for name, p in classifier.named_parameters() if p.requires_grad and "_encoder." in name}
+    assert found == (ENDS if trained else set())
 
 
 # REP as described
@@ -448,9 +469,9 @@ def test_every_method_and_every_backbone_by_shapes(arch: str, variant: str) -> N
     with FakeTensorMode():
         options = MethodOptions(memory_length=36, memory_depth=6, **VARIANTS[variant])
         classifier = build_classifier(ModelSpec("food101", options, REAL[arch])).train()
-        rows = torch.arange(2)
+        rows, side = torch.arange(2), REAL[arch].image_size
         batch = ModelInput(
-            inputs={"image": torch.empty(2, 3, 224, 224), "text": torch.zeros(2, 77, dtype=torch.long)},
+            inputs={"image": torch.empty(2, 3, side, side), "text": torch.zeros(2, 77, dtype=torch.long)},
             rows={"image": rows, "text": rows},
             present_BM=torch.ones(2, 2, dtype=torch.bool),
             types=(0,),
@@ -505,20 +526,27 @@ class Stamped(Method):
         return {"method": [self.ink], "fixed": list(self.fixed.parameters())}
 
 
-class Scaled(nn.Linear):
+class Scaled(LinearHead):
     """A head with a buffer and other names than today's."""
 
-    def __init__(self, modalities: int, embed_dim: int, n_classes: int) -> None:
-        super().__init__(modalities * embed_dim, n_classes)
+    def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
+        super().__init__(parts, embed_dim, n_classes)
         self.scale: Tensor
         self.register_buffer("scale", torch.rand(n_classes))
 
-    def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return super().forward(features) * self.scale
+    def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(features, missing_type_B) * self.scale
 
 
 @pytest.mark.parametrize(
-    ("variant", "head"), [*((variant, "linear") for variant in VARIANTS), ("rep", "prototype"), ("stamped", "scaled")]
+    ("variant", "head"),
+    [
+        *((variant, "linear") for variant in VARIANTS),
+        ("rep", "dpl"),
+        ("none", "dpl"),
+        ("none", "linear_by_type"),
+        ("stamped", "scaled"),
+    ],
 )
 def test_a_checkpoint_restores_the_model_on_its_backbone(
     variant: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,8 +19,9 @@ VARIANTS = {
     **{name: (f"prompt_type={name}",) for name in METHODS},
     "described": DESCRIBED,
     "baseline of the ablation": ("far=False", "fmb=False"),
-    "prototype head": ("head=prototype",),
-    "prototype head alone": ("head=prototype", "prompt_type=none"),
+    "dpl": ("head=dpl", "dpl_contrast_weight=0.9", "dpl_margins=[0.1,0.15,0.15]"),
+    "dpl alone": ("head=dpl", "prompt_type=none"),
+    "linear by type": ("head=linear_by_type", "prompt_type=none", "train_ends=True"),
 }
 
 
@@ -94,7 +95,7 @@ def test_the_described_model_starts_from_a_released_checkpoint(
     ("options", "message"),
     [
         ("prompt_type=maple", "prompt_type: maple contradicts the checkpoint {best}, which has dcp"),
-        ("head=prototype", "head: prototype contradicts the checkpoint {best}, which has linear"),
+        ("head=dpl", "head: dpl contradicts the checkpoint {best}, which has linear"),
         ("memory_length=12", "memory_length: 12 contradicts the checkpoint {best}, which has 6"),
         ("replay_depth=1 prompt_type=rep", "contradicts the checkpoint {best}"),
     ],

@@ -7,6 +7,7 @@ C classes.
 import torch
 from torch import Tensor, nn
 
+from clip.modules.heads import Head
 from clip.modules.interfaces import Backbone, ModelInput, TowerSlots
 from clip.modules.method import Method
 
@@ -22,7 +23,7 @@ class MissingModalityClassifier(nn.Module):
         head: from features and missing types, in training labels too, to logits.
     """
 
-    def __init__(self, backbone: Backbone, method: Method, head_name: str, head: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, method: Method, head_name: str, head: Head) -> None:
         super().__init__()
         self.model = backbone
         self.model.add_module(method.attribute, method)
@@ -37,9 +38,11 @@ class MissingModalityClassifier(nn.Module):
         return method
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Head:
         """What classifies."""
-        return self.get_submodule(self.head_name)
+        head = self.get_submodule(self.head_name)
+        assert isinstance(head, Head)
+        return head
 
     def forward(self, batch: ModelInput) -> Tensor:
         """Logits (B, C)."""
@@ -47,14 +50,14 @@ class MissingModalityClassifier(nn.Module):
         return self.head(self.model.fuse(features, batch.present_BM), batch.missing_type_B)
 
     def training_outputs(self, batch: ModelInput, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, C) for the loss of the task, and the method's own losses by name.
+        """Logits (B, C) for the loss of the task, and the own losses of method and head by name.
 
         Args:
             labels: (B, C) of 0 and 1 or (B,) class numbers; some heads ask more of the right classes.
         """
         features, slots = self.features(batch)
         logits_BC = self.head(self.model.fuse(features, batch.present_BM), batch.missing_type_B, labels)
-        return logits_BC, self.method.losses(slots, features, logits_BC, labels)
+        return logits_BC, {**self.method.losses(slots, features, logits_BC, labels), **self.head.losses()}
 
     def features(self, batch: ModelInput) -> tuple[dict[str, Tensor], dict[str, TowerSlots]]:
         """Features (B, E) by modality, and the slots by place."""

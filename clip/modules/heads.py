@@ -1,66 +1,70 @@
 """Heads: from features to logits (docs/method.md sections 4 and 8).
 
-Shape suffixes: B samples, M modalities, E width of a modality's features, C classes, T missing types.
+Shape suffixes: B samples, P parts of what is classified, E width of a modality's features, C classes, T missing types.
 """
 
-import math
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip.modules.method import MethodOptions
+
 HEAD_STD = 0.02
-SCALE = 32.0
-MARGIN = 0.1
-"""In radians, between a sample and the prototype of a class that it has."""
 
 
-class LinearHead(nn.Linear):
+class Head(nn.Module):
+    """A head. A new one is a subclass and a line in `clip/modules/registry.py`.
+
+    Args:
+        parts: P; features are (B, PE).
+
+    Raises:
+        ValueError: it is not for this many parts, or its options do not fit.
+    """
+
+    trains_ends: ClassVar[bool] = False
+    """Whether it trains what follows the last blocks of the backbone, whatever the method (see `train_ends`)."""
+
+    def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
+        super().__init__()
+
+    def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, C) of features (B, PE); in training with labels (B, C) of 0 and 1, or (B,) class numbers."""
+        raise NotImplementedError
+
+    def losses(self) -> dict[str, Tensor]:
+        """Its own losses in training, weighted, by the names that they are logged under (`train/NAME`)."""
+        return {}
+
+    def trained_on(self, missing_type: str) -> None:
+        """Told before a training which missing type its samples have, as the option names it."""
+
+
+class LinearHead(Head):
     """The published head: one linear layer of the joined features, blind to the missing type."""
 
-    def __init__(self, modalities: int, embed_dim: int, n_classes: int) -> None:
-        super().__init__(modalities * embed_dim, n_classes)
+    def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
+        super().__init__(parts, embed_dim, n_classes, options)
+        linear = nn.Linear(parts * embed_dim, n_classes)  # draws, as published, before the weights are drawn
+        self.weight, self.bias = linear.weight, linear.bias
         nn.init.normal_(self.weight, std=HEAD_STD)
         nn.init.zeros_(self.bias)
 
-    def forward(  # type: ignore[override]
-        self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None
-    ) -> Tensor:
-        """Logits (B, C) of features (B, ME)."""
-        return super().forward(features)
+    def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, C)."""
+        return nn.functional.linear(features, self.weight, self.bias)
 
 
-class PrototypeHead(nn.Module):
-    """The head of DPL (arXiv 2505.08283): a prototype per missing type, modality and class.
+class LinearByType(Head):
+    """A linear layer for each missing type, as DPL's code without prompts has for comparison."""
 
-    A modality's logits are scaled cosines between its feature and the prototypes, those of the modalities are added,
-    and a missing modality adds nothing. In training the angle to the classes that a sample has is widened by a margin.
-    """
-
-    def __init__(self, modalities: int, embed_dim: int, n_classes: int) -> None:
-        super().__init__()
-        self.modalities = modalities
-        self.prototypes = nn.Parameter(HEAD_STD * torch.randn(2**modalities - 1, modalities, n_classes, embed_dim))
+    def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
+        super().__init__(parts, embed_dim, n_classes, options)
+        self.weight = nn.Parameter(HEAD_STD * torch.randn(2**parts - 1, n_classes, parts * embed_dim))
+        self.bias = nn.Parameter(torch.zeros(2**parts - 1, n_classes))
 
     def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, C) of features (B, ME); with labels (B, C) of 0 and 1, or (B,) class numbers, those of training.
-
-        In full precision: 16 bits round cosines near 1 to 1, where the sine of the margin has no slope.
-        """
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(self.prototypes.dtype).unflatten(-1, (self.modalities, -1))
-            features_BME = F.normalize(features, dim=-1)
-            prototypes_BMCE = F.normalize(self.prototypes, dim=-1)[missing_type_B]
-            cosine_BMC = torch.einsum("bme,bmce->bmc", features_BME, prototypes_BMCE)
-            if labels is not None:
-                cosine_BMC = _with_margin(cosine_BMC, labels, available_BM1=features_BME.any(dim=-1, keepdim=True))
-            return SCALE * cosine_BMC.sum(dim=1)
-
-
-def _with_margin(cosine_BMC: Tensor, labels: Tensor, available_BM1: Tensor) -> Tensor:
-    """cos(angle + margin) for the right classes of the available modalities, the cosine for the others."""
-    C = cosine_BMC.shape[-1]
-    right_BC = F.one_hot(labels, C).bool() if labels.ndim == 1 else labels.bool()
-    cosine = cosine_BMC.clamp(-1 + 1e-6, 1 - 1e-6)  # where the sine has a slope
-    widened_BMC = cosine * math.cos(MARGIN) - (1 - cosine.square()).sqrt() * math.sin(MARGIN)
-    return torch.where(right_BC[:, None] & available_BM1, widened_BMC, cosine_BMC)
+        """Logits (B, C)."""
+        logits_BTC = torch.einsum("be,tce->btc", features, self.weight) + self.bias
+        return logits_BTC[torch.arange(len(features), device=features.device), missing_type_B]

@@ -134,6 +134,8 @@ class Backbone(nn.Module):
     """E."""
     mixes = False
     """Whether modalities read each other before their towers, so that samples cannot share the features of one."""
+    ends: tuple[str, ...] = ()
+    """Parts (see `parts`) that follow the last blocks, for `train_ends`."""
     always_trained: tuple[str, ...] = ()
     """Parts (see `parts`) that are trained whatever the method."""
 

@@ -20,7 +20,7 @@ UNUSED = "method, unused"
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Which method, and its options; those after the third are REP's (docs/method.md section 7)."""
+    """Which method, and the options of methods and heads; `far` to `dynamic_init` are REP's (docs/method.md, 7)."""
 
     prompt_type: str = "rep"
     memory_length: int = 36
@@ -37,6 +37,12 @@ class MethodOptions:
     """Weight of the loss that keeps private and shared slots apart."""
     dynamic_init: bool = False
     """Shared slots start from the sample, too."""
+    train_ends: bool | None = None
+    """Whether what follows the last blocks is trained; None: as method and head are published."""
+    dpl_margins: tuple[float, ...] = (0.1, 0.1, 0.1)
+    """Head DPL: in radians, for complete samples, those without text, those without image."""
+    dpl_contrast_weight: float = 0.0
+    """Head DPL: weight of the contrast between prototypes."""
     rdn_hidden: int = 32
     """Of text, audio and vision, like the options below: width within REP's projections."""
     mask_readout: bool = False

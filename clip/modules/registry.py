@@ -7,8 +7,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from clip.modules.heads import Head
     from clip.modules.method import Method
 
 METHODS = {
@@ -37,7 +36,11 @@ FAMILY_METHODS = {
     },
 }
 """Likewise by family of backbones, for those whose methods are not METHODS."""
-HEADS = {"linear": "clip.modules.heads:LinearHead", "prototype": "clip.modules.heads:PrototypeHead"}
+HEADS = {
+    "linear": "clip.modules.heads:LinearHead",
+    "linear_by_type": "clip.modules.heads:LinearByType",
+    "dpl": "clip.modules.dpl:DecoupledPrototypes",
+}
 
 
 def every_method() -> list[str]:
@@ -56,7 +59,7 @@ def method_class(name: str, family: str = "clip") -> "type[Method]":
     return found
 
 
-def head_class(name: str) -> "type[nn.Module]":
-    """The class of a head, which takes (number of modalities, E, number of classes)."""
-    found: type[nn.Module] = resolve_name(HEADS[name])
+def head_class(name: str) -> "type[Head]":
+    """The class of a head."""
+    found: type[Head] = resolve_name(HEADS[name])
     return found

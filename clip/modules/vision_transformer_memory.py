@@ -252,6 +252,8 @@ class TextTower(Tower):
 class ClipBackbone(Backbone):
     """Both towers; parameter names are those of published checkpoints."""
 
+    ends = (FINAL,)
+
     def __init__(self, arch: ClipArchitecture) -> None:
         super().__init__()
         self.places = arch.places

@@ -1,0 +1,108 @@
+"""DPL, decoupled prototype learning: a head for any method (arXiv 2505.08283; docs/method.md section 8).
+
+Shape suffixes: B samples, E width of a modality's features, C classes, V views, N prototypes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip.modules.heads import Head
+from clip.modules.method import MethodOptions
+
+TEXT_MISSING, IMAGE_MISSING = 1, 2
+VIEWS = {
+    "text": ("w_mi_c", "w_mi_tm", "w_mt_c"),
+    "image": ("w_mi_c", "w_mt_c", "w_mt_im"),
+    "both": ("w_mi_c", "w_mi_tm", "w_mt_c", "w_mt_im"),
+}
+"""The prototypes that a training with each missing type uses; the first are the anchors of `one_view`."""
+SMALLEST_SQUARE = 1e-12
+"""Of a sine; at 0 its root has no slope."""
+
+
+class DecoupledPrototypes(Head):
+    """A prototype of each class for images of complete samples, images without text, and likewise for texts.
+
+    Logits are cosines between the features of the modalities that are there and the prototypes of the sample's missing
+    type, of complete samples their mean: no bias, and no scale in evaluation, so that a class is predicted from cosine
+    0 on. In training they are scaled, the angle to the right classes is widened by the missing type's margin, and a
+    contrast loss pulls the prototypes of a class together. Names are those of published checkpoints.
+    """
+
+    trains_ends = True
+
+    def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
+        super().__init__(parts, embed_dim, n_classes, options)
+        if parts != 2:
+            raise ValueError(f"head=dpl is for an image and a text, found {parts} modalities")
+        options = options or MethodOptions()
+        self.margins, self.contrast_weight = options.dpl_margins, options.dpl_contrast_weight
+        self.scales = (32.0, 32.0, 32.0)
+        self.temperature = self.base_temperature = 1.0
+        self.one_view = False
+        self.views = VIEWS["both"]
+        for name in VIEWS["both"]:
+            self.register_parameter(name, nn.Parameter(nn.init.xavier_normal_(torch.empty(embed_dim, n_classes))))
+
+    def trained_on(self, missing_type: str) -> None:
+        """The contrast is between the prototypes that this missing type uses. ValueError: not of image and text."""
+        if missing_type not in VIEWS:
+            raise ValueError(f"head=dpl is for an image and a text, found missing_type={missing_type}")
+        self.views = VIEWS[missing_type]
+
+    def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Cosines (B, C) of features (B, 2E), image first; with labels the logits of training.
+
+        In full precision: 16 bits round cosines near 1 to 1, where the sine of the margin has no slope.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.get_parameter("w_mi_c").dtype)
+            image_BE, text_BE = F.normalize(features.unflatten(-1, (2, -1)), dim=-1).unbind(1)
+            type_B1 = missing_type_B[:, None]
+            image_BC = torch.where(
+                type_B1 == TEXT_MISSING, image_BE @ self._prototypes("w_mi_tm"), image_BE @ self._prototypes("w_mi_c")
+            )
+            text_BC = torch.where(
+                type_B1 == IMAGE_MISSING, text_BE @ self._prototypes("w_mt_im"), text_BE @ self._prototypes("w_mt_c")
+            )
+            of_one_BC = torch.where(type_B1 == TEXT_MISSING, image_BC, text_BC)
+            cosine_BC = torch.where(type_B1 == 0, (image_BC + text_BC) / 2, of_one_BC)
+            return cosine_BC if labels is None else self.with_margin(cosine_BC, missing_type_B, labels)
+
+    def with_margin(self, cosine_BC: Tensor, missing_type_B: Tensor, labels: Tensor) -> Tensor:
+        """What the loss of the task sees: scaled, of right classes the cosine of the angle plus the margin.
+
+        Where that angle would be more than pi, the cosine less `margin * sin(pi - margin)` instead.
+        """
+        scale_B1, margin_B1 = (cosine_BC.new_tensor(x)[missing_type_B, None] for x in (self.scales, self.margins))
+        C = cosine_BC.shape[-1]
+        right_BC = F.one_hot(labels, C).bool() if labels.ndim == 1 else labels.bool()
+        sine_BC = (1 - cosine_BC.square()).clamp_min(SMALLEST_SQUARE).sqrt()
+        widened_BC = torch.where(
+            cosine_BC > (math.pi - margin_B1).cos(),
+            cosine_BC * margin_B1.cos() - sine_BC * margin_B1.sin(),
+            cosine_BC - margin_B1 * (math.pi - margin_B1).sin(),
+        )
+        return scale_B1 * torch.where(right_BC, widened_BC, cosine_BC)
+
+    def losses(self) -> dict[str, Tensor]:
+        """The contrast: each prototype should be nearer to those of its class than to all others."""
+        if not self.contrast_weight:
+            return {}
+        with torch.autocast(self.get_parameter("w_mi_c").device.type, enabled=False):
+            prototypes_NE = torch.cat([self._prototypes(name).T for name in self.views])  # view by view
+            V, N = len(self.views), len(prototypes_NE)
+            anchors = N // V if self.one_view else N
+            itself = torch.eye(N, dtype=torch.bool, device=prototypes_NE.device)[:anchors]
+            same_class = torch.eye(N // V, dtype=torch.bool, device=itself.device).repeat(V, V)[:anchors] & ~itself
+            alike_AN = prototypes_NE[:anchors] @ prototypes_NE.T / self.temperature
+            log_softmax_AN = alike_AN.masked_fill(itself, -math.inf).log_softmax(dim=1)
+            mean = log_softmax_AN.masked_fill(~same_class, 0).sum() / (anchors * (V - 1))
+            return {"contrast": -self.contrast_weight * self.temperature / self.base_temperature * mean}
+
+    def _prototypes(self, name: str) -> Tensor:
+        """(E, C), each of length 1."""
+        return F.normalize(self.get_parameter(name), dim=0)

@@ -1,0 +1,141 @@
+"""Rivals against numbers that their published code gave once, for made-up weights and inputs, without dropout.
+
+The files lie in `tests/data/golden/rivals`, or in the folder that GOLDEN_RIVALS_DIR names; weights come from
+`weights.py` of the default golden folder. Each file is compared in its outputs, its losses, the exact set of trained
+parameters, and the gradient of each.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clip.backbone import architecture_of
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.dpl import DecoupledPrototypes
+from clip.modules.method import MethodOptions
+from engine.checkpoint import ModelSpec, build_classifier
+from engine.tasks import TASKS
+from tests import golden
+from tests.models import model_input, published_name
+
+DEFAULT = Path(__file__).parent / "data" / "golden" / "rivals"
+FOLDER = Path(os.environ.get("GOLDEN_RIVALS_DIR") or DEFAULT)
+SCRIPTS = Path(__file__).parent / "data" / "golden"
+WEIGHTS = golden.load_weights_module(SCRIPTS)
+FILES = sorted(FOLDER.glob("*.npz"))
+FORWARD_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-3
+
+Change = Callable[[str, tuple[int, ...]], np.ndarray]
+
+
+class Case:
+    """One file, and the model that it describes, as far as all rivals have it in common."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as file:
+            self.arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
+            meta = json.loads(str(file["meta"]))
+        self.meta = SimpleNamespace(**meta)
+        self.task, self.types = TASKS[self.meta.task], list(self.meta.missing_type)
+        inputs = WEIGHTS.inputs(self.meta.tag, self.types, self.meta.resolution, self.task.name, self.task.n_classes)
+        self.tokens, self.images, self.labels = map(torch.from_numpy, inputs)
+        assert torch.equal(self.tokens, self.arrays["tokens"]) and torch.equal(self.labels, self.arrays["label"])
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Of the file's model, by its published name."""
+        return torch.from_numpy(np.asarray(WEIGHTS.parameter(self.meta.tag, name, shape)))
+
+    def build(self, options: MethodOptions, head: str, base: str = "none") -> MissingModalityClassifier:
+        """A classifier on the file's frozen towers, and what `base` (none or dcp) adds; the rest is random."""
+        sizes = {name: getattr(self.meta, name) for name in ("vision_layers", "text_layers", "resolution")}
+        slots = {"memory_length": options.memory_length, "memory_depth": options.memory_depth}
+        shapes = golden.dcp_shapes(SCRIPTS, task=self.task.name, classes=self.task.n_classes, **slots, **sizes)
+        shapes = {name: shape for name, shape in shapes.items() if "_classifier." not in name}
+        if base == "none":
+            shapes = {
+                name: shape for name, shape in shapes.items() if not re.search(r"prompt_learner|_prompt|prompts_", name)
+            }
+        state = {name.removeprefix("model."): self.parameter(name, shape) for name, shape in shapes.items()}
+        classifier = build_classifier(
+            ModelSpec(self.task.name, options, architecture_of(state, "quick_gelu"), head)
+        ).eval()
+        with torch.no_grad():
+            for name, value in [*classifier.named_parameters(), *classifier.named_buffers()]:
+                given = published_name(name).removeprefix("model.")
+                if given in state:
+                    value.copy_(state.pop(given))
+        assert not state, state.keys()
+        return classifier
+
+    def check(self, name: str, found: Tensor) -> None:
+        assert golden.relative_error(found, self.arrays[name]) < FORWARD_TOLERANCE, name
+
+    def check_gradients(self, classifier: MissingModalityClassifier, published: Callable[[str], str]) -> None:
+        """Trained is what the file says, each with the gradient that the file has."""
+        trained = {published(name): p for name, p in classifier.named_parameters() if p.requires_grad}
+        assert trained.keys() == {*self.meta.grad_norm, *self.meta.trainable_without_grad}
+        for name in self.meta.trainable_without_grad:
+            assert trained[name].grad is None, name
+        for name, norm in self.meta.grad_norm.items():
+            gradient = trained[name].grad
+            assert gradient is not None, name
+            assert float(gradient.norm()) == pytest.approx(norm, rel=GRADIENT_TOLERANCE, abs=1e-7), name
+            if norm > 1e-6:
+                first = torch.tensor(self.meta.grad_head[name])
+                assert (gradient.flatten()[:4] - first).norm() <= GRADIENT_TOLERANCE * (first.norm() + 1e-3 * norm), (
+                    name
+                )
+
+
+def check_dpl(case: Case) -> None:
+    meta = case.meta
+    options = MethodOptions(meta.base, meta.memory_length or 36, meta.memory_depth or 6)
+    classifier = case.build(options, "dpl", meta.base)
+    head = classifier.head
+    assert isinstance(head, DecoupledPrototypes)
+    head.scales, head.margins, head.contrast_weight = tuple(meta.scale), tuple(meta.margin), meta.contrast_weight
+    head.temperature, head.base_temperature = meta.contrast_temperature, meta.contrast_base_temperature
+    head.one_view = meta.contrast_mode == "one"
+    head.trained_on(meta.pattern)
+    with torch.no_grad():
+        for name, shape in meta.prototypes.items():
+            head.get_parameter(name.rpartition(".")[2]).copy_(case.parameter(name, tuple(shape)))
+
+    batch = model_input(case.images, case.tokens, case.types)
+    features, _ = classifier.features(batch)
+    case.check("features", classifier.model.fuse(features, batch.present_BM))
+    case.check("cosine", classifier(batch))
+    logits, losses = classifier.training_outputs(batch, case.labels)
+    case.check("margin_logits", logits)
+    loss, contrast = case.task.loss(logits, case.labels), losses.get("contrast", torch.zeros(()))
+    assert loss.item() == pytest.approx(meta.classification_loss, rel=FORWARD_TOLERANCE)
+    assert contrast.item() == pytest.approx(meta.contrast_loss, rel=FORWARD_TOLERANCE)
+    (loss + contrast).backward()
+    case.check_gradients(classifier, lambda name: published_name(name).replace("_classifier.", "_pl_head."))
+
+    probes = case.arrays["probe_cosine"][:, None]
+    right = torch.ones_like(probes)
+    for missing_type, expected in enumerate(case.arrays["probe_margin"]):
+        found = head.with_margin(probes, torch.full((len(probes),), missing_type), right)[:, 0]
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {"dpl": check_dpl}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_rival_gives_the_published_numbers(path: Path) -> None:
+    CHECKS[path.name.partition("_")[0]](Case(path))
+
+
+def test_golden_files_are_there() -> None:
+    assert {path.name.partition("_")[0] for path in FILES} >= CHECKS.keys(), f"files of rivals in {FOLDER}"

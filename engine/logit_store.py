@@ -10,32 +10,25 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
-from common.arrow_file import open_table
 from common.errors import CheckpointError, DataError, UserError, reason_of
 from common.files import atomic_path
 from common.messages import quoted
+from engine.stored_logits import DESCRIPTION, FORMAT, SplitLogits, labels_of, logit_columns_of, read_logits, read_split
 from engine.training import FinetuneModule
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.specs import DatasetSpec
 
 log = logging.getLogger("rep")
-
-FORMAT = 1
-DESCRIPTION = b"rep"
-"""Key of the schema's metadata under which a file says what it holds, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -60,77 +53,6 @@ TITLES = {
     "arrow_sha256": "test set (sha256 of the arrow file)",
 }
 """What messages call a part of an origin where that is not its name."""
-
-
-@dataclass(frozen=True, eq=False)
-class SplitLogits:
-    """A test split with its logits."""
-
-    row_of_sample_N: np.ndarray
-    table_rows: int
-    """Rows of the arrow file, which is what missing tables count."""
-    labels: Tensor
-    """(N, C) uint8 for multi-label tasks, else (N,) int64."""
-    logits_TNC: Tensor
-    """float32."""
-
-    @property
-    def units(self) -> int:
-        """Rows that have samples."""
-        return len(np.unique(self.row_of_sample_N))
-
-    @property
-    def unit_numbers(self) -> np.ndarray:
-        """Which samples are of one row, such as the plots of one film: numbers from 0."""
-        return np.unique(self.row_of_sample_N, return_inverse=True)[1]
-
-    def at(self, table: np.ndarray) -> Tensor:
-        """Logits (N, C) where the rows of the split lose what a missing table says."""
-        type_N = torch.from_numpy(table[self.row_of_sample_N].astype(np.int64))
-        return self.logits_TNC[type_N, torch.arange(len(type_N))]
-
-
-def logit_columns_of(spec: DatasetSpec) -> list[str]:
-    """Columns of the missing types of a dataset."""
-    return [f"logits_{name.replace(', ', '_').replace(' ', '_')}" for name in spec.type_names]
-
-
-def read_logits(path: Path, spec: DatasetSpec, logit_columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
-    """The memory-mapped table of stored logits of a dataset, and what the file says of itself.
-
-    Raises:
-        DataError: it is damaged, or something else.
-    """
-    table = open_table(path, "stored logits")
-    try:
-        described = json.loads((table.schema.metadata or {})[DESCRIPTION])
-        if described["format"] != FORMAT:
-            raise ValueError
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected logits that `run.py robustness` stored, found another file") from error
-    types = {name: pa.int64() for name in ("sample", "row", "text_number")} | {"id": pa.string()}
-    types["label"] = pa.list_(pa.uint8()) if spec.multilabel else pa.int64()
-    types |= {name: pa.list_(pa.float32()) for name in logit_columns}
-    found = dict(zip(table.schema.names, table.schema.types, strict=True))
-    if found != types:
-        expected, there = (", ".join(f"{name} ({kind})" for name, kind in of.items()) for of in (types, found))
-        raise DataError(f"{path}: expected stored logits, with the columns {expected}; found {there}")
-    for name in [*logit_columns, *(["label"] if spec.multilabel else [])]:
-        lengths = pc.fill_null(pc.list_value_length(table[name]), -1).to_numpy()
-        _refuse_rows(path, name, lengths != spec.n_classes, f"expected {spec.n_classes} numbers")
-        finite_NC = np.isfinite(matrix_of(table[name], spec.n_classes))
-        _refuse_rows(path, name, ~finite_NC.all(axis=1), "expected finite numbers")
-    return table, described
-
-
-def matrix_of(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    """The lists of a column, all of length `width`, as (N, width)."""
-    return pc.list_flatten(column).to_numpy().reshape(-1, width).copy()
-
-
-def labels_of(table: pa.Table, spec: DatasetSpec) -> np.ndarray:
-    """(N, C) for multi-label data, else (N,)."""
-    return matrix_of(table["label"], spec.n_classes) if spec.multilabel else table["label"].to_numpy().copy()
 
 
 class LogitStore:
@@ -179,14 +101,8 @@ class LogitStore:
             self._write(self.path, self._columns() | logits)
         for part in parts:
             part.unlink(missing_ok=True)
-        table = self._read(self.path, self.logit_columns)
-        logits_TNC = np.stack([matrix_of(table[name], self.dataset.spec.n_classes) for name in self.logit_columns])
-        return SplitLogits(
-            row_of_sample_N=self.dataset.row_of_sample,
-            table_rows=self.dataset.n_rows,
-            labels=torch.from_numpy(labels_of(table, self.dataset.spec)),
-            logits_TNC=torch.from_numpy(logits_TNC),
-        )
+        self._read(self.path, self.logit_columns)
+        return replace(read_split(self.path, self.dataset.spec)[0], table_rows=self.dataset.n_rows)
 
     def keep(self, missing_type: int, logits_NC: Tensor) -> None:
         """Writes the part of one missing type: float32 logits of all samples, in their order.
@@ -239,7 +155,8 @@ class LogitStore:
         }
 
     def _write(self, path: Path, columns: dict[str, Any]) -> None:
-        description = {"format": FORMAT, **asdict(self.origin), "configuration": self.configuration}
+        description = {"format": FORMAT, "rows": self.dataset.n_rows, **asdict(self.origin)}
+        description["configuration"] = self.configuration
         table = pa.table(columns).replace_schema_metadata({DESCRIPTION: json.dumps(description, default=str).encode()})
         try:
             with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
@@ -289,11 +206,6 @@ def encode(
         assert module.collected is not None and len(module.collected[0]) == len(dataset)
         if trainer.is_global_zero:
             store.keep(missing_type, module.collected[0])
-
-
-def _refuse_rows(path: Path, column: str, wrong_N: np.ndarray, expected: str) -> None:
-    if wrong_N.any():
-        raise DataError(f"{path}: row {np.flatnonzero(wrong_N)[0]}: column {column}: {expected}")
 
 
 def _lists(values_NC: np.ndarray) -> pa.Array:

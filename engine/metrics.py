@@ -15,6 +15,10 @@ from torch import Tensor
 THRESHOLD = 0.5
 
 
+Swapped = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Takes which units change sides, (R, U) of 0 and 1, and gives the figures (R,) of two models after it."""
+
+
 class Measure(ABC):
     """A figure of a split."""
 
@@ -23,8 +27,12 @@ class Measure(ABC):
         """The figure (R,) of each resample; `counts_RN` says how often each sample is in it."""
 
     @abstractmethod
-    def swapped(self, one: Tensor, other: Tensor, labels: Tensor, swaps_RN: Tensor) -> tuple[Tensor, Tensor]:
-        """The figures (R,) of two models' logits where `swaps_RN` (0 or 1) says whose outcomes change sides."""
+    def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
+        """What two models' figures become where the outcomes of units of samples change sides, for permutations.
+
+        Args:
+            units_N: numbers from 0; samples of one number change sides together.
+        """
 
 
 @dataclass(frozen=True)
@@ -40,30 +48,46 @@ class Sums(Measure):
         sums = (counts_RN @ term.to(counts_RN.dtype) for term in self.terms(logits, labels))
         return self.value(counts_RN.sum(1).double(), *(of_term.double() for of_term in sums))
 
-    def swapped(self, one: Tensor, other: Tensor, labels: Tensor, swaps_RN: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = [], []
-        for mine, theirs in zip(self.terms(one, labels), self.terms(other, labels), strict=True):
-            differs_N = (mine != theirs).reshape(len(labels), -1).any(1)
-            moved = swaps_RN[:, differs_N] @ (theirs - mine)[differs_N].to(swaps_RN.dtype)
-            first.append(mine.sum(0) + moved.double())
-            second.append(theirs.sum(0) - moved.double())
-        n_R = torch.full((len(swaps_RN),), float(len(labels)), dtype=torch.float64)
-        return self.value(n_R, *first), self.value(n_R, *second)
+    def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
+        terms = list(zip(self.terms(one, labels), self.terms(other, labels), strict=True))
+        units = int(units_N.max()) + 1
+        moves = [a.new_zeros(units, *a.shape[1:]).index_add_(0, units_N, b - a).float() for a, b in terms]
+
+        def swapped(swaps_RU: Tensor) -> tuple[Tensor, Tensor]:
+            first, second = [], []
+            for (a, b), move in zip(terms, moves, strict=True):
+                # Of what depends on the labels alone, nothing moves.
+                moved = (swaps_RU @ move).double() if move.any() else torch.zeros(len(swaps_RU), *a.shape[1:])
+                first.append(a.sum(0) + moved)
+                second.append(b.sum(0) - moved)
+            n_R = torch.full((len(swaps_RU),), float(len(labels)), dtype=torch.float64)
+            return self.value(n_R, *first), self.value(n_R, *second)
+
+        return swapped
 
 
 class Auroc(Measure):
     """Area under the ROC curve of class 1's probability, exact (no binning); undefined where only one class occurs."""
 
     def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Tensor:
-        fp_RK, tp_RK, _ = roc_counts(logits, labels, counts_RN.double())
-        return _ratio(torch.trapezoid(tp_RK, fp_RK), fp_RK[:, -1] * tp_RK[:, -1])
+        fp_RK, tp_RK, _ = roc_counts(logits, labels, counts_RN)
+        return _area(fp_RK, tp_RK)
 
-    def swapped(self, one: Tensor, other: Tensor, labels: Tensor, swaps_RN: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the ranks, not the scores, which two models may spread differently (Bandos et al. 2005)."""
+    def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
+        """Ranks change sides, not scores, which two models may spread differently (Bandos et al. 2005)."""
         both, twice = torch.cat([_ranked(one), _ranked(other)]), torch.cat([labels, labels])
-        stays_RN = 1 - swaps_RN
-        first = self.resampled(both, twice, torch.cat([stays_RN, swaps_RN], 1))
-        return first, self.resampled(both, twice, torch.cat([swaps_RN, stays_RN], 1))
+        fp_1K, tp_1K, _ = roc_counts(both, twice, torch.ones(1, len(both)))
+
+        def swapped(swaps_RU: Tensor) -> tuple[Tensor, Tensor]:
+            swaps_RN = swaps_RU[:, units_N]
+            fp_RK, tp_RK, _ = roc_counts(both, twice, torch.cat([1 - swaps_RN, swaps_RN], 1))
+            return _area(fp_RK, tp_RK), _area(fp_1K - fp_RK, tp_1K - tp_RK)
+
+        return swapped
+
+
+def _area(fp_RK: Tensor, tp_RK: Tensor) -> Tensor:
+    return _ratio(torch.trapezoid(tp_RK.double(), fp_RK.double()), fp_RK[:, -1].double() * tp_RK[:, -1])
 
 
 @dataclass(frozen=True)
@@ -92,29 +116,29 @@ def decisions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def outcomes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """1 for each true positive, false positive and false negative, else 0: float64 (N, C) each."""
+    """1 for each class that is rightly predicted, that is predicted, and that is true, else 0: float64 (N, C) each."""
     predicted, true = decisions(logits, labels)
-    return (predicted & true).double(), (predicted & ~true).double(), (~predicted & true).double()
+    return (predicted & true).double(), predicted.double(), true.double()
 
 
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """NaN where `whole` is 0."""
-    return torch.where(whole > 0, part / whole, torch.nan)
+def _ratio(part: Tensor, of: Tensor) -> Tensor:
+    """NaN where the denominator is 0."""
+    return torch.where(of > 0, part / of, torch.nan)
 
 
-def f1(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
+def f1(hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     """2TP/(2TP+FP+FN); undefined where the denominator is 0."""
-    return _ratio(2 * tp, 2 * tp + fp + fn)
+    return _ratio(2 * hits, predicted + true)
 
 
-def precision(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
+def precision(hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     """TP/(TP+FP); undefined for a class that is never predicted."""
-    return _ratio(tp, tp + fp)
+    return _ratio(hits, predicted)
 
 
-def recall(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
+def recall(hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     """TP/(TP+FN); undefined for a class that is never true."""
-    return _ratio(tp, tp + fn)
+    return _ratio(hits, true)
 
 
 def _f1_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -122,8 +146,8 @@ def _f1_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     return (of_sample.nan_to_num(0),)  # as published
 
 
-def _f1_weighted(n: Tensor, tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
-    return _ratio((f1(tp, fp, fn).nan_to_num(0) * (tp + fn)).sum(-1), (tp + fn).sum(-1))
+def _f1_weighted(n: Tensor, hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
+    return _ratio((f1(hits, predicted, true).nan_to_num(0) * true).sum(-1), true.sum(-1))
 
 
 def _mean(n: Tensor, total: Tensor) -> Tensor:
@@ -166,14 +190,14 @@ auroc_and_accuracy = Metric({"auroc": Auroc()} | class_accuracy.measures)
 
 
 def roc_counts(logits: Tensor, labels: Tensor, counts_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """False and true positives (R, K) of each resample at K thresholds, float64, and the thresholds (K,).
+    """False and true positives (R, K) of each resample at K thresholds, and the thresholds (K,).
 
     A threshold is the least probability of class 1 that counts as positive: first infinity, then each that occurs, in
     float64, since float32 does not tell confident ones apart.
     """
     score_N, order_N = logits.double().softmax(-1)[:, 1].sort(descending=True)
     last_K = torch.nonzero(score_N.diff(append=torch.tensor([-1.0]))).flatten()  # of each run of equal scores
-    counts_RN, positive_N = counts_RN[:, order_N], labels[order_N].double()
+    counts_RN, positive_N = counts_RN[:, order_N], labels[order_N].to(counts_RN.dtype)
     tp_RK, fp_RK = ((counts_RN * is_N).cumsum(1)[:, last_K] for is_N in (positive_N, 1 - positive_N))
     nothing_R1 = counts_RN.new_zeros(len(counts_RN), 1)
     thresholds_K = torch.cat([torch.tensor([torch.inf]), score_N[last_K]])

@@ -17,9 +17,9 @@ from common.files import write_csv
 from common.strict_json import write_json
 from common.text import estimate
 from engine.baselines import baselines
-from engine.logit_store import SplitLogits
 from engine.metrics import auroc_and_accuracy
 from engine.sample_statistics import LEVEL, bootstrap, class_figures, confusions, interval, roc
+from engine.stored_logits import SplitLogits
 from engine.tasks import Task
 from vilt.missing_tables import MissingPattern, load_missing_table
 from vilt.missing_types import AVAILABLE, is_missing, type_names

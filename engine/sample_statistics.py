@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from engine.logit_store import SplitLogits
 from engine.metrics import Measure, f1, outcomes, precision, recall, roc_counts
+from engine.stored_logits import SplitLogits
 
 LEVEL, NORMAL = 0.95, 1.959964
 """Of the confidence intervals, with the quantile of the normal distribution that belongs to it."""
@@ -29,7 +29,7 @@ def class_figures(logits: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """Precision, recall, F1 (each undefined where its denominator is 0) and support of each of the C classes."""
     counts = [outcome.sum(0) for outcome in outcomes(logits, labels)]
     columns = {"precision": precision(*counts), "recall": recall(*counts), "f1": f1(*counts)}
-    columns["support"] = (counts[0] + counts[2]).long()
+    columns["support"] = counts[2].long()
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
 

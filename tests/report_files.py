@@ -13,8 +13,8 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from engine.logit_store import SplitLogits
 from engine.robustness import Subject, measure, write_results
+from engine.stored_logits import SplitLogits
 from engine.tasks import TASKS
 from tests.data_files import TYPE_NAMES
 from vilt.datasets.specs import DATASETS

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.logit_store import SplitLogits
 from engine.metrics import auroc_and_accuracy
 from engine.sample_statistics import (
     BOOTSTRAP_SEED,
@@ -21,6 +20,7 @@ from engine.sample_statistics import (
     interval,
     roc,
 )
+from engine.stored_logits import SplitLogits
 from engine.tasks import TASKS, Task
 
 DISHES = [f"dish {number}" for number in range(101)]

@@ -15,8 +15,8 @@ from common.hashing import file_sha256
 from common.messages import quoted
 from common.strict_json import read_json
 from common.text import estimate
-from engine.logit_store import labels_of, logit_columns_of, read_logits
 from engine.robustness import FORMAT
+from engine.stored_logits import labels_of, logit_columns_of, read_logits
 from runs.report.text import counted, without_home
 from runs.run_reader import Run, as_written_by_run, check_pattern, find_runs
 from vilt.datasets.specs import DatasetSpec

@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import torch
 
 from common.errors import DataError
-from engine.logit_store import logit_columns_of, matrix_of, read_logits
 from engine.metrics import THRESHOLD
+from engine.stored_logits import logit_columns_of, matrix_of, read_logits
 from runs.report.results import ReportRun, Robustness
 from runs.report.table import Row, Table, Value, absent
 from runs.report.text import CAPTIONS, capital, dataset_title, excerpt, without

@@ -1,0 +1,107 @@
+"""Whether two methods differ on the same test samples: a paired bootstrap interval and a paired permutation test.
+
+Shapes: S pairs of trained models (one of each method), K missing tables, N samples, R resamples.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.metrics import Measure
+from engine.sample_statistics import COUNTS_AT_ONCE, LEVEL, wilson
+from engine.stored_logits import SplitLogits
+
+SEED = 0
+TIE = 1e-7
+"""Differences that are closer than this are equal: sums in another order are rounded otherwise."""
+ENOUGH = 200
+"""Permutations as far from 0 as the difference, after which p is known to some 7 %."""
+Pair = tuple[SplitLogits, SplitLogits]
+
+
+class Difference(NamedTuple):
+    """A figure of one method minus that of another one, the mean over pairs of models and missing tables."""
+
+    value: float
+    low: float
+    """Ends of the bootstrap interval of level LEVEL."""
+    high: float
+    p: float
+    """Of the permutation test, two-sided, not corrected; NaN where the difference is undefined."""
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for how many there are (Holm 1979); NaN stays, and does not count."""
+    order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    corrected, highest = [math.nan] * len(p_values), 0.0
+    for rank, (p, place) in enumerate(order):
+        highest = max(highest, min(1.0, p * (len(order) - rank)))
+        corrected[place] = highest
+    return corrected
+
+
+def difference_interval(values_SR: Tensor, value: float, units: int) -> tuple[float, float]:
+    """The percentile interval of a mean difference of S pairs of models.
+
+    Over test samples, and where there are several pairs over these too: a difference that other training seeds do not
+    show has a wide one.
+
+    Args:
+        values_SR: differences of each pair on the same R resamples of test samples.
+        units: resampled ones; where all resamples agree they say nothing of samples not seen, and the interval is
+            that of a difference seen in none of so many.
+    """
+    pairs, resamples = values_SR.shape
+    drawn_SR = np.random.default_rng(SEED).integers(pairs, size=(pairs, resamples)) if pairs > 1 else [[0] * resamples]
+    values_R = values_SR.gather(0, torch.as_tensor(np.asarray(drawn_SR))).nanmean(0)
+    defined = values_R[~values_R.isnan()]
+    if math.isnan(value) or not len(defined):
+        return math.nan, math.nan
+    low, high = np.quantile(defined.numpy(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    margin = wilson(0, units)[1] if high - low < TIE else 0.0
+    return low - margin, high + margin
+
+
+def permutation_p(
+    measure: Measure, pairs: Sequence[Pair], tables_K: Sequence[np.ndarray], value: float, permutations: int
+) -> float:
+    """The two-sided p-value of a mean difference `value` (Fisher's permutation test, paired).
+
+    Where the methods do not differ, a sample's outcomes might as well be the other method's: for each sample, with all
+    its texts, in all pairs and tables, the methods change sides or not. All ways are tried where there are at most
+    `permutations`, else so many, drawn at random; fewer where ENOUGH of them are as far from 0 as `value`, since then
+    p is known well enough (Besag and Clifford 1991).
+    """
+    if math.isnan(value):
+        return math.nan
+    units_N = torch.from_numpy(pairs[0][0].unit_numbers)
+    units, labels = int(units_N.max()) + 1, pairs[0][0].labels
+    swappers = [
+        measure.swapper(one.at(table), other.at(table), labels, units_N) for one, other in pairs for table in tables_K
+    ]
+    as_far, tried, all_ways = 0, 0, 2**units <= permutations
+    for swaps_RU in _swaps(units, permutations):
+        sides = [swapped(swaps_RU) for swapped in swappers]
+        mean_R = torch.stack([first - second for first, second in sides]).mean(0)
+        as_far += int((~(mean_R.abs() < abs(value) - TIE)).sum())
+        tried += len(mean_R)
+        if as_far >= ENOUGH and not all_ways:
+            break
+    return as_far / tried if all_ways else (as_far + 1) / (tried + 1)
+
+
+def _swaps(units: int, permutations: int) -> Iterator[Tensor]:
+    """Which units change sides, (R, U) float32 of 0 and 1, in parts that fit into memory: all ways, or drawn ones."""
+    rng, at_once = np.random.default_rng(SEED), max(1, COUNTS_AT_ONCE // units)
+    for done in range(0, total := min(2**units, permutations), at_once):
+        size = min(at_once, total - done)
+        if total == 2**units:
+            swaps_RU = (np.arange(done, done + size)[:, None] >> np.arange(units) & 1).astype(np.uint8)
+        else:
+            drawn = rng.integers(256, size=(size, -(-units // 8)), dtype=np.uint8)
+            swaps_RU = np.unpackbits(drawn, axis=1, count=units)
+        yield torch.from_numpy(swaps_RU).float()

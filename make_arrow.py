@@ -5,7 +5,6 @@ python make_arrow.py --dataset mmimdb --root RAW --target OUT
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
+from common.machine import check_system, cores, print_anywhere
 from common.messages import byte_size, printable
 from common.text import terminal_table
 from engine.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
@@ -36,7 +36,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        default=min(8, os.cpu_count() or 1),
+        default=min(8, cores()),
         metavar="N",
         help="threads that read and check images (default: %(default)s)",
     )
@@ -108,10 +108,12 @@ def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit status: 0, 2 for a user error, 1 for a fault of ours, 130 for Ctrl-C."""
+    print_anywhere()
     args = parse_args(argv)
     target: Path = args.target or args.root
     start = time.monotonic()
     try:
+        check_system()
         spec = CONVERTERS[args.dataset]
         options = {name: getattr(args, name) for name in spec.converter_options if getattr(args, name) is not None}
         dataset = importlib.import_module(spec.converter).open_raw(args.root, **options)

@@ -25,6 +25,7 @@ from benchmarks.loading import Loading
 from benchmarks.sides import Comparison, Data, compare, mixed, without_image
 from clip.modules.interfaces import TowerSlots
 from common.files import atomic_path
+from common.machine import print_anywhere
 
 BATCH, LEARNER_BATCH = 16, 32
 BEGIN, END = "<!-- measured on {} -->", "<!-- end of {} -->"
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--record", type=Path)
+    print_anywhere()
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)

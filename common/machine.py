@@ -5,7 +5,6 @@ import io
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import MachineError
@@ -43,7 +42,7 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 def cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 
 def settle_threads() -> None:
@@ -55,19 +54,18 @@ def settle_threads() -> None:
     """
     if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} or os.environ.get("OMP_NUM_THREADS") == "1":
         return
+    if cores() == 1 or "torch" in sys.modules:
+        return
     if busy_cores() > 0.5:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     else:
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
-def threads_wait(environment: Mapping[str, str] = os.environ) -> str:
-    """How threads wait for each other, in words; nothing where there is one only."""
-    if environment.get("OMP_NUM_THREADS") == "1":
-        return ""
-    if environment.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
-        return ", asleep while they wait (OMP_WAIT_POLICY=PASSIVE), as other processes use the cores"
-    return ""
+def threads_wait() -> str:
+    """How threads wait for each other, for the line about the device; nothing where that is as usual."""
+    set_to = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ}
+    return "".join(f", {name}={value}" for name, value in set_to.items())
 
 
 def busy_cores() -> float:

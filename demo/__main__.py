@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.machine import check_system, print_anywhere
 from demo.backbone import make_backbone
 from demo.data import write_pretrain, write_task
 from engine.metrics import multilabel_f1
@@ -170,8 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description="REP on made-up films, start to end.")
     parser.add_argument("--out", type=Path, default=Path("demo_run"), help="folder to work in (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    print_anywhere()
     args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**32 - SWEEP_SEEDS:
+        parser.error(f"--seed: expected 0 to {2**32 - SWEEP_SEEDS - 1}, found {args.seed}")
     try:
+        check_system()
         demo(args.out, args.seed)
     except (StepError, UserError, OSError) as failure:
         print(f"error: {failure}", file=sys.stderr)

@@ -32,6 +32,7 @@ from config import Options
 from engine.families import family_of
 from runs.check_options import check_together, resolve
 from runs.evaluation import backbone_choice
+from runs.start import remarks
 from vilt.datamodules import split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM
@@ -196,8 +197,11 @@ class Doctor:
         speed = f"{timer.seconds:.2f} s to train on {batch} samples, {loading:.2f} s to load them"
         speed += f", peak memory {byte_size(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
         slow = loading / max(1, options.num_workers) > timer.seconds
-        hint = "; loading is slower than training (image_cache=True keeps decoded images)" if slow else ""
-        return "warn" if slow else "ok", f"loss {timer.loss:.4f}; {speed}; the run takes about {run}{hint}"
+        hints = ["loading is slower than training (image_cache=True keeps decoded images)"] if slow else []
+        hints += remarks(options, len(train))
+        return "warn" if hints else "ok", "; ".join(
+            [f"loss {timer.loss:.4f}", speed, f"the run takes about {run}", *hints]
+        )
 
     def check_storage(self) -> Found:
         """Space where the run writes; its loaders hand batches over through shared memory."""

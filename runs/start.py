@@ -1,6 +1,7 @@
 """What every run begins with: its folder, its log, and a line on the machine."""
 
 import logging
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from common.machine import threads_wait
 from common.strict_json import write_json
+from common.text import per_cent
 from config import Options
+from engine.optimization import schedule_steps
 from runs.experiment import EX
 from runs.run_folder import environment, make_run_folder
 from vilt.datasets.custom import CUSTOM, CustomData
@@ -43,6 +47,33 @@ def say_device(options: Options) -> None:
     if options.num_gpus:
         log.info("%d × %s, precision %s", options.processes, torch.cuda.get_device_name(), options.precision)
     else:
-        log.info(
-            "no GPU in use: runs on the CPU (%d threads), precision %s", torch.get_num_threads(), options.precision
+        threads = f"{torch.get_num_threads()} threads{threads_wait()}"
+        log.info("no GPU in use: runs on the CPU (%s), precision %s", threads, options.precision)
+
+
+@rank_zero_only
+def say_remarks(options: Options, samples: int) -> None:
+    """Warns of what `remarks` finds."""
+    for remark in remarks(options, samples):
+        log.warning("warning: %s", remark)
+
+
+def remarks(options: Options, samples: int) -> list[str]:
+    """What a training on so many samples does otherwise than its options seem to say."""
+    batches = math.ceil(samples / (options.processes * options.per_gpu_batchsize))
+    steps = schedule_steps(batches, options.max_epoch, options.accumulation, options.max_steps)
+    forward, step = options.processes * options.per_gpu_batchsize, options.accumulation
+    found = []
+    if options.warmup_steps >= max(1, steps):
+        reached = per_cent(round((steps - 1) / options.warmup_steps, 4))
+        found.append(
+            f"warmup_steps={options.warmup_steps:g}: the warm-up does not end within the {steps} steps of this "
+            f"training, whose learning rate reaches {reached} of {options.learning_rate:g}"
         )
+    if (options.max_steps or 0) > (possible := options.max_epoch * math.ceil(batches / step)):
+        found.append(f"max_steps={options.max_steps}: max_epoch={options.max_epoch} ends the training after {possible}")
+    if step * forward != options.batch_size:
+        found.append(f"batch_size={options.batch_size}: a step has {step * forward} samples, {step} × {forward}")
+    if (interval := options.val_check_interval) > max(1, batches):
+        found.append(f"val_check_interval={interval}: an epoch has {batches} batches, and is validated at its end")
+    return found

@@ -39,7 +39,7 @@ from engine.trainer import make_trainer
 from engine.training import FinetuneModule
 from runs.comparable import NOT_THE_TRAINING
 from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
-from runs.start import described, say_device, start_folder
+from runs.start import described, say_device, say_remarks, start_folder
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import EVERY_DATASET
@@ -71,6 +71,8 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
     backbone = family.load(choice)
     inputs = family.inputs(choice, backbone.architecture)
     data = open_data(options, inputs)
+    if not options.fast_dev_run:
+        say_remarks(options, len(data.datasets["train"]))
     custom = data.spec.custom
     task = task_of(options.task, custom)
     check_measurable(data, task)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from common.errors import ConfigError
 from config import DEFAULTS, OPTIONS, Options
 from run import command_line
 from runs.check_options import check
+from runs.start import remarks
 from tests.conftest import Workspace
 
 WRONG = {
@@ -191,3 +193,26 @@ def test_one_value_serves_all_splits_and_the_test_options_override_two(workspace
 def test_accumulation_counts_all_processes(workspace: Workspace) -> None:
     options = config_with(workspace, num_gpus=0, cpu_processes=2, num_nodes=2, per_gpu_batchsize=8, batch_size=64)
     assert (options.processes, options.accumulation) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [  # 24 samples in batches of 4, two of them a step: 3 steps an epoch, 6 in all
+        ({"warmup_steps": 1000}, ["warmup_steps=1000", "6 steps", "0.5 % of 0.01"]),
+        ({"warmup_steps": 6}, ["warmup_steps=6", "6 steps", "83.33 %"]),
+        ({"warmup_steps": 5}, None),
+        ({"warmup_steps": 0.99}, None),
+        ({"warmup_steps": 3, "max_steps": 3}, ["warmup_steps=3", "3 steps"]),
+        ({"max_steps": 6}, None),
+        ({"max_steps": 7}, ["max_steps=7", "max_epoch=2", "after 6"]),
+        ({"batch_size": 10}, ["batch_size=10", "8 samples", "2 × 4"]),
+        ({"batch_size": 2}, ["batch_size=2", "4 samples", "1 × 4"]),
+        ({"val_check_interval": 7}, ["val_check_interval=7", "6 batches"]),
+        ({"val_check_interval": 6}, None),
+    ],
+)
+def test_what_a_run_remarks(workspace: Workspace, changes: dict[str, Any], facts: list[str] | None) -> None:
+    """A schedule, a step or a validation that is not what the options seem to say."""
+    common = {"num_gpus": 0, "per_gpu_batchsize": 4, "batch_size": 8, "max_epoch": 2}
+    found = remarks(config_with(workspace, **{**common, **changes}), samples=24)
+    assert len(found) == (facts is not None) and all(fact in found[0] for fact in facts or [])

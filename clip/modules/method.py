@@ -153,6 +153,8 @@ def prompts(*shape: int) -> nn.Parameter:
 
 def check_depth(places: Mapping[str, Place], blocks: int, option: str) -> None:
     """Raises ValueError where a tower has fewer than `blocks` blocks, which `option` asks for."""
-    if blocks > min(place.depth for place in places.values()):
+    if blocks > (most := min(place.depth for place in places.values())):
         there = ", ".join(f"{place.depth} in the {name} tower" for name, place in places.items())
-        raise ValueError(f"{option} is more than the backbone has blocks ({there})")
+        name, _, value = option.rpartition("=")
+        fits = f"; {name}={int(value) - blocks + most} is the most" if int(value) - blocks + most > 0 else ""
+        raise ValueError(f"{option} is more than the backbone has blocks ({there}){fits}")

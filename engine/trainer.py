@@ -1,11 +1,10 @@
 """The Lightning trainer of a run, and what the terminal shows of it."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
@@ -13,6 +12,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from engine.callbacks import Checkpoints, Report, StepLimit
 from engine.checkpoint_file import AtomicCheckpointIO
 from engine.metrics_log import MetricsLogger
+from engine.progress import RunBar
 
 if TYPE_CHECKING:
     from config import Options
@@ -38,7 +38,8 @@ def make_trainer(
         # processes may have different numbers of evaluation batches: no broadcast in a forward pass.
         strategy = DDPStrategy(find_unused_parameters=True, forward_sync_buffers=False)
     steps_per_look = GPU_STEPS_PER_LOOK if options.num_gpus else 1
-    callbacks = [TQDMProgressBar(refresh_rate=steps_per_look if sys.stderr.isatty() else 0), *more_callbacks]
+    monitor = checkpoints.monitor if checkpoints is not None else None
+    callbacks = [RunBar(monitor, steps_per_look, options.max_steps), *more_callbacks]
     interval, accumulation = steps_per_epoch, 1
     keeps = checkpoints is not None and not options.fast_dev_run
     if checkpoints is not None:
@@ -67,6 +68,7 @@ def make_trainer(
         fast_dev_run=options.fast_dev_run,
         use_distributed_sampler=False,  # EpochSampler does it, and counts evaluation samples once
         enable_model_summary=False,
+        enable_progress_bar=False,  # RunBar is ours
         enable_checkpointing=keeps,
         logger=[MetricsLogger(place, "", ""), TensorBoardLogger(place, "", "tensorboard")] if keeps else False,
         callbacks=callbacks,

@@ -106,7 +106,7 @@ def _plain_logging() -> None:
     root.setLevel(logging.WARNING)
     logging.disable(logging.NOTSET)
     for handler in root.handlers[:]:
-        if type(handler) is logging.StreamHandler:  # those of pytest are of classes of its own
+        if type(handler).__module__ in ("logging", "common.logs"):  # those of pytest are of classes of its own
             root.removeHandler(handler)
 
 

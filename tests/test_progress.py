@@ -1,0 +1,78 @@
+"""The bar of a run on a terminal of 80 columns: one line, with all that is asked of it, and log lines above it."""
+
+import io
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from common.logs import set_up_logging
+from engine import progress, trainer
+from engine.progress import RunBar
+from run import command_line
+from tests.conftest import Patch, Workspace
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.fixture
+def screen(monkeypatch: Patch) -> io.StringIO:
+    """What a run draws on a terminal of 80 columns, each refresh included."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(trainer, "RunBar", lambda *given: RunBar(*given, console=console))  # type: ignore[misc]
+    monkeypatch.setattr(progress, "REFRESH_S", 0.0)
+    return file
+
+
+def lines_of(screen: io.StringIO) -> list[str]:
+    return [line.rstrip() for line in re.split(r"[\r\n]+", CONTROL.sub("", screen.getvalue())) if line.strip()]
+
+
+def small(workspace: Workspace, log_dir: Path, *options: str) -> list[str]:
+    return workspace.command(f"vit={workspace.backbone}", f"log_dir={log_dir}", "val_check_interval=0.5", *options)
+
+
+def test_one_bar_for_the_whole_run_with_log_lines_above(
+    workspace: Workspace, tmp_path: Path, screen: io.StringIO
+) -> None:
+    assert command_line(small(workspace, tmp_path)) == 0
+    lines = lines_of(screen)
+    assert max(map(len, lines)) <= 80
+    bars = [line for line in lines if "━" in line or "╸" in line]
+    training = [line for line in bars if line.startswith("epoch ")]
+    assert {line.split()[1] for line in training} == {"1/2", "2/2"}
+    whole = r"epoch 2/2  loss \d\.\d{4}  f1_macro \d\.\d{4} [━╸╺]+ [\d,]+/s  \d+ s left"
+    assert re.fullmatch(whole, training[-1]), training[-1]
+    assert training[-1].endswith(" 0 s left"), "the last batch of the last epoch is the end"
+    assert any(line.startswith("test ") for line in bars)
+    logged = [line for line in lines if re.match(r"epoch \d, step \d+: ", line)]
+    assert len(logged) == 4 and all(
+        re.fullmatch(r"epoch \d, step \d+: train/loss .* val/f1_macro \d\.\d{4}", line) for line in logged
+    )
+    assert not [line for line in lines if "v_num" in line]
+
+
+@pytest.mark.parametrize("options", [("max_steps=4",), ("max_epoch=3", "max_steps=9")])
+def test_the_end_is_that_of_max_steps(
+    workspace: Workspace, tmp_path: Path, screen: io.StringIO, options: tuple[str, ...]
+) -> None:
+    assert command_line(small(workspace, tmp_path, "test_after_fit=False", *options)) == 0
+    assert [line for line in lines_of(screen) if "left" in line][-1].endswith(" 0 s left")
+
+
+def test_without_a_terminal_nothing_is_drawn(workspace: Workspace, tmp_path: Path, monkeypatch: Patch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(trainer, "RunBar", lambda *given: RunBar(*given, console=Console(file=file)))  # type: ignore[misc]
+    assert command_line(small(workspace, tmp_path, "max_epoch=1", "test_after_fit=False")) == 0
+    assert file.getvalue() == ""
+
+
+def test_log_lines_go_where_standard_error_is_now(monkeypatch: Patch) -> None:
+    set_up_logging()
+    file = io.StringIO()
+    monkeypatch.setattr("sys.stderr", file)
+    logging.getLogger("rep").info("above the bar")
+    assert file.getvalue() == "above the bar\n"

@@ -128,6 +128,7 @@ def test(
         "task": options.task,
         "split": "test",
         "samples": module.tested_samples,
+        "rows": dataset.n_rows,
         "missing": type_counts(dataset.missing_type_of_sample, data.spec.type_names),
         "missing_pattern": pattern.recorded(),
         "metrics": module.test_metrics,

@@ -21,12 +21,15 @@ from vilt.datasets.specs import DATASETS
 from vilt.missing_tables import MissingPattern
 
 RATIOS = (0.0, 0.5, 0.7, 1.0)
+VIT_B16 = {"image_size": 224, "patch_size": 16, "vision_width": 768, "vision_layers": 12, "text_layers": 12}
 STARTED = 1_790_000_000
 """Modification time of the made-up runs' config.json."""
 
 
-def write_run(folder: Path, task: str = "mmimdb", tested: float | None = 0.5, **options: Any) -> Path:
-    """A finished run of made-up numbers: `options` differ from the defaults, `tested` is its test result."""
+def write_run(
+    folder: Path, task: str = "mmimdb", tested: float | None = 0.5, rows: int | None = None, **options: Any
+) -> Path:
+    """A finished run of made-up numbers: `options` differ from the defaults, `tested` is its result on `rows` rows."""
     from config import DEFAULTS
 
     config = json.loads(json.dumps(DEFAULTS))
@@ -46,7 +49,8 @@ def write_run(folder: Path, task: str = "mmimdb", tested: float | None = 0.5, **
     lines = [f"epoch,step,train/loss,{monitor}"]
     lines += [line for step in range(4) for line in (f"0,{step},{1 / (step + 1)},", f"0,{step},,{0.1 * (step + 1)}")]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    torch.save({"score": 0.4, "state_dict": {}, "made_for": str(folder)}, folder / "best.ckpt")
+    described = {"architecture": VIT_B16, "backbone": {"name": config["vit"]}}
+    torch.save({"score": 0.4, "state_dict": {}, "made_for": str(folder), "rep": described}, folder / "best.ckpt")
     if tested is not None:
         pattern = {
             "missing_type": config["missing_type"]["test"],
@@ -55,6 +59,7 @@ def write_run(folder: Path, task: str = "mmimdb", tested: float | None = 0.5, **
             "seed": config["seed"],
         }
         results = {"task": task, "samples": 30, "missing_pattern": pattern, "metrics": {TASKS[task].monitor: tested}}
+        results |= {} if rows is None else {"rows": rows}
         (folder / "test_results.json").write_text(json.dumps(results))
     return folder
 
@@ -154,7 +159,7 @@ def write_robustness(
     subject = Subject(
         run / "best.ckpt", sha256, *of_run, "32-true", task, ("image", "text"), classes, run / "missing_tables"
     )
-    content = measure(subject, split, patterns, resamples=0)
+    content = measure(subject, split, patterns, resamples=10)
     content["confidence"] = {"level": 0.95, "resamples": 1000} | {
         name: {metric: [value - 0.03, value + 0.02] for metric, value in found.items()}
         for name, found in content["by_type"].items()

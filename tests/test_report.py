@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common.errors import DataError
 from config import DEFAULTS
-from runs.report import figures, tables
+from runs.report import figures, make_report, tables
 from runs.report.figures import CURVE_POINTS
 from runs.report.lines import Dataset, by_dataset
 from runs.report.parts import section_of
 from runs.report.results import Pattern, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.table import Table
+from runs.report.text import digits_for, listed_runs, percent
 from tests.report_files import HOSTILE, PLOTS, RATIOS, TestSet, at, edited, write_run, write_runs
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 
@@ -55,80 +57,86 @@ def as_csv(table: Table) -> list[dict[str, str]]:
 
 def rows_of(table: Table) -> list[list[str]]:
     """The shown cells."""
-    return [list(row.values()) for row in table.shown()]
-
-
-def mean_std(values: list[float]) -> str:
-    return f"{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f}"
+    return [[cell.text for cell in row.values()] for row in table.cells]
 
 
 # Numbers
 
 
-def test_the_matrix_pools_train_seeds_and_table_seeds(runs: Path, results: list[dict[str, Any]]) -> None:
-    dataset = dataset_of(runs / "mmimdb")
-    label = dataset.measured[0].label
-    rows = as_csv(tables.matrix_table(dataset))
-    assert len(rows) == 3 * len(RATIOS)
-    for row, cells in zip(rows, zip(*(found["cells"] for found in results), strict=True), strict=True):
-        assert (row["missing_type"], float(row["missing_ratio"])) == (cells[0]["missing_type"], 100 * cells[0]["ratio"])
-        lost = 1 if row["missing_type"] == "image" else 0.5 if row["missing_type"] == "both" else 0
-        assert float(row["image_available"]) == pytest.approx(100 * (1 - lost * cells[0]["ratio"]))
-        assert float(row["text_available"]) == pytest.approx(100 * (1 - (1 - lost) * cells[0]["ratio"]))
-        pooled = [value for cell in cells for value in cell["metrics"]["f1_macro"]["values"]]
-        assert len(pooled) == 4
-        assert row[label] == f"{100 * statistics.mean(pooled):.4f}"
-        assert row[f"{label} std"] == f"{100 * statistics.stdev(pooled):.4f}"
+def test_the_matrix_is_over_training_seeds_and_with_one_over_missing_tables(
+    runs: Path, results: list[dict[str, Any]]
+) -> None:
+    for folder, found, spread in (
+        ("mmimdb", results, "2 training seeds"),
+        ("mmimdb/rep_seed0", results[:1], "2 missing tables"),
+    ):
+        dataset = dataset_of(runs / folder)
+        table, label = tables.matrix_table(dataset), dataset.measured[0].label
+        rows = as_csv(table)
+        assert len(rows) == 3 * len(RATIOS) and len(table.rows) == 3
+        assert {row["deviation_over"] for row in table.rows} == {spread}
+        for row, cells in zip(rows, zip(*(one["cells"] for one in found), strict=True), strict=True):
+            kind, ratio = cells[0]["missing_type"], cells[0]["ratio"]
+            assert (row["missing_type"], float(row["missing_ratio"])) == (kind, 100 * ratio)
+            lost = {"image": 1, "both": 0.5, "text": 0}[kind]
+            assert float(row["image_available"]) == pytest.approx(100 * (1 - lost * ratio))
+            assert float(row["text_available"]) == pytest.approx(100 * (1 - (1 - lost) * ratio))
+            of_tables = [cell["metrics"]["f1_macro"]["values"] for cell in cells]
+            values = of_tables[0] if len(found) == 1 else [statistics.mean(values) for values in of_tables]
+            assert row[label] == f"{100 * statistics.mean(values):.4f}"
+            assert row[f"{label} std"] == f"{100 * statistics.stdev(values):.4f}"
+        text = next(row for row in table.rows if row["missing_type"] == "text")
+        shown = next(row for row in rows if (row["missing_type"], row["missing_ratio"]) == ("text", "70"))
+        assert text["70 %"].text == f"{float(shown[label]):.0f} ± {float(shown[f'{label} std']):.0f}", "30 samples"  # type: ignore[union-attr]
 
 
-def test_the_published_table_and_the_differences(runs: Path, results: list[dict[str, Any]]) -> None:
+def test_the_published_table(runs: Path) -> None:
     table = tables.published_table(dataset_of(runs / "mmimdb"))
-    cells = [c for found in results for c in found["cells"] if (c["missing_type"], c["ratio"]) == ("both", 0.7)]
-    values = [cell["metrics"]["f1_macro"]["mean"] for cell in cells]
     rows = rows_of(table)
-    assert [row[1:4] for row in rows] == [
+    assert [row[:3] for row in rows] == [
         *(["50", "100", "50"], ["50", "50", "100"], ["50", "75", "75"]),
         *(["70", "100", "30"], ["70", "30", "100"], ["70", "65", "65"]),
         *(["90", "100", "10"], ["90", "10", "100"], ["90", "55", "55"]),
     ]
-    assert rows[5][4:12] == ["46.84", "42.66", "48.30", "50.32", "50.34", "51.69", "52.31", mean_std(values)]
-    assert float(rows[5][12].replace("−", "-")) == pytest.approx(100 * statistics.mean(values) - 52.31, abs=0.005)
-    # One seed without robustness results: its test result, which is at the pattern of the training.
-    assert rows[6][4:] == ["44.06", "45.32", "46.84", "47.56", "42.07", "49.26", "50.05", "52.00", "+1.95"]
-    assert {tuple(row[11:]) for number, row in enumerate(rows) if number not in (5, 6)} == {("not measured", "—")}
-    assert {(5, "REP"), (6, "REP")} <= table.strong and len(table.strong) == 9, "the best published one of each row"
-    row = as_csv(table)[6]
-    assert [row[name] for name in ("REP (ours)", "REP (ours) std", "REP difference")] == ["52.0000", "", "1.9500"]
-
-
-@pytest.mark.parametrize(("task", "best"), [("food101", 88.56), ("hatememes", 70.01)])
-def test_each_dataset_has_its_published_rows(task: str, best: float) -> None:
-    rows = tables.read_published(task)
-    assert len(rows) == 9 and rows.REP.max() == best
+    assert rows[5][3:] == ["46.84", "42.66", "48.30", "50.32", "50.34", "51.69", "52.31"]
+    assert all(row["REP"].strong and not row["DCP"].strong for row in table.cells), "the best of each row"
+    for task, best in (("food101", 88.56), ("hatememes", 70.01)):
+        found = tables.read_published(task)
+        assert len(found) == 9 and found.REP.max() == best
 
 
 @pytest.mark.parametrize(
     ("options", "cells"),
     [
-        ({"missing_ratio": {"train": 0.7, "val": 0.7, "test": 0.5}}, ["not measured", "—"]),  # tested elsewhere
-        ({"prompt_type": "new"}, ["60.00", "not published"]),
-        ({"prompt_type": "map"}, ["60.00", "+17.34"]),
-        ({"prompt_type": "dcp", "tested": 0.5}, ["50.00", "−1.69"]),
+        ({}, ["60", "52.31", "+8"]),
+        ({"tested": 0.5}, ["50", "52.31", "−2"]),
+        ({"prompt_type": "map"}, ["60", "42.66", "+17"]),
+        ({"prompt_type": "new"}, ["60", "—", "not published"]),
+        ({"rows": 400}, ["60", "52.31", "other data"]),
+        ({"rows": None}, ["60", "52.31", "test split not known"]),
+        ({"vit": "tiny"}, ["60", "52.31", "other backbone"]),
+        ({"vit": None}, ["60", "52.31", "backbone not known"]),
+        ({"missing_ratio": {"train": 0.7, "val": 0.7, "test": 0.5}}, None),  # tested elsewhere
     ],
 )
-def test_ours_beside_the_published_results(tmp_path: Path, options: dict[str, Any], cells: list[str]) -> None:
-    write_run(tmp_path / "run", **({"tested": 0.6} | options))
-    write_run(tmp_path / "second", tested=0.5, prompt_type="maple", **at("text", 0.9))
-    table = tables.published_table(dataset_of(tmp_path))
-    assert rows_of(table)[5][-4:-2] == cells
-    assert list(table.columns)[-2:] == ["MaPLe (ours)", "MaPLe difference"]
+def test_ours_beside_the_published_results(tmp_path: Path, options: dict[str, Any], cells: list[str] | None) -> None:
+    """A difference is of the same thing: the published test split, the published backbone, a method of that name."""
+    run = write_run(tmp_path / "run", **{"tested": 0.6, "rows": 7799} | options)
+    if "vit" in options:
+        checkpoint = torch.load(run / "best.ckpt", weights_only=True)
+        checkpoint["rep"]["architecture"]["vision_layers"] = 4
+        torch.save(checkpoint if options["vit"] else {"score": 0.4}, run / "best.ckpt")
+    dataset = dataset_of(tmp_path)
+    assert [row[3:] for row in rows_of(tables.ours_table(dataset))] == ([cells] if cells else [])
+    title = {"rows=400": "MM-IMDb format, other data", "vit=tiny": "MM-IMDb (tiny)"}
+    assert dataset.title == title.get("".join(f"{name}={value}" for name, value in options.items()), "MM-IMDb")
+    assert ("7,799 items, ours has 400" in notes_of(tmp_path)) == (options.get("rows") == 400)
 
 
-def test_notes_beside_the_published_table(runs: Path, tmp_path: Path) -> None:
-    write_run(tmp_path / "a", **at("both", 0.3))
-    write_run(tmp_path / "b", both_ratio=0.2)
-    assert "R1 (30 % missing, both) and R2 (70 % missing, both (20% image))." in notes_of(tmp_path)
-    assert "on a test split of 7,799 items, ours has 29" in notes_of(runs / "mmimdb")
+def test_runs_that_are_at_no_published_pattern_are_named(tmp_path: Path) -> None:
+    for ratio, both_ratio in ((0.3, 0.5), (0.7, 0.2)):
+        write_run(tmp_path / f"{ratio}", both_ratio=both_ratio, **at("both", ratio))
+    assert "R1 (30 % both) and R2 (70 % both (20% image))." in notes_of(tmp_path)
 
 
 def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -> None:
@@ -142,15 +150,14 @@ def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -
         if method == "rep":
             edited(run, "test_results.json", **cost | {"training_seconds": 60.0 * (1 + seed)})
     table = tables.comparison_table(dataset_of(tmp_path))
-    titles = ["Method", "Trainable parameters", "Minutes", "Seeds"]
-    patterns = ["trained at 70 % missing, both", "trained at 70 % missing, text"]
-    assert list(table.columns.values())[:4] == titles and list(table.columns)[4:] == patterns
-    assert sorted(rows_of(table)) == [
-        ["MaPLe", "not measured", "not measured", "1–2", "45.00 ± 7.07", "20.00"],
-        ["REP", "1,234,567", "1.5", "2", "55.00 ± 7.07", "25.00 ± 0.00"],
+    assert list(table.columns.values())[2:] == ["F1-macro", "Training seeds", "Trainable parameters", "Minutes"]
+    assert rows_of(table) == [
+        ["70 % both", "REP", "55 ± 7", "2", "1,234,567", "1.5"],
+        ["70 % both", "MaPLe", "45 ± 7", "2", "not measured", "not measured"],
+        ["70 % text", "REP", "25 ± 0", "2", "1,234,567", "1.5"],
+        ["70 % text", "MaPLe", "20", "1", "not measured", "not measured"],
     ]
-    best = next(number for number, row in enumerate(table.rows) if row["method"] == "REP")
-    assert table.strong == {(best, pattern) for pattern in patterns}
+    assert as_csv(table)[0]["f1_macro std"] == "7.0711"
     assert section_of(dataset_of(tmp_path)).parts[0].title == "Methods compared"
 
 
@@ -163,7 +170,8 @@ def test_what_is_compared(tmp_path: Path) -> None:
     for far in (False, True):
         for fmb in (False, True):
             write_run(tmp_path / "parts" / f"{far}_{fmb}", far=far, fmb=fmb, tested=0.5)
-    assert set(dataset_of(tmp_path / "parts").compared) == {"baseline", "baseline + FAR", "baseline + FMB", "REP"}
+    [lines] = dataset_of(tmp_path / "parts").compared.values()
+    assert {line.variant for line in lines} == {"baseline", "baseline + FAR", "baseline + FMB", "REP"}
 
 
 def test_confidence_intervals(runs: Path, results: list[dict[str, Any]]) -> None:
@@ -171,11 +179,34 @@ def test_confidence_intervals(runs: Path, results: list[dict[str, Any]]) -> None
     metrics = ("f1_macro", "f1_micro", "f1_samples", "f1_weighted")
     values = [(found["by_type"][name][metric], *found["confidence"][name][metric]) for found in results
               for name in TYPES for metric in metrics]  # fmt: skip
-    expected = [f"{100 * value:.2f} [{100 * low:.2f}, {100 * high:.2f}]" for value, low, high in values]
-    assert [cell for row in rows_of(table) for cell in row[4:]] == expected
+    expected = [f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]" for value, low, high in values]
+    *of_runs, constant, chance = rows_of(table)
+    assert [cell for row in of_runs for cell in row[4:]] == expected
+    for row, baseline in ((constant, "constant"), (chance, "chance")):
+        found = results[0]["baselines"][baseline]
+        values_of = [f"{100 * found['metrics'][metric]:.0f}" for metric in metrics]
+        assert row == [found["answer"], "—", "—", "—", *values_of]
     assert "95 % from 1,000 resamples" in table.caption
     first = as_csv(table)[0]
     assert [first[f"f1_macro{part}"] for part in ("", " low", " high")] == [f"{100 * part:.4f}" for part in values[0]]
+
+
+def test_what_is_undefined_is_shown_so_and_counts_nowhere(tmp_path: Path) -> None:
+    """As where a test set has one class only."""
+    for seed in (0, 1):
+        TestSet("hatememes").write(run := write_run(tmp_path / f"{seed}", "hatememes", seed=seed), seed)
+    found = json.loads((run / "robustness" / "robustness.json").read_text())
+    found["by_type"]["complete"]["auroc"] = found["confidence"]["complete"]["auroc"] = None
+    for cell in found["cells"]:
+        cell["metrics"]["auroc"] = {"mean": None, "std": None, "values": [None, None]}
+    edited(run, "robustness/robustness.json", **found)
+    dataset = dataset_of(tmp_path)
+    assert rows_of(tables.confidence_table(dataset))[3][4] == "undefined"
+    [line] = dataset.lines
+    other = json.loads((tmp_path / "0" / "robustness" / "robustness.json").read_text())
+    assert (line.by_type["complete"].n, line.by_type["complete"].mean) == (1, other["by_type"]["complete"]["auroc"])
+    assert {found.n for found in line.matrix.values()} == {1}
+    make_report([tmp_path], tmp_path / "report", {})
 
 
 def test_results_by_class(runs: Path, results: list[dict[str, Any]]) -> None:
@@ -188,22 +219,30 @@ def test_results_by_class(runs: Path, results: list[dict[str, Any]]) -> None:
     f1 = [entry["f1"] for entry in entries if (entry["type"], entry["class"]) == ("text missing", "Drama")]
     assert drama["f1_text_missing"] == f"{100 * statistics.mean(f1):.4f}"
     assert drama["f1_text_missing std"] == f"{100 * statistics.stdev(f1):.4f}"
-    assert "No test sample is of Film-Noir." in figures.class_bars(dataset, dataset.measured[0], 1).caption
+    assert "No test sample is of Film-Noir." in figures.class_figure(dataset, dataset.measured, 1).caption
 
 
-def test_confusions_are_the_most_frequent_of_each_type(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", "food101")
-    TestSet("food101").write(run)
+def test_confusions_are_a_matrix_or_of_many_classes_the_most_frequent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_set = TestSet("food101")
+    test_set.write(run := write_run(tmp_path / "run", "food101"))
+    monkeypatch.setattr(tables, "MATRIX_CLASSES", 101)
+    table = tables.confusion_table(dataset_of(run))
+    assert len(table.rows) == 3 * 101
+    true, predicted = test_set.labels, test_set.logits(0)["text missing"].argmax(-1)
+    for row, cells in zip(range(101), rows_of(table)[101:202], strict=True):
+        counts = [str(int(((true == row) & (predicted == column)).sum())) for column in range(101)]
+        assert cells == ["text missing", f"{row + 1}. dish {row:03}", *counts]
+    monkeypatch.undo()
     rarest_first = [
         {"type": name, "true": f"dish {count}", "predicted": name, "count": count, "share": count / 40}
         for count in range(1, 13)
         for name in TYPES
     ]
     table = tables.confusion_table(dataset_of(edited(run, "robustness/robustness.json", confusions=rarest_first)))
-    assert rows_of(table) == [
-        ["REP", "R1", name, f"dish {count}", name, str(count), f"{2.5 * count:.2f}"]
-        for name in TYPES
-        for count in range(12, 2, -1)
+    assert [row[:4] for row in rows_of(table)] == [
+        [name, f"dish {count}", name, str(count)] for name in TYPES for count in range(12, 2, -1)
     ]
 
 
@@ -212,8 +251,8 @@ def test_the_list_of_runs(runs: Path) -> None:
     rows = as_csv(tables.runs_table(read, by_dataset(read)))
     for column, expected in {
         "folder": [f"{name}/version_0" for name in ("rep_seed0", "rep_seed1", "text_seed0")],
-        "name": ["rep", HOSTILE, "rep"],
-        "trained_with": [*["70 % missing, both"] * 2, "90 % missing, text"],
+        "dataset": ["MM-IMDb format, other data"] * 3,
+        "trained_at": [*["70 % both"] * 2, "90 % text"],
         "best_validation": ["40.0000"] * 3,
         "test": ["40.0000", "41.0000", "52.0000"],
         "robustness": ["yes", "yes", ""],
@@ -222,22 +261,56 @@ def test_the_list_of_runs(runs: Path) -> None:
         assert [row[column] for row in rows] == expected
 
 
+@pytest.mark.parametrize(("samples", "shown"), [(99, "42"), (100, "42.3"), (999, "42.3"), (1000, "42.35")])
+def test_decimals_are_as_many_as_the_samples_allow(samples: int, shown: str) -> None:
+    assert percent(0.42346, digits_for(samples)) == shown
+
+
+def test_intervals_over_test_samples_and_baselines_stand_beside_the_results(
+    runs: Path, results: list[dict[str, Any]]
+) -> None:
+    dataset = dataset_of(runs / "mmimdb")
+    pattern = Pattern.of(DATASETS["mmimdb"], "text", 0.7, 0.5)
+    at_pattern = [c for found in results for c in found["cells"] if (c["missing_type"], c["ratio"]) == ("text", 0.7)]
+    ends = [statistics.mean(cell["interval"][end] for cell in at_pattern) for end in ("low", "high")]
+    assert dataset.measured[0].interval_at(pattern) == pytest.approx(tuple(ends)) and ends[0] < ends[1]
+    answers = [results[0]["baselines"][name]["answer"] for name in ("constant", "chance")]
+    assert list(figures.robustness_curves(dataset).legend)[-2:] == answers
+    constant = results[0]["baselines"]["constant"]["metrics"]["f1_macro"]
+    for said in (section_of(dataset).summary, tables.matrix_table(dataset).caption):
+        assert f"{answers[0]} {100 * constant:.0f} % and {answers[1]}" in said
+
+
 def test_training_curves_are_averaged_over_equal_parts() -> None:
     found = figures.thinned(np.array([(step, float(step % 4)) for step in range(CURVE_POINTS * 4)]))
     assert found[:, 0].tolist() == [4 * part + 1.5 for part in range(CURVE_POINTS)] and set(found[:, 1]) == {1.5}
 
 
+def test_few_lines_share_panels_and_many_have_their_own(tmp_path: Path) -> None:
+    for number in range(4):
+        TestSet().write(write_run(tmp_path / f"{number}", memory_length=6 * number + 6))
+        dataset = dataset_of(tmp_path)
+        labels = [line.label for line in dataset.lines]
+        curves, training = figures.robustness_curves(dataset), figures.training_curves(dataset)
+        if number < 3:
+            assert list(curves.legend)[:-2] == labels and len(curves.panels) == 3
+            assert [len(drawn.panels) for drawn in training] == [2]
+        else:
+            assert list(curves.legend)[:3] == ["Text missing", "Image missing", "One or the other missing"]
+            assert [len(drawn.panels) for drawn in (curves, *training)] == [4, 4, 4]
+            assert all(f'aria-label="{label}"' in panel for label, panel in zip(labels, curves.panels, strict=True))
+
+
 def test_options_that_differ_from_the_defaults(tmp_path: Path) -> None:
     write_run(tmp_path / "a", seed=0, learning_rate=0.01, max_epoch=20, load_path=None)
     write_run(tmp_path / "b", seed=3, learning_rate=0.1, lr_mult=1.0, **at("both", 0.7))
-    table = tables.options_table(read_report_runs([tmp_path]), DEFAULTS)
-    assert rows_of(table) == [
-        ["seed", "0", "0", "3"],
-        ["task", "none", "mmimdb", "mmimdb"],
-        ["data_root", "none", "data", "data"],
-        ["learning_rate", "0.01", "0.01", "0.1"],
+    assert rows_of(tables.options_table(read_report_runs([tmp_path]), DEFAULTS | {"learning_rate": 0.1})) == [
+        ["seed", "0", "3", "R2"],
+        ["task", "none", "mmimdb", "all"],
+        ["data_root", "none", "data", "all"],
+        ["learning_rate", "0.1", "0.01", "R1"],
     ]
-    assert table.strong == {(0, "R2"), (1, "R1"), (1, "R2"), (2, "R1"), (2, "R2"), (3, "R2")}
+    assert listed_runs(["R11", "R1", "R2", "R3", "R5"]) == "R1 to R3, R5, R11"
 
 
 # Which runs belong together
@@ -259,9 +332,9 @@ def test_another_configuration_is_another_line(tmp_path: Path) -> None:
             write_run(tmp_path / f"{memory_length}_{seed}", memory_length=memory_length, seed=seed, num_workers=seed)
     write_run(tmp_path / "text", memory_length=12, **at("text", 0.9))
     assert [(line.variant, line.label, len(line.runs)) for line in dataset_of(tmp_path).lines] == [
-        ("REP memory_length=12", "REP memory_length=12, trained with 70 % missing, both", 2),
-        ("REP memory_length=36", "REP memory_length=36, trained with 70 % missing, both", 2),
-        ("REP memory_length=12", "REP memory_length=12, trained with 90 % missing, text", 1),
+        ("REP, memory_length 12", "REP, memory_length 12, trained at 70 % both", 2),
+        ("REP, memory_length 36", "REP, memory_length 36, trained at 70 % both", 2),
+        ("REP, memory_length 12", "REP, memory_length 12, trained at 90 % text", 1),
     ]
 
 
@@ -283,10 +356,10 @@ def test_evaluations_are_listed_but_train_nothing(tmp_path: Path) -> None:
     write_run(tmp_path / "evaluation", test_only=True, tested=0.25)
     dataset = dataset_of(tmp_path)
     section = section_of(dataset)
-    assert "R1, reaches a test F1-macro of 25.00 % (70 % missing, both)" in section.summary
+    assert "R1, reaches a test F1-macro of 25 % (70 % both)" in section.summary
     assert [part.title for part in section.parts] == ["Published results and ours"] and dataset.lines == []
     [row] = as_csv(tables.runs_table(dataset.runs, [dataset]))
-    assert (row["kind"], row["trained_with"], row["best_validation"]) == ("evaluation", "", "")
+    assert (row["kind"], row["trained_at"], row["best_validation"]) == ("evaluation", "", "")
 
 
 def test_a_resumed_run_is_one_with_the_run_that_it_was_resumed_from(tmp_path: Path) -> None:
@@ -358,7 +431,7 @@ def test_samples_that_change_the_most_come_first(runs: Path) -> None:
         moved = [np.abs(probabilities[name][sample] - probabilities["complete"][sample]).sum() for name in TYPES[1:]]
         change[row] = max(change.get(row, (0.0, 0)), (float(max(moved)), sample))
     expected = sorted(change.values(), reverse=True)[:24]
-    assert [shown["change"] for shown in grid.table.rows] == [round(moved, 2) for moved, _ in expected]
+    assert [shown["change"] for shown in grid.table.rows] == [f"{moved:.2f}" for moved, _ in expected]
     for shown, picture, (_, sample) in zip(grid.table.rows, grid.pictures.values(), expected, strict=True):
         row, label = test_set.rows[sample], np.flatnonzero(test_set.labels[sample])
         assert shown["id"] == test_set.ids[sample]

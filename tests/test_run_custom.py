@@ -353,7 +353,7 @@ def test_the_report_of_a_search(measured: dict[str, Path], tmp_path: Path) -> No
     study.add_trial(create_trial(params={"memory_length": 6}, distributions=space, value=0.625))
     assert command_line(["run.py", "report", "with", f"runs={tmp_path / 's'}", f"out={tmp_path / 'report'}"]) == 0
     page = (tmp_path / "report" / "report.md").read_text()
-    assert "## Search s (coins)" in page and "reaches a validation accuracy of 62.50 %" in page
+    assert "## Search s (coins)" in page and "reaches a validation accuracy of 62.5 %" in page
     with (tmp_path / "report" / "tables" / "search_1_best.csv").open() as file:
         assert [row["val/accuracy"] for row in csv.DictReader(file)] == ["62.5000"]
 

@@ -293,7 +293,7 @@ def _read_robustness(folder: Path) -> Any:
         return None
     assert found.logits is not None and names >= {"logits.arrow", *RESULTS} - {"confusions.csv", "roc.csv"}
     seeds = json.loads((robustness / "robustness.json").read_text())["table_seeds"]  # figures may be the same
-    return _digest((found.cells.to_csv(), found.by_type.to_csv(), found.test_set, seeds))
+    return _digest((found.cells.to_csv(), found.by_type.to_csv(), seeds))
 
 
 def _prepare_predictions(folder: Path, workspace: Workspace) -> None:

@@ -1,31 +1,31 @@
-"""The figures of the report, drawn with matplotlib: as PNG and SVG files, and as SVG to stand within a page."""
+"""The figures of the report, drawn with matplotlib: as PNG and SVG files, and panel by panel to stand within a page."""
 
 import io
+import itertools
 import math
 import re
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
 import numpy as np
-import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from common.text import estimate
 from runs.report.lines import Dataset, Line
-from runs.report.text import capital, listed, spread
+from runs.report.results import Pattern
+from runs.report.text import capital, excerpt, listed, percent
 from vilt.missing_types import ANY, BOTH, SOME
 
-WIDTH = 7.2
-"""Inches of every figure; a page of two columns of text."""
-PNG_DPI = 200
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 3.2, 0.5, 0.1, 0.28, 0.42
+"""Inches of a panel, and of the margins around its axes. Three panels are as wide as the page."""
+PNG_DPI = 150
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 matplotlib.rcParams.update(STYLE)
 INK, MUTED, RULE, PAPER = (STYLE[name] for name in ("text.color", "xtick.color", "grid.color", "figure.facecolor"))
@@ -33,12 +33,25 @@ PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", P
 """Within a page these follow its light or dark scheme; no other element of a figure may have these exact colours."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, which colour-blind readers can tell apart; without black, and the yellow that paper swallows."""
-TYPE_COLOURS = [COLOURS[place] for place in (0, 4, 2, 1, 3, 5)]
-"""Of the missing types, in turn."""
+Look = dict[str, Any]
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", ":", "-.")
-SHADES = LinearSegmentedColormap.from_list("accent", ["#f4f9fc", "#9cc9e3", COLOURS[0], "#003a5d"])
+FLOORS: tuple[Look, ...] = ({"color": "#6d6d6e", "linestyle": "--"}, {"color": "#6d6d6e", "linestyle": ":"})
+"""Looks of the baselines."""
+TOGETHER = 3
+"""Lines that one panel shows; where there are more, each has a panel of its own."""
 CURVE_POINTS = 150
 """Points that a training curve is thinned to, by averaging."""
+
+Curve = tuple[Line, str, Look]
+"""Of a line, the curve of a missing type."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One coordinate system of a figure."""
+
+    title: str
+    draw: Callable[[Axes], None]
 
 
 @dataclass(frozen=True)
@@ -49,203 +62,222 @@ class Figure:
     title: str
     caption: str
     """Also what stands for the figure for those who cannot see it; its numbers are in tables."""
+    legend: Mapping[str, Look]
+    panels: list[Markup]
+    """SVG elements to stand in an HTML page, which stack on a narrow screen."""
     svg: str
-    """A file."""
+    """A file with all panels, like the PNG."""
     png: bytes
 
-    @property
-    def inline(self) -> Markup:
-        """The SVG to stand in an HTML page with others: names of its own, no outside reference, the page's colours."""
-        found = re.search(r'<svg\b[^>]*\bviewBox="([^"]*)"[^>]*>(.*)</svg>', self.svg, re.DOTALL)
-        assert found is not None
-        body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style\b.*?</style>", "", found[2], flags=re.DOTALL)
-        body = re.sub(r'\bid="', f'id="{self.name}-', body)
-        body = re.sub(r'(url\(|xlink:href=")#', rf"\1#{self.name}-", body)
-        for colour, variable in PAGE_COLOURS.items():
-            body = body.replace(colour, variable)
-        start = Markup('<svg class="plot" viewBox="{}" role="img" aria-label="{}">').format(found[1], self.title)
-        return start + Markup(re.sub(r"\n\s*\n+", "\n", body)) + Markup("</svg>")
+
+def figure(
+    name: str,
+    title: str,
+    caption: str,
+    panels: Sequence[Panel],
+    height: float = 2.3,
+    legend: Mapping[str, Look] = MappingProxyType({}),
+) -> Figure:
+    """Draws panels of `height` inches, three in a row."""
+    whole, png = _drawn(panels, height, legend), io.BytesIO()
+    whole.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    singles = [_svg(_drawn([panel], height, {})) for panel in panels]
+    inline = [_inline(svg, f"{name}-{n}", panels[n].title or title) for n, svg in enumerate(singles)]
+    return Figure(name, title, caption, legend, inline, _svg(whole), png.getvalue())
 
 
-def new_canvas(height: float) -> Canvas:
-    """An empty figure of WIDTH × `height` inches."""
-    return Canvas(figsize=(WIDTH, height), layout="constrained")
+def _drawn(panels: Sequence[Panel], height: float, legend: Mapping[str, Look]) -> Canvas:
+    columns = min(3, len(panels))
+    head = 0.17 * math.ceil(len(legend) / columns) + 0.1 if legend else 0
+    width, total = WIDTH * columns, height * math.ceil(len(panels) / columns) + head
+    canvas = Canvas(figsize=(width, total))
+    for place, panel in enumerate(panels):
+        row, column = divmod(place, columns)
+        x, y = column * WIDTH + LEFT, total - head - (row + 1) * height + BOTTOM
+        axes = canvas.add_axes((x / width, y / total, (WIDTH - LEFT - RIGHT) / width, (height - TOP - BOTTOM) / total))
+        axes.set_title(excerpt(panel.title, 52), loc="left")
+        panel.draw(axes)
+    if legend:
+        handles = [Line2D([], [], ms=3.6, lw=1.4, **look) for look in legend.values()]
+        canvas.legend(handles, [excerpt(label, 52) for label in legend], loc="upper left", ncols=columns)
+    return canvas
 
 
-def panels(titles: Sequence[str], row: float, more: float, y: str, columns: int = 3) -> tuple[Canvas, list[Axes]]:
-    """A figure of panels that share their y axis `y`; its height is `row` for each row of them, and `more`."""
-    columns = min(columns, len(titles))
-    canvas = new_canvas(row * math.ceil(len(titles) / columns) + more)
-    grid = canvas.subplots(math.ceil(len(titles) / columns), columns, sharey=True, squeeze=False)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(y)
-    for axes, title in zip(grid.flat, titles, strict=False):
-        axes.set_title(title)
-    for axes in grid.flat[len(titles) :]:
-        axes.set_visible(False)
-    return canvas, list(grid.flat[: len(titles)])
+def _svg(canvas: Canvas) -> str:
+    file = io.StringIO()
+    canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
 
 
-def finished(canvas: Canvas, name: str, title: str, caption: str) -> Figure:
-    """The figure that was drawn on `canvas`."""
-    svg, png = io.StringIO(), io.BytesIO()
-    canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    return Figure(name, title, caption, svg.getvalue(), png.getvalue())
+def _inline(svg: str, name: str, title: str) -> Markup:
+    """To stand in an HTML page with others: names of its own, no outside reference, the page's colours."""
+    found = re.search(r'<svg\b[^>]*\bviewBox="([^"]*)"[^>]*>(.*)</svg>', svg, re.DOTALL)
+    assert found is not None
+    body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style\b.*?</style>", "", found[2], flags=re.DOTALL)
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = re.sub(r'(url\(|xlink:href=")#', rf"\1#{name}-", body)
+    for colour, variable in PAGE_COLOURS.items():
+        body = body.replace(colour, variable)
+    start = Markup('<svg class="plot" viewBox="{}" role="img" aria-label="{}">').format(found[1], title)
+    return start + Markup(re.sub(r"\n\s*\n+", "\n", body)) + Markup("</svg>")
+
+
+def look(place: int) -> Look:
+    """Colour, dashes and marker of the line at this place."""
+    dashes = DASHES[place // len(COLOURS) % len(DASHES)]
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes, "marker": MARKERS[place % len(MARKERS)]}
 
 
 def side_labels(axes: Axes, labels: Sequence[str]) -> None:
-    """Labels down the side, the first at the top, with a grid along x."""
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
+    """Labels in rows, the first at the top, each above its row's data, so that long ones have room."""
+    axes.set_yticks([])
+    axes.set_ylim(len(labels) - 0.4, -0.75)
+    for place, label in enumerate(labels):
+        axes.text(0.0, place - 0.28, excerpt(label, 50), transform=axes.get_yaxis_transform(), fontsize=7)
     axes.grid(axis="x")
-    axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
+
+
+def limits(values: Iterable[float], room: float = 0.05) -> tuple[float, float]:
+    """Of an axis that panels share."""
+    there = [value for value in values if math.isfinite(value)] or [0, 1]
+    low, high = min(there), max(there)
+    return low - room * (high - low or 1), high + room * (high - low or 1)
+
+
+def arranged(lines: Sequence[Line], kinds: dict[str, str]) -> tuple[list[tuple[str, list[Curve]]], dict[str, Look]]:
+    """Titles of panels with what is in each, and the legend: a panel per kind with all lines, or the reverse."""
+    if len(lines) <= TOGETHER:
+        looks = {line.label: look(place) for place, line in enumerate(lines)}
+        return [(title, [(line, kind, looks[line.label]) for line in lines]) for kind, title in kinds.items()], looks
+    looks = {title: look(place) for place, title in enumerate(kinds.values())}
+    return [(line.label, [(line, kind, looks[title]) for kind, title in kinds.items()]) for line in lines], looks
+
+
+def comparison_figure(dataset: Dataset) -> Figure:
+    """A panel per training pattern, a dot per line: its mean with a whisker for the deviation over seeds."""
+    bounds = limits(
+        100 * (line.at_own_pattern.mean + sign * line.at_own_pattern.std)
+        for lines in dataset.compared.values() for line in lines if line.at_own_pattern for sign in (-1, 1)
+    )  # fmt: skip
+
+    def draw(axes: Axes, lines: Sequence[Line]) -> None:
+        side_labels(axes, [line.variant for line in lines])
+        for place, line in enumerate(lines):
+            if found := line.at_own_pattern:
+                whisker: Look = {"ecolor": MUTED, "elinewidth": 0.9}
+                axes.errorbar(100 * found.mean, place, None, 100 * found.std, "o", color=COLOURS[0], ms=4.5, **whisker)
+        axes.set(xlim=bounds, xlabel=f"{capital(dataset.metric_title)}, %")
+
+    panels = [Panel(f"Trained at {pattern}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()]
+    height = TOP + BOTTOM + 0.3 * max(map(len, dataset.compared.values()))
+    return figure(f"comparison_{dataset.key}", "Methods compared", dataset.caption("comparison_figure"), panels, height)
+
+
+def robustness_curves(dataset: Dataset) -> Figure:
+    """Metric against missing ratio: with few lines a panel per missing type, else one per line."""
+    kinds = {pattern.kind: kind_title(pattern.kind) for line in dataset.measured for pattern in line.matrix}
+    arrangement, legend = arranged(dataset.measured, kinds)
+
+    def band(line: Line, pattern: Pattern) -> tuple[float, float]:
+        mean, std, *_ = line.matrix[pattern]
+        return line.interval_at(pattern) or (mean - std, mean + std)
+
+    floors = [100 * metrics[dataset.spec.monitor] for metrics in dataset.baselines.values()]
+    ends = [100 * end for line in dataset.measured for pattern in line.matrix for end in band(line, pattern)]
+    bounds = limits([*ends, *floors])
+    legend = {**legend, **dict(zip(dataset.baselines, FLOORS, strict=False))}
+
+    def draw(axes: Axes, curves: Sequence[Curve]) -> None:
+        for line, kind, style in curves:
+            found = [(p.ratio, value.mean, *band(line, p)) for p, value in line.matrix.items() if p.kind == kind]
+            ratios, means, lows, highs = 100 * np.array(found).reshape(-1, 4).T
+            if len(curves) <= TOGETHER:
+                axes.fill_between(ratios, lows, highs, color=style["color"], alpha=0.15, lw=0)
+            axes.plot(ratios, means, **style)
+            if line.pattern.kind == kind and (own := line.matrix.get(line.pattern)):
+                ring(axes, 100 * line.pattern.ratio, 100 * own.mean, style["color"])
+        axes.set(xlabel="missing ratio, %", ylabel=f"{capital(dataset.metric_title)}, %", xticks=range(0, 101, 20))
+        for floor, style in zip(floors, FLOORS, strict=False):
+            axes.axhline(floor, lw=0.9, **style)
+        axes.set(xlim=(-4, 104), ylim=bounds)
+
+    panels = [Panel(title, partial(draw, curves=curves)) for title, curves in arrangement]
+    return figure(f"curves_{dataset.key}", "Robustness curves", dataset.caption("curves"), panels, legend=legend)
+
+
+def training_curves(dataset: Dataset) -> list[Figure]:
+    """Validation metric and training loss by optimiser step, a curve per run: with few lines a panel of each, else a
+    figure of each with a panel per line, the others in grey."""
+    lines = [line for line in dataset.lines if any(run.run.curves for run in line.runs)]
+    looks = {line.label: look(place) for place, line in enumerate(lines)} if len(lines) <= TOGETHER else {}
+    panels: list[list[Panel]] = []
+    for name, title, factor in (
+        (f"val/{dataset.spec.monitor}", f"Validation {dataset.metric_title}, %", 100),
+        ("train/loss", "Training loss", 1),
+    ):
+        found = [(line, run.run.curves[name]) for line in lines for run in line.runs if name in run.run.curves]
+        curves = [(line, thinned(np.array(points) * (1, factor))) for line, points in found]
+        bounds = limits(value for _, points in curves for value in points[:, 1])
+
+        def draw(axes: Axes, own: Line | None, curves: Any = curves, title: str = title, bounds: Any = bounds) -> None:
+            for line, points in sorted(curves, key=lambda entry: entry[0] is own):
+                style = looks.get(line.label, look(0)) if own in (None, line) else {"color": RULE, "lw": 0.6}
+                marker = style.get("marker", "") if len(points) <= 30 else ""
+                axes.plot(points[:, 0], points[:, 1], **{"lw": 1, "ms": 2.6, **style, "marker": marker})
+            axes.set(xlabel="optimiser step", ylabel=title, ylim=bounds)
+
+        of_line = [Panel(line.label, partial(draw, own=line)) for line in lines]
+        panels.append([Panel(title.removesuffix(", %"), partial(draw, own=None))] if looks else of_line)
+    caption, name = dataset.caption("training", points=CURVE_POINTS), f"training_{dataset.key}"
+    if looks:
+        return [figure(name, "Training", caption, [*panels[0], *panels[1]], 2.1, looks)]
+    return [figure(name, "Training", caption, panels[0], 2.1), figure(f"{name}_loss", "Loss", caption, panels[1], 2.1)]
+
+
+def class_figure(dataset: Dataset, lines: Sequence[Line], number: int) -> Figure:
+    """F1 by class, a panel per line and a dot per missing type; whiskers are the deviation over train seeds."""
+    looks = {name: look(place) for place, name in enumerate(dataset.spec.type_names)}
+    there = [name for name, support in lines[0].support.items() if support]
+    lacking = [name for name in lines[0].support if name not in there]
+
+    def draw(axes: Axes, line: Line) -> None:
+        side_labels(axes, there)
+        for (place, of_class), (name, style) in itertools.product(enumerate(there), looks.items()):
+            if value := line.by_class.get((of_class, "f1", name)):
+                whisker = 100 * value.std if value.n > 1 else None
+                axes.errorbar(100 * value.mean, place, None, whisker, elinewidth=0.7, alpha=0.85, **style)
+        axes.set(xlim=(-2, 102), xlabel="F1, %")
+
+    caption = dataset.caption("class_figure") + (f" No test sample is of {listed(lacking)}." if lacking else "")
+    panels = [Panel(line.label, partial(draw, line=line)) for line in lines]
+    height, legend = TOP + BOTTOM + 0.28 * len(there), {capital(name): style for name, style in looks.items()}
+    return figure(f"per_class_{dataset.key}_{number}", "F1 by class", caption, panels, height, legend)
+
+
+def roc_curves(dataset: Dataset) -> Figure:
+    """ROC, a curve per run: with few lines a panel per missing type, else one per line."""
+    arrangement, legend = arranged(dataset.measured, {name: capital(name) for name in dataset.spec.type_names})
+
+    def draw(axes: Axes, curves: Sequence[Curve]) -> None:
+        axes.plot([0, 100], [0, 100], color=MUTED, lw=0.7, ls=":")
+        for place, (line, name, style) in enumerate(reversed(curves)):
+            found = [results.raw["roc"][name] for _, results in line.results if name in results.raw["roc"]]
+            for curve in found:
+                rates = (100 * np.array(curve[rate]) for rate in ("fpr", "tpr"))
+                axes.plot(*rates, lw=1.1, alpha=0.85, **{**style, "marker": ""})
+            if area := line.by_type.get(name):
+                text = f"AUROC {percent(area.mean, dataset.digits)}"
+                axes.text(98, 3 + 8 * place, text, ha="right", color=style["color"], fontsize=7)
+        axes.set(xlabel="false positives, %", ylabel="true positives, %", xlim=(-2, 102), ylim=(-2, 102))
+
+    panels = [Panel(title, partial(draw, curves=curves)) for title, curves in arrangement]
+    return figure(f"roc_{dataset.key}", "ROC curves", dataset.caption("roc"), panels, 2.8, legend)
 
 
 def ring(axes: Axes, x: float, y: float, colour: str) -> None:
     """A ring around a point."""
     axes.plot(x, y, "o", ms=8.5, mfc="none", mec=colour, mew=1.1)
-
-
-def comparison_figure(dataset: Dataset) -> Figure:
-    """A panel per training pattern, a dot per variant: its mean with a whisker for the deviation over seeds."""
-    variants = dataset.compared
-    patterns = list(dict.fromkeys(line.pattern for lines in variants.values() for line in lines))
-    canvas, grid = panels([str(pattern) for pattern in patterns], 0.45 + 0.24 * len(variants), 0.45, "")
-    for axes, pattern in zip(grid, patterns, strict=True):
-        side_labels(axes, list(variants))
-        for place, lines in enumerate(variants.values()):
-            for found in (line.at_own_pattern for line in lines if line.pattern == pattern and line.at_own_pattern):
-                style: Any = {"color": COLOURS[0], "ecolor": MUTED, "elinewidth": 0.9, "ms": 5}
-                axes.errorbar(100 * found.mean, place, None, 100 * found.std, "o", **style)
-        axes.set_xlabel(f"{capital(dataset.metric_title)}, %")
-        axes.margins(x=0.12)
-    return finished(canvas, f"comparison_{dataset.key}", "Methods compared", dataset.caption("comparison_figure"))
-
-
-def robustness_curves(dataset: Dataset) -> Figure:
-    """Metric against missing ratio, a panel per missing type, a curve per line with its band."""
-    shown = dataset.measured
-    kinds = list(dict.fromkeys(pattern.kind for line in shown for pattern in line.matrix))
-    metric = f"{capital(dataset.metric_title)}, %"
-    canvas, grid = panels([_kind_title(kind) for kind in kinds], 2.5, 0.25 + 0.17 * len(shown), metric)
-    for axes, kind in zip(grid, kinds, strict=True):
-        for place, line in enumerate(shown):
-            found = [(p.ratio, *value[:2]) for p, value in line.matrix.items() if p.kind == kind]
-            ratios, means, stds = 100 * np.array(found).reshape(-1, 3).T
-            axes.fill_between(ratios, means - stds, means + stds, color=look(place)["color"], alpha=0.18, lw=0)
-            axes.plot(ratios, means, marker=MARKERS[place % len(MARKERS)], **look(place))
-            if line.pattern.kind == kind and (own := line.matrix.get(line.pattern)):
-                ring(axes, 100 * line.pattern.ratio, 100 * own.mean, look(place)["color"])
-        axes.set_xlabel("missing ratio, %")
-        axes.set_xticks(range(0, 101, 20))
-        axes.margins(x=0.04)
-    _legend(canvas, shown)
-    return finished(canvas, f"curves_{dataset.key}", "Robustness curves", dataset.caption("curves"))
-
-
-def heat_map(dataset: Dataset) -> Figure:
-    """Missing type × ratio with numbers, a panel per line, one scale for all."""
-    frames = []
-    for line in dataset.measured:
-        values = {(pattern.kind, pattern.ratio): 100 * found.mean for pattern, found in line.matrix.items()}
-        frames.append(pd.Series(values).unstack().reindex(dict.fromkeys(kind for kind, _ in values)))
-    low, high = min(f.min().min() for f in frames), max(f.max().max() for f in frames)
-    canvas = new_canvas(sum(0.62 + 0.3 * len(frame) for frame in frames) + 0.1)
-    heights = [len(frame) for frame in frames]
-    grid = canvas.subplots(len(frames), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for axes, line, frame in zip(grid, dataset.measured, frames, strict=True):
-        # Cells are drawn as shapes: an image would be pixels in the SVG.
-        axes.pcolormesh(frame, cmap=SHADES, vmin=low, vmax=max(high, low + 1e-9), edgecolors=PAPER, linewidth=1.2)
-        for (row, column), value in np.ndenumerate(frame.to_numpy()):
-            if not math.isnan(value):
-                colour = _readable_on(SHADES((value - low) / max(high - low, 1e-9)))
-                style: Any = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
-                axes.text(column + 0.5, row + 0.5, f"{value:.2f}", **style)
-        axes.set_xticks(np.arange(frame.shape[1]) + 0.5, [f"{100 * ratio:g}" for ratio in frame.columns])
-        axes.set_yticks(np.arange(len(frame)) + 0.5, [_kind_title(kind) for kind in frame.index])
-        axes.invert_yaxis()
-        axes.grid(False)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_title(_wrapped(line.label), loc="left")
-    grid[-1].set_xlabel("missing ratio, %")
-    return finished(canvas, f"matrix_{dataset.key}", "Missing type × missing ratio", dataset.caption("heat_map"))
-
-
-def training_curves(dataset: Dataset) -> Figure:
-    """Loss and validation metric by optimiser step, a curve per run."""
-    recorded = [(place, run) for place, line in enumerate(dataset.lines) for run in line.runs if run.run.curves]
-    canvas = new_canvas(2.55 + 0.17 * len(dataset.lines))
-    loss, validation = canvas.subplots(1, 2)
-    for place, run in recorded:
-        for axes, name, factor in ((loss, "train/loss", 1), (validation, f"val/{dataset.spec.monitor}", 100)):
-            points = thinned(np.array(run.run.curves.get(name, [])).reshape(-1, 2))
-            marker = MARKERS[place % len(MARKERS)] if len(points) <= 30 else ""
-            axes.plot(points[:, 0], factor * points[:, 1], marker=marker, ms=2.6, lw=1, **look(place), alpha=0.85)
-            axes.set_xlabel("optimiser step")
-    loss.set_title("Training loss")
-    loss.set_ylim(bottom=min(0, loss.get_ylim()[0]))
-    validation.set_title(f"Validation {dataset.metric_title}, %")
-    _legend(canvas, dataset.lines)
-    runs = ", ".join(run.tag for _, run in recorded)
-    caption = dataset.caption("training", runs=runs, points=CURVE_POINTS)
-    return finished(canvas, f"training_{dataset.key}", "Training", caption)
-
-
-def class_bars(dataset: Dataset, line: Line, number: int) -> Figure:
-    """F1 by class and missing type of one line; whiskers are the deviation over train seeds."""
-    types, several = dataset.spec.type_names, len(line.results) > 1
-    there = [name for name, support in line.support.items() if support]
-    absent = [name for name in line.support if name not in there]
-    canvas = new_canvas(0.8 + 0.29 * len(there))
-    axes = canvas.subplots()
-    side_labels(axes, there)
-    for place, name in enumerate(types):
-        found = [line.by_class.get((of_class, "f1", name)) for of_class in there]
-        axes.barh(
-            np.arange(len(there)) + (place - (len(types) - 1) / 2) * 0.81 / len(types),
-            [100 * value.mean if value else 0 for value in found],
-            height=0.75 / len(types),
-            color=TYPE_COLOURS[place % len(TYPE_COLOURS)],
-            xerr=[100 * value.std if value else 0 for value in found] if several else None,
-            error_kw={"elinewidth": 0.7, "ecolor": MUTED},
-            label=name,
-        )
-    axes.set_xlabel("F1, %")
-    axes.set_xlim(0, 100)
-    canvas.legend(loc="outside upper left", ncols=3, handlelength=1, handleheight=0.8)
-    caption = dataset.caption("class_bars", line=line.label)
-    caption += " Whiskers: ± one standard deviation over train seeds." if several else ""
-    caption += f" No test sample is of {listed(absent)}." if absent else ""
-    return finished(canvas, f"per_class_{dataset.key}_{number}", f"F1 by class: {line.label}", caption)
-
-
-def roc_curves(dataset: Dataset) -> Figure:
-    """ROC by missing type, a curve per run."""
-    types, shown = dataset.spec.type_names, dataset.measured
-    titles = [capital(name) for name in types]
-    canvas, grid = panels(titles, 2.4, 0.35 + 0.17 * len(shown), "true positives, %")
-    for axes, type_name in zip(grid, types, strict=True):
-        axes.plot([0, 100], [0, 100], color=MUTED, lw=0.7, ls=":")
-        for place, line in enumerate(shown):
-            curves = [found.roc[type_name] for _, found in line.results if type_name in found.roc]
-            for curve in curves:
-                rates = (100 * np.array(curve[name]) for name in ("fpr", "tpr"))
-                axes.plot(*rates, lw=1.1, **look(place), alpha=0.85)
-            if area := estimate([curve["auroc"] for curve in curves]):
-                style: Any = {"ha": "right", "color": look(place)["color"], "fontsize": 7}
-                axes.text(98, 3 + 8 * (len(shown) - 1 - place), f"AUROC {spread(area)}", **style)
-        axes.set(xlabel="false positives, %", aspect="equal", xlim=(-2, 102), ylim=(-2, 102))
-    _legend(canvas, shown)
-    return finished(canvas, f"roc_{dataset.key}", "ROC curves", dataset.caption("roc"))
-
-
-def look(place: int) -> dict[str, Any]:
-    """Colour and dashes of the line at this place."""
-    return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place // len(COLOURS) % len(DASHES)]}
 
 
 def thinned(points_N2: np.ndarray) -> np.ndarray:
@@ -255,23 +287,8 @@ def thinned(points_N2: np.ndarray) -> np.ndarray:
     return np.stack([part.mean(0) for part in np.array_split(points_N2, CURVE_POINTS)])
 
 
-def _readable_on(colour: tuple[float, float, float, float]) -> str:
-    """Black or white, whichever has the higher contrast (WCAG's relative luminance)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
-    return "#000000" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.179 else "#ffffff"
-
-
-def _kind_title(kind: str) -> str:
+def kind_title(kind: str) -> str:
+    """What samples of a pattern lose."""
     titles = {ANY: "Any one missing", SOME: "Some missing"}
     both = kind.replace(BOTH, "One or the other missing") if kind.startswith(BOTH) else None
     return titles.get(kind) or both or f"{capital(kind)} missing"
-
-
-def _legend(canvas: Canvas, lines: Sequence[Line]) -> None:
-    places = range(len(lines))
-    handles = [Line2D([], [], marker=MARKERS[place % len(MARKERS)], ms=3.6, lw=1.4, **look(place)) for place in places]
-    canvas.legend(handles, [_wrapped(line.label) for line in lines], loc="outside upper left", ncols=1)
-
-
-def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, 90)) or label

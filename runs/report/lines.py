@@ -1,5 +1,6 @@
 """Which runs belong together: those that differ in their seed alone are one line, and give mean and deviation."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,9 +9,20 @@ from typing import Any
 import pandas as pd
 
 from common.text import Estimate, estimate
-from runs.lines import RunLine, lines_of
-from runs.report.results import Pattern, ReportRun, Robustness
-from runs.report.text import CAPTIONS, METRIC_TITLES, capital, conditions, dataset_title, without_home
+from engine.robustness import PATTERN
+from runs.lines import RunLine, Spread, lines_of, spread_of
+from runs.report.results import PUBLISHED_BACKBONE, Pattern, ReportRun, Robustness
+from runs.report.text import (
+    CAPTIONS,
+    capital,
+    conditions,
+    dataset_title,
+    digits_for,
+    listed,
+    metric_title,
+    option_text,
+    percent,
+)
 from runs.run_reader import Run
 from vilt.datasets.specs import DATASETS, DatasetSpec
 
@@ -43,19 +55,27 @@ class Line:
         return [(run, run.robustness) for run in self.runs if run.robustness is not None]
 
     @cached_property
+    def spreads(self) -> dict[Pattern, Spread]:
+        """The task's metric by evaluation pattern, by type and ratio."""
+        found: dict[Pattern, list[list[float]]] = {}
+        for run, results in self.results:
+            cells = results.cells[results.cells.metric == run.metric]
+            for key, values in cells.groupby(list(PATTERN), sort=False).value:
+                found.setdefault(Pattern.of(run.run.spec, *key), []).append(values.tolist())
+        types = self.runs[0].run.spec.missing_types
+        order = sorted(found, key=lambda p: (types.index(p.missing_type), p.both_ratio, p.ratio))
+        return {pattern: spread for pattern in order if (spread := spread_of(found[pattern]))}
+
+    @cached_property
     def matrix(self) -> dict[Pattern, Estimate]:
-        """The task's metric by evaluation pattern, over train seeds and table seeds alike, by type and ratio."""
-        cells = pd.concat([found.cells for _, found in self.results])
-        found = _estimates(cells[cells.metric == self.runs[0].metric], Pattern._fields[:3])
-        spec = self.runs[0].run.spec
-        patterns = [Pattern.of(spec, *key) for key in found]
-        order = sorted(patterns, key=lambda p: (spec.missing_types.index(p.missing_type), p.both_ratio, p.ratio))
-        return {pattern: found[pattern[:3]] for pattern in order}
+        """Their means, with deviations over training seeds, or of one run over its missing tables."""
+        return {pattern: spread.estimate for pattern, spread in self.spreads.items()}
 
     @cached_property
     def by_type(self) -> dict[str, Estimate]:
         """The task's metric over train seeds where every sample has one missing type."""
-        return _estimates(pd.concat([found.scores(run.metric) for run, found in self.results]), ["type"])
+        frame = pd.concat([found.by_type for _, found in self.results])
+        return _estimates(frame[frame.metric == self.runs[0].metric], ["type"])
 
     @cached_property
     def by_class(self) -> dict[tuple[str, str, str], Estimate]:
@@ -76,10 +96,17 @@ class Line:
         scores = [run.score_at_own_pattern for run in self.runs]
         return estimate([score for score in scores if score is not None])
 
+    def interval_at(self, pattern: Pattern) -> tuple[float, float] | None:
+        """Confidence interval over test samples; of several train seeds, the mean of their intervals."""
+        found = [results.intervals[pattern] for _, results in self.results if pattern in results.intervals]
+        return (
+            (statistics.fmean(low for low, _ in found), statistics.fmean(high for _, high in found)) if found else None
+        )
 
-def _estimates(frame: pd.DataFrame, by: Sequence[str]) -> dict[Any, Estimate]:
-    """Mean and deviation of `value` for each group, by its key: that of one column, or a tuple."""
-    groups = frame.groupby(list(by) if len(by) > 1 else by[0], sort=False).value
+
+def _estimates(frame: pd.DataFrame, by: list[str]) -> dict[Any, Estimate]:
+    """Mean and deviation of `value` for each group that has any, by its key: that of one column, or a tuple."""
+    groups = frame.groupby(by if len(by) > 1 else by[0], sort=False).value
     return {key: found for key, values in groups if (found := estimate(values.tolist()))}
 
 
@@ -88,46 +115,94 @@ class Dataset:
     """The runs of one dataset. Those in `repeats` do not count: a later or more complete one is of the same seed."""
 
     key: str
-    title: str
     spec: DatasetSpec
     runs: list[ReportRun]
     lines: list[Line]
     repeats: list[ReportRun]
 
     @property
+    def name(self) -> str:
+        """The dataset; other data in its place is named."""
+        is_other = self.spec.published_rows and self.test_rows and not self.is_published
+        return f"{dataset_title(self.key)} format, other data" if is_other else dataset_title(self.key)
+
+    @property
+    def title(self) -> str:
+        """The dataset, with backbones that no published result has."""
+        others = {run.backbone for run in self.runs if run.backbone not in (None, PUBLISHED_BACKBONE)}
+        return f"{self.name} ({' and '.join(sorted(others))})" if others and self.spec.published_rows else self.name
+
+    @property
+    def test_rows(self) -> int | None:
+        """Rows of the test split, where a run says it."""
+        return next((run.test_rows for run in self.runs if run.test_rows), None)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the test split has the size of the published one."""
+        return self.test_rows in self.spec.published_rows.get("test", ())
+
+    @property
+    def digits(self) -> int:
+        """Decimals of results in per cent."""
+        samples = [run.robustness.samples for run in self.runs if run.robustness]
+        samples += [run.run.test["samples"] for run in self.runs if run.run.test and "samples" in run.run.test]
+        return digits_for(samples[0] if samples else 0)
+
+    @property
     def metric_title(self) -> str:
         """As texts and figures name it."""
-        return METRIC_TITLES[self.spec.monitor]
+        return metric_title(self.spec.monitor)
 
     def caption(self, name: str, **facts: object) -> str:
         """Of a figure or table."""
-        facts |= {"metric": self.metric_title, "Metric": capital(self.metric_title), "dataset": self.title}
+        facts |= {"metric": self.metric_title, "Metric": capital(self.metric_title), "dataset": self.name}
+        facts["baselines"] = self.baseline_text
         return CAPTIONS[name].format(conditions=conditions(self.spec.type_names), **facts)
 
-    @property
+    @cached_property
     def measured(self) -> list[Line]:
         """The lines that have robustness results."""
         return [line for line in self.lines if line.results]
+
+    @property
+    def headline(self) -> Line:
+        """The measured line that is best where nothing is missing."""
+        return max(self.measured, key=lambda line: line.by_type["complete"].order)
+
+    @property
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """What answers that look at no sample get: metrics by what is answered."""
+        found: dict[str, Any] = next(
+            (found.raw["baselines"] for _, _, found in self.results if found.raw["baselines"]), {}
+        )
+        return {str(baseline["answer"]): baseline["metrics"] for baseline in found.values()}
+
+    @property
+    def baseline_text(self) -> str:
+        """Their figures of the task's metric, as a sentence."""
+        figures = [
+            f"{answer} {percent(metrics[self.spec.monitor], self.digits)} %"
+            for answer, metrics in self.baselines.items()
+        ]
+        return f" Without looking at a sample: {listed(figures)}." if figures else ""
 
     @property
     def results(self) -> list[tuple[Line, ReportRun, Robustness]]:
         """All robustness results."""
         return [(line, *result) for line in self.measured for result in line.results]
 
-    @property
-    def compared(self) -> dict[str, list[Line]]:
-        """By variant, the lines with results at their training pattern; empty unless there are two to compare."""
-        variants = by_variant([line for line in self.lines if line.at_own_pattern])
-        return variants if len(variants) > 1 else {}
-
-
-def by_variant(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """The lines of each variant."""
-    return {line.variant: [other for other in lines if other.variant == line.variant] for line in lines}
+    @cached_property
+    def compared(self) -> dict[Pattern, list[Line]]:
+        """By training pattern, the lines with results there, best first; none unless two variants have some."""
+        found = [line for line in self.lines if line.at_own_pattern]
+        best_first = sorted(found, key=lambda line: -line.at_own_pattern.order if line.at_own_pattern else 0)
+        patterns = dict.fromkeys(line.pattern for line in found) if len({line.variant for line in found}) > 1 else {}
+        return {pattern: [line for line in best_first if line.pattern == pattern] for pattern in patterns}
 
 
 def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:
-    """One entry per dataset that occurs, in the order of DATASETS, then custom ones."""
+    """One entry per dataset that occurs, in the order of DATASETS, then others."""
     there = {run.run.dataset for run in runs}
     keys = [key for key in (*DATASETS, *sorted(there - set(DATASETS))) if key in there]
     return [_dataset(key, [run for run in runs if run.run.dataset == key]) for key in keys]
@@ -135,14 +210,13 @@ def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:
 
 def _dataset(key: str, runs: list[ReportRun]) -> Dataset:
     groups = lines_of([run for run in runs if not run.run.is_evaluation], lambda run: run.run)
-    several_patterns = len({line.items[0].pattern for line in groups}) > 1
+    several_patterns = len({group.items[0].pattern for group in groups}) > 1
     lines = []
-    for line in groups:
-        pattern, variant = line.items[0].pattern, _variant_title(line, groups)
-        label = f"{variant}, trained with {pattern}" if several_patterns else variant
-        lines.append(Line(variant, label, pattern, line.items))
-    repeats = [run for line in groups for run in line.repeats]
-    return Dataset(key, dataset_title(key), runs[0].run.spec, runs, lines, repeats)
+    for group in groups:
+        pattern, variant = group.items[0].pattern, _variant_title(group, groups)
+        label = f"{variant}, trained at {pattern}" if several_patterns else variant
+        lines.append(Line(variant, label, pattern, group.items))
+    return Dataset(key, runs[0].run.spec, runs, lines, [run for group in groups for run in group.repeats])
 
 
 def method_title(run: Run) -> str:
@@ -151,9 +225,9 @@ def method_title(run: Run) -> str:
 
 
 def _variant_title(line: RunLine[ReportRun], lines: Sequence[RunLine[ReportRun]]) -> str:
-    run = line.items[0].run
-    title, differing = method_title(run), line.differing(lines)
+    run, words = line.items[0].run, line.differing(lines)
+    title = method_title(run)
     if run.config["prompt_type"] == "rep":
         title = ABLATION[bool(run.config.get("far", True)), bool(run.config.get("fmb", True))]
-        differing = [option for option in differing if not option.startswith(("far=", "fmb="))]
-    return " ".join([title, *map(without_home, differing)])
+        words = [word for word in words if not word.startswith(("far=", "fmb="))]
+    return ", ".join([title, *(option_text(*word.split("=", 1)) for word in words)])

@@ -14,17 +14,17 @@ from common.errors import DataError, reason_of
 from common.files import check_replaceable, whole_folder
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
-from runs.report.parts import report_command, run_details, section_of
+from runs.report.parts import missing_notes, report_command, run_details, section_of
 from runs.report.results import read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.search import read_searches, search_section
 from runs.report.tables import options_table, runs_table, versions_table
-from runs.report.text import counted, listed, without
+from runs.report.text import counted, listed
 
 MARKER = "report.json"
 """File that says that a folder is a report, so that a later one may replace it."""
 MAKER = "`python run.py report`"
-TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = FileSystemLoader(Path(__file__).with_name("templates"))
 _MARKDOWN_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_[]|~$"})
 
 
@@ -52,8 +52,7 @@ def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> 
     sections += [search_section(search, number) for number, search in enumerate(searches, start=1)]
     # Of a search's trials, whose values its section has, the best one's run stands for all.
     best = {search.run_of(search.ranked[0]) if search.ranked else search.runs[0] for search in searches}
-    shown = [run for run in runs if run not in trials or run in best]
-    now = datetime.now()
+    shown, now = [run for run in runs if run not in trials or run in best], datetime.now()
     files = _files(
         {
             "title": title if datasets else listed([section.title for section in sections]),
@@ -66,6 +65,7 @@ def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> 
                 "Versions": versions_table(shown),
             },
             "details": [run_details(run) for run in shown],
+            "notes": missing_notes(shown),
             "report_command": report_command(places),
         }
     )
@@ -81,18 +81,16 @@ def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> 
 
 def _files(content: dict[str, Any]) -> dict[str, bytes]:
     """All files of the report by their path in the folder."""
-    loader = FileSystemLoader(TEMPLATES)
-    html = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html.filters |= {"data_uri": _data_uri, "unbroken": _unbroken, "anchor": _anchor, "without": without}
+    html = Environment(
+        loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html.filters |= {"b64": lambda data: base64.b64encode(data).decode(), "unbroken": _unbroken}
+    html.filters |= {"anchor": lambda title: re.sub(r"\W+", "-", title.lower()), "verbatim": Markup}
     markdown = html.overlay(finalize=_markdown_text)
-    markdown.filters["indented"] = _indented
-    markdown.filters["verbatim"] = Markup  # names of our own files
-    files = {
-        "index.html": html.get_template("page.html.j2").render(content).encode(errors="replace"),
-        "report.md": markdown.get_template("report.md.j2").render(content).encode(errors="replace"),
-    }
+    texts = {"index.html": html.get_template("page.html.j2"), "report.md": markdown.get_template("report.md.j2")}
+    files = {name: template.render(content).encode(errors="replace") for name, template in texts.items()}
     parts = [part for section in content["sections"] for part in section.parts]
-    for item in (*content["tables"].values(), *(item for part in parts for item in (*part.shown, *part.folded))):
+    for item in (*content["tables"].values(), *(i for part in parts for i in (*part.shown, *part.folded.values()))):
         if isinstance(item, SampleGrid):
             files |= {name: data for name, data in item.pictures.items() if data is not None}
             item = item.table
@@ -101,14 +99,6 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
         elif item.rows:
             files[f"tables/{item.name}.csv"] = item.csv().encode(errors="replace")
     return files
-
-
-def _data_uri(data: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
-
-
-def _anchor(title: str) -> str:
-    return re.sub(r"\W+", "-", title.lower())
 
 
 def _unbroken(text: str) -> str:
@@ -122,8 +112,3 @@ def _markdown_text(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return escape(re.sub(r"\s+", " ", value).translate(_MARKDOWN_SPECIAL))
     return value
-
-
-def _indented(text: str) -> Markup:
-    """A code block: nothing within it is interpreted."""
-    return Markup("\n".join(f"    {line}" for line in text.splitlines()))

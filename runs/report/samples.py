@@ -11,7 +11,7 @@ import torch
 
 from common.errors import DataError
 from engine.metrics import THRESHOLD
-from engine.stored_logits import logit_columns_of, matrix_of, read_logits
+from engine.stored_logits import logit_columns_of, matrix_of
 from runs.report.results import ReportRun, Robustness
 from runs.report.table import Row, Table, Value, absent
 from runs.report.text import CAPTIONS, capital, dataset_title, excerpt, without
@@ -36,19 +36,17 @@ class SampleGrid:
     """What is missing of pictures and texts, and why."""
 
 
-def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
-    """The SHOWN samples of a run that change the most, first the largest change.
+def sample_grid(run: ReportRun, robustness: Robustness, line: str) -> SampleGrid:
+    """The SHOWN samples of a run of `line` that change the most, first the largest change.
 
     The change is the sum over classes of how far the probability moves when modalities are lost, the largest one. Of a
     row with several texts only the text that changes the most is shown.
-
-    Raises:
-        DataError: the stored logits are damaged.
     """
-    spec, names, key = run.run.spec, robustness.class_names, run.run.dataset
-    columns, image_column, text_column = logit_columns_of(spec), spec.column_of("image"), spec.column_of("text")
-    stored, _ = read_logits(robustness.logits, spec, columns)
-    logits_TNC = torch.tensor(np.stack([matrix_of(stored[column], len(names)) for column in columns])).double()
+    spec, names, key, stored = run.run.spec, robustness.raw["class_names"], run.run.dataset, robustness.logits
+    assert stored is not None
+    image_column, text_column = spec.column_of("image"), spec.column_of("text")
+    logits = [matrix_of(stored[column], len(names)) for column in logit_columns_of(spec)]
+    logits_TNC = torch.tensor(np.stack(logits)).double()
     probabilities_TNC = (logits_TNC.sigmoid() if spec.multilabel else logits_TNC.softmax(-1)).numpy()
     changes = np.abs(probabilities_TNC[1:] - probabilities_TNC[0]).sum(-1).max(0)
     order = np.argsort(-changes, kind="stable")
@@ -56,7 +54,7 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
     dataset, note = _open_dataset(run, stored)
     types = {name.replace(" ", "_"): capital(without(name)) for name in spec.type_names}
     rows: list[Row] = []
-    pictures = {}
+    pictures, undecoded = {}, []
     for rank, index in enumerate(order[np.sort(first_of_row)][:SHOWN].tolist(), start=1):
         sample = {name: stored[name][index].as_py() for name in ("id", "sample", "row", "label")}
         true = np.flatnonzero(sample["label"]).tolist() if spec.multilabel else [sample["label"]]
@@ -66,19 +64,19 @@ def sample_grid(run: ReportRun, robustness: Robustness) -> SampleGrid:
             text = excerpt(pc.list_flatten(dataset.table[text_column])[sample["sample"]].as_py(), TEXT_LENGTH)
         if dataset is not None and image_column:
             picture = _thumbnail(dataset.table[image_column][sample["row"]].as_py())
+            undecoded += [] if picture else [str(sample["id"])]
         predicted = {}
         for column, probabilities_C in zip(types, probabilities_TNC[:, index], strict=True):
             numbers = np.argsort(-probabilities_C, kind="stable").tolist()
             numbers = [n for n in numbers if probabilities_C[n] > THRESHOLD] if spec.multilabel else numbers[:1]
             marks = [f"{'✓' if n in true else '✗'} {names[n]} {probabilities_C[n]:.0%}" for n in numbers]
             predicted[column] = ", ".join(marks) or "none"
-        label, change = ", ".join(names[n] for n in true) or "none", round(float(changes[index]), 2)
+        label, change = ", ".join(names[n] for n in true) or "none", f"{changes[index]:.2f}"
         rows.append({"rank": rank, "id": sample["id"], "text": text, "label": label, **predicted, "change": change})
         pictures[f"thumbnails/{key}_{rank:02}.jpg"] = picture
-    undecoded = [str(row["id"]) for row, picture in zip(rows, pictures.values(), strict=True) if picture is None]
-    if dataset is not None and image_column and undecoded:
+    if undecoded:
         note = f"{len(undecoded)} images cannot be decoded: {', '.join(undecoded)}."
-    caption = CAPTIONS["samples"].format(dataset=dataset_title(key), run=run.tag)
+    caption = CAPTIONS["samples"].format(dataset=dataset_title(key), run=run.tag, line=line)
     return SampleGrid(Table(f"samples_{key}", caption, rows, {"rank": "No.", "id": "Sample", **types}), pictures, note)
 
 

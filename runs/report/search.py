@@ -19,12 +19,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import DataError
 from common.messages import first_line
-from common.text import per_cent
-from runs.report.figures import COLOURS, Figure, finished, new_canvas, panels, ring, side_labels
+from runs.report.figures import COLOURS, Figure, Panel, figure, limits, ring
 from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
 from runs.report.table import Row, Table, absent, share
-from runs.report.text import CAPTIONS, METRIC_TITLES, counted, dataset_title, excerpt, listed, without_home
+from runs.report.text import CAPTIONS, capital, counted, dataset_title, excerpt, listed, metric_title, without_home
 
 JOURNAL = "optuna.journal"
 BEST_SHOWN = 10
@@ -34,6 +33,8 @@ TRIALS_FOR_IMPORTANCES = 4
 STATE_NAMES = {TrialState.COMPLETE: "complete", TrialState.FAIL: "failed", TrialState.RUNNING: "cut off"}
 OWN_OF_A_TRIAL = ("exp_name", "log_dir", "test_after_fit", "resume_from")
 """Options at the end of a trial's command that are those of the trial alone."""
+DIGITS = 1
+"""Decimals of scores in per cent: how many validation samples they are of is not known here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +47,8 @@ class Search:
     """Title of the validation metric that is to be high."""
     runs: list[ReportRun]
     trials: list[FrozenTrial]
-    complete: list[FrozenTrial]
-    """The trials that have a score."""
     scores: dict[int, float]
-    """Those of the complete trials in per cent, by number."""
+    """Of the complete trials, fractions by number."""
     ranked: list[FrozenTrial]
     """The complete trials, the best first; of those with the same values, which have one run, the first."""
     space: dict[str, BaseDistribution]
@@ -87,7 +86,7 @@ def _read_search(folder: Path, runs: list[ReportRun]) -> Search:
     except Exception as error:  # of many types, on a damaged file
         raise DataError(f"{journal}: not readable as Optuna's journal: {first_line(error)}") from error
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    scores = {trial.number: 100 * (trial.value or 0) for trial in complete}
+    scores = {trial.number: trial.value or 0.0 for trial in complete}
     first = {str(sorted(trial.params.items())): trial for trial in reversed(complete)}
     ranked = sorted(first.values(), key=lambda trial: (-scores[trial.number], trial.number))
     space = next((dict(sorted(trial.distributions.items())) for trial in trials if trial.params), {})
@@ -95,14 +94,16 @@ def _read_search(folder: Path, runs: list[ReportRun]) -> Search:
     if len(complete) >= TRIALS_FOR_IMPORTANCES:
         with warnings.catch_warnings(action="ignore"):  # that few trials are few; the caption says it
             importances = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP_SHARE))
-    metric = f"validation {METRIC_TITLES[runs[0].metric]}"
-    return Search(folder.resolve().name, metric, runs, trials, complete, scores, ranked, space, importances)
+    metric = f"validation {metric_title(runs[0].metric)}"
+    return Search(folder.resolve().name, metric, runs, trials, scores, ranked, space, importances)
 
 
 def search_section(search: Search, number: int) -> Section:
     """The parts of the search, the `number`-th of the report; what is missing is said where it would stand."""
     file = f"search_{number}"
-    parts = [Part("Best trials", folded=[trials_table(search, f"{file}_trials", "trials", search.trials)])]
+    parts = [
+        Part("Best trials", folded={"All trials": trials_table(search, f"{file}_trials", "trials", search.trials)})
+    ]
     if search.ranked:
         parts[0].shown = [trials_table(search, f"{file}_best", "best_trials", search.ranked[:BEST_SHOWN])]
         parts.append(Part("Best score by trial", [_history(search, f"{file}_history")]))
@@ -110,12 +111,11 @@ def search_section(search: Search, number: int) -> Section:
         importances = Part("Importance of each option")
         if search.importances:
             rows: list[Row] = [
-                {"option": option, "importance": share(part)} for option, part in search.importances.items()
+                {"option": name, "importance": share(part, 0)} for name, part in search.importances.items()
             ]
-            importances.shown = [_importances(search, f"{file}_importances")]
-            importances.folded = [Table(f"{file}_importances", CAPTIONS["importances_table"], rows)]
+            importances.shown = [Table(f"{file}_importances", CAPTIONS["importances"], rows)]
         else:
-            why = f"they take at least {TRIALS_FOR_IMPORTANCES} complete trials, found {len(search.complete)}"
+            why = f"they take at least {TRIALS_FOR_IMPORTANCES} complete trials, found {len(search.scores)}"
             importances.notes = [Note(f"Importances are missing: {why}.")]
         command = training_command(search, search.ranked[0])
         note = Note("The command is missing: it follows from environment.json of the best trial's run.")
@@ -127,7 +127,7 @@ def search_section(search: Search, number: int) -> Section:
 
 def _summary(search: Search) -> str:
     """The best trial in a sentence."""
-    states = [STATE_NAMES[trial.state] for trial in search.trials]
+    states = [STATE_NAMES.get(trial.state, "waiting") for trial in search.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     total = f"{counted(len(states), 'trial')} ({counts})"
     if not search.ranked:
@@ -136,7 +136,8 @@ def _summary(search: Search) -> str:
     run, values = search.run_of(best), [f"{option}={_short(best.params[option])}" for option in search.space]
     return (
         f"{total}. The best, trial {best.number}{f' ({run.tag})' if run else ''}, reaches a {search.metric} of "
-        f"{search.scores[best.number]:.2f} % with {listed(values)}. The test split has no part in a search."
+        f"{100 * search.scores[best.number]:.{DIGITS}f} % with {listed(values)}. "
+        "The test split has no part in a search."
     )
 
 
@@ -158,64 +159,52 @@ def trials_table(search: Search, name: str, caption: str, trials: Sequence[Froze
     rows: list[Row] = []
     for trial in trials:
         run, none = search.run_of(trial), absent("none")
-        row: Row = {"number": trial.number, "state": STATE_NAMES[trial.state]}
+        row: Row = {"number": trial.number, "state": STATE_NAMES.get(trial.state, "waiting")}
         row |= {option: _short(trial.params[option]) if option in trial.params else "" for option in search.space}
-        row |= {score: share(trial.value, none), "run": run.tag if run else none}
-        rows.append(row)
+        rows.append(row | {score: share(trial.value, DIGITS, none), "run": run.tag if run else none})
     titles = {"number": "Trial", score: "Score", **{option: option for option in search.space}}
     return Table(name, CAPTIONS[caption].format(metric=search.metric), rows, titles)
 
 
 def _history(search: Search, name: str) -> Figure:
     """Each trial's score, and the best so far."""
-    numbers, scores = list(search.scores), list(search.scores.values())
-    best = list(itertools.accumulate(scores, max))
-    canvas = new_canvas(2.6)
-    axes = canvas.subplots()
-    axes.plot(numbers, scores, "o", color=COLOURS[5], ms=4.5, label="trial")
-    last = search.trials[-1].number  # complete or not
-    axes.step([*numbers, last], [*best, best[-1]], where="post", color=COLOURS[0], label="best so far")
-    axes.set_xlabel("trial")
-    axes.set_ylabel(f"V{search.metric[1:]}, %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    canvas.legend(loc="outside upper left", ncols=2)
+    numbers, scores = list(search.scores), [100 * score for score in search.scores.values()]
+    best, last = list(itertools.accumulate(scores, max)), search.trials[-1].number  # complete or not
+
+    def draw(axes: Axes) -> None:
+        axes.plot(numbers, scores, "o", color=COLOURS[5], ms=4.5)
+        axes.step([*numbers, last], [*best, best[-1]], where="post", color=COLOURS[0])
+        axes.set(xlabel="trial", ylabel=f"{capital(search.metric)}, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
     caption = CAPTIONS["history"].format(metric=search.metric, search=search.name)
-    return finished(canvas, name, "Best score by trial", caption)
+    return figure(name, "Best score by trial", caption, [Panel("", draw)])
 
 
 def _scatter(search: Search, name: str) -> Figure:
     """Score against the values of each option, a panel each; the best trial has a ring."""
-    best, columns = search.ranked[0], 2 if len(search.space) == 4 else 3
-    canvas, grid = panels([""] * len(search.space), 2.3, 0.2, f"V{search.metric[1:]}, %", columns)
-    for axes, (option, drawn_from) in zip(grid, search.space.items(), strict=True):
-        place_of = _places(search, option, drawn_from, axes)
-        places = [place_of[trial.params[option]] for trial in search.complete]
-        axes.plot(places, list(search.scores.values()), "o", color=COLOURS[0], alpha=0.75)
-        ring(axes, place_of[best.params[option]], search.scores[best.number], COLOURS[1])
-        axes.set_xlabel(option)
+    complete, best = [trial for trial in search.trials if trial.number in search.scores], search.ranked[0]
+    scores = [100 * search.scores[trial.number] for trial in complete]
+
+    def panel(option: str, drawn_from: BaseDistribution) -> Panel:
+        def draw(axes: Axes) -> None:
+            place_of = _places([trial.params[option] for trial in complete], drawn_from, axes)
+            axes.plot([place_of[trial.params[option]] for trial in complete], scores, "o", color=COLOURS[0], alpha=0.75)
+            ring(axes, place_of[best.params[option]], 100 * search.scores[best.number], COLOURS[1])
+            axes.set(ylabel=f"{capital(search.metric)}, %", ylim=limits(scores, 0.1))
+
+        return Panel(option, draw)
+
     logarithmic = [option for option, drawn_from in search.space.items() if getattr(drawn_from, "log", False)]
     caption = CAPTIONS["scatter"].format(metric=search.metric)
     if logarithmic:
         caption += f" On a logarithmic axis, as they were drawn: {listed(logarithmic)}."
-    return finished(canvas, name, "Score against each option", caption)
+    return figure(name, "Score against each option", caption, [panel(*entry) for entry in search.space.items()])
 
 
-def _importances(search: Search, name: str) -> Figure:
-    """A bar for each option."""
-    canvas = new_canvas(0.55 + 0.27 * len(search.importances))
-    axes = canvas.subplots()
-    side_labels(axes, list(search.importances))
-    shares = [100 * share for share in search.importances.values()]
-    axes.barh(range(len(shares)), shares, height=0.6, color=COLOURS[0])
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("importance, % of the sum")
-    caption = CAPTIONS["importances"].format(share=per_cent(TOP_SHARE))
-    return finished(canvas, name, "Importance of each option", caption)
-
-
-def _places(search: Search, option: str, drawn_from: BaseDistribution, axes: Axes) -> dict[Any, float]:
+def _places(found: Sequence[Any], drawn_from: BaseDistribution, axes: Axes) -> dict[Any, float]:
     """Where each value of an option stands along x, which is made for them: by size, or side by side."""
-    values = list(dict.fromkeys(trial.params[option] for trial in search.complete))
+    values = list(dict.fromkeys(found))
     if isinstance(drawn_from, CategoricalDistribution):
         values.sort(key=lambda value: (isinstance(value, str), value))
         axes.set_xticks(range(len(values)), [excerpt(_short(value), 16) for value in values])

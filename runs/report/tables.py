@@ -2,132 +2,168 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from runs.report import table
-from runs.report.lines import METHODS, Dataset, Line, by_variant, method_title
-from runs.report.results import Pattern, ReportRun, versions_of
+from engine.stored_logits import labels_of, logit_columns_of, matrix_of
+from runs.report.lines import METHODS, Dataset, Line, method_title
+from runs.report.results import PUBLISHED_BACKBONE, Pattern, ReportRun, versions_of
 from runs.report.table import (
     MISSING,
     NOT_APPLICABLE,
-    NOT_MEASURED,
+    Cell,
     Row,
     Table,
     Value,
+    absent,
     interval,
     mean_std,
     points,
     share,
 )
-from runs.report.text import CAPTIONS, METRIC_TITLES, capital, dataset_title, without_home
+from runs.report.text import CAPTIONS, capital, dataset_title, digits_for, listed_runs, metric_title, without_home
 from runs.run_reader import flat_options
 from vilt.datasets.specs import DATASETS
 from vilt.missing_types import AVAILABLE
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
-PUBLISHED_TEST_ROWS = {"mmimdb": 7799, "food101": 22716}
-"""Rows of the test splits that published results are on, where the split is known."""
 SHARES = ["missing_rate", "image_available", "text_available"]
 CONFUSIONS_SHOWN = 10
+MATRIX_CLASSES = 30
+"""Most classes that a matrix of confusions has room for."""
 
 
 def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
     """All runs, whatever they lack. Those that are in none of `datasets` are trials of searches."""
-    counted = {run for dataset in datasets for run in dataset.runs}
+    dataset_of = {run: dataset for dataset in datasets for run in dataset.runs}
     repeats = {run for dataset in datasets for run in dataset.repeats}
     rows: list[Row] = []
     for one in runs:
-        run, is_trial = one.run, one not in counted
-        kind = "evaluation" if run.is_evaluation else "repeated" if one in repeats else "training"
-        untrained, untested = (NOT_APPLICABLE if why else MISSING for why in (run.is_evaluation, is_trial))
+        run, dataset = one.run, dataset_of.get(one)
+        kind = (
+            "evaluation" if run.is_evaluation else "repeated" if one in repeats else "training" if dataset else "trial"
+        )
+        untrained, untested = (NOT_APPLICABLE if why else MISSING for why in (run.is_evaluation, not dataset))
         rows.append(
             {
                 "run": one.tag,
-                "name": str(run.config["exp_name"]),
                 "method": method_title(run),
-                "dataset": dataset_title(run.dataset),
-                "trained_with": NOT_APPLICABLE if run.is_evaluation else str(one.pattern),
+                "dataset": dataset.name if dataset else dataset_title(run.dataset),
+                "trained_at": NOT_APPLICABLE if run.is_evaluation else str(one.pattern),
                 "seed": str(run.config["seed"]),
-                "kind": "trial" if is_trial else kind,
-                "best_validation": share(run.best_validation, untrained),
-                "test": share(one.test_score, untested),
-                "robustness": "yes" if one.robustness else NOT_APPLICABLE if is_trial else untrained,
+                "kind": kind,
+                "best_validation": share(run.best_validation, dataset.digits if dataset else 1, untrained),
+                "test": share(one.test_score, dataset.digits if dataset else 1, untested),
+                "robustness": "yes" if one.robustness else untrained if dataset else NOT_APPLICABLE,
                 "date": f"{run.started:%Y-%m-%d}",
                 "folder": one.place,
             }
         )
-    return Table("runs", CAPTIONS["runs"], rows, {"robustness": "Robustness results"})
+    return Table("runs", CAPTIONS["runs"], rows, {"best_validation": "Validation"})
 
 
 def versions_table(runs: Sequence[ReportRun]) -> Table:
-    """Packages, machine and commit, a column per run."""
+    """Packages, machine and commit: a row per version, with the runs that have it."""
     versions = {run.tag: versions_of(run.environment) if run.environment else {} for run in runs}
-    names = dict.fromkeys(name for of_run in versions.values() for name in of_run)
-    rows = [{"what": name, **{tag: found.get(name, MISSING) for tag, found in versions.items()}} for name in names]
-    return Table("versions", CAPTIONS["versions"], rows, {"what": ""})
+    return Table("versions", CAPTIONS["versions"], [{"what": what, **row} for what, row in _by_value(versions)])
 
 
 def options_table(runs: Sequence[ReportRun], defaults: dict[str, Any]) -> Table:
-    """The options in which a run differs from the defaults, a column per run."""
-    configs = {"default": defaults, **{run.tag: run.run.config for run in runs}}
-    frame = pd.DataFrame({name: pd.Series(flat_options(config)).map(_option_text) for name, config in configs.items()})
-    frame = frame.reindex(dict.fromkeys(name for run in runs for name in flat_options(run.run.config)))
-    differs = frame.fillna("").ne(frame["default"].fillna(""), axis=0)
-    frame, differs = frame[differs.any(axis=1)], differs[differs.any(axis=1)]
-    texts = frame.astype(object).where(frame.notna(), NOT_APPLICABLE)
-    rows: list[Row] = [{"option": name, **row} for name, row in texts.to_dict("index").items()]
-    strong = {(number, tag) for number, row in enumerate(differs.to_dict("records")) for tag in row if row[tag]}
-    return Table("options", CAPTIONS["options"], rows, strong=strong)
+    """The options in which runs differ from the defaults: a row per value, with the runs that have it."""
+    configs = {run.tag: _option_texts(run.run.config) for run in runs}
+    default = _option_texts(defaults)
+    rows = [
+        {"option": name, "default": default.get(name, NOT_APPLICABLE), **row}
+        for name, row in _by_value(configs)
+        if row["value"] != default.get(name, "none")
+    ]
+    return Table("options", CAPTIONS["options"], rows)
 
 
-def _option_text(value: Any) -> str:
-    """An option's value as text; nothing and None are the same, as are 1 and 1.0."""
-    if value is None or value == "":
-        return "none"
-    return f"{value:.12g}" if isinstance(value, float) else without_home(str(value))
+def _option_texts(config: dict[str, Any]) -> dict[str, str]:
+    """Options by name; nothing and None are the same, as are 1 and 1.0."""
+    return {
+        name: "none"
+        if value in (None, "")
+        else f"{value:.12g}"
+        if isinstance(value, float)
+        else without_home(str(value))
+        for name, value in flat_options(config).items()
+    }
+
+
+def _by_value(of_run: Mapping[str, Mapping[str, str]]) -> list[tuple[str, dict[str, str]]]:
+    """(name, value with its runs), by name: tables that have as many columns however many runs there are."""
+    tags: dict[str, dict[str, list[str]]] = {}
+    for tag, values in of_run.items():
+        for name, value in values.items():
+            tags.setdefault(name, {}).setdefault(value, []).append(tag)
+    return [
+        (name, {"value": value, "runs": "all" if len(having) == len(of_run) > 1 else listed_runs(having)})
+        for name, by_value in tags.items()
+        for value, having in by_value.items()
+    ]
 
 
 def comparison_table(dataset: Dataset) -> Table:
-    """A row per variant: trainable parameters, time of a training, and the metric at each training pattern."""
-    patterns = dict.fromkeys(line.pattern for lines in dataset.compared.values() for line in lines)
-    at = {(variant, line.pattern): line for variant, lines in dataset.compared.items() for line in lines}
-    rows: list[Row] = []
-    strong = set()
-    for number, (variant, lines) in enumerate(dataset.compared.items()):
-        seeds = sorted({len(line.runs) for line in lines})
-        costs = {
-            "trained_parameters": _cost(lines, "trained_parameters", "{:,.0f}"),
-            "training_minutes": _cost(lines, "training_seconds", "{:,.1f}", 60),
+    """A row per training pattern and line: the metric there, trainable parameters, and time of a training."""
+    rows: list[Row] = [
+        {
+            "trained_at": str(pattern),
+            "method": line.variant,
+            dataset.spec.monitor: mean_std(line.at_own_pattern, dataset.digits),
+            "training_seeds": len(line.runs),
+            "trained_parameters": _cost(line, "trained_parameters", "{:,.0f}"),
+            "training_minutes": _cost(line, "training_seconds", "{:,.1f}", 60),
         }
-        rows.append({"method": variant, **costs, "seeds": "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))})
-        for pattern in patterns:
-            found = at[variant, pattern].at_own_pattern if (variant, pattern) in at else None
-            rows[-1][f"trained at {pattern}"] = mean_std(found)
-            best = max(line.at_own_pattern.order for (_, p), line in at.items() if p == pattern and line.at_own_pattern)
-            strong |= {(number, f"trained at {pattern}")} if found and found.mean == best else set()
+        for pattern, lines in dataset.compared.items()
+        for line in lines
+    ]
+    blank = dict.fromkeys(rows[0], NOT_APPLICABLE) if rows else {}
+    for answer, metrics in dataset.baselines.items():
+        rows.append(
+            {**blank, "method": answer, dataset.spec.monitor: share(metrics[dataset.spec.monitor], dataset.digits)}
+        )
     titles = {"trained_parameters": "Trainable parameters", "training_minutes": "Minutes"}
-    return Table(f"comparison_{dataset.key}", dataset.caption("comparison"), rows, titles, strong)
+    titles[dataset.spec.monitor] = capital(dataset.metric_title)
+    return Table(f"comparison_{dataset.key}", dataset.caption("comparison"), rows, titles)
 
 
-def _cost(lines: Sequence[Line], name: str, form: str, unit: float = 1) -> Value:
+def _cost(line: Line, name: str, form: str, unit: float = 1) -> Cell:
     """Mean of what test results say of the cost of their training."""
-    tests = [run.run.test for line in lines for run in line.runs if run.run.test is not None]
-    found = [float(test[name]) / unit for test in tests if test.get(name)]
-    return form.format(statistics.fmean(found)) if found else NOT_MEASURED
+    found = [run.run.test[name] / unit for run in line.runs if run.run.test is not None and run.run.test.get(name)]
+    mean = statistics.fmean(found) if found else None
+    return absent("not measured") if mean is None else Cell(form.format(mean), {"": mean})
 
 
 def matrix_table(dataset: Dataset) -> Table:
-    """Missing type × ratio, a column per line."""
+    """A row per line and missing type, a column per missing ratio; the darker the better. In CSV a row per pattern."""
+    every = [found.mean for line in dataset.measured for found in line.matrix.values()]
+    low, width = min(every, default=0), (max(every, default=0) - min(every, default=0)) or 1
+    patterns = list(dict.fromkeys(pattern for line in dataset.measured for pattern in line.matrix))
     rows: list[Row] = []
-    for pattern in dict.fromkeys(pattern for line in dataset.measured for pattern in line.matrix):
+    for line in dataset.measured:
+        for kind in dict.fromkeys(pattern.kind for pattern in line.matrix):
+            rows.append({"method": line.label, "missing_type": kind})
+            rows[-1] |= {f"{100 * ratio:g} %": NOT_APPLICABLE for ratio in sorted({p.ratio for p in patterns})}
+            for pattern, found in line.matrix.items():
+                if pattern.kind == kind:
+                    cell = mean_std(found, dataset.digits)
+                    rows[-1][f"{100 * pattern.ratio:g} %"] = replace(cell, shade=(found.mean - low) / width)
+            rows[-1]["deviation_over"] = next((spread.over for spread in line.spreads.values()), "") or "one run"
+    long: list[Row] = []
+    for pattern in patterns:
         shares = {f"{name}{AVAILABLE}": 100 * available for name, available in pattern.available.items()}
-        values = {line.label: mean_std(line.matrix.get(pattern)) for line in dataset.measured}
-        rows.append({"missing_type": pattern.kind, "missing_ratio": 100 * pattern.ratio, **shares, **values})
-    return Table(f"matrix_{dataset.key}", dataset.caption("matrix"), rows)
+        values = {line.label: mean_std(line.matrix.get(pattern), dataset.digits) for line in dataset.measured}
+        long.append({"missing_type": pattern.kind, "missing_ratio": 100 * pattern.ratio, **shares, **values})
+    return Table(f"matrix_{dataset.key}", dataset.caption("matrix"), rows, {"deviation_over": "± over"}, long)
 
 
 def read_published(task: str) -> pd.DataFrame:
@@ -138,26 +174,38 @@ def read_published(task: str) -> pd.DataFrame:
 
 
 def published_table(dataset: Dataset) -> Table:
-    """The layout of the published Table 1, ours beside it.
-
-    Ours is what runs reach that were trained at the row's pattern, evaluated at that pattern, as in the published
-    table. The difference is to the published method of the same name.
-    """
+    """The published Table 1."""
     rows: list[Row] = []
-    strong = set()
-    for number, row in enumerate(read_published(dataset.key).to_dict("records")):
-        strong |= {(number, method) for method in METHODS if row[method] == max(row[name] for name in METHODS)}
-        shares = {name.replace("rate", "ratio"): 100 * row[name] for name in SHARES}
-        rows.append({"dataset": dataset.title, **shares, **{method: f"{row[method]:.2f}" for method in METHODS}})
-        for variant, lines in by_variant(dataset.lines).items():
-            measured = (line.at_own_pattern for line in lines if is_row(line.pattern, row))
-            ours = next((found for found in measured if found), None)
-            theirs = row.get(method_title(lines[0].runs[0].run))
-            difference = table.absent("not published") if theirs is None else NOT_APPLICABLE
-            if ours and theirs is not None:
-                difference = points(100 * ours.mean - theirs)
-            rows[-1] |= {f"{variant} (ours)": mean_std(ours), f"{variant} difference": difference}
-    return Table(f"published_{dataset.key}", dataset.caption("published"), rows, strong=strong)
+    for row in read_published(dataset.key).to_dict("records"):
+        rows.append({name.replace("rate", "ratio"): 100 * row[name] for name in SHARES})
+        best = max(row[name] for name in METHODS)
+        rows[-1] |= {name: Cell(f"{row[name]:.2f}", {"": row[name]}, strong=row[name] == best) for name in METHODS}
+    return Table(f"published_{dataset.key}", dataset.caption("published"), rows)
+
+
+def ours_table(dataset: Dataset) -> Table:
+    """What lines reach that were trained at a pattern of the published table, evaluated at that pattern, as there. The
+    difference is to the published method of the same name, for the published test split and backbone alone."""
+    rows: list[Row] = []
+    for row in read_published(dataset.key).to_dict("records"):
+        for line in dataset.lines:
+            if not is_row(line.pattern, row) or (ours := line.at_own_pattern) is None:
+                continue
+            theirs: float | None = row.get(method_title(line.runs[0].run))
+            published: Value = NOT_APPLICABLE if theirs is None else Cell(f"{theirs:.2f}", {"": theirs})
+            backbones = {run.backbone for run in line.runs}
+            if theirs is None:
+                difference = absent("not published")
+            elif not dataset.is_published:
+                difference = absent("other data" if dataset.test_rows else "test split not known")
+            elif backbones != {PUBLISHED_BACKBONE}:
+                difference = absent("backbone not known" if None in backbones else "other backbone")
+            else:
+                difference = points(ours.mean - theirs / 100, dataset.digits)
+            of_line: Row = {"trained_at": str(line.pattern), "method": line.variant, "training_seeds": len(line.runs)}
+            ours_cell = mean_std(ours, dataset.digits)
+            rows.append({**of_line, "ours": ours_cell, "published": published, "difference": difference})
+    return Table(f"ours_{dataset.key}", dataset.caption("ours"), rows)
 
 
 def is_row(pattern: Pattern, row: dict[Any, Any]) -> bool:
@@ -168,16 +216,22 @@ def is_row(pattern: Pattern, row: dict[Any, Any]) -> bool:
 
 def confidence_table(dataset: Dataset) -> Table:
     """Every metric of every run where all samples are of one missing type."""
-    results = [(line, run, found) for line, run, found in dataset.results if found.resamples]
+    results = [(line, run, found) for line, run, found in dataset.results if found.raw["confidence"]["resamples"]]
     rows: list[Row] = []
     for line, run, found in results:
         for name, of_type in found.by_type.groupby("type", sort=False):
-            cells = {row.metric: interval(row.value, row.low, row.high) for row in of_type.itertuples()}
             of_run: Row = {"method": line.label, "run": run.tag, "seed": str(run.run.config["seed"])}
+            cells = {row.metric: interval(row.value, row.low, row.high, dataset.digits) for row in of_type.itertuples()}
             rows.append(of_run | {"test_samples_are": str(name)} | cells)
-    levels = sorted({(found.level, found.resamples) for _, _, found in results})
+    for answer, metrics in dataset.baselines.items() if rows else ():
+        of_answer: Row = {**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer}
+        cells = {name: interval(value, math.nan, math.nan, dataset.digits) for name, value in metrics.items()}
+        rows.append(of_answer | cells)
+    levels = sorted(
+        {tuple(found.raw["confidence"][name] for name in ("level", "resamples")) for _, _, found in results}
+    )
     how = " or ".join(f"{100 * level:g} % from {resamples:,} resamples" for level, resamples in levels)
-    titles = {name: capital(title) for name, title in METRIC_TITLES.items()}
+    titles = {name: capital(metric_title(name)) for _, _, found in results for name in found.raw["metrics"]}
     return Table(f"confidence_{dataset.key}", dataset.caption("confidence", how=how), rows, titles)
 
 
@@ -189,20 +243,34 @@ def per_class_table(dataset: Dataset) -> Table:
         for name, support in line.support.items():
             rows.append({"method": line.label, "class": name, "support": support})
             for score, kind in scores:
-                rows[-1][f"{score} {kind}".replace(" ", "_")] = mean_std(line.by_class.get((name, score, kind)))
+                cell = mean_std(line.by_class.get((name, score, kind)), digits_for(support))
+                rows[-1][f"{score} {kind}".replace(" ", "_")] = cell
     return Table(f"per_class_{dataset.key}", dataset.caption("per_class"), rows, {"support": "Samples"})
 
 
 def confusion_table(dataset: Dataset) -> Table:
-    """The most frequent confusions of the first run of each line."""
-    rows: list[Row] = []
-    for line in dataset.measured:
-        run, found = line.results[0]
-        for name in dataset.spec.type_names:
-            pairs = found.confusions[found.confusions.type == name].sort_values("count", ascending=False, kind="stable")
-            for pair in pairs.head(CONFUSIONS_SHOWN).to_dict("records"):
-                row: Row = {"method": line.label, "run": run.tag, "test_samples_are": name}
-                row |= {"true": pair["true"], "predicted": pair["predicted"]}
-                rows.append({**row, "count": int(pair["count"]), "share": share(pair["share"])})
-    caption = dataset.caption("confusions", shown=CONFUSIONS_SHOWN)
-    return Table(f"confusions_{dataset.key}", caption, rows, {"true": "True class", "count": "Samples"})
+    """Of the best line's first run: how often each class is taken for which, for up to MATRIX_CLASSES classes; else, or
+    where there are no logits, the most frequent confusions."""
+    line, spec = dataset.headline, dataset.spec
+    run, found = line.results[0]
+    name, facts = f"confusions_{dataset.key}", {"line": line.label, "run": run.tag}
+    titles, rows = {"true": "True class", "count": "Samples"}, []
+    if found.logits is None or spec.n_classes > MATRIX_CLASSES:
+        for type_name in spec.type_names:
+            pairs = found.confusions[found.confusions.type == type_name]
+            for pair in pairs.sort_values("count", ascending=False, kind="stable").head(CONFUSIONS_SHOWN).itertuples():
+                row: Row = {"test_samples_are": type_name, "true": str(pair.true), "predicted": str(pair.predicted)}
+                rows.append(row | {"count": int(pair.count), "share": share(pair.share, 0)})
+        return Table(name, dataset.caption("confusions", shown=CONFUSIONS_SHOWN, **facts), rows, titles)
+    labels = torch.from_numpy(labels_of(found.logits, spec))
+    for type_name, column in zip(spec.type_names, logit_columns_of(spec), strict=True):
+        logits_NC = torch.from_numpy(matrix_of(found.logits[column], spec.n_classes))
+        counts_CC = multiclass_confusion_matrix(logits_NC.argmax(-1), labels, spec.n_classes).numpy()
+        shares_CC = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
+        for true, class_name in enumerate(found.raw["class_names"]):
+            rows.append({"test_samples_are": type_name, "true": f"{true + 1}. {class_name}"})
+            for number, (count, part) in enumerate(zip(counts_CC[true], shares_CC[true], strict=True)):
+                cell = Cell(str(count), {"": str(count)}, strong=number == true, shade=float(part))
+                rows[-1][f"as_{number + 1}"] = cell
+    titles |= {f"as_{number}": str(number) for number in range(1, spec.n_classes + 1)}
+    return Table(name, dataset.caption("confusion_matrix", **facts), rows, titles)

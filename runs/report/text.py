@@ -6,34 +6,34 @@ import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from common.text import Estimate
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import DATASETS
 
-METRIC_TITLES = {
-    **{name: name.replace("f1_", "F1-") for name in ("f1_macro", "f1_micro", "f1_samples", "f1_weighted")},
-    "accuracy": "accuracy",
-    "auroc": "AUROC",
-}
 CAPTIONS = tomllib.loads((Path(__file__).parent / "templates" / "captions.toml").read_text("utf-8"))
 _NAME = r"[^/\\\\\s\"',;:]+"
 _HOME = re.compile(rf"(?<![\w.~-])(?:/home/{_NAME}|/Users/{_NAME}|/root(?![\w.-])|[A-Za-z]:\\+Users\\+{_NAME})")
 
 
-def dataset_title(task: str) -> str:
+def metric_title(name: str) -> str:
+    """As texts and figures name a metric."""
+    return {"auroc": "AUROC"}.get(name, name.replace("f1_", "F1-").replace("_", " "))
+
+
+def dataset_title(key: str) -> str:
     """As texts and figures name the dataset; a custom one is called what its spec.yaml says."""
-    return DATASETS[task].title if task in DATASETS else task.removeprefix(f"{CUSTOM}_")
+    return DATASETS[key].title if key in DATASETS else key.removeprefix(f"{CUSTOM}_")
 
 
-def percent(share: float) -> str:
-    """A fraction in per cent with two decimals, without the sign."""
-    return f"{100 * share:.2f}" if math.isfinite(share) else "undefined"
+def digits_for(samples: int) -> int:
+    """Decimals of per cent that a result on so many test samples has: its standard error is about 50 % / √samples."""
+    return 2 if samples >= 1000 else 1 if samples >= 100 else 0
 
 
-def spread(value: Estimate) -> str:
-    """Mean ± deviation in per cent; the deviation only where there is one."""
-    return value.text(digits=2, factor=100)
+def percent(share: float, digits: int) -> str:
+    """A fraction in per cent, without the sign."""
+    return f"{100 * share:.{digits}f}" if math.isfinite(share) else "undefined"
 
 
 def without_home(text: str) -> str:
@@ -51,6 +51,17 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def listed_runs(tags: Sequence[str]) -> str:
+    """`R1, R3 to R5`: tags of runs, those that follow each other as a range."""
+    ranges: list[list[int]] = []
+    for number in sorted(int(tag[1:]) for tag in tags):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    return ", ".join(f"R{first}" if not more else f"R{first} to R{more[-1]}" for first, *more in ranges)
+
+
 def without(type_name: str) -> str:
     """A missing type as `complete`, `without text`."""
     return f"without {lacking}" if (lacking := type_name.removesuffix(" missing")) != type_name else type_name
@@ -66,6 +77,11 @@ def excerpt(text: str, length: int) -> str:
     """The start of `text` in at most `length` characters, cut between words."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{textwrap.wrap(text, length - 1)[0]}…"
+
+
+def option_text(name: str, value: Any) -> str:
+    """An option that sets a method apart, in few words: `memory_length 12`; of a path its end."""
+    return f"{name} {excerpt(str(value).rstrip('/').rsplit('/')[-1], 24)}"
 
 
 def counted(number: int, noun: str) -> str:

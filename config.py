@@ -228,22 +228,25 @@ class Options:
     test_exp_name: str | None = option(None, optional(folder_name), RUN, "name of the folder of a test_only run")
 
     robustness_types: tuple[str, ...] = option(
-        MISSING_TYPES, MissingTypeReader(several, MISSING_TYPES), COMMAND, "robustness: missing types")
+        MISSING_TYPES, MissingTypeReader(several, MISSING_TYPES), COMMAND, "robustness, compare: missing types")
     robustness_ratios: tuple[float, ...] = option(
-        [tenths / 10 for tenths in range(11)], several(number(0, 1)), COMMAND, "robustness: missing ratios")
+        [tenths / 10 for tenths in range(11)], several(number(0, 1)), COMMAND,
+        "robustness, compare: missing ratios; without them compare has 0, 1 and that of the training")
     robustness_both_ratios: tuple[float, ...] | None = option(
         None, optional(several(number(0, 1))), COMMAND, "robustness: values of both_ratio; None: both_ratio alone")
     robustness_seeds: tuple[int, ...] = option(
-        [0, 1, 2, 3, 4], several(SEED), COMMAND, "robustness: seeds of the missing tables")
+        [0, 1, 2, 3, 4], several(SEED), COMMAND, "robustness, compare: seeds of the missing tables")
     bootstrap: int = option(
-        1000, integer(0), COMMAND, "robustness: resamples behind the confidence intervals; 0: no intervals")
+        1000, integer(0), COMMAND, "robustness, compare: resamples behind confidence intervals; 0: no intervals")
+    permutations: int = option(10_000, integer(1), COMMAND, "compare: how many, at most, are behind a p-value")
     robustness_anew: bool = option(
         False, flag, COMMAND, "robustness: replace stored logits that do not fit checkpoint, test set or precision")
     runs_sort: str = option("date", sort_order, COMMAND, "runs: column to sort by; -date: the other way round")
     input: Path | None = option(
         None, optional(path), COMMAND, "predict: table with image, text and maybe id, or a folder of images and texts")
     output: Path = option("predictions.csv", file_of(".csv", ".jsonl"), COMMAND, "predict: file to write")
-    runs: tuple[Path, ...] = option("result", several(path, texts=True), COMMAND, "report: runs, or folders of them")
+    runs: tuple[Path, ...] = option(
+        "result", several(path, texts=True), COMMAND, "report, compare: runs, or folders of them")
     out: Path = option("report", path, COMMAND, "report: folder to write")
 
     sweep_name: str = option("sweep", folder_name, COMMAND, "sweep: name of its folder, below log_dir")

@@ -1,8 +1,9 @@
 """Training and evaluation of REP: `python run.py with task_finetune_mmimdb data_root=… exp_name=…`.
 
 `python run.py robustness with load_path=…` evaluates at every missing type and ratio; `python run.py runs` lists runs;
-`python run.py report with runs=…` writes a page about them; `python run.py print_config` shows the options;
-`python run.py doctor with …` checks, before a long run, that all it needs is there and intact.
+`python run.py report with runs=…` writes a page about them; `python run.py compare with runs=…` says which differ;
+`python run.py print_config` shows the options; `python run.py doctor with …` checks, before a long run, that all it
+needs is there and intact.
 Exit status: 0 done, 2 something the user can correct, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM.
 """
 
@@ -72,6 +73,15 @@ def runs(_config: dict[str, Any]) -> None:
     rows = sort_runs(list_runs(log_dir), options["runs_sort"])
     write_runs(rows, log_dir / "runs.csv")
     print(f"\n{describe_runs(rows, log_dir)}\nwritten to {log_dir / 'runs.csv'}\n")
+
+
+@EX.command(unobserved=True)
+def compare(_config: dict[str, Any], _run: Any) -> None:
+    """Prints which methods differ significantly, from the logits that robustness stored of `runs`; as JSON too."""
+    from runs.compare_text import compare_places
+
+    set_up_logging()
+    print(compare_places(_config, given_options(_run)))
 
 
 @EX.command(unobserved=True)

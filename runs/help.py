@@ -46,7 +46,7 @@ def help_on(command: str, commands: Mapping[str, Callable[..., Any]], about: str
         "",
         *textwrap.wrap(inspect.getdoc(commands[command]) or "", 100),
     ]
-    own = [name for name, option in OPTIONS.items() if option.help.startswith(f"{command}: ")]
+    own = [name for name, option in OPTIONS.items() if command in option.help.partition(":")[0].split(", ")]
     lines += ["", *_options(own)]
     wanted = OTHERS.get(command, ())
     lines += _options([name for name in wanted if name in OPTIONS and name not in own])

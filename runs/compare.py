@@ -1,0 +1,230 @@
+"""Which methods differ, from the stored logits of their runs, sample by sample.
+
+Compared are lines of runs (`runs/lines.py`) on one test set that were trained at the same pattern: nothing else is like
+for like. Of each pair of lines the runs of the same training seed are paired.
+"""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import ConfigError, DataError
+from common.hashing import file_sha256
+from common.strict_json import read_json
+from common.text import estimate, pattern_text
+from engine.baselines import baselines
+from engine.sample_statistics import LEVEL, bootstrap
+from engine.significance import Difference, difference_interval, holm, permutation_p
+from engine.stored_logits import read_split
+from engine.tasks import Task, task_of
+from runs.lines import RunLine, lines_of
+from runs.run_reader import Run
+from vilt.datasets.specs import DatasetSpec
+from vilt.missing_tables import MissingPattern, draw_missing_table, read_kept_table
+
+log = logging.getLogger("rep")
+
+Pattern = tuple[str, float, float]
+"""Missing type, ratio and both_ratio."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compare."""
+
+    table_seeds: tuple[int, ...]
+    resamples: int
+    permutations: int
+    types: tuple[str, ...] | None = None
+    """Missing types to evaluate at; None for all."""
+    ratios: tuple[float, ...] | None = None
+    """Missing ratios; None for 0, 1, and that of the training."""
+    both_ratio: float = 0.5
+    missing_table_root: Path | None = None
+    """Where tables are kept; None for where the first run has them. Others are drawn, and not kept."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two lines at one pattern."""
+
+    one: int
+    """Places in `Group.labels`."""
+    other: int
+    pattern: Pattern
+    values: tuple[float, float]
+    """The metric of each, the mean over seeds and missing tables."""
+    difference: Difference
+    """Of the first minus the second."""
+    of_seeds: tuple[float, ...]
+    """The difference of each pair of runs."""
+    p_corrected: float = field(default=float("nan"))
+    """By Holm, for the number of comparisons made together."""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the corrected p is at most 1 - LEVEL, and 0 is outside of the interval, which is over seeds too."""
+        outside = self.difference.low > 0 or self.difference.high < 0
+        return self.p_corrected <= 1 - LEVEL and outside
+
+    @property
+    def better(self) -> int | None:
+        """The place of the line that is significantly better."""
+        return None if not self.significant else self.one if self.difference.value > 0 else self.other
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Lines of one test set and training pattern, with all their comparisons."""
+
+    dataset: str
+    task: Task
+    trained_at: Pattern
+    lines: list[RunLine[Run]]
+    labels: list[str]
+    """Of the lines: the method, with the options that set it apart."""
+    samples: int
+    baselines: dict[str, dict[str, Any]]
+    comparisons: list[Comparison]
+
+    def best(self, pattern: Pattern) -> int | None:
+        """The line that is significantly better than each other one at a pattern: what a table may print bold."""
+        better = [each.better for each in self.comparisons if each.pattern == pattern]
+        places = range(len(self.lines))
+        return next((place for place in places if better.count(place) == len(self.lines) - 1), None)
+
+
+class _Stored:
+    """The logits of a run."""
+
+    def __init__(self, run: Run) -> None:
+        path, best = logits_path(run), run.folder / "best.ckpt"
+        self.split, self.names, described = read_split(path, run.spec)
+        if best.is_file() and described.get("checkpoint_sha256") != file_sha256(best):
+            raise DataError(f"{path}: logits of another checkpoint than {best}; `run.py robustness` makes them again")
+        self.run = run
+
+    @cached_property
+    def test_set(self) -> tuple[object, ...]:
+        """Equal for logits of the same samples with the same labels."""
+        split = self.split
+        return self.names, split.row_of_sample_N.tobytes(), split.labels.numpy().tobytes()
+
+    def at(self, task: Task, tables: Sequence[np.ndarray], resamples: int) -> tuple[float, Tensor]:
+        """The task's metric, the mean over tables, and its values (R,) in resamples of the test samples."""
+        found = estimate([task.metrics(self.split.at(table), self.split.labels)[task.monitor] for table in tables])
+        assert found is not None
+        values_KR = bootstrap(task.metrics.measures[task.monitor], self.split, tables, resamples)
+        return found.mean, values_KR.nanmean(0)
+
+
+def pattern_title(pattern: Pattern) -> str:
+    """As tables have it."""
+    return pattern_text(*pattern) if pattern[1] else "complete"
+
+
+def logits_path(run: Run) -> Path:
+    """Where the logits of a run are stored."""
+    return run.folder / "robustness" / "logits.arrow"
+
+
+def compare_runs(runs: Sequence[Run], settings: Settings) -> list[Group]:
+    """All comparisons of lines of runs that are like for like, corrected for how many they are together.
+
+    Runs without stored logits are left out.
+
+    Raises:
+        ConfigError: a missing type is none of a dataset's.
+        DataError: logits are damaged, of another checkpoint, or of other test samples than others of the dataset.
+    """
+    with_logits = [run for run in runs if not run.is_evaluation and logits_path(run).is_file()]
+    by_pattern: dict[tuple[str, Pattern], list[RunLine[Run]]] = {}
+    for line in lines_of(with_logits, lambda run: run):
+        run = line.items[0]
+        by_pattern.setdefault((run.dataset, run.pattern), []).append(line)
+    groups = [
+        _group(dataset, trained_at, lines, settings)
+        for (dataset, trained_at), lines in by_pattern.items()
+        if len(lines) > 1
+    ]
+    corrected = iter(holm([each.difference.p for group in groups for each in group.comparisons]))
+    for group in groups:
+        group.comparisons[:] = [replace(each, p_corrected=next(corrected)) for each in group.comparisons]
+    return groups
+
+
+def _group(dataset: str, trained_at: Pattern, lines: list[RunLine[Run]], settings: Settings) -> Group:
+    run = lines[0].items[0]
+    spec, task = run.spec, task_of(run.config["task"], run.custom)
+    stored = [{run.config["seed"]: _Stored(run) for run in line.items} for line in lines]
+    first = next(iter(stored[0].values()))
+    for each in (each for of_line in stored for each in of_line.values()):
+        if each.test_set != first.test_set:
+            said = f"logits of other test samples than {logits_path(first.run)}; compare each test set by itself"
+            raise DataError(f"{logits_path(each.run)}: {said}")
+    measure, comparisons = task.metrics.measures[task.monitor], []
+    for pattern in _patterns(spec, trained_at, settings):
+        tables = _tables(first, pattern, settings)
+        found = [{seed: each.at(task, tables, settings.resamples) for seed, each in of.items()} for of in stored]
+        for one, other in itertools.combinations(range(len(lines)), 2):
+            seeds = _paired(list(stored[one]), list(stored[other]))
+            values = [(found[one][a][0], found[other][b][0]) for a, b in seeds]
+            of_seeds = tuple(a - b for a, b in values)
+            value = sum(of_seeds) / len(seeds)
+            resampled_SR = torch.stack([found[one][a][1] - found[other][b][1] for a, b in seeds])
+            low, high = difference_interval(resampled_SR, value, first.split.units)
+            pairs = [(stored[one][a].split, stored[other][b].split) for a, b in seeds]
+            p = permutation_p(measure, pairs, tables, value, settings.permutations)
+            mine, theirs = (sum(side) / len(seeds) for side in zip(*values, strict=True))
+            difference = Difference(value, low, high, p)
+            comparisons.append(Comparison(one, other, pattern, (mine, theirs), difference, of_seeds))
+        log.info("%s: %s compared", dataset, pattern_title(pattern))
+    labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
+    of_constants = baselines(task, first.split.labels, _class_names(first.run))
+    return Group(dataset, task, trained_at, lines, labels, len(first.names), of_constants, comparisons)
+
+
+def _class_names(run: Run) -> Sequence[str]:
+    """Those of the dataset, else of the robustness results beside the logits, else numbers."""
+    if run.spec.class_names is not None:
+        return run.spec.class_names
+    path = logits_path(run).with_name("robustness.json")
+    found = read_json(path).get("class_names") if path.is_file() else None
+    numbers = [str(number) for number in range(run.spec.n_classes)]
+    return found if isinstance(found, list) and len(found) == len(numbers) else numbers
+
+
+def _paired(one: list[int], other: list[int]) -> list[tuple[int, int]]:
+    """The training seeds that both lines have; without any, the lowest ones of each."""
+    common = [seed for seed in one if seed in other]
+    return [(seed, seed) for seed in common] or list(zip(one, other, strict=False))
+
+
+def _patterns(spec: DatasetSpec, trained_at: Pattern, settings: Settings) -> list[Pattern]:
+    """Each pattern once: where nothing is missing, all missing types are one."""
+    types = settings.types or spec.missing_types
+    if unknown := [name for name in types if name not in spec.missing_types]:
+        raise ConfigError(f"robustness_types: expected {' or '.join(spec.missing_types)}, found {unknown[0]}")
+    ratios = settings.ratios or sorted({0.0, trained_at[1], 1.0})
+    patterns = [(name, ratio, settings.both_ratio) for name in types for ratio in ratios if ratio]
+    return [*([(types[0], 0.0, settings.both_ratio)] if 0 in ratios else []), *patterns]
+
+
+def _tables(stored: _Stored, pattern: Pattern, settings: Settings) -> list[np.ndarray]:
+    """The missing tables of all table seeds; one, where they are all the same."""
+    root = settings.missing_table_root or Path(str(stored.run.config.get("missing_table_root", "")))
+    task, rows = stored.run.config["task"], stored.split.table_rows
+    tables = []
+    for seed in settings.table_seeds:
+        described = MissingPattern(*pattern, seed)
+        kept = read_kept_table(root, task, "test", described, rows)
+        tables.append(draw_missing_table(task, "test", described, rows) if kept is None else kept)
+    return tables[:1] if all(np.array_equal(table, tables[0]) for table in tables) else tables

@@ -1,0 +1,157 @@
+"""`run.py compare`: what differs significantly, as tables for the terminal and as JSON."""
+
+import itertools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from common.errors import ConfigError, DataError, reason_of
+from common.readers import integer, several, text
+from common.strict_json import write_json
+from common.text import figure, pattern_text, per_cent, terminal_table
+from engine.baselines import baseline_text
+from engine.sample_statistics import LEVEL
+from runs.check_options import read_options
+from runs.compare import Group, Settings, compare_runs, logits_path, pattern_title
+from runs.run_reader import find_runs
+
+log = logging.getLogger("rep")
+
+FORMAT = 1
+
+
+def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
+    """Compares the runs in and below `runs`; writes `compare.json` into the first place, and gives it as text.
+
+    Raises:
+        ConfigError: an option is wrong, or there are no two lines of runs to compare.
+        DataError: a file is damaged, or cannot be written.
+    """
+    names = ("runs", "robustness_seeds", "robustness_ratios", "both_ratio", "missing_table_root", "bootstrap")
+    options = read_options(config, [*names, "permutations"])
+    places = options["runs"]
+    settings = Settings(
+        options["robustness_seeds"],
+        integer(1)("bootstrap", options["bootstrap"]),
+        options["permutations"],
+        several(text)("robustness_types", config["robustness_types"]) if "robustness_types" in given else None,
+        options["robustness_ratios"] if "robustness_ratios" in given else None,
+        options["both_ratio"],
+        options["missing_table_root"] if "missing_table_root" in given else None,
+    )
+    runs, damaged = find_runs(*places)
+    for error in damaged.values():
+        log.warning("left out: %s", error)
+    without = [run.folder for run in runs if not run.is_evaluation and not logits_path(run).is_file()]
+    if without:
+        log.warning("without stored logits, and left out: %s", ", ".join(map(str, without)))
+    groups = compare_runs(runs, settings)
+    if not groups:
+        where = ", ".join(map(str, places))
+        raise ConfigError(
+            f"runs: expected two configurations or more in {where} that were trained at one pattern and have stored "
+            f"logits, found none; `python run.py robustness with load_path={places[0]}` stores logits"
+        )
+    path = (places[0] if places[0].is_dir() else places[0].parent) / "compare.json"
+    try:
+        write_json(path, _content(groups, settings))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
+    total = sum(len(group.comparisons) for group in groups)
+    if any(len(each.of_seeds) == 1 for group in groups for each in group.comparisons):
+        log.warning("of one training seed each, a difference may be one of seeds, not of methods")
+    return "\n".join([*map(_text, groups), "", *_legend(total, settings), f"written to {path}"])
+
+
+def _content(groups: Sequence[Group], settings: Settings) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "level": LEVEL,
+        "correction": "Holm",
+        "comparisons": sum(len(group.comparisons) for group in groups),
+        "settings": asdict(settings),
+        "groups": [
+            {
+                "dataset": group.dataset,
+                "metric": group.task.monitor,
+                "samples": group.samples,
+                "trained_at": group.trained_at,
+                "methods": [
+                    {"name": label, "runs": {str(run.config["seed"]): str(run.folder) for run in line.items}}
+                    for label, line in zip(group.labels, group.lines, strict=True)
+                ],
+                "baselines": group.baselines,
+                "differences": [
+                    {
+                        "one": group.labels[each.one],
+                        "other": group.labels[each.other],
+                        **dict(zip(("missing_type", "ratio", "both_ratio"), each.pattern, strict=True)),
+                        "values": each.values,
+                        **each.difference._asdict(),
+                        "p_corrected": each.p_corrected,
+                        "significant": each.significant,
+                        "of_seeds": each.of_seeds,
+                    }
+                    for each in group.comparisons
+                ],
+            }
+            for group in groups
+        ],
+    }
+
+
+def _text(group: Group) -> str:
+    letters = [chr(ord("A") + place) if place < 26 else str(place) for place in range(len(group.lines))]
+    known = [
+        f"  {letter}  {label}, seeds {', '.join(str(run.config['seed']) for run in line.items)}"
+        for letter, label, line in zip(letters, group.labels, group.lines, strict=True)
+    ]
+    rows: list[list[str] | None] = []
+    ordered = sorted(group.comparisons, key=lambda each: (each.one, each.other))
+    for (one, other), of_pair in itertools.groupby(ordered, key=lambda each: (each.one, each.other)):
+        rows += [None] if rows else []
+        for each in of_pair:
+            difference, ahead = each.difference, sum(value > 0 for value in each.of_seeds)
+            rows.append(
+                [
+                    f"{letters[one]}-{letters[other]}",
+                    pattern_title(each.pattern),
+                    *map(figure, each.values),
+                    _signed(difference.value),
+                    f"{_signed(difference.low)} to {_signed(difference.high)}",
+                    f"{ahead}/{len(each.of_seeds)}",
+                    figure(each.p_corrected) + ("*" if each.significant else " "),
+                ]
+            )
+    interval = f"{per_cent(LEVEL)} interval"
+    heads = ["", "missing", "first", "second", "differ", interval, "ahead", "p "]
+    return "\n".join(
+        [
+            f"\n{group.dataset} test, {group.samples:,} samples, {group.task.monitor}; trained at "
+            f"{pattern_text(*group.trained_at)}",
+            *known,
+            *(f"     {baseline_text(baseline, group.task.monitor)}" for baseline in group.baselines.values()),
+            "",
+            terminal_table(heads, rows, "<<" + ">" * 6),
+        ]
+    )
+
+
+def _signed(value: float) -> str:
+    return f"+{figure(value)}" if value > 0 else figure(value)
+
+
+def _legend(total: int, settings: Settings) -> list[str]:
+    lines = [
+        f"differ: mean over pairs of training seeds and over missing tables (seeds "
+        f"{', '.join(map(str, settings.table_seeds))})",
+        f"interval: bootstrap, {settings.resamples:,} resamples of test samples and, where several, of training seeds",
+        "ahead: pairs of training seeds in which the first is better",
+        f"p: paired permutation test over samples, Holm-corrected for {total} comparisons",
+        f"*: significant, p at most {1 - LEVEL:g} and 0 outside of the interval",
+    ]
+    if total / (settings.permutations + 1) > 1 - LEVEL:
+        lines.append(f"so many comparisons need permutations={math.ceil(2 * total / (1 - LEVEL))} to find anything")
+    return lines

@@ -1,0 +1,166 @@
+"""`run.py compare`: which lines of runs are compared, with which figures, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.significance import holm
+from engine.tasks import TASKS
+from run import command_line
+from runs.compare import Settings, compare_runs
+from runs.run_reader import find_runs
+from tests.conftest import Captured
+from tests.report_files import TestSet, at, write_robustness, write_run
+from vilt.missing_tables import MissingPattern, draw_missing_table
+
+FILMS = TestSet(films=60)
+QUICK = ("bootstrap=50", "permutations=2000", "robustness_seeds=[0,1]")
+
+
+def write(folder: Path, strength: float, seed: int, test_set: TestSet = FILMS, **options: Any) -> Path:
+    """A run with stored logits, better with higher `strength`."""
+    run = write_run(folder, test_set.task, seed=seed, **options)
+    logits, labels = test_set.logits(seed), test_set.labels
+    target = 2.0 * (labels if labels.ndim == 2 else np.eye(TASKS[test_set.task].n_classes)[labels]) - 1
+    write_robustness(run, test_set.ids, test_set.rows, labels, {k: v + strength * target for k, v in logits.items()})
+    return run
+
+
+def compare(*options: str) -> int:
+    return command_line(["run.py", "compare", "with", *QUICK, *options])
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Two methods with two seeds each, of which one is far better, and one equal to the first but for its name."""
+    for seed in (0, 1):
+        for method, strength in (("rep", 1.5), ("dcp", 0.0), ("mmp", 0.0)):
+            write(tmp_path / "runs" / f"{method}_seed{seed}" / "version_0", strength, seed, prompt_type=method)
+    return tmp_path / "runs"
+
+
+def test_the_command(runs: Path, capsys: Captured) -> None:
+    """What differs is significant, what is equal is not; JSON has all figures."""
+    assert compare(f"runs={runs}") == 0
+    said = capsys.readouterr().out.splitlines()
+    found = json.loads((runs / "compare.json").read_text())
+    (group,) = found["groups"]
+    assert (group["dataset"], group["metric"], group["samples"]) == ("mmimdb", "f1_macro", 61)
+    assert [(method["name"], list(method["runs"])) for method in group["methods"]] == [
+        ("dcp", ["0", "1"]), ("mmp", ["0", "1"]), ("rep", ["0", "1"]),
+    ]  # fmt: skip
+    patterns = [("text", 0.0), *((kind, ratio) for kind in ("text", "image", "both") for ratio in (0.7, 1.0))]
+    assert found["comparisons"] == len(group["differences"]) == 3 * len(patterns)
+    for place, each in enumerate(group["differences"]):
+        assert (each["missing_type"], each["ratio"]) == patterns[place // 3]
+        equal = {each["one"], each["other"]} == {"dcp", "mmp"}
+        assert each["significant"] is not equal
+        assert each["low"] < each["value"] < each["high"]
+        if equal:
+            assert (each["value"], each["p"], each["of_seeds"]) == (0.0, 1.0, [0.0, 0.0])
+        else:
+            assert each["value"] == pytest.approx(each["values"][0] - each["values"][1]) and each["value"] < -0.05
+            assert each["p"] == pytest.approx(1 / 2001) and each["high"] < 0
+    assert [each["p_corrected"] for each in group["differences"]] == holm([e["p"] for e in group["differences"]])
+    first = group["differences"][1]
+    assert (first["one"], first["other"]) == ("dcp", "rep")
+    row = next(line.split() for line in said if line.startswith("A-C"))
+    assert row[:5] == ["A-C", "complete", *(f"{value:.4f}" for value in first["values"]), f"{first['value']:.4f}"]
+    assert row[-2:] == ["0/2", f"{first['p_corrected']:.4f}*"]
+    constant = group["baselines"]["constant"]
+    assert any(f"{constant['answer']}: f1_macro {constant['metrics']['f1_macro']:.4f}" in line for line in said)
+    assert max(map(len, said)) <= 120
+
+
+def test_the_figures_are_those_of_the_logits_at_the_missing_tables(runs: Path) -> None:
+    """Also of pairs: the mean over the seeds that both have; a third seed of one method has no part in it."""
+    write(runs / "rep_seed2" / "version_0", 9.0, 2, prompt_type="rep")
+    settings = Settings((3, 4), 20, 100, ("both",), (0.5,), 0.3, missing_table_root=runs)
+    (group,) = compare_runs(find_runs(runs)[0], settings)
+    each = next(each for each in group.comparisons if (each.one, each.other) == (0, 2))
+    expected = []
+    for strength in (0.0, 1.5):
+        of_seeds = []
+        for seed in (0, 1):
+            logits = [value + strength * (2.0 * FILMS.labels - 1) for value in FILMS.logits(seed).values()]
+            for table_seed in (3, 4):
+                table = draw_missing_table("mmimdb", "test", MissingPattern("both", 0.5, 0.3, table_seed), 60)
+                rows = [logits[table[row]][place] for place, row in enumerate(FILMS.rows)]
+                predicted, true = np.stack(rows) > 0, FILMS.labels > 0
+                hits, both = (predicted & true).sum(0), predicted.sum(0) + true.sum(0)
+                of_seeds.append((2 * hits[both > 0] / both[both > 0]).mean())
+        expected.append(np.mean(of_seeds))
+    assert each.values == pytest.approx(expected, abs=1e-6) and len(each.of_seeds) == 2
+    assert group.best(each.pattern) == 2 and each.better == 2
+
+
+def test_only_like_for_like_is_compared(tmp_path: Path, capsys: Captured) -> None:
+    """Not other training patterns, other datasets or evaluations; a run cut off and resumed is one seed."""
+    places: dict[str, dict[str, Any]] = {"rep_seed0": {}, "dcp": {"prompt_type": "dcp"}, "text": at("text", 0.7)}
+    for name, options in places.items():
+        write(tmp_path / name / "version_0", 0.5, 0, **options)
+    write(tmp_path / "rep_seed0" / "version_1", 0.5, 0, resume_from="x/rep_seed0/version_0/last.ckpt", tested=0.4)
+    (tmp_path / "rep_seed0" / "version_0" / "test_results.json").unlink()
+    write(tmp_path / "memes" / "version_0", 0.5, 0, TestSet("hatememes"))
+    write_run(tmp_path / "lacking" / "version_0", learning_rate=0.5)
+    assert compare(f"runs={tmp_path}") == 0
+    said = capsys.readouterr()
+    assert f"without stored logits, and left out: {tmp_path / 'lacking' / 'version_0'}" in said.err
+    assert "of one training seed each, a difference may be one of seeds" in said.err
+    (group,) = json.loads((tmp_path / "compare.json").read_text())["groups"]
+    assert [method["runs"] for method in group["methods"]] == [
+        {"0": str(tmp_path / "dcp" / "version_0")},
+        {"0": str(tmp_path / "rep_seed0" / "version_1")},
+    ]
+
+
+def test_an_undefined_metric_is_null_and_does_not_count(tmp_path: Path, capsys: Captured) -> None:
+    class Kind(TestSet):
+        @property
+        def labels(self) -> np.ndarray:
+            return np.zeros(len(self.rows), np.int64)
+
+    for method in ("rep", "dcp"):
+        write(tmp_path / method / "version_0", 0.5, 0, Kind("hatememes"), prompt_type=method)
+    assert compare(f"runs={tmp_path}", "robustness_ratios=[0]") == 0
+    (each,) = json.loads((tmp_path / "compare.json").read_text())["groups"][0]["differences"]
+    assert [each[name] for name in ("value", "low", "high", "p", "p_corrected")] == [None] * 5
+    assert each["significant"] is False
+    assert capsys.readouterr().out.count("undefined") >= 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["runs={top}/rep_seed0"], "runs: expected two configurations or more in {top}/rep_seed0 that were trained at"),
+        (["runs={top}/nowhere"], "found none; `python run.py robustness with load_path={top}/nowhere` stores logits"),
+        (["runs={top}", "robustness_types=[sound]"], "robustness_types: expected text or image or both, found sound"),
+        (["runs={top}", "bootstrap=0"], "bootstrap: expected an integer of at least 1, found 0"),
+        (["runs={top}", "permutations=0"], "permutations: expected an integer of at least 1, found 0"),
+    ],
+)
+def test_what_is_refused(runs: Path, capsys: Captured, options: list[str], message: str) -> None:
+    assert compare(*(option.format(top=runs) for option in options)) == 2
+    assert message.format(top=runs) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "test set", "damaged"])
+def test_logits_that_do_not_belong_together(runs: Path, capsys: Captured, what: str) -> None:
+    run = runs / "rep_seed1" / "version_0"
+    logits = run / "robustness" / "logits.arrow"
+    if what == "checkpoint":
+        shutil.copy(logits, run / "best.ckpt")
+        message = f"{logits}: logits of another checkpoint than {run / 'best.ckpt'}"
+    elif what == "test set":
+        shutil.rmtree(run)
+        write(run, 1.0, 1, TestSet(films=61), prompt_type="rep")
+        message = f"{logits}: logits of other test samples than "
+    else:
+        logits.write_bytes(logits.read_bytes()[:-50])
+        message = f"{logits}: not readable as stored logits"
+    assert compare(f"runs={runs}") == 2
+    assert message in capsys.readouterr().err

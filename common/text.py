@@ -6,6 +6,7 @@ import re
 import shutil
 import statistics
 from collections.abc import Sequence
+from operator import gt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 GAP, NARROWEST, ONE_LINE = 2, 4, 10_000
-"""Characters: between columns of a table, at least in a column, and at most in a table that is not folded."""
+"""Characters: between columns of a table, in one without a heading, and at most in a table that is not folded."""
 
 
 class Estimate(NamedTuple):
@@ -94,9 +95,11 @@ def terminal_table(heads: Sequence[str], rows: Sequence[Sequence[str] | None], s
     """
     lines = [heads, *(row for row in rows if row is not None)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    least = [max(map(len, head.split()), default=NARROWEST) for head in heads]  # a word is not folded
     available = shutil.get_terminal_size((0, 0)).columns or ONE_LINE  # 0: no terminal, and no COLUMNS either
-    while sum(widths) + GAP * len(widths) > available and max(widths) > NARROWEST:
-        widths[widths.index(max(widths))] -= 1
+    while sum(widths) + GAP * len(widths) > available and any(map(gt, widths, least)):
+        room = [width if width > low else 0 for width, low in zip(widths, least, strict=True)]
+        widths[room.index(max(room))] -= 1
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="")
     for head, side, width in zip(heads, sides, widths, strict=True):
         table.add_column(head, justify="left" if side == "<" else "right", overflow="fold", width=width)

@@ -111,14 +111,22 @@ def sort_runs(rows: Sequence[RunRow], order: str) -> list[RunRow]:
 
 
 def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
-    """The table for the terminal."""
-    heads = [name.replace("_", " ") for name in COLUMNS]
+    """The table for the terminal: without what the folder says as well, or what is the same in all rows."""
+    left_out = {"name", "seed"}
+    datasets = {row.dataset: row.metric for row in rows if row.metric is not None}
+    left_out |= {"dataset"} if len(datasets) == 1 else set()
+    left_out |= {"tested_at"} if all(row.tested_at in (None, row.train) for row in rows) else set()
+    shown = {name: side for name, side in sorted(COLUMNS.items(), key=_folder_first) if name not in left_out}
+    heads = [name.replace("_", " ") for name in shown]
     table = terminal_table(
-        heads, [[row.text(name, log_dir) for name in COLUMNS] for row in rows], "".join(COLUMNS.values())
+        heads, [[row.text(name, log_dir) for name in shown] for row in rows], "".join(shown.values())
     )
-    metrics = {row.dataset: row.metric for row in rows if row.metric is not None}
-    legend = ", ".join(f"{metric} ({dataset})" for dataset, metric in metrics.items())
+    legend = ", ".join(f"{metric} ({dataset})" for dataset, metric in datasets.items())
     return f"{table}\n\nvalidation (the best) and test: {legend}" if legend else table
+
+
+def _folder_first(column: tuple[str, str]) -> bool:
+    return column[0] != "folder"
 
 
 def write_runs(rows: Sequence[RunRow], path: Path) -> None:

@@ -172,12 +172,23 @@ def test_the_command(tmp_path: Path, capsys: Captured) -> None:
     assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}", "runs_sort=-test"]) == 0
     lines = capsys.readouterr().out.splitlines()
     header = lines[1]
-    assert header.split() == ["name", "method", "dataset", "train", "seed", "validation", "test", "tested", "at",
-                              "date", "state", "folder", "note"]  # fmt: skip
+    assert header.split() == [
+        "folder",
+        "method",
+        "train",
+        "validation",
+        "test",
+        "tested",
+        "at",
+        "date",
+        "state",
+        "note",
+    ]
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(BEGAN))
-    expected = f"rep rep mmimdb 70 % both 1 0.4000 0.7500 50 % both 0.3 {date} finished rep_seed1/version_0"
+    expected = f"rep_seed1/version_0 rep 70 % both 0.4000 0.7500 50 % both 0.3 {date} finished"
     assert " ".join(lines[3].split()) == expected
-    assert lines[4].split()[-1] == "rep_seed0/version_0" and lines[5].startswith("cut ") and "damaged" in lines[5]
+    assert lines[4].startswith("rep_seed0/version_0 ") and lines[5].startswith("cut/version_0 ")
+    assert "damaged" in lines[5]
     for title, text in (("state", "finished"), ("tested at", "50 %"), ("folder", "rep_seed1")):
         assert header.index(title) == lines[3].index(text)
     assert "validation (the best) and test: f1_macro (mmimdb)" in lines
@@ -188,17 +199,23 @@ def test_the_command(tmp_path: Path, capsys: Captured) -> None:
 
 
 def test_the_table_fits_into_a_narrow_terminal(tmp_path: Path, capsys: Captured, monkeypatch: Patch) -> None:
+    """Headings are not folded within a word. What is the same for all runs, or said by the folder, has no column."""
     monkeypatch.setenv("COLUMNS", "100")
     write_run(tmp_path / ("long_" * 20) / "version_0", max_epoch=20, tested=None)
-    assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines[: lines.index("validation (the best) and test: f1_macro (mmimdb)")])) <= 100
-    assert "".join("".join(lines).split()).count("long_") >= 1 and "epochs" in "".join(lines)
+    for task in ("mmimdb", "food101"):
+        write_run(tmp_path / f"finetune_{task}_seed0" / "version_0", task=task)
+        assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines[:-3])) <= 100
+        heads = " ".join(lines[1:3]).split("─")[0].split()
+        assert {"folder", "method", "train", "validation", "test", "state"} <= set(heads)
+        assert ("dataset" in heads) is (task == "food101")
+        assert "".join("".join(lines).split()).count("long_") >= 1 and "epochs" in "".join(lines)
 
 
 def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: Captured) -> None:
     assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("name  method  dataset")
+    assert capsys.readouterr().out.splitlines()[1].startswith("folder  method")
 
 
 @pytest.mark.parametrize(

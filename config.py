@@ -178,6 +178,10 @@ class Options:
     dpl_margins: tuple[float, ...] = option(
         0.1, of_each(3, number(0, 1.5)), MODEL, "dpl: margin in radians; or of complete, text missing, image missing")
     dpl_contrast_weight: float = option(0, number(0), MODEL, "dpl: weight of the contrast between prototypes")
+    lora_matrices: str = option("qk", one_of("qk", "qv", "kv"), MODEL, "mora, lora: which of q, k, v are adapted")
+    lora_rank: tuple[int, ...] = option(
+        4, of_each(3, integer(1)), MODEL, "mora, lora: rank; or of shared update, image tower, text tower")
+    lora_alpha: float = option(0.001, number(0), MODEL, "mora, lora: factor on the updates")
     far: bool = option(True, flag, MODEL, "REP: residual bypass, and replay if replay_depth is above 0")
     fmb: bool = option(True, flag, MODEL, "REP: private slots by missing type, and shared slots")
     replay_depth: int = option(0, integer(0), MODEL, "REP as described: deeper blocks that get early outputs replayed")

@@ -6,6 +6,7 @@ Another one is a class and a line in FAMILIES; a dataset's row names its family.
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from clip.backbone import HUB_NAMES, load_backbone
@@ -89,10 +90,12 @@ class ClipFamily(Family):
         return InputFormat(expected, tokenizer, tokenizer.fingerprint)
 
     def start_embeddings(self, weights: FrozenWeights, inputs: InputFormat) -> dict[str, Tensor]:
-        """The class token of images and the embedding of `<end>` of texts."""
-        assert isinstance(inputs.tokenize, ClipTokenizer)
-        text = weights.state["text_encoder.token_embedding.weight"][inputs.tokenize.end_id]
-        return {"image": weights.state["image_encoder.class_embedding"], "text": text}
+        """The class token of images and the embedding of `<end>` of texts; the ids of the marks of texts."""
+        tokenizer = inputs.tokenize
+        assert isinstance(tokenizer, ClipTokenizer)
+        text = weights.state["text_encoder.token_embedding.weight"][tokenizer.end_id]
+        marks = torch.tensor([tokenizer.start_id, tokenizer.end_id])
+        return {"image": weights.state["image_encoder.class_embedding"], "text": text, "text_marks": marks}
 
 
 FAMILIES: dict[str, Family] = {CLIP: ClipFamily()}

@@ -147,9 +147,12 @@ def _check_method(options: Options) -> None:
         )
     if options.prompt_type == "map_attention" and length % 2:
         raise ConfigError(f"memory_length: expected a multiple of 6 (a third of it is keys and values), found {length}")
-    for name in ("dpl_margins", "dpl_contrast_weight"):
-        if options.head != "dpl" and getattr(options, name) != OPTIONS[name].read(name, OPTIONS[name].default):
-            raise ConfigError(f"{name}: is an option of head=dpl, found head={options.head}")
+    for prefix, option, values in (("dpl_", "head", ("dpl",)), ("lora_", "prompt_type", ("mora", "lora"))):
+        for name in OPTIONS:
+            default = OPTIONS[name].read(name, OPTIONS[name].default) if name.startswith(prefix) else None
+            if default is not None and getattr(options, option) not in values and getattr(options, name) != default:
+                found = f"found {option}={getattr(options, option)}"
+                raise ConfigError(f"{name}: is an option of {option}={' or '.join(values)}, {found}")
     needs = {"far": None, "fmb": None, "replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}
     for name, needed in needs.items():
         value, default = getattr(options, name), OPTIONS[name].default

@@ -85,6 +85,7 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
     log.info("parameters:\n%s", freeze(classifier, options.task))
     backbone.load_into(classifier.model)
     classifier.method.start_from(family.start_embeddings(backbone, inputs))
+    classifier.method.start_on(classifier.model)
     if options.resume_from is not None:
         resumed = read_checkpoint(Path(options.resume_from))
         check_resume(resumed, spec, backbone, inputs.fingerprint, data.datasets["train"])

@@ -89,6 +89,8 @@ def tiny_classifier(
     with torch.no_grad():
         for parameter in classifier.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    if classifier.method.blanks is not None:
+        classifier.method.get_buffer("text_marks").copy_(torch.tensor([arch.vocab_size - 2, arch.vocab_size - 1]))
     return classifier
 
 

@@ -21,6 +21,7 @@ from clip.backbone import architecture_of
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.dpl import DecoupledPrototypes
 from clip.modules.method import MethodOptions
+from clip.modules.mora import MoRA
 from engine.checkpoint import ModelSpec, build_classifier
 from engine.tasks import TASKS
 from tests import golden
@@ -129,7 +130,61 @@ def check_dpl(case: Case) -> None:
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {"dpl": check_dpl}
+def check_mora(case: Case) -> None:
+    meta = case.meta
+    options = MethodOptions(
+        "mora",
+        lora_matrices="".join(meta.matrices),
+        lora_rank=(meta.shared_rank, meta.vision_rank, meta.text_rank),
+        lora_alpha=meta.alpha,
+    )
+    classifier = case.build(options, "linear")
+    method = classifier.method
+    assert isinstance(method, MoRA) and list(method.blocks) == meta.adapted_blocks
+    method.get_buffer("text_marks").copy_(torch.tensor([49406, 49407]))
+    first = next(matrix for matrix in "kvq" if matrix in meta.matrices)
+    kinds = {"P": "modality_A", "Q": "modality_B", "shared_gain": "shared_magnitude", "own_gain": "specific_magnitude"}
+
+    def published(name: str) -> str:
+        if name.startswith(case.task.head_name):
+            return name.replace(case.task.head_name, "cls_head")
+        *_, group, place, kind = name.split(".")
+        if group == "shared":
+            factor = "shared_A" if kind == "text" else "shared_B"
+            return f"model.text_model.encoder.layers.{place}.self_attn.{first}_proj.shared_params.{factor}"
+        tower = {"image": "vision", "text": "text"}[group]
+        block, matrix = place.split("_")
+        return f"model.{tower}_model.encoder.layers.{block}.self_attn.{matrix}_proj.{kinds[kind]}"
+
+    trained = {published(name): p for name, p in classifier.named_parameters() if p.requires_grad}
+    assert {name: list(p.shape) for name, p in trained.items()} == meta.shapes
+    assert sum(p.numel() for p in trained.values()) == meta.trained_values
+    method.start_on(classifier.model)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if name.endswith("magnitude"):
+                uniform = WEIGHTS.uniform(meta.tag, name, tuple(parameter.shape))
+                parameter.mul_(1 + 0.2 * torch.from_numpy(uniform))
+            else:
+                parameter.copy_(case.parameter(name, tuple(parameter.shape)))
+
+    batch = model_input(case.images, case.tokens, case.types)
+    features, _ = classifier.features(batch)
+    case.check("features", classifier.model.fuse(features, batch.present_BM))
+    logits = classifier(batch)
+    case.check("logits", logits)
+    matrix, block = meta.matrices[0], meta.start_block
+    for tower, array in (("image", "adapted_vision"), ("text", "adapted_text")):
+        name = f"model.{tower}_encoder.transformer.resblocks.{block}.attn.in_proj_weight"
+        frozen = classifier.get_parameter(name).chunk(3)["qkv".index(matrix)]
+        case.check(array, method.adapted(tower, block, matrix, frozen)[:4])
+    loss = case.task.loss(logits, case.labels)
+    assert loss.item() == pytest.approx(meta.loss, rel=FORWARD_TOLERANCE)
+    loss.backward()
+    case.check_gradients(classifier, published)
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {"dpl": check_dpl, "mora": check_mora}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -17,6 +17,7 @@ from clip.modules.dpl import DecoupledPrototypes
 from clip.modules.heads import LinearByType, LinearHead
 from clip.modules.interfaces import ModelInput, TowerSlots
 from clip.modules.method import Method, MethodOptions
+from clip.modules.mora import LoRA
 from clip.modules.registry import HEADS, METHODS, method_class
 from clip.modules.vision_transformer_memory import ClipArchitecture
 from engine.checkpoint import (
@@ -51,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **REP_OPTIONS,
     **{name: {"prompt_type": name} for name in METHODS if name != "rep"},
 }
+SLOW_VARIANTS = [name for name in VARIANTS if name not in ("mora", "lora")]
+"""Those with a slow version; the others have golden numbers (test_golden_rivals.py)."""
 HEADS_ALONE = [("none", head) for head in HEADS if head != "linear"]
 DEEPER = replace(TINY, vision_layers=4, text_layers=3)
 
@@ -97,7 +100,7 @@ def double_batch(size: int) -> tuple[Tensor, Tensor]:
     return images.double(), tokens
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SLOW_VARIANTS)
 def test_outputs_and_gradients_equal_the_slow_version(variant: str) -> None:
     classifier = make(variant, task="hatememes")
     images, tokens = double_batch(4)
@@ -120,10 +123,10 @@ def test_outputs_and_gradients_equal_the_slow_version(variant: str) -> None:
             assert float((mine - theirs).norm()) <= 1e-8 * (1 + float(theirs.norm())), (name, mix)
 
 
-NO_REPLAY = [name for name in VARIANTS if "replay" not in name and "described" not in name]
+NO_REPLAY = [name for name in SLOW_VARIANTS if "replay" not in name and "described" not in name]
 OTHER_SIZES: list[tuple[str, ClipArchitecture, int, dict[str, Any]]] = [
     *((variant, DEEPER, depth, {}) for variant in NO_REPLAY for depth in (1, 3)),
-    *((variant, replace(DEEPER, activation="gelu"), 2, {}) for variant in VARIANTS),
+    *((variant, replace(DEEPER, activation="gelu"), 2, {}) for variant in SLOW_VARIANTS),
     ("rep replay", replace(TINY, vision_layers=5, text_layers=4), 2, {"replay_depth": 2}),
 ]
 
@@ -227,6 +230,8 @@ def learner_size(prompt_type: str, arch: ClipArchitecture, m: int, depth: int) -
         "map_input": 3 * depth * m * widths,
         "map_attention": 3 * depth * m * widths,
         "msp": 2 * depth * m * widths,
+        "lora": 2 * 2 * 2 * 4 * widths,
+        "mora": 2 * 2 * (2 * 4 + 2) * widths + 2 * 4 * widths,
     }[prompt_type]
 
 
@@ -429,6 +434,40 @@ def test_what_trains_the_ends_of_the_towers(
     classifier = build_classifier(ModelSpec(task, MethodOptions(prompt_type, 6, 2, train_ends=train_ends), TINY, head))
     found = {name for name, p in classifier.named_parameters() if p.requires_grad and "_encoder." in name}
     assert found == (ENDS if trained else set())
+
+
+# Missing inputs that are encoded
+
+
+@pytest.mark.parametrize("variant", ["mora", "lora"])
+def test_missing_inputs_are_those_of_white_images_and_empty_texts(variant: str) -> None:
+    """In training encoded for each sample, with dropout of its own, in evaluation once."""
+    classifier = make(variant).float()
+    images, tokens = tiny_batch(4)
+    images = (images * 60 + 128).clamp(0, 255).to(torch.uint8)
+    images[1:3], tokens[0], tokens[3] = 255, 0, 0
+    tokens[0, :2] = tokens[3, :2] = torch.tensor([298, 299])
+    everything = model_input(images, tokens, [0, 0, 0, 0])
+    for mix in ([1, 2, 2, 1], [0, 2, 0, 1], [0, 2, 2, 0]):
+        batch = model_input(images, tokens, mix)
+        with torch.inference_mode():
+            assert torch.allclose(classifier(batch), classifier(everything), atol=1e-5), mix
+    features = joined_features(classifier.train(), model_input(images, tokens, [1, 2, 2, 1]))
+    image, text = features.chunk(2, dim=1)
+    assert not torch.equal(image[1], image[2]) and not torch.equal(text[0], text[3])
+
+
+def test_plain_lora_adds_its_update_and_starts_at_the_frozen_weights() -> None:
+    method = build_classifier(
+        ModelSpec("mmimdb", MethodOptions("lora", lora_alpha=0.5, lora_matrices="kv"), TINY)
+    ).method
+    assert isinstance(method, LoRA)
+    weight = torch.randn(128, 128)
+    assert torch.equal(method.adapted("image", 1, "v", weight), weight)
+    own = method.own.get_submodule("image.1_v")
+    nn.init.normal_(own.get_parameter("Q"))
+    expected = weight + 0.5 * (own.get_parameter("P") @ own.get_parameter("Q")).T
+    assert torch.allclose(method.adapted("image", 1, "v", weight), expected)
 
 
 # REP as described

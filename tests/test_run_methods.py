@@ -51,7 +51,7 @@ def test_a_run_and_the_evaluation_of_its_checkpoint(workspace: Workspace, tmp_pa
     assert len({(one["prompt_type"], one["head"], one["memory_length"], one["far"]) for one in configs}) == 1
 
 
-@pytest.mark.parametrize("variant", ["map_input", "msp", "described"])
+@pytest.mark.parametrize("variant", ["map_input", "described", "dpl", "mora"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     workspace: Workspace, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,8 @@ class MissingModalityClassifier(nn.Module):
         """Features (B, E) by modality, and the slots by place."""
         if self.method.per_sample or self.model.mixes:
             batch = batch.with_own_inputs()
+        if (blanks := self.method.blanks) is not None:
+            batch = self.model.complete(batch, blanks, once=not self.training)
         batch = self.model.prepare(batch)
         tokens = self.model.mix(batch, self.method.adapt(batch, self.model.embed(batch)))
         slots = self.method(batch, tokens)

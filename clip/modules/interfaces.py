@@ -71,6 +71,20 @@ class ModelInput(NamedTuple):
         return self._replace(inputs=inputs, rows=rows, length_b=length_b, source_of_B={})
 
 
+Adapter = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""What takes the place of a block's projections: (0 query, 1 key or 2 value; input (…, D); frozen weight (D, D); bias
+(D,)) to (…, D)."""
+
+
+class Blanks(NamedTuple):
+    """What stands for a missing input, for methods that encode it all the same."""
+
+    grey: float
+    """Level of the image, 0 to 1, before it is normalised."""
+    text_marks: Tensor
+    """(2,): the token ids of start and `<end>`, between which an empty text has nothing."""
+
+
 class TowerSlots(NamedTuple):
     """What a method puts into one tower, a row for each sample. Lists go by block, from the first.
 
@@ -91,6 +105,8 @@ class TowerSlots(NamedTuple):
     replay: Sequence[Callable[[Sequence[Tensor]], Tensor]] = ()
     """For blocks after those that replace slots: from the outputs (B, P, D) of each replacing block at replaced and
     inserted slots to what is added to these slots (B, P, D)."""
+    adapters: Mapping[int, Adapter] = {}
+    """By block, for those whose projections are adapted."""
 
     def of_rows(self, rows: Tensor) -> "TowerSlots":
         """The slots of the samples `rows`, in that order."""
@@ -98,7 +114,7 @@ class TowerSlots(NamedTuple):
             [slots[rows] for slots in group] for group in (self.replaced_BmD, self.inserted_BmD, self.prefix_BP2D)
         )
         dynamic, appended = (each if each is None else each[rows] for each in (self.dynamic_BmD, self.appended_BmD))
-        return TowerSlots(replaced, inserted, dynamic, appended, prefix, self.replay)
+        return TowerSlots(replaced, inserted, dynamic, appended, prefix, self.replay, self.adapters)
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
@@ -150,6 +166,10 @@ class Backbone(nn.Module):
     def prepare(self, batch: ModelInput) -> ModelInput:
         """The batch as all that follows reads it: with dropout on its inputs, for example."""
         return batch
+
+    def complete(self, batch: ModelInput, blanks: Blanks, *, once: bool) -> ModelInput:
+        """The batch with `blanks` in place of missing inputs; with `once`, all samples that miss one share it."""
+        raise ValueError("the method encodes missing inputs, which this family of backbones has not defined")
 
     def mix(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Input tokens of the towers, where modalities read each other before: from those of `embed`."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from clip.modules.interfaces import ModelInput, Place, TowerSlots
+from clip.modules.interfaces import Backbone, Blanks, ModelInput, Place, TowerSlots
 
 PROMPT_STD = 0.02
 METHOD = "method"
@@ -43,6 +43,12 @@ class MethodOptions:
     """Head DPL: in radians, for complete samples, those without text, those without image."""
     dpl_contrast_weight: float = 0.0
     """Head DPL: weight of the contrast between prototypes."""
+    lora_matrices: str = "qk"
+    """MoRA and LoRA: which of q, k, v are adapted."""
+    lora_rank: tuple[int, ...] = (4, 4, 4)
+    """Of the shared update, the image tower's own and the text tower's own."""
+    lora_alpha: float = 0.001
+    """Factor on the updates."""
     rdn_hidden: int = 32
     """Of text, audio and vision, like the options below: width within REP's projections."""
     mask_readout: bool = False
@@ -80,6 +86,8 @@ class Method(nn.Module):
     """Its name in the model, and in published checkpoints."""
     identity_at_init: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of parameters that change nothing at their start values, for options of the method."""
+    grey: ClassVar[float | None] = None
+    """Of methods that encode missing inputs all the same: level of the image in place of one, see `blanks`."""
     per_sample = False
     """True: a modality's slots follow from more of a sample than its missing type and its input of that modality, so
     that an input that several samples share has to be encoded for each of them."""
@@ -88,6 +96,13 @@ class Method(nn.Module):
         super().__init__()
         self.places = places
         self.options = options
+        if self.grey is not None:
+            self.register_buffer("text_marks", torch.zeros(2))  # floats, as all that checkpoints hold
+
+    @property
+    def blanks(self) -> Blanks | None:
+        """What it encodes in place of missing inputs; None where they are left out, as most methods have it."""
+        return None if self.grey is None else Blanks(self.grey, self.get_buffer("text_marks"))
 
     def adapt(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The tokens of `Backbone.embed` as they enter the frozen layers, (B, L, D) where it makes missing ones up."""
@@ -125,8 +140,14 @@ class Method(nn.Module):
         """Takes what its start values need of the backbone.
 
         Args:
-            embeddings: (D,) by place: the class token of the image tower, the embedding of `<end>` of the text tower.
+            embeddings: (D,) by place: the class token of the image tower, the embedding of `<end>` of the text tower;
+                and as `text_marks` (2,) the token ids of start and `<end>`.
         """
+        if self.grey is not None:
+            self.get_buffer("text_marks").copy_(embeddings["text_marks"])
+
+    def start_on(self, backbone: Backbone) -> None:
+        """Takes what its start values need of the frozen weights."""
 
 
 def of_missing_type(slots_of_type: Sequence[Tensor], batch: ModelInput) -> Tensor:

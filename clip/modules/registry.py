@@ -18,6 +18,8 @@ METHODS = {
     "maple": "clip.modules.maple:MaPLe",
     "coop": "clip.modules.coop:CoOp",
     "msp": "clip.modules.msp:ModalitySpecificPrompts",
+    "mora": "clip.modules.mora:MoRA",
+    "lora": "clip.modules.mora:LoRA",
     "none": "clip.modules.no_prompts:NoPrompts",
 }
 FAMILY_METHODS = {

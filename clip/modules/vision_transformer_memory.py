@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clip.modules.interfaces import Backbone, Place, Tower, TowerSlots
+from clip.modules.interfaces import Adapter, Backbone, Blanks, ModelInput, Place, Tower, TowerSlots
 
 FINAL = "final norms, image projection"
 FROZEN = "CLIP"
@@ -75,7 +75,12 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, query_BND: Tensor, source_BLD: Tensor, prefix_BP2D: Tensor | None = None, mask: Tensor | None = None
+        self,
+        query_BND: Tensor,
+        source_BLD: Tensor,
+        prefix_BP2D: Tensor | None = None,
+        mask: Tensor | None = None,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         """(B, N, D): what the queries read from the source and from keys and values in front of it.
 
@@ -83,8 +88,14 @@ class Attention(nn.Module):
             mask: True where a query may look, over prefix and source.
         """
         D = source_BLD.shape[-1]
-        q_BND = F.linear(query_BND, self.in_proj_weight[:D], self.in_proj_bias[:D])
-        kv_BL2D = F.linear(source_BLD, self.in_proj_weight[D:], self.in_proj_bias[D:])
+        if adapter is None:
+            q_BND = F.linear(query_BND, self.in_proj_weight[:D], self.in_proj_bias[:D])
+            kv_BL2D = F.linear(source_BLD, self.in_proj_weight[D:], self.in_proj_bias[D:])
+        else:
+            inputs = enumerate((query_BND, source_BLD, source_BLD))
+            frozen = list(zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True))
+            q_BND, *kv = (adapter(matrix, x_BLD, *frozen[matrix]) for matrix, x_BLD in inputs)
+            kv_BL2D = torch.cat(kv, dim=-1)
         if prefix_BP2D is not None:
             kv_BL2D = torch.cat([prefix_BP2D.to(kv_BL2D.dtype), kv_BL2D], dim=1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q_BND, *kv_BL2D.chunk(2, dim=-1)))
@@ -121,6 +132,7 @@ class ResidualAttentionBlock(nn.Module):
         prefix_BP2D: Tensor | None = None,
         mask: Tensor | None = None,
         read_B: Tensor | None = None,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         """(B, L, D), or of the one position `read_B` of each sample (B, 1, D).
 
@@ -135,7 +147,7 @@ class ResidualAttentionBlock(nn.Module):
             row_B = torch.arange(len(read_B), device=read_B.device)
             x_BLD, query_BND = x_BLD[row_B, read_B][:, None], normed_BLD[row_B, read_B][:, None]
             mask = None if mask is None else mask[read_B][:, None, None]
-        x_BND = x_BLD + self.attn(query_BND, normed_BLD, prefix_BP2D, mask)
+        x_BND = x_BLD + self.attn(query_BND, normed_BLD, prefix_BP2D, mask, adapter)
         return x_BND + self.mlp(self.ln_2(x_BND).to(dtype))
 
 
@@ -150,7 +162,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BLD: Tensor, read_B: Tensor, slots: TowerSlots) -> Tensor:
         """(B, D): the last block's output of the input token `read_B` of each sample; its others are not computed."""
-        replaced, inserted, dynamic_BmD, _, prefix, replay = slots
+        replaced, inserted, dynamic_BmD, _, prefix, replay, adapters = slots
         depth, L = len(replaced), tokens_BLD.shape[1]
         x_BLD = tokens_BLD if dynamic_BmD is None else torch.cat([dynamic_BmD, tokens_BLD], dim=1)
         outputs_BPD: list[Tensor] = []  # of the replaced and inserted slots, for the replay
@@ -167,9 +179,9 @@ class Transformer(nn.Module):
             last = k + 1 == len(self.resblocks)
             read = x_BLD.shape[1] - L + read_B if last else None
             run: Callable[..., Tensor] = block
-            if self.checkpointing and torch.is_grad_enabled():  # blocks draw nothing at random
-                run = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-            x_BLD = run(x_BLD, prefix_BP2D, mask, read)
+            if self.checkpointing and torch.is_grad_enabled():  # only adapters draw something at random
+                run = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=k in adapters)
+            x_BLD = run(x_BLD, prefix_BP2D, mask, read, adapters.get(k))
             if replay and k < depth:
                 outputs_BPD.append(x_BLD[:, : replaced[k].shape[1] + sum(each.shape[1] for each in inserted)])
         return x_BLD[:, 0]
@@ -256,6 +268,7 @@ class ClipBackbone(Backbone):
 
     def __init__(self, arch: ClipArchitecture) -> None:
         super().__init__()
+        self.arch = arch
         self.places = arch.places
         self.embed_dim = arch.embed_dim
         self.logit_scale = nn.Parameter(torch.tensor(0.0))  # unused here, in every CLIP checkpoint
@@ -266,6 +279,35 @@ class ClipBackbone(Backbone):
     def towers(self) -> dict[str, Tower]:
         """By modality."""
         return {"image": self.image_encoder, "text": self.text_encoder}
+
+    def complete(self, batch: ModelInput, blanks: Blanks, *, once: bool) -> ModelInput:
+        """See `Backbone.complete`."""
+        inputs, rows, sources = dict(batch.inputs), dict(batch.rows), dict(batch.source_of_B)
+        for column, modality in enumerate(self.places):
+            if not any(2 ** (len(self.places) - 1 - column) & missing_type for missing_type in batch.types):
+                continue
+            present_B = batch.present_BM[:, column]
+            missing = (~present_B).nonzero().flatten()
+            added, blank = missing[:1] if once else missing, self._blank(modality, inputs[modality], blanks)
+            blanks_b = blank.expand(len(added), *blank.shape)
+            inputs[modality] = torch.cat([inputs[modality], blanks_b]) if len(rows[modality]) else blanks_b
+            rows[modality] = torch.cat([rows[modality], added])
+            if once:
+                own_B = torch.arange(len(present_B), device=missing.device)
+                sources[modality] = torch.where(present_B, sources.get(modality, own_B), missing[0])
+        return batch._replace(inputs=inputs, rows=rows, source_of_B=sources)
+
+    def _blank(self, modality: str, like: Tensor, blanks: Blanks) -> Tensor:
+        """One input of the type of `like`."""
+        if modality == "text":
+            ids_L = like.new_zeros(self.arch.context_length, dtype=torch.long)
+            ids_L[:2] = blanks.text_marks
+            return ids_L
+        shape_3RR = (3, self.arch.image_size, self.arch.image_size)
+        image_u8 = torch.full(shape_3RR, round(255 * blanks.grey), dtype=torch.uint8, device=like.device)
+        if like.dtype == torch.uint8:
+            return image_u8
+        return normalise(image_u8, *self.image_encoder.statistics).to(like.dtype)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """What follows the last blocks, and the rest; the text projection is never trained, as published."""

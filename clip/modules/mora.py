@@ -1,0 +1,129 @@
+"""MoRA, low-rank adaptation that towers share in part (arXiv 2511.06225; docs/method.md section 8), and plain LoRA.
+
+Shape suffixes: B samples, L sequence, D width of a tower, r rank.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip.modules.interfaces import Backbone, ModelInput, Place, TowerSlots
+from clip.modules.method import Method, MethodOptions
+from clip.modules.vision_transformer_memory import ClipBackbone
+
+ADAPTED_BLOCKS = 2
+"""The last ones that both towers have: 10 and 11 of ViT-B and ViT-L."""
+MATRICES = "qkv"
+DROPOUT = 0.1
+SHORTEST_COLUMN = 1e-5
+
+
+class LoRA(Method):
+    """Low-rank updates of two of the matrices q, k, v in the last blocks: `W + alpha (PQ)^T`.
+
+    The control of MoRA, with its blocks, matrices, dropout and treatment of missing inputs: a white image or an empty
+    text is encoded, and nothing knows the missing type.
+    """
+
+    grey = 1.0
+
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
+        if [*places] != ["image", "text"]:
+            raise ValueError(f"prompt_type={options.prompt_type} is for an image and a text, found {', '.join(places)}")
+        last = min(place.depth for place in places.values())
+        self.blocks = range(max(0, last - ADAPTED_BLOCKS), last)
+        self.own = nn.ModuleDict()
+        for (tower, place), rank in zip(places.items(), options.lora_rank[1:], strict=True):
+            of_tower = {
+                f"{block}_{matrix}": nn.ParameterDict(self._values(place.width, rank))
+                for block in self.blocks
+                for matrix in options.lora_matrices
+            }
+            self.own[tower] = nn.ModuleDict(of_tower)
+
+    def _values(self, width: int, rank: int) -> dict[str, nn.Parameter]:
+        return {
+            "P": nn.Parameter(torch.randn(width, rank) * rank**-0.5),
+            "Q": nn.Parameter(torch.zeros(rank, width)),
+        }
+
+    def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
+        """No slots, but adapters of the last blocks."""
+        return {
+            tower: TowerSlots(adapters={block: partial(self._project, tower, block) for block in self.blocks})
+            for tower in self.places
+        }
+
+    def _project(self, tower: str, block: int, matrix: int, x_BLD: Tensor, weight_DD: Tensor, bias_D: Tensor) -> Tensor:
+        if MATRICES[matrix] not in self.options.lora_matrices:
+            return F.linear(x_BLD, weight_DD, bias_D)
+        trained = self._own(tower, block, MATRICES[matrix])["P"].dtype  # frozen weights may be in 16 bits
+        adapted_DD = self.adapted(tower, block, MATRICES[matrix], weight_DD.to(trained))
+        x_BLD = F.dropout(x_BLD, DROPOUT, self.training)
+        return F.linear(x_BLD, adapted_DD.to(weight_DD.dtype), bias_D)
+
+    def adapted(self, tower: str, block: int, matrix: str, weight_DD: Tensor) -> Tensor:
+        """(D, D): the matrix in place of the frozen one."""
+        return weight_DD + self.options.lora_alpha * self._own_update(tower, block, matrix)
+
+    def _own(self, tower: str, block: int, matrix: str) -> nn.ParameterDict:
+        values = self.own.get_submodule(f"{tower}.{block}_{matrix}")
+        assert isinstance(values, nn.ParameterDict)
+        return values
+
+    def _own_update(self, tower: str, block: int, matrix: str) -> Tensor:
+        own = self._own(tower, block, matrix)
+        return (own["P"] @ own["Q"]).T
+
+
+class MoRA(LoRA):
+    """Two directions for each adapted matrix, with a gain for each column: `W` moved by an update that both towers
+    share, and by one of its own.
+
+    The shared update of a block comes from one pair of factors, `A` of the text tower's width and `B` of the image
+    tower's: `A (B^T B) A^T` for texts and `B (A^T A) B^T` for images. At the start an adapted matrix is not the frozen
+    one: both gains are its column norms.
+    """
+
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
+        rank = options.lora_rank[0]
+        self.shared = nn.ModuleDict({
+            str(block): nn.ParameterDict({
+                tower: nn.Parameter(torch.randn(places[tower].width, rank) * rank**-0.5) for tower in ("text", "image")
+            })
+            for block in self.blocks
+        })  # fmt: skip
+
+    def _values(self, width: int, rank: int) -> dict[str, nn.Parameter]:
+        gains = {f"{update}_gain": nn.Parameter(torch.ones(1, width)) for update in ("shared", "own")}
+        return super()._values(width, rank) | gains
+
+    @torch.no_grad()
+    def start_on(self, backbone: Backbone) -> None:
+        """Both gains are the norms of the frozen columns."""
+        assert isinstance(backbone, ClipBackbone)
+        for tower in self.places:
+            for block in self.blocks:
+                weight = backbone.get_parameter(f"{tower}_encoder.transformer.resblocks.{block}.attn.in_proj_weight")
+                for matrix, frozen_DD in zip(MATRICES, weight.chunk(3), strict=True):
+                    if matrix in self.options.lora_matrices:
+                        own = self._own(tower, block, matrix)
+                        for gain in (own["shared_gain"], own["own_gain"]):
+                            gain.copy_(frozen_DD.norm(dim=0, keepdim=True))
+
+    def adapted(self, tower: str, block: int, matrix: str, weight_DD: Tensor) -> Tensor:
+        """(D, D): the matrix in place of the frozen one."""
+        own, alpha = self._own(tower, block, matrix), self.options.lora_alpha
+        factors = self.shared.get_submodule(str(block))
+        assert isinstance(factors, nn.ParameterDict)
+        mine_Dr, other_Dr = (factors[name] for name in (tower, "image" if tower == "text" else "text"))
+        shared_DD = mine_Dr @ (other_Dr.T @ other_Dr) @ mine_Dr.T
+        own_DD = self._own_update(tower, block, matrix)
+        return own["shared_gain"] * F.normalize(weight_DD + alpha * shared_DD, dim=0, eps=SHORTEST_COLUMN) + own[
+            "own_gain"
+        ] * F.normalize(weight_DD + alpha * own_DD, dim=0, eps=SHORTEST_COLUMN)

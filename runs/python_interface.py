@@ -1,0 +1,72 @@
+"""REP from Python, and the command `rep`: what `pip install .` adds to `python run.py`.
+
+import rep
+
+model = rep.load_model("result/rep_seed0/version_0/best.ckpt")
+found = rep.robustness("result/rep_seed0/version_0/best.ckpt", data_root="datasets/mmimdb")
+
+In a checkout these are in this module. Nothing heavy is imported before it is used.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ConfigError
+from config import DEFAULTS, OPTIONS
+
+if TYPE_CHECKING:
+    from engine.robustness import Results
+
+ELSEWHERE = {"load_model": "engine.predict"}
+MEANINGS = {"train": (), "test": ("test_only=True",)}
+"""Commands of `rep` for what run.py does without one: the options that they add."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ELSEWHERE:
+        raise AttributeError(f"{__name__}: expected one of {', '.join([*ELSEWHERE, 'robustness'])}, found {name}")
+    return getattr(importlib.import_module(ELSEWHERE[name]), name)
+
+
+def robustness(load_path: str | Path, **options: Any) -> "list[Results]":
+    """Evaluates checkpoints at every missing type and ratio, as `run.py robustness` does; writes the same files.
+
+    Args:
+        load_path: a checkpoint, or a folder of runs.
+        options: those of `run.py robustness`, such as data_root, robustness_ratios and robustness_seeds.
+
+    Returns:
+        For each checkpoint what its robustness.json holds.
+
+    Raises:
+        UserError: an option, a checkpoint or the dataset is wrong.
+    """
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise ConfigError(f"{unknown[0]}: expected an option of `run.py robustness`")
+    from runs.evaluation import measure_target
+    from runs.targets import open_targets
+
+    targets = open_targets({**DEFAULTS, **options, "load_path": str(load_path)}, set(options))
+    return [found for target in targets if (found := measure_target(target, set(options))) is not None]
+
+
+def main() -> int:
+    """The command `rep`: `rep train with …`, `rep test with …`, `rep convert --dataset …`, and run.py's others."""
+    command, *words = sys.argv[1:] or ["--help"]
+    if command == "convert":
+        from make_arrow import main as convert
+
+        return convert(words)
+    from run import command_line
+
+    return command_line(["rep", *as_words_of_run(command, words)])
+
+
+def as_words_of_run(command: str, words: Sequence[str]) -> list[str]:
+    """`rep COMMAND WORDS` as run.py would be called."""
+    if command not in MEANINGS:
+        return [command, *words]
+    return ["main", *words, *([] if "--help" in words or "-h" in words else MEANINGS[command])]

@@ -1,0 +1,77 @@
+"""What `pip install .` gives: a package `rep` that works beside OpenAI's `clip`, with a command `rep`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runs.python_interface import as_words_of_run
+from tests.conftest import Workspace
+
+ROOT = Path(__file__).parents[1]
+STAND_IN = 'def tokenize(texts):\n    return "tokens of the other clip"\n'
+USE = """
+import sys
+import clip, rep
+assert clip.tokenize(["a"]) == "tokens of the other clip" and "torch" not in sys.modules
+model = rep.load_model(sys.argv[1])
+assert [found.missing for found in model.predict(texts=["A train.", "A ghost."])] == ["image missing"] * 2
+found, = rep.robustness(sys.argv[1], bootstrap=0, robustness_seeds=[0], robustness_ratios=[0.5], num_workers=0)
+assert [cell["ratio"] for cell in found["cells"]] == [0.5] * 3
+assert clip.tokenize(["a"]) == "tokens of the other clip"
+assert not {"config", "common", "engine", "runs", "vilt"} & set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed wheel, and beside it another package named clip."""
+    folder = tmp_path_factory.mktemp("package")
+    folder.joinpath("checkout").mkdir()
+    for path in (
+        *ROOT.glob("*.py"),
+        *ROOT.glob("*.md"),
+        ROOT / "pyproject.toml",
+        ROOT / "requirements.txt",
+        ROOT / "LICENSE",
+    ):
+        shutil.copy(path, folder / "checkout")
+    for path in ROOT.glob("*/__init__.py"):
+        if path.parent.name != "tests":
+            shutil.copytree(path.parent, folder / "checkout" / path.parent.name)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(folder / "site"), str(folder / "checkout")], check=True)
+    (folder / "site" / "clip").mkdir()
+    (folder / "site" / "clip" / "__init__.py").write_text(STAND_IN)
+    return folder / "site"
+
+
+def test_trains_evaluates_and_imports_beside_another_clip(workspace: Workspace, site: Path, tmp_path: Path) -> None:
+    def call(*words: str) -> str:
+        result = subprocess.run(
+            words,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    rep = str(site / "bin" / "rep")
+    options = workspace.command(f"vit={workspace.backbone}", "exp_name=installed", "max_epoch=1")[2:]
+    call(rep, "train", "with", *options, f"log_dir={tmp_path / 'result'}", "test_after_fit=False")
+    best = tmp_path / "result" / "installed_seed0" / "version_0" / "best.ckpt"
+    assert "installed_seed0" in call(rep, "runs", "with", f"log_dir={tmp_path / 'result'}")
+    call(sys.executable, "-c", USE, str(best))
+
+
+def test_what_run_py_does_without_a_command_has_names() -> None:
+    assert as_words_of_run("train", ["with", "seed=1"]) == ["main", "with", "seed=1"]
+    assert as_words_of_run("test", ["with", "seed=1"]) == ["main", "with", "seed=1", "test_only=True"]
+    assert as_words_of_run("test", ["--help"]) == ["main", "--help"]
+    assert as_words_of_run("runs", []) == ["runs"]

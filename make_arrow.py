@@ -22,6 +22,8 @@ from vilt.utils.arrow_writer import BAD_SAMPLES, BadSample, BadSamplesError, Spl
 
 N_SHOWN = 20
 """How many bad samples the terminal shows."""
+DEFAULT_ROOT = Path("datasets")
+"""Where arrow files go that no --target is given for, in a folder of their dataset's name."""
 CONVERTERS = {spec.make_arrow_name: spec for spec in EVERY_DATASET.values()}
 
 
@@ -32,7 +34,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset", required=True, choices=list(CONVERTERS))
     parser.add_argument("--root", required=True, type=Path, metavar="RAW", help="folder of the raw dataset")
-    parser.add_argument("--target", type=Path, metavar="OUT", help="folder for the arrow files (default: RAW)")
+    parser.add_argument(
+        "--target", type=Path, metavar="OUT", help="folder for the arrow files (default: datasets/NAME, in this folder)"
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -57,10 +61,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     described.add_argument(
         "--table", type=Path, metavar="FILE", help="custom only: a table with columns image, text, label and split"
     )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        default=None,
+        help="keep samples without image or text, whose cell is then empty (custom: also where the file is not there)",
+    )
+    parser.add_argument(
+        "--split-seed",
+        type=int,
+        metavar="N",
+        help="custom only: draws the splits where the table has none (default: 0)",
+    )
+    parser.add_argument(
+        "--follow-links", action="store_true", default=None, help="custom only: images may be links that leave RAW"
+    )
     args = parser.parse_args(argv)
     for name, spec in CONVERTERS.items():
-        for option in spec.converter_options:
-            if getattr(args, option) is not None and args.dataset != name:
+        for option in set(spec.converter_options) - set(CONVERTERS[args.dataset].converter_options):
+            if getattr(args, option) is not None:
                 parser.error(f"--{option.replace('_', '-')} belongs to --dataset {name}, not {args.dataset}")
     if args.workers < 0:
         parser.error(f"--workers: expected 0 or more, found {args.workers}")
@@ -97,6 +116,10 @@ def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
     remarks = {
         "left out, no text": [s.n_without_text for s in splits],
         "left out, bad": [len(s.bad) for s in splits],
+        **{
+            f"kept, {name} missing": [s.n_missing[name] for s in splits]
+            for name in sorted({name for s in splits for name in s.n_missing})
+        },
         "kept, but with none of the labels": [s.n_without_label for s in splits],
     }
     for remark, numbers in remarks.items():
@@ -110,13 +133,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit status: 0, 2 for a user error, 1 for a fault of ours, 130 for Ctrl-C."""
     print_anywhere()
     args = parse_args(argv)
-    target: Path = args.target or args.root
+    target: Path | None = args.target
     start = time.monotonic()
     try:
         check_system()
         spec = CONVERTERS[args.dataset]
         options = {name: getattr(args, name) for name in spec.converter_options if getattr(args, name) is not None}
         dataset = importlib.import_module(spec.converter).open_raw(args.root, **options)
+        target = target or DEFAULT_ROOT / (dataset.spec.custom.name if dataset.spec.custom else spec.name)
         splits = convert(dataset, target, args.workers, args.skip_bad)
     except BadSamplesError as error:
         print(f"error: {error}; nothing was written to {target}.\n\n{describe_bad(error.bad)}\n", file=sys.stderr)
@@ -126,15 +150,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"interrupted; nothing was written to {target}.", file=sys.stderr)
+        print("interrupted; nothing was written.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         return end_with_our_fault(error, None)
+    assert target is not None
     if bad := [sample for split in splits for sample in split.bad]:
         report = target / f"{spec.name}{BAD_SAMPLES}"
         print(f"{len(bad):,} bad samples were left out, and are listed in {report}:\n", file=sys.stderr)
         print(f"{describe_bad(bad)}\n", file=sys.stderr)
     print(describe(splits, dataset.class_names))
+    if dataset.note:
+        print(dataset.note)
     print(f"written to {target} in {time.monotonic() - start:,.1f} s")
     return DONE
 

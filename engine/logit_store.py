@@ -102,7 +102,8 @@ class LogitStore:
         for part in parts:
             part.unlink(missing_ok=True)
         self._read(self.path, self.logit_columns)
-        return replace(read_split(self.path, self.dataset.spec)[0], table_rows=self.dataset.n_rows)
+        split = read_split(self.path, self.dataset.spec)[0]
+        return replace(split, table_rows=self.dataset.n_rows, natural=self.dataset.natural)
 
     def keep(self, missing_type: int, logits_NC: Tensor) -> None:
         """Writes the part of one missing type: float32 logits of all samples, in their order.

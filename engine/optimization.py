@@ -11,6 +11,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
 
+from common.shares import part_of
+
 ADAM_BETAS = (0.9, 0.98)
 ADAM_EPS = 1e-8
 SGD_MOMENTUM = 0.9
@@ -132,7 +134,7 @@ def schedule_steps(batches: int, epochs: int, accumulation: int, max_steps: int 
 def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LRScheduler:
     """Linear warm-up, then decay to `end_lr` at `total_steps`."""
     warmup = settings.warmup_steps
-    warmup_steps = int(total_steps * warmup) if warmup < 1 else int(warmup)
+    warmup_steps = part_of(total_steps, warmup) if warmup < 1 else int(warmup)
     if settings.decay_power == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
     return get_polynomial_decay_schedule_with_warmup(

@@ -34,6 +34,7 @@ from vilt.datamodules import Batch, collate
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.kinds import KINDS, InputFormat, kinds_of
 from vilt.datasets.specs import DatasetSpec
+from vilt.utils.names import find_file
 from vilt.utils.tables import DELIMITERS, table_rows
 
 THRESHOLD = 0.5
@@ -225,13 +226,15 @@ def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
     if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
         raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl")
     items, kinds = [], kinds_of(dataset)
-    for row, values in table_rows(source, needed=[]):
+    for row, values in table_rows(source, [], [name for name, kind in kinds.items() if kind.in_file]):
         place = f"{source}, row {row}"
         if not kinds.keys() & values.keys():
             names = f"{', '.join(map(repr, kinds))} or {'both' if len(kinds) == 2 else 'some of them'}"
             raise DataError(f"{place}: expected the columns {names}, found {listed(list(values))}")
         cells = {name: _cell(values.get(name), name, place) for name in kinds}
-        inputs = {name: source.parent / cell if kinds[name].in_file else cell for name, cell in cells.items() if cell}
+        inputs: dict[str, Any] = {name: cell for name, cell in cells.items() if cell}
+        for name in inputs.keys() & {name for name, kind in kinds.items() if kind.in_file}:
+            inputs[name] = _file(source.parent, inputs[name], place)
         items.append(Item(str(row if values.get("id") is None else values["id"]), inputs, place))
     return items
 
@@ -243,6 +246,13 @@ def _cell(value: object, name: str, place: str) -> str | None:
     return value if value is not None and value.strip() else None
 
 
+def _file(folder: Path, name: str, place: str) -> Path:
+    try:
+        return find_file(folder, name)
+    except OSError as error:
+        raise DataError(f"{place}: {name}: cannot be read: {reason_of(error)}") from error
+
+
 def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
     kinds = kinds_of(dataset)
     name_of = {suffix: name for name, kind in kinds.items() for suffix in kind.suffixes}
@@ -250,7 +260,9 @@ def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
         raise DataError(f"input={source}: expected a table, as several of {', '.join(kinds)} are files of one kind")
     inputs_of: dict[Path, dict[str, Any]] = {}
     for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
-        if (name := name_of.get(path.suffix.lower())) is None:
+        # Hidden files are none of the user's: macOS keeps attributes of NAME.jpg in ._NAME.jpg.
+        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+        if hidden or (name := name_of.get(path.suffix.lower())) is None:
             continue
         if (other := inputs_of.setdefault(path.with_suffix(""), {}).setdefault(name, path)) is not path:
             raise DataError(f"{path}: expected one file of this name, found {other.name} too")

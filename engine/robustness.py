@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from common.errors import DataError, reason_of
 from common.files import write_csv
@@ -21,8 +23,9 @@ from engine.metrics import auroc_and_accuracy
 from engine.sample_statistics import LEVEL, bootstrap, class_figures, confusions, interval, roc
 from engine.stored_logits import SplitLogits
 from engine.tasks import Task
+from vilt.datasets.specs import EVERY_DATASET
 from vilt.missing_tables import MissingPattern, load_missing_table
-from vilt.missing_types import AVAILABLE, is_missing, type_names
+from vilt.missing_types import AVAILABLE, is_missing, on_top, type_names
 
 FORMAT = 1
 RESULTS = ("robustness.json", "cells.csv", "matrix.csv", "per_class.csv", "confusions.csv", "roc.csv")
@@ -67,6 +70,7 @@ def measure(
     multilabel, binary = labels.ndim == 2, task.n_classes == 2
     of_type = dict(zip(type_names(subject.modalities), logits.logits_TNC, strict=True))
     by_type = {name: task.metrics(logits_NC, labels) for name, logits_NC in of_type.items()}
+    natural_N = np.broadcast_to(logits.natural, logits.table_rows)[logits.row_of_sample_N]
     cells = [_cell(subject, logits, of_cell, resamples) for of_cell in patterns]
     curves = {name: roc(logits_NC, labels) for name, logits_NC in of_type.items() if binary and not multilabel}
     return {
@@ -84,6 +88,7 @@ def measure(
         "class_names": list(names),
         "cells": cells,
         "by_type": by_type,
+        "natural": by_missing_type(task, natural_N, logits.logits_TNC[0], labels),
         "baselines": baselines(task, labels, names),
         "confidence": {"level": LEVEL, "resamples": resamples, **_confidence(task, logits, by_type, resamples)},
         "per_class": [
@@ -103,6 +108,13 @@ def measure(
             if curve is not None
         },
     }
+
+
+def by_missing_type(task: Task, types_N: np.ndarray, logits_NC: Tensor, labels: Tensor) -> dict[str, dict[str, Any]]:
+    """Number of samples and metrics of each missing type that occurs."""
+    names = EVERY_DATASET[task.name].type_names
+    chosen = {names[code]: torch.from_numpy(types_N == code) for code in np.unique(types_N)}
+    return {name: {"samples": int(at.sum()), **task.metrics(logits_NC[at], labels[at])} for name, at in chosen.items()}
 
 
 def write_results(found: Results, folder: Path) -> list[str]:
@@ -160,7 +172,8 @@ def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPatte
     """One pattern, with a missing table per seed. What is available: the mean over the tables of the share of rows."""
     task, first = subject.task, patterns[0]
     root, rows = subject.missing_table_root, logits.table_rows
-    tables = [load_missing_table(root, task.name, "test", pattern, rows) for pattern in patterns]
+    drawn = [load_missing_table(root, task.name, "test", pattern, rows) for pattern in patterns]
+    tables = [on_top(subject.modalities, logits.natural, table) for table in drawn]
     available = {
         f"{name}{AVAILABLE}": statistics.mean(float(np.mean(~is_missing(subject.modalities, name, t))) for t in tables)
         for name in subject.modalities

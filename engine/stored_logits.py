@@ -35,6 +35,8 @@ class SplitLogits:
     """(N, C) uint8 for multi-label tasks, else (N,) int64."""
     logits_TNC: Tensor
     """float32."""
+    natural: np.ndarray | int = 0
+    """What every row misses by nature, a missing type, int8 (table_rows,)."""
 
     @property
     def units(self) -> int:

@@ -86,6 +86,8 @@ class FinetuneModule(pl.LightningModule):
         self.test_metrics: dict[str, float] = {}
         """The test metrics of all processes' samples, after a test run."""
         self.tested_samples = 0
+        self.tested: tuple[Tensor, Tensor] | None = None
+        """Logits and labels of the test split."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C)."""
@@ -190,7 +192,7 @@ class FinetuneModule(pl.LightningModule):
         logits, labels = collected
         metrics = {"loss": self.task.loss(logits, labels).item(), **self.task.metrics(logits, labels)}
         if stage == "test":
-            self.tested_samples = len(logits)
+            self.tested_samples, self.tested = len(logits), (logits, labels)
         for name, value in metrics.items():
             if (stage, name) != ("train", "loss"):  # logged step by step
                 # Every process has computed the same value of all samples: nothing to average.

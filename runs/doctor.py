@@ -157,10 +157,11 @@ class Doctor:
         for index in np.unique(np.linspace(0, len(data) - 1, IMAGES_DECODED, dtype=int)).tolist():
             data[0, index]  # raises DataError where the image cannot be decoded
         pattern = split_patterns(options.data_settings().patterns, spec, root)[split]
-        table = load_missing_table(options.missing_table_root, options.task, split, pattern, data.n_rows)
+        root = options.missing_table_root
+        data.missing_table = load_missing_table(root, options.task, split, pattern, data.n_rows)
         what = " (one per text)" if spec.column_of("text") else ""
         facts = [f"{data.n_rows:,} rows, {len(data):,} samples{what}"]
-        of_types, remarks = type_counts(table, spec.type_names), []
+        of_types, remarks = type_counts(data.missing_table, spec.type_names), []
         facts += [f"{count:,} {kind}" for kind, count in of_types.items()]
         if data.n_rows not in (published := spec.published_rows.get(split, (data.n_rows,))):
             remarks.append(f"the published split has {' or '.join(f'{rows:,}' for rows in published)} rows")

@@ -25,7 +25,7 @@ from engine.families import BackboneChoice
 from engine.logit_store import LogitModule, encode
 from engine.open_model import COMPUTE_TYPES, open_model
 from engine.processes import ending_together
-from engine.robustness import Results, measure, write_results
+from engine.robustness import Results, by_missing_type, measure, write_results
 from engine.tasks import Task
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
@@ -122,14 +122,17 @@ def test(
     started = time.monotonic()
     trainer.test(module, datamodule=data, verbose=False)
     dataset = data.datasets["test"]
-    pattern = data.patterns["test"]
+    pattern, types_N = data.patterns["test"], dataset.missing_type_of_sample
+    assert module.tested is not None
+    by_type = by_missing_type(module.task, types_N, *module.tested)
     found = baselines(module.task, torch.from_numpy(dataset.label_of_sample), dataset.class_names())
     result = {
         "task": options.task,
         "split": "test",
         "samples": module.tested_samples,
         "rows": dataset.n_rows,
-        "missing": type_counts(dataset.missing_type_of_sample, data.spec.type_names),
+        "missing": type_counts(types_N, data.spec.type_names),
+        "by_missing_type": by_type,
         "missing_pattern": pattern.recorded(),
         "metrics": module.test_metrics,
         "baselines": found,
@@ -150,6 +153,9 @@ def test(
         )
         for metric, value in module.test_metrics.items():
             print(f"  test/{metric:<17} {figure(value)}")
+        for name, of_type in by_type.items() if len(by_type) > 1 else ():
+            shown = figure(of_type[module.task.monitor])
+            print(f"  {name}, {of_type['samples']:,} samples: {module.task.monitor} {shown}")
         for baseline in found.values():
             print(f"  {baseline_text(baseline, module.task.monitor)}")
         print(f"  written to {folder / 'test_results.json'}\n")

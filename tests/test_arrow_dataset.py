@@ -199,6 +199,60 @@ def test_simulation_leaves_what_is_missing_by_the_table(simulated):
     assert {type_in(simulated, epoch, index) for epoch in range(5) for index in (27, 28, 29)} == {0}
 
 
+# ---- missing by nature
+
+
+def holes(no_image: Sequence[int], no_text: Sequence[int], rows: int = 3) -> pa.Table:
+    """Memes without images or texts in some rows."""
+    table = memes(rows)
+    for column, empty in (("image", no_image), ("text", no_text)):
+        cells = [None if row in empty else cell for row, cell in enumerate(table[column].to_pylist())]
+        place = table.column_names.index(column)
+        table = table.set_column(place, column, pa.array(cells, table[column].type))
+    return table
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("rows_per_batch", [None, 1])
+def test_rows_without_image_or_text_are_samples_that_lack_it(tmp_path, rows_per_batch, cached):
+    dataset = open_memes(tmp_path, holes([1], [0, 3], 5), rows_per_batch)
+    tokenizer = Tokenizer()
+    dataset.tokenize(tokenizer, "f")
+    assert tokenizer.calls == [["meme 1", "meme 2", "meme 4"]]
+    if cached:
+        dataset.cache_images(0)
+    assert dataset.natural.tolist() == dataset.missing_type_of_sample.tolist() == [1, 2, 0, 1, 0]
+    tokens = tokenizer(tokenizer.calls[0])
+    expected = [{"image": 0}, {"text": 0}, {"image": 2, "text": 1}, {"image": 3}, {"image": 4, "text": 2}]
+    for index, of_sample in enumerate(expected):
+        inputs = {
+            name: decode_image(png(place), SIZE) if name == "image" else torch.from_numpy(tokens[place])
+            for name, place in of_sample.items()
+        }
+        assert_equal(dataset[0, index], Sample(inputs, torch.tensor(index % 2), index))
+    assert [dataset.given("text", index) for index in range(5)] == [None, "meme 1", "meme 2", None, "meme 4"]
+    assert dataset.given("image", 1) is None and dataset.given("image", 2) == png(2)
+    assert dataset.evaluation_order().tolist() == [1, 2, 4, 0, 3]
+
+
+def test_tables_come_on_top_of_what_is_missing_and_leave_one_modality(tmp_path):
+    dataset = open_memes(tmp_path, holes([1, 4], [0, 3], 6))
+    dataset.tokenize(Tokenizer(), "f")
+    dataset.missing_table = np.array([1, 1, 1, 2, 0, 2], dtype=np.int8)
+    assert dataset.missing_table.tolist() == [1, 2, 1, 1, 2, 2]
+    dataset.simulate_seed = 3
+    dataset.missing_table = np.zeros(6, dtype=np.int8)
+    seen = {(index, type_in(dataset, epoch, index)) for epoch in range(20) for index in range(6)}
+    assert seen == {(0, 1), (1, 2), (3, 1), (4, 2), *((index, kind) for index in (2, 5) for kind in range(3))}
+
+
+def test_a_split_may_lack_all_texts(tmp_path):
+    dataset = open_memes(tmp_path, holes([], range(3)))
+    dataset.tokenize(Tokenizer(), "f")
+    assert [list(dataset[0, index].inputs) for index in range(3)] == [["image"]] * 3
+    assert dataset.evaluation_order().tolist() == [0, 1, 2]
+
+
 # ---- what is refused
 
 
@@ -211,14 +265,12 @@ def changed(column: str, values: pa.Array | list) -> pa.Table:
     ("table", "message"),
     [
         (memes().drop(["label"]), "expected the columns image, label, text; found image, text"),
-        (memes().slice(0, 0), "expected samples, found 0 rows and no text"),
+        (memes().slice(0, 0), "expected samples, found no rows"),
         (changed("text", [[]] * 3), "column text: expected lists of texts, found list<item: null>"),
-        (changed("text", pa.array([[]] * 3, pa.list_(pa.string()))), "expected samples, found 3 rows and no text"),
         (changed("text", ["a", "b", "c"]), "column text: expected lists of texts, found string"),
         (changed("text", [[1], [2], [3]]), "column text: expected lists of texts, found list<item: int64>"),
-        (changed("text", [["a"], None, ["c"]]), "row 1: column text is empty (null) (1 such rows)"),
+        (holes([0], [0, 2]), "row 0: expected image or text, found all columns empty (1 such rows)"),
         (changed("text", [["a", "b"], ["c"], ["d", None]]), "row 2: column text: a text is empty (null)"),
-        (changed("image", [png(0), None, None]), "row 1: column image is empty (null) (2 such rows)"),
         (changed("image", ["a", "b", "c"]), "column image: expected the bytes of image files, found string"),
         (changed("label", [0, 1, None]), "row 2: column label is empty"),
         (changed("label", [0, 2, 2]), "row 1: label 2 is outside 0 to 1 (2 such rows)"),

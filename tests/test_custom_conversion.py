@@ -13,10 +13,12 @@ from common.errors import DataError
 from demo.data import write_task
 from tests.custom_files import convert, films_as_custom, png, read_arrow, write_jsonl, write_labelled
 from tests.data_files import memes, write
+from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CustomData
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS
 from vilt.utils import write_custom
+from vilt.utils.names import normal
 
 ROOT = Path(__file__).parents[1]
 HEADER = ["image", "text", "label", "split"]
@@ -214,10 +216,10 @@ def test_a_spec_or_a_table_that_is_not_there(raw: Path, tmp_path: Path, capsys: 
 
 
 GOOD = "image,text,label,split\na.png,x,cat,train\na.png,x,cat,val\na.png,x,dog,test\n"
-ALL = "'image', 'text', 'label', 'split'"
+ALL = "'image', 'text', 'label'"
 TABLES: list[tuple[str, str | bytes, str]] = [
     ("csv", "", f"row 1: expected the columns {ALL}, found nothing"),
-    ("csv", "image,text,label,spl\n", "row 1: expected the columns 'split', found 'image', 'text', 'label', "),
+    ("csv", "image,text,lab,split\n", "row 1: expected the columns 'label', found 'image', 'text', 'lab', 'split'"),
     ("tsv", GOOD, f"row 1: expected the columns {ALL}, found 'image,text,label,split'"),
     ("csv", "image,text,label,split,text\n", "row 1: the column 'text' is repeated"),
     ("csv", GOOD + "a.png,x,cat\n", "row 5: expected 4 values, as in the header, found 3"),
@@ -225,9 +227,16 @@ TABLES: list[tuple[str, str | bytes, str]] = [
     ("csv", GOOD + 'a.png,"x,cat,train\n', "row 5: unexpected end of data"),
     ("csv", GOOD + 'a.png,"x" y,cat,train\n', "row 5: ',' expected after '\"'"),
     ("csv", GOOD.replace("cat", "caf\xe9").encode("latin-1"), "is not valid UTF-8"),
+    ("csv", GOOD.encode("utf-16"), "is not valid UTF-8"),
     ("csv", GOOD + "a.png,x,cat,dev\n", "row 5: split: expected train or val or test, found 'dev'"),
     ("csv", GOOD + f"a.png,{'word ' * 40_000},cat,val\n", "row 5: field larger than field limit"),
-    ("jsonl", '{"image": "a.png", "text": "x", "label": "a"}\n', "row 1: split: expected train or val or "),
+    ("jsonl", '{"label": "a"}\n{"label": "a", "split": "val"}\n', "row 1: split: expected train or val or "),
+    ("csv", GOOD.replace("val", ""), "row 3: split: expected train or val or test, found ''"),
+    ("csv", GOOD + 'a.png,"x,cat,train\na.png,y",cat,train\n', "row 5: a quote is not closed; the cell includes row 6"),
+    ("csv", "image,text,label\na.png,x,cat\nb.png,x,dog\n", "expected rows enough to draw three splits from 2"),
+    ("jsonl", '{"split": "train", "label": true}\n' * 2 + '{"split": "val"}\n{"split": "test"}', "row 1: label: "),
+    ("csv", GOOD.replace("dog", "c\u0430t"), r"the labels 'cat' and 'c\u0430t' look the same"),
+    ("csv", GOOD.replace("dog", "c\u200dat"), r"the labels 'cat' and 'c\u200dat' look the same"),
     ("jsonl", '\n{"split": 1}\n', "row 2: split: expected train or val or test, found 1"),
     ("csv", GOOD.replace("val", "train"), "expected rows with split val, found none"),
     ("csv", "image,text,label,split\n", "expected rows with split train, found none"),
@@ -255,25 +264,29 @@ def test_a_wrong_table(
 def damage(raw: Path) -> None:
     """Image files of special kinds."""
     (raw / "damaged.png").write_bytes(png()[:50])
+    (raw / "._a.png").write_bytes(b"\0\5\x16\7")
     (raw / "circle.png").symlink_to(raw / "circle.png")
     (raw.parent / "secret.png").write_bytes(png())
     (raw / "link.png").symlink_to(raw.parent / "secret.png")
 
 
 BAD: list[tuple[str, object, str, str]] = [
-    ("image", None, "incomplete row", "image: expected a path, found none"),
-    ("image", "", "incomplete row", "image: expected a path, found ''"),
     ("image", ["a.png"], "incomplete row", "image: expected a path, found a list"),
     ("image", "no.png", "missing file", ""),
     ("image", "/etc/hostname", "path leaves RAW", ""),
     ("image", "../secret.png", "path leaves RAW", ""),
-    ("image", "link.png", "path leaves RAW", "by a link"),
+    ("image", "link.png", "path leaves RAW", "by a link; --follow-links allows that"),
+    ("image", r"..\secret.png", "path leaves RAW", ""),
+    ("image", "._a.png", "undecodable image", "macOS"),
     ("image", "circle.png", "missing file", ""),
     ("image", "a\0.png", "missing file", ""),
     ("image", "damaged.png", "undecodable image", ""),
-    ("text", None, "incomplete row", "text: expected a string or a list, found none"),
-    ("text", " ", "incomplete row", "text: empty"),
-    ("text", ["", " "], "incomplete row", "text: empty"),
+    ("text", 5, "incomplete row", "text: expected a string or a list, found 5"),
+    ("image, text", None, "nothing left", "no image and no text"),
+    ("image, text", " ", "nothing left", "no image and no text"),
+    ("label", 1.5, "incomplete row", "label: expected a name, found 1.5"),
+    ("label", float("nan"), "incomplete row", "label: expected a name, found NaN"),
+    ("label", "d\u043eg", "unknown class", r"d\u043eg', which looks like one of them"),
     ("text", ["a", 1], "incomplete row", "text: expected a string or a list, found 1"),
     ("label", None, "incomplete row", "label: expected a name, found none"),
     ("label", " ", "incomplete row", "label: expected a name, found ' '"),
@@ -295,7 +308,7 @@ def test_a_bad_sample_is_named_and_can_be_skipped(
     damage(raw)
     several = column == "labels"
     rows = [{**dict(zip(HEADER, row, strict=True)), **({"label": ["cat"]} if several else {})} for row in ROWS]
-    write_jsonl(raw / "table.jsonl", [*rows, {**rows[0], column.rstrip("s"): value}])
+    write_jsonl(raw / "table.jsonl", [*rows, {**rows[0], **dict.fromkeys(column.rstrip("s").split(", "), value)}])
     kind = "multi" if several else "single"
     (raw / "spec.yaml").write_text(f"files: table.jsonl\nclasses: [cat, dog]\nlabels: {kind}\n")
     assert convert(raw, raw / "out") == 2
@@ -314,6 +327,115 @@ def test_a_link_within_the_folder_is_followed(raw: Path) -> None:
     write_table(raw / "table.csv", [["c.png", *row[1:]] for row in ROWS])
     assert convert(raw, raw / "out", "--table", str(raw / "table.csv")) == 0
     assert columns_of(raw / "out")["image"] == [png(10)] * 3
+
+
+def test_links_out_of_the_folder_are_followed_on_demand(raw: Path) -> None:
+    damage(raw)
+    write_table(raw / "table.csv", [["link.png", *row[1:]] for row in ROWS])
+    assert convert(raw, raw / "out", "--table", str(raw / "table.csv")) == 2
+    assert convert(raw, raw / "out", "--table", str(raw / "table.csv"), "--follow-links") == 0
+    assert columns_of(raw / "out")["image"] == [png()] * 3
+
+
+@pytest.mark.parametrize("listed", [r"img\A.PNG", "IMG/a.png", " img/a.png ", "img/a.Png", r".\img\a.png"])
+def test_a_file_is_found_however_its_path_is_typed(raw: Path, listed: str) -> None:
+    (raw / "img").mkdir()
+    (raw / "a.png").rename(raw / "img" / "a.png")
+    rows = [[listed if row[0] == "a.png" else row[0], *row[1:]] for row in ROWS]
+    write_table(raw / "table.csv", rows)
+    assert convert(raw, raw / "out", "--table", str(raw / "table.csv")) == 0
+    assert columns_of(raw / "out")["image_id"] == [listed, "b.png", listed]
+    assert columns_of(raw / "out")["image"][0] == png(10)
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["caf\u00e9", "cafe\u0301", " caf\u00e9", "caf\u00e9\u200b", "caf\u00e9\u00a0"],
+        ["ice  tea", "ice tea", "ice\u00a0tea", "ice\ttea", "\ufeffice tea"],
+        ["1", "1.0", "1.00", " 1", "1.0 "],
+    ],
+)
+def test_labels_count_however_they_are_typed(raw: Path, typed: list[str]) -> None:
+    splits = ["train", "train", "train", "val", "test"]
+    rows = [[*ROWS[0][:2], label, split] for label, split in zip(typed, splits, strict=True)]
+    write_table(raw / "table.csv", [*rows, [*ROWS[0][:2], "dog", "train"]])
+    assert convert(raw, raw / "out", "--table", str(raw / "table.csv")) == 0
+    names = open_spec("custom", raw / "out", SPLITS).class_names
+    assert names is not None and names == tuple(sorted({normal(typed[0]), "dog"}))
+    assert columns_of(raw / "out")["label"] == [names.index(normal(typed[0]))] * 3 + [names.index("dog")]
+    (raw / "spec.yaml").write_text(json.dumps({"files": "table.csv", "classes": ["dog", typed[1]]}))
+    assert convert(raw, raw / "out") == 0
+    assert columns_of(raw / "out")["label"] == [1, 1, 1, 0]
+
+
+def test_integers_written_as_floats(raw: Path) -> None:
+    rows = [{**dict(zip(HEADER, row, strict=True)), "label": float(n % 2)} for n, row in enumerate(ROWS)]
+    write_jsonl(raw / "table.jsonl", [*rows, {**rows[0], "label": 1}])
+    assert convert(raw, raw / "out", "--table", str(raw / "table.jsonl")) == 0
+    assert columns_of(raw / "out")["label"] == [0, 1, 0, 1]
+    assert open_spec("custom", raw / "out", SPLITS).class_names == ("0", "1")
+
+
+# ---- missing by nature, splits drawn
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_blank_cells_are_missing_by_nature(raw: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [["", *ROWS[0][1:]], ["b.png", " ", *ROWS[1][2:]], *ROWS[2:]]
+    path = raw / f"holes.{suffix}"
+    if suffix == "csv":
+        write_table(path, rows)
+    else:
+        records = [dict(zip(HEADER, row, strict=True)) for row in rows]
+        write_jsonl(path, [{**records[0], "image": None}, {**records[1], "text": ["", " "]}, *records[2:]])
+    assert convert(raw, raw / "out", "--table", str(path)) == 0
+    assert columns_of(raw / "out")["image"] == [None, png(20), png(10)]
+    assert columns_of(raw / "out")["text"] == [["one, two"], None, ["another\nline"]]
+    said = capsys.readouterr().out
+    assert "image missing: train 1, val 0, test 0" in said and "text missing: train 1, val 0, test 0" in said
+    data = ArrowDataset(open_spec("custom", raw / "out", SPLITS), raw / "out", "train", 8)
+    assert data.natural.tolist() == [2, 1, 0]
+
+
+def test_an_image_that_is_not_there_is_missing_on_demand(raw: Path) -> None:
+    (raw / "b.png").unlink()
+    options = ["--table", str(raw / "table.csv")]
+    assert convert(raw, raw / "out", *options) == 2
+    assert convert(raw, raw / "out", *options, "--allow-missing") == 0
+    assert columns_of(raw / "out")["image"] == [png(10), None, png(10)]
+
+
+def drawn(raw: Path, seed: int | None = None, rows: int = 100) -> tuple[dict[str, list], list[str]]:
+    """Labels by split of `rows` rows, a tenth of class c, of which each two have an image; and the images of train."""
+    for number in range(0, rows, 2):
+        (raw / f"{number}.png").write_bytes(png(number))
+    lines = [[f"{n - n % 2}.png", f"text {n}", "c" if n % 20 < 2 else "ab"[n % 4 // 2]] for n in range(rows)]
+    write_table(raw / "table.csv", lines, HEADER[:3])
+    options = [] if seed is None else ["--split-seed", str(seed)]
+    assert convert(raw, raw / "out", "--table", str(raw / "table.csv"), *options) == 0
+    found = {split: columns_of(raw / "out", split) for split in SPLITS}
+    images = [set(columns["image_id"]) for columns in found.values()]
+    assert not images[0] & images[1] and not images[0] & images[2] and not images[1] & images[2]
+    return {split: columns["label"] for split, columns in found.items()}, found["train"]["image_id"]
+
+
+def test_splits_that_are_not_named_are_drawn_by_label_and_seed(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels, images = drawn(raw)
+    assert {split: len(of_split) for split, of_split in labels.items()} == {"train": 70, "val": 10, "test": 20}
+    for split, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
+        for number, count in enumerate((40, 50, 10)):
+            assert abs(labels[split].count(number) - share * count) <= 2, (split, number)
+    assert "no column split: splits drawn by label with seed 0: train 70, val 10, test 20" in capsys.readouterr().out
+    assert drawn(raw) == drawn(raw, 0) == (labels, images)
+    assert drawn(raw, 1)[1] != images
+    capsys.readouterr()
+    write_table(raw / "table.csv", ROWS)
+    status = convert(raw, raw / "out", "--table", str(raw / "table.csv"), "--split-seed", "1")
+    assert "split_seed" in said_of(status, capsys)
 
 
 # ---- opening what was written

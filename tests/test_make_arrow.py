@@ -1,6 +1,7 @@
 """make_arrow.py: what it writes, what it refuses, and what it leaves behind."""
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from PIL import Image
 import make_arrow
 from common.strict_json import parse_json
 from tests.custom_files import read_arrow
-from vilt.datasets.specs import DATASETS
+from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 from vilt.utils import write_food101, write_hatememes, write_mmimdb
 from vilt.utils.ordered_threads import AHEAD, in_order
 
@@ -151,9 +153,12 @@ def test_class_names_are_in_the_metadata_in_the_order_of_their_numbers(dishes: C
     assert dishes.table("val")["label"].to_pylist() == [2, 1, 0]
 
 
-def test_target_defaults_to_raw(films: Case) -> None:
+def test_target_defaults_to_a_folder_beside_the_command(films: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(films.raw.parent)
+    before = contents(films.raw / "images")
     assert make_arrow.main(["--dataset", "mmimdb", "--root", str(films.raw)]) == 0
-    assert sorted(path.name for path in films.raw.glob("*.arrow")) == FILES["mmimdb"]
+    assert sorted(contents(Path("datasets/mmimdb"))) == FILES["mmimdb"]
+    assert contents(films.raw / "images") == before and not list(films.raw.glob("*.arrow"))
 
 
 def test_summary_counts_samples_texts_labels_and_bytes(films: Case) -> None:
@@ -205,7 +210,11 @@ def test_titles_serve_where_text_json_is_absent(dishes: Case) -> None:
     [
         (b'a_1.jpg,"Pie, ""the best"" of all",a', 'Pie, "the best" of all'),
         (b"a_1.jpg,Pie, the best,a", "Pie, the best"),
-        ("a_1.jpg,Crème brûlée,a".encode(), "Crème brûlée"),
+        (b'"a_1.jpg",Pie,"a"', "Pie"),
+        (b'a_1.jpg,"Pie,a', '"Pie'),
+        (b'a_1.jpg,"Pie" of the "year",a', '"Pie" of the "year"'),
+        (b'a_1.jpg,Pie",a', 'Pie"'),
+        ("a_1.jpg,Crème\u2028brûlée,a".encode(), "Crème\u2028brûlée"),
     ],
 )
 def test_titles_with_commas_and_quotes(dishes: Case, line: bytes, text: str) -> None:
@@ -217,6 +226,8 @@ def test_titles_with_commas_and_quotes(dishes: Case, line: bytes, text: str) -> 
     ("train", "message"),
     [
         (b"pizza_0.jpg,one,pizza\npizza_1.jpg,one\n", "train_titles.csv, row 2: expected FILE,TEXT,CLASS"),
+        (b'pizza_0.jpg,"one, or\ntwo",pizza\n', "train_titles.csv, row 1: expected FILE,TEXT,CLASS"),
+        (b"pizza_0.jpg,one,pie\n", "row 1: expected FILE,TEXT,CLASS with the class 'pizza'"),
         (b"pizza_0.jpg,\xff,pizza\n", "not valid UTF-8"),
         (b"pizza_0.jpg,one,pizza\n", "two different texts: 'one' and 'two'"),
     ],
@@ -235,6 +246,105 @@ def test_images_of_all_modes_are_kept_as_they_are(films: Case, mode: str, kind: 
     films.write(POSTER, out.getvalue())
     assert films.run() == 0
     assert films.table("dev")["image"][0].as_py() == out.getvalue()
+
+
+def test_a_title_that_begins_with_a_quote_swallows_no_other(dishes: Case) -> None:
+    names = [name for names in json.loads((dishes.raw / "split.json").read_text()).values() for name in names]
+    lines = [f'{name},"Title {n},{write_food101.class_of(name)}' for n, name in enumerate(names)]
+    write_titles(dishes, "\n".join(lines).encode())
+    assert dishes.run() == 0 and "left out" not in dishes.stdout
+    assert sum(dishes.table(split).num_rows for split in ("train", "val", "test")) == len(names)
+
+
+NFD = functools.partial(unicodedata.normalize, "NFD")
+
+
+def test_genres_count_however_they_are_typed(films: Case) -> None:
+    typed = [" Drama", "drama ", "Sci-Fi\u200b", "film-noir", "Comedy drama"]
+    films.edit(FILM, lambda film: film.update(genres=typed))
+    assert films.run() == 0
+    row = films.table("dev").to_pylist()[0]
+    assert [MMIMDB_GENRES[n] for n, one in enumerate(row["label"]) if one] == ["Drama", "Sci-Fi", "Film-Noir"]
+    assert row["genres"] == typed
+
+
+@pytest.mark.parametrize(("listed", "there"), [("é", NFD("é")), (NFD("é"), "é"), ("e", "E")])
+def test_names_of_files_and_classes_in_another_spelling(dishes: Case, listed: str, there: str) -> None:
+    """As another disk keeps them, in lists, texts, class names, folders and files."""
+
+    def renamed(name: str, spelling: str) -> str:
+        return name.replace("pizza", f"pizz{spelling}")
+
+    files = (dishes.raw / f"{name}.json" for name in ("class_idx", "text", "split"))
+    classes, texts, splits = (json.loads(path.read_text()) for path in files)
+    dishes.write("class_idx.json", {renamed(name, listed): number for name, number in classes.items()})
+    dishes.write("text.json", {renamed(name, there if len(there) > 1 else listed): t for name, t in texts.items()})
+    dishes.write("split.json", {key: [renamed(name, listed) for name in names] for key, names in splits.items()})
+    for folder in dishes.raw.glob("images/*/pizza"):
+        for path in folder.iterdir():
+            path.rename(path.with_name(renamed(path.name, there)))
+        folder.rename(folder.with_name(renamed(folder.name, there)))
+    assert dishes.run() == 0
+    assert dishes.table("train")["label"].to_pylist() == [row["label"] for row in published("food101_train.arrow")]
+
+
+def test_two_files_that_a_name_can_mean_are_none(films: Case) -> None:
+    (films.raw / POSTER).rename(films.raw / POSTER.upper().replace("IMAGES/", "images/"))
+    assert films.run() == 0
+    shutil.copy(films.raw / "images/0000013.jpeg", films.raw / "images/0000012.Jpeg")
+    films.check_bad("missing file", file=POSTER)
+
+
+def test_integers_written_as_floats(memes: Case) -> None:
+    memes.edit_line("data/dev.jsonl", 2, meme(label=1.0, id=10005.0))
+    assert memes.run() == 0
+    assert memes.table("dev")["label"].to_pylist() == [row["label"] for row in published("hatememes_dev.arrow")]
+    memes.edit_line("data/dev.jsonl", 1, meme(id=10005))
+    assert "dev.jsonl: the id 10005 is listed twice, in rows 1 and 2" in memes.refused(lines=1)
+
+
+# ---- missing by nature
+
+
+def missing_in(table: pa.Table, column: str) -> list[int]:
+    return [row for row, cell in enumerate(table[column].to_pylist()) if cell is None]
+
+
+def test_films_without_poster_or_plot(films: Case) -> None:
+    films.write(POSTER, None)
+    films.edit("labels/0000013.json", lambda film: film.update(plot=[" "]))
+    films.edit("labels/0000005.json", lambda film: film.pop("plot"))
+    assert films.run("--allow-missing") == 0
+    assert "image missing: train 0, dev 1, test 0" in films.stdout
+    assert "text missing: train 1, dev 1, test 0" in films.stdout
+    dev = films.table("dev")
+    assert (missing_in(dev, "image"), missing_in(dev, "plots")) == ([0], [1])
+    assert missing_in(films.table("train"), "plots") == [0]
+    films.edit(FILM, lambda film: film.update(plot=[]))
+    assert "nothing left" in films.refused("--allow-missing") and "no image and no text" in films.stderr
+
+
+def test_dishes_and_memes_without_image_or_text(case: MakeCase) -> None:
+    made = case("hatememes")
+    made.edit_line("data/dev.jsonl", 1, meme(text=" ", id=1))
+    made.edit_line("data/dev.jsonl", 2, meme(img=None))
+    made.write("data/img/10000.png", None)
+    assert made.run("--allow-missing") == 0
+    dev = made.table("dev")
+    assert (missing_in(dev, "image"), missing_in(dev, "text")) == ([1], [0])
+    assert missing_in(made.table("train"), "image") == [0]
+    made.edit_line("data/dev.jsonl", 2, meme(img=5))
+    assert "incomplete JSON" in made.refused("--allow-missing")
+
+
+def test_dishes_without_text_are_kept_on_demand(dishes: Case) -> None:
+    dishes.edit("text.json", lambda texts: texts.update({"pizza_2.jpg": "  ", "apple_pie_2.jpg": None}))
+    dishes.write("images/train/baby_back_ribs/baby_back_ribs_2.jpg", None)
+    assert dishes.run("--allow-missing") == 0
+    assert "left out" not in dishes.stdout
+    val = dishes.table("val")
+    assert val["image_id"].to_pylist() == [row["image_id"] for row in published("food101_val.arrow")]
+    assert len(missing_in(val, "text")) == 2 and len(missing_in(val, "image")) == 1
 
 
 def test_a_linked_image_folder_is_followed(films: Case, tmp_path: Path) -> None:
@@ -312,6 +422,8 @@ def meme(**changes: object) -> bytes:
         (meme(img="train.jsonl"), "undecodable image"),
         (meme(img="../../../etc/passwd"), "path leaves RAW"),
         (meme(img="/etc/passwd"), "path leaves RAW"),
+        (meme(img=r"..\..\secret.png"), "path leaves RAW"),
+        (meme(img=r"C:\img\10005.png"), "path leaves RAW"),
     ],
 )
 def test_bad_meme(memes: Case, line: bytes, reason: str) -> None:
@@ -421,6 +533,7 @@ WRONG_FILES: list[tuple[str, object, list[str]]] = [
     ("split.json", {**SPLITS, "dev": []}, ["'dev'", "an empty list"]),
     ("split.json", {**SPLITS, "dev": ["0000012", 13]}, ["'dev', row 2", "13"]),
     ("split.json", {**SPLITS, "dev": ["0000005"]}, ["'0000005' is listed twice", "'train', row 1", "'dev', row 1"]),
+    ("split.json", {**SPLITS, "dev": ["\u00e9", "e\u0301"]}, ["is listed twice", "'dev', row 1", "'dev', row 2"]),
     ("split.json", '{"train": ["1"], "train": ["2"]}', ["the key 'train' is repeated"]),
     ("class_idx.json", [], ["found a list"]),
     ("class_idx.json", {}, ["found []"]),
@@ -428,6 +541,8 @@ WRONG_FILES: list[tuple[str, object, list[str]]] = [
     ("class_idx.json", {"a": True}, ["under 'a'", "found true"]),
     ("class_idx.json", {"a": 0, "b": 2}, ["found [0, 2]"]),
     ("class_idx.json", {"a": 0, "b": 0}, ["found [0, 0]"]),
+    ("class_idx.json", {"pie": 0, "pie ": 1}, ["look the same", "'pie '"]),
+    ("class_idx.json", {"caf\u00e9": 0, "cafe\u0301": 1}, ["look the same", r"caf\xe9", r"cafe\u0301"]),
     ("class_idx.json", {str(n): n for n in range(102)}, ["at most 101 classes, found 102"]),
 ]
 

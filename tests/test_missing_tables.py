@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from common.errors import DataError
+from common.shares import part_of
 from vilt import missing_tables
 from vilt.datasets.specs import DATASETS, SPLITS, Modality, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table
@@ -45,15 +47,20 @@ def digits(table: np.ndarray) -> str:
     return "".join(map(str, table.tolist()))
 
 
+def exact(count: int, ratio: float) -> int:
+    """The integer part of a share, with the decimal digits of the ratio."""
+    return int(count * Decimal(repr(float(ratio))))
+
+
 def slow_table(dataset: str, split: Split, pattern: MissingPattern, samples: int) -> list[int]:
     """The same table row by row: rows in the order of their random numbers lose something until enough have."""
     key = hashlib.sha256(f"{dataset}/{DATASETS[dataset].file_splits[split]}/{pattern.seed}".encode()).hexdigest()
     numbers = np.random.PCG64(int(key, 16)).random_raw(samples).tolist()
     table, images_lost = [0] * samples, 0
     order = [row for _, row in sorted((number, row) for row, number in enumerate(numbers))]
-    for lost, row in enumerate(order[: int(samples * pattern.ratio)], start=1):
+    for lost, row in enumerate(order[: exact(samples, pattern.ratio)], start=1):
         loses_image = pattern.missing_type == "image" or (
-            pattern.missing_type == "both" and int(lost * pattern.both_ratio) > images_lost
+            pattern.missing_type == "both" and exact(lost, pattern.both_ratio) > images_lost
         )
         images_lost += loses_image
         table[row] = 2 if loses_image else 1
@@ -93,8 +100,8 @@ def test_equals_the_slow_version_and_has_exact_counts(missing_type):
         pattern = MissingPattern(missing_type, ratio, both_ratio, seed)
         table = draw_missing_table("food101", "val", pattern, samples)
         assert table.tolist() == slow_table("food101", "val", pattern, samples), (samples, pattern)
-        missing = int(samples * ratio)
-        images = {"text": 0, "image": missing, "both": int(missing * both_ratio)}[missing_type]
+        missing = exact(samples, ratio)
+        images = {"text": 0, "image": missing, "both": exact(missing, both_ratio)}[missing_type]
         assert [(table == value).sum() for value in range(3)] == [samples - missing, missing - images, images]
 
 
@@ -108,6 +115,35 @@ def test_what_is_missing_stays_missing_at_a_higher_ratio(missing_type):
         ]
         for lower, higher in itertools.pairwise(tables):
             assert np.array_equal(higher[lower > 0], lower[lower > 0]), "missing, and in the same way"
+
+
+@pytest.mark.parametrize(
+    ("samples", "ratio", "count"), [(90, 0.7, 63), (170, 0.7, 119), (100, 0.29, 29), (100, 0.57, 57), (3, 1 / 3, 0)]
+)
+def test_the_number_follows_from_the_ratio_as_it_is_written(samples, ratio, count):
+    pattern = MissingPattern("text", ratio, 0.5, 0)
+    assert (draw_missing_table("mmimdb", "test", pattern, samples) > 0).sum() == count
+    both = draw_missing_table("mmimdb", "test", MissingPattern("both", 1, ratio, 0), samples)
+    assert (both == 2).sum() == count
+    as_published = draw_missing_table("mmimdb", "train", replace(pattern, drawing="published"), samples)
+    assert (as_published > 0).sum() == int(samples * ratio)  # in binary, as the published code
+
+
+def test_the_published_sizes_are_as_before():
+    sizes = {rows for spec in DATASETS.values() for of_split in spec.published_rows.values() for rows in of_split}
+    assert 61142 in sizes
+    for rows, ratio in itertools.product(sizes, [number / 100 for number in range(101)]):
+        assert part_of(rows, ratio) == int(rows * ratio)
+
+
+def test_a_kept_table_with_the_count_of_earlier_versions_is_refused(tmp_path):
+    pattern = MissingPattern("text", 0.7, 0.5, 0)
+    load_missing_table(tmp_path, "mmimdb", "val", pattern, 90)
+    (path,) = tmp_path.iterdir()
+    header, meaning, line, end = path.read_text().split("\n")
+    path.write_text("\n".join([header, meaning, line.replace("1", "0", 1), end]))
+    with pytest.raises(DataError, match=r"expected 63 incomplete rows, found 62; delete it"):
+        load_missing_table(tmp_path, "mmimdb", "val", pattern, 90)
 
 
 # ---- nothing else decides it

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -22,7 +23,8 @@ from engine.tasks import TASKS, task_of
 from run import command_line
 from runs.sweep.search import open_study
 from tests.conftest import Workspace
-from tests.custom_files import convert, films_as_custom, write_labelled
+from tests.custom_files import convert, films_as_custom, read_arrow, write_jsonl, write_labelled
+from tests.data_files import LOGIT_COLUMNS
 from tests.models import TINY
 from vilt.datasets.custom import CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS
@@ -67,6 +69,40 @@ def refused(workspace: Workspace, capsys: Captured, data: Path, *options: str) -
     capsys.readouterr()
     assert command_line(workspace.command(*options, task="custom", data_root=data)) == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_data_with_holes_is_trained_evaluated_and_predicted_on(workspace: Workspace, tmp_path: Path) -> None:
+    """What is missing by nature counts like what is simulated, which comes on top; results are given for it."""
+    write_labelled(tmp_path, ROWS, ["cat", "dog"])
+    records = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+    for number, record in enumerate(records):
+        record[("image", "text", "label")[number % 3]] = None if number % 3 < 2 else record["label"]
+    write_jsonl(tmp_path / "table.jsonl", records)
+    assert convert(tmp_path, tmp_path / "arrow") == 0
+    options = ("missing_ratio={'train': 0.5, 'val': 0.0, 'test': 0.0}", "max_epoch=1", "simulate_missing=True")
+    folder = train(workspace, "holes", tmp_path / "arrow", *options)
+    found = json_of(folder / "test_results.json")
+    assert found["missing"] == {"complete": 3, "text missing": 3, "image missing": 3}
+    by_type = found["by_missing_type"]
+    assert {name: of_type["samples"] for name, of_type in by_type.items()} == found["missing"]
+    accuracies = [of_type["accuracy"] for of_type in by_type.values()]
+    assert found["metrics"]["accuracy"] == pytest.approx(sum(accuracies) / 3)
+    checkpoint = f"load_path={folder / 'best.ckpt'}"
+    command = ["run.py", "robustness", "with", checkpoint, f"data_root={tmp_path / 'arrow'}", *QUICK, "precision=32"]
+    assert command_line([*command, "num_workers=0", f"missing_table_root={workspace.root / 'missing_tables'}"]) == 0
+    robustness = json_of(folder / "robustness" / "robustness.json")
+    assert robustness["natural"] == by_type
+    for cell in robustness["cells"]:
+        if cell["ratio"] == 0:
+            assert cell["metrics"]["accuracy"]["mean"] == found["metrics"]["accuracy"]
+            assert cell["image_available"] == cell["text_available"] == pytest.approx(2 / 3)
+    # What the logits of a type are: of a sample that lacks the other modality, those of what it has.
+    logits = read_arrow(folder / "robustness" / "logits.arrow")
+    lacking = np.arange(9) % 3
+    complete, no_text, no_image = (np.array(logits[name].to_pylist()) for name in LOGIT_COLUMNS)
+    assert np.allclose(no_text[lacking < 2], complete[lacking < 2], atol=1e-5)
+    assert np.allclose(no_image[lacking < 2], complete[lacking < 2], atol=1e-5)
+    assert not np.allclose(no_text[lacking == 2], complete[lacking == 2], atol=1e-3)
 
 
 def json_of(path: Path) -> dict[str, Any]:

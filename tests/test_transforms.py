@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from clip.modules.vision_transformer_memory import normalise
@@ -125,6 +125,11 @@ def pixels_of(mode: str, *values) -> Image.Image:
     return image
 
 
+def levels(*values: int) -> Image.Image:
+    return Image.fromarray(np.array(values, dtype=np.uint16).reshape(2, 2))
+
+
+GREYS = [(0,) * 3, (7,) * 3, (255,) * 3, (100,) * 3]
 PALETTE = [(10, 20, 30), (250, 0, 128), (1, 2, 3), (250, 0, 128)]
 
 
@@ -133,21 +138,33 @@ PALETTE = [(10, 20, 30), (250, 0, 128), (1, 2, 3), (250, 0, 128)]
     [
         (saved(pixels_of("L", 0, 7, 255, 100)), [(0,) * 3, (7,) * 3, (255,) * 3, (100,) * 3]),
         (saved(pixels_of("1", 0, 255, 255, 0)), [(0,) * 3, (255,) * 3, (255,) * 3, (0,) * 3]),
-        (saved(pixels_of("LA", (9, 0), (9, 255), (80, 3), (0, 0))), [(9,) * 3, (9,) * 3, (80,) * 3, (0,) * 3]),
-        # transparency is dropped, not laid over a background
+        # what is transparent lies over white
+        (saved(pixels_of("LA", (9, 0), (9, 255), (55, 51), (0, 0))), [(255,) * 3, (9,) * 3, (215,) * 3, (255,) * 3]),
         (
-            saved(pixels_of("RGBA", (1, 2, 3, 0), (4, 5, 6, 255), (7, 8, 9, 1), (0,) * 4)),
-            [(1, 2, 3), (4, 5, 6), (7, 8, 9), (0,) * 3],
+            saved(pixels_of("RGBA", (1, 2, 3, 0), (4, 5, 6, 255), (55, 155, 255, 51), (0,) * 4)),
+            [(255,) * 3, (4, 5, 6), (215, 235, 255), (255,) * 3],
         ),
         (saved(with_palette()), PALETTE),
         (saved(with_palette(), "GIF"), PALETTE),
-        (saved(with_palette(), transparency=1), PALETTE),
+        (saved(with_palette(), transparency=1), [PALETTE[0], (255,) * 3, PALETTE[2], (255,) * 3]),
+        (saved(with_palette(), "GIF", transparency=2), [*PALETTE[:2], (255,) * 3, PALETTE[3]]),
+        (saved(with_palette(), transparency=b"\0\xff\xff"), [(255,) * 3, *PALETTE[1:]]),
+        *((saved(levels(0, 7 * 257, 65535, 100 * 257), kind), GREYS) for kind in ("PNG", "TIFF")),
+        (saved(levels(0, 7 * 257 + 128, 65535, 100 * 257 - 128)), GREYS),
+        (saved(levels(0, 7 * 257, 9 * 257, 100 * 257), transparency=9 * 257), GREYS),
+        (saved(levels(*(65535 - 257 * grey[0] for grey in GREYS)), "TIFF", tiffinfo={262: 0}), GREYS),
+        (saved(pixels_of("L", 0, 7, 255, 100), "TIFF"), GREYS),
     ],
-    ids=["grey", "black and white", "grey with alpha", "RGBA", "palette", "GIF", "transparent colour"],
 )
 def test_every_mode_becomes_rgb(data, expected):
-    image = decode_image(data, 2)
-    assert [tuple(pixel) for pixel in to_hwc(image).reshape(4, 3).tolist()] == expected
+    for image in (decode_image(data, 2), decode_image(Image.open(io.BytesIO(data)), 2)):
+        assert [tuple(pixel) for pixel in to_hwc(image).reshape(4, 3).tolist()] == expected
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_levels_of_an_unknown_range_are_refused(mode):
+    with pytest.raises(ValueError, match="32 bits a channel"):
+        decode_image(saved(Image.new(mode, (2, 2)), "TIFF"), 2)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -166,11 +183,36 @@ def test_colours_are_resolved_before_the_resize():
     assert len(torch.unique(decode_image(saved(image), 7).flatten(1), dim=1)[0]) > 3, "colours in between"
 
 
-def test_the_orientation_tag_is_not_applied_as_in_clip():
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_images_stand_as_their_orientation_says(kind):
     pixels = noise(6, 6)
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    assert np.array_equal(to_hwc(decode_image(saved(Image.fromarray(pixels), exif=exif), 6)), pixels)
+    turned = [
+        pixels, pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1], pixels.transpose(1, 0, 2),
+        np.rot90(pixels, -1), pixels[::-1, ::-1].transpose(1, 0, 2), np.rot90(pixels), pixels,
+    ]  # fmt: skip
+    for orientation, expected in enumerate(turned):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = saved(Image.fromarray(pixels), kind, exif=exif, **options)
+        for source in (data, Image.open(io.BytesIO(data))):
+            assert np.array_equal(to_hwc(decode_image(source, 6)), expected), orientation
+
+
+def test_damaged_exif_does_not_matter():
+    pixels = noise(6, 6)
+    data = saved(Image.fromarray(pixels), exif=b"Exif\0\0MM\0*\0\0\xff\xff\0\1")
+    assert np.array_equal(to_hwc(decode_image(data, 6)), pixels)
+
+
+@pytest.mark.parametrize("profile", [b"", bytes(3_000_000)])
+def test_texts_and_profiles_of_a_png_do_not_matter(profile):
+    info = PngImagePlugin.PngInfo()
+    for number in range(30):
+        info.add_text(f"history {number}", "x" * 3_000_000, zip=True)
+    pixels = noise(6, 6)
+    data = saved(Image.fromarray(pixels), pnginfo=info, icc_profile=profile)
+    assert np.array_equal(to_hwc(decode_image(data, 6)), pixels)
 
 
 # ---- normalisation

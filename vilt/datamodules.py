@@ -244,7 +244,10 @@ class MissingModalityData(pl.LightningDataModule):
             of_types = type_counts(dataset.missing_table, self.spec.type_names)
             counts = ", ".join(f"{count:,} {name}" for name, count in of_types.items())
             rows = "" if len(dataset) == dataset.n_rows else f" of {dataset.n_rows:,} rows"
-            lines.append(f"  {split:<6}{len(dataset):>8,} samples{rows} ({counts})")
+            nature = type_counts(dataset.natural[dataset.row_of_sample], self.spec.type_names)
+            natural = [f"{count:,} {name}" for name, count in list(nature.items())[1:] if count]
+            by_nature = f"; by nature {', '.join(natural)}" if natural else ""
+            lines.append(f"  {split:<6}{len(dataset):>8,} samples{rows} ({counts}{by_nature})")
         return "\n".join(lines)
 
     def steps_per_epoch(self, world_size: int) -> int:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 ReadImage = Callable[[int], Tensor]
 """Row to image, uint8 (3, R, R); raises DataError, which names the row, where it cannot be decoded."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Increase it when `decode_image` or the file's layout changes."""
 FOOTER_BYTES = 64 * 2**10
 """The end of an arrow file, which identifies it: there lie the places of all its batches."""

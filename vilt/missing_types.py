@@ -7,6 +7,8 @@ image and text: 0 complete, 1 text missing, 2 image missing. A sample always has
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 COMPLETE = 0
 AVAILABLE = "_available"
 """End of the names of the shares of samples that have a modality."""
@@ -37,6 +39,15 @@ def code_of(modalities: Iterable[str], modality: str) -> int:
 def is_missing(modalities: Iterable[str], modality: str, code: Any) -> Any:
     """Whether samples of missing type `code`, a number or an array, lack `modality`."""
     return code & code_of(modalities, modality) != 0
+
+
+def on_top(modalities: Iterable[str], natural: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Missing types (N,) of samples that lack `natural` by nature, after a missing table was applied.
+
+    A sample that would have nothing left keeps what it has.
+    """
+    both = natural | table
+    return np.where(both == 2 ** len([*modalities]) - 1, natural, both).astype(np.int8)
 
 
 def available_shares(modalities: Iterable[str], missing_type: str, ratio: float, both_ratio: float) -> dict[str, float]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from common.errors import DataError
@@ -54,17 +53,20 @@ def sample_grid(run: ReportRun, robustness: Robustness, line: str) -> SampleGrid
     dataset, note = _open_dataset(run, stored)
     types = {name.replace(" ", "_"): capital(without(name)) for name in spec.type_names}
     rows: list[Row] = []
-    pictures, undecoded = {}, []
+    pictures: dict[str, bytes | None] = {}
+    undecoded: list[str] = []
     for rank, index in enumerate(order[np.sort(first_of_row)][:SHOWN].tolist(), start=1):
         sample = {name: stored[name][index].as_py() for name in ("id", "sample", "row", "label")}
         true = np.flatnonzero(sample["label"]).tolist() if spec.multilabel else [sample["label"]]
         text: Value = absent("not available")
         picture = None
         if dataset is not None and text_column:
-            text = excerpt(pc.list_flatten(dataset.table[text_column])[sample["sample"]].as_py(), TEXT_LENGTH)
+            content = dataset.given("text", sample["sample"])
+            text = absent("missing") if content is None else excerpt(content, TEXT_LENGTH)
         if dataset is not None and image_column:
-            picture = _thumbnail(dataset.table[image_column][sample["row"]].as_py())
-            undecoded += [] if picture else [str(sample["id"])]
+            data = dataset.given("image", sample["sample"])
+            if data is not None and (picture := _thumbnail(data)) is None:
+                undecoded.append(str(sample["id"]))
         predicted = {}
         for column, probabilities_C in zip(types, probabilities_TNC[:, index], strict=True):
             numbers = np.argsort(-probabilities_C, kind="stable").tolist()

@@ -19,7 +19,7 @@ from common.errors import DataError
 from common.messages import quoted
 from vilt.datasets.kinds import ImageKind, TextKind, Tokenize, kinds_of
 from vilt.datasets.specs import DatasetSpec, Split
-from vilt.missing_types import COMPLETE, is_missing
+from vilt.missing_types import COMPLETE, code_of, is_missing, on_top
 
 
 def first_repeated(names: Sequence[str]) -> str | None:
@@ -69,12 +69,14 @@ class ArrowDataset(Dataset[Sample]):
                 f"to two conversions; {spec.how_to_make(root)}"
             )
         self._check_columns()
-        lists = [kind.column for kind in self.kinds.values() if kind.of_sample]
-        samples = pc.list_value_length(lists[0]).to_numpy().astype(np.int64) if lists else 1
+        lists = [kind.lengths_of_rows() for kind in self.kinds.values() if isinstance(kind, TextKind)]
+        samples = np.maximum(lists[0], 1) if lists else 1
         self.row_of_sample = np.repeat(np.arange(self.n_rows), samples)
         """Row of every sample, int64 (N,), ascending."""
         self.labels = self._read_labels()
         """Labels of every row: (N, C) uint8 for multi-label data, (N,) int64 otherwise."""
+        self.natural = self._natural_types()
+        """What every row misses by nature, a missing type, int8 (n_rows,)."""
         self.missing_table = np.zeros(self.n_rows, dtype=np.int8)
         self.simulate_seed: int | None = None
         """Training only: complete samples lose a modality at random in each epoch (option simulate_missing)."""
@@ -92,6 +94,15 @@ class ArrowDataset(Dataset[Sample]):
         return {**self.__dict__, "_table": None}  # a worker process maps the file itself, and those of the caches
 
     @property
+    def missing_table(self) -> np.ndarray:
+        """Missing type of every row, int8 (n_rows,): by nature, and on top of that by the table that was set."""
+        return self._missing_table
+
+    @missing_table.setter
+    def missing_table(self, table: np.ndarray) -> None:
+        self._missing_table = on_top(self.kinds, self.natural, table)
+
+    @property
     def n_rows(self) -> int:
         """Rows of the file, which is what missing tables count."""
         return self.table.num_rows
@@ -103,7 +114,7 @@ class ArrowDataset(Dataset[Sample]):
 
     @property
     def missing_type_of_sample(self) -> np.ndarray:
-        """Missing type of every sample by the table, int8 (N,)."""
+        """Missing type of every sample, int8 (N,)."""
         return self.missing_table[self.row_of_sample]
 
     def __len__(self) -> int:
@@ -155,6 +166,10 @@ class ArrowDataset(Dataset[Sample]):
             if (read := of_rows[place]) is not None:
                 inputs[name] = read
         return Sample(inputs, label, index)
+
+    def given(self, modality: str, index: int) -> Any:
+        """What the file has of a modality for a sample: bytes, a text, nested lists; None where it is missing."""
+        return self.kinds[modality].given(int(self.row_of_sample[index]), index)
 
     def sample_name(self, index: int) -> str:
         """The sample's id where the file has one, else its row: for messages and results."""
@@ -215,12 +230,22 @@ class ArrowDataset(Dataset[Sample]):
             raise DataError(
                 f"{self.path}: expected the columns {', '.join(sorted(expected))}; found {', '.join(found) or 'none'}"
             )
-        for name in sorted(expected):
-            if nulls := self.table[name].null_count:
-                row = pc.index(pc.is_null(self.table[name]), True).as_py()
-                raise DataError(f"{self.path}: row {row}: column {name} is empty (null) ({nulls} such rows)")
+        if not self.n_rows:
+            raise DataError(f"{self.path}: expected samples, found no rows")
+        if nulls := self.table["label"].null_count:
+            row = pc.index(pc.is_null(self.table["label"]), True).as_py()
+            raise DataError(f"{self.path}: row {row}: column label is empty (null) ({nulls} such rows)")
         for kind in self.kinds.values():
             kind.check()
+
+    def _natural_types(self) -> np.ndarray:
+        natural = np.zeros(self.n_rows, dtype=np.int8)
+        for name, kind in self.kinds.items():
+            natural += np.where(kind.absent(), code_of(self.kinds, name), 0).astype(np.int8)
+        if len(nothing := np.flatnonzero(natural == 2 ** len(self.kinds) - 1)):
+            found = f"found all columns empty ({len(nothing)} such rows)"
+            raise DataError(f"{self.path}: row {nothing[0]}: expected {' or '.join(self.kinds)}, {found}")
+        return natural
 
     def _read_labels(self) -> np.ndarray:
         """(N, C) uint8 for multi-label data, (N,) int64 otherwise."""

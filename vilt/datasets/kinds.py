@@ -8,6 +8,7 @@ import io
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -73,8 +74,16 @@ class Kind:
         return self.data.table[self.modality.column]
 
     def check(self) -> None:
-        """Raises DataError unless the column, which has no nulls, is of this kind."""
+        """Raises DataError unless the column is of this kind; nulls are what is missing by nature."""
         raise NotImplementedError
+
+    def absent(self) -> np.ndarray:
+        """Which rows miss it by nature, bool (n_rows,)."""
+        return np.asarray(pc.is_null(self.column).to_numpy())
+
+    def given(self, row: int, sample: int) -> Any:
+        """What the file has for a sample, None where it is missing by nature."""
+        return self.column[row].as_py()
 
     def read(self, row: int, sample: int) -> Tensor | None:
         """The input of a sample in a row; None for texts before `tokenize`. Raises DataError, which names the row."""
@@ -118,19 +127,19 @@ class ImageKind(Kind):
         self._cache = open_image_cache(self.data.path, self.data.n_rows, self.data.image_size, self._decoded, workers)
 
     def _decoded(self, row: int) -> Tensor:
+        size, content = self.data.image_size, self.column[row].as_py()
+        if content is None:  # for the cache, which has a place for every row
+            return torch.zeros(3, size, size, dtype=torch.uint8)
         try:
-            return decode_image(self.column[row].as_py(), self.data.image_size)
+            return decode_image(content, size)
         except Exception as error:  # Pillow's decoders raise whatever the damage leads to, DecompressionBombError, ...
             reason = str(error) or type(error).__name__
             raise DataError(f"{self.data.path}: row {row}: the image cannot be decoded: {reason}") from error
 
     @staticmethod
     def read_given(value: str | Path | Image.Image, modality: Modality, given: InputFormat) -> Tensor:
-        if isinstance(value, Image.Image):
-            buffer = io.BytesIO()
-            value.convert("RGB").save(buffer, "PNG")  # without loss
-            return decode_image(buffer.getvalue(), given.image_size)
-        return decode_image(_bytes_of(Path(value)), given.image_size)
+        content = value if isinstance(value, Image.Image) else _bytes_of(Path(value))
+        return decode_image(content, given.image_size)
 
     @staticmethod
     def collate(inputs: Sequence[Tensor]) -> Collated:
@@ -147,7 +156,7 @@ class TextKind(Kind):
 
     @property
     def tokens(self) -> np.ndarray | None:
-        """Token ids of every sample, int32 (N, 77); None before `tokenize`."""
+        """Token ids of every text, int32 (n, 77); None before `tokenize`."""
         return self._tokens.values if isinstance(self._tokens, MappedArray) else self._tokens
 
     def check(self) -> None:
@@ -155,21 +164,42 @@ class TextKind(Kind):
         if not pa.types.is_list(found) or not pa.types.is_string(found.value_type):
             raise self._fault(f"expected lists of texts, found {found}")
         texts = pc.list_flatten(self.column)
-        if len(texts) == 0:
-            raise DataError(f"{self.data.path}: expected samples, found {self.data.n_rows} rows and no text")
         if texts.null_count:
             row = pc.list_parent_indices(self.column)[pc.index(pc.is_null(texts), True).as_py()].as_py()
             raise self._fault("a text is empty (null)", row)
 
+    def absent(self) -> np.ndarray:
+        return self.lengths_of_rows() == 0
+
+    def lengths_of_rows(self) -> np.ndarray:
+        """How many texts each row has, int64 (n_rows,)."""
+        return np.asarray(pc.fill_null(pc.list_value_length(self.column), 0), dtype=np.int64)
+
+    @cached_property
+    def place_of_sample(self) -> np.ndarray:
+        """Of its text among all texts, int64 (N,); -1 where it has none."""
+        absent_N = self.absent()[self.data.row_of_sample]
+        return np.where(absent_N, -1, np.cumsum(~absent_N) - 1)
+
+    def given(self, row: int, sample: int) -> str | None:
+        place = int(self.place_of_sample[sample])
+        return None if place < 0 else str(pc.list_flatten(self.column)[place].as_py())
+
     def read(self, row: int, sample: int) -> Tensor | None:
-        return None if (tokens := self.tokens) is None else torch.from_numpy(tokens[sample].astype(np.int64))
+        if (tokens := self.tokens) is None:
+            return None
+        return torch.from_numpy(tokens[self.place_of_sample[sample]].astype(np.int64))
 
     def lengths(self) -> np.ndarray | int:
-        return 0 if (tokens := self.tokens) is None else tokens.argmax(axis=1) + 1
+        return 0 if (tokens := self.tokens) is None else np.append(tokens.argmax(axis=1) + 1, 0)[self.place_of_sample]
 
     def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
         """See `ArrowDataset.tokenize`."""
         texts: list[str] = pc.list_flatten(self.column).to_pylist()
+        assert len(self.place_of_sample) == len(self.data)  # found here, so that worker processes need no arrow file
+        if not texts:
+            self._tokens = np.zeros((0, 1), dtype=np.int32)
+            return
         digest = hashlib.sha256(fingerprint.encode())
         for text in texts:
             digest.update(text.encode() + b"\0")
@@ -207,7 +237,7 @@ class ArrayKind(Kind):
     suffixes = (".npy",)
 
     def check(self) -> None:
-        values, expected = self.column, f"expected arrays of shape {self.modality.shape}"
+        values, expected = self.column.drop_null(), f"expected arrays of shape {self.modality.shape}"
         for size in self.modality.shape:
             if not isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
                 raise self._fault(f"{expected}, found {self.column.type}")
@@ -231,7 +261,8 @@ class ArrayKind(Kind):
     def lengths(self) -> np.ndarray | int:
         if self.modality.shape[0] is not None:
             return 0
-        return np.asarray(pc.list_value_length(self.column), dtype=np.int64)[self.data.row_of_sample]
+        lengths = pc.fill_null(pc.list_value_length(self.column), 0)
+        return np.asarray(lengths, dtype=np.int64)[self.data.row_of_sample]
 
     @staticmethod
     def read_given(value: str | Path | np.ndarray, modality: Modality, given: InputFormat) -> Tensor:

@@ -62,8 +62,8 @@ class DatasetSpec:
     """Name of the dataset on the command line of make_arrow.py."""
     converter: str
     """Module with `open_raw(raw, **options)`, which returns a RawDataset."""
-    converter_options: tuple[str, ...] = ()
-    """Options of make_arrow.py that only this converter takes."""
+    converter_options: tuple[str, ...] = ("allow_missing",)
+    """Options of make_arrow.py that this converter takes."""
     kept_columns: tuple[str, ...] = ()
     """Columns with lists of texts that are kept as given and not read."""
     published_rows: dict[Split, tuple[int, ...]] = field(default_factory=dict)
@@ -160,7 +160,7 @@ DATASETS: dict[str, DatasetSpec] = {
             monitor="auroc",
             make_arrow_name="hateful_memes",
             converter="vilt.utils.write_hatememes",
-            converter_options=("test_split",),
+            converter_options=("test_split", "allow_missing"),
             published_rows={"train": (8500,), "val": (500,), "test": (1000, 2000)},  # dev_seen; test_seen, test_unseen
         ),
     )
@@ -181,7 +181,7 @@ _CUSTOM = {
         monitor="accuracy",
         make_arrow_name=CUSTOM,
         converter="vilt.utils.write_custom",
-        converter_options=("spec", "table"),
+        converter_options=("spec", "table", "split_seed", "follow_links", "allow_missing"),
     ),
 }
 EVERY_DATASET: MutableMapping[str, DatasetSpec] = ChainMap(_CUSTOM, DATASETS)

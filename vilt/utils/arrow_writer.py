@@ -18,7 +18,7 @@ from common.files import atomic_path, sync_folder
 from common.messages import printable
 from vilt.datasets.specs import DatasetSpec
 from vilt.utils.ordered_threads import in_order
-from vilt.utils.raw_data import BadSampleError, RawDataset, Row, Sample
+from vilt.utils.raw_data import NOTHING_LEFT, BadSampleError, RawDataset, Row, Sample
 
 Result = tuple[int, Row | BadSampleError]
 """Row number, and the row or what is wrong with it."""
@@ -69,6 +69,8 @@ class SplitSummary:
     n_samples: int = 0
     n_texts: int = 0
     n_bytes: int = 0
+    n_missing: Counter[str] = field(default_factory=Counter)
+    """By modality, samples that miss it by nature."""
     n_without_label: int = 0
     """Samples of a multi-label dataset with no label set."""
     label_counts: Counter[int] = field(default_factory=Counter)
@@ -105,13 +107,16 @@ def _kept_rows(
     """The rows to write, with the `split` column; fills in `summary`, also from the others."""
     for row_number, row in results:
         bar.update()
+        if not isinstance(row, BadSampleError) and all(row[m.column] is None for m in spec.modalities.values()):
+            row = BadSampleError(NOTHING_LEFT, str(row.get("image_id", "")), f"no {' and no '.join(spec.modalities)}")
         if isinstance(row, BadSampleError):
             summary.bad.append(BadSample(summary.name, summary.source, row_number, row.file, row.reason, row.detail))
             continue
         label = row["label"]
         labels = [number for number, is_set in enumerate(label) if is_set] if spec.multilabel else [label]
         summary.n_samples += 1
-        summary.n_texts += len(row[spec.text_column])
+        summary.n_texts += len(row[spec.text_column] or [])
+        summary.n_missing.update(name for name, m in spec.modalities.items() if row[m.column] is None)
         summary.n_without_label += not labels
         summary.label_counts.update(labels)
         if skip_bad or not summary.bad:  # otherwise the file will not be kept: the rest completes the list only
@@ -124,7 +129,7 @@ def _write_rows(rows: Iterator[Row], part: Path, schema: pa.Schema, spec: Datase
     n_bytes = 0
     with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for row in rows:
-            size = len(row[spec.modalities["image"].column]) + sum(map(len, row[spec.text_column]))
+            size = len(row[spec.modalities["image"].column] or b"") + sum(map(len, row[spec.text_column] or []))
             if batch and (n_bytes + size > MAX_BATCH_BYTES or len(batch) == MAX_BATCH_ROWS):
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
                 batch, n_bytes = [], 0

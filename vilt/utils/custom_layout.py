@@ -13,6 +13,7 @@ from common.messages import quoted
 from common.readers import dictionary, one_of, several, wrong
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import SPLITS, Split
+from vilt.utils.names import label_name, look_alikes, normal, whole
 from vilt.utils.raw_data import read_bytes
 
 KEYS = ("name", "files", "columns", "labels", "separator", "classes", "metric")
@@ -37,10 +38,19 @@ class Layout:
     """In the order of their numbers; None: those that occur, sorted."""
     name: Any
     metric: Any
+    split_is_named: bool = False
+    """Whether the spec says what the tables call `split`."""
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns that a table must have; splits may be drawn."""
+        return [name for column, name in self.columns.items() if column != "split" or self.split_is_named]
 
     def dataset(self, found: set[str]) -> CustomData:
         """The dataset, if `found` are the labels that occur. Raises DataError."""
         classes = tuple(sorted(found)) if self.classes is None else self.classes
+        if pair := look_alikes(classes):
+            raise DataError(f"{self.source}: the labels {' and '.join(pair)} look the same; write them the same way")
         try:
             return CustomData.of(
                 {"name": self.name, "labels": self.labels, "class_names": classes, "metric": self.metric}
@@ -85,12 +95,13 @@ def _layout(source: Path, folder: Path, given: Any) -> Layout:
     return Layout(
         source,
         tables,
-        {column: _name(f"columns.{column}", columns.get(column, column)) for column in COLUMNS},
+        {column: normal(_name(f"columns.{column}", columns.get(column, column))) for column in COLUMNS},
         labels,
         _name("separator", given.get("separator", "|")),
-        tuple(map(str.strip, several(_name)("classes", given["classes"]))) if "classes" in given else None,
+        tuple(map(label_name, several(_name)("classes", given["classes"]))) if "classes" in given else None,
         given.get("name", CUSTOM),  # these two CustomData checks
         given.get("metric", next(iter(CUSTOM_METRICS[labels]))),
+        "split" in columns,
     )
 
 
@@ -105,9 +116,10 @@ def _known(prefix: str, value: object, known: Iterable[str]) -> dict[str, Any]:
 
 def _name(key: str, value: object) -> str:
     """A text; a number is one too. What YAML takes for a truth value (no, yes, on, off) is refused."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+    name = whole(value)
+    if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
         raise wrong(key, "a name (in quotes, if YAML takes it for something else)", value)
-    return str(value)
+    return str(name)
 
 
 def _table(key: str, value: object) -> str:

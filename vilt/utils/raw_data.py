@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 from common.errors import DataError
@@ -10,10 +10,11 @@ from common.messages import listed, quoted
 from common.strict_json import kind_of, parse_json, read_json
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.images import open_rgb
+from vilt.utils.names import find_file, normal
 
 MISSING_FILE, UNREADABLE_FILE, UNDECODABLE_IMAGE = "missing file", "unreadable file", "undecodable image"
 BROKEN_JSON, INCOMPLETE_JSON, INCOMPLETE_ROW = "broken JSON", "incomplete JSON", "incomplete row"
-UNKNOWN_CLASS, PATH_LEAVES_RAW = "unknown class", "path leaves RAW"
+UNKNOWN_CLASS, PATH_LEAVES_RAW, NOTHING_LEFT = "unknown class", "path leaves RAW", "nothing left"
 
 MAX_FILE_BYTES = 64 * 2**20
 """Of one sample's file. No image of these datasets comes near, and memory stays bounded."""
@@ -54,6 +55,8 @@ class RawDataset:
     spec: DatasetSpec
     class_names: tuple[str, ...]
     splits: tuple[RawSplit, ...]
+    note: str = ""
+    """What users have to know of it."""
 
 
 # ---- top-level files: one of them wrong means that nothing can be converted
@@ -93,8 +96,8 @@ def read_split_file(path: Path, spec: DatasetSpec) -> dict[Split, list[str]]:
             place = f"{quoted(key)}, row {row}"
             if not isinstance(name, str):
                 raise DataError(f"{path}: expected a string at {place}, found {kind_of(name)} ({quoted(name)})")
-            if seen.setdefault(name, place) != place:
-                raise DataError(f"{path}: {quoted(name)} is listed twice, at {seen[name]} and at {place}")
+            if (other := seen.setdefault(normal(name), place)) != place:
+                raise DataError(f"{path}: {quoted(name)} is listed twice, at {other} and at {place}")
     return {split: lists[key] for split, key in spec.file_splits.items()}
 
 
@@ -104,18 +107,28 @@ def read_split_file(path: Path, spec: DatasetSpec) -> dict[Split, list[str]]:
 def check_inside(file: str) -> None:
     """Raises BadSampleError if `file`, relative to the raw folder, is absolute or climbs with `..`."""
     # The path as written decides, not where links lead: big image folders often are links to another disk.
-    path = PurePath(file)
-    if path.anchor or ".." in path.parts:
+    path = PureWindowsPath(file)  # which takes / and \\ alike
+    if path.root or ".." in path.parts:
         raise BadSampleError(PATH_LEAVES_RAW, file)
 
 
-def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of `raw/file`. Raises BadSampleError, also if there are more than `most` or `file` leaves `raw`."""
+def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES, follow_links: bool = True) -> bytes:
+    """The bytes of `raw/file`.
+
+    Args:
+        follow_links: whether a link may lead out of `raw`.
+
+    Raises:
+        BadSampleError: it is not there, or not readable, has more than `most` bytes, or leaves `raw`.
+    """
     check_inside(file)
     try:
-        if not (raw / file).is_file():
+        path = find_file(raw, file)
+        if not path.is_file():
             raise BadSampleError(MISSING_FILE, file)
-        with (raw / file).open("rb") as opened:
+        if not follow_links and not path.resolve().is_relative_to(raw.resolve()):
+            raise BadSampleError(PATH_LEAVES_RAW, file, "by a link; --follow-links allows that")
+        with path.open("rb") as opened:
             data = opened.read(most + 1)
     except OSError as error:
         raise BadSampleError(UNREADABLE_FILE, file, error.strerror or str(error)) from None
@@ -124,13 +137,30 @@ def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES) -> bytes:
     return data
 
 
-def read_image(raw: Path, file: str) -> bytes:
-    """The bytes of an image file, unchanged, after a full decode to RGB has succeeded. Raises BadSampleError."""
-    data = read_file(raw, file)
+def read_image(raw: Path, file: str, allow_missing: bool = False, follow_links: bool = True) -> bytes | None:
+    """The bytes of an image file, unchanged, after a full decode to RGB has succeeded.
+
+    Args:
+        allow_missing: None for a file that is not there.
+
+    Raises:
+        BadSampleError: otherwise, or where it cannot be read or decoded.
+    """
+    try:
+        return checked_image(read_file(raw, file, follow_links=follow_links), file)
+    except BadSampleError as bad:
+        if allow_missing and bad.reason == MISSING_FILE:
+            return None
+        raise
+
+
+def checked_image(data: bytes, file: str) -> bytes:
+    """`data`, if it can be decoded. Raises BadSampleError."""
     try:
         open_rgb(data)
     except Exception as error:  # see there
-        raise BadSampleError(UNDECODABLE_IMAGE, file, str(error) or type(error).__name__) from None
+        macos = "; macOS keeps attributes of another file in it" if PureWindowsPath(file).name.startswith("._") else ""
+        raise BadSampleError(UNDECODABLE_IMAGE, file, (str(error) or type(error).__name__) + macos) from None
     return data
 
 

@@ -2,52 +2,40 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+import mimetypes
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
 from common.messages import listed, quoted
 from common.strict_json import kind_of, parse_json
+from vilt.utils.names import normal
 from vilt.utils.raw_data import read_bytes
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def csv_fields(path: Path, delimiter: str = ",", strict: bool = True) -> Iterator[tuple[int, list[str]]]:
-    """Pairs of line (from 1, where the row begins) and fields of the rows that are not blank.
-
-    Args:
-        strict: refuse an unclosed quote, or text behind one, rather than read what follows into the same field.
-
-    Raises:
-        DataError: the file is not UTF-8, or a row cannot be told from the others; names file and row.
-    """
-    row = 1
-    try:
-        text = io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
-        lines = csv.reader(text, delimiter=delimiter, strict=strict)
-        for fields in lines:
-            if fields:
-                yield row, fields
-            row = lines.line_num + 1
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not valid UTF-8: {error}") from None
-    except csv.Error as error:
-        raise DataError(f"{path}, row {row}: {error}") from None
-
-
-def table_rows(path: Path, needed: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def table_rows(path: Path, needed: Sequence[str], files: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Pairs of line (from 1, where the row begins) and values by column: strings, or of a `.jsonl` what JSON has.
 
     Args:
         needed: columns that the header of a CSV or TSV must have.
+        files: columns with the names of files.
 
     Raises:
         DataError: the file cannot be read, or a row cannot be told from the others; names file and row.
     """
     delimiter = DELIMITERS.get(path.suffix.lower())
-    return _json_rows(path) if delimiter is None else _csv_rows(path, delimiter, needed)
+    return _json_rows(path) if delimiter is None else _csv_rows(path, delimiter, needed, files)
+
+
+def read_text(path: Path) -> str:
+    """The content of a top-level file in UTF-8, without a byte order mark. Raises DataError."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not valid UTF-8: {error}; save it as UTF-8") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -60,19 +48,49 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             raise DataError(f"{path}, row {row}: not valid JSON in UTF-8: {error}") from None
         if not isinstance(value, dict):
             raise DataError(f"{path}, row {row}: expected an object, found {kind_of(value)}")
-        yield row, value
+        yield row, {normal(name): cell for name, cell in value.items()}
 
 
-def _csv_rows(path: Path, delimiter: str, needed: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    rows = csv_fields(path, delimiter)
-    _, header = next(rows, (1, []))
+def _csv_rows(
+    path: Path, delimiter: str, needed: Sequence[str], files: Sequence[str]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    lines = list(io.StringIO(read_text(path), newline=""))
+    header: list[str] = []
+    row, reader = 1, csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        for fields in reader:
+            if fields and not header:
+                header = _header(path, fields, needed)
+            elif fields:
+                if len(fields) != len(header):
+                    found = f"expected {len(header)} values, as in the header, found {len(fields)}"
+                    raise DataError(f"{path}, row {row}: {found}")
+                for line in range(row + 1, reader.line_num + 1):
+                    if _is_row(lines[line - 1].split(delimiter), header, files):
+                        raise DataError(f"{path}, row {row}: a quote is not closed; the cell includes row {line}")
+                yield row, dict(zip(header, fields, strict=True))
+            row = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, row {row}: {error}") from None
+    if not header:
+        _header(path, [], needed)
+
+
+def _header(path: Path, fields: Sequence[str], needed: Sequence[str]) -> list[str]:
+    header = [normal(name) for name in fields]
     repeated = [name for name in header if header.count(name) > 1]
     if repeated:
         raise DataError(f"{path}, row 1: the column {quoted(repeated[0])} is repeated")
     missing = [name for name in needed if name not in header]
     if missing:
         raise DataError(f"{path}, row 1: expected the columns {listed(missing)}, found {listed(header)}")
-    for row, fields in rows:
-        if len(fields) != len(header):
-            raise DataError(f"{path}, row {row}: expected {len(header)} values, as in the header, found {len(fields)}")
-        yield row, dict(zip(header, fields, strict=True))
+    return header
+
+
+def _is_row(fields: Sequence[str], header: Sequence[str], files: Sequence[str]) -> bool:
+    """Whether a line within a cell has as many fields as a row, and images where a row has them."""
+    if len(fields) != len(header):
+        return False
+    cells = [field for name, field in zip(header, fields, strict=True) if name in files]
+    kinds = [mimetypes.guess_type(cell.strip(' "\r\n'), strict=False)[0] or "" for cell in cells]
+    return bool(kinds) and all(kind.startswith("image/") for kind in kinds)

@@ -1,19 +1,21 @@
 """A custom dataset: tables (CSV, TSV or JSONL) that list an image, texts and labels in each row."""
 
-from contextlib import suppress
+import hashlib
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import DataError
 from common.messages import quoted
 from common.strict_json import kind_of
+from vilt.datasets.custom import CustomData
 from vilt.datasets.specs import SPLITS, Split, custom_spec
 from vilt.utils import raw_data
 from vilt.utils.custom_layout import COLUMNS, Layout, read_layout
+from vilt.utils.names import label_name, look_alikes, normal, whole
 from vilt.utils.raw_data import INCOMPLETE_ROW, UNKNOWN_CLASS, BadSampleError, RawDataset, RawSplit, Row
-from vilt.utils.tables import DELIMITERS, table_rows
+from vilt.utils.tables import table_rows
 
 LAYOUT = """\
 RAW/
@@ -21,94 +23,180 @@ RAW/
   TABLE.csv           columns image, text, label, split; or .tsv, or .jsonl with these keys on each line
   ANY/FILE            the images: in the table stands ANY/FILE
 """
+SHARES: dict[Split, float] = {"train": 0.7, "val": 0.1, "test": 0.2}
+"""Of the rows, where a dataset has no splits."""
+ReadImage = Callable[["Listed"], tuple[bytes | None, str]]
+"""A row's image and what it is called; None where there is none. Raises BadSampleError."""
 
 
 class Listed(NamedTuple):
-    """One row of a table, as it stands there."""
+    """One row, as it stands in a table."""
 
     table: Path
     row: int
-    image: object
-    text: object
-    label: object
+    image: Any
+    text: Any
+    label: Any
+    split: object
+    """None in all rows: the splits are drawn."""
 
 
-def read_row(raw: Path, layout: Layout, numbers: dict[str, int], listed: Listed) -> Row:
-    """Columns image, text, label (class number, or 0/1 over the classes), image_id. Raises BadSampleError."""
-    source, file = listed.table.name, listed.image
-    if not isinstance(file, str) or not file:
-        raise BadSampleError(INCOMPLETE_ROW, source, f"image: expected a path, found {_found(file)}")
-    texts: list[Any] = listed.text if isinstance(listed.text, list) else [listed.text]
-    for text in texts:
-        if not isinstance(text, str):
-            raise BadSampleError(INCOMPLETE_ROW, source, f"text: expected a string or a list, found {_found(text)}")
-    if not any(text.strip() for text in texts):
-        raise BadSampleError(INCOMPLETE_ROW, source, "text: empty")
-    names = read_labels(layout, listed)
-    for name in names:
-        if name not in numbers:
-            raise BadSampleError(UNKNOWN_CLASS, source, f"{quoted(name)} is not in classes")
-    label = numbers[names[0]] if layout.labels == "single" else [int(name in names) for name in numbers]
-    image = raw_data.read_image(raw, file)
-    if not (raw / file).resolve().is_relative_to(raw.resolve()):
-        raise BadSampleError(raw_data.PATH_LEAVES_RAW, file, "by a link")
-    return {"image": image, "text": texts, "label": label, "image_id": file}
-
-
-def read_labels(layout: Layout, listed: Listed) -> list[str]:
-    """The names of the labels of a row. Raises BadSampleError."""
-    source, labels = listed.table.name, [listed.label]
-    if layout.labels == "multi":
-        if listed.table.suffix.lower() in DELIMITERS:
-            labels = [part for part in str(listed.label).split(layout.separator) if part.strip()]
-        elif isinstance(listed.label, list):
-            labels = listed.label
-        else:
-            raise BadSampleError(INCOMPLETE_ROW, source, f"label: expected a list, found {_found(listed.label)}")
-    for label in labels:
-        if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
-            raise BadSampleError(INCOMPLETE_ROW, source, f"label: expected a name, found {_found(label)}")
-    return [str(label).strip() for label in labels]
-
-
-def _found(value: object) -> str:
-    return quoted(value) if isinstance(value, str) else kind_of(value) if value is not None else "none"
-
-
-def open_raw(raw: Path, spec: Path | None = None, table: Path | None = None) -> RawDataset:
+def open_raw(
+    raw: Path,
+    spec: Path | None = None,
+    table: Path | None = None,
+    split_seed: int | None = None,
+    follow_links: bool = False,
+    allow_missing: bool = False,
+) -> RawDataset:
     """The dataset in `raw`, its tables read and its classes found.
 
     Args:
         spec: the spec.yaml; None: that of `raw`.
         table: instead of a spec: the only table, with the default columns.
+        split_seed: draws the splits where the table names none.
+        follow_links: whether images may be links that lead out of `raw`.
+        allow_missing: whether an image file that is not there is missing by nature, not a bad sample.
 
     Raises:
         DataError: the spec or a table as such is wrong; names the file, and the row where there is one.
     """
     raw_data.require_layout(raw, () if spec or table else ("spec.yaml",), LAYOUT)
     layout = read_layout(raw, spec, table)
-    rows: dict[Split, list[Listed]] = {split: [] for split in SPLITS}
-    needed = [layout.columns[column] for column in COLUMNS if column != "split" or len(layout.tables) == 1]
+    rows = []
     for path, of_table in layout.tables:
-        for row, values in table_rows(path, needed):
+        for row, values in table_rows(path, layout.needed, [layout.columns["image"]]):
             image, text, label, split = (values.get(layout.columns[column]) for column in COLUMNS)
-            split = of_table or (split.strip() if isinstance(split, str) else split)
+            rows.append(Listed(path, row, image, text, label, of_table or split))
+
+    def read_image(listed: Listed) -> tuple[bytes | None, str]:
+        if not isinstance(listed.image, str):
+            raise incomplete(listed, f"image: expected a path, found {found(listed.image)}")
+        return raw_data.read_image(raw, listed.image, allow_missing, follow_links), listed.image
+
+    return assemble(layout, rows, read_image, split_seed)
+
+
+def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, split_seed: int | None) -> RawDataset:
+    """The dataset of `rows`, whose images `read_image` gives. Raises DataError: no classes, or a split without rows."""
+    note, table_of = "", {split: path for path, split in layout.tables}
+    drawn = bool(rows) and all(listed.split is None for listed in rows)
+    if drawn:
+        of_splits, note = draw_splits(layout, rows, split_seed or 0)
+    elif split_seed is not None:
+        raise DataError(f"{layout.source}: split_seed draws splits where there are none; expected no column split")
+    else:
+        of_splits = {split: [] for split in SPLITS}
+        for listed in rows:
+            split = normal(listed.split).lower() if isinstance(listed.split, str) else listed.split
             if split not in tuple(SPLITS):
-                place = f"{path}, row {row}: {layout.columns['split']}"
-                raise DataError(f"{place}: expected {' or '.join(SPLITS)}, found {_found(split)}")
-            rows[split].append(Listed(path, row, image, text, label))
-        for one in SPLITS if of_table is None else (of_table,):
-            if not rows[one]:
-                what = "rows" if of_table else f"rows with {layout.columns['split']} {one}"
-                raise DataError(f"{path}: expected {what}, found none")
-    found: set[str] = set()
-    for listed in chain(*rows.values()):
-        with suppress(BadSampleError):  # read_row raises it again
-            found.update(read_labels(layout, listed))
-    custom = layout.dataset(found)
-    read = partial(read_row, raw, layout, {name: number for number, name in enumerate(custom.class_names)})
-    splits = []
-    for split, of_split in rows.items():
-        samples = [(listed.row, partial(read, listed)) for listed in of_split]
-        splits.append(RawSplit(split, of_split[0].table.name, samples))
-    return RawDataset(custom_spec(custom), custom.class_names, tuple(splits))
+                place = f"{listed.table}, row {listed.row}: {layout.columns['split']}"
+                raise DataError(f"{place}: expected {' or '.join(SPLITS)}, found {found(listed.split)}")
+            of_splits[split].append(listed)
+    for split, of_split in of_splits.items():
+        if not of_split:
+            what = "" if split in table_of else f" with {layout.columns['split']} {split}"
+            what = f" enough to draw three splits from {len(rows)}" if drawn else what
+            raise DataError(
+                f"{table_of.get(split) or table_of.get(None, layout.source)}: expected rows{what}, found none"
+            )
+    custom = classes_of(layout, rows)
+    read = partial(read_row, layout, {name: number for number, name in enumerate(custom.class_names)}, read_image)
+    splits = [
+        RawSplit(split, of_split[0].table.name, [(listed.row, partial(read, listed)) for listed in of_split])
+        for split, of_split in of_splits.items()
+    ]
+    return RawDataset(custom_spec(custom), custom.class_names, tuple(splits), note)
+
+
+def draw_splits(layout: Layout, rows: Sequence[Listed], seed: int) -> tuple[dict[Split, list[Listed]], str]:
+    """The rows of each split, stratified by label, and a remark on it. Rows of one image are in one split."""
+    groups: dict[str, list[Listed]] = {}
+    for listed in rows:
+        alone = missing(listed.image) or not isinstance(listed.image, str | Path)
+        groups.setdefault(f"row {listed.row}" if alone else normal(str(listed.image)), []).append(listed)
+
+    def place(group: tuple[str, list[Listed]]) -> tuple[str, bytes]:
+        return repr(group[1][0].label), hashlib.sha256(f"{seed} {group[0]}".encode(errors="replace")).digest()
+
+    of_splits: dict[Split, list[Listed]] = {split: [] for split in SPLITS}
+    done = 0
+    for _, group in sorted(groups.items(), key=place):
+        done += len(group)
+        behind = {split: share * done - len(of_splits[split]) for split, share in SHARES.items()}
+        of_splits[max(SPLITS, key=behind.__getitem__)].extend(group)
+    order = {id(listed): number for number, listed in enumerate(rows)}
+    for of_split in of_splits.values():
+        of_split.sort(key=lambda listed: order[id(listed)])
+    counts = ", ".join(f"{split} {len(of_split):,}" for split, of_split in of_splits.items())
+    return of_splits, f"no column {layout.columns['split']}: splits drawn by label with seed {seed}: {counts}"
+
+
+def classes_of(layout: Layout, rows: Sequence[Listed]) -> CustomData:
+    """Name, classes and metric. Raises DataError, which names the first row without a label where that is the cause."""
+    names: set[str] = set()
+    faults: list[tuple[Listed, BadSampleError]] = []
+    for listed in rows:
+        try:
+            names.update(read_labels(layout, listed))
+        except BadSampleError as bad:  # read_row raises it again
+            faults.append((listed, bad))
+    try:
+        return layout.dataset(names)
+    except DataError:
+        if layout.classes is not None or not faults:
+            raise
+        first, fault = faults[0]
+        raise DataError(f"{first.table}, row {first.row}: {fault.detail} ({len(faults):,} such rows)") from None
+
+
+def read_row(layout: Layout, numbers: dict[str, int], read_image: ReadImage, listed: Listed) -> Row:
+    """Columns image, text, label (class number, or 0/1 over the classes), image_id. Raises BadSampleError.
+
+    A blank cell is an image or a text that is missing by nature.
+    """
+    texts = None
+    if not missing(listed.text):
+        texts = listed.text if isinstance(listed.text, list) else [listed.text]
+        for text in texts:
+            if not isinstance(text, str):
+                raise incomplete(listed, f"text: expected a string or a list, found {found(text)}")
+    names = read_labels(layout, listed)
+    for name in names:
+        if name not in numbers:
+            spelling = "" if look_alikes((name, *numbers)) is None else f" ({name!a}, which looks like one of them)"
+            raise BadSampleError(UNKNOWN_CLASS, listed.table.name, f"{quoted(name)} is not in classes{spelling}")
+    label = numbers[names[0]] if layout.labels == "single" else [int(name in names) for name in numbers]
+    image, name = (None, f"row {listed.row}") if missing(listed.image) else read_image(listed)
+    return {"image": image, "text": texts, "label": label, "image_id": name}
+
+
+def read_labels(layout: Layout, listed: Listed) -> list[str]:
+    """The names of the labels of a row. Raises BadSampleError."""
+    labels = [listed.label]
+    if layout.labels == "multi":
+        if isinstance(listed.label, str) and listed.table.suffix.lower() != ".jsonl":
+            labels = [part for part in listed.label.split(layout.separator) if normal(part)]
+        elif isinstance(listed.label, list):
+            labels = listed.label
+        else:
+            raise incomplete(listed, f"label: expected a list, found {found(listed.label)}")
+    for label in map(whole, labels):
+        if isinstance(label, bool) or not isinstance(label, (str, int)) or not normal(str(label)):
+            raise incomplete(listed, f"label: expected a name, found {found(label)}")
+    return [label_name(label) for label in labels]
+
+
+def missing(cell: Any) -> bool:
+    """Whether a cell of images or texts says that there is none: nothing, blank, or a list of such."""
+    if isinstance(cell, list):
+        return all(map(missing, cell))
+    return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and cell != cell)
+
+
+def incomplete(listed: Listed, detail: str) -> BadSampleError:
+    return BadSampleError(INCOMPLETE_ROW, listed.table.name, detail)
+
+
+def found(value: object) -> str:
+    return quoted(value) if isinstance(value, str) else kind_of(value) if value is not None else "none"

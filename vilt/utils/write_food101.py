@@ -1,5 +1,8 @@
 """UPMC Food-101: photographs from web pages about 101 dishes, each with the title of its page."""
 
+import io
+import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,9 @@ from common.messages import quoted
 from common.strict_json import kind_of, read_json
 from vilt.datasets.specs import DATASETS
 from vilt.utils import raw_data
+from vilt.utils.names import look_alikes, normal, whole
 from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row
-from vilt.utils.tables import csv_fields
+from vilt.utils.tables import read_text
 
 LAYOUT = """\
 RAW/
@@ -30,19 +34,22 @@ def class_of(name: str) -> str:
     return name.rpartition("_")[0]
 
 
-def read_dish(raw: Path, folder: str, name: str, text: object, label: int | None) -> Row:
+def read_dish(raw: Path, allow_missing: bool, folder: str, name: str, text: object, label: int | None) -> Row:
     """Columns image, text (a list of one), label (class number), image_id (file name). Raises BadSampleError."""
     file = f"{folder}/{class_of(name)}/{name}"
     raw_data.check_inside(file)
     if label is None:
         raise BadSampleError(raw_data.UNKNOWN_CLASS, file, f"{quoted(class_of(name))} is not in class_idx.json")
-    texts = [raw_data.of_kind(str, text, file, "text")]
-    return {"image": raw_data.read_image(raw, file), "text": texts, "label": label, "image_id": name}
+    texts = None if text is None else [raw_data.of_kind(str, text, file, "text")]
+    return {"image": raw_data.read_image(raw, file, allow_missing), "text": texts, "label": label, "image_id": name}
 
 
 def read_classes(path: Path, n_most: int) -> dict[str, int]:
     """class_idx.json: class name -> number, checked to be 0 ... n-1, n at most `n_most`. Raises DataError."""
-    classes = read_json(path)
+    given = read_json(path)
+    classes: dict[str, Any] = {normal(name): whole(number) for name, number in given.items()}
+    if len(classes) < len(given) or look_alikes(classes):
+        raise DataError(f"{path}: expected each class once, found two that look the same: {ascii(list(given))[:500]}")
     for name, number in classes.items():
         if type(number) is not int:
             raise DataError(f"{path}: expected a number under {quoted(name)}, found {kind_of(number)}")
@@ -54,6 +61,26 @@ def read_classes(path: Path, n_most: int) -> dict[str, int]:
     return classes
 
 
+def read_titles(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Row, file name and title of each line that is not blank.
+
+    A title with commas may stand in quotes or not; a quote that is not closed on its line is a character like others.
+    Raises DataError for a line that does not end with the class of its file, such as part of a title.
+    """
+    for row, line in enumerate(io.StringIO(read_text(path), newline=None), 1):
+        if not line.strip():
+            continue
+        name, _, rest = line.strip().partition(",")
+        title, comma, its_class = rest.rpartition(",")
+        name = name.strip('"')
+        if not comma or normal(its_class.strip('"')) != normal(class_of(name)):
+            expected = f"FILE,TEXT,CLASS with the class {quoted(class_of(name))} of the file, on one line"
+            raise DataError(f"{path}, row {row}: expected {expected}, found {quoted(line.rstrip())}")
+        if re.fullmatch(r'"(?:[^"]|"")*"', title):
+            title = title[1:-1].replace('""', '"')
+        yield row, name, title
+
+
 def read_texts(raw: Path) -> dict[str, Any]:
     """File name -> text, from text.json or, where that is absent, from the two titles files. Raises DataError."""
     if (raw / "text.json").is_file():
@@ -61,31 +88,33 @@ def read_texts(raw: Path) -> dict[str, Any]:
     raw_data.require_layout(raw, TITLE_FILES, LAYOUT)
     texts: dict[str, str] = {}
     for path in (raw / file for file in TITLE_FILES):
-        for row, fields in csv_fields(path, strict=False):
-            if len(fields) < 3:
-                raise DataError(f"{path}, row {row}: expected FILE,TEXT,CLASS, found {len(fields)} field(s)")
-            # A title with a comma and no quotes around it falls apart into several fields.
-            name, text = fields[0], ",".join(fields[1:-1])
+        for row, name, text in read_titles(path):
             if texts.setdefault(name, text) != text:
                 found = f"{quoted(texts[name])} and {quoted(text)}"
                 raise DataError(f"{path}, row {row}: {quoted(name)} has two different texts: {found}")
     return texts
 
 
-def open_raw(raw: Path) -> RawDataset:
-    """UPMC Food-101 in `raw`, with its classes, splits and texts read and checked. Raises DataError."""
+def open_raw(raw: Path, allow_missing: bool = False) -> RawDataset:
+    """UPMC Food-101 in `raw`, with its classes, splits and texts read and checked. Raises DataError.
+
+    Args:
+        allow_missing: dishes without text are not left out, and those without image are no bad samples.
+    """
     spec = DATASETS["food101"]
     raw_data.require_layout(raw, ("class_idx.json", "split.json", "images/train", "images/test"), LAYOUT)
     classes = read_classes(raw / "class_idx.json", spec.n_classes)
     # A value of another type is kept, to be reported as a bad sample.
-    texts = {name: text for name, text in read_texts(raw).items() if text is not None and str(text).strip()}
+    given = read_texts(raw).items()
+    texts = {normal(name): text for name, text in given if text is not None and str(text).strip()}
     splits = []
     for split, names in raw_data.read_split_file(raw / "split.json", spec).items():
         folder = "images/test" if split == "test" else "images/train"
         samples = [
-            (row, partial(read_dish, raw, folder, name, texts[name], classes.get(class_of(name))))
+            (row, partial(read_dish, raw, allow_missing, folder, name, text, classes.get(normal(class_of(name)))))
             for row, name in enumerate(names, 1)
-            if name in texts
+            for text in [texts.get(normal(name))]
+            if text is not None or allow_missing
         ]
         splits.append(RawSplit(split, "split.json", samples, len(names) - len(samples)))
     return RawDataset(spec, tuple(sorted(classes, key=classes.__getitem__)), tuple(splits))

@@ -8,6 +8,7 @@ from common.errors import DataError
 from common.messages import quoted
 from vilt.datasets.specs import DATASETS, Split
 from vilt.utils import raw_data
+from vilt.utils.names import whole
 from vilt.utils.raw_data import INCOMPLETE_JSON, UNKNOWN_CLASS, BadSampleError, RawDataset, RawSplit, Row
 
 LAYOUT = """\
@@ -23,22 +24,26 @@ Record = dict[str, Any] | BadSampleError
 """What stands on a line, or what is wrong with it."""
 
 
-def read_meme(folder: Path, source: str, record: Record) -> Row:
+def read_meme(folder: Path, allow_missing: bool, source: str, record: Record) -> Row:
     """Columns image, text (a list of one), label (1: hateful), of a record in the file `source`.
 
     Raises BadSampleError.
     """
     if isinstance(record, BadSampleError):
         raise record
-    text, image = (raw_data.of_kind(str, record.get(key), source, repr(key)) for key in ("text", "img"))
-    if not text.strip():
+    given = {key: record.get(key) for key in ("text", "img")}
+    if allow_missing:
+        given = {key: "" if value is None else value for key, value in given.items()}
+    text, image = (raw_data.of_kind(str, value, source, repr(key)) for key, value in given.items())
+    if not text.strip() and not allow_missing:
         raise BadSampleError(INCOMPLETE_JSON, source, "'text' is empty")
-    label = record.get("label")
+    label = whole(record.get("label"))
     if label is None:
         raise BadSampleError(INCOMPLETE_JSON, source, "no 'label'")
     if type(label) is not int or label not in (0, 1):
         raise BadSampleError(UNKNOWN_CLASS, source, f"'label': expected 0 or 1, found {quoted(label)}")
-    return {"image": raw_data.read_image(folder, image), "text": [text], "label": label}
+    found = raw_data.read_image(folder, image, allow_missing) if image or not allow_missing else None
+    return {"image": found, "text": [text] if text.strip() else None, "label": label}
 
 
 def read_records(path: Path) -> dict[int, Record]:
@@ -58,7 +63,7 @@ def read_records(path: Path) -> dict[int, Record]:
     intact = {row: record for row, record in records.items() if isinstance(record, dict)}
     rows: dict[int | str, int] = {}
     for row, record in intact.items():
-        name = record.get("id")
+        name = whole(record.get("id"))
         # Within a file only: dev_seen and dev_unseen of the later release overlap by design.
         if isinstance(name, int | str) and rows.setdefault(name, row) != row:
             raise DataError(f"{path}: the id {quoted(name)} is listed twice, in rows {rows[name]} and {row}")
@@ -68,8 +73,13 @@ def read_records(path: Path) -> dict[int, Record]:
     return records
 
 
-def open_raw(raw: Path, test_split: str = "test") -> RawDataset:
-    """Hateful Memes in `raw` or `raw/data`, its jsonl files checked for labels and repeated ids. Raises DataError."""
+def open_raw(raw: Path, test_split: str = "test", allow_missing: bool = False) -> RawDataset:
+    """Hateful Memes in `raw` or `raw/data`, its jsonl files checked for labels and repeated ids. Raises DataError.
+
+    Args:
+        test_split: name of the jsonl file with the test split.
+        allow_missing: memes without image or text miss that by nature, and are no bad samples.
+    """
     spec = DATASETS["hatememes"]
     folder = raw / "data" if (raw / "data" / "train.jsonl").is_file() and not (raw / "train.jsonl").is_file() else raw
     dev = "dev_seen" if (folder / "dev_seen.jsonl").is_file() and not (folder / "dev.jsonl").is_file() else "dev"
@@ -82,7 +92,9 @@ def open_raw(raw: Path, test_split: str = "test") -> RawDataset:
     for split, name in files.items():
         path = folder / f"{name}.jsonl"
         records = read_records(path)
-        samples = [(row, partial(read_meme, folder, path.name, record)) for row, record in records.items()]
+        samples = [
+            (row, partial(read_meme, folder, allow_missing, path.name, record)) for row, record in records.items()
+        ]
         splits.append(RawSplit(split, path.name, samples))
     assert spec.class_names is not None
     return RawDataset(spec, spec.class_names, tuple(splits))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 from vilt.utils import raw_data
+from vilt.utils.names import normal
 from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row
 
 LAYOUT = """\
@@ -15,31 +16,39 @@ RAW/
 """
 
 
-def read_film(raw: Path, name: str) -> Row:
+def read_film(raw: Path, allow_missing: bool, name: str) -> Row:
     """Columns image, plots, label (0/1 over the 23 genres), genres (all of them, as given), image_id.
 
     Raises BadSampleError.
     """
     file = f"labels/{name}.json"
     record = raw_data.read_record(raw_data.read_file(raw, file, raw_data.MAX_RECORD_BYTES), file)
+    if allow_missing and record.get("plot") is None:
+        record["plot"] = []
     plots, genres = (raw_data.texts_of(record, key, file) for key in ("plot", "genres"))
-    if not any(plot.strip() for plot in plots):
+    has_plot = any(plot.strip() for plot in plots)
+    if not has_plot and not allow_missing:
         raise BadSampleError(raw_data.INCOMPLETE_JSON, file, "no plot")
+    known = {normal(genre).casefold() for genre in genres}
     return {
-        "image": raw_data.read_image(raw, f"images/{name}.jpeg"),
-        "plots": plots,
-        "label": [int(genre in genres) for genre in MMIMDB_GENRES],
+        "image": raw_data.read_image(raw, f"images/{name}.jpeg", allow_missing),
+        "plots": plots if has_plot else None,
+        "label": [int(genre.casefold() in known) for genre in MMIMDB_GENRES],
         "genres": genres,
         "image_id": name,
     }
 
 
-def open_raw(raw: Path) -> RawDataset:
-    """MM-IMDb in `raw`, with split.json read and checked. Raises DataError."""
+def open_raw(raw: Path, allow_missing: bool = False) -> RawDataset:
+    """MM-IMDb in `raw`, with split.json read and checked. Raises DataError.
+
+    Args:
+        allow_missing: films without poster or plots miss that by nature, and are no bad samples.
+    """
     spec = DATASETS["mmimdb"]
     raw_data.require_layout(raw, ("split.json", "images", "labels"), LAYOUT)
     splits = []
     for split, names in raw_data.read_split_file(raw / "split.json", spec).items():
-        samples = [(row, partial(read_film, raw, name)) for row, name in enumerate(names, 1)]
+        samples = [(row, partial(read_film, raw, allow_missing, name)) for row, name in enumerate(names, 1)]
         splits.append(RawSplit(split, "split.json", samples))
     return RawDataset(spec, MMIMDB_GENRES, tuple(splits))

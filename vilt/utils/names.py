@@ -1,0 +1,76 @@
+"""Names as people, spreadsheets and file systems write them: what looks the same is taken for the same."""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+INVISIBLE = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+"""Characters without a width that never tell words apart; the joiners U+200C and U+200D may."""
+ALIKE = str.maketrans(
+    "аеорсухіјѕԁһАВЕКМНОРСТХУІЈЅΑΒΕΖΗΙΚΜΝΟΡΤΥΧο‐‑‒–−", "aeopcyxijsdhABEKMHOPCTXYIJSABEZHIKMNOPTYXo-----"
+)
+"""Cyrillic and Greek letters, and dashes, to the Latin letter or the hyphen that they look like."""
+WHOLE = re.compile(r"(-?\d+)\.0+")
+
+
+def normal(name: str) -> str:
+    """`name` in Unicode's form NFC, without invisible characters and with single blanks between words only."""
+    return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", name)).split())
+
+
+def whole(value: object) -> object:
+    """The integer that a float stands for, which is what programs make of 1 in a column with gaps; else `value`."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def label_name(label: str | float) -> str:
+    """The name of a label: text or number, where 1.0 is 1."""
+    name = normal(str(label))
+    return found[1] if (found := WHOLE.fullmatch(name)) else name
+
+
+def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two different names that look the same, if there are any, as Python spells them in ASCII."""
+    seen: dict[str, str] = {}
+    for name in names:
+        shown = "".join(c for c in name if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
+        if (other := seen.setdefault(shown.translate(ALIKE), name)) != name:
+            return ascii(other), ascii(name)
+    return None
+
+
+def find_file(folder: Path, file: str) -> Path:
+    """FOLDER/FILE, or where there is no such file the only one that `file` can mean.
+
+    It may be written with backslashes, other capitals, another Unicode form, or blanks around it.
+
+    Raises:
+        OSError: a name is too long, or a folder may not be entered.
+    """
+    as_written = folder / file
+    if as_written.exists():
+        return as_written
+    place = folder
+    for part in PurePosixPath(file.replace("\\", "/")).parts:
+        if not (place / part).exists():
+            alike = _listing(place, place.stat().st_mtime_ns).get(_key(part), []) if place.is_dir() else []
+            if len(alike) != 1:
+                return as_written
+            part = alike[0]
+        place /= part
+    return place
+
+
+def _key(name: str) -> str:
+    return normal(name).casefold()
+
+
+@lru_cache(maxsize=64)
+def _listing(folder: Path, _: int) -> dict[str, list[str]]:
+    """Names in a folder by their key; the time of its last change makes the cache see what is new."""
+    found: dict[str, list[str]] = {}
+    for path in folder.iterdir():
+        found.setdefault(_key(path.name), []).append(path.name)
+    return found

@@ -41,7 +41,7 @@ def is_missing(modalities: Iterable[str], modality: str, code: Any) -> Any:
     return code & code_of(modalities, modality) != 0
 
 
-def on_top(modalities: Iterable[str], natural: np.ndarray, table: np.ndarray) -> np.ndarray:
+def on_top(modalities: Iterable[str], natural: np.ndarray | int, table: np.ndarray) -> np.ndarray:
     """Missing types (N,) of samples that lack `natural` by nature, after a missing table was applied.
 
     A sample that would have nothing left keeps what it has.

@@ -1,0 +1,325 @@
+"""Text, audio and vision features with a sentiment: MulT's and MMSA's pickles, or a table with `.npy` files.
+
+Shape suffixes: N rows of a split, T steps, D width.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import DataError
+from common.hashing import file_sha256
+from common.messages import listed, quoted
+from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, Split, with_shapes
+from vilt.utils.pickled_arrays import PickledArray, read_pickle
+from vilt.utils.raw_data import REMARKS, BadSampleError, RawDataset, RawSplit, Row
+from vilt.utils.tables import DELIMITERS, table_rows
+
+MODALITIES = ("text", "audio", "vision")
+SPLIT_KEYS: dict[Split, str] = {"train": "train", "val": "valid", "test": "test"}
+LABELS = ("labels", "regression_labels")
+"""Key of the labels in MulT's files, and in MMSA's, which have their padding at the end."""
+SUFFIXES = (".pkl", ".pickle")
+KNOWN_FILES = {
+    "1a113ad5edc8b9b625a7e29e6b94a97ecade70494c4e022d9f7ba5affca3bbdc": ("mosi", "MulT's mosi_data.pkl"),
+    "637d72469fe19333d7acfe9ca543f0f45af8004f103ed05649881b713c769e45": ("mosi", "MulT's mosi_data_noalign.pkl"),
+    "31007381c01dd346945ed8a64c7321239de5aaf1ef05bf112e952848a823186d": ("mosei", "MulT's mosei_senti_data.pkl"),
+    "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9": ("mosi", "MMSA's MOSI aligned_50.pkl"),
+    "78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524": ("mosi", "MMSA's MOSI unaligned_50.pkl"),
+    "45eccfb748a87c80ecab9bfac29582e7b1466bf6605ff29d3b338a75120bf791": ("mosei", "MMSA's MOSEI aligned_50.pkl"),
+    "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": ("mosei", "MMSA's MOSEI unaligned_50.pkl"),
+    "c9e20c13ec0454d98bb9c1e520e490c75146bfa2dfeeea78d84de047dbdd442f": ("sims", "MMSA's SIMS unaligned_39.pkl"),
+}
+"""By SHA-256, the dataset and what the file is called."""
+NOT_FINITE = "numbers that were not finite, now 0"
+TABLE_COLUMNS = ("id", "split", "label", "text")
+LAYOUT = """\
+RAW/
+  FILE.pkl            MulT's or MMSA's file: splits train, valid, test with text, audio, vision and labels
+or
+RAW/
+  TABLE.csv           columns id, split, label and text; or .tsv, or .jsonl
+  text/ID.npy         features of each segment, (steps, width); audio/ID.npy and vision/ID.npy likewise
+"""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """One split of a file, its labels checked and its features not read yet."""
+
+    split: Split
+    source: str
+    ids: Sequence[str]
+    labels_N: np.ndarray
+    texts: Sequence[str]
+    features: Callable[[int], dict[str, np.ndarray]]
+    """Of a row, from 0: (T, D) by modality, padding in front. Raises BadSampleError."""
+
+
+def open_raw(raw: Path, dataset: str, table: Path | None = None) -> RawDataset:
+    """The segments in `raw`, a folder or the file itself, for the row `dataset`.
+
+    Args:
+        table: of a dataset of one's own, where it is not the only one in `raw`.
+
+    Raises:
+        DataError: no file fits, several do, or one is wrong; names file and row.
+    """
+    spec = DATASETS[dataset]
+    if not raw.exists():
+        raise DataError(f"the raw folder {raw} does not exist. Expected layout of RAW:\n\n{LAYOUT.rstrip()}")
+    pickles = [raw] if raw.is_file() else sorted(path for path in raw.iterdir() if path.suffix in SUFFIXES)
+    if table is None and pickles:
+        shapes, segments, notes = _of_pickles(spec, pickles)
+    elif dataset == "vla":
+        shapes, segments = _of_table(spec, raw, table)
+        notes = []
+    else:
+        raise DataError(f"{raw}: expected a pickle ({', '.join(SUFFIXES)}), found none. Layout of RAW:\n\n{LAYOUT}")
+    spec = with_shapes(spec, shapes)
+    return RawDataset(spec, (), tuple(_raw_split(spec, one) for one in segments), tuple(notes))
+
+
+def _raw_split(spec: DatasetSpec, segments: Segments) -> RawSplit:
+    samples = [(row + 1, partial(_row, spec, segments, row)) for row in range(len(segments.labels_N))]
+    return RawSplit(segments.split, segments.source, samples)
+
+
+def _row(spec: DatasetSpec, segments: Segments, row: int) -> Row:
+    remarks: Counter[str] = Counter()
+    columns: Row = {"id": segments.ids[row], "raw_text": [segments.texts[row]], REMARKS: remarks}
+    for name, x_TD in segments.features(row).items():
+        finite_TD = np.isfinite(x_TD)
+        if not finite_TD.all():
+            remarks[f"{name}: {NOT_FINITE}"] += int((~finite_TD).sum())
+            x_TD = np.where(finite_TD, x_TD, 0)
+        steps = spec.modalities[name].shape[0]
+        assert steps is not None
+        columns[name] = np.pad(x_TD.astype(np.float32), ((steps - len(x_TD), 0), (0, 0)))
+    return columns | {"label": float(segments.labels_N[row])}
+
+
+# ---- pickles
+
+
+def _of_pickles(
+    spec: DatasetSpec, paths: Sequence[Path]
+) -> tuple[dict[str, tuple[int, ...]], list[Segments], list[str]]:
+    """The one pickle that is of a dataset: by its checksum, else by how many segments it has."""
+    fitting = paths
+    if len(paths) > 1:
+        known = {path: KNOWN_FILES.get(file_sha256(path), (None, ""))[0] for path in paths}
+        fitting = [path for path in paths if known[path] == spec.name]
+        if not fitting:
+            fitting = [path for path in paths if known[path] is None and _has_sizes_of(spec, path)]
+    if len(fitting) != 1:
+        found = ", ".join(path.name for path in fitting or paths)
+        raise DataError(
+            f"{paths[0].parent}: expected one pickle of {spec.title}, found {len(fitting) or 'none'} that fits: "
+            f"{found}; give the file itself as --root"
+        )
+    path, digest = fitting[0], file_sha256(fitting[0])
+    of_dataset, title = KNOWN_FILES.get(digest, (spec.name, ""))
+    if of_dataset != spec.name and spec.name != "vla":
+        raise DataError(f"{path}: this is {title}; convert it with --dataset {of_dataset}")
+    notes = [f"{path.name}: {title} (SHA-256 {digest[:12]}…)" if title else f"{path.name}: SHA-256 {digest}"]
+    if not title and spec.name != "vla":
+        notes[0] = f"warning: {notes[0]}, which is of none of the published files"
+    return *_read_splits(spec, path, read_pickle(path)), notes
+
+
+def _has_sizes_of(spec: DatasetSpec, path: Path) -> bool:
+    try:
+        content = read_pickle(path)
+    except DataError:
+        return False
+    if not isinstance(content, dict):
+        return False
+    sizes = {split: len(content.get(key, {}).get("text", ())) for split, key in SPLIT_KEYS.items()}
+    return all(sizes[split] in spec.published_rows.get(split, (sizes[split],)) for split in SPLITS)
+
+
+def _read_splits(
+    spec: DatasetSpec, path: Path, content: Any
+) -> tuple[dict[str, tuple[int, ...]], list[Segments]]:
+    if not isinstance(content, dict) or not set(SPLIT_KEYS.values()) <= set(content):
+        found = listed(list(content)) if isinstance(content, dict) else quoted(content)
+        raise DataError(f"{path}: expected the splits train, valid and test, found {found}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    segments = []
+    for split, key in SPLIT_KEYS.items():
+        arrays = content[key]
+        if not isinstance(arrays, dict):
+            raise DataError(f"{path}: {key}: expected arrays by name, found {quoted(arrays)}")
+        for name in MODALITIES:
+            array = arrays.get(name)
+            if not isinstance(array, PickledArray) or len(array.shape) != 3 or array.dtype.kind not in "fiu":
+                found = f"{array.dtype} {array.shape}" if isinstance(array, PickledArray) else quoted(array)
+                raise DataError(f"{path}: {key}: {name}: expected numbers (rows, steps, width), found {found}")
+            if shapes.setdefault(name, array.shape[1:]) != array.shape[1:]:
+                expected = shapes[name]
+                raise DataError(f"{path}: {key}: {name}: expected the sizes {expected}, found {array.shape[1:]}")
+        segments.append(_of_arrays(spec, path, split, key, arrays))
+    return shapes, segments
+
+
+def _of_arrays(spec: DatasetSpec, path: Path, split: Split, key: str, arrays: dict[str, Any]) -> Segments:
+    """One split of a pickle in either layout."""
+    n_rows = len(arrays["text"])
+    keys = [name for name in LABELS if name in arrays]
+    if not keys:
+        raise DataError(f"{path}: {key}: expected {' or '.join(LABELS)}, found {listed(list(arrays))}")
+    for name in (*MODALITIES, keys[0], *(one for one in ("id", "raw_text") if one in arrays)):
+        if (found := len(arrays[name])) != n_rows:
+            raise DataError(f"{path}: {key}: {name}: expected {n_rows:,} rows, as text has, found {found:,}")
+    labels = _whole(arrays[keys[0]])
+    if labels.size != n_rows or labels.dtype.kind not in "fiu":
+        raise DataError(f"{path}: {key}: {keys[0]}: expected a number in each row, found {labels.dtype} {labels.shape}")
+    labels_N = labels.reshape(n_rows).astype(np.float32)
+    for row in np.flatnonzero(~(np.abs(labels_N) <= (spec.label_range or np.inf))):
+        _refuse_label(spec, f"{path}: {key}, row {row + 1}: {keys[0]}", labels_N[row])
+    ids = [_id_of(one) for one in _whole(arrays["id"])] if "id" in arrays else [f"{key}_{n}" for n in range(n_rows)]
+    texts = [str(one) for one in _whole(arrays["raw_text"])] if "raw_text" in arrays else [""] * n_rows
+    lengths = _lengths(path, key, arrays, n_rows) if keys[0] == LABELS[1] else None
+
+    def features(row: int) -> dict[str, np.ndarray]:
+        read = {name: arrays[name][row : row + 1][0] for name in MODALITIES}
+        if lengths is None:
+            return read
+        return {name: padded_in_front(x_TD, lengths.get(name, {}).get(row)) for name, x_TD in read.items()}
+
+    return Segments(split, f"{path.name}: {key}", ids, labels_N, texts, features)
+
+
+def _lengths(path: Path, key: str, arrays: dict[str, Any], n_rows: int) -> dict[str, dict[int, int]]:
+    """By modality and row, the steps behind which there is padding, where the file says them."""
+    found: dict[str, Any] = {name: arrays.get(f"{name}_lengths") for name in ("audio", "vision")}
+    tokens = arrays.get("text_bert")
+    if tokens is not None:
+        steps = arrays["text"].shape[1]
+        if not isinstance(tokens, PickledArray) or tokens.shape != (n_rows, 3, steps):
+            raise DataError(f"{path}: {key}: text_bert: expected the sizes {(n_rows, 3, steps)}")
+        found["text"] = [int(tokens[row : row + 1][0, 1].sum()) for row in range(n_rows)]
+    lengths: dict[str, dict[int, int]] = {}
+    for name, of_rows in found.items():
+        if of_rows is None:
+            continue
+        steps, values = arrays[name].shape[1], list(_whole(of_rows))
+        if len(values) != n_rows:
+            raise DataError(f"{path}: {key}: {name}_lengths: expected {n_rows:,}, found {len(values):,}")
+        for row, length in enumerate(values):
+            if not isinstance(length, (int, np.integer)) or not 0 <= length <= steps:
+                what = "the mask of text_bert" if name == "text" else f"{name}_lengths"
+                raise DataError(
+                    f"{path}: {key}, row {row + 1}: {what}: expected a length from 0 to {steps}, found {quoted(length)}"
+                )
+        lengths[name] = dict(enumerate(map(int, values)))
+    return lengths
+
+
+def padded_in_front(x_TD: np.ndarray, length: int | None) -> np.ndarray:
+    """(T, D) with its first `length` steps at the end; None: up to the last one that is not all zeros."""
+    if length is None:
+        real = np.flatnonzero(x_TD.any(axis=1))
+        length = int(real[-1]) + 1 if len(real) else 0
+    return np.concatenate([np.zeros_like(x_TD[length:]), x_TD[:length]])
+
+
+def _whole(value: Any) -> np.ndarray:
+    return value[:] if isinstance(value, PickledArray) else np.asarray(value)
+
+
+def _id_of(value: Any) -> str:
+    parts = np.atleast_1d(value).tolist()
+    return "_".join(one.decode("utf-8", "replace") if isinstance(one, bytes) else str(one) for one in parts)
+
+
+def _refuse_label(spec: DatasetSpec, place: str, found: object) -> None:
+    limit = f" from {-spec.label_range:g} to {spec.label_range:g}" if spec.label_range is not None else ""
+    raise DataError(f"{place}: expected a number{limit}, found {quoted(found)}")
+
+
+# ---- a table with files
+
+
+def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[str, tuple[int, ...]], list[Segments]]:
+    if table is None:
+        tables = [path for path in sorted(raw.iterdir()) if path.suffix in (*DELIMITERS, ".jsonl")]
+        if len(tables) != 1:
+            found = ", ".join(path.name for path in tables) or "none"
+            raise DataError(f"{raw}: expected one table or pickle, found {found}. Layout of RAW:\n\n{LAYOUT.rstrip()}")
+        [table] = tables
+    rows: dict[Split, list[tuple[str, float, str]]] = {split: [] for split in SPLITS}
+    of_key = {key: split for split, key in SPLIT_KEYS.items()} | {split: split for split in SPLITS}
+    shapes: dict[str, tuple[int, ...]] = {}
+    first_with: dict[str, str] = {}
+    for row, name, split, label, text in _listed(table):
+        place = f"{table}, row {row}"
+        if split not in of_key:
+            raise DataError(f"{place}: split: expected {' or '.join(of_key)}, found {quoted(split)}")
+        try:
+            number = float(label)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if isinstance(label, bool) or not abs(number) <= (spec.label_range or np.inf):
+            _refuse_label(spec, f"{place}: label", label)
+        for modality in MODALITIES:
+            file = _file_of(raw, modality, name, place)
+            steps, width = _shape_of(file, place)
+            most = shapes.setdefault(modality, (steps, width))
+            if width != most[1]:
+                other = first_with[modality]
+                raise DataError(f"{place}: {file}: expected the width {most[1]}, as {other} has, found {width}")
+            first_with.setdefault(modality, file.name)
+            shapes[modality] = (max(steps, most[0]), width)
+        rows[of_key[split]].append((name, number, text))
+    for split, of_split in rows.items():
+        if not of_split:
+            raise DataError(f"{table}: expected rows with split {SPLIT_KEYS[split]}, found none")
+    segments = []
+    for split, of_split in rows.items():
+        ids, labels, texts = zip(*of_split, strict=True)
+        features = partial(_load, raw, ids)
+        segments.append(Segments(split, table.name, ids, np.array(labels, dtype=np.float32), texts, features))
+    return shapes, segments
+
+
+def _listed(table: Path) -> Iterator[tuple[int, str, Any, Any, str]]:
+    """Row, id, split, label and text of each line."""
+    seen: dict[str, int] = {}
+    for row, values in table_rows(table, list(TABLE_COLUMNS)):
+        name, split, label, text = (values.get(column) for column in TABLE_COLUMNS)
+        if not isinstance(name, str) or not name.strip() or Path(name).name != name:
+            raise DataError(f"{table}, row {row}: id: expected a name, found {quoted(name)}")
+        if seen.setdefault(name, row) != row:
+            raise DataError(f"{table}, row {row}: id: {quoted(name)} is in row {seen[name]} too")
+        yield row, name, split.strip() if isinstance(split, str) else split, label, str(text or "")
+
+
+def _file_of(raw: Path, modality: str, name: str, place: str) -> Path:
+    file = raw / modality / f"{name}.npy"
+    if not file.is_file():
+        raise DataError(f"{place}: expected its features in {file}, found no such file")
+    return file
+
+
+def _shape_of(file: Path, place: str) -> tuple[int, int]:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.size:
+            raise ValueError(f"expected numbers (steps, width), found {array.dtype} {array.shape}")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{place}: {file}: {error}") from None
+    return array.shape[0], array.shape[1]
+
+
+def _load(raw: Path, ids: Sequence[str], row: int) -> dict[str, np.ndarray]:
+    try:
+        return {name: np.load(raw / name / f"{ids[row]}.npy", allow_pickle=False) for name in MODALITIES}
+    except (OSError, ValueError, EOFError) as error:
+        raise BadSampleError("unreadable file", ids[row], str(error)) from None

@@ -19,8 +19,8 @@ NAMING_S = 0.1
 
 
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[int]:
-    """Holds the lock file `path`, which names its holder; yields its descriptor, which a started program may hold too.
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Holds the lock file `path`, which names its holder.
 
     Forked children do not hold it. The file is removed at the end. On a file system without locks the block runs
     without one, and a warning says so.
@@ -29,8 +29,7 @@ def locked(path: Path, busy: str) -> Iterator[int]:
         BusyError: another process holds it: `busy`, and who.
         ConfigError: it cannot be created.
     """
-    descriptors: list[int] = []
-    lock = FileLock(path, timeout=0, on_acquired=descriptors.append)
+    lock = FileLock(path, timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -48,7 +47,7 @@ def locked(path: Path, busy: str) -> Iterator[int]:
     try:
         with suppress(OSError):  # a full disk is no reason to stop here
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield descriptors[0] if descriptors else -1
+        yield
     finally:
         path.unlink(missing_ok=True)  # while it is held: who waits for it opens a new one
         lock.release()

@@ -136,11 +136,10 @@ def test_the_whole_grid_runs_one_seed_of_each_pattern_first(sweep: Sweep, stand_
     given = sweep.arguments("s_both_0.9_seed1")
     assert given[0] == "with" and "task_finetune_mmimdb" in given and "learning_rate=0.003" in given
     own = ["missing_type=both", "missing_ratio=0.9", "seed=1", "exp_name=s_both_0.9", f"log_dir={sweep.folder}"]
-    assert given[-5:] == own
-    assert not any(argument.startswith(("sweep_", "resume_from")) for argument in given)
+    assert given[-6:] == [*own, "resume_from=auto"] and not any(word.startswith("sweep_") for word in given)
     assert "at work" in (sweep.folder / "logs" / "s_both_0.9_seed1.log").read_text()
     said = capsys.readouterr()
-    assert "sweep s: 8 cells, 8 not begun" in said.err
+    assert "sweep s: 8 cells, 0 complete" in said.err
     assert "[8/8] s_both_0.9_seed1: f1_macro 1.0000 (" in said.err and " left)" not in said.err.splitlines()[-1]
 
 
@@ -206,7 +205,7 @@ def test_further_options_of_the_grid(sweep: Sweep, stand_in: SetUp, capsys: Capt
     assert any(line.startswith("decay_power memory_depth missing ratio") for line in one_spaced(said))
     assert sweep.grid("sweep_over.memory_depth=[1,2,3]", "sweep_over.decay_power=[1,cosine]", types="both",
                       ratios="0.5", seeds="[0,1]") == 0  # fmt: skip
-    assert "sweep s: 12 cells, 8 complete, 4 not begun" in capsys.readouterr().err
+    assert "sweep s: 12 cells, 8 complete" in capsys.readouterr().err
     assert sweep.grid("sweep_over.memory_depth=[1,2,3]", types="both", ratios="0.5") == 2
     assert "a sweep over" in (line := error_line(capsys.readouterr().err)) and "sweep_over.decay_power" in line
 
@@ -214,7 +213,7 @@ def test_further_options_of_the_grid(sweep: Sweep, stand_in: SetUp, capsys: Capt
 def test_cells_can_be_added_and_not_taken_away(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
     assert sweep.grid(seeds="[0]", ratios="[0.5]") == 0
     assert sweep.grid(seeds="[1,0]", types="[text,both,image]", ratios="[0.5,0.7]") == 0
-    assert "sweep s: 12 cells, 2 complete, 10 not begun" in capsys.readouterr().err
+    assert "sweep s: 12 cells, 2 complete" in capsys.readouterr().err
     assert len(sweep.versions()) == 12 and set(sweep.versions().values()) == {1}
     assert sweep.grid(seeds="[1,2]", types="[text,both,image]", ratios="[0.5,0.7]") == 2
     line = error_line(capsys.readouterr().err)
@@ -298,7 +297,7 @@ def test_a_failed_cell_is_listed_and_the_others_are_run(sweep: Sweep, stand_in: 
     assert "text 0.9 100 % 10 % – 0 of 2 2" in shown and "both 0.5 75 % 75 % 0.6000 1 of 2 1" in shown
     stand_in("")
     assert sweep.grid() == 0
-    assert "sweep s: 8 cells, 5 complete, 3 not begun" in capsys.readouterr().err
+    assert "sweep s: 8 cells, 5 complete" in capsys.readouterr().err
     again = {name for name, count in sweep.versions().items() if count == 2}
     assert again == {"s_text_0.9_seed0", "s_text_0.9_seed1", "s_both_0.5_seed0"}
     log = (logs / "s_text_0.9_seed0.log").read_text()
@@ -311,32 +310,14 @@ def test_a_cell_that_ends_well_without_results_has_failed(sweep: Sweep, stand_in
     assert "  s_text_0.5_seed0: it ended without test_results.json\n" in capsys.readouterr().out
 
 
-def test_a_cell_that_was_cut_off_is_resumed(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
-    stand_in("(folder / 'last.ckpt').touch()\nif options['missing_type'] == 'both': sys.exit(3)")
-    assert sweep.grid(seeds="0", ratios="0.5") == 2
-    stand_in("")
-    capsys.readouterr()
-    assert sweep.grid(seeds="0", ratios="0.5") == 0
-    said = capsys.readouterr().err
-    assert "sweep s: 2 cells, 1 complete, 1 cut off" in said
-    assert "s_both_0.5_seed0 was cut off and is resumed from version_0: " in said
-    last = sweep.folder / "s_both_0.5_seed0" / "version_0" / "last.ckpt"
-    resumed = sweep.arguments("s_both_0.5_seed0", version=1)
-    assert resumed == [*sweep.arguments("s_both_0.5_seed0"), f"resume_from={last}"]
-
-
 def test_the_newest_version_counts(tmp_path: Path) -> None:
     job = Job("run", tmp_path, (), tested=True)
-    assert job.state == "not begun" and job.newest("last.ckpt") is None
-    for version in ("version_9", "version_10", "version_x", "version_11"):
-        (tmp_path / "run" / version).mkdir(parents=True)
+    assert job.newest("best.ckpt") is None and job.result is None
     for version in ("version_9", "version_10", "version_x"):
-        (tmp_path / "run" / version / "last.ckpt").touch()
-    assert job.newest("last.ckpt") == tmp_path / "run" / "version_10" / "last.ckpt"
-    assert job.state == "cut off"
-    (tmp_path / "run" / "version_9" / "test_results.json").touch()
-    assert job.state == "complete"
-    assert Job("run", tmp_path, (), tested=False).state == "cut off", "its results say nothing of a trial"
+        (tmp_path / "run" / version).mkdir(parents=True)
+        (tmp_path / "run" / version / "test_results.json").touch()
+    assert job.result == job.newest("test_results.json") == tmp_path / "run" / "version_10" / "test_results.json"
+    assert Job("run", tmp_path, (), tested=False).result is None, "its results say nothing of a trial"
 
 
 @pytest.mark.parametrize(
@@ -367,33 +348,6 @@ def test_two_sweeps_of_a_name_do_not_meet(sweep: Sweep, stand_in: SetUp, capsys:
     assert sweep.grid() == 0, "the lock ends with its holder"
 
 
-def test_a_run_that_another_process_is_at_is_left_to_it(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
-    with locked(sweep.folder / "logs" / "s_both_0.5_seed0.lock", "never said"):
-        assert sweep.grid(seeds="0", ratios="0.5") == 2
-    assert f"s_both_0.5_seed0: another process is at this run (process {os.getpid()} on " in capsys.readouterr().out
-    assert sweep.versions() == {"s_text_0.5_seed0": 1}
-
-
-def test_a_killed_sweep_leaves_the_lock_to_its_run(tmp_path: Path, stand_in: SetUp) -> None:
-    """The run goes on alone, and nobody begins it beside it."""
-    stand_in("(here / 'pid').write_text(str(os.getpid()))\ntime.sleep(60)")
-    job = job_in(tmp_path)
-    script = (
-        "import sys; from pathlib import Path; from runs.sweep import jobs; jobs.RUN = Path(sys.argv[1]); "
-        f"jobs.run_job(jobs.Job('run_seed0', Path({str(tmp_path)!r}), {job.options!r}, True))"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", script, str(jobs.RUN)], cwd=Path(__file__).parents[1])
-    pid = jobs.RUN.parent / "pid"
-    while not (pid.exists() and pid.read_text()):
-        assert parent.poll() is None
-        time.sleep(0.02)
-    parent.kill()
-    parent.wait()
-    outcome = run_job(job)
-    os.kill(int(pid.read_text()), signal.SIGKILL)
-    assert outcome.error is not None and outcome.error.startswith("another process is at this run (process ")
-
-
 def test_a_run_completed_meanwhile_is_not_run(tmp_path: Path, stand_in: SetUp) -> None:
     stand_in("sys.exit('error: not to be run')")
     job = job_in(tmp_path)
@@ -416,7 +370,7 @@ def test_stopping_interrupts_the_run_and_says_how_to_go_on(
         "    try:\n"
         f"        os.kill(os.getppid(), {int(number)})\n"
         "        time.sleep(60)\n"
-        "    except KeyboardInterrupt: (folder / 'last.ckpt').touch(); sys.exit(1)\n"
+        "    except KeyboardInterrupt: (here / 'asked').touch(); sys.exit(1)\n"
     )
     before = signal.getsignal(signal.SIGTERM)
     assert sweep.grid(seeds="0", ratios="0.5") == 128 + number
@@ -426,7 +380,7 @@ def test_stopping_interrupts_the_run_and_says_how_to_go_on(
     assert (interpreter, script) == (sys.executable, str(jobs.RUN))
     stand_in("")
     assert command_line(["run.py", *arguments]) == 0
-    assert "is resumed from version_0" in capsys.readouterr().err
+    assert (jobs.RUN.parent / "asked").exists()
     assert sweep.versions() == {"s_text_0.5_seed0": 1, "s_both_0.5_seed0": 2}
 
 
@@ -447,7 +401,7 @@ def test_a_run_that_does_not_stop_is_killed(sweep: Sweep, stand_in: SetUp, monke
 
 
 def test_commands_are_listed_and_run_as_they_stand(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
-    stand_in("if options['missing_type'] == 'both': (folder / 'last.ckpt').touch(); sys.exit(1)")
+    stand_in("if options['missing_type'] == 'both': sys.exit(1)")
     # Whether there are as many GPUs as that, the runs find out where they are run.
     options = ("sweep_launcher=commands", "num_nodes=2", "batch_size=8", "num_gpus=99", "precision=16")
     assert sweep.grid(*options, seeds="0", ratios="0.5") == 0
@@ -459,9 +413,8 @@ def test_commands_are_listed_and_run_as_they_stand(sweep: Sweep, stand_in: SetUp
     assert statuses == [0, 1]
     assert {"num_nodes=2", "num_gpus=99", "precision=16"} < set(sweep.arguments("s_text_0.5_seed0"))
     assert sweep.grid(*options, seeds="0", ratios="0.5") == 0
-    assert "2 cells, 1 complete, 1 cut off" in capsys.readouterr().err
-    last = sweep.folder / "s_both_0.5_seed0" / "version_0" / "last.ckpt"
-    assert (sweep.folder / "commands.txt").read_text() == f"{lines[1]} {shlex.quote(f'resume_from={last}')}\n"
+    assert "2 cells, 1 complete" in capsys.readouterr().err
+    assert (sweep.folder / "commands.txt").read_text() == f"{lines[1]}\n"
 
 
 def test_submitit_runs_the_cells_as_on_slurm(sweep: Sweep, capsys: Captured) -> None:
@@ -471,8 +424,8 @@ def test_submitit_runs_the_cells_as_on_slurm(sweep: Sweep, capsys: Captured) -> 
     options = ("sweep_launcher=submitit_local", "sweep_slurm.timeout_min=5", "sweep_slurm.partition=any")
     assert sweep.grid(*options, types="both", ratios="0.5") == 2
     said = capsys.readouterr()
-    assert "s_both_0.5_seed0 begins as job " in said.err
-    assert f"  s_both_0.5_seed1: log_dir: cannot make a folder in {sweep.folder / 's_both_0.5_seed1'}: " in said.out
+    assert "s_both_0.5_seed0 is job " in said.err
+    assert f"  s_both_0.5_seed1: log_dir: cannot write to {sweep.folder / 's_both_0.5_seed1'}: " in said.out
     folder = sweep.folder / "s_both_0.5_seed0" / "version_0"
     config = json.loads((folder / "config.json").read_text())
     assert config["missing_ratio"] == {"train": 0.5, "val": 0.5, "test": 0.5}
@@ -522,14 +475,9 @@ def test_jobs_are_told_of_as_they_end_and_cancelled_when_left(tmp_path: Path) ->
 
 
 def test_a_cluster_job_at_the_end_of_its_time_is_queued_again_for_the_same_run(tmp_path: Path, stand_in: SetUp) -> None:
-    stand_in("print(options.get('resume_from'))")
     submission = Submission(job_in(tmp_path))
-    (tmp_path / "run_seed0" / "version_0").mkdir(parents=True)
-    last = tmp_path / "run_seed0" / "version_0" / "last.ckpt"
-    last.touch()
-    again = submission.checkpoint()
-    assert again.result().error is None
-    assert str(last) in submission.job.log.read_text().splitlines()
+    assert submission.checkpoint().result().error is None
+    assert submission.job.result is not None
 
 
 def test_runs_do_not_take_themselves_for_started_by_slurm(tmp_path: Path, stand_in: SetUp, monkeypatch: Patch) -> None:
@@ -557,7 +505,7 @@ def test_submitit_parameters_are_checked(tmp_path: Path, parameters: dict[str, A
 # The real run.py
 
 
-def test_a_run_stopped_by_ctrl_c_ends_as_one_that_was_not(sweep: Sweep, capsys: Captured) -> None:
+def test_a_run_stopped_by_ctrl_c_ends_as_one_that_was_not(sweep: Sweep) -> None:
     options = ("max_epoch=4", "val_check_interval=0.5", "sweep_types=both", "sweep_ratios=0.7", "sweep_seeds=1")
     run = sweep.folder / "s_both_0.7_seed1"
 
@@ -570,7 +518,7 @@ def test_a_run_stopped_by_ctrl_c_ends_as_one_that_was_not(sweep: Sweep, capsys: 
     assert sweep.run(*options) == 130
     assert not (run / "version_0" / "test_results.json").exists()
     assert sweep.run(*options) == 0
-    assert "s_both_0.7_seed1 was cut off and is resumed from version_0" in capsys.readouterr().err
+    assert "resumes from" in (sweep.folder / "logs" / "s_both_0.7_seed1.log").read_text()
     whole = ("missing_type=both", "missing_ratio=0.7", "seed=1", "exp_name=whole", *options[:2])
     common = (f"vit={sweep.workspace.backbone}", f"log_dir={sweep.log_dir}")
     assert command_line(sweep.workspace.command(*common, *whole)) == 0
@@ -628,15 +576,8 @@ def test_a_search_tries_values_and_ends_with_the_best(sweep: Sweep, scores: SetU
     assert sweep.run(*SPACE, "search_trials=12", "missing_ratio=0.5") == 0
     said = capsys.readouterr()
     trials = sweep.table("search.csv")
-    assert list(trials[0]) == [
-        "number",
-        "state",
-        "learning_rate",
-        "memory_length",
-        "weight_decay",
-        "val/f1_macro",
-        "folder",
-    ]
+    columns = ["number", "state", "learning_rate", "memory_length", "weight_decay", "val/f1_macro", "folder"]
+    assert list(trials[0]) == columns
     assert [trial["number"] for trial in trials] == [str(number) for number in range(12)]
     for trial in trials:
         assert int(trial["memory_length"]) / 100 == float(trial["val/f1_macro"])
@@ -645,14 +586,9 @@ def test_a_search_tries_values_and_ends_with_the_best(sweep: Sweep, scores: SetU
     rates = [float(trial["learning_rate"]) for trial in trials]
     assert statistics.median(rates) < 0.02, "log-uniform: a linear one would have its median at 0.05"
     arguments = sweep.arguments("s_trial_7_seed0")
-    assert arguments[-6:] == [
-        f"learning_rate={trials[7]['learning_rate']}",
-        f"memory_length={trials[7]['memory_length']}",
-        f"weight_decay={trials[7]['weight_decay']}",
-        "exp_name=s_trial_7",
-        f"log_dir={sweep.folder}",
-        "test_after_fit=False",
-    ]
+    values = [f"{name}={trials[7][name]}" for name in columns[2:5]]
+    of_trial = ["exp_name=s_trial_7", f"log_dir={sweep.folder}", "test_after_fit=False", "resume_from=auto"]
+    assert arguments[-7:] == [*values, *of_trial]
     assert "missing_ratio=0.5" in arguments and not any(argument.startswith("search") for argument in arguments)
     best = next(trial for trial in trials if trial["memory_length"] == "12")
     shown = said.out.splitlines()
@@ -665,10 +601,8 @@ def test_a_search_tries_values_and_ends_with_the_best(sweep: Sweep, scores: SetU
     wanted = [f"learning_rate={best['learning_rate']}", "memory_length=12", f"weight_decay={best['weight_decay']}"]
     assert command[-4:] == [*wanted, "exp_name=s_best"]
     assert f"log_dir={sweep.log_dir}" in command and not any(part.startswith("search") for part in command)
-    assert (
-        f"[12/12] s_trial_11_seed0: val/f1_macro {float(trials[11]['val/f1_macro']):.4f} with learning_rate="
-        in said.err
-    )
+    last = f"[12/12] s_trial_11_seed0: val/f1_macro {float(trials[11]['val/f1_macro']):.4f} with learning_rate="
+    assert last in said.err
 
 
 def test_a_search_in_parts_tries_what_one_in_a_go_does(workspace: Workspace, tmp_path: Path, scores: SetUp) -> None:
@@ -693,18 +627,14 @@ def test_another_seed_searches_elsewhere(workspace: Workspace, tmp_path: Path, s
 
 
 def test_a_trial_that_was_cut_off_is_resumed(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
-    scores(
-        "(folder / 'last.ckpt').touch()\nif 'trial_2' in options['exp_name']: os.kill(os.getppid(), 2); time.sleep(9)"
-    )
+    scores("if 'trial_2' in options['exp_name']: os.kill(os.getppid(), 2); time.sleep(9)")
     assert sweep.run(*SPACE, "search_trials=4") == 130
     scores("")
     capsys.readouterr()
     assert sweep.run(*SPACE, "search_trials=4") == 0
     said = capsys.readouterr().err
-    assert "search s: 4 trials wanted; so far 2 complete, 1 cut off" in said
-    assert "s_trial_2_seed0 was cut off and is resumed from version_0" in said and "[4/4] s_trial_3_seed0" in said
-    last = sweep.folder / "s_trial_2_seed0" / "version_0" / "last.ckpt"
-    assert sweep.arguments("s_trial_2_seed0", 1) == [*sweep.arguments("s_trial_2_seed0"), f"resume_from={last}"]
+    assert "search s: 4 trials wanted; so far 2 complete, 1 cut off" in said and "[4/4] s_trial_3_seed0" in said
+    assert sweep.arguments("s_trial_2_seed0", 1) == sweep.arguments("s_trial_2_seed0")
     trials = sweep.table("search.csv")
     assert [trial["state"] for trial in trials] == ["complete"] * 4
     assert trials[2]["folder"] == str(sweep.folder / "s_trial_2_seed0" / "version_1")

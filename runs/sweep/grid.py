@@ -87,8 +87,7 @@ def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launc
         SweepError: runs failed; they are listed before.
     """
     cell_of = {cell.job: cell for cell in cells}
-    waiting = [job for job in cell_of if job.state != "complete"]
-    _log_states(options, cells)
+    waiting = _incomplete(options, cells)
     progress = Progress(len(cells), len(cells) - len(waiting))
 
     def write() -> list[dict[str, Any]]:
@@ -107,8 +106,7 @@ def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launc
 
 def write_commands(options: Options, cells: Sequence[Cell], folder: Path) -> None:
     """Prints a command for each run that is not complete, one a line, and writes them to `commands.txt`."""
-    _log_states(options, cells)
-    commands = [shlex.join(cell.job.command()) for cell in cells if cell.job.state != "complete"]
+    commands = [shlex.join(job.command()) for job in _incomplete(options, cells)]
     with atomic_path(folder / "commands.txt") as temporary:
         temporary.write_text("".join(f"{command}\n" for command in commands), "utf-8")
     for command in commands:
@@ -116,11 +114,10 @@ def write_commands(options: Options, cells: Sequence[Cell], folder: Path) -> Non
     log.info("%d commands, written to %s; nothing was run", len(commands), folder / "commands.txt")
 
 
-def _log_states(options: Options, cells: Sequence[Cell]) -> None:
-    states = [cell.job.state for cell in cells]
-    counts = [(states.count(state), state) for state in ("complete", "cut off", "not begun")]
-    shown = ", ".join(f"{count} {state}" for count, state in counts if count)
-    log.info("sweep %s: %d cells, %s", options.sweep_name, len(cells), shown)
+def _incomplete(options: Options, cells: Sequence[Cell]) -> list[Job]:
+    waiting = [cell.job for cell in cells if cell.job.result is None]
+    log.info("sweep %s: %d cells, %d complete", options.sweep_name, len(cells), len(cells) - len(waiting))
+    return waiting
 
 
 def table_rows(options: Options, metric: str, cells: Sequence[Cell], failed: Collection[Job]) -> list[dict[str, Any]]:

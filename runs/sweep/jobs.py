@@ -14,10 +14,9 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from common.errors import BusyError, SweepError
-from common.locks import locked
+from common.errors import SweepError
 from common.text import duration
 
 log = logging.getLogger("rep")
@@ -25,8 +24,6 @@ log = logging.getLogger("rep")
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 PATIENCE_S = 60.0
 """How long a run that is asked to stop may take, before it is killed."""
-
-State = Literal["complete", "cut off", "not begun"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Job:
     Args:
         name: of the folder of its versions: exp_name and seed.
         folder: of the sweep.
-        options: of `run.py`, without `resume_from`.
+        options: of `run.py`; with `resume_from=auto` it finds out by itself how far it got, and that it is alone.
         tested: whether it ends with the test; of a run that does not, only its exit status says that it is complete.
     """
 
@@ -55,13 +52,6 @@ class Job:
         """The test results, once the run is complete."""
         return self.newest("test_results.json") if self.tested else None
 
-    @property
-    def state(self) -> State:
-        """How far the run got, from its files alone."""
-        if self.result is not None:
-            return "complete"
-        return "not begun" if self.newest("last.ckpt") is None else "cut off"
-
     def newest(self, file: str) -> Path | None:
         """The file of this name in the newest version of the run that has one."""
         found = {
@@ -72,9 +62,8 @@ class Job:
         return found[max(found)] if found else None
 
     def command(self) -> list[str]:
-        """Begins the run, or resumes it where it was cut off."""
-        last = self.newest("last.ckpt")
-        return run_command("with", *self.options, *([] if last is None else [f"resume_from={last}"]))
+        """Begins the run, or resumes it where it was interrupted."""
+        return run_command("with", *self.options, "resume_from=auto")
 
 
 class Outcome(NamedTuple):
@@ -128,19 +117,15 @@ def run_command(*arguments: str) -> list[str]:
 def run_job(job: Job) -> Outcome:
     """Runs `job` to its end, its output going to its log; interrupted, it first stops the run."""
     began = time.monotonic()
-    try:
-        # The run holds the lock too: should this process be killed, nobody starts the same run beside it.
-        with locked(job.log.with_suffix(".lock"), "another process is at this run") as lock:
-            error = None if job.state == "complete" else _run(job, lock)
-    except BusyError as busy:
-        error = str(busy)
+    error = None if job.result is not None else _run(job)
     return Outcome(error, time.monotonic() - began)
 
 
-def _run(job: Job, lock: int) -> str | None:
+def _run(job: Job) -> str | None:
     # Lightning starts the processes of a run itself, and is not to take a job of SLURM for having done so.
     variables = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"}
     command = job.command()
+    job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
@@ -152,7 +137,6 @@ def _run(job: Job, lock: int) -> str | None:
             stderr=subprocess.STDOUT,
             env={**variables, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C comes from here alone, once
-            pass_fds=[lock],
         )
         try:
             status = process.wait()

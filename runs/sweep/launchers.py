@@ -44,14 +44,8 @@ def make_launcher(name: str, parameters: dict[str, Any], folder: Path) -> Launch
 def run_here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
     """Runs jobs one after another on this machine."""
     for job in jobs:
-        log.info("%s %s: %s", job.name, beginning(job), job.log)
+        log.info("%s: %s", job.name, job.log)
         yield job, run_job(job)
-
-
-def beginning(job: Job) -> str:
-    """How a run starts, in words."""
-    last = job.newest("last.ckpt")
-    return "begins" if last is None else f"was cut off and is resumed from {last.parent.name}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ def _run_submitted(executor: submitit.AutoExecutor, jobs: Sequence[Job]) -> Iter
     pending = dict(zip(handles, jobs, strict=True))
     try:
         for handle, job in pending.items():
-            log.info("%s %s as job %s: %s", job.name, beginning(job), handle.job_id, job.log)
+            log.info("%s is job %s: %s", job.name, handle.job_id, job.log)
         while pending:
             for handle in [handle for handle in pending if handle.done()]:
                 yield pending.pop(handle), _outcome(handle)

@@ -37,14 +37,18 @@ class Cell:
     seed: int
     job: Job
 
-    def result(self) -> dict[str, float] | None:
-        """Metrics and costs of the run, once it is complete. Raises DataError where its results are damaged."""
+    def result(self, metric: str) -> dict[str, float] | None:
+        """Metrics and costs of the run, once it is complete. Raises DataError where its results lack `metric`."""
         path = self.job.result
         if path is None:
             return None
         written = read_json(path)
         with as_written_by_run(path):
-            values = {**written["metrics"], **{name: written[name] for name in COSTS if written.get(name)}}
+            values = {
+                **written["metrics"],
+                metric: written["metrics"][metric],
+                **{name: written[name] for name in COSTS if written.get(name)},
+            }
             return numbers_by_name(values)
 
 
@@ -96,7 +100,7 @@ def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launc
         return rows
 
     for job, outcome in launch(waiting):
-        result = cell_of[job].result()
+        result = cell_of[job].result(metric)
         progress.report(job, outcome, "" if result is None else f"{metric} {figure(result[metric])}")
         write()
     print(f"\nsweep {options.sweep_name}: {options.task} test, mean ± standard deviation over seeds\n")
@@ -122,7 +126,7 @@ def _incomplete(options: Options, cells: Sequence[Cell]) -> list[Job]:
 
 def table_rows(options: Options, metric: str, cells: Sequence[Cell], failed: Collection[Job]) -> list[dict[str, Any]]:
     """A row per pattern, with the names of the columns of table.csv; `metric` is there before any seed is complete."""
-    results = {cell.job: cell.result() for cell in cells}
+    results = {cell.job: cell.result(metric) for cell in cells}
     metrics = dict.fromkeys(name for result in results.values() if result for name in result if name not in COSTS)
     patterns: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:

@@ -3,14 +3,12 @@
 Nothing here loads torch, so that `print_config` and a wrong option answer at once.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip.modules.registry import HEADS, METHODS, every_method
-from common.errors import ConfigError
+from clip.modules.registry import HEADS, METHODS
 from common.readers import (
     Reader,
     by_key,
@@ -30,10 +28,16 @@ from common.readers import (
     several,
     warmup,
     word_or,
-    wrong,
 )
-from vilt.datasets.custom import CUSTOM
-from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, Split
+from runs.option_readers import (
+    MISSING_TYPES,
+    MissingTypeReader,
+    method_name,
+    precision_name,
+    sort_order,
+    task_name,
+)
+from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
 from vilt.missing_tables import DRAWINGS, PUBLISHED, MissingPattern
 from vilt.missing_types import ANY, BOTH
 
@@ -43,68 +47,9 @@ if TYPE_CHECKING:
     from vilt.datamodules import DataSettings
 
 AUTO = "auto"
-MISSING_TYPES = list(EVERY_DATASET[CUSTOM].missing_types)
 BOTH_EVERYWHERE = dict.fromkeys(SPLITS, BOTH)
 SEED = integer(0, 2**32 - 1)
 """As many as NumPy and Lightning take."""
-PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-
-
-# Readers of single options
-
-
-def task_name(option: str, value: Any) -> str:
-    """Reads the name of a task."""
-    if not isinstance(value, str) or value not in EVERY_DATASET:
-        raise ConfigError(f"{wrong(option, ' or '.join(DATASETS), value)}; a custom dataset is {CUSTOM}")
-    return str(value)
-
-
-def method_name(option: str, value: Any) -> str:
-    """Reads the name of a method."""
-    if value in ("input", "attention"):  # in the published README
-        raise ConfigError(f"{wrong(option, ' or '.join(METHODS), value)}; MAP's are map_input and map_attention")
-    return one_of(*every_method())(option, value)
-
-
-@dataclass(frozen=True)
-class MissingTypeReader:
-    """Reads missing types, those of the modalities of a task.
-
-    Args:
-        shape: from a reader of one missing type to the option's.
-        default: of the option; for tasks that have other types `otherwise`, or all of theirs, is read instead.
-    """
-
-    shape: Callable[[Reader], Reader]
-    default: Any = None
-    otherwise: str | None = None
-
-    def __call__(self, option: str, value: Any, task: Any = None) -> Any:
-        known = list(EVERY_DATASET[task if task in EVERY_DATASET else CUSTOM].missing_types)
-        if value and value == self.default and known != MISSING_TYPES:
-            value = self.otherwise or known
-        return self.shape(one_of(*known))(option, value)
-
-
-def precision_name(option: str, value: Any) -> str:
-    """Reads 32, 16 or bf16, also in Lightning's spelling, or `published`."""
-    word = str(value)
-    if word == PUBLISHED or word in PRECISIONS.values():
-        return word
-    if word not in PRECISIONS:
-        raise wrong(option, "32, 16, bf16 or published", value)
-    return PRECISIONS[word]
-
-
-def sort_order(option: str, value: Any) -> str:
-    """Reads a column of the table of runs, with `-` in front for descending order."""
-    from runs.run_table import COLUMNS
-
-    if str(value).removeprefix("-") not in COLUMNS:
-        raise wrong(option, f"{', '.join(COLUMNS)}, or one of these with - in front", value)
-    return str(value)
-
 
 # The table
 
@@ -142,7 +87,8 @@ class Options:
 
     exp_name: str = option("rep", folder_name, RUN, "name of the run's folder")
     seed: int = option(0, SEED, DATA, "draws initial memory, order of samples, dropout, missing tables")
-    task: str = option(None, optional(task_name), DATA, "set by task_finetune_mmimdb, …_food101, …_hatememes, …_custom")
+    task: str = option(
+        None, optional(task_name), DATA, "set by task_finetune_mmimdb, …_food101, …_mosi, …, task_pretrain_mosei")
 
     data_root: Path = option("", optional(path), MACHINE, "folder of the arrow files that make_arrow.py wrote")
     missing_ratio: dict[Split, float] = option(
@@ -157,7 +103,10 @@ class Options:
     missing_tables: str = option("nested", one_of(*DRAWINGS), DATA, "nested, or drawn as published")
     order_seed: int | None = option(None, optional(SEED), DATA, "draws the order of training samples; None: seed")
     simulate_missing: bool = option(
-        False, flag, TRAINING, "in training, complete samples too lose a modality at random, each epoch another")
+        False, flag, TRAINING, "in training, complete samples too lose a modality at random, each epoch another; "
+        "text, audio and vision: what samples lose is drawn anew in each epoch, without a missing table")
+    modality_dropout: float = option(
+        0, number(0, 1), TRAINING, "in training, chance that a sample loses some of its modalities more")
     num_workers: int = option(8, integer(0), MACHINE, "loader processes; at most as many as there are cores")
     image_cache: bool = option(False, flag, MACHINE, "keep decoded images beside the arrow files, for slow CPUs")
 
@@ -188,6 +137,14 @@ class Options:
     decoupling_weight: float = option(
         0, number(0), MODEL, "REP as described: weight of the loss that keeps private and shared slots apart")
     dynamic_init: bool = option(False, flag, MODEL, "REP as described: shared slots start from the sample, too")
+    rdn_hidden: int = option(32, integer(1), MODEL, "text, audio and vision: width within REP's projections")
+    mask_readout: bool = option(False, flag, MODEL, "likewise: the read-out of a missing modality becomes 0")
+    train_pooler: bool = option(False, flag, MODEL, "likewise: REP trains the pooler too")
+    prompt_length: int = option(16, integer(1), MODEL, "MPLMM: steps of a prompt")
+    backbone_width: int | None = option(None, optional(integer(4)), MODEL,
+        "text, audio and vision: width of the backbone; None: that of load_path, or 30")
+    backbone_heads: int | None = option(None, optional(integer(1)), MODEL, "likewise: attention heads; None: or 5")
+    backbone_layers: int | None = option(None, optional(integer(1)), MODEL, "likewise: cross-modal layers; None: or 5")
     image_size: int | None = option(None, optional(integer(1)), MACHINE, "side of the images; None: the backbone's")
 
     batch_size: int = option(256, integer(1), TRAINING, "effective batch, reached by accumulation")
@@ -196,12 +153,14 @@ class Options:
     learning_rate: float = option(1e-2, number(0, above=True), TRAINING, "at the end of the warm-up")
     lr_mult: float = option(1, number(0, above=True), TRAINING, "factor on the learning rate of the head")
     weight_decay: float = option(2e-2, number(0), TRAINING, "none on biases and on the norms within RDNs")
+    clip_gradient: float = option(0, number(0), TRAINING, "largest norm of the gradient; 0: any")
     max_epoch: int = option(20, integer(1), TRAINING, "epochs")
     max_steps: int | None = option(
         None, optional(integer(1)), TRAINING, "optimiser steps; None: as many as max_epoch needs")
     warmup_steps: float = option(0.1, warmup, TRAINING, "optimiser steps of linear warm-up, or a share if below 1")
     decay_power: float | str = option(
-        1, word_or("cosine", number(0, above=True)), TRAINING, "power of the polynomial decay, or cosine")
+        1, word_or("cosine", word_or("plateau", number(0, above=True))), TRAINING,
+        "power of the polynomial decay, cosine, or plateau: a tenth after 10 validations without a lower loss")
     end_lr: float = option(0, number(0), TRAINING, "learning rate at the last step")
     val_check_interval: int | float = option(None, optional(interval), TRAINING,
         "epochs between validations, or batches if above 1; None: 0.2, on Hateful Memes 0.1, with DCP there 0.11")
@@ -332,7 +291,14 @@ class Options:
 OPTIONS: dict[str, Option] = {each.name: each.metadata["option"] for each in fields(Options)}
 DEFAULTS: dict[str, Any] = {name: each.default for name, each in OPTIONS.items()}
 NAMED_CONFIGS: dict[str, dict[str, Any]] = {
-    **{f"task_finetune_{name}": {"exp_name": f"finetune_{name}", "task": name} for name in EVERY_DATASET},
+    **{
+        f"task_finetune_{name}": {"exp_name": f"finetune_{name}", "task": name, **spec.options}
+        for name, spec in EVERY_DATASET.items()
+    },
+    "task_pretrain_mosei": {
+        **EVERY_DATASET["mosei"].options, "exp_name": "pretrain_mosei", "task": "mosei", "prompt_type": "full",
+        "missing_ratio": 0, "simulate_missing": False,
+    },
     "published": {"missing_tables": PUBLISHED, "order_seed": 0, "precision": PUBLISHED},
     "rep_described": {"replay_depth": 6, "decoupling_weight": 0.1, "dynamic_init": True},
     "ablation": {"sweep_over": {"far": [False, True], "fmb": [False, True]}},

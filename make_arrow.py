@@ -24,6 +24,8 @@ N_SHOWN = 20
 """How many bad samples the terminal shows."""
 DEFAULT_ROOT = Path("datasets")
 """Where arrow files go that no --target is given for, in a folder of their dataset's name."""
+SIGNS = ("negative", "zero", "positive")
+"""What labels that are numbers are counted by."""
 CONVERTERS = {spec.make_arrow_name: spec for spec in EVERY_DATASET.values()}
 
 
@@ -77,10 +79,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--follow-links", action="store_true", default=None, help="custom only: images may be links that leave RAW"
     )
     args = parser.parse_args(argv)
-    for name, spec in CONVERTERS.items():
-        for option in set(spec.converter_options) - set(CONVERTERS[args.dataset].converter_options):
-            if getattr(args, option) is not None:
-                parser.error(f"--{option.replace('_', '-')} belongs to --dataset {name}, not {args.dataset}")
+    for option in dict.fromkeys(option for spec in CONVERTERS.values() for option in spec.converter_options):
+        takers = [name for name, spec in CONVERTERS.items() if option in spec.converter_options]
+        if getattr(args, option) is not None and args.dataset not in takers:
+            where = " or ".join(takers)
+            parser.error(f"--{option.replace('_', '-')} belongs to --dataset {where}, not {args.dataset}")
     if args.workers < 0:
         parser.error(f"--workers: expected 0 or more, found {args.workers}")
     return args
@@ -122,6 +125,8 @@ def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
         },
         "kept, but with none of the labels": [s.n_without_label for s in splits],
     }
+    for remark in dict.fromkeys(remark for split in splits for remark in split.remarks):
+        remarks[remark] = [split.remarks[remark] for split in splits]
     for remark, numbers in remarks.items():
         if any(numbers):
             per_split = ", ".join(f"{s.name} {n:,}" for s, n in zip(splits, numbers, strict=True))
@@ -139,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_system()
         spec = CONVERTERS[args.dataset]
         options = {name: getattr(args, name) for name in spec.converter_options if getattr(args, name) is not None}
-        dataset = importlib.import_module(spec.converter).open_raw(args.root, **options)
+        dataset = importlib.import_module(spec.converter).open_raw(args.root, **spec.converter_arguments, **options)
         target = target or DEFAULT_ROOT / (dataset.spec.custom.name if dataset.spec.custom else spec.name)
         splits = convert(dataset, target, args.workers, args.skip_bad)
     except BadSamplesError as error:
@@ -159,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = target / f"{spec.name}{BAD_SAMPLES}"
         print(f"{len(bad):,} bad samples were left out, and are listed in {report}:\n", file=sys.stderr)
         print(f"{describe_bad(bad)}\n", file=sys.stderr)
-    print(describe(splits, dataset.class_names))
+    print(describe(splits, SIGNS if spec.label_range is not None else dataset.class_names))
     if dataset.note:
         print(dataset.note)
     print(f"written to {target} in {time.monotonic() - start:,.1f} s")

@@ -87,7 +87,7 @@ class Auroc(Measure):
 
 
 def _area(fp_RK: Tensor, tp_RK: Tensor) -> Tensor:
-    return _ratio(torch.trapezoid(tp_RK.double(), fp_RK.double()), fp_RK[:, -1].double() * tp_RK[:, -1])
+    return ratio(torch.trapezoid(tp_RK.double(), fp_RK.double()), fp_RK[:, -1].double() * tp_RK[:, -1])
 
 
 @dataclass(frozen=True)
@@ -121,24 +121,24 @@ def outcomes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (predicted & true).double(), predicted.double(), true.double()
 
 
-def _ratio(part: Tensor, of: Tensor) -> Tensor:
+def ratio(part: Tensor, of: Tensor) -> Tensor:
     """NaN where the denominator is 0."""
     return torch.where(of > 0, part / of, torch.nan)
 
 
 def f1(hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     """2TP/(2TP+FP+FN); undefined where the denominator is 0."""
-    return _ratio(2 * hits, predicted + true)
+    return ratio(2 * hits, predicted + true)
 
 
 def precision(hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     """TP/(TP+FP); undefined for a class that is never predicted."""
-    return _ratio(hits, predicted)
+    return ratio(hits, predicted)
 
 
 def recall(hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     """TP/(TP+FN); undefined for a class that is never true."""
-    return _ratio(hits, true)
+    return ratio(hits, true)
 
 
 def _f1_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -146,17 +146,17 @@ def _f1_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     return (of_sample.nan_to_num(0),)  # as published
 
 
-def _f1_weighted(n: Tensor, hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
-    return _ratio((f1(hits, predicted, true).nan_to_num(0) * true).sum(-1), true.sum(-1))
+def f1_weighted(n: Tensor, hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
+    return ratio((f1(hits, predicted, true).nan_to_num(0) * true).sum(-1), true.sum(-1))
 
 
-def _mean(n: Tensor, total: Tensor) -> Tensor:
-    return _ratio(total, n)
+def mean_of(n: Tensor, total: Tensor) -> Tensor:
+    return ratio(total, n)
 
 
 _f1_macro = Sums(outcomes, lambda n, *counts: f1(*counts).nanmean(-1))
 _balanced_accuracy = Sums(outcomes, lambda n, *counts: recall(*counts).nanmean(-1))
-_accuracy = Sums(lambda logits, labels: ((logits.argmax(-1) == labels).double(),), _mean)
+_accuracy = Sums(lambda logits, labels: ((logits.argmax(-1) == labels).double(),), mean_of)
 
 multilabel_f1 = Metric(
     {
@@ -165,8 +165,8 @@ multilabel_f1 = Metric(
             lambda logits, labels: tuple(outcome.sum(1) for outcome in outcomes(logits, labels)),
             lambda n, *counts: f1(*counts),
         ),
-        "f1_samples": Sums(_f1_of_samples, _mean),
-        "f1_weighted": Sums(outcomes, _f1_weighted),
+        "f1_samples": Sums(_f1_of_samples, mean_of),
+        "f1_weighted": Sums(outcomes, f1_weighted),
     }
 )
 """F1 at threshold 0.5, averaged over classes, decisions, samples and classes by support.

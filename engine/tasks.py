@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.metrics import Metric, auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
+from engine.regression import sentiment, sentiment_of_sims
 from vilt.datasets.custom import CustomData
 from vilt.datasets.specs import DATASETS, DatasetSpec, spec_of
 
@@ -19,16 +20,27 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
+def _mean_absolute_error(logits: Tensor, labels: Tensor) -> Tensor:
+    assert logits.shape == (len(labels), 1) and labels.ndim == 1, "shapes that broadcast would compare all pairs"
+    return F.l1_loss(logits[:, 0], labels)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "binary_cross_entropy": _binary_cross_entropy,
     "cross_entropy": _cross_entropy,
+    "mean_absolute_error": _mean_absolute_error,
 }
 METRICS: dict[str, Metric] = {
     "multilabel_f1": multilabel_f1,
     "class_accuracy": class_accuracy,
     "macro_f1_and_accuracy": macro_f1_and_accuracy,
     "auroc_and_accuracy": auroc_and_accuracy,
+    "sentiment": sentiment,
+    "sentiment_of_sims": sentiment_of_sims,
 }
+LOWER_IS_BETTER = ("loss", "mae")
+NO_SHARES = (*LOWER_IS_BETTER, "corr")
+"""Metrics that are no shares of 1, so that per cent would be wrong."""
 
 
 def head_name(task: str) -> str:
@@ -47,7 +59,7 @@ class Task:
     metrics: Metric
     """(logits (N, C), labels) of a whole split to named values."""
     monitor: str
-    """The metric that chooses the best model; higher is better."""
+    """The metric that chooses the best model."""
 
     @property
     def head_name(self) -> str:

@@ -8,8 +8,9 @@ from clip.modules.registry import methods_of
 from common.errors import ConfigError
 from common.machine import cores
 from common.readers import path, several, wrong
-from config import AUTO, MODEL, OPTIONS, PRECISIONS, TRAINING, MissingTypeReader, Options
+from config import AUTO, MODEL, OPTIONS, TRAINING, Options
 from runs.command_line import is_text, unknown_option
+from runs.option_readers import PRECISIONS, MissingTypeReader
 from vilt.datasets.specs import CLIP, EVERY_DATASET
 from vilt.missing_tables import PUBLISHED
 

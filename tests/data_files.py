@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vilt.datamodules import Batch
-from vilt.datasets.specs import DATASETS
+from vilt.datasets.specs import CLIP, DATASETS
 
 
 def png(seed: int, size: int = 8) -> bytes:
@@ -78,6 +78,7 @@ class Tokenizer:
         return ids
 
 
+CLIP_DATASETS = {name: spec for name, spec in DATASETS.items() if spec.family == CLIP}
 TYPE_NAMES = DATASETS["mmimdb"].type_names
 LOGIT_COLUMNS = [f"logits_{name.replace(' ', '_')}" for name in TYPE_NAMES]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.errors import DataError
-from tests.data_files import as_npy, assert_equal, write
+from tests.data_files import CLIP_DATASETS, as_npy, assert_equal, write
 from tests.data_files import memes as memes_table
 from tests.data_files import png as png_of
 from vilt import image_cache
@@ -74,7 +74,7 @@ def refuse(*_: Any) -> Any:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", CLIP_DATASETS)
 def test_samples_are_the_same_with_and_without_the_cache(golden_arrow, name, split):
     plain, cached = (ArrowDataset(DATASETS[name], golden_arrow, split, 24) for _ in range(2))
     cached.cache_images(0)

@@ -24,6 +24,7 @@ from PIL import Image
 import make_arrow
 from common.strict_json import parse_json
 from tests.custom_files import read_arrow
+from tests.data_files import CLIP_DATASETS
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 from vilt.utils import write_food101, write_hatememes, write_mmimdb
 from vilt.utils.ordered_threads import AHEAD, in_order
@@ -31,7 +32,7 @@ from vilt.utils.ordered_threads import AHEAD, in_order
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
 MODULES = {"mmimdb": write_mmimdb, "food101": write_food101, "hatememes": write_hatememes}
-FILES = {name: sorted(spec.file_name(split) for split in spec.file_splits) for name, spec in DATASETS.items()}
+FILES = {name: sorted(spec.file_name(split) for split in spec.file_splits) for name, spec in CLIP_DATASETS.items()}
 POSTER, FILM = "images/0000012.jpeg", "labels/0000012.json"
 
 
@@ -133,7 +134,7 @@ def memes(case: MakeCase) -> Case:
 # ---- what is written
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", CLIP_DATASETS)
 def test_equals_what_the_published_converters_wrote_with_any_number_of_workers(case: MakeCase, dataset: str) -> None:
     made = case(dataset)
     assert made.run() == 0
@@ -518,7 +519,7 @@ def test_a_missing_raw_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_data_md_shows_the_layouts_that_the_errors_show() -> None:
     text = (ROOT / "DATA.md").read_text(encoding="utf-8")
-    for name, spec in DATASETS.items():
+    for name, spec in CLIP_DATASETS.items():
         assert MODULES[name].LAYOUT in text and f"--dataset {spec.make_arrow_name} " in text
         assert all(f"`{file}`" in text for file in FILES[name])
 
@@ -626,7 +627,7 @@ def test_an_empty_jsonl_is_an_error(memes: Case) -> None:
         (["mmimdb", "--root", "x", "--workers", "-1"], "expected 0 or more, found -1"),
         (["mmimdb", "--root", "x", "--test-split", "test_seen"], "--test-split belongs to --dataset hateful_memes"),
         (["mmimdb", "--root", "x", "--spec", "a"], "--spec belongs to --dataset custom, not mmimdb"),
-        (["food101", "--root", "x", "--table", "a"], "--table belongs to --dataset custom, not food101"),
+        (["food101", "--root", "x", "--table", "a"], "--table belongs to --dataset vla or custom, not food101"),
         (["custom", "--root", "x", "--spec", "a", "--table", "b"], "not allowed with argument --spec"),
     ],
 )

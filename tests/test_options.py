@@ -78,7 +78,7 @@ WRONG = {
     "resume_from=no.ckpt": "resume_from: expected a checkpoint file, found nothing at no.ckpt",
     "test_only=True": "test_only: expected a checkpoint to evaluate",
     "finetune_first=True": "finetune_first: expected a checkpoint to start from in load_path",
-    "task=imagenet": "task: expected mmimdb or food101 or hatememes, found 'imagenet'",
+    "task=imagenet": "task: expected mmimdb or food101 or hatememes or mosi",
     "tokenizer=nowhere": "tokenizer=nowhere: not readable as a CLIP tokenizer",
     "task_finetune_coco": "task_finetune_coco",
 }

@@ -274,7 +274,7 @@ def test_another_task_than_the_checkpoints(workspace: Workspace, fitted: Path, c
     [
         ({"custom": None}, "expected the values name, labels, class_names, metric of a dataset, found None"),
         ({"custom": {"name": "x"}}, "expected the values name, labels, class_names, metric of a dataset, found 'name'"),
-        ({"task": "imagenet"}, "task 'imagenet', expected one of mmimdb, food101, hatememes, custom"),
+        ({"task": "imagenet"}, "task 'imagenet', expected one of mmimdb, food101, hatememes, mosi"),
     ],
 )
 def test_a_damaged_description(fitted: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

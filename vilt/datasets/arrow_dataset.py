@@ -155,7 +155,7 @@ class ArrowDataset(Dataset[Sample]):
         if self.simulate_seed is not None and missing_type == COMPLETE:
             generator = np.random.default_rng([self.simulate_seed, epoch, index])
             missing_type = int(generator.integers(len(self.spec.type_names)))
-        label = torch.from_numpy(self.labels[row]) if self.spec.multilabel else torch.tensor(int(self.labels[row]))
+        label = torch.from_numpy(self.labels[row]) if self.spec.multilabel else torch.tensor(self.labels[row])
         inputs: dict[str, Tensor] = {}
         for name, kind in self.kinds.items():
             if is_missing(self.spec.modalities, name, missing_type):
@@ -248,8 +248,15 @@ class ArrowDataset(Dataset[Sample]):
         return natural
 
     def _read_labels(self) -> np.ndarray:
-        """(N, C) uint8 for multi-label data, (N,) int64 otherwise."""
+        """(N, C) uint8 for multi-label data, (N,) float32 where labels are numbers, else (N,) int64."""
         column, n_classes = self.table["label"], self.spec.n_classes
+        if (limit := self.spec.label_range) is not None:
+            if column.type != pa.float32():
+                raise DataError(f"{self.path}: column label: expected float32, found {column.type}")
+            numbers = column.to_numpy()
+            for row in np.flatnonzero(~(np.abs(numbers) <= limit)):
+                raise DataError(f"{self.path}: row {row}: label {numbers[row]} is outside {-limit:g} to {limit:g}")
+            return numbers
         if not self.spec.multilabel:
             if not pa.types.is_integer(column.type):
                 raise DataError(f"{self.path}: column label: expected class numbers, found {column.type}")

@@ -6,19 +6,24 @@ from pathlib import Path
 
 from common.arrow_file import open_table
 from common.errors import DataError
-from common.messages import quoted
+from common.messages import first_line, quoted
 from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec, Split, custom_spec
+from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec, Split, custom_spec, with_shapes
 
 
 def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:
-    """The row of `dataset`, with classes and metric of the arrow files of `splits` in `root` if it is a custom one.
+    """The row of `dataset`, with what the arrow files of `splits` in `root` say of it.
+
+    Of a custom dataset these are classes and metric, of arrays without a shape in the row their shapes.
 
     Raises:
-        DataError: such a file is not there, not readable or not of a custom dataset, or the files do not agree.
+        DataError: such a file is not there, not readable or not of the dataset, or the files do not agree.
     """
     if dataset != CUSTOM:
-        return DATASETS[dataset]
+        spec = DATASETS[dataset]
+        if any(modality.kind == "array" and not modality.shape for modality in spec.modalities.values()):
+            return _with_shapes(spec, [root / spec.file_name(split) for split in splits])
+        return spec
     paths = [root / EVERY_DATASET[CUSTOM].file_name(split) for split in splits]
     first, *others = [_read(path) for path in paths]
     for path, other in zip(paths[1:], others, strict=True):
@@ -27,6 +32,28 @@ def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:
             difference = first.difference(other) or f"expected the {names}"
             raise DataError(f"{path}: not of one dataset with {paths[0].name}: {difference}; convert them together")
     return custom_spec(first)
+
+
+def _with_shapes(spec: DatasetSpec, paths: Sequence[Path]) -> DatasetSpec:
+    """The row with the shapes that the metadata of its arrow files says."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        how_to_make = spec.how_to_make(path.parent)
+        metadata = open_table(path, how_to_make=how_to_make).schema.metadata or {}
+        try:
+            shapes = {name: tuple(shape) for name, shape in json.loads(metadata[b"shapes"]).items()}
+            if set(shapes) != set(spec.modalities) or any(
+                len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape)
+                for shape in shapes.values()
+            ):
+                raise ValueError(quoted(shapes))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            expected = f"metadata shapes: expected (steps, width) of {', '.join(spec.modalities)}"
+            raise DataError(f"{path}: {expected}: {first_line(error)}; {how_to_make}") from error
+        if found and shapes != found:
+            raise DataError(f"{path}: expected the shapes {found}, as {paths[0].name} has, found {shapes}")
+        found = shapes
+    return with_shapes(spec, found)
 
 
 def _read(path: Path) -> CustomData:

@@ -1,10 +1,10 @@
 """The table of datasets. Adding a dataset is adding a row, and the converter that it names."""
 
 from collections import ChainMap
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vilt import missing_types
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
@@ -20,7 +20,7 @@ MMIMDB_GENRES = (
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-CLIP = "clip"
+CLIP, VLA = "clip", "vla"
 
 
 class Modality(NamedTuple):
@@ -30,7 +30,7 @@ class Modality(NamedTuple):
     """A key of `vilt.datasets.kinds.KINDS`."""
     column: str
     shape: tuple[int | None, ...] = ()
-    """Of an `array`; None as the first size where it varies."""
+    """Of an `array`; None as the first size where it varies. None at all: what the metadata of the arrow files says."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DatasetSpec:
     id_column: str | None
     """Column naming the sample, where the published files have one."""
     multilabel: bool
-    """True: the label column holds a 0/1 vector over classes; False: a class number."""
+    """True: the label column holds a 0/1 vector over classes; False: a class number, or a number of `label_range`."""
     n_classes: int
     class_names: tuple[str, ...] | None
     """None where the names are read from the data (Food-101's class_idx.json)."""
@@ -57,17 +57,26 @@ class DatasetSpec:
     metrics: str
     """Name of the function that measures them."""
     monitor: str
-    """The metric that chooses the best model; higher is better."""
+    """The metric that chooses the best model."""
     make_arrow_name: str
     """Name of the dataset on the command line of make_arrow.py."""
     converter: str
     """Module with `open_raw(raw, **options)`, which returns a RawDataset."""
     converter_options: tuple[str, ...] = ("allow_missing",)
     """Options of make_arrow.py that this converter takes."""
+    converter_arguments: dict[str, Any] = field(default_factory=dict)
+    """What its converter is also given, where it is that of several datasets."""
     kept_columns: tuple[str, ...] = ()
     """Columns with lists of texts that are kept as given and not read."""
     published_rows: dict[Split, tuple[int, ...]] = field(default_factory=dict)
     """Samples that the published splits list (DATA.md)."""
+    label_range: float | None = None
+    """Where labels are numbers: none is larger, positive or negative."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Defaults of `run.py` for this task, where they are others."""
+    redrawn: bool = False
+    """What the option simulate_missing does in training: True: draws anew in each epoch what each sample loses, and
+    there is no missing table; False: complete samples lose something too."""
     family: str = CLIP
     """Name of the family of backbones."""
     custom: CustomData | None = None
@@ -166,6 +175,68 @@ DATASETS: dict[str, DatasetSpec] = {
     )
 }
 
+_SEGMENTS = {name: Modality("array", name) for name in ("text", "audio", "vision")}
+VLA_OPTIONS: dict[str, Any] = {
+    "missing_type": "some",
+    "missing_ratio": 0.7,
+    "simulate_missing": True,
+    "memory_length": 12,
+    "memory_depth": 3,
+    "optim_type": "adam",
+    "learning_rate": 1e-3,
+    "weight_decay": 0,
+    "clip_gradient": 0.8,
+    "warmup_steps": 0,
+    "decay_power": "plateau",
+    "batch_size": 64,
+    "per_gpu_batchsize": 64,
+    "max_epoch": 40,
+    "val_check_interval": 1.0,
+    "precision": "32",
+}
+"""Those of MPLMM's code, with the missing ratio of its paper (docs/vla.md)."""
+
+
+def segments(
+    name: str, title: str, metrics: str, label_range: float, rows: dict[Split, tuple[int, ...]], **others: Any
+) -> DatasetSpec:
+    """A dataset of extracted text, audio and vision features with a sentiment."""
+    return DatasetSpec(
+        name=name,
+        title=title,
+        file_splits={"train": "train", "val": "valid", "test": "test"},
+        modalities=_SEGMENTS,
+        id_column="id",
+        multilabel=False,
+        n_classes=1,
+        class_names=("sentiment",),
+        loss="mean_absolute_error",
+        metrics=metrics,
+        monitor="mae",
+        make_arrow_name=name,
+        converter="vilt.utils.write_vla",
+        converter_arguments={"dataset": name},
+        kept_columns=("raw_text",),
+        published_rows=rows,
+        label_range=label_range,
+        options=VLA_OPTIONS,
+        redrawn=True,
+        family=VLA,
+        **others,
+    )
+
+
+for _spec in (
+    segments("mosi", "CMU-MOSI", "sentiment", 3, {"train": (1284,), "val": (229,), "test": (686,)}),
+    segments(
+        *("mosei", "CMU-MOSEI", "sentiment", 3),
+        {"train": (16265, 16326), "val": (1869, 1871), "test": (4643, 4659)},
+    ),
+    segments("sims", "CH-SIMS", "sentiment_of_sims", 1, {"train": (1368,), "val": (456,), "test": (457,)}),
+    segments("vla", "text, audio and vision", "sentiment", 3, {}, converter_options=("table",)),
+):
+    DATASETS[_spec.name] = _spec
+
 _CUSTOM = {
     CUSTOM: DatasetSpec(
         name=CUSTOM,
@@ -186,6 +257,12 @@ _CUSTOM = {
 }
 EVERY_DATASET: MutableMapping[str, DatasetSpec] = ChainMap(_CUSTOM, DATASETS)
 """With the row of custom datasets; `custom_spec` fills in what the arrow files say."""
+
+
+def with_shapes(spec: DatasetSpec, shapes: Mapping[str, tuple[int | None, ...]]) -> DatasetSpec:
+    """The row with the shapes of its arrays, by modality."""
+    modalities = {name: each._replace(shape=shapes.get(name, each.shape)) for name, each in spec.modalities.items()}
+    return replace(spec, modalities=modalities)
 
 
 def spec_of(name: str, custom: CustomData | None) -> DatasetSpec:

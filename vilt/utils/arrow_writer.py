@@ -10,15 +10,16 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
 from common.errors import DataError, reason_of
 from common.files import atomic_path, sync_folder
 from common.messages import printable
-from vilt.datasets.specs import DatasetSpec
+from vilt.datasets.specs import DatasetSpec, Modality
 from vilt.utils.ordered_threads import in_order
-from vilt.utils.raw_data import NOTHING_LEFT, BadSampleError, RawDataset, Row, Sample
+from vilt.utils.raw_data import NOTHING_LEFT, REMARKS, BadSampleError, RawDataset, Row, Sample
 
 Result = tuple[int, Row | BadSampleError]
 """Row number, and the row or what is wrong with it."""
@@ -74,6 +75,8 @@ class SplitSummary:
     n_without_label: int = 0
     """Samples of a multi-label dataset with no label set."""
     label_counts: Counter[int] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
+    """What was changed in its samples, and how often."""
     bad: list[BadSample] = field(default_factory=list)
 
 
@@ -83,14 +86,63 @@ def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
     For a custom dataset also what else is known of it, as JSON in the metadata `custom`.
     """
     texts = pa.list_(pa.string())
-    columns = [(spec.modalities["image"].column, pa.binary()), (spec.text_column, texts)]
-    columns += [("label", pa.list_(pa.int64()) if spec.multilabel else pa.int64())]
+    types = {"image": pa.binary(), "text": texts}
+    columns = [(each.column, types.get(each.kind) or array_type(each)) for each in spec.modalities.values()]
+    number = pa.int64() if spec.label_range is None else pa.float32()
+    columns += [("label", pa.list_(number) if spec.multilabel else number)]
     columns += [(name, texts) for name in spec.kept_columns]
     columns += [(name, pa.large_string()) for name in (spec.id_column, "split") if name is not None]
     metadata: dict[str, object] = {"class_names": class_names}
+    if shapes := {name: each.shape for name, each in spec.modalities.items() if each.kind == "array"}:
+        metadata["shapes"] = shapes
     if spec.custom is not None:
         metadata["custom"] = {"name": spec.custom.name, "labels": spec.custom.labels, "metric": spec.custom.metric}
     return pa.schema(columns, metadata={key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()})
+
+
+def array_type(modality: Modality) -> pa.DataType:
+    """Nested lists of float32."""
+    kind = pa.float32()
+    for size in reversed(modality.shape):
+        kind = pa.list_(kind, -1 if size is None else size)
+    return kind
+
+
+def _record_batch(rows: list[Row], schema: pa.Schema, spec: DatasetSpec) -> pa.RecordBatch:
+    """The rows as columns; arrays without a Python number for each of theirs."""
+    arrays = {each.column for each in spec.modalities.values() if each.kind == "array"}
+    columns = []
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        values = [row[name] for row in rows]
+        columns.append(_arrays_of(values, kind) if name in arrays else pa.array(values, kind))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _arrays_of(values: list[np.ndarray], kind: pa.DataType) -> pa.Array:
+    """Arrays of one shape, but for the first size where it varies, as a column of nested lists."""
+    if not isinstance(kind, pa.FixedSizeListType):
+        offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+        return pa.ListArray.from_arrays(offsets, _arrays_of(list(np.concatenate(values)), kind.value_type), type=kind)
+    sizes = []
+    while isinstance(kind, pa.FixedSizeListType):
+        sizes.append(kind.list_size)
+        kind = kind.value_type
+    column = pa.array(np.stack(values).reshape(-1), kind)
+    for size in reversed(sizes):
+        column = pa.FixedSizeListArray.from_arrays(column, size)
+    return column
+
+
+def _size_of(row: Row, spec: DatasetSpec) -> int:
+    """Bytes of its modalities, or characters."""
+    total = 0
+    for modality in spec.modalities.values():
+        value = row[modality.column]
+        if isinstance(value, np.ndarray):
+            total += value.nbytes
+        else:
+            total += sum(map(len, value)) if isinstance(value, list) else len(value or b"")
+    return total
 
 
 def _read(sample: Sample) -> Result:
@@ -114,8 +166,11 @@ def _kept_rows(
             continue
         label = row["label"]
         labels = [number for number, is_set in enumerate(label) if is_set] if spec.multilabel else [label]
+        if spec.label_range is not None:
+            labels = [int(np.sign(label)) + 1]
+        summary.remarks.update(row.pop(REMARKS, {}))
         summary.n_samples += 1
-        summary.n_texts += len(row[spec.text_column] or [])
+        summary.n_texts += len(row[spec.column_of("text") or spec.kept_columns[0]] or [])
         summary.n_missing.update(name for name, m in spec.modalities.items() if row[m.column] is None)
         summary.n_without_label += not labels
         summary.label_counts.update(labels)
@@ -129,14 +184,14 @@ def _write_rows(rows: Iterator[Row], part: Path, schema: pa.Schema, spec: Datase
     n_bytes = 0
     with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for row in rows:
-            size = len(row[spec.modalities["image"].column] or b"") + sum(map(len, row[spec.text_column] or []))
+            size = _size_of(row, spec)
             if batch and (n_bytes + size > MAX_BATCH_BYTES or len(batch) == MAX_BATCH_ROWS):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                writer.write_batch(_record_batch(batch, schema, spec))
                 batch, n_bytes = [], 0
             batch.append(row)
             n_bytes += size
         if batch:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+            writer.write_batch(_record_batch(batch, schema, spec))
 
 
 def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: bool = False) -> list[SplitSummary]:

@@ -92,7 +92,6 @@ class _FromBuffer(PickledArray):
         self._set(shape, kind, order == "F", raw)
 
 
-
 def _bytes(raw: Any) -> bytes:
     return raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
 
@@ -150,5 +149,3 @@ def read_pickle(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # pickle raises whatever the damage leads to
         raise DataError(f"{path}: not readable as a pickle of arrays: {first_line(error)}") from None
-
-

@@ -23,6 +23,8 @@ MAX_RECORD_BYTES = 16 * 2**20
 
 Row = dict[str, Any]
 """One sample, column name -> value, without the `split` column, which the writer adds."""
+REMARKS = "remarks"
+"""Key of a row under which there is no column, but a count of what its reading has changed, by what it was."""
 Sample = tuple[int, Callable[[], Row]]
 """Row in the file that lists it, from 1, and what reads and checks all of it, or raises BadSampleError."""
 Kind = TypeVar("Kind", str, list, dict)

@@ -75,14 +75,14 @@ def open_raw(raw: Path, dataset: str, table: Path | None = None) -> RawDataset:
         raise DataError(f"the raw folder {raw} does not exist. Expected layout of RAW:\n\n{LAYOUT.rstrip()}")
     pickles = [raw] if raw.is_file() else sorted(path for path in raw.iterdir() if path.suffix in SUFFIXES)
     if table is None and pickles:
-        shapes, segments, notes = _of_pickles(spec, pickles)
+        shapes, segments, note = _of_pickles(spec, pickles)
     elif dataset == "vla":
         shapes, segments = _of_table(spec, raw, table)
-        notes = []
+        note = ""
     else:
         raise DataError(f"{raw}: expected a pickle ({', '.join(SUFFIXES)}), found none. Layout of RAW:\n\n{LAYOUT}")
     spec = with_shapes(spec, shapes)
-    return RawDataset(spec, (), tuple(_raw_split(spec, one) for one in segments), tuple(notes))
+    return RawDataset(spec, (), tuple(_raw_split(spec, one) for one in segments), note)
 
 
 def _raw_split(spec: DatasetSpec, segments: Segments) -> RawSplit:
@@ -107,9 +107,7 @@ def _row(spec: DatasetSpec, segments: Segments, row: int) -> Row:
 # ---- pickles
 
 
-def _of_pickles(
-    spec: DatasetSpec, paths: Sequence[Path]
-) -> tuple[dict[str, tuple[int, ...]], list[Segments], list[str]]:
+def _of_pickles(spec: DatasetSpec, paths: Sequence[Path]) -> tuple[dict[str, tuple[int, ...]], list[Segments], str]:
     """The one pickle that is of a dataset: by its checksum, else by how many segments it has."""
     fitting = paths
     if len(paths) > 1:
@@ -127,10 +125,10 @@ def _of_pickles(
     of_dataset, title = KNOWN_FILES.get(digest, (spec.name, ""))
     if of_dataset != spec.name and spec.name != "vla":
         raise DataError(f"{path}: this is {title}; convert it with --dataset {of_dataset}")
-    notes = [f"{path.name}: {title} (SHA-256 {digest[:12]}…)" if title else f"{path.name}: SHA-256 {digest}"]
+    note = f"{path.name}: {title or 'SHA-256 ' + digest}"
     if not title and spec.name != "vla":
-        notes[0] = f"warning: {notes[0]}, which is of none of the published files"
-    return *_read_splits(spec, path, read_pickle(path)), notes
+        note = f"warning: {note}, which is of none of the published files"
+    return *_read_splits(spec, path, read_pickle(path)), note
 
 
 def _has_sizes_of(spec: DatasetSpec, path: Path) -> bool:
@@ -144,9 +142,7 @@ def _has_sizes_of(spec: DatasetSpec, path: Path) -> bool:
     return all(sizes[split] in spec.published_rows.get(split, (sizes[split],)) for split in SPLITS)
 
 
-def _read_splits(
-    spec: DatasetSpec, path: Path, content: Any
-) -> tuple[dict[str, tuple[int, ...]], list[Segments]]:
+def _read_splits(spec: DatasetSpec, path: Path, content: Any) -> tuple[dict[str, tuple[int, ...]], list[Segments]]:
     if not isinstance(content, dict) or not set(SPLIT_KEYS.values()) <= set(content):
         found = listed(list(content)) if isinstance(content, dict) else quoted(content)
         raise DataError(f"{path}: expected the splits train, valid and test, found {found}")
@@ -292,7 +288,7 @@ def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[st
 def _listed(table: Path) -> Iterator[tuple[int, str, Any, Any, str]]:
     """Row, id, split, label and text of each line."""
     seen: dict[str, int] = {}
-    for row, values in table_rows(table, list(TABLE_COLUMNS)):
+    for row, values in table_rows(table, TABLE_COLUMNS, ("id",)):
         name, split, label, text = (values.get(column) for column in TABLE_COLUMNS)
         if not isinstance(name, str) or not name.strip() or Path(name).name != name:
             raise DataError(f"{table}, row {row}: id: expected a name, found {quoted(name)}")

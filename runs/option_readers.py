@@ -1,0 +1,71 @@
+"""Readers of the options that need more than a type: names of tasks, methods, missing types and columns.
+
+Nothing here loads torch, see `config.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from clip.modules.registry import METHODS, every_method
+from common.errors import ConfigError
+from common.readers import Reader, one_of, wrong
+from vilt.datasets.custom import CUSTOM
+from vilt.datasets.specs import DATASETS, EVERY_DATASET
+from vilt.missing_tables import PUBLISHED
+
+MISSING_TYPES = list(EVERY_DATASET[CUSTOM].missing_types)
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def task_name(option: str, value: Any) -> str:
+    """Reads the name of a task."""
+    if not isinstance(value, str) or value not in EVERY_DATASET:
+        raise ConfigError(f"{wrong(option, ' or '.join(DATASETS), value)}; a custom dataset is {CUSTOM}")
+    return str(value)
+
+
+def method_name(option: str, value: Any) -> str:
+    """Reads the name of a method."""
+    if value in ("input", "attention"):  # in the published README
+        raise ConfigError(f"{wrong(option, ' or '.join(METHODS), value)}; MAP's are map_input and map_attention")
+    return one_of(*every_method())(option, value)
+
+
+@dataclass(frozen=True)
+class MissingTypeReader:
+    """Reads missing types, those of the modalities of a task.
+
+    Args:
+        shape: from a reader of one missing type to the option's.
+        default: of the option; for tasks that have other types `otherwise`, or all of theirs, is read instead.
+    """
+
+    shape: Callable[[Reader], Reader]
+    default: Any = None
+    otherwise: str | None = None
+
+    def __call__(self, option: str, value: Any, task: Any = None) -> Any:
+        known = list(EVERY_DATASET[task if task in EVERY_DATASET else CUSTOM].missing_types)
+        if value and value == self.default and known != MISSING_TYPES:
+            value = self.otherwise or known
+        return self.shape(one_of(*known))(option, value)
+
+
+def precision_name(option: str, value: Any) -> str:
+    """Reads 32, 16 or bf16, also in Lightning's spelling, or `published`."""
+    word = str(value)
+    if word == PUBLISHED or word in PRECISIONS.values():
+        return word
+    if word not in PRECISIONS:
+        raise wrong(option, "32, 16, bf16 or published", value)
+    return PRECISIONS[word]
+
+
+def sort_order(option: str, value: Any) -> str:
+    """Reads a column of the table of runs, with `-` in front for descending order."""
+    from runs.run_table import COLUMNS
+
+    if str(value).removeprefix("-") not in COLUMNS:
+        raise wrong(option, f"{', '.join(COLUMNS)}, or one of these with - in front", value)
+    return str(value)

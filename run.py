@@ -19,6 +19,7 @@ from common.logs import set_up_logging
 from common.machine import check_system, print_anywhere, settle_threads
 from common.messages import first_line
 from common.signals import Stopped, end_loaders, stopping_on_signals
+from common.slurm import ignore_without_srun
 from config import DEFAULTS
 from engine.ending import DONE, INTERRUPTED, end_with_our_fault, end_with_signal, end_with_user_error
 from runs.check_options import PREDICTION_OPTIONS, check, read_load_paths, read_options
@@ -39,7 +40,7 @@ def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
     from runs.training import train
 
     set_up_logging()
-    return evaluate(options, given) if options.test_only else train(options)
+    return evaluate(options, given) if options.test_only else train(options, given)
 
 
 @EX.command
@@ -144,6 +145,7 @@ def command_line(argv: list[str]) -> int:
     """Runs a command; returns the exit status, after a line on standard error if it is not 0."""
     EX.current_run = None  # that of an earlier call in this process
     print_anywhere()
+    ignore_without_srun()
     try:
         check_system()
         asked = read_command_line(argv[1:], EX.commands)

@@ -54,12 +54,15 @@ def unwrapped_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless `state` has exactly the names and shapes of `expected`, and finite numbers."""
+    """Raises ValueError unless `state` has exactly the names and shapes of `expected`, and finite numbers.
+
+    They are floating-point numbers, or where `expected` has other ones (a counter in a buffer) of that type.
+    """
     check_names(missing=expected.keys() - state.keys(), unexpected=state.keys() - expected.keys())
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
-        if tensor.dtype not in NUMBERS or tensor.layout != torch.strided or tensor.is_meta:
+        if tensor.dtype not in (*NUMBERS, expected[name].dtype) or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"{name} holds {tensor.dtype} ({tensor.layout}), expected floating-point numbers")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds values that are not finite")

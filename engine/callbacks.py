@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from vilt.datamodules import Batch, TimedLoader
 
 log = logging.getLogger("rep")
 
+SECONDS_BETWEEN = 300.0
+"""At most, between two checkpoints: writing one takes as long as several optimiser steps."""
+
 
 class Checkpoints(Checkpoint):
     """Keeps `best.ckpt`, the best model by a validation metric, and `last.ckpt`, for `resume_from`.
 
     `last.ckpt` also carries the best model so far: a resumed run, which has a folder of its own, ends with the same
     best model as an uninterrupted one. Lightning's ModelCheckpoint loses it in another folder, and knows no way to
-    stop at a signal: `last.ckpt` is written after validations and epochs, and where a signal stops the run, between two
-    optimiser steps or in a validation, which is then repeated.
+    stop at a signal: `last.ckpt` is written at the end of each epoch, between optimiser steps once SECONDS_BETWEEN have
+    passed, and where a signal stops the run, between two steps or in a validation, which is then repeated.
 
     Args:
         folder: where both are written, by the first process alone.
@@ -40,11 +44,14 @@ class Checkpoints(Checkpoint):
         self.monitor = monitor
         self.best: dict[str, Any] | None = None
         """What `best.ckpt` holds."""
+        self.seconds = 0.0
+        """Spent on writing, since the reader last set it to 0."""
+        self.training = False
+        """Whether a validation has begun, by when all that a checkpoint restores has been used."""
         self._stop = StopRequest()
         self._kept_step = 0
         """Optimiser steps behind the newest checkpoint, here or in the folder of the run that is resumed."""
-        self.training = False
-        """Whether a validation has begun, by when all that a checkpoint restores has been used."""
+        self._kept_at = time.monotonic()
 
     @property
     def best_path(self) -> Path:
@@ -55,14 +62,14 @@ class Checkpoints(Checkpoint):
         self._write_best(trainer)  # of a resumed run
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._kept_step = trainer.global_step
+        self._kept_step, self._kept_at = trainer.global_step, time.monotonic()
         self._stop.listen()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._stop_if_asked(trainer)
+            self._keep_or_stop(trainer, self._is_due(trainer))
 
     def on_validation_batch_end(
         self,
@@ -75,36 +82,36 @@ class Checkpoints(Checkpoint):
     ) -> None:
         loader: Any = trainer.val_dataloaders
         if batch_idx < loader.sampler.samples // trainer.world_size // loader.batch_size:  # every process gets there
-            self._stop_if_asked(trainer)
+            self._keep_or_stop(trainer, False)
         self.training = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, FinetuneModule)
         score = float(trainer.callback_metrics[self.monitor])
-        if order_of(score) > (order_of(self.best["score"]) if self.best is not None else -math.inf):
+        if not pl_module.was_trained(trainer.global_step):
+            log.info("not kept as the best model: the learning rate was 0 up to step %d", trainer.global_step)
+        elif order_of(score) > (order_of(self.best["score"]) if self.best is not None else -math.inf):
             self.best = {
                 "state_dict": {name: value.cpu().clone() for name, value in pl_module.state_dict().items()},
                 "epoch": trainer.current_epoch,
                 "global_step": trainer.global_step,
                 "monitor": self.monitor,
                 "score": score,
-                DESCRIPTION: pl_module.description(),
+                DESCRIPTION: pl_module.description,
             }
             self._write_best(trainer)
-        self._write_last(trainer)
-        self._stop_if_asked(trainer)
+        # Where StepLimit ends the training, this is its last state.
+        self._keep_or_stop(trainer, trainer.should_stop or self._is_due(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning also calls this where StepLimit ends the training in mid-epoch, and would take the rest of the epoch
         # for done in a run resumed from there.
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed == trainer.num_training_batches:
-            self._write_last(trainer)
-            self._stop_if_asked(trainer)
+            self._keep_or_stop(trainer, True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop.ignore()
-        if number := self._stop.made(trainer):
-            raise Stopped(number)
+        self._keep_or_stop(trainer, False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -136,21 +143,36 @@ class Checkpoints(Checkpoint):
             validation["current"] = dict.fromkeys(validation["total"], 0)
 
     def _write_best(self, trainer: pl.Trainer) -> None:
+        began = time.monotonic()
         if trainer.is_global_zero and self.best is not None:
             write_checkpoint(self.best, self.best_path)
+        self.seconds += time.monotonic() - began
 
     def _write_last(self, trainer: pl.Trainer) -> None:
+        began = time.monotonic()
         trainer.save_checkpoint(self.folder / "last.ckpt")  # by AtomicCheckpointIO; all processes take part
-        self._kept_step = trainer.global_step
+        self._kept_step, self._kept_at = trainer.global_step, time.monotonic()
+        self.seconds += self._kept_at - began
 
-    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        number = self._stop.made(trainer)
-        if number is None:
-            return
-        if trainer.global_step > self._kept_step:
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        return trainer.global_step > self._kept_step and time.monotonic() - self._kept_at >= SECONDS_BETWEEN
+
+    def _keep_or_stop(self, trainer: pl.Trainer, due: bool) -> None:
+        """Writes last.ckpt if it is due in any process, or one was asked to stop; all have to call at the same place.
+
+        Raises:
+            Stopped: one was asked to.
+        """
+        number = self._stop.asked
+        if trainer.world_size > 1:
+            mine = torch.tensor([due, number is not None], dtype=torch.int, device=trainer.strategy.root_device)
+            due, stops = trainer.strategy.reduce(mine, reduce_op="max").bool().tolist()
+            number = (number or signal.SIGTERM) if stops else None
+        if due or (number is not None and trainer.global_step > self._kept_step):
             self._write_last(trainer)
-        log.info("stopped at step %d; resume_from=auto, other options as before, resumes from there", self._kept_step)
-        raise Stopped(number)
+        if number is not None:
+            log.info("stopped at step %d; resume_from=auto, other options as before, resumes there", self._kept_step)
+            raise Stopped(number)
 
 
 class StepLimit(pl.Callback):
@@ -180,55 +202,57 @@ class StepLimit(pl.Callback):
 
 
 class Report(pl.Callback):
-    """A line per validation, and one per epoch on how fast the training was and what held it up."""
+    """A line per validation, and one per epoch on how fast the run was and where its time went."""
 
-    def __init__(self, monitor: str) -> None:
-        self.monitor = monitor
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
         self._samples = 0
-        self._seconds = 0.0
-        self._since: float | None = None
-        """Clock at the start of what `_seconds` does not count yet; None in a validation and the checkpoints after."""
+        self._seconds = dict.fromkeys(("step", "validation"), 0.0)
+        self._epoch_began = self._began = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _loader(trainer).waited = 0.0
-        self._samples, self._seconds, self._since = 0, 0.0, time.perf_counter()
+        self._begin(trainer)  # a run resumed in mid-epoch has no start of an epoch
 
-    on_train_epoch_start = on_train_start  # which a run resumed in mid-epoch has not
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say(trainer, trainer.current_epoch - 1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say(trainer, trainer.current_epoch - 1)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self._since = self._since or time.perf_counter()
         self._samples += len(batch.index_B) * trainer.world_size
+        self._began = time.perf_counter()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._count(pl_module)
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._seconds["step"] += time.perf_counter() - self._began
+
+    def on_validation_start(self, *_: Any) -> None:
+        self._began = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seconds["validation"] += time.perf_counter() - self._began
         metrics = trainer.callback_metrics
-        shown = [name for name in ("train/loss", "val/loss", self.monitor) if name in metrics]
+        shown = [name for name in ("train/loss", "val/loss", self.checkpoints.monitor) if name in metrics]
         values = "  ".join(f"{name} {figure(float(metrics[name]))}" for name in shown)
         log.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, values)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._count(pl_module)
-        if not self._samples:  # resumed at the end of an epoch
-            return
-        log.info(
-            "epoch %d: %s training samples in %.1f s, %.1f per second; %.0f %% of the time waiting for data",
-            trainer.current_epoch,
-            f"{self._samples:,}",
-            self._seconds,
-            self._samples / self._seconds,
-            min(100, 100 * _loader(trainer).waited / self._seconds),
-        )
+    def _begin(self, trainer: pl.Trainer) -> None:
+        self._samples, self._seconds = 0, dict.fromkeys(self._seconds, 0.0)
+        self.checkpoints.seconds = _loader(trainer).waited = 0.0
+        self._epoch_began = time.perf_counter()
 
-    def _count(self, pl_module: pl.LightningModule) -> None:
-        if self._since is not None:
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize()
-            self._seconds += time.perf_counter() - self._since
-            self._since = None
+    def _say(self, trainer: pl.Trainer, epoch: int) -> None:
+        """Of the epoch that is over, its last checkpoint included; a step is what the host waits for it."""
+        if self._samples:  # none in a run resumed at the end of an epoch
+            total = time.perf_counter() - self._epoch_began
+            parts = {"data": _loader(trainer).waited, **self._seconds, "checkpoints": self.checkpoints.seconds}
+            parts["rest"] = max(0.0, total - sum(parts.values()))
+            text = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items())
+            speed = f"{self._samples:,} training samples in {total:.1f} s, {self._samples / total:.1f} per second"
+            log.info("epoch %d: %s: %s", epoch, speed, text)
+        self._begin(trainer)
 
 
 def _loader(trainer: pl.Trainer) -> TimedLoader:

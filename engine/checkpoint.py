@@ -9,7 +9,7 @@ stand-ins.
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ class Checkpoint:
     """Whether it also holds the state of the training, like `last.ckpt`."""
     tokenizer: TokenizerUsed | None = None
     """None where it does not say it."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of what it was trained on, see `engine/contents.py`; empty where it does not say it."""
 
     @property
     def published(self) -> bool:
@@ -113,6 +115,7 @@ def describe(
     backbone_sha256: str,
     class_names: Sequence[str] = (),
     tokenizer: TokenizerUsed | None = None,
+    contents: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The plain values that a checkpoint holds under DESCRIPTION."""
     return {
@@ -123,6 +126,7 @@ def describe(
         "architecture": asdict(spec.architecture),
         "backbone": {"name": backbone_name, "sha256": backbone_sha256},
         "class_names": list(class_names),
+        "contents": dict(contents or {}),
         **({"tokenizer": asdict(tokenizer)} if tokenizer is not None else {}),
         **({"custom": asdict(spec.custom)} if spec.custom is not None else {}),
     }
@@ -161,7 +165,7 @@ def kept_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
     return {name: state[name] for name in kept_names(classifier)}
 
 
-def model_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def model_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a checkpoint under the names that the model has for them (see PUBLISHED_NAMES)."""
     return {model_name(name): tensor for name, tensor in state.items()}
 
@@ -200,6 +204,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: not there, damaged, or not a checkpoint of this model.
     """
+    if path.is_dir():
+        raise CheckpointError(f"load_path={path}: expected a checkpoint, found a folder{checkpoint_in(path)}")
     if not path.is_file():
         raise CheckpointError(f"load_path={path}: no such file")
     raw = _load_inert(path)
@@ -209,13 +215,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(
                 f"expected a Lightning checkpoint with a state_dict, found a {type(raw).__name__} {found}".rstrip()
             )
-        state = unwrapped_names(state_dict_of(raw["state_dict"]))
+        state = model_names(unwrapped_names(state_dict_of(raw["state_dict"])))
         described = raw.get(DESCRIPTION)
         of_model = {"spec": _published_spec(state)} if described is None else _described_model(described)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
     resumable = all(raw.get(name) not in (None, [], {}) for name in OF_TRAINING)
-    return Checkpoint(path, file_sha256(path), state=model_names(state), resumable=resumable, **of_model)
+    return Checkpoint(path, file_sha256(path), state=state, resumable=resumable, **of_model)
+
+
+def checkpoint_in(folder: Path) -> str:
+    """For messages about a folder in place of a checkpoint: one that is in it."""
+    found = min(folder.rglob("best.ckpt"), key=lambda path: (len(path.parts), path), default=None)
+    return "" if found is None else f"; did you mean {found}?"
 
 
 def _described_model(described: Any) -> dict[str, Any]:
@@ -250,6 +262,7 @@ def _described_model(described: Any) -> dict[str, Any]:
         "backbone_sha256": str(described["backbone"]["sha256"]),
         "class_names": class_names,
         "tokenizer": record_of(TokenizerUsed, described["tokenizer"]) if "tokenizer" in described else None,
+        "contents": {str(name): str(sha256) for name, sha256 in dict(described.get("contents", {})).items()},
     }
 
 

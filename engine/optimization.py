@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_cosine_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
 
 from common.shares import part_of
 
@@ -121,22 +120,58 @@ def optimizer_groups(module: nn.Module, head_name: str, settings: OptimizerSetti
     ]
 
 
-def schedule_steps(batches: int, epochs: int, accumulation: int, max_steps: int | None) -> int:
-    """Optimiser steps that the schedule spans: of all batches, rounded down, as published.
+def schedule_steps(batches: int, epochs: int, accumulation: int, max_steps: int | None, *, as_published: bool) -> int:
+    """Optimiser steps that the schedule spans.
 
-    Each epoch ends with a step of its own, however few batches are left for it, so that there may be some steps more
-    than that. They have the final rate.
+    Each epoch ends with a step of its own, however few batches are left for it. The published code counts those of all
+    batches, rounded down, so that there may be some steps more than that, which have the final rate.
     """
-    steps = max(1, batches * epochs // accumulation)
+    steps = max(1, batches * epochs // accumulation) if as_published else -(-batches // accumulation) * epochs
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LRScheduler:
-    """Linear warm-up, then decay to `end_lr` at `total_steps`."""
+def weight_in_step(
+    batch: int, size: int, accumulation: int, samples: int, rank: int, processes: int
+) -> tuple[int, float]:
+    """How many samples of a batch count, and the factor on their mean loss that makes an optimiser step's loss the mean
+    over its samples.
+
+    Lightning divides each batch's loss by `accumulation` and averages the gradients of all processes, as if all batches
+    were of one size; the last ones of an epoch are not. The published code weights those of its tasks in that way.
+
+    Args:
+        batch: its number in the epoch.
+        size: of batches, but for the last one.
+        samples: of the epoch; a process whose share would have one less ends with a repeated one, which does not count.
+    """
+    share = -(-samples // processes)
+    own = len(range(rank, samples, processes))
+    first, last = batch * size, min(share, (batch + 1) * size)
+    counted = max(0, min(own, last) - first)
+    step = batch // accumulation * accumulation * size
+    in_step = min(samples, (step + accumulation * size) * processes) - step * processes
+    return counted or last - first, counted * accumulation * processes / in_step
+
+
+def warmup_steps(settings: OptimizerSettings, total_steps: int) -> int:
+    """Optimiser steps of the warm-up in a training of `total_steps`."""
     warmup = settings.warmup_steps
-    warmup_steps = part_of(total_steps, warmup) if warmup < 1 else int(warmup)
-    if settings.decay_power == "cosine":
-        return get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
-    return get_polynomial_decay_schedule_with_warmup(
-        optimizer, warmup_steps, total_steps, lr_end=settings.end_lr, power=float(settings.decay_power)
-    )
+    return part_of(total_steps, warmup) if warmup < 1 else int(warmup)
+
+
+def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LambdaLR:
+    """Linear warm-up, then decay to `end_lr` at `total_steps`, from where on it stays.
+
+    Each factor as transformers 4.2.1 rounds it. Its cosine rises again behind the last step.
+    """
+    start, end, power = settings.learning_rate, settings.end_lr, settings.decay_power
+    warmup = warmup_steps(settings, total_steps)
+
+    def share_of_rate(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        left = 1 - (1.0 if step >= total_steps else (step - warmup) / (total_steps - warmup))
+        left = (1 - math.cos(math.pi * left)) / 2 if power == "cosine" else left ** float(power)
+        return ((start - end) * left + end) / start
+
+    return LambdaLR(optimizer, share_of_rate)

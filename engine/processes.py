@@ -1,5 +1,6 @@
 """Runs on several processes: what ends one of them ends all, with one message and one exit status."""
 
+import os
 import re
 import signal
 import subprocess
@@ -8,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytorch_lightning as pl
+import torch
 
-from common.errors import NonFiniteLossError, OtherProcessError
+from common.errors import MachineError, NonFiniteLossError, OtherProcessError
+from common.messages import first_line
 from common.signals import Stopped
 from engine.ending import OUR_FAULT, USER_ERROR
 
+NOT_CONNECTED = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
 SECONDS_TO_END = 5
 """For a process whose connections are gone."""
 LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|failed to recv", re.IGNORECASE)
@@ -28,6 +32,7 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
 
     Raises:
         OtherProcessError: the error was that one of them is gone.
+        MachineError: they cannot connect, for example because the port is in use.
     """
     try:
         yield
@@ -39,7 +44,7 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
         others: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
         started = list(others)
         others.clear()  # Lightning watches these, and would kill this process too
-        lost = isinstance(error, RuntimeError)  # what lost connections raise
+        lost = isinstance(error, RuntimeError) and not isinstance(error, NOT_CONNECTED)  # what lost connections raise
         failed = _first_failed(started) if lost and started else None
         for process in started:
             process.kill()
@@ -49,6 +54,12 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
                 raise OtherProcessError(f"{who} ended with status {status}: its message is above", status) from error
             killed = f"{who} was killed by {signal.Signals(-status).name}: perhaps out of memory"
             raise OtherProcessError(killed, USER_ERROR) from error
+        if isinstance(error, NOT_CONNECTED):
+            at = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise MachineError(
+                f"the processes of the run cannot connect at {at}: {first_line(error)}; set MASTER_PORT to a free "
+                f"port, or leave it out on a single machine"
+            ) from error
         if trainer.global_rank and lost and LOST.search(str(error)):
             message = f"process {trainer.global_rank} lost the others of the run: their message is above"
             raise OtherProcessError(message, OUR_FAULT) from error

@@ -1,4 +1,4 @@
-"""`resume_from=auto`: how far earlier runs with the same options got."""
+"""`resume_from=auto`: how far earlier runs with the same options, on the same data, got."""
 
 import hashlib
 import json
@@ -17,11 +17,13 @@ from common.errors import CheckpointError, DataError
 from common.locks import locked
 from common.messages import first_line
 from common.strict_json import read_json
+from common.text import natural_key
 from engine.checkpoint_file import check_intact
+from engine.contents import CONTENTS_FILE, OF_TEST, other_contents
 
 log = logging.getLogger("rep")
 
-OF_A_START = {"load_path": None, "finetune_first": None}
+OF_A_START = ("load_path", "finetune_first")
 """Options that a resumed training has no use for."""
 TEST_PATTERN = ("missing_ratio.test", "missing_type.test")
 
@@ -36,14 +38,31 @@ class Progress:
     """From which it resumes otherwise. A run that lacks only the test has one of its last step."""
 
 
+@dataclass(frozen=True)
+class Training:
+    """A training that is asked for, to be compared with those that there are.
+
+    Args:
+        parent: folder of the run folders `version_N`.
+        config: the options.
+        free: names of the options in which it may differ.
+        samples_per_batch: of all processes together.
+        contents: SHA-256 of what it reads, see `engine/contents.py`.
+    """
+
+    parent: Path
+    config: Mapping[str, Any]
+    free: Collection[str]
+    samples_per_batch: int
+    contents: Mapping[str, str]
+
+
 @contextmanager
-def alone(parent: Path, config: Mapping[str, Any], samples_per_batch: int, free: Collection[str]) -> Iterator[None]:
+def alone(parent: Path, config: Mapping[str, Any], free: Collection[str], samples_per_batch: int) -> Iterator[None]:
     """Keeps two runs below `parent` from doing the same training at once, each from the other's checkpoints.
 
     Runs that differ in an option of the training have different locks. Of several processes the first one holds it.
-
-    Args:
-        free: names of the options that are not the training's.
+    The arguments are those of `Training`.
 
     Raises:
         BusyError: another one is at it; names it.
@@ -59,23 +78,20 @@ def alone(parent: Path, config: Mapping[str, Any], samples_per_batch: int, free:
         yield
 
 
-def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: int, free: Collection[str]) -> Progress:
-    """The newest intact checkpoint of the runs `parent/version_N` whose options agree with `config`.
+def find_progress(ours: Training) -> Progress:
+    """The newest intact checkpoint of the runs of this training, or the run that has finished it.
 
     Logs what it finds, and which checkpoints are damaged.
-
-    Args:
-        config: the options.
-        samples_per_batch: of all processes together.
-        free: names of the options that may differ.
     """
-    ours = _comparable(config)
-    runs = list(_agreeing(parent, ours, samples_per_batch, free))
-    for folder, theirs in runs:
-        same_test = all(theirs[name] == ours[name] for name in TEST_PATTERN)
+    config = ours.config
+    wanted, runs = _comparable(config), list(_agreeing(ours))
+    for folder, theirs, theirs_read in runs:
+        same_test = all(theirs[name] == wanted[name] for name in TEST_PATTERN) and all(
+            theirs_read.get(name) == ours.contents.get(name) for name in OF_TEST
+        )
         if config["test_after_fit"] and same_test and (folder / "test_results.json").is_file():
             return Progress(finished=folder)
-    for path in (folder / "last.ckpt" for folder, _ in runs):
+    for path in (folder / "last.ckpt" for folder, *_ in runs):
         try:
             place = _place(path) if path.is_file() else None
         except CheckpointError as error:
@@ -89,30 +105,31 @@ def find_progress(parent: Path, config: Mapping[str, Any], samples_per_batch: in
             return Progress(finished=path.parent)
         log.info("resume_from=auto: resumes from %s (%d epochs, %d steps)", path, epochs, steps)
         return Progress(checkpoint=path)
-    log.info("resume_from=auto: no checkpoint of this run in %s; starts from the beginning", parent)
+    log.info("resume_from=auto: no checkpoint of this run in %s; starts from the beginning", ours.parent)
     return Progress()
 
 
-def _agreeing(
-    parent: Path, ours: dict[str, Any], samples_per_batch: int, free: Collection[str]
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The run folders with the same options, newest first, and their options."""
-    numbers = [int(path.name[8:]) for path in parent.glob("version_*") if path.name[8:].isdigit()]
-    for folder in (parent / f"version_{number}" for number in sorted(numbers, reverse=True)):
+def _agreeing(ours: Training) -> Iterator[tuple[Path, dict[str, Any], dict[str, str]]]:
+    """The run folders of the same training, newest first, with their options and what they read."""
+    folders = [path for path in ours.parent.glob("version_*") if path.name[8:].isdigit()]
+    for folder in sorted(folders, key=natural_key, reverse=True):
         try:
             config = read_json(folder / "config.json")
             theirs = _comparable(config)
             batch = _samples_per_batch(config)
+            read = read_json(folder / CONTENTS_FILE)
         except (DataError, KeyError, TypeError) as error:
             log.warning("%s: passed over: %s", folder, first_line(error))
             continue
-        differing = _differences(theirs, ours, free)
-        if batch != samples_per_batch:
-            differing.append(f"samples per batch (there {batch}, here {samples_per_batch})")
+        differing = _differences(theirs, _comparable(ours.config), ours.free)
+        if batch != ours.samples_per_batch:
+            differing.append(f"samples per batch (there {batch}, here {ours.samples_per_batch})")
         if differing:
             log.info("%s: a run with other options: %s", folder, ", ".join(differing))
+        elif other := other_contents(read, ours.contents, *OF_TEST):
+            log.info("%s: a run on something else under these options: %s", folder, ", ".join(other))
         else:
-            yield folder, theirs
+            yield folder, theirs, read
 
 
 def say_differences(checkpoint: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
@@ -121,16 +138,12 @@ def say_differences(checkpoint: Path, config: Mapping[str, Any], free: Collectio
     if not path.is_file():
         return
     try:
-        theirs, ours = ({**_comparable(one), **OF_A_START} for one in (read_json(path), config))
+        differing = _differences(_comparable(read_json(path)), _comparable(config), {*free, *OF_A_START})
     except DataError as error:
         log.info("%s: not compared: %s", path, first_line(error))
         return
-    if differing := _differences(theirs, ours, free):
-        log.info(
-            "resume_from: other options than the run had: %s; the learning rate and its schedule stay those of the "
-            "checkpoint",
-            ", ".join(differing),
-        )
+    if differing:
+        log.info("resume_from: from here on other options than the run had: %s", ", ".join(differing))
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], free: Collection[str]) -> list[str]:

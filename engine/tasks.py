@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.metrics import Metric, auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
 from engine.regression import sentiment, sentiment_of_sims
 from vilt.datasets.custom import CustomData
-from vilt.datasets.specs import DATASETS, DatasetSpec, spec_of
+from vilt.datasets.specs import CLIP, DATASETS, DatasetSpec, spec_of
 
 
 def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -78,3 +78,9 @@ TASKS: dict[str, Task] = {name: task_with(spec) for name, spec in DATASETS.items
 def task_of(name: str, custom: CustomData | None) -> Task:
     """The task of a dataset by its name; that of a custom dataset follows from what the data says."""
     return task_with(spec_of(name, custom))
+
+
+def counts_as_published(dataset: DatasetSpec) -> bool:
+    """Whether the last, smaller optimiser step of an epoch counts as in the published code, whose tasks have numbers
+    that are compared with ours: see `schedule_steps` and `weight_in_step` (engine/optimization.py)."""
+    return dataset.family == CLIP and bool(dataset.published_rows)

@@ -1,5 +1,6 @@
 """The Lightning trainer of a run, and what the terminal shows of it."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,10 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from common.errors import ConfigError
+from common.messages import first_line
 from engine.callbacks import Checkpoints, Report, StepLimit
 from engine.checkpoint_file import AtomicCheckpointIO
 from engine.metrics_log import MetricsLogger
@@ -45,36 +49,45 @@ def make_trainer(
     if checkpoints is not None:
         accumulation = options.accumulation
         interval = validation_interval(options.val_check_interval, steps_per_epoch, accumulation)
-        callbacks.append(Report(checkpoints.monitor))
+        callbacks.append(Report(checkpoints))
         if options.max_steps is not None:
             callbacks.append(StepLimit(options.max_steps))
         if keeps:
             callbacks += [checkpoints, LearningRateMonitor("step")]
     place = folder or options.log_dir
     plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect():  # Lightning's own way to requeue a job cuts accumulations; slurm.sh is ours
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    return pl.Trainer(
-        accelerator="gpu" if options.num_gpus else "cpu",
-        devices=options.num_gpus or options.cpu_processes,
-        num_nodes=options.num_nodes,
-        strategy=strategy,
-        precision=options.precision,  # type: ignore[arg-type]
-        max_epochs=options.max_epoch,
-        accumulate_grad_batches=accumulation,
-        val_check_interval=interval,
-        log_every_n_steps=steps_per_look,
-        num_sanity_val_steps=0,
-        fast_dev_run=options.fast_dev_run,
-        use_distributed_sampler=False,  # EpochSampler does it, and counts evaluation samples once
-        enable_model_summary=False,
-        enable_progress_bar=False,  # RunBar is ours
-        enable_checkpointing=keeps,
-        logger=[MetricsLogger(place, "", ""), TensorBoardLogger(place, "", "tensorboard")] if keeps else False,
-        callbacks=callbacks,
-        plugins=plugins,
-        default_root_dir=folder,
-    )
+    try:
+        if SLURMEnvironment.detect():
+            if (tasks := os.environ["SLURM_NTASKS"]) != str(options.processes):
+                raise ValueError(f"srun started {tasks} processes, the run has {options.processes}")
+            # Lightning's own way to requeue a job cuts accumulations; slurm.sh is ours.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        return pl.Trainer(
+            accelerator="gpu" if options.num_gpus else "cpu",
+            devices=options.num_gpus or options.cpu_processes,
+            num_nodes=options.num_nodes,
+            strategy=strategy,
+            precision=options.precision,  # type: ignore[arg-type]
+            max_epochs=options.max_epoch,
+            accumulate_grad_batches=accumulation,
+            val_check_interval=interval,
+            log_every_n_steps=steps_per_look,
+            num_sanity_val_steps=0,
+            fast_dev_run=options.fast_dev_run,
+            use_distributed_sampler=False,  # EpochSampler does it, and counts evaluation samples once
+            enable_model_summary=False,
+            enable_progress_bar=False,  # RunBar is ours
+            enable_checkpointing=keeps,
+            logger=[MetricsLogger(place, "", ""), TensorBoardLogger(place, "", "tensorboard")] if keeps else False,
+            callbacks=callbacks,
+            plugins=plugins,
+            default_root_dir=folder,
+        )
+    except (MisconfigurationException, KeyError, RuntimeError, ValueError) as error:  # from the variables of SLURM
+        if "SLURM_NTASKS" not in os.environ:
+            raise
+        text = "num_gpus, num_nodes or cpu_processes do not fit the job of SLURM"
+        raise ConfigError(f"{text}: {first_line(error)}") from error
 
 
 def validation_interval(wanted: int | float, batches: int, accumulation: int) -> int:

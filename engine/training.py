@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import pytorch_lightning as pl
@@ -13,10 +13,16 @@ from torch.optim import Optimizer
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import ModelInput
 from common.errors import NonFiniteLossError
-from engine.checkpoint import DESCRIPTION, ModelSpec, TokenizerUsed, describe, kept_state, load_kept_state
+from engine.checkpoint import DESCRIPTION, ModelSpec, kept_state, load_kept_state
 from engine.numerics import FiniteWatch, NotFinite, first_not_finite
-from engine.optimization import OptimizerSettings, make_optimizer, make_schedule, schedule_steps
-from engine.tasks import task_of
+from engine.optimization import (
+    OptimizerSettings,
+    make_optimizer,
+    make_schedule,
+    schedule_steps,
+    weight_in_step,
+)
+from engine.tasks import counts_as_published, task_of
 from vilt.datamodules import Batch, MissingModalityData
 
 log = logging.getLogger("rep")
@@ -52,37 +58,36 @@ class FinetuneModule(pl.LightningModule):
 
     Args:
         classifier: frozen as `spec.task` says.
-        backbone: name and SHA-256 of the frozen weights, for the checkpoints; None where none are written.
+        description: what checkpoints hold under DESCRIPTION; None where none are written.
         settings: None where nothing is trained.
         seed: with epoch, batch and process it gives the dropout masks, so that a resumed run draws the same ones.
         skip_bad_steps: optimiser steps in a row that may have a gradient that is not finite (see FiniteWatch).
-        class_names, tokenizer: of the training data, for the checkpoints.
     """
 
     def __init__(
         self,
         classifier: MissingModalityClassifier,
         spec: ModelSpec,
-        backbone: tuple[str, str] | None = None,
+        description: dict[str, Any] | None = None,
         settings: OptimizerSettings | None = None,
         seed: int = 0,
         skip_bad_steps: int = 0,
-        class_names: Sequence[str] = (),
-        tokenizer: TokenizerUsed | None = None,
     ) -> None:
         super().__init__()
         self.classifier = classifier
-        self.spec = spec
         self.task = task_of(spec.task, spec.custom)
-        self.backbone = backbone
-        self.class_names = class_names
-        self.tokenizer = tokenizer
+        self.description = description
         self.settings = settings
         self.seed = seed
+        self.counts_as_published = counts_as_published(spec.dataset)
         self._kept: dict[Stage, list[Kept]] = {"train": [], "val": [], "test": []}
         self._watch = FiniteWatch(skip_bad_steps)
         self._batches: list[Batch] = []
         """Of the optimiser step that is under way."""
+        self._rate_at: Callable[[int], float] = lambda step: 1.0
+        """By the number of an optimiser step, the share of the learning rate that it has."""
+        self._groups: list[dict[str, Any]] = []
+        """Of the optimiser, without the parameters, as the options have them."""
         self.test_metrics: dict[str, float] = {}
         """The test metrics of all processes' samples, after a test run."""
         self.tested_samples = 0
@@ -102,7 +107,8 @@ class FinetuneModule(pl.LightningModule):
         """Mean loss of the batch, with the method's own losses, each of which is logged by its name."""
         logits, own_losses = self.classifier.training_outputs(model_input(batch), batch.label)
         logits = _full_precision(logits)
-        loss = self.task.loss(logits, batch.label) + sum(own_losses.values())
+        counted, weight = (len(logits), 1.0) if self.counts_as_published else self._weight(batch_idx)
+        loss = self.task.loss(logits[:counted], batch.label[:counted]) + sum(own_losses.values())
         self._watch.note_loss(batch_idx, batch.index_B, loss)
         self._batches.append(batch)
         several = self.trainer.world_size > 1
@@ -110,7 +116,12 @@ class FinetuneModule(pl.LightningModule):
         for name, value in own_losses.items():
             self.log(f"train/{name}", value.detach(), on_step=True, batch_size=len(logits), sync_dist=several)
         self._keep("train", batch, logits)
-        return loss
+        return loss * weight if weight != 1 else loss
+
+    def _weight(self, batch_idx: int) -> tuple[int, float]:
+        data, trainer = self._data, self.trainer
+        step = (data.settings.per_gpu_batchsize, trainer.accumulate_grad_batches)
+        return weight_in_step(batch_idx, *step, len(data.datasets["train"]), trainer.global_rank, trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Looks at losses and gradients, on a GPU at those of many steps together.
@@ -231,11 +242,14 @@ class FinetuneModule(pl.LightningModule):
             torch.distributed.all_gather_object(gathered, mine)
         return gathered
 
-    def _sample_names(self, index_B: Tensor) -> list[str]:
+    @property
+    def _data(self) -> MissingModalityData:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, MissingModalityData)
-        dataset = data.datasets["train"]
-        return [dataset.sample_name(number) for number in index_B.tolist()]
+        return data
+
+    def _sample_names(self, index_B: Tensor) -> list[str]:
+        return [self._data.datasets["train"].sample_name(number) for number in index_B.tolist()]
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the declared groups, with warm-up and decay per optimiser step."""
@@ -244,21 +258,40 @@ class FinetuneModule(pl.LightningModule):
         trainer = self.trainer
         _ = trainer.estimated_stepping_batches  # sets up the loaders that `num_training_batches` counts
         assert trainer.max_epochs is not None
-        steps = schedule_steps(
-            int(trainer.num_training_batches),
-            trainer.max_epochs,
-            trainer.accumulate_grad_batches,
-            self.settings.max_steps,
-        )
-        scheduler = make_schedule(optimizer, self.settings, steps)
+        batches, accumulation = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+        of_run = (batches, trainer.max_epochs, accumulation, self.settings.max_steps)
+        self.steps = schedule_steps(*of_run, as_published=self.counts_as_published)
+        scheduler = make_schedule(optimizer, self.settings, self.steps)
+        [self._rate_at, *_] = scheduler.lr_lambdas
+        self._groups = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def was_trained(self, steps: int) -> bool:
+        """Whether any of the first optimiser steps had a learning rate above 0; the first one of a warm-up has not."""
+        return any(self._rate_at(step) > 0 for step in range(steps))
+
     def on_train_start(self) -> None:
-        """In a resumed run, gives back the gradients of 0 that `optimizer_zero_grad` keeps."""
-        [optimizer] = self.trainer.optimizers
+        """In a resumed run, gives back the gradients of 0 that `optimizer_zero_grad` keeps, and applies the options.
+
+        What Lightning restores says the settings of the optimiser too, those of the run that is resumed: of the rate up
+        to the first step alone, since the schedule is not restored.
+        """
+        [optimizer], [schedule] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
         for parameter in optimizer.state:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        scheduler: Any = schedule.scheduler
+        scheduler.base_lrs = [group["initial_lr"] for group in self._groups]
+        step = scheduler.last_epoch
+        for group, own in zip(optimizer.param_groups, self._groups, strict=True):
+            group |= own
+            group["lr"] = own["initial_lr"] * self._rate_at(step)
+        if step and self.trainer.is_global_zero:
+            rate = max(group["lr"] for group in optimizer.param_groups)
+            text = "resumed at step %d; learning rate %.3g, by the schedule of this run's options (%d steps)"
+            log.info(text, step, rate, self.steps)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Zeroes gradients instead of dropping them.
@@ -282,7 +315,7 @@ class FinetuneModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the description, and what the train metrics of the epoch follow from so far; all processes take part."""
         self._check_finite()
-        checkpoint[DESCRIPTION] = self.description()
+        checkpoint[DESCRIPTION] = self.description
         checkpoint[EPOCH_SO_FAR] = self._gathered("train")
         checkpoint[BAD_STEPS] = (self._watch.skipped, self._watch.in_a_row)
 
@@ -295,8 +328,3 @@ class FinetuneModule(pl.LightningModule):
             kept = []
         self._kept["train"] = [part for part in kept if part is not None]
         self._watch.skipped, self._watch.in_a_row = checkpoint.get(BAD_STEPS, (0, 0))
-
-    def description(self) -> dict[str, Any]:
-        """What checkpoints hold under DESCRIPTION."""
-        assert self.backbone is not None
-        return describe(self.spec, *self.backbone, self.class_names, self.tokenizer)

@@ -199,7 +199,7 @@ class Doctor:
         speed += f", peak memory {byte_size(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
         slow = loading / max(1, options.num_workers) > timer.seconds
         hints = ["loading is slower than training (image_cache=True keeps decoded images)"] if slow else []
-        hints += remarks(options, len(train))
+        hints += remarks(options, train.spec, len(train))
         return "warn" if hints else "ok", "; ".join(
             [f"loss {timer.loss:.4f}", speed, f"the run takes about {run}", *hints]
         )

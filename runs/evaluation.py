@@ -14,13 +14,14 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip.modules.classifier import MissingModalityClassifier
-from common.errors import CheckpointError, DataError
+from common.errors import CheckpointError, ConfigError, DataError
 from common.messages import listed
 from common.strict_json import write_json
 from common.text import figure
 from config import Options
 from engine.baselines import baseline_text, baselines
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
+from engine.contents import contents_of_data, other_contents
 from engine.families import BackboneChoice
 from engine.logit_store import LogitModule, encode
 from engine.open_model import COMPUTE_TYPES, open_model
@@ -53,7 +54,10 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
         f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
     )
     custom = data.spec.custom
-    folder = start_folder(with_model_of(checkpoint, options, given), name, custom)
+    contents = contents_of_data(data)
+    if other := other_contents(checkpoint.contents, contents, *(checkpoint.contents.keys() - {"data of test"})):
+        log.warning("%s: the test set is not the one that its run had: %s", checkpoint.path, ", ".join(other))
+    folder = start_folder(with_model_of(checkpoint, options, given), name, custom, contents)
     trainer = make_trainer(options, folder, steps_per_epoch=1)
     module = FinetuneModule(classifier, replace(checkpoint.spec, custom=custom))
     check_measurable(data, module.task)
@@ -78,8 +82,18 @@ def backbone_choice(options: Mapping[str, Any], given: set[str]) -> BackboneChoi
 
 
 def open_data(options: Options, inputs: InputFormat) -> MissingModalityData:
-    """The splits that this run reads."""
+    """The splits that this run reads.
+
+    Raises:
+        ConfigError: a process would have no sample of a split.
+    """
     data = MissingModalityData(options.data_settings(), options.splits, inputs)
+    for split, dataset in data.datasets.items():
+        if len(dataset) < options.processes:
+            raise ConfigError(
+                f"{dataset.path}: expected at least a sample for each of the {options.processes} processes, found "
+                f"{len(dataset)} in {split}; use fewer (num_gpus, num_nodes or cpu_processes)"
+            )
     log.info("data of %s:\n%s", options.data_root, data.describe())
     return data
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,23 @@ from common.machine import threads_wait
 from common.strict_json import write_json
 from common.text import per_cent
 from config import Options
-from engine.optimization import schedule_steps
+from engine.contents import CONTENTS_FILE
+from engine.optimization import schedule_steps, warmup_steps
+from engine.tasks import counts_as_published
 from runs.experiment import EX
 from runs.run_folder import environment, make_run_folder
 from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.specs import DatasetSpec
 
 log = logging.getLogger("rep")
 
+FEW_STEPS = 20
+"""A training of fewer optimiser steps hardly moves the model, and its validations compare nearly the same one."""
+
 
 @rank_zero_only
-def start_folder(options: Options, name: str, custom: CustomData | None) -> Path:
-    """The run's new folder, with the configuration and the environment in it; None on other processes than the first.
+def start_folder(options: Options, name: str, custom: CustomData | None, contents: Mapping[str, str]) -> Path:
+    """The run's new folder, with configuration, environment and `contents`; None on other processes than the first.
 
     The configuration also says what the arrow files say of a custom dataset, for `run.py runs` and `run.py report`.
     Lightning tells the others where it is.
@@ -32,6 +39,7 @@ def start_folder(options: Options, name: str, custom: CustomData | None) -> Path
     folder = make_run_folder(options.log_dir, name)
     EX.current_run.info["folder"] = str(folder)  # type: ignore[attr-defined]  # for `command_line`, and Sacred's record
     write_json(folder / "config.json", described(options, custom))
+    write_json(folder / CONTENTS_FILE, contents)
     write_json(folder / "environment.json", {"command": sys.argv, **environment()})
     log.info("run folder: %s", folder)
     return folder
@@ -52,28 +60,39 @@ def say_device(options: Options) -> None:
 
 
 @rank_zero_only
-def say_remarks(options: Options, samples: int) -> None:
+def say_remarks(options: Options, dataset: DatasetSpec, samples: int) -> None:
     """Warns of what `remarks` finds."""
-    for remark in remarks(options, samples):
+    for remark in remarks(options, dataset, samples):
         log.warning("warning: %s", remark)
 
 
-def remarks(options: Options, samples: int) -> list[str]:
+def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:
     """What a training on so many samples does otherwise than its options seem to say."""
-    batches = math.ceil(samples / (options.processes * options.per_gpu_batchsize))
-    steps = schedule_steps(batches, options.max_epoch, options.accumulation, options.max_steps)
     forward, step = options.processes * options.per_gpu_batchsize, options.accumulation
+    batches, as_published = math.ceil(samples / forward), counts_as_published(dataset)
+    steps = schedule_steps(batches, options.max_epoch, step, options.max_steps, as_published=as_published)
+    warmup = warmup_steps(options.optimizer_settings(), steps)
     found = []
-    if options.warmup_steps >= max(1, steps):
-        reached = per_cent(round((steps - 1) / options.warmup_steps, 4))
+    if warmup >= steps:
+        reached = per_cent(round((steps - 1) / warmup, 4))
         found.append(
             f"warmup_steps={options.warmup_steps:g}: the warm-up does not end within the {steps} steps of this "
             f"training, whose learning rate reaches {reached} of {options.learning_rate:g}"
+        )
+    elif steps < FEW_STEPS:
+        found.append(
+            f"only {steps} optimiser steps in all, {warmup} of them warm-up: hardly a training; a smaller batch_size "
+            f"or a larger max_epoch gives more"
         )
     if (options.max_steps or 0) > (possible := options.max_epoch * math.ceil(batches / step)):
         found.append(f"max_steps={options.max_steps}: max_epoch={options.max_epoch} ends the training after {possible}")
     if step * forward != options.batch_size:
         found.append(f"batch_size={options.batch_size}: a step has {step * forward} samples, {step} × {forward}")
+    if as_published and (rest := samples % (step * forward)):
+        found.append(
+            f"the last step of an epoch has {rest} samples; its loss is divided as that of a complete step, as "
+            f"published, so that per_gpu_batchsize changes results slightly"
+        )
     if (interval := options.val_check_interval) > max(1, batches):
         found.append(f"val_check_interval={interval}: an epoch has {batches} batches, and is validated at its end")
     return found

@@ -98,6 +98,9 @@ def _open(
         test_sets[arrow] = dataset, file_sha256(arrow)
     dataset, arrow_sha256 = test_sets[arrow]
     check_classes(checkpoint, dataset)
+    if (trained_with := checkpoint.contents.get("data of test", arrow_sha256)) != arrow_sha256:
+        there, here = trained_with[:12], arrow_sha256[:12]
+        log.warning("%s: %s is not the test set of its run (there sha256 %s…, here %s…)", path, arrow, there, here)
     subject = Subject(
         checkpoint=path,
         checkpoint_sha256=checkpoint.sha256,

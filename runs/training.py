@@ -2,9 +2,11 @@
 
 import logging
 import time
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -25,55 +27,98 @@ from engine.checkpoint import (
     check_backbone,
     check_classes,
     check_tokenizer,
+    describe,
     kept_names,
     load_kept_state,
     read_checkpoint,
     restore_classifier,
 )
+from engine.contents import OF_TEST, contents_of_data, other_contents
 from engine.families import family_of
 from engine.open_model import COMPUTE_TYPES
 from engine.processes import ending_together
-from engine.resume import alone, find_progress, say_differences
+from engine.resume import Training, alone, find_progress, say_differences
 from engine.tasks import head_name, task_of
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
 from runs.comparable import NOT_THE_TRAINING
 from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
 from runs.start import described, say_device, say_remarks, start_folder
+from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import EVERY_DATASET
 
 log = logging.getLogger("rep")
 
 
-def train(options: Options) -> dict[str, float]:
-    """A training run, or what is left of it; the metrics of its best checkpoint on the test split."""
+class Opened(NamedTuple):
+    """What a training reads, opened."""
+
+    options: Options
+    """Those given, with the backbone and the tokenizer of the checkpoint that it starts from, unless others are."""
+    start: Checkpoint | None
+    """What `load_path` names."""
+    backbone: Backbone
+    inputs: InputFormat
+    data: MissingModalityData
+    contents: dict[str, str]
+    """SHA-256 of all of it."""
+
+
+def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
+    """A training run, or what is left of it; the metrics of its best checkpoint on the test split.
+
+    Args:
+        given: names of the options that the command line sets.
+    """
     name = f"{options.exp_name}_seed{options.seed}"
     if options.resume_from != AUTO:
-        return train_from(options, name)
+        return train_from(options, name, given=given)
     custom = open_spec(options.task, options.data_root, options.splits).custom
-    samples_per_batch = options.per_gpu_batchsize * options.processes
-    what = (options.log_dir / name, described(options, custom), samples_per_batch, NOT_THE_TRAINING)
+    # What `load_path` names is compared by its content.
+    free, samples_per_batch = NOT_THE_TRAINING | {"load_path"}, options.per_gpu_batchsize * options.processes
+    parent = options.log_dir / name
+    what = (parent, described(options, custom), free, samples_per_batch)
     with nullcontext() if options.fast_dev_run else alone(*what):  # which would write a lock
-        progress = find_progress(*what)
+        opened = open_training(options, given)
+        progress = find_progress(
+            Training(parent, described(opened.options, custom), free, samples_per_batch, opened.contents)
+        )
         if progress.finished is not None:
             log.info("resume_from=auto: nothing is left to do: %s is finished", progress.finished)
             return read_json(progress.finished / "test_results.json")["metrics"] if options.test_after_fit else {}
-        return train_from(replace(options, resume_from=progress.checkpoint), name)
+        opened = opened._replace(options=replace(opened.options, resume_from=progress.checkpoint))
+        return train_from(options, name, opened=opened)
 
 
-def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str, float]:
-    """A training run in its own folder, `name`, from its start or from the checkpoint `resume_from`."""
-    pl.seed_everything(options.seed, workers=True, verbose=False)
-    say_device(options)
+def open_training(options: Options, given: Collection[str] = ()) -> Opened:
+    """Opens everything that a training reads. The arguments are those of `train`."""
+    start = read_checkpoint(options.load_path) if options.load_path is not None else None
+    if start is not None and not start.published and "vit" not in given:
+        options = replace(options, vit=str(start.backbone_name))
+    if start is not None and start.tokenizer is not None and "tokenizer" not in given:
+        options = replace(options, tokenizer=start.tokenizer.option)
     family, choice = family_of(options.task), backbone_choice(asdict(options), {"vit"})
     backbone = family.load(choice)
     inputs = family.inputs(choice, backbone.architecture)
     data = open_data(options, inputs)
+    contents = {} if options.fast_dev_run else contents_of_data(data)
+    contents |= {"backbone": backbone.sha256, "tokenizer": inputs.fingerprint}
+    return Opened(options, start, backbone, inputs, data, contents | ({"load_path": start.sha256} if start else {}))
+
+
+def train_from(
+    options: Options, name: str, *callbacks: pl.Callback, given: Collection[str] = (), opened: Opened | None = None
+) -> dict[str, float]:
+    """A training run in its own folder, `name`, from its start or from the checkpoint `resume_from`."""
+    say_device(options)
+    options, start, backbone, inputs, data, contents = opened or open_training(options, given)
+    pl.seed_everything(options.seed, workers=True, verbose=False)
+    family, custom = family_of(options.task), data.spec.custom
     if not options.fast_dev_run:
-        say_remarks(options, len(data.datasets["train"]))
-    custom = data.spec.custom
+        say_remarks(options, data.spec, len(data.datasets["train"]))
     task = task_of(options.task, custom)
     check_measurable(data, task)
     spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, custom)
@@ -86,30 +131,25 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
     backbone.load_into(classifier.model)
     classifier.method.start_from(family.start_embeddings(backbone, inputs))
     classifier.method.start_on(classifier.model)
+    train_data = data.datasets["train"]
     if options.resume_from is not None:
         resumed = read_checkpoint(Path(options.resume_from))
-        check_resume(resumed, spec, backbone, inputs.fingerprint, data.datasets["train"])
+        check_resume(resumed, spec, backbone, inputs.fingerprint, train_data, contents)
         load_kept_state(classifier, resumed.state, f"resume_from={resumed.path}")
         say_differences(resumed.path, described(options, custom), NOT_THE_TRAINING)
-    elif options.load_path is not None:
-        start = read_checkpoint(options.load_path)
+    elif start is not None:
+        check_tokenizer(start, inputs.fingerprint)
         if options.finetune_first:
-            check_classes(start, data.datasets["train"])
+            check_classes(start, train_data)
         warm_start(classifier, start, backbone, options.published_seed, with_head=options.finetune_first)
 
     set_computation(options, classifier)
-    folder = start_folder(options, name, custom) if not options.fast_dev_run else None
+    folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
-    module = FinetuneModule(
-        classifier,
-        spec,
-        (options.vit, backbone.sha256),
-        options.optimizer_settings(),
-        options.seed,
-        skip_bad_steps,
-        data.datasets["train"].class_names(),
-        TokenizerUsed(options.tokenizer, inputs.fingerprint) if inputs.tokenize is not None else None,
-    )
+    tokenizer = TokenizerUsed(options.tokenizer, inputs.fingerprint) if inputs.tokenize is not None else None
+    description = describe(spec, options.vit, backbone.sha256, train_data.class_names(), tokenizer, contents)
+    settings = options.optimizer_settings()
+    module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
     # Processes without the folder write nothing, but take part in writing.
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints, *callbacks)
@@ -128,7 +168,7 @@ def train_from(options: Options, name: str, *callbacks: pl.Callback) -> dict[str
             log.info("fast_dev_run: one batch of everything went through; nothing was written")
             return {}
         if checkpoints.best is None:
-            what = f"in which {checkpoints.monitor} is defined took place"
+            what = f"of a trained model in which {checkpoints.monitor} is defined took place"
             log.warning("no validation %s, so that there is no best checkpoint and nothing is tested", what)
             return {}
         best_path = trainer.strategy.broadcast(checkpoints.best_path)
@@ -186,7 +226,12 @@ def warm_start(
 
 
 def check_resume(
-    checkpoint: Checkpoint, spec: ModelSpec, backbone: Backbone, fingerprint: str, dataset: ArrowDataset
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    backbone: Backbone,
+    fingerprint: str,
+    dataset: ArrowDataset,
+    contents: Mapping[str, str],
 ) -> None:
     """Raises CheckpointError unless training can resume from `checkpoint` with this model on `dataset`."""
     if checkpoint.published:
@@ -199,6 +244,13 @@ def check_resume(
     check_backbone(checkpoint, backbone)
     check_tokenizer(checkpoint, fingerprint)
     check_classes(checkpoint, dataset)
+    if not checkpoint.contents:
+        log.warning("resume_from=%s: does not say which data it was trained on; not compared", checkpoint.path)
+    elif other := other_contents(checkpoint.contents, contents, *OF_TEST, "load_path"):
+        raise CheckpointError(
+            f"resume_from={checkpoint.path}: trained on something else, so that its best validation counts for "
+            f"nothing here: {', '.join(other)}; to start from its weights, use it as load_path"
+        )
     if checkpoint.spec != spec:
         theirs, ours = (
             asdict(one.method)

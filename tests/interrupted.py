@@ -67,8 +67,10 @@ def _run(command: list[str], log: Path, traps: tuple[Trap, ...], group: bool) ->
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    from engine import callbacks
     from run import command_line
 
+    callbacks.SECONDS_BETWEEN = 0.0
     for trap in traps:
         _trap(trap, group)
     sys.exit(command_line(command))

@@ -8,7 +8,6 @@ import copy
 import json
 import random
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 from common.errors import DataError, UserError
 from engine import resume
 from engine.logit_store import LogitStore, Origin
-from engine.resume import Progress
+from engine.resume import Progress, Training
 from run import command_line
 from runs.comparable import NOT_THE_TRAINING
 from runs.report.results import read_report_runs
@@ -30,7 +29,10 @@ from vilt.datasets.specs import DATASETS
 
 Captured = pytest.CaptureFixture[str]
 
-find_progress = partial(resume.find_progress, free=NOT_THE_TRAINING)
+
+def find_progress(parent: Path, config: dict[str, Any]) -> Progress:
+    return resume.find_progress(Training(parent, config, NOT_THE_TRAINING, 4, {}))
+
 
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
 ROBUSTNESS = "robustness/robustness.json"
@@ -96,7 +98,7 @@ def test_odd_values_in_the_files_of_a_run(run: Path, name: str, odd_values: int)
         try:
             outcomes.add(outcome(lambda: read_report_runs([run]), run))
             assert all(len(row.note) < 1000 for row in list_runs(run.parents[1]))
-            find_progress(run.parent, {"test_after_fit": True, "seed": 0}, 4)
+            find_progress(run.parent, {"test_after_fit": True, "seed": 0})
         except Exception as error:
             raise AssertionError(f"{name}: {told}") from error
     assert outcomes == {"read", "refused"}
@@ -191,6 +193,6 @@ def test_a_run_whose_options_are_no_numbers_is_passed_over(
     odd = {"per_gpu_batchsize": "x" * 1000, "num_nodes": 10**15, "num_gpus": 1}
     (run / "config.json").write_text(json.dumps({**config, **odd}))
     with caplog.at_level("WARNING", "rep"):
-        assert find_progress(run.parent, config, 256) == Progress()
+        assert find_progress(run.parent, config) == Progress()
     assert f"{run}: passed over: samples per batch: expected whole numbers" in caplog.text
     assert command_line(["run.py", "runs", "with", f"log_dir={run.parents[1]}"]) == 0

@@ -149,7 +149,7 @@ def test_a_slurm_job_resumes_by_itself(workspace: Workspace, whole: Chain, tmp_p
     chain = Chain(workspace, "slurm")
     options = [option for option in chain.command[2:] if option != "resume_from=auto"]
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "rep", "SLURM_PROCID": "0"}
-    slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}
+    slurm |= {"SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
     environment["OMP_NUM_THREADS"] = "1"
 

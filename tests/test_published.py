@@ -226,9 +226,11 @@ def test_optim_type_chooses_the_published_optimisers() -> None:
 
 
 def test_the_schedule_spans_the_batches_of_all_epochs_rounded_down() -> None:
-    assert schedule_steps(21, 4, 4, None) == 21  # of 24 that are taken
-    assert schedule_steps(21, 4, 4, 10) == 10 and schedule_steps(21, 4, 4, 100) == 21
-    assert schedule_steps(1, 2, 8, None) == 1
+    for taken, as_published in ((21, True), (24, False)):  # the published code leaves out three that are taken
+        assert schedule_steps(21, 4, 4, None, as_published=as_published) == taken
+        assert schedule_steps(21, 4, 4, 100, as_published=as_published) == taken
+    assert schedule_steps(21, 4, 4, 10, as_published=True) == 10
+    assert schedule_steps(1, 2, 8, None, as_published=True) == 1
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = AdamW([parameter], 1.0, (0.9, 0.98), 1e-8)
     scheduler = make_schedule(optimizer, OptimizerSettings("adamw", 1.0, 1, 0, 0.1, 0, 1), 21)

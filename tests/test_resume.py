@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +12,12 @@ import torch
 
 from clip.modules.method import MethodOptions
 from common.errors import CheckpointError
-from engine import resume
+from engine import callbacks, resume
 from engine.callbacks import Checkpoints
 from engine.checkpoint import ModelSpec
 from engine.checkpoint_file import check_intact, write_checkpoint
-from engine.resume import Progress
+from engine.contents import CONTENTS_FILE
+from engine.resume import Progress, Training
 from engine.training import FinetuneModule
 from run import command_line
 from runs.comparable import NOT_THE_TRAINING
@@ -25,9 +25,14 @@ from tests.conftest import Captured, Patch, Workspace
 from tests.interrupted import differences, files_up_to
 from tests.models import TINY, tiny_classifier
 
-find_progress = partial(resume.find_progress, free=NOT_THE_TRAINING)
-
 OPTIONS = ("val_check_interval=0.4", "max_epoch=1")
+
+
+def find_progress(parent: Path, config: dict[str, Any], samples: int, **other_contents: str) -> Progress:
+    """For a run that reads what the first one in `parent` did, but for `other_contents`."""
+    path = parent / "version_0" / CONTENTS_FILE
+    contents = {**(json.loads(path.read_text()) if path.is_file() else {}), **other_contents}
+    return resume.find_progress(Training(parent, config, NOT_THE_TRAINING, samples, contents))
 
 
 def auto(workspace: Workspace, name: str, *options: str) -> list[str]:
@@ -43,7 +48,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def after_checkpoint(patch: Patch, number: int, act: Callable[[], object]) -> None:
-    """Runs `act` once, after the checkpoint of that number is written."""
+    """Runs `act` once, after the checkpoint of that number is written, of one at each optimiser step."""
+    patch.setattr(callbacks, "SECONDS_BETWEEN", 0.0)
     save, written = Checkpoints._write_last, 0
 
     def save_and_act(self: Any, trainer: Any) -> None:
@@ -106,8 +112,8 @@ def test_the_newest_intact_checkpoint_is_taken_and_the_best_one_carries_over(
     workspace: Workspace, monkeypatch: Patch, capsys: Captured
 ) -> None:
     command = auto(workspace, "chain", "learning_rate=0.003")
-    interrupt(command, monkeypatch, checkpoints=1)
-    interrupt(command, monkeypatch, checkpoints=1)
+    interrupt(command, monkeypatch, checkpoints=2)
+    interrupt(command, monkeypatch, checkpoints=2)
     first, second, third = (folder_of(workspace, "chain", version) for version in range(3))
     assert [load(folder / "last.ckpt")["global_step"] for folder in (first, second)] == [2, 4]
     assert load(second / "best.ckpt")["score"] >= load(first / "best.ckpt")["score"]
@@ -132,11 +138,11 @@ def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatc
     config = {**json.loads((first / "config.json").read_text()), "test_after_fit": True}
     elsewhere = {"num_workers": 3, "data_root": "moved", "exp_name": "renamed", "compile": True, "cpu_processes": 2}
     for agreeing in ({}, {**elsewhere, "per_gpu_batchsize": 2}):
-        found = find_progress(first.parent, {**config, **agreeing}, samples_per_batch=4)
+        found = find_progress(first.parent, {**config, **agreeing}, 4)
         assert found == Progress(checkpoint=first / "last.ckpt")
     for changed in ({"learning_rate": 0.5}, {"missing_ratio": {**config["missing_ratio"], "val": 0.1}}, {"new": 1}):
-        assert find_progress(first.parent, {**config, **changed}, samples_per_batch=4) == Progress()
-    assert find_progress(first.parent, config, samples_per_batch=8) == Progress()
+        assert find_progress(first.parent, {**config, **changed}, 4) == Progress()
+    assert find_progress(first.parent, config, 8) == Progress()
     capsys.readouterr()
     assert command_line(auto(workspace, "other", "learning_rate=0.5", "batch_size=4")) == 0
     said = capsys.readouterr().err
@@ -186,19 +192,17 @@ def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monk
 # Writing checkpoints.
 
 
-def test_the_best_model_is_the_first_with_the_highest_score(tmp_path: Path) -> None:
-    """An undefined score is never the best."""
-    module = FinetuneModule(
-        tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), ("tiny", "0" * 64)
-    )
+def test_the_best_model_is_the_first_with_the_highest_score_that_was_trained(tmp_path: Path) -> None:
+    """An undefined score is never the best; the first step of a warm-up changes nothing."""
+    module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), {})
+    module._rate_at = lambda step: step / 10
     checkpoints, found = Checkpoints(tmp_path, "val/f1_macro"), []
-    for step, score in enumerate([float("nan"), 0.2, 0.5, 0.5, 0.3]):
+    for step, score in enumerate([0.9, 0.9, float("nan"), 0.2, 0.5, 0.5, 0.3]):
         state = {"callback_metrics": {"val/f1_macro": score}, "current_epoch": 0, "global_step": step}
-        trainer: Any = SimpleNamespace(**state, is_global_zero=True, world_size=1, save_checkpoint=lambda _: None)
+        trainer: Any = SimpleNamespace(**state, is_global_zero=True, world_size=1, should_stop=False)
         checkpoints.on_validation_end(trainer, module)
-        best = tmp_path / "best.ckpt"
-        found.append(load(best)["global_step"] if best.exists() else None)
-    assert found == [None, 1, 2, 2, 2]
+        found.append(load(tmp_path / "best.ckpt")["global_step"] if checkpoints.best is not None else None)
+    assert found == [None, None, None, 3, 4, 4, 4]
 
 
 def content(value: float) -> dict[str, Any]:

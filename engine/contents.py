@@ -1,0 +1,35 @@
+"""What a run reads, by content: files that were replaced under the same path are other ones, moved ones the same."""
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from common.hashing import file_sha256
+from vilt.datamodules import MissingModalityData
+
+CONTENTS_FILE = "contents.json"
+"""Of a run folder: what its run read."""
+OF_TEST = ("data of test", "missing table of test")
+
+
+def contents_of_data(data: MissingModalityData) -> dict[str, str]:
+    """SHA-256 of each split's arrow file and of the missing table that is used with it."""
+    with ThreadPoolExecutor() as threads:
+        files = threads.map(file_sha256, [dataset.path for dataset in data.datasets.values()])
+        contents = {f"data of {split}": sha256 for split, sha256 in zip(data.datasets, files, strict=True)}
+    for split, dataset in data.datasets.items():
+        contents[f"missing table of {split}"] = hashlib.sha256(dataset.missing_table.tobytes()).hexdigest()
+    return contents
+
+
+def other_contents(theirs: Mapping[str, str], ours: Mapping[str, str], *left_out: str) -> list[str]:
+    """What is not the same in two runs, with both digests."""
+    return [
+        f"{name} (there {_short(theirs.get(name))}, here {_short(ours.get(name))})"
+        for name in sorted(theirs.keys() | ours.keys())
+        if name not in left_out and theirs.get(name) != ours.get(name)
+    ]
+
+
+def _short(sha256: object) -> str:
+    return "none" if sha256 is None else f"sha256 {str(sha256)[:12]}…"

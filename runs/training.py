@@ -1,5 +1,6 @@
 """A training run, from its options to its best checkpoint and the test of it."""
 
+import hashlib
 import logging
 import time
 from collections.abc import Collection, Mapping
@@ -105,7 +106,8 @@ def open_training(options: Options, given: Collection[str] = ()) -> Opened:
     inputs = family.inputs(choice, backbone.architecture)
     data = open_data(options, inputs)
     contents = {} if options.fast_dev_run else contents_of_data(data)
-    contents |= {"backbone": backbone.sha256, "tokenizer": inputs.fingerprint}
+    architecture = hashlib.sha256(repr(backbone.architecture).encode()).hexdigest()  # with the preprocessing of images
+    contents |= {"backbone": backbone.sha256, "architecture": architecture, "tokenizer": inputs.fingerprint}
     return Opened(options, start, backbone, inputs, data, contents | ({"load_path": start.sha256} if start else {}))
 
 
@@ -244,13 +246,6 @@ def check_resume(
     check_backbone(checkpoint, backbone)
     check_tokenizer(checkpoint, fingerprint)
     check_classes(checkpoint, dataset)
-    if not checkpoint.contents:
-        log.warning("resume_from=%s: does not say which data it was trained on; not compared", checkpoint.path)
-    elif other := other_contents(checkpoint.contents, contents, *OF_TEST, "load_path"):
-        raise CheckpointError(
-            f"resume_from={checkpoint.path}: trained on something else, so that its best validation counts for "
-            f"nothing here: {', '.join(other)}; to start from its weights, use it as load_path"
-        )
     if checkpoint.spec != spec:
         theirs, ours = (
             asdict(one.method)
@@ -261,3 +256,10 @@ def check_resume(
         both = [key for key in theirs if key in ours]
         differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in both if theirs[key] != ours[key]]
         raise CheckpointError(f"resume_from={checkpoint.path}: a run with other options: {', '.join(differing)}")
+    if not checkpoint.contents:
+        log.warning("resume_from=%s: does not say which data it was trained on; not compared", checkpoint.path)
+    elif other := other_contents(checkpoint.contents, contents, *OF_TEST, "load_path", "architecture"):
+        raise CheckpointError(
+            f"resume_from={checkpoint.path}: trained on something else, so that its best validation counts for "
+            f"nothing here: {', '.join(other)}; to start from its weights, use it as load_path"
+        )

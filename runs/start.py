@@ -61,9 +61,13 @@ def say_device(options: Options) -> None:
 
 @rank_zero_only
 def say_remarks(options: Options, dataset: DatasetSpec, samples: int) -> None:
-    """Warns of what `remarks` finds."""
+    """Warns of what `remarks` finds, and says how the last step of an epoch counts where that is as published."""
     for remark in remarks(options, dataset, samples):
         log.warning("warning: %s", remark)
+    rest = samples % (options.processes * options.per_gpu_batchsize * options.accumulation)
+    if options.accumulation > 1 and rest and counts_as_published(dataset):
+        text = "the last step of an epoch has %d samples; its loss is divided as that of a complete step, as published"
+        log.info(text, rest)
 
 
 def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:
@@ -88,11 +92,6 @@ def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:
         found.append(f"max_steps={options.max_steps}: max_epoch={options.max_epoch} ends the training after {possible}")
     if step * forward != options.batch_size:
         found.append(f"batch_size={options.batch_size}: a step has {step * forward} samples, {step} × {forward}")
-    if as_published and (rest := samples % (step * forward)):
-        found.append(
-            f"the last step of an epoch has {rest} samples; its loss is divided as that of a complete step, as "
-            f"published, so that per_gpu_batchsize changes results slightly"
-        )
     if (interval := options.val_check_interval) > max(1, batches):
         found.append(f"val_check_interval={interval}: an epoch has {batches} batches, and is validated at its end")
     return found

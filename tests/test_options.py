@@ -12,9 +12,10 @@ import torch
 from common.errors import ConfigError
 from config import DEFAULTS, OPTIONS, Options
 from run import command_line
+from runs import start
 from runs.check_options import check
-from runs.start import remarks
 from tests.conftest import Workspace
+from vilt.datasets.specs import DATASETS
 
 WRONG = {
     "learning_rat=1": "unknown option learning_rat; did you mean learning_rate?",
@@ -204,6 +205,7 @@ def test_accumulation_counts_all_processes(workspace: Workspace) -> None:
         ({"warmup_steps": 0.99}, None),
         ({"warmup_steps": 3, "max_steps": 3}, ["warmup_steps=3", "3 steps"]),
         ({"max_steps": 6}, None),
+        ({"max_steps": 5}, ["only 5 optimiser steps"]),
         ({"max_steps": 7}, ["max_steps=7", "max_epoch=2", "after 6"]),
         ({"batch_size": 10}, ["batch_size=10", "8 samples", "2 × 4"]),
         ({"batch_size": 2}, ["batch_size=2", "4 samples", "1 × 4"]),
@@ -211,8 +213,11 @@ def test_accumulation_counts_all_processes(workspace: Workspace) -> None:
         ({"val_check_interval": 6}, None),
     ],
 )
-def test_what_a_run_remarks(workspace: Workspace, changes: dict[str, Any], facts: list[str] | None) -> None:
+def test_what_a_run_remarks(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], facts: list[str] | None
+) -> None:
     """A schedule, a step or a validation that is not what the options seem to say."""
     common = {"num_gpus": 0, "per_gpu_batchsize": 4, "batch_size": 8, "max_epoch": 2}
-    found = remarks(config_with(workspace, **{**common, **changes}), samples=24)
+    monkeypatch.setattr(start, "FEW_STEPS", 6)
+    found = start.remarks(config_with(workspace, **{**common, **changes}), DATASETS["mmimdb"], samples=24)
     assert len(found) == (facts is not None) and all(fact in found[0] for fact in facts or [])

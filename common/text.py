@@ -5,10 +5,10 @@ import math
 import re
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import gt
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -59,6 +59,12 @@ def order_of(value: float) -> float:
 def figure(value: float, digits: int = 4) -> str:
     """A number as text; NaN, which is what a metric is that the samples leave undefined, as `undefined`."""
     return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def baseline_texts(baselines: Mapping[str, Any], metric: str) -> list[str]:
+    """`always the 15 most frequent classes: f1_macro 0.1893`, of each baseline that a results file has."""
+    values = {each["answer"]: each["metrics"].get(metric) for each in baselines.values()}
+    return [f"{name}: {metric} {figure(math.nan if value is None else value)}" for name, value in values.items()]
 
 
 def natural_key(name: str | Path) -> list[tuple[int, str]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from common.text import estimate, figure, order_of
+from common.text import estimate, order_of
 from engine.tasks import Task
 
 DRAWS, SEED = 100, 0
@@ -36,11 +36,6 @@ def baselines(task: Task, labels: Tensor, class_names: Sequence[str]) -> dict[st
         "constant": {"answer": f"always {most}", "classes": names, "metrics": of_answers[best]},
         "chance": {"answer": coin, "metrics": chance},
     }
-
-
-def baseline_text(found: dict[str, Any], metric: str) -> str:
-    """`always the 15 most frequent classes: f1_macro 0.1893`."""
-    return f"{found['answer']}: {metric} {figure(found['metrics'][metric])}"
 
 
 def _constants(labels: Tensor, n_classes: int) -> list[Tensor]:

@@ -10,8 +10,7 @@ from typing import Any
 from common.errors import ConfigError, DataError, reason_of
 from common.readers import integer, several, text
 from common.strict_json import write_json
-from common.text import figure, pattern_text, per_cent, terminal_table
-from engine.baselines import baseline_text
+from common.text import baseline_texts, figure, pattern_text, per_cent, terminal_table
 from engine.sample_statistics import LEVEL
 from runs.check_options import read_options
 from runs.compare import Group, Settings, compare_runs, logits_path, pattern_title
@@ -132,7 +131,7 @@ def _text(group: Group) -> str:
             f"\n{group.dataset} test, {group.samples:,} samples, {group.task.monitor}; trained at "
             f"{pattern_text(*group.trained_at)}",
             *known,
-            *(f"     {baseline_text(baseline, group.task.monitor)}" for baseline in group.baselines.values()),
+            *(f"     {text}" for text in baseline_texts(group.baselines, group.task.monitor)),
             "",
             terminal_table(heads, rows, "<<" + ">" * 6),
         ]

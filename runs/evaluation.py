@@ -17,9 +17,9 @@ from clip.modules.classifier import MissingModalityClassifier
 from common.errors import CheckpointError, ConfigError, DataError
 from common.messages import listed
 from common.strict_json import write_json
-from common.text import figure
+from common.text import baseline_texts, figure
 from config import Options
-from engine.baselines import baseline_text, baselines
+from engine.baselines import baselines
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.contents import contents_of_data, other_contents
 from engine.families import BackboneChoice
@@ -170,8 +170,7 @@ def test(
         for name, of_type in by_type.items() if len(by_type) > 1 else ():
             shown = figure(of_type[module.task.monitor])
             print(f"  {name}, {of_type['samples']:,} samples: {module.task.monitor} {shown}")
-        for baseline in found.values():
-            print(f"  {baseline_text(baseline, module.task.monitor)}")
+        print("".join(f"  {text}\n" for text in baseline_texts(found, module.task.monitor)), end="")
         print(f"  written to {folder / 'test_results.json'}\n")
     return module.test_metrics
 

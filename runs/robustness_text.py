@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from common.text import Estimate, figure, pattern_text, per_cent, terminal_table
-from engine.baselines import baseline_text
+from common.text import Estimate, baseline_texts, figure, pattern_text, per_cent, terminal_table
 from engine.robustness import Results
 from runs.lines import lines_of, spread_of
 from runs.targets import Target
@@ -14,7 +13,7 @@ def describe(measured: Sequence[tuple[Target, Results]]) -> str:
     """The results of one checkpoint, or of several side by side; what answers that look at no sample get."""
     found = measured[0][1]
     text = describe_several(measured) if len(measured) > 1 else describe_one(*measured[0])
-    baselines = [f"  {baseline_text(baseline, found['metric'])}" for baseline in found["baselines"].values()]
+    baselines = [f"  {line}" for line in baseline_texts(found["baselines"], found["metric"])]
     return "\n".join([text, *(["", "without looking at a sample:", *baselines] if baselines else [])])
 
 

@@ -19,7 +19,7 @@ from common.errors import ConfigError, DataError
 from common.files import whole_lines
 from common.messages import first_line, quoted
 from common.strict_json import read_json
-from common.text import natural_key
+from common.text import baseline_texts, natural_key
 from runs.comparable import NOT_THE_LINE
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
@@ -95,6 +95,7 @@ class Run:
                 raise ValueError(f"results of another dataset: expected {self.config['task']}, found {found}")
             results["metrics"] = numbers_by_name(results["metrics"])
             results["metrics"][self.spec.monitor]
+            baseline_texts(results.get("baselines", {}), self.spec.monitor)
             check_pattern(
                 self.spec, *(results["missing_pattern"][name] for name in ("missing_type", "ratio", "both_ratio"))
             )
@@ -123,7 +124,7 @@ class Run:
 
     @cached_property
     def best_validation(self) -> float | None:
-        """The best defined value of the task's metric, a fraction; None for an evaluation, and where there is none.
+        """The best value of the task's metric, a fraction; None for an evaluation, and where there is no validation.
 
         Of the best checkpoint, else of the curves.
         """
@@ -135,7 +136,8 @@ class Run:
             if type(score) is not float:
                 raise DataError(f"{best}: not as written by run.py: expected a score, found {quoted(score)}")
             return score
-        return max((value for _, value in self.curves.get(f"val/{self.spec.monitor}", [])), default=None)
+        undefined = math.nan if "val/loss" in self.curves else None  # validations without a number of it
+        return max((value for _, value in self.curves.get(f"val/{self.spec.monitor}", [])), default=undefined)
 
     @cached_property
     def state(self) -> tuple[str, str]:

@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from common.errors import ConfigError, DataError, reason_of
 from common.files import write_csv
-from common.text import figure, natural_key, pattern_text, terminal_table
+from common.text import baseline_texts, figure, natural_key, pattern_text, terminal_table
+from runs.lines import lines_of
 from runs.run_reader import Run, find_runs
 
 log = logging.getLogger("rep")
@@ -48,6 +50,9 @@ class RunRow:
     date: datetime | None = None
     """When the run began."""
 
+    baselines: dict[str, Any] = field(default_factory=dict)
+    """What answers that look at no sample get in the test; see `engine/baselines.py`."""
+
     def text(self, column: str, log_dir: Path) -> str:
         """What the table says in a column."""
         value = getattr(self, column)
@@ -67,8 +72,17 @@ def list_runs(log_dir: Path) -> list[RunRow]:
     if not log_dir.is_dir():
         raise ConfigError(f"log_dir: expected a folder of runs, found no folder at {log_dir}")
     runs, damaged = find_runs(log_dir)
-    unreadable = [_damaged(RunRow(folder, folder.parent.name), error) for folder, error in damaged.items()]
-    return sorted([*map(_row, runs), *unreadable], key=lambda row: natural_key(row.folder))
+    rows = [_damaged(RunRow(folder, folder.parent.name), error) for folder, error in damaged.items()]
+    rows += [_row(run) for run in runs if run.is_evaluation]
+    for line in lines_of([run for run in runs if not run.is_evaluation], lambda run: run):
+        counts = {run.config["seed"]: run.folder.relative_to(log_dir) for run in line.items}
+        rows += map(_row, line.items)
+        rows += [_with_note(_row(run), f"repeats {counts[run.config['seed']]}") for run in line.repeats]
+    return sorted(rows, key=lambda row: natural_key(row.folder))
+
+
+def _with_note(row: RunRow, note: str) -> RunRow:
+    return replace(row, note=", ".join(filter(None, (row.note, note))))
 
 
 def _row(run: Run) -> RunRow:
@@ -86,7 +100,8 @@ def _row(run: Run) -> RunRow:
     try:
         row = replace(row, validation=run.best_validation)
         if run.test is not None and run.tested_at is not None:
-            row = replace(row, test=float(run.test["metrics"][row.metric]), tested_at=pattern_text(*run.tested_at))
+            row = replace(row, test=run.test["metrics"][row.metric], tested_at=pattern_text(*run.tested_at))
+            row = replace(row, baselines=run.test.get("baselines", {}))
         state, note = run.state
         return replace(row, state=state, note=note)
     except DataError as error:
@@ -115,6 +130,7 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
     left_out = {"name", "seed"}
     datasets = {row.dataset: row.metric for row in rows if row.metric is not None}
     left_out |= {"dataset"} if len(datasets) == 1 else set()
+    left_out |= set() if any(row.note for row in rows) else {"note"}
     left_out |= {"tested_at"} if all(row.tested_at in (None, row.train) for row in rows) else set()
     shown = {name: side for name, side in sorted(COLUMNS.items(), key=_folder_first) if name not in left_out}
     heads = [name.replace("_", " ") for name in shown]
@@ -122,7 +138,11 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
         heads, [[row.text(name, log_dir) for name in shown] for row in rows], "".join(shown.values())
     )
     legend = ", ".join(f"{metric} ({dataset})" for dataset, metric in datasets.items())
-    return f"{table}\n\nvalidation (the best) and test: {legend}" if legend else table
+    lines = ["", f"validation (the best) and test: {legend}"] if legend else []
+    for dataset, metric in datasets.items():
+        found = next((row.baselines for row in rows if row.dataset == dataset and row.baselines), {})
+        lines += [f"  {text} ({dataset})" for text in baseline_texts(found, metric)]
+    return "\n".join([table, *lines])
 
 
 def _folder_first(column: tuple[str, str]) -> bool:

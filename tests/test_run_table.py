@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import time
 from datetime import datetime
@@ -16,6 +17,7 @@ from config import DEFAULTS
 from run import command_line
 from runs.run_table import find_checkpoints, list_runs, sort_runs
 from tests.conftest import Workspace
+from tests.report_files import edited
 
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -211,6 +213,37 @@ def test_the_table_fits_into_a_narrow_terminal(tmp_path: Path, capsys: Captured,
         assert {"folder", "method", "train", "validation", "test", "state"} <= set(heads)
         assert ("dataset" in heads) is (task == "food101")
         assert "".join("".join(lines).split()).count("long_") >= 1 and "epochs" in "".join(lines)
+
+
+def test_undefined_figures_and_baselines_are_shown_as_such(tmp_path: Path, capsys: Captured) -> None:
+    """Null in test_results.json; sorted last whichever way; of two datasets each by its name."""
+    first = write_run(tmp_path / "a" / "version_0", seed=0, tested=0.3)
+    second = write_run(tmp_path / "b" / "version_0", seed=1)
+    baselines = {"constant": {"answer": "always Drama", "metrics": {"f1_macro": 0.1893}}}
+    edited(first, "test_results.json", baselines=baselines)
+    edited(second, "test_results.json", metrics={"f1_macro": None, "loss": None})
+    write_run(tmp_path / "c" / "version_0", task="food101", tested=0.6)
+    for order in ("test", "-test"):
+        assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}", f"runs_sort={order}"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].split()[:3] == ["folder", "method", "dataset"]
+        assert lines[5].split()[0] == "b/version_0" and "undefined" in lines[5]
+        assert "  always Drama: f1_macro 0.1893 (mmimdb)" in lines
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        assert [row["test"] for row in csv.DictReader(file)] == ["0.6", "0.3", ""]
+
+
+def test_a_run_that_repeats_a_seed_says_so(tmp_path: Path) -> None:
+    for number in (0, 1):
+        write_run(tmp_path / "a" / f"version_{number}")
+    assert [row.note for row in list_runs(tmp_path)] == ["repeats a/version_1", ""]
+
+
+def test_a_run_whose_validations_are_all_undefined(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a" / "version_0", score=None)
+    (folder / "metrics.csv").write_text("epoch,step,val/loss,val/f1_macro\n0,1,0.7,nan\n0,2,0.5,nan\n")
+    (row,) = list_runs(tmp_path)
+    assert row.validation is not None and math.isnan(row.validation) and row.text("validation", tmp_path) == "undefined"
 
 
 def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: Captured) -> None:

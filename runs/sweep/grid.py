@@ -11,7 +11,7 @@ from typing import Any
 
 from common.files import atomic_path, write_csv
 from common.strict_json import read_json
-from common.text import Estimate, duration, estimate, figure, per_cent, terminal_table
+from common.text import Estimate, baseline_texts, duration, estimate, figure, per_cent, terminal_table
 from config import Options
 from runs.command_line import written
 from runs.run_reader import as_written_by_run, numbers_by_name
@@ -104,7 +104,10 @@ def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launc
         progress.report(job, outcome, "" if result is None else f"{metric} {figure(result[metric])}")
         write()
     print(f"\nsweep {options.sweep_name}: {options.task} test, mean ± standard deviation over seeds\n")
-    print(f"{table_text(write(), options, metric)}\n\n  written to {folder / 'table.csv'}\n")
+    print(f"{table_text(write(), options, metric)}\n")
+    for path in [path for cell in cells if (path := cell.job.result) is not None][:1]:
+        print("".join(f"  {text}\n" for text in baseline_texts(read_json(path).get("baselines", {}), metric)))
+    print(f"  written to {folder / 'table.csv'}\n")
     progress.end(f"of {len(cells)} cells failed; the same command tries them again, and no other")
 
 

@@ -23,7 +23,16 @@ from torch import Tensor
 from common.errors import CheckpointError, DataError, UserError, reason_of
 from common.files import atomic_path
 from common.messages import quoted
-from engine.stored_logits import DESCRIPTION, FORMAT, SplitLogits, labels_of, logit_columns_of, read_logits, read_split
+from engine.stored_logits import (
+    DESCRIPTION,
+    FORMAT,
+    SplitLogits,
+    labels_of,
+    logit_columns_of,
+    natural_text,
+    read_logits,
+    read_split,
+)
 from engine.training import FinetuneModule
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -158,6 +167,8 @@ class LogitStore:
     def _write(self, path: Path, columns: dict[str, Any]) -> None:
         description = {"format": FORMAT, "rows": self.dataset.n_rows, **asdict(self.origin)}
         description["configuration"] = self.configuration
+        if np.any(self.dataset.natural):
+            description["natural"] = natural_text(self.dataset.natural)
         table = pa.table(columns).replace_schema_metadata({DESCRIPTION: json.dumps(description, default=str).encode()})
         try:
             with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:

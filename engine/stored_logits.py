@@ -54,6 +54,11 @@ class SplitLogits:
         return self.logits_TNC[type_N, torch.arange(len(type_N))]
 
 
+def natural_text(natural: np.ndarray) -> str:
+    """What every row misses by nature, as the description of stored logits has it: a digit for each."""
+    return "".join(f"{code:x}" for code in natural.tolist())
+
+
 def logit_columns_of(spec: DatasetSpec) -> list[str]:
     """Columns of the missing types of a dataset."""
     return [f"logits_{name.replace(', ', '_').replace(' ', '_')}" for name in spec.type_names]
@@ -69,6 +74,7 @@ def read_split(path: Path, spec: DatasetSpec) -> tuple[SplitLogits, tuple[str, .
         table_rows=described.get("rows", int(rows.max(initial=-1)) + 1),
         labels=torch.from_numpy(labels_of(table, spec)),
         logits_TNC=torch.from_numpy(np.stack([matrix_of(table[name], spec.n_classes) for name in columns])),
+        natural=np.array([int(digit, 16) for digit in described.get("natural", "")] or 0, np.int8),
     )
     return split, tuple(table["id"].to_pylist()), described
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from engine.significance import holm
@@ -14,7 +15,7 @@ from run import command_line
 from runs.compare import Settings, compare_runs
 from runs.run_reader import find_runs
 from tests.conftest import Captured
-from tests.report_files import TestSet, at, write_robustness, write_run
+from tests.report_files import TestSet, at, write_arrow, write_robustness, write_run
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
 FILMS = TestSet(films=60)
@@ -96,6 +97,17 @@ def test_the_figures_are_those_of_the_logits_at_the_missing_tables(runs: Path) -
         expected.append(np.mean(of_seeds))
     assert each.values == pytest.approx(expected, abs=1e-6) and len(each.of_seeds) == 2
     assert group.best(each.pattern) == 2 and each.better == 2
+
+
+def test_what_is_missing_by_nature_is_missing_at_every_pattern(runs: Path) -> None:
+    """Where all texts are, nothing more is lost with the text, and the image stays where it is all there is."""
+    for path in runs.rglob("logits.arrow"):
+        table = pa.ipc.open_file(path).read_all()
+        described = json.loads(table.schema.metadata[b"rep"]) | {"natural": "1" * 60}
+        write_arrow(path, table.replace_schema_metadata({"rep": json.dumps(described)}))
+    (group,) = compare_runs(find_runs(runs)[0], Settings((0,), 20, 100))
+    values = {each.pattern[:2]: each.values for each in group.comparisons if (each.one, each.other) == (0, 2)}
+    assert len(values) == 7 and len(set(values.values())) == 1
 
 
 def test_only_like_for_like_is_compared(tmp_path: Path, capsys: Captured) -> None:

@@ -33,6 +33,7 @@ from engine.tasks import TASKS, task_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import EVERY_DATASET, DatasetSpec, spec_of
+from vilt.utils.names import normal
 
 log = logging.getLogger(__name__)
 
@@ -341,7 +342,7 @@ def check_classes(checkpoint: Checkpoint, dataset: ArrowDataset) -> None:
             )
     elif checkpoint.class_names:
         for number, (theirs, ours) in enumerate(zip(checkpoint.class_names, dataset.class_names(), strict=True)):
-            if theirs != ours and str(number) not in (theirs, ours):
+            if normal(theirs) != normal(ours) and str(number) not in (theirs, ours):
                 raise CheckpointError(
                     f"{checkpoint.path}: trained on other classes than those of {dataset.path}: expected "
                     f"{quoted(theirs)} as class {number}, found {quoted(ours)}"

@@ -34,7 +34,7 @@ from vilt.datamodules import Batch, collate
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.kinds import KINDS, InputFormat, kinds_of
 from vilt.datasets.specs import DatasetSpec
-from vilt.utils.names import find_file
+from vilt.utils.names import find_file, normal
 from vilt.utils.tables import DELIMITERS, table_rows
 
 THRESHOLD = 0.5
@@ -226,7 +226,7 @@ def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
     if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
         raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl")
     items, kinds = [], kinds_of(dataset)
-    for row, values in table_rows(source, [], [name for name, kind in kinds.items() if kind.in_file]):
+    for row, values in table_rows(source, [*kinds, "id"], [], [name for name, kind in kinds.items() if kind.in_file]):
         place = f"{source}, row {row}"
         if not kinds.keys() & values.keys():
             names = f"{', '.join(map(repr, kinds))} or {'both' if len(kinds) == 2 else 'some of them'}"
@@ -258,13 +258,14 @@ def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
     name_of = {suffix: name for name, kind in kinds.items() for suffix in kind.suffixes}
     if len(set(kinds.values())) < len(kinds):
         raise DataError(f"input={source}: expected a table, as several of {', '.join(kinds)} are files of one kind")
-    inputs_of: dict[Path, dict[str, Any]] = {}
+    inputs_of: dict[str, dict[str, Any]] = {}
     for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
         # Hidden files are none of the user's: macOS keeps attributes of NAME.jpg in ._NAME.jpg.
         hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
         if hidden or (name := name_of.get(path.suffix.lower())) is None:
             continue
-        if (other := inputs_of.setdefault(path.with_suffix(""), {}).setdefault(name, path)) is not path:
+        stem = normal(str(path.relative_to(source).with_suffix("")))
+        if (other := inputs_of.setdefault(stem, {}).setdefault(name, path)) is not path:
             raise DataError(f"{path}: expected one file of this name, found {other.name} too")
     items = []
     for stem, inputs in sorted(inputs_of.items(), key=lambda item: natural_key(item[0])):
@@ -274,7 +275,8 @@ def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
                     inputs[name] = path.read_text("utf-8-sig")
                 except (OSError, UnicodeDecodeError) as error:
                     raise DataError(f"{path}: not readable as text in UTF-8: {error}") from error
-        items.append(Item(str(stem.relative_to(source)), {n: value for n, value in inputs.items() if value}, str(stem)))
+        given = {name: value for name, value in inputs.items() if str(value).strip()}
+        items.append(Item(stem, given, str(source / stem)))
     return items
 
 

@@ -2,6 +2,7 @@
 
 import rep
 
+rep.convert(data_frame, "datasets/birds", columns={"image": "photo"})
 model = rep.load_model("result/rep_seed0/version_0/best.ckpt")
 found = rep.robustness("result/rep_seed0/version_0/best.ckpt", data_root="datasets/mmimdb")
 
@@ -20,7 +21,7 @@ from config import DEFAULTS, OPTIONS
 if TYPE_CHECKING:
     from engine.robustness import Results
 
-ELSEWHERE = {"load_model": "engine.predict"}
+ELSEWHERE = {"load_model": "engine.predict", "convert": "vilt.convert"}
 MEANINGS = {"train": (), "test": ("test_only=True",)}
 """Commands of `rep` for what run.py does without one: the options that they add."""
 

@@ -380,6 +380,29 @@ def test_integers_written_as_floats(raw: Path) -> None:
     assert open_spec("custom", raw / "out", SPLITS).class_names == ("0", "1")
 
 
+@pytest.mark.parametrize(
+    "header", [["Image", " TEXT", "label ", "Split"], ["\u0456mage", "text", "l\u0430bel", "\u0455plit"]]
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_columns_count_however_they_are_typed(raw: Path, header: list[str], suffix: str) -> None:
+    path = raw / f"typed.{suffix}"
+    if suffix == "csv":
+        write_table(path, ROWS, header)
+    else:
+        write_jsonl(path, [dict(zip(header, row, strict=True)) for row in ROWS])
+    assert convert(raw, raw / "out", "--table", str(path)) == 0
+    assert columns_of(raw / "out")["text"] == [["one, two"], ['says "miau"'], ["another\nline"]]
+
+
+def test_a_checkpoint_fits_data_typed_the_other_way() -> None:
+    composed, decomposed = (
+        CustomData("a", "single", (name, "dog"), "accuracy") for name in ("caf\u00e9", "cafe\u0301")
+    )
+    assert composed.difference(decomposed) is None
+    cyrillic = CustomData("a", "single", ("c\u0430f\u00e9", "dog"), "accuracy")
+    assert composed.difference(cyrillic) == r"expected 'caf\xe9' as class 0, found 'c\u0430f\xe9'"
+
+
 # ---- missing by nature, splits drawn
 
 

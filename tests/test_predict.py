@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -18,6 +19,7 @@ from engine.predict import Item, Predictor, load_model, read_items
 from run import command_line
 from tests.conftest import Workspace
 from tests.data_files import TYPE_NAMES
+from vilt.datasets.kinds import ImageKind, InputFormat
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 
 FILMS = DATASETS["mmimdb"]
@@ -341,4 +343,27 @@ def test_items_know_their_place(tmp_path: Path) -> None:
     assert read_items(tmp_path / "in.csv", FILMS) == [
         Item("2", {"image": tmp_path / "a.jpg", "text": "two\nlines"}, f"{tmp_path / 'in.csv'}, row 2"),
         Item("4", {"image": tmp_path / "b.jpg"}, f"{tmp_path / 'in.csv'}, row 4"),
+    ]
+
+
+def test_files_that_can_be_meant_are_found(tmp_path: Path) -> None:
+    """Whatever another system made of their names; what it hid beside them is none of them."""
+    spec = DATASETS["mmimdb"]
+    (tmp_path / "in").mkdir()
+    grey = Image.fromarray(np.array([[0, 65535]] * 2, dtype=np.uint16))
+    for name in ("caf\u00e9.TIF", "b.tif", "._b.tif", ".hidden/c.png"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        grey.save(tmp_path / "in" / name, "TIFF")
+    (tmp_path / "in" / "cafe\u0301.txt").write_text("a caf\u00e9")
+    (tmp_path / "in" / "b.txt").write_text(" \n")
+    items = read_items(tmp_path / "in", spec)
+    assert [(item.id, sorted(item.inputs)) for item in items] == [("b", ["image"]), ("caf\u00e9", ["image", "text"])]
+    read = ImageKind.read_given(items[0].inputs["image"], spec.modalities["image"], InputFormat(2))
+    assert read.shape == (3, 2, 2) and read[0, 0].tolist() == [0, 255]
+    table = tmp_path / "table.csv"
+    table.write_text("\ufeffID, Image,t\u0435xt\n1,in\\B.TIF,one\n2,in/cafe\u0301.tif,\n", "utf-8")
+    found = [(item.id, item.inputs) for item in read_items(table, spec)]
+    assert found == [
+        ("1", {"image": tmp_path / "in" / "b.tif", "text": "one"}),
+        ("2", {"image": tmp_path / "in" / "caf\u00e9.TIF"}),
     ]

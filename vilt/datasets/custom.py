@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, Self, get_args
 
 from common.messages import listed, quoted
+from vilt.utils.names import look_alikes, normal
 
 CUSTOM = "custom"
 """Name of the task, and prefix of the arrow files, of every such dataset."""
@@ -86,6 +87,7 @@ class CustomData:
         if other.n_classes != self.n_classes:
             return f"expected {self.n_classes} classes, found {other.n_classes}"
         for number, (ours, theirs) in enumerate(zip(self.class_names, other.class_names, strict=True)):
-            if ours != theirs:
-                return f"expected {quoted(ours)} as class {number}, found {quoted(theirs)}"
+            if normal(ours) != normal(theirs):
+                expected, found = look_alikes((ours, theirs)) or (quoted(ours), quoted(theirs))
+                return f"expected {expected} as class {number}, found {found}"
         return None

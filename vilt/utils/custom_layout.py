@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, reason_of
 from common.messages import quoted
 from common.readers import dictionary, one_of, several, wrong
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import SPLITS, Split
-from vilt.utils.names import label_name, look_alikes, normal, whole
+from vilt.utils.names import find_file, label_name, look_alikes, normal, whole
 from vilt.utils.raw_data import read_bytes
 
 KEYS = ("name", "files", "columns", "labels", "separator", "classes", "metric")
@@ -74,6 +74,8 @@ def read_layout(raw: Path, spec: Path | None, table: Path | None) -> Layout:
         raise DataError(f"{source} is not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         raise DataError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:  # of names that are too long
+        raise DataError(f"{source}: {reason_of(error)}") from None
     except (ConfigError, ValueError) as error:  # ValueError: PyYAML's about a date that is none
         raise DataError(f"{source}: {error}") from None
 
@@ -84,11 +86,11 @@ def _layout(source: Path, folder: Path, given: Any) -> Layout:
     tables: tuple[tuple[Path, Split | None], ...]
     if isinstance(files := given.get("files"), dict):
         files = _known("files.", files, SPLITS)
-        tables = tuple((folder / _table(f"files.{split}", files.get(split)), split) for split in SPLITS)
+        tables = tuple((find_file(folder, _table(f"files.{split}", files.get(split))), split) for split in SPLITS)
         if "split" in columns:
             raise ConfigError("columns.split: contradicts files, which has a table for each split")
     else:
-        tables = ((folder / _table("files", files), None),)
+        tables = ((find_file(folder, _table("files", files)), None),)
     labels = one_of(*CUSTOM_METRICS)("labels", given.get("labels", "single"))
     if "separator" in given and labels != "multi":
         raise ConfigError(f"separator: belongs to labels: multi, found labels: {labels}")

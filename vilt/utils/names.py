@@ -31,14 +31,27 @@ def label_name(label: str | float) -> str:
     return found[1] if (found := WHOLE.fullmatch(name)) else name
 
 
+def look(name: str) -> str:
+    """What `name` looks like: the same for names that cannot be told apart."""
+    shown = (c for c in normal(name) if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
+    return "".join(shown).translate(ALIKE)
+
+
 def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
     """Two different names that look the same, if there are any, as Python spells them in ASCII."""
     seen: dict[str, str] = {}
     for name in names:
-        shown = "".join(c for c in name if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
-        if (other := seen.setdefault(shown.translate(ALIKE), name)) != name:
+        if (other := seen.setdefault(look(name), name)) != name:
             return ascii(other), ascii(name)
     return None
+
+
+def spelled_as(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """`names` in their normal form; what differs from a `known` name in capitals or in what cannot be seen is it."""
+    by_look = {look(name).casefold(): name for name in known}
+    given = [normal(name) for name in names]
+    spelled = [by_look.get(look(name).casefold(), name) for name in given]
+    return [name if spelled.count(like) > 1 else like for name, like in zip(given, spelled, strict=True)]
 
 
 def find_file(folder: Path, file: str) -> Path:

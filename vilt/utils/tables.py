@@ -10,16 +10,19 @@ from typing import Any
 from common.errors import DataError
 from common.messages import listed, quoted
 from common.strict_json import kind_of, parse_json
-from vilt.utils.names import normal
+from vilt.utils.names import spelled_as
 from vilt.utils.raw_data import read_bytes
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def table_rows(path: Path, needed: Sequence[str], files: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def table_rows(
+    path: Path, known: Sequence[str], needed: Sequence[str], files: Sequence[str]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Pairs of line (from 1, where the row begins) and values by column: strings, or of a `.jsonl` what JSON has.
 
     Args:
+        known: columns that are read, however they are typed.
         needed: columns that the header of a CSV or TSV must have.
         files: columns with the names of files.
 
@@ -27,7 +30,7 @@ def table_rows(path: Path, needed: Sequence[str], files: Sequence[str]) -> Itera
         DataError: the file cannot be read, or a row cannot be told from the others; names file and row.
     """
     delimiter = DELIMITERS.get(path.suffix.lower())
-    return _json_rows(path) if delimiter is None else _csv_rows(path, delimiter, needed, files)
+    return _json_rows(path, known) if delimiter is None else _csv_rows(path, delimiter, known, needed, files)
 
 
 def read_text(path: Path) -> str:
@@ -38,7 +41,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} is not valid UTF-8: {error}; save it as UTF-8") from None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _json_rows(path: Path, known: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for row, line in enumerate(read_bytes(path).splitlines(), 1):
         if not line.strip():
             continue
@@ -48,11 +51,11 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             raise DataError(f"{path}, row {row}: not valid JSON in UTF-8: {error}") from None
         if not isinstance(value, dict):
             raise DataError(f"{path}, row {row}: expected an object, found {kind_of(value)}")
-        yield row, {normal(name): cell for name, cell in value.items()}
+        yield row, dict(zip(_columns(path, row, list(value), known), value.values(), strict=True))
 
 
 def _csv_rows(
-    path: Path, delimiter: str, needed: Sequence[str], files: Sequence[str]
+    path: Path, delimiter: str, known: Sequence[str], needed: Sequence[str], files: Sequence[str]
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     lines = list(io.StringIO(read_text(path), newline=""))
     header: list[str] = []
@@ -60,7 +63,7 @@ def _csv_rows(
     try:
         for fields in reader:
             if fields and not header:
-                header = _header(path, fields, needed)
+                header = _columns(path, row, fields, known, needed)
             elif fields:
                 if len(fields) != len(header):
                     found = f"expected {len(header)} values, as in the header, found {len(fields)}"
@@ -73,18 +76,17 @@ def _csv_rows(
     except csv.Error as error:
         raise DataError(f"{path}, row {row}: {error}") from None
     if not header:
-        _header(path, [], needed)
+        _columns(path, row, [], known, needed)
 
 
-def _header(path: Path, fields: Sequence[str], needed: Sequence[str]) -> list[str]:
-    header = [normal(name) for name in fields]
-    repeated = [name for name in header if header.count(name) > 1]
-    if repeated:
-        raise DataError(f"{path}, row 1: the column {quoted(repeated[0])} is repeated")
-    missing = [name for name in needed if name not in header]
-    if missing:
-        raise DataError(f"{path}, row 1: expected the columns {listed(missing)}, found {listed(header)}")
-    return header
+def _columns(path: Path, row: int, names: Sequence[str], known: Sequence[str], needed: Sequence[str] = ()) -> list[str]:
+    columns = spelled_as(names, known)
+    if len(set(columns)) < len(columns):
+        repeated = next(name for name in columns if columns.count(name) > 1)
+        raise DataError(f"{path}, row {row}: the column {quoted(repeated)} is repeated")
+    if missing := [name for name in needed if name not in columns]:
+        raise DataError(f"{path}, row {row}: expected the columns {listed(missing)}, found {listed(columns)}")
+    return columns
 
 
 def _is_row(fields: Sequence[str], header: Sequence[str], files: Sequence[str]) -> bool:

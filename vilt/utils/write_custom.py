@@ -65,7 +65,7 @@ def open_raw(
     layout = read_layout(raw, spec, table)
     rows = []
     for path, of_table in layout.tables:
-        for row, values in table_rows(path, layout.needed, [layout.columns["image"]]):
+        for row, values in table_rows(path, [*layout.columns.values()], layout.needed, [layout.columns["image"]]):
             image, text, label, split = (values.get(layout.columns[column]) for column in COLUMNS)
             rows.append(Listed(path, row, image, text, label, of_table or split))
 

@@ -62,7 +62,7 @@ class DatasetSpec:
     """Name of the dataset on the command line of make_arrow.py."""
     converter: str
     """Module with `open_raw(raw, **options)`, which returns a RawDataset."""
-    converter_options: tuple[str, ...] = ("allow_missing",)
+    converter_options: tuple[str, ...] = ()
     """Options of make_arrow.py that this converter takes."""
     converter_arguments: dict[str, Any] = field(default_factory=dict)
     """What its converter is also given, where it is that of several datasets."""
@@ -136,6 +136,7 @@ DATASETS: dict[str, DatasetSpec] = {
             monitor="f1_macro",
             make_arrow_name="mmimdb",
             converter="vilt.utils.write_mmimdb",
+            converter_options=("allow_missing",),
             kept_columns=("genres",),
             published_rows={"train": (15552,), "val": (2608,), "test": (7799,)},
         ),
@@ -153,6 +154,7 @@ DATASETS: dict[str, DatasetSpec] = {
             monitor="accuracy",
             make_arrow_name="food101",
             converter="vilt.utils.write_food101",
+            converter_options=("allow_missing",),
             published_rows={"train": (61142,), "val": (6846,), "test": (22716,)},
         ),
         DatasetSpec(

@@ -288,7 +288,7 @@ def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[st
 def _listed(table: Path) -> Iterator[tuple[int, str, Any, Any, str]]:
     """Row, id, split, label and text of each line."""
     seen: dict[str, int] = {}
-    for row, values in table_rows(table, TABLE_COLUMNS, ("id",), ()):
+    for row, values in table_rows(table, TABLE_COLUMNS, TABLE_COLUMNS, ()):
         name, split, label, text = (values.get(column) for column in TABLE_COLUMNS)
         if not isinstance(name, str) or not name.strip() or Path(name).name != name:
             raise DataError(f"{table}, row {row}: id: expected a name, found {quoted(name)}")

@@ -1,11 +1,14 @@
 """The two sides: models of full size, batches, and the steps that are timed, in turn: what else runs meets both."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +20,8 @@ from clip.modules.vision_transformer_memory import ClipArchitecture, normalise
 from engine.checkpoint import ModelSpec, build_classifier
 from engine.optimization import OptimizerSettings, make_optimizer
 from engine.tasks import TASKS
+from vilt.datamodules import EpochSampler
+from vilt.missing_tables import MissingPattern, draw_missing_table
 
 VIT_B16 = ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu")
 TASK = TASKS["mmimdb"]
@@ -24,6 +29,8 @@ NO_TEXT, NO_IMAGE = 1, 2
 """Missing types."""
 SPEC = ModelSpec(TASK.name, MethodOptions("rep", memory_length=36, memory_depth=6), VIT_B16)
 START, END = 49406, 49407
+SAMPLES = 4096
+"""Of the made-up training split that batches are drawn from."""
 
 
 class Data:
@@ -58,17 +65,23 @@ class Data:
         return (ModelInput(inputs, self.rows, self.present_BM, self.types, self.lengths),)
 
 
-def mixed(size: int) -> list[int]:
-    """Missing types at 70 % both: 30 % complete, 35 % without text, 35 % without image."""
-    complete = round(0.3 * size)
-    no_text = (size - complete) // 2
-    return [0] * complete + [NO_TEXT] * no_text + [NO_IMAGE] * (size - complete - no_text)
+def drawn(missing_type: str, ratio: float, lengths: range, size: int, device: torch.device) -> Iterator[Data]:
+    """Batches of one epoch after another, drawn as a training draws them: no two have the same samples present, and the
+    longest text differs.
 
-
-def without_image(size: int, share: float) -> list[int]:
-    """Missing types where `share` of the samples lack the image."""
-    missing = round(share * size)
-    return [0] * (size - missing) + [NO_IMAGE] * missing
+    Args:
+        lengths: of the texts, in tokens.
+        size: B.
+    """
+    table = draw_missing_table(TASK.name, "train", MissingPattern(missing_type, ratio, 0.5, 0), SAMPLES)
+    tokens = np.random.default_rng(0).choice(lengths, SAMPLES)
+    sampler = EpochSampler(SAMPLES, seed=0, rank=0, world_size=1)
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        order = [index for _, index in sampler]
+        for start in range(0, SAMPLES - size + 1, size):
+            batch = order[start : start + size]
+            yield Data(table[batch].tolist(), tokens[batch].tolist(), device)
 
 
 class Side:
@@ -140,11 +153,14 @@ class Comparison:
         return (*medians, f"{ratio:.2f}", spread)  # type: ignore[return-value]
 
 
-def compare(baseline: Callable[[], object], ours: Callable[[], object], pairs: int) -> Comparison:
-    """Runs both once to warm up, then in turn."""
-    seconds(baseline)
-    seconds(ours)
-    timed = [(seconds(baseline), seconds(ours)) for _ in range(pairs)]
+def compare(
+    baseline: Callable[[Any], object], ours: Callable[[Any], object], batches: Iterable[Any], pairs: int
+) -> Comparison:
+    """Runs both on the first batch to warm up, then in turn on each of the next ones."""
+    first, *others = itertools.islice(batches, 1 + pairs)
+    seconds(partial(baseline, first))
+    seconds(partial(ours, first))
+    timed = [(seconds(partial(baseline, batch)), seconds(partial(ours, batch))) for batch in others]
     return Comparison([theirs for theirs, _ in timed], [mine for _, mine in timed])
 
 

@@ -1,0 +1,99 @@
+"""The loop of run.py on the demo's films and a tiny CLIP, and the bare step on the batches that it had."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+import make_arrow
+from benchmarks.sides import seconds
+from config import DEFAULTS
+from demo.backbone import make_backbone
+from demo.data import write_pretrain, write_task
+from engine.training import FinetuneModule, model_input
+from runs.check_options import check
+from runs.training import train_from
+from vilt.datamodules import Batch
+
+FILMS, BATCH = 1200, 32
+
+
+class Stopwatch(pl.Callback):
+    """Times the epochs without their validations, and at the end the bare step on the batches of each but the first,
+    which warms up."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Batch]] = []
+        self.took: list[float] = []
+        self.rates: list[tuple[float, float]] = []
+        """Samples per second of the bare step and of the loop, by epoch."""
+        self._validation = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.batches.append([])
+        self.took.append(-time.perf_counter())
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        self.batches[-1].append(batch)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validation = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before checkpoints are written, which are of the loop."""
+        if self.took:
+            self.took[-1] -= time.perf_counter() - self._validation
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.took[-1] += time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for batches, took in list(zip(self.batches, self.took, strict=True))[1:]:
+            samples = sum(len(batch.label) for batch in batches)
+            bare = seconds(lambda batches=batches: bare_steps(pl_module, trainer.optimizers[0], batches))  # type: ignore[misc]
+            self.rates.append((samples / bare, samples / took))
+
+
+def bare_steps(module: FinetuneModule, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> None:
+    """Forward, backward and optimiser step of each batch, and nothing else."""
+    module.train()
+    for batch in batches:
+        with module.trainer.precision_plugin.forward_context(), torch.enable_grad():
+            logits, own_losses = module.classifier.training_outputs(model_input(batch), batch.label)
+            loss: Tensor = module.task.loss(logits.float(), batch.label) + sum(own_losses.values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def timed(folder: Path, device: torch.device, epochs: int) -> list[tuple[float, float]]:
+    """Samples per second of the bare step and of the loop, in each of `epochs` epochs after a first one."""
+    logging.disable(logging.INFO)
+    write_task(folder / "raw", FILMS, 0)
+    write_pretrain(folder / "pretrain", 192, 0)
+    make_backbone(folder / "pretrain", folder / "backbone", 2, 0)
+    raw = ["--dataset", "mmimdb", "--root", str(folder / "raw"), "--target", str(folder / "arrow")]
+    assert make_arrow.main([*raw, "--workers", "0"]) == 0
+    places = {"data_root": "arrow", "vit": "backbone", "log_dir": "result", "missing_table_root": "tables"}
+    options: dict[str, Any] = {name: str(folder / place) for name, place in places.items()} | {
+        **{"task": "mmimdb", "per_gpu_batchsize": BATCH, "batch_size": BATCH, "max_epoch": 1 + epochs},
+        **{
+            "memory_length": 12,
+            "memory_depth": 3,
+            "val_check_interval": 1.0,
+            "test_after_fit": False,
+            "image_cache": True,
+        },
+        **{"num_gpus": int(device.type == "cuda"), "precision": "bf16" if device.type == "cuda" else "32"},
+        "num_workers": 1,
+    }
+    stopwatch = Stopwatch()
+    train_from(check({**DEFAULTS, **options}), "timed", stopwatch)
+    logging.disable(logging.NOTSET)
+    return stopwatch.rates

@@ -2,8 +2,7 @@
 
     python -m benchmarks [--only PART …] [--pairs 5] [--threads 2] [--device cpu] [--record benchmarks/RESULTS.md]
 
-Prints Markdown tables. `--record` replaces those between the markers of a file: all, or with `--only` each of the same
-caption.
+Prints Markdown tables. `--record` replaces those between the markers of a file.
 """
 
 import argparse
@@ -30,8 +29,6 @@ from common.files import atomic_path
 from common.machine import print_anywhere
 
 BATCH, LEARNER_BATCH = 16, 32
-BEGIN, END = "<!-- measured on {} -->", "<!-- end of {} -->"
-CAPTION = r"\n\n([^|`\n].*)\n\n"  # a paragraph that is neither a table nor a heading with a command
 BF16 = torch.bfloat16
 
 
@@ -101,7 +98,7 @@ def robustness(device: torch.device, pairs: int) -> Iterator[str]:
 
 
 def training(device: torch.device, pairs: int) -> Iterator[str]:
-    """The loop of run.py (loader, Lightning, logging, gradient watch, checkpoints) beside the bare step, same batches."""
+    """The loop of run.py (loader, Lightning, logging, gradient watch, checkpoints) and the bare step on its batches."""
     yield from _header("case", "bare step", "run.py", "share", "lowest to highest", "required")
     case = f"the demo's films and tiny CLIP, batches of {loop.BATCH}, samples/s"
     with TemporaryDirectory() as folder:
@@ -131,28 +128,14 @@ def machine(device: torch.device) -> str:
     return f"{model[1] if model else 'CPU'}, {torch.get_num_threads()} threads, {bf16} AVX512-BF16, {versions}"
 
 
-def record(path: Path, device: str, heading: str, tables: dict[str, str], whole: bool) -> None:
-    """Puts `tables`, by their captions, between the markers of `device` in `path`.
-
-    Args:
-        heading: how and on what they were measured.
-        whole: whether they replace all that is there; else each replaces the table with its caption, or comes last,
-            with a heading of its own.
-    """
-    begin, end = BEGIN.format(device), END.format(device)
-    text = path.read_text("utf-8")
-    if begin not in text or end not in text:
-        raise SystemExit(f"{path}: expected the lines {begin} and {end}")
-    before, _, rest = text.partition(begin)
-    there, _, after = rest.partition(end)
-    top, *blocks = re.split(CAPTION, f"\n\n{there.strip()}")
-    kept = {} if whole else dict(zip(blocks[::2], blocks[1::2], strict=True))
-    own_heading = "" if whole else f"{heading}\n\n"
-    kept |= {caption: f"{own_heading}{table}" for caption, table in tables.items()}
-    parts = [heading if whole else top.strip(), *(f"{caption}\n\n{block.strip()}" for caption, block in kept.items())]
-    section = "\n\n".join(parts).strip()
+def record(path: Path, device: str, part: str, text: str) -> None:
+    """Replaces what `path` has between the markers of a part on `device`."""
+    begin, end, found = f"<!-- {part} on {device} -->\n", f"<!-- end of {part} -->", path.read_text("utf-8")
+    if not re.search(f"{begin}.*?{end}", found, re.DOTALL):
+        raise SystemExit(f"{path}: expected the lines {begin.strip()} and {end}")
+    replaced = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", found, count=1, flags=re.DOTALL)
     with atomic_path(path) as temporary:
-        temporary.write_text(f"{before}{begin}\n\n{section}\n{end}{after}", "utf-8")
+        temporary.write_text(replaced, "utf-8")
 
 
 PARTS = {"steps": steps, "robustness": robustness, "training": training}
@@ -171,19 +154,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     device = torch.device(arguments.device)
-    heading = f"`python -m benchmarks {' '.join(sys.argv[1:])}".strip() + f"` on {date.today()}: {machine(device)}"
-    print(heading)
-    tables = {}
     for part in arguments.only or PARTS:
         caption = (PARTS[part].__doc__ or "").strip()
-        print(f"\n{caption}\n")
-        lines = []
+        how = f"`python -m benchmarks {' '.join(sys.argv[1:])}".strip() + f"` on {date.today()}: {machine(device)}"
+        lines = [f"{caption}\n\n{how}\n"]
+        print(f"\n{lines[0]}")
         for line in PARTS[part](device, arguments.pairs):
             print(line, flush=True)
             lines.append(line)
-        tables[caption] = "\n".join(lines)
-    if arguments.record:
-        record(arguments.record, device.type, heading, tables, whole=not arguments.only)
+        if arguments.record:
+            record(arguments.record, device.type, part, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -184,8 +184,8 @@ class PublishedAlgorithm(nn.Module):
         super().__init__()
         self.model = Model(arch, memory_length, memory_depth)
         self.head_name = ours.head_name
-        assert isinstance(ours.head, nn.Linear)
-        self.add_module(ours.head_name, nn.Linear(ours.head.in_features, ours.head.out_features))
+        n_classes, width = ours.head.get_parameter("weight").shape
+        self.add_module(ours.head_name, nn.Linear(width, n_classes))
         state, parameters = ours.state_dict(), dict(ours.named_parameters())
         self.load_state_dict({name: state[model_name(name)] for name in self.state_dict()})
         for name, parameter in self.named_parameters():

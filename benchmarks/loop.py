@@ -3,19 +3,20 @@
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 import make_arrow
 from benchmarks.sides import seconds
 from config import DEFAULTS
 from demo.backbone import make_backbone
 from demo.data import write_pretrain, write_task
-from engine.training import FinetuneModule, model_input
+from engine.training import model_input
 from runs.check_options import check
+from runs.experiment import EX
 from runs.training import train_from
 from vilt.datamodules import Batch
 
@@ -23,15 +24,14 @@ FILMS, BATCH = 1200, 32
 
 
 class Stopwatch(pl.Callback):
-    """Times the epochs without their validations, and at the end the bare step on the batches of each but the first,
-    which warms up."""
+    """Times the epochs without their validations, and at the end the bare step on the batches of each."""
 
     def __init__(self) -> None:
         self.batches: list[list[Batch]] = []
         self.took: list[float] = []
+        """Seconds, by epoch."""
         self.rates: list[tuple[float, float]] = []
-        """Samples per second of the bare step and of the loop, by epoch."""
-        self._validation = 0.0
+        """Samples per second of the bare step and of the loop, by epoch; without the first, which warms up."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.batches.append([])
@@ -41,35 +41,31 @@ class Stopwatch(pl.Callback):
         self.batches[-1].append(batch)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validation = time.perf_counter()
+        if self.took:  # else it is Lightning's check before training
+            self.took[-1] += time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before checkpoints are written, which are of the loop."""
+        """Before checkpoints are written, which are of the loop: Lightning calls those last."""
         if self.took:
-            self.took[-1] -= time.perf_counter() - self._validation
+            self.took[-1] -= time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
-        self.took[-1] += time.perf_counter()
+        self.took[-1] += seconds(lambda: None) + time.perf_counter()  # the first waits for a GPU
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        def bare_steps() -> None:
+            for batch in batches:
+                with trainer.precision_plugin.forward_context():
+                    logits, own_losses = pl_module.classifier.training_outputs(model_input(batch), batch.label)
+                    loss = pl_module.task.loss(logits.float(), batch.label) + sum(own_losses.values())
+                loss.backward()
+                trainer.optimizers[0].step()
+                trainer.optimizers[0].zero_grad()
+
+        pl_module.train()
         for batches, took in list(zip(self.batches, self.took, strict=True))[1:]:
             samples = sum(len(batch.label) for batch in batches)
-            bare = seconds(lambda batches=batches: bare_steps(pl_module, trainer.optimizers[0], batches))  # type: ignore[misc]
-            self.rates.append((samples / bare, samples / took))
-
-
-def bare_steps(module: FinetuneModule, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> None:
-    """Forward, backward and optimiser step of each batch, and nothing else."""
-    module.train()
-    for batch in batches:
-        with module.trainer.precision_plugin.forward_context(), torch.enable_grad():
-            logits, own_losses = module.classifier.training_outputs(model_input(batch), batch.label)
-            loss: Tensor = module.task.loss(logits.float(), batch.label) + sum(own_losses.values())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            self.rates.append((samples / seconds(bare_steps), samples / took))
 
 
 def timed(folder: Path, device: torch.device, epochs: int) -> list[tuple[float, float]]:
@@ -78,22 +74,18 @@ def timed(folder: Path, device: torch.device, epochs: int) -> list[tuple[float, 
     write_task(folder / "raw", FILMS, 0)
     write_pretrain(folder / "pretrain", 192, 0)
     make_backbone(folder / "pretrain", folder / "backbone", 2, 0)
-    raw = ["--dataset", "mmimdb", "--root", str(folder / "raw"), "--target", str(folder / "arrow")]
-    assert make_arrow.main([*raw, "--workers", "0"]) == 0
+    raw = ["--dataset", "mmimdb", "--root", str(folder / "raw"), "--target", str(folder / "arrow"), "--workers", "0"]
+    assert make_arrow.main(raw) == 0
     places = {"data_root": "arrow", "vit": "backbone", "log_dir": "result", "missing_table_root": "tables"}
-    options: dict[str, Any] = {name: str(folder / place) for name, place in places.items()} | {
+    options = {
         **{"task": "mmimdb", "per_gpu_batchsize": BATCH, "batch_size": BATCH, "max_epoch": 1 + epochs},
-        **{
-            "memory_length": 12,
-            "memory_depth": 3,
-            "val_check_interval": 1.0,
-            "test_after_fit": False,
-            "image_cache": True,
-        },
+        **{"memory_length": 12, "memory_depth": 3, "val_check_interval": 1.0, "test_after_fit": False},
         **{"num_gpus": int(device.type == "cuda"), "precision": "bf16" if device.type == "cuda" else "32"},
-        "num_workers": 1,
+        **{"image_cache": True, "num_workers": 1},
+        **{name: str(folder / place) for name, place in places.items()},
     }
     stopwatch = Stopwatch()
+    EX.current_run = SimpleNamespace(info={})  # type: ignore[assignment]  # as under a command
     train_from(check({**DEFAULTS, **options}), "timed", stopwatch)
     logging.disable(logging.NOTSET)
     return stopwatch.rates

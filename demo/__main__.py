@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from common.errors import UserError
 from common.machine import check_system, print_anywhere
 from demo.backbone import make_backbone
 from demo.data import write_pretrain, write_task
-from engine.metrics import multilabel_f1
+from engine.baselines import baselines
+from engine.tasks import TASKS
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.specs import DATASETS, SPLITS
+from vilt.datasets.specs import DATASETS, MMIMDB_GENRES, SPLITS
 
 FILMS, PRETRAIN_FILMS, PRETRAIN_STEPS = 1200, 3000, 400
 TRAINING = {
@@ -81,18 +81,6 @@ def options(values: Mapping[str, object]) -> list[str]:
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def frequent_genres_f1(train: Tensor, dev: Tensor, test: Tensor) -> float:
-    """F1-macro on `test` (N, C) of predicting the k most frequent genres of `train` everywhere; k is best on `dev`."""
-    ranked = train.sum(0).argsort(descending=True, stable=True)
-
-    def f1(k: int, labels: Tensor) -> float:
-        logits = torch.full(labels.shape, -1.0)
-        logits[:, ranked[:k]] = 1.0
-        return multilabel_f1(logits, labels)["f1_macro"]
-
-    return f1(max(range(1, len(ranked) + 1), key=lambda k: f1(k, dev)), test)
-
-
 def demo(out: Path, seed: int) -> None:
     """All steps, and the table at the end."""
     began = time.monotonic()
@@ -109,12 +97,13 @@ def demo(out: Path, seed: int) -> None:
     common = {"data_root": arrow, "log_dir": out / "result", "missing_table_root": out / "missing_tables"}
     checkpoint, rows = train_and_evaluate(common, backbone, seed)
     page = sweep_and_report(out, common, backbone, seed)
-    labels = (torch.from_numpy(ArrowDataset(DATASETS["mmimdb"], arrow, split, 64).labels) for split in SPLITS)
+    labels = torch.from_numpy(ArrowDataset(DATASETS["mmimdb"], arrow, "test", 64).label_of_sample)
+    constant = baselines(TASKS["mmimdb"], labels, MMIMDB_GENRES)["constant"]
     print(f"\nREP on made-up films, trained at 70 % missing (both), checkpoint {checkpoint}\n")
     print(f"  {'test pattern':<22}{'image':>7}{'text':>7}{'F1-macro':>11}{'F1-micro':>11}")
     for label, image, text, macro, micro in rows:
         print(f"  {label:<22}{image:>7}{text:>7}{macro:>11.3f}{micro:>11.3f}")
-    print(f"  {'always the most frequent genres':<36}{frequent_genres_f1(*labels):>11.3f}")
+    print(f"  {constant['answer']:<36}{constant['metrics']['f1_macro']:>11.3f}{constant['metrics']['f1_micro']:>11.3f}")
     print(
         "\n  image, text: share of the films that have it. Some genres show only in the poster, some only in the plot."
     )

@@ -127,19 +127,12 @@ def draw_motif(motif: str, pen: Pen) -> None:
                 pen("ellipse", (dx - size, -size), (dx + size, size), fill=(grey, grey, grey))
 
 
+# fmt: off
 MOTIFS = (
-    "Adventure",
-    "Fantasy",
-    "Western",
-    "Romance",
-    "Crime",
-    "Mystery",
-    "Biography",
-    "Family",
-    "Sci-Fi",
-    "Horror",
-    "Sport",
+    "Adventure", "Fantasy", "Western", "Romance", "Crime", "Mystery",
+    "Biography", "Family", "Sci-Fi", "Horror", "Sport",
 )
+# fmt: on
 """Genres with a motif; two more change the whole poster: Animation (dots) and Film-Noir (blinds)."""
 SCENERY = ("tree", "birds", "cloud")
 _DOT_COLOURS: tuple[Colour, ...] = ((250, 80, 160), (80, 220, 90), (255, 230, 50), (60, 150, 250))

@@ -1,12 +1,13 @@
 """What the benchmarks compare is the same thing: the baseline has our numbers; and what they record."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import loading, sides
+from benchmarks import loading, loop, sides
 from benchmarks.__main__ import main, record
 from benchmarks.baseline import PublishedAlgorithm
 from clip.modules.method import MethodOptions
@@ -45,64 +46,33 @@ def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(sides, "SPEC", replace(sides.SPEC, architecture=arch, method=MethodOptions("rep", 6, 2)))
     monkeypatch.setattr(loading, "FILMS", loading.BATCH)
     path = tmp_path / "RESULTS.md"
-    path.write_text("<!-- measured on cpu -->\n<!-- end of cpu -->\n")
+    parts = ("steps", "robustness", "training")
+    path.write_text("".join(f"<!-- {part} on cpu -->\n<!-- end of {part} -->\n" for part in parts))
+    monkeypatch.setattr(loop, "FILMS", 24)
+    monkeypatch.setattr(loop, "BATCH", 8)
     threads = str(torch.get_num_threads())
     monkeypatch.setattr("sys.argv", ["benchmarks", "--pairs", "1", "--threads", threads, "--record", str(path)])
     main()
-    rows = [line.split(" | ") for line in path.read_text().splitlines() if line.startswith("| ") and " s | " in line]
-    assert len(rows) == 10 + 1
+    rows = [line.split(" | ") for line in path.read_text().splitlines() if line.startswith("| ") and " to " in line]
+    rows = [cells for cells in rows if "ratio" not in cells and "share" not in cells]
+    assert len(rows) == 10 + 1 + 1
     assert all(float(ratio) > 0 for *_, ratio, _, _ in rows)
 
 
-RESULTS = """# Results
-
-<!-- measured on cpu -->
-
-`python -m benchmarks` on a day
-
-What took long.
-
-| a |
-|---|
-| 1 |
-
-What was large.
-
-| b |
-|---|
-| 2 |
-<!-- end of cpu -->
-
-The rest.
-"""
-
-
-def test_a_record_of_all_replaces_a_section(tmp_path: Path) -> None:
+def test_a_record_replaces_one_part(tmp_path: Path) -> None:
     path = tmp_path / "RESULTS.md"
-    path.write_text(RESULTS)
-    record(path, "cpu", "`today`", {"What took long.": "| a |"}, whole=True)
-    section = "<!-- measured on cpu -->\n\n`today`\n\nWhat took long.\n\n| a |\n<!-- end of cpu -->\n"
-    assert path.read_text() == f"# Results\n\n{section}\nThe rest.\n"
+    old = "# R\n<!-- steps on cpu -->\nold\n<!-- end of steps -->\n<!-- steps on cuda -->\n<!-- end of steps -->\n"
+    path.write_text(old)
+    record(path, "cpu", "steps", r"| \1 |")
+    assert path.read_text() == old.replace("old\n", "\n| \\1 |\n")
+    with pytest.raises(SystemExit, match="expected the lines <!-- loading on cpu -->"):
+        record(path, "cpu", "loading", "")
 
 
-def test_a_record_of_some_parts_leaves_the_others(tmp_path: Path) -> None:
-    path = tmp_path / "RESULTS.md"
-    path.write_text(RESULTS)
-    added = {"What took long.": "| a |\n|---|\n| 3 |", "What is new.": "| c |"}
-    record(path, "cpu", "`--only` on another day", added, whole=False)
-    once = (
-        RESULTS.replace("What took long.\n", "What took long.\n\n`--only` on another day\n")
-        .replace("| 1 |", "| 3 |")
-        .replace("| 2 |\n", "| 2 |\n\nWhat is new.\n\n`--only` on another day\n\n| c |\n")
-    )
-    assert path.read_text() == once
-    record(path, "cpu", "`--only` on another day", added, whole=False)
-    assert path.read_text() == once
-
-
-def test_a_record_needs_its_place(tmp_path: Path) -> None:
-    path = tmp_path / "RESULTS.md"
-    path.write_text(RESULTS)
-    with pytest.raises(SystemExit, match="expected the lines <!-- measured on cuda -->"):
-        record(path, "cuda", "`today`", {}, whole=True)
-    assert path.read_text() == RESULTS
+def test_batches_are_drawn_as_a_training_draws_them() -> None:
+    """An epoch has each sample once, with the table's missing types; presence and longest text differ by batch."""
+    first, *others = itertools.islice(sides.drawn("both", 0.7, range(15, 77), 16, torch.device("cpu")), 256)
+    types = torch.cat([data.missing_type_B for data in (first, *others)]).bincount().tolist()
+    assert types == [1229, 1434, 1433]
+    assert len({tuple(data.missing_type_B.tolist()) for data in others}) > 250
+    assert len({data.lengths["text"] for data in others}) > 3

@@ -14,7 +14,6 @@ from clip.tokenizer import byte_characters
 from common.errors import DataError
 from demo import __main__ as demo
 from demo import data
-from demo.__main__ import frequent_genres_f1
 from demo.posters import HEIGHT, WIDTH, draw_poster
 from demo.themes import DISTRACTORS, FILLERS, THEME_BY_GENRE, THEMES
 from run import command_line
@@ -180,13 +179,6 @@ def test_backbone_names_the_film_without_a_poster(tmp_path):
     (tmp_path / "films" / "images" / "9000002.jpeg").unlink()
     with pytest.raises(DataError, match="9000002"):
         backbone.read_films(tmp_path / "films", 64)
-
-
-def test_frequent_genres_f1_by_hand():
-    drama, war, both = [1, 0], [0, 1], [1, 1]
-    # dev has dramas only, so k = 1; on the test films Drama scores 2/3 and War, never predicted, 0.
-    train, dev, test = (torch.tensor(rows) for rows in ([drama, both], [drama, drama], [war, drama]))
-    assert frequent_genres_f1(train, dev, test) == pytest.approx((2 / 3 + 0) / 2)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from runs.report.results import Pattern, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.table import Table
 from runs.report.text import digits_for, listed_runs, percent
-from tests.report_files import HOSTILE, PLOTS, RATIOS, TestSet, at, edited, write_run, write_runs
+from tests.report_files import HOSTILE, PLOTS, RATIOS, TestSet, at, edited, write_robustness, write_run, write_runs
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 
 TYPES = ("complete", "text missing", "image missing")
@@ -150,8 +150,8 @@ def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -
         if method == "rep":
             edited(run, "test_results.json", **cost | {"training_seconds": 60.0 * (1 + seed)})
     table = tables.comparison_table(dataset_of(tmp_path))
-    assert list(table.columns.values())[2:] == ["F1-macro", "Training seeds", "Trainable parameters", "Minutes"]
-    assert rows_of(table) == [
+    assert list(table.columns.values())[-2:] == ["Trainable parameters", "Minutes"]
+    assert [row[:4] + row[-2:] for row in rows_of(table)] == [
         ["70 % both", "REP", "55 ± 7", "2", "1,234,567", "1.5"],
         ["70 % both", "MaPLe", "45 ± 7", "2", "not measured", "not measured"],
         ["70 % text", "REP", "25 ± 0", "2", "1,234,567", "1.5"],
@@ -159,6 +159,22 @@ def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -
     ]
     assert as_csv(table)[0]["f1_macro std"] == "7.0711"
     assert section_of(dataset_of(tmp_path)).parts[0].title == "Methods compared"
+
+
+@pytest.mark.parametrize("worse", [True, False])
+def test_only_what_is_significantly_better_is_bold(tmp_path: Path, worse: bool) -> None:
+    test_set = TestSet("food101")
+    for method in ("rep", "dcp"):
+        logits = test_set.logits(0)
+        if worse and method == "dcp":
+            logits = {name: -values for name, values in logits.items()}
+        run = write_run(tmp_path / method, "food101", prompt_type=method)
+        write_robustness(run, test_set.ids, test_set.rows, test_set.labels, logits)
+    [best, other, *_] = tables.comparison_table(dataset := dataset_of(tmp_path)).cells
+    means = [line.at_own_pattern.mean for line in dataset.lines if line.at_own_pattern]
+    assert other["difference_to_best"].csv[""] == pytest.approx(100 * (means[1] - means[0]), abs=1e-6)
+    assert best["accuracy"].strong == (float(str(other["p"].csv[""])) < 0.05) == worse
+    assert not other["accuracy"].strong and best["difference_to_best"].absent
 
 
 def test_what_is_compared(tmp_path: Path) -> None:

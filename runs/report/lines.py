@@ -10,6 +10,7 @@ import pandas as pd
 
 from common.text import Estimate, estimate
 from engine.robustness import PATTERN
+from runs.compare import Group, Settings, compare_runs
 from runs.lines import RunLine, Spread, lines_of, spread_of
 from runs.report.results import PUBLISHED_BACKBONE, Pattern, ReportRun, Robustness
 from runs.report.text import (
@@ -26,6 +27,8 @@ from runs.report.text import (
 from runs.run_reader import Run
 from vilt.datasets.specs import DATASETS, DatasetSpec
 
+RESAMPLES, PERMUTATIONS = 1000, 2000
+"""Behind the intervals and p-values of differences."""
 METHODS = ("CoOp", "MAP", "MaPLe", "DePT", "MMP", "DCP", "REP")
 """The published ones, as the published table writes them."""
 METHOD_TITLES = {
@@ -200,6 +203,19 @@ class Dataset:
         best_first = sorted(found, key=lambda line: -line.at_own_pattern.order if line.at_own_pattern else 0)
         patterns = dict.fromkeys(line.pattern for line in found) if len({line.variant for line in found}) > 1 else {}
         return {pattern: [line for line in best_first if line.pattern == pattern] for pattern in patterns}
+
+    @cached_property
+    def significance(self) -> dict[Pattern, Group]:
+        """By training pattern, how the compared lines that have stored logits differ there."""
+        found: dict[Pattern, Group] = {}
+        for pattern, lines in self.compared.items():
+            results = [entry for line in lines for entry in line.results if entry[1].logits is not None]
+            if results:
+                at = ((pattern.missing_type,), (pattern.ratio,), pattern.both_ratio)
+                settings = Settings(tuple(results[0][1].raw["table_seeds"]), RESAMPLES, PERMUTATIONS, *at)
+                groups = compare_runs([run.run for run, _ in results], settings)
+                found.update((pattern, group) for group in groups)
+        return found
 
 
 def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:

@@ -113,27 +113,50 @@ def _by_value(of_run: Mapping[str, Mapping[str, str]]) -> list[tuple[str, dict[s
 
 
 def comparison_table(dataset: Dataset) -> Table:
-    """A row per training pattern and line: the metric there, trainable parameters, and time of a training."""
-    rows: list[Row] = [
-        {
-            "trained_at": str(pattern),
-            "method": line.variant,
-            dataset.spec.monitor: mean_std(line.at_own_pattern, dataset.digits),
-            "training_seeds": len(line.runs),
-            "trained_parameters": _cost(line, "trained_parameters", "{:,.0f}"),
-            "training_minutes": _cost(line, "training_seconds", "{:,.1f}", 60),
-        }
-        for pattern, lines in dataset.compared.items()
-        for line in lines
-    ]
+    """A row per training pattern and line: the metric there, the difference to the best line, what training takes."""
+    metric, digits = dataset.spec.monitor, dataset.digits
+    rows: list[Row] = []
+    for pattern, lines in dataset.compared.items():
+        for line in lines:
+            of_line: Row = {"trained_at": str(pattern), "method": line.variant}
+            of_line |= {metric: mean_std(line.at_own_pattern, digits), "training_seeds": len(line.runs)}
+            costs = {
+                "trained_parameters": _cost(line, "trained_parameters", "{:,.0f}"),
+                "training_minutes": _cost(line, "training_seconds", "{:,.1f}", 60),
+            }
+            rows.append(of_line | _against_best(dataset, lines, line) | costs)
+            if rows[-1].pop("significantly_best"):
+                rows[-1][metric] = replace(mean_std(line.at_own_pattern, digits), strong=True)
     blank = dict.fromkeys(rows[0], NOT_APPLICABLE) if rows else {}
     for answer, metrics in dataset.baselines.items():
-        rows.append(
-            {**blank, "method": answer, dataset.spec.monitor: share(metrics[dataset.spec.monitor], dataset.digits)}
-        )
-    titles = {"trained_parameters": "Trainable parameters", "training_minutes": "Minutes"}
-    titles[dataset.spec.monitor] = capital(dataset.metric_title)
-    return Table(f"comparison_{dataset.key}", dataset.caption("comparison"), rows, titles)
+        rows.append({**blank, "method": answer, metric: share(metrics[metric], digits)})
+    titles = {"trained_parameters": "Trainable parameters", "training_minutes": "Minutes", "p": "p (Holm)"}
+    return Table(
+        f"comparison_{dataset.key}",
+        dataset.caption("comparison"),
+        rows,
+        titles | {metric: capital(dataset.metric_title)},
+    )
+
+
+def _against_best(dataset: Dataset, lines: Sequence[Line], line: Line) -> Row:
+    """The difference of a line to the first of `lines`, with its interval and p, from stored logits."""
+    group = dataset.significance.get(line.pattern)
+    places = {run: place for place, of_line in enumerate(group.lines) for run in of_line.items} if group else {}
+    best, mine = ({places.get(run.run) for run in each.runs} - {None} for each in (lines[0], line))
+    row: Row = {"difference_to_best": NOT_APPLICABLE, "p": NOT_APPLICABLE, "significantly_best": 0}
+    for each in group.comparisons if group else ():
+        if best | mine == {each.one, each.other}:
+            sign = 1 if each.one in mine else -1
+            value, *ends = (sign * end for end in each.difference[:3])
+            low, high = sorted(ends)
+            shown = " to ".join(points(end, dataset.digits).text for end in (low, high))
+            text = f"{points(value, dataset.digits).text} [{shown}]"
+            row["difference_to_best"] = Cell(text, {"": 100 * value, " low": 100 * low, " high": 100 * high})
+            row["p"] = Cell(f"{each.p_corrected:.2g}", {"": each.p_corrected})
+    if group and line is lines[0]:
+        row["significantly_best"] = int(group.best(group.comparisons[0].pattern) in mine)
+    return row
 
 
 def _cost(line: Line, name: str, form: str, unit: float = 1) -> Cell:

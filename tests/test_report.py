@@ -171,7 +171,8 @@ def test_only_what_is_significantly_better_is_bold(tmp_path: Path, worse: bool) 
         run = write_run(tmp_path / method, "food101", prompt_type=method)
         write_robustness(run, test_set.ids, test_set.rows, test_set.labels, logits)
     [best, other, *_] = tables.comparison_table(dataset := dataset_of(tmp_path)).cells
-    means = [line.at_own_pattern.mean for line in dataset.lines if line.at_own_pattern]
+    [lines] = dataset.compared.values()
+    means = [line.at_own_pattern.mean for line in lines if line.at_own_pattern]
     assert other["difference_to_best"].csv[""] == pytest.approx(100 * (means[1] - means[0]), abs=1e-6)
     assert best["accuracy"].strong == (float(str(other["p"].csv[""])) < 0.05) == worse
     assert not other["accuracy"].strong and best["difference_to_best"].absent

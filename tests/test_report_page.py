@@ -274,7 +274,7 @@ def test_excerpts() -> None:
         (
             "config.json",
             {"task": "imagenet"},
-            "task: expected one of mmimdb, food101, hatememes, custom, found 'imagen",
+            "task: expected one of mmimdb, food101, hatememes",
         ),
         ("config.json", {"missing_type": {"train": "x", "val": "both", "test": "both"}}, "expected text or image or"),
         ("config.json", {"missing_ratio": {"train": 7}}, "expected a ratio from 0 to 1, found 7"),

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from common.errors import ConfigError, DataError
 from common.messages import quoted
-from common.readers import literal, may_be_path, unquoted
+from common.readers import literal, may_be_path, unquoted, wrong
 from common.strict_json import Number, read_json
 from config import DEFAULTS, NAMED_CONFIGS, OPTIONS, SEED, Options
 from runs.other_names import CONFIGS_OF_VILT, MEANT, OPTIONS_OF_VILT, RENAMED
@@ -22,6 +22,8 @@ from vilt.datasets.custom import CUSTOM
 MAIN = "main"
 """The command where none is named: a run."""
 TEXTS = {str, Path}
+WITH_ENTRIES = ("sweep_over", "sweep_slurm", "search")
+"""Options that are dictionaries of any entries."""
 RECORD = ("-F", "--file_storage")
 FLAGS = "-F FOLDER (Sacred's record of the run), -u (none) or -h (help)"
 
@@ -67,7 +69,7 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
     for place, word in enumerate(rest[1:], start=1):
         name, equals, value = (part.strip() for part in word.partition("="))
         if equals and name:
-            name = _known(RENAMED.get(name, name))
+            name = _known(_renamed(name, rest))
             found.given.add(option_of(name))
             found.chosen.add(option_of(name))
             found.words.append(f"{name}={value}")
@@ -79,9 +81,23 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
         name, equals, value = word.partition("=")
         if equals:
             set_option(found.updates, name, typed(name, value))
-    if "seed" in found.updates:
-        SEED("seed", found.updates["seed"])
+    for name, value in found.updates.items():  # what Sacred would refuse without naming it, or act on
+        if isinstance(value, dict) and name not in WITH_ENTRIES:
+            if not isinstance(DEFAULTS[name], dict) or any(isinstance(one, dict) for one in value.values()):
+                raise wrong(name, "no dictionary", value)
+            for entry in value:
+                _known(f"{name}.{entry}")
+    SEED("seed", found.updates.get("seed", 0))
     return found
+
+
+def _renamed(name: str, words: Sequence[str]) -> str:
+    """The name here of an option of DCP's; one that is also an option here needs the method on the line."""
+    if name not in RENAMED or "prompt_type=dcp" in words or name not in OPTIONS:
+        return RENAMED.get(name, name)
+    if not any(word.startswith("prompt_type=") for word in words):
+        raise ConfigError(f"{name}: expected {RENAMED[name]}, or prompt_type= with it, to say whose option it is")
+    return name
 
 
 def _without_flags(words: Sequence[str], found: CommandLine) -> list[str]:
@@ -98,19 +114,15 @@ def _without_flags(words: Sequence[str], found: CommandLine) -> list[str]:
                 flag, equals, value = "-F", "=", word[2:]
             if not equals:
                 value = queue.pop(0) if queue and not _is_own(queue[0]) else ""
-            if not value or found.record is not None:
-                raise ConfigError(
-                    f"{flag}: expected {'it once' if value else f'a folder behind it, as in {flag} records'}"
-                )
+            if not value:
+                raise ConfigError(f"{flag}: expected a folder behind it, as in {flag} records")
+            if found.record is not None:
+                raise ConfigError(f"{flag}: expected it once, found it twice")
             found.record = value
         elif word.startswith("-"):
             name = flag.lstrip("-").replace("-", "_")
-            remedy = (
-                f"; options have no dashes: {MEANT.get(name, name)}={value or '…'}"
-                if name in {*OPTIONS, *MEANT}
-                else ""
-            )
-            raise ConfigError(f"{quoted(word)}: expected name=value, or the flag {FLAGS}{remedy}")
+            meant = f"{MEANT.get(name, name)}={value or '…'}" if name in {*OPTIONS, *MEANT} else "name=value"
+            raise ConfigError(f"{quoted(word)}: expected {meant}, or the flag {FLAGS}")
         else:
             rest.append(word)
     if found.unobserved and found.record is not None:
@@ -173,16 +185,14 @@ def _take_config(word: str, found: CommandLine) -> None:
     except DataError as error:
         raise ConfigError(f"{error}; expected options as JSON") from error
     for name, value in options.items():
-        if name == CUSTOM and isinstance(
-            value, dict
-        ):  # in the config.json of a run: not an option, but what its data said
+        if name == CUSTOM and isinstance(value, dict):  # of the config.json of a run: what its data said, no option
             continue
-        name = RENAMED.get(name, name)
-        _known(name, f"{word}: ")
+        name = _known(name if name in OPTIONS else RENAMED.get(name, name), f"{word}: ")
         set_option(found.updates, name, from_file(name, value))
-        found.given.add(name)
-        if name != "exp_name" and not _is_default(name, found.updates[name]):  # every run has a name
-            found.chosen.add(name)
+        option = option_of(name)
+        found.given.add(option)
+        if option != "exp_name" and not _is_default(option, found.updates[option]):  # every run has a name
+            found.chosen.add(option)
 
 
 def _is_default(name: str, value: Any) -> bool:
@@ -205,11 +215,9 @@ def _known(name: str, where: str = "") -> str:
     option, dot, entry = name.partition(".")
     if option in OPTIONS_OF_VILT:
         raise ConfigError(f"{where}{name}: an option of ViLT, whose tasks and model are not here; leave it out")
-    entries = {"sweep_over", "sweep_slurm", "search"}
     default = DEFAULTS.get(option)
-    if option not in OPTIONS or (
-        dot and option not in entries and not (isinstance(default, dict) and entry in default)
-    ):
+    has_entry = option in WITH_ENTRIES or (isinstance(default, dict) and entry in default)
+    if option not in OPTIONS or (dot and not has_entry):
         raise ConfigError(f"{where}{unknown_option([name], list(OPTIONS))}")
     return name
 

@@ -13,9 +13,9 @@ alone. The whole configuration is checked first: what is wrong is one line, and 
 page from config.py; `python run.py print_config with …` shows the values that a command would use, and
 `python run.py COMMAND --help` the options of a command (of a run: `main`).
 
-A text or a path is what you type, in quotes or not: `exp_name=1.10`, `data_root=2024_11`, `runs=[1.10,a]`. Anything else
-is read as Python writes it: `seed=3`, `sweep_ratios=[0.5,0.9]`. `None` leaves open what may be left open. Options in a
-`.json` file (`with options.json`, also the `config.json` of a run) count less than those on the command line.
+A text or a path is what you type, in quotes or not: `exp_name=1.10`, `data_root=2024_11`, `runs=[1.10,a]`. Anything
+else is read as Python writes it: `seed=3`, `sweep_ratios=[0.5,0.9]`. `None` leaves open what may be open. Options in
+a `.json` file (`with options.json`, also the `config.json` of a run) count less than those on the command line.
 """
 
 

@@ -4,33 +4,33 @@ The published code inherits ViLT's configuration, most of which is for ViLT's ow
 """
 
 RENAMED = {"prompt_length": "memory_length", "prompt_depth": "memory_depth"}
-"""DCP's names, which are taken for ours."""
-MEANT = {
-    **dict.fromkeys(("lr", "base_lr"), "learning_rate"),
-    **dict.fromkeys(("method", "prompt", "model"), "prompt_type"),
-    **dict.fromkeys(("backbone", "clip", "encoder", "arch"), "vit"),
-    **dict.fromkeys(("dataset", "task_name"), "task"),
-    **dict.fromkeys(("data", "data_dir", "data_path", "root"), "data_root"),
-    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "epoch"), "max_epoch"),
-    **dict.fromkeys(("steps", "num_steps"), "max_steps"),
-    **dict.fromkeys(("warmup", "warmup_ratio"), "warmup_steps"),
-    **dict.fromkeys(("wd", "decay"), "weight_decay"),
-    **dict.fromkeys(("optimizer", "optim"), "optim_type"),
-    **dict.fromkeys(("bs", "batchsize"), "batch_size"),
-    **dict.fromkeys(("workers", "n_workers"), "num_workers"),
-    **dict.fromkeys(("gpus", "gpu", "devices", "device"), "num_gpus"),
-    **dict.fromkeys(("nodes",), "num_nodes"),
-    **dict.fromkeys(("amp", "fp16", "dtype"), "precision"),
-    **dict.fromkeys(("ratio", "missing_rate"), "missing_ratio"),
-    **dict.fromkeys(("type", "missing", "missing_modality"), "missing_type"),
-    **dict.fromkeys(("ckpt", "checkpoint", "checkpoint_path", "ckpt_path", "pretrained"), "load_path"),
-    **dict.fromkeys(("resume",), "resume_from"),
-    **dict.fromkeys(("name", "run_name"), "exp_name"),
-    **dict.fromkeys(("output_dir", "save_dir", "result_dir"), "log_dir"),
-    **dict.fromkeys(("seeds",), "sweep_seeds"),
-    **dict.fromkeys(("length", "n_ctx"), "memory_length"),
-    **dict.fromkeys(("depth",), "memory_depth"),
+"""DCP's names, which are taken for ours. MPLMM has a prompt_length of its own."""
+_OURS_AND_THEIRS = {
+    "learning_rate": "lr base_lr",
+    "prompt_type": "method model prompt",
+    "vit": "backbone encoder arch clip",
+    "task": "dataset",
+    "data_root": "data data_dir data_path root",
+    "max_epoch": "epochs epoch num_epochs max_epochs",
+    "max_steps": "steps num_steps",
+    "warmup_steps": "warmup warmup_ratio",
+    "weight_decay": "wd",
+    "optim_type": "optimizer optim",
+    "per_gpu_batchsize": "batch bs",
+    "num_workers": "workers",
+    "num_gpus": "gpus gpu device devices",
+    "precision": "amp fp16 dtype",
+    "missing_ratio": "ratio missing_rate",
+    "missing_type": "type missing",
+    "load_path": "checkpoint ckpt checkpoint_path ckpt_path pretrained",
+    "resume_from": "resume",
+    "exp_name": "name run_name",
+    "log_dir": "output_dir save_dir",
+    "sweep_seeds": "seeds",
+    "memory_length": "length n_ctx",
+    "memory_depth": "depth",
 }
+MEANT = {theirs: ours for ours, several in _OURS_AND_THEIRS.items() for theirs in several.split()}
 """What a user means; refused with a hint."""
 OPTIONS_OF_VILT = frozenset(
     {

@@ -99,6 +99,15 @@ def test_which_options_are_texts() -> None:
     }
 
 
+def test_an_option_of_dcp_that_is_another_one_here_needs_its_method() -> None:
+    assert values("prompt_type=dcp", "prompt_length=9", "prompt_depth=1") == {
+        "prompt_type": "dcp", "memory_length": 9, "memory_depth": 1
+    }  # fmt: skip
+    assert values("prompt_type=mplmm", "prompt_length=9") == {"prompt_type": "mplmm", "prompt_length": 9}
+    with pytest.raises(ConfigError, match=r"prompt_length: .*memory_length.*prompt_type"):
+        read("with", "prompt_length=9")
+
+
 def test_other_values_are_read_as_python_writes_them() -> None:
     given = values("seed=3", "learning_rate=1e-3", "far=False", "sweep_ratios=[0.5,0.9]", "missing_type=text")
     assert given == {
@@ -109,11 +118,15 @@ def test_other_values_are_read_as_python_writes_them() -> None:
     }
 
 
-def test_an_entry_changes_that_entry_alone() -> None:
+def test_an_entry_changes_that_entry_alone(tmp_path: Path) -> None:
     assert values("missing_ratio=0.5", "missing_ratio.train=0.3")["missing_ratio"] == {
         "train": 0.3, "val": 0.5, "test": 0.5
     }  # fmt: skip
     assert values("missing_ratio.train=0.3")["missing_ratio"] == {"train": 0.3}
+    (tmp_path / "a.json").write_text('{"missing_ratio": 0.5, "missing_ratio.val": 0.2}')
+    assert values("missing_ratio.train=0.3", str(tmp_path / "a.json"))["missing_ratio"] == {
+        "train": 0.3, "val": 0.2, "test": 0.5
+    }  # fmt: skip
     assert values("ablation", "sweep_over.far=[True]")["sweep_over"] == {"far": [True], "fmb": [False, True]}
 
 
@@ -155,7 +168,7 @@ WRONG = {
     "with -F a -F b": ("-F", "once"),
     "with -F a -u": ("-u", "-F"),
     "runs -F a": ("-F", "runs"),
-    "with -l": ("'-l'", "name=value"),
+    "with -l": ("'-l'", "name=value", "-F FOLDER"),
     "with --debug": ("'--debug'",),
     "with --print-config": ("'--print-config'",),
     "with --lr=0.1": ("learning_rate=0.1",),

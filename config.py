@@ -131,6 +131,9 @@ class Options:
     lora_rank: tuple[int, ...] = option(
         4, of_each(3, integer(1)), MODEL, "mora, lora: rank; or of shared update, image tower, text tower")
     lora_alpha: float = option(0.001, number(0), MODEL, "mora, lora: factor on the updates")
+    aoept_prototypes: int = option(256, integer(1), MODEL, "aoept: clusters of the training set, by tower and block")
+    aoept_weight: float = option(0.05, number(0), MODEL, "aoept: weight of its auxiliary loss")
+    aoept_read: str = option("published", one_of("published", "end"), MODEL, "aoept: position read of a text")
     far: bool = option(True, flag, MODEL, "REP: residual bypass, and replay if replay_depth is above 0")
     fmb: bool = option(True, flag, MODEL, "REP: private slots by missing type, and shared slots")
     replay_depth: int = option(0, integer(0), MODEL, "REP as described: deeper blocks that get early outputs replayed")

@@ -148,7 +148,11 @@ def _check_method(options: Options) -> None:
         )
     if options.prompt_type == "map_attention" and length % 2:
         raise ConfigError(f"memory_length: expected a multiple of 6 (a third of it is keys and values), found {length}")
-    for prefix, option, values in (("dpl_", "head", ("dpl",)), ("lora_", "prompt_type", ("mora", "lora"))):
+    for prefix, option, values in (
+        ("dpl_", "head", ("dpl",)),
+        ("lora_", "prompt_type", ("mora", "lora")),
+        ("aoept_", "prompt_type", ("aoept",)),
+    ):
         for name in OPTIONS:
             default = OPTIONS[name].read(name, OPTIONS[name].default) if name.startswith(prefix) else None
             if default is not None and getattr(options, option) not in values and getattr(options, name) != default:

@@ -2,15 +2,18 @@
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import move_data_to_device
 
 from clip.backbone import Backbone
 from clip.modules.classifier import MissingModalityClassifier
@@ -41,7 +44,7 @@ from engine.processes import ending_together
 from engine.resume import Training, alone, find_progress, say_differences
 from engine.tasks import head_name, task_of
 from engine.trainer import make_trainer
-from engine.training import FinetuneModule
+from engine.training import FinetuneModule, model_input
 from runs.comparable import NOT_THE_TRAINING
 from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
 from runs.start import described, say_device, say_remarks, start_folder
@@ -146,6 +149,8 @@ def train_from(
         warm_start(classifier, start, backbone, options.published_seed, with_head=options.finetune_first)
 
     set_computation(options, classifier)
+    if classifier.method.sees_training_split and options.resume_from is None and options.load_path is None:
+        see_training_split(options, classifier, data)
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
     tokenizer = TokenizerUsed(options.tokenizer, inputs.fingerprint) if inputs.tokenize is not None else None
@@ -184,6 +189,18 @@ def train_from(
             "training_seconds": None if options.resume_from else round(seconds, 1),
         }
         return test(options, trainer, module, data, checkpoint, folder, training)
+
+
+def see_training_split(options: Options, classifier: MissingModalityClassifier, data: MissingModalityData) -> None:
+    """Shows the method the samples of the training split, in every process all of them."""
+    log.info("%s looks at the training split first", options.prompt_type)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", rank) if options.num_gpus else torch.device("cpu")
+    with data.naming_dead_workers():
+        batches = islice(data.train_dataloader(), 1 if options.fast_dev_run else None)
+        classifier.to(device)
+        classifier.method.see(classifier.model, (model_input(move_data_to_device(batch, device)) for batch in batches))
+        classifier.to("cpu")
 
 
 def warm_start(

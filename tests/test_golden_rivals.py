@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clip.backbone import architecture_of
+from clip.modules.aoept import AOEPT
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.dpl import DecoupledPrototypes
 from clip.modules.method import MethodOptions
@@ -184,7 +185,60 @@ def check_mora(case: Case) -> None:
     case.check_gradients(classifier, published)
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {"dpl": check_dpl, "mora": check_mora}
+def check_aoept(case: Case) -> None:
+    meta = case.meta
+    options = MethodOptions(
+        "aoept",
+        3 * meta.prompt_length,
+        meta.prompt_depth,
+        aoept_prototypes=meta.prototypes,
+        aoept_weight=meta.aux_weight,
+        aoept_read={"last": "published", "end": "end"}[meta.read_position],
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AOEPT, "reduction", meta.reduction)
+        classifier = case.build(options, "linear")
+    method = classifier.method
+    assert isinstance(method, AOEPT)
+    method.get_buffer("text_marks").copy_(torch.tensor([49406, 49407]))
+
+    def published(name: str) -> str:
+        name = name.replace(case.task.head_name, "classifier").removeprefix("model.prompt_learner.")
+        return re.sub(r"(gate_mlp\.\d+)", r"\1.gate_net", name)
+
+    own = [*classifier.named_parameters(), *classifier.named_buffers()]
+    values = {published(name): value for name, value in own if published(name) in meta.shapes}
+    assert {name: list(value.shape) for name, value in values.items()} == meta.shapes
+    assert sum(p.numel() for p in classifier.parameters() if p.requires_grad) == meta.trained_values
+    with torch.no_grad():
+        for name, value in values.items():
+            factor = {"query": 0.3, "tokens": 1.0}.get(name.rpartition("_")[2])
+            made = WEIGHTS.uniform if factor else WEIGHTS.parameter
+            value.copy_((factor or 1) * torch.from_numpy(np.asarray(made(meta.tag, name, tuple(value.shape)))))
+
+    batch = model_input(case.images, case.tokens, case.types)
+    case.check("prompts_text_0", method.own_prompts("text", 0))
+    case.check("prompts_vision_0", method.own_prompts("image", 0))
+    case.check("shared_text_0", method.shared_prompts("text", 0))
+    case.check("shared_vision_last", method.shared_prompts("image", meta.prompt_depth - 1))
+    gates: dict[tuple[str, str, int], Tensor] = {}
+    gate = method.gate
+    method.gate = lambda *of, **more: gates.setdefault(of[:3], gate(*of, **more))  # type: ignore[method-assign]
+    features, _ = classifier.features(batch)
+    case.check("gate_text_0", gates["", "text", 0])
+    case.check("gate_vision_last", gates["", "image", meta.prompt_depth - 1])
+    case.check("features", classifier.model.fuse(features, batch.present_BM))
+    gates.clear()
+    logits, losses = classifier.training_outputs(batch, case.labels)
+    case.check("logits", logits)
+    loss = case.task.loss(logits, case.labels)
+    assert loss.item() == pytest.approx(meta.classification_loss, rel=FORWARD_TOLERANCE)
+    assert losses["auxiliary"].item() == pytest.approx(meta.aux_weight * meta.aux_loss, rel=FORWARD_TOLERANCE)
+    (loss + losses["auxiliary"]).backward()
+    case.check_gradients(classifier, published)
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {"dpl": check_dpl, "mora": check_mora, "aoept": check_aoept}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **REP_OPTIONS,
     **{name: {"prompt_type": name} for name in METHODS if name != "rep"},
 }
-SLOW_VARIANTS = [name for name in VARIANTS if name not in ("mora", "lora")]
+SLOW_VARIANTS = [name for name in VARIANTS if name not in ("mora", "lora", "aoept")]
 """Those with a slow version; the others have golden numbers (test_golden_rivals.py)."""
 HEADS_ALONE = [("none", head) for head in HEADS if head != "linear"]
 DEEPER = replace(TINY, vision_layers=4, text_layers=3)
@@ -236,7 +236,7 @@ def learner_size(prompt_type: str, arch: ClipArchitecture, m: int, depth: int) -
 
 
 @pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
-@pytest.mark.parametrize("prompt_type", [name for name in METHODS if name not in ("rep", "dcp")])
+@pytest.mark.parametrize("prompt_type", [name for name in METHODS if name not in ("rep", "dcp", "aoept")])
 def test_the_prompts_and_the_head_alone_are_trained(prompt_type: str, task: str) -> None:
     classifier = build_classifier(ModelSpec(task, MethodOptions(prompt_type, 6, 2), TINY))
     trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
@@ -353,7 +353,7 @@ def test_the_decoupling_loss() -> None:
     assert losses["decoupling"].item() == pytest.approx(0.5 * slow_methods.decoupling(slots).item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("msp", "rep described")])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("msp", "rep described", "aoept")])
 def test_no_other_method_has_a_loss_of_its_own(variant: str) -> None:
     classifier = make(variant).train()
     assert classifier.training_outputs(*training_batch([0, 2]))[1] == {}
@@ -468,6 +468,26 @@ def test_plain_lora_adds_its_update_and_starts_at_the_frozen_weights() -> None:
     nn.init.normal_(own.get_parameter("Q"))
     expected = weight + 0.5 * (own.get_parameter("P") @ own.get_parameter("Q")).T
     assert torch.allclose(method.adapted("image", 1, "v", weight), expected)
+
+
+def test_aoept_sees_the_mean_tokens_of_the_training_split_first() -> None:
+    """Of the samples that have a modality, of texts up to `<end>`; as many samples as clusters are the clusters."""
+    classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("aoept", 6, 2, aoept_prototypes=2), TINY))
+    images, tokens = tiny_batch(3)
+    classifier.method.see(classifier.model, [model_input(images, tokens, [0, 1, 2])])
+    text_tower, image_tower = (
+        classifier.model.get_submodule("text_encoder"),
+        classifier.model.get_submodule("image_encoder"),
+    )
+    seen_images, seen_text = (classifier.method.get_buffer(f"{name}_init_tokens") for name in ("vision", "text"))
+    for row, expected in enumerate(image_tower.embed(images[:2]).mean(dim=1)):
+        assert torch.allclose(seen_images[0, row], expected, atol=1e-5)
+    for row, sample in enumerate((0, 2)):
+        ids = tokens[sample : sample + 1]
+        x = text_tower.embed(ids)[:, : int(ids.argmax()) + 1]
+        assert torch.allclose(seen_text[0, row], x[0].mean(dim=0), atol=1e-5)
+        x = text_tower.transformer.run(0, x, mask=torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril())
+        assert torch.allclose(seen_text[1, row], x[0].mean(dim=0), atol=1e-5)
 
 
 # REP as described

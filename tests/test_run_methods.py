@@ -17,6 +17,7 @@ from tests.conftest import Workspace
 DESCRIBED = ("memory_depth=1", "replay_depth=1", "dynamic_init=True", "decoupling_weight=0.1")
 VARIANTS = {
     **{name: (f"prompt_type={name}",) for name in METHODS},
+    "aoept": ("prompt_type=aoept", "aoept_prototypes=4"),
     "described": DESCRIBED,
     "baseline of the ablation": ("far=False", "fmb=False"),
     "dpl": ("head=dpl", "dpl_contrast_weight=0.9", "dpl_margins=[0.1,0.15,0.15]"),
@@ -51,7 +52,7 @@ def test_a_run_and_the_evaluation_of_its_checkpoint(workspace: Workspace, tmp_pa
     assert len({(one["prompt_type"], one["head"], one["memory_length"], one["far"]) for one in configs}) == 1
 
 
-@pytest.mark.parametrize("variant", ["map_input", "described", "dpl", "mora"])
+@pytest.mark.parametrize("variant", ["map_input", "described", "dpl", "mora", "aoept"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     workspace: Workspace, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,11 +64,11 @@ class MissingModalityClassifier(nn.Module):
         if self.method.per_sample or self.model.mixes:
             batch = batch.with_own_inputs()
         if (blanks := self.method.blanks) is not None:
-            batch = self.model.complete(batch, blanks, once=not self.training)
+            batch = self.model.complete(batch, blanks, once=not self.training and not self.method.per_sample)
         batch = self.model.prepare(batch)
         tokens = self.model.mix(batch, self.method.adapt(batch, self.model.embed(batch)))
         slots = self.method(batch, tokens)
-        features = self.model.encode(batch, tokens, slots)
+        features = self.method.encode(self.model, batch, tokens, slots)
         if self.method.options.mask_readout:
             has = zip(features.items(), batch.present_BM.unbind(dim=1), strict=True)
             features = {name: feature_BE * has_B[:, None] for (name, feature_BE), has_B in has}

@@ -49,6 +49,12 @@ class MethodOptions:
     """Of the shared update, the image tower's own and the text tower's own."""
     lora_alpha: float = 0.001
     """Factor on the updates."""
+    aoept_prototypes: int = 256
+    """AOEPT: clusters of each tower and block."""
+    aoept_weight: float = 0.05
+    """AOEPT: of the auxiliary loss."""
+    aoept_read: str = "published"
+    """AOEPT: position of the text that is read, that of the published code or `end`."""
     rdn_hidden: int = 32
     """Of text, audio and vision, like the options below: width within REP's projections."""
     mask_readout: bool = False
@@ -88,6 +94,8 @@ class Method(nn.Module):
     """Beginnings of the names of parameters that change nothing at their start values, for options of the method."""
     grey: ClassVar[float | None] = None
     """Of methods that encode missing inputs all the same: level of the image in place of one, see `blanks`."""
+    sees_training_split: ClassVar[bool] = False
+    """Whether the training starts with a pass over its samples, see `see`."""
     per_sample = False
     """True: a modality's slots follow from more of a sample than its missing type and its input of that modality, so
     that an input that several samples share has to be encoded for each of them."""
@@ -115,6 +123,16 @@ class Method(nn.Module):
             tokens: input tokens (b, L, D) of the modalities that any sample has.
         """
         raise NotImplementedError
+
+    def encode(
+        self,
+        backbone: Backbone,
+        batch: ModelInput,
+        tokens: Mapping[str, Tensor],
+        slots: Mapping[str, TowerSlots],
+    ) -> dict[str, Tensor]:
+        """Features (B, E) by modality; a method whose towers read each other goes through the blocks itself."""
+        return backbone.encode(batch, tokens, slots)
 
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
@@ -148,6 +166,9 @@ class Method(nn.Module):
 
     def start_on(self, backbone: Backbone) -> None:
         """Takes what its start values need of the frozen weights."""
+
+    def see(self, backbone: Backbone, batches: Iterable[ModelInput]) -> None:
+        """Looks at the samples of the training split before the training, where `sees_training_split`."""
 
 
 def of_missing_type(slots_of_type: Sequence[Tensor], batch: ModelInput) -> Tensor:

@@ -20,6 +20,7 @@ METHODS = {
     "msp": "clip.modules.msp:ModalitySpecificPrompts",
     "mora": "clip.modules.mora:MoRA",
     "lora": "clip.modules.mora:LoRA",
+    "aoept": "clip.modules.aoept:AOEPT",
     "none": "clip.modules.no_prompts:NoPrompts",
 }
 FAMILY_METHODS = {

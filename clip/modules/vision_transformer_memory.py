@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from clip.modules.interfaces import Adapter, Backbone, Blanks, ModelInput, Place, Tower, TowerSlots
 
 FINAL = "final norms, image projection"
+TEXT_PROJECTION = "text projection"
 FROZEN = "CLIP"
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -166,7 +167,7 @@ class Transformer(nn.Module):
         depth, L = len(replaced), tokens_BLD.shape[1]
         x_BLD = tokens_BLD if dynamic_BmD is None else torch.cat([dynamic_BmD, tokens_BLD], dim=1)
         outputs_BPD: list[Tensor] = []  # of the replaced and inserted slots, for the replay
-        for k, block in enumerate(self.resblocks):
+        for k in range(len(self.resblocks)):
             if 0 < k < depth:
                 x_BLD = x_BLD[:, replaced[k - 1].shape[1] :]
             # [replaced | inserted | dynamic | tokens]
@@ -178,13 +179,25 @@ class Transformer(nn.Module):
             mask = _causal_mask(x_BLD, prefix_BP2D) if self.causal else None
             last = k + 1 == len(self.resblocks)
             read = x_BLD.shape[1] - L + read_B if last else None
-            run: Callable[..., Tensor] = block
-            if self.checkpointing and torch.is_grad_enabled():  # only adapters draw something at random
-                run = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=k in adapters)
-            x_BLD = run(x_BLD, prefix_BP2D, mask, read, adapters.get(k))
+            x_BLD = self.run(k, x_BLD, prefix_BP2D, mask, read, adapters.get(k))
             if replay and k < depth:
                 outputs_BPD.append(x_BLD[:, : replaced[k].shape[1] + sum(each.shape[1] for each in inserted)])
         return x_BLD[:, 0]
+
+    def run(
+        self,
+        k: int,
+        x_BLD: Tensor,
+        prefix_BP2D: Tensor | None = None,
+        mask: Tensor | None = None,
+        read_B: Tensor | None = None,
+        adapter: Adapter | None = None,
+    ) -> Tensor:
+        """What block `k` gives, see `ResidualAttentionBlock`."""
+        block: Callable[..., Tensor] = self.resblocks[k]
+        if self.checkpointing and torch.is_grad_enabled():  # only adapters draw something at random
+            block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=adapter is not None)
+        return block(x_BLD, prefix_BP2D, mask, read_B, adapter)
 
 
 def _add_in_front(x_BLD: Tensor, added_BPD: Tensor) -> Tensor:
@@ -310,12 +323,13 @@ class ClipBackbone(Backbone):
         return normalise(image_u8, *self.image_encoder.statistics).to(like.dtype)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """What follows the last blocks, and the rest; the text projection is never trained, as published."""
+        """What follows the last blocks, of which only AOEPT trains the text projection, and the rest."""
         final = [*self.image_encoder.ln_post.parameters(), self.image_encoder.proj]
         final += self.text_encoder.ln_final.parameters()
-        of_final = set(map(id, final))
+        parts = {FINAL: final, TEXT_PROJECTION: [self.text_encoder.text_projection]}
+        ends = {id(parameter) for part in parts.values() for parameter in part}
         of_clip = [*self.image_encoder.parameters(), *self.text_encoder.parameters(), self.logit_scale]
-        return {FINAL: final, FROZEN: [parameter for parameter in of_clip if id(parameter) not in of_final]}
+        return {**parts, FROZEN: [parameter for parameter in of_clip if id(parameter) not in ends]}
 
     def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
         """See `Backbone.compute`."""

@@ -19,7 +19,7 @@ from clip.modules.interfaces import ModelInput, TowerSlots
 from clip.modules.method import Method, MethodOptions
 from clip.modules.mora import LoRA
 from clip.modules.registry import HEADS, METHODS, method_class
-from clip.modules.vision_transformer_memory import ClipArchitecture
+from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from engine.checkpoint import (
     DESCRIPTION,
     ModelSpec,
@@ -475,10 +475,8 @@ def test_aoept_sees_the_mean_tokens_of_the_training_split_first() -> None:
     classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("aoept", 6, 2, aoept_prototypes=2), TINY))
     images, tokens = tiny_batch(3)
     classifier.method.see(classifier.model, [model_input(images, tokens, [0, 1, 2])])
-    text_tower, image_tower = (
-        classifier.model.get_submodule("text_encoder"),
-        classifier.model.get_submodule("image_encoder"),
-    )
+    assert isinstance(classifier.model, ClipBackbone)
+    text_tower, image_tower = classifier.model.text_encoder, classifier.model.image_encoder
     seen_images, seen_text = (classifier.method.get_buffer(f"{name}_init_tokens") for name in ("vision", "text"))
     for row, expected in enumerate(image_tower.embed(images[:2]).mean(dim=1)):
         assert torch.allclose(seen_images[0, row], expected, atol=1e-5)

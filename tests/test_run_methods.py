@@ -66,6 +66,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
 
     options = (*VARIANTS[variant], "max_epoch=2", "test_after_fit=False")
     with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_is_due", lambda _, trainer: trainer.validating)
         patch.setattr(Checkpoints, "on_validation_end", keep_a_copy)
         run(workspace, tmp_path, *options, "exp_name=whole")
     whole = torch.load(tmp_path / "whole_seed0" / "version_0" / "last.ckpt", weights_only=True)["state_dict"]

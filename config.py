@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip.modules.registry import HEADS, METHODS
+from clip.modules.registry import HEADS, METHODS, PRETRAINING
 from common.readers import (
     Reader,
     by_key,
@@ -112,6 +112,8 @@ class Options:
 
     vit: str = option("ViT-B/16", path_or_name, MODEL,
         "CLIP weights: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a Hugging Face folder, or a file")
+    network: dict[str, Any] = option(
+        None, dictionary, MODEL, "sensors: sizes of the backbone, as network.type=deepsense network.width=64")
     vit_activation: str | None = option(
         None, optional(one_of("quick_gelu", "gelu")), MODEL, "for open_clip state dicts, which do not say it")
     tokenizer: str | None = option(None, optional(path_or_name), MODEL,
@@ -280,6 +282,7 @@ class Options:
             "dataset": self.task,
             "patterns": {split: self.pattern(split) for split in SPLITS},
             "order_seed": order_seed,
+            "subsequence": PRETRAINING.get(self.prompt_type, 1),
         }
         names = [each.name for each in fields(DataSettings)]
         return DataSettings(**{name: given[name] if name in given else getattr(self, name) for name in names})
@@ -297,6 +300,14 @@ NAMED_CONFIGS: dict[str, dict[str, Any]] = {
     **{
         f"task_finetune_{name}": {"exp_name": f"finetune_{name}", "task": name, **spec.options}
         for name, spec in EVERY_DATASET.items()
+    },
+    **{
+        f"task_pretrain_{name}": {"exp_name": f"pretrain_{name}", "task": name, **spec.options, **spec.pretraining}
+        for name, spec in EVERY_DATASET.items()
+        if spec.pretraining
+    },
+    "supervised": {
+        "prompt_type": "full", "max_epoch": 500, "learning_rate": 1e-4, "weight_decay": 0.05, "end_lr": 1e-7,
     },
     "task_pretrain_mosei": {
         **EVERY_DATASET["mosei"].options, "exp_name": "pretrain_mosei", "task": "mosei", "prompt_type": "full",

@@ -19,6 +19,7 @@ from common.text import terminal_table
 from engine.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
 from vilt.datasets.specs import EVERY_DATASET
 from vilt.utils.arrow_writer import BAD_SAMPLES, BadSample, BadSamplesError, SplitSummary, convert
+from vilt.utils.recordings import WAYS
 
 N_SHOWN = 20
 """How many bad samples the terminal shows."""
@@ -58,7 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     described = parser.add_mutually_exclusive_group()
     described.add_argument(
-        "--spec", type=Path, metavar="FILE", help="custom only: what the tables hold (default: RAW/spec.yaml)"
+        "--spec", type=Path, metavar="FILE", help="custom, sensors: what the data holds (default: RAW/spec.yaml)"
     )
     described.add_argument(
         "--table", type=Path, metavar="FILE", help="custom only: a table with columns image, text, label and split"
@@ -78,6 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--follow-links", action="store_true", default=None, help="custom only: images may be links that leave RAW"
     )
+    parser.add_argument("--split", choices=WAYS, help="recordings: how they are divided (default: see DATA.md)")
     args = parser.parse_args(argv)
     for option in dict.fromkeys(option for spec in CONVERTERS.values() for option in spec.converter_options):
         takers = [name for name, spec in CONVERTERS.items() if option in spec.converter_options]

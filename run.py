@@ -31,8 +31,11 @@ from runs.help import described_options, help_on
 
 
 @EX.main
-def main(_config: dict[str, Any], _run: Any) -> dict[str, float]:
-    """Trains, or evaluates with test_only=True; returns the test metrics."""
+def main(_config: dict[str, Any], _run: Any, network: Any) -> dict[str, float]:
+    """Trains, or evaluates with test_only=True; returns the test metrics.
+
+    `network` is there so that Sacred lets entries be added to it; it is in `_config` too.
+    """
     options, given = check(_config), given_options(_run)
     if of_sweeps := sorted(filter(is_of_sweep, _run.meta_info["options"]["CHOSEN"])):
         raise ConfigError(f"{of_sweeps[0]}: for many runs; expected `python run.py sweep with …`")
@@ -110,7 +113,7 @@ def predict(_config: dict[str, Any], _run: Any) -> None:
 
 
 @EX.command(unobserved=True)
-def doctor(_config: dict[str, Any]) -> None:
+def doctor(_config: dict[str, Any], network: Any) -> None:
     """Checks installation, machine, dataset, weights and one training step: a line each, with ok, warn or FAIL."""
     from runs.doctor import examine
     from runs.training import train_from
@@ -126,7 +129,7 @@ def doctor(_config: dict[str, Any]) -> None:
 
 
 @EX.command
-def sweep(_config: dict[str, Any], _run: Any, search: Any, sweep_over: Any, sweep_slurm: Any) -> None:
+def sweep(_config: dict[str, Any], _run: Any, network: Any, search: Any, sweep_over: Any, sweep_slurm: Any) -> None:
     """Trains and evaluates a grid of missing patterns and seeds, or searches for good values of options."""
     # The last arguments are there so that Sacred lets entries be added to them; they are in `_config` too.
     from runs.sweep.command import run_sweep

@@ -106,7 +106,7 @@ def load_backbone(vit: str, *, trust: bool = False, activation: str | None = Non
     except ValueError as error:
         raise BackboneError(f"vit={vit}: {error}") from error
     state = {name: tensor.float() for name, tensor in state.items()}
-    return Backbone(vit, architecture, state, _sha256(state))
+    return Backbone(vit, architecture, state, weights_sha256(state))
 
 
 def architecture_of(state: Mapping[str, Tensor], activation: str) -> ClipArchitecture:
@@ -310,7 +310,8 @@ def _activation(raw: Mapping[str, Tensor], open_clip: Mapping[str, Any], given: 
     return stated or given or ""
 
 
-def _sha256(state: Mapping[str, Tensor]) -> str:
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Of names and values."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())

@@ -20,7 +20,9 @@ def parts_of(classifier: MissingModalityClassifier) -> dict[str, list[nn.Paramet
 
 def freeze(classifier: MissingModalityClassifier, task: str) -> str:
     """Sets `requires_grad` of every parameter; returns a table of the parts with their sizes, as text."""
-    trained = {HEAD, *classifier.model.always_trained, *classifier.method.trains(task)}
+    trained = {*classifier.method.trains(task)}
+    if classifier.method.trains_head:
+        trained |= {HEAD, *classifier.model.always_trained}
     train_ends, ends = classifier.method.options.train_ends, set(classifier.model.ends)
     if train_ends or (train_ends is None and classifier.head.trains_ends):
         trained |= ends

@@ -130,9 +130,10 @@ def optional(reader: Reader) -> Reader:
     return lambda option, value: None if value is None or value == "" else reader(option, value)
 
 
-def word_or(word: str, reader: Reader) -> Reader:
-    """Reads `word`, or what `reader` reads."""
-    return lambda option, value: word if value == word else reader(option, value)
+def word_or(words: str | tuple[str, ...], reader: Reader) -> Reader:
+    """Reads one of `words`, or what `reader` reads."""
+    known = (words,) if isinstance(words, str) else words
+    return lambda option, value: value if isinstance(value, str) and value in known else reader(option, value)
 
 
 def by_key(keys: Sequence[str], reader: Reader) -> Reader:
@@ -215,7 +216,7 @@ def dictionary(option: str, value: Any) -> dict[str, Any]:
     value = {} if value is None else value
     if not isinstance(value, Mapping):
         raise wrong(option, f"a dictionary, or one entry as in {option}.NAME=VALUE", value)
-    return {str(key): entry for key, entry in value.items()}
+    return {str(key): plain(entry) for key, entry in value.items()}
 
 
 def warmup(option: str, value: Any) -> float:
@@ -242,3 +243,10 @@ def gpus(option: str, value: Any) -> int:
             )
         return len(value)
     return integer(0)(option, value)
+
+
+def plain(value: Any) -> Any:
+    """`value` with dictionaries and lists of Python in place of Sacred's."""
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

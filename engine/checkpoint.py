@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip.backbone import Backbone, architecture_of, shape_of
+from clip.backbone import Backbone, architecture_of, shape_of, weights_sha256
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import UNUSED, MethodOptions
 from clip.modules.registry import HEADS, head_class, method_class, methods_of
@@ -28,10 +28,10 @@ from common.messages import first_line, quoted
 from common.records import record_of
 from common.torch_file import check_state, first_of, load_inert, state_dict_of, unwrapped_names
 from engine.checkpoint_file import check_intact
-from engine.families import family_of
+from engine.families import BackboneChoice, family_of
 from engine.tasks import TASKS, task_of
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.custom import CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, DatasetSpec, spec_of
 from vilt.utils.names import normal
 
@@ -156,7 +156,14 @@ def kept_names(classifier: MissingModalityClassifier) -> list[str]:
     """Names of the entries that a checkpoint keeps: all but the frozen backbone and what the method does not use."""
     parts, backbone = parts_of(classifier), classifier.model.parts()
     of_backbone = [parameter for part in backbone.values() for parameter in part if not parameter.requires_grad]
-    left_out = set(map(id, [*of_backbone, *parts.get(UNUSED, [])]))
+    frozen = set(map(id, of_backbone))
+    statistics = [
+        buffer
+        for module in classifier.model.modules()
+        if any(id(parameter) in frozen for parameter in module.parameters(recurse=False))
+        for buffer in module.buffers(recurse=False)
+    ]
+    left_out = set(map(id, [*of_backbone, *statistics, *parts.get(UNUSED, [])]))
     return [name for name, value in classifier.state_dict(keep_vars=True).items() if id(value) not in left_out]
 
 
@@ -252,7 +259,7 @@ def _described_model(described: Any) -> dict[str, Any]:
     for option, value, known in known_values:
         if value not in list(known):
             raise ValueError(f"{option} {quoted(value)}, expected one of {', '.join(known)}")
-    custom = CustomData.of(described["custom"]) if task == CUSTOM else None
+    custom = CustomData.of(described["custom"]) if task in CUSTOM_TASKS else None
     architecture = record_of(family_of(task).architecture, described["architecture"])
     class_names = tuple(map(str, described.get("class_names", ())))
     if class_names and len(class_names) != (expected := task_of(task, custom).n_classes):
@@ -297,6 +304,29 @@ def restore_classifier(
         log.info("%s: dynamic queries as its run with seed %d drew them", path, published_seed)
     _load(classifier, state, expected, path)
     return classifier
+
+
+def backbone_in(path: Path) -> Backbone | None:
+    """The backbone in a checkpoint of ours that trained it; None where the file is none of ours.
+
+    Raises:
+        CheckpointError, BackboneError: it is damaged, or what it started from is not there.
+    """
+    if not is_ours(path):
+        return None
+    checkpoint = read_checkpoint(path)
+    start = family_of(checkpoint.spec.task).load(
+        BackboneChoice(checkpoint.backbone_name), trained_on=checkpoint.spec.architecture
+    )
+    model = restore_classifier(checkpoint, start).model
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in start.state}
+    return Backbone(str(path), checkpoint.spec.architecture, state, weights_sha256(state))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a checkpoint of ours. Raises CheckpointError where it is not readable."""
+    raw = _load_inert(path)
+    return isinstance(raw, dict) and DESCRIPTION in raw
 
 
 def check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:

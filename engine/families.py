@@ -15,7 +15,12 @@ from clip.modules.interfaces import Backbone
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from clip.tokenizer import FILES, ClipTokenizer, load_tokenizer
 from common.errors import BackboneError, ConfigError
-from vilt.datasets.kinds import InputFormat
+from sensors.backbone import build
+from sensors.sizes import SensorSizes
+from sensors.weights import RANDOM, published_weights, random_weights, silences, sizes_for
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import InputFormat, root_mean_squares
+from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import CLIP, EVERY_DATASET
 
 
@@ -29,6 +34,12 @@ class BackboneChoice(NamedTuple):
     published_seed: int = 0
     """Of the run that wrote a published checkpoint."""
     image_size: int | None = None
+    task: str | None = None
+    data_root: Path | None = None
+    network: dict[str, Any] | None = None
+    """Sizes that weights are drawn in, where they are not those of the task."""
+    seed: int = 0
+    """Of weights that are drawn."""
 
 
 class Family:
@@ -98,7 +109,39 @@ class ClipFamily(Family):
         return {"image": weights.state["image_encoder.class_embedding"], "text": text, "text_marks": marks}
 
 
-FAMILIES: dict[str, Family] = {CLIP: ClipFamily()}
+class SensorFamily(Family):
+    """SW-Transformer and DeepSense: drawn from the seed, from a pretraining of ours, or a published one."""
+
+    architecture = SensorSizes
+
+    def build(self, architecture: SensorSizes) -> Backbone:
+        return build(architecture)
+
+    def load(self, choice: BackboneChoice, trained_on: SensorSizes | None = None) -> FrozenWeights:
+        vit = str(choice.vit)
+        if vit.partition(":")[0] == RANDOM:
+            seed = int(number) if (number := vit.partition(":")[2]).isdigit() else choice.seed
+            return random_weights(trained_on or self._sizes(choice, scaled=True), seed)
+        if not Path(vit).is_file():
+            raise BackboneError(f"vit: expected {RANDOM}, or a file with a pretrained backbone, found {vit!r}")
+        from engine.checkpoint import backbone_in  # which needs families itself
+
+        if (ours := backbone_in(Path(vit))) is not None:
+            return ours
+        return published_weights(Path(vit), trained_on or self._sizes(choice, scaled=False))
+
+    def _sizes(self, choice: BackboneChoice, scaled: bool) -> SensorSizes:
+        assert choice.task is not None and choice.data_root is not None
+        row = open_spec(choice.task, choice.data_root, ["train"])
+        scale = root_mean_squares(ArrowDataset(row, choice.data_root, "train")) if scaled and row.scaled else {}
+        return sizes_for(row, choice.network or {}, scale)
+
+    def start_embeddings(self, weights: FrozenWeights, inputs: InputFormat) -> dict[str, Tensor]:
+        """By modality, the token of a patch of silence."""
+        return silences(weights)
+
+
+FAMILIES: dict[str, Family] = {CLIP: ClipFamily(), "sensors": SensorFamily()}
 
 
 def family_of(task: str) -> Family:

@@ -34,7 +34,8 @@ class OptimizerSettings:
     """Optimiser steps, or a share of all steps if below 1."""
     end_lr: float
     decay_power: float | str
-    """Power of the polynomial decay, or `cosine`."""
+    """Power of the polynomial decay; `cosine` to 0; or by epoch, after no warm-up: `epoch_cosine` to `end_lr`, or
+    `epoch_step`, a fifth every 300 epochs."""
     max_steps: int | None = None
     """All steps, where that is less than the epochs have."""
 
@@ -86,30 +87,41 @@ class AdamW(Optimizer):
         return state
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
-    "adamw": lambda groups, lr: AdamW(groups, lr, ADAM_BETAS, ADAM_EPS),
-    "adam": lambda groups, lr: Adam(groups, lr),
-    "sgd": lambda groups, lr: SGD(groups, lr, momentum=SGD_MOMENTUM),
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float, tuple[float, float]], Optimizer]] = {
+    "adamw": lambda groups, lr, betas: AdamW(groups, lr, betas, ADAM_EPS),
+    "adam": lambda groups, lr, _: Adam(groups, lr),
+    "sgd": lambda groups, lr, _: SGD(groups, lr, momentum=SGD_MOMENTUM),
 }
 """By the option `optim_type`, each as the published code sets it."""
+Decays = Callable[[str, nn.Parameter], bool | None]
 
 
-def make_optimizer(module: nn.Module, head_name: str, settings: OptimizerSettings) -> Optimizer:
+def make_optimizer(
+    module: nn.Module,
+    head_name: str,
+    settings: OptimizerSettings,
+    decays: Decays = lambda *_: None,
+    betas: tuple[float, float] = ADAM_BETAS,
+) -> Optimizer:
     """The optimiser over the groups of the trained parameters."""
-    groups = optimizer_groups(module, head_name, settings)
-    return OPTIMIZERS[settings.optim_type](groups, settings.learning_rate)
+    groups = optimizer_groups(module, head_name, settings, decays)
+    return OPTIMIZERS[settings.optim_type](groups, settings.learning_rate, betas)
 
 
-def optimizer_groups(module: nn.Module, head_name: str, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay or none (see NOT_DECAYED), first of all but the head, then of the head.
+def optimizer_groups(
+    module: nn.Module, head_name: str, settings: OptimizerSettings, decays: Decays = lambda *_: None
+) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay or none, first of all but the head, then of the head.
 
-    Every trained parameter is in exactly one group.
+    `decays` says of a parameter whether it has weight decay; None: see NOT_DECAYED. Every trained parameter is in
+    exactly one group.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            key = name.startswith(f"{head_name}."), name.endswith(NOT_DECAYED)
-            groups.setdefault(key, []).append(parameter)
+            decayed = decays(name, parameter)
+            not_decayed = name.endswith(NOT_DECAYED) if decayed is None else not decayed
+            groups.setdefault((name.startswith(f"{head_name}."), not_decayed), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -23,7 +23,6 @@ from engine.metrics import auroc_and_accuracy
 from engine.sample_statistics import LEVEL, bootstrap, class_figures, confusions, interval, roc
 from engine.stored_logits import SplitLogits
 from engine.tasks import Task
-from vilt.datasets.specs import EVERY_DATASET
 from vilt.missing_tables import MissingPattern, load_missing_table
 from vilt.missing_types import AVAILABLE, is_missing, on_top, type_names
 
@@ -48,6 +47,8 @@ class Subject:
     modalities: tuple[str, ...]
     class_names: tuple[str, ...]
     missing_table_root: Path
+    table_name: str
+    """Of the dataset, see `DatasetSpec.table_name`."""
 
 
 Results = dict[str, Any]
@@ -88,7 +89,7 @@ def measure(
         "class_names": list(names),
         "cells": cells,
         "by_type": by_type,
-        "natural": by_missing_type(task, natural_N, logits.logits_TNC[0], labels),
+        "natural": by_missing_type(task, list(of_type), natural_N, logits.logits_TNC[0], labels),
         "baselines": baselines(task, labels, names),
         "confidence": {"level": LEVEL, "resamples": resamples, **_confidence(task, logits, by_type, resamples)},
         "per_class": [
@@ -110,9 +111,10 @@ def measure(
     }
 
 
-def by_missing_type(task: Task, types_N: np.ndarray, logits_NC: Tensor, labels: Tensor) -> dict[str, dict[str, Any]]:
-    """Number of samples and metrics of each missing type that occurs."""
-    names = EVERY_DATASET[task.name].type_names
+def by_missing_type(
+    task: Task, names: Sequence[str], types_N: np.ndarray, logits_NC: Tensor, labels: Tensor
+) -> dict[str, dict[str, Any]]:
+    """Number of samples and metrics of each missing type that occurs; `names` are those of all types."""
     chosen = {names[code]: torch.from_numpy(types_N == code) for code in np.unique(types_N)}
     return {name: {"samples": int(at.sum()), **task.metrics(logits_NC[at], labels[at])} for name, at in chosen.items()}
 
@@ -172,7 +174,7 @@ def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPatte
     """One pattern, with a missing table per seed. What is available: the mean over the tables of the share of rows."""
     task, first = subject.task, patterns[0]
     root, rows = subject.missing_table_root, logits.table_rows
-    drawn = [load_missing_table(root, task.name, "test", pattern, rows) for pattern in patterns]
+    drawn = [load_missing_table(root, subject.table_name, "test", pattern, rows) for pattern in patterns]
     tables = [on_top(subject.modalities, logits.natural, table) for table in drawn]
     available = {
         f"{name}{AVAILABLE}": statistics.mean(float(np.mean(~is_missing(subject.modalities, name, t))) for t in tables)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import ModelInput
+from clip.modules.registry import PRETRAINING
 from common.errors import NonFiniteLossError
 from engine.checkpoint import DESCRIPTION, ModelSpec, kept_state, load_kept_state
 from engine.numerics import FiniteWatch, NotFinite, first_not_finite
@@ -35,6 +36,8 @@ EPOCH_SO_FAR = "epoch_so_far"
 """Key of a checkpoint: what each process has kept of the epoch that it was written in."""
 BAD_STEPS = "bad_steps"
 """Likewise: how many steps had a gradient that is not finite, in all and of the newest ones in a row."""
+MINUS_LOSS = "minus_loss"
+"""What chooses the best model of a pretraining."""
 GPU_STEPS_PER_CHECK = 32
 """Looking at losses and gradients makes the host wait for the GPU."""
 
@@ -77,6 +80,7 @@ class FinetuneModule(pl.LightningModule):
         self.classifier = classifier
         self.task = task_of(spec.task, spec.custom)
         self.description = description
+        self.pretrains = spec.method.prompt_type in PRETRAINING
         self.settings = settings
         self.seed = seed
         self.counts_as_published = counts_as_published(spec.dataset)
@@ -105,17 +109,23 @@ class FinetuneModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, with the method's own losses, each of which is logged by its name."""
-        logits, own_losses = self.classifier.training_outputs(model_input(batch), batch.label)
-        logits = _full_precision(logits)
-        counted, weight = (len(logits), 1.0) if self.counts_as_published else self._weight(batch_idx)
-        loss = self.task.loss(logits[:counted], batch.label[:counted]) + sum(own_losses.values())
+        inputs, weight = model_input(batch), 1.0
+        if self.pretrains:
+            own_losses = self.classifier.pretraining_losses(inputs)
+            loss = sum(own_losses.values(), torch.zeros((), device=self.device))
+        else:
+            inputs, labels = self.classifier.method.augment(inputs, batch.label, self.task.n_classes)
+            logits, own_losses = self.classifier.training_outputs(inputs, labels)
+            logits = _full_precision(logits)
+            counted, weight = (len(logits), 1.0) if self.counts_as_published else self._weight(batch_idx)
+            loss = self.task.loss(logits[:counted], labels[:counted]) + sum(own_losses.values())
+            self._keep("train", batch, logits)
         self._watch.note_loss(batch_idx, batch.index_B, loss)
         self._batches.append(batch)
-        several = self.trainer.world_size > 1
-        self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=len(logits), sync_dist=several)
+        several, samples = self.trainer.world_size > 1, len(batch.index_B)
+        self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=samples, sync_dist=several)
         for name, value in own_losses.items():
-            self.log(f"train/{name}", value.detach(), on_step=True, batch_size=len(logits), sync_dist=several)
-        self._keep("train", batch, logits)
+            self.log(f"train/{name}", value.detach(), on_step=True, batch_size=samples, sync_dist=several)
         return loss * weight if weight != 1 else loss
 
     def _weight(self, batch_idx: int) -> tuple[int, float]:
@@ -159,19 +169,32 @@ class FinetuneModule(pl.LightningModule):
         place, batch = None, next((batch for batch in self._batches if batch.index_B is bad.samples), None)
         if batch is not None:  # of this step: its forward pass can still be looked into
             self.on_train_batch_start(batch, bad.batch)  # the same dropout masks
-            place = first_not_finite(self.classifier, lambda: self(batch))
+            again = self.classifier.pretraining_losses if self.pretrains else self.classifier
+            place = first_not_finite(self.classifier, lambda: again(model_input(batch)))
         return (
             f"the loss became {bad.what} at step {bad.step} (epoch {self.current_epoch}, batch {bad.batch})"
             f"{f', first in the {place}' if place else ''}"
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keeps the logits; the metrics are those of the whole split."""
-        self._keep("val", batch, _full_precision(self(batch)))
+        """Keeps the logits; the metrics are those of the whole split. Of a pretraining it logs the losses."""
+        if self.pretrains:
+            return self._log_pretraining("val", batch, batch_idx)
+        return self._keep("val", batch, _full_precision(self(batch)))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the logits; the metrics are those of the whole split."""
         self._keep("test", batch, _full_precision(self(batch)))
+
+    def _log_pretraining(self, stage: Stage, batch: Batch, batch_idx: int) -> None:
+        """The mean loss over the split, of the same views each time."""
+        with torch.random.fork_rng():
+            torch.manual_seed(batch_idx)
+            losses = self.classifier.pretraining_losses(model_input(batch))
+        several, samples = self.trainer.world_size > 1, len(batch.index_B)
+        loss = sum(losses.values(), torch.zeros((), device=self.device))
+        for name, value in {**losses, "loss": loss, MINUS_LOSS: -loss}.items():
+            self.log(f"{stage}/{name}", value, batch_size=samples, sync_dist=several)
 
     def on_validation_start(self) -> None:
         self._check_finite()  # before the checkpoint that follows a validation
@@ -254,7 +277,8 @@ class FinetuneModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser over the declared groups, with warm-up and decay per optimiser step."""
         assert self.settings is not None
-        optimizer = make_optimizer(self.classifier, self.task.head_name, self.settings)
+        classifier, head = self.classifier, self.task.head_name
+        optimizer = make_optimizer(classifier, head, self.settings, classifier.decays, classifier.method.betas)
         trainer = self.trainer
         _ = trainer.estimated_stepping_batches  # sets up the loaders that `num_training_batches` counts
         assert trainer.max_epochs is not None

@@ -1,17 +1,20 @@
 """The check of the options: each by itself, against each other, the machine, and the files that they name."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from clip.modules.registry import methods_of
-from common.errors import ConfigError
+from clip.modules.registry import PRETRAINING, methods_of
+from common.errors import ConfigError, DataError
 from common.machine import cores
 from common.readers import path, several, wrong
 from config import AUTO, MODEL, OPTIONS, TRAINING, Options
 from runs.command_line import is_text, unknown_option
 from runs.option_readers import PRECISIONS, MissingTypeReader
-from vilt.datasets.specs import CLIP, EVERY_DATASET
+from vilt.datasets.custom import CUSTOM
+from vilt.datasets.open_spec import open_spec
+from vilt.datasets.specs import CLIP, EVERY_DATASET, SPLITS, DatasetSpec
 from vilt.missing_tables import PUBLISHED
 
 PUBLISHED_INTERVALS: dict[str, dict[str | None, float]] = {"hatememes": {None: 0.1, "dcp": 0.11}}
@@ -69,9 +72,20 @@ def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
     found = {}
     for name in names:
         read = OPTIONS[name].read
-        of_task = (config["task"],) if isinstance(read, MissingTypeReader) else ()
-        found[name] = read(name, config[name], *of_task)
+        of_row = (row_of(config),) if isinstance(read, MissingTypeReader) else ()
+        found[name] = read(name, config[name], *of_row)
     return found
+
+
+def row_of(config: Mapping[str, Any]) -> DatasetSpec:
+    """The row of the dataset, with the modalities that its arrow files say where they are the data's own."""
+    task = config["task"] if config["task"] in EVERY_DATASET else CUSTOM
+    root = config.get("data_root")
+    if not EVERY_DATASET[task].modalities and root and isinstance(root, (str, Path)):
+        there = [split for split in SPLITS if (Path(root) / EVERY_DATASET[task].file_name(split)).is_file()]
+        with suppress(DataError):  # which opening the data raises again
+            return open_spec(task, Path(root), there[:1]) if there else EVERY_DATASET[task]
+    return EVERY_DATASET[task]
 
 
 def read_with_machine(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -141,6 +155,15 @@ def _check_method(options: Options) -> None:
         raise ConfigError(
             f"prompt_type: expected {' or '.join(known)} with task={options.task}, found {options.prompt_type}"
         )
+    if (together := PRETRAINING.get(options.prompt_type)) is not None:
+        if options.missing_ratio["train"] or options.missing_ratio["val"]:
+            ratio = options.missing_ratio["train"] or options.missing_ratio["val"]
+            raise ConfigError(f"missing_ratio: expected 0 with prompt_type={options.prompt_type}, found {ratio:g}")
+        if options.per_gpu_batchsize % together:
+            raise ConfigError(
+                f"per_gpu_batchsize: expected a multiple of {together}, the samples of a subsequence, with "
+                f"prompt_type={options.prompt_type}, found {options.per_gpu_batchsize}"
+            )
     length = options.memory_length
     if length % 3:
         raise ConfigError(

@@ -22,7 +22,7 @@ from vilt.datasets.custom import CUSTOM
 MAIN = "main"
 """The command where none is named: a run."""
 TEXTS = {str, Path}
-WITH_ENTRIES = ("sweep_over", "sweep_slurm", "search")
+WITH_ENTRIES = ("network", "sweep_over", "sweep_slurm", "search")
 """Options that are dictionaries of any entries."""
 RECORD = ("-F", "--file_storage")
 FLAGS = "-F FOLDER (Sacred's record of the run), -u (none) or -h (help)"

@@ -158,7 +158,7 @@ class Doctor:
             data[0, index]  # raises DataError where the image cannot be decoded
         pattern = split_patterns(options.data_settings().patterns, spec, root)[split]
         root = options.missing_table_root
-        data.missing_table = load_missing_table(root, options.task, split, pattern, data.n_rows)
+        data.missing_table = load_missing_table(root, spec.table_name, split, pattern, data.n_rows)
         what = " (one per text)" if spec.column_of("text") else ""
         facts = [f"{data.n_rows:,} rows, {len(data):,} samples{what}"]
         of_types, remarks = type_counts(data.missing_table, spec.type_names), []

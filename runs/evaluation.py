@@ -78,7 +78,8 @@ def backbone_choice(options: Mapping[str, Any], given: set[str]) -> BackboneChoi
     """What the user says of the backbone; its name counts only where it is `given`."""
     vit = options["vit"] if "vit" in given else None
     others = ("vit_activation", "tokenizer", "trust_backbone", "published_seed", "image_size")
-    return BackboneChoice(vit, *(options[name] for name in others))
+    of_data = {name: options[name] for name in ("task", "data_root", "network", "seed") if name in options}
+    return BackboneChoice(vit, *(options[name] for name in others), **of_data)
 
 
 def open_data(options: Options, inputs: InputFormat) -> MissingModalityData:
@@ -138,7 +139,7 @@ def test(
     dataset = data.datasets["test"]
     pattern, types_N = data.patterns["test"], dataset.missing_type_of_sample
     assert module.tested is not None
-    by_type = by_missing_type(module.task, types_N, *module.tested)
+    by_type = by_missing_type(module.task, data.spec.type_names, types_N, *module.tested)
     found = baselines(module.task, torch.from_numpy(dataset.label_of_sample), dataset.class_names())
     result = {
         "task": options.task,

@@ -9,10 +9,11 @@ from typing import Any
 
 from clip.modules.registry import METHODS, every_method
 from common.errors import ConfigError
-from common.readers import Reader, one_of, wrong
+from common.readers import Reader, one_of, text, wrong
 from vilt.datasets.custom import CUSTOM
-from vilt.datasets.specs import DATASETS, EVERY_DATASET
+from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec
 from vilt.missing_tables import PUBLISHED
+from vilt.missing_types import BOTH
 
 MISSING_TYPES = list(EVERY_DATASET[CUSTOM].missing_types)
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -45,10 +46,12 @@ class MissingTypeReader:
     default: Any = None
     otherwise: str | None = None
 
-    def __call__(self, option: str, value: Any, task: Any = None) -> Any:
-        known = list(EVERY_DATASET[task if task in EVERY_DATASET else CUSTOM].missing_types)
+    def __call__(self, option: str, value: Any, row: DatasetSpec | None = None) -> Any:
+        known = MISSING_TYPES if row is None else list(row.missing_types)
         if value and value == self.default and known != MISSING_TYPES:
-            value = self.otherwise or known
+            value = known if self.otherwise is None else self.otherwise if self.otherwise in known else BOTH
+        if row is not None and not row.modalities:  # the data will say them
+            return self.shape(text)(option, value)
         return self.shape(one_of(*known))(option, value)
 
 

@@ -21,7 +21,7 @@ from common.messages import first_line, quoted
 from common.strict_json import read_json
 from common.text import baseline_texts, natural_key
 from runs.comparable import NOT_THE_LINE
-from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
 from vilt.missing_types import BOTH
 
@@ -211,10 +211,10 @@ def read_run(folder: Path) -> Run:
                 raise ValueError(f"{option}: expected {expected}, found {quoted(config[option])}")
         if config["task"] not in EVERY_DATASET:
             raise ValueError(f"task: expected one of {', '.join(EVERY_DATASET)}, found {quoted(config['task'])}")
+        custom = CustomData.of(config[CUSTOM]) if config["task"] in CUSTOM_TASKS else None
         for split in SPLITS:
             pattern = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
-            check_pattern(EVERY_DATASET[config["task"]], *pattern)
-        custom = CustomData.of(config[CUSTOM]) if config["task"] == CUSTOM else None
+            check_pattern(spec_of(config["task"], custom), *pattern)
         started = datetime.fromtimestamp(path.stat().st_mtime)
     return Run(folder, config, custom, started, _resumed_from(folder, config))
 

@@ -112,6 +112,7 @@ def _open(
         else dict(zip(("missing_type", "ratio", "both_ratio"), run.pattern, strict=True)),
         precision=options.precision,
         task=task_of(options.task, spec.custom),
+        table_name=spec.table_name,
         modalities=tuple(spec.modalities),
         class_names=dataset.class_names(),
         missing_table_root=options.missing_table_root,

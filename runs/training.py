@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import move_data_to_device
 
 from clip.backbone import Backbone
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.registry import PRETRAINING
 from clip.trainable import freeze
 from common.errors import CheckpointError, ConfigError, UserError
 from common.messages import first_line
@@ -44,7 +45,7 @@ from engine.processes import ending_together
 from engine.resume import Training, alone, find_progress, say_differences
 from engine.tasks import head_name, task_of
 from engine.trainer import make_trainer
-from engine.training import FinetuneModule, model_input
+from engine.training import MINUS_LOSS, FinetuneModule, model_input
 from runs.comparable import NOT_THE_TRAINING
 from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
 from runs.start import described, say_device, say_remarks, start_folder
@@ -100,6 +101,8 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
 def open_training(options: Options, given: Collection[str] = ()) -> Opened:
     """Opens everything that a training reads. The arguments are those of `train`."""
     start = read_checkpoint(options.load_path) if options.load_path is not None else None
+    if start is not None and start.spec.method.prompt_type in PRETRAINING and options.prompt_type not in PRETRAINING:
+        options, start = replace(options, vit=str(options.load_path)), None  # a backbone, of which no memory is taken
     if start is not None and not start.published and "vit" not in given:
         options = replace(options, vit=str(start.backbone_name))
     if start is not None and start.tokenizer is not None and "tokenizer" not in given:
@@ -154,11 +157,11 @@ def train_from(
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
     tokenizer = TokenizerUsed(options.tokenizer, inputs.fingerprint) if inputs.tokenize is not None else None
-    description = describe(spec, options.vit, backbone.sha256, train_data.class_names(), tokenizer, contents)
+    description = describe(spec, backbone.name, backbone.sha256, train_data.class_names(), tokenizer, contents)
     settings = options.optimizer_settings()
     module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
     # Processes without the folder write nothing, but take part in writing.
-    checkpoints = Checkpoints(folder or options.log_dir, f"val/{task.monitor}")
+    checkpoints = Checkpoints(folder or options.log_dir, f"val/{MINUS_LOSS if module.pretrains else task.monitor}")
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints, *callbacks)
     with data.naming_dead_workers(), ending_together(trainer):
         began = time.monotonic()

@@ -13,6 +13,7 @@ from sensors.deepsense import DeepSenseTower
 from sensors.sizes import SWT, SensorSizes
 from sensors.swt import DROPOUT, SwtTower
 
+SLOTS = (".private_memory_", ".common_memory.", ".memories_dynamic.")
 PATCHES = "patch embedding"
 TOWERS = "towers"
 FUSION = "fusion"
@@ -64,6 +65,10 @@ class SensorBackbone(Backbone):
         for tower in self._towers.values():
             tower.dtype, tower.checkpointing = dtype, checkpointing
 
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Not for biases, norms, slots and scalars."""
+        return parameter.ndim > 1 and not any(slots in name for slots in SLOTS)
+
     def _by_name(self, parts: Mapping[str, nn.Module | nn.Parameter]) -> nn.Module:
         """Of one location, as checkpoints have them: `location.modality`."""
         inner: nn.Module
@@ -102,9 +107,11 @@ class SwtBackbone(SensorBackbone):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         towers = [*self.freq_interval_layers.parameters(), *self.mod_in_layers.parameters()]
+        patches = [*self.patch_embed.parameters()]
+        trained, frozen = (patches, []) if self.sizes.train_patch_embed else ([], patches)
         return {
-            PATCHES: [*self.patch_embed.parameters()],
-            TOWERS: towers,
+            PATCHES: frozen,
+            TOWERS: [*trained, *towers],
             UNUSED_EMBEDDING: [*self.absolute_pos_embed.parameters()],
             FUSION: [*self.mod_fusion_layers.parameters()],
         }

@@ -99,12 +99,13 @@ class DeepSenseTower(Tower):
         super().__init__()
         self.extractor = Extractor(sizes, modality)
         self.recurrence = Recurrence(sizes)
-        self.place = Place(sizes.width, 0)
+        self.place = Place(sizes.width, 0, projection=sizes.projection_width)
+        self.scale = sizes.input_scale.get(modality, 1.0)
         self.dtype, self.checkpointing = torch.float32, False
 
     def embed(self, input_b: Tensor) -> Tensor:
         """(b, I, w): what the convolutions make of signals (b, c, I, S)."""
-        extracted: Tensor = self.extractor(spectrum(input_b))
+        extracted: Tensor = self.extractor(spectrum(input_b / self.scale))
         return extracted.transpose(1, 2)
 
     def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:

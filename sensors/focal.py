@@ -81,10 +81,9 @@ def _temporal(x_ALd: Tensor, margin: float) -> Tensor:
     """Samples of one subsequence should be nearer to each other than to those of others, by a margin."""
     A, L, _ = x_ALd.shape
     flat = x_ALd.flatten(0, 1)
-    # Without the square root of 0 on the diagonal, whose gradient is not finite.
-    itself = torch.eye(A * L, dtype=torch.bool, device=flat.device)
     squared = (flat[:, None] - flat).square().sum(dim=-1)
-    distance = squared.masked_fill(itself, 1).sqrt().masked_fill(itself, 0)
+    same = squared == 0  # a sample and itself, or its repetition: the square root has no finite gradient there
+    distance = squared.masked_fill(same, 1).sqrt().masked_fill(same, 0)
     of_pairs = distance.view(A, L, A, L).sum(dim=(1, 3))
     within = of_pairs.diagonal() / (L * L - L)
     between = of_pairs / L**2

@@ -1,1 +1,90 @@
-"""Methods of the sensor backbones without slots: FOCAL's pretraining, and supervised training from scratch."""
+"""Methods of the sensor backbones without slots: FOCAL's pretraining, and supervised training from scratch.
+
+Shape suffixes: B samples, b samples with a modality, K classes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip.modules.interfaces import Backbone, ModelInput, Place
+from clip.modules.method import EVERY_PART, METHOD, MethodOptions
+from clip.modules.no_prompts import NoPrompts
+from clip.modules.registry import PRETRAINING
+from sensors.augmentations import CUTMIX_PROBABILITY, cut_box, draw_phases, draw_view, pasted
+from sensors.backbone import TOWERS, SensorBackbone
+from sensors.focal import FocalSettings, focal_losses, projector
+
+
+class Focal(NoPrompts):
+    """FOCAL: two views of subsequences; towers and projection heads are trained, all modalities have to be there."""
+
+    attribute = "mod_projectors"
+    trains_head = False
+    betas = (0.9, 0.999)
+    decays_all = True
+
+    def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
+        super().__init__(places, embed_dim, options)
+        for name, place in places.items():
+            self.add_module(name, projector(embed_dim, place.projection))
+
+    def pretraining_losses(self, backbone: Backbone, batch: ModelInput) -> dict[str, Tensor]:
+        """The four parts, with their weights, of a batch of subsequences."""
+        assert isinstance(backbone, SensorBackbone)
+        views = []
+        for _ in range(2):
+            signals = draw_view(batch.inputs)
+            features = {name: backbone.towers[name](signals[name]) for name in self.places}
+            projected = {name: self.get_submodule(name)(feature_BE).float() for name, feature_BE in features.items()}
+            views.append({name: x.unflatten(0, (-1, PRETRAINING["focal"])) for name, x in projected.items()})
+        return focal_losses(views, FocalSettings(backbone.sizes.temperature))
+
+    def trains(self, task: str) -> tuple[str, ...]:
+        """Not the embedding of patches, unless the sizes of the backbone say so."""
+        return (METHOD, TOWERS)
+
+
+class Supervised(NoPrompts):
+    """Everything is trained, on mixed samples, and on the SW-Transformer with shifted phases."""
+
+    betas = (0.9, 0.999)
+    decays_all = True
+
+    def trains(self, task: str) -> tuple[str, ...]:
+        """Every part."""
+        return (EVERY_PART,)
+
+    def augment(self, batch: ModelInput, labels: Tensor, n_classes: int) -> tuple[ModelInput, Tensor]:
+        """Mixup, or cutmix, with one other sample for all modalities that both have; labels as they were mixed."""
+        B = len(labels)
+        share, other_B = float(torch.rand(())), torch.randperm(B)
+        cut = float(torch.rand(())) < CUTMIX_PROBABILITY
+        inputs: dict[str, Tensor] = {}
+        kept_B, present_B = torch.zeros(B), torch.zeros(B)
+        for name, x_b in batch.inputs.items():
+            rows = batch.rows[name].cpu()
+            place_B = torch.full((B,), -1)
+            place_B[rows] = torch.arange(len(rows))
+            partner_b = place_B[other_B[rows]]
+            partner_b = torch.where(partner_b < 0, torch.arange(len(rows)), partner_b)  # the other one lacks it
+            other = x_b[partner_b.to(x_b.device)]
+            of_modality = share
+            if cut:
+                size = (x_b.shape[2], x_b.shape[3])
+                box = cut_box(share, (int(torch.randint(size[0], ())), int(torch.randint(size[1], ()))), size)
+                inputs[name] = pasted(x_b, other, box)
+                of_modality = 1 - (box[1] - box[0]) * (box[3] - box[2]) / (size[0] * size[1])
+            else:
+                inputs[name] = share * x_b + (1 - share) * other
+            alone_b = partner_b == torch.arange(len(rows))
+            kept_B[rows] += torch.where(alone_b, 1.0, of_modality)
+            present_B[rows] += 1
+        if all(place.depth for place in self.places.values()):
+            inputs = draw_phases(inputs)
+        kept_B1 = (kept_B / present_B)[:, None].to(labels.device)
+        one_hot_BK = F.one_hot(labels, n_classes).float()
+        mixed_BK = kept_B1 * one_hot_BK + (1 - kept_B1) * one_hot_BK[other_B.to(labels.device)]
+        return batch._replace(inputs=inputs), mixed_BK

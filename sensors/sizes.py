@@ -56,6 +56,8 @@ class SensorSizes:
     """DeepSense: of each direction of the GRU."""
     temperature: float = 0.07
     """FOCAL's."""
+    train_patch_embed: bool = False
+    """SW-Transformer: whether pretraining trains the embedding of patches, which the published code leaves random."""
     input_scale: dict[str, float] = field(default_factory=dict)
     """By modality, what signals are divided by; none: 1."""
 

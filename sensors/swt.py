@@ -250,16 +250,14 @@ class SwtTower(Tower):
         last_stage = len(sizes.blocks) - 1
         flat = H * W // 4**last_stage * 2**last_stage * sizes.width
         self.in_layer = nn.Linear(flat, sizes.feature_width)
-        self.place = Place(
-            sizes.width,
-            depth,
-            tuple(2**s * sizes.width for s, blocks in enumerate(sizes.blocks) for _ in range(blocks)),
-        )
+        widths = tuple(2**s * sizes.width for s, blocks in enumerate(sizes.blocks) for _ in range(blocks))
+        self.place = Place(sizes.width, depth, widths, sizes.projection_width)
+        self.scale = sizes.input_scale.get(modality, 1.0)
         self.dtype, self.checkpointing = torch.float32, False
 
     def embed(self, input_b: Tensor) -> Tensor:
         """Tokens (b, L, C) of signals (b, c, I, S)."""
-        taken = spectrum(input_b)
+        taken = spectrum(input_b / self.scale)
         missing = [of_padded - size for of_padded, size in zip(self.padded, taken.shape[2:], strict=True)]
         tokens: Tensor = self.patch_embed(F.pad(taken, (0, missing[1], 0, missing[0])))
         return tokens

@@ -157,7 +157,15 @@ def write_robustness(
     ]
     of_run = (config["prompt_type"], config["exp_name"], config["seed"], None)
     subject = Subject(
-        run / "best.ckpt", sha256, *of_run, "32-true", task, ("image", "text"), classes, run / "missing_tables"
+        run / "best.ckpt",
+        sha256,
+        *of_run,
+        "32-true",
+        task,
+        ("image", "text"),
+        classes,
+        run / "missing_tables",
+        task.name,
     )
     content = measure(subject, split, patterns, resamples=10)
     content["confidence"] = {"level": 0.95, "resamples": 1000} | {

@@ -626,7 +626,7 @@ def test_an_empty_jsonl_is_an_error(memes: Case) -> None:
         (["mmimdb"], "--root"),
         (["mmimdb", "--root", "x", "--workers", "-1"], "expected 0 or more, found -1"),
         (["mmimdb", "--root", "x", "--test-split", "test_seen"], "--test-split belongs to --dataset hateful_memes"),
-        (["mmimdb", "--root", "x", "--spec", "a"], "--spec belongs to --dataset custom, not mmimdb"),
+        (["mmimdb", "--root", "x", "--spec", "a"], "--spec belongs to --dataset sensors or custom, not mmimdb"),
         (["food101", "--root", "x", "--table", "a"], "--table belongs to --dataset vla or custom, not food101"),
         (["custom", "--root", "x", "--spec", "a", "--table", "b"], "not allowed with argument --spec"),
     ],

@@ -25,10 +25,14 @@ from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.kinds import Collated, InputFormat, Kind, kinds_of
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS, DatasetSpec, Split
+from vilt.datasets.subsequences import subsequences
 from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, published_patterns, type_counts
 from vilt.missing_types import code_of
 
 log = logging.getLogger(__name__)
+
+LEAST_SUBSEQUENCES = 2
+"""In a batch: one alone has nothing to be compared with."""
 
 
 class Batch(NamedTuple):
@@ -95,12 +99,24 @@ class EpochSampler(Sampler[tuple[int, int]]):
     Args:
         seed: None for evaluation.
         order: of the samples in evaluation; None: as in the dataset.
+        together: rows of samples that stay together, (A, L), all of which are the samples; None: each by itself.
+        per_batch: such rows in a batch; a last batch of less than LEAST_SUBSEQUENCES is left out.
     """
 
     def __init__(
-        self, samples: int, *, seed: int | None, rank: int, world_size: int, order: np.ndarray | None = None
+        self,
+        samples: int,
+        *,
+        seed: int | None,
+        rank: int,
+        world_size: int,
+        order: np.ndarray | None = None,
+        together: np.ndarray | None = None,
+        per_batch: int = 1,
     ) -> None:
         self.samples = samples
+        self.together = together
+        self.per_batch = per_batch
         self.seed = seed
         self.order = order
         self.rank = rank
@@ -118,19 +134,29 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        if self.seed is None:
-            return len(range(self.rank, self.samples, self.world_size))
-        return -(-self.samples // self.world_size)
+        if self.together is not None:
+            return self._units() * self.together.shape[1]
+        return self._units()
+
+    def _units(self) -> int:
+        """Of this process's share: samples, or rows that stay together."""
+        units = self.samples if self.together is None else len(self.together)
+        share = len(range(self.rank, units, self.world_size)) if self.seed is None else -(-units // self.world_size)
+        rest = share % self.per_batch
+        return share - rest if self.together is not None and rest < LEAST_SUBSEQUENCES else share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        units = self.samples if self.together is None else len(self.together)
         if self.seed is None:
-            order = list(range(self.samples)) if self.order is None else self.order.tolist()
+            order = list(range(units)) if self.order is None else self.order.tolist()
         else:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.samples, generator=generator).tolist()
-            while len(order) < len(self) * self.world_size:
-                order += order[: len(self) * self.world_size - len(order)]
-        share = order[self.rank :: self.world_size]
+            order = torch.randperm(units, generator=generator).tolist()
+            while len(order) < self._units() * self.world_size:
+                order += order[: self._units() * self.world_size - len(order)]
+        share = order[self.rank :: self.world_size][: self._units()]
+        if self.together is not None:
+            share = self.together[share].flatten().tolist()
         if self.skip is not None and self.skip[0] == self.epoch:
             share = share[self.skip[1] :]
         return iter([(self.epoch, index) for index in share])
@@ -175,6 +201,8 @@ class DataSettings:
     seed: int
     order_seed: int
     """Draws the order of the training samples."""
+    subsequence: int = 1
+    """Samples of a recording that stay together in a batch; above 1 for pretraining."""
 
 
 def split_patterns(
@@ -224,13 +252,15 @@ class MissingModalityData(pl.LightningDataModule):
         self.patterns = split_patterns(settings.patterns, self.spec, settings.data_root)
         self.datasets: dict[Split, ArrowDataset] = {}
         for split in splits:
-            dataset = ArrowDataset(self.spec, settings.data_root, split, given.image_size)
+            dataset = ArrowDataset(
+                self.spec, settings.data_root, split, given.image_size, pretraining=settings.subsequence > 1
+            )
             if given.tokenize is not None:
                 dataset.tokenize(given.tokenize, given.fingerprint)
             if settings.image_cache:
                 dataset.cache_images(settings.num_workers)
             dataset.missing_table = load_missing_table(
-                settings.missing_table_root, settings.dataset, split, self.patterns[split], dataset.n_rows
+                settings.missing_table_root, self.spec.table_name, split, self.patterns[split], dataset.n_rows
             )
             if split == "train" and settings.simulate_missing:
                 dataset.simulate_seed = settings.seed
@@ -252,7 +282,24 @@ class MissingModalityData(pl.LightningDataModule):
 
     def steps_per_epoch(self, world_size: int) -> int:
         """Batches that each process trains on in an epoch."""
-        return -(-len(self.datasets["train"]) // (world_size * self.settings.per_gpu_batchsize))
+        return -(-len(self._sampler("train", 0, world_size)) // self.settings.per_gpu_batchsize)
+
+    def _sampler(self, split: Split, rank: int, world_size: int) -> EpochSampler:
+        dataset, settings, training = self.datasets[split], self.settings, split == "train"
+        seed = settings.order_seed if training else None
+        order = None if training else dataset.evaluation_order()
+        if (length := settings.subsequence) == 1:
+            return EpochSampler(len(dataset), seed=seed, rank=rank, world_size=world_size, order=order)
+        rows = subsequences(dataset.table, length)
+        if len(rows) < LEAST_SUBSEQUENCES * world_size:
+            raise DataError(
+                f"{dataset.path}: expected at least {LEAST_SUBSEQUENCES} subsequences of {length} samples for each "
+                f"process, which are compared, found {len(rows)}"
+            )
+        per_batch = settings.per_gpu_batchsize // length
+        return EpochSampler(
+            len(dataset), seed=seed, rank=rank, world_size=world_size, together=rows, per_batch=per_batch
+        )
 
     @contextmanager
     def naming_dead_workers(self) -> Iterator[None]:
@@ -281,13 +328,7 @@ class MissingModalityData(pl.LightningDataModule):
     def _loader(self, split: Split) -> TimedLoader:
         settings, trainer, training = self.settings, self.trainer, split == "train"
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        sampler = EpochSampler(
-            len(self.datasets[split]),
-            seed=settings.order_seed if training else None,
-            rank=rank,
-            world_size=world_size,
-            order=None if training else self.datasets[split].evaluation_order(),
-        )
+        sampler = self._sampler(split, rank, world_size)
         if training and self._resume is not None:
             epoch, batches = self._resume
             sampler.skip = (epoch, batches * settings.per_gpu_batchsize)
@@ -298,7 +339,7 @@ class MissingModalityData(pl.LightningDataModule):
             self.datasets[split],
             batch_size=settings.per_gpu_batchsize,
             sampler=sampler,
-            collate_fn=partial(collate, kinds_of(self.spec), once=not training),
+            collate_fn=partial(collate, kinds_of(self.spec), once=not training and settings.subsequence == 1),
             num_workers=settings.num_workers,
             worker_init_fn=leave_group,
             persistent_workers=settings.num_workers > 0,

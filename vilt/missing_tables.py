@@ -25,7 +25,7 @@ from common.errors import DataError, reason_of
 from common.files import atomic_path
 from common.messages import first_line
 from common.shares import part_of, parts_of
-from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
+from vilt.datasets.specs import SPLITS, Split, row_of
 from vilt.missing_types import ANY, BOTH, SOME, code_of
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class MissingPattern:
         assert split in get_args(Split)
         return {
             "dataset": dataset,
-            "split": EVERY_DATASET[dataset].file_splits[split],
+            "split": row_of(dataset).file_splits[split],
             "type": self.missing_type,
             "ratio": repr(float(self.ratio)),
             "both_ratio": repr(float(self.both_ratio)),
@@ -104,10 +104,10 @@ def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samp
     first modality.
     The published drawing multiplies as the published code does, in binary: 62, not 63, of 90 at 0.7.
     """
-    modalities = list(EVERY_DATASET[dataset].modalities)
+    modalities = list(row_of(dataset).modalities)
     if pattern.drawing == PUBLISHED:
         return _draw_as_published(pattern, modalities, samples)
-    key = hashlib.sha256(f"{dataset}/{EVERY_DATASET[dataset].file_splits[split]}/{pattern.seed}".encode()).digest()
+    key = hashlib.sha256(f"{dataset}/{row_of(dataset).file_splits[split]}/{pattern.seed}".encode()).digest()
     # random_raw is the one stream of NumPy that is promised never to change.
     order = np.argsort(np.random.PCG64(int.from_bytes(key, "big")).random_raw(samples), kind="stable")
     missing = order[: part_of(samples, pattern.ratio)]
@@ -222,7 +222,7 @@ def _is_file(path: Path) -> bool:
 
 def _digits(dataset: str) -> str:
     """That of each missing type."""
-    return "0123456789abcde"[: len(EVERY_DATASET[dataset].type_names)]
+    return "0123456789abcde"[: len(row_of(dataset).type_names)]
 
 
 def _listed(known: Sequence[object]) -> str:
@@ -231,7 +231,7 @@ def _listed(known: Sequence[object]) -> str:
 
 def _format(table: np.ndarray, dataset: str, described: dict[str, str]) -> str:
     header = " ".join(f"{key}={value}" for key, value in described.items())
-    digit, names = _digits(dataset), EVERY_DATASET[dataset].type_names
+    digit, names = _digits(dataset), row_of(dataset).type_names
     meaning = " ".join(f"{digit[value]}={name.replace(' ', '_')}" for value, name in enumerate(names))
     digits = "".join(digit[value] for value in table.tolist())
     lines = [digits[start : start + LINE] for start in range(0, len(digits), LINE)]
@@ -275,7 +275,7 @@ def _read_published(path: Path, dataset: str, samples: int) -> np.ndarray:
     if table is None:
         found = tuple(loaded.shape) if isinstance(loaded, torch.Tensor) else type(loaded).__name__
         raise DataError(f"{path}: expected a tensor of {samples} entries, one per row of the split, found {found}")
-    known = range(len(EVERY_DATASET[dataset].type_names))
+    known = range(len(row_of(dataset).type_names))
     wrong = np.flatnonzero(~np.isin(table, known))
     if len(wrong):
         raise DataError(f"{path}: expected only {_listed(known)}, found {table[wrong[0]]} for row {wrong[0]}")

@@ -74,6 +74,14 @@ class MissingModalityClassifier(nn.Module):
             features = {name: feature_BE * has_B[:, None] for (name, feature_BE), has_B in has}
         return features, slots
 
+    def pretraining_losses(self, batch: ModelInput) -> dict[str, Tensor]:
+        """What a method in PRETRAINING minimises, by name."""
+        return self.method.pretraining_losses(self.model, batch)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool | None:
+        """Whether weight decay is for a trained parameter; None: as the published rule of names says."""
+        return True if self.method.decays_all else self.model.decays(name, parameter)
+
     def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
         """Sets how the backbone computes, see `Backbone.compute`."""
         self.model.compute(dtype, checkpointing=checkpointing)

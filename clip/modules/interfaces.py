@@ -19,6 +19,8 @@ class Place(NamedTuple):
     """Blocks."""
     widths: tuple[int, ...] = ()
     """Of each block, where they differ; slots come in with the width of the first."""
+    projection: int = 0
+    """Width that pretraining compares features in."""
     input_shape: tuple[int, ...] = ()
     """Of an input of its modality, where all have one that methods may depend on."""
 
@@ -209,6 +211,10 @@ class Backbone(nn.Module):
     def fuse(self, features: Mapping[str, Tensor], present_BM: Tensor) -> Tensor:
         """What the head classifies: (B, ME), the features side by side, zero where `present_BM` is false."""
         return torch.cat([features[modality] for modality in self.places], dim=-1)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool | None:
+        """Whether weight decay is for a trained parameter; None: as the published rule of names says."""
+        return None
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Its parameters, each in one named part, which a method may train (`Method.trains`)."""

@@ -96,6 +96,12 @@ class Method(nn.Module):
     """Of methods that encode missing inputs all the same: level of the image in place of one, see `blanks`."""
     sees_training_split: ClassVar[bool] = False
     """Whether the training starts with a pass over its samples, see `see`."""
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.98)
+    """Of AdamW."""
+    trains_head: ClassVar[bool] = True
+    """Whether the head, and what the backbone always trains, are trained too."""
+    decays_all: ClassVar[bool] = False
+    """Whether weight decay is for all that it trains."""
     per_sample = False
     """True: a modality's slots follow from more of a sample than its missing type and its input of that modality, so
     that an input that several samples share has to be encoded for each of them."""
@@ -145,6 +151,14 @@ class Method(nn.Module):
             labels: (B, C) of 0 and 1, or (B,) class numbers.
         """
         return {}
+
+    def augment(self, batch: ModelInput, labels: Tensor, n_classes: int) -> tuple[ModelInput, Tensor]:
+        """The batch and the labels to train on; (B, C) shares of classes where samples are mixed."""
+        return batch, labels
+
+    def pretraining_losses(self, backbone: Backbone, batch: ModelInput) -> dict[str, Tensor]:
+        """Of a method in PRETRAINING: what it minimises, weighted, by name; in evaluation mode too."""
+        raise NotImplementedError
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Its parameters, each in one named part."""

@@ -39,6 +39,9 @@ FAMILY_METHODS = {
     },
 }
 """Likewise by family of backbones, for those whose methods are not METHODS."""
+PRETRAINING = {"focal": 4}
+"""Methods that train a backbone without labels, with the number of successive samples of a recording that they compare.
+Their checkpoints are backbones for the others."""
 HEADS = {
     "linear": "clip.modules.heads:LinearHead",
     "linear_by_type": "clip.modules.heads:LinearByType",

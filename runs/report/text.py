@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import DATASETS
 
 CAPTIONS = tomllib.loads((Path(__file__).parent / "templates" / "captions.toml").read_text("utf-8"))
@@ -23,7 +22,7 @@ def metric_title(name: str) -> str:
 
 def dataset_title(key: str) -> str:
     """As texts and figures name the dataset; a custom one is called what its spec.yaml says."""
-    return DATASETS[key].title if key in DATASETS else key.removeprefix(f"{CUSTOM}_")
+    return DATASETS[key].title if key in DATASETS else key.partition("_")[2]
 
 
 def digits_for(samples: int) -> int:

@@ -49,16 +49,21 @@ class ArrowDataset(Dataset[Sample]):
         spec: row of the dataset table.
         root: folder of the arrow files.
         image_size: side of the images returned, if there are any.
+        pretraining: for training, further samples without labels (-1) too, where the dataset has a file of them.
 
     Raises:
         DataError: the file is not there, damaged, of another conversion than the rest, or its columns or labels are
             not the dataset's.
     """
 
-    def __init__(self, spec: DatasetSpec, root: Path, split: Split, image_size: int = 224) -> None:
+    def __init__(
+        self, spec: DatasetSpec, root: Path, split: Split, image_size: int = 224, *, pretraining: bool = False
+    ) -> None:
         self.spec = spec
         self.split: Split = split
-        self.path = root / spec.file_name(split)
+        with_more = spec.pretraining_file if pretraining and split == "train" else None
+        self.path = root / (with_more or spec.file_name(split))
+        self._least_label = 0 if with_more is None else -1
         self.image_size = image_size
         self._table: pa.Table | None = None
         self.kinds = {name: kind(spec.modalities[name], self) for name, kind in kinds_of(spec).items()}
@@ -261,7 +266,7 @@ class ArrowDataset(Dataset[Sample]):
             if not pa.types.is_integer(column.type):
                 raise DataError(f"{self.path}: column label: expected class numbers, found {column.type}")
             labels = column.to_numpy().astype(np.int64)
-            wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
+            wrong = np.flatnonzero((labels < self._least_label) | (labels >= n_classes))
             if len(wrong):
                 raise DataError(
                     f"{self.path}: row {wrong[0]}: label {labels[wrong[0]]} is outside 0 to {n_classes - 1} "

@@ -7,14 +7,15 @@ from typing import Literal, Self, get_args
 from common.messages import listed, quoted
 from vilt.utils.names import look_alikes, normal
 
-CUSTOM = "custom"
-"""Name of the task, and prefix of the arrow files, of every such dataset."""
+CUSTOM, SENSORS = CUSTOM_TASKS = ("custom", "sensors")
+"""Names of the tasks, and prefixes of the arrow files, of such datasets: of images and texts, and of sensor signals."""
 Labels = Literal["single", "multi"]
 CUSTOM_METRICS: dict[str, dict[str, str]] = {
     "single": {"accuracy": "class_accuracy", "f1_macro": "macro_f1_and_accuracy", "auroc": "auroc_and_accuracy"},
     "multi": {"f1_macro": "multilabel_f1"},
 }
 """By kind of labels: the metrics that can choose the best model, the default first, and what is measured with each."""
+MOST_MODALITIES = 4
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -33,6 +34,8 @@ class CustomData:
     class_names: tuple[str, ...]
     metric: str
     """The one that chooses the best model."""
+    signals: tuple[tuple[str, int, int, int], ...] = ()
+    """Of sensors, by modality: name, channels, intervals of a sample, values of an interval. Of others none."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -46,6 +49,19 @@ class CustomData:
             raise ValueError(f"metric: expected {expected} with labels: {self.labels}, found {quoted(self.metric)}")
         if self.metric == "auroc" and self.n_classes != 2:
             raise ValueError(f"metric: auroc takes 2 classes, found {self.n_classes}")
+        self._check_signals()
+
+    def _check_signals(self) -> None:
+        names = [name for name, *_ in self.signals]
+        for name, *sizes in self.signals:
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise ValueError(f"modalities: expected letters, digits, - and _ in a name, found {quoted(name)}")
+            if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
+                raise ValueError(f"modalities: {name}: expected channels, intervals and values, found {sizes}")
+        if names and not 2 <= len(set(names)) == len(names) <= MOST_MODALITIES:
+            raise ValueError(f"modalities: expected 2 to {MOST_MODALITIES} different names, found {listed(names)}")
+        if self.signals and self.labels != "single":
+            raise ValueError(f"labels: expected single for signals, found {self.labels}")
 
     def _check_classes(self) -> None:
         rows: dict[str, int] = {}
@@ -62,13 +78,22 @@ class CustomData:
     @classmethod
     def of(cls, value: object) -> Self:
         """From its values by name, as JSON and checkpoints hold them. Raises ValueError."""
-        names = [field.name for field in fields(cls)]
-        if not isinstance(value, dict) or set(value) != set(names):
+        names = [field.name for field in fields(cls) if field.name != "signals"]
+        if not isinstance(value, dict) or set(value) - {"signals"} != set(names):
             found = listed(list(value)) if isinstance(value, dict) else quoted(value)
             raise ValueError(f"expected the values {', '.join(names)} of a dataset, found {found}")
         if not isinstance(value["class_names"], (list, tuple)):
             raise ValueError(f"class_names: expected a list, found {quoted(value['class_names'])}")
-        return cls(**{**value, "class_names": tuple(value["class_names"])})
+        signals = value.get("signals", ())
+        if not isinstance(signals, (list, tuple)) or not all(isinstance(one, (list, tuple)) and one for one in signals):
+            raise ValueError(f"signals: expected a list of modalities with their sizes, found {quoted(signals)}")
+        lists = {"class_names": tuple(value["class_names"]), "signals": tuple(map(tuple, signals))}
+        return cls(**{**value, **lists})
+
+    @property
+    def task(self) -> str:
+        """One of CUSTOM_TASKS."""
+        return SENSORS if self.signals else CUSTOM
 
     @property
     def n_classes(self) -> int:
@@ -78,12 +103,14 @@ class CustomData:
     @property
     def key(self) -> str:
         """What tells the dataset from others, in tables and in names of files."""
-        return f"{CUSTOM}_{self.name}"
+        return f"{self.task}_{self.name}"
 
     def difference(self, other: "CustomData") -> str | None:
         """What labels and classes `other` has instead of these, for messages; None where they are the same."""
         if other.labels != self.labels:
             return f"expected labels: {self.labels}, found labels: {other.labels}"
+        if other.signals != self.signals:
+            return f"expected the modalities {list(self.signals)}, found {list(other.signals)}"
         if other.n_classes != self.n_classes:
             return f"expected {self.n_classes} classes, found {other.n_classes}"
         for number, (ours, theirs) in enumerate(zip(self.class_names, other.class_names, strict=True)):

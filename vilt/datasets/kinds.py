@@ -279,8 +279,25 @@ class ArrayKind(Kind):
     def collate(inputs: Sequence[Tensor]) -> Collated:
         if not inputs:
             return Collated(torch.empty(0))
+        if len({len(array) for array in inputs}) == 1:
+            return Collated(torch.stack([*inputs]), length_b=torch.full((len(inputs),), len(inputs[0])))
         flipped = torch.nn.utils.rnn.pad_sequence([array.flip(0) for array in inputs], batch_first=True)
         return Collated(flipped.flip(1), length_b=torch.tensor([len(array) for array in inputs]))
+
+
+def root_mean_squares(data: "ArrowDataset") -> dict[str, float]:
+    """By modality of arrays, over all of a split; 1 where all is 0."""
+    found = {}
+    for name, kind in data.kinds.items():
+        squares, count = 0.0, 0
+        for chunk in kind.column.drop_null().chunks:
+            values = chunk
+            for _ in kind.modality.shape:
+                values = values.flatten()
+            squares += float(np.square(values.to_numpy(zero_copy_only=False), dtype=np.float64).sum())
+            count += len(values)
+        found[name] = (squares / count) ** 0.5 or 1.0 if count else 1.0
+    return found
 
 
 KINDS: dict[str, type[Kind]] = {"image": ImageKind, "text": TextKind, "array": ArrayKind}

@@ -7,7 +7,7 @@ from pathlib import Path
 from common.arrow_file import open_table
 from common.errors import DataError
 from common.messages import first_line, quoted
-from vilt.datasets.custom import CUSTOM, CustomData
+from vilt.datasets.custom import CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec, Split, custom_spec, with_shapes
 
 
@@ -19,13 +19,13 @@ def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:
     Raises:
         DataError: such a file is not there, not readable or not of the dataset, or the files do not agree.
     """
-    if dataset != CUSTOM:
+    if dataset not in CUSTOM_TASKS:
         spec = DATASETS[dataset]
         if any(modality.kind == "array" and not modality.shape for modality in spec.modalities.values()):
             return _with_shapes(spec, [root / spec.file_name(split) for split in splits])
         return spec
-    paths = [root / EVERY_DATASET[CUSTOM].file_name(split) for split in splits]
-    first, *others = [_read(path) for path in paths]
+    paths = [root / EVERY_DATASET[dataset].file_name(split) for split in splits]
+    first, *others = [_read(path, dataset) for path in paths]
     for path, other in zip(paths[1:], others, strict=True):
         if other != first:
             names = f"name {first.name} and metric {first.metric}, found {other.name} and {other.metric}"
@@ -56,9 +56,9 @@ def _with_shapes(spec: DatasetSpec, paths: Sequence[Path]) -> DatasetSpec:
     return with_shapes(spec, found)
 
 
-def _read(path: Path) -> CustomData:
+def _read(path: Path, dataset: str) -> CustomData:
     """What the metadata of an arrow file says. Raises DataError."""
-    how_to_make = EVERY_DATASET[CUSTOM].how_to_make(path.parent)
+    how_to_make = EVERY_DATASET[dataset].how_to_make(path.parent)
     metadata = open_table(path, how_to_make=how_to_make).schema.metadata or {}
     try:
         if not {b"custom", b"class_names"} <= set(metadata):
@@ -66,6 +66,9 @@ def _read(path: Path) -> CustomData:
         described = json.loads(metadata[b"custom"])
         if not isinstance(described, dict):
             raise ValueError(f"metadata custom: expected an object, found {quoted(described)}")
-        return CustomData.of({**described, "class_names": json.loads(metadata[b"class_names"])})
+        found = CustomData.of({**described, "class_names": json.loads(metadata[b"class_names"])})
+        if found.task != dataset:
+            raise ValueError(f"expected data of task {dataset}, found {found.task}")
+        return found
     except (ValueError, RecursionError) as error:  # of json too
         raise DataError(f"{path}: {error}; {how_to_make}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vilt import missing_types
-from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
+from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, SENSORS, CustomData
 
 # fmt: off
 MMIMDB_GENRES = (
@@ -74,6 +74,8 @@ class DatasetSpec:
     """Where labels are numbers: none is larger, positive or negative."""
     options: dict[str, Any] = field(default_factory=dict)
     """Defaults of `run.py` for this task, where they are others."""
+    pretraining: dict[str, Any] = field(default_factory=dict)
+    """Likewise for pretraining without labels, beside `options`; none where there is no such."""
     redrawn: bool = False
     """What the option simulate_missing does in training: True: draws anew in each epoch what each sample loses, and
     there is no missing table; False: complete samples lose something too."""
@@ -81,6 +83,17 @@ class DatasetSpec:
     """Name of the family of backbones."""
     custom: CustomData | None = None
     """What the arrow files say of a custom dataset."""
+    recordings: bool = False
+    """Whether samples are cut from recordings, which their rows name."""
+    scaled: bool = False
+    """Whether signals are divided by their root mean square in the training split."""
+    pretraining_file: str | None = None
+    """What the file of further samples without labels is called, for pretraining; None where there is none."""
+
+    @property
+    def table_name(self) -> str:
+        """What missing tables call it: where modalities are the data's own, with them (see `row_of`)."""
+        return self.name if self.custom is None or not self.custom.signals else "+".join([self.name, *self.modalities])
 
     @property
     def missing_types(self) -> tuple[str, ...]:
@@ -112,6 +125,11 @@ class DatasetSpec:
     def how_to_make(self, folder: Path) -> str:
         """For messages about files that are not in `folder`."""
         return f"make it with `python make_arrow.py --dataset {self.make_arrow_name} --root RAW --target {folder}`"
+
+
+def signal(name: str, channels: int, intervals: int, values: int) -> Modality:
+    """Signals of a sensor, cut into intervals."""
+    return Modality("array", f"signal_{name}", (channels, intervals, values))
 
 
 def images_with_texts(text_column: str) -> dict[str, Modality]:
@@ -239,7 +257,55 @@ for _spec in (
 ):
     DATASETS[_spec.name] = _spec
 
+SENSOR_OPTIONS: dict[str, Any] = {
+    "vit": "random",
+    "memory_length": 12,
+    "memory_depth": 3,
+    "learning_rate": 1e-3,
+    "weight_decay": 5e-3,
+    "warmup_steps": 0,
+    "decay_power": "cosine",
+    "end_lr": 1e-6,
+    "batch_size": 128,
+    "per_gpu_batchsize": 128,
+    "max_epoch": 50,
+    "val_check_interval": 1.0,
+}
+SENSOR_PRETRAINING: dict[str, Any] = {
+    "prompt_type": "focal",
+    "missing_ratio": 0.0,
+    "test_after_fit": False,
+    "weight_decay": 0.05,
+    "end_lr": 1e-7,
+    "batch_size": 256,
+    "per_gpu_batchsize": 256,
+    "max_epoch": 100,
+}
+"""Of FOCAL's code, but for the epochs, of which it has thousands."""
+
+
 _CUSTOM = {
+    SENSORS: DatasetSpec(
+        name=SENSORS,
+        title="sensor dataset",
+        file_splits={"train": "train", "val": "val", "test": "test"},
+        modalities={},
+        id_column="sample",
+        multilabel=False,
+        n_classes=0,
+        class_names=None,
+        loss="cross_entropy",
+        metrics="class_accuracy",
+        monitor="accuracy",
+        make_arrow_name=SENSORS,
+        converter="vilt.utils.write_sensors",
+        converter_options=("spec", "split"),
+        family="sensors",
+        recordings=True,
+        scaled=True,
+        options=SENSOR_OPTIONS,
+        pretraining=SENSOR_PRETRAINING,
+    ),
     CUSTOM: DatasetSpec(
         name=CUSTOM,
         title="custom dataset",
@@ -267,6 +333,13 @@ def with_shapes(spec: DatasetSpec, shapes: Mapping[str, tuple[int | None, ...]])
     return replace(spec, modalities=modalities)
 
 
+def row_of(table_name: str) -> DatasetSpec:
+    """The row of what missing tables call a dataset, with its modalities, and without classes if it is a custom one."""
+    name, *modalities = table_name.split("+")
+    row = EVERY_DATASET[name]
+    return replace(row, modalities={each: signal(each, 1, 1, 1) for each in modalities}) if modalities else row
+
+
 def spec_of(name: str, custom: CustomData | None) -> DatasetSpec:
     """The row of a dataset; that of a custom one follows from what its arrow files say."""
     return DATASETS[name] if custom is None else custom_spec(custom)
@@ -275,8 +348,10 @@ def spec_of(name: str, custom: CustomData | None) -> DatasetSpec:
 def custom_spec(custom: CustomData) -> DatasetSpec:
     """The complete row of a custom dataset."""
     multilabel = custom.labels == "multi"
+    signals = {name: signal(name, *sizes) for name, *sizes in custom.signals}
     return replace(
-        EVERY_DATASET[CUSTOM],
+        EVERY_DATASET[custom.task],
+        modalities=signals or EVERY_DATASET[custom.task].modalities,
         title=custom.name,
         multilabel=multilabel,
         n_classes=custom.n_classes,

@@ -18,6 +18,7 @@ from common.errors import DataError, reason_of
 from common.files import atomic_path, sync_folder
 from common.messages import printable
 from vilt.datasets.specs import DatasetSpec, Modality
+from vilt.datasets.subsequences import NUMBER, RECORDING
 from vilt.utils.ordered_threads import in_order
 from vilt.utils.raw_data import NOTHING_LEFT, REMARKS, BadSampleError, RawDataset, Row, Sample
 
@@ -92,11 +93,14 @@ def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
     columns += [("label", pa.list_(number) if spec.multilabel else number)]
     columns += [(name, texts) for name in spec.kept_columns]
     columns += [(name, pa.large_string()) for name in (spec.id_column, "split") if name is not None]
+    columns += [(RECORDING, pa.string()), (NUMBER, pa.int64())] if spec.recordings else []
     metadata: dict[str, object] = {"class_names": class_names}
     if shapes := {name: each.shape for name, each in spec.modalities.items() if each.kind == "array"}:
         metadata["shapes"] = shapes
     if spec.custom is not None:
         metadata["custom"] = {"name": spec.custom.name, "labels": spec.custom.labels, "metric": spec.custom.metric}
+        if spec.custom.signals:
+            metadata["custom"] |= {"signals": spec.custom.signals}  # type: ignore[operator]
     return pa.schema(columns, metadata={key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()})
 
 
@@ -170,7 +174,8 @@ def _kept_rows(
             labels = [int(np.sign(label)) + 1]
         summary.remarks.update(row.pop(REMARKS, {}))
         summary.n_samples += 1
-        summary.n_texts += len(row[spec.column_of("text") or spec.kept_columns[0]] or [])
+        texts = next(iter([spec.column_of("text"), *spec.kept_columns]), None)
+        summary.n_texts += len(row[texts] or []) if texts else 0
         summary.n_missing.update(name for name, m in spec.modalities.items() if row[m.column] is None)
         summary.n_without_label += not labels
         summary.label_counts.update(labels)

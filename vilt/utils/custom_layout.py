@@ -69,14 +69,22 @@ def read_layout(raw: Path, spec: Path | None, table: Path | None) -> Layout:
     try:
         if table is not None:
             return _layout(source, Path(), {"files": str(table)})
-        return _layout(source, raw, yaml.load(read_bytes(source), _PlainLoader))
+        return _layout(source, raw, read_yaml(source))
+    except OSError as error:  # of names that are too long
+        raise DataError(f"{source}: {reason_of(error)}") from None
+    except ConfigError as error:
+        raise DataError(f"{source}: {error}") from None
+
+
+def read_yaml(source: Path) -> Any:
+    """What a YAML file holds. Raises DataError."""
+    try:
+        return yaml.load(read_bytes(source), _PlainLoader)
     except RecursionError:
         raise DataError(f"{source} is not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         raise DataError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
-    except OSError as error:  # of names that are too long
-        raise DataError(f"{source}: {reason_of(error)}") from None
-    except (ConfigError, ValueError) as error:  # ValueError: PyYAML's about a date that is none
+    except ValueError as error:  # PyYAML's about a date that is none
         raise DataError(f"{source}: {error}") from None
 
 

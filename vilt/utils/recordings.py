@@ -1,0 +1,212 @@
+"""Recordings of sensors, cut into samples, and divided so that no two neighbouring samples are in different splits.
+
+Shape suffixes: N values, c channels, I intervals of a sample, S values of an interval.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from common.errors import DataError
+from common.messages import listed, quoted
+from vilt.datasets.specs import SPLITS, DatasetSpec, Split
+from vilt.datasets.subsequences import NUMBER, RECORDING
+from vilt.utils.raw_data import RawSplit, Row
+
+TIME, SUBJECT, RUN, PUBLISHED = WAYS = ("time", "subject", "run", "published")
+"""Ways to divide: the end of each recording, subjects, complete recordings of each class, or as the data says."""
+TRAIN_SHARE, VAL_SHARE = 0.7, 0.1
+NO_LABEL = -1
+
+
+class Cut(NamedTuple):
+    """How a recording becomes samples, in seconds."""
+
+    sample: float
+    step: float
+    """From the start of a sample to that of the next."""
+    interval: float
+    interval_step: float
+
+    def at(self, rate: float) -> tuple[int, int, int, int]:
+        """Likewise, in values at `rate`; raises ValueError where these are no whole numbers."""
+        found = []
+        for name, seconds in self._asdict().items():
+            values = round(seconds * rate)
+            if values < 1 or abs(values - seconds * rate) > 1e-6:
+                found_at = f"{seconds * rate:g} values at {rate:g} Hz"
+                raise ValueError(f"{name}: expected a whole number of values, found {seconds:g} s, {found_at}")
+            found.append(values)
+        sample, _, interval, interval_step = found
+        if sample < interval or (sample - interval) % interval_step:
+            raise ValueError(f"intervals of {interval} values, {interval_step} apart, do not fill {sample} values")
+        return found[0], found[1], found[2], found[3]
+
+    def shape(self, rate: float) -> tuple[int, int]:
+        """I and S. Raises ValueError."""
+        sample, _, interval, interval_step = self.at(rate)
+        return (sample - interval) // interval_step + 1, interval
+
+    def samples(self, values: int, rate: float) -> int:
+        """Samples of a recording."""
+        sample, step, _, _ = self.at(rate)
+        return max(0, (values - sample) // step + 1)
+
+    def rows(self, number: int, rate: float) -> slice:
+        """Where a sample is in its recording."""
+        sample, step, _, _ = self.at(rate)
+        return slice(number * step, number * step + sample)
+
+    def intervals(self, sample_Nc: np.ndarray, rate: float) -> np.ndarray:
+        """(c, I, S) float32 of the values of a sample."""
+        _, _, interval, interval_step = self.at(rate)
+        values_Nc = np.asarray(sample_Nc, dtype=np.float32)
+        windows = np.lib.stride_tricks.sliding_window_view(values_Nc, interval, axis=0)[::interval_step]  # (I, c, S)
+        return np.ascontiguousarray(windows.transpose(1, 0, 2))
+
+    @property
+    def dropped(self) -> int:
+        """Samples to leave out where the split changes: one, or more where samples overlap by more than half."""
+        return max(1, math.ceil(self.sample / self.step - 1e-9) - 1)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recording."""
+
+    name: str
+    labels: np.ndarray
+    """Of each sample; NO_LABEL where it is left out."""
+    read: Callable[[int], dict[str, np.ndarray]]
+    """By modality, (c, I, S) of the sample of a number. Raises DataError."""
+    subject: str = ""
+    split: Split | None = None
+    """As the data says it."""
+    row: int = 1
+    """In the file that lists it."""
+
+
+def label_of(labels_N: np.ndarray, *, mixed: bool) -> int:
+    """The label of a sample: the most frequent one, or NO_LABEL where there are several and `mixed` is false."""
+    values, counts = np.unique(labels_N, return_counts=True)
+    return int(values[np.argmax(counts)]) if mixed or len(values) == 1 else NO_LABEL
+
+
+def divide(recordings: Sequence[Recording], how: str, source: str, dropped: int) -> list[RawSplit]:
+    """The samples of each split.
+
+    Raises:
+        DataError: the recordings do not have what `how` needs.
+    """
+    split_of = _ways(recordings, how, source) if how != TIME else {}
+    found: dict[Split, list[tuple[int, Callable[[], Row]]]] = {split: [] for split in SPLITS}
+    for recording in recordings:
+        for number, label in enumerate(recording.labels.tolist()):
+            split = time_split(number, len(recording.labels), dropped) if how == TIME else split_of[recording.name]
+            if split is not None and label != NO_LABEL:
+                found[split].append((recording.row, partial(read_row, recording, number)))
+    return [RawSplit(split, source, samples) for split, samples in found.items()]
+
+
+def time_split(number: int, count: int, dropped: int) -> Split | None:
+    """Of a sample of a recording: its first 70 % are for training, then 10 and 20 %; None next to a border."""
+    first, second = int(TRAIN_SHARE * count), int((TRAIN_SHARE + VAL_SHARE) * count + 1e-9)
+    if number < first:
+        return "train"
+    if number < second:
+        return "val" if number >= first + dropped else None
+    return "test" if number >= second + dropped else None
+
+
+def _ways(recordings: Sequence[Recording], how: str, source: str) -> dict[str, Split]:
+    """By name of a recording."""
+    if how == PUBLISHED:
+        for recording in recordings:
+            if recording.split is None:
+                raise DataError(f"{source}, row {recording.row}: --split published: expected a split, found none")
+        return {recording.name: recording.split for recording in recordings if recording.split is not None}
+    found: dict[str, Split] = {}
+    groups: dict[int, list[Recording]] = {0: list(recordings)}
+    if how == RUN:
+        groups = {}
+        for recording in recordings:
+            kept = recording.labels[recording.labels != NO_LABEL]
+            groups.setdefault(label_of(kept, mixed=True) if len(kept) else NO_LABEL, []).append(recording)
+    for label, group in groups.items():
+        key_of = {one.name: one.subject if how == SUBJECT else one.name for one in group}
+        if how == SUBJECT and (without := [one for one in group if not one.subject]):
+            raise DataError(f"{source}, row {without[0].row}: --split subject: expected a subject, found none")
+        keys = sorted(set(key_of.values()), key=lambda key: hashlib.sha256(key.encode()).digest())
+        if len(keys) < len(SPLITS):
+            of = f" of class {label}" if how == RUN else ""
+            raise DataError(f"{source}: --split {how}: expected at least 3 {how}s{of}, found {listed(keys)}")
+        n_test = max(1, round((1 - TRAIN_SHARE - VAL_SHARE) * len(keys)))
+        n_val = max(1, round(VAL_SHARE * len(keys)))
+        of_key: dict[str, Split] = {
+            key: "test" if place < n_test else "val" if place < n_test + n_val else "train"
+            for place, key in enumerate(keys)
+        }
+        found |= {name: of_key[key] for name, key in key_of.items()}
+    return found
+
+
+def read_row(recording: Recording, number: int) -> Row:
+    """The columns of one sample."""
+    signals = {f"signal_{name}": array for name, array in recording.read(number).items()}
+    of_sample = {"sample": f"{recording.name}_{number}", RECORDING: recording.name, NUMBER: number}
+    return {**signals, "label": int(recording.labels[number]), **of_sample}
+
+
+def check_finite(signal: np.ndarray, path: Path, first_row: int, column: str) -> None:
+    """Raises DataError, which names the first row that is not a number; rows count from `first_row`."""
+    finite = np.isfinite(signal) if signal.ndim == 1 else np.isfinite(signal).all(axis=1)
+    if not finite.all():
+        raise DataError(f"{path}, row {int(np.argmin(finite)) + first_row}: {column}: expected a finite number")
+
+
+def read_numbers(path: Path, columns: Sequence[int], separator: str, *, header: bool = False) -> np.ndarray:
+    """Columns of a text file of numbers, (N, columns) float64; empty cells and `NaN` are not a number.
+
+    Raises:
+        DataError: the file cannot be read, or a cell is no number; names file and row.
+    """
+    try:
+        frame = pd.read_csv(
+            path, sep=separator, header=0 if header else None, usecols=list(columns), dtype=np.float64, engine="c"
+        )  # fmt: skip
+        return frame.to_numpy()[:, np.argsort(np.argsort(columns))]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
+        raise DataError(_first_wrong(path, columns, separator, header) or f"{path}: {str(error).strip()}") from None
+
+
+def _first_wrong(path: Path, columns: Sequence[int], separator: str, header: bool) -> str | None:
+    with path.open("rb") as lines:
+        for row, line in enumerate(lines, 1):
+            if header and row == 1:
+                continue
+            text = line.decode("utf-8", "replace").strip()
+            cells = text.split() if separator == r"\s+" else text.split(separator)
+            for column in columns:
+                cell = cells[column] if column < len(cells) else None
+                try:
+                    float(cell or "nan" if cell is not None else "")
+                except ValueError:
+                    found = "no such column" if cell is None else quoted(cell)
+                    return f"{path}, row {row}: expected a number in column {column + 1}, found {found}"
+    return None
+
+
+def check_way(how: str | None, default: str, known: Sequence[str], spec: DatasetSpec) -> str:
+    """The way to divide; raises DataError where a dataset does not have it."""
+    if how is not None and how not in known:
+        raise DataError(f"--split {how}: expected {' or '.join(known)} for {spec.make_arrow_name}")
+    return how or default

@@ -1,0 +1,196 @@
+"""A custom set of sensors: signals in one array, with tables of its channels and recordings, and a spec."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.errors import ConfigError, DataError
+from common.messages import quoted
+from common.readers import flag, number, one_of, text
+from vilt.datasets.custom import SENSORS, CustomData
+from vilt.datasets.specs import EVERY_DATASET, SPLITS, custom_spec
+from vilt.utils import raw_data
+from vilt.utils.custom_layout import read_yaml
+from vilt.utils.raw_data import RawDataset
+from vilt.utils.recordings import (
+    PUBLISHED,
+    SUBJECT,
+    TIME,
+    WAYS,
+    Cut,
+    Recording,
+    check_finite,
+    check_way,
+    divide,
+    label_of,
+)
+from vilt.utils.tables import table_rows
+
+LAYOUT = """\
+RAW/
+  signals.npy     (rows, columns): all recordings one after the other; a value is an entry × scale
+  channels.csv    column, modality, axis, unit, rate_hz, scale
+  labels.npy      (rows): class number of each row
+  classes.txt     class names, one a line, from 0
+  recordings.csv  recording, subject, split, start (row), length (rows); subject and split may be empty
+  spec.yaml       name, sample and interval in seconds; or say --spec FILE
+"""
+KEYS = {
+    "name": (SENSORS, text),
+    "sample": (None, number(0, above=True)),
+    "sample_overlap": (0.0, number(0, 0.99)),
+    "interval": (None, number(0, above=True)),
+    "interval_overlap": (0.0, number(0, 0.99)),
+    "mixed_labels": (True, flag),
+    "metric": ("accuracy", one_of("accuracy", "f1_macro")),
+}
+"""Of spec.yaml, with default and reader. `mixed_labels`: samples with several labels have the most frequent one, or are
+left out."""
+
+
+class _Channels(NamedTuple):
+    columns: dict[str, list[int]]
+    """By modality."""
+    scales: dict[str, np.ndarray]
+    rate: float
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """The values of a spec.yaml by key. Raises DataError."""
+    given = read_yaml(path)
+    if not isinstance(given, dict) or (unknown := [key for key in given if key not in KEYS]):
+        found = unknown[0] if isinstance(given, dict) else given
+        raise DataError(f"{path}: expected the keys {', '.join(KEYS)}, found {quoted(found)}")
+    try:
+        values = {key: read(key, given.get(key, default)) for key, (default, read) in KEYS.items()}
+    except ConfigError as error:
+        raise DataError(f"{path}: {error}") from None
+    return values
+
+
+def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> RawDataset:
+    """The dataset in `raw`.
+
+    Args:
+        spec: the spec.yaml; None: that of `raw`.
+        split: how to divide; None: as recordings.csv says, else by subject, else by time.
+
+    Raises:
+        DataError: a file is missing, or does not fit the others; names it, and the row where there is one.
+    """
+    files = ("signals.npy", "channels.csv", "labels.npy", "classes.txt", "recordings.csv")
+    raw_data.require_layout(raw, (*files, *(() if spec else ("spec.yaml",))), LAYOUT)
+    source = spec or raw / "spec.yaml"
+    of_spec = read_spec(source)
+    signals, labels = _array(raw / "signals.npy", 2), _array(raw / "labels.npy", 1)
+    if len(labels) != len(signals):
+        raise DataError(f"{raw / 'labels.npy'}: expected {len(signals)} rows, as signals.npy has, found {len(labels)}")
+    channels = _read_channels(raw / "channels.csv", signals.shape[1])
+    steps = (of_spec[name] * (1 - of_spec[f"{name}_overlap"]) for name in ("sample", "interval"))
+    cut = Cut(of_spec["sample"], next(steps), of_spec["interval"], next(steps))
+    try:
+        shape = cut.shape(channels.rate)
+        classes = tuple(line.strip() for line in raw_data.read_bytes(raw / "classes.txt").decode().splitlines() if line)
+        of_signals = tuple((name, len(columns), *shape) for name, columns in channels.columns.items())
+        custom = CustomData(of_spec["name"], "single", classes, of_spec["metric"], of_signals)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}") from None
+    _check_rows(raw, signals, labels, classes)
+    read = _Reader(signals, channels, cut)
+    recordings: list[Recording] = []
+    for row, values in table_rows(raw / "recordings.csv", ["recording", "subject", "split", "start", "length"], []):
+        place = f"{raw / 'recordings.csv'}, row {row}"
+        start, length = (_integer(values[name], f"{place}: {name}") for name in ("start", "length"))
+        if start + length > len(signals):
+            raise DataError(f"{place}: expected rows below {len(signals)}, as signals.npy has, found {start + length}")
+        if values["split"] not in (*SPLITS, ""):
+            raise DataError(f"{place}: split: expected {' or '.join(SPLITS)}, or nothing, found {values['split']!r}")
+        sample, step, _, _ = cut.at(channels.rate)
+        firsts = [start + number * step for number in range(cut.samples(length, channels.rate))]
+        of_samples = [label_of(labels[first : first + sample], mixed=of_spec["mixed_labels"]) for first in firsts]
+        if values["recording"] in {one.name for one in recordings} or not values["recording"]:
+            raise DataError(f"{place}: recording: expected a name of its own, found {values['recording']!r}")
+        reader, name = partial(read.sample, start, length), values["recording"]
+        found = np.array(of_samples, dtype=np.int64)
+        recordings.append(Recording(name, found, reader, values["subject"], values["split"] or None, row))
+    row_of_set = custom_spec(custom)
+    default = PUBLISHED if all(one.split for one in recordings) else TIME
+    if default == TIME and all(one.subject for one in recordings):
+        default = SUBJECT
+    how = check_way(split, default, WAYS, EVERY_DATASET[SENSORS])
+    return RawDataset(row_of_set, classes, tuple(divide(recordings, how, "recordings.csv", cut.dropped)))
+
+
+class _Reader(NamedTuple):
+    signals: np.ndarray
+    channels: _Channels
+    cut: Cut
+
+    def sample(self, start: int, length: int, number: int) -> dict[str, np.ndarray]:
+        rate = self.channels.rate
+        values = self.signals[start : start + length][self.cut.rows(number, rate)]
+        return {
+            name: self.cut.intervals(values[:, columns] * self.channels.scales[name], rate)
+            for name, columns in self.channels.columns.items()
+        }
+
+
+def _array(path: Path, dimensions: int) -> np.ndarray:
+    try:
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not readable as an array: {error}") from None
+    if found.ndim != dimensions or found.dtype.kind not in "iuf" or not found.size:
+        raise DataError(f"{path}: expected numbers of {dimensions} dimensions, found {found.dtype} of {found.shape}")
+    return found
+
+
+def _check_rows(raw: Path, signals: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
+    if signals.dtype.kind == "f":
+        check_finite(signals, raw / "signals.npy", 0, "signals")
+    if labels.dtype.kind == "f":
+        raise DataError(f"{raw / 'labels.npy'}: expected class numbers, found {labels.dtype}")
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if len(wrong):
+        found = f"found {labels[wrong[0]]}"
+        raise DataError(f"{raw / 'labels.npy'}, row {wrong[0]}: expected 0 to {len(classes) - 1}, {found}")
+
+
+def _read_channels(path: Path, n_columns: int) -> _Channels:
+    columns: dict[str, list[int]] = {}
+    scales: dict[str, list[float]] = {}
+    rates: dict[float, int] = {}
+    seen: dict[int, int] = {}
+    for row, values in table_rows(path, ["column", "modality", "rate_hz", "scale"], []):
+        place = f"{path}, row {row}"
+        column = _integer(values["column"], f"{place}: column")
+        if column >= n_columns or seen.setdefault(column, row) != row:
+            raise DataError(f"{place}: column: expected one of 0 to {n_columns - 1}, each once, found {column}")
+        rate, scale = (_positive(values[name], f"{place}: {name}") for name in ("rate_hz", "scale"))
+        if rates and rate not in rates:
+            raise DataError(f"{place}: rate_hz: expected {next(iter(rates)):g}, as the rows before, found {rate:g}")
+        rates.setdefault(rate, row)
+        columns.setdefault(values["modality"], []).append(column)
+        scales.setdefault(values["modality"], []).append(scale)
+    if len(seen) != n_columns:
+        absent = next(column for column in range(n_columns) if column not in seen)
+        raise DataError(f"{path}: expected a row for each of the {n_columns} columns of signals.npy, none has {absent}")
+    return _Channels(columns, {name: np.array(of) for name, of in scales.items()}, next(iter(rates)))
+
+
+def _integer(value: str, place: str) -> int:
+    if not value.isdecimal():
+        raise DataError(f"{place}: expected an integer of at least 0, found {quoted(value)}")
+    return int(value)
+
+
+def _positive(value: str, place: str) -> float:
+    try:
+        found = float(value)
+    except ValueError:
+        found = 0
+    if not 0 < found < float("inf"):
+        raise DataError(f"{place}: expected a number above 0, found {quoted(value)}")
+    return found

@@ -37,6 +37,8 @@ RAW/
   recordings.csv  recording, subject, split, start (row), length (rows); subject and split may be empty
   spec.yaml       name, sample and interval in seconds; or say --spec FILE
 """
+RECORDINGS = ["recording", "subject", "split", "start", "length"]
+CHANNELS = ["column", "modality", "rate_hz", "scale"]
 KEYS = {
     "name": (SENSORS, text),
     "sample": (None, number(0, above=True)),
@@ -100,7 +102,7 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     _check_rows(raw, signals, labels, classes)
     read = _Reader(signals, channels, cut)
     recordings: list[Recording] = []
-    for row, values in table_rows(raw / "recordings.csv", ["recording", "subject", "split", "start", "length"], []):
+    for row, values in table_rows(raw / "recordings.csv", RECORDINGS, RECORDINGS, []):
         place = f"{raw / 'recordings.csv'}, row {row}"
         start, length = (_integer(values[name], f"{place}: {name}") for name in ("start", "length"))
         if start + length > len(signals):
@@ -163,7 +165,7 @@ def _read_channels(path: Path, n_columns: int) -> _Channels:
     scales: dict[str, list[float]] = {}
     rates: dict[float, int] = {}
     seen: dict[int, int] = {}
-    for row, values in table_rows(path, ["column", "modality", "rate_hz", "scale"], []):
+    for row, values in table_rows(path, CHANNELS, CHANNELS, []):
         place = f"{path}, row {row}"
         column = _integer(values["column"], f"{place}: column")
         if column >= n_columns or seen.setdefault(column, row) != row:

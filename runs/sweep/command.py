@@ -12,7 +12,7 @@ from common.locks import locked
 from common.messages import quoted
 from common.signals import Stopped
 from common.strict_json import read_json, write_json
-from config import OPTIONS, Options
+from config import DATA, MODEL, OPTIONS, TRAINING, Options
 from runs.check_options import check
 from runs.command_line import is_of_sweep, option_of
 from runs.run_reader import as_written_by_run
@@ -31,9 +31,11 @@ SET_BY_GRID = {
     "seed": "sweep_seeds",
 }
 SET_BY_SWEEP = ("exp_name", "test_exp_name", "test_only", "test_after_fit", "fast_dev_run", "resume_from")
-FREE = (*SET_BY_SWEEP, *GRID, "log_dir", "sweep_name", "sweep_launcher", "sweep_slurm", "search_trials",
-        "num_workers", "image_cache")  # fmt: skip
-"""Options that may be others when a sweep is resumed: those of its own course, and those that change no result."""
+COMPARED = (
+    *(name for name, option in OPTIONS.items() if option.kind in (DATA, MODEL, TRAINING)),
+    *("data_root", "test_ratio", "test_type"),
+)
+"""Options that have to be the same when a sweep is resumed."""
 
 
 def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequence[str]) -> None:
@@ -56,27 +58,23 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
     busy = f"sweep_name={options.sweep_name}: another sweep of this name is at work in {options.log_dir}"
     with locked(folder / ".lock", busy):
         try:
-            _run(options, metric, given, config, folder)
+            commands = options.sweep_launcher == "commands"
+            launch = make_launcher(
+                "local" if commands else options.sweep_launcher, options.sweep_slurm, folder / "submitit"
+            )
+            record(options, metric, config, folder)
+            if options.search:
+                from runs.sweep.search import Search, open_study, run_search
+
+                study = open_study(folder / "optuna.journal", options.sweep_name)
+                run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
+            elif commands:
+                write_commands(options, grid_cells(options, given, folder), folder)
+            else:
+                run_grid(options, metric, grid_cells(options, given, folder), launch, folder)
         except (KeyboardInterrupt, Stopped):
             log.info("stopped; the same command resumes: %s", shlex.join(run_command("sweep", "with", *updates)))
             raise
-
-
-def _run(options: Options, metric: str, given: Sequence[str], config: Mapping[str, Any], folder: Path) -> None:
-    launch = None
-    if options.sweep_launcher != "commands":
-        launch = make_launcher(options.sweep_launcher, options.sweep_slurm, folder / "submitit")
-    record(options, metric, config, folder)
-    cells = [] if options.search else grid_cells(options, given, folder)
-    if launch is None:
-        write_commands(options, cells, folder)
-    elif not options.search:
-        run_grid(options, metric, cells, launch, folder)
-    else:
-        from runs.sweep.search import Search, open_study, run_search
-
-        study = open_study(folder / "optuna.journal", options.sweep_name)
-        run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
 
 
 def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:
@@ -146,9 +144,8 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
     """
     path = folder / "sweep.json"
     grid = None if options.search else grid_axes(options)
-    fixed = [name for name in OPTIONS if name not in FREE]
-    values = {**config, "search": options.search}
-    same = {name: values[name] for name in fixed if grid is None or name not in SET_BY_GRID}
+    same = {name: config[name] for name in COMPARED if grid is None or name not in SET_BY_GRID}
+    same |= {"search": options.search}
     of_sweep = {"name": options.sweep_name, "task": options.task, "metric": metric}
     mine = {"format": FORMAT, **of_sweep, "grid": grid, "options": same}
     mine = json.loads(json.dumps(mine, default=str))

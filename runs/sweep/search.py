@@ -72,14 +72,8 @@ class Search:
 
     def best(self) -> list[FrozenTrial]:
         """The complete trials with a run of their own, the best first."""
-        ranked = sorted(self.trials(TrialState.COMPLETE), key=lambda trial: (-score_of(trial), trial.number))
+        ranked = sorted(self.trials(TrialState.COMPLETE), key=lambda trial: (-trial.values[0], trial.number))
         return [trial for trial in ranked if self.job_of(trial) == self.job(trial.number, trial.params)]
-
-
-def score_of(trial: FrozenTrial) -> float:
-    """Of a complete trial."""
-    assert trial.value is not None
-    return trial.value
 
 
 def assignments(values: Mapping[str, Any]) -> list[str]:
@@ -196,7 +190,7 @@ def _try(search: Search, job: Job, values: dict[str, Any], launch: Launcher) -> 
     for trial in search.trials(TrialState.COMPLETE):
         if trial.params == values:
             log.info("%s has the values of trial %d, and so its score", job.name, trial.number)
-            return score_of(trial), Outcome(None, 0.0)
+            return trial.values[0], Outcome(None, 0.0)
     [(_, outcome)] = launch([job])
     if outcome.error is not None:
         return None, outcome
@@ -226,7 +220,7 @@ def _print_best(search: Search) -> None:
         return
     best, names = ranked[0], list(search.options.search)
     rows = [
-        (f"trial {trial.number}", *(short(trial.params[name]) for name in names), f"{score_of(trial):.4f}")
+        (f"trial {trial.number}", *(short(trial.params[name]) for name in names), f"{trial.values[0]:.4f}")
         for trial in ranked[:BEST_SHOWN]
     ]
     table = terminal_table(("", *names, search.metric), rows, "<" + ">" * (len(names) + 1))

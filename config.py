@@ -32,6 +32,7 @@ from common.readers import (
 from runs.option_readers import (
     MISSING_TYPES,
     MissingTypeReader,
+    logging_service,
     method_name,
     precision_name,
     sort_order,
@@ -187,6 +188,8 @@ class Options:
     finetune_first: bool = option(False, flag, TRAINING, "a warm start takes the head too (of the same task)")
     resume_from: Path | str | None = option(
         None, optional(word_or(AUTO, path)), RUN, "`last.ckpt` of an interrupted run, to resume it; auto: finds it")
+    logger: str | None = option(
+        None, optional(logging_service), RUN, "wandb or mlflow: gets options and metrics too, beside TensorBoard")
     fast_dev_run: bool = option(False, flag, RUN, "one batch of everything, nothing written")
     test_after_fit: bool = option(True, flag, RUN, "evaluate the best checkpoint on the test split after training")
     test_only: bool = option(False, flag, RUN, "evaluate load_path on the test split")

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LearningRateMonitor
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -15,7 +14,7 @@ from common.errors import ConfigError
 from common.messages import first_line
 from engine.callbacks import Checkpoints, Report, StepLimit
 from engine.checkpoint_file import AtomicCheckpointIO
-from engine.metrics_log import MetricsLogger
+from engine.loggers import make_loggers
 from engine.progress import RunBar
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def make_trainer(
             enable_model_summary=False,
             enable_progress_bar=False,  # RunBar is ours
             enable_checkpointing=keeps,
-            logger=[MetricsLogger(place, "", ""), TensorBoardLogger(place, "", "tensorboard")] if keeps else False,
+            logger=make_loggers(options, place) if keeps else False,
             callbacks=callbacks,
             plugins=plugins,
             default_root_dir=folder,

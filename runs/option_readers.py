@@ -5,6 +5,7 @@ Nothing here loads torch, see `config.py`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from clip.modules.registry import METHODS, every_method
@@ -53,6 +54,16 @@ class MissingTypeReader:
         if row is not None and not row.modalities:  # the data will say them
             return self.shape(text)(option, value)
         return self.shape(one_of(*known))(option, value)
+
+
+def logging_service(option: str, value: Any) -> str:
+    """Reads the name of a service that gets metrics, whose package is installed."""
+    name = one_of("wandb", "mlflow")(option, value)
+    if find_spec(name) is None:
+        raise ConfigError(
+            f"{option}={name}: expected its package, which is not installed: python -m pip install {name}"
+        )
+    return name
 
 
 def precision_name(option: str, value: Any) -> str:

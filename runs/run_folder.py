@@ -3,7 +3,9 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def make_run_folder(log_dir: Path, name: str) -> Path:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and the state of the code, for the record."""
+    """Time, versions, devices and the state of the code, for the record."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -48,10 +50,19 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))  # not of every Linux
     return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": versions | {"torch": torch.__version__},  # with what it was built for
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "gpus": gpus},
+        "machine": {
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "cpu": processor[1] if processor else platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": gpus,
+        },
         "git": git_state(),
     }
 

@@ -1,15 +1,21 @@
-"""metrics.csv keeps its lines when its columns change, whatever happens meanwhile."""
+"""metrics.csv keeps its lines when its columns change, whatever happens meanwhile; the other loggers get options."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.errors import ConfigError
+from config import OPTIONS
 from engine import metrics_log
 from engine.metrics_log import MetricsLogger
+from run import command_line
+from runs import option_readers
+from runs.run_folder import environment
 from runs.run_reader import read_curves
-from tests.conftest import Patch
+from tests.conftest import Patch, Workspace
 from tests.interrupted import files_up_to
 
 
@@ -59,3 +65,37 @@ def test_a_full_disk_loses_no_line_and_part_of_one_is_not_read(tmp_path: Path, l
     with files_up_to(path.stat().st_size + 5), pytest.raises(OSError, match="File too large"):
         logger.save()
     assert read_curves(path) == curves
+
+
+def test_a_service_whose_package_is_not_there_is_refused(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(option_readers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^logger=wandb: .*pip install wandb"):
+        OPTIONS["logger"].read("logger", "wandb")
+    with pytest.raises(ConfigError, match=r"wandb or mlflow.*'comet'"):
+        OPTIONS["logger"].read("logger", "comet")
+
+
+@pytest.mark.parametrize("service", ["wandb", "mlflow"])
+def test_services_and_tensorboard_get_options_and_metrics(
+    workspace: Workspace, tmp_path: Path, monkeypatch: Patch, service: str
+) -> None:
+    package = pytest.importorskip(service)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    given = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "exp_name=x", f"logger={service}", "max_steps=2")
+    assert command_line([*workspace.command(*given), "test_after_fit=False"]) == 0
+    folder = tmp_path / "x_seed0" / "version_0"
+    assert "max_steps: 2" in (folder / "tensorboard" / "hparams.yaml").read_text()
+    if service == "wandb":
+        assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+        package.finish()
+    else:
+        package.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        found = package.search_runs(experiment_names=["rep"]).iloc[0]
+        assert found["params.max_steps"] == "2" and found["metrics.val/loss"] > 0
+
+
+def test_the_record_of_the_machine() -> None:
+    found = json.loads(json.dumps(environment()))
+    assert found["started"].endswith("+00:00")
+    assert {"host", "cpu", "cores", "threads"} <= found["machine"].keys() and found["machine"]["threads"] >= 1

@@ -1,0 +1,31 @@
+"""Where a training's metrics go: metrics.csv and TensorBoard, and a service if option `logger` names one."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from engine.metrics_log import MetricsLogger
+
+if TYPE_CHECKING:
+    from config import Options
+
+PROJECT = "rep"
+"""Project of Weights & Biases, and experiment of MLflow."""
+
+
+def make_loggers(options: "Options", folder: Path) -> list[Logger]:
+    """The loggers of a run in `folder`; all but metrics.csv get its options too."""
+    loggers: list[Logger] = [TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False)]
+    name = "_".join(folder.parts[-2:])
+    if options.logger == "wandb":
+        loggers.append(WandbLogger(name=name, save_dir=folder, project=PROJECT))
+    elif options.logger == "mlflow":
+        here = f"sqlite:///{options.log_dir.absolute() / 'mlflow.db'}"
+        loggers.append(MLFlowLogger(PROJECT, name, tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", here)))
+    values = {key: value if isinstance(value, int | float) else str(value) for key, value in asdict(options).items()}
+    for logger in loggers:
+        logger.log_hyperparams(values)
+    return [MetricsLogger(folder, "", ""), *loggers]

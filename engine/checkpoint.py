@@ -212,10 +212,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: not there, damaged, or not a checkpoint of this model.
     """
-    if path.is_dir():
-        raise CheckpointError(f"load_path={path}: expected a checkpoint, found a folder{checkpoint_in(path)}")
     if not path.is_file():
-        raise CheckpointError(f"load_path={path}: no such file")
+        found = "found a folder; name the best.ckpt in it" if path.is_dir() else "found no such file"
+        raise CheckpointError(f"load_path={path}: expected a checkpoint, {found}")
     raw = _load_inert(path)
     try:
         if not isinstance(raw, dict) or "state_dict" not in raw:
@@ -230,12 +229,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
     resumable = all(raw.get(name) not in (None, [], {}) for name in OF_TRAINING)
     return Checkpoint(path, file_sha256(path), state=state, resumable=resumable, **of_model)
-
-
-def checkpoint_in(folder: Path) -> str:
-    """For messages about a folder in place of a checkpoint: one that is in it."""
-    found = min(folder.rglob("best.ckpt"), key=lambda path: (len(path.parts), path), default=None)
-    return "" if found is None else f"; did you mean {found}?"
 
 
 def _described_model(described: Any) -> dict[str, Any]:

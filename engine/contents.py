@@ -1,14 +1,17 @@
 """What a run reads, by content: files that were replaced under the same path are other ones, moved ones the same."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from common.hashing import file_sha256
 from vilt.datamodules import MissingModalityData
 
 CONTENTS_FILE = "contents.json"
 """Of a run folder: what its run read."""
+WEIGHTS = (".json", ".txt", ".gz", ".safetensors", ".bin", ".pt", ".model")
 OF_TEST = ("data of test", "missing table of test")
 
 
@@ -19,6 +22,19 @@ def contents_of_data(data: MissingModalityData) -> dict[str, str]:
         contents = {f"data of {split}": sha256 for split, sha256 in zip(data.datasets, files, strict=True)}
     for split, dataset in data.datasets.items():
         contents[f"missing table of {split}"] = hashlib.sha256(dataset.missing_table.tobytes()).hexdigest()
+    return contents
+
+
+def contents_of_files(paths: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of files, and of all files of weights and settings in folders; nothing of what is not there."""
+    contents = {}
+    for name, path in paths.items():
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
+            of_folder = json.dumps([(file.name, file_sha256(file)) for file in files])
+            contents[name] = hashlib.sha256(of_folder.encode()).hexdigest()
+        elif path.is_file():
+            contents[name] = file_sha256(path)
     return contents
 
 

@@ -51,7 +51,8 @@ class Origin:
     arrow_sha256: str
     precision: str
     tokenizer: str | None
-    """The option; None for the tokenizer that comes with the weights."""
+    """The option; None for the one that comes with the weights. Of a published checkpoint, which says none, what
+    identifies it."""
     published_seed: int | None = None
     """The option, for a published checkpoint, whose dynamic queries follow from it."""
 

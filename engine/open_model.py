@@ -18,6 +18,10 @@ COMPUTE_TYPES = {
 }
 """Of the frozen towers, by the precision as the option has it, and as Lightning calls it."""
 
+# cuDNN's attention, which torch prefers on Hopper GPUs, takes some hundred milliseconds to plan for each new shape, and
+# with missing modalities and texts of any length nearly every batch has one. Flash attention has no plans.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def open_model(
     checkpoint: Checkpoint, choice: BackboneChoice, published_vit: str

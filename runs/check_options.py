@@ -145,8 +145,14 @@ def check_together(options: Options) -> None:
     if options.resume_from is not None and options.test_only:
         raise ConfigError("resume_from: resumes a training run; test_only contradicts it")
     for name, checkpoint in (("load_path", options.load_path), ("resume_from", options.resume_from)):
-        if checkpoint not in (None, AUTO) and not Path(checkpoint).is_file():
+        if checkpoint in (None, AUTO) or Path(checkpoint).is_file():
+            continue
+        if not Path(checkpoint).is_dir():
             raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")
+        file = "last.ckpt" if name == "resume_from" else "best.ckpt"
+        found = min(Path(checkpoint).rglob(file), key=lambda path: (len(path.parts), path), default=None)
+        hint = f"did you mean {name}={found}?" if found is not None else f"there is no {file} in it"
+        raise ConfigError(f"{name}: expected a checkpoint file, found the folder {checkpoint}; {hint}")
 
 
 def _check_method(options: Options) -> None:

@@ -33,6 +33,8 @@ NEEDED: dict[str, tuple[type, ...]] = {
     **{"seed": (int,), "test_only": (bool,), "both_ratio": (float, int)},
 }
 """Options that readers need, with their types."""
+SAME_CONTENTS = ("data of train", "data of val", "data of test", "backbone")
+"""Entries of contents.json that runs of one line have in common."""
 PATTERN_OPTIONS = ("missing_type.train", "missing_ratio.train", "both_ratio")
 Curve = list[tuple[int, float]]
 """(optimiser step, value)."""
@@ -161,12 +163,18 @@ class Run:
 
     @cached_property
     def line(self) -> dict[str, Any]:
-        """The options in which runs of one line agree, those of a split as `option.split`; without the pattern."""
+        """The options in which runs of one line agree, those of a split as `option.split`; without the pattern.
+
+        Also the beginnings of the digests of its data and backbone, where the run has kept them.
+        """
         flat = flat_options(self.config)
         left_out = {*NOT_THE_LINE, *PATTERN_OPTIONS}
         if all(flat[f"{name}.val"] == flat[f"{name}.train"] for name in ("missing_type", "missing_ratio")):
             left_out |= {"missing_type.val", "missing_ratio.val"}
-        return {name: value for name, value in flat.items() if name not in left_out}
+        path = self.folder / "contents.json"
+        contents = read_json(path) if path.is_file() else {}
+        same = {name: str(contents[name])[:12] for name in SAME_CONTENTS if name in contents}
+        return {name: value for name, value in flat.items() if name not in left_out} | same
 
     @property
     def line_key(self) -> str:

@@ -10,6 +10,7 @@ from common.errors import ConfigError
 from common.hashing import file_sha256
 from config import Options
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
+from engine.families import BackboneChoice, family_of
 from engine.logit_store import LogitStore, Origin
 from engine.robustness import Subject
 from engine.tasks import task_of
@@ -118,7 +119,11 @@ def _open(
         missing_table_root=options.missing_table_root,
     )
     published_seed = options.published_seed if checkpoint.published else None
-    of_model = (options.precision, options.tokenizer, published_seed)
+    tokenizer = options.tokenizer
+    if checkpoint.published:  # it does not say which one it was trained with
+        choice = BackboneChoice(options.vit, options.vit_activation, options.tokenizer, options.trust_backbone)
+        tokenizer = family_of(options.task).inputs(choice, None).fingerprint
+    of_model = (options.precision, tokenizer, published_seed)
     origin = Origin(options.task, checkpoint.sha256, arrow.name, arrow_sha256, *of_model)
     recorded_options = asdict(with_model_of(checkpoint, options, given))
     store = LogitStore(path.parent / "robustness", origin, dataset, recorded_options, anew=options.robustness_anew)

@@ -224,6 +224,12 @@ def warm_start(
     start = restore_classifier(checkpoint, None if checkpoint.published else backbone, published_seed)
     heads = tuple(f"{head_name(task)}." for task in EVERY_DATASET)
     own, theirs = classifier.state_dict(), start.state_dict()
+    frozen = (theirs.keys() & own.keys()) - set(kept_names(start)) - set(kept_names(classifier))
+    for name in sorted(frozen) if checkpoint.published else []:
+        if own[name].shape != theirs[name].shape or not torch.allclose(own[name], theirs[name], rtol=0.01, atol=1e-3):
+            raise CheckpointError(
+                f"load_path={checkpoint.path}: its backbone is another one than vit={backbone.name}: {name} differs"
+            )
     # What REP as described adds to the released model starts as the identity, and is not in checkpoints without it.
     method = classifier.method
     added = tuple(f"model.{method.attribute}.{beginning}" for beginning in method.identity_at_init)

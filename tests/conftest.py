@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, on
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 SLOW = (
-    *("agreement", "backbone", "datamodules", "demo", "ending", "fuzz", "golden_training", "hostile_runs"),
+    *("agreement", "backbone", "contents", "datamodules", "demo", "ending", "fuzz", "golden_training", "hostile_runs"),
     *("interruption", "long_run", "methods", "processes", "published", "package", "report_page", "resume"),
     *("robustness", "run", "run_custom", "run_methods", "sweep", "writers"),
 )

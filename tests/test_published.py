@@ -19,7 +19,7 @@ from clip.published_queries import published_queries
 from common.errors import ConfigError
 from config import DEFAULTS, NAMED_CONFIGS, Options
 from engine.checkpoint import read_checkpoint, restore_classifier
-from engine.optimization import AdamW, OptimizerSettings, make_optimizer, make_schedule, schedule_steps
+from engine.optimization import AdamW, OptimizerSettings, make_optimizer
 from engine.trainer import validation_interval
 from run import command_line
 from runs.check_options import check, resolve
@@ -223,23 +223,6 @@ def test_optim_type_chooses_the_published_optimisers() -> None:
             (0.2, 0.01),
             (0.2, 0),
         ]
-
-
-def test_the_schedule_spans_the_batches_of_all_epochs_rounded_down() -> None:
-    for taken, as_published in ((21, True), (24, False)):  # the published code leaves out three that are taken
-        assert schedule_steps(21, 4, 4, None, as_published=as_published) == taken
-        assert schedule_steps(21, 4, 4, 100, as_published=as_published) == taken
-    assert schedule_steps(21, 4, 4, 10, as_published=True) == 10
-    assert schedule_steps(1, 2, 8, None, as_published=True) == 1
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = AdamW([parameter], 1.0, (0.9, 0.98), 1e-8)
-    scheduler = make_schedule(optimizer, OptimizerSettings("adamw", 1.0, 1, 0, 0.1, 0, 1), 21)
-    rates = []
-    for _ in range(24):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates[:3] == [0, 0.5, 1] and rates[20] > 0 and rates[21:] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

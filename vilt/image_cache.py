@@ -1,7 +1,7 @@
 """The decoded images of an arrow file, kept beside it: for machines whose CPU cannot decode as fast as the GPU trains.
 
 A cache is one .npy file, uint8 (N, 3, R, R), with the image of every row as `decode_image` gives it. Its name tells
-the arrow file's state and Pillow's version, so that a cache of other images is never taken for the right one.
+the arrow file's SHA-256 and Pillow's version, so that a cache of other images is never taken for the right one.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from common.errors import DataError, reason_of
 from common.files import atomic_path
+from common.hashing import file_sha256
 from common.messages import byte_size
 from vilt.utils.mapped_array import MappedArray, fault_of
 from vilt.utils.ordered_threads import in_order
@@ -31,8 +32,6 @@ ReadImage = Callable[[int], Tensor]
 
 FORMAT_VERSION = 2
 """Increase it when `decode_image` or the file's layout changes."""
-FOOTER_BYTES = 64 * 2**10
-"""The end of an arrow file, which identifies it: there lie the places of all its batches."""
 
 
 def open_image_cache(arrow_path: Path, n_rows: int, size: int, read_image: ReadImage, workers: int) -> MappedArray:
@@ -89,12 +88,8 @@ def missing_bytes(arrow_path: Path, n_rows: int, size: int) -> int:
 
 
 def _path_of(arrow_path: Path, size: int) -> Path:
-    with arrow_path.open("rb") as file:
-        state = os.fstat(file.fileno())
-        file.seek(max(0, state.st_size - FOOTER_BYTES))
-        footer = hashlib.sha256(file.read()).hexdigest()
-    parts = (FORMAT_VERSION, PIL.__version__, state.st_size, state.st_mtime_ns, footer)
-    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:16]
+    parts = (str(FORMAT_VERSION), PIL.__version__, file_sha256(arrow_path))
+    digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     return arrow_path.with_name(f"{arrow_path.stem}_images{size}_{digest}.npy")
 
 

@@ -20,6 +20,7 @@ from runs.sweep.grid import grid_cells, run_grid, variant_name, variants, write_
 from runs.sweep.jobs import run_command
 from runs.sweep.launchers import CLUSTERS, make_launcher
 from vilt.datasets.open_spec import open_spec
+from vilt.datasets.specs import SPLITS
 
 log = logging.getLogger("rep")
 
@@ -147,11 +148,25 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
     same = {name: config[name] for name in COMPARED if grid is None or name not in SET_BY_GRID}
     same |= {"search": options.search}
     of_sweep = {"name": options.sweep_name, "task": options.task, "metric": metric}
-    mine = {"format": FORMAT, **of_sweep, "grid": grid, "options": same}
+    mine = {"format": FORMAT, **of_sweep, "grid": grid, "options": same | _contents(options)}
     mine = json.loads(json.dumps(mine, default=str))
     if path.is_file():
         _check_same_sweep(path, mine, f"sweep_name={options.sweep_name}")
     write_json(path, mine)
+
+
+def _contents(options: Options) -> dict[str, str]:
+    """SHA-256 of the files that the options name, by option and file: cells of other contents are other cells."""
+    from engine.contents import contents_of_files
+
+    assert options.data_root is not None
+    spec = open_spec(options.task, options.data_root, options.splits)
+    paths = {f"data_root/{spec.file_name(split)}": options.data_root / spec.file_name(split) for split in SPLITS}
+    published = sorted(options.missing_table_root.glob(f"{options.task}_*_missing_*.pt"))
+    paths |= {f"missing_table_root/{path.name}": path for path in published}
+    named = {"vit": options.vit, "tokenizer": options.tokenizer, "load_path": options.load_path}
+    paths |= {f"{name} (contents)": Path(path) for name, path in named.items() if path is not None}
+    return contents_of_files(paths)
 
 
 def _check_same_sweep(path: Path, mine: dict[str, Any], named: str) -> None:

@@ -1,0 +1,123 @@
+"""What a run reads is known by its content: replaced files are other ones, moved ones the same."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from common.hashing import file_sha256
+from engine.contents import CONTENTS_FILE, contents_of_files
+from run import command_line
+from tests.conftest import Captured, Workspace
+
+
+def command(workspace: Workspace, root: Path, *options: str) -> list[str]:
+    """A training that reads nothing but what is below `root`."""
+    own = (f"vit={root / 'backbone'}", f"log_dir={root / 'result'}", f"missing_table_root={root / 'tables'}")
+    return workspace.command(
+        *own, "exp_name=rep", "max_epoch=1", "val_check_interval=1.0", *options, data_root=root / "arrow"
+    )
+
+
+@pytest.fixture
+def place(workspace: Workspace, tmp_path: Path) -> Path:
+    for name in ("arrow", "backbone"):
+        shutil.copytree(workspace.root / name, tmp_path / name)
+    return tmp_path
+
+
+def relabel(path: Path) -> None:
+    """Other labels in a file of the same size, name and times."""
+    state, table = path.stat(), pa.ipc.open_file(path.read_bytes()).read_all()
+    labels = pa.array(table["label"].to_pylist()[::-1], table["label"].type)
+    table = table.set_column(table.column_names.index("label"), table.schema.field("label"), labels)
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def _labels(root: Path) -> None:
+    relabel(root / "arrow" / "mmimdb_dev.arrow")
+
+
+def _published_table(root: Path) -> None:
+    torch.save(torch.zeros(40), root / "tables" / "mmimdb_train_missing_both_07.pt")
+
+
+def _preprocessing(root: Path) -> None:
+    values = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (root / "backbone" / "preprocessor_config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("replace", "named"),
+    [
+        (_labels, "data of val"),
+        (_published_table, "missing table of train"),
+        (_preprocessing, "architecture"),
+    ],
+)
+def test_a_run_is_not_taken_for_one_on_other_contents(
+    workspace: Workspace, place: Path, capsys: Captured, replace: Callable[[Path], None], named: str
+) -> None:
+    auto = command(workspace, place, "resume_from=auto")
+    assert command_line(auto) == 0
+    folder = place / "result" / "rep_seed0" / "version_0"
+    contents = json.loads((folder / CONTENTS_FILE).read_text())
+    assert contents["data of val"] == file_sha256(place / "arrow" / "mmimdb_dev.arrow")
+    moved = place / "moved"
+    shutil.copytree(place / "arrow", moved / "arrow")
+    assert command_line([word.replace(f"{place}/arrow", f"{moved}/arrow") for word in auto]) == 0
+    assert f"{folder} is finished" in capsys.readouterr().err
+
+    replace(place)
+    assert command_line(auto) == 0
+    said = capsys.readouterr().err
+    assert f"{folder}: a run on something else under these options: {named} (there sha256 " in said
+    assert (folder.with_name("version_1") / "test_results.json").is_file()
+    assert command_line(command(workspace, place, "max_epoch=2", f"resume_from={folder / 'last.ckpt'}")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: resume_from={folder / 'last.ckpt'}: ") or named == "architecture"
+    assert named in error or "image_mean" in error
+
+
+def test_another_test_set_is_tested_again_and_said(workspace: Workspace, place: Path, capsys: Captured) -> None:
+    auto = command(workspace, place, "resume_from=auto")
+    assert command_line(auto) == 0
+    relabel(place / "arrow" / "mmimdb_test.arrow")
+    capsys.readouterr()
+    assert command_line(auto) == 0
+    said = capsys.readouterr().err
+    assert "resumes from" in said and "step 6" not in said
+    folder = place / "result" / "rep_seed0"
+    first, second = (json.loads((folder / f"version_{n}" / "test_results.json").read_text()) for n in (0, 1))
+    assert first["metrics"] != second["metrics"]
+    evaluation = command(workspace, place, "test_only=True", f"load_path={folder / 'version_0' / 'best.ckpt'}")
+    assert command_line(evaluation) == 0
+    assert "the test set is not the one that its run had: data of test (there " in capsys.readouterr().err
+
+
+def test_a_sweep_notices_replaced_data(workspace: Workspace, place: Path, capsys: Captured) -> None:
+    sweep = command(workspace, place, "sweep_types=text", "sweep_ratios=0.5", "sweep_seeds=0")
+    sweep = ["run.py", "sweep", *(word for word in sweep[1:] if word != "exp_name=rep"), "sweep_launcher=commands"]
+    assert [command_line(sweep), command_line(sweep)] == [0, 0]
+    relabel(place / "arrow" / "mmimdb_train.arrow")
+    assert command_line(sweep) == 2
+    assert "data_root/mmimdb_train.arrow (there " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_of_weights_is_what_is_in_it(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    paths = {name: tmp_path / name for name in ("a", "b", "absent")}
+    before = contents_of_files(paths)
+    assert before.keys() == {"a", "b"} and before["a"] == before["b"]
+    (tmp_path / "b" / "config.json").write_text("{}")
+    after = contents_of_files(paths)
+    assert after["a"] == before["a"] and after["b"] != before["b"]

@@ -268,7 +268,7 @@ def test_eight_processes_at_once_make_one_cache(memes, before):
     if "cache" in before:
         open_memes(memes).cache_images(0)
     if before == "a stale cache":
-        os.utime(memes / ARROW, ns=(1, 1))
+        (memes / ARROW).write_bytes((memes / ARROW).read_bytes()[:-1] + b"?")
     elif before == "a damaged cache":
         cache_in(memes).write_bytes(b"damaged")
     elif before == "a lock that nobody holds":

@@ -125,10 +125,10 @@ def _known(prefix: str, value: object, known: Iterable[str]) -> dict[str, Any]:
 
 
 def _name(key: str, value: object) -> str:
-    """A text; a number is one too. What YAML takes for a truth value (no, yes, on, off) is refused."""
+    """A text; from Python an integer is one too."""
     name = whole(value)
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
-        raise wrong(key, "a name (in quotes, if YAML takes it for something else)", value)
+        raise wrong(key, "a name", value)
     return str(name)
 
 
@@ -138,8 +138,11 @@ def _table(key: str, value: object) -> str:
     return value
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Refuses a mapping that repeats a key, of which PyYAML would silently keep the last."""
+class _PlainLoader(yaml.BaseLoader):
+    """Takes texts as they are written, as all values here are: 007, 1.10, no and 12:30 are names.
+
+    Refuses a mapping that repeats a key, of which PyYAML would silently keep the last.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))

@@ -35,57 +35,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Convert a raw dataset to arrow files. DATA.md describes the layouts of RAW and the files written."
     )
-    parser.add_argument("--dataset", required=True, choices=list(CONVERTERS))
-    parser.add_argument("--root", required=True, type=Path, metavar="RAW", help="folder of the raw dataset")
-    parser.add_argument(
-        "--target", type=Path, metavar="OUT", help="folder for the arrow files (default: datasets/NAME, in this folder)"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(8, cores()),
-        metavar="N",
-        help="threads that read and check images (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave bad samples out, listed in OUT/NAME_bad_samples.tsv (default: write nothing if there are any)",
-    )
-    parser.add_argument(
-        "--test-split",
-        choices=("test", "test_seen", "test_unseen"),
-        help="hateful_memes only: the jsonl file to use for testing (default: test)",
-    )
+    add = parser.add_argument
+    add("--dataset", required=True, choices=list(CONVERTERS))
+    add("--root", required=True, type=Path, metavar="RAW", help="folder of the raw dataset")
+    add("--target", type=Path, metavar="OUT", help="folder of the arrow files (default: datasets/NAME, in this folder)")
+    workers = min(8, cores())
+    add("--workers", type=int, default=workers, metavar="N", help="threads that read images (default: %(default)s)")
+    add("--skip-bad", action="store_true", help="leave bad samples out, listed in OUT/NAME_bad_samples.tsv")
+    kept = "keep samples without image or text, as DATA.md says"
+    add("--allow-missing", action="store_true", default=None, help=kept)
+    splits = ("test", "test_seen", "test_unseen")
+    add("--test-split", choices=splits, help="hateful_memes: the jsonl file to use for testing (default: test)")
     described = parser.add_mutually_exclusive_group()
-    described.add_argument(
-        "--spec", type=Path, metavar="FILE", help="custom, sensors: what the data holds (default: RAW/spec.yaml)"
-    )
-    described.add_argument(
-        "--table", type=Path, metavar="FILE", help="custom only: a table with columns image, text, label and split"
-    )
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        default=None,
-        help="keep samples without image or text, whose cell is then empty (custom: also where the file is not there)",
-    )
-    parser.add_argument(
-        "--split-seed",
-        type=int,
-        metavar="N",
-        help="custom only: draws the splits where the table has none (default: 0)",
-    )
-    parser.add_argument(
-        "--follow-links", action="store_true", default=None, help="custom only: images may be links that leave RAW"
-    )
-    parser.add_argument("--split", choices=WAYS, help="recordings: how they are divided (default: see DATA.md)")
+    spec, table = "custom, sensors: what the data holds (default: RAW/spec.yaml)", "the table, without a spec"
+    described.add_argument("--spec", type=Path, metavar="FILE", help=spec)
+    described.add_argument("--table", type=Path, metavar="FILE", help=table)
+    add("--split-seed", type=int, metavar="N", help="custom: draws the splits where the table has none (default: 0)")
+    links = "custom: images may be links that leave RAW"
+    add("--follow-links", action="store_true", default=None, help=links)
+    add("--split", choices=WAYS, help="recordings: how they are divided (default: see DATA.md)")
     args = parser.parse_args(argv)
-    for option in dict.fromkeys(option for spec in CONVERTERS.values() for option in spec.converter_options):
+    for option, value in vars(args).items():
         takers = [name for name, spec in CONVERTERS.items() if option in spec.converter_options]
-        if getattr(args, option) is not None and args.dataset not in takers:
-            where = " or ".join(takers)
-            parser.error(f"--{option.replace('_', '-')} belongs to --dataset {where}, not {args.dataset}")
+        if takers and value is not None and args.dataset not in takers:
+            name = f"--{option.replace('_', '-')}"
+            parser.error(f"{name} belongs to --dataset {' or '.join(takers)}, not {args.dataset}")
     if args.workers < 0:
         parser.error(f"--workers: expected 0 or more, found {args.workers}")
     return args
@@ -118,21 +92,8 @@ def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
         terminal_table(["label", *(s.name for s in splits)], counts, "<" + ">" * len(splits)),
         "",
     ]
-    remarks = {
-        "left out, no text": [s.n_without_text for s in splits],
-        "left out, bad": [len(s.bad) for s in splits],
-        **{
-            f"kept, {name} missing": [s.n_missing[name] for s in splits]
-            for name in sorted({name for s in splits for name in s.n_missing})
-        },
-        "kept, but with none of the labels": [s.n_without_label for s in splits],
-    }
-    for remark in dict.fromkeys(remark for split in splits for remark in split.remarks):
-        remarks[remark] = [split.remarks[remark] for split in splits]
-    for remark, numbers in remarks.items():
-        if any(numbers):
-            per_split = ", ".join(f"{s.name} {n:,}" for s, n in zip(splits, numbers, strict=True))
-            lines.append(f"{remark}: {per_split}")
+    for remark in dict.fromkeys(remark for s in splits for remark in s.remarks):
+        lines.append(f"{remark}: {', '.join(f'{s.name} {s.remarks[remark]:,}' for s in splits)}")
     return "\n".join(lines)
 
 

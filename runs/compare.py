@@ -28,7 +28,7 @@ from engine.tasks import Task, task_of
 from runs.lines import RunLine, lines_of
 from runs.run_reader import Run
 from vilt.datasets.specs import DatasetSpec
-from vilt.missing_tables import MissingPattern, draw_missing_table, read_kept_table
+from vilt.missing_tables import MissingPattern, load_missing_table
 from vilt.missing_types import on_top
 
 log = logging.getLogger("rep")
@@ -225,8 +225,6 @@ def _tables(stored: _Stored, pattern: Pattern, settings: Settings) -> list[np.nd
     task, rows = stored.run.config["task"], stored.split.table_rows
     tables = []
     for seed in settings.table_seeds:
-        described = MissingPattern(*pattern, seed)
-        kept = read_kept_table(root, task, "test", described, rows)
-        table = draw_missing_table(task, "test", described, rows) if kept is None else kept
+        table = load_missing_table(root, task, "test", MissingPattern(*pattern, seed), rows, keep=False)
         tables.append(on_top(stored.run.spec.modalities, stored.split.natural, table))
     return tables[:1] if all(np.array_equal(table, tables[0]) for table in tables) else tables

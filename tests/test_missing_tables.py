@@ -17,7 +17,6 @@ import torch
 
 from common.errors import DataError
 from common.shares import part_of
-from vilt import missing_tables
 from vilt.datasets.specs import DATASETS, SPLITS, Modality, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table
 from vilt.missing_types import available_shares, is_missing, missing_types, type_names
@@ -136,16 +135,6 @@ def test_the_published_sizes_are_as_before():
         assert part_of(rows, ratio) == int(rows * ratio)
 
 
-def test_a_kept_table_with_the_count_of_earlier_versions_is_refused(tmp_path):
-    pattern = MissingPattern("text", 0.7, 0.5, 0)
-    load_missing_table(tmp_path, "mmimdb", "val", pattern, 90)
-    (path,) = tmp_path.iterdir()
-    header, meaning, line, end = path.read_text().split("\n")
-    path.write_text("\n".join([header, meaning, line.replace("1", "0", 1), end]))
-    with pytest.raises(DataError, match=r"expected 63 incomplete rows, found 62; delete it"):
-        load_missing_table(tmp_path, "mmimdb", "val", pattern, 90)
-
-
 # ---- nothing else decides it
 
 
@@ -219,7 +208,7 @@ def test_tables_of_more_modalities_are_nested(names, kind):
 
 
 @pytest.mark.parametrize("names", [4], indirect=True)
-def test_tables_of_more_modalities_are_kept_too(names, tmp_path, monkeypatch):
+def test_tables_of_more_modalities_are_kept_too(names, tmp_path):
     pattern = MissingPattern("some", 1, 0.5, 0)
     drawn = load_missing_table(tmp_path, "more", "val", pattern, 40)
     (path,) = tmp_path.iterdir()
@@ -227,11 +216,7 @@ def test_tables_of_more_modalities_are_kept_too(names, tmp_path, monkeypatch):
     assert "dataset=more split=dev type=some ratio=1.0" in header
     assert meaning.startswith("# 0=complete 1=light_missing") and meaning.endswith("e=text,_sound,_depth_missing")
     assert digits == "".join(f"{code:x}" for code in drawn) and "e" in digits
-    monkeypatch.setattr(missing_tables, "draw_missing_table", None)
     assert np.array_equal(load_missing_table(tmp_path, "more", "val", pattern, 40), drawn)
-    path.write_text(path.read_text().replace(digits, "f" + digits[1:]))
-    with pytest.raises(DataError, match=r"expected the digits 0, 1, .* d and e, found 'f' for row 0"):
-        load_missing_table(tmp_path, "more", "val", pattern, 40)
 
 
 # ---- how tables are kept
@@ -246,12 +231,11 @@ def test_a_kept_table_is_a_small_readable_file_that_says_all_of_it(tmp_path):
     )
 
 
-def test_a_long_table_is_wrapped_and_read_back_rather_than_drawn_again(tmp_path, monkeypatch):
+def test_a_long_table_is_wrapped_and_found_again(tmp_path):
     drawn = load_missing_table(tmp_path, "mmimdb", "train", BOTH, 15552)
     (path,) = tmp_path.iterdir()
     lines = path.read_text().splitlines()
     assert {len(line) for line in lines[2:-1]} == {100} and len(lines[-1]) == 52
-    monkeypatch.setattr(missing_tables, "draw_missing_table", None)
     again = load_missing_table(tmp_path, "mmimdb", "train", BOTH, 15552)
     assert again.dtype == drawn.dtype == np.int8
     assert np.array_equal(again, drawn)
@@ -317,15 +301,13 @@ def test_processes_that_race_get_the_same_table_and_leave_one_file(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "found"),
     [
-        (r"ratio=0\.7", "ratio=0.5", "ratio=0.5"),
-        ("samples=10", "samples=11", "samples=11"),
-        (r"#.*\n", "", "found '"),
-        (r"(?s).*", "", "found 'nothing'"),
-        (r"\d{10}\n", "", "expected 10 digits, one per row of the split, found 0"),
-        (r"(\d{4})\d(\d{5})\n", r"\g<1>3\2\n", "expected the digits 0, 1 and 2, found '3' for row 4"),
-        (r"(\d{9})\d\n", r"\1x\n", "expected the digits 0, 1 and 2, found 'x' for row 9"),
-        (r"(\d{9})\d\n", r"\1\n", "expected 10 digits, one per row of the split, found 9"),
-        (r"(\d{10})\n", r"\g<1>0\n", "expected 10 digits, one per row of the split, found 11"),
+        (r"ratio=0\.7", "ratio=0.5", "line 1: expected '# missing table: dataset=mmimdb split=dev"),
+        (r"#.*\n", "", "line 1: "),
+        (r"(?s).*", "", "line 1: "),
+        (r"\d{10}\n", "", "line 3: "),
+        (r"(\d{4})\d(\d{5})\n", r"\g<1>3\2\n", "line 3: "),
+        (r"(\d{9})\d\n", r"\1\n", "line 3: "),
+        (r"\Z", "0", "line 4: expected '', "),
         (r"(?s).*", "\udcff", "not readable as a missing table"),
     ],
 )
@@ -337,7 +319,7 @@ def test_a_damaged_kept_table_is_an_error_and_stays_as_it_is(tmp_path, old, new,
     path.write_bytes(damaged)
     with pytest.raises(DataError) as raised:
         load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
-    assert str(raised.value).startswith(f"{path}: ") and found in str(raised.value)
+    assert str(raised.value).startswith(f"{path}: {found}") and "delete it" in str(raised.value)
     assert path.read_bytes() == damaged
 
 
@@ -411,7 +393,7 @@ class Unwanted:
         (torch.zeros(11), r"expected a tensor of 10 entries, one per row of the split, found \(11,\)"),
         (torch.zeros(10, 1), r"found \(10, 1\)"),
         ([0.0] * 10, "expected a tensor of 10 entries, one per row of the split, found list"),
-        (torch.tensor([0, 1, 2, 0, 3.0, 0, 0, 0, 0, 9]), r"expected only 0, 1 and 2, found 3\.0 for row 4"),
+        (torch.tensor([0, 1, 2, 0, 3.0, 0, 0, 0, 0, 9]), r"expected only the numbers to 2, found 3\.0 for row 4"),
         (torch.tensor([0.5] + [0] * 9), r"found 0\.5 for row 0"),
         (torch.tensor([0] * 9 + [float("nan")]), "found nan for row 9"),
         (torch.tensor([0] * 9 + [-1]), r"found -1\.0 for row 9"),

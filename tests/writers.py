@@ -40,7 +40,7 @@ from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.image_cache import missing_bytes
-from vilt.missing_tables import MissingPattern, load_missing_table, read_kept_table
+from vilt.missing_tables import MissingPattern, load_missing_table
 from vilt.utils.mapped_array import MappedArray
 
 GOLDEN_RAW = Path(__file__).parent / "data" / "golden" / "raw"
@@ -186,8 +186,9 @@ def _write_missing_table(folder: Path, _: Workspace) -> int:
 
 
 def _read_missing_table(folder: Path) -> str | None:
-    table = read_kept_table(folder / "tables", "mmimdb", "train", PATTERN, ROWS)
-    return None if table is None else _digest(table.tolist())
+    if not list((folder / "tables").glob("*.txt")):
+        return None
+    return _digest(load_missing_table(folder / "tables", "mmimdb", "train", PATTERN, ROWS, keep=False).tolist())
 
 
 def _take_films(folder: Path, workspace: Workspace) -> None:

@@ -16,6 +16,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import get_args
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from common.errors import DataError, reason_of
 from common.files import atomic_path
-from common.messages import first_line
+from common.messages import first_line, quoted
 from common.shares import part_of, parts_of
 from vilt.datasets.specs import SPLITS, Split, row_of
 from vilt.missing_types import ANY, BOTH, SOME, code_of
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 NESTED, PUBLISHED = DRAWINGS = ("nested", "published")
 LINE = 100
 MAGIC = "missing table"
+DRAWN_AGAIN = "a table follows from its description: delete it, and it is drawn again"
 
 
 @dataclass(frozen=True)
@@ -144,36 +146,19 @@ def _draw_as_published(pattern: MissingPattern, modalities: list[str], samples: 
     return table
 
 
-def load_missing_table(root: Path, dataset: str, split: Split, pattern: MissingPattern, samples: int) -> np.ndarray:
+def load_missing_table(
+    root: Path, dataset: str, split: Split, pattern: MissingPattern, samples: int, *, keep: bool = True
+) -> np.ndarray:
     """The table of a split, int8 (N,): read from `root` where it is kept, else drawn and kept there.
 
     A table in the published form (`mmimdb_train_missing_both_07.pt`; at ratio 1 `…_10.pt`, else `…_1.pt`) in `root` has
     precedence and is logged.
 
-    Raises:
-        DataError: a table found does not fit the split, or `root` is not readable or writable.
-    """
-    kept = read_kept_table(root, dataset, split, pattern, samples)
-    if kept is not None:
-        return kept
-    table = draw_missing_table(dataset, split, pattern, samples)
-    if pattern.ratio == 0:
-        return table
-    described = pattern.describe(dataset, split, samples)
-    path = root / _file_name(dataset, pattern, described)
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_text(_format(table, dataset, described), "utf-8")
-    except OSError as error:
-        raise DataError(f"missing_table_root={root}: cannot write {path.name}: {reason_of(error)}") from error
-    return table
-
-
-def read_kept_table(root: Path, dataset: str, split: Split, pattern: MissingPattern, samples: int) -> np.ndarray | None:
-    """The table of a split as kept in `root`, in the published form or ours, int8 (N,); None where there is none.
+    Args:
+        keep: whether a drawn table is written.
 
     Raises:
-        DataError: it does not fit the split, or `root` is not readable.
+        DataError: a table found does not fit the split or its description, or `root` is not readable or writable.
     """
     described = pattern.describe(dataset, split, samples)
     stem = f"{dataset}_{described['split']}_missing_{pattern.missing_type}"
@@ -182,24 +167,31 @@ def read_kept_table(root: Path, dataset: str, split: Split, pattern: MissingPatt
         table = _read_published(published, dataset, samples)
         _say_published(dataset, split, published)
         return table
-    path = root / _file_name(dataset, pattern, described)
-    return _read(path, dataset, described) if pattern.ratio != 0 and _is_file(path) else None
+    table = draw_missing_table(dataset, split, pattern, samples)
+    if pattern.ratio == 0:
+        return table
+    drawn = ""
+    if pattern.drawing == PUBLISHED:
+        drawn = f"_published_{hashlib.sha256(described['after'].encode()).hexdigest()[:12]}"
+    path = root / (
+        f"{stem}_{described['ratio']}_both_ratio_{described['both_ratio']}_seed_{pattern.seed}_of_{samples}{drawn}.txt"
+    )
+    content = _format(table, dataset, described)
+    if _is_file(path):
+        _check(path, content)
+    elif keep:
+        try:
+            with atomic_path(path) as temporary:
+                temporary.write_text(content, "utf-8")
+        except OSError as error:
+            raise DataError(f"missing_table_root={root}: cannot write {path.name}: {reason_of(error)}") from error
+    return table
 
 
 @cache
 def _say_published(dataset: str, split: Split, path: Path) -> None:
     """Once, not for every seed."""
     log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, path)
-
-
-def _file_name(dataset: str, pattern: MissingPattern, described: dict[str, str]) -> str:
-    drawn = ""
-    if pattern.drawing == PUBLISHED:
-        drawn = f"_published_{hashlib.sha256(described['after'].encode()).hexdigest()[:12]}"
-    return (
-        f"{dataset}_{described['split']}_missing_{pattern.missing_type}_{described['ratio']}"
-        f"_both_ratio_{described['both_ratio']}_seed_{pattern.seed}_of_{described['samples']}{drawn}.txt"
-    )
 
 
 def type_counts(table: np.ndarray, names: Sequence[str]) -> dict[str, int]:
@@ -220,45 +212,25 @@ def _is_file(path: Path) -> bool:
         raise DataError(f"missing_table_root={path.parent}: not readable: {error.strerror or error}") from error
 
 
-def _digits(dataset: str) -> str:
-    """That of each missing type."""
-    return "0123456789abcde"[: len(row_of(dataset).type_names)]
-
-
-def _listed(known: Sequence[object]) -> str:
-    return f"{', '.join(map(str, known[:-1]))} and {known[-1]}"
-
-
 def _format(table: np.ndarray, dataset: str, described: dict[str, str]) -> str:
     header = " ".join(f"{key}={value}" for key, value in described.items())
-    digit, names = _digits(dataset), row_of(dataset).type_names
-    meaning = " ".join(f"{digit[value]}={name.replace(' ', '_')}" for value, name in enumerate(names))
-    digits = "".join(digit[value] for value in table.tolist())
+    names = row_of(dataset).type_names
+    meaning = " ".join(f"{value:x}={name.replace(' ', '_')}" for value, name in enumerate(names))
+    digits = "".join(f"{value:x}" for value in table.tolist())
     lines = [digits[start : start + LINE] for start in range(0, len(digits), LINE)]
     return "\n".join([f"# {MAGIC}: {header}", f"# {meaning}", *lines, ""])
 
 
-def _read(path: Path, dataset: str, described: dict[str, str]) -> np.ndarray:
-    expected = f"# {MAGIC}: " + " ".join(f"{key}={value}" for key, value in described.items())
+def _check(path: Path, content: str) -> None:
+    """Raises DataError unless the kept table is the one that its description gives."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        found = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as a missing table: {error}") from error
-    if not lines or lines[0] != expected:
-        raise DataError(f"{path}: expected the first line {expected!r}, found {lines[0] if lines else 'nothing'!r}")
-    digits = "".join(line for line in lines if not line.startswith("#"))
-    samples, known = int(described["samples"]), _digits(dataset)
-    wrong = next((place for place, digit in enumerate(digits) if digit not in known), None)
-    if wrong is not None:
-        raise DataError(f"{path}: expected the digits {_listed(known)}, found {digits[wrong]!r} for row {wrong}")
-    if len(digits) != samples:
-        raise DataError(f"{path}: expected {samples} digits, one per row of the split, found {len(digits)}")
-    missing, expected_missing = samples - digits.count("0"), part_of(samples, float(described["ratio"]))
-    if missing != expected_missing and "drawing" not in described:  # earlier versions drew 62 of 90 at 0.7
-        raise DataError(
-            f"{path}: expected {expected_missing} incomplete rows, found {missing}; delete it to draw it again"
-        )
-    return np.array([int(digit, 16) for digit in digits], dtype=np.int8)
+        raise DataError(f"{path}: not readable as a missing table: {error}; {DRAWN_AGAIN}") from error
+    for line, (is_there, expected) in enumerate(zip_longest(found.split("\n"), content.split("\n")), 1):
+        if is_there != expected:
+            difference = f"line {line}: expected {quoted(expected)}, found {quoted(is_there)}"
+            raise DataError(f"{path}: {difference}; {DRAWN_AGAIN}")
 
 
 def _read_published(path: Path, dataset: str, samples: int) -> np.ndarray:
@@ -278,5 +250,5 @@ def _read_published(path: Path, dataset: str, samples: int) -> np.ndarray:
     known = range(len(row_of(dataset).type_names))
     wrong = np.flatnonzero(~np.isin(table, known))
     if len(wrong):
-        raise DataError(f"{path}: expected only {_listed(known)}, found {table[wrong[0]]} for row {wrong[0]}")
+        raise DataError(f"{path}: expected only the numbers to {known[-1]}, found {table[wrong[0]]} for row {wrong[0]}")
     return table.astype(np.int8)

@@ -27,6 +27,7 @@ Result = tuple[int, Row | BadSampleError]
 
 MAX_BATCH_BYTES = 8 * 2**20
 MAX_BATCH_ROWS = 4096
+NO_TEXT = "left out, no text"
 BAD_SAMPLES = "_bad_samples.tsv"
 """End of the name of the list of bad samples."""
 MAX_CELL = 1000
@@ -67,17 +68,12 @@ class SplitSummary:
     path: Path
     replaced: bool
     """Whether a file of that name was there before."""
-    n_without_text: int
     n_samples: int = 0
     n_texts: int = 0
     n_bytes: int = 0
-    n_missing: Counter[str] = field(default_factory=Counter)
-    """By modality, samples that miss it by nature."""
-    n_without_label: int = 0
-    """Samples of a multi-label dataset with no label set."""
     label_counts: Counter[int] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
-    """What was changed in its samples, and how often."""
+    """What else is to be said of its samples, and of how many."""
     bad: list[BadSample] = field(default_factory=list)
 
 
@@ -167,6 +163,7 @@ def _kept_rows(
             row = BadSampleError(NOTHING_LEFT, str(row.get("image_id", "")), f"no {' and no '.join(spec.modalities)}")
         if isinstance(row, BadSampleError):
             summary.bad.append(BadSample(summary.name, summary.source, row_number, row.file, row.reason, row.detail))
+            summary.remarks["left out, bad"] += 1
             continue
         label = row["label"]
         labels = [number for number, is_set in enumerate(label) if is_set] if spec.multilabel else [label]
@@ -176,8 +173,8 @@ def _kept_rows(
         summary.n_samples += 1
         texts = next(iter([spec.column_of("text"), *spec.kept_columns]), None)
         summary.n_texts += len(row[texts] or []) if texts else 0
-        summary.n_missing.update(name for name, m in spec.modalities.items() if row[m.column] is None)
-        summary.n_without_label += not labels
+        summary.remarks.update(f"kept, {name} missing" for name, m in spec.modalities.items() if row[m.column] is None)
+        summary.remarks.update(["kept, but with none of the labels"] if not labels else [])
         summary.label_counts.update(labels)
         if skip_bad or not summary.bad:  # otherwise the file will not be kept: the rest completes the list only
             yield {**row, "split": summary.name}
@@ -223,7 +220,8 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
         if path.is_dir():
             raise DataError(f"{path} is a folder; the arrow file needs that name")
         name = spec.file_splits[raw_split.split]
-        splits.append(SplitSummary(name, raw_split.source, path, path.exists(), raw_split.n_without_text))
+        remarks = Counter({NO_TEXT: raw_split.n_without_text} if raw_split.n_without_text else {})
+        splits.append(SplitSummary(name, raw_split.source, path, path.exists(), remarks=remarks))
     schema, report = arrow_schema(spec, dataset.class_names), target / f"{spec.name}{BAD_SAMPLES}"
     samples = [sample for raw_split in dataset.splits for sample in raw_split.samples]
     # A log file gets a line now and then; a terminal is kept up to date.
@@ -243,7 +241,7 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
                 raise BadSamplesError(bad, len(samples))
             for split in splits:
                 if not split.n_samples:
-                    counts = f"{len(split.bad):,} are bad, {split.n_without_text:,} have no text"
+                    counts = f"{len(split.bad):,} are bad, {split.remarks[NO_TEXT]:,} have no text"
                     first = f"; the first bad one: {' '.join(split.bad[0].cells())}" if split.bad else ""
                     raise DataError(f"no sample is left for {split.path.name}: {counts}{first}")
             if bad:

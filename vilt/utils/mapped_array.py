@@ -11,10 +11,7 @@ from common.messages import first_line
 
 
 class MappedArray:
-    """The array in the file `path`.
-
-    Each process maps the file when it first reads from it; what is pickled for a worker process is the path alone.
-    """
+    """The array in the file `path`, mapped when a process first reads from it; what is pickled is the path alone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,11 +33,7 @@ class MappedArray:
 
 
 def fault_of(path: Path, dtype: DTypeLike, shape: tuple[int | None, ...]) -> str | None:
-    """What is wrong with the .npy file `path`: not readable, truncated, or another array; None if nothing is.
-
-    Args:
-        shape: the shape expected; None stands for any length.
-    """
+    """What is wrong with the .npy file `path`, such as another dtype or shape (None: any size); None if nothing is."""
     try:
         found = MappedArray(path).values
     except DataError as error:

@@ -12,16 +12,8 @@ Result = TypeVar("Result")
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result]:
-    """`function` of each item, in their order. For work without Python's lock: Pillow's, and reading files.
-
-    Args:
-        workers: number of threads, at least one.
-
-    Raises:
-        BaseException: what `function` raises.
-    """
-    workers = max(1, workers)
-    pending: deque[Future[Result]] = deque()
+    """`function` of each item, in their order, by `workers` threads, one at least. For work without Python's lock."""
+    workers, pending = max(1, workers), deque[Future[Result]]()
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
             pending.append(pool.submit(function, item))

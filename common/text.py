@@ -17,6 +17,9 @@ from rich.table import Table
 GAP, NARROWEST, ONE_LINE = 2, 4, 10_000
 """Characters: between columns of a table, in one without a heading, and at most in a table that is not folded."""
 
+LOWER_IS_BETTER = ("loss", "mae")
+"""Metrics of which the lowest value is the best."""
+
 
 class Estimate(NamedTuple):
     """A mean with the sample standard deviation (divisor N-1), which is 0 where there is one value only."""
@@ -51,9 +54,10 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     return Estimate(mean, std, len(defined), len(values) - len(defined))
 
 
-def order_of(value: float) -> float:
-    """What to choose the highest value by: an undefined one (NaN) is below all others."""
-    return -math.inf if math.isnan(value) else value
+def order_of(value: float, metric: str = "") -> float:
+    """What to choose the best value of a metric by, the highest: an undefined one (NaN) is below all others."""
+    lower = metric.rpartition("/")[2] in LOWER_IS_BETTER
+    return -math.inf if math.isnan(value) else -value if lower else value
 
 
 def figure(value: float, digits: int = 4) -> str:

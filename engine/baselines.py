@@ -19,23 +19,41 @@ def baselines(task: Task, labels: Tensor, class_names: Sequence[str]) -> dict[st
     """`constant` and `chance`: each a text that says what is answered, and the metrics of it.
 
     The constant is the best one for the metric that chooses the model, on these very labels: the class, or with several
-    labels a sample the k classes, that occur most often. Chance draws a class, or with several labels every class with
-    probability 1/2; its metrics are means over draws, of the defined ones. Both are empty of labels that name no class.
+    labels a sample the k classes, that occur most often; of numbers the median. Chance draws a class, with several
+    labels every class with probability 1/2, of numbers the label of another sample; its metrics are means over draws,
+    of the defined ones.
     """
-    if labels.is_floating_point():
+    if not len(labels):
         return {}
-    answers = _constants(labels, task.n_classes)
-    of_answers = [task.metrics(answer.expand(len(labels), -1), labels) for answer in answers]
-    best = max(range(len(answers)), key=lambda place: order_of(of_answers[place][task.monitor]))
-    names = [class_names[number] for number in (answers[best] > 0).nonzero().flatten().tolist()]
-    most = f"the {len(names)} most frequent classes" if len(names) > 3 else ", ".join(names)
-    drawn = [task.metrics(answer, labels) for answer in _coins(labels, task.n_classes)]
+    constants, coins = (_numbers if labels.is_floating_point() else _classes)(task, labels, class_names)
+    answer, best = max(constants, key=lambda each: order_of(each[1][task.monitor], task.monitor))
+    drawn = [task.metrics(logits, labels) for logits in coins[1]]
     chance = {name: found.mean for name in drawn[0] if (found := estimate([each[name] for each in drawn]))}
-    coin = "each class with probability 1/2" if labels.ndim == 2 else f"one of {task.n_classes} classes at random"
     return {
-        "constant": {"answer": f"always {most}", "classes": names, "metrics": of_answers[best]},
-        "chance": {"answer": coin, "metrics": chance},
+        "constant": {"answer": f"always {answer}", "metrics": best},
+        "chance": {"answer": coins[0], "metrics": chance},
     }
+
+
+Answers = tuple[list[tuple[str, dict[str, float]]], tuple[str, Iterator[Tensor]]]
+"""Constants that may be best, with their metrics; what is drawn by chance, and the logits (N, C) of draws."""
+
+
+def _classes(task: Task, labels: Tensor, class_names: Sequence[str]) -> Answers:
+    constants = []
+    for logits_C in _constants(labels, task.n_classes):
+        names = [class_names[number] for number in (logits_C > 0).nonzero().flatten().tolist()]
+        most = f"the {len(names)} most frequent classes" if len(names) > 3 else ", ".join(names)
+        constants.append((most, task.metrics(logits_C.expand(len(labels), -1), labels)))
+    coin = "each class with probability 1/2" if labels.ndim == 2 else f"one of {task.n_classes} classes at random"
+    return constants, (coin, _coins(labels, task.n_classes))
+
+
+def _numbers(task: Task, labels: Tensor, class_names: Sequence[str]) -> Answers:
+    generator, middle = torch.Generator().manual_seed(SEED), labels.median()
+    draws = (labels[torch.randperm(len(labels), generator=generator)][:, None] for _ in range(DRAWS))
+    of_middle = task.metrics(middle.expand(len(labels), 1), labels)
+    return [(f"the median, {middle:.4g}", of_middle)], ("the label of another sample, at random", draws)
 
 
 def _constants(labels: Tensor, n_classes: int) -> list[Tensor]:

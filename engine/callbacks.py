@@ -36,7 +36,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: where both are written, by the first process alone.
-        monitor: name of the logged metric; higher is better, and undefined (NaN) is never best.
+        monitor: name of the logged metric; undefined (NaN) is never best.
     """
 
     def __init__(self, folder: Path, monitor: str) -> None:
@@ -90,7 +90,7 @@ class Checkpoints(Checkpoint):
         score = float(trainer.callback_metrics[self.monitor])
         if not pl_module.was_trained(trainer.global_step):
             log.info("not kept as the best model: the learning rate was 0 up to step %d", trainer.global_step)
-        elif order_of(score) > (order_of(self.best["score"]) if self.best is not None else -math.inf):
+        elif order_of(score, self.monitor) > order_of(self.best["score"] if self.best else math.nan, self.monitor):
             self.best = {
                 "state_dict": {name: value.cpu().clone() for name, value in pl_module.state_dict().items()},
                 "epoch": trainer.current_epoch,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.text import LOWER_IS_BETTER
 from engine.metrics import Metric, auroc_and_accuracy, class_accuracy, macro_f1_and_accuracy, multilabel_f1
 from engine.regression import sentiment, sentiment_of_sims
 from vilt.datasets.custom import CustomData
@@ -38,7 +39,6 @@ METRICS: dict[str, Metric] = {
     "sentiment": sentiment,
     "sentiment_of_sims": sentiment_of_sims,
 }
-LOWER_IS_BETTER = ("loss", "mae")
 NO_SHARES = (*LOWER_IS_BETTER, "corr")
 """Metrics that are no shares of 1, so that per cent would be wrong."""
 
@@ -59,7 +59,7 @@ class Task:
     metrics: Metric
     """(logits (N, C), labels) of a whole split to named values."""
     monitor: str
-    """The metric that chooses the best model."""
+    """The metric that chooses the best model; see `order_of` (common/text.py)."""
 
     @property
     def head_name(self) -> str:

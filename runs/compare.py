@@ -6,8 +6,9 @@ for like. Of each pair of lines the runs of the same training seed are paired.
 
 import itertools
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from common.errors import ConfigError, DataError
 from common.hashing import file_sha256
 from common.strict_json import read_json
-from common.text import estimate, pattern_text
+from common.text import estimate, order_of, pattern_text
 from engine.baselines import baselines
 from engine.sample_statistics import LEVEL, bootstrap
 from engine.significance import Difference, difference_interval, holm, permutation_p
@@ -67,7 +68,8 @@ class Comparison:
     """Of the first minus the second."""
     of_seeds: tuple[float, ...]
     """The difference of each pair of runs."""
-    p_corrected: float = field(default=float("nan"))
+    metric: str
+    p_corrected: float = math.nan
     """By Holm, for the number of comparisons made together."""
 
     @property
@@ -79,7 +81,13 @@ class Comparison:
     @property
     def better(self) -> int | None:
         """The place of the line that is significantly better."""
-        return None if not self.significant else self.one if self.difference.value > 0 else self.other
+        gain = order_of(1.0, self.metric) * self.difference.value
+        return None if not self.significant else self.one if gain > 0 else self.other
+
+    @property
+    def ahead(self) -> int:
+        """In how many pairs of runs the first is better."""
+        return sum(order_of(1.0, self.metric) * value > 0 for value in self.of_seeds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +194,8 @@ def _group(dataset: str, trained_at: Pattern, lines: list[RunLine[Run]], setting
             p = permutation_p(measure, pairs, tables, value, settings.permutations)
             mine, theirs = (sum(side) / len(seeds) for side in zip(*values, strict=True))
             difference = Difference(value, low, high, p)
-            comparisons.append(Comparison(one, other, pattern, (mine, theirs), difference, of_seeds))
+            comparison = Comparison(one, other, pattern, (mine, theirs), difference, of_seeds, task.monitor)
+            comparisons.append(comparison)
         log.info("%s: %s compared", dataset, pattern_title(pattern))
     labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
     of_constants = baselines(task, first.split.labels, _class_names(first.run))

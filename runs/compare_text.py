@@ -112,7 +112,7 @@ def _text(group: Group) -> str:
     for (one, other), of_pair in itertools.groupby(ordered, key=lambda each: (each.one, each.other)):
         rows += [None] if rows else []
         for each in of_pair:
-            difference, ahead = each.difference, sum(value > 0 for value in each.of_seeds)
+            difference = each.difference
             rows.append(
                 [
                     f"{letters[one]}-{letters[other]}",
@@ -120,7 +120,7 @@ def _text(group: Group) -> str:
                     *map(figure, each.values),
                     _signed(difference.value),
                     f"{_signed(difference.low)} to {_signed(difference.high)}",
-                    f"{ahead}/{len(each.of_seeds)}",
+                    f"{each.ahead}/{len(each.of_seeds)}",
                     figure(each.p_corrected) + ("*" if each.significant else " "),
                 ]
             )

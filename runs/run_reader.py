@@ -19,7 +19,7 @@ from common.errors import ConfigError, DataError
 from common.files import whole_lines
 from common.messages import first_line, quoted
 from common.strict_json import read_json
-from common.text import baseline_texts, natural_key
+from common.text import baseline_texts, natural_key, order_of
 from runs.comparable import NOT_THE_LINE
 from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
@@ -139,7 +139,9 @@ class Run:
                 raise DataError(f"{best}: not as written by run.py: expected a score, found {quoted(score)}")
             return score
         undefined = math.nan if "val/loss" in self.curves else None  # validations without a number of it
-        return max((value for _, value in self.curves.get(f"val/{self.spec.monitor}", [])), default=undefined)
+        monitor = f"val/{self.spec.monitor}"
+        values = [value for _, value in self.curves.get(monitor, [])]
+        return max(values, key=lambda value: order_of(value, monitor), default=undefined)
 
     @cached_property
     def state(self) -> tuple[str, str]:

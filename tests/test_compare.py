@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from engine.significance import holm
+from engine.significance import Difference, holm
 from engine.tasks import TASKS
 from run import command_line
-from runs.compare import Settings, compare_runs
+from runs.compare import Comparison, Settings, compare_runs
 from runs.run_reader import find_runs
 from tests.conftest import Captured
 from tests.report_files import TestSet, at, write_arrow, write_robustness, write_run
@@ -176,3 +176,12 @@ def test_logits_that_do_not_belong_together(runs: Path, capsys: Captured, what: 
         message = f"{logits}: not readable as stored logits"
     assert compare(f"runs={runs}") == 2
     assert message in capsys.readouterr().err
+
+
+def test_of_errors_the_lower_is_better() -> None:
+    difference = Difference(0.2, 0.1, 0.3, 0.001)
+    better = {
+        metric: Comparison(0, 1, ("text", 0.5, 0.5), (0.9, 0.7), difference, (0.2, 0.3), metric, 0.01)
+        for metric in ("mae", "accuracy")
+    }
+    assert {metric: (each.better, each.ahead) for metric, each in better.items()} == {"mae": (1, 0), "accuracy": (0, 2)}

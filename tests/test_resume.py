@@ -192,17 +192,20 @@ def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monk
 # Writing checkpoints.
 
 
-def test_the_best_model_is_the_first_with_the_highest_score_that_was_trained(tmp_path: Path) -> None:
-    """An undefined score is never the best; the first step of a warm-up changes nothing."""
+@pytest.mark.parametrize(("metric", "best"), [("f1_macro", [3, 4, 4, 4]), ("mae", [3, 3, 3, 6])])
+def test_the_best_model_is_the_first_with_the_best_score_that_was_trained(
+    tmp_path: Path, metric: str, best: list[int]
+) -> None:
+    """An undefined score is never the best; of errors the lowest is; the first step of a warm-up changes nothing."""
     module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), {})
     module._rate_at = lambda step: step / 10
-    checkpoints, found = Checkpoints(tmp_path, "val/f1_macro"), []
-    for step, score in enumerate([0.9, 0.9, float("nan"), 0.2, 0.5, 0.5, 0.3]):
-        state = {"callback_metrics": {"val/f1_macro": score}, "current_epoch": 0, "global_step": step}
+    checkpoints, found = Checkpoints(tmp_path, f"val/{metric}"), []
+    for step, score in enumerate([0.9, 0.9, float("nan"), 0.2, 0.5, 0.5, 0.1]):
+        state = {"callback_metrics": {f"val/{metric}": score}, "current_epoch": 0, "global_step": step}
         trainer: Any = SimpleNamespace(**state, is_global_zero=True, world_size=1, should_stop=False)
         checkpoints.on_validation_end(trainer, module)
         found.append(load(tmp_path / "best.ckpt")["global_step"] if checkpoints.best is not None else None)
-    assert found == [None, None, None, 3, 4, 4, 4]
+    assert found == [None, None, None, *best]
 
 
 def content(value: float) -> dict[str, Any]:

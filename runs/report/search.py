@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import DataError
 from common.messages import first_line
+from common.text import order_of
 from runs.report.figures import COLOURS, Figure, Panel, figure, limits, ring
 from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
@@ -88,7 +89,7 @@ def _read_search(folder: Path, runs: list[ReportRun]) -> Search:
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     scores = {trial.number: trial.value or 0.0 for trial in complete}
     first = {str(sorted(trial.params.items())): trial for trial in reversed(complete)}
-    ranked = sorted(first.values(), key=lambda trial: (-scores[trial.number], trial.number))
+    ranked = sorted(first.values(), key=lambda trial: (-order_of(scores[trial.number], runs[0].metric), trial.number))
     space = next((dict(sorted(trial.distributions.items())) for trial in trials if trial.params), {})
     importances: dict[str, float] = {}
     if len(complete) >= TRIALS_FOR_IMPORTANCES:

@@ -67,7 +67,7 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
             if options.search:
                 from runs.sweep.search import Search, open_study, run_search
 
-                study = open_study(folder / "optuna.journal", options.sweep_name)
+                study = open_study(folder / "optuna.journal", options.sweep_name, metric)
                 run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
             elif commands:
                 write_commands(options, grid_cells(options, given, folder), folder)

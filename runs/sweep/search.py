@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from common.errors import ConfigError, SweepError
 from common.files import write_csv
 from common.messages import first_line
-from common.text import terminal_table
+from common.text import LOWER_IS_BETTER, order_of, terminal_table
 from config import Options
 from runs.check_options import check, is_range, is_range_of_steps
 from runs.command_line import written
@@ -42,7 +42,7 @@ class Search:
 
     Args:
         options: of the sweep.
-        metric: the validation metric that is to be high, such as `val/f1_macro`.
+        metric: the validation metric to improve, such as `val/f1_macro`.
         given: options of the command line that all trials have.
         folder: of the sweep.
         study: Optuna's record.
@@ -72,7 +72,8 @@ class Search:
 
     def best(self) -> list[FrozenTrial]:
         """The complete trials with a run of their own, the best first."""
-        ranked = sorted(self.trials(TrialState.COMPLETE), key=lambda trial: (-trial.values[0], trial.number))
+        complete = self.trials(TrialState.COMPLETE)
+        ranked = sorted(complete, key=lambda trial: (-order_of(trial.values[0], self.metric), trial.number))
         return [trial for trial in ranked if self.job_of(trial) == self.job(trial.number, trial.params)]
 
 
@@ -123,14 +124,14 @@ def check_values(options: Options, config: Mapping[str, Any]) -> None:
                 raise ConfigError(f"search.{name}: {value!r} is not possible: {refused[name, value]}")
 
 
-def open_study(path: Path, name: str) -> optuna.Study:
-    """The study in a journal, which is made where there is none. Raises SweepError where it is damaged."""
+def open_study(path: Path, name: str, metric: str = "") -> optuna.Study:
+    """The study of a metric in a journal, which is made where there is none. Raises SweepError where it is damaged."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         return optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(path))),
             study_name=name,
-            direction="maximize",
+            direction="minimize" if metric in LOWER_IS_BETTER else "maximize",
             load_if_exists=True,
         )
     except Exception as error:  # of many types, on a damaged file

@@ -45,6 +45,8 @@ def method_slots(
     slots = {"image": Slots(), "text": Slots()}
     if prompt_type == "none":
         return slots
+    if prompt_type == "syp":
+        return _synergistic(state, missing_type, inputs)
     if prompt_type in ("rep", "dcp"):
         return _chained(state, prompt_type, missing_type, inputs, rep)
     for tower, of_tower in slots.items():
@@ -72,6 +74,28 @@ def method_slots(
                     half = len(mine) // 2
                     of_tower.keys.append(mine[:half])
                     of_tower.values.append(mine[half:])
+    return slots
+
+
+def _synergistic(state: State, missing_type: int, inputs: dict[str, Tensor]) -> dict[str, Slots]:
+    """SyP: prompts scaled by the sample and static ones, then those that follow from the block before."""
+    slots = {"image": Slots(), "text": Slots()}
+    missing = {"image": IMAGE_MISSING, "text": TEXT_MISSING}
+    means = [inputs[tower].mean(0) * (missing_type != missing[tower]) for tower in slots]
+    scale = linear(state, f"{PROMPTS}.scale.2", linear(state, f"{PROMPTS}.scale.0", torch.cat(means)[None]).relu())
+    scales = dict(zip(slots, scale[0].sigmoid().split([len(mean) for mean in means]), strict=True))
+    for tower, of_tower in slots.items():
+        base = state[f"{PROMPTS}.{tower}_prompts"][missing_type]
+        static = linear(state, f"{PROMPTS}.static.{tower}", state[f"{PROMPTS}.static_prompts"])
+        of_tower.replaced.append(base * scales[tower] + static)
+    k = 0
+    while f"{PROMPTS}.deeper.image.{k}.0.weight" in state:
+        pair = torch.cat([slots["image"].replaced[-1], slots["text"].replaced[-1]], dim=-1)
+        for tower, of_tower in slots.items():
+            name = f"{PROMPTS}.deeper.{tower}.{k}"
+            hidden = F.gelu(linear(state, f"{name}.0", pair))
+            of_tower.replaced.append(layer_norm(state, f"{name}.3", linear(state, f"{name}.2", hidden)))
+        k += 1
     return slots
 
 

@@ -165,7 +165,7 @@ class MemoryLearner(Method):
         if self.options.fmb:
             common_BmE = self._start("common", batch)
             if self.options.dynamic_init:
-                mean_BV = _mean_tokens(batch, tokens, self.places)
+                mean_BV = mean_tokens(batch, tokens, self.places)
                 common_BmE = common_BmE + self.dynamic_common_token_net(mean_BV)[:, None]
             shared_image = [self.common_memory_projection_image(common_BmE)]
             shared_text = [self.common_memory_projection_text(common_BmE)]
@@ -220,7 +220,7 @@ def decoupling_loss(slots: Mapping[str, TowerSlots], weight: float) -> dict[str,
     return {"decoupling": weight * torch.stack(squared).mean()}
 
 
-def _mean_tokens(batch: ModelInput, tokens: Mapping[str, Tensor], places: Mapping[str, Place]) -> Tensor:
+def mean_tokens(batch: ModelInput, tokens: Mapping[str, Tensor], places: Mapping[str, Place]) -> Tensor:
     """(B, V): the mean of each sample's input tokens, image tower first, zero for a missing modality."""
     means = []
     for modality, place in places.items():

@@ -20,6 +20,7 @@ METHODS = {
     "msp": "clip.modules.msp:ModalitySpecificPrompts",
     "mora": "clip.modules.mora:MoRA",
     "lora": "clip.modules.mora:LoRA",
+    "syp": "clip.modules.syp:SynergisticPrompts",
     "aoept": "clip.modules.aoept:AOEPT",
     "none": "clip.modules.no_prompts:NoPrompts",
 }

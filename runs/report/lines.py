@@ -34,7 +34,7 @@ METHODS = ("CoOp", "MAP", "MaPLe", "DePT", "MMP", "DCP", "REP")
 METHOD_TITLES = {
     **{method.lower(): method for method in METHODS},
     **{"map_input": "MAP", "map_attention": "MAP, attention level", "msp": "MSP", "none": "head alone"},
-    **{"mora": "MoRA", "lora": "LoRA", "aoept": "AOEPT"},
+    **{"mora": "MoRA", "lora": "LoRA", "aoept": "AOEPT", "syp": "SyP"},
 }
 """Titles of the option prompt_type."""
 ABLATION = {(0, 0): "baseline", (1, 0): "baseline + FAR", (0, 1): "baseline + FMB", (1, 1): "REP"}

@@ -19,6 +19,7 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture
 from common.errors import CheckpointError
+from common.torch_file import check_state
 from engine.checkpoint import (
     DESCRIPTION,
     ModelSpec,
@@ -94,6 +95,14 @@ def test_what_is_read_back_gives_the_same_logits(task: str, backbone: Backbone, 
     named = dict(restored.named_parameters())
     for name, parameter in classifier.named_parameters():
         assert named[name].requires_grad == parameter.requires_grad
+
+
+def test_a_counter_is_kept_as_it_is() -> None:
+    """A buffer of whole numbers, such as BatchNorm's; a weight is none."""
+    expected = {"count": torch.tensor(3), "weight": torch.zeros(2)}
+    check_state({"count": torch.tensor(5), "weight": torch.ones(2)}, expected)
+    with pytest.raises(ValueError, match=r"weight holds torch\.int64"):
+        check_state({"count": torch.tensor(5), "weight": torch.ones(2, dtype=torch.int64)}, expected)
 
 
 @pytest.mark.parametrize("task", ["mmimdb", "hatememes"])

@@ -6,12 +6,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import Workspace
+from common.errors import ConfigError, MachineError
+from common.slurm import ignore_without_srun
+from config import DEFAULTS
+from engine.processes import ending_together
+from engine.trainer import make_trainer
+from run import command_line
+from runs.check_options import check
+from tests.conftest import Captured, Patch, Workspace
+from tests.custom_files import convert, write_labelled
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_DROPOUT = """
@@ -110,3 +119,46 @@ def test_what_ends_one_process_ends_both_with_its_message(
         assert done.returncode == status, done.stderr[-3000:]
         assert done.stderr.count(said) == 1
         assert done.stderr.count("Traceback") == (status == 1)
+
+
+def test_a_split_with_fewer_samples_than_processes_is_refused_before_the_training(
+    workspace: Workspace, tmp_path: Path, capsys: Captured
+) -> None:
+    spec = write_labelled(tmp_path / "raw", {"train": 6, "val": 1, "test": 4}, ["green", "red"])
+    assert convert(tmp_path / "raw", tmp_path / "arrow", "--spec", str(spec)) == 0
+    options = (f"vit={workspace.backbone}", f"log_dir={tmp_path / 'result'}", "cpu_processes=2")
+    assert command_line(workspace.command(*options, task="custom", data_root=tmp_path / "arrow")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert all(fact in error for fact in ("custom_val.arrow", "2 processes", "found 1 in val", "cpu_processes"))
+    assert not (tmp_path / "result").exists()
+
+
+def test_a_port_in_use_is_the_users(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29777")
+    trainer: Any = SimpleNamespace(global_rank=0, strategy=SimpleNamespace(launcher=None))
+    refused = torch.distributed.DistNetworkError("The server socket has failed to listen: EADDRINUSE\nTrace")
+    with pytest.raises(MachineError) as raised, ending_together(trainer):
+        raise refused
+    assert all(fact in str(raised.value) for fact in ("127.0.0.1:29777", "EADDRINUSE", "MASTER_PORT"))
+
+
+@pytest.mark.parametrize(("step", "left"), [(None, set()), ("0", {"SLURM_NTASKS", "SLURM_PROCID"})])
+def test_variables_of_slurm_count_where_srun_started_the_process(
+    monkeypatch: Patch, step: str | None, left: set[str]
+) -> None:
+    for name in ("SLURM_NTASKS", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    if step is not None:
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+    ignore_without_srun()
+    assert {name for name in ("SLURM_NTASKS", "SLURM_PROCID") if name in os.environ} == left
+
+
+def test_more_tasks_of_slurm_than_processes_are_refused(workspace: Workspace, monkeypatch: Patch) -> None:
+    for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.setenv(name, "2")
+    options = check({**DEFAULTS, "task": "mmimdb", "data_root": str(workspace.arrow), "num_gpus": 0})
+    with pytest.raises(ConfigError, match="srun started 2 processes, the run has 1"):
+        make_trainer(options, None, steps_per_epoch=1)

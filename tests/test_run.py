@@ -201,7 +201,8 @@ def test_warm_start_takes_the_memory_and_with_finetune_first_the_head(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pl.Trainer, "fit", keep_start)
-    base = command_of(workspace, "warm", f"load_path={fitted / 'last.ckpt'}")
+    # Without vit, which is then the checkpoint's.
+    base = workspace.command("exp_name=warm", f"load_path={fitted / 'last.ckpt'}")
     source = read_checkpoint(fitted / "last.ckpt").state
     for with_head in (False, True):
         assert command_line([*base, f"finetune_first={with_head}"]) == 130
@@ -226,6 +227,18 @@ def test_a_published_checkpoint_evaluates_without_a_backbone(
     ]
     assert metrics[0] == metrics[1]
     assert "dynamic queries as its run with seed 0 drew them" in capsys.readouterr().err
+    other = other_backbone(workspace, tmp_path)
+    error = error_of(workspace.command(f"vit={other}", f"load_path={path}"), capsys)
+    assert f"another one than vit={other}" in error and "image_encoder.proj differs" in error
+
+
+@pytest.mark.parametrize(("option", "file"), [("load_path", "best.ckpt"), ("resume_from", "last.ckpt")])
+def test_a_folder_in_place_of_a_checkpoint(
+    workspace: Workspace, fitted: Path, option: str, file: str, capsys: Captured
+) -> None:
+    error = error_of(command_of(workspace, "folder", f"{option}={fitted.parent}"), capsys)
+    assert f"found the folder {fitted.parent}; did you mean {option}={fitted / file}?" in error
+    assert "no best.ckpt" in error_of(command_of(workspace, "folder", f"load_path={workspace.arrow}"), capsys)
 
 
 @pytest.mark.parametrize(

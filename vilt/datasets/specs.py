@@ -2,12 +2,14 @@
 
 from collections import ChainMap
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any
 
-from vilt import missing_types
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, SENSORS, CustomData
+from vilt.datasets.row import CLIP as CLIP
+from vilt.datasets.row import SPLITS as SPLITS
+from vilt.datasets.row import VLA, DatasetSpec, Modality, Split
+from vilt.datasets.sensor_rows import SENSOR_ROWS, recordings, signal
 
 # fmt: off
 MMIMDB_GENRES = (
@@ -17,119 +19,6 @@ MMIMDB_GENRES = (
 )
 # fmt: on
 """The 23 genres in the order of the published label vectors."""
-
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-CLIP, VLA = "clip", "vla"
-
-
-class Modality(NamedTuple):
-    """Where a modality is in the arrow files, and what reads it."""
-
-    kind: str
-    """A key of `vilt.datasets.kinds.KINDS`."""
-    column: str
-    shape: tuple[int | None, ...] = ()
-    """Of an `array`; None as the first size where it varies. None at all: what the metadata of the arrow files says."""
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """One dataset: what its converter writes, the loader reads, the training minimises and the report calls it."""
-
-    name: str
-    """Name of the task, and prefix of the arrow files: `NAME_SPLIT.arrow`."""
-    title: str
-    """For people."""
-    file_splits: dict[Split, str]
-    """What each split is called in the file names (`dev` for validation in two of the three datasets)."""
-    modalities: dict[str, Modality]
-    """Each text of a row's list of texts is a training sample of its own."""
-    id_column: str | None
-    """Column naming the sample, where the published files have one."""
-    multilabel: bool
-    """True: the label column holds a 0/1 vector over classes; False: a class number, or a number of `label_range`."""
-    n_classes: int
-    class_names: tuple[str, ...] | None
-    """None where the names are read from the data (Food-101's class_idx.json)."""
-    loss: str
-    """Name of the loss function."""
-    metrics: str
-    """Name of the function that measures them."""
-    monitor: str
-    """The metric that chooses the best model."""
-    make_arrow_name: str
-    """Name of the dataset on the command line of make_arrow.py."""
-    converter: str
-    """Module with `open_raw(raw, **options)`, which returns a RawDataset."""
-    converter_options: tuple[str, ...] = ()
-    """Options of make_arrow.py that this converter takes."""
-    converter_arguments: dict[str, Any] = field(default_factory=dict)
-    """What its converter is also given, where it is that of several datasets."""
-    kept_columns: tuple[str, ...] = ()
-    """Columns with lists of texts that are kept as given and not read."""
-    published_rows: dict[Split, tuple[int, ...]] = field(default_factory=dict)
-    """Samples that the published splits list (DATA.md)."""
-    label_range: float | None = None
-    """Where labels are numbers: none is larger, positive or negative."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Defaults of `run.py` for this task, where they are others."""
-    pretraining: dict[str, Any] = field(default_factory=dict)
-    """Likewise for pretraining without labels, beside `options`; none where there is no such."""
-    redrawn: bool = False
-    """What the option simulate_missing does in training: True: draws anew in each epoch what each sample loses, and
-    there is no missing table; False: complete samples lose something too."""
-    family: str = CLIP
-    """Name of the family of backbones."""
-    custom: CustomData | None = None
-    """What the arrow files say of a custom dataset."""
-    recordings: bool = False
-    """Whether samples are cut from recordings, which their rows name."""
-    scaled: bool = False
-    """Whether signals are divided by their root mean square in the training split."""
-    pretraining_file: str | None = None
-    """What the file of further samples without labels is called, for pretraining; None where there is none."""
-
-    @property
-    def table_name(self) -> str:
-        """What missing tables call it: where modalities are the data's own, with them (see `row_of`)."""
-        return self.name if self.custom is None or not self.custom.signals else "+".join([self.name, *self.modalities])
-
-    @property
-    def missing_types(self) -> tuple[str, ...]:
-        """What the chosen samples of a missing pattern may lose."""
-        return missing_types.missing_types(self.modalities)
-
-    @property
-    def type_names(self) -> tuple[str, ...]:
-        """What the missing types of samples are called, in the order of their numbers."""
-        return missing_types.type_names(self.modalities)
-
-    def column_of(self, kind: str) -> str | None:
-        """Column of the first modality of a kind."""
-        return next((modality.column for modality in self.modalities.values() if modality.kind == kind), None)
-
-    @property
-    def text_column(self) -> str:
-        """Column of the texts."""
-        return self.modalities["text"].column
-
-    def file_name(self, split: Split) -> str:
-        """Name of the arrow file of `split`, for example `mmimdb_dev.arrow` for `val`."""
-        return f"{self.name}_{self.file_splits[split]}.arrow"
-
-    def replacing_mark(self, root: Path) -> Path:
-        """A file that is in `root` from before the first to after the last of the arrow files is replaced."""
-        return root / f".{self.name}_replacing"
-
-    def how_to_make(self, folder: Path) -> str:
-        """For messages about files that are not in `folder`."""
-        return f"make it with `python make_arrow.py --dataset {self.make_arrow_name} --root RAW --target {folder}`"
-
-
-def signal(name: str, channels: int, intervals: int, values: int) -> Modality:
-    """Signals of a sensor, cut into intervals."""
-    return Modality("array", f"signal_{name}", (channels, intervals, values))
 
 
 def images_with_texts(text_column: str) -> dict[str, Modality]:
@@ -257,54 +146,16 @@ for _spec in (
 ):
     DATASETS[_spec.name] = _spec
 
-SENSOR_OPTIONS: dict[str, Any] = {
-    "vit": "random",
-    "memory_length": 12,
-    "memory_depth": 3,
-    "learning_rate": 1e-3,
-    "weight_decay": 5e-3,
-    "warmup_steps": 0,
-    "decay_power": "cosine",
-    "end_lr": 1e-6,
-    "batch_size": 128,
-    "per_gpu_batchsize": 128,
-    "max_epoch": 50,
-    "val_check_interval": 1.0,
-}
-SENSOR_PRETRAINING: dict[str, Any] = {
-    "prompt_type": "focal",
-    "missing_ratio": 0.0,
-    "test_after_fit": False,
-    "weight_decay": 0.05,
-    "end_lr": 1e-7,
-    "batch_size": 256,
-    "per_gpu_batchsize": 256,
-    "max_epoch": 100,
-}
-"""Of FOCAL's code, but for the epochs, of which it has thousands."""
-
+for _spec in SENSOR_ROWS:
+    DATASETS[_spec.name] = _spec
 
 _CUSTOM = {
-    SENSORS: DatasetSpec(
-        name=SENSORS,
-        title="sensor dataset",
-        file_splits={"train": "train", "val": "val", "test": "test"},
-        modalities={},
-        id_column="sample",
-        multilabel=False,
+    SENSORS: recordings(
+        *(SENSORS, "sensor dataset", {}),
         n_classes=0,
         class_names=None,
-        loss="cross_entropy",
-        metrics="class_accuracy",
-        monitor="accuracy",
-        make_arrow_name=SENSORS,
         converter="vilt.utils.write_sensors",
         converter_options=("spec", "split"),
-        family="sensors",
-        recordings=True,
-        scaled=True,
-        options=SENSOR_OPTIONS,
-        pretraining=SENSOR_PRETRAINING,
     ),
     CUSTOM: DatasetSpec(
         name=CUSTOM,

@@ -1,0 +1,99 @@
+"""The rows of datasets of sensors."""
+
+from typing import Any
+
+from vilt.datasets.row import SPLITS, DatasetSpec, Modality
+
+PAMAP2_CLASSES = (
+    *("lying", "sitting", "standing", "walking", "running", "cycling", "Nordic walking", "watching TV"),
+    *("computer work", "car driving", "ascending stairs", "descending stairs", "vacuum cleaning", "ironing"),
+    *("folding laundry", "house cleaning", "playing soccer", "rope jumping"),
+)
+SENSOR_OPTIONS: dict[str, Any] = {
+    "vit": "random",
+    "memory_length": 12,
+    "memory_depth": 3,
+    "learning_rate": 1e-3,
+    "weight_decay": 5e-3,
+    "warmup_steps": 0,
+    "decay_power": "cosine",
+    "end_lr": 1e-6,
+    "batch_size": 128,
+    "per_gpu_batchsize": 128,
+    "max_epoch": 50,
+    "val_check_interval": 1.0,
+}
+SENSOR_PRETRAINING: dict[str, Any] = {
+    "prompt_type": "focal",
+    "missing_ratio": 0.0,
+    "test_after_fit": False,
+    "weight_decay": 0.05,
+    "end_lr": 1e-7,
+    "batch_size": 256,
+    "per_gpu_batchsize": 256,
+    "max_epoch": 100,
+}
+"""Of FOCAL's code, but for the epochs, of which it has thousands."""
+
+
+def signal(name: str, channels: int, intervals: int, values: int) -> Modality:
+    """Signals of a sensor, cut into intervals."""
+    return Modality("array", f"signal_{name}", (channels, intervals, values))
+
+
+def recordings(name: str, title: str, sizes: dict[str, tuple[int, int, int]], **others: Any) -> DatasetSpec:
+    """A dataset of sensors, whose samples are cut from recordings.
+
+    Args:
+        sizes: by modality, channels, intervals of a sample, values of an interval.
+    """
+    given: dict[str, Any] = {
+        "file_splits": {split: split for split in SPLITS},
+        "converter_options": ("split",),
+        "scaled": True,
+        "options": SENSOR_OPTIONS,
+        **others,
+    }
+    return DatasetSpec(
+        name=name,
+        title=title,
+        modalities={modality: signal(modality, *of) for modality, of in sizes.items()},
+        id_column="sample",
+        multilabel=False,
+        loss="cross_entropy",
+        metrics="class_accuracy",
+        monitor="accuracy",
+        make_arrow_name=name,
+        family="sensors",
+        recordings=True,
+        pretraining=SENSOR_PRETRAINING,
+        **given,
+    )
+
+
+SENSOR_ROWS = (
+    recordings(
+        *("mod", "MOD", {"seismic": (1, 10, 20), "audio": (1, 10, 1600)}),
+        n_classes=7,
+        class_names=("Polaris", "Warhog", "Silverado", "motor", "tesla", "mustang", "walk"),
+        converter="vilt.utils.write_mod",
+        file_splits={**{split: split for split in SPLITS}, "pretrain": "pretrain"},
+        pretraining_file="mod_pretrain.arrow",
+        scaled=False,
+        options={**SENSOR_OPTIONS, "memory_depth": 4},
+    ),
+    recordings(
+        *("pamap2", "PAMAP2", {"Acc": (3, 9, 40), "Gyro": (3, 9, 40), "Mag": (3, 9, 40)}),
+        n_classes=18,
+        class_names=PAMAP2_CLASSES,
+        converter="vilt.utils.write_wearables",
+        converter_arguments={"dataset": "pamap2"},
+    ),
+    recordings(
+        *("rwhar", "RealWorld-HAR", {"acc": (3, 9, 50), "gyr": (3, 9, 50), "mag": (3, 9, 50), "lig": (1, 9, 50)}),
+        n_classes=8,
+        class_names=(*("climbingdown", "climbingup", "jumping", "lying", "running", "sitting", "standing", "walking"),),
+        converter="vilt.utils.write_wearables",
+        converter_arguments={"dataset": "rwhar"},
+    ),
+)

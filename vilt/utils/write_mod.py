@@ -1,0 +1,327 @@
+"""MOD: recordings of a microphone and a geophone, or the published samples with their index files."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from common.errors import DataError
+from common.messages import first_line, listed
+from common.torch_file import load_inert
+from vilt.datasets.specs import DATASETS, SPLITS
+from vilt.utils import raw_data
+from vilt.utils.raw_data import RawDataset, RawSplit
+from vilt.utils.recordings import (
+    NO_LABEL,
+    PUBLISHED,
+    TIME,
+    Recording,
+    check_finite,
+    check_way,
+    read_numbers,
+    read_row,
+    time_split,
+)
+from vilt.utils.tables import read_text, table_rows
+
+LAYOUT = """\
+RAW/
+  RUN/NODE/aud16000.csv   microphone, 16 kHz, a value in each line; or aud.csv
+  RUN/NODE/ehz.csv        geophone, 100 Hz
+or the published samples:
+RAW/
+  ANY/RUN_NODE_NUMBER.pt
+  ANY/train_index.txt, test_index.txt; and pretrain_index.txt, if there is one
+"""
+RUNS = Path(__file__).parents[1] / "datasets" / "mod_runs.csv"
+CLASSES = (
+    *("Polaris", "Warhog", "Silverado", "motor", "tesla", "mustang", "walk"),
+    *("bicycle", "forester", "pickup", "scooter"),
+)
+SECONDS, INTERVALS = 2, 10
+RATES = {"seismic": 100, "audio": 8000}
+ZERO_CROSSINGS, ROLL_OFF, TAPS, BEFORE = 6, 0.99, 28, 13
+VALIDATION_OF_PUBLISHED = 10
+"""Of the published training samples, by name, each that many-th is for validation."""
+
+
+def half_rate_kernel() -> np.ndarray:
+    """(28,) float64: windowed sinc that halves a rate, with a Hann window."""
+    t = np.clip(ROLL_OFF * (np.arange(TAPS) - BEFORE) / 2, -ZERO_CROSSINGS, ZERO_CROSSINGS)
+    kernel: np.ndarray = ROLL_OFF / 2 * np.sinc(t) * np.cos(math.pi * t / (2 * ZERO_CROSSINGS)) ** 2
+    return kernel
+
+
+def at_half_rate(signal_N: np.ndarray, first: int, count: int) -> np.ndarray:
+    """(count,) float64: values from `first` on of a recording at half its rate, with zeros outside."""
+    begin, length = 2 * first - BEFORE, 2 * count - 2 + TAPS
+    padded = np.zeros(length)
+    inside = signal_N[max(0, begin) : begin + length]
+    padded[max(0, -begin) : max(0, -begin) + len(inside)] = inside
+    resampled: np.ndarray = np.lib.stride_tricks.sliding_window_view(padded, TAPS)[::2] @ half_rate_kernel()
+    return resampled
+
+
+def class_of(run: str) -> int:
+    """Label of a run, by its name; NO_LABEL where it says none."""
+    return next((label for label, name in enumerate(CLASSES) if name in run), NO_LABEL)
+
+
+class Listed(NamedTuple):
+    """A row of mod_runs.csv."""
+
+    run: str
+    node: str
+    cut_start: int
+    cut_end: int
+    used_for: str
+    """`supervised`, `pretrain` or `unused`."""
+
+
+def runs() -> list[Listed]:
+    """The recordings of MOD."""
+    columns = ["run", "node", "cut_start_s", "cut_end_s", "used_for"]
+    rows = [values for _, values in table_rows(RUNS, columns, columns, [])]
+    return [Listed(v["run"], v["node"], int(v["cut_start_s"]), int(v["cut_end_s"]), v["used_for"]) for v in rows]
+
+
+@dataclass(frozen=True)
+class Node:
+    """The raw recording of a node in a run."""
+
+    folder: Path
+    listed: Listed
+
+    @cached_property
+    def paths(self) -> dict[str, Path]:
+        """Of audio and seismic. Raises DataError where one is not there."""
+        audio = next(
+            (self.folder / name for name in ("aud16000.csv", "aud.csv") if (self.folder / name).is_file()), None
+        )
+        seismic = self.folder / "ehz.csv"
+        if audio is None or not seismic.is_file():
+            raise DataError(f"{self.folder}: expected {'aud16000.csv' if audio is None else 'ehz.csv'}, found none")
+        return {"audio": audio, "seismic": seismic}
+
+    @cached_property
+    def count(self) -> int:
+        """Samples: as many as both signals have."""
+        found = []
+        for name, rate in (("audio", 2 * RATES["audio"]), ("seismic", RATES["seismic"])):
+            values = _lines(self.paths[name]) - (self.listed.cut_start + self.listed.cut_end) * rate
+            found.append(max(0, values // (SECONDS * rate)))
+        return min(found)
+
+    def read(self, number: int) -> dict[str, np.ndarray]:
+        """By modality, (1, 10, S) of a sample. Raises DataError."""
+        signals = _loaded(self)
+        audio = at_half_rate(signals["audio"], number * SECONDS * RATES["audio"], SECONDS * RATES["audio"])
+        values = SECONDS * RATES["seismic"]
+        seismic = signals["seismic"][number * values : (number + 1) * values]
+        return {
+            name: np.asarray(x, dtype=np.float32).reshape(1, INTERVALS, -1)
+            for name, x in (("seismic", seismic), ("audio", audio))
+        }
+
+    def load(self) -> dict[str, np.ndarray]:
+        """The signals without what is cut off. Raises DataError, which names file and row."""
+        found = {}
+        for name, rate in (("audio", 2 * RATES["audio"]), ("seismic", RATES["seismic"])):
+            path, separator = self.paths[name], "," if name == "audio" else r"\s+"
+            values = read_numbers(path, [0], separator)[:, 0]
+            check_finite(values, path, 1, name)
+            found[name] = values[self.listed.cut_start * rate : len(values) - self.listed.cut_end * rate]
+        return found
+
+
+_LAST: dict[Path, dict[str, np.ndarray]] = {}
+_LOCK = Lock()
+
+
+def _loaded(node: Node) -> dict[str, np.ndarray]:
+    """The signals of the recording that was asked for last are kept; samples are read in order."""
+    with _LOCK:
+        if node.folder not in _LAST:
+            _LAST.clear()
+            _LAST[node.folder] = node.load()
+        return _LAST[node.folder]
+
+
+def _lines(path: Path) -> int:
+    count, last = 0, b"\n"
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                count, last = count + block.count(b"\n"), block[-1:]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    return count + (last != b"\n")
+
+
+def open_raw(raw: Path, split: str | None = None) -> RawDataset:
+    """MOD in `raw`.
+
+    Args:
+        split: `time` (default), or `published`, for which index files have to be there.
+
+    Raises:
+        DataError: files are missing, or not as expected; names them.
+    """
+    raw_data.require_layout(raw, (), LAYOUT)
+    spec = DATASETS["mod"]
+    how = check_way(split, TIME, (TIME, PUBLISHED), spec)
+    samples = {path.stem: path for path in sorted(raw.rglob("*.pt"))}
+    indices = {path.stem.removesuffix("_index"): path for path in sorted(raw.rglob("*_index.txt"))}
+    nodes = [Node(raw / one.run / one.node, one) for one in runs() if (raw / one.run / one.node).is_dir()]
+    if not samples and not nodes:
+        raise DataError(f"{raw}: found neither recordings of MOD nor its samples. Expected layout of RAW:\n\n{LAYOUT}")
+    if not nodes or indices or how == PUBLISHED:
+        if missing := [name for name in ("train", "test") if name not in indices]:
+            raise DataError(f"{raw}: expected {missing[0]}_index.txt, which says what is for training and test")
+        splits = _of_index(raw, samples, nodes, indices, how)
+    else:
+        splits = _of_recordings(nodes)
+    note = ""
+    if how == PUBLISHED:
+        note = "--split published: samples for test lie between those for training of the same recording"
+    return RawDataset(spec, CLASSES[: spec.n_classes], tuple(splits), note)
+
+
+def _of_recordings(nodes: Sequence[Node]) -> list[RawSplit]:
+    """Of raw recordings, by time."""
+    found: dict[str, list[tuple[int, Any]]] = {split: [] for split in (*SPLITS, "pretrain")}
+    held_out: dict[str, list[int]] = {}
+    """By run, the seconds of its validation and test samples."""
+    for row, node in enumerate(nodes, 1):
+        if node.listed.used_for != "supervised":
+            continue
+        recording = _recording(node, class_of(node.listed.run))
+        for number in range(node.count):
+            split = time_split(number, node.count, 1)
+            if split == "train":
+                found["pretrain"].append((row, partial(read_row, recording, number)))
+            elif split is not None:
+                held_out.setdefault(node.listed.run, []).append(node.listed.cut_start + SECONDS * number)
+            if split is not None:
+                found[split].append((row, partial(read_row, recording, number)))
+    for row, node in enumerate(nodes, 1):
+        if node.listed.used_for != "pretrain":
+            continue
+        recording = _recording(node, NO_LABEL)
+        for number in range(node.count):
+            at = node.listed.cut_start + SECONDS * number
+            if all(abs(at - second) >= SECONDS for second in held_out.get(node.listed.run, [])):
+                found["pretrain"].append((row, partial(read_row, recording, number)))
+    return _splits(found, "mod_runs.csv")
+
+
+def _recording(node: Node, label: int) -> Recording:
+    name = f"{node.listed.run}_{node.listed.node}"
+    return Recording(name, np.full(node.count, label), node.read)
+
+
+def _splits(found: dict[str, list[tuple[int, Any]]], source: str) -> list[RawSplit]:
+    return [RawSplit(split, source, samples) for split, samples in found.items() if samples or split != "pretrain"]  # type: ignore[arg-type]
+
+
+def _of_index(
+    raw: Path, samples: dict[str, Path], nodes: Sequence[Node], indices: dict[str, Path], how: str
+) -> list[RawSplit]:
+    """Of the samples that index files list, published or cut from recordings."""
+    of_node = {f"{node.listed.run}_{node.listed.node}": node for node in nodes}
+    listed_in = {name: _names(path) for name, path in indices.items()}
+
+    def entry(name: str, label: int) -> tuple[int, Any]:
+        recording, _, number = name.rpartition("_")
+        row = next(rows[name] for rows in listed_in.values() if name in rows)
+        if name in samples:
+            labels = np.full(int(number) + 1, label)
+            return row, partial(
+                read_row, Recording(recording, labels, partial(read_sample, samples[name])), int(number)
+            )
+        if recording in of_node and int(number) < of_node[recording].count:
+            return row, partial(read_row, _recording(of_node[recording], label), int(number))
+        path = next(path for key, path in indices.items() if name in listed_in[key])
+        raise DataError(f"{path}, row {row}: expected {name}.pt, or its recording, below {raw}, found none")
+
+    train, test = sorted(listed_in["train"]), sorted(listed_in["test"])
+    split_of = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
+    if how == PUBLISHED:
+        split_of |= dict.fromkeys(train[::VALIDATION_OF_PUBLISHED], "val")
+    else:
+        counts: dict[str, int] = {}
+        for name in split_of:
+            recording, _, number = name.rpartition("_")
+            counts[recording] = max(counts.get(recording, 0), int(number) + 1)
+        by_time = {
+            name: time_split(int(name.rpartition("_")[2]), counts[name.rpartition("_")[0]], 1) for name in split_of
+        }
+        split_of = {name: split for name, split in by_time.items() if split is not None}
+    found: dict[str, list[tuple[int, Any]]] = {split: [] for split in (*SPLITS, "pretrain")}
+    for name in sorted(split_of, key=_by_number):
+        label = class_of(name)
+        if not 0 <= label < len(CLASSES[: DATASETS["mod"].n_classes]):
+            raise DataError(f"{indices['train']}: {name}: expected one of {listed(CLASSES[:7])} in the name")
+        found[split_of[name]].append(entry(name, label))
+    cuts = {(one.run, one.node): one.cut_start for one in runs()}
+
+    def time_of(name: str) -> tuple[str, float]:
+        run, node, number = name.rsplit("_", 2) if name.count("_") > 1 else (name, "", "0")
+        return run, cuts.get((run, node), 0) + SECONDS * int(number)
+
+    held_out = {time_of(name) for name, split in split_of.items() if split != "train"}
+    for name in sorted({*listed_in.get("pretrain", {}), *train}, key=_by_number):
+        run, at = time_of(name)
+        clear = not any((run, at + step) in held_out for step in range(1 - SECONDS, SECONDS))
+        if how == PUBLISHED or (
+            clear and split_of.get(name, "train") == "train" and (name in split_of or name not in train)
+        ):
+            label = class_of(name) if split_of.get(name) == "train" else NO_LABEL
+            found["pretrain"].append(entry(name, label))
+    return _splits(found, "train_index.txt")
+
+
+def _names(path: Path) -> dict[str, int]:
+    """The names of samples in an index file, with their rows; folders are those of another machine."""
+    found: dict[str, int] = {}
+    for row, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        name = line.strip().replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".pt")
+        if not re.fullmatch(r".+_\d+", name):
+            raise DataError(f"{path}, row {row}: expected a file RUN_NODE_NUMBER.pt, found {line.strip()[:100]!r}")
+        found.setdefault(name, row)
+    return found
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    recording, _, number = name.rpartition("_")
+    return recording, int(number)
+
+
+def read_sample(path: Path, number: int) -> dict[str, np.ndarray]:
+    """The signals of a published sample. Raises DataError."""
+    try:
+        loaded = load_inert(path)
+        found = {name: loaded["data"]["shake"][name] for name in RATES}
+        label = loaded["label"]["vehicle_type"] if isinstance(loaded["label"], dict) else loaded["label"]
+        if int(label) not in (class_of(path.stem), NO_LABEL):
+            raise ValueError(f"expected the label {class_of(path.stem)}, as its name says, found {int(label)}")
+        for name, rate in RATES.items():
+            shape = (1, INTERVALS, SECONDS * rate // INTERVALS)
+            if not isinstance(found[name], torch.Tensor) or tuple(found[name].shape) != shape:
+                raise ValueError(f"{name}: expected an array of shape {shape}")
+            if not torch.isfinite(found[name]).all():
+                raise ValueError(f"{name}: expected finite numbers")
+    except KeyError as error:
+        raise DataError(f"{path}: expected data of shake with {' and '.join(RATES)}, found no {error}") from None
+    except Exception as error:  # torch.load raises many types on damaged files
+        raise DataError(f"{path}: not readable as a sample of MOD: {first_line(error)}") from None
+    return {name: x.float().numpy() for name, x in found.items()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from common.errors import ConfigError
 from config import DEFAULTS, OPTIONS
@@ -154,6 +155,13 @@ def test_the_folder_of_the_record(flag: list[str], first: bool) -> None:
     words = ["with", "seed=1"]
     found = read(*flag, *words) if first else read(*words, *flag)
     assert (found.record, found.updates) == ("1.10", {"seed": 1})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_keeps_the_record(rank: int, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    assert command_line(["run.py", "with", "learning_rate=-1", "-F", str(tmp_path / "record")]) == 2
+    assert (tmp_path / "record" / "1").is_dir() is (rank == 0)
 
 
 WRONG = {

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -425,44 +426,18 @@ def test_submitit_runs_the_cells_as_on_slurm(sweep: Sweep, capsys: Captured) -> 
     assert (float(row["f1_macro_mean"]), row["complete"], row["failed"]) == (result["metrics"]["f1_macro"], "1", "1")
 
 
-class Handle:
-    """A job of an executor that is not there."""
-
-    def __init__(self, job: Job, result: Outcome | Exception) -> None:
-        self.job_id = job.name
-        self.outcome = result
-        self.cancelled = False
-
-    def done(self) -> bool:
-        return self.job_id != "slow"
-
-    def cancel(self, check: bool) -> None:
-        self.cancelled = True
-
-    def result(self) -> Outcome:
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
-
-
 def test_jobs_are_told_of_as_they_end_and_cancelled_when_left(tmp_path: Path) -> None:
-    results: dict[str, Any] = {
-        "slow": Outcome(None, 9.0),
-        "well": Outcome(None, 2.0),
-        "broken": RuntimeError("Job (task=0) failed during processing with trace:\n-----\nOSError: disk full\n-----\n"),
-    }
-    made: dict[str, Handle] = {}
-
-    def submit(submission: Submission) -> Handle:
-        made[submission.job.name] = Handle(submission.job, results[submission.job.name])
-        return made[submission.job.name]
-
-    executor: Any = SimpleNamespace(batch=nullcontext, submit=submit)
+    trace = RuntimeError("Job (task=0) failed during processing with trace:\n-----\nOSError: disk full\n-----\n")
+    results: dict[str, Any] = {"slow": None, "well": Outcome(None, 2.0), "broken": trace}
+    handles = {name: Mock(job_id=name, **{"done.return_value": name != "slow"}) for name in results}
+    for name, handle in handles.items():
+        handle.result.side_effect = [results[name]]
+    executor: Any = SimpleNamespace(batch=nullcontext, submit=lambda submission: handles[submission.job.name])
     outcomes = _run_submitted(executor, [Job(name, tmp_path, (), tested=True) for name in results])
     told = {job.name: outcome for job, outcome in (next(outcomes), next(outcomes))}
     assert told == {"well": Outcome(None, 2.0), "broken": Outcome("OSError: disk full", 0.0)}
     outcomes.close()  # type: ignore[attr-defined]
-    assert {name: handle.cancelled for name, handle in made.items()} == {"slow": True, "well": False, "broken": False}
+    assert [handle.cancel.called for handle in handles.values()] == [True, False, False]
 
 
 def test_a_cluster_job_at_the_end_of_its_time_is_queued_again_for_the_same_run(tmp_path: Path, stand_in: SetUp) -> None:

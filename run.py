@@ -15,11 +15,11 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from common.errors import CheckupError, ConfigError, OtherProcessError, UserError, machine_error
+from common.launcher import check_launcher
 from common.logs import set_up_logging
 from common.machine import check_system, print_anywhere, settle_threads
 from common.messages import first_line
 from common.signals import Stopped, end_loaders, stopping_on_signals
-from common.slurm import ignore_without_srun
 from config import DEFAULTS
 from engine.ending import DONE, INTERRUPTED, end_with_our_fault, end_with_signal, end_with_user_error
 from runs.check_options import PREDICTION_OPTIONS, check, read_load_paths, read_options
@@ -148,9 +148,9 @@ def command_line(argv: list[str]) -> int:
     """Runs a command; returns the exit status, after a line on standard error if it is not 0."""
     EX.current_run = None  # that of an earlier call in this process
     print_anywhere()
-    ignore_without_srun()
     try:
         check_system()
+        check_launcher()
         asked = read_command_line(argv[1:], EX.commands)
         if asked.help:
             print(help_on(asked.command, EX.commands, __doc__ or ""))

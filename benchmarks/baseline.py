@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.clip_dynamic_memory import RDN, START
 from clip.modules.vision_transformer_memory import IMAGE_MEAN, IMAGE_STD, ClipArchitecture
-from engine.checkpoint import model_name
+from engine.published_checkpoint import model_name
 
 DYNAMIC_QUERIES = ("memories_dynamic_complete", "memories_dynamic_image", "memories_dynamic_text")
 

@@ -1,22 +1,18 @@
-"""Checkpoints: what they hold, reading them, and reading those of the published code.
+"""Checkpoints: what they hold, and reading them.
 
 Ours hold everything but the frozen backbone, and the backbone's name and hash. Published ones hold the model with its
-backbone, except the dynamic queries, which follow from the seed of their run (docs/method.md section 6). Neither can
-run code: `torch.load` runs with `weights_only=True`, and the classes that published files mention become inert
-stand-ins.
+backbone, except the dynamic queries, which follow from the seed of their run (docs/method.md section 6).
 """
 
 import logging
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from clip.backbone import Backbone, architecture_of, shape_of, weights_sha256
+from clip.backbone import Backbone, weights_sha256
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import UNUSED, MethodOptions
 from clip.modules.registry import HEADS, head_class, method_class, methods_of
@@ -26,10 +22,10 @@ from common.errors import CheckpointError
 from common.hashing import file_sha256
 from common.messages import first_line, quoted
 from common.records import record_of
-from common.torch_file import check_state, first_of, load_inert, state_dict_of, unwrapped_names
-from engine.checkpoint_file import check_intact
+from common.torch_file import check_state, first_of, state_dict_of, unwrapped_names
 from engine.families import BackboneChoice, family_of
-from engine.tasks import TASKS, task_of
+from engine.published_checkpoint import load_checkpoint_file, model_names, published_model
+from engine.tasks import task_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, DatasetSpec, spec_of
@@ -42,19 +38,6 @@ DESCRIPTION = "rep"
 """Key of a checkpoint under which it says what it is."""
 OF_TRAINING = "epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "MissingModalityData"
 """Entries that resuming a training takes, none of them empty."""
-STAND_IN_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "pathlib.", "_io.")
-"""Published checkpoints mention classes of these (callbacks, hyper-parameters, paths). Others are refused."""
-PUBLISHED_NAMES = {
-    f"model.{tower}_encoder.transformer.resblocks.0.{published}": f"model.{learner}.dynamic.{tower}.{ours}"
-    for learner, slots, attention in (
-        ("memory_learner", "memories", "attn_memory"),
-        ("prompt_learner", "prompts", "attn_prompt"),
-    )
-    for published, ours in ((f"{attention}.", "attention."), (f"{slots}_dynamic_", "queries_"))
-    for tower in ("image", "text")
-}
-"""Beginnings of names in published checkpoints, and in older ones of ours, that the model has under other names: of
-REP's and DCP's dynamic slots, which are in the towers there."""
 
 
 @dataclass(frozen=True)
@@ -173,26 +156,13 @@ def kept_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
     return {name: state[name] for name in kept_names(classifier)}
 
 
-def model_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a checkpoint under the names that the model has for them (see PUBLISHED_NAMES)."""
-    return {model_name(name): tensor for name, tensor in state.items()}
-
-
-def model_name(name: str) -> str:
-    """The name that the model has for an entry of a published checkpoint."""
-    for published, ours in PUBLISHED_NAMES.items():
-        if name.startswith(published):
-            return ours + name.removeprefix(published)
-    return name
-
-
 def load_kept_state(classifier: MissingModalityClassifier, state: dict[str, Tensor], source: str) -> None:
     """Copies a checkpoint's entries into `classifier`; every name is accounted for.
 
     Raises:
         CheckpointError: names are missing or unexpected, a shape differs, or a value is not finite.
     """
-    _load(classifier, model_names(state), kept_names(classifier), source)
+    _load(classifier, model_names(unwrapped_names(state)), kept_names(classifier), source)
 
 
 def _load(
@@ -215,7 +185,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         found = "found a folder; name the best.ckpt in it" if path.is_dir() else "found no such file"
         raise CheckpointError(f"load_path={path}: expected a checkpoint, {found}")
-    raw = _load_inert(path)
+    raw = load_checkpoint_file(path)
     try:
         if not isinstance(raw, dict) or "state_dict" not in raw:
             found = first_of([str(name) for name in raw]) if isinstance(raw, dict) else ""
@@ -224,7 +194,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
         state = model_names(unwrapped_names(state_dict_of(raw["state_dict"])))
         described = raw.get(DESCRIPTION)
-        of_model = {"spec": _published_spec(state)} if described is None else _described_model(described)
+        of_model = {"spec": ModelSpec(*published_model(state))} if described is None else _described_model(described)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
     resumable = all(raw.get(name) not in (None, [], {}) for name in OF_TRAINING)
@@ -318,7 +288,7 @@ def backbone_in(path: Path) -> Backbone | None:
 
 def is_ours(path: Path) -> bool:
     """Whether a file is a checkpoint of ours. Raises CheckpointError where it is not readable."""
-    raw = _load_inert(path)
+    raw = load_checkpoint_file(path)
     return isinstance(raw, dict) and DESCRIPTION in raw
 
 
@@ -370,46 +340,3 @@ def check_classes(checkpoint: Checkpoint, dataset: ArrowDataset) -> None:
                     f"{checkpoint.path}: trained on other classes than those of {dataset.path}: expected "
                     f"{quoted(theirs)} as class {number}, found {quoted(ours)}"
                 )
-
-
-def _published_spec(state: Mapping[str, Tensor]) -> ModelSpec:
-    """Method and sizes from names and shapes; the published files' own description is not needed.
-
-    Raises:
-        KeyError, TypeError, ValueError: an entry is missing, or not as expected.
-    """
-    dcp = any(name.startswith("model.prompt_learner.") for name in state)
-    prompt_type, slots_name = ("dcp", "common_prompt_complete") if dcp else ("rep", "common_memory_complete")
-    learner = f"model.{method_class(prompt_type).attribute}."
-    slots, _ = shape_of(state, learner + slots_name, 2)
-    architecture = architecture_of({name.removeprefix("model."): state[name] for name in state}, "quick_gelu")
-    heads = [task for task in TASKS.values() if f"{task.head_name}.weight" in state]
-    if len(heads) != 1:
-        expected = " or ".join(task.head_name for task in TASKS.values())
-        raise ValueError(f"expected one head named {expected}, found {len(heads)}")
-    depth = sum(re.fullmatch(rf"{learner}layernorm_text\.\d+\.weight", name) is not None for name in state)
-    return ModelSpec(heads[0].name, MethodOptions(prompt_type, 3 * slots, depth), architecture)
-
-
-class _StandIn:
-    """Takes the place of a class that a published checkpoint mentions, and does nothing."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _load_inert(path: Path) -> Any:
-    try:
-        mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # refuses what is no zip archive
-        check_intact(path)
-        if refused := [name for name in mentioned if not name.startswith(STAND_IN_MODULES)]:
-            raise ValueError(f"it mentions {', '.join(refused)}, which might run code; not opened")
-        # Hyper-parameters come as a subclass of dict; torch's restricted reader fills nothing but plain ones.
-        stand_ins: list[Any] = [(dict if name.endswith("AttributeDict") else _StandIn, name) for name in mentioned]
-        with torch.serialization.safe_globals(stand_ins):
-            return load_inert(path)
-    except Exception as error:  # torch.load raises many types on damaged files
-        raise CheckpointError(f"{path}: not readable as a checkpoint: {first_line(error)}") from error

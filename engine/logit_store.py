@@ -131,7 +131,10 @@ class LogitStore:
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(None, "not writable")
         except OSError as error:
-            raise DataError(f"{self.folder}: cannot keep results there: {error.strerror or error}") from error
+            raise DataError(
+                f"{self.folder}: cannot keep results there: {error.strerror or error}; copy the checkpoint, with its "
+                f"config.json, to a folder that can be written"
+            ) from error
 
     def _part(self, missing_type: int) -> Path:
         return self.folder / f"{self.logit_columns[missing_type]}.part.arrow"

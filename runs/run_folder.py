@@ -38,7 +38,7 @@ def make_run_folder(log_dir: Path, name: str) -> Path:
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise ConfigError(f"log_dir: cannot make a folder in {parent}: {error.strerror}") from error
+        raise ConfigError(f"log_dir: cannot make a folder in {parent}: {error.strerror}; choose another") from error
 
 
 def environment() -> dict[str, Any]:

@@ -103,12 +103,13 @@ def open_training(options: Options, given: Collection[str] = ()) -> Opened:
     start = read_checkpoint(options.load_path) if options.load_path is not None else None
     if start is not None and start.spec.method.prompt_type in PRETRAINING and options.prompt_type not in PRETRAINING:
         options, start = replace(options, vit=str(options.load_path)), None  # a backbone, of which no memory is taken
+    trained_on = None
     if start is not None and not start.published and "vit" not in given:
-        options = replace(options, vit=str(start.backbone_name))
+        options, trained_on = replace(options, vit=str(start.backbone_name)), start.spec.architecture
     if start is not None and start.tokenizer is not None and "tokenizer" not in given:
         options = replace(options, tokenizer=start.tokenizer.option)
     family, choice = family_of(options.task), backbone_choice(asdict(options), {"vit"})
-    backbone = family.load(choice)
+    backbone = family.load(choice, trained_on)
     inputs = family.inputs(choice, backbone.architecture)
     data = open_data(options, inputs)
     contents = {} if options.fast_dev_run else contents_of_data(data)

@@ -10,7 +10,8 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import ModelInput
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture
-from engine.checkpoint import PUBLISHED_NAMES, ModelSpec, build_classifier, model_names
+from engine.checkpoint import ModelSpec, build_classifier
+from engine.published_checkpoint import PUBLISHED_NAMES, model_names
 
 TINY = ClipArchitecture(
     image_size=32,

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from benchmarks.sides import VIT_B16
 from clip.modules.method import MethodOptions
 from clip.published_queries import published_queries
-from engine.checkpoint import ModelSpec, model_names
+from engine.checkpoint import ModelSpec
 from engine.optimization import OptimizerSettings
+from engine.published_checkpoint import model_names
 from engine.tasks import TASKS
 from engine.training import FinetuneModule
 from tests import golden

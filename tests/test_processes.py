@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError, MachineError
-from common.slurm import ignore_without_srun
+from common.launcher import check_launcher
 from config import DEFAULTS
 from engine.processes import ending_together
 from engine.trainer import make_trainer
@@ -152,8 +152,16 @@ def test_variables_of_slurm_count_where_srun_started_the_process(
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)
     if step is not None:
         monkeypatch.setenv("SLURM_STEP_ID", step)
-    ignore_without_srun()
+    check_launcher()
     assert {name for name in ("SLURM_NTASKS", "SLURM_PROCID") if name in os.environ} == left
+
+
+@pytest.mark.parametrize(("name", "value"), [("MASTER_PORT", "http"), ("MASTER_PORT", "70000"), ("LOCAL_RANK", "-1")])
+def test_variables_that_are_no_numbers(monkeypatch: Patch, name: str, value: str, capsys: Captured) -> None:
+    monkeypatch.setenv(name, value)
+    assert command_line(["run.py", "print_config"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name}: ") and value in error
 
 
 def test_more_tasks_of_slurm_than_processes_are_refused(workspace: Workspace, monkeypatch: Patch) -> None:

@@ -1,0 +1,93 @@
+"""Checkpoints of the published code: the names and sizes in them, and reading files that mention classes of theirs.
+
+No file can run code: `torch.load` runs with `weights_only=True`, and classes that are mentioned become inert stand-ins.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip.backbone import architecture_of, shape_of
+from clip.modules.method import MethodOptions
+from clip.modules.registry import method_class
+from clip.modules.vision_transformer_memory import ClipArchitecture
+from common.errors import CheckpointError
+from common.messages import first_line
+from common.torch_file import load_inert
+from engine.checkpoint_file import check_intact
+from engine.tasks import TASKS
+
+STAND_IN_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "pathlib.", "_io.")
+"""Published checkpoints mention classes of these (callbacks, hyper-parameters, paths). Others are refused."""
+PUBLISHED_NAMES = {
+    f"model.{tower}_encoder.transformer.resblocks.0.{published}": f"model.{learner}.dynamic.{tower}.{ours}"
+    for learner, slots, attention in (
+        ("memory_learner", "memories", "attn_memory"),
+        ("prompt_learner", "prompts", "attn_prompt"),
+    )
+    for published, ours in ((f"{attention}.", "attention."), (f"{slots}_dynamic_", "queries_"))
+    for tower in ("image", "text")
+}
+"""Beginnings of names in published checkpoints, and in older ones of ours, that the model has under other names: of
+REP's and DCP's dynamic slots, which are in the towers there."""
+
+
+def model_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a checkpoint under the names that the model has for them (see PUBLISHED_NAMES)."""
+    return {model_name(name): tensor for name, tensor in state.items()}
+
+
+def model_name(name: str) -> str:
+    """The name that the model has for an entry of a published checkpoint."""
+    for published, ours in PUBLISHED_NAMES.items():
+        if name.startswith(published):
+            return ours + name.removeprefix(published)
+    return name
+
+
+def published_model(state: Mapping[str, Tensor]) -> tuple[str, MethodOptions, ClipArchitecture]:
+    """Task, method and sizes from names and shapes; the published files' own description is not needed.
+
+    Raises:
+        KeyError, TypeError, ValueError: an entry is missing, or not as expected.
+    """
+    dcp = any(name.startswith("model.prompt_learner.") for name in state)
+    prompt_type, slots_name = ("dcp", "common_prompt_complete") if dcp else ("rep", "common_memory_complete")
+    learner = f"model.{method_class(prompt_type).attribute}."
+    slots, _ = shape_of(state, learner + slots_name, 2)
+    architecture = architecture_of({name.removeprefix("model."): state[name] for name in state}, "quick_gelu")
+    heads = [task for task in TASKS.values() if f"{task.head_name}.weight" in state]
+    if len(heads) != 1:
+        expected = " or ".join(task.head_name for task in TASKS.values())
+        raise ValueError(f"expected one head named {expected}, found {len(heads)}")
+    depth = sum(re.fullmatch(rf"{learner}layernorm_text\.\d+\.weight", name) is not None for name in state)
+    return heads[0].name, MethodOptions(prompt_type, 3 * slots, depth), architecture
+
+
+class _StandIn:
+    """Takes the place of a class that a published checkpoint mentions, and does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def load_checkpoint_file(path: Path) -> Any:
+    """The content of a checkpoint, ours or a published one. Raises CheckpointError where it is not readable as one."""
+    try:
+        mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # refuses what is no zip archive
+        check_intact(path)
+        if refused := [name for name in mentioned if not name.startswith(STAND_IN_MODULES)]:
+            raise ValueError(f"it mentions {', '.join(refused)}, which might run code; not opened")
+        # Hyper-parameters come as a subclass of dict; torch's restricted reader fills nothing but plain ones.
+        stand_ins: list[Any] = [(dict if name.endswith("AttributeDict") else _StandIn, name) for name in mentioned]
+        with torch.serialization.safe_globals(stand_ins):
+            return load_inert(path)
+    except Exception as error:  # torch.load raises many types on damaged files
+        raise CheckpointError(f"{path}: not readable as a checkpoint: {first_line(error)}") from error

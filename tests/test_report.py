@@ -22,7 +22,7 @@ from runs.report.parts import section_of
 from runs.report.results import Pattern, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.table import Table
-from runs.report.text import digits_for, listed_runs, percent
+from runs.report.text import Unit, listed_runs
 from tests.report_files import HOSTILE, PLOTS, RATIOS, TestSet, at, edited, write_robustness, write_run, write_runs
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 
@@ -150,12 +150,12 @@ def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -
         if method == "rep":
             edited(run, "test_results.json", **cost | {"training_seconds": 60.0 * (1 + seed)})
     table = tables.comparison_table(dataset_of(tmp_path))
-    assert list(table.columns.values())[-2:] == ["Trainable parameters", "Minutes"]
+    assert list(table.columns.values())[2:4] == ["Training seeds", "F1-macro"]
     assert [row[:4] + row[-2:] for row in rows_of(table)] == [
-        ["70 % both", "REP", "55 ± 7", "2", "1,234,567", "1.5"],
-        ["70 % both", "MaPLe", "45 ± 7", "2", "not measured", "not measured"],
-        ["70 % text", "REP", "25 ± 0", "2", "1,234,567", "1.5"],
-        ["70 % text", "MaPLe", "20", "1", "not measured", "not measured"],
+        ["70 % both", "REP", "2", "55 ± 7", "1,234,567", "1.5"],
+        ["70 % both", "MaPLe", "2", "45 ± 7", "not measured", "not measured"],
+        ["70 % text", "REP", "2", "25 ± 0", "1,234,567", "1.5"],
+        ["70 % text", "MaPLe", "1", "20", "not measured", "not measured"],
     ]
     assert as_csv(table)[0]["f1_macro std"] == "7.0711"
     assert section_of(dataset_of(tmp_path)).parts[0].title == "Methods compared"
@@ -278,9 +278,12 @@ def test_the_list_of_runs(runs: Path) -> None:
         assert [row[column] for row in rows] == expected
 
 
-@pytest.mark.parametrize(("samples", "shown"), [(99, "42"), (100, "42.3"), (999, "42.3"), (1000, "42.35")])
-def test_decimals_are_as_many_as_the_samples_allow(samples: int, shown: str) -> None:
-    assert percent(0.42346, digits_for(samples)) == shown
+@pytest.mark.parametrize(
+    ("samples", "accuracy", "mae"), [(99, "42", "0.42"), (100, "42.3", "0.423"), (1000, "42.35", "0.4235")]
+)
+def test_decimals_are_as_many_as_the_samples_allow(samples: int, accuracy: str, mae: str) -> None:
+    assert Unit.of("accuracy", samples).full(0.42346) == f"{accuracy} %"
+    assert Unit.of("mae", samples).full(0.42346) == mae
 
 
 def test_intervals_over_test_samples_and_baselines_stand_beside_the_results(

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 
 from runs.report.lines import Dataset, Line
 from runs.report.results import Pattern
-from runs.report.text import capital, excerpt, listed, percent
+from runs.report.text import capital, excerpt, listed
 from vilt.missing_types import ANY, BOTH, SOME
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 3.2, 0.5, 0.1, 0.28, 0.42
@@ -156,8 +156,9 @@ def arranged(lines: Sequence[Line], kinds: dict[str, str]) -> tuple[list[tuple[s
 
 def comparison_figure(dataset: Dataset) -> Figure:
     """A panel per training pattern, a dot per line: its mean with a whisker for the deviation over seeds."""
+    scale = dataset.unit().factor
     bounds = limits(
-        100 * (line.at_own_pattern.mean + sign * line.at_own_pattern.std)
+        scale * (line.at_own_pattern.mean + sign * line.at_own_pattern.std)
         for lines in dataset.compared.values() for line in lines if line.at_own_pattern for sign in (-1, 1)
     )  # fmt: skip
 
@@ -166,8 +167,10 @@ def comparison_figure(dataset: Dataset) -> Figure:
         for place, line in enumerate(lines):
             if found := line.at_own_pattern:
                 whisker: Look = {"ecolor": MUTED, "elinewidth": 0.9}
-                axes.errorbar(100 * found.mean, place, None, 100 * found.std, "o", color=COLOURS[0], ms=4.5, **whisker)
-        axes.set(xlim=bounds, xlabel=f"{capital(dataset.metric_title)}, %")
+                axes.errorbar(
+                    scale * found.mean, place, None, scale * found.std, "o", color=COLOURS[0], ms=4.5, **whisker
+                )
+        axes.set(xlim=bounds, xlabel=dataset.axis_title)
 
     panels = [Panel(f"Trained at {pattern}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()]
     height = TOP + BOTTOM + 0.3 * max(map(len, dataset.compared.values()))
@@ -183,21 +186,22 @@ def robustness_curves(dataset: Dataset) -> Figure:
         mean, std, *_ = line.matrix[pattern]
         return line.interval_at(pattern) or (mean - std, mean + std)
 
-    floors = [100 * metrics[dataset.spec.monitor] for metrics in dataset.baselines.values()]
-    ends = [100 * end for line in dataset.measured for pattern in line.matrix for end in band(line, pattern)]
+    scale = dataset.unit().factor
+    floors = [scale * metrics[dataset.spec.monitor] for metrics in dataset.baselines.values()]
+    ends = [scale * end for line in dataset.measured for pattern in line.matrix for end in band(line, pattern)]
     bounds = limits([*ends, *floors])
     legend = {**legend, **dict(zip(dataset.baselines, FLOORS, strict=False))}
 
     def draw(axes: Axes, curves: Sequence[Curve]) -> None:
         for line, kind, style in curves:
             found = [(p.ratio, value.mean, *band(line, p)) for p, value in line.matrix.items() if p.kind == kind]
-            ratios, means, lows, highs = 100 * np.array(found).reshape(-1, 4).T
+            ratios, means, lows, highs = np.array(found).reshape(-1, 4).T * [[100], [scale], [scale], [scale]]
             if len(curves) <= TOGETHER:
                 axes.fill_between(ratios, lows, highs, color=style["color"], alpha=0.15, lw=0)
             axes.plot(ratios, means, **style)
             if line.pattern.kind == kind and (own := line.matrix.get(line.pattern)):
-                ring(axes, 100 * line.pattern.ratio, 100 * own.mean, style["color"])
-        axes.set(xlabel="missing ratio, %", ylabel=f"{capital(dataset.metric_title)}, %", xticks=range(0, 101, 20))
+                ring(axes, 100 * line.pattern.ratio, scale * own.mean, style["color"])
+        axes.set(xlabel="missing ratio, %", ylabel=dataset.axis_title, xticks=range(0, 101, 20))
         for floor, style in zip(floors, FLOORS, strict=False):
             axes.axhline(floor, lw=0.9, **style)
         axes.set(xlim=(-4, 104), ylim=bounds)
@@ -213,7 +217,7 @@ def training_curves(dataset: Dataset) -> list[Figure]:
     looks = {line.label: look(place) for place, line in enumerate(lines)} if len(lines) <= TOGETHER else {}
     panels: list[list[Panel]] = []
     for name, title, factor in (
-        (f"val/{dataset.spec.monitor}", f"Validation {dataset.metric_title}, %", 100),
+        (f"val/{dataset.spec.monitor}", f"Validation {dataset.axis_title}", dataset.unit().factor),
         ("train/loss", "Training loss", 1),
     ):
         found = [(line, run.run.curves[name]) for line in lines for run in line.runs if name in run.run.curves]
@@ -267,7 +271,7 @@ def roc_curves(dataset: Dataset) -> Figure:
                 rates = (100 * np.array(curve[rate]) for rate in ("fpr", "tpr"))
                 axes.plot(*rates, lw=1.1, alpha=0.85, **{**style, "marker": ""})
             if area := line.by_type.get(name):
-                text = f"AUROC {percent(area.mean, dataset.digits)}"
+                text = f"AUROC {dataset.unit().text(area.mean)}"
                 axes.text(98, 3 + 8 * place, text, ha="right", color=style["color"], fontsize=7)
         axes.set(xlabel="false positives, %", ylabel="true positives, %", xlim=(-2, 102), ylim=(-2, 102))
 

@@ -1,4 +1,4 @@
-"""Which runs belong together: those that differ in their seed alone are one line, and give mean and deviation."""
+"""The runs of a dataset as lines: of each the mean and the deviation, by pattern, missing type and class."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,22 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from common.text import Estimate, estimate
+from common.text import Estimate, estimate, order_of
 from engine.robustness import PATTERN
+from engine.tasks import LOWER_IS_BETTER
 from runs.compare import Group, Settings, compare_runs
 from runs.lines import RunLine, Spread, lines_of, spread_of
 from runs.report.results import PUBLISHED_BACKBONE, Pattern, ReportRun, Robustness
-from runs.report.text import (
-    CAPTIONS,
-    capital,
-    conditions,
-    dataset_title,
-    digits_for,
-    listed,
-    metric_title,
-    option_text,
-    percent,
-)
+from runs.report.text import CAPTIONS, Unit, capital, dataset_title, excerpt, listed, metric_title, without
 from runs.run_reader import Run
 from vilt.datasets.specs import DATASETS, DatasetSpec
 
@@ -49,9 +40,12 @@ class Line:
     """The method, with the options that set it apart from others of that method in the same report."""
     label: str
     """The variant, with the pattern where that differs within the dataset."""
-    pattern: Pattern
-    """Of the training."""
     runs: list[ReportRun]
+
+    @property
+    def pattern(self) -> Pattern:
+        """Of the training."""
+        return self.runs[0].pattern
 
     @cached_property
     def results(self) -> list[tuple[ReportRun, Robustness]]:
@@ -91,8 +85,7 @@ class Line:
     @cached_property
     def support(self) -> dict[str, int]:
         """Test samples of each class, the most frequent first."""
-        complete = {name: self.by_class.get((name, "support", "complete")) for name, _, _ in self.by_class}
-        return {name: int(found.mean) if found else 0 for name, found in complete.items()}
+        return {name: int(found.mean) for (name, score, _), found in self.by_class.items() if score == "support"}
 
     @cached_property
     def at_own_pattern(self) -> Estimate | None:
@@ -103,13 +96,12 @@ class Line:
     def interval_at(self, pattern: Pattern) -> tuple[float, float] | None:
         """Confidence interval over test samples; of several train seeds, the mean of their intervals."""
         found = [results.intervals[pattern] for _, results in self.results if pattern in results.intervals]
-        return (
-            (statistics.fmean(low for low, _ in found), statistics.fmean(high for _, high in found)) if found else None
-        )
+        low, high = map(statistics.fmean, zip(*found, strict=True)) if found else (0, 0)
+        return (low, high) if found else None
 
 
 def _estimates(frame: pd.DataFrame, by: list[str]) -> dict[Any, Estimate]:
-    """Mean and deviation of `value` for each group that has any, by its key: that of one column, or a tuple."""
+    """Mean and deviation of `value` for each group, by its key: that of one column, or a tuple."""
     groups = frame.groupby(by if len(by) > 1 else by[0], sort=False).value
     return {key: found for key, values in groups if (found := estimate(values.tolist()))}
 
@@ -134,7 +126,11 @@ class Dataset:
     def title(self) -> str:
         """The dataset, with backbones that no published result has."""
         others = {run.backbone for run in self.runs if run.backbone not in (None, PUBLISHED_BACKBONE)}
-        return f"{self.name} ({' and '.join(sorted(others))})" if others and self.spec.published_rows else self.name
+        return (
+            f"{self.name} ({' and '.join(sorted(map(str, others)))})"
+            if others and self.spec.published_rows
+            else self.name
+        )
 
     @property
     def test_rows(self) -> int | None:
@@ -146,23 +142,35 @@ class Dataset:
         """Whether the test split has the size of the published one."""
         return self.test_rows in self.spec.published_rows.get("test", ())
 
-    @property
-    def digits(self) -> int:
-        """Decimals of results in per cent."""
+    def unit(self, metric: str = "") -> Unit:
+        """How a metric is written, that of the task or another one."""
         samples = [run.robustness.samples for run in self.runs if run.robustness]
-        samples += [run.run.test["samples"] for run in self.runs if run.run.test and "samples" in run.run.test]
-        return digits_for(samples[0] if samples else 0)
+        samples += [run.run.test.get("samples", 0) for run in self.runs if run.run.test]
+        return Unit.of(metric or self.spec.monitor, samples[0] if samples else 0)
 
     @property
     def metric_title(self) -> str:
         """As texts and figures name it."""
         return metric_title(self.spec.monitor)
 
+    @property
+    def axis_title(self) -> str:
+        """The metric with its unit."""
+        return f"{capital(self.metric_title)}{self.unit().sign and ', %'}"
+
     def caption(self, name: str, **facts: object) -> str:
         """Of a figure or table."""
+        *first, last = map(without, self.spec.type_names)
         facts |= {"metric": self.metric_title, "Metric": capital(self.metric_title), "dataset": self.name}
-        facts["baselines"] = self.baseline_text
-        return CAPTIONS[name].format(conditions=conditions(self.spec.type_names), **facts)
+        facts |= {"baselines": self.baseline_text, "conditions": f"{', '.join(first)}, or {last}"}
+        facts |= {"better": "lower" if self.spec.monitor in LOWER_IS_BETTER else "higher"}
+        facts |= {"unit": " in per cent" if self.unit().sign else ""}
+        return CAPTIONS[name].format(**facts)
+
+    def order(self, found: Estimate | None) -> float:
+        """What to choose the best value of the metric by, as the highest."""
+        sign = -1 if self.spec.monitor in LOWER_IS_BETTER else 1
+        return order_of(sign * found.mean) if found else -float("inf")
 
     @cached_property
     def measured(self) -> list[Line]:
@@ -172,49 +180,45 @@ class Dataset:
     @property
     def headline(self) -> Line:
         """The measured line that is best where nothing is missing."""
-        return max(self.measured, key=lambda line: line.by_type["complete"].order)
-
-    @property
-    def baselines(self) -> dict[str, dict[str, float]]:
-        """What answers that look at no sample get: metrics by what is answered."""
-        found: dict[str, Any] = next(
-            (found.raw["baselines"] for _, _, found in self.results if found.raw["baselines"]), {}
-        )
-        return {str(baseline["answer"]): baseline["metrics"] for baseline in found.values()}
-
-    @property
-    def baseline_text(self) -> str:
-        """Their figures of the task's metric, as a sentence."""
-        figures = [
-            f"{answer} {percent(metrics[self.spec.monitor], self.digits)} %"
-            for answer, metrics in self.baselines.items()
-        ]
-        return f" Without looking at a sample: {listed(figures)}." if figures else ""
+        return max(self.measured, key=lambda line: self.order(line.by_type["complete"]))
 
     @property
     def results(self) -> list[tuple[Line, ReportRun, Robustness]]:
         """All robustness results."""
         return [(line, *result) for line in self.measured for result in line.results]
 
+    @property
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """What answers that look at no sample get: metrics by what is answered."""
+        found: dict[str, Any] = next((r.raw["baselines"] for _, _, r in self.results if r.raw["baselines"]), {})
+        return {str(baseline["answer"]): baseline["metrics"] for baseline in found.values()}
+
+    @property
+    def baseline_text(self) -> str:
+        """Their figures of the task's metric, as a sentence."""
+        metric, unit = self.spec.monitor, self.unit()
+        figures = [f"{answer} {unit.full(metrics[metric])}" for answer, metrics in self.baselines.items()]
+        return f" Without looking at a sample: {listed(figures)}." if figures else ""
+
     @cached_property
     def compared(self) -> dict[Pattern, list[Line]]:
         """By training pattern, the lines with results there, best first; none unless two variants have some."""
-        found = [line for line in self.lines if line.at_own_pattern]
-        best_first = sorted(found, key=lambda line: -line.at_own_pattern.order if line.at_own_pattern else 0)
-        patterns = dict.fromkeys(line.pattern for line in found) if len({line.variant for line in found}) > 1 else {}
-        return {pattern: [line for line in best_first if line.pattern == pattern] for pattern in patterns}
+        found = sorted(
+            (line for line in self.lines if line.at_own_pattern), key=lambda x: -self.order(x.at_own_pattern)
+        )
+        patterns = dict.fromkeys(line.pattern for line in self.lines if line in found)
+        several = len({line.variant for line in found}) > 1
+        return {p: [line for line in found if line.pattern == p] for p in patterns} if several else {}
 
     @cached_property
     def significance(self) -> dict[Pattern, Group]:
         """By training pattern, how the compared lines that have stored logits differ there."""
         found: dict[Pattern, Group] = {}
         for pattern, lines in self.compared.items():
-            results = [entry for line in lines for entry in line.results if entry[1].logits is not None]
-            if results:
+            if results := [entry for line in lines for entry in line.results if entry[1].logits is not None]:
                 at = ((pattern.missing_type,), (pattern.ratio,), pattern.both_ratio)
                 settings = Settings(tuple(results[0][1].raw["table_seeds"]), RESAMPLES, PERMUTATIONS, *at)
-                groups = compare_runs([run.run for run, _ in results], settings)
-                found.update((pattern, group) for group in groups)
+                found.update((pattern, group) for group in compare_runs([run.run for run, _ in results], settings))
         return found
 
 
@@ -230,9 +234,9 @@ def _dataset(key: str, runs: list[ReportRun]) -> Dataset:
     several_patterns = len({group.items[0].pattern for group in groups}) > 1
     lines = []
     for group in groups:
-        pattern, variant = group.items[0].pattern, _variant_title(group, groups)
-        label = f"{variant}, trained at {pattern}" if several_patterns else variant
-        lines.append(Line(variant, label, pattern, group.items))
+        variant = _variant_title(group, groups)
+        pattern = f", trained at {group.items[0].pattern}" if several_patterns else ""
+        lines.append(Line(variant, variant + pattern, group.items))
     return Dataset(key, runs[0].run.spec, runs, lines, [run for group in groups for run in group.repeats])
 
 
@@ -242,9 +246,11 @@ def method_title(run: Run) -> str:
 
 
 def _variant_title(line: RunLine[ReportRun], lines: Sequence[RunLine[ReportRun]]) -> str:
+    """The method and in few words the options that set it apart; of a path its end."""
     run, words = line.items[0].run, line.differing(lines)
     title = method_title(run)
     if run.config["prompt_type"] == "rep":
         title = ABLATION[bool(run.config.get("far", True)), bool(run.config.get("fmb", True))]
         words = [word for word in words if not word.startswith(("far=", "fmb="))]
-    return ", ".join([title, *(option_text(*word.split("=", 1)) for word in words)])
+    options = [word.split("=", 1) for word in words]
+    return ", ".join([title, *(f"{name} {excerpt(value.rstrip('/').rsplit('/')[-1], 24)}" for name, value in options)])

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.text import order_of
+from common.text import estimate
 from runs.report import figures, tables
 from runs.report.figures import Figure
 from runs.report.lines import Dataset
 from runs.report.results import Pattern, ReportRun
 from runs.report.samples import SampleGrid, sample_grid
 from runs.report.table import Table
-from runs.report.text import counted, dataset_title, listed, listed_runs, percent, without, without_home
+from runs.report.text import counted, dataset_title, listed, listed_runs, without, without_home
 
 CLASSES_SHOWN = 3
 """Lines whose results by class are not folded."""
@@ -76,7 +76,7 @@ def section_of(dataset: Dataset) -> Section:
         parts.append(part)
     if dataset.measured:
         parts.append(Part("Missing type × missing ratio", [tables.matrix_table(dataset)]))
-    if dataset.spec.published_rows:
+    if len(tables.read_published(dataset.key)):
         published, ours = tables.published_table(dataset), tables.ours_table(dataset)
         part = Part("Published results and ours", [ours] if ours.rows else [], notes=_published_notes(dataset))
         if dataset.is_published:
@@ -107,23 +107,21 @@ def _summary(dataset: Dataset) -> str:
         tested = [(run.test_score, run) for run in dataset.runs if run.test_score is not None]
         if not tested:
             return f"Results are missing: {total}, none of them tested."
-        value, run = max(tested, key=lambda entry: order_of(entry[0]))
+        value, run = max(tested, key=lambda entry: dataset.order(estimate([entry[0]])))
         assert run.run.tested_at is not None
         return (
             f"The best of {total}, {run.tag}, reaches a test {dataset.metric_title} of "
-            f"{percent(value, dataset.digits)} % ({Pattern.of(run.run.spec, *run.run.tested_at)}). "
+            f"{dataset.unit().full(value)} ({Pattern.of(run.run.spec, *run.run.tested_at)}). "
             f"No run has robustness results."
         )
     best = dataset.headline
     n_measured, n_results = len(dataset.measured), len(dataset.results)
     start = best.label if n_measured == 1 else f"The best of {n_measured} configurations, {best.label},"
     where = {"complete": "where nothing is missing"}
-    values = [
-        f"{found.text(dataset.digits, 100)} % {where.get(name, without(name))}" for name, found in best.by_type.items()
-    ]
+    values = [f"{dataset.unit().full(found)} {where.get(name, without(name))}" for name, found in best.by_type.items()]
     sentence = f"{start} reaches {dataset.metric_title} {listed(values)}"
     if (own := best.at_own_pattern) is not None:
-        sentence += f", and {own.text(dataset.digits, 100)} % at the pattern of its training ({best.pattern})"
+        sentence += f", and {dataset.unit().full(own)} at the pattern of its training ({best.pattern})"
     trained = counted(sum(len(line.runs) for line in dataset.lines), "trained run")
     have = "has" if n_results == 1 else "have"
     samples = dataset.results[0][2].samples
@@ -160,6 +158,8 @@ def _results_parts(dataset: Dataset) -> list[Part]:
         if rest:
             classes.folded["Of the other configurations"] = figures.class_figure(dataset, rest, 2)
         classes.folded["All numbers"] = tables.per_class_table(dataset)
+    elif spec.n_classes == 1:
+        classes = None  # a regression
     elif spec.n_classes > 2:
         classes = Part("Most frequent confusions", [tables.confusion_table(dataset)])
     else:
@@ -175,7 +175,7 @@ def _results_parts(dataset: Dataset) -> list[Part]:
     else:
         lacking = [run for run, _ in dataset.headline.results]
         samples.notes = [Note(f"Samples are missing: there is no logits.arrow in {_tags(lacking)}.")]
-    return [classes, intervals, samples]
+    return [*([classes] if classes else []), intervals, samples]
 
 
 def missing_notes(runs: Sequence[ReportRun]) -> list[Note]:

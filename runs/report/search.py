@@ -19,12 +19,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import DataError
 from common.messages import first_line
-from common.text import order_of
+from engine.tasks import LOWER_IS_BETTER
 from runs.report.figures import COLOURS, Figure, Panel, figure, limits, ring
 from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
-from runs.report.table import Row, Table, absent, share
-from runs.report.text import CAPTIONS, capital, counted, dataset_title, excerpt, listed, metric_title, without_home
+from runs.report.table import Row, Table, absent, number
+from runs.report.text import CAPTIONS, Unit, counted, dataset_title, excerpt, listed, metric_title, without_home
 
 JOURNAL = "optuna.journal"
 BEST_SHOWN = 10
@@ -34,8 +34,6 @@ TRIALS_FOR_IMPORTANCES = 4
 STATE_NAMES = {TrialState.COMPLETE: "complete", TrialState.FAIL: "failed", TrialState.RUNNING: "cut off"}
 OWN_OF_A_TRIAL = ("exp_name", "log_dir", "test_after_fit", "resume_from")
 """Options at the end of a trial's command that are those of the trial alone."""
-DIGITS = 1
-"""Decimals of scores in per cent: how many validation samples they are of is not known here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,18 +42,42 @@ class Search:
 
     name: str
     """The option sweep_name."""
-    metric: str
-    """Title of the validation metric that is to be high."""
     runs: list[ReportRun]
     trials: list[FrozenTrial]
-    scores: dict[int, float]
-    """Of the complete trials, fractions by number."""
-    ranked: list[FrozenTrial]
-    """The complete trials, the best first; of those with the same values, which have one run, the first."""
-    space: dict[str, BaseDistribution]
-    """The options it looks for values of, and what these were drawn from."""
     importances: dict[str, float]
     """Shares of each option, the highest first; of none where there are too few trials."""
+
+    @property
+    def metric(self) -> str:
+        """Title of the validation metric that is to be best."""
+        return f"validation {metric_title(self.runs[0].metric)}"
+
+    @property
+    def unit(self) -> Unit:
+        """With one decimal: how many validation samples scores are of is not known here."""
+        return Unit.of(self.runs[0].metric, 100)
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the best score is the lowest."""
+        return self.runs[0].metric in LOWER_IS_BETTER
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """Of the complete trials by number."""
+        return {t.number: t.value for t in self.trials if t.state == TrialState.COMPLETE and t.value is not None}
+
+    @property
+    def ranked(self) -> list[FrozenTrial]:
+        """The complete trials, the best first; of those with the same values, which have one run, the first."""
+        first = {str(sorted(t.params.items())): t for t in reversed(self.trials) if t.number in self.scores}
+        sign = 1 if self.lower_is_better else -1
+        return sorted(first.values(), key=lambda trial: (sign * self.scores[trial.number], trial.number))
+
+    @property
+    def space(self) -> dict[str, BaseDistribution]:
+        """The options it looks for values of, and what these were drawn from."""
+        return next((dict(sorted(trial.distributions.items())) for trial in self.trials if trial.params), {})
 
     def run_of(self, trial: FrozenTrial) -> ReportRun | None:
         """The run that gave a trial its score, if it is there."""
@@ -86,44 +108,34 @@ def _read_search(folder: Path, runs: list[ReportRun]) -> Search:
         trials = study.get_trials(deepcopy=False)
     except Exception as error:  # of many types, on a damaged file
         raise DataError(f"{journal}: not readable as Optuna's journal: {first_line(error)}") from error
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    scores = {trial.number: trial.value or 0.0 for trial in complete}
-    first = {str(sorted(trial.params.items())): trial for trial in reversed(complete)}
-    ranked = sorted(first.values(), key=lambda trial: (-order_of(scores[trial.number], runs[0].metric), trial.number))
-    space = next((dict(sorted(trial.distributions.items())) for trial in trials if trial.params), {})
     importances: dict[str, float] = {}
-    if len(complete) >= TRIALS_FOR_IMPORTANCES:
+    if sum(trial.state == TrialState.COMPLETE for trial in trials) >= TRIALS_FOR_IMPORTANCES:
         with warnings.catch_warnings(action="ignore"):  # that few trials are few; the caption says it
             importances = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP_SHARE))
-    metric = f"validation {metric_title(runs[0].metric)}"
-    return Search(folder.resolve().name, metric, runs, trials, scores, ranked, space, importances)
+    return Search(folder.resolve().name, runs, trials, importances)
 
 
-def search_section(search: Search, number: int) -> Section:
-    """The parts of the search, the `number`-th of the report; what is missing is said where it would stand."""
-    file = f"search_{number}"
-    parts = [
-        Part("Best trials", folded={"All trials": trials_table(search, f"{file}_trials", "trials", search.trials)})
-    ]
+def search_section(search: Search, number_of_search: int) -> Section:
+    """The parts of the search; what is missing is said where it would stand."""
+    file = f"search_{number_of_search}"
+    everything = trials_table(search, f"{file}_trials", "trials", search.trials)
+    parts = [Part("Best trials", folded={"All trials": everything})]
     if search.ranked:
         parts[0].shown = [trials_table(search, f"{file}_best", "best_trials", search.ranked[:BEST_SHOWN])]
         parts.append(Part("Best score by trial", [_history(search, f"{file}_history")]))
         parts.append(Part("Score against each option", [_scatter(search, f"{file}_options")]))
-        importances = Part("Importance of each option")
-        if search.importances:
-            rows: list[Row] = [
-                {"option": name, "importance": share(part, 0)} for name, part in search.importances.items()
-            ]
-            importances.shown = [Table(f"{file}_importances", CAPTIONS["importances"], rows)]
-        else:
+        shares, unit = search.importances, Unit(100, 0, "")
+        rows: list[Row] = [{"option": name, "importance": number(shares[name], unit)} for name in shares]
+        parts.append(Part("Importance of each option", [Table(f"{file}_importances", CAPTIONS["importances"], rows)]))
+        if not rows:
             why = f"they take at least {TRIALS_FOR_IMPORTANCES} complete trials, found {len(search.scores)}"
-            importances.notes = [Note(f"Importances are missing: {why}.")]
-        command = training_command(search, search.ranked[0])
+            parts[-1].notes = [Note(f"Importances are missing: {why}.")]
         note = Note("The command is missing: it follows from environment.json of the best trial's run.")
-        note = Note("Once more, with a test:", command) if command else note
-        parts += [importances, Part("To train and test with the best values", notes=[note])]
+        if command := training_command(search, search.ranked[0]):
+            note = Note("Once more, with a test:", command)
+        parts.append(Part("To train and test with the best values", notes=[note]))
     title = f"Search {search.name} ({dataset_title(search.runs[0].run.dataset)})"
-    return Section(f"search-{number}", title, _summary(search), parts)
+    return Section(f"search-{number_of_search}", title, _summary(search), parts)
 
 
 def _summary(search: Search) -> str:
@@ -137,8 +149,7 @@ def _summary(search: Search) -> str:
     run, values = search.run_of(best), [f"{option}={_short(best.params[option])}" for option in search.space]
     return (
         f"{total}. The best, trial {best.number}{f' ({run.tag})' if run else ''}, reaches a {search.metric} of "
-        f"{100 * search.scores[best.number]:.{DIGITS}f} % with {listed(values)}. "
-        "The test split has no part in a search."
+        f"{search.unit.full(search.scores[best.number])} with {listed(values)}. The test split has no part in a search."
     )
 
 
@@ -156,26 +167,26 @@ def training_command(search: Search, trial: FrozenTrial) -> str | None:
 
 def trials_table(search: Search, name: str, caption: str, trials: Sequence[FrozenTrial]) -> Table:
     """A row per trial: its values and its score."""
-    score = f"val/{search.runs[0].metric}"
+    score, none = f"val/{search.runs[0].metric}", absent("none")
     rows: list[Row] = []
     for trial in trials:
-        run, none = search.run_of(trial), absent("none")
+        run = search.run_of(trial)
         row: Row = {"number": trial.number, "state": STATE_NAMES.get(trial.state, "waiting")}
         row |= {option: _short(trial.params[option]) if option in trial.params else "" for option in search.space}
-        rows.append(row | {score: share(trial.value, DIGITS, none), "run": run.tag if run else none})
+        rows.append(row | {score: number(trial.value, search.unit, none), "run": run.tag if run else none})
     titles = {"number": "Trial", score: "Score", **{option: option for option in search.space}}
     return Table(name, CAPTIONS[caption].format(metric=search.metric), rows, titles)
 
 
 def _history(search: Search, name: str) -> Figure:
     """Each trial's score, and the best so far."""
-    numbers, scores = list(search.scores), [100 * score for score in search.scores.values()]
-    best, last = list(itertools.accumulate(scores, max)), search.trials[-1].number  # complete or not
+    numbers, scores = list(search.scores), [search.unit.factor * score for score in search.scores.values()]
+    best = list(itertools.accumulate(scores, min if search.lower_is_better else max))
 
     def draw(axes: Axes) -> None:
         axes.plot(numbers, scores, "o", color=COLOURS[5], ms=4.5)
-        axes.step([*numbers, last], [*best, best[-1]], where="post", color=COLOURS[0])
-        axes.set(xlabel="trial", ylabel=f"{capital(search.metric)}, %")
+        axes.step([*numbers, search.trials[-1].number], [*best, best[-1]], where="post", color=COLOURS[0])
+        axes.set(xlabel="trial", ylabel=f"{search.metric}{search.unit.sign and ', %'}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     caption = CAPTIONS["history"].format(metric=search.metric, search=search.name)
@@ -184,15 +195,17 @@ def _history(search: Search, name: str) -> Figure:
 
 def _scatter(search: Search, name: str) -> Figure:
     """Score against the values of each option, a panel each; the best trial has a ring."""
-    complete, best = [trial for trial in search.trials if trial.number in search.scores], search.ranked[0]
-    scores = [100 * search.scores[trial.number] for trial in complete]
+    complete = [trial for trial in search.trials if trial.number in search.scores]
+    scores = [search.unit.factor * search.scores[trial.number] for trial in complete]
 
     def panel(option: str, drawn_from: BaseDistribution) -> Panel:
         def draw(axes: Axes) -> None:
             place_of = _places([trial.params[option] for trial in complete], drawn_from, axes)
-            axes.plot([place_of[trial.params[option]] for trial in complete], scores, "o", color=COLOURS[0], alpha=0.75)
-            ring(axes, place_of[best.params[option]], 100 * search.scores[best.number], COLOURS[1])
-            axes.set(ylabel=f"{capital(search.metric)}, %", ylim=limits(scores, 0.1))
+            places = [place_of[trial.params[option]] for trial in complete]
+            axes.plot(places, scores, "o", color=COLOURS[0], alpha=0.75)
+            best = complete.index(search.ranked[0])
+            ring(axes, places[best], scores[best], COLOURS[1])
+            axes.set(ylabel=f"{search.metric}{search.unit.sign and ', %'}", ylim=limits(scores, 0.1))
 
         return Panel(option, draw)
 

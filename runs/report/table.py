@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from common.text import Estimate
-from runs.report.text import capital, percent
+from runs.report.text import Unit, capital
 
 
 @dataclass(frozen=True)
@@ -38,33 +38,36 @@ def absent(text: str) -> Cell:
     return Cell(text, {"": None})
 
 
-NOT_APPLICABLE, MISSING = absent("—"), absent("missing")
+NOT_APPLICABLE, MISSING, NOT_MEASURED = absent("—"), absent("missing"), absent("not measured")
 
 
-def share(value: float | None, digits: int, otherwise: Cell = MISSING) -> Cell:
-    """A fraction, in per cent."""
-    return otherwise if value is None else Cell(percent(value, digits), {"": 100 * value})
+def number(value: float | None, unit: Unit, otherwise: Cell = MISSING) -> Cell:
+    """A value of a metric."""
+    return otherwise if value is None else Cell(unit.text(value), {"": unit.factor * value})
 
 
-def points(difference: float, digits: int) -> Cell:
-    """A difference of fractions in percentage points, with its sign."""
-    text = f"{round(100 * difference, digits) + 0.0:+.{digits}f}"
-    return Cell(text.replace("-", "−"), {"": 100 * difference})
-
-
-def mean_std(found: Estimate | None, digits: int) -> Cell:
-    """Mean and deviation of fractions, in per cent."""
+def mean_std(found: Estimate | None, unit: Unit) -> Cell:
+    """Mean and deviation."""
     if found is None:
-        return Cell("not measured", {"": None, " std": None})
-    spread = {" std": 100 * found.std if found.n > 1 else None}
-    return Cell(found.text(digits, 100), {"": 100 * found.mean, **spread})
+        return replace(NOT_MEASURED, csv={"": None, " std": None})
+    std = unit.factor * found.std if found.n > 1 else None
+    return Cell(found.text(unit.digits, unit.factor), {"": unit.factor * found.mean, " std": std})
 
 
-def interval(value: float, low: float, high: float, digits: int) -> Cell:
-    """A fraction with its confidence interval, in per cent."""
-    text = percent(value, digits)
-    text += f" [{percent(low, digits)}, {percent(high, digits)}]" if math.isfinite(low) else ""
-    return Cell(text, {"": 100 * value, " low": 100 * low, " high": 100 * high})
+def interval(value: float, ends: Sequence[float], unit: Unit) -> Cell:
+    """A value with its confidence interval, if there is one."""
+    there = all(map(math.isfinite, ends))
+    text = unit.text(value) + (f" [{', '.join(map(unit.text, ends))}]" if there else "")
+    return Cell(
+        text, {"": unit.factor * value, **{e: unit.factor * x for e, x in zip((" low", " high"), ends, strict=True)}}
+    )
+
+
+def difference(value: float, unit: Unit, ends: Sequence[float] = (math.nan, math.nan)) -> Cell:
+    """A difference, in per cent in percentage points, with its sign, and its confidence interval if there is one."""
+    text, *of_ends = (f"{round(unit.factor * x, unit.digits) + 0.0:+.{unit.digits}f}" for x in (value, *sorted(ends)))
+    text += "" if math.isnan(ends[0]) else f" [{', '.join(of_ends)}]"
+    return replace(interval(value, sorted(ends), unit), text=text.replace("-", "−"))
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Table:
         return all(_cell(row[column]).is_number for row in self.rows)
 
     def csv(self) -> str:
-        """The table as CSV: values in per cent, a deviation or the ends of an interval in columns of their own."""
+        """The table as CSV, where a deviation or the ends of an interval have columns of their own."""
         cells = replace(self, rows=self.long or self.rows).cells
         rows = [{name + part: value for name, cell in row.items() for part, value in cell.csv.items()} for row in cells]
         return pd.DataFrame(rows, dtype=object).map(_csv_text).to_csv(index=False, lineterminator="\n")

@@ -18,17 +18,18 @@ from runs.report.results import PUBLISHED_BACKBONE, Pattern, ReportRun, versions
 from runs.report.table import (
     MISSING,
     NOT_APPLICABLE,
+    NOT_MEASURED,
     Cell,
     Row,
     Table,
     Value,
     absent,
+    difference,
     interval,
     mean_std,
-    points,
-    share,
+    number,
 )
-from runs.report.text import CAPTIONS, capital, dataset_title, digits_for, listed_runs, metric_title, without_home
+from runs.report.text import CAPTIONS, Unit, capital, dataset_title, listed_runs, metric_title, without_home
 from runs.run_reader import flat_options
 from vilt.datasets.specs import DATASETS
 from vilt.missing_types import AVAILABLE
@@ -47,6 +48,7 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
     rows: list[Row] = []
     for one in runs:
         run, dataset = one.run, dataset_of.get(one)
+        unit = dataset.unit() if dataset else Unit.of(one.metric, 100)
         kind = (
             "evaluation" if run.is_evaluation else "repeated" if one in repeats else "training" if dataset else "trial"
         )
@@ -59,8 +61,8 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
                 "trained_at": NOT_APPLICABLE if run.is_evaluation else str(one.pattern),
                 "seed": str(run.config["seed"]),
                 "kind": kind,
-                "best_validation": share(run.best_validation, dataset.digits if dataset else 1, untrained),
-                "test": share(one.test_score, dataset.digits if dataset else 1, untested),
+                "best_validation": number(run.best_validation, unit, untrained),
+                "test": number(one.test_score, unit, untested),
                 "robustness": "yes" if one.robustness else untrained if dataset else NOT_APPLICABLE,
                 "date": f"{run.started:%Y-%m-%d}",
                 "folder": one.place,
@@ -114,61 +116,42 @@ def _by_value(of_run: Mapping[str, Mapping[str, str]]) -> list[tuple[str, dict[s
 
 def comparison_table(dataset: Dataset) -> Table:
     """A row per training pattern and line: the metric there, the difference to the best line, what training takes."""
-    metric, digits = dataset.spec.monitor, dataset.digits
+    metric, unit = dataset.spec.monitor, dataset.unit()
     rows: list[Row] = []
     for pattern, lines in dataset.compared.items():
-        for line in lines:
-            of_line: Row = {"trained_at": str(pattern), "method": line.variant}
-            of_line |= {metric: mean_std(line.at_own_pattern, digits), "training_seeds": len(line.runs)}
-            costs = {
-                "trained_parameters": _cost(line, "trained_parameters", "{:,.0f}"),
-                "training_minutes": _cost(line, "training_seconds", "{:,.1f}", 60),
-            }
-            rows.append(of_line | _against_best(dataset, lines, line) | costs)
-            if rows[-1].pop("significantly_best"):
-                rows[-1][metric] = replace(mean_std(line.at_own_pattern, digits), strong=True)
-    blank = dict.fromkeys(rows[0], NOT_APPLICABLE) if rows else {}
-    for answer, metrics in dataset.baselines.items():
-        rows.append({**blank, "method": answer, metric: share(metrics[metric], digits)})
+        group = dataset.significance.get(pattern)
+        place_of = {run: place for place, of_line in enumerate(group.lines) for run in of_line.items} if group else {}
+        places = [next((place_of[run.run] for run in line.runs if run.run in place_of), None) for line in lines]
+        significant = group.best(group.comparisons[0].pattern) if group else None
+        for line, place in zip(lines, places, strict=True):
+            own = mean_std(line.at_own_pattern, unit)
+            of_line: Row = {"trained_at": str(pattern), "method": line.variant, "training_seeds": len(line.runs)}
+            of_line[metric] = replace(own, strong=place is not None and place == significant)
+            of_line |= {"difference_to_best": NOT_APPLICABLE, "p": NOT_APPLICABLE}
+            for each in group.comparisons if group and line is not lines[0] else ():
+                if {each.one, each.other} == {places[0], place}:
+                    value, *ends = (end if each.one == place else -end for end in each.difference[:3])
+                    of_line["difference_to_best"] = difference(value, unit, ends)
+                    of_line["p"] = Cell(f"{each.p_corrected:.2g}", {"": each.p_corrected})
+            of_line["trained_parameters"] = _cost(line, "trained_parameters", "{:,.0f}")
+            rows.append(of_line | {"training_minutes": _cost(line, "training_seconds", "{:,.1f}", 60)})
+    for answer, metrics in dataset.baselines.items() if rows else ():
+        rows.append({**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer, metric: number(metrics[metric], unit)})
     titles = {"trained_parameters": "Trainable parameters", "training_minutes": "Minutes", "p": "p (Holm)"}
-    return Table(
-        f"comparison_{dataset.key}",
-        dataset.caption("comparison"),
-        rows,
-        titles | {metric: capital(dataset.metric_title)},
-    )
-
-
-def _against_best(dataset: Dataset, lines: Sequence[Line], line: Line) -> Row:
-    """The difference of a line to the first of `lines`, with its interval and p, from stored logits."""
-    group = dataset.significance.get(line.pattern)
-    places = {run: place for place, of_line in enumerate(group.lines) for run in of_line.items} if group else {}
-    best, mine = ({places.get(run.run) for run in each.runs} - {None} for each in (lines[0], line))
-    row: Row = {"difference_to_best": NOT_APPLICABLE, "p": NOT_APPLICABLE, "significantly_best": 0}
-    for each in group.comparisons if group else ():
-        if best | mine == {each.one, each.other}:
-            sign = 1 if each.one in mine else -1
-            value, *ends = (sign * end for end in each.difference[:3])
-            low, high = sorted(ends)
-            shown = " to ".join(points(end, dataset.digits).text for end in (low, high))
-            text = f"{points(value, dataset.digits).text} [{shown}]"
-            row["difference_to_best"] = Cell(text, {"": 100 * value, " low": 100 * low, " high": 100 * high})
-            row["p"] = Cell(f"{each.p_corrected:.2g}", {"": each.p_corrected})
-    if group and line is lines[0]:
-        row["significantly_best"] = int(group.best(group.comparisons[0].pattern) in mine)
-    return row
+    titles[metric] = capital(dataset.metric_title)
+    return Table(f"comparison_{dataset.key}", dataset.caption("comparison"), rows, titles)
 
 
 def _cost(line: Line, name: str, form: str, unit: float = 1) -> Cell:
     """Mean of what test results say of the cost of their training."""
     found = [run.run.test[name] / unit for run in line.runs if run.run.test is not None and run.run.test.get(name)]
     mean = statistics.fmean(found) if found else None
-    return absent("not measured") if mean is None else Cell(form.format(mean), {"": mean})
+    return NOT_MEASURED if mean is None else Cell(form.format(mean), {"": mean})
 
 
 def matrix_table(dataset: Dataset) -> Table:
     """A row per line and missing type, a column per missing ratio; the darker the better. In CSV a row per pattern."""
-    every = [found.mean for line in dataset.measured for found in line.matrix.values()]
+    every = [dataset.order(found) for line in dataset.measured for found in line.matrix.values() if found.n]
     low, width = min(every, default=0), (max(every, default=0) - min(every, default=0)) or 1
     patterns = list(dict.fromkeys(pattern for line in dataset.measured for pattern in line.matrix))
     rows: list[Row] = []
@@ -178,13 +161,13 @@ def matrix_table(dataset: Dataset) -> Table:
             rows[-1] |= {f"{100 * ratio:g} %": NOT_APPLICABLE for ratio in sorted({p.ratio for p in patterns})}
             for pattern, found in line.matrix.items():
                 if pattern.kind == kind:
-                    cell = mean_std(found, dataset.digits)
-                    rows[-1][f"{100 * pattern.ratio:g} %"] = replace(cell, shade=(found.mean - low) / width)
+                    shade = (dataset.order(found) - low) / width if found.n else None
+                    rows[-1][f"{100 * pattern.ratio:g} %"] = replace(mean_std(found, dataset.unit()), shade=shade)
             rows[-1]["deviation_over"] = next((spread.over for spread in line.spreads.values()), "") or "one run"
     long: list[Row] = []
     for pattern in patterns:
         shares = {f"{name}{AVAILABLE}": 100 * available for name, available in pattern.available.items()}
-        values = {line.label: mean_std(line.matrix.get(pattern), dataset.digits) for line in dataset.measured}
+        values = {line.label: mean_std(line.matrix.get(pattern), dataset.unit()) for line in dataset.measured}
         long.append({"missing_type": pattern.kind, "missing_ratio": 100 * pattern.ratio, **shares, **values})
     return Table(f"matrix_{dataset.key}", dataset.caption("matrix"), rows, {"deviation_over": "± over"}, long)
 
@@ -192,7 +175,8 @@ def matrix_table(dataset: Dataset) -> Table:
 def read_published(task: str) -> pd.DataFrame:
     """The published rows of a dataset: shares of 1, and the methods' results in per cent."""
     frame = pd.read_csv(PUBLISHED)
-    frame = frame[frame.dataset == DATASETS[task].make_arrow_name].reset_index(drop=True)
+    name = DATASETS[task].make_arrow_name if task in DATASETS else ""
+    frame = frame[frame.dataset == name].reset_index(drop=True)
     return frame.assign(**frame[SHARES] / 100)
 
 
@@ -218,16 +202,16 @@ def ours_table(dataset: Dataset) -> Table:
             published: Value = NOT_APPLICABLE if theirs is None else Cell(f"{theirs:.2f}", {"": theirs})
             backbones = {run.backbone for run in line.runs}
             if theirs is None:
-                difference = absent("not published")
+                to_published = absent("not published")
             elif not dataset.is_published:
-                difference = absent("other data" if dataset.test_rows else "test split not known")
+                to_published = absent("other data" if dataset.test_rows else "test split not known")
             elif backbones != {PUBLISHED_BACKBONE}:
-                difference = absent("backbone not known" if None in backbones else "other backbone")
+                to_published = absent("backbone not known" if None in backbones else "other backbone")
             else:
-                difference = points(ours.mean - theirs / 100, dataset.digits)
+                to_published = difference(ours.mean - theirs / 100, dataset.unit())
             of_line: Row = {"trained_at": str(line.pattern), "method": line.variant, "training_seeds": len(line.runs)}
-            ours_cell = mean_std(ours, dataset.digits)
-            rows.append({**of_line, "ours": ours_cell, "published": published, "difference": difference})
+            of_line |= {"ours": mean_std(ours, dataset.unit()), "published": published, "difference": to_published}
+            rows.append(of_line)
     return Table(f"ours_{dataset.key}", dataset.caption("ours"), rows)
 
 
@@ -244,11 +228,12 @@ def confidence_table(dataset: Dataset) -> Table:
     for line, run, found in results:
         for name, of_type in found.by_type.groupby("type", sort=False):
             of_run: Row = {"method": line.label, "run": run.tag, "seed": str(run.run.config["seed"])}
-            cells = {row.metric: interval(row.value, row.low, row.high, dataset.digits) for row in of_type.itertuples()}
+            ends = {row.metric: (row.value, (row.low, row.high)) for row in of_type.itertuples()}
+            cells = {metric: interval(*found_of, dataset.unit(metric)) for metric, found_of in ends.items()}
             rows.append(of_run | {"test_samples_are": str(name)} | cells)
     for answer, metrics in dataset.baselines.items() if rows else ():
         of_answer: Row = {**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer}
-        cells = {name: interval(value, math.nan, math.nan, dataset.digits) for name, value in metrics.items()}
+        cells = {name: number(value, dataset.unit(name)) for name, value in metrics.items()}
         rows.append(of_answer | cells)
     levels = sorted(
         {tuple(found.raw["confidence"][name] for name in ("level", "resamples")) for _, _, found in results}
@@ -266,7 +251,7 @@ def per_class_table(dataset: Dataset) -> Table:
         for name, support in line.support.items():
             rows.append({"method": line.label, "class": name, "support": support})
             for score, kind in scores:
-                cell = mean_std(line.by_class.get((name, score, kind)), digits_for(support))
+                cell = mean_std(line.by_class.get((name, score, kind)), Unit.of(score, support))
                 rows[-1][f"{score} {kind}".replace(" ", "_")] = cell
     return Table(f"per_class_{dataset.key}", dataset.caption("per_class"), rows, {"support": "Samples"})
 
@@ -283,7 +268,7 @@ def confusion_table(dataset: Dataset) -> Table:
             pairs = found.confusions[found.confusions.type == type_name]
             for pair in pairs.sort_values("count", ascending=False, kind="stable").head(CONFUSIONS_SHOWN).itertuples():
                 row: Row = {"test_samples_are": type_name, "true": str(pair.true), "predicted": str(pair.predicted)}
-                rows.append(row | {"count": int(pair.count), "share": share(pair.share, 0)})
+                rows.append(row | {"count": int(pair.count), "share": number(pair.share, Unit.of("", 0))})
         return Table(name, dataset.caption("confusions", shown=CONFUSIONS_SHOWN, **facts), rows, titles)
     labels = torch.from_numpy(labels_of(found.logits, spec))
     for type_name, column in zip(spec.type_names, logit_columns_of(spec), strict=True):
@@ -292,8 +277,8 @@ def confusion_table(dataset: Dataset) -> Table:
         shares_CC = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
         for true, class_name in enumerate(found.raw["class_names"]):
             rows.append({"test_samples_are": type_name, "true": f"{true + 1}. {class_name}"})
-            for number, (count, part) in enumerate(zip(counts_CC[true], shares_CC[true], strict=True)):
-                cell = Cell(str(count), {"": str(count)}, strong=number == true, shade=float(part))
-                rows[-1][f"as_{number + 1}"] = cell
-    titles |= {f"as_{number}": str(number) for number in range(1, spec.n_classes + 1)}
+            for place, (count, part) in enumerate(zip(counts_CC[true], shares_CC[true], strict=True)):
+                cell = Cell(str(count), {"": str(count)}, strong=place == true, shade=float(part))
+                rows[-1][f"as_{place + 1}"] = cell
+    titles |= {f"as_{place}": str(place) for place in range(1, spec.n_classes + 1)}
     return Table(name, dataset.caption("confusion_matrix", **facts), rows, titles)

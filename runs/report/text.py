@@ -6,8 +6,10 @@ import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+from common.text import Estimate
+from engine.tasks import NO_SHARES
 from vilt.datasets.specs import DATASETS
 
 CAPTIONS = tomllib.loads((Path(__file__).parent / "templates" / "captions.toml").read_text("utf-8"))
@@ -15,24 +17,37 @@ _NAME = r"[^/\\\\\s\"',;:]+"
 _HOME = re.compile(rf"(?<![\w.~-])(?:/home/{_NAME}|/Users/{_NAME}|/root(?![\w.-])|[A-Za-z]:\\+Users\\+{_NAME})")
 
 
+class Unit(NamedTuple):
+    """How values of a metric are written: in per cent, or as they are."""
+
+    factor: float
+    digits: int
+    sign: str
+
+    @classmethod
+    def of(cls, metric: str, samples: int) -> "Unit":
+        """With as many decimals as so many test samples allow: a share's standard error is about 50 % / √samples."""
+        digits = 2 if samples >= 1000 else 1 if samples >= 100 else 0
+        return cls(1, digits + 2, "") if metric in NO_SHARES else cls(100, digits, " %")
+
+    def text(self, value: float) -> str:
+        """Without the sign."""
+        return f"{self.factor * value:.{self.digits}f}" if math.isfinite(value) else "undefined"
+
+    def full(self, value: float | Estimate) -> str:
+        """With it."""
+        text = value.text(self.digits, self.factor) if isinstance(value, Estimate) else self.text(value)
+        return f"{text}{self.sign}"
+
+
 def metric_title(name: str) -> str:
     """As texts and figures name a metric."""
-    return {"auroc": "AUROC"}.get(name, name.replace("f1_", "F1-").replace("_", " "))
+    return name.upper() if name in ("auroc", "mae") else name.replace("f1_", "F1-").replace("_", " ")
 
 
 def dataset_title(key: str) -> str:
     """As texts and figures name the dataset; a custom one is called what its spec.yaml says."""
     return DATASETS[key].title if key in DATASETS else key.partition("_")[2]
-
-
-def digits_for(samples: int) -> int:
-    """Decimals of per cent that a result on so many test samples has: its standard error is about 50 % / √samples."""
-    return 2 if samples >= 1000 else 1 if samples >= 100 else 0
-
-
-def percent(share: float, digits: int) -> str:
-    """A fraction in per cent, without the sign."""
-    return f"{100 * share:.{digits}f}" if math.isfinite(share) else "undefined"
 
 
 def without_home(text: str) -> str:
@@ -58,7 +73,7 @@ def listed_runs(tags: Sequence[str]) -> str:
             ranges[-1].append(number)
         else:
             ranges.append([number])
-    return ", ".join(f"R{first}" if not more else f"R{first} to R{more[-1]}" for first, *more in ranges)
+    return ", ".join(f"R{first} to R{more[-1]}" if more else f"R{first}" for first, *more in ranges)
 
 
 def without(type_name: str) -> str:
@@ -66,21 +81,10 @@ def without(type_name: str) -> str:
     return f"without {lacking}" if (lacking := type_name.removesuffix(" missing")) != type_name else type_name
 
 
-def conditions(type_names: Sequence[str]) -> str:
-    """`complete, without text, or without image`."""
-    *first, last = map(without, type_names)
-    return f"{', '.join(first)}, or {last}"
-
-
 def excerpt(text: str, length: int) -> str:
     """The start of `text` in at most `length` characters, cut between words."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{textwrap.wrap(text, length - 1)[0]}…"
-
-
-def option_text(name: str, value: Any) -> str:
-    """An option that sets a method apart, in few words: `memory_length 12`; of a path its end."""
-    return f"{name} {excerpt(str(value).rstrip('/').rsplit('/')[-1], 24)}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -8,9 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from common.text import Estimate, estimate, order_of
+from common.text import LOWER_IS_BETTER, Estimate, estimate, order_of
 from engine.robustness import PATTERN
-from engine.tasks import LOWER_IS_BETTER
 from runs.compare import Group, Settings, compare_runs
 from runs.lines import RunLine, Spread, lines_of, spread_of
 from runs.report.results import PUBLISHED_BACKBONE, Pattern, ReportRun, Robustness
@@ -169,8 +168,7 @@ class Dataset:
 
     def order(self, found: Estimate | None) -> float:
         """What to choose the best value of the metric by, as the highest."""
-        sign = -1 if self.spec.monitor in LOWER_IS_BETTER else 1
-        return order_of(sign * found.mean) if found else -float("inf")
+        return order_of(found.mean, self.spec.monitor) if found else -float("inf")
 
     @cached_property
     def measured(self) -> list[Line]:

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import DataError
 from common.messages import first_line
-from engine.tasks import LOWER_IS_BETTER
+from common.text import LOWER_IS_BETTER, order_of
 from runs.report.figures import COLOURS, Figure, Panel, figure, limits, ring
 from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
@@ -71,8 +71,8 @@ class Search:
     def ranked(self) -> list[FrozenTrial]:
         """The complete trials, the best first; of those with the same values, which have one run, the first."""
         first = {str(sorted(t.params.items())): t for t in reversed(self.trials) if t.number in self.scores}
-        sign = 1 if self.lower_is_better else -1
-        return sorted(first.values(), key=lambda trial: (sign * self.scores[trial.number], trial.number))
+        scores, metric = self.scores, self.runs[0].metric
+        return sorted(first.values(), key=lambda trial: (-order_of(scores[trial.number], metric), trial.number))
 
     @property
     def space(self) -> dict[str, BaseDistribution]:

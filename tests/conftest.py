@@ -21,7 +21,7 @@ Patch = pytest.MonkeyPatch
 SLOW = (
     *("agreement", "backbone", "contents", "datamodules", "demo", "ending", "fuzz", "golden_training", "hostile_runs"),
     *("interruption", "long_run", "methods", "processes", "published", "package", "report_page", "resume"),
-    *("robustness", "run", "run_custom", "run_methods", "sweep", "writers"),
+    *("robustness", "run", "run_custom", "run_methods", "sweep", "undefined", "writers"),
 )
 """Test files that train, or start processes: `pytest -m "not slow"` leaves them out."""
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"

@@ -35,13 +35,19 @@ def compare(*options: str) -> int:
     return command_line(["run.py", "compare", "with", *QUICK, *options])
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    """Two methods with two seeds each, of which one is far better, and one equal to the first but for its name."""
+@pytest.fixture(scope="module")
+def runs_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
         for method, strength in (("rep", 1.5), ("dcp", 0.0), ("mmp", 0.0)):
-            write(tmp_path / "runs" / f"{method}_seed{seed}" / "version_0", strength, seed, prompt_type=method)
-    return tmp_path / "runs"
+            write(folder / f"{method}_seed{seed}" / "version_0", strength, seed, prompt_type=method)
+    return folder
+
+
+@pytest.fixture
+def runs(runs_once: Path, tmp_path: Path) -> Path:
+    """Three methods with two seeds each: one is far better, two are equal but for their names."""
+    return Path(shutil.copytree(runs_once, tmp_path / "runs"))
 
 
 def test_the_command(runs: Path, capsys: Captured) -> None:

@@ -29,6 +29,9 @@ DISHES = [f"dish {number}" for number in range(101)]
 def made_up(task: Task, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Logits and labels: better than chance, with ties, rare classes and classes that do not occur."""
     generator = torch.Generator().manual_seed(seed)
+    if task.n_classes == 1:
+        numbers = (torch.randn(samples, generator=generator) * 7).round() / 5
+        return numbers[:, None] + torch.randn(samples, 1, generator=generator), numbers
     if task.name == "mmimdb":
         labels = (torch.rand(samples, 23, generator=generator) < torch.linspace(0, 0.4, 23)).to(torch.uint8)
         target = labels.float()
@@ -48,7 +51,7 @@ def predictions(logits: Tensor, labels: Tensor) -> tuple[list[set[int]], list[se
     return [{max(range(len(row)), key=row.__getitem__)} for row in logits.tolist()], [{c} for c in labels.tolist()]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.n_classes > 1])
 def test_figures_by_class(name: str) -> None:
     logits, labels = made_up(TASKS[name], 60)
     predicted, true = predictions(logits, labels)
@@ -118,7 +121,7 @@ def split_of(logits: Sequence[Tensor], labels: Tensor, rows: np.ndarray | None =
     return SplitLogits(rows, int(rows.max()) + 1, labels, torch.stack(list(logits)))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ["mmimdb", "food101", "hatememes", "mosi"])
 def test_the_bootstrap_is_that_of_a_slow_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the resamples do not fit into memory at once, and where rows have several samples."""
     task, samples, resamples = TASKS[name], 30, 25

@@ -20,6 +20,7 @@ from common.files import whole_lines
 from common.messages import first_line, quoted
 from common.strict_json import read_json
 from common.text import baseline_texts, natural_key, order_of
+from config import DEFAULTS
 from runs.comparable import NOT_THE_LINE
 from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
@@ -167,9 +168,10 @@ class Run:
     def line(self) -> dict[str, Any]:
         """The options in which runs of one line agree, those of a split as `option.split`; without the pattern.
 
-        Also the beginnings of the digests of its data and backbone, where the run has kept them.
+        One that the program did not have yet when it ran is at its default. Also the beginnings of the digests of its
+        data and backbone, where the run has kept them.
         """
-        flat = flat_options(self.config)
+        flat = flat_options({**DEFAULTS, **self.config})
         left_out = {*NOT_THE_LINE, *PATTERN_OPTIONS}
         if all(flat[f"{name}.val"] == flat[f"{name}.train"] for name in ("missing_type", "missing_ratio")):
             left_out |= {"missing_type.val", "missing_ratio.val"}

@@ -1,5 +1,6 @@
 """Which runs are one line, and what its spread is over."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from runs.lines import RunLine, lines_of, spread_of
 from runs.run_reader import Run, find_runs
-from tests.report_files import at
+from tests.report_files import at, edited
 from tests.test_run_table import write_run
 
 
@@ -29,6 +30,17 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line(tmp_path: Path) -> No
         write_run(tmp_path / f"run{2 - seed}" / "version_0", seed=2 - seed, **options)
     (line,) = lines_in(tmp_path)
     assert seeds_of([line]) == [[0, 1, 2]] and not line.repeats and line.differing([line]) == []
+
+
+def test_a_run_of_before_an_option_was_there_has_its_default(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run = write_run(tmp_path / f"run{seed}" / "version_0", seed=seed)
+    config = json.loads((run / "config.json").read_text())
+    del config["replay_depth"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert seeds_of(lines_in(tmp_path)) == [[0, 1]]
+    edited(run, "config.json", replay_depth=2)
+    assert seeds_of(lines_in(tmp_path)) == [[0], [1]]
 
 
 @pytest.mark.parametrize(

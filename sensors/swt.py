@@ -228,6 +228,9 @@ class SwtTower(Tower):
         of_modality = sizes.of(modality)
         if min(*of_modality.patch, *of_modality.window, *sizes.blocks, sizes.width, sizes.heads) < 1:
             raise ValueError("patches, windows, blocks, widths and heads have to be positive")
+        if sizes.width % sizes.heads or sizes.feature_width % sizes.heads:
+            found = f"{sizes.width} and {sizes.feature_width}"
+            raise ValueError(f"width and feature_width: expected multiples of heads={sizes.heads}, found {found}")
         self.padded = [
             math.ceil(size / multiple) * multiple
             for size, window, patch in zip(

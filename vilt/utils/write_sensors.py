@@ -8,7 +8,7 @@ import numpy as np
 
 from common.errors import ConfigError, DataError
 from common.messages import quoted
-from common.readers import flag, number, one_of, text
+from common.readers import Reader, flag, literal, number, one_of, text
 from vilt.datasets.custom import SENSORS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, custom_spec
 from vilt.utils import raw_data
@@ -66,10 +66,17 @@ def read_spec(path: Path) -> dict[str, Any]:
         found = unknown[0] if isinstance(given, dict) else given
         raise DataError(f"{path}: expected the keys {', '.join(KEYS)}, found {quoted(found)}")
     try:
-        values = {key: read(key, given.get(key, default)) for key, (default, read) in KEYS.items()}
+        values = {key: read(key, _typed(given.get(key, default), read)) for key, (default, read) in KEYS.items()}
     except ConfigError as error:
         raise DataError(f"{path}: {error}") from None
     return values
+
+
+def _typed(value: Any, read: Reader) -> Any:
+    """Numbers and truth values, which YAML gives as they were typed."""
+    if not isinstance(value, str) or read is text:
+        return value
+    return literal(value.capitalize() if read is flag else value)
 
 
 def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> RawDataset:

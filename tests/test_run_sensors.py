@@ -1,0 +1,200 @@
+"""A set of sensors through run.py: FOCAL's pretraining, fine-tuning, supervised training, and all that follows."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.predict import load_model
+from make_arrow import main as make_arrow
+from run import command_line
+from sensors.augmentations import draw_view
+from sensors.weights import published_weights, sizes_for
+from tests.interrupted import differences
+from tests.sensor_files import write_set
+from tests.test_resume import interrupt
+from tests.test_sensor_rep import ALL, batch_of, make, signals_of
+from vilt.datasets.open_spec import open_spec
+
+NETWORK = ("network.width=8", "network.blocks=[1,1]", "network.feature_width=12", "network.projection_width=6")
+SMALL = ("batch_size=16", "per_gpu_batchsize=16", "max_epoch=2", "precision=32", "num_workers=0")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sensors")
+    raw = write_set(folder / "raw")
+    assert make_arrow(["--dataset", "sensors", "--root", str(raw), "--target", str(folder / "data")]) == 0
+    return folder
+
+
+def command(root: Path, config: str, *options: str) -> list[str]:
+    places = (f"data_root={root / 'data'}", f"log_dir={root / 'result'}", f"missing_table_root={root / 'tables'}")
+    return ["run.py", "with", config, *places, *SMALL, *options]
+
+
+@pytest.fixture(scope="module")
+def pretrained(root: Path) -> Path:
+    assert command_line(command(root, "task_pretrain_sensors", "exp_name=pre", *NETWORK)) == 0
+    return root / "result" / "pre_seed0" / "version_0"
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, pretrained: Path) -> Path:
+    load = (f"load_path={pretrained / 'best.ckpt'}", "missing_type=some", "memory_depth=2", "memory_length=6")
+    assert command_line(command(root, "task_finetune_sensors", "exp_name=rep", *load)) == 0
+    return root / "result" / "rep_seed0" / "version_0"
+
+
+def state_of(path: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return found
+
+
+def test_pretraining_trains_towers_and_projections_alone(root: Path, pretrained: Path) -> None:
+    state = state_of(pretrained / "best.ckpt")
+    parts = {name.split(".")[1] for name in state}
+    assert parts == {"freq_interval_layers", "mod_in_layers", "mod_projectors", "weight", "bias"}
+    with (pretrained / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("train/shared", "train/private", "train/orthogonal", "train/temporal", "val/loss"):
+        values = [float(row[name]) for row in rows if row[name]]
+        assert values and all(value > 0 for value in values), name
+    losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+    assert losses[-1] < losses[0]
+    described = torch.load(pretrained / "best.ckpt", weights_only=True)["rep"]
+    assert described["backbone"]["name"] == "random:0"
+    scale = described["architecture"]["input_scale"]
+    assert set(scale) == {"acc", "gyr", "lig"} and all(value > 0 for value in scale.values())
+
+
+def test_fine_tuning_takes_the_pretrained_towers_and_leaves_them(root: Path, pretrained: Path, trained: Path) -> None:
+    kept = state_of(trained / "best.ckpt")
+    assert {name.split(".")[1] for name in kept} == {"memory_learner", "mod_fusion_layers", "weight", "bias"}
+    predictor = load_model(trained / "best.ckpt", device="cpu")
+    of_model = predictor._classifier.state_dict()
+    for name, tensor in state_of(pretrained / "best.ckpt").items():
+        if name.startswith(("model.freq", "model.mod_in")):
+            assert torch.equal(of_model[name], tensor), name
+    results = json.loads((trained / "test_results.json").read_text())
+    assert results["samples"] == 12 and sum(results["missing"].values()) == 12
+    lost = {name for name, count in results["missing"].items() if count}
+    assert {"lig missing", "acc, gyr missing"} <= lost
+
+
+@pytest.mark.parametrize("stage", ["pretraining", "fine-tuning"])
+def test_an_interrupted_training_ends_with_the_same_bits(
+    root: Path, pretrained: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    if stage == "pretraining":
+        again, complete = command(root, "task_pretrain_sensors", "exp_name=pre_again", *NETWORK), pretrained
+    else:
+        load = (f"load_path={pretrained / 'best.ckpt'}", "missing_type=some", "memory_depth=2", "memory_length=6")
+        again, complete = command(root, "task_finetune_sensors", "exp_name=rep_again", *load), trained
+    again.append("resume_from=auto")
+    interrupt(again, monkeypatch, checkpoints=2)
+    assert command_line(again) == 0
+    name = "pre_again" if stage == "pretraining" else "rep_again"
+    one, other = (
+        torch.load(folder / "last.ckpt", weights_only=True)
+        for folder in (complete, root / "result" / f"{name}_seed0" / "version_1")
+    )
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+    assert not differences([one[part] for part in parts], [other[part] for part in parts])
+
+
+def test_robustness_report_and_table_of_runs(
+    root: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("robustness_ratios=[0,0.7]", "robustness_seeds=[0]", "bootstrap=0", "num_workers=0", "precision=32")
+    assert command_line(["run.py", "robustness", "with", f"load_path={trained / 'best.ckpt'}", *options]) == 0
+    found = json.loads((trained / "robustness" / "robustness.json").read_text())
+    assert len(found["by_type"]) == 7
+    assert {cell["missing_type"] for cell in found["cells"]} == {"lig", "gyr", "acc", "any", "some"}
+    assert command_line(["run.py", "runs", "with", f"log_dir={root / 'result'}"]) == 0
+    assert "made_up" in capsys.readouterr().out
+    assert command_line(["run.py", "report", "with", f"runs={root / 'result'}", f"out={tmp_path / 'report'}"]) == 0
+    assert "without acc, gyr" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("network", ["swt", "deepsense"])
+def test_supervised_training(root: Path, network: str) -> None:
+    sizes = (*NETWORK, f"network.type={network}", "network.recurrent_width=4", "missing_type=acc", "max_epoch=1")
+    assert command_line(command(root, "task_finetune_sensors", "supervised", f"exp_name={network}", *sizes)) == 0
+    state = state_of(root / "result" / f"{network}_seed0" / "version_0" / "best.ckpt")
+    statistics = [name for name in state if name.endswith("running_var")]
+    assert bool(statistics) == (network == "deepsense")
+    assert any("patch_embed" in name or "loc_mod_extractors" in name for name in state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("network.width=none",), "network: width: expected int, found 'none'"),
+        (("network.depth=3",), "network: expected "),
+        (("network.type=resnet",), "network.type: expected swt or deepsense, found 'resnet'"),
+        (("network.heads=3",), "network: width and feature_width: expected multiples of heads=3, found 32 and 128"),
+        (("missing_type=image",), "missing_type: expected lig or gyr or acc or any or some, found 'image'"),
+        (("missing_type=both",), "missing_type: expected lig or gyr or acc or any or some, found 'both'"),
+        (("prompt_type=coop",), "prompt_type: expected rep or none or full or focal with task=sensors, found coop"),
+        (("network.type=deepsense", "prompt_type=rep"), "expected network=swt"),
+        (("memory_depth=7",), "memory_depth=7 is more than the backbone has blocks"),
+        (("vit=ViT-B/16",), "vit: expected random, or a file with a pretrained backbone, found 'ViT-B/16'"),
+        (("prompt_type=focal",), "missing_ratio: expected 0 with prompt_type=focal, found 0.7"),
+        (
+            ("prompt_type=focal", "missing_ratio=0", "per_gpu_batchsize=6"),
+            "per_gpu_batchsize: expected a multiple of 4",
+        ),
+    ],
+)
+def test_wrong_options(root: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str) -> None:
+    assert command_line(command(root, "task_finetune_sensors", "exp_name=wrong", *options)) == 2
+    assert message in capsys.readouterr().err
+    assert not (root / "result" / "wrong_seed0").exists()
+
+
+def test_a_published_state_is_a_backbone(root: Path, tmp_path: Path) -> None:
+    """Its names all accounted for; fusion, head and projections are left."""
+    spec = open_spec("sensors", root / "data", ["train"])
+    sizes = sizes_for(spec, {"width": 8, "blocks": [1, 1], "feature_width": 12}, {})
+    backbone = make(sizes).model
+    state = {name: x for name, x in backbone.state_dict().items() if not name.startswith("memory_learner.")}
+    added = {"class_layer.0.weight": torch.zeros(2, 12), "mod_projectors.acc.0.weight": torch.zeros(6, 12)}
+    torch.save({**state, **added}, path := tmp_path / "focal.pt")
+    found = published_weights(path, sizes)
+    assert set(found.state) == {name for name in state if not name.startswith("mod_fusion_layers.")}
+    del state["mod_in_layers.sensors.acc.weight"]
+    torch.save(state, path)
+    with pytest.raises(Exception, match=r"1 names missing \(mod_in_layers\.sensors\.acc\.weight\)"):
+        published_weights(path, sizes)
+
+
+def test_views_change_all_of_a_batch_alike_or_leave_it() -> None:
+    torch.manual_seed(0)
+    signals = signals_of(make().model.sizes, 3)  # type: ignore[arg-type]
+    changed = dict.fromkeys(signals, 0)
+    for _ in range(40):
+        view = draw_view(signals)
+        for name, x in signals.items():
+            assert view[name].shape == x.shape and torch.isfinite(view[name].abs()).all()
+            changed[name] += not torch.equal(view[name].real, x)
+    assert all(8 <= count <= 32 for count in changed.values())
+
+
+def test_mixed_samples_have_mixed_labels() -> None:
+    from sensors.methods import Supervised
+
+    torch.manual_seed(1)
+    classifier = make(kind=Supervised)
+    signals = signals_of(classifier.model.sizes, 7)  # type: ignore[arg-type]
+    batch, labels = batch_of(signals, ALL), torch.arange(7) % 4
+    for _ in range(10):
+        mixed, shares = classifier.method.augment(batch, labels, 4)
+        assert shares.shape == (7, 4) and torch.allclose(shares.sum(dim=1), torch.ones(7))
+        for name, x in batch.inputs.items():
+            assert mixed.inputs[name].shape == x.shape
+        logits, _ = classifier.training_outputs(mixed, shares)
+        assert torch.isfinite(torch.nn.functional.cross_entropy(logits, shares))

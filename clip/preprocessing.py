@@ -78,36 +78,27 @@ def image_statistics(folder: Path, image_size: int) -> dict[str, tuple[float, ..
             has it; names file and value.
     """
     found: dict[str, tuple[float, ...]] = {}
-    for name, part, read in (
-        ("preprocessor_config.json", None, _of_hugging_face),
-        ("processor_config.json", "image_processor", _of_hugging_face),
-        ("open_clip_config.json", "preprocess_cfg", _of_open_clip),
+    for name, part, known, prefix in (
+        ("preprocessor_config.json", "", HF_IMAGES, "image_"),
+        ("processor_config.json", "image_processor", HF_IMAGES, "image_"),
+        ("open_clip_config.json", "preprocess_cfg", OPEN_CLIP_IMAGES, ""),
     ):
-        path = folder / name
-        content = _read(path) if part is None else _part(path, _read(path), part)
-        for field, values in read(path, content, image_size).items():
-            if found.setdefault(field, values) != values:
-                raise ValueError(f"{path}: {field} {values}, another file beside it says {found[field]}")
+        path, label = folder / name, f"{part}." if part else ""
+        content = _part(path, _read(path), part) if part else _read(path)
+        others = {name: (False,) for name in content if name.startswith("do_") and name not in known}
+        _check(path, content, {**known, **others}, label)
+        for side in ("size", "crop_size"):
+            _check_side(path, content, side, image_size, label)
+        for field in ("mean", "std"):
+            values = content.get(prefix + field)
+            if values is None:
+                continue
+            if not (isinstance(values, list) and len(values) == 3 and all(_is_fit(field, value) for value in values)):
+                raise ValueError(f"{path}: {label}{prefix}{field}: expected three numbers, found {quoted(values)}")
+            read = tuple(map(float, values))
+            if found.setdefault(f"image_{field}", read) != read:
+                raise ValueError(f"{path}: {prefix}{field} {read}, a file beside it says {found[f'image_{field}']}")
     return found
-
-
-def _of_hugging_face(path: Path, content: Mapping[str, Any], image_size: int) -> dict[str, tuple[float, ...]]:
-    others = {name: (False,) for name in content if name.startswith("do_") and name not in HF_IMAGES}
-    _check(path, content, {**HF_IMAGES, **others})
-    size = content.get("size")
-    if (isinstance(size, dict) and "shortest_edge" not in size) or (
-        _is_size(size) and content.get("default_to_square")
-    ):
-        raise ValueError(f"{path}: size: expected the shortest_edge, so that images keep their shape, found {size}")
-    _check_size(path, content, "size", image_size)
-    _check_size(path, content, "crop_size", image_size)
-    return _statistics(path, content, {"image_mean": "image_mean", "image_std": "image_std"})
-
-
-def _of_open_clip(path: Path, content: Mapping[str, Any], image_size: int) -> dict[str, tuple[float, ...]]:
-    _check(path, content, OPEN_CLIP_IMAGES, "preprocess_cfg.")
-    _check_size(path, content, "size", image_size, "preprocess_cfg.")
-    return _statistics(path, content, {"image_mean": "mean", "image_std": "std"}, "preprocess_cfg.")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -124,50 +115,35 @@ def _part(path: Path, content: Mapping[str, Any], name: str) -> dict[str, Any]:
     return part
 
 
-def _check(path: Path, content: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]], part: str = "") -> None:
+def _check(path: Path, content: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]], label: str) -> None:
     for name, values in known.items():
         found = content.get(name)
-        same = any(
-            math.isclose(found, value, rel_tol=1e-3)
-            if isinstance(value, float) and isinstance(found, (int, float))
-            else found == value
-            for value in values
+        close = isinstance(found, float) and any(
+            isinstance(value, float) and math.isclose(found, value, rel_tol=1e-3) for value in values
         )
-        if found is not None and not same:
+        if found is not None and found not in values and not close:
             expected = " or ".join(map(str, values))
             raise ValueError(
-                f"{path}: {part}{name}: expected {expected}, found {quoted(found)}, which is not supported"
+                f"{path}: {label}{name}: expected {expected}, found {quoted(found)}, which is not supported"
             )
+
+
+def _check_side(path: Path, content: Mapping[str, Any], name: str, image_size: int, label: str) -> None:
+    found = content.get(name)
+    squashes = name == "size" and (
+        (isinstance(found, dict) and "shortest_edge" not in found) or content.get("default_to_square")
+    )
+    sides = found.values() if isinstance(found, dict) else found if isinstance(found, list) else [found]
+    if found is not None and (squashes or any(side != image_size for side in sides)):
+        raise ValueError(
+            f"{path}: {label}{name}: expected {image_size} as the shortest_edge, for the position embeddings, "
+            f"found {quoted(found)}"
+        )
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _check_size(path: Path, content: Mapping[str, Any], name: str, image_size: int, part: str = "") -> None:
-    found = content.get(name)
-    sides = found.values() if isinstance(found, dict) else found if isinstance(found, list) else [found]
-    if found is not None and set(sides) != {image_size}:
-        raise ValueError(
-            f"{path}: {part}{name}: expected {image_size}, which the position embeddings are for, found {quoted(found)}"
-        )
-
-
-def _statistics(
-    path: Path, content: Mapping[str, Any], names: Mapping[str, str], part: str = ""
-) -> dict[str, tuple[float, ...]]:
-    found = {}
-    for field, name in names.items():
-        values = content.get(name)
-        if values is None:
-            continue
-        numbers = values if isinstance(values, list) else [values]
-        fit = all(
-            isinstance(x, (int, float)) and math.isfinite(x) and (x > 0 or name == names["image_mean"]) for x in numbers
-        )
-        if len(numbers) != 3 or not fit:
-            raise ValueError(
-                f"{path}: {part}{name}: expected three numbers, one for each colour, found {quoted(values)}"
-            )
-        found[field] = tuple(map(float, numbers))
-    return found
+def _is_fit(field: str, value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or field == "mean")

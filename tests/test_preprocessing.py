@@ -80,6 +80,7 @@ REFUSED = [
     (PREPROCESSOR, {"size": {"shortest_edge": 36}, "crop_size": 32}, "size.*32.*36"),
     (PREPROCESSOR, {"crop_size": {"height": 30, "width": 32}}, "crop_size.*32.*30"),
     (PREPROCESSOR, {"image_processor_type": "SiglipImageProcessor"}, "SiglipImageProcessor"),
+    (PREPROCESSOR, {"size": {"shortest_edge": [32]}}, "size.*32"),
     (PREPROCESSOR, {"image_mean": 0.5}, "image_mean.*three numbers.*0.5"),
     (PREPROCESSOR, {"image_std": [0.5, 0, 0.5]}, "image_std.*three numbers"),
     (PREPROCESSOR, "[1]", "JSON object"),
@@ -101,7 +102,7 @@ def test_what_is_not_supported_is_refused(name: str, content: Any, found: str, t
 def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     write(tmp_path, PREPROCESSOR, {"image_mean": HALF})
     write(tmp_path, OPEN_CLIP, {"model_cfg": {}, "preprocess_cfg": {"mean": ODD}})
-    with pytest.raises(ValueError, match=r"image_mean.*0\.1.*0\.5"):
+    with pytest.raises(ValueError, match=r"mean.*0\.1.*0\.5"):
         image_statistics(tmp_path, 32)
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a command at once; a training run writes a checkpoint first (engine/interruption.py).
+"""SIGTERM and Ctrl-C end a command at once; a training run writes a checkpoint first (engine/callbacks.py).
 
 The exit status is 128 + the signal's number: 143 for SIGTERM, 130 for Ctrl-C.
 """

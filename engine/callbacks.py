@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,11 +13,10 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from common.errors import CheckpointError
-from common.signals import Stopped
+from common.signals import STOP_SIGNALS, Stopped, stop_now
 from common.text import figure, order_of
 from engine.checkpoint import DESCRIPTION
 from engine.checkpoint_file import write_checkpoint
-from engine.interruption import StopRequest
 from engine.training import FinetuneModule
 from vilt.datamodules import Batch, TimedLoader
 
@@ -48,7 +48,8 @@ class Checkpoints(Checkpoint):
         """Spent on writing, since the reader last set it to 0."""
         self.training = False
         """Whether a validation has begun, by when all that a checkpoint restores has been used."""
-        self._stop = StopRequest()
+        self._asked: int | None = None
+        """The first SIGTERM or Ctrl-C in a training; a second one stops at once."""
         self._kept_step = 0
         """Optimiser steps behind the newest checkpoint, here or in the folder of the run that is resumed."""
         self._kept_at = time.monotonic()
@@ -63,7 +64,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._kept_step, self._kept_at = trainer.global_step, time.monotonic()
-        self._stop.listen()
+        for number in STOP_SIGNALS:  # in place of Lightning's handlers, which stop in the middle of an accumulation
+            signal.signal(number, self._note_signal)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
@@ -110,7 +112,8 @@ class Checkpoints(Checkpoint):
             self._keep_or_stop(trainer, True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop.ignore()
+        for number in STOP_SIGNALS:
+            signal.signal(number, stop_now)
         self._keep_or_stop(trainer, False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,6 +157,12 @@ class Checkpoints(Checkpoint):
         self._kept_step, self._kept_at = trainer.global_step, time.monotonic()
         self.seconds += self._kept_at - began
 
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is not None:
+            stop_now(number, frame)
+        self._asked = number
+        log.info("%s: stopping after the next optimiser step; a second one stops at once", signal.Signals(number).name)
+
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return trainer.global_step > self._kept_step and time.monotonic() - self._kept_at >= SECONDS_BETWEEN
 
@@ -163,7 +172,7 @@ class Checkpoints(Checkpoint):
         Raises:
             Stopped: one was asked to.
         """
-        number = self._stop.asked
+        number = self._asked
         if trainer.world_size > 1:
             mine = torch.tensor([due, number is not None], dtype=torch.int, device=trainer.strategy.root_device)
             due, stops = trainer.strategy.reduce(mine, reduce_op="max").bool().tolist()

@@ -109,7 +109,8 @@ class FinetuneModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, with the method's own losses, each of which is logged by its name."""
-        inputs, weight = model_input(batch), 1.0
+        inputs = model_input(batch)
+        counted, weight = (len(batch.index_B), 1.0) if self.counts_as_published else self._weight(batch_idx)
         if self.pretrains:
             own_losses = self.classifier.pretraining_losses(inputs)
             loss = sum(own_losses.values(), torch.zeros((), device=self.device))
@@ -117,7 +118,6 @@ class FinetuneModule(pl.LightningModule):
             inputs, labels = self.classifier.method.augment(inputs, batch.label, self.task.n_classes)
             logits, own_losses = self.classifier.training_outputs(inputs, labels)
             logits = _full_precision(logits)
-            counted, weight = (len(logits), 1.0) if self.counts_as_published else self._weight(batch_idx)
             loss = self.task.loss(logits[:counted], labels[:counted]) + sum(own_losses.values())
             self._keep("train", batch, logits)
         self._watch.note_loss(batch_idx, batch.index_B, loss)

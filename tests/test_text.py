@@ -29,7 +29,7 @@ def test_numbers_in_names_sort_as_numbers() -> None:
 def test_mean_and_deviation_by_hand() -> None:
     assert estimate([1.0, 2.0, 6.0]) == Estimate(3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2)), 3)  # type: ignore[arg-type]
     assert estimate([0.1] * 7) == Estimate(0.1, 0.0, 7), "exact for equal values"
-    assert estimate([0.25]) == (0.25, 0.0, 1) and estimate([]) is None
+    assert estimate([0.25]) == Estimate(0.25, 0.0, 1) and estimate([]) is None
     assert Estimate(0.5, 0.25, 2).text(2, 100) == "50.00 ± 25.00" and Estimate(0.5, 0.0, 1).text() == "0.5000"
 
 

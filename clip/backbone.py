@@ -10,7 +10,7 @@ import math
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clip.modules.vision_transformer_memory import ACTIVATIONS, ClipArchitecture, ClipBackbone
-from clip.preprocessing import image_statistics, open_clip_heads, read_open_clip
+from clip.preprocessing import check_open_clip_sizes, image_statistics, open_clip_heads, read_open_clip
 from clip.pretrained import read_pretrained
 from clip.tokenizer import CONTEXT_LENGTH
 from common.errors import BackboneError
@@ -279,6 +279,7 @@ def _from_openai_names(
             state[tower + name.removeprefix("visual.")] = tensor
     config = read_open_clip(path.parent)
     architecture = architecture_of(state, _activation(raw, config, activation))
+    check_open_clip_sizes(config, asdict(architecture))
     heads = open_clip_heads(config, architecture.vision_width)
     if architecture.vision_width > WIDEST and "vision_heads" not in heads:
         raise ValueError(

@@ -49,6 +49,16 @@ OPEN_CLIP_TOWERS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 """What changes the towers without showing in names and shapes."""
+OPEN_CLIP_SIZES = {
+    "": {"embed_dim": "embed_dim"},
+    "vision_cfg": {
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+        "width": "vision_width",
+        "layers": "vision_layers",
+    },
+    "text_cfg": {"vocab_size": "vocab_size", "width": "text_width", "layers": "text_layers"},
+}
 
 
 def read_open_clip(folder: Path) -> dict[str, Any]:
@@ -60,6 +70,19 @@ def read_open_clip(folder: Path) -> dict[str, Any]:
     for part, known in OPEN_CLIP_TOWERS.items():
         _check(path, _part(path, config.get("model_cfg", {}), part), known, f"model_cfg.{part}.")
     return config
+
+
+def check_open_clip_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """Raises ValueError where open_clip's configuration contradicts `sizes`, the fields of the architecture."""
+    towers = config.get("model_cfg", {})
+    for part, names in OPEN_CLIP_SIZES.items():
+        entries = towers.get(part, {}) if part else towers
+        for name, field in names.items():
+            if entries.get(name) not in (None, sizes[field]):
+                raise ValueError(
+                    f"open_clip_config.json: model_cfg.{part}{'.' * bool(part)}{name}: expected {sizes[field]}, as the "
+                    f"weights have it, found {quoted(entries[name])}"
+                )
 
 
 def open_clip_heads(config: Mapping[str, Any], vision_width: int) -> dict[str, int]:

@@ -114,6 +114,8 @@ def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
         ({"text_cfg": {"no_causal_mask": True}}, "no_causal_mask"),
         ({"text_cfg": {"context_length": 64}}, "context_length.*77.*64"),
         ({"text_cfg": {"act_kwargs": {"approximate": "tanh"}}}, "act_kwargs.*tanh"),
+        ({"embed_dim": 32}, "embed_dim.*64.*32"),
+        ({"vision_cfg": {"image_size": 64, "width": 128}}, "vision_cfg.image_size.*32.*64"),
         ({"text_cfg": {"hf_tokenizer_name": "some/tokenizer"}}, "hf_tokenizer_name.*some/tokenizer"),
     ],
 )

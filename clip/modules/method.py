@@ -111,7 +111,7 @@ class Method(nn.Module):
         self.places = places
         self.options = options
         if self.grey is not None:
-            self.register_buffer("text_marks", torch.zeros(2))  # floats, as all that checkpoints hold
+            self.register_buffer("text_marks", torch.zeros(2, dtype=torch.long))
 
     @property
     def blanks(self) -> Blanks | None:

@@ -57,9 +57,7 @@ class Loading:
 
 
 def _poster(draw: np.random.Generator) -> bytes:
-    coarse = Image.fromarray(draw.integers(0, 256, (22, 15, 3), dtype=np.uint8))
-    noise = draw.integers(-12, 13, (POSTER[1], POSTER[0], 3))
-    pixels = np.asarray(coarse.resize(POSTER, Image.Resampling.BICUBIC)).astype(int) + noise
+    coarse = Image.fromarray(draw.integers(0, 256, (55, 38, 3), dtype=np.uint8))
     out = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
+    coarse.resize(POSTER, Image.Resampling.BICUBIC).save(out, "JPEG", quality=85)
     return out.getvalue()

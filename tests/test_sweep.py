@@ -734,6 +734,23 @@ def test_what_a_search_draws(sweep: Sweep, scores: SetUp, name: str, values: str
         assert found <= set(map(str, drawn))
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (("search.warmup_steps=[0,500]", "search_trials=1"), True),
+        (("search.warmup_steps=[0,3]", "search_trials=1"), False),
+        (("sweep_over.warmup_steps=[0.1,500]", "sweep_launcher=commands"), True),
+        (("sweep_over.warmup_steps=[0.1,3]", "sweep_launcher=commands"), False),
+    ],
+)
+def test_a_warm_up_that_does_not_end_is_said_before_the_runs(
+    sweep: Sweep, scores: SetUp, capsys: Captured, options: tuple[str, ...], warned: bool
+) -> None:
+    """They would say it in their logs alone. Of 45 samples and 8 a step there are 6 steps."""
+    assert sweep.run("memory_length=6", *options) == 0
+    assert ("warning: warmup_steps=500: the warm-up does not end within the 6 " in capsys.readouterr().err) is warned
+
+
 # Custom datasets
 
 

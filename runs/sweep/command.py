@@ -4,6 +4,7 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from runs.sweep.grid import grid_cells, run_grid, variant_name, variants, write_
 from runs.sweep.jobs import run_command
 from runs.sweep.launchers import CLUSTERS, make_launcher
 from vilt.datasets.open_spec import open_spec
-from vilt.datasets.specs import SPLITS
+from vilt.datasets.specs import SPLITS, DatasetSpec
 
 log = logging.getLogger("rep")
 
@@ -53,7 +54,9 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
         SweepError: runs failed, the folder has a sweep with other options, or a sweep is at work in it.
     """
     options = check_sweep(config, chosen)
-    metric = open_spec(options.task, options.data_root, options.splits).monitor
+    spec = open_spec(options.task, options.data_root, options.splits)
+    metric = spec.monitor
+    _say_remarks(options, spec)
     folder = options.log_dir / options.sweep_name
     given = [update for update in updates if not is_of_sweep(option_of(update))]
     busy = f"sweep_name={options.sweep_name}: another sweep of this name is at work in {options.log_dir}"
@@ -76,6 +79,22 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
         except (KeyboardInterrupt, Stopped):
             log.info("stopped; the same command resumes: %s", shlex.join(run_command("sweep", "with", *updates)))
             raise
+
+
+def _say_remarks(options: Options, spec: DatasetSpec) -> None:
+    """Warns of what runs do otherwise than their options say, which they say in their logs only.
+
+    Of a search: those with the last values, which are the upper ends of ranges.
+    """
+    from runs.start import remarks  # which takes torch along, as the arrow files' reader does
+    from vilt.datasets.arrow_dataset import ArrowDataset
+
+    assert options.data_root is not None
+    samples = len(ArrowDataset(spec, options.data_root, "train"))
+    last = {name: values[-1] for name, values in options.search.items()}
+    runs = [replace(options, **values) for values in ([last] if options.search else variants(options))]
+    for remark in dict.fromkeys(remark for run in runs for remark in remarks(run, spec, samples)):
+        log.warning("warning: %s", remark)
 
 
 def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:

@@ -218,7 +218,7 @@ class Options:
     output: Path = option("predictions.csv", file_of(".csv", ".jsonl"), COMMAND, "predict: file to write")
     runs: tuple[Path, ...] = option(
         "result", several(path, texts=True), COMMAND, "report, compare: runs, or folders of them")
-    out: Path = option("report", path, COMMAND, "report: folder to write")
+    out: Path = option("report", path, COMMAND, "report, export: folder to write")
 
     sweep_name: str = option("sweep", folder_name, COMMAND, "sweep: name of its folder, below log_dir")
     sweep_types: tuple[str, ...] = option(

@@ -113,6 +113,14 @@ def predict(_config: dict[str, Any], _run: Any) -> None:
 
 
 @EX.command(unobserved=True)
+def export(_config: dict[str, Any]) -> None:
+    """Writes the model of load_path into the folder `out` in Hugging Face's layout, with a model card."""
+    from runs.export import export
+
+    print(export(**read_options(_config, ["load_path", "out"])))
+
+
+@EX.command(unobserved=True)
 def doctor(_config: dict[str, Any], network: Any) -> None:
     """Checks installation, machine, dataset, weights and one training step: a line each, with ok, warn or FAIL."""
     from runs.doctor import examine

@@ -1,4 +1,4 @@
-"""Dataclasses of plain values, read back from the dicts that `dataclasses.asdict` made of them."""
+"""Dataclasses of plain values, read back from the dicts that `dataclasses.asdict` made of them, through JSON or not."""
 
 from dataclasses import MISSING, fields
 from typing import TypeVar, get_origin, get_type_hints
@@ -28,6 +28,10 @@ def record_of(kind: type[T], values: object) -> T:
     missing, unknown = sorted(needed - values.keys()), sorted(map(str, values.keys() - types.keys()))
     if missing or unknown:
         raise ValueError(f"{kind.__name__}: missing: {listed(missing)}; unknown: {listed(unknown)}")
+    values = {
+        name: tuple(value) if types[name] is tuple and isinstance(value, list) else value
+        for name, value in values.items()
+    }
     for name, value in values.items():
         if not isinstance(value, types[name]):
             expected = getattr(types[name], "__name__", types[name])

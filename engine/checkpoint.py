@@ -23,6 +23,7 @@ from common.hashing import file_sha256
 from common.messages import first_line, quoted
 from common.records import record_of
 from common.torch_file import check_state, first_of, state_dict_of, unwrapped_names
+from engine.exported import WEIGHTS, is_exported, read_exported
 from engine.families import BackboneChoice, family_of
 from engine.published_checkpoint import load_checkpoint_file, model_names, published_model
 from engine.tasks import task_of
@@ -177,15 +178,17 @@ def _load(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint of ours or of the published code, without running anything in it.
+    """Reads a checkpoint of ours, exported or not, or of the published code, without running anything in it.
 
     Raises:
         CheckpointError: not there, damaged, or not a checkpoint of this model.
     """
+    if is_exported(path):
+        path = path / WEIGHTS
     if not path.is_file():
         found = "found a folder; name the best.ckpt in it" if path.is_dir() else "found no such file"
         raise CheckpointError(f"load_path={path}: expected a checkpoint, {found}")
-    raw = load_checkpoint_file(path)
+    raw = read_exported(path) if path.name == WEIGHTS else load_checkpoint_file(path)
     try:
         if not isinstance(raw, dict) or "state_dict" not in raw:
             found = first_of([str(name) for name in raw]) if isinstance(raw, dict) else ""

@@ -147,6 +147,8 @@ def check_together(options: Options) -> None:
     for name, checkpoint in (("load_path", options.load_path), ("resume_from", options.resume_from)):
         if checkpoint in (None, AUTO) or Path(checkpoint).is_file():
             continue
+        if name == "load_path" and (Path(checkpoint) / "model.safetensors").is_file():  # as `run.py export` writes it
+            continue
         if not Path(checkpoint).is_dir():
             raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")
         file = "last.ckpt" if name == "resume_from" else "best.ckpt"

@@ -19,6 +19,7 @@ OTHERS: dict[str, Sequence[str]] = {
     "robustness": ("load_path", DATA, MACHINE),
     "predict": (*PREDICTION_OPTIONS, "num_gpus", "num_workers", "precision"),
     "runs": ("log_dir",),
+    "export": ("load_path",),
 }
 """Options of a command beside its own, whose help begins with its name, and kinds of options."""
 FLAGS = {

@@ -10,6 +10,7 @@ from typing import Any
 from common.errors import ConfigError, DataError, reason_of
 from common.files import write_csv
 from common.text import baseline_texts, figure, natural_key, pattern_text, terminal_table
+from engine.exported import WEIGHTS, is_exported
 from runs.lines import lines_of
 from runs.run_reader import Run, find_runs
 
@@ -171,6 +172,9 @@ def find_checkpoints(places: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for place in places:
+        if is_exported(place):
+            found.append(place / WEIGHTS)
+            continue
         if not place.is_dir():
             if not place.is_file():
                 raise ConfigError(

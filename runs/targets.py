@@ -10,6 +10,7 @@ from common.errors import ConfigError
 from common.hashing import file_sha256
 from config import Options
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
+from engine.exported import is_exported
 from engine.families import BackboneChoice, family_of
 from engine.logit_store import LogitStore, Origin
 from engine.robustness import Subject
@@ -83,7 +84,7 @@ def _open(
 ) -> Target:
     checkpoint = read_checkpoint(path)
     source = path.parent / "config.json"
-    run = read_run(path.parent) if source.is_file() else None
+    run = read_run(path.parent) if source.is_file() and not is_exported(path.parent) else None
     recorded = {} if run is None else run.config
     taken = {name: recorded[name] for name in TAKEN_FROM_THE_RUN if name in recorded and name not in given}
     _leave_out_absent_tables(taken, config, source)

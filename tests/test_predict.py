@@ -17,7 +17,8 @@ from common.errors import CheckpointError, ConfigError, DataError
 from engine.checkpoint import read_checkpoint
 from engine.predict import Item, Predictor, load_model, read_items
 from run import command_line
-from tests.conftest import Workspace
+from runs.export import export
+from tests.conftest import Captured, Workspace
 from tests.data_files import TYPE_NAMES
 from vilt.datasets.kinds import ImageKind, InputFormat
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
@@ -367,3 +368,39 @@ def test_files_that_can_be_meant_are_found(tmp_path: Path) -> None:
         ("1", {"image": tmp_path / "in" / "b.tif", "text": "one"}),
         ("2", {"image": tmp_path / "in" / "caf\u00e9.TIF"}),
     ]
+
+
+def test_an_exported_model_predicts_and_is_measured_as_its_checkpoint(
+    workspace: Workspace, trained: Path, films: Films, tmp_path: Path
+) -> None:
+    out = tmp_path / "shared"
+    assert command_line(["run.py", "export", "with", f"load_path={trained}", f"out={out}"]) == 0
+    card = (out / "README.md").read_text()
+    assert all(fact in card for fact in ("predicting", "MM-IMDb", "rep", "70 % both", "Horror"))
+    texts = films.texts[:3]
+    assert load_model(out).predict(texts=texts) == load_model(trained).predict(texts=texts)
+    results = []
+    for place in (trained, out):
+        command = workspace.command(f"load_path={place}", "bootstrap=0", "robustness_seeds=[0]")
+        assert command_line([command[0], "robustness", *command[1:]]) == 0
+        folder = place if place.is_dir() else place.parent
+        results.append(json.loads((folder / "robustness" / "robustness.json").read_text())["cells"])
+    assert results[0] == results[1]
+
+
+def test_exports_that_cannot_be_are_refused(trained: Path, tmp_path: Path, capsys: Captured) -> None:
+    def refused(*options: str) -> str:
+        assert command_line(["run.py", "export", "with", *options]) == 2
+        return capsys.readouterr().err
+
+    assert str(tmp_path) in refused(f"load_path={trained}", f"out={tmp_path}")
+    assert "load_path" in refused(f"out={tmp_path / 'x'}") and not (tmp_path / "x").exists()
+    export(trained, tmp_path / "whole")
+    (tmp_path / "whole" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(CheckpointError, match="model_type rep"):
+        read_checkpoint(tmp_path / "whole")
+    export(trained, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not readable"):
+        read_checkpoint(tmp_path / "cut")

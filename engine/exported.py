@@ -1,0 +1,54 @@
+"""A trained model as a folder in Hugging Face's layout: `model.safetensors`, `config.json` and a model card.
+
+`load_path` and `load_model` read it like a checkpoint; `huggingface_hub` uploads it as it is.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from common.errors import CheckpointError, ConfigError
+from common.files import new_folder
+from common.messages import first_line
+from common.strict_json import read_json, write_json
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+KIND = "rep"
+"""`model_type` in config.json, and the key there of what a checkpoint says of its model."""
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether `folder` holds an exported model."""
+    return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()
+
+
+def read_exported(weights: Path) -> dict[str, Any]:
+    """What the checkpoint that was exported held: its entries, and what it said of its model under KIND.
+
+    Raises:
+        CheckpointError: it is damaged, or of another kind.
+    """
+    try:
+        config = read_json(weights.with_name(CONFIG))
+        if not isinstance(config, dict) or config.get("model_type") != KIND:
+            raise ValueError(f"{weights.with_name(CONFIG)}: expected model_type {KIND}, as `run.py export` writes it")
+        return {"state_dict": safetensors.torch.load_file(weights), KIND: config[KIND]}
+    except Exception as error:  # safetensors raises its own on damaged files
+        raise CheckpointError(f"{weights}: not readable as an exported model: {first_line(error)}") from error
+
+
+def write_exported(out: Path, state: dict[str, Tensor], described: dict[str, Any], card: str) -> None:
+    """Writes the folder, completely or not at all.
+
+    Raises:
+        ConfigError: it is there already.
+    """
+    if out.exists():
+        raise ConfigError(f"out={out}: expected a folder that is not there yet")
+    with new_folder(out) as folder:
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+        write_json(folder / CONFIG, {"model_type": KIND, KIND: described})
+        (folder / CARD).write_text(card, "utf-8")

@@ -1,0 +1,120 @@
+"""`run.py export`: a trained model to share, with a model card of what is known of it."""
+
+from pathlib import Path
+from typing import Any
+
+from common.errors import CheckpointError, ConfigError
+from common.text import figure, pattern_text, per_cent
+from engine.checkpoint import Checkpoint, describe, read_checkpoint
+from engine.exported import write_exported
+from runs.run_reader import Run, find_runs
+
+CARD = """---
+library_name: rep
+license: other
+tags: [multimodal, missing-modality, {method}]
+---
+
+# {title}
+
+{dataset}, classified with {modalities}, of which any may be missing. Method: {method}; {sizes}.
+What was trained is here ({values:,} values). The frozen backbone, {backbone} (sha256 {sha256}), is not:
+it is looked for under that name, or where the option `vit` says.
+
+## Use
+
+```python
+from rep import load_model  # in a checkout: from engine.predict import load_model
+
+model = load_model("FOLDER")  # a copy of this folder
+```
+
+`python run.py with task_finetune_{task} load_path=FOLDER test_only=True …`, `robustness` and `predict` take it as a
+checkpoint.
+
+## Training
+
+{training}
+
+## Results
+
+{results}
+
+## Limits
+
+Trained and measured on this dataset alone, with modalities removed at random: nothing is known of others, nor of
+modalities that are missing for a reason. The licences of dataset and backbone apply to what was trained on them.
+
+Classes: {classes}.
+"""
+
+
+def export(load_path: Path | None, out: Path) -> str:
+    """Writes the model of a checkpoint into the folder `out`; says so.
+
+    Raises:
+        CheckpointError: it is none, or one of the published code, which holds its backbone.
+        ConfigError: `out` is there already, or no checkpoint is named.
+    """
+    if load_path is None:
+        raise ConfigError("load_path: expected a checkpoint to export, as in load_path=result/…/best.ckpt")
+    checkpoint = read_checkpoint(load_path)
+    if checkpoint.published:
+        raise CheckpointError(f"{load_path}: a checkpoint of the published code; expected one of this program")
+    spec = checkpoint.spec
+    described = describe(
+        spec,
+        str(checkpoint.backbone_name),
+        str(checkpoint.backbone_sha256),
+        checkpoint.class_names,
+        checkpoint.tokenizer,
+        checkpoint.contents,
+    )
+    runs = [run for run in find_runs(load_path.parent)[0] if run.folder == load_path.parent]
+    write_exported(out, checkpoint.state, described, _card(checkpoint, runs[0] if runs else None))
+    return f"written to {out}: {len(checkpoint.state)} tensors, their description and a model card"
+
+
+def _card(checkpoint: Checkpoint, run: Run | None) -> str:
+    spec, names = checkpoint.spec, checkpoint.class_names or checkpoint.spec.dataset.class_names or ()
+    method = spec.method
+    return CARD.format(
+        title=run.config["exp_name"] if run is not None else checkpoint.path.stem,
+        dataset=spec.dataset.title,
+        modalities=" and ".join(spec.dataset.modalities),
+        method=method.prompt_type,
+        sizes=f"memory_length {method.memory_length}, memory_depth {method.memory_depth}, head {spec.head}",
+        values=sum(tensor.numel() for tensor in checkpoint.state.values()),
+        backbone=Path(str(checkpoint.backbone_name)).name,
+        sha256=str(checkpoint.backbone_sha256)[:16],
+        task=spec.task,
+        training=_training(run),
+        results=_results(run),
+        classes=", ".join(names) or spec.dataset.n_classes,
+    )
+
+
+def _training(run: Run | None) -> str:
+    if run is None:
+        return "No record of the training was beside the checkpoint."
+    config = run.config
+    shown = ("seed", "learning_rate", "batch_size", "max_epoch", "max_steps", "warmup_steps", "weight_decay")
+    options = ", ".join(f"{name} {config[name]}" for name in shown if config.get(name) is not None)
+    return f"Missing modalities: {pattern_text(*run.pattern)}. Options: {options}."
+
+
+def _results(run: Run | None) -> str:
+    test: dict[str, Any] | None = run.test if run is not None else None
+    if run is None or test is None or run.tested_at is None:
+        return "Not tested."
+    lines = [
+        f"Test split, {test['samples']:,} samples, missing: {pattern_text(*run.tested_at)}.",
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *(f"| {name} | {figure(value)} |" for name, value in test["metrics"].items()),
+    ]
+    missing = ", ".join(
+        f"{name} {per_cent(round(count / test['samples'], 3))}" for name, count in test["missing"].items()
+    )
+    return "\n".join([*lines, "", f"Of the samples: {missing}."])

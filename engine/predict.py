@@ -9,7 +9,7 @@ for prediction in model.predict(images=["poster.jpg", None], texts=["Two friends
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from common.text import natural_key, per_cent, terminal_table
 from engine.checkpoint import Checkpoint, read_checkpoint
 from engine.families import BackboneChoice
 from engine.open_model import COMPUTE_TYPES, open_model
+from engine.recordings import in_samples, named
 from engine.training import model_input
 from vilt.datamodules import Batch, collate
 from vilt.datasets.arrow_dataset import Sample
@@ -65,6 +66,8 @@ class Item(NamedTuple):
     """By modality, of those that it has, what `Kind.read_given` takes."""
     place: str
     """How messages call it."""
+    times: tuple[float, float] | None = None
+    """Of a sample of a recording: from and to, in seconds."""
 
 
 class Predictor:
@@ -115,6 +118,21 @@ class Predictor:
             for n, given in enumerate({"image": image, "text": text} for image, text in pairs)
         ]
         return list(self.predict_items(items, batch_size=batch_size))
+
+    def predict_recording(
+        self, signals: Mapping[str, np.ndarray | str | Path | None], *, batch_size: int = 32
+    ) -> list[tuple[float, float, Prediction]]:
+        """A prediction for each sample of a recording of sensors, with its times in seconds.
+
+        Args:
+            signals: by modality, (values, channels) at its rate, or a .npy file with them; without those missing.
+
+        Raises:
+            DataError: a signal cannot be read, is shorter than a sample, or of another number of channels.
+        """
+        items = in_samples([Item("", named(signals, self.dataset), "the recording")], self.dataset)
+        found = self.predict_items(items, batch_size=batch_size)
+        return [(*(item.times or (0.0, 0.0)), one) for item, one in zip(items, found, strict=True)]
 
     def predict_items(self, items: Sequence[Item], *, batch_size: int, workers: int = 0) -> Iterator[Prediction]:
         """A prediction per item, in order; inputs are read by `workers` processes as they are needed.
@@ -211,7 +229,7 @@ def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
 
     Texts stand in the table, for other inputs the path of a file, relative to the table. In a folder, files of one name
     are one sample: a text for `NAME.jpg` is in `NAME.txt` beside it. Files are taken in the order of their names,
-    folders within it too.
+    folders within it too. A recording of sensors is as many samples as it holds.
 
     Raises:
         DataError: it is not there or holds nothing, or a row is not as expected; names file and row.
@@ -219,7 +237,7 @@ def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
     items = _items_of_folder(source, dataset) if source.is_dir() else _items_of_table(source, dataset)
     if not items:
         raise DataError(f"input={source}: expected at least one sample, found none")
-    return items
+    return in_samples(items, dataset)
 
 
 def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
@@ -295,14 +313,17 @@ def write_predictions(
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
+            times = ("start_s", "end_s") if any(item.times for item in items) else ()
             if path.suffix == ".csv":
-                writer.writerow(["id", "missing", "labels", *(f"p({name})" for name in predictor.class_names)])
+                writer.writerow(["id", *times, "missing", "labels", *(f"p({name})" for name in predictor.class_names)])
             for item, prediction in zip(items, predictions, strict=True):
                 if path.suffix == ".csv":
                     probabilities = prediction.probabilities.values()
-                    writer.writerow([item.id, prediction.missing, "|".join(prediction.labels), *probabilities])
+                    at = item.times or [""] * len(times)
+                    writer.writerow([item.id, *at, prediction.missing, "|".join(prediction.labels), *probabilities])
                 else:
-                    file.write(json.dumps({"id": item.id, **asdict(prediction)}, ensure_ascii=False) + "\n")
+                    of_item = dict(zip(times, item.times or (), strict=False))
+                    file.write(json.dumps({"id": item.id, **of_item, **asdict(prediction)}, ensure_ascii=False) + "\n")
                 if len(first) < SHOWN:
                     first.append(prediction)
     except OSError as error:

@@ -110,7 +110,8 @@ class FinetuneModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, with the method's own losses, each of which is logged by its name."""
         inputs = model_input(batch)
-        counted, weight = (len(batch.index_B), 1.0) if self.counts_as_published else self._weight(batch_idx)
+        as_it_is = self.counts_as_published or self.pretrains  # whose batches are subsequences, not samples
+        counted, weight = (len(batch.index_B), 1.0) if as_it_is else self._weight(batch_idx)
         if self.pretrains:
             own_losses = self.classifier.pretraining_losses(inputs)
             loss = sum(own_losses.values(), torch.zeros((), device=self.device))

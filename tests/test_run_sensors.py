@@ -4,19 +4,22 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from engine.predict import load_model
+from common.errors import DataError
+from engine.predict import Item, load_model
 from make_arrow import main as make_arrow
 from run import command_line
 from sensors.augmentations import draw_view
 from sensors.weights import published_weights, sizes_for
 from tests.interrupted import differences
-from tests.sensor_files import write_set
+from tests.sensor_files import ROWS, write_set
 from tests.test_resume import interrupt
 from tests.test_sensor_rep import ALL, batch_of, make, signals_of
+from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 
 NETWORK = ("network.width=8", "network.blocks=[1,1]", "network.feature_width=12", "network.projection_width=6")
@@ -198,3 +201,31 @@ def test_mixed_samples_have_mixed_labels() -> None:
             assert mixed.inputs[name].shape == x.shape
         logits, _ = classifier.training_outputs(mixed, shares)
         assert torch.isfinite(torch.nn.functional.cross_entropy(logits, shares))
+
+
+def test_a_recording_of_any_length_is_predicted_sample_by_sample(root: Path, trained: Path, tmp_path: Path) -> None:
+    dataset = ArrowDataset(open_spec("sensors", root / "data", ["test"]), root / "data", "test")
+    signals = np.load(root / "raw" / "signals.npy")[11 * ROWS :] * np.float32(0.01)
+    recording = {"acc": signals[:, :2], "gyr": signals[: ROWS - 3, 2:4], "lig": None}
+    model = load_model(trained / "best.ckpt", device="cpu")
+    found = model.predict_recording(recording)
+    assert [(start, end) for start, end, _ in found] == [(float(n), n + 1.0) for n in range(5)]
+    for number, (_, _, one) in enumerate(found):
+        inputs = {name: dataset[0, 6 + number].inputs[name].numpy() for name in ("acc", "gyr")}
+        [expected] = model.predict_items([Item("", inputs, "")], batch_size=1)
+        assert one.missing == "lig missing" and one.labels == expected.labels
+        assert list(one.probabilities.values()) == pytest.approx(list(expected.probabilities.values()), abs=1e-5)
+    for name in ("acc", "gyr"):
+        np.save(tmp_path / f"{name}.npy", recording[name])
+    (tmp_path / "in.csv").write_text("id,acc,gyr\nwalk,acc.npy,gyr.npy\nrun,acc.npy,\n")
+    output = tmp_path / "out.csv"
+    options = [f"load_path={trained / 'best.ckpt'}", f"input={tmp_path / 'in.csv'}", f"output={output}"]
+    assert command_line(["run.py", "predict", "with", "precision=32", "num_workers=0", *options]) == 0
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["id"], row["start_s"]) for row in rows[4:7]] == [("walk", "4.0"), ("run", "0.0"), ("run", "1.0")]
+    assert len(rows) == 11 and rows[5]["missing"] == "gyr, lig missing"
+    np.save(tmp_path / "gyr.npy", np.zeros((3, 2)))
+    assert command_line(["run.py", "predict", "with", "precision=32", "num_workers=0", *options]) == 2
+    with pytest.raises(DataError, match="expected signals of acc, gyr, lig, found sound"):
+        model.predict_recording({"sound": np.zeros((20, 1))})

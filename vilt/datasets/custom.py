@@ -34,8 +34,9 @@ class CustomData:
     class_names: tuple[str, ...]
     metric: str
     """The one that chooses the best model."""
-    signals: tuple[tuple[str, int, int, int], ...] = ()
-    """Of sensors, by modality: name, channels, intervals of a sample, values of an interval. Of others none."""
+    signals: tuple[tuple[str, int, int, int, int, float], ...] = ()
+    """Of sensors, by modality: name, channels, intervals of a sample, values of an interval, values from the start of
+    an interval to that of the next, rate in Hz. Of others none."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -53,11 +54,12 @@ class CustomData:
 
     def _check_signals(self) -> None:
         names = [name for name, *_ in self.signals]
-        for name, *sizes in self.signals:
+        for name, *sizes, rate in self.signals:
             if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise ValueError(f"modalities: expected letters, digits, - and _ in a name, found {quoted(name)}")
-            if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
-                raise ValueError(f"modalities: {name}: expected channels, intervals and values, found {sizes}")
+            known = type(rate) in (int, float) and rate > 0 and all(type(size) is int and size > 0 for size in sizes)
+            if len(sizes) != 4 or not known:
+                raise ValueError(f"modalities: {name}: expected four sizes and a rate, found {[*sizes, rate]}")
         if names and not 2 <= len(set(names)) == len(names) <= MOST_MODALITIES:
             raise ValueError(f"modalities: expected 2 to {MOST_MODALITIES} different names, found {listed(names)}")
         if self.signals and self.labels != "single":

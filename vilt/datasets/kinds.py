@@ -268,7 +268,7 @@ class ArrayKind(Kind):
     def read_given(value: str | Path | np.ndarray, modality: Modality, given: InputFormat) -> Tensor:
         if not isinstance(value, np.ndarray):
             value = np.load(io.BytesIO(_bytes_of(Path(value))), allow_pickle=False)
-        array, shape = np.asarray(value, dtype=np.float32), modality.shape
+        array, shape = np.array(value, dtype=np.float32), modality.shape
         if array.ndim != len(shape) or array.shape[1:] != shape[1:] or shape[0] not in (None, len(array)):
             raise ValueError(f"expected an array of shape {shape}, found {array.shape}")
         if not array.size or not np.isfinite(array).all():

@@ -20,6 +20,10 @@ class Modality(NamedTuple):
     column: str
     shape: tuple[int | None, ...] = ()
     """Of an `array`; None as the first size where it varies. None at all: what the metadata of the arrow files says."""
+    step: int = 0
+    """Of signals: values from the start of an interval to that of the next."""
+    rate: float = 0.0
+    """Likewise, in Hz."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The rows of datasets of sensors."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from vilt.datasets.row import SPLITS, DatasetSpec, Modality
@@ -36,16 +37,18 @@ SENSOR_PRETRAINING: dict[str, Any] = {
 """Of FOCAL's code, but for the epochs, of which it has thousands."""
 
 
-def signal(name: str, channels: int, intervals: int, values: int) -> Modality:
+def signal(name: str, channels: int, intervals: int, values: int, step: int, rate: float) -> Modality:
     """Signals of a sensor, cut into intervals."""
-    return Modality("array", f"signal_{name}", (channels, intervals, values))
+    return Modality("array", f"signal_{name}", (channels, intervals, values), step, rate)
 
 
-def recordings(name: str, title: str, sizes: dict[str, tuple[int, int, int]], **others: Any) -> DatasetSpec:
+def recordings(
+    name: str, title: str, sizes: Mapping[str, tuple[int, int, int, int, float]], **others: Any
+) -> DatasetSpec:
     """A dataset of sensors, whose samples are cut from recordings.
 
     Args:
-        sizes: by modality, channels, intervals of a sample, values of an interval.
+        sizes: by modality, channels, intervals of a sample, values of an interval and from one to the next, rate.
     """
     given: dict[str, Any] = {
         "file_splits": {split: split for split in SPLITS},
@@ -73,7 +76,8 @@ def recordings(name: str, title: str, sizes: dict[str, tuple[int, int, int]], **
 
 SENSOR_ROWS = (
     recordings(
-        *("mod", "MOD", {"seismic": (1, 10, 20), "audio": (1, 10, 1600)}),
+        *("mod", "MOD"),
+        {"seismic": (1, 10, 20, 20, 100), "audio": (1, 10, 1600, 1600, 8000)},
         n_classes=7,
         class_names=("Polaris", "Warhog", "Silverado", "motor", "tesla", "mustang", "walk"),
         converter="vilt.utils.write_mod",
@@ -83,14 +87,24 @@ SENSOR_ROWS = (
         options={**SENSOR_OPTIONS, "memory_depth": 4},
     ),
     recordings(
-        *("pamap2", "PAMAP2", {"Acc": (3, 9, 40), "Gyro": (3, 9, 40), "Mag": (3, 9, 40)}),
+        *("pamap2", "PAMAP2"),
+        dict.fromkeys(("Acc", "Gyro", "Mag"), (3, 9, 40, 20, 100)),
         n_classes=18,
         class_names=PAMAP2_CLASSES,
         converter="vilt.utils.write_wearables",
         converter_arguments={"dataset": "pamap2"},
     ),
     recordings(
-        *("rwhar", "RealWorld-HAR", {"acc": (3, 9, 50), "gyr": (3, 9, 50), "mag": (3, 9, 50), "lig": (1, 9, 50)}),
+        *(
+            "rwhar",
+            "RealWorld-HAR",
+            {
+                "acc": (3, 9, 50, 25, 50),
+                "gyr": (3, 9, 50, 25, 50),
+                "mag": (3, 9, 50, 25, 50),
+                "lig": (1, 9, 50, 25, 50),
+            },
+        ),
         n_classes=8,
         class_names=(*("climbingdown", "climbingup", "jumping", "lying", "running", "sitting", "standing", "walking"),),
         converter="vilt.utils.write_wearables",

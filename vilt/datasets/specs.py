@@ -188,7 +188,7 @@ def row_of(table_name: str) -> DatasetSpec:
     """The row of what missing tables call a dataset, with its modalities, and without classes if it is a custom one."""
     name, *modalities = table_name.split("+")
     row = EVERY_DATASET[name]
-    return replace(row, modalities={each: signal(each, 1, 1, 1) for each in modalities}) if modalities else row
+    return replace(row, modalities={each: signal(each, 1, 1, 1, 1, 1) for each in modalities}) if modalities else row
 
 
 def spec_of(name: str, custom: CustomData | None) -> DatasetSpec:
@@ -199,7 +199,7 @@ def spec_of(name: str, custom: CustomData | None) -> DatasetSpec:
 def custom_spec(custom: CustomData) -> DatasetSpec:
     """The complete row of a custom dataset."""
     multilabel = custom.labels == "multi"
-    signals = {name: signal(name, *sizes) for name, *sizes in custom.signals}
+    signals = {each[0]: signal(*each) for each in custom.signals}
     return replace(
         EVERY_DATASET[custom.task],
         modalities=signals or EVERY_DATASET[custom.task].modalities,

@@ -102,7 +102,8 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     try:
         shape = cut.shape(channels.rate)
         classes = tuple(line.strip() for line in raw_data.read_bytes(raw / "classes.txt").decode().splitlines() if line)
-        of_signals = tuple((name, len(columns), *shape) for name, columns in channels.columns.items())
+        step = cut.at(channels.rate)[3]
+        of_signals = tuple((name, len(of), *shape, step, channels.rate) for name, of in channels.columns.items())
         custom = CustomData(of_spec["name"], "single", classes, of_spec["metric"], of_signals)
     except ValueError as error:
         raise DataError(f"{source}: {error}") from None

@@ -115,6 +115,14 @@ def test_several_labels(raw: Path, separator: str | None, capsys: pytest.Capture
     assert spec.custom == CustomData("custom", "multi", ("blue", "green", "red"), "f1_macro") and spec.multilabel
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_spec_and_tables_with_a_byte_order_mark(raw: Path, encoding: str) -> None:
+    (raw / "spec.yaml").write_text("name: caf-1\nfiles: Table.CSV\nclasses: [cat, dog]\n", encoding)
+    (raw / "table.csv").write_bytes(b"\xef\xbb\xbf" + (raw / "table.csv").read_bytes())
+    assert convert(raw, raw / "out") == 0
+    assert columns_of(raw / "out")["label"] == [0, 1, 0]
+
+
 def test_numbers_are_names_in_json_and_yaml(raw: Path) -> None:
     rows = [dict(zip(HEADER, [*row[:2], number % 2, row[3]], strict=True)) for number, row in enumerate(ROWS)]
     write_jsonl(raw / "table.jsonl", rows)

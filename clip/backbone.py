@@ -51,6 +51,9 @@ IGNORED_ENTRIES = {"input_resolution", "context_length", "vocab_size", "attn_mas
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Entries of a training's checkpoint under which its state dict may be."""
 
+WRAPPED_NAMES = {**{rf"_orig_mod\.{'(?:)' * n}": "" for n in range(4)}, r"^(?:module\.)+": ""}
+"""What `unwrapped_names` takes off, for transformers, where an entry takes one off each name."""
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -169,7 +172,7 @@ def _from_hugging_face(vit: str) -> tuple[dict[str, Tensor], ClipArchitecture]:
         return CLIPModel.from_pretrained(
             source,
             local_files_only=local_files_only,
-            key_mapping={r"(^|\.)_orig_mod\.": r"\1", r"^(module\.)+": ""},  # as `unwrapped_names`
+            key_mapping=WRAPPED_NAMES,
             dtype=torch.float32,
             attn_implementation="eager",  # else config.json may name one on the hub, which would be fetched and run
             output_loading_info=True,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from clip import backbone as backbone_module
-from clip.backbone import HUB_NAMES, Backbone, architecture_of, load_backbone
+from clip.backbone import Backbone, architecture_of, load_backbone
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from common.errors import BackboneError
@@ -57,7 +57,7 @@ def loaded(tiny: Tiny) -> Backbone:
     return load_backbone(str(tiny.folder))
 
 
-def hf_folder(tiny: Tiny, folder: Path, change: Callable[[dict[str, Tensor]], None] | None = None, **files: Any) -> str:
+def hf_folder(tiny: Tiny, folder: Path, change: Callable[[dict[str, Tensor]], Any] | None = None, **files: Any) -> str:
     """A copy of the tiny folder. `change` edits the weights; config= edits config.json; pickled=True writes .bin."""
     folder.mkdir(parents=True)
     config = json.loads((tiny.folder / "config.json").read_text())
@@ -78,9 +78,12 @@ def add_position_ids(state: dict[str, Tensor]) -> None:
     state["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
 
 
-def compiled(state: dict[str, Tensor]) -> None:
+def compiled(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names that DistributedDataParallel and torch.compile give, of the model and of a block in it."""
     for name in list(state):
-        state[f"module._orig_mod.{name}"] = state.pop(name)
+        inner = name.replace("resblocks.1.", "resblocks.1._orig_mod.").replace("layers.1.", "layers.1._orig_mod.")
+        state[f"module._orig_mod.{inner}"] = state.pop(name)
+    return state
 
 
 def scalars() -> dict[str, Tensor]:
@@ -135,47 +138,30 @@ def halve(state: dict[str, Tensor]) -> None:
     state.update({name: value.half() for name, value in state.items()})
 
 
-def saved(content: object, path: Path, **options: Any) -> str:
-    torch.save(content, path, **options)
+def openai_file(tiny: Tiny, path: Path, change: Callable[[dict[str, Tensor]], Any] = dict, **options: Any) -> str:
+    """OpenAI's entries, changed, in a file."""
+    path.parent.mkdir(exist_ok=True)
+    torch.save(change({**tiny.openai, **scalars()}), path, **options)
     return str(path)
-
-
-def wrapped(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What open_clip's training writes: wrapped, and named by DistributedDataParallel."""
-    state = {f"module.{name}": value for name, value in state.items()}
-    return {"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}
-
-
-def old_dtype(config: dict[str, Any]) -> None:
-    config.update(dtype="float16")
 
 
 FORMATS: dict[str, Callable[[Tiny, Path], str]] = {
     "bin folder": lambda tiny, to: hf_folder(tiny, to / "hf", pickled=True),
     "old folder": lambda tiny, to: hf_folder(tiny, to / "hf", add_position_ids),
-    "old bin folder": lambda tiny, to: hf_folder(tiny, to / "hf", add_position_ids, pickled=True),
-    "half folder": lambda tiny, to: hf_folder(tiny, to / "hf", halve, config=old_dtype),
-    "openai": lambda tiny, to: saved({**tiny.openai, **scalars()}, to / "clip.pt"),
-    "openai half": lambda tiny, to: saved({**half_like_openai(tiny.openai), **scalars()}, to / "clip.pt"),
-    "openai legacy": lambda tiny, to: saved(
-        {**tiny.openai, **scalars()}, to / "clip.pth", _use_new_zipfile_serialization=False
+    "half folder": lambda tiny, to: hf_folder(tiny, to / "hf", halve, config=lambda c: c.update(dtype="float16")),
+    "compiled folder": lambda tiny, to: hf_folder(tiny, to / "hf", compiled),
+    "openai": lambda tiny, to: openai_file(tiny, to / "clip.pt"),
+    "openai half": lambda tiny, to: openai_file(tiny, to / "clip.pt", half_like_openai),
+    "openai legacy": lambda tiny, to: openai_file(tiny, to / "clip.pth", _use_new_zipfile_serialization=False),
+    "openai parameters": lambda tiny, to: openai_file(
+        tiny, to / "clip.pt", lambda state: {name: nn.Parameter(value, False) for name, value in state.items()}
     ),
-    "openai parameters": lambda tiny, to: saved(
-        {**{name: nn.Parameter(value) for name, value in tiny.openai.items()}, **scalars()}, to / "clip.pt"
-    ),
+    "compiled": lambda tiny, to: openai_file(tiny, to / "clip.pt", compiled),
+    "model entry": lambda tiny, to: openai_file(tiny, to / "clip.pt", lambda state: {"model": state, "epoch": 1}),
     "open_clip safetensors": lambda tiny, to: open_clip(tiny, to / "open_clip_model.safetensors", quick=True),
     "open_clip bin": lambda tiny, to: open_clip(tiny, to / "open_clip_pytorch_model.bin", quick=True),
-    "compiled": lambda tiny, to: saved(
-        {
-            f"module._orig_mod.{name.replace('resblocks.1.', 'resblocks.1._orig_mod.')}": value
-            for name, value in {**tiny.openai, **scalars()}.items()
-        },
-        to / "clip.pt",
-    ),
-    "compiled folder": lambda tiny, to: hf_folder(tiny, to / "hf", compiled),
-    "model entry": lambda tiny, to: saved({"model": {**tiny.openai, **scalars()}, "epoch": 1}, to / "clip.pt"),
-    "open_clip training": lambda tiny, to: saved(
-        wrapped(tiny.openai), Path(open_clip(tiny, to / "unused.bin", quick=True)).with_name("epoch_3.pt")
+    "open_clip training": lambda tiny, to: openai_file(
+        tiny, to / "epoch_3.pt", lambda state: {"epoch": 3, "name": "run", "state_dict": compiled(state)}
     ),
 }
 
@@ -203,11 +189,9 @@ def assert_same(found: Backbone, loaded: Backbone, tiny: Tiny) -> None:
 
 
 def test_hash_is_of_the_values(tiny: Tiny, loaded: Backbone, tmp_path: Path) -> None:
-    state = {**tiny.openai, **scalars()}
-    value = tiny.openai["visual.ln_post.bias"].clone()
-    value[3] = torch.nextafter(value[3], torch.tensor(9.0))
-    torch.save({**state, "visual.ln_post.bias": value}, tmp_path / "other.pt")
-    assert load_backbone(str(tmp_path / "other.pt")).sha256 != loaded.sha256
+    value = torch.nextafter(tiny.openai["visual.ln_post.bias"], torch.tensor(9.0))
+    other = openai_file(tiny, tmp_path / "other.pt", lambda state: {**state, "visual.ln_post.bias": value})
+    assert load_backbone(other).sha256 != loaded.sha256
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -262,29 +246,25 @@ def test_torchscript_under_another_ending_is_not_run(tiny: Tiny, tmp_path: Path)
     refused(str(torchscript({**tiny.openai, **scalars()}, tmp_path / "clip.bin")), "not readable")
 
 
-def test_published_archives_are_openais_four() -> None:
-    assert sorted(backbone_module.OPENAI_SHA256.values()) == sorted(HUB_NAMES)
-    assert all(len(digest) == 64 for digest in backbone_module.OPENAI_SHA256)
-
-
 # The activation
 
 
-def test_open_clip_config_says_the_activation(tiny: Tiny, tmp_path: Path) -> None:
-    for name, quick, expected in (("a", True, "quick_gelu"), ("b", False, "gelu")):
-        for ending in (".safetensors", ".bin"):
-            vit = open_clip(tiny, tmp_path / name / f"open_clip{ending}", quick)
-            assert load_backbone(vit).architecture == replace(TINY, activation=expected)
+@pytest.mark.parametrize(("quick", "expected"), [(True, "quick_gelu"), (False, "gelu")])
+def test_open_clip_config_says_the_activation(quick: bool, expected: str, tiny: Tiny, tmp_path: Path) -> None:
+    vit = open_clip(tiny, tmp_path / "open_clip.bin", quick)
+    assert load_backbone(vit).architecture == replace(TINY, activation=expected)
 
 
-def test_activation_that_nobody_says_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
-    archive = str(torchscript(tiny.openai, tmp_path / "archive.pt"))
-    for vit, trust in ((open_clip(tiny, tmp_path / "open_clip.bin", None), False), (archive, True)):
-        refused(vit, "vit_activation=quick_gelu.*vit_activation=gelu.*open_clip_config.json", trust=trust)
-        for activation in ("gelu", "quick_gelu"):
-            found = load_backbone(vit, trust=trust, activation=activation).architecture
-            assert found == replace(TINY, activation=activation)
-        refused(vit, "expected vit_activation=quick_gelu or gelu.*found relu", trust=trust, activation="relu")
+@pytest.mark.parametrize("trust", [False, True], ids=["open_clip", "torchscript"])
+def test_activation_that_nobody_says_is_asked_for(trust: bool, tiny: Tiny, tmp_path: Path) -> None:
+    vit = open_clip(tiny, tmp_path / "open_clip.bin", None)
+    if trust:
+        vit = str(torchscript(tiny.openai, tmp_path / "archive.pt"))
+    refused(vit, "vit_activation=quick_gelu.*vit_activation=gelu.*open_clip_config.json", trust=trust)
+    refused(vit, "expected vit_activation=quick_gelu or gelu.*found relu", trust=trust, activation="relu")
+    for activation in ("gelu", "quick_gelu"):
+        found = load_backbone(vit, trust=trust, activation=activation).architecture
+        assert found == replace(TINY, activation=activation)
 
 
 @pytest.mark.parametrize("name", ["openai", "open_clip bin", "bin folder"])
@@ -521,11 +501,10 @@ def test_sizes_come_from_the_weights(name: str) -> None:
 
 
 def test_names_and_shapes_of_vit_b_16_are_the_published_ones() -> None:
+    """Of the default sizes of REP; published checkpoints lack the dynamic queries."""
     published = json.loads((golden.GOLDEN_DIR / "rep_checkpoint_keys_vitb16.json").read_text())
-    depth = len({name.split(".")[3] for name in published if ".memory_learner.layernorm_text." in name})
-    slots = published["model.memory_learner.common_memory_complete"][0]
     with torch.device("meta"):
-        classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("rep", 3 * slots, depth), REAL["ViT-B/16"]))
+        classifier = build_classifier(ModelSpec("mmimdb", MethodOptions(), REAL["ViT-B/16"]))
     own = {published_name(name): list(value.shape) for name, value in classifier.state_dict().items()}
-    assert {name: shape for name, shape in own.items() if "memories_dynamic_" not in name} == published
-    assert len([name for name in own if "memories_dynamic_" in name]) == 6
+    queries = {name for name in own if "memories_dynamic_" in name}
+    assert len(queries) == 6 and {name: own[name] for name in own.keys() - queries} == published

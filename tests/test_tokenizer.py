@@ -212,30 +212,23 @@ def vocabulary_without(slow: SlowTokenizer, piece: str) -> tuple[dict[str, int],
     return vocab, [pair for pair in slow.merges if piece not in pair]
 
 
+def swapped(slow: SlowTokenizer) -> dict[str, int]:
+    return {**slow.vocab, START: slow.vocab[END], END: slow.vocab[START]}
+
+
 BROKEN: dict[str, tuple[Callable[[Path, SlowTokenizer], object], str]] = {
-    "empty": (lambda folder, slow: folder.mkdir(), "no vocabulary"),
-    "cut": (
-        lambda folder, slow: write_new(folder, slow, lambda text: text[: len(text) // 2]),
-        "not readable as a CLIP",
-    ),
-    "other JSON": (lambda folder, slow: write_new(folder, slow, lambda text: '{"a": 1}'), "KeyError"),
-    "no merges": (
-        lambda folder, slow: (write_folder(folder, slow.vocab, slow.merges) / "merges.txt").unlink(),
-        "merges",
-    ),
-    "unknown merge": (lambda folder, slow: write_folder(folder, slow.vocab, [*slow.merges, ("zz", "q")]), "[Mm]erges"),
+    "empty": (lambda to, slow: to.mkdir(), "no vocabulary"),
+    "cut": (lambda to, slow: write_new(to, slow, lambda text: text[: len(text) // 2]), "not readable as a CLIP"),
+    "other JSON": (lambda to, slow: write_new(to, slow, lambda text: '{"a": 1}'), "KeyError"),
+    "no merges": (lambda to, slow: (write_folder(to, slow.vocab, slow.merges) / "merges.txt").unlink(), "merges"),
+    "unknown merge": (lambda to, slow: write_folder(to, slow.vocab, [*slow.merges, ("zz", "q")]), "[Mm]erges"),
     "list": (
-        lambda folder, slow: (write_folder(folder, slow.vocab, slow.merges) / "vocab.json").write_text("[1, 2]"),
+        lambda to, slow: (write_folder(to, slow.vocab, slow.merges) / "vocab.json").write_text("[1, 2]"),
         "vocabulary",
     ),
-    "no byte": (
-        lambda folder, slow: write_folder(folder, *vocabulary_without(slow, "q</w>")),
-        "found 512 of those 513",
-    ),
+    "no byte": (lambda to, slow: write_folder(to, *vocabulary_without(slow, "q</w>")), "found 512 of those 513"),
     "end not highest": (
-        lambda folder, slow: write_folder(
-            folder, {**slow.vocab, START: slow.vocab[END], END: slow.vocab[START]}, slow.merges
-        ),
+        lambda to, slow: write_folder(to, swapped(slow), slow.merges),
         r"'<\|startoftext\|>' as the highest",
     ),
 }

@@ -17,6 +17,7 @@ from runs.command_line import written
 from runs.run_reader import as_written_by_run, numbers_by_name
 from runs.sweep.jobs import Job, Progress
 from runs.sweep.launchers import Launcher
+from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import EVERY_DATASET
 from vilt.missing_types import AVAILABLE, available_shares
 
@@ -138,7 +139,7 @@ def table_rows(options: Options, metric: str, cells: Sequence[Cell], failed: Col
     for seeds in patterns.values():
         cell, complete = seeds[0], [result for one in seeds if (result := results[one.job]) is not None]
         row = {**cell.variant, "missing_type": cell.missing_type, "ratio": cell.ratio}
-        modalities = EVERY_DATASET[options.task].modalities
+        modalities = _modalities(options)
         shares = available_shares(modalities, cell.missing_type, cell.ratio, options.both_ratio)
         row |= {f"{name}{AVAILABLE}": round(share, 6) for name, share in shares.items()}
         for name in (*(metrics or [metric]), *COSTS):
@@ -152,11 +153,17 @@ def table_rows(options: Options, metric: str, cells: Sequence[Cell], failed: Col
     return rows
 
 
+def _modalities(options: Options) -> list[str]:
+    """Those of the dataset, which for a set of sensors its arrow files say."""
+    known = EVERY_DATASET[options.task].modalities
+    return list(known or open_spec(options.task, options.data_root, options.splits[:1]).modalities)
+
+
 def table_text(rows: Sequence[dict[str, Any]], options: Options, metric: str) -> str:
     """The table for the terminal, with one metric."""
     any_costs = any(row[name] for row in rows for name in COSTS)
     any_failed = any(row["failed"] for row in rows)
-    modalities = list(EVERY_DATASET[options.task].modalities)
+    modalities = _modalities(options)
     heads = [*options.sweep_over, "missing", "ratio", *modalities, metric, "seeds complete"]
     heads += [*(["trainable parameters", "time of a run"] if any_costs else []), *(["failed"] if any_failed else [])]
     shown = []

@@ -120,12 +120,11 @@ def test_a_command_line_that_sacred_cannot_read_is_one_line(
     assert len(said) == 1 and said[0].startswith("error: ")
 
 
-@pytest.mark.parametrize("asked", [("-h",), ("--help",), ("help",), ("help", "robustness")])
-def test_help_is_no_error(asked: tuple[str, ...], capsys: Captured) -> None:
-    assert command_line(["run.py", *asked]) == 0
+@pytest.mark.parametrize("asked", ["-h", "--help", "help"])
+def test_help_is_no_error(asked: str, capsys: Captured) -> None:
+    assert command_line(["run.py", asked]) == 0
     said = capsys.readouterr()
-    assert ("three passes" if "robustness" in asked else "python run.py with task_finetune_mmimdb") in said.out
-    assert said.err == ""
+    assert "python run.py with task_finetune_mmimdb" in said.out and "robustness" in said.out and said.err == ""
 
 
 @pytest.mark.parametrize("inside", ["", "/record"])

@@ -147,10 +147,6 @@ class Options:
     mask_readout: bool = option(False, flag, MODEL, "likewise: the read-out of a missing modality becomes 0")
     train_pooler: bool = option(False, flag, MODEL, "likewise: REP trains the pooler too")
     prompt_length: int = option(16, integer(1), MODEL, "MPLMM: steps of a prompt")
-    backbone_width: int | None = option(None, optional(integer(4)), MODEL,
-        "text, audio and vision: width of the backbone; None: that of load_path, or 30")
-    backbone_heads: int | None = option(None, optional(integer(1)), MODEL, "likewise: attention heads; None: or 5")
-    backbone_layers: int | None = option(None, optional(integer(1)), MODEL, "likewise: cross-modal layers; None: or 5")
     image_size: int | None = option(None, optional(integer(1)), MACHINE, "side of the images; None: the backbone's")
 
     batch_size: int = option(256, integer(1), TRAINING, "effective batch, reached by accumulation")
@@ -311,10 +307,6 @@ NAMED_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "supervised": {
         "prompt_type": "full", "max_epoch": 500, "learning_rate": 1e-4, "weight_decay": 0.05, "end_lr": 1e-7,
-    },
-    "task_pretrain_mosei": {
-        **EVERY_DATASET["mosei"].options, "exp_name": "pretrain_mosei", "task": "mosei", "prompt_type": "full",
-        "missing_ratio": 0, "simulate_missing": False,
     },
     "published": {"missing_tables": PUBLISHED, "order_seed": 0, "precision": PUBLISHED},
     "rep_described": {"replay_depth": 6, "decoupling_weight": 0.1, "dynamic_init": True},

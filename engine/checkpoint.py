@@ -25,12 +25,13 @@ from common.records import record_of
 from common.torch_file import check_state, first_of, state_dict_of, unwrapped_names
 from engine.exported import WEIGHTS, is_exported, read_exported
 from engine.families import BackboneChoice, family_of
-from engine.published_checkpoint import load_checkpoint_file, model_names, published_model
+from engine.published_checkpoint import load_checkpoint_file, model_names, published_model, published_vla
 from engine.tasks import task_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM_TASKS, CustomData
-from vilt.datasets.specs import EVERY_DATASET, DatasetSpec, spec_of
+from vilt.datasets.specs import EVERY_DATASET, VLA, DatasetSpec, spec_of, with_shapes
 from vilt.utils.names import normal
+from vla.weights import Module
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ class ModelSpec:
 
     @property
     def dataset(self) -> DatasetSpec:
-        """Row of the dataset."""
-        return spec_of(self.task, self.custom)
+        """Row of the dataset, with the shapes of arrays that the model is for."""
+        row = spec_of(self.task, self.custom)
+        return with_shapes(row, getattr(self.architecture, "shapes", {})) if row.family == VLA else row
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"load_path={path}: expected a checkpoint, {found}")
     raw = read_exported(path) if path.name == WEIGHTS else load_checkpoint_file(path)
     try:
+        if isinstance(raw, Module):
+            task, method, architecture, state = published_vla(raw)
+            return Checkpoint(path, file_sha256(path), ModelSpec(task, method, architecture), state)
         if not isinstance(raw, dict) or "state_dict" not in raw:
             found = first_of([str(name) for name in raw]) if isinstance(raw, dict) else ""
             raise ValueError(

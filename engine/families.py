@@ -3,6 +3,7 @@
 Another one is a class and a line in FAMILIES; a dataset's row names its family.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,16 @@ from clip.modules.interfaces import Backbone
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from clip.tokenizer import FILES, ClipTokenizer, load_tokenizer
 from common.errors import BackboneError, ConfigError
+from sensors import weights as sensor_weights
 from sensors.backbone import build
 from sensors.sizes import SensorSizes
-from sensors.weights import RANDOM, published_weights, random_weights, silences, sizes_for
+from sensors.weights import RANDOM, published_weights, silences, sizes_for
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat, root_mean_squares
 from vilt.datasets.open_spec import open_spec
-from vilt.datasets.specs import CLIP, EVERY_DATASET
+from vilt.datasets.specs import CLIP, EVERY_DATASET, VLA
+from vla import weights as vla_weights
+from vla.backbone import VlaArchitecture, VlaBackbone
 
 
 class BackboneChoice(NamedTuple):
@@ -121,7 +125,7 @@ class SensorFamily(Family):
         vit = str(choice.vit)
         if vit.partition(":")[0] == RANDOM:
             seed = int(number) if (number := vit.partition(":")[2]).isdigit() else choice.seed
-            return random_weights(trained_on or self._sizes(choice, scaled=True), seed)
+            return sensor_weights.random_weights(trained_on or self._sizes(choice, scaled=True), seed)
         if not Path(vit).is_file():
             raise BackboneError(f"vit: expected {RANDOM}, or a file with a pretrained backbone, found {vit!r}")
         from engine.checkpoint import backbone_in  # which needs families itself
@@ -141,7 +145,40 @@ class SensorFamily(Family):
         return silences(weights)
 
 
-FAMILIES: dict[str, Family] = {CLIP: ClipFamily(), "sensors": SensorFamily()}
+class VlaFamily(Family):
+    """MulT: drawn from the seed, for stage 1, or from a checkpoint of stage 1, ours or a published one."""
+
+    architecture = VlaArchitecture
+
+    def build(self, architecture: VlaArchitecture) -> Backbone:
+        return VlaBackbone(architecture)
+
+    def load(self, choice: BackboneChoice, trained_on: VlaArchitecture | None = None) -> FrozenWeights:
+        """Of a checkpoint without the projections, which belong to its data."""
+        vit = str(choice.vit)
+        if trained_on is None:
+            assert choice.task is not None and choice.data_root is not None
+            row = open_spec(choice.task, choice.data_root, ["train"])
+            shapes = {name: modality.shape for name, modality in row.modalities.items()}
+            ours = vla_weights.architecture_for(shapes, choice.network or {})
+        if vit.partition(":")[0] == RANDOM:
+            seed = int(number) if (number := vit.partition(":")[2]).isdigit() else choice.seed
+            return vla_weights.random_weights(trained_on or replace(ours, project_all=False), seed)
+        if not Path(vit).is_file():
+            raise BackboneError(f"vit: expected {RANDOM}, or a checkpoint of stage 1, found {vit!r}")
+        from engine.checkpoint import read_checkpoint, restore_classifier  # which need families themselves
+
+        checkpoint = read_checkpoint(Path(vit))
+        theirs = checkpoint.spec.architecture
+        if not isinstance(theirs, VlaArchitecture):
+            raise BackboneError(f"vit: expected a checkpoint of stage 1, found one of {checkpoint.spec.task} in {vit}")
+        start = None if checkpoint.published else self.load(BackboneChoice(checkpoint.backbone_name), theirs)
+        model, names = restore_classifier(checkpoint, start).model, self.build(theirs).state_dict().keys()
+        state = {name: tensor for name, tensor in model.state_dict().items() if name in names}
+        return vla_weights.taken_over(vit, state, theirs, trained_on or ours)
+
+
+FAMILIES: dict[str, Family] = {CLIP: ClipFamily(), "sensors": SensorFamily(), VLA: VlaFamily()}
 
 
 def family_of(task: str) -> Family:

@@ -165,7 +165,7 @@ class LogitStore:
             "row": pa.array(rows, pa.int64()),
             "id": pa.array([self.dataset.sample_name(number) for number in range(len(rows))], pa.string()),
             "text_number": pa.array(np.arange(len(rows)) - np.searchsorted(rows, rows), pa.int64()),  # rows ascend
-            "label": _lists(labels.astype(np.uint8)) if labels.ndim == 2 else pa.array(labels, pa.int64()),
+            "label": _lists(labels.astype(np.uint8)) if labels.ndim == 2 else pa.array(labels),
         }
 
     def _write(self, path: Path, columns: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from common.shares import part_of
 ADAM_BETAS = (0.9, 0.98)
 ADAM_EPS = 1e-8
 SGD_MOMENTUM = 0.9
+PATIENCE, PLATEAU_THRESHOLD = 10, 1e-4
+"""As torch's ReduceLROnPlateau has them."""
 NOT_DECAYED = ("bias", "norm.weight")
 """Endings of the names of parameters without weight decay. Of the norms these are the ones within RDNs, not `ln_post`,
 `ln_final` and `layernorm_text.K`: the published test of names."""
@@ -34,8 +36,8 @@ class OptimizerSettings:
     """Optimiser steps, or a share of all steps if below 1."""
     end_lr: float
     decay_power: float | str
-    """Power of the polynomial decay; `cosine` to 0; or by epoch, after no warm-up: `epoch_cosine` to `end_lr`, or
-    `epoch_step`, a fifth every 300 epochs."""
+    """Power of the polynomial decay; `cosine` to 0; or by epoch, after no warm-up: `epoch_cosine` to `end_lr`,
+    `epoch_step`, a fifth every 300 epochs; or `plateau`, see Plateau."""
     max_steps: int | None = None
     """All steps, where that is less than the epochs have."""
 
@@ -171,12 +173,42 @@ def warmup_steps(settings: OptimizerSettings, total_steps: int) -> int:
     return part_of(total_steps, warmup) if warmup < 1 else int(warmup)
 
 
+class Plateau:
+    """A factor on the learning rate: a tenth each time PATIENCE validations in a row more had no lower loss."""
+
+    def __init__(self) -> None:
+        self.factor, self.lowest, self.without = 1.0, math.inf, 0
+
+    def __call__(self, step: int) -> float:
+        return self.factor
+
+    def see(self, loss: float, scheduler: LambdaLR) -> None:
+        """Takes the loss of a validation into account, from the next step on."""
+        if loss < self.lowest * (1 - PLATEAU_THRESHOLD):
+            self.lowest, self.without = loss, 0
+            return
+        self.without += 1
+        if self.without > PATIENCE:
+            self.factor, self.without = self.factor / 10, 0
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["lr"] = rate * self.factor
+
+
+def plateau_of(scheduler: object) -> Plateau | None:
+    """The one behind a schedule; None behind others."""
+    factors = getattr(scheduler, "lr_lambdas", None)
+    return factors[0] if factors and isinstance(factors[0], Plateau) else None
+
+
 def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LambdaLR:
     """Linear warm-up, then decay to `end_lr` at `total_steps`, from where on it stays.
 
     Each factor as transformers 4.2.1 rounds it. Its cosine rises again behind the last step.
     """
     start, end, power = settings.learning_rate, settings.end_lr, settings.decay_power
+    if power == "plateau":
+        plateau = Plateau()
+        return LambdaLR(optimizer, [plateau] * len(optimizer.param_groups))
     warmup = warmup_steps(settings, total_steps)
 
     def share_of_rate(step: int) -> float:

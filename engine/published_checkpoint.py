@@ -20,7 +20,12 @@ from common.messages import first_line
 from common.torch_file import load_inert
 from engine.checkpoint_file import check_intact
 from engine.tasks import TASKS
+from vla import weights
+from vla.backbone import VlaArchitecture
+from vla.weights import Module
 
+MODEL_MODULES = ("torch.nn.", "torch._utils.", "src.", "modules.", "collections.", "builtins.set")
+"""A model that was saved whole, as MPLMM's code does, mentions its classes, which are in these."""
 STAND_IN_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "pathlib.", "_io.")
 """Published checkpoints mention classes of these (callbacks, hyper-parameters, paths). Others are refused."""
 PUBLISHED_NAMES = {
@@ -68,6 +73,23 @@ def published_model(state: Mapping[str, Tensor]) -> tuple[str, MethodOptions, Cl
     return heads[0].name, MethodOptions(prompt_type, 3 * slots, depth), architecture
 
 
+def published_vla(model: Module) -> tuple[str, MethodOptions, VlaArchitecture, dict[str, Tensor]]:
+    """Likewise of a model of MPLMM's code, of either stage, with its state under our names.
+
+    Which data it is of shows in no entry: it counts as MOSI's.
+
+    Raises:
+        KeyError, ValueError: an entry is missing, or not as expected.
+    """
+    architecture, method, length, state = weights.published_model(model)
+    head = TASKS["mosi"].head_name
+    renamed = {
+        f"{head}.{name.removeprefix(weights.HEAD)}" if name.startswith(weights.HEAD) else f"model.{name}": tensor
+        for name, tensor in state.items()
+    }
+    return "mosi", MethodOptions(method, prompt_length=length), architecture, renamed
+
+
 class _StandIn:
     """Takes the place of a class that a published checkpoint mentions, and does nothing."""
 
@@ -83,10 +105,13 @@ def load_checkpoint_file(path: Path) -> Any:
     try:
         mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # refuses what is no zip archive
         check_intact(path)
-        if refused := [name for name in mentioned if not name.startswith(STAND_IN_MODULES)]:
+        whole = any(name.startswith("torch.nn.modules.") for name in mentioned)
+        allowed = STAND_IN_MODULES + (MODEL_MODULES if whole else ())
+        if refused := [name for name in mentioned if not name.startswith(allowed)]:
             raise ValueError(f"it mentions {', '.join(refused)}, which might run code; not opened")
         # Hyper-parameters come as a subclass of dict; torch's restricted reader fills nothing but plain ones.
-        stand_ins: list[Any] = [(dict if name.endswith("AttributeDict") else _StandIn, name) for name in mentioned]
+        stand_in = Module if whole else _StandIn
+        stand_ins: list[Any] = [(dict if name.endswith("AttributeDict") else stand_in, name) for name in mentioned]
         with torch.serialization.safe_globals(stand_ins):
             return load_inert(path)
     except Exception as error:  # torch.load raises many types on damaged files

@@ -68,7 +68,7 @@ def measure(
         DataError: a missing table in `subject.missing_table_root` does not fit the split.
     """
     task, labels, names = subject.task, logits.labels, subject.class_names
-    multilabel, binary = labels.ndim == 2, task.n_classes == 2
+    multilabel, binary, numbers = labels.ndim == 2, task.n_classes == 2, labels.is_floating_point()
     of_type = dict(zip(type_names(subject.modalities), logits.logits_TNC, strict=True))
     by_type = {name: task.metrics(logits_NC, labels) for name, logits_NC in of_type.items()}
     natural_N = np.broadcast_to(logits.natural, logits.table_rows)[logits.row_of_sample_N]
@@ -96,11 +96,12 @@ def measure(
             {"type": type_name, "class": class_name, **figures}
             for type_name, logits_NC in of_type.items()
             for class_name, figures in zip(names, class_figures(logits_NC, labels), strict=True)
+            if not numbers
         ],
         "confusions": [
             {"type": type_name, **pair}
             for type_name, logits_NC in of_type.items()
-            if not multilabel and not binary
+            if not multilabel and not binary and not numbers
             for pair in confusions(logits_NC, labels, names)
         ],
         "roc": {

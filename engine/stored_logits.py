@@ -93,7 +93,8 @@ def read_logits(path: Path, spec: DatasetSpec, logit_columns: Sequence[str]) -> 
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected logits that `run.py robustness` stored, found another file") from error
     types = {name: pa.int64() for name in ("sample", "row", "text_number")} | {"id": pa.string()}
-    types["label"] = pa.list_(pa.uint8()) if spec.multilabel else pa.int64()
+    number = pa.int64() if spec.label_range is None else pa.float32()
+    types["label"] = pa.list_(pa.uint8()) if spec.multilabel else number
     types |= {name: pa.list_(pa.float32()) for name in logit_columns}
     found = dict(zip(table.schema.names, table.schema.types, strict=True))
     if found != types:

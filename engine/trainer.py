@@ -69,6 +69,7 @@ def make_trainer(
             precision=options.precision,  # type: ignore[arg-type]
             max_epochs=options.max_epoch,
             accumulate_grad_batches=accumulation,
+            gradient_clip_val=options.clip_gradient or None,
             val_check_interval=interval,
             log_every_n_steps=steps_per_look,
             num_sanity_val_steps=0,

@@ -20,6 +20,7 @@ from engine.optimization import (
     OptimizerSettings,
     make_optimizer,
     make_schedule,
+    plateau_of,
     schedule_steps,
     weight_in_step,
 )
@@ -226,6 +227,10 @@ class FinetuneModule(pl.LightningModule):
             return {}
         logits, labels = collected
         metrics = {"loss": self.task.loss(logits, labels).item(), **self.task.metrics(logits, labels)}
+        if stage == "val":
+            for config in self.trainer.strategy.lr_scheduler_configs:
+                if (plateau := plateau_of(config.scheduler)) is not None:
+                    plateau.see(metrics["loss"], config.scheduler)  # type: ignore[arg-type]
         if stage == "test":
             self.tested_samples, self.tested = len(logits), (logits, labels)
         for name, value in metrics.items():

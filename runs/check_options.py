@@ -54,6 +54,10 @@ def _read_all(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, overridden in (("test_ratio", "missing_ratio"), ("test_type", "missing_type")):
         if values[name] is not None:
             values[overridden] |= {"val": values[name], "test": values[name]}
+    if values["precision"] is None and values["task"] in EVERY_DATASET:
+        values["precision"] = OPTIONS["precision"].read(
+            "precision", EVERY_DATASET[values["task"]].options.get("precision")
+        )
     if values["val_check_interval"] is None:
         by_method = PUBLISHED_INTERVALS.get(values["task"], {})
         values["val_check_interval"] = by_method.get(values["prompt_type"], by_method.get(None, 0.2))

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import move_data_to_device
 
 from clip.backbone import Backbone
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.registry import PRETRAINING
+from clip.modules.registry import TRAIN_BACKBONES
 from clip.trainable import freeze
 from common.errors import CheckpointError, ConfigError, UserError
 from common.messages import first_line
@@ -101,10 +101,11 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
 def open_training(options: Options, given: Collection[str] = ()) -> Opened:
     """Opens everything that a training reads. The arguments are those of `train`."""
     start = read_checkpoint(options.load_path) if options.load_path is not None else None
-    if start is not None and start.spec.method.prompt_type in PRETRAINING and options.prompt_type not in PRETRAINING:
-        options, start = replace(options, vit=str(options.load_path)), None  # a backbone, of which no memory is taken
     trained_on = None
-    if start is not None and not start.published and "vit" not in given:
+    trains_backbone = options.prompt_type in TRAIN_BACKBONES
+    if start is not None and start.spec.method.prompt_type in TRAIN_BACKBONES and not trains_backbone:
+        options, start = replace(options, vit=str(options.load_path)), None  # a backbone, of which no memory is taken
+    elif start is not None and not start.published and "vit" not in given:
         options, trained_on = replace(options, vit=str(start.backbone_name)), start.spec.architecture
     if start is not None and start.tokenizer is not None and "tokenizer" not in given:
         options = replace(options, tokenizer=start.tokenizer.option)
@@ -162,7 +163,8 @@ def train_from(
     settings = options.optimizer_settings()
     module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
     # Processes without the folder write nothing, but take part in writing.
-    checkpoints = Checkpoints(folder or options.log_dir, f"val/{MINUS_LOSS if module.pretrains else task.monitor}")
+    monitor = MINUS_LOSS if module.pretrains else task.monitor
+    checkpoints = Checkpoints(folder or options.log_dir, f"val/{monitor}")
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints, *callbacks)
     with data.naming_dead_workers(), ending_together(trainer):
         began = time.monotonic()
@@ -189,6 +191,7 @@ def train_from(
         checkpoint = read_checkpoint(best_path)
         load_kept_state(classifier, checkpoint.state, str(best_path))
         training = {
+            "missing_in_training": data.training_missing,
             "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
             "training_seconds": None if options.resume_from else round(seconds, 1),
         }

@@ -203,6 +203,7 @@ class DataSettings:
     """Draws the order of the training samples."""
     subsequence: int = 1
     """Samples of a recording that stay together in a batch; above 1 for pretraining."""
+    modality_dropout: float = 0.0
 
 
 def split_patterns(
@@ -262,10 +263,33 @@ class MissingModalityData(pl.LightningDataModule):
             dataset.missing_table = load_missing_table(
                 settings.missing_table_root, self.spec.table_name, split, self.patterns[split], dataset.n_rows
             )
-            if split == "train" and settings.simulate_missing:
-                dataset.simulate_seed = settings.seed
+            if split == "train":
+                self._draw_in_training(dataset)
             self.datasets[split] = dataset
         self._resume: tuple[int, int] | None = None
+
+    def _draw_in_training(self, dataset: ArrowDataset) -> None:
+        settings = self.settings
+        dataset.modality_dropout = settings.modality_dropout, settings.seed
+        if not settings.simulate_missing:
+            return
+        if self.spec.redrawn:
+            dataset.redrawn = self.patterns["train"], settings.seed
+            dataset.missing_table = np.zeros(dataset.n_rows, dtype=np.int8)
+        else:
+            dataset.simulate_seed = settings.seed
+
+    @property
+    def training_missing(self) -> str:
+        """Whether what training samples lose is fixed, for log and results."""
+        pattern, dropout = self.patterns["train"], self.settings.modality_dropout
+        said = "fixed by a missing table"
+        if self.settings.simulate_missing and self.spec.redrawn:
+            how = f"{pattern.ratio:.0%} {pattern.missing_type}; simulate_missing=False fixes it"
+            said = f"drawn anew in each epoch ({how})"
+        elif self.settings.simulate_missing:
+            said += "; complete samples lose a modality at random in each epoch"
+        return said + (f"; modality dropout {dropout:g}" if dropout else "")
 
     def describe(self) -> str:
         """A line per split: samples, rows, and how many are missing what."""
@@ -278,6 +302,8 @@ class MissingModalityData(pl.LightningDataModule):
             natural = [f"{count:,} {name}" for name, count in list(nature.items())[1:] if count]
             by_nature = f"; by nature {', '.join(natural)}" if natural else ""
             lines.append(f"  {split:<6}{len(dataset):>8,} samples{rows} ({counts}{by_nature})")
+        if "train" in self.datasets and (self.spec.redrawn or self.settings.modality_dropout):
+            lines.append(f"  in training, what is missing is {self.training_missing}")
         return "\n".join(lines)
 
     def steps_per_epoch(self, world_size: int) -> int:

@@ -13,7 +13,7 @@ has the same one. There are two ways to draw one:
 import hashlib
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import zip_longest
@@ -27,7 +27,7 @@ from common.files import atomic_path
 from common.messages import first_line, quoted
 from common.shares import part_of, parts_of
 from vilt.datasets.specs import SPLITS, Split, row_of
-from vilt.missing_types import ANY, BOTH, SOME, code_of
+from vilt.missing_types import ANY, BOTH, COMPLETE, SOME, code_of, is_missing
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +130,27 @@ def _types_lost(modalities: list[str], missing_type: str, both_ratio: float, cou
     if missing_type == SOME:
         return 1 + place % (2 ** len(modalities) - 2)
     return np.full(count, code_of(modalities, missing_type))
+
+
+def draw_missing_type(pattern: MissingPattern, modalities: Iterable[str], generator: np.random.Generator) -> int:
+    """What one sample loses where each is drawn by itself: with the pattern's ratio, all that it may alike."""
+    names = list(modalities)
+    if generator.random() >= pattern.ratio:
+        return COMPLETE
+    if pattern.missing_type == BOTH:
+        return code_of(names, names[int(generator.random() >= pattern.both_ratio)])
+    choices = {ANY: len(names), SOME: 2 ** len(names) - 2}.get(pattern.missing_type, 1)
+    return int(_types_lost(names, pattern.missing_type, pattern.both_ratio, choices)[generator.integers(choices)])
+
+
+def drop_modalities(missing_type: int, chance: float, modalities: Iterable[str], generator: np.random.Generator) -> int:
+    """The missing type of a sample that with a chance loses some of the modalities that it has, but not all, alike."""
+    names = list(modalities)
+    left = [code_of(names, name) for name in names if not is_missing(names, name, missing_type)]
+    if generator.random() >= chance or len(left) < 2:
+        return missing_type
+    lost = 1 + int(generator.integers(2 ** len(left) - 2))
+    return missing_type + sum(code for place, code in enumerate(left) if lost >> place & 1)
 
 
 def _draw_as_published(pattern: MissingPattern, modalities: list[str], samples: int) -> np.ndarray:

@@ -43,6 +43,8 @@ FAMILY_METHODS = {
 PRETRAINING = {"focal": 4}
 """Methods that train a backbone without labels, with the number of successive samples of a recording that they compare.
 Their checkpoints are backbones for the others."""
+TRAIN_BACKBONES = (*PRETRAINING, "full")
+"""Methods whose checkpoints are backbones for the others."""
 HEADS = {
     "linear": "clip.modules.heads:LinearHead",
     "linear_by_type": "clip.modules.heads:LinearByType",

@@ -19,6 +19,7 @@ from common.errors import DataError
 from common.messages import quoted
 from vilt.datasets.kinds import ImageKind, TextKind, Tokenize, kinds_of
 from vilt.datasets.specs import DatasetSpec, Split
+from vilt.missing_tables import MissingPattern, draw_missing_type, drop_modalities
 from vilt.missing_types import COMPLETE, code_of, is_missing, on_top
 
 
@@ -85,6 +86,10 @@ class ArrowDataset(Dataset[Sample]):
         self.missing_table = np.zeros(self.n_rows, dtype=np.int8)
         self.simulate_seed: int | None = None
         """Training only: complete samples lose a modality at random in each epoch (option simulate_missing)."""
+        self.redrawn: tuple[MissingPattern, int] | None = None
+        """Training only: in place of a missing table, with a seed, what each epoch draws for each sample anew."""
+        self.modality_dropout = (0.0, 0)
+        """Training only: the chance that a sample loses some of its modalities more, with a seed."""
         self.reading: Tensor | None = None
         """int64 (workers, 2), shared: of each loader process its id and the number of the sample that it reads."""
 
@@ -160,6 +165,14 @@ class ArrowDataset(Dataset[Sample]):
         if self.simulate_seed is not None and missing_type == COMPLETE:
             generator = np.random.default_rng([self.simulate_seed, epoch, index])
             missing_type = int(generator.integers(len(self.spec.type_names)))
+        if self.redrawn is not None:
+            pattern, seed = self.redrawn
+            drawn = draw_missing_type(pattern, self.kinds, np.random.default_rng([seed, epoch, index, 1]))
+            missing_type = int(on_top(self.kinds, self.natural[row : row + 1], np.array([drawn]))[0])
+        if self.modality_dropout[0]:
+            chance, seed = self.modality_dropout
+            generator = np.random.default_rng([seed, epoch, index, 2])
+            missing_type = drop_modalities(missing_type, chance, self.kinds, generator)
         label = torch.from_numpy(self.labels[row]) if self.spec.multilabel else torch.tensor(self.labels[row])
         inputs: dict[str, Tensor] = {}
         for name, kind in self.kinds.items():

@@ -86,6 +86,7 @@ DATASETS: dict[str, DatasetSpec] = {
 
 _SEGMENTS = {name: Modality("array", name) for name in ("text", "audio", "vision")}
 VLA_OPTIONS: dict[str, Any] = {
+    "vit": "random",
     "missing_type": "some",
     "missing_ratio": 0.7,
     "simulate_missing": True,
@@ -140,6 +141,7 @@ for _spec in (
     segments(
         *("mosei", "CMU-MOSEI", "sentiment", 3),
         {"train": (16265, 16326), "val": (1869, 1871), "test": (4643, 4659)},
+        pretraining={"prompt_type": "full", "missing_ratio": 0.0, "simulate_missing": False},
     ),
     segments("sims", "CH-SIMS", "sentiment_of_sims", 1, {"train": (1368,), "val": (456,), "test": (457,)}),
     segments("vla", "text, audio and vision", "sentiment", 3, {}, converter_options=("table",)),

@@ -184,10 +184,30 @@ def test_logits_that_do_not_belong_together(runs: Path, capsys: Captured, what: 
     assert message in capsys.readouterr().err
 
 
-def test_of_errors_the_lower_is_better() -> None:
-    difference = Difference(0.2, 0.1, 0.3, 0.001)
-    better = {
-        metric: Comparison(0, 1, ("text", 0.5, 0.5), (0.9, 0.7), difference, (0.2, 0.3), metric, 0.01)
-        for metric in ("mae", "accuracy")
-    }
-    assert {metric: (each.better, each.ahead) for metric, each in better.items()} == {"mae": (1, 0), "accuracy": (0, 2)}
+@pytest.mark.parametrize(
+    ("low", "p", "metric", "better"),
+    [(0.1, 0.05, "accuracy", 0), (0.1, 0.05, "mae", 1), (-0.1, 0.01, "accuracy", None), (0.1, 0.06, "mae", None)],
+)
+def test_what_is_significantly_better(low: float, p: float, metric: str, better: int | None) -> None:
+    """The corrected p at most 0.05, and 0 outside of the interval; of errors the lower is better."""
+    difference = Difference(0.2, low, 0.3, 0.001)
+    found = Comparison(0, 1, ("text", 0.5, 0.5), (0.9, 0.7), difference, (0.2, 0.3, -0.1), metric, p)
+    assert (found.better, found.significant) == (better, better is not None)
+    assert found.ahead == (1 if metric == "mae" else 2)
+
+
+def test_runs_of_the_same_seed_are_paired(tmp_path: Path) -> None:
+    """Without any, those of the lowest seeds."""
+    for method, seeds in (("dcp", (1, 2)), ("mmp", (3, 5)), ("rep", (0, 1))):
+        for seed in seeds:
+            write(tmp_path / f"{method}_seed{seed}" / "version_0", seed / 10, seed, prompt_type=method)
+    settings = Settings((0,), 2, 2, ("text",), (1.0,))
+    alone = {}
+    for one, other in (("dcp_seed1", "rep_seed1"), ("mmp_seed3", "rep_seed0"), ("mmp_seed5", "rep_seed1")):
+        runs = [run for name in (one, other) for run in find_runs(tmp_path / name)[0]]
+        alone[one, other] = compare_runs(runs, settings)[0].comparisons[0].difference.value
+    (group,) = compare_runs(find_runs(tmp_path)[0], settings)
+    found = {(each.one, each.other): each.of_seeds for each in group.comparisons}
+    assert group.labels == ["dcp", "mmp", "rep"]
+    assert found[0, 2] == (alone["dcp_seed1", "rep_seed1"],)
+    assert found[1, 2] == (alone["mmp_seed3", "rep_seed0"], alone["mmp_seed5", "rep_seed1"])

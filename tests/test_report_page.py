@@ -195,7 +195,7 @@ def test_sections_and_their_parts_are_in_order(page: Page, report: Path) -> None
     expected += ["Runs and configurations", "Runs", "Configurations", "Versions", "How to reproduce this"]
     assert headings[: len(expected)] == expected
     assert "5 runs" in page.text
-    assert "2 of 3 trained runs have robustness results, on 30 test samples." in page.text
+    assert "2 of 3 trained runs with robustness results, on 30 test samples." in page.text
     assert {f"reproduce-R{number}" for number in (1, 5)} <= {attributes.get("id") for attributes in page.all("h3")}
 
 
@@ -207,7 +207,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     markdown = (tmp_path / "report" / "report.md").read_text("utf-8").replace("\\", "")
     command = f"python run.py robustness with load_path={run}/best.ckpt task_finetune_mmimdb data_root=films"
     for fact in (
-        *("1 run, none of them tested", "R1 (bare_seed0/version_0) has no robustness results", without_home(command)),
+        *("1 run, none of them tested", "R1 (bare_seed0/version_0): no robustness results", without_home(command)),
         *("metrics.csv of R1 is not there", "test_results.json of R1 is not there"),
         *("environment.json of R1 is not there", "command is not known"),
     ):

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from common.text import estimate
 from runs.report import figures, tables
@@ -19,8 +20,7 @@ CLASSES_SHOWN = 3
 """Lines whose results by class are not folded."""
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(NamedTuple):
     """Something to know, such as what is missing, and a command."""
 
     text: str
@@ -38,8 +38,7 @@ class Part:
     notes: list[Note] = field(default_factory=list)
 
 
-@dataclass
-class Section:
+class Section(NamedTuple):
     """One dataset, or one search."""
 
     anchor: str
@@ -48,42 +47,35 @@ class Section:
     parts: list[Part]
 
 
-@dataclass
-class RunDetails:
-    """Configuration and commands of a run."""
+class RunDetails(NamedTuple):
+    """What a run was, as JSON, and the commands that repeat it, by what they do."""
 
     tag: str
     title: str
     configuration: str
-    """JSON."""
     commands: dict[str, str]
-    """By what they do."""
 
 
 def section_of(dataset: Dataset) -> Section:
     """The parts of a dataset, in order; those that take robustness results only where there are some."""
-    runs = [run for line in dataset.lines for run in line.runs]
-    parts = []
+    runs, parts = [run for line in dataset.lines for run in line.runs], []
     if dataset.compared:
         parts.append(Part("Methods compared", [figures.comparison_figure(dataset), tables.comparison_table(dataset)]))
     if runs:
-        part = Part("Robustness curves", [figures.robustness_curves(dataset)] if dataset.measured else [])
+        parts.append(Part("Robustness curves", [figures.robustness_curves(dataset)] if dataset.measured else []))
         if lacking := [run for run in runs if run.robustness is None]:
-            have = "has" if len(lacking) == 1 else "have"
             named = ", ".join(f"{run.tag} ({run.place})" for run in lacking) if len(lacking) <= 3 else _tags(lacking)
-            text = f"{named} {have} no robustness results. This command makes them:"
-            part.notes.append(Note(text, robustness_command(lacking)))
-        parts.append(part)
+            text = f"{named}: no robustness results. This command makes them:"
+            parts[-1].notes.append(Note(text, robustness_command(lacking)))
     if dataset.measured:
         parts.append(Part("Missing type × missing ratio", [tables.matrix_table(dataset)]))
-    if len(tables.read_published(dataset.key)):
-        published, ours = tables.published_table(dataset), tables.ours_table(dataset)
-        part = Part("Published results and ours", [ours] if ours.rows else [], notes=_published_notes(dataset))
+    if (published := tables.published_table(dataset)).rows:
+        ours = tables.ours_table(dataset)
+        parts.append(Part("Published results and ours", [ours] if ours.rows else [], notes=_published_notes(dataset)))
         if dataset.is_published:
-            part.shown.append(published)
+            parts[-1].shown.append(published)
         else:
-            part.folded = {"Published results": published}
-        parts.append(part)
+            parts[-1].folded["Published results"] = published
     if runs:
         parts.append(Part("Training curves"))
         if recorded := [run for run in runs if run.run.curves]:
@@ -102,31 +94,27 @@ def _tags(runs: Sequence[ReportRun]) -> str:
 
 def _summary(dataset: Dataset) -> str:
     """One or two sentences of numbers; without robustness results, the best test result at whatever pattern it is."""
-    total = counted(len(dataset.runs), "run")
+    total, full = counted(len(dataset.runs), "run"), dataset.unit().full
     if not dataset.measured:
-        tested = [(run.test_score, run) for run in dataset.runs if run.test_score is not None]
+        tested = [
+            (dataset.order(estimate([run.test_score])), run) for run in dataset.runs if run.test_score is not None
+        ]
         if not tested:
             return f"Results are missing: {total}, none of them tested."
-        value, run = max(tested, key=lambda entry: dataset.order(estimate([entry[0]])))
-        assert run.run.tested_at is not None
-        return (
-            f"The best of {total}, {run.tag}, reaches a test {dataset.metric_title} of "
-            f"{dataset.unit().full(value)} ({Pattern.of(run.run.spec, *run.run.tested_at)}). "
-            f"No run has robustness results."
-        )
-    best = dataset.headline
-    n_measured, n_results = len(dataset.measured), len(dataset.results)
-    start = best.label if n_measured == 1 else f"The best of {n_measured} configurations, {best.label},"
+        run = max(tested, key=lambda entry: entry[0])[1]
+        assert run.run.tested_at is not None and run.test_score is not None
+        reached = f"{full(run.test_score)} ({Pattern.of(run.run.spec, *run.run.tested_at)})"
+        best = f"The best of {total}, {run.tag}, reaches a test {dataset.metric_title} of {reached}."
+        return f"{best} No run has robustness results."
+    line, n_measured, n_results = dataset.headline, len(dataset.measured), len(dataset.results)
+    start = line.label if n_measured == 1 else f"The best of {n_measured} configurations, {line.label},"
     where = {"complete": "where nothing is missing"}
-    values = [f"{dataset.unit().full(found)} {where.get(name, without(name))}" for name, found in best.by_type.items()]
-    sentence = f"{start} reaches {dataset.metric_title} {listed(values)}"
-    if (own := best.at_own_pattern) is not None:
-        sentence += f", and {dataset.unit().full(own)} at the pattern of its training ({best.pattern})"
+    values = listed([f"{full(found)} {where.get(name, without(name))}" for name, found in line.by_type.items()])
+    own = line.at_own_pattern
+    at_own = f", and {full(own)} at the pattern of its training ({line.pattern})" if own else ""
     trained = counted(sum(len(line.runs) for line in dataset.lines), "trained run")
-    have = "has" if n_results == 1 else "have"
-    samples = dataset.results[0][2].samples
-    measured = f"{n_results} of {trained} {have} robustness results, on {samples:,} test samples."
-    return f"{sentence}. {measured}{dataset.baseline_text}"
+    measured = f"{n_results} of {trained} with robustness results, on {dataset.results[0][2].samples:,} test samples."
+    return f"{start} reaches {dataset.metric_title} {values}{at_own}. {measured}{dataset.baseline_text}"
 
 
 def _published_notes(dataset: Dataset) -> list[Note]:
@@ -148,34 +136,31 @@ def _published_notes(dataset: Dataset) -> list[Note]:
 
 
 def _results_parts(dataset: Dataset) -> list[Part]:
-    """By class in the view that the task has, bars, confusions or ROC; confidence intervals; samples."""
-    spec, results = dataset.spec, dataset.results
+    """By class in the view that the task has, dots, confusions or ROC; confidence intervals; samples."""
+    spec, parts, best = dataset.spec, [], dataset.headline
     if spec.multilabel:
-        lines = sorted(dataset.measured, key=lambda line: line is not dataset.headline)
+        lines = sorted(dataset.measured, key=lambda line: line is not best)
         first, rest = lines[:CLASSES_SHOWN], lines[CLASSES_SHOWN:]
         title = f"Results by {'genre' if dataset.key == 'mmimdb' else 'class'}"
-        classes = Part(title, [figures.class_figure(dataset, first, 1)])
+        parts.append(Part(title, [figures.class_figure(dataset, first, 1)]))
         if rest:
-            classes.folded["Of the other configurations"] = figures.class_figure(dataset, rest, 2)
-        classes.folded["All numbers"] = tables.per_class_table(dataset)
-    elif spec.n_classes == 1:
-        classes = None  # a regression
+            parts[-1].folded["Of the other configurations"] = figures.class_figure(dataset, rest, 2)
+        parts[-1].folded["All numbers"] = tables.per_class_table(dataset)
     elif spec.n_classes > 2:
-        classes = Part("Most frequent confusions", [tables.confusion_table(dataset)])
+        parts.append(Part("Most frequent confusions", [tables.confusion_table(dataset)]))
+    elif spec.n_classes == 2:
+        parts.append(Part("ROC curves", [figures.roc_curves(dataset)]))
+    parts.append(Part("Confidence intervals", [tables.confidence_table(dataset)]))
+    if lacking := [run for _, run, found in dataset.results if not found.raw["confidence"]["resamples"]]:
+        parts[-1].notes = [Note(f"Confidence intervals are missing in {_tags(lacking)}: made with bootstrap=0.")]
+    parts.append(Part("Test samples that change the most"))
+    if with_logits := [(run, found) for run, found in best.results if found.logits is not None]:
+        grid = sample_grid(*max(with_logits, key=lambda entry: entry[0].score_at_own_pattern or 0), best.label)
+        parts[-1].shown, parts[-1].notes = [grid], [Note(grid.note)] if grid.note else []
     else:
-        classes = Part("ROC curves", [figures.roc_curves(dataset)])
-    intervals = Part("Confidence intervals", [tables.confidence_table(dataset)])
-    if lacking := [run for _, run, found in results if not found.raw["confidence"]["resamples"]]:
-        intervals.notes = [Note(f"Confidence intervals are missing in {_tags(lacking)}: made with bootstrap=0.")]
-    samples = Part("Test samples that change the most")
-    if with_logits := [(run, found) for run, found in dataset.headline.results if found.logits is not None]:
-        best = max(with_logits, key=lambda entry: entry[0].score_at_own_pattern or 0)
-        grid = sample_grid(*best, dataset.headline.label)
-        samples.shown, samples.notes = [grid], [Note(grid.note)] if grid.note else []
-    else:
-        lacking = [run for run, _ in dataset.headline.results]
-        samples.notes = [Note(f"Samples are missing: there is no logits.arrow in {_tags(lacking)}.")]
-    return [*([classes] if classes else []), intervals, samples]
+        tags = _tags([run for run, _ in best.results])
+        parts[-1].notes = [Note(f"Samples are missing: there is no logits.arrow in {tags}.")]
+    return parts
 
 
 def missing_notes(runs: Sequence[ReportRun]) -> list[Note]:

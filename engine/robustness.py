@@ -95,6 +95,7 @@ def measure(
         "per_class": [
             {"type": type_name, "class": class_name, **figures}
             for type_name, logits_NC in of_type.items()
+            if not numbers
             for class_name, figures in zip(names, class_figures(logits_NC, labels), strict=True)
             if not numbers
         ],

@@ -15,6 +15,9 @@ from PIL import Image
 
 from common.errors import DataError
 from config import DEFAULTS
+from engine.robustness import Subject, measure, write_results
+from engine.stored_logits import SplitLogits
+from engine.tasks import TASKS
 from runs.report import figures, make_report, tables
 from runs.report.figures import CURVE_POINTS
 from runs.report.lines import Dataset, by_dataset
@@ -23,8 +26,20 @@ from runs.report.results import Pattern, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.table import Table
 from runs.report.text import Unit, listed_runs
-from tests.report_files import HOSTILE, PLOTS, RATIOS, TestSet, at, edited, write_robustness, write_run, write_runs
+from tests.report_files import (
+    HOSTILE,
+    PLOTS,
+    RATIOS,
+    TestSet,
+    at,
+    edited,
+    sha256_of,
+    write_robustness,
+    write_run,
+    write_runs,
+)
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
+from vilt.missing_tables import MissingPattern
 
 TYPES = ("complete", "text missing", "image missing")
 
@@ -150,7 +165,7 @@ def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -
         if method == "rep":
             edited(run, "test_results.json", **cost | {"training_seconds": 60.0 * (1 + seed)})
     table = tables.comparison_table(dataset_of(tmp_path))
-    assert list(table.columns.values())[2:4] == ["Training seeds", "F1-macro"]
+    assert list(table.columns.values())[2:4] == ["Seeds", "F1-macro"]
     assert [row[:4] + row[-2:] for row in rows_of(table)] == [
         ["70 % both", "REP", "2", "55 ± 7", "1,234,567", "1.5"],
         ["70 % both", "MaPLe", "2", "45 ± 7", "not measured", "not measured"],
@@ -226,6 +241,26 @@ def test_what_is_undefined_is_shown_so_and_counts_nowhere(tmp_path: Path) -> Non
     make_report([tmp_path], tmp_path / "report", {})
 
 
+def test_errors_are_no_per_cents_and_the_lowest_is_best(tmp_path: Path) -> None:
+    """Sentiment of segments of text, audio and vision: mean absolute error, and one encoding per set of modalities."""
+    spec, labels = DATASETS["mosi"], torch.linspace(-3, 3, 30)
+    patterns = [[MissingPattern(kind, ratio, 0.5, 0)] for kind in spec.missing_types for ratio in (0.0, 0.7)]
+    for method, error in (("rep", 0.25), ("none", 1.5)):
+        run = write_run(tmp_path / method, "mosi", tested=error, prompt_type=method, **at("some", 0.7))
+        split = SplitLogits(np.arange(30), 30, labels, (labels[:, None] + error).expand(len(spec.type_names), -1, -1))
+        of_run = (run / "best.ckpt", sha256_of(run / "best.ckpt"), method, "x", 0, None, "32-true", TASKS["mosi"])
+        subject = Subject(*of_run, tuple(spec.modalities), ("sentiment",), tmp_path / "tables", "mosi")
+        (run / "robustness").mkdir()
+        write_results(measure(subject, split, patterns, resamples=10), run / "robustness")
+    dataset = dataset_of(tmp_path)
+    assert dataset.headline.variant == "REP" and dataset.axis_title == "MAE"
+    assert [row[3] for row in rows_of(tables.comparison_table(dataset))[:2]] == ["0.25", "1.50"]
+    shades = {row["method"].text: row["70 %"].shade for row in tables.matrix_table(dataset).cells}
+    assert shades == {"REP": 1.0, "head alone": 0.0}
+    page = make_report([tmp_path], tmp_path / "report", {}).read_text()
+    assert "MAE 0.25 where nothing is missing" in page.replace("\N{WORD JOINER}", "") and "ROC" not in page
+
+
 def test_results_by_class(runs: Path, results: list[dict[str, Any]]) -> None:
     dataset = dataset_of(runs / "mmimdb")
     rows = as_csv(tables.per_class_table(dataset))
@@ -298,7 +333,7 @@ def test_intervals_over_test_samples_and_baselines_stand_beside_the_results(
     assert list(figures.robustness_curves(dataset).legend)[-2:] == answers
     constant = results[0]["baselines"]["constant"]["metrics"]["f1_macro"]
     for said in (section_of(dataset).summary, tables.matrix_table(dataset).caption):
-        assert f"{answers[0]} {100 * constant:.0f} % and {answers[1]}" in said
+        assert f"{100 * constant:.0f} % ({answers[0]}) and " in said and f"({answers[1]})" in said
 
 
 def test_training_curves_are_averaged_over_equal_parts() -> None:

@@ -195,7 +195,7 @@ class Dataset:
     def baseline_text(self) -> str:
         """Their figures of the task's metric, as a sentence."""
         metric, unit = self.spec.monitor, self.unit()
-        figures = [f"{answer} {unit.full(metrics[metric])}" for answer, metrics in self.baselines.items()]
+        figures = [f"{unit.full(metrics[metric])} ({answer})" for answer, metrics in self.baselines.items()]
         return f" Without looking at a sample: {listed(figures)}." if figures else ""
 
     @cached_property

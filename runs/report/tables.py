@@ -125,7 +125,7 @@ def comparison_table(dataset: Dataset) -> Table:
         significant = group.best(group.comparisons[0].pattern) if group else None
         for line, place in zip(lines, places, strict=True):
             own = mean_std(line.at_own_pattern, unit)
-            of_line: Row = {"trained_at": str(pattern), "method": line.variant, "training_seeds": len(line.runs)}
+            of_line: Row = {"trained_at": str(pattern), "method": line.variant, "seeds": len(line.runs)}
             of_line[metric] = replace(own, strong=place is not None and place == significant)
             of_line |= {"difference_to_best": NOT_APPLICABLE, "p": NOT_APPLICABLE}
             for each in group.comparisons if group and line is not lines[0] else ():

@@ -71,21 +71,11 @@ def slow_transform(pixels: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("width", "height", "size"),
     [
-        (8, 3, 4),  # the longer side would be 10.67: cut, not rounded
-        (3, 4, 224),  # 298.67
-        (640, 427, 224),  # 335.73
-        (40, 30, 16),  # landscape, smaller
-        (30, 40, 16),  # portrait
-        (33, 33, 16),  # square
-        (9, 7, 16),  # smaller than what is wanted
-        (7, 9, 16),
-        (16, 16, 16),
-        (16, 50, 16),  # the shorter side fits
-        (17, 16, 16),
-        (101, 37, 13),  # an odd size
-        (200, 3, 8),
-        (1, 1, 4),
-        (1, 9, 4),
+        *((8, 3, 4), (3, 4, 224), (640, 427, 224)),  # the longer side would be 10.67, 298.67, 335.73: cut, not rounded
+        *((40, 30, 16), (30, 40, 16), (33, 33, 16)),  # landscape, portrait, square
+        *((9, 7, 16), (7, 9, 16), (1, 1, 4), (1, 9, 4)),  # smaller than what is wanted
+        *((16, 16, 16), (16, 50, 16), (17, 16, 16)),  # the shorter side fits
+        *((101, 37, 13), (200, 3, 8)),
     ],
 )
 def test_equals_the_slow_version(width, height, size):

@@ -95,11 +95,10 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
             of_splits[split].append(listed)
     for split, of_split in of_splits.items():
         if not of_split:
+            table = table_of.get(split) or table_of.get(None, layout.source)
             what = "" if split in table_of else f" with {layout.columns['split']} {split}"
             what = f" enough to draw three splits from {len(rows)}" if drawn else what
-            raise DataError(
-                f"{table_of.get(split) or table_of.get(None, layout.source)}: expected rows{what}, found none"
-            )
+            raise DataError(f"{table}: expected rows{what}, found none")
     custom = classes_of(layout, rows)
     read = partial(read_row, layout, {name: number for number, name in enumerate(custom.class_names)}, read_image)
     splits = [
@@ -111,25 +110,24 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
 
 def draw_splits(layout: Layout, rows: Sequence[Listed], seed: int) -> tuple[dict[Split, list[Listed]], str]:
     """The rows of each split, stratified by label, and a remark on it. Rows of one image are in one split."""
-    groups: dict[str, list[Listed]] = {}
-    for listed in rows:
+    groups: dict[str, list[int]] = {}
+    for number, listed in enumerate(rows):
         alone = missing(listed.image) or not isinstance(listed.image, str | Path)
-        groups.setdefault(f"row {listed.row}" if alone else normal(str(listed.image)), []).append(listed)
+        groups.setdefault(f"row {number}" if alone else normal(str(listed.image)), []).append(number)
 
-    def place(group: tuple[str, list[Listed]]) -> tuple[str, bytes]:
-        return repr(group[1][0].label), hashlib.sha256(f"{seed} {group[0]}".encode(errors="replace")).digest()
+    def place(group: str) -> tuple[str, bytes]:
+        label = normal(str(rows[groups[group][0]].label))
+        return label, hashlib.sha256(f"{seed} {group}".encode(errors="replace")).digest()
 
-    of_splits: dict[Split, list[Listed]] = {split: [] for split in SPLITS}
+    of_splits: dict[Split, list[int]] = {split: [] for split in SPLITS}
     done = 0
-    for _, group in sorted(groups.items(), key=place):
-        done += len(group)
+    for group in sorted(groups, key=place):
+        done += len(groups[group])
         behind = {split: share * done - len(of_splits[split]) for split, share in SHARES.items()}
-        of_splits[max(SPLITS, key=behind.__getitem__)].extend(group)
-    order = {id(listed): number for number, listed in enumerate(rows)}
-    for of_split in of_splits.values():
-        of_split.sort(key=lambda listed: order[id(listed)])
-    counts = ", ".join(f"{split} {len(of_split):,}" for split, of_split in of_splits.items())
-    return of_splits, f"no column {layout.columns['split']}: splits drawn by label with seed {seed}: {counts}"
+        of_splits[max(SPLITS, key=behind.__getitem__)].extend(groups[group])
+    counts = ", ".join(f"{split} {len(numbers):,}" for split, numbers in of_splits.items())
+    note = f"no column {layout.columns['split']}: splits drawn by label with seed {seed}: {counts}"
+    return {split: [rows[number] for number in sorted(numbers)] for split, numbers in of_splits.items()}, note
 
 
 def classes_of(layout: Layout, rows: Sequence[Listed]) -> CustomData:

@@ -7,8 +7,7 @@ makes the weights from a tag and a checkpoint name.
 import importlib.util
 import json
 import os
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip.modules.method import MethodOptions
+from clip.modules.vision_transformer_memory import ClipArchitecture
+from engine.checkpoint import ModelSpec, build_classifier
+from tests.models import REAL, published_state
+
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "data" / "golden")
-PATCH = 16
-WIDTHS = {"image": 768, "text": 512}
 
 EXPECTED = (
     "memory_image_0",  # (B, 2m, d_v)
@@ -38,9 +40,6 @@ class Golden:
     path: Path
     prompt_type: str
     task: str
-    vision_layers: int
-    text_layers: int
-    resolution: int
     memory_length: int  # 3m
     memory_depth: int
     missing_types: list[int]  # (B,)
@@ -82,84 +81,16 @@ def load_weights_module(folder: Path) -> ModuleType:
     return module
 
 
-def rep_shapes(
-    folder: Path,
-    *,
-    task: str,
-    classes: int,
-    vision_layers: int,
-    text_layers: int,
-    resolution: int,
-    memory_length: int,
-    memory_depth: int,
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a REP model of the given sizes, from those of the published ViT-B/16 checkpoint.
-
-    Block 1 of a tower stands for all the later ones (block 0 also has `attn_memory`), element 0 of a list in the
-    learner for all of it. The dynamic queries, which published checkpoints lack, are added.
-    """
-    published = json.loads((folder / "rep_checkpoint_keys_vitb16.json").read_text())
-    m = memory_length // 3
-    in_block = r"(model\.(image|text)_encoder\.transformer\.resblocks\.)(\d+)(\..+)"
-    in_list = r"(model\.memory_learner\.(?:compound_memory_projections|layernorm)_\w+\.)(\d+)(\..+)"
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, published_shape in published.items():
-        shape = tuple(published_shape)
-        block = re.fullmatch(in_block, name)
-        listed = re.fullmatch(in_list, name)
-        if block and block[3] != "0":
-            layers = vision_layers if block[2] == "image" else text_layers
-            if block[3] == "1":
-                shapes |= {f"{block[1]}{n}{block[4]}": shape for n in range(1, layers)}
-        elif listed:
-            if listed[2] == "0":
-                shapes |= {f"{listed[1]}{k}{listed[3]}": shape for k in range(memory_depth)}
-        elif re.fullmatch(r"model\.memory_learner\.(text|visual|common)_memory_[a-z]+", name):
-            shapes[name] = (m, shape[1])
-        elif name == "model.image_encoder.positional_embedding":
-            shapes[name] = (1 + (resolution // PATCH) ** 2, shape[1])
-        elif name.startswith("mmimdb_classifier."):
-            shapes[name.replace("mmimdb", task)] = (classes, *shape[1:])
-        else:
-            shapes[name] = shape
-    for tower, width in WIDTHS.items():
-        for available in ("complete", "image", "text"):
-            name = f"model.{tower}_encoder.transformer.resblocks.0.memories_dynamic_{available}"
-            shapes[name] = (m, 1, width)
-    return shapes
+def architecture(vision_layers: int, text_layers: int, resolution: int) -> ClipArchitecture:
+    """The towers of a golden file: ViT-B/16 with fewer blocks and smaller images."""
+    return replace(REAL["ViT-B/16"], image_size=resolution, vision_layers=vision_layers, text_layers=text_layers)
 
 
-def dcp_shapes(
-    folder: Path,
-    *,
-    task: str,
-    classes: int,
-    memory_length: int,
-    memory_depth: int,
-    **sizes: int,
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a DCP model: REP's towers, and the prompt learner as docs/method.md section 8 has it."""
-    rep = rep_shapes(folder, task=task, classes=classes, memory_length=memory_length, memory_depth=1, **sizes)
-    renamed = {
-        name.replace("attn_memory", "attn_prompt").replace("memories_dynamic", "prompts_dynamic"): shape
-        for name, shape in rep.items()
-        if ".memory_learner." not in name
-    }
-    m, d_v, d_t, E = memory_length // 3, WIDTHS["image"], WIDTHS["text"], 512
-    V = d_v + d_t
-    learner: dict[str, tuple[int, ...]] = {f"common_prompt_{kind}": (m, E) for kind in ("complete", "image", "text")}
-
-    def bottleneck(name: str, width_in: int, width_out: int) -> None:
-        learner.update({f"{name}.0.weight": (width_in // 16, width_in), f"{name}.0.bias": (width_in // 16,)})
-        learner.update({f"{name}.2.weight": (width_out, width_in // 16), f"{name}.2.bias": (width_out,)})
-
-    for modality, tower, width in (("visual", "image", d_v), ("text", "text", d_t)):
-        learner.update({f"{modality}_prompt_{state}": (m, width) for state in ("complete", "missing")})
-        bottleneck(f"common_prompt_projection_{tower}", E, width)
-        for k in range(memory_depth):
-            bottleneck(f"compound_prompt_projections_{tower}.{k}", V, width)
-            learner.update({f"layernorm_{tower}.{k}.{part}": (V,) for part in ("weight", "bias")})
-    return renamed | {f"model.prompt_learner.{name}": shape for name, shape in learner.items()}
+def shapes(task: str, options: MethodOptions, arch: ClipArchitecture) -> dict[str, tuple[int, ...]]:
+    """Published names and shapes of a model. That names are the published ones, test_backbone.py tests."""
+    with torch.device("meta"):
+        classifier = build_classifier(ModelSpec(task, options, arch))
+    return {name: tuple(value.shape) for name, value in published_state(classifier).items()}
 
 
 def load_golden(path: Path) -> Golden:
@@ -170,18 +101,14 @@ def load_golden(path: Path) -> Golden:
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     meta = json.loads(str(arrays["meta"]))
-    sizes = {
-        name: meta[name] for name in ("vision_layers", "text_layers", "resolution", "memory_length", "memory_depth")
-    }
     task, tag, missing_types = meta["task"], meta["tag"], meta["missing_type"]
     classes = arrays["logits"].shape[1]
-
-    prompt_type = path.name.partition("_")[0]
-    shapes = {"rep": rep_shapes, "dcp": dcp_shapes}[prompt_type]
+    options = MethodOptions(path.name.partition("_")[0], meta["memory_length"], meta["memory_depth"])
+    arch = architecture(*(meta[name] for name in ("vision_layers", "text_layers", "resolution")))
     weights = load_weights_module(path.parent)
     state = {
         name: torch.from_numpy(np.asarray(weights.parameter(tag, name, shape)))
-        for name, shape in shapes(path.parent, task=task, classes=classes, **sizes).items()
+        for name, shape in shapes(task, options, arch).items()
     }
     tokens, images, labels = weights.inputs(tag, missing_types, meta["resolution"], task, classes)
     for made, name in ((tokens, "tokens"), (labels, "label")):
@@ -190,9 +117,10 @@ def load_golden(path: Path) -> Golden:
 
     return Golden(
         path=path,
-        prompt_type=prompt_type,
+        prompt_type=options.prompt_type,
         task=task,
-        **sizes,
+        memory_length=meta["memory_length"],
+        memory_depth=meta["memory_depth"],
         missing_types=missing_types,
         state=state,
         images=torch.from_numpy(images),

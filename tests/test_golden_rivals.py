@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip.backbone import architecture_of
 from clip.modules.aoept import AOEPT
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.dpl import DecoupledPrototypes
@@ -26,7 +25,7 @@ from clip.modules.mora import MoRA
 from engine.checkpoint import ModelSpec, build_classifier
 from engine.tasks import TASKS
 from tests import golden
-from tests.models import model_input, published_name
+from tests.models import model_input, published_name, published_state
 
 DEFAULT = Path(__file__).parent / "data" / "golden" / "rivals"
 FOLDER = Path(os.environ.get("GOLDEN_RIVALS_DIR") or DEFAULT)
@@ -56,26 +55,16 @@ class Case:
         """Of the file's model, by its published name."""
         return torch.from_numpy(np.asarray(WEIGHTS.parameter(self.meta.tag, name, shape)))
 
-    def build(self, options: MethodOptions, head: str, base: str = "none") -> MissingModalityClassifier:
-        """A classifier on the file's frozen towers, and what `base` (none or dcp) adds; the rest is random."""
-        sizes = {name: getattr(self.meta, name) for name in ("vision_layers", "text_layers", "resolution")}
-        slots = {"memory_length": options.memory_length, "memory_depth": options.memory_depth}
-        shapes = golden.dcp_shapes(SCRIPTS, task=self.task.name, classes=self.task.n_classes, **slots, **sizes)
-        shapes = {name: shape for name, shape in shapes.items() if "_classifier." not in name}
-        if base == "none":
-            shapes = {
-                name: shape for name, shape in shapes.items() if not re.search(r"prompt_learner|_prompt|prompts_", name)
-            }
-        state = {name.removeprefix("model."): self.parameter(name, shape) for name, shape in shapes.items()}
-        classifier = build_classifier(
-            ModelSpec(self.task.name, options, architecture_of(state, "quick_gelu"), head)
-        ).eval()
+    def build(self, options: MethodOptions, head: str) -> MissingModalityClassifier:
+        """A classifier on the file's frozen towers, with DCP's learner if that is its method; the rest is random."""
+        meta = self.meta
+        arch = golden.architecture(meta.vision_layers, meta.text_layers, meta.resolution)
+        classifier = build_classifier(ModelSpec(self.task.name, options, arch, head)).eval()
+        given = ("model.",) if options.prompt_type == "dcp" else ("model.image_", "model.text_", "model.logit_")
         with torch.no_grad():
-            for name, value in [*classifier.named_parameters(), *classifier.named_buffers()]:
-                given = published_name(name).removeprefix("model.")
-                if given in state:
-                    value.copy_(state.pop(given))
-        assert not state, state.keys()
+            for name, value in published_state(classifier).items():
+                if name.startswith(given):
+                    value.copy_(self.parameter(name, tuple(value.shape)))
         return classifier
 
     def check(self, name: str, found: Tensor) -> None:
@@ -101,7 +90,7 @@ class Case:
 def check_dpl(case: Case) -> None:
     meta = case.meta
     options = MethodOptions(meta.base, meta.memory_length or 36, meta.memory_depth or 6)
-    classifier = case.build(options, "dpl", meta.base)
+    classifier = case.build(options, "dpl")
     head = classifier.head
     assert isinstance(head, DecoupledPrototypes)
     head.scales, head.margins, head.contrast_weight = tuple(meta.scale), tuple(meta.margin), meta.contrast_weight

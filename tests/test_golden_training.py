@@ -31,7 +31,6 @@ from tests.models import classifier_of, published_name
 from vilt.datamodules import Batch
 
 DIR = Path(os.environ.get("GOLDEN_TRAINING_DIR") or golden.GOLDEN_DIR / "training")
-SHAPES = {"rep": golden.rep_shapes, "dcp": golden.dcp_shapes}
 
 
 def meta_of(path: Path) -> dict[str, Any] | None:
@@ -97,9 +96,8 @@ def test_a_training_equals_the_published_one(path: Path, monkeypatch: pytest.Mon
     with np.load(path) as file:
         order, losses, rates = (file[name] for name in ("order", "loss", "rate"))
     task = TASKS[meta["task"]]
-    sizes = {name: meta[name] for name in ("resolution", "memory_length", "memory_depth")}
-    layers = {"vision_layers": meta["layers"], "text_layers": meta["layers"]}
-    shapes = SHAPES[meta["method"]](golden.GOLDEN_DIR, task=task.name, classes=task.n_classes, **layers, **sizes)
+    options = MethodOptions(meta["method"], meta["memory_length"], meta["memory_depth"])
+    shapes = golden.shapes(task.name, options, golden.architecture(meta["layers"], meta["layers"], meta["resolution"]))
     weights = golden.load_weights_module(golden.GOLDEN_DIR)
     state = {
         name: torch.from_numpy(np.asarray(weights.parameter(meta["tag"], name, shape))).double()
@@ -112,7 +110,6 @@ def test_a_training_equals_the_published_one(path: Path, monkeypatch: pytest.Mon
             module.p = 0.0
     schedule = {name: meta[name] for name in ("learning_rate", "lr_mult", "weight_decay", "warmup_steps")}
     settings = OptimizerSettings("adamw", **schedule, end_lr=meta["end_lr"], decay_power=meta["decay_power"])
-    options = MethodOptions(meta["method"], meta["memory_length"], meta["memory_depth"])
     module = FinetuneModule(classifier, ModelSpec(task.name, options, VIT_B16), settings=settings)
     record = Record()
     trainer = pl.Trainer(

@@ -1,7 +1,5 @@
 """REP against the slow, obvious version of tests/slow_rep.py, and what is trained."""
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,18 +8,9 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.clip_dynamic_memory import RDN, MemoryLearner
 from clip.modules.method import MethodOptions
 from clip.trainable import freeze, parts_of
-from engine.checkpoint import ModelSpec, build_classifier
 from engine.tasks import TASKS
 from tests import golden, slow_rep
 from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
-
-MIXES = [
-    *([t] * 4 for t in range(3)),
-    *([a, b, a, b] for a, b in itertools.permutations(range(3), 2)),
-    [0, 1, 2, 0],
-    [2, 1, 0, 1],
-    [1],
-]
 
 
 def labels_of(task: str, size: int) -> Tensor:
@@ -51,23 +40,6 @@ def assert_same_gradients(classifier: nn.Module, state: dict[str, Tensor], toler
         else:
             assert parameter.grad is not None, name
             assert golden.relative_error(parameter.grad, slow) < tolerance, name
-
-
-@pytest.mark.parametrize(("mix", "depth"), [*((mix, 2) for mix in MIXES), ([0, 1, 2, 0], 1)], ids=str)
-@pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
-def test_equals_the_slow_version(task: str, mix: list[int], depth: int) -> None:
-    """In float64, where a mistake cannot pass for rounding."""
-    classifier = tiny_classifier(task, memory_depth=depth).double().eval()
-    images, tokens = tiny_batch(len(mix))
-    images, labels, state = images.double(), labels_of(task, len(mix)), slow_state(classifier)
-
-    logits = classifier(model_input(images, tokens, mix))
-    TASKS[task].loss(logits, labels).backward()
-    slow_logits = slow_rep.batch_logits(state, images, tokens, mix, depth, task)
-    slow_rep.loss(slow_logits, labels, task).backward()
-
-    assert golden.relative_error(logits, slow_logits) < 1e-9
-    assert_same_gradients(classifier, state)
 
 
 def test_text_after_the_last_end_changes_nothing() -> None:
@@ -173,9 +145,3 @@ def test_starting_slots_lie_around_the_backbone_embeddings() -> None:
         distance = (learner.get_parameter(name) - centre).norm(dim=-1)
         torch.testing.assert_close(distance, torch.full((3,), 0.2))
     assert learner.residual_alpha.item() == 0.5
-
-
-@pytest.mark.parametrize("length", [0, -3, 4, 35])
-def test_memory_length_must_be_a_positive_multiple_of_three(length: int) -> None:
-    with pytest.raises(ValueError, match=f"multiple of 3.*{length}"):
-        build_classifier(ModelSpec("mmimdb", MethodOptions("rep", length, 2), TINY))

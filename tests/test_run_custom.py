@@ -169,7 +169,7 @@ def test_what_is_trained_is_that_of_mmimdb() -> None:
 
 def test_the_run_says_what_the_data_says(workspace: Workspace, fitted: Path, pets: Path) -> None:
     described = {"name": "pets", "labels": "single", "class_names": ["cat", "cow", "dog"], "metric": "f1_macro"}
-    assert json_of(fitted / "config.json")["custom"] == described
+    assert json_of(fitted / "config.json")["custom"] == described | {"signals": []}
     spec = read_checkpoint(fitted / "best.ckpt").spec
     assert spec.custom == CustomData("pets", "single", ("cat", "cow", "dog"), "f1_macro")
     checkpoint = torch.load(fitted / "best.ckpt", weights_only=True)
@@ -256,7 +256,7 @@ def test_data_of_another_metric_cannot_go_on_but_be_tested(
     assert command_line(workspace.command(*options, task="custom", data_root=other)) == 0
     metrics = json_of(workspace.results / "other_metric" / "version_0" / "test_results.json")["metrics"]
     assert metrics["accuracy"] == json_of(fitted / "test_results.json")["metrics"]["accuracy"]
-    assert set(metrics) == {"loss", "accuracy"}
+    assert set(metrics) == {"loss", "accuracy", "f1_macro", "balanced_accuracy"}
 
 
 def test_another_task_than_the_checkpoints(workspace: Workspace, fitted: Path, capsys) -> None:

@@ -177,7 +177,7 @@ def test_the_run_says_what_the_data_says(workspace: Workspace, fitted: Path, pet
     assert checkpoint["monitor"] == "val/f1_macro"
     results = json_of(fitted / "test_results.json")
     assert results["task"] == "custom" and results["samples"] == 9
-    assert set(results["metrics"]) == {"loss", "f1_macro", "accuracy"}
+    assert set(results["metrics"]) == {"loss", "f1_macro", "accuracy", "balanced_accuracy"}
 
 
 def test_evaluation_repeats_the_result(workspace: Workspace, fitted: Path, pets: Path) -> None:

@@ -20,7 +20,17 @@ Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 SLOW = (
     *("agreement", "backbone", "contents", "datamodules", "demo", "ending", "fuzz", "golden_training", "hostile_runs"),
-    *("interruption", "long_run", "methods", "processes", "published", "package", "report_page", "resume"),
+    *(
+        "interruption",
+        "long_run",
+        "methods",
+        "processes",
+        "published",
+        "package",
+        "quickstart",
+        "report_page",
+        "resume",
+    ),
     *("robustness", "run", "run_custom", "run_methods", "sweep", "undefined", "writers"),
 )
 """Test files that train, or start processes: `pytest -m "not slow"` leaves them out."""

@@ -10,7 +10,9 @@ import pandas as pd
 
 from common.text import LOWER_IS_BETTER, Estimate, estimate, order_of
 from engine.robustness import PATTERN
-from runs.compare import Group, Settings, compare_runs
+from engine.sample_statistics import LEVEL
+from engine.significance import Difference, holm
+from runs.compare import Settings, compare_runs
 from runs.lines import RunLine, Spread, lines_of, spread_of
 from runs.report.results import PUBLISHED_BACKBONE, Pattern, ReportRun, Robustness
 from runs.report.text import CAPTIONS, Unit, capital, dataset_title, excerpt, listed, metric_title, without
@@ -209,15 +211,31 @@ class Dataset:
         return {p: [line for line in found if line.pattern == p] for p in patterns} if several else {}
 
     @cached_property
-    def significance(self) -> dict[Pattern, Group]:
-        """By training pattern, how the compared lines that have stored logits differ there."""
-        found: dict[Pattern, Group] = {}
-        for pattern, lines in self.compared.items():
-            if results := [entry for line in lines for entry in line.results if entry[1].logits is not None]:
-                at = ((pattern.missing_type,), (pattern.ratio,), pattern.both_ratio)
-                settings = Settings(tuple(results[0][1].raw["table_seeds"]), RESAMPLES, PERMUTATIONS, *at)
-                found.update((pattern, group) for group in compare_runs([run.run for run, _ in results], settings))
+    def against_best(self) -> dict[Line, Difference]:
+        """By line that has stored logits, what it has less than the best one of its training pattern, if that has some
+        too; p is corrected for the number of lines. Every pair of a large report would take too long."""
+        found: dict[Line, Difference] = {}
+        for pattern, (best, *others) in self.compared.items():
+            at, of_pattern = ((pattern.missing_type,), (pattern.ratio,), pattern.both_ratio), {}
+            for line in others:
+                results = [entry for each in (best, line) for entry in each.results if entry[1].logits is not None]
+                seeds = tuple(results[0][1].raw["table_seeds"]) if results else ()
+                for group in compare_runs(
+                    [run.run for run, _ in results], Settings(seeds, RESAMPLES, PERMUTATIONS, *at)
+                ):
+                    value, low, high, p = group.comparisons[0].difference  # of the best one, whose runs come first
+                    of_pattern[line] = Difference(-value, -high, -low, p)
+            corrected = holm([each.p for each in of_pattern.values()])
+            found |= {line: each._replace(p=p) for (line, each), p in zip(of_pattern.items(), corrected, strict=True)}
         return found
+
+    def is_significantly_best(self, line: Line) -> bool:
+        """Whether each other line of the training pattern differs significantly from this one, which is the best."""
+        first, *others = self.compared[line.pattern]
+        found = [self.against_best.get(other) for other in others]
+        return (
+            line is first and bool(others) and all(d and d.p <= 1 - LEVEL and not d.low <= 0 <= d.high for d in found)
+        )
 
 
 def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:

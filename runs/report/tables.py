@@ -118,23 +118,14 @@ def comparison_table(dataset: Dataset) -> Table:
     """A row per training pattern and line: the metric there, the difference to the best line, what training takes."""
     metric, unit = dataset.spec.monitor, dataset.unit()
     rows: list[Row] = []
-    for pattern, lines in dataset.compared.items():
-        group = dataset.significance.get(pattern)
-        place_of = {run: place for place, of_line in enumerate(group.lines) for run in of_line.items} if group else {}
-        places = [next((place_of[run.run] for run in line.runs if run.run in place_of), None) for line in lines]
-        significant = group.best(group.comparisons[0].pattern) if group else None
-        for line, place in zip(lines, places, strict=True):
-            own = mean_std(line.at_own_pattern, unit)
-            of_line: Row = {"trained_at": str(pattern), "method": line.variant, "seeds": len(line.runs)}
-            of_line[metric] = replace(own, strong=place is not None and place == significant)
-            of_line |= {"difference_to_best": NOT_APPLICABLE, "p": NOT_APPLICABLE}
-            for each in group.comparisons if group and line is not lines[0] else ():
-                if {each.one, each.other} == {places[0], place}:
-                    value, *ends = (end if each.one == place else -end for end in each.difference[:3])
-                    of_line["difference_to_best"] = difference(value, unit, ends)
-                    of_line["p"] = Cell(f"{each.p_corrected:.2g}", {"": each.p_corrected})
-            of_line["trained_parameters"] = _cost(line, "trained_parameters", "{:,.0f}")
-            rows.append(of_line | {"training_minutes": _cost(line, "training_seconds", "{:,.1f}", 60)})
+    for line in (line for lines in dataset.compared.values() for line in lines):
+        own, found = mean_std(line.at_own_pattern, unit), dataset.against_best.get(line)
+        of_line: Row = {"trained_at": str(line.pattern), "method": line.variant, "seeds": len(line.runs)}
+        of_line[metric] = replace(own, strong=dataset.is_significantly_best(line))
+        of_line["difference_to_best"] = difference(found.value, unit, found[1:3]) if found else NOT_APPLICABLE
+        of_line["p"] = Cell(f"{found.p:.2g}", {"": found.p}) if found else NOT_APPLICABLE
+        of_line["trained_parameters"] = _cost(line, "trained_parameters", "{:,.0f}")
+        rows.append(of_line | {"training_minutes": _cost(line, "training_seconds", "{:,.1f}", 60)})
     for answer, metrics in dataset.baselines.items() if rows else ():
         rows.append({**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer, metric: number(metrics[metric], unit)})
     titles = {"trained_parameters": "Trainable parameters", "training_minutes": "Minutes", "p": "p (Holm)"}

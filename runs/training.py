@@ -40,6 +40,7 @@ from engine.checkpoint import (
 )
 from engine.contents import OF_TEST, contents_of_data, other_contents
 from engine.families import family_of
+from engine.kept_features import are_constant, keep_features
 from engine.open_model import COMPUTE_TYPES
 from engine.processes import ending_together
 from engine.resume import Training, alone, find_progress, say_differences
@@ -156,6 +157,9 @@ def train_from(
     set_computation(options, classifier)
     if classifier.method.sees_training_split and options.resume_from is None and options.load_path is None:
         see_training_split(options, classifier, data)
+    if are_constant(classifier):
+        keep_features(classifier, data, torch.device("cuda" if options.num_gpus else "cpu"))
+    classifier.train()  # Lightning leaves it to us: a backbone keeps its frozen parts in evaluation mode
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
     tokenizer = TokenizerUsed(options.tokenizer, inputs.fingerprint) if inputs.tokenize is not None else None

@@ -6,6 +6,7 @@ C width of a stage, h heads, d width of a head, E width of features.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ class WindowAttention(nn.Module):
         b, L, C = x_bLC.shape
         n, t, h = self.windows, self.tokens, self.heads
         dropout = DROPOUT if self.training else 0.0
-        heads_of = self.qkv(x_bLC[:, self.order_L]).view(b, n, t, 3, h, C // h)
+        heads_of = self.qkv(_Reorder.apply(x_bLC, self.order_L, self.inverse_L)).view(b, n, t, 3, h, C // h)
         q, k, v = heads_of.permute(3, 0, 1, 4, 2, 5).unbind()  # (b, n, h, t, d)
         bias = self.relative_position_bias_table[self.index_tt].permute(2, 0, 1)  # (h, t, t)
         bias = bias.expand(n, h, t, t) if self.mask_ntt is None else bias + self.mask_ntt[:, None]
@@ -108,10 +109,26 @@ class WindowAttention(nn.Module):
             q.flatten(1, 2), keys.flatten(1, 2), values.flatten(1, 2), bias.flatten(0, 1)[None], dropout
         )
         seen_bLC = seen.view(b, n, h, t, C // h).transpose(2, 3).reshape(b, L, C)
-        return self._project(seen_bLC)[:, self.inverse_L], of_slot_queries
+        return _Reorder.apply(self._project(seen_bLC), self.inverse_L, self.order_L), of_slot_queries
 
     def _project(self, x: Tensor) -> Tensor:
         return F.dropout(self.proj(x), DROPOUT, self.training)
+
+
+class _Reorder(torch.autograd.Function):
+    """Tokens in another order; autograd's own way back adds up what may have been taken twice, and is slower."""
+
+    @staticmethod
+    def forward(context: Any, x_bLC: Tensor, order_L: Tensor, inverse_L: Tensor) -> Tensor:
+        """The tokens in `order_L`."""
+        context.save_for_backward(inverse_L)
+        return x_bLC.index_select(1, order_L)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradients in the order of the input."""
+        [inverse_L] = context.saved_tensors
+        return gradients[0].index_select(1, inverse_L), None, None
 
 
 def pad_bias(bias: Tensor, slots: int) -> Tensor:

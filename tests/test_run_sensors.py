@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from common.errors import DataError
 from engine.predict import Item, load_model
+from engine.training import FinetuneModule
 from make_arrow import main as make_arrow
 from run import command_line
 from sensors.augmentations import draw_view
+from sensors.swt import SwtTower
 from sensors.weights import published_weights, sizes_for
 from tests.interrupted import differences
 from tests.sensor_files import ROWS, write_set
@@ -229,3 +232,42 @@ def test_a_recording_of_any_length_is_predicted_sample_by_sample(root: Path, tra
     assert command_line(["run.py", "predict", "with", "precision=32", "num_workers=0", *options]) == 2
     with pytest.raises(DataError, match="expected signals of acc, gyr, lig, found sound"):
         model.predict_recording({"sound": np.zeros((20, 1))})
+
+
+@pytest.mark.parametrize("method", ["none", "rep"])
+def test_frozen_towers_are_in_evaluation_mode_and_run_once_where_nothing_changes(
+    root: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    modes: set[tuple[bool, bool]] = set()
+    ran: list[int] = []
+    step, encode = FinetuneModule.training_step, SwtTower.encode
+
+    def looking(module: FinetuneModule, *arguments: Any) -> Tensor:
+        model = module.classifier.model
+        modes.add(
+            (model.get_submodule("freq_interval_layers").training, model.get_submodule("mod_fusion_layers").training)
+        )
+        return step(module, *arguments)
+
+    def counted(tower: SwtTower, tokens: Tensor, *others: Any) -> Tensor:
+        ran.append(len(tokens))
+        return encode(tower, tokens, *others)
+
+    monkeypatch.setattr(FinetuneModule, "training_step", looking)
+    monkeypatch.setattr(SwtTower, "encode", counted)
+    load = (f"load_path={pretrained / 'best.ckpt'}", f"prompt_type={method}", "memory_depth=2", "memory_length=6")
+    states = {}
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr("runs.training.are_constant", lambda _: False)
+        ran.clear()
+        name = f"exp_name={method}_{kept}"
+        assert command_line(command(root, "task_finetune_sensors", name, "max_epoch=3", *load)) == 0
+        states[kept] = state_of(root / "result" / f"{method}_{kept}_seed0" / "version_0" / "last.ckpt")
+        if method == "none" and kept:
+            assert sum(ran) == 3 * 72  # the samples of three splits, of three modalities
+        else:
+            assert sum(ran) > 3 * 72
+    assert modes == {(False, True)}
+    for name, tensor in states[True].items():
+        torch.testing.assert_close(tensor, states[False][name], rtol=1e-4, atol=1e-4)

@@ -154,6 +154,8 @@ class Backbone(nn.Module):
     """Whether modalities read each other before their towers, so that samples cannot share the features of one."""
     ends: tuple[str, ...] = ()
     """Parts (see `parts`) that follow the last blocks, for `train_ends`."""
+    takes_features = False
+    """Whether an input (b, E) may be what its tower made of one, where towers and inputs stay the same."""
     always_trained: tuple[str, ...] = ()
     """Parts (see `parts`) that are trained whatever the method."""
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -236,6 +237,18 @@ def test_titles_with_commas_and_quotes(dishes: Case, line: bytes, text: str) -> 
 def test_wrong_titles_are_an_error(dishes: Case, train: bytes, message: str) -> None:
     write_titles(dishes, train, b"pizza_0.jpg,two,pizza\n")
     assert message in dishes.refused(lines=1)
+
+
+def test_images_that_the_published_code_sees_otherwise_are_counted(films: Case) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, mode, options in (("0000012", "RGBA", {"exif": exif}), ("0000005", "I;16", {}), ("0000013", "RGB", {})):
+        out = io.BytesIO()
+        Image.new(mode, (20, 16)).save(out, "PNG", **options)
+        films.write(f"images/{name}.jpeg", out.getvalue())
+    assert films.run() == 0
+    for change, counts in (("transparent", "train 0, dev 1"), ("turned", "train 0, dev 1"), ("grey", "train 1, dev 0")):
+        assert re.search(rf"images {change}.*published code differs\): {counts}, test 0", films.stdout), films.stdout
 
 
 @pytest.mark.parametrize(

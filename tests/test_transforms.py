@@ -189,6 +189,7 @@ def test_images_stand_as_their_orientation_says(kind):
             assert np.array_equal(to_hwc(decode_image(source, 6)), expected), orientation
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_damaged_exif_does_not_matter():
     pixels = noise(6, 6)
     data = saved(Image.fromarray(pixels), exif=b"Exif\0\0MM\0*\0\0\xff\xff\0\1")

@@ -36,6 +36,8 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """By Exif orientation."""
+CHANGES = "changes"
+"""Key of an image's `info`: in what it differs from what the published code sees."""
 
 
 def open_rgb(source: bytes | Image.Image) -> Image.Image:
@@ -85,15 +87,23 @@ def _as_seen(image: Image.Image) -> Image.Image:
         orientation = None
     if image.mode in ("I", "F"):
         raise ValueError("32 bits a channel, of which the range is not known; save it with 8 or 16 bits")
+    changes = []
     if image.mode.startswith("I;16"):
         image = _eight_bits(image)
+        changes.append("grey of 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        opaque = Image.new("RGB", image.size, "white")
-        opaque.paste(image, mask=image.getchannel("A"))
+        alpha, opaque = image.getchannel("A"), Image.new("RGB", image.size, "white")
+        opaque.paste(image, mask=alpha)
         image = opaque
+        if alpha.getextrema() != (255, 255):
+            changes.append("transparent, over white")
     image = image.convert("RGB")
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+        changes.append("turned upright by Exif")
+    image.info = {CHANGES: changes}
+    return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

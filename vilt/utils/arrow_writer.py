@@ -20,7 +20,7 @@ from common.messages import printable
 from vilt.datasets.specs import DatasetSpec, Modality
 from vilt.datasets.subsequences import NUMBER, RECORDING
 from vilt.utils.ordered_threads import in_order
-from vilt.utils.raw_data import NOTHING_LEFT, REMARKS, BadSampleError, RawDataset, Row, Sample
+from vilt.utils.raw_data import NOTHING_LEFT, REMARKS, BadSampleError, ImageFile, RawDataset, Row, Sample
 
 Result = tuple[int, Row | BadSampleError]
 """Row number, and the row or what is wrong with it."""
@@ -170,6 +170,8 @@ def _kept_rows(
         if spec.label_range is not None:
             labels = [int(np.sign(label)) + 1]
         summary.remarks.update(row.pop(REMARKS, {}))
+        for image in (value for value in row.values() if isinstance(value, ImageFile)):
+            summary.remarks.update(f"images {change} (the published code differs)" for change in image.changes)
         summary.n_samples += 1
         texts = next(iter([spec.column_of("text"), *spec.kept_columns]), None)
         summary.n_texts += len(row[texts] or []) if texts else 0

@@ -9,7 +9,7 @@ from common.errors import DataError
 from common.messages import listed, quoted
 from common.strict_json import kind_of, parse_json, read_json
 from vilt.datasets.specs import DatasetSpec, Split
-from vilt.images import open_rgb
+from vilt.images import CHANGES, open_rgb
 from vilt.utils.names import find_file, normal
 
 MISSING_FILE, UNREADABLE_FILE, UNDECODABLE_IMAGE = "missing file", "unreadable file", "undecodable image"
@@ -156,14 +156,22 @@ def read_image(raw: Path, file: str, allow_missing: bool = False, follow_links: 
         raise
 
 
-def checked_image(data: bytes, file: str) -> bytes:
+class ImageFile(bytes):
+    """The bytes of an image file that can be decoded."""
+
+    changes: Sequence[str] = ()
+    """In what it is seen otherwise than the published code sees it."""
+
+
+def checked_image(data: bytes, file: str) -> ImageFile:
     """`data`, if it can be decoded. Raises BadSampleError."""
+    image = ImageFile(data)
     try:
-        open_rgb(data)
+        image.changes = open_rgb(data).info[CHANGES]
     except Exception as error:  # see there
         macos = "; macOS keeps attributes of another file in it" if PureWindowsPath(file).name.startswith("._") else ""
         raise BadSampleError(UNDECODABLE_IMAGE, file, (str(error) or type(error).__name__) + macos) from None
-    return data
+    return image
 
 
 def read_record(data: bytes, file: str) -> dict[str, Any]:

@@ -217,7 +217,11 @@ def training_curves(dataset: Dataset) -> list[Figure]:
     looks = {line.label: look(place) for place, line in enumerate(lines)} if len(lines) <= TOGETHER else {}
     panels: list[list[Panel]] = []
     for name, title, factor in (
-        (f"val/{dataset.spec.monitor}", f"Validation {dataset.axis_title}", dataset.unit().factor),
+        (
+            f"val/{dataset.spec.monitor}",
+            f"Validation {dataset.metric_title}{dataset.unit().sign and ', %'}",
+            dataset.unit().factor,
+        ),
         ("train/loss", "Training loss", 1),
     ):
         found = [(line, run.run.curves[name]) for line in lines for run in line.runs if name in run.run.curves]

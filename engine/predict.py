@@ -35,6 +35,7 @@ from vilt.datamodules import Batch, collate
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.kinds import KINDS, InputFormat, kinds_of
 from vilt.datasets.specs import DatasetSpec
+from vilt.utils.array_files import SUFFIXES, samples_of_arrays
 from vilt.utils.names import find_file, normal
 from vilt.utils.tables import DELIMITERS, table_rows
 
@@ -56,6 +57,8 @@ class Prediction:
     """The most probable class, or all those above 0.5 where a sample can have several."""
     probabilities: dict[str, float]
     """Of every class, by its name."""
+    value: float | None = None
+    """Of a model of numbers, which has no classes."""
 
 
 class Item(NamedTuple):
@@ -154,14 +157,19 @@ class Predictor:
         moved = move_data_to_device(batch, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             logits_BC = self._classifier(model_input(moved)).float().cpu()
+        missing_of = [self.dataset.type_names[code] for code in model_input(batch).missing_type_B.tolist()]
+        if self.dataset.label_range is not None:
+            return [
+                Prediction(missing, (), {}, x) for missing, x in zip(missing_of, logits_BC[:, 0].tolist(), strict=True)
+            ]
         probability_BC = logits_BC.sigmoid() if self.multilabel else logits_BC.softmax(dim=-1)
-        predictions, missing_types = [], model_input(batch).missing_type_B.tolist()
-        for missing_type, probability_C in zip(missing_types, probability_BC.tolist(), strict=True):
+        predictions = []
+        for missing, probability_C in zip(missing_of, probability_BC.tolist(), strict=True):
             named = dict(zip(self.class_names, probability_C, strict=True))
             labels = [name for name, value in named.items() if value > THRESHOLD]
             if not self.multilabel:
                 labels = [self.class_names[int(np.argmax(probability_C))]]
-            predictions.append(Prediction(self.dataset.type_names[missing_type], tuple(labels), named))
+            predictions.append(Prediction(missing, tuple(labels), named))
         return predictions
 
 
@@ -227,6 +235,7 @@ def load_model(
 def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
     """The samples in a CSV, TSV or JSONL with a column for each modality and maybe `id`, or in a folder.
 
+    Of arrays a `.npz` or a pickle holds (N, …) by modality, and maybe `id`; a modality that it lacks is missing.
     Texts stand in the table, for other inputs the path of a file, relative to the table. In a folder, files of one name
     are one sample: a text for `NAME.jpg` is in `NAME.txt` beside it. Files are taken in the order of their names,
     folders within it too. A recording of sensors is as many samples as it holds.
@@ -234,7 +243,12 @@ def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
     Raises:
         DataError: it is not there or holds nothing, or a row is not as expected; names file and row.
     """
-    items = _items_of_folder(source, dataset) if source.is_dir() else _items_of_table(source, dataset)
+    if source.suffix.lower() in (".npz", *SUFFIXES):
+        items = [
+            Item(name, inputs, place) for name, inputs, place in samples_of_arrays(source, list(dataset.modalities))
+        ]
+    else:
+        items = _items_of_folder(source, dataset) if source.is_dir() else _items_of_table(source, dataset)
     if not items:
         raise DataError(f"input={source}: expected at least one sample, found none")
     return in_samples(items, dataset)
@@ -315,15 +329,20 @@ def write_predictions(
             writer = csv.writer(file, lineterminator="\n")
             times = ("start_s", "end_s") if any(item.times for item in items) else ()
             if path.suffix == ".csv":
-                writer.writerow(["id", *times, "missing", "labels", *(f"p({name})" for name in predictor.class_names)])
+                columns = ["labels", *(f"p({name})" for name in predictor.class_names)]
+                numbers = predictor.dataset.label_range is not None
+                writer.writerow(["id", *times, "missing", *(["value"] if numbers else columns)])
             for item, prediction in zip(items, predictions, strict=True):
                 if path.suffix == ".csv":
-                    probabilities = prediction.probabilities.values()
                     at = item.times or [""] * len(times)
-                    writer.writerow([item.id, *at, prediction.missing, "|".join(prediction.labels), *probabilities])
+                    if prediction.value is not None:
+                        found: list[Any] = [prediction.value]
+                    else:
+                        found = ["|".join(prediction.labels), *prediction.probabilities.values()]
+                    writer.writerow([item.id, *at, prediction.missing, *found])
                 else:
                     of_item = dict(zip(times, item.times or (), strict=False))
-                    file.write(json.dumps({"id": item.id, **of_item, **asdict(prediction)}, ensure_ascii=False) + "\n")
+                    file.write(json.dumps({"id": item.id, **of_item, **_plain(prediction)}, ensure_ascii=False) + "\n")
                 if len(first) < SHOWN:
                     first.append(prediction)
     except OSError as error:
@@ -331,10 +350,20 @@ def write_predictions(
     return first
 
 
+def _plain(prediction: Prediction) -> dict[str, Any]:
+    """What a line of JSONL has of it."""
+    unused = ("value",) if prediction.value is None else ("labels", "probabilities")
+    return {name: value for name, value in asdict(prediction).items() if name not in unused}
+
+
 def describe_predictions(items: Sequence[Item], first: Sequence[Prediction]) -> str:
     """The first predictions, as a table for the terminal."""
     rows = []
     for item, prediction in zip(items, first, strict=False):
-        shown = [f"{name} {per_cent(round(prediction.probabilities[name], 3))}" for name in prediction.labels]
-        rows.append([printable(item.id), prediction.missing, printable(", ".join(shown)) or "none above 50 %"])
+        if prediction.value is not None:
+            said = f"{prediction.value:.3f}"
+        else:
+            shown = [f"{name} {per_cent(round(prediction.probabilities[name], 3))}" for name in prediction.labels]
+            said = printable(", ".join(shown)) or "none above 50 %"
+        rows.append([printable(item.id), prediction.missing, said])
     return terminal_table(("id", "missing", "prediction"), rows, "<<<")

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from clip.modules.registry import PRETRAINING, methods_of
+from clip.modules.registry import PRETRAINING, TRAIN_BACKBONES, methods_of
 from common.errors import ConfigError, DataError
 from common.machine import cores
 from common.readers import path, several, wrong
@@ -14,7 +14,7 @@ from runs.command_line import is_text, unknown_option
 from runs.option_readers import PRECISIONS, MissingTypeReader
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.open_spec import open_spec
-from vilt.datasets.specs import CLIP, EVERY_DATASET, SPLITS, DatasetSpec
+from vilt.datasets.specs import CLIP, EVERY_DATASET, SPLITS, VLA, DatasetSpec
 from vilt.missing_tables import PUBLISHED
 
 PUBLISHED_INTERVALS: dict[str, dict[str | None, float]] = {"hatememes": {None: 0.1, "dcp": 0.11}}
@@ -138,6 +138,16 @@ def check_together(options: Options) -> None:
         names = ", ".join(f"task_finetune_{name}" for name in EVERY_DATASET)
         raise ConfigError(f"no task: expected one of {names}, as in `python run.py with task_finetune_mmimdb …`")
     _check_method(options)
+    if (
+        EVERY_DATASET[options.task].family == VLA
+        and options.prompt_type not in TRAIN_BACKBONES
+        and options.load_path is None
+        and options.vit.startswith("random")
+    ):
+        raise ConfigError(
+            "load_path: expected a checkpoint of task_pretrain_mosei, whose layers stay frozen, found none; "
+            "prompt_type=full trains all layers without one"
+        )
     if options.end_lr >= options.learning_rate:
         raise ConfigError(
             f"end_lr: expected less than learning_rate={options.learning_rate:g}, found {options.end_lr:g}"

@@ -46,7 +46,9 @@ def sample_grid(run: ReportRun, robustness: Robustness, line: str) -> SampleGrid
     image_column, text_column = spec.column_of("image"), spec.column_of("text")
     logits = [matrix_of(stored[column], len(names)) for column in logit_columns_of(spec)]
     logits_TNC = torch.tensor(np.stack(logits)).double()
-    probabilities_TNC = (logits_TNC.sigmoid() if spec.multilabel else logits_TNC.softmax(-1)).numpy()
+    numbers_alone = spec.label_range is not None
+    probabilities = logits_TNC if numbers_alone else logits_TNC.sigmoid() if spec.multilabel else logits_TNC.softmax(-1)
+    probabilities_TNC = probabilities.numpy()
     changes = np.abs(probabilities_TNC[1:] - probabilities_TNC[0]).sum(-1).max(0)
     order = np.argsort(-changes, kind="stable")
     _, first_of_row = np.unique(stored["row"].to_numpy()[order], return_index=True)
@@ -72,8 +74,9 @@ def sample_grid(run: ReportRun, robustness: Robustness, line: str) -> SampleGrid
             numbers = np.argsort(-probabilities_C, kind="stable").tolist()
             numbers = [n for n in numbers if probabilities_C[n] > THRESHOLD] if spec.multilabel else numbers[:1]
             marks = [f"{'✓' if n in true else '✗'} {names[n]} {probabilities_C[n]:.0%}" for n in numbers]
-            predicted[column] = ", ".join(marks) or "none"
-        label, change = ", ".join(names[n] for n in true) or "none", f"{changes[index]:.2f}"
+            predicted[column] = f"{probabilities_C[0]:.2f}" if numbers_alone else ", ".join(marks) or "none"
+        label, change = f"{true[0]:.2f}" if numbers_alone else "", f"{changes[index]:.2f}"
+        label = label or ", ".join(names[n] for n in true) or "none"
         rows.append({"rank": rank, "id": sample["id"], "text": text, "label": label, **predicted, "change": change})
         pictures[f"thumbnails/{key}_{rank:02}.jpg"] = picture
     if undecoded:

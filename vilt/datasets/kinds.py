@@ -269,6 +269,8 @@ class ArrayKind(Kind):
         if not isinstance(value, np.ndarray):
             value = np.load(io.BytesIO(_bytes_of(Path(value))), allow_pickle=False)
         array, shape = np.array(value, dtype=np.float32), modality.shape
+        if modality.padded and array.ndim == len(shape) and len(array) < (shape[0] or 0):
+            array = np.pad(array, [((shape[0] or 0) - len(array), 0), *[(0, 0)] * (array.ndim - 1)])
         if array.ndim != len(shape) or array.shape[1:] != shape[1:] or shape[0] not in (None, len(array)):
             raise ValueError(f"expected an array of shape {shape}, found {array.shape}")
         if not array.size or not np.isfinite(array).all():

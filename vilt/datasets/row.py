@@ -24,6 +24,8 @@ class Modality(NamedTuple):
     """Of signals: values from the start of an interval to that of the next."""
     rate: float = 0.0
     """Likewise, in Hz."""
+    padded: bool = False
+    """Whether shorter arrays than the shape are padded in front, where users give them."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ DATASETS: dict[str, DatasetSpec] = {
     )
 }
 
-_SEGMENTS = {name: Modality("array", name) for name in ("text", "audio", "vision")}
+_SEGMENTS = {name: Modality("array", name, padded=True) for name in ("text", "audio", "vision")}
 VLA_OPTIONS: dict[str, Any] = {
     "vit": "random",
     "missing_type": "some",

@@ -16,6 +16,7 @@ from common.errors import DataError
 from common.hashing import file_sha256
 from common.messages import listed, quoted
 from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, Split, with_shapes
+from vilt.utils.array_files import SUFFIXES
 from vilt.utils.pickled_arrays import PickledArray, read_pickle
 from vilt.utils.raw_data import REMARKS, BadSampleError, RawDataset, RawSplit, Row
 from vilt.utils.tables import DELIMITERS, table_rows
@@ -24,7 +25,6 @@ MODALITIES = ("text", "audio", "vision")
 SPLIT_KEYS: dict[Split, str] = {"train": "train", "val": "valid", "test": "test"}
 LABELS = ("labels", "regression_labels")
 """Key of the labels in MulT's files, and in MMSA's, which have their padding at the end."""
-SUFFIXES = (".pkl", ".pickle")
 KNOWN_FILES = {
     "1a113ad5edc8b9b625a7e29e6b94a97ecade70494c4e022d9f7ba5affca3bbdc": ("mosi", "MulT's mosi_data.pkl"),
     "637d72469fe19333d7acfe9ca543f0f45af8004f103ed05649881b713c769e45": ("mosi", "MulT's mosi_data_noalign.pkl"),
@@ -82,7 +82,7 @@ def open_raw(raw: Path, dataset: str, table: Path | None = None) -> RawDataset:
     else:
         raise DataError(f"{raw}: expected a pickle ({', '.join(SUFFIXES)}), found none. Layout of RAW:\n\n{LAYOUT}")
     spec = with_shapes(spec, shapes)
-    return RawDataset(spec, (), tuple(_raw_split(spec, one) for one in segments), note)
+    return RawDataset(spec, spec.class_names or (), tuple(_raw_split(spec, one) for one in segments), note)
 
 
 def _raw_split(spec: DatasetSpec, segments: Segments) -> RawSplit:

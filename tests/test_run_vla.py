@@ -1,0 +1,209 @@
+"""Text, audio and vision through run.py: both stages, resuming, robustness, prediction, tables and report."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import make_arrow
+from engine.checkpoint import read_checkpoint
+from run import command_line
+from tests.interrupted import differences
+from tests.test_resume import interrupt
+from tests.vla_files import mmsa_pickle, vla_splits
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.open_spec import open_spec
+
+pytestmark = pytest.mark.slow
+SIZES = {"train": 24, "valid": 8, "test": 14}
+TYPE_NAMES = (
+    *("complete", "vision missing", "audio missing", "audio, vision missing"),
+    *("text missing", "text, vision missing", "text, audio missing"),
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Arrow files of two corpora with different widths."""
+    root = tmp_path_factory.mktemp("vla")
+    widths = {"mosei": (7, 5, 6), "mosi": (7, 3, 4)}
+    for seed, (name, of_corpus) in enumerate(widths.items()):
+        shapes = dict(
+            zip(("text", "audio", "vision"), ((5, of_corpus[0]), (6, of_corpus[1]), (4, of_corpus[2])), strict=True)
+        )
+        (root / f"{name}.pkl").write_bytes(pickle.dumps(mmsa_pickle(vla_splits(SIZES, shapes, seed))))
+        converted = ["--dataset", name, "--root", str(root / f"{name}.pkl"), "--target", str(root / name)]
+        assert make_arrow.main(converted) == 0
+    return root
+
+
+def command(root: Path, *options: str, name: str | None = None, corpus: str = "mosi") -> list[str]:
+    places = (f"data_root={root / corpus}", f"log_dir={root / 'result'}", f"missing_table_root={root / 'tables'}")
+    small = ("batch_size=8", "per_gpu_batchsize=8", "max_epoch=2", "num_workers=0")
+    task = "task_pretrain_mosei" if corpus == "mosei" else "task_finetune_mosi"
+    return ["run.py", *([name] if name else []), "with", task, *places, *small, *options]
+
+
+def folder_of(root: Path, name: str) -> Path:
+    return root / "result" / f"{name}_seed0" / "version_0"
+
+
+@pytest.fixture(scope="module")
+def pretrained(root: Path) -> Path:
+    """Checkpoint of stage 1."""
+    sizes = ("network.width=8", "network.heads=2", "network.layers=2")
+    assert command_line(command(root, *sizes, corpus="mosei")) == 0
+    return folder_of(root, "pretrain_mosei") / "best.ckpt"
+
+
+def finetune(root: Path, pretrained: Path, method: str, *options: str) -> Path:
+    own = (f"prompt_type={method}", f"exp_name={method}", "memory_length=6", "memory_depth=2", "prompt_length=3")
+    assert command_line(command(root, *own, f"load_path={pretrained}", *options)) == 0
+    return folder_of(root, method)
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, pretrained: Path) -> Path:
+    """Run folder of REP."""
+    return finetune(root, pretrained, "rep")
+
+
+@pytest.fixture(scope="module")
+def measured(trained: Path, root: Path) -> Path:
+    options = ("robustness_ratios=[0,0.7,1]", "robustness_seeds=[0]", "bootstrap=20")
+    assert command_line(command(root, f"load_path={trained / 'best.ckpt'}", *options, name="robustness")) == 0
+    return trained / "robustness"
+
+
+def test_stage_one_trains_the_whole_backbone_on_complete_segments(pretrained: Path) -> None:
+    results = json.loads((pretrained.parent / "test_results.json").read_text())
+    assert results["missing"]["complete"] == SIZES["test"] and results["missing_in_training"].startswith("fixed")
+    checkpoint = read_checkpoint(pretrained)
+    assert checkpoint.spec.method.prompt_type == "full" and not checkpoint.spec.architecture.project_all
+    metrics = ["loss", "mae", "corr", "acc7", "acc5", "acc2_non0", "f1_non0", "acc2_has0", "f1_has0"]
+    assert list(results["metrics"]) == metrics
+
+
+@pytest.mark.parametrize("method", ["rep", "mplmm", "none"])
+def test_stage_two_takes_over_and_freezes_all_but_projections(root: Path, pretrained: Path, method: str) -> None:
+    trained = finetune(root, pretrained, method, f"exp_name=two_{method}")
+    trained = folder_of(root, f"two_{method}")
+    config = json.loads((trained / "config.json").read_text())
+    assert config["vit"] == str(pretrained) and config["learning_rate"] == 1e-3 and config["optim_type"] == "adam"
+    results = json.loads((trained / "test_results.json").read_text())
+    assert results["missing_in_training"].startswith("drawn anew in each epoch (70% some")
+    assert sum(results["missing"][name] for name in TYPE_NAMES[1:]) == int(0.7 * SIZES["test"])
+    kept = read_checkpoint(trained / "best.ckpt").state
+    learner = {"rep": "model.memory_learner.", "mplmm": "model.prompt_learner."}.get(method, "none")
+    own = ("model.proj_l", "model.proj_a", "model.proj_v", "mosi_classifier.", learner)
+    assert all(name.startswith(own) for name in kept)
+    assert kept["model.proj_a.weight"].shape == (8, 3, 1)
+
+
+def test_the_best_model_is_that_of_the_lowest_error(trained: Path) -> None:
+    best = torch.load(trained / "best.ckpt", weights_only=True)
+    with (trained / "metrics.csv").open() as file:
+        header, *rows = [line.rstrip("\n").split(",") for line in file]
+    errors = [float(row[header.index("val/mae")]) for row in rows if row[header.index("val/mae")]]
+    assert best["score"] == pytest.approx(min(errors)) and best["monitor"] == "val/mae"
+
+
+def test_an_interrupted_training_ends_with_the_same_bits(
+    root: Path, pretrained: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ("memory_length=6", "memory_depth=2", "prompt_length=3", "exp_name=again", "resume_from=auto")
+    again = command(root, "prompt_type=rep", *own, f"load_path={pretrained}")
+    interrupt(again, monkeypatch, checkpoints=1)
+    assert command_line(again) == 0
+    whole, resumed = (
+        torch.load(path / "last.ckpt", weights_only=True)
+        for path in (trained, root / "result" / "again_seed0" / "version_1")
+    )
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+    assert not differences([whole[part] for part in parts], [resumed[part] for part in parts])
+
+
+def test_seven_encodings_give_every_cell(measured: Path, root: Path) -> None:
+    found = json.loads((measured / "robustness.json").read_text())
+    assert list(found["by_type"]) == list(TYPE_NAMES) and found["metric"] == "mae"
+    for kind, ratio in (("some", 0.7), ("text", 1.0)):
+        pattern = (f"test_type={kind}", f"test_ratio={ratio}", f"test_exp_name={kind}")
+        evaluated = (f"load_path={measured.parent / 'best.ckpt'}", "test_only=True", *pattern)
+        assert command_line(command(root, *evaluated)) == 0
+        results = json.loads((root / "result" / kind / "version_0" / "test_results.json").read_text())
+        (cell,) = (each for each in found["cells"] if (each["missing_type"], each["ratio"]) == (kind, ratio))
+        for metric, value in results["metrics"].items():
+            if metric != "loss" and value is not None:
+                assert cell["metrics"][metric]["mean"] == pytest.approx(value, abs=1e-6), metric
+
+
+def test_predictions_are_those_of_the_test(measured: Path, root: Path, tmp_path: Path) -> None:
+    dataset = ArrowDataset(open_spec("mosi", root / "mosi", ["test"]), root / "mosi", "test")
+    lines = ["id,text,audio,vision"]
+    for row in range(6):
+        cells = [str(row)]
+        for name, array in dataset[0, row].inputs.items():
+            np.save(tmp_path / f"{name}{row}.npy", array.numpy())
+            cells.append("" if row == 3 and name != "audio" else f"{name}{row}.npy")
+        lines.append(",".join(cells))
+    (tmp_path / "in.csv").write_text("\n".join(lines))
+    output, checkpoint = tmp_path / "out.jsonl", measured.parent / "best.ckpt"
+    given = [f"load_path={checkpoint}", f"input={tmp_path / 'in.csv'}", f"output={output}", "num_workers=0"]
+    assert command_line(["run.py", "predict", "with", "precision=32", *given]) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    table = pa.ipc.open_file(pa.memory_map(str(measured / "logits.arrow"))).read_all()
+    for row, one in enumerate(found):
+        code = TYPE_NAMES.index("text, vision missing") if row == 3 else 0
+        assert one["missing"] == TYPE_NAMES[code]
+        column = f"logits_{TYPE_NAMES[code].replace(', ', '_').replace(' ', '_')}"
+        assert one["value"] == pytest.approx(table[column][row].as_py()[0], abs=1e-5)
+
+
+def test_tables_and_report_show_shares_and_errors_as_what_they_are(
+    measured: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(["run.py", "runs", "with", f"log_dir={root / 'result'}"]) == 0
+    assert "mae" in (said := capsys.readouterr().out) and "70 % some" in said
+    assert command_line(["run.py", "report", "with", f"runs={root / 'result'}", f"out={tmp_path / 'report'}"]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "CMU-MOSI" in page and "without text, vision" in page
+
+
+def test_doctor_checks_them(root: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ("memory_length=6", "memory_depth=2", f"load_path={pretrained}")
+    assert command_line(command(root, *own, name="doctor")) == 0
+    said = capsys.readouterr().out
+    assert "ok   tokenizer: none needed" in said and "training step: loss" in said and "FAIL" not in said
+
+
+WRONG: list[tuple[tuple[str, ...], str]] = [
+    (("prompt_type=rep", "load_path=None"), "load_path: expected a checkpoint of task_pretrain_mosei"),
+    (("prompt_type=dcp",), "prompt_type: expected rep or mplmm or mplmm_described or none or full"),
+    (("missing_type=image",), "missing_type: expected vision or audio or text or any or some, found 'image'"),
+    (("network.width=16",), "network.width: expected 8"),
+    (("network.depth=1",), "network: expected width, heads, layers, found depth"),
+    (("memory_depth=9",), "memory_depth=9 is more than the backbone has blocks"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[options[0] for options, _ in WRONG])
+def test_what_is_wrong_is_one_line(
+    root: Path, pretrained: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(command(root, "memory_length=6", "memory_depth=2", f"load_path={pretrained}", *options)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0].replace(".train", "")
+
+
+def test_data_of_other_sizes_is_refused(root: Path, trained: Path, tmp_path: Path, capsys: Any) -> None:
+    shapes = {"text": (5, 7), "audio": (6, 3), "vision": (4, 9)}
+    (tmp_path / "f.pkl").write_bytes(pickle.dumps(mmsa_pickle(vla_splits(SIZES, shapes))))
+    assert make_arrow.main(["--dataset", "mosi", "--root", str(tmp_path / "f.pkl"), "--target", str(tmp_path)]) == 0
+    evaluated = (f"load_path={trained / 'best.ckpt'}", "test_only=True", f"data_root={tmp_path}")
+    assert command_line(command(root, *evaluated)) == 2
+    assert "vision (4, 4)" in (said := capsys.readouterr().err) and "(4, 9)" in said

@@ -1,0 +1,59 @@
+"""Files with the arrays of many samples, by modality: `.npz`, or a pickle, in which nothing runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import DataError
+from common.messages import listed
+from vilt.utils.pickled_arrays import PickledArray, read_pickle
+
+SUFFIXES = (".pkl", ".pickle")
+
+
+def samples_of_arrays(path: Path, modalities: Sequence[str]) -> list[tuple[str, dict[str, np.ndarray], str]]:
+    """Id, arrays by modality, and what messages call it, of each sample in a file with (N, ...) by modality.
+
+    A modality that the file lacks is missing in all samples; so is one of a sample whose numbers are all NaN.
+
+    Raises:
+        DataError: the file is not readable, has none of the modalities, or other numbers of samples.
+    """
+    arrays = _read(path)
+    there = [name for name in modalities if name in arrays]
+    if not there:
+        raise DataError(f"input={path}: expected {' or '.join(modalities)}, found {listed(list(arrays))}")
+    count = len(arrays[there[0]])
+    for name in (*there, *(["id"] if "id" in arrays else [])):
+        if len(arrays[name]) != count:
+            raise DataError(
+                f"input={path}: {name}: expected {count} rows, as {there[0]} has, found {len(arrays[name])}"
+            )
+    ids = [str(one) for one in np.ravel(arrays["id"])] if "id" in arrays else [str(row) for row in range(count)]
+    samples = []
+    for row in range(count):
+        inputs = {name: arrays[name][row] for name in there}
+        given = {name: array for name, array in inputs.items() if not _is_absent(array)}
+        samples.append((ids[row], given, f"{path}, row {row}"))
+    return samples
+
+
+def _is_absent(array: Any) -> bool:
+    return array.dtype.kind == "f" and bool(np.isnan(array).all())
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix.lower() not in SUFFIXES:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {name: np.atleast_1d(file[name]) for name in file.files}
+        except Exception as error:  # of many types, on damaged files
+            raise DataError(f"input={path}: not readable as .npz: {str(error) or type(error).__name__}") from None
+    content = read_pickle(path)
+    if isinstance(content, dict) and isinstance(content.get("test"), dict):
+        content = content["test"]
+    if not isinstance(content, dict):
+        raise DataError(f"input={path}: expected arrays by name, found {type(content).__name__}")
+    return {name: value[:] for name, value in content.items() if isinstance(value, PickledArray)}

@@ -165,7 +165,7 @@ class Doctor:
         facts += [f"{count:,} {kind}" for kind, count in of_types.items()]
         if data.n_rows not in (published := spec.published_rows.get(split, (data.n_rows,))):
             remarks.append(f"the published split has {' or '.join(f'{rows:,}' for rows in published)} rows")
-        counts = np.ones(len(names))
+        counts: Any = np.ones(len(names))
         if spec.label_range is None:
             counts = data.labels.sum(0) if data.labels.ndim == 2 else np.bincount(data.labels, minlength=len(names))
         if absent := [names[number] for number in np.flatnonzero(counts == 0)]:

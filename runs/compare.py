@@ -231,9 +231,10 @@ def _patterns(spec: DatasetSpec, trained_at: Pattern, settings: Settings) -> lis
 def _tables(stored: _Stored, pattern: Pattern, settings: Settings) -> list[np.ndarray]:
     """The missing tables of all table seeds; one, where they are all the same."""
     root = settings.missing_table_root or Path(str(stored.run.config.get("missing_table_root", "")))
-    task, rows = stored.run.config["task"], stored.split.table_rows
-    tables = []
-    for seed in settings.table_seeds:
-        table = load_missing_table(root, task, "test", MissingPattern(*pattern, seed), rows, keep=False)
-        tables.append(on_top(stored.run.spec.modalities, stored.split.natural, table))
+    spec, split = stored.run.spec, stored.split
+    described = [MissingPattern(*pattern, seed) for seed in settings.table_seeds]
+    drawn = [
+        load_missing_table(root, spec.table_name, "test", each, split.table_rows, keep=False) for each in described
+    ]
+    tables = [on_top(spec.modalities, split.natural, table) for table in drawn]
     return tables[:1] if all(np.array_equal(table, tables[0]) for table in tables) else tables

@@ -6,6 +6,7 @@ also has the script that makes weights and inputs, the names of checkpoints, ste
 
 import importlib.util
 import json
+import math
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,8 @@ from torch import Tensor
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import ModelInput
 from clip.modules.method import MethodOptions
+from engine.regression import PUBLISHED_F1
+from engine.tasks import METRICS, TASKS
 from tests.golden import relative_error
 from tests.vla_models import TYPE_OF_MODE, published_name, vla_batch, vla_classifier
 from vla.backbone import LETTERS, VlaArchitecture, VlaBackbone
@@ -263,3 +266,67 @@ def test_names_and_shapes_are_those_of_published_checkpoints(model: str) -> None
     ours = {published_name(name): list(p.shape) for name, p in classifier.named_parameters()}
     unused = (".version", "._float_tensor")
     assert ours == {name: shape for name, shape in expected.items() if not name.endswith(unused)}
+
+
+METRICS_FILE = (GOLDEN_DIR if (GOLDEN_DIR / "metrics.npz").is_file() else DEFAULT_DIR) / "metrics.npz"
+MMSA = {
+    "MAE": "mae",
+    "Corr": "corr",
+    "Mult_acc_7": "acc7",
+    "Mult_acc_5": "acc5",
+    "Mult_acc_3": "acc3",
+    "Mult_acc_2": "acc2",
+    "F1_score": "f1",
+}
+"""Names of MMSA's metrics that are ours."""
+
+
+def metric_cases() -> dict[str, Any]:
+    with np.load(METRICS_FILE) as file:
+        cases = json.loads(str(file["meta"]))["cases"]
+        for name, case in cases.items():
+            case["logits"] = torch.from_numpy(file[f"{name}/predictions"]).reshape(len(file[f"{name}/labels"]), -1)
+            case["labels"] = torch.from_numpy(file[f"{name}/labels"])
+    return {name: case for name, case in cases.items() if case["kind"] != "iemocap"}
+
+
+METRIC_CASES = metric_cases()
+
+
+@pytest.mark.parametrize("name", METRIC_CASES)
+def test_metrics_are_those_of_mmsa_and_the_right_ones(name: str) -> None:
+    case = METRIC_CASES[name]
+    sims = case["kind"] == "sims"
+    found = METRICS["sentiment_of_sims" if sims else "sentiment"](case["logits"], case["labels"])
+    for theirs, value in case["mmsa"].items():
+        if (ours := MMSA.get(theirs)) is not None and value is not None:
+            assert found[ours] == pytest.approx(value, abs=5.1e-5), theirs
+    if case["mmsa"].get("Corr", 0) is None:
+        assert math.isnan(found["corr"])
+    right = (
+        case["right"] if sims else {f"{m}_{k}": v for k, of_kind in case["right"].items() for m, v in of_kind.items()}
+    )
+    for metric, value in right.items():
+        assert found[metric] == pytest.approx(value, abs=1e-6), metric
+    if not sims and not case["right"]["non0"]:
+        assert math.isnan(found["acc2_non0"]) and math.isnan(found["f1_non0"])
+
+
+@pytest.mark.parametrize("name", METRIC_CASES)
+def test_the_published_f1_is_weighted_by_prediction(name: str) -> None:
+    case = METRIC_CASES[name]
+    if "f1" not in case["mplmm"]:
+        pytest.skip("the published code raises")
+    [(_, measure)] = PUBLISHED_F1["sentiment_of_sims" if case["kind"] == "sims" else "sentiment"].items()
+    once = torch.ones(1, len(case["labels"]), dtype=torch.float64)
+    found = measure.resampled(case["logits"], case["labels"], once).item()
+    assert found == pytest.approx(case["mplmm"]["f1"], abs=1e-6)
+
+
+def test_the_loss_compares_each_prediction_with_its_own_label() -> None:
+    case = METRIC_CASES["sims_mixed"]
+    with np.load(METRICS_FILE) as file:
+        expected = json.loads(str(file["meta"]))["sims_loss"]["right"]
+    assert TASKS["sims"].loss(case["logits"], case["labels"]).item() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(AssertionError):
+        TASKS["sims"].loss(case["logits"][:, 0], case["labels"])

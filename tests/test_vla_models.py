@@ -1,6 +1,9 @@
 """Models of text, audio and vision: REP against its slow version, exact shortcuts, and what is promised of each."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -8,6 +11,8 @@ import torch
 
 from clip.modules.method import MethodOptions
 from clip.modules.registry import FAMILY_METHODS
+from common.errors import CheckpointError
+from engine.checkpoint import read_checkpoint, restore_classifier
 from tests import slow_vla
 from tests.golden import relative_error
 from tests.vla_models import TINY, TYPE_OF_MODE, published_name, random_features, vla_batch, vla_classifier
@@ -201,3 +206,59 @@ def test_checkpointing_activations_changes_nothing() -> None:
         classifier(vla_batch(random_features(TINY, 7), TYPE_OF_MODE)).sum().backward()
         gradients.append(classifier.model.get_parameter("proj_l.weight").grad)
     assert torch.equal(*gradients)
+
+
+class Whole(torch.nn.Module):
+    """A module of the published code, as its pickles mention it."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+
+
+def whole_model(state: dict[str, torch.Tensor], heads: int) -> torch.nn.Module:
+    """A tree of modules with these parameters, whose classes are those of MPLMM's code."""
+    root = Whole(heads)
+    for name, value in state.items():
+        *path, last = name.split(".")
+        module: torch.nn.Module = root
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, Whole(heads))
+            module = module.get_submodule(part)
+        module.register_parameter(last, torch.nn.Parameter(value))
+    root.add_module("relu", torch.nn.ReLU())
+    return root
+
+
+@pytest.mark.parametrize("method", ["mplmm", "full"])
+def test_a_published_checkpoint_is_read_without_its_code(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = replace(TINY, project_all=method == "mplmm")
+    classifier = vla_classifier(arch, MethodOptions(method, prompt_length=3)).eval()
+    state = {published_name(name): value for name, value in classifier.state_dict().items()}
+    state["trans_l_mem.version"] = torch.tensor([2.0])
+    code = ModuleType("src")
+    code.models = ModuleType("src.models")  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "src", code)
+        patch.setitem(sys.modules, "src.models", code.models)
+        code.models.Whole = Whole
+        patch.setattr(Whole, "__module__", "src.models")
+        torch.save(whole_model(state, arch.heads), tmp_path / "published.pt")
+    checkpoint = read_checkpoint(tmp_path / "published.pt")
+    assert checkpoint.published and checkpoint.spec.method.prompt_type == method
+    found = checkpoint.spec.architecture
+    assert (found.width, found.heads, found.layers) == (8, 2, 2) and found.text_dim == 7
+    restored = restore_classifier(checkpoint, None).eval()
+    batch = vla_batch(random_features(TINY, 7), TYPE_OF_MODE)
+    if method == "full":  # its steps are in no entry
+        restored.model.arch = arch  # type: ignore[assignment]
+    assert torch.equal(restored(batch), classifier(batch))
+
+
+def test_a_whole_model_that_mentions_something_else_is_not_opened(tmp_path: Path) -> None:
+    torch.save({"model": torch.nn.Linear(1, 1), "run": print}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"print, which might run code; not opened"):
+        read_checkpoint(tmp_path / "m.pt")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import loop, sides
+from benchmarks import loop, sensors, sides
 from benchmarks.loading import Loading
 from benchmarks.sides import Comparison, Data, compare
 from clip.modules.interfaces import TowerSlots
@@ -138,7 +138,12 @@ def record(path: Path, device: str, part: str, text: str) -> None:
         temporary.write_text(replaced, "utf-8")
 
 
-PARTS = {"steps": steps, "robustness": robustness, "training": training}
+def of_sensors(device: torch.device, pairs: int) -> Iterator[str]:
+    """Sensors, processor time: REP's training step at the sizes of MOD beside that of `none`, and kept features."""
+    yield from sensors.table(pairs)
+
+
+PARTS = {"steps": steps, "robustness": robustness, "training": training, "sensors": of_sensors}
 
 
 def main() -> None:

@@ -82,10 +82,8 @@ class WindowAttention(nn.Module):
         self.register_buffer("mask_ntt", mask_ntt, persistent=False)
         self.windows, self.tokens = order_nt.shape
 
-    def forward(
-        self, x_bLC: Tensor, slots_bPC: Tensor | None, *, of_slots: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """What is added to tokens and slots; of slots None where `of_slots` is false."""
+    def forward(self, x_bLC: Tensor, slots_bPC: Tensor | None, first: int | None = 0) -> tuple[Tensor, Tensor | None]:
+        """What is added to tokens and to the slots from `first` on; None: to no slots."""
         b, L, C = x_bLC.shape
         n, t, h = self.windows, self.tokens, self.heads
         dropout = DROPOUT if self.training else 0.0
@@ -100,11 +98,11 @@ class WindowAttention(nn.Module):
             keys = torch.cat([k_slots[:, None].expand(b, n, h, P, C // h), k], dim=3)
             values = torch.cat([v_slots[:, None].expand(b, n, h, P, C // h), v], dim=3)
             bias = pad_bias(bias, P)
-            if of_slots:
+            if first is not None:
                 all_keys = torch.cat([k_slots, k.transpose(1, 2).flatten(2, 3)], dim=2)
                 all_values = torch.cat([v_slots, v.transpose(1, 2).flatten(2, 3)], dim=2)
-                seen = F.scaled_dot_product_attention(q_slots, all_keys, all_values, dropout_p=dropout)
-                of_slot_queries = self._project(seen.transpose(1, 2).reshape(b, P, C))
+                seen = F.scaled_dot_product_attention(q_slots[:, :, first:], all_keys, all_values, dropout_p=dropout)
+                of_slot_queries = self._project(seen.transpose(1, 2).reshape(b, P - first, C))
         seen = F.scaled_dot_product_attention(
             q.flatten(1, 2), keys.flatten(1, 2), values.flatten(1, 2), bias.flatten(0, 1)[None], dropout
         )
@@ -176,17 +174,17 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(
-        self, x_bLC: Tensor, slots_bPC: Tensor | None = None, *, of_slots: bool = True
+        self, x_bLC: Tensor, slots_bPC: Tensor | None = None, first: int | None = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens, and slots where there are any and `of_slots` is true."""
+        """Tokens, and the slots from `first` on, where there are any; None: no slots."""
         slots = None if slots_bPC is None else self.norm1(slots_bPC)
-        new_x, new_slots = self.attn(self.norm1(x_bLC), slots, of_slots=of_slots)
+        new_x, new_slots = self.attn(self.norm1(x_bLC), slots, first)
         keep = self._kept(x_bLC), self._kept(x_bLC)
         x_bLC = x_bLC + keep[0] * new_x
         x_bLC = x_bLC + keep[1] * self.mlp(self.norm2(x_bLC))
         if new_slots is None or slots_bPC is None:
             return x_bLC, None
-        slots_bPC = slots_bPC + keep[0] * new_slots
+        slots_bPC = slots_bPC[:, first:] + keep[0] * new_slots
         return x_bLC, slots_bPC + keep[1] * self.mlp(self.norm2(slots_bPC))
 
     def _kept(self, x_bLC: Tensor) -> Tensor | float:
@@ -291,11 +289,11 @@ class SwtTower(Tower):
             for stage in self.stages:
                 assert isinstance(stage, Stage)
                 for block in stage.blocks:
-                    slots_bPC = groups.before(k)
+                    slots_bPC, first = groups.before(k), groups.needed(k) if k < last else None
                     if self.checkpointing and torch.is_grad_enabled():
-                        x_bLC, slots_bPC = checkpoint(block, x_bLC, slots_bPC, of_slots=k < last, use_reentrant=False)
+                        x_bLC, slots_bPC = checkpoint(block, x_bLC, slots_bPC, first, use_reentrant=False)
                     else:
-                        x_bLC, slots_bPC = block(x_bLC, slots_bPC, of_slots=k < last)
+                        x_bLC, slots_bPC = block(x_bLC, slots_bPC, first)
                     groups.after(k, slots_bPC)
                     k += 1
                 if stage.downsample is not None:
@@ -324,6 +322,8 @@ class _Groups:
         given = [*first, *([] if slots.dynamic_BmD is None else [slots.dynamic_BmD])]
         self.now = torch.cat(given, dim=1) if given else None
         self.outputs: list[Tensor] = []
+        self.left_out = 0
+        """Slots that the block before has not computed."""
 
     def before(self, k: int) -> Tensor | None:
         """The slots that block `k` gets."""
@@ -331,11 +331,17 @@ class _Groups:
             return None
         new = self.to_come.pop(k, None)
         if k > 0 and new is not None:
-            self.now = torch.cat([new, self.now[:, new.shape[1] :]], dim=1)
+            self.now = torch.cat([new, self.now[:, new.shape[1] - self.left_out :]], dim=1)
         elif self.depth <= k < self.depth + len(self.replay):
             added = self.replay[k - self.depth](self.outputs)
             self.now = torch.cat([self.now[:, : self.behind] + added, self.now[:, self.behind :]], dim=1)
         return self.now
+
+    def needed(self, k: int) -> int:
+        """From which slot on the output of block `k` is: not of those that are replaced before the next one."""
+        replaced = self.to_come.get(k + 1)
+        self.left_out = 0 if replaced is None or self.replay else replaced.shape[1]
+        return self.left_out
 
     def after(self, k: int, slots_bPC: Tensor | None) -> None:
         """Takes what block `k` made of them."""

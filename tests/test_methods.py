@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clip.backbone import load_backbone
+from clip.modules.aoept import AOEPT
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.dpl import DecoupledPrototypes
 from clip.modules.heads import LinearByType, LinearHead
@@ -471,6 +472,20 @@ def test_aoept_sees_the_mean_tokens_of_the_training_split_first() -> None:
         assert torch.allclose(seen_text[0, row], x[0].mean(dim=0), atol=1e-5)
         x = text_tower.transformer.run(0, x, mask=torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril())
         assert torch.allclose(seen_text[1, row], x[0].mean(dim=0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mix", "counted"), [([0, 2, 2], [True, False]), ([0, 1, 2], [True, True]), ([1], [False] * 2)]
+)
+def test_the_auxiliary_loss_of_aoept_is_over_modalities_of_two_samples_or_more(
+    mix: list[int], counted: list[bool]
+) -> None:
+    classifier = make("aoept", depth=1, aoept_weight=0.5)
+    loss = classifier.training_outputs(*training_batch(mix))[1]["auxiliary"]
+    assert isinstance(classifier.method, AOEPT)
+    terms = [term for term, of_two in classifier.method._auxiliary if of_two]
+    assert [bool(of_two) for _, of_two in classifier.method._auxiliary] == counted  # text, image
+    assert loss.item() == pytest.approx(0.5 * float(np.mean([term.item() for term in terms] or [0.0])))
 
 
 # REP as described

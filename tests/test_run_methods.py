@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from clip.modules.dpl import DecoupledPrototypes
 from clip.modules.registry import METHODS
 from engine.callbacks import Checkpoints
 from engine.checkpoint import read_checkpoint
@@ -144,3 +145,14 @@ def test_robustness_of_a_method(workspace: Workspace, dcp: Path, capsys: pytest.
     assert command_line([command[0], "robustness", *command[1:]]) == 0
     summary = json.loads((dcp.parent / "robustness" / "robustness.json").read_text())
     assert summary["method"] == "dcp" and summary["exp_name"] == "dcp"
+
+
+def test_a_head_is_told_the_missing_type_of_the_training(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(DecoupledPrototypes, "trained_on", lambda _, missing_type: told.append(missing_type))
+    run(
+        workspace, tmp_path, "head=dpl", "prompt_type=none", "missing_type=text", "test_type=image", "fast_dev_run=True"
+    )
+    assert told == ["text"]

@@ -1,13 +1,14 @@
 """What the benchmarks compare is the same thing: the baseline has our numbers; and what they record."""
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import loading, loop, sides
+from benchmarks import loading, loop, sensors, sides
 from benchmarks.__main__ import main, record
 from benchmarks.baseline import PublishedAlgorithm
 from clip.modules.method import MethodOptions
@@ -46,7 +47,8 @@ def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(sides, "SPEC", replace(sides.SPEC, architecture=arch, method=MethodOptions("rep", 6, 2)))
     monkeypatch.setattr(loading, "FILMS", loading.BATCH)
     path = tmp_path / "RESULTS.md"
-    parts = ("steps", "robustness", "training")
+    parts = ("steps", "robustness", "training", "sensors")
+    monkeypatch.setattr(sensors, "BATCH", 4)
     path.write_text("".join(f"<!-- {part} on cpu -->\n<!-- end of {part} -->\n" for part in parts))
     monkeypatch.setattr(loop, "FILMS", 24)
     monkeypatch.setattr(loop, "BATCH", 8)
@@ -57,6 +59,8 @@ def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     rows = [cells for cells in rows if "ratio" not in cells and "share" not in cells]
     assert len(rows) == 10 + 1 + 1
     assert all(float(ratio) > 0 for *_, ratio, _, _ in rows)
+    of_sensors = path.read_text().partition("<!-- sensors on cpu -->")[2]
+    assert re.search(r"`rep`, 70 % both \| [\d.]+ s, [\d.]+ × `none`", of_sensors)
 
 
 def test_a_record_replaces_one_part(tmp_path: Path) -> None:

@@ -16,10 +16,13 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # compares them.
 PINS := sed -E '/^(pip=|nvidia-|cuda-|triton=)/d; s/\+.*//; s/^[^=]+/\L&/; :a; s/^([^=]*)[_.]/\1-/; ta' | LC_ALL=C sort -t= -k1,1
 
-.PHONY: demo test test-long lint bench fuzz docs constraints clean
+.PHONY: demo demo-vla test test-long lint bench fuzz docs constraints clean
 
 demo: .venv/.ready
 	$(BIN)/python -m demo
+
+demo-vla: .venv/.ready
+	$(BIN)/python -m demo.vla
 
 test: .venv/.ready-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)

@@ -35,7 +35,7 @@ def corpus(name: str, sizes: dict[str, int], seed: int = 0) -> dict[str, dict[st
         shared, own = draw.normal(size=rows), draw.normal(size=(3, rows))
         shown = 0.6 * shared + 0.8 * own
         labels = np.clip(np.round(1.9 * (np.array([0.55, 0.35, 0.35]) @ shown) * 5) / 5, -3, 3)
-        arrays = {
+        arrays: dict[str, Any] = {
             "text": np.zeros((rows, STEPS, TEXT_WIDTH), np.float32),
             "audio": np.zeros((rows, STEPS, audio_width)),
             "vision": np.zeros((rows, STEPS, vision_width)),

@@ -12,7 +12,7 @@ from run import command_line
 ROOT = Path("demo_run_vla")
 SMALL = ("num_workers=0", f"log_dir={ROOT / 'result'}", f"missing_table_root={ROOT / 'tables'}")
 METHODS = ("none", "mplmm", "rep")
-PRETRAINING_EPOCHS, EPOCHS = 6, 6
+PRETRAINING_EPOCHS, EPOCHS = 5, 5
 
 
 def main() -> int:
@@ -50,9 +50,8 @@ def newest(name: str) -> Path:
 
 def table() -> str:
     """Mean absolute error and correlation by method and missing modalities."""
-    found = {
-        m: json.loads((newest(m).parent / "robustness" / "robustness.json").read_text())["by_type"] for m in METHODS
-    }
+    files = {method: newest(method).parent / "robustness" / "robustness.json" for method in METHODS}
+    found = {method: json.loads(path.read_text())["by_type"] for method, path in files.items()}
     rows = [
         [kind, *(f"{found[m][kind]['mae']:.3f} / {found[m][kind]['corr']:.2f}" for m in METHODS)]
         for kind in found[METHODS[0]]

@@ -89,8 +89,9 @@ def run_writer(
         signals: get one when it begins to write, and one when all is written.
         room: bytes that no file may exceed, as on a full disk.
     """
-    for descriptor in (1, 2):
+    for descriptor, name_of_stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(said.fileno(), descriptor)
+        setattr(sys, name_of_stream, os.fdopen(descriptor, "w", closefd=False))  # those of a pipe cannot seek
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     parts = files._parts

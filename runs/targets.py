@@ -18,9 +18,8 @@ from engine.tasks import task_of
 from runs.check_options import check, read_load_paths, read_options
 from runs.run_reader import Run, read_run
 from runs.run_table import find_checkpoints
-from vilt.datamodules import rows_of_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.open_spec import open_spec
+from vilt.datasets.open_spec import open_spec, rows_of_splits
 from vilt.datasets.specs import DatasetSpec
 from vilt.missing_tables import NESTED, MissingPattern, published_patterns
 

@@ -26,7 +26,7 @@ from runs.check_options import check, resolve
 from tests.conftest import Workspace
 from tests.models import TINY, published_name, published_state
 from tests.test_run import evaluate, results_of
-from vilt.datamodules import rows_of_splits
+from vilt.datasets.open_spec import rows_of_splits
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, published_patterns
 

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from common.arrow_file import open_table
 from common.errors import ConfigError, DataError
 from common.signals import STOP_SIGNALS
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.kinds import Collated, InputFormat, Kind, kinds_of
-from vilt.datasets.open_spec import open_spec
-from vilt.datasets.specs import SPLITS, DatasetSpec, Split
+from vilt.datasets.open_spec import open_spec, rows_of_splits
+from vilt.datasets.specs import DatasetSpec, Split
 from vilt.datasets.subsequences import subsequences
 from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, published_patterns, type_counts
 from vilt.missing_types import code_of
@@ -99,8 +98,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
     Args:
         seed: None for evaluation.
         order: of the samples in evaluation; None: as in the dataset.
-        together: rows of samples that stay together, (A, L), all of which are the samples; None: each by itself.
-        per_batch: such rows in a batch; a last batch of less than LEAST_SUBSEQUENCES is left out.
+        together: units (A, L) of samples that stay together, in place of single ones.
+        per_batch: such units in a batch; a last batch of less than LEAST_SUBSEQUENCES is left out.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         per_batch: int = 1,
     ) -> None:
         self.samples = samples
-        self.together = together
+        self.units_AL = np.arange(samples)[:, None] if together is None else together
         self.per_batch = per_batch
         self.seed = seed
         self.order = order
@@ -134,32 +133,27 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        if self.together is not None:
-            return self._units() * self.together.shape[1]
-        return self._units()
+        return self._share() * self.units_AL.shape[1]
 
-    def _units(self) -> int:
-        """Of this process's share: samples, or rows that stay together."""
-        units = self.samples if self.together is None else len(self.together)
+    def _share(self) -> int:
+        """Units of this process."""
+        units = len(self.units_AL)
         share = len(range(self.rank, units, self.world_size)) if self.seed is None else -(-units // self.world_size)
         rest = share % self.per_batch
-        return share - rest if self.together is not None and rest < LEAST_SUBSEQUENCES else share
+        return share - rest if rest < LEAST_SUBSEQUENCES else share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        units = self.samples if self.together is None else len(self.together)
-        if self.seed is None:
-            order = list(range(units)) if self.order is None else self.order.tolist()
-        else:
+        share = self._share()
+        if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(units, generator=generator).tolist()
-            while len(order) < self._units() * self.world_size:
-                order += order[: self._units() * self.world_size - len(order)]
-        share = order[self.rank :: self.world_size][: self._units()]
-        if self.together is not None:
-            share = self.together[share].flatten().tolist()
+            drawn = torch.randperm(len(self.units_AL), generator=generator).numpy()
+            order = np.resize(drawn, share * self.world_size)
+        else:
+            order = np.arange(len(self.units_AL)) if self.order is None else self.order
+        indices = self.units_AL[order[self.rank :: self.world_size][:share]].flatten().tolist()
         if self.skip is not None and self.skip[0] == self.epoch:
-            share = share[self.skip[1] :]
-        return iter([(self.epoch, index) for index in share])
+            indices = indices[self.skip[1] :]
+        return iter([(self.epoch, index) for index in indices])
 
 
 class TimedLoader(DataLoader[Any]):
@@ -217,22 +211,6 @@ def split_patterns(
     if all(pattern.drawing == NESTED for pattern in patterns.values()):
         return dict(patterns)
     return published_patterns(patterns, rows_of_splits(spec, data_root))
-
-
-def rows_of_splits(spec: DatasetSpec, data_root: Path) -> dict[Split, int]:
-    """Rows of the arrow files of all splits, for the published drawing of missing tables.
-
-    Raises:
-        DataError: a file is not there, or not readable.
-    """
-    files = {split: data_root / spec.file_name(split) for split in SPLITS}
-    absent = [path.name for path in files.values() if not path.is_file()]
-    if absent:
-        raise DataError(
-            f"missing_tables=published: the tables of all splits are drawn in turn; expected {', '.join(absent)} in "
-            f"{data_root}, found no such file"
-        )
-    return {split: open_table(path).num_rows for split, path in files.items()}
 
 
 class MissingModalityData(pl.LightningDataModule):
@@ -322,10 +300,8 @@ class MissingModalityData(pl.LightningDataModule):
                 f"{dataset.path}: expected at least {LEAST_SUBSEQUENCES} subsequences of {length} samples for each "
                 f"process, which are compared, found {len(rows)}"
             )
-        per_batch = settings.per_gpu_batchsize // length
-        return EpochSampler(
-            len(dataset), seed=seed, rank=rank, world_size=world_size, together=rows, per_batch=per_batch
-        )
+        units: dict[str, Any] = {"together": rows, "per_batch": settings.per_gpu_batchsize // length}
+        return EpochSampler(len(dataset), seed=seed, rank=rank, world_size=world_size, **units)
 
     @contextmanager
     def naming_dead_workers(self) -> Iterator[None]:

@@ -23,11 +23,6 @@ from vilt.missing_tables import MissingPattern, draw_missing_type, drop_modaliti
 from vilt.missing_types import COMPLETE, code_of, is_missing, on_top
 
 
-def first_repeated(names: Sequence[str]) -> str | None:
-    """The first of `names` that occurs more than once; None where there is none."""
-    return next((name for name, count in Counter(names).items() if count > 1), None)
-
-
 class Sample(NamedTuple):
     """One sample of one row."""
 
@@ -213,8 +208,8 @@ class ArrowDataset(Dataset[Sample]):
         if not isinstance(names, list) or len(names) > most or not all(type(name) is str for name in names):
             raise DataError(f"{expected}, found something else")
         named = (*names, *map(str, range(len(names), most)))
-        if (twice := first_repeated(named)) is not None:
-            raise DataError(f"{expected}, each once, found {quoted(twice)} twice")
+        if twice := [name for name, count in Counter(named).items() if count > 1]:
+            raise DataError(f"{expected}, each once, found {quoted(twice[0])} twice")
         return named
 
     def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:

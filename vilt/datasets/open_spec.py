@@ -8,7 +8,7 @@ from common.arrow_file import open_table
 from common.errors import DataError
 from common.messages import first_line, quoted
 from vilt.datasets.custom import CUSTOM_TASKS, CustomData
-from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec, Split, custom_spec, with_shapes
+from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, DatasetSpec, Split, custom_spec, with_shapes
 
 
 def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:
@@ -72,3 +72,19 @@ def _read(path: Path, dataset: str) -> CustomData:
         return found
     except (ValueError, RecursionError) as error:  # of json too
         raise DataError(f"{path}: {error}; {how_to_make}") from error
+
+
+def rows_of_splits(spec: DatasetSpec, data_root: Path) -> dict[Split, int]:
+    """Rows of the arrow files of all splits, for the published drawing of missing tables.
+
+    Raises:
+        DataError: a file is not there, or not readable.
+    """
+    files = {split: data_root / spec.file_name(split) for split in SPLITS}
+    absent = [path.name for path in files.values() if not path.is_file()]
+    if absent:
+        raise DataError(
+            f"missing_tables=published: the tables of all splits are drawn in turn; expected {', '.join(absent)} in "
+            f"{data_root}, found no such file"
+        )
+    return {split: open_table(path).num_rows for split, path in files.items()}

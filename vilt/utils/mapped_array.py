@@ -1,5 +1,6 @@
 """Arrays in .npy files, memory-mapped, so that all processes of a machine share one copy and pickling copies none."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ class MappedArray:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_values": None}
+
+
+def open_numbers(path: Path, sizes: Sequence[str]) -> np.ndarray:
+    """The numbers in a .npy file, memory-mapped, with as many dimensions as `sizes` has names. Raises DataError."""
+    array = MappedArray(path).values
+    if array.ndim != len(sizes) or array.dtype.kind not in "iuf" or not array.size:
+        raise DataError(f"{path}: expected numbers ({', '.join(sizes)}), found {array.dtype} {array.shape}")
+    return array
 
 
 def fault_of(path: Path, dtype: DTypeLike, shape: tuple[int | None, ...]) -> str | None:

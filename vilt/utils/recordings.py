@@ -171,28 +171,24 @@ def check_finite(signal: np.ndarray, path: Path, first_row: int, column: str) ->
         raise DataError(f"{path}, row {int(np.argmin(finite)) + first_row}: {column}: expected a finite number")
 
 
-def read_numbers(path: Path, columns: Sequence[int], separator: str, *, header: bool = False) -> np.ndarray:
-    """Columns of a text file of numbers, (N, columns) float64; empty cells and `NaN` are not a number.
+def read_numbers(path: Path, columns: Sequence[int], separator: str) -> np.ndarray:
+    """Columns, ascending, of a text file of numbers, (N, columns) float64; empty cells and `NaN` are not a number.
 
     Raises:
         DataError: the file cannot be read, or a cell is no number; names file and row.
     """
     try:
-        frame = pd.read_csv(
-            path, sep=separator, header=0 if header else None, usecols=list(columns), dtype=np.float64, engine="c"
-        )  # fmt: skip
-        return frame.to_numpy()[:, np.argsort(np.argsort(columns))]
+        frame = pd.read_csv(path, sep=separator, header=None, usecols=list(columns), dtype=np.float64, engine="c")
+        return np.asarray(frame)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise DataError(_first_wrong(path, columns, separator, header) or f"{path}: {str(error).strip()}") from None
+        raise DataError(_first_wrong(path, columns, separator) or f"{path}: {str(error).strip()}") from None
 
 
-def _first_wrong(path: Path, columns: Sequence[int], separator: str, header: bool) -> str | None:
+def _first_wrong(path: Path, columns: Sequence[int], separator: str) -> str | None:
     with path.open("rb") as lines:
         for row, line in enumerate(lines, 1):
-            if header and row == 1:
-                continue
             text = line.decode("utf-8", "replace").strip()
             cells = text.split() if separator == r"\s+" else text.split(separator)
             for column in columns:

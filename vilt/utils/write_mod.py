@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from common.messages import first_line, listed
 from common.torch_file import load_inert
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.utils import raw_data
-from vilt.utils.raw_data import RawDataset, RawSplit
+from vilt.utils.raw_data import RawDataset, RawSplit, Sample
 from vilt.utils.recordings import (
     NO_LABEL,
     PUBLISHED,
@@ -46,6 +46,7 @@ CLASSES = (
     *("bicycle", "forester", "pickup", "scooter"),
 )
 SECONDS, INTERVALS = 2, 10
+PRETRAIN = "pretrain"
 RATES = {"seismic": 100, "audio": 8000}
 ZERO_CROSSINGS, ROLL_OFF, TAPS, BEFORE = 6, 0.99, 28, 13
 VALIDATION_OF_PUBLISHED = 10
@@ -118,6 +119,10 @@ class Node:
             values = _lines(self.paths[name]) - (self.listed.cut_start + self.listed.cut_end) * rate
             found.append(max(0, values // (SECONDS * rate)))
         return min(found)
+
+    def recording(self, label: int) -> Recording:
+        """With one label for all samples."""
+        return Recording(f"{self.listed.run}_{self.listed.node}", np.full(self.count, label), self.read)
 
     def read(self, number: int) -> dict[str, np.ndarray]:
         """By modality, (1, 10, S) of a sample. Raises DataError."""
@@ -196,39 +201,35 @@ def open_raw(raw: Path, split: str | None = None) -> RawDataset:
 
 def _of_recordings(nodes: Sequence[Node]) -> list[RawSplit]:
     """Of raw recordings, by time."""
-    found: dict[str, list[tuple[int, Any]]] = {split: [] for split in (*SPLITS, "pretrain")}
-    held_out: dict[str, list[int]] = {}
-    """By run, the seconds of its validation and test samples."""
-    for row, node in enumerate(nodes, 1):
-        if node.listed.used_for != "supervised":
-            continue
-        recording = _recording(node, class_of(node.listed.run))
-        for number in range(node.count):
-            split = time_split(number, node.count, 1)
-            if split == "train":
-                found["pretrain"].append((row, partial(read_row, recording, number)))
-            elif split is not None:
-                held_out.setdefault(node.listed.run, []).append(node.listed.cut_start + SECONDS * number)
-            if split is not None:
-                found[split].append((row, partial(read_row, recording, number)))
-    for row, node in enumerate(nodes, 1):
-        if node.listed.used_for != "pretrain":
-            continue
-        recording = _recording(node, NO_LABEL)
-        for number in range(node.count):
-            at = node.listed.cut_start + SECONDS * number
-            if all(abs(at - second) >= SECONDS for second in held_out.get(node.listed.run, [])):
-                found["pretrain"].append((row, partial(read_row, recording, number)))
+    found: dict[str, list[Sample]] = {split: [] for split in (*SPLITS, PRETRAIN)}
+    held_out: set[tuple[str, int]] = set()
+    """Runs, and the seconds in them, of validation and test samples."""
+    for use in ("supervised", PRETRAIN):
+        for row, node in enumerate(nodes, 1):
+            if node.listed.used_for != use:
+                continue
+            recording = node.recording(class_of(node.listed.run) if use == "supervised" else NO_LABEL)
+            for number in range(node.count):
+                sample, at = (row, partial(read_row, recording, number)), node.listed.cut_start + SECONDS * number
+                if use == PRETRAIN:
+                    if _is_clear(node.listed.run, at, held_out):
+                        found[PRETRAIN].append(sample)
+                elif (split := time_split(number, node.count, 1)) is not None:
+                    found[split].append(sample)
+                    if split == "train":
+                        found[PRETRAIN].append(sample)
+                    else:
+                        held_out.add((node.listed.run, at))
     return _splits(found, "mod_runs.csv")
 
 
-def _recording(node: Node, label: int) -> Recording:
-    name = f"{node.listed.run}_{node.listed.node}"
-    return Recording(name, np.full(node.count, label), node.read)
+def _is_clear(run: str, at: int, held_out: set[tuple[str, int]]) -> bool:
+    """Whether the sample from second `at` on shares no second with one that is held out."""
+    return not any((run, at + step) in held_out for step in range(1 - SECONDS, SECONDS))
 
 
-def _splits(found: dict[str, list[tuple[int, Any]]], source: str) -> list[RawSplit]:
-    return [RawSplit(split, source, samples) for split, samples in found.items() if samples or split != "pretrain"]  # type: ignore[arg-type]
+def _splits(found: dict[str, list[Sample]], source: str) -> list[RawSplit]:
+    return [RawSplit(split, source, samples) for split, samples in found.items() if samples or split != PRETRAIN]  # type: ignore[arg-type]
 
 
 def _of_index(
@@ -238,53 +239,52 @@ def _of_index(
     of_node = {f"{node.listed.run}_{node.listed.node}": node for node in nodes}
     listed_in = {name: _names(path) for name, path in indices.items()}
 
-    def entry(name: str, label: int) -> tuple[int, Any]:
-        recording, _, number = name.rpartition("_")
-        row = next(rows[name] for rows in listed_in.values() if name in rows)
+    def entry(name: str, label: int) -> Sample:
+        recording, number = _by_number(name)
+        index = next(index for index, rows in listed_in.items() if name in rows)
+        row = listed_in[index][name]
         if name in samples:
-            labels = np.full(int(number) + 1, label)
-            return row, partial(
-                read_row, Recording(recording, labels, partial(read_sample, samples[name])), int(number)
-            )
-        if recording in of_node and int(number) < of_node[recording].count:
-            return row, partial(read_row, _recording(of_node[recording], label), int(number))
-        path = next(path for key, path in indices.items() if name in listed_in[key])
-        raise DataError(f"{path}, row {row}: expected {name}.pt, or its recording, below {raw}, found none")
+            of = Recording(recording, np.full(number + 1, label), partial(read_sample, samples[name]))
+        elif recording in of_node and number < of_node[recording].count:
+            of = of_node[recording].recording(label)
+        else:
+            there = f"expected {name}.pt, or its recording, below {raw}, found none"
+            raise DataError(f"{indices[index]}, row {row}: {there}")
+        return row, partial(read_row, of, number)
 
     train, test = sorted(listed_in["train"]), sorted(listed_in["test"])
-    split_of = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
+    split_of: dict[str, str | None] = {**dict.fromkeys(train, "train"), **dict.fromkeys(test, "test")}
     if how == PUBLISHED:
         split_of |= dict.fromkeys(train[::VALIDATION_OF_PUBLISHED], "val")
     else:
         counts: dict[str, int] = {}
-        for name in split_of:
-            recording, _, number = name.rpartition("_")
-            counts[recording] = max(counts.get(recording, 0), int(number) + 1)
-        by_time = {
-            name: time_split(int(name.rpartition("_")[2]), counts[name.rpartition("_")[0]], 1) for name in split_of
-        }
-        split_of = {name: split for name, split in by_time.items() if split is not None}
-    found: dict[str, list[tuple[int, Any]]] = {split: [] for split in (*SPLITS, "pretrain")}
-    for name in sorted(split_of, key=_by_number):
-        label = class_of(name)
-        if not 0 <= label < len(CLASSES[: DATASETS["mod"].n_classes]):
-            raise DataError(f"{indices['train']}: {name}: expected one of {listed(CLASSES[:7])} in the name")
-        found[split_of[name]].append(entry(name, label))
+        for recording, number in map(_by_number, split_of):
+            counts[recording] = max(counts.get(recording, 0), number + 1)
+        split_of = {name: time_split(_by_number(name)[1], counts[_by_number(name)[0]], 1) for name in split_of}
+    found: dict[str, list[Sample]] = {split: [] for split in (*SPLITS, PRETRAIN)}
     cuts = {(one.run, one.node): one.cut_start for one in runs()}
+    held_out: set[tuple[str, int]] = set()
 
-    def time_of(name: str) -> tuple[str, float]:
-        run, node, number = name.rsplit("_", 2) if name.count("_") > 1 else (name, "", "0")
-        return run, cuts.get((run, node), 0) + SECONDS * int(number)
+    def place_of(name: str) -> tuple[str, int]:
+        """Run, and the second in it."""
+        recording, number = _by_number(name)
+        run, node = recording.rsplit("_", 1) if "_" in recording else (recording, "")
+        return run, cuts.get((run, node), 0) + SECONDS * number
 
-    held_out = {time_of(name) for name, split in split_of.items() if split != "train"}
-    for name in sorted({*listed_in.get("pretrain", {}), *train}, key=_by_number):
-        run, at = time_of(name)
-        clear = not any((run, at + step) in held_out for step in range(1 - SECONDS, SECONDS))
-        if how == PUBLISHED or (
-            clear and split_of.get(name, "train") == "train" and (name in split_of or name not in train)
-        ):
-            label = class_of(name) if split_of.get(name) == "train" else NO_LABEL
-            found["pretrain"].append(entry(name, label))
+    for name in sorted(split_of, key=_by_number):
+        if (split := split_of[name]) is None:  # next to a border
+            continue
+        label = class_of(name)
+        if not 0 <= label < DATASETS["mod"].n_classes:
+            raise DataError(f"{indices['train']}: {name}: expected one of {listed(CLASSES[:7])} in the name")
+        found[split].append(entry(name, label))
+        if split != "train":
+            held_out.add(place_of(name))
+    for name in sorted({*listed_in.get(PRETRAIN, {}), *train}, key=_by_number):
+        split = split_of.get(name)
+        unused = name not in train and split is None
+        if how == PUBLISHED or ((split == "train" or unused) and _is_clear(*place_of(name), held_out)):
+            found[PRETRAIN].append(entry(name, class_of(name) if split == "train" else NO_LABEL))
     return _splits(found, "train_index.txt")
 
 

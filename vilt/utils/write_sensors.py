@@ -13,6 +13,7 @@ from vilt.datasets.custom import SENSORS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, custom_spec
 from vilt.utils import raw_data
 from vilt.utils.custom_layout import read_yaml
+from vilt.utils.mapped_array import open_numbers
 from vilt.utils.raw_data import RawDataset
 from vilt.utils.recordings import (
     PUBLISHED,
@@ -93,7 +94,8 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     raw_data.require_layout(raw, (*files, *(() if spec else ("spec.yaml",))), LAYOUT)
     source = spec or raw / "spec.yaml"
     of_spec = read_spec(source)
-    signals, labels = _array(raw / "signals.npy", 2), _array(raw / "labels.npy", 1)
+    signals = open_numbers(raw / "signals.npy", ("rows", "columns"))
+    labels = open_numbers(raw / "labels.npy", ("rows",))
     if len(labels) != len(signals):
         raise DataError(f"{raw / 'labels.npy'}: expected {len(signals)} rows, as signals.npy has, found {len(labels)}")
     channels = _read_channels(raw / "channels.csv", signals.shape[1])
@@ -145,16 +147,6 @@ class _Reader(NamedTuple):
             name: self.cut.intervals(values[:, columns] * self.channels.scales[name], rate)
             for name, columns in self.channels.columns.items()
         }
-
-
-def _array(path: Path, dimensions: int) -> np.ndarray:
-    try:
-        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not readable as an array: {error}") from None
-    if found.ndim != dimensions or found.dtype.kind not in "iuf" or not found.size:
-        raise DataError(f"{path}: expected numbers of {dimensions} dimensions, found {found.dtype} of {found.shape}")
-    return found
 
 
 def _check_rows(raw: Path, signals: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:

@@ -17,11 +17,12 @@ from common.hashing import file_sha256
 from common.messages import listed, quoted
 from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, Split, with_shapes
 from vilt.utils.array_files import SUFFIXES
+from vilt.utils.mapped_array import open_numbers
 from vilt.utils.pickled_arrays import PickledArray, read_pickle
-from vilt.utils.raw_data import REMARKS, BadSampleError, RawDataset, RawSplit, Row
+from vilt.utils.raw_data import REMARKS, RawDataset, RawSplit, Row
 from vilt.utils.tables import DELIMITERS, table_rows
 
-MODALITIES = ("text", "audio", "vision")
+MODALITIES, STEPS = ("text", "audio", "vision"), ("steps", "width")
 SPLIT_KEYS: dict[Split, str] = {"train": "train", "val": "valid", "test": "test"}
 LABELS = ("labels", "regression_labels")
 """Key of the labels in MulT's files, and in MMSA's, which have their padding at the end."""
@@ -58,7 +59,7 @@ class Segments:
     labels_N: np.ndarray
     texts: Sequence[str]
     features: Callable[[int], dict[str, np.ndarray]]
-    """Of a row, from 0: (T, D) by modality, padding in front. Raises BadSampleError."""
+    """Of a row, from 0: (T, D) by modality, padding in front."""
 
 
 def open_raw(raw: Path, dataset: str, table: Path | None = None) -> RawDataset:
@@ -82,12 +83,11 @@ def open_raw(raw: Path, dataset: str, table: Path | None = None) -> RawDataset:
     else:
         raise DataError(f"{raw}: expected a pickle ({', '.join(SUFFIXES)}), found none. Layout of RAW:\n\n{LAYOUT}")
     spec = with_shapes(spec, shapes)
-    return RawDataset(spec, spec.class_names or (), tuple(_raw_split(spec, one) for one in segments), note)
-
-
-def _raw_split(spec: DatasetSpec, segments: Segments) -> RawSplit:
-    samples = [(row + 1, partial(_row, spec, segments, row)) for row in range(len(segments.labels_N))]
-    return RawSplit(segments.split, segments.source, samples)
+    splits = []
+    for of in segments:
+        samples = [(row + 1, partial(_row, spec, of, row)) for row in range(len(of.labels_N))]
+        splits.append(RawSplit(of.split, of.source, samples))
+    return RawDataset(spec, spec.class_names or (), tuple(splits), note)
 
 
 def _row(spec: DatasetSpec, segments: Segments, row: int) -> Row:
@@ -187,35 +187,29 @@ def _of_arrays(spec: DatasetSpec, path: Path, split: Split, key: str, arrays: di
         read = {name: arrays[name][row : row + 1][0] for name in MODALITIES}
         if lengths is None:
             return read
-        return {name: padded_in_front(x_TD, lengths.get(name, {}).get(row)) for name, x_TD in read.items()}
+        return {name: padded_in_front(x, lengths[name][row] if name in lengths else None) for name, x in read.items()}
 
     return Segments(split, f"{path.name}: {key}", ids, labels_N, texts, features)
 
 
-def _lengths(path: Path, key: str, arrays: dict[str, Any], n_rows: int) -> dict[str, dict[int, int]]:
-    """By modality and row, the steps behind which there is padding, where the file says them."""
-    found: dict[str, Any] = {name: arrays.get(f"{name}_lengths") for name in ("audio", "vision")}
-    tokens = arrays.get("text_bert")
-    if tokens is not None:
-        steps = arrays["text"].shape[1]
-        if not isinstance(tokens, PickledArray) or tokens.shape != (n_rows, 3, steps):
-            raise DataError(f"{path}: {key}: text_bert: expected the sizes {(n_rows, 3, steps)}")
-        found["text"] = [int(tokens[row : row + 1][0, 1].sum()) for row in range(n_rows)]
-    lengths: dict[str, dict[int, int]] = {}
-    for name, of_rows in found.items():
-        if of_rows is None:
-            continue
-        steps, values = arrays[name].shape[1], list(_whole(of_rows))
-        if len(values) != n_rows:
-            raise DataError(f"{path}: {key}: {name}_lengths: expected {n_rows:,}, found {len(values):,}")
-        for row, length in enumerate(values):
+def _lengths(path: Path, key: str, arrays: dict[str, Any], n_rows: int) -> dict[str, np.ndarray]:
+    """By modality, the steps (N,) behind which there is padding, where the file says them."""
+    given = {name: arrays.get(f"{name}_lengths") for name in ("audio", "vision")}
+    found = {name: _whole(lengths) for name, lengths in given.items() if lengths is not None}
+    if (tokens := arrays.get("text_bert")) is not None:
+        expected = (n_rows, 3, arrays["text"].shape[1])
+        if not isinstance(tokens, PickledArray) or tokens.shape != expected:
+            raise DataError(f"{path}: {key}: text_bert: expected the sizes {expected}")
+        found["text"] = np.array([int(tokens[row : row + 1][0, 1].sum()) for row in range(n_rows)])
+    for name, lengths in found.items():
+        steps, what = arrays[name].shape[1], "the mask of text_bert" if name == "text" else f"{name}_lengths"
+        if len(lengths) != n_rows:
+            raise DataError(f"{path}: {key}: {what}: expected {n_rows:,}, found {len(lengths):,}")
+        for row, length in enumerate(lengths, 1):
             if not isinstance(length, (int, np.integer)) or not 0 <= length <= steps:
-                what = "the mask of text_bert" if name == "text" else f"{name}_lengths"
-                raise DataError(
-                    f"{path}: {key}, row {row + 1}: {what}: expected a length from 0 to {steps}, found {quoted(length)}"
-                )
-        lengths[name] = dict(enumerate(map(int, values)))
-    return lengths
+                expected_length = f"expected a length from 0 to {steps}, found {quoted(length)}"
+                raise DataError(f"{path}: {key}, row {row}: {what}: {expected_length}")
+    return found
 
 
 def padded_in_front(x_TD: np.ndarray, length: int | None) -> np.ndarray:
@@ -253,7 +247,8 @@ def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[st
     rows: dict[Split, list[tuple[str, float, str]]] = {split: [] for split in SPLITS}
     of_key = {key: split for split, key in SPLIT_KEYS.items()} | {split: split for split in SPLITS}
     shapes: dict[str, tuple[int, ...]] = {}
-    first_with: dict[str, str] = {}
+    first_with: dict[str, tuple[str, int]] = {}
+    """By modality, the first file and its width."""
     for row, name, split, label, text in _listed(table):
         place = f"{table}, row {row}"
         if split not in of_key:
@@ -265,14 +260,17 @@ def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[st
         if isinstance(label, bool) or not abs(number) <= (spec.label_range or np.inf):
             _refuse_label(spec, f"{place}: label", label)
         for modality in MODALITIES:
-            file = _file_of(raw, modality, name, place)
-            steps, width = _shape_of(file, place)
-            most = shapes.setdefault(modality, (steps, width))
-            if width != most[1]:
-                other = first_with[modality]
-                raise DataError(f"{place}: {file}: expected the width {most[1]}, as {other} has, found {width}")
-            first_with.setdefault(modality, file.name)
-            shapes[modality] = (max(steps, most[0]), width)
+            file = raw / modality / f"{name}.npy"
+            if not file.is_file():
+                raise DataError(f"{place}: expected its features in {file}, found no such file")
+            try:
+                steps, width = open_numbers(file, STEPS).shape
+            except DataError as error:
+                raise DataError(f"{place}: {error}") from None
+            first, most = first_with.setdefault(modality, (file.name, width)), shapes.get(modality, (0,))[0]
+            if width != first[1]:
+                raise DataError(f"{place}: {file}: expected the width {first[1]}, as {first[0]} has, found {width}")
+            shapes[modality] = (max(steps, most), width)
         rows[of_key[split]].append((name, number, text))
     for split, of_split in rows.items():
         if not of_split:
@@ -297,25 +295,5 @@ def _listed(table: Path) -> Iterator[tuple[int, str, Any, Any, str]]:
         yield row, name, split.strip() if isinstance(split, str) else split, label, str(text or "")
 
 
-def _file_of(raw: Path, modality: str, name: str, place: str) -> Path:
-    file = raw / modality / f"{name}.npy"
-    if not file.is_file():
-        raise DataError(f"{place}: expected its features in {file}, found no such file")
-    return file
-
-
-def _shape_of(file: Path, place: str) -> tuple[int, int]:
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-        if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.size:
-            raise ValueError(f"expected numbers (steps, width), found {array.dtype} {array.shape}")
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{place}: {file}: {error}") from None
-    return array.shape[0], array.shape[1]
-
-
 def _load(raw: Path, ids: Sequence[str], row: int) -> dict[str, np.ndarray]:
-    try:
-        return {name: np.load(raw / name / f"{ids[row]}.npy", allow_pickle=False) for name in MODALITIES}
-    except (OSError, ValueError, EOFError) as error:
-        raise BadSampleError("unreadable file", ids[row], str(error)) from None
+    return {name: open_numbers(raw / name / f"{ids[row]}.npy", STEPS) for name in MODALITIES}

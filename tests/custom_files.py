@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
-def convert(raw: Path, target: Path, *options: str) -> int:
+def make(dataset: str, raw: Path, target: Path, *options: str) -> int:
     """Status of make_arrow.py in this process alone."""
-    args = ["--dataset", "custom", "--root", str(raw), "--target", str(target), "--workers", "0"]
+    args = ["--dataset", dataset, "--root", str(raw), "--target", str(target), "--workers", "0"]
     return make_arrow.main([*args, *options])
+
+
+convert = partial(make, "custom")
 
 
 def read_arrow(path: Path) -> pa.Table:

@@ -16,7 +16,6 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-import make_arrow
 from clip.backbone import load_backbone
 from clip.modules.method import MethodOptions
 from clip.tokenizer import ClipTokenizer, load_tokenizer
@@ -29,6 +28,7 @@ from runs.check_options import read_options
 from runs.report.results import read_report_runs
 from runs.run_table import list_runs
 from tests.archives import rewritten
+from tests.custom_files import make
 from tests.data_files import CLIP_DATASETS
 from tests.models import TINY, tiny_classifier
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -143,9 +143,8 @@ def _convert(raw: list[tuple[str, Path, Path]], folder: Path, given: tuple[int, 
 
 def _make(dataset: str, folder: Path, *options: str) -> None:
     said = io.StringIO()
-    places = ["--root", str(folder / "raw"), "--target", str(folder / "out")]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = make_arrow.main(["--dataset", dataset, *places, "--workers", "0", *options])
+        status = make(dataset, folder / "raw", folder / "out", *options)
     assert status in (0, 2), said.getvalue()
     if status == 2:
         assert not list((folder / "out").glob("*.arrow")), "an arrow file was left behind"

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-import make_arrow
 from common.errors import DataError
 from demo.data import write_task
-from tests.custom_files import convert, films_as_custom, png, read_arrow, write_jsonl, write_labelled
+from tests.custom_files import convert, films_as_custom, make, png, read_arrow, write_jsonl, write_labelled
 from tests.data_files import memes, write
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CustomData
@@ -145,8 +144,7 @@ def test_names_in_yaml_are_what_is_written_there(raw: Path) -> None:
 def test_films_are_those_of_the_mmimdb_path(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     write_task(raw, films=20, seed=3)
-    args = ["--dataset", "mmimdb", "--root", str(raw), "--target", str(tmp_path / "films"), "--workers", "2"]
-    assert make_arrow.main(args) == 0
+    assert make("mmimdb", raw, tmp_path / "films") == 0
     assert convert(raw, tmp_path / "own", "--spec", str(films_as_custom(raw, tmp_path / "table"))) == 0
     for split, called in (("train", "train"), ("val", "dev"), ("test", "test")):
         theirs = read_arrow(tmp_path / "films" / f"mmimdb_{called}.arrow")

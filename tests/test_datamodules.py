@@ -10,19 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 
 from common.errors import ConfigError, DataError
 from tests.data_files import assert_equal, memes, types_of, write
-from vilt.datamodules import (
-    Batch,
-    DataSettings,
-    EpochSampler,
-    MissingModalityData,
-    TimedLoader,
-    collate,
-)
+from vilt.datamodules import Batch, DataSettings, EpochSampler, MissingModalityData, TimedLoader, collate
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.kinds import InputFormat, kinds_of
 from vilt.datasets.specs import DATASETS, SPLITS, Split
@@ -334,99 +326,6 @@ def test_all_processes_together_evaluate_each_sample_once_and_train_equally_long
     assert lengths == {data.steps_per_epoch(world)}
 
 
-# ---- resuming after an interruption
-
-
-Step = tuple[int, int, tuple[int, ...], tuple[int, ...]]
-"""Epoch, batch, samples, their missing types."""
-
-
-class Recorder(pl.LightningModule):
-    """Trains one number, notes what it was given, and saves where run.py does: after validations and epochs."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-        self.number = torch.nn.Parameter(torch.zeros(1))
-        self.steps: list[Step] = []
-        self.saved: list[tuple[Path, int]] = []
-        """File, steps of this run until then."""
-
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        samples, types = tuple(batch.index_B.tolist()), tuple(types_of(batch))
-        self.steps.append((self.current_epoch, batch_idx, samples, types))
-        return self.number.square().sum()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        pass
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-    def on_validation_end(self) -> None:
-        path = self.folder / f"{len(self.saved)}.ckpt"
-        self.trainer.save_checkpoint(path)
-        self.saved.append((path, len(self.steps)))
-
-    on_train_epoch_end = on_validation_end
-
-
-def fit(
-    settings: DataSettings, checkpoints: Path, *, val_every: int, epochs: int = 3, resume: Path | None = None
-) -> Recorder:
-    checkpoints.mkdir(exist_ok=True)
-    module = Recorder(checkpoints)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        val_check_interval=val_every,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        logger=False,
-    )
-    trainer.fit(module, datamodule=open_data(settings, "train", "val"), ckpt_path=resume, weights_only=True)
-    return module
-
-
-RESUMED = pytest.mark.filterwarnings("ignore")  # Lightning does not know that these loaders can resume
-
-
-@RESUMED
-@pytest.mark.parametrize(("workers", "val_every"), [(0, 2), (0, 5), (1, 3)])
-def test_a_resumed_run_starts_with_the_next_sample(folder, workers, val_every):
-    """Also when it is resumed a second time."""
-    settings = settings_in(folder, simulate_missing=True)
-    first = fit(settings, folder / "first", val_every=val_every)
-    assert [step[:2] for step in first.steps] == [(epoch, batch) for epoch in range(3) for batch in range(6)]
-    for epoch in range(3):
-        seen = [index for step in first.steps if step[0] == epoch for index in step[2]]
-        assert sorted(seen) == list(range(11))
-    assert len(first.saved) == 3 * (6 // val_every + 1)
-    settings = replace(settings, num_workers=workers)
-    for path, steps in first.saved:
-        resumed = fit(settings, folder / "resumed", val_every=val_every, resume=path)
-        assert resumed.steps == first.steps[steps:], f"after {steps} steps"
-        for path_again, steps_again in resumed.saved[1:2]:
-            again = fit(settings, folder / "again", val_every=val_every, resume=path_again)
-            assert again.steps == first.steps[steps + steps_again :]
-
-
-@RESUMED
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_finished_run_can_be_made_longer(folder, workers):
-    settings = settings_in(folder, simulate_missing=True, num_workers=workers)
-    longer = fit(settings, folder / "longer", val_every=6, epochs=4).steps
-    first = fit(settings, folder / "first", val_every=6, epochs=2)
-    assert first.steps == longer[:12]
-    first.trainer.save_checkpoint(folder / "after.ckpt")
-    for path in (first.saved[-1][0], folder / "after.ckpt"):
-        assert fit(settings, folder / "resumed", val_every=6, epochs=4, resume=path).steps == longer[12:]
-
-
-@RESUMED
 @pytest.mark.parametrize(
     ("changes", "rows_now", "found"),
     [
@@ -437,10 +336,13 @@ def test_a_finished_run_can_be_made_longer(folder, workers):
     ],
 )
 def test_a_run_whose_order_is_another_one_is_not_resumed(folder, changes, rows_now, found):
-    saved = fit(settings_in(folder), folder / "first", val_every=2, epochs=1).saved
+    """tests/test_run.py resumes whole runs, from each place."""
+    before = open_data(settings_in(folder), "train")
     write_memes(folder, "train", rows_now)
+    now = open_data(settings_in(folder, **changes), "train")
+    before.trainer = now.trainer = Processes(0, 1)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=f"resume_from: .*{found}"):
-        fit(settings_in(folder, **changes), folder / "resumed", val_every=2, resume=saved[0][0])
+        now.load_state_dict({"epoch": 0, "batches": 2, **before._order()})
 
 
 def test_films_with_several_plots_are_counted_as_samples_and_described_by_row(tmp_path):

@@ -14,11 +14,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-import make_arrow
 from common.arrow_file import open_table
 from common.errors import DataError
 from tests.custom_files import convert as convert_own
-from tests.custom_files import write_labelled
+from tests.custom_files import make, write_labelled
 from tests.data_files import file_of, memes, write
 from tests.test_transforms import noise, saved, to_hwc
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -78,13 +77,6 @@ def test_damaged_class_names_are_an_error(tmp_path: Path, written: str | bytes, 
         dataset.class_names()
 
 
-def test_classes_without_a_name_have_their_number(tmp_path: Path) -> None:
-    table = memes().replace_schema_metadata({"class_names": json.dumps(["apple_pie", "pizza"])})
-    write(tmp_path / "food101_test.arrow", table)
-    names = ArrowDataset(DATASETS["food101"], tmp_path, "test", 8).class_names()
-    assert names[:3] == ("apple_pie", "pizza", "2") and len(names) == 101 and names[100] == "100"
-
-
 # Images
 
 
@@ -128,7 +120,6 @@ def test_animations_show_their_first_frame() -> None:
 
 # Raw datasets
 
-NAMES = {"mmimdb": "mmimdb", "food101": "food101", "hatememes": "hateful_memes"}
 Convert = Callable[..., tuple[int, str]]
 
 
@@ -141,8 +132,7 @@ def convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Convert:
         shutil.copytree(GOLDEN / "raw" / name, tmp_path / "raw")
         for file, content in files.items():
             (tmp_path / "raw" / file).write_bytes(content)
-        arguments = ["--dataset", NAMES[name], "--root", str(tmp_path / "raw"), "--target", str(tmp_path / "out")]
-        status = make_arrow.main([*arguments, "--workers", "0", *options])
+        status = make(DATASETS[name].make_arrow_name, tmp_path / "raw", tmp_path / "out", *options)
         return status, capsys.readouterr().err
 
     return run

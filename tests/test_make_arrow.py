@@ -24,7 +24,7 @@ from PIL import Image
 
 import make_arrow
 from common.strict_json import parse_json
-from tests.custom_files import read_arrow
+from tests.custom_files import make, read_arrow
 from tests.data_files import CLIP_DATASETS
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 from vilt.utils import write_food101, write_hatememes, write_mmimdb
@@ -55,9 +55,9 @@ class Case:
     capsys: pytest.CaptureFixture[str]
 
     def run(self, *options: str, workers: int = 0) -> int:
-        args = ["--dataset", DATASETS[self.dataset].make_arrow_name, "--root", str(self.raw), "--target", str(self.out)]
         self.capsys.readouterr()
-        status = make_arrow.main([*args, "--workers", str(workers), *options])
+        name = DATASETS[self.dataset].make_arrow_name
+        status = make(name, self.raw, self.out, "--workers", str(workers), *options)
         self.stdout, self.stderr = self.capsys.readouterr()
         return status
 

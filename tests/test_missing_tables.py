@@ -32,11 +32,6 @@ DRAWN: list[tuple[str, Split, MissingPattern, str]] = [
     ("food101", "test", MissingPattern("image", 0.9, 0.5, 1), "2202222222222220222222222222222220202222"),
     ("hatememes", "train", MissingPattern("both", 0.65, 0.25, 7), "1121211121102011101112000011000110120001"),
 ]
-DIGESTS: list[tuple[str, Split, MissingPattern, int, str]] = [
-    ("mmimdb", "train", MissingPattern("both", 0.7, 0.5, 0), 15552, "4e81e47986ebf269677f31e335067fbd"),
-    ("food101", "train", MissingPattern("image", 0.5, 0.5, 0), 61142, "d51d2ffcf4aad5dadafad67d7142e04f"),
-    ("hatememes", "test", MissingPattern("both", 0.9, 0.3, 123), 1000, "ba938fb9aa559b82800fbf891d8973f0"),
-]
 
 KEPT_NAME = "mmimdb_dev_missing_both_0.7_both_ratio_0.5_seed_0_of_10.txt"
 KEPT_HEADER = "# missing table: dataset=mmimdb split=dev type=both ratio=0.7 both_ratio=0.5 seed=0 samples=10"
@@ -85,12 +80,6 @@ def test_drawn_tables_are_those_that_were_written_down(dataset, split, pattern, 
     table = draw_missing_table(dataset, split, pattern, 40)
     assert table.dtype == np.int8
     assert digits(table) == expected
-
-
-@pytest.mark.parametrize(("dataset", "split", "pattern", "samples", "expected"), DIGESTS)
-def test_tables_of_real_size_have_the_digests_that_were_written_down(dataset, split, pattern, samples, expected):
-    table = draw_missing_table(dataset, split, pattern, samples)
-    assert hashlib.sha256(table.tobytes()).hexdigest()[:32] == expected
 
 
 @pytest.mark.parametrize("missing_type", ["text", "image", "both"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import DataError
-from make_arrow import main
+from tests.custom_files import make, read_arrow
 from tests.golden_as import HERE
 from tests.sensor_files import RATE, ROWS, SPEC, write_set
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -22,15 +22,10 @@ from vilt.utils import write_mod, write_wearables
 from vilt.utils.recordings import Cut, time_split
 
 
-def table(path: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
 def converted(dataset: str, raw: Path, *options: str) -> dict[str, pa.Table]:
     """By split."""
-    target = raw / "out"
-    assert main(["--dataset", dataset, "--root", str(raw), "--target", str(target), *options]) == 0
-    return {path.stem.rpartition("_")[2]: table(path) for path in target.glob("*.arrow")}
+    assert make(dataset, raw, raw / "out", *options) == 0
+    return {path.stem.rpartition("_")[2]: read_arrow(path) for path in (raw / "out").glob("*.arrow")}
 
 
 def test_a_set_of_sensors(tmp_path: Path) -> None:
@@ -103,37 +98,19 @@ def with_nan(raw: Path) -> None:
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing channel": (lambda raw: replace_line(raw / "channels.csv", 6, ""), "none has 4"),
-    "channel twice": (
-        lambda raw: replace_line(raw / "channels.csv", 3, "0,acc,1,g,10,1"),
-        "channels.csv, row 3: column",
-    ),
+    "channel twice": (lambda raw: replace_line(raw / "channels.csv", 3, "0,acc,1,g,10,1"), "row 3: column"),
     "other rate": (lambda raw: replace_line(raw / "channels.csv", 4, "2,gyr,0,g,20,1"), "row 4: rate_hz: expected 10"),
-    "no rate": (
-        lambda raw: replace_line(raw / "channels.csv", 4, "2,gyr,0,g,0,1"),
-        "row 4: rate_hz: expected a number",
-    ),
-    "rate does not fit": (
-        lambda raw: (raw / "spec.yaml").write_text(SPEC.replace("0.4", "0.33")),
-        "3.3 values at 10 Hz",
-    ),
+    "no rate": (lambda raw: replace_line(raw / "channels.csv", 4, "2,gyr,0,g,0,1"), "row 4: rate_hz: expected a num"),
+    "rate does not fit": (lambda raw: (raw / "spec.yaml").write_text(SPEC.replace("0.4", "0.33")), "3.3 values at 10"),
     "intervals do not fill": (lambda raw: (raw / "spec.yaml").write_text(SPEC.replace("0.4", "0.6")), "do not fill 10"),
     "unknown key": (lambda raw: (raw / "spec.yaml").write_text(SPEC + "rate: 1\n"), "found 'rate'"),
     "lengths differ": (lambda raw: np.save(raw / "labels.npy", np.zeros(5, np.int8)), "expected 720 rows"),
     "class": (lambda raw: np.save(raw / "labels.npy", np.full(720, 2, np.int8)), "labels.npy, row 0: expected 0 to 1"),
     "no number": (with_nan, "signals.npy, row 37: signals: expected a finite number"),
-    "behind the end": (
-        lambda raw: replace_line(raw / "recordings.csv", 13, "r11,s,test,700,60"),
-        "row 13: expected rows",
-    ),
+    "behind the end": (lambda raw: replace_line(raw / "recordings.csv", 13, "r11,s,test,700,60"), "row 13: expected"),
     "a name twice": (lambda raw: replace_line(raw / "recordings.csv", 13, "r1,s,test,660,60"), "row 13: recording"),
-    "split": (
-        lambda raw: replace_line(raw / "recordings.csv", 2, "r0,s,dev,0,60"),
-        "row 2: split: expected train or val",
-    ),
-    "pickle": (
-        lambda raw: np.save(raw / "labels.npy", np.array([{}], object), allow_pickle=True),
-        "labels.npy: not read",
-    ),
+    "split": (lambda raw: replace_line(raw / "recordings.csv", 2, "r0,s,dev,0,60"), "row 2: split: expected train or"),
+    "pickle": (lambda raw: np.save(raw / "labels.npy", np.array([{}], object)), "labels.npy: not readable"),
 }
 
 
@@ -142,7 +119,7 @@ def test_bad_input_of_a_set_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     raw = write_set(tmp_path)
     spoil, message = WRONG[name]
     spoil(raw)
-    assert main(["--dataset", "sensors", "--root", str(raw), "--target", str(raw / "out")]) == 2
+    assert make("sensors", raw, raw / "out") == 2
     said = capsys.readouterr().err.strip()
     assert message in said and len(said.splitlines()) == 1
     assert not list(raw.glob("out/*.arrow"))
@@ -202,7 +179,7 @@ def test_published_samples_of_mod(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(found["test"]) == index["test"]
     assert "samples for test lie between those for training" in capsys.readouterr().out
     (tmp_path / "walk2_rs3_0.pt").unlink()
-    assert main(["--dataset", "mod", "--root", str(tmp_path), "--split", "published"]) == 2
+    assert make("mod", tmp_path, tmp_path / "out", "--split", "published") == 2
     assert "train_index.txt, row" in (said := capsys.readouterr().err) and "walk2_rs3_0.pt" in said
 
 

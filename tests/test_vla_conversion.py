@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import make_arrow
 from common.arrow_file import open_table
 from common.errors import DataError
+from tests.custom_files import make
 from tests.vla_files import SIZES, mmsa_pickle, mult_pickle, vla_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
@@ -24,7 +24,7 @@ NAMES = ("text", "audio", "vision")
 
 
 def convert(raw: Path, out: Path, dataset: str = "mosi", *options: str) -> int:
-    return make_arrow.main(["--dataset", dataset, "--root", str(raw), "--target", str(out), "--workers", "0", *options])
+    return make(dataset, raw, out, *options)
 
 
 def samples(out: Path, dataset: str, split: Split) -> ArrowDataset:

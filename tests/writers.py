@@ -19,7 +19,6 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-import make_arrow
 from common import files
 from common.errors import DataError, UserError, machine_error
 from common.files import restore_folder
@@ -33,7 +32,7 @@ from run import command_line
 from runs.report.results import read_robustness
 from runs.run_reader import read_curves, read_run
 from tests.conftest import Workspace
-from tests.custom_files import write_labelled
+from tests.custom_files import convert, write_labelled
 from tests.data_files import LOGIT_COLUMNS
 from tests.report_files import write_run
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -159,8 +158,7 @@ def _rows(path: Path) -> str:
 
 
 def _convert(folder: Path, _: Workspace) -> int:
-    arguments = ["--root", str(folder / "raw"), "--target", str(folder / "arrow"), "--workers", "0"]
-    return make_arrow.main(["--dataset", "custom", *arguments])
+    return convert(folder / "raw", folder / "arrow")
 
 
 def _prepare_conversion(folder: Path, workspace: Workspace) -> None:

@@ -125,22 +125,23 @@ def _attend(attention: Attention, query: Tensor, keys: Tensor, training: bool) -
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median time."""
+    """Median processor time, which others on the machine change little."""
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return statistics.median(times[1:])
 
 
 def main() -> None:
-    """Prints seconds of both, and their ratio."""
+    """Prints seconds of both on one thread, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unaligned", action="store_true")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     arch = UNALIGNED if args.unaligned else ALIGNED
     for method in ("rep", "mplmm"):
         classifier = classifier_of(method, arch)

@@ -114,7 +114,7 @@ class Options:
     vit: str = option("ViT-B/16", path_or_name, MODEL,
         "CLIP weights: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a Hugging Face folder, or a file")
     network: dict[str, Any] = option(
-        None, dictionary, MODEL, "sensors: sizes of the backbone, as network.type=deepsense network.width=64")
+        None, dictionary, MODEL, "sensors, and text, audio and vision: sizes of the backbone, as network.width=64")
     vit_activation: str | None = option(
         None, optional(one_of("quick_gelu", "gelu")), MODEL, "for open_clip state dicts, which do not say it")
     tokenizer: str | None = option(None, optional(path_or_name), MODEL,

@@ -12,7 +12,7 @@ from run import command_line
 ROOT = Path("demo_run_vla")
 SMALL = ("num_workers=0", f"log_dir={ROOT / 'result'}", f"missing_table_root={ROOT / 'tables'}")
 METHODS = ("none", "mplmm", "rep")
-PRETRAINING_EPOCHS, EPOCHS = 5, 5
+PRETRAINING_EPOCHS, EPOCHS = 6, 6
 
 
 def main() -> int:

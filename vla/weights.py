@@ -4,6 +4,8 @@ Published checkpoints are whole pickled models. They are read without running an
 inert stand-ins, whose parameters are looked up by name.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -15,6 +17,8 @@ from clip.backbone import Backbone as FrozenWeights
 from clip.backbone import weights_sha256
 from common.errors import BackboneError
 from vla.backbone import LETTERS, VlaArchitecture, VlaBackbone
+
+log = logging.getLogger("rep")
 
 RANDOM = "random"
 SIZES = ("width", "heads", "layers")
@@ -52,6 +56,13 @@ def taken_over(name: str, state: Mapping[str, Tensor], theirs: VlaArchitecture, 
         size = differing[0]
         raise BackboneError(f"network.{size}: expected {sizes[size]}, as {name} has, found {getattr(ours, size)}")
     own = {entry: tensor for entry, tensor in state.items() if not entry.startswith("proj_")}
+    parts = Counter(entry.partition(".")[0] for entry in own)
+    log.info(
+        "%s: taken over and frozen: %s; left there, and new here: %s and the output layer",
+        name,
+        ", ".join(f"{part} ({count} entries)" for part, count in parts.items()),
+        ", ".join(sorted(state.keys() - own.keys())),
+    )
     architecture = replace(ours, **sizes, project_all=True)
     return FrozenWeights(name, architecture, own, weights_sha256(own))
 

@@ -1,4 +1,5 @@
 # make demo   sets up and runs the whole method on made-up data (minutes on two cores)
+# make demo-as  likewise on made-up signals of sensors (some two minutes)
 # make test   sets up and runs all tests
 # make test-long  and those that take long: runs interrupted anywhere, thousands of steps (10 minutes more on two cores)
 # make lint   ruff and mypy
@@ -16,13 +17,16 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # compares them.
 PINS := sed -E '/^(pip=|nvidia-|cuda-|triton=)/d; s/\+.*//; s/^[^=]+/\L&/; :a; s/^([^=]*)[_.]/\1-/; ta' | LC_ALL=C sort -t= -k1,1
 
-.PHONY: demo demo-vla test test-long lint bench fuzz docs constraints clean
+.PHONY: demo demo-vla demo-as test test-long lint bench fuzz docs constraints clean
 
 demo: .venv/.ready
 	$(BIN)/python -m demo
 
 demo-vla: .venv/.ready
 	$(BIN)/python -m demo.vla
+
+demo-as: .venv/.ready
+	$(BIN)/python -m demo.sensors
 
 test: .venv/.ready-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)

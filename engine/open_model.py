@@ -5,6 +5,8 @@ import logging
 import torch
 
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.registry import PRETRAINING
+from common.errors import CheckpointError
 from engine.checkpoint import Checkpoint, check_tokenizer, restore_classifier
 from engine.families import BackboneChoice, family_of
 from vilt.datasets.kinds import InputFormat
@@ -37,6 +39,11 @@ def open_model(
         ConfigError: `choice` contradicts the model.
     """
     spec, family, backbone = checkpoint.spec, family_of(checkpoint.spec.task), None
+    if spec.method.prompt_type in PRETRAINING:
+        raise CheckpointError(
+            f"{checkpoint.path}: a pretrained backbone (prompt_type={spec.method.prompt_type}), whose head nothing has "
+            f"trained; expected a model that was fine-tuned from it, with load_path={checkpoint.path}"
+        )
     if checkpoint.published:
         log.info("%s: a checkpoint of the published code; it holds its own CLIP weights", checkpoint.path)
         choice = choice._replace(vit=published_vit)

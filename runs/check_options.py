@@ -186,6 +186,8 @@ def _check_method(options: Options) -> None:
                 f"per_gpu_batchsize: expected a multiple of {together}, the samples of a subsequence, with "
                 f"prompt_type={options.prompt_type}, found {options.per_gpu_batchsize}"
             )
+        if options.test_after_fit and not options.fast_dev_run:
+            raise ConfigError(f"test_after_fit: expected False with prompt_type={options.prompt_type}, found True")
     length = options.memory_length
     if length % 3:
         raise ConfigError(

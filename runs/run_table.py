@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from clip.modules.registry import PRETRAINING
 from common.errors import ConfigError, DataError, reason_of
 from common.files import write_csv
 from common.text import baseline_texts, figure, natural_key, pattern_text, terminal_table
@@ -162,6 +163,11 @@ def write_runs(rows: Sequence[RunRow], path: Path) -> None:
         raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
 
 
+def is_pretraining(run: Run) -> bool:
+    """Whether it trained a backbone without labels, which classifies nothing."""
+    return run.config.get("prompt_type") in PRETRAINING
+
+
 def find_checkpoints(places: Sequence[Path]) -> list[Path]:
     """The checkpoints among `places`, and the best.ckpt of each run in or below those that are folders.
 
@@ -183,7 +189,8 @@ def find_checkpoints(places: Sequence[Path]) -> list[Path]:
             found.append(place)
             continue
         runs, damaged = find_runs(place)
-        folders = sorted([*(run.folder for run in runs if not run.is_evaluation), *damaged], key=natural_key)
+        trained = [run.folder for run in runs if not run.is_evaluation and not is_pretraining(run)]
+        folders = sorted([*trained, *damaged], key=natural_key)
         below = [path for folder in folders if (path := folder / "best.ckpt").is_file()]
         without = ", ".join(str(folder) for folder in folders if not (folder / "best.ckpt").is_file())
         if not below:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.errors import DataError
+from common.errors import CheckpointError, DataError
 from engine.predict import Item, load_model
 from engine.training import FinetuneModule
 from make_arrow import main as make_arrow
@@ -176,6 +176,16 @@ def test_a_published_state_is_a_backbone(root: Path, tmp_path: Path) -> None:
     torch.save(state, path)
     with pytest.raises(Exception, match=r"1 names missing \(mod_in_layers\.sensors\.acc\.weight\)"):
         published_weights(path, sizes)
+
+
+def test_a_pretraining_is_not_evaluated(root: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its head is untrained."""
+    load = f"load_path={pretrained / 'best.ckpt'}"
+    for words in ([*command(root, "task_finetune_sensors"), "test_only=True"], ["run.py", "robustness", "with"]):
+        assert command_line([*words, load]) == 2
+        assert "a pretrained backbone (prompt_type=focal)" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="a pretrained backbone"):
+        load_model(pretrained / "best.ckpt")
 
 
 def test_views_change_all_of_a_batch_alike_or_leave_it() -> None:

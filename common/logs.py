@@ -10,6 +10,7 @@ CHATTY = ("pytorch_lightning", "lightning", "lightning_fabric", "transformers", 
 NOT_SHOWN = (
     "does not have many workers",
     "your dataloader is not resumable",  # EpochSampler is
+    r"module\(s\) in eval mode at the start of training",  # the frozen ones
     "exists and is not empty",  # the run folder, which holds config.json
     r"It is recommended to use `self.log.*sync_dist=True",  # all processes have the same value
     r"`isinstance.treespec, LeafSpec.` is deprecated",

@@ -1,16 +1,20 @@
 """Recordings of any length for prediction: cut into the samples that a model takes, with their times."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import DataError, reason_of
+from common.errors import DataError
 from vilt.datasets.row import DatasetSpec, Modality
+from vilt.utils.mapped_array import MappedArray
 
 if TYPE_CHECKING:
     from engine.predict import Item
+
+log = logging.getLogger("rep")
 
 
 def in_samples(items: "Sequence[Item]", dataset: DatasetSpec) -> "list[Item]":
@@ -28,12 +32,12 @@ def in_samples(items: "Sequence[Item]", dataset: DatasetSpec) -> "list[Item]":
 
 def _samples_of(item: "Item", dataset: DatasetSpec) -> "list[Item]":
     signals = {name: _opened(value, f"{item.place}: {name}") for name, value in item.inputs.items()}
-    if not signals or any(signal.ndim != 2 for signal in signals.values()):
+    if not any(signal.ndim == 2 for signal in signals.values()):
         return [item]  # single samples, or something else, which reading them says
     counts = {}
     for name, signal in signals.items():
         modality, length = dataset.modalities[name], values_of(dataset.modalities[name])
-        if signal.shape[1] != modality.shape[0]:
+        if signal.ndim != 2 or signal.shape[1] != modality.shape[0]:
             found = f"found {signal.shape}"
             raise DataError(
                 f"{item.place}: {name}: expected a recording (values, {modality.shape[0]} channels), {found}"
@@ -41,6 +45,9 @@ def _samples_of(item: "Item", dataset: DatasetSpec) -> "list[Item]":
         counts[name] = len(signal) // length
         if not counts[name]:
             raise DataError(f"{item.place}: {name}: expected {length} values at least, a sample, found {len(signal)}")
+    if len({*counts.values()}) > 1:
+        found = ", ".join(f"{name} {count}" for name, count in counts.items())
+        log.warning("%s: recordings of different lengths, in samples: %s; the rest is left out", item.place, found)
     samples = []
     for number in range(min(counts.values())):
         inputs = {name: sample_of(signal, dataset.modalities[name], number) for name, signal in signals.items()}
@@ -55,12 +62,9 @@ def _opened(value: Any, place: str) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     try:
-        found: np.ndarray = np.load(Path(value), mmap_mode="r", allow_pickle=False)
-        return found
-    except OSError as error:
-        raise DataError(f"{place} {value}: cannot be read: {reason_of(error)}") from error
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{place} {value}: cannot be read: {error}") from error
+        return MappedArray(Path(value)).values
+    except DataError as error:
+        raise DataError(f"{place} {error}") from error
 
 
 def values_of(modality: Modality) -> int:

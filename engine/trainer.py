@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from common.errors import ConfigError
 from common.messages import first_line
+from common.shares import part_of
 from engine.callbacks import Checkpoints, Report, StepLimit
 from engine.checkpoint_file import AtomicCheckpointIO
 from engine.loggers import make_loggers
@@ -96,7 +97,7 @@ def validation_interval(wanted: int | float, batches: int, accumulation: int) ->
     Rounded down, never up, so that the last share of an epoch is validated too: to complete batches, and then to
     optimiser steps, of which one is the least.
     """
-    interval = int(wanted * batches) if isinstance(wanted, float) else wanted
+    interval = part_of(batches, wanted) if isinstance(wanted, float) else wanted
     if interval >= batches:
         return batches  # an epoch ends with a step
     return min(batches, max(1, interval // accumulation) * accumulation)

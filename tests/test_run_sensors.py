@@ -242,6 +242,13 @@ def test_a_recording_of_any_length_is_predicted_sample_by_sample(root: Path, tra
     assert command_line(["run.py", "predict", "with", "precision=32", "num_workers=0", *options]) == 2
     with pytest.raises(DataError, match="expected signals of acc, gyr, lig, found sound"):
         model.predict_recording({"sound": np.zeros((20, 1))})
+    np.savez(tmp_path / "gyr.npz", gyr=signals)
+    (tmp_path / "gyr.txt").write_text("1 2\n" * ROWS)
+    wrong: list[Any] = [tmp_path / "gyr.npz", tmp_path / "gyr.txt", np.zeros(ROWS), np.full((ROWS, 2), np.nan)]
+    for gyr in wrong:
+        with pytest.raises(DataError, match=r"the recording.*: gyr") as refused:
+            model.predict_recording({"acc": recording["acc"], "gyr": gyr})
+        assert "pickle" not in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("method", ["none", "rep"])

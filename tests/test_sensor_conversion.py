@@ -76,6 +76,7 @@ def test_no_two_neighbours_are_in_different_splits(tmp_path: Path, way: str, siz
 def test_the_end_of_each_recording_is_held_out() -> None:
     found = [time_split(number, 20, 1) for number in range(20)]
     assert found == ["train"] * 14 + [None, "val"] + [None] + ["test"] * 3
+    assert [time_split(number, 90, 1) for number in (62, 63)] == ["train", None]  # 0.7 * 90 is below 63 in binary
     assert Cut(1, 0.25, 1, 1).dropped == 3 and Cut(1, 0.5, 1, 1).dropped == 1
 
 
@@ -109,9 +110,29 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no number": (with_nan, "signals.npy, row 37: signals: expected a finite number"),
     "behind the end": (lambda raw: replace_line(raw / "recordings.csv", 13, "r11,s,test,700,60"), "row 13: expected"),
     "a name twice": (lambda raw: replace_line(raw / "recordings.csv", 13, "r1,s,test,660,60"), "row 13: recording"),
+    "rows twice": (
+        lambda raw: replace_line(raw / "recordings.csv", 13, "r11,s,test,630,60"),
+        "row 13: expected rows of its own, found some that 'r10' has",
+    ),
+    "classes that look the same": (
+        lambda raw: (raw / "classes.txt").write_text("w\N{LATIN SMALL LETTER O WITH DIAERESIS}rt\nwo\u0308rt\n"),
+        "classes.txt: classes: 'w\N{LATIN SMALL LETTER O WITH DIAERESIS}rt' is listed twice",
+    ),
+    "classes in another encoding": (lambda raw: (raw / "classes.txt").write_bytes(b"w\xf6rt\nfast\n"), "classes.txt"),
     "split": (lambda raw: replace_line(raw / "recordings.csv", 2, "r0,s,dev,0,60"), "row 2: split: expected train or"),
     "pickle": (lambda raw: np.save(raw / "labels.npy", np.array([{}], object)), "labels.npy: not readable"),
 }
+
+
+def test_short_recordings_are_named_and_a_byte_order_mark_is_no_part_of_a_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_set(tmp_path)
+    (raw / "classes.txt").write_bytes(b"\xef\xbb\xbfslow\nfast\n")
+    replace_line(raw / "recordings.csv", 4, "r2,s2,train,120,9")
+    tables = converted("sensors", raw)
+    assert len(tables["train"]) == 42 and open_spec("sensors", raw / "out", SPLITS).class_names == ("slow", "fast")
+    assert "left out: 'r2'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -267,7 +267,7 @@ class ArrayKind(Kind):
     @staticmethod
     def read_given(value: str | Path | np.ndarray, modality: Modality, given: InputFormat) -> Tensor:
         if not isinstance(value, np.ndarray):
-            value = np.load(io.BytesIO(_bytes_of(Path(value))), allow_pickle=False)
+            value = np.lib.format.read_array(io.BytesIO(_bytes_of(Path(value))), allow_pickle=False)
         array, shape = np.array(value, dtype=np.float32), modality.shape
         if modality.padded and array.ndim == len(shape) and len(array) < (shape[0] or 0):
             array = np.pad(array, [((shape[0] or 0) - len(array), 0), *[(0, 0)] * (array.ndim - 1)])

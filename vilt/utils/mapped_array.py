@@ -24,7 +24,7 @@ class MappedArray:
         if self._values is None:
             try:
                 # A plain array is quicker to index than a memmap.
-                self._values = np.asarray(np.load(self.path, mmap_mode="r", allow_pickle=False))
+                self._values = np.asarray(np.lib.format.open_memmap(self.path, mode="r"))
             except Exception as error:  # NumPy raises EOFError, BadZipFile, TokenError, ... on damaged files
                 raise DataError(f"{self.path}: not readable as a .npy file: {first_line(error)}") from error
         return self._values

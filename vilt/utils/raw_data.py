@@ -111,7 +111,7 @@ def check_inside(file: str) -> None:
     # The path as written decides, not where links lead: big image folders often are links to another disk.
     path = PureWindowsPath(file)  # which takes / and \\ alike
     if path.root or ".." in path.parts:
-        raise BadSampleError(PATH_LEAVES_RAW, file)
+        raise BadSampleError(PATH_LEAVES_RAW, file, "expected a path in RAW, relative to it")
 
 
 def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES, follow_links: bool = True) -> bytes:

@@ -16,13 +16,14 @@ import pandas as pd
 
 from common.errors import DataError
 from common.messages import listed, quoted
+from common.shares import part_of
 from vilt.datasets.specs import SPLITS, DatasetSpec, Split
 from vilt.datasets.subsequences import NUMBER, RECORDING
 from vilt.utils.raw_data import RawSplit, Row
 
 TIME, SUBJECT, RUN, PUBLISHED = WAYS = ("time", "subject", "run", "published")
 """Ways to divide: the end of each recording, subjects, complete recordings of each class, or as the data says."""
-TRAIN_SHARE, VAL_SHARE = 0.7, 0.1
+TRAIN_SHARE, TRAIN_AND_VAL_SHARE, VAL_SHARE = 0.7, 0.8, 0.1
 NO_LABEL = -1
 
 
@@ -117,7 +118,7 @@ def divide(recordings: Sequence[Recording], how: str, source: str, dropped: int)
 
 def time_split(number: int, count: int, dropped: int) -> Split | None:
     """Of a sample of a recording: its first 70 % are for training, then 10 and 20 %; None next to a border."""
-    first, second = int(TRAIN_SHARE * count), int((TRAIN_SHARE + VAL_SHARE) * count + 1e-9)
+    first, second = part_of(count, TRAIN_SHARE), part_of(count, TRAIN_AND_VAL_SHARE)
     if number < first:
         return "train"
     if number < second:
@@ -147,7 +148,7 @@ def _ways(recordings: Sequence[Recording], how: str, source: str) -> dict[str, S
         if len(keys) < len(SPLITS):
             of = f" of class {label}" if how == RUN else ""
             raise DataError(f"{source}: --split {how}: expected at least 3 {how}s{of}, found {listed(keys)}")
-        n_test = max(1, round((1 - TRAIN_SHARE - VAL_SHARE) * len(keys)))
+        n_test = max(1, round((1 - TRAIN_AND_VAL_SHARE) * len(keys)))
         n_val = max(1, round(VAL_SHARE * len(keys)))
         of_key: dict[str, Split] = {
             key: "test" if place < n_test else "val" if place < n_test + n_val else "train"

@@ -74,7 +74,9 @@ def _csv_rows(
                 yield row, dict(zip(header, fields, strict=True))
             row = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, row {row}: {error}") from None
+        hint = "; a quote is not closed" if "end of data" in str(error) else ""
+        hint = "; maybe a quote is not closed" if "field limit" in str(error) else hint
+        raise DataError(f"{path}, row {row}: {error}{hint}") from None
     if not header:
         _columns(path, row, [], known, needed)
 

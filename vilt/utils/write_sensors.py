@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import ConfigError, DataError
-from common.messages import quoted
+from common.messages import listed, quoted
 from common.readers import Reader, flag, literal, number, one_of, text
 from vilt.datasets.custom import SENSORS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, custom_spec
 from vilt.utils import raw_data
 from vilt.utils.custom_layout import read_yaml
 from vilt.utils.mapped_array import open_numbers
+from vilt.utils.names import label_name, look_alikes
 from vilt.utils.raw_data import RawDataset
 from vilt.utils.recordings import (
     PUBLISHED,
@@ -27,7 +28,7 @@ from vilt.utils.recordings import (
     divide,
     label_of,
 )
-from vilt.utils.tables import table_rows
+from vilt.utils.tables import read_text, table_rows
 
 LAYOUT = """\
 RAW/
@@ -101,17 +102,21 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     channels = _read_channels(raw / "channels.csv", signals.shape[1])
     steps = (of_spec[name] * (1 - of_spec[f"{name}_overlap"]) for name in ("sample", "interval"))
     cut = Cut(of_spec["sample"], next(steps), of_spec["interval"], next(steps))
+    classes = tuple(label_name(line) for line in read_text(raw / "classes.txt").splitlines() if line)
+    if pair := look_alikes(classes):
+        raise DataError(f"{raw / 'classes.txt'}: the classes {' and '.join(pair)} look the same")
     try:
         shape = cut.shape(channels.rate)
-        classes = tuple(line.strip() for line in raw_data.read_bytes(raw / "classes.txt").decode().splitlines() if line)
         step = cut.at(channels.rate)[3]
         of_signals = tuple((name, len(of), *shape, step, channels.rate) for name, of in channels.columns.items())
         custom = CustomData(of_spec["name"], "single", classes, of_spec["metric"], of_signals)
     except ValueError as error:
-        raise DataError(f"{source}: {error}") from None
+        raise DataError(f"{raw / 'classes.txt' if 'classes:' in str(error) else source}: {error}") from None
     _check_rows(raw, signals, labels, classes)
     read = _Reader(signals, channels, cut)
     recordings: list[Recording] = []
+    recording_of_row = np.full(len(signals), -1)
+    short = []
     for row, values in table_rows(raw / "recordings.csv", RECORDINGS, RECORDINGS, []):
         place = f"{raw / 'recordings.csv'}, row {row}"
         start, length = (_integer(values[name], f"{place}: {name}") for name in ("start", "length"))
@@ -119,12 +124,16 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
             raise DataError(f"{place}: expected rows below {len(signals)}, as signals.npy has, found {start + length}")
         if values["split"] not in (*SPLITS, ""):
             raise DataError(f"{place}: split: expected {' or '.join(SPLITS)}, or nothing, found {values['split']!r}")
+        if (taken := recording_of_row[start : start + length].max(initial=-1)) >= 0:
+            raise DataError(f"{place}: expected rows of its own, found some that {recordings[taken].name!r} has too")
+        recording_of_row[start : start + length] = len(recordings)
         sample, step, _, _ = cut.at(channels.rate)
         firsts = [start + number * step for number in range(cut.samples(length, channels.rate))]
         of_samples = [label_of(labels[first : first + sample], mixed=of_spec["mixed_labels"]) for first in firsts]
         if values["recording"] in {one.name for one in recordings} or not values["recording"]:
             raise DataError(f"{place}: recording: expected a name of its own, found {values['recording']!r}")
         reader, name = partial(read.sample, start, length), values["recording"]
+        short += [] if firsts else [name]
         found = np.array(of_samples, dtype=np.int64)
         recordings.append(Recording(name, found, reader, values["subject"], values["split"] or None, row))
     row_of_set = custom_spec(custom)
@@ -132,7 +141,9 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     if default == TIME and all(one.subject for one in recordings):
         default = SUBJECT
     how = check_way(split, default, WAYS, EVERY_DATASET[SENSORS])
-    return RawDataset(row_of_set, classes, tuple(divide(recordings, how, "recordings.csv", cut.dropped)))
+    splits = tuple(divide(recordings, how, "recordings.csv", cut.dropped))
+    note = f"warning: shorter than a sample, and left out: {listed(short)}" if short else ""
+    return RawDataset(row_of_set, classes, splits, note)
 
 
 class _Reader(NamedTuple):

@@ -3,7 +3,7 @@
 Shape suffixes: B samples, M modalities, E width of features.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +163,3 @@ OF_LOCATIONS = ("mod_extractors.",)
 def read_by_nothing(name: str) -> bool:
     """Whether an entry of a published checkpoint matters to no output."""
     return name.endswith(OURS_ALONE) or name.startswith(OF_LOCATIONS)
-
-
-def trained_names(names: Iterable[str]) -> list[str]:
-    """Without what `read_by_nothing`."""
-    return [name for name in names if not read_by_nothing(name)]

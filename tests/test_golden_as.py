@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.modules.interfaces import NO_SLOTS
+from engine.optimization import OptimizerSettings, make_schedule
 from sensors import augmentations, spectra
 from sensors.backbone import build, read_by_nothing
 from sensors.focal import FocalSettings, focal_losses, focal_parts
@@ -216,6 +217,14 @@ def test_preprocessing(path: Path) -> None:
     recording = signal("resample", 1, 1, 1, 641).flatten().numpy().astype(np.float64)
     assert write_mod.half_rate_kernel() == pytest.approx(arrays["resample_kernel"].flatten(), abs=1e-12)
     assert write_mod.at_half_rate(recording, 0, 321) == pytest.approx(arrays["resampled"], abs=1e-9)
+
+
+def test_the_rate_is_the_published_one_an_epoch_earlier() -> None:
+    expected = golden_as.load(golden_as.HERE / "preprocessing.npz").arrays["lr_finetune"]
+    settings = OptimizerSettings("adamw", 1e-3, 1, 0, 0, 1e-6, "cosine")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1e-3)
+    [share_of_rate] = make_schedule(optimizer, settings, 200 * 3).lr_lambdas
+    assert [1e-3 * share_of_rate(3 * epoch) for epoch in range(199)] == pytest.approx(expected[1:], rel=1e-6)
 
 
 @pytest.mark.parametrize(("network", "file"), [("swt", "swt_mod"), ("deepsense", "deepsense_mod")])

@@ -41,6 +41,10 @@ def read_arrow(path: Path) -> pa.Table:
         return pa.ipc.open_file(source).read_all()
 
 
+def columns_of(folder: Path, split: str = "train") -> dict[str, list]:
+    return read_arrow(folder / f"custom_{split}.arrow").to_pydict()
+
+
 def write_labelled(raw: Path, rows: Mapping[str, int], labels: list[str], **spec: object) -> Path:
     """A single-label dataset: `rows` of each split, their labels in turn; returns its spec.yaml."""
     (raw / "pictures").mkdir(parents=True)

@@ -1,7 +1,8 @@
 """Small arrow files and tokenizers for tests of what reads them."""
 
 import io
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,22 @@ def assert_equal(one: Any, other: Any) -> None:
             assert mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs)
         else:
             assert mine == theirs
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def at_once(count: int, act: Callable[[], None]) -> None:
+    """Runs `act` in so many processes, which start it together; none may fail."""
+    barrier = FORK.Barrier(count)
+
+    def run() -> None:
+        barrier.wait(60)
+        act()
+
+    processes = [FORK.Process(target=run, daemon=True) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * count

@@ -11,17 +11,13 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError
-from tests.custom_files import png, read_arrow
+from tests.custom_files import columns_of, png
 from vilt.convert import convert
 from vilt.datasets.custom import CustomData
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS
 from vilt.images import open_rgb
 from vilt.utils.arrow_writer import BadSamplesError
-
-
-def columns_of(folder: Path, split: str = "train") -> dict[str, list]:
-    return read_arrow(folder / f"custom_{split}.arrow").to_pydict()
 
 
 def frame(images: list[Any], **columns: Any) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import DataError
 from demo.data import write_task
-from tests.custom_files import convert, films_as_custom, make, png, read_arrow, write_jsonl, write_labelled
+from tests.custom_files import columns_of, convert, films_as_custom, make, png, read_arrow, write_jsonl, write_labelled
 from tests.data_files import memes, write
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CustomData
@@ -44,10 +44,6 @@ def raw(tmp_path: Path) -> Path:
 def write_table(path: Path, rows: list[list[str]], header: list[str] = HEADER) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, "excel-tab" if path.suffix == ".tsv" else "excel").writerows([header, *rows])
-
-
-def columns_of(folder: Path, split: str = "train") -> dict[str, list]:
-    return read_arrow(folder / f"custom_{split}.arrow").to_pydict()
 
 
 def said_of(status: int, capsys: pytest.CaptureFixture[str]) -> str:

@@ -2,7 +2,6 @@
 
 import fcntl
 import logging
-import multiprocessing
 import os
 import pickle
 import resource
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import DataError
-from tests.data_files import CLIP_DATASETS, as_npy, assert_equal, write
+from tests.data_files import CLIP_DATASETS, FORK, as_npy, assert_equal, at_once, write
 from tests.data_files import memes as memes_table
 from tests.data_files import png as png_of
 from vilt import image_cache
@@ -260,8 +259,6 @@ def test_what_a_maker_killed_at_the_very_end_has_left_is_removed(memes):
 
 # ---- several processes
 
-FORK = multiprocessing.get_context("fork")
-
 
 @pytest.mark.parametrize("before", ["nothing", "a stale cache", "a damaged cache", "a lock that nobody holds"])
 def test_eight_processes_at_once_make_one_cache(memes, before):
@@ -273,7 +270,7 @@ def test_eight_processes_at_once_make_one_cache(memes, before):
         cache_in(memes).write_bytes(b"damaged")
     elif before == "a lock that nobody holds":
         (memes / LOCK).touch()
-    barrier, counted = FORK.Barrier(8), FORK.Value("i", 0)
+    counted = FORK.Value("i", 0)
     expected = expected_images()
 
     def ask() -> None:
@@ -282,15 +279,9 @@ def test_eight_processes_at_once_make_one_cache(memes, before):
                 counted.value += 1
             return torch.from_numpy(expected[row])
 
-        barrier.wait(60)
         images = open_image_cache(memes / ARROW, ROWS, SIZE, read_image, workers=0)
         assert images.values.tolist() == expected.tolist()
 
-    processes = [FORK.Process(target=ask, daemon=True) for _ in range(8)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 8
+    at_once(8, ask)
     assert counted.value == ROWS, "each image once"
     assert np.load(cache_in(memes)).tolist() == expected.tolist()

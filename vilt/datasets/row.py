@@ -28,7 +28,7 @@ class Modality(NamedTuple):
     """Whether shorter arrays than the shape are padded in front, where users give them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
     """One dataset: what its converter writes, the loader reads, the training minimises and the report calls it."""
 
@@ -36,22 +36,22 @@ class DatasetSpec:
     """Name of the task, and prefix of the arrow files: `NAME_SPLIT.arrow`."""
     title: str
     """For people."""
-    file_splits: dict[Split, str]
+    file_splits: dict[Split, str] = field(default_factory=lambda: {split: split for split in SPLITS})
     """What each split is called in the file names (`dev` for validation in two of the three datasets)."""
     modalities: dict[str, Modality]
     """Each text of a row's list of texts is a training sample of its own."""
     id_column: str | None
     """Column naming the sample, where the published files have one."""
-    multilabel: bool
+    multilabel: bool = False
     """True: the label column holds a 0/1 vector over classes; False: a class number, or a number of `label_range`."""
     n_classes: int
-    class_names: tuple[str, ...] | None
+    class_names: tuple[str, ...] | None = None
     """None where the names are read from the data (Food-101's class_idx.json)."""
-    loss: str
+    loss: str = "cross_entropy"
     """Name of the loss function."""
-    metrics: str
+    metrics: str = "class_accuracy"
     """Name of the function that measures them."""
-    monitor: str
+    monitor: str = "accuracy"
     """The metric that chooses the best model."""
     make_arrow_name: str
     """Name of the dataset on the command line of make_arrow.py."""

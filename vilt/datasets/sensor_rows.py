@@ -51,7 +51,6 @@ def recordings(
         sizes: by modality, channels, intervals of a sample, values of an interval and from one to the next, rate.
     """
     given: dict[str, Any] = {
-        "file_splits": {split: split for split in SPLITS},
         "converter_options": ("split",),
         "scaled": True,
         "options": SENSOR_OPTIONS,
@@ -62,10 +61,6 @@ def recordings(
         title=title,
         modalities={modality: signal(modality, *of) for modality, of in sizes.items()},
         id_column="sample",
-        multilabel=False,
-        loss="cross_entropy",
-        metrics="class_accuracy",
-        monitor="accuracy",
         make_arrow_name=name,
         family="sensors",
         recordings=True,
@@ -95,16 +90,8 @@ SENSOR_ROWS = (
         converter_arguments={"dataset": "pamap2"},
     ),
     recordings(
-        *(
-            "rwhar",
-            "RealWorld-HAR",
-            {
-                "acc": (3, 9, 50, 25, 50),
-                "gyr": (3, 9, 50, 25, 50),
-                "mag": (3, 9, 50, 25, 50),
-                "lig": (1, 9, 50, 25, 50),
-            },
-        ),
+        *("rwhar", "RealWorld-HAR"),
+        {**dict.fromkeys(("acc", "gyr", "mag"), (3, 9, 50, 25, 50)), "lig": (1, 9, 50, 25, 50)},
         n_classes=8,
         class_names=(*("climbingdown", "climbingup", "jumping", "lying", "running", "sitting", "standing", "walking"),),
         converter="vilt.utils.write_wearables",

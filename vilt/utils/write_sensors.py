@@ -8,7 +8,7 @@ import numpy as np
 
 from common.errors import ConfigError, DataError
 from common.messages import listed, quoted
-from common.readers import Reader, flag, literal, number, one_of, text
+from common.readers import Reader, flag, integer, literal, number, one_of, text
 from vilt.datasets.custom import SENSORS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, custom_spec
 from vilt.utils import raw_data
@@ -119,7 +119,7 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     short = []
     for row, values in table_rows(raw / "recordings.csv", RECORDINGS, RECORDINGS, []):
         place = f"{raw / 'recordings.csv'}, row {row}"
-        start, length = (_integer(values[name], f"{place}: {name}") for name in ("start", "length"))
+        start, length = (_number(f"{place}: {name}", values[name], integer(0)) for name in ("start", "length"))
         if start + length > len(signals):
             raise DataError(f"{place}: expected rows below {len(signals)}, as signals.npy has, found {start + length}")
         if values["split"] not in (*SPLITS, ""):
@@ -178,10 +178,12 @@ def _read_channels(path: Path, n_columns: int) -> _Channels:
     seen: dict[int, int] = {}
     for row, values in table_rows(path, CHANNELS, CHANNELS, []):
         place = f"{path}, row {row}"
-        column = _integer(values["column"], f"{place}: column")
+        column = _number(f"{place}: column", values["column"], integer(0))
         if column >= n_columns or seen.setdefault(column, row) != row:
             raise DataError(f"{place}: column: expected one of 0 to {n_columns - 1}, each once, found {column}")
-        rate, scale = (_positive(values[name], f"{place}: {name}") for name in ("rate_hz", "scale"))
+        rate, scale = (
+            _number(f"{place}: {name}", values[name], number(0, above=True)) for name in ("rate_hz", "scale")
+        )
         if rates and rate not in rates:
             raise DataError(f"{place}: rate_hz: expected {next(iter(rates)):g}, as the rows before, found {rate:g}")
         rates.setdefault(rate, row)
@@ -193,17 +195,11 @@ def _read_channels(path: Path, n_columns: int) -> _Channels:
     return _Channels(columns, {name: np.array(of) for name, of in scales.items()}, next(iter(rates)))
 
 
-def _integer(value: str, place: str) -> int:
-    if not value.isdecimal():
-        raise DataError(f"{place}: expected an integer of at least 0, found {quoted(value)}")
-    return int(value)
-
-
-def _positive(value: str, place: str) -> float:
+def _number(place: str, value: str, read: Reader) -> Any:
+    """A number in a table, read by `read`. Raises DataError, which names its place."""
     try:
-        found = float(value)
+        return read(place, int(value) if value.isdecimal() else float(value))
+    except ConfigError as error:
+        raise DataError(str(error)) from None
     except ValueError:
-        found = 0
-    if not 0 < found < float("inf"):
-        raise DataError(f"{place}: expected a number above 0, found {quoted(value)}")
-    return found
+        raise DataError(f"{place}: expected a number, found {quoted(value)}") from None

@@ -77,7 +77,7 @@ def test_the_end_of_each_recording_is_held_out() -> None:
     found = [time_split(number, 20, 1) for number in range(20)]
     assert found == ["train"] * 14 + [None, "val"] + [None] + ["test"] * 3
     assert [time_split(number, 90, 1) for number in (62, 63)] == ["train", None]  # 0.7 * 90 is below 63 in binary
-    assert Cut(1, 0.25, 1, 1).dropped == 3 and Cut(1, 0.5, 1, 1).dropped == 1
+    assert Cut(4, 1, 4, 4).dropped == 3 and Cut(4, 2, 4, 4).dropped == 1
 
 
 def test_subsequences_end_at_gaps_and_are_filled() -> None:

@@ -4,12 +4,11 @@ Shape suffixes: N values, c channels, I intervals of a sample, S values of an in
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -28,54 +27,57 @@ NO_LABEL = -1
 
 
 class Cut(NamedTuple):
-    """How a recording becomes samples, in seconds."""
+    """How a recording becomes samples, in values."""
 
-    sample: float
-    step: float
+    sample: int
+    step: int
     """From the start of a sample to that of the next."""
-    interval: float
-    interval_step: float
+    interval: int
+    interval_step: int
 
-    def at(self, rate: float) -> tuple[int, int, int, int]:
-        """Likewise, in values at `rate`; raises ValueError where these are no whole numbers."""
+    @classmethod
+    def of(cls, rate: float, *seconds: float) -> Self:
+        """From seconds. Raises ValueError: no whole numbers of values, or intervals do not fill a sample."""
         found = []
-        for name, seconds in self._asdict().items():
-            values = round(seconds * rate)
-            if values < 1 or abs(values - seconds * rate) > 1e-6:
-                found_at = f"{seconds * rate:g} values at {rate:g} Hz"
-                raise ValueError(f"{name}: expected a whole number of values, found {seconds:g} s, {found_at}")
-            found.append(values)
-        sample, _, interval, interval_step = found
-        if sample < interval or (sample - interval) % interval_step:
-            raise ValueError(f"intervals of {interval} values, {interval_step} apart, do not fill {sample} values")
-        return found[0], found[1], found[2], found[3]
+        for name, of_name in zip(cls._fields, seconds, strict=True):
+            values = of_name * rate
+            if round(values) < 1 or abs(round(values) - values) > 1e-6:
+                at = f"found {of_name:g} s, {values:g} values at {rate:g} Hz"
+                raise ValueError(f"{name}: expected a whole number of values, {at}")
+            found.append(round(values))
+        sample, _, interval, step = found
+        if sample < interval or (sample - interval) % step:
+            raise ValueError(f"intervals of {interval} values, {step} apart, do not fill {sample} values")
+        return cls(*found)
 
-    def shape(self, rate: float) -> tuple[int, int]:
-        """I and S. Raises ValueError."""
-        sample, _, interval, interval_step = self.at(rate)
-        return (sample - interval) // interval_step + 1, interval
+    @property
+    def shape(self) -> tuple[int, int]:
+        """I and S."""
+        return (self.sample - self.interval) // self.interval_step + 1, self.interval
 
-    def samples(self, values: int, rate: float) -> int:
-        """Samples of a recording."""
-        sample, step, _, _ = self.at(rate)
-        return max(0, (values - sample) // step + 1)
-
-    def rows(self, number: int, rate: float) -> slice:
+    def rows(self, number: int) -> slice:
         """Where a sample is in its recording."""
-        sample, step, _, _ = self.at(rate)
-        return slice(number * step, number * step + sample)
+        return slice(number * self.step, number * self.step + self.sample)
 
-    def intervals(self, sample_Nc: np.ndarray, rate: float) -> np.ndarray:
+    def count(self, values: int) -> int:
+        """Samples of a recording."""
+        return max(0, (values - self.sample) // self.step + 1)
+
+    def labels(self, labels_N: np.ndarray, *, mixed: bool) -> np.ndarray:
+        """Of each sample of a recording, int64: see `label_of`."""
+        found = [label_of(labels_N[self.rows(number)], mixed=mixed) for number in range(self.count(len(labels_N)))]
+        return np.array(found, dtype=np.int64)
+
+    def intervals(self, sample_Nc: np.ndarray) -> np.ndarray:
         """(c, I, S) float32 of the values of a sample."""
-        _, _, interval, interval_step = self.at(rate)
         values_Nc = np.asarray(sample_Nc, dtype=np.float32)
-        windows = np.lib.stride_tricks.sliding_window_view(values_Nc, interval, axis=0)[::interval_step]  # (I, c, S)
-        return np.ascontiguousarray(windows.transpose(1, 0, 2))
+        windows = np.lib.stride_tricks.sliding_window_view(values_Nc, self.interval, axis=0)  # (N, c, S)
+        return np.ascontiguousarray(windows[:: self.interval_step].transpose(1, 0, 2))
 
     @property
     def dropped(self) -> int:
         """Samples to leave out where the split changes: one, or more where samples overlap by more than half."""
-        return max(1, math.ceil(self.sample / self.step - 1e-9) - 1)
+        return max(1, -(-self.sample // self.step) - 1)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -126,7 +126,8 @@ class Node:
 
     def read(self, number: int) -> dict[str, np.ndarray]:
         """By modality, (1, 10, S) of a sample. Raises DataError."""
-        signals = _loaded(self)
+        with _LOCK:
+            signals = _loaded(self)
         audio = at_half_rate(signals["audio"], number * SECONDS * RATES["audio"], SECONDS * RATES["audio"])
         values = SECONDS * RATES["seismic"]
         seismic = signals["seismic"][number * values : (number + 1) * values]
@@ -146,17 +147,13 @@ class Node:
         return found
 
 
-_LAST: dict[Path, dict[str, np.ndarray]] = {}
 _LOCK = Lock()
 
 
+@lru_cache(maxsize=1)
 def _loaded(node: Node) -> dict[str, np.ndarray]:
-    """The signals of the recording that was asked for last are kept; samples are read in order."""
-    with _LOCK:
-        if node.folder not in _LAST:
-            _LAST.clear()
-            _LAST[node.folder] = node.load()
-        return _LAST[node.folder]
+    """The recording that was asked for last is kept; samples are read in order."""
+    return node.load()
 
 
 def _lines(path: Path) -> int:

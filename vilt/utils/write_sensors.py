@@ -16,18 +16,7 @@ from vilt.utils.custom_layout import read_yaml
 from vilt.utils.mapped_array import open_numbers
 from vilt.utils.names import label_name, look_alikes
 from vilt.utils.raw_data import RawDataset
-from vilt.utils.recordings import (
-    PUBLISHED,
-    SUBJECT,
-    TIME,
-    WAYS,
-    Cut,
-    Recording,
-    check_finite,
-    check_way,
-    divide,
-    label_of,
-)
+from vilt.utils.recordings import PUBLISHED, SUBJECT, TIME, WAYS, Cut, Recording, check_finite, check_way, divide
 from vilt.utils.tables import read_text, table_rows
 
 LAYOUT = """\
@@ -101,19 +90,22 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
         raise DataError(f"{raw / 'labels.npy'}: expected {len(signals)} rows, as signals.npy has, found {len(labels)}")
     channels = _read_channels(raw / "channels.csv", signals.shape[1])
     steps = (of_spec[name] * (1 - of_spec[f"{name}_overlap"]) for name in ("sample", "interval"))
-    cut = Cut(of_spec["sample"], next(steps), of_spec["interval"], next(steps))
     classes = tuple(label_name(line) for line in read_text(raw / "classes.txt").splitlines() if line)
     if pair := look_alikes(classes):
         raise DataError(f"{raw / 'classes.txt'}: the classes {' and '.join(pair)} look the same")
     try:
-        shape = cut.shape(channels.rate)
-        step = cut.at(channels.rate)[3]
-        of_signals = tuple((name, len(of), *shape, step, channels.rate) for name, of in channels.columns.items())
+        cut = Cut.of(channels.rate, of_spec["sample"], next(steps), of_spec["interval"], next(steps))
+        sizes = *cut.shape, cut.interval_step, channels.rate
+        of_signals = tuple((name, len(of), *sizes) for name, of in channels.columns.items())
         custom = CustomData(of_spec["name"], "single", classes, of_spec["metric"], of_signals)
     except ValueError as error:
         raise DataError(f"{raw / 'classes.txt' if 'classes:' in str(error) else source}: {error}") from None
     _check_rows(raw, signals, labels, classes)
-    read = _Reader(signals, channels, cut)
+
+    def read(start: int, length: int, number: int) -> dict[str, np.ndarray]:
+        values_Nc, scales = signals[start : start + length][cut.rows(number)], channels.scales
+        return {name: cut.intervals(values_Nc[:, of] * scales[name]) for name, of in channels.columns.items()}
+
     recordings: list[Recording] = []
     recording_of_row = np.full(len(signals), -1)
     short = []
@@ -127,15 +119,12 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
         if (taken := recording_of_row[start : start + length].max(initial=-1)) >= 0:
             raise DataError(f"{place}: expected rows of its own, found some that {recordings[taken].name!r} has too")
         recording_of_row[start : start + length] = len(recordings)
-        sample, step, _, _ = cut.at(channels.rate)
-        firsts = [start + number * step for number in range(cut.samples(length, channels.rate))]
-        of_samples = [label_of(labels[first : first + sample], mixed=of_spec["mixed_labels"]) for first in firsts]
+        of_samples = cut.labels(labels[start : start + length], mixed=of_spec["mixed_labels"])
         if values["recording"] in {one.name for one in recordings} or not values["recording"]:
             raise DataError(f"{place}: recording: expected a name of its own, found {values['recording']!r}")
-        reader, name = partial(read.sample, start, length), values["recording"]
-        short += [] if firsts else [name]
-        found = np.array(of_samples, dtype=np.int64)
-        recordings.append(Recording(name, found, reader, values["subject"], values["split"] or None, row))
+        reader, name = partial(read, start, length), values["recording"]
+        short += [] if len(of_samples) else [name]
+        recordings.append(Recording(name, of_samples, reader, values["subject"], values["split"] or None, row))
     row_of_set = custom_spec(custom)
     default = PUBLISHED if all(one.split for one in recordings) else TIME
     if default == TIME and all(one.subject for one in recordings):
@@ -144,20 +133,6 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     splits = tuple(divide(recordings, how, "recordings.csv", cut.dropped))
     note = f"warning: shorter than a sample, and left out: {listed(short)}" if short else ""
     return RawDataset(row_of_set, classes, splits, note)
-
-
-class _Reader(NamedTuple):
-    signals: np.ndarray
-    channels: _Channels
-    cut: Cut
-
-    def sample(self, start: int, length: int, number: int) -> dict[str, np.ndarray]:
-        rate = self.channels.rate
-        values = self.signals[start : start + length][self.cut.rows(number, rate)]
-        return {
-            name: self.cut.intervals(values[:, columns] * self.channels.scales[name], rate)
-            for name, columns in self.channels.columns.items()
-        }
 
 
 def _check_rows(raw: Path, signals: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:

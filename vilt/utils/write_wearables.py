@@ -14,7 +14,7 @@ from common.errors import DataError
 from vilt.datasets.specs import DATASETS
 from vilt.utils import raw_data
 from vilt.utils.raw_data import RawDataset
-from vilt.utils.recordings import SUBJECT, TIME, Cut, Recording, check_way, divide, label_of, read_numbers
+from vilt.utils.recordings import NO_LABEL, SUBJECT, TIME, Cut, Recording, check_way, divide, read_numbers
 
 PAMAP2_LAYOUT = """\
 RAW/
@@ -24,14 +24,15 @@ RAW/
 PAMAP2_COLUMNS = {"Acc": (4, 5, 6), "Gyro": (10, 11, 12), "Mag": (13, 14, 15)}
 """Of the hand: accelerometer of ±16 g, gyroscope, magnetometer."""
 PAMAP2_ACTIVITIES = (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 16, 17, 18, 19, 20, 24)
-PAMAP2_CUT, PAMAP2_RATE = Cut(2, 2, 0.4, 0.2), 100.0
+PAMAP2_CUT = Cut.of(100, 2, 2, 0.4, 0.2)
 RWHAR_LAYOUT = """\
 RAW/
   proband1/data/acc_walking_csv.zip …   each with acc_walking_waist.csv: id, attr_time in ms, values; or unpacked
 """
 RWHAR_FILES = {"acc": "acc", "gyr": "Gyroscope", "mag": "MagneticField", "lig": "Light"}
 RWHAR_WIDTHS = {"acc": 3, "gyr": 3, "mag": 3, "lig": 1}
-RWHAR_CUT, RWHAR_RATE = Cut(5, 5, 1, 0.5), 50.0
+RWHAR_RATE = 50
+RWHAR_CUT = Cut.of(RWHAR_RATE, 5, 5, 1, 0.5)
 
 
 def open_raw(raw: Path, dataset: str, split: str | None = None) -> RawDataset:
@@ -44,8 +45,8 @@ def open_raw(raw: Path, dataset: str, split: str | None = None) -> RawDataset:
     return RawDataset(spec, spec.class_names, tuple(divide(recordings, how, str(raw), cut.dropped)))
 
 
-def _windows(signals: dict[str, np.ndarray], cut: Cut, rate: float, number: int) -> dict[str, np.ndarray]:
-    return {name: cut.intervals(signal[cut.rows(number, rate)], rate) for name, signal in signals.items()}
+def _sample(signals: dict[str, np.ndarray], cut: Cut, number: int) -> dict[str, np.ndarray]:
+    return {name: cut.intervals(signal[cut.rows(number)]) for name, signal in signals.items()}
 
 
 def _pamap2(raw: Path) -> Iterator[Recording]:
@@ -57,20 +58,13 @@ def _pamap2(raw: Path) -> Iterator[Recording]:
     for row, path in enumerate(paths, 1):
         values = read_numbers(path, columns, r"\s+")
         activities, signals = values[:, 0], np.nan_to_num(values[:, 1:]).astype(np.float32)  # missing values are 0
-        known = {0.0, *map(float, PAMAP2_ACTIVITIES)}
-        if len(wrong := np.flatnonzero(~np.isin(activities, list(known)))):
-            raise DataError(
-                f"{path}, row {wrong[0] + 1}: expected an activity of PAMAP2, found {activities[wrong[0]]:g}"
-            )
-        sample = PAMAP2_CUT.at(PAMAP2_RATE)[0]
-        labels = []
-        for number in range(PAMAP2_CUT.samples(len(values), PAMAP2_RATE)):
-            first = PAMAP2_CUT.rows(number, PAMAP2_RATE).start
-            activity = label_of(activities[first : first + sample].astype(np.int64), mixed=False)
-            labels.append(PAMAP2_ACTIVITIES.index(activity) if activity > 0 else -1)
+        for wrong in np.flatnonzero(~np.isin(activities, (0, *PAMAP2_ACTIVITIES))):
+            raise DataError(f"{path}, row {wrong + 1}: expected an activity of PAMAP2, found {activities[wrong]:g}")
+        of_samples = PAMAP2_CUT.labels(activities.astype(np.int64), mixed=False).tolist()
+        labels = [PAMAP2_ACTIVITIES.index(activity) if activity > 0 else NO_LABEL for activity in of_samples]
         of = {name: signals[:, 3 * m : 3 * m + 3] for m, name in enumerate(PAMAP2_COLUMNS)}
-        read = partial(_windows, of, PAMAP2_CUT, PAMAP2_RATE)
-        yield Recording(f"{path.parent.name}_{path.stem}", np.array(labels, dtype=np.int64), read, path.stem, row=row)
+        name, read = f"{path.parent.name}_{path.stem}", partial(_sample, of, PAMAP2_CUT)
+        yield Recording(name, np.array(labels, dtype=np.int64), read, path.stem, row=row)
 
 
 def _rwhar(raw: Path) -> Iterator[Recording]:
@@ -94,9 +88,11 @@ def _rwhar(raw: Path) -> Iterator[Recording]:
             name: np.stack([np.interp(clock, times, column) for column in values.T], axis=1).astype(np.float32)
             for name, (times, values) in of.items()
         }
-        count = RWHAR_CUT.samples(len(clock), RWHAR_RATE)
-        read = partial(_windows, signals, RWHAR_CUT, RWHAR_RATE)
-        yield Recording(f"{subject}_{part}", np.full(count, classes.index(activity)), read, subject, row=row)
+        labels, read = (
+            np.full(RWHAR_CUT.count(len(clock)), classes.index(activity)),
+            partial(_sample, signals, RWHAR_CUT),
+        )
+        yield Recording(f"{subject}_{part}", labels, read, subject, row=row)
 
 
 def _waist_files(raw: Path) -> dict[tuple[str, str, str], tuple[Path, str | None]]:

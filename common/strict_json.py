@@ -61,7 +61,7 @@ def parse_json(data: bytes, number: Callable[[str], Any] | None = None) -> Any:
 def kind_of(value: object) -> str:
     """JSON's name for the type of `value`, for messages."""
     names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
-    return names.get(type(value)) or json.dumps(value)[:120]
+    return names.get(type(value)) or json.dumps(value, default=repr)[:120]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,6 +9,7 @@ for prediction in model.predict(images=["poster.jpg", None], texts=["Two friends
 
 import csv
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from clip.modules.classifier import MissingModalityClassifier
 from common.errors import ConfigError, DataError, reason_of
 from common.files import atomic_path
-from common.messages import listed, printable
+from common.messages import first_line, listed, printable
 from common.text import natural_key, per_cent, terminal_table
 from engine.checkpoint import Checkpoint, read_checkpoint
 from engine.families import BackboneChoice
@@ -38,6 +39,9 @@ from vilt.datasets.specs import DatasetSpec
 from vilt.utils.array_files import SUFFIXES, samples_of_arrays
 from vilt.utils.names import find_file, normal
 from vilt.utils.tables import DELIMITERS, table_rows
+from vilt.utils.write_custom import missing as is_missing
+
+log = logging.getLogger("rep")
 
 THRESHOLD = 0.5
 """Of the probability of a class, where a sample can have several."""
@@ -104,12 +108,15 @@ class Predictor:
         """A prediction per sample, by a model of images and texts.
 
         Args:
-            images: paths or Pillow images; None for a sample without one. Left out: no sample has one.
+            images: paths or Pillow images; None, NaN or a blank for a sample without one. Left out: no sample has one.
             texts: likewise.
 
         Raises:
             DataError: the two are not of one length, a sample has neither, or an image cannot be read.
         """
+        for name, values in {"images": images, "texts": texts}.items():
+            if isinstance(values, str | Path | Image.Image):
+                raise DataError(f"{name}: expected a list, found {type(values).__name__}; of one sample a list of one")
         count = len(images if images is not None else texts if texts is not None else [])
         images = [None] * count if images is None else images
         texts = [None] * count if texts is None else texts
@@ -117,7 +124,7 @@ class Predictor:
             raise DataError(f"expected as many images as texts, found {len(images)} and {len(texts)}")
         pairs = zip(images, texts, strict=True)
         items = [
-            Item(str(n), {name: value for name, value in given.items() if value is not None}, f"sample {n}")
+            Item(str(n), {name: value for name, value in given.items() if not is_missing(value)}, f"sample {n}")
             for n, given in enumerate({"image": image, "text": text} for image, text in pairs)
         ]
         return list(self.predict_items(items, batch_size=batch_size))
@@ -220,7 +227,7 @@ def load_model(
         precision: `32`, `16` or `bf16`, also in Lightning's spelling.
 
     Raises:
-        ConfigError: there is no such precision.
+        ConfigError: there is no such precision or device.
         CheckpointError, BackboneError: checkpoint, frozen weights or tokenizer are not found, not readable, or do not
             fit each other.
     """
@@ -229,7 +236,11 @@ def load_model(
     checkpoint = read_checkpoint(Path(path))
     choice = BackboneChoice(vit, vit_activation, tokenizer, trust_backbone, published_seed)
     classifier, found = open_model(checkpoint, choice, published_vit=vit or "ViT-B/16")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such device, or not in this build of torch
+        raise ConfigError(f"device: expected one that is here, as cpu, found {name!r}: {first_line(error)}") from error
     return Predictor(checkpoint, classifier, found, where, str(precision))
 
 
@@ -257,7 +268,8 @@ def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
 
 def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
     if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
-        raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl")
+        there = "another file" if source.exists() else "nothing there"
+        raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl, found {there}")
     items, kinds = [], kinds_of(dataset)
     for row, values in table_rows(source, [*kinds, "id"], [], [name for name, kind in kinds.items() if kind.in_file]):
         place = f"{source}, row {row}"
@@ -292,14 +304,22 @@ def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
     if len(set(kinds.values())) < len(kinds):
         raise DataError(f"input={source}: expected a table, as several of {', '.join(kinds)} are files of one kind")
     inputs_of: dict[str, dict[str, Any]] = {}
+    others: list[str] = []
     for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
         # Hidden files are none of the user's: macOS keeps attributes of NAME.jpg in ._NAME.jpg.
         hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-        if hidden or (name := name_of.get(path.suffix.lower())) is None:
+        if hidden:
+            continue
+        if (name := name_of.get(path.suffix.lower())) is None:
+            others.append(path.relative_to(source).as_posix())
             continue
         stem = normal(str(path.relative_to(source).with_suffix("")))
         if (other := inputs_of.setdefault(stem, {}).setdefault(name, path)) is not path:
             raise DataError(f"{path}: expected one file of this name, found {other.name} too")
+    if others:
+        log.warning(
+            "input=%s: left out, as files of other kinds than %s: %s", source, " ".join(name_of), listed(others)
+        )
     items = []
     for stem, inputs in sorted(inputs_of.items(), key=lambda item: natural_key(item[0])):
         for name, path in list(inputs.items()):

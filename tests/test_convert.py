@@ -131,6 +131,9 @@ def test_splits_of_hugging_face_with_names_of_classes(tmp_path: Path) -> None:
         ({"image": [b"no image"] * 4}, "undecodable image"),
         ({"image": [3.5] * 4}, "image: expected a path, bytes, a Pillow image or an array"),
         ({"image": [np.zeros((2, 2, 2, 2))] * 4}, "undecodable image"),
+        ({"image": [np.zeros((9, 9, 3))] * 4}, "expected an array (H, W, 3) of uint8, found float64 (9, 9, 3)"),
+        ({"image": ["http://there/a.png"] * 4}, "http://there/a.png"),
+        ({"label": ["cat", "dog", b"cat", "cat"]}, "label: expected a name, found"),
         ({"image": [None] * 4, "text": [""] * 4}, "no image and no text"),
         ({"label": ["cat", "dog", True, "cat"]}, "label: expected a name, found true"),
     ],
@@ -146,6 +149,8 @@ def test_wrong_columns_and_splits(tmp_path: Path) -> None:
     data = frame([png(n) for n in range(4)])
     for wrong, options, fact in (
         (data, {"columns": {"text": "caption"}}, "expected the columns caption, found image, text, label, split"),
+        (data, {"columns": {"texts": "text"}}, "columns: expected image, text, label, split, found texts"),
+        (data, {"classes": {"cat", "dog"}}, "classes: expected a list"),
         (data.assign(split="eval"), {}, "row 1: split: expected train or val or test, found 'eval'"),
         ({"train": data, "val": data}, {}, "expected rows with split test, found none"),
         (data, {"metric": "auc"}, "metric: expected accuracy or f1_macro or auroc"),

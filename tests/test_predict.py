@@ -120,10 +120,28 @@ def test_precisions_are_named_like_the_option(
 def test_unknown_precisions_are_refused(trained: Path) -> None:
     with pytest.raises(ConfigError, match="precision: expected 32, 16 or bf16, found 'fp8'"):
         load_model(trained, precision="fp8")
+    with pytest.raises(ConfigError, match="device: expected one that is here, as cpu, found 'gpu'"):
+        load_model(trained, device="gpu")
 
 
 def test_nothing_to_predict(model: Predictor) -> None:
     assert model.predict() == [] and model.predict(images=[], texts=[]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "fact"),
+    [
+        ({"texts": "a text"}, "texts: expected a list, found str"),  # not one sample for each character
+        ({"images": Path("a.png")}, "images: expected a list, found "),
+        ({"texts": [float("nan")]}, "sample 0: expected an image or a text"),
+        ({"texts": [" "]}, "sample 0: expected an image or a text"),
+        ({"texts": [3]}, "sample 0: text: cannot be read: expected a text, found int"),
+        ({"images": [b"GIF"]}, "sample 0: image: cannot be read: expected a path or a Pillow image, found bytes"),
+    ],
+)
+def test_inputs_that_are_not_as_expected(model: Predictor, given: dict[str, Any], fact: str) -> None:
+    with pytest.raises(DataError, match=fact):
+        model.predict(**given)
 
 
 # The command
@@ -176,7 +194,7 @@ def test_a_table_of_samples(
     assert f"{len(rows)} predictions, written to {target}" in said and "film 4" in said and "film 5" not in said
 
 
-def test_a_folder_of_images_and_texts(trained: Path, films: Films, tmp_path: Path) -> None:
+def test_a_folder_of_images_and_texts(trained: Path, films: Films, tmp_path: Path, capsys: Captured) -> None:
     folder = tmp_path / "in"
     (folder / "more").mkdir(parents=True)
     (folder / "film10.JPG").write_bytes(films.images[0])
@@ -185,6 +203,7 @@ def test_a_folder_of_images_and_texts(trained: Path, films: Films, tmp_path: Pat
     (folder / "more" / "plot.txt").write_text("\ufeff" + films.texts[2], "utf-8")
     (folder / "notes.md").write_text("not a sample")
     assert run_predict(trained, f"input={folder}", f"output={tmp_path / 'found.jsonl'}") == 0
+    assert "left out" in (said := capsys.readouterr().err) and "'notes.md'" in said
     rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert [(row["id"], row["missing"]) for row in rows] == [
         ("film9", "text missing"), ("film10", "complete"), ("more/plot", "image missing")
@@ -288,7 +307,7 @@ def test_samples_that_are_not_as_expected(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("input=nowhere", "input=nowhere: expected a folder of images, or a file .csv, .tsv or .jsonl"),
+        ("input=nowhere", "a folder of images, or a file .csv, .tsv or .jsonl, found nothing there"),
         ("input=nowhere.csv", "nowhere.csv cannot be read: No such file or directory"),
         ("input=None", "predict: expected a checkpoint and samples"),
         ("load_path=nowhere.ckpt", "nowhere.ckpt"),

@@ -23,10 +23,10 @@ from vilt.utils import raw_data
 from vilt.utils.arrow_writer import SplitSummary
 from vilt.utils.arrow_writer import convert as write_arrow
 from vilt.utils.custom_layout import COLUMNS, Layout
-from vilt.utils.names import find_file, label_name
+from vilt.utils.names import find_file, label_name, normal
 from vilt.utils.write_custom import Listed, assemble, incomplete
 
-SPLIT_NAMES = {"validation": "val", "dev": "val"}
+SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val"}
 """What Hugging Face and others call a split."""
 LOADING = Lock()
 """Threads may have one Pillow image in several rows, which reads its file when it is first used."""
@@ -66,6 +66,10 @@ def convert(
     Raises:
         DataError: a column is not there, values are not as expected, or files cannot be read or written.
     """
+    if unknown := [name for name in columns or {} if name not in COLUMNS]:
+        raise DataError(f"columns: expected {', '.join(COLUMNS)}, found {unknown[0]}")
+    if isinstance(classes, str | set | frozenset):
+        raise DataError(f"classes: expected a list, whose order numbers them, found a {type(classes).__name__}")
     named = {column: (columns or {}).get(column, column) for column in COLUMNS}
     parts = data if isinstance(data, Mapping) else {None: data}
     rows: list[Listed] = []
@@ -75,7 +79,7 @@ def convert(
         of_rows = zip(*(read[column] for column in COLUMNS), strict=True)
         for row, (image, text, label, own) in enumerate(of_rows, 1):
             split = own if key is None else key
-            split = SPLIT_NAMES.get(split, split) if isinstance(split, str) else split
+            split = SPLIT_NAMES.get(normal(split).lower(), split) if isinstance(split, str) else split
             rows.append(Listed(Path(str(key or "data")), row, image, text, _label(label, class_names), split))
     if labels is None:
         labels = "multi" if any(isinstance(listed.label, list) for listed in rows) else "single"
@@ -142,10 +146,16 @@ def _image(listed: Listed, root: Path) -> tuple[bytes | None, str]:
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str | Path):
         path = find_file(root, str(image))
-        return raw_data.read_image(path.parent, path.name), str(image)
+        try:
+            return raw_data.read_image(path.parent, path.name), str(image)
+        except raw_data.BadSampleError as bad:
+            raise raw_data.BadSampleError(bad.reason, str(image), bad.detail) from None
     try:
         if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
+            try:
+                image = Image.fromarray(image)
+            except TypeError:  # of a type or size that Pillow does not know
+                raise ValueError(f"expected an array (H, W, 3) of uint8, found {image.dtype} {image.shape}") from None
         if isinstance(image, Image.Image):
             with LOADING:
                 image.load()

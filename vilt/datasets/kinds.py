@@ -25,6 +25,7 @@ from vilt.datasets.specs import DatasetSpec, Modality
 from vilt.image_cache import open_image_cache
 from vilt.transforms import decode_image
 from vilt.utils.mapped_array import MappedArray, fault_of
+from vilt.utils.names import find_file
 from vilt.utils.raw_data import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
@@ -138,7 +139,9 @@ class ImageKind(Kind):
 
     @staticmethod
     def read_given(value: str | Path | Image.Image, modality: Modality, given: InputFormat) -> Tensor:
-        content = value if isinstance(value, Image.Image) else _bytes_of(Path(value))
+        if not isinstance(value, str | Path | Image.Image):
+            raise ValueError(f"expected a path or a Pillow image, found {type(value).__name__}")
+        content = value if isinstance(value, Image.Image) else _bytes_of(find_file(Path(), str(value)))
         return decode_image(content, given.image_size)
 
     @staticmethod
@@ -220,6 +223,8 @@ class TextKind(Kind):
 
     @staticmethod
     def read_given(value: str, modality: Modality, given: InputFormat) -> Tensor:
+        if not isinstance(value, str):
+            raise ValueError(f"expected a text, found {type(value).__name__}")
         assert given.tokenize is not None
         return torch.from_numpy(given.tokenize([value])[0])
 

@@ -4,15 +4,15 @@
 """
 
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from common.errors import CheckpointError, ConfigError
 from common.files import new_folder
 from common.messages import first_line
 from common.strict_json import read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 KIND = "rep"
@@ -30,25 +30,29 @@ def read_exported(weights: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged, or of another kind.
     """
+    from safetensors.torch import load_file  # here, as the table of runs needs the names above without torch
+
     try:
         config = read_json(weights.with_name(CONFIG))
         if not isinstance(config, dict) or config.get("model_type") != KIND:
             raise ValueError(f"{weights.with_name(CONFIG)}: expected model_type {KIND}, as `run.py export` writes it")
-        return {"state_dict": safetensors.torch.load_file(weights), KIND: config[KIND]}
+        return {"state_dict": load_file(weights), KIND: config[KIND]}
     except Exception as error:  # safetensors raises its own on damaged files
         raise CheckpointError(f"{weights}: not readable as an exported model: {first_line(error)}") from error
 
 
-def write_exported(out: Path, state: dict[str, Tensor], described: dict[str, Any], card: str) -> None:
+def write_exported(out: Path, state: "dict[str, Tensor]", described: dict[str, Any], card: str) -> None:
     """Writes the folder, completely or not at all.
 
     Raises:
         ConfigError: it is there already.
     """
+    from safetensors.torch import save
+
     if out.exists():
         raise ConfigError(f"out={out}: expected a folder that is not there yet")
     with new_folder(out) as folder:
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+        (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
         write_json(folder / CONFIG, {"model_type": KIND, KIND: described})
         (folder / CARD).write_text(card, "utf-8")

@@ -74,11 +74,12 @@ def test_files_of_the_published_converters_are_read_row_by_row(golden_arrow, nam
     dataset = ArrowDataset(spec, golden_arrow, split, 24)
     rows = open_table(golden_arrow / spec.file_name(split)).to_pylist()
     assert dataset.n_rows == len(rows) >= 2
-    expected = [(number, row) for number, row in enumerate(rows) for _ in row[spec.text_column]]
+    column = spec.modalities["text"].column
+    expected = [(number, row) for number, row in enumerate(rows) for _ in row[column]]
     assert len(dataset) == len(expected)
     tokenizer = Tokenizer()
     dataset.tokenize(tokenizer, "f")
-    assert tokenizer.calls == [[text for row in rows for text in row[spec.text_column]]]
+    assert tokenizer.calls == [[text for row in rows for text in row[column]]]
     tokens = torch.from_numpy(tokenizer(tokenizer.calls[0]))
     for index, (number, row) in enumerate(expected):
         label = torch.tensor(row["label"], dtype=torch.uint8 if name == "mmimdb" else torch.int64)

@@ -104,11 +104,6 @@ class DatasetSpec:
         """Column of the first modality of a kind."""
         return next((modality.column for modality in self.modalities.values() if modality.kind == kind), None)
 
-    @property
-    def text_column(self) -> str:
-        """Column of the texts."""
-        return self.modalities["text"].column
-
     def file_name(self, split: Split) -> str:
         """Name of the arrow file of `split`, for example `mmimdb_dev.arrow` for `val`."""
         return f"{self.name}_{self.file_splits[split]}.arrow"

@@ -69,8 +69,14 @@ def require_layout(root: Path, names: Iterable[str], layout: str) -> None:
     missing = [name for name in names if not (root / name).exists()]
     if missing or not root.is_dir():
         there = root.is_dir()
-        problem = f"{', '.join(missing)} not found in {root}" if there else f"the raw folder {root} does not exist"
-        raise DataError(f"{problem}. Expected layout of RAW:\n\n{layout.rstrip()}")
+        raise not_as_in(
+            layout, f"{', '.join(missing)} not found in {root}" if there else f"the raw folder {root} does not exist"
+        )
+
+
+def not_as_in(layout: str, problem: str) -> DataError:
+    """An error that shows the layout."""
+    return DataError(f"{problem}. Expected layout of RAW:\n\n{layout.rstrip()}")
 
 
 def read_bytes(path: Path) -> bytes:

@@ -17,20 +17,22 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def table_rows(
-    path: Path, known: Sequence[str], needed: Sequence[str], files: Sequence[str]
+    path: Path, known: Sequence[str], needed: Sequence[str] | None = None, files: Sequence[str] = ()
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Pairs of line (from 1, where the row begins) and values by column: strings, or of a `.jsonl` what JSON has.
 
     Args:
         known: columns that are read, however they are typed.
-        needed: columns that the header of a CSV or TSV must have.
+        needed: columns that the header of a CSV or TSV must have; None: all of these.
         files: columns with the names of files.
 
     Raises:
         DataError: the file cannot be read, or a row cannot be told from the others; names file and row.
     """
     delimiter = DELIMITERS.get(path.suffix.lower())
-    return _json_rows(path, known) if delimiter is None else _csv_rows(path, delimiter, known, needed, files)
+    if delimiter is None:
+        return _json_rows(path, known)
+    return _csv_rows(path, delimiter, known, known if needed is None else needed, files)
 
 
 def read_text(path: Path) -> str:

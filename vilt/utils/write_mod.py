@@ -89,7 +89,7 @@ class Listed(NamedTuple):
 def runs() -> list[Listed]:
     """The recordings of MOD."""
     columns = ["run", "node", "cut_start_s", "cut_end_s", "used_for"]
-    rows = [values for _, values in table_rows(RUNS, columns, columns, [])]
+    rows = [values for _, values in table_rows(RUNS, columns)]
     return [Listed(v["run"], v["node"], int(v["cut_start_s"]), int(v["cut_end_s"]), v["used_for"]) for v in rows]
 
 
@@ -183,7 +183,7 @@ def open_raw(raw: Path, split: str | None = None) -> RawDataset:
     indices = {path.stem.removesuffix("_index"): path for path in sorted(raw.rglob("*_index.txt"))}
     nodes = [Node(raw / one.run / one.node, one) for one in runs() if (raw / one.run / one.node).is_dir()]
     if not samples and not nodes:
-        raise DataError(f"{raw}: found neither recordings of MOD nor its samples. Expected layout of RAW:\n\n{LAYOUT}")
+        raise raw_data.not_as_in(LAYOUT, f"{raw}: found neither recordings of MOD nor its samples")
     if not nodes or indices or how == PUBLISHED:
         if missing := [name for name in ("train", "test") if name not in indices]:
             raise DataError(f"{raw}: expected {missing[0]}_index.txt, which says what is for training and test")

@@ -109,7 +109,7 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     recordings: list[Recording] = []
     recording_of_row = np.full(len(signals), -1)
     short = []
-    for row, values in table_rows(raw / "recordings.csv", RECORDINGS, RECORDINGS, []):
+    for row, values in table_rows(raw / "recordings.csv", RECORDINGS):
         place = f"{raw / 'recordings.csv'}, row {row}"
         start, length = (_number(f"{place}: {name}", values[name], integer(0)) for name in ("start", "length"))
         if start + length > len(signals):
@@ -151,7 +151,7 @@ def _read_channels(path: Path, n_columns: int) -> _Channels:
     scales: dict[str, list[float]] = {}
     rates: dict[float, int] = {}
     seen: dict[int, int] = {}
-    for row, values in table_rows(path, CHANNELS, CHANNELS, []):
+    for row, values in table_rows(path, CHANNELS):
         place = f"{path}, row {row}"
         column = _number(f"{place}: column", values["column"], integer(0))
         if column >= n_columns or seen.setdefault(column, row) != row:

@@ -19,7 +19,7 @@ from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, Split, with_shape
 from vilt.utils.array_files import SUFFIXES
 from vilt.utils.mapped_array import open_numbers
 from vilt.utils.pickled_arrays import PickledArray, read_pickle
-from vilt.utils.raw_data import REMARKS, RawDataset, RawSplit, Row
+from vilt.utils.raw_data import REMARKS, RawDataset, RawSplit, Row, not_as_in, require_layout
 from vilt.utils.tables import DELIMITERS, table_rows
 
 MODALITIES, STEPS = ("text", "audio", "vision"), ("steps", "width")
@@ -72,8 +72,8 @@ def open_raw(raw: Path, dataset: str, table: Path | None = None) -> RawDataset:
         DataError: no file fits, several do, or one is wrong; names file and row.
     """
     spec = DATASETS[dataset]
-    if not raw.exists():
-        raise DataError(f"the raw folder {raw} does not exist. Expected layout of RAW:\n\n{LAYOUT.rstrip()}")
+    if not raw.is_file():
+        require_layout(raw, (), LAYOUT)
     pickles = [raw] if raw.is_file() else sorted(path for path in raw.iterdir() if path.suffix in SUFFIXES)
     if table is None and pickles:
         shapes, segments, note = _of_pickles(spec, pickles)
@@ -81,7 +81,7 @@ def open_raw(raw: Path, dataset: str, table: Path | None = None) -> RawDataset:
         shapes, segments = _of_table(spec, raw, table)
         note = ""
     else:
-        raise DataError(f"{raw}: expected a pickle ({', '.join(SUFFIXES)}), found none. Layout of RAW:\n\n{LAYOUT}")
+        raise not_as_in(LAYOUT, f"{raw}: expected a pickle ({', '.join(SUFFIXES)}), found none")
     spec = with_shapes(spec, shapes)
     splits = []
     for of in segments:
@@ -242,7 +242,7 @@ def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[st
         tables = [path for path in sorted(raw.iterdir()) if path.suffix in (*DELIMITERS, ".jsonl")]
         if len(tables) != 1:
             found = ", ".join(path.name for path in tables) or "none"
-            raise DataError(f"{raw}: expected one table or pickle, found {found}. Layout of RAW:\n\n{LAYOUT.rstrip()}")
+            raise not_as_in(LAYOUT, f"{raw}: expected one table or pickle, found {found}")
         [table] = tables
     rows: dict[Split, list[tuple[str, float, str]]] = {split: [] for split in SPLITS}
     of_key = {key: split for split, key in SPLIT_KEYS.items()} | {split: split for split in SPLITS}
@@ -286,7 +286,7 @@ def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[st
 def _listed(table: Path) -> Iterator[tuple[int, str, Any, Any, str]]:
     """Row, id, split, label and text of each line."""
     seen: dict[str, int] = {}
-    for row, values in table_rows(table, TABLE_COLUMNS, TABLE_COLUMNS, ()):
+    for row, values in table_rows(table, TABLE_COLUMNS):
         name, split, label, text = (values.get(column) for column in TABLE_COLUMNS)
         if not isinstance(name, str) or not name.strip() or Path(name).name != name:
             raise DataError(f"{table}, row {row}: id: expected a name, found {quoted(name)}")

@@ -286,9 +286,11 @@ def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
 
 def _cell(value: object, name: str, place: str) -> str | None:
     """A text; None where it is absent or blank."""
-    if value is not None and not isinstance(value, str):
+    if is_missing(value):
+        return None
+    if not isinstance(value, str):
         raise DataError(f"{place}: {name}: expected a text, found {json.dumps(value)[:80]}")
-    return value if value is not None and value.strip() else None
+    return value
 
 
 def _file(folder: Path, name: str, place: str) -> Path:

@@ -242,6 +242,7 @@ TABLES: list[tuple[str, str | bytes, str]] = [
     ("jsonl", '{"label": "a"}\n{"label": "a", "split": "val"}\n', "row 1: split: expected train or val or "),
     ("csv", GOOD.replace("val", ""), "row 3: split: expected train or val or test, found ''"),
     ("csv", GOOD + 'a.png,"x,cat,train\na.png,y",cat,train\n', "row 5: a quote is not closed; the cell includes row 6"),
+    ("csv", GOOD + ',"x,cat,train\n,y",cat,train\n', "row 5: a quote is not closed; the cell includes row 6"),
     ("csv", GOOD + 'a.png,"x,cat,train\n' + 9000 * "a.png,text,cat,train\n", "(131072); maybe a quote is not closed"),
     ("csv", "image,text,label\na.png,x,cat\nb.png,x,dog\n", "expected rows enough to draw three splits from 2"),
     ("jsonl", '{"split": "train", "label": true}\n' * 2 + '{"split": "val"}\n{"split": "test"}', "row 1: label: "),

@@ -13,6 +13,7 @@ from common.strict_json import kind_of, parse_json
 from vilt.utils.names import spelled_as
 from vilt.utils.raw_data import read_bytes
 
+SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -94,9 +95,11 @@ def _columns(path: Path, row: int, names: Sequence[str], known: Sequence[str], n
 
 
 def _is_row(fields: Sequence[str], header: Sequence[str], files: Sequence[str]) -> bool:
-    """Whether a line within a cell has as many fields as a row, and images where a row has them."""
+    """Whether a line within a cell has as many fields as a row, and a split or images where a row has them."""
     if len(fields) != len(header):
         return False
-    cells = [field for name, field in zip(header, fields, strict=True) if name in files]
-    kinds = [mimetypes.guess_type(cell.strip(' "\r\n'), strict=False)[0] or "" for cell in cells]
+    row = {name: field.strip(' "\r\n') for name, field in zip(header, fields, strict=True)}
+    if row.get("split", "").lower() in SPLIT_NAMES:
+        return True
+    kinds = [mimetypes.guess_type(row[name], strict=False)[0] or "" for name in header if name in files]
     return bool(kinds) and all(kind.startswith("image/") for kind in kinds)

@@ -103,6 +103,10 @@ def open_training(options: Options, given: Collection[str] = ()) -> Opened:
     """Opens everything that a training reads. The arguments are those of `train`."""
     start = read_checkpoint(options.load_path) if options.load_path is not None else None
     trained_on = None
+    if start is not None and EVERY_DATASET[start.spec.task].family != EVERY_DATASET[options.task].family:
+        raise CheckpointError(
+            f"load_path={start.path}: expected a model for {options.task}, found one of {start.spec.task}"
+        )
     trains_backbone = options.prompt_type in TRAIN_BACKBONES
     if start is not None and start.spec.method.prompt_type in TRAIN_BACKBONES and not trains_backbone:
         options, start = replace(options, vit=str(options.load_path)), None  # a backbone, of which no memory is taken

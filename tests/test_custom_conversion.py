@@ -252,6 +252,7 @@ TABLES: list[tuple[str, str | bytes, str]] = [
     ("csv", "image,text,label\na.png,x,cat\nb.png,x,dog\n", "expected rows enough to draw three splits from 2"),
     ("jsonl", '{"split": "train", "label": true}\n' * 2 + '{"split": "val"}\n{"split": "test"}', "row 1: label: "),
     ("csv", GOOD.replace("dog", "c\u0430t"), r"the labels 'cat' and 'c\u0430t' look the same"),
+    ("csv", GOOD.replace("dog", "\uff43at"), r"the labels 'cat' and '\uff43at' look the same"),
     ("csv", GOOD.replace("dog", "c\u200dat"), r"the labels 'cat' and 'c\u200dat' look the same"),
     ("jsonl", '\n{"split": 1}\n', "row 2: split: expected train or val or test, found 1"),
     ("csv", GOOD.replace("val", "train"), "expected rows with split val, found none"),

@@ -274,7 +274,7 @@ NFD = functools.partial(unicodedata.normalize, "NFD")
 
 
 def test_genres_count_however_they_are_typed(films: Case) -> None:
-    typed = [" Drama", "drama ", "Sci-Fi\u200b", "film-noir", "Comedy drama"]
+    typed = [" DRAMA", "drama ", "Sci\u2011Fi\u200b", "film-noir", "Comedy drama"]
     films.edit(FILM, lambda film: film.update(genres=typed))
     assert films.run() == 0
     row = films.table("dev").to_pylist()[0]

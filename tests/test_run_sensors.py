@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,15 @@ def test_supervised_training(root: Path, network: str) -> None:
     statistics = [name for name in state if name.endswith("running_var")]
     assert bool(statistics) == (network == "deepsense")
     assert any("patch_embed" in name or "loc_mod_extractors" in name for name in state)
+
+
+def test_a_checkpoint_of_another_family_is_no_start(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_images = SimpleNamespace(path="best.ckpt", spec=SimpleNamespace(task="mmimdb"))
+    monkeypatch.setattr("runs.training.read_checkpoint", lambda _: of_images)
+    assert command_line(command(root, "task_finetune_sensors", f"load_path={__file__}")) == 2
+    assert "load_path=best.ckpt: expected a model for sensors, found one of mmimdb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ ALIKE = str.maketrans(
     "аеорсухіјѕԁһАВЕКМНОРСТХУІЈЅΑΒΕΖΗΙΚΜΝΟΡΤΥΧο‐‑‒–−", "aeopcyxijsdhABEKMHOPCTXYIJSABEZHIKMNOPTYXo-----"
 )
 """Cyrillic and Greek letters, and dashes, to the Latin letter or the hyphen that they look like."""
+MADE_OF = ("<compat>", "<wide>", "<narrow>")
 WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
@@ -34,7 +35,9 @@ def label_name(label: str | float) -> str:
 def look(name: str) -> str:
     """What `name` looks like: the same for names that cannot be told apart."""
     shown = (c for c in normal(name) if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
-    return "".join(shown).translate(ALIKE)
+    # Ligatures, and letters of full or half width, are the letters that they are made of.
+    plain = (unicodedata.normalize("NFKC", c) if unicodedata.decomposition(c).startswith(MADE_OF) else c for c in shown)
+    return "".join(plain).translate(ALIKE)
 
 
 def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 from vilt.utils import raw_data
-from vilt.utils.names import normal
+from vilt.utils.names import look
 from vilt.utils.raw_data import BadSampleError, RawDataset, RawSplit, Row
 
 LAYOUT = """\
@@ -29,11 +29,11 @@ def read_film(raw: Path, allow_missing: bool, name: str) -> Row:
     has_plot = any(plot.strip() for plot in plots)
     if not has_plot and not allow_missing:
         raise BadSampleError(raw_data.INCOMPLETE_JSON, file, "no plot")
-    known = {normal(genre).casefold() for genre in genres}
+    known = {look(genre).casefold() for genre in genres}
     return {
         "image": raw_data.read_image(raw, f"images/{name}.jpeg", allow_missing),
         "plots": plots if has_plot else None,
-        "label": [int(genre.casefold() in known) for genre in MMIMDB_GENRES],
+        "label": [int(look(genre).casefold() in known) for genre in MMIMDB_GENRES],
         "genres": genres,
         "image_id": name,
     }

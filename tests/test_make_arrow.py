@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -670,10 +670,10 @@ def command(raw: Path, out: Path, *python: str) -> list[str]:
     return [sys.executable, *(python or [str(ROOT / "make_arrow.py")]), *options]
 
 
-@pytest.fixture
-def large_raw(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def large_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MM-IMDb with 2,400 posters of 100 kB (240 MB to write), hard links of one that decodes quickly."""
-    raw = tmp_path / "large"
+    raw = tmp_path_factory.mktemp("large")
     for folder in ("images", "labels"):
         (raw / folder).mkdir(parents=True)
     poster = (GOLDEN / "raw/mmimdb" / POSTER).read_bytes()
@@ -685,8 +685,7 @@ def large_raw(tmp_path: Path) -> Iterator[Path]:
         os.link(raw / "film", raw / "labels" / f"{name}.json")
     splits = {"train": names[:2000], "dev": names[2000:2200], "test": names[2200:]}
     (raw / "split.json").write_text(json.dumps(splits))
-    yield raw
-    shutil.rmtree(raw)
+    return raw
 
 
 MEASURED = """

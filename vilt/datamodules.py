@@ -203,11 +203,7 @@ class DataSettings:
 def split_patterns(
     patterns: Mapping[Split, MissingPattern], spec: DatasetSpec, data_root: Path
 ) -> dict[Split, MissingPattern]:
-    """The patterns of all splits; those of the published drawing with what is drawn before them.
-
-    Raises:
-        DataError: from `rows_of_splits`.
-    """
+    """The patterns of all splits; those of the published drawing with what is drawn before them. Raises DataError."""
     if all(pattern.drawing == NESTED for pattern in patterns.values()):
         return dict(patterns)
     return published_patterns(patterns, rows_of_splits(spec, data_root))

@@ -22,7 +22,7 @@ from common.errors import DataError, reason_of
 from common.files import atomic_path
 from common.hashing import file_sha256
 from common.messages import byte_size
-from vilt.utils.mapped_array import MappedArray, fault_of
+from vilt.utils.mapped_array import MappedArray, fault_of, is_usable
 from vilt.utils.ordered_threads import in_order
 
 log = logging.getLogger(__name__)
@@ -63,11 +63,8 @@ def open_image_cache(arrow_path: Path, n_rows: int, size: int, read_image: ReadI
             lock.acquire()
         try:
             name = f"{arrow_path.stem}_images{size}_{'[0-9a-f]' * 16}.npy"
-            fault = fault_of(cache, np.uint8, shape)
-            if fault is not None:
+            if not is_usable(cache, np.uint8, shape):
                 _remove(cache.parent.glob(f".{name}.*.part"), "left by a killed maker")
-                if cache.exists():
-                    log.warning("%s: not readable (%s); making it again", cache, fault)
                 _make(cache, shape, read_image, workers)
             _remove(set(cache.parent.glob(name)) - {cache}, "of another state of the arrow file")
         finally:

@@ -128,11 +128,7 @@ class ArrowDataset(Dataset[Sample]):
         return len(self.row_of_sample)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Sample `index` in epoch `epoch`, for the key (epoch, index).
-
-        Raises:
-            DataError: the image cannot be decoded (names file and row), or a cache can no longer be read.
-        """
+        """Sample `index` in epoch `epoch`. Raises DataError: an image cannot be decoded, or a cache is gone."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample]:
@@ -213,26 +209,16 @@ class ArrowDataset(Dataset[Sample]):
         return named
 
     def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
-        """Computes the token ids of all texts, once: they are kept beside the arrow file and found there again.
-
-        Args:
-            fingerprint: identifies the tokenizer; part of the cache's name, like the texts themselves.
-        """
+        """Computes the token ids of all texts, once: they are kept beside the arrow file, by texts and fingerprint."""
         for kind in self.kinds.values():
             if isinstance(kind, TextKind):
                 kind.tokenize(tokenize, fingerprint)
 
     def cache_images(self, workers: int) -> None:
-        """Decodes the images of all rows, once: they are kept beside the arrow file and found there again.
+        """Decodes the images of all rows, once, by so many threads: they are kept beside the arrow file.
 
-        From then on images are read from there. They take 3·R² bytes a row: 3.9 GB for the 25,959 films at R = 224.
-
-        Args:
-            workers: number of threads that decode.
-
-        Raises:
-            DataError: an image cannot be decoded (also one that the missing table leaves out), or the cache cannot be
-                written.
+        They take 3·R² bytes a row: 3.9 GB for the 25,959 films at R = 224. Raises DataError: an image cannot be
+        decoded (also one that the missing table leaves out), or the cache cannot be written.
         """
         for kind in self.kinds.values():
             if isinstance(kind, ImageKind):

@@ -24,7 +24,7 @@ from common.files import atomic_path
 from vilt.datasets.specs import DatasetSpec, Modality
 from vilt.image_cache import open_image_cache
 from vilt.transforms import decode_image
-from vilt.utils.mapped_array import MappedArray, fault_of
+from vilt.utils.mapped_array import MappedArray, is_usable
 from vilt.utils.names import find_file
 from vilt.utils.raw_data import MAX_FILE_BYTES
 
@@ -208,11 +208,8 @@ class TextKind(Kind):
             digest.update(text.encode() + b"\0")
         cache = self.data.path.with_name(f"{self.data.path.stem}_tokens_{digest.hexdigest()[:16]}.npy")
         self._tokens = MappedArray(cache)
-        fault = fault_of(cache, np.int32, (len(texts), None))
-        if fault is None:
+        if is_usable(cache, np.int32, (len(texts), None)):
             return
-        if cache.exists():
-            log.warning("%s: not readable (%s); making it again", cache, fault)
         tokens = tokenize(texts).astype(np.int32)
         try:
             with atomic_path(cache) as temporary, temporary.open("wb") as file:

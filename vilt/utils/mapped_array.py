@@ -1,5 +1,6 @@
 """Arrays in .npy files, memory-mapped, so that all processes of a machine share one copy and pickling copies none."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from numpy.typing import DTypeLike
 
 from common.errors import DataError
 from common.messages import first_line
+
+log = logging.getLogger(__name__)
 
 
 class MappedArray:
@@ -51,3 +54,11 @@ def fault_of(path: Path, dtype: DTypeLike, shape: tuple[int | None, ...]) -> str
     if fits and found.dtype == dtype:
         return None
     return f"expected {np.dtype(dtype)} {shape}, found {found.dtype} {found.shape}"
+
+
+def is_usable(path: Path, dtype: DTypeLike, shape: tuple[int | None, ...]) -> bool:
+    """Whether the .npy file `path` is as expected; the log says it of one that is there and is not."""
+    fault = fault_of(path, dtype, shape)
+    if fault is not None and path.exists():
+        log.warning("%s: not readable (%s); making it again", path, fault)
+    return fault is None

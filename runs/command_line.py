@@ -190,6 +190,8 @@ def _take_config(word: str, found: CommandLine) -> None:
         name = _known(name if name in OPTIONS else RENAMED.get(name, name), f"{word}: ")
         set_option(found.updates, name, from_file(name, value))
         option = option_of(name)
+        if option == "seed":  # which Sacred acts on, before the options are checked
+            SEED(f"{word}: seed", found.updates["seed"])
         found.given.add(option)
         if option != "exp_name" and not _is_default(option, found.updates[option]):  # every run has a name
             found.chosen.add(option)

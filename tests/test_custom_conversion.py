@@ -533,11 +533,6 @@ def test_a_description_of_a_custom_dataset_that_is_none(
     assert found in said and str(path) in said and "--dataset custom" in said and len(said) < 1000
 
 
-def test_a_custom_dataset_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=re.escape("no such file; make it with `python make_arrow.py --dataset custom")):
-        open_spec("custom", tmp_path, ["test"])
-
-
 # ---- DATA.md
 
 

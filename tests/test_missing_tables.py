@@ -93,18 +93,6 @@ def test_equals_the_slow_version_and_has_exact_counts(missing_type):
         assert [(table == value).sum() for value in range(3)] == [samples - missing, missing - images, images]
 
 
-@pytest.mark.parametrize("missing_type", ["text", "image", "both"])
-def test_what_is_missing_stays_missing_at_a_higher_ratio(missing_type):
-    ratios = [0, 0.05, 0.1, 0.29, 0.3, 0.5, 0.65, 0.7, 0.9, 1]
-    for samples, _, both_ratio, seed in random_cases(60):
-        tables = [
-            draw_missing_table("hatememes", "train", MissingPattern(missing_type, ratio, both_ratio, seed), samples)
-            for ratio in ratios
-        ]
-        for lower, higher in itertools.pairwise(tables):
-            assert np.array_equal(higher[lower > 0], lower[lower > 0]), "missing, and in the same way"
-
-
 @pytest.mark.parametrize(
     ("samples", "ratio", "count"), [(90, 0.7, 63), (170, 0.7, 119), (100, 0.29, 29), (100, 0.57, 57), (3, 1 / 3, 0)]
 )
@@ -188,12 +176,20 @@ def test_all_that_a_pattern_allows_goes_missing_as_often(names, drawing, kind):
         assert shares[name] == pytest.approx(1 - np.mean(is_missing(names, name, table)))
 
 
-@pytest.mark.parametrize("names", [3, 4], indirect=True)
-@pytest.mark.parametrize("kind", ["any", "some", "sound"])
-def test_tables_of_more_modalities_are_nested(names, kind):
-    tables = [draw_missing_table("more", "val", MissingPattern(kind, r / 10, 0.5, 1), 230) for r in range(11)]
-    for less, more in itertools.pairwise(tables):
-        assert np.array_equal(more[less > 0], less[less > 0]) and (more > 0).sum() == (less > 0).sum() + 23
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        *((2, kind) for kind in ("both", "text", "sound")),
+        *((n, kind) for n in (3, 4) for kind in ("any", "some", "sound")),
+    ],
+    indirect=["names"],
+)
+def test_what_is_missing_stays_missing_at_a_higher_ratio(names, kind):
+    for samples, _, both_ratio, seed in random_cases(60):
+        patterns = [MissingPattern(kind, ratio, both_ratio, seed) for ratio in (0, 0.05, 0.29, 0.3, 0.5, 0.65, 0.9, 1)]
+        tables = [draw_missing_table("more", "train", pattern, samples) for pattern in patterns]
+        for lower, higher in itertools.pairwise(tables):
+            assert np.array_equal(higher[lower > 0], lower[lower > 0]), "missing, and in the same way"
 
 
 @pytest.mark.parametrize("names", [4], indirect=True)

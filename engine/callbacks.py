@@ -260,7 +260,7 @@ class Report(pl.Callback):
             parts["rest"] = max(0.0, total - sum(parts.values()))
             text = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items())
             speed = f"{self._samples:,} training samples in {total:.1f} s, {self._samples / total:.1f} per second"
-            log.info("epoch %d: %s: %s", epoch, speed, text)
+            log.info("epoch %d: %s\n  %s", epoch, speed, text)  # within 80 columns
         self._begin(trainer)
 
 

@@ -163,8 +163,8 @@ def test(
         counts = ", ".join(f"{count:,} {name}" for name, count in result["missing"].items())
         print(f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})")
         print(
-            f"  {options.task} test, {pattern.ratio:.0%} missing ({pattern.missing_type}), seed {pattern.seed}: "
-            f"{module.tested_samples:,} samples: {counts}"
+            f"  {options.task} test, {pattern.ratio:.0%} missing ({pattern.missing_type}), seed {pattern.seed}\n"
+            f"  {module.tested_samples:,} samples: {counts}"
         )
         for metric, value in module.test_metrics.items():
             print(f"  test/{metric:<17} {figure(value)}")

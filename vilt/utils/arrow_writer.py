@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -118,19 +118,15 @@ def _record_batch(rows: list[Row], schema: pa.Schema, spec: DatasetSpec) -> pa.R
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _arrays_of(values: list[np.ndarray], kind: pa.DataType) -> pa.Array:
+def _arrays_of(values: Sequence[np.ndarray] | np.ndarray, kind: pa.DataType) -> pa.Array:
     """Arrays of one shape, but for the first size where it varies, as a column of nested lists."""
-    if not isinstance(kind, pa.FixedSizeListType):
-        offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-        return pa.ListArray.from_arrays(offsets, _arrays_of(list(np.concatenate(values)), kind.value_type), type=kind)
-    sizes = []
-    while isinstance(kind, pa.FixedSizeListType):
-        sizes.append(kind.list_size)
-        kind = kind.value_type
-    column = pa.array(np.stack(values).reshape(-1), kind)
-    for size in reversed(sizes):
-        column = pa.FixedSizeListArray.from_arrays(column, size)
-    return column
+    if not isinstance(kind, (pa.FixedSizeListType, pa.ListType)):
+        return pa.array(values, kind)
+    rows = values.reshape(-1, *values.shape[2:]) if isinstance(values, np.ndarray) else np.concatenate(values)
+    inner = _arrays_of(rows, kind.value_type)
+    if isinstance(kind, pa.FixedSizeListType):
+        return pa.FixedSizeListArray.from_arrays(inner, kind.list_size)
+    return pa.ListArray.from_arrays(np.cumsum([0, *map(len, values)], dtype=np.int32), inner, type=kind)
 
 
 def _size_of(row: Row, spec: DatasetSpec) -> int:

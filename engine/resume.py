@@ -133,15 +133,22 @@ def _agreeing(ours: Training) -> Iterator[tuple[Path, dict[str, Any], dict[str, 
 
 
 def say_differences(checkpoint: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
-    """Logs in which options a training that resumes from `checkpoint` differs, `free` ones apart, from its run."""
+    """Logs in which options a training that resumes from `checkpoint` differs, `free` ones apart, from its run.
+
+    Raises:
+        CheckpointError: it has another optimiser, whose state means something else.
+    """
     path = checkpoint.with_name("config.json")
     if not path.is_file():
         return
     try:
-        differing = _differences(_comparable(read_json(path)), _comparable(config), {*free, *OF_A_START})
+        theirs, ours = _comparable(read_json(path)), _comparable(config)
+        differing = _differences(theirs, ours, {*free, *OF_A_START})
     except DataError as error:
         log.info("%s: not compared: %s", path, first_line(error))
         return
+    if (there := theirs.get("optim_type", ours["optim_type"])) != (here := ours["optim_type"]):
+        raise CheckpointError(f"resume_from={checkpoint}: expected optim_type={there}, as its run had, found {here}")
     if differing:
         log.info("resume_from: from here on other options than the run had: %s", ", ".join(differing))
 

@@ -289,6 +289,7 @@ def test_resuming_in_mid_epoch_ends_where_the_uninterrupted_run_does(
     [
         ("per_gpu_batchsize=2", "samples per batch = 4, now it is 2"),
         ("memory_depth=1", "memory_depth (there 2, here 1)"),
+        ("optim_type=sgd", "last.ckpt: expected optim_type=adamw"),
     ],
 )
 def test_resume_with_other_batches_or_options_is_refused(

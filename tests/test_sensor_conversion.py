@@ -229,7 +229,7 @@ def test_bad_recordings_of_mod(tmp_path: Path, name: str, line: str, message: st
 # Public files of wearables
 
 
-def test_pamap2(tmp_path: Path) -> None:
+def test_pamap2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "Protocol").mkdir()
     for subject in (101, 102, 103):
         values = np.random.default_rng(subject).normal(size=(1000, 54))
@@ -246,7 +246,11 @@ def test_pamap2(tmp_path: Path) -> None:
     ) in tables.values():  # 200 to 399, 400 to 599 and 800 to 999; the others cross a boundary, or are no activity
         assert found["number"].to_pylist() == [1, 2, 4] and found["label"].to_pylist() == [0, 0, 17]
         assert 0.0 in np.array(found["signal_Acc"][0].as_py())[1]
+    assert "samples with missing values, now 0: train 1, val 1, test 1" in capsys.readouterr().out
     replaced = tmp_path / "Protocol" / "subject102.dat"
+    replace_line(replaced, 7, "1 1 " + "inf " * 52)
+    with pytest.raises(DataError, match=r"subject102\.dat, row 7: expected finite numbers"):
+        write_wearables.open_raw(tmp_path, "pamap2")
     replace_line(replaced, 7, "1 8 " + "0 " * 52)
     with pytest.raises(DataError, match=r"subject102\.dat, row 7: expected an activity of PAMAP2, found 8"):
         write_wearables.open_raw(tmp_path, "pamap2")

@@ -241,6 +241,8 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
                 if not split.n_samples:
                     counts = f"{len(split.bad):,} are bad, {split.remarks[NO_TEXT]:,} have no text"
                     first = f"; the first bad one: {' '.join(split.bad[0].cells())}" if split.bad else ""
+                    if not split.bad and not split.remarks[NO_TEXT]:
+                        counts = "none is listed for it, or recordings are too short to be divided"
                     raise DataError(f"no sample is left for {split.path.name}: {counts}{first}")
             if bad:
                 lines = [BadSample._fields, *(sample.cells() for sample in bad)]

@@ -18,12 +18,13 @@ from common.messages import listed, quoted
 from common.shares import part_of
 from vilt.datasets.specs import SPLITS, DatasetSpec, Split
 from vilt.datasets.subsequences import NUMBER, RECORDING
-from vilt.utils.raw_data import RawSplit, Row
+from vilt.utils.raw_data import REMARKS, RawSplit, Row
 
 TIME, SUBJECT, RUN, PUBLISHED = WAYS = ("time", "subject", "run", "published")
 """Ways to divide: the end of each recording, subjects, complete recordings of each class, or as the data says."""
 TRAIN_SHARE, TRAIN_AND_VAL_SHARE, VAL_SHARE = 0.7, 0.8, 0.1
 NO_LABEL = -1
+MISSING_VALUES = "samples with missing values, now 0"
 
 
 class Cut(NamedTuple):
@@ -161,9 +162,11 @@ def _ways(recordings: Sequence[Recording], how: str, source: str) -> dict[str, S
 
 
 def read_row(recording: Recording, number: int) -> Row:
-    """The columns of one sample."""
-    signals = {f"signal_{name}": array for name, array in recording.read(number).items()}
-    of_sample = {"sample": f"{recording.name}_{number}", RECORDING: recording.name, NUMBER: number}
+    """The columns of one sample. Missing values are 0, and remarked on."""
+    read = recording.read(number)
+    remarks = {MISSING_VALUES: 1} if any(np.isnan(array).any() for array in read.values()) else {}
+    signals = {f"signal_{name}": np.nan_to_num(array) for name, array in read.items()}
+    of_sample = {"sample": f"{recording.name}_{number}", RECORDING: recording.name, NUMBER: number, REMARKS: remarks}
     return {**signals, "label": int(recording.labels[number]), **of_sample}
 
 

@@ -57,7 +57,9 @@ def _pamap2(raw: Path) -> Iterator[Recording]:
     columns = [1, *(column for of in PAMAP2_COLUMNS.values() for column in of)]
     for row, path in enumerate(paths, 1):
         values = read_numbers(path, columns, r"\s+")
-        activities, signals = values[:, 0], np.nan_to_num(values[:, 1:]).astype(np.float32)  # missing values are 0
+        activities, signals = values[:, 0], values[:, 1:].astype(np.float32)
+        for wrong in np.flatnonzero(np.isinf(signals).any(axis=1)):
+            raise DataError(f"{path}, row {wrong + 1}: expected finite numbers, or NaN for missing ones")
         for wrong in np.flatnonzero(~np.isin(activities, (0, *PAMAP2_ACTIVITIES))):
             raise DataError(f"{path}, row {wrong + 1}: expected an activity of PAMAP2, found {activities[wrong]:g}")
         of_samples = PAMAP2_CUT.labels(activities.astype(np.int64), mixed=False).tolist()

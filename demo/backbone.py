@@ -22,7 +22,7 @@ from clip.modules.vision_transformer_memory import normalise
 from clip.tokenizer import CONTEXT_LENGTH, END, PIECES, START, byte_characters
 from common.errors import DataError
 from demo.data import whole_folder
-from vilt.transforms import decode_image
+from vilt.datasets.kinds import decode_image
 
 _WORD_END = "</w>"
 VOCABULARY = 2000

@@ -20,9 +20,8 @@ from common.errors import DataError
 from tests.data_files import CLIP_DATASETS, Tokenizer, as_npy, assert_equal, file_of, films, genres, memes, png, write
 from vilt.datasets import kinds
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
-from vilt.datasets.kinds import TextKind
+from vilt.datasets.kinds import TextKind, decode_image
 from vilt.datasets.specs import DATASETS, SPLITS, Split
-from vilt.transforms import decode_image
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 SIZE = 8

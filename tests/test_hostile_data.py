@@ -21,9 +21,9 @@ from tests.custom_files import make, write_labelled
 from tests.data_files import file_of, memes, write
 from tests.test_transforms import noise, saved, to_hwc
 from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import decode_image
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.images import MAX_SIDE, open_rgb
-from vilt.transforms import decode_image
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"

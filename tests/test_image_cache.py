@@ -21,9 +21,9 @@ from tests.data_files import png as png_of
 from vilt import image_cache
 from vilt.datasets import kinds
 from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import decode_image
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.image_cache import open_image_cache
-from vilt.transforms import decode_image
 
 SIZE = 8
 ROWS = 7

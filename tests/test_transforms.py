@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from clip.modules.vision_transformer_memory import normalise
-from vilt.transforms import decode_image
+from vilt.datasets.kinds import decode_image
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -239,7 +239,7 @@ def test_a_very_thin_image_takes_little_memory():
     """Resized whole, 1 × 60,000 pixels would be 9 GB."""
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2); "
-        "from PIL import Image; from vilt.transforms import decode_image; import io; b = io.BytesIO(); "
+        "from PIL import Image; from vilt.datasets.kinds import decode_image; import io; b = io.BytesIO(); "
         "Image.new('RGB', (60000, 1), (7, 8, 9)).save(b, 'PNG'); x = decode_image(b.getvalue(), 224); "
         "assert x.shape == (3, 224, 224) and x[:, 5, 5].tolist() == [7, 8, 9]"
     )

@@ -23,7 +23,7 @@ from common.errors import DataError, reason_of
 from common.files import atomic_path
 from vilt.datasets.specs import DatasetSpec, Modality
 from vilt.image_cache import open_image_cache
-from vilt.transforms import decode_image
+from vilt.images import square_image
 from vilt.utils.mapped_array import MappedArray, is_usable
 from vilt.utils.names import find_file
 from vilt.utils.raw_data import MAX_FILE_BYTES
@@ -107,6 +107,11 @@ class Kind:
     def _fault(self, what: str, row: int | None = None) -> DataError:
         place = "" if row is None else f"row {row}: "
         return DataError(f"{self.data.path}: {place}column {self.modality.column}: {what}")
+
+
+def decode_image(source: bytes | Image.Image, size: int) -> Tensor:
+    """`square_image` as a tensor, uint8 (3, size, size) (METHOD.md section 1)."""
+    return torch.from_numpy(np.array(square_image(source, size))).permute(2, 0, 1).contiguous()
 
 
 class ImageKind(Kind):

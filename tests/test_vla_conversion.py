@@ -17,6 +17,7 @@ from tests.vla_files import SIZES, mmsa_pickle, mult_pickle, vla_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import DATASETS, SPLITS, Split
+from vilt.utils.array_files import samples_of_arrays
 from vilt.utils.pickled_arrays import PickledArray, read_pickle
 from vilt.utils.write_vla import SPLIT_KEYS, padded_in_front
 
@@ -304,3 +305,14 @@ def test_memory_is_at_most_one_and_a_half_times_the_file(tmp_path: Path, protoco
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
     _, grown, status = said.splitlines()[-1].split()
     assert int(status) == 0 and int(grown) * 1024 < 1.5 * path.stat().st_size + 40e6, (grown, path.stat().st_size)
+
+
+def test_files_are_predicted_from_as_they_are_converted(tmp_path: Path) -> None:
+    splits, found = vla_splits(), []
+    for name, layout in (("mult", mult_pickle), ("mmsa", mmsa_pickle)):
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(layout(splits)))
+        found.append(samples_of_arrays(tmp_path / f"{name}.pkl", NAMES))
+    for (name, ours, _), (other, theirs, _) in zip(*found, strict=True):
+        assert name == other and name.startswith("test_")  # no bytes
+        for modality in NAMES:  # MMSA's padding is at the end
+            np.testing.assert_array_equal(ours[modality].astype(np.float32), theirs[modality])

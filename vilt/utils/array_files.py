@@ -8,9 +8,8 @@ import numpy as np
 
 from common.errors import DataError
 from common.messages import listed
-from vilt.utils.pickled_arrays import PickledArray, read_pickle
-
-SUFFIXES = (".pkl", ".pickle")
+from vilt.utils.pickled_arrays import SUFFIXES, PickledArray, read_pickle
+from vilt.utils.write_vla import LABELS, MODALITIES, id_of, lengths_of, padded_in_front
 
 
 def samples_of_arrays(path: Path, modalities: Sequence[str]) -> list[tuple[str, dict[str, np.ndarray], str]]:
@@ -31,7 +30,7 @@ def samples_of_arrays(path: Path, modalities: Sequence[str]) -> list[tuple[str, 
             raise DataError(
                 f"input={path}: {name}: expected {count} rows, as {there[0]} has, found {len(arrays[name])}"
             )
-    ids = [str(one) for one in np.ravel(arrays["id"])] if "id" in arrays else [str(row) for row in range(count)]
+    ids = [id_of(one) for one in arrays["id"]] if "id" in arrays else [str(row) for row in range(count)]
     samples = []
     for row in range(count):
         inputs = {name: arrays[name][row] for name in there}
@@ -56,4 +55,16 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         content = content["test"]
     if not isinstance(content, dict):
         raise DataError(f"input={path}: expected arrays by name, found {type(content).__name__}")
-    return {name: value[:] for name, value in content.items() if isinstance(value, PickledArray)}
+    arrays = {name: value[:] for name, value in content.items() if isinstance(value, PickledArray)}
+    there = [name for name in MODALITIES if name in arrays and arrays[name].ndim == 3]
+    of_mmsa = LABELS[1] in content or any(f"{name}_lengths" in content for name in there)
+    if LABELS[0] in content or not of_mmsa or not there:
+        return arrays
+    absent = {f"{name}_lengths" for name in MODALITIES if name not in there}
+    absent |= {"text_bert"} if "text" not in there else set()
+    described = {name: value for name, value in content.items() if name not in absent}
+    lengths = lengths_of(path, "test", described, len(arrays[there[0]]))
+    for name in there:  # the padding of MMSA's files is at the end
+        of_rows = lengths.get(name, [None] * len(arrays[name]))
+        arrays[name] = np.stack([padded_in_front(x, length) for x, length in zip(arrays[name], of_rows, strict=True)])
+    return arrays

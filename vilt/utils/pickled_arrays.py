@@ -15,6 +15,8 @@ import numpy as np
 from common.errors import DataError
 from common.messages import first_line, quoted
 
+SUFFIXES = (".pkl", ".pickle")
+
 KINDS = re.compile(r"[biufSU]\d{1,6}|O8?|b1|\?")
 """Spelled types of arrays: numbers, bytes, texts, and objects, which are lists here."""
 

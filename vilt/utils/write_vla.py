@@ -16,9 +16,8 @@ from common.errors import DataError
 from common.hashing import file_sha256
 from common.messages import listed, quoted
 from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, Split, with_shapes
-from vilt.utils.array_files import SUFFIXES
 from vilt.utils.mapped_array import open_numbers
-from vilt.utils.pickled_arrays import PickledArray, read_pickle
+from vilt.utils.pickled_arrays import SUFFIXES, PickledArray, read_pickle
 from vilt.utils.raw_data import REMARKS, RawDataset, RawSplit, Row, not_as_in, require_layout
 from vilt.utils.tables import DELIMITERS, table_rows
 
@@ -179,9 +178,9 @@ def _of_arrays(spec: DatasetSpec, path: Path, split: Split, key: str, arrays: di
     labels_N = labels.reshape(n_rows).astype(np.float32)
     for row in np.flatnonzero(~(np.abs(labels_N) <= (spec.label_range or np.inf))):
         _refuse_label(spec, f"{path}: {key}, row {row + 1}: {keys[0]}", labels_N[row])
-    ids = [_id_of(one) for one in _whole(arrays["id"])] if "id" in arrays else [f"{key}_{n}" for n in range(n_rows)]
+    ids = [id_of(one) for one in _whole(arrays["id"])] if "id" in arrays else [f"{key}_{n}" for n in range(n_rows)]
     texts = [str(one) for one in _whole(arrays["raw_text"])] if "raw_text" in arrays else [""] * n_rows
-    lengths = _lengths(path, key, arrays, n_rows) if keys[0] == LABELS[1] else None
+    lengths = lengths_of(path, key, arrays, n_rows) if keys[0] == LABELS[1] else None
 
     def features(row: int) -> dict[str, np.ndarray]:
         read = {name: arrays[name][row : row + 1][0] for name in MODALITIES}
@@ -192,7 +191,7 @@ def _of_arrays(spec: DatasetSpec, path: Path, split: Split, key: str, arrays: di
     return Segments(split, f"{path.name}: {key}", ids, labels_N, texts, features)
 
 
-def _lengths(path: Path, key: str, arrays: dict[str, Any], n_rows: int) -> dict[str, np.ndarray]:
+def lengths_of(path: Path, key: str, arrays: dict[str, Any], n_rows: int) -> dict[str, np.ndarray]:
     """By modality, the steps (N,) behind which there is padding, where the file says them."""
     given = {name: arrays.get(f"{name}_lengths") for name in ("audio", "vision")}
     found = {name: _whole(lengths) for name, lengths in given.items() if lengths is not None}
@@ -224,7 +223,7 @@ def _whole(value: Any) -> np.ndarray:
     return value[:] if isinstance(value, PickledArray) else np.asarray(value)
 
 
-def _id_of(value: Any) -> str:
+def id_of(value: Any) -> str:
     parts = np.atleast_1d(value).tolist()
     return "_".join(one.decode("utf-8", "replace") if isinstance(one, bytes) else str(one) for one in parts)
 

@@ -33,7 +33,7 @@ def samples_of_arrays(path: Path, modalities: Sequence[str]) -> list[tuple[str, 
     ids = [id_of(one) for one in arrays["id"]] if "id" in arrays else [str(row) for row in range(count)]
     samples = []
     for row in range(count):
-        inputs = {name: arrays[name][row] for name in there}
+        inputs = {name: np.asarray(arrays[name][row]) for name in there}
         given = {name: array for name, array in inputs.items() if not _is_absent(array)}
         samples.append((ids[row], given, f"{path}, row {row}"))
     return samples

@@ -104,6 +104,9 @@ def test_a_table_for_each_split_with_columns_of_other_names(raw: Path) -> None:
 @pytest.mark.parametrize("separator", [None, ", ", " "])
 def test_several_labels(raw: Path, separator: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     mark = separator or "|"
+    write_table(raw / "table.csv", with_labels(["red", "", "green", "blue", "red"]))
+    (raw / "spec.yaml").write_text("files: table.csv\nlabels: multi\n")
+    assert convert(raw, raw / "out") == 0 and "no row has several labels" in capsys.readouterr().out
     labels = [f"red{mark}green", "", f"green{mark}{mark} blue ", "blue", f"red{mark}red"]
     write_table(raw / "table.csv", with_labels(labels))
     given = f'separator: "{separator}"\n' if separator else ""
@@ -171,6 +174,7 @@ SPECS = {
     "files: {train: a.csv, dev: b.csv}": "unknown key files.dev; expected train, val, test",
     "files: {train: a.csv, val: b.csv}": "files.test: expected a table, with a name that ends in",
     "files: {train: t.csv, val: t.csv, test: t.csv}\ncolumns: {split: split}": "columns.split: contradicts files",
+    "files: {train: t.csv, val: t.csv, test: u.csv}": "files: expected a table for each split, found one twice",
     "!!python/object/apply:os.system ['touch marker']": "the file: expected a dictionary",
     "? [a, b]\n: 1": "found unhashable key",
     **{
@@ -216,7 +220,8 @@ def test_a_spec_or_a_table_that_is_not_there(raw: Path, tmp_path: Path, capsys: 
     assert f"the raw folder {tmp_path / 'nowhere'} does not exist" in capsys.readouterr().err
     (raw / "spec.yaml").write_text("files: nowhere.csv")
     write_jsonl(raw / "val.jsonl", [])
-    (raw / "val.yaml").write_text("files: {train: table.csv, val: val.jsonl, test: table.csv}")
+    write_jsonl(raw / "test.jsonl", [{"image": "a.png", "text": "x", "label": "cat"}])
+    (raw / "val.yaml").write_text("files: {train: table.csv, val: val.jsonl, test: test.jsonl}")
     for options, fact in (
         (["--spec", str(raw / "no.yaml")], "no.yaml cannot be read"),
         (["--table", str(raw)], f"{raw}: files: expected a table"),

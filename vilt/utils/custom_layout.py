@@ -97,6 +97,10 @@ def _layout(source: Path, folder: Path, given: Any) -> Layout:
         tables = tuple((find_file(folder, _table(f"files.{split}", files.get(split))), split) for split in SPLITS)
         if "split" in columns:
             raise ConfigError("columns.split: contradicts files, which has a table for each split")
+        if len({path for path, _ in tables}) < len(tables):
+            raise ConfigError(
+                "files: expected a table for each split, found one twice; files: TABLE has a column split"
+            )
     else:
         tables = ((find_file(folder, _table("files", files)), None),)
     labels = one_of(*CUSTOM_METRICS)("labels", given.get("labels", "single"))

@@ -100,6 +100,12 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
             what = f" enough to draw three splits from {len(rows)}" if drawn else what
             raise DataError(f"{table}: expected rows{what}, found none")
     custom = classes_of(layout, rows)
+    if layout.labels == "multi" and not any(
+        len(listed.label) > 1 if isinstance(listed.label, list) else layout.separator in str(listed.label)
+        for listed in rows
+    ):
+        single = f"warning: no row has several labels; in a cell {quoted(layout.separator)} separates them"
+        note = f"{note}\n{single}".strip()
     read = partial(read_row, layout, {name: number for number, name in enumerate(custom.class_names)}, read_image)
     splits = [
         RawSplit(split, of_split[0].table.name, [(listed.row, partial(read, listed)) for listed in of_split])

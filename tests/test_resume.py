@@ -133,8 +133,8 @@ def test_the_newest_intact_checkpoint_is_taken_and_the_best_one_carries_over(
 
 
 def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatch: Patch, capsys: Captured) -> None:
-    interrupt(auto(workspace, "other"), monkeypatch, checkpoints=2)
-    first = folder_of(workspace, "other", 0)
+    interrupt(auto(workspace, "left_alone"), monkeypatch, checkpoints=2)
+    first = folder_of(workspace, "left_alone", 0)
     config = {**json.loads((first / "config.json").read_text()), "test_after_fit": True}
     elsewhere = {"num_workers": 3, "data_root": "moved", "exp_name": "renamed", "compile": True, "cpu_processes": 2}
     for agreeing in ({}, {**elsewhere, "per_gpu_batchsize": 2}):
@@ -144,7 +144,7 @@ def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatc
         assert find_progress(first.parent, {**config, **changed}, 4) == Progress()
     assert find_progress(first.parent, config, 8) == Progress()
     capsys.readouterr()
-    assert command_line(auto(workspace, "other", "learning_rate=0.5", "batch_size=4")) == 0
+    assert command_line(auto(workspace, "left_alone", "learning_rate=0.5", "batch_size=4")) == 0
     said = capsys.readouterr().err
     assert f"{first}: " in said and "batch_size (there 8, here 4), learning_rate (there 0.01, here 0.5)" in said
     assert "no checkpoint of this run" in said

@@ -92,7 +92,7 @@ class Trial:
 @pytest.fixture(scope="module", autouse=True)
 def _trained(workspace: Workspace) -> None:
     """What some writers need: a run and its logits."""
-    common = (f"vit={workspace.backbone}", "exp_name=killed", "max_epoch=1", "test_after_fit=False")
+    common = (f"vit={workspace.backbone}", "exp_name=written", "max_epoch=1", "test_after_fit=False")
     assert command_line(workspace.command(*common)) == 0
     command = workspace.command(f"load_path={workspace.results / TRAINED / 'best.ckpt'}", "bootstrap=0")
     assert command_line([command[0], "robustness", *command[1:]]) == 0

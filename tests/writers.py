@@ -47,7 +47,7 @@ PAUSE_S = 0.01
 """Before and after each sync and rename, so that there is time to be killed."""
 REFUSED = "refused"
 """State of arrow files whose conversion was killed among the renames."""
-TRAINED = "killed_seed0/version_0"
+TRAINED = "written_seed0/version_0"
 """Folder of a run among the results of a workspace, whose checkpoint some writers need."""
 SPEC = DATASETS["mmimdb"]
 PATTERN = MissingPattern("both", 0.7, 0.5, 0)

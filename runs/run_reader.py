@@ -213,7 +213,7 @@ def find_runs(*places: Path) -> tuple[list[Run], dict[Path, DataError]]:
 
 
 def read_run(folder: Path) -> Run:
-    """One run folder, with the runs that it was resumed from. Raises DataError where a configuration is damaged."""
+    """A run folder, with the runs that it was resumed from. Raises DataError where options or contents are damaged."""
     path = folder / "config.json"
     config = read_json(path)
     with as_written_by_run(path):
@@ -228,7 +228,9 @@ def read_run(folder: Path) -> Run:
             pattern = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
             check_pattern(spec_of(config["task"], custom), *pattern)
         started = datetime.fromtimestamp(path.stat().st_mtime)
-    return Run(folder, config, custom, started, _resumed_from(folder, config))
+    run = Run(folder, config, custom, started, _resumed_from(folder, config))
+    run.line_key  # noqa: B018 - which other runs are of its line has to be known of every run
+    return run
 
 
 def _resumed_from(folder: Path, config: Mapping[str, Any]) -> Run | None:

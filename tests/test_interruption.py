@@ -134,7 +134,7 @@ def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(
 
 def test_the_same_seed_gives_the_same_bits(workspace: Workspace, whole: Chain) -> None:
     again, other = Chain(workspace, "same_bits"), Chain(workspace, "other_bits", "seed=1")
-    other.parent = other.parent.with_name("other_seed1")
+    other.parent = other.parent.with_name("other_bits_seed1")
     assert again.run() == 0 and other.run() == 0
     assert_same(again, whole)
     assert differences(other.result()["weights"], whole.result()["weights"])

@@ -88,6 +88,10 @@ def test_without_an_earlier_run_it_starts_and_then_nothing_is_left_to_do(
     assert command_line(command) == 0
     assert f"{parent / 'version_0'} is finished" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in parent.rglob("*")} == before
+    results = parent / "version_0" / "test_results.json"
+    results.write_text("{}")
+    assert command_line(command) == 2
+    assert f"error: {results}: expected metrics" in capsys.readouterr().err
 
 
 def test_a_run_that_lacks_its_test_is_tested_alone(workspace: Workspace, capsys: Captured) -> None:

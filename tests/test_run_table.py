@@ -87,6 +87,7 @@ def test_validation_without_the_checkpoint_is_that_of_metrics_csv(tmp_path: Path
 
 DAMAGE = {
     "config.json": ("{", "config.json: not readable as JSON: "),
+    "contents.json": ("{", "contents.json: not readable as JSON: "),
     "best.ckpt": ("weights", "best.ckpt: not readable as a checkpoint: "),
     "test_results.json": ('{"metrics": {}}', "test_results.json: not as written by run.py: KeyError 'f1_macro'"),
 }

@@ -55,6 +55,8 @@ class Run:
     """Of a custom dataset."""
     started: datetime
     """When the configuration was written."""
+    contents: dict[str, Any]
+    """Digests of what it read; empty for a run of before they were kept."""
     earlier: "Run | None" = None
     """The run that this one was resumed from."""
 
@@ -175,9 +177,7 @@ class Run:
         left_out = {*NOT_THE_LINE, *PATTERN_OPTIONS}
         if all(flat[f"{name}.val"] == flat[f"{name}.train"] for name in ("missing_type", "missing_ratio")):
             left_out |= {"missing_type.val", "missing_ratio.val"}
-        path = self.folder / "contents.json"
-        contents = read_json(path) if path.is_file() else {}
-        same = {name: str(contents[name])[:12] for name in SAME_CONTENTS if name in contents}
+        same = {name: str(self.contents[name])[:12] for name in SAME_CONTENTS if name in self.contents}
         return {name: value for name, value in flat.items() if name not in left_out} | same
 
     @property
@@ -228,9 +228,9 @@ def read_run(folder: Path) -> Run:
             pattern = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
             check_pattern(spec_of(config["task"], custom), *pattern)
         started = datetime.fromtimestamp(path.stat().st_mtime)
-    run = Run(folder, config, custom, started, _resumed_from(folder, config))
-    run.line_key  # noqa: B018 - which other runs are of its line has to be known of every run
-    return run
+    path = folder / "contents.json"
+    contents = read_json(path) if path.is_file() else {}
+    return Run(folder, config, custom, started, contents, _resumed_from(folder, config))
 
 
 def _resumed_from(folder: Path, config: Mapping[str, Any]) -> Run | None:

@@ -56,12 +56,6 @@ class BuildAsRep(build_py):
             files += [path for path in Path(package).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         return {**{file: root / file for file in files}, PYTHON_INTERFACE: root / "__init__.py"}
 
-    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        return [str(target) for target in self.places().values()]
-
-    def get_source_files(self) -> list[str]:
-        return [str(source) for source in self.places()]
-
 
 def requirements() -> list[str]:
     lines = Path("requirements.txt").read_text("utf-8").splitlines()

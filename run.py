@@ -7,14 +7,13 @@ needs is there and intact.
 Exit status: 0 done, 2 something the user can correct, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM.
 """
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from common.errors import CheckupError, ConfigError, OtherProcessError, UserError, machine_error
+from common.errors import ConfigError, OtherProcessError, UserError, machine_error
 from common.launcher import check_launcher
 from common.logs import set_up_logging
 from common.machine import check_system, print_anywhere, settle_threads
@@ -50,15 +49,21 @@ def main(_config: dict[str, Any], _run: Any, network: Any) -> dict[str, float]:
 def robustness(_config: dict[str, Any], _run: Any) -> None:
     """Evaluates load_path at all robustness_types and robustness_ratios, from three passes over the test split."""
     read_load_paths(_config)
-    from runs.evaluation import measure_target
-    from runs.robustness_text import describe
-    from runs.targets import open_targets
+    from runs.robustness_text import measure_all
 
     set_up_logging()
-    given = given_options(_run)
-    measured = [(target, measure_target(target, given)) for target in open_targets(_config, given)]
-    if found := [(target, results) for target, results in measured if results is not None]:
-        print(f"\n{describe(found)}\n")
+    if found := measure_all(_config, given_options(_run)):
+        print(f"\n{found}\n")
+
+
+@EX.command(unobserved=True)
+def features(_config: dict[str, Any], _run: Any, network: Any) -> None:
+    """Runs the frozen towers on every input of all splits and keeps what they make, for trainings that start there."""
+    options = check(_config)
+    from runs.training import compute_features
+
+    set_up_logging()
+    compute_features(options, given_options(_run))
 
 
 @EX.command(unobserved=True)
@@ -123,17 +128,11 @@ def export(_config: dict[str, Any]) -> None:
 @EX.command(unobserved=True)
 def doctor(_config: dict[str, Any], network: Any) -> None:
     """Checks installation, machine, dataset, weights and one training step: a line each, with ok, warn or FAIL."""
-    from runs.doctor import examine
+    from runs.doctor import check_all
     from runs.training import train_from
 
     set_up_logging()
-    logging.disable(logging.INFO)
-    levels = []
-    for level, line in examine(_config, lambda options, callback: train_from(options, options.exp_name, callback)):
-        print(line, flush=True)
-        levels.append(level)
-    if failed := levels.count("FAIL"):
-        raise CheckupError(f"{failed} of {len(levels)} checks failed")
+    check_all(_config, lambda options, callback: train_from(options, options.exp_name, callback))
 
 
 @EX.command
@@ -163,7 +162,7 @@ def command_line(argv: list[str]) -> int:
         if asked.help:
             print(help_on(asked.command, EX.commands, __doc__ or ""))
             return DONE
-        if asked.command in ("main", "robustness", "predict", "doctor"):
+        if asked.command in ("main", "robustness", "predict", "doctor", "features"):
             settle_threads()
         with stopping_on_signals():
             run_command(asked)

@@ -19,6 +19,22 @@ NAMING_S = 0.1
 
 
 @contextmanager
+def waiting_lock(path: Path, busy: str) -> Iterator[None]:
+    """Holds the lock file `path`; as long as another process does, waits for that, and says `busy`."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s", busy)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: who waits for it opens a new one
+        lock.release()
+
+
+@contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Holds the lock file `path`, which names its holder.
 

@@ -1,46 +1,197 @@
-"""Features that a training would compute again and again, computed once: of frozen towers without slots."""
+"""What frozen towers make of every input, computed once and kept beside the arrow files.
 
+One safetensors file for each split, named by what its content follows from. By modality it holds, as float32, the
+outputs (n, D) of the last block where features are read, which norm and projection follow (`Tower.body`), and as
+`MODALITY.features` (n, E) what the pretrained ones make of them; an image once for each row, every text of a row.
+"""
+
+import hashlib
 import logging
+import shutil
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
 
+from clip.backbone import Backbone as FrozenWeights
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.interfaces import NO_SLOTS, Tower
 from clip.modules.no_prompts import NoPrompts
+from common.errors import ConfigError, reason_of
+from common.files import atomic_path
+from common.hashing import file_sha256
+from common.locks import waiting_lock
+from engine.families import family_of
+from engine.open_model import COMPUTE_TYPES
 from vilt.datamodules import MissingModalityData
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import Kind
+from vilt.utils.ordered_threads import in_order
 
 log = logging.getLogger("rep")
 
+FORMAT = 1
+"""Increase it when the numbers or the file's layout change."""
 ROWS = 64
 """Of a pass, whatever the batches of the training are, so that a resumed run has the same bits."""
+PART = 16 * ROWS
+"""Inputs after which what there is so far is kept, to resume from."""
+FEATURES = ".features"
 
 
 def are_constant(classifier: MissingModalityClassifier) -> bool:
-    """Whether an input has the same features at every step, and the backbone takes them in its place."""
-    towers = classifier.model.towers.values() if classifier.model.takes_features else ()
-    frozen = all(not parameter.requires_grad for tower in towers for parameter in tower.parameters())
-    return classifier.model.takes_features and type(classifier.method) is NoPrompts and frozen
+    """Whether all that is trained lies above the last blocks of the towers, which read each other in none of them."""
+    model = classifier.model
+    ends = {id(parameter) for name, part in model.parts().items() if name in model.ends for parameter in part}
+    below = [each for tower in model.towers.values() for each in tower.parameters() if id(each) not in ends]
+    frozen = not any(parameter.requires_grad for parameter in below)
+    return type(classifier.method) is NoPrompts and not model.mixes and frozen
 
 
-@torch.no_grad()
-def keep_features(classifier: MissingModalityClassifier, data: MissingModalityData, device: torch.device) -> None:
-    """Gives the datasets the features of all their inputs, which they then have instead; one pass over the data.
+def keep_features(
+    data: MissingModalityData,
+    backbone: FrozenWeights,
+    tokenizer: str,
+    precision: str,
+    device: torch.device,
+    *,
+    must_keep: bool = False,
+) -> None:
+    """Gives the datasets what the frozen towers make of their inputs, which they then have instead.
+
+    Args:
+        tokenizer: its fingerprint.
+        must_keep: where the files cannot be written, raise OSError; otherwise they are computed for this run alone.
 
     Raises:
+        ConfigError: it is a backbone whose towers read each other.
         DataError: an input cannot be read.
     """
-    model = classifier.model.to(device).eval()
+    of_model = [FORMAT, backbone.sha256, backbone.architecture, tokenizer, precision, PIL.__version__]
+    digest = hashlib.sha256(repr(of_model).encode()).hexdigest()
+    towers: dict[str, Tower] = {}
+
+    def opened() -> dict[str, Tower]:
+        if not towers:
+            model = family_of(data.settings.dataset).build(backbone.architecture)
+            if model.mixes:
+                raise ConfigError("features: in this backbone modalities read each other, so that none has its own")
+            backbone.load_into(model)
+            model.compute(COMPUTE_TYPES[precision])
+            towers.update(model.to(device).eval().towers)
+        return towers
+
     for split, dataset in data.datasets.items():
-        kept = {}
-        for name, kind in dataset.kinds.items():
-            rows = np.flatnonzero(~kind.absent())
-            features = torch.zeros(dataset.n_rows, classifier.model.embed_dim)
-            for start in range(0, len(rows), ROWS):
-                of_pass = rows[start : start + ROWS].tolist()
-                inputs = [kind.read(row, row) for row in of_pass]
-                assert all(read is not None for read in inputs)
-                input_b = kind.collate([read for read in inputs if read is not None]).input_b
-                features[of_pass] = model.towers[name](input_b.to(device)).float().cpu()
-            kept[name] = features
-        dataset.kept = kept
-        log.info("%s: features of %d samples computed once, for all epochs", split, dataset.n_rows)
+        arrow = file_sha256(dataset.path)
+        path = dataset.path.with_name(f"{dataset.path.stem}_features_{digest[:16]}_{arrow[:16]}.safetensors")
+        kept = _read(path)
+        if kept is None:
+            maker = _Maker(dataset, opened(), data.settings.num_workers, device, must_keep)
+            try:
+                kept = _made_once(path, maker)
+            except OSError as error:  # a folder that nobody can write to
+                maker.refused(path, error)
+                kept = maker.make(None)
+        dataset.kept = {name: x for name, x in kept.items() if not name.endswith(FEATURES)}
+        counts = ", ".join(f"{len(x):,} × {x.shape[1]} {name}" for name, x in dataset.kept.items())
+        log.info("%s: frozen towers run once, for all epochs: %s (%s)", split, counts, path.name)
+
+
+def _made_once(path: Path, maker: "_Maker") -> dict[str, Tensor]:
+    """Of several processes that ask at the same time one computes, and the others wait for it."""
+    parts = path.with_name(f".{path.name}.parts")
+    with waiting_lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is making it; waiting for that"):
+        if (kept := _read(path)) is not None:
+            return kept
+        parts.mkdir(exist_ok=True)
+        kept = maker.make(parts)
+        maker.write(path, kept)
+        shutil.rmtree(parts)
+        for other in path.parent.glob(f"{path.stem.rpartition('_')[0]}_{'[0-9a-f]' * 16}{path.suffix}"):
+            if other != path:
+                other.unlink()
+                log.info("%s: of another state of the arrow file; removed", other)
+    return kept
+
+
+class _Maker:
+    """Runs the towers on all inputs of a split, those that the missing table leaves out too."""
+
+    def __init__(
+        self, dataset: ArrowDataset, towers: dict[str, Tower], workers: int, device: torch.device, must_keep: bool
+    ) -> None:
+        self.dataset, self.towers, self.workers, self.device = dataset, towers, workers, device
+        self.must_keep, self.writes = must_keep, True
+
+    def make(self, parts: Path | None) -> dict[str, Tensor]:
+        """All of it. What is in the folder `parts` is taken from there, and what is not is kept there."""
+        made = {}
+        for name, kind in self.dataset.kinds.items():
+            places_n, samples_n = np.unique(kind.place_of_sample, return_index=True)
+            samples_n, places_n = samples_n[places_n >= 0], places_n[places_n >= 0]
+            of_parts: list[dict[str, Tensor]] = []
+            title = f"{self.dataset.path.name}, {name}"
+            with tqdm(total=len(samples_n), desc=title, unit=" inputs", dynamic_ncols=True, disable=None) as bar:
+                for start in range(0, len(samples_n), PART):
+                    path, samples_p = (parts or Path()) / f"{name}_{start}", samples_n[start : start + PART].tolist()
+                    part = _read(path) if parts is not None else None
+                    if part is None:
+                        part = self._run(name, kind, samples_p)
+                        if parts is not None:
+                            self.write(path, part)
+                    of_parts.append(part)
+                    bar.update(len(samples_p))
+            for entry in of_parts[0] if of_parts else ():
+                x_nD = torch.cat([part[entry] for part in of_parts])
+                made[entry] = x_nD.new_zeros(int(places_n.max()) + 1, x_nD.shape[1])
+                made[entry][torch.from_numpy(places_n)] = x_nD
+        return made
+
+    @torch.no_grad()
+    def _run(self, name: str, kind: Kind, samples: Sequence[int]) -> dict[str, Tensor]:
+        def read(sample: int) -> Tensor:
+            found = kind.read(int(self.dataset.row_of_sample[sample]), sample)
+            assert found is not None, "texts are tokenised before"
+            return found
+
+        tower, inputs = self.towers[name], in_order(read, samples, self.workers)
+        x_nD, features_nE = [], []
+        while of_pass := list(islice(inputs, ROWS)):
+            collated = kind.collate(of_pass)
+            input_b = collated.input_b.to(self.device)
+            x_bD = tower.body(tower.embed(input_b)[:, : collated.length], input_b, NO_SLOTS)
+            x_nD.append(x_bD.float().cpu())
+            features_nE.append(tower.end(x_bD).float().cpu())
+        return {name: torch.cat(x_nD), name + FEATURES: torch.cat(features_nE)}
+
+    def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Keeps tensors, a whole file or none."""
+        if self.writes:
+            try:
+                with atomic_path(path) as part:
+                    part.write_bytes(save(tensors))
+            except OSError as error:
+                self.refused(path, error)
+
+    def refused(self, path: Path, error: OSError) -> None:
+        """Raises the error where files must be kept."""
+        if self.must_keep:
+            raise error
+        self.writes = False
+        log.info("%s: cannot be kept (%s); this run computes it for itself", path, reason_of(error))
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """What is there; None where nothing is, or it is damaged."""
+    try:
+        return load_file(path) if path.is_file() else None
+    except (SafetensorError, OSError) as error:
+        log.warning("%s: not readable (%s); making it again", path, error)
+        return None

@@ -6,6 +6,7 @@ the token ids and missing tables that the run would write too.
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -26,7 +27,7 @@ from packaging.requirements import Requirement
 
 from clip.backbone import Backbone
 from clip.tokenizer import ClipTokenizer
-from common.errors import ConfigError, DataError, UserError
+from common.errors import CheckupError, ConfigError, DataError, UserError
 from common.messages import byte_size, listed, quoted
 from config import Options
 from engine.families import family_of
@@ -46,6 +47,17 @@ REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 SHARED_MEMORY, IMAGES_DECODED = Path("/dev/shm"), 64  # images of each split, evenly spread
 Found = tuple[str, str]
 """A level and a text. `FAIL`: the run would end, or give wrong results; `warn`: worth a look; else `ok`."""
+
+
+def check_all(config: Mapping[str, Any], train: Callable[[Options, pl.Callback], object]) -> None:
+    """Prints the line of each check. Raises CheckupError where one failed."""
+    logging.disable(logging.INFO)
+    levels = []
+    for level, line in examine(config, train):
+        print(line, flush=True)
+        levels.append(level)
+    if failed := levels.count("FAIL"):
+        raise CheckupError(f"{failed} of {len(levels)} checks failed")
 
 
 def examine(config: Mapping[str, Any], train: Callable[[Options, pl.Callback], object]) -> Iterator[Found]:

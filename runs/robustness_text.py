@@ -1,12 +1,20 @@
 """Robustness results as tables for the terminal: of one checkpoint, and of several side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.text import Estimate, baseline_texts, figure, pattern_text, per_cent, terminal_table
 from engine.robustness import Results
+from runs.evaluation import measure_target
 from runs.lines import lines_of, spread_of
-from runs.targets import Target
+from runs.targets import Target, open_targets
+
+
+def measure_all(config: Mapping[str, Any], given: set[str]) -> str:
+    """Evaluates what `load_path` names at all missing types and ratios; "" on other processes than the first."""
+    measured = [(target, measure_target(target, given)) for target in open_targets(config, given)]
+    found = [(target, results) for target, results in measured if results is not None]
+    return describe(found) if found else ""
 
 
 def describe(measured: Sequence[tuple[Target, Results]]) -> str:

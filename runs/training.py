@@ -169,8 +169,8 @@ def train_from(
     set_computation(options, classifier)
     if classifier.method.sees_training_split and options.resume_from is None and options.load_path is None:
         see_training_split(options, classifier, data)
-    if are_constant(classifier):
-        keep_features(classifier, data, torch.device("cuda" if options.num_gpus else "cpu"))
+    if are_constant(classifier) and options.max_epoch > 1 and not options.fast_dev_run:
+        keep_features(data, backbone, inputs.fingerprint, options.precision, own_device(options))
     classifier.train()  # Lightning leaves it to us: a backbone keeps its frozen parts in evaluation mode
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
@@ -214,11 +214,27 @@ def train_from(
         return test(options, trainer, module, data, checkpoint, folder, training)
 
 
+def compute_features(options: Options, given: Collection[str]) -> None:
+    """Keeps what the frozen towers make of every input of the splits, whatever the missing tables leave of them.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    say_device(options)
+    opened = open_training(options, given)
+    computed = opened.inputs.fingerprint, options.precision, own_device(options)
+    keep_features(opened.data, opened.backbone, *computed, must_keep=True)
+
+
+def own_device(options: Options) -> torch.device:
+    """What this process computes on."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if options.num_gpus else torch.device("cpu")
+
+
 def see_training_split(options: Options, classifier: MissingModalityClassifier, data: MissingModalityData) -> None:
     """Shows the method the samples of the training split, in every process all of them."""
     log.info("%s looks at the training split first", options.prompt_type)
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", rank) if options.num_gpus else torch.device("cpu")
+    device = own_device(options)
     with data.naming_dead_workers():
         batches = islice(data.train_dataloader(), 1 if options.fast_dev_run else None)
         classifier.to(device)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from clip.modules.interfaces import Backbone, ModelInput, Tower, TowerSlots
+from clip.modules.interfaces import Backbone, Tower
 from sensors.deepsense import DeepSenseTower
 from sensors.sizes import SWT, SensorSizes
 from sensors.swt import DROPOUT, SwtTower
@@ -41,8 +41,6 @@ class Fusion(nn.Module):
 class SensorBackbone(Backbone):
     """Towers that are not run where a modality is missing; no level of locations."""
 
-    takes_features = True
-
     def __init__(self, sizes: SensorSizes) -> None:
         super().__init__()
         self.sizes = sizes
@@ -52,20 +50,6 @@ class SensorBackbone(Backbone):
     @property
     def towers(self) -> dict[str, Tower]:
         return dict(self._towers)
-
-    def embed(self, batch: ModelInput) -> dict[str, Tensor]:
-        """Input tokens, or features where they are given."""
-        kept = {name: x for name, x in batch.inputs.items() if x.ndim == 2 and len(batch.rows[name])}
-        return kept if kept else super().embed(batch)
-
-    def encode(
-        self, batch: ModelInput, tokens: Mapping[str, Tensor], slots: Mapping[str, TowerSlots]
-    ) -> dict[str, Tensor]:
-        """Features (B, E); those that are given are what they are."""
-        if any(x.ndim > 2 for x in tokens.values()):
-            return super().encode(batch, tokens, slots)
-        zero = torch.zeros(len(batch.present_BM), self.embed_dim, device=batch.present_BM.device)
-        return {name: batch.to_all_samples(name, tokens[name]) if name in tokens else zero for name in self.places}
 
     def train(self, mode: bool = True) -> "SensorBackbone":
         """Frozen parts stay in evaluation mode, without dropout and with their statistics."""

@@ -108,7 +108,7 @@ class DeepSenseTower(Tower):
         extracted: Tensor = self.extractor(spectrum(input_b / self.scale))
         return extracted.transpose(1, 2)
 
-    def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
+    def body(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
         """Features (b, 2r)."""
         feature: Tensor = self.recurrence(tokens_bLD.transpose(1, 2))
         return feature

@@ -280,7 +280,7 @@ class SwtTower(Tower):
         tokens: Tensor = self.patch_embed(F.pad(taken, (0, missing[1], 0, missing[0])))
         return tokens
 
-    def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
+    def body(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
         """Features (b, E); slots leave them out of the flattened last stage."""
         with torch.autocast(tokens_bLD.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             x_bLC, groups = tokens_bLD, _Groups(slots)

@@ -22,6 +22,7 @@ SLOW = (
     *("agreement", "backbone", "contents", "datamodules", "demo", "ending", "fuzz", "golden_training", "hostile_runs"),
     *(
         "interruption",
+        "kept_features",
         "long_run",
         "methods",
         "processes",

@@ -267,7 +267,7 @@ def test_frozen_towers_are_in_evaluation_mode_and_run_once_where_nothing_changes
 ) -> None:
     modes: set[tuple[bool, bool]] = set()
     ran: list[int] = []
-    step, encode = FinetuneModule.training_step, SwtTower.encode
+    step, encode = FinetuneModule.training_step, SwtTower.body
 
     def looking(module: FinetuneModule, *arguments: Any) -> Tensor:
         model = module.classifier.model
@@ -281,7 +281,7 @@ def test_frozen_towers_are_in_evaluation_mode_and_run_once_where_nothing_changes
         return encode(tower, tokens, *others)
 
     monkeypatch.setattr(FinetuneModule, "training_step", looking)
-    monkeypatch.setattr(SwtTower, "encode", counted)
+    monkeypatch.setattr(SwtTower, "body", counted)
     load = (f"load_path={pretrained / 'best.ckpt'}", f"prompt_type={method}", "memory_depth=2", "memory_length=6")
     states = {}
     for kept in (True, False):

@@ -75,7 +75,7 @@ class SensorTower(Tower):
     def embed(self, input_b: Tensor) -> Tensor:
         return self.into(input_b if input_b.ndim == 3 else input_b[:, None])
 
-    def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots) -> Tensor:
+    def body(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots) -> Tensor:
         return self.out(torch.cat([*slots.inserted_BmD, tokens_bLD], dim=1).tanh().sum(dim=1))
 
 

@@ -55,14 +55,19 @@ class Batch(NamedTuple):
     """(B, C) uint8 or (B,) int64."""
     index_B: Tensor
     """Numbers of the samples in the dataset."""
+    kept: bool = False
+    """Whether `inputs` are what the model has made of them, see `ArrowDataset.kept`."""
 
 
-def collate(kinds: Mapping[str, type[Kind]], samples: Sequence[Sample], *, once: bool = False) -> Batch:
+def collate(
+    kinds: Mapping[str, type[Kind]], samples: Sequence[Sample], *, once: bool = False, kept: bool = False
+) -> Batch:
     """Stacks samples; what is missing takes no room.
 
     Args:
         kinds: by modality, in order.
         once: an input that several samples share is there once: without dropout its features are the same for all.
+        kept: inputs are what the model has made of them.
     """
     collated: dict[str, Collated] = {}
     rows, sources = {}, {}
@@ -74,7 +79,8 @@ def collate(kinds: Mapping[str, type[Kind]], samples: Sequence[Sample], *, once:
             sources[name] = torch.tensor([source_of.get(row, row) for row in range(len(samples))])
         own = [row for row, source in source_of.items() if row == source]
         rows[name] = torch.tensor(own, dtype=torch.long)
-        collated[name] = kind.collate([inputs[row] for row in own])
+        given = [inputs[row] for row in own]
+        collated[name] = Collated(torch.stack(given) if given else torch.empty(0, 0)) if kept else kind.collate(given)
     missing = [sum(code_of(kinds, name) for name in kinds if name not in sample.inputs) for sample in samples]
     return Batch(
         inputs={name: of_kind.input_b for name, of_kind in collated.items()},
@@ -86,6 +92,7 @@ def collate(kinds: Mapping[str, type[Kind]], samples: Sequence[Sample], *, once:
         source_of_B=sources,
         label=torch.stack([sample.label for sample in samples]),
         index_B=torch.tensor([sample.number for sample in samples]),
+        kept=kept,
     )
 
 
@@ -227,9 +234,8 @@ class MissingModalityData(pl.LightningDataModule):
         self.patterns = split_patterns(settings.patterns, self.spec, settings.data_root)
         self.datasets: dict[Split, ArrowDataset] = {}
         for split in splits:
-            dataset = ArrowDataset(
-                self.spec, settings.data_root, split, given.image_size, pretraining=settings.subsequence > 1
-            )
+            with_more = settings.subsequence > 1
+            dataset = ArrowDataset(self.spec, settings.data_root, split, given.image_size, pretraining=with_more)
             if given.tokenize is not None:
                 dataset.tokenize(given.tokenize, given.fingerprint)
             if settings.image_cache:
@@ -332,15 +338,17 @@ class MissingModalityData(pl.LightningDataModule):
             sampler.skip = (epoch, batches * settings.per_gpu_batchsize)
             # Workers ask for their first batches before Lightning, when it resumes, has set the sampler's epoch.
             sampler.set_epoch(epoch)
-        self.datasets[split].reading = torch.full((settings.num_workers, 2), -1).share_memory_()
+        dataset, kept = self.datasets[split], self.datasets[split].kept is not None
+        once, workers = not training and settings.subsequence == 1, 0 if kept else settings.num_workers
+        dataset.reading = torch.full((workers, 2), -1).share_memory_()
         return TimedLoader(
-            self.datasets[split],
+            dataset,
             batch_size=settings.per_gpu_batchsize,
             sampler=sampler,
-            collate_fn=partial(collate, kinds_of(self.spec), once=not training and settings.subsequence == 1),
-            num_workers=settings.num_workers,
+            collate_fn=partial(collate, kinds_of(self.spec), once=once, kept=kept),
+            num_workers=workers,
             worker_init_fn=leave_group,
-            persistent_workers=settings.num_workers > 0,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 

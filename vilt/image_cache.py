@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import DataError, reason_of
 from common.files import atomic_path
 from common.hashing import file_sha256
+from common.locks import waiting_lock
 from common.messages import byte_size
 from vilt.utils.mapped_array import MappedArray, fault_of, is_usable
 from vilt.utils.ordered_threads import in_order
@@ -52,24 +52,17 @@ def open_image_cache(arrow_path: Path, n_rows: int, size: int, read_image: ReadI
     try:
         cache = _path_of(arrow_path, size)
         # One lock for all states of the arrow file: its holder knows that nobody else is writing.
-        lock = FileLock(cache.with_name(f".{arrow_path.stem}_images{size}.lock"))
+        lock = cache.with_name(f".{arrow_path.stem}_images{size}.lock")
         # Where the lock is there, the cache is just being made, or its maker was killed, and may have left others.
-        if fault_of(cache, np.uint8, shape) is None and not os.access(lock.lock_file, os.W_OK):
+        if fault_of(cache, np.uint8, shape) is None and not os.access(lock, os.W_OK):
             return MappedArray(cache)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s: another process is making it (%s); waiting for that", cache, byte_size(math.prod(shape)))
-            lock.acquire()
-        try:
+        busy = f"{cache}: another process is making it ({byte_size(math.prod(shape))}); waiting for that"
+        with waiting_lock(lock, busy):
             name = f"{arrow_path.stem}_images{size}_{'[0-9a-f]' * 16}.npy"
             if not is_usable(cache, np.uint8, shape):
                 _remove(cache.parent.glob(f".{name}.*.part"), "left by a killed maker")
                 _make(cache, shape, read_image, workers)
             _remove(set(cache.parent.glob(name)) - {cache}, "of another state of the arrow file")
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it opens a new one
-            lock.release()
     except OSError as error:
         raise DataError(
             f"{arrow_path}: cannot keep the decoded images beside it: {reason_of(error)}; "

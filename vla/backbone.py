@@ -163,7 +163,7 @@ class Encoder(Tower):
             target_nTD = self._run(layer.of_zero_source, target_nTD, visible_T)
         return self.layer_norm(target_nTD)
 
-    def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
+    def body(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
         """(B, D): the last step behind `[replaced | inserted | dynamic | tokens | appended]`, causal from the front.
 
         Slots are no steps: they get neither scale, position nor dropout; appended ones are steps after the others.

@@ -44,6 +44,8 @@ class ModelInput(NamedTuple):
     """By modality, where samples share an input: the row whose input each sample has; `rows` has just those."""
     index_B: Tensor | None = None
     """Numbers of the samples in their dataset."""
+    kept: bool = False
+    """Whether `inputs` are (b, D) what `Tower.body` made of each input, see `engine/kept_features.py`."""
 
     @property
     def missing_type_B(self) -> Tensor:  # noqa: N802
@@ -134,9 +136,17 @@ class Tower(nn.Module):
         """Input tokens (b, L, D)."""
         raise NotImplementedError
 
-    def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots) -> Tensor:
-        """Features (b, E) of input tokens."""
+    def body(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots) -> Tensor:
+        """(b, D): what the last block gives of input tokens, where features are read."""
         raise NotImplementedError
+
+    def end(self, x_bD: Tensor) -> Tensor:
+        """Features (b, E) of what `body` gave: what follows the last block, see `Backbone.ends`."""
+        return x_bD
+
+    def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
+        """Features (b, E) of input tokens."""
+        return self.end(self.body(tokens_bLD, input_b, slots))
 
     def forward(self, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
         """Features (b, E) of inputs."""
@@ -154,8 +164,6 @@ class Backbone(nn.Module):
     """Whether modalities read each other before their towers, so that samples cannot share the features of one."""
     ends: tuple[str, ...] = ()
     """Parts (see `parts`) that follow the last blocks, for `train_ends`."""
-    takes_features = False
-    """Whether an input (b, E) may be what its tower made of one, where towers and inputs stay the same."""
     always_trained: tuple[str, ...] = ()
     """Parts (see `parts`) that are trained whatever the method."""
 
@@ -182,6 +190,8 @@ class Backbone(nn.Module):
     def embed(self, batch: ModelInput) -> dict[str, Tensor]:
         """Input tokens (b, L, D) of the modalities that any sample has."""
         present = {modality: tower for modality, tower in self.towers.items() if len(batch.rows[modality])}
+        if batch.kept:
+            return {modality: batch.inputs[modality] for modality in present}
         with torch.autocast(batch.present_BM.device.type, enabled=False):  # towers compute in the type of their weights
             return {modality: tower.embed(batch.inputs[modality]) for modality, tower in present.items()}
 
@@ -196,10 +206,13 @@ class Backbone(nn.Module):
                 zero_feature = zero_of([*trained, *slots[modality].tensors()], batch.present_BM.device)
                 features[modality] = zero_feature.expand(len(batch.present_BM), self.embed_dim)
                 continue
-            tokens_bLD = tokens[modality][:, : batch.lengths.get(modality)]
-            slots_b = slots[modality].of_rows(batch.rows[modality])
-            with torch.autocast(tokens_bLD.device.type, enabled=False):
-                feature_bE = tower.encode(tokens_bLD, batch.inputs[modality], slots_b)
+            with torch.autocast(batch.present_BM.device.type, enabled=False):
+                if batch.kept:
+                    feature_bE = tower.end(tokens[modality])
+                else:
+                    tokens_bLD = tokens[modality][:, : batch.lengths.get(modality)]
+                    slots_b = slots[modality].of_rows(batch.rows[modality])
+                    feature_bE = tower.encode(tokens_bLD, batch.inputs[modality], slots_b)
             feature_BE = batch.to_all_samples(modality, feature_bE)
             source_B = batch.source_of_B.get(modality)
             features[modality] = feature_BE if source_B is None else feature_BE[source_B]

@@ -246,10 +246,14 @@ class ImageTower(Tower):
         class_B1D = self.class_embedding.expand(len(patches_BLD), 1, -1)
         return self.ln_pre(torch.cat([class_B1D, patches_BLD], dim=1) + self.positional_embedding)
 
-    def encode(self, tokens_BLD: Tensor, image_B3RR: Tensor, slots: TowerSlots) -> Tensor:
-        """Features (B, E), read from the class token."""
+    def body(self, tokens_BLD: Tensor, image_B3RR: Tensor, slots: TowerSlots) -> Tensor:
+        """(B, D) of the class token."""
         class_token_B = torch.zeros(len(tokens_BLD), dtype=torch.long, device=tokens_BLD.device)
-        return self.ln_post(self.transformer(tokens_BLD, class_token_B, slots)) @ self.proj
+        return self.transformer(tokens_BLD, class_token_B, slots)
+
+    def end(self, x_BD: Tensor) -> Tensor:
+        """Features (B, E): normed and projected."""
+        return self.ln_post(x_BD) @ self.proj
 
 
 class TextTower(Tower):
@@ -268,10 +272,14 @@ class TextTower(Tower):
         """Tokens (B, 77, D) of token ids, padding too."""
         return self.token_embedding(ids_BL) + self.positional_embedding
 
-    def encode(self, tokens_BLD: Tensor, ids_BL: Tensor, slots: TowerSlots) -> Tensor:
-        """Features (B, E), read from `<end>`, the highest token id; what follows it does not matter to them."""
+    def body(self, tokens_BLD: Tensor, ids_BL: Tensor, slots: TowerSlots) -> Tensor:
+        """(B, D) of `<end>`, the highest token id; what follows it does not matter to it."""
         end_B = ids_BL.argmax(dim=-1)  # the first one where there are several
-        return self.ln_final(self.transformer(tokens_BLD, end_B, slots)) @ self.text_projection
+        return self.transformer(tokens_BLD, end_B, slots)
+
+    def end(self, x_BD: Tensor) -> Tensor:
+        """Features (B, E): normed and projected."""
+        return self.ln_final(x_BD) @ self.text_projection
 
 
 class ClipBackbone(Backbone):

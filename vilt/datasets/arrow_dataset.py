@@ -86,7 +86,7 @@ class ArrowDataset(Dataset[Sample]):
         self.modality_dropout = (0.0, 0)
         """Training only: the chance that a sample loses some of its modalities more, with a seed."""
         self.kept: dict[str, Tensor] | None = None
-        """By modality, the features (rows, E) of all inputs, where they are read instead."""
+        """By modality, what the model has made of each input, (n, D) by `Kind.place_of_sample`, to be read instead."""
         self.reading: Tensor | None = None
         """int64 (workers, 2), shared: of each loader process its id and the number of the sample that it reads."""
 
@@ -173,7 +173,8 @@ class ArrowDataset(Dataset[Sample]):
                 continue
             place = name, index if kind.of_sample else row
             if place not in of_rows:
-                of_rows[place] = kind.read(row, index) if self.kept is None else self.kept[name][row]
+                kept = self.kept
+                of_rows[place] = kind.read(row, index) if kept is None else kept[name][kind.place_of_sample[index]]
             if (read := of_rows[place]) is not None:
                 inputs[name] = read
         return Sample(inputs, label, index)

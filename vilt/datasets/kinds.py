@@ -82,6 +82,12 @@ class Kind:
         """Which rows miss it by nature, bool (n_rows,)."""
         return np.asarray(pc.is_null(self.column).to_numpy())
 
+    @cached_property
+    def place_of_sample(self) -> np.ndarray:
+        """Of its input among all inputs, int64 (N,); -1 where it has none."""
+        row_N = self.data.row_of_sample
+        return np.where(self.absent()[row_N], -1, row_N)
+
     def given(self, row: int, sample: int) -> Any:
         """What the file has for a sample, None where it is missing by nature."""
         return self.column[row].as_py()

@@ -1,0 +1,208 @@
+"""What frozen towers make of inputs, kept: the same batches and numbers as without, and never those of other data."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clip.backbone import Backbone, weights_sha256
+from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.method import MethodOptions
+from clip.modules.vision_transformer_memory import ClipBackbone, Transformer
+from clip.trainable import freeze
+from engine import kept_features
+from engine.checkpoint import ModelSpec, build_classifier
+from engine.kept_features import are_constant, keep_features
+from engine.training import model_input
+from run import command_line
+from tests.conftest import Workspace
+from tests.data_files import Tokenizer, assert_equal, films, write
+from tests.models import TINY, tiny_classifier
+from vilt.datamodules import DataSettings, MissingModalityData
+from vilt.datasets.kinds import InputFormat
+from vilt.datasets.specs import DATASETS, SPLITS
+from vilt.missing_tables import MissingPattern
+
+CPU = torch.device("cpu")
+PLOTS = [["a", "a longer plot"], [], ["b"], ["c"], ["d", "e", "f"], ["g"], ["h"], ["i"], [], ["j"]]
+
+
+def open_data(folder: Path, **changes: Any) -> MissingModalityData:
+    """Films with several plots or none, in all splits."""
+    for split in SPLITS:
+        if not (path := folder / DATASETS["mmimdb"].file_name(split)).exists():
+            write(path, films(PLOTS))
+    settings = DataSettings(
+        dataset="mmimdb",
+        data_root=folder,
+        missing_table_root=folder / "tables",
+        patterns=dict.fromkeys(SPLITS, MissingPattern("both", 0.6, 0.5, 0)),
+        simulate_missing=False,
+        per_gpu_batchsize=4,
+        num_workers=0,
+        image_cache=False,
+        seed=0,
+        order_seed=0,
+    )
+    return MissingModalityData(replace(settings, **changes), SPLITS, InputFormat(32, Tokenizer(), "tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    state = {name: value + 0.1 * torch.randn_like(value) for name, value in ClipBackbone(TINY).state_dict().items()}
+    return Backbone("random", TINY, state, weights_sha256(state))
+
+
+def keep(data: MissingModalityData, backbone: Backbone, precision: str = "32", **changes: Any) -> None:
+    keep_features(data, backbone, "tokenizer", precision, CPU, **changes)
+
+
+def gradients(classifier: MissingModalityClassifier, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    classifier.zero_grad()
+    loss.backward()
+    return {name: each.grad.clone() for name, each in classifier.named_parameters() if each.grad is not None}
+
+
+@pytest.mark.parametrize("changes", [{}, {"simulate_missing": True}, {"modality_dropout": 0.5}])
+@pytest.mark.parametrize("head", ["linear", "dpl"])  # DPL trains the ends
+def test_batches_logits_and_gradients_are_those_without(
+    tmp_path: Path, backbone: Backbone, head: str, changes: dict[str, Any]
+) -> None:
+    within: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6 if head == "linear" else 32e-6}  # DPL multiplies cosines by 32
+    classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("none"), TINY, head))
+    backbone.load_into(classifier.model)
+    plain, kept = open_data(tmp_path, **changes), open_data(tmp_path, **changes)
+    keep(kept, backbone)
+    assert {name: len(x) for name, x in (kept.datasets["train"].kept or {}).items()} == {"image": 10, "text": 11}
+    for loader in ("train_dataloader", "val_dataloader"):
+        seen = set()
+        for with_inputs, without in zip(getattr(plain, loader)(), getattr(kept, loader)(), strict=True):
+            seen |= set(with_inputs.types)
+            for field in set(with_inputs._fields) - {"inputs", "lengths", "length_b", "kept"}:
+                assert_equal([getattr(with_inputs, field)], [getattr(without, field)])
+            outputs = [classifier.training_outputs(model_input(batch), batch.label) for batch in (with_inputs, without)]
+            torch.testing.assert_close(outputs[0][0], outputs[1][0], **within)
+            found = [gradients(classifier, logits.square().mean() + sum(own.values())) for logits, own in outputs]
+            assert found[0].keys() == found[1].keys()
+            for name in found[0]:
+                torch.testing.assert_close(found[0][name], found[1][name], **within)
+        assert len(seen) > 1
+
+
+def test_what_is_constant() -> None:
+    options: dict[str, Any] = {"task": "mmimdb", "prompt_type": "none"}
+    assert are_constant(tiny_classifier(**options))
+    assert are_constant(tiny_classifier(**options, head="dpl"))
+    assert not are_constant(tiny_classifier("mmimdb"))
+    for method in ("mora", "lora", "aoept", "coop"):
+        assert not are_constant(tiny_classifier("mmimdb", prompt_type=method))
+    classifier = tiny_classifier(**options)
+    classifier.model.get_parameter("text_encoder.transformer.resblocks.1.ln_2.bias").requires_grad_()
+    assert not are_constant(classifier)
+    freeze(classifier, "mmimdb")
+    assert are_constant(classifier)
+
+
+def test_a_file_is_used_again_and_made_again_for_other_data_weights_or_precision(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    forward = Transformer.forward
+
+    def counted(self: Transformer, tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+        passes.append(len(tokens))
+        return forward(self, tokens, *others)
+
+    monkeypatch.setattr(Transformer, "forward", counted)
+
+    def kept(backbone: Backbone = backbone, precision: str = "32") -> int:
+        """Inputs encoded."""
+        passes.clear()
+        keep(open_data(tmp_path), backbone, precision)
+        return sum(passes)
+
+    assert kept() == 3 * 21
+    assert kept() == 0
+    other = {name: value + 0.1 for name, value in backbone.state.items()}
+    assert kept(replace(backbone, state=other, sha256=weights_sha256(other))) == 3 * 21
+    assert kept(precision="bf16") == 3 * 21
+    assert kept() == 0
+    path = tmp_path / DATASETS["mmimdb"].file_name("val")
+    before = set(tmp_path.glob("*.safetensors"))
+    write(path, films([*PLOTS[1:], ["changed"]]))
+    assert kept() == 10 + 10
+    [damaged] = set(tmp_path.glob("*.safetensors")) - before
+    assert len(before - set(tmp_path.glob("*.safetensors"))) == 1, "that of the state before"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert kept() == 10 + 10
+    image = load_file(next(iter(tmp_path.glob("mmimdb_train_features_*"))))["image.features"]
+    assert image.dtype == torch.float32 and image.shape == (10, TINY.embed_dim)
+
+
+def test_what_a_killed_run_has_kept_is_taken_up(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_features, "PART", 4)
+    monkeypatch.setattr(kept_features, "ROWS", 2)
+    (tmp_path / "other").mkdir()
+    whole, data = open_data(tmp_path / "other"), open_data(tmp_path)
+    keep(whole, backbone)
+    run, parts = kept_features._Maker._run, []
+
+    def killed(self: Any, name: str, *others: Any) -> Any:
+        parts.append(name)
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+        return run(self, name, *others)
+
+    monkeypatch.setattr(kept_features._Maker, "_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keep(data, backbone)
+    keep(data, backbone)
+    assert parts[:3] == ["image"] * 3 and parts[3:].count("image") == 1 + 2 * 3, (
+        "two parts of the first split were there"
+    )
+    for split in SPLITS:
+        assert_equal(data.datasets[split].kept, whole.datasets[split].kept)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_without_room_a_training_computes_them_for_itself(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path) -> Any:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(kept_features, "atomic_path", full)
+    data = open_data(tmp_path)
+    with caplog.at_level("INFO"):
+        keep(data, backbone)
+    assert "cannot be kept" in caplog.text and "space" in caplog.text and not list(tmp_path.glob("*.safetensors"))
+    assert data.datasets["test"].kept is not None
+    with pytest.raises(OSError, match="space"):
+        keep(data, backbone, must_keep=True)
+
+
+def test_a_training_ends_at_the_same_weights_with_and_without(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the program, after `features`; the evaluation of its checkpoint, from images and texts, agrees."""
+    common = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "prompt_type=none", "train_ends=True")
+    features = ["run.py", "features", *workspace.command(*common)[1:]]
+    assert command_line(features) == 0
+    states = []
+    for name in ("kept", "plain"):
+        if name == "plain":
+            monkeypatch.setattr("runs.training.are_constant", lambda _: False)
+        else:
+            monkeypatch.setattr(kept_features._Maker, "_run", None)  # `features` has made them
+        assert command_line(workspace.command(*common, f"exp_name={name}")) == 0
+        folder = tmp_path / f"{name}_seed0" / "version_0"
+        states.append(torch.load(folder / "best.ckpt", weights_only=True)["state_dict"])
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-5, atol=1e-6)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clip.modules.vision_transformer_memory import ClipBackbone
 from engine.tasks import TASKS
 from tests import golden, slow_rep
 from tests.models import classifier_of, model_input, published_name
@@ -54,6 +55,13 @@ def run_of_the_model(expected: golden.Golden) -> Run:
     return Run(expected, outputs, loss.item(), gradients)
 
 
+def run_in_few_shapes(expected: golden.Golden) -> Run:
+    """As on a GPU, where numbers of inputs and lengths are rounded up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClipBackbone, "prepare", lambda _, batch: batch.rounded(4))
+        return run_of_the_model(expected)
+
+
 def run_of_the_slow_version(expected: golden.Golden) -> Run:
     task, depth, types = expected.task, expected.memory_depth, expected.missing_types
     trained = slow_rep.trained_names(expected.state, task)
@@ -79,6 +87,7 @@ def run_of_the_slow_version(expected: golden.Golden) -> Run:
 
 RUNS = [
     *((run_of_the_model, path) for path in (*golden.rep_files(), *golden.dcp_files())),
+    *((run_in_few_shapes, path) for path in (*golden.rep_files()[-1:], *golden.dcp_files())),
     *((run_of_the_slow_version, path) for path in golden.rep_files()),
 ]
 

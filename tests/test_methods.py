@@ -125,6 +125,32 @@ def test_outputs_and_gradients_equal_the_slow_version(variant: str) -> None:
             assert float((mine - theirs).norm()) <= 1e-8 * (1 + float(theirs.norm())), (name, mix)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_few_shapes_change_nothing(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU has batches, with inputs added and dropped again: the same outputs, losses and gradients."""
+    classifier, as_it_is = make(variant, task="hatememes"), ClipBackbone.prepare
+    seen: list[ModelInput] = []
+
+    def rounded(self: ClipBackbone, batch: ModelInput) -> ModelInput:
+        seen.append(batch.rounded(4))
+        return seen[-1]
+
+    images, tokens = double_batch(7)
+    trained = [p for p in classifier.parameters() if p.requires_grad]
+    for mix in ([0, 1, 2, 0, 1, 0, 1], [1, 1], [2, 0, 2], [2], [0]):
+        batch, labels = model_input(images[: len(mix)], tokens[: len(mix)], mix), torch.arange(len(mix)) % 2
+        found = []
+        for prepare in (as_it_is, rounded):
+            monkeypatch.setattr(ClipBackbone, "prepare", prepare)
+            logits, losses = classifier.training_outputs(batch, labels)
+            loss = TASKS["hatememes"].loss(logits, labels) + sum(losses.values())
+            found.append([logits, loss, *torch.autograd.grad(loss, trained, allow_unused=True)])
+        for plain, few in zip(*found, strict=True):
+            assert (plain is None) == (few is None), mix
+            assert plain is None or torch.allclose(few, plain, rtol=1e-9, atol=1e-12), mix
+    assert [len(batch.inputs["image"]) for batch in seen[:1]] == [7] and len(seen) == 5
+
+
 NO_REPLAY = [name for name in SLOW_VARIANTS if "replay" not in name and "described" not in name]
 OTHER_SIZES: list[tuple[str, ClipArchitecture, int, dict[str, Any]]] = [
     *((variant, DEEPER, depth, {}) for variant in NO_REPLAY for depth in (1, 3)),

@@ -66,7 +66,7 @@ class DynamicSlots(nn.Module):
         if modality not in tokens:
             zero = zero_of(self.attention.parameters(), queries_3mD.device)
             return zero.expand(len(batch.present_BM), *queries_3mD.shape[1:])
-        type_b = batch.missing_type_B[batch.rows[modality]]
+        type_b = batch.missing_type_B[batch.samples_of(modality)]
         with torch.autocast(queries_3mD.device.type, enabled=False):
             return batch.to_all_samples(modality, self.attention(queries_3mD[type_b], tokens[modality]))
 

@@ -31,7 +31,7 @@ class ModelInput(NamedTuple):
     inputs: Mapping[str, Tensor]
     """By modality, what b samples have of it: images (b, 3, R, R), token ids (b, L), arrays."""
     rows: Mapping[str, Tensor]
-    """By modality, the numbers (b,) of these samples in the batch."""
+    """By modality, the numbers (b,) of these samples in the batch; B in rows of padding (see `rounded`), at the end."""
     present_BM: Tensor
     """True where a sample has a modality."""
     types: tuple[int, ...]
@@ -57,10 +57,35 @@ class ModelInput(NamedTuple):
         digits_M = 2 ** torch.arange(M - 1, -1, -1, device=self.present_BM.device)
         return ((~self.present_BM) * digits_M).sum(dim=1)
 
+    def samples_of(self, modality: str) -> Tensor:
+        """The numbers (b,) of the samples that the inputs are of, for padding that of the last sample."""
+        return self.rows[modality].clamp(max=len(self.present_BM) - 1)
+
     def to_all_samples(self, modality: str, x_b: Tensor) -> Tensor:
         """(B, …) of (b, …): zero for samples without the modality."""
-        x_B = x_b.new_zeros(len(self.present_BM), *x_b.shape[1:])
-        return x_B.index_copy(0, self.rows[modality], x_b)
+        B = len(self.present_BM)
+        x_B = x_b.new_zeros(B + 1, *x_b.shape[1:])  # the last row takes the padding, which is dropped
+        return x_B.index_copy(0, self.rows[modality], x_b)[:B]
+
+    def rounded(self, step: int | None = None) -> "ModelInput":
+        """The batch in one of few shapes, which a GPU need not get to know anew at each step.
+
+        What becomes of the inputs that are added, by repeating the last one, is dropped: results stay the same, and no
+        gradient comes from them. Lengths are rounded up to a multiple of 4.
+
+        Args:
+            step: what numbers of inputs are rounded up to a multiple of; None: half the root of B, as they vary by it.
+        """
+        B = len(self.present_BM)
+        step, inputs, rows = step or max(1, round(B**0.5 / 2)), dict(self.inputs), dict(self.rows)
+        for modality, rows_b in self.rows.items():
+            if b := len(rows_b):
+                more = min(B, -(-b // step) * step) - b
+                last = inputs[modality][-1:]
+                inputs[modality] = torch.cat([inputs[modality], last.expand(more, *last.shape[1:])])
+                rows[modality] = torch.cat([rows_b, rows_b.new_full((more,), B)])
+        lengths = {name: min(inputs[name].shape[1], -(-length // 4) * 4) for name, length in self.lengths.items()}
+        return self._replace(inputs=inputs, rows=rows, lengths=lengths)
 
     def with_own_inputs(self) -> "ModelInput":
         """Every sample with inputs of its own, for methods that treat samples with the same input differently."""
@@ -211,7 +236,7 @@ class Backbone(nn.Module):
                     feature_bE = tower.end(tokens[modality])
                 else:
                     tokens_bLD = tokens[modality][:, : batch.lengths.get(modality)]
-                    slots_b = slots[modality].of_rows(batch.rows[modality])
+                    slots_b = slots[modality].of_rows(batch.samples_of(modality))
                     feature_bE = tower.encode(tokens_bLD, batch.inputs[modality], slots_b)
             feature_BE = batch.to_all_samples(modality, feature_bE)
             source_B = batch.source_of_B.get(modality)

@@ -301,21 +301,27 @@ class ClipBackbone(Backbone):
         """By modality."""
         return {"image": self.image_encoder, "text": self.text_encoder}
 
+    def prepare(self, batch: ModelInput) -> ModelInput:
+        """On a GPU in one of few shapes; on a CPU more rows only cost."""
+        return batch.rounded() if batch.present_BM.is_cuda else batch
+
     def complete(self, batch: ModelInput, blanks: Blanks, *, once: bool) -> ModelInput:
         """See `Backbone.complete`."""
         inputs, rows, sources = dict(batch.inputs), dict(batch.rows), dict(batch.source_of_B)
         for column, modality in enumerate(self.places):
             if not any(2 ** (len(self.places) - 1 - column) & missing_type for missing_type in batch.types):
                 continue
-            present_B = batch.present_BM[:, column]
-            missing = (~present_B).nonzero().flatten()
-            added, blank = missing[:1] if once else missing, self._blank(modality, inputs[modality], blanks)
-            blanks_b = blank.expand(len(added), *blank.shape)
-            inputs[modality] = torch.cat([inputs[modality], blanks_b]) if len(rows[modality]) else blanks_b
-            rows[modality] = torch.cat([rows[modality], added])
+            present_B, blank = batch.present_BM[:, column], self._blank(modality, inputs[modality], blanks)
+            own_B, known = torch.arange(len(present_B), device=blank.device), len(rows[modality]) > 0
             if once:
-                own_B = torch.arange(len(present_B), device=missing.device)
-                sources[modality] = torch.where(present_B, sources.get(modality, own_B), missing[0])
+                missing = (~present_B).nonzero()[:1, 0]
+                inputs[modality] = torch.cat([inputs[modality], blank[None]]) if known else blank[None]
+                rows[modality] = torch.cat([rows[modality], missing])
+                sources[modality] = torch.where(present_B, sources.get(modality, own_B), missing)
+            else:  # in one shape, whatever is missing
+                filled = blank.expand(len(own_B) + 1, *blank.shape)
+                filled = filled.index_copy(0, rows[modality], inputs[modality]) if known else filled
+                inputs[modality], rows[modality] = filled[:-1], own_B
         return batch._replace(inputs=inputs, rows=rows, source_of_B=sources)
 
     def _blank(self, modality: str, like: Tensor, blanks: Blanks) -> Tensor:

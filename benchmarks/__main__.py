@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import loop, sensors, sides
+from benchmarks import loop, sensors, shapes, sides
 from benchmarks.loading import Loading
 from benchmarks.sides import Comparison, Data, compare
 from clip.modules.interfaces import TowerSlots
@@ -143,7 +143,18 @@ def of_sensors(device: torch.device, pairs: int) -> Iterator[str]:
     yield from sensors.table(pairs)
 
 
-PARTS = {"steps": steps, "robustness": robustness, "training": training, "sensors": of_sensors}
+def of_shapes(device: torch.device, pairs: int) -> Iterator[str]:
+    """Shapes of an epoch's batches, MM-IMDb's 15,552 training samples, and the operations that rounding them adds."""
+    yield from shapes.table()
+
+
+PARTS = {
+    "steps": steps,
+    "robustness": robustness,
+    "training": training,
+    "shapes": of_shapes,
+    "sensors": of_sensors,
+}
 
 
 def main() -> None:

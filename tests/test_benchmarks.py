@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import loading, loop, sensors, sides
+from benchmarks import loading, loop, sensors, shapes, sides
 from benchmarks.__main__ import main, record
 from benchmarks.baseline import PublishedAlgorithm
 from clip.modules.method import MethodOptions
@@ -47,8 +47,9 @@ def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(sides, "SPEC", replace(sides.SPEC, architecture=arch, method=MethodOptions("rep", 6, 2)))
     monkeypatch.setattr(loading, "FILMS", loading.BATCH)
     path = tmp_path / "RESULTS.md"
-    parts = ("steps", "robustness", "training", "sensors")
+    parts = ("steps", "robustness", "training", "shapes", "sensors")
     monkeypatch.setattr(sensors, "BATCH", 4)
+    monkeypatch.setattr(shapes, "FILMS", 1024)
     path.write_text("".join(f"<!-- {part} on cpu -->\n<!-- end of {part} -->\n" for part in parts))
     monkeypatch.setattr(loop, "FILMS", 24)
     monkeypatch.setattr(loop, "BATCH", 8)
@@ -59,6 +60,9 @@ def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     rows = [cells for cells in rows if "ratio" not in cells and "share" not in cells]
     assert len(rows) == 10 + 1 + 1
     assert all(float(ratio) > 0 for *_, ratio, _, _ in rows)
+    padded = re.findall(r"\| (\d+) \| (\d+) \| ([\d.]+) % \| < (\d) %", path.read_text())
+    assert len(padded) == 8 and all(int(few) <= int(as_they_are) for as_they_are, few, _, _ in padded)
+    assert all(0 <= float(added) < int(most) for *_, added, most in padded)
     of_sensors = path.read_text().partition("<!-- sensors on cpu -->")[2]
     assert re.search(r"`rep`, 70 % both \| [\d.]+ s, [\d.]+ × `none`", of_sensors)
 

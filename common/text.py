@@ -19,6 +19,8 @@ GAP, NARROWEST, ONE_LINE = 2, 4, 10_000
 
 LOWER_IS_BETTER = ("loss", "mae")
 """Metrics of which the lowest value is the best."""
+AT_OFFSET = "f1_macro_at_offset"
+"""Macro F1 where validation chose to decide, see `engine/decision.py`."""
 
 
 class Estimate(NamedTuple):

@@ -5,6 +5,7 @@ backbone, except the dynamic queries, which follow from the seed of their run (d
 """
 
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 DESCRIPTION = "rep"
 """Key of a checkpoint under which it says what it is."""
+OFFSET = "offset"
+"""Likewise, of what it says."""
 OF_TRAINING = "epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "MissingModalityData"
 """Entries that resuming a training takes, none of them empty."""
 
@@ -89,6 +92,8 @@ class Checkpoint:
     """None where it does not say it."""
     contents: dict[str, str] = field(default_factory=dict)
     """SHA-256 of what it was trained on, see `engine/contents.py`; empty where it does not say it."""
+    offset: float | None = None
+    """Of the logits, chosen on validation (see `engine/decision.py`); None where it has none."""
 
     @property
     def published(self) -> bool:
@@ -103,6 +108,7 @@ def describe(
     class_names: Sequence[str] = (),
     tokenizer: TokenizerUsed | None = None,
     contents: Mapping[str, str] | None = None,
+    offset: float | None = None,
 ) -> dict[str, Any]:
     """The plain values that a checkpoint holds under DESCRIPTION."""
     return {
@@ -116,6 +122,7 @@ def describe(
         "contents": dict(contents or {}),
         **({"tokenizer": asdict(tokenizer)} if tokenizer is not None else {}),
         **({"custom": asdict(spec.custom)} if spec.custom is not None else {}),
+        **({OFFSET: offset} if offset is not None else {}),
     }
 
 
@@ -235,6 +242,9 @@ def _described_model(described: Any) -> dict[str, Any]:
     class_names = tuple(map(str, described.get("class_names", ())))
     if class_names and len(class_names) != (expected := task_of(task, custom).n_classes):
         raise ValueError(f"class_names: expected {expected}, found {len(class_names)}")
+    offset = described.get(OFFSET)
+    if offset is not None and not (type(offset) is float and math.isfinite(offset)):
+        raise ValueError(f"{OFFSET}: expected a number, found {quoted(offset)}")
     return {
         "spec": ModelSpec(task, method, architecture, head, custom),
         "backbone_name": str(described["backbone"]["name"]),
@@ -242,6 +252,7 @@ def _described_model(described: Any) -> dict[str, Any]:
         "class_names": class_names,
         "tokenizer": record_of(TokenizerUsed, described["tokenizer"]) if "tokenizer" in described else None,
         "contents": {str(name): str(sha256) for name, sha256 in dict(described.get("contents", {})).items()},
+        "offset": offset,
     }
 
 

@@ -124,9 +124,14 @@ def decisions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Multi-label: every class of a probability above 0.5. Otherwise: the class of the highest logit.
     """
     if labels.ndim == 2:
-        return logits.double().sigmoid() > THRESHOLD, labels > 0.5
+        return are_predicted(logits), labels > 0.5
     class_C = torch.arange(logits.shape[1])
     return logits.argmax(-1, keepdim=True) == class_C, labels[:, None] == class_C
+
+
+def are_predicted(logits: Tensor, offset: float = 0.0) -> Tensor:
+    """Of samples with several labels: which classes have a probability above 0.5, with `offset` added to the logits."""
+    return (logits.double() + offset).sigmoid() > THRESHOLD
 
 
 def outcomes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +173,12 @@ def mean_of(n: Tensor, total: Tensor) -> Tensor:
     return ratio(total, n)
 
 
-_f1_macro = Sums(outcomes, lambda n, *counts: f1(*counts).nanmean(-1))
+def f1_macro(n: Tensor, *counts: Tensor) -> Tensor:
+    """Of hits, predicted and true (R, C), without the classes where it is undefined."""
+    return f1(*counts).nanmean(-1)
+
+
+_f1_macro = Sums(outcomes, f1_macro)
 _balanced_accuracy = Sums(outcomes, lambda n, *counts: recall(*counts).nanmean(-1))
 _accuracy = Sums(lambda logits, labels: ((logits.argmax(-1) == labels).double(),), mean_of)
 

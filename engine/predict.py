@@ -10,6 +10,7 @@ for prediction in model.predict(images=["poster.jpg", None], texts=["Two friends
 import csv
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from common.messages import first_line, listed, printable
 from common.text import natural_key, per_cent, terminal_table
 from engine.checkpoint import Checkpoint, read_checkpoint
 from engine.families import BackboneChoice
+from engine.metrics import are_predicted
 from engine.open_model import COMPUTE_TYPES, open_model
 from engine.recordings import in_samples, named
 from engine.training import model_input
@@ -43,8 +45,6 @@ from vilt.utils.write_custom import missing as is_missing
 
 log = logging.getLogger("rep")
 
-THRESHOLD = 0.5
-"""Of the probability of a class, where a sample can have several."""
 SHOWN = 5
 """Predictions that the terminal shows."""
 
@@ -58,7 +58,7 @@ class Prediction:
     missing: str
     """`complete`, or the modalities that are missing, as in `text missing`."""
     labels: tuple[str, ...]
-    """The most probable class, or all those above 0.5 where a sample can have several."""
+    """The most probable class, or all those above `Predictor.threshold` where a sample can have several."""
     probabilities: dict[str, float]
     """Of every class, by its name."""
     value: float | None = None
@@ -92,11 +92,18 @@ class Predictor:
         names = checkpoint.class_names or dataset.class_names
         self.class_names = names or tuple(f"class {number}" for number in range(dataset.n_classes))
         self.multilabel = dataset.multilabel
+        self.offset = checkpoint.offset or 0.0
         self.inputs = inputs
         self.device = device
         self.dtype = COMPUTE_TYPES[precision]
         classifier.compute(self.dtype)
         self._classifier = classifier.to(device).eval()
+
+    @property
+    def threshold(self) -> float:
+        """Above which probability a class is predicted, where a sample can have several: the one that validation chose
+        (`engine/decision.py`), else 0.5."""
+        return 1 / (1 + math.exp(self.offset))
 
     def predict(
         self,
@@ -170,10 +177,11 @@ class Predictor:
                 Prediction(missing, (), {}, x) for missing, x in zip(missing_of, logits_BC[:, 0].tolist(), strict=True)
             ]
         probability_BC = logits_BC.sigmoid() if self.multilabel else logits_BC.softmax(dim=-1)
+        above_BC = are_predicted(logits_BC, self.offset).tolist()
         predictions = []
-        for missing, probability_C in zip(missing_of, probability_BC.tolist(), strict=True):
+        for missing, probability_C, above_C in zip(missing_of, probability_BC.tolist(), above_BC, strict=True):
             named = dict(zip(self.class_names, probability_C, strict=True))
-            labels = [name for name, value in named.items() if value > THRESHOLD]
+            labels = [name for name, is_above in zip(self.class_names, above_C, strict=True) if is_above]
             if not self.multilabel:
                 labels = [self.class_names[int(np.argmax(probability_C))]]
             predictions.append(Prediction(missing, tuple(labels), named))
@@ -379,7 +387,7 @@ def _plain(prediction: Prediction) -> dict[str, Any]:
     return {name: value for name, value in asdict(prediction).items() if name not in unused}
 
 
-def describe_predictions(items: Sequence[Item], first: Sequence[Prediction]) -> str:
+def describe_predictions(items: Sequence[Item], first: Sequence[Prediction], threshold: float) -> str:
     """The first predictions, as a table for the terminal."""
     rows = []
     for item, prediction in zip(items, first, strict=False):
@@ -387,6 +395,6 @@ def describe_predictions(items: Sequence[Item], first: Sequence[Prediction]) -> 
             said = f"{prediction.value:.3f}"
         else:
             shown = [f"{name} {per_cent(round(prediction.probabilities[name], 3))}" for name in prediction.labels]
-            said = printable(", ".join(shown)) or "none above 50 %"
+            said = printable(", ".join(shown)) or f"none above {per_cent(round(threshold, 3))}"
         rows.append([printable(item.id), prediction.missing, said])
     return terminal_table(("id", "missing", "prediction"), rows, "<<<")

@@ -19,6 +19,7 @@ from common.files import write_csv
 from common.strict_json import write_json
 from common.text import estimate
 from engine.baselines import baselines
+from engine.decision import with_offset
 from engine.metrics import auroc_and_accuracy
 from engine.sample_statistics import LEVEL, bootstrap, class_figures, confusions, interval, roc
 from engine.stored_logits import SplitLogits
@@ -49,6 +50,8 @@ class Subject:
     missing_table_root: Path
     table_name: str
     """Of the dataset, see `DatasetSpec.table_name`."""
+    offset: float | None = None
+    """Of the checkpoint, see `engine/decision.py`."""
 
 
 Results = dict[str, Any]
@@ -67,12 +70,12 @@ def measure(
     Raises:
         DataError: a missing table in `subject.missing_table_root` does not fit the split.
     """
-    task, labels, names = subject.task, logits.labels, subject.class_names
+    task, labels, names = with_offset(subject.task, subject.offset), logits.labels, subject.class_names
     multilabel, binary, numbers = labels.ndim == 2, task.n_classes == 2, labels.is_floating_point()
     of_type = dict(zip(type_names(subject.modalities), logits.logits_TNC, strict=True))
     by_type = {name: task.metrics(logits_NC, labels) for name, logits_NC in of_type.items()}
     natural_N = np.broadcast_to(logits.natural, logits.table_rows)[logits.row_of_sample_N]
-    cells = [_cell(subject, logits, of_cell, resamples) for of_cell in patterns]
+    cells = [_cell(subject, task, logits, of_cell, resamples) for of_cell in patterns]
     curves = {name: roc(logits_NC, labels) for name, logits_NC in of_type.items() if binary and not multilabel}
     return {
         "format": FORMAT,
@@ -85,12 +88,13 @@ def measure(
         "precision": subject.precision,
         "metric": task.monitor,
         "metrics": list(task.metrics.measures),
+        "offset": subject.offset,
         "table_seeds": [pattern.seed for pattern in patterns[0]],
         "class_names": list(names),
         "cells": cells,
         "by_type": by_type,
         "natural": by_missing_type(task, list(of_type), natural_N, logits.logits_TNC[0], labels),
-        "baselines": baselines(task, labels, names),
+        "baselines": baselines(subject.task, labels, names),
         "confidence": {"level": LEVEL, "resamples": resamples, **_confidence(task, logits, by_type, resamples)},
         "per_class": [
             {"type": type_name, "class": class_name, **figures}
@@ -172,10 +176,11 @@ def _confidence(
     return {**found, "undefined_resamples": left_out}
 
 
-def _cell(subject: Subject, logits: SplitLogits, patterns: Sequence[MissingPattern], resamples: int) -> dict[str, Any]:
+def _cell(
+    subject: Subject, task: Task, logits: SplitLogits, patterns: Sequence[MissingPattern], resamples: int
+) -> dict[str, Any]:
     """One pattern, with a missing table per seed. What is available: the mean over the tables of the share of rows."""
-    task, first = subject.task, patterns[0]
-    root, rows = subject.missing_table_root, logits.table_rows
+    first, root, rows = patterns[0], subject.missing_table_root, logits.table_rows
     drawn = [load_missing_table(root, subject.table_name, "test", pattern, rows) for pattern in patterns]
     tables = [on_top(subject.modalities, logits.natural, table) for table in drawn]
     available = {

@@ -14,7 +14,8 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import ModelInput
 from clip.modules.registry import PRETRAINING
 from common.errors import NonFiniteLossError
-from engine.checkpoint import DESCRIPTION, ModelSpec, kept_state, load_kept_state
+from engine.checkpoint import DESCRIPTION, OFFSET, ModelSpec, kept_state, load_kept_state
+from engine.decision import best_offset
 from engine.numerics import FiniteWatch, NotFinite, first_not_finite
 from engine.optimization import (
     OptimizerSettings,
@@ -62,7 +63,8 @@ class FinetuneModule(pl.LightningModule):
 
     Args:
         classifier: frozen as `spec.task` says.
-        description: what checkpoints hold under DESCRIPTION; None where none are written.
+        description: what checkpoints hold under DESCRIPTION, with the offset of the last validation (see
+            `engine/decision.py`); None where none are written.
         settings: None where nothing is trained.
         seed: with epoch, batch and process it gives the dropout masks, so that a resumed run draws the same ones.
         skip_bad_steps: optimiser steps in a row that may have a gradient that is not finite (see FiniteWatch).
@@ -228,6 +230,8 @@ class FinetuneModule(pl.LightningModule):
         logits, labels = collected
         metrics = {"loss": self.task.loss(logits, labels).item(), **self.task.metrics(logits, labels)}
         if stage == "val":
+            if labels.ndim == 2 and self.description is not None:
+                self.description = {**self.description, OFFSET: best_offset(logits, labels)}
             for config in self.trainer.strategy.lr_scheduler_configs:
                 if (plateau := plateau_of(config.scheduler)) is not None:
                     plateau.see(metrics["loss"], config.scheduler)  # type: ignore[arg-type]
@@ -351,6 +355,8 @@ class FinetuneModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back what `on_save_checkpoint` added, so that train metrics are those of whole epochs."""
+        if self.description is not None and OFFSET in checkpoint[DESCRIPTION]:
+            self.description = {**self.description, OFFSET: checkpoint[DESCRIPTION][OFFSET]}
         kept, rank = checkpoint.get(EPOCH_SO_FAR, []), self.trainer.global_rank
         if len(kept) == self.trainer.world_size:
             kept = kept[rank : rank + 1]

@@ -17,11 +17,12 @@ from clip.modules.classifier import MissingModalityClassifier
 from common.errors import CheckpointError, ConfigError, DataError
 from common.messages import listed
 from common.strict_json import write_json
-from common.text import baseline_texts, figure
+from common.text import AT_OFFSET, baseline_texts, figure
 from config import Options
 from engine.baselines import baselines
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.contents import contents_of_data, other_contents
+from engine.decision import with_offset
 from engine.families import BackboneChoice
 from engine.logit_store import LogitModule, encode
 from engine.open_model import COMPUTE_TYPES, open_model
@@ -134,13 +135,14 @@ def test(
     training: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Runs the test split, prints the result and writes it, with `training`, to `test_results.json`."""
-    started = time.monotonic()
+    started, task = time.monotonic(), module.task
+    module.task = with_offset(task, checkpoint.offset)
     trainer.test(module, datamodule=data, verbose=False)
     dataset = data.datasets["test"]
     pattern, types_N = data.patterns["test"], dataset.missing_type_of_sample
     assert module.tested is not None
     by_type = by_missing_type(module.task, data.spec.type_names, types_N, *module.tested)
-    found = baselines(module.task, torch.from_numpy(dataset.label_of_sample), dataset.class_names())
+    found = baselines(task, torch.from_numpy(dataset.label_of_sample), dataset.class_names())
     result = {
         "task": options.task,
         "split": "test",
@@ -150,6 +152,7 @@ def test(
         "by_missing_type": by_type,
         "missing_pattern": pattern.recorded(),
         "metrics": module.test_metrics,
+        "offset": checkpoint.offset,
         "baselines": found,
         "checkpoint": str(checkpoint.path),
         "checkpoint_sha256": checkpoint.sha256,
@@ -167,7 +170,11 @@ def test(
             f"  {module.tested_samples:,} samples: {counts}"
         )
         for metric, value in module.test_metrics.items():
-            print(f"  test/{metric:<17} {figure(value)}")
+            print(f"  test/{metric:<19} {figure(value)}")
+        if AT_OFFSET in module.test_metrics:
+            print(f"  offset of the logits, chosen on validation: {checkpoint.offset:+.4f}")
+        elif data.spec.multilabel:
+            print("  no offset of the logits was chosen on validation: decided at a probability of 1/2 alone")
         for name, of_type in by_type.items() if len(by_type) > 1 else ():
             shown = figure(of_type[module.task.monitor])
             print(f"  {name}, {of_type['samples']:,} samples: {module.task.monitor} {shown}")

@@ -69,6 +69,7 @@ def export(load_path: Path | None, out: Path) -> str:
         checkpoint.class_names,
         checkpoint.tokenizer,
         checkpoint.contents,
+        checkpoint.offset,
     )
     runs = [run for run in find_runs(load_path.parent)[0] if run.folder == load_path.parent]
     write_exported(out, checkpoint.state, described, _card(checkpoint, runs[0] if runs else None))

@@ -34,5 +34,6 @@ def predict_file(config: Mapping[str, Any], given: set[str]) -> str:
     predictions = predictor.predict_items(items, batch_size=batch_size, workers=workers)
     shown = tqdm(predictions, "predicting", len(items), disable=not sys.stderr.isatty())
     first = write_predictions(options["output"], items, shown, predictor)
-    written = f"{len(items):,} predictions, written to {options['output']}"
-    return f"{describe_predictions(items, first)}\n\n  {written}"
+    decided = f"; a class counts above a probability of {predictor.threshold:.3f}" if predictor.multilabel else ""
+    written = f"{len(items):,} predictions, written to {options['output']}{decided}"
+    return f"{describe_predictions(items, first, predictor.threshold)}\n\n  {written}"

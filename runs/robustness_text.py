@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.text import Estimate, baseline_texts, figure, pattern_text, per_cent, terminal_table
+from common.text import AT_OFFSET, Estimate, baseline_texts, figure, pattern_text, per_cent, terminal_table
 from engine.robustness import Results
 from runs.evaluation import measure_target
-from runs.lines import lines_of, spread_of
+from runs.lines import RunLine, lines_of, spread_of
 from runs.targets import Target, open_targets
 
 
@@ -28,28 +28,32 @@ def describe(measured: Sequence[tuple[Target, Results]]) -> str:
 def describe_one(target: Target, found: Results) -> str:
     """The matrix of one checkpoint: ratios down, missing types across; then each type with its interval."""
     metric, confidence, subject = found["metric"], found["confidence"], target.subject
-    at, intervals = {}, {}
+    metrics = [metric, *({AT_OFFSET} & set(found["metrics"]))]
+    at: dict[str, dict[tuple[str, float], str]] = {name: {} for name in [*metrics, "interval"]}
     for cell in found["cells"]:
         key = _kind(cell, found), cell["ratio"]
-        at[key] = Estimate(*(cell["metrics"][metric][name] for name in Estimate._fields)).text()
-        intervals[key] = _interval(cell["interval"]["low"], cell["interval"]["high"]) if "interval" in cell else ""
-    kinds, ratios = list(dict.fromkeys(kind for kind, _ in at)), dict.fromkeys(ratio for _, ratio in at)
+        for name in metrics:
+            at[name][key] = Estimate(*(cell["metrics"][name][field] for field in Estimate._fields)).text()
+        at["interval"][key] = _interval(cell["interval"]["low"], cell["interval"]["high"]) if "interval" in cell else ""
+    kinds, ratios = list(dict.fromkeys(kind for kind, _ in at[metric])), dict.fromkeys(ratio for _, ratio in at[metric])
     level = f"{per_cent(confidence['level'])} interval over test samples"
     parts = [
         f"robustness of {subject.checkpoint} (sha256 {subject.checkpoint_sha256[:12]})",
         f"  {found['task']} test, {found['samples']:,} samples; {metric}, {_over_tables(found)}\n",
     ]
-    for title, shown in (("", at), (level, intervals)):
+    titles = {metric: "", "interval": f"{level}:\n", AT_OFFSET: f"{AT_OFFSET}, logits {subject.offset or 0:+.4f}:\n"}
+    for name, shown in at.items():
         if any(shown.values()):
             rows = [[per_cent(ratio), *(shown[kind, ratio] for kind in kinds)] for ratio in ratios]
-            parts += [f"{title}:\n"] if title else []
+            parts += [titles[name]] if titles[name] else []
             parts += [terminal_table(["missing", *kinds], rows, ">" * (1 + len(kinds))), ""]
     by_type = [
-        [name, figure(values[metric]), _interval(*confidence[name][metric]) if confidence["resamples"] else ""]
+        [name, *(figure(values[shown]) for shown in metrics)]
+        + ([_interval(*confidence[name][metric])] if confidence["resamples"] else [""])
         for name, values in found["by_type"].items()
     ]
-    heads = ["every sample", metric, level if confidence["resamples"] else ""]
-    return "\n".join([*parts, terminal_table(heads, by_type, "<>>")])
+    heads = ["every sample", *metrics, level if confidence["resamples"] else ""]
+    return "\n".join([*parts, terminal_table(heads, by_type, "<" + ">" * (len(heads) - 1))])
 
 
 def describe_several(measured: Sequence[tuple[Target, Results]]) -> str:
@@ -64,30 +68,37 @@ def describe_several(measured: Sequence[tuple[Target, Results]]) -> str:
         rows[0].append(", ".join(dict.fromkeys(subject.exp_name for subject in subjects)))
         rows[1].append(pattern_text(*line.run.pattern) if line.run is not None else "not known")
         rows[2].append(", ".join("not known" if one.train_seed is None else str(one.train_seed) for one in subjects))
-    table: list[list[str] | None] = [*rows]
-    last_kind = None
-    for place, cell in enumerate(first["cells"]):  # all checkpoints have the same
-        kind = _kind(cell, first)
-        of_lines = [
-            [results["cells"][place]["metrics"][metric]["values"] for _, results in line.items] for line in lines
-        ]
-        spreads = [spread for values in of_lines if (spread := spread_of(values)) is not None]
-        over = [spread.over for spread in spreads]
-        table += [None] if kind != last_kind else []
-        table.append(
-            [kind if kind != last_kind else "", per_cent(cell["ratio"]), *(s.estimate.text() for s in spreads)]
-        )
-        last_kind = kind
+    table, over = _block(metric, first, lines)
     rows[3] += over
+    if any(AT_OFFSET in found["metrics"] for _, found in measured):
+        table += [None, [AT_OFFSET, *[""] * (1 + len(lines))], *_block(AT_OFFSET, first, lines)[0]]
     left_out = [str(target.subject.checkpoint) for line in lines for target, _ in line.repeats]
     return "\n".join(
         [
             f"robustness of {len(measured)} checkpoints, {first['task']} test, {first['samples']:,} samples",
             f"  {metric}: of each checkpoint the {_over_tables(first, '')}\n",
-            terminal_table(heads, table, "<" + ">" * (1 + len(lines))),
+            terminal_table(heads, [*rows, *table], "<" + ">" * (1 + len(lines))),
             *([f"\nnot counted, of a seed that is there already: {', '.join(left_out)}"] if left_out else []),
         ]
     )
+
+
+def _block(
+    metric: str, first: Results, lines: Sequence[RunLine[tuple[Target, Results]]]
+) -> tuple[list[list[str] | None], list[str]]:
+    """Rows of a metric by missing type and ratio, and of each line what its deviations are over."""
+    table: list[list[str] | None] = []
+    over, last_kind = [""] * len(lines), None
+    for place, cell in enumerate(first["cells"]):  # all checkpoints have the same
+        kind = _kind(cell, first)
+        of_lines = [[found["cells"][place]["metrics"].get(metric) for _, found in line.items] for line in lines]
+        spreads = [spread_of([each["values"] for each in of_line if each]) for of_line in of_lines]
+        over = [spread.over if spread else "" for spread in spreads]
+        table += [None] if kind != last_kind else []
+        shown = [spread.estimate.text() if spread else "–" for spread in spreads]
+        table.append([kind if kind != last_kind else "", per_cent(cell["ratio"]), *shown])
+        last_kind = kind
+    return table, over
 
 
 def _kind(cell: dict[str, Any], found: Results) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from clip.modules.registry import PRETRAINING
 from common.errors import ConfigError, DataError, reason_of
 from common.files import write_csv
-from common.text import baseline_texts, figure, natural_key, pattern_text, terminal_table
+from common.text import AT_OFFSET, baseline_texts, figure, natural_key, pattern_text, terminal_table
 from engine.exported import WEIGHTS, is_exported
 from runs.lines import lines_of
 from runs.run_reader import Run, find_runs
@@ -19,7 +19,7 @@ log = logging.getLogger("rep")
 
 COLUMNS = {
     **dict.fromkeys(("name", "method", "dataset", "train"), "<"),
-    **dict.fromkeys(("seed", "validation", "test"), ">"),
+    **dict.fromkeys(("seed", "validation", "test", AT_OFFSET), ">"),
     **dict.fromkeys(("tested_at", "date", "state", "folder", "note"), "<"),
 }
 """Of the table, each with the side that it is aligned to; they are fields of RunRow."""
@@ -47,6 +47,8 @@ class RunRow:
     validation: float | None = None
     """Its best value in validation, a fraction; likewise in the test."""
     test: float | None = None
+    f1_macro_at_offset: float | None = None
+    """Of several labels, in the test at the offset that validation chose (`engine/decision.py`)."""
     tested_at: str | None = None
     """Pattern of the test, as in `train`."""
     date: datetime | None = None
@@ -103,7 +105,8 @@ def _row(run: Run) -> RunRow:
         row = replace(row, validation=run.best_validation)
         if run.test is not None and run.tested_at is not None:
             row = replace(row, test=run.test["metrics"][row.metric], tested_at=pattern_text(*run.tested_at))
-            row = replace(row, baselines=run.test.get("baselines", {}))
+            at_offset = run.test["metrics"].get(AT_OFFSET)
+            row = replace(row, baselines=run.test.get("baselines", {}), f1_macro_at_offset=at_offset)
         state, note = run.state
         return replace(row, state=state, note=note)
     except DataError as error:
@@ -133,6 +136,7 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
     datasets = {row.dataset: row.metric for row in rows if row.metric is not None}
     left_out |= {"dataset"} if len(datasets) == 1 else set()
     left_out |= set() if any(row.note for row in rows) else {"note"}
+    left_out |= {AT_OFFSET} if all(row.f1_macro_at_offset is None for row in rows) else set()
     left_out |= {"tested_at"} if all(row.tested_at in (None, row.train) for row in rows) else set()
     shown = {name: side for name, side in sorted(COLUMNS.items(), key=_folder_first) if name not in left_out}
     heads = [name.replace("_", " ") for name in shown]

@@ -113,6 +113,7 @@ def _open(
         else dict(zip(("missing_type", "ratio", "both_ratio"), run.pattern, strict=True)),
         precision=options.precision,
         task=task_of(options.task, spec.custom),
+        offset=checkpoint.offset,
         table_name=spec.table_name,
         modalities=tuple(spec.modalities),
         class_names=dataset.class_names(),

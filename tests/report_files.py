@@ -142,7 +142,12 @@ def sha256_of(path: Path) -> str:
 
 
 def write_robustness(
-    run: Path, ids: list[str], rows: list[int], labels: np.ndarray, logits: dict[str, np.ndarray]
+    run: Path,
+    ids: list[str],
+    rows: list[int],
+    labels: np.ndarray,
+    logits: dict[str, np.ndarray],
+    offset: float | None = None,
 ) -> dict[str, Any]:
     """Writes RUN/robustness for logits (N, C) by name of missing type; returns what robustness.json holds."""
     config = json.loads((run / "config.json").read_text())
@@ -166,6 +171,7 @@ def write_robustness(
         classes,
         run / "missing_tables",
         task.name,
+        offset,
     )
     content = measure(subject, split, patterns, resamples=10)
     content["confidence"] = {"level": 0.95, "resamples": 1000} | {

@@ -15,13 +15,16 @@ from PIL import Image
 
 from common.errors import CheckpointError, ConfigError, DataError
 from engine.checkpoint import read_checkpoint
+from engine.decision import best_offset
 from engine.predict import Item, Predictor, load_model, read_items
 from run import command_line
 from runs.export import export
 from tests.conftest import Captured, Workspace
 from tests.data_files import TYPE_NAMES
+from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import ImageKind, InputFormat
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
+from vilt.missing_tables import MissingPattern, load_missing_table
 
 FILMS = DATASETS["mmimdb"]
 
@@ -95,7 +98,7 @@ def test_probabilities_are_those_of_the_evaluation(
     assert {one.missing for one in found} == {TYPE_NAMES[missing_type]}
     for one in found:
         assert tuple(one.probabilities) == MMIMDB_GENRES
-        assert one.labels == tuple(name for name, value in one.probabilities.items() if value > 0.5)
+        assert one.labels == tuple(name for name, value in one.probabilities.items() if value > model.threshold)
 
 
 def test_samples_with_different_modalities_in_one_batch(model: Predictor, films: Films) -> None:
@@ -105,6 +108,36 @@ def test_samples_with_different_modalities_in_one_batch(model: Predictor, films:
         expected = films.logits[missing_type][number].sigmoid()
         assert torch.allclose(torch.tensor(list(found[number].probabilities.values())), expected, atol=1e-6)
         assert found[number].missing == TYPE_NAMES[missing_type]
+
+
+def test_validation_alone_chooses_where_several_labels_are_decided(
+    workspace: Workspace, trained: Path, model: Predictor, tmp_path: Path
+) -> None:
+    """The offset that the checkpoint keeps is the best one on the validation split, at its missing table."""
+    data = ArrowDataset(FILMS, workspace.arrow, "val", 32)
+    pattern = MissingPattern("both", 0.7, 0.5, 0)
+    data.missing_table = load_missing_table(workspace.root / "missing_tables", "mmimdb", "val", pattern, data.n_rows)
+    images: list[Any] = []
+    texts: list[Any] = []
+    for number, missing_type in enumerate(data.missing_type_of_sample):
+        image, text = data.given("image", number), data.given("text", number)
+        images.append(None if missing_type == 2 else Image.open(io.BytesIO(image)))
+        texts.append(None if missing_type == 1 else text)
+    probability = torch.tensor([list(one.probabilities.values()) for one in model.predict(images, texts)])
+    offset = read_checkpoint(trained).offset
+    assert offset == pytest.approx(best_offset(probability.double().logit(), torch.from_numpy(data.label_of_sample)))
+    content = torch.load(trained, weights_only=True)
+    for changed, threshold in ((None, 0.5), (2.0, torch.tensor(-2.0).sigmoid().item())):
+        content["rep"]["offset"] = changed
+        torch.save(content, tmp_path / "other.ckpt")
+        other = load_model(tmp_path / "other.ckpt")
+        assert other.threshold == pytest.approx(threshold)
+        [found] = other.predict(texts=["A ghost story."])
+        assert found.labels == tuple(name for name, value in found.probabilities.items() if value > threshold)
+    content["rep"]["offset"] = "0.5"
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match=r"offset: expected a number, found '0\.5'"):
+        load_model(tmp_path / "other.ckpt")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-mixed", 32, "32-true", 16])
@@ -168,7 +201,7 @@ def write_table(folder: Path, films: Films, suffix: str) -> Path:
 @pytest.mark.parametrize("output", ["csv", "jsonl"])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_a_table_of_samples(
-    trained: Path, films: Films, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, output: str
+    trained: Path, model: Predictor, films: Films, tmp_path: Path, capsys: Captured, suffix: str, output: str
 ) -> None:
     table = write_table(tmp_path / "in", films, suffix)
     target = tmp_path / "out" / f"found.{output}"
@@ -189,8 +222,10 @@ def test_a_table_of_samples(
         assert row["missing"] == TYPE_NAMES[missing_type]
         expected = films.logits[missing_type][number].sigmoid()
         assert torch.allclose(torch.tensor(probabilities[number]), expected, atol=1e-6)
-        assert labels[number] == tuple(name for name, value in zip(MMIMDB_GENRES, expected, strict=True) if value > 0.5)
+        above = (name for name, value in zip(MMIMDB_GENRES, expected, strict=True) if value > model.threshold)
+        assert labels[number] == tuple(above)
     said = capsys.readouterr().out
+    assert f"above a probability of {model.threshold:.3f}" in said
     assert f"{len(rows)} predictions, written to {target}" in said and "film 4" in said and "film 5" not in said
 
 
@@ -397,6 +432,7 @@ def test_an_exported_model_predicts_and_is_measured_as_its_checkpoint(
     card = (out / "README.md").read_text()
     assert all(fact in card for fact in ("predicting", "MM-IMDb", "rep", "70 % both", "Horror"))
     texts = films.texts[:3]
+    assert load_model(out).threshold == load_model(trained).threshold != 0.5
     assert load_model(out).predict(texts=texts) == load_model(trained).predict(texts=texts)
     results = []
     for place in (trained, out):

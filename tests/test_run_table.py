@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from common.errors import ConfigError
+from common.text import AT_OFFSET
 from config import DEFAULTS
 from run import command_line
-from runs.run_table import find_checkpoints, list_runs, sort_runs
+from runs.run_table import describe_runs, find_checkpoints, list_runs, sort_runs
 from tests.conftest import Workspace
 from tests.report_files import edited
 
@@ -199,6 +200,15 @@ def test_the_command(tmp_path: Path, capsys: Captured) -> None:
         rows = list(csv.DictReader(file))
     assert [row["test"] for row in rows] == ["0.75", "0.25", ""]
     assert rows[0]["metric"] == "f1_macro" and rows[0]["folder"] == str(tmp_path / "rep_seed1" / "version_0")
+
+
+def test_macro_f1_at_the_offset_of_validation_has_a_column(tmp_path: Path) -> None:
+    for seed, found in ((0, {AT_OFFSET: 0.5}), (1, {})):
+        run = write_run(tmp_path / f"rep_seed{seed}" / "version_0", seed=seed)
+        edited(run, "test_results.json", metrics={"f1_macro": 0.25, **found})
+    shown = describe_runs(rows := list_runs(tmp_path), tmp_path).splitlines()
+    assert "0.2500 0.5000" in " ".join(shown[2].split()) and "0.2500 –" in " ".join(shown[3].split())
+    assert "f1 macro at offset" in shown[0] and "offset" not in describe_runs(rows[1:], tmp_path)
 
 
 def test_the_table_fits_into_a_narrow_terminal(tmp_path: Path, capsys: Captured, monkeypatch: Patch) -> None:

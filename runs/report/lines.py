@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from common.text import LOWER_IS_BETTER, Estimate, estimate, order_of
+from common.text import AT_OFFSET, LOWER_IS_BETTER, Estimate, estimate, order_of
 from engine.robustness import PATTERN
 from engine.sample_statistics import LEVEL
 from engine.significance import Difference, holm
@@ -56,9 +56,13 @@ class Line:
     @cached_property
     def spreads(self) -> dict[Pattern, Spread]:
         """The task's metric by evaluation pattern, by type and ratio."""
+        return self.spreads_of(self.runs[0].metric)
+
+    def spreads_of(self, metric: str) -> dict[Pattern, Spread]:
+        """Likewise another metric; nothing where the results have none of it."""
         found: dict[Pattern, list[list[float]]] = {}
         for run, results in self.results:
-            cells = results.cells[results.cells.metric == run.metric]
+            cells = results.cells[results.cells.metric == metric]
             for key, values in cells.groupby(list(PATTERN), sort=False).value:
                 found.setdefault(Pattern.of(run.run.spec, *key), []).append(values.tolist())
         types = self.runs[0].run.spec.missing_types
@@ -91,7 +95,11 @@ class Line:
     @cached_property
     def at_own_pattern(self) -> Estimate | None:
         """Mean and deviation over train seeds of the task's metric, at the pattern of the training."""
-        scores = [run.score_at_own_pattern for run in self.runs]
+        return self.estimate_of(self.runs[0].metric)
+
+    def estimate_of(self, metric: str) -> Estimate | None:
+        """Likewise of another metric."""
+        scores = [run.at_own_pattern(metric) for run in self.runs]
         return estimate([score for score in scores if score is not None])
 
     def interval_at(self, pattern: Pattern) -> tuple[float, float] | None:
@@ -153,6 +161,11 @@ class Dataset:
     def metric_title(self) -> str:
         """As texts and figures name it."""
         return metric_title(self.spec.monitor)
+
+    @property
+    def decides_elsewhere(self) -> bool:
+        """Whether any run has macro F1 at an offset that its validation chose, too (`engine/decision.py`)."""
+        return any(line.estimate_of(AT_OFFSET) or line.spreads_of(AT_OFFSET) for line in self.lines)
 
     @property
     def axis_title(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from common.text import estimate
+from common.text import AT_OFFSET, estimate
 from runs.report import figures, tables
 from runs.report.figures import Figure
 from runs.report.lines import Dataset
@@ -69,13 +69,16 @@ def section_of(dataset: Dataset) -> Section:
             parts[-1].notes.append(Note(text, robustness_command(lacking)))
     if dataset.measured:
         parts.append(Part("Missing type × missing ratio", [tables.matrix_table(dataset)]))
-    if (published := tables.published_table(dataset)).rows:
+        if dataset.decides_elsewhere:
+            parts[-1].shown.append(tables.matrix_table(dataset, AT_OFFSET))
+    published = {"Published results": tables.published_table(dataset), "Other papers": tables.rivals_table(dataset)}
+    if published := {title: table for title, table in published.items() if table.rows}:
         ours = tables.ours_table(dataset)
         parts.append(Part("Published results and ours", [ours] if ours.rows else [], notes=_published_notes(dataset)))
         if dataset.is_published:
-            parts[-1].shown.append(published)
+            parts[-1].shown += published.values()
         else:
-            parts[-1].folded["Published results"] = published
+            parts[-1].folded |= published
     if runs:
         parts.append(Part("Training curves"))
         if recorded := [run for run in runs if run.run.curves]:
@@ -124,12 +127,12 @@ def _published_notes(dataset: Dataset) -> list[Note]:
         found = f"ours has {dataset.test_rows:,}" if dataset.test_rows else "the size of ours is not known"
         text = f"the published results are on a test split of {expected:,} items, {found}"
         notes.append(Note(f"Not like for like: {text}."))
-    published = tables.read_published(dataset.key).to_dict("records")
+    published = [pattern.available for pattern in tables.published_of_rep(dataset)]
     outside: dict[Pattern, list[ReportRun]] = {}
     for line in dataset.lines:
-        if not any(tables.is_row(line.pattern, row) for row in published):
+        if line.pattern.available not in published:
             outside.setdefault(line.pattern, []).extend(line.runs)
-    if outside:
+    if published and outside:
         named = listed([f"{_tags(runs)} ({pattern})" for pattern, runs in outside.items()])
         notes.append(Note(f"Trained at patterns that the published table does not have: {named}."))
     return notes

@@ -93,8 +93,6 @@ class ReportRun:
     run: Run
     pattern: Pattern
     """Of the training."""
-    test_score: float | None
-    """The task's metric in the test."""
     robustness: Robustness | None
     environment: dict[str, Any] | None
     backbone: str | None
@@ -106,6 +104,11 @@ class ReportRun:
         return self.run.spec.monitor
 
     @property
+    def test_score(self) -> float | None:
+        """The task's metric in the test."""
+        return self.tested(self.metric)
+
+    @property
     def test_rows(self) -> int | None:
         """Rows of the test split, if they are known; a film with several plots is one."""
         if self.robustness is not None and self.robustness.logits is not None:
@@ -114,14 +117,22 @@ class ReportRun:
 
     @property
     def score_at_own_pattern(self) -> float | None:
-        """The task's metric at the pattern of the training: mean over table seeds, else the test result there."""
+        """The task's metric at the pattern of the training."""
+        return self.at_own_pattern(self.metric)
+
+    def at_own_pattern(self, metric: str) -> float | None:
+        """A metric at the pattern of the training: mean over table seeds, else the test result there."""
         if self.robustness is not None:
             cells = self.robustness.cells
-            same = (cells[list(PATTERN)] == list(self.pattern[:3])).all(axis=1) & (cells.metric == self.metric)
+            same = (cells[list(PATTERN)] == list(self.pattern[:3])).all(axis=1) & (cells.metric == metric)
             if same.any():
                 return float(cells.value[same].mean())
         at = self.run.tested_at
-        return self.test_score if at is not None and Pattern.of(self.run.spec, *at) == self.pattern else None
+        return self.tested(metric) if at is not None and Pattern.of(self.run.spec, *at) == self.pattern else None
+
+    def tested(self, metric: str) -> float | None:
+        """A metric of the test, whatever was missing there; NaN where it is undefined."""
+        return None if self.run.test is None else self.run.test["metrics"].get(metric)
 
 
 def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
@@ -163,9 +174,8 @@ def _read(number: int, run: Run) -> ReportRun:
             published = described["architecture"].items() >= PUBLISHED_SIZES.items()
             backbone = PUBLISHED_BACKBONE if published else without_home(str(described["backbone"]["name"]))
     place = "/".join(Path(without_home(str(run.folder.resolve()))).parts[-2:])
-    score = None if run.test is None else _number(run.test["metrics"][run.spec.monitor])
     robustness, pattern = read_robustness(run), Pattern.of(run.spec, *run.pattern)
-    return ReportRun(f"R{number}", place, run, pattern, score, robustness, environment, backbone)
+    return ReportRun(f"R{number}", place, run, pattern, robustness, environment, backbone)
 
 
 def versions_of(environment: dict[str, Any]) -> dict[str, str]:

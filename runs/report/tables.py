@@ -1,6 +1,5 @@
 """The tables of the report: those of a dataset, of all runs, and of what they ran on."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +11,9 @@ import pandas as pd
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from common.text import AT_OFFSET
 from engine.stored_logits import labels_of, logit_columns_of, matrix_of
-from runs.report.lines import METHODS, Dataset, Line, method_title
+from runs.report.lines import Dataset, Line, method_title
 from runs.report.results import PUBLISHED_BACKBONE, Pattern, ReportRun, versions_of
 from runs.report.table import (
     MISSING,
@@ -31,11 +31,9 @@ from runs.report.table import (
 )
 from runs.report.text import CAPTIONS, Unit, capital, dataset_title, listed_runs, metric_title, without_home
 from runs.run_reader import flat_options
-from vilt.datasets.specs import DATASETS
 from vilt.missing_types import AVAILABLE
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
-SHARES = ["missing_rate", "image_available", "text_available"]
 CONFUSIONS_SHOWN = 10
 MATRIX_CLASSES = 30
 """Most classes that a matrix of confusions has room for."""
@@ -45,6 +43,7 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
     """All runs, whatever they lack. Those that are in none of `datasets` are trials of searches."""
     dataset_of = {run: dataset for dataset in datasets for run in dataset.runs}
     repeats = {run for dataset in datasets for run in dataset.repeats}
+    elsewhere = any(dataset.decides_elsewhere for dataset in datasets)
     rows: list[Row] = []
     for one in runs:
         run, dataset = one.run, dataset_of.get(one)
@@ -63,12 +62,15 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
                 "kind": kind,
                 "best_validation": number(run.best_validation, unit, untrained),
                 "test": number(one.test_score, unit, untested),
+                **({AT_OFFSET: number(one.tested(AT_OFFSET), unit, NOT_APPLICABLE)} if elsewhere else {}),
                 "robustness": "yes" if one.robustness else untrained if dataset else NOT_APPLICABLE,
                 "date": f"{run.started:%Y-%m-%d}",
                 "folder": one.place,
             }
         )
-    return Table("runs", CAPTIONS["runs"], rows, {"best_validation": "Validation"})
+    return Table(
+        "runs", CAPTIONS["runs"], rows, {"best_validation": "Validation", AT_OFFSET: capital(metric_title(AT_OFFSET))}
+    )
 
 
 def versions_table(runs: Sequence[ReportRun]) -> Table:
@@ -122,6 +124,8 @@ def comparison_table(dataset: Dataset) -> Table:
         own, found = mean_std(line.at_own_pattern, unit), dataset.against_best.get(line)
         of_line: Row = {"trained_at": str(line.pattern), "method": line.variant, "seeds": len(line.runs)}
         of_line[metric] = replace(own, strong=dataset.is_significantly_best(line))
+        if dataset.decides_elsewhere:
+            of_line[AT_OFFSET] = mean_std(line.estimate_of(AT_OFFSET), dataset.unit(AT_OFFSET))
         of_line["difference_to_best"] = difference(found.value, unit, found[1:3]) if found else NOT_APPLICABLE
         of_line["p"] = Cell(f"{found.p:.2g}", {"": found.p}) if found else NOT_APPLICABLE
         of_line["trained_parameters"] = _cost(line, "trained_parameters", "{:,.0f}")
@@ -129,7 +133,7 @@ def comparison_table(dataset: Dataset) -> Table:
     for answer, metrics in dataset.baselines.items() if rows else ():
         rows.append({**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer, metric: number(metrics[metric], unit)})
     titles = {"trained_parameters": "Trainable parameters", "training_minutes": "Minutes", "p": "p (Holm)"}
-    titles[metric] = capital(dataset.metric_title)
+    titles |= {name: capital(metric_title(name)) for name in (metric, AT_OFFSET)}
     return Table(f"comparison_{dataset.key}", dataset.caption("comparison"), rows, titles)
 
 
@@ -140,56 +144,89 @@ def _cost(line: Line, name: str, form: str, unit: float = 1) -> Cell:
     return NOT_MEASURED if mean is None else Cell(form.format(mean), {"": mean})
 
 
-def matrix_table(dataset: Dataset) -> Table:
-    """A row per line and missing type, a column per missing ratio; the darker the better. In CSV a row per pattern."""
-    every = [dataset.order(found) for line in dataset.measured for found in line.matrix.values() if found.n]
+def matrix_table(dataset: Dataset, metric: str = "") -> Table:
+    """A row per line and missing type, a column per missing ratio; the darker the better. In CSV a row per pattern.
+
+    Args:
+        metric: another one than that of the task.
+    """
+    of_line = {line: line.spreads_of(metric or dataset.spec.monitor) for line in dataset.measured}
+    every = [dataset.order(found) for of in of_line.values() for found, _ in of.values() if found.n]
     low, width = min(every, default=0), (max(every, default=0) - min(every, default=0)) or 1
-    patterns = list(dict.fromkeys(pattern for line in dataset.measured for pattern in line.matrix))
+    patterns = list(dict.fromkeys(pattern for of in of_line.values() for pattern in of))
     rows: list[Row] = []
-    for line in dataset.measured:
-        for kind in dict.fromkeys(pattern.kind for pattern in line.matrix):
+    for line, spreads in of_line.items():
+        for kind in dict.fromkeys(pattern.kind for pattern in spreads):
             rows.append({"method": line.label, "missing_type": kind})
             rows[-1] |= {f"{100 * ratio:g} %": NOT_APPLICABLE for ratio in sorted({p.ratio for p in patterns})}
-            for pattern, found in line.matrix.items():
+            for pattern, (found, _) in spreads.items():
                 if pattern.kind == kind:
                     shade = (dataset.order(found) - low) / width if found.n else None
                     rows[-1][f"{100 * pattern.ratio:g} %"] = replace(mean_std(found, dataset.unit()), shade=shade)
-            rows[-1]["deviation_over"] = next((spread.over for spread in line.spreads.values()), "") or "one run"
+            rows[-1]["deviation_over"] = next((spread.over for spread in spreads.values()), "") or "one run"
     long: list[Row] = []
     for pattern in patterns:
         shares = {f"{name}{AVAILABLE}": 100 * available for name, available in pattern.available.items()}
-        values = {line.label: mean_std(line.matrix.get(pattern), dataset.unit()) for line in dataset.measured}
+        found_of = {line: of[pattern].estimate if pattern in of else None for line, of in of_line.items()}
+        values = {line.label: mean_std(found, dataset.unit()) for line, found in found_of.items()}
         long.append({"missing_type": pattern.kind, "missing_ratio": 100 * pattern.ratio, **shares, **values})
-    return Table(f"matrix_{dataset.key}", dataset.caption("matrix"), rows, {"deviation_over": "± over"}, long)
+    name = "matrix_at_offset" if metric else "matrix"
+    return Table(f"{name}_{dataset.key}", dataset.caption(name), rows, {"deviation_over": "± over"}, long)
 
 
 def read_published(task: str) -> pd.DataFrame:
-    """The published rows of a dataset: shares of 1, and the methods' results in per cent."""
-    frame = pd.read_csv(PUBLISHED)
-    name = DATASETS[task].make_arrow_name if task in DATASETS else ""
-    frame = frame[frame.dataset == name].reset_index(drop=True)
-    return frame.assign(**frame[SHARES] / 100)
+    """Published results of a dataset, by set (`rep`: its paper's Table 1; others: what else is published), with method,
+    source, venue, protocol, missing_type, ratio, metric, value (ratio and value in per cent), read (from the paper or
+    from notes on it) and note."""
+    frame = pd.read_csv(PUBLISHED, dtype=dict.fromkeys(("value", "ratio"), float), keep_default_na=False)
+    return frame[frame.dataset == task]
+
+
+def published_of_rep(dataset: Dataset) -> dict[Pattern, dict[str, Any]]:
+    """The table of REP's paper: by pattern the rows of `read_published` by method."""
+    found: dict[Pattern, dict[str, Any]] = {}
+    frame = read_published(dataset.key)
+    for row in frame[frame.set == "rep"].to_dict("records"):
+        pattern = Pattern.of(dataset.spec, row["missing_type"], row["ratio"] / 100, 0.5)
+        found.setdefault(pattern, {})[row["method"]] = row
+    return found
 
 
 def published_table(dataset: Dataset) -> Table:
-    """The published Table 1."""
+    """Table 1 of REP's paper, with a star where a number is known to be another one in the paper it comes from."""
     rows: list[Row] = []
-    for row in read_published(dataset.key).to_dict("records"):
-        rows.append({name.replace("rate", "ratio"): 100 * row[name] for name in SHARES})
-        best = max(row[name] for name in METHODS)
-        rows[-1] |= {name: Cell(f"{row[name]:.2f}", {"": row[name]}, strong=row[name] == best) for name in METHODS}
+    for pattern, of_method in published_of_rep(dataset).items():
+        shares = {f"{name}{AVAILABLE}": 100 * share for name, share in pattern.available.items()}
+        rows.append({"missing_ratio": 100 * pattern.ratio, **shares})
+        best = max(row["value"] for row in of_method.values())
+        for method, row in of_method.items():
+            value, star = row["value"], "*" if row["note"] else ""
+            rows[-1][method] = Cell(f"{value:.2f}{star}", {"": value}, strong=value == best)
     return Table(f"published_{dataset.key}", dataset.caption("published"), rows)
+
+
+def rivals_table(dataset: Dataset) -> Table:
+    """What other papers say, by method and pattern."""
+    frame = read_published(dataset.key)
+    rows: list[Row] = [
+        {name: row[name] for name in ("method", "missing_type")}
+        | {"missing_ratio": row["ratio"], "metric": metric_title(row["metric"])}
+        | {"value": Cell(f"{row['value']:.2f}", {"": row["value"]})}
+        | {name: row[name] for name in ("source", "venue", "protocol", "read", "note")}
+        for row in frame[frame.set != "rep"].to_dict("records")
+    ]
+    return Table(f"rivals_{dataset.key}", dataset.caption("rivals"), rows, {"read": "Read in"})
 
 
 def ours_table(dataset: Dataset) -> Table:
     """What lines reach that were trained at a pattern of the published table, evaluated at that pattern, as there. The
-    difference is to the published method of the same name, for the published test split and backbone alone."""
+    difference is to REP's table, the method of the same name, for the published test split and backbone alone."""
     rows: list[Row] = []
-    for row in read_published(dataset.key).to_dict("records"):
+    for pattern, of_method in published_of_rep(dataset).items():
         for line in dataset.lines:
-            if not is_row(line.pattern, row) or (ours := line.at_own_pattern) is None:
+            if line.pattern.available != pattern.available or (ours := line.at_own_pattern) is None:
                 continue
-            theirs: float | None = row.get(method_title(line.runs[0].run))
+            theirs = of_method.get(method_title(line.runs[0].run), {}).get("value")
             published: Value = NOT_APPLICABLE if theirs is None else Cell(f"{theirs:.2f}", {"": theirs})
             backbones = {run.backbone for run in line.runs}
             if theirs is None:
@@ -206,22 +243,17 @@ def ours_table(dataset: Dataset) -> Table:
     return Table(f"ours_{dataset.key}", dataset.caption("ours"), rows)
 
 
-def is_row(pattern: Pattern, row: dict[Any, Any]) -> bool:
-    """Whether a pattern is that of a row of the published table."""
-    ours = (pattern.ratio, *pattern.available.values())
-    return all(math.isclose(available, row[name], abs_tol=1e-6) for available, name in zip(ours, SHARES, strict=True))
-
-
 def confidence_table(dataset: Dataset) -> Table:
     """Every metric of every run where all samples are of one missing type."""
     results = [(line, run, found) for line, run, found in dataset.results if found.raw["confidence"]["resamples"]]
+    titles = {name: capital(metric_title(name)) for _, _, found in results for name in found.raw["metrics"]}
     rows: list[Row] = []
     for line, run, found in results:
         for name, of_type in found.by_type.groupby("type", sort=False):
             of_run: Row = {"method": line.label, "run": run.tag, "seed": str(run.run.config["seed"])}
             ends = {row.metric: (row.value, (row.low, row.high)) for row in of_type.itertuples()}
             cells = {metric: interval(*found_of, dataset.unit(metric)) for metric, found_of in ends.items()}
-            rows.append(of_run | {"test_samples_are": str(name)} | cells)
+            rows.append(of_run | {"test_samples_are": str(name)} | dict.fromkeys(titles, NOT_APPLICABLE) | cells)
     for answer, metrics in dataset.baselines.items() if rows else ():
         of_answer: Row = {**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer}
         cells = {name: number(value, dataset.unit(name)) for name, value in metrics.items()}
@@ -230,7 +262,6 @@ def confidence_table(dataset: Dataset) -> Table:
         {tuple(found.raw["confidence"][name] for name in ("level", "resamples")) for _, _, found in results}
     )
     how = " or ".join(f"{100 * level:g} % from {resamples:,} resamples" for level, resamples in levels)
-    titles = {name: capital(metric_title(name)) for _, _, found in results for name in found.raw["metrics"]}
     return Table(f"confidence_{dataset.key}", dataset.caption("confidence", how=how), rows, titles)
 
 

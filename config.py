@@ -13,7 +13,6 @@ from common.readers import (
     Reader,
     by_key,
     dictionary,
-    file_of,
     flag,
     folder_name,
     gpus,
@@ -210,11 +209,16 @@ class Options:
         False, flag, COMMAND, "robustness: replace stored logits that do not fit checkpoint, test set or precision")
     runs_sort: str = option("date", sort_order, COMMAND, "runs: column to sort by; -date: the other way round")
     input: Path | None = option(
-        None, optional(path), COMMAND, "predict: table with image, text and maybe id, or a folder of images and texts")
-    output: Path = option("predictions.csv", file_of(".csv", ".jsonl"), COMMAND, "predict: file to write")
+        None, optional(path), COMMAND,
+        "predict, embed: table with image, text and maybe id, or a folder of images and texts")
+    split: Split | None = option(
+        None, optional(one_of(*SPLITS)), COMMAND, "embed: split of data_root, in place of input; complete, if it is")
+    output: Path | None = option(None, optional(path), COMMAND,
+        "predict, embed: file to write; None: predictions.csv (or .jsonl), features.npz (or .safetensors)")
     runs: tuple[Path, ...] = option(
         "result", several(path, texts=True), COMMAND, "report, compare: runs, or folders of them")
-    out: Path = option("report", path, COMMAND, "report, export: folder to write")
+    out: Path | None = option(
+        None, optional(path), COMMAND, "report, export: folder to write; None: report, or export beside load_path")
 
     sweep_name: str = option("sweep", folder_name, COMMAND, "sweep: name of its folder, below log_dir")
     sweep_types: tuple[str, ...] = option(

@@ -15,7 +15,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.machine import check_system, cores, print_anywhere
 from common.messages import byte_size, printable
-from common.text import terminal_table
+from common.text import counted, terminal_table
 from engine.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
 from vilt.datasets.specs import EVERY_DATASET
 from vilt.utils.arrow_writer import BAD_SAMPLES, BadSample, BadSamplesError, SplitSummary, convert
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert target is not None
     if bad := [sample for split in splits for sample in split.bad]:
         report = target / f"{spec.name}{BAD_SAMPLES}"
-        print(f"{len(bad):,} bad samples were left out, and are listed in {report}:\n", file=sys.stderr)
+        print(f"left out, and listed in {report}: {counted(len(bad), 'bad sample')}\n", file=sys.stderr)
         print(f"{describe_bad(bad)}\n", file=sys.stderr)
     print(describe(splits, SIGNS if spec.label_range is not None else dataset.class_names))
     if dataset.note:

@@ -1,9 +1,6 @@
 """Training and evaluation of REP: `python run.py with task_finetune_mmimdb data_root=… exp_name=…`.
 
-`python run.py robustness with load_path=…` evaluates at every missing type and ratio; `python run.py runs` lists runs;
-`python run.py report with runs=…` writes a page about them; `python run.py compare with runs=…` says which differ;
-`python run.py print_config` shows the options; `python run.py doctor with …` checks, before a long run, that all it
-needs is there and intact.
+Other commands are called likewise, as in `python run.py robustness with load_path=…`.
 Exit status: 0 done, 2 something the user can correct, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM.
 """
 
@@ -21,7 +18,7 @@ from common.messages import first_line
 from common.signals import Stopped, end_loaders, stopping_on_signals
 from config import DEFAULTS
 from engine.ending import DONE, INTERRUPTED, end_with_our_fault, end_with_signal, end_with_user_error
-from runs.check_options import PREDICTION_OPTIONS, check, read_load_paths, read_options
+from runs.check_options import check, read_load_paths, read_options, read_prediction
 from runs.command_line import is_of_sweep, read_command_line
 from runs.experiment import EX, run_command
 from runs.help import described_options, help_on
@@ -100,21 +97,27 @@ def report(_config: dict[str, Any]) -> None:
     from runs.report import make_report
 
     set_up_logging()
-    print(f"\nwritten to {make_report(options['runs'], options['out'], DEFAULTS)}\n")
+    print(f"\nwritten to {make_report(options['runs'], options['out'] or Path('report'), DEFAULTS)}\n")
 
 
 @EX.command(unobserved=True)
 def predict(_config: dict[str, Any], _run: Any) -> None:
     """Predicts classes of the images and texts that `input` names with load_path, and writes them to `output`."""
-    options = read_options(_config, PREDICTION_OPTIONS)
-    if options["load_path"] is None or options["input"] is None:
-        raise ConfigError(
-            "predict: expected a checkpoint and samples, as in load_path=result/…/best.ckpt input=samples.csv"
-        )
+    options = read_prediction(_config, "predict", "input")
     from runs.prediction import predict_file
 
     set_up_logging()
-    print(f"\n{predict_file(_config, given_options(_run))}\n")
+    print(f"\n{predict_file(_config, options, given_options(_run))}\n")
+
+
+@EX.command(unobserved=True)
+def embed(_config: dict[str, Any], _run: Any) -> None:
+    """Writes the features that load_path has of the samples in `input`, or of a `split`, to `output`."""
+    options = read_prediction(_config, "embed", "input", "split")
+    from runs.prediction import embed_file
+
+    set_up_logging()
+    print(f"\n{embed_file(_config, options, given_options(_run))}\n")
 
 
 @EX.command(unobserved=True)
@@ -162,7 +165,7 @@ def command_line(argv: list[str]) -> int:
         if asked.help:
             print(help_on(asked.command, EX.commands, __doc__ or ""))
             return DONE
-        if asked.command in ("main", "robustness", "predict", "doctor", "features"):
+        if asked.command in ("main", "robustness", "predict", "embed", "doctor", "features"):
             settle_threads()
         with stopping_on_signals():
             run_command(asked)
@@ -180,10 +183,7 @@ def command_line(argv: list[str]) -> int:
     except Exception as error:
         if EX.current_run is None:  # Sacred did not get beyond reading the command line
             return end_with_user_error(error, None, f"command line: {first_line(error)}")
-        if type(error).__name__ == "OutOfMemoryError":  # torch's
-            advice = f"{first_line(error)} A smaller per_gpu_batchsize needs less."
-            return end_with_user_error(error, run_folder(), advice)
-        if isinstance(error, OSError) and (refusal := machine_error(error, run_folder())) is not None:
+        if (refusal := machine_error(error, run_folder())) is not None:
             return end_with_user_error(error, run_folder(), str(refusal))
         return end_with_our_fault(error, run_folder())
     return DONE

@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from common.messages import first_line
+
 
 class UserError(Exception):
     """Base of all errors whose cause lies in what the user gave: options, files, weights."""
@@ -65,13 +67,15 @@ OF_THE_MACHINE = {
 have looked for itself."""
 
 
-def machine_error(error: OSError, folder: Path | None = None) -> MachineError | None:
-    """`error` as one that the user can correct, if it is: the file, and what the system says of it.
+def machine_error(error: Exception, folder: Path | None = None) -> MachineError | None:
+    """`error` as one that the user can correct, if it is: the file, and what the system says of it, or a full GPU.
 
     Args:
         folder: where it was, in case the system names no file, as of a write to an open one.
     """
-    if error.errno not in OF_THE_MACHINE:
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        return MachineError(f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
+    if not isinstance(error, OSError) or error.errno not in OF_THE_MACHINE:
         return None
     if error.filename is None and folder is not None:
         error.filename = str(folder)

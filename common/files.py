@@ -5,6 +5,7 @@ removed when the same target is written again, once it is older than a day.
 """
 
 import csv
+import errno
 import glob
 import json
 import logging
@@ -127,6 +128,10 @@ def _part_of(target: Path) -> Iterator[Path]:
             error.filename = str(target / at.relative_to(part / NEW))
         elif at.is_relative_to(part):
             error.filename = str(target)
+        elif at not in part.parents:
+            raise
+        if error.errno == errno.ENOENT:  # of a place in which nothing can be made, such as /proc
+            raise OSError(errno.EACCES, f"nothing can be made there: {error.strerror}", error.filename) from error
         raise
 
 

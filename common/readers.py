@@ -113,18 +113,6 @@ def may_be_path(name: str) -> bool:
     return "\0" not in name and len(name) < 4096 and max(map(len, parts)) < 256
 
 
-def file_of(*suffixes: str) -> Reader:
-    """Reads the path of a file with one of the suffixes."""
-
-    def read(option: str, value: Any) -> Path:
-        found = path(option, value)
-        if found.suffix not in suffixes:
-            raise wrong(option, f"a file {' or '.join(suffixes)}", value)
-        return found
-
-    return read
-
-
 def optional(reader: Reader) -> Reader:
     """Reads None, an empty text (None too), or what `reader` reads."""
     return lambda option, value: None if value is None or value == "" else reader(option, value)

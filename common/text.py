@@ -67,6 +67,11 @@ def figure(value: float, digits: int = 4) -> str:
     return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
 
 
+def counted(number: int, noun: str, several: str = "") -> str:
+    """`1 run`, `2 runs`; `several` where the plural is no `s` more."""
+    return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
+
+
 def baseline_texts(baselines: Mapping[str, Any], metric: str) -> list[str]:
     """`always the 15 most frequent classes: f1_macro 0.1893`, of each baseline that a results file has."""
     values = {each["answer"]: each["metrics"].get(metric) for each in baselines.values()}

@@ -14,9 +14,10 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from common.errors import CheckpointError
 from common.signals import STOP_SIGNALS, Stopped, stop_now
-from common.text import figure, order_of
-from engine.checkpoint import DESCRIPTION
+from common.text import counted, figure, order_of
 from engine.checkpoint_file import write_checkpoint
+from engine.exported import DESCRIPTION
+from engine.metrics_log import MetricsLogger
 from engine.training import FinetuneModule
 from vilt.datamodules import Batch, TimedLoader
 
@@ -153,6 +154,9 @@ class Checkpoints(Checkpoint):
 
     def _write_last(self, trainer: pl.Trainer) -> None:
         began = time.monotonic()
+        for logger in trainer.loggers:  # a run resumed from here measures nothing of these steps again
+            if isinstance(logger, MetricsLogger):
+                logger.experiment.write()
         trainer.save_checkpoint(self.folder / "last.ckpt")  # by AtomicCheckpointIO; all processes take part
         self._kept_step, self._kept_at = trainer.global_step, time.monotonic()
         self.seconds += self._kept_at - began
@@ -259,7 +263,8 @@ class Report(pl.Callback):
             parts = {"data": _loader(trainer).waited, **self._seconds, "checkpoints": self.checkpoints.seconds}
             parts["rest"] = max(0.0, total - sum(parts.values()))
             text = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items())
-            speed = f"{self._samples:,} training samples in {total:.1f} s, {self._samples / total:.1f} per second"
+            samples = counted(self._samples, "training sample")
+            speed = f"{samples} in {total:.1f} s, {self._samples / total:.1f} per second"
             log.info("epoch %d: %s\n  %s", epoch, speed, text)  # within 80 columns
         self._begin(trainer)
 

@@ -24,23 +24,22 @@ from common.hashing import file_sha256
 from common.messages import first_line, quoted
 from common.records import record_of
 from common.torch_file import check_state, first_of, state_dict_of, unwrapped_names
-from engine.exported import WEIGHTS, is_exported, read_exported
+from engine.exported import DESCRIPTION, WEIGHTS, is_exported, read_exported
 from engine.families import BackboneChoice, family_of
 from engine.published_checkpoint import load_checkpoint_file, model_names, published_model, published_vla
 from engine.tasks import task_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, VLA, DatasetSpec, spec_of, with_shapes
+from vilt.missing_tables import NESTED
 from vilt.utils.names import normal
 from vla.weights import Module
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-DESCRIPTION = "rep"
-"""Key of a checkpoint under which it says what it is."""
 OFFSET = "offset"
-"""Likewise, of what it says."""
+"""Key of what a checkpoint says, of its offset."""
 OF_TRAINING = "epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "MissingModalityData"
 """Entries that resuming a training takes, none of them empty."""
 
@@ -74,6 +73,19 @@ class TokenizerUsed:
 
 
 @dataclass(frozen=True)
+class TrainedAt:
+    """The missing pattern of a training, its seed, and the code that it ran."""
+
+    missing_type: str
+    ratio: float | int
+    both_ratio: float | int
+    seed: int
+    drawing: str = NESTED
+    commit: str | None = None
+    """Of the git checkout, with `-dirty` where files were changed; None outside of one."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint file, read and understood."""
 
@@ -94,6 +106,8 @@ class Checkpoint:
     """SHA-256 of what it was trained on, see `engine/contents.py`; empty where it does not say it."""
     offset: float | None = None
     """Of the logits, chosen on validation (see `engine/decision.py`); None where it has none."""
+    training: TrainedAt | None = None
+    """None where it does not say it."""
 
     @property
     def published(self) -> bool:
@@ -109,6 +123,7 @@ def describe(
     tokenizer: TokenizerUsed | None = None,
     contents: Mapping[str, str] | None = None,
     offset: float | None = None,
+    training: TrainedAt | None = None,
 ) -> dict[str, Any]:
     """The plain values that a checkpoint holds under DESCRIPTION."""
     return {
@@ -123,6 +138,7 @@ def describe(
         **({"tokenizer": asdict(tokenizer)} if tokenizer is not None else {}),
         **({"custom": asdict(spec.custom)} if spec.custom is not None else {}),
         **({OFFSET: offset} if offset is not None else {}),
+        **({"training": asdict(training)} if training is not None else {}),
     }
 
 
@@ -253,6 +269,7 @@ def _described_model(described: Any) -> dict[str, Any]:
         "tokenizer": record_of(TokenizerUsed, described["tokenizer"]) if "tokenizer" in described else None,
         "contents": {str(name): str(sha256) for name, sha256 in dict(described.get("contents", {})).items()},
         "offset": offset,
+        "training": record_of(TrainedAt, described["training"]) if "training" in described else None,
     }
 
 

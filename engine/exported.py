@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-KIND = "rep"
-"""`model_type` in config.json, and the key there of what a checkpoint says of its model."""
+DESCRIPTION = "rep"
+"""Key of a checkpoint, and of config.json, under which it says what it is; also the `model_type` there."""
 
 
 def is_exported(folder: Path) -> bool:
@@ -25,7 +25,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_exported(weights: Path) -> dict[str, Any]:
-    """What the checkpoint that was exported held: its entries, and what it said of its model under KIND.
+    """What the checkpoint that was exported held: its entries, and what it said of its model under DESCRIPTION.
 
     Raises:
         CheckpointError: it is damaged, or of another kind.
@@ -34,9 +34,11 @@ def read_exported(weights: Path) -> dict[str, Any]:
 
     try:
         config = read_json(weights.with_name(CONFIG))
-        if not isinstance(config, dict) or config.get("model_type") != KIND:
-            raise ValueError(f"{weights.with_name(CONFIG)}: expected model_type {KIND}, as `run.py export` writes it")
-        return {"state_dict": load_file(weights), KIND: config[KIND]}
+        if not isinstance(config, dict) or config.get("model_type") != DESCRIPTION:
+            raise ValueError(
+                f"{weights.with_name(CONFIG)}: expected model_type {DESCRIPTION}, as `run.py export` writes it"
+            )
+        return {"state_dict": load_file(weights), DESCRIPTION: config[DESCRIPTION]}
     except Exception as error:  # safetensors raises its own on damaged files
         raise CheckpointError(f"{weights}: not readable as an exported model: {first_line(error)}") from error
 
@@ -54,5 +56,5 @@ def write_exported(out: Path, state: "dict[str, Tensor]", described: dict[str, A
     with new_folder(out) as folder:
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
-        write_json(folder / CONFIG, {"model_type": KIND, KIND: described})
+        write_json(folder / CONFIG, {"model_type": DESCRIPTION, DESCRIPTION: described})
         (folder / CARD).write_text(card, "utf-8")

@@ -23,6 +23,7 @@ from torch import Tensor
 from common.errors import CheckpointError, DataError, UserError, reason_of
 from common.files import atomic_path
 from common.messages import quoted
+from common.text import counted
 from engine.stored_logits import (
     DESCRIPTION,
     FORMAT,
@@ -216,7 +217,7 @@ def encode(
     dataset = data.datasets["test"]
     for number, missing_type in enumerate(lacking, start=1):
         name = store.type_names[missing_type]
-        log.info("encoding %d of %d: %s, %d samples", number, len(lacking), name, len(dataset))
+        log.info("encoding %d of %d: %s, %s", number, len(lacking), name, counted(len(dataset), "sample"))
         dataset.missing_table = np.full(dataset.n_rows, missing_type, dtype=np.int8)
         trainer.test(module, datamodule=data, verbose=False)
         assert module.collected is not None and len(module.collected[0]) == len(dataset)

@@ -1,6 +1,7 @@
-"""`metrics.csv`, of which no line is lost when its columns change."""
+"""`metrics.csv`: a row for each step, of which none is lost when its columns change."""
 
 import csv
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from common.files import atomic_path
+
+FIRST = ("epoch", "step", "seconds")
+"""Columns in front, which say when a row was measured; the others are metrics."""
 
 
 class MetricsLogger(CSVLogger):
@@ -22,14 +26,55 @@ class MetricsLogger(CSVLogger):
             self._experiment = _Writer(self.log_dir)
         return self._experiment
 
+    def finalize(self, status: str) -> None:
+        """Writes the newest step too, which no further value may follow."""
+        if self._experiment is not None:
+            self.experiment.write()
+
 
 class _Writer(ExperimentWriter):
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """As Lightning's, which empties the file first: a run killed there would lose all its metrics."""
+    """What is measured of one step at several moments is one row, which is written once the next step begins."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self._began = time.monotonic()
+        self._written: int | None = None
+        """Step of the newest row in the file."""
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Adds to the row of `step`, or begins it."""
+        super().log_metrics(metrics_dict, step)
+        *before, new = self.metrics
+        if before and before[-1]["step"] == new["step"]:
+            before[-1] |= new
+            self.metrics = before
+        else:
+            new["seconds"] = round(time.monotonic() - self._began, 3)
+
+    def save(self) -> None:
+        """Writes the rows of steps that are over; Lightning calls it whenever it has measured something."""
+        self.write(self.metrics[:-1])
+
+    def write(self, rows: list[dict[str, float]] | None = None) -> None:
+        """Writes `rows`, by default all: what follows of the newest step is added to its row in the file."""
+        rows = self.metrics if rows is None else rows
+        if not rows:
+            return
         path = Path(self.metrics_file_path)
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = list(csv.DictReader(file))
-        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames)
-            writer.writeheader()
-            writer.writerows(lines)
+        columns = [*FIRST, *sorted({*self.metrics_keys, *set().union(*rows)} - set(FIRST))]
+        if columns == self.metrics_keys and rows[0]["step"] != self._written:
+            with path.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, columns).writerows(rows)
+        else:  # completely or not at all: a run killed here would lose its metrics
+            lines: list[dict[str, Any]] = []
+            if path.is_file():
+                with path.open(encoding="utf-8", newline="") as file:
+                    lines = list(csv.DictReader(file))
+            if lines and rows[0]["step"] == self._written:
+                rows = [{**rows[0], **{name: value for name, value in lines.pop().items() if value}}, *rows[1:]]
+            with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows([*lines, *rows])
+        self.metrics_keys, self._written = columns, int(rows[-1]["step"])
+        self.metrics = self.metrics[len(rows) :]

@@ -9,46 +9,39 @@ for prediction in model.predict(images=["poster.jpg", None], texts=["Two friends
 
 import csv
 import json
-import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pytorch_lightning.utilities import move_data_to_device
+from safetensors.numpy import save
 from torch.utils.data import DataLoader, Dataset
 
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.interfaces import ModelInput
 from common.errors import ConfigError, DataError, reason_of
 from common.files import atomic_path
-from common.messages import first_line, listed, printable
-from common.text import natural_key, per_cent, terminal_table
+from common.messages import first_line, printable
+from common.text import per_cent, terminal_table
 from engine.checkpoint import Checkpoint, read_checkpoint
 from engine.families import BackboneChoice
+from engine.items import ImageInput, Item, items_of_lists
 from engine.metrics import are_predicted
 from engine.open_model import COMPUTE_TYPES, open_model
 from engine.recordings import in_samples, named
 from engine.training import model_input
-from vilt.datamodules import Batch, collate
+from vilt.datamodules import collate
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.kinds import KINDS, InputFormat, kinds_of
 from vilt.datasets.specs import DatasetSpec
-from vilt.utils.array_files import SUFFIXES, samples_of_arrays
-from vilt.utils.names import find_file, normal
-from vilt.utils.tables import DELIMITERS, table_rows
-from vilt.utils.write_custom import missing as is_missing
-
-log = logging.getLogger("rep")
 
 SHOWN = 5
 """Predictions that the terminal shows."""
-
-ImageInput = str | Path | Image.Image | None
 
 
 @dataclass(frozen=True)
@@ -63,18 +56,6 @@ class Prediction:
     """Of every class, by its name."""
     value: float | None = None
     """Of a model of numbers, which has no classes."""
-
-
-class Item(NamedTuple):
-    """One sample."""
-
-    id: str
-    inputs: dict[str, Any]
-    """By modality, of those that it has, what `Kind.read_given` takes."""
-    place: str
-    """How messages call it."""
-    times: tuple[float, float] | None = None
-    """Of a sample of a recording: from and to, in seconds."""
 
 
 class Predictor:
@@ -121,20 +102,22 @@ class Predictor:
         Raises:
             DataError: the two are not of one length, a sample has neither, or an image cannot be read.
         """
-        for name, values in {"images": images, "texts": texts}.items():
-            if isinstance(values, str | Path | Image.Image):
-                raise DataError(f"{name}: expected a list, found {type(values).__name__}; of one sample a list of one")
-        count = len(images if images is not None else texts if texts is not None else [])
-        images = [None] * count if images is None else images
-        texts = [None] * count if texts is None else texts
-        if len(images) != len(texts):
-            raise DataError(f"expected as many images as texts, found {len(images)} and {len(texts)}")
-        pairs = zip(images, texts, strict=True)
-        items = [
-            Item(str(n), {name: value for name, value in given.items() if not is_missing(value)}, f"sample {n}")
-            for n, given in enumerate({"image": image, "text": text} for image, text in pairs)
-        ]
-        return list(self.predict_items(items, batch_size=batch_size))
+        return list(self.predict_items(items_of_lists(images, texts), batch_size=batch_size))
+
+    def embed(
+        self,
+        images: Sequence[ImageInput] | None = None,
+        texts: Sequence[str | None] | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> dict[str, np.ndarray]:
+        """Features of samples that are given as for `predict`, which raises the same errors.
+
+        Returns:
+            `features/MODALITY` float32 (N, E), zero where a sample lacks it; `fused` float32 (N, F), what the head
+            classifies; `present/MODALITY` bool (N,).
+        """
+        return joined(self.features(self.samples(items_of_lists(images, texts)), batch_size=batch_size))
 
     def predict_recording(
         self, signals: Mapping[str, np.ndarray | str | Path | None], *, batch_size: int = 32
@@ -157,21 +140,39 @@ class Predictor:
         Raises:
             DataError: an item has no input, or one that cannot be read; names it.
         """
-        loader = DataLoader(
-            _Items(items, self.dataset, self.inputs),
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=partial(collate, kinds_of(self.dataset), once=True),
-        )
-        for batch in loader:
+        for batch in self._batches(self.samples(items), batch_size, workers):
             yield from self._predictions(batch)
 
+    def samples(self, items: Sequence[Item]) -> Dataset[Sample]:
+        """The samples behind items. Raises DataError where one has no input."""
+        return _Items(items, self.dataset, self.inputs)
+
+    def features(
+        self, samples: Dataset[Sample], *, batch_size: int, workers: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The features of batches of samples, in order; see `embed`."""
+        for batch in self._batches(samples, batch_size, workers):
+            with torch.inference_mode(), self._autocast():
+                features, _ = self._classifier.features(batch)
+                fused_BF = self._classifier.model.fuse(features, batch.present_BM)
+            found = {"fused": fused_BF.float()}
+            for name, present_B in zip(self.dataset.modalities, batch.present_BM.unbind(dim=1), strict=True):
+                found |= {f"features/{name}": features[name].float() * present_B[:, None], f"present/{name}": present_B}
+            yield {name: tensor.cpu().numpy() for name, tensor in found.items()}
+
+    def _batches(self, samples: Dataset[Sample], batch_size: int, workers: int) -> Iterator[ModelInput]:
+        collated = partial(collate, kinds_of(self.dataset), once=True)
+        for batch in DataLoader(samples, batch_size=batch_size, num_workers=workers, collate_fn=collated):
+            yield model_input(move_data_to_device(batch, self.device))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+
     @torch.inference_mode()
-    def _predictions(self, batch: Batch) -> list[Prediction]:
-        moved = move_data_to_device(batch, self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            logits_BC = self._classifier(model_input(moved)).float().cpu()
-        missing_of = [self.dataset.type_names[code] for code in model_input(batch).missing_type_B.tolist()]
+    def _predictions(self, batch: ModelInput) -> list[Prediction]:
+        with self._autocast():
+            logits_BC = self._classifier(batch).float().cpu()
+        missing_of = [self.dataset.type_names[code] for code in batch.missing_type_B.tolist()]
         if self.dataset.label_range is not None:
             return [
                 Prediction(missing, (), {}, x) for missing, x in zip(missing_of, logits_BC[:, 0].tolist(), strict=True)
@@ -186,6 +187,12 @@ class Predictor:
                 labels = [self.class_names[int(np.argmax(probability_C))]]
             predictions.append(Prediction(missing, tuple(labels), named))
         return predictions
+
+
+def joined(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of batches, one behind the other."""
+    parts = list(batches)
+    return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 class _Items(Dataset[Sample]):
@@ -252,95 +259,21 @@ def load_model(
     return Predictor(checkpoint, classifier, found, where, str(precision))
 
 
-def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
-    """The samples in a CSV, TSV or JSONL with a column for each modality and maybe `id`, or in a folder.
-
-    Of arrays a `.npz` or a pickle holds (N, …) by modality, and maybe `id`; a modality that it lacks is missing.
-    Texts stand in the table, for other inputs the path of a file, relative to the table. In a folder, files of one name
-    are one sample: a text for `NAME.jpg` is in `NAME.txt` beside it. Files are taken in the order of their names,
-    folders within it too. A recording of sensors is as many samples as it holds.
+def write_features(path: Path, arrays: Mapping[str, np.ndarray], ids: Sequence[str]) -> None:
+    """Writes a `.npz` with the ids as `id`, or a `.safetensors` with them as JSON in its metadata, or nothing.
 
     Raises:
-        DataError: it is not there or holds nothing, or a row is not as expected; names file and row.
+        DataError: the file cannot be written.
     """
-    if source.suffix.lower() in (".npz", *SUFFIXES):
-        items = [
-            Item(name, inputs, place) for name, inputs, place in samples_of_arrays(source, list(dataset.modalities))
-        ]
-    else:
-        items = _items_of_folder(source, dataset) if source.is_dir() else _items_of_table(source, dataset)
-    if not items:
-        raise DataError(f"input={source}: expected at least one sample, found none")
-    return in_samples(items, dataset)
-
-
-def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
-    if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
-        there = "another file" if source.exists() else "nothing there"
-        raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl, found {there}")
-    items, kinds = [], kinds_of(dataset)
-    for row, values in table_rows(source, [*kinds, "id"], [], [name for name, kind in kinds.items() if kind.in_file]):
-        place = f"{source}, row {row}"
-        if not kinds.keys() & values.keys():
-            names = f"{', '.join(map(repr, kinds))} or {'both' if len(kinds) == 2 else 'some of them'}"
-            raise DataError(f"{place}: expected the columns {names}, found {listed(list(values))}")
-        cells = {name: _cell(values.get(name), name, place) for name in kinds}
-        inputs: dict[str, Any] = {name: cell for name, cell in cells.items() if cell}
-        for name in inputs.keys() & {name for name, kind in kinds.items() if kind.in_file}:
-            inputs[name] = _file(source.parent, inputs[name], place)
-        items.append(Item(str(row if values.get("id") is None else values["id"]), inputs, place))
-    return items
-
-
-def _cell(value: object, name: str, place: str) -> str | None:
-    """A text; None where it is absent or blank."""
-    if is_missing(value):
-        return None
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {name}: expected a text, found {json.dumps(value)[:80]}")
-    return value
-
-
-def _file(folder: Path, name: str, place: str) -> Path:
+    with_ids: dict[str, Any] = {"id": np.array(ids), **arrays}
     try:
-        return find_file(folder, name)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            if path.suffix == ".npz":
+                np.savez(file, **with_ids)
+            else:
+                file.write(save(dict(arrays), {"id": json.dumps(list(ids))}))
     except OSError as error:
-        raise DataError(f"{place}: {name}: cannot be read: {reason_of(error)}") from error
-
-
-def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
-    kinds = kinds_of(dataset)
-    name_of = {suffix: name for name, kind in kinds.items() for suffix in kind.suffixes}
-    if len(set(kinds.values())) < len(kinds):
-        raise DataError(f"input={source}: expected a table, as several of {', '.join(kinds)} are files of one kind")
-    inputs_of: dict[str, dict[str, Any]] = {}
-    others: list[str] = []
-    for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
-        # Hidden files are none of the user's: macOS keeps attributes of NAME.jpg in ._NAME.jpg.
-        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-        if hidden:
-            continue
-        if (name := name_of.get(path.suffix.lower())) is None:
-            others.append(path.relative_to(source).as_posix())
-            continue
-        stem = normal(str(path.relative_to(source).with_suffix("")))
-        if (other := inputs_of.setdefault(stem, {}).setdefault(name, path)) is not path:
-            raise DataError(f"{path}: expected one file of this name, found {other.name} too")
-    if others:
-        log.warning(
-            "input=%s: left out, as files of other kinds than %s: %s", source, " ".join(name_of), listed(others)
-        )
-    items = []
-    for stem, inputs in sorted(inputs_of.items(), key=lambda item: natural_key(item[0])):
-        for name, path in list(inputs.items()):
-            if not kinds[name].in_file:
-                try:
-                    inputs[name] = path.read_text("utf-8-sig")
-                except (OSError, UnicodeDecodeError) as error:
-                    raise DataError(f"{path}: not readable as text in UTF-8: {error}") from error
-        given = {name: value for name, value in inputs.items() if str(value).strip()}
-        items.append(Item(stem, given, str(source / stem)))
-    return items
+        raise DataError(f"output={path}: cannot be written: {reason_of(error)}") from error
 
 
 def write_predictions(
@@ -355,7 +288,6 @@ def write_predictions(
     """
     first: list[Prediction] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             times = ("start_s", "end_s") if any(item.times for item in items) else ()

@@ -12,7 +12,7 @@ from vilt.datasets.row import DatasetSpec, Modality
 from vilt.utils.mapped_array import MappedArray
 
 if TYPE_CHECKING:
-    from engine.predict import Item
+    from engine.items import Item
 
 log = logging.getLogger("rep")
 

@@ -17,7 +17,7 @@ from common.errors import CheckpointError, DataError
 from common.locks import locked
 from common.messages import first_line
 from common.strict_json import read_json
-from common.text import natural_key
+from common.text import counted, natural_key
 from engine.checkpoint_file import check_intact
 from engine.contents import CONTENTS_FILE, OF_TEST, other_contents
 
@@ -103,7 +103,7 @@ def find_progress(ours: Training) -> Progress:
         trained = epochs >= config["max_epoch"] or steps >= (config["max_steps"] or math.inf)
         if trained and not config["test_after_fit"]:
             return Progress(finished=path.parent)
-        log.info("resume_from=auto: resumes from %s (%d epochs, %d steps)", path, epochs, steps)
+        log.info("resume_from=auto: resumes from %s (%s, %s)", path, counted(epochs, "epoch"), counted(steps, "step"))
         return Progress(checkpoint=path)
     log.info("resume_from=auto: no checkpoint of this run in %s; starts from the beginning", ours.parent)
     return Progress()

@@ -14,8 +14,10 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import ModelInput
 from clip.modules.registry import PRETRAINING
 from common.errors import NonFiniteLossError
-from engine.checkpoint import DESCRIPTION, OFFSET, ModelSpec, kept_state, load_kept_state
+from common.text import counted
+from engine.checkpoint import OFFSET, ModelSpec, kept_state, load_kept_state
 from engine.decision import best_offset
+from engine.exported import DESCRIPTION
 from engine.numerics import FiniteWatch, NotFinite, first_not_finite
 from engine.optimization import (
     OptimizerSettings,
@@ -206,7 +208,7 @@ class FinetuneModule(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         self._check_finite()
         if self._watch.skipped:
-            log.info("%d optimiser steps skipped so far: gradients not finite", self._watch.skipped)
+            log.info("%s skipped so far: gradients not finite", counted(self._watch.skipped, "optimiser step"))
         metrics = self._log_metrics("train")
         # Lightning would write the line after the checkpoint of the epoch's end, and a run killed between lose it.
         for logger in self.trainer.loggers if metrics else []:

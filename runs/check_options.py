@@ -20,9 +20,11 @@ from vilt.missing_tables import PUBLISHED
 PUBLISHED_INTERVALS: dict[str, dict[str | None, float]] = {"hatememes": {None: 0.1, "dcp": 0.11}}
 """Epochs between validations, by task and method, where they are not 0.2."""
 PREDICTION_OPTIONS = (
-    *("load_path", "input", "output", "per_gpu_batchsize"),
+    *("load_path", "output", "per_gpu_batchsize"),
     *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed", "image_size"),
 )
+OUTPUTS = {"predict": ("predictions.csv", ".csv", ".jsonl"), "embed": ("features.npz", ".npz", ".safetensors")}
+"""By command, the file that it writes by default, and the suffixes that others may have."""
 
 
 def check(config: Mapping[str, Any]) -> Options:
@@ -97,6 +99,19 @@ def read_with_machine(config: Mapping[str, Any], names: Iterable[str]) -> dict[s
     values = read_options(config, [*names, "num_gpus", "num_workers", "precision"])
     _settle_machine(values)
     return values
+
+
+def read_prediction(config: Mapping[str, Any], command: str, *sources: str) -> dict[str, Any]:
+    """The options of predict and embed, of which one of `sources` names the samples. Raises ConfigError."""
+    options = read_options(config, [*PREDICTION_OPTIONS, *sources])
+    if options["load_path"] is None or sum(options[source] is not None for source in sources) != 1:
+        samples = " or ".join({"input": "input=samples.csv", "split": "split=test"}[source] for source in sources)
+        raise ConfigError(f"{command}: expected a checkpoint and samples, as in load_path=result/…/best.ckpt {samples}")
+    default, *suffixes = OUTPUTS[command]
+    options["output"] = options["output"] or Path(default)
+    if options["output"].suffix not in suffixes:
+        raise wrong("output", f"a file {' or '.join(suffixes)}", str(options["output"]))
+    return options
 
 
 def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from common.errors import ConfigError, DataError, reason_of
 from common.readers import integer, several, text
 from common.strict_json import write_json
-from common.text import baseline_texts, figure, pattern_text, per_cent, terminal_table
+from common.text import baseline_texts, counted, figure, pattern_text, per_cent, terminal_table
 from engine.sample_statistics import LEVEL
 from runs.check_options import read_options
 from runs.compare import Group, Settings, compare_runs, logits_path, pattern_title
@@ -128,7 +128,7 @@ def _text(group: Group) -> str:
     heads = ["", "missing", "first", "second", "differ", interval, "ahead", "p "]
     return "\n".join(
         [
-            f"\n{group.dataset} test, {group.samples:,} samples, {group.task.monitor}; trained at "
+            f"\n{group.dataset} test, {counted(group.samples, 'sample')}, {group.task.monitor}; trained at "
             f"{pattern_text(*group.trained_at)}",
             *known,
             *(f"     {text}" for text in baseline_texts(group.baselines, group.task.monitor)),
@@ -146,9 +146,9 @@ def _legend(total: int, settings: Settings) -> list[str]:
     lines = [
         f"differ: mean over pairs of training seeds and over missing tables (seeds "
         f"{', '.join(map(str, settings.table_seeds))})",
-        f"interval: bootstrap, {settings.resamples:,} resamples of test samples and, where several, of training seeds",
+        f"interval: bootstrap, {settings.resamples:,} times resampled: test samples and, where several, training seeds",
         "ahead: pairs of training seeds in which the first is better",
-        f"p: paired permutation test over samples, Holm-corrected for {total} comparisons",
+        f"p: paired permutation test over samples, Holm-corrected for {counted(total, 'comparison')}",
         f"*: significant, p at most {1 - LEVEL:g} and 0 outside of the interval",
     ]
     if total / (settings.permutations + 1) > 1 - LEVEL:

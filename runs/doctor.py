@@ -29,6 +29,7 @@ from clip.backbone import Backbone
 from clip.tokenizer import ClipTokenizer
 from common.errors import CheckupError, ConfigError, DataError, UserError
 from common.messages import byte_size, listed, quoted
+from common.text import counted
 from config import Options
 from engine.families import family_of
 from runs.check_options import check_together, resolve
@@ -132,11 +133,12 @@ class Doctor:
 
     def check_options(self) -> Found:
         check_together(self.options)
-        return "ok", f"{self.options.batch_size} samples a step, {self.options.max_epoch} epochs"
+        return "ok", f"{counted(self.options.batch_size, 'sample')} a step, {counted(self.options.max_epoch, 'epoch')}"
 
     def check_device(self) -> Found:
         if not self.options.num_gpus:
-            return "warn", f"no GPU in use, {torch.get_num_threads()} threads: a published training takes days"
+            threads = counted(torch.get_num_threads(), "thread")
+            return "warn", f"no GPU in use, {threads}: a published training takes days"
         free, total = torch.cuda.mem_get_info()
         memory = f"{byte_size(free)} of {byte_size(total)} free"
         device = f"{self.options.num_gpus} × {torch.cuda.get_device_name()}, {memory}"
@@ -172,7 +174,7 @@ class Doctor:
         root = options.missing_table_root
         data.missing_table = load_missing_table(root, spec.table_name, split, pattern, data.n_rows)
         what = " (one per text)" if spec.column_of("text") else ""
-        facts = [f"{data.n_rows:,} rows, {len(data):,} samples{what}"]
+        facts = [f"{counted(data.n_rows, 'row')}, {counted(len(data), 'sample')}{what}"]
         of_types, remarks = type_counts(data.missing_table, spec.type_names), []
         facts += [f"{count:,} {kind}" for kind, count in of_types.items()]
         if data.n_rows not in (published := spec.published_rows.get(split, (data.n_rows,))):
@@ -190,7 +192,7 @@ class Doctor:
             lengths, most = tokens.argmax(axis=1) - 1, tokens.shape[1] - 2  # without <start> and <end>
             facts.append(f"{np.median(lengths):.0f} tokens (median), {(lengths == most).mean():.0%} fill all {most}")
             if empty := int((lengths == 0).sum()):
-                remarks.append(f"{empty:,} empty texts")
+                remarks.append(counted(empty, "empty text"))
         self.datasets[split] = data
         return "warn" if remarks else "ok", "; ".join([", ".join(facts), *remarks])
 
@@ -209,7 +211,7 @@ class Doctor:
         loading = time.perf_counter() - began
         samples = {split: len(dataset) for split, dataset in self.datasets.items()}
         run = timedelta(seconds=math.ceil(run_seconds(options, loading, timer.seconds, samples)))
-        speed = f"{timer.seconds:.2f} s to train on {batch} samples, {loading:.2f} s to load them"
+        speed = f"{timer.seconds:.2f} s to train on {counted(batch, 'sample')}, {loading:.2f} s to load them"
         speed += f", peak memory {byte_size(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
         slow = loading / max(1, options.num_workers) > timer.seconds
         hints = ["loading is slower than training (image_cache=True keeps decoded images)"] if slow else []

@@ -17,7 +17,7 @@ from clip.modules.classifier import MissingModalityClassifier
 from common.errors import CheckpointError, ConfigError, DataError
 from common.messages import listed
 from common.strict_json import write_json
-from common.text import AT_OFFSET, baseline_texts, figure
+from common.text import AT_OFFSET, baseline_texts, counted, figure
 from config import Options
 from engine.baselines import baselines
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
@@ -167,7 +167,7 @@ def test(
         print(f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})")
         print(
             f"  {options.task} test, {pattern.ratio:.0%} missing ({pattern.missing_type}), seed {pattern.seed}\n"
-            f"  {module.tested_samples:,} samples: {counts}"
+            f"  {counted(module.tested_samples, 'sample')}: {counts}"
         )
         for metric, value in module.test_metrics.items():
             print(f"  test/{metric:<19} {figure(value)}")
@@ -177,7 +177,7 @@ def test(
             print("  no offset of the logits was chosen on validation: decided at a probability of 1/2 alone")
         for name, of_type in by_type.items() if len(by_type) > 1 else ():
             shown = figure(of_type[module.task.monitor])
-            print(f"  {name}, {of_type['samples']:,} samples: {module.task.monitor} {shown}")
+            print(f"  {name}, {counted(of_type['samples'], 'sample')}: {module.task.monitor} {shown}")
         print("".join(f"  {text}\n" for text in baseline_texts(found, module.task.monitor)), end="")
         print(f"  written to {folder / 'test_results.json'}\n")
     return module.test_metrics

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CheckpointError, ConfigError
-from common.text import figure, pattern_text, per_cent
+from common.text import counted, figure, pattern_text, per_cent
 from engine.checkpoint import Checkpoint, describe, read_checkpoint
 from engine.exported import write_exported
 from runs.run_reader import Run, find_runs
@@ -49,8 +49,8 @@ Classes: {classes}.
 """
 
 
-def export(load_path: Path | None, out: Path) -> str:
-    """Writes the model of a checkpoint into the folder `out`; says so.
+def export(load_path: Path | None, out: Path | None = None) -> str:
+    """Writes the model of a checkpoint into the folder `out`, by default `export` beside it; says so.
 
     Raises:
         CheckpointError: it is none, or one of the published code, which holds its backbone.
@@ -61,16 +61,10 @@ def export(load_path: Path | None, out: Path) -> str:
     checkpoint = read_checkpoint(load_path)
     if checkpoint.published:
         raise CheckpointError(f"{load_path}: a checkpoint of the published code; expected one of this program")
-    spec = checkpoint.spec
-    described = describe(
-        spec,
-        str(checkpoint.backbone_name),
-        str(checkpoint.backbone_sha256),
-        checkpoint.class_names,
-        checkpoint.tokenizer,
-        checkpoint.contents,
-        checkpoint.offset,
-    )
+    out = out or checkpoint.path.with_name("export")
+    of_model = (checkpoint.spec, str(checkpoint.backbone_name), str(checkpoint.backbone_sha256), checkpoint.class_names)
+    trained = (checkpoint.contents, checkpoint.offset, checkpoint.training)
+    described = describe(*of_model, checkpoint.tokenizer, *trained)
     runs = [run for run in find_runs(load_path.parent)[0] if run.folder == load_path.parent]
     write_exported(out, checkpoint.state, described, _card(checkpoint, runs[0] if runs else None))
     return f"written to {out}: {len(checkpoint.state)} tensors, their description and a model card"
@@ -109,7 +103,7 @@ def _results(run: Run | None) -> str:
     if run is None or test is None or run.tested_at is None:
         return "Not tested."
     lines = [
-        f"Test split, {test['samples']:,} samples, missing: {pattern_text(*run.tested_at)}.",
+        f"Test split, {counted(test['samples'], 'sample')}, missing: {pattern_text(*run.tested_at)}.",
         "",
         "| metric | value |",
         "|---|---|",

@@ -12,12 +12,14 @@ from runs.check_options import PREDICTION_OPTIONS
 from runs.command_line import MAIN
 
 A_RUN = [kind for kind in KINDS if kind != COMMAND]
+PREDICTION = (*PREDICTION_OPTIONS, "num_gpus", "num_workers", "precision")
 OTHERS: dict[str, Sequence[str]] = {
     MAIN: A_RUN,
     "doctor": A_RUN,
     "sweep": A_RUN,
     "robustness": ("load_path", DATA, MACHINE),
-    "predict": (*PREDICTION_OPTIONS, "num_gpus", "num_workers", "precision"),
+    "predict": PREDICTION,
+    "embed": (*PREDICTION, DATA),
     "runs": ("log_dir",),
     "export": ("load_path",),
 }

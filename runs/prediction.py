@@ -1,39 +1,115 @@
-"""`run.py predict`: a table or folder of images and texts to a file of predictions."""
+"""`run.py predict` and `run.py embed`: what a trained model says of samples, and the features that it has of them."""
 
+import math
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from engine.checkpoint import read_checkpoint
+from common.errors import ConfigError
+from common.text import counted
+from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
+from engine.items import read_items
 from engine.open_model import open_model
-from engine.predict import Predictor, describe_predictions, read_items, write_predictions
-from runs.check_options import PREDICTION_OPTIONS, read_with_machine
+from engine.predict import Predictor, describe_predictions, joined, write_features, write_predictions
+from runs.check_options import read_with_machine, resolve
 from runs.evaluation import backbone_choice
+from runs.targets import check_agreement, taken_from_run
+from vilt.datamodules import MissingModalityData
+from vilt.datasets.arrow_dataset import ArrowDataset, Sample
+
+T = TypeVar("T")
 
 
-def predict_file(config: Mapping[str, Any], given: set[str]) -> str:
+def predict_file(config: Mapping[str, Any], options: dict[str, Any], given: set[str]) -> str:
     """Predicts what `input` names with load_path, writes it to `output`, and describes the first few predictions.
 
     Args:
         config: Sacred's configuration.
+        options: those of `read_prediction`.
         given: names of the options that the command line sets.
 
     Raises:
         ConfigError, DataError, CheckpointError, BackboneError: an option, a sample or the model is not as expected.
     """
-    options = read_with_machine(config, PREDICTION_OPTIONS)
+    options = options | read_with_machine(config, [])
     checkpoint = read_checkpoint(options["load_path"])
     items = read_items(options["input"], checkpoint.spec.dataset)
-    classifier, inputs = open_model(checkpoint, backbone_choice(options, given), options["vit"])
-    device = torch.device("cuda" if options["num_gpus"] else "cpu")
-    predictor = Predictor(checkpoint, classifier, inputs, device, options["precision"])
+    predictor = _predictor(checkpoint, options, given)
     batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
     predictions = predictor.predict_items(items, batch_size=batch_size, workers=workers)
-    shown = tqdm(predictions, "predicting", len(items), disable=not sys.stderr.isatty())
-    first = write_predictions(options["output"], items, shown, predictor)
+    first = write_predictions(options["output"], items, _shown(predictions, len(items), "predicting"), predictor)
     decided = f"; a class counts above a probability of {predictor.threshold:.3f}" if predictor.multilabel else ""
-    written = f"{len(items):,} predictions, written to {options['output']}{decided}"
+    written = f"{counted(len(items), 'prediction')}, written to {options['output']}{decided}"
     return f"{describe_predictions(items, first, predictor.threshold)}\n\n  {written}"
+
+
+def embed_file(config: Mapping[str, Any], options: dict[str, Any], given: set[str]) -> str:
+    """Writes the features that load_path has of the samples in `input`, or of a `split`, to `output`; says what.
+
+    Arguments and errors are those of `predict_file`.
+    """
+    options = options | read_with_machine(config, [])
+    checkpoint = read_checkpoint(options["load_path"])
+    items = read_items(options["input"], checkpoint.spec.dataset) if options["input"] is not None else []
+    predictor = _predictor(checkpoint, options, given)
+    if options["input"] is not None:
+        samples, ids, known = predictor.samples(items), [item.id for item in items], {}
+        if any(item.times for item in items):
+            start_s, end_s = np.array([item.times or (math.nan, math.nan) for item in items]).T.copy()
+            known = {"start_s": start_s, "end_s": end_s}
+    else:
+        dataset = _split(checkpoint, config, given, options["split"], predictor)
+        samples, ids = _InOrder(dataset), [dataset.sample_name(number) for number in range(len(dataset))]
+        known = {"label": dataset.label_of_sample}
+    batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
+    batches = predictor.features(samples, batch_size=batch_size, workers=workers)
+    arrays = joined(_shown(batches, -(-len(ids) // batch_size), "embedding")) | known
+    write_features(options["output"], arrays, ids)
+    lines = [f"  {name:<20} {value.dtype} {value.shape}" for name, value in arrays.items()]
+    return "\n".join([*lines, f"\n  features of {counted(len(ids), 'sample')}, written to {options['output']}"])
+
+
+def _predictor(checkpoint: Checkpoint, options: Mapping[str, Any], given: set[str]) -> Predictor:
+    classifier, inputs = open_model(checkpoint, backbone_choice(options, given), options["vit"])
+    device = torch.device("cuda" if options["num_gpus"] else "cpu")
+    return Predictor(checkpoint, classifier, inputs, device, options["precision"])
+
+
+def _shown(passes: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """With a bar, on a terminal."""
+    return tqdm(passes, what, total, disable=not sys.stderr.isatty())
+
+
+class _InOrder(Dataset[Sample]):
+    """The samples of a split by number."""
+
+    def __init__(self, data: ArrowDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Sample]:
+        return self.data.__getitems__([(0, number) for number in numbers])
+
+
+def _split(
+    checkpoint: Checkpoint, config: Mapping[str, Any], given: set[str], split: Any, predictor: Predictor
+) -> ArrowDataset:
+    """A split as its files have it; what `missing_ratio` or `test_ratio` say, where given, is missing on top."""
+    _, taken = taken_from_run(checkpoint.path, config, given)
+    whole = {} if "missing_ratio" in given else {"missing_ratio": 0.0}
+    options = resolve({**config, **taken, **whole, "task": config["task"] or checkpoint.spec.task})
+    check_agreement(options, checkpoint, given)
+    if options.data_root is None:
+        raise ConfigError("data_root: expected the folder of the arrow files that make_arrow.py wrote, found nothing")
+    settings = replace(options.data_settings(), simulate_missing=False, modality_dropout=0.0, subsequence=1)
+    dataset = MissingModalityData(settings, (split,), predictor.inputs).datasets[split]
+    check_classes(checkpoint, dataset)
+    return dataset

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.text import AT_OFFSET, Estimate, baseline_texts, figure, pattern_text, per_cent, terminal_table
+from common.text import AT_OFFSET, Estimate, baseline_texts, counted, figure, pattern_text, per_cent, terminal_table
 from engine.robustness import Results
 from runs.evaluation import measure_target
 from runs.lines import RunLine, lines_of, spread_of
@@ -39,7 +39,7 @@ def describe_one(target: Target, found: Results) -> str:
     level = f"{per_cent(confidence['level'])} interval over test samples"
     parts = [
         f"robustness of {subject.checkpoint} (sha256 {subject.checkpoint_sha256[:12]})",
-        f"  {found['task']} test, {found['samples']:,} samples; {metric}, {_over_tables(found)}\n",
+        f"  {found['task']} test, {counted(found['samples'], 'sample')}; {metric}, {_over_tables(found)}\n",
     ]
     titles = {metric: "", "interval": f"{level}:\n", AT_OFFSET: f"{AT_OFFSET}, logits {subject.offset or 0:+.4f}:\n"}
     for name, shown in at.items():
@@ -72,10 +72,11 @@ def describe_several(measured: Sequence[tuple[Target, Results]]) -> str:
     rows[3] += over
     if any(AT_OFFSET in found["metrics"] for _, found in measured):
         table += [None, [AT_OFFSET, *[""] * (1 + len(lines))], *_block(AT_OFFSET, first, lines)[0]]
+    samples = counted(first["samples"], "sample")
     left_out = [str(target.subject.checkpoint) for line in lines for target, _ in line.repeats]
     return "\n".join(
         [
-            f"robustness of {len(measured)} checkpoints, {first['task']} test, {first['samples']:,} samples",
+            f"robustness of {counted(len(measured), 'checkpoint')}, {first['task']} test, {samples}",
             f"  {metric}: of each checkpoint the {_over_tables(first, '')}\n",
             terminal_table(heads, [*rows, *table], "<" + ">" * (1 + len(lines))),
             *([f"\nnot counted, of a seed that is there already: {', '.join(left_out)}"] if left_out else []),

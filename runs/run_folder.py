@@ -68,15 +68,24 @@ def environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and changed files of the code, or None where it is not in a git repository."""
-    here = Path(__file__).parent
+    """Commit and changed files of the code, or None where it is not of a git repository, though it may lie in one."""
+    here = Path(__file__)
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10
+            ["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=True, timeout=10
         ).stdout.rstrip("\n")
 
     try:
+        git("ls-files", "--error-unmatch", here.name)  # of an installed package in a user's repository it is none
         return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain").splitlines()}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def commit() -> str | None:
+    """The commit of the code, with `-dirty` where files of it were changed; None outside of a git checkout."""
+    if (state := git_state()) is None:
+        return None
+    changed = any(not line.startswith("??") for line in state["changed"])
+    return f"{state['commit']}{'-dirty' if changed else ''}"

@@ -19,7 +19,7 @@ from common.errors import ConfigError, DataError
 from common.files import whole_lines
 from common.messages import first_line, quoted
 from common.strict_json import read_json
-from common.text import baseline_texts, natural_key, order_of
+from common.text import baseline_texts, counted, natural_key, order_of
 from config import DEFAULTS
 from runs.comparable import NOT_THE_LINE
 from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
@@ -163,7 +163,7 @@ class Run:
             done = trained and not config["test_after_fit"]
             return (
                 "finished" if done else "unfinished",
-                "not tested" if trained else f"{epochs} of {config['max_epoch']} epochs",
+                "not tested" if trained else f"{epochs} of {counted(config['max_epoch'], 'epoch')}",
             )
 
     @cached_property
@@ -289,7 +289,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
         try:
             for row in reader:
                 for name, value in row.items():
-                    if name not in ("epoch", "step") and value and math.isfinite(float(value)):
+                    if name not in ("epoch", "step", "seconds") and value and math.isfinite(float(value)):
                         curves.setdefault(name, []).append((int(row["step"]), float(value)))
         except (KeyError, TypeError, ValueError, csv.Error) as error:
             raise DataError(f"{path}: line {reader.line_num}: not as written by run.py: {first_line(error)}") from error

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from common.machine import threads_wait
 from common.strict_json import write_json
-from common.text import per_cent
+from common.text import counted, per_cent
 from config import Options
 from engine.contents import CONTENTS_FILE
 from engine.optimization import schedule_steps, warmup_steps
@@ -55,7 +55,7 @@ def say_device(options: Options) -> None:
     if options.num_gpus:
         log.info("%d × %s, precision %s", options.processes, torch.cuda.get_device_name(), options.precision)
     else:
-        threads = f"{torch.get_num_threads()} threads{threads_wait()}"
+        threads = f"{counted(torch.get_num_threads(), 'thread')}{threads_wait()}"
         log.info("no GPU in use: runs on the CPU (%s), precision %s", threads, options.precision)
 
 
@@ -66,8 +66,8 @@ def say_remarks(options: Options, dataset: DatasetSpec, samples: int) -> None:
         log.warning("warning: %s", remark)
     rest = samples % (options.processes * options.per_gpu_batchsize * options.accumulation)
     if options.accumulation > 1 and rest and counts_as_published(dataset):
-        text = "the last step of an epoch has %d samples; its loss is divided as that of a complete step, as published"
-        log.info(text, rest)
+        text = "the last step of an epoch has %s; its loss is divided as that of a complete step, as published"
+        log.info(text, counted(rest, "sample"))
 
 
 def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:
@@ -80,18 +80,23 @@ def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:
     if warmup >= steps:
         reached = per_cent(round((steps - 1) / warmup, 4))
         found.append(
-            f"warmup_steps={options.warmup_steps:g}: the warm-up does not end within the {steps} steps of this "
-            f"training, whose learning rate reaches {reached} of {options.learning_rate:g}"
+            f"warmup_steps={options.warmup_steps:g}: the warm-up does not end within the {counted(steps, 'step')} of "
+            f"this training, whose learning rate reaches {reached} of {options.learning_rate:g}"
         )
     elif steps < FEW_STEPS:
         found.append(
-            f"only {steps} optimiser steps in all, {warmup} of them warm-up: hardly a training; a smaller batch_size "
-            f"or a larger max_epoch gives more"
+            f"only {counted(steps, 'optimiser step')} in all, {warmup} of them warm-up: hardly a training; a smaller "
+            f"batch_size or a larger max_epoch gives more"
         )
     if (options.max_steps or 0) > (possible := options.max_epoch * math.ceil(batches / step)):
         found.append(f"max_steps={options.max_steps}: max_epoch={options.max_epoch} ends the training after {possible}")
     if step * forward != options.batch_size:
-        found.append(f"batch_size={options.batch_size}: a step has {step * forward} samples, {step} × {forward}")
+        found.append(
+            f"batch_size={options.batch_size}: a step has {counted(step * forward, 'sample')}, {step} × {forward}"
+        )
     if (interval := options.val_check_interval) > max(1, batches):
-        found.append(f"val_check_interval={interval}: an epoch has {batches} batches, and is validated at its end")
+        found.append(
+            f"val_check_interval={interval}: an epoch has {counted(batches, 'batch', 'batches')}, "
+            f"and is validated at its end"
+        )
     return found

@@ -78,15 +78,22 @@ def with_model_of(checkpoint: Checkpoint, options: Options, given: set[str]) -> 
     return replace(options, **of_model, head=checkpoint.spec.head, vit=vit)
 
 
+def taken_from_run(checkpoint: Path, config: Mapping[str, Any], given: set[str]) -> tuple[Run | None, dict[str, Any]]:
+    """The run of a checkpoint, where a record of it is beside it, and the options that it answers."""
+    source = checkpoint.parent / "config.json"
+    run = read_run(checkpoint.parent) if source.is_file() and not is_exported(checkpoint.parent) else None
+    recorded = {} if run is None else run.config
+    taken = {name: recorded[name] for name in TAKEN_FROM_THE_RUN if name in recorded and name not in given}
+    _leave_out_absent_tables(taken, config, source)
+    return run, taken
+
+
 def _open(
     config: Mapping[str, Any], given: set[str], path: Path, test_sets: dict[Path, tuple[ArrowDataset, str]]
 ) -> Target:
     checkpoint = read_checkpoint(path)
-    source = path.parent / "config.json"
-    run = read_run(path.parent) if source.is_file() and not is_exported(path.parent) else None
+    run, taken = taken_from_run(path, config, given)
     recorded = {} if run is None else run.config
-    taken = {name: recorded[name] for name in TAKEN_FROM_THE_RUN if name in recorded and name not in given}
-    _leave_out_absent_tables(taken, config, source)
     of_evaluation = {"load_path": str(path), "test_only": True, "test_ratio": 0.0}
     options = check({**config, **taken, **of_evaluation, "task": config["task"] or checkpoint.spec.task})
     if options.fast_dev_run:

@@ -28,6 +28,7 @@ from engine.checkpoint import (
     Checkpoint,
     ModelSpec,
     TokenizerUsed,
+    TrainedAt,
     build_classifier,
     check_backbone,
     check_classes,
@@ -49,6 +50,7 @@ from engine.trainer import make_trainer
 from engine.training import MINUS_LOSS, FinetuneModule, model_input
 from runs.comparable import NOT_THE_TRAINING
 from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
+from runs.run_folder import commit
 from runs.start import described, say_device, say_remarks, start_folder
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -175,7 +177,10 @@ def train_from(
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
     tokenizer = TokenizerUsed(options.tokenizer, inputs.fingerprint) if inputs.tokenize is not None else None
-    description = describe(spec, backbone.name, backbone.sha256, train_data.class_names(), tokenizer, contents)
+    of_model = (spec, backbone.name, backbone.sha256, train_data.class_names(), tokenizer)
+    pattern = options.pattern("train")
+    at = (pattern.missing_type, pattern.ratio, pattern.both_ratio, pattern.seed, pattern.drawing)
+    description = describe(*of_model, contents, training=TrainedAt(*at, commit()))
     settings = options.optimizer_settings()
     module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
     # Processes without the folder write nothing, but take part in writing.

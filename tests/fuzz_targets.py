@@ -23,7 +23,7 @@ from common.errors import DataError, UserError
 from common.strict_json import read_json
 from config import DEFAULTS
 from engine.checkpoint import ModelSpec, describe, kept_state, read_checkpoint, restore_classifier
-from engine.predict import read_items
+from engine.items import read_items
 from runs.check_options import read_options
 from runs.report.results import read_report_runs
 from runs.run_table import list_runs

@@ -116,15 +116,16 @@ class Chain:
         """Of the runs, in their order."""
         return sorted(self.parent.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
 
-    def metrics(self) -> dict[tuple[int, tuple[str, ...]], dict[str, str]]:
-        """The lines of all metrics.csv by step and columns; repeated ones have to agree."""
-        found: dict[tuple[int, tuple[str, ...]], dict[str, str]] = {}
+    def metrics(self) -> dict[tuple[int, str], str]:
+        """The values in all metrics.csv by step and column, but for the times; repeated ones have to agree."""
+        found: dict[tuple[int, str], str] = {}
         for path in (folder / "metrics.csv" for folder in self.folders if (folder / "metrics.csv").is_file()):
             with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    line = {name: value for name, value in row.items() if value}
-                    key = int(line["step"]), tuple(sorted(line))
-                    assert found.setdefault(key, line) == line, (path, line)
+                rows = list(csv.DictReader(file))
+            assert len({row["step"] for row in rows}) == len(rows), path
+            for row in rows:
+                for name in (name for name, value in row.items() if value and name != "seconds"):
+                    assert found.setdefault((int(row["step"]), name), row[name]) == row[name], (path, name, row)
         return found
 
     def result(self) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_empty_texts_and_full_ones(examine: Examine, arrow: Path) -> None:
     plots = [[" "], ["word " * 200], *[["a plot"] for _ in column(path, "plots")[2:]]]
     rewrite(path, plots=pa.array(plots))
     found = examine(data_root=arrow)
-    assert found.level["val data"] == "warn" and "1 empty texts" in found.text["val data"]
+    assert found.level["val data"] == "warn" and "1 empty text" in found.text["val data"]
     assert f"{1 / len(plots):.0%} fill all 75" in found.text["val data"]
 
 

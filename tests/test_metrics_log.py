@@ -1,4 +1,4 @@
-"""metrics.csv keeps its lines when its columns change, whatever happens meanwhile; the other loggers get options."""
+"""metrics.csv has a row for each step and keeps it, whatever happens meanwhile; the other loggers get options."""
 
 import csv
 import json
@@ -21,22 +21,40 @@ from tests.interrupted import files_up_to
 
 @pytest.fixture
 def logger(tmp_path: Path) -> MetricsLogger:
-    """With three lines in its file."""
+    """With the rows of three steps in its file."""
     logger = MetricsLogger(tmp_path, "", "")
     for step in range(3):
         logger.log_metrics({"train/loss": 0.1 + step}, step)
         logger.save()
+    logger.finalize("")
     return logger
 
 
-def test_new_columns_keep_the_lines_before(tmp_path: Path, logger: MetricsLogger) -> None:
-    logger.log_metrics({"val/loss": 0.25, "epoch": 0}, 2)
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_step_is_one_row_whenever_it_is_measured_and_written(
+    tmp_path: Path, logger: MetricsLogger, writes: int
+) -> None:
+    """The newest one is in the file where a checkpoint was written meanwhile."""
+    measured: list[dict[str, Any]] = [{"lr": 0.5}, {"train/loss": 3.1, "epoch": 0}, {"val/loss": 0.25, "epoch": 0}]
+    for metrics in measured:
+        logger.log_metrics(metrics, 3)
+        logger.save()
+        for _ in range(writes):
+            logger.experiment.write()
+    logger.log_metrics({"lr": 0.25}, 4)
     logger.save()
-    logger.save()  # of nothing
-    with (tmp_path / "metrics.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [line["train/loss"] for line in lines] == ["0.1", "1.1", "2.1", ""]
-    assert lines[3] == {"epoch": "0", "step": "2", "train/loss": "", "val/loss": "0.25"}
+    rows = rows_of(tmp_path)
+    assert list(rows[0]) == ["epoch", "step", "seconds", "lr", "train/loss", "val/loss"]
+    assert [row["train/loss"] for row in rows] == ["0.1", "1.1", "2.1", "3.1"]
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"] and rows[3].pop("seconds")
+    assert rows[3] == {"epoch": "0", "step": "3", "lr": "0.5", "train/loss": "3.1", "val/loss": "0.25"}
+    logger.finalize("")
+    assert len(rows_of(tmp_path)) == 5
 
 
 def test_a_run_killed_while_the_columns_change_keeps_its_lines(
@@ -54,7 +72,7 @@ def test_a_run_killed_while_the_columns_change_keeps_its_lines(
     monkeypatch.setattr(metrics_log.csv, "DictWriter", Writer)
     logger.log_metrics({"val/loss": 0.25}, 2)
     with pytest.raises(Killed):
-        logger.save()
+        logger.finalize("")
     assert (tmp_path / "metrics.csv").read_bytes() == before
 
 
@@ -63,7 +81,7 @@ def test_a_full_disk_loses_no_line_and_part_of_one_is_not_read(tmp_path: Path, l
     curves = read_curves(path)
     logger.log_metrics({"train/loss": 1 / 3}, 3)
     with files_up_to(path.stat().st_size + 5), pytest.raises(OSError, match="File too large"):
-        logger.save()
+        logger.finalize("")
     assert read_curves(path) == curves
 
 

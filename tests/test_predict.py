@@ -12,14 +12,17 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from common.errors import CheckpointError, ConfigError, DataError
 from engine.checkpoint import read_checkpoint
 from engine.decision import best_offset
-from engine.predict import Item, Predictor, load_model, read_items
+from engine.items import Item, read_items
+from engine.predict import Predictor, load_model
 from run import command_line
 from runs.export import export
-from tests.conftest import Captured, Workspace
+from tests.conftest import Captured, Patch, Workspace
 from tests.data_files import TYPE_NAMES
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import ImageKind, InputFormat
@@ -358,6 +361,80 @@ def test_options_that_are_not_as_expected(
     assert run_predict(trained, *given) == 2
     assert message in error_of(capsys)
     assert not (tmp_path / "found.csv").exists()
+
+
+# Features
+
+
+def embedded(trained: Path, output: Path, *options: str) -> dict[str, np.ndarray]:
+    options = (f"load_path={trained}", "precision=32", "num_workers=0", f"output={output}", *options)
+    assert command_line(["run.py", "embed", "with", *options]) == 0
+    if output.suffix == ".npz":
+        with np.load(output) as file:
+            return dict(file)
+    with safe_open(output, "numpy") as file:
+        return {"id": json.loads(file.metadata()["id"]), **load_file(output)}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_features_of_a_split_are_what_the_head_classifies(
+    workspace: Workspace, trained: Path, model: Predictor, films: Films, tmp_path: Path, suffix: str
+) -> None:
+    """Complete, though its model was trained with missing modalities; the data is that of the run."""
+    found = embedded(trained, tmp_path / f"found{suffix}", "split=test", "per_gpu_batchsize=4")
+    for missing_type, empty in ((0, None), (1, "text"), (2, "image")):
+        parts = [found[f"features/{name}"] * (name != empty) for name in ("image", "text")]
+        logits = model._classifier.head(torch.from_numpy(np.concatenate(parts, axis=1)), torch.zeros(1))
+        if missing_type == 0:
+            assert torch.allclose(logits, films.logits[0], atol=1e-5)
+            np.testing.assert_array_equal(found["fused"], np.concatenate(parts, axis=1))
+    data = ArrowDataset(FILMS, workspace.arrow, "test")
+    assert list(found["id"]) == [data.sample_name(number) for number in range(len(data))]
+    np.testing.assert_array_equal(found["label"], data.label_of_sample)
+    assert found["present/image"].all() and found["present/text"].all()
+
+
+def test_features_of_missing_modalities_are_zero_and_marked(
+    trained: Path, model: Predictor, films: Films, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path / "in", films, ".csv")
+    found = embedded(trained, tmp_path / "found.npz", f"input={table}", "per_gpu_batchsize=4")
+    assert found["id"].tolist() == [f"film {n}" for n in range(len(films.texts))] and "label" not in found
+    for column, name in enumerate(("image", "text")):
+        present, width = found[f"present/{name}"], found[f"features/{name}"].shape[1]
+        assert present.tolist() == [number % 3 != 2 - column for number in range(len(films.texts))]
+        assert [row.any() for row in found[f"features/{name}"]] == present.tolist()
+        np.testing.assert_array_equal(
+            found["fused"][:, column * width : (column + 1) * width], found[f"features/{name}"]
+        )
+    again = model.embed(texts=films.texts[2:6:3])
+    np.testing.assert_allclose(again["features/text"], found["features/text"][2:6:3], rtol=0, atol=1e-5)
+    assert not again["present/image"].any() and not again["features/image"].any()
+
+
+def test_features_of_a_split_follow_a_missing_pattern_that_is_given(trained: Path, tmp_path: Path) -> None:
+    options = ("split=train", "missing_ratio.train=1", "missing_type=text", f"missing_table_root={tmp_path}")
+    found = embedded(trained, tmp_path / "found.npz", *options)
+    assert len(found["id"]) == 45 and found["present/image"].all() and not found["present/text"].any()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("input=None", "embed: expected a checkpoint and samples"),
+        ("split=test", "embed: expected a checkpoint and samples"),
+        ("split=dev", "split: expected train or val or test"),
+        ("output=found.csv", "output: expected a file .npz or .safetensors, found 'found.csv'"),
+        ("output=/proc/found.npz", "output=/proc/found.npz: cannot be written: nothing can be made there"),
+    ],
+)
+def test_features_that_cannot_be_are_refused(
+    trained: Path, tmp_path: Path, capsys: Captured, monkeypatch: Patch, option: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = (f"load_path={trained}", f"input={write_text(tmp_path)}", "precision=32", "num_workers=0", option)
+    assert command_line(["run.py", "embed", "with", *given]) == 2
+    assert message in error_of(capsys)
 
 
 def test_files_of_one_name_in_a_folder(tmp_path: Path, films: Films) -> None:

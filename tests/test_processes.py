@@ -45,7 +45,7 @@ def logged(folder: Path) -> dict[tuple[int, str], float]:
             (int(row["step"]), name): float(value)
             for row in csv.DictReader(file)
             for name, value in row.items()
-            if value and name not in ("step", "epoch")
+            if value and name not in ("step", "epoch", "seconds")
         }
 
 

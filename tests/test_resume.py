@@ -21,6 +21,7 @@ from engine.resume import Progress, Training
 from engine.training import FinetuneModule
 from run import command_line
 from runs.comparable import NOT_THE_TRAINING
+from runs.run_reader import read_curves
 from tests.conftest import Captured, Patch, Workspace
 from tests.interrupted import differences, files_up_to
 from tests.models import TINY, tiny_classifier
@@ -103,7 +104,7 @@ def test_a_run_that_lacks_its_test_is_tested_alone(workspace: Workspace, capsys:
     said_by("test_after_fit=False")
     assert f"{first} is finished" in said_by("test_after_fit=False")
     said = said_by()
-    assert f"from {first / 'last.ckpt'} (1 epochs, 6 steps)" in said and "step 6" not in said
+    assert f"from {first / 'last.ckpt'} (1 epoch, 6 steps)" in said and "step 6" not in said
     assert not differences(load(first / "best.ckpt"), load(second / "best.ckpt"))
     assert json.loads((second / "test_results.json").read_text())["checkpoint"] == str(second / "best.ckpt")
     # Another test pattern is another test of the same training. test_ratio wins, and is what was tested.
@@ -190,7 +191,7 @@ def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monk
     results = [json.loads((folder / "test_results.json").read_text()) for folder in (one, other)]
     assert results[0]["metrics"] == results[1]["metrics"]
     assert [result["checkpoint"] for result in results] == [str(one / "best.ckpt"), str(other / "best.ckpt")]
-    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    assert read_curves(one / "metrics.csv") == read_curves(other / "metrics.csv")
 
 
 # Writing checkpoints.

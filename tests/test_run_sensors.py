@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError, DataError
-from engine.predict import Item, load_model
+from engine.items import Item
+from engine.predict import load_model
 from engine.training import FinetuneModule
 from make_arrow import main as make_arrow
 from run import command_line
@@ -248,6 +249,15 @@ def test_a_recording_of_any_length_is_predicted_sample_by_sample(root: Path, tra
         rows = list(csv.DictReader(file))
     assert [(row["id"], row["start_s"]) for row in rows[4:7]] == [("walk", "4.0"), ("run", "0.0"), ("run", "1.0")]
     assert len(rows) == 11 and rows[5]["missing"] == "gyr, lig missing"
+    options[2] = f"output={tmp_path / 'out.npz'}"
+    assert command_line(["run.py", "embed", "with", "precision=32", "num_workers=0", *options]) == 0
+    with np.load(tmp_path / "out.npz") as features:
+        assert features["start_s"].tolist() == [float(row["start_s"]) for row in rows]
+        logits = model._classifier.head(torch.from_numpy(features["fused"]), torch.zeros(11))
+        probabilities = [[float(value) for name, value in row.items() if name.startswith("p(")] for row in rows]
+        torch.testing.assert_close(logits.softmax(1), torch.tensor(probabilities), rtol=0, atol=1e-5)
+        assert features["present/gyr"].tolist() == [row["missing"] == "lig missing" for row in rows]
+        assert not features["features/gyr"][5:].any() and not features["features/lig"].any()
     np.save(tmp_path / "gyr.npy", np.zeros((3, 2)))
     assert command_line(["run.py", "predict", "with", "precision=32", "num_workers=0", *options]) == 2
     with pytest.raises(DataError, match="expected signals of acc, gyr, lig, found sound"):

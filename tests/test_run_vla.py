@@ -12,6 +12,7 @@ import torch
 
 import make_arrow
 from engine.checkpoint import read_checkpoint
+from engine.predict import load_model
 from run import command_line
 from tests.interrupted import differences
 from tests.test_resume import interrupt
@@ -162,6 +163,14 @@ def test_predictions_are_those_of_the_test(measured: Path, root: Path, tmp_path:
         assert one["missing"] == TYPE_NAMES[code]
         column = f"logits_{TYPE_NAMES[code].replace(', ', '_').replace(' ', '_')}"
         assert one["value"] == pytest.approx(table[column][row].as_py()[0], abs=1e-5)
+    given[2] = f"output={tmp_path / 'out.npz'}"
+    assert command_line(["run.py", "embed", "with", "precision=32", *given]) == 0
+    head = load_model(checkpoint)._classifier.head
+    with np.load(tmp_path / "out.npz") as features:
+        values = head(torch.from_numpy(features["fused"]), torch.zeros(6)).flatten().tolist()
+        assert values == pytest.approx([one["value"] for one in found], abs=1e-5)
+        assert [features[f"present/{name}"][3] for name in ("text", "audio", "vision")] == [False, True, False]
+        assert features["features/audio"][3].any() and not features["features/text"][3].any()
 
 
 def test_tables_and_report_show_shares_and_errors_as_what_they_are(

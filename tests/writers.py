@@ -243,7 +243,7 @@ def _log(folder: Path) -> MetricsLogger:
     logger = MetricsLogger(folder, "", "")
     for step in range(500):
         logger.log_metrics({"train/loss": step / 3}, step)
-    logger.save()
+    logger.finalize("")
     return logger
 
 
@@ -251,7 +251,7 @@ def _write_log(folder: Path, _: Workspace) -> int:
     """With a new column, for which all lines are written again."""
     logger = _log(folder)
     logger.log_metrics({"val/loss": 0.25}, 500)
-    logger.save()
+    logger.finalize("")
     return DONE
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from common.errors import ConfigError, DataError
 from common.signals import STOP_SIGNALS
+from common.text import counted
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.kinds import Collated, InputFormat, Kind, kinds_of
 from vilt.datasets.open_spec import open_spec, rows_of_splits
@@ -277,11 +278,11 @@ class MissingModalityData(pl.LightningDataModule):
         for split, dataset in self.datasets.items():
             of_types = type_counts(dataset.missing_table, self.spec.type_names)
             counts = ", ".join(f"{count:,} {name}" for name, count in of_types.items())
-            rows = "" if len(dataset) == dataset.n_rows else f" of {dataset.n_rows:,} rows"
+            rows = "" if len(dataset) == dataset.n_rows else f" of {counted(dataset.n_rows, 'row')}"
             nature = type_counts(dataset.natural[dataset.row_of_sample], self.spec.type_names)
             natural = [f"{count:,} {name}" for name, count in list(nature.items())[1:] if count]
             by_nature = f"; by nature {', '.join(natural)}" if natural else ""
-            lines.append(f"  {split:<6}{len(dataset):>8,} samples{rows} ({counts}{by_nature})")
+            lines.append(f"  {split:<6}{counted(len(dataset), 'sample'):>16}{rows} ({counts}{by_nature})")
         if "train" in self.datasets and (self.spec.redrawn or self.settings.modality_dropout):
             lines.append(f"  in training, what is missing is {self.training_missing}")
         return "\n".join(lines)

@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 
 from common.errors import DataError, reason_of
 from common.files import check_replaceable, whole_folder
+from common.text import counted
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
 from runs.report.parts import missing_notes, report_command, run_details, section_of
@@ -19,7 +20,7 @@ from runs.report.results import read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.search import read_searches, search_section
 from runs.report.tables import options_table, runs_table, versions_table
-from runs.report.text import counted, listed
+from runs.report.text import listed
 
 MARKER = "report.json"
 """File that says that a folder is a report, so that a later one may replace it."""

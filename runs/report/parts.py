@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from common.text import AT_OFFSET, estimate
+from common.text import AT_OFFSET, counted, estimate
 from runs.report import figures, tables
 from runs.report.figures import Figure
 from runs.report.lines import Dataset
 from runs.report.results import Pattern, ReportRun
 from runs.report.samples import SampleGrid, sample_grid
 from runs.report.table import Table
-from runs.report.text import counted, dataset_title, listed, listed_runs, without, without_home
+from runs.report.text import dataset_title, listed, listed_runs, without, without_home
 
 CLASSES_SHOWN = 3
 """Lines whose results by class are not folded."""
@@ -116,7 +116,8 @@ def _summary(dataset: Dataset) -> str:
     own = line.at_own_pattern
     at_own = f", and {full(own)} at the pattern of its training ({line.pattern})" if own else ""
     trained = counted(sum(len(line.runs) for line in dataset.lines), "trained run")
-    measured = f"{n_results} of {trained} with robustness results, on {dataset.results[0][2].samples:,} test samples."
+    samples = counted(dataset.results[0][2].samples, "test sample")
+    measured = f"{n_results} of {trained} with robustness results, on {samples}."
     return f"{start} reaches {dataset.metric_title} {values}{at_own}. {measured}{dataset.baseline_text}"
 
 

@@ -16,10 +16,11 @@ from common.errors import ConfigError, DataError
 from common.hashing import file_sha256
 from common.messages import quoted
 from common.strict_json import read_json
-from engine.checkpoint import DESCRIPTION
+from common.text import counted
+from engine.exported import DESCRIPTION
 from engine.robustness import FORMAT, PATTERN
 from engine.stored_logits import labels_of, logit_columns_of, read_logits
-from runs.report.text import counted, without_home
+from runs.report.text import without_home
 from runs.run_reader import Run, as_written_by_run, check_pattern, find_runs, open_checkpoint
 from vilt.datasets.specs import DatasetSpec
 from vilt.missing_types import BOTH, available_shares

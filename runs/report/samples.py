@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from common.errors import DataError
+from common.text import counted
 from engine.metrics import THRESHOLD
 from engine.stored_logits import logit_columns_of, matrix_of
 from runs.report.results import ReportRun, Robustness
@@ -80,7 +81,7 @@ def sample_grid(run: ReportRun, robustness: Robustness, line: str) -> SampleGrid
         rows.append({"rank": rank, "id": sample["id"], "text": text, "label": label, **predicted, "change": change})
         pictures[f"thumbnails/{key}_{rank:02}.jpg"] = picture
     if undecoded:
-        note = f"{len(undecoded)} images cannot be decoded: {', '.join(undecoded)}."
+        note = f"{counted(len(undecoded), 'image')} cannot be decoded: {', '.join(undecoded)}."
     caption = CAPTIONS["samples"].format(dataset=dataset_title(key), run=run.tag, line=line)
     return SampleGrid(Table(f"samples_{key}", caption, rows, {"rank": "No.", "id": "Sample", **types}), pictures, note)
 

@@ -19,12 +19,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import DataError
 from common.messages import first_line
-from common.text import LOWER_IS_BETTER, order_of
+from common.text import LOWER_IS_BETTER, counted, order_of
 from runs.report.figures import COLOURS, Figure, Panel, figure, limits, ring
 from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
 from runs.report.table import Row, Table, absent, number
-from runs.report.text import CAPTIONS, Unit, counted, dataset_title, excerpt, listed, metric_title, without_home
+from runs.report.text import CAPTIONS, Unit, dataset_title, excerpt, listed, metric_title, without_home
 
 JOURNAL = "optuna.journal"
 BEST_SHOWN = 10

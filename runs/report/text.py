@@ -85,8 +85,3 @@ def excerpt(text: str, length: int) -> str:
     """The start of `text` in at most `length` characters, cut between words."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{textwrap.wrap(text, length - 1)[0]}…"
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 run`, `2 runs`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.files import atomic_path, write_csv
 from common.strict_json import read_json
-from common.text import Estimate, baseline_texts, duration, estimate, figure, per_cent, terminal_table
+from common.text import Estimate, baseline_texts, counted, duration, estimate, figure, per_cent, terminal_table
 from config import Options
 from runs.command_line import written
 from runs.run_reader import as_written_by_run, numbers_by_name
@@ -109,7 +109,7 @@ def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launc
     for path in [path for cell in cells if (path := cell.job.result) is not None][:1]:
         print("".join(f"  {text}\n" for text in baseline_texts(read_json(path).get("baselines", {}), metric)))
     print(f"  written to {folder / 'table.csv'}\n")
-    progress.end(f"of {len(cells)} cells failed; the same command tries them again, and no other")
+    progress.end(f"of {counted(len(cells), 'cell')} failed; the same command tries them again, and no other")
 
 
 def write_commands(options: Options, cells: Sequence[Cell], folder: Path) -> None:
@@ -119,12 +119,12 @@ def write_commands(options: Options, cells: Sequence[Cell], folder: Path) -> Non
         temporary.write_text("".join(f"{command}\n" for command in commands), "utf-8")
     for command in commands:
         print(command)
-    log.info("%d commands, written to %s; nothing was run", len(commands), folder / "commands.txt")
+    log.info("%s, written to %s; nothing was run", counted(len(commands), "command"), folder / "commands.txt")
 
 
 def _incomplete(options: Options, cells: Sequence[Cell]) -> list[Job]:
     waiting = [cell.job for cell in cells if cell.job.result is None]
-    log.info("sweep %s: %d cells, %d complete", options.sweep_name, len(cells), len(cells) - len(waiting))
+    log.info("sweep %s: %s, %d complete", options.sweep_name, counted(len(cells), "cell"), len(cells) - len(waiting))
     return waiting
 
 

@@ -13,6 +13,7 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from common.errors import ConfigError
 from common.messages import first_line
+from common.text import counted
 from runs.sweep.jobs import RUN, Job, Outcome, error_in, run_job
 
 log = logging.getLogger("rep")
@@ -94,7 +95,7 @@ def _run_submitted(executor: submitit.AutoExecutor, jobs: Sequence[Job]) -> Iter
             time.sleep(POLL_S)
     finally:
         if pending:
-            log.info("%d jobs are cancelled", len(pending))
+            log.info("cancelled: %s", counted(len(pending), "job"))
         for handle in pending:
             handle.cancel(check=False)
 

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from common.errors import ConfigError, SweepError
 from common.files import write_csv
 from common.messages import first_line
-from common.text import LOWER_IS_BETTER, order_of, terminal_table
+from common.text import LOWER_IS_BETTER, counted, order_of, terminal_table
 from config import Options
 from runs.check_options import check, is_range, is_range_of_steps
 from runs.command_line import written
@@ -147,7 +147,8 @@ def run_search(search: Search, launch: Launcher) -> None:
     wanted = search.options.search_trials
     counts = {name: len(search.trials(state)) for state, name in STATE_NAMES.items()}
     so_far = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    log.info("search %s: %d trials wanted%s", search.options.sweep_name, wanted, f"; so far {so_far}" if so_far else "")
+    asked = counted(wanted, "trial")
+    log.info("search %s: %s wanted%s", search.options.sweep_name, asked, f"; so far {so_far}" if so_far else "")
     progress = Progress(max(wanted, counts["complete"] + counts["cut off"]), counts["complete"])
     for number, values in _proposals(search):
         job = search.job(number, values)

@@ -1,0 +1,144 @@
+"""The samples that a user gives: in a table, a folder, or a file of arrays."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from common.errors import DataError, reason_of
+from common.messages import listed
+from common.text import natural_key
+from engine.recordings import in_samples
+from vilt.datasets.kinds import kinds_of
+from vilt.datasets.specs import DatasetSpec
+from vilt.utils.array_files import SUFFIXES, samples_of_arrays
+from vilt.utils.names import find_file, normal
+from vilt.utils.tables import DELIMITERS, table_rows
+from vilt.utils.write_custom import missing as is_missing
+
+log = logging.getLogger("rep")
+
+ImageInput = str | Path | Image.Image | None
+
+
+class Item(NamedTuple):
+    """One sample."""
+
+    id: str
+    inputs: dict[str, Any]
+    """By modality, of those that it has, what `Kind.read_given` takes."""
+    place: str
+    """How messages call it."""
+    times: tuple[float, float] | None = None
+    """Of a sample of a recording: from and to, in seconds."""
+
+
+def items_of_lists(images: Sequence[ImageInput] | None, texts: Sequence[str | None] | None) -> list[Item]:
+    """Samples of images and texts; see `Predictor.predict`."""
+    for name, values in {"images": images, "texts": texts}.items():
+        if isinstance(values, str | Path | Image.Image):
+            raise DataError(f"{name}: expected a list, found {type(values).__name__}; of one sample a list of one")
+    count = len(images if images is not None else texts if texts is not None else [])
+    images = [None] * count if images is None else images
+    texts = [None] * count if texts is None else texts
+    if len(images) != len(texts):
+        raise DataError(f"expected as many images as texts, found {len(images)} and {len(texts)}")
+    pairs = zip(images, texts, strict=True)
+    return [
+        Item(str(n), {name: value for name, value in given.items() if not is_missing(value)}, f"sample {n}")
+        for n, given in enumerate({"image": image, "text": text} for image, text in pairs)
+    ]
+
+
+def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
+    """The samples in a CSV, TSV or JSONL with a column for each modality and maybe `id`, or in a folder.
+
+    Of arrays a `.npz` or a pickle holds (N, …) by modality, and maybe `id`; a modality that it lacks is missing.
+    Texts stand in the table, for other inputs the path of a file, relative to the table. In a folder, files of one name
+    are one sample: a text for `NAME.jpg` is in `NAME.txt` beside it. Files are taken in the order of their names,
+    folders within it too. A recording of sensors is as many samples as it holds.
+
+    Raises:
+        DataError: it is not there or holds nothing, or a row is not as expected; names file and row.
+    """
+    if source.suffix.lower() in (".npz", *SUFFIXES):
+        items = [
+            Item(name, inputs, place) for name, inputs, place in samples_of_arrays(source, list(dataset.modalities))
+        ]
+    else:
+        items = _items_of_folder(source, dataset) if source.is_dir() else _items_of_table(source, dataset)
+    if not items:
+        raise DataError(f"input={source}: expected at least one sample, found none")
+    return in_samples(items, dataset)
+
+
+def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
+    if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
+        there = "another file" if source.exists() else "nothing there"
+        raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl, found {there}")
+    items, kinds = [], kinds_of(dataset)
+    for row, values in table_rows(source, [*kinds, "id"], [], [name for name, kind in kinds.items() if kind.in_file]):
+        place = f"{source}, row {row}"
+        if not kinds.keys() & values.keys():
+            names = f"{', '.join(map(repr, kinds))} or {'both' if len(kinds) == 2 else 'some of them'}"
+            raise DataError(f"{place}: expected the columns {names}, found {listed(list(values))}")
+        cells = {name: _cell(values.get(name), name, place) for name in kinds}
+        inputs: dict[str, Any] = {name: cell for name, cell in cells.items() if cell}
+        for name in inputs.keys() & {name for name, kind in kinds.items() if kind.in_file}:
+            inputs[name] = _file(source.parent, inputs[name], place)
+        items.append(Item(str(row if values.get("id") is None else values["id"]), inputs, place))
+    return items
+
+
+def _cell(value: object, name: str, place: str) -> str | None:
+    """A text; None where it is absent or blank."""
+    if is_missing(value):
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {name}: expected a text, found {json.dumps(value)[:80]}")
+    return value
+
+
+def _file(folder: Path, name: str, place: str) -> Path:
+    try:
+        return find_file(folder, name)
+    except OSError as error:
+        raise DataError(f"{place}: {name}: cannot be read: {reason_of(error)}") from error
+
+
+def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
+    kinds = kinds_of(dataset)
+    name_of = {suffix: name for name, kind in kinds.items() for suffix in kind.suffixes}
+    if len(set(kinds.values())) < len(kinds):
+        raise DataError(f"input={source}: expected a table, as several of {', '.join(kinds)} are files of one kind")
+    inputs_of: dict[str, dict[str, Any]] = {}
+    others: list[str] = []
+    for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
+        # Hidden files are none of the user's: macOS keeps attributes of NAME.jpg in ._NAME.jpg.
+        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+        if hidden:
+            continue
+        if (name := name_of.get(path.suffix.lower())) is None:
+            others.append(path.relative_to(source).as_posix())
+            continue
+        stem = normal(str(path.relative_to(source).with_suffix("")))
+        if (other := inputs_of.setdefault(stem, {}).setdefault(name, path)) is not path:
+            raise DataError(f"{path}: expected one file of this name, found {other.name} too")
+    if others:
+        log.warning(
+            "input=%s: left out, as files of other kinds than %s: %s", source, " ".join(name_of), listed(others)
+        )
+    items = []
+    for stem, inputs in sorted(inputs_of.items(), key=lambda item: natural_key(item[0])):
+        for name, path in list(inputs.items()):
+            if not kinds[name].in_file:
+                try:
+                    inputs[name] = path.read_text("utf-8-sig")
+                except (OSError, UnicodeDecodeError) as error:
+                    raise DataError(f"{path}: not readable as text in UTF-8: {error}") from error
+        given = {name: value for name, value in inputs.items() if str(value).strip()}
+        items.append(Item(stem, given, str(source / stem)))
+    return items

@@ -173,6 +173,8 @@ class Options:
         None, optional(gpus), MACHINE, "GPUs per node, or a list as [0]; None: 1 if there is one, else 0 (the CPU)")
     num_nodes: int = option(1, integer(1), MACHINE, "machines")
     cpu_processes: int = option(1, integer(1), MACHINE, "processes, without GPUs")
+    cuda_graphs: bool = option(
+        False, flag, MACHINE, "on a GPU, record training steps by shape and replay them; not yet measured")
     activation_checkpointing: bool = option(False, flag, MACHINE, "less memory, at the price of a second forward pass")
 
     log_dir: Path = option("result", path, RUN, "folder of the run folders")

@@ -16,6 +16,7 @@ from clip.modules.registry import PRETRAINING
 from common.errors import NonFiniteLossError
 from common.text import counted
 from engine.checkpoint import OFFSET, ModelSpec, kept_state, load_kept_state
+from engine.cuda_graphs import Losses, Step
 from engine.decision import best_offset
 from engine.exported import DESCRIPTION
 from engine.numerics import FiniteWatch, NotFinite, first_not_finite
@@ -97,6 +98,8 @@ class FinetuneModule(pl.LightningModule):
         """By the number of an optimiser step, the share of the learning rate that it has."""
         self._groups: list[dict[str, Any]] = []
         """Of the optimiser, without the parameters, as the options have them."""
+        self.step: Step = self._step
+        """What a training step computes."""
         self.test_metrics: dict[str, float] = {}
         """The test metrics of all processes' samples, after a test run."""
         self.tested_samples = 0
@@ -122,9 +125,7 @@ class FinetuneModule(pl.LightningModule):
             loss = sum(own_losses.values(), torch.zeros((), device=self.device))
         else:
             inputs, labels = self.classifier.method.augment(inputs, batch.label, self.task.n_classes)
-            logits, own_losses = self.classifier.training_outputs(inputs, labels)
-            logits = _full_precision(logits)
-            loss = self.task.loss(logits[:counted], labels[:counted]) + sum(own_losses.values())
+            loss, logits, own_losses = self.step(inputs, labels, counted)
             self._keep("train", batch, logits)
         self._watch.note_loss(batch_idx, batch.index_B, loss)
         self._batches.append(batch)
@@ -133,6 +134,12 @@ class FinetuneModule(pl.LightningModule):
         for name, value in own_losses.items():
             self.log(f"train/{name}", value.detach(), on_step=True, batch_size=samples, sync_dist=several)
         return loss * weight if weight != 1 else loss
+
+    def _step(self, inputs: ModelInput, labels: Tensor, counted: int) -> Losses:
+        logits, own_losses = self.classifier.training_outputs(inputs, labels)
+        logits = _full_precision(logits)
+        loss = self.task.loss(logits[:counted], labels[:counted]) + sum(own_losses.values())
+        return loss, logits, own_losses
 
     def _weight(self, batch_idx: int) -> tuple[int, float]:
         data, trainer = self._data, self.trainer

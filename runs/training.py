@@ -40,6 +40,7 @@ from engine.checkpoint import (
     restore_classifier,
 )
 from engine.contents import OF_TEST, contents_of_data, other_contents
+from engine.cuda_graphs import recorded
 from engine.families import family_of
 from engine.kept_features import are_constant, keep_features
 from engine.open_model import COMPUTE_TYPES
@@ -183,6 +184,7 @@ def train_from(
     description = describe(*of_model, contents, training=TrainedAt(*at, commit()))
     settings = options.optimizer_settings()
     module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
+    module.step = recorded(module.step, classifier, options)
     # Processes without the folder write nothing, but take part in writing.
     monitor = MINUS_LOSS if module.pretrains else task.monitor
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{monitor}")

@@ -4,7 +4,7 @@
 # make test-long  and those that take long: runs interrupted anywhere, thousands of steps (10 minutes more on two cores)
 # make lint   ruff and mypy
 # make bench  how fast it is, beside the published algorithm (half an hour on two cores); writes benchmarks/RESULTS.md
-# make fuzz   feeds damaged input to every reader, some thousands of each kind (ten minutes on two cores)
+# make fuzz   feeds damaged input to every reader, a thousand damages of each file (ten minutes on two cores)
 # make docs   writes docs/options.md from config.py
 # make constraints  installs requirements-dev.txt in a fresh environment, and pins all of it in constraints.txt
 # make clean  removes what the above made
@@ -43,7 +43,7 @@ bench: .venv/.ready
 	$(BIN)/python -m benchmarks --record benchmarks/RESULTS.md
 
 fuzz: .venv/.ready-dev
-	FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest -s tests/test_fuzz.py
+	FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -s tests/test_damage.py
 
 docs: .venv/.ready
 	$(BIN)/python -m runs.options_page
@@ -58,7 +58,7 @@ constraints: .venv/bin/python
 	rm -rf .venv-constraints
 
 clean:
-	rm -rf .venv .venv-constraints demo_run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-constraints demo_run .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:

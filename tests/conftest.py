@@ -19,7 +19,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, on
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 SLOW = (
-    *("agreement", "backbone", "contents", "datamodules", "demo", "ending", "fuzz", "golden_training", "hostile_runs"),
+    *(
+        "agreement",
+        "backbone",
+        "contents",
+        "datamodules",
+        "damage",
+        "demo",
+        "ending",
+        "golden_training",
+        "hostile_runs",
+    ),
     *(
         "interruption",
         "kept_features",

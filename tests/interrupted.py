@@ -18,7 +18,7 @@ import torch
 from tests.conftest import Workspace
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports everything once: a run then starts in a moment
-CONTEXT.set_forkserver_preload(["run", "runs.training", "tests.writers"])
+CONTEXT.set_forkserver_preload(["run", "runs.training"])
 OPTIONS = (
     *("val_check_interval=0.4", "max_epoch=3", "num_workers=1", "simulate_missing=True"),
     *("batch_size=8", "per_gpu_batchsize=4", "resume_from=auto"),

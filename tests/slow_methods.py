@@ -1,23 +1,95 @@
-"""The methods beside REP, and REP's options, slowly: one sample at a time, every position of every block computed.
+"""All methods on CLIP, slowly: one sample at a time, every position of every block computed, as docs/method.md says it.
 
-As method.md sections 7 and 8 say it, on the slow building blocks of `slow_rep`; nothing is shared with the fast model.
-Shape suffixes as there, W the width of either tower.
+This is the yardstick for the fast model, so it shares no code with it: pure functions over `state`, a flat dict of
+tensors under their checkpoint names (`model.image_encoder.proj`, ...). Sizes come from the tensors; autograd flows
+wherever an entry requires grad.
+
+Shape suffixes: L sequence, W width of either tower, E joint embedding, m slots of a group. A missing type is 0
+complete, 1 text missing, 2 image missing.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests import slow_rep
-from tests.slow_rep import IMAGE, IMAGE_MISSING, TEXT, TEXT_MISSING, State, activate, layer_norm, linear
+State = dict[str, Tensor]
+Dropout = Callable[[str, Tensor], Tensor]
+"""(checkpoint prefix of the RDN, its hidden activations (m, 256)) -> the same, with a mask applied."""
 
 PROMPTS = "model.prompt_learner"
 MEMORY = "model.memory_learner"
+IMAGE = "model.image_encoder"
+TEXT = "model.text_encoder"
 TOWERS = {"image": IMAGE, "text": TEXT}
+HEAD_WIDTH = 64
+TEXT_MISSING, IMAGE_MISSING = 1, 2
 AVAILABLE = ("complete", "image", "text")
+"""By missing type: what the common memory and the dynamic queries are named after, which is what is *there*."""
+RELEASED = {"far": True, "fmb": True, "dynamic_init": False}
+"""Options of REP."""
+
+
+class Features(NamedTuple):
+    unmasked: Tensor  # (2E,) image half, then text half
+    masked: Tensor  # (2E,) the half of the missing modality is zero
+
+
+def linear(state: State, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def layer_norm(state: State, name: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-5)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    if activation == "gelu":
+        return F.gelu(x)
+    raise ValueError(f"activation must be 'quick_gelu' or 'gelu', got {activation!r}")
+
+
+def attention(
+    state: State,
+    name: str,
+    target_LW: Tensor,
+    source_SW: Tensor,
+    heads: int,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Multi-head attention of `target_LW` over `source_SW`, (L, W); every position sees further keys and values."""
+    weights, biases = state[f"{name}.in_proj_weight"].chunk(3), state[f"{name}.in_proj_bias"].chunk(3)
+    sources = (target_LW, source_SW, source_SW)
+    query, key, value = (F.linear(x, weight, bias) for x, weight, bias in zip(sources, weights, biases, strict=True))
+    ahead = 0
+    if keys is not None and values is not None:
+        ahead, key, value = len(keys), torch.cat([keys, key]), torch.cat([values, value])
+    allowed = torch.ones(len(query), len(key), dtype=torch.bool)
+    if causal:
+        allowed[:, ahead:] = allowed[:, ahead:].tril()
+    seen, width = [], target_LW.shape[-1] // heads
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        score = query[:, part] @ key[:, part].T / math.sqrt(width)
+        seen.append(score.masked_fill(~allowed, -math.inf).softmax(-1) @ value[:, part])
+    return linear(state, f"{name}.out_proj", torch.cat(seen, dim=-1))
+
+
+def rdn(state: State, name: str, x: Tensor, dropout: Dropout | None) -> Tensor:
+    """RDN(i -> o), (m, i) -> (m, o): `skip` is the identity where the state has no such layer, which is where i = o."""
+    hidden = F.gelu(layer_norm(state, f"{name}.layernorm", linear(state, f"{name}.fc1", x)))
+    if dropout is not None:
+        hidden = dropout(name, hidden)
+    skipped = linear(state, f"{name}.skip", x) if f"{name}.skip.weight" in state else x
+    return linear(state, f"{name}.fc2", hidden) + skipped
 
 
 @dataclass
@@ -34,7 +106,12 @@ class Slots:
 
 
 def method_slots(
-    state: State, prompt_type: str, missing_type: int, inputs: dict[str, Tensor], rep: dict[str, bool]
+    state: State,
+    prompt_type: str,
+    missing_type: int,
+    inputs: dict[str, Tensor],
+    rep: dict[str, bool] = RELEASED,
+    dropout: Dropout | None = None,
 ) -> dict[str, Slots]:
     """The slots of one sample for the image and the text tower.
 
@@ -48,7 +125,7 @@ def method_slots(
     if prompt_type == "syp":
         return _synergistic(state, missing_type, inputs)
     if prompt_type in ("rep", "dcp"):
-        return _chained(state, prompt_type, missing_type, inputs, rep)
+        return _chained(state, prompt_type, missing_type, inputs, rep, dropout)
     for tower, of_tower in slots.items():
         prompts = state.get(f"{PROMPTS}.{tower}_prompts")
         if prompt_type == "coop":
@@ -100,7 +177,12 @@ def _synergistic(state: State, missing_type: int, inputs: dict[str, Tensor]) -> 
 
 
 def _chained(
-    state: State, prompt_type: str, missing_type: int, inputs: dict[str, Tensor], rep: dict[str, bool]
+    state: State,
+    prompt_type: str,
+    missing_type: int,
+    inputs: dict[str, Tensor],
+    rep: dict[str, bool],
+    dropout: Dropout | None,
 ) -> dict[str, Slots]:
     """REP and DCP: private slots that follow from those of the layer before, shared ones, dynamic ones."""
     learner, word = (MEMORY, "memory") if prompt_type == "rep" else (PROMPTS, "prompt")
@@ -112,7 +194,7 @@ def _chained(
 
     def project(name: str, x: Tensor) -> Tensor:
         if prompt_type == "rep":
-            return slow_rep.rdn(state, f"{learner}.{name}", x, None)
+            return rdn(state, f"{learner}.{name}", x, dropout)
         return linear(state, f"{learner}.{name}.2", F.gelu(linear(state, f"{learner}.{name}.0", x)))
 
     k = 0
@@ -138,7 +220,7 @@ def _chained(
         if missing_type == TEXT_MISSING:
             means[1] = torch.zeros_like(means[1])
         net = f"{learner}.dynamic_common_token_net"
-        common = common + slow_rep.rdn(state, net, torch.cat(means)[None], None)
+        common = common + rdn(state, net, torch.cat(means)[None], None)
     queries = "memories_dynamic" if prompt_type == "rep" else "prompts_dynamic"
     for tower, of_tower in slots.items():
         if rep["fmb"]:
@@ -154,7 +236,7 @@ def run_tower(state: State, tower: str, tokens_LW: Tensor, slots: Slots, activat
     """All positions (slots first) after the last block, and the number of those before the input tokens."""
     x = tokens_LW
     if slots.queries is not None:
-        x = torch.cat([slow_rep.attention(state, slots.dynamic, slots.queries, tokens_LW, heads=1), x])
+        x = torch.cat([attention(state, slots.dynamic, slots.queries, tokens_LW, heads=1), x])
     outputs: list[Tensor] = []
     n_replaced = n_inserted = n = 0
     replay_depth = len(state[f"{slots.replay}.gates"]) if f"{slots.replay}.gates" in state else 0
@@ -186,20 +268,8 @@ def _block(
     state: State, name: str, x_LW: Tensor, keys: Tensor, values: Tensor, causal: bool, activation: str
 ) -> Tensor:
     """One block of CLIP, with keys and values in front that every position sees."""
-    L, P, W = len(x_LW), len(keys), x_LW.shape[-1]
-    normed = layer_norm(state, f"{name}.ln_1", x_LW)
-    weights, biases = state[f"{name}.attn.in_proj_weight"].chunk(3), state[f"{name}.attn.in_proj_bias"].chunk(3)
-    query, key, value = (F.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    key, value = torch.cat([keys, key]), torch.cat([values, value])
-    allowed = torch.ones(L, P + L, dtype=torch.bool)
-    if causal:
-        allowed[:, P:] = torch.ones(L, L, dtype=torch.bool).tril()
-    seen = []
-    for start in range(0, W, slow_rep.HEAD_WIDTH):
-        part = slice(start, start + slow_rep.HEAD_WIDTH)
-        score = query[:, part] @ key[:, part].T / math.sqrt(slow_rep.HEAD_WIDTH)
-        seen.append(score.masked_fill(~allowed, -math.inf).softmax(-1) @ value[:, part])
-    x_LW = x_LW + linear(state, f"{name}.attn.out_proj", torch.cat(seen, dim=-1))
+    normed, heads = layer_norm(state, f"{name}.ln_1", x_LW), x_LW.shape[-1] // HEAD_WIDTH
+    x_LW = x_LW + attention(state, f"{name}.attn", normed, normed, heads, keys, values, causal)
     hidden = activate(linear(state, f"{name}.mlp.c_fc", layer_norm(state, f"{name}.ln_2", x_LW)), activation)
     return x_LW + linear(state, f"{name}.mlp.c_proj", hidden)
 
@@ -210,27 +280,26 @@ def features(
     image: Tensor,
     tokens: Tensor,
     missing_type: int,
-    rep: dict[str, bool],
+    rep: dict[str, bool] = RELEASED,
     activation: str = "quick_gelu",
-) -> Tensor:
-    """(2E,) of one sample, the half of the missing modality zero."""
+    dropout: Dropout | None = None,
+) -> Features:
+    """Of one sample: a normalised image (3, R, R) and token ids (77,), padding included."""
     kernel = state[f"{IMAGE}.conv1.weight"]
     patches = F.conv2d(image[None], kernel, stride=kernel.shape[-1])[0].flatten(1).T
     image_tokens = torch.cat([state[f"{IMAGE}.class_embedding"][None], patches])
     image_tokens = layer_norm(state, f"{IMAGE}.ln_pre", image_tokens + state[f"{IMAGE}.positional_embedding"])
     text_tokens = state[f"{TEXT}.token_embedding.weight"][tokens] + state[f"{TEXT}.positional_embedding"]
-    slots = method_slots(state, prompt_type, missing_type, {"image": image_tokens, "text": text_tokens}, rep)
+    inputs = {"image": image_tokens, "text": text_tokens}
+    slots = method_slots(state, prompt_type, missing_type, inputs, rep, dropout)
 
     x, before = run_tower(state, "image", image_tokens, slots["image"], activation)
     image_E = layer_norm(state, f"{IMAGE}.ln_post", x[before]) @ state[f"{IMAGE}.proj"]
     x, before = run_tower(state, "text", text_tokens, slots["text"], activation)
-    end = int((tokens == tokens.max()).nonzero()[0])
+    end = int((tokens == tokens.max()).nonzero()[0])  # the highest id is <end>; the first one counts
     text_E = layer_norm(state, f"{TEXT}.ln_final", x[before + end]) @ state[f"{TEXT}.text_projection"]
-    if missing_type == IMAGE_MISSING:
-        image_E = torch.zeros_like(image_E)
-    if missing_type == TEXT_MISSING:
-        text_E = torch.zeros_like(text_E)
-    return torch.cat([image_E, text_E])
+    masked = image_E * (missing_type != IMAGE_MISSING), text_E * (missing_type != TEXT_MISSING)
+    return Features(torch.cat([image_E, text_E]), torch.cat(masked))
 
 
 def msp_penalty(state: State) -> Tensor:

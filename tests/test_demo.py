@@ -10,12 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clip.tokenizer import byte_characters
 from common.errors import DataError
 from demo import __main__ as demo
 from demo import data
-from demo.posters import HEIGHT, WIDTH, draw_poster
-from demo.themes import DISTRACTORS, FILLERS, THEME_BY_GENRE, THEMES
+from demo.posters import HEIGHT, WIDTH
 from run import command_line
 from runs.sweep import launchers
 from runs.sweep.jobs import Job, Outcome
@@ -69,14 +67,6 @@ def test_task_has_the_mmimdb_layout(films):
             assert (poster.format, poster.mode, poster.size) == ("JPEG", "RGB", (WIDTH, HEIGHT))
 
 
-def test_pretraining_films_are_others_and_carry_no_genres(films):
-    raw, pretrain = labels_of(films / "raw"), labels_of(films / "pretrain")
-    assert len(pretrain) == 40
-    assert not set(raw) & set(pretrain)
-    assert not any("genres" in label for label in pretrain.values())
-    assert {path.stem for path in (films / "pretrain" / "images").iterdir()} == set(pretrain)
-
-
 def test_same_seed_same_bytes_and_another_seed_others(films, tmp_path):
     data.write_task(tmp_path / "raw", 60, seed=3)
     data.write_pretrain(tmp_path / "pretrain", 40, seed=3)
@@ -87,42 +77,6 @@ def test_same_seed_same_bytes_and_another_seed_others(films, tmp_path):
     other, first = fingerprint(tmp_path / "raw"), fingerprint(films / "raw")
     assert other.keys() == first.keys()
     assert sum(other[name] == first[name] for name in first) == 1, "only the marker is the same"
-
-
-def test_genres_of_the_poster_leave_no_word_in_any_plot(films):
-    seen_only = [theme for theme in THEMES if not theme.in_plot]
-    told_only = [theme for theme in THEMES if not theme.in_poster]
-    assert len(seen_only) >= 3
-    assert len(told_only) >= 3
-    words_of_looks = {
-        word
-        for theme in seen_only
-        for phrase in (theme.genre, *theme.looks)
-        for word in re.findall(r"[a-z]{4,}", phrase.lower())
-    } - {"with"}
-    task_sentences = [*FILLERS, *DISTRACTORS, *(tale for theme in THEMES for tale in theme.tales)]
-    plots = [plot for label in labels_of(films / "raw").values() for plot in label["plot"]]
-    for text in [*task_sentences, *plots]:
-        assert not words_of_looks & set(re.findall(r"[a-z]+", text.lower())), text
-
-
-def test_posters_show_the_genres_of_the_poster_alone(monkeypatch):
-    shown: list[set[str]] = []
-
-    def note(title, sky, strength, rng, scenery=()):
-        shown.append(set(strength))
-        return draw_poster(title, sky, strength, rng, scenery)
-
-    monkeypatch.setattr(data, "draw_poster", note)
-    made = [data.make_task_film(0, number) for number in range(150)]
-    for film, on_poster in zip(made, shown, strict=True):
-        assert on_poster <= {genre for genre in film.genres or [] if THEME_BY_GENRE[genre].in_poster}
-    hidden = sum(
-        THEME_BY_GENRE[genre].in_poster and genre not in on_poster
-        for film, on_poster in zip(made, shown, strict=True)
-        for genre in film.genres or []
-    )
-    assert 0 < hidden < 30, "a few cues are left out"
 
 
 def test_a_folder_of_the_users_is_not_replaced(tmp_path, capsys):
@@ -153,25 +107,10 @@ def test_transformers_opens_the_backbone(tiny_clip):
     assert out.logits_per_image.isfinite().all()
 
 
-def test_the_vocabulary_follows_clips_order(tiny_clip):
-    saved = json.loads((tiny_clip / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    symbols = byte_characters()
-    merged = ["".join(pair) for pair in saved["merges"]]
-    expected = [*symbols, *(s + "</w>" for s in symbols), *merged, "<|startoftext|>", "<|endoftext|>"]
-    assert sorted(saved["vocab"], key=saved["vocab"].get) == expected
-    assert sorted(saved["vocab"].values()) == list(range(len(expected)))
-
-
 def test_pretraining_is_repeatable(films, tiny_clip, tmp_path):
     again = tmp_path / "backbone"
     backbone.make_backbone(films / "pretrain", again, steps=2, seed=0, sizes=SIZES)
     assert fingerprint(again) == fingerprint(tiny_clip)
-
-
-def test_backbone_of_a_missing_folder(tmp_path):
-    with pytest.raises(DataError, match="absent"):
-        backbone.make_backbone(tmp_path / "absent", tmp_path / "out", steps=2, seed=0)
-    assert not (tmp_path / "out").exists()
 
 
 def test_backbone_names_the_film_without_a_poster(tmp_path):

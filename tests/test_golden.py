@@ -5,7 +5,6 @@ are on the relative error of a whole array (of the loss and a gradient norm, of 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from clip.modules.vision_transformer_memory import ClipBackbone
 from engine.tasks import TASKS
-from tests import golden, slow_rep
+from tests import golden, slow_methods
 from tests.models import classifier_of, model_input, published_name
 
 FORWARD_TOLERANCE = 1e-4
@@ -29,6 +28,13 @@ class Run:
     loss: float
     gradients: dict[str, Tensor]
     """By published name."""
+    trained: set[str]
+
+
+def trained_in(expected: golden.Golden) -> set[str]:
+    """What is trained, but for the net that the released code never uses."""
+    names = {*expected.grad_norm, *expected.trainable_without_grad}
+    return {name for name in names if ".dynamic_common_token_net." not in name}
 
 
 def run_of_the_model(expected: golden.Golden) -> Run:
@@ -51,8 +57,9 @@ def run_of_the_model(expected: golden.Golden) -> Run:
         outputs[f"memory_{place}_last"] = of_place.replaced_BmD[-1]
     loss = TASKS[expected.task].loss(outputs["logits"], expected.labels)
     loss.backward()
-    gradients = {published_name(name): p.grad for name, p in classifier.named_parameters() if p.grad is not None}
-    return Run(expected, outputs, loss.item(), gradients)
+    trained = {published_name(name): p.grad for name, p in classifier.named_parameters() if p.requires_grad}
+    gradients = {name: grad for name, grad in trained.items() if grad is not None}
+    return Run(expected, outputs, loss.item(), gradients, set(trained))
 
 
 def run_in_few_shapes(expected: golden.Golden) -> Run:
@@ -63,32 +70,31 @@ def run_in_few_shapes(expected: golden.Golden) -> Run:
 
 
 def run_of_the_slow_version(expected: golden.Golden) -> Run:
-    task, depth, types = expected.task, expected.memory_depth, expected.missing_types
-    trained = slow_rep.trained_names(expected.state, task)
-    assert trained == set(expected.grad_norm) | set(expected.trainable_without_grad)
-    state = {
-        name: value.clone().requires_grad_() if name in trained else value for name, value in expected.state.items()
-    }
-    image, text = zip(*(slow_rep.learn_memory(state, t, depth) for t in types), strict=True)
-    samples = zip(expected.images, expected.tokens, types, strict=True)
-    features = [slow_rep.features(state, *sample, depth) for sample in samples]
+    method, trained = expected.prompt_type, trained_in(expected)
+    state = {name: value.clone().requires_grad_(name in trained) for name, value in expected.state.items()}
+    samples = list(zip(expected.images, expected.tokens, expected.missing_types, strict=True))
+    features = [slow_methods.features(state, method, *sample) for sample in samples]
+    masked = torch.stack([both.masked for both in features])
     outputs = {
         "features_unmasked": torch.stack([both.unmasked for both in features]),
-        "features": torch.stack([both.masked for both in features]),
-        "logits": slow_rep.batch_logits(state, expected.images, expected.tokens, types, depth, task),
+        "features": masked,
+        "logits": slow_methods.linear(state, f"{expected.task}_classifier", masked),
     }
-    for place, memories in (("image", image), ("text", text)):
-        outputs[f"memory_{place}_0"] = torch.stack([memory[0] for memory in memories])
-        outputs[f"memory_{place}_last"] = torch.stack([memory[-1] for memory in memories])
-    loss = slow_rep.loss(outputs["logits"], expected.labels, task)
+    slots = [slow_methods.method_slots(state, method, missing_type, {}) for *_, missing_type in samples]
+    for place in ("image", "text"):
+        of_place = [of_sample[place] for of_sample in slots]
+        outputs[f"memory_{place}_0"] = torch.stack([torch.cat([of.replaced[0], of.inserted[0]]) for of in of_place])
+        outputs[f"memory_{place}_last"] = torch.stack([of.replaced[-1] for of in of_place])
+    loss = TASKS[expected.task].loss(outputs["logits"], expected.labels)
     loss.backward()
-    return Run(expected, outputs, loss.item(), {name: p.grad for name, p in state.items() if p.grad is not None})
+    gradients = {name: p.grad for name, p in state.items() if p.grad is not None}
+    return Run(expected, outputs, loss.item(), gradients, trained)
 
 
+FILES = (*golden.rep_files(), *golden.dcp_files())
 RUNS = [
-    *((run_of_the_model, path) for path in (*golden.rep_files(), *golden.dcp_files())),
+    *((run, path) for run in (run_of_the_model, run_of_the_slow_version) for path in FILES),
     *((run_in_few_shapes, path) for path in (*golden.rep_files()[-1:], *golden.dcp_files())),
-    *((run_of_the_slow_version, path) for path in golden.rep_files()),
 ]
 
 
@@ -113,35 +119,11 @@ def test_loss(run: Run) -> None:
 
 
 def test_gradients(run: Run) -> None:
-    """Exactly the published parameters get one."""
+    """Exactly the published parameters are trained, and get one."""
+    assert run.trained == trained_in(run.golden)
     assert set(run.gradients) == set(run.golden.grad_norm)
     for name, norm in run.golden.grad_norm.items():
         gradient = run.gradients[name]
         assert float(gradient.norm()) == pytest.approx(norm, rel=GRADIENT_TOLERANCE, abs=0), name
         head = torch.tensor(run.golden.grad_head[name])
         assert golden.relative_error(gradient.flatten()[:4], head) < GRADIENT_TOLERANCE, name
-
-
-# The slow version, which other tests rest on
-
-
-@pytest.mark.parametrize("path", golden.rep_files(), ids=lambda path: path.stem)
-def test_the_slow_version_calls_dropout_once_per_rdn(path: Path) -> None:
-    """By the prefix of each RDN, and uses its result."""
-    expected = golden.load_golden(path)
-    state, depth = expected.state, expected.memory_depth
-    seen: list[str] = []
-
-    def drop_all(name: str, hidden: Tensor) -> Tensor:
-        seen.append(name)
-        return torch.zeros_like(hidden)
-
-    image_memory, _ = slow_rep.learn_memory(state, 0, depth, drop_all)
-    lists = [f"compound_memory_projections_{tower}.{k}" for tower in ("image", "text") for k in range(depth)]
-    rdns = [*lists, "common_memory_projection_image", "common_memory_projection_text"]
-    assert sorted(seen) == sorted(f"{slow_rep.LEARNER}.{name}" for name in rdns)
-
-    name = f"{slow_rep.LEARNER}.common_memory_projection_image"
-    common = state[f"{slow_rep.LEARNER}.common_memory_complete"]
-    only_skip = slow_rep.linear(state, f"{name}.skip", common) + state[f"{name}.fc2.bias"]
-    torch.testing.assert_close(image_memory[0][len(common) :], only_skip)

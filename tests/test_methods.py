@@ -88,10 +88,10 @@ def slow_features(
 ) -> Tensor:
     """(B, 2E) of the slow version; gradients reach the parameters of the classifier."""
     state = published_state(classifier)
-    options = {"far": True, "fmb": True, "dynamic_init": False} | VARIANTS[variant]
+    options = slow_methods.RELEASED | VARIANTS[variant]
     prompt_type = options.get("prompt_type", "rep")
     rows = [
-        slow_methods.features(state, prompt_type, image, ids, missing_type, options, activation)
+        slow_methods.features(state, prompt_type, image, ids, missing_type, options, activation).masked
         for image, ids, missing_type in zip(images, tokens, mix, strict=True)
     ]
     return torch.stack(rows)
@@ -151,10 +151,9 @@ def test_few_shapes_change_nothing(variant: str, monkeypatch: pytest.MonkeyPatch
     assert [len(batch.inputs["image"]) for batch in seen[:1]] == [7] and len(seen) == 5
 
 
-NO_REPLAY = [name for name in SLOW_VARIANTS if "replay" not in name and "described" not in name]
 OTHER_SIZES: list[tuple[str, ClipArchitecture, int, dict[str, Any]]] = [
-    *((variant, DEEPER, depth, {}) for variant in NO_REPLAY for depth in (1, 3)),
-    *((variant, replace(DEEPER, activation="gelu"), 2, {}) for variant in SLOW_VARIANTS),
+    *((variant, DEEPER, depth, {}) for variant in ("rep", "dcp", "map_attention", "syp") for depth in (1, 3)),
+    ("rep", replace(DEEPER, activation="gelu"), 2, {}),
     ("rep replay", replace(TINY, vision_layers=5, text_layers=4), 2, {"replay_depth": 2}),
 ]
 
@@ -266,19 +265,6 @@ def test_what_is_trained_has_the_size_that_the_readme_says(prompt_type: str) -> 
     others = {name for name in trained if not name.startswith((f"model.{classifier.method.attribute}.", "mmimdb_"))}
     projection = {"model.text_encoder.text_projection"}
     assert others == {"dcp": ENDS, "aoept": ENDS | projection}.get(prompt_type, set())
-
-
-@pytest.mark.parametrize("task", ["mmimdb", "food101", "hatememes"])
-def test_dcp_trains_the_ends_of_the_towers_on_every_task(task: str) -> None:
-    classifier = build_classifier(ModelSpec(task, MethodOptions("dcp", 6, 2), TINY))
-    trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
-    assert {name for name in trained if "_encoder." in name} == ENDS
-    dynamic = {name.partition(".dynamic.")[2] for name in trained if ".dynamic." in name}
-    assert dynamic == {
-        f"{tower}.attention.{name}"
-        for tower in ("image", "text")
-        for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-    }
 
 
 @pytest.mark.parametrize(
@@ -545,9 +531,10 @@ def test_with_gates_at_their_start_the_described_model_gives_the_released_output
 
 
 @pytest.mark.parametrize(
-    ("arch", "variant"), [*(("ViT-B/32", variant) for variant in VARIANTS), *((arch, "rep") for arch in REAL)]
+    ("arch", "variant"),
+    [*(("ViT-B/32", variant) for variant in ("rep described", "aoept", "mora")), *((arch, "rep") for arch in REAL)],
 )
-def test_every_method_and_every_backbone_by_shapes(arch: str, variant: str) -> None:
+def test_sizes_of_real_backbones_by_shapes(arch: str, variant: str) -> None:
     """Forward and backward at the sizes of real backbones, without values."""
     with FakeTensorMode():
         options = MethodOptions(memory_length=36, memory_depth=6, **VARIANTS[variant])

@@ -17,6 +17,7 @@ import torch
 from common.errors import DataError
 from common.shares import part_of
 from tests.data_files import at_once
+from tests.interrupted import files_up_to
 from vilt.datasets.specs import DATASETS, SPLITS, Modality, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table
 from vilt.missing_types import available_shares, is_missing, missing_types, type_names
@@ -298,6 +299,12 @@ def test_a_root_that_cannot_be_used_is_an_error(tmp_path, root):
         load_missing_table(tmp_path / root, "mmimdb", "val", BOTH, 10)
     fact = "File name too long" if len(root) == 300 else f"cannot write {KEPT_NAME}"
     assert f"missing_table_root={tmp_path / root}: " in str(raised.value) and fact in str(raised.value)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
+    with files_up_to(100), pytest.raises(DataError, match=f"cannot write {KEPT_NAME}: File too large; .* bytes free"):
+        load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- tables of the published code

@@ -1,4 +1,4 @@
-"""REP against the slow, obvious version of tests/slow_rep.py, and what is trained."""
+"""REP against the slow, obvious version of tests/slow_methods.py, and what is trained."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from clip.modules.clip_dynamic_memory import RDN, MemoryLearner
 from clip.modules.method import MethodOptions
 from clip.trainable import freeze, parts_of
 from engine.tasks import TASKS
-from tests import golden, slow_rep
+from tests import golden, slow_methods
 from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
 
 
@@ -97,12 +97,15 @@ def test_each_sample_has_its_own_dropout_mask(mix: list[int]) -> None:
     logits = classifier(model_input(images, tokens, mix))
     TASKS["mmimdb"].loss(logits, labels).backward()
 
-    def sample_dropout(row: int) -> slow_rep.Dropout:
-        return lambda name, x: x * masks[name][row].to(x.dtype)
+    def slow(row: int) -> Tensor:
+        def drop(name: str, x: Tensor) -> Tensor:
+            return x * masks[name][row]
 
-    dropouts = [sample_dropout(row) for row in range(len(mix))]
-    slow_logits = slow_rep.batch_logits(state, images, tokens, mix, 2, "mmimdb", dropouts=dropouts)
-    slow_rep.loss(slow_logits, labels, "mmimdb").backward()
+        return slow_methods.features(state, "rep", images[row], tokens[row], mix[row], dropout=drop).masked
+
+    features = torch.stack([slow(row) for row in range(len(mix))])
+    slow_logits = slow_methods.linear(state, "mmimdb_classifier", features)
+    TASKS["mmimdb"].loss(slow_logits, labels).backward()
     some_mask = masks["model.memory_learner.common_memory_projection_text"]
     assert not torch.equal(some_mask[0], some_mask[1])
     assert golden.relative_error(logits, slow_logits) < 1e-9
@@ -125,15 +128,6 @@ def test_parameters_of_absent_types_get_no_gradient_and_skipped_towers_get_zeros
     ):
         gradient = gradients[name]
         assert gradient is not None and not gradient.any()
-
-
-def test_trained_parameters_are_the_published_ones() -> None:
-    published = slow_rep.trained_names
-    for task in ("mmimdb", "food101", "hatememes"):
-        classifier = tiny_classifier(task)
-        trained = {published_name(name) for name, p in classifier.named_parameters() if p.requires_grad}
-        expected = published(published_state(classifier), task)
-        assert trained == {name for name in expected if ".dynamic_common_token_net." not in name}
 
 
 def test_every_parameter_is_in_exactly_one_part() -> None:

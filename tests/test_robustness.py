@@ -2,10 +2,10 @@
 
 import csv
 import json
-import math
 import re
 import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,21 @@ Patch = pytest.MonkeyPatch
 QUICK = ("robustness_ratios=[0,0.5]", "robustness_seeds=[0,1]", "bootstrap=20")
 
 
-def train(workspace: Workspace, name: str, *options: str, task: str = "mmimdb", data_root: Path | None = None) -> Path:
+def train(workspace: Workspace, name: str, *options: str) -> Path:
     """The folder of a run whose head is then drawn at random, so that its predictions are not all the same."""
     common = (f"vit={workspace.backbone}", f"exp_name={name}", "max_epoch=1", "test_after_fit=False")
-    assert command_line(workspace.command(*common, *options, task=task, data_root=data_root)) == 0
+    assert command_line(workspace.command(*common, *options)) == 0
     folder = max((workspace.results).glob(f"{name}_seed*/version_*"), key=lambda path: path.stat().st_mtime_ns)
-    draw_head(folder / "best.ckpt", task, seed=0)
+    draw_head(folder / "best.ckpt", seed=0)
     return folder
 
 
-def draw_head(path: Path, task: str, seed: int) -> None:
+def draw_head(path: Path, seed: int) -> None:
     """Another checkpoint in the place of `path`."""
     checkpoint = torch.load(path, weights_only=True)
-    weight = checkpoint["state_dict"][f"{task}_classifier.weight"]
+    weight = checkpoint["state_dict"]["mmimdb_classifier.weight"]
     generator = torch.Generator().manual_seed(seed)
-    checkpoint["state_dict"][f"{task}_classifier.weight"] = torch.randn(weight.shape, generator=generator)
+    checkpoint["state_dict"]["mmimdb_classifier.weight"] = torch.randn(weight.shape, generator=generator)
     torch.save(checkpoint, path)
 
 
@@ -117,7 +117,7 @@ def test_every_cell_is_what_test_only_gives(workspace: Workspace, fresh: Path, t
                "num_workers=1", "bootstrap=0")  # fmt: skip
     cells = {(cell["missing_type"], cell["ratio"]): cell["metrics"] for cell in results_of(fresh)["cells"]}
     assert list(cells) == [(kind, ratio) for kind in ("text", "image", "both") for ratio in ratios]
-    compared = [("text", 0), ("text", 0.7), ("image", 0.5), ("image", 1), ("both", 0.5), ("both", 0.7)]
+    compared = [("text", 0.7), ("image", 0.5), ("both", 0.5)]
     values = set()
     for kind, ratio in compared:
         for place, seed in enumerate(seeds):
@@ -130,7 +130,7 @@ def test_every_cell_is_what_test_only_gives(workspace: Workspace, fresh: Path, t
             assert found == pytest.approx(expected, abs=1e-6), name
             values.add(found["f1_macro"])
             assert AT_OFFSET in found and tested["offset"] == read_checkpoint(fresh / "best.ckpt").offset
-    assert len(values) > 6, "the cells should differ, or their equality says little"
+    assert len(values) > 3, "the cells should differ, or their equality says little"
     published_cell = cells["image", 0.5]["f1_macro"]
     assert published_cell["std"] == 0.0  # one table for all seeds
 
@@ -274,7 +274,7 @@ def test_parts_of_another_checkpoint_are_not_used(workspace: Workspace, fresh: P
         patch.setattr(LogitStore, "load", stop)
         assert command_line(command) == 130
     capsys.readouterr()
-    draw_head(fresh / "best.ckpt", "mmimdb", seed=1)
+    draw_head(fresh / "best.ckpt", seed=1)
     assert command_line(command) == 0
     said = capsys.readouterr().err
     assert said.count("stored logits of another checkpoint (sha256)") == 3 and said.count("; not used") == 3
@@ -287,7 +287,7 @@ def test_a_store_of_another_checkpoint_is_refused_or_made_anew(
     best = fresh / "best.ckpt"
     robustness(workspace, f"load_path={best}", *QUICK)
     old = results_of(fresh)
-    draw_head(best, "mmimdb", seed=1)
+    draw_head(best, seed=1)
     new_sha256 = read_checkpoint(best).sha256
     capsys.readouterr()
     robustness(workspace, f"load_path={best}", *QUICK, status=2)
@@ -305,7 +305,7 @@ def test_a_store_of_another_checkpoint_is_refused_or_made_anew(
 
 def rewrite(path: Path, **changes: Any) -> None:
     """Changes columns of a logits.arrow (None removes one), or its `metadata`."""
-    table = pa.ipc.open_file(path).read_all()
+    table = pa.ipc.open_file(pa.OSFile(str(path))).read_all()
     metadata = changes.pop("metadata", table.schema.metadata)
     columns = {name: table[name] for name in table.column_names} | changes
     table = pa.table({name: column for name, column in columns.items() if column is not None})
@@ -313,52 +313,46 @@ def rewrite(path: Path, **changes: Any) -> None:
         writer.write_table(table.replace_schema_metadata(metadata))
 
 
-def damage(path: Path, how: str) -> None:
-    table = pa.ipc.open_file(pa.OSFile(str(path))).read_all()
+FOREIGN = "expected logits that `run.py robustness` stored, found another file"
+DAMAGES: dict[str, tuple[Callable[[pa.Table], dict[str, Any]], str]] = {
+    "foreign": (lambda table: {"metadata": {}}, FOREIGN),
+    "format": (
+        lambda table: {"metadata": {"rep": table.schema.metadata[b"rep"].replace(b'"format": 1', b'"format": 2')}},
+        FOREIGN,
+    ),
+    "column": (
+        lambda table: {"logits_complete": None},
+        "expected stored logits, with the columns sample (int64), row ",
+    ),
+    "type": (
+        lambda table: {"logits_complete": table["logits_complete"].cast(pa.list_(pa.float64()))},
+        "logits_complete (list<item: double>)",
+    ),
+    "rows": (lambda table: {"row": pa.array([0] * len(table), pa.int64())}, "samples of {arrow}, found others"),
+    "width": (
+        lambda table: {
+            "logits_complete": pa.array(
+                [row[: 5 if place == 4 else None] for place, row in enumerate(table["logits_complete"].to_pylist())],
+                pa.list_(pa.float32()),
+            )
+        },
+        "row 4: column logits_complete: expected 23 numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "truncated"])
+def test_a_damaged_or_foreign_store_is_refused(workspace: Workspace, encoded: Path, capsys: Captured, how: str) -> None:
+    path, message = encoded / "robustness" / "logits.arrow", "not readable as stored logits: "
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
-    elif how == "text":
-        path.write_text("logits")
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "foreign":
-        rewrite(path, metadata={})
-    elif how == "format":
-        rewrite(path, metadata={"rep": table.schema.metadata[b"rep"].replace(b'"format": 1', b'"format": 2')})
-    elif how == "column":
-        rewrite(path, logits_complete=None)
-    elif how == "type":
-        rewrite(path, logits_complete=table["logits_complete"].cast(pa.list_(pa.float64())))
-    elif how == "rows":
-        rewrite(path, row=pa.array([0] * len(table), pa.int64()))
-    elif how == "width":
-        lists = table["logits_complete"].to_pylist()
-        rewrite(path, logits_complete=pa.array([*lists[:4], lists[4][:5], *lists[5:]], pa.list_(pa.float32())))
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("truncated", "not readable as stored logits: "),
-        ("text", "not readable as stored logits: "),
-        ("empty", "not readable as stored logits: "),
-        ("foreign", "expected logits that `run.py robustness` stored, found another file"),
-        ("format", "expected logits that `run.py robustness` stored, found another file"),
-        ("column", "expected stored logits, with the columns sample (int64), row (int64), "),
-        ("type", "logits_complete (list<item: double>)"),
-        ("rows", "samples of {arrow}, found others"),
-        ("width", "row 4: column logits_complete: expected 23 numbers"),
-    ],
-)
-def test_a_damaged_or_foreign_store_is_refused(
-    workspace: Workspace, encoded: Path, capsys: Captured, how: str, message: str
-) -> None:
-    damage(encoded / "robustness" / "logits.arrow", how)
+    else:
+        change, message = DAMAGES[how]
+        rewrite(path, **change(pa.ipc.open_file(pa.OSFile(str(path))).read_all()))
     robustness(workspace, f"load_path={encoded / 'best.ckpt'}", *QUICK, status=2)
     error = error_of(capsys)
-    assert error.startswith(f"error: {encoded / 'robustness' / 'logits.arrow'}: ")
+    assert error.startswith(f"error: {path}: ") and error.endswith("; robustness_anew=True replaces them")
     assert message.format(arrow=workspace.arrow / "mmimdb_test.arrow") in error
-    assert error.endswith("; robustness_anew=True replaces them")
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +422,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_column(
         shutil.rmtree(folder / "robustness")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | options))
-        draw_head(folder / "best.ckpt", "mmimdb", options["seed"])
+        draw_head(folder / "best.ckpt", options["seed"])
         folders[options["seed"]] = folder
     unfinished = tmp_path / "runs" / "robust_seed2" / "version_0"
     unfinished.mkdir(parents=True)
@@ -486,7 +480,17 @@ def test_the_matrix_of_one_checkpoint(
 def test_checkpoints_of_different_datasets_or_test_sets(
     workspace: Workspace, encoded: Path, golden_arrow: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    food = train(workspace, "food_mix", "batch_size=2", "per_gpu_batchsize=2", task="food101", data_root=golden_arrow)
+    food = Path(shutil.copytree(encoded, tmp_path / "food" / "version_0"))
+    shutil.rmtree(food / "robustness")
+    content = torch.load(food / "best.ckpt", weights_only=True)
+    head = {name: content["state_dict"].pop(f"mmimdb_classifier.{name}") for name in ("weight", "bias")}
+    content["state_dict"] |= {
+        f"food101_classifier.{name}": value.repeat_interleave(5, 0)[:101] for name, value in head.items()
+    }
+    content["rep"] |= {"task": "food101", "class_names": [f"dish {number}" for number in range(101)]}
+    torch.save(content, food / "best.ckpt")
+    config = json.loads((food / "config.json").read_text()) | {"task": "food101", "data_root": str(golden_arrow)}
+    (food / "config.json").write_text(json.dumps(config))
     both = f"load_path=['{encoded / 'best.ckpt'}', '{food / 'best.ckpt'}']"
     robustness(workspace, both, status=2)
     assert error_of(capsys) == (
@@ -520,6 +524,11 @@ def test_checkpoints_of_different_datasets_or_test_sets(
         (["load_path={run}", "fast_dev_run=True"], "fast_dev_run: robustness needs the whole test split"),
         (["load_path={run}/config.json"], "{run}/config.json: not readable as a checkpoint: "),
         (["load_path={run}", "robustnes_types=text"], "unknown option robustnes_types; did you mean robustness_types?"),
+        (["load_path={run}", "robustness_types=[text,sound]"], "expected text or image or both, found 'sound'"),
+        (["load_path={run}", "robustness_ratios=[0,1.1]"], "expected a number from 0 to 1, found 1.1"),
+        (["load_path={run}", "robustness_ratios=[0,0.0]"], "robustness_ratios: expected each value once, found"),
+        (["load_path={run}", "robustness_seeds=[1.5]"], "expected an integer of at least 0, found 1.5"),
+        (["load_path={run}", "bootstrap=-1"], "bootstrap: expected an integer of at least 0, found -1"),
     ],
 )  # fmt: skip
 def test_places_that_do_not_serve(
@@ -540,36 +549,6 @@ def test_a_folder_that_cannot_be_written(workspace: Workspace, fresh: Path, caps
     assert f"error: {fresh / 'robustness'}: cannot keep results there: File exists" in error_of(capsys)
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("robustness_types=[text,sound]", "robustness_types: expected text or image or both, found 'sound'"),
-        ("robustness_types=['text','text']", "robustness_types: expected each value once, found text twice"),
-        ("robustness_types=[]", "robustness_types: expected at least one value, found []"),
-        ("robustness_ratios=[0,1.1]", "robustness_ratios: expected a number from 0 to 1, found 1.1"),
-        ("robustness_ratios=[0,0.0]", "robustness_ratios: expected each value once, found 0.0 twice"),
-        ("robustness_ratios=[0.1,", "robustness_ratios: expected a list as Python writes it"),
-        ("robustness_both_ratios=[-1]", "robustness_both_ratios: expected a number from 0 to 1, found -1"),
-        ("robustness_seeds=[1.5]", "robustness_seeds: expected an integer of at least 0, found 1.5"),
-        ("robustness_seeds=[0,1,0]", "robustness_seeds: expected each value once, found 0 twice"),
-        ("bootstrap=-1", "bootstrap: expected an integer of at least 0, found -1"),
-        ("robustness_anew=yes", "robustness_anew: expected True or False, found 'yes'"),
-    ],
-)
-def test_wrong_options(workspace: Workspace, trained: Path, capsys, option: str, message: str) -> None:
-    robustness(workspace, f"load_path={trained / 'best.ckpt'}", option, status=2)
-    assert error_of(capsys).startswith(f"error: {message}")
-    assert not (trained / "robustness").exists()
-
-
-def test_a_single_value_is_a_list_of_one(workspace: Workspace, encoded: Path) -> None:
-    one = ("robustness_types=both", "robustness_ratios=0.7", "robustness_seeds=3", "robustness_both_ratios=0.4")
-    robustness(workspace, f"load_path={encoded}", *one, "bootstrap=0")
-    (cell,) = results_of(encoded)["cells"]
-    assert (cell["missing_type"], cell["ratio"], cell["both_ratio"]) == ("both", 0.7, 0.4)
-    assert cell["metrics"]["f1_macro"]["std"] == 0.0 and len(cell["metrics"]["f1_macro"]["values"]) == 1
-
-
 def test_a_checkpoint_without_its_run(workspace: Workspace, trained: Path, tmp_path: Path, capsys) -> None:
     """As with published ones: task from the checkpoint, the data from the command line."""
     path = Path(shutil.copy(trained / "best.ckpt", tmp_path / "downloaded.ckpt"))
@@ -580,27 +559,6 @@ def test_a_checkpoint_without_its_run(workspace: Workspace, trained: Path, tmp_p
     results = results_of(tmp_path)
     assert (results["exp_name"], results["train_seed"], results["train_pattern"]) == ("downloaded", None, None)
     assert results["checkpoint"] == "downloaded.ckpt"
-
-
-@pytest.mark.parametrize("task", ["food101", "hatememes"])
-def test_the_other_tasks(workspace: Workspace, golden_arrow: Path, task: str) -> None:
-    folder = train(workspace, f"r_{task}", "batch_size=2", "per_gpu_batchsize=2", task=task, data_root=golden_arrow)
-    robustness(workspace, f"load_path={folder}", *QUICK)
-    results, names = results_of(folder), {path.name for path in (folder / "robustness").iterdir()}
-    always = {"logits.arrow", "robustness.json", "cells.csv", "matrix.csv", "per_class.csv"}
-    table = stored(folder).to_pydict()
-    if task == "food101":
-        wrong = [sum(np.argmax(table[name], 1) != table["label"]) for name in LOGIT_COLUMNS]
-        counts = [sum(row["count"] for row in results["confusions"] if row["type"] == name) for name in TYPE_NAMES]
-        assert counts == wrong and names == always | {"confusions.csv"} and results["roc"] == {}
-        classes = {row["true"] for row in table_of(folder, "confusions.csv")}
-        assert classes <= set(results["class_names"]) and len(results["class_names"]) == 101
-    else:
-        assert names == always | {"roc.csv"} and results["confusions"] == []
-        for name in TYPE_NAMES:
-            assert results["roc"][name]["auroc"] == results["by_type"][name]["auroc"]
-        first = table_of(folder, "roc.csv")[0]
-        assert (first["type_name"], float(first["fpr"]), float(first["threshold"])) == ("complete", 0.0, math.inf)
 
 
 def test_two_processes_give_the_same(workspace: Workspace, fresh: Path, encoded: Path) -> None:
@@ -619,7 +577,7 @@ def test_a_checkpoint_replaced_while_it_is_opened(workspace: Workspace, fresh: P
 
     def and_replace(self: LogitStore) -> None:
         check_writable(self)
-        draw_head(fresh / "best.ckpt", "mmimdb", seed=5)
+        draw_head(fresh / "best.ckpt", seed=5)
 
     monkeypatch.setattr(LogitStore, "check_writable", and_replace)
     monkeypatch.setattr(LogitModule, "test_step", None)

@@ -1,151 +1,141 @@
-"""What writes files is killed at random moments, or meets a full disk: the old state or the new one, never a part."""
+"""All that is written appears at once, as tests/test_files.py tries by killing writers; a full disk is one line."""
 
-import os
-import random
+import ast
 import re
 import shutil
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 from run import command_line
-from tests.conftest import Workspace
-from tests.interrupted import CONTEXT
-from tests.writers import TRAINED, WRITERS, run_writer
+from tests.conftest import Captured, Workspace
+from tests.custom_files import convert, write_labelled
+from tests.interrupted import files_up_to
+from tests.report_files import write_run
 
-KILLS = 20 if os.environ.get("TEST_LONG") else 2
-"""Of each writer."""
-
-
-class End(NamedTuple):
-    """How a writer ended."""
-
-    status: int
-    said: str
-    seconds: float
-    """From when it began to write to when all was written, or it was killed."""
-    wrote: bool
-    """Whether it did, beside the target."""
-
-
-class Trial:
-    """A writer, and a folder that can be put back to the old state."""
-
-    def __init__(self, name: str, workspace: Workspace, top: Path) -> None:
-        self.name = name
-        self.writer = WRITERS[name]
-        self.workspace = workspace
-        self.folder = top / "folder"  # always the same, since some files hold their place
-        self._before = top / "before"
-        self.folder.mkdir()
-        self.writer.prepare(self.folder, workspace)
-        shutil.copytree(self.folder, self._before)
-        self.old = self.read()
-
-    def restore(self) -> None:
-        shutil.rmtree(self.folder)
-        shutil.copytree(self._before, self.folder)
-
-    def read(self) -> Any:
-        return self.writer.read(self.folder)
-
-    def names(self) -> set[str]:
-        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
-
-    def run(self, *, kill_after: float | None = None, room: int | None = None) -> End:
-        """Starts the writer and waits for its end, or kills it so many seconds after it began to write."""
-        (reader, said), (heard, signals) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
-        arguments = (self.name, self.folder, self.workspace, said, signals, room)
-        process = CONTEXT.Process(target=run_writer, args=arguments)
-        process.start()
-        said.close()
-        signals.close()
-        assert heard.poll(60), "does not begin"
-        wrote = heard.recv() == "begins"  # or it has found all done
-        start = time.monotonic()
-        if kill_after is not None:
-            time.sleep(kill_after)
-            process.kill()
-        elif wrote:
-            assert heard.poll(60), "does not end"
-        seconds = time.monotonic() - start
-        process.join(60)
-        assert process.exitcode is not None, "does not end"
-        text = b"".join(iter(lambda: os.read(reader.fileno(), 2**16), b""))
-        reader.close()
-        heard.close()
-        return End(process.exitcode, text.decode(), seconds, wrote)
-
-    def largest_new_file(self) -> int:
-        """Bytes of the largest file that was not there before."""
-        kept = {(path.relative_to(self._before), path.stat().st_mtime_ns) for path in self._before.rglob("*")}
-        sizes = [
-            path.stat().st_size
-            for path in self.folder.rglob("*")
-            if path.is_file() and (path.relative_to(self.folder), path.stat().st_mtime_ns) not in kept
-        ]
-        return max(sizes)
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("common", "vilt", "clip", "engine", "runs", "sensors", "vla")
+AT_ONCE = {"atomic_path", "new_folder", "whole_folder"}
+WRITES = {"write_text", "write_bytes", "touch", "save", "save_file", "savefig", "to_csv", "new_file", "OSFile", "dump"}
+OTHERS = {
+    "common/files.py atomic_path": "is what makes it so",
+    "common/locks.py locked": "a lock is no data",
+    "engine/training.py on_train_epoch_end": "asks the logger",
+    "runs/sweep/jobs.py _run": "appends to a log",
+    "vilt/utils/arrow_writer.py _write_rows": "convert gives the part",
+    **dict.fromkeys(("vilt/convert.py _image", "runs/report/samples.py _thumbnail"), "into memory"),
+    **dict.fromkeys(
+        (f"runs/report/{place}" for place in ("figures.py figure", "figures.py _svg", "table.py csv")), "too"
+    ),
+}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _trained(workspace: Workspace) -> None:
-    """What some writers need: a run and its logits."""
-    common = (f"vit={workspace.backbone}", "exp_name=written", "max_epoch=1", "test_after_fit=False")
-    assert command_line(workspace.command(*common)) == 0
-    command = workspace.command(f"load_path={workspace.results / TRAINED / 'best.ckpt'}", "bootstrap=0")
-    assert command_line([command[0], "robustness", *command[1:]]) == 0
+def name_of(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def writes(call: ast.Call) -> bool:
+    values = [each for each in (*call.args, *(word.value for word in call.keywords)) if isinstance(each, ast.Constant)]
+    modes = [str(each.value) for each in values if re.fullmatch(r"[wax]b?\+?|rb?\+b?", str(each.value))]
+    return name_of(call) in WRITES or (name_of(call) in ("open", "open_memmap") and bool(modes))
+
+
+def test_every_function_that_writes_a_file_lets_it_appear_at_once() -> None:
+    found = set()
+    for path in [each for package in PACKAGES for each in (ROOT / package).rglob("*.py")]:
+        for function in ast.walk(ast.parse(path.read_text("utf-8"))):
+            calls = [each for each in ast.walk(function) if isinstance(each, ast.Call)]
+            if isinstance(function, ast.FunctionDef) and any(map(writes, calls)):
+                found.add(f"{path.relative_to(ROOT)} {function.name}" if not AT_ONCE & set(map(name_of, calls)) else "")
+    assert "" in found and found - {""} <= OTHERS.keys()
+
+
+# A full disk
 
 
 @pytest.fixture(scope="module")
-def amid() -> dict[str, int]:
-    """Of each writer so far, how many kills left something unfinished."""
-    return {}
+def best(workspace: Workspace) -> Path:
+    common = (f"vit={workspace.backbone}", "exp_name=written", "max_epoch=1", "test_after_fit=False")
+    assert command_line(workspace.command(*common)) == 0
+    return workspace.results / "written_seed0" / "version_0" / "best.ckpt"
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_killed_writer_leaves_the_old_or_the_new(
-    name: str, workspace: Workspace, tmp_path: Path, amid: dict[str, int]
+Prepare = Callable[[Path, Workspace, Path], Callable[[], int]]
+"""Makes what a command needs, in a folder of its own; the command."""
+
+
+def run(command: str, *options: str) -> Callable[[], int]:
+    return lambda: command_line(["run.py", command, "with", *options])
+
+
+def conversion(folder: Path, workspace: Workspace, best: Path) -> Callable[[], int]:
+    write_labelled(folder / "raw", {"train": 6, "val": 3, "test": 3}, ["one", "other"])
+    return lambda: convert(folder / "raw", folder / "arrow")
+
+
+def robustness(folder: Path, workspace: Workspace, best: Path) -> Callable[[], int]:
+    shutil.copy(best, folder)
+    figures = ("robustness_ratios=[0,0.5]", "robustness_seeds=[0]", "bootstrap=0", f"data_root={workspace.arrow}")
+    places = (f"load_path={folder / 'best.ckpt'}", f"missing_table_root={folder}", "precision=32", "num_workers=0")
+    return run("robustness", *places, *figures)
+
+
+def prediction(folder: Path, workspace: Workspace, best: Path) -> Callable[[], int]:
+    (folder / "in.csv").write_text("text\nA ghost story.\n")
+    places = (f"load_path={best}", f"input={folder / 'in.csv'}", f"output={folder / 'out.csv'}")
+    return run("predict", *places, "precision=32", "num_workers=0")
+
+
+def about_runs(command: str, *options: str) -> Prepare:
+    def prepare(folder: Path, workspace: Workspace, best: Path) -> Callable[[], int]:
+        write_run(folder / "result" / "first_seed0" / "version_0")
+        return run(command, *(option.format(folder) for option in options))
+
+    return prepare
+
+
+def sweep(folder: Path, workspace: Workspace, best: Path) -> Callable[[], int]:
+    grid = ("sweep_name=s", "sweep_types=[text]", "sweep_ratios=[0.5]", "sweep_seeds=[0]", "sweep_launcher=commands")
+    return run("sweep", *workspace.command(*grid, f"log_dir={folder}")[2:])
+
+
+def export(folder: Path, workspace: Workspace, best: Path) -> Callable[[], int]:
+    return run("export", f"load_path={best}", f"out={folder / 'out'}")
+
+
+COMMANDS: dict[str, tuple[Prepare, int]] = {
+    "arrow/custom_train.arrow": (conversion, 500),
+    "robustness": (robustness, 1000),
+    "out.csv": (prediction, 100),
+    "result/runs.csv": (about_runs("runs", "log_dir={}/result"), 100),
+    "report": (about_runs("report", "runs={}/result", "out={}/report"), 1000),
+    "s/": (sweep, 100),
+    "out": (export, 1000),
+}
+"""By what the line about a full disk names: what writes it, and the bytes that fit."""
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("named", "before"),
+    [(named, before) for named in COMMANDS for before in (False, True) if (named, before) != ("out", True)],
+)
+def test_a_full_disk_leaves_what_was_there_and_is_one_line(
+    workspace: Workspace, best: Path, tmp_path: Path, capsys: Captured, named: str, before: bool
 ) -> None:
-    trial, draw = Trial(name, workspace, tmp_path), random.Random(name)
-    whole = trial.run()
-    assert whole.status == 0 and whole.wrote, whole.said
-    new, names = trial.read(), trial.names()
-    assert new != trial.old
-    amid[name] = 0
-    for _ in range(KILLS):
-        trial.restore()
-        killed = trial.run(kill_after=draw.uniform(0, whole.seconds))
-        assert killed.status in (-9, 0), killed.said
-        assert trial.read() in (trial.old, new, *trial.writer.between)
-        amid[name] += any(path.endswith(".part") for path in trial.names())
-        again = trial.run()
-        assert again.status == 0, again.said
-        assert trial.read() == new
-        assert trial.names() == names, "leftovers"
-
-
-def test_many_of_them_were_writing_when_they_were_killed(amid: dict[str, int]) -> None:
-    if amid.keys() != WRITERS.keys():
-        pytest.skip("is about the test before, of all writers")
-    print(f"kills amid the writing: {amid}, of {KILLS} each")
-    assert sum(amid.values()) > KILLS * len(amid) / 4
-
-
-@pytest.mark.parametrize("name", [name for name, writer in WRITERS.items() if writer.full is not None])
-def test_a_full_disk_leaves_the_old_and_says_so(name: str, workspace: Workspace, tmp_path: Path) -> None:
-    trial = Trial(name, workspace, tmp_path)
-    assert trial.run().status == 0
-    room = trial.largest_new_file() // 2
-    trial.restore()
-    names = trial.names()
-    full = trial.run(room=room)
-    assert full.status == trial.writer.status, full.said
-    assert trial.read() == trial.old
-    assert trial.names() == names
-    if full.status:
-        line = full.said.splitlines()[-1]
-        assert re.fullmatch(r"error: .*: File too large; [\d,]+ bytes free.*", line), full.said
-        assert trial.writer.full is not None and trial.writer.full in line
-        assert "Traceback" not in full.said and ".part" not in line
+    prepare, room = COMMANDS[named]
+    command = prepare(tmp_path, workspace, best)
+    if before:
+        assert command() == 0
+    there = contents(tmp_path)
+    with files_up_to(room):
+        assert command() == 2
+    said = capsys.readouterr().err
+    last = said.splitlines()[-1]
+    assert re.fullmatch(r"error: .*: File too large; [\d,]+ bytes free.*", last) and named in last, said
+    assert "Traceback" not in said and not re.search(r"[0-9a-f]{8}\.part", last)
+    assert contents(tmp_path) == there

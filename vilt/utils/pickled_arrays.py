@@ -19,6 +19,7 @@ SUFFIXES = (".pkl", ".pickle")
 
 KINDS = re.compile(r"[biufSU]\d{1,6}|O8?|b1|\?")
 """Spelled types of arrays: numbers, bytes, texts, and objects, which are lists here."""
+BLOCK = 2**20
 
 
 class NotNumpyError(ValueError):
@@ -67,6 +68,9 @@ class PickledArray:
         values = len(raw) if self.dtype == object else len(raw) // max(1, self.dtype.itemsize)
         if min(shape, default=0) < 0 or values != size:
             raise ValueError(f"an array of shape {shape} has {values:,} values")
+        if isinstance(raw, str):
+            for start in range(0, len(raw), BLOCK):  # in blocks: a second copy of all would take as much memory again
+                _bytes(raw[start : start + BLOCK])
 
     def __len__(self) -> int:
         return self.shape[0] if self.shape else 0

@@ -122,7 +122,8 @@ class Options:
         False, flag, MACHINE, "run a TorchScript archive whose SHA-256 is not one that OpenAI published")
     prompt_type: str = option("rep", method_name, MODEL, f"the method: {', '.join(METHODS)}")
     memory_length: int = option(36, integer(3), MODEL, "memory slots; a third each private, shared, dynamic")
-    memory_depth: int = option(6, integer(1), MODEL, "blocks of each tower that get private slots")
+    memory_depth: int = option(6, integer(1), MODEL,
+        "blocks of each tower that get private slots; default: half of them where there are too few for 6")
     head: str = option("linear", one_of(*HEADS), MODEL, "linear, linear_by_type (one for each missing type), or dpl")
     train_ends: bool | None = option(
         None, optional(flag), MODEL, "train final norms and image projection; None: as method and head are published")

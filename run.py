@@ -129,13 +129,12 @@ def export(_config: dict[str, Any]) -> None:
 
 
 @EX.command(unobserved=True)
-def doctor(_config: dict[str, Any], network: Any) -> None:
+def doctor(_config: dict[str, Any], _run: Any, network: Any) -> None:
     """Checks installation, machine, dataset, weights and one training step: a line each, with ok, warn or FAIL."""
     from runs.doctor import check_all
-    from runs.training import train_from
 
     set_up_logging()
-    check_all(_config, lambda options, callback: train_from(options, options.exp_name, callback))
+    check_all(_config, given_options(_run))
 
 
 @EX.command

@@ -35,6 +35,7 @@ from engine.families import family_of
 from runs.check_options import check_together, resolve
 from runs.evaluation import backbone_choice
 from runs.start import remarks
+from runs.training import starting_point, train_from
 from vilt.datamodules import split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM
@@ -50,20 +51,20 @@ Found = tuple[str, str]
 """A level and a text. `FAIL`: the run would end, or give wrong results; `warn`: worth a look; else `ok`."""
 
 
-def check_all(config: Mapping[str, Any], train: Callable[[Options, pl.Callback], object]) -> None:
-    """Prints the line of each check. Raises CheckupError where one failed."""
+def check_all(config: Mapping[str, Any], given: set[str]) -> None:
+    """Prints the line of each check; the arguments are those of a run. Raises CheckupError where one failed."""
     logging.disable(logging.INFO)
     levels = []
-    for level, line in examine(config, train):
+    for level, line in examine(config, given):
         print(line, flush=True)
         levels.append(level)
     if failed := levels.count("FAIL"):
         raise CheckupError(f"{failed} of {len(levels)} checks failed")
 
 
-def examine(config: Mapping[str, Any], train: Callable[[Options, pl.Callback], object]) -> Iterator[Found]:
+def examine(config: Mapping[str, Any], given: set[str]) -> Iterator[Found]:
     """Level and line of each check of a run, as soon as it is made. Raises ConfigError for an option out of range."""
-    doctor = Doctor(resolve(config), train)
+    doctor = Doctor(resolve(config), given)
     checks: dict[str, Callable[[], Found]] = {
         "packages": check_packages,
         "options": doctor.check_options,
@@ -115,7 +116,7 @@ class Doctor:
     """The checks that need the options; later ones use what earlier ones have found."""
 
     options: Options
-    train: Callable[[Options, pl.Callback], object]
+    given: set[str]
     backbone: Backbone | None = None
     inputs: InputFormat | None = None
     datasets: dict[Split, ArrowDataset] = field(default_factory=dict)
@@ -145,9 +146,13 @@ class Doctor:
         return "ok" if free > total / 2 else "warn", device
 
     def check_backbone(self) -> Found:
-        self.backbone = backbone = self.family.load(self.choice)
+        options, trained_on = self.options, None
+        if options.task is not None:
+            options, _, trained_on = starting_point(options, self.given)
+        self.choice = self.choice._replace(vit=options.vit, tokenizer=options.tokenizer)
+        self.backbone = backbone = self.family.load(self.choice, trained_on)
         parameters = f"{sum(tensor.numel() for tensor in backbone.state.values()):,} parameters, all finite"
-        return "ok", f"{self.options.vit}: {parameters}; sha256 {backbone.sha256[:16]}"
+        return "ok", f"{options.vit}: {parameters}; sha256 {backbone.sha256[:16]}"
 
     def check_tokenizer(self) -> Found:
         self.inputs = self.family.inputs(self.choice, self.backbone.architecture if self.backbone else None)
@@ -204,7 +209,7 @@ class Doctor:
         alone = {"num_gpus": min(1, options.num_gpus), "num_nodes": 1, "cpu_processes": 1, "num_workers": 0}
         short = {"fast_dev_run": 2, "batch_size": options.per_gpu_batchsize, "image_cache": False, "resume_from": None}
         timer, changes = StepTimer(), dict[str, Any](alone | short)
-        self.train(replace(options, **changes), timer)
+        train_from(replace(options, **changes), options.exp_name, timer, given=self.given)
         self.run_bytes = 9 * timer.trainable_bytes  # best.ckpt; last.ckpt with that and AdamW's state, old and new
         began, batch = time.perf_counter(), min(options.per_gpu_batchsize, len(train))
         train.__getitems__([(0, index) for index in range(batch)])

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import move_data_to_device
 
 from clip.backbone import Backbone
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.registry import TRAIN_BACKBONES
+from clip.modules.registry import TRAIN_BACKBONES, method_class
 from clip.trainable import freeze
 from common.errors import CheckpointError, ConfigError, DataError, UserError
 from common.messages import first_line
@@ -110,8 +110,9 @@ def tested_before(folder: Path) -> dict[str, float]:
     return metrics
 
 
-def open_training(options: Options, given: Collection[str] = ()) -> Opened:
-    """Opens everything that a training reads. The arguments are those of `train`."""
+def starting_point(options: Options, given: Collection[str]) -> tuple[Options, Checkpoint | None, Any]:
+    """What `load_path` names: the options with its backbone and tokenizer, unless others are given; the checkpoint, if
+    its memory is taken; and the architecture that it was trained on."""
     start = read_checkpoint(options.load_path) if options.load_path is not None else None
     trained_on = None
     if start is not None and EVERY_DATASET[start.spec.task].family != EVERY_DATASET[options.task].family:
@@ -125,14 +126,48 @@ def open_training(options: Options, given: Collection[str] = ()) -> Opened:
         options, trained_on = replace(options, vit=str(start.backbone_name)), start.spec.architecture
     if start is not None and start.tokenizer is not None and "tokenizer" not in given:
         options = replace(options, tokenizer=start.tokenizer.option)
+    return options, start, trained_on
+
+
+def open_training(options: Options, given: Collection[str] = ()) -> Opened:
+    """Opens everything that a training reads. The arguments are those of `train`."""
+    options, start, trained_on = starting_point(options, given)
     family, choice = family_of(options.task), backbone_choice(asdict(options), {"vit"})
     backbone = family.load(choice, trained_on)
+    options = fit_depths(options, given, backbone.architecture)
     inputs = family.inputs(choice, backbone.architecture)
     data = open_data(options, inputs)
     contents = {} if options.fast_dev_run else contents_of_data(data)
     architecture = hashlib.sha256(repr(backbone.architecture).encode()).hexdigest()  # with the preprocessing of images
     contents |= {"backbone": backbone.sha256, "architecture": architecture, "tokenizer": inputs.fingerprint}
     return Opened(options, start, backbone, inputs, data, contents | ({"load_path": start.sha256} if start else {}))
+
+
+def fit_depths(options: Options, given: Collection[str], architecture: Any) -> Options:
+    """The options, with depths that are not `given` fitted to a backbone of too few blocks for them.
+
+    Half of the blocks get slots of their own, and up to as many a replay, as in the published backbone.
+    """
+    with torch.device("meta"):
+        backbone = family_of(options.task).build(architecture)
+    depth = min(place.depth for place in backbone.places.values())
+    memory, replay = options.memory_depth, options.replay_depth
+    if memory + replay <= depth:
+        return options
+    try:
+        kind = method_class(options.prompt_type, EVERY_DATASET[options.task].family)
+        kind(backbone.places, backbone.embed_dim, options.method())
+        return options  # a method without depths
+    except ValueError:
+        if "memory_depth" not in given:
+            memory = max(1, min(memory, depth // 2, depth - replay if "replay_depth" in given else depth))
+        if "replay_depth" not in given:
+            replay = min(replay, max(1, depth - memory))
+    fitted = replace(options, memory_depth=memory, replay_depth=replay)
+    for name in ("memory_depth", "replay_depth"):
+        if (ours := getattr(fitted, name)) != (default := getattr(options, name)):
+            log.info("%s=%d: the backbone has %d blocks, and the default, %d, is for more", name, ours, depth, default)
+    return fitted
 
 
 def train_from(

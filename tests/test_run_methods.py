@@ -3,6 +3,7 @@
 The others differ in their slots alone (test_methods.py).
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +13,14 @@ import pytest
 import torch
 
 from clip.modules.dpl import DecoupledPrototypes
+from config import DEFAULTS
 from engine.callbacks import Checkpoints
 from engine.checkpoint import read_checkpoint
 from run import command_line
+from runs.check_options import resolve
+from runs.training import fit_depths
 from tests.conftest import Workspace
+from tests.models import TINY
 
 DESCRIBED = ("memory_depth=1", "replay_depth=1", "dynamic_init=True", "decoupling_weight=0.1")
 VARIANTS = {
@@ -136,8 +141,47 @@ def test_sizes_that_the_backbone_does_not_have(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(workspace, tmp_path, "rep_described", status=2)
-    message = "error: memory_depth=2 with replay_depth=6 is more than the backbone has blocks (2 in the image tower"
+    message = "error: memory_depth=2 with replay_depth=1 is more than the backbone has blocks (2 in the image tower"
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("blocks", "wanted", "given", "expected"),
+    [
+        (12, {"replay_depth": 6}, (), (6, 6)),
+        (8, {}, (), (6, 0)),
+        (8, {"replay_depth": 6}, (), (4, 4)),
+        (4, {}, (), (2, 0)),
+        (1, {}, (), (1, 0)),
+        (4, {"memory_depth": 3, "replay_depth": 6}, ("memory_depth",), (3, 1)),
+        (4, {"replay_depth": 3}, ("replay_depth",), (1, 3)),
+        (4, {"memory_depth": 6}, ("memory_depth",), (6, 0)),
+        (4, {"prompt_type": "coop"}, (), (6, 0)),
+    ],
+)
+def test_depths_that_are_not_given_fit_the_backbone(
+    caplog: pytest.LogCaptureFixture, blocks: int, wanted: dict[str, Any], given: tuple[str, ...], expected: tuple[int]
+) -> None:
+    """As in the published one, half of the blocks have slots of their own; what is given is left alone."""
+    options = resolve({**DEFAULTS, "task": "mmimdb", **wanted})
+    with caplog.at_level("INFO"):
+        fitted = fit_depths(options, given, dataclasses.replace(TINY, vision_layers=blocks, text_layers=12))
+    assert (fitted.memory_depth, fitted.replay_depth) == expected
+    changed = {name for name in ("memory_depth", "replay_depth") if getattr(fitted, name) != getattr(options, name)}
+    assert {record.getMessage().partition("=")[0] for record in caplog.records} == changed
+    assert all(f"the backbone has {blocks} blocks" in record.getMessage() for record in caplog.records)
+
+
+def test_a_run_keeps_the_depth_that_it_had(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = [
+        option
+        for option in workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_steps=1")
+        if not option.startswith("memory_depth")
+    ]
+    assert command_line([*command, "exp_name=m", "prompt_type=msp"]) == 0
+    assert json.loads((tmp_path / "m_seed0" / "version_0" / "config.json").read_text())["memory_depth"] == 1
+    assert command_line([*command, "exp_name=m", "prompt_type=msp", "resume_from=auto"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
 
 
 def test_a_head_is_told_the_missing_type_of_the_training(

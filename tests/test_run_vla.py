@@ -187,7 +187,12 @@ def test_doctor_checks_them(root: Path, pretrained: Path, capsys: pytest.Capture
     own = ("memory_length=6", "memory_depth=2", f"load_path={pretrained}")
     assert command_line(command(root, *own, name="doctor")) == 0
     said = capsys.readouterr().out
-    assert "ok   tokenizer: none needed" in said and "training step: loss" in said and "FAIL" not in said
+    assert (
+        f"ok   backbone: {pretrained}" in said
+        and "ok   tokenizer: none needed" in said
+        and "training step: loss" in said
+        and "FAIL" not in said
+    )
 
 
 WRONG: list[tuple[tuple[str, ...], str]] = [

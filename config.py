@@ -233,6 +233,7 @@ class Options:
         None, dictionary, COMMAND, "sweep: further options, as sweep_over.memory_depth=[3,6]")
     sweep_launcher: str = option("local", one_of("local", "slurm", "submitit_local", "commands"), COMMAND,
         "sweep: local, slurm, submitit_local (as on SLURM, here), or commands (a list, nothing run)")
+    sweep_parallel: int = option(1, integer(1), COMMAND, "sweep: runs at once, with sweep_launcher=local")
     sweep_slurm: dict[str, Any] = option(
         None, dictionary, COMMAND, "sweep: submitit's parameters, as sweep_slurm.partition=gpu")
     search: dict[str, tuple[Any, ...]] = option(

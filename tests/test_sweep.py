@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from common.errors import ConfigError
 from common.locks import locked
 from run import command_line
-from runs.sweep import jobs
+from runs.sweep import jobs, launchers
 from runs.sweep.jobs import Job, Outcome, Progress, error_in, run_job
 from runs.sweep.launchers import Submission, _run_submitted, make_launcher
 from tests.conftest import Workspace
@@ -389,6 +389,60 @@ def test_a_run_that_does_not_stop_is_killed(sweep: Sweep, stand_in: SetUp, monke
         os.kill(int((jobs.RUN.parent / "pid").read_text()), 0)
 
 
+# Several at once
+
+
+def test_cells_at_once_are_stopped_together_and_resumed(
+    sweep: Sweep, stand_in: SetUp, capsys: Captured, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(launchers, "POLL_S", 0.02)
+    stand_in(
+        "mark = here / f\"{options['exp_name']}{options['seed']}\"\n"
+        "mark.touch()\n"
+        "try:\n"
+        "    while len(list(here.glob('s_text_0.5*'))) < 2: time.sleep(0.01)\n"
+        "    if options['seed'] == '1': os.kill(os.getppid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt: mark.write_text('asked'); sys.exit(1)\n"
+    )
+    options: Any = {"types": "text", "ratios": "0.5", "seeds": "[0,1,2]"}
+    assert sweep.grid("sweep_parallel=2", **options) == 130
+    marks = {path.name: path.read_text() for path in jobs.RUN.parent.glob("s_text*")}
+    assert marks == {"s_text_0.50": "asked", "s_text_0.51": "asked"}, "the third did not start"
+    capsys.readouterr()
+    stand_in("if options['seed'] == '2': sys.exit('error: no films')")
+    assert sweep.grid("sweep_parallel=2", **options) == 2
+    said = capsys.readouterr()
+    assert sweep.versions() == {"s_text_0.5_seed0": 2, "s_text_0.5_seed1": 2, "s_text_0.5_seed2": 1}
+    assert all(f"[{number}/3] s_text_0.5_seed" in said.err for number in (1, 2, 3))
+    [row] = sweep.table()
+    assert (row["complete"], row["failed"], row["open"]) == ("2", "1", "0")
+
+
+@pytest.mark.parametrize(
+    ("visible", "wanted", "expected"),
+    [
+        (None, 1, ["0", "1", "2", "0"]),
+        ("4,7", 1, ["4", "7", "4", "7"]),
+        (None, 2, ["0,1", "2,0", "1,2", "0,1"]),
+        ("5", 1, [None] * 4),
+        (None, 0, [None] * 4),
+    ],
+)
+def test_gpus_are_shared_out(monkeypatch: Patch, visible: str | None, wanted: int, expected: list[str | None]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [launchers.gpus_of(place, wanted).get("CUDA_VISIBLE_DEVICES") for place in range(4)] == expected
+
+
+@pytest.mark.parametrize("other", ["sweep_launcher=slurm", "sweep_launcher=commands", "search.learning_rate=[1e-3,1]"])
+def test_what_does_not_run_at_once(sweep: Sweep, capsys: Captured, other: str) -> None:
+    assert sweep.run("sweep_parallel=2", other) == 2
+    assert error_line(capsys.readouterr().err).startswith("sweep_parallel: is for the runs of a grid")
+
+
 # Lists of commands, and submitit
 
 
@@ -465,7 +519,7 @@ def test_runs_do_not_take_themselves_for_started_by_slurm(tmp_path: Path, stand_
 )
 def test_submitit_parameters_are_checked(tmp_path: Path, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_launcher("submitit_local", parameters, tmp_path / "submitit")
+        make_launcher("submitit_local", SimpleNamespace(sweep_slurm=parameters), tmp_path / "submitit")
 
 
 # The real run.py

@@ -63,9 +63,7 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
     with locked(folder / ".lock", busy):
         try:
             commands = options.sweep_launcher == "commands"
-            launch = make_launcher(
-                "local" if commands else options.sweep_launcher, options.sweep_slurm, folder / "submitit"
-            )
+            launch = make_launcher("local" if commands else options.sweep_launcher, options, folder / "submitit")
             record(options, metric, config, folder)
             if options.search:
                 from runs.sweep.search import Search, open_study, run_search
@@ -120,6 +118,9 @@ def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:
     if options.sweep_slurm and options.sweep_launcher not in CLUSTERS:
         launchers = " or ".join(CLUSTERS)
         raise ConfigError(f"sweep_slurm: expected sweep_launcher={launchers}, found {options.sweep_launcher}")
+    if options.sweep_parallel > 1 and (options.search or options.sweep_launcher != "local"):
+        found = "a search" if options.search else f"sweep_launcher={options.sweep_launcher}"
+        raise ConfigError(f"sweep_parallel: is for the runs of a grid with sweep_launcher=local, found {found}")
     if options.num_nodes > 1 and options.sweep_launcher != "commands":
         raise ConfigError(
             f"num_nodes: expected 1, since a sweep starts each run on one machine, or sweep_launcher=commands, "

@@ -4,6 +4,7 @@ import logging
 import re
 import shlex
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -100,10 +101,11 @@ def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launc
         write_csv(folder / "table.csv", list(rows[0]), [list(row.values()) for row in rows])
         return rows
 
-    for job, outcome in launch(waiting):
-        result = cell_of[job].result(metric)
-        progress.report(job, outcome, "" if result is None else f"{metric} {figure(result[metric])}")
-        write()
+    with closing(launch(waiting)) as outcomes:  # which stops what runs, if an error ends the block
+        for job, outcome in outcomes:
+            result = cell_of[job].result(metric)
+            progress.report(job, outcome, "" if result is None else f"{metric} {figure(result[metric])}")
+            write()
     print(f"\nsweep {options.sweep_name}: {options.task} test, mean ± standard deviation over seeds\n")
     print(f"{table_text(write(), options, metric)}\n")
     for path in [path for cell in cells if (path := cell.job.result) is not None][:1]:

@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from common.errors import SweepError
@@ -114,52 +116,76 @@ def run_command(*arguments: str) -> list[str]:
     return [sys.executable, str(RUN), *arguments]
 
 
+class Running:
+    """A run of a sweep that was started, its output going to its log.
+
+    Args:
+        variables: of the environment, beside those of this process.
+    """
+
+    def __init__(self, job: Job, variables: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.job, self._began = job, time.monotonic()
+        # Lightning starts the processes of a run itself, and is not to take a job of SLURM for having done so.
+        own = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"}
+        command = job.command()
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("ab") as log:
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            self._start = log.tell()
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**own, "PYTHONUNBUFFERED": "1", **variables},
+                start_new_session=True,  # Ctrl-C comes from here alone, once
+            )
+
+    def outcome(self, *, wait: bool = False) -> Outcome | None:
+        """How it ended; None while it is at work, unless that is waited for."""
+        status = self.process.wait() if wait else self.process.poll()
+        if status is None:
+            return None
+        job, error = self.job, None
+        if status < 0:
+            error = f"killed by {signal.Signals(-status).name}"
+        elif status:
+            error = error_in(job.log.read_bytes()[self._start :].decode("utf-8", "replace"))
+        elif job.tested and job.result is None:
+            error = "it ended without test_results.json"
+        return Outcome(error, time.monotonic() - self._began)
+
+
 def run_job(job: Job) -> Outcome:
-    """Runs `job` to its end, its output going to its log; interrupted, it first stops the run."""
-    began = time.monotonic()
-    error = None if job.result is not None else _run(job)
-    return Outcome(error, time.monotonic() - began)
-
-
-def _run(job: Job) -> str | None:
-    # Lightning starts the processes of a run itself, and is not to take a job of SLURM for having done so.
-    variables = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"}
-    command = job.command()
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("ab") as log:
-        log.write(f"$ {shlex.join(command)}\n".encode())
-        log.flush()
-        start = log.tell()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**variables, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # Ctrl-C comes from here alone, once
-        )
-        try:
-            status = process.wait()
-        except BaseException:  # Ctrl-C, or the end of a cluster job's time
-            _stop(process)
-            raise
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    if status:
-        return error_in(job.log.read_bytes()[start:].decode("utf-8", "replace"))
-    return "it ended without test_results.json" if job.tested and job.result is None else None
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Interrupts a run and its processes, and kills what is left."""
+    """Runs `job` to its end; interrupted, it first stops the run."""
+    if job.result is not None:
+        return Outcome(None, 0.0)
+    running = Running(job)
     try:
-        with suppress(subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(PATIENCE_S)
+        outcome = running.outcome(wait=True)
+    except BaseException:  # Ctrl-C, or the end of a cluster job's time
+        stop([running])
+        raise
+    assert outcome is not None
+    return outcome
+
+
+def stop(runs: Sequence[Running]) -> None:
+    """Interrupts runs and their processes, and kills what is left."""
+    until = time.monotonic() + PATIENCE_S
+    try:
+        for run in runs:
+            with suppress(ProcessLookupError):
+                os.killpg(run.process.pid, signal.SIGINT)
+        for run in runs:
+            with suppress(subprocess.TimeoutExpired):
+                run.process.wait(max(0.0, until - time.monotonic()))
     finally:
-        with suppress(ProcessLookupError):  # none is left
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for run in runs:
+            with suppress(ProcessLookupError):  # none is left
+                os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()
 
 
 def error_in(said: str) -> str:

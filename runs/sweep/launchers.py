@@ -1,24 +1,29 @@
-"""Where the runs of a sweep are run: one after another here, or through submitit on SLURM (or all at once here)."""
+"""Where the runs of a sweep are run: here, so many at once, or through submitit on SLURM (or all at once here)."""
 
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import submitit
+import torch
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from common.errors import ConfigError
 from common.messages import first_line
 from common.text import counted
-from runs.sweep.jobs import RUN, Job, Outcome, error_in, run_job
+from config import Options
+from runs.sweep.jobs import RUN, Job, Outcome, Running, error_in, run_job, stop
 
 log = logging.getLogger("rep")
 
-Launcher = Callable[[Sequence[Job]], Iterator[tuple[Job, Outcome]]]
+Outcomes = Generator[tuple[Job, Outcome]]
+Launcher = Callable[[Sequence[Job]], Outcomes]
 """Runs jobs and yields each with its outcome as it ends. Left early, it stops what it runs."""
 
 CLUSTERS = {"slurm": "slurm", "submitit_local": "local"}
@@ -28,25 +33,57 @@ TIMEOUT_MIN = 24 * 60
 POLL_S = 0.5
 
 
-def make_launcher(name: str, parameters: dict[str, Any], folder: Path) -> Launcher:
+def make_launcher(name: str, options: Options, folder: Path) -> Launcher:
     """The launcher of this name; submitit's keep their files in `folder`.
 
     Raises:
         ConfigError: there is no SLURM here, or submitit does not know a parameter.
     """
     if name == "local":
-        return run_here
-    executor = _executor(name, parameters, folder)
+        return partial(run_at_once, options) if options.sweep_parallel > 1 else run_here
+    executor = _executor(name, options.sweep_slurm, folder)
     # A node finds this package wherever the sweep was started from.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(RUN.parent), os.environ.get("PYTHONPATH")]))
     return lambda jobs: _run_submitted(executor, jobs)
 
 
-def run_here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+def run_here(jobs: Sequence[Job]) -> Outcomes:
     """Runs jobs one after another on this machine."""
     for job in jobs:
         log.info("%s: %s", job.name, job.log)
         yield job, run_job(job)
+
+
+def run_at_once(options: Options, jobs: Sequence[Job]) -> Outcomes:
+    """Runs `sweep_parallel` jobs at once on this machine, its GPUs shared out among them."""
+    waiting, running = deque(jobs), dict[int, Running]()
+    try:
+        while waiting or running:
+            for place in range(options.sweep_parallel):
+                if waiting and place not in running:
+                    job = waiting.popleft()
+                    log.info("%s: %s", job.name, job.log)
+                    running[place] = Running(job, gpus_of(place, options.num_gpus))
+            ended = [(place, found) for place, run in running.items() if (found := run.outcome()) is not None]
+            for place, outcome in ended:
+                yield running.pop(place).job, outcome
+            if not ended:
+                time.sleep(POLL_S)
+    finally:
+        stop([*running.values()])
+
+
+def gpus_of(place: int, wanted: int) -> dict[str, str]:
+    """What shows so many GPUs to the run in this place of those at work, the next ones to the next place, and so on.
+
+    Nothing where runs have no GPU, or all of them.
+    """
+    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    visible = visible or [str(number) for number in range(torch.cuda.device_count())]
+    if not 0 < wanted < len(visible):
+        return {}
+    own = [visible[(place * wanted + number) % len(visible)] for number in range(wanted)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +119,7 @@ def _executor(name: str, parameters: dict[str, Any], folder: Path) -> submitit.A
     return executor
 
 
-def _run_submitted(executor: submitit.AutoExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+def _run_submitted(executor: submitit.AutoExecutor, jobs: Sequence[Job]) -> Outcomes:
     with executor.batch():
         handles = [executor.submit(Submission(job)) for job in jobs]
     pending = dict(zip(handles, jobs, strict=True))

@@ -127,6 +127,8 @@ class Options:
     head: str = option("linear", one_of(*HEADS), MODEL, "linear, linear_by_type (one for each missing type), or dpl")
     train_ends: bool | None = option(
         None, optional(flag), MODEL, "train final norms and image projection; None: as method and head are published")
+    neighbours: int = option(
+        0, integer(0), MODEL, "none: nearest training samples whose features and labels the head gets; 0: none")
     dpl_margins: tuple[float, ...] = option(
         0.1, of_each(3, number(0, 1.5)), MODEL, "dpl: margin in radians; or of complete, text missing, image missing")
     dpl_contrast_weight: float = option(0, number(0), MODEL, "dpl: weight of the contrast between prototypes")

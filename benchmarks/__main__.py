@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import loop, sensors, shapes, sides
+from benchmarks import heads, loop, sensors, shapes, sides
 from benchmarks.loading import Loading
 from benchmarks.sides import Comparison, Data, compare
 from clip.modules.interfaces import TowerSlots
@@ -143,6 +143,11 @@ def of_sensors(device: torch.device, pairs: int) -> Iterator[str]:
     yield from sensors.table(pairs)
 
 
+def of_heads(device: torch.device, pairs: int) -> Iterator[str]:
+    """Heads on kept features, processor time: run.py's own loop at published sizes, on features drawn at random."""
+    yield from heads.table()
+
+
 def of_shapes(device: torch.device, pairs: int) -> Iterator[str]:
     """Shapes of an epoch's batches, MM-IMDb's 15,552 training samples, and the operations that rounding them adds."""
     yield from shapes.table()
@@ -154,6 +159,7 @@ PARTS = {
     "training": training,
     "shapes": of_shapes,
     "sensors": of_sensors,
+    "heads": of_heads,
 }
 
 

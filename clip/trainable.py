@@ -1,18 +1,22 @@
 """Which parameters are trained: the parts of the model, and what trains which (docs/method.md section 5)."""
 
+from collections.abc import Collection
+
 from torch import nn
 
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import EVERY_PART, UNUSED
+from clip.modules.no_prompts import NoPrompts
 
-HEAD = "head"
+HEAD, GATES = "head", "gates of neighbours"
 
 
 def parts_of(classifier: MissingModalityClassifier) -> dict[str, list[nn.Parameter]]:
     """The parameters by part: what method and backbone say, and the head. Each is in exactly one."""
     method, backbone = classifier.method.parts(), classifier.model.parts()
-    parts = {**method, HEAD: list(classifier.head.parameters()), **backbone}
-    assert len(parts) == len(method) + 1 + len(backbone), "method and backbone have parts of the same name"
+    gates = [] if classifier.neighbours is None else list(classifier.neighbours.parameters())
+    parts = {**method, HEAD: list(classifier.head.parameters()), GATES: gates, **backbone}
+    assert len(parts) == len(method) + 2 + len(backbone), "method and backbone have parts of the same name"
     of_parts = sorted(id(parameter) for part in parts.values() for parameter in part)
     assert of_parts == sorted(map(id, classifier.parameters())), "a parameter is in no part, or in several"
     return parts
@@ -22,7 +26,7 @@ def freeze(classifier: MissingModalityClassifier, task: str) -> str:
     """Sets `requires_grad` of every parameter; returns a table of the parts with their sizes, as text."""
     trained = {*classifier.method.trains(task)}
     if classifier.method.trains_head:
-        trained |= {HEAD, *classifier.model.always_trained}
+        trained |= {HEAD, GATES, *classifier.model.always_trained}
     train_ends, ends = classifier.method.options.train_ends, set(classifier.model.ends)
     if train_ends or (train_ends is None and classifier.head.trains_ends):
         trained |= ends
@@ -39,3 +43,11 @@ def freeze(classifier: MissingModalityClassifier, task: str) -> str:
         if size:
             lines.append(f"  {label:<44}{size:>14,}  {'trained' if label in trained else 'frozen'}")
     return "\n".join([*lines, f"  {'trained in all':<44}{total:>14,}"])
+
+
+def has_frozen_towers(classifier: MissingModalityClassifier, but_for: Collection[str] = ()) -> bool:
+    """Whether the towers get no slots and, but for some parts of the backbone, nothing of them is trained."""
+    model = classifier.model
+    left_out = {id(parameter) for name, part in model.parts().items() if name in but_for for parameter in part}
+    of_towers = [each for tower in model.towers.values() for each in tower.parameters() if id(each) not in left_out]
+    return type(classifier.method) is NoPrompts and not any(each.requires_grad for each in of_towers)

@@ -16,9 +16,10 @@ from torch import Tensor
 from clip.backbone import Backbone, weights_sha256
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import UNUSED, MethodOptions
+from clip.modules.neighbours import Neighbours
 from clip.modules.registry import HEADS, head_class, method_class, methods_of
 from clip.published_queries import published_queries
-from clip.trainable import freeze, parts_of
+from clip.trainable import freeze, has_frozen_towers, parts_of
 from common.errors import CheckpointError
 from common.hashing import file_sha256
 from common.messages import first_line, quoted
@@ -156,8 +157,16 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
         raise ValueError(f"head: expected linear where features are not side by side, found {spec.head}")
     head = head_class(spec.head)(backbone.fused_parts, backbone.embed_dim, task.n_classes, spec.method)
     backbone.start_head(head)
-    classifier = MissingModalityClassifier(backbone, method, task.head_name, head)
+    neighbours, k = None, spec.method.neighbours
+    if k:
+        neighbours = Neighbours(list(backbone.places), backbone.embed_dim, task.n_classes, k)
+    classifier = MissingModalityClassifier(backbone, method, task.head_name, head, neighbours)
     freeze(classifier, spec.task)
+    if k and (backbone.mixes or backbone.fused_parts != len(backbone.places) or not has_frozen_towers(classifier)):
+        raise ValueError(
+            "neighbours: expected frozen towers whose features stand side by side, as with prompt_type=none and "
+            "train_ends=False"
+        )
     return classifier
 
 
@@ -194,6 +203,8 @@ def load_kept_state(classifier: MissingModalityClassifier, state: dict[str, Tens
 def _load(
     classifier: MissingModalityClassifier, state: dict[str, Tensor], expected: Collection[str], source: object
 ) -> None:
+    if classifier.neighbours is not None:
+        classifier.neighbours.make_room(len(state.get("neighbours.row_N", ())))
     own = classifier.state_dict()
     try:
         check_state(state, {name: own[name] for name in expected})

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from clip.backbone import Backbone as FrozenWeights
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import NO_SLOTS, Tower
-from clip.modules.no_prompts import NoPrompts
+from clip.trainable import has_frozen_towers
 from common.errors import ConfigError, reason_of
 from common.files import atomic_path
 from common.hashing import file_sha256
@@ -48,11 +48,7 @@ FEATURES = ".features"
 
 def are_constant(classifier: MissingModalityClassifier) -> bool:
     """Whether all that is trained lies above the last blocks of the towers, which read each other in none of them."""
-    model = classifier.model
-    ends = {id(parameter) for name, part in model.parts().items() if name in model.ends for parameter in part}
-    below = [each for tower in model.towers.values() for each in tower.parameters() if id(each) not in ends]
-    frozen = not any(parameter.requires_grad for parameter in below)
-    return type(classifier.method) is NoPrompts and not model.mixes and frozen
+    return has_frozen_towers(classifier, but_for=classifier.model.ends) and not classifier.model.mixes
 
 
 def keep_features(

@@ -47,11 +47,11 @@ GPU_STEPS_PER_CHECK = 32
 """Looking at losses and gradients makes the host wait for the GPU."""
 
 
-def model_input(batch: Batch) -> ModelInput:
+def model_input(batch: Batch, split: str = "") -> ModelInput:
     """A batch as the model takes it: without labels."""
     of_model = batch._asdict()
     del of_model["label"]
-    return ModelInput(**of_model)
+    return ModelInput(**of_model, split=split)
 
 
 def _full_precision(logits: Tensor) -> Tensor:
@@ -106,9 +106,9 @@ class FinetuneModule(pl.LightningModule):
         self.tested: tuple[Tensor, Tensor] | None = None
         """Logits and labels of the test split."""
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, split: str = "") -> Tensor:
         """Logits (B, C)."""
-        return self.classifier(model_input(batch))
+        return self.classifier(model_input(batch, split))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds the dropout masks by their place in the training, so that an interruption does not change them."""
@@ -117,7 +117,7 @@ class FinetuneModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, with the method's own losses, each of which is logged by its name."""
-        inputs = model_input(batch)
+        inputs = model_input(batch, "train")
         as_it_is = self.counts_as_published or self.pretrains  # whose batches are subsequences, not samples
         counted, weight = (len(batch.index_B), 1.0) if as_it_is else self._weight(batch_idx)
         if self.pretrains:
@@ -193,11 +193,11 @@ class FinetuneModule(pl.LightningModule):
         """Keeps the logits; the metrics are those of the whole split. Of a pretraining it logs the losses."""
         if self.pretrains:
             return self._log_pretraining("val", batch, batch_idx)
-        return self._keep("val", batch, _full_precision(self(batch)))
+        return self._keep("val", batch, _full_precision(self(batch, "val")))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the logits; the metrics are those of the whole split."""
-        self._keep("test", batch, _full_precision(self(batch)))
+        self._keep("test", batch, _full_precision(self(batch, "test")))
 
     def _log_pretraining(self, stage: Stage, batch: Batch, batch_idx: int) -> None:
         """The mean loss over the split, of the same views each time."""

@@ -214,6 +214,7 @@ def _check_method(options: Options) -> None:
         ("dpl_", "head", ("dpl",)),
         ("lora_", "prompt_type", ("mora", "lora")),
         ("aoept_", "prompt_type", ("aoept",)),
+        ("neighbours", "prompt_type", ("none",)),
     ):
         for name in OPTIONS:
             default = OPTIONS[name].read(name, OPTIONS[name].default) if name.startswith(prefix) else None

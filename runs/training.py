@@ -11,9 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import move_data_to_device
+from torch import Tensor
 
 from clip.backbone import Backbone
 from clip.modules.classifier import MissingModalityClassifier
@@ -58,6 +60,7 @@ from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import EVERY_DATASET
+from vilt.missing_types import is_missing
 
 log = logging.getLogger("rep")
 
@@ -207,8 +210,10 @@ def train_from(
     set_computation(options, classifier)
     if classifier.method.sees_training_split and options.resume_from is None and options.load_path is None:
         see_training_split(options, classifier, data)
-    if are_constant(classifier) and options.max_epoch > 1 and not options.fast_dev_run:
+    if are_constant(classifier) and (options.max_epoch > 1 or options.neighbours) and not options.fast_dev_run:
         keep_features(data, backbone, inputs.fingerprint, options.precision, own_device(options))
+    if classifier.neighbours is not None and options.resume_from is None:
+        classifier.neighbours.remember(*training_samples(classifier, train_data))
     classifier.train()  # Lightning leaves it to us: a backbone keeps its frozen parts in evaluation mode
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
@@ -268,6 +273,19 @@ def compute_features(options: Options, given: Collection[str]) -> None:
     keep_features(opened.data, opened.backbone, *computed, must_keep=True)
 
 
+def training_samples(classifier: MissingModalityClassifier, data: ArrowDataset) -> tuple[Tensor, ...]:
+    """Features (N, M, E) of the training split, which of them are there, labels and rows."""
+    assert data.kept is not None
+    of_modalities = []
+    for name, kind in data.kinds.items():
+        features_nE = classifier.model.towers[name].end(data.kept[name]).detach()
+        of_modalities.append(features_nE[kind.place_of_sample])
+    missing_N = data.missing_type_of_sample
+    present_NM = torch.from_numpy(np.stack([~is_missing(data.kinds, name, missing_N) for name in data.kinds], axis=1))
+    features_NME = torch.stack(of_modalities, dim=1) * present_NM[..., None]
+    return features_NME, present_NM, torch.from_numpy(data.label_of_sample), torch.from_numpy(data.row_of_sample)
+
+
 def own_device(options: Options) -> torch.device:
     """What this process computes on."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if options.num_gpus else torch.device("cpu")
@@ -313,7 +331,8 @@ def warm_start(
     added = tuple(f"model.{method.attribute}.{beginning}" for beginning in method.identity_at_init)
     absent = {name for name in kept_names(classifier) if name.startswith(added)} - set(kept_names(start))
     of_this_model = [name for name in kept_names(classifier) if name not in absent]
-    wanted = [name for name in of_this_model if with_head or not name.startswith(heads)]
+    left_out = ("neighbours.", *(() if with_head else heads))  # the former are of the start's own training samples
+    wanted = [name for name in of_this_model if not name.startswith(left_out)]
     misfits = [name for name in wanted if name not in theirs or own[name].shape != theirs[name].shape]
     if misfits:
         raise CheckpointError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import loading, loop, sensors, shapes, sides
+from benchmarks import heads, loading, loop, sensors, shapes, sides
 from benchmarks.__main__ import main, record
 from benchmarks.baseline import PublishedAlgorithm
 from clip.modules.method import MethodOptions
@@ -47,8 +47,9 @@ def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(sides, "SPEC", replace(sides.SPEC, architecture=arch, method=MethodOptions("rep", 6, 2)))
     monkeypatch.setattr(loading, "FILMS", loading.BATCH)
     path = tmp_path / "RESULTS.md"
-    parts = ("steps", "robustness", "training", "shapes", "sensors")
+    parts = ("steps", "robustness", "training", "shapes", "sensors", "heads")
     monkeypatch.setattr(sensors, "BATCH", 4)
+    monkeypatch.setattr(heads, "ROWS", {"hatememes": {"train": 64, "val": 32, "test": 32}})
     monkeypatch.setattr(shapes, "FILMS", 1024)
     path.write_text("".join(f"<!-- {part} on cpu -->\n<!-- end of {part} -->\n" for part in parts))
     monkeypatch.setattr(loop, "FILMS", 24)
@@ -65,6 +66,7 @@ def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert all(0 <= float(added) < int(most) for *_, added, most in padded)
     of_sensors = path.read_text().partition("<!-- sensors on cpu -->")[2]
     assert re.search(r"`rep`, 70 % both \| [\d.]+ s, [\d.]+ × `none`", of_sensors)
+    assert len(re.findall(r"Hateful Memes, linear.* \| [\d.]+ s \| \d+ min \| \d+ \| ≥ 100", path.read_text())) == 2
 
 
 def test_a_record_replaces_one_part(tmp_path: Path) -> None:

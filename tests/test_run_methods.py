@@ -29,6 +29,7 @@ VARIANTS = {
     "described": DESCRIBED,
     "baseline of the ablation": ("far=False", "fmb=False"),
     "dpl": ("head=dpl", "dpl_contrast_weight=0.9", "dpl_margins=[0.1,0.15,0.15]"),
+    "neighbours": ("prompt_type=none", "neighbours=4"),
     "linear by type": ("head=linear_by_type", "prompt_type=none", "train_ends=True"),
 }
 

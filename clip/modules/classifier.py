@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from clip.modules.heads import Head
 from clip.modules.interfaces import Backbone, ModelInput, TowerSlots
 from clip.modules.method import Method
+from clip.modules.neighbours import Neighbours
 
 
 class MissingModalityClassifier(nn.Module):
@@ -21,13 +22,17 @@ class MissingModalityClassifier(nn.Module):
     Args:
         head_name: attribute of the head, for example `mmimdb_classifier`.
         head: from features and missing types, in training labels too, to logits.
+        neighbours: what the nearest training samples add to features and logits.
     """
 
-    def __init__(self, backbone: Backbone, method: Method, head_name: str, head: Head) -> None:
+    def __init__(
+        self, backbone: Backbone, method: Method, head_name: str, head: Head, neighbours: Neighbours | None = None
+    ) -> None:
         super().__init__()
         self.model = backbone
         self.model.add_module(method.attribute, method)
         self.add_module(head_name, head)
+        self.neighbours = neighbours
         self._method_name, self.head_name = method.attribute, head_name
 
     @property
@@ -47,7 +52,7 @@ class MissingModalityClassifier(nn.Module):
     def forward(self, batch: ModelInput) -> Tensor:
         """Logits (B, C)."""
         features, _ = self.features(batch)
-        return self.head(self.model.fuse(features, batch.present_BM), batch.missing_type_B)
+        return self._logits(features, batch)
 
     def training_outputs(self, batch: ModelInput, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, C) for the loss of the task, and the own losses of method and head by name.
@@ -56,8 +61,14 @@ class MissingModalityClassifier(nn.Module):
             labels: (B, C) of 0 and 1 or (B,) class numbers; some heads ask more of the right classes.
         """
         features, slots = self.features(batch)
-        logits_BC = self.head(self.model.fuse(features, batch.present_BM), batch.missing_type_B, labels)
+        logits_BC = self._logits(features, batch, labels)
         return logits_BC, {**self.method.losses(slots, features, logits_BC, labels), **self.head.losses()}
+
+    def _logits(self, features: dict[str, Tensor], batch: ModelInput, labels: Tensor | None = None) -> Tensor:
+        votes_BC: Tensor | float = 0
+        if self.neighbours is not None:
+            features, votes_BC = self.neighbours(features, batch)
+        return self.head(self.model.fuse(features, batch.present_BM), batch.missing_type_B, labels) + votes_BC
 
     def features(self, batch: ModelInput) -> tuple[dict[str, Tensor], dict[str, TowerSlots]]:
         """Features (B, E) by modality, and the slots by place."""

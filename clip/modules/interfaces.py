@@ -44,6 +44,8 @@ class ModelInput(NamedTuple):
     """By modality, where samples share an input: the row whose input each sample has; `rows` has just those."""
     index_B: Tensor | None = None
     """Numbers of the samples in their dataset."""
+    split: str = ""
+    """Which of a training's splits they are of, as `train`; "": of none."""
     kept: bool = False
     """Whether `inputs` are (b, D) what `Tower.body` made of each input, see `engine/kept_features.py`."""
 

@@ -63,6 +63,8 @@ class MethodOptions:
     """REP trains the pooler too."""
     prompt_length: int = 16
     """MPLMM: steps of each of its prompts."""
+    neighbours: int = 0
+    """Nearest training samples that the head is told of, of frozen towers (`clip/modules/neighbours.py`); 0: none."""
 
     @property
     def slots(self) -> int:

@@ -1,0 +1,133 @@
+"""The part `heads`: `none` on kept features, of the sizes of published datasets, beside running the towers."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+import pytorch_lightning as pl
+import torch
+
+from benchmarks import sides
+from clip.backbone import Backbone
+from clip.modules.method import MethodOptions
+from clip.modules.vision_transformer_memory import ClipBackbone
+from config import DEFAULTS
+from engine.checkpoint import ModelSpec, build_classifier
+from runs.check_options import check
+from runs.experiment import EX
+from runs.training import Opened, train_from
+from vilt.datamodules import MissingModalityData
+from vilt.datasets.kinds import InputFormat
+from vilt.datasets.specs import DATASETS, SPLITS
+
+ROWS = {
+    name: {split: rows[0] for split, rows in DATASETS[name].published_rows.items()}
+    for name in ("mmimdb", "food101", "hatememes")
+}
+EPOCHS, VALIDATIONS, CELLS, SAMPLES = 20, 5, 9, 8
+HEADS = {"linear": {}, "linear, ends trained": {"train_ends": True}}
+
+
+class Stopwatch(pl.Callback):
+    """Processor seconds of an epoch, its validations, records and checkpoints included."""
+
+    def __init__(self) -> None:
+        self.began: list[float] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began.append(time.process_time())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began.append(time.process_time())
+
+
+def write(folder: Path, name: str) -> None:
+    """Arrow files of the published sizes, without images, one short text a row."""
+    spec, rng = DATASETS[name], np.random.default_rng(0)
+    for split in SPLITS:
+        n = ROWS[name][split]
+        labels = (
+            [list(row) for row in rng.integers(0, 2, (n, spec.n_classes))]
+            if spec.multilabel
+            else [row % spec.n_classes for row in range(n)]
+        )
+        columns = {"image": [b""] * n, spec.modalities["text"].column: [["text"]] * n, "label": labels}
+        table = pa.table(columns)
+        with pa.ipc.new_file(str(folder / spec.file_name(split)), table.schema) as file:
+            file.write_table(table)
+
+
+def seconds_of_epoch(folder: Path, name: str, **head: Any) -> float:
+    """Of run.py's own loop, on features drawn at random."""
+    places = dict.fromkeys(("data_root", "vit", "log_dir", "missing_table_root"), str(folder))
+    options = check(
+        {**DEFAULTS, **DATASETS[name].options, **places, **head}
+        | {"task": name, "prompt_type": "none", "max_epoch": 2, "val_check_interval": 1 / VALIDATIONS}
+        | {"test_after_fit": False, "num_gpus": 0, "precision": "32"}
+    )
+    small = replace(sides.VIT_B16, vision_layers=1, text_layers=1)  # the towers are not run
+    torch.manual_seed(0)
+    backbone = Backbone("random", small, ClipBackbone(small).state_dict(), "")
+    inputs = InputFormat(224, lambda texts: np.ones((len(texts), 77), dtype=np.int64), "ones")
+    data = MissingModalityData(options.data_settings(), options.splits, inputs)
+
+    def kept(*_: Any) -> None:
+        for dataset in data.datasets.values():
+            widths = {"image": small.vision_width, "text": small.text_width}
+            dataset.kept = {name: torch.randn(dataset.n_rows, width) for name, width in widths.items()}
+
+    stopwatch = Stopwatch()
+    EX.current_run = SimpleNamespace(info={})  # type: ignore[assignment]  # as under a command
+    patches = patch("runs.training.keep_features", kept), patch("engine.families.ClipFamily.start_embeddings")
+    with patches[0], patches[1], redirect_stdout(StringIO()):
+        train_from(options, "timed", stopwatch, opened=Opened(options, None, backbone, inputs, data, {}))
+    return stopwatch.began[-1] - stopwatch.began[-2]
+
+
+def seconds_of_towers() -> tuple[float, float]:
+    """Of a sample at 70 % both, and of a complete one, through ViT-B/16."""
+    classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("none"), sides.VIT_B16)).eval()
+    found = []
+    # Of 20 samples at 70 % both 13 have an image and 13 a text: 5 of 8.
+    for types in ([0, 0, 1, 1, 1, 2, 2, 2], [0] * SAMPLES):
+        batch = sides.Data(types, [77] * SAMPLES, torch.device("cpu"))
+        began = time.process_time()
+        with torch.no_grad():
+            classifier(*batch.present())
+        found.append((time.process_time() - began) / SAMPLES)
+    return found[0], found[1]
+
+
+def table() -> Iterator[str]:
+    """Its lines, in Markdown."""
+    logging.disable(logging.INFO)
+    drawn, complete = seconds_of_towers()
+    yield f"A sample through both towers, float32: {drawn:.3f} s at 70 % both, {complete:.3f} s complete.\n"
+    yield (
+        "| dataset, head | an epoch on kept features | through the towers | ratio | required "
+        f"| {EPOCHS} epochs | {CELLS} cells | once, the features |"
+    )
+    yield "|" + " --- |" * 8
+    for name, rows in ROWS.items():
+        with TemporaryDirectory() as folder:
+            write(Path(folder), name)
+            for title, head in HEADS.items():
+                took = seconds_of_epoch(Path(folder), name, **head)
+                towers = drawn * (rows["train"] + VALIDATIONS * rows["val"])
+                cells = f"{EPOCHS * took / 60:.1f} min | {CELLS * EPOCHS * took / 60:.0f} min"
+                once = f"{complete * sum(rows.values()) / 60:.0f} min"
+                yield (
+                    f"| {DATASETS[name].title}, {title} | {took:.1f} s | {towers / 60:.0f} min | {towers / took:.0f} "
+                    f"| ≥ 100 | {cells} | {once} |"
+                )
+    logging.disable(logging.NOTSET)

@@ -1,0 +1,109 @@
+"""Retrieval: what the nearest training samples had is told to the head, through gates that start at 0.
+
+Nearness is the mean cosine of the features that two samples both have, less the training samples' mean features. A
+missing modality's feature is filled with the mean of the nearest that have it; the labels of the nearest of all add to
+the logits. A training sample never finds its own row.
+
+Shape suffixes: B samples of the batch, N of the training split, M modalities, E width of a feature, C classes, k
+neighbours, G searches: among all samples, then for each modality among those that have it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip.modules.interfaces import ModelInput
+
+TRAIN = "train"
+BANK = ("features_NME", "present_NM", "labels_NC", "row_N")
+
+
+class Neighbours(nn.Module):
+    """The training samples, and what is taken from the nearest.
+
+    Features are those of frozen towers, so that what was found for a sample of a split holds for the next epochs.
+
+    Args:
+        k: how many.
+    """
+
+    def __init__(self, modalities: Sequence[str], embed_dim: int, n_classes: int, k: int) -> None:
+        super().__init__()
+        self.modalities, self.k = tuple(modalities), k
+        self.feature_gate_M = nn.Parameter(torch.zeros(len(modalities)))
+        self.vote_gate_C = nn.Parameter(torch.zeros(n_classes))
+        self.sizes = len(modalities), embed_dim, n_classes
+        self.make_room(0)
+        self._found: dict[tuple[str, int, int], Tensor] = {}
+
+    def make_room(self, samples: int) -> None:
+        """For the training samples of a checkpoint, or of a training."""
+        M, E, C = self.sizes
+        self.register_buffer("features_NME", torch.zeros(samples, M, E, dtype=torch.float16))
+        self.register_buffer("present_NM", torch.zeros(samples, M, dtype=torch.bool))
+        self.register_buffer("labels_NC", torch.zeros(samples, C, dtype=torch.uint8))
+        self.register_buffer("row_N", torch.zeros(samples, dtype=torch.long))
+
+    def remember(self, features_NME: Tensor, present_NM: Tensor, labels: Tensor, row_N: Tensor) -> None:
+        """Takes the training samples, as their missing table leaves them.
+
+        Args:
+            labels: (N, C) of 0 and 1, or (N,) class numbers.
+        """
+        labels_NC = labels if labels.ndim == 2 else F.one_hot(labels, self.sizes[2])
+        self.make_room(len(row_N))
+        for name, value in zip(BANK, (features_NME, present_NM, labels_NC, row_N), strict=True):
+            self.get_buffer(name).copy_(value)
+
+    def forward(self, features: Mapping[str, Tensor], batch: ModelInput) -> tuple[dict[str, Tensor], Tensor]:
+        """Features (B, E) by modality, filled, and what is added to the logits (B, C)."""
+        near_BGk = self._nearest(torch.stack([features[name] for name in self.modalities], 1).detach(), batch)
+        there_BGk = near_BGk >= 0
+        count_BG = there_BGk.sum(-1)
+        filled = {}
+        for m, name in enumerate(self.modalities):
+            weight_Bk = there_BGk[:, 1 + m] / count_BG[:, 1 + m, None].clamp_min(1)
+            found_BkE = self.get_buffer("features_NME")[near_BGk[:, 1 + m], m].float()
+            mean_BE = torch.einsum("bk,bke->be", weight_Bk, found_BkE)
+            filled[name] = features[name] + self.feature_gate_M[m] * mean_BE
+        labels_NC = self.get_buffer("labels_NC").float()
+        share_C = (labels_NC.sum(0) + 0.5) / (len(labels_NC) + 1)
+        votes_BC = (labels_NC[near_BGk[:, 0]] * there_BGk[:, 0, :, None]).sum(1) + share_C
+        log_odds_BC = (votes_BC / (count_BG[:, :1] + 1)).logit() - share_C.logit()
+        return filled, self.vote_gate_C * log_odds_BC
+
+    def _nearest(self, features_BME: Tensor, batch: ModelInput) -> Tensor:
+        """(B, G, k) numbers of training samples, -1 where there are fewer; of a modality that is there none."""
+        types = batch.missing_type_B.tolist()
+        if not batch.split or batch.index_B is None:
+            return self._search(features_BME, batch)
+        keys = [(batch.split, number, code) for number, code in zip(batch.index_B.tolist(), types, strict=True)]
+        if any(key not in self._found for key in keys):
+            self._found |= zip(keys, self._search(features_BME, batch).cpu(), strict=True)
+        return torch.stack([self._found[key] for key in keys]).to(features_BME.device)
+
+    @torch.no_grad()
+    def _search(self, features_BME: Tensor, batch: ModelInput) -> Tensor:
+        """One matrix product."""
+        bank_NME, present_NM, row_N = (self.get_buffer(name) for name in ("features_NME", "present_NM", "row_N"))
+        mean_ME = bank_NME.float().sum(0) / present_NM.sum(0).clamp_min(1)[:, None]
+
+        def keys(features: Tensor, present: Tensor) -> Tensor:
+            return F.normalize((features.float() - mean_ME) * present[..., None], dim=-1)
+
+        with torch.autocast(features_BME.device.type, enabled=False):
+            cosine_BN = keys(features_BME, batch.present_BM).flatten(1) @ keys(bank_NME, present_NM).flatten(1).T
+        shared_BN = batch.present_BM.float() @ present_NM.float().T
+        mean_BN = (cosine_BN / shared_BN).masked_fill(shared_BN == 0, -torch.inf)
+        if batch.split == TRAIN and batch.index_B is not None:
+            mean_BN.masked_fill_(row_N[batch.index_B][:, None] == row_N, -torch.inf)
+        found = []
+        for m in range(-1, len(self.modalities)):
+            among_BN = mean_BN
+            if m >= 0:
+                among_BN = mean_BN.masked_fill(batch.present_BM[:, m, None] | ~present_NM[:, m], -torch.inf)
+            nearness_Bk, number_Bk = among_BN.topk(min(self.k, len(row_N)))
+            found.append(number_Bk.where(nearness_Bk.isfinite(), -1))
+        return torch.stack(found, 1)

@@ -490,7 +490,7 @@ def test_jobs_are_told_of_as_they_end_and_cancelled_when_left(tmp_path: Path) ->
     outcomes = _run_submitted(executor, [Job(name, tmp_path, (), tested=True) for name in results])
     told = {job.name: outcome for job, outcome in (next(outcomes), next(outcomes))}
     assert told == {"well": Outcome(None, 2.0), "broken": Outcome("OSError: disk full", 0.0)}
-    outcomes.close()  # type: ignore[attr-defined]
+    outcomes.close()
     assert [handle.cancel.called for handle in handles.values()] == [True, False, False]
 
 
@@ -518,8 +518,9 @@ def test_runs_do_not_take_themselves_for_started_by_slurm(tmp_path: Path, stand_
     ],
 )
 def test_submitit_parameters_are_checked(tmp_path: Path, parameters: dict[str, Any], message: str) -> None:
+    options: Any = SimpleNamespace(sweep_slurm=parameters)
     with pytest.raises(ConfigError, match=message):
-        make_launcher("submitit_local", SimpleNamespace(sweep_slurm=parameters), tmp_path / "submitit")
+        make_launcher("submitit_local", options, tmp_path / "submitit")
 
 
 # The real run.py

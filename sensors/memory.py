@@ -183,13 +183,14 @@ class SensorMemoryLearner(Method):
     def _dynamic(self, batch: ModelInput, name: str, tokens: Mapping[str, Tensor]) -> Tensor:
         """(B, m, C), read from the tokens; zero for samples without the modality."""
         queries, attention = self.memories_dynamic[name], self.attn_memory[name]
+        assert isinstance(attention, nn.MultiheadAttention)
         queries_TmC = self._of_pattern(queries, batch)
         if name not in tokens:
             zero = zero_of(attention.parameters(), queries_TmC.device)
             return zero.expand(len(batch.present_BM), *queries_TmC.shape[1:])
         with torch.autocast(queries_TmC.device.type, enabled=False):
             query_bmC = queries_TmC[batch.missing_type_B[batch.rows[name]]]
-            read_bmC, _ = attention(query_bmC, tokens[name], tokens[name], need_weights=False)
+            read_bmC = _read(attention, query_bmC, tokens[name])
         return batch.to_all_samples(name, read_bmC)
 
     def _of_pattern(self, slots: nn.Module, batch: ModelInput) -> Tensor:
@@ -222,6 +223,19 @@ class SensorMemoryLearner(Method):
             modules = ("private_memory_missing", "common_memory", "common_memory_projection")
             unused += [parameter for name in modules for parameter in self.get_submodule(name).parameters()]
         return {METHOD: without(self.parameters(), unused), UNUSED: unused}
+
+
+def _read(attention: nn.MultiheadAttention, query_bmC: Tensor, tokens_bLC: Tensor) -> Tensor:
+    """What an attention of one head gives for few queries: these and what is read are projected, not all tokens.
+
+    The bias of the keys adds the same to all products of a query, and is left out.
+    """
+    of_query, of_key, of_value = attention.in_proj_weight.chunk(3)
+    query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
+    key_bmC = F.linear(query_bmC, of_query, query_bias) @ of_key * query_bmC.shape[-1] ** -0.5
+    weights_bmL = (key_bmC @ tokens_bLC.transpose(1, 2)).softmax(dim=-1)
+    read_bmC: Tensor = attention.out_proj(F.linear(weights_bmL @ tokens_bLC, of_value, value_bias))
+    return read_bmC
 
 
 def _by_modality(modalities: Mapping[str, Place], make: Callable[[], nn.Module]) -> nn.ModuleDict:

@@ -88,26 +88,30 @@ class WindowAttention(nn.Module):
         n, t, h = self.windows, self.tokens, self.heads
         dropout = DROPOUT if self.training else 0.0
         heads_of = self.qkv(_Reorder.apply(x_bLC, self.order_L, self.inverse_L)).view(b, n, t, 3, h, C // h)
-        q, k, v = heads_of.permute(3, 0, 1, 4, 2, 5).unbind()  # (b, n, h, t, d)
-        bias = self.relative_position_bias_table[self.index_tt].permute(2, 0, 1)  # (h, t, t)
-        bias = bias.expand(n, h, t, t) if self.mask_ntt is None else bias + self.mask_ntt[:, None]
-        keys, values, of_slot_queries = k, v, None
-        if slots_bPC is not None:
-            P = slots_bPC.shape[1]
-            q_slots, k_slots, v_slots = self.qkv(slots_bPC).view(b, P, 3, h, C // h).permute(2, 0, 3, 1, 4).unbind()
-            keys = torch.cat([k_slots[:, None].expand(b, n, h, P, C // h), k], dim=3)
-            values = torch.cat([v_slots[:, None].expand(b, n, h, P, C // h), v], dim=3)
-            bias = pad_bias(bias, P)
+        q, k, v = heads_of.permute(3, 0, 4, 1, 2, 5).contiguous().unbind()  # (b, h, n, t, d)
+        bias = self.relative_position_bias_table[self.index_tt].permute(2, 0, 1)[:, None]  # (h, 1, t, t)
+        bias = bias.expand(h, n, t, t) if self.mask_ntt is None else bias + self.mask_ntt
+        new_slots = None
+        if slots_bPC is None:
+            seen = F.scaled_dot_product_attention(
+                q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1)[None], dropout
+            ).view(q.shape)
+        else:
+            # Two products in place of one with the keys of slots repeated for every window: half the time.
+            P, scale = slots_bPC.shape[1], (C // h) ** -0.5
+            slots = self.qkv(slots_bPC).view(b, P, 3, h, C // h).permute(2, 0, 3, 1, 4)
+            q_slots, k_slots, v_slots = slots.contiguous().unbind()
+            q, k_grid, v_grid = q * scale, k.flatten(2, 3), v.flatten(2, 3)
+            to_slots = products(q.flatten(2, 3), k_slots).view(b, h, n, t, P)
+            of_slots, of_window = _weights(to_slots, products(q, k) + bias, dropout)
+            seen = (of_slots.flatten(2, 3) @ v_slots).view(q.shape) + of_window @ v
             if first is not None:
-                all_keys = torch.cat([k_slots, k.transpose(1, 2).flatten(2, 3)], dim=2)
-                all_values = torch.cat([v_slots, v.transpose(1, 2).flatten(2, 3)], dim=2)
-                seen = F.scaled_dot_product_attention(q_slots[:, :, first:], all_keys, all_values, dropout_p=dropout)
-                of_slot_queries = self._project(seen.transpose(1, 2).reshape(b, P - first, C))
-        seen = F.scaled_dot_product_attention(
-            q.flatten(1, 2), keys.flatten(1, 2), values.flatten(1, 2), bias.flatten(0, 1)[None], dropout
-        )
-        seen_bLC = seen.view(b, n, h, t, C // h).transpose(2, 3).reshape(b, L, C)
-        return _Reorder.apply(self._project(seen_bLC), self.inverse_L, self.order_L), of_slot_queries
+                q_slots = q_slots[:, :, first:] * scale
+                of_slots, of_grid = _weights(products(q_slots, k_slots), products(q_slots, k_grid), dropout)
+                seen_slots = (of_slots @ v_slots + of_grid @ v_grid).transpose(1, 2)
+                new_slots = self._project(seen_slots.reshape(b, P - first, C))
+        seen_bLC = seen.permute(0, 2, 3, 1, 4).reshape(b, L, C)
+        return _Reorder.apply(self._project(seen_bLC), self.inverse_L, self.order_L), new_slots
 
     def _project(self, x: Tensor) -> Tensor:
         return F.dropout(self.proj(x), DROPOUT, self.training)
@@ -129,9 +133,15 @@ class _Reorder(torch.autograd.Function):
         return gradients[0].index_select(1, inverse_L), None, None
 
 
-def pad_bias(bias: Tensor, slots: int) -> Tensor:
-    """Towards slots, which come first, there is neither bias nor mask."""
-    return F.pad(bias, (slots, 0))
+def products(queries: Tensor, keys: Tensor) -> Tensor:
+    """(…, q, k) of (…, q, d) and (…, k, d)."""
+    return queries @ keys.transpose(-1, -2)
+
+
+def _weights(to_slots: Tensor, to_tokens: Tensor, dropout: float) -> Sequence[Tensor]:
+    """Of slots and of tokens, in one softmax."""
+    weights = torch.cat([to_slots, to_tokens], dim=-1).softmax(dim=-1)
+    return F.dropout(weights, dropout, dropout > 0).split([to_slots.shape[-1], to_tokens.shape[-1]], dim=-1)
 
 
 def _windows(grid_HW: Tensor, rows: int, columns: int) -> Tensor:
@@ -179,19 +189,18 @@ class Block(nn.Module):
         """Tokens, and the slots from `first` on, where there are any; None: no slots."""
         slots = None if slots_bPC is None else self.norm1(slots_bPC)
         new_x, new_slots = self.attn(self.norm1(x_bLC), slots, first)
-        keep = self._kept(x_bLC), self._kept(x_bLC)
-        x_bLC = x_bLC + keep[0] * new_x
-        x_bLC = x_bLC + keep[1] * self.mlp(self.norm2(x_bLC))
+        if dropped := self.training and self.drop_path > 0:  # stochastic depth
+            keep = x_bLC.new_empty(2, len(x_bLC), 1, 1).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
+
+        def added(x: Tensor, new: Tensor, half: int) -> Tensor:
+            return torch.addcmul(x, keep[half], new) if dropped else x + new
+
+        x_bLC = added(x_bLC, new_x, 0)
+        x_bLC = added(x_bLC, self.mlp(self.norm2(x_bLC)), 1)
         if new_slots is None or slots_bPC is None:
             return x_bLC, None
-        slots_bPC = slots_bPC[:, first:] + keep[0] * new_slots
-        return x_bLC, slots_bPC + keep[1] * self.mlp(self.norm2(slots_bPC))
-
-    def _kept(self, x_bLC: Tensor) -> Tensor | float:
-        """Factor by sample: stochastic depth."""
-        if not self.training or not self.drop_path:
-            return 1.0
-        return x_bLC.new_empty(len(x_bLC), 1, 1).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
+        slots_bPC = added(slots_bPC[:, first:], new_slots, 0)
+        return x_bLC, added(slots_bPC, self.mlp(self.norm2(slots_bPC)), 1)
 
 
 class Merging(nn.Module):

@@ -19,6 +19,7 @@ from clip.trainable import freeze
 from sensors.backbone import SwtBackbone
 from sensors.memory import SensorMemoryLearner, patterns
 from sensors.sizes import SWT, ModalitySizes, SensorSizes
+from sensors.swt import products
 from tests import golden_as, slow_sensors
 from tests.golden import relative_error
 from tests.test_golden_as import FORWARD, GRADIENT
@@ -192,12 +193,16 @@ def test_logits_depend_on_nothing_but_the_sample_and_what_it_has() -> None:
 
 def test_tokens_that_cannot_see_slots_are_those_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their attention logits towards slots at minus infinity."""
-    classifier = make()
+    classifier = make(options=replace(OPTIONS, memory_length=9))
     signals, present = signals_of(SIZES, 2), torch.ones(2, 3, dtype=torch.bool)
     plain = {name: tower(signals[name]) for name, tower in classifier.model.towers.items()}
     assert relative_error(classifier.features(batch_of(signals, present))[0]["sound"], plain["sound"]) > 1e-3
-    pad = F.pad
-    monkeypatch.setattr("sensors.swt.pad_bias", lambda bias, slots: pad(bias, (slots, 0), value=float("-inf")))
+
+    def unseen(queries: Tensor, keys: Tensor) -> Tensor:
+        """Keys of windows have another dimension, and no grid has 9 tokens."""
+        return products(queries, keys) - (torch.inf if keys.ndim == 4 and keys.shape[2] == 9 else 0)
+
+    monkeypatch.setattr("sensors.swt.products", unseen)
     features, _ = classifier.features(batch_of(signals, present))
     for name in NAMES:
         assert relative_error(features[name], plain[name]) < 1e-5

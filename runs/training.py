@@ -45,6 +45,7 @@ from engine.contents import OF_TEST, contents_of_data, other_contents
 from engine.cuda_graphs import recorded
 from engine.families import family_of
 from engine.kept_features import are_constant, keep_features
+from engine.neighbour_accuracy import NeighbourAccuracy
 from engine.open_model import COMPUTE_TYPES
 from engine.processes import ending_together
 from engine.resume import Training, alone, find_progress, say_differences
@@ -228,6 +229,8 @@ def train_from(
     # Processes without the folder write nothing, but take part in writing.
     monitor = MINUS_LOSS if module.pretrains else task.monitor
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{monitor}")
+    if module.pretrains and not options.fast_dev_run:
+        callbacks += (NeighbourAccuracy(),)
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints, *callbacks)
     with data.naming_dead_workers(), ending_together(trainer):
         began = time.monotonic()

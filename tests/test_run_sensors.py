@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError, DataError
+from engine.checkpoint import backbone_in
 from engine.items import Item
+from engine.neighbour_accuracy import neighbour_accuracy
 from engine.predict import load_model
 from engine.training import FinetuneModule
 from make_arrow import main as make_arrow
 from run import command_line
 from sensors.augmentations import draw_view
+from sensors.backbone import build
 from sensors.swt import SwtTower
 from sensors.weights import published_weights, sizes_for
 from tests.interrupted import differences
@@ -73,10 +76,32 @@ def test_pretraining_trains_towers_and_projections_alone(root: Path, pretrained:
         assert values and all(value > 0 for value in values), name
     losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
     assert losses[-1] < losses[0]
+    [accuracy] = [float(row["val/neighbour_accuracy"]) for row in rows if row["val/neighbour_accuracy"]]
+    backbone = backbone_in(pretrained / "last.ckpt")  # it is measured after the last epoch
+    assert backbone is not None
+    model = build(backbone.architecture).eval()
+    model.load_state_dict(backbone.state, strict=False)
+    spec, features = open_spec("sensors", root / "data", ["train", "val"]), {}
+    for split in ("train", "val"):
+        dataset = ArrowDataset(spec, root / "data", split)
+        signals = [dataset[0, row].inputs for row in range(len(dataset))]
+        joined = [model.towers[name](torch.stack([one[name] for one in signals])) for name in model.places]
+        features[split] = torch.cat(joined, dim=1).detach(), dataset.labels.tolist()
+    right = 0
+    for feature, label in zip(*features["val"], strict=True):
+        nearest = (features["train"][0] - feature).norm(dim=1).argsort()[:5]
+        right += label == round(float(np.mean([features["train"][1][row] for row in nearest])))
+    assert accuracy == pytest.approx(right / len(features["val"][1]))
     described = torch.load(pretrained / "best.ckpt", weights_only=True)["rep"]
     assert described["backbone"]["name"] == "random:0"
     scale = described["architecture"]["input_scale"]
     assert set(scale) == {"acc", "gyr", "lig"} and all(value > 0 for value in scale.values())
+
+
+def test_neighbours_have_labels_and_of_equally_many_the_lowest_counts() -> None:
+    known = torch.tensor([[0.0], [1], [2], [10], [11], [12], [3]]), torch.tensor([0, 0, 1, 2, 2, 2, -1])
+    for label, share in ((0, 1.0), (2, 0.5)):
+        assert neighbour_accuracy(known, (torch.tensor([[0.0], [11]]), torch.tensor([label, 2]))) == share
 
 
 def test_fine_tuning_takes_the_pretrained_towers_and_leaves_them(root: Path, pretrained: Path, trained: Path) -> None:

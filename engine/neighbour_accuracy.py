@@ -1,0 +1,61 @@
+"""How well classes follow from the features of a pretraining: FOCAL's accuracy of the 5 nearest neighbours."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip.modules.interfaces import Backbone
+from engine.kept_features import ROWS
+from vilt.datasets.arrow_dataset import ArrowDataset
+
+EPOCHS, NEIGHBOURS = 10, 5
+
+
+class NeighbourAccuracy(pl.Callback):
+    """Logs `val/neighbour_accuracy` in every tenth epoch and the last."""
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Every process computes the features of its share of the samples."""
+        epoch = trainer.current_epoch + 1
+        if epoch % EPOCHS and epoch != trainer.max_epochs:
+            return
+        module: Any = pl_module
+        found = []
+        for split in ("train", "val"):
+            dataset: ArrowDataset = trainer.datamodule.datasets[split]  # type: ignore[attr-defined]
+            own = range(trainer.global_rank, len(dataset), trainer.world_size)
+            features = _features(module.classifier.model, dataset, own, pl_module.device)
+            found.append((trainer.strategy.reduce(features, reduce_op="sum").cpu(), torch.from_numpy(dataset.labels)))
+        pl_module.log("val/neighbour_accuracy", neighbour_accuracy(*found), rank_zero_only=False)
+
+
+@torch.no_grad()
+def _features(model: Backbone, dataset: ArrowDataset, own: range, device: torch.device) -> Tensor:
+    """(N, ME), of all modalities side by side, not projected; 0 for samples that are not among `own`."""
+    found = torch.zeros(len(dataset), len(model.places) * model.embed_dim, device=device)
+    for start in range(0, len(own), ROWS):
+        of_pass = own[start : start + ROWS]
+        samples = dataset.__getitems__([(0, index) for index in of_pass])
+        joined = [
+            tower(torch.stack([sample.inputs[name] for sample in samples]).to(device))
+            for name, tower in model.towers.items()
+        ]
+        found[list(of_pass)] = torch.cat(joined, dim=1).float()
+    return found
+
+
+def neighbour_accuracy(known: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor]) -> float:
+    """Share of samples whose label most of their nearest neighbours have, of equally frequent ones the lowest.
+
+    Args:
+        known: features (N, E) and labels (N,), -1 of those that have none and are no neighbours.
+        asked: likewise, all labelled.
+    """
+    labelled = known[1] >= 0
+    distances = torch.cdist(asked[0], known[0][labelled])
+    nearest = distances.topk(min(NEIGHBOURS, distances.shape[1]), largest=False).indices
+    votes = F.one_hot(known[1][labelled][nearest]).sum(dim=1)
+    return float((votes.argmax(dim=1) == asked[1]).double().mean())

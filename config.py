@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip.modules.registry import HEADS, METHODS, PRETRAINING
+from clip.modules.registry import HEADS, METHODS, PRETRAINING, every_method
 from common.readers import (
     Reader,
     by_key,
@@ -32,7 +32,6 @@ from runs.option_readers import (
     MISSING_TYPES,
     MissingTypeReader,
     logging_service,
-    method_name,
     precision_name,
     sort_order,
     task_name,
@@ -120,7 +119,7 @@ class Options:
         "Hugging Face folder or name, or CLIP's merges file; None: the one that comes with vit")
     trust_backbone: bool = option(
         False, flag, MACHINE, "run a TorchScript archive whose SHA-256 is not one that OpenAI published")
-    prompt_type: str = option("rep", method_name, MODEL, f"the method: {', '.join(METHODS)}")
+    prompt_type: str = option("rep", one_of(*every_method()), MODEL, f"the method: {', '.join(METHODS)}")
     memory_length: int = option(36, integer(3), MODEL, "memory slots; a third each private, shared, dynamic")
     memory_depth: int = option(6, integer(1), MODEL,
         "blocks of each tower that get private slots; default: half of them where there are too few for 6")
@@ -210,8 +209,6 @@ class Options:
     bootstrap: int = option(
         1000, integer(0), COMMAND, "robustness, compare: resamples behind confidence intervals; 0: no intervals")
     permutations: int = option(10_000, integer(1), COMMAND, "compare: how many, at most, are behind a p-value")
-    robustness_anew: bool = option(
-        False, flag, COMMAND, "robustness: replace stored logits that do not fit checkpoint, test set or precision")
     runs_sort: str = option("date", sort_order, COMMAND, "runs: column to sort by; -date: the other way round")
     input: Path | None = option(
         None, optional(path), COMMAND,

@@ -1,6 +1,5 @@
 """The machine that a command runs on: its system, what its terminal can print, its cores."""
 
-import codecs
 import io
 import os
 import sys
@@ -9,8 +8,6 @@ from pathlib import Path
 
 from common.errors import MachineError
 
-PLAIN = {**dict.fromkeys("–—─━", "-"), **dict.fromkeys("“”", '"'), "│": "|", "×": "x", "±": "+-", "…": "...", "’": "'"}
-"""What stands for a character that a terminal cannot print; `?` for any other."""
 SPINS = "10000"
 """Rounds that a thread of libgomp waits busily for its next work, a fraction of a millisecond. Its default, 300,000,
 makes the threads of a training wait for each other's turn on a core that another process uses."""
@@ -26,18 +23,11 @@ def check_system() -> None:
 
 
 def print_anywhere() -> None:
-    """Lets both outputs replace what their encoding lacks (as in some containers and batch systems), instead of
+    """Lets both outputs put `?` for what their encoding lacks (as in some containers and batch systems), instead of
     ending the command with a UnicodeEncodeError."""
-    codecs.register_error("plain", _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="plain")
-
-
-def _plain(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    return "".join(PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+            stream.reconfigure(errors="replace")
 
 
 def cores() -> int:

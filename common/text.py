@@ -40,11 +40,6 @@ class Estimate(NamedTuple):
         left_out = f" ({self.n} of {self.n + self.undefined})" if self.n and self.undefined else ""
         return " ± ".join(figure(factor * value, digits) for value in figures) + left_out
 
-    @property
-    def order(self) -> float:
-        """See `order_of`."""
-        return order_of(self.mean)
-
 
 def estimate(values: Sequence[float]) -> Estimate | None:
     """Mean and deviation, exact before they are rounded: of equal values that value and 0. None of no values."""
@@ -95,12 +90,6 @@ def duration(seconds: float) -> str:
 def per_cent(share: float) -> str:
     """A fraction as `70 %`."""
     return f"{round(100 * share, 6):g} %"
-
-
-def pattern_text(missing_type: str, ratio: float, both_ratio: float) -> str:
-    """A missing pattern as `70 % both`, with both_ratio where it has an effect and is not a half."""
-    share = f" {both_ratio:g}" if missing_type == "both" and both_ratio != 0.5 else ""
-    return f"{per_cent(ratio)} {missing_type}{share}"
 
 
 def terminal_table(heads: Sequence[str], rows: Sequence[Sequence[str] | None], sides: str) -> str:

@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 
-from common.errors import CheckpointError
 from common.signals import STOP_SIGNALS, Stopped, stop_now
 from common.text import counted, figure, order_of
 from engine.checkpoint_file import write_checkpoint
@@ -121,12 +120,7 @@ class Checkpoints(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        best = state_dict["best"]
-        if best is not None and not (
-            isinstance(best, dict) and type(best.get("score")) is float and isinstance(best.get("state_dict"), dict)
-        ):
-            raise CheckpointError("resume_from: expected the best model so far in it, with its score, found none")
-        self.best = best
+        self.best = state_dict["best"]
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -1,7 +1,7 @@
-"""Where numbers stopped being finite: the step, the layer, and how many such steps may be skipped."""
+"""Where numbers stopped being finite: the step, the parameter, and how many such steps may be skipped."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,27 +67,3 @@ class FiniteWatch:
             if self.in_a_row > self.allowed:
                 return NotFinite(True, step, bad[-1], batches[-1][0], torch.cat([samples for _, samples, _ in batches]))
         return None
-
-
-def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """The parameter of `model` that is not finite, or the module whose output first is not when `forward` calls it."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return f"parameter {name}"
-    found: list[str] = []
-
-    def look_at(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def look(_: nn.Module, __: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(name)
-
-        return look
-
-    hooks = [module.register_forward_hook(look_at(name)) for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return f"output of {found[0]}" if found else None

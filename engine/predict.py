@@ -11,7 +11,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -276,9 +276,7 @@ def write_features(path: Path, arrays: Mapping[str, np.ndarray], ids: Sequence[s
         raise DataError(f"output={path}: cannot be written: {reason_of(error)}") from error
 
 
-def write_predictions(
-    path: Path, items: Sequence[Item], predictions: Iterable[Prediction], predictor: Predictor
-) -> list[Prediction]:
+def write_predictions(path: Path, items: Sequence[Item], predictions: Iterable[Prediction]) -> list[Prediction]:
     """Writes a line per sample as CSV or JSONL, completely or not at all; returns the first few.
 
     In a CSV several labels are separated by `|`, and the probability of class X is in the column `p(X)`.
@@ -287,36 +285,29 @@ def write_predictions(
         DataError: as `predict_items`, or the file cannot be written.
     """
     first: list[Prediction] = []
+    times = ("start_s", "end_s") if any(item.times for item in items) else ()
     try:
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            times = ("start_s", "end_s") if any(item.times for item in items) else ()
-            if path.suffix == ".csv":
-                columns = ["labels", *(f"p({name})" for name in predictor.class_names)]
-                numbers = predictor.dataset.label_range is not None
-                writer.writerow(["id", *times, "missing", *(["value"] if numbers else columns)])
             for item, prediction in zip(items, predictions, strict=True):
-                if path.suffix == ".csv":
-                    at = item.times or [""] * len(times)
-                    if prediction.value is not None:
-                        found: list[Any] = [prediction.value]
-                    else:
-                        found = ["|".join(prediction.labels), *prediction.probabilities.values()]
-                    writer.writerow([item.id, *at, prediction.missing, *found])
+                row = {"id": item.id, **dict.fromkeys(times), **dict(zip(times, item.times or (), strict=False))}
+                row |= {"missing": prediction.missing}
+                if prediction.value is not None:
+                    row |= {"value": prediction.value}
+                elif path.suffix == ".csv":
+                    row |= {"labels": "|".join(prediction.labels)}
+                    row |= {f"p({name})": probability for name, probability in prediction.probabilities.items()}
                 else:
-                    of_item = dict(zip(times, item.times or (), strict=False))
-                    file.write(json.dumps({"id": item.id, **of_item, **_plain(prediction)}, ensure_ascii=False) + "\n")
+                    row |= {"labels": prediction.labels, "probabilities": prediction.probabilities}
+                if path.suffix == ".csv":
+                    writer.writerows([row, row.values()] if not first else [row.values()])
+                else:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 if len(first) < SHOWN:
                     first.append(prediction)
     except OSError as error:
         raise DataError(f"output={path}: cannot be written: {reason_of(error)}") from error
     return first
-
-
-def _plain(prediction: Prediction) -> dict[str, Any]:
-    """What a line of JSONL has of it."""
-    unused = ("value",) if prediction.value is None else ("labels", "probabilities")
-    return {name: value for name, value in asdict(prediction).items() if name not in unused}
 
 
 def describe_predictions(items: Sequence[Item], first: Sequence[Prediction], threshold: float) -> str:

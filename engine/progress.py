@@ -30,76 +30,56 @@ class RunBar(pl.Callback):
     def __init__(
         self, monitor: str | None, steps_per_look: int = 1, max_steps: int | None = None, console: Console | None = None
     ) -> None:
-        self.monitor = monitor
-        self.steps_per_look = steps_per_look
-        self.max_steps = max_steps
+        self.monitor, self.steps_per_look, self.max_steps = monitor, steps_per_look, max_steps
         self.console = console or Console(stderr=True)
         self._bar: Progress | None = None
         self._values: dict[str, float] = {}
-        self._validated = 0
-        """Batches of the validation that runs now."""
-        self._began, self._first, self._drawn = 0.0, 0.0, 0.0
-        """Clock and work done when the bar appeared, and clock when it was last drawn."""
-        self._window = (0.0, 0)
-        """Clock and samples since which the speed is measured."""
-
-    # The work, in training batches
-
-    def _trained(self, trainer: pl.Trainer) -> int:
-        return trainer.fit_loop.total_batch_idx + 1
+        self._validated = 0  # batches of the validation that runs now
+        self._began, self._first, self._drawn = (
+            0.0,
+            0.0,
+            0.0,
+        )  # clock and work done at the start; clock of the last look
+        self._samples = 0  # computed since that look
 
     def _work(self, trainer: pl.Trainer, batches: int) -> float:
-        """Of so many training batches with the validations among them."""
+        """Of so many training batches with the validations among them, in training batches."""
         per_epoch, interval = int(trainer.num_training_batches), int(trainer.val_check_batch)  # type: ignore[arg-type]
         epochs, rest = divmod(batches, per_epoch)
         validations = epochs * (per_epoch // interval) + rest // interval
         return batches + VALIDATION_COST * validations * sum(map(int, trainer.num_val_batches))
 
-    def _total(self, trainer: pl.Trainer) -> float:
-        per_epoch, accumulation = int(trainer.num_training_batches), trainer.accumulate_grad_batches
-        assert trainer.max_epochs is not None
-        batches = trainer.max_epochs * per_epoch
-        if self.max_steps is not None:
-            epochs, steps = divmod(self.max_steps, -(-per_epoch // accumulation))
-            batches = min(batches, epochs * per_epoch + steps * accumulation)
-        return self._work(trainer, batches)
-
-    # Drawing
+    def _done(self, trainer: pl.Trainer) -> float:
+        return self._work(trainer, trainer.fit_loop.total_batch_idx + 1)
 
     def _start(self, trainer: pl.Trainer, total: float, done: float, text: str) -> None:
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
-        self._bar = Progress(
+        columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(None),
             TextColumn("{task.fields[speed]}{task.fields[left]}"),
-            console=self.console,
-            auto_refresh=False,
-            expand=True,
-            transient=True,
         )
+        self._bar = Progress(*columns, console=self.console, auto_refresh=False, expand=True, transient=True)
         self._bar.add_task(text, total=total, completed=int(done), speed="", left="")
-        self._began, self._first, self._drawn = time.monotonic(), done, 0.0
-        self._window = (self._began, 0)
+        self._began = self._drawn = time.monotonic()
+        self._first, self._samples = done, 0
         self._bar.start()
 
     def _draw(self, done: float, text: str, samples: int = 0) -> None:
         """Draws the bar, if that is due; `samples` were computed since the last call."""
-        if self._bar is None:
+        now, self._samples = time.monotonic(), self._samples + samples
+        if self._bar is None or now - self._drawn < REFRESH_S:
             return
-        now, (since, before) = time.monotonic(), self._window
-        self._window = (since, before + samples)
-        if now - self._drawn < REFRESH_S:
-            return
-        self._drawn, task = now, self._bar.tasks[0]
-        if samples and now > since:
-            self._bar.update(task.id, speed=f"{(before + samples) / (now - since):,.0f}/s")
-            self._window = (now, 0)
+        task = self._bar.tasks[0]
+        if samples:
+            self._bar.update(task.id, speed=f"{self._samples / max(now - self._drawn, 1e-6):,.0f}/s")
         if done > self._first and task.total is not None:
             seconds = (now - self._began) * max(0.0, task.total - done) / (done - self._first)
             self._bar.update(task.id, left=f"  {duration(seconds)} left")
         self._bar.update(task.id, completed=done, description=text)
         self._bar.refresh()
+        self._drawn, self._samples = now, 0
 
     def _stop(self, *_: Any, **__: Any) -> None:
         if self._bar is not None:
@@ -111,36 +91,33 @@ class RunBar(pl.Callback):
         values = "".join(f"  {name} {value:.4f}" for name, value in self._values.items())
         return f"epoch {epoch}/{trainer.max_epochs}{values}"
 
-    # When
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start(trainer, self._total(trainer), self._work(trainer, self._trained(trainer)), self._text(trainer))
+        per_epoch, accumulation = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+        batches = (trainer.max_epochs or 1) * per_epoch
+        if self.max_steps is not None:
+            epochs, steps = divmod(self.max_steps, -(-per_epoch // accumulation))
+            batches = min(batches, epochs * per_epoch + steps * accumulation)
+        self._start(trainer, self._work(trainer, batches), self._done(trainer), self._text(trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._bar is not None and batch_idx % self.steps_per_look == 0:
             self._values["loss"] = float(trainer.callback_metrics["train/loss"])
-        samples = len(batch.index_B) * trainer.world_size
-        self._draw(self._work(trainer, self._trained(trainer)), self._text(trainer), samples)
+        self._draw(self._done(trainer), self._text(trainer), len(batch.index_B) * trainer.world_size)
 
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         self._validated += 1
-        # `_work` counts the validation behind the newest batch as done.
+        # `_done` counts the validation behind the newest batch.
         left = sum(map(int, trainer.num_val_batches)) - self._validated
-        done = self._work(trainer, self._trained(trainer)) - VALIDATION_COST * left
-        self._draw(done, self._text(trainer))
+        self._draw(self._done(trainer) - VALIDATION_COST * left, self._text(trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor in trainer.callback_metrics:
             self._values[self.monitor.rpartition("/")[2]] = float(trainer.callback_metrics[self.monitor])
-        self._validated = 0
-        self._window = (time.monotonic(), 0)
+        self._validated, self._samples, self._drawn = 0, 0, time.monotonic()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validated = 0
         self._start(trainer, sum(map(int, trainer.num_test_batches)), 0, "test")
 
     def on_test_batch_end(

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,35 +46,32 @@ class Training:
         parent: folder of the run folders `version_N`.
         config: the options.
         free: names of the options in which it may differ.
-        samples_per_batch: of all processes together.
         contents: SHA-256 of what it reads, see `engine/contents.py`.
     """
 
     parent: Path
     config: Mapping[str, Any]
     free: Collection[str]
-    samples_per_batch: int
-    contents: Mapping[str, str]
+    contents: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
-def alone(parent: Path, config: Mapping[str, Any], free: Collection[str], samples_per_batch: int) -> Iterator[None]:
-    """Keeps two runs below `parent` from doing the same training at once, each from the other's checkpoints.
+def alone(ours: Training) -> Iterator[None]:
+    """Keeps two runs from doing the same training at once, each from the other's checkpoints.
 
     Runs that differ in an option of the training have different locks. Of several processes the first one holds it.
-    The arguments are those of `Training`.
 
     Raises:
         BusyError: another one is at it; names it.
-        ConfigError: `parent` cannot be written.
+        ConfigError: the folder cannot be written.
     """
     if getattr(rank_zero_only, "rank", 0):
         yield
         return
-    training = {name: value for name, value in _comparable(config).items() if name not in free}
-    described = json.dumps([training, samples_per_batch], sort_keys=True)
-    lock = parent / f".training_{hashlib.sha256(described.encode()).hexdigest()[:16]}.lock"
-    with locked(lock, f"resume_from=auto: another process is at this training in {parent}"):
+    training = {name: value for name, value in _comparable(ours.config).items() if name not in ours.free}
+    digest = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()
+    busy = f"resume_from=auto: another process is at this training in {ours.parent}"
+    with locked(ours.parent / f".training_{digest[:16]}.lock", busy):
         yield
 
 
@@ -83,23 +80,18 @@ def find_progress(ours: Training) -> Progress:
 
     Logs what it finds, and which checkpoints are damaged.
     """
-    config = ours.config
-    wanted, runs = _comparable(config), list(_agreeing(ours))
-    for folder, theirs, theirs_read in runs:
-        same_test = all(theirs[name] == wanted[name] for name in TEST_PATTERN) and all(
-            theirs_read.get(name) == ours.contents.get(name) for name in OF_TEST
-        )
+    config, wanted, runs = ours.config, _comparable(ours.config), list(_agreeing(ours))
+    for folder, theirs, read in runs:
+        same_test = all(theirs[name] == wanted[name] for name in TEST_PATTERN)
+        same_test = same_test and all(read.get(name) == ours.contents.get(name) for name in OF_TEST)
         if config["test_after_fit"] and same_test and (folder / "test_results.json").is_file():
             return Progress(finished=folder)
-    for path in (folder / "last.ckpt" for folder, *_ in runs):
+    for path in (path for folder, *_ in runs if (path := folder / "last.ckpt").is_file()):
         try:
-            place = _place(path) if path.is_file() else None
+            epochs, steps = _place(path)
         except CheckpointError as error:
             log.warning("%s; the one before is taken", error)
             continue
-        if place is None:
-            continue
-        epochs, steps = place
         trained = epochs >= config["max_epoch"] or steps >= (config["max_steps"] or math.inf)
         if trained and not config["test_after_fit"]:
             return Progress(finished=path.parent)
@@ -114,17 +106,12 @@ def _agreeing(ours: Training) -> Iterator[tuple[Path, dict[str, Any], dict[str, 
     folders = [path for path in ours.parent.glob("version_*") if path.name[8:].isdigit()]
     for folder in sorted(folders, key=natural_key, reverse=True):
         try:
-            config = read_json(folder / "config.json")
-            theirs = _comparable(config)
-            batch = _samples_per_batch(config)
+            theirs = _comparable(read_json(folder / "config.json"))
             read = read_json(folder / CONTENTS_FILE)
         except (DataError, KeyError, TypeError) as error:
             log.warning("%s: passed over: %s", folder, first_line(error))
             continue
-        differing = _differences(theirs, _comparable(ours.config), ours.free)
-        if batch != ours.samples_per_batch:
-            differing.append(f"samples per batch (there {batch}, here {ours.samples_per_batch})")
-        if differing:
+        if differing := _differences(theirs, _comparable(ours.config), ours.free):
             log.info("%s: a run with other options: %s", folder, ", ".join(differing))
         elif other := other_contents(read, ours.contents, *OF_TEST):
             log.info("%s: a run on something else under these options: %s", folder, ", ".join(other))
@@ -144,7 +131,7 @@ def say_differences(checkpoint: Path, config: Mapping[str, Any], free: Collectio
     try:
         theirs, ours = _comparable(read_json(path)), _comparable(config)
         differing = _differences(theirs, ours, {*free, *OF_A_START})
-    except DataError as error:
+    except (DataError, KeyError, TypeError) as error:
         log.info("%s: not compared: %s", path, first_line(error))
         return
     if (there := theirs.get("optim_type", ours["optim_type"])) != (here := ours["optim_type"]):
@@ -162,19 +149,15 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any], free: Collection[
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as config.json gives them back; those of a split as `option.split`."""
+    """The options as config.json gives them back, with what follows from them; those of a split as `option.split`.
+
+    Raises KeyError or TypeError where they are not complete.
+    """
     flat: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(dict(config), default=str)).items():
         flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _samples_per_batch(config: Mapping[str, Any]) -> int:
-    """Of all processes together. Raises KeyError or TypeError where the options are not numbers."""
-    processes = config["num_nodes"], config["num_gpus"] or config["cpu_processes"]
-    if any(type(number) is not int for number in (config["per_gpu_batchsize"], *processes)):
-        raise TypeError("samples per batch: expected whole numbers")
-    return config["per_gpu_batchsize"] * math.prod(processes)
+    processes = config["num_nodes"] * (config["num_gpus"] or config["cpu_processes"])
+    return flat | {"samples per batch": config["per_gpu_batchsize"] * processes}
 
 
 def _place(path: Path) -> tuple[int, int]:

@@ -28,8 +28,6 @@ from vilt.missing_tables import MissingPattern, load_missing_table
 from vilt.missing_types import AVAILABLE, is_missing, on_top, type_names
 
 FORMAT = 1
-RESULTS = ("robustness.json", "cells.csv", "matrix.csv", "per_class.csv", "confusions.csv", "roc.csv")
-"""All files that `write_results` may write; which of them depends on the dataset."""
 
 
 @dataclass(frozen=True)
@@ -133,30 +131,31 @@ def write_results(found: Results, folder: Path) -> list[str]:
     Raises:
         DataError: the folder cannot be written.
     """
-    tables: dict[str, list[Sequence[Any]]] = {"cells.csv": _cells_table(found), "matrix.csv": _matrix_table(found)}
+    tables = {"cells.csv": _cells_table(found), "matrix.csv": _matrix_table(found)}
     for name in ("per_class", "confusions"):
-        if entries := found[name]:
-            header = ["type_name", *list(entries[0])[1:]]
-            tables[f"{name}.csv"] = [header, *(list(entry.values()) for entry in entries)]
-    if found["roc"]:
-        columns = ("fpr", "tpr", "threshold")
-        points = [
-            (name, *point)
-            for name, curve in found["roc"].items()
-            for point in zip(*(curve[column] for column in columns), strict=True)
-        ]
-        tables["roc.csv"] = [("type_name", *columns), *points]
+        tables[f"{name}.csv"] = [{"type_name": entry["type"], **_without(entry, "type")} for entry in found[name]]
+    columns = ("fpr", "tpr", "threshold")
+    tables["roc.csv"] = [
+        {"type_name": name, **dict(zip(columns, point, strict=True))}
+        for name, curve in found["roc"].items()
+        for point in zip(*(curve[column] for column in columns), strict=True)
+    ]
     # The first threshold is no JSON number.
-    curves = {name: {key: curve[key] for key in ("fpr", "tpr", "auroc")} for name, curve in found["roc"].items()}
+    curves = {name: _without(curve, "threshold") for name, curve in found["roc"].items()}
     try:
-        for name in set(RESULTS) - {"robustness.json", *tables}:  # of another dataset
-            (folder / name).unlink(missing_ok=True)
-        for name, lines in tables.items():
-            write_csv(folder / name, lines[0], lines[1:])
+        for name, rows in tables.items():
+            if rows:
+                write_csv(folder / name, rows)
+            else:  # perhaps of another dataset
+                (folder / name).unlink(missing_ok=True)
         write_json(folder / "robustness.json", {**found, "roc": curves})
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be written: {reason_of(error)}") from error
-    return ["robustness.json", *tables]
+    return ["robustness.json", *(name for name, rows in tables.items() if rows)]
+
+
+def _without(entry: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != key}
 
 
 def _confidence(
@@ -206,23 +205,27 @@ def _cell(
 PATTERN = ("missing_type", "ratio", "both_ratio")
 
 
-def _cells_table(found: Results) -> list[Sequence[Any]]:
-    rows: list[Sequence[Any]] = [[*PATTERN, "table_seed", "samples", *found["metrics"]]]
-    for cell in found["cells"]:
-        for place, seed in enumerate(found["table_seeds"]):
-            values = [figures["values"][place] for figures in cell["metrics"].values()]
-            rows.append([*(cell[name] for name in PATTERN), seed, found["samples"], *values])
-    return rows
+def _cells_table(found: Results) -> list[dict[str, Any]]:
+    return [
+        {
+            **{name: cell[name] for name in PATTERN},
+            **{"table_seed": seed, "samples": found["samples"]},
+            **{metric: figures["values"][place] for metric, figures in cell["metrics"].items()},
+        }
+        for cell in found["cells"]
+        for place, seed in enumerate(found["table_seeds"])
+    ]
 
 
-def _matrix_table(found: Results) -> list[Sequence[Any]]:
-    shares = [name for name in found["cells"][0] if name.endswith(AVAILABLE)]
-    of_metrics = [(metric, figure) for metric in found["metrics"] for figure in ("mean", "std")]
-    ends = [f"{found['metric']}_{end}" for end in ("low", "high") if "interval" in found["cells"][0]]
-    rows: list[Sequence[Any]] = [[*PATTERN, *shares, *("_".join(names) for names in of_metrics), *ends, "n_seeds"]]
-    for cell in found["cells"]:
-        available = [round(100 * cell[name], 6) for name in shares]
-        figures = [cell["metrics"][metric][figure] for metric, figure in of_metrics]
-        figures += [cell["interval"][end.removeprefix(f"{found['metric']}_")] for end in ends]
-        rows.append([*(cell[name] for name in PATTERN), *available, *figures, len(found["table_seeds"])])
-    return rows
+def _matrix_table(found: Results) -> list[dict[str, Any]]:
+    metric = found["metric"]
+    return [
+        {
+            **{name: cell[name] for name in PATTERN},
+            **{name: round(100 * share, 6) for name, share in cell.items() if name.endswith(AVAILABLE)},
+            **{f"{name}_{of}": cell["metrics"][name][of] for name in found["metrics"] for of in ("mean", "std")},
+            **{f"{metric}_{end}": cell["interval"][end] for end in ("low", "high") if "interval" in cell},
+            "n_seeds": len(found["table_seeds"]),
+        }
+        for cell in found["cells"]
+    ]

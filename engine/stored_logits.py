@@ -1,11 +1,15 @@
-"""Reading the logits that `run.py robustness` stores of a test split, for each missing type.
+"""The logits of a test split for each missing type, which `run.py robustness` keeps in `robustness/logits.arrow`.
+
+A sample's logits depend on nothing but the sample and its missing type, so that the logits of each type give the result
+of any missing table.
 
 Shapes: T missing types (of M modalities 2^M - 1; with two: complete, one or the other missing), N samples, C classes.
 """
 
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,10 @@ import torch
 from torch import Tensor
 
 from common.arrow_file import open_table
-from common.errors import DataError
+from common.errors import CheckpointError, DataError, UserError, reason_of
+from common.files import atomic_path
+from common.messages import quoted
+from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DatasetSpec
 
 FORMAT = 1
@@ -52,11 +59,6 @@ class SplitLogits:
         """Logits (N, C) where the rows of the split lose what a missing table says."""
         type_N = torch.from_numpy(table[self.row_of_sample_N].astype(np.int64))
         return self.logits_TNC[type_N, torch.arange(len(type_N))]
-
-
-def natural_text(natural: np.ndarray) -> str:
-    """What every row misses by nature, as the description of stored logits has it: a digit for each."""
-    return "".join(f"{code:x}" for code in natural.tolist())
 
 
 def logit_columns_of(spec: DatasetSpec) -> list[str]:
@@ -121,3 +123,128 @@ def labels_of(table: pa.Table, spec: DatasetSpec) -> np.ndarray:
 def _refuse_rows(path: Path, column: str, wrong_N: np.ndarray, expected: str) -> None:
     if wrong_N.any():
         raise DataError(f"{path}: row {np.flatnonzero(wrong_N)[0]}: column {column}: {expected}")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What logits follow from. Those of one origin are never taken for those of another."""
+
+    task: str
+    checkpoint_sha256: str
+    arrow_file: str
+    """Name of the file with the test split."""
+    arrow_sha256: str
+    precision: str
+    tokenizer: str | None
+    """The option; None for the one that comes with the weights. Of a published checkpoint, which says none, what
+    identifies it."""
+    published_seed: int | None = None
+    """The option, for a published checkpoint, whose dynamic queries follow from it."""
+
+
+TITLES = {
+    "checkpoint_sha256": "checkpoint (sha256)",
+    "arrow_file": "test set",
+    "arrow_sha256": "test set (sha256 of the arrow file)",
+}
+"""What messages call a part of an origin where that is not its name."""
+
+
+@dataclass(frozen=True, eq=False)
+class LogitStore:
+    """The file with the logits of one checkpoint."""
+
+    folder: Path
+    """Where it is; made when it is written."""
+    origin: Origin
+    dataset: ArrowDataset
+    """The test split."""
+    configuration: dict[str, Any]
+    """Of the run, for the record."""
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "logits.arrow"
+
+    def is_there(self) -> bool:
+        """Whether the logits are stored.
+
+        Raises:
+            CheckpointError: those that are there have another origin.
+            DataError: the file is damaged, or something else.
+        """
+        if not self.path.is_file():
+            return False
+        try:
+            self.load()
+        except UserError as error:
+            raise type(error)(f"{error}; delete the file, and they are computed again") from error
+        return True
+
+    def load(self) -> SplitLogits:
+        """The logits. Raises as `is_there`."""
+        table, described = read_logits(self.path, self.dataset.spec, logit_columns_of(self.dataset.spec))
+        for name, expected in asdict(self.origin).items():
+            if (found := described.get(name)) != expected:
+                raise CheckpointError(
+                    f"{self.path}: stored logits of another {TITLES.get(name, name)}: expected {_short(expected)}, "
+                    f"found {_short(found)}"
+                )
+        samples = self.dataset.row_of_sample, self.dataset.label_of_sample
+        stored = table["row"].to_numpy(), labels_of(table, self.dataset.spec)
+        for what, ours, theirs in zip(("samples", "labels"), samples, stored, strict=True):
+            if not np.array_equal(ours, theirs):
+                raise DataError(f"{self.path}: expected the {what} of {self.dataset.path}, found others")
+        split = read_split(self.path, self.dataset.spec)[0]
+        return replace(split, table_rows=self.dataset.n_rows, natural=self.dataset.natural)
+
+    def check_writable(self) -> None:
+        """Makes the folder; DataError where that or writing there is impossible."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(None, "not writable")
+        except OSError as error:
+            raise DataError(
+                f"{self.folder}: cannot keep results there: {error.strerror or error}; copy the checkpoint, with its "
+                f"config.json, to a folder that can be written"
+            ) from error
+
+    def write(self, logits_TNC: Sequence[Tensor]) -> None:
+        """Writes float32 logits of all samples, in their order, for each missing type.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        rows, labels, spec = self.dataset.row_of_sample, self.dataset.label_of_sample, self.dataset.spec
+        columns = {
+            "sample": pa.array(np.arange(len(rows)), pa.int64()),
+            "row": pa.array(rows, pa.int64()),
+            "id": pa.array([self.dataset.sample_name(number) for number in range(len(rows))], pa.string()),
+            "text_number": pa.array(np.arange(len(rows)) - np.searchsorted(rows, rows), pa.int64()),  # rows ascend
+            "label": _lists(labels.astype(np.uint8)) if labels.ndim == 2 else pa.array(labels),
+        }
+        for column, logits_NC in zip(logit_columns_of(spec), logits_TNC, strict=True):
+            columns[column] = _lists(logits_NC.numpy())
+        description = {"format": FORMAT, "rows": self.dataset.n_rows, **asdict(self.origin)}
+        description["configuration"] = self.configuration
+        if np.any(self.dataset.natural):
+            description["natural"] = "".join(f"{code:x}" for code in self.dataset.natural.tolist())
+        table = pa.table(columns).replace_schema_metadata({DESCRIPTION: json.dumps(description, default=str).encode()})
+        try:
+            with atomic_path(self.path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
+                writer.write_table(table)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written: {reason_of(error)}") from error
+
+
+def _lists(values_NC: np.ndarray) -> pa.Array:
+    """A column with a list per row."""
+    offsets = np.arange(len(values_NC) + 1, dtype=np.int32) * values_NC.shape[1]
+    return pa.ListArray.from_arrays(offsets, pa.array(values_NC.reshape(-1)))
+
+
+def _short(value: object) -> str:
+    if not isinstance(value, str):
+        return quoted(value)
+    return f"{value[:12]}…" if len(value) == 64 else value[:100]

@@ -19,7 +19,7 @@ from engine.checkpoint import OFFSET, ModelSpec, kept_state, load_kept_state
 from engine.cuda_graphs import Losses, Step
 from engine.decision import best_offset
 from engine.exported import DESCRIPTION
-from engine.numerics import FiniteWatch, NotFinite, first_not_finite
+from engine.numerics import FiniteWatch, NotFinite
 from engine.optimization import (
     OptimizerSettings,
     make_optimizer,
@@ -92,8 +92,6 @@ class FinetuneModule(pl.LightningModule):
         self.counts_as_published = counts_as_published(spec.dataset)
         self._kept: dict[Stage, list[Kept]] = {"train": [], "val": [], "test": []}
         self._watch = FiniteWatch(skip_bad_steps)
-        self._batches: list[Batch] = []
-        """Of the optimiser step that is under way."""
         self._rate_at: Callable[[int], float] = lambda step: 1.0
         """By the number of an optimiser step, the share of the learning rate that it has."""
         self._groups: list[dict[str, Any]] = []
@@ -102,7 +100,6 @@ class FinetuneModule(pl.LightningModule):
         """What a training step computes."""
         self.test_metrics: dict[str, float] = {}
         """The test metrics of all processes' samples, after a test run."""
-        self.tested_samples = 0
         self.tested: tuple[Tensor, Tensor] | None = None
         """Logits and labels of the test split."""
 
@@ -128,7 +125,6 @@ class FinetuneModule(pl.LightningModule):
             loss, logits, own_losses = self.step(inputs, labels, counted)
             self._keep("train", batch, logits)
         self._watch.note_loss(batch_idx, batch.index_B, loss)
-        self._batches.append(batch)
         several, samples = self.trainer.world_size > 1, len(batch.index_B)
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=samples, sync_dist=several)
         for name, value in own_losses.items():
@@ -155,14 +151,13 @@ class FinetuneModule(pl.LightningModule):
         waiting = self._watch.note_gradients(self.classifier.named_parameters(), self.global_step)
         if self.device.type == "cpu" or waiting == GPU_STEPS_PER_CHECK:
             self._check_finite()
-        self._batches = []
 
     def _check_finite(self) -> None:
         """All processes have to call this at the same place, and end with the same message.
 
         Raises:
             NonFiniteLossError: for the first loss that is not finite, or too many such gradients in a row; names the
-                step, the samples and the layer.
+                step and the samples.
         """
         bad = self._watch.look()
         mine = None
@@ -179,15 +174,7 @@ class FinetuneModule(pl.LightningModule):
             allowed = self._watch.allowed
             several = f"; so were {allowed} before it (skip_bad_steps)" if allowed else ""
             return f"the gradient of {bad.what} is not finite at step {bad.step} (epoch {self.current_epoch}){several}"
-        place, batch = None, next((batch for batch in self._batches if batch.index_B is bad.samples), None)
-        if batch is not None:  # of this step: its forward pass can still be looked into
-            self.on_train_batch_start(batch, bad.batch)  # the same dropout masks
-            again = self.classifier.pretraining_losses if self.pretrains else self.classifier
-            place = first_not_finite(self.classifier, lambda: again(model_input(batch)))
-        return (
-            f"the loss became {bad.what} at step {bad.step} (epoch {self.current_epoch}, batch {bad.batch})"
-            f"{f', first in the {place}' if place else ''}"
-        )
+        return f"the loss became {bad.what} at step {bad.step} (epoch {self.current_epoch}, batch {bad.batch})"
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the logits; the metrics are those of the whole split. Of a pretraining it logs the losses."""
@@ -245,7 +232,7 @@ class FinetuneModule(pl.LightningModule):
                 if (plateau := plateau_of(config.scheduler)) is not None:
                     plateau.see(metrics["loss"], config.scheduler)  # type: ignore[arg-type]
         if stage == "test":
-            self.tested_samples, self.tested = len(logits), (logits, labels)
+            self.tested = logits, labels
         for name, value in metrics.items():
             if (stage, name) != ("train", "loss"):  # logged step by step
                 # Every process has computed the same value of all samples: nothing to average.

@@ -19,6 +19,15 @@ from vilt.missing_tables import PUBLISHED
 
 PUBLISHED_INTERVALS: dict[str, dict[str | None, float]] = {"hatememes": {None: 0.1, "dcp": 0.11}}
 """Epochs between validations, by task and method, where they are not 0.2."""
+OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dpl_": ("head", ("dpl",)),
+    "lora_": ("prompt_type", ("mora", "lora")),
+    "aoept_": ("prompt_type", ("aoept",)),
+    "neighbours": ("prompt_type", ("none",)),
+    "prompt_length": ("prompt_type", ("mplmm", "mplmm_described")),
+    **dict.fromkeys(("far", "fmb", "replay_depth", "decoupling_weight", "dynamic_init"), ("prompt_type", ("rep",))),
+}
+"""Beginnings of options that one head or method has alone, with its name."""
 PREDICTION_OPTIONS = (
     *("load_path", "output", "per_gpu_batchsize"),
     *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed", "image_size"),
@@ -210,24 +219,15 @@ def _check_method(options: Options) -> None:
         )
     if options.prompt_type == "map_attention" and length % 2:
         raise ConfigError(f"memory_length: expected a multiple of 6 (a third of it is keys and values), found {length}")
-    for prefix, option, values in (
-        ("dpl_", "head", ("dpl",)),
-        ("lora_", "prompt_type", ("mora", "lora")),
-        ("aoept_", "prompt_type", ("aoept",)),
-        ("neighbours", "prompt_type", ("none",)),
-    ):
-        for name in OPTIONS:
-            default = OPTIONS[name].read(name, OPTIONS[name].default) if name.startswith(prefix) else None
-            if default is not None and getattr(options, option) not in values and getattr(options, name) != default:
-                found = f"found {option}={getattr(options, option)}"
-                raise ConfigError(f"{name}: is an option of {option}={' or '.join(values)}, {found}")
-    needs = {"far": None, "fmb": None, "replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}
-    for name, needed in needs.items():
-        value, default = getattr(options, name), OPTIONS[name].default
-        if value != default and options.prompt_type != "rep":
-            raise ConfigError(f"{name}: is an option of prompt_type=rep, found prompt_type={options.prompt_type}")
-        if needed is not None and value and not getattr(options, needed):
-            raise ConfigError(f"{name}: expected {default} with {needed}=False, found {value}")
+    for name, each in OPTIONS.items():
+        owner, values = next((of for start, of in OWNERS.items() if name.startswith(start)), ("", ()))
+        if owner and getattr(options, owner) not in values and getattr(options, name) != each.read(name, each.default):
+            raise ConfigError(
+                f"{name}: is an option of {owner}={' or '.join(values)}, found {owner}={getattr(options, owner)}"
+            )
+    for name, needed in {"replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}.items():
+        if (value := getattr(options, name)) and not getattr(options, needed):
+            raise ConfigError(f"{name}: expected {OPTIONS[name].default} with {needed}=False, found {value}")
 
 
 def _check_data_and_weights(options: Options) -> None:
@@ -254,7 +254,7 @@ def values_of_options(option: str, value: Mapping[str, Any]) -> dict[str, tuple[
     space = {}
     for name, values in value.items():
         if name not in OPTIONS:
-            raise ConfigError(f"{option}: {unknown_option([name], list(OPTIONS))}")
+            raise ConfigError(f"{option}: {unknown_option(name)}")
         if OPTIONS[name].kind not in (MODEL, TRAINING):
             raise ConfigError(f"{option}.{name}: expected an option of the model or its training, found {name!r}")
         space[name] = several(OPTIONS[name].read, texts=is_text(name))(f"{option}.{name}", values)

@@ -4,19 +4,20 @@ A value is read by the type of its option. A text or a path is what was typed (`
 as Python writes it (`sweep_ratios=[0.5,0.9]`), and what Python does not understand is a word (`missing_type=both`).
 """
 
+import argparse
 import difflib
+import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from common.errors import ConfigError, DataError
 from common.messages import quoted
 from common.readers import literal, may_be_path, unquoted, wrong
 from common.strict_json import Number, read_json
 from config import DEFAULTS, NAMED_CONFIGS, OPTIONS, SEED, Options
-from runs.other_names import CONFIGS_OF_VILT, MEANT, OPTIONS_OF_VILT, RENAMED
 from vilt.datasets.custom import CUSTOM
 
 MAIN = "main"
@@ -24,8 +25,12 @@ MAIN = "main"
 TEXTS = {str, Path}
 WITH_ENTRIES = ("network", "sweep_over", "sweep_slurm", "search")
 """Options that are dictionaries of any entries."""
-RECORD = ("-F", "--file_storage")
-FLAGS = "-F FOLDER (Sacred's record of the run), -u (none) or -h (help)"
+MEANT = {
+    **{"lr": "learning_rate", "base_lr": "learning_rate", "method": "prompt_type", "model": "prompt_type"},
+    **{"backbone": "vit", "encoder": "vit", "dataset": "task", "epochs": "max_epoch", "batch": "per_gpu_batchsize"},
+    **{"checkpoint": "load_path", "ckpt": "load_path", "name": "exp_name", "prompt_depth": "memory_depth"},
+}
+"""Options by names that other programs have for them, which a hint mentions."""
 
 
 @dataclass
@@ -43,7 +48,20 @@ class CommandLine:
     chosen: set[str] = field(default_factory=set)
     """Those of `given` that a user has chosen: of a file, which may have all options, what is not the default."""
     record: str | None = None
-    unobserved: bool = False
+    """Folder of Sacred's record of the run."""
+
+
+class _Flags(argparse.ArgumentParser):
+    """The flags; whatever else begins with a dash is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("-h", "--help", action="store_true")
+        self.add_argument("-F", "--file_storage", metavar="FOLDER")
+        self.add_argument("words", nargs="*")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; flags are -F FOLDER (Sacred's record) and -h; options are name=value")
 
 
 def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> CommandLine:
@@ -55,28 +73,30 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
     Raises:
         ConfigError: a command, flag, named config, option or file is unknown, or `seed`, which Sacred acts on, is none.
     """
-    found = CommandLine()
-    rest = _without_flags(words, found)
-    if rest[:1] == ["help"]:
-        found.help, rest = True, rest[1:]
+    flags = _Flags().parse_intermixed_args(words)
+    found, rest = CommandLine(help=flags.help, record=flags.file_storage), list(flags.words)
+    if found.record is not None and ("=" in found.record or found.record in ("with", *NAMED_CONFIGS)):
+        raise ConfigError(f"-F: expected a folder behind it, found {found.record}")
     if rest and rest[0] != "with":
-        found.command = _command(rest, commands)
-        rest = rest[1:]
+        found.command = rest.pop(0)
+        if found.command not in commands:
+            raise ConfigError(
+                f"{quoted(found.command)}: expected `with` before options, as in `run.py with {found.command}`, or one "
+                f"of the commands {', '.join(commands)}{_near(found.command, commands)}"
+            )
     if found.record is not None and getattr(commands[found.command], "unobserved", False):
         raise ConfigError(f"-F: {found.command} has nothing to record; leave it out")
     if rest and rest[0] != "with":
         raise ConfigError(f"{rest[0]}: expected `with` before it, as in `run.py {found.command} with {' '.join(rest)}`")
-    for place, word in enumerate(rest[1:], start=1):
+    for before, word in itertools.pairwise(rest):
         name, equals, value = (part.strip() for part in word.partition("="))
         if equals and name:
-            name = _known(_renamed(name, rest))
-            found.given.add(option_of(name))
+            found.given.add(option_of(_known(name)))
             found.chosen.add(option_of(name))
             found.words.append(f"{name}={value}")
         elif word.strip():
-            _refuse_broken(rest[place - 1], word, rest[place + 1 : place + 2])
             found.words.append(word)
-            _take_config(word, found)
+            _take_config(word, before, found)
     for word in found.words:  # they count more than named configs and files, wherever they stand
         name, equals, value = word.partition("=")
         if equals:
@@ -91,92 +111,19 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
     return found
 
 
-def _renamed(name: str, words: Sequence[str]) -> str:
-    """The name here of an option of DCP's; one that is also an option here needs the method on the line."""
-    if name not in RENAMED or "prompt_type=dcp" in words or name not in OPTIONS:
-        return RENAMED.get(name, name)
-    if not any(word.startswith("prompt_type=") for word in words):
-        raise ConfigError(f"{name}: expected {RENAMED[name]}, or prompt_type= with it, to say whose option it is")
-    return name
-
-
-def _without_flags(words: Sequence[str], found: CommandLine) -> list[str]:
-    rest, queue = [], list(words)
-    while queue:
-        word = queue.pop(0)
-        flag, equals, value = word.partition("=")
-        if word in ("-h", "--help"):
-            found.help = True
-        elif word in ("-u", "--unobserved"):
-            found.unobserved = True
-        elif flag in RECORD or word.startswith("-F"):
-            if flag not in RECORD:  # -Ffolder
-                flag, equals, value = "-F", "=", word[2:]
-            if not equals:
-                value = queue.pop(0) if queue and not _is_own(queue[0]) else ""
-            if not value:
-                raise ConfigError(f"{flag}: expected a folder behind it, as in {flag} records")
-            if found.record is not None:
-                raise ConfigError(f"{flag}: expected it once, found it twice")
-            found.record = value
-        elif word.startswith("-"):
-            name = flag.lstrip("-").replace("-", "_")
-            meant = f"{MEANT.get(name, name)}={value or '…'}" if name in {*OPTIONS, *MEANT} else "name=value"
-            raise ConfigError(f"{quoted(word)}: expected {meant}, or the flag {FLAGS}")
-        else:
-            rest.append(word)
-    if found.unobserved and found.record is not None:
-        raise ConfigError("-u: means that there is no record, and contradicts -F")
-    return rest
-
-
-def _is_own(word: str) -> bool:
-    """Whether a word is a flag, an option or a named config, and so hardly a folder."""
-    return word.startswith("-") or word == "with" or word in NAMED_CONFIGS or option_of(word) in OPTIONS
-
-
-def _command(rest: Sequence[str], commands: Collection[str]) -> str:
-    word = rest[0]
-    if word in commands:
-        return word
-    if "=" in word or word.endswith(".json") or word in NAMED_CONFIGS or option_of(word) in OPTIONS:
-        raise ConfigError(f"{word}: expected `with` before it, as in `run.py with {' '.join(rest)}`")
-    names = [name for name in commands if name != MAIN]
-    near = difflib.get_close_matches(word, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{quoted(word)}: expected `with`, or one of the commands {', '.join(names)}{hint}")
-
-
-def _refuse_broken(before: str, word: str, after: Sequence[str]) -> None:
-    """Raises ConfigError where `word` is part of an option with blanks in it: of a list, or around its `=`."""
-    if word in NAMED_CONFIGS or word.endswith(".json"):
-        return
-    name, equals, value = before.partition("=")
-    if equals and any(value.count(left) > value.count(right) for left, right in ("[]", "{}", "()")):
-        raise ConfigError(f"{name}: expected no blank before {word}; without blanks, or all of it in quotes")
-    if equals and name and not value:
-        raise ConfigError(f"{name}: expected no blank behind =, as in {name}={word}")
-    if word.startswith("=") or (after and after[0].startswith("=")):
-        name = word if not word.startswith("=") else before if before != "with" else "NAME"
-        raise ConfigError(f"{name}: expected no blanks around =, as in {name}=VALUE")
-
-
-def _take_config(word: str, found: CommandLine) -> None:
-    """Applies a named config, or the options in a .json file."""
+def _take_config(word: str, before: str, found: CommandLine) -> None:
+    """Applies a named config, or the options in a .json file; `before` is the word in front of it."""
     if word in NAMED_CONFIGS:
         for name, value in NAMED_CONFIGS[word].items():
             set_option(found.updates, name, value)
             found.chosen |= {name} if is_of_sweep(name) else set()
         return
-    if word.startswith(CONFIGS_OF_VILT):
-        raise ConfigError(f"{word}: a named config of ViLT, whose tasks and model are not here; leave it out")
-    if word in OPTIONS:
-        raise ConfigError(f"{word}: expected a value, as in {word}={DEFAULTS[word] or 'VALUE'}")
     if not word.endswith(".json"):
-        near = difflib.get_close_matches(word, NAMED_CONFIGS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMED_CONFIGS)}"
+        shown = f"{before} {word}" if "=" in before else word
+        example = f", as in {word}={DEFAULTS[word] or 'VALUE'}" if word in OPTIONS else _near(word, NAMED_CONFIGS)
         raise ConfigError(
-            f"{word}: expected name=value (a value with blanks in quotes), a named config or a .json file; {hint}"
+            f"{shown}: expected name=value without blanks in it or around = (or all of it in quotes), a named config "
+            f"or a .json file{example}"
         )
     if not may_be_path(word) or not Path(word).is_file():
         raise ConfigError(f"{word}: expected a file with options as JSON, found no file there")
@@ -187,10 +134,9 @@ def _take_config(word: str, found: CommandLine) -> None:
     for name, value in options.items():
         if name == CUSTOM and isinstance(value, dict):  # of the config.json of a run: what its data said, no option
             continue
-        name = _known(name if name in OPTIONS else RENAMED.get(name, name), f"{word}: ")
-        set_option(found.updates, name, from_file(name, value))
+        set_option(found.updates, _known(name, f"{word}: "), from_file(name, value))
         option = option_of(name)
-        if option == "seed":  # which Sacred acts on, before the options are checked
+        if option == "seed":
             SEED(f"{word}: seed", found.updates["seed"])
         found.given.add(option)
         if option != "exp_name" and not _is_default(option, found.updates[option]):  # every run has a name
@@ -215,22 +161,22 @@ def is_of_sweep(name: str) -> bool:
 def _known(name: str, where: str = "") -> str:
     """`name`, if it is one of an option or of an entry of one. Raises ConfigError."""
     option, dot, entry = name.partition(".")
-    if option in OPTIONS_OF_VILT:
-        raise ConfigError(f"{where}{name}: an option of ViLT, whose tasks and model are not here; leave it out")
     default = DEFAULTS.get(option)
     has_entry = option in WITH_ENTRIES or (isinstance(default, dict) and entry in default)
     if option not in OPTIONS or (dot and not has_entry):
-        raise ConfigError(f"{where}{unknown_option([name], list(OPTIONS))}")
+        raise ConfigError(f"{where}{unknown_option(name)}")
     return name
 
 
-def unknown_option(names: Sequence[str], known: Sequence[str]) -> ConfigError:
-    """The error for options that do not exist, with the nearest that do."""
-    found = []
-    for name in names:
-        near = [MEANT[name]] if MEANT.get(name) in known else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        found.append(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
-    return ConfigError("; ".join(found) + " (`python run.py print_config` shows all)")
+def unknown_option(name: str) -> ConfigError:
+    """The error for an option that does not exist, with the nearest that does."""
+    hint = f"; did you mean {MEANT[name]}?" if name in MEANT else _near(name, OPTIONS)
+    return ConfigError(f"unknown option {name}{hint} (`python run.py print_config` shows all)")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 # Values

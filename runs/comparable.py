@@ -5,7 +5,7 @@ from config import COMMAND, MACHINE, OPTIONS, RUN
 _NO_RESULT = {
     *(name for name, option in OPTIONS.items() if option.kind in (MACHINE, RUN, COMMAND)),
     *("per_gpu_batchsize", "missing_ratio.test", "missing_type.test"),
-    "compile",  # of older runs
+    *("compile", "robustness_anew"),  # of older runs
 }
 """Names, places, the machine, the test pattern, other commands; entries of a dictionary as `option.key`."""
 NOT_THE_TRAINING = frozenset(_NO_RESULT - {"test_only", "fast_dev_run"})

@@ -20,22 +20,20 @@ from torch import Tensor
 from common.errors import ConfigError, DataError
 from common.hashing import file_sha256
 from common.strict_json import read_json
-from common.text import estimate, order_of, pattern_text
+from common.text import estimate, order_of
 from engine.baselines import baselines
 from engine.sample_statistics import LEVEL, bootstrap
 from engine.significance import Difference, difference_interval, holm, permutation_p
 from engine.stored_logits import read_split
 from engine.tasks import Task, task_of
 from runs.lines import RunLine, lines_of
+from runs.pattern import Pattern
 from runs.run_reader import Run
 from vilt.datasets.specs import DatasetSpec
 from vilt.missing_tables import MissingPattern, load_missing_table
 from vilt.missing_types import on_top
 
 log = logging.getLogger("rep")
-
-Pattern = tuple[str, float, float]
-"""Missing type, ratio and both_ratio."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,6 @@ class Comparison:
         return self.p_corrected <= 1 - LEVEL and outside
 
     @property
-    def better(self) -> int | None:
-        """The place of the line that is significantly better."""
-        gain = order_of(1.0, self.metric) * self.difference.value
-        return None if not self.significant else self.one if gain > 0 else self.other
-
-    @property
     def ahead(self) -> int:
         """In how many pairs of runs the first is better."""
         return sum(order_of(1.0, self.metric) * value > 0 for value in self.of_seeds)
@@ -103,12 +95,6 @@ class Group:
     samples: int
     baselines: dict[str, dict[str, Any]]
     comparisons: list[Comparison]
-
-    def best(self, pattern: Pattern) -> int | None:
-        """The line that is significantly better than each other one at a pattern: what a table may print bold."""
-        better = [each.better for each in self.comparisons if each.pattern == pattern]
-        places = range(len(self.lines))
-        return next((place for place in places if better.count(place) == len(self.lines) - 1), None)
 
 
 class _Stored:
@@ -133,11 +119,6 @@ class _Stored:
         assert found is not None
         values_KR = bootstrap(task.metrics.measures[task.monitor], self.split, tables, resamples)
         return found.mean, values_KR.nanmean(0)
-
-
-def pattern_title(pattern: Pattern) -> str:
-    """As tables have it."""
-    return pattern_text(*pattern) if pattern[1] else "complete"
 
 
 def logits_path(run: Run) -> Path:
@@ -196,7 +177,7 @@ def _group(dataset: str, trained_at: Pattern, lines: list[RunLine[Run]], setting
             difference = Difference(value, low, high, p)
             comparison = Comparison(one, other, pattern, (mine, theirs), difference, of_seeds, task.monitor)
             comparisons.append(comparison)
-        log.info("%s: %s compared", dataset, pattern_title(pattern))
+        log.info("%s: %s compared", dataset, pattern.title)
     labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
     of_constants = baselines(task, first.split.labels, _class_names(first.run))
     return Group(dataset, task, trained_at, lines, labels, len(first.names), of_constants, comparisons)
@@ -223,9 +204,10 @@ def _patterns(spec: DatasetSpec, trained_at: Pattern, settings: Settings) -> lis
     types = settings.types or spec.missing_types
     if unknown := [name for name in types if name not in spec.missing_types]:
         raise ConfigError(f"robustness_types: expected {' or '.join(spec.missing_types)}, found {unknown[0]}")
-    ratios = settings.ratios or sorted({0.0, trained_at[1], 1.0})
-    patterns = [(name, ratio, settings.both_ratio) for name in types for ratio in ratios if ratio]
-    return [*([(types[0], 0.0, settings.both_ratio)] if 0 in ratios else []), *patterns]
+    ratios = settings.ratios or sorted({0.0, trained_at.ratio, 1.0})
+    cells = [(types[0], 0.0)] if 0 in ratios else []
+    cells += [(name, ratio) for name in types for ratio in ratios if ratio]
+    return [Pattern.of(spec, *cell, settings.both_ratio) for cell in cells]
 
 
 def _tables(stored: _Stored, pattern: Pattern, settings: Settings) -> list[np.ndarray]:

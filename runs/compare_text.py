@@ -10,10 +10,10 @@ from typing import Any
 from common.errors import ConfigError, DataError, reason_of
 from common.readers import integer, several, text
 from common.strict_json import write_json
-from common.text import baseline_texts, counted, figure, pattern_text, per_cent, terminal_table
+from common.text import baseline_texts, counted, figure, per_cent, terminal_table
 from engine.sample_statistics import LEVEL
 from runs.check_options import read_options
-from runs.compare import Group, Settings, compare_runs, logits_path, pattern_title
+from runs.compare import Group, Settings, compare_runs, logits_path
 from runs.run_reader import find_runs
 
 log = logging.getLogger("rep")
@@ -86,7 +86,7 @@ def _content(groups: Sequence[Group], settings: Settings) -> dict[str, Any]:
                     {
                         "one": group.labels[each.one],
                         "other": group.labels[each.other],
-                        **dict(zip(("missing_type", "ratio", "both_ratio"), each.pattern, strict=True)),
+                        **each.pattern._asdict(),
                         "values": each.values,
                         **each.difference._asdict(),
                         "p_corrected": each.p_corrected,
@@ -116,7 +116,7 @@ def _text(group: Group) -> str:
             rows.append(
                 [
                     f"{letters[one]}-{letters[other]}",
-                    pattern_title(each.pattern),
+                    str(each.pattern) if each.pattern.ratio else "complete",
                     *map(figure, each.values),
                     _signed(difference.value),
                     f"{_signed(difference.low)} to {_signed(difference.high)}",
@@ -129,7 +129,7 @@ def _text(group: Group) -> str:
     return "\n".join(
         [
             f"\n{group.dataset} test, {counted(group.samples, 'sample')}, {group.task.monitor}; trained at "
-            f"{pattern_text(*group.trained_at)}",
+            f"{group.trained_at}",
             *known,
             *(f"     {text}" for text in baseline_texts(group.baselines, group.task.monitor)),
             "",

@@ -24,10 +24,10 @@ from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.contents import contents_of_data, other_contents
 from engine.decision import with_offset
 from engine.families import BackboneChoice
-from engine.logit_store import LogitModule, encode
 from engine.open_model import COMPUTE_TYPES, open_model
 from engine.processes import ending_together
 from engine.robustness import Results, by_missing_type, measure, write_results
+from engine.stored_logits import LogitStore
 from engine.tasks import Task
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
@@ -146,7 +146,7 @@ def test(
     result = {
         "task": options.task,
         "split": "test",
-        "samples": module.tested_samples,
+        "samples": len(module.tested[0]),
         "rows": dataset.n_rows,
         "missing": type_counts(types_N, data.spec.type_names),
         "by_missing_type": by_type,
@@ -167,7 +167,7 @@ def test(
         print(f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})")
         print(
             f"  {options.task} test, {pattern.ratio:.0%} missing ({pattern.missing_type}), seed {pattern.seed}\n"
-            f"  {counted(module.tested_samples, 'sample')}: {counts}"
+            f"  {counted(result['samples'], 'sample')}: {counts}"
         )
         for metric, value in module.test_metrics.items():
             print(f"  test/{metric:<19} {figure(value)}")
@@ -190,9 +190,9 @@ def measure_target(target: Target, given: set[str]) -> Results | None:
         CheckpointError: the checkpoint was replaced since the target was opened.
     """
     options, subject, store = target.options, target.subject, target.store
-    needed = ", ".join(store.type_names[missing_type] for missing_type in target.lacking)
-    log.info("%s: needs encodings: %s", subject.checkpoint, needed or "none")
-    if target.lacking:
+    if target.encoded:
+        log.info("%s: its logits are stored, no pass is needed", subject.checkpoint)
+    else:
         store.check_writable()
         say_device(options)
         checkpoint = read_checkpoint(subject.checkpoint)
@@ -202,10 +202,27 @@ def measure_target(target: Target, given: set[str]) -> Results | None:
         check_measurable(data, subject.task)
         trainer = make_trainer(options, None, steps_per_epoch=1)
         with data.naming_dead_workers(), ending_together(trainer):
-            encode(store, target.lacking, LogitModule(classifier, checkpoint.spec), trainer, data)
+            encode(store, FinetuneModule(classifier, checkpoint.spec), trainer, data)
     if getattr(rank_zero_only, "rank", 0):
         return None
     found = measure(subject, store.load(), target.patterns, options.bootstrap)
     names = write_results(found, store.folder)
     log.info("written to %s: %s", store.folder, ", ".join(["logits.arrow", *names]))
     return found
+
+
+def encode(store: LogitStore, module: FinetuneModule, trainer: pl.Trainer, data: MissingModalityData) -> None:
+    """Computes the logits, in one pass over the test split for each missing type.
+
+    With several processes all take part, and the first one writes.
+    """
+    dataset, logits_TNC = data.datasets["test"], []
+    for number, name in enumerate(dataset.spec.type_names):
+        of, samples = len(dataset.spec.type_names), counted(len(dataset), "sample")
+        log.info("encoding %d of %d: %s, %s", number + 1, of, name, samples)
+        dataset.missing_table = np.full(dataset.n_rows, number, dtype=np.int8)
+        trainer.test(module, datamodule=data, verbose=False)
+        assert module.tested is not None and len(module.tested[0]) == len(dataset)
+        logits_TNC.append(module.tested[0])
+    if trainer.is_global_zero:
+        store.write(logits_TNC)

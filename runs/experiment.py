@@ -31,6 +31,6 @@ for _command in ("print_config", "print_dependencies", "save_config", "print_nam
 def run_command(asked: CommandLine) -> None:
     """Runs the command that a user asked for. Sacred's own reading of a command line can run code (jsonpickle)."""
     first = not getattr(rank_zero_only, "rank", 0)  # of several processes that one keeps the record
-    flags = {"--file_storage": asked.record if first else None, "--unobserved": asked.unobserved}
+    flags = {"--file_storage": asked.record if first else None}
     words = {"UPDATE": asked.words, "GIVEN": sorted(asked.given), "CHOSEN": sorted(asked.chosen)}
     EX.run(asked.command, asked.updates, options={**flags, **words})

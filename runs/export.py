@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CheckpointError, ConfigError
-from common.text import counted, figure, pattern_text, per_cent
+from common.text import counted, figure, per_cent
 from engine.checkpoint import Checkpoint, describe, read_checkpoint
 from engine.exported import write_exported
 from runs.run_reader import Run, find_runs
@@ -95,7 +95,7 @@ def _training(run: Run | None) -> str:
     config = run.config
     shown = ("seed", "learning_rate", "batch_size", "max_epoch", "max_steps", "warmup_steps", "weight_decay")
     options = ", ".join(f"{name} {config[name]}" for name in shown if config.get(name) is not None)
-    return f"Missing modalities: {pattern_text(*run.pattern)}. Options: {options}."
+    return f"Missing modalities: {run.pattern}. Options: {options}."
 
 
 def _results(run: Run | None) -> str:
@@ -103,7 +103,7 @@ def _results(run: Run | None) -> str:
     if run is None or test is None or run.tested_at is None:
         return "Not tested."
     lines = [
-        f"Test split, {counted(test['samples'], 'sample')}, missing: {pattern_text(*run.tested_at)}.",
+        f"Test split, {counted(test['samples'], 'sample')}, missing: {run.tested_at}.",
         "",
         "| metric | value |",
         "|---|---|",

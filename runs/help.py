@@ -26,7 +26,6 @@ OTHERS: dict[str, Sequence[str]] = {
 """Options of a command beside its own, whose help begins with its name, and kinds of options."""
 FLAGS = {
     "-F FOLDER": "keeps Sacred's record of the run in FOLDER",
-    "-u": "keeps none",
     "-h, --help": "shows this, or what a command takes",
 }
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from clip.modules.registry import METHODS, every_method
 from common.errors import ConfigError
 from common.readers import Reader, one_of, text, wrong
 from vilt.datasets.custom import CUSTOM
@@ -25,13 +24,6 @@ def task_name(option: str, value: Any) -> str:
     if not isinstance(value, str) or value not in EVERY_DATASET:
         raise ConfigError(f"{wrong(option, ' or '.join(DATASETS), value)}; a custom dataset is {CUSTOM}")
     return str(value)
-
-
-def method_name(option: str, value: Any) -> str:
-    """Reads the name of a method."""
-    if value in ("input", "attention"):  # in the published README
-        raise ConfigError(f"{wrong(option, ' or '.join(METHODS), value)}; MAP's are map_input and map_attention")
-    return one_of(*every_method())(option, value)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def predict_file(config: Mapping[str, Any], options: dict[str, Any], given: set[
     predictor = _predictor(checkpoint, options, given)
     batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
     predictions = predictor.predict_items(items, batch_size=batch_size, workers=workers)
-    first = write_predictions(options["output"], items, _shown(predictions, len(items), "predicting"), predictor)
+    first = write_predictions(options["output"], items, _shown(predictions, len(items), "predicting"))
     decided = f"; a class counts above a probability of {predictor.threshold:.3f}" if predictor.multilabel else ""
     written = f"{counted(len(items), 'prediction')}, written to {options['output']}{decided}"
     return f"{describe_predictions(items, first, predictor.threshold)}\n\n  {written}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.text import AT_OFFSET, Estimate, baseline_texts, counted, figure, pattern_text, per_cent, terminal_table
+from common.text import AT_OFFSET, baseline_texts, counted, figure, per_cent, terminal_table
 from engine.robustness import Results
 from runs.evaluation import measure_target
 from runs.lines import RunLine, lines_of, spread_of
@@ -18,68 +18,39 @@ def measure_all(config: Mapping[str, Any], given: set[str]) -> str:
 
 
 def describe(measured: Sequence[tuple[Target, Results]]) -> str:
-    """The results of one checkpoint, or of several side by side; what answers that look at no sample get."""
-    found = measured[0][1]
-    text = describe_several(measured) if len(measured) > 1 else describe_one(*measured[0])
-    baselines = [f"  {line}" for line in baseline_texts(found["baselines"], found["metric"])]
-    return "\n".join([text, *(["", "without looking at a sample:", *baselines] if baselines else [])])
+    """The results side by side: a block per missing type, a column per line of runs; of one checkpoint with intervals.
 
-
-def describe_one(target: Target, found: Results) -> str:
-    """The matrix of one checkpoint: ratios down, missing types across; then each type with its interval."""
-    metric, confidence, subject = found["metric"], found["confidence"], target.subject
-    metrics = [metric, *({AT_OFFSET} & set(found["metrics"]))]
-    at: dict[str, dict[tuple[str, float], str]] = {name: {} for name in [*metrics, "interval"]}
-    for cell in found["cells"]:
-        key = _kind(cell, found), cell["ratio"]
-        for name in metrics:
-            at[name][key] = Estimate(*(cell["metrics"][name][field] for field in Estimate._fields)).text()
-        at["interval"][key] = _interval(cell["interval"]["low"], cell["interval"]["high"]) if "interval" in cell else ""
-    kinds, ratios = list(dict.fromkeys(kind for kind, _ in at[metric])), dict.fromkeys(ratio for _, ratio in at[metric])
-    level = f"{per_cent(confidence['level'])} interval over test samples"
-    parts = [
-        f"robustness of {subject.checkpoint} (sha256 {subject.checkpoint_sha256[:12]})",
-        f"  {found['task']} test, {counted(found['samples'], 'sample')}; {metric}, {_over_tables(found)}\n",
-    ]
-    titles = {metric: "", "interval": f"{level}:\n", AT_OFFSET: f"{AT_OFFSET}, logits {subject.offset or 0:+.4f}:\n"}
-    for name, shown in at.items():
-        if any(shown.values()):
-            rows = [[per_cent(ratio), *(shown[kind, ratio] for kind in kinds)] for ratio in ratios]
-            parts += [titles[name]] if titles[name] else []
-            parts += [terminal_table(["missing", *kinds], rows, ">" * (1 + len(kinds))), ""]
-    by_type = [
-        [name, *(figure(values[shown]) for shown in metrics)]
-        + ([_interval(*confidence[name][metric])] if confidence["resamples"] else [""])
-        for name, values in found["by_type"].items()
-    ]
-    heads = ["every sample", *metrics, level if confidence["resamples"] else ""]
-    return "\n".join([*parts, terminal_table(heads, by_type, "<" + ">" * (len(heads) - 1))])
-
-
-def describe_several(measured: Sequence[tuple[Target, Results]]) -> str:
-    """The matrices of several checkpoints of one task: a block per missing type, a column per line of runs."""
-    first, lines = measured[0][1], lines_of(measured, lambda entry: entry[0].run)
-    metric = first["metric"]
-    rows = [["name", ""], ["trained at", ""], ["seeds", ""], ["± over", ""]]
-    heads = ["method", ""]
+    Then what answers that look at no sample get.
+    """
+    (target, first), lines = measured[0], lines_of(measured, lambda entry: entry[0].run)
+    metric, with_interval = first["metric"], len(measured) == 1 and "interval" in first["cells"][0]
+    heads, rows = ["method", ""], [["name", ""], ["trained at", ""], ["seeds", ""]]
     for line in lines:
         subjects = [target.subject for target, _ in line.items]
         heads.append(" ".join([subjects[0].method, *line.differing(lines)]))
         rows[0].append(", ".join(dict.fromkeys(subject.exp_name for subject in subjects)))
-        rows[1].append(pattern_text(*line.run.pattern) if line.run is not None else "not known")
+        rows[1].append(str(line.run.pattern) if line.run is not None else "not known")
         rows[2].append(", ".join("not known" if one.train_seed is None else str(one.train_seed) for one in subjects))
+    heads += [f"{per_cent(first['confidence']['level'])} interval"] if with_interval else []
     table, over = _block(metric, first, lines)
-    rows[3] += over
+    if with_interval:
+        ends = [[figure(cell["interval"][end]) for end in ("low", "high")] for cell in first["cells"]]
+        for row, of_cell in zip((row for row in table if row is not None), ends, strict=True):
+            row.append(" to ".join(of_cell))
     if any(AT_OFFSET in found["metrics"] for _, found in measured):
-        table += [None, [AT_OFFSET, *[""] * (1 + len(lines))], *_block(AT_OFFSET, first, lines)[0]]
-    samples = counted(first["samples"], "sample")
+        table += [None, [AT_OFFSET], *_block(AT_OFFSET, first, lines)[0]]
+    filled = [row and [*row, *[""] * (len(heads) - len(row))] for row in [*rows, ["± over", "", *over], *table]]
+    what = f"{target.subject.checkpoint} (sha256 {target.subject.checkpoint_sha256[:12]})"
+    seeds, samples = ", ".join(map(str, first["table_seeds"])), counted(first["samples"], "sample")
     left_out = [str(target.subject.checkpoint) for line in lines for target, _ in line.repeats]
+    baselines = [f"  {line}" for line in baseline_texts(first["baselines"], metric)]
     return "\n".join(
         [
-            f"robustness of {counted(len(measured), 'checkpoint')}, {first['task']} test, {samples}",
-            f"  {metric}: of each checkpoint the {_over_tables(first, '')}\n",
-            terminal_table(heads, [*rows, *table], "<" + ">" * (1 + len(lines))),
+            f"robustness of {what if len(measured) == 1 else counted(len(measured), 'checkpoint')}",
+            f"  {first['task']} test, {samples}; {metric}, mean over missing tables (seeds {seeds})\n",
+            terminal_table(heads, filled, "<" + ">" * (len(heads) - 1)),
             *([f"\nnot counted, of a seed that is there already: {', '.join(left_out)}"] if left_out else []),
+            *(["", "without looking at a sample:", *baselines] if baselines else []),
         ]
     )
 
@@ -106,14 +77,3 @@ def _kind(cell: dict[str, Any], found: Results) -> str:
     """The missing type, with both_ratio where there are several."""
     several = len({other["both_ratio"] for other in found["cells"] if other["missing_type"] == "both"}) > 1
     return f"both {cell['both_ratio']:g}" if cell["missing_type"] == "both" and several else cell["missing_type"]
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{figure(low)} to {figure(high)}"
-
-
-def _over_tables(found: Results, spread: str = " ± std") -> str:
-    seeds = found["table_seeds"]
-    if len(seeds) == 1:
-        return f"value at the missing table of seed {seeds[0]}"
-    return f"mean{spread} of {len(seeds)} missing tables (seeds {', '.join(map(str, seeds))})"

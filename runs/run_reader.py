@@ -22,18 +22,13 @@ from common.strict_json import read_json
 from common.text import baseline_texts, counted, natural_key, order_of
 from config import DEFAULTS
 from runs.comparable import NOT_THE_LINE
+from runs.pattern import Pattern
 from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
-from vilt.missing_types import BOTH
 
 RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
 """Each tells a run folder, where its config.json does not."""
-NEEDED: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("task", "exp_name", "prompt_type", "data_root"), (str,)),
-    **dict.fromkeys(("missing_type", "missing_ratio"), (dict,)),
-    **{"seed": (int,), "test_only": (bool,), "both_ratio": (float, int)},
-}
-"""Options that readers need, with their types."""
+NEEDED = ("task", "exp_name", "prompt_type", "data_root", "seed", "test_only")
 SAME_CONTENTS = ("data of train", "data of val", "data of test", "backbone")
 """Entries of contents.json that runs of one line have in common."""
 PATTERN_OPTIONS = ("missing_type.train", "missing_ratio.train", "both_ratio")
@@ -81,11 +76,11 @@ class Run:
         return bool(self.config["test_only"])
 
     @property
-    def pattern(self) -> tuple[str, float, float]:
-        """Missing type, ratio and both_ratio of the training; that is 0.5 where it has no effect."""
+    def pattern(self) -> Pattern:
+        """Of the training."""
         config = self.config
-        missing_type, ratio = config["missing_type"]["train"], config["missing_ratio"]["train"]
-        return missing_type, float(ratio), float(config["both_ratio"]) if missing_type == BOTH else 0.5
+        of_train = config["missing_type"]["train"], config["missing_ratio"]["train"]
+        return Pattern.of(self.spec, *of_train, config["both_ratio"])
 
     @cached_property
     def test(self) -> dict[str, Any] | None:
@@ -101,18 +96,15 @@ class Run:
             results["metrics"] = numbers_by_name(results["metrics"])
             results["metrics"][self.spec.monitor]
             baseline_texts(results.get("baselines", {}), self.spec.monitor)
-            check_pattern(
-                self.spec, *(results["missing_pattern"][name] for name in ("missing_type", "ratio", "both_ratio"))
-            )
+            Pattern.of(self.spec, *(results["missing_pattern"][name] for name in Pattern._fields))
         return results
 
     @property
-    def tested_at(self) -> tuple[str, float, float] | None:
-        """Missing type, ratio and both_ratio of the test."""
+    def tested_at(self) -> Pattern | None:
+        """Of the test."""
         if self.test is None:
             return None
-        pattern = self.test["missing_pattern"]
-        return pattern["missing_type"], pattern["ratio"], pattern["both_ratio"]
+        return Pattern.of(self.spec, *(self.test["missing_pattern"][name] for name in Pattern._fields))
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
@@ -137,10 +129,7 @@ class Run:
             return None
         best = self.folder / "best.ckpt"
         if best.is_file():
-            score = open_checkpoint(best, "score")["score"]
-            if type(score) is not float:
-                raise DataError(f"{best}: not as written by run.py: expected a score, found {quoted(score)}")
-            return score
+            return float(open_checkpoint(best, "score")["score"])
         undefined = math.nan if "val/loss" in self.curves else None  # validations without a number of it
         monitor = f"val/{self.spec.monitor}"
         values = [value for _, value in self.curves.get(monitor, [])]
@@ -217,16 +206,13 @@ def read_run(folder: Path) -> Run:
     path = folder / "config.json"
     config = read_json(path)
     with as_written_by_run(path):
-        for option, kinds in NEEDED.items():
-            if type(config[option]) not in kinds:
-                expected = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"{option}: expected {expected}, found {quoted(config[option])}")
+        [config[name] for name in NEEDED]  # a KeyError names the first that is not there
         if config["task"] not in EVERY_DATASET:
             raise ValueError(f"task: expected one of {', '.join(EVERY_DATASET)}, found {quoted(config['task'])}")
         custom = CustomData.of(config[CUSTOM]) if config["task"] in CUSTOM_TASKS else None
         for split in SPLITS:
             pattern = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
-            check_pattern(spec_of(config["task"], custom), *pattern)
+            Pattern.of(spec_of(config["task"], custom), *pattern)
         started = datetime.fromtimestamp(path.stat().st_mtime)
     path = folder / "contents.json"
     contents = read_json(path) if path.is_file() else {}
@@ -327,17 +313,5 @@ def as_written_by_run(path: Path) -> Iterator[None]:
 
 
 def numbers_by_name(values: Mapping[str, Any]) -> dict[str, float]:
-    """What a results file says of metrics; null is NaN, an undefined value. Raises ValueError for anything else."""
-    for name, value in values.items():
-        if value is not None and type(value) not in (int, float):
-            raise ValueError(f"{name}: expected a number, found {quoted(value)}")
+    """What a results file says of metrics; null is NaN, an undefined value."""
     return {name: math.nan if value is None else float(value) for name, value in values.items()}
-
-
-def check_pattern(spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> None:
-    """Raises ValueError unless it is a missing pattern of a dataset."""
-    if missing_type not in spec.missing_types:
-        raise ValueError(f"missing_type: expected {' or '.join(spec.missing_types)}, found {quoted(missing_type)}")
-    for share in (ratio, both_ratio):
-        if type(share) not in (float, int) or not 0 <= share <= 1:
-            raise ValueError(f"expected a ratio from 0 to 1, found {quoted(share)}")

@@ -10,7 +10,7 @@ from typing import Any
 from clip.modules.registry import PRETRAINING
 from common.errors import ConfigError, DataError, reason_of
 from common.files import write_csv
-from common.text import AT_OFFSET, baseline_texts, figure, natural_key, pattern_text, terminal_table
+from common.text import AT_OFFSET, baseline_texts, figure, natural_key, terminal_table
 from engine.exported import WEIGHTS, is_exported
 from runs.lines import lines_of
 from runs.run_reader import Run, find_runs
@@ -29,33 +29,21 @@ COLUMNS = {
 class RunRow:
     """One run. What it lacks, or what cannot be read, is None."""
 
-    folder: Path
-    """With log_dir in front."""
-    name: str
-    """Option exp_name, or the name of the folder of an evaluation."""
-    state: str = "damaged"
-    """`finished`, `unfinished` or `damaged`."""
-    note: str = ""
-    """What is unfinished or damaged."""
+    folder: Path  # with log_dir in front
+    name: str  # option exp_name, or the name of the folder of an evaluation
+    state: str = "damaged"  # or finished, or unfinished
+    note: str = ""  # what is unfinished or damaged
     method: str | None = None
     dataset: str | None = None
-    train: str | None = None
-    """Pattern that it was trained at, such as `70 % both`; None for an evaluation (test_only)."""
+    train: str | None = None  # pattern that it was trained at, such as `70 % both`; None for an evaluation (test_only)
     seed: int | None = None
-    metric: str | None = None
-    """Name of the metric that chooses the best model."""
-    validation: float | None = None
-    """Its best value in validation, a fraction; likewise in the test."""
+    metric: str | None = None  # name of the metric that chooses the best model
+    validation: float | None = None  # its best value in validation, a fraction; likewise in the test
     test: float | None = None
-    f1_macro_at_offset: float | None = None
-    """Of several labels, in the test at the offset that validation chose (`engine/decision.py`)."""
-    tested_at: str | None = None
-    """Pattern of the test, as in `train`."""
-    date: datetime | None = None
-    """When the run began."""
-
-    baselines: dict[str, Any] = field(default_factory=dict)
-    """What answers that look at no sample get in the test; see `engine/baselines.py`."""
+    f1_macro_at_offset: float | None = None  # of several labels, at the offset that validation chose
+    tested_at: str | None = None  # pattern of the test, as in `train`
+    date: datetime | None = None  # when the run began
+    baselines: dict[str, Any] = field(default_factory=dict)  # of the test, see `engine/baselines.py`
 
     def text(self, column: str, log_dir: Path) -> str:
         """What the table says in a column."""
@@ -81,12 +69,11 @@ def list_runs(log_dir: Path) -> list[RunRow]:
     for line in lines_of([run for run in runs if not run.is_evaluation], lambda run: run):
         counts = {run.config["seed"]: run.folder.relative_to(log_dir) for run in line.items}
         rows += map(_row, line.items)
-        rows += [_with_note(_row(run), f"repeats {counts[run.config['seed']]}") for run in line.repeats]
+        for repeat in line.repeats:
+            row = _row(repeat)
+            note = ", ".join(filter(None, (row.note, f"repeats {counts[repeat.config['seed']]}")))
+            rows.append(replace(row, note=note))
     return sorted(rows, key=lambda row: natural_key(row.folder))
-
-
-def _with_note(row: RunRow, note: str) -> RunRow:
-    return replace(row, note=", ".join(filter(None, (row.note, note))))
 
 
 def _row(run: Run) -> RunRow:
@@ -96,7 +83,7 @@ def _row(run: Run) -> RunRow:
         name=run.folder.parent.name if run.is_evaluation else config["exp_name"],
         method=config["prompt_type"],
         dataset=run.dataset,
-        train=None if run.is_evaluation else pattern_text(*run.pattern),
+        train=None if run.is_evaluation else str(run.pattern),
         seed=config["seed"],
         metric=run.spec.monitor,
         date=run.parts[-1].started,
@@ -104,7 +91,7 @@ def _row(run: Run) -> RunRow:
     try:
         row = replace(row, validation=run.best_validation)
         if run.test is not None and run.tested_at is not None:
-            row = replace(row, test=run.test["metrics"][row.metric], tested_at=pattern_text(*run.tested_at))
+            row = replace(row, test=run.test["metrics"][row.metric], tested_at=str(run.tested_at))
             at_offset = run.test["metrics"].get(AT_OFFSET)
             row = replace(row, baselines=run.test.get("baselines", {}), f1_macro_at_offset=at_offset)
         state, note = run.state
@@ -138,7 +125,8 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
     left_out |= set() if any(row.note for row in rows) else {"note"}
     left_out |= {AT_OFFSET} if all(row.f1_macro_at_offset is None for row in rows) else set()
     left_out |= {"tested_at"} if all(row.tested_at in (None, row.train) for row in rows) else set()
-    shown = {name: side for name, side in sorted(COLUMNS.items(), key=_folder_first) if name not in left_out}
+    columns = {"folder": "<", **COLUMNS}
+    shown = {name: side for name, side in columns.items() if name not in left_out}
     heads = [name.replace("_", " ") for name in shown]
     table = terminal_table(
         heads, [[row.text(name, log_dir) for name in shown] for row in rows], "".join(shown.values())
@@ -151,25 +139,17 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
     return "\n".join([table, *lines])
 
 
-def _folder_first(column: tuple[str, str]) -> bool:
-    return column[0] != "folder"
-
-
 def write_runs(rows: Sequence[RunRow], path: Path) -> None:
     """Writes the table as CSV, numbers unrounded; DataError where that is impossible."""
-    header = [*COLUMNS, "metric"]
+    columns = [*COLUMNS, "metric"]
     lines = [
-        [row.text(name, path) if name == "date" and row.date else getattr(row, name) for name in header] for row in rows
+        {name: row.text(name, path) if name == "date" and row.date else getattr(row, name) for name in columns}
+        for row in rows
     ]
     try:
-        write_csv(path, header, lines)
+        write_csv(path, lines, columns)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
-
-
-def is_pretraining(run: Run) -> bool:
-    """Whether it trained a backbone without labels, which classifies nothing."""
-    return run.config.get("prompt_type") in PRETRAINING
 
 
 def find_checkpoints(places: Sequence[Path]) -> list[Path]:
@@ -193,7 +173,7 @@ def find_checkpoints(places: Sequence[Path]) -> list[Path]:
             found.append(place)
             continue
         runs, damaged = find_runs(place)
-        trained = [run.folder for run in runs if not run.is_evaluation and not is_pretraining(run)]
+        trained = [run.folder for run in runs if not run.is_evaluation and run.config["prompt_type"] not in PRETRAINING]
         folders = sorted([*trained, *damaged], key=natural_key)
         below = [path for folder in folders if (path := folder / "best.ckpt").is_file()]
         without = ", ".join(str(folder) for folder in folders if not (folder / "best.ckpt").is_file())

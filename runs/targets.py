@@ -12,8 +12,8 @@ from config import Options
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.exported import is_exported
 from engine.families import BackboneChoice, family_of
-from engine.logit_store import LogitStore, Origin
 from engine.robustness import Subject
+from engine.stored_logits import LogitStore, Origin
 from engine.tasks import task_of
 from runs.check_options import check, read_load_paths, read_options
 from runs.run_reader import Run, read_run
@@ -39,8 +39,8 @@ class Target:
     run: Run | None
     """None where there is no record of the training."""
     store: LogitStore
-    lacking: list[int]
-    """Missing types that have to be encoded."""
+    encoded: bool
+    """Whether the logits are stored."""
     patterns: list[list[MissingPattern]]
     """The cells of the matrix: of each, its pattern with every table seed."""
 
@@ -115,9 +115,7 @@ def _open(
         method=str(recorded.get("prompt_type", checkpoint.spec.method.prompt_type)),
         exp_name=str(recorded.get("exp_name", path.stem)),
         train_seed=None if run is None else run.config["seed"],
-        train_pattern=None
-        if run is None
-        else dict(zip(("missing_type", "ratio", "both_ratio"), run.pattern, strict=True)),
+        train_pattern=None if run is None else run.pattern._asdict(),
         precision=options.precision,
         task=task_of(options.task, spec.custom),
         offset=checkpoint.offset,
@@ -134,8 +132,8 @@ def _open(
     of_model = (options.precision, tokenizer, published_seed)
     origin = Origin(options.task, checkpoint.sha256, arrow.name, arrow_sha256, *of_model)
     recorded_options = asdict(with_model_of(checkpoint, options, given))
-    store = LogitStore(path.parent / "robustness", origin, dataset, recorded_options, anew=options.robustness_anew)
-    return Target(options, subject, run, store, store.lacking(), _patterns(options, spec))
+    store = LogitStore(path.parent / "robustness", origin, dataset, recorded_options)
+    return Target(options, subject, run, store, store.is_there(), _patterns(options, spec))
 
 
 def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]:

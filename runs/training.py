@@ -91,14 +91,10 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
         return train_from(options, name, given=given)
     custom = open_spec(options.task, options.data_root, options.splits).custom
     # What `load_path` names is compared by its content.
-    free, samples_per_batch = NOT_THE_TRAINING | {"load_path"}, options.per_gpu_batchsize * options.processes
-    parent = options.log_dir / name
-    what = (parent, described(options, custom), free, samples_per_batch)
-    with nullcontext() if options.fast_dev_run else alone(*what):  # which would write a lock
+    ours = Training(options.log_dir / name, described(options, custom), NOT_THE_TRAINING | {"load_path"})
+    with nullcontext() if options.fast_dev_run else alone(ours):  # which would write a lock
         opened = open_training(options, given)
-        progress = find_progress(
-            Training(parent, described(opened.options, custom), free, samples_per_batch, opened.contents)
-        )
+        progress = find_progress(replace(ours, config=described(opened.options, custom), contents=opened.contents))
         if progress.finished is not None:
             log.info("resume_from=auto: nothing is left to do: %s is finished", progress.finished)
             return tested_before(progress.finished) if options.test_after_fit else {}

@@ -1,12 +1,8 @@
 """Damaged files and odd values, for tests of what reads those of others."""
 
-import copy
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
-
-from common.errors import UserError
 
 ODD_FILES = (
     b"", b"\0", b"null", b"[", b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"NaN", b"\xef\xbb\xbf{}",
@@ -32,34 +28,3 @@ def damaged(whole: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
             content[place:place] = draw.choice(INSERTED)
             content = content[: draw.choice([len(content), draw.randrange(len(whole))])]
         yield bytes(content)
-
-
-def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something stands in a value of JSON: keys and indices from the outside; of a list the first two."""
-    for key in value if isinstance(value, dict) else range(min(len(value), 2)):
-        yield (*above, key)
-        if isinstance(value[key], (dict, list)):
-            yield from places(value[key], (*above, key))
-
-
-def with_odd_values(value: Any, of_each: int) -> Iterator[tuple[str, Any]]:
-    """The value with an odd one in one place after the other, `of_each` of them, and what was put where."""
-    draw = random.Random(0)
-    for place in list(places(value)):
-        for odd in draw.sample(ODD_VALUES, of_each):
-            changed = copy.deepcopy(value)
-            within = changed
-            for key in place[:-1]:
-                within = within[key]
-            within[place[-1]] = odd
-            yield f"{place}: {odd!r}"[:100], changed
-
-
-def outcome(read: Callable[[], object], named: Path) -> str:
-    """`read`, or `refused`; raises what is no error of ours, or does not name the path on one line of some length."""
-    try:
-        read()
-    except UserError as error:
-        assert str(named) in str(error) and len(str(error).splitlines()) == 1 and len(str(error)) < 2000, error
-        return "refused"
-    return "read"

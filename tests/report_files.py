@@ -1,9 +1,11 @@
 """Made-up run folders, with robustness results from made-up logits, in the formats that run.py writes."""
 
 import hashlib
+import html
 import io
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,12 @@ def write_runs(root: Path) -> Path:
         run = write_run(root / "others" / f"{task}_seed0" / "version_0", task, exp_name=task)
         TestSet(task).write(run)
     return root
+
+
+def text_of(report: Path) -> str:
+    """What the page of a report says, a heading or a paragraph a line."""
+    page = re.sub(r"<style>.*?</style>|<[^>]*>", "", (report / "index.html").read_text("utf-8"), flags=re.DOTALL)
+    return html.unescape(page).replace("\N{WORD JOINER}", "").replace("\N{NO-BREAK SPACE}", " ")
 
 
 def edited(run: Path, name: str, **changes: Any) -> Path:

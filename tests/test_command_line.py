@@ -100,15 +100,6 @@ def test_which_options_are_texts() -> None:
     }
 
 
-def test_an_option_of_dcp_that_is_another_one_here_needs_its_method() -> None:
-    assert values("prompt_type=dcp", "prompt_length=9", "prompt_depth=1") == {
-        "prompt_type": "dcp", "memory_length": 9, "memory_depth": 1
-    }  # fmt: skip
-    assert values("prompt_type=mplmm", "prompt_length=9") == {"prompt_type": "mplmm", "prompt_length": 9}
-    with pytest.raises(ConfigError, match=r"prompt_length: .*memory_length.*prompt_type"):
-        read("with", "prompt_length=9")
-
-
 def test_other_values_are_read_as_python_writes_them() -> None:
     given = values("seed=3", "learning_rate=1e-3", "far=False", "sweep_ratios=[0.5,0.9]", "missing_type=text")
     assert given == {
@@ -165,44 +156,31 @@ def test_of_several_processes_the_first_keeps_the_record(rank: int, tmp_path: Pa
 
 
 WRONG = {
-    "-F": ("-F", "a folder"),
-    "with seed=1 -F": ("-F", "a folder"),
-    "with seed=1 --file_storage": ("--file_storage", "a folder"),
-    "with --file_storage=": ("--file_storage", "a folder"),
+    "with seed=1 -F": ("-F", "expected one argument"),
     "with -F seed=1": ("-F", "a folder"),
-    "-F with seed=1": ("-F", "a folder"),
-    "with -F -u": ("-F", "a folder"),
     "with -F task_finetune_mmimdb": ("-F", "a folder"),
-    "with -F a -F b": ("-F", "once"),
-    "with -F a -u": ("-u", "-F"),
+    "-F with seed=1": ("-F", "a folder"),
     "runs -F a": ("-F", "runs"),
-    "with -l": ("'-l'", "name=value", "-F FOLDER"),
-    "with --debug": ("'--debug'",),
-    "with --print-config": ("'--print-config'",),
-    "with --lr=0.1": ("learning_rate=0.1",),
-    "with --learning_rate 0.1": ("learning_rate=",),
-    "task_finetune_mmimdb data_root=x": ("`with`", "run.py with task_finetune_mmimdb data_root=x"),
+    "with --learning_rate=0.1": ("--learning_rate=0.1", "name=value", "-F FOLDER"),
+    "task_finetune_mmimdb data_root=x": ("`with`", "run.py with task_finetune_mmimdb"),
     "seed=1": ("`with`", "run.py with seed=1"),
-    "options.json": ("`with`",),
     "robustness load_path=x": ("`with`", "run.py robustness with load_path=x"),
     "robustnes with load_path=x": ("'robustnes'", "did you mean robustness?"),
-    "sweep with sweep_seeds=[0, 1]": ("sweep_seeds", "blank"),
-    "sweep with sweep_over={'far': [True]}": ("sweep_over", "blank"),
-    "with exp_name = x": ("exp_name", "blanks around ="),
-    "with exp_name =x": ("exp_name", "blanks around ="),
-    "with exp_name= x": ("exp_name=x", "blank"),
-    "with exp_name": ("exp_name", "exp_name=rep"),
-    "with =3": ("=",),
+    "sweep with sweep_seeds=[0, 1]": ("sweep_seeds=[0, 1]", "blanks"),
+    "sweep with sweep_over={'far': [True]}": ("sweep_over", "blanks"),
+    "with exp_name = x": ("exp_name", "blanks", "exp_name=rep"),
+    "with exp_name =x": ("exp_name", "blanks", "exp_name=rep"),
+    "with exp_name= x": ("exp_name= x", "blanks"),
+    "with =3": ("=3", "name=value"),
     "with lr=1": ("unknown option lr", "learning_rate"),
     "with method=rep": ("unknown option method", "prompt_type"),
     "with backbone=x": ("unknown option backbone", "vit"),
     "with learning_rat=1": ("unknown option learning_rat", "learning_rate"),
+    "with max_text_len=3": ("unknown option max_text_len",),
     "with seed.x=1": ("unknown option seed.x",),
     "with missing_ratio.tran=1": ("unknown option missing_ratio.tran",),
     "with task_finetune_mmimd": ("task_finetune_mmimdb?",),
     "with nowhere.json": ("nowhere.json", "no file"),
-    "with max_text_len=3": ("max_text_len", "ViLT"),
-    "with task_mlm_itm": ("task_mlm_itm", "ViLT"),
     "with seed=4294967296": ("seed", "4294967295"),
 }
 
@@ -220,7 +198,7 @@ def test_what_is_nearly_right_is_one_line_with_a_hint(
 
 
 @pytest.mark.parametrize("command", [name for name in EX.commands if name != "main"])
-@pytest.mark.parametrize("words", [["{}", "--help"], ["help", "{}"], ["{}", "with", "seed=1", "-h"]])
+@pytest.mark.parametrize("words", [["{}", "--help"], ["{}", "with", "seed=1", "-h"]])
 def test_help_on_a_command_has_its_options(command: str, words: list[str], capsys: Captured) -> None:
     assert command_line(["run.py", *(word.format(command) for word in words)]) == 0
     shown = capsys.readouterr().out

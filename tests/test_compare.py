@@ -13,6 +13,7 @@ from engine.significance import Difference, holm
 from engine.tasks import TASKS
 from run import command_line
 from runs.compare import Comparison, Settings, compare_runs
+from runs.pattern import Pattern
 from runs.run_reader import find_runs
 from tests.conftest import Captured
 from tests.report_files import TestSet, at, write_arrow, write_robustness, write_run
@@ -102,7 +103,6 @@ def test_the_figures_are_those_of_the_logits_at_the_missing_tables(runs: Path) -
                 of_seeds.append((2 * hits[both > 0] / both[both > 0]).mean())
         expected.append(np.mean(of_seeds))
     assert each.values == pytest.approx(expected, abs=1e-6) and len(each.of_seeds) == 2
-    assert group.best(each.pattern) == 2 and each.better == 2
 
 
 def test_what_is_missing_by_nature_is_missing_at_every_pattern(runs: Path) -> None:
@@ -185,15 +185,14 @@ def test_logits_that_do_not_belong_together(runs: Path, capsys: Captured, what: 
 
 
 @pytest.mark.parametrize(
-    ("low", "p", "metric", "better"),
-    [(0.1, 0.05, "accuracy", 0), (0.1, 0.05, "mae", 1), (-0.1, 0.01, "accuracy", None), (0.1, 0.06, "mae", None)],
+    ("low", "p", "metric", "significant"),
+    [(0.1, 0.05, "accuracy", True), (0.1, 0.05, "mae", True), (-0.1, 0.01, "mae", False), (0.1, 0.06, "mae", False)],
 )
-def test_what_is_significantly_better(low: float, p: float, metric: str, better: int | None) -> None:
-    """The corrected p at most 0.05, and 0 outside of the interval; of errors the lower is better."""
-    difference = Difference(0.2, low, 0.3, 0.001)
-    found = Comparison(0, 1, ("text", 0.5, 0.5), (0.9, 0.7), difference, (0.2, 0.3, -0.1), metric, p)
-    assert (found.better, found.significant) == (better, better is not None)
-    assert found.ahead == (1 if metric == "mae" else 2)
+def test_what_is_significant(low: float, p: float, metric: str, significant: bool) -> None:
+    """The corrected p at most 0.05, and 0 outside of the interval; of errors the lower is ahead."""
+    pattern, difference = Pattern("text", 0.5, 0.5), Difference(0.2, low, 0.3, 0.001)
+    found = Comparison(0, 1, pattern, (0.9, 0.7), difference, (0.2, 0.3, -0.1), metric, p)
+    assert found.significant is significant and found.ahead == (1 if metric == "mae" else 2)
 
 
 def test_runs_of_the_same_seed_are_paired(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_the_demo_from_training_to_its_report(steps, workspace, tmp_path, capsys
     assert [command[1] for command in steps] == [*["with"] * 5, "sweep", "robustness", "report"]
     runs = [path.parent.name for path in sorted((tmp_path / "result" / "sweep").glob("*/version_0"))]
     assert runs == ["sweep_both_0.7_seed0", "sweep_text_0.7_seed0"]
-    for name in ("curves_mmimdb.png", "training_mmimdb.png"):
+    for name in ("curves_mmimdb.png", "per_class_mmimdb.png"):
         assert (page.parent / "figures" / name).is_file()
 
     # What is there is used again.

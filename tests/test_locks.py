@@ -7,9 +7,9 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -18,13 +18,17 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from common.errors import BusyError, ConfigError
 from common.locks import locked
 from engine import resume
+from engine.resume import Training
 from runs.comparable import NOT_THE_TRAINING
-
-alone = partial(resume.alone, free=NOT_THE_TRAINING)
 
 FORK = multiprocessing.get_context("fork")
 WHO = f"process {os.getpid()} on {socket.gethostname()}"
 CONFIG = {"learning_rate": 0.1, "num_workers": 2, "missing_ratio": {"train": 0.7, "test": 0.7}}
+
+
+def alone(parent: Path, config: dict[str, Any], samples_per_batch: int) -> AbstractContextManager[None]:
+    machine = {"num_nodes": 1, "num_gpus": 0, "cpu_processes": 1, "per_gpu_batchsize": samples_per_batch}
+    return resume.alone(Training(parent, config | machine, NOT_THE_TRAINING))
 
 
 @contextmanager

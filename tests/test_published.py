@@ -284,20 +284,6 @@ def test_gpus_by_number(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -
     assert options_of(workspace, num_gpus=0, precision="published").precision == "32-true"
 
 
-def test_dcps_names_of_options(workspace: Workspace, tmp_path: Path) -> None:
-    names = ("prompt_type=dcp", "prompt_length=9", "prompt_depth=1", "exp_name=dcp", "max_epoch=1")
-    assert command_line(workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path}", *names)) == 0
-    method = read_checkpoint(tmp_path / "dcp_seed0" / "version_0" / "best.ckpt").spec.method
-    assert (method.prompt_type, method.memory_length, method.memory_depth) == ("dcp", 9, 1)
-
-
-@pytest.mark.parametrize("word", ["max_image_len=40", "draw_false_image=1", "task_finetune_vqa_randaug", "step100k"])
-def test_options_of_vilt_have_no_meaning(workspace: Workspace, capsys: pytest.CaptureFixture[str], word: str) -> None:
-    assert command_line(workspace.command(word)) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith(f"error: {word.partition('=')[0]}: ") and "ViLT" in said[0]
-
-
 def test_the_published_configuration() -> None:
     published = NAMED_CONFIGS["published"]
     assert published == {"missing_tables": "published", "order_seed": 0, "precision": "published"}

@@ -19,11 +19,11 @@ from config import DEFAULTS
 from engine.robustness import Subject, measure, write_results
 from engine.stored_logits import SplitLogits
 from engine.tasks import TASKS
+from runs.pattern import Pattern
 from runs.report import figures, make_report, tables
-from runs.report.figures import CURVE_POINTS
 from runs.report.lines import Dataset, by_dataset
 from runs.report.parts import section_of
-from runs.report.results import Pattern, read_report_runs
+from runs.report.results import read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.table import Table
 from runs.report.text import Unit, listed_runs
@@ -166,7 +166,7 @@ def test_ours_beside_the_published_results(tmp_path: Path, options: dict[str, An
 def test_runs_that_are_at_no_published_pattern_are_named(tmp_path: Path) -> None:
     for ratio, both_ratio in ((0.3, 0.5), (0.7, 0.2)):
         write_run(tmp_path / f"{ratio}", both_ratio=both_ratio, **at("both", ratio))
-    assert "R1 (30 % both) and R2 (70 % both (20% image))." in notes_of(tmp_path)
+    assert "R1 (30 % both) and R2 (70 % both 0.2)." in notes_of(tmp_path)
 
 
 def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_what_is_undefined_is_shown_so_and_counts_nowhere(tmp_path: Path) -> Non
     for seed in (0, 1):
         TestSet("hatememes").write(run := write_run(tmp_path / f"{seed}", "hatememes", seed=seed), seed)
     found = json.loads((run / "robustness" / "robustness.json").read_text())
-    found["by_type"]["complete"]["auroc"] = found["confidence"]["complete"]["auroc"] = None
+    found["by_type"]["complete"]["auroc"], found["confidence"]["complete"]["auroc"] = None, [None, None]
     for cell in found["cells"]:
         cell["metrics"]["auroc"] = {"mean": None, "std": None, "values": [None, None]}
     edited(run, "robustness/robustness.json", **found)
@@ -302,15 +302,14 @@ def test_errors_are_no_per_cents_and_the_lowest_is_best(tmp_path: Path) -> None:
 
 def test_results_by_class(runs: Path, results: list[dict[str, Any]]) -> None:
     dataset = dataset_of(runs / "mmimdb")
-    rows = as_csv(tables.per_class_table(dataset))
+    [line] = dataset.measured
     entries = [entry for found in results for entry in found["per_class"]]
     support = {entry["class"]: entry["support"] for entry in entries}
-    assert [row["class"] for row in rows] == sorted(MMIMDB_GENRES, key=lambda name: -support[name])
-    drama = next(row for row in rows if row["class"] == "Drama")
+    assert list(line.support) == sorted(MMIMDB_GENRES, key=lambda name: -support[name])
     f1 = [entry["f1"] for entry in entries if (entry["type"], entry["class"]) == ("text missing", "Drama")]
-    assert drama["f1_text_missing"] == f"{100 * statistics.mean(f1):.4f}"
-    assert drama["f1_text_missing std"] == f"{100 * statistics.stdev(f1):.4f}"
-    assert "No test sample is of Film-Noir." in figures.class_figure(dataset, dataset.measured, 1).caption
+    mean, std, *_ = line.by_class["Drama", "f1", "text missing"]
+    assert (mean, std) == pytest.approx((statistics.mean(f1), statistics.stdev(f1)))
+    assert "No test sample is of Film-Noir." in figures.class_figure(dataset, dataset.measured).caption
 
 
 def test_confusions_are_a_matrix_or_of_many_classes_the_most_frequent(
@@ -375,23 +374,17 @@ def test_intervals_over_test_samples_and_baselines_stand_beside_the_results(
         assert f"{100 * constant:.0f} % ({answers[0]}) and " in said and f"({answers[1]})" in said
 
 
-def test_training_curves_are_averaged_over_equal_parts() -> None:
-    found = figures.thinned(np.array([(step, float(step % 4)) for step in range(CURVE_POINTS * 4)]))
-    assert found[:, 0].tolist() == [4 * part + 1.5 for part in range(CURVE_POINTS)] and set(found[:, 1]) == {1.5}
-
-
 def test_few_lines_share_panels_and_many_have_their_own(tmp_path: Path) -> None:
     for number in range(4):
         TestSet().write(write_run(tmp_path / f"{number}", memory_length=6 * number + 6))
         dataset = dataset_of(tmp_path)
         labels = [line.label for line in dataset.lines]
-        curves, training = figures.robustness_curves(dataset), figures.training_curves(dataset)
+        curves = figures.robustness_curves(dataset)
         if number < 3:
             assert list(curves.legend)[:-2] == labels and len(curves.panels) == 3
-            assert [len(drawn.panels) for drawn in training] == [2]
         else:
             assert list(curves.legend)[:3] == ["Text missing", "Image missing", "One or the other missing"]
-            assert [len(drawn.panels) for drawn in (curves, *training)] == [4, 4, 4]
+            assert len(curves.panels) == 4
             assert all(f'aria-label="{label}"' in panel for label, panel in zip(labels, curves.panels, strict=True))
 
 
@@ -498,10 +491,12 @@ def test_a_run_that_is_named_twice_is_there_once(tmp_path: Path) -> None:
 
 
 def test_equal_patterns_compare_equal() -> None:
-    assert Pattern.of(DATASETS["mmimdb"], "text", 0.7, 0.2) == Pattern.of(DATASETS["mmimdb"], "text", 0.1 * 7, 0.5)
-    assert Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.2) != Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.5)
-    assert Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.2).available == {"image": 0.86, "text": 0.44}
-    assert Pattern.of(DATASETS["mmimdb"], "image", 0.3, 0.5).available == {"image": 0.7, "text": 1.0}
+    assert Pattern.of(DATASETS["mmimdb"], "text", 0.7, 0.2) == Pattern.of(DATASETS["mmimdb"], "text", 0.7, 0.5)
+    both = Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.2)
+    assert both != Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.5) and [
+        str(both),
+        str(both._replace(both_ratio=0.5)),
+    ] == ["70 % both 0.2", "70 % both"]
 
 
 # Samples

@@ -12,6 +12,7 @@ import torch
 
 from clip.modules.method import MethodOptions
 from common.errors import CheckpointError
+from config import DEFAULTS
 from engine import callbacks, resume
 from engine.callbacks import Checkpoints
 from engine.checkpoint import ModelSpec
@@ -29,11 +30,11 @@ from tests.models import TINY, tiny_classifier
 OPTIONS = ("val_check_interval=0.4", "max_epoch=1")
 
 
-def find_progress(parent: Path, config: dict[str, Any], samples: int, **other_contents: str) -> Progress:
+def find_progress(parent: Path, config: dict[str, Any], **other_contents: str) -> Progress:
     """For a run that reads what the first one in `parent` did, but for `other_contents`."""
     path = parent / "version_0" / CONTENTS_FILE
     contents = {**(json.loads(path.read_text()) if path.is_file() else {}), **other_contents}
-    return resume.find_progress(Training(parent, config, NOT_THE_TRAINING, samples, contents))
+    return resume.find_progress(Training(parent, config, NOT_THE_TRAINING, contents))
 
 
 def auto(workspace: Workspace, name: str, *options: str) -> list[str]:
@@ -143,11 +144,11 @@ def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatc
     config = {**json.loads((first / "config.json").read_text()), "test_after_fit": True}
     elsewhere = {"num_workers": 3, "data_root": "moved", "exp_name": "renamed", "compile": True, "cpu_processes": 2}
     for agreeing in ({}, {**elsewhere, "per_gpu_batchsize": 2}):
-        found = find_progress(first.parent, {**config, **agreeing}, 4)
+        found = find_progress(first.parent, {**config, **agreeing})
         assert found == Progress(checkpoint=first / "last.ckpt")
-    for changed in ({"learning_rate": 0.5}, {"missing_ratio": {**config["missing_ratio"], "val": 0.1}}, {"new": 1}):
-        assert find_progress(first.parent, {**config, **changed}, 4) == Progress()
-    assert find_progress(first.parent, config, 8) == Progress()
+    others = {"missing_ratio": {**config["missing_ratio"], "val": 0.1}}, {"new": 1}, {"per_gpu_batchsize": 8}
+    for changed in ({"learning_rate": 0.5}, *others):
+        assert find_progress(first.parent, {**config, **changed}) == Progress()
     capsys.readouterr()
     assert command_line(auto(workspace, "left_alone", "learning_rate=0.5", "batch_size=4")) == 0
     said = capsys.readouterr().err
@@ -160,7 +161,7 @@ def test_folders_that_say_nothing_are_passed_over(tmp_path: Path, caplog: pytest
         (tmp_path / f"version_{number}").mkdir()
     (tmp_path / "version_10" / "config.json").write_text('{"half')
     with caplog.at_level(logging.INFO, "rep"):
-        assert find_progress(tmp_path, {"test_after_fit": True}, 4) == Progress()
+        assert find_progress(tmp_path, DEFAULTS) == Progress()
     passed = [record.message.partition(": ")[0] for record in caplog.records if "passed over" in record.message]
     assert passed == [str(tmp_path / "version_10"), str(tmp_path / "version_0")]
 

@@ -16,8 +16,9 @@ import torch
 
 from common.text import AT_OFFSET
 from engine.checkpoint import read_checkpoint
-from engine.logit_store import LogitModule, LogitStore
+from engine.stored_logits import LogitStore
 from engine.tasks import TASKS
+from engine.training import FinetuneModule
 from run import command_line
 from runs import evaluation
 from tests.conftest import Workspace
@@ -216,11 +217,11 @@ def test_adding_ratios_and_seeds_does_not_touch_the_model(
 ) -> None:
     best = f"load_path={fresh / 'best.ckpt'}"
     robustness(workspace, best, *QUICK)
-    assert "needs encodings: complete, text missing, image missing" in capsys.readouterr().err
+    assert "encoding 3 of 3: image missing" in capsys.readouterr().err
     before = results_of(fresh)["cells"]
     no_model(monkeypatch)
     robustness(workspace, best, "robustness_ratios=[0,0.25,0.5]", "robustness_seeds=[0,1,2]", "bootstrap=0")
-    assert "needs encodings: none" in capsys.readouterr().err
+    assert "no pass is needed" in capsys.readouterr().err
     after = {(cell["missing_type"], cell["ratio"]): cell["metrics"]["f1_micro"] for cell in results_of(fresh)["cells"]}
     assert len(after) == 9 and all(len(figures["values"]) == 3 for figures in after.values())
     for cell in before:
@@ -229,60 +230,8 @@ def test_adding_ratios_and_seeds_does_not_touch_the_model(
     assert results_of(fresh)["confidence"] == described | {name: {} for name in TYPE_NAMES}
 
 
-def test_an_interrupted_pass_is_resumed(
-    workspace: Workspace, fresh: Path, tmp_path: Path, monkeypatch: Patch, capsys
-) -> None:
-    whole = Path(shutil.copytree(fresh, tmp_path / "whole"))
-    robustness(workspace, f"load_path={whole / 'best.ckpt'}", *QUICK)
-    keep, passes = LogitStore.keep, []
-
-    def keep_one(self: LogitStore, missing_type: int, *values: Any) -> None:
-        passes.append(missing_type)
-        if len(passes) == 2:
-            raise KeyboardInterrupt
-        keep(self, missing_type, *values)
-
-    monkeypatch.setattr(LogitStore, "keep", keep_one)
-    command = robustness_command(workspace, f"load_path={fresh / 'best.ckpt'}", *QUICK)
-    assert command_line(command) == 130
-    assert [path.name for path in (fresh / "robustness").iterdir()] == ["logits_complete.part.arrow"]
-    assert command_line(command) == 0
-    assert passes == [0, 1, 1, 2]
-    assert "needs encodings: text missing, image missing" in capsys.readouterr().err
-    assert not list((fresh / "robustness").glob("*part*"))
-    assert stored(fresh).equals(stored(whole))
-    assert results_of(fresh) == results_of(whole)
-
-
-def test_parts_of_another_checkpoint_are_not_used(workspace: Workspace, fresh: Path, monkeypatch, capsys) -> None:
-    def stop(self: LogitStore) -> None:
-        raise KeyboardInterrupt
-
-    command = robustness_command(workspace, f"load_path={fresh / 'best.ckpt'}", *QUICK)
-    with monkeypatch.context() as patch:
-        patch.setattr(LogitStore, "load", stop)
-        assert command_line(command) == 130
-    part = fresh / "robustness" / "logits_complete.part.arrow"
-    part.write_bytes(part.read_bytes()[:-200])
-    with monkeypatch.context() as patch:
-        patch.setattr(LogitStore, "load", stop)
-        assert command_line(command) == 130
-    said = capsys.readouterr().err
-    assert f"{part}: not readable as stored logits" in said and "needs encodings: complete\n" in said
-    with monkeypatch.context() as patch:  # all three parts are there: nothing is left to encode
-        no_model(patch)
-        patch.setattr(LogitStore, "load", stop)
-        assert command_line(command) == 130
-    capsys.readouterr()
-    draw_head(fresh / "best.ckpt", seed=1)
-    assert command_line(command) == 0
-    said = capsys.readouterr().err
-    assert said.count("stored logits of another checkpoint (sha256)") == 3 and said.count("; not used") == 3
-    assert "needs encodings: complete, text missing, image missing" in said
-
-
-def test_a_store_of_another_checkpoint_is_refused_or_made_anew(
-    workspace: Workspace, fresh: Path, capsys: Captured, monkeypatch: Patch
+def test_a_store_of_another_checkpoint_is_refused_until_it_is_deleted(
+    workspace: Workspace, fresh: Path, capsys: Captured
 ) -> None:
     best = fresh / "best.ckpt"
     robustness(workspace, f"load_path={best}", *QUICK)
@@ -293,14 +242,13 @@ def test_a_store_of_another_checkpoint_is_refused_or_made_anew(
     robustness(workspace, f"load_path={best}", *QUICK, status=2)
     assert error_of(capsys) == (
         f"error: {fresh / 'robustness' / 'logits.arrow'}: stored logits of another checkpoint (sha256): expected "
-        f"{new_sha256[:12]}…, found {old['checkpoint_sha256'][:12]}…; robustness_anew=True replaces them"
+        f"{new_sha256[:12]}…, found {old['checkpoint_sha256'][:12]}…; delete the file, and they are computed again"
     )
     assert results_of(fresh) == old
-    robustness(workspace, f"load_path={best}", *QUICK, "robustness_anew=True")
+    (fresh / "robustness" / "logits.arrow").unlink()
+    robustness(workspace, f"load_path={best}", *QUICK)
     assert results_of(fresh)["checkpoint_sha256"] == new_sha256
     assert results_of(fresh)["by_type"] != old["by_type"]
-    no_model(monkeypatch)
-    robustness(workspace, f"load_path={best}", *QUICK, "robustness_anew=True")  # replaces only what does not fit
 
 
 def rewrite(path: Path, **changes: Any) -> None:
@@ -351,8 +299,9 @@ def test_a_damaged_or_foreign_store_is_refused(workspace: Workspace, encoded: Pa
         rewrite(path, **change(pa.ipc.open_file(pa.OSFile(str(path))).read_all()))
     robustness(workspace, f"load_path={encoded / 'best.ckpt'}", *QUICK, status=2)
     error = error_of(capsys)
-    assert error.startswith(f"error: {path}: ") and error.endswith("; robustness_anew=True replaces them")
+    assert error.startswith(f"error: {path}: ") and "; delete the file" in error
     assert message.format(arrow=workspace.arrow / "mmimdb_test.arrow") in error
+    assert "; delete the file" in error
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +320,6 @@ def encoded(encoded_once: Path, tmp_path: Path) -> Path:
 def test_new_results_replace_all_old_ones_and_nothing_else(workspace: Workspace, encoded: Path) -> None:
     folder = encoded / "robustness"
     (folder / "roc.csv").write_text("of another dataset")
-    (folder / "logits_complete.part.arrow").write_text("of a run that was killed when it had joined them")
     (folder / "mine").mkdir()
     logits = (folder / "logits.arrow").stat()
     robustness(workspace, f"load_path={encoded / 'best.ckpt'}", "robustness_ratios=[0.5]", "bootstrap=0")
@@ -449,7 +397,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_column(
         both = [statistics.fmean(of_seed[0]), statistics.fmean(of_seed[1])]
         shown = [f"{statistics.fmean(of):.4f} ± {statistics.stdev(of):.4f}" for of in (of_seed[4], both, of_seed[3])]
         expected.append([f"{100 * cell['ratio']:g} %", *shown])
-    assert [cells[-4:] for cells in lines[place + 6 :] if len(cells) >= 4] == expected
+    shown_cells = [cells[-4:] for cells in lines[place + 6 :] if len(cells) >= 4]
+    assert shown_cells[: len(expected)] == expected  # then those at the offset
     assert any(line == ["each class with probability 1/2: f1_macro " + chance] for line in lines)
 
 
@@ -461,20 +410,16 @@ def test_the_matrix_of_one_checkpoint(
     results = results_of(encoded)
     said = capsys.readouterr().out
     assert f"robustness of {encoded / 'best.ckpt'} (sha256 {results['checkpoint_sha256'][:12]})" in said
-    assert f"{results['samples']} samples; f1_macro, mean ± std of 2 missing tables (seeds 0, 1)" in said
+    assert f"{results['samples']} samples; f1_macro, mean over missing tables (seeds 0, 1)" in said
     lines = [re.split(r"\s{2,}", line.strip()) for line in said.splitlines()]
-    place = lines.index(["missing", "text", "image", "both 0.2", "both 0.5"])
-    figures = {
-        (cell["missing_type"], cell["both_ratio"], cell["ratio"]): cell["metrics"]["f1_macro"]
-        for cell in results["cells"]
-    }
-    kinds = (("text", 0.5), ("image", 0.5), ("both", 0.2), ("both", 0.5))
-    for line, ratio in zip(lines[place + 2 : place + 4], (0.0, 0.5), strict=True):
-        cells = [figures[(*kind, ratio)] for kind in kinds]
-        assert line == [f"{100 * ratio:g} %", *(f"{cell['mean']:.4f} ± {cell['std']:.4f}" for cell in cells)]
-    low, high = results["confidence"]["text missing"]["f1_macro"]
-    value = results["by_type"]["text missing"]["f1_macro"]
-    assert ["text missing", f"{value:.4f}", f"{low:.4f} to {high:.4f}"] in lines
+    assert ["method", "rep", "95 % interval"] in lines and ["± over", "2 missing tables"] in lines
+    kind = "text"
+    for cell, line in zip(results["cells"], [line for line in lines if " to " in line[-1]], strict=True):
+        figures, ends = cell["metrics"]["f1_macro"], cell["interval"]
+        shown = [f"{figures['mean']:.4f} ± {figures['std']:.4f}", f"{ends['low']:.4f} to {ends['high']:.4f}"]
+        kind = line[0] if len(line) == 4 else kind
+        assert line[-3:] == [f"{100 * cell['ratio']:g} %", *shown]
+        assert kind == (f"both {cell['both_ratio']:g}" if cell["missing_type"] == "both" else cell["missing_type"])
 
 
 def test_checkpoints_of_different_datasets_or_test_sets(
@@ -580,6 +525,6 @@ def test_a_checkpoint_replaced_while_it_is_opened(workspace: Workspace, fresh: P
         draw_head(fresh / "best.ckpt", seed=5)
 
     monkeypatch.setattr(LogitStore, "check_writable", and_replace)
-    monkeypatch.setattr(LogitModule, "test_step", None)
+    monkeypatch.setattr(FinetuneModule, "test_step", None)
     robustness(workspace, f"load_path={fresh}", *QUICK, status=2)
     assert "best.ckpt: was replaced by another checkpoint a moment ago; start again" in error_of(capsys)

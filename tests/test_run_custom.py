@@ -22,6 +22,7 @@ from runs.sweep.search import open_study
 from tests.conftest import Workspace
 from tests.custom_files import convert, films_as_custom, make, read_arrow, write_jsonl, write_labelled
 from tests.data_files import LOGIT_COLUMNS
+from tests.report_files import text_of
 from vilt.datasets.custom import CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS
 from vilt.missing_tables import MissingPattern, draw_missing_table
@@ -316,8 +317,8 @@ def test_the_table_of_runs(measured: dict[str, Path], capsys: Captured) -> None:
 def test_the_report(measured: dict[str, Path], tmp_path: Path) -> None:
     runs = measured["pets"].parents[1]
     assert command_line(["run.py", "report", "with", f"runs={runs}", f"out={tmp_path / 'report'}"]) == 0
-    page = (tmp_path / "report" / "report.md").read_text()
-    headings = [line.lstrip("# ") for line in page.splitlines() if line.startswith("#")]
+    page = text_of(tmp_path / "report")
+    headings = page.splitlines()
     for heading in ("pets", "memes", "coins", "films", "Most frequent confusions", "ROC curves", "Results by class"):
         assert heading in headings
     assert "Published results and ours" not in headings  # there are none
@@ -333,8 +334,8 @@ def test_the_report_of_a_search(measured: dict[str, Path], tmp_path: Path) -> No
     space: dict[str, BaseDistribution] = {"memory_length": CategoricalDistribution([6, 12])}
     study.add_trial(create_trial(params={"memory_length": 6}, distributions=space, value=0.625))
     assert command_line(["run.py", "report", "with", f"runs={tmp_path / 's'}", f"out={tmp_path / 'report'}"]) == 0
-    page = (tmp_path / "report" / "report.md").read_text()
-    assert "## Search s (coins)" in page and "reaches a validation accuracy of 62.5 %" in page
+    page = text_of(tmp_path / "report")
+    assert "Search s (coins)" in page and "reaches a validation accuracy of 62.5 %" in page
     with (tmp_path / "report" / "tables" / "search_1_best.csv").open() as file:
         assert [row["val/accuracy"] for row in csv.DictReader(file)] == ["62.5000"]
 

@@ -24,6 +24,7 @@ from sensors.backbone import build
 from sensors.swt import SwtTower
 from sensors.weights import published_weights, sizes_for
 from tests.interrupted import differences
+from tests.report_files import text_of
 from tests.sensor_files import ROWS, write_set
 from tests.test_resume import interrupt
 from tests.test_sensor_rep import ALL, batch_of, make, signals_of
@@ -150,7 +151,7 @@ def test_robustness_report_and_table_of_runs(
     assert command_line(["run.py", "runs", "with", f"log_dir={root / 'result'}"]) == 0
     assert "made_up" in capsys.readouterr().out
     assert command_line(["run.py", "report", "with", f"runs={root / 'result'}", f"out={tmp_path / 'report'}"]) == 0
-    assert "without acc, gyr" in (tmp_path / "report" / "report.md").read_text()
+    assert "without acc, gyr" in text_of(tmp_path / "report")
 
 
 @pytest.mark.parametrize("network", ["swt", "deepsense"])

@@ -15,6 +15,7 @@ from engine.checkpoint import read_checkpoint
 from engine.predict import load_model
 from run import command_line
 from tests.interrupted import differences
+from tests.report_files import text_of
 from tests.test_resume import interrupt
 from tests.vla_files import mmsa_pickle, vla_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -63,7 +64,8 @@ def pretrained(root: Path) -> Path:
 
 
 def finetune(root: Path, pretrained: Path, method: str, *options: str) -> Path:
-    own = (f"prompt_type={method}", f"exp_name={method}", "memory_length=6", "memory_depth=2", "prompt_length=3")
+    own = [f"prompt_type={method}", f"exp_name={method}", "memory_length=6", "memory_depth=2"]
+    own += ["prompt_length=3"] if method.startswith("mplmm") else []
     assert command_line(command(root, *own, f"load_path={pretrained}", *options)) == 0
     return folder_of(root, method)
 
@@ -117,7 +119,7 @@ def test_the_best_model_is_that_of_the_lowest_error(trained: Path) -> None:
 def test_an_interrupted_training_ends_with_the_same_bits(
     root: Path, pretrained: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = ("memory_length=6", "memory_depth=2", "prompt_length=3", "exp_name=again", "resume_from=auto")
+    own = ("memory_length=6", "memory_depth=2", "exp_name=again", "resume_from=auto")
     again = command(root, "prompt_type=rep", *own, f"load_path={pretrained}")
     interrupt(again, monkeypatch, checkpoints=1)
     assert command_line(again) == 0
@@ -179,7 +181,7 @@ def test_tables_and_report_show_shares_and_errors_as_what_they_are(
     assert command_line(["run.py", "runs", "with", f"log_dir={root / 'result'}"]) == 0
     assert "mae" in (said := capsys.readouterr().out) and "70 % some" in said
     assert command_line(["run.py", "report", "with", f"runs={root / 'result'}", f"out={tmp_path / 'report'}"]) == 0
-    page = (tmp_path / "report" / "report.md").read_text()
+    page = text_of(tmp_path / "report")
     assert "CMU-MOSI" in page and "without text, vision" in page
 
 

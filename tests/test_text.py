@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from common.text import Estimate, duration, estimate, natural_key, pattern_text, per_cent, terminal_table
+from common.text import Estimate, duration, estimate, natural_key, per_cent, terminal_table
 
 
 @pytest.mark.parametrize(
@@ -15,10 +15,8 @@ def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_sizes_shares_and_patterns() -> None:
+def test_shares() -> None:
     assert per_cent(0.1 * 7) == "70 %"
-    assert [pattern_text("both", 0.5, share) for share in (0.5, 0.3)] == ["50 % both", "50 % both 0.3"]
-    assert pattern_text("text", 0.5, 0.3) == "50 % text", "the share has no effect"
 
 
 def test_numbers_in_names_sort_as_numbers() -> None:

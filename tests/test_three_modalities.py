@@ -27,6 +27,7 @@ from run import command_line
 from runs.check_options import check
 from tests.data_files import write
 from tests.interrupted import differences
+from tests.report_files import text_of
 from tests.test_resume import interrupt
 from vilt.datamodules import collate
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -317,7 +318,7 @@ def test_the_table_of_runs_and_the_report_show_them(
     assert command_line(["run.py", "runs", "with", f"log_dir={data / 'result'}"]) == 0
     assert "70 % some" in (said := capsys.readouterr().out) and "gadgets" in said
     assert command_line(["run.py", "report", "with", f"runs={data / 'result'}", f"out={tmp_path / 'report'}"]) == 0
-    page = (tmp_path / "report" / "report.md").read_text()
+    page = text_of(tmp_path / "report")
     assert "Sensors" in page and "without motion, light" in page and "without sound, light" in page
     with (tmp_path / "report" / "tables" / "matrix_gadgets.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

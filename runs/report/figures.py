@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
+from runs.pattern import Pattern
 from runs.report.lines import Dataset, Line
-from runs.report.results import Pattern
 from runs.report.text import capital, excerpt, listed
 from vilt.missing_types import ANY, BOTH, SOME
 
@@ -39,8 +39,6 @@ FLOORS: tuple[Look, ...] = ({"color": "#6d6d6e", "linestyle": "--"}, {"color": "
 """Looks of the baselines."""
 TOGETHER = 3
 """Lines that one panel shows; where there are more, each has a panel of its own."""
-CURVE_POINTS = 150
-"""Points that a training curve is thinned to, by averaging."""
 
 Curve = tuple[Line, str, Look]
 """Of a line, the curve of a missing type."""
@@ -172,7 +170,7 @@ def comparison_figure(dataset: Dataset) -> Figure:
                 )
         axes.set(xlim=bounds, xlabel=dataset.axis_title)
 
-    panels = [Panel(f"Trained at {pattern}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()]
+    panels = [Panel(f"Trained at {at.title}", partial(draw, lines=lines)) for at, lines in dataset.compared.items()]
     height = TOP + BOTTOM + 0.3 * max(map(len, dataset.compared.values()))
     return figure(f"comparison_{dataset.key}", "Methods compared", dataset.caption("comparison_figure"), panels, height)
 
@@ -210,40 +208,7 @@ def robustness_curves(dataset: Dataset) -> Figure:
     return figure(f"curves_{dataset.key}", "Robustness curves", dataset.caption("curves"), panels, legend=legend)
 
 
-def training_curves(dataset: Dataset) -> list[Figure]:
-    """Validation metric and training loss by optimiser step, a curve per run: with few lines a panel of each, else a
-    figure of each with a panel per line, the others in grey."""
-    lines = [line for line in dataset.lines if any(run.run.curves for run in line.runs)]
-    looks = {line.label: look(place) for place, line in enumerate(lines)} if len(lines) <= TOGETHER else {}
-    panels: list[list[Panel]] = []
-    for name, title, factor in (
-        (
-            f"val/{dataset.spec.monitor}",
-            f"Validation {dataset.metric_title}{dataset.unit().sign and ', %'}",
-            dataset.unit().factor,
-        ),
-        ("train/loss", "Training loss", 1),
-    ):
-        found = [(line, run.run.curves[name]) for line in lines for run in line.runs if name in run.run.curves]
-        curves = [(line, thinned(np.array(points) * (1, factor))) for line, points in found]
-        bounds = limits(value for _, points in curves for value in points[:, 1])
-
-        def draw(axes: Axes, own: Line | None, curves: Any = curves, title: str = title, bounds: Any = bounds) -> None:
-            for line, points in sorted(curves, key=lambda entry: entry[0] is own):
-                style = looks.get(line.label, look(0)) if own in (None, line) else {"color": RULE, "lw": 0.6}
-                marker = style.get("marker", "") if len(points) <= 30 else ""
-                axes.plot(points[:, 0], points[:, 1], **{"lw": 1, "ms": 2.6, **style, "marker": marker})
-            axes.set(xlabel="optimiser step", ylabel=title, ylim=bounds)
-
-        of_line = [Panel(line.label, partial(draw, own=line)) for line in lines]
-        panels.append([Panel(title.removesuffix(", %"), partial(draw, own=None))] if looks else of_line)
-    caption, name = dataset.caption("training", points=CURVE_POINTS), f"training_{dataset.key}"
-    if looks:
-        return [figure(name, "Training", caption, [*panels[0], *panels[1]], 2.1, looks)]
-    return [figure(name, "Training", caption, panels[0], 2.1), figure(f"{name}_loss", "Loss", caption, panels[1], 2.1)]
-
-
-def class_figure(dataset: Dataset, lines: Sequence[Line], number: int) -> Figure:
+def class_figure(dataset: Dataset, lines: Sequence[Line]) -> Figure:
     """F1 by class, a panel per line and a dot per missing type; whiskers are the deviation over train seeds."""
     looks = {name: look(place) for place, name in enumerate(dataset.spec.type_names)}
     there = [name for name, support in lines[0].support.items() if support]
@@ -260,7 +225,7 @@ def class_figure(dataset: Dataset, lines: Sequence[Line], number: int) -> Figure
     caption = dataset.caption("class_figure") + (f" No test sample is of {listed(lacking)}." if lacking else "")
     panels = [Panel(line.label, partial(draw, line=line)) for line in lines]
     height, legend = TOP + BOTTOM + 0.28 * len(there), {capital(name): style for name, style in looks.items()}
-    return figure(f"per_class_{dataset.key}_{number}", "F1 by class", caption, panels, height, legend)
+    return figure(f"per_class_{dataset.key}", "F1 by class", caption, panels, height, legend)
 
 
 def roc_curves(dataset: Dataset) -> Figure:
@@ -283,16 +248,9 @@ def roc_curves(dataset: Dataset) -> Figure:
     return figure(f"roc_{dataset.key}", "ROC curves", dataset.caption("roc"), panels, 2.8, legend)
 
 
-def ring(axes: Axes, x: float, y: float, colour: str) -> None:
+def ring(axes: Axes, x: Any, y: float, colour: str) -> None:
     """A ring around a point."""
     axes.plot(x, y, "o", ms=8.5, mfc="none", mec=colour, mew=1.1)
-
-
-def thinned(points_N2: np.ndarray) -> np.ndarray:
-    """Steps and values, averaged over equal parts where there are more than CURVE_POINTS."""
-    if len(points_N2) <= CURVE_POINTS:
-        return points_N2
-    return np.stack([part.mean(0) for part in np.array_split(points_N2, CURVE_POINTS)])
 
 
 def kind_title(kind: str) -> str:

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pandas as pd
-
 from common.text import AT_OFFSET, LOWER_IS_BETTER, Estimate, estimate, order_of
-from engine.robustness import PATTERN
 from engine.sample_statistics import LEVEL
 from engine.significance import Difference, holm
 from runs.compare import Settings, compare_runs
 from runs.lines import RunLine, Spread, lines_of, spread_of
-from runs.report.results import PUBLISHED_BACKBONE, Pattern, ReportRun, Robustness
+from runs.pattern import Pattern
+from runs.report.results import PUBLISHED_BACKBONE, ReportRun, Robustness
 from runs.report.text import CAPTIONS, Unit, capital, dataset_title, excerpt, listed, metric_title, without
 from runs.run_reader import Run
 from vilt.datasets.specs import DATASETS, DatasetSpec
@@ -61,10 +59,10 @@ class Line:
     def spreads_of(self, metric: str) -> dict[Pattern, Spread]:
         """Likewise another metric; nothing where the results have none of it."""
         found: dict[Pattern, list[list[float]]] = {}
-        for run, results in self.results:
-            cells = results.cells[results.cells.metric == metric]
-            for key, values in cells.groupby(list(PATTERN), sort=False).value:
-                found.setdefault(Pattern.of(run.run.spec, *key), []).append(values.tolist())
+        for _, results in self.results:
+            for pattern, cell in results.cells.items():
+                if metric in cell["metrics"]:
+                    found.setdefault(pattern, []).append(cell["metrics"][metric]["values"])
         types = self.runs[0].run.spec.missing_types
         order = sorted(found, key=lambda p: (types.index(p.missing_type), p.both_ratio, p.ratio))
         return {pattern: spread for pattern in order if (spread := spread_of(found[pattern]))}
@@ -77,15 +75,19 @@ class Line:
     @cached_property
     def by_type(self) -> dict[str, Estimate]:
         """The task's metric over train seeds where every sample has one missing type."""
-        frame = pd.concat([found.by_type for _, found in self.results])
-        return _estimates(frame[frame.metric == self.runs[0].metric], ["type"])
+        of_runs = [(results.raw["by_type"], run.metric) for run, results in self.results]
+        types = self.runs[0].run.spec.type_names
+        return {name: found for name in types if (found := estimate([of[name][metric] for of, metric in of_runs]))}
 
     @cached_property
     def by_class(self) -> dict[tuple[str, str, str], Estimate]:
         """Over train seeds, by class, score and missing type, the most frequent class first."""
-        frame = pd.concat([found.per_class for _, found in self.results])
-        frame = frame.sort_values("support", ascending=False, kind="stable")
-        return _estimates(frame.melt(["class", "type"], var_name="score"), ["class", "score", "type"])
+        entries = [entry for _, results in self.results for entry in results.raw["per_class"]]
+        values: dict[tuple[str, str, str], list[float]] = {}
+        for entry in sorted(entries, key=lambda entry: -entry["support"]):
+            for score in ("f1", "support"):
+                values.setdefault((entry["class"], score, entry["type"]), []).append(entry[score])
+        return {key: found for key, of_runs in values.items() if (found := estimate(of_runs))}
 
     @cached_property
     def support(self) -> dict[str, int]:
@@ -104,15 +106,10 @@ class Line:
 
     def interval_at(self, pattern: Pattern) -> tuple[float, float] | None:
         """Confidence interval over test samples; of several train seeds, the mean of their intervals."""
-        found = [results.intervals[pattern] for _, results in self.results if pattern in results.intervals]
+        cells = [results.cells[pattern] for _, results in self.results if pattern in results.cells]
+        found = [(cell["interval"]["low"], cell["interval"]["high"]) for cell in cells if "interval" in cell]
         low, high = map(statistics.fmean, zip(*found, strict=True)) if found else (0, 0)
         return (low, high) if found else None
-
-
-def _estimates(frame: pd.DataFrame, by: list[str]) -> dict[Any, Estimate]:
-    """Mean and deviation of `value` for each group, by its key: that of one column, or a tuple."""
-    groups = frame.groupby(by if len(by) > 1 else by[0], sort=False).value
-    return {key: found for key, values in groups if (found := estimate(values.tolist()))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +261,7 @@ def _dataset(key: str, runs: list[ReportRun]) -> Dataset:
     lines = []
     for group in groups:
         variant = _variant_title(group, groups)
-        pattern = f", trained at {group.items[0].pattern}" if several_patterns else ""
+        pattern = f", trained at {group.items[0].pattern.title}" if several_patterns else ""
         lines.append(Line(variant, variant + pattern, group.items))
     return Dataset(key, runs[0].run.spec, runs, lines, [run for group in groups for run in group.repeats])
 

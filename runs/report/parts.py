@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.text import AT_OFFSET, counted, estimate
+from runs.pattern import Pattern
 from runs.report import figures, tables
 from runs.report.figures import Figure
 from runs.report.lines import Dataset
-from runs.report.results import Pattern, ReportRun
+from runs.report.results import ReportRun
 from runs.report.samples import SampleGrid, sample_grid
 from runs.report.table import Table
 from runs.report.text import dataset_title, listed, listed_runs, without, without_home
 
 CLASSES_SHOWN = 3
-"""Lines whose results by class are not folded."""
+"""Lines whose results by class are shown; per_class.csv of each run has all."""
 
 
 class Note(NamedTuple):
@@ -79,13 +80,6 @@ def section_of(dataset: Dataset) -> Section:
             parts[-1].shown += published.values()
         else:
             parts[-1].folded |= published
-    if runs:
-        parts.append(Part("Training curves"))
-        if recorded := [run for run in runs if run.run.curves]:
-            first, *loss = figures.training_curves(dataset)
-            parts[-1].shown, parts[-1].folded = [first], {"Training loss": loss[0]} if loss else {}
-        if lacking := [run for run in runs if run not in recorded]:
-            parts[-1].notes = [Note(f"metrics.csv of {_tags(lacking)} is not there or is empty.")]
     if dataset.measured:
         parts += _results_parts(dataset)
     return Section(dataset.key, dataset.title, _summary(dataset), parts)
@@ -106,7 +100,7 @@ def _summary(dataset: Dataset) -> str:
             return f"Results are missing: {total}, none of them tested."
         run = max(tested, key=lambda entry: entry[0])[1]
         assert run.run.tested_at is not None and run.test_score is not None
-        reached = f"{full(run.test_score)} ({Pattern.of(run.run.spec, *run.run.tested_at)})"
+        reached = f"{full(run.test_score)} ({run.run.tested_at.title})"
         best = f"The best of {total}, {run.tag}, reaches a test {dataset.metric_title} of {reached}."
         return f"{best} No run has robustness results."
     line, n_measured, n_results = dataset.headline, len(dataset.measured), len(dataset.results)
@@ -114,7 +108,7 @@ def _summary(dataset: Dataset) -> str:
     where = {"complete": "where nothing is missing"}
     values = listed([f"{full(found)} {where.get(name, without(name))}" for name, found in line.by_type.items()])
     own = line.at_own_pattern
-    at_own = f", and {full(own)} at the pattern of its training ({line.pattern})" if own else ""
+    at_own = f", and {full(own)} at the pattern of its training ({line.pattern.title})" if own else ""
     trained = counted(sum(len(line.runs) for line in dataset.lines), "trained run")
     samples = counted(dataset.results[0][2].samples, "test sample")
     measured = f"{n_results} of {trained} with robustness results, on {samples}."
@@ -128,13 +122,13 @@ def _published_notes(dataset: Dataset) -> list[Note]:
         found = f"ours has {dataset.test_rows:,}" if dataset.test_rows else "the size of ours is not known"
         text = f"the published results are on a test split of {expected:,} items, {found}"
         notes.append(Note(f"Not like for like: {text}."))
-    published = [pattern.available for pattern in tables.published_of_rep(dataset)]
+    published = [tables.available_of(dataset, pattern) for pattern in tables.published_of_rep(dataset)]
     outside: dict[Pattern, list[ReportRun]] = {}
     for line in dataset.lines:
-        if line.pattern.available not in published:
+        if tables.available_of(dataset, line.pattern) not in published:
             outside.setdefault(line.pattern, []).extend(line.runs)
     if published and outside:
-        named = listed([f"{_tags(runs)} ({pattern})" for pattern, runs in outside.items()])
+        named = listed([f"{_tags(runs)} ({pattern.title})" for pattern, runs in outside.items()])
         notes.append(Note(f"Trained at patterns that the published table does not have: {named}."))
     return notes
 
@@ -143,13 +137,9 @@ def _results_parts(dataset: Dataset) -> list[Part]:
     """By class in the view that the task has, dots, confusions or ROC; confidence intervals; samples."""
     spec, parts, best = dataset.spec, [], dataset.headline
     if spec.multilabel:
-        lines = sorted(dataset.measured, key=lambda line: line is not best)
-        first, rest = lines[:CLASSES_SHOWN], lines[CLASSES_SHOWN:]
+        first = sorted(dataset.measured, key=lambda line: line is not best)[:CLASSES_SHOWN]
         title = f"Results by {'genre' if dataset.key == 'mmimdb' else 'class'}"
-        parts.append(Part(title, [figures.class_figure(dataset, first, 1)]))
-        if rest:
-            parts[-1].folded["Of the other configurations"] = figures.class_figure(dataset, rest, 2)
-        parts[-1].folded["All numbers"] = tables.per_class_table(dataset)
+        parts.append(Part(title, [figures.class_figure(dataset, first)]))
     elif spec.n_classes > 2:
         parts.append(Part("Most frequent confusions", [tables.confusion_table(dataset)]))
     elif spec.n_classes == 2:

@@ -13,8 +13,9 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from common.text import AT_OFFSET
 from engine.stored_logits import labels_of, logit_columns_of, matrix_of
+from runs.pattern import Pattern
 from runs.report.lines import Dataset, Line, method_title
-from runs.report.results import PUBLISHED_BACKBONE, Pattern, ReportRun, versions_of
+from runs.report.results import PUBLISHED_BACKBONE, ReportRun
 from runs.report.table import (
     MISSING,
     NOT_APPLICABLE,
@@ -31,7 +32,7 @@ from runs.report.table import (
 )
 from runs.report.text import CAPTIONS, Unit, capital, dataset_title, listed_runs, metric_title, without_home
 from runs.run_reader import flat_options
-from vilt.missing_types import AVAILABLE
+from vilt.missing_types import AVAILABLE, available_shares
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 CONFUSIONS_SHOWN = 10
@@ -57,7 +58,7 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
                 "run": one.tag,
                 "method": method_title(run),
                 "dataset": dataset.name if dataset else dataset_title(run.dataset),
-                "trained_at": NOT_APPLICABLE if run.is_evaluation else str(one.pattern),
+                "trained_at": NOT_APPLICABLE if run.is_evaluation else one.pattern.title,
                 "seed": str(run.config["seed"]),
                 "kind": kind,
                 "best_validation": number(run.best_validation, unit, untrained),
@@ -71,12 +72,6 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
     return Table(
         "runs", CAPTIONS["runs"], rows, {"best_validation": "Validation", AT_OFFSET: capital(metric_title(AT_OFFSET))}
     )
-
-
-def versions_table(runs: Sequence[ReportRun]) -> Table:
-    """Packages, machine and commit: a row per version, with the runs that have it."""
-    versions = {run.tag: versions_of(run.environment) if run.environment else {} for run in runs}
-    return Table("versions", CAPTIONS["versions"], [{"what": what, **row} for what, row in _by_value(versions)])
 
 
 def options_table(runs: Sequence[ReportRun], defaults: dict[str, Any]) -> Table:
@@ -122,7 +117,7 @@ def comparison_table(dataset: Dataset) -> Table:
     rows: list[Row] = []
     for line in (line for lines in dataset.compared.values() for line in lines):
         own, found = mean_std(line.at_own_pattern, unit), dataset.against_best.get(line)
-        of_line: Row = {"trained_at": str(line.pattern), "method": line.variant, "seeds": len(line.runs)}
+        of_line: Row = {"trained_at": line.pattern.title, "method": line.variant, "seeds": len(line.runs)}
         of_line[metric] = replace(own, strong=dataset.is_significantly_best(line))
         if dataset.decides_elsewhere:
             of_line[AT_OFFSET] = mean_std(line.estimate_of(AT_OFFSET), dataset.unit(AT_OFFSET))
@@ -166,7 +161,7 @@ def matrix_table(dataset: Dataset, metric: str = "") -> Table:
             rows[-1]["deviation_over"] = next((spread.over for spread in spreads.values()), "") or "one run"
     long: list[Row] = []
     for pattern in patterns:
-        shares = {f"{name}{AVAILABLE}": 100 * available for name, available in pattern.available.items()}
+        shares = {f"{name}{AVAILABLE}": 100 * share for name, share in available_of(dataset, pattern).items()}
         found_of = {line: of[pattern].estimate if pattern in of else None for line, of in of_line.items()}
         values = {line.label: mean_std(found, dataset.unit()) for line, found in found_of.items()}
         long.append({"missing_type": pattern.kind, "missing_ratio": 100 * pattern.ratio, **shares, **values})
@@ -196,7 +191,7 @@ def published_table(dataset: Dataset) -> Table:
     """Table 1 of REP's paper, with a star where a number is known to be another one in the paper it comes from."""
     rows: list[Row] = []
     for pattern, of_method in published_of_rep(dataset).items():
-        shares = {f"{name}{AVAILABLE}": 100 * share for name, share in pattern.available.items()}
+        shares = {f"{name}{AVAILABLE}": 100 * share for name, share in available_of(dataset, pattern).items()}
         rows.append({"missing_ratio": 100 * pattern.ratio, **shares})
         best = max(row["value"] for row in of_method.values())
         for method, row in of_method.items():
@@ -224,7 +219,9 @@ def ours_table(dataset: Dataset) -> Table:
     rows: list[Row] = []
     for pattern, of_method in published_of_rep(dataset).items():
         for line in dataset.lines:
-            if line.pattern.available != pattern.available or (ours := line.at_own_pattern) is None:
+            if available_of(dataset, line.pattern) != available_of(dataset, pattern):
+                continue
+            if (ours := line.at_own_pattern) is None:
                 continue
             theirs = of_method.get(method_title(line.runs[0].run), {}).get("value")
             published: Value = NOT_APPLICABLE if theirs is None else Cell(f"{theirs:.2f}", {"": theirs})
@@ -237,10 +234,16 @@ def ours_table(dataset: Dataset) -> Table:
                 to_published = absent("backbone not known" if None in backbones else "other backbone")
             else:
                 to_published = difference(ours.mean - theirs / 100, dataset.unit())
-            of_line: Row = {"trained_at": str(line.pattern), "method": line.variant, "training_seeds": len(line.runs)}
+            of_line: Row = {"trained_at": line.pattern.title, "method": line.variant, "training_seeds": len(line.runs)}
             of_line |= {"ours": mean_std(ours, dataset.unit()), "published": published, "difference": to_published}
             rows.append(of_line)
     return Table(f"ours_{dataset.key}", dataset.caption("ours"), rows)
+
+
+def available_of(dataset: Dataset, pattern: Pattern) -> dict[str, float]:
+    """By modality, the share of samples that have it."""
+    shares = available_shares(dataset.spec.modalities, *pattern)
+    return {name: round(share, 9) for name, share in shares.items()}
 
 
 def confidence_table(dataset: Dataset) -> Table:
@@ -249,11 +252,11 @@ def confidence_table(dataset: Dataset) -> Table:
     titles = {name: capital(metric_title(name)) for _, _, found in results for name in found.raw["metrics"]}
     rows: list[Row] = []
     for line, run, found in results:
-        for name, of_type in found.by_type.groupby("type", sort=False):
+        for name in dataset.spec.type_names:
             of_run: Row = {"method": line.label, "run": run.tag, "seed": str(run.run.config["seed"])}
-            ends = {row.metric: (row.value, (row.low, row.high)) for row in of_type.itertuples()}
-            cells = {metric: interval(*found_of, dataset.unit(metric)) for metric, found_of in ends.items()}
-            rows.append(of_run | {"test_samples_are": str(name)} | dict.fromkeys(titles, NOT_APPLICABLE) | cells)
+            values, ends = found.raw["by_type"][name], found.raw["confidence"][name]
+            cells = {metric: interval(value, ends[metric], dataset.unit(metric)) for metric, value in values.items()}
+            rows.append(of_run | {"test_samples_are": name} | dict.fromkeys(titles, NOT_APPLICABLE) | cells)
     for answer, metrics in dataset.baselines.items() if rows else ():
         of_answer: Row = {**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer}
         cells = {name: number(value, dataset.unit(name)) for name, value in metrics.items()}
@@ -265,19 +268,6 @@ def confidence_table(dataset: Dataset) -> Table:
     return Table(f"confidence_{dataset.key}", dataset.caption("confidence", how=how), rows, titles)
 
 
-def per_class_table(dataset: Dataset) -> Table:
-    """Precision, recall and F1 of each class and type, mean over train seeds."""
-    scores = [(score, name) for score in ("f1", "precision", "recall") for name in dataset.spec.type_names]
-    rows: list[Row] = []
-    for line in dataset.measured:
-        for name, support in line.support.items():
-            rows.append({"method": line.label, "class": name, "support": support})
-            for score, kind in scores:
-                cell = mean_std(line.by_class.get((name, score, kind)), Unit.of(score, support))
-                rows[-1][f"{score} {kind}".replace(" ", "_")] = cell
-    return Table(f"per_class_{dataset.key}", dataset.caption("per_class"), rows, {"support": "Samples"})
-
-
 def confusion_table(dataset: Dataset) -> Table:
     """Of the best line's first run: how often each class is taken for which, for up to MATRIX_CLASSES classes; else, or
     where there are no logits, the most frequent confusions."""
@@ -287,10 +277,10 @@ def confusion_table(dataset: Dataset) -> Table:
     titles, rows = {"true": "True class", "count": "Samples"}, []
     if found.logits is None or spec.n_classes > MATRIX_CLASSES:
         for type_name in spec.type_names:
-            pairs = found.confusions[found.confusions.type == type_name]
-            for pair in pairs.sort_values("count", ascending=False, kind="stable").head(CONFUSIONS_SHOWN).itertuples():
-                row: Row = {"test_samples_are": type_name, "true": str(pair.true), "predicted": str(pair.predicted)}
-                rows.append(row | {"count": int(pair.count), "share": number(pair.share, Unit.of("", 0))})
+            pairs = [pair for pair in found.raw["confusions"] if pair["type"] == type_name]
+            for pair in sorted(pairs, key=lambda pair: -pair["count"])[:CONFUSIONS_SHOWN]:
+                row: Row = {"test_samples_are": type_name, "true": pair["true"], "predicted": pair["predicted"]}
+                rows.append(row | {"count": pair["count"], "share": number(pair["share"], Unit.of("", 0))})
         return Table(name, dataset.caption("confusions", shown=CONFUSIONS_SHOWN, **facts), rows, titles)
     labels = torch.from_numpy(labels_of(found.logits, spec))
     for type_name, column in zip(spec.type_names, logit_columns_of(spec), strict=True):

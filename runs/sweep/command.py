@@ -3,8 +3,7 @@
 import json
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from runs.sweep.grid import grid_cells, run_grid, variant_name, variants, write_
 from runs.sweep.jobs import run_command
 from runs.sweep.launchers import CLUSTERS, make_launcher
 from vilt.datasets.open_spec import open_spec
-from vilt.datasets.specs import SPLITS, DatasetSpec
+from vilt.datasets.specs import SPLITS
 
 log = logging.getLogger("rep")
 
@@ -54,9 +53,7 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
         SweepError: runs failed, the folder has a sweep with other options, or a sweep is at work in it.
     """
     options = check_sweep(config, chosen)
-    spec = open_spec(options.task, options.data_root, options.splits)
-    metric = spec.monitor
-    _say_remarks(options, spec)
+    metric = open_spec(options.task, options.data_root, options.splits).monitor
     folder = options.log_dir / options.sweep_name
     given = [update for update in updates if not is_of_sweep(option_of(update))]
     busy = f"sweep_name={options.sweep_name}: another sweep of this name is at work in {options.log_dir}"
@@ -66,9 +63,9 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
             launch = make_launcher("local" if commands else options.sweep_launcher, options, folder / "submitit")
             record(options, metric, config, folder)
             if options.search:
-                from runs.sweep.search import Search, open_study, run_search
+                from runs.sweep.search import JOURNAL, Search, open_study, run_search
 
-                study = open_study(folder / "optuna.journal", options.sweep_name, metric)
+                study = open_study(folder / JOURNAL, options.sweep_name, metric)
                 run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
             elif commands:
                 write_commands(options, grid_cells(options, given, folder), folder)
@@ -77,22 +74,6 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
         except (KeyboardInterrupt, Stopped):
             log.info("stopped; the same command resumes: %s", shlex.join(run_command("sweep", "with", *updates)))
             raise
-
-
-def _say_remarks(options: Options, spec: DatasetSpec) -> None:
-    """Warns of what runs do otherwise than their options say, which they say in their logs only.
-
-    Of a search: those with the last values, which are the upper ends of ranges.
-    """
-    from runs.start import remarks  # which takes torch along, as the arrow files' reader does
-    from vilt.datasets.arrow_dataset import ArrowDataset
-
-    assert options.data_root is not None
-    samples = len(ArrowDataset(spec, options.data_root, "train"))
-    last = {name: values[-1] for name, values in options.search.items()}
-    runs = [replace(options, **values) for values in ([last] if options.search else variants(options))]
-    for remark in dict.fromkeys(remark for run in runs for remark in remarks(run, spec, samples)):
-        log.warning("warning: %s", remark)
 
 
 def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:
@@ -150,12 +131,6 @@ def check_variants(options: Options, config: Mapping[str, Any]) -> None:
             raise ConfigError(f"sweep_over: {variant} and {other} would have one folder, {variant_name(variant)}")
 
 
-def grid_axes(options: Options) -> dict[str, tuple[Any, ...]]:
-    """The values that the cells of the grid combine."""
-    axes = {name: getattr(options, name) for name in GRID if name != "sweep_over"}
-    return {**axes, **{f"sweep_over.{name}": values for name, values in options.sweep_over.items()}}
-
-
 def record(options: Options, metric: str, config: Mapping[str, Any], folder: Path) -> None:
     """Writes `sweep.json`, which says what the sweep is; one that is there must be of the same sweep.
 
@@ -163,16 +138,36 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
         DataError: it is damaged.
         SweepError: it is of a sweep with other options, or of one with cells that this one lacks.
     """
-    path = folder / "sweep.json"
-    grid = None if options.search else grid_axes(options)
+    path, grid = folder / "sweep.json", None
+    if not options.search:
+        grid = {name: getattr(options, name) for name in GRID if name != "sweep_over"}
+        grid |= {f"sweep_over.{name}": values for name, values in options.sweep_over.items()}
     same = {name: config[name] for name in COMPARED if grid is None or name not in SET_BY_GRID}
-    same |= {"search": options.search}
+    same |= {"search": options.search, **_contents(options)}
     of_sweep = {"name": options.sweep_name, "task": options.task, "metric": metric}
-    mine = {"format": FORMAT, **of_sweep, "grid": grid, "options": same | _contents(options)}
-    mine = json.loads(json.dumps(mine, default=str))
+    mine = json.loads(json.dumps({"format": FORMAT, **of_sweep, "grid": grid, "options": same}, default=str))
     if path.is_file():
-        _check_same_sweep(path, mine, f"sweep_name={options.sweep_name}")
+        there = read_json(path)
+        with as_written_by_run(path):
+            if there["format"] != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, found {quoted(there['format'])}")
+            if other := list(_differences(dict(there["options"]), dict(there["grid"] or {}), mine)):
+                raise SweepError(
+                    f"sweep_name={options.sweep_name}: {path} is of a sweep with other options: {', '.join(other)}; "
+                    f"expected the same, with no cells less, or another sweep_name"
+                )
     write_json(path, mine)
+
+
+def _differences(options: dict[str, Any], grid: dict[str, Any], mine: dict[str, Any]) -> Iterator[str]:
+    """What a sweep has that `mine` has not; `mine` may have more cells."""
+    for name, value in mine["options"].items():
+        if options.get(name) != value:
+            yield f"{name} (there {quoted(options.get(name))}, here {quoted(value)})"
+    here = mine["grid"] or {}
+    for name in {**here, **grid}:
+        if name not in here or not set(map(str, grid.get(name, ()))) <= set(map(str, here[name])) or name not in grid:
+            yield f"{name} (there {quoted(grid.get(name))}, here {quoted(here.get(name))})"
 
 
 def _contents(options: Options) -> dict[str, str]:
@@ -187,32 +182,3 @@ def _contents(options: Options) -> dict[str, str]:
     named = {"vit": options.vit, "tokenizer": options.tokenizer, "load_path": options.load_path}
     paths |= {f"{name} (contents)": Path(path) for name, path in named.items() if path is not None}
     return contents_of_files(paths)
-
-
-def _check_same_sweep(path: Path, mine: dict[str, Any], named: str) -> None:
-    found = read_json(path)
-    with as_written_by_run(path):
-        if found["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, found {quoted(found['format'])}")
-        theirs, there = dict(found["options"]), dict(found["grid"] or {"a search": []})
-        if not all(isinstance(values, list) for values in there.values()):
-            raise ValueError(f"grid: expected lists of values by name, found {quoted(found['grid'])}")
-    expected = "expected the same, or another sweep_name"
-    differing = [
-        f"{name} (there {quoted(theirs.get(name))}, here {quoted(value)})"
-        for name, value in mine["options"].items()
-        if theirs.get(name) != value
-    ]
-    if differing:
-        raise SweepError(f"{named}: {path} is of a sweep with other options: {', '.join(differing)}; {expected}")
-    here = mine["grid"] or {"a search": []}
-    if there.keys() != here.keys():
-        raise SweepError(
-            f"{named}: {path} is of a sweep over {', '.join(there)}, not over {', '.join(here)}; {expected}"
-        )
-    for name, values in there.items():
-        if lacking := [value for value in values if value not in here[name]]:
-            raise SweepError(
-                f"{name}: expected at least {values}, as in {path}, found {here[name]}, without {lacking}; "
-                f"cells can be added, not taken away"
-            )

@@ -98,7 +98,7 @@ def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launc
 
     def write() -> list[dict[str, Any]]:
         rows = table_rows(options, metric, cells, {job for job, _ in progress.failed})
-        write_csv(folder / "table.csv", list(rows[0]), [list(row.values()) for row in rows])
+        write_csv(folder / "table.csv", rows)
         return rows
 
     with closing(launch(waiting)) as outcomes:  # which stops what runs, if an error ends the block

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from common.errors import ConfigError, SweepError
+from common.errors import ConfigError, DataError
 from common.files import write_csv
 from common.messages import first_line
 from common.text import LOWER_IS_BETTER, counted, order_of, terminal_table
@@ -34,6 +35,8 @@ log = logging.getLogger("rep")
 
 STATE_NAMES = {TrialState.COMPLETE: "complete", TrialState.FAIL: "failed", TrialState.RUNNING: "cut off"}
 BEST_SHOWN = 5
+JOURNAL = "optuna.journal"
+"""Optuna's record, in the folder of a sweep."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,20 @@ class Search:
         return Job(f"{name}_seed{self.options.seed}", self.folder, (*self.given, *own), tested=False)
 
     def job_of(self, trial: FrozenTrial) -> Job:
-        """The run that gave a trial its score: its own, or that of the first complete trial with the same values."""
-        same = [other for other in self.trials(TrialState.COMPLETE) if other.params == trial.params]
-        first = same[0] if same and trial.state == TrialState.COMPLETE else trial
-        return self.job(first.number, first.params)
+        """The run that gave a trial its score."""
+        return self.job(run_number(trial, self.trials()), trial.params)
 
-    def best(self) -> list[FrozenTrial]:
-        """The complete trials with a run of their own, the best first."""
-        complete = self.trials(TrialState.COMPLETE)
-        ranked = sorted(complete, key=lambda trial: (-order_of(trial.values[0], self.metric), trial.number))
-        return [trial for trial in ranked if self.job_of(trial) == self.job(trial.number, trial.params)]
+
+def ranked(trials: Sequence[FrozenTrial], metric: str) -> list[FrozenTrial]:
+    """The complete trials with a run of their own, the best first."""
+    complete = [t for t in trials if t.state == TrialState.COMPLETE and t.number == run_number(t, trials)]
+    return sorted(complete, key=lambda trial: (-order_of(trial.values[0], metric), trial.number))
+
+
+def run_number(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
+    """Of the trial whose run gave `trial` its score: the first complete one with its values, else itself."""
+    complete = (other for other in trials if other.state == trial.state == TrialState.COMPLETE)
+    return next((other.number for other in complete if other.params == trial.params), trial.number)
 
 
 def assignments(values: Mapping[str, Any]) -> list[str]:
@@ -124,18 +131,17 @@ def check_values(options: Options, config: Mapping[str, Any]) -> None:
                 raise ConfigError(f"search.{name}: {value!r} is not possible: {refused[name, value]}")
 
 
-def open_study(path: Path, name: str, metric: str = "") -> optuna.Study:
-    """The study of a metric in a journal, which is made where there is none. Raises SweepError where it is damaged."""
+def open_study(path: Path, name: str | None = None, metric: str = "") -> optuna.Study:
+    """The study in a journal; with a `name` it is made where there is none. Raises DataError where it is damaged."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    direction = StudyDirection.MINIMIZE if metric in LOWER_IS_BETTER else StudyDirection.MAXIMIZE
     try:
-        return optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(path))),
-            study_name=name,
-            direction="minimize" if metric in LOWER_IS_BETTER else "maximize",
-            load_if_exists=True,
-        )
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        if name is None:
+            return optuna.load_study(study_name=None, storage=storage)
+        return optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
     except Exception as error:  # of many types, on a damaged file
-        raise SweepError(f"{path}: not readable as Optuna's journal: {first_line(error)}") from error
+        raise DataError(f"{path}: not readable as Optuna's journal: {first_line(error)}") from error
 
 
 def run_search(search: Search, launch: Launcher) -> None:
@@ -207,23 +213,24 @@ def _try(search: Search, job: Job, values: dict[str, Any], launch: Launcher) -> 
 
 def write_trials(search: Search) -> None:
     """Writes `search.csv`: a line per trial with its values, its score and the folder of its run."""
-    lines = []
+    rows = []
     for trial in search.trials():
         newest = search.job_of(trial).newest("config.json")
-        values = [trial.params.get(name, "") for name in search.options.search]
-        score = "" if trial.value is None else trial.value
-        lines.append([trial.number, STATE_NAMES[trial.state], *values, score, "" if newest is None else newest.parent])
-    write_csv(search.folder / "search.csv", ["number", "state", *search.options.search, search.metric, "folder"], lines)
+        row = {"number": trial.number, "state": STATE_NAMES[trial.state]}
+        row |= {name: trial.params.get(name, "") for name in search.options.search}
+        row |= {search.metric: trial.value, "folder": None if newest is None else newest.parent}
+        rows.append(row)
+    write_csv(search.folder / "search.csv", rows)
 
 
 def _print_best(search: Search) -> None:
-    ranked = search.best()
-    if not ranked:
+    best_first = ranked(search.trials(), search.metric)
+    if not best_first:
         return
-    best, names = ranked[0], list(search.options.search)
+    best, names = best_first[0], list(search.options.search)
     rows = [
         (f"trial {trial.number}", *(short(trial.params[name]) for name in names), f"{trial.values[0]:.4f}")
-        for trial in ranked[:BEST_SHOWN]
+        for trial in best_first[:BEST_SHOWN]
     ]
     table = terminal_table(("", *names, search.metric), rows, "<" + ">" * (len(names) + 1))
     print(f"\nsearch {search.options.sweep_name}: the best trials\n\n{table}\n")

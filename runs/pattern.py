@@ -1,0 +1,40 @@
+"""What samples lose, as runs, comparisons and the report know it."""
+
+from typing import NamedTuple
+
+from common.messages import quoted
+from common.text import per_cent
+from vilt.datasets.specs import DatasetSpec
+from vilt.missing_types import BOTH
+
+
+class Pattern(NamedTuple):
+    """A missing pattern of a training or an evaluation, without the seed of its table."""
+
+    missing_type: str
+    ratio: float
+    both_ratio: float
+    """0.5 where it has no effect."""
+
+    @classmethod
+    def of(cls, spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> "Pattern":
+        """The one spelling of a pattern, so that equal ones compare equal. Raises ValueError where it is none."""
+        if missing_type not in spec.missing_types:
+            raise ValueError(f"missing_type: expected {' or '.join(spec.missing_types)}, found {quoted(missing_type)}")
+        for share in (ratio, both_ratio):
+            if type(share) not in (float, int) or not 0 <= share <= 1:
+                raise ValueError(f"expected a ratio from 0 to 1, found {quoted(share)}")
+        return cls(missing_type, float(ratio), float(both_ratio) if missing_type == BOTH else 0.5)
+
+    @property
+    def kind(self) -> str:
+        """The missing type, with both_ratio where that is not a half."""
+        return self.missing_type + ("" if self.both_ratio == 0.5 else f" {self.both_ratio:g}")
+
+    @property
+    def title(self) -> str:
+        """As texts have it."""
+        return str(self) if self.ratio else "nothing missing"
+
+    def __str__(self) -> str:
+        return f"{per_cent(self.ratio)} {self.kind}"

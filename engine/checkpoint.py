@@ -51,11 +51,9 @@ class ModelSpec:
 
     task: str
     method: MethodOptions
-    architecture: Any
-    """Sizes of the backbone, as its family describes them."""
+    architecture: Any  # sizes of the backbone, as its family describes them
     head: str = "linear"
-    custom: CustomData | None = None
-    """Classes and metric of a custom dataset (task `custom`)."""
+    custom: CustomData | None = None  # classes and metric of a custom dataset (task `custom`)
 
     @property
     def dataset(self) -> DatasetSpec:
@@ -68,8 +66,7 @@ class ModelSpec:
 class TokenizerUsed:
     """The tokenizer of a training."""
 
-    option: str | None
-    """What the run had as option `tokenizer`; None for the one that comes with the backbone."""
+    option: str | None  # what the run had as option `tokenizer`; None for the one that comes with the backbone
     fingerprint: str
 
 
@@ -82,8 +79,7 @@ class TrainedAt:
     both_ratio: float | int
     seed: int
     drawing: str = NESTED
-    commit: str | None = None
-    """Of the git checkout, with `-dirty` where files were changed; None outside of one."""
+    commit: str | None = None  # of the git checkout, with `-dirty` where files were changed; None outside of one
 
 
 @dataclass(frozen=True)
@@ -97,18 +93,14 @@ class Checkpoint:
     backbone_name: str | None = None
     backbone_sha256: str | None = None
     """None, like the name, for a published checkpoint, which holds the backbone itself."""
-    class_names: tuple[str, ...] = ()
-    """In label order; empty where it does not say them."""
-    resumable: bool = False
-    """Whether it also holds the state of the training, like `last.ckpt`."""
-    tokenizer: TokenizerUsed | None = None
-    """None where it does not say it."""
+    class_names: tuple[str, ...] = ()  # in label order; empty where it does not say them
+    resumable: bool = False  # whether it also holds the state of the training, like `last.ckpt`
+    tokenizer: TokenizerUsed | None = None  # None where it does not say it
     contents: dict[str, str] = field(default_factory=dict)
     """SHA-256 of what it was trained on, see `engine/contents.py`; empty where it does not say it."""
     offset: float | None = None
     """Of the logits, chosen on validation (see `engine/decision.py`); None where it has none."""
-    training: TrainedAt | None = None
-    """None where it does not say it."""
+    training: TrainedAt | None = None  # None where it does not say it
 
     @property
     def published(self) -> bool:

@@ -35,22 +35,18 @@ class BackboneChoice(NamedTuple):
     activation: str | None = None
     tokenizer: str | None = None
     trust: bool = False
-    published_seed: int = 0
-    """Of the run that wrote a published checkpoint."""
+    published_seed: int = 0  # of the run that wrote a published checkpoint
     image_size: int | None = None
     task: str | None = None
     data_root: Path | None = None
-    network: dict[str, Any] | None = None
-    """Sizes that weights are drawn in, where they are not those of the task."""
-    seed: int = 0
-    """Of weights that are drawn."""
+    network: dict[str, Any] | None = None  # sizes that weights are drawn in, where they are not those of the task
+    seed: int = 0  # of weights that are drawn
 
 
 class Family:
     """What the program needs of a kind of backbone."""
 
-    architecture: type[Any]
-    """Dataclass of the sizes, which checkpoints keep."""
+    architecture: type[Any]  # dataclass of the sizes, which checkpoints keep
 
     def build(self, architecture: Any) -> Backbone:
         """A backbone with random weights."""

@@ -40,10 +40,8 @@ class Measure(ABC):
 class Sums(Measure):
     """A figure that follows from sums over samples, so that resamples cost one matrix product."""
 
-    terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-    """(logits, labels) to what each sample adds: (N, K) or (N,)."""
-    value: Callable[..., Tensor]
-    """Number of samples (R,) and the sum of each term, (R, K) or (R,), to the figure (R,)."""
+    terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (logits, labels) to what each sample adds: (N, K) or (N,)
+    value: Callable[..., Tensor]  # number of samples (R,) and the sum of each term, (R, K) or (R,), to the figure (R,)
 
     def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Tensor:
         return self.of_terms(self.terms(logits, labels), counts_RN)

@@ -12,12 +12,9 @@ class NotFinite(NamedTuple):
 
     of_gradient: bool
     step: int
-    what: str
-    """Value of the loss, or the first parameter that the backward pass reached with such a gradient."""
-    batch: int
-    """Number in the epoch of the loss's batch, or of the step's last one."""
-    samples: Tensor
-    """Numbers of the samples of the batch, or of all the step's."""
+    what: str  # value of the loss, or the first parameter that the backward pass reached with such a gradient
+    batch: int  # number in the epoch of the loss's batch, or of the step's last one
+    samples: Tensor  # numbers of the samples of the batch, or of all the step's
 
 
 class FiniteWatch:
@@ -30,10 +27,8 @@ class FiniteWatch:
 
     def __init__(self, allowed: int) -> None:
         self.allowed = allowed
-        self.skipped = 0
-        """Steps with such gradients up to the last look, in all."""
-        self.in_a_row = 0
-        """Of the newest steps up to the last look."""
+        self.skipped = 0  # steps with such gradients up to the last look, in all
+        self.in_a_row = 0  # of the newest steps up to the last look
         self._batches: list[tuple[int, Tensor, Tensor]] = []
         """(number, numbers of samples, loss) of the step that is under way."""
         self._steps: list[tuple[int, list[tuple[int, Tensor, Tensor]], list[str], Tensor]] = []

@@ -26,20 +26,16 @@ NOT_DECAYED = ("bias", "norm.weight")
 class OptimizerSettings:
     """Optimiser and schedule."""
 
-    optim_type: str
-    """One of OPTIMIZERS."""
+    optim_type: str  # one of OPTIMIZERS
     learning_rate: float
-    lr_mult: float
-    """Factor on the learning rate of the head."""
+    lr_mult: float  # factor on the learning rate of the head
     weight_decay: float
-    warmup_steps: float
-    """Optimiser steps, or a share of all steps if below 1."""
+    warmup_steps: float  # optimiser steps, or a share of all steps if below 1
     end_lr: float
     decay_power: float | str
     """Power of the polynomial decay; `cosine` to 0; or by epoch, after no warm-up: `epoch_cosine` to `end_lr`,
     `epoch_step`, a fifth every 300 epochs; or `plateau`, see Plateau."""
-    max_steps: int | None = None
-    """All steps, where that is less than the epochs have."""
+    max_steps: int | None = None  # all steps, where that is less than the epochs have
 
 
 class AdamW(Optimizer):

@@ -48,14 +48,11 @@ SHOWN = 5
 class Prediction:
     """What a model says of one sample."""
 
-    missing: str
-    """`complete`, or the modalities that are missing, as in `text missing`."""
+    missing: str  # `complete`, or the modalities that are missing, as in `text missing`
     labels: tuple[str, ...]
     """The most probable class, or all those above `Predictor.threshold` where a sample can have several."""
-    probabilities: dict[str, float]
-    """Of every class, by its name."""
-    value: float | None = None
-    """Of a model of numbers, which has no classes."""
+    probabilities: dict[str, float]  # of every class, by its name
+    value: float | None = None  # of a model of numbers, which has no classes
 
 
 class Predictor:

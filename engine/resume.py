@@ -32,8 +32,7 @@ TEST_PATTERN = ("missing_ratio.test", "missing_type.test")
 class Progress:
     """What there is of a run; nothing if all is None."""
 
-    finished: Path | None = None
-    """Folder of the run, if nothing is left to do."""
+    finished: Path | None = None  # folder of the run, if nothing is left to do
     checkpoint: Path | None = None
     """From which it resumes otherwise. A run that lacks only the test has one of its last step."""
 

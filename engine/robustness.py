@@ -38,18 +38,15 @@ class Subject:
     checkpoint_sha256: str
     method: str
     exp_name: str
-    train_seed: int | None
-    """None where there is no record of the training (published checkpoints), like the pattern."""
+    train_seed: int | None  # None where there is no record of the training (published checkpoints), like the pattern
     train_pattern: dict[str, Any] | None
     precision: str
     task: Task
     modalities: tuple[str, ...]
     class_names: tuple[str, ...]
     missing_table_root: Path
-    table_name: str
-    """Of the dataset, see `DatasetSpec.table_name`."""
-    offset: float | None = None
-    """Of the checkpoint, see `engine/decision.py`."""
+    table_name: str  # of the dataset, see `DatasetSpec.table_name`
+    offset: float | None = None  # of the checkpoint, see `engine/decision.py`
 
 
 Results = dict[str, Any]

@@ -76,8 +76,7 @@ class Interval(NamedTuple):
 
     low: float
     high: float
-    undefined: int = 0
-    """Resamples that leave the figure undefined, and are left out."""
+    undefined: int = 0  # resamples that leave the figure undefined, and are left out
 
 
 def draw_counts(units_N: np.ndarray, resamples: int) -> Iterator[Tensor]:

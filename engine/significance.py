@@ -27,11 +27,9 @@ class Difference(NamedTuple):
     """A figure of one method minus that of another one, the mean over pairs of models and missing tables."""
 
     value: float
-    low: float
-    """Ends of the bootstrap interval of level LEVEL."""
+    low: float  # ends of the bootstrap interval of level LEVEL
     high: float
-    p: float
-    """Of the permutation test, two-sided, not corrected; NaN where the difference is undefined."""
+    p: float  # of the permutation test, two-sided, not corrected; NaN where the difference is undefined
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

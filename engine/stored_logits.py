@@ -36,14 +36,10 @@ class SplitLogits:
     """A test split with its logits."""
 
     row_of_sample_N: np.ndarray
-    table_rows: int
-    """Rows of the arrow file, which is what missing tables count."""
-    labels: Tensor
-    """(N, C) uint8 for multi-label tasks, else (N,) int64."""
-    logits_TNC: Tensor
-    """float32."""
-    natural: np.ndarray | int = 0
-    """What every row misses by nature, a missing type, int8 (table_rows,)."""
+    table_rows: int  # rows of the arrow file, which is what missing tables count
+    labels: Tensor  # (N, C) uint8 for multi-label tasks, else (N,) int64
+    logits_TNC: Tensor  # float32
+    natural: np.ndarray | int = 0  # what every row misses by nature, a missing type, int8 (table_rows,)
 
     @property
     def units(self) -> int:
@@ -131,15 +127,13 @@ class Origin:
 
     task: str
     checkpoint_sha256: str
-    arrow_file: str
-    """Name of the file with the test split."""
+    arrow_file: str  # name of the file with the test split
     arrow_sha256: str
     precision: str
     tokenizer: str | None
     """The option; None for the one that comes with the weights. Of a published checkpoint, which says none, what
     identifies it."""
-    published_seed: int | None = None
-    """The option, for a published checkpoint, whose dynamic queries follow from it."""
+    published_seed: int | None = None  # the option, for a published checkpoint, whose dynamic queries follow from it
 
 
 TITLES = {
@@ -154,13 +148,10 @@ TITLES = {
 class LogitStore:
     """The file with the logits of one checkpoint."""
 
-    folder: Path
-    """Where it is; made when it is written."""
+    folder: Path  # where it is; made when it is written
     origin: Origin
-    dataset: ArrowDataset
-    """The test split."""
-    configuration: dict[str, Any]
-    """Of the run, for the record."""
+    dataset: ArrowDataset  # the test split
+    configuration: dict[str, Any]  # of the run, for the record
 
     @property
     def path(self) -> Path:

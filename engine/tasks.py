@@ -54,12 +54,9 @@ class Task:
 
     name: str
     n_classes: int
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """(logits (B, C), labels) to the mean loss."""
-    metrics: Metric
-    """(logits (N, C), labels) of a whole split to named values."""
-    monitor: str
-    """The metric that chooses the best model; see `order_of` (common/text.py)."""
+    loss: Callable[[Tensor, Tensor], Tensor]  # (logits (B, C), labels) to the mean loss
+    metrics: Metric  # (logits (N, C), labels) of a whole split to named values
+    monitor: str  # the metric that chooses the best model; see `order_of` (common/text.py)
 
     @property
     def head_name(self) -> str:

@@ -41,14 +41,11 @@ class CommandLine:
     help: bool = False
     updates: dict[str, Any] = field(default_factory=dict)
     """Values of options as they are to be checked; entries of dictionaries are nested."""
-    words: list[str] = field(default_factory=list)
-    """Options, named configs and files as typed, for the runs of a sweep."""
-    given: set[str] = field(default_factory=set)
-    """Names of the options that are set here, itself or in a .json file."""
+    words: list[str] = field(default_factory=list)  # options, named configs and files as typed, for the runs of a sweep
+    given: set[str] = field(default_factory=set)  # names of the options that are set here, itself or in a .json file
     chosen: set[str] = field(default_factory=set)
     """Those of `given` that a user has chosen: of a file, which may have all options, what is not the default."""
-    record: str | None = None
-    """Folder of Sacred's record of the run."""
+    record: str | None = None  # folder of Sacred's record of the run
 
 
 class _Flags(argparse.ArgumentParser):

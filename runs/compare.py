@@ -43,10 +43,8 @@ class Settings:
     table_seeds: tuple[int, ...]
     resamples: int
     permutations: int
-    types: tuple[str, ...] | None = None
-    """Missing types to evaluate at; None for all."""
-    ratios: tuple[float, ...] | None = None
-    """Missing ratios; None for 0, 1, and that of the training."""
+    types: tuple[str, ...] | None = None  # missing types to evaluate at; None for all
+    ratios: tuple[float, ...] | None = None  # missing ratios; None for 0, 1, and that of the training
     both_ratio: float = 0.5
     missing_table_root: Path | None = None
     """Where tables are kept; None for where the first run has them. Others are drawn, and not kept."""
@@ -56,19 +54,14 @@ class Settings:
 class Comparison:
     """Two lines at one pattern."""
 
-    one: int
-    """Places in `Group.labels`."""
+    one: int  # places in `Group.labels`
     other: int
     pattern: Pattern
-    values: tuple[float, float]
-    """The metric of each, the mean over seeds and missing tables."""
-    difference: Difference
-    """Of the first minus the second."""
-    of_seeds: tuple[float, ...]
-    """The difference of each pair of runs."""
+    values: tuple[float, float]  # the metric of each, the mean over seeds and missing tables
+    difference: Difference  # of the first minus the second
+    of_seeds: tuple[float, ...]  # the difference of each pair of runs
     metric: str
-    p_corrected: float = math.nan
-    """By Holm, for the number of comparisons made together."""
+    p_corrected: float = math.nan  # by Holm, for the number of comparisons made together
 
     @property
     def significant(self) -> bool:
@@ -90,8 +83,7 @@ class Group:
     task: Task
     trained_at: Pattern
     lines: list[RunLine[Run]]
-    labels: list[str]
-    """Of the lines: the method, with the options that set it apart."""
+    labels: list[str]  # of the lines: the method, with the options that set it apart
     samples: int
     baselines: dict[str, dict[str, Any]]
     comparisons: list[Comparison]

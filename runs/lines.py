@@ -18,12 +18,9 @@ T = TypeVar("T")
 class RunLine(Generic[T]):
     """Runs, or what stands for them, that differ in their training seed alone."""
 
-    run: Run | None
-    """One of them; None for a checkpoint without a record of its run, which is a line of its own."""
-    items: list[T]
-    """One for each training seed, the lowest first."""
-    repeats: list[T]
-    """Others of these seeds, which do not count."""
+    run: Run | None  # one of them; None for a checkpoint without a record of its run, which is a line of its own
+    items: list[T]  # one for each training seed, the lowest first
+    repeats: list[T]  # others of these seeds, which do not count
 
     @property
     def options(self) -> dict[str, Any]:

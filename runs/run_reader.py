@@ -43,17 +43,12 @@ class Run:
     The properties raise DataError where a file is damaged.
     """
 
-    folder: Path
-    """As the user spelled it."""
+    folder: Path  # as the user spelled it
     config: dict[str, Any]
-    custom: CustomData | None
-    """Of a custom dataset."""
-    started: datetime
-    """When the configuration was written."""
-    contents: dict[str, Any]
-    """Digests of what it read; empty for a run of before they were kept."""
-    earlier: "Run | None" = None
-    """The run that this one was resumed from."""
+    custom: CustomData | None  # of a custom dataset
+    started: datetime  # when the configuration was written
+    contents: dict[str, Any]  # digests of what it read; empty for a run of before they were kept
+    earlier: "Run | None" = None  # the run that this one was resumed from
 
     @property
     def parts(self) -> list["Run"]:

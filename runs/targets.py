@@ -33,16 +33,12 @@ TAKEN_FROM_THE_RUN = ("data_root", "missing_table_root", "tokenizer")
 class Target:
     """One checkpoint to evaluate."""
 
-    options: Options
-    """Those of the evaluation."""
+    options: Options  # those of the evaluation
     subject: Subject
-    run: Run | None
-    """None where there is no record of the training."""
+    run: Run | None  # None where there is no record of the training
     store: LogitStore
-    encoded: bool
-    """Whether the logits are stored."""
-    patterns: list[list[MissingPattern]]
-    """The cells of the matrix: of each, its pattern with every table seed."""
+    encoded: bool  # whether the logits are stored
+    patterns: list[list[MissingPattern]]  # the cells of the matrix: of each, its pattern with every table seed
 
 
 def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:

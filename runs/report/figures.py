@@ -58,13 +58,10 @@ class Figure:
 
     name: str
     title: str
-    caption: str
-    """Also what stands for the figure for those who cannot see it; its numbers are in tables."""
+    caption: str  # also what stands for the figure for those who cannot see it; its numbers are in tables
     legend: Mapping[str, Look]
-    panels: list[Markup]
-    """SVG elements to stand in an HTML page, which stack on a narrow screen."""
-    svg: str
-    """A file with all panels, like the PNG."""
+    panels: list[Markup]  # SVG elements to stand in an HTML page, which stack on a narrow screen
+    svg: str  # a file with all panels, like the PNG
     png: bytes
 
 

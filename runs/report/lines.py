@@ -35,10 +35,8 @@ ABLATION = {(0, 0): "baseline", (1, 0): "baseline + FAR", (0, 1): "baseline + FM
 class Line:
     """Runs of one method, configuration and training pattern, one per seed, lowest seed first."""
 
-    variant: str
-    """The method, with the options that set it apart from others of that method in the same report."""
-    label: str
-    """The variant, with the pattern where that differs within the dataset."""
+    variant: str  # the method, with the options that set it apart from others of that method in the same report
+    label: str  # the variant, with the pattern where that differs within the dataset
     runs: list[ReportRun]
 
     @property

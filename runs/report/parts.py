@@ -34,8 +34,7 @@ class Part:
 
     title: str
     shown: list[Figure | Table | SampleGrid] = field(default_factory=list)
-    folded: dict[str, Figure | Table] = field(default_factory=dict)
-    """By what is shown of them while they are."""
+    folded: dict[str, Figure | Table] = field(default_factory=dict)  # by what is shown of them while they are
     notes: list[Note] = field(default_factory=list)
 
 

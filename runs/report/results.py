@@ -35,8 +35,7 @@ class Robustness:
 
     raw: dict[str, Any]
     cells: dict[Pattern, dict[str, Any]]
-    logits: pa.Table | None
-    """logits.arrow, None where it is not there."""
+    logits: pa.Table | None  # logits.arrow, None where it is not there
 
     @property
     def samples(self) -> int:
@@ -48,10 +47,8 @@ class Robustness:
 class ReportRun:
     """A run of the report."""
 
-    tag: str
-    """Short name, used throughout the report."""
-    place: str
-    """NAME/version_N, without the folders above."""
+    tag: str  # short name, used throughout the report
+    place: str  # NAME/version_N, without the folders above
     run: Run
     robustness: Robustness | None
     environment: dict[str, Any] | None

@@ -28,12 +28,10 @@ JPEG_QUALITY = 82
 class SampleGrid:
     """The samples of one run that change the most."""
 
-    table: Table
-    """A row per sample."""
+    table: Table  # A row per sample
     pictures: dict[str, bytes | None]
     """Of the samples: JPEG files by path in the report's folder; None where there is no image to be shown."""
-    note: str | None
-    """What is missing of pictures and texts, and why."""
+    note: str | None  # what is missing of pictures and texts, and why
 
 
 def sample_grid(run: ReportRun, robustness: Robustness, line: str) -> SampleGrid:

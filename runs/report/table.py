@@ -15,12 +15,10 @@ class Cell:
     """A value as it is shown and as CSV has it."""
 
     text: str
-    csv: dict[str, str | float | None]
-    """Value by what is added to the column's name; None where there is no value."""
+    csv: dict[str, str | float | None]  # value by what is added to the column's name; None where there is no value
     is_number: bool = True
     strong: bool = False
-    shade: float | None = None
-    """From 0 to 1, how dark the cell is."""
+    shade: float | None = None  # from 0 to 1, how dark the cell is
 
     @property
     def absent(self) -> bool:
@@ -77,10 +75,8 @@ class Table:
     name: str
     caption: str
     rows: Sequence[Mapping[str, Value]]
-    titles: dict[str, str] = field(default_factory=dict)
-    """Of columns whose title does not follow from the name."""
-    long: Sequence[Mapping[str, Value]] | None = None
-    """The same in long form, for CSV."""
+    titles: dict[str, str] = field(default_factory=dict)  # of columns whose title does not follow from the name
+    long: Sequence[Mapping[str, Value]] | None = None  # the same in long form, for CSV
 
     @property
     def columns(self) -> dict[str, str]:

@@ -7,11 +7,14 @@ makes the weights from a tag and a checkpoint name.
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -72,9 +75,28 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-def load_weights_module(folder: Path) -> ModuleType:
-    """`weights.py` of a golden folder, imported by path."""
-    spec = importlib.util.spec_from_file_location("golden_weights", folder / "weights.py")
+def assert_gradients(
+    found: Mapping[str, Tensor | None], meta: Mapping[str, Any], tolerance: float = 1e-3, floor: float = 0.0
+) -> None:
+    """Norms and first four values of the gradients are those that `meta` has.
+
+    Args:
+        floor: what is nothing but rounding, of gradients that are 0.
+    """
+    for name, norm in meta["grad_norm"].items():
+        gradient, head = found[name], torch.tensor(meta["grad_head"][name])
+        if gradient is None:
+            assert norm <= floor, name
+            continue
+        assert float(gradient.norm()) == pytest.approx(norm, rel=tolerance, abs=floor), name
+        assert (
+            float((gradient.flatten()[:4] - head).norm()) <= tolerance * max(float(head.norm()), 1e-3 * norm) + floor
+        ), name
+
+
+def load_module(path: Path) -> ModuleType:
+    """A script of a golden folder, imported by path."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -105,7 +127,7 @@ def load_golden(path: Path) -> Golden:
     classes = arrays["logits"].shape[1]
     options = MethodOptions(path.name.partition("_")[0], meta["memory_length"], meta["memory_depth"])
     arch = architecture(*(meta[name] for name in ("vision_layers", "text_layers", "resolution")))
-    weights = load_weights_module(path.parent)
+    weights = load_module(path.parent / "weights.py")
     state = {
         name: torch.from_numpy(np.asarray(weights.parameter(tag, name, shape)))
         for name, shape in shapes(task, options, arch).items()

@@ -4,7 +4,6 @@ They lie in `tests/data/golden_as`, or in the folder the environment variable GO
 lists of names come from the former.
 """
 
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -19,20 +18,13 @@ from torch import Tensor, nn
 from sensors.backbone import SensorBackbone, build
 from sensors.focal import projector
 from sensors.sizes import DEEPSENSE, SWT, SensorSizes
+from tests import golden
 
 HERE = Path(__file__).parent / "data" / "golden_as"
 GOLDEN_AS_DIR = Path(os.environ.get("GOLDEN_AS_DIR") or HERE)
 
 
-def _inputs() -> Any:
-    spec = importlib.util.spec_from_file_location("golden_as_inputs", HERE / "inputs.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-INPUTS = _inputs()
+INPUTS: Any = golden.load_module(HERE / "inputs.py")
 
 
 @dataclass(frozen=True)
@@ -97,14 +89,14 @@ def sizes_of(meta: Mapping[str, Any]) -> SensorSizes:
     return SensorSizes(DEEPSENSE, *common, meta["conv_width"], 2 * meta["recurrent_width"], meta["emb_dim"], **own)
 
 
-def backbone_of(golden: Golden) -> SensorBackbone:
+def backbone_of(file: Golden) -> SensorBackbone:
     """With the file's weights, in evaluation mode."""
-    backbone = build(golden.sizes)
-    golden.fill(backbone)
+    backbone = build(file.sizes)
+    file.fill(backbone)
     return backbone.eval()
 
 
-def projectors_of(golden: Golden, backbone: SensorBackbone) -> nn.ModuleDict:
-    heads = nn.ModuleDict({name: projector(backbone.embed_dim, golden.meta["emb_dim"]) for name in golden.names})
-    golden.fill(heads, "mod_projectors.")
+def projectors_of(file: Golden, backbone: SensorBackbone) -> nn.ModuleDict:
+    heads = nn.ModuleDict({name: projector(backbone.embed_dim, file.meta["emb_dim"]) for name in file.names})
+    file.fill(heads, "mod_projectors.")
     return heads

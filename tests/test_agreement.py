@@ -217,25 +217,7 @@ def test_the_data_that_a_file_names_is_evaluated(workspace: Workspace, coop: Pat
     assert str(tmp_path / "nowhere") in error_of(capsys)
 
 
-def test_a_model_option_in_a_file_may_not_contradict(
-    workspace: Workspace, coop: Path, tmp_path: Path, capsys: Any
-) -> None:
-    given = options_file(tmp_path, prompt_type="dcp")
-    assert command_line(evaluation(workspace, tmp_path, f"load_path={coop / 'best.ckpt'}", given)) == 2
-    assert "prompt_type: dcp contradicts the checkpoint" in error_of(capsys)
-
-
 def test_the_config_of_a_run_starts_it_again(coop: Path, tmp_path: Path) -> None:
     """It has the options of sweeps too, which are refused where someone writes them."""
     assert command_line(["run.py", "with", str(coop / "config.json"), f"log_dir={tmp_path}"]) == 0
     assert (tmp_path / "agree_seed0" / "version_0" / "best.ckpt").is_file()
-
-
-def test_a_seed_in_a_file(workspace: Workspace, tmp_path: Path, capsys: Any) -> None:
-    given = options_file(tmp_path, seed=None)
-    assert command_line(workspace.command(given)) == 2
-    assert f"{given}: seed: expected an integer of at least 0, found None" in error_of(capsys)
-    (tmp_path / "options.json").write_text("{")
-    assert command_line(workspace.command(given)) == 2
-    message = error_of(capsys)
-    assert f"{given}: not readable as JSON" in message and "expected options as JSON" in message

@@ -17,7 +17,7 @@ from PIL import Image
 
 from common.arrow_file import open_table
 from common.errors import DataError
-from tests.data_files import CLIP_DATASETS, Tokenizer, as_npy, assert_equal, file_of, films, genres, memes, png, write
+from tests.data_files import CLIP_DATASETS, Tokenizer, as_npy, assert_equal, films, genres, memes, png, write
 from vilt.datasets import kinds
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.kinds import TextKind, decode_image
@@ -313,48 +313,13 @@ def test_a_missing_file_says_how_to_make_it(tmp_path):
     assert all(fact in str(raised.value) for fact in facts)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"ARROW1",
-        b"id,label\n1,0\n" * 100,
-        file_of(memes())[:-1],
-        file_of(memes())[: len(file_of(memes())) // 2],
-        None,
-    ],
-    ids=["empty", "only the start", "a CSV file", "a byte short", "half of it", "folder"],
-)
-def test_what_is_not_an_intact_arrow_file_is_refused(tmp_path, content):
-    path = tmp_path / ARROW
-    path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(DataError, match=f"^{path}: not readable as an arrow file: "):
-        open_memes(tmp_path)
-
-
-@pytest.mark.parametrize(("column", "old", "new"), [("text", b"meme 1", b"meme \xff"), ("image", None, None)])
-def test_a_damaged_column_is_refused(tmp_path, column, old, new):
-    content = file_of(memes())
-    if old is None:  # the offsets of the images point far behind the end of the file
-        ends = np.cumsum([len(png(row)) for row in range(3)]).astype("<i4")
-        old, new = ends.tobytes(), np.array([*ends[:2], 2_000_000_000], dtype="<i4").tobytes()
-    assert content.count(old) == 1
-    (tmp_path / ARROW).write_bytes(content.replace(old, new))
-    with pytest.raises(DataError, match=rf"hatememes_train\.arrow: column {column}: damaged"):
-        open_memes(tmp_path)
-
-
 def truncated_jpeg() -> bytes:
     out = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(out, "JPEG")
     return out.getvalue()[:-500]
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"<html>not found</html>", png(1)[:40], png(1)[:-60], truncated_jpeg(), png(1).replace(b"IDAT", b"IDAX")],
-    ids=["empty", "a web page", "cut in its header", "cut PNG", "cut JPEG", "damaged PNG"],
-)
+@pytest.mark.parametrize("data", [b"<html>", png(1)[:-60], truncated_jpeg()], ids=["a web page", "PNG", "JPEG"])
 def test_an_undecodable_image_is_an_error_that_names_file_and_row(tmp_path, data):
     dataset = open_memes(tmp_path, memes(3, {2: data}))
     assert dataset[0, 1].inputs["image"] is not None
@@ -424,16 +389,7 @@ def test_other_texts_or_another_tokenizer_have_their_own_cache(tmp_path):
     assert [path.name.partition("_tokens_")[0] for path in caches(tmp_path)[-2:]] == ["mmimdb_dev", "mmimdb_train"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x93NUMPY\x01\x00\x04\x00((((((",
-        as_npy(np.zeros((3, 77), np.int32))[:-4],
-        as_npy(np.zeros((2, 77), np.int32)),
-    ],
-    ids=["empty", "bad header", "truncated", "a row short"],
-)
+@pytest.mark.parametrize("content", [b"", as_npy(np.zeros((2, 77), np.int32))], ids=["empty", "a row short"])
 def test_a_damaged_cache_is_made_again(tmp_path, caplog, content):
     open_memes(tmp_path, memes()).tokenize(Tokenizer(), "f")
     (cache,) = caches(tmp_path)

@@ -1,8 +1,5 @@
 """Batches, their order, their division among processes, and resuming after an interruption."""
 
-import random
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +11,7 @@ import torch
 
 from common.errors import ConfigError, DataError
 from tests.data_files import assert_equal, memes, types_of, write
-from vilt.datamodules import Batch, DataSettings, EpochSampler, MissingModalityData, TimedLoader, collate
+from vilt.datamodules import DataSettings, EpochSampler, MissingModalityData, collate
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.kinds import InputFormat, kinds_of
 from vilt.datasets.specs import DATASETS, SPLITS, Split
@@ -73,70 +70,23 @@ def sample(number: int, missing_type: int, label: Any = 1) -> Sample:
     )
 
 
-def images(*numbers: int) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-
-
-def rows(*numbers: int) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int64)
-
-
 MEME_KINDS = kinds_of(DATASETS["hatememes"])
-NOBODYS_IMAGES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-NOBODYS_TOKENS = torch.empty(0, 0, dtype=torch.int64)
 
 
-@pytest.mark.parametrize(
-    ("samples", "expected"),
-    [
-        (
-            [sample(5, 2, 0), sample(6, 0, 1), sample(7, 1, 1), sample(8, 0, 0)],
-            Batch(
-                inputs={"image": images(6, 7, 8), "text": torch.tensor([[5, 6, 0], [6, 7, 0], [8, 9, 0]])},
-                rows={"image": rows(1, 2, 3), "text": rows(0, 1, 3)},
-                present_BM=torch.tensor([[False, True], [True, True], [True, False], [True, True]]),
-                types=(0, 1, 2),
-                lengths={"text": 2},
-                length_b={},
-                source_of_B={},
-                label=rows(0, 1, 1, 0),
-                index_B=rows(5, 6, 7, 8),
-            ),
-        ),
-        (
-            [sample(3, 2, [0, 1, 1]), sample(4, 2, [1, 0, 0])],
-            Batch(
-                inputs={"image": NOBODYS_IMAGES, "text": torch.tensor([[3, 4, 0], [4, 5, 0]])},
-                rows={"image": rows(), "text": rows(0, 1)},
-                present_BM=torch.tensor([[False, True], [False, True]]),
-                types=(2,),
-                lengths={"text": 2},
-                length_b={},
-                source_of_B={},
-                label=torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.uint8),
-                index_B=rows(3, 4),
-            ),
-        ),
-        (
-            [sample(9, 1)],
-            Batch(
-                inputs={"image": images(9), "text": NOBODYS_TOKENS},
-                rows={"image": rows(0), "text": rows()},
-                present_BM=torch.tensor([[True, False]]),
-                types=(1,),
-                lengths={},
-                length_b={},
-                source_of_B={},
-                label=rows(1),
-                index_B=rows(9),
-            ),
-        ),
-    ],
-    ids=["all types", "no image", "no text"],
-)
-def test_batches_leave_out_what_is_missing(samples, expected):
-    assert_equal(collate(MEME_KINDS, samples), expected)
-    assert_equal(collate(MEME_KINDS, samples, once=True), expected)
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("types", [[2, 0, 1, 0], [2, 2], [1]], ids=["all types", "no image", "no text"])
+def test_batches_leave_out_what_is_missing(types, once):
+    samples = [sample(5 + row, kind, [0, row, 1]) for row, kind in enumerate(types)]
+    batch = collate(MEME_KINDS, samples, once=once)
+    for name, lost in (("image", 2), ("text", 1)):
+        rows = [row for row, kind in enumerate(types) if kind != lost]
+        empty = torch.empty(0, 3, 0, 0, dtype=torch.uint8) if name == "image" else torch.empty(0, 0, dtype=torch.int64)
+        inputs = torch.stack([samples[row].inputs[name] for row in rows]) if rows else empty
+        assert_equal([batch.rows[name], batch.inputs[name]], [torch.tensor(rows, dtype=torch.int64), inputs])
+    assert types_of(batch) == types and batch.types == tuple(sorted(set(types)))
+    assert batch.lengths == ({"text": 2} if types != [1] else {}) and not batch.source_of_B and not batch.length_b
+    assert_equal(batch.label, torch.tensor([[0, row, 1] for row in range(len(types))], dtype=torch.uint8))
+    assert batch.index_B.tolist() == list(range(5, 5 + len(types)))
 
 
 def test_a_shared_image_is_there_once_in_evaluation():
@@ -144,9 +94,9 @@ def test_a_shared_image_is_there_once_in_evaluation():
     samples = [first, second, third._replace(inputs={"image": first.inputs["image"]}), fourth]
     apart = collate(MEME_KINDS, samples)
     once = apart._replace(
-        inputs={**apart.inputs, "image": images(5, 8)},
-        rows={**apart.rows, "image": rows(0, 3)},
-        source_of_B={"image": rows(0, 1, 0, 3)},
+        inputs={**apart.inputs, "image": torch.stack([first.inputs["image"], fourth.inputs["image"]])},
+        rows={**apart.rows, "image": torch.tensor([0, 3])},
+        source_of_B={"image": torch.tensor([0, 1, 0, 3])},
     )
     assert_equal(collate(MEME_KINDS, samples, once=True), once)
 
@@ -185,23 +135,6 @@ def test_evaluation_goes_in_the_order_given_and_processes_take_turns():
     assert parts == [[4, 3, 2], [0, 1]]
 
 
-def test_timed_loader_counts_the_waiting_and_gives_every_batch():
-    class Slow(torch.utils.data.Dataset[int]):
-        def __len__(self) -> int:
-            return 4
-
-        def __getitem__(self, index: int) -> int:
-            time.sleep(0.02)
-            return index
-
-    loader = TimedLoader(Slow(), batch_size=2)
-    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
-    assert loader.waited >= 0.08
-    loader.waited = 0.0
-    assert len(list(loader)) == 2
-    assert loader.waited >= 0.08
-
-
 @pytest.mark.parametrize(("samples", "world"), SIZES)
 def test_training_gives_all_processes_as_many_samples_and_leaves_none_out(samples, world):
     parts = shares(samples, world, seed=4, epoch=2)
@@ -216,17 +149,6 @@ def test_the_order_is_the_same_for_any_number_of_processes():
     (alone,) = shares(48, 1, seed=9, epoch=5)
     for world in (2, 3, 4, 6):
         assert [index for turn in zip(*shares(48, world, 9, 5), strict=True) for index in turn] == alone
-
-
-def test_the_order_follows_from_seed_and_epoch_alone():
-    orders = {(seed, epoch): tuple(shares(50, 1, seed, epoch)[0]) for seed in (0, 1, 2) for epoch in range(4)}
-    assert len(set(orders.values())) == 12, "epochs and seeds differ"
-    assert tuple(range(50)) not in orders.values()
-    torch.manual_seed(99)
-    random.seed(99)
-    state = torch.get_rng_state()
-    assert {key: tuple(shares(50, 1, *key)[0]) for key in reversed(orders)} == orders
-    assert torch.equal(torch.get_rng_state(), state), "the global state is not moved"
 
 
 def test_the_order_is_the_one_that_was_written_down():
@@ -296,17 +218,6 @@ def test_batches_are_the_samples_in_order(folder):
         assert_equal(batch, collate(MEME_KINDS, [dataset[0, index] for index in batch.index_B.tolist()]))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_sample_stops_the_loader_and_is_named(folder, workers):
-    write_memes(folder, "test", 6, {4: b"broken"})
-    nothing = {split: MissingPattern("both", 0.0, 0.5, 0) for split in SPLITS}
-    batches = iter(open_data(settings_in(folder, num_workers=workers, patterns=nothing), "test").test_dataloader())
-    assert next(batches).index_B.tolist() == [0, 1]
-    assert next(batches).index_B.tolist() == [2, 3]
-    with pytest.raises(DataError, match=r"hatememes_test\.arrow: row 4: the image cannot be decoded"):
-        next(batches)
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
 def test_all_processes_together_evaluate_each_sample_once_and_train_equally_long(folder, world):
     data = open_data(settings_in(folder), *SPLITS)
@@ -343,20 +254,3 @@ def test_a_run_whose_order_is_another_one_is_not_resumed(folder, changes, rows_n
     before.trainer = now.trainer = Processes(0, 1)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=f"resume_from: .*{found}"):
         now.load_state_dict({"epoch": 0, "batches": 2, **before._order()})
-
-
-def test_films_with_several_plots_are_counted_as_samples_and_described_by_row(tmp_path):
-    shutil.copy(Path(__file__).parent / "data" / "golden" / "arrow" / "mmimdb_train.arrow", tmp_path)
-
-    def lengths(texts: Sequence[str]) -> np.ndarray:
-        return np.array([[len(text)] * 77 for text in texts])
-
-    settings = settings_in(tmp_path, dataset="mmimdb", per_gpu_batchsize=8)
-    data = MissingModalityData(settings, ("train",), InputFormat(SIZE, lengths, "lengths"))
-    assert data.describe() == "  train        5 samples of 4 rows (2 complete, 1 text missing, 1 image missing)"
-    (batch,) = data.train_dataloader()
-    assert sorted(batch.index_B.tolist()) == [0, 1, 2, 3, 4]
-    assert batch.label.shape == (5, 23)
-    table = data.datasets["train"].missing_table
-    row_of = {0: 0, 1: 0, 2: 1, 3: 2, 4: 3}
-    assert types_of(batch) == [table[row_of[index]] for index in batch.index_B.tolist()]

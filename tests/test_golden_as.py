@@ -20,7 +20,7 @@ from sensors.backbone import build, read_by_nothing
 from sensors.focal import FocalSettings, focal_losses, focal_parts
 from sensors.swt import SwtTower
 from tests import golden_as
-from tests.golden import relative_error
+from tests.golden import assert_gradients, relative_error
 from tests.golden_as import INPUTS, Golden
 from vilt.utils import write_mod
 
@@ -42,14 +42,9 @@ def gradients_agree(golden: Golden, modules: dict[str, nn.Module]) -> None:
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }
-    expected = golden.meta["grad_norm"]
-    assert set(found) == set(expected)
-    largest = max(expected.values())
-    for name, norm in expected.items():
-        # Those of biases before a BatchNorm are 0 but for rounding.
-        assert float(found[name].norm()) == pytest.approx(norm, rel=GRADIENT, abs=1e-6 * largest), name
-        head, known = found[name].flatten()[:4], torch.tensor(golden.meta["grad_head"][name])
-        assert float((head - known).norm()) < GRADIENT * float(known.norm()) + 1e-6 * largest, name
+    norms = golden.meta["grad_norm"]
+    assert set(found) == set(norms)
+    assert_gradients(found, golden.meta, floor=1e-6 * max(norms.values()))  # of biases before a BatchNorm
 
 
 def test_files_are_there() -> None:

@@ -45,7 +45,7 @@ class Samples:
         self.meta, self.order = meta, order
         self.sampler = self  # where Lightning says which epoch it is
         self.set_epoch(0)
-        weights = golden.load_weights_module(golden.GOLDEN_DIR)
+        weights = golden.load_module(golden.GOLDEN_DIR / "weights.py")
         task = TASKS[meta["task"]]
         inputs = weights.inputs(meta["tag"], meta["missing_type"], meta["resolution"], task.name, task.n_classes)
         self.tokens, self.images, self.labels = map(torch.from_numpy, inputs)
@@ -98,7 +98,7 @@ def test_a_training_equals_the_published_one(path: Path, monkeypatch: pytest.Mon
     task = TASKS[meta["task"]]
     options = MethodOptions(meta["method"], meta["memory_length"], meta["memory_depth"])
     shapes = golden.shapes(task.name, options, golden.architecture(meta["layers"], meta["layers"], meta["resolution"]))
-    weights = golden.load_weights_module(golden.GOLDEN_DIR)
+    weights = golden.load_module(golden.GOLDEN_DIR / "weights.py")
     state = {
         name: torch.from_numpy(np.asarray(weights.parameter(meta["tag"], name, shape))).double()
         for name, shape in shapes.items()

@@ -175,21 +175,6 @@ def test_a_configuration_that_names_code_on_the_hub_is_read_without_it(clip: Pat
 # Missing tables
 
 
-@pytest.mark.parametrize(
-    ("ratio", "names"),
-    [(1, ("both_10", "both_1")), (1.0, ("both_10", "both_1")), (0, ("both_00", "both_0")), (0.7, ("both_07",))],
-)
-def test_published_tables_of_a_whole_ratio_have_either_name(
-    ratio: float, names: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    pattern = MissingPattern("both", ratio, 0.5, 0)
-    for number, name in reversed(list(enumerate(names))):  # the first name, made last, has precedence
-        torch.save(torch.full((4,), float(number + 1)), tmp_path / f"mmimdb_test_missing_{name}.pt")
-        with caplog.at_level("INFO"):
-            assert load_missing_table(tmp_path, "mmimdb", "test", pattern, 4).tolist() == [number + 1] * 4
-        assert f"mmimdb_test_missing_{name}.pt" in caplog.text
-
-
 # Resuming a damaged training
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from common.errors import DataError
-from tests.data_files import CLIP_DATASETS, FORK, as_npy, assert_equal, at_once, write
+from tests.data_files import FORK, as_npy, assert_equal, at_once, write
 from tests.data_files import memes as memes_table
 from tests.data_files import png as png_of
 from vilt import image_cache
 from vilt.datasets import kinds
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import decode_image
-from vilt.datasets.specs import DATASETS, SPLITS
+from vilt.datasets.specs import DATASETS
 from vilt.image_cache import open_image_cache
 
 SIZE = 8
@@ -72,24 +72,6 @@ def refuse(*_: Any) -> Any:
 # ---- what is kept
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", CLIP_DATASETS)
-def test_samples_are_the_same_with_and_without_the_cache(golden_arrow, name, split):
-    plain, cached = (ArrowDataset(DATASETS[name], golden_arrow, split, 24) for _ in range(2))
-    cached.cache_images(0)
-    for dataset in (plain, cached):
-        dataset.tokenize(lambda texts: np.array([[len(text)] * 77 for text in texts]), "lengths")
-    for missing_type in range(3):
-        plain.missing_table[:] = cached.missing_table[:] = missing_type
-        for index in range(len(plain)):
-            assert_equal(cached[0, index], plain[0, index])
-    plain.missing_table[:] = cached.missing_table[:] = 0
-    plain.simulate_seed = cached.simulate_seed = 3
-    for epoch in range(3):
-        for index in range(len(plain)):
-            assert_equal(cached[epoch, index], plain[epoch, index])
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(memes, monkeypatch, workers):
     dataset = open_memes(memes)
@@ -119,15 +101,6 @@ def test_the_cache_is_made_once_and_found_again(memes, monkeypatch, caplog):
     assert dataset[0, 3].inputs["image"] is not None
     assert cache_in(memes) == cache
     assert (cache.stat().st_ino, cache.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
-
-
-def test_the_log_says_how_large_it_is(memes, caplog, capsys):
-    with caplog.at_level(logging.INFO):
-        open_memes(memes).cache_images(0)
-    first, last = caplog.messages
-    assert all(fact in first for fact in (str(cache_in(memes)), "7 images", "1.3 kB"))
-    assert last.startswith(f"{cache_in(memes)}: made in ")
-    assert capsys.readouterr().err == "", "no progress bar where there is no terminal"
 
 
 # ---- stale and damaged caches

@@ -251,25 +251,6 @@ def test_images_that_the_published_code_sees_otherwise_are_counted(films: Case) 
         assert re.search(rf"images {change}.*published code differs\): {counts}, test 0", films.stdout), films.stdout
 
 
-@pytest.mark.parametrize(
-    ("mode", "kind"), [("LA", "PNG"), ("P", "PNG"), ("I;16", "PNG"), ("CMYK", "JPEG"), ("P", "GIF"), ("RGB", "BMP")]
-)
-def test_images_of_all_modes_are_kept_as_they_are(films: Case, mode: str, kind: str) -> None:
-    out = io.BytesIO()
-    Image.new(mode, (20, 16)).save(out, kind)
-    films.write(POSTER, out.getvalue())
-    assert films.run() == 0
-    assert films.table("dev")["image"][0].as_py() == out.getvalue()
-
-
-def test_a_title_that_begins_with_a_quote_swallows_no_other(dishes: Case) -> None:
-    names = [name for names in json.loads((dishes.raw / "split.json").read_text()).values() for name in names]
-    lines = [f'{name},"Title {n},{write_food101.class_of(name)}' for n, name in enumerate(names)]
-    write_titles(dishes, "\n".join(lines).encode())
-    assert dishes.run() == 0 and "left out" not in dishes.stdout
-    assert sum(dishes.table(split).num_rows for split in ("train", "val", "test")) == len(names)
-
-
 NFD = functools.partial(unicodedata.normalize, "NFD")
 
 
@@ -307,14 +288,6 @@ def test_two_files_that_a_name_can_mean_are_none(films: Case) -> None:
     assert films.run() == 0
     shutil.copy(films.raw / "images/0000013.jpeg", films.raw / "images/0000012.Jpeg")
     films.check_bad("missing file", file=POSTER)
-
-
-def test_integers_written_as_floats(memes: Case) -> None:
-    memes.edit_line("data/dev.jsonl", 2, meme(label=1.0, id=10005.0))
-    assert memes.run() == 0
-    assert memes.table("dev")["label"].to_pylist() == [row["label"] for row in published("hatememes_dev.arrow")]
-    memes.edit_line("data/dev.jsonl", 1, meme(id=10005))
-    assert "dev.jsonl: the id 10005 is listed twice, in rows 1 and 2" in memes.refused(lines=1)
 
 
 # ---- missing by nature
@@ -500,12 +473,6 @@ def test_a_split_with_no_sample_left_is_an_error_even_with_skip_bad(films: Case)
     assert "no sample is left for mmimdb_dev.arrow: 2 are bad" in said and POSTER in said
 
 
-def test_a_file_too_large_is_not_read_to_its_end(films: Case) -> None:
-    with (films.raw / POSTER).open("wb") as opened:
-        opened.truncate(2**40)  # a hole: takes no space
-    films.check_bad("unreadable file", file=POSTER)
-
-
 # ---- top-level files
 
 
@@ -523,11 +490,6 @@ def test_a_missing_top_level_file_shows_the_layout(case: MakeCase, dataset: str,
     said = made.refused()
     assert MODULES[dataset].LAYOUT.rstrip() in said
     assert ("titles.csv" if name == "text.json" else Path(name).name) in said.splitlines()[0]
-
-
-def test_a_missing_raw_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_arrow.main(["--dataset", "mmimdb", "--root", str(tmp_path / "nowhere")]) == 2
-    assert f"the raw folder {tmp_path / 'nowhere'} does not exist" in capsys.readouterr().err
 
 
 def test_data_md_shows_the_layouts_that_the_errors_show() -> None:

@@ -382,11 +382,3 @@ def test_a_published_table_that_does_not_fit_is_an_error(tmp_path, monkeypatch, 
         load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10)
     assert str(raised.value).startswith(f"{path}: ")
     assert list(tmp_path.iterdir()) == [path], "nothing of the file is executed, nothing drawn in its place"
-
-
-@pytest.mark.parametrize("keep", [0, 1, 100, -20])
-def test_a_damaged_published_table_is_an_error(tmp_path, keep):
-    path = published(tmp_path, "mmimdb_train_missing_both_07.pt", torch.zeros(10))
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DataError, match=r"both_07\.pt: not readable as a published missing table"):
-        load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10)

@@ -143,7 +143,7 @@ def test_validation_alone_chooses_where_several_labels_are_decided(
         load_model(tmp_path / "other.ckpt")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed", 32, "32-true", 16])
+@pytest.mark.parametrize("precision", ["bf16-mixed", 32, 16])
 def test_precisions_are_named_like_the_option(
     trained: Path, model: Predictor, films: Films, precision: str | int
 ) -> None:
@@ -201,8 +201,7 @@ def write_table(folder: Path, films: Films, suffix: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("output", ["csv", "jsonl"])
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize(("suffix", "output"), [(".csv", "csv"), (".tsv", "jsonl"), (".jsonl", "csv")])
 def test_a_table_of_samples(
     trained: Path, model: Predictor, films: Films, tmp_path: Path, capsys: Captured, suffix: str, output: str
 ) -> None:
@@ -257,28 +256,7 @@ def test_samples_are_read_by_workers(model: Predictor, films: Films, tmp_path: P
     assert list(model.predict_items(items, batch_size=4, workers=2)) == alone
 
 
-def test_without_an_id_the_row_is_the_id(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "in.csv").write_text("text\nA ghost story.\n\nTwo friends rob a train.\n")
-    assert [item.id for item in read_items(tmp_path / "in.csv", FILMS)] == ["2", "4"]
-
-
 # Classes
-
-
-@pytest.mark.parametrize(
-    ("mode", "kind"), [("CMYK", "JPEG"), ("I;16", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("L", "BMP")]
-)
-def test_images_of_all_modes(model: Predictor, tmp_path: Path, mode: str, kind: str) -> None:
-    path = tmp_path / "image"
-    Image.new(mode, (40, 50)).save(path, kind)
-    assert model.predict(images=[path])[0].missing == "text missing"
-    assert model.predict(images=[Image.new(mode, (40, 50))])[0].missing == "text missing"
-
-
-def test_a_very_long_text_and_one_of_odd_characters(model: Predictor) -> None:
-    texts = ["word " * 400_000, "a\0b \ud83d\ude00 <|endoftext|> &amp;amp;", "\u202e"]
-    found = model.predict(texts=[text.encode("utf-8", "replace").decode() for text in texts])
-    assert all(0 < value < 1 for one in found for value in one.probabilities.values())
 
 
 def test_a_single_label_model_names_one_class(workspace: Workspace, golden_arrow: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def in_a_step(change: str) -> str:
     ("change", "ranks", "status", "said"),
     [
         (in_a_step(SPOIL), (1,), 2, "loss became nan at step 2 (epoch 0, batch 4); samples: "),
-        (BAD_IMAGE, (0, 1), 2, "the image cannot be decoded: made up"),
+        (BAD_IMAGE, (1,), 2, "the image cannot be decoded: made up"),
         (in_a_step("raise ZeroDivisionError"), (1,), 1, "internal error: ZeroDivisionError"),
         (in_a_step("os.kill(os.getpid(), signal.SIGKILL)"), (1,), 2, "was killed by SIGKILL"),
     ],

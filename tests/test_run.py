@@ -98,16 +98,6 @@ def test_learning_rate_warms_up_and_decays(fitted: Path) -> None:
     assert rates == pytest.approx([0.01 * rate for rate in expected])
 
 
-def test_checkpoints_hold_what_is_trained_and_not_the_backbone(workspace: Workspace, fitted: Path) -> None:
-    best, last = load(fitted / "best.ckpt"), load(fitted / "last.ckpt")
-    assert "optimizer_states" in last and "optimizer_states" not in best
-    for checkpoint in (best, last):
-        names = checkpoint["state_dict"]
-        assert {"mmimdb_classifier.weight", "model.memory_learner.dynamic.image.queries_complete"} <= names.keys()
-        assert not any("resblocks.1." in name or "conv1" in name or "dynamic_common_token" in name for name in names)
-        assert checkpoint["rep"]["backbone"]["name"] == str(workspace.backbone)
-
-
 def test_evaluation_of_the_best_checkpoint_repeats_the_result(workspace: Workspace, fitted: Path, best: str) -> None:
     again, first = evaluate(workspace, "again", best, "test_ratio=0.7", "test_type=both"), results_of(fitted)
     assert again["metrics"] == first["metrics"] and again["checkpoint_sha256"] == first["checkpoint_sha256"]
@@ -145,14 +135,6 @@ def test_results_equal_those_computed_by_hand(workspace: Workspace, fitted: Path
     assert len(dataset) == results["samples"]
     expected = 2 * true_positive / max(1, 2 * true_positive + wrong)
     assert results["metrics"]["f1_micro"] == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_second_run_gets_its_own_folder(workspace: Workspace, fitted: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in fitted.rglob("*")}
-    train(workspace, "fitted", "max_epoch=1", "test_after_fit=False")
-    assert (fitted.parent / "version_1" / "best.ckpt").is_file()
-    assert not (fitted.parent / "version_1" / "test_results.json").exists()
-    assert {path: path.stat().st_mtime_ns for path in fitted.rglob("*")} == before
 
 
 @pytest.mark.parametrize("option", ["memory_length=9", "memory_depth=1"])
@@ -243,14 +225,8 @@ def test_a_folder_in_place_of_a_checkpoint(
 
 @pytest.mark.parametrize(
     "options",
-    [
-        ("num_workers=0", "val_check_interval=0.4"),
-        ("num_workers=1", "val_check_interval=0.4"),
-        ("max_steps=12", "val_check_interval=0.5"),
-        ("max_steps=14", "max_epoch=3", "val_check_interval=1.0"),
-        ("max_steps=9", "val_check_interval=0.4"),
-    ],
-    ids=["no worker", "a worker", "steps of whole epochs", "steps in a third epoch", "steps in mid-epoch"],
+    [("num_workers=1", "val_check_interval=0.4"), ("max_steps=14", "max_epoch=3", "val_check_interval=1.0")],
+    ids=["a worker", "steps in a third epoch"],
 )
 def test_resuming_in_mid_epoch_ends_where_the_uninterrupted_run_does(
     workspace: Workspace, tmp_path: Path, monkeypatch: Patch, options: tuple[str, ...]
@@ -313,11 +289,6 @@ def test_an_epoch_ends_with_the_throughput(workspace: Workspace, capsys: Capture
         seconds = {name: float(value) for name, value, _ in (part.split() for part in parts.split(", "))}
         assert list(seconds) == ["data", "step", "validation", "checkpoints", "rest"]
         assert sum(seconds.values()) == pytest.approx(float(total), abs=0.31)
-
-
-def test_activation_checkpointing_trains_to_the_same_result(workspace: Workspace, fitted: Path) -> None:
-    other = train(workspace, "checkpointed", "activation_checkpointing=True")
-    assert results_of(other)["metrics"] == results_of(fitted)["metrics"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -384,17 +355,12 @@ def in_processes(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_train_and_count_every_test_sample_once(workspace: Workspace, fitted: Path, best: str) -> None:
-    in_processes(workspace.command("test_only=True", best, "cpu_processes=2", "test_exp_name=two"))
-    two, one = results_of(workspace.results / "two" / "version_0"), results_of(fitted)
-    assert two["samples"] == one["samples"]
-    # The batches are others, so that the last bit of a logit may differ, which no decision here depends on.
-    assert two["metrics"] == {**one["metrics"], "loss": pytest.approx(one["metrics"]["loss"], abs=1e-6)}
-    # All train samples lose the same modality, so that one tower's memory gets no data at all.
+def test_two_processes_train_where_a_tower_gets_no_data(workspace: Workspace, fitted: Path) -> None:
+    """All train samples lose the same modality; every test sample counts once."""
     options = ("max_epoch=1", "missing_type.train=image", "missing_ratio.train=1.0")
     in_processes(command_of(workspace, "ddp", "cpu_processes=2", *options))
     in_one = train(workspace, "ddp_one", "per_gpu_batchsize=8", *options)
     folder = workspace.results / "ddp_seed0" / "version_0"
     assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
-    assert results_of(folder)["samples"] == one["samples"]
+    assert results_of(folder)["samples"] == results_of(fitted)["samples"]
     assert load(folder / "last.ckpt")["state_dict"].keys() == load(in_one / "last.ckpt")["state_dict"].keys()

@@ -2,30 +2,22 @@
 
 import csv
 import json
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.trial import create_trial
 
-from common.errors import CheckpointError
 from engine.checkpoint import read_checkpoint
-from engine.metrics import Metric, macro_f1_and_accuracy
+from engine.metrics import Metric
 from engine.tasks import TASKS, task_of
 from run import command_line
-from runs.sweep.search import open_study
 from tests.conftest import Workspace
-from tests.custom_files import convert, films_as_custom, make, read_arrow, write_jsonl, write_labelled
+from tests.custom_files import convert, films_as_custom, read_arrow, write_jsonl, write_labelled
 from tests.data_files import LOGIT_COLUMNS
 from tests.report_files import text_of
 from vilt.datasets.custom import CUSTOM_METRICS, CustomData
-from vilt.datasets.specs import EVERY_DATASET, SPLITS
-from vilt.missing_tables import MissingPattern, draw_missing_table
 
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -105,44 +97,7 @@ def json_of(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def numbers_of(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 # ---- the same as MM-IMDb
-
-
-def test_films_train_and_test_as_by_the_mmimdb_path(workspace: Workspace, tmp_path: Path) -> None:
-    """Equal to the last digit: the loss of every step, every metric of validation and test, and the memory."""
-    raw = workspace.root / "raw"
-    assert make("mmimdb", raw, tmp_path / "films") == 0
-    assert convert(raw, tmp_path / "own", "--spec", str(films_as_custom(raw, tmp_path / "table"))) == 0
-    share_missing_tables(tmp_path, raw)
-    options = [f"missing_table_root={tmp_path / 'tables'}", "max_steps=3", "val_check_interval=1.0"]
-    theirs = train(workspace, "own_films", tmp_path / "films", *options, task="mmimdb")
-    ours = train(workspace, "films_as_own", tmp_path / "own", *options)
-    assert len(numbers_of(ours)) > 3 and numbers_of(ours) == numbers_of(theirs)
-    results, expected = (json_of(folder / "test_results.json") for folder in (ours, theirs))
-    for name in ("metrics", "missing", "samples"):
-        assert results[name] == expected[name]
-    assert set(results["metrics"]) == {"loss", "f1_macro", "f1_micro", "f1_samples", "f1_weighted"}
-    states = [torch.load(folder / "best.ckpt", weights_only=True)["state_dict"] for folder in (ours, theirs)]
-    renamed = {name.replace("custom_classifier", "mmimdb_classifier"): value for name, value in states[0].items()}
-    assert renamed.keys() == states[1].keys()
-    assert all(torch.equal(value, states[1][name]) for name, value in renamed.items())
-
-
-def share_missing_tables(folder: Path, raw: Path) -> None:
-    """Tables in the published form for both names; drawn ones follow from the dataset's name too."""
-    (folder / "tables").mkdir()
-    lists = json_of(raw / "split.json")
-    for split in SPLITS:
-        called = {name: EVERY_DATASET[name].file_splits[split] for name in ("mmimdb", "custom")}
-        pattern = MissingPattern("both", 0.7, 0.5, 0)
-        table = torch.from_numpy(draw_missing_table("mmimdb", split, pattern, len(lists[called["mmimdb"]])))
-        for name, part in called.items():
-            torch.save(table, folder / "tables" / f"{name}_{part}_missing_both_07.pt")
 
 
 # ---- a run of one's own
@@ -215,40 +170,17 @@ def test_another_task_than_the_checkpoints(workspace: Workspace, fitted: Path, c
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"custom": None}, "expected the values name, labels, class_names, metric of a dataset, found None"),
-        ({"custom": {"name": "x"}}, "expected the values name, labels, class_names, metric of a dataset, found 'name'"),
-        ({"task": "imagenet"}, "task 'imagenet', expected one of mmimdb, food101, hatememes, mosi"),
-    ],
-)
-def test_a_damaged_description(fitted: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    checkpoint = torch.load(fitted / "best.ckpt", weights_only=True)
-    checkpoint["rep"] |= changes
-    torch.save(checkpoint, tmp_path / "changed.ckpt")
-    with pytest.raises(CheckpointError, match=re.escape(message)) as error:
-        read_checkpoint(tmp_path / "changed.ckpt")
-    assert "changed.ckpt" in str(error.value)
-
-
-def test_files_that_are_not_there(workspace: Workspace, pets: Path, tmp_path: Path, capsys) -> None:
-    said = refused(workspace, capsys, tmp_path)
-    assert "expected custom_train.arrow, custom_val.arrow, custom_test.arrow" in said and "--dataset custom" in said
-
-
 # ---- robustness, runs and report
 
 
 @pytest.fixture(scope="module")
 def measured(workspace: Workspace, pets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs with robustness results: three classes, two by AUROC, two by accuracy, and several labels."""
+    """Runs with robustness results: three classes, two by AUROC, and several labels."""
     log_dir = tmp_path_factory.mktemp("measured")
     folders = {}
     for name, data in (
         ("pets", pets),
         ("memes", make_own(log_dir / "memes_data", ["fine", "hateful"], name="memes", metric="auroc")),
-        ("coins", make_own(log_dir / "coins_data", ["head", "tail"], name="coins")),
         ("films", films_of(workspace, log_dir / "films_data")),
     ):
         options = (f"vit={workspace.backbone}", f"exp_name={name}", f"log_dir={log_dir / 'runs'}", "max_epoch=1")
@@ -272,7 +204,6 @@ def test_robustness_of_each_kind(measured: dict[str, Path]) -> None:
     for name, metric, extra in (
         ("pets", "f1_macro", "confusions.csv"),
         ("memes", "auroc", "roc.csv"),
-        ("coins", "accuracy", "roc.csv"),
         ("films", "f1_macro", None),
     ):
         folder = measured[name] / "robustness"
@@ -307,7 +238,6 @@ def test_the_table_of_runs(measured: dict[str, Path], capsys: Captured) -> None:
     assert {name: (row["dataset"], row["metric"], row["state"]) for name, row in rows.items()} == {
         "pets": ("custom_pets", "f1_macro", "finished"),
         "memes": ("custom_memes", "auroc", "finished"),
-        "coins": ("custom_coins", "accuracy", "finished"),
         "films": ("custom_films", "f1_macro", "finished"),
     }
     for name, row in rows.items():
@@ -319,25 +249,12 @@ def test_the_report(measured: dict[str, Path], tmp_path: Path) -> None:
     assert command_line(["run.py", "report", "with", f"runs={runs}", f"out={tmp_path / 'report'}"]) == 0
     page = text_of(tmp_path / "report")
     headings = page.splitlines()
-    for heading in ("pets", "memes", "coins", "films", "Most frequent confusions", "ROC curves", "Results by class"):
+    for heading in ("pets", "memes", "films", "Most frequent confusions", "ROC curves", "Results by class"):
         assert heading in headings
     assert "Published results and ours" not in headings  # there are none
     assert "task_finetune_custom" in page and "AUROC" in page
     names = {path.name for path in (tmp_path / "report").rglob("*.csv")}
     assert {"matrix_custom_pets.csv", "matrix_custom_memes.csv", "confusions_custom_pets.csv"} <= names
-
-
-def test_the_report_of_a_search(measured: dict[str, Path], tmp_path: Path) -> None:
-    """One trial, which is the run on the coins; its score is an accuracy."""
-    run = shutil.copytree(measured["coins"], tmp_path / "s" / "s_trial_0_seed0" / "version_0")
-    study = open_study(run.parents[1] / "optuna.journal", "s")
-    space: dict[str, BaseDistribution] = {"memory_length": CategoricalDistribution([6, 12])}
-    study.add_trial(create_trial(params={"memory_length": 6}, distributions=space, value=0.625))
-    assert command_line(["run.py", "report", "with", f"runs={tmp_path / 's'}", f"out={tmp_path / 'report'}"]) == 0
-    page = text_of(tmp_path / "report")
-    assert "Search s (coins)" in page and "reaches a validation accuracy of 62.5 %" in page
-    with (tmp_path / "report" / "tables" / "search_1_best.csv").open() as file:
-        assert [row["val/accuracy"] for row in csv.DictReader(file)] == ["62.5000"]
 
 
 def test_a_report_of_two_datasets_of_one_name(measured: dict[str, Path], tmp_path: Path, capsys) -> None:
@@ -375,33 +292,6 @@ def test_every_metric_that_data_may_name_has_its_row() -> None:
         assert isinstance(task.metrics, Metric) and (task.n_classes, task.head_name) == (2, "custom_classifier")
         like = "mmimdb" if labels == "multi" else "food101"
         assert task.loss(logits, target) == TASKS[like].loss(logits, target)
-
-
-def test_macro_f1_of_single_labels() -> None:
-    """By hand: class 0 is right once and missed once, class 1 is right once and taken once, class 2 never occurs."""
-    logits = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0]])
-    labels = torch.tensor([0, 0, 1])
-    expected = {"f1_macro": 2 / 3, "accuracy": 2 / 3, "balanced_accuracy": 3 / 4}
-    assert macro_f1_and_accuracy(logits, labels) == pytest.approx(expected)
-    counts_RN = torch.tensor([[1.0, 1, 1], [0, 2, 1], [0, 0, 3]]).double()
-    for name, measure in macro_f1_and_accuracy.measures.items():
-        found = measure.resampled(logits, labels, counts_RN).tolist()
-        chosen = ([0, 1, 2], [1, 1, 2], [2, 2, 2])
-        assert found == pytest.approx([macro_f1_and_accuracy(logits[which], labels[which])[name] for which in chosen])
-
-
-def test_a_training_on_ones_own_data_goes_on_by_itself(
-    workspace: Workspace, tmp_path: Path, capsys: Captured, pets: Path
-) -> None:
-    options = ("resume_from=auto", f"log_dir={tmp_path}", "exp_name=pets", "max_epoch=1", "val_check_interval=1.0")
-    command = workspace.command(f"vit={workspace.backbone}", *options, task="custom", data_root=pets)
-    for started, said in ((1, "no checkpoint of this run"), (1, "nothing is left to do")):
-        assert command_line(command) == 0
-        assert said in capsys.readouterr().err
-        assert len(list((tmp_path / "pets_seed0").glob("version_*"))) == started
-    (tmp_path / "pets_seed0" / "version_0" / "test_results.json").unlink()
-    assert command_line(command) == 0
-    assert "resumes from" in capsys.readouterr().err
 
 
 def test_doctor_and_sweep_on_ones_own_data(workspace: Workspace, tmp_path: Path, capsys: Captured, pets: Path) -> None:

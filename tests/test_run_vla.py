@@ -92,7 +92,7 @@ def test_stage_one_trains_the_whole_backbone_on_complete_segments(pretrained: Pa
     assert list(results["metrics"]) == metrics
 
 
-@pytest.mark.parametrize("method", ["rep", "mplmm", "none"])
+@pytest.mark.parametrize("method", ["mplmm", "none", "rep"])
 def test_stage_two_takes_over_and_freezes_all_but_projections(root: Path, pretrained: Path, method: str) -> None:
     trained = finetune(root, pretrained, method, f"exp_name=two_{method}")
     trained = folder_of(root, f"two_{method}")

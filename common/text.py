@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import gt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,11 @@ def order_of(value: float, metric: str = "") -> float:
 def figure(value: float, digits: int = 4) -> str:
     """A number as text; NaN, which is what a metric is that the samples leave undefined, as `undefined`."""
     return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def interval_text(low: float, high: float, write: Callable[[float], str] = figure) -> str:
+    """`0.1 to 0.2`, each end by `write`; of an undefined one that word alone."""
+    return "undefined" if math.isnan(low + high) else f"{write(low)} to {write(high)}"
 
 
 def counted(number: int, noun: str, several: str = "") -> str:

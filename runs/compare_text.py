@@ -10,7 +10,7 @@ from typing import Any
 from common.errors import ConfigError, DataError, reason_of
 from common.readers import integer, several, text
 from common.strict_json import write_json
-from common.text import baseline_texts, counted, figure, per_cent, terminal_table
+from common.text import baseline_texts, counted, figure, interval_text, per_cent, terminal_table
 from engine.sample_statistics import LEVEL
 from runs.check_options import read_options
 from runs.compare import Group, Settings, compare_runs, logits_path
@@ -119,7 +119,7 @@ def _text(group: Group) -> str:
                     str(each.pattern) if each.pattern.ratio else "complete",
                     *map(figure, each.values),
                     _signed(difference.value),
-                    f"{_signed(difference.low)} to {_signed(difference.high)}",
+                    interval_text(difference.low, difference.high, _signed),
                     f"{each.ahead}/{len(each.of_seeds)}",
                     figure(each.p_corrected) + ("*" if each.significant else " "),
                 ]

@@ -184,10 +184,7 @@ class Doctor:
         facts += [f"{count:,} {kind}" for kind, count in of_types.items()]
         if data.n_rows not in (published := spec.published_rows.get(split, (data.n_rows,))):
             remarks.append(f"the published split has {' or '.join(f'{rows:,}' for rows in published)} rows")
-        counts: Any = np.ones(len(names))
-        if spec.label_range is None:
-            counts = data.labels.sum(0) if data.labels.ndim == 2 else np.bincount(data.labels, minlength=len(names))
-        if absent := [names[number] for number in np.flatnonzero(counts == 0)]:
+        if absent := data.absent_classes():
             remarks.append(f"{len(absent)} of {len(names)} classes do not occur: {listed(absent)}")
         if self.inputs is not None and self.inputs.tokenize is not None:
             data.tokenize(self.inputs.tokenize, self.inputs.fingerprint)

@@ -111,9 +111,7 @@ def check_measurable(data: MissingModalityData, task: Task) -> None:
         anything = torch.arange(len(labels) * task.n_classes).reshape(len(labels), task.n_classes) * 0.1
         if not math.isnan(task.metrics(anything, labels)[task.monitor]):
             continue
-        names = dataset.class_names()
-        absent = [names[number] for number in range(task.n_classes) if number not in labels]
-        why = f"{dataset.path}: no sample is of class {listed(absent)}"
+        why = f"{dataset.path}: no sample is of class {listed(dataset.absent_classes())}"
         said = f"{why}, so that {split}/{task.monitor} is undefined"
         if split == "val":
             raise DataError(f"{said} and cannot choose the best model; expected samples of all classes in each split")

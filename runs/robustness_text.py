@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.text import AT_OFFSET, baseline_texts, counted, figure, per_cent, terminal_table
+from common.text import AT_OFFSET, baseline_texts, counted, interval_text, per_cent, terminal_table
 from engine.robustness import Results
 from runs.evaluation import measure_target
 from runs.lines import RunLine, lines_of, spread_of
@@ -34,9 +34,8 @@ def describe(measured: Sequence[tuple[Target, Results]]) -> str:
     heads += [f"{per_cent(first['confidence']['level'])} interval"] if with_interval else []
     table, over = _block(metric, first, lines)
     if with_interval:
-        ends = [[figure(cell["interval"][end]) for end in ("low", "high")] for cell in first["cells"]]
-        for row, of_cell in zip((row for row in table if row is not None), ends, strict=True):
-            row.append(" to ".join(of_cell))
+        for row, cell in zip((row for row in table if row is not None), first["cells"], strict=True):
+            row.append(interval_text(cell["interval"]["low"], cell["interval"]["high"]))
     if any(AT_OFFSET in found["metrics"] for _, found in measured):
         table += [None, [AT_OFFSET], *_block(AT_OFFSET, first, lines)[0]]
     filled = [row and [*row, *[""] * (len(heads) - len(row))] for row in [*rows, ["± over", "", *over], *table]]

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from clip.modules.registry import PRETRAINING
 from common.machine import threads_wait
+from common.messages import listed
 from common.strict_json import write_json
 from common.text import counted, per_cent
 from config import Options
@@ -20,6 +22,7 @@ from engine.optimization import schedule_steps, warmup_steps
 from engine.tasks import counts_as_published
 from runs.experiment import EX
 from runs.run_folder import environment, make_run_folder
+from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import DatasetSpec
 
@@ -60,9 +63,12 @@ def say_device(options: Options) -> None:
 
 
 @rank_zero_only
-def say_remarks(options: Options, dataset: DatasetSpec, samples: int) -> None:
+def say_remarks(options: Options, training: ArrowDataset) -> None:
     """Warns of what `remarks` finds, and says how the last step of an epoch counts where that is as published."""
-    for remark in remarks(options, dataset, samples):
+    dataset, samples = training.spec, len(training)
+    absent = [] if options.prompt_type in PRETRAINING else training.absent_classes()
+    never = [f"{training.path}: no sample is of class {listed(absent)}: it cannot be learned"] if absent else []
+    for remark in [*never, *remarks(options, dataset, samples)]:
         log.warning("warning: %s", remark)
     rest = samples % (options.processes * options.per_gpu_batchsize * options.accumulation)
     if options.accumulation > 1 and rest and counts_as_published(dataset):

@@ -179,7 +179,7 @@ def train_from(
     pl.seed_everything(options.seed, workers=True, verbose=False)
     family, custom = family_of(options.task), data.spec.custom
     if not options.fast_dev_run:
-        say_remarks(options, data.spec, len(data.datasets["train"]))
+        say_remarks(options, data.datasets["train"])
     task = task_of(options.task, custom)
     check_measurable(data, task)
     spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, custom)

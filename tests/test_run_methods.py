@@ -180,6 +180,8 @@ def test_a_run_keeps_the_depth_that_it_had(workspace: Workspace, tmp_path: Path,
         if not option.startswith("memory_depth")
     ]
     assert command_line([*command, "exp_name=m", "prompt_type=msp"]) == 0
+    said = capsys.readouterr().err
+    assert f"warning: {workspace.arrow / 'mmimdb_train.arrow'}: no sample is of class " in said and "'War'" in said
     assert json.loads((tmp_path / "m_seed0" / "version_0" / "config.json").read_text())["memory_depth"] == 1
     assert command_line([*command, "exp_name=m", "prompt_type=msp", "resume_from=auto"]) == 0
     assert "nothing is left to do" in capsys.readouterr().err

@@ -209,6 +209,14 @@ class ArrowDataset(Dataset[Sample]):
             raise DataError(f"{expected}, each once, found {quoted(twice[0])} twice")
         return named
 
+    def absent_classes(self) -> list[str]:
+        """Names of the classes that no row has; of labels that are numbers none."""
+        if self.spec.label_range is not None:
+            return []
+        classes = np.arange(self.spec.n_classes)
+        there: Any = self.labels.any(axis=0) if self.labels.ndim == 2 else np.isin(classes, self.labels)
+        return [name for name, found in zip(self.class_names(), there, strict=True) if not found]
+
     def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
         """Computes the token ids of all texts, once: they are kept beside the arrow file, by texts and fingerprint."""
         for kind in self.kinds.values():

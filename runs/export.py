@@ -3,17 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+from clip.backbone import HUB_NAMES
 from common.errors import CheckpointError, ConfigError
 from common.text import counted, figure, per_cent
-from engine.checkpoint import Checkpoint, describe, read_checkpoint
+from engine.checkpoint import Checkpoint, TrainedAt, describe, read_checkpoint
 from engine.exported import write_exported
+from runs.pattern import Pattern
 from runs.run_reader import Run, find_runs
 
 CARD = """---
 library_name: rep
 license: other
+license_name: of-dataset-and-backbone
 tags: [multimodal, missing-modality, {method}]
----
+{base}---
 
 # {title}
 
@@ -78,24 +81,28 @@ def _card(checkpoint: Checkpoint, run: Run | None) -> str:
         dataset=spec.dataset.title,
         modalities=" and ".join(spec.dataset.modalities),
         method=method.prompt_type,
+        base=f"base_model: {hub}\n" if (hub := HUB_NAMES.get(str(checkpoint.backbone_name))) is not None else "",
         sizes=f"memory_length {method.memory_length}, memory_depth {method.memory_depth}, head {spec.head}",
         values=sum(tensor.numel() for tensor in checkpoint.state.values()),
         backbone=Path(str(checkpoint.backbone_name)).name,
         sha256=str(checkpoint.backbone_sha256)[:16],
         task=spec.task,
-        training=_training(run),
+        training=_training(run, checkpoint.training),
         results=_results(run),
         classes=", ".join(names) or spec.dataset.n_classes,
     )
 
 
-def _training(run: Run | None) -> str:
-    if run is None:
-        return "No record of the training was beside the checkpoint."
-    config = run.config
-    shown = ("seed", "learning_rate", "batch_size", "max_epoch", "max_steps", "warmup_steps", "weight_decay")
-    options = ", ".join(f"{name} {config[name]}" for name in shown if config.get(name) is not None)
-    return f"Missing modalities: {run.pattern}. Options: {options}."
+def _training(run: Run | None, at: TrainedAt | None) -> str:
+    facts = []
+    if at is not None:
+        facts.append(f"Missing modalities: {Pattern(at.missing_type, at.ratio, at.both_ratio)}. Seed: {at.seed}.")
+        facts += [f"Code: commit {at.commit}."] if at.commit is not None else []
+    if run is not None:
+        shown = ("learning_rate", "batch_size", "max_epoch", "max_steps", "warmup_steps", "weight_decay")
+        named = [f"{name} {run.config[name]}" for name in shown if run.config.get(name) is not None]
+        facts.append(f"Options: {', '.join(named)}.")
+    return " ".join(facts) or "No record of the training was beside the checkpoint."
 
 
 def _results(run: Run | None) -> str:

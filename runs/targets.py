@@ -16,6 +16,7 @@ from engine.robustness import Subject
 from engine.stored_logits import LogitStore, Origin
 from engine.tasks import task_of
 from runs.check_options import check, read_load_paths, read_options
+from runs.pattern import Pattern
 from runs.run_reader import Run, read_run
 from runs.run_table import find_checkpoints
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -105,13 +106,17 @@ def _open(
     if (trained_with := checkpoint.contents.get("data of test", arrow_sha256)) != arrow_sha256:
         there, here = trained_with[:12], arrow_sha256[:12]
         log.warning("%s: %s is not the test set of its run (there sha256 %s…, here %s…)", path, arrow, there, here)
+    at = checkpoint.training
+    seed, trained = (None, None) if at is None else (at.seed, Pattern(at.missing_type, at.ratio, at.both_ratio))
+    if run is not None:
+        seed, trained = run.config["seed"], run.pattern
     subject = Subject(
         checkpoint=path,
         checkpoint_sha256=checkpoint.sha256,
         method=str(recorded.get("prompt_type", checkpoint.spec.method.prompt_type)),
         exp_name=str(recorded.get("exp_name", path.stem)),
-        train_seed=None if run is None else run.config["seed"],
-        train_pattern=None if run is None else run.pattern._asdict(),
+        train_seed=seed,
+        train_pattern=None if trained is None else trained._asdict(),
         precision=options.precision,
         task=task_of(options.task, spec.custom),
         offset=checkpoint.offset,

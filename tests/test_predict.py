@@ -22,6 +22,7 @@ from engine.items import Item, read_items
 from engine.predict import Predictor, load_model
 from run import command_line
 from runs.export import export
+from runs.run_folder import commit
 from tests.conftest import Captured, Patch, Workspace
 from tests.data_files import TYPE_NAMES
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -485,7 +486,10 @@ def test_an_exported_model_predicts_and_is_measured_as_its_checkpoint(
     out = tmp_path / "shared"
     assert command_line(["run.py", "export", "with", f"load_path={trained}", f"out={out}"]) == 0
     card = (out / "README.md").read_text()
-    assert all(fact in card for fact in ("predicting", "MM-IMDb", "rep", "70 % both", "Horror"))
+    at = read_checkpoint(out).training
+    assert at is not None and (at.missing_type, at.ratio, at.both_ratio, at.seed) == ("both", 0.7, 0.5, 0)
+    assert at.commit == commit() and f"commit {at.commit}" in card
+    assert all(fact in card for fact in ("predicting", "MM-IMDb", "rep", "70 % both", "Seed: 0", "Horror"))
     texts = films.texts[:3]
     assert load_model(out).threshold == load_model(trained).threshold != 0.5
     assert load_model(out).predict(texts=texts) == load_model(trained).predict(texts=texts)
@@ -498,6 +502,15 @@ def test_an_exported_model_predicts_and_is_measured_as_its_checkpoint(
     assert results[0] == results[1]
 
 
+def test_the_card_of_an_export_is_what_the_hub_reads(trained: Path, tmp_path: Path) -> None:
+    """By default the folder is beside the checkpoint."""
+    hub = pytest.importorskip("huggingface_hub")
+    shutil.copytree(trained.parent, tmp_path / "run")
+    assert command_line(["run.py", "export", "with", f"load_path={tmp_path / 'run' / 'best.ckpt'}"]) == 0
+    data = hub.ModelCard.load(tmp_path / "run" / "export" / "README.md").data
+    assert (data.library_name, data.license, "rep" in data.tags) == ("rep", "other", True)
+
+
 def test_exports_that_cannot_be_are_refused(trained: Path, tmp_path: Path, capsys: Captured) -> None:
     def refused(*options: str) -> str:
         assert command_line(["run.py", "export", "with", *options]) == 2
@@ -505,6 +518,7 @@ def test_exports_that_cannot_be_are_refused(trained: Path, tmp_path: Path, capsy
 
     assert str(tmp_path) in refused(f"load_path={trained}", f"out={tmp_path}")
     assert "load_path" in refused(f"out={tmp_path / 'x'}") and not (tmp_path / "x").exists()
+    assert "error: /proc/x: nothing can be made there" in refused(f"load_path={trained}", "out=/proc/x")
     export(trained, tmp_path / "whole")
     (tmp_path / "whole" / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(CheckpointError, match="model_type rep"):

@@ -503,7 +503,8 @@ def test_a_checkpoint_without_its_run(workspace: Workspace, trained: Path, tmp_p
     tables = f"missing_table_root={tmp_path / 'tables'}"
     robustness(workspace, f"load_path={path}", f"data_root={workspace.arrow}", tables, *QUICK)
     results = results_of(tmp_path)
-    assert (results["exp_name"], results["train_seed"], results["train_pattern"]) == ("downloaded", None, None)
+    assert (results["exp_name"], results["train_seed"]) == ("downloaded", 0)
+    assert results["train_pattern"] == {"missing_type": "both", "ratio": 0.7, "both_ratio": 0.5}
     assert results["checkpoint"] == "downloaded.ckpt"
 
 

@@ -124,6 +124,9 @@ class Options:
     memory_depth: int = option(6, integer(1), MODEL,
         "blocks of each tower that get private slots; default: half of them where there are too few for 6")
     head: str = option("linear", one_of(*HEADS), MODEL, "linear, linear_by_type (one for each missing type), or dpl")
+    text_windows: int = option(1, integer(1), MODEL,
+        "images and texts: windows of 75 tokens read of a text, at most; the head gets their mean and maximum")
+    group_texts: bool = option(False, flag, MODEL, "with text_windows: the texts of a row are one sample")
     train_ends: bool | None = option(
         None, optional(flag), MODEL, "train final norms and image projection; None: as method and head are published")
     neighbours: int = option(

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.baseline import load_image
 from clip.tokenizer import load_tokenizer
 from demo.backbone import train_tokenizer
-from vilt.datamodules import collate
+from vilt.batches import collate
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import kinds_of
 from vilt.datasets.specs import DATASETS

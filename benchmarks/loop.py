@@ -18,7 +18,7 @@ from engine.training import model_input
 from runs.check_options import check
 from runs.experiment import EX
 from runs.training import train_from
-from vilt.datamodules import Batch
+from vilt.batches import Batch
 
 FILMS, BATCH = 1200, 32
 

@@ -68,15 +68,24 @@ class ClipTokenizer:
             ]
         )
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Ids of `texts`, int64 (N, 77): start, text, end, zeros; a long text is cut so that end is the last."""
-        ids = np.zeros((len(texts), CONTEXT_LENGTH), dtype=np.int64)
-        cleaned = [clean(text) for text in texts]
-        for row, (text, encoding) in enumerate(zip(cleaned, self._tokenizer.encode_batch(cleaned), strict=True)):
-            found = self._with_marks(text) if START in text or END in text else encoding.ids
-            pieces = found[: CONTEXT_LENGTH - 2]
-            ids[row, : len(pieces) + 2] = [self.start_id, *pieces, self.end_id]
-        return ids
+    def __call__(self, texts: Sequence[str], windows: int = 1) -> np.ndarray:
+        """Ids of `texts`, int64 (N, 77): start, text, end, zeros; a long text is cut so that end is the last.
+
+        With several windows (N, W, 77): the text goes on in the next one, for at most so many. W is what the longest
+        text has; windows that a shorter one has not are 0.
+        """
+        cleaned, room = [clean(text) for text in texts], CONTEXT_LENGTH - 2
+        pieces = [
+            self._with_marks(text) if START in text or END in text else encoding.ids
+            for text, encoding in zip(cleaned, self._tokenizer.encode_batch(cleaned), strict=True)
+        ]
+        most = min(windows, max((-(-len(found) // room) for found in pieces), default=1) or 1)
+        ids = np.zeros((len(texts), most, CONTEXT_LENGTH), dtype=np.int64)
+        for row, found in enumerate(pieces):
+            for window, start in zip(range(most), range(0, max(1, len(found)), room), strict=False):
+                marked = [self.start_id, *found[start : start + room], self.end_id]
+                ids[row, window, : len(marked)] = marked
+        return ids if windows > 1 else ids[:, 0]
 
     def _with_marks(self, text: str) -> list[int]:
         """Ids of a cleaned text that spells a mark out. As OpenAI's pattern has it, only a piece that is nothing else

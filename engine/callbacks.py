@@ -18,7 +18,8 @@ from engine.checkpoint_file import write_checkpoint
 from engine.exported import DESCRIPTION
 from engine.metrics_log import MetricsLogger
 from engine.training import FinetuneModule
-from vilt.datamodules import Batch, TimedLoader
+from vilt.batches import Batch
+from vilt.datamodules import TimedLoader
 
 log = logging.getLogger("rep")
 

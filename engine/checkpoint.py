@@ -31,7 +31,7 @@ from engine.published_checkpoint import load_checkpoint_file, model_names, publi
 from engine.tasks import task_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM_TASKS, CustomData
-from vilt.datasets.specs import EVERY_DATASET, VLA, DatasetSpec, spec_of, with_shapes
+from vilt.datasets.specs import CLIP, EVERY_DATASET, VLA, DatasetSpec, spec_of, with_shapes
 from vilt.missing_tables import NESTED
 from vilt.utils.names import normal
 from vla.weights import Module
@@ -145,16 +145,22 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     backbone = family_of(spec.task).build(spec.architecture)
     kind = method_class(spec.method.prompt_type, spec.dataset.family)
     method = kind(backbone.places, backbone.embed_dim, spec.method)
-    if spec.head != "linear" and backbone.fused_parts != len(backbone.places):
+    windows, parts = spec.method.text_windows, backbone.fused_parts
+    if windows > 1 and (spec.dataset.family != CLIP or method.per_sample):
+        why = "slots follow from the whole sample" if spec.dataset.family == CLIP else "data have no texts to read"
+        whose = f"prompt_type={spec.method.prompt_type} and task={spec.task}, whose {why}"
+        raise ValueError(f"text_windows: expected 1 with {whose}; found {windows}")
+    parts += windows > 1  # mean and maximum of texts
+    if spec.head != "linear" and parts != len(backbone.places):
         raise ValueError(f"head: expected linear where features are not side by side, found {spec.head}")
-    head = head_class(spec.head)(backbone.fused_parts, backbone.embed_dim, task.n_classes, spec.method)
+    head = head_class(spec.head)(parts, backbone.embed_dim, task.n_classes, spec.method)
     backbone.start_head(head)
     neighbours, k = None, spec.method.neighbours
     if k:
         neighbours = Neighbours(list(backbone.places), backbone.embed_dim, task.n_classes, k)
     classifier = MissingModalityClassifier(backbone, method, task.head_name, head, neighbours)
     freeze(classifier, spec.task)
-    if k and (backbone.mixes or backbone.fused_parts != len(backbone.places) or not has_frozen_towers(classifier)):
+    if k and (backbone.mixes or parts != len(backbone.places) or not has_frozen_towers(classifier)):
         raise ValueError(
             "neighbours: expected frozen towers whose features stand side by side, as with prompt_type=none and "
             "train_ends=False"

@@ -71,6 +71,9 @@ def keep_features(
         DataError: an input cannot be read.
     """
     of_model = [FORMAT, backbone.sha256, backbone.architecture, tokenizer, precision, PIL.__version__]
+    first = next(iter(data.datasets.values()))
+    windows = max(kind.most_windows for kind in first.kinds.values())
+    of_model += [windows, first.group_texts] if windows > 1 else []
     digest = hashlib.sha256(repr(of_model).encode()).hexdigest()
     towers: dict[str, Tower] = {}
 
@@ -146,7 +149,7 @@ class _Maker:
                     bar.update(len(samples_p))
             for entry in of_parts[0] if of_parts else ():
                 x_nD = torch.cat([part[entry] for part in of_parts])
-                made[entry] = x_nD.new_zeros(int(places_n.max()) + 1, x_nD.shape[1])
+                made[entry] = x_nD.new_zeros(int(places_n.max()) + 1, *x_nD.shape[1:])
                 made[entry][torch.from_numpy(places_n)] = x_nD
         return made
 
@@ -163,8 +166,8 @@ class _Maker:
             collated = kind.collate(of_pass)
             input_b = collated.input_b.to(self.device)
             x_bD = tower.body(tower.embed(input_b)[:, : collated.length], input_b, NO_SLOTS)
-            x_nD.append(x_bD.float().cpu())
-            features_nE.append(tower.end(x_bD).float().cpu())
+            x_nD.append(_of_inputs(x_bD, kind, of_pass))
+            features_nE.append(_of_inputs(tower.end(x_bD), kind, of_pass))
         return {name: torch.cat(x_nD), name + FEATURES: torch.cat(features_nE)}
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -182,6 +185,17 @@ class _Maker:
             raise error
         self.writes = False
         log.info("%s: cannot be kept (%s); this run computes it for itself", path, reason_of(error))
+
+
+def _of_inputs(x_bD: Tensor, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
+    """float32 (n, D), or of texts in windows (n, W, D), with 0 for those that one has not."""
+    x_bD = x_bD.float().cpu()
+    if kind.most_windows == 1:
+        return x_bD
+    x_nWD = x_bD.new_zeros(len(inputs), kind.most_windows, x_bD.shape[1])
+    for x_WD, own in zip(x_nWD, x_bD.split([len(windows) for windows in inputs]), strict=True):
+        x_WD[: len(own)] = own
+    return x_nWD
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

@@ -1,10 +1,12 @@
 """A trained model ready to compute: its classifier on the backbone it was trained on, and what it takes."""
 
 import logging
+from dataclasses import replace
 
 import torch
 
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.method import MethodOptions
 from clip.modules.registry import PRETRAINING
 from common.errors import CheckpointError
 from engine.checkpoint import Checkpoint, check_tokenizer, restore_classifier
@@ -23,6 +25,11 @@ COMPUTE_TYPES = {
 # cuDNN's attention, which torch prefers on Hopper GPUs, takes some hundred milliseconds to plan for each new shape, and
 # with missing modalities and texts of any length nearly every batch has one. Flash attention has no plans.
 torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def reading_texts(inputs: InputFormat, method: MethodOptions) -> InputFormat:
+    """What a model takes, with how much of the texts it reads."""
+    return replace(inputs, text_windows=method.text_windows, group_texts=method.group_texts)
 
 
 def open_model(
@@ -50,6 +57,6 @@ def open_model(
     else:
         choice = choice._replace(vit=choice.vit or str(checkpoint.backbone_name))
         backbone = family.load(choice, spec.architecture)
-    inputs = family.inputs(choice, spec.architecture)
+    inputs = reading_texts(family.inputs(choice, spec.architecture), spec.method)
     check_tokenizer(checkpoint, inputs.fingerprint)
     return restore_classifier(checkpoint, backbone, choice.published_seed), inputs

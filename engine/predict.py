@@ -35,7 +35,7 @@ from engine.metrics import are_predicted
 from engine.open_model import COMPUTE_TYPES, open_model
 from engine.recordings import in_samples, named
 from engine.training import model_input
-from vilt.datamodules import collate
+from vilt.batches import collate
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.kinds import KINDS, InputFormat, kinds_of
 from vilt.datasets.specs import DatasetSpec
@@ -151,6 +151,7 @@ class Predictor:
         for batch in self._batches(samples, batch_size, workers):
             with torch.inference_mode(), self._autocast():
                 features, _ = self._classifier.features(batch)
+                batch = batch.joined()
                 fused_BF = self._classifier.model.fuse(features, batch.present_BM)
             found = {"fused": fused_BF.float()}
             for name, present_B in zip(self.dataset.modalities, batch.present_BM.unbind(dim=1), strict=True):
@@ -169,7 +170,7 @@ class Predictor:
     def _predictions(self, batch: ModelInput) -> list[Prediction]:
         with self._autocast():
             logits_BC = self._classifier(batch).float().cpu()
-        missing_of = [self.dataset.type_names[code] for code in batch.missing_type_B.tolist()]
+        missing_of = [self.dataset.type_names[code] for code in batch.joined().missing_type_B.tolist()]
         if self.dataset.label_range is not None:
             return [
                 Prediction(missing, (), {}, x) for missing, x in zip(missing_of, logits_BC[:, 0].tolist(), strict=True)

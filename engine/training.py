@@ -29,7 +29,8 @@ from engine.optimization import (
     weight_in_step,
 )
 from engine.tasks import counts_as_published, task_of
-from vilt.datamodules import Batch, MissingModalityData
+from vilt.batches import Batch
+from vilt.datamodules import MissingModalityData
 
 log = logging.getLogger("rep")
 

@@ -228,6 +228,8 @@ def _check_method(options: Options) -> None:
     for name, needed in {"replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}.items():
         if (value := getattr(options, name)) and not getattr(options, needed):
             raise ConfigError(f"{name}: expected {OPTIONS[name].default} with {needed}=False, found {value}")
+    if options.group_texts and options.text_windows == 1:
+        raise ConfigError("group_texts: expected text_windows above 1, which reads more than the first text; found 1")
 
 
 def _check_data_and_weights(options: Options) -> None:

@@ -30,6 +30,10 @@ TAKEN_FROM_THE_RUN = ("data_root", "missing_table_root", "tokenizer")
 """Options that a checkpoint's config.json answers where the command line does not."""
 
 
+TestSets = dict[tuple[Path, bool], tuple[ArrowDataset, str]]
+"""By arrow file and `group_texts`, with the file's SHA-256."""
+
+
 @dataclass(frozen=True, eq=False)
 class Target:
     """One checkpoint to evaluate."""
@@ -53,7 +57,7 @@ def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
         ConfigError, CheckpointError, DataError: an option is wrong, a checkpoint or its stored logits do not fit, or
             the checkpoints are not all of one test set.
     """
-    test_sets: dict[Path, tuple[ArrowDataset, str]] = {}
+    test_sets: TestSets = {}
     targets = [_open(config, given, path, test_sets) for path in find_checkpoints(read_load_paths(config))]
     _check_comparable(targets)
     return targets
@@ -85,9 +89,7 @@ def taken_from_run(checkpoint: Path, config: Mapping[str, Any], given: set[str])
     return run, taken
 
 
-def _open(
-    config: Mapping[str, Any], given: set[str], path: Path, test_sets: dict[Path, tuple[ArrowDataset, str]]
-) -> Target:
+def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: TestSets) -> Target:
     checkpoint = read_checkpoint(path)
     run, taken = taken_from_run(path, config, given)
     recorded = {} if run is None else run.config
@@ -98,10 +100,11 @@ def _open(
     check_agreement(options, checkpoint, given)
     spec = open_spec(options.task, options.data_root, options.splits)
     arrow = options.data_root / spec.file_name("test")
-    if arrow not in test_sets:
-        dataset = ArrowDataset(spec, options.data_root, "test")
-        test_sets[arrow] = dataset, file_sha256(arrow)
-    dataset, arrow_sha256 = test_sets[arrow]
+    grouped = checkpoint.spec.method.group_texts
+    if (arrow, grouped) not in test_sets:
+        opened = ArrowDataset(spec, options.data_root, "test", group_texts=grouped)
+        test_sets[arrow, grouped] = opened, file_sha256(arrow)
+    dataset, arrow_sha256 = test_sets[arrow, grouped]
     check_classes(checkpoint, dataset)
     if (trained_with := checkpoint.contents.get("data of test", arrow_sha256)) != arrow_sha256:
         there, here = trained_with[:12], arrow_sha256[:12]

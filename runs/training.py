@@ -46,7 +46,7 @@ from engine.cuda_graphs import recorded
 from engine.families import family_of
 from engine.kept_features import are_constant, keep_features
 from engine.neighbour_accuracy import NeighbourAccuracy
-from engine.open_model import COMPUTE_TYPES
+from engine.open_model import COMPUTE_TYPES, reading_texts
 from engine.processes import ending_together
 from engine.resume import Training, alone, find_progress, say_differences
 from engine.tasks import head_name, task_of
@@ -135,7 +135,7 @@ def open_training(options: Options, given: Collection[str] = ()) -> Opened:
     family, choice = family_of(options.task), backbone_choice(asdict(options), {"vit"})
     backbone = family.load(choice, trained_on)
     options = fit_depths(options, given, backbone.architecture)
-    inputs = family.inputs(choice, backbone.architecture)
+    inputs = reading_texts(family.inputs(choice, backbone.architecture), options.method())
     data = open_data(options, inputs)
     contents = {} if options.fast_dev_run else contents_of_data(data)
     architecture = hashlib.sha256(repr(backbone.architecture).encode()).hexdigest()  # with the preprocessing of images

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from vilt.datamodules import Batch
+from vilt.batches import Batch
 from vilt.datasets.specs import CLIP, DATASETS
 
 

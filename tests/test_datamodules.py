@@ -11,7 +11,8 @@ import torch
 
 from common.errors import ConfigError, DataError
 from tests.data_files import assert_equal, memes, types_of, write
-from vilt.datamodules import DataSettings, EpochSampler, MissingModalityData, collate
+from vilt.batches import collate
+from vilt.datamodules import DataSettings, EpochSampler, MissingModalityData
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.kinds import InputFormat, kinds_of
 from vilt.datasets.specs import DATASETS, SPLITS, Split

@@ -28,7 +28,7 @@ from engine.tasks import TASKS
 from engine.training import FinetuneModule
 from tests import golden
 from tests.models import classifier_of, published_name
-from vilt.datamodules import Batch
+from vilt.batches import Batch
 
 DIR = Path(os.environ.get("GOLDEN_TRAINING_DIR") or golden.GOLDEN_DIR / "training")
 

@@ -37,7 +37,7 @@ from engine.training import model_input as training_input
 from tests import golden, slow_methods
 from tests.backbones import random_hf_clip
 from tests.models import REAL, TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
-from vilt.datamodules import Batch
+from vilt.batches import Batch
 
 MIXES = ([0, 1, 2, 0], [1, 1], [2, 0, 2], [2], [0])
 REP_OPTIONS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ from tests.data_files import write
 from tests.interrupted import differences
 from tests.report_files import text_of
 from tests.test_resume import interrupt
-from vilt.datamodules import collate
+from vilt.batches import collate
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import kinds_of
 from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, Modality

@@ -10,91 +10,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from common.errors import ConfigError, DataError
 from common.signals import STOP_SIGNALS
 from common.text import counted
-from vilt.datasets.arrow_dataset import ArrowDataset, Sample
-from vilt.datasets.kinds import Collated, InputFormat, Kind, kinds_of
+from vilt.batches import collate
+from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import InputFormat, kinds_of
 from vilt.datasets.open_spec import open_spec, rows_of_splits
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.datasets.subsequences import subsequences
 from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, published_patterns, type_counts
-from vilt.missing_types import code_of
 
 log = logging.getLogger(__name__)
 
 LEAST_SUBSEQUENCES = 2
 """In a batch: one alone has nothing to be compared with."""
-
-
-class Batch(NamedTuple):
-    """What `collate` makes of B samples, of which b have the modality in question."""
-
-    inputs: dict[str, Tensor]
-    """By modality, those of the samples `rows`; in evaluation, one that several samples share once."""
-    rows: dict[str, Tensor]
-    """By modality, the numbers (b,) of these samples in the batch."""
-    present_BM: Tensor
-    """True where a sample has a modality."""
-    types: tuple[int, ...]
-    """The missing types that occur, ascending; on the host, so that nobody has to ask the device."""
-    lengths: dict[str, int]
-    """By modality with padding at the end, the positions up to the last one that matters, on the host too."""
-    length_b: dict[str, Tensor]
-    """By modality with padding in front, the length (b,) of each input."""
-    source_of_B: dict[str, Tensor]
-    """By modality that samples share: the row whose input each sample has (its own if it has none)."""
-    label: Tensor
-    """(B, C) uint8 or (B,) int64."""
-    index_B: Tensor
-    """Numbers of the samples in the dataset."""
-    kept: bool = False
-    """Whether `inputs` are what the model has made of them, see `ArrowDataset.kept`."""
-
-
-def collate(
-    kinds: Mapping[str, type[Kind]], samples: Sequence[Sample], *, once: bool = False, kept: bool = False
-) -> Batch:
-    """Stacks samples; what is missing takes no room.
-
-    Args:
-        kinds: by modality, in order.
-        once: an input that several samples share is there once: without dropout its features are the same for all.
-        kept: inputs are what the model has made of them.
-    """
-    collated: dict[str, Collated] = {}
-    rows, sources = {}, {}
-    for name, kind in kinds.items():
-        inputs = {row: sample.inputs[name] for row, sample in enumerate(samples) if name in sample.inputs}
-        first_row: dict[int, int] = {}
-        source_of = {row: first_row.setdefault(id(read), row) if once else row for row, read in inputs.items()}
-        if any(row != source for row, source in source_of.items()):
-            sources[name] = torch.tensor([source_of.get(row, row) for row in range(len(samples))])
-        own = [row for row, source in source_of.items() if row == source]
-        rows[name] = torch.tensor(own, dtype=torch.long)
-        given = [inputs[row] for row in own]
-        collated[name] = Collated(torch.stack(given) if given else torch.empty(0, 0)) if kept else kind.collate(given)
-    missing = [sum(code_of(kinds, name) for name in kinds if name not in sample.inputs) for sample in samples]
-    return Batch(
-        inputs={name: of_kind.input_b for name, of_kind in collated.items()},
-        rows=rows,
-        present_BM=torch.tensor([[name in sample.inputs for name in kinds] for sample in samples]),
-        types=tuple(sorted(set(missing))),
-        lengths={name: of_kind.length for name, of_kind in collated.items() if of_kind.length is not None},
-        length_b={name: of_kind.length_b for name, of_kind in collated.items() if of_kind.length_b is not None},
-        source_of_B=sources,
-        label=torch.stack([sample.label for sample in samples]),
-        index_B=torch.tensor([sample.number for sample in samples]),
-        kept=kept,
-    )
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -236,9 +173,10 @@ class MissingModalityData(pl.LightningDataModule):
         self.datasets: dict[Split, ArrowDataset] = {}
         for split in splits:
             with_more = settings.subsequence > 1
-            dataset = ArrowDataset(self.spec, settings.data_root, split, given.image_size, pretraining=with_more)
+            of_split = (self.spec, settings.data_root, split, given.image_size)
+            dataset = ArrowDataset(*of_split, pretraining=with_more, group_texts=given.group_texts)
             if given.tokenize is not None:
-                dataset.tokenize(given.tokenize, given.fingerprint)
+                dataset.tokenize(given.tokenize, given.fingerprint, given.text_windows)
             if settings.image_cache:
                 dataset.cache_images(settings.num_workers)
             dataset.missing_table = load_missing_table(

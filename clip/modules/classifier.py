@@ -4,6 +4,8 @@ Shape suffixes: B samples, b samples with a modality, L sequence, D width of a t
 C classes.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,24 @@ from clip.modules.heads import Head
 from clip.modules.interfaces import Backbone, ModelInput, TowerSlots
 from clip.modules.method import Method
 from clip.modules.neighbours import Neighbours
+
+
+def pooled(features: Mapping[str, Tensor], windows_BW: Tensor | None) -> dict[str, Tensor]:
+    """Features by sample of those by window: of texts mean and maximum (B, 2E), of other inputs (B, E) as they are.
+
+    Args:
+        windows_BW: see `ModelInput`; None where each sample has one window.
+    """
+    found = {}
+    for name, feature_VE in features.items():
+        rows_BW = torch.arange(len(feature_VE), device=feature_VE.device)[:, None] if windows_BW is None else windows_BW
+        if name != "text":
+            found[name] = feature_VE[rows_BW[:, 0]]
+            continue
+        there_BW1, feature_BWE = (rows_BW >= 0)[..., None], feature_VE[rows_BW.clamp(min=0)]
+        mean_BE = feature_BWE.where(there_BW1, 0).sum(dim=1) / there_BW1.sum(dim=1)
+        found[name] = torch.cat([mean_BE, feature_BWE.where(there_BW1, -torch.inf).amax(dim=1)], dim=-1)
+    return found
 
 
 class MissingModalityClassifier(nn.Module):
@@ -52,7 +72,7 @@ class MissingModalityClassifier(nn.Module):
     def forward(self, batch: ModelInput) -> Tensor:
         """Logits (B, C)."""
         features, _ = self.features(batch)
-        return self._logits(features, batch)
+        return self._logits(features, batch.joined())
 
     def training_outputs(self, batch: ModelInput, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, C) for the loss of the task, and the own losses of method and head by name.
@@ -61,7 +81,7 @@ class MissingModalityClassifier(nn.Module):
             labels: (B, C) of 0 and 1 or (B,) class numbers; some heads ask more of the right classes.
         """
         features, slots = self.features(batch)
-        logits_BC = self._logits(features, batch, labels)
+        logits_BC = self._logits(features, batch.joined(), labels)
         return logits_BC, {**self.method.losses(slots, features, logits_BC, labels), **self.head.losses()}
 
     def _logits(self, features: dict[str, Tensor], batch: ModelInput, labels: Tensor | None = None) -> Tensor:
@@ -83,6 +103,8 @@ class MissingModalityClassifier(nn.Module):
         if self.method.options.mask_readout:
             has = zip(features.items(), batch.present_BM.unbind(dim=1), strict=True)
             features = {name: feature_BE * has_B[:, None] for (name, feature_BE), has_B in has}
+        if self.method.options.text_windows > 1:
+            features = pooled(features, batch.windows_BW)
         return features, slots
 
     def pretraining_losses(self, batch: ModelInput) -> dict[str, Tensor]:

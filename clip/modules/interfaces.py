@@ -48,6 +48,9 @@ class ModelInput(NamedTuple):
     """Which of a training's splits they are of, as `train`; "": of none."""
     kept: bool = False
     """Whether `inputs` are (b, D) what `Tower.body` made of each input, see `engine/kept_features.py`."""
+    windows_BW: Tensor | None = None
+    """Where texts are in several windows, B above is the number of all windows, each with the other inputs of its
+    sample: of each sample the places of its own, -1 where another one has more."""
 
     @property
     def missing_type_B(self) -> Tensor:  # noqa: N802
@@ -58,6 +61,10 @@ class ModelInput(NamedTuple):
         M = self.present_BM.shape[1]
         digits_M = 2 ** torch.arange(M - 1, -1, -1, device=self.present_BM.device)
         return ((~self.present_BM) * digits_M).sum(dim=1)
+
+    def joined(self) -> "ModelInput":
+        """What heads need to know of the samples, where `windows_BW` are several to a sample."""
+        return self if self.windows_BW is None else self._replace(present_BM=self.present_BM[self.windows_BW[:, 0]])
 
     def samples_of(self, modality: str) -> Tensor:
         """The numbers (b,) of the samples that the inputs are of, for padding that of the last sample."""

@@ -37,6 +37,11 @@ class MethodOptions:
     """Weight of the loss that keeps private and shared slots apart."""
     dynamic_init: bool = False
     """Shared slots start from the sample, too."""
+    text_windows: int = 1
+    """Windows of 75 tokens that a text is read in, at most; each is encoded as a text of its own, and the head gets
+    mean and maximum of their features."""
+    group_texts: bool = False
+    """Whether all texts of a row, such as the plots of a film, are read together, as one sample."""
     train_ends: bool | None = None
     """Whether what follows the last blocks is trained; None: as method and head are published."""
     dpl_margins: tuple[float, ...] = (0.1, 0.1, 0.1)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 from common.arrow_file import open_table
 from common.errors import DataError
 from common.messages import quoted
-from vilt.datasets.kinds import ImageKind, TextKind, Tokenize, kinds_of
+from vilt.datasets.kinds import ImageKind, Kind, TextKind, Tokenize, kinds_of, windows_there
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.missing_tables import MissingPattern, draw_missing_type, drop_modalities
 from vilt.missing_types import COMPLETE, code_of, is_missing, on_top
@@ -34,6 +34,12 @@ class Sample(NamedTuple):
     """Of the sample in the dataset."""
 
 
+def _of_kept(kept: Tensor, kind: Kind, index: int) -> Tensor:
+    """What is kept of a sample's input: (D,), or of a text in windows (w, D)."""
+    found = kept[kind.place_of_sample[index]]
+    return found if found.ndim == 1 else windows_there(found)
+
+
 class ArrowDataset(Dataset[Sample]):
     """The samples of one split, read from a memory-mapped arrow file.
 
@@ -46,6 +52,7 @@ class ArrowDataset(Dataset[Sample]):
         root: folder of the arrow files.
         image_size: side of the images returned, if there are any.
         pretraining: for training, further samples without labels (-1) too, where the dataset has a file of them.
+        group_texts: all texts of a row are one sample.
 
     Raises:
         DataError: the file is not there, damaged, of another conversion than the rest, or its columns or labels are
@@ -53,14 +60,21 @@ class ArrowDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, spec: DatasetSpec, root: Path, split: Split, image_size: int = 224, *, pretraining: bool = False
+        self,
+        spec: DatasetSpec,
+        root: Path,
+        split: Split,
+        image_size: int = 224,
+        *,
+        pretraining: bool = False,
+        group_texts: bool = False,
     ) -> None:
         self.spec = spec
         self.split: Split = split
         with_more = spec.pretraining_file if pretraining and split == "train" else None
         self.path = root / (with_more or spec.file_name(split))
         self._least_label = 0 if with_more is None else -1
-        self.image_size = image_size
+        self.image_size, self.group_texts = image_size, group_texts
         self._table: pa.Table | None = None
         self.kinds = {name: kind(spec.modalities[name], self) for name, kind in kinds_of(spec).items()}
         """By modality, what reads its inputs."""
@@ -71,7 +85,7 @@ class ArrowDataset(Dataset[Sample]):
             )
         self._check_columns()
         lists = [kind.lengths_of_rows() for kind in self.kinds.values() if isinstance(kind, TextKind)]
-        samples = np.maximum(lists[0], 1) if lists else 1
+        samples = np.maximum(lists[0], 1) if lists and not group_texts else 1
         self.row_of_sample = np.repeat(np.arange(self.n_rows), samples)
         """Row of every sample, int64 (N,), ascending."""
         self.labels = self._read_labels()
@@ -174,7 +188,7 @@ class ArrowDataset(Dataset[Sample]):
             place = name, index if kind.of_sample else row
             if place not in of_rows:
                 kept = self.kept
-                of_rows[place] = kind.read(row, index) if kept is None else kept[name][kind.place_of_sample[index]]
+                of_rows[place] = kind.read(row, index) if kept is None else _of_kept(kept[name], kind, index)
             if (read := of_rows[place]) is not None:
                 inputs[name] = read
         return Sample(inputs, label, index)
@@ -217,11 +231,15 @@ class ArrowDataset(Dataset[Sample]):
         there: Any = self.labels.any(axis=0) if self.labels.ndim == 2 else np.isin(classes, self.labels)
         return [name for name, found in zip(self.class_names(), there, strict=True) if not found]
 
-    def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
-        """Computes the token ids of all texts, once: they are kept beside the arrow file, by texts and fingerprint."""
+    def tokenize(self, tokenize: Tokenize, fingerprint: str, windows: int = 1) -> None:
+        """Computes the token ids of all texts, once: they are kept beside the arrow file, by texts and fingerprint.
+
+        Args:
+            windows: in which each text is read, at most.
+        """
         for kind in self.kinds.values():
             if isinstance(kind, TextKind):
-                kind.tokenize(tokenize, fingerprint)
+                kind.tokenize(tokenize, fingerprint, windows)
 
     def cache_images(self, workers: int) -> None:
         """Decodes the images of all rows, once, by so many threads: they are kept beside the arrow file.

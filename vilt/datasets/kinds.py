@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Tokenize = Callable[[Sequence[str]], np.ndarray]
-"""Texts to token ids, (N, 77)."""
+Tokenize = Callable[..., np.ndarray]
+"""Texts to token ids, (N, 77); with a number of windows as second argument (N, W, 77), see `ClipTokenizer`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class InputFormat:
     image_size: int = 224
     tokenize: Tokenize | None = None
     fingerprint: str = ""
+    text_windows: int = 1
+    """Windows of 75 tokens that a text is read in, at most."""
+    group_texts: bool = False
+    """Whether all texts of a row are one sample."""
 
 
 class Collated(NamedTuple):
@@ -65,6 +69,8 @@ class Kind:
     """Of such files in a folder."""
     of_sample: ClassVar[bool] = False
     """Whether each sample of a row has an input of its own."""
+    most_windows = 1
+    """Of texts: in how many windows one is read, at most."""
 
     def __init__(self, modality: Modality, data: "ArrowDataset") -> None:
         self.modality, self.data = modality, data
@@ -160,8 +166,19 @@ class ImageKind(Kind):
         return Collated(torch.stack([*inputs]) if inputs else torch.empty(0, 3, 0, 0, dtype=torch.uint8))
 
 
+def _token_ids(tokenize: Tokenize, texts: Sequence[str], windows: int) -> np.ndarray:
+    return tokenize(texts, windows) if windows > 1 else tokenize(texts)
+
+
+def windows_there(windows: Tensor) -> Tensor:
+    """Of windows (…, W, n) in one dimension those that a text has; the others are all 0."""
+    windows = windows.flatten(0, -2)
+    return windows[windows.any(dim=-1)]
+
+
 class TextKind(Kind):
-    """Lists of texts, each text of a row a sample of its own, to int64 token ids (77,)."""
+    """Lists of texts, each text of a row a sample of its own (or with `group_texts` all of them together), to int64
+    token ids (77,), or with several windows (w, 77)."""
 
     in_file = False
     suffixes = (".txt",)
@@ -170,7 +187,7 @@ class TextKind(Kind):
 
     @property
     def tokens(self) -> np.ndarray | None:
-        """Token ids of every text, int32 (n, 77); None before `tokenize`."""
+        """Token ids of every text, int32 (n, 77) or (n, W, 77); None before `tokenize`."""
         return self._tokens.values if isinstance(self._tokens, MappedArray) else self._tokens
 
     def check(self) -> None:
@@ -191,37 +208,54 @@ class TextKind(Kind):
 
     @cached_property
     def place_of_sample(self) -> np.ndarray:
-        """Of its text among all texts, int64 (N,); -1 where it has none."""
         absent_N = self.absent()[self.data.row_of_sample]
         return np.where(absent_N, -1, np.cumsum(~absent_N) - 1)
 
+    @cached_property
+    def texts_of_sample(self) -> np.ndarray:
+        """Its texts among all texts, from and to, int64 (N, 2)."""
+        texts_N = self.lengths_of_rows()[self.data.row_of_sample]
+        if not self.data.group_texts:
+            texts_N = np.minimum(texts_N, 1)
+        end_N = texts_N.cumsum()
+        return np.stack([end_N - texts_N, end_N], axis=1)
+
     def given(self, row: int, sample: int) -> str | None:
-        place = int(self.place_of_sample[sample])
-        return None if place < 0 else str(pc.list_flatten(self.column)[place].as_py())
+        start, end = self.texts_of_sample[sample]
+        texts = pc.list_flatten(self.column)[start:end].to_pylist()
+        return "\n".join(texts) if texts else None
 
     def read(self, row: int, sample: int) -> Tensor | None:
         if (tokens := self.tokens) is None:
             return None
-        return torch.from_numpy(tokens[self.place_of_sample[sample]].astype(np.int64))
+        start, end = self.texts_of_sample[sample]
+        ids = torch.from_numpy(tokens[start:end].astype(np.int64))
+        return ids[0] if ids.ndim == 2 else windows_there(ids)[: self.most_windows]
 
     def lengths(self) -> np.ndarray | int:
-        return 0 if (tokens := self.tokens) is None else np.append(tokens.argmax(axis=1) + 1, 0)[self.place_of_sample]
+        if (tokens := self.tokens) is None:
+            return 0
+        ends = (tokens.argmax(axis=-1) + tokens.any(axis=-1)).reshape(len(tokens), -1).sum(axis=1)
+        upto = np.append(0, ends.cumsum())
+        return np.asarray(np.diff(upto[self.texts_of_sample], axis=1)[:, 0])
 
-    def tokenize(self, tokenize: Tokenize, fingerprint: str) -> None:
+    def tokenize(self, tokenize: Tokenize, fingerprint: str, windows: int = 1) -> None:
         """See `ArrowDataset.tokenize`."""
         texts: list[str] = pc.list_flatten(self.column).to_pylist()
-        assert len(self.place_of_sample) == len(self.data)  # found here, so that worker processes need no arrow file
+        assert len(self.texts_of_sample) == len(self.data)  # found here, so that worker processes need no arrow file
+        self.most_windows = windows
+        shape = (len(texts), *[None] * (2 if windows > 1 else 1))
         if not texts:
-            self._tokens = np.zeros((0, 1), dtype=np.int32)
+            self._tokens = np.zeros([size or 1 for size in shape], dtype=np.int32)[:0]
             return
-        digest = hashlib.sha256(fingerprint.encode())
+        digest = hashlib.sha256(f"{fingerprint}{f' {windows} windows' if windows > 1 else ''}".encode())
         for text in texts:
             digest.update(text.encode() + b"\0")
         cache = self.data.path.with_name(f"{self.data.path.stem}_tokens_{digest.hexdigest()[:16]}.npy")
         self._tokens = MappedArray(cache)
-        if is_usable(cache, np.int32, (len(texts), None)):
+        if is_usable(cache, np.int32, shape):
             return
-        tokens = tokenize(texts).astype(np.int32)
+        tokens = _token_ids(tokenize, texts, windows).astype(np.int32)
         try:
             with atomic_path(cache) as temporary, temporary.open("wb") as file:
                 np.save(file, tokens)
@@ -234,7 +268,8 @@ class TextKind(Kind):
         if not isinstance(value, str):
             raise ValueError(f"expected a text, found {type(value).__name__}")
         assert given.tokenize is not None
-        return torch.from_numpy(given.tokenize([value])[0])
+        ids = torch.from_numpy(_token_ids(given.tokenize, [value], given.text_windows)[0])
+        return ids if ids.ndim == 1 else windows_there(ids)
 
     @staticmethod
     def collate(inputs: Sequence[Tensor]) -> Collated:

@@ -2,7 +2,8 @@
 
 One safetensors file for each split, named by what its content follows from. By modality it holds, as float32, the
 outputs (n, D) of the last block where features are read, which norm and projection follow (`Tower.body`), and as
-`MODALITY.features` (n, E) what the pretrained ones make of them; an image once for each row, every text of a row.
+`MODALITY.features` (n, E) what the pretrained ones make of them; an image once for each row, every text of a row, of
+texts in W windows (n, W, D) and (n, W, E).
 """
 
 import hashlib
@@ -99,7 +100,7 @@ def keep_features(
                 maker.refused(path, error)
                 kept = maker.make(None)
         dataset.kept = {name: x for name, x in kept.items() if not name.endswith(FEATURES)}
-        counts = ", ".join(f"{len(x):,} × {x.shape[1]} {name}" for name, x in dataset.kept.items())
+        counts = ", ".join(f"{' × '.join(f'{size:,}' for size in x.shape)} {name}" for name, x in dataset.kept.items())
         log.info("%s: frozen towers run once, for all epochs: %s (%s)", split, counts, path.name)
 
 
@@ -163,7 +164,8 @@ class _Maker:
         tower, inputs = self.towers[name], in_order(read, samples, self.workers)
         x_nD, features_nE = [], []
         while of_pass := list(islice(inputs, ROWS)):
-            collated = kind.collate(of_pass)
+            one_by_one = of_pass if kind.most_windows == 1 else [window for each in of_pass for window in each]
+            collated = kind.collate(one_by_one)
             input_b = collated.input_b.to(self.device)
             x_bD = tower.body(tower.embed(input_b)[:, : collated.length], input_b, NO_SLOTS)
             x_nD.append(_of_inputs(x_bD, kind, of_pass))

@@ -47,6 +47,7 @@ class Subject:
     missing_table_root: Path
     table_name: str  # of the dataset, see `DatasetSpec.table_name`
     offset: float | None = None  # of the checkpoint, see `engine/decision.py`
+    other_input: tuple[str, ...] = ()  # what gives it more of a sample than published models get, as `option=value`
 
 
 Results = dict[str, Any]
@@ -84,6 +85,7 @@ def measure(
         "metric": task.monitor,
         "metrics": list(task.metrics.measures),
         "offset": subject.offset,
+        "other_input": list(subject.other_input),
         "table_seeds": [pattern.seed for pattern in patterns[0]],
         "class_names": list(names),
         "cells": cells,

@@ -1,6 +1,9 @@
 """In which options two runs may differ and still be one training, or one line of a table; by kind in config.py."""
 
-from config import COMMAND, MACHINE, OPTIONS, RUN
+from collections.abc import Mapping
+from typing import Any
+
+from config import COMMAND, DEFAULTS, MACHINE, OPTIONS, RUN
 
 _NO_RESULT = {
     *(name for name, option in OPTIONS.items() if option.kind in (MACHINE, RUN, COMMAND)),
@@ -13,3 +16,9 @@ NOT_THE_TRAINING = frozenset(_NO_RESULT - {"test_only", "fast_dev_run"})
 checked when the checkpoint is read."""
 NOT_THE_LINE = frozenset(_NO_RESULT | {"seed", "skip_bad_steps"})
 """Options in which runs of one line may differ."""
+
+
+def other_input(options: Mapping[str, Any]) -> list[str]:
+    """`option=value` of what gives a model more of a sample than published ones get; every table names it."""
+    names = ("text_windows", "group_texts")
+    return [f"{name}={options[name]}" for name in names if options.get(name, DEFAULTS[name]) != DEFAULTS[name]]

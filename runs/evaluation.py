@@ -31,6 +31,7 @@ from engine.stored_logits import LogitStore
 from engine.tasks import Task
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
+from runs.comparable import other_input
 from runs.start import say_device, start_folder
 from runs.targets import Target, check_agreement, with_model_of
 from vilt.datamodules import MissingModalityData
@@ -151,6 +152,7 @@ def test(
         "missing_pattern": pattern.recorded(),
         "metrics": module.test_metrics,
         "offset": checkpoint.offset,
+        "other_input": (other := other_input(asdict(checkpoint.spec.method))),
         "baselines": found,
         "checkpoint": str(checkpoint.path),
         "checkpoint_sha256": checkpoint.sha256,
@@ -162,7 +164,7 @@ def test(
         assert folder is not None
         write_json(folder / "test_results.json", result)
         counts = ", ".join(f"{count:,} {name}" for name, count in result["missing"].items())
-        print(f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})")
+        print(" ".join([f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})", *other]))
         print(
             f"  {options.task} test, {pattern.ratio:.0%} missing ({pattern.missing_type}), seed {pattern.seed}\n"
             f"  {counted(result['samples'], 'sample')}: {counts}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from common.text import Estimate, estimate
+from runs.comparable import other_input
 from runs.run_reader import Run
 
 T = TypeVar("T")
@@ -28,9 +29,10 @@ class RunLine(Generic[T]):
         return {} if self.run is None else self.run.line
 
     def differing(self, lines: Sequence["RunLine[Any]"]) -> list[str]:
-        """`option=value` for the options in which the lines of its method differ among `lines`."""
+        """`option=value` for the options in which its method's lines among `lines` differ, and for other inputs."""
         same = [other.options for other in lines if other.options.get("prompt_type") == self.options.get("prompt_type")]
-        return [f"{name}={value}" for name, value in self.options.items() if any(o.get(name) != value for o in same)]
+        words = [f"{name}={value}" for name, value in self.options.items() if any(o.get(name) != value for o in same)]
+        return list(dict.fromkeys([*other_input(self.options), *words]))
 
 
 def lines_of(items: Sequence[T], run_of: Callable[[T], Run | None]) -> list[RunLine[T]]:

@@ -27,7 +27,7 @@ def describe(measured: Sequence[tuple[Target, Results]]) -> str:
     heads, rows = ["method", ""], [["name", ""], ["trained at", ""], ["seeds", ""]]
     for line in lines:
         subjects = [target.subject for target, _ in line.items]
-        heads.append(" ".join([subjects[0].method, *line.differing(lines)]))
+        heads.append(" ".join(dict.fromkeys([subjects[0].method, *subjects[0].other_input, *line.differing(lines)])))
         rows[0].append(", ".join(dict.fromkeys(subject.exp_name for subject in subjects)))
         rows[1].append(str(line.run.pattern) if line.run is not None else "not known")
         rows[2].append(", ".join("not known" if one.train_seed is None else str(one.train_seed) for one in subjects))

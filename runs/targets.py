@@ -16,6 +16,7 @@ from engine.robustness import Subject
 from engine.stored_logits import LogitStore, Origin
 from engine.tasks import task_of
 from runs.check_options import check, read_load_paths, read_options
+from runs.comparable import other_input
 from runs.pattern import Pattern
 from runs.run_reader import Run, read_run
 from runs.run_table import find_checkpoints
@@ -123,6 +124,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
         precision=options.precision,
         task=task_of(options.task, spec.custom),
         offset=checkpoint.offset,
+        other_input=tuple(other_input(asdict(checkpoint.spec.method))),
         table_name=spec.table_name,
         modalities=tuple(spec.modalities),
         class_names=dataset.class_names(),

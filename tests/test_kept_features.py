@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 PLOTS = [["a", "a longer plot"], [], ["b"], ["c"], ["d", "e", "f"], ["g"], ["h"], ["i"], [], ["j"]]
 
 
-def open_data(folder: Path, **changes: Any) -> MissingModalityData:
+def open_data(folder: Path, windows: int = 1, group: bool = False, **changes: Any) -> MissingModalityData:
     """Films with several plots or none, in all splits."""
     for split in SPLITS:
         if not (path := folder / DATASETS["mmimdb"].file_name(split)).exists():
@@ -47,7 +47,9 @@ def open_data(folder: Path, **changes: Any) -> MissingModalityData:
         seed=0,
         order_seed=0,
     )
-    return MissingModalityData(replace(settings, **changes), SPLITS, InputFormat(32, Tokenizer(), "tokenizer"))
+    return MissingModalityData(
+        replace(settings, **changes), SPLITS, InputFormat(32, Tokenizer(), "tokenizer", windows, group)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +70,21 @@ def gradients(classifier: MissingModalityClassifier, loss: torch.Tensor) -> dict
 
 
 @pytest.mark.parametrize("changes", [{}, {"simulate_missing": True}, {"modality_dropout": 0.5}])
-@pytest.mark.parametrize("head", ["linear", "dpl"])  # DPL trains the ends
+@pytest.mark.parametrize(
+    ("head", "reading"),
+    [("linear", {}), ("dpl", {}), ("linear", {"windows": 3}), ("linear", {"windows": 2, "group": True})],
+)  # DPL trains the ends
 def test_batches_logits_and_gradients_are_those_without(
-    tmp_path: Path, backbone: Backbone, head: str, changes: dict[str, Any]
+    tmp_path: Path, backbone: Backbone, head: str, reading: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     within: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6 if head == "linear" else 32e-6}  # DPL multiplies cosines by 32
-    classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("none"), TINY, head))
+    method = MethodOptions("none", text_windows=reading.get("windows", 1), train_ends=bool(reading) or None)
+    classifier = build_classifier(ModelSpec("mmimdb", method, TINY, head))
     backbone.load_into(classifier.model)
-    plain, kept = open_data(tmp_path, **changes), open_data(tmp_path, **changes)
+    plain, kept = open_data(tmp_path, **reading, **changes), open_data(tmp_path, **reading, **changes)
     keep(kept, backbone)
-    assert {name: len(x) for name, x in (kept.datasets["train"].kept or {}).items()} == {"image": 10, "text": 11}
+    counts = {name: len(x) for name, x in (kept.datasets["train"].kept or {}).items()}
+    assert counts == {"image": 10, "text": 8 if "group" in reading else 11}
     for loader in ("train_dataloader", "val_dataloader"):
         seen = set()
         for with_inputs, without in zip(getattr(plain, loader)(), getattr(kept, loader)(), strict=True):

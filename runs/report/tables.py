@@ -13,6 +13,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from common.text import AT_OFFSET
 from engine.stored_logits import labels_of, logit_columns_of, matrix_of
+from runs.comparable import other_input
 from runs.pattern import Pattern
 from runs.report.lines import Dataset, Line, method_title
 from runs.report.results import PUBLISHED_BACKBONE, ReportRun
@@ -56,7 +57,7 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
         rows.append(
             {
                 "run": one.tag,
-                "method": method_title(run),
+                "method": ", ".join([method_title(run), *other_input(run.config)]),
                 "dataset": dataset.name if dataset else dataset_title(run.dataset),
                 "trained_at": NOT_APPLICABLE if run.is_evaluation else one.pattern.title,
                 "seed": str(run.config["seed"]),
@@ -228,6 +229,8 @@ def ours_table(dataset: Dataset) -> Table:
             backbones = {run.backbone for run in line.runs}
             if theirs is None:
                 to_published = absent("not published")
+            elif other_input(line.runs[0].run.config):
+                to_published = absent("other input")
             elif not dataset.is_published:
                 to_published = absent("other data" if dataset.test_rows else "test split not known")
             elif backbones != {PUBLISHED_BACKBONE}:

@@ -235,7 +235,9 @@ class TextKind(Kind):
     def lengths(self) -> np.ndarray | int:
         if (tokens := self.tokens) is None:
             return 0
-        ends = (tokens.argmax(axis=-1) + tokens.any(axis=-1)).reshape(len(tokens), -1).sum(axis=1)
+        ends = tokens.argmax(axis=-1) + 1
+        if ends.ndim == 2:
+            ends = (ends * tokens.any(axis=-1)).sum(axis=1)
         upto = np.append(0, ends.cumsum())
         return np.asarray(np.diff(upto[self.texts_of_sample], axis=1)[:, 0])
 

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from common.errors import DataError
 
@@ -93,11 +93,6 @@ def restore_folder(target: Path) -> None:
     for part in _parts(target):
         if (part / OLD).exists() and not target.exists():
             (part / OLD).replace(target)
-
-
-def whole_lines(file: TextIO) -> Iterator[str]:
-    """The lines of a file that grows by appending, without a last one that a power cut has left without its end."""
-    return (line for line in file if line.endswith("\n"))
 
 
 def check_replaceable(target: Path, marker: str, maker: str) -> None:

@@ -42,7 +42,6 @@ from vilt.datasets.custom import CUSTOM
 from vilt.datasets.kinds import InputFormat, TextKind
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
-from vilt.image_cache import missing_bytes
 from vilt.missing_tables import load_missing_table, type_counts
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
@@ -98,17 +97,16 @@ def check_packages() -> Found:
 
 
 class StepTimer(pl.Callback):
-    """Loss, seconds and trainable bytes of the newest training step."""
+    """Loss and seconds of the newest training step."""
 
-    loss, seconds, began, trainable_bytes = 0.0, 0.0, 0.0, 0
+    loss, seconds, began = 0.0, 0.0, 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.began = time.perf_counter()
 
-    def on_train_batch_end(self, _: Any, module: Any, outputs: Any, *__: Any) -> None:
+    def on_train_batch_end(self, _: Any, __: Any, outputs: Any, *___: Any) -> None:
         self.loss = outputs["loss"].item()  # waits for the GPU
         self.seconds = time.perf_counter() - self.began
-        self.trainable_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 @dataclass
@@ -120,8 +118,6 @@ class Doctor:
     backbone: Backbone | None = None
     inputs: InputFormat | None = None
     datasets: dict[Split, ArrowDataset] = field(default_factory=dict)
-    run_bytes: int = 2**30
-    """What the run leaves in its folder; a guess until a step was tried."""
 
     def __post_init__(self) -> None:
         self.family = family_of(self.options.task or CUSTOM)
@@ -207,7 +203,6 @@ class Doctor:
         short = {"fast_dev_run": 2, "batch_size": options.per_gpu_batchsize, "image_cache": False, "resume_from": None}
         timer, changes = StepTimer(), dict[str, Any](alone | short)
         train_from(replace(options, **changes), options.exp_name, timer, given=self.given)
-        self.run_bytes = 9 * timer.trainable_bytes  # best.ckpt; last.ckpt with that and AdamW's state, old and new
         began, batch = time.perf_counter(), min(options.per_gpu_batchsize, len(train))
         train.__getitems__([(0, index) for index in range(batch)])
         loading = time.perf_counter() - began
@@ -223,26 +218,18 @@ class Doctor:
         )
 
     def check_storage(self) -> Found:
-        """Space where the run writes; its loaders hand batches over through shared memory."""
+        """Rights where the run writes, and room in shared memory, through which its loaders hand over batches."""
         options = self.options
-        # Two batches of each worker wait there; the workers of training and validation live at the same time.
-        workers = 2 * (options.num_gpus or options.cpu_processes) * options.num_workers
-        batches = 2 * workers * options.per_gpu_batchsize * 3 * self.image_size**2
-        needs = [(options.log_dir, self.run_bytes, "checkpoints"), (SHARED_MEMORY, batches, "loaded batches")]
-        if options.image_cache and self.datasets:
-            caches = [
-                missing_bytes(data.path, data.n_rows, self.image_size)
-                for data in self.datasets.values()
-                if data.spec.column_of("image")
-            ]
-            needs.append((options.data_root, sum(caches), "decoded images"))
-        for path, needed, what in needs:
+        for path in (options.log_dir, *([options.data_root] if options.image_cache and options.data_root else [])):
             folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise DataError(f"{path}: expected a folder that can be written, or created")
-            if (free := shutil.disk_usage(folder).free) < needed:
-                raise DataError(f"{path}: {byte_size(free)} free, about {byte_size(needed)} needed for {what}")
-        return "ok", ", ".join(f"{path}: about {byte_size(needed)} needed for {what}" for path, needed, what in needs)
+        # Two batches of each worker wait there; the workers of training and validation live at the same time.
+        workers = 2 * (options.num_gpus or options.cpu_processes) * options.num_workers
+        needed = 2 * workers * options.per_gpu_batchsize * 3 * self.image_size**2
+        if (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+            raise DataError(f"{SHARED_MEMORY}: {byte_size(free)} free, about {byte_size(needed)} needed for batches")
+        return "ok", f"{options.log_dir} can be written; {byte_size(free)} of shared memory free"
 
 
 def run_seconds(options: Options, loading: float, training: float, samples: Mapping[Split, int]) -> float:

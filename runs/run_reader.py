@@ -3,7 +3,6 @@
 A run that was resumed is one run with those that it was resumed from. `runs/lines.py` says which runs are one line.
 """
 
-import csv
 import json
 import math
 import re
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, DataError
-from common.files import whole_lines
 from common.messages import first_line, quoted
 from common.strict_json import read_json
-from common.text import baseline_texts, counted, natural_key, order_of
+from common.text import baseline_texts, counted, natural_key
 from config import DEFAULTS
 from runs.comparable import NOT_THE_LINE
 from runs.pattern import Pattern
@@ -32,8 +30,6 @@ NEEDED = ("task", "exp_name", "prompt_type", "data_root", "seed", "test_only")
 SAME_CONTENTS = ("data of train", "data of val", "data of test", "backbone")
 """Entries of contents.json that runs of one line have in common."""
 PATTERN_OPTIONS = ("missing_type.train", "missing_ratio.train", "both_ratio")
-Curve = list[tuple[int, float]]
-"""(optimiser step, value)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,33 +98,12 @@ class Run:
         return Pattern.of(self.spec, *(self.test["missing_pattern"][name] for name in Pattern._fields))
 
     @cached_property
-    def curves(self) -> dict[str, Curve]:
-        """The columns of metrics.csv by name, of the runs that this one was resumed from too; empty without a file."""
-        curves = read_curves(self.folder / "metrics.csv")
-        if self.earlier is None:
-            return curves
-        resumed_at = min((points[0][0] for points in curves.values() if points), default=math.inf)
-        for name, points in self.earlier.curves.items():
-            ours = curves.get(name, [])
-            start = ours[0][0] if ours else resumed_at
-            curves[name] = [point for point in points if point[0] < start] + ours
-        return curves
-
-    @cached_property
     def best_validation(self) -> float | None:
-        """The best value of the task's metric, a fraction; None for an evaluation, and where there is no validation.
-
-        Of the best checkpoint, else of the curves.
-        """
-        if self.is_evaluation:
-            return None
+        """The task's metric in the best checkpoint, a fraction; None for an evaluation, and where there is none."""
         best = self.folder / "best.ckpt"
-        if best.is_file():
-            return float(open_checkpoint(best, "score")["score"])
-        undefined = math.nan if "val/loss" in self.curves else None  # validations without a number of it
-        monitor = f"val/{self.spec.monitor}"
-        values = [value for _, value in self.curves.get(monitor, [])]
-        return max(values, key=lambda value: order_of(value, monitor), default=undefined)
+        if self.is_evaluation or not best.is_file():
+            return None
+        return float(open_checkpoint(best, "score")["score"])
 
     @cached_property
     def state(self) -> tuple[str, str]:
@@ -254,27 +229,6 @@ def _is_run(folder: Path) -> bool:
         return {"task", "exp_name"} <= set(read_json(folder / "config.json"))
     except DataError:
         return False
-
-
-def read_curves(path: Path) -> dict[str, Curve]:
-    """The columns of a metrics.csv that have values; empty where there is no such file.
-
-    Raises:
-        DataError: a step or value is not a number; names file and line.
-    """
-    curves: dict[str, Curve] = {}
-    if not path.is_file():
-        return curves
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(whole_lines(file))
-        try:
-            for row in reader:
-                for name, value in row.items():
-                    if name not in ("epoch", "step", "seconds") and value and math.isfinite(float(value)):
-                        curves.setdefault(name, []).append((int(row["step"]), float(value)))
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            raise DataError(f"{path}: line {reader.line_num}: not as written by run.py: {first_line(error)}") from error
-    return curves
 
 
 def open_checkpoint(path: Path, *needed: str) -> dict[str, Any]:

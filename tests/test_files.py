@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import DataError
-from common.files import NEW, OLD, atomic_path, new_folder, restore_folder, whole_folder, whole_lines
+from common.files import NEW, OLD, atomic_path, new_folder, restore_folder, whole_folder
 from common.strict_json import write_json
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
@@ -122,13 +122,6 @@ def test_errors_name_the_target_and_leave_nothing(tmp_path: Path) -> None:
         (tmp_path / "elsewhere").read_bytes()
     assert raised.value.filename == str(tmp_path / "elsewhere")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("text", "lines"), [("a\r\nb\r\n", 2), ("a\nb", 1), ("a\nb\r", 1), ("a", 0), ("", 0)])
-def test_a_last_line_that_is_cut_is_left_out(tmp_path: Path, text: str, lines: int) -> None:
-    (tmp_path / "log").write_bytes(text.encode())
-    with (tmp_path / "log").open(newline="") as file:
-        assert [line.strip() for line in whole_lines(file)] == ["a", "b"][:lines]
 
 
 def test_arrow_files_of_two_conversions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

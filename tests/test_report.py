@@ -450,17 +450,12 @@ def test_evaluations_are_listed_but_train_nothing(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_is_one_with_the_run_that_it_was_resumed_from(tmp_path: Path) -> None:
-    """Its best validation is that of its checkpoint, else of the curves of both."""
     first, run = (write_run(tmp_path / "rep_seed0" / f"version_{number}", tested=None) for number in (0, 1))
     edited(run, "config.json", resume_from=str(first / "last.ckpt"))
-    (first / "metrics.csv").write_text("epoch,step,train/loss,val/f1_macro\n0,1,1.5,\n0,7,,0.35\n1,8,0.9,\n1,9,0.8,\n")
-    (run / "metrics.csv").write_text("epoch,step,train/loss,val/f1_macro\n1,8,0.5,\n1,8,,0.25\n1,9,,0.3\n")
-    for best in ("40.0000", "35.0000"):
+    for best in ("40.0000", ""):
         dataset = dataset_of(tmp_path)
         [row] = as_csv(tables.runs_table(dataset.runs, [dataset]))
         assert (row["folder"], row["best_validation"]) == ("rep_seed0/version_1", best)
-        curves = dataset.runs[0].run.curves
-        assert curves == {"train/loss": [(1, 1.5), (8, 0.5)], "val/f1_macro": [(7, 0.35), (8, 0.25), (9, 0.3)]}
         (run / "best.ckpt").unlink(missing_ok=True)
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 import time
 from datetime import datetime
@@ -80,12 +79,6 @@ def test_how_far_a_run_without_test_result_came(tmp_path: Path, options: dict[st
     assert state_of(folder) == expected
 
 
-def test_validation_without_the_checkpoint_is_that_of_metrics_csv(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a" / "version_0", score=None)
-    (folder / "metrics.csv").write_text("epoch,step,val/f1_macro\n0,1,0.2\n0,2,nan\n0,2,\n1,3,0.25\n1,4,0.1\n1,5,0.9")
-    assert list_runs(tmp_path)[0].validation == 0.25
-
-
 DAMAGE = {
     "config.json": ("{", "config.json: not readable as JSON: "),
     "contents.json": ("{", "contents.json: not readable as JSON: "),
@@ -105,8 +98,6 @@ def test_a_damaged_run_is_shown_as_such(tmp_path: Path, name: str) -> None:
 
 def test_other_damage(tmp_path: Path) -> None:
     (tmp_path / "a" / "version_0").mkdir(parents=True)  # cut off before anything was written
-    csv_broken = write_run(tmp_path / "b" / "version_0", score=None, tested=None)
-    (csv_broken / "metrics.csv").write_text("step,val/f1_macro\n0,0.2\n1,high\n")
     whole = write_run(tmp_path / "c" / "version_0")
     (whole / "best.ckpt").write_bytes((whole / "best.ckpt").read_bytes()[:-300])
     last_broken = write_run(tmp_path / "d" / "version_0", tested=None)
@@ -115,13 +106,12 @@ def test_other_damage(tmp_path: Path) -> None:
     (old / "config.json").write_text('{"task": "mmimdb", "exp_name": "e", "test_only": false}')
     write_run(tmp_path / "f" / "version_0", task="imagenet")
     rows = list_runs(tmp_path)
-    assert [row.state for row in rows] == ["damaged"] * 6
-    assert [row.name for row in rows] == ["a", "rep", "rep", "rep", "e", "f"]
+    assert [row.state for row in rows] == ["damaged"] * 5
+    assert [row.name for row in rows] == ["a", "rep", "rep", "e", "f"]
     assert rows[0].note.startswith("config.json: not readable as JSON: ")
-    assert "metrics.csv: line 3" in rows[1].note and "could not convert string to float" in rows[1].note
-    assert rows[2].note.startswith("best.ckpt: not readable as a checkpoint: ") and rows[2].validation is None
-    assert "expected a checkpoint of a run, with MissingModalityData and global_step" in rows[3].note
-    assert rows[4].note == "config.json: not as written by run.py: KeyError 'prompt_type'"
+    assert rows[1].note.startswith("best.ckpt: not readable as a checkpoint: ") and rows[1].validation is None
+    assert "expected a checkpoint of a run, with MissingModalityData and global_step" in rows[2].note
+    assert rows[3].note == "config.json: not as written by run.py: KeyError 'prompt_type'"
 
 
 def test_only_runs_are_runs(tmp_path: Path) -> None:
@@ -248,13 +238,6 @@ def test_a_run_that_repeats_a_seed_says_so(tmp_path: Path) -> None:
     for number in (0, 1):
         write_run(tmp_path / "a" / f"version_{number}")
     assert [row.note for row in list_runs(tmp_path)] == ["repeats a/version_1", ""]
-
-
-def test_a_run_whose_validations_are_all_undefined(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a" / "version_0", score=None)
-    (folder / "metrics.csv").write_text("epoch,step,val/loss,val/f1_macro\n0,1,0.7,nan\n0,2,0.5,nan\n")
-    (row,) = list_runs(tmp_path)
-    assert row.validation is not None and math.isnan(row.validation) and row.text("validation", tmp_path) == "undefined"
 
 
 def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: Captured) -> None:

@@ -71,12 +71,6 @@ def open_image_cache(arrow_path: Path, n_rows: int, size: int, read_image: ReadI
     return MappedArray(cache)
 
 
-def missing_bytes(arrow_path: Path, n_rows: int, size: int) -> int:
-    """What the cache still needs of the disk: nothing where it is there."""
-    shape = (n_rows, 3, size, size)
-    return 0 if fault_of(_path_of(arrow_path, size), np.uint8, shape) is None else math.prod(shape)
-
-
 def _path_of(arrow_path: Path, size: int) -> Path:
     parts = (str(FORMAT_VERSION), PIL.__version__, file_sha256(arrow_path))
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]

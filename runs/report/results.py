@@ -127,7 +127,6 @@ def _read(number: int, run: Run) -> ReportRun:
             words = environment["command"]
             if not words or not all(isinstance(word, str) for word in words):
                 raise ValueError(f"command: expected words, found {quoted(words)}")
-    run.curves, run.best_validation  # noqa: B018  # damage shows here
     if best.is_file() and (described := open_checkpoint(best).get(DESCRIPTION)):
         with as_written_by_run(best):
             published = described["architecture"].items() >= PUBLISHED_SIZES.items()

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,12 +15,12 @@ from common.files import check_replaceable, whole_folder
 from common.text import counted
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
-from runs.report.parts import missing_notes, report_command, run_details, section_of
-from runs.report.results import read_report_runs
+from runs.report.parts import Note, missing_notes, report_command, run_details, section_of
+from runs.report.results import ReportRun, read_report_runs
 from runs.report.samples import SampleGrid
-from runs.report.search import read_searches, search_section
 from runs.report.tables import options_table, runs_table
-from runs.report.text import listed
+from runs.report.text import listed, listed_runs, without_home
+from runs.sweep.jobs import JOURNAL
 
 MARKER = "report.json"
 """File that says that a folder is a report, so that a later one may replace it."""
@@ -43,27 +44,27 @@ def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> 
     """
     check_replaceable(out, MARKER, MAKER)  # now, not after minutes of drawing
     runs = read_report_runs(places)
-    searches = read_searches(places, runs)
-    trials = {run for search in searches for run in search.runs}
-    datasets = by_dataset([run for run in runs if run not in trials])
+    trials = [run for run in runs if _is_trial(run, places)]
+    others, now = [run for run in runs if run not in trials], datetime.now()
+    datasets, notes = by_dataset(others), missing_notes(others)
     sections = [section_of(dataset) for dataset in datasets]
     title = f"Robustness to missing modalities: {listed([section.title for section in sections])}"
-    sections += [search_section(search, number) for number, search in enumerate(searches, start=1)]
-    # Of a search's trials, whose values its section has, the best one's run stands for all.
-    best = {search.run_of(search.ranked[0]) if search.ranked else search.runs[0] for search in searches}
-    shown, now = [run for run in runs if run not in trials or run in best], datetime.now()
+    if trials:
+        journal = shlex.quote(without_home(str(trials[0].run.folder.parent.parent / JOURNAL)))
+        text = "are trials of searches, whose values and scores are in search.csv; how these are related is shown by"
+        notes.append(Note(f"{listed_runs([run.tag for run in trials])} {text}", f"optuna-dashboard {journal}"))
     files = _files(
         {
-            "title": title if datasets else listed([section.title for section in sections]),
+            "title": title if datasets else "Trials of searches",
             "date": f"{now.day} {now:%B %Y}",
             "n_runs": counted(len(runs), "run"),
             "sections": sections,
             "tables": {
                 "Runs": runs_table(runs, datasets),
-                "Configurations": options_table(shown, defaults),
+                "Configurations": options_table(others, defaults),
             },
-            "details": [run_details(run) for run in shown],
-            "notes": missing_notes(shown),
+            "details": [run_details(run) for run in others],
+            "notes": notes,
             "report_command": report_command(places),
         }
     )
@@ -75,6 +76,12 @@ def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> 
     except OSError as error:
         raise DataError(f"out={out}: cannot be written: {reason_of(error)}") from error
     return out / "index.html"
+
+
+def _is_trial(run: ReportRun, places: Sequence[Path]) -> bool:
+    """Whether a run is one of a search in or below `places`."""
+    sweep = run.run.folder.parent.parent
+    return (sweep / JOURNAL).is_file() and any(sweep.is_relative_to(place) for place in places)
 
 
 def _files(content: dict[str, Any]) -> dict[str, bytes]:

@@ -39,7 +39,7 @@ class Part:
 
 
 class Section(NamedTuple):
-    """One dataset, or one search."""
+    """One dataset."""
 
     anchor: str
     title: str

@@ -17,7 +17,7 @@ from runs.check_options import check
 from runs.command_line import is_of_sweep, option_of
 from runs.run_reader import as_written_by_run
 from runs.sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
-from runs.sweep.jobs import run_command
+from runs.sweep.jobs import JOURNAL, run_command
 from runs.sweep.launchers import CLUSTERS, make_launcher
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS
@@ -63,7 +63,7 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
             launch = make_launcher("local" if commands else options.sweep_launcher, options, folder / "submitit")
             record(options, metric, config, folder)
             if options.search:
-                from runs.sweep.search import JOURNAL, Search, open_study, run_search
+                from runs.sweep.search import Search, open_study, run_search
 
                 study = open_study(folder / JOURNAL, options.sweep_name, metric)
                 run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)

@@ -23,6 +23,8 @@ from common.text import duration
 
 log = logging.getLogger("rep")
 
+JOURNAL = "optuna.journal"
+"""Optuna's record of a search, in the folder of its sweep."""
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 PATIENCE_S = 60.0
 """How long a run that is asked to stop may take, before it is killed."""

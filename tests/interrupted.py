@@ -165,3 +165,10 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return [] if one.dtype == other.dtype and torch.equal(one, other) else [path]
     return [] if one == other else [f"{path}: {one!r}, {other!r}"]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """The trainings of two run folders ended in the same state."""
+    states = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (one, other)]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert not differences(*(state[part] for state in states)), part

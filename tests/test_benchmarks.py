@@ -1,6 +1,5 @@
 """What the benchmarks compare is the same thing: the baseline has our numbers; and what they record."""
 
-import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import heads, loading, loop, sensors, shapes, sides
-from benchmarks.__main__ import main, record
+from benchmarks.__main__ import main
 from benchmarks.baseline import PublishedAlgorithm
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture
@@ -67,22 +66,3 @@ def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     of_sensors = path.read_text().partition("<!-- sensors on cpu -->")[2]
     assert re.search(r"`rep`, 70 % both \| [\d.]+ s, [\d.]+ × `none`", of_sensors)
     assert len(re.findall(r"Hateful Memes, linear.* \| [\d.]+ s \| \d+ min \| \d+ \| ≥ 100", path.read_text())) == 2
-
-
-def test_a_record_replaces_one_part(tmp_path: Path) -> None:
-    path = tmp_path / "RESULTS.md"
-    old = "# R\n<!-- steps on cpu -->\nold\n<!-- end of steps -->\n<!-- steps on cuda -->\n<!-- end of steps -->\n"
-    path.write_text(old)
-    record(path, "cpu", "steps", r"| \1 |")
-    assert path.read_text() == old.replace("old\n", "\n| \\1 |\n")
-    with pytest.raises(SystemExit, match="expected the lines <!-- loading on cpu -->"):
-        record(path, "cpu", "loading", "")
-
-
-def test_batches_are_drawn_as_a_training_draws_them() -> None:
-    """An epoch has each sample once, with the table's missing types; presence and longest text differ by batch."""
-    first, *others = itertools.islice(sides.drawn("both", 0.7, range(15, 77), 16, torch.device("cpu")), 256)
-    types = torch.cat([data.missing_type_B for data in (first, *others)]).bincount().tolist()
-    assert types == [1229, 1434, 1433]
-    assert len({tuple(data.missing_type_B.tolist()) for data in others}) > 250
-    assert len({data.lengths["text"] for data in others}) > 3

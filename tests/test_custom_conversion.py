@@ -344,13 +344,6 @@ def test_a_bad_sample_is_named_and_can_be_skipped(
     assert len(columns_of(raw / "out")["label"]) == 3
 
 
-def test_a_link_within_the_folder_is_followed(raw: Path) -> None:
-    (raw / "c.png").symlink_to("a.png")
-    write_table(raw / "table.csv", [["c.png", *row[1:]] for row in ROWS])
-    assert convert(raw, raw / "out", "--table", str(raw / "table.csv")) == 0
-    assert columns_of(raw / "out")["image"] == [png(10)] * 3
-
-
 def test_links_out_of_the_folder_are_followed_on_demand(raw: Path) -> None:
     damage(raw)
     write_table(raw / "table.csv", [["link.png", *row[1:]] for row in ROWS])

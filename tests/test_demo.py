@@ -7,18 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
-from common.errors import DataError
 from demo import __main__ as demo
 from demo import data
-from demo.posters import HEIGHT, WIDTH
 from run import command_line
 from runs.sweep import launchers
 from runs.sweep.jobs import Job, Outcome
 from tests.conftest import Workspace
-from vilt.datasets.specs import MMIMDB_GENRES
 
 transformers = pytest.importorskip("transformers", reason="the tiny CLIP is a transformers model")
 from demo import backbone  # noqa: E402
@@ -50,23 +45,6 @@ def tiny_clip(films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_task_has_the_mmimdb_layout(films):
-    raw = films / "raw"
-    labels = labels_of(raw)
-    split = json.loads((raw / "split.json").read_text())
-    assert {name: len(ids) for name, ids in split.items()} == {"train": 60, "dev": 10, "test": 20}
-    in_splits = [film_id for ids in split.values() for film_id in ids]
-    assert sorted(in_splits) == sorted(labels), "each film is in exactly one split"
-    for film_id, label in labels.items():
-        assert set(label) == {"title", "plot", "genres", "year"}
-        assert 1 <= len(label["genres"]) <= 3
-        assert set(label["genres"]) <= set(MMIMDB_GENRES)
-        assert 1 <= len(label["plot"]) <= 2
-        assert all(plot and "{" not in plot for plot in label["plot"])
-        with Image.open(raw / "images" / f"{film_id}.jpeg") as poster:
-            assert (poster.format, poster.mode, poster.size) == ("JPEG", "RGB", (WIDTH, HEIGHT))
-
-
 def test_same_seed_same_bytes_and_another_seed_others(films, tmp_path):
     data.write_task(tmp_path / "raw", 60, seed=3)
     data.write_pretrain(tmp_path / "pretrain", 40, seed=3)
@@ -89,35 +67,10 @@ def test_a_folder_of_the_users_is_not_replaced(tmp_path, capsys):
     assert (tmp_path / "raw" / "thesis.txt").read_text() == "mine"
 
 
-def test_transformers_opens_the_backbone(tiny_clip):
-    model = transformers.CLIPModel.from_pretrained(tiny_clip)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny_clip)
-    text = model.config.text_config
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    assert end == max(tokenizer.get_vocab().values()) == text.eos_token_id == text.vocab_size - 1
-    assert tokenizer.convert_tokens_to_ids("<|startoftext|>") == end - 1 == text.bos_token_id
-    assert (text.max_position_embeddings, text.hidden_act, text.pad_token_id) == (77, "quick_gelu", 0)
-    assert text.hidden_size == 64 * text.num_attention_heads
-    ids = tokenizer("A tall CACTUS, below a   golden sky!")["input_ids"]
-    assert (ids[0], ids[-1]) == (end - 1, end)
-    assert tokenizer.decode(ids[1:-1]).replace(" ,", ",").startswith("a tall cactus, below a golden sky")
-    ids_BL = backbone.encode(tokenizer, ["short", "long " * 200])
-    with torch.no_grad():
-        out = model(pixel_values=torch.zeros(2, 3, 64, 64), input_ids=ids_BL)
-    assert out.logits_per_image.isfinite().all()
-
-
 def test_pretraining_is_repeatable(films, tiny_clip, tmp_path):
     again = tmp_path / "backbone"
     backbone.make_backbone(films / "pretrain", again, steps=2, seed=0, sizes=SIZES)
     assert fingerprint(again) == fingerprint(tiny_clip)
-
-
-def test_backbone_names_the_film_without_a_poster(tmp_path):
-    data.write_pretrain(tmp_path / "films", 4, seed=0)
-    (tmp_path / "films" / "images" / "9000002.jpeg").unlink()
-    with pytest.raises(DataError, match="9000002"):
-        backbone.read_films(tmp_path / "films", 64)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 import make_arrow
 from common import machine
-from common.machine import busy_cores, settle_threads, threads_wait
+from common.machine import settle_threads, threads_wait
 from demo.__main__ import main as demo
 from run import command_line
 from tests.conftest import Captured, Patch
@@ -81,15 +81,3 @@ def test_how_threads_wait(busy: float, given: dict[str, str], expected: dict[str
     settle_threads()
     assert environment == expected
     assert threads_wait() == "".join(f", {name}={value}" for name, value in expected.items() if "NUM" not in name)
-
-
-def test_cores_that_are_in_use(monkeypatch: Patch) -> None:
-    """Of two cores one was idle for 0.2 s, in ticks of 0.01 s."""
-    ticks, clock = iter([1000, 1020]), iter([5.0, 5.2])
-    monkeypatch.setattr(machine, "_idle_ticks", lambda: next(ticks))
-    monkeypatch.setattr(machine, "cores", lambda: 2)
-    monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(machine.time, "sleep", lambda _: None)
-    assert busy_cores() == pytest.approx(1.0)
-    monkeypatch.setattr(machine, "_idle_ticks", lambda: int("no number"))
-    assert busy_cores() == 0.0

@@ -3,7 +3,6 @@
 import csv
 import functools
 import io
-import itertools
 import json
 import os
 import re
@@ -14,7 +13,6 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +26,6 @@ from tests.custom_files import make, read_arrow
 from tests.data_files import CLIP_DATASETS
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
 from vilt.utils import write_food101, write_hatememes, write_mmimdb
-from vilt.utils.ordered_threads import AHEAD, in_order
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -680,17 +677,3 @@ def test_an_interrupted_run_leaves_nothing(large_raw: Path, tmp_path: Path, sent
     assert process.returncode == status, stderr
     assert "Traceback" not in stderr
     assert contents(out) == {}
-
-
-def test_results_come_in_order_and_items_are_taken_only_a_few_ahead() -> None:
-    taken = itertools.count()
-
-    def late(number: int) -> int:
-        time.sleep(0.02 if number % 4 == 0 else 0)
-        return number
-
-    found = []
-    for result in in_order(late, itertools.takewhile(lambda number: number < 60, taken), 2):
-        found.append(result)
-        assert next(copy(taken)) <= len(found) + 2 * AHEAD + 1
-    assert found == list(range(60))

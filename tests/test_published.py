@@ -24,7 +24,7 @@ from engine.trainer import validation_interval
 from run import command_line
 from runs.check_options import check, resolve
 from tests.conftest import Workspace
-from tests.models import TINY, published_name, published_state
+from tests.models import published_name, published_state
 from tests.test_run import evaluate, results_of
 from vilt.datasets.open_spec import rows_of_splits
 from vilt.datasets.specs import DATASETS, SPLITS
@@ -78,14 +78,6 @@ def test_a_published_checkpoint_gives_the_logits_of_its_run(
     assert command_line([*robustness, "published_seed=3"]) == 0
     assert command_line(robustness) == 2
     assert "published_seed: expected 0, found 3" in capsys.readouterr().err
-
-
-def test_drawing_queries_leaves_the_global_generator_as_it_is() -> None:
-    torch.manual_seed(7)
-    expected = torch.randn(3)
-    torch.manual_seed(7)
-    published_queries(TINY, 2, seed=0)
-    assert torch.equal(torch.randn(3), expected)
 
 
 # ---- missing tables

@@ -234,17 +234,6 @@ def test_a_cut_checkpoint_is_damaged(tmp_path: Path, keep: int) -> None:
         check_intact(path)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    for before in (0, 1):
-        if before:
-            write_checkpoint(content(before), path)
-        with files_up_to(150_000), pytest.raises(OSError, match=r"File too large.*/last\.ckpt"):
-            write_checkpoint(content(2), path)
-        assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"][:before]
-    assert not differences(load(path), content(1))
-
-
 @pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's, which has no room either
 @pytest.mark.parametrize(("what", "n_bytes"), [("last.ckpt", 1_000_000), ("metrics.csv", 1_000)])
 def test_a_run_on_a_full_disk_ends_with_one_line_and_is_resumed_later(

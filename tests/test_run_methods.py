@@ -15,7 +15,6 @@ import torch
 from clip.modules.dpl import DecoupledPrototypes
 from config import DEFAULTS
 from engine.callbacks import Checkpoints
-from engine.checkpoint import read_checkpoint
 from run import command_line
 from runs.check_options import resolve
 from runs.training import fit_depths
@@ -83,22 +82,6 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     resumed = torch.load(tmp_path / "on_seed0" / "version_0" / "last.ckpt", weights_only=True)["state_dict"]
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-
-
-def test_the_described_model_starts_from_a_released_checkpoint(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Not yet trained, it gives what the released model gives."""
-    run(workspace, tmp_path, "memory_depth=1", "exp_name=released", "test_after_fit=False")
-    released = tmp_path / "released_seed0" / "version_0" / "best.ckpt"
-    run(workspace, tmp_path, f"load_path={released}", "test_only=True", "test_exp_name=released_test", "memory_depth=1")
-    start = (*DESCRIBED, f"load_path={released}", "finetune_first=True", "learning_rate=1e-30", "weight_decay=0")
-    run(workspace, tmp_path, *start, "exp_name=described")
-    assert "warm start" in capsys.readouterr().err
-    described = read_checkpoint(tmp_path / "described_seed0" / "version_0" / "best.ckpt")
-    assert described.spec.method.replay_depth == 1 and described.spec.method.dynamic_init
-    expected, found = result(tmp_path / "released_test")["metrics"], result(tmp_path / "described_seed0")["metrics"]
-    assert found == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from engine.families import FAMILIES, BackboneChoice, Family
 from run import command_line
 from runs.check_options import check
 from tests.data_files import write
-from tests.interrupted import differences
+from tests.interrupted import assert_same_end
 from tests.report_files import text_of
 from tests.test_resume import interrupt
 from vilt.batches import collate
@@ -253,12 +253,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     again = command(data, "exp_name=again", "missing_type=some", "resume_from=auto")
     interrupt(again, monkeypatch, checkpoints=4)
     assert command_line(again) == 0
-    whole, resumed = (
-        torch.load(folder / "last.ckpt", weights_only=True)
-        for folder in (trained["some"], data / "result" / "again_seed0" / "version_1")
-    )
-    parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
-    assert not differences([whole[part] for part in parts], [resumed[part] for part in parts])
+    assert_same_end(trained["some"], data / "result" / "again_seed0" / "version_1")
 
 
 def test_logits_are_kept_of_each_of_seven_types(measured: Path) -> None:
@@ -328,35 +323,10 @@ def test_the_table_of_runs_and_the_report_show_them(
         assert [half[kind][f"{name}_available"] for name in SENSORS.modalities] == shares.split(), kind
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("missing_type=both", "missing_type.train: expected light or motion or sound or any or some, found 'both'"),
-        ("missing_type=text", "missing_type.train: expected light or motion or sound or any or some, found 'text'"),
-        ("test_type=image", "test_type: expected light or motion or sound or any or some, found 'image'"),
-    ],
-)
-def test_missing_types_are_those_of_the_modalities(
-    registered: None, data: Path, option: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_line(command(data, option)) == 2
-    assert message.replace(".train", "") in capsys.readouterr().err.replace(".train", "")
-
-
 def test_defaults_are_those_of_the_modalities(registered: None, data: Path) -> None:
     options = check({**DEFAULTS, "task": "gadgets", "data_root": str(data)})
     assert set(options.missing_type.values()) == {"any"} and options.test_type is None
     assert options.robustness_types == options.sweep_types == TYPES
-
-
-def test_doctor_checks_them(registered: None, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command_line(command(data, name="doctor")) == 0
-    said = capsys.readouterr().out
-    assert (
-        "ok   tokenizer: none needed" in said
-        and "24 rows, 24 samples, 8 complete, 6 light missing, 5 motion missing" in said
-    )
-    assert " training step: loss" in said
 
 
 def test_complete_samples_may_lose_any_modalities_in_training(registered: None, data: Path) -> None:

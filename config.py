@@ -119,7 +119,9 @@ class Options:
         "Hugging Face folder or name, or CLIP's merges file; None: the one that comes with vit")
     trust_backbone: bool = option(
         False, flag, MACHINE, "run a TorchScript archive whose SHA-256 is not one that OpenAI published")
-    prompt_type: str = option("rep", one_of(*every_method()), MODEL, f"the method: {', '.join(METHODS)}")
+    prompt_type: str = option(
+        "rep", lambda name, value: one_of(*every_method())(name, value), MODEL, f"the method: {', '.join(METHODS)}"
+    )
     memory_length: int = option(36, integer(3), MODEL, "memory slots; a third each private, shared, dynamic")
     memory_depth: int = option(6, integer(1), MODEL,
         "blocks of each tower that get private slots; default: half of them where there are too few for 6")

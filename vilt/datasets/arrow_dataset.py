@@ -277,25 +277,19 @@ class ArrowDataset(Dataset[Sample]):
 
     def _read_labels(self) -> np.ndarray:
         """(N, C) uint8 for multi-label data, (N,) float32 where labels are numbers, else (N,) int64."""
-        column, n_classes = self.table["label"], self.spec.n_classes
-        if (limit := self.spec.label_range) is not None:
-            if column.type != pa.float32():
-                raise DataError(f"{self.path}: column label: expected float32, found {column.type}")
-            numbers = column.to_numpy()
-            for row in np.flatnonzero(~(np.abs(numbers) <= limit)):
-                raise DataError(f"{self.path}: row {row}: label {numbers[row]} is outside {-limit:g} to {limit:g}")
-            return numbers
+        column, n_classes, limit = self.table["label"], self.spec.n_classes, self.spec.label_range
         if not self.spec.multilabel:
-            if not pa.types.is_integer(column.type):
-                raise DataError(f"{self.path}: column label: expected class numbers, found {column.type}")
-            labels = column.to_numpy().astype(np.int64)
-            wrong = np.flatnonzero((labels < self._least_label) | (labels >= n_classes))
+            fits = column.type == pa.float32() if limit is not None else pa.types.is_integer(column.type)
+            if not fits:
+                expected = "float32" if limit is not None else "class numbers"
+                raise DataError(f"{self.path}: column label: expected {expected}, found {column.type}")
+            numbers = column.to_numpy() if limit is not None else column.to_numpy().astype(np.int64)
+            low, high = (-limit, limit) if limit is not None else (self._least_label, n_classes - 1)
+            wrong = np.flatnonzero(~((numbers >= low) & (numbers <= high)))
             if len(wrong):
-                raise DataError(
-                    f"{self.path}: row {wrong[0]}: label {labels[wrong[0]]} is outside 0 to {n_classes - 1} "
-                    f"({len(wrong)} such rows)"
-                )
-            return labels
+                found = f"label {numbers[wrong[0]]} is outside {low:g} to {high:g} ({len(wrong)} such rows)"
+                raise DataError(f"{self.path}: row {wrong[0]}: {found}")
+            return numbers
         expected = f"column label: expected lists of {n_classes} zeros and ones"
         if not pa.types.is_list(column.type):
             raise DataError(f"{self.path}: {expected}, found {column.type}")

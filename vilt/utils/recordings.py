@@ -193,17 +193,15 @@ def read_numbers(path: Path, columns: Sequence[int], separator: str) -> np.ndarr
 
 
 def _first_wrong(path: Path, columns: Sequence[int], separator: str) -> str | None:
-    with path.open("rb") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for row, line in enumerate(lines, 1):
-            text = line.decode("utf-8", "replace").strip()
-            cells = text.split() if separator == r"\s+" else text.split(separator)
+            cells = line.split() if separator == r"\s+" else line.strip().split(separator)
             for column in columns:
-                cell = cells[column] if column < len(cells) else None
+                cell = cells[column] if column < len(cells) else "no such column"
                 try:
-                    float(cell or "nan" if cell is not None else "")
+                    float(cell or "nan")
                 except ValueError:
-                    found = "no such column" if cell is None else quoted(cell)
-                    return f"{path}, row {row}: expected a number in column {column + 1}, found {found}"
+                    return f"{path}, row {row}: expected a number in column {column + 1}, found {quoted(cell)}"
     return None
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import heads, loop, sensors, shapes, sides
+from benchmarks import heads, loop, sensors, shapes, sides, vla
 from benchmarks.loading import Loading
 from benchmarks.sides import Comparison, Data, compare
 from clip.modules.interfaces import TowerSlots
@@ -153,6 +153,12 @@ def of_shapes(device: torch.device, pairs: int) -> Iterator[str]:
     yield from shapes.table()
 
 
+def of_vla(device: torch.device, pairs: int) -> Iterator[str]:
+    """Text, audio and vision: beside the published algorithm written plainly, at MOSI's sizes, batch 64."""
+    yield from _header("case", "baseline", "ours", "ratio", "lowest to highest", "required")
+    yield from (_line(*row) for row in vla.rows(pairs))
+
+
 PARTS = {
     "steps": steps,
     "robustness": robustness,
@@ -160,6 +166,7 @@ PARTS = {
     "shapes": of_shapes,
     "sensors": of_sensors,
     "heads": of_heads,
+    "vla": of_vla,
 }
 
 

@@ -16,7 +16,8 @@ from engine.checkpoint import read_checkpoint, restore_classifier
 from tests import slow_vla
 from tests.golden import relative_error
 from tests.vla_models import TINY, TYPE_OF_MODE, published_name, random_features, vla_batch, vla_classifier
-from vla.backbone import LETTERS, Attention, Encoder, VlaArchitecture, VlaBackbone
+from vla.backbone import LETTERS, VlaArchitecture, VlaBackbone, cross
+from vla.encoder import Attention, Encoder, dropout, mask
 
 MISSING = ("l", "a", "v", "la", "lv", "av", "")
 REP = MethodOptions("rep", 6, 2)
@@ -96,27 +97,55 @@ def test_slots_in_training_are_those_of_evaluation_without_dropout(method: str) 
     assert relative_error(classifier(batch), expected) < 1e-5
 
 
-def test_a_missing_source_is_read_as_zeros_are() -> None:
-    model = moved().model
-    assert isinstance(model, VlaBackbone)
+@pytest.mark.parametrize(("steps", "source_steps"), [(5, 6), (6, 5), (9, 4)])
+@pytest.mark.parametrize(("real", "source_real"), [(9, 9), (2, 3), (3, 1), (0, 2), (2, 0)])
+def test_steps_of_zeros_are_computed_once(steps: int, source_steps: int, real: int, source_real: int) -> None:
+    """Whatever is left out, every step reads what it reads where nothing is."""
+    model, draw = moved().model, torch.Generator().manual_seed(0)
     encoder = model.get_submodule("trans_l_with_a")
     assert isinstance(encoder, Encoder)
-    target = encoder.embed(torch.randn(3, 5, TINY.width))
-    assert relative_error(encoder.cross_zeros(target, 6), encoder.cross(target, torch.zeros(3, 6, TINY.width))) < 1e-6
+    lengths, padded = [], []
+    for T, most in ((steps, min(real, steps)), (source_steps, min(source_real, source_steps))):
+        lengths.append([(row + most) % (most + 1) for row in range(6)])
+        padded.append(torch.randn(6, T, TINY.width, generator=draw))
+        for x, length in zip(padded[-1], lengths[-1], strict=True):
+            x[: T - length] = 0
+    target, source = padded
+    whole = encoder.cross(target, source, steps, source_steps)
+    assert relative_error(cross(encoder, target, source, *lengths), whole) < 1e-6
 
 
 @pytest.mark.parametrize("steps", [4, 9])
-def test_dropout_on_the_weights_of_a_missing_source_has_the_same_distribution(steps: int) -> None:
+def test_dropout_on_the_weights_of_zeros_has_the_same_distribution(steps: int) -> None:
+    """Of a source of zeros alone, and of zeros in front of two steps that are none."""
     torch.manual_seed(0)
-    attention = Attention(8, 2).train()
-    source, visible = torch.randn(8), torch.arange(steps) + 1
-    n = 20_000
-    drawn = attention.of_constant(source, n, visible)
-    mask = torch.ones(steps, steps, dtype=torch.bool).tril()
-    constant = source.expand(n, steps, 8)
-    expected = attention(torch.zeros(n, steps, 8), constant, mask)
-    assert (drawn.mean(0) - expected.mean(0)).abs().max() < 0.02
-    assert torch.allclose(drawn.std(0), expected.std(0), rtol=0.05, atol=0.002)
+    attention, n, count = Attention(8, 2).train(), 20_000, torch.arange(steps) + 1
+    source, others = torch.randn(8), torch.randn(2, 8)
+    causal = mask(steps, steps, torch.device("cpu"))
+    query = torch.zeros(n, steps, 8)
+    before = torch.cat([source.expand(steps, 8), others]).expand(n, -1, 8)
+    first = torch.cat([source[None], others]).expand(n, -1, 8)
+    wide = torch.cat([causal, torch.zeros(steps, 2)], dim=1)
+    narrow = torch.cat([count.log()[:, None], torch.zeros(steps, 2)], dim=1)
+    for drawn, expected in (
+        (attention.of_constant(source, n, count), attention(query, source.expand(n, steps, 8), causal)),
+        (attention(query, first, narrow, count), attention(query, before, wide)),
+    ):
+        assert (drawn.mean(0) - expected.mean(0)).abs().max() < 0.02
+        assert torch.allclose(drawn.std(0), expected.std(0), rtol=0.05, atol=0.002)
+
+
+def test_dropout_keeps_the_share_and_the_mean() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1_000_003, requires_grad=True)
+    dropped = dropout(x, 0.1, training=True)
+    dropped.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, dropped)
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.1, abs=1e-3)
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.9], rel=1e-4)
+    neighbours = (dropped.detach()[1:] == 0) & (dropped.detach()[:-1] == 0)
+    assert float(neighbours.float().mean()) == pytest.approx(0.01, abs=5e-4)
+    assert dropout(x, 0.1, training=False) is x
 
 
 @pytest.mark.parametrize(

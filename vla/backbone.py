@@ -7,26 +7,24 @@ Shape suffixes: B samples, n some of them, T steps of a target, S steps of a sou
 the backbone, m slots.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
 from itertools import permutations
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from clip.modules.interfaces import NO_SLOTS, Backbone, ModelInput, Place, Tower, TowerSlots
+from clip.modules.interfaces import Backbone, ModelInput, Place, Tower, TowerSlots
+from vla.encoder import DROPOUT, EMBEDDING_DROPOUT, Encoder, dropout, embed, seen
 
 LETTERS = {"text": "l", "audio": "a", "vision": "v"}
 """By modality, in the order of all joins: what published parameter names call it."""
-EMBEDDING_DROPOUT, DROPOUT = 0.25, 0.1
 START_STD = 0.02
 FRONTENDS, POOLER, ENCODERS = "projections", "pooler", "encoders"
 LEAST_TOWER_LAYERS = 3
+GROUPS = 4
+"""Of samples of like length, each of which is padded no more than it needs."""
 
 
 @dataclass(frozen=True)
@@ -50,148 +48,6 @@ class VlaArchitecture:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(T, D) of each modality's features."""
         return {name: (getattr(self, f"{name}_steps"), getattr(self, f"{name}_dim")) for name in LETTERS}
-
-
-class Attention(nn.Module):
-    """Multi-head attention with dropout on its weights."""
-
-    def __init__(self, width: int, heads: int, dropout: float = DROPOUT) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        _xavier(self.in_proj_weight, self.out_proj)
-
-    def forward(self, query_BTD: Tensor, source_BSD: Tensor, mask_TS: Tensor | None = None) -> Tensor:
-        """(B, T, D); `mask_TS` is True where a step may look."""
-        D = query_BTD.shape[-1]
-        q_BTD = F.linear(query_BTD, self.in_proj_weight[:D], self.in_proj_bias[:D])
-        kv_BS2D = F.linear(source_BSD, self.in_proj_weight[D:], self.in_proj_bias[D:])
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q_BTD, *kv_BS2D.chunk(2, dim=-1)))
-        dropout = self.dropout if self.training else 0.0
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS, dropout_p=dropout)
-        return self.out_proj(read.transpose(1, 2).flatten(2))
-
-    def of_constant(self, source_D: Tensor, samples: int, visible_T: Tensor) -> Tensor:
-        """(n, T, D), or (D,) without dropout: what is read from a source whose steps are all alike.
-
-        The weights of a step sum to 1, whatever they are. With dropout on them they are still equal, so that their sum
-        follows from how many of the `visible_T` steps are kept, which is drawn instead of each step.
-        """
-        D = len(source_D)
-        value_D = F.linear(source_D, self.in_proj_weight[2 * D :], self.in_proj_bias[2 * D :])
-        if not self.training or not self.dropout:
-            return self.out_proj(value_D)
-        n_nTH1 = visible_T[None, :, None, None].expand(samples, -1, self.heads, 1).to(value_D.dtype)
-        kept_nTH1 = torch.binomial(n_nTH1, torch.full_like(n_nTH1, 1 - self.dropout))
-        weight_nTH1 = kept_nTH1 / (n_nTH1 * (1 - self.dropout))
-        return self.out_proj((weight_nTH1 * value_D.unflatten(0, (self.heads, -1))).flatten(2))
-
-
-class Layer(nn.Module):
-    """A pre-norm layer: attention, then a feed-forward half of four times the width."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(width, heads)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.layer_norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        _xavier(self.fc1, self.fc2)
-
-    def forward(self, x_BTD: Tensor, source_BSD: Tensor | None, mask_TS: Tensor | None, last: bool = False) -> Tensor:
-        """(B, T, D), or with `last` (B, 1, D) of the last step alone.
-
-        Args:
-            source_BSD: None for self-attention. One norm serves query and source.
-        """
-        normed_BTD = self.layer_norms[0](x_BTD)
-        normed_BSD = normed_BTD if source_BSD is None else self.layer_norms[0](source_BSD)
-        if last:
-            x_BTD, normed_BTD, mask_TS = x_BTD[:, -1:], normed_BTD[:, -1:], None
-        return self._feed_forward(x_BTD + self._drop(self.self_attn(normed_BTD, normed_BSD, mask_TS)))
-
-    def of_zero_source(self, x_nTD: Tensor, visible_T: Tensor) -> Tensor:
-        """The same for a source of zeros, whose norm is the bias; no step of it is computed."""
-        bias_D = self.layer_norms[0].get_parameter("bias")
-        read = self.self_attn.of_constant(bias_D, len(x_nTD), visible_T)
-        return self._feed_forward(x_nTD + self._drop(read.expand_as(x_nTD)))
-
-    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
-        hidden = self._drop(F.relu(self.fc1(self.layer_norms[1](x_BTD))))
-        return x_BTD + self._drop(self.fc2(hidden))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, DROPOUT, self.training)
-
-
-class Encoder(Tower):
-    """Layers behind an embedding, and a LayerNorm; cross-modal if it is given a source, else causal.
-
-    As a modality's tower it runs on what the cross-modal encoders have brought, with a method's slots.
-    """
-
-    def __init__(self, width: int, heads: int, layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.layer_norm = nn.LayerNorm(width)
-        self.checkpointing = False
-
-    def embed(self, input_b: Tensor, offset: int = 0) -> Tensor:
-        """(B, T, D): scaled, with sinusoidal positions from `offset` + 1 on, and dropout.
-
-        A step whose first channel is exactly 0 gets no position, as published: padding is zeros.
-        """
-        T, D = input_b.shape[1:]
-        position_TD = positions(offset + T, D, input_b.device)[offset:].to(input_b.dtype)
-        embedded = math.sqrt(D) * input_b + position_TD * (input_b[..., :1] != 0)
-        return F.dropout(embedded, EMBEDDING_DROPOUT, self.training)
-
-    def cross(self, target_BTD: Tensor, source_BSD: Tensor) -> Tensor:
-        """(B, T, D): what a modality reads from another one, both embedded."""
-        T, S = target_BTD.shape[1], source_BSD.shape[1]
-        mask_TS = mask(T, S, target_BTD.device)
-        for layer in self.layers:
-            target_BTD = self._run(layer, target_BTD, source_BSD, mask_TS)
-        return self.layer_norm(target_BTD)
-
-    def cross_zeros(self, target_nTD: Tensor, source_steps: int) -> Tensor:
-        """`cross` where the source is missing, that is all zeros."""
-        visible_T = mask(target_nTD.shape[1], source_steps, target_nTD.device).sum(dim=1)
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            target_nTD = self._run(layer.of_zero_source, target_nTD, visible_T)
-        return self.layer_norm(target_nTD)
-
-    def body(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
-        """(B, D): the last step behind `[replaced | inserted | dynamic | tokens | appended]`, causal from the front.
-
-        Slots are no steps: they get neither scale, position nor dropout; appended ones are steps after the others.
-        """
-        replaced, appended = slots.replaced_BmD, slots.appended_BmD
-        x_BTD = tokens_bLD
-        if appended is not None:
-            x_BTD = torch.cat([x_BTD, self.embed(appended, offset=x_BTD.shape[1])], dim=1)
-        front = [*replaced[:1], *slots.inserted_BmD[:1], *([] if slots.dynamic_BmD is None else [slots.dynamic_BmD])]
-        x_BTD = torch.cat([*front, x_BTD], dim=1)
-        P = sum(each.shape[1] for each in (*replaced[:1], *slots.inserted_BmD[:1]))
-        mask_TT = mask(x_BTD.shape[1], x_BTD.shape[1], x_BTD.device)
-        outputs_BPD: list[Tensor] = []
-        depth = len(replaced)
-        for k, layer in enumerate(self.layers):
-            if 0 < k < depth:
-                x_BTD = torch.cat([replaced[k], x_BTD[:, replaced[k].shape[1] :]], dim=1)
-            if depth <= k < depth + len(slots.replay):
-                x_BTD = torch.cat([x_BTD[:, :P] + slots.replay[k - depth](outputs_BPD), x_BTD[:, P:]], dim=1)
-            x_BTD = self._run(layer, x_BTD, None, mask_TT, k + 1 == len(self.layers))
-            if slots.replay and k < depth:
-                outputs_BPD.append(x_BTD[:, :P])
-        return self.layer_norm(x_BTD[:, -1])
-
-    def _run(self, layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            layer = partial(checkpoint, layer, use_reentrant=False)
-        return layer(*arguments)
 
 
 class VlaBackbone(Backbone):
@@ -239,7 +95,7 @@ class VlaBackbone(Backbone):
 
     def prepare(self, batch: ModelInput) -> ModelInput:
         """Dropout on the features of texts; what reads them later reads the same."""
-        text = F.dropout(batch.inputs["text"], EMBEDDING_DROPOUT, self.training)
+        text = dropout(batch.inputs["text"], EMBEDDING_DROPOUT, self.training)
         return batch._replace(inputs={**batch.inputs, "text": text})
 
     def embed(self, batch: ModelInput) -> dict[str, Tensor]:
@@ -252,29 +108,35 @@ class VlaBackbone(Backbone):
                 projected[name] = x_bTD if skip else F.linear(x_bTD, weight[..., 0])
         return projected
 
-    def mix(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def mix(self, batch: ModelInput, tokens: Mapping[str, Tensor], *, padded: bool = True) -> dict[str, Tensor]:
         """(B, T, 2d): the embedded input of each tower, for samples without the modality too.
 
         Args:
             tokens: (b, T, d) of the samples that have a modality, those of the others being zeros, or (B, T, d).
+            padded: whether steps of zeros are padding, which no parameter has made.
         """
-        B, shapes = len(batch.present_BM), self.arch.shapes
-        rows = {name: batch.rows[name] for name in tokens if len(tokens[name]) < B}
-        complete = {}
-        for name, (T, _) in shapes.items():
-            x_bTd = tokens.get(name)
-            if x_bTd is None:
-                like = next(iter(tokens.values()))
-                rows[name], complete[name] = batch.rows[name], like.new_zeros(B, T, self.arch.width)
-            else:
-                complete[name] = batch.to_all_samples(name, x_bTd) if name in rows else x_bTd
+        B, lengths, targets, sources = len(batch.present_BM), {}, {}, {}
+        for name, (T, _) in self.arch.shapes.items():
+            x_BTd = tokens.get(name)
+            if x_BTd is None:
+                x_BTd = next(iter(tokens.values())).new_zeros(B, T, self.arch.width)
+            elif len(x_BTd) < B:
+                x_BTd = batch.to_all_samples(name, x_BTd)
+            lengths[name] = _lengths(x_BTd) if padded and not x_BTd.is_cuda else [T] * B  # a GPU would have to wait
+            targets[name], sources[name] = (embed(x_BTd, self.training) for _ in range(2))
         mixed = {}
         for target, tower in self.towers.items():
-            streams = []
-            for source in shapes:
-                if source != target:
-                    encoder = self._encoder(_cross_name(target, source))
-                    streams.append(_cross(encoder, complete[target], complete[source], rows.get(source)))
+            streams = [
+                cross(
+                    self._encoder(_cross_name(target, source)),
+                    targets[target],
+                    sources[source],
+                    lengths[target],
+                    lengths[source],
+                )
+                for source in self.arch.shapes
+                if source != target
+            ]
             mixed[target] = tower.embed(torch.cat(streams, dim=-1))
         return mixed
 
@@ -287,7 +149,7 @@ class VlaBackbone(Backbone):
     def fuse(self, features: Mapping[str, Tensor], present_BM: Tensor) -> Tensor:
         """(B, 6d): the features side by side, behind the residual pooler."""
         z = super().fuse(features, present_BM)
-        return self.proj2(F.dropout(F.relu(self.proj1(z)), DROPOUT, self.training)) + z
+        return self.proj2(dropout(F.relu(self.proj1(z)), DROPOUT, self.training)) + z
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Projections of the features, pooler, and encoders."""
@@ -303,19 +165,58 @@ class VlaBackbone(Backbone):
                 module.checkpointing = checkpointing
 
 
-def _cross(encoder: Encoder, target_BTd: Tensor, source_BSd: Tensor, has_source_b: Tensor | None) -> Tensor:
-    """What all samples read from a source, which only the samples `has_source_b` have, or all if that is None."""
-    target_BTd = encoder.embed(target_BTd)
-    if has_source_b is None:
-        return encoder.cross(target_BTd, encoder.embed(source_BSd))
-    B, S = source_BSd.shape[:2]
-    lacks = torch.ones(B, dtype=torch.bool, device=source_BSd.device).index_fill(0, has_source_b, False)
-    without = lacks.nonzero().flatten()
-    read = target_BTd.new_empty(target_BTd.shape).index_copy(0, without, encoder.cross_zeros(target_BTd[without], S))
-    if not len(has_source_b):
-        return read
-    source_bSd = encoder.embed(source_BSd[has_source_b])
-    return read.index_copy(0, has_source_b, encoder.cross(target_BTd[has_source_b], source_bSd))
+def _lengths(x_BTd: Tensor) -> list[int]:
+    """Of each sample, the steps from the first one on that is not all zeros."""
+    real_BT = (x_BTd != 0).any(dim=-1)
+    return ((real_BT.shape[1] - real_BT.int().argmax(dim=1)) * real_BT.any(dim=1)).tolist()
+
+
+def cross(
+    encoder: Encoder, target_BTd: Tensor, source_BSd: Tensor, target_lengths: list[int], source_lengths: list[int]
+) -> Tensor:
+    """What all samples read from a source, both embedded, given how many of their last steps are not zeros.
+
+    Steps of zeros that see nothing but zeros are alike, and no parameter before the encoder matters to them; steps of
+    zeros in front of a source are one, with a weight of their number.
+    """
+    T, S = target_BTd.shape[1], source_BSd.shape[1]
+    groups = _groups(target_lengths, source_lengths, T, S)
+    most = T - min(R for _, R, _ in groups)
+    blank_BTd = encoder.cross_zeros(len(target_BTd), seen(T, S)[:most]) if most else target_BTd[:, :0]
+    read, start = [], 0
+    for rows, R, K in groups:
+        W = min(K + 1, S) if K else 0
+        target_nRd, source_nWd = target_BTd[:, T - R :], source_BSd[:, S - W :]
+        if len(groups) > 1:
+            target_nRd, source_nWd = target_nRd[rows], source_nWd[rows]
+        live_nRd = encoder.cross(target_nRd, source_nWd, T, S) if R else target_nRd
+        end = start + len(rows)
+        read.append(torch.cat([blank_BTd[start:end, : T - R], live_nRd], dim=1))
+        start = end
+    if len(groups) == 1:
+        return read[0]
+    order = torch.tensor([row for rows, _, _ in groups for row in rows], device=target_BTd.device)
+    return torch.cat(read)[order.argsort()]
+
+
+def _groups(targets: list[int], sources: list[int], T: int, S: int) -> list[tuple[list[int], int, int]]:
+    """Samples to compute together, with R, the last steps of the target that matter to any, and K, those of the source.
+
+    Args:
+        targets: of each sample, the last steps of the target that are not zeros.
+        sources: likewise of the source.
+    """
+    # Step i sees the first step of the source that is not zero where i + |S - T| ≥ S - length.
+    seeing = [T - min(max(S - length - abs(S - T), 0), T) if length else 0 for length in sources]
+    sizes = [(bool(source), max(pair), source) for source, *pair in zip(sources, targets, seeing, strict=True)]
+    groups: dict[tuple[bool, int], list[int]] = {}
+    number = min(GROUPS, len(set(sizes)))
+    for place, row in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        groups.setdefault((sizes[row][0], place * number // len(sizes)), []).append(row)
+    return [
+        (sorted(rows), max(sizes[row][1] for row in rows), max(sizes[row][2] for row in rows))
+        for rows in groups.values()
+    ]
 
 
 def _cross_name(target: str, source: str) -> str:
@@ -324,27 +225,3 @@ def _cross_name(target: str, source: str) -> str:
 
 def _tower_name(modality: str) -> str:
     return f"trans_{LETTERS[modality]}_mem"
-
-
-@cache
-def positions(steps: int, width: int, device: torch.device) -> Tensor:
-    """Sinusoids (T, D) of the steps 1 … T: sines, then cosines, and a 0 where D is odd."""
-    half = width // 2
-    frequency = torch.exp(torch.arange(half, device=device) * (-math.log(10000) / (half - 1)))
-    angle = torch.arange(1, steps + 1, device=device)[:, None] * frequency
-    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, width % 2))
-
-
-@cache
-def mask(steps: int, source_steps: int, device: torch.device) -> Tensor:
-    """(T, S), True where step i may see source step j: j ≤ i + |S - T|."""
-    allowed = torch.ones(steps, source_steps, dtype=torch.bool, device=device)
-    return allowed.tril(abs(source_steps - steps))
-
-
-def _xavier(*weights: Tensor | nn.Linear) -> None:
-    for weight in weights:
-        if isinstance(weight, nn.Linear):
-            nn.init.zeros_(weight.bias)
-            weight = weight.weight
-        nn.init.xavier_uniform_(weight)

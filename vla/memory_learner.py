@@ -15,7 +15,8 @@ from clip.modules.clip_dynamic_memory import DYNAMIC_STD, RDN, RESIDUAL_ALPHA, L
 from clip.modules.interfaces import ModelInput, Place, TowerSlots
 from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, without
 from vilt.missing_types import is_missing
-from vla.backbone import LETTERS, POOLER, Attention
+from vla.backbone import LETTERS, POOLER
+from vla.encoder import Attention
 
 TYPES = 7
 MODE_OF_TYPE = (6, 2, 1, 5, 0, 4, 3)

@@ -45,6 +45,7 @@ class Mplmm(Method):
     """
 
     attribute = "prompt_learner"
+    fills = True
     learns = False
     """Whether missing-type prompts start at random values."""
 

@@ -97,7 +97,8 @@ class MissingModalityClassifier(nn.Module):
         if (blanks := self.method.blanks) is not None:
             batch = self.model.complete(batch, blanks, once=not self.training and not self.method.per_sample)
         batch = self.model.prepare(batch)
-        tokens = self.model.mix(batch, self.method.adapt(batch, self.model.embed(batch)))
+        adapted = self.method.adapt(batch, self.model.embed(batch))
+        tokens = self.model.mix(batch, adapted, padded=not self.method.fills)
         slots = self.method(batch, tokens)
         features = self.method.encode(self.model, batch, tokens, slots)
         if self.method.options.mask_readout:

@@ -217,8 +217,12 @@ class Backbone(nn.Module):
         """The batch with `blanks` in place of missing inputs; with `once`, all samples that miss one share it."""
         raise ValueError("the method encodes missing inputs, which this family of backbones has not defined")
 
-    def mix(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Input tokens of the towers, where modalities read each other before: from those of `embed`."""
+    def mix(self, batch: ModelInput, tokens: Mapping[str, Tensor], *, padded: bool = True) -> Mapping[str, Tensor]:
+        """Input tokens of the towers, where modalities read each other before: from those of `embed`.
+
+        Args:
+            padded: whether steps of zeros are padding, which no parameter has made, see `Method.fills`.
+        """
         return tokens
 
     def embed(self, batch: ModelInput) -> dict[str, Tensor]:

@@ -103,6 +103,8 @@ class Method(nn.Module):
     """Of methods that encode missing inputs all the same: level of the image in place of one, see `blanks`."""
     sees_training_split: ClassVar[bool] = False
     """Whether the training starts with a pass over its samples, see `see`."""
+    fills: ClassVar[bool] = False
+    """Whether `adapt` gives tokens with parameters in them where inputs are zeros."""
     betas: ClassVar[tuple[float, float]] = (0.9, 0.98)
     """Of AdamW."""
     trains_head: ClassVar[bool] = True

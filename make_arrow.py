@@ -12,12 +12,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.compute as pc
+
+from common.arrow_file import open_table
 from common.errors import UserError
 from common.machine import check_system, cores, print_anywhere
 from common.messages import byte_size, printable
 from common.text import counted, terminal_table
 from engine.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
-from vilt.datasets.specs import EVERY_DATASET
+from vilt.datasets.specs import CLIP, EVERY_DATASET
 from vilt.utils.arrow_writer import BAD_SAMPLES, BadSample, BadSamplesError, SplitSummary, convert
 from vilt.utils.recordings import WAYS
 
@@ -27,6 +30,7 @@ DEFAULT_ROOT = Path("datasets")
 """Where arrow files go that no --target is given for, in a folder of their dataset's name."""
 SIGNS = ("negative", "zero", "positive")
 """What labels that are numbers are counted by."""
+LONG_TEXTS = "texts longer than 77 tokens, at least (text_windows reads them whole)"
 CONVERTERS = {spec.make_arrow_name: spec for spec in EVERY_DATASET.values()}
 
 
@@ -77,6 +81,14 @@ def describe_bad(bad: Sequence[BadSample]) -> str:
     )
 
 
+def count_long_texts(split: SplitSummary, column: str) -> int:
+    """How many texts of a split are surely longer than CLIP reads; no vocabulary is at hand to count their tokens."""
+    from clip.tokenizer import is_surely_cut  # takes a second to import
+
+    texts = pc.list_flatten(open_table(split.path)[column])
+    return sum(is_surely_cut(text) for chunk in texts.chunks for text in chunk.to_pylist())
+
+
 def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
     """The files for the terminal: their sizes, label counts per split, what was left out."""
 
@@ -110,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = importlib.import_module(spec.converter).open_raw(args.root, **spec.converter_arguments, **options)
         target = target or DEFAULT_ROOT / (dataset.spec.custom.name if dataset.spec.custom else spec.name)
         splits = convert(dataset, target, args.workers, args.skip_bad)
+        if dataset.spec.family == CLIP and (texts := dataset.spec.column_of("text")):
+            for split in splits:
+                split.remarks[LONG_TEXTS] = count_long_texts(split, texts)
     except BadSamplesError as error:
         print(f"error: {error}; nothing was written to {target}.\n\n{describe_bad(error.bad)}\n", file=sys.stderr)
         print("Correct them, or leave them out with --skip-bad, which lists all of them in a file.", file=sys.stderr)

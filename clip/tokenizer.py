@@ -97,6 +97,14 @@ class ClipTokenizer:
         return ids
 
 
+def is_surely_cut(text: str) -> bool:
+    """Whether a text has more tokens than CLIP's 77 positions, going by its pieces, of one token or more each."""
+    if len(text) <= CONTEXT_LENGTH - 2:
+        return False
+    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True).pre_tokenize_str(clean(text))
+    return len(pieces) > CONTEXT_LENGTH - 2
+
+
 def clean(text: str) -> str:
     """CLIP's cleaning: ftfy, HTML entities resolved twice, white space collapsed, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))

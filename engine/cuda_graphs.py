@@ -36,6 +36,7 @@ def recorded(step: Step, classifier: MissingModalityClassifier, options: "Option
         "several processes train": options.processes > 1,
         f"precision={options.precision}": options.precision.startswith("16"),
         "activation_checkpointing=True": options.activation_checkpointing,
+        f"text_windows={options.text_windows}": options.text_windows > 1,
         "the backbone is not CLIP": not isinstance(classifier.model, ClipBackbone),
     }
     against = [reason for reason, holds in reasons.items() if holds]

@@ -15,10 +15,12 @@ import torch
 from clip.modules.dpl import DecoupledPrototypes
 from config import DEFAULTS
 from engine.callbacks import Checkpoints
+from engine.predict import load_model
 from run import command_line
 from runs.check_options import resolve
 from runs.training import fit_depths
-from tests.conftest import Workspace
+from tests.conftest import Captured, Workspace
+from tests.custom_files import read_arrow
 from tests.models import TINY
 
 DESCRIBED = ("memory_depth=1", "replay_depth=1", "dynamic_init=True", "decoupling_weight=0.1")
@@ -29,6 +31,7 @@ VARIANTS = {
     "baseline of the ablation": ("far=False", "fmb=False"),
     "dpl": ("head=dpl", "dpl_contrast_weight=0.9", "dpl_margins=[0.1,0.15,0.15]"),
     "neighbours": ("prompt_type=none", "neighbours=4"),
+    "windows": ("text_windows=3", "group_texts=True"),
     "linear by type": ("head=linear_by_type", "prompt_type=none", "train_ends=True"),
 }
 
@@ -42,7 +45,7 @@ def result(folder: Path) -> dict:
     return json.loads((folder / "version_0" / "test_results.json").read_text())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "windows"])
 def test_a_run_and_the_evaluation_of_its_checkpoint(workspace: Workspace, tmp_path: Path, variant: str) -> None:
     run(workspace, tmp_path, *VARIANTS[variant], "exp_name=m")
     best = tmp_path / "m_seed0" / "version_0" / "best.ckpt"
@@ -59,7 +62,30 @@ def test_a_run_and_the_evaluation_of_its_checkpoint(workspace: Workspace, tmp_pa
     assert len({(one["prompt_type"], one["head"], one["memory_length"], one["far"]) for one in configs}) == 1
 
 
-@pytest.mark.parametrize("variant", ["described", "dpl", "aoept"])
+def test_whole_texts_are_read_in_every_command(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
+    """All plots of a film as one sample: tested, evaluated at the same pattern from stored logits, and predicted."""
+    run(workspace, tmp_path, *VARIANTS["windows"], "exp_name=m")
+    tested, best = result(tmp_path / "m_seed0"), tmp_path / "m_seed0" / "version_0" / "best.ckpt"
+    assert tested["other_input"] == ["text_windows=3", "group_texts=True"] and tested["samples"] == tested["rows"] == 13
+    command = workspace.command(f"load_path={best}", "bootstrap=0", "robustness_seeds=[0]", "robustness_ratios=[0.7]")
+    assert command_line([command[0], "robustness", *command[1:]]) == 0
+    found = json.loads((best.parent / "robustness" / "robustness.json").read_text())
+    [cell] = [cell for cell in found["cells"] if cell["missing_type"] == "both"]
+    for metric, figures in cell["metrics"].items():
+        assert figures["mean"] == pytest.approx(tested["metrics"][metric], abs=1e-6), metric
+    assert "text_windows=3" in capsys.readouterr().out
+    films = read_arrow(workspace.arrow / "mmimdb_test.arrow").to_pylist()
+    logits = read_arrow(best.parent / "robustness" / "logits.arrow")["logits_image_missing"].to_pylist()
+    assert len(films) == len(logits) < sum(len(film["plots"]) for film in films)
+    alone = [number for number, film in enumerate(films) if len(film["plots"]) == 1]
+    for one, number in zip(load_model(best).predict(texts=[films[n]["plots"][0] for n in alone]), alone, strict=True):
+        expected = torch.tensor(logits[number]).sigmoid()
+        assert torch.allclose(torch.tensor(list(one.probabilities.values())), expected, atol=1e-6)
+    assert command_line(workspace.command(f"load_path={best}", "test_only=True", "text_windows=1")) == 2
+    assert "text_windows: 1 contradicts the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variant", ["described", "dpl", "aoept", "windows"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     workspace: Workspace, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip.tokenizer import ClipTokenizer, load_tokenizer
+from clip.tokenizer import ClipTokenizer, is_surely_cut, load_tokenizer
 from common.errors import ConfigError
 from config import DEFAULTS
 from demo.backbone import train_tokenizer
@@ -110,6 +110,15 @@ def test_texts_of_fewer_windows_have_none_in_place_of_them(tokenizer: ClipTokeni
     ids = tokenizer(["1" * 200, "", "2" * 80], 8)
     assert ids.shape == (3, 3, 77) and (ids[..., 0] > 0).sum(axis=1).tolist() == [3, 1, 2]
     assert tokenizer([], 8).shape == (0, 1, 77)
+
+
+def test_texts_that_are_surely_cut_are(tokenizer: ClipTokenizer) -> None:
+    """Counted without a vocabulary: never too many, and all of them where each piece is a token."""
+    for count in (74, 75, 76, 90):
+        for unit in ("7 ", "word ", "it's, ", "&amp;&amp; ", "naïve–", "\u2167 ²"):
+            text = unit * count
+            assert not is_surely_cut(text) or tokenizer([text], 2).shape[1] == 2
+        assert is_surely_cut("7 " * count) == (count > 75)
 
 
 PLOTS = [["1" * 100, "2"], [], ["3" * 800], ["4", "5" * 160, "6" * 600]]

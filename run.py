@@ -16,7 +16,6 @@ from common.logs import set_up_logging
 from common.machine import check_system, print_anywhere, settle_threads
 from common.messages import first_line
 from common.signals import Stopped, end_loaders, stopping_on_signals
-from config import DEFAULTS
 from engine.ending import DONE, INTERRUPTED, end_with_our_fault, end_with_signal, end_with_user_error
 from runs.check_options import check, read_load_paths, read_options, read_prediction
 from runs.command_line import is_of_sweep, read_command_line
@@ -97,7 +96,7 @@ def report(_config: dict[str, Any]) -> None:
     from runs.report import make_report
 
     set_up_logging()
-    print(f"\nwritten to {make_report(options['runs'], options['out'] or Path('report'), DEFAULTS)}\n")
+    print(f"\nwritten to {make_report(options['runs'], options['out'] or Path('report'))}\n")
 
 
 @EX.command(unobserved=True)

@@ -21,7 +21,7 @@ from clip.backbone import Backbone
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.registry import TRAIN_BACKBONES, method_class
 from clip.trainable import freeze
-from common.errors import CheckpointError, ConfigError, DataError, UserError
+from common.errors import CheckpointError, ConfigError, UserError
 from common.messages import first_line
 from common.strict_json import read_json
 from config import AUTO, Options
@@ -97,17 +97,9 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
         progress = find_progress(replace(ours, config=described(opened.options, custom), contents=opened.contents))
         if progress.finished is not None:
             log.info("resume_from=auto: nothing is left to do: %s is finished", progress.finished)
-            return tested_before(progress.finished) if options.test_after_fit else {}
+            return read_json(progress.finished / "test_results.json")["metrics"] if options.test_after_fit else {}
         opened = opened._replace(options=replace(opened.options, resume_from=progress.checkpoint))
         return train_from(options, name, opened=opened)
-
-
-def tested_before(folder: Path) -> dict[str, float]:
-    """The test metrics of a finished run. Raises DataError where they are not as it wrote them."""
-    path = folder / "test_results.json"
-    if not isinstance(metrics := read_json(path).get("metrics"), dict):
-        raise DataError(f"{path}: expected metrics, as the run wrote them; without this file it is tested again")
-    return metrics
 
 
 def starting_point(options: Options, given: Collection[str]) -> tuple[Options, Checkpoint | None, Any]:

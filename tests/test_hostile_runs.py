@@ -4,9 +4,7 @@ A result, or an error of ours that names the file. Damage that other tests have 
 of a record that are missing, results of something else.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -37,26 +35,3 @@ def test_stored_logits_that_are_compressed_are_refused(run: Path) -> None:
         writer.write_table(table)
     with pytest.raises(DataError, match=r"logits\.arrow: not readable as stored logits: it is compressed"):
         read_report_runs([run])
-
-
-@pytest.mark.parametrize(
-    ("grid", "problem"),
-    [
-        (5, "not as written by run.py"),
-        ([], "sweep_types (there None, here"),
-        ({"sweep_types": 5}, "not as written by run.py"),
-        ({"sweep_types": [[]], "sweep_ratios": [], "sweep_seeds": []}, "sweep_types (there [[]], here"),
-    ],
-)
-def test_a_grid_that_is_none(
-    sweep: Sweep,  # noqa: F811
-    stand_in: SetUp,  # noqa: F811
-    capsys: Captured,
-    grid: Any,
-    problem: str,
-) -> None:
-    assert sweep.grid() == 0
-    path = sweep.folder / "sweep.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "grid": grid}))
-    assert sweep.grid() == 2
-    assert problem.format(folder=sweep.folder) in error_line(capsys.readouterr().err)

@@ -206,18 +206,13 @@ def test_further_options_of_the_grid(sweep: Sweep, stand_in: SetUp, capsys: Capt
     assert sweep.grid("sweep_over.memory_depth=[1,2,3]", "sweep_over.decay_power=[1,cosine]", types="both",
                       ratios="0.5", seeds="[0,1]") == 0  # fmt: skip
     assert "sweep s: 12 cells, 8 complete" in capsys.readouterr().err
-    assert sweep.grid("sweep_over.memory_depth=[1,2,3]", types="both", ratios="0.5") == 2
-    assert "sweep_over.decay_power (there [1.0, 'cosine'], here None)" in error_line(capsys.readouterr().err)
 
 
-def test_cells_can_be_added_and_not_taken_away(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
+def test_cells_can_be_added(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
     assert sweep.grid(seeds="[0]", ratios="[0.5]") == 0
     assert sweep.grid(seeds="[1,0]", types="[text,both,image]", ratios="[0.5,0.7]") == 0
     assert "sweep s: 12 cells, 2 complete" in capsys.readouterr().err
     assert len(sweep.versions()) == 12 and set(sweep.versions().values()) == {1}
-    assert sweep.grid(seeds="[1,2]", types="[text,both,image]", ratios="[0.5,0.7]") == 2
-    line = error_line(capsys.readouterr().err)
-    assert "sweep_seeds (there [1, 0], here [1, 2])" in line and "no cells less" in line
     assert json.loads((sweep.folder / "sweep.json").read_text())["grid"] == {
         "sweep_types": ["text", "both", "image"],
         "sweep_ratios": [0.5, 0.7],
@@ -232,7 +227,7 @@ def test_other_options_under_the_same_name_are_refused(sweep: Sweep, stand_in: S
     assert error_line(capsys.readouterr().err) == (
         f"sweep_name=s: {sweep.folder / 'sweep.json'} is of a sweep with other options: "
         f"weight_decay (there 0.02, here 0.5), decay_power (there 1, here 'cosine'); "
-        f"expected the same, with no cells less, or another sweep_name"
+        f"expected the same, or another sweep_name"
     )
     assert sweep.run("search.learning_rate=[1e-3,1e-1]") == 2
     assert "search (there {}, here {'learning_rate': [0.001, 0.1]})" in error_line(capsys.readouterr().err)

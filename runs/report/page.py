@@ -18,7 +18,7 @@ from runs.report.lines import by_dataset
 from runs.report.parts import Note, missing_notes, report_command, run_details, section_of
 from runs.report.results import ReportRun, read_report_runs
 from runs.report.samples import SampleGrid
-from runs.report.tables import options_table, runs_table
+from runs.report.tables import runs_table
 from runs.report.text import listed, listed_runs, without_home
 from runs.sweep.jobs import JOURNAL
 
@@ -28,13 +28,12 @@ MAKER = "`python run.py report`"
 TEMPLATES = FileSystemLoader(Path(__file__).with_name("templates"))
 
 
-def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> Path:
+def make_report(places: Sequence[Path], out: Path) -> Path:
     """Writes a report into the folder `out`: a reader finds the old one or the new one.
 
     Args:
         places: run folders, or folders with run folders below them.
         out: a folder that does not exist, is empty, or is an earlier report, which is replaced.
-        defaults: of all options, for the table of those that differ.
 
     Returns:
         The page, `out/index.html`.
@@ -59,10 +58,7 @@ def make_report(places: Sequence[Path], out: Path, defaults: dict[str, Any]) -> 
             "date": f"{now.day} {now:%B %Y}",
             "n_runs": counted(len(runs), "run"),
             "sections": sections,
-            "tables": {
-                "Runs": runs_table(runs, datasets),
-                "Configurations": options_table(others, defaults),
-            },
+            "runs": runs_table(runs, datasets),
             "details": [run_details(run) for run in others],
             "notes": notes,
             "report_command": report_command(places),
@@ -94,7 +90,7 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
     page = html.get_template("page.html.j2").render(content)
     files: dict[str, bytes] = {"index.html": page.encode(errors="replace")}
     parts = [part for section in content["sections"] for part in section.parts]
-    for item in (*content["tables"].values(), *(i for part in parts for i in (*part.shown, *part.folded.values()))):
+    for item in (content["runs"], *(i for part in parts for i in (*part.shown, *part.folded.values()))):
         if isinstance(item, SampleGrid):
             files |= {name: data for name, data in item.pictures.items() if data is not None}
             item = item.table

@@ -1,7 +1,7 @@
 """The tables of the report: those of a dataset, of all runs, and of what they ran on."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,7 @@ from runs.report.table import (
     mean_std,
     number,
 )
-from runs.report.text import CAPTIONS, Unit, capital, dataset_title, listed_runs, metric_title, without_home
-from runs.run_reader import flat_options
+from runs.report.text import CAPTIONS, Unit, capital, dataset_title, metric_title
 from vilt.missing_types import AVAILABLE, available_shares
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
@@ -73,43 +72,6 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
     return Table(
         "runs", CAPTIONS["runs"], rows, {"best_validation": "Validation", AT_OFFSET: capital(metric_title(AT_OFFSET))}
     )
-
-
-def options_table(runs: Sequence[ReportRun], defaults: dict[str, Any]) -> Table:
-    """The options in which runs differ from the defaults: a row per value, with the runs that have it."""
-    configs = {run.tag: _option_texts(run.run.config) for run in runs}
-    default = _option_texts(defaults)
-    rows = [
-        {"option": name, "default": default.get(name, NOT_APPLICABLE), **row}
-        for name, row in _by_value(configs)
-        if row["value"] != default.get(name, "none")
-    ]
-    return Table("options", CAPTIONS["options"], rows)
-
-
-def _option_texts(config: dict[str, Any]) -> dict[str, str]:
-    """Options by name; nothing and None are the same, as are 1 and 1.0."""
-    return {
-        name: "none"
-        if value in (None, "")
-        else f"{value:.12g}"
-        if isinstance(value, float)
-        else without_home(str(value))
-        for name, value in flat_options(config).items()
-    }
-
-
-def _by_value(of_run: Mapping[str, Mapping[str, str]]) -> list[tuple[str, dict[str, str]]]:
-    """(name, value with its runs), by name: tables that have as many columns however many runs there are."""
-    tags: dict[str, dict[str, list[str]]] = {}
-    for tag, values in of_run.items():
-        for name, value in values.items():
-            tags.setdefault(name, {}).setdefault(value, []).append(tag)
-    return [
-        (name, {"value": value, "runs": "all" if len(having) == len(of_run) > 1 else listed_runs(having)})
-        for name, by_value in tags.items()
-        for value, having in by_value.items()
-    ]
 
 
 def comparison_table(dataset: Dataset) -> Table:

@@ -3,7 +3,7 @@
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
 
     Raises:
         DataError: it is damaged.
-        SweepError: it is of a sweep with other options, or of one with cells that this one lacks.
+        SweepError: it is of a sweep with other options; other cells may be added.
     """
     path, grid = folder / "sweep.json", None
     if not options.search:
@@ -151,23 +151,16 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
         with as_written_by_run(path):
             if there["format"] != FORMAT:
                 raise ValueError(f"expected format {FORMAT}, found {quoted(there['format'])}")
-            if other := list(_differences(dict(there["options"]), dict(there["grid"] or {}), mine)):
-                raise SweepError(
-                    f"sweep_name={options.sweep_name}: {path} is of a sweep with other options: {', '.join(other)}; "
-                    f"expected the same, with no cells less, or another sweep_name"
-                )
+            theirs = dict(there["options"])
+        if other := [name for name, value in mine["options"].items() if theirs.get(name) != value]:
+            shown = [
+                f"{name} (there {quoted(theirs.get(name))}, here {quoted(mine['options'][name])})" for name in other
+            ]
+            raise SweepError(
+                f"sweep_name={options.sweep_name}: {path} is of a sweep with other options: {', '.join(shown)}; "
+                f"expected the same, or another sweep_name"
+            )
     write_json(path, mine)
-
-
-def _differences(options: dict[str, Any], grid: dict[str, Any], mine: dict[str, Any]) -> Iterator[str]:
-    """What a sweep has that `mine` has not; `mine` may have more cells."""
-    for name, value in mine["options"].items():
-        if options.get(name) != value:
-            yield f"{name} (there {quoted(options.get(name))}, here {quoted(value)})"
-    here = mine["grid"] or {}
-    for name in {**here, **grid}:
-        if name not in here or not set(map(str, grid.get(name, ()))) <= set(map(str, here[name])) or name not in grid:
-            yield f"{name} (there {quoted(grid.get(name))}, here {quoted(here.get(name))})"
 
 
 def _contents(options: Options) -> dict[str, str]:

@@ -157,10 +157,10 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     backbone.start_head(head)
     neighbours, k = None, spec.method.neighbours
     if k:
-        neighbours = Neighbours(list(backbone.places), backbone.embed_dim, task.n_classes, k)
+        neighbours = Neighbours(list(backbone.places), backbone.embed_dim * min(windows, 2), task.n_classes, k)
     classifier = MissingModalityClassifier(backbone, method, task.head_name, head, neighbours)
     freeze(classifier, spec.task)
-    if k and (backbone.mixes or parts != len(backbone.places) or not has_frozen_towers(classifier)):
+    if k and (backbone.mixes or backbone.fused_parts != len(backbone.places) or not has_frozen_towers(classifier)):
         raise ValueError(
             "neighbours: expected frozen towers whose features stand side by side, as with prompt_type=none and "
             "train_ends=False"

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 
 from clip.backbone import Backbone
-from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.classifier import MissingModalityClassifier, mean_and_maximum
 from clip.modules.registry import TRAIN_BACKBONES, method_class
 from clip.trainable import freeze
 from common.errors import CheckpointError, ConfigError, UserError
@@ -266,14 +266,16 @@ def compute_features(options: Options, given: Collection[str]) -> None:
 
 def training_samples(classifier: MissingModalityClassifier, data: ArrowDataset) -> tuple[Tensor, ...]:
     """Features (N, M, E) of the training split, which of them are there, labels and rows."""
-    assert data.kept is not None
-    of_modalities = []
+    assert data.kept is not None and classifier.neighbours is not None
+    of_modalities = {}
     for name, kind in data.kinds.items():
-        features_nE = classifier.model.towers[name].end(data.kept[name]).detach()
-        of_modalities.append(features_nE[kind.place_of_sample])
+        features_nE = classifier.model.towers[name].end(kept := data.kept[name]).detach()
+        if kind.most_windows > 1:
+            features_nE = mean_and_maximum(features_nE, kept.any(dim=-1))
+        of_modalities[name] = features_nE[kind.place_of_sample]
     missing_N = data.missing_type_of_sample
     present_NM = torch.from_numpy(np.stack([~is_missing(data.kinds, name, missing_N) for name in data.kinds], axis=1))
-    features_NME = torch.stack(of_modalities, dim=1) * present_NM[..., None]
+    features_NME = classifier.neighbours.stacked(of_modalities) * present_NM[..., None]
     return features_NME, present_NM, torch.from_numpy(data.label_of_sample), torch.from_numpy(data.row_of_sample)
 
 

@@ -31,6 +31,7 @@ VARIANTS = {
     "baseline of the ablation": ("far=False", "fmb=False"),
     "dpl": ("head=dpl", "dpl_contrast_weight=0.9", "dpl_margins=[0.1,0.15,0.15]"),
     "neighbours": ("prompt_type=none", "neighbours=4"),
+    "neighbours of windows": ("prompt_type=none", "neighbours=4", "text_windows=3", "group_texts=True"),
     "windows": ("text_windows=3", "group_texts=True"),
     "linear by type": ("head=linear_by_type", "prompt_type=none", "train_ends=True"),
 }
@@ -56,7 +57,7 @@ def test_a_run_and_the_evaluation_of_its_checkpoint(workspace: Workspace, tmp_pa
     evaluation = workspace.command(f"load_path={best}", "test_only=True", "test_exp_name=again", f"log_dir={tmp_path}")
     evaluation = [option for option in evaluation if not option.startswith("memory_")]
     assert command_line(evaluation) == 0
-    assert result(tmp_path / "again")["metrics"] == trained["metrics"]
+    assert result(tmp_path / "again")["metrics"] == pytest.approx(trained["metrics"], rel=1e-6)
     assert "trained_parameters" not in result(tmp_path / "again")
     configs = (json.loads((tmp_path / name / "version_0" / "config.json").read_text()) for name in ("m_seed0", "again"))
     assert len({(one["prompt_type"], one["head"], one["memory_length"], one["far"]) for one in configs}) == 1

@@ -15,6 +15,13 @@ from clip.modules.method import Method
 from clip.modules.neighbours import Neighbours
 
 
+def mean_and_maximum(feature_BWE: Tensor, there_BW: Tensor) -> Tensor:
+    """(B, 2E) of the windows that each text has."""
+    there_BW1 = there_BW[..., None]
+    mean_BE = feature_BWE.where(there_BW1, 0).sum(dim=1) / there_BW1.sum(dim=1)
+    return torch.cat([mean_BE, feature_BWE.where(there_BW1, -torch.inf).amax(dim=1)], dim=-1)
+
+
 def pooled(features: Mapping[str, Tensor], windows_BW: Tensor | None) -> dict[str, Tensor]:
     """Features by sample of those by window: of texts mean and maximum (B, 2E), of other inputs (B, E) as they are.
 
@@ -27,9 +34,7 @@ def pooled(features: Mapping[str, Tensor], windows_BW: Tensor | None) -> dict[st
         if name != "text":
             found[name] = feature_VE[rows_BW[:, 0]]
             continue
-        there_BW1, feature_BWE = (rows_BW >= 0)[..., None], feature_VE[rows_BW.clamp(min=0)]
-        mean_BE = feature_BWE.where(there_BW1, 0).sum(dim=1) / there_BW1.sum(dim=1)
-        found[name] = torch.cat([mean_BE, feature_BWE.where(there_BW1, -torch.inf).amax(dim=1)], dim=-1)
+        found[name] = mean_and_maximum(feature_VE[rows_BW.clamp(min=0)], rows_BW >= 0)
     return found
 
 

@@ -57,15 +57,20 @@ class Neighbours(nn.Module):
         for name, value in zip(BANK, (features_NME, present_NM, labels_NC, row_N), strict=True):
             self.get_buffer(name).copy_(value)
 
+    def stacked(self, features: Mapping[str, Tensor]) -> Tensor:
+        """(B, M, E): features by modality, narrower ones filled up with 0."""
+        of_modalities = (features[name] for name in self.modalities)
+        return torch.stack([F.pad(each, (0, self.sizes[1] - each.shape[1])) for each in of_modalities], dim=1)
+
     def forward(self, features: Mapping[str, Tensor], batch: ModelInput) -> tuple[dict[str, Tensor], Tensor]:
         """Features (B, E) by modality, filled, and what is added to the logits (B, C)."""
-        near_BGk = self._nearest(torch.stack([features[name] for name in self.modalities], 1).detach(), batch)
+        near_BGk = self._nearest(self.stacked(features).detach(), batch)
         there_BGk = near_BGk >= 0
         count_BG = there_BGk.sum(-1)
         filled = {}
         for m, name in enumerate(self.modalities):
             weight_Bk = there_BGk[:, 1 + m] / count_BG[:, 1 + m, None].clamp_min(1)
-            found_BkE = self.get_buffer("features_NME")[near_BGk[:, 1 + m], m].float()
+            found_BkE = self.get_buffer("features_NME")[near_BGk[:, 1 + m], m, : features[name].shape[1]].float()
             mean_BE = torch.einsum("bk,bke->be", weight_Bk, found_BkE)
             filled[name] = features[name] + self.feature_gate_M[m] * mean_BE
         labels_NC = self.get_buffer("labels_NC").float()

@@ -16,6 +16,7 @@ from typing import Any
 
 from common.errors import ConfigError, DataError
 from common.messages import first_line, quoted
+from common.readers import text
 from common.strict_json import read_json
 from common.text import baseline_texts, counted, natural_key
 from config import DEFAULTS
@@ -177,6 +178,8 @@ def read_run(folder: Path) -> Run:
     config = read_json(path)
     with as_written_by_run(path):
         [config[name] for name in NEEDED]  # a KeyError names the first that is not there
+        for name in ("exp_name", "prompt_type"):
+            text(name, config[name])
         if config["task"] not in EVERY_DATASET:
             raise ValueError(f"task: expected one of {', '.join(EVERY_DATASET)}, found {quoted(config['task'])}")
         custom = CustomData.of(config[CUSTOM]) if config["task"] in CUSTOM_TASKS else None
@@ -257,7 +260,7 @@ def as_written_by_run(path: Path) -> Iterator[None]:
     """Turns what unexpected content of a file leads to into one line that names the file."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, ConfigError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not as written by run.py: {first_line(error)}") from error
 
 

@@ -4,9 +4,12 @@ It comes to a result, or to an error of ours that names the file; `make fuzz` tr
 """
 
 import contextlib
+import copy
 import io
+import json
 import os
 import pickle
+import random
 import shutil
 import zipfile
 from collections import Counter
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +36,6 @@ from runs.run_table import list_runs
 from tests.archives import rewritten
 from tests.conftest import GOLDEN_ARROW, Workspace
 from tests.custom_files import make, write_labelled
-from tests.damage import ODD_FILES, ODD_VALUES, damaged
 from tests.data_files import CLIP_DATASETS
 from tests.models import TINY, tiny_classifier
 from tests.report_files import TestSet, write_run
@@ -48,6 +51,17 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "12"))
 """Damaged contents of each file, beside ODD_FILES."""
 PATTERN = MissingPattern("both", 0.7, 0.5, 0)
 TABLE = 'image,text,label,split\na.png,one,cat,train\na.png,"two, three",dog,val\na.png,five,dog,test\n'
+
+ODD_FILES = (
+    b"", b"\0", b"null", b"[", b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"NaN", b"\xef\xbb\xbf{}",
+    b"\xff\xfe{\x00}\x00", b"\r\r\r", b"\n" * 100, b'{"a": 1, "a": 2}', b'"\\ud800"', b"<svg/>",
+    b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF\0\0\0\0WEBP",
+    b"ARROW1\0\0", b"\x93NUMPY\x01\x00", b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00trueq\x85R.",
+)  # fmt: skip
+ODD_VALUES: tuple[Any, ...] = (
+    None, True, -1, 10**400, 0.5, float("nan"), "", "\0", "0.5", "x" * 100_000, [], [[]], {}, {"": None}, [None] * 3,
+)  # fmt: skip
+INSERTED = (b"", b"", b"\0", b"\n", b'"', b"\xff\xfe", b"[" * 20_000)
 
 
 @dataclass(frozen=True)
@@ -205,10 +219,38 @@ READERS = {
 }
 
 
+def damaged(whole: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
+    """`count` times the content with some bits flipped; then also with something inserted, or its end cut off."""
+    draw = random.Random(seed)
+    for number in range(count):
+        content = bytearray(whole)
+        for _ in range(1 + number % 3):
+            content[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        if number % 2:
+            place = draw.randrange(len(whole))
+            content[place:place] = draw.choice(INSERTED)
+            content = content[: draw.choice([len(content), draw.randrange(len(whole))])]
+        yield bytes(content)
+
+
+def odd_records(value: Any) -> Iterator[Any]:
+    """A value of JSON with an odd one in one place after the other; of a list the first two."""
+    if not isinstance(value, (dict, list)):
+        return
+    for number, key in enumerate(value if isinstance(value, dict) else range(min(len(value), 2))):
+        for odd in (ODD_VALUES[number % len(ODD_VALUES)], *odd_records(value[key])):
+            changed = copy.copy(value)
+            changed[key] = odd
+            yield changed
+
+
 def contents(path: Path, entry: str) -> Iterator[bytes]:
     whole = path.read_bytes()
     if not entry:
         yield from (*ODD_FILES, *damaged(whole, EXAMPLES))
+        if "version_0" in path.parts:
+            records = odd_records(json.loads(whole)) if path.suffix == ".json" else ()
+            yield from (json.dumps(record).encode() for record in records)
         return
     with zipfile.ZipFile(path) as archive:
         inner = next(archive.read(name) for name in archive.namelist() if name.endswith(entry))

@@ -4,8 +4,6 @@ import errno
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,22 +242,3 @@ def test_a_signal_in_a_loop_of_lightning(
 def test_ctrl_c_before_the_loops(workspace: Workspace, tmp_path: Path, monkeypatch: Patch, capsys: Captured) -> None:
     monkeypatch.setattr(families, "load_backbone", raising(KeyboardInterrupt()))
     assert ends_with(130, small_run(workspace, tmp_path), capsys)[0] == "interrupted"
-
-
-def test_sigterm_of_a_process(workspace: Workspace, tmp_path: Path) -> None:
-    """The status reaches the shell, and unfinished files are gone."""
-    command = small_run(workspace, tmp_path, "max_epoch=10000", "val_check_interval=1.0")
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            if line.startswith("epoch 0:"):
-                break
-        process.send_signal(signal.SIGTERM)
-        said = process.stderr.read()
-        assert process.wait(timeout=60) == 143
-    finally:
-        process.kill()
-    assert said.splitlines()[-1].startswith("terminated")
-    assert "Traceback" not in said
-    assert not list(tmp_path.rglob("*.part"))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.clip_dynamic_memory import RDN, MemoryLearner
 from clip.modules.method import MethodOptions
-from clip.trainable import freeze, parts_of
+from clip.trainable import parts_of
 from engine.tasks import TASKS
 from tests import golden, slow_methods
 from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
@@ -136,11 +136,6 @@ def test_every_parameter_is_in_exactly_one_part() -> None:
     classifier.stray = nn.Parameter(torch.zeros(1))
     with pytest.raises(AssertionError, match="a parameter is in no part"):
         parts_of(classifier)
-
-
-def test_freeze_reports_counts() -> None:
-    text = freeze(tiny_classifier(), "mmimdb")
-    assert "  method  " in text and "trained in all" in text and "frozen" in text
 
 
 def test_starting_slots_lie_around_the_backbone_embeddings() -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from clip.modules.method import MethodOptions
-from common.errors import NonFiniteLossError
 from engine.checkpoint import ModelSpec
 from engine.numerics import FiniteWatch
 from engine.training import FinetuneModule
@@ -100,14 +99,3 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(
     error = capsys.readouterr().err.splitlines()[-1]
     start = "error: the gradient of mmimdb_classifier.bias is not finite at step 2 (epoch 0); samples: "
     assert error.startswith(start) and len(error.removeprefix(start).split(", ")) == 8
-
-
-def test_what_the_module_says() -> None:
-    module = module_of(current_epoch=3)
-    noted(module._watch, 4, [[1.0]], NAN)
-    with pytest.raises(NonFiniteLossError, match=r"nan at step 4 \(epoch 3, batch 40\); samples: film400, film401"):
-        module._check_finite()
-    for step in (5, 6):
-        noted(module._watch, step, [[INF]])
-    with pytest.raises(NonFiniteLossError, match=r" a is .* step 6 \(epoch 3\); so were 1 before .*: film600, film601"):
-        module._check_finite()

@@ -110,17 +110,6 @@ def test_gpus_that_are_not_there(workspace: Workspace, capsys: pytest.CaptureFix
     assert "error: num_gpus: expected at most the 2 of this machine, found 3" in capsys.readouterr().err
 
 
-def test_as_a_process(workspace: Workspace) -> None:
-    """The status reaches the shell, and the line is all that is said."""
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, *workspace.command("missing_ratio=2")], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: missing_ratio: expected a number from 0 to 1, found 2\n"
-    assert done.stdout == ""
-
-
 def test_print_config_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line(["run.py", "print_config", "with", "published", "seed=3"]) == 0
     shown = capsys.readouterr().out.splitlines()

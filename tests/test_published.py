@@ -3,7 +3,6 @@
 Whole trainings are in test_golden_training.py.
 """
 
-import math
 import random
 import shutil
 from dataclasses import asdict
@@ -167,38 +166,6 @@ def test_published_tables_need_all_splits(
 
 
 # ---- optimiser steps
-
-
-def slow_adamw(p: float, gradients: list[float | None], rates: list[float], decay: float) -> float:
-    """transformers 4.2.1's AdamW for one number; None: no gradient."""
-    mean = square = 0.0
-    step = 0
-    for gradient, rate in zip(gradients, rates, strict=True):
-        if gradient is None:
-            continue
-        step += 1
-        mean = 0.9 * mean + 0.1 * gradient
-        square = 0.98 * square + 0.02 * gradient**2
-        p -= rate * math.sqrt(1 - 0.98**step) / (1 - 0.9**step) * mean / (math.sqrt(square) + 1e-8)
-        p -= rate * decay * p
-    return p
-
-
-def test_adamw_is_that_of_transformers() -> None:
-    """Also where a parameter gets its first gradient later, and with gradients so small that eps counts."""
-    gradients: list[list[float | None]] = [[0.3, -0.1, 1e-9, 0.0, 0.7], [None, None, -2.0, 0.0, 1e-8], [None] * 5]
-    rates = [0.1, 0.2, 0.3, 0.2, 0.0]
-    parameters = [torch.nn.Parameter(torch.tensor([1.5], dtype=torch.float64)) for _ in gradients]
-    optimizer = AdamW([{"params": parameters, "weight_decay": 0.05}], 0.1, (0.9, 0.98), 1e-8)
-    for step, rate in enumerate(rates):
-        for parameter, of_parameter in zip(parameters, gradients, strict=True):
-            value = of_parameter[step]
-            parameter.grad = None if value is None else torch.tensor([value], dtype=torch.float64)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-    for parameter, of_parameter in zip(parameters, gradients, strict=True):
-        assert parameter.item() == pytest.approx(slow_adamw(1.5, of_parameter, rates, 0.05), rel=1e-12)
-    assert parameters[2] not in optimizer.state
 
 
 def test_optim_type_chooses_the_published_optimisers() -> None:

@@ -86,18 +86,6 @@ def test_the_run_folder_holds_everything(workspace: Workspace, fitted: Path) -> 
     assert results["missing_pattern"] == {"missing_type": "both", "ratio": 0.7, "both_ratio": 0.5, "seed": 0}
 
 
-def test_learning_rate_warms_up_and_decays(fitted: Path) -> None:
-    """Per optimiser step: up to the full rate after 10 % of the steps, then down to end_lr at the last one."""
-    with (fitted / "metrics.csv").open() as file:
-        reader = csv.DictReader(file)
-        column = next(name for name in reader.fieldnames or () if name.startswith("lr-AdamW"))
-        rate_of_step = {int(row["step"]): float(row[column]) for row in reader if row[column]}
-    rates, steps = list(rate_of_step.values()), len(rate_of_step)
-    warmup = int(steps * 0.1)
-    expected = [step / warmup if step < warmup else (steps - step) / (steps - warmup) for step in range(steps)]
-    assert rates == pytest.approx([0.01 * rate for rate in expected])
-
-
 def test_evaluation_of_the_best_checkpoint_repeats_the_result(workspace: Workspace, fitted: Path, best: str) -> None:
     again, first = evaluate(workspace, "again", best, "test_ratio=0.7", "test_type=both"), results_of(fitted)
     assert again["metrics"] == first["metrics"] and again["checkpoint_sha256"] == first["checkpoint_sha256"]

@@ -14,9 +14,7 @@ import make_arrow
 from engine.checkpoint import read_checkpoint
 from engine.predict import load_model
 from run import command_line
-from tests.interrupted import assert_same_end
 from tests.report_files import text_of
-from tests.test_resume import interrupt
 from tests.vla_files import mmsa_pickle, vla_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
@@ -114,30 +112,6 @@ def test_the_best_model_is_that_of_the_lowest_error(trained: Path) -> None:
         header, *rows = [line.rstrip("\n").split(",") for line in file]
     errors = [float(row[header.index("val/mae")]) for row in rows if row[header.index("val/mae")]]
     assert best["score"] == pytest.approx(min(errors)) and best["monitor"] == "val/mae"
-
-
-def test_an_interrupted_training_ends_with_the_same_bits(
-    root: Path, pretrained: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = ("memory_length=6", "memory_depth=2", "exp_name=again", "resume_from=auto")
-    again = command(root, "prompt_type=rep", *own, f"load_path={pretrained}")
-    interrupt(again, monkeypatch, checkpoints=1)
-    assert command_line(again) == 0
-    assert_same_end(trained, root / "result" / "again_seed0" / "version_1")
-
-
-def test_seven_encodings_give_every_cell(measured: Path, root: Path) -> None:
-    found = json.loads((measured / "robustness.json").read_text())
-    assert list(found["by_type"]) == list(TYPE_NAMES) and found["metric"] == "mae"
-    for kind, ratio in (("some", 0.7), ("text", 1.0)):
-        pattern = (f"test_type={kind}", f"test_ratio={ratio}", f"test_exp_name={kind}")
-        evaluated = (f"load_path={measured.parent / 'best.ckpt'}", "test_only=True", *pattern)
-        assert command_line(command(root, *evaluated)) == 0
-        results = json.loads((root / "result" / kind / "version_0" / "test_results.json").read_text())
-        (cell,) = (each for each in found["cells"] if (each["missing_type"], each["ratio"]) == (kind, ratio))
-        for metric, value in results["metrics"].items():
-            if metric != "loss" and value is not None:
-                assert cell["metrics"][metric]["mean"] == pytest.approx(value, abs=1e-6), metric
 
 
 def test_predictions_are_those_of_the_test(measured: Path, root: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ SENSORS = DatasetSpec(
     make_arrow_name="gadgets",
     converter="",
     family="gadgets",
+    redrawn=True,
 )
 ROWS = {"train": 24, "val": 9, "test": 14}
 TYPES = ("light", "motion", "sound", "any", "some")
@@ -199,7 +200,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(data: Path, *options: str, name: str | None = None) -> list[str]:
     places = (f"data_root={data}", f"log_dir={data / 'result'}", f"missing_table_root={data / 'tables'}")
-    small = ("batch_size=8", "per_gpu_batchsize=4", "max_epoch=2", "precision=32", "num_workers=0", "vit=made up")
+    small = (
+        "batch_size=8",
+        "per_gpu_batchsize=4",
+        "max_epoch=2",
+        "precision=32",
+        "num_workers=0",
+        "vit=made up",
+        "simulate_missing=True",
+    )
     return [
         "run.py",
         *([name] if name else []),

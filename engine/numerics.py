@@ -32,8 +32,8 @@ class FiniteWatch:
         self._batches: list[tuple[int, Tensor, Tensor]] = []
         """(number, numbers of samples, loss) of the step that is under way."""
         self._steps: list[tuple[int, list[tuple[int, Tensor, Tensor]], list[str], Tensor]] = []
-        """(step, batches, names of the parameters with a gradient, losses and each gradient's largest absolute value)
-        since the last look."""
+        """(step, batches, names of the parameters with a gradient, losses and a number of each gradient that is finite
+        if all of it is) since the last look."""
 
     def note_loss(self, batch: int, samples: Tensor, loss: Tensor) -> None:
         """Takes the loss of a batch."""
@@ -42,8 +42,11 @@ class FiniteWatch:
     def note_gradients(self, parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> int:
         """Takes the gradients of a step, which ends the batches so far; the number of steps that wait for a look."""
         gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
-        largest = torch._foreach_norm(list(gradients.values()), float("inf"))
-        values = torch.stack([*(loss for *_, loss in self._batches), *largest])
+        if all(gradient.is_cpu for gradient in gradients.values()):
+            told = [gradient.sum() for gradient in gradients.values()]  # a tenth of the time of the largest value
+        else:
+            told = list(torch._foreach_norm(list(gradients.values()), float("inf")))
+        values = torch.stack([*(loss for *_, loss in self._batches), *told])
         self._steps.append((step, self._batches, list(gradients), values))
         self._batches = []
         return len(self._steps)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import pytorch_lightning as pl
@@ -111,7 +112,10 @@ class FinetuneModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds the dropout masks by their place in the training, so that an interruption does not change them."""
         place = f"{self.seed}/{self.current_epoch}/{batch_idx}/{self.global_rank}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "big"))
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "big")
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps notes for GPUs that are not used
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, with the method's own losses, each of which is logged by its name."""
@@ -146,12 +150,22 @@ class FinetuneModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Looks at losses and gradients, on a GPU at those of many steps together.
 
+        Before, as published: once a parameter has been trained, a step that has no gradient for it (a start slot whose
+        missing type is absent) still moves it by momentum and weight decay.
+
         Raises:
             NonFiniteLossError: see `_check_finite`.
         """
-        waiting = self._watch.note_gradients(self.classifier.named_parameters(), self.global_step)
+        for parameter in optimizer.state:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        waiting = self._watch.note_gradients(self._trained, self.global_step)
         if self.device.type == "cpu" or waiting == GPU_STEPS_PER_CHECK:
             self._check_finite()
+
+    @cached_property
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [each for each in self.classifier.named_parameters() if each[1].requires_grad]
 
     def _check_finite(self) -> None:
         """All processes have to call this at the same place, and end with the same message.
@@ -304,15 +318,12 @@ class FinetuneModule(pl.LightningModule):
         return any(self._rate_at(step) > 0 for step in range(steps))
 
     def on_train_start(self) -> None:
-        """In a resumed run, gives back the gradients of 0 that `optimizer_zero_grad` keeps, and applies the options.
+        """In a resumed run, applies the options.
 
         What Lightning restores says the settings of the optimiser too, those of the run that is resumed: of the rate up
         to the first step alone, since the schedule is not restored.
         """
         [optimizer], [schedule] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
-        for parameter in optimizer.state:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         scheduler: Any = schedule.scheduler
         scheduler.base_lrs = [group["initial_lr"] for group in self._groups]
         step = scheduler.last_epoch
@@ -323,17 +334,6 @@ class FinetuneModule(pl.LightningModule):
             rate = max(group["lr"] for group in optimizer.param_groups)
             text = "resumed at step %d; learning rate %.3g, by the schedule of this run's options (%d steps)"
             log.info(text, step, rate, self.steps)
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Zeroes gradients instead of dropping them.
-
-        As published: once a parameter has had a gradient, a step that has none for it (a start slot whose missing type
-        is absent) still moves it by momentum and weight decay.
-        """
-        optimizer.zero_grad(set_to_none=False)
-
-    def on_validation_model_zero_grad(self) -> None:
-        """Leaves the gradients alone, which Lightning would drop before a validation."""
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint keeps: not the frozen weights."""

@@ -1,8 +1,9 @@
 """Batches of samples, in which what is missing takes no room."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -10,6 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.kinds import Collated, Kind
 from vilt.missing_types import code_of
+
+SMALL_BYTES = 2**16
+"""Of a tensor that is sent from process to process, not shared."""
 
 
 class Batch(NamedTuple):
@@ -38,6 +42,26 @@ class Batch(NamedTuple):
     windows_BW: Tensor | None = None
     """Where texts are in several windows, everything above but labels and numbers is of as many samples as there are
     windows: of each sample the places of its own there, -1 where another sample has more."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From a loader process small tensors come as arrays: for each tensor a connection to it is made."""
+        return _of_arrays, tuple(_each(field, _as_array) for field in self)
+
+
+def _of_arrays(*fields: Any) -> Batch:
+    return Batch(*(_each(field, _as_tensor) for field in fields))
+
+
+def _as_tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _as_array(value: Any) -> Any:
+    return value.numpy() if isinstance(value, Tensor) and value.nbytes <= SMALL_BYTES else value
+
+
+def _each(field: Any, change: Callable[[Any], Any]) -> Any:
+    return {name: change(value) for name, value in field.items()} if isinstance(field, dict) else change(field)
 
 
 def collate(

@@ -21,6 +21,7 @@ from common.readers import (
     number,
     of_each,
     one_of,
+    one_or_several,
     optional,
     path,
     path_or_name,
@@ -185,10 +186,13 @@ class Options:
     activation_checkpointing: bool = option(False, flag, MACHINE, "less memory, at the price of a second forward pass")
 
     log_dir: Path = option("result", path, RUN, "folder of the run folders")
-    load_path: Path | None = option(
-        "", optional(path), TRAINING, "checkpoint: to evaluate with test_only, else a warm start")
+    load_path: Path | tuple[Path, ...] | None = option(
+        "", optional(one_or_several(path)), TRAINING,
+        "checkpoint: to evaluate with test_only, else a warm start; several are evaluated as one, by mean logits")
     published_seed: int = option(
         0, SEED, TRAINING, "seed of the run that wrote a published checkpoint: draws its dynamic queries")
+    teacher: Path | None = option(
+        None, optional(path), TRAINING, "checkpoint whose probabilities are half of what is learned")
     finetune_first: bool = option(False, flag, TRAINING, "a warm start takes the head too (of the same task)")
     resume_from: Path | str | None = option(
         None, optional(word_or(AUTO, path)), RUN, "`last.ckpt` of an interrupted run, to resume it; auto: finds it")
@@ -261,6 +265,11 @@ class Options:
         if self.test_only:
             return ("test",)
         return SPLITS if self.test_after_fit and not self.fast_dev_run else ("train", "val")
+
+    @property
+    def load_paths(self) -> tuple[Path, ...]:
+        """What `load_path` names."""
+        return self.load_path if isinstance(self.load_path, tuple) else (self.load_path,) if self.load_path else ()
 
     def pattern(self, split: Split) -> MissingPattern:
         """How a split loses modalities."""

@@ -172,6 +172,16 @@ def several(reader: Reader, *, texts: bool = False) -> Reader:
     return read
 
 
+def one_or_several(reader: Reader) -> Reader:
+    """Reads texts: a single one, or a list of them into a tuple."""
+
+    def read(option: str, value: Any) -> Any:
+        found = several(reader, texts=True)(option, value)
+        return found[0] if len(found) == 1 else found
+
+    return read
+
+
 def words_of(option: str, value: str, texts: bool) -> Any:
     """The values in `[a,b]`; what is no list as it is."""
     found = literal(value)

@@ -157,7 +157,8 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     backbone.start_head(head)
     neighbours, k = None, spec.method.neighbours
     if k:
-        neighbours = Neighbours(list(backbone.places), backbone.embed_dim * min(windows, 2), task.n_classes, k)
+        widths = {name: backbone.embed_dim * (1 + (windows > 1 and name == "text")) for name in backbone.places}
+        neighbours = Neighbours(widths, task.n_classes, k)
     classifier = MissingModalityClassifier(backbone, method, task.head_name, head, neighbours)
     freeze(classifier, spec.task)
     if k and (backbone.mixes or backbone.fused_parts != len(backbone.places) or not has_frozen_towers(classifier)):

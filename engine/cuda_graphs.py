@@ -37,6 +37,7 @@ def recorded(step: Step, classifier: MissingModalityClassifier, options: "Option
         f"precision={options.precision}": options.precision.startswith("16"),
         "activation_checkpointing=True": options.activation_checkpointing,
         f"text_windows={options.text_windows}": options.text_windows > 1,
+        "neighbours or a teacher": options.neighbours > 0 or options.teacher is not None,
         "the backbone is not CLIP": not isinstance(classifier.model, ClipBackbone),
     }
     against = [reason for reason, holds in reasons.items() if holds]

@@ -6,12 +6,15 @@ outputs (n, D) of the last block where features are read, which norm and project
 texts in W windows (n, W, D) and (n, W, E).
 """
 
+import copy
 import hashlib
 import logging
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -19,11 +22,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clip.backbone import Backbone as FrozenWeights
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.interfaces import NO_SLOTS, Tower
+from clip.modules.interfaces import NO_SLOTS, ModelInput, Tower
 from clip.trainable import has_frozen_towers
 from common.errors import ConfigError, reason_of
 from common.files import atomic_path
@@ -31,9 +35,10 @@ from common.hashing import file_sha256
 from common.locks import waiting_lock
 from engine.families import family_of
 from engine.open_model import COMPUTE_TYPES
-from vilt.datamodules import MissingModalityData
+from vilt.batches import collate
+from vilt.datamodules import MissingModalityData, leave_group
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.kinds import Kind
+from vilt.datasets.kinds import Kind, kinds_of
 from vilt.utils.ordered_threads import in_order
 
 log = logging.getLogger("rep")
@@ -102,6 +107,41 @@ def keep_features(
         dataset.kept = {name: x for name, x in kept.items() if not name.endswith(FEATURES)}
         counts = ", ".join(f"{' × '.join(f'{size:,}' for size in x.shape)} {name}" for name, x in dataset.kept.items())
         log.info("%s: frozen towers run once, for all epochs: %s (%s)", split, counts, path.name)
+
+
+def training_batches(data: MissingModalityData, *, kept: bool) -> DataLoader[Any]:
+    """The training split in order, as its missing table leaves it.
+
+    Args:
+        kept: whether inputs are what frozen towers have made of them.
+    """
+    dataset = copy.copy(data.datasets["train"])
+    dataset.simulate_seed, dataset.redrawn, dataset.modality_dropout = None, None, (0.0, 0)
+    dataset.kept = dataset.kept if kept else None
+    return DataLoader(
+        dataset,
+        batch_size=data.settings.per_gpu_batchsize,
+        sampler=[(0, number) for number in range(len(dataset))],  # epoch and number
+        collate_fn=partial(collate, kinds_of(data.spec), once=True, kept=kept),
+        num_workers=0 if kept else data.settings.num_workers,
+        worker_init_fn=leave_group,
+    )
+
+
+@torch.no_grad()
+def remember_training_split(classifier: MissingModalityClassifier, data: MissingModalityData) -> None:
+    """Gives `Neighbours`, where the classifier has them, the training split."""
+    if classifier.neighbours is None:
+        return
+    features, present, labels = [], [], []
+    for batch in training_batches(data, kept=True):
+        inputs = ModelInput(**{name: value for name, value in batch._asdict().items() if name != "label"})
+        of_batch, _ = classifier.features(inputs)
+        features.append(torch.cat([of_batch[name] for name in classifier.neighbours.widths], dim=1))
+        present.append(inputs.joined().present_BM)
+        labels.append(batch.label)
+    rows = torch.from_numpy(data.datasets["train"].row_of_sample)
+    classifier.neighbours.remember(torch.cat(features), torch.cat(present), torch.cat(labels), rows)
 
 
 def _made_once(path: Path, maker: "_Maker") -> dict[str, Tensor]:

@@ -29,10 +29,11 @@ from common.files import atomic_path
 from common.messages import first_line, printable
 from common.text import per_cent, terminal_table
 from engine.checkpoint import Checkpoint, read_checkpoint
+from engine.ensemble import as_one, open_models
 from engine.families import BackboneChoice
 from engine.items import ImageInput, Item, items_of_lists
 from engine.metrics import are_predicted
-from engine.open_model import COMPUTE_TYPES, open_model
+from engine.open_model import COMPUTE_TYPES
 from engine.recordings import in_samples, named
 from engine.training import model_input
 from vilt.batches import collate
@@ -152,7 +153,7 @@ class Predictor:
             with torch.inference_mode(), self._autocast():
                 features, _ = self._classifier.features(batch)
                 batch = batch.joined()
-                fused_BF = self._classifier.model.fuse(features, batch.present_BM)
+                fused_BF, _ = self._classifier.fused(features, batch)
             found = {"fused": fused_BF.float()}
             for name, present_B in zip(self.dataset.modalities, batch.present_BM.unbind(dim=1), strict=True):
                 found |= {f"features/{name}": features[name].float() * present_B[:, None], f"present/{name}": present_B}
@@ -220,7 +221,7 @@ class _Items(Dataset[Sample]):
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     *,
     vit: str | None = None,
     tokenizer: str | None = None,
@@ -233,7 +234,7 @@ def load_model(
     """The trained model of a checkpoint, ready to predict.
 
     Args:
-        path: a checkpoint, ours or a published one.
+        path: a checkpoint, ours or a published one; several are one model, whose logits are the mean of theirs.
         vit, tokenizer, trust_backbone, vit_activation, published_seed: as the options of `run.py`; None: what the
             checkpoint says.
         device: as torch names it; None: the first GPU, else the CPU.
@@ -246,15 +247,16 @@ def load_model(
     """
     if str(precision) not in COMPUTE_TYPES:
         raise ConfigError(f"precision: expected 32, 16 or bf16, found {precision!r}")
-    checkpoint = read_checkpoint(Path(path))
+    paths = [path] if isinstance(path, str | Path) else path
+    checkpoints = [read_checkpoint(Path(one)) for one in paths]
     choice = BackboneChoice(vit, vit_activation, tokenizer, trust_backbone, published_seed)
-    classifier, found = open_model(checkpoint, choice, published_vit=vit or "ViT-B/16")
+    classifier, found = open_models(checkpoints, choice, published_vit=vit or "ViT-B/16")
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         where = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # no such device, or not in this build of torch
         raise ConfigError(f"device: expected one that is here, as cpu, found {name!r}: {first_line(error)}") from error
-    return Predictor(checkpoint, classifier, found, where, str(precision))
+    return Predictor(as_one(checkpoints), classifier, found, where, str(precision))
 
 
 def write_features(path: Path, arrays: Mapping[str, np.ndarray], ids: Sequence[str]) -> None:

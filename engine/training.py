@@ -100,6 +100,8 @@ class FinetuneModule(pl.LightningModule):
         """Of the optimiser, without the parameters, as the options have them."""
         self.step: Step = self._step
         """What a training step computes."""
+        self.soft_labels: Tensor | None = None
+        """(N, C), which are half of what is learned, see `engine/teacher.py`."""
         self.test_metrics: dict[str, float] = {}
         """The test metrics of all processes' samples, after a test run."""
         self.tested: tuple[Tensor, Tensor] | None = None
@@ -139,8 +141,10 @@ class FinetuneModule(pl.LightningModule):
     def _step(self, inputs: ModelInput, labels: Tensor, counted: int) -> Losses:
         logits, own_losses = self.classifier.training_outputs(inputs, labels)
         logits = _full_precision(logits)
-        loss = self.task.loss(logits[:counted], labels[:counted]) + sum(own_losses.values())
-        return loss, logits, own_losses
+        loss = self.task.loss(logits[:counted], labels[:counted])
+        if self.soft_labels is not None and inputs.index_B is not None:
+            loss = (loss + self.task.loss(logits[:counted], self.soft_labels[inputs.index_B[:counted]])) / 2
+        return loss + sum(own_losses.values()), logits, own_losses
 
     def _weight(self, batch_idx: int) -> tuple[int, float]:
         data, trainer = self._data, self.trainer

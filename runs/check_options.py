@@ -178,11 +178,17 @@ def check_together(options: Options) -> None:
         )
     if options.test_only and options.load_path is None:
         raise ConfigError("test_only: expected a checkpoint to evaluate, as in load_path=result/…/best.ckpt")
+    if len(options.load_paths) > 1 and not options.test_only:
+        raise ConfigError(
+            f"load_path: expected one checkpoint, but with test_only, robustness or predict, found "
+            f"{len(options.load_paths)}"
+        )
     if options.finetune_first and options.load_path is None:
         raise ConfigError("finetune_first: expected a checkpoint to start from in load_path")
     if options.resume_from is not None and options.test_only:
         raise ConfigError("resume_from: resumes a training run; test_only contradicts it")
-    for name, checkpoint in (("load_path", options.load_path), ("resume_from", options.resume_from)):
+    named: list[tuple[str, Path | str | None]] = [("load_path", one) for one in options.load_paths]
+    for name, checkpoint in (*named, ("resume_from", options.resume_from), ("teacher", options.teacher)):
         if checkpoint in (None, AUTO) or Path(checkpoint).is_file():
             continue
         if name == "load_path" and (Path(checkpoint) / "model.safetensors").is_file():  # as `run.py export` writes it

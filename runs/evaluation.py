@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from engine.baselines import baselines
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.contents import contents_of_data, other_contents
 from engine.decision import with_offset
+from engine.ensemble import as_one, open_models
 from engine.families import BackboneChoice
-from engine.open_model import COMPUTE_TYPES, open_model
+from engine.open_model import COMPUTE_TYPES
 from engine.processes import ending_together
 from engine.robustness import Results, by_missing_type, measure, write_results
 from engine.stored_logits import LogitStore
@@ -44,14 +45,19 @@ log = logging.getLogger("rep")
 
 
 def evaluate(options: Options, given: set[str]) -> dict[str, float]:
-    """Evaluates `load_path`; the model's options come from the checkpoint, and `given` ones may not contradict it."""
-    assert options.load_path is not None
+    """Evaluates `load_path`; the model's options come from the checkpoint, and `given` ones may not contradict it.
+
+    Several checkpoints are one model, whose logits are the mean of theirs; records have the options of the first.
+    """
+    assert options.load_paths
     say_device(options)
-    checkpoint = read_checkpoint(options.load_path)
-    check_agreement(options, checkpoint, given)
     arrow = open_spec(options.task, options.data_root, options.splits)
-    check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test"))  # before anything heavy
-    classifier, data = open_evaluation(options, checkpoint, given)
+    members = [read_checkpoint(path) for path in options.load_paths]
+    for checkpoint in members:
+        check_agreement(options, checkpoint, given)
+        check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test"))  # before anything heavy
+    checkpoint = as_one(members)
+    classifier, data = open_evaluation(options, members, given)
     name = options.test_exp_name or (
         f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
     )
@@ -68,10 +74,10 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
 
 
 def open_evaluation(
-    options: Options, checkpoint: Checkpoint, given: set[str]
+    options: Options, checkpoints: Sequence[Checkpoint], given: set[str]
 ) -> tuple[MissingModalityClassifier, MissingModalityData]:
-    """The model of `checkpoint`, on the backbone it was trained on, and the test split for it."""
-    classifier, inputs = open_model(checkpoint, backbone_choice(asdict(options), given), options.vit)
+    """The model of `checkpoints`, on the backbones they were trained on, and the test split for it."""
+    classifier, inputs = open_models(checkpoints, backbone_choice(asdict(options), given), options.vit)
     set_computation(options, classifier)
     return classifier, open_data(options, inputs)
 
@@ -198,7 +204,7 @@ def measure_target(target: Target, given: set[str]) -> Results | None:
         checkpoint = read_checkpoint(subject.checkpoint)
         if checkpoint.sha256 != subject.checkpoint_sha256:
             raise CheckpointError(f"{subject.checkpoint}: was replaced by another checkpoint a moment ago; start again")
-        classifier, data = open_evaluation(options, checkpoint, given)
+        classifier, data = open_evaluation(options, [checkpoint], given)
         check_measurable(data, subject.task)
         trainer = make_trainer(options, None, steps_per_epoch=1)
         with data.naming_dead_workers(), ending_together(trainer):
@@ -226,3 +232,27 @@ def encode(store: LogitStore, module: FinetuneModule, trainer: pl.Trainer, data:
         logits_TNC.append(module.tested[0])
     if trainer.is_global_zero:
         store.write(logits_TNC)
+
+
+def measure_mean(targets: Sequence[Target]) -> tuple[Target, Results]:
+    """Writes the results of targets, whose logits are all stored, as one model: by the mean of their logits."""
+    first, subjects = targets[0], [target.subject for target in targets]
+    checkpoint = as_one([read_checkpoint(subject.checkpoint) for subject in subjects])
+    logits = [target.store.load() for target in targets]
+    mean_TNC = torch.stack([one.logits_TNC for one in logits]).mean(0)
+    name = f"mean_{checkpoint.sha256[:12]}"
+    subject = replace(
+        first.subject,
+        checkpoint=checkpoint.path,
+        checkpoint_sha256=checkpoint.sha256,
+        offset=checkpoint.offset,
+        method="mean of the logits",
+        exp_name=name,
+        train_seed=None,
+        train_pattern=None,
+    )
+    found = measure(subject, replace(logits[0], logits_TNC=mean_TNC), first.patterns, first.options.bootstrap)
+    folder = first.options.log_dir / name / "robustness"
+    folder.mkdir(parents=True, exist_ok=True)
+    log.info("mean of %d models, written to %s: %s", len(targets), folder, ", ".join(write_results(found, folder)))
+    return replace(first, subject=subject, run=None), found

@@ -52,14 +52,14 @@ Classes: {classes}.
 """
 
 
-def export(load_path: Path | None, out: Path | None = None) -> str:
+def export(load_path: Path | tuple[Path, ...] | None, out: Path | None = None) -> str:
     """Writes the model of a checkpoint into the folder `out`, by default `export` beside it; says so.
 
     Raises:
         CheckpointError: it is none, or one of the published code, which holds its backbone.
         ConfigError: `out` is there already, or no checkpoint is named.
     """
-    if load_path is None:
+    if not isinstance(load_path, Path):
         raise ConfigError("load_path: expected a checkpoint to export, as in load_path=result/…/best.ckpt")
     checkpoint = read_checkpoint(load_path)
     if checkpoint.published:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from common.errors import ConfigError
 from common.text import counted
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
+from engine.ensemble import as_one, open_models
 from engine.items import read_items
-from engine.open_model import open_model
 from engine.predict import Predictor, describe_predictions, joined, write_features, write_predictions
 from runs.check_options import read_with_machine, resolve
 from runs.evaluation import backbone_choice
@@ -38,9 +38,10 @@ def predict_file(config: Mapping[str, Any], options: dict[str, Any], given: set[
         ConfigError, DataError, CheckpointError, BackboneError: an option, a sample or the model is not as expected.
     """
     options = options | read_with_machine(config, [])
-    checkpoint = read_checkpoint(options["load_path"])
-    items = read_items(options["input"], checkpoint.spec.dataset)
-    predictor = _predictor(checkpoint, options, given)
+    paths = options["load_path"]
+    checkpoints = [read_checkpoint(path) for path in (paths if isinstance(paths, tuple) else (paths,))]
+    items = read_items(options["input"], checkpoints[0].spec.dataset)
+    predictor = _predictor(checkpoints, options, given)
     batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
     predictions = predictor.predict_items(items, batch_size=batch_size, workers=workers)
     first = write_predictions(options["output"], items, _shown(predictions, len(items), "predicting"))
@@ -55,9 +56,11 @@ def embed_file(config: Mapping[str, Any], options: dict[str, Any], given: set[st
     Arguments and errors are those of `predict_file`.
     """
     options = options | read_with_machine(config, [])
+    if isinstance(options["load_path"], tuple):
+        raise ConfigError(f"load_path: expected one checkpoint, found {len(options['load_path'])}")
     checkpoint = read_checkpoint(options["load_path"])
     items = read_items(options["input"], checkpoint.spec.dataset) if options["input"] is not None else []
-    predictor = _predictor(checkpoint, options, given)
+    predictor = _predictor([checkpoint], options, given)
     if options["input"] is not None:
         samples, ids, known = predictor.samples(items), [item.id for item in items], {}
         if any(item.times for item in items):
@@ -75,10 +78,10 @@ def embed_file(config: Mapping[str, Any], options: dict[str, Any], given: set[st
     return "\n".join([*lines, f"\n  features of {counted(len(ids), 'sample')}, written to {options['output']}"])
 
 
-def _predictor(checkpoint: Checkpoint, options: Mapping[str, Any], given: set[str]) -> Predictor:
-    classifier, inputs = open_model(checkpoint, backbone_choice(options, given), options["vit"])
+def _predictor(checkpoints: Sequence[Checkpoint], options: Mapping[str, Any], given: set[str]) -> Predictor:
+    classifier, inputs = open_models(checkpoints, backbone_choice(options, given), options["vit"])
     device = torch.device("cuda" if options["num_gpus"] else "cpu")
-    return Predictor(checkpoint, classifier, inputs, device, options["precision"])
+    return Predictor(as_one(checkpoints), classifier, inputs, device, options["precision"])
 
 
 def _shown(passes: Iterable[T], total: int, what: str) -> Iterable[T]:

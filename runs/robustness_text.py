@@ -5,7 +5,8 @@ from typing import Any
 
 from common.text import AT_OFFSET, baseline_texts, counted, interval_text, per_cent, terminal_table
 from engine.robustness import Results
-from runs.evaluation import measure_target
+from runs.check_options import read_load_paths
+from runs.evaluation import measure_mean, measure_target
 from runs.lines import RunLine, lines_of, spread_of
 from runs.targets import Target, open_targets
 
@@ -14,6 +15,8 @@ def measure_all(config: Mapping[str, Any], given: set[str]) -> str:
     """Evaluates what `load_path` names at all missing types and ratios; "" on other processes than the first."""
     measured = [(target, measure_target(target, given)) for target in open_targets(config, given)]
     found = [(target, results) for target, results in measured if results is not None]
+    if len(found) > 1 and all(path.is_file() for path in read_load_paths(config)):
+        found.append(measure_mean([target for target, _ in found]))
     return describe(found) if found else ""
 
 

@@ -11,17 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import move_data_to_device
-from torch import Tensor
 
 from clip.backbone import Backbone
-from clip.modules.classifier import MissingModalityClassifier, mean_and_maximum
+from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.registry import TRAIN_BACKBONES, method_class
 from clip.trainable import freeze
 from common.errors import CheckpointError, ConfigError, UserError
+from common.hashing import file_sha256
 from common.messages import first_line
 from common.strict_json import read_json
 from config import AUTO, Options
@@ -44,12 +43,13 @@ from engine.checkpoint import (
 from engine.contents import OF_TEST, contents_of_data, other_contents
 from engine.cuda_graphs import recorded
 from engine.families import family_of
-from engine.kept_features import are_constant, keep_features
+from engine.kept_features import are_constant, keep_features, remember_training_split
 from engine.neighbour_accuracy import NeighbourAccuracy
 from engine.open_model import COMPUTE_TYPES, reading_texts
 from engine.processes import ending_together
 from engine.resume import Training, alone, find_progress, say_differences
 from engine.tasks import head_name, task_of
+from engine.teacher import soft_labels
 from engine.trainer import make_trainer
 from engine.training import MINUS_LOSS, FinetuneModule, model_input
 from runs.comparable import NOT_THE_TRAINING
@@ -61,7 +61,6 @@ from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import EVERY_DATASET
-from vilt.missing_types import is_missing
 
 log = logging.getLogger("rep")
 
@@ -105,7 +104,7 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
 def starting_point(options: Options, given: Collection[str]) -> tuple[Options, Checkpoint | None, Any]:
     """What `load_path` names: the options with its backbone and tokenizer, unless others are given; the checkpoint, if
     its memory is taken; and the architecture that it was trained on."""
-    start = read_checkpoint(options.load_path) if options.load_path is not None else None
+    start = read_checkpoint(options.load_paths[0]) if options.load_paths else None
     trained_on = None
     if start is not None and EVERY_DATASET[start.spec.task].family != EVERY_DATASET[options.task].family:
         raise CheckpointError(
@@ -131,6 +130,7 @@ def open_training(options: Options, given: Collection[str] = ()) -> Opened:
     data = open_data(options, inputs)
     contents = {} if options.fast_dev_run else contents_of_data(data)
     architecture = hashlib.sha256(repr(backbone.architecture).encode()).hexdigest()  # with the preprocessing of images
+    contents |= {"teacher": file_sha256(options.teacher)} if options.teacher is not None else {}
     contents |= {"backbone": backbone.sha256, "architecture": architecture, "tokenizer": inputs.fingerprint}
     return Opened(options, start, backbone, inputs, data, contents | ({"load_path": start.sha256} if start else {}))
 
@@ -201,8 +201,12 @@ def train_from(
         see_training_split(options, classifier, data)
     if are_constant(classifier) and (options.max_epoch > 1 or options.neighbours) and not options.fast_dev_run:
         keep_features(data, backbone, inputs.fingerprint, options.precision, own_device(options))
-    if classifier.neighbours is not None and options.resume_from is None:
-        classifier.neighbours.remember(*training_samples(classifier, train_data))
+        if options.resume_from is None:
+            remember_training_split(classifier, data)
+    taught = None
+    if options.teacher is not None:
+        of_run = backbone.sha256, options.precision, own_device(options)
+        taught = soft_labels(options.teacher, data, inputs, *of_run)
     classifier.train()  # Lightning leaves it to us: a backbone keeps its frozen parts in evaluation mode
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
@@ -214,6 +218,7 @@ def train_from(
     settings = options.optimizer_settings()
     module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
     module.step = recorded(module.step, classifier, options)
+    module.soft_labels = taught
     # Processes without the folder write nothing, but take part in writing.
     monitor = MINUS_LOSS if module.pretrains else task.monitor
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{monitor}")
@@ -262,21 +267,6 @@ def compute_features(options: Options, given: Collection[str]) -> None:
     opened = open_training(options, given)
     computed = opened.inputs.fingerprint, options.precision, own_device(options)
     keep_features(opened.data, opened.backbone, *computed, must_keep=True)
-
-
-def training_samples(classifier: MissingModalityClassifier, data: ArrowDataset) -> tuple[Tensor, ...]:
-    """Features (N, M, E) of the training split, which of them are there, labels and rows."""
-    assert data.kept is not None and classifier.neighbours is not None
-    of_modalities = {}
-    for name, kind in data.kinds.items():
-        features_nE = classifier.model.towers[name].end(kept := data.kept[name]).detach()
-        if kind.most_windows > 1:
-            features_nE = mean_and_maximum(features_nE, kept.any(dim=-1))
-        of_modalities[name] = features_nE[kind.place_of_sample]
-    missing_N = data.missing_type_of_sample
-    present_NM = torch.from_numpy(np.stack([~is_missing(data.kinds, name, missing_N) for name in data.kinds], axis=1))
-    features_NME = classifier.neighbours.stacked(of_modalities) * present_NM[..., None]
-    return features_NME, present_NM, torch.from_numpy(data.label_of_sample), torch.from_numpy(data.row_of_sample)
 
 
 def own_device(options: Options) -> torch.device:

@@ -26,10 +26,10 @@ def samples(seed: int, count: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def neighbours() -> Neighbours:
-    module = Neighbours(NAMES, E, C, K)
+    module = Neighbours(dict.fromkeys(NAMES, E), C, K)
     features, present = samples(0, N)
     labels = (torch.rand(N, C, generator=torch.Generator().manual_seed(1)) < 0.4).to(torch.uint8)
-    module.remember(features, present, labels, torch.arange(N) // 2)  # a row has two samples
+    module.remember(features.flatten(1), present, labels, torch.arange(N) // 2)  # a row has two samples
     with torch.no_grad():
         module.feature_gate_M.copy_(torch.tensor([0.5, 2.0]))
         module.vote_gate_C.copy_(torch.tensor([1.0, -1.0, 0.5]))
@@ -42,7 +42,8 @@ def batch_of(present: Tensor, split: str = "") -> ModelInput:
 
 def plainly(module: Neighbours, query: Tensor, present: Tensor, own_row: int | None) -> tuple[Tensor, Tensor]:
     """Filled features (M, E) and votes (C,) of one sample."""
-    bank, there, labels, rows = (module.get_buffer(n) for n in ("features_NME", "present_NM", "labels_NC", "row_N"))
+    bank, there, labels, rows = (module.get_buffer(n) for n in ("features_NF", "present_NM", "labels_NC", "row_N"))
+    bank = bank.unflatten(1, (2, E))
     means = [bank[there[:, m], m].float().mean(0) for m in range(2)]
     near = {}
     for n in range(N):
@@ -79,8 +80,8 @@ def test_what_is_found_is_what_a_plain_search_finds(neighbours: Neighbours, spli
 
 
 def test_at_the_start_nothing_changes_and_fewer_samples_than_neighbours_are_enough(neighbours: Neighbours) -> None:
-    fresh = Neighbours(NAMES, E, C, K)
-    bank = [neighbours.get_buffer(name)[:2] for name in ("features_NME", "present_NM", "labels_NC", "row_N")]
+    fresh = Neighbours(dict.fromkeys(NAMES, E), C, K)
+    bank = [neighbours.get_buffer(name)[:2] for name in ("features_NF", "present_NM", "labels_NC", "row_N")]
     features, present = samples(3, 9)
     given = {name: features[:, m] for m, name in enumerate(NAMES)}
     for _ in ("no sample", "two"):
@@ -93,10 +94,10 @@ def test_a_checkpoint_holds_the_samples() -> None:
     spec = ModelSpec("mmimdb", MethodOptions("none", neighbours=2), TINY)
     one, other = build_classifier(spec), build_classifier(spec)
     assert one.neighbours is not None and other.neighbours is not None
-    features = torch.randn(5, 2, TINY.embed_dim)
+    features = torch.randn(5, 2 * TINY.embed_dim)
     one.neighbours.remember(features, torch.ones(5, 2, dtype=torch.bool), torch.ones(5, 23), torch.arange(5))
     load_kept_state(other, kept_state(one), "a file")
-    torch.testing.assert_close(other.neighbours.get_buffer("features_NME"), features.half())
+    torch.testing.assert_close(other.neighbours.get_buffer("features_NF"), features.half())
 
 
 @pytest.mark.parametrize("options", [{"prompt_type": "coop"}, {"prompt_type": "none", "train_ends": True}])

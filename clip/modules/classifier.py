@@ -15,13 +15,6 @@ from clip.modules.method import Method
 from clip.modules.neighbours import Neighbours
 
 
-def mean_and_maximum(feature_BWE: Tensor, there_BW: Tensor) -> Tensor:
-    """(B, 2E) of the windows that each text has."""
-    there_BW1 = there_BW[..., None]
-    mean_BE = feature_BWE.where(there_BW1, 0).sum(dim=1) / there_BW1.sum(dim=1)
-    return torch.cat([mean_BE, feature_BWE.where(there_BW1, -torch.inf).amax(dim=1)], dim=-1)
-
-
 def pooled(features: Mapping[str, Tensor], windows_BW: Tensor | None) -> dict[str, Tensor]:
     """Features by sample of those by window: of texts mean and maximum (B, 2E), of other inputs (B, E) as they are.
 
@@ -34,7 +27,9 @@ def pooled(features: Mapping[str, Tensor], windows_BW: Tensor | None) -> dict[st
         if name != "text":
             found[name] = feature_VE[rows_BW[:, 0]]
             continue
-        found[name] = mean_and_maximum(feature_VE[rows_BW.clamp(min=0)], rows_BW >= 0)
+        there_BW1, feature_BWE = (rows_BW >= 0)[..., None], feature_VE[rows_BW.clamp(min=0)]
+        mean_BE = feature_BWE.where(there_BW1, 0).sum(dim=1) / there_BW1.sum(dim=1)
+        found[name] = torch.cat([mean_BE, feature_BWE.where(there_BW1, -torch.inf).amax(dim=1)], dim=-1)
     return found
 
 
@@ -90,10 +85,15 @@ class MissingModalityClassifier(nn.Module):
         return logits_BC, {**self.method.losses(slots, features, logits_BC, labels), **self.head.losses()}
 
     def _logits(self, features: dict[str, Tensor], batch: ModelInput, labels: Tensor | None = None) -> Tensor:
+        fused, votes_BC = self.fused(features, batch)
+        return self.head(fused, batch.missing_type_B, labels) + votes_BC
+
+    def fused(self, features: dict[str, Tensor], batch: ModelInput) -> tuple[Tensor, Tensor | float]:
+        """What the head classifies, and what neighbours add to its logits."""
         votes_BC: Tensor | float = 0
         if self.neighbours is not None:
             features, votes_BC = self.neighbours(features, batch)
-        return self.head(self.model.fuse(features, batch.present_BM), batch.missing_type_B, labels) + votes_BC
+        return self.model.fuse(features, batch.present_BM), votes_BC
 
     def features(self, batch: ModelInput) -> tuple[dict[str, Tensor], dict[str, TowerSlots]]:
         """Features (B, E) by modality, and the slots by place."""

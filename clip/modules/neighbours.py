@@ -4,11 +4,11 @@ Nearness is the mean cosine of the features that two samples both have, less the
 missing modality's feature is filled with the mean of the nearest that have it; the labels of the nearest of all add to
 the logits. A training sample never finds its own row.
 
-Shape suffixes: B samples of the batch, N of the training split, M modalities, E width of a feature, C classes, k
-neighbours, G searches: among all samples, then for each modality among those that have it.
+Shape suffixes: B samples of the batch, N of the training split, M modalities, E width of a modality's feature, F of all
+side by side, C classes, k neighbours, G searches: among all samples, then for each modality among those that have it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clip.modules.interfaces import ModelInput
 
 TRAIN = "train"
-BANK = ("features_NME", "present_NM", "labels_NC", "row_N")
+BANK = ("features_NF", "present_NM", "labels_NC", "row_N")
 
 
 class Neighbours(nn.Module):
@@ -26,51 +26,46 @@ class Neighbours(nn.Module):
     Features are those of frozen towers, so that what was found for a sample of a split holds for the next epochs.
 
     Args:
+        widths: E by modality.
         k: how many.
     """
 
-    def __init__(self, modalities: Sequence[str], embed_dim: int, n_classes: int, k: int) -> None:
+    def __init__(self, widths: Mapping[str, int], n_classes: int, k: int) -> None:
         super().__init__()
-        self.modalities, self.k = tuple(modalities), k
-        self.feature_gate_M = nn.Parameter(torch.zeros(len(modalities)))
+        self.widths, self.n_classes, self.k = dict(widths), n_classes, k
+        self.feature_gate_M = nn.Parameter(torch.zeros(len(widths)))
         self.vote_gate_C = nn.Parameter(torch.zeros(n_classes))
-        self.sizes = len(modalities), embed_dim, n_classes
         self.make_room(0)
         self._found: dict[tuple[str, int, int], Tensor] = {}
 
     def make_room(self, samples: int) -> None:
         """For the training samples of a checkpoint, or of a training."""
-        M, E, C = self.sizes
-        self.register_buffer("features_NME", torch.zeros(samples, M, E, dtype=torch.float16))
-        self.register_buffer("present_NM", torch.zeros(samples, M, dtype=torch.bool))
-        self.register_buffer("labels_NC", torch.zeros(samples, C, dtype=torch.uint8))
+        self.register_buffer("features_NF", torch.zeros(samples, sum(self.widths.values()), dtype=torch.float16))
+        self.register_buffer("present_NM", torch.zeros(samples, len(self.widths), dtype=torch.bool))
+        self.register_buffer("labels_NC", torch.zeros(samples, self.n_classes, dtype=torch.uint8))
         self.register_buffer("row_N", torch.zeros(samples, dtype=torch.long))
 
-    def remember(self, features_NME: Tensor, present_NM: Tensor, labels: Tensor, row_N: Tensor) -> None:
+    def remember(self, features_NF: Tensor, present_NM: Tensor, labels: Tensor, row_N: Tensor) -> None:
         """Takes the training samples, as their missing table leaves them.
 
         Args:
             labels: (N, C) of 0 and 1, or (N,) class numbers.
         """
-        labels_NC = labels if labels.ndim == 2 else F.one_hot(labels, self.sizes[2])
+        labels_NC = labels if labels.ndim == 2 else F.one_hot(labels, self.n_classes)
         self.make_room(len(row_N))
-        for name, value in zip(BANK, (features_NME, present_NM, labels_NC, row_N), strict=True):
+        for name, value in zip(BANK, (features_NF, present_NM, labels_NC, row_N), strict=True):
             self.get_buffer(name).copy_(value)
-
-    def stacked(self, features: Mapping[str, Tensor]) -> Tensor:
-        """(B, M, E): features by modality, narrower ones filled up with 0."""
-        of_modalities = (features[name] for name in self.modalities)
-        return torch.stack([F.pad(each, (0, self.sizes[1] - each.shape[1])) for each in of_modalities], dim=1)
 
     def forward(self, features: Mapping[str, Tensor], batch: ModelInput) -> tuple[dict[str, Tensor], Tensor]:
         """Features (B, E) by modality, filled, and what is added to the logits (B, C)."""
-        near_BGk = self._nearest(self.stacked(features).detach(), batch)
+        near_BGk = self._nearest(torch.cat([features[name] for name in self.widths], 1).detach(), batch)
         there_BGk = near_BGk >= 0
         count_BG = there_BGk.sum(-1)
         filled = {}
-        for m, name in enumerate(self.modalities):
+        parts_NE = self.get_buffer("features_NF").split(list(self.widths.values()), dim=1)
+        for m, (name, part_NE) in enumerate(zip(self.widths, parts_NE, strict=True)):
             weight_Bk = there_BGk[:, 1 + m] / count_BG[:, 1 + m, None].clamp_min(1)
-            found_BkE = self.get_buffer("features_NME")[near_BGk[:, 1 + m], m, : features[name].shape[1]].float()
+            found_BkE = part_NE[near_BGk[:, 1 + m]].float()
             mean_BE = torch.einsum("bk,bke->be", weight_Bk, found_BkE)
             filled[name] = features[name] + self.feature_gate_M[m] * mean_BE
         labels_NC = self.get_buffer("labels_NC").float()
@@ -79,33 +74,36 @@ class Neighbours(nn.Module):
         log_odds_BC = (votes_BC / (count_BG[:, :1] + 1)).logit() - share_C.logit()
         return filled, self.vote_gate_C * log_odds_BC
 
-    def _nearest(self, features_BME: Tensor, batch: ModelInput) -> Tensor:
+    def _nearest(self, features_BF: Tensor, batch: ModelInput) -> Tensor:
         """(B, G, k) numbers of training samples, -1 where there are fewer; of a modality that is there none."""
         types = batch.missing_type_B.tolist()
         if not batch.split or batch.index_B is None:
-            return self._search(features_BME, batch)
+            return self._search(features_BF, batch)
         keys = [(batch.split, number, code) for number, code in zip(batch.index_B.tolist(), types, strict=True)]
         if any(key not in self._found for key in keys):
-            self._found |= zip(keys, self._search(features_BME, batch).cpu(), strict=True)
-        return torch.stack([self._found[key] for key in keys]).to(features_BME.device)
+            self._found |= zip(keys, self._search(features_BF, batch).cpu(), strict=True)
+        return torch.stack([self._found[key] for key in keys]).to(features_BF.device)
 
     @torch.no_grad()
-    def _search(self, features_BME: Tensor, batch: ModelInput) -> Tensor:
+    def _search(self, features_BF: Tensor, batch: ModelInput) -> Tensor:
         """One matrix product."""
-        bank_NME, present_NM, row_N = (self.get_buffer(name) for name in ("features_NME", "present_NM", "row_N"))
-        mean_ME = bank_NME.float().sum(0) / present_NM.sum(0).clamp_min(1)[:, None]
+        bank_NF, present_NM, row_N = (self.get_buffer(name) for name in ("features_NF", "present_NM", "row_N"))
+        widths = list(self.widths.values())
+        counts_F = present_NM.sum(0).clamp_min(1).repeat_interleave(torch.tensor(widths, device=present_NM.device))
+        mean_F = bank_NF.float().sum(0) / counts_F
 
         def keys(features: Tensor, present: Tensor) -> Tensor:
-            return F.normalize((features.float() - mean_ME) * present[..., None], dim=-1)
+            parts = zip((features.float() - mean_F).split(widths, dim=1), present.unbind(1), strict=True)
+            return torch.cat([F.normalize(part * has[:, None], dim=1) for part, has in parts], dim=1)
 
-        with torch.autocast(features_BME.device.type, enabled=False):
-            cosine_BN = keys(features_BME, batch.present_BM).flatten(1) @ keys(bank_NME, present_NM).flatten(1).T
+        with torch.autocast(features_BF.device.type, enabled=False):
+            cosine_BN = keys(features_BF, batch.present_BM) @ keys(bank_NF, present_NM).T
         shared_BN = batch.present_BM.float() @ present_NM.float().T
         mean_BN = (cosine_BN / shared_BN).masked_fill(shared_BN == 0, -torch.inf)
         if batch.split == TRAIN and batch.index_B is not None:
             mean_BN.masked_fill_(row_N[batch.index_B][:, None] == row_N, -torch.inf)
         found = []
-        for m in range(-1, len(self.modalities)):
+        for m in range(-1, len(self.widths)):
             among_BN = mean_BN
             if m >= 0:
                 among_BN = mean_BN.masked_fill(batch.present_BM[:, m, None] | ~present_NM[:, m], -torch.inf)

@@ -1,0 +1,64 @@
+"""Soft labels: what a trained model says of each training sample, as the missing table leaves it.
+
+The model that is trained may see less of the sample: with `simulate_missing` or `modality_dropout`.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pytorch_lightning.utilities import move_data_to_device
+from torch import Tensor
+from tqdm import tqdm
+
+from common.errors import ConfigError
+from engine.checkpoint import check_classes, read_checkpoint
+from engine.families import BackboneChoice
+from engine.kept_features import are_constant, training_batches
+from engine.open_model import COMPUTE_TYPES, open_model
+from engine.training import model_input
+from vilt.datamodules import MissingModalityData
+from vilt.datasets.kinds import InputFormat
+
+log = logging.getLogger("rep")
+
+
+@torch.no_grad()
+def soft_labels(
+    path: Path,
+    data: MissingModalityData,
+    given: InputFormat,
+    backbone_sha256: str,
+    precision: str,
+    device: torch.device,
+) -> Tensor:
+    """Probabilities (N, C) of the classes of every training sample.
+
+    Args:
+        given: what `data` gives a model.
+        backbone_sha256: of that whose outputs `data` has kept, if it has.
+
+    Raises:
+        ConfigError: the model takes something else, or is of another task.
+        BackboneError, CheckpointError: it cannot be opened, or is for other classes.
+    """
+    checkpoint, dataset = read_checkpoint(path), data.datasets["train"]
+    if checkpoint.spec.task != data.settings.dataset or dataset.spec.label_range is not None:
+        found = f"found one of {checkpoint.spec.task}"
+        raise ConfigError(f"teacher={path}: expected a model of the classes of {data.settings.dataset}, {found}")
+    check_classes(checkpoint, dataset)
+    classifier, inputs = open_model(checkpoint, BackboneChoice(), published_vit="ViT-B/16")
+    if replace(inputs, tokenize=None) != replace(given, tokenize=None):
+        raise ConfigError(f"teacher={path}: expected image size, tokenizer and texts as they are here, found others")
+    classifier.compute(COMPUTE_TYPES[precision])
+    classifier.to(device).eval()
+    kept = are_constant(classifier) and checkpoint.backbone_sha256 == backbone_sha256 and dataset.kept is not None
+    loader = training_batches(data, kept=kept)
+    probabilities = []
+    with torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=COMPUTE_TYPES[precision] is not torch.float32):
+        for batch in tqdm(loader, desc="teacher", unit=" batches", dynamic_ncols=True, disable=None):
+            logits_BC = classifier(model_input(move_data_to_device(batch, device), "train")).float()
+            probabilities.append((logits_BC.sigmoid() if dataset.spec.multilabel else logits_BC.softmax(-1)).cpu())
+    log.info("soft labels of %d training samples by %s", len(dataset), path)
+    return torch.cat(probabilities).to(device)

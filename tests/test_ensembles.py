@@ -1,0 +1,126 @@
+"""Several trained models: one as the teacher of another, and their logits averaged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+
+from engine.checkpoint import read_checkpoint
+from engine.decision import with_offset
+from engine.ensemble import as_one, open_models
+from engine.families import BackboneChoice
+from engine.predict import load_model
+from engine.tasks import TASKS
+from engine.training import FinetuneModule, model_input
+from run import command_line
+from tests.conftest import Captured, Workspace
+from tests.data_files import LOGIT_COLUMNS
+from vilt.datamodules import collate
+from vilt.datasets.kinds import kinds_of
+
+
+@pytest.fixture(scope="module")
+def members(workspace: Workspace) -> list[Path]:
+    """Two checkpoints, of a head alone and of one with prompts."""
+    found = []
+    for method in ("none", "coop"):
+        options = (f"vit={workspace.backbone}", f"exp_name=member_{method}", f"prompt_type={method}")
+        assert command_line(workspace.command(*options, "test_after_fit=False")) == 0
+        found.append(workspace.results / f"member_{method}_seed0" / "version_0" / "best.ckpt")
+    return found
+
+
+def listed(members: list[Path]) -> str:
+    return f"load_path=[{','.join(map(str, members))}]"
+
+
+@pytest.mark.parametrize("teacher", [0, 1])  # on what the towers have kept, and through the towers
+def test_a_teacher_sees_what_the_missing_table_leaves(
+    workspace: Workspace, tmp_path: Path, members: list[Path], teacher: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, Tensor, Tensor, Tensor]] = []
+    step = FinetuneModule._step
+
+    def looking(self: FinetuneModule, inputs: Any, labels: Tensor, counted: int) -> Any:
+        loss, logits, own = step(self, inputs, labels, counted)
+        assert self.soft_labels is not None
+        soft = self.soft_labels[inputs.index_B]
+        hard_loss, soft_loss = (self.task.loss(logits[:counted], y[:counted]) for y in (labels, soft))
+        torch.testing.assert_close(loss, (hard_loss + soft_loss) / 2)
+        seen.append((self._data.datasets["train"], self.soft_labels, inputs.index_B, inputs.present_BM))
+        return loss, logits, own
+
+    monkeypatch.setattr(FinetuneModule, "_step", looking)
+    options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "prompt_type=none", "test_after_fit=False")
+    student = workspace.command(*options, f"teacher={members[teacher]}", "simulate_missing=True", "exp_name=student")
+    assert command_line(student) == 0
+    dataset, soft, *_ = seen[0]
+    present = torch.tensor([[missing != 2, missing != 1] for missing in dataset.missing_type_of_sample])
+    assert any((now != present[index]).any() for _, _, index, now in seen), "the student sees less"
+    checkpoint = read_checkpoint(members[teacher])
+    model, _ = open_models([checkpoint], BackboneChoice(), "")
+    dataset.kept = dataset.simulate_seed = None
+    batch = collate(kinds_of(dataset.spec), dataset.__getitems__([(0, number) for number in range(len(dataset))]))
+    torch.testing.assert_close(soft, model.eval()(model_input(batch)).sigmoid().detach(), rtol=1e-4, atol=1e-5)
+    contents = json.loads((tmp_path / "student_seed0" / "version_0" / "contents.json").read_text())
+    assert contents["teacher"] == checkpoint.sha256
+
+
+def test_logits_are_averaged_by_test_robustness_and_predict(
+    workspace: Workspace, tmp_path: Path, members: list[Path], capsys: Captured
+) -> None:
+    both, out = listed(members), f"log_dir={tmp_path}"
+    command = [word for word in workspace.command(both, out) if not word.startswith(("memory_", "prompt_"))]
+    assert command_line([*command, "test_only=True", "test_exp_name=together"]) == 0
+    robustness = [command[0], "robustness", *command[1:], "bootstrap=0", "robustness_seeds=[0]"]
+    assert command_line([*robustness, "robustness_types=both", "robustness_ratios=[0,0.7]"]) == 0
+    stored = [pa.ipc.open_file(str(one.parent / "robustness" / "logits.arrow")).read_all() for one in members]
+    of_type = torch.stack([
+        torch.stack([torch.tensor(table[name].to_pylist()) for name in LOGIT_COLUMNS]) for table in stored
+    ]).mean(0)  # fmt: skip
+    labels = torch.tensor(stored[0]["label"].to_pylist())
+    one = as_one([read_checkpoint(path) for path in members])
+    task = with_offset(TASKS["mmimdb"], one.offset)
+    [found] = tmp_path.glob("mean_*/robustness/robustness.json")
+    results = json.loads(found.read_text())
+    for kind, figures in zip(results["by_type"].values(), of_type, strict=True):
+        assert kind == pytest.approx(task.metrics(figures, labels))
+    tested = json.loads((tmp_path / "together" / "version_0" / "test_results.json").read_text())
+    assert tested["checkpoint_sha256"] == results["checkpoint_sha256"] == one.sha256
+    [cell] = [cell for cell in results["cells"] if cell["ratio"] == 0.7]
+    assert tested["metrics"]["f1_macro"] == pytest.approx(cell["metrics"]["f1_macro"]["mean"])
+    table = tmp_path / "samples.csv"
+    table.write_text("text\nA ghost.\nTwo friends.\n")
+    assert (
+        command_line(
+            ["run.py", "predict", "with", both, f"input={table}", f"output={tmp_path / 'p.jsonl'}", "precision=32"]
+        )
+        == 0
+    )
+    texts = ["A ghost.", "Two friends."]
+    single = [load_model(path).predict(texts=texts) for path in members]
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        for name, probability in load_model(members).predict(texts=texts)[number].probabilities.items():
+            logits = [torch.tensor(of[number].probabilities[name]).logit() for of in single]
+            assert probability == pytest.approx(float(torch.stack(logits).mean().sigmoid()), abs=1e-4)
+            assert row["probabilities"][name] == pytest.approx(probability, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("prompt_type=none",), ("load_path", "one checkpoint", "2")),
+        (("prompt_type=none", "test_only=True", "head=dpl"), ("head", "dpl")),
+    ],
+)
+def test_several_are_refused_where_one_is_trained_or_an_option_contradicts(
+    workspace: Workspace, members: list[Path], options: tuple[str, ...], said: tuple[str, ...], capsys: Captured
+) -> None:
+    assert command_line(workspace.command(listed(members), *options)) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in said)

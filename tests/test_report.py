@@ -335,6 +335,15 @@ def test_confusions_are_a_matrix_or_of_many_classes_the_most_frequent(
     ]
 
 
+def test_a_long_title_of_a_panel_is_shown_whole() -> None:
+    title = "REP, memory_depth 6, learning_rate 0.01, trained at 70 % image"
+    drawn = figures.figure("name", "title", "", [figures.Panel(title, lambda axes: None)])
+    lines = [
+        line.strip() for comment in re.findall(r"<!--(.*?)-->", drawn.svg, re.DOTALL) for line in comment.split("\n")
+    ]
+    assert "REP, memory_depth 6, learning_rate 0.01," in lines and "trained at 70 % image" in lines
+
+
 def test_the_list_of_runs(runs: Path) -> None:
     read = read_report_runs([runs / "mmimdb"])
     rows = as_csv(tables.runs_table(read, by_dataset(read)))

@@ -249,7 +249,7 @@ def test_the_report(measured: dict[str, Path], tmp_path: Path) -> None:
     assert command_line(["run.py", "report", "with", f"runs={runs}", f"out={tmp_path / 'report'}"]) == 0
     page = text_of(tmp_path / "report")
     headings = page.splitlines()
-    for heading in ("pets", "memes", "films", "Most frequent confusions", "ROC curves", "Results by class"):
+    for heading in ("pets", "memes", "films", "Confusion matrix", "ROC curves", "Results by class"):
         assert heading in headings
     assert "Published results and ours" not in headings  # there are none
     assert "task_finetune_custom" in page and "AUROC" in page

@@ -4,8 +4,9 @@ import io
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +38,8 @@ Look = dict[str, Any]
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", ":", "-.")
 FLOORS: tuple[Look, ...] = ({"color": "#6d6d6e", "linestyle": "--"}, {"color": "#6d6d6e", "linestyle": ":"})
 """Looks of the baselines."""
+TITLE, LINE = 42, 0.14
+"""Of a panel's title, characters in a line, and inches that another line takes."""
 TOGETHER = 3
 """Lines that one panel shows; where there are more, each has a panel of its own."""
 
@@ -74,23 +77,25 @@ def figure(
     legend: Mapping[str, Look] = MappingProxyType({}),
 ) -> Figure:
     """Draws panels of `height` inches, three in a row."""
-    whole, png = _drawn(panels, height, legend), io.BytesIO()
+    panels = [replace(panel, title=textwrap.fill(excerpt(panel.title, 2 * TITLE), TITLE)) for panel in panels]
+    more = LINE * max(panel.title.count("\n") for panel in panels)
+    whole, png = _drawn(panels, height, more, legend), io.BytesIO()
     whole.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    singles = [_svg(_drawn([panel], height, {})) for panel in panels]
+    singles = [_svg(_drawn([panel], height, more, {})) for panel in panels]
     inline = [_inline(svg, f"{name}-{n}", panels[n].title or title) for n, svg in enumerate(singles)]
     return Figure(name, title, caption, legend, inline, _svg(whole), png.getvalue())
 
 
-def _drawn(panels: Sequence[Panel], height: float, legend: Mapping[str, Look]) -> Canvas:
-    columns = min(3, len(panels))
+def _drawn(panels: Sequence[Panel], height: float, more: float, legend: Mapping[str, Look]) -> Canvas:
+    columns, height, top = min(3, len(panels)), height + more, TOP + more
     head = 0.17 * math.ceil(len(legend) / columns) + 0.1 if legend else 0
     width, total = WIDTH * columns, height * math.ceil(len(panels) / columns) + head
     canvas = Canvas(figsize=(width, total))
     for place, panel in enumerate(panels):
         row, column = divmod(place, columns)
         x, y = column * WIDTH + LEFT, total - head - (row + 1) * height + BOTTOM
-        axes = canvas.add_axes((x / width, y / total, (WIDTH - LEFT - RIGHT) / width, (height - TOP - BOTTOM) / total))
-        axes.set_title(excerpt(panel.title, 52), loc="left")
+        axes = canvas.add_axes((x / width, y / total, (WIDTH - LEFT - RIGHT) / width, (height - top - BOTTOM) / total))
+        axes.set_title(panel.title, loc="left")
         panel.draw(axes)
     if legend:
         handles = [Line2D([], [], ms=3.6, lw=1.4, **look) for look in legend.values()]

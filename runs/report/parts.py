@@ -140,7 +140,8 @@ def _results_parts(dataset: Dataset) -> list[Part]:
         title = f"Results by {'genre' if dataset.key == 'mmimdb' else 'class'}"
         parts.append(Part(title, [figures.class_figure(dataset, first)]))
     elif spec.n_classes > 2:
-        parts.append(Part("Most frequent confusions", [tables.confusion_table(dataset)]))
+        table = tables.confusion_table(dataset)
+        parts.append(Part("Confusion matrix" if "as_1" in table.columns else "Most frequent confusions", [table]))
     elif spec.n_classes == 2:
         parts.append(Part("ROC curves", [figures.roc_curves(dataset)]))
     parts.append(Part("Confidence intervals", [tables.confidence_table(dataset)]))

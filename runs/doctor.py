@@ -34,7 +34,7 @@ from config import Options
 from engine.families import family_of
 from runs.check_options import check_together, resolve
 from runs.evaluation import backbone_choice
-from runs.start import remarks
+from runs.start import remarks, samples_of_epoch
 from runs.training import starting_point, train_from
 from vilt.datamodules import split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -207,12 +207,13 @@ class Doctor:
         train.__getitems__([(0, index) for index in range(batch)])
         loading = time.perf_counter() - began
         samples = {split: len(dataset) for split, dataset in self.datasets.items()}
+        samples["train"] = samples_of_epoch(options, train)
         run = timedelta(seconds=math.ceil(run_seconds(options, loading, timer.seconds, samples)))
         speed = f"{timer.seconds:.2f} s to train on {counted(batch, 'sample')}, {loading:.2f} s to load them"
         speed += f", peak memory {byte_size(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
         slow = loading / max(1, options.num_workers) > timer.seconds
         hints = ["loading is slower than training (image_cache=True keeps decoded images)"] if slow else []
-        hints += remarks(options, train.spec, len(train))
+        hints += remarks(options, train.spec, samples["train"])
         return "warn" if hints else "ok", "; ".join(
             [f"loss {timer.loss:.4f}", speed, f"the run takes about {run}", *hints]
         )

@@ -25,6 +25,7 @@ from runs.run_folder import environment, make_run_folder
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import DatasetSpec
+from vilt.datasets.subsequences import subsequences
 
 log = logging.getLogger("rep")
 
@@ -65,7 +66,7 @@ def say_device(options: Options) -> None:
 @rank_zero_only
 def say_remarks(options: Options, training: ArrowDataset) -> None:
     """Warns of what `remarks` finds, and says how the last step of an epoch counts where that is as published."""
-    dataset, samples = training.spec, len(training)
+    dataset, samples = training.spec, samples_of_epoch(options, training)
     absent = [] if options.prompt_type in PRETRAINING else training.absent_classes()
     never = [f"{training.path}: no sample is of class {listed(absent)}: it cannot be learned"] if absent else []
     for remark in [*never, *remarks(options, dataset, samples)]:
@@ -74,6 +75,12 @@ def say_remarks(options: Options, training: ArrowDataset) -> None:
     if options.accumulation > 1 and rest and counts_as_published(dataset):
         text = "the last step of an epoch has %s; its loss is divided as that of a complete step, as published"
         log.info(text, counted(rest, "sample"))
+
+
+def samples_of_epoch(options: Options, training: ArrowDataset) -> int:
+    """Those of the training split; of a pretraining, with those that fill its subsequences."""
+    length = PRETRAINING.get(options.prompt_type, 1)
+    return len(training) if length == 1 else subsequences(training.table, length).size
 
 
 def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:

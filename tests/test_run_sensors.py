@@ -120,11 +120,12 @@ def test_fine_tuning_takes_the_pretrained_towers_and_leaves_them(root: Path, pre
 
 
 def test_an_interrupted_pretraining_ends_with_the_same_bits(
-    root: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = command(root, "task_pretrain_sensors", "exp_name=pre_again", *NETWORK, "resume_from=auto")
     interrupt(again, monkeypatch, checkpoints=2)
     assert command_line(again) == 0
+    assert "only 8 optimiser steps in all" in capsys.readouterr().err  # 48 samples in 16 subsequences of 4, filled
     assert_same_end(pretrained, root / "result" / "pre_again_seed0" / "version_1")
 
 
@@ -209,6 +210,10 @@ def test_a_pretraining_is_not_evaluated(root: Path, pretrained: Path, capsys: py
     for words in ([*command(root, "task_finetune_sensors"), "test_only=True"], ["run.py", "robustness", "with"]):
         assert command_line([*words, load]) == 2
         assert "a pretrained backbone (prompt_type=focal)" in capsys.readouterr().err
+    for option in ("sweep_ratios=0.7", "search.learning_rate=[1e-4,1e-2]"):
+        words = [*command(root, "task_pretrain_sensors"), "sweep_name=pre", option]
+        assert command_line(["run.py", "sweep", *words[1:]]) == 2
+        assert "prompt_type: expected methods that are tested, found focal" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="a pretrained backbone"):
         load_model(pretrained / "best.ckpt")
 

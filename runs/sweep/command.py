@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clip.modules.registry import PRETRAINING
 from common.errors import ConfigError, SweepError
 from common.locks import locked
 from common.messages import quoted
@@ -94,6 +95,9 @@ def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:
             raise ConfigError(f"{name}: the cells of a sweep differ in it; expected {SET_BY_GRID[name]}")
         if name in GRID and options.search:
             raise ConfigError(f"{name}: is for a grid; a search has one missing_type, missing_ratio and seed")
+    varied = {**options.sweep_over, **options.search}.get("prompt_type", (options.prompt_type,))
+    if found := next((name for name in varied if name in PRETRAINING), None):
+        raise ConfigError(f"prompt_type: expected methods that are tested, found {found}, which pretrains")
     if "search_trials" in names and not options.search:
         raise ConfigError("search_trials: expected options to search, as in search.learning_rate=[1e-4,1e-1]")
     if options.sweep_slurm and options.sweep_launcher not in CLUSTERS:

@@ -26,13 +26,10 @@ AT_OFFSET = "f1_macro_at_offset"
 class Estimate(NamedTuple):
     """A mean with the sample standard deviation (divisor N-1), which is 0 where there is one value only."""
 
-    mean: float
-    """NaN where every value is undefined."""
+    mean: float  # NaN where every value is undefined
     std: float
-    n: int
-    """Values that are defined."""
-    undefined: int = 0
-    """Values that are not, and are left out."""
+    n: int  # values that are defined
+    undefined: int = 0  # values that are not, and are left out
 
     def text(self, digits: int = 4, factor: float = 1) -> str:
         """`mean ± deviation`, each times `factor`; the deviation only where there are several values."""

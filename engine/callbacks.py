@@ -43,14 +43,10 @@ class Checkpoints(Checkpoint):
     def __init__(self, folder: Path, monitor: str) -> None:
         self.folder = folder
         self.monitor = monitor
-        self.best: dict[str, Any] | None = None
-        """What `best.ckpt` holds."""
-        self.seconds = 0.0
-        """Spent on writing, since the reader last set it to 0."""
-        self.training = False
-        """Whether a validation has begun, by when all that a checkpoint restores has been used."""
-        self._asked: int | None = None
-        """The first SIGTERM or Ctrl-C in a training; a second one stops at once."""
+        self.best: dict[str, Any] | None = None  # what `best.ckpt` holds
+        self.seconds = 0.0  # spent on writing, since the reader last set it to 0
+        self.training = False  # whether a validation has begun, by when all that a checkpoint restores has been used
+        self._asked: int | None = None  # the first SIGTERM or Ctrl-C in a training; a second one stops at once
         self._kept_step = 0
         """Optimiser steps behind the newest checkpoint, here or in the folder of the run that is resumed."""
         self._kept_at = time.monotonic()

@@ -28,12 +28,9 @@ class Item(NamedTuple):
     """One sample."""
 
     id: str
-    inputs: dict[str, Any]
-    """By modality, of those that it has, what `Kind.read_given` takes."""
-    place: str
-    """How messages call it."""
-    times: tuple[float, float] | None = None
-    """Of a sample of a recording: from and to, in seconds."""
+    inputs: dict[str, Any]  # by modality, of those that it has, what `Kind.read_given` takes
+    place: str  # how messages call it
+    times: tuple[float, float] | None = None  # of a sample of a recording: from and to, in seconds
 
 
 def items_of_lists(images: Sequence[ImageInput] | None, texts: Sequence[str | None] | None) -> list[Item]:

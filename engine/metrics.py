@@ -8,7 +8,6 @@ of one class. Undefined is not 0: such a value is left out of means and interval
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +43,7 @@ class Sums(Measure):
     value: Callable[..., Tensor]  # number of samples (R,) and the sum of each term, (R, K) or (R,), to the figure (R,)
 
     def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Tensor:
-        return self.of_terms(self.terms(logits, labels), counts_RN)
-
-    def of_terms(self, terms: tuple[Tensor, ...], counts_RN: Tensor) -> Tensor:
-        """As `resampled`, where the terms are known."""
-        sums = (counts_RN @ term.to(counts_RN.dtype) for term in terms)
+        sums = (counts_RN @ term.to(counts_RN.dtype) for term in self.terms(logits, labels))
         return self.value(counts_RN.sum(1).double(), *(of_term.double() for of_term in sums))
 
     def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
@@ -104,16 +99,7 @@ class Metric:
         if not len(labels) or not logits.isfinite().all():
             return dict.fromkeys(self.measures, torch.nan)
         once = torch.ones(1, len(labels), dtype=torch.float64)
-        terms: dict[Any, tuple[Tensor, ...]] = {}  # which several measures have in common
-        found = {}
-        for name, measure in self.measures.items():
-            if not isinstance(measure, Sums):
-                found[name] = measure.resampled(logits, labels, once).item()
-                continue
-            if measure.terms not in terms:
-                terms[measure.terms] = measure.terms(logits, labels)
-            found[name] = measure.of_terms(terms[measure.terms], once).item()
-        return found
+        return {name: measure.resampled(logits, labels, once).item() for name, measure in self.measures.items()}
 
 
 def decisions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from common.arrow_file import open_table
 from common.errors import CheckpointError, DataError, UserError, reason_of
 from common.files import atomic_path
-from common.messages import quoted
+from common.messages import first_line, quoted
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DatasetSpec
 
@@ -87,22 +87,16 @@ def read_logits(path: Path, spec: DatasetSpec, logit_columns: Sequence[str]) -> 
     try:
         described = json.loads((table.schema.metadata or {})[DESCRIPTION])
         if described["format"] != FORMAT:
-            raise ValueError
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected logits that `run.py robustness` stored, found another file") from error
-    types = {name: pa.int64() for name in ("sample", "row", "text_number")} | {"id": pa.string()}
-    number = pa.int64() if spec.label_range is None else pa.float32()
-    types["label"] = pa.list_(pa.uint8()) if spec.multilabel else number
-    types |= {name: pa.list_(pa.float32()) for name in logit_columns}
-    found = dict(zip(table.schema.names, table.schema.types, strict=True))
-    if found != types:
-        expected, there = (", ".join(f"{name} ({kind})" for name, kind in of.items()) for of in (types, found))
-        raise DataError(f"{path}: expected stored logits, with the columns {expected}; found {there}")
-    for name in [*logit_columns, *(["label"] if spec.multilabel else [])]:
-        lengths = pc.fill_null(pc.list_value_length(table[name]), -1).to_numpy()
-        _refuse_rows(path, name, lengths != spec.n_classes, f"expected {spec.n_classes} numbers")
-        finite_NC = np.isfinite(matrix_of(table[name], spec.n_classes))
-        _refuse_rows(path, name, ~finite_NC.all(axis=1), "expected finite numbers")
+            raise ValueError(f"format {FORMAT}, found {quoted(described['format'])}")
+        for name in [*logit_columns, *(["label"] if spec.multilabel else [])]:
+            lengths = pc.fill_null(pc.list_value_length(table[name]), -1).to_numpy()
+            if wrong := np.flatnonzero(lengths != spec.n_classes).tolist():
+                raise ValueError(f"{name}: expected {spec.n_classes} numbers, found others in row {wrong[0]}")
+            if not np.isfinite(matrix_of(table[name], spec.n_classes)).all():
+                raise ValueError(f"{name}: expected finite numbers")
+        labels_of(table.select(["row", "id", "label"]), spec).astype(np.float32)
+    except (KeyError, TypeError, ValueError, RecursionError, pa.ArrowException) as error:
+        raise DataError(f"{path}: expected logits that `run.py robustness` stored: {first_line(error)}") from error
     return table, described
 
 
@@ -114,11 +108,6 @@ def matrix_of(column: pa.ChunkedArray, width: int) -> np.ndarray:
 def labels_of(table: pa.Table, spec: DatasetSpec) -> np.ndarray:
     """(N, C) for multi-label data, else (N,)."""
     return matrix_of(table["label"], spec.n_classes) if spec.multilabel else table["label"].to_numpy().copy()
-
-
-def _refuse_rows(path: Path, column: str, wrong_N: np.ndarray, expected: str) -> None:
-    if wrong_N.any():
-        raise DataError(f"{path}: row {np.flatnonzero(wrong_N)[0]}: column {column}: {expected}")
 
 
 @dataclass(frozen=True)
@@ -174,19 +163,13 @@ class LogitStore:
 
     def load(self) -> SplitLogits:
         """The logits. Raises as `is_there`."""
-        table, described = read_logits(self.path, self.dataset.spec, logit_columns_of(self.dataset.spec))
+        split, _, described = read_split(self.path, self.dataset.spec)
         for name, expected in asdict(self.origin).items():
             if (found := described.get(name)) != expected:
                 raise CheckpointError(
                     f"{self.path}: stored logits of another {TITLES.get(name, name)}: expected {_short(expected)}, "
                     f"found {_short(found)}"
                 )
-        samples = self.dataset.row_of_sample, self.dataset.label_of_sample
-        stored = table["row"].to_numpy(), labels_of(table, self.dataset.spec)
-        for what, ours, theirs in zip(("samples", "labels"), samples, stored, strict=True):
-            if not np.array_equal(ours, theirs):
-                raise DataError(f"{self.path}: expected the {what} of {self.dataset.path}, found others")
-        split = read_split(self.path, self.dataset.spec)[0]
         return replace(split, table_rows=self.dataset.n_rows, natural=self.dataset.natural)
 
     def check_writable(self) -> None:

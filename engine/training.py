@@ -96,16 +96,11 @@ class FinetuneModule(pl.LightningModule):
         self._watch = FiniteWatch(skip_bad_steps)
         self._rate_at: Callable[[int], float] = lambda step: 1.0
         """By the number of an optimiser step, the share of the learning rate that it has."""
-        self._groups: list[dict[str, Any]] = []
-        """Of the optimiser, without the parameters, as the options have them."""
-        self.step: Step = self._step
-        """What a training step computes."""
-        self.soft_labels: Tensor | None = None
-        """(N, C), which are half of what is learned, see `engine/teacher.py`."""
-        self.test_metrics: dict[str, float] = {}
-        """The test metrics of all processes' samples, after a test run."""
-        self.tested: tuple[Tensor, Tensor] | None = None
-        """Logits and labels of the test split."""
+        self._groups: list[dict[str, Any]] = []  # of the optimiser, without the parameters, as the options have them
+        self.step: Step = self._step  # what a training step computes
+        self.soft_labels: Tensor | None = None  # (N, C), half of what is learned, see `engine/teacher.py`
+        self.test_metrics: dict[str, float] = {}  # the test metrics of all processes' samples, after a test run
+        self.tested: tuple[Tensor, Tensor] | None = None  # logits and labels of the test split
 
     def forward(self, batch: Batch, split: str = "") -> Tensor:
         """Logits (B, C)."""

@@ -4,12 +4,10 @@ Every check is made, whatever the others find. The readers that the run uses mak
 the token ids and missing tables that the run would write too.
 """
 
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +21,6 @@ import numpy as np
 import pyarrow.compute as pc
 import pytorch_lightning as pl
 import torch
-from packaging.requirements import Requirement
 
 from clip.backbone import Backbone
 from clip.tokenizer import ClipTokenizer
@@ -39,12 +36,11 @@ from runs.training import starting_point, train_from
 from vilt.datamodules import split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM
-from vilt.datasets.kinds import InputFormat, TextKind
+from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
 from vilt.missing_tables import load_missing_table, type_counts
 
-REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 SHARED_MEMORY, IMAGES_DECODED = Path("/dev/shm"), 64  # images of each split, evenly spread
 Found = tuple[str, str]
 """A level and a text. `FAIL`: the run would end, or give wrong results; `warn`: worth a look; else `ok`."""
@@ -65,7 +61,6 @@ def examine(config: Mapping[str, Any], given: set[str]) -> Iterator[Found]:
     """Level and line of each check of a run, as soon as it is made. Raises ConfigError for an option out of range."""
     doctor = Doctor(resolve(config), given)
     checks: dict[str, Callable[[], Found]] = {
-        "packages": check_packages,
         "options": doctor.check_options,
         "device": doctor.check_device,
         "backbone": doctor.check_backbone,
@@ -80,20 +75,6 @@ def examine(config: Mapping[str, Any], given: set[str]) -> Iterator[Found]:
         except Exception as error:
             level, text = "FAIL", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         yield level, " ".join(f"{level:<5}{subject}: {text}".splitlines())
-
-
-def check_packages() -> Found:
-    """Installed versions beside those of requirements.txt."""
-    others, lines = [], REQUIREMENTS.read_text("utf-8").splitlines()
-    for requirement in (Requirement(line) for line in lines if line and not line.startswith("#")):
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            raise ConfigError(f"{requirement.name} is not installed; pip install -r {REQUIREMENTS.name}") from None
-        if version not in requirement.specifier:
-            others.append(f"{requirement.name} {version} (tested: {requirement.specifier})")
-    found = f"other versions than tested: {', '.join(others)}" if others else f"as in {REQUIREMENTS.name}"
-    return "warn" if others else "ok", f"Python {platform.python_version()}; {found}"
 
 
 class StepTimer(pl.Callback):
@@ -184,13 +165,6 @@ class Doctor:
             remarks.append(f"{len(absent)} of {len(names)} classes do not occur: {listed(absent)}")
         if self.inputs is not None and self.inputs.tokenize is not None:
             data.tokenize(self.inputs.tokenize, self.inputs.fingerprint)
-        for tokens in (kind.tokens for kind in data.kinds.values() if isinstance(kind, TextKind)):
-            if tokens is None:
-                continue
-            lengths, most = tokens.argmax(axis=1) - 1, tokens.shape[1] - 2  # without <start> and <end>
-            facts.append(f"{np.median(lengths):.0f} tokens (median), {(lengths == most).mean():.0%} fill all {most}")
-            if empty := int((lengths == 0).sum()):
-                remarks.append(counted(empty, "empty text"))
         self.datasets[split] = data
         return "warn" if remarks else "ok", "; ".join([", ".join(facts), *remarks])
 

@@ -15,7 +15,7 @@ from engine.families import BackboneChoice, family_of
 from engine.robustness import Subject
 from engine.stored_logits import LogitStore, Origin
 from engine.tasks import task_of
-from runs.check_options import check, read_load_paths, read_options
+from runs.check_options import check, read_load_paths
 from runs.comparable import other_input
 from runs.pattern import Pattern
 from runs.run_reader import Run, read_run
@@ -86,7 +86,8 @@ def taken_from_run(checkpoint: Path, config: Mapping[str, Any], given: set[str])
     run = read_run(checkpoint.parent) if source.is_file() and not is_exported(checkpoint.parent) else None
     recorded = {} if run is None else run.config
     taken = {name: recorded[name] for name in TAKEN_FROM_THE_RUN if name in recorded and name not in given}
-    _leave_out_absent_tables(taken, config, source)
+    if not Path(taken.get("missing_table_root", ".")).is_dir():  # tables would be written wherever it points
+        log.warning("%s: missing_table_root: no folder at %s here", source, taken.pop("missing_table_root"))
     return run, taken
 
 
@@ -156,17 +157,6 @@ def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]
         ]
         for of_cell in cells
     ]
-
-
-def _leave_out_absent_tables(taken: dict[str, Any], config: Mapping[str, Any], source: Path) -> None:
-    """Of `taken` a missing_table_root that is no folder here: tables would be written wherever it points."""
-    if "missing_table_root" not in taken:
-        return
-    root, default = (read_options(one, ["missing_table_root"])["missing_table_root"] for one in (taken, config))
-    if not root.is_dir():
-        del taken["missing_table_root"]
-        if root != default:
-            log.warning("%s: missing_table_root: no folder at %s here; %s is used instead", source, root, default)
 
 
 def _check_comparable(targets: Sequence[Target]) -> None:

@@ -54,8 +54,7 @@ from engine.trainer import make_trainer
 from engine.training import MINUS_LOSS, FinetuneModule, model_input
 from runs.comparable import NOT_THE_TRAINING
 from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
-from runs.run_folder import commit
-from runs.start import described, say_device, say_remarks, start_folder
+from runs.start import commit, described, say_device, say_remarks, start_folder
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
@@ -70,13 +69,11 @@ class Opened(NamedTuple):
 
     options: Options
     """Those given, with the backbone and the tokenizer of the checkpoint that it starts from, unless others are."""
-    start: Checkpoint | None
-    """What `load_path` names."""
+    start: Checkpoint | None  # what `load_path` names
     backbone: Backbone
     inputs: InputFormat
     data: MissingModalityData
-    contents: dict[str, str]
-    """SHA-256 of all of it."""
+    contents: dict[str, str]  # SHA-256 of all of it
 
 
 def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """`run.py doctor`: an intact dataset is ok, and every planted fault has its line, whatever else is wrong."""
 
-import importlib.metadata
 import json
 import math
 import shutil
@@ -25,7 +24,7 @@ from vilt.datasets.kinds import ImageKind
 from vilt.datasets.specs import DATASETS
 
 SPLITS = ("train data", "val data", "test data")
-SUBJECTS = ["packages", "options", "device", "backbone", "tokenizer", *SPLITS, "training step", "storage"]
+SUBJECTS = ["options", "device", "backbone", "tokenizer", *SPLITS, "training step", "storage"]
 
 
 @pytest.fixture
@@ -168,15 +167,6 @@ def test_a_large_split_is_sampled_from_its_first_row_to_its_last(
     assert decoded[:3] == [rows[0], rows[(len(rows) - 1) // 2], rows[-1]]
 
 
-def test_empty_texts_and_full_ones(examine: Examine, arrow: Path) -> None:
-    path = arrow / "mmimdb_dev.arrow"
-    plots = [[" "], ["word " * 200], *[["a plot"] for _ in column(path, "plots")[2:]]]
-    rewrite(path, plots=pa.array(plots))
-    found = examine(data_root=arrow)
-    assert found.level["val data"] == "warn" and "1 empty text" in found.text["val data"]
-    assert f"{1 / len(plots):.0%} fill all 75" in found.text["val data"]
-
-
 def test_missing_tables_that_are_damaged_or_cannot_be_written(examine: Examine, tmp_path: Path) -> None:
     examine()
     kept = next((tmp_path / "tables").glob("mmimdb_train*"))
@@ -241,21 +231,6 @@ def test_a_check_that_breaks_is_a_failure_of_its_own(examine: Examine, monkeypat
     found = examine()
     assert found.failed() == {"device"} and found.text["device"] == "LookupError: two lines"
     assert list(found.level) == SUBJECTS
-
-
-def test_other_versions_and_absent_packages(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.metadata.version
-    versions = {"regex": "1.0"}
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name) or real(name))
-    found = examine()
-    assert found.level["packages"] == "warn" and "regex 1.0" in found.text["packages"]
-
-    def absent(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", absent)
-    found = examine()
-    assert found.failed() == {"packages"} and "torch is not installed" in found.text["packages"]
 
 
 def test_space_and_rights(examine: Examine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from engine import metrics_log
 from engine.metrics_log import MetricsLogger
 from run import command_line
 from runs import option_readers
-from runs.run_folder import environment
+from runs.start import environment
 from tests.conftest import Patch, Workspace
 from tests.interrupted import files_up_to
 

@@ -22,7 +22,7 @@ from engine.items import Item, read_items
 from engine.predict import Predictor, load_model
 from run import command_line
 from runs.export import export
-from runs.run_folder import commit
+from runs.start import commit
 from tests.conftest import Captured, Patch, Workspace
 from tests.data_files import TYPE_NAMES
 from vilt.datasets.arrow_dataset import ArrowDataset

@@ -162,12 +162,6 @@ def test_ours_beside_the_published_results(tmp_path: Path, options: dict[str, An
     assert ("7,799 items, ours has 400" in notes_of(tmp_path)) == (options.get("rows") == 400)
 
 
-def test_runs_that_are_at_no_published_pattern_are_named(tmp_path: Path) -> None:
-    for ratio, both_ratio in ((0.3, 0.5), (0.7, 0.2)):
-        write_run(tmp_path / f"{ratio}", both_ratio=both_ratio, **at("both", ratio))
-    assert "R1 (30 % both) and R2 (70 % both 0.2)." in notes_of(tmp_path)
-
-
 def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -> None:
     cost = {"trained_parameters": 1234567, "training_seconds": 60.0}
     for method, seed, kind, tested in (

@@ -193,8 +193,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     command = f"python run.py robustness with load_path={run}/best.ckpt task_finetune_mmimdb data_root=films"
     for fact in (
         *("1 run, none of them tested", "R1 (bare_seed0/version_0): no robustness results", without_home(command)),
-        "test_results.json of R1 is not there",
-        *("environment.json of R1 is not there", "command is not known"),
+        "command is not known",
     ):
         assert fact in page, fact
     assert not (tmp_path / "report" / "figures").exists()
@@ -312,9 +311,9 @@ def test_logits_that_do_not_belong_to_the_result(tmp_path: Path) -> None:
     ours, theirs = ((one.ids, one.rows, one.labels) for one in (test_set, other))
     narrow = {name: values[:, :20] for name, values in logits.items()}
     for task, digest, samples, values, found in (
-        ("food101", sha256, theirs, other.logits(0), "expected stored logits, with the columns .*found"),
+        ("food101", sha256, theirs, other.logits(0), "expected logits that `run.py robustness` stored"),
         ("mmimdb", "0" * 64, ours, logits, "logits of another checkpoint"),
-        ("mmimdb", sha256, ours, narrow, "row 0: column logits_complete: expected 23"),
+        ("mmimdb", sha256, ours, narrow, "expected .*logits_complete: expected 23 numbers"),
     ):
         write_logits(run / LOGITS, task, digest, *samples, values)
         with pytest.raises(DataError, match=rf"logits\.arrow: {found}"):

@@ -15,7 +15,7 @@ from common.files import check_replaceable, whole_folder
 from common.text import counted
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
-from runs.report.parts import Note, missing_notes, report_command, run_details, section_of
+from runs.report.parts import Note, run_details, section_of
 from runs.report.results import ReportRun, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.tables import runs_table
@@ -45,7 +45,7 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
     runs = read_report_runs(places)
     trials = [run for run in runs if _is_trial(run, places)]
     others, now = [run for run in runs if run not in trials], datetime.now()
-    datasets, notes = by_dataset(others), missing_notes(others)
+    datasets, notes = by_dataset(others), []
     sections = [section_of(dataset) for dataset in datasets]
     title = f"Robustness to missing modalities: {listed([section.title for section in sections])}"
     if trials:
@@ -61,7 +61,6 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
             "runs": runs_table(runs, datasets),
             "details": [run_details(run) for run in others],
             "notes": notes,
-            "report_command": report_command(places),
         }
     )
     try:

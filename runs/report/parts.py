@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.text import AT_OFFSET, counted, estimate
-from runs.pattern import Pattern
 from runs.report import figures, tables
 from runs.report.figures import Figure
 from runs.report.lines import Dataset
@@ -60,7 +59,7 @@ def section_of(dataset: Dataset) -> Section:
     """The parts of a dataset, in order; those that take robustness results only where there are some."""
     runs, parts = [run for line in dataset.lines for run in line.runs], []
     if dataset.compared:
-        parts.append(Part("Methods compared", [figures.comparison_figure(dataset), tables.comparison_table(dataset)]))
+        parts.append(Part("Methods compared", [tables.comparison_table(dataset)]))
     if runs:
         parts.append(Part("Robustness curves", [figures.robustness_curves(dataset)] if dataset.measured else []))
         if lacking := [run for run in runs if run.robustness is None]:
@@ -121,14 +120,6 @@ def _published_notes(dataset: Dataset) -> list[Note]:
         found = f"ours has {dataset.test_rows:,}" if dataset.test_rows else "the size of ours is not known"
         text = f"the published results are on a test split of {expected:,} items, {found}"
         notes.append(Note(f"Not like for like: {text}."))
-    published = [tables.available_of(dataset, pattern) for pattern in tables.published_of_rep(dataset)]
-    outside: dict[Pattern, list[ReportRun]] = {}
-    for line in dataset.lines:
-        if tables.available_of(dataset, line.pattern) not in published:
-            outside.setdefault(line.pattern, []).extend(line.runs)
-    if published and outside:
-        named = listed([f"{_tags(runs)} ({pattern.title})" for pattern, runs in outside.items()])
-        notes.append(Note(f"Trained at patterns that the published table does not have: {named}."))
     return notes
 
 
@@ -157,26 +148,12 @@ def _results_parts(dataset: Dataset) -> list[Part]:
     return parts
 
 
-def missing_notes(runs: Sequence[ReportRun]) -> list[Note]:
-    """Files that runs lack, a note for each kind."""
-    unknown = [run for run in runs if run.environment is None]
-    untested = [run for run in runs if run.run.test is None and run.run.config.get("test_after_fit") is not False]
-    notes = []
-    if unknown:
-        notes.append(Note(f"environment.json of {_tags(unknown)} is not there: versions and command are not known."))
-    if untested:
-        notes.append(Note(f"test_results.json of {_tags(untested)} is not there."))
-    return notes
-
-
 def run_details(one: ReportRun) -> RunDetails:
     """What a run was, and how to repeat it."""
     kind, commands = "Evaluation" if one.run.is_evaluation else "Training", {}
     if one.environment is not None:
         program, *arguments = one.environment["command"]
         commands[kind] = shlex.join(["python", Path(program).name, *arguments])
-    if one.robustness is not None:
-        commands["Robustness"] = robustness_command([one])
     title = f"{one.tag}: {one.place} ({dataset_title(one.run.dataset)}, {kind.lower()}, seed {one.run.config['seed']})"
     return RunDetails(one.tag, title, without_home(json.dumps(one.run.config, indent=2)), commands)
 
@@ -190,9 +167,3 @@ def robustness_command(runs: Sequence[ReportRun]) -> str:
         f"data_root={config['data_root']}",
     ]
     return without_home(shlex.join(["python", "run.py", "robustness", "with", *options]))
-
-
-def report_command(places: Sequence[Path]) -> str:
-    """The command that makes this report of the folders `places`."""
-    folders = [without_home(str(folder)) for folder in places]
-    return shlex.join(["python", "run.py", "report", "with", f"runs={folders[0] if len(folders) == 1 else folders}"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.files import atomic_path, write_csv
 from common.strict_json import read_json
-from common.text import Estimate, baseline_texts, counted, duration, estimate, figure, per_cent, terminal_table
+from common.text import Estimate, baseline_texts, counted, estimate, figure, per_cent, terminal_table
 from config import Options
 from runs.command_line import written
 from runs.run_reader import as_written_by_run, numbers_by_name
@@ -34,8 +34,7 @@ class Cell:
 
     missing_type: str
     ratio: float
-    variant: dict[str, Any]
-    """Values of the options of `sweep_over`."""
+    variant: dict[str, Any]  # values of the options of `sweep_over`
     seed: int
     job: Job
 
@@ -163,11 +162,10 @@ def _modalities(options: Options) -> list[str]:
 
 def table_text(rows: Sequence[dict[str, Any]], options: Options, metric: str) -> str:
     """The table for the terminal, with one metric."""
-    any_costs = any(row[name] for row in rows for name in COSTS)
     any_failed = any(row["failed"] for row in rows)
     modalities = _modalities(options)
     heads = [*options.sweep_over, "missing", "ratio", *modalities, metric, "seeds complete"]
-    heads += [*(["trainable parameters", "time of a run"] if any_costs else []), *(["failed"] if any_failed else [])]
+    heads += ["failed"] if any_failed else []
     shown = []
     for row in rows:
         mean, std, undefined = (row[f"{metric}_{name}"] for name in ("mean", "std", "undefined"))
@@ -176,9 +174,6 @@ def table_text(rows: Sequence[dict[str, Any]], options: Options, metric: str) ->
         line = [*(str(row[name]) for name in options.sweep_over), row["missing_type"], f"{row['ratio']:.4g}"]
         line += [*(per_cent(row[f"{name}{AVAILABLE}"]) for name in modalities), value]
         line.append(f"{row['complete']} of {row['complete'] + row['failed'] + row['open']}")
-        if any_costs:
-            parameters, seconds = (row[name] for name in COSTS)
-            line += ["–" if parameters == "" else f"{parameters:,.0f}", "–" if seconds == "" else duration(seconds)]
         shown.append([*line, *([str(row["failed"] or "")] if any_failed else [])])
     n_left = len(options.sweep_over) + 1
     return terminal_table(heads, shown, "<" * n_left + ">" * (len(heads) - n_left))

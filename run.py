@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from common.errors import ConfigError, OtherProcessError, UserError, machine_error
 from common.launcher import check_launcher
 from common.logs import set_up_logging
-from common.machine import check_system, print_anywhere, settle_threads
+from common.machine import check_system, keep_freed_memory, print_anywhere, settle_threads
 from common.messages import first_line
 from common.signals import Stopped, end_loaders, stopping_on_signals
 from engine.ending import DONE, INTERRUPTED, end_with_our_fault, end_with_signal, end_with_user_error
@@ -165,6 +165,7 @@ def command_line(argv: list[str]) -> int:
             return DONE
         if asked.command in ("main", "robustness", "predict", "embed", "doctor", "features"):
             settle_threads()
+            keep_freed_memory()
         with stopping_on_signals():
             run_command(asked)
     except UserError as error:

@@ -26,7 +26,7 @@ from benchmarks.loading import Loading
 from benchmarks.sides import Comparison, Data, compare
 from clip.modules.interfaces import TowerSlots
 from common.files import atomic_path
-from common.machine import print_anywhere
+from common.machine import keep_freed_memory, print_anywhere
 
 BATCH, LEARNER_BATCH = 16, 32
 BF16 = torch.bfloat16
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--record", type=Path)
     print_anywhere()
+    keep_freed_memory()
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)

@@ -1,9 +1,11 @@
 """The machine that a command runs on: its system, what its terminal can print, its cores."""
 
+import ctypes
 import io
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import MachineError
@@ -11,6 +13,10 @@ from common.errors import MachineError
 SPINS = "10000"
 """Rounds that a thread of libgomp waits busily for its next work, a fraction of a millisecond. Its default, 300,000,
 makes the threads of a training wait for each other's turn on a core that another process uses."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
+LARGEST_KEPT = 2**25
+"""Bytes; glibc takes no more."""
 LOOK_S = 0.2
 """How long `busy_cores` looks."""
 _TICKS_PER_S = 100
@@ -50,6 +56,17 @@ def settle_threads() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     else:
         os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what tensors free for the next ones, instead of giving it back to the system at each of them.
+
+    Pages that the system has to clear again cost a tenth of a training on a CPU and a quarter of an evaluation.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def threads_wait() -> str:

@@ -1,15 +1,17 @@
 """Commands where only ASCII can be printed, on other systems, and on cores that others use."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import make_arrow
 from common import machine
-from common.machine import settle_threads, threads_wait
+from common.machine import keep_freed_memory, settle_threads, threads_wait
 from demo.__main__ import main as demo
 from run import command_line
 from tests.conftest import Captured, Patch
@@ -60,6 +62,16 @@ def test_another_system_is_one_line(system: str, monkeypatch: Patch, capsys: Cap
     said = capsys.readouterr()
     assert statuses == [2] * 3 and not said.out
     assert [f"expected Linux, found {system}" in line for line in said.err.splitlines()] == [True] * 3
+
+
+def test_freed_memory_is_used_again() -> None:
+    """Not given back, and cleared by the system page by page, at each tensor."""
+    keep_freed_memory()
+    faults = []
+    for _ in range(8):
+        torch.ones(2**20).add_(torch.ones(2**20))  # 4 MiB each
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[-1] - faults[1] < 256
 
 
 @pytest.mark.parametrize(

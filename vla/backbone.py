@@ -23,7 +23,7 @@ LETTERS = {"text": "l", "audio": "a", "vision": "v"}
 START_STD = 0.02
 FRONTENDS, POOLER, ENCODERS = "projections", "pooler", "encoders"
 LEAST_TOWER_LAYERS = 3
-GROUPS = 4
+GROUPS = 3
 """Of samples of like length, each of which is padded no more than it needs."""
 
 

@@ -18,6 +18,8 @@ from clip.modules.interfaces import NO_SLOTS, Tower, TowerSlots
 
 EMBEDDING_DROPOUT, DROPOUT = 0.25, 0.1
 LEVELS = 2**16
+MATRIX = 4096
+"""Weights of a head up to which a CPU is faster with them as a matrix than in tiles."""
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -79,12 +81,18 @@ class Attention(nn.Module):
             q_BTD = F.linear(query_BTD, self.in_proj_weight[:D], self.in_proj_bias[:D])
             kv_BS2D = F.linear(source_BSD, self.in_proj_weight[D:], self.in_proj_bias[D:])
             projected = (q_BTD, *kv_BS2D.chunk(2, dim=-1))
+        drops = self.training and self.dropout > 0
+        if query_BTD.is_cuda or (not drops and T * source_BSD.shape[1] > MATRIX):
+            q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
+            rate = self.dropout if drops else 0.0
+            read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_TS, dropout_p=rate)
+            return self.out_proj(read.transpose(1, 2).flatten(2))
         # Steps last: the matrices of a head are narrow, and products whose result is wide are several times as fast.
         q, k, v = (x.transpose(1, 2).reshape(B * self.heads, D // self.heads, -1) for x in projected)
         q = (q * (D // self.heads) ** -0.5).transpose(1, 2)
         scores = q @ k if bias_TS is None else torch.baddbmm(bias_TS.to(q.dtype), q, k)
         weights = scores.softmax(dim=-1)
-        if self.training and self.dropout:
+        if drops:
             if count_T is None:
                 weights = dropout(weights, self.dropout, training=True)
             else:

@@ -1,6 +1,8 @@
 """The cache of decoded images: equal to decoding, made once, made again when stale or damaged, whole or not there."""
 
 import fcntl
+import hashlib
+import io
 import logging
 import os
 import pickle
@@ -10,8 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.errors import DataError
@@ -29,6 +33,9 @@ SIZE = 8
 ROWS = 7
 ARROW = "hatememes_train.arrow"
 LOCK = ".hatememes_train_images8.lock"
+
+
+MODES = (("RGB", 48), ("RGB", 20), ("L", 96), ("RGBA", 48), ("P", 30))
 
 
 def png(seed: int) -> bytes:
@@ -133,6 +140,14 @@ def test_what_else_makes_a_cache_stale(memes, monkeypatch, what):
         monkeypatch.setattr(image_cache, "FORMAT_VERSION", 99)
     dataset.cache_images(0)
     assert cache_in(memes) != old
+
+
+@pytest.mark.skipif(PIL.__version__ != "13.0.0", reason="another version of Pillow may give other pixels")
+def test_other_pixels_need_another_version():
+    """Where this fails, `decode_image` has changed: then increase FORMAT_VERSION, or old caches would be read."""
+    of_modes = [Image.open(io.BytesIO(png_of(0, 48))).resize((48, height)).convert(mode) for mode, height in MODES]
+    pixels = b"".join(decode_image(image, 16).numpy().tobytes() for image in of_modes)
+    assert (image_cache.FORMAT_VERSION, hashlib.sha256(pixels).hexdigest()[:16]) == (2, "501fbc82349ca0b8")
 
 
 def test_only_stale_caches_of_the_same_file_and_size_are_removed(memes, caplog):

@@ -3,8 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,8 @@ from common.files import atomic_path
 from common.messages import first_line, quoted
 
 
-@dataclass(frozen=True)
-class Number:
-    """A number as it is written: `1.10`."""
-
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    @property
-    def number(self) -> int | float:
-        """Its value."""
-        return json.loads(self.text)
-
-
-def parse_json(data: bytes, number: Callable[[str], Any] | None = None) -> Any:
+def parse_json(data: bytes) -> Any:
     """The value of a JSON text in UTF-8 (a byte order mark is allowed).
-
-    Args:
-        number: what becomes of a number, such as `Number`.
 
     Raises ValueError for anything else, also for an object that repeats a key: Python would silently keep the last.
     """
@@ -47,7 +28,7 @@ def parse_json(data: bytes, number: Callable[[str], Any] | None = None) -> Any:
 
     try:
         text = data.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=unique, parse_int=number, parse_float=number, parse_constant=number)
+        value = json.loads(text, object_pairs_hook=unique)
         if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which JSON can spell and UTF-8 cannot
             json.dumps(value, ensure_ascii=False, default=str).encode()
     except json.JSONDecodeError as error:
@@ -79,10 +60,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(path: Path, number: Callable[[str], Any] | None = None) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file. Raises DataError, naming it, where it is not readable as an object."""
     try:
-        content = parse_json(path.read_bytes(), number)
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON: {first_line(error)}") from error
     if not isinstance(content, dict):

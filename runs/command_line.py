@@ -16,8 +16,9 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from common.errors import ConfigError, DataError
 from common.messages import quoted
 from common.readers import literal, may_be_path, unquoted, wrong
-from common.strict_json import Number, read_json
+from common.strict_json import read_json
 from config import DEFAULTS, NAMED_CONFIGS, OPTIONS, SEED, Options
+from runs.comparable import GONE
 from vilt.datasets.custom import CUSTOM
 
 MAIN = "main"
@@ -125,13 +126,13 @@ def _take_config(word: str, before: str, found: CommandLine) -> None:
     if not may_be_path(word) or not Path(word).is_file():
         raise ConfigError(f"{word}: expected a file with options as JSON, found no file there")
     try:
-        options = read_json(Path(word), Number)
+        options = read_json(Path(word))
     except DataError as error:
         raise ConfigError(f"{error}; expected options as JSON") from error
     for name, value in options.items():
-        if name == CUSTOM and isinstance(value, dict):  # of the config.json of a run: what its data said, no option
+        if name in GONE or (name == CUSTOM and isinstance(value, dict)):  # of a run: what its data said, no option
             continue
-        set_option(found.updates, _known(name, f"{word}: "), from_file(name, value))
+        set_option(found.updates, _known(name, f"{word}: "), value)
         option = option_of(name)
         if option == "seed":
             SEED(f"{word}: seed", found.updates["seed"])
@@ -204,18 +205,6 @@ def typed(name: str, value: str) -> Any:
     if option == "sweep_slurm" and isinstance(found, (int, float)) and str(found) != value:
         return value  # submitit writes it into a script: a partition called 1.10
     return found
-
-
-def from_file(name: str, value: Any) -> Any:
-    """A value of a .json file for the option `name`: a number is one, or for a text what is written there."""
-    if isinstance(value, Number):
-        return str(value) if is_text(name) else value.number
-    if isinstance(value, list):
-        return [from_file(name, one) for one in value]
-    if isinstance(value, dict):
-        of_options = name in ("sweep_over", "search")
-        return {key: from_file(key if of_options else name, one) for key, one in value.items()}
-    return value
 
 
 def is_text(name: str) -> bool:

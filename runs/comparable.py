@@ -5,10 +5,12 @@ from typing import Any
 
 from config import COMMAND, DEFAULTS, MACHINE, OPTIONS, RUN
 
+GONE = ("compile", "robustness_anew", "robustness_both_ratios")
+"""Options that the configurations of older runs have."""
 _NO_RESULT = {
     *(name for name, option in OPTIONS.items() if option.kind in (MACHINE, RUN, COMMAND)),
     *("per_gpu_batchsize", "missing_ratio.test", "missing_type.test"),
-    *("compile", "robustness_anew"),  # of older runs
+    *GONE,
 }
 """Names, places, the machine, the test pattern, other commands; entries of a dictionary as `option.key`."""
 NOT_THE_TRAINING = frozenset(_NO_RESULT - {"test_only", "fast_dev_run"})

@@ -64,7 +64,7 @@ def _block(
     table: list[list[str] | None] = []
     over, last_kind = [""] * len(lines), None
     for place, cell in enumerate(first["cells"]):  # all checkpoints have the same
-        kind = _kind(cell, first)
+        kind = cell["missing_type"]
         of_lines = [[found["cells"][place]["metrics"].get(metric) for _, found in line.items] for line in lines]
         spreads = [spread_of([each["values"] for each in of_line if each]) for of_line in of_lines]
         over = [spread.over if spread else "" for spread in spreads]
@@ -73,9 +73,3 @@ def _block(
         table.append([kind if kind != last_kind else "", per_cent(cell["ratio"]), *shown])
         last_kind = kind
     return table, over
-
-
-def _kind(cell: dict[str, Any], found: Results) -> str:
-    """The missing type, with both_ratio where there are several."""
-    several = len({other["both_ratio"] for other in found["cells"] if other["missing_type"] == "both"}) > 1
-    return f"both {cell['both_ratio']:g}" if cell["missing_type"] == "both" and several else cell["missing_type"]

@@ -50,11 +50,15 @@ def test_lists_of_texts_need_no_quotes(text: str) -> None:
     assert values_of_options("sweep_over", given["sweep_over"]) == {"vit": (text, "b"), "tokenizer": (None, text)}
 
 
-@pytest.mark.parametrize("number", ["1.10", "1e3", "12e400", "2024", "-0", "NaN"])
-def test_a_number_in_a_file_is_the_text_that_stands_there(number: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["1.10", "1e3", "2024"])
+def test_a_number_in_a_file_is_refused_where_a_text_is_expected(number: str, tmp_path: Path) -> None:
+    """What was typed is lost by then."""
     file = tmp_path / "options.json"
-    file.write_text(f'{{"exp_name": {number}, "runs": [{number}], "sweep_over": {{"vit": [{number}]}}, "seed": 3}}')
-    assert values(str(file)) == {"exp_name": number, "runs": [number], "sweep_over": {"vit": [number]}, "seed": 3}
+    file.write_text(f'{{"exp_name": {number}, "runs": [{number}], "seed": 3}}')
+    given = values(str(file))
+    for name in ("exp_name", "runs"):
+        with pytest.raises(ConfigError, match=rf"^{name}: .*quotes.*{float(number):g}"):
+            read_options({**DEFAULTS, **given}, [name])
 
 
 def test_a_number_within_a_dictionary_is_refused_where_a_text_is_expected() -> None:
@@ -132,7 +136,12 @@ def test_the_line_counts_more_than_files_and_a_later_file_more_than_an_earlier(t
 
 def test_the_config_of_a_run_can_be_given_as_options(tmp_path: Path) -> None:
     """It has all options, and what the files of a custom dataset say of it."""
-    config = json.loads(json.dumps(DEFAULTS)) | {"custom": {"name": "pets"}, "seed": 5, "exp_name": "x"}
+    config = json.loads(json.dumps(DEFAULTS)) | {
+        "custom": {"name": "pets"},
+        "compile": False,
+        "seed": 5,
+        "exp_name": "x",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = read("sweep", "with", str(tmp_path / "config.json"))
     assert found.given == DEFAULTS.keys() and found.chosen == {"seed"}

@@ -100,7 +100,7 @@ def no_model(monkeypatch: Patch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the model was touched")
 
-    for name in ("open_model", "make_trainer"):
+    for name in ("open_models", "make_trainer"):
         monkeypatch.setattr(evaluation, name, fail)
 
 
@@ -163,7 +163,7 @@ def test_the_stored_logits_name_their_samples(workspace: Workspace, fresh: Path)
 def test_the_files_agree_with_the_stored_logits(workspace: Workspace, fresh: Path, tmp_path: Path) -> None:
     """Every figure again from logits.arrow and the missing tables, with the statistics module."""
     root = tmp_path / "tables"
-    options = ("robustness_ratios=[0,0.3,1.0]", "robustness_seeds=[5,2,9]", "robustness_both_ratios=[0.5,0.2]")
+    options = ("robustness_ratios=[0,0.3,1.0]", "robustness_seeds=[5,2,9]", "both_ratio=0.2")
     robustness(workspace, f"load_path={fresh / 'best.ckpt'}", f"missing_table_root={root}", *options, "bootstrap=30")
     results, table = results_of(fresh), stored(fresh).to_pydict()
     assert results["format"] == 1 and results["split"] == "test" and results["checkpoint"] == "best.ckpt"
@@ -174,9 +174,8 @@ def test_the_files_agree_with_the_stored_logits(workspace: Workspace, fresh: Pat
     logits = [torch.tensor(table[name]) for name in LOGIT_COLUMNS]
     labels, rows = torch.tensor(table["label"]), table["row"]
     metrics = TASKS["mmimdb"].metrics
-    kinds = [("text", 0.5), ("image", 0.5), ("both", 0.5), ("both", 0.2)]  # both_ratio given for `both` alone
     assert [(cell["missing_type"], cell["both_ratio"], cell["ratio"]) for cell in results["cells"]] == [
-        (kind, both_ratio, ratio) for kind, both_ratio in kinds for ratio in (0.0, 0.3, 1.0)
+        (kind, 0.2, ratio) for kind in ("text", "image", "both") for ratio in (0.0, 0.3, 1.0)
     ]
     by_cell, matrix = table_of(fresh, "cells.csv"), table_of(fresh, "matrix.csv")
     for cell, line in zip(results["cells"], matrix, strict=True):
@@ -399,7 +398,7 @@ def test_the_matrix_of_one_checkpoint(
     workspace: Workspace, encoded: Path, capsys: Captured, monkeypatch: Patch
 ) -> None:
     no_model(monkeypatch)
-    robustness(workspace, f"load_path={encoded / 'best.ckpt'}", *QUICK, "robustness_both_ratios=[0.2,0.5]")
+    robustness(workspace, f"load_path={encoded / 'best.ckpt'}", *QUICK)
     results = results_of(encoded)
     said = capsys.readouterr().out
     assert f"robustness of {encoded / 'best.ckpt'} (sha256 {results['checkpoint_sha256'][:12]})" in said
@@ -412,7 +411,7 @@ def test_the_matrix_of_one_checkpoint(
         shown = [f"{figures['mean']:.4f} ± {figures['std']:.4f}", f"{ends['low']:.4f} to {ends['high']:.4f}"]
         kind = line[0] if len(line) == 4 else kind
         assert line[-3:] == [f"{100 * cell['ratio']:g} %", *shown]
-        assert kind == (f"both {cell['both_ratio']:g}" if cell["missing_type"] == "both" else cell["missing_type"])
+        assert kind == cell["missing_type"]
 
 
 def test_checkpoints_of_different_datasets_or_test_sets(

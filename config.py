@@ -327,5 +327,6 @@ NAMED_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "published": {"missing_tables": PUBLISHED, "order_seed": 0, "precision": PUBLISHED},
     "rep_described": {"replay_depth": 6, "decoupling_weight": 0.1, "dynamic_init": True},
+    "mmimdb_best": {"prompt_type": "none", "text_windows": 8, "neighbours": 16},
     "ablation": {"sweep_over": {"far": [False, True], "fmb": [False, True]}},
 }

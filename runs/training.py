@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import move_data_to_device
 
 from clip.backbone import Backbone
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.no_prompts import NoPrompts
 from clip.modules.registry import TRAIN_BACKBONES, method_class
 from clip.trainable import freeze
 from common.errors import CheckpointError, ConfigError, UserError
@@ -310,6 +311,8 @@ def warm_start(
     method = classifier.method
     added = tuple(f"model.{method.attribute}.{beginning}" for beginning in method.identity_at_init)
     absent = {name for name in kept_names(classifier) if name.startswith(added)} - set(kept_names(start))
+    if type(start.method) is NoPrompts:  # which has the head, and the ends where they were trained
+        absent |= {name for name in kept_names(classifier) if name.startswith(f"model.{method.attribute}.")}
     of_this_model = [name for name in kept_names(classifier) if name not in absent]
     left_out = ("neighbours.", *(() if with_head else heads))  # the former are of the start's own training samples
     wanted = [name for name in of_this_model if not name.startswith(left_out)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from demo import best
 from engine.checkpoint import read_checkpoint
 from engine.decision import with_offset
 from engine.ensemble import as_one, open_models
@@ -124,3 +125,40 @@ def test_several_are_refused_where_one_is_trained_or_an_option_contradicts(
     assert command_line(workspace.command(listed(members), *options)) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in said)
+
+
+def test_prompts_start_on_the_weights_of_a_head(workspace: Workspace, tmp_path: Path, members: list[Path]) -> None:
+    """Of a checkpoint without prompts; the prompts themselves start as ever."""
+    options = (
+        f"load_path={members[0]}",
+        "finetune_first=True",
+        "prompt_type=dcp",
+        "learning_rate=1e-12",
+        "max_epoch=1",
+    )
+    assert command_line(workspace.command(*options, f"log_dir={tmp_path}", "exp_name=on", "max_epoch=1")) == 0
+    state = read_checkpoint(tmp_path / "on_seed0" / "version_0" / "best.ckpt").state
+    for name, value in read_checkpoint(members[0]).state.items():
+        assert name.startswith("mmimdb_classifier.")
+        torch.testing.assert_close(state[name], value)
+
+
+def test_the_recipe_is_trained_by_one_command(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(best, "RATES", (0.01, 0.03))
+    monkeypatch.setattr(best, "STEPS", {"head": {"prompt_type": "none"}, "+ whole texts": {"text_windows": 2}})
+    words = [word for word in workspace.command("max_epoch=1", "val_check_interval=1.0")[3:] if "root" not in word]
+    options = [word for word in words if not word.startswith("log_dir")]
+    places = ["--data", str(workspace.arrow), "--vit", str(workspace.backbone), "--out", str(tmp_path)]
+    again = []
+    for _ in ("trained", "what is there"):
+        assert best.main([*places, "--methods", "--seeds", "1", "--no-slots", *options]) == 0
+        again.append(capsys.readouterr().out)
+    assert again[0] == again[1] and len(list(tmp_path.glob("*_seed0/version_*/test_results.json"))) == 2 * 2 + 1
+    rows = {
+        line.split("  ")[0].strip(): line.split() for line in again[0].splitlines() if " ± " in line and "  " in line
+    }
+    assert list(rows) == ["recipe: head", "recipe: + whole texts", "recipe: mean of 1"]
+    tested = json.loads((tmp_path / "mean_seed0" / "version_0" / "test_results.json").read_text())["metrics"]
+    assert f"{100 * tested['f1_macro']:.1f}" in rows["recipe: mean of 1"]

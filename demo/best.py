@@ -1,0 +1,161 @@
+"""The recipe `mmimdb_best` step by step, beside every method at its own best setting: `python -m demo.best`.
+
+    python -m demo.best --data demo_run/arrow --vit demo_run/backbone --out demo_run/best [--methods dcp rep …]
+
+Each method and each step searches its learning rate on the validation split of the first table seed, then is trained on
+the others at that rate; its best epoch is chosen on validation too. The recipe is the step with the best validation.
+The test split is read once for each run. What is there is not trained again; delete the folder to start anew.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+from common.machine import print_anywhere
+from common.text import AT_OFFSET, terminal_table
+from run import command_line
+
+METHODS: dict[str, Mapping[str, object]] = {
+    "none": {},
+    "dpl": {"prompt_type": "none", "head": "dpl"},
+    **{name: {} for name in ("rep", "dcp", "map_input", "map_attention", "maple", "coop", "msp", "syp")},
+    "mora": {"lora_alpha": 0.1},
+    "aoept": {"aoept_prototypes": 64},
+}
+"""Options beside prompt_type, which is the name where they do not say it."""
+RATES = (0.003, 0.01, 0.03)
+STEPS: dict[str, Mapping[str, object]] = {
+    "head": {"prompt_type": "none"},
+    "+ whole texts": {"text_windows": 8},
+    "+ neighbours": {"neighbours": 16},
+    "+ teacher": {"teacher": "+ neighbours"},
+}
+"""Each with the options of those before it; a checkpoint is named by its step."""
+SLOTS = {"prompt_type": "dcp", "text_windows": 8, "finetune_first": True}
+"""Started at the weights of the step `+ whole texts`."""
+MEMBERS = ("+ whole texts", "+ neighbours", "+ teacher", "slots on the head")
+"""Of the ensemble."""
+
+
+class Result(NamedTuple):
+    """Of one run: macro F1."""
+
+    folder: Path
+    validation: float
+    """At 1/2, of the best epoch."""
+    test: float
+    at_offset: float
+
+
+class Bench:
+    """Trains what is not there yet.
+
+    Args:
+        common: options of all runs.
+        out: where they are.
+    """
+
+    def __init__(self, common: Mapping[str, object], out: Path) -> None:
+        self.common, self.out = common, out
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name: str, seed: int, options: Mapping[str, object]) -> Result:
+        """A training and its test, or the test of several checkpoints."""
+        folder = self.out / f"{name}_seed{seed}"
+        if not (found := sorted(folder.glob("version_*/test_results.json"))):
+            tested = {"test_exp_name": folder.name} if "test_only" in options else {}
+            words = {**self.common, "log_dir": self.out, "exp_name": name, "seed": seed, **options, **tested}
+            command = ["run.py", "with", "task_finetune_mmimdb", *(f"{key}={value}" for key, value in words.items())]
+            with (self.out / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+                status = command_line(command)
+            if status:
+                raise SystemExit(f"error: {' '.join(command)} ended with status {status}; see {self.out / 'log.txt'}")
+            found = sorted(folder.glob("version_*/test_results.json"))
+        metrics, validation = json.loads(found[-1].read_text())["metrics"], float("nan")
+        if (logged := found[-1].with_name("metrics.csv")).is_file():
+            values = [float(row["val/f1_macro"]) for row in csv.DictReader(logged.open()) if row.get("val/f1_macro")]
+            validation = max(values, default=validation)
+        return Result(found[-1].parent, validation, metrics["f1_macro"], metrics[AT_OFFSET])
+
+    def at_best_rate(
+        self, name: str, seeds: Sequence[int], of_seed: Mapping[int, Mapping[str, object]]
+    ) -> list[Result]:
+        """A result of each seed, at the rate that is best on the validation split of the first one."""
+
+        def at(rate: float, seed: int) -> Result:
+            return self.run(f"{name}_{rate:g}", seed, {"learning_rate": rate, **of_seed[seed]})
+
+        best = max(RATES, key=lambda rate: at(rate, seeds[0]).validation)
+        print(f"{name}: learning rate {best:g}", flush=True)
+        return [at(best, seed) for seed in seeds]
+
+
+def recipe(bench: Bench, seeds: Sequence[int], slots: bool) -> dict[str, list[Result]]:
+    """The results of the steps, by seed."""
+    found: dict[str, list[Result]] = {}
+
+    def checkpoint(step: object, place: int) -> Path:
+        return found[str(step)][place].folder / "best.ckpt"
+
+    so_far: dict[str, object] = {}
+    for step, options in STEPS.items():
+        so_far |= options
+        of_seed = {}
+        for place, seed in enumerate(seeds):
+            teacher = {"teacher": checkpoint(so_far["teacher"], place)} if "teacher" in so_far else {}
+            of_seed[seed] = {**so_far, **teacher}
+        found[step] = bench.at_best_rate(step.strip("+ ").replace(" ", "_"), seeds, of_seed)
+    if slots:
+        of_seed = {seed: {**SLOTS, "load_path": checkpoint("+ whole texts", n)} for n, seed in enumerate(seeds)}
+        found["slots on the head"] = bench.at_best_rate("slots", seeds, of_seed)
+    members = [step for step in MEMBERS if step in found]
+    together = []
+    for place, seed in enumerate(seeds):
+        paths = ",".join(str(checkpoint(step, place)) for step in members)
+        together.append(bench.run("mean", seed, {"load_path": f"[{paths}]", "test_only": True}))
+    return {**found, f"mean of {len(members)}": together}
+
+
+def figures(results: Sequence[Result]) -> list[str]:
+    """Mean and deviation of each figure, in per cent."""
+    cells = []
+    for values in zip(*((one.validation, one.test, one.at_offset) for one in results), strict=True):
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        cells.append(f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}")
+    return cells
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m demo.best", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", default="demo_run/arrow", help="folder of MM-IMDb's arrow files")
+    parser.add_argument("--vit", default="demo_run/backbone", help="as the option of run.py")
+    parser.add_argument("--out", type=Path, default=Path("demo_run/best"), help="folder of the runs")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--seeds", type=int, default=5, help="table seeds")
+    parser.add_argument("--no-slots", action="store_true", help="leave out the step that trains prompts")
+    parser.add_argument("options", nargs="*", metavar="option=value", help="of all runs, as of run.py")
+    print_anywhere()
+    args = parser.parse_intermixed_args(argv)
+    common = {"data_root": args.data, "vit": args.vit, "missing_table_root": args.out / "missing_tables"}
+    bench, seeds = Bench({**common, **dict(word.split("=", 1) for word in args.options)}, args.out), range(args.seeds)
+    rows: list[list[str]] = []
+    for name in args.methods:
+        options = {"prompt_type": name, **METHODS[name]}
+        results = bench.at_best_rate(name, seeds, dict.fromkeys(seeds, options))
+        rows.append([name, *figures(results)])
+    for step, results in recipe(bench, seeds, not args.no_slots).items():
+        rows.append([f"recipe: {step}", *figures(results)])
+    print(f"\nMacro F1 in per cent, mean ± deviation over {args.seeds} table seeds\n")
+    print(terminal_table(("", "validation", "test at 1/2", "test at the offset"), rows, "<>>>"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -295,7 +295,6 @@ def damage(raw: Path) -> None:
 BAD: list[tuple[str, object, str, str]] = [
     ("image", ["a.png"], "incomplete row", "image: expected a path, found a list"),
     ("image", "no.png", "missing file", ""),
-    ("image", "/etc/hostname", "path leaves RAW", ""),
     ("image", "../secret.png", "path leaves RAW", ""),
     ("image", "link.png", "path leaves RAW", "by a link; --follow-links allows that"),
     ("image", r"..\secret.png", "path leaves RAW", ""),
@@ -305,20 +304,14 @@ BAD: list[tuple[str, object, str, str]] = [
     ("image", "damaged.png", "undecodable image", ""),
     ("text", 5, "incomplete row", "text: expected a string or a list, found 5"),
     ("image, text", None, "nothing left", "no image and no text"),
-    ("image, text", " ", "nothing left", "no image and no text"),
     ("label", 1.5, "incomplete row", "label: expected a name, found 1.5"),
     ("label", float("nan"), "incomplete row", "label: expected a name, found NaN"),
     ("label", "d\u043eg", "unknown class", r"d\u043eg', which looks like one of them"),
-    ("text", ["a", 1], "incomplete row", "text: expected a string or a list, found 1"),
     ("label", None, "incomplete row", "label: expected a name, found none"),
-    ("label", " ", "incomplete row", "label: expected a name, found ' '"),
     ("label", True, "incomplete row", "label: expected a name, found true"),
-    ("label", ["cat"], "incomplete row", "label: expected a name, found a list"),
     ("label", "cow", "unknown class", "'cow' is not in classes"),
     ("labels", "cat", "incomplete row", "label: expected a list, found 'cat'"),
-    ("labels", None, "incomplete row", "label: expected a list, found none"),
     ("labels", ["cat", ""], "incomplete row", "label: expected a name, found ''"),
-    ("labels", ["cat", None], "incomplete row", "label: expected a name, found none"),
     ("labels", ["cat", "pink"], "unknown class", "'pink' is not in classes"),
 ]
 

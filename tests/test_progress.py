@@ -55,14 +55,6 @@ def test_one_bar_for_the_whole_run_with_log_lines_above(
     assert not [line for line in lines if "v_num" in line]
 
 
-@pytest.mark.parametrize("options", [("max_steps=4",), ("max_epoch=3", "max_steps=9")])
-def test_the_end_is_that_of_max_steps(
-    workspace: Workspace, tmp_path: Path, screen: io.StringIO, options: tuple[str, ...]
-) -> None:
-    assert command_line(small(workspace, tmp_path, "test_after_fit=False", *options)) == 0
-    assert [line for line in lines_of(screen) if "left" in line][-1].endswith(" 0 s left")
-
-
 def test_without_a_terminal_nothing_is_drawn(workspace: Workspace, tmp_path: Path, monkeypatch: Patch) -> None:
     file = io.StringIO()
     monkeypatch.setattr(trainer, "RunBar", lambda *given: RunBar(*given, console=Console(file=file)))  # type: ignore[misc]

@@ -135,3 +135,11 @@ def _plain_logging() -> None:
 def golden_arrow(tmp_path: Path) -> Path:
     """A copy of what the published converters wrote, so that nothing is written beside the original."""
     return Path(shutil.copytree(GOLDEN_ARROW, tmp_path / "golden_arrow"))
+
+
+def error_of(capsys: Captured) -> str:
+    """The one line that a command ended with."""
+    said = capsys.readouterr().err
+    [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in said
+    return line

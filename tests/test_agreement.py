@@ -14,9 +14,9 @@ from engine.checkpoint import read_checkpoint
 from engine.predict import load_model
 from run import command_line
 from runs.run_table import list_runs
-from tests.conftest import Workspace
+from tests.conftest import Workspace, error_of
 from tests.data_files import write
-from tests.test_robustness import QUICK, error_of, robustness
+from tests.test_robustness import QUICK, robustness
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
 

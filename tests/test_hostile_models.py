@@ -31,7 +31,7 @@ from engine.checkpoint import (
 from run import command_line
 from tests.archives import Touch
 from tests.backbones import random_hf_clip
-from tests.conftest import Workspace
+from tests.conftest import Workspace, error_of
 from tests.models import TINY, tiny_classifier
 from tests.report_files import write_run
 from vilt.missing_tables import MissingPattern, load_missing_table
@@ -217,8 +217,8 @@ def test_a_training_that_cannot_be_resumed_is_an_error(
     torch.save(content, tmp_path / "last.ckpt")
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=2")
     assert command_line(workspace.command(*options, f"resume_from={tmp_path / 'last.ckpt'}")) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and found in errors[0] and ("last.ckpt" in errors[0] or "resume_from" in errors[0])
+    error = error_of(capsys)
+    assert found in error and ("last.ckpt" in error or "resume_from" in error)
 
 
 @pytest.fixture(scope="module")

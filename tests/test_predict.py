@@ -23,7 +23,7 @@ from engine.predict import Predictor, load_model
 from run import command_line
 from runs.export import export
 from runs.start import commit
-from tests.conftest import Captured, Patch, Workspace
+from tests.conftest import Captured, Patch, Workspace, error_of
 from tests.data_files import TYPE_NAMES
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import ImageKind, InputFormat
@@ -74,13 +74,6 @@ def run_predict(trained: Path, *options: str) -> int:
     return command_line(
         ["run.py", "predict", "with", f"load_path={trained}", "precision=32", "num_workers=0", *options]
     )
-
-
-def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err
-    [line] = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in said
-    return line
 
 
 # The numbers

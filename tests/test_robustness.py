@@ -21,7 +21,7 @@ from engine.tasks import TASKS
 from engine.training import FinetuneModule
 from run import command_line
 from runs import evaluation
-from tests.conftest import Workspace
+from tests.conftest import Workspace, error_of
 from tests.data_files import LOGIT_COLUMNS, TYPE_NAMES
 from tests.test_run import in_processes
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -84,14 +84,6 @@ def table_of(folder: Path, name: str) -> list[dict[str, str]]:
 
 def stored(folder: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(folder / "robustness" / "logits.arrow"))).read_all()
-
-
-def error_of(capsys: Captured) -> str:
-    """The one line that a command ended with."""
-    said = capsys.readouterr().err
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in said, said
-    return errors[0]
 
 
 def no_model(monkeypatch: Patch) -> None:

@@ -14,6 +14,7 @@ import make_arrow
 from engine.checkpoint import read_checkpoint
 from engine.predict import load_model
 from run import command_line
+from tests.conftest import error_of
 from tests.report_files import text_of
 from tests.vla_files import mmsa_pickle, vla_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -181,8 +182,7 @@ def test_what_is_wrong_is_one_line(
     root: Path, pretrained: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line(command(root, "memory_length=6", "memory_depth=2", f"load_path={pretrained}", *options)) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0].replace(".train", "")
+    assert message in error_of(capsys).replace(".train", "")
 
 
 def test_data_of_other_sizes_is_refused(root: Path, trained: Path, tmp_path: Path, capsys: Any) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from common.arrow_file import open_table
 from common.errors import DataError
-from tests.data_files import CLIP_DATASETS, Tokenizer, as_npy, assert_equal, films, genres, memes, png, write
+from tests.data_files import CLIP_DATASETS, Tokenizer, as_npy, assert_equal, file_of, films, genres, memes, png, write
 from vilt.datasets import kinds
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 from vilt.datasets.kinds import TextKind, decode_image
@@ -311,6 +311,52 @@ def test_a_missing_file_says_how_to_make_it(tmp_path):
         open_films(tmp_path, split="val")
     facts = (f"{tmp_path}/mmimdb_dev.arrow: no such file", "make_arrow.py --dataset mmimdb", f"--target {tmp_path}")
     assert all(fact in str(raised.value) for fact in facts)
+
+
+def test_damaged_columns_that_nothing_needs_are_refused(tmp_path):
+    """pyarrow ends the whole process on some when they are read."""
+    table = memes()
+    content = file_of(table.append_column("image_id", pa.array(["first", "second", "third"])))
+    offsets, others = (np.array(values, dtype="<i4").tobytes() for values in ([0, 5, 11, 16], [0, 2**30, 11, 16]))
+    assert content.count(offsets) == 1
+    path = tmp_path / "hatememes_train.arrow"
+    for damaged, fault in (
+        (content.replace(offsets, others), "column image_id: damaged"),
+        (content.replace(b"image_id", b"image\xffid"), "not readable as an arrow file: .*utf-8"),
+        (file_of(pa.table([*table.columns, table["label"]], [*table.column_names, "label"])), "found label twice"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"hatememes_train\.arrow: .*{fault}"):
+            ArrowDataset(DATASETS["hatememes"], tmp_path, "train")
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_compressed_files_are_refused(tmp_path, compression):
+    """Each process would hold all of such a file in memory."""
+    table = pa.table({"image": ["a" * 10**6] * 5})
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_file(str(tmp_path / "x"), table.schema, options=options) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=r"x: not readable as an arrow file: it is compressed"):
+        open_table(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("[", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+        ("{}", "found something else"),
+        ('["a", 1]', "found something else"),
+        (json.dumps(["a"] * 102), "found something else"),
+        (b"\xff", "utf-8"),
+    ],
+)
+def test_damaged_class_names_are_an_error(tmp_path, written, found):
+    write(tmp_path / "food101_test.arrow", memes().replace_schema_metadata({"class_names": written}))
+    dataset = ArrowDataset(DATASETS["food101"], tmp_path, "test", 8)
+    with pytest.raises(DataError, match=rf"food101_test\.arrow: metadata class_names: expected .*101 names.*{found}"):
+        dataset.class_names()
 
 
 def truncated_jpeg() -> bytes:

@@ -519,6 +519,27 @@ def test_a_byte_order_mark_and_surrogate_pairs_are_allowed() -> None:
     assert parse_json(rb'"\ud83d\ude00"') == "\N{GRINNING FACE}"
 
 
+def test_what_reads_as_usual(case: MakeCase) -> None:
+    """A byte order mark, CR line ends, NaN that nobody asks for, a NUL that is spelt out, and 10 MB of text."""
+    mark, text = b"\xef\xbb\xbf", "word " * 2_000_000
+    memes = case("hatememes")
+    lines = (memes.raw / "data/dev.jsonl").read_bytes().splitlines()
+    memes.write("data/dev.jsonl", mark + b"\r".join(lines))
+    assert memes.run() == 0 and memes.table("dev").num_rows == len(lines)
+    shutil.rmtree(memes.raw)
+    films, film = case("mmimdb"), {"plot": ["a\0b", text], "genres": ["Drama"], "year": float("nan")}
+    films.write(FILM, mark + json.dumps(film).encode())
+    assert films.run() == 0 and films.table("dev")["plots"][0].as_py() == ["a\0b", text]
+
+
+def test_hostile_names_do_not_flood_the_terminal(films: Case) -> None:
+    name = "x" * 1_000_000
+    splits = json.loads((films.raw / "split.json").read_text())
+    for change in ({"dev": [name, name]}, {"dev": [[[[[]]]] * 1000]}, {name: ["a"]}, {"dev": [*splits["dev"], name]}):
+        films.write("split.json", {**splits, **change})
+        assert len(films.refused()) < 20_000
+
+
 # ---- Hateful Memes
 
 

@@ -2,8 +2,10 @@
 
 import io
 import math
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from clip.modules.vision_transformer_memory import normalise
 from vilt.datasets.kinds import decode_image
+from vilt.images import MAX_SIDE, open_rgb
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -244,3 +247,44 @@ def test_a_very_thin_image_takes_little_memory():
         "assert x.shape == (3, 224, 224) and x[:, 5, 5].tolist() == [7, 8, 9]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+# ---- what is read
+
+
+def photo(file_format: str, **options: object) -> bytes:
+    return saved(Image.fromarray(noise(40, 30)), file_format, **options)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def announced(width: int, height: int) -> bytes:
+    """The head of a PNG of that size."""
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image of the kinds BMP, GIF, JPEG, PNG, TIFF, WEBP"),
+        (photo("EPS"), "not an image of the kinds"),
+        (announced(30_000, 4_000), "30000 × 4000 pixels; at most 89,478,485 are read, and 100,000 to a side"),
+        (announced(MAX_SIDE + 1, 1), "100001 × 1 pixels"),
+        (announced(1, MAX_SIDE + 1), "1 × 100001 pixels"),
+        (announced(2**31 - 1, 2**31 - 1), "exceeds limit"),
+    ],
+    ids=["svg", "eps", "many pixels", "wide", "high", "any size"],
+)
+def test_what_is_no_image_to_read(data: bytes, found: str) -> None:
+    with pytest.raises(Exception, match=found):
+        open_rgb(data)
+
+
+def test_animations_show_their_first_frame() -> None:
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    for file_format, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
+        data = saved(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+        assert to_hwc(decode_image(data, 2)).tolist() == [[[255, 0, 0]] * 2] * 2, file_format

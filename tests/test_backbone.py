@@ -246,6 +246,22 @@ def test_torchscript_under_another_ending_is_not_run(tiny: Tiny, tmp_path: Path)
     refused(str(torchscript({**tiny.openai, **scalars()}, tmp_path / "clip.bin")), "not readable")
 
 
+def test_a_configuration_that_names_code_on_the_hub_is_read_without_it(
+    loaded: Backbone, tiny: Tiny, tmp_path: Path
+) -> None:
+    """An attention implementation may be a repository, whose code transformers fetches and runs."""
+    folder = Path(hf_folder(tiny, tmp_path / "hf"))
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part |= {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
+        part["auto_map"] = {"AutoModel": "someone/code--module.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_backbone(str(folder)).sha256 == loaded.sha256
+
+
+# Missing tables
+
+
 # The activation
 
 

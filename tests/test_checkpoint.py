@@ -4,6 +4,8 @@ import gzip
 import io
 import logging
 import os
+import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,8 @@ from torch import Tensor
 from clip.backbone import Backbone, load_backbone
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import MethodOptions
-from common.errors import CheckpointError
-from common.torch_file import check_state
+from common.errors import CheckpointError, UserError
+from common.torch_file import check_state, load_inert
 from engine.checkpoint import (
     DESCRIPTION,
     ModelSpec,
@@ -28,10 +30,14 @@ from engine.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
+from tests.archives import Touch
 from tests.backbones import random_hf_clip
 from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
+from vilt.missing_tables import MissingPattern, load_missing_table
 
 TYPES = [0, 1, 2, 0, 2]
+WEIGHT = "model.memory_learner.text_memory_complete"
+BOTH = MissingPattern("both", 0.7, 0.5, 0)
 ALPHA = "model.memory_learner.residual_alpha"
 COMMON = "model.memory_learner.common_memory_complete"
 CONV = "model.image_encoder.conv1.weight"
@@ -225,7 +231,79 @@ def test_files_that_are_no_checkpoints_are_refused(backbone: Backbone, tmp_path:
             read_checkpoint(path)
 
 
+def odd_tensors() -> dict[str, tuple[Tensor, str]]:
+    return {
+        "nan": (torch.full((2, 64), float("nan")), "holds values that are not finite"),
+        "infinite": (torch.full((2, 64), float("-inf"), dtype=torch.bfloat16), "holds values that are not finite"),
+        "integers": (torch.ones(2, 64, dtype=torch.int64), "holds torch.int64"),
+        "complex": (torch.ones(2, 64, dtype=torch.complex64), "holds torch.complex64"),
+        "sparse": (torch.ones(2, 64).to_sparse(), "torch.sparse_coo"),
+        "nowhere": (torch.ones(2, 64, device="meta"), "expected floating-point numbers"),
+        "terabytes": (torch.ones(1).expand(10**6, 10**6), r"has shape \(1000000, 1000000\), expected"),
+    }
+
+
+@pytest.mark.parametrize("kind", odd_tensors())
+def test_weights_that_are_none_are_refused_by_name(kind: str, backbone: Backbone, tmp_path: Path) -> None:
+    tensor, found = odd_tensors()[kind]
+    own, path = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone), tmp_path / "best.ckpt"
+    for content in (own, {"state_dict": tiny_classifier().state_dict()}):  # the second as published
+        content["state_dict"][WEIGHT] = tensor
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=rf"best\.ckpt: {WEIGHT} .*{found}"):
+            restore_classifier(read_checkpoint(path), backbone)
+
+
+def test_archives_that_grow_are_not_unpacked(tmp_path: Path) -> None:
+    intact = io.BytesIO()
+    torch.save({"state_dict": {"a": torch.zeros(10**6)}}, intact)
+    path = tmp_path / "best.ckpt"
+    with zipfile.ZipFile(intact) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    with pytest.raises(ValueError, match=r"its entries claim .* bytes, and it has"):
+        load_inert(path)
+
+
 # Code in a file
+
+
+def positions(code: Touch) -> dict[str, Any]:
+    return {
+        "top": code,
+        "value": {"state_dict": {}, "x": code},
+        "key": {"state_dict": {}, ("a", code): 1},
+        "state": {"state_dict": {"a": code}},
+        "description": {"state_dict": {"a": torch.ones(1)}, DESCRIPTION: code},
+        "list": [code],
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+@pytest.mark.parametrize("position", positions(Touch(Path())))
+def test_code_in_any_position_does_not_run_in_any_reader(
+    position: str, zipped: bool, backbone: Backbone, tmp_path: Path
+) -> None:
+    shutil.copy(Path(backbone.name) / "config.json", tmp_path)
+    marker = tmp_path / "marker"
+    content = positions(Touch(marker))[position]
+    places: dict[Path, Callable[[Path], object]] = {
+        tmp_path / "best.ckpt": read_checkpoint,
+        tmp_path / "weights.pt": lambda path: load_backbone(str(path)),
+        tmp_path / "weights.bin": lambda path: load_backbone(str(path), trust=True),
+        tmp_path / "pytorch_model.bin": lambda path: load_backbone(str(path.parent)),
+        tmp_path / "mmimdb_train_missing_both_07.pt": lambda path: load_missing_table(
+            path.parent, "mmimdb", "train", BOTH, 5
+        ),
+    }
+    for path, reader in places.items():
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match=f"{path.name}|vit={tmp_path}: not readable"):
+            reader(path)
+    assert not marker.exists()
+    with pytest.raises(Exception, match=r".*"):  # torch.load of a bare call gives None, which is no checkpoint
+        assert torch.load(tmp_path / "best.ckpt", weights_only=False) is NotImplemented
+    assert marker.exists(), "the pickle would never have made the file"
 
 
 class Call:

@@ -23,10 +23,13 @@ from engine.resume import Progress, Training
 from engine.training import FinetuneModule
 from run import command_line
 from runs.comparable import NOT_THE_TRAINING
-from tests.conftest import Captured, Patch, Workspace
+from tests.archives import Touch
+from tests.conftest import Captured, Patch, Workspace, error_of
 from tests.interrupted import differences, files_up_to
 from tests.models import TINY, tiny_classifier
+from tests.report_files import write_run
 
+WEIGHT = "model.memory_learner.text_memory_complete"
 OPTIONS = ("val_check_interval=0.4", "max_epoch=1")
 
 
@@ -255,3 +258,76 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_is_resumed_later(
     assert not list(folder.glob(".*.part"))
     assert command_line(command) == 0
     assert (folder_of(workspace, name, 1) / "test_results.json").is_file()
+
+
+# Damaged ones, and code in them
+
+
+def test_code_in_the_checkpoints_of_listed_runs_does_not_run(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = tmp_path / "marker"
+    for name, missing in (("best.ckpt", "last.ckpt"), ("last.ckpt", "best.ckpt")):
+        made = write_run(tmp_path / "result" / name / "version_0", tested=None)
+        (made / missing).unlink(missing_ok=True)
+        torch.save({"score": Touch(marker)}, made / name)
+    assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path / 'result'}"]) == 0
+    assert capsys.readouterr().out.count("not readable as a checkpoint: it mentions") == 2
+    made = tmp_path / "result" / "best.ckpt" / "version_0"
+    for options in (["load_path={}", "test_only=True"], ["resume_from={}"], ["load_path={}"]):
+        given = [option.format(made / "best.ckpt") for option in options]
+        assert command_line(workspace.command(f"vit={workspace.backbone}", *given)) == 2
+        assert "which might run code; not opened" in capsys.readouterr().err
+    assert not marker.exists()
+
+
+def without(*names: str) -> Callable[[dict[str, Any]], object]:
+    return lambda content: [content.pop(name) for name in names]
+
+
+def having(**values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content.update(values)
+
+
+NOT_RESUMABLE = "does not hold where the training stood"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        *((without(name), NOT_RESUMABLE) for name in ("epoch", "loops", "callbacks", "MissingModalityData")),
+        (having(optimizer_states=[]), NOT_RESUMABLE),
+        (having(lr_schedulers=5), "not to be resumed"),
+        (having(optimizer_states=[{}]), "not to be resumed: KeyError 'param_groups'"),
+        (having(loops={"a": 1}), "not to be resumed: KeyError 'fit_loop'"),
+        (having(lr_schedulers=[5]), "not to be resumed"),
+        (having(MissingModalityData={"epoch": 1}), "was trained with samples per batch = None, now it is 4"),
+        (lambda c: c["optimizer_states"][0]["param_groups"].pop(), "different number of parameter groups"),
+        (lambda c: c["state_dict"].popitem(), "1 names missing"),
+        (lambda c: c["state_dict"][WEIGHT].fill_(float("nan")), f"{WEIGHT} holds values that are not finite"),
+    ],
+)
+def test_a_training_that_cannot_be_resumed_is_an_error(
+    change: Callable[[dict[str, Any]], object],
+    found: str,
+    workspace: Workspace,
+    stopped: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = torch.load(stopped, weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "last.ckpt")
+    options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=2")
+    assert command_line(workspace.command(*options, f"resume_from={tmp_path / 'last.ckpt'}")) == 2
+    error = error_of(capsys)
+    assert found in error and ("last.ckpt" in error or "resume_from" in error)
+
+
+@pytest.fixture(scope="module")
+def stopped(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """last.ckpt of a training of one epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
+    given = [f"vit={workspace.backbone}", f"log_dir={folder}", "max_epoch=1", "test_after_fit=False"]
+    assert command_line(workspace.command(*given)) == 0
+    return next(folder.rglob("last.ckpt"))

@@ -9,7 +9,6 @@ for prediction in model.predict(images=["poster.jpg", None], texts=["Two friends
 
 import csv
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +81,7 @@ class Predictor:
     def threshold(self) -> float:
         """Above which probability a class is predicted, where a sample can have several: the one that validation chose
         (`engine/decision.py`), else 0.5."""
-        return 1 / (1 + math.exp(self.offset))
+        return torch.tensor(-self.offset, dtype=torch.float64).sigmoid().item()
 
     def predict(
         self,

@@ -124,7 +124,7 @@ def test_validation_alone_chooses_where_several_labels_are_decided(
     offset = read_checkpoint(trained).offset
     assert offset == pytest.approx(best_offset(probability.double().logit(), torch.from_numpy(data.label_of_sample)))
     content = torch.load(trained, weights_only=True)
-    for changed, threshold in ((None, 0.5), (2.0, torch.tensor(-2.0).sigmoid().item())):
+    for changed, threshold in ((None, 0.5), (2.0, torch.tensor(-2.0).sigmoid().item()), (800.0, 0.0)):
         content["rep"]["offset"] = changed
         torch.save(content, tmp_path / "other.ckpt")
         other = load_model(tmp_path / "other.ckpt")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-import torch
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from common.errors import ConfigError
@@ -78,6 +77,8 @@ def gpus_of(place: int, wanted: int) -> dict[str, str]:
 
     Nothing where runs have no GPU, or all of them.
     """
+    import torch  # here, so that wrong options of a sweep are one line at once
+
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     visible = visible or [str(number) for number in range(torch.cuda.device_count())]
     if not 0 < wanted < len(visible):

@@ -232,7 +232,7 @@ def test_all_of_the_learner_is_trained_and_nothing_of_the_towers() -> None:
     for options in (OPTIONS, described):
         classifier = make(options=options).train()
         assert not classifier.model.towers["sound"].get_submodule("stages").training
-        before = {name: x.clone() for name, x in classifier.state_dict().items()}
+        before = {name: x.clone() for name, x in (*classifier.named_parameters(), *classifier.named_buffers())}
         labels = torch.arange(7) % CLASSES
         optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.1)
         for _ in range(2):  # at first, gates of 0 keep the scores of the replay from a gradient
@@ -244,6 +244,8 @@ def test_all_of_the_learner_is_trained_and_nothing_of_the_towers() -> None:
             trained = name.startswith(("model.memory_learner.", "model.mod_fusion_layers.", "class_layer."))
             assert parameter.requires_grad == trained and (parameter.grad is not None) == trained, name
             assert trained == (not torch.equal(before[name], parameter)), name
+        for name, buffer in classifier.named_buffers():
+            assert torch.equal(before[name], buffer), name
 
 
 def test_the_order_of_modalities_changes_logits_by_rounding() -> None:

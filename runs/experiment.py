@@ -3,9 +3,11 @@
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from common.errors import ConfigError, reason_of
 from config import DEFAULTS
 from runs.command_line import CommandLine
 
@@ -31,6 +33,11 @@ for _command in ("print_config", "print_dependencies", "save_config", "print_nam
 def run_command(asked: CommandLine) -> None:
     """Runs the command that a user asked for. Sacred's own reading of a command line can run code (jsonpickle)."""
     first = not getattr(rank_zero_only, "rank", 0)  # of several processes that one keeps the record
+    if first and asked.record is not None:
+        try:
+            Path(asked.record).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"-F {asked.record}: cannot be made: {reason_of(error)}") from error
     flags = {"--file_storage": asked.record if first else None}
     words = {"UPDATE": asked.words, "GIVEN": sorted(asked.given), "CHOSEN": sorted(asked.chosen)}
     EX.run(asked.command, asked.updates, options={**flags, **words})

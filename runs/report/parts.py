@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from common.text import AT_OFFSET, counted, estimate
+from common.text import AT_OFFSET, counted
 from runs.report import figures, tables
 from runs.report.figures import Figure
 from runs.report.lines import Dataset
@@ -88,19 +88,10 @@ def _tags(runs: Sequence[ReportRun]) -> str:
 
 
 def _summary(dataset: Dataset) -> str:
-    """One or two sentences of numbers; without robustness results, the best test result at whatever pattern it is."""
+    """One or two sentences of numbers, of the robustness results."""
     total, full = counted(len(dataset.runs), "run"), dataset.unit().full
     if not dataset.measured:
-        tested = [
-            (dataset.order(estimate([run.test_score])), run) for run in dataset.runs if run.test_score is not None
-        ]
-        if not tested:
-            return f"Results are missing: {total}, none of them tested."
-        run = max(tested, key=lambda entry: entry[0])[1]
-        assert run.run.tested_at is not None and run.test_score is not None
-        reached = f"{full(run.test_score)} ({run.run.tested_at.title})"
-        best = f"The best of {total}, {run.tag}, reaches a test {dataset.metric_title} of {reached}."
-        return f"{best} No run has robustness results."
+        return f"Results are missing: {total}, none of them with robustness results."
     line, n_measured, n_results = dataset.headline, len(dataset.measured), len(dataset.results)
     start = line.label if n_measured == 1 else f"The best of {n_measured} configurations, {line.label},"
     where = {"complete": "where nothing is missing"}

@@ -123,10 +123,9 @@ def check_values(options: Options, config: Mapping[str, Any]) -> None:
                 possible |= values.items()
             except ConfigError as error:
                 refused |= dict.fromkeys(values.items(), error)
-    for name, values_of_option in options.search.items():
-        for value in values_of_option:
-            if (name, value) not in possible:
-                raise ConfigError(f"search.{name}: {value!r} is not possible: {refused[name, value]}")
+    for (name, value), reason in refused.items():
+        if (name, value) not in possible:
+            raise ConfigError(f"search.{name}: {value!r} is not possible: {reason}")
 
 
 def open_study(path: Path, name: str, metric: str = "") -> optuna.Study:

@@ -9,7 +9,7 @@ Shapes: T missing types (of M modalities 2^M - 1; with two: complete, one or the
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +110,6 @@ def labels_of(table: pa.Table, spec: DatasetSpec) -> np.ndarray:
     return matrix_of(table["label"], spec.n_classes) if spec.multilabel else table["label"].to_numpy().copy()
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What logits follow from. Those of one origin are never taken for those of another."""
-
-    task: str
-    checkpoint_sha256: str
-    arrow_file: str  # name of the file with the test split
-    arrow_sha256: str
-    precision: str
-    tokenizer: str | None
-    """The option; None for the one that comes with the weights. Of a published checkpoint, which says none, what
-    identifies it."""
-    published_seed: int | None = None  # the option, for a published checkpoint, whose dynamic queries follow from it
-
-
 TITLES = {
     "checkpoint_sha256": "checkpoint (sha256)",
     "arrow_file": "test set",
@@ -138,7 +123,8 @@ class LogitStore:
     """The file with the logits of one checkpoint."""
 
     folder: Path  # where it is; made when it is written
-    origin: Origin
+    origin: dict[str, Any]
+    """What the logits follow from, by name: those of one origin are never taken for those of another."""
     dataset: ArrowDataset  # the test split
     configuration: dict[str, Any]  # of the run, for the record
 
@@ -164,7 +150,7 @@ class LogitStore:
     def load(self) -> SplitLogits:
         """The logits. Raises as `is_there`."""
         split, _, described = read_split(self.path, self.dataset.spec)
-        for name, expected in asdict(self.origin).items():
+        for name, expected in self.origin.items():
             if (found := described.get(name)) != expected:
                 raise CheckpointError(
                     f"{self.path}: stored logits of another {TITLES.get(name, name)}: expected {_short(expected)}, "
@@ -200,7 +186,7 @@ class LogitStore:
         }
         for column, logits_NC in zip(logit_columns_of(spec), logits_TNC, strict=True):
             columns[column] = _lists(logits_NC.numpy())
-        description = {"format": FORMAT, "rows": self.dataset.n_rows, **asdict(self.origin)}
+        description = {"format": FORMAT, "rows": self.dataset.n_rows, **self.origin}
         description["configuration"] = self.configuration
         if np.any(self.dataset.natural):
             description["natural"] = "".join(f"{code:x}" for code in self.dataset.natural.tolist())

@@ -13,7 +13,7 @@ from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.exported import is_exported
 from engine.families import BackboneChoice, family_of
 from engine.robustness import Subject
-from engine.stored_logits import LogitStore, Origin
+from engine.stored_logits import LogitStore
 from engine.tasks import task_of
 from runs.check_options import check, read_load_paths
 from runs.comparable import other_input
@@ -136,8 +136,9 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     if checkpoint.published:  # it does not say which one it was trained with
         choice = BackboneChoice(options.vit, options.vit_activation, options.tokenizer, options.trust_backbone)
         tokenizer = family_of(options.task).inputs(choice, None).fingerprint
-    of_model = (options.precision, tokenizer, published_seed)
-    origin = Origin(options.task, checkpoint.sha256, arrow.name, arrow_sha256, *of_model)
+    origin: dict[str, Any] = {"task": options.task, "checkpoint_sha256": checkpoint.sha256}
+    origin |= {"arrow_file": arrow.name, "arrow_sha256": arrow_sha256}
+    origin |= {"precision": options.precision, "tokenizer": tokenizer, "published_seed": published_seed}
     recorded_options = asdict(with_model_of(checkpoint, options, given))
     store = LogitStore(path.parent / "robustness", origin, dataset, recorded_options)
     return Target(options, subject, run, store, store.is_there(), _patterns(options, spec))
@@ -163,7 +164,7 @@ def _check_comparable(targets: Sequence[Target]) -> None:
     first = targets[0]
     folders: dict[Path, Target] = {}
     for target in targets:
-        origin, path = target.store.origin, target.subject.checkpoint
+        path = target.subject.checkpoint
         same_folder = folders.setdefault(target.store.folder.resolve(), target)
         if same_folder is not target:
             raise ConfigError(
@@ -171,10 +172,8 @@ def _check_comparable(targets: Sequence[Target]) -> None:
                 f"results of one checkpoint"
             )
         for name, what in (("task", "dataset"), ("arrow_sha256", "test set")):
-            expected, found = getattr(first.store.origin, name), getattr(origin, name)
-            if found != expected:
-                places = [f"{one.options.data_root / one.store.origin.arrow_file}" for one in (first, target)]
+            if target.store.origin[name] != first.store.origin[name]:
                 raise ConfigError(
-                    f"load_path: expected checkpoints of one {what}, found {places[0]} for "
-                    f"{first.subject.checkpoint} and {places[1]} for {path}"
+                    f"load_path: expected checkpoints of one {what}, found {first.store.dataset.path} for "
+                    f"{first.subject.checkpoint} and {target.store.dataset.path} for {path}"
                 )

@@ -74,6 +74,19 @@ def module_of(**trainer: Any) -> FinetuneModule:
     return module
 
 
+def test_what_was_trained_once_has_a_gradient_of_zero_where_a_step_gives_it_none() -> None:
+    """As published, so that momentum and weight decay still move it; what never had a gradient stays as it is."""
+    module = module_of(global_step=1)
+    once, never = (module.classifier.get_parameter(f"mmimdb_classifier.{name}") for name in ("weight", "bias"))
+    optimizer = torch.optim.AdamW([once, never])
+    once.grad = torch.ones_like(once)
+    optimizer.step()
+    optimizer.zero_grad()
+    module._watch.note_loss(1, torch.tensor([0]), torch.tensor(1.0))
+    module.on_before_optimizer_step(optimizer)
+    assert once.grad is not None and not once.grad.any() and never.grad is None
+
+
 def test_counts_go_into_the_checkpoint_and_back() -> None:
     one, other = module_of(), module_of()
     one._watch.skipped, one._watch.in_a_row = 7, 2

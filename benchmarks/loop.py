@@ -56,8 +56,7 @@ class Stopwatch(pl.Callback):
         def bare_steps() -> None:
             for batch in batches:
                 with trainer.precision_plugin.forward_context():
-                    logits, own_losses = pl_module.classifier.training_outputs(model_input(batch), batch.label)
-                    loss = pl_module.task.loss(logits.float(), batch.label) + sum(own_losses.values())
+                    loss, *_ = pl_module.step(model_input(batch), batch.label, len(batch.label))
                 loss.backward()
                 trainer.optimizers[0].step()
                 trainer.optimizers[0].zero_grad()
@@ -74,18 +73,28 @@ def timed(folder: Path, device: torch.device, epochs: int) -> list[tuple[float, 
     write_task(folder / "raw", FILMS, 0)
     write_pretrain(folder / "pretrain", 192, 0)
     make_backbone(folder / "pretrain", folder / "backbone", 2, 0)
-    raw = ["--dataset", "mmimdb", "--root", str(folder / "raw"), "--target", str(folder / "arrow"), "--workers", "0"]
-    assert make_arrow.main(raw) == 0
+    convert(folder)
+    small = {"memory_length": 12, "memory_depth": 3, "num_workers": 1}
+    found = rates(folder, device, epochs, per_gpu_batchsize=BATCH, batch_size=BATCH, val_check_interval=1.0, **small)
+    logging.disable(logging.NOTSET)
+    return found
+
+
+def convert(folder: Path, workers: int = 0) -> None:
+    """The films in `raw` to arrow files."""
+    places = ["--root", str(folder / "raw"), "--target", str(folder / "arrow")]
+    assert make_arrow.main(["--dataset", "mmimdb", *places, "--workers", str(workers)]) == 0
+
+
+def rates(folder: Path, device: torch.device, epochs: int, **more: Any) -> list[tuple[float, float]]:
+    """See `timed`, for the arrow files and the backbone in `folder`."""
     places = {"data_root": "arrow", "vit": "backbone", "log_dir": "result", "missing_table_root": "tables"}
     options = {
-        **{"task": "mmimdb", "per_gpu_batchsize": BATCH, "batch_size": BATCH, "max_epoch": 1 + epochs},
-        **{"memory_length": 12, "memory_depth": 3, "val_check_interval": 1.0, "test_after_fit": False},
+        **{"task": "mmimdb", "max_epoch": 1 + epochs, "test_after_fit": False, "image_cache": True},
         **{"num_gpus": int(device.type == "cuda"), "precision": "bf16" if device.type == "cuda" else "32"},
-        **{"image_cache": True, "num_workers": 1},
         **{name: str(folder / place) for name, place in places.items()},
     }
     stopwatch = Stopwatch()
     EX.current_run = SimpleNamespace(info={})  # type: ignore[assignment]  # as under a command
-    train_from(check({**DEFAULTS, **options}), "timed", stopwatch)
-    logging.disable(logging.NOTSET)
+    train_from(check({**DEFAULTS, **options, **more}), "timed", stopwatch)
     return stopwatch.rates

@@ -1,0 +1,17 @@
+#!/bin/sh
+# What a GPU does, in less than 8 minutes, as one table:
+#
+#     bash benchmarks/gpu.sh [WHEELS [FILMS]]
+#
+# WHEELS: a folder of wheels of what requirements.txt names and the machine lacks ("" for none). FILMS: a folder in
+# MM-IMDb's layout, taken sixteen times over; without it made-up films. SMALL=1 tries the script itself, on a CPU too.
+set -e
+wheels=${1:+$(realpath "$1")} films=${2:+$(realpath "$2")} site=$(mktemp -d)
+cd "$(dirname "$0")/.."
+trap 'rm -rf "$site"' EXIT
+if [ -n "$wheels" ]; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl
+    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+export HF_HUB_OFFLINE=1
+python3 -m benchmarks.gpu ${films:+--films "$films"} ${SMALL:+--small}

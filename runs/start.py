@@ -79,7 +79,7 @@ def say_remarks(options: Options, training: ArrowDataset) -> None:
     """Warns of what `remarks` finds, and says how the last step of an epoch counts where that is as published."""
     dataset, samples = training.spec, samples_of_epoch(options, training)
     absent = [] if options.prompt_type in PRETRAINING else training.absent_classes()
-    never = [f"{training.path}: no sample is of class {listed(absent)}: it cannot be learned"] if absent else []
+    never = [f"{training.path}: no sample is of class {listed(absent)}, which cannot be learned"] if absent else []
     for remark in [*never, *remarks(options, dataset, samples)]:
         log.warning("warning: %s", remark)
     rest = samples % (options.processes * options.per_gpu_batchsize * options.accumulation)

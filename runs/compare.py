@@ -19,8 +19,9 @@ from torch import Tensor
 
 from common.errors import ConfigError, DataError
 from common.hashing import file_sha256
+from common.messages import quoted
 from common.strict_json import read_json
-from common.text import estimate, order_of
+from common.text import AT_OFFSET, estimate, order_of
 from engine.baselines import baselines
 from engine.sample_statistics import LEVEL, bootstrap
 from engine.significance import Difference, difference_interval, holm, permutation_p
@@ -81,6 +82,7 @@ class Group:
 
     dataset: str
     task: Task
+    metric: str  # that of the task, or macro F1 at each run's offset
     trained_at: Pattern
     lines: list[RunLine[Run]]
     labels: list[str]  # of the lines: the method, with the options that set it apart
@@ -90,11 +92,13 @@ class Group:
 
 
 class _Stored:
-    """The logits of a run."""
+    """The logits of a run, with an offset (`engine/decision.py`) added."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, offset: float | None) -> None:
         path, best = logits_path(run), run.folder / "best.ckpt"
         self.split, self.names, described = read_split(path, run.spec)
+        if offset is not None:
+            self.split = replace(self.split, logits_TNC=self.split.logits_TNC.double() + offset)
         if best.is_file() and described.get("checkpoint_sha256") != file_sha256(best):
             raise DataError(f"{path}: logits of another checkpoint than {best}; `run.py robustness` makes them again")
         self.run = run
@@ -118,22 +122,36 @@ def logits_path(run: Run) -> Path:
     return run.folder / "robustness" / "logits.arrow"
 
 
-def compare_runs(runs: Sequence[Run], settings: Settings) -> list[Group]:
+def offset_of(run: Run) -> float | None:
+    """What the robustness results of a run say of its offset; None without one."""
+    path = logits_path(run).with_name("robustness.json")
+    found = read_json(path).get("offset") if path.is_file() else None
+    if not (found is None or (type(found) is float and math.isfinite(found))):
+        raise DataError(f"{path}: offset: expected a number, found {quoted(found)}")
+    return found
+
+
+def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = False) -> list[Group]:
     """All comparisons of lines of runs that are like for like, corrected for how many they are together.
 
     Runs without stored logits are left out.
+
+    Args:
+        at_offset: compares macro F1 of several labels at each run's offset, of the runs that have one.
 
     Raises:
         ConfigError: a missing type is none of a dataset's.
         DataError: logits are damaged, of another checkpoint, or of other test samples than others of the dataset.
     """
     with_logits = [run for run in runs if not run.is_evaluation and logits_path(run).is_file()]
+    if at_offset:
+        with_logits = [run for run in with_logits if run.spec.multilabel and offset_of(run) is not None]
     by_pattern: dict[tuple[str, Pattern], list[RunLine[Run]]] = {}
     for line in lines_of(with_logits, lambda run: run):
         run = line.items[0]
         by_pattern.setdefault((run.dataset, run.pattern), []).append(line)
     groups = [
-        _group(dataset, trained_at, lines, settings)
+        _group(dataset, trained_at, lines, settings, at_offset=at_offset)
         for (dataset, trained_at), lines in by_pattern.items()
         if len(lines) > 1
     ]
@@ -143,10 +161,17 @@ def compare_runs(runs: Sequence[Run], settings: Settings) -> list[Group]:
     return groups
 
 
-def _group(dataset: str, trained_at: Pattern, lines: list[RunLine[Run]], settings: Settings) -> Group:
+def _group(
+    dataset: str, trained_at: Pattern, lines: list[RunLine[Run]], settings: Settings, *, at_offset: bool
+) -> Group:
     run = lines[0].items[0]
     spec, task = run.spec, task_of(run.config["task"], run.custom)
-    stored = [{run.config["seed"]: _Stored(run) for run in line.items} for line in lines]
+    if at_offset:
+        task = replace(task, monitor="f1_macro")
+    stored = [
+        {run.config["seed"]: _Stored(run, offset_of(run) if at_offset else None) for run in line.items}
+        for line in lines
+    ]
     first = next(iter(stored[0].values()))
     for each in (each for of_line in stored for each in of_line.values()):
         if each.test_set != first.test_set:
@@ -172,7 +197,8 @@ def _group(dataset: str, trained_at: Pattern, lines: list[RunLine[Run]], setting
         log.info("%s: %s compared", dataset, pattern.title)
     labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
     of_constants = baselines(task, first.split.labels, _class_names(first.run))
-    return Group(dataset, task, trained_at, lines, labels, len(first.names), of_constants, comparisons)
+    metric = AT_OFFSET if at_offset else task.monitor
+    return Group(dataset, task, metric, trained_at, lines, labels, len(first.names), of_constants, comparisons)
 
 
 def _class_names(run: Run) -> Sequence[str]:

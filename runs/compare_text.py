@@ -53,15 +53,16 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
             f"runs: expected two configurations or more in {where} that were trained at one pattern and have stored "
             f"logits, found none; `python run.py robustness with load_path={places[0]}` stores logits"
         )
+    at_offset = compare_runs(runs, settings, at_offset=True)
     path = (places[0] if places[0].is_dir() else places[0].parent) / "compare.json"
     try:
-        write_json(path, _content(groups, settings))
+        write_json(path, _content([*groups, *at_offset], settings))
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
-    total = sum(len(group.comparisons) for group in groups)
+    total = max(sum(len(group.comparisons) for group in found) for found in (groups, at_offset))
     if any(len(each.of_seeds) == 1 for group in groups for each in group.comparisons):
         log.warning("of one training seed each, a difference may be one of seeds, not of methods")
-    return "\n".join([*map(_text, groups), "", *_legend(total, settings), f"written to {path}"])
+    return "\n".join([*map(_text, [*groups, *at_offset]), "", *_legend(total, settings), f"written to {path}"])
 
 
 def _content(groups: Sequence[Group], settings: Settings) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _content(groups: Sequence[Group], settings: Settings) -> dict[str, Any]:
         "groups": [
             {
                 "dataset": group.dataset,
-                "metric": group.task.monitor,
+                "metric": group.metric,
                 "samples": group.samples,
                 "trained_at": group.trained_at,
                 "methods": [
@@ -128,7 +129,7 @@ def _text(group: Group) -> str:
     heads = ["", "missing", "first", "second", "differ", interval, "ahead", "p "]
     return "\n".join(
         [
-            f"\n{group.dataset} test, {counted(group.samples, 'sample')}, {group.task.monitor}; trained at "
+            f"\n{group.dataset} test, {counted(group.samples, 'sample')}, {group.metric}; trained at "
             f"{group.trained_at}",
             *known,
             *(f"     {text}" for text in baseline_texts(group.baselines, group.task.monitor)),
@@ -148,7 +149,7 @@ def _legend(total: int, settings: Settings) -> list[str]:
         f"{', '.join(map(str, settings.table_seeds))})",
         f"interval: bootstrap, {settings.resamples:,} times resampled: test samples and, where several, training seeds",
         "ahead: pairs of training seeds in which the first is better",
-        f"p: paired permutation test over samples, Holm-corrected for {counted(total, 'comparison')}",
+        f"p: paired permutation test over samples, Holm-corrected for {counted(total, 'comparison')} of a metric",
         f"*: significant, p at most {1 - LEVEL:g} and 0 outside of the interval",
     ]
     if total / (settings.permutations + 1) > 1 - LEVEL:

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
+from common.errors import DataError
+from engine.metrics import multilabel_f1
 from engine.significance import Difference, holm
 from engine.tasks import TASKS
 from run import command_line
@@ -103,6 +106,30 @@ def test_the_figures_are_those_of_the_logits_at_the_missing_tables(runs: Path) -
                 of_seeds.append((2 * hits[both > 0] / both[both > 0]).mean())
         expected.append(np.mean(of_seeds))
     assert each.values == pytest.approx(expected, abs=1e-6) and len(each.of_seeds) == 2
+
+
+def test_several_labels_are_compared_at_the_offset_of_each_run_too(runs: Path) -> None:
+    """Of those that have one, each at its own."""
+    settings = Settings((0,), 20, 100, ("text",), (1.0,))
+    assert compare_runs(find_runs(runs)[0], settings, at_offset=True) == []
+    for path in runs.rglob("logits.arrow"):
+        offset = {"rep": -0.75, "dcp": 0.5}.get(path.parts[-4].partition("_")[0])
+        path.with_name("robustness.json").write_text(json.dumps({"offset": offset}))
+    (group,) = compare_runs(find_runs(runs)[0], settings, at_offset=True)
+    assert (group.metric, group.labels) == ("f1_macro_at_offset", ["dcp", "rep"]), "without the one that has none"
+    (each,) = group.comparisons
+    expected = []
+    for strength, offset in ((0.0, 0.5), (1.5, -0.75)):
+        values = []
+        for seed in (0, 1):
+            logits = FILMS.logits(seed)["text missing"] + strength * (2.0 * FILMS.labels - 1)
+            shifted = torch.from_numpy(logits.astype(np.float32)).double() + offset
+            values.append(multilabel_f1(shifted, torch.from_numpy(FILMS.labels))["f1_macro"])
+        expected.append(np.mean(values))
+    assert each.values == pytest.approx(expected, abs=1e-6)
+    path.with_name("robustness.json").write_text('{"offset": "0.5"}')
+    with pytest.raises(DataError, match=r"robustness\.json: offset: expected a number, found '0\.5'"):
+        compare_runs(find_runs(runs)[0], settings, at_offset=True)
 
 
 def test_what_is_missing_by_nature_is_missing_at_every_pattern(runs: Path) -> None:

@@ -50,8 +50,10 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
     title = f"Robustness to missing modalities: {listed([section.title for section in sections])}"
     if trials:
         journal = shlex.quote(without_home(str(trials[0].run.folder.parent.parent / JOURNAL)))
-        text = "are trials of searches, whose values and scores are in search.csv; how these are related is shown by"
-        notes.append(Note(f"{listed_runs([run.tag for run in trials])} {text}", f"optuna-dashboard {journal}"))
+        text = (
+            f"Trials of searches: {listed_runs([run.tag for run in trials])}. search.csv has their values and scores;"
+        )
+        notes.append(Note(f"{text} this shows how these are related:", f"optuna-dashboard {journal}"))
     files = _files(
         {
             "title": title if datasets else "Trials of searches",

@@ -47,12 +47,12 @@ class Section(NamedTuple):
 
 
 class RunDetails(NamedTuple):
-    """What a run was, as JSON, and the commands that repeat it, by what they do."""
+    """What a run was, as JSON, and the command that repeats it, if that is known."""
 
     tag: str
     title: str
     configuration: str
-    commands: dict[str, str]
+    command: str
 
 
 def section_of(dataset: Dataset) -> Section:
@@ -141,12 +141,12 @@ def _results_parts(dataset: Dataset) -> list[Part]:
 
 def run_details(one: ReportRun) -> RunDetails:
     """What a run was, and how to repeat it."""
-    kind, commands = "Evaluation" if one.run.is_evaluation else "Training", {}
+    kind, command = "evaluation" if one.run.is_evaluation else "training", ""
     if one.environment is not None:
         program, *arguments = one.environment["command"]
-        commands[kind] = shlex.join(["python", Path(program).name, *arguments])
-    title = f"{one.tag}: {one.place} ({dataset_title(one.run.dataset)}, {kind.lower()}, seed {one.run.config['seed']})"
-    return RunDetails(one.tag, title, without_home(json.dumps(one.run.config, indent=2)), commands)
+        command = shlex.join(["python", Path(program).name, *arguments])
+    title = f"{one.tag}: {one.place} ({dataset_title(one.run.dataset)}, {kind}, seed {one.run.config['seed']})"
+    return RunDetails(one.tag, title, without_home(json.dumps(one.run.config, indent=2)), command)
 
 
 def robustness_command(runs: Sequence[ReportRun]) -> str:

@@ -55,6 +55,7 @@ from engine.trainer import make_trainer
 from engine.training import MINUS_LOSS, FinetuneModule, model_input
 from runs.comparable import NOT_THE_TRAINING
 from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
+from runs.run_reader import as_written_by_run
 from runs.start import commit, described, say_device, say_remarks, start_folder
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -94,7 +95,9 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
         progress = find_progress(replace(ours, config=described(opened.options, custom), contents=opened.contents))
         if progress.finished is not None:
             log.info("resume_from=auto: nothing is left to do: %s is finished", progress.finished)
-            return read_json(progress.finished / "test_results.json")["metrics"] if options.test_after_fit else {}
+            path = progress.finished / "test_results.json"
+            with as_written_by_run(path):
+                return read_json(path)["metrics"] if options.test_after_fit else {}
         opened = opened._replace(options=replace(opened.options, resume_from=progress.checkpoint))
         return train_from(options, name, opened=opened)
 

@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 
-SHARED_VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
-if "CLIP_VOCAB" not in os.environ and SHARED_VOCABULARY.is_file():
-    os.environ["CLIP_VOCAB"] = str(SHARED_VOCABULARY)
-
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits for it
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables would fold
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, on models that one thread serves best

@@ -5,9 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,25 +81,15 @@ class Chain:
         self.command = workspace.command(f"vit={workspace.backbone}", *OPTIONS, f"exp_name={name}", *options)
         self.parent = workspace.results / f"{name}_seed0"
         self.log = workspace.root / f"{name}.log"
-        self.seconds = 0.0
-        """How long the last run took."""
 
-    def run(self, *traps: Trap, after: float | None = None, number: int = signal.SIGKILL, group: bool = False) -> int:
+    def run(self, *traps: Trap, group: bool = False) -> int:
         """Starts a run and waits for its end; its exit status, or the negative number of the signal that killed it.
 
         Args:
-            after: seconds until it is sent the signal `number`.
             group: signals go to all its processes, as from Ctrl-C.
         """
-        start = time.monotonic()
         process = self.started(*traps, group=group)
-        assert process.pid is not None
-        if after is not None:
-            process.join(after)
-            if process.is_alive():
-                (os.killpg if group else os.kill)(process.pid, number)
         process.join(120)
-        self.seconds = time.monotonic() - start
         assert process.exitcode is not None, f"does not end:\n{self.log.read_text()}"
         return process.exitcode
 

@@ -1,7 +1,6 @@
 """A run that is killed and resumed, however often and wherever, ends with the same bits as one that is not."""
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -172,24 +171,6 @@ def test_interrupted_anywhere(workspace: Workspace, whole: Chain, place: str, nu
     assert statuses[0] in (-KILLED, 128 + number), chain.log.read_text()
     assert set(statuses) <= {-KILLED, 128 + number, 0}
     assert chain.run() == 0
-    assert_same(chain, whole)
-
-
-@pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
-@pytest.mark.parametrize("seed", range(8))
-def test_interrupted_at_random_moments(workspace: Workspace, whole: Chain, seed: int) -> None:
-    """Each chain until it ends; signals go to the process or to its group."""
-    chain, draw = Chain(workspace, f"random{seed}"), random.Random(seed)
-    timed = Chain(workspace, f"timed{seed}")
-    assert timed.run() == 0
-    statuses: list[int] = []
-    while not statuses or statuses[-1] != 0:
-        number = draw.choice([KILLED, KILLED, TERMINATED, INTERRUPTED])
-        moment = draw.uniform(0.2, 1.2) * timed.seconds
-        statuses.append(chain.run(after=moment, number=number, group=draw.random() < 0.5))
-        assert statuses[-1] in (-number, 128 + number, 0), chain.log.read_text()
-        assert len(statuses) < 60
-    print(f"random chain {seed}: {statuses}")
     assert_same(chain, whole)
 
 

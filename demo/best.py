@@ -10,7 +10,6 @@ The test split is read once for each run. What is there is not trained again; de
 import argparse
 import csv
 import json
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.machine import print_anywhere
-from common.text import AT_OFFSET, terminal_table
+from common.text import AT_OFFSET, estimate, terminal_table
 from run import command_line
 
 METHODS: dict[str, Mapping[str, object]] = {
@@ -126,8 +125,8 @@ def figures(results: Sequence[Result]) -> list[str]:
     """Mean and deviation of each figure, in per cent."""
     cells = []
     for values in zip(*((one.validation, one.test, one.at_offset) for one in results), strict=True):
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        cells.append(f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}")
+        found = estimate(values)
+        cells.append(found.text(1, 100) if found is not None and found.n else "")
     return cells
 
 

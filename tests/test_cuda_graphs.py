@@ -122,6 +122,7 @@ def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> No
         ({"precision": "16-mixed"}, "precision=16-mixed"),
         ({"activation_checkpointing": True}, "activation_checkpointing"),
         ({"text_windows": 2}, "text_windows=2"),
+        ({"neighbours": 4}, "neighbours"),
         ({"cuda_graphs": False}, None),
         ({}, None),
     ],
@@ -130,7 +131,7 @@ def test_options_against_it_are_logged(
     changed: dict[str, Any], reason: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {"cuda_graphs": True, "num_gpus": 1, "processes": 1, "precision": "bf16", "activation_checkpointing": False}
-    options: Any = SimpleNamespace(**{**given, "text_windows": 1, **changed})
+    options: Any = SimpleNamespace(**{**given, "text_windows": 1, "neighbours": 0, "teacher": None, **changed})
     classifier = tiny_classifier()
     step = step_of(classifier)
     with caplog.at_level(logging.INFO):

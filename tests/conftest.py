@@ -38,7 +38,7 @@ SLOW = (
         "report_page",
         "resume",
     ),
-    *("robustness", "run", "run_custom", "run_methods", "sweep", "undefined", "writers"),
+    *("robustness", "run", "run_custom", "run_methods", "run_sensors", "run_vla", "sweep", "undefined", "writers"),
 )
 """Test files that train, or start processes: `pytest -m "not slow"` leaves them out."""
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"

@@ -67,6 +67,8 @@ class Backbone:
     """float32 tensors; of CLIP `image_encoder.*`, `text_encoder.*`, `logit_scale`."""
     sha256: str
     """Of the weights' values, the same in whatever format they were read."""
+    left: tuple[str, ...] = ()
+    """Names of what its checkpoint holds too, and what is not taken over."""
 
     def load_into(self, model: nn.Module) -> None:
         """Copies the weights into a backbone of the same architecture, which may hold a method too."""

@@ -169,8 +169,7 @@ class VlaFamily(Family):
         if not isinstance(theirs, VlaArchitecture):
             raise BackboneError(f"vit: expected a checkpoint of stage 1, found one of {checkpoint.spec.task} in {vit}")
         start = None if checkpoint.published else self.load(BackboneChoice(checkpoint.backbone_name), theirs)
-        model, names = restore_classifier(checkpoint, start).model, self.build(theirs).state_dict().keys()
-        state = {name: tensor for name, tensor in model.state_dict().items() if name in names}
+        state = restore_classifier(checkpoint, start).state_dict()
         return vla_weights.taken_over(vit, state, theirs, trained_on or ours)
 
 

@@ -21,6 +21,7 @@ from clip.modules.no_prompts import NoPrompts
 from clip.modules.registry import TRAIN_BACKBONES, method_class
 from clip.trainable import freeze
 from common.errors import CheckpointError, ConfigError, UserError
+from common.files import atomic_path
 from common.hashing import file_sha256
 from common.messages import first_line
 from common.strict_json import read_json
@@ -210,6 +211,8 @@ def train_from(
         taught = soft_labels(options.teacher, data, inputs, *of_run)
     classifier.train()  # Lightning leaves it to us: a backbone keeps its frozen parts in evaluation mode
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
+    if folder is not None and backbone.left:
+        list_names(folder / "taken_over.txt", backbone, classifier)
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
     tokenizer = TokenizerUsed(options.tokenizer, inputs.fingerprint) if inputs.tokenize is not None else None
     of_model = (spec, backbone.name, backbone.sha256, train_data.class_names(), tokenizer)
@@ -256,6 +259,20 @@ def train_from(
             "training_seconds": None if options.resume_from else round(seconds, 1),
         }
         return test(options, trainer, module, data, checkpoint, folder, training)
+
+
+def list_names(path: Path, backbone: Backbone, classifier: MissingModalityClassifier) -> None:
+    """Writes the name of every entry that is taken over from a pretrained model, new, or left in its checkpoint."""
+    names = [(name, name.removeprefix("model.") in backbone.state) for name in classifier.state_dict()]
+    groups = {
+        "taken over": [name for name, is_taken in names if is_taken],
+        "new": [name for name, is_taken in names if not is_taken],
+        "left": backbone.left,
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{group}\t{name}\n" for group, each in groups.items() for name in each), "utf-8")
+    counts = ", ".join(f"{len(each)} {group}" for group, each in groups.items())
+    log.info("entries of %s: %s; each by name in %s", backbone.name, counts, path)
 
 
 def compute_features(options: Options, given: Collection[str]) -> None:

@@ -105,6 +105,16 @@ def test_stage_two_takes_over_and_freezes_all_but_projections(root: Path, pretra
     own = ("model.proj_l", "model.proj_a", "model.proj_v", "mosi_classifier.", learner)
     assert all(name.startswith(own) for name in kept)
     assert kept["model.proj_a.weight"].shape == (8, 3, 1)
+    groups: dict[str, set[str]] = {}
+    for line in (trained / "taken_over.txt").read_text().splitlines():
+        group, name = line.split("\t")
+        groups.setdefault(group, set()).add(name)
+    assert groups["new"] == set(kept)
+    assert groups["taken over"] | groups["left"] == set(read_checkpoint(pretrained).state)
+    assert {name.rpartition(".")[0] for name in groups["left"]} == {
+        *(f"model.proj_{letter}" for letter in "lav"),
+        "mosei_classifier",
+    }
 
 
 def test_the_best_model_is_that_of_the_lowest_error(trained: Path) -> None:

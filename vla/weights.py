@@ -4,8 +4,6 @@ Published checkpoints are whole pickled models. They are read without running an
 inert stand-ins, whose parameters are looked up by name.
 """
 
-import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -17,8 +15,6 @@ from clip.backbone import Backbone as FrozenWeights
 from clip.backbone import weights_sha256
 from common.errors import BackboneError
 from vla.backbone import LETTERS, VlaArchitecture, VlaBackbone
-
-log = logging.getLogger("rep")
 
 RANDOM = "random"
 SIZES = ("width", "heads", "layers")
@@ -50,21 +46,20 @@ def random_weights(architecture: VlaArchitecture, seed: int) -> FrozenWeights:
 
 
 def taken_over(name: str, state: Mapping[str, Tensor], theirs: VlaArchitecture, ours: VlaArchitecture) -> FrozenWeights:
-    """What stage 2 takes over from stage 1: all but the projections, which are the data's, and are drawn anew."""
+    """What stage 2 takes over from stage 1: all but head, method, and the projections, which are the data's.
+
+    Args:
+        state: of the whole classifier.
+    """
     sizes = {size: getattr(theirs, size) for size in SIZES}
     if differing := [size for size in SIZES if getattr(ours, size) not in (sizes[size], _default(size))]:
         size = differing[0]
         raise BackboneError(f"network.{size}: expected {sizes[size]}, as {name} has, found {getattr(ours, size)}")
-    own = {entry: tensor for entry, tensor in state.items() if not entry.startswith("proj_")}
-    parts = Counter(entry.partition(".")[0] for entry in own)
-    log.info(
-        "%s: taken over and frozen: %s; left there, and new here: %s and the output layer",
-        name,
-        ", ".join(f"{part} ({count} entries)" for part, count in parts.items()),
-        ", ".join(sorted(state.keys() - own.keys())),
-    )
+    of_backbone = [entry for entry in VlaBackbone(theirs).state_dict() if not entry.startswith("proj_")]
+    own = {entry: state[f"model.{entry}"] for entry in of_backbone}
+    left = tuple(entry for entry in state if entry.removeprefix("model.") not in of_backbone)
     architecture = replace(ours, **sizes, project_all=True)
-    return FrozenWeights(name, architecture, own, weights_sha256(own))
+    return FrozenWeights(name, architecture, own, weights_sha256(own), left)
 
 
 def _default(size: str) -> int:

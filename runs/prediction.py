@@ -81,7 +81,9 @@ def embed_file(config: Mapping[str, Any], options: dict[str, Any], given: set[st
 def _predictor(checkpoints: Sequence[Checkpoint], options: Mapping[str, Any], given: set[str]) -> Predictor:
     classifier, inputs = open_models(checkpoints, backbone_choice(options, given), options["vit"])
     device = torch.device("cuda" if options["num_gpus"] else "cpu")
-    return Predictor(as_one(checkpoints), classifier, inputs, device, options["precision"])
+    usual = {} if "precision" in given else checkpoints[0].spec.dataset.options  # of its training, if it has one
+    precision = usual.get("precision", options["precision"])
+    return Predictor(as_one(checkpoints), classifier, inputs, device, precision)
 
 
 def _shown(passes: Iterable[T], total: int, what: str) -> Iterable[T]:

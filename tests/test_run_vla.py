@@ -1,5 +1,6 @@
 """Text, audio and vision through run.py: both stages, resuming, robustness, prediction, tables and report."""
 
+import csv
 import json
 import pickle
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import make_arrow
 from engine.checkpoint import read_checkpoint
+from engine.items import Item, read_items
 from engine.predict import load_model
 from run import command_line
 from tests.conftest import error_of
@@ -19,6 +21,7 @@ from tests.report_files import text_of
 from tests.vla_files import mmsa_pickle, vla_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
+from vla.backbone import LETTERS
 
 pytestmark = pytest.mark.slow
 SIZES = {"train": 24, "valid": 8, "test": 14}
@@ -145,9 +148,24 @@ def test_predictions_are_those_of_the_test(measured: Path, root: Path, tmp_path:
         assert one["missing"] == TYPE_NAMES[code]
         column = f"logits_{TYPE_NAMES[code].replace(', ', '_').replace(' ', '_')}"
         assert one["value"] == pytest.approx(table[column][row].as_py()[0], abs=1e-5)
+    arrays = {name: np.stack([dataset[0, row].inputs[name].numpy() for row in range(6)]) for name in LETTERS}
+    arrays["text"][3] = arrays["vision"][3] = np.nan
+    np.savez(tmp_path / "in.npz", **arrays)  # type: ignore[arg-type]
+    (tmp_path / "in.pkl").write_bytes(pickle.dumps(arrays))
+    for file in ("in.npz", "in.pkl"):
+        again = ["num_workers=0", *given[::2], f"input={tmp_path / file}"]
+        assert command_line(["run.py", "predict", "with", *again]) == 0
+        assert [json.loads(line) for line in output.read_text().splitlines()] == found
+    model = load_model(checkpoint)
+    own = [
+        Item("", {name: x[row] for name, x in arrays.items() if not np.isnan(x[row]).any()}, "mine") for row in range(6)
+    ]
+    for items in (own, read_items(tmp_path / "in.npz", model.dataset)):
+        values = [prediction.value for prediction in model.predict_items(items, batch_size=4)]
+        assert values == pytest.approx([one["value"] for one in found], abs=1e-5)
     given[2] = f"output={tmp_path / 'out.npz'}"
     assert command_line(["run.py", "embed", "with", "precision=32", *given]) == 0
-    head = load_model(checkpoint)._classifier.head
+    head = model._classifier.head
     with np.load(tmp_path / "out.npz") as features:
         values = head(torch.from_numpy(features["fused"]), torch.zeros(6)).flatten().tolist()
         assert values == pytest.approx([one["value"] for one in found], abs=1e-5)
@@ -163,6 +181,14 @@ def test_tables_and_report_show_shares_and_errors_as_what_they_are(
     assert command_line(["run.py", "report", "with", f"runs={root / 'result'}", f"out={tmp_path / 'report'}"]) == 0
     page = text_of(tmp_path / "report")
     assert "CMU-MOSI" in page and "without text, vision" in page
+    with (tmp_path / "report" / "tables" / "rivals_mosi.csv").open() as file:
+        rows = {(row["method"], row["metric"], row["source"]): row for row in csv.DictReader(file)}
+    published = rows["MPLMM", "acc2 non0", "MPLMM's Table 1"]
+    assert (published["value"], published["read"]) == ("72.1400", "second-hand")
+    by_type = json.loads((measured / "robustness.json").read_text())["by_type"]
+    mean = np.mean([by_type[name]["acc2_non0"] for name in TYPE_NAMES[1:]])
+    [ours] = [row for (_, metric, source), row in rows.items() if (metric, source) == ("acc2 non0", "ours")]
+    assert float(ours["value"]) == pytest.approx(100 * mean, abs=1e-3)
 
 
 def test_doctor_checks_them(root: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:

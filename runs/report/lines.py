@@ -70,6 +70,12 @@ class Line:
         """Their means, with deviations over training seeds, or of one run over its missing tables."""
         return {pattern: spread.estimate for pattern, spread in self.spreads.items()}
 
+    def mean_over_modes(self, metric: str) -> Estimate | None:
+        """Of a metric over training seeds, the mean over all missing types but `complete`; None where there is none."""
+        modes = self.runs[0].run.spec.type_names[1:]
+        of_runs = [results.raw["by_type"] for _, results in self.results if metric in results.raw["metrics"]]
+        return estimate([statistics.mean(of[name][metric] for name in modes) for of in of_runs])
+
     @cached_property
     def by_type(self) -> dict[str, Estimate]:
         """The task's metric over train seeds where every sample has one missing type."""

@@ -29,7 +29,8 @@ def under_rep(source: str) -> str:
     lines = source.splitlines(keepends=True)
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     for token in reversed(tokens):
-        if token.type == tokenize.STRING and re.fullmatch(rf"\"({OWN})(\.\w+)+(:\w+)?\"", token.string):
+        named = re.fullmatch(rf"\"(({OWN})(\.\w+)+)(:\w+)?\"", token.string) if token.type == tokenize.STRING else None
+        if named and Path(*named[1].split(".")).with_suffix(".py").is_file():  # "config.json" is no module
             (row, start), (_, end) = token.start, token.end
             lines[row - 1] = f'{lines[row - 1][:start]}"rep.{token.string[1:-1]}"{lines[row - 1][end:]}'
     return "".join(lines)

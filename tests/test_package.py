@@ -66,7 +66,10 @@ def test_trains_evaluates_and_imports_beside_another_clip(workspace: Workspace, 
     options = workspace.command(f"vit={workspace.backbone}", "exp_name=installed", "max_epoch=1")[2:]
     call(rep, "train", "with", *options, f"log_dir={tmp_path / 'result'}", "test_after_fit=False")
     best = tmp_path / "result" / "installed_seed0" / "version_0" / "best.ckpt"
+    files = {"best.ckpt", "last.ckpt", "config.json", "contents.json", "environment.json", "metrics.csv", "tensorboard"}
+    assert {path.name for path in best.parent.iterdir()} == files
     assert "installed_seed0" in call(rep, "runs", "with", f"log_dir={tmp_path / 'result'}")
+    assert (tmp_path / "result" / "runs.csv").is_file()
     call(sys.executable, "-c", USE, str(best))
 
 

@@ -84,8 +84,8 @@ def test_at_the_start_nothing_changes_and_fewer_samples_than_neighbours_are_enou
     bank = [neighbours.get_buffer(name)[:2] for name in ("features_NF", "present_NM", "labels_NC", "row_N")]
     features, present = samples(3, 9)
     given = {name: features[:, m] for m, name in enumerate(NAMES)}
-    for _ in ("no sample", "two"):
-        filled, votes = fresh(given, batch_of(present))
+    for split in ("train", "val"):  # no sample yet, then two
+        filled, votes = fresh(given, batch_of(present, split))
         assert all(torch.equal(filled[name], given[name]) for name in NAMES) and not votes.any()
         fresh.remember(*bank)
 

@@ -100,7 +100,7 @@ class Neighbours(nn.Module):
             cosine_BN = keys(features_BF, batch.present_BM) @ keys(bank_NF, present_NM).T
         shared_BN = batch.present_BM.float() @ present_NM.float().T
         mean_BN = (cosine_BN / shared_BN).masked_fill(shared_BN == 0, -torch.inf)
-        if batch.split == TRAIN and batch.index_B is not None:
+        if batch.split == TRAIN and batch.index_B is not None and len(row_N):  # fast_dev_run has none
             mean_BN.masked_fill_(row_N[batch.index_B][:, None] == row_N, -torch.inf)
         found = []
         for m in range(-1, len(self.widths)):

@@ -36,6 +36,14 @@ def print_anywhere() -> None:
             stream.reconfigure(errors="replace")
 
 
+def say(text: str) -> None:
+    """Prints, without an error where nobody reads on, as in `run.py --help | head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1

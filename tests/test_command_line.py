@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,13 @@ def test_the_folder_of_the_record(flag: list[str], first: bool) -> None:
     words = ["with", "seed=1"]
     found = read(*flag, *words) if first else read(*words, *flag)
     assert (found.record, found.updates) == ("1.10", {"seed": 1})
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_error() -> None:
+    command = f"{sys.executable} run.py print_config | head -1; exit ${{PIPESTATUS[0]}}"
+    root = Path(__file__).parents[1]
+    done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x"])

@@ -1,7 +1,8 @@
-"""Where numbers stopped being finite: the step, the parameter, and how many such steps may be skipped."""
+"""Where numbers stopped being finite: the step, the layer, and how many such steps may be skipped."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,3 +66,25 @@ class FiniteWatch:
             if self.in_a_row > self.allowed:
                 return NotFinite(True, step, bad[-1], batches[-1][0], torch.cat([samples for _, samples, _ in batches]))
         return None
+
+
+def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
+    """`, first in …`: the parameter of `model` that is not finite, or the module whose output first is not as `forward`
+    calls it; empty where all are."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f", first in the parameter {name}"
+    found: list[str] = []
+
+    def look(name: str, _module: nn.Module, _input: Any, output: Any) -> None:
+        if not found and isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(f", first in the output of {name}")
+
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return "".join(found)

@@ -20,7 +20,7 @@ from engine.checkpoint import OFFSET, ModelSpec, kept_state, load_kept_state
 from engine.cuda_graphs import Losses, Step
 from engine.decision import best_offset
 from engine.exported import DESCRIPTION
-from engine.numerics import FiniteWatch, NotFinite
+from engine.numerics import FiniteWatch, NotFinite, first_not_finite
 from engine.optimization import (
     OptimizerSettings,
     make_optimizer,
@@ -94,6 +94,7 @@ class FinetuneModule(pl.LightningModule):
         self.counts_as_published = counts_as_published(spec.dataset)
         self._kept: dict[Stage, list[Kept]] = {"train": [], "val": [], "test": []}
         self._watch = FiniteWatch(skip_bad_steps)
+        self._batches: dict[int, Batch] = {}  # of the optimiser step that is under way, by number in the epoch
         self._rate_at: Callable[[int], float] = lambda step: 1.0
         """By the number of an optimiser step, the share of the learning rate that it has."""
         self._groups: list[dict[str, Any]] = []  # of the optimiser, without the parameters, as the options have them
@@ -127,6 +128,7 @@ class FinetuneModule(pl.LightningModule):
             loss, logits, own_losses = self.step(inputs, labels, counted)
             self._keep("train", batch, logits)
         self._watch.note_loss(batch_idx, batch.index_B, loss)
+        self._batches[batch_idx] = batch
         several, samples = self.trainer.world_size > 1, len(batch.index_B)
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=samples, sync_dist=several)
         for name, value in own_losses.items():
@@ -161,6 +163,7 @@ class FinetuneModule(pl.LightningModule):
         waiting = self._watch.note_gradients(self._trained, self.global_step)
         if self.device.type == "cpu" or waiting == GPU_STEPS_PER_CHECK:
             self._check_finite()
+        self._batches.clear()
 
     @cached_property
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -171,7 +174,7 @@ class FinetuneModule(pl.LightningModule):
 
         Raises:
             NonFiniteLossError: for the first loss that is not finite, or too many such gradients in a row; names the
-                step and the samples.
+                step, the samples and the layer (of a loss where its step is not yet over: on a GPU it often is).
         """
         bad = self._watch.look()
         mine = None
@@ -188,7 +191,19 @@ class FinetuneModule(pl.LightningModule):
             allowed = self._watch.allowed
             several = f"; so were {allowed} before it (skip_bad_steps)" if allowed else ""
             return f"the gradient of {bad.what} is not finite at step {bad.step} (epoch {self.current_epoch}){several}"
-        return f"the loss became {bad.what} at step {bad.step} (epoch {self.current_epoch}, batch {bad.batch})"
+        place = first_not_finite(self.classifier, lambda: self._repeat(bad.batch)) if bad.batch in self._batches else ""
+        return f"the loss became {bad.what} at step {bad.step} (epoch {self.current_epoch}, batch {bad.batch}){place}"
+
+    def _repeat(self, batch_idx: int) -> None:
+        """The forward pass of a batch, with the same dropout masks."""
+        batch = self._batches[batch_idx]
+        self.on_train_batch_start(batch, batch_idx)
+        inputs = model_input(batch, "train")
+        if self.pretrains:
+            self.classifier.pretraining_losses(inputs)
+        else:
+            inputs, labels = self.classifier.method.augment(inputs, batch.label, self.task.n_classes)
+            self._step(inputs, labels, len(batch.index_B))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the logits; the metrics are those of the whole split. Of a pretraining it logs the losses."""

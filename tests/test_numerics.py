@@ -9,11 +9,11 @@ from torch import nn
 
 from clip.modules.method import MethodOptions
 from engine.checkpoint import ModelSpec
-from engine.numerics import FiniteWatch
+from engine.numerics import FiniteWatch, first_not_finite
 from engine.training import FinetuneModule
 from run import command_line
 from tests.conftest import Captured, Patch, Workspace
-from tests.models import TINY, tiny_classifier
+from tests.models import TINY, model_input, tiny_batch, tiny_classifier
 
 INF, NAN = float("inf"), float("nan")
 
@@ -94,6 +94,21 @@ def test_counts_go_into_the_checkpoint_and_back() -> None:
     one.on_save_checkpoint(checkpoint)
     other.on_load_checkpoint(checkpoint)
     assert (other._watch.skipped, other._watch.in_a_row) == (7, 2)
+
+
+@pytest.mark.parametrize("name", ["model.memory_learner.layernorm_text.1", "mmimdb_classifier"])
+def test_the_module_that_first_is_not_finite_is_found(name: str) -> None:
+    classifier = tiny_classifier()
+    batch = model_input(*tiny_batch(4), [0, 0, 1, 2])
+    assert first_not_finite(classifier, lambda: classifier(batch)) == ""
+    module = classifier.get_submodule(name)
+    overflow = module.register_forward_hook(lambda _, __, output: output * INF)
+    assert first_not_finite(classifier, lambda: classifier(batch)) == f", first in the output of {name}"
+    overflow.remove()
+    with torch.no_grad():
+        module.get_parameter("weight").view(-1)[3] = NAN
+    assert first_not_finite(classifier, lambda: classifier(batch)) == f", first in the parameter {name}.weight"
+    assert not any(module._forward_hooks for module in classifier.modules())
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(

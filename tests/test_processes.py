@@ -102,7 +102,7 @@ def in_a_step(change: str) -> str:
 @pytest.mark.parametrize(
     ("change", "ranks", "status", "said"),
     [
-        (in_a_step(SPOIL), (1,), 2, "loss became nan at step 2 (epoch 0, batch 4); samples: "),
+        (in_a_step(SPOIL), (1,), 2, "loss became nan at step 2 (epoch 0, batch 4), first in the parameter mmimdb"),
         (BAD_IMAGE, (1,), 2, "the image cannot be decoded: made up"),
         (in_a_step("raise ZeroDivisionError"), (1,), 1, "internal error: ZeroDivisionError"),
         (in_a_step("os.kill(os.getpid(), signal.SIGKILL)"), (1,), 2, "was killed by SIGKILL"),

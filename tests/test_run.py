@@ -266,6 +266,7 @@ def test_resume_with_other_batches_or_options_is_refused(
 def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace, capsys: Captured) -> None:
     error = error_of(command_of(workspace, "explodes", "learning_rate=1e30"), capsys)
     assert error.startswith("error: the loss became nan at step ") and "samples: 1" in error
+    assert ", first in the parameter model.memory_learner." in error or ", first in the output of model." in error
 
 
 def test_an_epoch_ends_with_the_throughput(workspace: Workspace, capsys: Captured) -> None:

@@ -88,8 +88,8 @@ class ModelInput(NamedTuple):
         B = len(self.present_BM)
         step, inputs, rows = step or max(1, round(B**0.5 / 2)), dict(self.inputs), dict(self.rows)
         for modality, rows_b in self.rows.items():
-            if b := len(rows_b):
-                more = min(B, -(-b // step) * step) - b
+            b = len(rows_b)
+            if more := min(B, -(-b // step) * step) - b:
                 last = inputs[modality][-1:]
                 inputs[modality] = torch.cat([inputs[modality], last.expand(more, *last.shape[1:])])
                 rows[modality] = torch.cat([rows_b, rows_b.new_full((more,), B)])

@@ -213,6 +213,8 @@ class Options:
         "robustness, compare: missing ratios; without them compare has 0, 1 and that of the training")
     robustness_seeds: tuple[int, ...] = option(
         [0, 1, 2, 3, 4], several(SEED), COMMAND, "robustness, compare: seeds of the missing tables")
+    published_f1: bool = option(
+        False, flag, RUN, "text, audio and vision: results have F1 weighted by prediction too, as MPLMM's code has it")
     bootstrap: int = option(
         1000, integer(0), COMMAND, "robustness, compare: resamples behind confidence intervals; 0: no intervals")
     permutations: int = option(10_000, integer(1), COMMAND, "compare: how many, at most, are behind a p-value")

@@ -162,6 +162,8 @@ def check_together(options: Options) -> None:
         names = ", ".join(f"task_finetune_{name}" for name in EVERY_DATASET)
         raise ConfigError(f"no task: expected one of {names}, as in `python run.py with task_finetune_mmimdb …`")
     _check_method(options)
+    if options.published_f1 and EVERY_DATASET[options.task].family != VLA:
+        raise ConfigError(f"published_f1: expected a task of text, audio and vision, found {options.task}")
     if (
         EVERY_DATASET[options.task].family == VLA
         and options.prompt_type not in TRAIN_BACKBONES

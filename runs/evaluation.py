@@ -29,7 +29,7 @@ from engine.open_model import COMPUTE_TYPES
 from engine.processes import ending_together
 from engine.robustness import Results, by_missing_type, measure, write_results
 from engine.stored_logits import LogitStore
-from engine.tasks import Task
+from engine.tasks import Task, with_published_f1
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
 from runs.comparable import other_input
@@ -142,6 +142,8 @@ def test(
     """Runs the test split, prints the result and writes it, with `training`, to `test_results.json`."""
     started, task = time.monotonic(), module.task
     module.task = with_offset(task, checkpoint.offset)
+    if options.published_f1:
+        module.task = with_published_f1(module.task)
     trainer.test(module, datamodule=data, verbose=False)
     dataset = data.datasets["test"]
     pattern, types_N = data.patterns["test"], dataset.missing_type_of_sample

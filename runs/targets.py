@@ -14,7 +14,7 @@ from engine.exported import is_exported
 from engine.families import BackboneChoice, family_of
 from engine.robustness import Subject
 from engine.stored_logits import LogitStore
-from engine.tasks import task_of
+from engine.tasks import task_of, with_published_f1
 from runs.check_options import check, read_load_paths
 from runs.comparable import other_input
 from runs.pattern import Pattern
@@ -115,6 +115,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     seed, trained = (None, None) if at is None else (at.seed, Pattern(at.missing_type, at.ratio, at.both_ratio))
     if run is not None:
         seed, trained = run.config["seed"], run.pattern
+    task = task_of(options.task, spec.custom)
     subject = Subject(
         checkpoint=path,
         checkpoint_sha256=checkpoint.sha256,
@@ -123,7 +124,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
         train_seed=seed,
         train_pattern=None if trained is None else trained._asdict(),
         precision=options.precision,
-        task=task_of(options.task, spec.custom),
+        task=with_published_f1(task) if options.published_f1 else task,
         offset=checkpoint.offset,
         other_input=tuple(other_input(asdict(checkpoint.spec.method))),
         table_name=spec.table_name,

@@ -117,7 +117,7 @@ def recipe(bench: Bench, seeds: Sequence[int], slots: bool) -> dict[str, list[Re
     together = []
     for place, seed in enumerate(seeds):
         paths = ",".join(str(checkpoint(step, place)) for step in members)
-        together.append(bench.run("mean", seed, {"load_path": f"[{paths}]", "test_only": True}))
+        together.append(bench.run(f"mean_of_{len(members)}", seed, {"load_path": f"[{paths}]", "test_only": True}))
     return {**found, f"mean of {len(members)}": together}
 
 

@@ -158,5 +158,5 @@ def test_the_recipe_is_trained_by_one_command(
     assert again[0] == again[1] and len(list(tmp_path.glob("*_seed0/version_*/test_results.json"))) == 2 * 2 + 1
     rows = {line.split("  ")[0].strip(): line.split() for line in again[0].splitlines() if line.startswith("recipe")}
     assert list(rows) == ["recipe: head", "recipe: + whole texts", "recipe: mean of 1"]
-    tested = json.loads((tmp_path / "mean_seed0" / "version_0" / "test_results.json").read_text())["metrics"]
+    tested = json.loads((tmp_path / "mean_of_1_seed0" / "version_0" / "test_results.json").read_text())["metrics"]
     assert f"{100 * tested['f1_macro']:.1f}" in rows["recipe: mean of 1"]

@@ -24,6 +24,7 @@ SLOW = (
         "demo",
         "ending",
         "golden_training",
+        "gpu_benchmark",
         "hostile_runs",
     ),
     *(

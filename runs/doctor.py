@@ -4,10 +4,12 @@ Every check is made, whatever the others find. The readers that the run uses mak
 the token ids and missing tables that the run would write too.
 """
 
+import importlib.metadata
 import json
 import logging
 import math
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +23,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytorch_lightning as pl
 import torch
+from packaging.requirements import Requirement
 
 from clip.backbone import Backbone
 from clip.tokenizer import ClipTokenizer
@@ -41,6 +44,7 @@ from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
 from vilt.missing_tables import load_missing_table, type_counts
 
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 SHARED_MEMORY, IMAGES_DECODED = Path("/dev/shm"), 64  # images of each split, evenly spread
 Found = tuple[str, str]
 """A level and a text. `FAIL`: the run would end, or give wrong results; `warn`: worth a look; else `ok`."""
@@ -61,6 +65,7 @@ def examine(config: Mapping[str, Any], given: set[str]) -> Iterator[Found]:
     """Level and line of each check of a run, as soon as it is made. Raises ConfigError for an option out of range."""
     doctor = Doctor(resolve(config), given)
     checks: dict[str, Callable[[], Found]] = {
+        "packages": check_packages,
         "options": doctor.check_options,
         "device": doctor.check_device,
         "backbone": doctor.check_backbone,
@@ -77,17 +82,27 @@ def examine(config: Mapping[str, Any], given: set[str]) -> Iterator[Found]:
         yield level, " ".join(f"{level:<5}{subject}: {text}".splitlines())
 
 
-class StepTimer(pl.Callback):
-    """Loss and seconds of the newest training step."""
+def check_packages() -> Found:
+    """Installed versions beside those of requirements.txt."""
+    lines = [line for line in REQUIREMENTS.read_text("utf-8").splitlines() if not line.startswith("#")]
+    found = {one: importlib.metadata.version(one.name) for one in map(Requirement, lines)}
+    others = [f"{one.name} {version} (tested: {one})" for one, version in found.items() if version not in one.specifier]
+    text = f"other versions than tested: {', '.join(others)}" if others else f"as in {REQUIREMENTS.name}"
+    return "warn" if others else "ok", f"Python {platform.python_version()}, torch {torch.__version__}; {text}"
 
-    loss, seconds, began = 0.0, 0.0, 0.0
+
+class StepTimer(pl.Callback):
+    """Loss, seconds and trained bytes of the newest training step."""
+
+    loss, seconds, began, trained_bytes = 0.0, 0.0, 0.0, 0
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.began = time.perf_counter()
 
-    def on_train_batch_end(self, _: Any, __: Any, outputs: Any, *___: Any) -> None:
+    def on_train_batch_end(self, _: Any, module: Any, outputs: Any, *__: Any) -> None:
         self.loss = outputs["loss"].item()  # waits for the GPU
         self.seconds = time.perf_counter() - self.began
+        self.trained_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 @dataclass
@@ -99,6 +114,7 @@ class Doctor:
     backbone: Backbone | None = None
     inputs: InputFormat | None = None
     datasets: dict[Split, ArrowDataset] = field(default_factory=dict)
+    run_bytes: int = 2**30  # what the run leaves in its folder; a guess until a step was tried
 
     def __post_init__(self) -> None:
         self.family = family_of(self.options.task or CUSTOM)
@@ -177,6 +193,7 @@ class Doctor:
         short = {"fast_dev_run": 2, "batch_size": options.per_gpu_batchsize, "image_cache": False, "resume_from": None}
         timer, changes = StepTimer(), dict[str, Any](alone | short)
         train_from(replace(options, **changes), options.exp_name, timer, given=self.given)
+        self.run_bytes = 9 * timer.trained_bytes  # best.ckpt; last.ckpt with that and AdamW's state, old and new
         began, batch = time.perf_counter(), min(options.per_gpu_batchsize, len(train))
         train.__getitems__([(0, index) for index in range(batch)])
         loading = time.perf_counter() - began
@@ -193,18 +210,23 @@ class Doctor:
         )
 
     def check_storage(self) -> Found:
-        """Rights where the run writes, and room in shared memory, through which its loaders hand over batches."""
+        """Rights and space where the run writes, and in shared memory, through which its loaders hand over batches."""
         options = self.options
-        for path in (options.log_dir, *([options.data_root] if options.image_cache and options.data_root else [])):
+        # Two batches of each worker wait there; the workers of training and validation live at the same time.
+        workers = 2 * (options.num_gpus or options.cpu_processes) * options.num_workers
+        batches = 2 * workers * options.per_gpu_batchsize * 3 * self.image_size**2
+        needs, texts = [(options.log_dir, self.run_bytes), (SHARED_MEMORY, batches)], []
+        if options.image_cache and options.data_root:
+            needs.append((options.data_root, 0))  # the cache says at once what it lacks
+        for path, needed in needs:
             folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise DataError(f"{path}: expected a folder that can be written, or created")
-        # Two batches of each worker wait there; the workers of training and validation live at the same time.
-        workers = 2 * (options.num_gpus or options.cpu_processes) * options.num_workers
-        needed = 2 * workers * options.per_gpu_batchsize * 3 * self.image_size**2
-        if (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
-            raise DataError(f"{SHARED_MEMORY}: {byte_size(free)} free, about {byte_size(needed)} needed for batches")
-        return "ok", f"{options.log_dir} can be written; {byte_size(free)} of shared memory free"
+            free = shutil.disk_usage(folder).free
+            texts.append(f"{path}: {byte_size(free)} free, about {byte_size(needed)} needed")
+            if free < needed:
+                raise DataError(texts[-1])
+        return "ok", "; ".join(texts)
 
 
 def run_seconds(options: Options, loading: float, training: float, samples: Mapping[Split, int]) -> float:

@@ -1,5 +1,6 @@
 """`run.py doctor`: an intact dataset is ok, and every planted fault has its line, whatever else is wrong."""
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 from safetensors.torch import load_file, save_file
 
+from common.messages import byte_size
 from config import DEFAULTS
 from run import command_line
 from runs import doctor
@@ -24,7 +26,7 @@ from vilt.datasets.kinds import ImageKind
 from vilt.datasets.specs import DATASETS
 
 SPLITS = ("train data", "val data", "test data")
-SUBJECTS = ["options", "device", "backbone", "tokenizer", *SPLITS, "training step", "storage"]
+SUBJECTS = ["packages", "options", "device", "backbone", "tokenizer", *SPLITS, "training step", "storage"]
 
 
 @pytest.fixture
@@ -233,14 +235,27 @@ def test_a_check_that_breaks_is_a_failure_of_its_own(examine: Examine, monkeypat
     assert list(found.level) == SUBJECTS
 
 
+def test_other_versions_and_absent_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    level, text = doctor.check_packages()
+    assert level == "ok" and f"torch {importlib.metadata.version('torch')}" in text
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0" if name == "regex" else real(name))
+    level, text = doctor.check_packages()
+    assert level == "warn" and "regex 1.0 (tested: regex==" in text
+
+
 def test_space_and_rights(examine: Examine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
     batches = 2 * 2 * 4 * 3 * 32 * 32  # two of training and two of validation
-    for free in (batches, batches - 1):
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
+    fits: dict[Path | None, int] = {tmp_path: 10**9, doctor.SHARED_MEMORY: batches}
+    short: Path | None
+    for short, free in ((None, 0), (tmp_path, 10**4), (doctor.SHARED_MEMORY, batches - 1)):
+        space = {**fits, short: free}
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, space=space: usage(0, 0, space[path]))
         found = examine("num_workers=1")
-        assert found.failed() == (set() if free == batches else {"storage"}), found.text
-        assert str(doctor.SHARED_MEMORY) in found.text["storage"] or free == batches
+        assert found.failed() == (set() if short is None else {"storage"}), found.text
+        at, said = short or tmp_path, found.text["storage"]
+        assert str(at) in said and byte_size(space[at]) in said
     (tmp_path / "file").write_text("")
     assert examine(f"log_dir={tmp_path / 'file' / 'result'}").failed() == {"storage"}
 

@@ -153,7 +153,7 @@ class Options:
     rdn_hidden: int = option(32, integer(1), MODEL, "text, audio and vision: width within REP's projections")
     mask_readout: bool = option(False, flag, MODEL, "likewise: the read-out of a missing modality becomes 0")
     train_pooler: bool = option(False, flag, MODEL, "likewise: REP trains the pooler too")
-    prompt_length: int = option(16, integer(1), MODEL, "MPLMM: steps of a prompt")
+    prompt_length: int = option(16, integer(1), MODEL, "MPLMM: steps of a prompt (dcp, rep: memory_length)")
     image_size: int | None = option(None, optional(integer(1)), MACHINE, "side of the images; None: the backbone's")
 
     batch_size: int = option(256, integer(1), TRAINING, "effective batch, reached by accumulation")

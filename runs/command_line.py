@@ -29,9 +29,23 @@ WITH_ENTRIES = ("network", "sweep_over", "sweep_slurm", "search")
 MEANT = {
     **{"lr": "learning_rate", "base_lr": "learning_rate", "method": "prompt_type", "model": "prompt_type"},
     **{"backbone": "vit", "encoder": "vit", "dataset": "task", "epochs": "max_epoch", "batch": "per_gpu_batchsize"},
-    **{"checkpoint": "load_path", "ckpt": "load_path", "name": "exp_name", "prompt_depth": "memory_depth"},
+    **{"checkpoint": "load_path", "ckpt": "load_path", "name": "exp_name"},
 }
 """Options by names that other programs have for them, which a hint mentions."""
+OF_DCP = {"prompt_length": "memory_length", "prompt_depth": "memory_depth"}
+"""DCP's names of options, which are taken for ours. MPLMM has a `prompt_length` of its own."""
+OF_VILT = (
+    *("datasets", "loss_names", "train_transform_keys", "val_transform_keys", "max_image_len", "patch_size"),
+    *("draw_false_image", "draw_false_text", "image_only", "max_text_len", "vocab_size", "whole_word_masking"),
+    *("mlm_prob", "vqav2_label_size", "get_recall_metric", "hidden_size", "num_heads", "num_layers", "mlp_ratio"),
+    *("drop_rate", "mmimdb_class_num", "food101_class_num", "hatememes_class_num", "learnt_p", "prompt_layers"),
+    "multi_layer_prompt",
+)
+CONFIGS_OF_VILT = (
+    *("task_mlm_itm", "task_finetune_nlvr2", "task_finetune_vqa", "task_finetune_irtr_", "env_dandelin", "vit32_base"),
+    *("step25k", "step50k", "step100k", "step200k"),
+)
+"""Options, and beginnings of named configs, of ViLT's tasks and model, which the published code inherits."""
 
 
 @dataclass
@@ -89,7 +103,8 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
     for before, word in itertools.pairwise(rest):
         name, equals, value = (part.strip() for part in word.partition("="))
         if equals and name:
-            found.given.add(option_of(_known(name)))
+            name = _known(_ours(name, rest))
+            found.given.add(option_of(name))
             found.chosen.add(option_of(name))
             found.words.append(f"{name}={value}")
         elif word.strip():
@@ -109,6 +124,15 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
     return found
 
 
+def _ours(name: str, words: Sequence[str]) -> str:
+    """The name here of an option of DCP's. Raises ConfigError where `words` do not say whether it is MPLMM's."""
+    if name not in OPTIONS or {"prompt_type=dcp", "prompt_type=rep"} & set(words):
+        return OF_DCP.get(name, name)
+    if name in OF_DCP and not any(word.startswith("prompt_type=") for word in words):
+        raise ConfigError(f"{name}: expected {OF_DCP[name]}, or prompt_type= with it, to say whose option it is")
+    return name
+
+
 def _take_config(word: str, before: str, found: CommandLine) -> None:
     """Applies a named config, or the options in a .json file; `before` is the word in front of it."""
     if word in NAMED_CONFIGS:
@@ -116,6 +140,8 @@ def _take_config(word: str, before: str, found: CommandLine) -> None:
             set_option(found.updates, name, value)
             found.chosen |= {name} if is_of_sweep(name) else set()
         return
+    if word.startswith(CONFIGS_OF_VILT):
+        raise ConfigError(f"{word}: a named config of ViLT, whose tasks and model are not here; leave it out")
     if not word.endswith(".json"):
         shown = f"{before} {word}" if "=" in before else word
         example = f", as in {word}={DEFAULTS[word] or 'VALUE'}" if word in OPTIONS else _near(word, NAMED_CONFIGS)
@@ -132,7 +158,8 @@ def _take_config(word: str, before: str, found: CommandLine) -> None:
     for name, value in options.items():
         if name in GONE or (name == CUSTOM and isinstance(value, dict)):  # of a run: what its data said, no option
             continue
-        set_option(found.updates, _known(name, f"{word}: "), value)
+        name = _known(name if name in OPTIONS else OF_DCP.get(name, name), f"{word}: ")
+        set_option(found.updates, name, value)
         option = option_of(name)
         if option == "seed":
             SEED(f"{word}: seed", found.updates["seed"])
@@ -159,6 +186,8 @@ def is_of_sweep(name: str) -> bool:
 def _known(name: str, where: str = "") -> str:
     """`name`, if it is one of an option or of an entry of one. Raises ConfigError."""
     option, dot, entry = name.partition(".")
+    if option in OF_VILT:
+        raise ConfigError(f"{where}{name}: an option of ViLT, whose tasks and model are not here; leave it out")
     default = DEFAULTS.get(option)
     has_entry = option in WITH_ENTRIES or (isinstance(default, dict) and entry in default)
     if option not in OPTIONS or (dot and not has_entry):

@@ -106,6 +106,15 @@ def test_which_options_are_texts() -> None:
     }
 
 
+@pytest.mark.parametrize("method", ["dcp", "rep"])
+def test_names_of_dcp_for_options(method: str, tmp_path: Path) -> None:
+    given = values(f"prompt_type={method}", "prompt_length=9", "prompt_depth=1")
+    assert given == {"prompt_type": method, "memory_length": 9, "memory_depth": 1}
+    assert values("prompt_type=mplmm", "prompt_length=9") == {"prompt_type": "mplmm", "prompt_length": 9}
+    (tmp_path / "options.json").write_text('{"prompt_depth": 2}')
+    assert values(str(tmp_path / "options.json")) == {"memory_depth": 2}
+
+
 def test_other_values_are_read_as_python_writes_them() -> None:
     given = values("seed=3", "learning_rate=1e-3", "far=False", "sweep_ratios=[0.5,0.9]", "missing_type=text")
     assert given == {
@@ -200,7 +209,10 @@ WRONG = {
     "with method=rep": ("unknown option method", "prompt_type"),
     "with backbone=x": ("unknown option backbone", "vit"),
     "with learning_rat=1": ("unknown option learning_rat", "learning_rate"),
-    "with max_text_len=3": ("unknown option max_text_len",),
+    "with max_text_len=3": ("max_text_len", "ViLT"),
+    "with task_mlm_itm": ("task_mlm_itm", "ViLT"),
+    "with task_finetune_vqa_randaug": ("task_finetune_vqa_randaug", "ViLT"),
+    "with prompt_length=9": ("prompt_length", "memory_length", "prompt_type"),
     "with seed.x=1": ("unknown option seed.x",),
     "with missing_ratio.tran=1": ("unknown option missing_ratio.tran",),
     "with task_finetune_mmimd": ("task_finetune_mmimdb?",),

@@ -36,7 +36,7 @@ WRONG = {
     "dpl_margins=[0.1,0.2]": "dpl_margins: expected one value, or a list of 3, found [0.1, 0.2]",
     "dpl_margins=2": "dpl_margins: expected",
     "dpl_contrast_weight=1": "dpl_contrast_weight: is an option of head=dpl, found head=linear",
-    "prompt_type=dcp prompt_length=9": "prompt_length: is an option of prompt_type=mplmm or mplmm_described",
+    "prompt_type=none prompt_length=9": "prompt_length: is an option of prompt_type=mplmm or mplmm_described",
     "far=no": "far: expected True or False, found 'no'",
     "prompt_type=dcp far=False": "far: is an option of prompt_type=rep, found prompt_type=dcp",
     "prompt_type=none rep_described": "replay_depth: is an option of prompt_type=rep, found prompt_type=none",

@@ -96,7 +96,7 @@ class Options:
         "share of samples that lose a modality; a number sets all splits")
     missing_type: dict[Split, str] = option(
         BOTH_EVERYWHERE, MissingTypeReader(partial(by_key, SPLITS), BOTH_EVERYWHERE, ANY), DATA,
-        "text, image or both; of more modalities a name, any or some; one word sets all splits")
+        "text, image or both; of more modalities names, as text or text+audio, any or some; one word sets all splits")
     both_ratio: float = option(
         0.5, number(0, 1), DATA, "for both: share of the incomplete samples that lose the image, not the text")
     missing_table_root: Path = option("datasets/missing_tables", path, MACHINE, "where missing tables are kept")

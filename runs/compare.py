@@ -32,7 +32,7 @@ from runs.pattern import Pattern
 from runs.run_reader import Run
 from vilt.datasets.specs import DatasetSpec
 from vilt.missing_tables import MissingPattern, load_missing_table
-from vilt.missing_types import on_top
+from vilt.missing_types import on_top, pattern_type
 
 log = logging.getLogger("rep")
 
@@ -220,7 +220,7 @@ def _paired(one: list[int], other: list[int]) -> list[tuple[int, int]]:
 def _patterns(spec: DatasetSpec, trained_at: Pattern, settings: Settings) -> list[Pattern]:
     """Each pattern once: where nothing is missing, all missing types are one."""
     types = settings.types or spec.missing_types
-    if unknown := [name for name in types if name not in spec.missing_types]:
+    if unknown := [name for name in types if pattern_type(spec.modalities, name) != name]:
         raise ConfigError(f"robustness_types: expected {' or '.join(spec.missing_types)}, found {unknown[0]}")
     ratios = settings.ratios or sorted({0.0, trained_at.ratio, 1.0})
     cells = [(types[0], 0.0)] if 0 in ratios else []

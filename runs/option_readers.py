@@ -13,7 +13,7 @@ from common.readers import Reader, one_of, text, wrong
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec
 from vilt.missing_tables import PUBLISHED
-from vilt.missing_types import BOTH
+from vilt.missing_types import BOTH, JOIN, pattern_type
 
 MISSING_TYPES = list(EVERY_DATASET[CUSTOM].missing_types)
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -45,7 +45,15 @@ class MissingTypeReader:
             value = known if self.otherwise is None else self.otherwise if self.otherwise in known else BOTH
         if row is not None and not row.modalities:  # the data will say them
             return self.shape(text)(option, value)
-        return self.shape(one_of(*known))(option, value)
+        if row is None or len(row.modalities) == 2:
+            return self.shape(one_of(*known))(option, value)
+
+        def read(option: str, value: Any) -> str:
+            if (found := pattern_type(row.modalities, str(value))) is None:
+                raise wrong(option, f"{' or '.join(known)}, or several as {JOIN.join([*row.modalities][:2])}", value)
+            return found
+
+        return self.shape(read)(option, value)
 
 
 def logging_service(option: str, value: Any) -> str:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from common.messages import quoted
 from common.text import per_cent
 from vilt.datasets.specs import DatasetSpec
-from vilt.missing_types import BOTH
+from vilt.missing_types import BOTH, pattern_type
 
 
 class Pattern(NamedTuple):
@@ -18,7 +18,7 @@ class Pattern(NamedTuple):
     @classmethod
     def of(cls, spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> "Pattern":
         """The one spelling of a pattern, so that equal ones compare equal. Raises ValueError where it is none."""
-        if missing_type not in spec.missing_types:
+        if pattern_type(spec.modalities, missing_type) != missing_type:
             raise ValueError(f"missing_type: expected {' or '.join(spec.missing_types)}, found {quoted(missing_type)}")
         for share in (ratio, both_ratio):
             if type(share) not in (float, int) or not 0 <= share <= 1:

@@ -20,7 +20,7 @@ from tests.data_files import at_once
 from tests.interrupted import files_up_to
 from vilt.datasets.specs import DATASETS, SPLITS, Modality, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table
-from vilt.missing_types import available_shares, is_missing, missing_types, type_names
+from vilt.missing_types import available_shares, code_of, is_missing, missing_types, pattern_type, type_names
 
 ROOT = Path(__file__).parents[1]
 BOTH = MissingPattern("both", 0.7, 0.5, 0)
@@ -382,3 +382,26 @@ def test_a_published_table_that_does_not_fit_is_an_error(tmp_path, monkeypatch, 
         load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10)
     assert str(raised.value).startswith(f"{path}: ")
     assert list(tmp_path.iterdir()) == [path], "nothing of the file is executed, nothing drawn in its place"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        *((name, name) for name in ("text", "any", "some")),
+        ("vision+text", "text+vision"),
+        *((name, None) for name in ("both", "text+audio+vision", "text+text", "text+image", "image", "", "+")),
+    ],
+)
+def test_patterns_may_lose_several_modalities_by_name(given: str, expected: str | None) -> None:
+    modalities = ("text", "audio", "vision")
+    assert pattern_type(modalities, given) == expected
+    if expected == "text+vision":
+        assert available_shares(modalities, expected, 0.7, 0.5) == pytest.approx(
+            {"text": 0.3, "audio": 1, "vision": 0.3}
+        )
+        table = draw_missing_table("mosi", "test", MissingPattern(expected, 0.7, 0.5, 0), 20)
+        assert table.tolist().count(code_of(modalities, "text") + code_of(modalities, "vision")) == 14
+
+
+def test_two_modalities_are_never_both_lost() -> None:
+    assert pattern_type(("image", "text"), "image+text") is None

@@ -80,7 +80,8 @@ def trained(root: Path, pretrained: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(trained: Path, root: Path) -> Path:
-    options = ("robustness_ratios=[0,0.7,1]", "robustness_seeds=[0]", "bootstrap=20", "published_f1=True")
+    options = ["robustness_ratios=[0,0.7,1]", "robustness_seeds=[0]", "bootstrap=20", "published_f1=True"]
+    options.append("robustness_types=[some,text,audio+text]")
     assert command_line(command(root, f"load_path={trained / 'best.ckpt'}", *options, name="robustness")) == 0
     return trained / "robustness"
 
@@ -187,7 +188,10 @@ def test_tables_and_report_show_shares_and_errors_as_what_they_are(
     assert set(ours) == {"acc2 non0", "F1-non0 published"}, "the latter was asked for"
     published = rows["MPLMM", "acc2 non0", "MPLMM's Table 1"]
     assert (published["value"], published["read"]) == ("72.1400", "second-hand")
-    by_type = json.loads((measured / "robustness.json").read_text())["by_type"]
+    found = json.loads((measured / "robustness.json").read_text())
+    by_type, cells = found["by_type"], {(cell["missing_type"], cell["ratio"]): cell for cell in found["cells"]}
+    assert cells["text+audio", 1.0]["metrics"]["mae"]["mean"] == by_type["text, audio missing"]["mae"]
+    assert cells["text+audio", 1.0]["vision_available"] == 1 and cells["text+audio", 1.0]["text_available"] == 0
     mean = np.mean([by_type[name]["acc2_non0"] for name in TYPE_NAMES[1:]])
     assert float(ours["acc2 non0"]) == pytest.approx(100 * mean, abs=1e-3)
 
@@ -212,7 +216,7 @@ def test_doctor_checks_them(root: Path, pretrained: Path, capsys: pytest.Capture
 WRONG: list[tuple[tuple[str, ...], str]] = [
     (("prompt_type=rep", "load_path=None"), "load_path: expected a checkpoint of task_pretrain_mosei"),
     (("prompt_type=dcp",), "prompt_type: expected rep or mplmm or mplmm_described or none or full"),
-    (("missing_type=image",), "missing_type: expected vision or audio or text or any or some, found 'image'"),
+    (("missing_type=image",), "any or some, or several as text+audio, found 'image'"),
     (("network.width=16",), "network.width: expected 8"),
     (("network.depth=1",), "network: expected width, heads, layers, found depth"),
     (("memory_depth=9",), "memory_depth=9 is more than the backbone has blocks"),

@@ -12,15 +12,25 @@ import numpy as np
 COMPLETE = 0
 AVAILABLE = "_available"
 """End of the names of the shares of samples that have a modality."""
+JOIN = "+"
 BOTH, ANY, SOME = "both", "any", "some"
 """Missing types of patterns in which samples differ in what they lack: one of two modalities, with a share of each;
 one of more than two, each as often; a non-empty proper subset of more than two, each as often."""
 
 
 def missing_types(modalities: Iterable[str]) -> tuple[str, ...]:
-    """The missing types that a pattern may have: what its chosen samples lose."""
+    """The missing types that a pattern may have, what its chosen samples lose, beside several modalities by name."""
     names = list(modalities)
     return (*reversed(names), *((BOTH,) if len(names) == 2 else (ANY, SOME)))
+
+
+def pattern_type(modalities: Iterable[str], name: str) -> str | None:
+    """A missing type as patterns spell it, one of `missing_types` or several modalities as `text+audio`, or None."""
+    names = list(modalities)
+    if name in missing_types(names):
+        return name
+    lost = set(name.split(JOIN))
+    return JOIN.join(each for each in names if each in lost) if lost < set(names) and len(lost) > 1 else None
 
 
 def type_names(modalities: Iterable[str]) -> tuple[str, ...]:
@@ -31,9 +41,9 @@ def type_names(modalities: Iterable[str]) -> tuple[str, ...]:
 
 
 def code_of(modalities: Iterable[str], modality: str) -> int:
-    """The missing type of samples that lack `modality` alone."""
+    """The missing type of samples that lack `modality` alone, or several as `text+audio`."""
     names = list(modalities)
-    return int(2 ** (len(names) - 1 - names.index(modality)))
+    return int(sum(2 ** (len(names) - 1 - names.index(name)) for name in modality.split(JOIN)))
 
 
 def is_missing(modalities: Iterable[str], modality: str, code: Any) -> Any:
@@ -57,5 +67,5 @@ def available_shares(modalities: Iterable[str], missing_type: str, ratio: float,
         lost = dict(zip(names, (both_ratio, 1 - both_ratio), strict=True))
     else:
         share = {ANY: 1 / len(names), SOME: 1 / 2}  # each modality is in half of the subsets
-        lost = {name: share.get(missing_type, float(missing_type == name)) for name in names}
+        lost = {name: share.get(missing_type, float(name in missing_type.split(JOIN))) for name in names}
     return {name: 1 - ratio * lost[name] for name in names}

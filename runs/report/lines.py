@@ -62,7 +62,12 @@ class Line:
                 if metric in cell["metrics"]:
                     found.setdefault(pattern, []).append(cell["metrics"][metric]["values"])
         types = self.runs[0].run.spec.missing_types
-        order = sorted(found, key=lambda p: (types.index(p.missing_type), p.both_ratio, p.ratio))
+
+        def place(pattern: Pattern) -> tuple[Any, ...]:
+            kind = pattern.missing_type
+            return types.index(kind) if kind in types else len(types), kind, pattern.both_ratio, pattern.ratio
+
+        order = sorted(found, key=place)
         return {pattern: spread for pattern in order if (spread := spread_of(found[pattern]))}
 
     @cached_property

@@ -78,7 +78,10 @@ def test_the_run_folder_holds_everything(workspace: Workspace, fitted: Path) -> 
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["command"][0] == sys.argv[0]
     with (fitted / "metrics.csv").open() as file:
-        names = set(csv.DictReader(file).fieldnames or ())
+        rows = list(csv.DictReader(file))
+    names, seconds = set(rows[0]), [float(row["seconds"]) for row in rows]
+    assert list(rows[0])[:3] == ["epoch", "step", "seconds"] and seconds == sorted(seconds) and seconds[-1] > 0
+    assert [int(row["step"]) for row in rows] == list(range(len(rows))) and rows[-1]["test/f1_macro"]
     assert {"train/loss", "train/f1_macro", "val/loss", "val/f1_macro", "val/f1_micro", "test/f1_macro"} <= names
     assert any(path.name.startswith("events.") for path in (fitted / "tensorboard").iterdir())
     results = results_of(fitted)

@@ -22,7 +22,7 @@ OTHERS = {
     "common/files.py atomic_path": "is what makes it so",
     "common/locks.py locked": "a lock is no data",
     "engine/training.py on_train_epoch_end": "asks the logger",
-    "runs/sweep/jobs.py _run": "appends to a log",
+    "runs/sweep/jobs.py __init__": "appends to a log",
     "vilt/utils/arrow_writer.py _write_rows": "convert gives the part",
     **dict.fromkeys(("vilt/convert.py _image", "runs/report/samples.py _thumbnail"), "into memory"),
     **dict.fromkeys(

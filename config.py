@@ -211,6 +211,8 @@ class Options:
     robustness_ratios: tuple[float, ...] = option(
         [tenths / 10 for tenths in range(11)], several(number(0, 1)), COMMAND,
         "robustness, compare: missing ratios; without them compare has 0, 1 and that of the training")
+    robustness_both_ratios: tuple[float, ...] | None = option(
+        None, optional(several(number(0, 1))), COMMAND, "robustness: values of both_ratio; None: both_ratio alone")
     robustness_seeds: tuple[int, ...] = option(
         [0, 1, 2, 3, 4], several(SEED), COMMAND, "robustness, compare: seeds of the missing tables")
     published_f1: bool = option(
@@ -278,9 +280,11 @@ class Options:
 
     def robustness_patterns(self) -> list[list[MissingPattern]]:
         """The cells of a robustness matrix: of each, its pattern with every table seed."""
+        both_ratios = {BOTH: self.robustness_both_ratios or (self.both_ratio,)}  # the other types do not depend on it
         return [
-            [MissingPattern(kind, ratio, self.both_ratio, seed, self.missing_tables) for seed in self.robustness_seeds]
+            [MissingPattern(kind, ratio, both, seed, self.missing_tables) for seed in self.robustness_seeds]
             for kind in self.robustness_types
+            for both in both_ratios.get(kind, (self.both_ratio,))
             for ratio in self.robustness_ratios
         ]
 

@@ -7,8 +7,9 @@ Shapes: T missing types (of M modalities 2^M - 1; with two: complete, one or the
 """
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from common.files import atomic_path
 from common.messages import first_line, quoted
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DatasetSpec
+
+log = logging.getLogger("rep")
 
 FORMAT = 1
 DESCRIPTION = b"rep"
@@ -150,13 +153,37 @@ class LogitStore:
     def load(self) -> SplitLogits:
         """The logits. Raises as `is_there`."""
         split, _, described = read_split(self.path, self.dataset.spec)
+        self._check_origin(self.path, described)
+        return replace(split, table_rows=self.dataset.n_rows, natural=self.dataset.natural)
+
+    def load_part(self) -> dict[str, Tensor]:
+        """By column, logits (N, C) that an interrupted run has kept; none where they do not fit or are damaged."""
+        spec, part = self.dataset.spec, self._part
+        if not part.is_file():
+            return {}
+        try:
+            there = open_table(part, "stored logits").column_names
+            columns = [name for name in logit_columns_of(spec) if name in there]
+            table, described = read_logits(part, spec, columns)
+            self._check_origin(part, described)
+            if len(table) != len(self.dataset):
+                raise DataError(f"{part}: expected {len(self.dataset):,} samples, found {len(table):,}")
+        except UserError as error:
+            log.info("%s; not used", error)
+            return {}
+        return {name: torch.from_numpy(matrix_of(table[name], spec.n_classes)) for name in columns}
+
+    @property
+    def _part(self) -> Path:
+        return self.folder / "logits_part.arrow"
+
+    def _check_origin(self, path: Path, described: Mapping[str, Any]) -> None:
         for name, expected in self.origin.items():
             if (found := described.get(name)) != expected:
                 raise CheckpointError(
-                    f"{self.path}: stored logits of another {TITLES.get(name, name)}: expected {_short(expected)}, "
+                    f"{path}: stored logits of another {TITLES.get(name, name)}: expected {_short(expected)}, "
                     f"found {_short(found)}"
                 )
-        return replace(split, table_rows=self.dataset.n_rows, natural=self.dataset.natural)
 
     def check_writable(self) -> None:
         """Makes the folder; DataError where that or writing there is impossible."""
@@ -170,8 +197,8 @@ class LogitStore:
                 f"config.json, to a folder that can be written"
             ) from error
 
-    def write(self, logits_TNC: Sequence[Tensor]) -> None:
-        """Writes float32 logits of all samples, in their order, for each missing type.
+    def write(self, logits: Mapping[str, Tensor]) -> None:
+        """Writes float32 logits (N, C) of all samples, in their order, by column: a part until all columns are there.
 
         Raises:
             DataError: the folder cannot be written.
@@ -184,18 +211,20 @@ class LogitStore:
             "text_number": pa.array(np.arange(len(rows)) - np.searchsorted(rows, rows), pa.int64()),  # rows ascend
             "label": _lists(labels.astype(np.uint8)) if labels.ndim == 2 else pa.array(labels),
         }
-        for column, logits_NC in zip(logit_columns_of(spec), logits_TNC, strict=True):
-            columns[column] = _lists(logits_NC.numpy())
+        columns |= {name: _lists(logits_NC.numpy()) for name, logits_NC in logits.items()}
+        path = self.path if len(logits) == len(spec.type_names) else self._part
         description = {"format": FORMAT, "rows": self.dataset.n_rows, **self.origin}
         description["configuration"] = self.configuration
         if np.any(self.dataset.natural):
             description["natural"] = "".join(f"{code:x}" for code in self.dataset.natural.tolist())
         table = pa.table(columns).replace_schema_metadata({DESCRIPTION: json.dumps(description, default=str).encode()})
         try:
-            with atomic_path(self.path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
+            with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
                 writer.write_table(table)
+            if path == self.path:
+                self._part.unlink(missing_ok=True)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be written: {reason_of(error)}") from error
+            raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
 
 
 def _lists(values_NC: np.ndarray) -> pa.Array:

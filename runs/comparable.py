@@ -5,7 +5,7 @@ from typing import Any
 
 from config import COMMAND, DEFAULTS, MACHINE, OPTIONS, RUN
 
-GONE = ("compile", "robustness_anew", "robustness_both_ratios")
+GONE = ("compile", "robustness_anew")
 """Options that the configurations of older runs have."""
 _NO_RESULT = {
     *(name for name, option in OPTIONS.items() if option.kind in (MACHINE, RUN, COMMAND)),

@@ -28,7 +28,7 @@ from engine.families import BackboneChoice
 from engine.open_model import COMPUTE_TYPES
 from engine.processes import ending_together
 from engine.robustness import Results, by_missing_type, measure, write_results
-from engine.stored_logits import LogitStore
+from engine.stored_logits import LogitStore, logit_columns_of
 from engine.tasks import Task, with_published_f1
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
@@ -220,20 +220,24 @@ def measure_target(target: Target, given: set[str]) -> Results | None:
 
 
 def encode(store: LogitStore, module: FinetuneModule, trainer: pl.Trainer, data: MissingModalityData) -> None:
-    """Computes the logits, in one pass over the test split for each missing type.
+    """Computes the logits, in one pass over the test split for each missing type that an interrupted run left.
 
     With several processes all take part, and the first one writes.
     """
-    dataset, logits_TNC = data.datasets["test"], []
-    for number, name in enumerate(dataset.spec.type_names):
+    dataset, logits = data.datasets["test"], store.load_part()
+    names = zip(logit_columns_of(dataset.spec), dataset.spec.type_names, strict=True)
+    for number, (column, name) in enumerate(names):
+        if column in logits:
+            log.info("%s: kept by an interrupted run", name)
+            continue
         of, samples = len(dataset.spec.type_names), counted(len(dataset), "sample")
         log.info("encoding %d of %d: %s, %s", number + 1, of, name, samples)
         dataset.missing_table = np.full(dataset.n_rows, number, dtype=np.int8)
         trainer.test(module, datamodule=data, verbose=False)
         assert module.tested is not None and len(module.tested[0]) == len(dataset)
-        logits_TNC.append(module.tested[0])
-    if trainer.is_global_zero:
-        store.write(logits_TNC)
+        logits[column] = module.tested[0]
+        if trainer.is_global_zero:
+            store.write(logits)
 
 
 def measure_mean(targets: Sequence[Target]) -> tuple[Target, Results]:

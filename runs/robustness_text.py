@@ -1,14 +1,16 @@
 """Robustness results as tables for the terminal: of one checkpoint, and of several side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from common.text import AT_OFFSET, baseline_texts, counted, interval_text, per_cent, terminal_table
+from common.text import AT_OFFSET, Estimate, baseline_texts, counted, interval_text, per_cent, terminal_table
 from engine.robustness import Results
 from runs.check_options import read_load_paths
 from runs.evaluation import measure_mean, measure_target
 from runs.lines import RunLine, lines_of, spread_of
 from runs.targets import Target, open_targets
+from vilt.missing_types import BOTH
 
 
 def measure_all(config: Mapping[str, Any], given: set[str]) -> str:
@@ -21,12 +23,45 @@ def measure_all(config: Mapping[str, Any], given: set[str]) -> str:
 
 
 def describe(measured: Sequence[tuple[Target, Results]]) -> str:
-    """The results side by side: a block per missing type, a column per line of runs; of one checkpoint with intervals.
+    """The results of one checkpoint, or of several side by side; then what answers that look at no sample get."""
+    (target, first), several = measured[0], len(measured) > 1
+    subject, samples = target.subject, counted(first["samples"], "sample")
+    one = " ".join([f"{subject.checkpoint} (sha256 {subject.checkpoint_sha256[:12]})", *subject.other_input])
+    over = f"mean{'' if several else ' ± std'} over missing tables (seeds {', '.join(map(str, first['table_seeds']))})"
+    baselines = [f"  {line}" for line in baseline_texts(first["baselines"], first["metric"])]
+    return "\n".join(
+        [
+            f"robustness of {counted(len(measured), 'checkpoint') if several else one}",
+            f"  {first['task']} test, {samples}; {first['metric']}, {over}\n",
+            *(_side_by_side(measured) if several else _matrices(first)),
+            *(["", "without looking at a sample:", *baselines] if baselines else []),
+        ]
+    )
 
-    Then what answers that look at no sample get.
-    """
-    (target, first), lines = measured[0], lines_of(measured, lambda entry: entry[0].run)
-    metric, with_interval = first["metric"], len(measured) == 1 and "interval" in first["cells"][0]
+
+def _matrices(found: Results) -> list[str]:
+    """Of one checkpoint, ratios down and missing types across: the metric, its intervals, its value at the offset."""
+
+    def matrix(title: str, text_of: Callable[[dict[str, Any]], str]) -> list[str]:
+        at = {(_kind(cell, found), cell["ratio"]): text_of(cell) for cell in found["cells"]}
+        kinds, ratios = dict.fromkeys(kind for kind, _ in at), dict.fromkeys(ratio for _, ratio in at)
+        rows = [[per_cent(ratio), *(at[kind, ratio] for kind in kinds)] for ratio in ratios]
+        table = terminal_table(["missing", *kinds], rows, ">" * (1 + len(kinds)))
+        return [f"\n{title}:\n", table] if title else [table]
+
+    def metric(name: str, cell: dict[str, Any]) -> str:
+        return Estimate(*(cell["metrics"][name][part] for part in Estimate._fields)).text()
+
+    parts = matrix("", partial(metric, found["metric"]))
+    if found["confidence"]["resamples"]:
+        level = f"{per_cent(found['confidence']['level'])} interval over test samples"
+        parts += matrix(level, lambda cell: interval_text(cell["interval"]["low"], cell["interval"]["high"]))
+    return parts + (matrix(AT_OFFSET, partial(metric, AT_OFFSET)) if AT_OFFSET in found["metrics"] else [])
+
+
+def _side_by_side(measured: Sequence[tuple[Target, Results]]) -> list[str]:
+    """A block per missing type, a column per line of runs."""
+    first, lines = measured[0][1], lines_of(measured, lambda entry: entry[0].run)
     heads, rows = ["method", ""], [["name", ""], ["trained at", ""], ["seeds", ""]]
     for line in lines:
         subjects = [target.subject for target, _ in line.items]
@@ -34,27 +69,15 @@ def describe(measured: Sequence[tuple[Target, Results]]) -> str:
         rows[0].append(", ".join(dict.fromkeys(subject.exp_name for subject in subjects)))
         rows[1].append(str(line.run.pattern) if line.run is not None else "not known")
         rows[2].append(", ".join("not known" if one.train_seed is None else str(one.train_seed) for one in subjects))
-    heads += [f"{per_cent(first['confidence']['level'])} interval"] if with_interval else []
-    table, over = _block(metric, first, lines)
-    if with_interval:
-        for row, cell in zip((row for row in table if row is not None), first["cells"], strict=True):
-            row.append(interval_text(cell["interval"]["low"], cell["interval"]["high"]))
+    table, over = _block(first["metric"], first, lines)
     if any(AT_OFFSET in found["metrics"] for _, found in measured):
-        table += [None, [AT_OFFSET], *_block(AT_OFFSET, first, lines)[0]]
-    filled = [row and [*row, *[""] * (len(heads) - len(row))] for row in [*rows, ["± over", "", *over], *table]]
-    what = f"{target.subject.checkpoint} (sha256 {target.subject.checkpoint_sha256[:12]})"
-    seeds, samples = ", ".join(map(str, first["table_seeds"])), counted(first["samples"], "sample")
+        heading = [AT_OFFSET, "", *[""] * len(lines)]
+        table += [None, heading, *_block(AT_OFFSET, first, lines)[0]]
     left_out = [str(target.subject.checkpoint) for line in lines for target, _ in line.repeats]
-    baselines = [f"  {line}" for line in baseline_texts(first["baselines"], metric)]
-    return "\n".join(
-        [
-            f"robustness of {what if len(measured) == 1 else counted(len(measured), 'checkpoint')}",
-            f"  {first['task']} test, {samples}; {metric}, mean over missing tables (seeds {seeds})\n",
-            terminal_table(heads, filled, "<" + ">" * (len(heads) - 1)),
-            *([f"\nnot counted, of a seed that is there already: {', '.join(left_out)}"] if left_out else []),
-            *(["", "without looking at a sample:", *baselines] if baselines else []),
-        ]
-    )
+    return [
+        terminal_table(heads, [*rows, ["± over", "", *over], *table], "<" + ">" * (len(heads) - 1)),
+        *([f"\nnot counted, of a seed that is there already: {', '.join(left_out)}"] if left_out else []),
+    ]
 
 
 def _block(
@@ -64,7 +87,7 @@ def _block(
     table: list[list[str] | None] = []
     over, last_kind = [""] * len(lines), None
     for place, cell in enumerate(first["cells"]):  # all checkpoints have the same
-        kind = cell["missing_type"]
+        kind = _kind(cell, first)
         of_lines = [[found["cells"][place]["metrics"].get(metric) for _, found in line.items] for line in lines]
         spreads = [spread_of([each["values"] for each in of_line if each]) for of_line in of_lines]
         over = [spread.over if spread else "" for spread in spreads]
@@ -73,3 +96,9 @@ def _block(
         table.append([kind if kind != last_kind else "", per_cent(cell["ratio"]), *shown])
         last_kind = kind
     return table, over
+
+
+def _kind(cell: dict[str, Any], found: Results) -> str:
+    """The missing type, with both_ratio where there are several."""
+    several = len({other["both_ratio"] for other in found["cells"]}) > 1
+    return f"{BOTH} {cell['both_ratio']:g}" if cell["missing_type"] == BOTH and several else cell["missing_type"]

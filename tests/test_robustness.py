@@ -155,7 +155,7 @@ def test_the_stored_logits_name_their_samples(workspace: Workspace, fresh: Path)
 def test_the_files_agree_with_the_stored_logits(workspace: Workspace, fresh: Path, tmp_path: Path) -> None:
     """Every figure again from logits.arrow and the missing tables, with the statistics module."""
     root = tmp_path / "tables"
-    options = ("robustness_ratios=[0,0.3,1.0]", "robustness_seeds=[5,2,9]", "both_ratio=0.2")
+    options = ("robustness_ratios=[0,0.3,1.0]", "robustness_seeds=[5,2,9]", "robustness_both_ratios=[0.5,0.2]")
     robustness(workspace, f"load_path={fresh / 'best.ckpt'}", f"missing_table_root={root}", *options, "bootstrap=30")
     results, table = results_of(fresh), stored(fresh).to_pydict()
     assert results["format"] == 1 and results["split"] == "test" and results["checkpoint"] == "best.ckpt"
@@ -166,8 +166,9 @@ def test_the_files_agree_with_the_stored_logits(workspace: Workspace, fresh: Pat
     logits = [torch.tensor(table[name]) for name in LOGIT_COLUMNS]
     labels, rows = torch.tensor(table["label"]), table["row"]
     metrics = TASKS["mmimdb"].metrics
+    kinds = [("text", 0.5), ("image", 0.5), ("both", 0.5), ("both", 0.2)]  # both_ratio given for `both` alone
     assert [(cell["missing_type"], cell["both_ratio"], cell["ratio"]) for cell in results["cells"]] == [
-        (kind, 0.2, ratio) for kind in ("text", "image", "both") for ratio in (0.0, 0.3, 1.0)
+        (kind, both_ratio, ratio) for kind, both_ratio in kinds for ratio in (0.0, 0.3, 1.0)
     ]
     by_cell, matrix = table_of(fresh, "cells.csv"), table_of(fresh, "matrix.csv")
     for cell, line in zip(results["cells"], matrix, strict=True):
@@ -220,6 +221,35 @@ def test_adding_ratios_and_seeds_does_not_touch_the_model(
         assert after[cell["missing_type"], cell["ratio"]]["values"][:2] == cell["metrics"]["f1_micro"]["values"]
     described = {"level": 0.95, "resamples": 0, "undefined_resamples": {}}
     assert results_of(fresh)["confidence"] == described | {name: {} for name in TYPE_NAMES}
+
+
+@pytest.mark.parametrize("spoilt", ["not", "cut", "of another checkpoint"])
+def test_an_interrupted_run_continues_after_the_types_that_are_complete(
+    workspace: Workspace, fresh: Path, encoded: Path, monkeypatch: Patch, capsys: Captured, spoilt: str
+) -> None:
+    """Unless what it has kept is damaged, or another checkpoint's."""
+    write = LogitStore.write
+
+    def stop(self: LogitStore, logits: dict[str, torch.Tensor]) -> None:
+        if len(logits) == 3:
+            raise KeyboardInterrupt
+        write(self, logits)
+
+    command = robustness_command(workspace, f"load_path={fresh / 'best.ckpt'}", *QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(LogitStore, "write", stop)
+        assert command_line(command) == 130
+    (part,) = (fresh / "robustness").iterdir()
+    if spoilt == "cut":
+        part.write_bytes(part.read_bytes()[:-200])
+    elif spoilt == "of another checkpoint":
+        draw_head(fresh / "best.ckpt", seed=1)
+    capsys.readouterr()
+    assert command_line(command) == 0
+    said = capsys.readouterr().err
+    assert said.count("encoding ") == (1 if spoilt == "not" else 3) and (f"{part}: " in said) == (spoilt != "not")
+    assert not part.exists()
+    assert stored(fresh).equals(stored(encoded)) == (spoilt != "of another checkpoint")
 
 
 def test_a_store_of_another_checkpoint_is_refused_until_it_is_deleted(
@@ -390,20 +420,31 @@ def test_the_matrix_of_one_checkpoint(
     workspace: Workspace, encoded: Path, capsys: Captured, monkeypatch: Patch
 ) -> None:
     no_model(monkeypatch)
-    robustness(workspace, f"load_path={encoded / 'best.ckpt'}", *QUICK)
+    robustness(workspace, f"load_path={encoded / 'best.ckpt'}", *QUICK, "robustness_both_ratios=[0.2,0.5]")
     results = results_of(encoded)
     said = capsys.readouterr().out
     assert f"robustness of {encoded / 'best.ckpt'} (sha256 {results['checkpoint_sha256'][:12]})" in said
-    assert f"{results['samples']} samples; f1_macro, mean over missing tables (seeds 0, 1)" in said
+    assert f"{results['samples']} samples; f1_macro, mean ± std over missing tables (seeds 0, 1)" in said
     lines = [re.split(r"\s{2,}", line.strip()) for line in said.splitlines()]
-    assert ["method", "rep", "95 % interval"] in lines and ["± over", "2 missing tables"] in lines
-    kind = "text"
-    for cell, line in zip(results["cells"], [line for line in lines if " to " in line[-1]], strict=True):
-        figures, ends = cell["metrics"]["f1_macro"], cell["interval"]
-        shown = [f"{figures['mean']:.4f} ± {figures['std']:.4f}", f"{ends['low']:.4f} to {ends['high']:.4f}"]
-        kind = line[0] if len(line) == 4 else kind
-        assert line[-3:] == [f"{100 * cell['ratio']:g} %", *shown]
-        assert kind == cell["missing_type"]
+    kinds = ["text", "image", "both 0.2", "both 0.5"]
+    places = [place for place, line in enumerate(lines) if line == ["missing", *kinds]]
+    assert [lines[place - 2][0] for place in places[1:]] == ["95 % interval over test samples:", f"{AT_OFFSET}:"]
+
+    def estimate(cell: dict[str, Any], metric: str) -> str:
+        return f"{cell['metrics'][metric]['mean']:.4f} ± {cell['metrics'][metric]['std']:.4f}"
+
+    for place, text_of in zip(
+        places,
+        (
+            lambda cell: estimate(cell, "f1_macro"),
+            lambda cell: f"{cell['interval']['low']:.4f} to {cell['interval']['high']:.4f}",
+            lambda cell: estimate(cell, AT_OFFSET),
+        ),
+        strict=True,
+    ):
+        for line, ratio in zip(lines[place + 2 :], ("0 %", "50 %"), strict=False):
+            of_ratio = [cell for cell in results["cells"] if f"{100 * cell['ratio']:g} %" == ratio]
+            assert line == [ratio, *map(text_of, of_ratio)]
 
 
 def test_checkpoints_of_different_datasets_or_test_sets(

@@ -118,6 +118,8 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+        if self.best is not None and not {"score", "state_dict"} <= self.best.keys():
+            raise KeyError("best")  # rather than write it into best.ckpt
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -302,6 +302,7 @@ NOT_RESUMABLE = "does not hold where the training stood"
         (having(loops={"a": 1}), "not to be resumed: KeyError 'fit_loop'"),
         (having(lr_schedulers=[5]), "not to be resumed"),
         (having(MissingModalityData={"epoch": 1}), "was trained with samples per batch = None, now it is 4"),
+        (lambda c: c["callbacks"].update(Checkpoints={"best": {"score": 1.0}}), "not to be resumed: KeyError 'best'"),
         (lambda c: c["optimizer_states"][0]["param_groups"].pop(), "different number of parameter groups"),
         (lambda c: c["state_dict"].popitem(), "1 names missing"),
         (lambda c: c["state_dict"][WEIGHT].fill_(float("nan")), f"{WEIGHT} holds values that are not finite"),

@@ -43,13 +43,13 @@ def write_run(
         "command": ["/home/somebody/code/run.py", "with", f"task_finetune_{task}", "data_root=/home/somebody/films"],
         "python": "3.11.7",
         "packages": {"torch": "2.13.0", "numpy": "2.4.6"},
-        "machine": {"platform": "Linux-6.1", "cores": 2, "gpus": ["NVIDIA H100"]},
+        "machine": {"host": "secret", "platform": "Linux-6.1", "cores": 2, "gpus": ["NVIDIA H100"]},
         "git": {"commit": "0123456789abcdef0123", "changed": [" M run.py"]},
     }
     (folder / "environment.json").write_text(json.dumps(environment))
     monitor = f"val/{TASKS[task].monitor}"
     lines = [f"epoch,step,train/loss,{monitor}"]
-    lines += [line for step in range(4) for line in (f"0,{step},{1 / (step + 1)},", f"0,{step},,{0.1 * (step + 1)}")]
+    lines += [f"0,{step},{1 / (step + 1)},{0.1 * (step + 1)}" for step in range(4)]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     described = {"architecture": VIT_B16, "backbone": {"name": config["vit"]}}
     torch.save({"score": 0.4, "state_dict": {}, "made_for": str(folder), "rep": described}, folder / "best.ckpt")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -304,6 +305,9 @@ def test_results_by_class(runs: Path, results: list[dict[str, Any]]) -> None:
     f1 = [entry["f1"] for entry in entries if (entry["type"], entry["class"]) == ("text missing", "Drama")]
     mean, std, *_ = line.by_class["Drama", "f1", "text missing"]
     assert (mean, std) == pytest.approx((statistics.mean(f1), statistics.stdev(f1)))
+    assert figures.class_figure(dataset, [line]).svg.count('style="fill: #d55e00"') == len(line.support) - 1, (
+        "a bar of each"
+    )
     assert "No test sample is of Film-Noir." in figures.class_figure(dataset, dataset.measured).caption
 
 
@@ -378,6 +382,26 @@ def test_intervals_over_test_samples_and_baselines_stand_beside_the_results(
         assert f"{100 * constant:.0f} % ({answers[0]}) and " in said and f"({answers[1]})" in said
 
 
+def test_training_curves_are_averaged_over_equal_parts() -> None:
+    steps = np.arange(4 * figures.CURVE_POINTS)
+    found = figures.thinned(pd.Series(steps % 4, pd.Index(steps, name="step")))
+    assert list(found.index) == [4 * part + 1.5 for part in range(figures.CURVE_POINTS)] and set(found) == {1.5}
+    few = pd.Series([0.5, 0.25], pd.Index([3, 7], name="step"))
+    assert figures.thinned(few).to_dict() == few.to_dict()
+
+
+def test_a_panel_of_training_curves_is_a_configuration_and_a_curve_a_run(tmp_path: Path) -> None:
+    for length, seed in ((6, 0), (6, 1), (12, 0)):
+        write_run(tmp_path / f"{length}_{seed}", memory_length=length, seed=seed)
+    (tmp_path / "12_0" / "metrics.csv").write_text("epoch,step,train/loss,val/f1_macro\n0,0,0.5,\n")
+    [part] = [part for part in section_of(dataset_of(tmp_path)).parts if part.title == "Training curves"]
+    [shown], [loss] = part.shown, part.folded.values()
+    assert isinstance(shown, figures.Figure) and isinstance(loss, figures.Figure)
+    assert [panel.count("fill: none; stroke: #0072b2") for panel in shown.panels] == [2]
+    assert [len(shown.panels), len(loss.panels)] == [1, 2]
+    assert [note.text.split(":")[0] for note in part.notes] == ["Missing of R3"]
+
+
 def test_few_lines_share_panels_and_many_have_their_own(tmp_path: Path) -> None:
     for number in range(4):
         TestSet().write(write_run(tmp_path / f"{number}", memory_length=6 * number + 6))
@@ -448,6 +472,13 @@ def test_evaluations_are_listed_but_train_nothing(tmp_path: Path) -> None:
 def test_a_resumed_run_is_one_with_the_run_that_it_was_resumed_from(tmp_path: Path) -> None:
     first, run = (write_run(tmp_path / "rep_seed0" / f"version_{number}", tested=None) for number in (0, 1))
     edited(run, "config.json", resume_from=str(first / "last.ckpt"))
+    header = "epoch,step,train/loss,val/f1_macro"
+    (first / "metrics.csv").write_text(f"{header}\n0,1,1.5,\n0,7,,0.35\n0,8,0.9,\n0,8,,0.2\n")  # two rows a step, once
+    (run / "metrics.csv").write_text(f"{header}\n1,8,0.5,0.25\n1,9,,0.3\n1,10,0.")  # cut off
+    [read] = dataset_of(tmp_path).runs
+    assert read.curve("train/loss").to_dict() == {1: 1.5, 8: 0.5}
+    assert read.curve("val/f1_macro").to_dict() == {7: 0.35, 8: 0.25, 9: 0.3}
+    assert read.curve("val/loss").empty
     for best in ("40.0000", ""):
         dataset = dataset_of(tmp_path)
         [row] = as_csv(tables.runs_table(dataset.runs, [dataset]))

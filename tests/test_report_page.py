@@ -92,9 +92,10 @@ def test_the_files_of_a_report(report: Path, runs: Path, tmp_path: Path) -> None
         for task in TASKS
     ]
     tables += ["runs", "confusions_food101"]
-    drawn = [*(f"curves_{task}" for task in TASKS), "per_class_mmimdb", "roc_hatememes"]
+    drawn = [f"{name}_{task}" for name in ("curves", "train_loss") for task in TASKS]
+    drawn += ["per_class_mmimdb", "roc_hatememes", "val_f1_macro_mmimdb", "val_accuracy_food101", "val_auroc_hatememes"]
     assert found.keys() == {
-        *("index.html", "report.json"),
+        *("index.html", "report.md", "report.json"),
         *(f"tables/{name}.csv" for name in tables),
         *(f"figures/{name}.{ending}" for name in drawn for ending in ("png", "svg")),
         *(f"thumbnails/mmimdb_{rank:02}.jpg" for rank in range(1, 25)),
@@ -104,10 +105,30 @@ def test_the_files_of_a_report(report: Path, runs: Path, tmp_path: Path) -> None
         assert b"<image" not in found[f"figures/{name}.svg"], "drawn as shapes"
         with Image.open(report / "figures" / f"{name}.png") as image:
             image.load()
-            assert image.width == (480 if name.startswith("per") else 1440)
+            n_panels = 3 if name.startswith(("curves", "roc")) else 2 if "_f1_" in name or "loss_mm" in name else 1
+            assert image.width == 480 * n_panels
     make_report([runs / "others", runs / "mmimdb"], tmp_path / "again")
     again = contents(tmp_path / "again")
     assert [name for name in found if again[name] != found[name]] == [], "the same runs give the same files"
+
+
+def test_markdown_says_the_same(report: Path, page: Page) -> None:
+    markdown = (report / "report.md").read_text("utf-8")
+    pictures = re.findall(r"!\[.*?\]\(((?:figures|thumbnails)/[^)]*)\)", markdown)
+    assert len(pictures) == 11 + 24 and all((report / path).is_file() for path in pictures)
+    headings = re.findall(r"^#+ (.*)", markdown.replace("\\", ""), re.MULTILINE)
+    assert all(heading in page.text for heading in headings) and "Training curves" in headings
+    for name in ("published_mmimdb", "matrix_food101", "confidence_hatememes"):
+        for cell in itertools.chain(*csv.reader((report / "tables" / f"{name}.csv").open(encoding="utf-8"))):
+            if re.fullmatch(r"\d\d\.\d{4}", cell):
+                shown = f"{float(cell):.{2 if name == 'published_mmimdb' else 0}f}"
+                assert shown in markdown and shown in page.text
+    tables = [block for block in re.split(r"\n\n+", markdown) if block.startswith("|")]
+    assert len(tables) == len(page.all("table")) + 3, "the samples are tables too"
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.strip().splitlines()}) == 1
+    assert "    python run.py with task_finetune_mmimdb data_root=/home/somebody/films\n" in markdown
+    assert '"torch": "2.13.0"' in markdown and "**52.31**" in markdown
 
 
 def test_a_report_is_replaced_and_a_foreign_folder_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +182,7 @@ def test_the_page_is_self_contained_and_sound(page: Page, report: Path) -> None:
     images = page.all("img")
     assert len(images) == 24 and all(image["alt"] and str(image["src"]).startswith("data:image/") for image in images)
     drawings = [attributes for attributes in page.all("svg") if attributes.get("role") == "img"]
-    assert len(drawings) == 3 * 3 + 1 + 3 and all(drawing["aria-label"] for drawing in drawings)
+    assert len(drawings) == 3 * 3 + 1 + 3 + 2 * 4 and all(drawing["aria-label"] for drawing in drawings)
     assert page.all("html")[0]["lang"] == "en"
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
@@ -178,7 +199,7 @@ def test_sections_and_their_parts_are_in_order(page: Page, report: Path) -> None
     expected = [f"Robustness to missing modalities: {names[0]}, {names[1]} and {names[2]}"]
     for name, by_class in zip(names, ("Results by genre", "Most frequent confusions", "ROC curves"), strict=True):
         expected += [name, "Robustness curves", "Missing type × missing ratio", "Published results and ours"]
-        expected += [by_class, "Confidence intervals", "Test samples that change the most"]
+        expected += ["Training curves", by_class, "Confidence intervals", "Test samples that change the most"]
     expected += ["Runs and configurations", "How to reproduce this"]
     assert headings[: len(expected)] == expected
     assert "5 runs" in page.text
@@ -189,14 +210,17 @@ def test_sections_and_their_parts_are_in_order(page: Page, report: Path) -> None
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     run = write_run(tmp_path / "bare_seed0" / "version_0", tested=None, data_root="films")
     (run / "environment.json").unlink()
+    (run / "metrics.csv").unlink()
     page = Page(make_report([tmp_path / "bare_seed0"], tmp_path / "report")).text
+    markdown = (tmp_path / "report" / "report.md").read_text("utf-8").replace("\\", "")
     command = f"python run.py robustness with load_path={run}/best.ckpt task_finetune_mmimdb data_root=films"
     for fact in (
         *("1 run, none of them with robustness", without_home(command)),
         "R1 (bare_seed0/version_0): no robustness results",
-        "command is not known",
+        *("command is not known", "Versions are not known"),
+        "Missing of R1: metrics.csv has no val/f1_macro",
     ):
-        assert fact in page, fact
+        assert fact in page and fact in markdown, fact
     assert not (tmp_path / "report" / "figures").exists()
 
 
@@ -222,7 +246,11 @@ def test_texts_of_others_have_no_effect(page: Page, report: Path, tmp_path: Path
         ET.parse(path)
     assert not in_figures.all("img")
     assert page.text.count(" ".join(HOSTILE.split())) >= 1, "as a plot"
-    for shown in (page, in_figures):
+    for folder, shown in ((report, page), (tmp_path / "report", in_figures)):
+        markdown = (folder / "report.md").read_text("utf-8")
+        outside_code = "\n".join(line for line in markdown.splitlines() if not line.startswith("    "))
+        assert "<script" not in outside_code and "<img src=x" not in outside_code
+        assert "`code`" not in outside_code.replace(r"\`", "") and "](http://b)" not in outside_code.replace(r"\]", "")
         assert " ".join(HOSTILE.split()) in shown.text and "script" not in [tag for tag, _ in shown.tags]
 
 
@@ -231,6 +259,7 @@ def test_home_folders_stay_at_home(report: Path, tmp_path: Path) -> None:
     assert "python run.py with task_finetune_mmimdb data_root=/home/somebody/films" in html, (
         "the command as it was given"
     )
+    assert "0123456789abcdef0123" in html and "NVIDIA H100" in html and "secret" not in html
     assert set(re.findall(r"/home/\w+(?:/\w+)?", html)) == {"/home/somebody/films"}
     text = f'x=/home/a.b/data,/Users/c {ROOT_HOME}/d "/home/e", /data/home/f'
     assert without_home(text) == 'x=~/data,~ ~/d "~", /data/home/f'
@@ -274,6 +303,9 @@ def test_excerpts() -> None:
         ("best.ckpt", "weights", "not readable as a checkpoint: "),
         ("environment.json", "", "not readable as JSON"),
         ("environment.json", {"command": []}, "command: expected words, found []"),
+        ("environment.json", {"machine": []}, "environment.json: not as written by run.py"),
+        ("metrics.csv", "step,val/f1_macro\n1,high\n", "metrics.csv: not as written by run.py: could not convert"),
+        ("metrics.csv", "1\n1,2,3\n", "metrics.csv: not as written by run.py"),
         ("test_results.json", "nothing", "not readable as JSON"),
         ("test_results.json", '{"task": "mmimdb"}', "KeyError 'metrics'"),
         ("test_results.json", {"task": "food101"}, "another dataset: expected mmimdb, found 'food101'"),
@@ -391,7 +423,7 @@ def test_in_a_browser(report: Path, browser: Any, width: int, scheme: str) -> No
     assert tab.evaluate("[...document.images].map(image => image.complete ? image.naturalWidth : 0)") == [88] * 24
     assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out at the side"
     plots = "[...document.querySelectorAll('svg.plot')]"
-    assert tab.evaluate(f"{plots}.filter(svg => svg.getBoundingClientRect().height > 50).length") == 13
+    assert tab.evaluate(f"{plots}.filter(svg => svg.getBoundingClientRect().height > 50).length") == 13 + 2 * 4
     cut = tab.evaluate(
         "[...document.querySelectorAll('p, li, figcaption, h1, h2, h3, dd')]"
         ".filter(element => element.scrollWidth > element.clientWidth + 1 && element.clientWidth > 0)"

@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
@@ -42,6 +43,8 @@ TITLE, LINE = 42, 0.14
 """Of a panel's title, characters in a line, and inches that another line takes."""
 TOGETHER = 3
 """Lines that one panel shows; where there are more, each has a panel of its own."""
+CURVE_POINTS = 150
+"""Most points of a training curve."""
 
 Curve = tuple[Line, str, Look]
 """Of a line, the curve of a missing type."""
@@ -187,19 +190,52 @@ def robustness_curves(dataset: Dataset) -> Figure:
     return figure(f"curves_{dataset.key}", "Robustness curves", dataset.caption("curves"), panels, legend=legend)
 
 
+def training_figure(dataset: Dataset, column: str, title: str, factor: float) -> Figure:
+    """A column of metrics.csv by optimiser step: a panel per line, a curve per run."""
+    curves: dict[Line, list[pd.Series]] = {}
+    for line in dataset.lines:
+        if found := [run.curve(column) for run in line.runs if len(run.curve(column))]:
+            curves[line] = [factor * thinned(curve) for curve in found]
+    bounds = limits(value for of_line in curves.values() for curve in of_line for value in curve)
+
+    def draw(axes: Axes, line: Line) -> None:
+        for curve in curves[line]:
+            axes.plot(curve, "o-" if len(curve) <= 30 else "-", color=COLOURS[0], lw=1, ms=2.6, alpha=0.75)
+        axes.set(xlabel="optimiser step", ylabel=title, ylim=bounds)
+
+    panels = [Panel(line.label, partial(draw, line=line)) for line in curves]
+    name, caption = column.replace("/", "_"), dataset.caption("training", points=CURVE_POINTS, title=title)
+    return figure(f"{name}_{dataset.key}", title, caption, panels, 2.1)
+
+
+def thinned(curve: pd.Series) -> pd.Series:
+    """Steps and values, averaged over equal parts where there are more than CURVE_POINTS."""
+    points = curve.rename("value").reset_index()
+    points = points.groupby(points.index // math.ceil(len(points) / CURVE_POINTS)).mean()
+    return points.set_index("step").value
+
+
 def class_figure(dataset: Dataset, lines: Sequence[Line]) -> Figure:
-    """F1 by class, a panel per line and a dot per missing type; whiskers are the deviation over train seeds."""
+    """F1 by class, a panel per line and a bar per missing type; whiskers are the deviation over train seeds."""
     looks = {name: look(place) for place, name in enumerate(dataset.spec.type_names)}
     there = [name for name, support in lines[0].support.items() if support]
     lacking = [name for name in lines[0].support if name not in there]
 
     def draw(axes: Axes, line: Line) -> None:
         side_labels(axes, there)
-        for (place, of_class), (name, style) in itertools.product(enumerate(there), looks.items()):
+        height = 0.54 / len(looks)
+        for (place, of_class), (bar, name) in itertools.product(enumerate(there), enumerate(looks)):
             if value := line.by_class.get((of_class, "f1", name)):
-                whisker = 100 * value.std if value.n > 1 else None
-                axes.errorbar(100 * value.mean, place, None, whisker, elinewidth=0.7, alpha=0.85, **style)
-        axes.set(xlim=(-2, 102), xlabel="F1, %")
+                whisker, y = 100 * value.std if value.n > 1 else None, place - 0.22 + (bar + 0.5) * height
+                axes.barh(
+                    y,
+                    100 * value.mean,
+                    height,
+                    xerr=whisker,
+                    color=looks[name]["color"],
+                    error_kw={"elinewidth": 0.7, "ecolor": MUTED},
+                )
+        axes.set(xlim=(0, 102), xlabel="F1, %")
 
     caption = dataset.caption("class_figure") + (f" No test sample is of {listed(lacking)}." if lacking else "")
     panels = [Panel(line.label, partial(draw, line=line)) for line in lines]

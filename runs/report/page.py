@@ -1,4 +1,4 @@
-"""Writing the report: one HTML page, and its tables and figures as files."""
+"""Writing the report: one HTML page, the same as Markdown, and its tables and figures as files."""
 
 import base64
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from common.errors import DataError, reason_of
 from common.files import check_replaceable, whole_folder
@@ -26,6 +27,7 @@ MARKER = "report.json"
 """File that says that a folder is a report, so that a later one may replace it."""
 MAKER = "`python run.py report`"
 TEMPLATES = FileSystemLoader(Path(__file__).with_name("templates"))
+_MARKDOWN_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_[]|~$"})
 
 
 def make_report(places: Sequence[Path], out: Path) -> Path:
@@ -87,9 +89,10 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
         loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html.filters |= {"b64": lambda data: base64.b64encode(data).decode(), "unbroken": _unbroken}
-    html.filters |= {"anchor": lambda title: re.sub(r"\W+", "-", title.lower())}
-    page = html.get_template("page.html.j2").render(content)
-    files: dict[str, bytes] = {"index.html": page.encode(errors="replace")}
+    html.filters |= {"anchor": lambda title: re.sub(r"\W+", "-", title.lower()), "verbatim": Markup}
+    markdown = html.overlay(finalize=_markdown_text)
+    texts = {"index.html": html.get_template("page.html.j2"), "report.md": markdown.get_template("report.md.j2")}
+    files = {name: template.render(content).encode(errors="replace") for name, template in texts.items()}
     parts = [part for section in content["sections"] for part in section.parts]
     for item in (content["runs"], *(i for part in parts for i in (*part.shown, *part.folded.values()))):
         if isinstance(item, SampleGrid):
@@ -106,3 +109,10 @@ def _unbroken(text: str) -> str:
     """`text` with no line end within `MM-IMDb` and `61.02 ± 0.45 %`."""
     text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%")
     return text.replace("-", "-\N{WORD JOINER}")
+
+
+def _markdown_text(value: Any) -> Any:
+    """Texts of others as they are to be read, on one line: neither HTML nor Markdown in them has an effect."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return escape(re.sub(r"\s+", " ", value).translate(_MARKDOWN_SPECIAL))
+    return value

@@ -47,11 +47,12 @@ class Section(NamedTuple):
 
 
 class RunDetails(NamedTuple):
-    """What a run was, as JSON, and the command that repeats it, if that is known."""
+    """What a run was and ran on, as JSON, and the command that repeats it; empty where that is not known."""
 
     tag: str
     title: str
     configuration: str
+    versions: str
     command: str
 
 
@@ -78,6 +79,8 @@ def section_of(dataset: Dataset) -> Section:
             parts[-1].shown += published.values()
         else:
             parts[-1].folded |= published
+    if runs:
+        parts.append(_training_part(dataset, runs))
     if dataset.measured:
         parts += _results_parts(dataset)
     return Section(dataset.key, dataset.title, _summary(dataset), parts)
@@ -104,6 +107,17 @@ def _summary(dataset: Dataset) -> str:
     return f"{start} reaches {dataset.metric_title} {values}{at_own}. {measured}{dataset.baseline_text}"
 
 
+def _training_part(dataset: Dataset, runs: Sequence[ReportRun]) -> Part:
+    part, metric, unit = Part("Training curves"), f"val/{dataset.spec.monitor}", dataset.unit()
+    if any(len(run.curve(metric)) for run in runs):
+        part.shown.append(figures.training_figure(dataset, metric, f"Validation {dataset.axis_title}", unit.factor))
+    if any(len(run.curve("train/loss")) for run in runs):
+        part.folded["Training loss"] = figures.training_figure(dataset, "train/loss", "Training loss", 1)
+    if lacking := [run for run in runs if not len(run.curve(metric))]:
+        part.notes.append(Note(f"Missing of {_tags(lacking)}: metrics.csv has no {metric}, or is not there."))
+    return part
+
+
 def _published_notes(dataset: Dataset) -> list[Note]:
     notes = []
     if not dataset.is_published:
@@ -115,12 +129,16 @@ def _published_notes(dataset: Dataset) -> list[Note]:
 
 
 def _results_parts(dataset: Dataset) -> list[Part]:
-    """By class in the view that the task has, dots, confusions or ROC; confidence intervals; samples."""
+    """By class in the view that the task has, bars, confusions or ROC; confidence intervals; samples."""
     spec, parts, best = dataset.spec, [], dataset.headline
     if spec.multilabel:
         first = sorted(dataset.measured, key=lambda line: line is not best)[:CLASSES_SHOWN]
         title = f"Results by {'genre' if dataset.key == 'mmimdb' else 'class'}"
         parts.append(Part(title, [figures.class_figure(dataset, first)]))
+        if more := len(dataset.measured) - len(first):
+            parts[-1].notes = [
+                Note(f"Not shown: {counted(more, 'other configuration')}; see per_class.csv of their runs.")
+            ]
     elif spec.n_classes > 2:
         table = tables.confusion_table(dataset)
         parts.append(Part("Confusion matrix" if "as_1" in table.columns else "Most frequent confusions", [table]))
@@ -141,12 +159,14 @@ def _results_parts(dataset: Dataset) -> list[Part]:
 
 def run_details(one: ReportRun) -> RunDetails:
     """What a run was, and how to repeat it."""
-    kind, command = "evaluation" if one.run.is_evaluation else "training", ""
+    kind, command, versions = "evaluation" if one.run.is_evaluation else "training", "", ""
     if one.environment is not None:
+        kept = {name: one.environment.get(name) for name in ("python", "packages", "machine", "git")}
+        versions = without_home(json.dumps(kept, indent=2))
         program, *arguments = one.environment["command"]
         command = shlex.join(["python", Path(program).name, *arguments])
     title = f"{one.tag}: {one.place} ({dataset_title(one.run.dataset)}, {kind}, seed {one.run.config['seed']})"
-    return RunDetails(one.tag, title, without_home(json.dumps(one.run.config, indent=2)), command)
+    return RunDetails(one.tag, title, without_home(json.dumps(one.run.config, indent=2)), versions, command)
 
 
 def robustness_command(runs: Sequence[ReportRun]) -> str:

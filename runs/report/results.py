@@ -1,14 +1,17 @@
 """The runs of a report, read and checked; their robustness results as data frames."""
 
 import hashlib
+import io
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from common.errors import ConfigError, DataError
@@ -90,6 +93,22 @@ class ReportRun:
             return found and found.mean
         return self.tested(metric) if self.run.tested_at == self.pattern else None
 
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """metrics.csv by optimiser step, that of the runs that this one was resumed from too; empty without one."""
+        curves = pd.DataFrame()
+        for path in (part.folder / "metrics.csv" for part in self.run.parts):  # the last one first
+            content = path.read_text("utf-8", "replace") if path.is_file() else ""
+            if content := content.rpartition("\n")[0]:  # not a line that was cut off
+                with as_written_by_run(path):
+                    found = pd.read_csv(io.StringIO(content)).groupby("step").first().astype(float)
+                curves = pd.concat([found[found.index < curves.index.min()] if len(curves) else found, curves])
+        return curves
+
+    def curve(self, column: str) -> pd.Series:
+        """One of them; empty where there is none."""
+        return self.curves.get(column, pd.Series(dtype=float)).dropna()
+
     def tested(self, metric: str) -> float | None:
         """A metric of the test, whatever was missing there; NaN where it is undefined."""
         return None if self.run.test is None else self.run.test["metrics"].get(metric)
@@ -127,6 +146,7 @@ def _read(number: int, run: Run) -> ReportRun:
             words = environment["command"]
             if not words or not all(isinstance(word, str) for word in words):
                 raise ValueError(f"command: expected words, found {quoted(words)}")
+            environment.get("machine", {}).pop("host", None)  # a report is passed on
     if best.is_file() and (described := open_checkpoint(best).get(DESCRIPTION)):
         with as_written_by_run(best):
             published = described["architecture"].items() >= PUBLISHED_SIZES.items()

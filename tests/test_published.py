@@ -222,6 +222,11 @@ def options_of(workspace: Workspace, **changes: Any) -> Options:
     return check(defaults(data_root=str(workspace.arrow), **changes))
 
 
+def test_any_batch_size_accumulates_what_fits_in_batch_size(workspace: Workspace) -> None:
+    sizes = {7: 36, 12: 21, 32: 8, 300: 1}
+    assert {size: options_of(workspace, per_gpu_batchsize=size).accumulation for size in sizes} == sizes
+
+
 def test_gpus_by_number(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for number in (1, [0]):

@@ -37,6 +37,7 @@ SLOW = (
         "package",
         "quickstart",
         "report_page",
+        "report_search",
         "resume",
     ),
     *("robustness", "run", "run_custom", "run_methods", "run_sensors", "run_vla", "sweep", "undefined", "writers"),

@@ -224,18 +224,6 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "report" / "figures").exists()
 
 
-def test_trials_of_a_search_are_listed_and_no_lines_of_curves(tmp_path: Path) -> None:
-    """One that is named itself is a run."""
-    TestSet().write(trial := write_run(tmp_path / "s" / "s_trial_0_seed0" / "version_0"))
-    (tmp_path / "s" / "optuna.journal").touch()
-    for place, kind, curves in ((tmp_path / "s", "trial", 0), (trial, "training", 1)):
-        page = Page(make_report([place], tmp_path / "report"))
-        with (tmp_path / "report" / "tables" / "runs.csv").open() as file:
-            assert [row["kind"] for row in csv.DictReader(file)] == [kind]
-        assert len(list((tmp_path / "report").glob("figures/curves_*.png"))) == curves
-        assert ("optuna-dashboard" in page.text) == (kind == "trial")
-
-
 def test_texts_of_others_have_no_effect(page: Page, report: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "run", tokenizer=HOSTILE)
     write_run(tmp_path / "runs" / "other", tokenizer="$\\frac{$")

@@ -2,7 +2,6 @@
 
 import base64
 import re
-import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,11 +15,12 @@ from common.files import check_replaceable, whole_folder
 from common.text import counted
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
-from runs.report.parts import Note, run_details, section_of
+from runs.report.parts import run_details, section_of
 from runs.report.results import ReportRun, read_report_runs
 from runs.report.samples import SampleGrid
+from runs.report.search import search_section
 from runs.report.tables import runs_table
-from runs.report.text import listed, listed_runs, without_home
+from runs.report.text import listed
 from runs.sweep.jobs import JOURNAL
 
 MARKER = "report.json"
@@ -45,26 +45,23 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
     """
     check_replaceable(out, MARKER, MAKER)  # now, not after minutes of drawing
     runs = read_report_runs(places)
-    trials = [run for run in runs if _is_trial(run, places)]
-    others, now = [run for run in runs if run not in trials], datetime.now()
-    datasets, notes = by_dataset(others), []
+    trials: dict[Path, list[ReportRun]] = {}
+    for run in runs:
+        if sweep := _search_of(run, places):
+            trials.setdefault(sweep, []).append(run)
+    others, now = [run for run in runs if not _search_of(run, places)], datetime.now()
+    datasets = by_dataset(others)
     sections = [section_of(dataset) for dataset in datasets]
     title = f"Robustness to missing modalities: {listed([section.title for section in sections])}"
-    if trials:
-        journal = shlex.quote(without_home(str(trials[0].run.folder.parent.parent / JOURNAL)))
-        text = (
-            f"Trials of searches: {listed_runs([run.tag for run in trials])}. search.csv has their values and scores;"
-        )
-        notes.append(Note(f"{text} this shows how these are related:", f"optuna-dashboard {journal}"))
+    sections += [search_section(sweep, of_search, n) for n, (sweep, of_search) in enumerate(trials.items(), start=1)]
     files = _files(
         {
-            "title": title if datasets else "Trials of searches",
+            "title": title if datasets else listed([section.title for section in sections]),
             "date": f"{now.day} {now:%B %Y}",
             "n_runs": counted(len(runs), "run"),
             "sections": sections,
             "runs": runs_table(runs, datasets),
             "details": [run_details(run) for run in others],
-            "notes": notes,
         }
     )
     try:
@@ -77,10 +74,10 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
     return out / "index.html"
 
 
-def _is_trial(run: ReportRun, places: Sequence[Path]) -> bool:
-    """Whether a run is one of a search in or below `places`."""
+def _search_of(run: ReportRun, places: Sequence[Path]) -> Path | None:
+    """The folder of the search in or below `places` that a run is a trial of."""
     sweep = run.run.folder.parent.parent
-    return (sweep / JOURNAL).is_file() and any(sweep.is_relative_to(place) for place in places)
+    return sweep if (sweep / JOURNAL).is_file() and any(sweep.is_relative_to(place) for place in places) else None
 
 
 def _files(content: dict[str, Any]) -> dict[str, bytes]:

@@ -38,7 +38,7 @@ class Part:
 
 
 class Section(NamedTuple):
-    """One dataset."""
+    """One dataset, or one search."""
 
     anchor: str
     title: str

@@ -128,12 +128,18 @@ def check_values(options: Options, config: Mapping[str, Any]) -> None:
             raise ConfigError(f"search.{name}: {value!r} is not possible: {reason}")
 
 
-def open_study(path: Path, name: str, metric: str = "") -> optuna.Study:
-    """The study of a metric in a journal, which is made where there is none. Raises DataError where it is damaged."""
+def open_study(path: Path, name: str = "", metric: str = "") -> optuna.Study:
+    """The study of a metric in a journal, which is made where there is none; without a name the one that is there.
+
+    Raises:
+        DataError: the journal is damaged.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     direction = StudyDirection.MINIMIZE if metric in LOWER_IS_BETTER else StudyDirection.MAXIMIZE
     try:
         storage = JournalStorage(JournalFileBackend(str(path)))
+        if not name:
+            return optuna.load_study(study_name=None, storage=storage)
         return optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
     except Exception as error:  # of many types, on a damaged file
         raise DataError(f"{path}: not readable as Optuna's journal: {first_line(error)}") from error

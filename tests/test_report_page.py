@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+import shlex
 import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -18,6 +19,8 @@ from PIL import Image
 from common.errors import ConfigError, DataError, UserError
 from run import command_line
 from runs.report import make_report
+from runs.report.lines import by_dataset
+from runs.report.parts import _results_parts
 from runs.report.results import read_report_runs
 from runs.report.text import excerpt, without_home
 from tests.conftest import Workspace
@@ -112,7 +115,7 @@ def test_the_files_of_a_report(report: Path, runs: Path, tmp_path: Path) -> None
     assert [name for name in found if again[name] != found[name]] == [], "the same runs give the same files"
 
 
-def test_markdown_says_the_same(report: Path, page: Page) -> None:
+def test_markdown_says_the_same(report: Path, page: Page, runs: Path) -> None:
     markdown = (report / "report.md").read_text("utf-8")
     pictures = re.findall(r"!\[.*?\]\(((?:figures|thumbnails)/[^)]*)\)", markdown)
     assert len(pictures) == 11 + 24 and all((report / path).is_file() for path in pictures)
@@ -128,6 +131,8 @@ def test_markdown_says_the_same(report: Path, page: Page) -> None:
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.strip().splitlines()}) == 1
     assert "    python run.py with task_finetune_mmimdb data_root=/home/somebody/films\n" in markdown
+    named = re.search(r"^    (python run\.py report with .*)", markdown, re.MULTILINE)
+    assert named and shlex.split(named[1])[-1] == f"runs=[{runs / 'others'},{runs / 'mmimdb'}]"
     assert '"torch": "2.13.0"' in markdown and "**52.31**" in markdown
 
 
@@ -222,6 +227,15 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     ):
         assert fact in page and fact in markdown, fact
     assert not (tmp_path / "report" / "figures").exists()
+
+
+def test_configurations_without_bars_are_counted(tmp_path: Path) -> None:
+    for number in range(4):
+        TestSet().write(write_run(tmp_path / f"{number}", memory_length=6 * number + 6))
+    [dataset] = by_dataset(read_report_runs([tmp_path]))
+    by_class = _results_parts(dataset)[0]
+    assert len(by_class.shown[0].panels) == 3  # type: ignore[union-attr]
+    assert "1 other configuration" in by_class.notes[0].text
 
 
 def test_texts_of_others_have_no_effect(page: Page, report: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from common.files import check_replaceable, whole_folder
 from common.text import counted
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
-from runs.report.parts import run_details, section_of
+from runs.report.parts import report_command, run_details, section_of
 from runs.report.results import ReportRun, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.search import search_section
@@ -62,6 +62,7 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
             "sections": sections,
             "runs": runs_table(runs, datasets),
             "details": [run_details(run) for run in others],
+            "report_command": report_command(places),
         }
     )
     try:

@@ -178,3 +178,9 @@ def robustness_command(runs: Sequence[ReportRun]) -> str:
         f"data_root={config['data_root']}",
     ]
     return without_home(shlex.join(["python", "run.py", "robustness", "with", *options]))
+
+
+def report_command(places: Sequence[Path]) -> str:
+    """The command that makes a report of the folders `places`."""
+    folders = ",".join(map(str, places))
+    return without_home(shlex.join(["python", "run.py", "report", "with", f"runs=[{folders}]"]))

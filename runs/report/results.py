@@ -101,7 +101,7 @@ class ReportRun:
             content = path.read_text("utf-8", "replace") if path.is_file() else ""
             if content := content.rpartition("\n")[0]:  # not a line that was cut off
                 with as_written_by_run(path):
-                    found = pd.read_csv(io.StringIO(content)).groupby("step").first().astype(float)
+                    found = pd.read_csv(io.StringIO(content)).astype(float).groupby("step").first()
                 curves = pd.concat([found[found.index < curves.index.min()] if len(curves) else found, curves])
         return curves
 

@@ -85,7 +85,7 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
     Raises:
         ConfigError: a command, flag, named config, option or file is unknown, or `seed`, which Sacred acts on, is none.
     """
-    flags = _Flags().parse_intermixed_args(words)
+    flags = _Flags().parse_intermixed_args(["-h" if word == "help" else word for word in words])
     found, rest = CommandLine(help=flags.help, record=flags.file_storage), list(flags.words)
     if found.record is not None and ("=" in found.record or found.record in ("with", *NAMED_CONFIGS)):
         raise ConfigError(f"-F: expected a folder behind it, found {found.record}")

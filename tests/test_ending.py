@@ -131,7 +131,7 @@ def test_a_record_of_sacred_that_cannot_be_made(
 ) -> None:
     (tmp_path / "file").touch()
     command = [*workspace.command(f"log_dir={tmp_path}"), f"-F{tmp_path / 'file'}{inside}"]
-    assert ends_with(2, command, capsys)[0].startswith(f"error: {tmp_path / 'file'}")
+    assert ends_with(2, command, capsys)[0].startswith(f"error: -F {tmp_path / 'file'}")
 
 
 def test_configuration_files_cannot_run_code(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:

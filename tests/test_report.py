@@ -184,7 +184,10 @@ def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -
         ["70 % text", "MaPLe", "1", "20", "not measured", "not measured"],
     ]
     assert as_csv(table)[0]["f1_macro std"] == "7.0711"
-    assert section_of(dataset_of(tmp_path)).parts[0].title == "Methods compared"
+    first = section_of(dataset := dataset_of(tmp_path)).parts[0]
+    drawn = figures.comparison_figure(dataset)
+    assert first.title == "Methods compared" and first.shown[0] == drawn
+    assert all(line.variant in drawn.svg for lines in dataset.compared.values() for line in lines)
 
 
 @pytest.mark.parametrize("worse", [True, False])

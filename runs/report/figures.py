@@ -157,6 +157,26 @@ def arranged(lines: Sequence[Line], kinds: dict[str, str]) -> tuple[list[tuple[s
     return [(line.label, [(line, kind, looks[title]) for kind, title in kinds.items()]) for line in lines], looks
 
 
+def comparison_figure(dataset: Dataset) -> Figure:
+    """A panel per training pattern, a dot per line: its mean with a whisker for the deviation over seeds."""
+    scale = dataset.unit().factor
+    found = [line.at_own_pattern for lines in dataset.compared.values() for line in lines]
+    bounds = limits(scale * (each.mean + sign * each.std) for each in found if each for sign in (-1, 1))
+
+    def draw(axes: Axes, lines: Sequence[Line]) -> None:
+        side_labels(axes, [line.variant for line in lines])
+        for place, line in enumerate(lines):
+            if own := line.at_own_pattern:
+                axes.errorbar(
+                    scale * own.mean, place, None, scale * own.std, "o", color=COLOURS[0], ms=4.5, ecolor=MUTED
+                )
+        axes.set(xlim=bounds, xlabel=dataset.axis_title)
+
+    panels = [Panel(f"Trained at {pattern}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()]
+    height = TOP + BOTTOM + 0.3 * max(map(len, dataset.compared.values()))
+    return figure(f"comparison_{dataset.key}", "Methods compared", dataset.caption("comparison_figure"), panels, height)
+
+
 def robustness_curves(dataset: Dataset) -> Figure:
     """Metric against missing ratio: with few lines a panel per missing type, else one per line."""
     kinds = {pattern.kind: kind_title(pattern.kind) for line in dataset.measured for pattern in line.matrix}

@@ -60,7 +60,7 @@ def section_of(dataset: Dataset) -> Section:
     """The parts of a dataset, in order; those that take robustness results only where there are some."""
     runs, parts = [run for line in dataset.lines for run in line.runs], []
     if dataset.compared:
-        parts.append(Part("Methods compared", [tables.comparison_table(dataset)]))
+        parts.append(Part("Methods compared", [figures.comparison_figure(dataset), tables.comparison_table(dataset)]))
     if runs:
         parts.append(Part("Robustness curves", [figures.robustness_curves(dataset)] if dataset.measured else []))
         if lacking := [run for run in runs if run.robustness is None]:

@@ -6,13 +6,16 @@ The model that is trained may see less of the sample: with `simulate_missing` or
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 from tqdm import tqdm
 
+from clip.backbone import Backbone
 from common.errors import ConfigError
+from common.hashing import file_sha256
 from engine.checkpoint import check_classes, read_checkpoint
 from engine.families import BackboneChoice
 from engine.kept_features import are_constant, training_batches
@@ -21,23 +24,27 @@ from engine.training import model_input
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.kinds import InputFormat
 
+if TYPE_CHECKING:
+    from config import Options
+
 log = logging.getLogger("rep")
 
 
 @torch.no_grad()
 def soft_labels(
     path: Path,
+    options: "Options",
     data: MissingModalityData,
     given: InputFormat,
-    backbone_sha256: str,
-    precision: str,
+    backbone: Backbone,
     device: torch.device,
 ) -> Tensor:
     """Probabilities (N, C) of the classes of every training sample.
 
     Args:
+        options: of the run that is taught.
         given: what `data` gives a model.
-        backbone_sha256: of that whose outputs `data` has kept, if it has.
+        backbone: that whose outputs `data` has kept, if it has.
 
     Raises:
         ConfigError: the model takes something else, or is of another task.
@@ -48,15 +55,21 @@ def soft_labels(
         found = f"found one of {checkpoint.spec.task}"
         raise ConfigError(f"teacher={path}: expected a model of the classes of {data.settings.dataset}, {found}")
     check_classes(checkpoint, dataset)
-    classifier, inputs = open_model(checkpoint, BackboneChoice(), published_vit="ViT-B/16")
+    trust, seed = options.trust_backbone, options.published_seed
+    choice = BackboneChoice(tokenizer=options.tokenizer, trust=trust, published_seed=seed)
+    classifier, inputs = open_model(checkpoint, choice, published_vit="ViT-B/16")
     if replace(inputs, tokenize=None) != replace(given, tokenize=None):
         raise ConfigError(f"teacher={path}: expected image size, tokenizer and texts as they are here, found others")
-    classifier.compute(COMPUTE_TYPES[precision])
+    if classifier.neighbours is not None and checkpoint.contents.get("data of train") != file_sha256(dataset.path):
+        expected = f"expected one trained on {dataset.path}, as no sample may be its own neighbour"
+        raise ConfigError(f"teacher={path}: {expected}; found other data")
+    dtype = COMPUTE_TYPES[options.precision]
+    classifier.compute(dtype)
     classifier.to(device).eval()
-    kept = are_constant(classifier) and checkpoint.backbone_sha256 == backbone_sha256 and dataset.kept is not None
-    loader = training_batches(data, kept=kept)
+    same = (checkpoint.backbone_sha256, checkpoint.spec.architecture) == (backbone.sha256, backbone.architecture)
+    loader = training_batches(data, kept=same and are_constant(classifier) and dataset.kept is not None)
     probabilities = []
-    with torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=COMPUTE_TYPES[precision] is not torch.float32):
+    with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         for batch in tqdm(loader, desc="teacher", unit=" batches", dynamic_ncols=True, disable=None):
             logits_BC = classifier(model_input(move_data_to_device(batch, device), "train")).float()
             probabilities.append((logits_BC.sigmoid() if dataset.spec.multilabel else logits_BC.softmax(-1)).cpu())

@@ -1,5 +1,6 @@
 """Robustness results as tables for the terminal: of one checkpoint, and of several side by side."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,13 +13,18 @@ from runs.lines import RunLine, lines_of, spread_of
 from runs.targets import Target, open_targets
 from vilt.missing_types import BOTH
 
+log = logging.getLogger("rep")
+
 
 def measure_all(config: Mapping[str, Any], given: set[str]) -> str:
     """Evaluates what `load_path` names at all missing types and ratios; "" on other processes than the first."""
     measured = [(target, measure_target(target, given)) for target in open_targets(config, given)]
     found = [(target, results) for target, results in measured if results is not None]
     if len(found) > 1 and all(path.is_file() for path in read_load_paths(config)):
-        found.append(measure_mean([target for target, _ in found]))
+        if len({target.subject.other_input for target, _ in found}) == 1:
+            found.append(measure_mean([target for target, _ in found]))
+        else:
+            log.info("no mean of the logits: text_windows or group_texts differ")
     return describe(found) if found else ""
 
 

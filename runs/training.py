@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import move_data_to_device
 
 from clip.backbone import Backbone
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.method import Method
 from clip.modules.no_prompts import NoPrompts
 from clip.modules.registry import TRAIN_BACKBONES, method_class
 from clip.trainable import freeze
@@ -207,8 +208,9 @@ def train_from(
             remember_training_split(classifier, data)
     taught = None
     if options.teacher is not None:
-        of_run = backbone.sha256, options.precision, own_device(options)
-        taught = soft_labels(options.teacher, data, inputs, *of_run)
+        if type(classifier.method).augment is not Method.augment:
+            raise ConfigError(f"teacher: has nothing to say of the mixed samples of prompt_type={options.prompt_type}")
+        taught = soft_labels(options.teacher, options, data, inputs, backbone, own_device(options))
     classifier.train()  # Lightning leaves it to us: a backbone keeps its frozen parts in evaluation mode
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     if folder is not None and backbone.left:

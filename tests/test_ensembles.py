@@ -71,6 +71,20 @@ def test_a_teacher_sees_what_the_missing_table_leaves(
     assert contents["teacher"] == checkpoint.sha256
 
 
+def test_a_teacher_with_neighbours_knows_the_training_split(
+    workspace: Workspace, tmp_path: Path, capsys: Captured
+) -> None:
+    options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "prompt_type=none", "test_after_fit=False")
+    assert command_line(workspace.command(*options, "neighbours=2", "exp_name=of_neighbours")) == 0
+    best = tmp_path / "of_neighbours_seed0" / "version_0" / "best.ckpt"
+    stored = torch.load(best, weights_only=True)
+    stored["rep"]["contents"]["data of train"] = "0" * 64
+    torch.save(stored, best)
+    capsys.readouterr()
+    assert command_line(workspace.command(*options, f"teacher={best}", "exp_name=taught")) == 2
+    assert f"teacher={best}: expected one trained on {workspace.arrow}" in capsys.readouterr().err
+
+
 def test_logits_are_averaged_by_test_robustness_and_predict(
     workspace: Workspace, tmp_path: Path, members: list[Path], capsys: Captured
 ) -> None:

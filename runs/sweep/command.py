@@ -176,6 +176,7 @@ def _contents(options: Options) -> dict[str, str]:
     paths = {f"data_root/{spec.file_name(split)}": options.data_root / spec.file_name(split) for split in SPLITS}
     published = sorted(options.missing_table_root.glob(f"{options.task}_*_missing_*.pt"))
     paths |= {f"missing_table_root/{path.name}": path for path in published}
-    named = {"vit": options.vit, "tokenizer": options.tokenizer, "load_path": next(iter(options.load_paths), None)}
+    named = {"vit": options.vit, "tokenizer": options.tokenizer, "teacher": options.teacher}
+    named["load_path"] = next(iter(options.load_paths), None)
     paths |= {f"{name} (contents)": Path(path) for name, path in named.items() if path is not None}
     return contents_of_files(paths)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from common.text import AT_OFFSET, Estimate, baseline_texts, counted, interval_text, per_cent, terminal_table
+from engine.exported import is_exported
 from engine.robustness import Results
 from runs.check_options import read_load_paths
 from runs.evaluation import measure_mean, measure_target
@@ -20,7 +21,7 @@ def measure_all(config: Mapping[str, Any], given: set[str]) -> str:
     """Evaluates what `load_path` names at all missing types and ratios; "" on other processes than the first."""
     measured = [(target, measure_target(target, given)) for target in open_targets(config, given)]
     found = [(target, results) for target, results in measured if results is not None]
-    if len(found) > 1 and all(path.is_file() for path in read_load_paths(config)):
+    if len(found) > 1 and all(path.is_file() or is_exported(path) for path in read_load_paths(config)):
         if len({target.subject.other_input for target, _ in found}) == 1:
             found.append(measure_mean([target for target, _ in found]))
         else:

@@ -27,10 +27,8 @@ from runs.help import described_options, help_on
 
 @EX.main
 def main(_config: dict[str, Any], _run: Any, network: Any) -> dict[str, float]:
-    """Trains, or evaluates with test_only=True; returns the test metrics.
-
-    `network` is there so that Sacred lets entries be added to it; it is in `_config` too.
-    """
+    """Trains, or evaluates with test_only=True; returns the test metrics."""
+    # `network` is there so that Sacred lets entries be added to it; it is in `_config` too.
     options, given = check(_config), given_options(_run)
     if of_sweeps := sorted(filter(is_of_sweep, _run.meta_info["options"]["CHOSEN"])):
         raise ConfigError(f"{of_sweeps[0]}: for many runs; expected `python run.py sweep with …`")
@@ -161,7 +159,7 @@ def command_line(argv: list[str]) -> int:
         check_launcher()
         asked = read_command_line(argv[1:], EX.commands)
         if asked.help:
-            say(help_on(asked.command, EX.commands, __doc__ or ""))
+            say(help_on(asked.command if asked.command in argv else None, EX.commands, __doc__ or ""))
             return DONE
         if asked.command in ("main", "robustness", "predict", "embed", "doctor", "features"):
             settle_threads()

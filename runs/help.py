@@ -17,6 +17,7 @@ OTHERS: dict[str, Sequence[str]] = {
     MAIN: A_RUN,
     "doctor": A_RUN,
     "sweep": A_RUN,
+    "features": A_RUN,
     "robustness": ("load_path", DATA, MACHINE),
     "predict": PREDICTION,
     "embed": (*PREDICTION, DATA),
@@ -30,9 +31,9 @@ FLAGS = {
 }
 
 
-def help_on(command: str, commands: Mapping[str, Callable[..., Any]], about: str) -> str:
-    """What a command is for and all that it takes; of none (`main`), which commands there are."""
-    if command == MAIN:
+def help_on(command: str | None, commands: Mapping[str, Callable[..., Any]], about: str) -> str:
+    """What a command is for and all that it takes; of none, which commands there are."""
+    if command is None:
         lines = [
             about.strip(),
             "",

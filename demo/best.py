@@ -3,8 +3,9 @@
     python -m demo.best --data demo_run/arrow --vit demo_run/backbone --out demo_run/best [--methods dcp rep …]
 
 Each method and each step searches its learning rate on the validation split of the first table seed, then is trained on
-the others at that rate; its best epoch is chosen on validation too. The recipe is the step with the best validation.
-The test split is read once for each run. What is there is not trained again; delete the folder to start anew.
+the others at that rate; its best epoch is chosen on validation too. The recipe is the step with the best validation
+(the mean of several has none). The test split is read once for each run. What is there is not trained again; delete the
+folder to start anew.
 """
 
 import argparse
@@ -149,10 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = {"prompt_type": name, **METHODS[name]}
         results = bench.at_best_rate(name, seeds, dict.fromkeys(seeds, options))
         rows.append([name, *figures(results)])
-    for step, results in recipe(bench, seeds, not args.no_slots).items():
-        rows.append([f"recipe: {step}", *figures(results)])
+    steps = recipe(bench, seeds, not args.no_slots)
+    rows += [[f"recipe: {step}", *figures(results)] for step, results in steps.items()]
     print(f"\nMacro F1 in per cent, mean ± deviation over {args.seeds} table seeds\n")
     print(terminal_table(("", "validation", "test at 1/2", "test at the offset"), rows, "<>>>"))
+    trained = {step: sum(one.validation for one in results) for step, results in steps.items() if "mean of" not in step}
+    print(f"\nThe recipe, chosen on validation: {max(trained, key=lambda step: trained[step])}")
     return 0
 
 

@@ -14,6 +14,7 @@ import time
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -678,7 +679,8 @@ def test_memory_is_bounded(large_raw: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(large_raw: Path, tmp_path: Path, sent: int, status: int) -> None:
     out = tmp_path / "out"
-    process = subprocess.Popen(command(large_raw, out), stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell lets background commands ignore Ctrl-C
+    process = subprocess.Popen(command(large_raw, out), stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while process.poll() is None and not any(path.stat().st_size > 10**7 for path in out.glob(".*.part")):
         time.sleep(0.01)
     process.send_signal(sent)

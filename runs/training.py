@@ -200,7 +200,8 @@ def train_from(
         warm_start(classifier, start, backbone, options.published_seed, with_head=options.finetune_first)
 
     set_computation(options, classifier)
-    if classifier.method.sees_training_split and options.resume_from is None and options.load_path is None:
+    has_seen = start is not None and start.spec.method.prompt_type == options.prompt_type  # a start of `none` has not
+    if classifier.method.sees_training_split and options.resume_from is None and not has_seen:
         see_training_split(options, classifier, data)
     if are_constant(classifier) and (options.max_epoch > 1 or options.neighbours) and not options.fast_dev_run:
         keep_features(data, backbone, inputs.fingerprint, options.precision, own_device(options))

@@ -140,6 +140,31 @@ def test_a_warm_start_from_another_method_is_refused(
     assert "entries do not fit this model" in capsys.readouterr().err
 
 
+def test_a_method_that_sees_the_training_split_sees_it_after_a_warm_start_from_none(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """Of AOEPT the clusters, which would all be 0; from a checkpoint of its own it has them."""
+    short = ("test_after_fit=False", "max_steps=1", "warmup_steps=0")
+    run(workspace, tmp_path, "prompt_type=none", *short, "exp_name=m")
+    states: list[dict[str, torch.Tensor]] = []
+    start = tmp_path / "m_seed0" / "version_0" / "best.ckpt"
+    for name in ("a", "b"):
+        run(
+            workspace,
+            tmp_path,
+            *VARIANTS["aoept"],
+            *short,
+            f"load_path={start}",
+            f"exp_name={name}",
+            f"seed={len(states)}",
+        )
+        start = tmp_path / f"{name}_seed{len(states)}" / "version_0" / "best.ckpt"
+        states.append(torch.load(start, weights_only=True)["state_dict"])
+    for name in ("model.prompt_learner.text_init_tokens", "model.prompt_learner.vision_init_tokens"):
+        assert states[0][name].abs().amin(dim=-1).sum() > 0
+        assert torch.equal(states[0][name], states[1][name])
+
+
 def test_resuming_with_another_method_is_refused(
     workspace: Workspace, dcp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

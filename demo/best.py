@@ -2,10 +2,10 @@
 
     python -m demo.best --data demo_run/arrow --vit demo_run/backbone --out demo_run/best [--methods dcp rep …]
 
-Each method and each step searches its learning rate on the validation split of the first table seed, then is trained on
-the others at that rate; its best epoch is chosen on validation too. The recipe is the step with the best validation
-(the mean of several has none). The test split is read once for each run. What is there is not trained again; delete the
-folder to start anew.
+Each method and each step searches its learning rate, then its number of epochs, on the validation split of the first
+table seed, then is trained on the others with both; the best epoch of a run is chosen on validation too. The recipe is
+the step with the best validation (the mean of several has none). The test split is read once for each run. What is
+there is not trained again; delete the folder to start afresh.
 """
 
 import argparse
@@ -22,14 +22,15 @@ from common.text import AT_OFFSET, estimate, terminal_table
 from run import command_line
 
 METHODS: dict[str, Mapping[str, object]] = {
-    "none": {},
     "dpl": {"prompt_type": "none", "head": "dpl"},
     **{name: {} for name in ("rep", "dcp", "map_input", "map_attention", "maple", "coop", "msp", "syp")},
     "mora": {"lora_alpha": 0.1},
     "aoept": {"aoept_prototypes": 64},
 }
-"""Options beside prompt_type, which is the name where they do not say it."""
-RATES = (0.003, 0.01, 0.03)
+"""Options beside prompt_type, which is the name where they do not say it; the linear head alone is the recipe's first
+step."""
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+"""The first and the last are tried only where the one beside it is the best of the others."""
 STEPS: dict[str, Mapping[str, object]] = {
     "head": {"prompt_type": "none"},
     "+ whole texts": {"text_windows": 8},
@@ -59,10 +60,11 @@ class Bench:
     Args:
         common: options of all runs.
         out: where they are.
+        epochs: the numbers of epochs to choose from; rates are searched with the first.
     """
 
-    def __init__(self, common: Mapping[str, object], out: Path) -> None:
-        self.common, self.out = common, out
+    def __init__(self, common: Mapping[str, object], out: Path, epochs: Sequence[int]) -> None:
+        self.common, self.out, self.epochs = common, out, epochs
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, seed: int, options: Mapping[str, object]) -> Result:
@@ -83,17 +85,25 @@ class Bench:
             validation = max(values, default=validation)
         return Result(found[-1].parent, validation, metrics["f1_macro"], metrics[AT_OFFSET])
 
-    def at_best_rate(
+    def at_best_setting(
         self, name: str, seeds: Sequence[int], of_seed: Mapping[int, Mapping[str, object]]
     ) -> list[Result]:
-        """A result of each seed, at the rate that is best on the validation split of the first one."""
+        """A result of each seed, with what is best on the validation split of the first one."""
 
-        def at(rate: float, seed: int) -> Result:
-            return self.run(f"{name}_{rate:g}", seed, {"learning_rate": rate, **of_seed[seed]})
+        def run(rate: float, epochs: int, seed: int) -> Result:
+            setting = {"learning_rate": rate, "max_epoch": epochs}
+            return self.run(f"{name}_{rate:g}_{epochs}", seed, {**setting, **of_seed[seed]})
 
-        best = max(RATES, key=lambda rate: at(rate, seeds[0]).validation)
-        print(f"{name}: learning rate {best:g}", flush=True)
-        return [at(best, seed) for seed in seeds]
+        def of_rate(rate: float) -> float:
+            return run(rate, self.epochs[0], seeds[0]).validation
+
+        tried = RATES[1:-1]
+        rate = max(tried, key=of_rate)
+        if rate in (tried[0], tried[-1]):
+            rate = max(rate, RATES[0] if rate == tried[0] else RATES[-1], key=of_rate)
+        epochs = max(self.epochs, key=lambda number: run(rate, number, seeds[0]).validation)
+        print(f"{name}: learning rate {rate:g}, {epochs} epochs", flush=True)
+        return [run(rate, epochs, seed) for seed in seeds]
 
 
 def recipe(bench: Bench, seeds: Sequence[int], slots: bool) -> dict[str, list[Result]]:
@@ -110,10 +120,10 @@ def recipe(bench: Bench, seeds: Sequence[int], slots: bool) -> dict[str, list[Re
         for place, seed in enumerate(seeds):
             teacher = {"teacher": checkpoint(so_far["teacher"], place)} if "teacher" in so_far else {}
             of_seed[seed] = {**so_far, **teacher}
-        found[step] = bench.at_best_rate(step.strip("+ ").replace(" ", "_"), seeds, of_seed)
+        found[step] = bench.at_best_setting(step.strip("+ ").replace(" ", "_"), seeds, of_seed)
     if slots:
         of_seed = {seed: {**SLOTS, "load_path": checkpoint("+ whole texts", n)} for n, seed in enumerate(seeds)}
-        found["slots on the head"] = bench.at_best_rate("slots", seeds, of_seed)
+        found["slots on the head"] = bench.at_best_setting("slots", seeds, of_seed)
     members = [step for step in MEMBERS if step in found]
     together = []
     for place, seed in enumerate(seeds):
@@ -138,17 +148,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vit", default="demo_run/backbone", help="as the option of run.py")
     parser.add_argument("--out", type=Path, default=Path("demo_run/best"), help="folder of the runs")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--epochs", nargs="*", type=int, default=[20, 10], help="to choose from; rates with the first")
     parser.add_argument("--seeds", type=int, default=5, help="table seeds")
     parser.add_argument("--no-slots", action="store_true", help="leave out the step that trains prompts")
     parser.add_argument("options", nargs="*", metavar="option=value", help="of all runs, as of run.py")
     print_anywhere()
     args = parser.parse_intermixed_args(argv)
     common = {"data_root": args.data, "vit": args.vit, "missing_table_root": args.out / "missing_tables"}
-    bench, seeds = Bench({**common, **dict(word.split("=", 1) for word in args.options)}, args.out), range(args.seeds)
+    common |= dict(word.split("=", 1) for word in args.options)
+    bench, seeds = Bench(common, args.out, args.epochs), range(args.seeds)
     rows: list[list[str]] = []
     for name in args.methods:
         options = {"prompt_type": name, **METHODS[name]}
-        results = bench.at_best_rate(name, seeds, dict.fromkeys(seeds, options))
+        results = bench.at_best_setting(name, seeds, dict.fromkeys(seeds, options))
         rows.append([name, *figures(results)])
     steps = recipe(bench, seeds, not args.no_slots)
     rows += [[f"recipe: {step}", *figures(results)] for step, results in steps.items()]

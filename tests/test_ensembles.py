@@ -1,6 +1,7 @@
 """Several trained models: one as the teacher of another, and their logits averaged."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -157,20 +158,46 @@ def test_prompts_start_on_the_weights_of_a_head(workspace: Workspace, tmp_path: 
         torch.testing.assert_close(state[name], value)
 
 
+@pytest.mark.parametrize(
+    ("best_rate", "tried"),
+    [(0.01, (0.003, 0.01, 0.03)), (0.001, (0.003, 0.01, 0.03, 0.001)), (0.1, (0.003, 0.01, 0.03, 0.1))],
+)
+def test_the_recipe_searches_rates_then_epochs(
+    best_rate: float, tried: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, int, int]] = []
+
+    def run(bench: best.Bench, name: str, seed: int, options: dict[str, Any]) -> best.Result:
+        rate, epochs = options["learning_rate"], options["max_epoch"]
+        asked.append((rate, epochs, seed))
+        score = epochs / 100 - abs(math.log(rate / best_rate))
+        return best.Result(tmp_path / name, score, 0.0, 0.0)
+
+    monkeypatch.setattr(best.Bench, "run", run)
+    best.Bench({}, tmp_path, [20, 10, 40]).at_best_setting("head", range(3), {seed: {} for seed in range(3)})
+    assert {rate for rate, epochs, seed in asked if epochs == 20} == set(tried)
+    assert [one for one in dict.fromkeys(asked) if one[1] != 20] == [
+        (best_rate, 10, 0),
+        (best_rate, 40, 0),
+        (best_rate, 40, 1),
+        (best_rate, 40, 2),
+    ]
+
+
 def test_the_recipe_is_trained_by_one_command(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    monkeypatch.setattr(best, "RATES", (0.01, 0.03))
+    monkeypatch.setattr(best, "RATES", (0.001, 0.01, 0.02, 0.03))
     monkeypatch.setattr(best, "STEPS", {"head": {"prompt_type": "none"}, "+ whole texts": {"text_windows": 2}})
     words = [word for word in workspace.command("max_epoch=1", "val_check_interval=1.0")[3:] if "root" not in word]
     options = [word for word in words if not word.startswith("log_dir")]
     places = ["--data", str(workspace.arrow), "--vit", str(workspace.backbone), "--out", str(tmp_path)]
     again = []
     for _ in ("trained", "what is there"):
-        assert best.main([*places, "--methods", "--seeds", "1", "--no-slots", *options]) == 0
-        again.append(capsys.readouterr().out)
-    assert again[0] == again[1] and len(list(tmp_path.glob("*_seed0/version_*/test_results.json"))) == 2 * 2 + 1
-    rows = {line.split("  ")[0].strip(): line.split() for line in again[0].splitlines() if line.startswith("recipe")}
+        assert best.main([*places, "--methods", "--epochs", "1", "--seeds", "1", "--no-slots", *options]) == 0
+        again.append((capsys.readouterr().out, sorted(tmp_path.glob("*_seed0/version_*"))))
+    assert again[0] == again[1]
+    rows = {line.split("  ")[0].strip(): line.split() for line in again[0][0].splitlines() if line.startswith("recipe")}
     assert list(rows) == ["recipe: head", "recipe: + whole texts", "recipe: mean of 1"]
     tested = json.loads((tmp_path / "mean_of_1_seed0" / "version_0" / "test_results.json").read_text())["metrics"]
     assert f"{100 * tested['f1_macro']:.1f}" in rows["recipe: mean of 1"]

@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,15 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError, DataError
-from common.hashing import file_sha256
-from common.messages import quoted
-from common.strict_json import read_json
 from common.text import AT_OFFSET, estimate, order_of
 from engine.baselines import baselines
 from engine.sample_statistics import LEVEL, bootstrap
 from engine.significance import Difference, difference_interval, holm, permutation_p
-from engine.stored_logits import read_split
 from engine.tasks import Task, task_of
 from runs.lines import RunLine, lines_of
 from runs.pattern import Pattern
 from runs.run_reader import Run
+from runs.stored_results import logits_path, read_logits, read_robustness
 from vilt.datasets.specs import DatasetSpec
 from vilt.missing_tables import MissingPattern, load_missing_table
 from vilt.missing_types import on_top, pattern_type
@@ -92,22 +88,16 @@ class Group:
 
 
 class _Stored:
-    """The logits of a run, with an offset (`engine/decision.py`) added."""
+    """The logits of a run, with an offset (`engine/decision.py`) added where that is asked for."""
 
-    def __init__(self, run: Run, offset: float | None) -> None:
-        path, best = logits_path(run), run.folder / "best.ckpt"
-        self.split, self.names, described = read_split(path, run.spec)
-        if offset is not None:
-            self.split = replace(self.split, logits_TNC=self.split.logits_TNC.double() + offset)
-        if best.is_file() and described.get("checkpoint_sha256") != file_sha256(best):
-            raise DataError(f"{path}: logits of another checkpoint than {best}; `run.py robustness` makes them again")
-        self.run = run
-
-    @cached_property
-    def test_set(self) -> tuple[object, ...]:
-        """Equal for logits of the same samples with the same labels."""
-        split = self.split
-        return self.names, split.row_of_sample_N.tobytes(), split.labels.numpy().tobytes()
+    def __init__(self, run: Run, *, at_offset: bool) -> None:
+        results = read_robustness(run)
+        stored = read_logits(run, results) if results is not None else None
+        assert results is not None and stored is not None
+        self.run, self.split, self.test_set = run, stored.split, stored.test_set
+        self.class_names: list[str] = results.raw["class_names"]
+        if at_offset and results.offset is not None:
+            self.split = replace(self.split, logits_TNC=self.split.logits_TNC.double() + results.offset)
 
     def at(self, task: Task, tables: Sequence[np.ndarray], resamples: int) -> tuple[float, Tensor]:
         """The task's metric, the mean over tables, and its values (R,) in resamples of the test samples."""
@@ -117,18 +107,9 @@ class _Stored:
         return found.mean, values_KR.nanmean(0)
 
 
-def logits_path(run: Run) -> Path:
-    """Where the logits of a run are stored."""
-    return run.folder / "robustness" / "logits.arrow"
-
-
-def offset_of(run: Run) -> float | None:
-    """What the robustness results of a run say of its offset; None without one."""
-    path = logits_path(run).with_name("robustness.json")
-    found = read_json(path).get("offset") if path.is_file() else None
-    if not (found is None or (type(found) is float and math.isfinite(found))):
-        raise DataError(f"{path}: offset: expected a number, found {quoted(found)}")
-    return found
+def has_logits(run: Run) -> bool:
+    """Whether a run has robustness results with their logits."""
+    return logits_path(run).is_file() and logits_path(run).with_name("robustness.json").is_file()
 
 
 def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = False) -> list[Group]:
@@ -143,9 +124,9 @@ def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = F
         ConfigError: a missing type is none of a dataset's.
         DataError: logits are damaged, of another checkpoint, or of other test samples than others of the dataset.
     """
-    with_logits = [run for run in runs if not run.is_evaluation and logits_path(run).is_file()]
+    with_logits = [run for run in runs if not run.is_evaluation and has_logits(run)]
     if at_offset:
-        with_logits = [run for run in with_logits if run.spec.multilabel and offset_of(run) is not None]
+        with_logits = [run for run in with_logits if (found := read_robustness(run)) and found.offset is not None]
     by_pattern: dict[tuple[str, Pattern], list[RunLine[Run]]] = {}
     for line in lines_of(with_logits, lambda run: run):
         run = line.items[0]
@@ -168,10 +149,7 @@ def _group(
     spec, task = run.spec, task_of(run.config["task"], run.custom)
     if at_offset:
         task = replace(task, monitor="f1_macro")
-    stored = [
-        {run.config["seed"]: _Stored(run, offset_of(run) if at_offset else None) for run in line.items}
-        for line in lines
-    ]
+    stored = [{run.config["seed"]: _Stored(run, at_offset=at_offset) for run in line.items} for line in lines]
     first = next(iter(stored[0].values()))
     for each in (each for of_line in stored for each in of_line.values()):
         if each.test_set != first.test_set:
@@ -196,19 +174,9 @@ def _group(
             comparisons.append(comparison)
         log.info("%s: %s compared", dataset, pattern.title)
     labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
-    of_constants = baselines(task, first.split.labels, _class_names(first.run))
+    of_constants = baselines(task, first.split.labels, first.class_names)
     metric = AT_OFFSET if at_offset else task.monitor
-    return Group(dataset, task, metric, trained_at, lines, labels, len(first.names), of_constants, comparisons)
-
-
-def _class_names(run: Run) -> Sequence[str]:
-    """Those of the dataset, else of the robustness results beside the logits, else numbers."""
-    if run.spec.class_names is not None:
-        return run.spec.class_names
-    path = logits_path(run).with_name("robustness.json")
-    found = read_json(path).get("class_names") if path.is_file() else None
-    numbers = [str(number) for number in range(run.spec.n_classes)]
-    return found if isinstance(found, list) and len(found) == len(numbers) else numbers
+    return Group(dataset, task, metric, trained_at, lines, labels, len(first.split.labels), of_constants, comparisons)
 
 
 def _paired(one: list[int], other: list[int]) -> list[tuple[int, int]]:

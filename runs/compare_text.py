@@ -13,7 +13,7 @@ from common.strict_json import write_json
 from common.text import baseline_texts, counted, figure, interval_text, per_cent, terminal_table
 from engine.sample_statistics import LEVEL
 from runs.check_options import read_options
-from runs.compare import Group, Settings, compare_runs, logits_path
+from runs.compare import Group, Settings, compare_runs, has_logits
 from runs.run_reader import find_runs
 
 log = logging.getLogger("rep")
@@ -43,7 +43,7 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
     runs, damaged = find_runs(*places)
     for error in damaged.values():
         log.warning("left out: %s", error)
-    without = [run.folder for run in runs if not run.is_evaluation and not logits_path(run).is_file()]
+    without = [run.folder for run in runs if not run.is_evaluation and not has_logits(run)]
     if without:
         log.warning("without stored logits, and left out: %s", ", ".join(map(str, without)))
     groups = compare_runs(runs, settings)

@@ -19,7 +19,7 @@ from runs.compare import Comparison, Settings, compare_runs
 from runs.pattern import Pattern
 from runs.run_reader import find_runs
 from tests.conftest import Captured
-from tests.report_files import TestSet, at, write_arrow, write_robustness, write_run
+from tests.report_files import TestSet, at, edited, write_arrow, write_robustness, write_run
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
 FILMS = TestSet(films=60)
@@ -114,7 +114,7 @@ def test_several_labels_are_compared_at_the_offset_of_each_run_too(runs: Path) -
     assert compare_runs(find_runs(runs)[0], settings, at_offset=True) == []
     for path in runs.rglob("logits.arrow"):
         offset = {"rep": -0.75, "dcp": 0.5}.get(path.parts[-4].partition("_")[0])
-        path.with_name("robustness.json").write_text(json.dumps({"offset": offset}))
+        edited(path.parents[1], "robustness/robustness.json", offset=offset)
     (group,) = compare_runs(find_runs(runs)[0], settings, at_offset=True)
     assert (group.metric, group.labels) == ("f1_macro_at_offset", ["dcp", "rep"]), "without the one that has none"
     (each,) = group.comparisons
@@ -127,8 +127,8 @@ def test_several_labels_are_compared_at_the_offset_of_each_run_too(runs: Path) -
             values.append(multilabel_f1(shifted, torch.from_numpy(FILMS.labels))["f1_macro"])
         expected.append(np.mean(values))
     assert each.values == pytest.approx(expected, abs=1e-6)
-    path.with_name("robustness.json").write_text('{"offset": "0.5"}')
-    with pytest.raises(DataError, match=r"robustness\.json: offset: expected a number, found '0\.5'"):
+    edited(path.parents[1], "robustness/robustness.json", offset="0.5")
+    with pytest.raises(DataError, match=r"robustness\.json: .*offset: expected a number, found '0\.5'"):
         compare_runs(find_runs(runs)[0], settings, at_offset=True)
 
 
@@ -200,7 +200,7 @@ def test_logits_that_do_not_belong_together(runs: Path, capsys: Captured, what: 
     logits = run / "robustness" / "logits.arrow"
     if what == "checkpoint":
         shutil.copy(logits, run / "best.ckpt")
-        message = f"{logits}: logits of another checkpoint than {run / 'best.ckpt'}"
+        message = f"{logits.with_name('robustness.json')}: not as written by run.py: results of another checkpoint"
     elif what == "test set":
         shutil.rmtree(run)
         write(run, 1.0, 1, TestSet(films=61), prompt_type="rep")

@@ -3,10 +3,9 @@
 import io
 import itertools
 import math
-import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +14,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
@@ -25,22 +23,20 @@ from runs.report.lines import Dataset, Line
 from runs.report.text import capital, excerpt, listed
 from vilt.missing_types import ANY, BOTH, SOME
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 3.2, 0.5, 0.1, 0.28, 0.42
-"""Inches of a panel, and of the margins around its axes. Three panels are as wide as the page."""
+WIDTH, HEIGHT = 3.2, 2.3
+"""Inches of a panel. Three panels are as wide as the page."""
 PNG_DPI = 150
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 matplotlib.rcParams.update(STYLE)
-INK, MUTED, RULE, PAPER = (STYLE[name] for name in ("text.color", "xtick.color", "grid.color", "figure.facecolor"))
-PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
-"""Within a page these follow its light or dark scheme; no other element of a figure may have these exact colours."""
+MUTED = STYLE["xtick.color"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, which colour-blind readers can tell apart; without black, and the yellow that paper swallows."""
 Look = dict[str, Any]
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", ":", "-.")
 FLOORS: tuple[Look, ...] = ({"color": "#6d6d6e", "linestyle": "--"}, {"color": "#6d6d6e", "linestyle": ":"})
 """Looks of the baselines."""
-TITLE, LINE = 42, 0.14
-"""Of a panel's title, characters in a line, and inches that another line takes."""
+TITLE = 42
+"""Characters in a line of a panel's title."""
 TOGETHER = 3
 """Lines that one panel shows; where there are more, each has a panel of its own."""
 CURVE_POINTS = 150
@@ -66,7 +62,7 @@ class Figure:
     title: str
     caption: str  # also what stands for the figure for those who cannot see it; its numbers are in tables
     legend: Mapping[str, Look]
-    panels: list[Markup]  # SVG elements to stand in an HTML page, which stack on a narrow screen
+    panels: list[tuple[str, str]]  # title and SVG of each, which stack on a narrow screen
     svg: str  # a file with all panels, like the PNG
     png: bytes
 
@@ -76,33 +72,27 @@ def figure(
     title: str,
     caption: str,
     panels: Sequence[Panel],
-    height: float = 2.3,
+    height: float = HEIGHT,
     legend: Mapping[str, Look] = MappingProxyType({}),
 ) -> Figure:
     """Draws panels of `height` inches, three in a row."""
-    panels = [replace(panel, title=textwrap.fill(excerpt(panel.title, 2 * TITLE), TITLE)) for panel in panels]
-    more = LINE * max(panel.title.count("\n") for panel in panels)
-    whole, png = _drawn(panels, height, more, legend), io.BytesIO()
-    whole.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    singles = [_svg(_drawn([panel], height, more, {})) for panel in panels]
-    inline = [_inline(svg, f"{name}-{n}", panels[n].title or title) for n, svg in enumerate(singles)]
-    return Figure(name, title, caption, legend, inline, _svg(whole), png.getvalue())
+    png, together = io.BytesIO(), _drawn(panels, height, legend)
+    together.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    singles = [(panel.title or title, _svg(_drawn([panel], height, {}))) for panel in panels]
+    return Figure(name, title, caption, legend, singles, _svg(together), png.getvalue())
 
 
-def _drawn(panels: Sequence[Panel], height: float, more: float, legend: Mapping[str, Look]) -> Canvas:
-    columns, height, top = min(3, len(panels)), height + more, TOP + more
-    head = 0.17 * math.ceil(len(legend) / columns) + 0.1 if legend else 0
-    width, total = WIDTH * columns, height * math.ceil(len(panels) / columns) + head
-    canvas = Canvas(figsize=(width, total))
-    for place, panel in enumerate(panels):
-        row, column = divmod(place, columns)
-        x, y = column * WIDTH + LEFT, total - head - (row + 1) * height + BOTTOM
-        axes = canvas.add_axes((x / width, y / total, (WIDTH - LEFT - RIGHT) / width, (height - top - BOTTOM) / total))
-        axes.set_title(panel.title, loc="left")
+def _drawn(panels: Sequence[Panel], height: float, legend: Mapping[str, Look]) -> Canvas:
+    columns = min(3, len(panels))
+    rows, rows_of_legend = math.ceil(len(panels) / columns), math.ceil(len(legend) / columns)
+    canvas = Canvas(figsize=(WIDTH * columns, height * rows + 0.2 * rows_of_legend), layout="constrained")
+    for place, panel in enumerate(panels, start=1):
+        axes = canvas.add_subplot(rows, columns, place)
+        axes.set_title(textwrap.fill(excerpt(panel.title, 2 * TITLE), TITLE), loc="left")
         panel.draw(axes)
     if legend:
         handles = [Line2D([], [], ms=3.6, lw=1.4, **look) for look in legend.values()]
-        canvas.legend(handles, [excerpt(label, 52) for label in legend], loc="upper left", ncols=columns)
+        canvas.legend(handles, [excerpt(label, 52) for label in legend], loc="outside upper left", ncols=columns)
     return canvas
 
 
@@ -110,19 +100,6 @@ def _svg(canvas: Canvas) -> str:
     file = io.StringIO()
     canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
-
-
-def _inline(svg: str, name: str, title: str) -> Markup:
-    """To stand in an HTML page with others: names of its own, no outside reference, the page's colours."""
-    found = re.search(r'<svg\b[^>]*\bviewBox="([^"]*)"[^>]*>(.*)</svg>', svg, re.DOTALL)
-    assert found is not None
-    body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style\b.*?</style>", "", found[2], flags=re.DOTALL)
-    body = re.sub(r'\bid="', f'id="{name}-', body)
-    body = re.sub(r'(url\(|xlink:href=")#', rf"\1#{name}-", body)
-    for colour, variable in PAGE_COLOURS.items():
-        body = body.replace(colour, variable)
-    start = Markup('<svg class="plot" viewBox="{}" role="img" aria-label="{}">').format(found[1], title)
-    return start + Markup(re.sub(r"\n\s*\n+", "\n", body)) + Markup("</svg>")
 
 
 def look(place: int) -> Look:
@@ -173,7 +150,7 @@ def comparison_figure(dataset: Dataset) -> Figure:
         axes.set(xlim=bounds, xlabel=dataset.axis_title)
 
     panels = [Panel(f"Trained at {pattern}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()]
-    height = TOP + BOTTOM + 0.3 * max(map(len, dataset.compared.values()))
+    height = 0.7 + 0.3 * max(map(len, dataset.compared.values()))
     return figure(f"comparison_{dataset.key}", "Methods compared", dataset.caption("comparison_figure"), panels, height)
 
 
@@ -245,7 +222,7 @@ def class_figure(dataset: Dataset, lines: Sequence[Line]) -> Figure:
         side_labels(axes, there)
         height = 0.54 / len(looks)
         for (place, of_class), (bar, name) in itertools.product(enumerate(there), enumerate(looks)):
-            if value := line.by_class.get((of_class, "f1", name)):
+            if value := line.f1_of(of_class, name):
                 whisker, y = 100 * value.std if value.n > 1 else None, place - 0.22 + (bar + 0.5) * height
                 axes.barh(
                     y,
@@ -259,7 +236,7 @@ def class_figure(dataset: Dataset, lines: Sequence[Line]) -> Figure:
 
     caption = dataset.caption("class_figure") + (f" No test sample is of {listed(lacking)}." if lacking else "")
     panels = [Panel(line.label, partial(draw, line=line)) for line in lines]
-    height, legend = TOP + BOTTOM + 0.28 * len(there), {capital(name): style for name, style in looks.items()}
+    height, legend = 0.7 + 0.28 * len(there), {capital(name): style for name, style in looks.items()}
     return figure(f"per_class_{dataset.key}", "F1 by class", caption, panels, height, legend)
 
 

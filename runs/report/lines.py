@@ -12,9 +12,10 @@ from engine.significance import Difference, holm
 from runs.compare import Settings, compare_runs
 from runs.lines import RunLine, Spread, lines_of, spread_of
 from runs.pattern import Pattern
-from runs.report.results import PUBLISHED_BACKBONE, ReportRun, Robustness
+from runs.report.results import PUBLISHED_BACKBONE, ReportRun
 from runs.report.text import CAPTIONS, Unit, capital, dataset_title, excerpt, listed, metric_title, without
 from runs.run_reader import Run
+from runs.stored_results import Robustness
 from vilt.datasets.specs import DATASETS, DatasetSpec
 
 RESAMPLES, PERMUTATIONS = 1000, 2000
@@ -44,24 +45,24 @@ class Line:
         """Of the training."""
         return self.runs[0].pattern
 
+    @property
+    def spec(self) -> DatasetSpec:
+        """Of the dataset."""
+        return self.runs[0].spec
+
     @cached_property
     def results(self) -> list[tuple[ReportRun, Robustness]]:
         """The runs that have robustness results, with them."""
         return [(run, run.robustness) for run in self.runs if run.robustness is not None]
 
-    @cached_property
-    def spreads(self) -> dict[Pattern, Spread]:
-        """The task's metric by evaluation pattern, by type and ratio."""
-        return self.spreads_of(self.runs[0].metric)
-
     def spreads_of(self, metric: str) -> dict[Pattern, Spread]:
-        """Likewise another metric; nothing where the results have none of it."""
+        """A metric by evaluation pattern, by type and ratio; nothing where the results have none of it."""
         found: dict[Pattern, list[list[float]]] = {}
         for _, results in self.results:
             for pattern, cell in results.cells.items():
                 if metric in cell["metrics"]:
                     found.setdefault(pattern, []).append(cell["metrics"][metric]["values"])
-        types = self.runs[0].run.spec.missing_types
+        types = self.spec.missing_types
 
         def place(pattern: Pattern) -> tuple[Any, ...]:
             kind = pattern.missing_type
@@ -72,41 +73,38 @@ class Line:
 
     @cached_property
     def matrix(self) -> dict[Pattern, Estimate]:
-        """Their means, with deviations over training seeds, or of one run over its missing tables."""
-        return {pattern: spread.estimate for pattern, spread in self.spreads.items()}
+        """Means of the task's metric, with deviations over training seeds, or of one run over its missing tables."""
+        return {pattern: spread.estimate for pattern, spread in self.spreads_of(self.spec.monitor).items()}
 
     def mean_over_modes(self, metric: str) -> Estimate | None:
         """Of a metric over training seeds, the mean over all missing types but `complete`; None where there is none."""
-        modes = self.runs[0].run.spec.type_names[1:]
         of_runs = [results.raw["by_type"] for _, results in self.results if metric in results.raw["metrics"]]
-        return estimate([statistics.mean(of[name][metric] for name in modes) for of in of_runs])
+        return estimate([statistics.mean(of[name][metric] for name in self.spec.type_names[1:]) for of in of_runs])
 
     @cached_property
     def by_type(self) -> dict[str, Estimate]:
         """The task's metric over train seeds where every sample has one missing type."""
-        of_runs = [(results.raw["by_type"], run.metric) for run, results in self.results]
-        types = self.runs[0].run.spec.type_names
-        return {name: found for name in types if (found := estimate([of[name][metric] for of, metric in of_runs]))}
-
-    @cached_property
-    def by_class(self) -> dict[tuple[str, str, str], Estimate]:
-        """Over train seeds, by class, score and missing type, the most frequent class first."""
-        entries = [entry for _, results in self.results for entry in results.raw["per_class"]]
-        values: dict[tuple[str, str, str], list[float]] = {}
-        for entry in sorted(entries, key=lambda entry: -entry["support"]):
-            for score in ("f1", "support"):
-                values.setdefault((entry["class"], score, entry["type"]), []).append(entry[score])
-        return {key: found for key, of_runs in values.items() if (found := estimate(of_runs))}
+        values = {
+            name: [results.raw["by_type"][name][self.spec.monitor] for _, results in self.results]
+            for name in self.spec.type_names
+        }
+        return {name: found for name, of_runs in values.items() if (found := estimate(of_runs))}
 
     @cached_property
     def support(self) -> dict[str, int]:
         """Test samples of each class, the most frequent first."""
-        return {name: int(found.mean) for (name, score, _), found in self.by_class.items() if score == "support"}
+        entries = sorted(self.results[0][1].raw["per_class"], key=lambda entry: -entry["support"])
+        return {entry["class"]: entry["support"] for entry in entries}
+
+    def f1_of(self, class_name: str, type_name: str) -> Estimate | None:
+        """F1 of a class over train seeds where every sample has one missing type."""
+        entries = [entry for _, results in self.results for entry in results.raw["per_class"]]
+        return estimate([each["f1"] for each in entries if (each["class"], each["type"]) == (class_name, type_name)])
 
     @cached_property
     def at_own_pattern(self) -> Estimate | None:
         """Mean and deviation over train seeds of the task's metric, at the pattern of the training."""
-        return self.estimate_of(self.runs[0].metric)
+        return self.estimate_of(self.spec.monitor)
 
     def estimate_of(self, metric: str) -> Estimate | None:
         """Likewise of another metric."""
@@ -116,9 +114,10 @@ class Line:
     def interval_at(self, pattern: Pattern) -> tuple[float, float] | None:
         """Confidence interval over test samples; of several train seeds, the mean of their intervals."""
         cells = [results.cells[pattern] for _, results in self.results if pattern in results.cells]
-        found = [(cell["interval"]["low"], cell["interval"]["high"]) for cell in cells if "interval" in cell]
-        low, high = map(statistics.fmean, zip(*found, strict=True)) if found else (0, 0)
-        return (low, high) if found else None
+        found = [cell["interval"] for cell in cells if "interval" in cell]
+        if not found:
+            return None
+        return statistics.fmean(each["low"] for each in found), statistics.fmean(each["high"] for each in found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +159,7 @@ class Dataset:
     def unit(self, metric: str = "") -> Unit:
         """How a metric is written, that of the task or another one."""
         samples = [run.robustness.samples for run in self.runs if run.robustness]
-        samples += [run.run.test.get("samples", 0) for run in self.runs if run.run.test]
+        samples += [run.test.get("samples", 0) for run in self.runs if run.test]
         return Unit.of(metric or self.spec.monitor, samples[0] if samples else 0)
 
     @property
@@ -237,11 +236,9 @@ class Dataset:
         for pattern, (best, *others) in self.compared.items():
             at, of_pattern = ((pattern.missing_type,), (pattern.ratio,), pattern.both_ratio), {}
             for line in others:
-                results = [entry for each in (best, line) for entry in each.results if entry[1].logits is not None]
+                results = [entry for each in (best, line) for entry in each.results if entry[0].test_set]
                 seeds = tuple(results[0][1].raw["table_seeds"]) if results else ()
-                for group in compare_runs(
-                    [run.run for run, _ in results], Settings(seeds, RESAMPLES, PERMUTATIONS, *at)
-                ):
+                for group in compare_runs([run for run, _ in results], Settings(seeds, RESAMPLES, PERMUTATIONS, *at)):
                     value, low, high, p = group.comparisons[0].difference  # of the best one, whose runs come first
                     of_pattern[line] = Difference(-value, -high, -low, p)
             corrected = holm([each.p for each in of_pattern.values()])
@@ -259,20 +256,20 @@ class Dataset:
 
 def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:
     """One entry per dataset that occurs, in the order of DATASETS, then others."""
-    there = {run.run.dataset for run in runs}
+    there = {run.dataset for run in runs}
     keys = [key for key in (*DATASETS, *sorted(there - set(DATASETS))) if key in there]
-    return [_dataset(key, [run for run in runs if run.run.dataset == key]) for key in keys]
+    return [_dataset(key, [run for run in runs if run.dataset == key]) for key in keys]
 
 
 def _dataset(key: str, runs: list[ReportRun]) -> Dataset:
-    groups = lines_of([run for run in runs if not run.run.is_evaluation], lambda run: run.run)
+    groups = lines_of([run for run in runs if not run.is_evaluation], lambda run: run)
     several_patterns = len({group.items[0].pattern for group in groups}) > 1
     lines = []
     for group in groups:
         variant = _variant_title(group, groups)
         pattern = f", trained at {group.items[0].pattern.title}" if several_patterns else ""
         lines.append(Line(variant, variant + pattern, group.items))
-    return Dataset(key, runs[0].run.spec, runs, lines, [run for group in groups for run in group.repeats])
+    return Dataset(key, runs[0].spec, runs, lines, [run for group in groups for run in group.repeats])
 
 
 def method_title(run: Run) -> str:
@@ -282,7 +279,7 @@ def method_title(run: Run) -> str:
 
 def _variant_title(line: RunLine[ReportRun], lines: Sequence[RunLine[ReportRun]]) -> str:
     """The method and in few words the options that set it apart; of a path its end."""
-    run, words = line.items[0].run, line.differing(lines)
+    run, words = line.items[0], line.differing(lines)
     title = method_title(run)
     if run.config["prompt_type"] == "rep":
         title = ABLATION[bool(run.config.get("far", True)), bool(run.config.get("fmb", True))]

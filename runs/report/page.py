@@ -15,7 +15,7 @@ from common.files import check_replaceable, whole_folder
 from common.text import counted
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
-from runs.report.parts import report_command, run_details, section_of
+from runs.report.parts import report_command, section_of
 from runs.report.results import ReportRun, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.search import search_section
@@ -61,7 +61,7 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
             "n_runs": counted(len(runs), "run"),
             "sections": sections,
             "runs": runs_table(runs, datasets),
-            "details": [run_details(run) for run in others],
+            "details": others,
             "report_command": report_command(places),
         }
     )
@@ -77,7 +77,7 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
 
 def _search_of(run: ReportRun, places: Sequence[Path]) -> Path | None:
     """The folder of the search in or below `places` that a run is a trial of."""
-    sweep = run.run.folder.parent.parent
+    sweep = run.folder.parent.parent
     return sweep if (sweep / JOURNAL).is_file() and any(sweep.is_relative_to(place) for place in places) else None
 
 

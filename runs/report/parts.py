@@ -1,6 +1,5 @@
 """What the report says and in which order: a section per dataset, its parts, and the details of each run."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,10 +10,10 @@ from common.text import AT_OFFSET, counted
 from runs.report import figures, tables
 from runs.report.figures import Figure
 from runs.report.lines import Dataset
-from runs.report.results import ReportRun
+from runs.report.results import ReportRun, listed_runs
 from runs.report.samples import SampleGrid, sample_grid
 from runs.report.table import Table
-from runs.report.text import dataset_title, listed, listed_runs, without, without_home
+from runs.report.text import listed, without, without_home
 
 CLASSES_SHOWN = 3
 """Lines whose results by class are shown; per_class.csv of each run has all."""
@@ -46,16 +45,6 @@ class Section(NamedTuple):
     parts: list[Part]
 
 
-class RunDetails(NamedTuple):
-    """What a run was and ran on, as JSON, and the command that repeats it; empty where that is not known."""
-
-    tag: str
-    title: str
-    configuration: str
-    versions: str
-    command: str
-
-
 def section_of(dataset: Dataset) -> Section:
     """The parts of a dataset, in order; those that take robustness results only where there are some."""
     runs, parts = [run for line in dataset.lines for run in line.runs], []
@@ -64,8 +53,8 @@ def section_of(dataset: Dataset) -> Section:
     if runs:
         parts.append(Part("Robustness curves", [figures.robustness_curves(dataset)] if dataset.measured else []))
         if lacking := [run for run in runs if run.robustness is None]:
-            named = ", ".join(f"{run.tag} ({run.place})" for run in lacking) if len(lacking) <= 3 else _tags(lacking)
-            text = f"{named}: no robustness results. This command makes them:"
+            few = ", ".join(f"{run.tag} ({run.place})" for run in lacking) if len(lacking) <= 3 else ""
+            text = f"{few or listed_runs(lacking)}: no robustness results. This command makes them:"
             parts[-1].notes.append(Note(text, robustness_command(lacking)))
     if dataset.measured:
         parts.append(Part("Missing type × missing ratio", [tables.matrix_table(dataset)]))
@@ -74,20 +63,20 @@ def section_of(dataset: Dataset) -> Section:
     published = {"Published results": tables.published_table(dataset), "Other papers": tables.rivals_table(dataset)}
     if published := {title: table for title, table in published.items() if table.rows}:
         ours = tables.ours_table(dataset)
-        parts.append(Part("Published results and ours", [ours] if ours.rows else [], notes=_published_notes(dataset)))
+        parts.append(Part("Published results and ours", [ours] if ours.rows else []))
         if dataset.is_published:
             parts[-1].shown += published.values()
         else:
+            [expected, *_] = dataset.spec.published_rows["test"]
+            found = f"ours has {dataset.test_rows:,}" if dataset.test_rows else "the size of ours is not known"
+            text = f"the published results are on a test split of {expected:,} items, {found}"
+            parts[-1].notes.append(Note(f"Not like for like: {text}."))
             parts[-1].folded |= published
     if runs:
         parts.append(_training_part(dataset, runs))
     if dataset.measured:
         parts += _results_parts(dataset)
     return Section(dataset.key, dataset.title, _summary(dataset), parts)
-
-
-def _tags(runs: Sequence[ReportRun]) -> str:
-    return listed_runs([run.tag for run in runs])
 
 
 def _summary(dataset: Dataset) -> str:
@@ -114,18 +103,8 @@ def _training_part(dataset: Dataset, runs: Sequence[ReportRun]) -> Part:
     if any(len(run.curve("train/loss")) for run in runs):
         part.folded["Training loss"] = figures.training_figure(dataset, "train/loss", "Training loss", 1)
     if lacking := [run for run in runs if not len(run.curve(metric))]:
-        part.notes.append(Note(f"Missing of {_tags(lacking)}: metrics.csv has no {metric}, or is not there."))
+        part.notes.append(Note(f"Missing of {listed_runs(lacking)}: metrics.csv has no {metric}, or is not there."))
     return part
-
-
-def _published_notes(dataset: Dataset) -> list[Note]:
-    notes = []
-    if not dataset.is_published:
-        [expected, *_] = dataset.spec.published_rows["test"]
-        found = f"ours has {dataset.test_rows:,}" if dataset.test_rows else "the size of ours is not known"
-        text = f"the published results are on a test split of {expected:,} items, {found}"
-        notes.append(Note(f"Not like for like: {text}."))
-    return notes
 
 
 def _results_parts(dataset: Dataset) -> list[Part]:
@@ -146,32 +125,20 @@ def _results_parts(dataset: Dataset) -> list[Part]:
         parts.append(Part("ROC curves", [figures.roc_curves(dataset)]))
     parts.append(Part("Confidence intervals", [tables.confidence_table(dataset)]))
     if lacking := [run for _, run, found in dataset.results if not found.raw["confidence"]["resamples"]]:
-        parts[-1].notes = [Note(f"Confidence intervals are missing in {_tags(lacking)}: made with bootstrap=0.")]
+        parts[-1].notes = [Note(f"Confidence intervals are missing in {listed_runs(lacking)}: made with bootstrap=0.")]
     parts.append(Part("Test samples that change the most"))
-    if with_logits := [(run, found) for run, found in best.results if found.logits is not None]:
-        grid = sample_grid(*max(with_logits, key=lambda entry: entry[0].score_at_own_pattern or 0), best.label)
+    if with_logits := [run for run, _ in best.results if run.test_set]:
+        grid = sample_grid(max(with_logits, key=lambda run: run.at_own_pattern(spec.monitor) or 0), best.label)
         parts[-1].shown, parts[-1].notes = [grid], [Note(grid.note)] if grid.note else []
     else:
-        tags = _tags([run for run, _ in best.results])
+        tags = listed_runs([run for run, _ in best.results])
         parts[-1].notes = [Note(f"Samples are missing: there is no logits.arrow in {tags}.")]
     return parts
 
 
-def run_details(one: ReportRun) -> RunDetails:
-    """What a run was, and how to repeat it."""
-    kind, command, versions = "evaluation" if one.run.is_evaluation else "training", "", ""
-    if one.environment is not None:
-        kept = {name: one.environment.get(name) for name in ("python", "packages", "machine", "git")}
-        versions = without_home(json.dumps(kept, indent=2))
-        program, *arguments = one.environment["command"]
-        command = shlex.join(["python", Path(program).name, *arguments])
-    title = f"{one.tag}: {one.place} ({dataset_title(one.run.dataset)}, {kind}, seed {one.run.config['seed']})"
-    return RunDetails(one.tag, title, without_home(json.dumps(one.run.config, indent=2)), versions, command)
-
-
 def robustness_command(runs: Sequence[ReportRun]) -> str:
     """The command that makes the robustness results of runs of one dataset."""
-    paths, config = [str(one.run.folder / "best.ckpt") for one in runs], runs[0].run.config
+    paths, config = [str(run.folder / "best.ckpt") for run in runs], runs[0].config
     options = [
         f"load_path={paths[0] if len(paths) == 1 else '[' + ','.join(paths) + ']'}",
         f"task_finetune_{config['task']}",

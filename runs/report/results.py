@@ -1,30 +1,25 @@
-"""The runs of a report, read and checked; their robustness results as data frames."""
+"""The runs of a report, read and checked before anything is drawn."""
 
-import hashlib
 import io
+import json
 import logging
-import math
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from common.errors import ConfigError, DataError
-from common.hashing import file_sha256
 from common.messages import quoted
 from common.strict_json import read_json
 from common.text import estimate
 from engine.exported import DESCRIPTION
-from engine.robustness import FORMAT, PATTERN
-from engine.stored_logits import labels_of, logit_columns_of, read_logits
-from runs.pattern import Pattern
-from runs.report.text import without_home
+from runs.report.text import dataset_title, without_home
 from runs.run_reader import Run, as_written_by_run, find_runs, open_checkpoint
+from runs.stored_results import Robustness, StoredLogits, read_logits, read_robustness
 
 log = logging.getLogger("rep")
 PUBLISHED_BACKBONE = "ViT-B/16"
@@ -33,57 +28,87 @@ PUBLISHED_SIZES = {"image_size": 224, "patch_size": 16, "vision_width": 768, "vi
 
 
 @dataclass(frozen=True, eq=False)
-class Robustness:
-    """What `robustness/robustness.json` of a run says. A value that is undefined is NaN."""
-
-    raw: dict[str, Any]
-    cells: dict[Pattern, dict[str, Any]]
-    logits: pa.Table | None  # logits.arrow, None where it is not there
-
-    @property
-    def samples(self) -> int:
-        """Of the test set; a film with several plots is several."""
-        return int(self.raw["samples"])
-
-
-@dataclass(frozen=True, eq=False)
-class ReportRun:
+class ReportRun(Run):
     """A run of the report."""
 
-    tag: str  # short name, used throughout the report
-    place: str  # NAME/version_N, without the folders above
-    run: Run
-    robustness: Robustness | None
-    environment: dict[str, Any] | None
-    backbone: str | None
-    """PUBLISHED_BACKBONE where it has its sizes, else what the user named; None where best.ckpt does not say it."""
+    tag: str = ""  # short name, used throughout the report
+
+    @cached_property
+    def place(self) -> str:
+        """NAME/version_N, without the folders above."""
+        return "/".join(Path(without_home(str(self.folder.resolve()))).parts[-2:])
 
     @property
-    def pattern(self) -> Pattern:
-        """Of the training."""
-        return self.run.pattern
+    def title(self) -> str:
+        """As headings name it."""
+        kind, seed = "evaluation" if self.is_evaluation else "training", self.config["seed"]
+        return f"{self.tag}: {self.place} ({dataset_title(self.dataset)}, {kind}, seed {seed})"
+
+    @cached_property
+    def robustness(self) -> Robustness | None:
+        """Its robustness results."""
+        return read_robustness(self)
 
     @property
-    def metric(self) -> str:
-        """Of the task."""
-        return self.run.spec.monitor
+    def logits(self) -> StoredLogits | None:
+        """Read anew each time: those of all runs together may be large."""
+        return read_logits(self, self.robustness) if self.robustness is not None else None
 
-    @property
-    def test_score(self) -> float | None:
-        """The task's metric in the test."""
-        return self.tested(self.metric)
+    @cached_property
+    def test_set(self) -> tuple[str, int] | None:
+        """Of stored logits, what is equal for the same samples and labels, and how many rows have samples."""
+        return None if (logits := self.logits) is None else (logits.test_set, logits.split.units)
 
     @property
     def test_rows(self) -> int | None:
         """Rows of the test split, if they are known; a film with several plots is one."""
-        if self.robustness is not None and self.robustness.logits is not None:
-            return len(np.unique(self.robustness.logits["row"].to_numpy()))
-        return None if self.run.test is None else self.run.test.get("rows")
+        return self.test_set[1] if self.test_set else None if self.test is None else self.test.get("rows")
+
+    @cached_property
+    def environment(self) -> dict[str, Any] | None:
+        """What environment.json says, without the name of the machine: a report is passed on."""
+        path = self.folder / "environment.json"
+        if not path.is_file():
+            return None
+        environment = read_json(path)
+        with as_written_by_run(path):
+            words = environment["command"]
+            if not words or not all(isinstance(word, str) for word in words):
+                raise ValueError(f"command: expected words, found {quoted(words)}")
+            environment.get("machine", {}).pop("host", None)
+        return environment
 
     @property
-    def score_at_own_pattern(self) -> float | None:
-        """The task's metric at the pattern of the training."""
-        return self.at_own_pattern(self.metric)
+    def configuration(self) -> str:
+        """Its options as JSON."""
+        return without_home(json.dumps(self.config, indent=2))
+
+    @property
+    def versions(self) -> str:
+        """What it ran on as JSON; empty where that is not known."""
+        if self.environment is None:
+            return ""
+        kept = {name: self.environment.get(name) for name in ("python", "packages", "machine", "git")}
+        return without_home(json.dumps(kept, indent=2))
+
+    @property
+    def command(self) -> str:
+        """The command that repeats it; empty where it is not known."""
+        if self.environment is None:
+            return ""
+        program, *arguments = self.environment["command"]
+        return shlex.join(["python", Path(program).name, *arguments])
+
+    @cached_property
+    def backbone(self) -> str | None:
+        """PUBLISHED_BACKBONE where it has its sizes, else what the user named; None where best.ckpt does not say it."""
+        best = self.folder / "best.ckpt"
+        described = open_checkpoint(best).get(DESCRIPTION) if best.is_file() else None
+        if not described:
+            return None
+        with as_written_by_run(best):
+            published = described["architecture"].items() >= PUBLISHED_SIZES.items()
+            return PUBLISHED_BACKBONE if published else without_home(str(described["backbone"]["name"]))
 
     def at_own_pattern(self, metric: str) -> float | None:
         """A metric at the pattern of the training: mean over table seeds, else the test result there."""
@@ -91,13 +116,17 @@ class ReportRun:
         if cell is not None and metric in cell["metrics"]:
             found = estimate(cell["metrics"][metric]["values"])
             return found and found.mean
-        return self.tested(metric) if self.run.tested_at == self.pattern else None
+        return self.tested(metric) if self.tested_at == self.pattern else None
+
+    def tested(self, metric: str) -> float | None:
+        """A metric of the test, whatever was missing there; NaN where it is undefined."""
+        return None if self.test is None else self.test["metrics"].get(metric)
 
     @cached_property
     def curves(self) -> pd.DataFrame:
         """metrics.csv by optimiser step, that of the runs that this one was resumed from too; empty without one."""
         curves = pd.DataFrame()
-        for path in (part.folder / "metrics.csv" for part in self.run.parts):  # the last one first
+        for path in (part.folder / "metrics.csv" for part in self.parts):  # the last one first
             content = path.read_text("utf-8", "replace") if path.is_file() else ""
             if content := content.rpartition("\n")[0]:  # not a line that was cut off
                 with as_written_by_run(path):
@@ -109,9 +138,16 @@ class ReportRun:
         """One of them; empty where there is none."""
         return self.curves.get(column, pd.Series(dtype=float)).dropna()
 
-    def tested(self, metric: str) -> float | None:
-        """A metric of the test, whatever was missing there; NaN where it is undefined."""
-        return None if self.run.test is None else self.run.test["metrics"].get(metric)
+
+def listed_runs(runs: Sequence[ReportRun]) -> str:
+    """`R1, R3 to R5`: those that follow each other as a range."""
+    ranges: list[list[int]] = []
+    for number in sorted(int(run.tag[1:]) for run in runs):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    return ", ".join(f"R{first} to R{more[-1]}" if more else f"R{first}" for first, *more in ranges)
 
 
 def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
@@ -133,75 +169,14 @@ def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
     runs, damaged = find_runs(*places)
     for error in damaged.values():
         log.warning("left out of the report: %s", error)
-    read = [_read(number, run) for number, run in enumerate(runs, start=1)]
+    read = [
+        ReportRun(**{each.name: getattr(run, each.name) for each in fields(run)}, tag=f"R{number}")
+        for number, run in enumerate(runs, start=1)
+    ]
+    for run in read:  # damaged files are said now, not after minutes of drawing
+        _ = run.environment, run.backbone
     _check_same_test_sets(read)
     return read
-
-
-def _read(number: int, run: Run) -> ReportRun:
-    path, best, environment, backbone = run.folder / "environment.json", run.folder / "best.ckpt", None, None
-    if path.is_file():
-        environment = read_json(path)
-        with as_written_by_run(path):
-            words = environment["command"]
-            if not words or not all(isinstance(word, str) for word in words):
-                raise ValueError(f"command: expected words, found {quoted(words)}")
-            environment.get("machine", {}).pop("host", None)  # a report is passed on
-    if best.is_file() and (described := open_checkpoint(best).get(DESCRIPTION)):
-        with as_written_by_run(best):
-            published = described["architecture"].items() >= PUBLISHED_SIZES.items()
-            backbone = PUBLISHED_BACKBONE if published else without_home(str(described["backbone"]["name"]))
-    place = "/".join(Path(without_home(str(run.folder.resolve()))).parts[-2:])
-    return ReportRun(f"R{number}", place, run, read_robustness(run), environment, backbone)
-
-
-def read_robustness(run: Run) -> Robustness | None:
-    """Robustness results and stored logits of a run. Raises DataError where they are damaged, or of something else."""
-    path, best = run.folder / "robustness" / "robustness.json", run.folder / "best.ckpt"
-    if not path.is_file():
-        return None
-    raw, logits = _undefined_as_nan(read_json(path)), path.with_name("logits.arrow")
-    with as_written_by_run(path):
-        for name, expected in {"format": FORMAT, "task": run.config["task"], "metric": run.spec.monitor}.items():
-            if raw[name] != expected:
-                raise ValueError(f"{name}: expected {expected}, found {quoted(raw[name])}")
-        if best.is_file() and raw["checkpoint_sha256"] != file_sha256(best):  # a run may be kept without it
-            raise ValueError("results of another checkpoint than best.ckpt; run `python run.py robustness` again")
-        if len(raw["class_names"]) != run.spec.n_classes:
-            raise ValueError(f"class_names: expected {run.spec.n_classes}, found {len(raw['class_names'])}")
-        raw.setdefault("baselines", {})  # results of older versions have none
-        cells = {Pattern.of(run.spec, *(cell[name] for name in PATTERN)): cell for cell in raw["cells"]}
-        return Robustness(raw, cells, _read_logits(logits, run, raw) if logits.is_file() else None)
-
-
-def _undefined_as_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _undefined_as_nan(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_undefined_as_nan(each) for each in value]
-    return math.nan if value is None else value
-
-
-def _read_logits(path: Path, run: Run, raw: dict[str, Any]) -> pa.Table:
-    """Stored logits. Raises DataError unless they are of the result `raw`."""
-    table, described = read_logits(path, run.spec, logit_columns_of(run.spec))
-    for what, ours, theirs in (
-        ("dataset", run.config["task"], described.get("task")),
-        ("checkpoint", raw["checkpoint_sha256"], described.get("checkpoint_sha256")),
-        ("test set", f"{raw['samples']} samples", f"{table.num_rows} samples"),
-    ):
-        if ours != theirs:
-            raise DataError(f"{path}: logits of another {what}: expected {ours}, found {quoted(theirs)}")
-    return table
-
-
-def _test_set(run: ReportRun) -> str | None:
-    """Digest of ids and labels of the test samples."""
-    if run.robustness is None or (table := run.robustness.logits) is None:
-        return None
-    digest = hashlib.sha256("\0".join(table["id"].to_pylist()).encode())
-    digest.update(np.ascontiguousarray(labels_of(table, run.run.spec), dtype=np.int64).tobytes())
-    return digest.hexdigest()
 
 
 def _check_same_test_sets(runs: Sequence[ReportRun]) -> None:
@@ -209,14 +184,14 @@ def _check_same_test_sets(runs: Sequence[ReportRun]) -> None:
     first: dict[tuple[str, str], tuple[Path, Any]] = {}
     for run in runs:
         for what, found in (
-            ("classes, labels or metric", run.run.custom),
+            ("classes, labels or metric", run.custom),
             ("test samples", run.robustness and run.robustness.samples),
-            ("test samples", run.run.test and run.run.test.get("samples")),
-            ("ids or labels of the test samples", _test_set(run)),
+            ("test samples", run.test and run.test.get("samples")),
+            ("ids or labels of the test samples", run.test_set and run.test_set[0]),
         ):
             if found:
-                other, expected = first.setdefault((run.run.dataset, what), (run.run.folder, found))
+                other, expected = first.setdefault((run.dataset, what), (run.folder, found))
                 if found != expected:
                     values = f": expected {expected}, found {found}" if isinstance(found, int) else ""
                     said = f"results on another dataset than {other}, with other {what}{values}; make a report of each"
-                    raise DataError(f"{run.run.folder}: {said}")
+                    raise DataError(f"{run.folder}: {said}")

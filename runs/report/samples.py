@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import torch
 
 from common.errors import DataError
 from common.text import counted
 from engine.metrics import THRESHOLD
-from engine.stored_logits import logit_columns_of, matrix_of
-from runs.report.results import ReportRun, Robustness
+from runs.report.results import ReportRun
 from runs.report.table import Row, Table, Value, absent
 from runs.report.text import CAPTIONS, capital, dataset_title, excerpt, without
+from runs.stored_results import StoredLogits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.images import open_rgb
 
@@ -34,49 +32,49 @@ class SampleGrid:
     note: str | None  # what is missing of pictures and texts, and why
 
 
-def sample_grid(run: ReportRun, robustness: Robustness, line: str) -> SampleGrid:
-    """The SHOWN samples of a run of `line` that change the most, first the largest change.
+def sample_grid(run: ReportRun, line: str) -> SampleGrid:
+    """The SHOWN samples of a run of `line`, with stored logits, that change the most, first the largest change.
 
     The change is the sum over classes of how far the probability moves when modalities are lost, the largest one. Of a
     row with several texts only the text that changes the most is shown.
     """
-    spec, names, key, stored = run.run.spec, robustness.raw["class_names"], run.run.dataset, robustness.logits
-    assert stored is not None
+    stored = run.logits
+    assert run.robustness is not None and stored is not None
+    spec, names, key, split = run.spec, run.robustness.raw["class_names"], run.dataset, stored.split
     image_column, text_column = spec.column_of("image"), spec.column_of("text")
-    logits = [matrix_of(stored[column], len(names)) for column in logit_columns_of(spec)]
-    logits_TNC = torch.tensor(np.stack(logits)).double()
+    logits_TNC = split.logits_TNC.double()
     numbers_alone = spec.label_range is not None
     probabilities = logits_TNC if numbers_alone else logits_TNC.sigmoid() if spec.multilabel else logits_TNC.softmax(-1)
     probabilities_TNC = probabilities.numpy()
     changes = np.abs(probabilities_TNC[1:] - probabilities_TNC[0]).sum(-1).max(0)
     order = np.argsort(-changes, kind="stable")
-    _, first_of_row = np.unique(stored["row"].to_numpy()[order], return_index=True)
+    _, first_of_row = np.unique(split.row_of_sample_N[order], return_index=True)
     dataset, note = _open_dataset(run, stored)
     types = {name.replace(" ", "_"): capital(without(name)) for name in spec.type_names}
     rows: list[Row] = []
     pictures: dict[str, bytes | None] = {}
     undecoded: list[str] = []
     for rank, index in enumerate(order[np.sort(first_of_row)][:SHOWN].tolist(), start=1):
-        sample = {name: stored[name][index].as_py() for name in ("id", "sample", "row", "label")}
-        true = np.flatnonzero(sample["label"]).tolist() if spec.multilabel else [sample["label"]]
+        name, label = stored.names[index], split.labels[index]
+        true = label.nonzero().flatten().tolist() if spec.multilabel else [label.item()]
         text: Value = absent("not available")
         picture = None
         if dataset is not None and text_column:
-            content = dataset.given("text", sample["sample"])
+            content = dataset.given("text", index)
             text = absent("missing") if content is None else excerpt(content, TEXT_LENGTH)
         if dataset is not None and image_column:
-            data = dataset.given("image", sample["sample"])
+            data = dataset.given("image", index)
             if data is not None and (picture := _thumbnail(data)) is None:
-                undecoded.append(str(sample["id"]))
+                undecoded.append(name)
         predicted = {}
         for column, probabilities_C in zip(types, probabilities_TNC[:, index], strict=True):
             numbers = np.argsort(-probabilities_C, kind="stable").tolist()
             numbers = [n for n in numbers if probabilities_C[n] > THRESHOLD] if spec.multilabel else numbers[:1]
             marks = [f"{'✓' if n in true else '✗'} {names[n]} {probabilities_C[n]:.0%}" for n in numbers]
             predicted[column] = f"{probabilities_C[0]:.2f}" if numbers_alone else ", ".join(marks) or "none"
-        label, change = f"{true[0]:.2f}" if numbers_alone else "", f"{changes[index]:.2f}"
-        label = label or ", ".join(names[n] for n in true) or "none"
-        rows.append({"rank": rank, "id": sample["id"], "text": text, "label": label, **predicted, "change": change})
+        shown = f"{true[0]:.2f}" if numbers_alone else ", ".join(names[n] for n in true) or "none"
+        rows.append({"rank": rank, "id": name, "text": text, "label": shown, **predicted})
+        rows[-1]["change"] = f"{changes[index]:.2f}"
         pictures[f"thumbnails/{key}_{rank:02}.jpg"] = picture
     if undecoded:
         note = f"{counted(len(undecoded), 'image')} cannot be decoded: {', '.join(undecoded)}."
@@ -84,23 +82,20 @@ def sample_grid(run: ReportRun, robustness: Robustness, line: str) -> SampleGrid
     return SampleGrid(Table(f"samples_{key}", caption, rows, {"rank": "No.", "id": "Sample", **types}), pictures, note)
 
 
-def _open_dataset(run: ReportRun, logits: pa.Table) -> tuple[ArrowDataset | None, str | None]:
+def _open_dataset(run: ReportRun, stored: StoredLogits) -> tuple[ArrowDataset | None, str | None]:
     """The arrow file that the logits are of, or None and why pictures and texts cannot be shown."""
-    root, spec = Path(run.run.config["data_root"]), run.run.spec
-    name = spec.file_name("test")
+    root, name = Path(run.config["data_root"]), run.spec.file_name("test")
     fault = f"Images and texts are not available: {name} in the data_root of {run.tag}"
     if not (root / name).is_file():
         return None, f"{fault} is gone."
     try:
-        dataset = ArrowDataset(spec, root, "test", image_size=THUMBNAIL_SIZE[0])
+        dataset = ArrowDataset(run.spec, root, "test", image_size=THUMBNAIL_SIZE[0])
     except DataError:
         return None, f"{fault} is damaged."
-    samples, rows = logits["sample"].to_numpy(), logits["row"].to_numpy()
     if (
-        np.array_equal(np.sort(samples), np.arange(len(dataset)))
-        and np.array_equal(rows, dataset.row_of_sample[samples])
-        and [dataset.sample_name(number) for number in samples.tolist()] == logits["id"].to_pylist()
-        and dataset.table["label"].take(pa.array(rows)).to_pylist() == logits["label"].to_pylist()
+        np.array_equal(dataset.row_of_sample, stored.split.row_of_sample_N)
+        and np.array_equal(dataset.label_of_sample, stored.split.labels.numpy())
+        and all(dataset.sample_name(number) == name for number, name in enumerate(stored.names))
     ):
         return dataset, None
     return None, f"{fault} holds other samples."

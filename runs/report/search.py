@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 
 from common.text import LOWER_IS_BETTER, counted
 from runs.report.figures import COLOURS, Figure, Panel, figure
-from runs.report.parts import Note, Part, Section, run_details
+from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
 from runs.report.table import Row, Table, absent, number
 from runs.report.text import CAPTIONS, Unit, dataset_title, listed, metric_title, without_home
@@ -30,7 +30,7 @@ def search_section(folder: Path, runs: Sequence[ReportRun], place: int) -> Secti
     Raises:
         DataError: the journal is damaged.
     """
-    study, metric = open_study(folder / JOURNAL), runs[0].metric
+    study, metric = open_study(folder / JOURNAL), runs[0].spec.monitor
     trials = study.get_trials(deepcopy=False)
     best_first, unit = ranked(trials, metric), Unit.of(metric, 100)  # it is not known of how many validation samples
     states = [STATE_NAMES.get(trial.state, trial.state.name.lower()) for trial in trials]
@@ -52,8 +52,8 @@ def search_section(folder: Path, runs: Sequence[ReportRun], place: int) -> Secti
         summary += without_home(f" The best, trial {best.number}, {reached} with {with_values}.")
         parts.insert(0, Part("Best score by trial", [_history(trials, metric, unit, f"search_{place}_history")]))
         run = next((run for run in runs if f"_trial_{best.number}_seed" in run.place), None)
-        if run and (command := run_details(run).command):
-            parts[0].notes = [Note(f"The best trial, {run.tag}, is repeated by:", command)]
+        if run and run.command:
+            parts[0].notes = [Note(f"The best trial, {run.tag}, is repeated by:", run.command)]
         parts.append(Part("Importance of each option"))
         if len(best_first) >= TRIALS_FOR_IMPORTANCES:
             with warnings.catch_warnings(action="ignore"):  # that the evaluator is new, and trials are few
@@ -62,7 +62,7 @@ def search_section(folder: Path, runs: Sequence[ReportRun], place: int) -> Secti
             parts[-1].shown = [Table(f"search_{place}_importances", CAPTIONS["importances"], rows)]
         else:
             parts[-1].notes = [Note(f"Missing: it takes {TRIALS_FOR_IMPORTANCES} trials of different values.")]
-    title = f"Search {folder.resolve().name} ({dataset_title(runs[0].run.dataset)})"
+    title = f"Search {folder.resolve().name} ({dataset_title(runs[0].dataset)})"
     return Section(f"search-{place}", title, summary, parts)
 
 

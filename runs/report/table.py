@@ -76,7 +76,6 @@ class Table:
     caption: str
     rows: Sequence[Mapping[str, Value]]
     titles: dict[str, str] = field(default_factory=dict)  # of columns whose title does not follow from the name
-    long: Sequence[Mapping[str, Value]] | None = None  # the same in long form, for CSV
 
     @property
     def columns(self) -> dict[str, str]:
@@ -94,8 +93,9 @@ class Table:
 
     def csv(self) -> str:
         """The table as CSV, where a deviation or the ends of an interval have columns of their own."""
-        cells = replace(self, rows=self.long or self.rows).cells
-        rows = [{name + part: value for name, cell in row.items() for part, value in cell.csv.items()} for row in cells]
+        rows = [
+            {name + part: value for name, cell in row.items() for part, value in cell.csv.items()} for row in self.cells
+        ]
         return pd.DataFrame(rows, dtype=object).map(_csv_text).to_csv(index=False, lineterminator="\n")
 
 

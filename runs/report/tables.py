@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from common.text import AT_OFFSET
-from engine.stored_logits import labels_of, logit_columns_of, matrix_of
 from runs.comparable import other_input
 from runs.pattern import Pattern
 from runs.report.lines import Dataset, Line, method_title
@@ -24,7 +22,6 @@ from runs.report.table import (
     Cell,
     Row,
     Table,
-    Value,
     absent,
     difference,
     interval,
@@ -48,32 +45,30 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
     repeats = {run for dataset in datasets for run in dataset.repeats}
     elsewhere = any(dataset.decides_elsewhere for dataset in datasets)
     rows: list[Row] = []
-    for one in runs:
-        run, dataset = one.run, dataset_of.get(one)
-        unit = dataset.unit() if dataset else Unit.of(one.metric, 100)
-        kind = (
-            "evaluation" if run.is_evaluation else "repeated" if one in repeats else "training" if dataset else "trial"
-        )
+    for run in runs:
+        dataset = dataset_of.get(run)
+        unit = dataset.unit() if dataset else Unit.of(run.spec.monitor, 100)
+        kind = "training" if dataset else "trial"
+        kind = "evaluation" if run.is_evaluation else "repeated" if run in repeats else kind
         untrained, untested = (NOT_APPLICABLE if why else MISSING for why in (run.is_evaluation, not dataset))
         rows.append(
             {
-                "run": one.tag,
+                "run": run.tag,
                 "method": ", ".join([method_title(run), *other_input(run.config)]),
                 "dataset": dataset.name if dataset else dataset_title(run.dataset),
-                "trained_at": NOT_APPLICABLE if run.is_evaluation else one.pattern.title,
+                "trained_at": NOT_APPLICABLE if run.is_evaluation else run.pattern.title,
                 "seed": str(run.config["seed"]),
                 "kind": kind,
                 "best_validation": number(run.best_validation, unit, untrained),
-                "test": number(one.test_score, unit, untested),
-                **({AT_OFFSET: number(one.tested(AT_OFFSET), unit, NOT_APPLICABLE)} if elsewhere else {}),
-                "robustness": "yes" if one.robustness else untrained if dataset else NOT_APPLICABLE,
+                "test": number(run.tested(run.spec.monitor), unit, untested),
+                **({AT_OFFSET: number(run.tested(AT_OFFSET), unit, NOT_APPLICABLE)} if elsewhere else {}),
+                "robustness": "yes" if run.robustness else untrained if dataset else NOT_APPLICABLE,
                 "date": f"{run.started:%Y-%m-%d}",
-                "folder": one.place,
+                "folder": run.place,
             }
         )
-    return Table(
-        "runs", CAPTIONS["runs"], rows, {"best_validation": "Validation", AT_OFFSET: capital(metric_title(AT_OFFSET))}
-    )
+    titles = {"best_validation": "Validation", AT_OFFSET: capital(metric_title(AT_OFFSET))}
+    return Table("runs", CAPTIONS["runs"], rows, titles)
 
 
 def comparison_table(dataset: Dataset) -> Table:
@@ -99,13 +94,13 @@ def comparison_table(dataset: Dataset) -> Table:
 
 def _cost(line: Line, name: str, form: str, unit: float = 1) -> Cell:
     """Mean of what test results say of the cost of their training."""
-    found = [run.run.test[name] / unit for run in line.runs if run.run.test is not None and run.run.test.get(name)]
+    found = [run.test[name] / unit for run in line.runs if run.test is not None and run.test.get(name)]
     mean = statistics.fmean(found) if found else None
     return NOT_MEASURED if mean is None else Cell(form.format(mean), {"": mean})
 
 
 def matrix_table(dataset: Dataset, metric: str = "") -> Table:
-    """A row per line and missing type, a column per missing ratio; the darker the better. In CSV a row per pattern.
+    """A row per line and missing type, a column per missing ratio; the darker the better.
 
     Args:
         metric: another one than that of the task.
@@ -113,25 +108,19 @@ def matrix_table(dataset: Dataset, metric: str = "") -> Table:
     of_line = {line: line.spreads_of(metric or dataset.spec.monitor) for line in dataset.measured}
     every = [dataset.order(found) for of in of_line.values() for found, _ in of.values() if found.n]
     low, width = min(every, default=0), (max(every, default=0) - min(every, default=0)) or 1
-    patterns = list(dict.fromkeys(pattern for of in of_line.values() for pattern in of))
+    ratios = sorted({pattern.ratio for of in of_line.values() for pattern in of})
     rows: list[Row] = []
     for line, spreads in of_line.items():
         for kind in dict.fromkeys(pattern.kind for pattern in spreads):
-            rows.append({"method": line.label, "missing_type": kind})
-            rows[-1] |= {f"{100 * ratio:g} %": NOT_APPLICABLE for ratio in sorted({p.ratio for p in patterns})}
+            row: Row = {"method": line.label, "missing_type": kind}
+            row |= {f"{100 * ratio:g} %": NOT_APPLICABLE for ratio in ratios}
             for pattern, (found, _) in spreads.items():
                 if pattern.kind == kind:
                     shade = (dataset.order(found) - low) / width if found.n else None
-                    rows[-1][f"{100 * pattern.ratio:g} %"] = replace(mean_std(found, dataset.unit()), shade=shade)
-            rows[-1]["deviation_over"] = next((spread.over for spread in spreads.values()), "") or "one run"
-    long: list[Row] = []
-    for pattern in patterns:
-        shares = {f"{name}{AVAILABLE}": 100 * share for name, share in available_of(dataset, pattern).items()}
-        found_of = {line: of[pattern].estimate if pattern in of else None for line, of in of_line.items()}
-        values = {line.label: mean_std(found, dataset.unit()) for line, found in found_of.items()}
-        long.append({"missing_type": pattern.kind, "missing_ratio": 100 * pattern.ratio, **shares, **values})
+                    row[f"{100 * pattern.ratio:g} %"] = replace(mean_std(found, dataset.unit()), shade=shade)
+            rows.append(row | {"deviation_over": next(spread.over for spread in spreads.values()) or "one run"})
     name = "matrix_at_offset" if metric else "matrix"
-    return Table(f"{name}_{dataset.key}", dataset.caption(name), rows, {"deviation_over": "± over"}, long)
+    return Table(f"{name}_{dataset.key}", dataset.caption(name), rows, {"deviation_over": "± over"})
 
 
 def read_published(task: str) -> pd.DataFrame:
@@ -186,31 +175,35 @@ def rivals_table(dataset: Dataset) -> Table:
 
 def ours_table(dataset: Dataset) -> Table:
     """What lines reach that were trained at a pattern of the published table, evaluated at that pattern, as there. The
-    difference is to REP's table, the method of the same name, for the published test split and backbone alone."""
+    difference is to REP's table, the method of the same name."""
     rows: list[Row] = []
     for pattern, of_method in published_of_rep(dataset).items():
         for line in dataset.lines:
-            if available_of(dataset, line.pattern) != available_of(dataset, pattern):
+            ours = line.at_own_pattern
+            if ours is None or available_of(dataset, line.pattern) != available_of(dataset, pattern):
                 continue
-            if (ours := line.at_own_pattern) is None:
-                continue
-            theirs = of_method.get(method_title(line.runs[0].run), {}).get("value")
-            published: Value = NOT_APPLICABLE if theirs is None else Cell(f"{theirs:.2f}", {"": theirs})
-            backbones = {run.backbone for run in line.runs}
-            if theirs is None:
-                to_published = absent("not published")
-            elif other_input(line.runs[0].run.config):
-                to_published = absent("other input")
-            elif not dataset.is_published:
-                to_published = absent("other data" if dataset.test_rows else "test split not known")
-            elif backbones != {PUBLISHED_BACKBONE}:
-                to_published = absent("backbone not known" if None in backbones else "other backbone")
-            else:
-                to_published = difference(ours.mean - theirs / 100, dataset.unit())
-            of_line: Row = {"trained_at": line.pattern.title, "method": line.variant, "training_seeds": len(line.runs)}
-            of_line |= {"ours": mean_std(ours, dataset.unit()), "published": published, "difference": to_published}
-            rows.append(of_line)
+            row: Row = {"trained_at": line.pattern.title, "method": line.variant, "training_seeds": len(line.runs)}
+            row["ours"] = mean_std(ours, dataset.unit())
+            row |= {"published": NOT_APPLICABLE, "difference": absent("not published")}
+            if theirs := of_method.get(method_title(line.runs[0])):
+                row["published"] = Cell(f"{theirs['value']:.2f}", {"": theirs["value"]})
+                row["difference"] = difference(ours.mean - theirs["value"] / 100, dataset.unit())
+                if reason := unlike_published(dataset, line):
+                    row["difference"] = absent(reason)
+            rows.append(row)
     return Table(f"ours_{dataset.key}", dataset.caption("ours"), rows)
+
+
+def unlike_published(dataset: Dataset, line: Line) -> str:
+    """Why results of a line do not compare with published ones, which are of one test split and backbone; or ""."""
+    backbones = {run.backbone for run in line.runs}
+    if other_input(line.runs[0].config):
+        return "other input"
+    if not dataset.is_published:
+        return "other data" if dataset.test_rows else "test split not known"
+    if backbones != {PUBLISHED_BACKBONE}:
+        return "backbone not known" if None in backbones else "other backbone"
+    return ""
 
 
 def available_of(dataset: Dataset, pattern: Pattern) -> dict[str, float]:
@@ -226,7 +219,7 @@ def confidence_table(dataset: Dataset) -> Table:
     rows: list[Row] = []
     for line, run, found in results:
         for name in dataset.spec.type_names:
-            of_run: Row = {"method": line.label, "run": run.tag, "seed": str(run.run.config["seed"])}
+            of_run: Row = {"method": line.label, "run": run.tag, "seed": str(run.config["seed"])}
             values, ends = found.raw["by_type"][name], found.raw["confidence"][name]
             cells = {metric: interval(value, ends[metric], dataset.unit(metric)) for metric, value in values.items()}
             rows.append(of_run | {"test_samples_are": name} | dict.fromkeys(titles, NOT_APPLICABLE) | cells)
@@ -248,17 +241,16 @@ def confusion_table(dataset: Dataset) -> Table:
     run, found = line.results[0]
     name, facts = f"confusions_{dataset.key}", {"line": line.label, "run": run.tag}
     titles, rows = {"true": "True class", "count": "Samples"}, []
-    if found.logits is None or spec.n_classes > MATRIX_CLASSES:
+    logits = run.logits if spec.n_classes <= MATRIX_CLASSES else None
+    if logits is None:
         for type_name in spec.type_names:
             pairs = [pair for pair in found.raw["confusions"] if pair["type"] == type_name]
             for pair in sorted(pairs, key=lambda pair: -pair["count"])[:CONFUSIONS_SHOWN]:
                 row: Row = {"test_samples_are": type_name, "true": pair["true"], "predicted": pair["predicted"]}
                 rows.append(row | {"count": pair["count"], "share": number(pair["share"], Unit.of("", 0))})
         return Table(name, dataset.caption("confusions", shown=CONFUSIONS_SHOWN, **facts), rows, titles)
-    labels = torch.from_numpy(labels_of(found.logits, spec))
-    for type_name, column in zip(spec.type_names, logit_columns_of(spec), strict=True):
-        logits_NC = torch.from_numpy(matrix_of(found.logits[column], spec.n_classes))
-        counts_CC = multiclass_confusion_matrix(logits_NC.argmax(-1), labels, spec.n_classes).numpy()
+    for type_name, logits_NC in zip(spec.type_names, logits.split.logits_TNC, strict=True):
+        counts_CC = multiclass_confusion_matrix(logits_NC.argmax(-1), logits.split.labels, spec.n_classes).numpy()
         shares_CC = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
         for true, class_name in enumerate(found.raw["class_names"]):
             rows.append({"test_samples_are": type_name, "true": f"{true + 1}. {class_name}"})

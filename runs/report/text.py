@@ -65,17 +65,6 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def listed_runs(tags: Sequence[str]) -> str:
-    """`R1, R3 to R5`: tags of runs, those that follow each other as a range."""
-    ranges: list[list[int]] = []
-    for number in sorted(int(tag[1:]) for tag in tags):
-        if ranges and number == ranges[-1][-1] + 1:
-            ranges[-1].append(number)
-        else:
-            ranges.append([number])
-    return ", ".join(f"R{first} to R{more[-1]}" if more else f"R{first}" for first, *more in ranges)
-
-
 def without(type_name: str) -> str:
     """A missing type as `complete`, `without text`."""
     return f"without {lacking}" if (lacking := type_name.removesuffix(" missing")) != type_name else type_name

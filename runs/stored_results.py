@@ -1,0 +1,94 @@
+"""What `run.py robustness` has left in a run folder, read back for the report and for comparisons."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import DataError
+from common.hashing import file_sha256
+from common.messages import quoted
+from common.strict_json import read_json
+from engine.robustness import FORMAT, PATTERN
+from engine.stored_logits import SplitLogits, read_split
+from runs.pattern import Pattern
+from runs.run_reader import Run, as_written_by_run
+
+
+@dataclass(frozen=True, eq=False)
+class Robustness:
+    """What robustness.json of a run says. A value that is undefined is NaN."""
+
+    raw: dict[str, Any]
+    cells: dict[Pattern, dict[str, Any]]
+    offset: float | None  # of the run's validation, see `engine/decision.py`
+
+    @property
+    def samples(self) -> int:
+        """Of the test set; a film with several plots is several."""
+        return int(self.raw["samples"])
+
+
+class StoredLogits(NamedTuple):
+    """The logits of a run for its test samples."""
+
+    split: SplitLogits
+    names: tuple[str, ...]  # of the samples
+
+    @property
+    def test_set(self) -> str:
+        """Equal for logits of the same samples with the same labels."""
+        said = "\0".join(self.names).encode(), self.split.row_of_sample_N.tobytes(), self.split.labels.numpy().tobytes()
+        return hashlib.sha256(b"\0".join(said)).hexdigest()
+
+
+def logits_path(run: Run) -> Path:
+    """Where the logits of a run are stored."""
+    return run.folder / "robustness" / "logits.arrow"
+
+
+def read_robustness(run: Run) -> Robustness | None:
+    """Robustness results of a run; None where there are none. Raises DataError where they are of something else."""
+    path, best = run.folder / "robustness" / "robustness.json", run.folder / "best.ckpt"
+    if not path.is_file():
+        return None
+    written = read_json(path)
+    with as_written_by_run(path):
+        for name, expected in {"format": FORMAT, "task": run.config["task"], "metric": run.spec.monitor}.items():
+            if written[name] != expected:
+                raise ValueError(f"{name}: expected {expected}, found {quoted(written[name])}")
+        if best.is_file() and written["checkpoint_sha256"] != file_sha256(best):  # a run may be kept without it
+            raise ValueError("results of another checkpoint than best.ckpt; run `python run.py robustness` again")
+        if len(written["class_names"]) != run.spec.n_classes:
+            raise ValueError(f"class_names: expected {run.spec.n_classes}, found {len(written['class_names'])}")
+        offset = written.get("offset")
+        if not (offset is None or (type(offset) is float and math.isfinite(offset))):
+            raise ValueError(f"offset: expected a number, found {quoted(offset)}")
+        raw = {"baselines": {}, **_undefined_as_nan(written)}  # results of older versions have no baselines
+        cells = {Pattern.of(run.spec, *(cell[name] for name in PATTERN)): cell for cell in raw["cells"]}
+        return Robustness(raw, cells, offset)
+
+
+def _undefined_as_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _undefined_as_nan(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_undefined_as_nan(each) for each in value]
+    return math.nan if value is None else value
+
+
+def read_logits(run: Run, results: Robustness) -> StoredLogits | None:
+    """The stored logits of a run; None where there are none. Raises DataError unless they are those of its results."""
+    path = logits_path(run)
+    if not path.is_file():
+        return None
+    split, names, described = read_split(path, run.spec)
+    for what, ours, theirs in (
+        ("dataset", run.config["task"], described.get("task")),
+        ("checkpoint", results.raw["checkpoint_sha256"], described.get("checkpoint_sha256")),
+        ("test set", f"{results.samples} samples", f"{len(names)} samples"),
+    ):
+        if ours != theirs:
+            raise DataError(f"{path}: logits of another {what}: expected {ours}, found {quoted(theirs)}")
+    return StoredLogits(split, names)

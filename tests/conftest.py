@@ -5,8 +5,12 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from clip.backbone import Backbone
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits for it
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables would fold
@@ -14,34 +18,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, on
 
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
-SLOW = (
-    *(
-        "agreement",
-        "backbone",
-        "contents",
-        "datamodules",
-        "damage",
-        "demo",
-        "ending",
-        "golden_training",
-        "gpu_benchmark",
-        "hostile_runs",
-    ),
-    *(
-        "interruption",
-        "kept_features",
-        "long_run",
-        "methods",
-        "processes",
-        "published",
-        "package",
-        "quickstart",
-        "report_page",
-        "report_search",
-        "resume",
-    ),
-    *("robustness", "run", "run_custom", "run_methods", "run_sensors", "run_vla", "sweep", "undefined", "writers"),
-)
+SLOW = {
+    *("agreement", "backbone", "contents", "damage", "datamodules", "demo", "ending", "golden_training"),
+    *("gpu_benchmark", "interruption", "kept_features", "long_run", "methods", "package", "processes", "published"),
+    *("quickstart", "report_page", "report_search", "resume", "robustness", "run", "run_custom", "run_methods"),
+    *("run_sensors", "run_vla", "sweep", "undefined", "writers"),
+}
 """Test files that train, or start processes: `pytest -m "not slow"` leaves them out."""
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
 
@@ -116,6 +98,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     )
     assert status == 0
     return Workspace(root)
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> "Backbone":
+    """A random CLIP of TINY size."""
+    from clip.backbone import load_backbone
+    from tests.backbones import random_hf_clip
+
+    folder = tmp_path_factory.mktemp("backbone")
+    random_hf_clip(folder)
+    return load_backbone(str(folder))
 
 
 @pytest.fixture(autouse=True)

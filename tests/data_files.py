@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from vilt.batches import Batch
-from vilt.datasets.specs import CLIP, DATASETS
+from vilt.datamodules import DataSettings
+from vilt.datasets.specs import CLIP, DATASETS, SPLITS
+from vilt.missing_tables import MissingPattern
 
 
 def png(seed: int, size: int = 8) -> bytes:
@@ -63,6 +65,13 @@ def as_npy(array: np.ndarray) -> bytes:
     out = io.BytesIO()
     np.save(out, array)
     return out.getvalue()
+
+
+def data_settings(dataset: str, folder: Path, pattern: MissingPattern, **changes: Any) -> DataSettings:
+    """Batches of two, all splits at one pattern; nothing is simulated or cached."""
+    of_data: dict[str, Any] = {"dataset": dataset, "data_root": folder, "missing_table_root": folder / "tables"}
+    of_data |= {"patterns": dict.fromkeys(SPLITS, pattern), "simulate_missing": False, "image_cache": False}
+    return DataSettings(**{**of_data, "per_gpu_batchsize": 2, "num_workers": 0, "seed": 0, "order_seed": 0, **changes})
 
 
 class Tokenizer:

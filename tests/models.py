@@ -13,20 +13,7 @@ from clip.modules.vision_transformer_memory import ClipArchitecture
 from engine.checkpoint import ModelSpec, build_classifier
 from engine.published_checkpoint import PUBLISHED_NAMES, model_names
 
-TINY = ClipArchitecture(
-    image_size=32,
-    patch_size=16,
-    vision_width=128,
-    vision_layers=3,
-    vision_heads=2,
-    text_width=64,
-    text_layers=2,
-    text_heads=1,
-    context_length=77,
-    vocab_size=300,
-    embed_dim=64,
-    activation="quick_gelu",
-)
+TINY = ClipArchitecture(32, 16, 128, 3, 2, 64, 2, 1, 77, 300, 64, "quick_gelu")
 REAL = {
     "ViT-B/32": ClipArchitecture(224, 32, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu"),
     "ViT-B/16": ClipArchitecture(224, 16, 768, 12, 12, 512, 12, 8, 77, 49408, 512, "quick_gelu"),
@@ -34,6 +21,12 @@ REAL = {
     "ViT-L/14@336px": ClipArchitecture(336, 14, 1024, 24, 16, 768, 12, 12, 77, 49408, 768, "quick_gelu"),
 }
 """Sizes of OpenAI's weights."""
+ENDS = {
+    "model.image_encoder.proj",
+    *(f"model.image_encoder.ln_post.{part}" for part in ("weight", "bias")),
+    *(f"model.text_encoder.ln_final.{part}" for part in ("weight", "bias")),
+}
+"""What is trained of the towers for Hateful Memes, and by some methods."""
 
 
 def model_input(images: Tensor, tokens: Tensor, missing_types: list[int]) -> ModelInput:

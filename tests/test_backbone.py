@@ -216,9 +216,6 @@ def test_features_are_those_of_transformers(activation: str, tmp_path: Path) -> 
             assert golden.relative_error(clip.text_encoder(tokens), text) < 1e-5
 
 
-# TorchScript archives
-
-
 def test_torchscript_runs_only_if_published_or_trusted(
     tiny: Tiny, loaded: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,12 +256,6 @@ def test_a_configuration_that_names_code_on_the_hub_is_read_without_it(
     assert load_backbone(str(folder)).sha256 == loaded.sha256
 
 
-# Missing tables
-
-
-# The activation
-
-
 @pytest.mark.parametrize(("quick", "expected"), [(True, "quick_gelu"), (False, "gelu")])
 def test_open_clip_config_says_the_activation(quick: bool, expected: str, tiny: Tiny, tmp_path: Path) -> None:
     vit = open_clip(tiny, tmp_path / "open_clip.bin", quick)
@@ -289,9 +280,6 @@ def test_activation_that_contradicts_the_file_is_refused(name: str, tiny: Tiny, 
     refused(vit, "vit_activation=(quick_gelu.*found )?gelu", activation="gelu")
     if name != "bin folder":
         assert load_backbone(vit, activation="quick_gelu").architecture == TINY
-
-
-# What is refused
 
 
 def refused(vit: str, problem: str, **options: Any) -> None:
@@ -320,11 +308,11 @@ Change = Callable[[dict[str, Tensor]], None]
 
 
 def set_nan(name: str) -> Change:
-    def change(state: dict[str, Tensor]) -> None:
-        state[name] = state[name].clone()
-        state[name].view(-1)[0] = float("nan")
+    return lambda s: s.update({name: torch.cat([torch.tensor([float("nan")]), s[name].flatten()[1:]]).view_as(s[name])})
 
-    return change
+
+def put(name: str, *shape: int) -> Change:
+    return lambda s: s.update({name: torch.ones(shape)})
 
 
 @pytest.mark.parametrize(
@@ -332,10 +320,7 @@ def set_nan(name: str) -> Change:
     [
         (lambda s: s.pop("logit_scale"), r"1 names missing \(logit_scale\), 0 unexpected"),
         (lambda s: s.pop("vision_model.encoder.layers.1.self_attn.k_proj.bias"), r"1 names missing .*1\.self_attn"),
-        (
-            lambda s: s.update({"visual_projection.weight": torch.ones(2, 3)}),
-            r"visual_projection.*\(2, 3\).*\(64, 128\)",
-        ),
+        (put("visual_projection.weight", 2, 3), r"visual_projection.*\(2, 3\).*\(64, 128\)"),
         (set_nan("visual_projection.weight"), "image_encoder.proj holds values that are not finite"),
     ],
     ids=["missing", "missing in block", "shape", "nan"],
@@ -386,18 +371,12 @@ def test_folders_without_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None
         (lambda s: s.pop("logit_scale"), r"1 names missing \(logit_scale\), 0 unexpected"),
         (lambda s: s.pop("visual.conv1.weight"), r"image_encoder.conv1.weight is missing"),
         (lambda s: s.pop("visual.transformer.resblocks.1.ln_2.bias"), r"1 names missing .*resblocks\.1\.ln_2\.bias"),
-        (lambda s: s.update(extra=torch.ones(2)), r"0 names missing , 1 unexpected \(text_encoder.extra\)"),
-        (lambda s: s.update({"visual.proj": torch.ones(2, 3)}), r"image_encoder.proj has shape \(2, 3\).*\(128, 64\)"),
-        (lambda s: s.update({"visual.conv1.weight": torch.tensor(1.0)}), r"conv1.weight has shape \(\), expected 4"),
-        (lambda s: s.update({"text_projection": torch.ones(4)}), r"text_projection has shape \(4,\), expected 2"),
-        (
-            lambda s: s.update({"visual.positional_embedding": torch.ones(7, 128)}),
-            r"positional_embedding has shape \(7, 128\), expected \(5, 128\)",
-        ),
-        (
-            lambda s: s.update({"positional_embedding": torch.ones(76, 64)}),
-            "expected a text context of 77, found 76",
-        ),
+        (put("extra", 2), r"0 names missing , 1 unexpected \(text_encoder.extra\)"),
+        (put("visual.proj", 2, 3), r"image_encoder.proj has shape \(2, 3\).*\(128, 64\)"),
+        (put("visual.conv1.weight"), r"conv1.weight has shape \(\), expected 4"),
+        (put("text_projection", 4), r"text_projection has shape \(4,\), expected 2"),
+        (put("visual.positional_embedding", 7, 128), r"positional_embedding has shape \(7, 128\), expected \(5, 128\)"),
+        (put("positional_embedding", 76, 64), "expected a text context of 77, found 76"),
         (set_nan("visual.proj"), r"image_encoder\.proj holds values that are not finite"),
         (lambda s: s.clear() or s.update(a=torch.ones(1)), r"found 1 entries \(text_encoder.a\)"),
     ],
@@ -405,13 +384,9 @@ def test_folders_without_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None
 def test_state_dict_with_wrong_weights_is_refused(
     change: Change, problem: str, ending: str, tiny: Tiny, tmp_path: Path
 ) -> None:
-    state = dict(tiny.openai)
+    state, path = dict(tiny.openai), tmp_path / f"clip{ending}"
     change(state)
-    path = tmp_path / f"clip{ending}"
-    if ending == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
+    (save_file if ending == ".safetensors" else torch.save)(state, path)
     refused(str(path), problem, activation="quick_gelu")
 
 
@@ -441,8 +416,6 @@ def test_other_things_than_state_dicts_are_refused(content: object, tmp_path: Pa
     torch.save(content, tmp_path / "clip.pt")
     refused(str(tmp_path / "clip.pt"), r"expected a state dict \(name to tensor\)", activation="quick_gelu")
 
-
-# The hub
 
 HUB = """
 import socket
@@ -488,9 +461,6 @@ def test_hub_names_with_and_without_a_cache(tiny: Tiny, loaded: Backbone, tmp_pa
         assert line.startswith(given)
         for advice in ("hf download openai/clip-vit-large-patch14-336", f"{given}THAT_FOLDER", "HF_HOME"):
             assert advice in line
-
-
-# Sizes of the real ones
 
 
 def shapes_of(arch: ClipArchitecture) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from engine.checkpoint import (
 )
 from tests.archives import Touch
 from tests.backbones import random_hf_clip
-from tests.models import TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
+from tests.models import ENDS, TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
 from vilt.missing_tables import MissingPattern, load_missing_table
 
 TYPES = [0, 1, 2, 0, 2]
@@ -41,13 +41,7 @@ BOTH = MissingPattern("both", 0.7, 0.5, 0)
 ALPHA = "model.memory_learner.residual_alpha"
 COMMON = "model.memory_learner.common_memory_complete"
 CONV = "model.image_encoder.conv1.weight"
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    folder = tmp_path_factory.mktemp("backbone")
-    random_hf_clip(folder)
-    return load_backbone(str(folder))
+HEAD = "mmimdb_classifier.weight"
 
 
 def spec_of(task: str) -> ModelSpec:
@@ -83,22 +77,6 @@ def logits_of(classifier: MissingModalityClassifier) -> Tensor:
 # Ours
 
 
-def test_what_is_read_back_gives_the_same_logits(backbone: Backbone, tmp_path: Path) -> None:
-    task = "mmimdb"
-    classifier = trained_classifier(task, backbone)
-    torch.save(content_of(classifier, task, backbone), tmp_path / "best.ckpt")
-    torch.manual_seed(99)  # nothing of the model may come from the random state
-    checkpoint = read_checkpoint(tmp_path / "best.ckpt")
-    assert checkpoint.spec == spec_of(task)
-    assert (checkpoint.backbone_name, checkpoint.backbone_sha256) == (backbone.name, backbone.sha256)
-    assert not checkpoint.published
-    restored = restore_classifier(checkpoint, backbone)
-    assert torch.equal(logits_of(restored), logits_of(classifier))
-    named = dict(restored.named_parameters())
-    for name, parameter in classifier.named_parameters():
-        assert named[name].requires_grad == parameter.requires_grad
-
-
 def test_a_counter_is_kept_as_it_is() -> None:
     """A buffer of whole numbers, such as BatchNorm's; a weight is none."""
     expected = {"count": torch.tensor(3), "weight": torch.zeros(2)}
@@ -112,12 +90,7 @@ def test_what_is_kept(task: str, backbone: Backbone) -> None:
     """The trained, the dynamic attention and its queries; not the frozen weights."""
     kept = kept_state(trained_classifier(task, backbone))
     frozen = {f"model.{name}" for name in backbone.state}
-    tuned = {
-        "model.image_encoder.proj",
-        *(f"model.image_encoder.ln_post.{part}" for part in ("weight", "bias")),
-        *(f"model.text_encoder.ln_final.{part}" for part in ("weight", "bias")),
-    }
-    assert frozen & kept.keys() == (tuned if task == "hatememes" else set())
+    assert frozen & kept.keys() == (ENDS if task == "hatememes" else set())
     assert len([name for name in kept if ".dynamic." in name and ".queries_" in name]) == 6
     assert len([name for name in kept if ".dynamic." in name and ".attention." in name]) == 8
     assert {f"{task}_classifier.weight", "model.memory_learner.residual_alpha"} <= kept.keys()
@@ -160,17 +133,11 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c["state_dict"].pop(ALPHA), r"1 names missing .*residual_alpha\)"),
         (lambda c: c["state_dict"][ALPHA].fill_(float("nan")), "residual_alpha holds values that are not finite"),
         (lambda c: c["state_dict"].update(extra=torch.ones(1)), r"1 unexpected \(extra\)"),
-        (
-            lambda c: c["state_dict"].update({"mmimdb_classifier.weight": torch.ones(2, 128)}),
-            r"mmimdb_classifier.weight has shape \(2, 128\), expected \(23, 128\)",
-        ),
+        (lambda c: c["state_dict"].update({HEAD: torch.ones(2, 128)}), rf"{HEAD} has shape \(2, 128\).*\(23, 128\)"),
         (lambda c: c["state_dict"].update(extra="text"), r"expected a state dict .*'extra' is a str"),
         (lambda c: c["state_dict"].update({7: torch.ones(1)}), r"expected a state dict .*'7' is a Tensor"),
         (lambda c: c.update(state_dict=[]), r"expected a state dict .* found list"),
-        (
-            lambda c: c.pop("state_dict"),
-            r"expected a Lightning checkpoint with a state_dict, found a dict \(epoch, rep",
-        ),
+        (lambda c: c.pop("state_dict"), r"expected a Lightning checkpoint .* state_dict, found a dict \(epoch, rep"),
         (lambda c: c["rep"].update(format=2), "expected checkpoint format 1, found 2"),
         (lambda c: c["rep"].pop("format"), "expected checkpoint format 1, found None"),
         (lambda c: c.update(rep="1"), "expected checkpoint format 1, found '1'"),
@@ -226,27 +193,24 @@ def test_files_that_are_no_checkpoints_are_refused(backbone: Backbone, tmp_path:
         read_checkpoint(path)
     for other, found in (([1, 2], "list"), (torch.ones(2), "Tensor"), ({"a": 1}, r"dict \(a\)"), ("text", "str")):
         torch.save(other, path)
-        with pytest.raises(
-            CheckpointError, match=f"expected a Lightning checkpoint with a state_dict, found a {found}"
-        ):
+        with pytest.raises(CheckpointError, match=f"expected a Lightning checkpoint .*, found a {found}"):
             read_checkpoint(path)
 
 
-def odd_tensors() -> dict[str, tuple[Tensor, str]]:
-    return {
-        "nan": (torch.full((2, 64), float("nan")), "holds values that are not finite"),
-        "infinite": (torch.full((2, 64), float("-inf"), dtype=torch.bfloat16), "holds values that are not finite"),
-        "integers": (torch.ones(2, 64, dtype=torch.int64), "holds torch.int64"),
-        "complex": (torch.ones(2, 64, dtype=torch.complex64), "holds torch.complex64"),
-        "sparse": (torch.ones(2, 64).to_sparse(), "torch.sparse_coo"),
-        "nowhere": (torch.ones(2, 64, device="meta"), "expected floating-point numbers"),
-        "terabytes": (torch.ones(1).expand(10**6, 10**6), r"has shape \(1000000, 1000000\), expected"),
-    }
+ODD_TENSORS: dict[str, tuple[Tensor, str]] = {
+    "nan": (torch.full((2, 64), float("nan")), "holds values that are not finite"),
+    "infinite": (torch.full((2, 64), float("-inf"), dtype=torch.bfloat16), "holds values that are not finite"),
+    "integers": (torch.ones(2, 64, dtype=torch.int64), "holds torch.int64"),
+    "complex": (torch.ones(2, 64, dtype=torch.complex64), "holds torch.complex64"),
+    "sparse": (torch.ones(2, 64).to_sparse(), "torch.sparse_coo"),
+    "nowhere": (torch.ones(2, 64, device="meta"), "expected floating-point numbers"),
+    "terabytes": (torch.ones(1).expand(10**6, 10**6), r"has shape \(1000000, 1000000\), expected"),
+}
 
 
-@pytest.mark.parametrize("kind", odd_tensors())
+@pytest.mark.parametrize("kind", ODD_TENSORS)
 def test_weights_that_are_none_are_refused_by_name(kind: str, backbone: Backbone, tmp_path: Path) -> None:
-    tensor, found = odd_tensors()[kind]
+    tensor, found = ODD_TENSORS[kind]
     own, path = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone), tmp_path / "best.ckpt"
     for content in (own, {"state_dict": tiny_classifier().state_dict()}):  # the second as published
         content["state_dict"][WEIGHT] = tensor
@@ -383,16 +347,20 @@ def published_content(classifier: MissingModalityClassifier) -> dict[str, Any]:
 def test_published_checkpoints_load_without_a_backbone(
     task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    classifier = tiny_classifier(task)
-    path = tmp_path / "published.ckpt"
-    torch.save(published_content(classifier), path)
+    classifier, path = tiny_classifier(task), tmp_path / "published.ckpt"
+    content, safe = published_content(classifier), sorted(map(str, torch.serialization.get_safe_globals()))
+    torch.save({**content, "state_dict": published_state(classifier)}, path)
+    with caplog.at_level(logging.INFO, logger="engine.checkpoint"):
+        assert torch.equal(logits_of(restore_classifier(read_checkpoint(path), None)), logits_of(classifier))
+    assert not caplog.records, "it has its queries"
+    torch.save(content, path)
     written = path.read_bytes()
     assert b"pytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint" in written
     assert b"pytorch_lightning.utilities.parsing\nAttributeDict" in written
 
     checkpoint = read_checkpoint(path)
-    assert checkpoint.published and checkpoint.backbone_name is None
-    assert checkpoint.spec == spec_of(task)
+    assert sorted(map(str, torch.serialization.get_safe_globals())) == safe, "stand-ins are gone after reading"
+    assert checkpoint.published and checkpoint.backbone_name is None and checkpoint.spec == spec_of(task)
     with caplog.at_level(logging.INFO, logger="engine.checkpoint"):
         restored = restore_classifier(checkpoint, None, published_seed=4)
     assert "dynamic queries" in caplog.text and "seed 4" in caplog.text and str(path) in caplog.text
@@ -401,22 +369,11 @@ def test_published_checkpoints_load_without_a_backbone(
     again = restore_classifier(read_checkpoint(path), None, published_seed=4)
     assert torch.equal(logits_of(again), logits_of(restored))
     queries = {name: value for name, value in classifier.state_dict().items() if ".queries_" in name}
-    drawn = {name: value for name, value in restored.state_dict().items() if name in queries}
-    assert len(drawn) == 6
-    for value in drawn.values():
-        assert 0.005 < value.std() < 0.04  # N(0, 0.02²)
+    drawn = [value for name, value in restored.state_dict().items() if name in queries]
+    assert len(drawn) == 6 and all(0.005 < value.std() < 0.04 for value in drawn)  # N(0, 0.02²)
     assert not torch.equal(logits_of(restored), logits_of(classifier))
     restored.load_state_dict({**restored.state_dict(), **queries})
     assert torch.equal(logits_of(restored), logits_of(classifier))
-
-
-@pytest.mark.usefixtures("published_names")
-def test_published_layout_with_queries_keeps_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    classifier = tiny_classifier()
-    torch.save({**published_content(classifier), "state_dict": published_state(classifier)}, tmp_path / "complete.ckpt")
-    restored = restore_classifier(read_checkpoint(tmp_path / "complete.ckpt"), None)
-    assert torch.equal(logits_of(restored), logits_of(classifier))
-    assert not caplog.records
 
 
 @pytest.mark.usefixtures("published_names")
@@ -426,45 +383,20 @@ def test_published_layout_with_queries_keeps_them(tmp_path: Path, caplog: pytest
         (lambda s: s.pop(ALPHA), r"1 names missing \(model.memory_learner.residual_alpha\)"),
         (lambda s: s.update({"model.extra": torch.ones(1)}), r"1 unexpected \(model.extra\)"),
         (lambda s: s.pop(CONV), "image_encoder.conv1.weight is missing"),
-        (
-            lambda s: s.update({"model.image_encoder.conv1.weight": torch.ones(2)}),
-            r"shape \(2,\), expected 4 dimensions",
-        ),
-        (
-            lambda s: s.update({"model.memory_learner.common_memory_complete": torch.tensor(1.0)}),
-            "expected 2 dimensions",
-        ),
-        (
-            lambda s: s.update({"model.memory_learner.common_memory_complete": torch.ones(0, 64)}),
-            "none of them 0",
-        ),
+        (lambda s: s.update({CONV: torch.ones(2)}), r"shape \(2,\), expected 4 dimensions"),
+        (lambda s: s.update({COMMON: torch.tensor(1.0)}), "expected 2 dimensions"),
+        (lambda s: s.update({COMMON: torch.ones(0, 64)}), "none of them 0"),
         (lambda s: s.update({"mmimdb_classifier.bias": torch.ones(3)}), r"shape \(3,\), expected \(23,\)"),
         (lambda s: [s.pop(n) for n in list(s) if n.startswith("mmimdb")], "expected one head .*, found 0"),
         (lambda s: s.update({"food101_classifier.weight": torch.ones(101, 128)}), "expected one head .*, found 2"),
         (lambda s: [s.pop(n) for n in list(s) if "layernorm_text" in n], "memory_depth must be at least 1"),
+        (lambda s: s.pop("model.prompt_learner.common_prompt_complete"), "common_prompt_complete is missing"),
     ],
 )
 def test_incomplete_published_checkpoints_are_refused(change: Change, problem: str, tmp_path: Path) -> None:
-    content = published_content(tiny_classifier())
+    content = published_content(tiny_classifier(prompt_type="dcp" if "prompt" in problem else "rep"))
     change(content["state_dict"])
     torch.save(content, tmp_path / "published.ckpt")
     with pytest.raises(CheckpointError, match=problem) as refusal:
         restore_classifier(read_checkpoint(tmp_path / "published.ckpt"), None)
     assert str(tmp_path / "published.ckpt") in str(refusal.value)
-
-
-@pytest.mark.usefixtures("published_names")
-def test_an_incomplete_dcp_checkpoint_is_refused(tmp_path: Path) -> None:
-    content = published_content(tiny_classifier(prompt_type="dcp"))
-    del content["state_dict"]["model.prompt_learner.common_prompt_complete"]
-    torch.save(content, tmp_path / "dcp.ckpt")
-    with pytest.raises(CheckpointError, match=r"dcp\.ckpt: .*common_prompt_complete is missing"):
-        read_checkpoint(tmp_path / "dcp.ckpt")
-
-
-@pytest.mark.usefixtures("published_names")
-def test_stand_ins_are_gone_after_reading(tmp_path: Path) -> None:
-    torch.save(published_content(tiny_classifier()), tmp_path / "published.ckpt")
-    before = list(torch.serialization.get_safe_globals())
-    read_checkpoint(tmp_path / "published.ckpt")
-    assert sorted(map(str, torch.serialization.get_safe_globals())) == sorted(map(str, before))

@@ -1,7 +1,7 @@
-"""The model and its slow version give the published implementation's numbers, the tokenizer CLIP's token ids.
+"""The model gives the published implementation's numbers; test_methods.py compares it with its slow version.
 
-Runs over every `rep_*.npz`, `dcp_*.npz` and `clip_tokens.json` in GOLDEN_DIR (default: tests/data/golden). Tolerances
-are on the relative error of a whole array (of the loss and a gradient norm, of that one number).
+Runs over every `rep_*.npz` and `dcp_*.npz` in GOLDEN_DIR (default: tests/data/golden). Tolerances are on the relative
+error of a whole array (of the loss and a gradient norm, of that one number).
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip.modules.vision_transformer_memory import ClipBackbone
 from engine.tasks import TASKS
-from tests import golden, slow_methods
+from tests import golden
 from tests.models import classifier_of, model_input, published_name
 
 FORWARD_TOLERANCE = 1e-4
@@ -61,51 +60,13 @@ def run_of_the_model(expected: golden.Golden) -> Run:
     return Run(expected, outputs, loss.item(), gradients, set(trained))
 
 
-def run_in_few_shapes(expected: golden.Golden) -> Run:
-    """As on a GPU, where numbers of inputs and lengths are rounded up."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClipBackbone, "prepare", lambda _, batch: batch.rounded(4))
-        return run_of_the_model(expected)
-
-
-def run_of_the_slow_version(expected: golden.Golden) -> Run:
-    method, trained = expected.prompt_type, trained_in(expected)
-    state = {name: value.clone().requires_grad_(name in trained) for name, value in expected.state.items()}
-    samples = list(zip(expected.images, expected.tokens, expected.missing_types, strict=True))
-    features = [slow_methods.features(state, method, *sample) for sample in samples]
-    masked = torch.stack([both.masked for both in features])
-    outputs = {
-        "features_unmasked": torch.stack([both.unmasked for both in features]),
-        "features": masked,
-        "logits": slow_methods.linear(state, f"{expected.task}_classifier", masked),
-    }
-    slots = [slow_methods.method_slots(state, method, missing_type, {}) for *_, missing_type in samples]
-    for place in ("image", "text"):
-        of_place = [of_sample[place] for of_sample in slots]
-        outputs[f"memory_{place}_0"] = torch.stack([torch.cat([of.replaced[0], of.inserted[0]]) for of in of_place])
-        outputs[f"memory_{place}_last"] = torch.stack([of.replaced[-1] for of in of_place])
-    loss = TASKS[expected.task].loss(outputs["logits"], expected.labels)
-    loss.backward()
-    gradients = {name: p.grad for name, p in state.items() if p.grad is not None}
-    return Run(expected, outputs, loss.item(), gradients, trained)
-
-
 FILES = (*golden.rep_files(), *golden.dcp_files())
-RUNS = [
-    *((run, path) for run in (run_of_the_model, run_of_the_slow_version) for path in FILES),
-    *((run_in_few_shapes, path) for path in (*golden.rep_files()[-1:], *golden.dcp_files())),
-]
+assert {path.name[:4] for path in FILES} == {"rep_", "dcp_"}, f"golden files of both in {golden.GOLDEN_DIR}"
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=lambda param: f"{param[0].__name__}-{param[1].stem}")
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
 def run(request: pytest.FixtureRequest) -> Run:
-    make, path = request.param
-    return make(golden.load_golden(path))
-
-
-def test_golden_files_are_there() -> None:
-    for method, files in (("rep", golden.rep_files()), ("dcp", golden.dcp_files())):
-        assert files, f"no {method}_*.npz in {golden.GOLDEN_DIR} (environment variable GOLDEN_DIR)"
+    return run_of_the_model(golden.load_golden(request.param))
 
 
 @pytest.mark.parametrize("name", golden.EXPECTED)

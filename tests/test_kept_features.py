@@ -19,9 +19,9 @@ from engine.kept_features import are_constant, keep_features
 from engine.training import model_input
 from run import command_line
 from tests.conftest import Workspace
-from tests.data_files import Tokenizer, assert_equal, films, write
+from tests.data_files import Tokenizer, assert_equal, data_settings, films, write
 from tests.models import TINY, tiny_classifier
-from vilt.datamodules import DataSettings, MissingModalityData
+from vilt.datamodules import MissingModalityData
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.missing_tables import MissingPattern
@@ -35,21 +35,8 @@ def open_data(folder: Path, windows: int = 1, group: bool = False, **changes: An
     for split in SPLITS:
         if not (path := folder / DATASETS["mmimdb"].file_name(split)).exists():
             write(path, films(PLOTS))
-    settings = DataSettings(
-        dataset="mmimdb",
-        data_root=folder,
-        missing_table_root=folder / "tables",
-        patterns=dict.fromkeys(SPLITS, MissingPattern("both", 0.6, 0.5, 0)),
-        simulate_missing=False,
-        per_gpu_batchsize=4,
-        num_workers=0,
-        image_cache=False,
-        seed=0,
-        order_seed=0,
-    )
-    return MissingModalityData(
-        replace(settings, **changes), SPLITS, InputFormat(32, Tokenizer(), "tokenizer", windows, group)
-    )
+    settings = data_settings("mmimdb", folder, MissingPattern("both", 0.6, 0.5, 0), per_gpu_batchsize=4, **changes)
+    return MissingModalityData(settings, SPLITS, InputFormat(32, Tokenizer(), "tokenizer", windows, group))
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +157,7 @@ def test_what_a_killed_run_has_kept_is_taken_up(
     with pytest.raises(KeyboardInterrupt):
         keep(data, backbone)
     keep(data, backbone)
-    assert parts[:3] == ["image"] * 3 and parts[3:].count("image") == 1 + 2 * 3, (
-        "two parts of the first split were there"
-    )
+    assert parts[:3] == ["image"] * 3 and parts[3:].count("image") == 1 + 2 * 3, "two of the first split were there"
     for split in SPLITS:
         assert_equal(data.datasets[split].kept, whole.datasets[split].kept)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -61,26 +61,18 @@ def test_multilabel_f1_by_hand() -> None:
     logits = torch.tensor([[YES, YES, NO, NO], [YES, NO, NO, NO], [NO, NO, NO, NO]])
     labels = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
     # class 0: 2 of 2, F1 1; class 1: one false alarm, one miss, F1 0; classes 2 and 3 do not occur.
-    assert multilabel_f1(logits, labels) == pytest.approx(
-        {
-            "f1_macro": 1 / 2,  # of the two classes that occur, not of four
-            "f1_micro": 4 / 6,
-            "f1_samples": (2 / 3 + 2 / 3 + 0) / 3,  # nothing predicted, nothing true: 0
-            "f1_weighted": 2 / 3,  # supports 2 and 1
-        }
-    )
-
-
-def test_a_class_that_is_only_predicted_counts_in_macro() -> None:
-    logits = torch.tensor([[YES, YES, NO]])
-    assert multilabel_f1(logits, torch.tensor([[1.0, 0, 0]]))["f1_macro"] == pytest.approx(1 / 2)
-    assert multilabel_f1(logits, torch.tensor([[1.0, 0, 1]]))["f1_macro"] == pytest.approx(1 / 3)
-
-
-def test_threshold_is_strict_and_takes_small_logits() -> None:
-    labels = torch.tensor([[1.0]])
-    assert multilabel_f1(torch.tensor([[0.0]]), labels)["f1_micro"] == 0.0  # a probability of exactly 0.5
-    assert multilabel_f1(torch.tensor([[1e-6]]), labels)["f1_micro"] == 1.0
+    expected = {
+        "f1_macro": 1 / 2,  # of the two classes that occur, not of four
+        "f1_micro": 4 / 6,
+        "f1_samples": (2 / 3 + 2 / 3 + 0) / 3,  # nothing predicted, nothing true: 0
+        "f1_weighted": 2 / 3,  # supports 2 and 1
+    }
+    assert multilabel_f1(logits, labels) == pytest.approx(expected)
+    predicted_alone = torch.tensor([[YES, YES, NO]])
+    assert multilabel_f1(predicted_alone, torch.tensor([[1.0, 0, 0]]))["f1_macro"] == pytest.approx(1 / 2)
+    assert multilabel_f1(predicted_alone, torch.tensor([[1.0, 0, 1]]))["f1_macro"] == pytest.approx(1 / 3)
+    for logit, f1 in ((0.0, 0.0), (1e-6, 1.0)):  # a probability of exactly 0.5 is a no
+        assert multilabel_f1(torch.tensor([[logit]]), torch.tensor([[1.0]]))["f1_micro"] == f1
 
 
 def test_nothing_predicted_and_nothing_true_is_undefined() -> None:
@@ -117,25 +109,18 @@ def test_auroc_is_the_share_of_pairs_in_order(seed: int) -> None:
 
 
 def test_auroc_by_hand() -> None:
-    def auroc(margins: list[float], labels: list[int]) -> float:
-        margin = torch.tensor(margins)
-        return auroc_and_accuracy(torch.stack([torch.zeros_like(margin), margin], 1), torch.tensor(labels))["auroc"]
+    def auroc(logits: list[list[float]], labels: list[int]) -> float:
+        return auroc_and_accuracy(torch.tensor(logits), torch.tensor(labels))["auroc"]
 
-    assert auroc([1, 2, 3, 4], [0, 0, 1, 1]) == pytest.approx(1)
-    assert auroc([1, 2, 3, 4], [1, 1, 0, 0]) == pytest.approx(0)
-    assert auroc([5, 5, 5], [0, 1, 0]) == pytest.approx(1 / 2)
-    assert auroc([1, 2, 2, 3], [0, 1, 0, 1]) == pytest.approx(3.5 / 4)
-
-
-def test_auroc_tells_confident_scores_apart() -> None:
-    """In float32 both probabilities are 1, which would be a tie."""
-    logits = torch.tensor([[0.0, 20.0], [0.0, 25.0]])
-    assert auroc_and_accuracy(logits, torch.tensor([0, 1]))["auroc"] == pytest.approx(1)
-
-
-def test_auroc_uses_the_probability_not_the_logit_of_class_one() -> None:
-    logits = torch.tensor([[9.0, 5.0], [0.0, 1.0]])
-    assert auroc_and_accuracy(logits, torch.tensor([0, 1]))["auroc"] == pytest.approx(1)
+    for margins, labels, expected in (
+        ([1, 2, 3, 4], [0, 0, 1, 1], 1),
+        ([1, 2, 3, 4], [1, 1, 0, 0], 0),
+        ([5, 5, 5], [0, 1, 0], 1 / 2),
+        ([1, 2, 2, 3], [0, 1, 0, 1], 3.5 / 4),
+        ([20, 25], [0, 1], 1),  # in float32 both probabilities are 1, which would be a tie
+    ):
+        assert auroc([[0.0, margin] for margin in margins], labels) == pytest.approx(expected)
+    assert auroc([[9.0, 5.0], [0.0, 1.0]], [0, 1]) == pytest.approx(1), "the probability counts, not the logit"
 
 
 def test_macro_f1_is_that_of_torchmetrics_but_for_absent_classes() -> None:

@@ -42,17 +42,6 @@ def assert_same_gradients(classifier: nn.Module, state: dict[str, Tensor], toler
             assert golden.relative_error(parameter.grad, slow) < tolerance, name
 
 
-def test_text_after_the_last_end_changes_nothing() -> None:
-    classifier = tiny_classifier().double().eval()
-    images, tokens = tiny_batch(3)
-    tokens[0, 40:] = 0
-    tokens[0, 39] = 299
-    batch = model_input(images.double(), tokens, [0, 2, 0])
-    assert batch.lengths["text"] < 77
-    whole = classifier(batch._replace(lengths={}))
-    assert golden.relative_error(classifier(batch), whole) < 1e-12
-
-
 @pytest.mark.parametrize(("size", "step"), [(1, 1), (8, 1), (32, 3), (256, 8)])
 def test_numbers_of_inputs_are_rounded_up_by_the_root_of_the_batch(size: int, step: int) -> None:
     images, tokens = torch.zeros(size, 1), torch.arange(size)[:, None].expand(size, 77)

@@ -174,7 +174,8 @@ class Options:
     val_check_interval: int | float = option(None, optional(interval), TRAINING,
         "epochs between validations, or batches if above 1; None: 0.2, on Hateful Memes 0.1, with DCP there 0.11")
     precision: str = option(None, optional(precision_name), TRAINING,
-        "32, 16, bf16, or published (16 on a GPU); None: bf16 where the hardware has it, else 16 on a GPU")
+        "32, 16, bf16, or published (16 on a GPU); None: bf16 where the hardware has it, else 16 on a GPU, and of a "
+        "checkpoint that of its training")
     skip_bad_steps: int = option(20, integer(0), TRAINING, "with precision 16: steps in a row skipped for an overflow")
 
     num_gpus: int = option(

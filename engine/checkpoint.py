@@ -72,7 +72,7 @@ class TokenizerUsed:
 
 @dataclass(frozen=True)
 class TrainedAt:
-    """The missing pattern of a training, its seed, and the code that it ran."""
+    """The missing pattern of a training, its seed, the code that it ran, and the precision."""
 
     missing_type: str
     ratio: float | int
@@ -80,6 +80,7 @@ class TrainedAt:
     seed: int
     drawing: str = NESTED
     commit: str | None = None  # of the git checkout, with `-dirty` where files were changed; None outside of one
+    precision: str | None = None  # as Lightning calls it; None where the checkpoint is older than this entry
 
 
 @dataclass(frozen=True)

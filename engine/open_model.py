@@ -1,6 +1,7 @@
 """A trained model ready to compute: its classifier on the backbone it was trained on, and what it takes."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,7 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import MethodOptions
 from clip.modules.registry import PRETRAINING
 from common.errors import CheckpointError
+from common.messages import quoted
 from engine.checkpoint import Checkpoint, check_tokenizer, restore_classifier
 from engine.families import BackboneChoice, family_of
 from vilt.datasets.kinds import InputFormat
@@ -30,6 +32,29 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 def reading_texts(inputs: InputFormat, method: MethodOptions) -> InputFormat:
     """What a model takes, with how much of the texts it reads."""
     return replace(inputs, text_windows=method.text_windows, group_texts=method.group_texts)
+
+
+def precision_of(checkpoints: Sequence[Checkpoint], default: str, *, on_gpu: bool) -> str:
+    """What models are evaluated in where the user does not say: what they were trained and tested in, so that numbers
+    agree; `default` where they do not say it, differ in it, or a CPU cannot compute in it.
+
+    Raises:
+        CheckpointError: one says something else than a precision.
+    """
+    trained: list[str] = []
+    for one in checkpoints:
+        precision = None if one.training is None else one.training.precision
+        if precision not in (None, *COMPUTE_TYPES):
+            raise CheckpointError(f"{one.path}: precision: expected 32, 16 or bf16, found {quoted(precision)}")
+        trained += [] if precision is None or precision in trained else [precision]
+    if not trained or trained == [default]:
+        return default
+    if len(trained) > 1 or (COMPUTE_TYPES[trained[0]] is torch.float16 and not on_gpu):
+        why = "they differ" if len(trained) > 1 else "a CPU cannot compute in it"
+        log.info("precision=%s, not the training's, %s: %s", default, " and ".join(trained), why)
+        return default
+    log.info("precision=%s, the training's; %s is the default here", trained[0], default)
+    return trained[0]
 
 
 def open_model(

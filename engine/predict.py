@@ -32,7 +32,7 @@ from engine.ensemble import as_one, open_models
 from engine.families import BackboneChoice
 from engine.items import ImageInput, Item, items_of_lists
 from engine.metrics import are_predicted
-from engine.open_model import COMPUTE_TYPES
+from engine.open_model import COMPUTE_TYPES, precision_of
 from engine.recordings import in_samples, named
 from engine.training import model_input
 from vilt.batches import collate
@@ -225,7 +225,7 @@ def load_model(
     vit: str | None = None,
     tokenizer: str | None = None,
     device: str | None = None,
-    precision: str | int = "32",
+    precision: str | int | None = None,
     trust_backbone: bool = False,
     vit_activation: str | None = None,
     published_seed: int = 0,
@@ -237,14 +237,15 @@ def load_model(
         vit, tokenizer, trust_backbone, vit_activation, published_seed: as the options of `run.py`; None: what the
             checkpoint says.
         device: as torch names it; None: the first GPU, else the CPU.
-        precision: `32`, `16` or `bf16`, also in Lightning's spelling.
+        precision: `32`, `16` or `bf16`, also in Lightning's spelling; None: that of the training, `32` where the
+            checkpoint does not say it.
 
     Raises:
         ConfigError: there is no such precision or device.
         CheckpointError, BackboneError: checkpoint, frozen weights or tokenizer are not found, not readable, or do not
             fit each other.
     """
-    if str(precision) not in COMPUTE_TYPES:
+    if precision is not None and str(precision) not in COMPUTE_TYPES:
         raise ConfigError(f"precision: expected 32, 16 or bf16, found {precision!r}")
     paths = [path] if isinstance(path, str | Path) else path
     checkpoints = [read_checkpoint(Path(one)) for one in paths]
@@ -255,6 +256,7 @@ def load_model(
         where = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # no such device, or not in this build of torch
         raise ConfigError(f"device: expected one that is here, as cpu, found {name!r}: {first_line(error)}") from error
+    precision = precision_of(checkpoints, "32-true", on_gpu=where.type == "cuda") if precision is None else precision
     return Predictor(as_one(checkpoints), classifier, found, where, str(precision))
 
 

@@ -34,7 +34,7 @@ from engine.trainer import make_trainer
 from engine.training import FinetuneModule
 from runs.comparable import other_input
 from runs.start import say_device, start_folder
-from runs.targets import Target, check_agreement, with_model_of
+from runs.targets import Target, as_trained, check_agreement, with_model_of
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
@@ -50,9 +50,10 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     Several checkpoints are one model, whose logits are the mean of theirs; records have the options of the first.
     """
     assert options.load_paths
-    say_device(options)
     arrow = open_spec(options.task, options.data_root, options.splits)
     members = [read_checkpoint(path) for path in options.load_paths]
+    options = as_trained(options, members, given)
+    say_device(options)
     for checkpoint in members:
         check_agreement(options, checkpoint, given)
         check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test"))  # before anything heavy

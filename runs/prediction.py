@@ -16,9 +16,11 @@ from common.text import counted
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.ensemble import as_one, open_models
 from engine.items import read_items
+from engine.open_model import precision_of
 from engine.predict import Predictor, describe_predictions, joined, write_features, write_predictions
 from runs.check_options import read_with_machine, resolve
 from runs.evaluation import backbone_choice
+from runs.option_readers import PRECISIONS
 from runs.targets import check_agreement, taken_from_run
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
@@ -81,8 +83,11 @@ def embed_file(config: Mapping[str, Any], options: dict[str, Any], given: set[st
 def _predictor(checkpoints: Sequence[Checkpoint], options: Mapping[str, Any], given: set[str]) -> Predictor:
     classifier, inputs = open_models(checkpoints, backbone_choice(options, given), options["vit"])
     device = torch.device("cuda" if options["num_gpus"] else "cpu")
-    usual = {} if "precision" in given else checkpoints[0].spec.dataset.options  # of its training, if it has one
-    precision = usual.get("precision", options["precision"])
+    precision = options["precision"]
+    if "precision" not in given:
+        usual = checkpoints[0].spec.dataset.options.get("precision")  # of trainings, where the task has one
+        usual = PRECISIONS.get(str(usual), precision)
+        precision = precision_of(checkpoints, str(usual), on_gpu=options["num_gpus"] > 0)
     return Predictor(as_one(checkpoints), classifier, inputs, device, precision)
 
 

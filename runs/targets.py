@@ -12,6 +12,7 @@ from config import Options
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.exported import is_exported
 from engine.families import BackboneChoice, family_of
+from engine.open_model import precision_of
 from engine.robustness import Subject
 from engine.stored_logits import LogitStore
 from engine.tasks import task_of, with_published_f1
@@ -73,6 +74,13 @@ def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -
             raise ConfigError(f"{option}: {ours} contradicts the checkpoint {checkpoint.path}, which has {theirs}")
 
 
+def as_trained(options: Options, checkpoints: Sequence[Checkpoint], given: set[str]) -> Options:
+    """The options of an evaluation, in the precision of the training unless another one is `given`."""
+    if "precision" in given:
+        return options
+    return replace(options, precision=precision_of(checkpoints, options.precision, on_gpu=options.num_gpus > 0))
+
+
 def with_model_of(checkpoint: Checkpoint, options: Options, given: set[str]) -> Options:
     """The options of an evaluation for the records: method, head and backbone are those of `checkpoint`."""
     vit = options.vit if "vit" in given or checkpoint.backbone_name is None else checkpoint.backbone_name
@@ -100,6 +108,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     if options.fast_dev_run:
         raise ConfigError("fast_dev_run: robustness needs the whole test split")
     check_agreement(options, checkpoint, given)
+    options = as_trained(options, [checkpoint], given)
     spec = open_spec(options.task, options.data_root, options.splits)
     arrow = options.data_root / spec.file_name("test")
     grouped = checkpoint.spec.method.group_texts

@@ -221,7 +221,7 @@ def train_from(
     of_model = (spec, backbone.name, backbone.sha256, train_data.class_names(), tokenizer)
     pattern = options.pattern("train")
     at = (pattern.missing_type, pattern.ratio, pattern.both_ratio, pattern.seed, pattern.drawing)
-    description = describe(*of_model, contents, training=TrainedAt(*at, commit()))
+    description = describe(*of_model, contents, training=TrainedAt(*at, commit(), options.precision))
     settings = options.optimizer_settings()
     module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
     module.step = recorded(module.step, classifier, options)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from common.errors import CheckpointError, ConfigError, DataError
 from engine.checkpoint import read_checkpoint
 from engine.decision import best_offset
 from engine.items import Item, read_items
+from engine.open_model import precision_of
 from engine.predict import Predictor, load_model
 from run import command_line
 from runs.export import export
@@ -147,11 +149,65 @@ def test_precisions_are_named_like_the_option(
         assert found[1].probabilities[name] == pytest.approx(probability, abs=0 if "32" in str(precision) else 0.02)
 
 
-def test_unknown_precisions_are_refused(trained: Path) -> None:
+@pytest.mark.parametrize(
+    ("trained_in", "default", "on_gpu", "expected", "said"),
+    [
+        (["32-true"], "bf16-mixed", False, "32-true", "the training's; bf16-mixed is the default"),
+        (["bf16-mixed", "bf16-mixed"], "32-true", False, "bf16-mixed", "the training's"),
+        (["16-mixed"], "bf16-mixed", True, "16-mixed", "the training's"),
+        (["16-mixed"], "32-true", False, "32-true", "a CPU cannot compute in it"),
+        (["32-true", "bf16-mixed"], "32-true", False, "32-true", "they differ"),
+        (["32-true", None], "32-true", False, "32-true", ""),
+        ([None], "bf16-mixed", False, "bf16-mixed", ""),
+    ],
+)
+def test_models_are_evaluated_in_the_precision_of_their_training(
+    trained: Path,
+    caplog: pytest.LogCaptureFixture,
+    trained_in: list[str | None],
+    default: str,
+    on_gpu: bool,
+    expected: str,
+    said: str,
+) -> None:
+    checkpoint = read_checkpoint(trained)
+    assert checkpoint.training is not None and checkpoint.training.precision == "32-true"
+    several = [replace(checkpoint, training=replace(checkpoint.training, precision=one)) for one in trained_in]
+    with caplog.at_level("INFO", "rep"):
+        assert precision_of(several, default, on_gpu=on_gpu) == expected
+    assert said in caplog.text and bool(caplog.records) == bool(said)
+
+
+def test_evaluation_and_prediction_agree_with_the_training_on_a_machine_of_another_default(
+    workspace: Workspace, trained: Path, films: Films, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    options = [f"load_path={trained}", "test_only=True", "test_exp_name=t", f"log_dir={tmp_path}"]
+    command = [option for option in workspace.command(*options) if option != "precision=32"]
+    assert command_line(command) == 0
+    assert json.loads((tmp_path / "t" / "version_0" / "test_results.json").read_text())["precision"] == "32-true"
+    robustness = [command[0], "robustness", *command[1:], "bootstrap=0", "robustness_seeds=[0]"]
+    assert command_line(robustness) == 0  # from the logits that are there, of precision 32
+    table, output = tmp_path / "t.jsonl", tmp_path / "p.jsonl"
+    table.write_text("".join(json.dumps({"text": text}) + "\n" for text in films.texts))
+    for given, close in (((), 1e-6), (("precision=bf16",), 0.1)):
+        run = ["run.py", "predict", "with", f"load_path={trained}", f"input={table}", f"output={output}", *given]
+        assert command_line([*run, "num_workers=0"]) == 0
+        found = [[*json.loads(line)["probabilities"].values()] for line in output.read_text().splitlines()]
+        away = (torch.tensor(found) - films.logits[2].sigmoid()).abs().max()
+        assert away < close and (away > 1e-6) == bool(given)
+
+
+def test_unknown_precisions_are_refused(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precision: expected 32, 16 or bf16, found 'fp8'"):
         load_model(trained, precision="fp8")
     with pytest.raises(ConfigError, match="device: expected one that is here, as cpu, found 'gpu'"):
         load_model(trained, device="gpu")
+    content = torch.load(trained, weights_only=True)
+    content["rep"]["training"]["precision"] = "fp8"
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="precision: expected 32, 16 or bf16, found 'fp8'"):
+        load_model(tmp_path / "other.ckpt")
 
 
 def test_nothing_to_predict(model: Predictor) -> None:

@@ -1,5 +1,6 @@
 """The machine that a command runs on: its system, what its terminal can print, its cores."""
 
+import codecs
 import ctypes
 import io
 import os
@@ -20,6 +21,9 @@ LARGEST_KEPT = 2**25
 LOOK_S = 0.2
 """How long `busy_cores` looks."""
 _TICKS_PER_S = 100
+IN_ASCII = "in ascii"
+"""Name of the handler of what an encoding lacks, by this table."""
+ASCII = {"±": "+/-", "–": "-", "…": "...", "×": "x", "─": "-"}
 
 
 def check_system() -> None:
@@ -28,12 +32,26 @@ def check_system() -> None:
         raise MachineError(f"expected Linux, found {sys.platform}: runs there in a container or a virtual machine")
 
 
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(ASCII.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(IN_ASCII, _in_ascii)
+
+
 def print_anywhere() -> None:
-    """Lets both outputs put `?` for what their encoding lacks (as in some containers and batch systems), instead of
-    ending the command with a UnicodeEncodeError."""
+    """Lets both outputs put ASCII for what their encoding lacks (as in some containers and batch systems), `?` where
+    there is no such, instead of ending the command with a UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=IN_ASCII)
+
+
+def as_printed(text: str) -> str:
+    """As standard output will have it, for tables, whose columns are as wide as that."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, IN_ASCII).decode(encoding)
 
 
 def say(text: str) -> None:

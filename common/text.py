@@ -14,6 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from common.machine import as_printed
+
 GAP, NARROWEST, ONE_LINE = 2, 4, 10_000
 """Characters: between columns of a table, in one without a heading, and at most in a table that is not folded."""
 
@@ -101,6 +103,7 @@ def terminal_table(heads: Sequence[str], rows: Sequence[Sequence[str] | None], s
         rows: None is a line between rows.
         sides: `<` or `>` for each column, the side that it is aligned to.
     """
+    heads, rows = [*map(as_printed, heads)], [None if row is None else [*map(as_printed, row)] for row in rows]
     lines = [heads, *(row for row in rows if row is not None)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     least = [max(map(len, head.split()), default=NARROWEST) for head in heads]  # a word is not folded

@@ -145,10 +145,15 @@ class Predictor:
         return _Items(items, self.dataset, self.inputs)
 
     def features(
-        self, samples: Dataset[Sample], *, batch_size: int, workers: int = 0
+        self, samples: Dataset[Sample], *, batch_size: int, workers: int = 0, split: str = ""
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The features of batches of samples, in order; see `embed`."""
+        """The features of batches of samples, in order; see `embed`.
+
+        Args:
+            split: `train` of the samples that the model was trained on, none of which is a neighbour of its own.
+        """
         for batch in self._batches(samples, batch_size, workers):
+            batch = batch._replace(split=split)
             with torch.inference_mode(), self._autocast():
                 features, _ = self._classifier.features(batch)
                 batch = batch.joined()

@@ -1,6 +1,7 @@
 """In which options two runs may differ and still be one training, or one line of a table; by kind in config.py."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from config import COMMAND, DEFAULTS, MACHINE, OPTIONS, RUN
@@ -18,6 +19,15 @@ NOT_THE_TRAINING = frozenset(_NO_RESULT - {"test_only", "fast_dev_run"})
 checked when the checkpoint is read."""
 NOT_THE_LINE = frozenset(_NO_RESULT | {"seed", "skip_bad_steps"})
 """Options in which runs of one line may differ."""
+
+
+def beside_method(options: Mapping[str, Any]) -> list[str]:
+    """`option=value` of what a run has beside its method, for the table of runs; of a teacher its run's folder."""
+    names = ("head", "neighbours", "teacher")
+    given = {name: value for name in names if (value := options.get(name, DEFAULTS[name])) != DEFAULTS[name]}
+    if "teacher" in given:
+        given["teacher"] = "/".join(Path(str(given["teacher"])).parts[-3:-1])
+    return [f"{name}={value}" for name, value in given.items()]
 
 
 def other_input(options: Mapping[str, Any]) -> list[str]:

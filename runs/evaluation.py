@@ -256,7 +256,7 @@ def measure_mean(targets: Sequence[Target]) -> tuple[Target, Results]:
         method="mean of the logits",
         exp_name=name,
         train_seed=None,
-        train_pattern=None,
+        train_pattern=first.subject.train_pattern if len({str(one.train_pattern) for one in subjects}) == 1 else None,
     )
     found = measure(subject, replace(logits[0], logits_TNC=mean_TNC), first.patterns, first.options.bootstrap)
     folder = first.options.log_dir / name / "robustness"

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.errors import ConfigError
+from common.hashing import file_sha256
 from common.text import counted
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.ensemble import as_one, open_models
@@ -63,6 +64,7 @@ def embed_file(config: Mapping[str, Any], options: dict[str, Any], given: set[st
     checkpoint = read_checkpoint(options["load_path"])
     items = read_items(options["input"], checkpoint.spec.dataset) if options["input"] is not None else []
     predictor = _predictor([checkpoint], options, given)
+    trained_on = ""
     if options["input"] is not None:
         samples, ids, known = predictor.samples(items), [item.id for item in items], {}
         if any(item.times for item in items):
@@ -72,8 +74,10 @@ def embed_file(config: Mapping[str, Any], options: dict[str, Any], given: set[st
         dataset = _split(checkpoint, config, given, options["split"], predictor)
         samples, ids = _InOrder(dataset), [dataset.sample_name(number) for number in range(len(dataset))]
         known = {"label": dataset.label_of_sample}
+        if options["split"] == "train" and checkpoint.contents.get("data of train") == file_sha256(dataset.path):
+            trained_on = "train"
     batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
-    batches = predictor.features(samples, batch_size=batch_size, workers=workers)
+    batches = predictor.features(samples, batch_size=batch_size, workers=workers, split=trained_on)
     arrays = joined(_shown(batches, -(-len(ids) // batch_size), "embedding")) | known
     write_features(options["output"], arrays, ids)
     lines = [f"  {name:<20} {value.dtype} {value.shape}" for name, value in arrays.items()]

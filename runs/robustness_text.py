@@ -11,6 +11,7 @@ from engine.robustness import Results
 from runs.check_options import read_load_paths
 from runs.evaluation import measure_mean, measure_target
 from runs.lines import RunLine, lines_of, spread_of
+from runs.pattern import Pattern
 from runs.targets import Target, open_targets
 from vilt.missing_types import BOTH
 
@@ -74,7 +75,8 @@ def _side_by_side(measured: Sequence[tuple[Target, Results]]) -> list[str]:
         subjects = [target.subject for target, _ in line.items]
         heads.append(" ".join(dict.fromkeys([subjects[0].method, *subjects[0].other_input, *line.differing(lines)])))
         rows[0].append(", ".join(dict.fromkeys(subject.exp_name for subject in subjects)))
-        rows[1].append(str(line.run.pattern) if line.run is not None else "not known")
+        trained = subjects[0].train_pattern  # which runs of one line have in common
+        rows[1].append("not known" if trained is None else str(Pattern(**trained)))
         rows[2].append(", ".join("not known" if one.train_seed is None else str(one.train_seed) for one in subjects))
     table, over = _block(first["metric"], first, lines)
     if any(AT_OFFSET in found["metrics"] for _, found in measured):

@@ -12,7 +12,7 @@ from common.errors import ConfigError, DataError, reason_of
 from common.files import write_csv
 from common.text import AT_OFFSET, baseline_texts, figure, natural_key, terminal_table
 from engine.exported import WEIGHTS, is_exported
-from runs.comparable import other_input
+from runs.comparable import beside_method, other_input
 from runs.lines import lines_of
 from runs.run_reader import Run, find_runs
 
@@ -82,7 +82,7 @@ def _row(run: Run) -> RunRow:
     row = RunRow(
         run.folder,
         name=run.folder.parent.name if run.is_evaluation else config["exp_name"],
-        method=" ".join([config["prompt_type"], *other_input(config)]),
+        method=" ".join([config["prompt_type"], *other_input(config), *beside_method(config)]),
         dataset=run.dataset,
         train=None if run.is_evaluation else str(run.pattern),
         seed=config["seed"],

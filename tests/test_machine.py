@@ -37,7 +37,7 @@ def test_tables_and_names_where_only_ascii_can_be_printed(tmp_path: Path) -> Non
         "make_arrow.py", "--dataset", "mmimdb", "--root", str(GOLDEN), "--target", f"{tmp_path}/é", "--workers", "0"
     )
     assert "written to" in said and f"{tmp_path}/?" in said
-    assert "exp_name=?" in ascii_output("run.py", "--help")
+    assert "exp_name=..." in ascii_output("run.py", "--help")
     assert "no file there" in ascii_output("run.py", "with", "é.json")
     assert "expected a folder" in ascii_output("run.py", "runs", "with", "log_dir=é")
 
@@ -45,10 +45,17 @@ def test_tables_and_names_where_only_ascii_can_be_printed(tmp_path: Path) -> Non
 def test_what_stands_for_what_cannot_be_printed() -> None:
     code = "from common.machine import print_anywhere as p; p(); import logging; print('0.1 ± 0.2 – … × ─ é 𝟙')"
     assert ascii_output("-c", f"{code}; logging.error('é…')").split("\n") == [
-        "0.1 ? 0.2 ? ? ? ? ? ?",
-        "ERROR:root:??",
+        "0.1 +/- 0.2 - ... x - ? ?",
+        "ERROR:root:?...",
         "",
     ]
+
+
+def test_a_table_is_as_wide_as_what_is_printed() -> None:
+    code = "from common.machine import print_anywhere as p; p(); from common.text import terminal_table as t"
+    said = ascii_output("-c", f"{code}; print(t(['a', 'b'], [['1 ± 2', '3'], ['–', '4']], '><'))")
+    heads, line, *rows = said.rstrip("\n").split("\n")
+    assert rows == ["1 +/- 2  3", "      -  4"] and heads == "      a  b" and set(line) <= {"-", " "}
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])

@@ -446,6 +446,27 @@ def test_features_of_a_split_follow_a_missing_pattern_that_is_given(trained: Pat
     assert len(found["id"]) == 45 and found["present/image"].all() and not found["present/text"].any()
 
 
+def test_no_training_sample_is_its_own_neighbour_whatever_is_missing(workspace: Workspace, tmp_path: Path) -> None:
+    """A text that is hidden now, and was not in training, is not found again; of other data all rows may be."""
+    options = ("prompt_type=none", "neighbours=1", "missing_ratio=0", "max_epoch=1", "test_after_fit=False")
+    command = workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path}", "exp_name=near", *options)
+    assert command_line(command) == 0
+    best = tmp_path / "near_seed0" / "version_0" / "best.ckpt"
+    content = torch.load(best, weights_only=True)
+    content["state_dict"]["neighbours.feature_gate_M"] = torch.ones(2)
+    torch.save(content, best)
+    content["rep"]["contents"]["data of train"] = "0" * 64
+    torch.save(content, other := best.with_name("other.ckpt"))
+    whole = embedded(best, tmp_path / "whole.npz", "split=train")["features/text"]
+    hidden = ("split=train", "missing_ratio.train=1", "missing_type=text", f"missing_table_root={tmp_path}")
+    given = (f"data_root={workspace.arrow}", *hidden)
+    found = []
+    for checkpoint in (best, other):
+        fused = embedded(checkpoint, tmp_path / "hidden.npz", *given)["fused"]
+        found.append(int(np.isclose(fused[:, -whole.shape[1] :], whole, atol=2e-3).all(axis=1).sum()))
+    assert found == [0, 40]  # of 45 texts; of a film with several the first one is as near as another
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

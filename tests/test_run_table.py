@@ -192,6 +192,15 @@ def test_the_command(tmp_path: Path, capsys: Captured) -> None:
     assert rows[0]["metric"] == "f1_macro" and rows[0]["folder"] == str(tmp_path / "rep_seed1" / "version_0")
 
 
+def test_the_method_is_named_with_its_head_neighbours_and_teacher(tmp_path: Path) -> None:
+    write_run(tmp_path / "a_seed0" / "version_0", prompt_type="none", head="dpl", neighbours=8)
+    write_run(tmp_path / "b_seed0" / "version_0", teacher="result/large_seed1/version_2/best.ckpt")
+    assert {row.method for row in list_runs(tmp_path)} == {
+        "none head=dpl neighbours=8",
+        "rep teacher=large_seed1/version_2",
+    }
+
+
 def test_macro_f1_at_the_offset_of_validation_has_a_column(tmp_path: Path) -> None:
     for seed, found in ((0, {AT_OFFSET: 0.5}), (1, {})):
         run = write_run(tmp_path / f"rep_seed{seed}" / "version_0", seed=seed)

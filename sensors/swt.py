@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip.modules.interfaces import NO_SLOTS, Place, Tower, TowerSlots
+from sensors.attention import SlotAttention
 from sensors.sizes import SensorSizes
 from sensors.spectra import spectrum
 
@@ -82,35 +83,27 @@ class WindowAttention(nn.Module):
         self.register_buffer("mask_ntt", mask_ntt, persistent=False)
         self.windows, self.tokens = order_nt.shape
 
-    def forward(self, x_bLC: Tensor, slots_bPC: Tensor | None, first: int | None = 0) -> tuple[Tensor, Tensor | None]:
-        """What is added to tokens and to the slots from `first` on; None: to no slots."""
+    def forward(self, x_bLC: Tensor, slots_bPC: Tensor | None, first: int = 0) -> tuple[Tensor, Tensor | None]:
+        """What is added to tokens and, where there are slots, to those from `first` on."""
         b, L, C = x_bLC.shape
         n, t, h = self.windows, self.tokens, self.heads
         dropout = DROPOUT if self.training else 0.0
-        heads_of = self.qkv(_Reorder.apply(x_bLC, self.order_L, self.inverse_L)).view(b, n, t, 3, h, C // h)
-        q, k, v = heads_of.permute(3, 0, 4, 1, 2, 5).contiguous().unbind()  # (b, h, n, t, d)
+        tokens = self.qkv(_Reorder.apply(x_bLC, self.order_L, self.inverse_L))
         bias = self.relative_position_bias_table[self.index_tt].permute(2, 0, 1)[:, None]  # (h, 1, t, t)
         bias = bias.expand(h, n, t, t) if self.mask_ntt is None else bias + self.mask_ntt
         new_slots = None
         if slots_bPC is None:
+            q, k, v = tokens.view(b, n, t, 3, h, C // h).permute(3, 0, 4, 1, 2, 5).contiguous().unbind()
             seen = F.scaled_dot_product_attention(
                 q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1)[None], dropout
-            ).view(q.shape)
+            ).view(q.shape)  # (b, h, n, t, d)
+            seen_bLC = seen.permute(0, 2, 3, 1, 4).reshape(b, L, C)
         else:
-            # Two products in place of one with the keys of slots repeated for every window: half the time.
-            P, scale = slots_bPC.shape[1], (C // h) ** -0.5
-            slots = self.qkv(slots_bPC).view(b, P, 3, h, C // h).permute(2, 0, 3, 1, 4)
-            q_slots, k_slots, v_slots = slots.contiguous().unbind()
-            q, k_grid, v_grid = q * scale, k.flatten(2, 3), v.flatten(2, 3)
-            to_slots = products(q.flatten(2, 3), k_slots).view(b, h, n, t, P)
-            of_slots, of_window = _weights(to_slots, products(q, k) + bias, dropout)
-            seen = (of_slots.flatten(2, 3) @ v_slots).view(q.shape) + of_window @ v
-            if first is not None:
-                q_slots = q_slots[:, :, first:] * scale
-                of_slots, of_grid = _weights(products(q_slots, k_slots), products(q_slots, k_grid), dropout)
-                seen_slots = (of_slots @ v_slots + of_grid @ v_grid).transpose(1, 2)
-                new_slots = self._project(seen_slots.reshape(b, P - first, C))
-        seen_bLC = seen.permute(0, 2, 3, 1, 4).reshape(b, L, C)
+            assert not dropout, "slots enter frozen towers, which are in evaluation mode"
+            weights, biases = self.qkv.weight.split([C, 2 * C]), self.qkv.bias.split([C, 2 * C])
+            asking = F.linear(slots_bPC[:, first:], weights[0], biases[0])
+            seen_bLC, seen_slots = SlotAttention.apply(tokens, asking, F.linear(slots_bPC, weights[1], biases[1]), bias)
+            new_slots = self._project(seen_slots)
         return _Reorder.apply(self._project(seen_bLC), self.inverse_L, self.order_L), new_slots
 
     def _project(self, x: Tensor) -> Tensor:
@@ -131,17 +124,6 @@ class _Reorder(torch.autograd.Function):
         """The gradients in the order of the input."""
         [inverse_L] = context.saved_tensors
         return gradients[0].index_select(1, inverse_L), None, None
-
-
-def products(queries: Tensor, keys: Tensor) -> Tensor:
-    """(…, q, k) of (…, q, d) and (…, k, d)."""
-    return queries @ keys.transpose(-1, -2)
-
-
-def _weights(to_slots: Tensor, to_tokens: Tensor, dropout: float) -> Sequence[Tensor]:
-    """Of slots and of tokens, in one softmax."""
-    weights = torch.cat([to_slots, to_tokens], dim=-1).softmax(dim=-1)
-    return F.dropout(weights, dropout, dropout > 0).split([to_slots.shape[-1], to_tokens.shape[-1]], dim=-1)
 
 
 def _windows(grid_HW: Tensor, rows: int, columns: int) -> Tensor:
@@ -183,10 +165,8 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.drop_path = drop_path
 
-    def forward(
-        self, x_bLC: Tensor, slots_bPC: Tensor | None = None, first: int | None = 0
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens, and the slots from `first` on, where there are any; None: no slots."""
+    def forward(self, x_bLC: Tensor, slots_bPC: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Tokens, and the slots from `first` on, where there are any."""
         slots = None if slots_bPC is None else self.norm1(slots_bPC)
         new_x, new_slots = self.attn(self.norm1(x_bLC), slots, first)
         if dropped := self.training and self.drop_path > 0:  # stochastic depth
@@ -221,8 +201,9 @@ class Merging(nn.Module):
 
     def of_slots(self, slots: Tensor) -> Tensor:
         """(…, 2C) of slots (…, C): each is a patch of four equal tokens."""
-        merged: Tensor = self.reduction(self.norm(torch.cat([slots] * 4, dim=-1)))
-        return merged
+        C = slots.shape[-1]
+        alike = (self.reduction.weight * self.norm.weight).unflatten(1, (4, C)).sum(dim=1)
+        return F.linear(F.layer_norm(slots, (C,), eps=self.norm.eps), alike, self.reduction.weight @ self.norm.bias)
 
 
 class Stage(nn.Module):
@@ -293,12 +274,11 @@ class SwtTower(Tower):
         """Features (b, E); slots leave them out of the flattened last stage."""
         with torch.autocast(tokens_bLD.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             x_bLC, groups = tokens_bLD, _Groups(slots)
-            last = self.place.depth - 1
             k = 0
             for stage in self.stages:
                 assert isinstance(stage, Stage)
                 for block in stage.blocks:
-                    slots_bPC, first = groups.before(k), groups.needed(k) if k < last else None
+                    slots_bPC, first = groups.before(k), groups.needed(k, self.place.depth)
                     if self.checkpointing and torch.is_grad_enabled():
                         x_bLC, slots_bPC = checkpoint(block, x_bLC, slots_bPC, first, use_reentrant=False)
                     else:
@@ -346,8 +326,10 @@ class _Groups:
             self.now = torch.cat([self.now[:, : self.behind] + added, self.now[:, self.behind :]], dim=1)
         return self.now
 
-    def needed(self, k: int) -> int:
+    def needed(self, k: int, blocks: int) -> int:
         """From which slot on the output of block `k` is: not of those that are replaced before the next one."""
+        if k == blocks - 1 and self.now is not None:  # nothing follows it
+            return self.now.shape[1]
         replaced = self.to_come.get(k + 1)
         self.left_out = 0 if replaced is None or self.replay else replaced.shape[1]
         return self.left_out

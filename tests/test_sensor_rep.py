@@ -16,10 +16,10 @@ from clip.modules.interfaces import ModelInput
 from clip.modules.method import Method, MethodOptions
 from clip.modules.no_prompts import NoPrompts
 from clip.trainable import freeze
+from sensors.attention import SlotAttention, products
 from sensors.backbone import SwtBackbone
 from sensors.memory import SensorMemoryLearner, patterns
 from sensors.sizes import SWT, ModalitySizes, SensorSizes
-from sensors.swt import products
 from tests import golden_as, slow_sensors
 from tests.golden import assert_gradients, relative_error
 from tests.test_golden_as import FORWARD
@@ -196,13 +196,21 @@ def test_tokens_that_cannot_see_slots_are_those_without(monkeypatch: pytest.Monk
     assert relative_error(classifier.features(batch_of(signals, present))[0]["sound"], plain["sound"]) > 1e-3
 
     def unseen(queries: Tensor, keys: Tensor) -> Tensor:
-        """Keys of windows have another dimension, and no grid has 9 tokens."""
-        return products(queries, keys) - (torch.inf if keys.ndim == 4 and keys.shape[2] == 9 else 0)
+        """No window and no grid has 9 tokens."""
+        return products(queries, keys) - (torch.inf if keys.shape[1] == 9 else 0)
 
-    monkeypatch.setattr("sensors.swt.products", unseen)
+    monkeypatch.setattr("sensors.attention.products", unseen)
     features, _ = classifier.features(batch_of(signals, present))
     for name in NAMES:
         assert relative_error(features[name], plain[name]) < 1e-5
+
+
+@pytest.mark.parametrize("asking", [0, 2])
+def test_written_out_gradients_of_attention_are_those_of_its_outputs(asking: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 6, 12), (2, asking, 4), (2, 3, 8), (2, 2, 3, 3)  # of tokens, slots, bias; two heads and two windows
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(SlotAttention.apply, inputs)
 
 
 def test_the_bypass() -> None:

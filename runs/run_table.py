@@ -1,22 +1,17 @@
 """The runs below a folder as a table: which there are, how far each came, and what it reached."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from clip.modules.registry import PRETRAINING
 from common.errors import ConfigError, DataError, reason_of
 from common.files import write_csv
 from common.text import AT_OFFSET, baseline_texts, figure, natural_key, terminal_table
-from engine.exported import WEIGHTS, is_exported
 from runs.comparable import beside_method, other_input
 from runs.lines import lines_of
 from runs.run_reader import Run, find_runs
-
-log = logging.getLogger("rep")
 
 COLUMNS = {
     **dict.fromkeys(("name", "method", "dataset", "train"), "<"),
@@ -26,7 +21,7 @@ COLUMNS = {
 """Of the table, each with the side that it is aligned to; they are fields of RunRow."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunRow:
     """One run. What it lacks, or what cannot be read, is None."""
 
@@ -65,16 +60,14 @@ def list_runs(log_dir: Path) -> list[RunRow]:
     if not log_dir.is_dir():
         raise ConfigError(f"log_dir: expected a folder of runs, found no folder at {log_dir}")
     runs, damaged = find_runs(log_dir)
-    rows = [_damaged(RunRow(folder, folder.parent.name), error) for folder, error in damaged.items()]
-    rows += [_row(run) for run in runs if run.is_evaluation]
+    rows = {folder: RunRow(folder, folder.parent.name, note=_short(error, folder)) for folder, error in damaged.items()}
+    rows |= {run.folder: _row(run) for run in runs}
     for line in lines_of([run for run in runs if not run.is_evaluation], lambda run: run):
         counts = {run.config["seed"]: run.folder.relative_to(log_dir) for run in line.items}
-        rows += map(_row, line.items)
         for repeat in line.repeats:
-            row = _row(repeat)
-            note = ", ".join(filter(None, (row.note, f"repeats {counts[repeat.config['seed']]}")))
-            rows.append(replace(row, note=note))
-    return sorted(rows, key=lambda row: natural_key(row.folder))
+            row = rows[repeat.folder]
+            row.note = ", ".join(filter(None, (row.note, f"repeats {counts[row.seed]}")))
+    return sorted(rows.values(), key=lambda row: natural_key(row.folder))
 
 
 def _row(run: Run) -> RunRow:
@@ -90,19 +83,19 @@ def _row(run: Run) -> RunRow:
         date=run.parts[-1].started,
     )
     try:
-        row = replace(row, validation=run.best_validation)
-        if run.test is not None and run.tested_at is not None:
-            row = replace(row, test=run.test["metrics"][row.metric], tested_at=str(run.tested_at))
-            at_offset = run.test["metrics"].get(AT_OFFSET)
-            row = replace(row, baselines=run.test.get("baselines", {}), f1_macro_at_offset=at_offset)
-        state, note = run.state
-        return replace(row, state=state, note=note)
+        row.validation = run.best_validation
+        if run.test is not None:
+            row.test, row.tested_at = run.test["metrics"][row.metric], str(run.tested_at)
+            row.f1_macro_at_offset = run.test["metrics"].get(AT_OFFSET)
+            row.baselines = run.test.get("baselines", {})
+        row.state, row.note = run.state
     except DataError as error:
-        return _damaged(row, error)
+        row.note = _short(error, run.folder)
+    return row
 
 
-def _damaged(row: RunRow, error: DataError) -> RunRow:
-    return replace(row, note=str(error).removeprefix(f"{row.folder}/"))
+def _short(error: DataError, folder: Path) -> str:
+    return str(error).removeprefix(f"{folder}/")
 
 
 def sort_runs(rows: Sequence[RunRow], order: str) -> list[RunRow]:
@@ -151,41 +144,3 @@ def write_runs(rows: Sequence[RunRow], path: Path) -> None:
         write_csv(path, lines, columns)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
-
-
-def find_checkpoints(places: Sequence[Path]) -> list[Path]:
-    """The checkpoints among `places`, and the best.ckpt of each run in or below those that are folders.
-
-    Runs without one are named in a warning.
-
-    Raises:
-        ConfigError: a place is not there, or has no checkpoint below it; a checkpoint is named twice.
-    """
-    found: list[Path] = []
-    for place in places:
-        if is_exported(place):
-            found.append(place / WEIGHTS)
-            continue
-        if not place.is_dir():
-            if not place.is_file():
-                raise ConfigError(
-                    f"load_path: expected a checkpoint file or a folder of runs, found nothing at {place}"
-                )
-            found.append(place)
-            continue
-        runs, damaged = find_runs(place)
-        trained = [run.folder for run in runs if not run.is_evaluation and run.config["prompt_type"] not in PRETRAINING]
-        folders = sorted([*trained, *damaged], key=natural_key)
-        below = [path for folder in folders if (path := folder / "best.ckpt").is_file()]
-        without = ", ".join(str(folder) for folder in folders if not (folder / "best.ckpt").is_file())
-        if not below:
-            what = f"runs without one: {without}" if without else "no run"
-            raise ConfigError(f"load_path: expected runs with a best.ckpt in {place}, found {what}")
-        if without:
-            log.warning("without a checkpoint, and left out: %s", without)
-        found += below
-    resolved = [checkpoint.resolve() for checkpoint in found]
-    for number, checkpoint in enumerate(found):
-        if resolved[number] in resolved[:number]:
-            raise ConfigError(f"load_path: expected each checkpoint once, found {checkpoint} twice")
-    return found

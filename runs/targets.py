@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from clip.modules.registry import PRETRAINING
 from common.errors import ConfigError
 from common.hashing import file_sha256
+from common.text import natural_key
 from config import Options
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
-from engine.exported import is_exported
+from engine.exported import WEIGHTS, is_exported
 from engine.families import BackboneChoice, family_of
 from engine.open_model import precision_of
 from engine.robustness import Subject
@@ -19,8 +21,7 @@ from engine.tasks import task_of, with_published_f1
 from runs.check_options import check, read_load_paths
 from runs.comparable import other_input
 from runs.pattern import Pattern
-from runs.run_reader import Run, read_run
-from runs.run_table import find_checkpoints
+from runs.run_reader import Run, find_runs, read_run
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec, rows_of_splits
 from vilt.datasets.specs import DatasetSpec
@@ -63,6 +64,35 @@ def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
     targets = [_open(config, given, path, test_sets) for path in find_checkpoints(read_load_paths(config))]
     _check_comparable(targets)
     return targets
+
+
+def find_checkpoints(places: Sequence[Path]) -> list[Path]:
+    """The checkpoints among `places`, and the best.ckpt of each run in or below those that are folders.
+
+    Runs without one are named in a warning.
+
+    Raises:
+        ConfigError: a place is not there, or has no checkpoint below it.
+    """
+    found: list[Path] = []
+    for place in places:
+        if is_exported(place) or place.is_file():
+            found.append(place / WEIGHTS if place.is_dir() else place)
+            continue
+        if not place.is_dir():
+            raise ConfigError(f"load_path: expected a checkpoint file or a folder of runs, found nothing at {place}")
+        runs, damaged = find_runs(place)
+        trained = [run.folder for run in runs if not run.is_evaluation and run.config["prompt_type"] not in PRETRAINING]
+        folders = sorted([*trained, *damaged], key=natural_key)
+        below = [path for folder in folders if (path := folder / "best.ckpt").is_file()]
+        without = ", ".join(str(folder) for folder in folders if not (folder / "best.ckpt").is_file())
+        if not below:
+            what = f"runs without one: {without}" if without else "no run"
+            raise ConfigError(f"load_path: expected runs with a best.ckpt in {place}, found {what}")
+        if without:
+            log.warning("without a checkpoint, and left out: %s", without)
+        found += below
+    return found
 
 
 def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -> None:

@@ -15,7 +15,8 @@ from common.errors import ConfigError
 from common.text import AT_OFFSET
 from config import DEFAULTS
 from run import command_line
-from runs.run_table import describe_runs, find_checkpoints, list_runs, sort_runs
+from runs.run_table import describe_runs, list_runs, sort_runs
+from runs.targets import find_checkpoints
 from tests.conftest import Workspace
 from tests.report_files import edited
 

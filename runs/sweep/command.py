@@ -32,7 +32,7 @@ SET_BY_GRID = {
     **dict.fromkeys(("missing_ratio", "test_ratio"), "sweep_ratios"),
     "seed": "sweep_seeds",
 }
-SET_BY_SWEEP = ("exp_name", "test_exp_name", "test_only", "test_after_fit", "fast_dev_run", "resume_from")
+SET_BY_SWEEP = ("test_exp_name", "test_only", "test_after_fit", "fast_dev_run", "resume_from")
 COMPARED = (
     *(name for name, option in OPTIONS.items() if option.kind in (DATA, MODEL, TRAINING)),
     *("data_root", "test_ratio", "test_type"),
@@ -86,20 +86,19 @@ def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:
     # Where the runs are elsewhere, they check themselves what that machine has.
     elsewhere = {"num_gpus": None, "precision": None} if config["sweep_launcher"] in ("slurm", "commands") else {}
     options = check({**config, **elsewhere})
+    refused = dict.fromkeys(SET_BY_SWEEP, "contradicts a sweep, which trains and evaluates its runs itself")
+    refused["exp_name"] = "the runs of a sweep are named after it; expected sweep_name"
+    if options.search:
+        refused |= dict.fromkeys(GRID, "is for a grid; a search has one missing_type, missing_ratio and seed")
+    else:
+        refused |= {name: f"the cells of a sweep differ in it; expected {grid}" for name, grid in SET_BY_GRID.items()}
+        refused["search_trials"] = "expected options to search, as in search.learning_rate=[1e-4,1e-1]"
     for name in names:
-        if name == "exp_name":
-            raise ConfigError("exp_name: the runs of a sweep are named after it; expected sweep_name")
-        if name in SET_BY_SWEEP:
-            raise ConfigError(f"{name}: contradicts a sweep, which trains and evaluates its runs itself")
-        if name in SET_BY_GRID and not options.search:
-            raise ConfigError(f"{name}: the cells of a sweep differ in it; expected {SET_BY_GRID[name]}")
-        if name in GRID and options.search:
-            raise ConfigError(f"{name}: is for a grid; a search has one missing_type, missing_ratio and seed")
+        if name in refused:
+            raise ConfigError(f"{name}: {refused[name]}")
     varied = {**options.sweep_over, **options.search}.get("prompt_type", (options.prompt_type,))
     if found := next((name for name in varied if name in PRETRAINING), None):
         raise ConfigError(f"prompt_type: expected methods that are tested, found {found}, which pretrains")
-    if "search_trials" in names and not options.search:
-        raise ConfigError("search_trials: expected options to search, as in search.learning_rate=[1e-4,1e-1]")
     if options.sweep_slurm and options.sweep_launcher not in CLUSTERS:
         launchers = " or ".join(CLUSTERS)
         raise ConfigError(f"sweep_slurm: expected sweep_launcher={launchers}, found {options.sweep_launcher}")
@@ -157,12 +156,11 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
                 raise ValueError(f"expected format {FORMAT}, found {quoted(there['format'])}")
             theirs = dict(there["options"])
         if other := [name for name, value in mine["options"].items() if theirs.get(name) != value]:
-            shown = [
-                f"{name} (there {quoted(theirs.get(name))}, here {quoted(mine['options'][name])})" for name in other
-            ]
+            ours = mine["options"]
+            shown = ", ".join(f"{name} (there {quoted(theirs.get(name))}, here {quoted(ours[name])})" for name in other)
             raise SweepError(
-                f"sweep_name={options.sweep_name}: {path} is of a sweep with other options: {', '.join(shown)}; "
-                f"expected the same, or another sweep_name"
+                f"sweep_name={options.sweep_name}: {path} is of a sweep with other options: {shown}; expected the "
+                f"same, or another sweep_name"
             )
     write_json(path, mine)
 

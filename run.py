@@ -104,7 +104,7 @@ def predict(_config: dict[str, Any], _run: Any) -> None:
     from runs.prediction import predict_file
 
     set_up_logging()
-    print(f"\n{predict_file(_config, options, given_options(_run))}\n")
+    print(f"\n{predict_file(options, given_options(_run))}\n")
 
 
 @EX.command(unobserved=True)

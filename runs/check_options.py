@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -28,10 +29,6 @@ OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("far", "fmb", "replay_depth", "decoupling_weight", "dynamic_init"), ("prompt_type", ("rep",))),
 }
 """Beginnings of options that one head or method has alone, with its name."""
-PREDICTION_OPTIONS = (
-    *("load_path", "output", "per_gpu_batchsize"),
-    *("vit", "vit_activation", "tokenizer", "trust_backbone", "published_seed", "image_size"),
-)
 OUTPUTS = {"predict": ("predictions.csv", ".csv", ".jsonl"), "embed": ("features.npz", ".npz", ".safetensors")}
 """By command, the file that it writes by default, and the suffixes that others may have."""
 
@@ -42,11 +39,10 @@ def check(config: Mapping[str, Any]) -> Options:
     Raises:
         ConfigError: one line that names the option, what was expected and what was found.
     """
-    values = _read_all(config)
-    options = Options(**values)
+    options = read_all(config)
     check_together(options)
     _check_data_and_weights(options)
-    return _on_this_machine(values)  # last: it loads torch
+    return on_this_machine(options)  # last: it loads torch
 
 
 def resolve(config: Mapping[str, Any]) -> Options:
@@ -55,10 +51,11 @@ def resolve(config: Mapping[str, Any]) -> Options:
     Raises:
         ConfigError: as `check`.
     """
-    return _on_this_machine(_read_all(config))
+    return on_this_machine(read_all(config))
 
 
-def _read_all(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_all(config: Mapping[str, Any]) -> Options:
+    """The configuration, each option checked by itself. Raises ConfigError."""
     values = read_options(config, OPTIONS)
     values["sweep_over"] = values_of_options("sweep_over", values["sweep_over"])
     values["search"] = search_space("search", values["search"])
@@ -66,19 +63,11 @@ def _read_all(config: Mapping[str, Any]) -> dict[str, Any]:
         if values[name] is not None:
             values[overridden] |= {"val": values[name], "test": values[name]}
     if values["precision"] is None and values["task"] in EVERY_DATASET:
-        values["precision"] = OPTIONS["precision"].read(
-            "precision", EVERY_DATASET[values["task"]].options.get("precision")
-        )
+        of_task = EVERY_DATASET[values["task"]].options.get("precision")
+        values["precision"] = OPTIONS["precision"].read("precision", of_task)
     if values["val_check_interval"] is None:
         by_method = PUBLISHED_INTERVALS.get(values["task"], {})
         values["val_check_interval"] = by_method.get(values["prompt_type"], by_method.get(None, 0.2))
-    return values
-
-
-def _on_this_machine(values: dict[str, Any]) -> Options:
-    _settle_machine(values)
-    if values["cpu_processes"] > 1 and values["num_gpus"]:
-        raise ConfigError(f"cpu_processes: expected 1 where GPUs are used (num_gpus={values['num_gpus']})")
     return Options(**values)
 
 
@@ -103,24 +92,17 @@ def row_of(config: Mapping[str, Any]) -> DatasetSpec:
     return EVERY_DATASET[task]
 
 
-def read_with_machine(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The options `names`, each checked by itself, with those of the machine as they fit it. Raises ConfigError."""
-    values = read_options(config, [*names, "num_gpus", "num_workers", "precision"])
-    _settle_machine(values)
-    return values
-
-
-def read_prediction(config: Mapping[str, Any], command: str, *sources: str) -> dict[str, Any]:
+def read_prediction(config: Mapping[str, Any], command: str, *sources: str) -> Options:
     """The options of predict and embed, of which one of `sources` names the samples. Raises ConfigError."""
-    options = read_options(config, [*PREDICTION_OPTIONS, *sources])
-    if options["load_path"] is None or sum(options[source] is not None for source in sources) != 1:
+    options = read_all(config)
+    if options.load_path is None or sum(getattr(options, source) is not None for source in sources) != 1:
         samples = " or ".join({"input": "input=samples.csv", "split": "split=test"}[source] for source in sources)
         raise ConfigError(f"{command}: expected a checkpoint and samples, as in load_path=result/…/best.ckpt {samples}")
     default, *suffixes = OUTPUTS[command]
-    options["output"] = options["output"] or Path(default)
-    if options["output"].suffix not in suffixes:
-        raise wrong("output", f"a file {' or '.join(suffixes)}", str(options["output"]))
-    return options
+    output = options.output or Path(default)
+    if output.suffix not in suffixes:
+        raise wrong("output", f"a file {' or '.join(suffixes)}", str(output))
+    return replace(options, output=output)
 
 
 def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -132,28 +114,27 @@ def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:
     return several(path, texts=True)("load_path", config["load_path"])
 
 
-def _settle_machine(values: dict[str, Any]) -> None:
-    """Checks num_gpus, num_workers and precision against the machine, and fills in what is left to it."""
+def on_this_machine(options: Options) -> Options:
+    """Checks num_gpus, num_workers and precision against the machine, and decides what is left to it."""
     import torch
 
-    available = torch.cuda.device_count()
-    if values["num_gpus"] is None:
-        values["num_gpus"] = min(1, available)
-    if values["num_gpus"] > available:
+    available, precision = torch.cuda.device_count(), options.precision
+    num_gpus = min(1, available) if options.num_gpus is None else options.num_gpus
+    if num_gpus > available:
         remedy = "; leave num_gpus out to run on the CPU" if available == 0 else ""
-        found = f"found {values['num_gpus']}{remedy}"
-        raise ConfigError(f"num_gpus: expected at most the {available} of this machine, {found}")
-    values["num_workers"] = min(values["num_workers"], cores())
-    on_gpu, precision = values["num_gpus"] > 0, values["precision"]
+        raise ConfigError(f"num_gpus: expected at most the {available} of this machine, found {num_gpus}{remedy}")
+    if options.cpu_processes > 1 and num_gpus:
+        raise ConfigError(f"cpu_processes: expected 1 where GPUs are used (num_gpus={num_gpus})")
     if precision == PUBLISHED:
-        precision = PRECISIONS["16" if on_gpu else "32"]
-    if precision == PRECISIONS["16"] and not on_gpu:
+        precision = PRECISIONS["16" if num_gpus else "32"]
+    if precision == PRECISIONS["16"] and not num_gpus:
         raise ConfigError("precision: expected 32 or bf16, found 16, which a CPU cannot compute in")
-    if precision is None and on_gpu:
+    if precision is None and num_gpus:
         precision = PRECISIONS["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "16"]
     elif precision is None:
         precision = PRECISIONS["bf16" if torch.cpu._is_avx512_bf16_supported() else "32"]
-    values["precision"] = precision
+    workers = min(options.num_workers, cores())
+    return replace(options, num_gpus=num_gpus, num_workers=workers, precision=precision)
 
 
 def check_together(options: Options) -> None:

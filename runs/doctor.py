@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -118,7 +118,7 @@ class Doctor:
 
     def __post_init__(self) -> None:
         self.family = family_of(self.options.task or CUSTOM)
-        self.choice = backbone_choice(asdict(self.options), {"vit"})._replace(image_size=None)  # see the training step
+        self.choice = backbone_choice(self.options, {"vit"})._replace(image_size=None)  # see the training step
 
     @property
     def image_size(self) -> int:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -78,17 +78,17 @@ def open_evaluation(
     options: Options, checkpoints: Sequence[Checkpoint], given: set[str]
 ) -> tuple[MissingModalityClassifier, MissingModalityData]:
     """The model of `checkpoints`, on the backbones they were trained on, and the test split for it."""
-    classifier, inputs = open_models(checkpoints, backbone_choice(asdict(options), given), options.vit)
+    classifier, inputs = open_models(checkpoints, backbone_choice(options, given), options.vit)
     set_computation(options, classifier)
     return classifier, open_data(options, inputs)
 
 
-def backbone_choice(options: Mapping[str, Any], given: set[str]) -> BackboneChoice:
+def backbone_choice(options: Options, given: set[str]) -> BackboneChoice:
     """What the user says of the backbone; its name counts only where it is `given`."""
-    vit = options["vit"] if "vit" in given else None
-    others = ("vit_activation", "tokenizer", "trust_backbone", "published_seed", "image_size")
-    of_data = {name: options[name] for name in ("task", "data_root", "network", "seed") if name in options}
-    return BackboneChoice(vit, *(options[name] for name in others), **of_data)
+    vit = options.vit if "vit" in given else None
+    of_files = options.vit_activation, options.tokenizer, options.trust_backbone, options.published_seed
+    of_data = options.task, options.data_root, options.network, options.seed
+    return BackboneChoice(vit, *of_files, options.image_size, *of_data)
 
 
 def open_data(options: Options, inputs: InputFormat) -> MissingModalityData:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from config import COMMAND, DATA, KINDS, MACHINE, NAMED_CONFIGS, OPTIONS
-from runs.check_options import PREDICTION_OPTIONS
 from runs.command_line import MAIN
 
 A_RUN = [kind for kind in KINDS if kind != COMMAND]
-PREDICTION = (*PREDICTION_OPTIONS, "num_gpus", "num_workers", "precision")
+PREDICTION = (
+    *("load_path", "output", "per_gpu_batchsize", "vit", "vit_activation", "tokenizer", "trust_backbone"),
+    *("published_seed", "image_size", "num_gpus", "num_workers", "precision"),
+)
 OTHERS: dict[str, Sequence[str]] = {
     MAIN: A_RUN,
     "doctor": A_RUN,

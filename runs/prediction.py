@@ -14,85 +14,83 @@ from tqdm import tqdm
 from common.errors import ConfigError
 from common.hashing import file_sha256
 from common.text import counted
+from config import Options
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.ensemble import as_one, open_models
 from engine.items import read_items
-from engine.open_model import precision_of
 from engine.predict import Predictor, describe_predictions, joined, write_features, write_predictions
-from runs.check_options import read_with_machine, resolve
+from runs.check_options import on_this_machine, resolve
 from runs.evaluation import backbone_choice
 from runs.option_readers import PRECISIONS
-from runs.targets import check_agreement, taken_from_run
+from runs.targets import as_trained, check_agreement, taken_from_run
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
 
 T = TypeVar("T")
 
 
-def predict_file(config: Mapping[str, Any], options: dict[str, Any], given: set[str]) -> str:
+def predict_file(options: Options, given: set[str]) -> str:
     """Predicts what `input` names with load_path, writes it to `output`, and describes the first few predictions.
 
     Args:
-        config: Sacred's configuration.
         options: those of `read_prediction`.
         given: names of the options that the command line sets.
 
     Raises:
         ConfigError, DataError, CheckpointError, BackboneError: an option, a sample or the model is not as expected.
     """
-    options = options | read_with_machine(config, [])
-    paths = options["load_path"]
-    checkpoints = [read_checkpoint(path) for path in (paths if isinstance(paths, tuple) else (paths,))]
-    items = read_items(options["input"], checkpoints[0].spec.dataset)
+    options = on_this_machine(options)
+    assert options.input is not None and options.output is not None
+    checkpoints = [read_checkpoint(path) for path in options.load_paths]
+    items = read_items(options.input, checkpoints[0].spec.dataset)
     predictor = _predictor(checkpoints, options, given)
-    batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
-    predictions = predictor.predict_items(items, batch_size=batch_size, workers=workers)
-    first = write_predictions(options["output"], items, _shown(predictions, len(items), "predicting"))
+    predictions = predictor.predict_items(items, batch_size=options.per_gpu_batchsize, workers=options.num_workers)
+    first = write_predictions(options.output, items, _shown(predictions, len(items), "predicting"))
     decided = f"; a class counts above a probability of {predictor.threshold:.3f}" if predictor.multilabel else ""
-    written = f"{counted(len(items), 'prediction')}, written to {options['output']}{decided}"
+    written = f"{counted(len(items), 'prediction')}, written to {options.output}{decided}"
     return f"{describe_predictions(items, first, predictor.threshold)}\n\n  {written}"
 
 
-def embed_file(config: Mapping[str, Any], options: dict[str, Any], given: set[str]) -> str:
+def embed_file(config: Mapping[str, Any], options: Options, given: set[str]) -> str:
     """Writes the features that load_path has of the samples in `input`, or of a `split`, to `output`; says what.
 
-    Arguments and errors are those of `predict_file`.
+    Arguments and errors are those of `predict_file`; `config` is Sacred's.
     """
-    options = options | read_with_machine(config, [])
-    if isinstance(options["load_path"], tuple):
-        raise ConfigError(f"load_path: expected one checkpoint, found {len(options['load_path'])}")
-    checkpoint = read_checkpoint(options["load_path"])
-    items = read_items(options["input"], checkpoint.spec.dataset) if options["input"] is not None else []
+    options = on_this_machine(options)
+    assert options.output is not None
+    if len(options.load_paths) > 1:
+        raise ConfigError(f"load_path: expected one checkpoint, found {len(options.load_paths)}")
+    checkpoint = read_checkpoint(options.load_paths[0])
+    items = read_items(options.input, checkpoint.spec.dataset) if options.input is not None else []
     predictor = _predictor([checkpoint], options, given)
     trained_on = ""
-    if options["input"] is not None:
+    if options.input is not None:
         samples, ids, known = predictor.samples(items), [item.id for item in items], {}
         if any(item.times for item in items):
             start_s, end_s = np.array([item.times or (math.nan, math.nan) for item in items]).T.copy()
             known = {"start_s": start_s, "end_s": end_s}
     else:
-        dataset = _split(checkpoint, config, given, options["split"], predictor)
+        dataset = _split(checkpoint, config, given, options.split, predictor)
         samples, ids = _InOrder(dataset), [dataset.sample_name(number) for number in range(len(dataset))]
         known = {"label": dataset.label_of_sample}
-        if options["split"] == "train" and checkpoint.contents.get("data of train") == file_sha256(dataset.path):
+        if options.split == "train" and checkpoint.contents.get("data of train") == file_sha256(dataset.path):
             trained_on = "train"
-    batch_size, workers = options["per_gpu_batchsize"], options["num_workers"]
+    batch_size, workers = options.per_gpu_batchsize, options.num_workers
     batches = predictor.features(samples, batch_size=batch_size, workers=workers, split=trained_on)
     arrays = joined(_shown(batches, -(-len(ids) // batch_size), "embedding")) | known
-    write_features(options["output"], arrays, ids)
+    write_features(options.output, arrays, ids)
     lines = [f"  {name:<20} {value.dtype} {value.shape}" for name, value in arrays.items()]
-    return "\n".join([*lines, f"\n  features of {counted(len(ids), 'sample')}, written to {options['output']}"])
+    return "\n".join([*lines, f"\n  features of {counted(len(ids), 'sample')}, written to {options.output}"])
 
 
-def _predictor(checkpoints: Sequence[Checkpoint], options: Mapping[str, Any], given: set[str]) -> Predictor:
-    classifier, inputs = open_models(checkpoints, backbone_choice(options, given), options["vit"])
-    device = torch.device("cuda" if options["num_gpus"] else "cpu")
-    precision = options["precision"]
-    if "precision" not in given:
-        usual = checkpoints[0].spec.dataset.options.get("precision")  # of trainings, where the task has one
-        usual = PRECISIONS.get(str(usual), precision)
-        precision = precision_of(checkpoints, str(usual), on_gpu=options["num_gpus"] > 0)
-    return Predictor(as_one(checkpoints), classifier, inputs, device, precision)
+def _predictor(checkpoints: Sequence[Checkpoint], options: Options, given: set[str]) -> Predictor:
+    usual = checkpoints[0].spec.dataset.options.get("precision")  # of trainings, where the task has one
+    if usual is not None and "precision" not in given:
+        options = replace(options, precision=PRECISIONS[str(usual)])
+    options = as_trained(options, checkpoints, given)
+    classifier, inputs = open_models(checkpoints, backbone_choice(options, given), options.vit)
+    device = torch.device("cuda" if options.num_gpus else "cpu")
+    return Predictor(as_one(checkpoints), classifier, inputs, device, options.precision)
 
 
 def _shown(passes: Iterable[T], total: int, what: str) -> Iterable[T]:

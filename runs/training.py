@@ -126,7 +126,7 @@ def starting_point(options: Options, given: Collection[str]) -> tuple[Options, C
 def open_training(options: Options, given: Collection[str] = ()) -> Opened:
     """Opens everything that a training reads. The arguments are those of `train`."""
     options, start, trained_on = starting_point(options, given)
-    family, choice = family_of(options.task), backbone_choice(asdict(options), {"vit"})
+    family, choice = family_of(options.task), backbone_choice(options, {"vit"})
     backbone = family.load(choice, trained_on)
     options = fit_depths(options, given, backbone.architecture)
     inputs = reading_texts(family.inputs(choice, backbone.architecture), options.method())

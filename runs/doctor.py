@@ -7,14 +7,12 @@ the token ids and missing tables that the run would write too.
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,7 +183,7 @@ class Doctor:
         return "warn" if remarks else "ok", "; ".join([", ".join(facts), *remarks])
 
     def check_step(self) -> Found:
-        """Two training steps on real samples, of which the second is timed, a validation, and an estimate."""
+        """Two training steps on real samples, of which the second is timed, and a validation."""
         options, train = self.options, self.datasets.get("train")
         if self.backbone is None or self.inputs is None or train is None or "val" not in self.datasets:
             return "warn", "not tried: it needs backbone, tokenizer, and train and val data"
@@ -197,17 +195,12 @@ class Doctor:
         began, batch = time.perf_counter(), min(options.per_gpu_batchsize, len(train))
         train.__getitems__([(0, index) for index in range(batch)])
         loading = time.perf_counter() - began
-        samples = {split: len(dataset) for split, dataset in self.datasets.items()}
-        samples["train"] = samples_of_epoch(options, train)
-        run = timedelta(seconds=math.ceil(run_seconds(options, loading, timer.seconds, samples)))
         speed = f"{timer.seconds:.2f} s to train on {counted(batch, 'sample')}, {loading:.2f} s to load them"
         speed += f", peak memory {byte_size(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
         slow = loading / max(1, options.num_workers) > timer.seconds
         hints = ["loading is slower than training (image_cache=True keeps decoded images)"] if slow else []
-        hints += remarks(options, train.spec, samples["train"])
-        return "warn" if hints else "ok", "; ".join(
-            [f"loss {timer.loss:.4f}", speed, f"the run takes about {run}", *hints]
-        )
+        hints += remarks(options, train.spec, samples_of_epoch(options, train))
+        return "warn" if hints else "ok", "; ".join([f"loss {timer.loss:.4f}", speed, *hints])
 
     def check_storage(self) -> Found:
         """Rights and space where the run writes, and in shared memory, through which its loaders hand over batches."""
@@ -227,16 +220,3 @@ class Doctor:
             if free < needed:
                 raise DataError(texts[-1])
         return "ok", "; ".join(texts)
-
-
-def run_seconds(options: Options, loading: float, training: float, samples: Mapping[Split, int]) -> float:
-    """An estimate from the seconds that one batch takes; evaluating it takes half of `training`: no backward pass."""
-
-    def batch(computing: float) -> float:
-        return max(loading / options.num_workers, computing) if options.num_workers else loading + computing
-
-    per_pass, interval = options.processes * options.per_gpu_batchsize, options.val_check_interval
-    train, val, test = (math.ceil(samples.get(split, 0) / per_pass) for split in ("train", "val", "test"))
-    validations = 1 / interval if isinstance(interval, float) else train / interval
-    epochs = min(options.max_epoch, (options.max_steps or math.inf) * options.accumulation / train)
-    return epochs * (train * batch(training) + validations * val * batch(training / 2)) + test * batch(training / 2)

@@ -14,11 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from common.messages import byte_size
-from config import DEFAULTS
 from run import command_line
 from runs import doctor
-from runs.check_options import resolve
-from runs.doctor import run_seconds
 from tests.conftest import Workspace
 from tests.custom_files import convert, write_labelled
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -258,22 +255,3 @@ def test_space_and_rights(examine: Examine, monkeypatch: pytest.MonkeyPatch, tmp
         assert str(at) in said and byte_size(space[at]) in said
     (tmp_path / "file").write_text("")
     assert examine(f"log_dir={tmp_path / 'file' / 'result'}").failed() == {"storage"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "seconds"),
-    [
-        # 100 batches of 2 s; 5 validations of 20 batches of 1 s; once 30 batches for the test; 4 s to load each
-        ({"num_workers": 0}, 3 * (100 * (2 + 4) + 5 * 20 * (1 + 4)) + 30 * (1 + 4)),
-        ({"num_workers": 1}, 3 * (100 * 4 + 5 * 20 * 4) + 30 * 4),
-        ({"num_workers": 1, "max_steps": 50}, 2 * (100 * 4 + 5 * 20 * 4) + 30 * 4),
-        ({"num_workers": 1, "max_steps": 500}, 3 * (100 * 4 + 5 * 20 * 4) + 30 * 4),
-        ({"num_workers": 0, "val_check_interval": 50}, 3 * (100 * (2 + 4) + 2 * 20 * (1 + 4)) + 30 * (1 + 4)),
-        ({"num_workers": 0, "cpu_processes": 2}, 3 * (50 * (2 + 4) + 5 * 10 * (1 + 4)) + 15 * (1 + 4)),
-    ],
-)
-def test_the_length_of_a_run(workspace: Workspace, changes: dict[str, Any], seconds: float) -> None:
-    config = {**DEFAULTS, "task": "mmimdb", "data_root": str(workspace.arrow), "num_gpus": 0}
-    options = resolve({**config, "per_gpu_batchsize": 10, "batch_size": 40, "max_epoch": 3, **changes})
-    samples: Any = {"train": 1000, "val": 196, "test": 300}
-    assert run_seconds(options, loading=4, training=2, samples=samples) == pytest.approx(seconds)

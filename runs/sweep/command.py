@@ -17,11 +17,11 @@ from config import DATA, MODEL, OPTIONS, TRAINING, Options
 from runs.check_options import check
 from runs.command_line import is_of_sweep, option_of
 from runs.run_reader import as_written_by_run
-from runs.sweep.grid import grid_cells, run_grid, variant_name, variants, write_commands
+from runs.sweep.grid import Grid, variant_name, variants
 from runs.sweep.jobs import JOURNAL, run_command
 from runs.sweep.launchers import CLUSTERS, make_launcher
 from vilt.datasets.open_spec import open_spec
-from vilt.datasets.specs import SPLITS
+from vilt.datasets.specs import SPLITS, DatasetSpec
 
 log = logging.getLogger("rep")
 
@@ -54,7 +54,7 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
         SweepError: runs failed, the folder has a sweep with other options, or a sweep is at work in it.
     """
     options = check_sweep(config, chosen)
-    metric = open_spec(options.task, options.data_root, options.splits).monitor
+    spec = open_spec(options.task, options.data_root, options.splits)
     folder = options.log_dir / options.sweep_name
     given = [update for update in updates if not is_of_sweep(option_of(update))]
     busy = f"sweep_name={options.sweep_name}: another sweep of this name is at work in {options.log_dir}"
@@ -62,16 +62,16 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
         try:
             commands = options.sweep_launcher == "commands"
             launch = make_launcher("local" if commands else options.sweep_launcher, options, folder / "submitit")
-            record(options, metric, config, folder)
+            record(options, spec, config, folder)
             if options.search:
                 from runs.sweep.search import Search, open_study, run_search
 
-                study = open_study(folder / JOURNAL, options.sweep_name, metric)
-                run_search(Search(options, f"val/{metric}", tuple(given), folder, study), launch)
+                study = open_study(folder / JOURNAL, options.sweep_name, spec.monitor)
+                run_search(Search(options, f"val/{spec.monitor}", tuple(given), folder, study), launch)
             elif commands:
-                write_commands(options, grid_cells(options, given, folder), folder)
+                Grid(options, spec, given, folder).write_commands()
             else:
-                run_grid(options, metric, grid_cells(options, given, folder), launch, folder)
+                Grid(options, spec, given, folder).run(launch)
         except (KeyboardInterrupt, Stopped):
             log.info("stopped; the same command resumes: %s", shlex.join(run_command("sweep", "with", *updates)))
             raise
@@ -134,7 +134,7 @@ def check_variants(options: Options, config: Mapping[str, Any]) -> None:
             raise ConfigError(f"sweep_over: {variant} and {other} would have one folder, {variant_name(variant)}")
 
 
-def record(options: Options, metric: str, config: Mapping[str, Any], folder: Path) -> None:
+def record(options: Options, spec: DatasetSpec, config: Mapping[str, Any], folder: Path) -> None:
     """Writes `sweep.json`, which says what the sweep is; one that is there must be of the same sweep.
 
     Raises:
@@ -146,8 +146,8 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
         grid = {name: getattr(options, name) for name in GRID if name != "sweep_over"}
         grid |= {f"sweep_over.{name}": values for name, values in options.sweep_over.items()}
     same = {name: config[name] for name in COMPARED if grid is None or name not in SET_BY_GRID}
-    same |= {"search": options.search, **_contents(options)}
-    of_sweep = {"name": options.sweep_name, "task": options.task, "metric": metric}
+    same |= {"search": options.search, **_contents(options, spec)}
+    of_sweep = {"name": options.sweep_name, "task": options.task, "metric": spec.monitor}
     mine = json.loads(json.dumps({"format": FORMAT, **of_sweep, "grid": grid, "options": same}, default=str))
     if path.is_file():
         there = read_json(path)
@@ -165,12 +165,11 @@ def record(options: Options, metric: str, config: Mapping[str, Any], folder: Pat
     write_json(path, mine)
 
 
-def _contents(options: Options) -> dict[str, str]:
+def _contents(options: Options, spec: DatasetSpec) -> dict[str, str]:
     """SHA-256 of the files that the options name, by option and file: cells of other contents are other cells."""
     from engine.contents import contents_of_files
 
     assert options.data_root is not None
-    spec = open_spec(options.task, options.data_root, options.splits)
     paths = {f"data_root/{spec.file_name(split)}": options.data_root / spec.file_name(split) for split in SPLITS}
     published = sorted(options.missing_table_root.glob(f"{options.task}_*_missing_*.pt"))
     paths |= {f"missing_table_root/{path.name}": path for path in published}

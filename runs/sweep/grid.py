@@ -3,7 +3,7 @@
 import logging
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
@@ -18,57 +18,13 @@ from runs.command_line import written
 from runs.run_reader import as_written_by_run, numbers_by_name
 from runs.sweep.jobs import Job, Progress
 from runs.sweep.launchers import Launcher
-from vilt.datasets.open_spec import open_spec
-from vilt.datasets.specs import EVERY_DATASET
+from vilt.datasets.specs import DatasetSpec
 from vilt.missing_types import AVAILABLE, available_shares
 
 log = logging.getLogger("rep")
 
 COSTS = ("trained_parameters", "training_seconds")
 """What a run says of its cost. A run that was resumed does not know its time."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid; training, validation and test have the same missing type and ratio."""
-
-    missing_type: str
-    ratio: float
-    variant: dict[str, Any]  # values of the options of `sweep_over`
-    seed: int
-    job: Job
-
-    def result(self, metric: str) -> dict[str, float] | None:
-        """Metrics and costs of the run, once it is complete. Raises DataError where its results lack `metric`."""
-        path = self.job.result
-        if path is None:
-            return None
-        written = read_json(path)
-        with as_written_by_run(path):
-            values = {
-                **written["metrics"],
-                metric: written["metrics"][metric],
-                **{name: written[name] for name in COSTS if written.get(name)},
-            }
-            return numbers_by_name(values)
-
-
-def grid_cells(options: Options, given: Sequence[str], folder: Path) -> list[Cell]:
-    """The cells of the grid in the order of running: one seed of every pattern first, then the next.
-
-    Args:
-        given: options of the command line that all runs have.
-        folder: of the sweep.
-    """
-    cells = []
-    axes = (options.sweep_seeds, options.sweep_types, options.sweep_ratios, variants(options))
-    for seed, missing_type, ratio, variant in product(*axes):
-        name = "_".join(filter(None, [options.sweep_name, variant_name(variant), missing_type, str(ratio)]))
-        own = [written(option, value) for option, value in variant.items()]
-        own += [f"missing_type={missing_type}", f"missing_ratio={ratio}", f"seed={seed}"]
-        job = Job(f"{name}_seed{seed}", folder, (*given, *own, f"exp_name={name}", f"log_dir={folder}"), tested=True)
-        cells.append(Cell(missing_type, ratio, variant, seed, job))
-    return cells
 
 
 def variants(options: Options) -> list[dict[str, Any]]:
@@ -82,98 +38,123 @@ def variant_name(variant: dict[str, Any]) -> str:
     return "_".join(re.sub(r"[^\w.+-]", "-", word) for word in words)
 
 
-def run_grid(options: Options, metric: str, cells: Sequence[Cell], launch: Launcher, folder: Path) -> None:
-    """Runs what is not complete, and writes and prints the table.
+@dataclass(frozen=True)
+class Cell:
+    """Runs of the grid that differ in their seed; training, validation and test have the same type and ratio."""
+
+    missing_type: str
+    ratio: float
+    variant: dict[str, Any]  # values of the options of `sweep_over`
+    jobs: list[Job]  # one for each seed
+
+
+class Grid:
+    """The runs of a grid and the table of their results.
 
     Args:
-        metric: of the task; the one that is printed.
-
-    Raises:
-        SweepError: runs failed; they are listed before.
+        options: of the sweep.
+        spec: row of the dataset.
+        given: options of the command line that all runs have.
+        folder: of the sweep.
     """
-    cell_of = {cell.job: cell for cell in cells}
-    waiting = _incomplete(options, cells)
-    progress = Progress(len(cells), len(cells) - len(waiting))
 
-    def write() -> list[dict[str, Any]]:
-        rows = table_rows(options, metric, cells, {job for job, _ in progress.failed})
-        write_csv(folder / "table.csv", rows)
+    def __init__(self, options: Options, spec: DatasetSpec, given: Sequence[str], folder: Path) -> None:
+        self.options, self.spec, self.given, self.folder = options, spec, given, folder
+        self.cells = [
+            Cell(kind, ratio, variant, [self._job(kind, ratio, variant, seed) for seed in options.sweep_seeds])
+            for kind, ratio, variant in product(options.sweep_types, options.sweep_ratios, variants(options))
+        ]
+        self.jobs = [job for of_seed in zip(*(cell.jobs for cell in self.cells), strict=True) for job in of_seed]
+        """In the order of running: one seed of every pattern first, then the next."""
+
+    def _job(self, missing_type: str, ratio: float, variant: dict[str, Any], seed: int) -> Job:
+        name = "_".join(filter(None, [self.options.sweep_name, variant_name(variant), missing_type, str(ratio)]))
+        own = [written(option, value) for option, value in variant.items()]
+        own += [f"missing_type={missing_type}", f"missing_ratio={ratio}", f"seed={seed}", f"exp_name={name}"]
+        return Job(f"{name}_seed{seed}", self.folder, (*self.given, *own, f"log_dir={self.folder}"), tested=True)
+
+    def incomplete(self) -> list[Job]:
+        """The runs that are left."""
+        waiting = [job for job in self.jobs if job.result is None]
+        n, complete = counted(len(self.jobs), "cell"), len(self.jobs) - len(waiting)
+        log.info("sweep %s: %s, %d complete", self.options.sweep_name, n, complete)
+        return waiting
+
+    def run(self, launch: Launcher) -> None:
+        """Runs what is not complete, and writes and prints the table.
+
+        Raises:
+            SweepError: runs failed; they are listed before.
+        """
+        waiting, path, metric = self.incomplete(), self.folder / "table.csv", self.spec.monitor
+        progress = Progress(len(self.jobs), len(self.jobs) - len(waiting))
+        with closing(launch(waiting)) as outcomes:  # which stops what runs, if an error ends the block
+            for job, outcome in outcomes:
+                result = self._result(job)
+                progress.report(job, outcome, "" if result is None else f"{metric} {figure(result[metric])}")
+                write_csv(path, self._rows({job for job, _ in progress.failed}))
+        rows = self._rows({job for job, _ in progress.failed})
+        write_csv(path, rows)
+        print(f"\nsweep {self.options.sweep_name}: {self.options.task} test, mean ± standard deviation over seeds\n")
+        print(f"{self._text(rows)}\n")
+        for result_path in [result for job in self.jobs if (result := job.result) is not None][:1]:
+            texts = baseline_texts(read_json(result_path).get("baselines", {}), metric)
+            print("".join(f"  {text}\n" for text in texts))
+        print(f"  written to {path}\n")
+        progress.end(f"of {counted(len(self.jobs), 'cell')} failed; the same command tries them again, and no other")
+
+    def write_commands(self) -> None:
+        """Prints a command for each run that is not complete, one a line, and writes them to `commands.txt`."""
+        commands, path = [shlex.join(job.command()) for job in self.incomplete()], self.folder / "commands.txt"
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{command}\n" for command in commands), "utf-8")
+        for command in commands:
+            print(command)
+        log.info("%s, written to %s; nothing was run", counted(len(commands), "command"), path)
+
+    def _result(self, job: Job) -> dict[str, float] | None:
+        """Metrics and costs of a run, once it is complete. Raises DataError where its results lack the metric."""
+        if (path := job.result) is None:
+            return None
+        found = read_json(path)
+        with as_written_by_run(path):
+            found["metrics"][self.spec.monitor]  # a KeyError names it
+            return numbers_by_name(found["metrics"] | {name: found[name] for name in COSTS if found.get(name)})
+
+    def _rows(self, failed: set[Job]) -> list[dict[str, Any]]:
+        """A row per pattern, by column of table.csv; the task's metric is there before any seed is complete."""
+        results = {job: result for job in self.jobs if (result := self._result(job)) is not None}
+        metrics = dict.fromkeys(name for result in results.values() for name in result if name not in COSTS)
+        rows = []
+        for cell in self.cells:
+            complete = [results[job] for job in cell.jobs if job in results]
+            row = {**cell.variant, "missing_type": cell.missing_type, "ratio": cell.ratio}
+            pattern = cell.missing_type, cell.ratio, self.options.both_ratio
+            shares = available_shares(list(self.spec.modalities), *pattern)
+            row |= {f"{name}{AVAILABLE}": round(share, 6) for name, share in shares.items()}
+            for name in (*(metrics or [self.spec.monitor]), *COSTS):
+                of_all = [result[name] for result in complete] if all(name in result for result in complete) else []
+                mean, std, _, undefined = estimate(of_all) or ("", "", 0, 0)
+                of_metric = {f"{name}_mean": mean, f"{name}_std": std, f"{name}_undefined": undefined}
+                row |= {name: mean} if name in COSTS else of_metric
+            n_failed = len(failed & set(cell.jobs))
+            n_open = len(cell.jobs) - len(complete) - n_failed
+            rows.append({**row, "complete": len(complete), "failed": n_failed, "open": n_open})
         return rows
 
-    with closing(launch(waiting)) as outcomes:  # which stops what runs, if an error ends the block
-        for job, outcome in outcomes:
-            result = cell_of[job].result(metric)
-            progress.report(job, outcome, "" if result is None else f"{metric} {figure(result[metric])}")
-            write()
-    print(f"\nsweep {options.sweep_name}: {options.task} test, mean ± standard deviation over seeds\n")
-    print(f"{table_text(write(), options, metric)}\n")
-    for path in [path for cell in cells if (path := cell.job.result) is not None][:1]:
-        print("".join(f"  {text}\n" for text in baseline_texts(read_json(path).get("baselines", {}), metric)))
-    print(f"  written to {folder / 'table.csv'}\n")
-    progress.end(f"of {counted(len(cells), 'cell')} failed; the same command tries them again, and no other")
-
-
-def write_commands(options: Options, cells: Sequence[Cell], folder: Path) -> None:
-    """Prints a command for each run that is not complete, one a line, and writes them to `commands.txt`."""
-    commands = [shlex.join(job.command()) for job in _incomplete(options, cells)]
-    with atomic_path(folder / "commands.txt") as temporary:
-        temporary.write_text("".join(f"{command}\n" for command in commands), "utf-8")
-    for command in commands:
-        print(command)
-    log.info("%s, written to %s; nothing was run", counted(len(commands), "command"), folder / "commands.txt")
-
-
-def _incomplete(options: Options, cells: Sequence[Cell]) -> list[Job]:
-    waiting = [cell.job for cell in cells if cell.job.result is None]
-    log.info("sweep %s: %s, %d complete", options.sweep_name, counted(len(cells), "cell"), len(cells) - len(waiting))
-    return waiting
-
-
-def table_rows(options: Options, metric: str, cells: Sequence[Cell], failed: Collection[Job]) -> list[dict[str, Any]]:
-    """A row per pattern, with the names of the columns of table.csv; `metric` is there before any seed is complete."""
-    results = {cell.job: cell.result(metric) for cell in cells}
-    metrics = dict.fromkeys(name for result in results.values() if result for name in result if name not in COSTS)
-    patterns: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in cells:
-        patterns.setdefault((*cell.variant.values(), cell.missing_type, cell.ratio), []).append(cell)
-    rows = []
-    for seeds in patterns.values():
-        cell, complete = seeds[0], [result for one in seeds if (result := results[one.job]) is not None]
-        row = {**cell.variant, "missing_type": cell.missing_type, "ratio": cell.ratio}
-        modalities = _modalities(options)
-        shares = available_shares(modalities, cell.missing_type, cell.ratio, options.both_ratio)
-        row |= {f"{name}{AVAILABLE}": round(share, 6) for name, share in shares.items()}
-        for name in (*(metrics or [metric]), *COSTS):
-            of_all = [result[name] for result in complete] if all(name in result for result in complete) else []
-            mean, std, _, undefined = estimate(of_all) or ("", "", 0, 0)
-            of_metric = {f"{name}_mean": mean, f"{name}_std": std, f"{name}_undefined": undefined}
-            row |= {name: mean} if name in COSTS else of_metric
-        n_failed = sum(one.job in failed for one in seeds)
-        counts = {"complete": len(complete), "failed": n_failed, "open": len(seeds) - len(complete) - n_failed}
-        rows.append({**row, **counts})
-    return rows
-
-
-def _modalities(options: Options) -> list[str]:
-    """Those of the dataset, which for a set of sensors its arrow files say."""
-    known = EVERY_DATASET[options.task].modalities
-    return list(known or open_spec(options.task, options.data_root, options.splits[:1]).modalities)
-
-
-def table_text(rows: Sequence[dict[str, Any]], options: Options, metric: str) -> str:
-    """The table for the terminal, with one metric."""
-    any_failed = any(row["failed"] for row in rows)
-    modalities = _modalities(options)
-    heads = [*options.sweep_over, "missing", "ratio", *modalities, metric, "seeds complete"]
-    heads += ["failed"] if any_failed else []
-    shown = []
-    for row in rows:
-        mean, std, undefined = (row[f"{metric}_{name}"] for name in ("mean", "std", "undefined"))
-        value = "–" if mean == "" else Estimate(mean, std, row["complete"] - undefined, undefined).text()
-        value += "" if "±" in value else " " * 9
-        line = [*(str(row[name]) for name in options.sweep_over), row["missing_type"], f"{row['ratio']:.4g}"]
-        line += [*(per_cent(row[f"{name}{AVAILABLE}"]) for name in modalities), value]
-        line.append(f"{row['complete']} of {row['complete'] + row['failed'] + row['open']}")
-        shown.append([*line, *([str(row["failed"] or "")] if any_failed else [])])
-    n_left = len(options.sweep_over) + 1
-    return terminal_table(heads, shown, "<" * n_left + ">" * (len(heads) - n_left))
+    def _text(self, rows: Sequence[dict[str, Any]]) -> str:
+        """The table for the terminal, with the metric of the task."""
+        over, modalities, metric = list(self.options.sweep_over), list(self.spec.modalities), self.spec.monitor
+        heads = [*over, "missing", "ratio", *modalities, metric, "seeds complete"]
+        any_failed = ["failed"] if any(row["failed"] for row in rows) else []
+        shown = []
+        for row in rows:
+            mean, std, undefined = (row[f"{metric}_{name}"] for name in ("mean", "std", "undefined"))
+            value = "–" if mean == "" else Estimate(mean, std, row["complete"] - undefined, undefined).text()
+            value += "" if "±" in value else " " * 9
+            line = [*(str(row[name]) for name in over), row["missing_type"], f"{row['ratio']:.4g}"]
+            line += [*(per_cent(row[f"{name}{AVAILABLE}"]) for name in modalities), value]
+            line.append(f"{row['complete']} of {len(self.options.sweep_seeds)}")
+            shown.append([*line, *(str(row[name] or "") for name in any_failed)])
+        sides = "<" * (len(over) + 1) + ">" * (len(heads) + len(any_failed) - len(over) - 1)
+        return terminal_table([*heads, *any_failed], shown, sides)

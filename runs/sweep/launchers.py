@@ -2,9 +2,11 @@
 
 import logging
 import os
+import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,21 +41,14 @@ def make_launcher(name: str, options: Options, folder: Path) -> Launcher:
         ConfigError: there is no SLURM here, or submitit does not know a parameter.
     """
     if name == "local":
-        return partial(run_at_once, options) if options.sweep_parallel > 1 else run_here
+        return partial(run_here, options)
     executor = _executor(name, options.sweep_slurm, folder)
     # A node finds this package wherever the sweep was started from.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(RUN.parent), os.environ.get("PYTHONPATH")]))
     return lambda jobs: _run_submitted(executor, jobs)
 
 
-def run_here(jobs: Sequence[Job]) -> Outcomes:
-    """Runs jobs one after another on this machine."""
-    for job in jobs:
-        log.info("%s: %s", job.name, job.log)
-        yield job, run_job(job)
-
-
-def run_at_once(options: Options, jobs: Sequence[Job]) -> Outcomes:
+def run_here(options: Options, jobs: Sequence[Job]) -> Outcomes:
     """Runs `sweep_parallel` jobs at once on this machine, its GPUs shared out among them."""
     waiting, running = deque(jobs), dict[int, Running]()
     try:
@@ -67,7 +62,8 @@ def run_at_once(options: Options, jobs: Sequence[Job]) -> Outcomes:
             for place, outcome in ended:
                 yield running.pop(place).job, outcome
             if not ended:
-                time.sleep(POLL_S)
+                with suppress(subprocess.TimeoutExpired):
+                    next(iter(running.values())).process.wait(POLL_S)
     finally:
         stop([*running.values()])
 

@@ -45,6 +45,8 @@ BAD_STEPS = "bad_steps"
 """Likewise: how many steps had a gradient that is not finite, in all and of the newest ones in a row."""
 MINUS_LOSS = "minus_loss"
 """What chooses the best model of a pretraining."""
+RUNNING_STATISTICS = ("running_mean", "running_var")
+"""Endings of the names of buffers that each process computes of its own samples."""
 GPU_STEPS_PER_CHECK = 32
 """Looking at losses and gradients makes the host wait for the GPU."""
 
@@ -227,6 +229,10 @@ class FinetuneModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         self._check_finite()  # before the checkpoint that follows a validation
+        if self.trainer.world_size > 1:  # else each process would validate another model, of which one is kept
+            for name, buffer in self.classifier.named_buffers():
+                if name.endswith(RUNNING_STATISTICS):
+                    torch.distributed.broadcast(buffer, src=0)
 
     def on_train_epoch_end(self) -> None:
         self._check_finite()

@@ -194,6 +194,10 @@ def _check_method(options: Options) -> None:
         if options.missing_ratio["train"] or options.missing_ratio["val"]:
             ratio = options.missing_ratio["train"] or options.missing_ratio["val"]
             raise ConfigError(f"missing_ratio: expected 0 with prompt_type={options.prompt_type}, found {ratio:g}")
+        for name in ("simulate_missing", "modality_dropout"):
+            if found := getattr(options, name):
+                expected = f"expected {OPTIONS[name].default} with prompt_type={options.prompt_type}"
+                raise ConfigError(f"{name}: {expected}, which compares all modalities, found {found}")
         if options.per_gpu_batchsize % together:
             raise ConfigError(
                 f"per_gpu_batchsize: expected a multiple of {together}, the samples of a subsequence, with "

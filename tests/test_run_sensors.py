@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from clip.modules.method import MethodOptions
 from common.errors import CheckpointError, DataError
-from engine.checkpoint import backbone_in
+from engine.checkpoint import ModelSpec, backbone_in, build_classifier
 from engine.items import Item
 from engine.neighbour_accuracy import neighbour_accuracy
 from engine.predict import load_model
@@ -153,6 +154,23 @@ def test_supervised_training(root: Path, network: str) -> None:
     assert any("patch_embed" in name or "loc_mod_extractors" in name for name in state)
 
 
+def test_several_processes_validate_the_running_statistics_that_are_kept(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the first process; each would have its own otherwise."""
+    row = open_spec("sensors", root / "data", ["train"])
+    sizes = sizes_for(row, {"type": "deepsense", "width": 8, "recurrent_width": 4}, {})
+    spec = ModelSpec("sensors", MethodOptions("full"), sizes, custom=row.custom)
+    module = FinetuneModule(build_classifier(spec), spec)
+    monkeypatch.setattr(FinetuneModule, "trainer", SimpleNamespace(world_size=2))
+    monkeypatch.setattr(FinetuneModule, "_check_finite", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(7 + src))
+    before = {name: value.clone() for name, value in module.classifier.state_dict().items()}
+    module.on_validation_start()
+    changed = {name for name, value in module.classifier.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "running" in name} and len(changed) == 2 * 3 * 3
+
+
 def test_a_checkpoint_of_another_family_is_no_start(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +194,14 @@ def test_a_checkpoint_of_another_family_is_no_start(
         (("memory_depth=7",), "memory_depth=7 is more than the backbone has blocks"),
         (("vit=ViT-B/16",), "vit: expected random, or a file with a pretrained backbone, found 'ViT-B/16'"),
         (("prompt_type=focal",), "missing_ratio: expected 0 with prompt_type=focal, found 0.7"),
+        (
+            ("prompt_type=focal", "missing_ratio=0", "simulate_missing=True"),
+            "simulate_missing: expected False with prompt_type=focal",
+        ),
+        (
+            ("prompt_type=focal", "missing_ratio=0", "modality_dropout=0.3"),
+            "modality_dropout: expected 0 with prompt_type=focal, which compares all modalities, found 0.3",
+        ),
         (
             ("prompt_type=focal", "missing_ratio=0", "per_gpu_batchsize=6"),
             "per_gpu_batchsize: expected a multiple of 4",

@@ -1,6 +1,7 @@
 """Several models as one: the mean of their logits."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from engine.checkpoint import Checkpoint
 from engine.families import BackboneChoice
 from engine.open_model import open_model
 from vilt.datasets.kinds import InputFormat
+
+log = logging.getLogger("rep")
 
 
 class Ensemble(MissingModalityClassifier):
@@ -74,6 +77,8 @@ def as_one(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
             raise CheckpointError(f"load_path: expected models of the same classes, found {found}")
     if not others:
         return first
+    if len(heads := {one.spec.head for one in checkpoints}) > 1 and "dpl" in heads:
+        log.warning("load_path: logits of head=dpl are cosines, from -1 to 1: in the mean they weigh less than others")
     offsets = [one.offset for one in checkpoints]
     known = [offset for offset in offsets if offset is not None]
     return replace(

@@ -90,8 +90,8 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
     if options.resume_from != AUTO:
         return train_from(options, name, given=given)
     custom = open_spec(options.task, options.data_root, options.splits).custom
-    # What `load_path` names is compared by its content.
-    ours = Training(options.log_dir / name, described(options, custom), NOT_THE_TRAINING | {"load_path"})
+    # What these two name is compared by its content.
+    ours = Training(options.log_dir / name, described(options, custom), NOT_THE_TRAINING | {"load_path", "teacher"})
     with nullcontext() if options.fast_dev_run else alone(ours):  # which would write a lock
         opened = open_training(options, given)
         progress = find_progress(replace(ours, config=described(opened.options, custom), contents=opened.contents))

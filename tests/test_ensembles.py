@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from clip.modules.dpl import DecoupledPrototypes
+from clip.modules.heads import LinearHead
 from demo import best
 from engine.checkpoint import read_checkpoint
 from engine.decision import with_offset
@@ -42,7 +46,12 @@ def listed(members: list[Path]) -> str:
 
 @pytest.mark.parametrize("teacher", [0, 1])  # on what the towers have kept, and through the towers
 def test_a_teacher_sees_what_the_missing_table_leaves(
-    workspace: Workspace, tmp_path: Path, members: list[Path], teacher: int, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace,
+    tmp_path: Path,
+    members: list[Path],
+    teacher: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
 ) -> None:
     seen: list[tuple[Any, Tensor, Tensor, Tensor]] = []
     step = FinetuneModule._step
@@ -57,6 +66,7 @@ def test_a_teacher_sees_what_the_missing_table_leaves(
         return loss, logits, own
 
     monkeypatch.setattr(FinetuneModule, "_step", looking)
+    monkeypatch.setattr(LinearHead, "scale", DecoupledPrototypes.scale)  # as if logits were cosines
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "prompt_type=none", "test_after_fit=False")
     student = workspace.command(*options, f"teacher={members[teacher]}", "simulate_missing=True", "exp_name=student")
     assert command_line(student) == 0
@@ -67,9 +77,13 @@ def test_a_teacher_sees_what_the_missing_table_leaves(
     model, _ = open_models([checkpoint], BackboneChoice(), "")
     dataset.kept = dataset.simulate_seed = None
     batch = collate(kinds_of(dataset.spec), dataset.__getitems__([(0, number) for number in range(len(dataset))]))
-    torch.testing.assert_close(soft, model.eval()(model_input(batch)).sigmoid().detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(soft, (32 * model.eval()(model_input(batch))).sigmoid().detach(), rtol=1e-3, atol=1e-4)
     contents = json.loads((tmp_path / "student_seed0" / "version_0" / "contents.json").read_text())
     assert contents["teacher"] == checkpoint.sha256
+    moved = shutil.copy(members[teacher], tmp_path / "moved.ckpt")
+    again = [word.replace(str(members[teacher]), str(moved)) for word in student]
+    assert command_line([*again, "resume_from=auto"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
 
 
 def test_a_teacher_with_neighbours_knows_the_training_split(
@@ -125,6 +139,17 @@ def test_logits_are_averaged_by_test_robustness_and_predict(
             logits = [torch.tensor(of[number].probabilities[name]).logit() for of in single]
             assert probability == pytest.approx(float(torch.stack(logits).mean().sigmoid()), abs=1e-4)
             assert row["probabilities"][name] == pytest.approx(probability, abs=1e-4)
+
+
+def test_the_mean_of_cosines_and_logits_is_said(members: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    first = read_checkpoint(members[0])
+    cosines = replace(first, spec=replace(first.spec, head="dpl"))
+    with caplog.at_level("WARNING", "rep"):
+        as_one([first, first])
+        as_one([cosines, cosines])
+        assert not caplog.records
+        as_one([first, cosines])
+    assert "head=dpl are cosines" in caplog.text
 
 
 @pytest.mark.parametrize(

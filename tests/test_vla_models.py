@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from clip.modules.method import MethodOptions
 from clip.modules.registry import FAMILY_METHODS
@@ -97,7 +98,7 @@ def test_slots_in_training_are_those_of_evaluation_without_dropout(method: str) 
     assert relative_error(classifier(batch), expected) < 1e-5
 
 
-@pytest.mark.parametrize(("steps", "source_steps"), [(5, 6), (6, 5), (9, 4)])
+@pytest.mark.parametrize(("steps", "source_steps"), [(5, 6), (6, 5), (9, 4), (35, 40)])
 @pytest.mark.parametrize(("real", "source_real"), [(9, 9), (2, 3), (3, 1), (0, 2), (2, 0)])
 def test_steps_of_zeros_are_computed_once(steps: int, source_steps: int, real: int, source_real: int) -> None:
     """Whatever is left out, every step reads what it reads where nothing is."""
@@ -113,6 +114,18 @@ def test_steps_of_zeros_are_computed_once(steps: int, source_steps: int, real: i
     target, source = padded
     whole = encoder.cross(target, source, steps, source_steps)
     assert relative_error(cross(encoder, target, source, *lengths), whole) < 1e-6
+
+
+@pytest.mark.parametrize(("steps", "source_steps"), [(70, 70), (40, 90), (90, 40)])
+def test_blocks_of_queries_read_what_all_read_at_once(steps: int, source_steps: int) -> None:
+    attention, causal = Attention(8, 2), mask(steps, source_steps, torch.device("cpu"))
+    query, source = torch.randn(3, steps, 8), torch.randn(3, source_steps, 8)
+    q, k, v = (
+        F.linear(x, weight).unflatten(-1, (2, 4)).transpose(1, 2)
+        for x, weight in zip((query, source, source), attention.in_proj_weight.chunk(3), strict=True)
+    )
+    expected = attention.out_proj(F.scaled_dot_product_attention(q, k, v, causal).transpose(1, 2).flatten(2))
+    assert relative_error(attention.eval()(query, source, causal), expected) < 1e-6
 
 
 @pytest.mark.parametrize("steps", [4, 9])

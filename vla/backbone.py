@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.modules.interfaces import Backbone, ModelInput, Place, Tower, TowerSlots
-from vla.encoder import DROPOUT, EMBEDDING_DROPOUT, Encoder, dropout, embed, seen
+from vla.encoder import DROPOUT, EMBEDDING_DROPOUT, LANES, Encoder, dropout, embed, seen
 
 LETTERS = {"text": "l", "audio": "a", "vision": "v"}
 """By modality, in the order of all joins: what published parameter names call it."""
@@ -185,7 +185,7 @@ def cross(
     blank_BTd = encoder.cross_zeros(len(target_BTd), seen(T, S)[:most]) if most else target_BTd[:, :0]
     read, start = [], 0
     for rows, R, K in groups:
-        W = min(K + 1, S) if K else 0
+        W = min(-(-(K + 1) // LANES) * LANES, S) if K else 0
         target_nRd, source_nWd = target_BTd[:, T - R :], source_BSd[:, S - W :]
         if len(groups) > 1:
             target_nRd, source_nWd = target_nRd[rows], source_nWd[rows]

@@ -18,8 +18,10 @@ from clip.modules.interfaces import NO_SLOTS, Tower, TowerSlots
 
 EMBEDDING_DROPOUT, DROPOUT = 0.25, 0.1
 LEVELS = 2**16
-MATRIX = 4096
-"""Weights of a head up to which a CPU is faster with them as a matrix than in tiles."""
+LANES = 16
+"""Floats that a CPU takes at once; a softmax over fewer takes ten times as long for each."""
+BLOCK, BLOCKS = 32, 8
+"""Least steps and greatest number of the blocks of queries that a CPU attends with, each to what it sees alone."""
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -29,13 +31,16 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     """
     if not training:
         return x
-    if x.is_cuda:
-        return F.dropout(x, rate)
+    return F.dropout(x, rate) if x.is_cuda else x * kept(x, rate)
+
+
+def kept(x: Tensor, rate: float) -> Tensor:
+    """What dropout multiplies with, on a CPU."""
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     lost = round(LEVELS * rate)
-    kept = torch.ge(bits, lost - LEVELS // 2, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    return x * kept.mul_(LEVELS / (LEVELS - lost))
+    stays = torch.ge(bits, lost - LEVELS // 2, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    return stays.mul_(LEVELS / (LEVELS - lost))
 
 
 def share_kept(count_T: Tensor, rate: float, samples: int, device: torch.device) -> Tensor:
@@ -81,25 +86,29 @@ class Attention(nn.Module):
             q_BTD = F.linear(query_BTD, self.in_proj_weight[:D], self.in_proj_bias[:D])
             kv_BS2D = F.linear(source_BSD, self.in_proj_weight[D:], self.in_proj_bias[D:])
             projected = (q_BTD, *kv_BS2D.chunk(2, dim=-1))
-        drops = self.training and self.dropout > 0
-        if query_BTD.is_cuda or (not drops and T * source_BSD.shape[1] > MATRIX):
+        rate = self.dropout if self.training else 0.0
+        if query_BTD.is_cuda:
             q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
-            rate = self.dropout if drops else 0.0
             read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_TS, dropout_p=rate)
             return self.out_proj(read.transpose(1, 2).flatten(2))
         # Steps last: the matrices of a head are narrow, and products whose result is wide are several times as fast.
         q, k, v = (x.transpose(1, 2).reshape(B * self.heads, D // self.heads, -1) for x in projected)
-        q = (q * (D // self.heads) ** -0.5).transpose(1, 2)
-        scores = q @ k if bias_TS is None else torch.baddbmm(bias_TS.to(q.dtype), q, k)
-        weights = scores.softmax(dim=-1)
-        if drops:
-            if count_T is None:
-                weights = dropout(weights, self.dropout, training=True)
-            else:
-                first = weights[..., :1] * share_kept(count_T, self.dropout, len(weights), weights.device)[..., None]
-                weights = torch.cat([first, dropout(weights[..., 1:], self.dropout, training=True)], dim=-1)
-        read = v @ weights.transpose(1, 2)
-        return self.out_proj(read.view(B, D, T).transpose(1, 2))
+        bias_TS = q.new_zeros(T, k.shape[-1]) if bias_TS is None else bias_TS.to(q.dtype)
+        size, blocks = max(BLOCK, -(-T // BLOCKS // LANES) * LANES), []
+        for start in range(0, T, size):
+            rows = slice(start, start + size)
+            S = int((bias_TS[rows][-1] > -math.inf).sum())
+            scores = torch.baddbmm(
+                bias_TS[rows, :S], q[..., rows].transpose(1, 2), k[..., :S], alpha=(D // self.heads) ** -0.5
+            )
+            weights = scores.softmax(dim=-1)
+            if rate:
+                kept_NTS = kept(weights, rate)
+                if count_T is not None:
+                    kept_NTS[..., 0] = share_kept(count_T[rows], rate, len(weights), weights.device)
+                weights = weights * kept_NTS
+            blocks.append(v[..., :S] @ weights.transpose(1, 2))
+        return self.out_proj(torch.cat(blocks, dim=-1).view(B, D, T).transpose(1, 2))
 
     def of_constant(self, source_D: Tensor, samples: int, count_T: Tensor) -> Tensor:
         """(n, T, D), or (D,) without dropout: what is read from a source whose steps are all alike.

@@ -66,7 +66,7 @@ def test_a_teacher_sees_what_the_missing_table_leaves(
         return loss, logits, own
 
     monkeypatch.setattr(FinetuneModule, "_step", looking)
-    monkeypatch.setattr(LinearHead, "scale", DecoupledPrototypes.scale)  # as if logits were cosines
+    monkeypatch.setattr(LinearHead, "logit_scale", DecoupledPrototypes.logit_scale)  # as if logits were cosines
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "prompt_type=none", "test_after_fit=False")
     student = workspace.command(*options, f"teacher={members[teacher]}", "simulate_missing=True", "exp_name=student")
     assert command_line(student) == 0

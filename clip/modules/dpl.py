@@ -33,7 +33,7 @@ class DecoupledPrototypes(Head):
     """
 
     trains_ends = True
-    scale = 32.0
+    logit_scale = 32.0
 
     def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
         super().__init__(parts, embed_dim, n_classes, options)
@@ -41,7 +41,7 @@ class DecoupledPrototypes(Head):
             raise ValueError(f"head=dpl is for an image and a text, found {parts} modalities")
         options = options or MethodOptions()
         self.margins, self.contrast_weight = options.dpl_margins, options.dpl_contrast_weight
-        self.scales = (self.scale,) * 3
+        self.scales = (self.logit_scale,) * 3
         self.temperature = self.base_temperature = 1.0
         self.one_view = False
         self.views = VIEWS["both"]

@@ -25,7 +25,7 @@ class Head(nn.Module):
 
     trains_ends: ClassVar[bool] = False
     """Whether it trains what follows the last blocks of the backbone, whatever the method (see `train_ends`)."""
-    scale: ClassVar[float] = 1.0
+    logit_scale: ClassVar[float] = 1.0
     """Factor on its logits that makes them those of the probabilities that its training fits."""
 
     def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:

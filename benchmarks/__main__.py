@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import heads, loop, sensors, shapes, sides, vla
+from benchmarks import baseline, heads, loop, sensors, shapes, sides, vla
 from benchmarks.loading import Loading
-from benchmarks.sides import Comparison, Data, compare
+from benchmarks.sides import Comparison, Data, Side, compare, header, row
 from clip.modules.interfaces import TowerSlots
 from common.files import atomic_path
 from common.machine import keep_freed_memory, print_anywhere
@@ -35,10 +35,10 @@ BF16 = torch.bfloat16
 def steps(device: torch.device, pairs: int) -> Iterator[str]:
     """The table of required ratios. Each pair of timings is of another batch, drawn as in training."""
     both = partial(sides.drawn, "both", 0.7, range(77, 78), device=device)
-    yield from _header("case", "baseline", "ours", "ratio", "lowest to highest", "required")
+    yield from header("case", "baseline", "ours", "ratio", "lowest to highest", "required")
 
-    def row(name: str, baseline: Any, ours: Any, batches: Iterable[Any], required: str = "") -> str:
-        return _line(name, *compare(baseline, ours, batches, pairs).cells(), required)
+    def compared(name: str, baseline: Any, ours: Any, batches: Iterable[Any], required: str = "") -> str:
+        return row(name, *compare(baseline, ours, batches, pairs).cells(), required)
 
     theirs, ours, theirs_bf16, ours_bf16 = (
         side(device, dtype) for dtype in (torch.float32, BF16) for side in (sides.baseline, sides.ours)
@@ -48,43 +48,41 @@ def steps(device: torch.device, pairs: int) -> Iterator[str]:
         ("70 % both, texts of 15 to 25 tokens", sides.drawn("both", 0.7, range(15, 26), BATCH, device), "≥ 2.3"),
         ("90 % image missing", sides.drawn("image", 0.9, range(77, 78), BATCH, device), "≥ 5"),
     ):
-        yield row(f"training step, float32, {case}", theirs.train, ours.train, batches, required)
+        yield compared(f"training step, float32, {case}", theirs.train, ours.train, batches, required)
     case = "training step, 70 % both, bf16 against the baseline's"
-    yield row(f"{case} float32", theirs.train, ours_bf16.train, both(size=BATCH), "≥ 6")
-    yield row(f"{case} bf16 (autocast)", theirs_bf16.train, ours_bf16.train, both(size=BATCH))
-    yield row("evaluation, float32, 70 % both", theirs.evaluate, ours.evaluate, both(size=BATCH), "≥ 1.8")
+    yield compared(f"{case} float32", theirs.train, ours_bf16.train, both(size=BATCH), "≥ 6")
+    yield compared(f"{case} bf16 (autocast)", theirs_bf16.train, ours_bf16.train, both(size=BATCH))
+    yield compared("evaluation, float32, 70 % both", theirs.evaluate, ours.evaluate, both(size=BATCH), "≥ 1.8")
     case = "evaluation, 70 % both, bf16 against the baseline's float32"
-    yield row(case, theirs.evaluate, ours_bf16.evaluate, both(size=BATCH))
-    plain: Any = theirs.model.get_submodule("model.memory_learner").train()
-    learner: Any = ours.model.method.train()  # type: ignore[union-attr]
+    yield compared(case, theirs.evaluate, ours_bf16.evaluate, both(size=BATCH))
+    theirs.model.train(), ours.model.train()
     for name, dtype in (("float32", torch.float32), ("bf16 on both sides", BF16)):
         case = f"memory learner, forward and backward, batch {LEARNER_BATCH}, {name}"
-        theirs_alone = partial(_learn, plain, dtype, lambda data: (data.missing_type_B,))
-        ours_alone = partial(_learn, learner, dtype, lambda data: (*data.present(), {}))
-        yield row(case, theirs_alone, ours_alone, both(size=LEARNER_BATCH))
+        theirs_alone = partial(_learn, theirs, dtype, lambda of, data: baseline.memory(of, data.missing_type_B))
+        ours_alone = partial(_learn, ours, dtype, lambda of, data: of(data.present(), {}).values())
+        yield compared(case, theirs_alone, ours_alone, both(size=LEARNER_BATCH))
     if device.type == "cpu":
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         with TemporaryDirectory() as folder:
             films = Loading(Path(folder))
             case = "loading samples, 70 % image missing, one core"
-            yield row(case, lambda _: films.theirs(), lambda _: films.ours(), itertools.repeat(None), "≥ 3")
+            yield compared(case, lambda _: films.theirs(), lambda _: films.ours(), itertools.repeat(None), "≥ 3")
         torch.set_num_threads(threads)
 
 
-def _learn(learner: Any, dtype: torch.dtype, inputs: Callable[[Data], tuple[Any, ...]], data: Data) -> None:
-    """Forward and backward of either learner; all slots have the same gradient."""
-    with torch.autocast(next(learner.parameters()).device.type, dtype, enabled=dtype is not torch.float32):
-        made = learner(*inputs(data))
-    towers = made.values() if isinstance(made, dict) else made
-    slots = [[*t.replaced_BmD, *t.inserted_BmD] if isinstance(t, TowerSlots) else t for t in towers]
+def _learn(side: Side, dtype: torch.dtype, make: Callable[[Any, Data], Iterable[Any]], data: Data) -> None:
+    """Forward and backward of the learner alone; all slots have the same gradient."""
+    with torch.autocast(data.images.device.type, dtype, enabled=dtype is not torch.float32):
+        made = make(side.model.method, data)
+    slots = [[*t.replaced_BmD, *t.inserted_BmD] if isinstance(t, TowerSlots) else t for t in made]
     torch.stack([tensor.float().sum() for tower in slots for tensor in tower]).sum().backward()
-    learner.zero_grad()
+    side.model.zero_grad()
 
 
 def robustness(device: torch.device, pairs: int) -> Iterator[str]:
     """The 33 cells of a robustness matrix, missing type × ratio, of a batch of samples."""
-    yield from _header("33 cells one by one", "from three encodings", "ratio", "lowest to highest", "required")
+    yield from header("33 cells one by one", "from three encodings", "ratio", "lowest to highest", "required")
     every_type = [Data([missing_type] * BATCH, [77] * BATCH, device) for missing_type in (0, 1, 2)]
     theirs, ours = sides.baseline(device), sides.ours(device)
 
@@ -94,27 +92,19 @@ def robustness(device: torch.device, pairs: int) -> Iterator[str]:
 
     # The published algorithm encodes everything whatever is missing: each of the 33 cells takes it as long.
     timed = compare(lambda batch: theirs.evaluate(batch[0]), encodings, itertools.repeat(every_type), pairs)
-    yield _line(*Comparison([33 * took for took in timed.baseline], timed.ours).cells(), "≥ 15")
+    yield row(*Comparison([33 * took for took in timed.baseline], timed.ours).cells(), "≥ 15")
 
 
 def training(device: torch.device, pairs: int) -> Iterator[str]:
     """The loop of run.py (loader, Lightning, logging, gradient watch, checkpoints) and the bare step on its batches."""
-    yield from _header("case", "bare step", "run.py", "share", "lowest to highest", "required")
+    yield from header("case", "bare step", "run.py", "share", "lowest to highest", "required")
     case = f"the demo's films and tiny CLIP, batches of {loop.BATCH}, samples/s"
     with TemporaryDirectory() as folder:
         timed = loop.timed(Path(folder), device, pairs)
     bare, ours = (f"{statistics.median(rates):.0f}" for rates in zip(*timed, strict=True))
     shares = sorted(ours / bare for bare, ours in timed)
     share, spread = f"{statistics.median(shares):.2f}", f"{shares[0]:.2f} to {shares[-1]:.2f}"
-    yield _line(case, bare, ours, share, spread, "≥ 0.90")
-
-
-def _header(*names: str) -> list[str]:
-    return [_line(*names), "|" + "---|" * len(names)]
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+    yield row(case, bare, ours, share, spread, "≥ 0.90")
 
 
 def machine(device: torch.device) -> str:
@@ -138,35 +128,25 @@ def record(path: Path, device: str, part: str, text: str) -> None:
         temporary.write_text(replaced, "utf-8")
 
 
-def of_sensors(device: torch.device, pairs: int) -> Iterator[str]:
-    """Sensors, processor time: REP's training step at the sizes of MOD beside that of `none`, and kept features."""
-    yield from sensors.table(pairs)
-
-
-def of_heads(device: torch.device, pairs: int) -> Iterator[str]:
-    """Heads on kept features, processor time: run.py's own loop at published sizes, on features drawn at random."""
-    yield from heads.table()
-
-
-def of_shapes(device: torch.device, pairs: int) -> Iterator[str]:
-    """Shapes of an epoch's batches, MM-IMDb's 15,552 training samples, and the operations that rounding them adds."""
-    yield from shapes.table()
-
-
 def of_vla(device: torch.device, pairs: int) -> Iterator[str]:
     """Text, audio and vision: beside the published algorithm written plainly, at MOSI's sizes, batch 64."""
-    yield from _header("case", "baseline", "ours", "ratio", "lowest to highest", "required")
-    yield from (_line(*row) for row in vla.rows(pairs))
+    yield from header("case", "baseline", "ours", "ratio", "lowest to highest", "required")
+    yield from (row(*cells) for cells in vla.rows(pairs))
 
 
-PARTS = {
+PARTS: dict[str, Callable[[torch.device, int], Iterator[str]]] = {
     "steps": steps,
     "robustness": robustness,
     "training": training,
-    "shapes": of_shapes,
-    "sensors": of_sensors,
-    "heads": of_heads,
+    "shapes": lambda device, pairs: shapes.table(),
+    "sensors": lambda device, pairs: sensors.table(pairs),
+    "heads": lambda device, pairs: heads.table(),
     "vla": of_vla,
+}
+CAPTIONS = {name: part.__doc__ or "" for name, part in PARTS.items()} | {
+    "shapes": "Shapes of an epoch's batches, MM-IMDb's 15,552 training samples, and the operations that rounding adds.",
+    "sensors": "Sensors, processor time: REP's training step at the sizes of MOD beside `none`'s, and kept features.",
+    "heads": "Heads on kept features, processor time: run.py's loop at published sizes, on features drawn at random.",
 }
 
 
@@ -185,9 +165,8 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     device = torch.device(arguments.device)
     for part in arguments.only or PARTS:
-        caption = (PARTS[part].__doc__ or "").strip()
         how = f"`python -m benchmarks {' '.join(sys.argv[1:])}".strip() + f"` on {date.today()}: {machine(device)}"
-        lines = [f"{caption}\n\n{how}\n"]
+        lines = [f"{CAPTIONS[part].strip()}\n\n{how}\n"]
         print(f"\n{lines[0]}")
         for line in PARTS[part](device, arguments.pairs):
             print(line, flush=True)

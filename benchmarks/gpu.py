@@ -48,7 +48,7 @@ def step_of(side: Side, *, graphs: bool) -> Step:
     """What a training step computes, recorded or not."""
 
     def losses(batch: ModelInput, labels: torch.Tensor, _: int) -> Losses:
-        logits, own_losses = side.model.training_outputs(batch, labels)  # type: ignore[operator]
+        logits, own_losses = side.model.training_outputs(batch, labels)
         return sides.TASK.loss(logits.float(), labels) + sum(own_losses.values()), logits, own_losses
 
     return GraphedSteps(losses, [p for p in side.model.parameters() if p.requires_grad]) if graphs else losses
@@ -58,7 +58,7 @@ def train(side: Side, step: Step, data: Data) -> None:
     """A whole training step."""
     side.model.train()
     with side._autocast(data):
-        loss, *_ = step(*data.present(), data.labels, len(data.labels))
+        loss, *_ = step(data.present(), data.labels, len(data.labels))
     loss.backward()
     side.optimizer.step()
     side.optimizer.zero_grad()
@@ -106,7 +106,7 @@ def same(device: torch.device, size: int) -> Rows:
         side = sides.ours(device)
         side.model.train()
         torch.manual_seed(0)
-        loss, *_ = step_of(side, graphs=graphs)(*data.present(), data.labels, size)
+        loss, *_ = step_of(side, graphs=graphs)(data.present(), data.labels, size)
         loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in side.model.parameters() if p.grad is not None]))
     plain, recorded = found
@@ -151,12 +151,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, copies, clip, more = SIZES, COPIES, VIT_B16, dict[str, Any]()
     if given.small:
-        sizes, copies, clip, more = (
-            (4, 8),
-            1,
-            TinyClip(32, 16, 64, 2, 64, 2, 64),
-            {"memory_length": 6, "memory_depth": 2},
-        )
+        more = {"memory_length": 6, "memory_depth": 2}
+        sizes, copies, clip = (4, 8), 1, TinyClip(32, 16, 64, 2, 64, 2, 64)
         arch = ClipArchitecture(32, 16, 64, 2, 1, 64, 2, 1, 77, 49408, 64, "quick_gelu")
         sides.VIT_B16, sides.SPEC = arch, replace(sides.SPEC, architecture=arch, method=MethodOptions("rep", 6, 2))
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -56,11 +56,7 @@ def write(folder: Path, name: str) -> None:
     spec, rng = DATASETS[name], np.random.default_rng(0)
     for split in SPLITS:
         n = ROWS[name][split]
-        labels = (
-            [list(row) for row in rng.integers(0, 2, (n, spec.n_classes))]
-            if spec.multilabel
-            else [row % spec.n_classes for row in range(n)]
-        )
+        labels = rng.integers(0, 2, (n, spec.n_classes)).tolist() if spec.multilabel else np.arange(n) % spec.n_classes
         columns = {"image": [b""] * n, spec.modalities["text"].column: [["text"]] * n, "label": labels}
         table = pa.table(columns)
         with pa.ipc.new_file(str(folder / spec.file_name(split)), table.schema) as file:
@@ -103,7 +99,7 @@ def seconds_of_towers() -> tuple[float, float]:
         batch = sides.Data(types, [77] * SAMPLES, torch.device("cpu"))
         began = time.process_time()
         with torch.no_grad():
-            classifier(*batch.present())
+            classifier(batch.present())
         found.append((time.process_time() - began) / SAMPLES)
     return found[0], found[1]
 
@@ -113,21 +109,16 @@ def table() -> Iterator[str]:
     logging.disable(logging.INFO)
     drawn, complete = seconds_of_towers()
     yield f"A sample through both towers, float32: {drawn:.3f} s at 70 % both, {complete:.3f} s complete.\n"
-    yield (
-        "| dataset, head | an epoch on kept features | through the towers | ratio | required "
-        f"| {EPOCHS} epochs | {CELLS} cells | once, the features |"
-    )
-    yield "|" + " --- |" * 8
+    names = "dataset, head", "an epoch on kept features", "through the towers", "ratio", "required"
+    yield from sides.header(*names, f"{EPOCHS} epochs", f"{CELLS} cells", "once, the features")
     for name, rows in ROWS.items():
         with TemporaryDirectory() as folder:
             write(Path(folder), name)
             for title, head in HEADS.items():
                 took = seconds_of_epoch(Path(folder), name, **head)
                 towers = drawn * (rows["train"] + VALIDATIONS * rows["val"])
-                cells = f"{EPOCHS * took / 60:.1f} min | {CELLS * EPOCHS * took / 60:.0f} min"
-                once = f"{complete * sum(rows.values()) / 60:.0f} min"
-                yield (
-                    f"| {DATASETS[name].title}, {title} | {took:.1f} s | {towers / 60:.0f} min | {towers / took:.0f} "
-                    f"| ≥ 100 | {cells} | {once} |"
-                )
+                ratio, epochs = f"{towers / 60:.0f} min", f"{EPOCHS * took / 60:.1f} min"
+                cells, once = CELLS * EPOCHS * took / 60, complete * sum(rows.values()) / 60
+                beside = (f"{took:.1f} s", ratio, f"{towers / took:.0f}", "≥ 100", epochs)
+                yield sides.row(f"{DATASETS[name].title}, {title}", *beside, f"{cells:.0f} min", f"{once:.0f} min")
     logging.disable(logging.NOTSET)

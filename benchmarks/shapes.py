@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from benchmarks.sides import NO_IMAGE, NO_TEXT, SPEC, TASK, VIT_B16
+from benchmarks.sides import NO_IMAGE, NO_TEXT, SPEC, TASK, VIT_B16, header, row
 from clip.modules.interfaces import ModelInput
 from vilt.datamodules import EpochSampler
 from vilt.missing_tables import MissingPattern, draw_missing_table
@@ -20,8 +20,7 @@ TITLES = range(15, 26)
 
 def table() -> Iterator[str]:
     """Its lines, in Markdown."""
-    yield "| batch | missing | texts | batches | shapes | on a GPU | work added | required |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield from header("batch", "missing", "texts", "batches", "shapes", "on a GPU", "work added", "required")
     for size, most in ((32, 8), (256, 3)):
         for missing_type, ratio, lengths in (
             ("both", 0.7, LENGTHS),
@@ -33,13 +32,11 @@ def table() -> Iterator[str]:
             batches = list(epoch(missing_type, ratio, lengths, size))
             few = [batch.rounded() for batch in batches]
             added = sum(map(operations, few)) / sum(map(operations, batches)) - 1
-            pattern, texts = (
-                f"{ratio:.0%} {missing_type}".replace("%", " %"),
-                "plots" if lengths is LENGTHS else "15–25 tokens",
+            texts, required = ("plots", f"< {most} %") if lengths is LENGTHS else ("15–25 tokens", "")
+            counts = map(str, (len(batches), *(len(set(map(shape, each))) for each in (batches, few))))
+            yield row(
+                str(size), f"{100 * ratio:.0f} % {missing_type}", texts, *counts, f"{100 * added:.1f} %", required
             )
-            counts = f"{len(batches)} | {len(set(map(shape, batches)))} | {len(set(map(shape, few)))}"
-            required = f"< {most} %" if lengths is LENGTHS else ""
-            yield f"| {size} | {pattern} | {texts} | {counts} | {100 * added:.1f} % | {required} |"
 
 
 def epoch(missing_type: str, ratio: float, lengths: tuple[int, ...] | range, size: int) -> Iterator[ModelInput]:

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.baseline import PublishedAlgorithm
-from clip.modules.classifier import MissingModalityClassifier
+from benchmarks import baseline as published
 from clip.modules.interfaces import ModelInput
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture, normalise
@@ -59,10 +58,10 @@ class Data:
         """Input of the baseline."""
         return normalise(self.images), self.tokens, self.missing_type_B
 
-    def present(self) -> tuple[ModelInput]:
+    def present(self) -> ModelInput:
         """Input of ours."""
         inputs = {"image": normalise(self.present_images), "text": self.present_tokens}
-        return (ModelInput(inputs, self.rows, self.present_BM, self.types, self.lengths),)
+        return ModelInput(inputs, self.rows, self.present_BM, self.types, self.lengths)
 
 
 def drawn(missing_type: str, ratio: float, lengths: range, size: int, device: torch.device) -> Iterator[Data]:
@@ -85,22 +84,23 @@ def drawn(missing_type: str, ratio: float, lengths: range, size: int, device: to
 
 
 class Side:
-    """A model with its steps; in 16 bits under autocast.
+    """A classifier with random weights, the same at every call, and its steps; in 16 bits under autocast."""
 
-    Args:
-        inputs: makes the model's arguments of a batch.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Callable[[Data], tuple[Any, ...]], dtype: torch.dtype) -> None:
-        self.model, self.inputs, self.dtype = model, inputs, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.model, self.dtype = build_classifier(SPEC).to(device), dtype
         settings = OptimizerSettings("adamw", 1e-4, 1.0, 2e-2, warmup_steps=0, end_lr=0, decay_power=1)
-        self.optimizer = make_optimizer(model, TASK.head_name, settings)
+        self.optimizer = make_optimizer(self.model, TASK.head_name, settings)
+
+    def logits(self, data: Data) -> Tensor:
+        """Of a batch, as we compute them."""
+        return self.model(data.present())
 
     def train(self, data: Data) -> None:
         """One training step."""
         self.model.train()
         with self._autocast(data):
-            loss = TASK.loss(self.model(*self.inputs(data)).float(), data.labels)
+            loss = TASK.loss(self.logits(data).float(), data.labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -109,29 +109,40 @@ class Side:
         """Logits of a batch, in evaluation."""
         self.model.eval()
         with torch.inference_mode(), self._autocast(data):
-            return self.model(*self.inputs(data))
+            return self.logits(data)
 
     def _autocast(self, data: Data) -> torch.autocast:
         return torch.autocast(data.images.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
 
+class Baseline(Side):
+    """The published algorithm, with the same weights."""
+
+    def logits(self, data: Data) -> Tensor:
+        """Of a batch, as published."""
+        return published.logits(self.model, *data.everything())
+
+
 def ours(device: torch.device, dtype: torch.dtype = torch.float32) -> Side:
-    """The classifier with random weights, as a training has it."""
-    classifier = random_classifier().to(device)
-    classifier.compute(dtype)
-    return Side(classifier, Data.present, dtype)
+    """The classifier as a training has it."""
+    side = Side(device, dtype)
+    side.model.compute(dtype)
+    return side
 
 
 def baseline(device: torch.device, dtype: torch.dtype = torch.float32) -> Side:
-    """The published algorithm with the same weights."""
-    model = PublishedAlgorithm(random_classifier(), VIT_B16, SPEC.method.memory_length, SPEC.method.memory_depth)
-    return Side(model.to(device), Data.everything, dtype)
+    """The published algorithm."""
+    return Baseline(device, dtype)
 
 
-def random_classifier() -> MissingModalityClassifier:
-    """The same at every call, frozen as MM-IMDb asks."""
-    torch.manual_seed(0)
-    return build_classifier(SPEC)
+def row(*cells: str) -> str:
+    """A line of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def header(*names: str) -> list[str]:
+    """The first lines of one."""
+    return [row(*names), "|" + "---|" * len(names)]
 
 
 @dataclass(frozen=True)

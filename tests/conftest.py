@@ -1,11 +1,13 @@
 """What several test files share: a made-up dataset, a tiny CLIP with its tokenizer, and a trained run on them."""
 
+import csv
+import json
 import logging
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,8 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, on
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 SLOW = {
-    *("agreement", "backbone", "contents", "damage", "datamodules", "demo", "ending", "golden_training"),
-    *("gpu_benchmark", "interruption", "kept_features", "long_run", "methods", "package", "processes", "published"),
+    *("agreement", "backbone", "benchmarks", "contents", "damage", "datamodules", "demo", "ending", "golden_training"),
+    *("interruption", "kept_features", "methods", "package", "processes", "published"),
     *("quickstart", "report_page", "report_search", "resume", "robustness", "run", "run_custom", "run_methods"),
     *("run_sensors", "run_vla", "sweep", "undefined", "writers"),
 }
@@ -49,24 +51,21 @@ class Workspace:
         """log_dir of the runs."""
         return self.root / "result"
 
-    def command(self, *options: str, task: str = "mmimdb", data_root: Path | None = None) -> list[str]:
-        """Arguments of `run.py` for a small float32 run; later options win."""
-        return [
-            "run.py",
-            "with",
-            f"task_finetune_{task}",
-            f"data_root={data_root or self.arrow}",
-            f"log_dir={self.results}",
-            f"missing_table_root={self.root / 'missing_tables'}",
-            "precision=32",
-            "num_workers=0",
-            "memory_length=6",
-            "memory_depth=2",
-            "batch_size=8",
-            "per_gpu_batchsize=4",
-            "max_epoch=2",
-            *options,
-        ]
+    def command(self, *options: str, name: str = "", task: str = "mmimdb", data_root: Path | None = None) -> list[str]:
+        """Arguments of `run.py`, or of its command `name`, for a small float32 run; later options win."""
+        places = (f"data_root={data_root or self.arrow}", f"log_dir={self.results}")
+        small = ("precision=32", "num_workers=0", "memory_length=6", "memory_depth=2", "max_epoch=2")
+        batches = ("batch_size=8", "per_gpu_batchsize=4", f"missing_table_root={self.root / 'missing_tables'}")
+        words = ["run.py", *([name] if name else []), "with", f"task_finetune_{task}"]
+        return [*words, *places, *small, *batches, *options]
+
+    def train(self, name: str, *options: str, log_dir: Path | None = None, **source: Any) -> Path:
+        """The folder of a training on the tiny CLIP, which ends well."""
+        from run import command_line
+
+        places = (f"vit={self.backbone}", f"exp_name={name}", f"log_dir={log_dir or self.results}")
+        assert command_line(self.command(*places, *options, **source)) == 0
+        return (log_dir or self.results) / f"{name}_seed0" / "version_0"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -101,6 +100,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture(scope="session")
+def fitted(workspace: Workspace) -> Path:
+    """The folder of a training of two epochs and its test. It stays as it is: write into a copy."""
+    return workspace.train("fitted")
+
+
+@pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> "Backbone":
     """A random CLIP of TINY size."""
     from clip.backbone import load_backbone
@@ -126,6 +131,22 @@ def _plain_logging() -> None:
 def golden_arrow(tmp_path: Path) -> Path:
     """A copy of what the published converters wrote, so that nothing is written beside the original."""
     return Path(shutil.copytree(GOLDEN_ARROW, tmp_path / "golden_arrow"))
+
+
+def call(command: str, *options: str) -> int:
+    """Status of `run.py COMMAND with OPTIONS`."""
+    from run import command_line
+
+    return command_line(["run.py", command, "with", *options])
+
+
+def json_of(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def csv_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def error_of(capsys: Captured) -> str:

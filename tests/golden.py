@@ -25,14 +25,11 @@ from tests.models import REAL, published_state
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "data" / "golden")
 
+
 EXPECTED = (
-    "memory_image_0",  # (B, 2m, d_v)
-    "memory_text_0",  # (B, 2m, d_t)
-    "memory_image_last",  # (B, m, d_v)
-    "memory_text_last",  # (B, m, d_t)
-    "features_unmasked",  # (B, 2E)
-    "features",  # (B, 2E)
-    "logits",  # (B, C)
+    *("memory_image_0", "memory_text_0"),  # (B, 2m, width)
+    *("memory_image_last", "memory_text_last"),  # (B, m, width)
+    *("features_unmasked", "features", "logits"),  # (B, 2E), (B, 2E), (B, C)
 )
 
 
@@ -40,11 +37,8 @@ EXPECTED = (
 class Golden:
     """One golden file: a whole model, a batch, and what the published code made of them in evaluation mode."""
 
-    path: Path
-    prompt_type: str
+    options: MethodOptions
     task: str
-    memory_length: int  # 3m
-    memory_depth: int
     missing_types: list[int]  # (B,)
     state: dict[str, Tensor]  # checkpoint name -> float32 value, dynamic queries included; nothing requires grad
     images: Tensor  # (B, 3, R, R)
@@ -115,16 +109,20 @@ def shapes(task: str, options: MethodOptions, arch: ClipArchitecture) -> dict[st
     return {name: tuple(value.shape) for name, value in published_state(classifier).items()}
 
 
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a golden file, and what its entry `meta` says."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return arrays, json.loads(str(arrays.pop("meta")))
+
+
 def load_golden(path: Path) -> Golden:
     """Read a `rep_*.npz` or `dcp_*.npz` and make the weights and inputs behind it, from the files beside it.
 
     Raises ValueError if the inputs made are not the ones in the file.
     """
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    meta = json.loads(str(arrays["meta"]))
+    arrays, meta = read(path)
     task, tag, missing_types = meta["task"], meta["tag"], meta["missing_type"]
-    classes = arrays["logits"].shape[1]
     options = MethodOptions(path.name.partition("_")[0], meta["memory_length"], meta["memory_depth"])
     arch = architecture(*(meta[name] for name in ("vision_layers", "text_layers", "resolution")))
     weights = load_module(path.parent / "weights.py")
@@ -132,25 +130,11 @@ def load_golden(path: Path) -> Golden:
         name: torch.from_numpy(np.asarray(weights.parameter(tag, name, shape)))
         for name, shape in shapes(task, options, arch).items()
     }
-    tokens, images, labels = weights.inputs(tag, missing_types, meta["resolution"], task, classes)
+    inputs = weights.inputs(tag, missing_types, meta["resolution"], task, arrays["logits"].shape[1])
+    tokens, images, labels = map(torch.from_numpy, inputs)
     for made, name in ((tokens, "tokens"), (labels, "label")):
         if not np.array_equal(made, arrays[name]):
             raise ValueError(f"{path}: array {name!r} differs from what weights.py makes for tag {tag!r}")
-
-    return Golden(
-        path=path,
-        prompt_type=options.prompt_type,
-        task=task,
-        memory_length=meta["memory_length"],
-        memory_depth=meta["memory_depth"],
-        missing_types=missing_types,
-        state=state,
-        images=torch.from_numpy(images),
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        expected={name: torch.from_numpy(arrays[name]) for name in EXPECTED},
-        loss=meta["loss"],
-        grad_norm=meta["grad_norm"],
-        grad_head=meta["grad_head"],
-        trainable_without_grad=meta["trainable_without_grad"],
-    )
+    expected = {name: torch.from_numpy(arrays[name]) for name in EXPECTED}
+    gradients = {name: meta[name] for name in ("loss", "grad_norm", "grad_head", "trainable_without_grad")}
+    return Golden(options, task, missing_types, state, images, tokens, labels, expected, **gradients)

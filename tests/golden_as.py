@@ -4,7 +4,6 @@ They lie in `tests/data/golden_as`, or in the folder the environment variable GO
 lists of names come from the former.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,8 +62,8 @@ class Golden:
 
 
 def load(path: Path) -> Golden:
-    with np.load(path) as arrays:
-        return Golden(path, json.loads(str(arrays["meta"])), {name: arrays[name] for name in arrays if name != "meta"})
+    arrays, meta = golden.read(path)
+    return Golden(path, meta, arrays)
 
 
 def files(*beginnings: str) -> list[Path]:

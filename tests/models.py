@@ -1,5 +1,6 @@
 """Building the real model in tests: from a state dict, from a golden file, or small and random."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,17 +30,21 @@ ENDS = {
 """What is trained of the towers for Hateful Memes, and by some methods."""
 
 
+def batch_of(given: Mapping[str, Tensor], present_BM: Tensor) -> ModelInput:
+    """The batch of samples, given all their inputs by modality; what is missing is left out."""
+    rows = {name: present_BM[:, m].nonzero().flatten() for m, name in enumerate(given)}
+    code_B = (~present_BM).long() @ 2 ** torch.arange(len(rows)).flip(0)  # the last modality is the lowest digit
+    inputs = {name: x[rows[name]] for name, x in given.items()}
+    types = tuple(code_B.unique().tolist())
+    return ModelInput(inputs, rows, present_BM, types, index_B=torch.arange(len(present_BM)))
+
+
 def model_input(images: Tensor, tokens: Tensor, missing_types: list[int]) -> ModelInput:
-    """The batch of samples with `missing_types`, given every image and text; what is missing is left out here."""
-    image_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != 2], dtype=torch.long)
-    text_rows = torch.tensor([row for row, t in enumerate(missing_types) if t != 1], dtype=torch.long)
-    return ModelInput(
-        inputs={"image": images[image_rows], "text": tokens[text_rows]},
-        rows={"image": image_rows, "text": text_rows},
-        present_BM=torch.tensor([[t != 2, t != 1] for t in missing_types]),
-        types=tuple(sorted(set(missing_types))),
-        lengths={"text": int(tokens[text_rows].argmax(-1).max()) + 1} if len(text_rows) else {},
-    )
+    """The batch of samples with `missing_types`, given every image and text."""
+    present_BM = torch.tensor([[t != 2, t != 1] for t in missing_types])
+    batch = batch_of({"image": images, "text": tokens}, present_BM)
+    texts = batch.inputs["text"]
+    return batch._replace(lengths={"text": int(texts.argmax(-1).max()) + 1} if len(texts) else {})
 
 
 def published_name(name: str) -> str:
@@ -56,12 +61,9 @@ def published_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
     return {published_name(name): value for name, value in entries}
 
 
-def classifier_of(
-    state: dict[str, Tensor], task: str, memory_length: int, memory_depth: int, prompt_type: str = "rep"
-) -> MissingModalityClassifier:
+def classifier_of(state: dict[str, Tensor], task: str, options: MethodOptions) -> MissingModalityClassifier:
     """The real classifier with the values of `state`, published names; parameters frozen as `task` says."""
     towers = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-    options = MethodOptions(prompt_type, memory_length, memory_depth)
     classifier = build_classifier(ModelSpec(task, options, architecture_of(towers, "quick_gelu")))
     classifier.load_state_dict(model_names(state), strict=True)
     return classifier

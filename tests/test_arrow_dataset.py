@@ -17,6 +17,7 @@ from PIL import Image
 
 from common.arrow_file import open_table
 from common.errors import DataError
+from tests.conftest import Patch
 from tests.data_files import CLIP_DATASETS, Tokenizer, as_npy, assert_equal, file_of, films, genres, memes, png, write
 from vilt.datasets import kinds
 from vilt.datasets.arrow_dataset import ArrowDataset, Sample
@@ -51,7 +52,7 @@ def caches(folder: Path) -> list[Path]:
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+def decoded(monkeypatch: Patch) -> list[bytes]:
     """Collects the images that are decoded."""
     found: list[bytes] = []
 
@@ -61,9 +62,6 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     monkeypatch.setattr(kinds, "decode_image", remember)
     return found
-
-
-# ---- files of the published converters
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -95,9 +93,6 @@ def test_class_names_come_from_the_table_then_the_file_then_the_numbers(tmp_path
         write(tmp_path / "food101_test.arrow", memes().replace_schema_metadata({"class_names": json.dumps(names)}))
         assert ArrowDataset(food, tmp_path, "test", SIZE).class_names() == (*names, *map(str, range(named, 101)))
     assert open_memes(tmp_path, memes()).class_names() == ("not hateful", "hateful")
-
-
-# ---- samples
 
 
 @pytest.mark.parametrize("rows_per_batch", [None, 2, 1])
@@ -156,9 +151,6 @@ def test_opening_reads_no_image(tmp_path):
         dataset[0, 9999]
 
 
-# ---- simulate_missing
-
-
 def type_in(dataset: ArrowDataset, epoch: int, index: int) -> int:
     return [["image", "text"], ["image"], ["text"]].index(list(dataset[epoch, index].inputs))
 
@@ -193,9 +185,6 @@ def test_simulation_leaves_what_is_missing_by_the_table(simulated):
     assert {type_in(simulated, epoch, index) for epoch in range(10) for index in (27, 28, 29)} == {0, 1, 2}
     simulated.simulate_seed = None
     assert {type_in(simulated, epoch, index) for epoch in range(5) for index in (27, 28, 29)} == {0}
-
-
-# ---- missing by nature
 
 
 def holes(no_image: Sequence[int], no_text: Sequence[int], rows: int = 3) -> pa.Table:
@@ -246,9 +235,6 @@ def test_a_split_may_lack_all_texts(tmp_path):
     dataset.tokenize(Tokenizer(), "f")
     assert [list(dataset[0, index].inputs) for index in range(3)] == [["image"]] * 3
     assert dataset.evaluation_order().tolist() == [0, 1, 2]
-
-
-# ---- what is refused
 
 
 def changed(column: str, values: pa.Array | list, table: pa.Table | None = None) -> pa.Table:
@@ -344,6 +330,8 @@ def test_compressed_files_are_refused(tmp_path, compression):
         ('["a", 1]', "found something else"),
         (json.dumps(["a"] * 102), "found something else"),
         (b"\xff", "utf-8"),
+        ('["a", "b", "a"]', "found 'a' twice"),
+        ('["3"]', "found '3' twice"),  # the fourth class has no name but its number
     ],
 )
 def test_damaged_class_names_are_an_error(tmp_path, written, found):
@@ -366,9 +354,6 @@ def test_an_undecodable_image_is_an_error_that_names_file_and_row(tmp_path):
         open_films(tmp_path, table.set_column(0, "image", [[png(0), data]]))[0, 3]
 
 
-# ---- worker processes
-
-
 def test_pickling_carries_neither_the_file_nor_its_table(tmp_path):
     rows = 400
     dataset = open_memes(tmp_path, memes(rows, {row: png(row, 64) for row in range(rows)}))
@@ -382,9 +367,6 @@ def test_pickling_carries_neither_the_file_nor_its_table(tmp_path):
     assert vars(copy)["_table"] is None
     for index in (0, 1, 2, rows - 1):
         assert_equal(copy[0, index], dataset[0, index])
-
-
-# ---- tokens
 
 
 def test_other_texts_or_another_tokenizer_have_their_own_cache(tmp_path):

@@ -25,6 +25,7 @@ from common.errors import BackboneError
 from engine.checkpoint import ModelSpec, build_classifier
 from tests import golden
 from tests.backbones import hf_config, openai_state, random_hf_clip
+from tests.conftest import json_of
 from tests.models import REAL, TINY, published_name
 from tests.test_tokenizer import SENTENCES, SlowTokenizer, train_merges, write_folder
 
@@ -60,7 +61,7 @@ def loaded(tiny: Tiny) -> Backbone:
 def hf_folder(tiny: Tiny, folder: Path, change: Callable[[dict[str, Tensor]], Any] | None = None, **files: Any) -> str:
     """A copy of the tiny folder. `change` edits the weights; config= edits config.json; pickled=True writes .bin."""
     folder.mkdir(parents=True)
-    config = json.loads((tiny.folder / "config.json").read_text())
+    config = json_of(tiny.folder / "config.json")
     files.get("config", lambda _: None)(config)
     (folder / "config.json").write_text(json.dumps(config))
     state = load_file(tiny.folder / "model.safetensors")
@@ -201,7 +202,7 @@ def test_features_are_those_of_transformers(activation: str, tmp_path: Path) -> 
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 298, (3, 77))
     tokens[:, 20] = TINY.vocab_size - 1
     for heads in (1, 4):
-        config = json.loads((tmp_path / "hf" / "config.json").read_text())
+        config = json_of(tmp_path / "hf" / "config.json")
         config["vision_config"]["num_attention_heads"] = config["text_config"]["num_attention_heads"] = heads
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
         model = CLIPModel.from_pretrained(tmp_path / "hf").eval()
@@ -216,9 +217,7 @@ def test_features_are_those_of_transformers(activation: str, tmp_path: Path) -> 
             assert golden.relative_error(clip.text_encoder(tokens), text) < 1e-5
 
 
-def test_torchscript_runs_only_if_published_or_trusted(
-    tiny: Tiny, loaded: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchscript_runs_only_if_published_or_trusted(tiny, loaded, tmp_path, monkeypatch):
     archive = torchscript({**half_like_openai(tiny.openai), **scalars()}, tmp_path / "ViT-B-16.pt")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     opened: list[str] = []
@@ -243,12 +242,10 @@ def test_torchscript_under_another_ending_is_not_run(tiny: Tiny, tmp_path: Path)
     refused(str(torchscript({**tiny.openai, **scalars()}, tmp_path / "clip.bin")), "not readable")
 
 
-def test_a_configuration_that_names_code_on_the_hub_is_read_without_it(
-    loaded: Backbone, tiny: Tiny, tmp_path: Path
-) -> None:
+def test_a_configuration_that_names_code_on_the_hub_is_read_without_it(loaded, tiny, tmp_path):
     """An attention implementation may be a repository, whose code transformers fetches and runs."""
     folder = Path(hf_folder(tiny, tmp_path / "hf"))
-    config = json.loads((folder / "config.json").read_text())
+    config = json_of(folder / "config.json")
     for part in (config, config["text_config"], config["vision_config"]):
         part |= {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
         part["auto_map"] = {"AutoModel": "someone/code--module.Model"}
@@ -381,9 +378,7 @@ def test_folders_without_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None
         (lambda s: s.clear() or s.update(a=torch.ones(1)), r"found 1 entries \(text_encoder.a\)"),
     ],
 )
-def test_state_dict_with_wrong_weights_is_refused(
-    change: Change, problem: str, ending: str, tiny: Tiny, tmp_path: Path
-) -> None:
+def test_state_dict_with_wrong_weights_is_refused(change, problem, ending, tiny, tmp_path):
     state, path = dict(tiny.openai), tmp_path / f"clip{ending}"
     change(state)
     (save_file if ending == ".safetensors" else torch.save)(state, path)
@@ -484,7 +479,7 @@ def test_sizes_come_from_the_weights(name: str) -> None:
 
 def test_names_and_shapes_of_vit_b_16_are_the_published_ones() -> None:
     """Of the default sizes of REP; published checkpoints lack the dynamic queries."""
-    published = json.loads((golden.GOLDEN_DIR / "rep_checkpoint_keys_vitb16.json").read_text())
+    published = json_of(golden.GOLDEN_DIR / "rep_checkpoint_keys_vitb16.json")
     with torch.device("meta"):
         classifier = build_classifier(ModelSpec("mmimdb", MethodOptions(), REAL["ViT-B/16"]))
     own = {published_name(name): list(value.shape) for name, value in classifier.state_dict().items()}

@@ -3,61 +3,59 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from benchmarks import heads, loading, loop, sensors, shapes, sides, vla, vla_baseline
+from benchmarks import baseline, gpu, heads, loading, loop, sensors, shapes, sides, vla, vla_baseline
 from benchmarks.__main__ import main
-from benchmarks.baseline import PublishedAlgorithm
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture
 from engine.tasks import TASKS
 from tests import golden
-from tests.models import TINY, model_input, published_name, tiny_batch, tiny_classifier
+from tests.conftest import Captured, Patch
+from tests.models import model_input, tiny_batch, tiny_classifier
 from tests.vla_models import TINY as TINY_VLA
 
 TYPES = [0, 1, 2, 0]
 
 
+def assert_same(found: list[Tensor], losses: list[Tensor], classifier: nn.Module, tolerance: float) -> None:
+    """Both outputs, and the gradients of both losses."""
+    assert golden.relative_error(*found) < tolerance
+    gradients = []
+    for loss in losses:
+        classifier.zero_grad()
+        loss.backward()
+        gradients.append({name: p.grad for name, p in classifier.named_parameters() if p.grad is not None})
+    ours, theirs = gradients
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert golden.relative_error(gradient, theirs[name]) < 10 * tolerance, name
+
+
 @pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
 def test_the_baseline_computes_the_same_numbers(task: str) -> None:
-    ours = tiny_classifier(task).double().eval()
-    theirs = PublishedAlgorithm(ours, TINY, 6, 2).double().eval()
+    classifier = tiny_classifier(task).double().eval()
     images, tokens = tiny_batch(4)
-    images = images.double()
-    logits = ours(model_input(images, tokens, TYPES))
-    their_logits = theirs(images, tokens, torch.tensor(TYPES))
-    assert golden.relative_error(logits, their_logits) < 1e-9
+    theirs = baseline.logits(classifier, images.double(), tokens, torch.tensor(TYPES))
+    found = [classifier(model_input(images.double(), tokens, TYPES)), theirs]
     labels = torch.zeros(4, 23, dtype=torch.double) if task == "mmimdb" else torch.zeros(4, dtype=torch.long)
-    for output in (logits, their_logits):
-        TASKS[task].loss(output, labels).backward()
-    expected = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        theirs_grad = expected[published_name(name)].grad
-        assert (parameter.grad is None) == (theirs_grad is None), name
-        if parameter.grad is not None and theirs_grad is not None:
-            assert golden.relative_error(parameter.grad, theirs_grad) < 1e-8, name
+    assert_same(found, [TASKS[task].loss(logits, labels) for logits in found], classifier, 1e-9)
 
 
 @pytest.mark.parametrize("method", ["rep", "mplmm", "none"])
 def test_the_baseline_of_text_audio_and_vision_computes_the_same_numbers(method: str) -> None:
     classifier, types = vla.classifier_of(method, TINY_VLA).double().eval(), [*range(7), 0]
     features = {name: x.double() for name, x in next(vla.drawn(TINY_VLA, lambda _: types)).features.items()}
-    batch, found = vla.without_missing(features, types), []
-    for logits in (classifier(batch), vla_baseline.logits(classifier, features, batch)):
-        classifier.zero_grad()
-        logits.square().sum().backward()
-        gradients = {name: p.grad for name, p in classifier.named_parameters() if p.grad is not None}
-        found.append((logits, gradients))
-    (ours, our_gradients), (theirs, their_gradients) = found
-    assert golden.relative_error(ours, theirs) < 1e-7  # the weight of padding is float32
-    assert our_gradients.keys() == their_gradients.keys()
-    for name, gradient in our_gradients.items():
-        assert golden.relative_error(gradient, their_gradients[name]) < 1e-6, name
+    batch = vla.without_missing(features, types)
+    found = [classifier(batch), vla_baseline.logits(classifier, features, batch)]
+    assert_same(found, [logits.square().sum() for logits in found], classifier, 1e-7)  # padding's weight is float32
 
 
-def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_comparison_runs(monkeypatch: Patch, tmp_path: Path) -> None:
     """The command line, on a tiny model and a few films."""
     arch = ClipArchitecture(32, 16, 64, 2, 1, 64, 2, 1, 77, 49408, 64, "quick_gelu")
     monkeypatch.setattr(sides, "VIT_B16", arch)
@@ -86,3 +84,22 @@ def test_every_comparison_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     of_sensors = path.read_text().partition("<!-- sensors on cpu -->")[2]
     assert re.search(r"`rep`, 70 % both \| [\d.]+ s, [\d.]+ × `none`", of_sensors)
     assert len(re.findall(r"Hateful Memes, linear.* \| [\d.]+ s \| \d+ min \| \d+ \| ≥ 100", path.read_text())) == 2
+
+
+def test_the_script_for_a_gpu_prints_its_table(monkeypatch: Patch, capsys: Captured) -> None:
+    for name in ("VIT_B16", "SPEC"):  # which it changes
+        monkeypatch.setattr(sides, name, getattr(sides, name))
+    asked: list[dict[str, Any]] = []
+
+    def rates(folder: Path, device: Any, epochs: int, **more: Any) -> list[tuple[float, float]]:
+        assert (folder / "arrow" / "mmimdb_train.arrow").exists() and (folder / "backbone" / "config.json").exists()
+        asked.append(more)
+        return [(200.0, 190.0)]
+
+    monkeypatch.setattr(loop, "rates", rates)
+    monkeypatch.setattr("sys.argv", ["gpu", "--small"])
+    gpu.main()
+    rows = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| "))
+    assert rows["run.py, 4"] == "190 samples/s, bare step 200: 95% (≥ 90 %)"
+    assert {"training, 8, few shapes, for the first time", "training, 4, as they are", "evaluation, 8"} <= rows.keys()
+    assert [more["per_gpu_batchsize"] for more in asked][:2] == [4, 8]

@@ -32,6 +32,7 @@ from engine.checkpoint import (
 )
 from tests.archives import Touch
 from tests.backbones import random_hf_clip
+from tests.conftest import Patch
 from tests.models import ENDS, TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
 from vilt.missing_tables import MissingPattern, load_missing_table
 
@@ -72,9 +73,6 @@ def logits_of(classifier: MissingModalityClassifier) -> Tensor:
     images, tokens = tiny_batch(len(TYPES))
     with torch.no_grad():
         return classifier.eval()(model_input(images, tokens, TYPES))
-
-
-# Ours
 
 
 def test_a_counter_is_kept_as_it_is() -> None:
@@ -230,9 +228,6 @@ def test_archives_that_grow_are_not_unpacked(tmp_path: Path) -> None:
         load_inert(path)
 
 
-# Code in a file
-
-
 def positions(code: Touch) -> dict[str, Any]:
     return {
         "top": code,
@@ -246,9 +241,7 @@ def positions(code: Touch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
 @pytest.mark.parametrize("position", positions(Touch(Path())))
-def test_code_in_any_position_does_not_run_in_any_reader(
-    position: str, zipped: bool, backbone: Backbone, tmp_path: Path
-) -> None:
+def test_code_in_any_position_does_not_run_in_any_reader(position, zipped, backbone, tmp_path):
     shutil.copy(Path(backbone.name) / "config.json", tmp_path)
     marker = tmp_path / "marker"
     content = positions(Touch(marker))[position]
@@ -303,9 +296,6 @@ def test_functions_of_the_modules_with_stand_ins_are_not_called(tmp_path: Path) 
     assert marker.exists(), "the pickle would never have opened the file"
 
 
-# Published ones
-
-
 class ModelCheckpoint:
     """Under the name of Lightning's callback, of which published checkpoints have the class as a key."""
 
@@ -315,7 +305,7 @@ class AttributeDict(dict):
 
 
 @pytest.fixture
-def published_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def published_names(monkeypatch: Patch) -> None:
     """pickle writes the two classes above under their published names."""
     for module, member in (
         ("pytorch_lightning.callbacks.model_checkpoint", ModelCheckpoint),
@@ -344,9 +334,7 @@ def published_content(classifier: MissingModalityClassifier) -> dict[str, Any]:
 
 @pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
 @pytest.mark.usefixtures("published_names")
-def test_published_checkpoints_load_without_a_backbone(
-    task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_published_checkpoints_load_without_a_backbone(task, tmp_path, caplog):
     classifier, path = tiny_classifier(task), tmp_path / "published.ckpt"
     content, safe = published_content(classifier), sorted(map(str, torch.serialization.get_safe_globals()))
     torch.save({**content, "state_dict": published_state(classifier)}, path)

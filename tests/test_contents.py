@@ -1,9 +1,7 @@
 """What a run reads is known by its content: replaced files are other ones, moved ones the same."""
 
-import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +11,9 @@ import torch
 from common.hashing import file_sha256
 from engine.contents import CONTENTS_FILE, contents_of_files
 from run import command_line
-from tests.conftest import Captured, Workspace
+from tests.conftest import Captured, Workspace, json_of
+
+PUBLISHED_TABLE = "mmimdb_train_missing_both_07.pt"
 
 
 def command(workspace: Workspace, root: Path, *options: str) -> list[str]:
@@ -41,28 +41,18 @@ def relabel(path: Path) -> None:
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
-def _labels(root: Path) -> None:
-    relabel(root / "arrow" / "mmimdb_dev.arrow")
-
-
-def _published_table(root: Path) -> None:
-    torch.save(torch.zeros(40), root / "tables" / "mmimdb_train_missing_both_07.pt")
-
-
 @pytest.mark.parametrize(
     ("replace", "named"),
     [
-        (_labels, "data of val"),
-        (_published_table, "missing table of train"),
+        (lambda root: relabel(root / "arrow" / "mmimdb_dev.arrow"), "data of val"),
+        (lambda root: torch.save(torch.zeros(40), root / "tables" / PUBLISHED_TABLE), "missing table of train"),
     ],
 )
-def test_a_run_is_not_taken_for_one_on_other_contents(
-    workspace: Workspace, place: Path, capsys: Captured, replace: Callable[[Path], None], named: str
-) -> None:
+def test_a_run_is_not_taken_for_one_on_other_contents(workspace, place, capsys, replace, named):
     auto = command(workspace, place, "resume_from=auto")
     assert command_line(auto) == 0
     folder = place / "result" / "rep_seed0" / "version_0"
-    contents = json.loads((folder / CONTENTS_FILE).read_text())
+    contents = json_of(folder / CONTENTS_FILE)
     assert contents["data of val"] == file_sha256(place / "arrow" / "mmimdb_dev.arrow")
     moved = place / "moved"
     shutil.copytree(place / "arrow", moved / "arrow")
@@ -88,7 +78,7 @@ def test_another_test_set_is_tested_again_and_said(workspace: Workspace, place: 
     said = capsys.readouterr().err
     assert "resumes from" in said and "step 6" not in said
     folder = place / "result" / "rep_seed0"
-    first, second = (json.loads((folder / f"version_{n}" / "test_results.json").read_text()) for n in (0, 1))
+    first, second = (json_of(folder / f"version_{n}" / "test_results.json") for n in (0, 1))
     assert first["metrics"] != second["metrics"]
     evaluation = command(workspace, place, "test_only=True", f"load_path={folder / 'version_0' / 'best.ckpt'}")
     assert command_line(evaluation) == 0

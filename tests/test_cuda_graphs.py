@@ -14,6 +14,7 @@ from clip.modules.interfaces import ModelInput
 from engine import cuda_graphs
 from engine.cuda_graphs import GraphedSteps, Losses, recorded
 from engine.tasks import TASKS
+from tests.conftest import Patch
 from tests.models import model_input, tiny_batch, tiny_classifier
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -34,7 +35,7 @@ def compute_again(run: Callable[[], Losses], pool: Any) -> tuple[Losses, Callabl
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def device(request: pytest.FixtureRequest, monkeypatch: Patch) -> torch.device:
     if request.param == "cpu":
         monkeypatch.setattr(cuda_graphs, "capture", compute_again)
     return torch.device(request.param)
@@ -86,9 +87,7 @@ def test_recorded_steps_give_the_same(device: torch.device, method: str) -> None
         assert plain is None or replayed is None or torch.allclose(plain, replayed, rtol=1e-4, atol=1e-6)
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: Patch, caplog: pytest.LogCaptureFixture) -> None:
     def refuse(*_: Any) -> Any:
         raise RuntimeError("called a synchronizing CUDA operation\nand more")
 
@@ -104,7 +103,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     ]
 
 
-def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_shapes_are_recorded(monkeypatch: Patch) -> None:
     monkeypatch.setattr(cuda_graphs, "capture", compute_again)
     monkeypatch.setattr(cuda_graphs, "MOST", 2)
     classifier = tiny_classifier("hatememes", prompt_type="none").train()
@@ -127,9 +126,7 @@ def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> No
         ({}, None),
     ],
 )
-def test_options_against_it_are_logged(
-    changed: dict[str, Any], reason: str | None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_options_against_it_are_logged(changed, reason, caplog):
     given = {"cuda_graphs": True, "num_gpus": 1, "processes": 1, "precision": "bf16", "activation_checkpointing": False}
     options: Any = SimpleNamespace(**{**given, "text_windows": 1, "neighbours": 0, "teacher": None, **changed})
     classifier = tiny_classifier()

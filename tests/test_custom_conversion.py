@@ -4,12 +4,12 @@ import csv
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from common.errors import DataError
 from demo.data import write_task
+from tests.conftest import Captured, Patch
 from tests.custom_files import columns_of, convert, films_as_custom, make, png, read_arrow, write_jsonl, write_labelled
 from tests.data_files import memes, write
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -55,15 +55,12 @@ def with_labels(labels: list[str]) -> list[list[str]]:
     return [[*row[:2], label, row[3]] for row, label in zip(ROWS, labels, strict=True)]
 
 
-def said_of(status: int, capsys: pytest.CaptureFixture[str]) -> str:
+def said_of(status: int, capsys: Captured) -> str:
     """The one line that a run with status 2 says."""
     assert status == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and said.startswith("error: "), said
     return said
-
-
-# ---- what is written
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.jsonl", "TABLE.CSV"])
@@ -101,7 +98,7 @@ def test_a_table_for_each_split_with_columns_of_other_names(raw: Path) -> None:
 
 
 @pytest.mark.parametrize("separator", [None, ", ", " "])
-def test_several_labels(raw: Path, separator: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_labels(raw: Path, separator: str | None, capsys: Captured) -> None:
     mark = separator or "|"
     write_table(raw / "table.csv", with_labels(["red", "", "green", "blue", "red"]))
     (raw / "spec.yaml").write_text("files: table.csv\nlabels: multi\n")
@@ -159,9 +156,6 @@ def test_films_are_those_of_the_mmimdb_path(tmp_path: Path) -> None:
         assert ours.schema.metadata[b"class_names"] == theirs.schema.metadata[b"class_names"]
 
 
-# ---- a wrong spec
-
-
 SPECS = {
     "": "files: expected a table",
     "[a]": "the file: expected a dictionary",
@@ -203,9 +197,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=range(len(SPECS)))
-def test_a_wrong_spec(
-    raw: Path, spec: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_spec(raw: Path, spec: str, capsys: Captured, monkeypatch: Patch) -> None:
     monkeypatch.chdir(raw)
     (raw / "spec.yaml").write_text(spec)
     said = said_of(convert(raw, raw / "out", "--skip-bad"), capsys)
@@ -213,7 +205,7 @@ def test_a_wrong_spec(
     assert not list(raw.glob("out/*")) and not (raw / "marker").exists()
 
 
-def test_a_spec_or_a_table_that_is_not_there(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spec_or_a_table_that_is_not_there(raw: Path, tmp_path: Path, capsys: Captured) -> None:
     assert convert(raw, raw / "out") == 2
     said = capsys.readouterr().err
     assert f"spec.yaml not found in {raw}" in said and write_custom.LAYOUT.rstrip() in said
@@ -230,9 +222,6 @@ def test_a_spec_or_a_table_that_is_not_there(raw: Path, tmp_path: Path, capsys: 
         (["--spec", str(raw / "val.yaml")], f"{raw / 'val.jsonl'}: expected rows, found none"),
     ):
         assert fact in said_of(convert(raw, raw / "out", *options), capsys)
-
-
-# ---- a wrong table
 
 
 GOOD = "image,text,label,split\na.png,x,cat,train\na.png,x,cat,val\na.png,x,dog,test\n"
@@ -271,17 +260,12 @@ TABLES: list[tuple[str, str | bytes, str]] = [
 
 
 @pytest.mark.parametrize(("suffix", "content", "message"), TABLES, ids=range(len(TABLES)))
-def test_a_wrong_table(
-    raw: Path, suffix: str, content: str | bytes, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_table(raw: Path, suffix: str, content: str | bytes, message: str, capsys: Captured) -> None:
     path = raw / f"wrong.{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     said = said_of(convert(raw, raw / "out", "--skip-bad", "--table", str(path)), capsys)
     assert f"error: {path}" in said and message in said
     assert not list(raw.glob("out/*"))
-
-
-# ---- bad samples
 
 
 def damage(raw: Path) -> None:
@@ -318,9 +302,7 @@ BAD: list[tuple[str, object, str, str]] = [
 
 
 @pytest.mark.parametrize(("column", "value", "reason", "detail"), BAD)
-def test_a_bad_sample_is_named_and_can_be_skipped(
-    raw: Path, column: str, value: object, reason: str, detail: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_sample_is_named_and_can_be_skipped(raw, column, value, reason, detail, capsys):
     damage(raw)
     several = column == "labels"
     rows = [{**row, **({"label": ["cat"]} if several else {})} for row in RECORDS]
@@ -355,9 +337,6 @@ def test_a_file_is_found_however_its_path_is_typed(raw: Path, listed: str) -> No
     assert convert(raw, raw / "out", "--table", str(raw / "table.csv")) == 0
     assert columns_of(raw / "out")["image_id"] == [listed, "b.png", listed]
     assert columns_of(raw / "out")["image"][0] == png(10)
-
-
-# ---- labels
 
 
 @pytest.mark.parametrize(
@@ -399,11 +378,8 @@ def test_a_checkpoint_fits_data_typed_the_other_way() -> None:
     assert composed.difference(cyrillic) == r"expected 'caf\xe9' as class 0, found 'c\u0430f\xe9'"
 
 
-# ---- missing by nature, splits drawn
-
-
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_blank_cells_are_missing_by_nature(raw: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blank_cells_are_missing_by_nature(raw: Path, suffix: str, capsys: Captured) -> None:
     rows = [["", *ROWS[0][1:]], ["b.png", " ", *ROWS[1][2:]], *ROWS[2:]]
     path = raw / f"holes.{suffix}"
     if suffix == "csv":
@@ -441,7 +417,7 @@ def drawn(raw: Path, seed: int | None = None, rows: int = 100) -> tuple[dict[str
     return {split: columns["label"] for split, columns in found.items()}, found["train"]["image_id"]
 
 
-def test_splits_that_are_not_named_are_drawn_by_label_and_seed(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_splits_that_are_not_named_are_drawn_by_label_and_seed(raw: Path, capsys: Captured) -> None:
     labels, images = drawn(raw)
     assert {split: len(of_split) for split, of_split in labels.items()} == {"train": 70, "val": 10, "test": 20}
     for split, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
@@ -454,9 +430,6 @@ def test_splits_that_are_not_named_are_drawn_by_label_and_seed(raw: Path, capsys
     write_table(raw / "table.csv", ROWS)
     status = convert(raw, raw / "out", "--table", str(raw / "table.csv"), "--split-seed", "1")
     assert "split_seed" in said_of(status, capsys)
-
-
-# ---- opening what was written
 
 
 @pytest.mark.parametrize(
@@ -499,9 +472,7 @@ OWN = {"name": "pets", "labels": "single", "metric": "accuracy"}
         (OWN, ["a", ["b"]], "classes: expected a name in row 2, found ['b']"),
     ],
 )
-def test_a_description_of_a_custom_dataset_that_is_none(
-    tmp_path: Path, custom: Any, class_names: object, found: str
-) -> None:
+def test_a_description_of_a_custom_dataset_that_is_none(tmp_path, custom, class_names, found):
     path = tmp_path / "custom_test.arrow"
     written = custom if isinstance(custom, (str, bytes)) else json.dumps(custom)
     metadata = {"class_names": json.dumps(class_names), **({} if custom is None else {"custom": written})}
@@ -510,9 +481,6 @@ def test_a_description_of_a_custom_dataset_that_is_none(
         open_spec("custom", tmp_path, ("test",))
     said = str(refusal.value)
     assert found in said and str(path) in said and "--dataset custom" in said and len(said) < 1000
-
-
-# ---- DATA.md
 
 
 def test_data_md_shows_the_layout_and_its_example_works(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 its steps, small and in this process."""
 
 import hashlib
-import json
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from demo import data
 from run import command_line
 from runs.sweep import launchers
 from runs.sweep.jobs import Job, Outcome
-from tests.conftest import Workspace
+from tests.conftest import Patch, Workspace, json_of
 
 transformers = pytest.importorskip("transformers", reason="the tiny CLIP is a transformers model")
 from demo import backbone  # noqa: E402
@@ -22,7 +21,7 @@ SIZES = backbone.TinyClip(image_width=64, image_layers=1, text_layers=1, embed=3
 
 
 def labels_of(folder: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "labels").glob("*.json"))}
+    return {path.stem: json_of(path) for path in sorted((folder / "labels").glob("*.json"))}
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -74,7 +73,7 @@ def test_pretraining_is_repeatable(films, tiny_clip, tmp_path):
 
 
 @pytest.fixture
-def steps(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+def steps(workspace: Workspace, tmp_path: Path, monkeypatch: Patch) -> list[tuple[str, ...]]:
     """The commands that the demo runs: in this process, on films and a CLIP that are there, hardly training."""
     for name in ("raw", "pretrain", "arrow", "backbone"):
         (tmp_path / name).symlink_to(workspace.root / name)
@@ -105,7 +104,7 @@ def test_the_demo_from_training_to_its_report(steps, workspace, tmp_path, capsys
     assert f"\n  {page}\n" in printed
     for label, _, _, test_type, ratio in demo.PATTERNS:
         result = tmp_path / "result" / f"rep_test_{test_type}_{ratio}" / "version_0" / "test_results.json"
-        tested = json.loads(result.read_text())
+        tested = json_of(result)
         assert re.search(rf"{label} .* {tested['metrics']['f1_macro']:.3f} ", printed)
     assert [command[1] for command in steps] == [*["with"] * 5, "sweep", "robustness", "report"]
     runs = [path.parent.name for path in sorted((tmp_path / "result" / "sweep").glob("*/version_0"))]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from common.messages import byte_size
 from run import command_line
 from runs import doctor
-from tests.conftest import Workspace
+from tests.conftest import Captured, Patch, Workspace, call
 from tests.custom_files import convert, write_labelled
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import ImageKind
@@ -50,14 +50,14 @@ Examine = Callable[..., Examination]
 
 
 @pytest.fixture
-def examine(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Examine:
+def examine(workspace: Workspace, tmp_path: Path, capsys: Captured) -> Examine:
     """Runs doctor on a dataset, with a log_dir and missing tables of the test's own."""
 
     def examine(*options: str, data_root: Path | None = None, task: str = "mmimdb") -> Examination:
         own = (f"log_dir={tmp_path / 'result'}", f"missing_table_root={tmp_path / 'tables'}")
-        command = workspace.command(f"vit={workspace.backbone}", *own, *options, task=task, data_root=data_root)
+        given = (f"vit={workspace.backbone}", *own, *options)
         capsys.readouterr()
-        status = command_line(["run.py", "doctor", *command[1:]])
+        status = command_line(workspace.command(*given, name="doctor", task=task, data_root=data_root))
         return Examination(status, *capsys.readouterr())
 
     return examine
@@ -101,15 +101,12 @@ def test_files_of_the_published_converters_are_ok(examine: Examine, golden_arrow
     assert (found.status, found.failed()) == (0, set()), found.text
 
 
-def test_a_custom_dataset_has_no_published_size(examine: Examine, tmp_path: Path) -> None:
+def test_only_a_dataset_of_another_size_than_the_published_one_is_remarked(examine, monkeypatch, arrow, tmp_path):
     write_labelled(tmp_path / "raw", {"train": 8, "val": 5, "test": 6}, ["cat", "dog"], name="pets")
     assert convert(tmp_path / "raw", tmp_path / "own") == 0
     found = examine(data_root=tmp_path / "own", task="custom")
     assert (found.status, found.failed()) == (0, set()), found.text
     assert "published" not in found.text["train data"] and found.level["train data"] == "ok"
-
-
-def test_the_published_size_is_ok(examine: Examine, monkeypatch: pytest.MonkeyPatch, arrow: Path) -> None:
     monkeypatch.setitem(DATASETS["mmimdb"].published_rows, "train", (15552, 40))
     assert "published" not in examine(data_root=arrow).text["train data"]
 
@@ -144,9 +141,7 @@ def name_classes(names: Any) -> Callable[[Path], None]:
         (damage_image, ["row 3", "cannot be decoded"]),
     ],
 )
-def test_a_damaged_file_fails_alone(
-    examine: Examine, arrow: Path, damage: Callable[[Path], None], facts: list[str]
-) -> None:
+def test_a_damaged_file_fails_alone(examine, arrow, damage, facts):
     damage(arrow / "mmimdb_train.arrow")
     found = examine(data_root=arrow)
     assert found.status == 2 and found.failed() == {"train data"}
@@ -155,9 +150,7 @@ def test_a_damaged_file_fails_alone(
     assert "1 of" in found.error
 
 
-def test_a_large_split_is_sampled_from_its_first_row_to_its_last(
-    examine: Examine, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_split_is_sampled_from_its_first_row_to_its_last(examine, workspace, monkeypatch):
     decoded: list[int] = []
     monkeypatch.setattr(doctor, "IMAGES_DECODED", 3)
     monkeypatch.setattr(ImageKind, "_decoded", lambda _, row: decoded.append(row))
@@ -203,26 +196,23 @@ def test_weights_tokenizer_and_data_that_are_not_there(examine: Examine, tmp_pat
         ("memory_depth=3", "training step", "memory_depth=3"),
     ],
 )
-def test_options_that_contradict_each_other_or_the_backbone(
-    examine: Examine, option: str, subject: str, fact: str
-) -> None:
+def test_options_that_contradict_each_other_or_the_backbone(examine, option, subject, fact):
     found = examine(option)
     assert found.status == 2 and subject in found.failed() and fact in found.text[subject]
 
 
-def test_an_option_out_of_range_ends_the_examination(examine: Examine) -> None:
+def test_without_a_task_or_with_an_option_out_of_range(
+    examine: Examine, capsys: Captured, workspace: Workspace
+) -> None:
     found = examine("learning_rate=fast")
     assert found.status == 2 and found.level == {} and "learning_rate" in found.error
-
-
-def test_without_a_task(capsys: pytest.CaptureFixture[str], workspace: Workspace) -> None:
-    status = command_line(["run.py", "doctor", "with", f"vit={workspace.backbone}", "num_workers=0"])
+    status = call("doctor", f"vit={workspace.backbone}", "num_workers=0")
     found = Examination(status, *capsys.readouterr())
     assert found.status == 2 and found.failed() == {"options", *SPLITS}
     assert "task_finetune_mmimdb" in found.text["options"]
 
 
-def test_a_check_that_breaks_is_a_failure_of_its_own(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_breaks_is_a_failure_of_its_own(examine: Examine, monkeypatch: Patch) -> None:
     def breaks(_: Any) -> Any:
         raise LookupError("two\nlines")
 
@@ -232,7 +222,7 @@ def test_a_check_that_breaks_is_a_failure_of_its_own(examine: Examine, monkeypat
     assert list(found.level) == SUBJECTS
 
 
-def test_other_versions_and_absent_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_versions_and_absent_packages(monkeypatch: Patch) -> None:
     level, text = doctor.check_packages()
     assert level == "ok" and f"torch {importlib.metadata.version('torch')}" in text
     real = importlib.metadata.version
@@ -241,7 +231,7 @@ def test_other_versions_and_absent_packages(monkeypatch: pytest.MonkeyPatch) -> 
     assert level == "warn" and "regex 1.0 (tested: regex==" in text
 
 
-def test_space_and_rights(examine: Examine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_space_and_rights(examine: Examine, monkeypatch: Patch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
     batches = 2 * 2 * 4 * 3 * 32 * 32  # two of training and two of validation
     fits: dict[Path | None, int] = {tmp_path: 10**9, doctor.SHARED_MEMORY: batches}

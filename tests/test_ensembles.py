@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +22,8 @@ from engine.predict import load_model
 from engine.tasks import TASKS
 from engine.training import FinetuneModule, model_input
 from run import command_line
-from tests.conftest import Captured, Workspace
+from tests.conftest import Workspace, call, json_of
+from tests.custom_files import read_arrow
 from tests.data_files import LOGIT_COLUMNS
 from vilt.datamodules import collate
 from vilt.datasets.kinds import kinds_of
@@ -32,12 +32,10 @@ from vilt.datasets.kinds import kinds_of
 @pytest.fixture(scope="module")
 def members(workspace: Workspace) -> list[Path]:
     """Two checkpoints, of a head alone and of one with prompts."""
-    found = []
-    for method in ("none", "coop"):
-        options = (f"vit={workspace.backbone}", f"exp_name=member_{method}", f"prompt_type={method}")
-        assert command_line(workspace.command(*options, "test_after_fit=False")) == 0
-        found.append(workspace.results / f"member_{method}_seed0" / "version_0" / "best.ckpt")
-    return found
+    return [
+        workspace.train(f"member_{method}", f"prompt_type={method}", "test_after_fit=False") / "best.ckpt"
+        for method in ("none", "coop")
+    ]
 
 
 def listed(members: list[Path]) -> str:
@@ -45,14 +43,7 @@ def listed(members: list[Path]) -> str:
 
 
 @pytest.mark.parametrize("teacher", [0, 1])  # on what the towers have kept, and through the towers
-def test_a_teacher_sees_what_the_missing_table_leaves(
-    workspace: Workspace,
-    tmp_path: Path,
-    members: list[Path],
-    teacher: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Captured,
-) -> None:
+def test_a_teacher_sees_what_the_missing_table_leaves(workspace, tmp_path, members, teacher, monkeypatch, capsys):
     seen: list[tuple[Any, Tensor, Tensor, Tensor]] = []
     step = FinetuneModule._step
 
@@ -78,7 +69,7 @@ def test_a_teacher_sees_what_the_missing_table_leaves(
     dataset.kept = dataset.simulate_seed = None
     batch = collate(kinds_of(dataset.spec), dataset.__getitems__([(0, number) for number in range(len(dataset))]))
     torch.testing.assert_close(soft, (32 * model.eval()(model_input(batch))).sigmoid().detach(), rtol=1e-3, atol=1e-4)
-    contents = json.loads((tmp_path / "student_seed0" / "version_0" / "contents.json").read_text())
+    contents = json_of(tmp_path / "student_seed0" / "version_0" / "contents.json")
     assert contents["teacher"] == checkpoint.sha256
     moved = shutil.copy(members[teacher], tmp_path / "moved.ckpt")
     again = [word.replace(str(members[teacher]), str(moved)) for word in student]
@@ -86,51 +77,40 @@ def test_a_teacher_sees_what_the_missing_table_leaves(
     assert "nothing is left to do" in capsys.readouterr().err
 
 
-def test_a_teacher_with_neighbours_knows_the_training_split(
-    workspace: Workspace, tmp_path: Path, capsys: Captured
-) -> None:
-    options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "prompt_type=none", "test_after_fit=False")
-    assert command_line(workspace.command(*options, "neighbours=2", "exp_name=of_neighbours")) == 0
-    best = tmp_path / "of_neighbours_seed0" / "version_0" / "best.ckpt"
+def test_a_teacher_with_neighbours_knows_the_training_split(workspace, tmp_path, capsys):
+    options = ("prompt_type=none", "test_after_fit=False")
+    best = workspace.train("of_neighbours", *options, "neighbours=2", log_dir=tmp_path) / "best.ckpt"
     stored = torch.load(best, weights_only=True)
     stored["rep"]["contents"]["data of train"] = "0" * 64
     torch.save(stored, best)
     capsys.readouterr()
-    assert command_line(workspace.command(*options, f"teacher={best}", "exp_name=taught")) == 2
+    places = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", f"teacher={best}", "exp_name=taught")
+    assert command_line(workspace.command(*options, *places)) == 2
     assert f"teacher={best}: expected one trained on {workspace.arrow}" in capsys.readouterr().err
 
 
-def test_logits_are_averaged_by_test_robustness_and_predict(
-    workspace: Workspace, tmp_path: Path, members: list[Path], capsys: Captured
-) -> None:
+def test_logits_are_averaged_by_test_robustness_and_predict(workspace, tmp_path, members, capsys):
     both, out = listed(members), f"log_dir={tmp_path}"
     command = [word for word in workspace.command(both, out) if not word.startswith(("memory_", "prompt_"))]
     assert command_line([*command, "test_only=True", "test_exp_name=together"]) == 0
-    robustness = [command[0], "robustness", *command[1:], "bootstrap=0", "robustness_seeds=[0]"]
-    assert command_line([*robustness, "robustness_types=both", "robustness_ratios=[0,0.7]"]) == 0
-    stored = [pa.ipc.open_file(str(one.parent / "robustness" / "logits.arrow")).read_all() for one in members]
-    of_type = torch.stack([
-        torch.stack([torch.tensor(table[name].to_pylist()) for name in LOGIT_COLUMNS]) for table in stored
-    ]).mean(0)  # fmt: skip
+    cells = ("bootstrap=0", "robustness_seeds=[0]", "robustness_types=both", "robustness_ratios=[0,0.7]")
+    assert command_line([command[0], "robustness", *command[1:], *cells]) == 0
+    stored = [read_arrow(one.parent / "robustness" / "logits.arrow") for one in members]
+    of_type = torch.tensor([[table[name].to_pylist() for name in LOGIT_COLUMNS] for table in stored]).mean(0)
     labels = torch.tensor(stored[0]["label"].to_pylist())
     one = as_one([read_checkpoint(path) for path in members])
     task = with_offset(TASKS["mmimdb"], one.offset)
     [found] = tmp_path.glob("mean_*/robustness/robustness.json")
-    results = json.loads(found.read_text())
+    results = json_of(found)
     for kind, figures in zip(results["by_type"].values(), of_type, strict=True):
         assert kind == pytest.approx(task.metrics(figures, labels))
-    tested = json.loads((tmp_path / "together" / "version_0" / "test_results.json").read_text())
+    tested = json_of(tmp_path / "together" / "version_0" / "test_results.json")
     assert tested["checkpoint_sha256"] == results["checkpoint_sha256"] == one.sha256
     [cell] = [cell for cell in results["cells"] if cell["ratio"] == 0.7]
     assert tested["metrics"]["f1_macro"] == pytest.approx(cell["metrics"]["f1_macro"]["mean"])
     table = tmp_path / "samples.csv"
     table.write_text("text\nA ghost.\nTwo friends.\n")
-    assert (
-        command_line(
-            ["run.py", "predict", "with", both, f"input={table}", f"output={tmp_path / 'p.jsonl'}", "precision=32"]
-        )
-        == 0
-    )
+    assert call("predict", both, f"input={table}", f"output={tmp_path / 'p.jsonl'}", "precision=32") == 0
     texts = ["A ghost.", "Two friends."]
     single = [load_model(path).predict(texts=texts) for path in members]
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
@@ -159,9 +139,7 @@ def test_the_mean_of_cosines_and_logits_is_said(members: list[Path], caplog: pyt
         (("prompt_type=none", "test_only=True", "head=dpl"), ("head", "dpl")),
     ],
 )
-def test_several_are_refused_where_one_is_trained_or_an_option_contradicts(
-    workspace: Workspace, members: list[Path], options: tuple[str, ...], said: tuple[str, ...], capsys: Captured
-) -> None:
+def test_several_are_refused_where_one_is_trained_or_an_option_contradicts(workspace, members, options, said, capsys):
     assert command_line(workspace.command(listed(members), *options)) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in said)
@@ -169,15 +147,9 @@ def test_several_are_refused_where_one_is_trained_or_an_option_contradicts(
 
 def test_prompts_start_on_the_weights_of_a_head(workspace: Workspace, tmp_path: Path, members: list[Path]) -> None:
     """Of a checkpoint without prompts; the prompts themselves start as ever."""
-    options = (
-        f"load_path={members[0]}",
-        "finetune_first=True",
-        "prompt_type=dcp",
-        "learning_rate=1e-12",
-        "max_epoch=1",
-    )
-    assert command_line(workspace.command(*options, f"log_dir={tmp_path}", "exp_name=on", "max_epoch=1")) == 0
-    state = read_checkpoint(tmp_path / "on_seed0" / "version_0" / "best.ckpt").state
+    options = ("finetune_first=True", "prompt_type=dcp", "learning_rate=1e-12", "max_epoch=1")
+    folder = workspace.train("on", f"load_path={members[0]}", *options, log_dir=tmp_path)
+    state = read_checkpoint(folder / "best.ckpt").state
     for name, value in read_checkpoint(members[0]).state.items():
         assert name.startswith("mmimdb_classifier.")
         torch.testing.assert_close(state[name], value)
@@ -187,9 +159,7 @@ def test_prompts_start_on_the_weights_of_a_head(workspace: Workspace, tmp_path: 
     ("best_rate", "tried"),
     [(0.01, (0.003, 0.01, 0.03)), (0.001, (0.003, 0.01, 0.03, 0.001)), (0.1, (0.003, 0.01, 0.03, 0.1))],
 )
-def test_the_recipe_searches_rates_then_epochs(
-    best_rate: float, tried: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_recipe_searches_rates_then_epochs(best_rate, tried, tmp_path, monkeypatch):
     asked: list[tuple[float, int, int]] = []
 
     def run(bench: best.Bench, name: str, seed: int, options: dict[str, Any]) -> best.Result:
@@ -209,9 +179,7 @@ def test_the_recipe_searches_rates_then_epochs(
     ]
 
 
-def test_the_recipe_is_trained_by_one_command(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
+def test_the_recipe_is_trained_by_one_command(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(best, "RATES", (0.001, 0.01, 0.02, 0.03))
     monkeypatch.setattr(best, "STEPS", {"head": {"prompt_type": "none"}, "+ whole texts": {"text_windows": 2}})
     words = [word for word in workspace.command("max_epoch=1", "val_check_interval=1.0")[3:] if "root" not in word]
@@ -224,5 +192,5 @@ def test_the_recipe_is_trained_by_one_command(
     assert again[0] == again[1]
     rows = {line.split("  ")[0].strip(): line.split() for line in again[0][0].splitlines() if line.startswith("recipe")}
     assert list(rows) == ["recipe: head", "recipe: + whole texts", "recipe: mean of 1"]
-    tested = json.loads((tmp_path / "mean_of_1_seed0" / "version_0" / "test_results.json").read_text())["metrics"]
+    tested = json_of(tmp_path / "mean_of_1_seed0" / "version_0" / "test_results.json")["metrics"]
     assert f"{100 * tested['f1_macro']:.1f}" in rows["recipe: mean of 1"]

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 
 from common.errors import DataError
 from common.files import NEW, OLD, atomic_path, new_folder, restore_folder, whole_folder
+from tests.conftest import Patch
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
 from vilt.utils import arrow_writer
@@ -48,9 +49,7 @@ def _number_in(target: Path) -> int:
 
 
 @pytest.mark.parametrize(("write", "name"), [(_bytes, "file"), (_folder, "folder")])
-def test_a_killed_writer_leaves_the_old_or_the_new(
-    tmp_path: Path, write: Callable[[Path, int], None], name: str
-) -> None:
+def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path, write, name):
     target, draw, start = tmp_path / name, random.Random(0), time.monotonic()
     write(target, 0)
     seconds = time.monotonic() - start
@@ -80,7 +79,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_writing_of_the_same_a_day_
     assert set(tmp_path.iterdir()) == {target, new, others}
 
 
-def test_an_old_folder_without_a_successor_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_folder_without_a_successor_is_put_back(tmp_path: Path, monkeypatch: Patch) -> None:
     """The writer is killed, or interrupted, between its two renames."""
     target, part = tmp_path / "folder", tmp_path / ".folder.0123abcd.part"
     for restore in (restore_folder, lambda target: new_folder(target).__enter__()):
@@ -118,7 +117,7 @@ def test_errors_name_the_target_and_leave_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_arrow_files_of_two_conversions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrow_files_of_two_conversions_are_refused(tmp_path: Path, monkeypatch: Patch) -> None:
     """make_arrow.py is killed between two of the renames."""
     import make_arrow
     from demo.data import write_task

@@ -36,9 +36,7 @@ def trained_in(expected: golden.Golden) -> set[str]:
 
 
 def run_of_the_model(expected: golden.Golden) -> Run:
-    classifier = classifier_of(
-        expected.state, expected.task, expected.memory_length, expected.memory_depth, expected.prompt_type
-    ).eval()
+    classifier = classifier_of(expected.state, expected.task, expected.options).eval()
     batch = model_input(expected.images, expected.tokens, expected.missing_types)
     features, slots = classifier.features(batch)
     every_row = torch.arange(len(expected.images))

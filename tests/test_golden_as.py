@@ -3,7 +3,6 @@
 Runs over every `.npz` in GOLDEN_AS_DIR (default: tests/data/golden_as).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sensors.backbone import build, read_by_nothing
 from sensors.focal import FocalSettings, focal_losses, focal_parts
 from sensors.swt import SwtTower
 from tests import golden_as
+from tests.conftest import Patch, json_of
 from tests.golden import assert_gradients, relative_error
 from tests.golden_as import INPUTS, Golden
 from vilt.utils import write_mod
@@ -52,7 +52,7 @@ def test_files_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", FEATURES, ids=lambda path: path.stem)
-def test_backbone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backbone(path: Path, monkeypatch: Patch) -> None:
     golden = golden_as.load(path)
     meta, names = golden.meta, golden.names
     backbone = golden_as.backbone_of(golden)
@@ -226,7 +226,7 @@ def test_the_rate_is_the_published_one_an_epoch_earlier() -> None:
 def test_names_are_those_of_published_checkpoints(network: str, file: str) -> None:
     golden = golden_as.load(golden_as.HERE / f"{file}.npz")
     backbone = build(golden.sizes)
-    keys = json.loads((golden_as.HERE / f"checkpoint_keys_{file}.json").read_text())
+    keys = json_of(golden_as.HERE / f"checkpoint_keys_{file}.json")
     ours = {name: list(x.shape) for name, x in backbone.state_dict().items()}
     heads = golden_as.projectors_of(golden, backbone)
     ours |= {f"mod_projectors.{name}": list(x.shape) for name, x in heads.state_dict().items()}

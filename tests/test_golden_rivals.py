@@ -5,7 +5,6 @@ The files lie in `tests/data/golden/rivals`, or in the folder that GOLDEN_RIVALS
 parameters, and the gradient of each.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from clip.modules.mora import MoRA
 from engine.checkpoint import ModelSpec, build_classifier
 from engine.tasks import TASKS
 from tests import golden
+from tests.conftest import Patch
 from tests.models import model_input, published_name, published_state
 
 DEFAULT = Path(__file__).parent / "data" / "golden" / "rivals"
@@ -41,10 +41,11 @@ class Case:
     """One file, and the model that it describes, as far as all rivals have it in common."""
 
     def __init__(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as file:
-            self.arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
-            meta = json.loads(str(file["meta"]))
-        self.meta = SimpleNamespace(**meta)
+        arrays, meta = golden.read(path)
+        self.arrays, self.meta = (
+            {name: torch.from_numpy(array) for name, array in arrays.items()},
+            SimpleNamespace(**meta),
+        )
         self.task, self.types = TASKS[self.meta.task], list(self.meta.missing_type)
         inputs = WEIGHTS.inputs(self.meta.tag, self.types, self.meta.resolution, self.task.name, self.task.n_classes)
         self.tokens, self.images, self.labels = map(torch.from_numpy, inputs)
@@ -175,7 +176,7 @@ def check_aoept(case: Case) -> None:
         aoept_weight=meta.aux_weight,
         aoept_read={"last": "published", "end": "end"}[meta.read_position],
     )
-    with pytest.MonkeyPatch.context() as patch:
+    with Patch.context() as patch:
         patch.setattr(AOEPT, "reduction", meta.reduction)
         classifier = case.build(options, "linear")
     method = classifier.method

@@ -27,6 +27,7 @@ from engine.published_checkpoint import model_names
 from engine.tasks import TASKS
 from engine.training import FinetuneModule
 from tests import golden
+from tests.conftest import Patch
 from tests.models import classifier_of, published_name
 from vilt.batches import Batch
 
@@ -90,7 +91,7 @@ class Record(pl.Callback):
 
 
 @pytest.mark.parametrize("path", [path for path in sorted(DIR.glob("*.npz")) if meta_of(path)], ids=lambda p: p.stem)
-def test_a_training_equals_the_published_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_equals_the_published_one(path: Path, monkeypatch: Patch) -> None:
     meta = meta_of(path)
     assert meta is not None
     with np.load(path) as file:
@@ -103,7 +104,7 @@ def test_a_training_equals_the_published_one(path: Path, monkeypatch: pytest.Mon
         name: torch.from_numpy(np.asarray(weights.parameter(meta["tag"], name, shape))).double()
         for name, shape in shapes.items()
     }
-    classifier = classifier_of(state, task.name, meta["memory_length"], meta["memory_depth"], meta["method"]).double()
+    classifier = classifier_of(state, task.name, options).double()
     classifier.load_state_dict(model_names(state))
     for module in classifier.modules():
         if isinstance(module, nn.Dropout):
@@ -112,19 +113,11 @@ def test_a_training_equals_the_published_one(path: Path, monkeypatch: pytest.Mon
     settings = OptimizerSettings("adamw", **schedule, end_lr=meta["end_lr"], decay_power=meta["decay_power"])
     module = FinetuneModule(classifier, ModelSpec(task.name, options, VIT_B16), settings=settings)
     record = Record()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        precision="64-true",
-        max_epochs=meta["epochs"],
-        accumulate_grad_batches=meta["accumulation"],
-        val_check_interval=2 * meta["accumulation"],  # what a validation does must not show
-        num_sanity_val_steps=0,
-        callbacks=[record],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    given: dict[str, Any] = {"max_epochs": meta["epochs"], "accumulate_grad_batches": meta["accumulation"]}
+    given["val_check_interval"] = 2 * meta["accumulation"]  # what a validation does must not show
+    given |= {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
+    given |= {"accelerator": "cpu", "precision": "64-true", "num_sanity_val_steps": 0, "logger": False}
+    trainer = pl.Trainer(callbacks=[record], **given)
     samples = Samples(meta, order)
     trainer.fit(module, samples, DataLoader([samples.batch(torch.arange(2))], batch_size=None))  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from clip.modules.interfaces import ModelInput
 from clip.modules.method import MethodOptions
 from engine.regression import PUBLISHED_F1
 from engine.tasks import METRICS, TASKS
-from tests.golden import assert_gradients, load_module, relative_error
+from tests.golden import assert_gradients, load_module, read, relative_error
 from tests.vla_models import TYPE_OF_MODE, published_name, vla_batch, vla_classifier
 from vla import backbone
 from vla.backbone import LETTERS, VlaArchitecture, VlaBackbone
@@ -64,20 +64,13 @@ def set_values(classifier: MissingModalityClassifier, tag: str, zero_prompts: bo
 
 
 def opened(path: Path, mask_readout: bool = False) -> Golden:
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    meta = json.loads(str(arrays.pop("meta")))
+    arrays, meta = read(path)
     sizes = meta["proj_dim"], meta["num_heads"], meta["nlevels"], meta["model"] != "mult"
     arch = VlaArchitecture(*meta["seq_lens"], *meta["dims"], *sizes)  # type: ignore[call-arg]
     method = {"mult": "full", "mplmm": "mplmm", "rep": "rep"}[meta["model"]]
-    options = MethodOptions(
-        method,
-        meta.get("memory_length", 12),
-        meta.get("memory_depth", 3),
-        rdn_hidden=meta.get("rdn_hidden", 32),
-        prompt_length=meta.get("prompt_length", 16),
-        mask_readout=mask_readout,
-    )
+    own: dict[str, Any] = {"memory_length": 12, "memory_depth": 3, "rdn_hidden": 32, "prompt_length": 16}
+    own = {name: meta.get(name, default) for name, default in own.items()}
+    options = MethodOptions(method, mask_readout=mask_readout, **own)
     classifier = vla_classifier(arch, options, meta["output_dim"]).eval()
     set_values(classifier, meta["tag"])
     of_inputs = ("tag", "modes", "seq_lens", "dims", "output_dim", "label_range")
@@ -235,15 +228,7 @@ def test_names_and_shapes_are_those_of_published_checkpoints(model: str) -> None
 
 
 METRICS_FILE = (GOLDEN_DIR if (GOLDEN_DIR / "metrics.npz").is_file() else DEFAULT_DIR) / "metrics.npz"
-MMSA = {
-    "MAE": "mae",
-    "Corr": "corr",
-    "Mult_acc_7": "acc7",
-    "Mult_acc_5": "acc5",
-    "Mult_acc_3": "acc3",
-    "Mult_acc_2": "acc2",
-    "F1_score": "f1",
-}
+MMSA = {"MAE": "mae", "Corr": "corr", "F1_score": "f1", **{f"Mult_acc_{k}": f"acc{k}" for k in (7, 5, 3, 2)}}
 """Names of MMSA's metrics that are ours."""
 
 

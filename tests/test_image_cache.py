@@ -71,9 +71,6 @@ def cache_in(folder: Path) -> Path:
     return folder / name
 
 
-# ---- what is kept
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(memes, monkeypatch, workers):
     dataset = open_memes(memes)
@@ -106,9 +103,6 @@ def test_the_cache_is_made_once_and_found_again(memes, monkeypatch, caplog):
     open_memes(memes).cache_images(0)
     assert cache_in(memes) == cache
     assert (cache.stat().st_ino, cache.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
-
-
-# ---- stale and damaged caches
 
 
 @pytest.mark.parametrize("change", ["an image", "a row more"])
@@ -205,9 +199,6 @@ def test_a_cache_that_vanishes_is_an_error_that_names_it(memes):
     assert str(raised.value).startswith(f"{cache}: not readable as a .npy file: ")
 
 
-# ---- what ends it, and leaves nothing behind
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_undecodable_image_is_named_by_file_and_row(memes, workers):
     write_memes(memes, [png(row) if row != 5 else b"no image" for row in range(ROWS)])
@@ -226,9 +217,6 @@ def test_a_full_disk_leaves_nothing_behind(memes, room):
         dataset.cache_images(0)
     assert all(fact in str(raised.value) for fact in (str(memes / ARROW), "File too large", "they need 1,344 bytes"))
     assert names(memes) == set()
-
-
-# ---- several processes
 
 
 @pytest.mark.parametrize("before", ["nothing", "a stale cache", "a damaged cache", "a lock that nobody holds"])

@@ -1,10 +1,12 @@
 """A run that is killed and resumed, however often and wherever, ends with the same bits as one that is not."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +15,7 @@ import torch
 
 from common.signals import Stopped, stopping_on_signals
 from run import command_line
-from tests.conftest import Captured, Patch, Workspace
+from tests.conftest import Captured, Workspace
 from tests.interrupted import Chain, differences
 from vilt.datasets.kinds import ImageKind
 
@@ -105,9 +107,7 @@ def test_ctrl_c_to_the_whole_group_reaches_the_checkpoint(workspace: Workspace, 
     assert_same(chain, whole)
 
 
-def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(
-    workspace: Workspace, monkeypatch: Patch, capsys: Captured
-) -> None:
+def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(workspace, monkeypatch, capsys):
     image = ImageKind._decoded
 
     def die(self: ImageKind, row: int) -> torch.Tensor:
@@ -122,12 +122,6 @@ def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(
     name = pa.ipc.open_file(workspace.arrow / "mmimdb_train.arrow").read_all()["image_id"][17]
     assert error.startswith(f"error: {workspace.arrow / 'mmimdb_train.arrow'}: sample {name}: the loader process")
     assert "is killed by signal" in error or "exited unexpectedly" in error  # as torch happens to notice it
-
-
-def test_the_same_seed_gives_the_same_bits(workspace: Workspace, whole: Chain) -> None:
-    again = Chain(workspace, "same_bits")
-    assert again.run() == 0
-    assert_same(again, whole)
 
 
 def test_a_slurm_job_resumes_by_itself(workspace: Workspace, whole: Chain, tmp_path: Path) -> None:
@@ -190,3 +184,44 @@ def test_two_processes_stop_together(workspace: Workspace, place: str) -> None:
             statuses.append(job.wait(120))
         assert statuses == ([143, 0] if stopped else [0])
     assert_same(chains[0], chains[1])
+
+
+STEPS = 2_000
+GROWTH = 8 * 2**20
+"""Bytes, in three quarters of the run, of the main process and of each loader process."""
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of memory that belong to a process alone."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+@pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
+def test_memory_does_not_grow(workspace: Workspace, capsys: Captured) -> None:
+    chain = Chain(workspace, "long", "num_workers=2", "max_epoch=10000", f"max_steps={STEPS}", "val_check_interval=1.0")
+    process, seen = chain.started(), dict[int, list[int]]()
+    assert process.pid is not None
+    while process.exitcode is None:
+        process.join(0.5)
+        try:
+            for pid in (process.pid, *children(process.pid)):
+                seen.setdefault(pid, []).append(anonymous(pid))
+        except OSError:  # it has just ended
+            continue
+        time.sleep(0.5)
+    assert process.exitcode == 0, chain.log.read_text()[-3000:]
+    longest = max(map(len, seen.values()))
+    for pid, sizes in seen.items():
+        if len(sizes) > longest / 2:  # not those of the test at the end
+            early, late = max(sizes[len(sizes) // 8 : len(sizes) // 4]), max(sizes[-len(sizes) // 8 :])
+            with capsys.disabled():
+                who = "main process" if pid == process.pid else "loader process"
+                print(f"\n{who}: {early / 2**20:.1f} MB, at the end of {STEPS} steps {late / 2**20:.1f} MB")
+            assert late < early + GROWTH

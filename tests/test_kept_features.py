@@ -18,7 +18,7 @@ from engine.checkpoint import ModelSpec, build_classifier
 from engine.kept_features import are_constant, keep_features
 from engine.training import model_input
 from run import command_line
-from tests.conftest import Workspace
+from tests.conftest import Patch
 from tests.data_files import Tokenizer, assert_equal, data_settings, films, write
 from tests.models import TINY, tiny_classifier
 from vilt.datamodules import MissingModalityData
@@ -61,9 +61,7 @@ def gradients(classifier: MissingModalityClassifier, loss: torch.Tensor) -> dict
     ("head", "reading"),
     [("linear", {}), ("dpl", {}), ("linear", {"windows": 3}), ("linear", {"windows": 2, "group": True})],
 )  # DPL trains the ends
-def test_batches_logits_and_gradients_are_those_without(
-    tmp_path: Path, backbone: Backbone, head: str, reading: dict[str, Any], changes: dict[str, Any]
-) -> None:
+def test_batches_logits_and_gradients_are_those_without(tmp_path, backbone, head, reading, changes):
     within: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6 if head == "linear" else 32e-6}  # DPL multiplies cosines by 32
     method = MethodOptions("none", text_windows=reading.get("windows", 1), train_ends=bool(reading) or None)
     classifier = build_classifier(ModelSpec("mmimdb", method, TINY, head))
@@ -101,9 +99,7 @@ def test_what_is_constant() -> None:
     assert are_constant(classifier)
 
 
-def test_a_file_is_used_again_and_made_again_for_other_data_weights_or_precision(
-    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_used_again_and_made_again_for_other_data_weights_or_precision(tmp_path, backbone, monkeypatch):
     passes: list[int] = []
     forward = Transformer.forward
 
@@ -137,9 +133,7 @@ def test_a_file_is_used_again_and_made_again_for_other_data_weights_or_precision
     assert image.dtype == torch.float32 and image.shape == (10, TINY.embed_dim)
 
 
-def test_what_a_killed_run_has_kept_is_taken_up(
-    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_run_has_kept_is_taken_up(tmp_path: Path, backbone: Backbone, monkeypatch: Patch) -> None:
     monkeypatch.setattr(kept_features, "PART", 4)
     monkeypatch.setattr(kept_features, "ROWS", 2)
     (tmp_path / "other").mkdir()
@@ -163,9 +157,7 @@ def test_what_a_killed_run_has_kept_is_taken_up(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_without_room_a_training_computes_them_for_itself(
-    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_room_a_training_computes_them_for_itself(tmp_path, backbone, monkeypatch, caplog):
     def full(path: Path) -> Any:
         raise OSError(28, "No space left on device", str(path))
 
@@ -179,9 +171,7 @@ def test_without_room_a_training_computes_them_for_itself(
         keep(data, backbone, must_keep=True)
 
 
-def test_a_training_ends_at_the_same_weights_with_and_without(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_training_ends_at_the_same_weights_with_and_without(workspace, tmp_path, monkeypatch, capsys):
     """Of the program, after `features`; the evaluation of its checkpoint, from images and texts, agrees."""
     common = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "prompt_type=none", "train_ends=True")
     features = ["run.py", "features", *workspace.command(*common)[1:]]

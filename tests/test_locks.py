@@ -20,6 +20,7 @@ from common.locks import locked
 from engine import resume
 from engine.resume import Training
 from runs.comparable import NOT_THE_TRAINING
+from tests.conftest import Patch
 
 FORK = multiprocessing.get_context("fork")
 WHO = f"process {os.getpid()} on {socket.gethostname()}"
@@ -87,9 +88,7 @@ def test_a_forked_child_does_not_hold_a_lock(tmp_path: Path) -> None:
     child.join()
 
 
-def test_without_locks_a_warning_is_given_and_without_a_folder_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_locks_a_warning_is_given_and_without_a_folder_an_error(tmp_path, monkeypatch, caplog):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -101,7 +100,7 @@ def test_without_locks_a_warning_is_given_and_without_a_folder_an_error(
         pass
 
 
-def test_trainings_with_other_options_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainings_with_other_options_do_not_meet(tmp_path: Path, monkeypatch: Patch) -> None:
     with alone(tmp_path, CONFIG, samples_per_batch=8):
         for other, samples in (({"learning_rate": 0.2}, 8), ({}, 16), ({"missing_ratio": {"train": 0.1}}, 8)):
             with alone(tmp_path, {**CONFIG, **other}, samples_per_batch=samples):

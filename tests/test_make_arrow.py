@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 import make_arrow
+from tests.conftest import Captured, Patch, json_of
 from tests.custom_files import make, read_arrow
 from tests.data_files import CLIP_DATASETS
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
@@ -50,7 +51,7 @@ class Case:
     dataset: str
     raw: Path
     out: Path
-    capsys: pytest.CaptureFixture[str]
+    capsys: Captured
 
     def run(self, *options: str, workers: int = 0) -> int:
         self.capsys.readouterr()
@@ -78,7 +79,7 @@ class Case:
         path.write_bytes(data if isinstance(data, bytes) else data.encode())
 
     def edit(self, file: str, change: Callable[[dict], object]) -> None:
-        value = json.loads((self.raw / file).read_text())
+        value = json_of(self.raw / file)
         change(value)
         self.write(file, value)
 
@@ -107,7 +108,7 @@ MakeCase = Callable[[str], Case]
 
 
 @pytest.fixture
-def case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> MakeCase:
+def case(tmp_path: Path, capsys: Captured) -> MakeCase:
     def make(dataset: str) -> Case:
         shutil.copytree(GOLDEN / "raw" / dataset, tmp_path / "raw")
         return Case(dataset, tmp_path / "raw", tmp_path / "out", capsys)
@@ -150,7 +151,7 @@ def test_class_names_are_in_the_metadata_in_the_order_of_their_numbers(dishes: C
     assert dishes.table("val")["label"].to_pylist() == [2, 1, 0]
 
 
-def test_target_defaults_to_a_folder_beside_the_command(films: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_target_defaults_to_a_folder_beside_the_command(films: Case, monkeypatch: Patch) -> None:
     monkeypatch.chdir(films.raw.parent)
     before = contents(films.raw / "images")
     assert make_arrow.main(["--dataset", "mmimdb", "--root", str(films.raw)]) == 0
@@ -201,7 +202,7 @@ def write_titles(dishes: Case, train: bytes, test: bytes = b"") -> None:
 def test_titles_serve_where_text_json_is_absent(dishes: Case) -> None:
     assert dishes.run() == 0
     expected = contents(dishes.out)
-    texts = json.loads((dishes.raw / "text.json").read_text())
+    texts = json_of(dishes.raw / "text.json")
     out = io.StringIO()
     csv.writer(out).writerows((name, text, write_food101.class_of(name)) for name, text in texts.items())
     write_titles(dishes, out.getvalue().encode())
@@ -273,7 +274,7 @@ def test_names_of_files_and_classes_in_another_spelling(dishes: Case, listed: st
         return name.replace("pizza", f"pizz{spelling}")
 
     files = (dishes.raw / f"{name}.json" for name in ("class_idx", "text", "split"))
-    classes, texts, splits = (json.loads(path.read_text()) for path in files)
+    classes, texts, splits = (json_of(path) for path in files)
     dishes.write("class_idx.json", {renamed(name, listed): number for name, number in classes.items()})
     dishes.write("text.json", {renamed(name, there if len(there) > 1 else listed): t for name, t in texts.items()})
     dishes.write("split.json", {key: [renamed(name, listed) for name in names] for key, names in splits.items()})
@@ -292,9 +293,6 @@ def test_two_files_that_a_name_can_mean_are_none(films: Case) -> None:
     films.check_bad("missing file", file=POSTER)
     other.unlink()
     assert films.run() == 0 and sorted(contents(films.out)) == FILES["mmimdb"], "the list of bad samples is gone"
-
-
-# ---- missing by nature
 
 
 def missing_in(table: pa.Table, column: str) -> list[int]:
@@ -332,8 +330,6 @@ def test_a_linked_image_folder_is_followed(films: Case, tmp_path: Path) -> None:
     assert films.run() == 0
     assert films.table("train").num_rows == 4
 
-
-# ---- bad samples
 
 TRUNCATED = (GOLDEN / "raw/mmimdb" / POSTER).read_bytes()[:-300]
 BAD_FILES: list[tuple[str, object, str]] = [
@@ -411,7 +407,7 @@ def test_bad_meme(memes: Case, line: bytes, reason: str) -> None:
     ],
 )
 def test_bad_dish(dishes: Case, name: str, text: object, reason: str) -> None:
-    splits = json.loads((dishes.raw / "split.json").read_text())
+    splits = json_of(dishes.raw / "split.json")
     splits["test"] = [other for other in splits["test"] if other != name]
     splits["val"].insert(1, name)
     dishes.write("split.json", splits)
@@ -441,9 +437,6 @@ def test_a_split_with_no_sample_left_is_an_error_even_with_skip_bad(films: Case)
         films.write(f"images/{name}.jpeg", None)
     said = films.refused("--skip-bad")
     assert "no sample is left for mmimdb_dev.arrow: 2 are bad" in said and POSTER in said
-
-
-# ---- top-level files
 
 
 @pytest.mark.parametrize(
@@ -515,14 +508,11 @@ def test_what_reads_as_usual(case: MakeCase) -> None:
 
 def test_hostile_names_do_not_flood_the_terminal(films: Case) -> None:
     name = "x" * 1_000_000
-    splits = json.loads((films.raw / "split.json").read_text())
+    splits = json_of(films.raw / "split.json")
     changes: list[dict[str, Any]] = [{"dev": [name, name]}, {"dev": [[[[[]]]] * 1000]}, {name: ["a"]}]
     for change in changes:
         films.write("split.json", {**splits, **change})
         assert len(films.refused()) < 20_000
-
-
-# ---- Hateful Memes
 
 
 def strip_labels(path: Path) -> None:
@@ -572,9 +562,6 @@ def test_ids_may_repeat_between_files_but_not_within_one(memes: Case) -> None:
     assert "test.jsonl: the id 10004 is listed twice, in rows 1 and 3" in memes.refused(lines=1)
 
 
-# ---- options
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -587,14 +574,11 @@ def test_ids_may_repeat_between_files_but_not_within_one(memes: Case) -> None:
         (["custom", "--root", "x", "--spec", "a", "--table", "b"], "not allowed with argument --spec"),
     ],
 )
-def test_wrong_options(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+def test_wrong_options(capsys: Captured, options: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as caught:
         make_arrow.main(["--dataset", *options])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
-
-
-# ---- nothing half-written; tests/test_writers.py kills it and fills the disk
 
 
 def test_what_stands_in_the_place_of_the_files_is_an_error(films: Case) -> None:

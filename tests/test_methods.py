@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clip.backbone import Backbone
 from clip.modules.aoept import AOEPT
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.dpl import DecoupledPrototypes
@@ -35,6 +34,7 @@ from engine.tasks import TASKS
 from engine.training import FinetuneModule
 from engine.training import model_input as training_input
 from tests import golden, slow_methods
+from tests.conftest import Patch
 from tests.models import ENDS, REAL, TINY, model_input, published_name, published_state, tiny_batch, tiny_classifier
 from vilt.batches import Batch
 
@@ -124,7 +124,7 @@ def test_outputs_and_gradients_equal_the_slow_version(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_few_shapes_change_nothing(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_shapes_change_nothing(variant: str, monkeypatch: Patch) -> None:
     """As a GPU has batches, with inputs added and dropped again: the same outputs, losses and gradients."""
     classifier, as_it_is = make(variant, task="hatememes"), ClipBackbone.prepare
     seen: list[ModelInput] = []
@@ -236,9 +236,6 @@ def test_sixteen_samples_are_learnt_by_heart(prompt_type: str, head: str) -> Non
     assert [name for name, parameter in trained.items() if torch.equal(parameter, start[name])] == []
 
 
-# What is trained, and its size
-
-
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 
 
@@ -274,9 +271,6 @@ def test_what_an_option_leaves_unused_is_not_trained(options: dict[str, Any], un
     learner = build_classifier(ModelSpec("hatememes", MethodOptions("rep", 6, 2, **options), TINY)).method
     assert {name.split(".")[0] for name, p in learner.named_parameters() if not p.requires_grad} == unused
     assert {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}.isdisjoint(unused)
-
-
-# The losses
 
 
 def training_batch(mix: list[int]) -> tuple[ModelInput, Tensor]:
@@ -412,15 +406,10 @@ def test_a_head_by_type_is_a_linear_head_for_each() -> None:
         ("rep", "hatememes", "linear", False, False),
     ],
 )
-def test_what_trains_the_ends_of_the_towers(
-    prompt_type: str, task: str, head: str, train_ends: bool | None, trained: bool
-) -> None:
+def test_what_trains_the_ends_of_the_towers(prompt_type, task, head, train_ends, trained):
     classifier = build_classifier(ModelSpec(task, MethodOptions(prompt_type, 6, 2, train_ends=train_ends), TINY, head))
     found = {name for name, p in classifier.named_parameters() if p.requires_grad and "_encoder." in name}
     assert found == (ENDS if trained else set())
-
-
-# Missing inputs that are encoded
 
 
 @pytest.mark.parametrize("variant", ["mora", "lora"])
@@ -475,18 +464,13 @@ def test_aoept_sees_the_mean_tokens_of_the_training_split_first() -> None:
 @pytest.mark.parametrize(
     ("mix", "counted"), [([0, 2, 2], [True, False]), ([0, 1, 2], [True, True]), ([1], [False] * 2)]
 )
-def test_the_auxiliary_loss_of_aoept_is_over_modalities_of_two_samples_or_more(
-    mix: list[int], counted: list[bool]
-) -> None:
+def test_the_auxiliary_loss_of_aoept_is_over_modalities_of_two_samples_or_more(mix, counted):
     classifier = make("aoept", depth=1, aoept_weight=0.5)
     loss = classifier.training_outputs(*training_batch(mix))[1]["auxiliary"]
     assert isinstance(classifier.method, AOEPT)
     terms = [term for term, of_two in classifier.method._auxiliary if of_two]
     assert [bool(of_two) for _, of_two in classifier.method._auxiliary] == counted  # text, image
     assert loss.item() == pytest.approx(0.5 * float(np.mean([term.item() for term in terms] or [0.0])))
-
-
-# REP as described
 
 
 def test_with_gates_at_their_start_the_described_model_gives_the_released_output() -> None:
@@ -513,9 +497,6 @@ def test_with_gates_at_their_start_the_described_model_gives_the_released_output
         assert not torch.allclose(described(batch), shallow(batch), rtol=1e-4)
 
 
-# Backbones
-
-
 @pytest.mark.parametrize(
     ("arch", "variant"),
     [*(("ViT-B/32", variant) for variant in ("rep described", "aoept", "mora")), *((arch, "rep") for arch in REAL)],
@@ -538,9 +519,6 @@ def test_sizes_of_real_backbones_by_shapes(arch: str, variant: str) -> None:
     assert all(p.grad is not None for p in classifier.get_submodule("food101_classifier").parameters())
 
 
-# Sizes that do not fit
-
-
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -556,9 +534,6 @@ def test_sizes_of_real_backbones_by_shapes(arch: str, variant: str) -> None:
 def test_sizes_that_do_not_fit(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         build_classifier(ModelSpec("mmimdb", MethodOptions(**{"memory_length": 6, "memory_depth": 2, **options}), TINY))
-
-
-# Checkpoints
 
 
 class Scaled(LinearHead):
@@ -580,9 +555,7 @@ class Scaled(LinearHead):
         *(("rep", "dpl"), ("none", "dpl"), ("none", "linear_by_type"), ("rep", "scaled")),
     ],
 )
-def test_a_checkpoint_restores_the_model_on_its_backbone(
-    variant: str, head: str, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_restores_the_model_on_its_backbone(variant, head, backbone, tmp_path, monkeypatch):
     """Whatever a head registers too; test_three_modalities.py has a method with a buffer."""
     monkeypatch.setitem(HEADS, "scaled", f"{__name__}:Scaled")
     options = {"memory_length": 6, "memory_depth": 1, **VARIANTS[variant]}
@@ -616,7 +589,7 @@ def test_a_published_dcp_checkpoint_evaluates(tmp_path: Path) -> None:
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "dcp.ckpt")
     checkpoint = read_checkpoint(tmp_path / "dcp.ckpt")
     assert checkpoint.published
-    assert checkpoint.spec.method == MethodOptions("dcp", expected.memory_length, expected.memory_depth)
+    assert checkpoint.spec.method == expected.options
     classifier = restore_classifier(checkpoint, None).eval()
     with torch.no_grad():
         for name, buffer in classifier.named_buffers():

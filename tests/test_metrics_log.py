@@ -14,7 +14,7 @@ from engine.metrics_log import MetricsLogger
 from run import command_line
 from runs import option_readers
 from runs.start import environment
-from tests.conftest import Patch, Workspace
+from tests.conftest import Patch
 from tests.interrupted import files_up_to
 
 
@@ -35,9 +35,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2])
-def test_a_step_is_one_row_whenever_it_is_measured_and_written(
-    tmp_path: Path, logger: MetricsLogger, writes: int
-) -> None:
+def test_a_step_is_one_row_whenever_it_is_measured_and_written(tmp_path, logger, writes):
     """The newest one is in the file where a checkpoint was written meanwhile."""
     measured: list[dict[str, Any]] = [{"lr": 0.5}, {"train/loss": 3.1, "epoch": 0}, {"val/loss": 0.25, "epoch": 0}]
     for metrics in measured:
@@ -56,9 +54,7 @@ def test_a_step_is_one_row_whenever_it_is_measured_and_written(
     assert len(rows_of(tmp_path)) == 5
 
 
-def test_a_run_killed_while_the_columns_change_keeps_its_lines(
-    tmp_path: Path, logger: MetricsLogger, monkeypatch: Patch
-) -> None:
+def test_a_run_killed_while_the_columns_change_keeps_its_lines(tmp_path, logger, monkeypatch):
     before = (tmp_path / "metrics.csv").read_bytes()
 
     class Killed(BaseException):
@@ -93,9 +89,7 @@ def test_a_service_whose_package_is_not_there_is_refused(monkeypatch: Patch) -> 
 
 
 @pytest.mark.parametrize("service", ["wandb", "mlflow"])
-def test_services_and_tensorboard_get_options_and_metrics(
-    workspace: Workspace, tmp_path: Path, monkeypatch: Patch, service: str
-) -> None:
+def test_services_and_tensorboard_get_options_and_metrics(workspace, tmp_path, monkeypatch, service):
     package = pytest.importorskip(service)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

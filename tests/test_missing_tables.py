@@ -17,6 +17,7 @@ import torch
 from common.errors import DataError
 from common.shares import part_of
 from tests.archives import Touch
+from tests.conftest import Patch
 from tests.data_files import at_once
 from tests.interrupted import files_up_to
 from vilt.datasets.specs import DATASETS, SPLITS, Modality, Split
@@ -74,9 +75,6 @@ def random_cases(n: int) -> list[tuple[int, float, float, int]]:
     return cases
 
 
-# ---- what a table contains
-
-
 @pytest.mark.parametrize(("dataset", "split", "pattern", "expected"), DRAWN)
 def test_drawn_tables_are_those_that_were_written_down(dataset, split, pattern, expected):
     table = draw_missing_table(dataset, split, pattern, 40)
@@ -114,9 +112,6 @@ def test_the_published_sizes_are_as_before():
         assert part_of(rows, ratio) == int(rows * ratio)
 
 
-# ---- nothing else decides it
-
-
 def test_global_random_states_are_neither_used_nor_moved(tmp_path):
     def states() -> bytes:
         return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
@@ -132,14 +127,12 @@ def test_global_random_states_are_neither_used_nor_moved(tmp_path):
     assert np.array_equal(tables[0], tables[1])
 
 
-# ---- more than two modalities
-
 NAMES = ("text", "sound", "depth", "light")
 OF_FOUR = ["complete", "light missing", "depth missing", "depth, light missing", "sound missing"]
 
 
 @pytest.fixture
-def names(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+def names(request: pytest.FixtureRequest, monkeypatch: Patch) -> tuple[str, ...]:
     """Modalities of a dataset `more`, as many as the parameter says."""
     found = NAMES[: request.param]
     modalities = {name: Modality("array", name, (1,)) for name in found}
@@ -199,9 +192,6 @@ def test_tables_of_more_modalities_are_kept_too(names, tmp_path):
     assert np.array_equal(load_missing_table(tmp_path, "more", "val", pattern, 40), drawn)
 
 
-# ---- how tables are kept
-
-
 def test_a_kept_table_is_a_small_readable_file_that_says_all_of_it(tmp_path):
     root = tmp_path / "not" / "there" / "yet"
     assert not load_missing_table(root, "mmimdb", "train", MissingPattern("both", 0, 0.5, 0), 7).any()
@@ -249,9 +239,6 @@ def test_processes_that_race_get_the_same_table_and_leave_one_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5, "one file each, and nothing temporary"
 
 
-# ---- what is refused
-
-
 @pytest.mark.parametrize(
     ("old", "new", "found"),
     [
@@ -291,9 +278,6 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     with files_up_to(100), pytest.raises(DataError, match=f"cannot write {KEPT_NAME}: File too large; .* bytes free"):
         load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- tables of the published code
 
 
 def published(root: Path, name: str, values: object, **options: bool) -> Path:

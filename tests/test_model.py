@@ -42,19 +42,6 @@ def assert_same_gradients(classifier: nn.Module, state: dict[str, Tensor], toler
             assert golden.relative_error(parameter.grad, slow) < tolerance, name
 
 
-@pytest.mark.parametrize(("size", "step"), [(1, 1), (8, 1), (32, 3), (256, 8)])
-def test_numbers_of_inputs_are_rounded_up_by_the_root_of_the_batch(size: int, step: int) -> None:
-    images, tokens = torch.zeros(size, 1), torch.arange(size)[:, None].expand(size, 77)
-    for texts in {1, size // 2 + 1, size}:
-        batch = model_input(images, tokens, [0] * texts + [1] * (size - texts))._replace(lengths={"text": 21})
-        rounded = batch.rounded()
-        found = len(rounded.inputs["text"])
-        assert found == len(rounded.rows["text"]) == min(size, -(-texts // step) * step)
-        assert rounded.inputs["text"][texts:].unique().tolist() == [texts - 1] * (found > texts), "the last one again"
-        assert rounded.rows["text"].tolist() == [*range(texts), *[size] * (found - texts)]
-        assert (rounded.lengths["text"], rounded._replace(lengths={"text": 77}).rounded().lengths["text"]) == (24, 77)
-
-
 def test_sixteen_bits_hold_the_frozen_weights_alone() -> None:
     classifier = tiny_classifier().eval()
     classifier.compute(torch.bfloat16)

@@ -12,7 +12,6 @@ from engine.checkpoint import ModelSpec
 from engine.numerics import FiniteWatch, first_not_finite
 from engine.training import FinetuneModule
 from run import command_line
-from tests.conftest import Captured, Patch, Workspace
 from tests.models import TINY, model_input, tiny_batch, tiny_classifier
 
 INF, NAN = float("inf"), float("nan")
@@ -111,9 +110,7 @@ def test_the_module_that_first_is_not_finite_is_found(name: str) -> None:
     assert not any(module._forward_hooks for module in classifier.modules())
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(
-    workspace: Workspace, monkeypatch: Patch, capsys: Captured
-) -> None:
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(workspace, monkeypatch, capsys):
     """The loss is finite, its gradient is not: as of a square root at 0."""
     training_step = FinetuneModule.training_step
 

@@ -31,13 +31,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the installed wheel, and beside it another package named clip."""
     folder = tmp_path_factory.mktemp("package")
     folder.joinpath("checkout").mkdir()
-    for path in (
-        *ROOT.glob("*.py"),
-        *ROOT.glob("*.md"),
-        ROOT / "pyproject.toml",
-        ROOT / "requirements.txt",
-        ROOT / "LICENSE",
-    ):
+    named = (ROOT / name for name in ("pyproject.toml", "requirements.txt", "LICENSE"))
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.md"), *named):
         shutil.copy(path, folder / "checkout")
     for path in ROOT.glob("*/__init__.py"):
         if path.parent.name != "tests":
@@ -51,14 +46,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_trains_evaluates_and_imports_beside_another_clip(workspace: Workspace, site: Path, tmp_path: Path) -> None:
     def call(*words: str) -> str:
-        result = subprocess.run(
-            words,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(site)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         return result.stdout
 

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -25,8 +26,9 @@ from engine.predict import Predictor, load_model
 from run import command_line
 from runs.export import export
 from runs.start import commit
-from tests.conftest import Captured, Patch, Workspace, error_of
-from tests.data_files import TYPE_NAMES
+from tests.conftest import Captured, Patch, Workspace, call, csv_of, error_of, json_of
+from tests.custom_files import read_arrow
+from tests.data_files import LOGIT_COLUMNS, TYPE_NAMES
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import ImageKind, InputFormat
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
@@ -36,14 +38,16 @@ FILMS = DATASETS["mmimdb"]
 
 
 @pytest.fixture(scope="module")
-def trained(workspace: Workspace) -> Path:
+def trained(fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, with its logits of the test split for each missing type beside it."""
-    common = (f"vit={workspace.backbone}", "exp_name=predicting", "max_epoch=1", "test_after_fit=False")
-    assert command_line(workspace.command(*common)) == 0
-    best = workspace.results / "predicting_seed0" / "version_0" / "best.ckpt"
-    command = workspace.command(f"load_path={best}", "bootstrap=0", "robustness_seeds=[0]")
-    assert command_line([command[0], "robustness", *command[1:]]) == 0
+    best = Path(shutil.copytree(fitted, tmp_path_factory.mktemp("predicting") / "version_0")) / "best.ckpt"
+    assert measure(best) == 0
     return best
+
+
+def measure(place: Path) -> int:
+    small = ("precision=32", "num_workers=0", "per_gpu_batchsize=4", "bootstrap=0", "robustness_seeds=[0]")
+    return call("robustness", f"load_path={place}", *small)
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +59,12 @@ class Films:
     """The test split: the bytes of an image, a text and the logits by missing type of each sample."""
 
     def __init__(self, workspace: Workspace, trained: Path) -> None:
-        table = pa.ipc.open_file(pa.memory_map(str(workspace.arrow / "mmimdb_test.arrow"))).read_all()
-        stored = pa.ipc.open_file(pa.memory_map(str(trained.parent / "robustness" / "logits.arrow"))).read_all()
-        self.images, self.texts = [], []
-        for row in table.to_pylist():
-            for text in row["plots"]:
-                self.images.append(row["image"])
-                self.texts.append(text)
-        names = [name for name in stored.column_names if name.startswith("logits")]
-        self.logits = [torch.tensor(stored[name].to_pylist()) for name in names]
-        assert len(self.logits) == 3 and len(self.logits[0]) == len(self.texts)
+        rows = read_arrow(workspace.arrow / "mmimdb_test.arrow").to_pylist()
+        stored = read_arrow(trained.parent / "robustness" / "logits.arrow")
+        self.images = [row["image"] for row in rows for _ in row["plots"]]
+        self.texts = [text for row in rows for text in row["plots"]]
+        self.logits = [torch.tensor(stored[name].to_pylist()) for name in LOGIT_COLUMNS]
+        assert len(self.logits[0]) == len(self.texts)
 
 
 @pytest.fixture(scope="module")
@@ -73,30 +73,22 @@ def films(workspace: Workspace, trained: Path) -> Films:
 
 
 def run_predict(trained: Path, *options: str) -> int:
-    return command_line(
-        ["run.py", "predict", "with", f"load_path={trained}", "precision=32", "num_workers=0", *options]
-    )
+    return call("predict", f"load_path={trained}", "precision=32", "num_workers=0", *options)
 
 
-# The numbers
+def assert_predicted(found: Iterable[float], logits: torch.Tensor) -> None:
+    assert torch.allclose(torch.tensor([*found]), logits.sigmoid(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("missing_type", [0, 1, 2])
-def test_probabilities_are_those_of_the_evaluation(
-    model: Predictor, films: Films, tmp_path: Path, missing_type: int
-) -> None:
-    paths = []
-    for number, data in enumerate(films.images):
-        paths.append(tmp_path / f"{number}.jpg")
-        paths[-1].write_bytes(data)
-    found = model.predict(
-        images=None if missing_type == 2 else paths, texts=None if missing_type == 1 else films.texts, batch_size=5
-    )
-    probability = torch.tensor([list(one.probabilities.values()) for one in found])
-    assert torch.allclose(probability, films.logits[missing_type].sigmoid(), rtol=0, atol=1e-6)
-    assert {one.missing for one in found} == {TYPE_NAMES[missing_type]}
-    for one in found:
-        assert tuple(one.probabilities) == MMIMDB_GENRES
+def test_probabilities_are_those_of_the_evaluation(model, films, tmp_path, missing_type):
+    paths = [tmp_path / f"{number}.jpg" for number in range(len(films.images))]
+    for path, data in zip(paths, films.images, strict=True):
+        path.write_bytes(data)
+    images, texts = None if missing_type == 2 else paths, None if missing_type == 1 else films.texts
+    for one, logits in zip(model.predict(images, texts, batch_size=5), films.logits[missing_type], strict=True):
+        assert_predicted(one.probabilities.values(), logits)
+        assert one.missing == TYPE_NAMES[missing_type] and tuple(one.probabilities) == MMIMDB_GENRES
         assert one.labels == tuple(name for name, value in one.probabilities.items() if value > model.threshold)
 
 
@@ -104,14 +96,11 @@ def test_samples_with_different_modalities_in_one_batch(model: Predictor, films:
     opened = [Image.open(io.BytesIO(data)) for data in films.images[:3]]
     found = model.predict(images=[opened[0], None, opened[2]], texts=[films.texts[0], films.texts[1], None])
     for number, missing_type in enumerate((0, 2, 1)):
-        expected = films.logits[missing_type][number].sigmoid()
-        assert torch.allclose(torch.tensor(list(found[number].probabilities.values())), expected, atol=1e-6)
+        assert_predicted(found[number].probabilities.values(), films.logits[missing_type][number])
         assert found[number].missing == TYPE_NAMES[missing_type]
 
 
-def test_validation_alone_chooses_where_several_labels_are_decided(
-    workspace: Workspace, trained: Path, model: Predictor, tmp_path: Path
-) -> None:
+def test_validation_alone_chooses_where_several_labels_are_decided(workspace, trained, model, tmp_path):
     """The offset that the checkpoint keeps is the best one on the validation split, at its missing table."""
     data = ArrowDataset(FILMS, workspace.arrow, "val", 32)
     pattern = MissingPattern("both", 0.7, 0.5, 0)
@@ -140,9 +129,7 @@ def test_validation_alone_chooses_where_several_labels_are_decided(
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", 32, 16])
-def test_precisions_are_named_like_the_option(
-    trained: Path, model: Predictor, films: Films, precision: str | int
-) -> None:
+def test_precisions_are_named_like_the_option(trained, model, films, precision):
     found = load_model(trained, device="cpu", precision=precision).predict(texts=films.texts[:2])
     expected = model.predict(texts=films.texts[:2])
     for name, probability in expected[1].probabilities.items():
@@ -179,21 +166,23 @@ def test_models_are_evaluated_in_the_precision_of_their_training(
 
 
 def test_evaluation_and_prediction_agree_with_the_training_on_a_machine_of_another_default(
-    workspace: Workspace, trained: Path, films: Films, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, trained: Path, films: Films, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     options = [f"load_path={trained}", "test_only=True", "test_exp_name=t", f"log_dir={tmp_path}"]
     command = [option for option in workspace.command(*options) if option != "precision=32"]
     assert command_line(command) == 0
-    assert json.loads((tmp_path / "t" / "version_0" / "test_results.json").read_text())["precision"] == "32-true"
-    robustness = [command[0], "robustness", *command[1:], "bootstrap=0", "robustness_seeds=[0]"]
-    assert command_line(robustness) == 0  # from the logits that are there, of precision 32
+    assert json_of(tmp_path / "t" / "version_0" / "test_results.json")["precision"] == "32-true"
+    cells = ("bootstrap=0", "robustness_seeds=[0]")
+    assert (
+        command_line([command[0], "robustness", *command[1:], *cells]) == 0
+    )  # from the logits that are there, of precision 32
     table, output = tmp_path / "t.jsonl", tmp_path / "p.jsonl"
     table.write_text("".join(json.dumps({"text": text}) + "\n" for text in films.texts))
     for given, close in (((), 1e-6), (("precision=bf16",), 0.1)):
-        run = ["run.py", "predict", "with", f"load_path={trained}", f"input={table}", f"output={output}", *given]
-        assert command_line([*run, "num_workers=0"]) == 0
-        found = [[*json.loads(line)["probabilities"].values()] for line in output.read_text().splitlines()]
+        places = (f"load_path={trained}", f"input={table}", f"output={output}", "num_workers=0")
+        assert call("predict", *places, *given) == 0
+        found = [[*row["probabilities"].values()] for row in jsonl_of(output)]
         away = (torch.tensor(found) - films.logits[2].sigmoid()).abs().max()
         assert away < close and (away > 1e-6) == bool(given)
 
@@ -210,10 +199,6 @@ def test_unknown_precisions_are_refused(trained: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "other.ckpt")
 
 
-def test_nothing_to_predict(model: Predictor) -> None:
-    assert model.predict() == [] and model.predict(images=[], texts=[]) == []
-
-
 @pytest.mark.parametrize(
     ("given", "fact"),
     [
@@ -223,14 +208,22 @@ def test_nothing_to_predict(model: Predictor) -> None:
         ({"texts": [" "]}, "sample 0: expected an image or a text"),
         ({"texts": [3]}, "sample 0: text: cannot be read: expected a text, found int"),
         ({"images": [b"GIF"]}, "sample 0: image: cannot be read: expected a path or a Pillow image, found bytes"),
+        ({"images": [None], "texts": ["a", "b"]}, "expected as many images as texts, found 1 and 2"),
+        ({"images": [None] * 2, "texts": ["a", None]}, "sample 1: expected an image or a text, found neither"),
+        ({"images": [Path("large.jpg")]}, "sample 0: image .*large.jpg: cannot be read: 68,157,440 bytes, at most"),
     ],
 )
-def test_inputs_that_are_not_as_expected(model: Predictor, given: dict[str, Any], fact: str) -> None:
+def test_inputs_that_are_not_as_expected(model, given, fact, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("large.jpg").touch()
+    os.truncate("large.jpg", 65 * 2**20)
     with pytest.raises(DataError, match=fact):
         model.predict(**given)
+    assert model.predict() == [] and model.predict(images=[], texts=[]) == []
 
 
-# The command
+def jsonl_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def write_table(folder: Path, films: Films, suffix: str) -> Path:
@@ -252,29 +245,25 @@ def write_table(folder: Path, films: Films, suffix: str) -> Path:
 
 
 @pytest.mark.parametrize(("suffix", "output"), [(".csv", "csv"), (".tsv", "jsonl"), (".jsonl", "csv")])
-def test_a_table_of_samples(
-    trained: Path, model: Predictor, films: Films, tmp_path: Path, capsys: Captured, suffix: str, output: str
-) -> None:
+def test_a_table_of_samples(trained, model, films, tmp_path, capsys, suffix, output):
     table = write_table(tmp_path / "in", films, suffix)
     target = tmp_path / "out" / f"found.{output}"
-    rows: list[dict[str, Any]]
     assert run_predict(trained, f"input={table}", f"output={target}", "per_gpu_batchsize=4") == 0
     if output == "csv":
-        with target.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows: list[dict[str, Any]] = csv_of(target)
         probabilities = [[float(row[f"p({name})"]) for name in MMIMDB_GENRES] for row in rows]
         labels = [tuple(filter(None, row["labels"].split("|"))) for row in rows]
     else:
-        rows = [json.loads(line) for line in target.read_text("utf-8").splitlines()]
+        rows = jsonl_of(target)
         probabilities = [list(row["probabilities"].values()) for row in rows]
         labels = [tuple(row["labels"]) for row in rows]
     assert [row["id"] for row in rows] == [f"film {n}" for n in range(len(films.texts))]
     for number, row in enumerate(rows):
         missing_type = (0, 1, 2)[number % 3]
+        logits = films.logits[missing_type][number]
         assert row["missing"] == TYPE_NAMES[missing_type]
-        expected = films.logits[missing_type][number].sigmoid()
-        assert torch.allclose(torch.tensor(probabilities[number]), expected, atol=1e-6)
-        above = (name for name, value in zip(MMIMDB_GENRES, expected, strict=True) if value > model.threshold)
+        assert_predicted(probabilities[number], logits)
+        above = (name for name, x in zip(MMIMDB_GENRES, logits.sigmoid(), strict=True) if x > model.threshold)
         assert labels[number] == tuple(above)
     said = capsys.readouterr().out
     assert f"above a probability of {model.threshold:.3f}" in said
@@ -291,13 +280,11 @@ def test_a_folder_of_images_and_texts(trained: Path, films: Films, tmp_path: Pat
     (folder / "notes.md").write_text("not a sample")
     assert run_predict(trained, f"input={folder}", f"output={tmp_path / 'found.jsonl'}") == 0
     assert "left out" in (said := capsys.readouterr().err) and "'notes.md'" in said
-    rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["missing"]) for row in rows] == [
-        ("film9", "text missing"), ("film10", "complete"), ("more/plot", "image missing")
-    ]  # fmt: skip
+    rows = jsonl_of(tmp_path / "found.jsonl")
+    of_types = [("film9", "text missing"), ("film10", "complete"), ("more/plot", "image missing")]
+    assert [(row["id"], row["missing"]) for row in rows] == of_types
     for row, (number, missing_type) in zip(rows, ((1, 1), (0, 0), (2, 2)), strict=True):
-        expected = films.logits[missing_type][number].sigmoid()
-        assert torch.allclose(torch.tensor(list(row["probabilities"].values())), expected, atol=1e-6)
+        assert_predicted(row["probabilities"].values(), films.logits[missing_type][number])
 
 
 def test_samples_are_read_by_workers(model: Predictor, films: Films, tmp_path: Path) -> None:
@@ -306,16 +293,10 @@ def test_samples_are_read_by_workers(model: Predictor, films: Films, tmp_path: P
     assert list(model.predict_items(items, batch_size=4, workers=2)) == alone
 
 
-# Classes
-
-
 def test_a_single_label_model_names_one_class(workspace: Workspace, golden_arrow: Path, tmp_path: Path) -> None:
     """Food-101's class names come from its arrow files, through the checkpoint."""
-    options = ("max_epoch=1", f"log_dir={tmp_path}", "exp_name=food", "test_after_fit=False", "batch_size=2",
-               "per_gpu_batchsize=2")  # fmt: skip
-    command = workspace.command(f"vit={workspace.backbone}", *options, task="food101", data_root=golden_arrow)
-    assert command_line(command) == 0
-    best = tmp_path / "food_seed0" / "version_0" / "best.ckpt"
+    options = ("max_epoch=1", "test_after_fit=False", "batch_size=2", "per_gpu_batchsize=2")
+    best = workspace.train("food", *options, log_dir=tmp_path, task="food101", data_root=golden_arrow) / "best.ckpt"
     found = load_model(best).predict(texts=["apple pie"])[0]
     assert sum(found.probabilities.values()) == pytest.approx(1, abs=1e-5) and len(found.probabilities) == 101
     assert found.labels == (max(found.probabilities, key=lambda name: found.probabilities[name]),)
@@ -340,9 +321,6 @@ def test_a_checkpoint_without_class_names_has_those_of_the_dataset(trained: Path
         load_model(tmp_path / "wrong.ckpt")
 
 
-# What is wrong
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -361,9 +339,7 @@ def test_a_checkpoint_without_class_names_has_those_of_the_dataset(trained: Path
         ("in.xlsx", "", "expected a folder of images, or a file .csv, .tsv or .jsonl"),
     ],
 )
-def test_samples_that_are_not_as_expected(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | bytes, message: str
-) -> None:
+def test_samples_that_are_not_as_expected(trained, tmp_path, capsys, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert run_predict(trained, f"input={tmp_path / name}", f"output={tmp_path / 'found.csv'}") == 2
     assert message.format(top=tmp_path) in error_of(capsys)
@@ -378,25 +354,21 @@ def test_samples_that_are_not_as_expected(
         ("input=None", "predict: expected a checkpoint and samples"),
         ("load_path=nowhere.ckpt", "nowhere.ckpt"),
         ("output=found.xlsx", "output: expected a file .csv or .jsonl, found 'found.xlsx'"),
+        ("output={top}/one.jsonl/found.csv", "output={top}/one.jsonl/found.csv: cannot be written"),
         ("per_gpu_batchsize=0", "per_gpu_batchsize: expected an integer of at least 1, found 0"),
         ("vit=nowhere", "vit=nowhere"),
     ],
 )
-def test_options_that_are_not_as_expected(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
-) -> None:
-    given = [f"input={write_text(tmp_path)}", f"output={tmp_path / 'found.csv'}", option]
+def test_options_that_are_not_as_expected(trained, tmp_path, capsys, option, message):
+    given = [f"input={write_text(tmp_path)}", f"output={tmp_path / 'found.csv'}", option.format(top=tmp_path)]
     assert run_predict(trained, *given) == 2
-    assert message in error_of(capsys)
+    assert message.format(top=tmp_path) in error_of(capsys)
     assert not (tmp_path / "found.csv").exists()
 
 
-# Features
-
-
 def embedded(trained: Path, output: Path, *options: str) -> dict[str, np.ndarray]:
-    options = (f"load_path={trained}", "precision=32", "num_workers=0", f"output={output}", *options)
-    assert command_line(["run.py", "embed", "with", *options]) == 0
+    common = (f"load_path={trained}", "precision=32", "num_workers=0", f"output={output}")
+    assert call("embed", *common, *options) == 0
     if output.suffix == ".npz":
         with np.load(output) as file:
             return dict(file)
@@ -405,9 +377,7 @@ def embedded(trained: Path, output: Path, *options: str) -> dict[str, np.ndarray
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_features_of_a_split_are_what_the_head_classifies(
-    workspace: Workspace, trained: Path, model: Predictor, films: Films, tmp_path: Path, suffix: str
-) -> None:
+def test_features_of_a_split_are_what_the_head_classifies(workspace, trained, model, films, tmp_path, suffix):
     """Complete, though its model was trained with missing modalities; the data is that of the run."""
     found = embedded(trained, tmp_path / f"found{suffix}", "split=test", "per_gpu_batchsize=4")
     for missing_type, empty in ((0, None), (1, "text"), (2, "image")):
@@ -422,9 +392,7 @@ def test_features_of_a_split_are_what_the_head_classifies(
     assert found["present/image"].all() and found["present/text"].all()
 
 
-def test_features_of_missing_modalities_are_zero_and_marked(
-    trained: Path, model: Predictor, films: Films, tmp_path: Path
-) -> None:
+def test_features_of_missing_modalities_are_zero_and_marked(trained, model, films, tmp_path):
     table = write_table(tmp_path / "in", films, ".csv")
     found = embedded(trained, tmp_path / "found.npz", f"input={table}", "per_gpu_batchsize=4")
     assert found["id"].tolist() == [f"film {n}" for n in range(len(films.texts))] and "label" not in found
@@ -477,46 +445,11 @@ def test_no_training_sample_is_its_own_neighbour_whatever_is_missing(workspace: 
         ("output=/proc/found.npz", "output=/proc/found.npz: cannot be written: nothing can be made there"),
     ],
 )
-def test_features_that_cannot_be_are_refused(
-    trained: Path, tmp_path: Path, capsys: Captured, monkeypatch: Patch, option: str, message: str
-) -> None:
+def test_features_that_cannot_be_are_refused(trained, tmp_path, capsys, monkeypatch, option, message):
     monkeypatch.chdir(tmp_path)
     given = (f"load_path={trained}", f"input={write_text(tmp_path)}", "precision=32", "num_workers=0", option)
-    assert command_line(["run.py", "embed", "with", *given]) == 2
+    assert call("embed", *given) == 2
     assert message in error_of(capsys)
-
-
-def test_files_of_one_name_in_a_folder(tmp_path: Path, films: Films) -> None:
-    (tmp_path / "a.jpg").write_bytes(films.images[0])
-    shutil.copy(tmp_path / "a.jpg", tmp_path / "a.jpeg")
-    with pytest.raises(DataError, match=r"a.jpg: expected one file of this name, found a.jpeg too"):
-        read_items(tmp_path, FILMS)
-
-
-def test_a_text_that_is_not_utf_8(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"a.txt: not readable as text in UTF-8"):
-        read_items(tmp_path, FILMS)
-
-
-def test_lists_of_different_lengths(model: Predictor) -> None:
-    with pytest.raises(DataError, match="expected as many images as texts, found 1 and 2"):
-        model.predict(images=[None], texts=["a", "b"])
-    with pytest.raises(DataError, match="sample 1: expected an image or a text, found neither"):
-        model.predict(images=[None, None], texts=["a", None])
-
-
-def test_an_image_that_is_too_large_a_file(model: Predictor, tmp_path: Path) -> None:
-    with (tmp_path / "large.jpg").open("wb") as file:
-        file.truncate(65 * 2**20)
-    with pytest.raises(DataError, match=r"sample 0: image .*large.jpg: cannot be read: 68,157,440 bytes, at most"):
-        model.predict(images=[tmp_path / "large.jpg"])
-
-
-def test_an_output_that_cannot_be_written(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").touch()
-    assert run_predict(trained, f"input={write_text(tmp_path)}", f"output={tmp_path / 'file' / 'found.csv'}") == 2
-    assert "output=" in (said := error_of(capsys)) and "cannot be written" in said
 
 
 def test_items_know_their_place(tmp_path: Path) -> None:
@@ -525,6 +458,13 @@ def test_items_know_their_place(tmp_path: Path) -> None:
         Item("2", {"image": tmp_path / "a.jpg", "text": "two\nlines"}, f"{tmp_path / 'in.csv'}, row 2"),
         Item("4", {"image": tmp_path / "b.jpg"}, f"{tmp_path / 'in.csv'}, row 4"),
     ]
+    for name in ("a.jpg", "a.jpeg", "a.txt"):
+        (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"a.jpg: expected one file of this name, found a.jpeg too"):
+        read_items(tmp_path, FILMS)
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"a.txt: not readable as text in UTF-8"):
+        read_items(tmp_path, FILMS)
 
 
 def test_files_that_can_be_meant_are_found(tmp_path: Path) -> None:
@@ -550,25 +490,19 @@ def test_files_that_can_be_meant_are_found(tmp_path: Path) -> None:
     ]
 
 
-def test_an_exported_model_predicts_and_is_measured_as_its_checkpoint(
-    workspace: Workspace, trained: Path, films: Films, tmp_path: Path
-) -> None:
+def test_an_exported_model_predicts_and_is_measured_as_its_checkpoint(workspace, trained, films, tmp_path):
     out = tmp_path / "shared"
-    assert command_line(["run.py", "export", "with", f"load_path={trained}", f"out={out}"]) == 0
-    card = (out / "README.md").read_text()
-    at = read_checkpoint(out).training
+    assert call("export", f"load_path={trained}", f"out={out}") == 0
+    card, at = (out / "README.md").read_text(), read_checkpoint(out).training
     assert at is not None and (at.missing_type, at.ratio, at.both_ratio, at.seed) == ("both", 0.7, 0.5, 0)
     assert at.commit == commit() and f"commit {at.commit}" in card
-    assert all(fact in card for fact in ("predicting", "MM-IMDb", "rep", "70 % both", "Seed: 0", "Horror"))
+    assert all(fact in card for fact in ("fitted", "MM-IMDb", "rep", "70 % both", "Seed: 0", "Horror"))
     texts = films.texts[:3]
     assert load_model(out).threshold == load_model(trained).threshold != 0.5
     assert load_model(out).predict(texts=texts) == load_model(trained).predict(texts=texts)
-    results = []
-    for place in (trained, out):
-        command = workspace.command(f"load_path={place}", "bootstrap=0", "robustness_seeds=[0]")
-        assert command_line([command[0], "robustness", *command[1:]]) == 0
-        folder = place if place.is_dir() else place.parent
-        results.append(json.loads((folder / "robustness" / "robustness.json").read_text())["cells"])
+    options = ("bootstrap=0", "robustness_seeds=[0]")
+    assert command_line(workspace.command(f"load_path={out}", *options, name="robustness")) == 0
+    results = [json_of(place / "robustness" / "robustness.json")["cells"] for place in (trained.parent, out)]
     assert results[0] == results[1]
 
 
@@ -576,14 +510,14 @@ def test_the_card_of_an_export_is_what_the_hub_reads(trained: Path, tmp_path: Pa
     """By default the folder is beside the checkpoint."""
     hub = pytest.importorskip("huggingface_hub")
     shutil.copytree(trained.parent, tmp_path / "run")
-    assert command_line(["run.py", "export", "with", f"load_path={tmp_path / 'run' / 'best.ckpt'}"]) == 0
+    assert call("export", f"load_path={tmp_path / 'run' / 'best.ckpt'}") == 0
     data = hub.ModelCard.load(tmp_path / "run" / "export" / "README.md").data
     assert (data.library_name, data.license, "rep" in data.tags) == ("rep", "other", True)
 
 
 def test_exports_that_cannot_be_are_refused(trained: Path, tmp_path: Path, capsys: Captured) -> None:
     def refused(*options: str) -> str:
-        assert command_line(["run.py", "export", "with", *options]) == 2
+        assert call("export", *options) == 2
         return capsys.readouterr().err
 
     assert str(tmp_path) in refused(f"load_path={trained}", f"out={tmp_path}")

@@ -17,7 +17,7 @@ from engine.checkpoint import read_checkpoint
 from engine.families import BackboneChoice, family_of
 from run import command_line
 from tests.backbones import openai_state, random_hf_clip
-from tests.conftest import Workspace
+from tests.conftest import Captured, Workspace, json_of
 from tests.models import tiny_classifier
 
 HALF, ODD = [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]
@@ -133,9 +133,6 @@ def test_open_clip_says_the_heads(tmp_path: Path) -> None:
     assert (found.vision_heads, found.text_heads) == (4, 4)
 
 
-# The tokenizer
-
-
 @pytest.mark.parametrize(
     ("name", "change", "found"),
     [
@@ -146,11 +143,9 @@ def test_open_clip_says_the_heads(tmp_path: Path) -> None:
         ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side.*left"),
     ],
 )
-def test_a_tokenizer_that_is_set_otherwise_is_refused(
-    name: str, change: dict[str, Any], found: str, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_is_set_otherwise_is_refused(name, change, found, workspace, tmp_path):
     folder = Path(shutil.copytree(workspace.backbone, tmp_path / "copy"))
-    before = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    before = json_of(folder / name) if (folder / name).is_file() else {}
     write(folder, name, {**before, **change})
     with pytest.raises(BackboneError, match=found):
         load_tokenizer(str(folder))
@@ -164,12 +159,7 @@ def test_the_tokenizer_beside_a_file_is_that_of_the_file(workspace: Workspace, t
     assert inputs.fingerprint == load_tokenizer(str(workspace.backbone)).fingerprint
 
 
-# A run
-
-
-def test_a_run_keeps_the_normalisation_of_its_backbone(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_keeps_the_normalisation_of_its_backbone(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
     """Checkpoints have it; the same weights with another one are another backbone."""
     half = Path(shutil.copytree(workspace.backbone, tmp_path / "half"))
     write(half, PREPROCESSOR, {"image_mean": HALF, "image_std": HALF})

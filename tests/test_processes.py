@@ -1,7 +1,6 @@
 """Training on two CPU processes: it equals one process, and what ends one of them ends the run in good order."""
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from engine.processes import ending_together
 from engine.trainer import make_trainer
 from run import command_line
 from runs.check_options import check
-from tests.conftest import Captured, Patch, Workspace
+from tests.conftest import Captured, Patch, Workspace, json_of
 from tests.custom_files import convert, write_labelled
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +66,7 @@ def test_two_processes_train_what_one_does(workspace: Workspace, tmp_path: Path)
     one_state, two_state = (torch.load(f / "last.ckpt", weights_only=True)["state_dict"] for f in folders)
     for key in one_state:
         torch.testing.assert_close(one_state[key], two_state[key], rtol=1e-3, atol=1e-5)
-    results: list[dict[str, Any]] = [json.loads((f / "test_results.json").read_text()) for f in folders]
+    results: list[dict[str, Any]] = [json_of(f / "test_results.json") for f in folders]
     assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-4)
     assert results[0]["samples"] == results[1]["samples"]
 
@@ -109,9 +108,7 @@ def in_a_step(change: str) -> str:
     ],
     ids=["loss", "image", "fault", "killed"],
 )
-def test_what_ends_one_process_ends_both_with_its_message(
-    workspace: Workspace, tmp_path: Path, change: str, ranks: tuple[int, ...], status: int, said: str
-) -> None:
+def test_what_ends_one_process_ends_both_with_its_message(workspace, tmp_path, change, ranks, status, said):
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "cpu_processes=2", "per_gpu_batchsize=2")
     command = workspace.command(*options, "missing_ratio.train=0.0")
     for rank in ranks:
@@ -121,9 +118,7 @@ def test_what_ends_one_process_ends_both_with_its_message(
         assert done.stderr.count("Traceback") == (status == 1)
 
 
-def test_a_split_with_fewer_samples_than_processes_is_refused_before_the_training(
-    workspace: Workspace, tmp_path: Path, capsys: Captured
-) -> None:
+def test_a_split_with_fewer_samples_than_processes_is_refused_before_the_training(workspace, tmp_path, capsys):
     spec = write_labelled(tmp_path / "raw", {"train": 6, "val": 1, "test": 4}, ["green", "red"])
     assert convert(tmp_path / "raw", tmp_path / "arrow", "--spec", str(spec)) == 0
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path / 'result'}", "cpu_processes=2")
@@ -144,9 +139,7 @@ def test_a_port_in_use_is_the_users(monkeypatch: Patch) -> None:
 
 
 @pytest.mark.parametrize(("step", "left"), [(None, set()), ("0", {"SLURM_NTASKS", "SLURM_PROCID"})])
-def test_variables_of_slurm_count_where_srun_started_the_process(
-    monkeypatch: Patch, step: str | None, left: set[str]
-) -> None:
+def test_variables_of_slurm_count_where_srun_started_the_process(monkeypatch, step, left):
     for name in ("SLURM_NTASKS", "SLURM_PROCID"):
         monkeypatch.setenv(name, "1")
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)

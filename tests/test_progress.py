@@ -35,9 +35,7 @@ def small(workspace: Workspace, log_dir: Path, *options: str) -> list[str]:
     return workspace.command(f"vit={workspace.backbone}", f"log_dir={log_dir}", "val_check_interval=0.5", *options)
 
 
-def test_one_bar_for_the_whole_run_with_log_lines_above(
-    workspace: Workspace, tmp_path: Path, screen: io.StringIO
-) -> None:
+def test_one_bar_for_the_whole_run_with_log_lines_above(workspace, tmp_path, screen):
     assert command_line(small(workspace, tmp_path)) == 0
     lines = lines_of(screen)
     assert max(map(len, lines)) <= 80

@@ -5,7 +5,7 @@ Whole trainings are in test_golden_training.py.
 
 import random
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,25 @@ from engine.optimization import AdamW, OptimizerSettings, make_optimizer
 from engine.trainer import validation_interval
 from run import command_line
 from runs.check_options import check, resolve
-from tests.conftest import Workspace
+from tests.conftest import Captured, Patch, Workspace, csv_of
 from tests.models import published_name, published_state
-from tests.test_run import evaluate, results_of
+from tests.test_run import error_of, evaluate, other_backbone, results_of
 from vilt.datasets.open_spec import rows_of_splits
-from vilt.datasets.specs import DATASETS, SPLITS
+from vilt.datasets.specs import DATASETS, SPLITS, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, published_patterns
+
+ROWS: dict[Split, int] = dict(zip(SPLITS, (155, 26, 78), strict=True))
+ONE_TABLE = ("robustness_seeds=0", "bootstrap=0")
 
 
 def defaults(**changes: Any) -> dict[str, Any]:
     return {**DEFAULTS, "task": "mmimdb", **changes}
 
 
-# ---- queries
-
-
-def test_a_published_checkpoint_gives_the_logits_of_its_run(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_published_checkpoint_gives_the_logits_of_its_run(workspace, fitted, tmp_path, capsys):
     """Written without its queries, as published, it evaluates as it did with those that its seed drew."""
-    command = workspace.command(f"vit={workspace.backbone}", "exp_name=before", "test_after_fit=False")
-    assert command_line(command) == 0
     backbone = load_backbone(str(workspace.backbone))
-    trained = read_checkpoint(workspace.results / "before_seed0" / "version_0" / "best.ckpt")
+    trained = read_checkpoint(fitted / "best.ckpt")
     classifier = restore_classifier(trained, backbone)
     files = {}
     for seed in (0, 3):
@@ -65,21 +61,23 @@ def test_a_published_checkpoint_gives_the_logits_of_its_run(
         before = restore_classifier(read_checkpoint(files["with", seed]), None).state_dict()
         after = restore_classifier(read_checkpoint(files["without", seed]), None, published_seed=seed).state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
-    assert metrics("without", 0) == metrics("with", 0)
+    first = metrics("without", 0)
+    assert "dynamic queries as its run with seed 0 drew them" in capsys.readouterr().err
+    assert first == metrics("with", 0)
     assert metrics("without", 3, "published_seed=3") == metrics("with", 3)
     assert metrics("with", 3)["loss"] != metrics("with", 0)["loss"]
 
+    other = other_backbone(workspace, tmp_path)
+    error = error_of(workspace.command(f"vit={other}", f"load_path={files['without', 0]}"), capsys)
+    assert f"another one than vit={other}" in error and "image_encoder.proj differs" in error
     alone = tmp_path / "alone" / "published.ckpt"  # stored logits go by the seed too
     alone.parent.mkdir()
     shutil.copy(files["without", 3], alone)
-    robustness = ["run.py", "robustness", *workspace.command()[1:], f"load_path={alone}", "robustness_types=text"]
-    robustness += [f"tokenizer={workspace.backbone}", "robustness_ratios=0.7", "robustness_seeds=0", "bootstrap=0"]
+    cells = (f"tokenizer={workspace.backbone}", "robustness_types=text", "robustness_ratios=0.7", *ONE_TABLE)
+    robustness = workspace.command(f"load_path={alone}", *cells, name="robustness")
     assert command_line([*robustness, "published_seed=3"]) == 0
     assert command_line(robustness) == 2
     assert "published_seed: expected 0, found 3" in capsys.readouterr().err
-
-
-# ---- missing tables
 
 
 def tables_of_one_generator(patterns: list[MissingPattern], rows: list[int]) -> list[list[int]]:
@@ -100,47 +98,35 @@ def tables_of_one_generator(patterns: list[MissingPattern], rows: list[int]) -> 
 
 @pytest.mark.parametrize("missing_type", ["text", "image", "both"])
 @pytest.mark.parametrize(("ratios", "seed"), [((0.7, 0.7, 0.7), 0), ((0.9, 0.0, 0.5), 3), ((0.0, 1.0, 0.3), 1)])
-def test_published_tables_are_drawn_in_turn(
-    tmp_path: Path, missing_type: str, ratios: tuple[float, ...], seed: int
-) -> None:
-    rows = dict(zip(SPLITS, (155, 26, 78), strict=True))
-    given = {
-        split: MissingPattern(missing_type, ratio, 0.5, seed, "published")
-        for split, ratio in zip(SPLITS, ratios, strict=True)
-    }
-    patterns = published_patterns(given, rows)
-    expected = tables_of_one_generator(list(given.values()), list(rows.values()))
+def test_published_tables_are_drawn_in_turn(tmp_path, missing_type, ratios, seed):
+    of_each = dict(zip(SPLITS, ratios, strict=True))
+    given = {split: MissingPattern(missing_type, of_each[split], 0.5, seed, "published") for split in SPLITS}
+    patterns = published_patterns(given, ROWS)
+    expected = tables_of_one_generator(list(given.values()), list(ROWS.values()))
     for split, table in zip(SPLITS, expected, strict=True):
         for _ in range(2):  # drawn, then read
-            found = load_missing_table(tmp_path, "mmimdb", split, patterns[split], rows[split])
-            assert found.tolist() == table
-    nested = MissingPattern(missing_type, 0.7, 0.5, seed)
-    assert not np.array_equal(
-        draw_missing_table("mmimdb", "train", nested, 155),
-        draw_missing_table("mmimdb", "train", MissingPattern(missing_type, 0.7, 0.5, seed, "published"), 155),
-    )
+            assert load_missing_table(tmp_path, "mmimdb", split, patterns[split], ROWS[split]).tolist() == table
+    tables = [
+        draw_missing_table("mmimdb", "train", MissingPattern(missing_type, 0.7, 0.5, seed, drawing), 155)
+        for drawing in ("nested", "published")
+    ]
+    assert not np.array_equal(tables[0], tables[1])
 
 
 def test_kept_published_tables_of_other_training_patterns_are_others(tmp_path: Path) -> None:
-    rows = dict(zip(SPLITS, (155, 26, 78), strict=True))
     tables = []
     for ratio in (0.7, 0.5):
         given = {split: MissingPattern("both", 0.7, 0.5, 0, "published") for split in SPLITS}
-        given["train"] = MissingPattern("both", ratio, 0.5, 0, "published")
-        pattern = published_patterns(given, rows)["test"]
-        tables.append(load_missing_table(tmp_path, "mmimdb", "test", pattern, 78))
-    assert len(list(tmp_path.iterdir())) == 2
-    assert not np.array_equal(tables[0], tables[1])
+        given["train"] = replace(given["train"], ratio=ratio)
+        tables.append(load_missing_table(tmp_path, "mmimdb", "test", published_patterns(given, ROWS)["test"], 78))
+    assert len(list(tmp_path.iterdir())) == 2 and not np.array_equal(tables[0], tables[1])
 
 
 def test_published_tables_in_a_run_and_its_robustness(workspace: Workspace, tmp_path: Path) -> None:
     """A test at another pattern has the table that the published code draws behind those of training and validation."""
     tables = f"missing_table_root={tmp_path / 'tables'}"
-    command = workspace.command(f"vit={workspace.backbone}", "published", "exp_name=as_published", tables)
-    assert command_line(command) == 0
-    folder = workspace.results / "as_published_seed0" / "version_0"
-    trained = results_of(folder)
-    assert trained["missing_pattern"]["drawing"] == "published"
+    folder = workspace.train("as_published", "published", tables)
+    assert results_of(folder)["missing_pattern"]["drawing"] == "published"
     rows = rows_of_splits(DATASETS["mmimdb"], workspace.arrow)
     options = ("missing_tables=published", "test_ratio=0.4", "test_type=text", f"load_path={folder / 'best.ckpt'}")
     tested = evaluate(workspace, "table", *options, tables)
@@ -148,24 +134,18 @@ def test_published_tables_in_a_run_and_its_robustness(workspace: Workspace, tmp_
     expected = tables_of_one_generator(patterns, list(rows.values()))[2]
     name = next(path for path in (tmp_path / "tables").iterdir() if "_test_missing_text_0.4_" in path.name)
     assert "".join(line for line in name.read_text().splitlines() if line[0] != "#") == "".join(map(str, expected))
-    robustness = ["run.py", "robustness", *command[1:], f"load_path={folder / 'best.ckpt'}", "robustness_types=text"]
-    assert command_line([*robustness, "robustness_ratios=0.4", "robustness_seeds=0", "bootstrap=0"]) == 0
-    cells = (folder / "robustness" / "cells.csv").read_text().splitlines()
-    cell = dict(zip(cells[0].split(","), cells[1].split(","), strict=True))
+    cells = ("published", tables, "robustness_types=text", "robustness_ratios=0.4", *ONE_TABLE)
+    assert command_line(workspace.command(f"load_path={folder / 'best.ckpt'}", *cells, name="robustness")) == 0
+    cell = csv_of(folder / "robustness" / "cells.csv")[0]
     assert float(cell["f1_macro"]) == pytest.approx(tested["metrics"]["f1_macro"], abs=1e-9)
 
 
-def test_published_tables_need_all_splits(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_published_tables_need_all_splits(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
     for split in ("train", "test"):
-        (tmp_path / f"mmimdb_{split}.arrow").write_bytes((workspace.arrow / f"mmimdb_{split}.arrow").read_bytes())
-    command = workspace.command(f"vit={workspace.backbone}", "missing_tables=published", data_root=tmp_path)
-    assert command_line(["run.py", "doctor", *command[1:]]) == 2
+        shutil.copy(workspace.arrow / f"mmimdb_{split}.arrow", tmp_path)
+    options = (f"vit={workspace.backbone}", "missing_tables=published")
+    assert command_line(workspace.command(*options, name="doctor", data_root=tmp_path)) == 2
     assert "missing_tables=published" in capsys.readouterr().out
-
-
-# ---- optimiser steps
 
 
 def test_optim_type_chooses_the_published_optimisers() -> None:
@@ -176,12 +156,8 @@ def test_optim_type_chooses_the_published_optimisers() -> None:
     assert [type(made(name)) for name in ("adamw", "adam", "sgd")] == [AdamW, torch.optim.Adam, torch.optim.SGD]
     assert made("sgd").param_groups[0]["momentum"] == 0.9 and made("adam").param_groups[0]["betas"] == (0.9, 0.999)
     for name in ("adamw", "adam", "sgd"):
-        assert [(g["lr"], g["weight_decay"]) for g in made(name).param_groups] == [
-            (0.1, 0.01),
-            (0.1, 0),
-            (0.2, 0.01),
-            (0.2, 0),
-        ]
+        found = [(group["lr"], group["weight_decay"]) for group in made(name).param_groups]
+        assert found == [(0.1, 0.01), (0.1, 0), (0.2, 0.01), (0.2, 0)]
 
 
 @pytest.mark.parametrize(
@@ -197,9 +173,7 @@ def test_optim_type_chooses_the_published_optimisers() -> None:
         (50, 21, 4, 21, 1),
     ],
 )
-def test_validation_falls_on_steps_and_never_later_than_asked(
-    wanted: float, batches: int, accumulation: int, interval: int, validations: int
-) -> None:
+def test_validation_falls_on_steps_and_never_later_than_asked(wanted, batches, accumulation, interval, validations):
     found = validation_interval(wanted, batches, accumulation)
     assert found == min(interval, batches) and batches // found == max(1, validations)
     asked = int(wanted * batches) if isinstance(wanted, float) else wanted
@@ -215,9 +189,6 @@ def test_intervals_of_validation_follow_task_and_method() -> None:
     assert interval(task="hatememes", val_check_interval=0.5) == 0.5
 
 
-# ---- command lines
-
-
 def options_of(workspace: Workspace, **changes: Any) -> Options:
     return check(defaults(data_root=str(workspace.arrow), **changes))
 
@@ -227,7 +198,7 @@ def test_any_batch_size_accumulates_what_fits_in_batch_size(workspace: Workspace
     assert {size: options_of(workspace, per_gpu_batchsize=size).accumulation for size in sizes} == sizes
 
 
-def test_gpus_by_number(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_by_number(workspace: Workspace, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for number in (1, [0]):
         with pytest.raises(ConfigError, match=r"num_gpus: .* 0 of this machine, found 1; leave num_gpus out"):

@@ -27,6 +27,7 @@ from runs.report.results import listed_runs, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.table import Table
 from runs.report.text import Unit
+from tests.conftest import Patch
 from tests.report_files import (
     HOSTILE,
     PLOTS,
@@ -78,9 +79,7 @@ def rows_of(table: Table) -> list[list[str]]:
 # Numbers
 
 
-def test_the_matrix_is_over_training_seeds_and_with_one_over_missing_tables(
-    runs: Path, results: list[dict[str, Any]]
-) -> None:
+def test_the_matrix_is_over_training_seeds_and_with_one_over_missing_tables(runs, results):
     for folder, found, spread in (
         ("mmimdb", results, "2 training seeds"),
         ("mmimdb/rep_seed0", results[:1], "2 missing tables"),
@@ -308,9 +307,7 @@ def test_results_by_class(runs: Path, results: list[dict[str, Any]]) -> None:
     assert "No test sample is of Film-Noir." in figures.class_figure(dataset, dataset.measured).caption
 
 
-def test_confusions_are_a_matrix_or_of_many_classes_the_most_frequent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_confusions_are_a_matrix_or_of_many_classes_the_most_frequent(tmp_path: Path, monkeypatch: Patch) -> None:
     test_set = TestSet("food101")
     test_set.write(run := write_run(tmp_path / "run", "food101"))
     monkeypatch.setattr(tables, "MATRIX_CLASSES", 101)
@@ -364,9 +361,7 @@ def test_decimals_are_as_many_as_the_samples_allow(samples: int, accuracy: str, 
     assert Unit.of("mae", samples).full(0.42346) == mae
 
 
-def test_intervals_over_test_samples_and_baselines_stand_beside_the_results(
-    runs: Path, results: list[dict[str, Any]]
-) -> None:
+def test_intervals_over_test_samples_and_baselines_stand_beside_the_results(runs, results):
     dataset = dataset_of(runs / "mmimdb")
     pattern = Pattern.of(DATASETS["mmimdb"], "text", 0.7, 0.5)
     at_pattern = [c for found in results for c in found["cells"] if (c["missing_type"], c["ratio"]) == ("text", 0.7)]
@@ -421,16 +416,6 @@ def test_tags_of_runs_are_ranges(tmp_path: Path) -> None:
 
 
 # Which runs belong together
-
-
-def test_options_of_speed_and_of_other_commands_are_no_other_method(tmp_path: Path) -> None:
-    changed: dict[str, Any] = {"image_cache": True, "compile": True, "activation_checkpointing": True}
-    changed |= {"bootstrap": 0, "runs_sort": "-test", "runs": "x", "out": "y", "robustness_anew": True}
-    changed |= {"robustness_types": ["text"], "robustness_ratios": [0.5], "robustness_both_ratios": [0.3]}
-    write_run(tmp_path / "a", seed=0)
-    write_run(tmp_path / "b", seed=1, **changed)
-    (line,) = dataset_of(tmp_path).lines
-    assert [run.folder.name for run in line.runs] == ["a", "b"]
 
 
 def test_another_configuration_is_another_line(tmp_path: Path) -> None:
@@ -513,12 +498,11 @@ def test_a_run_that_is_named_twice_is_there_once(tmp_path: Path) -> None:
 
 
 def test_equal_patterns_compare_equal() -> None:
-    assert Pattern.of(DATASETS["mmimdb"], "text", 0.7, 0.2) == Pattern.of(DATASETS["mmimdb"], "text", 0.7, 0.5)
-    both = Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.2)
-    assert both != Pattern.of(DATASETS["mmimdb"], "both", 0.7, 0.5) and [
-        str(both),
-        str(both._replace(both_ratio=0.5)),
-    ] == ["70 % both 0.2", "70 % both"]
+    text, both = (
+        [Pattern.of(DATASETS["mmimdb"], kind, 0.7, ratio) for ratio in (0.2, 0.5)] for kind in ("text", "both")
+    )
+    assert text[0] == text[1] and both[0] != both[1]
+    assert [str(pattern) for pattern in both] == ["70 % both 0.2", "70 % both"]
 
 
 # Samples

@@ -23,7 +23,7 @@ from runs.report.lines import by_dataset
 from runs.report.parts import _results_parts
 from runs.report.results import read_report_runs
 from runs.report.text import excerpt, without_home
-from tests.conftest import Workspace
+from tests.conftest import Captured, Patch, call, json_of
 from tests.report_files import HOSTILE, TestSet, edited, sha256_of, write_logits, write_run, write_runs
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -136,7 +136,7 @@ def test_markdown_says_the_same(report: Path, page: Page, runs: Path) -> None:
     assert '"torch": "2.13.0"' in markdown and "**52.31**" in markdown
 
 
-def test_a_report_is_replaced_and_a_foreign_folder_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_is_replaced_and_a_foreign_folder_is_not(tmp_path: Path, monkeypatch: Patch) -> None:
     run, out = write_run(tmp_path / "run"), tmp_path / "out" / "report"
     out.mkdir(parents=True)
     make_report([run], out)  # empty
@@ -324,9 +324,7 @@ def test_excerpts() -> None:
         (LOGITS, "ARROW1", "not readable as stored logits"),
     ],
 )
-def test_a_file_that_is_damaged_or_of_another_run_is_named(
-    tmp_path: Path, name: str, content: str | dict[str, Any], found: str
-) -> None:
+def test_a_file_that_is_damaged_or_of_another_run_is_named(tmp_path, name, content, found):
     run = write_run(tmp_path / "run")
     TestSet().write(run)
     if isinstance(content, dict):
@@ -363,7 +361,7 @@ def test_logits_that_do_not_belong_to_the_result(tmp_path: Path) -> None:
         read_report_runs([tmp_path])
 
 
-def test_folders_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_without_runs(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for name, found in (("empty", "no run"), ("absent", "no such folder"), ("file", "a file")):
@@ -379,17 +377,15 @@ def test_folders_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("bootstrap", [0, 20])
-def test_the_report_of_a_real_run(workspace: Workspace, tmp_path: Path, bootstrap: int) -> None:
+def test_the_report_of_a_real_run(fitted: Path, tmp_path: Path, bootstrap: int) -> None:
     """What run.py leaves is read as it is: no name in it is one that only these tests use."""
-    options = (f"vit={workspace.backbone}", "exp_name=reported", "max_epoch=1", f"log_dir={tmp_path}")
-    assert command_line(workspace.command(*options)) == 0
-    folder = tmp_path / "reported_seed0" / "version_0"
+    folder = Path(shutil.copytree(fitted, tmp_path / "fitted_seed0" / "version_0"))
     wanted = ("robustness_ratios=[0.0,0.7,1.0]", "robustness_seeds=[0,1]", f"bootstrap={bootstrap}")
-    command = workspace.command(f"load_path={folder / 'best.ckpt'}", *wanted)
-    assert command_line([command[0], "robustness", *command[1:]]) == 0
-    assert command_line(["run.py", "report", "with", f"runs={tmp_path}", f"out={tmp_path / 'report'}"]) == 0
+    best = f"load_path={folder / 'best.ckpt'}"
+    assert call("robustness", best, *wanted, "precision=32", "num_workers=0", "per_gpu_batchsize=4") == 0
+    assert call("report", f"runs={tmp_path}", f"out={tmp_path / 'report'}") == 0
     page = Page(tmp_path / "report" / "index.html")
-    results = json.loads((folder / "test_results.json").read_text())
+    results = json_of(folder / "test_results.json")
     assert f"{100 * results['metrics']['f1_macro']:.0f}" in page.text and "70 % both" in page.text
     assert "Robustness curves" in page.text
     assert ("missing in R1: made with bootstrap=0" in page.text) == (not bootstrap)

@@ -1,7 +1,5 @@
 """`resume_from=auto`: which checkpoint a run resumes from, and what it says; and how checkpoints are written."""
 
-import csv
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from engine.training import FinetuneModule
 from run import command_line
 from runs.comparable import NOT_THE_TRAINING
 from tests.archives import Touch
-from tests.conftest import Captured, Patch, Workspace, error_of
+from tests.conftest import Captured, Patch, Workspace, call, csv_of, error_of, json_of
 from tests.interrupted import differences, files_up_to
 from tests.models import TINY, tiny_classifier
 from tests.report_files import write_run
@@ -36,7 +34,7 @@ OPTIONS = ("val_check_interval=0.4", "max_epoch=1")
 def find_progress(parent: Path, config: dict[str, Any], **other_contents: str) -> Progress:
     """For a run that reads what the first one in `parent` did, but for `other_contents`."""
     path = parent / "version_0" / CONTENTS_FILE
-    contents = {**(json.loads(path.read_text()) if path.is_file() else {}), **other_contents}
+    contents = {**(json_of(path) if path.is_file() else {}), **other_contents}
     return resume.find_progress(Training(parent, config, NOT_THE_TRAINING, contents))
 
 
@@ -50,12 +48,6 @@ def folder_of(workspace: Workspace, name: str, version: int) -> Path:
 
 def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
-
-
-def measured(folder: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, without their times."""
-    with (folder / "metrics.csv").open() as file:
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
 def after_checkpoint(patch: Patch, number: int, act: Callable[[], object]) -> None:
@@ -88,9 +80,7 @@ def interrupt(command: list[str], monkeypatch: Patch, checkpoints: int) -> None:
             command_line(command)
 
 
-def test_without_an_earlier_run_it_starts_and_then_nothing_is_left_to_do(
-    workspace: Workspace, capsys: Captured
-) -> None:
+def test_without_an_earlier_run_it_starts_and_then_nothing_is_left_to_do(workspace, capsys):
     command = auto(workspace, "auto")
     assert command_line(command) == 0
     parent = workspace.results / "auto_seed0"
@@ -116,16 +106,14 @@ def test_a_run_that_lacks_its_test_is_tested_alone(workspace: Workspace, capsys:
     said = said_by()
     assert f"from {first / 'last.ckpt'} (1 epoch, 6 steps)" in said and "step 6" not in said
     assert not differences(load(first / "best.ckpt"), load(second / "best.ckpt"))
-    assert json.loads((second / "test_results.json").read_text())["checkpoint"] == str(second / "best.ckpt")
+    assert json_of(second / "test_results.json")["checkpoint"] == str(second / "best.ckpt")
     # Another test pattern is another test of the same training. test_ratio wins, and is what was tested.
     assert "is finished" in said_by("test_ratio=0.7", "test_type=both", "missing_ratio.test=0.5")
     said_by("missing_ratio.test=0.5")
-    assert json.loads((third / "test_results.json").read_text())["missing_pattern"]["ratio"] == 0.5
+    assert json_of(third / "test_results.json")["missing_pattern"]["ratio"] == 0.5
 
 
-def test_the_newest_intact_checkpoint_is_taken_and_the_best_one_carries_over(
-    workspace: Workspace, monkeypatch: Patch, capsys: Captured
-) -> None:
+def test_the_newest_intact_checkpoint_is_taken_and_the_best_one_carries_over(workspace, monkeypatch, capsys):
     command = auto(workspace, "chain", "learning_rate=0.003")
     interrupt(command, monkeypatch, checkpoints=2)
     interrupt(command, monkeypatch, checkpoints=2)
@@ -141,7 +129,7 @@ def test_the_newest_intact_checkpoint_is_taken_and_the_best_one_carries_over(
     said = capsys.readouterr().err
     assert f"{second / 'last.ckpt'}: damaged: the checksum of its entry " in said
     assert f"from {first / 'last.ckpt'} (0 epochs, 2 steps)" in said
-    assert json.loads((third / "config.json").read_text())["resume_from"] == str(first / "last.ckpt")
+    assert json_of(third / "config.json")["resume_from"] == str(first / "last.ckpt")
     assert command_line(auto(workspace, "uninterrupted_chain", "learning_rate=0.003")) == 0
     uninterrupted = load(folder_of(workspace, "uninterrupted_chain", 0) / "last.ckpt")
     assert not differences(load(third / "last.ckpt")["state_dict"], uninterrupted["state_dict"])
@@ -150,7 +138,7 @@ def test_the_newest_intact_checkpoint_is_taken_and_the_best_one_carries_over(
 def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatch: Patch, capsys: Captured) -> None:
     interrupt(auto(workspace, "left_alone"), monkeypatch, checkpoints=2)
     first = folder_of(workspace, "left_alone", 0)
-    config = {**json.loads((first / "config.json").read_text()), "test_after_fit": True}
+    config = {**json_of(first / "config.json"), "test_after_fit": True}
     elsewhere = {"num_workers": 3, "data_root": "moved", "exp_name": "renamed", "compile": True, "cpu_processes": 2}
     for agreeing in ({}, {**elsewhere, "per_gpu_batchsize": 2}):
         found = find_progress(first.parent, {**config, **agreeing})
@@ -175,9 +163,7 @@ def test_folders_that_say_nothing_are_passed_over(tmp_path: Path, caplog: pytest
     assert passed == [str(tmp_path / "version_10"), str(tmp_path / "version_0")]
 
 
-def test_a_warm_start_is_the_start_of_a_run_and_not_of_its_resumption(
-    workspace: Workspace, monkeypatch: Patch, capsys: Captured
-) -> None:
+def test_a_warm_start_is_the_start_of_a_run_and_not_of_its_resumption(workspace, monkeypatch, capsys):
     assert command_line(auto(workspace, "source", "test_after_fit=False")) == 0
     source = folder_of(workspace, "source", 0) / "best.ckpt"
     command = auto(workspace, "warmed", f"load_path={source}", "finetune_first=True")
@@ -198,19 +184,15 @@ def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monk
     assert [command_line(command), *statuses] == [0, 0]
     one, other = (folder_of(workspace, "twice", version) for version in (0, 1))
     assert {path.name for path in one.parent.iterdir()} == {"version_0", "version_1"}
-    results = [json.loads((folder / "test_results.json").read_text()) for folder in (one, other)]
+    results = [json_of(folder / "test_results.json") for folder in (one, other)]
     assert results[0]["metrics"] == results[1]["metrics"]
     assert [result["checkpoint"] for result in results] == [str(one / "best.ckpt"), str(other / "best.ckpt")]
-    assert measured(one) == measured(other)
-
-
-# Writing checkpoints.
+    logged = [[{**row, "seconds": ""} for row in csv_of(folder / "metrics.csv")] for folder in (one, other)]
+    assert logged[0] == logged[1]
 
 
 @pytest.mark.parametrize(("metric", "best"), [("f1_macro", [3, 4, 4, 4]), ("mae", [3, 3, 3, 6])])
-def test_the_best_model_is_the_first_with_the_best_score_that_was_trained(
-    tmp_path: Path, metric: str, best: list[int]
-) -> None:
+def test_the_best_model_is_the_first_with_the_best_score_that_was_trained(tmp_path, metric, best):
     """An undefined score is never the best; of errors the lowest is; the first step of a warm-up changes nothing."""
     module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), {})
     module._rate_at = lambda step: step / 10
@@ -239,9 +221,7 @@ def test_a_cut_checkpoint_is_damaged(tmp_path: Path, keep: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's, which has no room either
 @pytest.mark.parametrize(("what", "n_bytes"), [("last.ckpt", 1_000_000), ("metrics.csv", 1_000)])
-def test_a_run_on_a_full_disk_ends_with_one_line_and_is_resumed_later(
-    workspace: Workspace, monkeypatch: Patch, capsys: Captured, what: str, n_bytes: int
-) -> None:
+def test_a_run_on_a_full_disk_ends_with_one_line_and_is_resumed_later(workspace, monkeypatch, capsys, what, n_bytes):
     name = f"full_{what.partition('.')[0]}"
     command, limit = auto(workspace, name), files_up_to(n_bytes)
     folder = folder_of(workspace, name, 0)
@@ -260,18 +240,13 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_is_resumed_later(
     assert (folder_of(workspace, name, 1) / "test_results.json").is_file()
 
 
-# Damaged ones, and code in them
-
-
-def test_code_in_the_checkpoints_of_listed_runs_does_not_run(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_code_in_the_checkpoints_of_listed_runs_does_not_run(workspace, tmp_path, capsys):
     marker = tmp_path / "marker"
     for name, missing in (("best.ckpt", "last.ckpt"), ("last.ckpt", "best.ckpt")):
         made = write_run(tmp_path / "result" / name / "version_0", tested=None)
         (made / missing).unlink(missing_ok=True)
         torch.save({"score": Touch(marker)}, made / name)
-    assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path / 'result'}"]) == 0
+    assert call("runs", f"log_dir={tmp_path / 'result'}") == 0
     assert capsys.readouterr().out.count("not readable as a checkpoint: it mentions") == 2
     made = tmp_path / "result" / "best.ckpt" / "version_0"
     for options in (["load_path={}", "test_only=True"], ["resume_from={}"], ["load_path={}"]):
@@ -308,27 +283,11 @@ NOT_RESUMABLE = "does not hold where the training stood"
         (lambda c: c["state_dict"][WEIGHT].fill_(float("nan")), f"{WEIGHT} holds values that are not finite"),
     ],
 )
-def test_a_training_that_cannot_be_resumed_is_an_error(
-    change: Callable[[dict[str, Any]], object],
-    found: str,
-    workspace: Workspace,
-    stopped: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    content = torch.load(stopped, weights_only=True)
+def test_a_training_that_cannot_be_resumed_is_an_error(workspace, fitted, tmp_path, capsys, change, found):
+    content = load(fitted / "last.ckpt")
     change(content)
     torch.save(content, tmp_path / "last.ckpt")
-    options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=2")
+    options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=3")
     assert command_line(workspace.command(*options, f"resume_from={tmp_path / 'last.ckpt'}")) == 2
     error = error_of(capsys)
     assert found in error and ("last.ckpt" in error or "resume_from" in error)
-
-
-@pytest.fixture(scope="module")
-def stopped(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """last.ckpt of a training of one epoch."""
-    folder = tmp_path_factory.mktemp("stopped")
-    given = [f"vit={workspace.backbone}", f"log_dir={folder}", "max_epoch=1", "test_after_fit=False"]
-    assert command_line(workspace.command(*given)) == 0
-    return next(folder.rglob("last.ckpt"))

@@ -1,6 +1,5 @@
 """Data of one's own from the arrow files to the report: the same as a published task where the data is the same."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,11 @@ from engine.checkpoint import read_checkpoint
 from engine.metrics import Metric
 from engine.tasks import TASKS, task_of
 from run import command_line
-from tests.conftest import Workspace
+from tests.conftest import Captured, Workspace, call, csv_of, json_of
 from tests.custom_files import convert, films_as_custom, read_arrow, write_jsonl, write_labelled
 from tests.data_files import LOGIT_COLUMNS
 from tests.report_files import text_of
 from vilt.datasets.custom import CUSTOM_METRICS, CustomData
-
-Captured = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 
 ROWS = {"train": 12, "val": 6, "test": 9}
 QUICK = ("robustness_ratios=[0.0,0.7]", "robustness_seeds=[0,1]", "bootstrap=10")
@@ -42,14 +38,7 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fitted(workspace: Workspace, pets: Path) -> Path:
     """A finished run on the pets."""
-    return train(workspace, "pets", pets)
-
-
-def train(workspace: Workspace, name: str, data: Path, *options: str, task: str = "custom") -> Path:
-    """The folder of a training run."""
-    command = workspace.command(f"vit={workspace.backbone}", f"exp_name={name}", *options, task=task, data_root=data)
-    assert command_line(command) == 0
-    return workspace.results / f"{name}_seed0" / "version_0"
+    return workspace.train("pets", task="custom", data_root=pets)
 
 
 def refused(workspace: Workspace, capsys: Captured, data: Path, *options: str) -> str:
@@ -68,16 +57,15 @@ def test_data_with_holes_is_trained_evaluated_and_predicted_on(workspace: Worksp
     write_jsonl(tmp_path / "table.jsonl", records)
     assert convert(tmp_path, tmp_path / "arrow") == 0
     options = ("missing_ratio={'train': 0.5, 'val': 0.0, 'test': 0.0}", "max_epoch=1", "simulate_missing=True")
-    folder = train(workspace, "holes", tmp_path / "arrow", *options)
+    folder = workspace.train("holes", *options, task="custom", data_root=tmp_path / "arrow")
     found = json_of(folder / "test_results.json")
     assert found["missing"] == {"complete": 3, "text missing": 3, "image missing": 3}
     by_type = found["by_missing_type"]
     assert {name: of_type["samples"] for name, of_type in by_type.items()} == found["missing"]
     accuracies = [of_type["accuracy"] for of_type in by_type.values()]
     assert found["metrics"]["accuracy"] == pytest.approx(sum(accuracies) / 3)
-    checkpoint = f"load_path={folder / 'best.ckpt'}"
-    command = ["run.py", "robustness", "with", checkpoint, f"data_root={tmp_path / 'arrow'}", *QUICK, "precision=32"]
-    assert command_line([*command, "num_workers=0", f"missing_table_root={workspace.root / 'missing_tables'}"]) == 0
+    places = (f"load_path={folder / 'best.ckpt'}", f"missing_table_root={workspace.root / 'missing_tables'}")
+    assert call("robustness", *places, *QUICK, f"data_root={tmp_path / 'arrow'}", "precision=32", "num_workers=0") == 0
     robustness = json_of(folder / "robustness" / "robustness.json")
     assert robustness["natural"] == by_type
     for cell in robustness["cells"]:
@@ -93,16 +81,6 @@ def test_data_with_holes_is_trained_evaluated_and_predicted_on(workspace: Worksp
     assert not np.allclose(no_text[lacking == 2], complete[lacking == 2], atol=1e-3)
 
 
-def json_of(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-# ---- the same as MM-IMDb
-
-
-# ---- a run of one's own
-
-
 def test_the_run_says_what_the_data_says(workspace: Workspace, fitted: Path, pets: Path) -> None:
     described = {"name": "pets", "labels": "single", "class_names": ["cat", "cow", "dog"], "metric": "f1_macro"}
     assert json_of(fitted / "config.json")["custom"] == described | {"signals": []}
@@ -116,15 +94,13 @@ def test_the_run_says_what_the_data_says(workspace: Workspace, fitted: Path, pet
     assert set(results["metrics"]) == {"loss", "f1_macro", "accuracy", "balanced_accuracy"}
 
 
-def test_a_warm_start_takes_the_head_of_the_same_classes_alone(
-    workspace: Workspace, fitted: Path, pets: Path, tmp_path: Path, capsys: Captured
-) -> None:
+def test_a_warm_start_takes_the_head_of_the_same_classes_alone(workspace, fitted, pets, tmp_path, capsys):
     renamed = make_own(tmp_path / "renamed", ["cat", "dog", "horse"])
-    start = (f"load_path={fitted / 'best.ckpt'}", f"vit={workspace.backbone}")
-    said = refused(workspace, capsys, renamed, *start, "finetune_first=True")
+    load = f"load_path={fitted / 'best.ckpt'}"
+    said = refused(workspace, capsys, renamed, load, f"vit={workspace.backbone}", "finetune_first=True")
     assert "trained on the classes of pets, the data's differ: expected 'cow' as class 1, found 'dog'" in said
-    train(workspace, "pets_memory", renamed, start[0], "max_steps=1")
-    train(workspace, "pets_head", pets, start[0], "finetune_first=True", "max_steps=1")
+    workspace.train("pets_memory", load, "max_steps=1", task="custom", data_root=renamed)
+    workspace.train("pets_head", load, "finetune_first=True", "max_steps=1", task="custom", data_root=pets)
     assert "the head too" in capsys.readouterr().err
 
 
@@ -133,16 +109,15 @@ def test_data_of_other_classes_is_refused(workspace: Workspace, fitted: Path, tm
     other = make_own(tmp_path, ["cat", "dog", "horse"])
     message = f"{fitted / 'best.ckpt'}: trained on the classes of pets, the data's differ: expected 'cow' as class 1, "
     assert message in refused(workspace, capsys, other, load, "test_only=True")
-    command = workspace.command(load, *QUICK, task="custom", data_root=other)
-    assert command_line([command[0], "robustness", *command[1:]]) == 2
+    assert command_line(workspace.command(load, *QUICK, name="robustness", task="custom", data_root=other)) == 2
     assert message in capsys.readouterr().err
     resume = (f"resume_from={fitted / 'last.ckpt'}", f"vit={workspace.backbone}")
     assert message.replace("best.ckpt", "last.ckpt") in refused(workspace, capsys, other, *resume)
+    assert command_line(workspace.command(load, "finetune_first=True", f"vit={workspace.backbone}")) == 2
+    assert "entries do not fit this model" in (said := capsys.readouterr().err) and "its task is custom" in said
 
 
-def test_data_of_another_metric_cannot_go_on_but_be_tested(
-    workspace: Workspace, fitted: Path, tmp_path: Path, capsys: Captured
-) -> None:
+def test_data_of_another_metric_cannot_go_on_but_be_tested(workspace, fitted, tmp_path, capsys):
     other = make_own(tmp_path, ["cat", "dog", "cow"])
     said = refused(workspace, capsys, other, f"resume_from={fitted / 'last.ckpt'}", f"vit={workspace.backbone}")
     assert "other options: name (there pets, here custom), metric (there f1_macro, here accuracy)" in said
@@ -153,44 +128,19 @@ def test_data_of_another_metric_cannot_go_on_but_be_tested(
     assert set(metrics) == {"loss", "accuracy", "f1_macro", "balanced_accuracy"}
 
 
-def test_another_task_than_the_checkpoints(workspace: Workspace, fitted: Path, capsys) -> None:
-    load = f"load_path={fitted / 'best.ckpt'}"
-    assert command_line(workspace.command(load, "test_only=True")) == 2
-    assert "task: mmimdb contradicts the checkpoint" in capsys.readouterr().err
-    assert command_line(workspace.command(load, "finetune_first=True", f"vit={workspace.backbone}")) == 2
-    assert "entries do not fit this model, for example mmimdb_classifier.weight: its task is custom" in (
-        capsys.readouterr().err
-    )
-
-
-# ---- robustness, runs and report
-
-
 @pytest.fixture(scope="module")
 def measured(workspace: Workspace, pets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs with robustness results: three classes, two by AUROC, and several labels."""
     log_dir = tmp_path_factory.mktemp("measured")
-    folders = {}
-    for name, data in (
-        ("pets", pets),
-        ("memes", make_own(log_dir / "memes_data", ["fine", "hateful"], name="memes", metric="auroc")),
-        ("films", films_of(workspace, log_dir / "films_data")),
-    ):
-        options = (f"vit={workspace.backbone}", f"exp_name={name}", f"log_dir={log_dir / 'runs'}", "max_epoch=1")
-        assert command_line(workspace.command(*options, task="custom", data_root=data)) == 0
-        folders[name] = log_dir / "runs" / f"{name}_seed0" / "version_0"
-        load = [f"load_path={folders[name] / 'best.ckpt'}", f"data_root={data}"]
-        tables = f"missing_table_root={log_dir / 'tables'}"
-        assert (
-            command_line(["run.py", "robustness", "with", *load, tables, "precision=32", "num_workers=0", *QUICK]) == 0
-        )
+    folders, raw = {}, workspace.root / "raw"
+    assert convert(raw, log_dir / "films", "--spec", str(films_as_custom(raw, log_dir / "films_data"))) == 0
+    memes = make_own(log_dir / "memes_data", ["fine", "hateful"], name="memes", metric="auroc")
+    for name, data in (("pets", pets), ("memes", memes), ("films", log_dir / "films")):
+        given = ("max_epoch=1",)
+        folders[name] = workspace.train(name, *given, log_dir=log_dir / "runs", task="custom", data_root=data)
+        load = (f"load_path={folders[name] / 'best.ckpt'}", f"missing_table_root={log_dir / 'tables'}")
+        assert call("robustness", *load, f"data_root={data}", "precision=32", "num_workers=0", *QUICK) == 0
     return folders
-
-
-def films_of(workspace: Workspace, folder: Path) -> Path:
-    raw = workspace.root / "raw"
-    assert convert(raw, folder / "arrow", "--spec", str(films_as_custom(raw, folder))) == 0
-    return folder / "arrow"
 
 
 def test_robustness_of_each_kind(measured: dict[str, Path]) -> None:
@@ -199,7 +149,7 @@ def test_robustness_of_each_kind(measured: dict[str, Path]) -> None:
         ("memes", "auroc", "roc.csv"),
         ("films", "f1_macro", None),
     ):
-        folder = measured[name] / "robustness"
+        folder, tested = measured[name] / "robustness", json_of(measured[name] / "test_results.json")["metrics"]
         results = json_of(folder / "robustness.json")
         assert (results["task"], results["metric"]) == ("custom", metric)
         assert results["class_names"] == json_of(measured[name] / "config.json")["custom"]["class_names"]
@@ -207,27 +157,18 @@ def test_robustness_of_each_kind(measured: dict[str, Path]) -> None:
         files = {path.name for path in folder.iterdir()}
         assert files >= {"logits.arrow", "cells.csv", "matrix.csv", "per_class.csv"}
         assert (extra in files) if extra else not files & {"roc.csv", "confusions.csv"}
-    roc = json_of(measured["memes"] / "robustness" / "robustness.json")
-    for name, curve in roc["roc"].items():
-        assert curve["auroc"] == roc["by_type"][name]["auroc"]
-
-
-def test_the_cells_are_what_test_only_gives(workspace: Workspace, measured: dict[str, Path], tmp_path: Path) -> None:
-    """At 70 % missing, both, the pattern of the test after the training."""
-    for name, folder in measured.items():
-        results = json_of(folder / "test_results.json")
-        cells = json_of(folder / "robustness" / "robustness.json")["cells"]
-        (cell,) = [cell for cell in cells if (cell["missing_type"], cell["ratio"]) == ("both", 0.7)]
-        for metric, found in cell["metrics"].items():
-            assert found["values"][0] == pytest.approx(results["metrics"][metric], abs=1e-12), name
+        for of_type, curve in results["roc"].items():
+            assert curve["auroc"] == results["by_type"][of_type]["auroc"]
+        [cell] = [one for one in results["cells"] if (one["missing_type"], one["ratio"]) == ("both", 0.7)]
+        for of_cell, found in cell["metrics"].items():  # the pattern of the test after the training
+            assert found["values"][0] == pytest.approx(tested[of_cell], abs=1e-12), name
 
 
 def test_the_table_of_runs(measured: dict[str, Path], capsys: Captured) -> None:
     log_dir = measured["pets"].parents[1]
-    assert command_line(["run.py", "runs", "with", f"log_dir={log_dir}"]) == 0
+    assert call("runs", f"log_dir={log_dir}") == 0
     assert "f1_macro (custom_pets)" in capsys.readouterr().out
-    with (log_dir / "runs.csv").open() as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
+    rows = {row["name"]: row for row in csv_of(log_dir / "runs.csv")}
     assert {name: (row["dataset"], row["metric"], row["state"]) for name, row in rows.items()} == {
         "pets": ("custom_pets", "f1_macro", "finished"),
         "memes": ("custom_memes", "auroc", "finished"),
@@ -239,7 +180,7 @@ def test_the_table_of_runs(measured: dict[str, Path], capsys: Captured) -> None:
 
 def test_the_report(measured: dict[str, Path], tmp_path: Path) -> None:
     runs = measured["pets"].parents[1]
-    assert command_line(["run.py", "report", "with", f"runs={runs}", f"out={tmp_path / 'report'}"]) == 0
+    assert call("report", f"runs={runs}", f"out={tmp_path / 'report'}") == 0
     page = text_of(tmp_path / "report")
     headings = page.splitlines()
     for heading in ("pets", "memes", "films", "Confusion matrix", "ROC curves", "Results by class"):
@@ -257,11 +198,8 @@ def test_a_report_of_two_datasets_of_one_name(measured: dict[str, Path], tmp_pat
         place = tmp_path / "runs" / name / f"version_{number}"
         place.mkdir(parents=True)
         (place / "config.json").write_text(json.dumps(config))
-    assert command_line(["run.py", "report", "with", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'out'}"]) == 2
+    assert call("report", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'out'}") == 2
     assert "results on another dataset than" in capsys.readouterr().err
-
-
-# ---- the table of tasks
 
 
 def test_every_metric_that_data_may_name_has_its_row() -> None:
@@ -276,11 +214,11 @@ def test_every_metric_that_data_may_name_has_its_row() -> None:
         assert task.loss(logits, target) == TASKS[like].loss(logits, target)
 
 
-def test_doctor_and_sweep_on_ones_own_data(workspace: Workspace, tmp_path: Path, capsys: Captured, pets: Path) -> None:
+def test_doctor_and_sweep_on_a_custom_dataset(workspace, tmp_path, capsys, pets):
+    own: dict[str, Any] = {"task": "custom", "data_root": pets}
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=1", "val_check_interval=1.0")
-    command = workspace.command(*options, task="custom", data_root=pets)
-    assert command_line([command[0], "doctor", *command[1:]]) == 0
+    assert command_line(workspace.command(*options, name="doctor", **own)) == 0
     assert "ok   train data: " in capsys.readouterr().out
     grid = ("sweep_types=['both']", "sweep_ratios=[0.7]", "sweep_seeds=[0]", "sweep_name=own")
-    assert command_line([command[0], "sweep", *command[1:], *grid]) == 0
+    assert command_line(workspace.command(*options, *grid, name="sweep", **own)) == 0
     assert "f1_macro" in (tmp_path / "own" / "table.csv").read_text()

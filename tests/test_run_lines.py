@@ -9,6 +9,7 @@ import pytest
 
 from runs.lines import RunLine, lines_of, spread_of
 from runs.run_reader import Run, find_runs
+from tests.conftest import json_of
 from tests.report_files import at, edited
 from tests.test_run_table import write_run
 
@@ -24,8 +25,11 @@ def seeds_of(lines: list[RunLine[Run]]) -> list[list[int]]:
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_line(tmp_path: Path) -> None:
-    """Whatever they are called, wherever they ran, and however they were evaluated."""
+    """Whatever they are called, wherever and how fast they ran, and however they were evaluated and reported."""
     same: list[dict[str, Any]] = [{}, {"num_workers": 0, "exp_name": "other"}, {"test_ratio": 0.3, "log_dir": "x"}]
+    same[1] |= {"image_cache": True, "compile": True, "activation_checkpointing": True, "bootstrap": 0, "runs": "x"}
+    same[2] |= {"runs_sort": "-test", "out": "y", "robustness_anew": True, "robustness_types": ["text"]}
+    same[2] |= {"robustness_ratios": [0.5], "robustness_both_ratios": [0.3]}
     for seed, options in enumerate(same):
         write_run(tmp_path / f"run{2 - seed}" / "version_0", seed=2 - seed, **options)
     (line,) = lines_in(tmp_path)
@@ -35,7 +39,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line(tmp_path: Path) -> No
 def test_a_run_of_before_an_option_was_there_has_its_default(tmp_path: Path) -> None:
     for seed in (0, 1):
         run = write_run(tmp_path / f"run{seed}" / "version_0", seed=seed)
-    config = json.loads((run / "config.json").read_text())
+    config = json_of(run / "config.json")
     del config["replay_depth"]
     (run / "config.json").write_text(json.dumps(config))
     assert seeds_of(lines_in(tmp_path)) == [[0, 1]]

@@ -4,7 +4,6 @@ The others differ in their slots alone (test_methods.py).
 """
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from engine.predict import load_model
 from run import command_line
 from runs.check_options import resolve
 from runs.training import fit_depths
-from tests.conftest import Captured, Workspace
+from tests.conftest import Captured, Workspace, json_of
 from tests.custom_files import read_arrow
+from tests.interrupted import differences
 from tests.models import TINY
 
 DESCRIBED = ("memory_depth=1", "replay_depth=1", "dynamic_init=True", "decoupling_weight=0.1")
@@ -42,8 +42,13 @@ def run(workspace: Workspace, tmp_path: Path, *options: str, status: int = 0) ->
     assert command_line(workspace.command(*common, *options)) == status
 
 
-def result(folder: Path) -> dict:
-    return json.loads((folder / "version_0" / "test_results.json").read_text())
+def result(folder: Path) -> dict[str, Any]:
+    return json_of(folder / "version_0" / "test_results.json")
+
+
+def state_of(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(folder / "version_0" / name, weights_only=True)["state_dict"]
+    return found
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "windows"])
@@ -59,8 +64,8 @@ def test_a_run_and_the_evaluation_of_its_checkpoint(workspace: Workspace, tmp_pa
     assert command_line(evaluation) == 0
     assert result(tmp_path / "again")["metrics"] == pytest.approx(trained["metrics"], rel=1e-6)
     assert "trained_parameters" not in result(tmp_path / "again")
-    configs = (json.loads((tmp_path / name / "version_0" / "config.json").read_text()) for name in ("m_seed0", "again"))
-    assert len({(one["prompt_type"], one["head"], one["memory_length"], one["far"]) for one in configs}) == 1
+    configs = (json_of(tmp_path / name / "version_0" / "config.json") for name in ("m_seed0", "again"))
+    assert len({tuple(one[n] for n in ("prompt_type", "head", "memory_length", "far", "vit")) for one in configs}) == 1
 
 
 def test_whole_texts_are_read_in_every_command(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
@@ -68,9 +73,9 @@ def test_whole_texts_are_read_in_every_command(workspace: Workspace, tmp_path: P
     run(workspace, tmp_path, *VARIANTS["windows"], "exp_name=m")
     tested, best = result(tmp_path / "m_seed0"), tmp_path / "m_seed0" / "version_0" / "best.ckpt"
     assert tested["other_input"] == ["text_windows=3", "group_texts=True"] and tested["samples"] == tested["rows"] == 13
-    command = workspace.command(f"load_path={best}", "bootstrap=0", "robustness_seeds=[0]", "robustness_ratios=[0.7]")
-    assert command_line([command[0], "robustness", *command[1:]]) == 0
-    found = json.loads((best.parent / "robustness" / "robustness.json").read_text())
+    small = ("bootstrap=0", "robustness_seeds=[0]", "robustness_ratios=[0.7]")
+    assert command_line(workspace.command(f"load_path={best}", *small, name="robustness")) == 0
+    found = json_of(best.parent / "robustness" / "robustness.json")
     [cell] = [cell for cell in found["cells"] if cell["missing_type"] == "both"]
     for metric, figures in cell["metrics"].items():
         assert figures["mean"] == pytest.approx(tested["metrics"][metric], abs=1e-6), metric
@@ -87,9 +92,7 @@ def test_whole_texts_are_read_in_every_command(workspace: Workspace, tmp_path: P
 
 
 @pytest.mark.parametrize("variant", ["described", "dpl", "aoept", "windows"])
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
-    workspace: Workspace, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(workspace, tmp_path, variant, monkeypatch):
     """From the checkpoint of every validation."""
     copies: list[Path] = []
     of_callbacks = Checkpoints.on_validation_end
@@ -103,82 +106,57 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
         patch.setattr(Checkpoints, "_is_due", lambda _, trainer: trainer.validating)
         patch.setattr(Checkpoints, "on_validation_end", keep_a_copy)
         run(workspace, tmp_path, *options, "exp_name=whole")
-    whole = torch.load(tmp_path / "whole_seed0" / "version_0" / "last.ckpt", weights_only=True)["state_dict"]
     assert len(copies) == 2
     run(workspace, tmp_path, *options, "exp_name=on", f"resume_from={copies[0]}")
-    resumed = torch.load(tmp_path / "on_seed0" / "version_0" / "last.ckpt", weights_only=True)["state_dict"]
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert not differences(state_of(tmp_path / "on_seed0"), state_of(tmp_path / "whole_seed0"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("prompt_type=maple", "prompt_type: maple contradicts the checkpoint {best}, which has dcp"),
-        ("head=dpl", "head: dpl contradicts the checkpoint {best}, which has linear"),
-        ("replay_depth=1 prompt_type=rep", "contradicts the checkpoint {best}"),
+        (
+            "load_path={0}/best.ckpt test_only=True prompt_type=maple",
+            "prompt_type: maple contradicts the checkpoint {0}",
+        ),
+        (
+            "load_path={0}/best.ckpt test_only=True head=dpl",
+            "head: dpl contradicts the checkpoint {0}/best.ckpt, which",
+        ),
+        ("load_path={0}/best.ckpt test_only=True replay_depth=1 prompt_type=rep", "contradicts the checkpoint {0}"),
+        ("load_path={0}/best.ckpt test_only=True prompt_type=dcp memory_length=9", "memory_length: 9 contradicts the"),
+        ("load_path={0}/best.ckpt test_only=True prompt_type=dcp memory_depth=1", "memory_depth: 1 contradicts the ch"),
+        ("load_path={0}/best.ckpt", "entries do not fit this model"),
+        ("resume_from={0}/last.ckpt", "a run with other options: prompt_type (there dcp, here rep)"),
+        (
+            "rep_described",
+            "error: memory_depth=2 with replay_depth=1 is more than the backbone has blocks (2 in the im",
+        ),
     ],
 )
-def test_options_that_contradict_the_checkpoint(
-    workspace: Workspace, dcp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
-) -> None:
-    run(workspace, tmp_path, f"load_path={dcp}", "test_only=True", *options.split(" "), status=2)
-    assert message.format(best=dcp) in capsys.readouterr().err
+def test_options_that_contradict_the_checkpoint_or_the_backbone(workspace, dcp, tmp_path, capsys, options, message):
+    run(workspace, tmp_path, *options.format(dcp.parent).split(" "), status=2)
+    assert message.format(dcp.parent) in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
-def dcp(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dcp")
-    run(workspace, folder, "prompt_type=dcp", "exp_name=dcp", "test_after_fit=False")
-    return folder / "dcp_seed0" / "version_0" / "best.ckpt"
+def dcp(workspace: Workspace) -> Path:
+    return workspace.train("dcp", "prompt_type=dcp", "max_epoch=1", "test_after_fit=False") / "best.ckpt"
 
 
-def test_a_warm_start_from_another_method_is_refused(
-    workspace: Workspace, dcp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(workspace, tmp_path, f"load_path={dcp}", status=2)
-    assert "entries do not fit this model" in capsys.readouterr().err
-
-
-def test_a_method_that_sees_the_training_split_sees_it_after_a_warm_start_from_none(
-    workspace: Workspace, tmp_path: Path
-) -> None:
+def test_a_method_that_sees_the_training_split_sees_it_after_a_warm_start_from_none(workspace, tmp_path):
     """Of AOEPT the clusters, which would all be 0; from a checkpoint of its own it has them."""
     short = ("test_after_fit=False", "max_steps=1", "warmup_steps=0")
     run(workspace, tmp_path, "prompt_type=none", *short, "exp_name=m")
     states: list[dict[str, torch.Tensor]] = []
-    start = tmp_path / "m_seed0" / "version_0" / "best.ckpt"
-    for name in ("a", "b"):
-        run(
-            workspace,
-            tmp_path,
-            *VARIANTS["aoept"],
-            *short,
-            f"load_path={start}",
-            f"exp_name={name}",
-            f"seed={len(states)}",
-        )
-        start = tmp_path / f"{name}_seed{len(states)}" / "version_0" / "best.ckpt"
-        states.append(torch.load(start, weights_only=True)["state_dict"])
+    start = tmp_path / "m_seed0"
+    for seed, name in enumerate(("a", "b")):
+        load = f"load_path={start / 'version_0' / 'best.ckpt'}"
+        run(workspace, tmp_path, *VARIANTS["aoept"], *short, load, f"exp_name={name}", f"seed={seed}")
+        start = tmp_path / f"{name}_seed{seed}"
+        states.append(state_of(start, "best.ckpt"))
     for name in ("model.prompt_learner.text_init_tokens", "model.prompt_learner.vision_init_tokens"):
         assert states[0][name].abs().amin(dim=-1).sum() > 0
         assert torch.equal(states[0][name], states[1][name])
-
-
-def test_resuming_with_another_method_is_refused(
-    workspace: Workspace, dcp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    last = dcp.with_name("last.ckpt")
-    run(workspace, tmp_path, f"resume_from={last}", status=2)
-    assert "a run with other options: prompt_type (there dcp, here rep)" in capsys.readouterr().err
-
-
-def test_sizes_that_the_backbone_does_not_have(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(workspace, tmp_path, "rep_described", status=2)
-    message = "error: memory_depth=2 with replay_depth=1 is more than the backbone has blocks (2 in the image tower"
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -195,9 +173,7 @@ def test_sizes_that_the_backbone_does_not_have(
         (4, {"prompt_type": "coop"}, (), (6, 0)),
     ],
 )
-def test_depths_that_are_not_given_fit_the_backbone(
-    caplog: pytest.LogCaptureFixture, blocks: int, wanted: dict[str, Any], given: tuple[str, ...], expected: tuple[int]
-) -> None:
+def test_depths_that_are_not_given_fit_the_backbone(caplog, blocks, wanted, given, expected):
     """As in the published one, half of the blocks have slots of their own; what is given is left alone."""
     options = resolve({**DEFAULTS, "task": "mmimdb", **wanted})
     with caplog.at_level("INFO"):
@@ -209,25 +185,19 @@ def test_depths_that_are_not_given_fit_the_backbone(
 
 
 def test_a_run_keeps_the_depth_that_it_had(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    command = [
-        option
-        for option in workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_steps=1")
-        if not option.startswith("memory_depth")
-    ]
+    command = workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_steps=1")
+    command = [option for option in command if not option.startswith("memory_depth")]
     assert command_line([*command, "exp_name=m", "prompt_type=msp"]) == 0
     said = capsys.readouterr().err
     assert f"warning: {workspace.arrow / 'mmimdb_train.arrow'}: no sample is of class " in said and "'War'" in said
-    assert json.loads((tmp_path / "m_seed0" / "version_0" / "config.json").read_text())["memory_depth"] == 1
+    assert json_of(tmp_path / "m_seed0" / "version_0" / "config.json")["memory_depth"] == 1
     assert command_line([*command, "exp_name=m", "prompt_type=msp", "resume_from=auto"]) == 0
     assert "nothing is left to do" in capsys.readouterr().err
 
 
-def test_a_head_is_told_the_missing_type_of_the_training(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_is_told_the_missing_type_of_the_training(workspace, tmp_path, monkeypatch):
     told: list[str] = []
     monkeypatch.setattr(DecoupledPrototypes, "trained_on", lambda _, missing_type: told.append(missing_type))
-    run(
-        workspace, tmp_path, "head=dpl", "prompt_type=none", "missing_type=text", "test_type=image", "fast_dev_run=True"
-    )
+    types = ("missing_type=text", "test_type=image")
+    run(workspace, tmp_path, "head=dpl", "prompt_type=none", *types, "fast_dev_run=True")
     assert told == ["text"]

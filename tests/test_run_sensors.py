@@ -25,10 +25,11 @@ from sensors.backbone import build
 from sensors.swt import SwtTower
 from sensors.weights import published_weights, sizes_for
 from tests.interrupted import assert_same_end
+from tests.models import batch_of
 from tests.report_files import text_of
 from tests.sensor_files import ROWS, write_set
 from tests.test_resume import interrupt
-from tests.test_sensor_rep import ALL, batch_of, make, signals_of
+from tests.test_sensor_rep import ALL, make, signals_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 

@@ -1,8 +1,8 @@
 """`run.py runs`: every run is there, with its state and its figures."""
 
-import csv
 import json
 import os
+import shutil
 import time
 from datetime import datetime
 from pathlib import Path
@@ -14,14 +14,10 @@ import torch
 from common.errors import ConfigError
 from common.text import AT_OFFSET
 from config import DEFAULTS
-from run import command_line
 from runs.run_table import describe_runs, list_runs, sort_runs
 from runs.targets import find_checkpoints
-from tests.conftest import Workspace
+from tests.conftest import Captured, Patch, call, csv_of, json_of
 from tests.report_files import edited
-
-Captured = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 
 BEGAN = 1_750_000_000
 
@@ -164,21 +160,10 @@ def test_the_command(tmp_path: Path, capsys: Captured) -> None:
     for seed, tested in ((0, 0.25), (1, 0.75)):
         write_run(tmp_path / f"rep_seed{seed}" / "version_0", exp_name="rep", seed=seed, tested=tested)
     (tmp_path / "cut" / "version_0").mkdir(parents=True)
-    assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}", "runs_sort=-test"]) == 0
+    assert call("runs", f"log_dir={tmp_path}", "runs_sort=-test") == 0
     lines = capsys.readouterr().out.splitlines()
     header = lines[1]
-    assert header.split() == [
-        "folder",
-        "method",
-        "train",
-        "validation",
-        "test",
-        "tested",
-        "at",
-        "date",
-        "state",
-        "note",
-    ]
+    assert " ".join(header.split()) == "folder method train validation test tested at date state note"
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(BEGAN))
     expected = f"rep_seed1/version_0 rep 70 % both 0.4000 0.7500 50 % both 0.3 {date} finished"
     assert " ".join(lines[3].split()) == expected
@@ -187,8 +172,7 @@ def test_the_command(tmp_path: Path, capsys: Captured) -> None:
     for title, text in (("state", "finished"), ("tested at", "50 %"), ("folder", "rep_seed1")):
         assert header.index(title) == lines[3].index(text)
     assert "validation (the best) and test: f1_macro (mmimdb)" in lines
-    with (tmp_path / "runs.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_of(tmp_path / "runs.csv")
     assert [row["test"] for row in rows] == ["0.75", "0.25", ""]
     assert rows[0]["metric"] == "f1_macro" and rows[0]["folder"] == str(tmp_path / "rep_seed1" / "version_0")
 
@@ -219,7 +203,7 @@ def test_the_table_fits_into_a_narrow_terminal(tmp_path: Path, capsys: Captured,
     write_run(tmp_path / ("long_" * 20) / "version_0", max_epoch=20, tested=None)
     for task in ("mmimdb", "food101"):
         write_run(tmp_path / f"finetune_{task}_seed0" / "version_0", task=task)
-        assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
+        assert call("runs", f"log_dir={tmp_path}") == 0
         lines = capsys.readouterr().out.splitlines()
         assert max(map(len, lines[:-3])) <= 100
         heads = " ".join(lines[1:3]).split("─")[0].split()
@@ -237,13 +221,12 @@ def test_undefined_figures_and_baselines_are_shown_as_such(tmp_path: Path, capsy
     edited(second, "test_results.json", metrics={"f1_macro": None, "loss": None})
     write_run(tmp_path / "c" / "version_0", task="food101", tested=0.6)
     for order in ("test", "-test"):
-        assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}", f"runs_sort={order}"]) == 0
+        assert call("runs", f"log_dir={tmp_path}", f"runs_sort={order}") == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[1].split()[:3] == ["folder", "method", "dataset"]
         assert lines[5].split()[0] == "b/version_0" and "undefined" in lines[5]
         assert "  always Drama: f1_macro 0.1893 (mmimdb)" in lines
-    with (tmp_path / "runs.csv").open(newline="") as file:
-        assert [row["test"] for row in csv.DictReader(file)] == ["0.6", "0.3", ""]
+    assert [row["test"] for row in csv_of(tmp_path / "runs.csv")] == ["0.6", "0.3", ""]
 
 
 def test_a_run_that_repeats_a_seed_says_so(tmp_path: Path) -> None:
@@ -253,7 +236,7 @@ def test_a_run_that_repeats_a_seed_says_so(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: Captured) -> None:
-    assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
+    assert call("runs", f"log_dir={tmp_path}") == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("folder  method")
 
 
@@ -267,20 +250,18 @@ def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: Captured) 
     ],
 )
 def test_wrong_options(tmp_path: Path, capsys: Captured, option: str, message: str) -> None:
-    assert command_line(["run.py", "runs", "with", option.format(top=tmp_path)]) == 2
+    assert call("runs", option.format(top=tmp_path)) == 2
     assert capsys.readouterr().err.startswith(f"error: {message.format(top=tmp_path)}")
 
 
-def test_a_real_run(workspace: Workspace) -> None:
-    command = workspace.command(f"vit={workspace.backbone}", "exp_name=listed", "max_epoch=1", "learning_rate=0.1")
-    assert command_line(command) == 0
-    folder = workspace.results / "listed_seed0" / "version_0"
-    (row,) = list_runs(folder.parent)
-    with (folder / "metrics.csv").open() as file:
-        values = [float(line["val/f1_macro"]) for line in csv.DictReader(file) if line["val/f1_macro"]]
-    assert row.validation == pytest.approx(max(values), abs=1e-6)
-    assert row.test == json.loads((folder / "test_results.json").read_text())["metrics"]["f1_macro"]
-    assert (row.state, row.name, row.train) == ("finished", "listed", "70 % both")
+def test_a_real_run(fitted: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fitted, tmp_path / "version_0"))
+    (row,) = list_runs(tmp_path)
+    values = [float(line["val/f1_macro"]) for line in csv_of(folder / "metrics.csv") if line["val/f1_macro"]]
+    assert row.validation == torch.load(folder / "best.ckpt", weights_only=True)["score"]
+    assert any(row.validation == pytest.approx(value, abs=1e-6) for value in values)
+    assert row.test == json_of(folder / "test_results.json")["metrics"]["f1_macro"]
+    assert (row.state, row.name, row.train) == ("finished", "fitted", "70 % both")
     (folder / "test_results.json").unlink()
     assert state_of(folder) == ("unfinished", "not tested")
 

@@ -22,6 +22,7 @@ from engine.sample_statistics import (
 )
 from engine.stored_logits import SplitLogits
 from engine.tasks import TASKS, Task
+from tests.conftest import Patch
 
 DISHES = [f"dish {number}" for number in range(101)]
 
@@ -76,15 +77,8 @@ def test_confusions_are_the_most_frequent_pairs() -> None:
     expected = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]
     found = confusions(logits, labels, DISHES)
     assert len(pairs) > CONFUSIONS, "some should be left out"
-    assert found == [
-        {
-            "true": DISHES[true],
-            "predicted": DISHES[predicted],
-            "count": count,
-            "share": count / int((labels == true).sum()),
-        }
-        for (true, predicted), count in expected
-    ]
+    cells = [(one["true"], one["predicted"], one["count"], one["share"]) for one in found]
+    assert cells == [(DISHES[t], DISHES[p], n, n / int((labels == t).sum())) for (t, p), n in expected]
     right = torch.tensor([3, 1, 4, 1])
     assert confusions(torch.nn.functional.one_hot(right, 101).float(), right, DISHES) == []
 
@@ -110,10 +104,7 @@ def test_roc(samples: int) -> None:
     assert thresholds == sorted(thresholds, reverse=True)
     auroc = auroc_and_accuracy(logits, labels)["auroc"]
     assert float(np.trapezoid(tpr, fpr)) == pytest.approx(auroc, abs=1e-6 if samples < 1000 else 2e-3)
-
-
-def test_roc_of_one_class_alone() -> None:
-    assert roc(torch.randn(5, 2), torch.ones(5, dtype=torch.long)) is None
+    assert roc(torch.randn(5, 2), torch.ones(5, dtype=torch.long)) is None, "of one class alone"
 
 
 def split_of(logits: Sequence[Tensor], labels: Tensor, rows: np.ndarray | None = None) -> SplitLogits:
@@ -122,7 +113,7 @@ def split_of(logits: Sequence[Tensor], labels: Tensor, rows: np.ndarray | None =
 
 
 @pytest.mark.parametrize("name", ["mmimdb", "food101", "hatememes", "mosi"])
-def test_the_bootstrap_is_that_of_a_slow_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bootstrap_is_that_of_a_slow_loop(name: str, monkeypatch: Patch) -> None:
     """Also where the resamples do not fit into memory at once, and where rows have several samples."""
     task, samples, resamples = TASKS[name], 30, 25
     two_sets, labels = [made_up(task, samples, seed)[0] for seed in (0, 1)], made_up(task, samples)[1]

@@ -1,6 +1,6 @@
 """REP on the SW-Transformer: the definition's numbers, its properties, and a slow version."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.heads import LinearHead
-from clip.modules.interfaces import ModelInput
 from clip.modules.method import Method, MethodOptions
 from clip.modules.no_prompts import NoPrompts
 from clip.trainable import freeze
@@ -22,8 +21,8 @@ from sensors.memory import SensorMemoryLearner, patterns
 from sensors.sizes import SWT, ModalitySizes, SensorSizes
 from tests import golden_as, slow_sensors
 from tests.golden import assert_gradients, relative_error
+from tests.models import batch_of
 from tests.test_golden_as import FORWARD
-from vilt.missing_types import code_of
 
 NAMES = ("sound", "shake", "light")
 SIZES = SensorSizes(
@@ -63,15 +62,6 @@ def signals_of(sizes: SensorSizes, count: int, seed: int = 0) -> dict[str, Tenso
         name: (count, sizes.of(name).channels, sizes.intervals, sizes.of(name).samples) for name in sizes.modalities
     }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def batch_of(signals: Mapping[str, Tensor], present_BM: Tensor) -> ModelInput:
-    """What is missing is not in it."""
-    names = list(signals)
-    rows = {name: present_BM[:, m].nonzero().flatten() for m, name in enumerate(names)}
-    codes = [sum(code_of(names, name) for m, name in enumerate(names) if not here[m]) for here in present_BM.tolist()]
-    inputs = {name: signals[name][rows[name]] for name in names}
-    return ModelInput(inputs, rows, present_BM, tuple(sorted(set(codes))), index_B=torch.arange(len(present_BM)))
 
 
 @pytest.mark.parametrize("path", golden_as.files("rep"), ids=lambda path: path.stem)

@@ -1,6 +1,5 @@
 """Optimiser steps: how batches and samples count in one, and the learning rate of each, also of a resumed run."""
 
-import csv
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,8 +7,7 @@ import pytest
 import torch
 
 from engine.optimization import AdamW, OptimizerSettings, make_schedule, schedule_steps, weight_in_step
-from run import command_line
-from tests.conftest import Captured, Workspace
+from tests.conftest import Workspace, csv_of
 from tests.custom_files import convert, write_labelled
 
 
@@ -17,9 +15,7 @@ from tests.custom_files import convert, write_labelled
 @pytest.mark.parametrize(
     ("samples", "size", "accumulation"), [(18, 8, 1), (18, 4, 2), (17, 2, 3), (7, 4, 8), (3, 1, 2)]
 )
-def test_the_loss_of_a_step_is_the_mean_over_its_samples(
-    samples: int, size: int, accumulation: int, processes: int
-) -> None:
+def test_the_loss_of_a_step_is_the_mean_over_its_samples(samples, size, accumulation, processes):
     """As Lightning adds them up, of samples whose losses are their places in the epoch; repeated ones do not count."""
     share = -(-samples // processes)
     batches = -(-share // size)
@@ -85,10 +81,8 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(workspace: Workspace, data_root: Path, log_dir: Path, name: str, *options: str) -> Path:
-    common = ("prompt_type=none", "val_check_interval=1.0", "test_after_fit=False", f"exp_name={name}")
-    own = (f"vit={workspace.backbone}", f"log_dir={log_dir}", *common, *options)
-    assert command_line(workspace.command(*own, task="custom", data_root=data_root)) == 0
-    return log_dir / f"{name}_seed0" / "version_0"
+    common = ("prompt_type=none", "val_check_interval=1.0", "test_after_fit=False")
+    return workspace.train(name, *common, *options, log_dir=log_dir, task="custom", data_root=data_root)
 
 
 def test_a_step_trains_the_same_in_one_pass_or_several(workspace: Workspace, uneven: Path, tmp_path: Path) -> None:
@@ -100,17 +94,15 @@ def test_a_step_trains_the_same_in_one_pass_or_several(workspace: Workspace, une
         torch.testing.assert_close(value, states[1][name], rtol=0, atol=1e-6)
 
 
-def test_a_resumed_run_follows_the_schedule_and_the_optimiser_of_its_own_options(
-    workspace: Workspace, uneven: Path, tmp_path: Path, capsys: Captured
-) -> None:
+def test_a_resumed_run_follows_the_schedule_and_the_optimiser_of_its_own_options(workspace, uneven, tmp_path, capsys):
     first = trained(workspace, uneven, tmp_path, "first")
     longer = ("max_epoch=4", "learning_rate=0.02", "weight_decay=0.5", f"resume_from={first / 'last.ckpt'}")
     folder = trained(workspace, uneven, tmp_path, "longer", *longer)
     said = capsys.readouterr().err
     assert all(f"{name} (there " in said for name in ("learning_rate", "max_epoch", "weight_decay"))
     assert "resumed at step 6; learning rate 0.0109, by the schedule of this run's options (12 steps)" in said
-    with (folder / "metrics.csv").open() as file:
-        found = {int(row["step"]): float(row["lr-AdamW/pg1"]) for row in csv.DictReader(file) if row["lr-AdamW/pg1"]}
+    rows = csv_of(folder / "metrics.csv")
+    found = {int(row["step"]): float(row["lr-AdamW/pg1"]) for row in rows if row["lr-AdamW/pg1"]}
     assert found == pytest.approx({step: 0.02 * (12 - step) / 11 for step in range(6, 12)})
     [optimizer] = torch.load(folder / "last.ckpt", weights_only=True)["optimizer_states"]
     assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.0, 0.5}

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from common.text import Estimate, duration, estimate, natural_key, per_cent, terminal_table
+from tests.conftest import Patch
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_mean_and_deviation_by_hand() -> None:
     assert Estimate(0.5, 0.25, 2).text(2, 100) == "50.00 ± 25.00" and Estimate(0.5, 0.0, 1).text() == "0.5000"
 
 
-def test_a_table_in_a_pipe_has_a_line_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_in_a_pipe_has_a_line_a_row(monkeypatch: Patch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     rows = [("long " * 60, "1"), None, ("[red]x[/red] :smile:", "1000")]
     lines = terminal_table(("a", "bb"), rows, "<>").splitlines()
@@ -41,7 +42,7 @@ def test_a_table_in_a_pipe_has_a_line_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert {len(lines[number]) for number in (0, 2, 4)} == {len(lines[4])}
 
 
-def test_a_table_on_a_narrow_terminal_is_folded_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_on_a_narrow_terminal_is_folded_and_loses_nothing(monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     cell = "".join(f"{number:02}" for number in range(40))
     lines = terminal_table(("first", "second", "n"), [(cell, f"x{cell}", "7")], "<<>").splitlines()

@@ -3,7 +3,6 @@
 Nothing of the program knows them but by their rows in DATASETS, FAMILIES and METHODS.
 """
 
-import csv
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from config import DEFAULTS
 from engine.families import FAMILIES, BackboneChoice, Family
 from run import command_line
 from runs.check_options import check
+from tests.conftest import Patch, call, csv_of, json_of
+from tests.custom_files import read_arrow
 from tests.data_files import write
 from tests.interrupted import assert_same_end
 from tests.report_files import text_of
@@ -164,26 +165,18 @@ class Sensing(Method):
 
 
 def sensor_rows(split: str) -> pa.Table:
-    draw = np.random.default_rng(list(ROWS).index(split))
+    draw, kind = np.random.default_rng(list(ROWS).index(split)), pa.list_(pa.list_(pa.float32()))
     labels = [row % 3 for row in range(ROWS[split])]
-    return pa.table(
-        {
-            "waves": pa.array(
-                [draw.normal(label, 1, (draw.integers(1, 6), 4)).tolist() for label in labels],
-                pa.list_(pa.list_(pa.float32())),
-            ),
-            "motion": pa.array([draw.normal(label, 1, 6).tolist() for label in labels], pa.list_(pa.float32(), 6)),
-            "light": pa.array(
-                [draw.normal(-label, 1, (3, 2)).tolist() for label in labels], pa.list_(pa.list_(pa.float32()))
-            ),
-            "label": labels,
-        }
-    )
+    waves = [draw.normal(label, 1, (draw.integers(1, 6), 4)).tolist() for label in labels]
+    motion = pa.array([draw.normal(label, 1, 6).tolist() for label in labels], pa.list_(pa.float32(), 6))
+    light = [draw.normal(-label, 1, (3, 2)).tolist() for label in labels]
+    columns = {"waves": pa.array(waves, kind), "motion": motion, "light": pa.array(light, kind)}
+    return pa.table({**columns, "label": labels})
 
 
 @pytest.fixture(scope="module")
 def registered() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with Patch.context() as patch:
         patch.setitem(DATASETS, "gadgets", SENSORS)
         patch.setitem(FAMILIES, "gadgets", SensorFamily())
         patch.setitem(METHODS, "sensing", f"{__name__}:Sensing")
@@ -200,25 +193,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(data: Path, *options: str, name: str | None = None) -> list[str]:
     places = (f"data_root={data}", f"log_dir={data / 'result'}", f"missing_table_root={data / 'tables'}")
-    small = (
-        "batch_size=8",
-        "per_gpu_batchsize=4",
-        "max_epoch=2",
-        "precision=32",
-        "num_workers=0",
-        "vit=made up",
-        "simulate_missing=True",
-    )
-    return [
-        "run.py",
-        *([name] if name else []),
-        "with",
-        "task=gadgets",
-        "prompt_type=sensing",
-        *places,
-        *small,
-        *options,
-    ]
+    small = ("batch_size=8", "per_gpu_batchsize=4", "max_epoch=2", "precision=32", "num_workers=0")
+    own = ("task=gadgets", "prompt_type=sensing", "vit=made up", "simulate_missing=True")
+    return ["run.py", *([name] if name else []), "with", *own, *places, *small, *options]
 
 
 @pytest.fixture(scope="module")
@@ -239,26 +216,21 @@ def measured(trained: dict[str, Path], data: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["any", "some"])
 def test_a_run_trains_tests_and_keeps_what_the_method_has(trained: dict[str, Path], kind: str) -> None:
-    results = json.loads((trained[kind] / "test_results.json").read_text())
+    results = json_of(trained[kind] / "test_results.json")
     lost = {name: count for name, count in results["missing"].items() if count}
     assert results["samples"] == 14 and results["missing_pattern"]["missing_type"] == kind
     assert lost.pop("complete") == 14 - int(0.7 * 14)
     assert set(lost) == {name for name in TYPE_NAMES[1:] if kind == "some" or "," not in name}
     assert max(lost.values()) - min(lost.values()) <= 1
     kept = torch.load(trained[kind] / "best.ckpt", weights_only=True)["state_dict"]
-    assert set(kept) == {
-        *(f"model.sense.wobble.{name}" for name in SENSORS.modalities),
-        *("model.sense.habit", "gadgets_classifier.weight", "gadgets_classifier.bias"),
-    }
+    own = {f"model.sense.{name}" for name in ("habit", *(f"wobble.{name}" for name in SENSORS.modalities))}
+    assert set(kept) == own | {"gadgets_classifier.weight", "gadgets_classifier.bias"}
     assert kept["model.sense.habit"].any()
-    with (trained[kind] / "metrics.csv").open(newline="") as file:
-        losses = [float(row["train/habit"]) for row in csv.DictReader(file) if row["train/habit"]]
+    losses = [float(row["train/habit"]) for row in csv_of(trained[kind] / "metrics.csv") if row["train/habit"]]
     assert losses and all(np.isfinite(losses))
 
 
-def test_an_interrupted_training_ends_with_the_same_bits(
-    trained: dict[str, Path], data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_training_ends_with_the_same_bits(trained, data, monkeypatch):
     again = command(data, "exp_name=again", "missing_type=some", "resume_from=auto")
     interrupt(again, monkeypatch, checkpoints=4)
     assert command_line(again) == 0
@@ -266,24 +238,23 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 
 
 def test_logits_are_kept_of_each_of_seven_types(measured: Path) -> None:
-    table = pa.ipc.open_file(pa.memory_map(str(measured / "logits.arrow"))).read_all()
+    table = read_arrow(measured / "logits.arrow")
     columns = [name for name in table.column_names if name.startswith("logits_")]
     assert columns == [f"logits_{name.replace(', ', '_').replace(' ', '_')}" for name in TYPE_NAMES]
     assert len({tuple(map(tuple, table[name].to_pylist())) for name in columns}) == 7
-    assert list(json.loads((measured / "robustness.json").read_text())["by_type"]) == list(TYPE_NAMES)
+    assert list(json_of(measured / "robustness.json")["by_type"]) == list(TYPE_NAMES)
 
 
 @pytest.mark.parametrize("kind", ["motion", "some"])
 def test_each_cell_is_what_an_evaluation_gives(measured: Path, data: Path, kind: str) -> None:
-    cells = json.loads((measured / "robustness.json").read_text())["cells"]
+    cells = json_of(measured / "robustness.json")["cells"]
     assert {cell["missing_type"] for cell in cells} == set(TYPES) and len(cells) == 15
     for ratio in (0.5, 1.0):
         name = f"{kind}_{ratio}"
         pattern = (f"test_type={kind}", f"test_ratio={ratio}", f"test_exp_name={name}")
-        assert (
-            command_line(command(data, f"load_path={measured.parent / 'best.ckpt'}", "test_only=True", *pattern)) == 0
-        )
-        results = json.loads((data / "result" / name / "version_0" / "test_results.json").read_text())
+        evaluation = (f"load_path={measured.parent / 'best.ckpt'}", "test_only=True", *pattern)
+        assert command_line(command(data, *evaluation)) == 0
+        results = json_of(data / "result" / name / "version_0" / "test_results.json")
         (cell,) = (cell for cell in cells if (cell["missing_type"], cell["ratio"]) == (kind, ratio))
         assert {metric: figures["mean"] for metric, figures in cell["metrics"].items()} == pytest.approx(
             {metric: results["metrics"][metric] for metric in cell["metrics"]}
@@ -305,7 +276,7 @@ def test_predictions_are_those_of_the_test(measured: Path, data: Path, tmp_path:
     (tmp_path / "in.csv").write_text("\n".join(lines))
     output = tmp_path / "out.jsonl"
     options = [f"load_path={measured.parent / 'best.ckpt'}", f"input={tmp_path / 'in.csv'}", f"output={output}"]
-    assert command_line(["run.py", "predict", "with", "precision=32", "num_workers=0", *options]) == 0
+    assert call("predict", "precision=32", "num_workers=0", *options) == 0
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [one["missing"] for one in found] == [TYPE_NAMES[5 if row == 3 else 0] for row in range(7)]
     table = pa.ipc.open_file(pa.memory_map(str(measured / "logits.arrow"))).read_all()
@@ -316,16 +287,13 @@ def test_predictions_are_those_of_the_test(measured: Path, data: Path, tmp_path:
         assert list(one["probabilities"]) == list(SENSORS.class_names or ())
 
 
-def test_the_table_of_runs_and_the_report_show_them(
-    measured: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_line(["run.py", "runs", "with", f"log_dir={data / 'result'}"]) == 0
+def test_the_table_of_runs_and_the_report_show_them(measured, data, tmp_path, capsys):
+    assert call("runs", f"log_dir={data / 'result'}") == 0
     assert "70 % some" in (said := capsys.readouterr().out) and "gadgets" in said
-    assert command_line(["run.py", "report", "with", f"runs={data / 'result'}", f"out={tmp_path / 'report'}"]) == 0
+    assert call("report", f"runs={data / 'result'}", f"out={tmp_path / 'report'}") == 0
     page = text_of(tmp_path / "report")
     assert "Sensors" in page and "without motion, light" in page and "without sound, light" in page
-    with (tmp_path / "report" / "tables" / "matrix_gadgets.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_of(tmp_path / "report" / "tables" / "matrix_gadgets.csv")
     assert {row["missing_type"] for row in rows} == set(TYPES)
     half = {row["missing_type"]: row for row in rows if row["missing_ratio"] == "50"}
     for kind, shares in {"light": "100 100 50", "any": "83.3333 83.3333 83.3333", "some": "75 75 75"}.items():
@@ -333,30 +301,14 @@ def test_the_table_of_runs_and_the_report_show_them(
 
 
 def test_defaults_are_those_of_the_modalities(registered: None, data: Path) -> None:
+    """And complete samples may lose any in training."""
     options = check({**DEFAULTS, "task": "gadgets", "data_root": str(data)})
     assert set(options.missing_type.values()) == {"any"} and options.test_type is None
     assert options.robustness_types == options.sweep_types == TYPES
-
-
-def test_complete_samples_may_lose_any_modalities_in_training(registered: None, data: Path) -> None:
     dataset = ArrowDataset(SENSORS, data, "train")
     dataset.simulate_seed = 0
     seen = {tuple(dataset[epoch, index].inputs) for epoch in range(5) for index in range(24)}
     assert len(seen) == 7 and () not in seen
-
-
-def test_samples_with_one_input_can_be_given_inputs_of_their_own() -> None:
-    shared = ModelInput(
-        inputs={"sound": torch.tensor([[1.0], [2.0]])},
-        rows={"sound": torch.tensor([0, 2])},
-        present_BM=torch.tensor([[True], [True], [True], [False]]),
-        types=(0,),
-        length_b={"sound": torch.tensor([4, 7])},
-        source_of_B={"sound": torch.tensor([0, 0, 2, 3])},
-    )
-    own = shared.with_own_inputs()
-    assert own.inputs["sound"].flatten().tolist() == [1, 1, 2] and own.length_b["sound"].tolist() == [4, 4, 7]
-    assert own.rows["sound"].tolist() == [0, 1, 2] and not own.source_of_B
 
 
 # Arrays
@@ -376,23 +328,20 @@ def test_arrays_that_vary_are_padded_in_front(registered: None, data: Path) -> N
     assert lengths == sorted(lengths, reverse=True)
 
 
+VARYING, NESTED = pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32()))
+
+
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        (
-            "motion",
-            pa.array([[1.0] * 6, [1.0] * 5], pa.list_(pa.float32())),
-            r"motion: .*shape \(6,\), found the size 5",
-        ),
+        ("motion", pa.array([[1.0] * 6, [1.0] * 5], VARYING), r"motion: .*shape \(6,\), found the size 5"),
         ("motion", pa.array([[1.0] * 6] * 2, pa.list_(pa.float64())), "motion: expected arrays of float32"),
         ("motion", pa.array([1.0, 2.0], pa.float32()), r"motion: expected arrays of shape \(6,\), found float"),
-        ("motion", pa.array([[1.0] * 5 + [None]] * 2, pa.list_(pa.float32())), "motion: .*without nulls"),
-        ("waves", pa.array([[[1.0] * 4], []], pa.list_(pa.list_(pa.float32()))), r"waves: .*found the size 0"),
+        ("motion", pa.array([[1.0] * 5 + [None]] * 2, VARYING), "motion: .*without nulls"),
+        ("waves", pa.array([[[1.0] * 4], []], NESTED), r"waves: .*found the size 0"),
     ],
 )
-def test_other_arrays_are_refused(
-    registered: None, tmp_path: Path, column: str, values: pa.Array, message: str
-) -> None:
+def test_other_arrays_are_refused(registered, tmp_path, column, values, message):
     table = sensor_rows("val").slice(0, 2)
     write(tmp_path / "gadgets_val.arrow", table.set_column(table.column_names.index(column), column, values))
     with pytest.raises(DataError, match=message):
@@ -413,13 +362,11 @@ def test_numbers_that_are_not_finite_are_refused_with_their_row(registered: None
     ("array", "reason"),
     [(np.zeros(5), r"shape \(6,\), found \(5,\)"), (np.full(6, np.inf), "finite"), (None, "No such file")],
 )
-def test_arrays_that_cannot_be_predicted_from(
-    trained: dict[str, Path], tmp_path: Path, array: Any, reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arrays_that_cannot_be_predicted_from(trained, tmp_path, array, reason, capsys):
     if array is not None:
         np.save(tmp_path / "a.npy", array)
     (tmp_path / "in.csv").write_text("motion\na.npy\n")
     options = [f"load_path={trained['any'] / 'best.ckpt'}", f"input={tmp_path / 'in.csv'}", f"output={tmp_path}/o.csv"]
-    assert command_line(["run.py", "predict", "with", "num_workers=0", *options]) == 2
+    assert call("predict", "num_workers=0", *options) == 2
     said = capsys.readouterr().err
     assert "in.csv, row 2: motion" in said and reason.replace("\\", "") in said

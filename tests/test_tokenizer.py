@@ -25,6 +25,7 @@ from transformers import CLIPTokenizer
 from clip.tokenizer import CLIP_MERGES, END, START, ClipTokenizer, load_tokenizer
 from common.errors import BackboneError
 from tests import golden
+from tests.conftest import json_of
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog and then the other dogs, too; they've all seen it: 1999 was the year",
@@ -119,7 +120,7 @@ def fast(slow: SlowTokenizer) -> ClipTokenizer:
     return ClipTokenizer(slow.vocab, slow.merges)
 
 
-def write_folder(folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]]) -> Path:
+def write_folder(folder: Path, vocab: object, merges: list[tuple[str, str]]) -> Path:
     """A Hugging Face folder with vocab.json and merges.txt."""
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
@@ -207,7 +208,7 @@ def write_new(folder: Path, slow: SlowTokenizer, change: Callable[[str], str]) -
     path.write_text(change(path.read_text("utf-8")), "utf-8")
 
 
-def vocabulary_without(slow: SlowTokenizer, piece: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def without(slow: SlowTokenizer, piece: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     vocab = {name: number for name, number in slow.vocab.items() if name != piece}
     return vocab, [pair for pair in slow.merges if piece not in pair]
 
@@ -222,14 +223,11 @@ BROKEN: dict[str, tuple[Callable[[Path, SlowTokenizer], object], str]] = {
     "other JSON": (lambda to, slow: write_new(to, slow, lambda text: '{"a": 1}'), "KeyError"),
     "no merges": (lambda to, slow: (write_folder(to, slow.vocab, slow.merges) / "merges.txt").unlink(), "merges"),
     "unknown merge": (lambda to, slow: write_folder(to, slow.vocab, [*slow.merges, ("zz", "q")]), "[Mm]erges"),
-    "list": (
-        lambda to, slow: (write_folder(to, slow.vocab, slow.merges) / "vocab.json").write_text("[1, 2]"),
-        "vocabulary",
-    ),
-    "no byte": (lambda to, slow: write_folder(to, *vocabulary_without(slow, "q</w>")), "found 512 of those 513"),
+    "list": (lambda to, slow: write_folder(to, [1, 2], slow.merges), "vocabulary"),
+    "no byte": (lambda to, slow: write_folder(to, *without(slow, "q</w>")), "found 512 of those 513"),
     "end not highest": (
         lambda to, slow: write_folder(to, swapped(slow), slow.merges),
-        r"'<\|startoftext\|>' as the highest",
+        r"startoftext\|>' as the highest",
     ),
 }
 
@@ -262,9 +260,7 @@ def test_broken_merges_files_are_refused(tmp_path: Path, name: str, content: byt
     assert str(tmp_path / name) in str(refusal.value)
 
 
-def test_the_hub_is_asked_where_the_cache_has_no_vocabulary(
-    slow: SlowTokenizer, fast: ClipTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_is_asked_where_the_cache_has_no_vocabulary(slow, fast, monkeypatch):
     """transformers makes an empty tokenizer, without an error, of a hub name that is not in the cache."""
     asked: list[bool] = []
 
@@ -290,7 +286,7 @@ def test_golden_ids_in_every_form(tmp_path: Path) -> None:
     slow = SlowTokenizer([(a, b) for a, b in (line.split() for line in lines)])
     write_folder(tmp_path / "old", slow.vocab, slow.merges)
     CLIPTokenizer(vocab=slow.vocab, merges=slow.merges).save_pretrained(tmp_path / "new")
-    entries = json.loads((golden.GOLDEN_DIR / "clip_tokens.json").read_text("utf-8"))
+    entries = json_of(golden.GOLDEN_DIR / "clip_tokens.json")
     texts = [entry["text"] for entry in entries]
     expected = [entry["ids"] + [0] * (77 - len(entry["ids"])) for entry in entries]
     assert [slow(text) for text in texts] == expected

@@ -84,9 +84,7 @@ def slow_transform(pixels: np.ndarray, size: int) -> np.ndarray:
 def test_equals_the_slow_version(width, height, size):
     pixels = noise(width, height)
     image = decode_image(encode(pixels), size)
-    assert image.dtype == torch.uint8
-    assert image.shape == (3, size, size)
-    assert image.is_contiguous()
+    assert image.dtype == torch.uint8 and image.shape == (3, size, size) and image.is_contiguous()
     # Pillow rounds to whole levels after each direction, the slow version does not.
     assert np.abs(to_hwc(image).astype(float) - slow_transform(pixels, size)).max() < 1.6
 
@@ -100,9 +98,6 @@ def test_the_crop_offset_rounds_halves_to_even(over, offset):
     assert np.array_equal(to_hwc(image), pixels[:, offset : offset + 8])
     upright = pixels.transpose(1, 0, 2).copy()
     assert np.array_equal(to_hwc(decode_image(encode(upright), 8)), upright[offset : offset + 8])
-
-
-# ---- colour modes
 
 
 def with_palette() -> Image.Image:
@@ -126,22 +121,25 @@ GREYS = [(0,) * 3, (7,) * 3, (255,) * 3, (100,) * 3]
 PALETTE = [(10, 20, 30), (250, 0, 128), (1, 2, 3), (250, 0, 128)]
 
 
+WHITE = (255,) * 3
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (saved(pixels_of("L", 0, 7, 255, 100)), [(0,) * 3, (7,) * 3, (255,) * 3, (100,) * 3]),
-        (saved(pixels_of("1", 0, 255, 255, 0)), [(0,) * 3, (255,) * 3, (255,) * 3, (0,) * 3]),
+        (saved(pixels_of("L", 0, 7, 255, 100)), GREYS),
+        (saved(pixels_of("1", 0, 255, 255, 0)), [(0,) * 3, WHITE, WHITE, (0,) * 3]),
         # what is transparent lies over white
-        (saved(pixels_of("LA", (9, 0), (9, 255), (55, 51), (0, 0))), [(255,) * 3, (9,) * 3, (215,) * 3, (255,) * 3]),
+        (saved(pixels_of("LA", (9, 0), (9, 255), (55, 51), (0, 0))), [WHITE, (9,) * 3, (215,) * 3, WHITE]),
         (
             saved(pixels_of("RGBA", (1, 2, 3, 0), (4, 5, 6, 255), (55, 155, 255, 51), (0,) * 4)),
-            [(255,) * 3, (4, 5, 6), (215, 235, 255), (255,) * 3],
+            [WHITE, (4, 5, 6), (215, 235, 255), WHITE],
         ),
         (saved(with_palette()), PALETTE),
         (saved(with_palette(), "GIF"), PALETTE),
-        (saved(with_palette(), transparency=1), [PALETTE[0], (255,) * 3, PALETTE[2], (255,) * 3]),
-        (saved(with_palette(), "GIF", transparency=2), [*PALETTE[:2], (255,) * 3, PALETTE[3]]),
-        (saved(with_palette(), transparency=b"\0\xff\xff"), [(255,) * 3, *PALETTE[1:]]),
+        (saved(with_palette(), transparency=1), [PALETTE[0], WHITE, PALETTE[2], WHITE]),
+        (saved(with_palette(), "GIF", transparency=2), [*PALETTE[:2], WHITE, PALETTE[3]]),
+        (saved(with_palette(), transparency=b"\0\xff\xff"), [WHITE, *PALETTE[1:]]),
         *((saved(levels(0, 7 * 257, 65535, 100 * 257), kind), GREYS) for kind in ("PNG", "TIFF")),
         (saved(levels(0, 7 * 257 + 128, 65535, 100 * 257 - 128)), GREYS),
         (saved(levels(0, 7 * 257, 9 * 257, 100 * 257), transparency=9 * 257), GREYS),
@@ -193,23 +191,15 @@ def test_images_stand_as_their_orientation_says(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_exif_does_not_matter():
-    pixels = noise(6, 6)
-    data = saved(Image.fromarray(pixels), exif=b"Exif\0\0MM\0*\0\0\xff\xff\0\1")
-    assert np.array_equal(to_hwc(decode_image(data, 6)), pixels)
-
-
-@pytest.mark.parametrize("profile", [b"", bytes(3_000_000)])
-def test_texts_and_profiles_of_a_png_do_not_matter(profile):
+def test_texts_and_profiles_of_a_png_do_not_matter():
+    """Nor an EXIF that is damaged."""
     info = PngImagePlugin.PngInfo()
     for number in range(30):
         info.add_text(f"history {number}", "x" * 3_000_000, zip=True)
     pixels = noise(6, 6)
-    data = saved(Image.fromarray(pixels), pnginfo=info, icc_profile=profile)
-    assert np.array_equal(to_hwc(decode_image(data, 6)), pixels)
-
-
-# ---- normalisation
+    damaged = {"exif": b"Exif\0\0MM\0*\0\0\xff\xff\0\1"}
+    for given in (damaged, {"pnginfo": info, "icc_profile": b""}, {"pnginfo": info, "icc_profile": bytes(3_000_000)}):
+        assert np.array_equal(to_hwc(decode_image(saved(Image.fromarray(pixels), **given), 6)), pixels)
 
 
 def test_normalised_values_of_every_level():
@@ -247,9 +237,6 @@ def test_a_very_thin_image_takes_little_memory():
         "assert x.shape == (3, 224, 224) and x[:, 5, 5].tolist() == [7, 8, 9]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
-
-
-# ---- what is read
 
 
 def photo(file_format: str, **options: object) -> bytes:

@@ -1,6 +1,5 @@
 """A split of one class leaves AUROC undefined: said before training, and null, empty or `undefined` from then on."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from run import command_line
-from tests.conftest import Captured, Workspace
+from tests.conftest import Workspace, call, csv_of
 from tests.report_files import write_arrow
 
 
@@ -38,9 +37,7 @@ def strict(path: Path) -> Any:
 
 
 @pytest.mark.parametrize(("label", "absent"), [(0, "'hateful'"), (1, "'not hateful'")])
-def test_a_validation_that_cannot_choose_is_refused_before_training(
-    workspace: Workspace, golden_arrow: Path, capsys: Captured, label: int, absent: str
-) -> None:
+def test_a_validation_that_cannot_choose_is_refused_before_training(workspace, golden_arrow, capsys, label, absent):
     path = with_one_class(golden_arrow, "dev", label)
     assert train(workspace, golden_arrow) == 2
     said = capsys.readouterr().err
@@ -48,9 +45,7 @@ def test_a_validation_that_cannot_choose_is_refused_before_training(
     assert not (workspace.results / "undefined_seed0").exists()
 
 
-def test_a_test_of_one_class_is_said_and_undefined_throughout(
-    workspace: Workspace, golden_arrow: Path, tmp_path: Path, capsys: Captured
-) -> None:
+def test_a_test_of_one_class_is_said_and_undefined_throughout(workspace, golden_arrow, tmp_path, capsys):
     path = with_one_class(golden_arrow, "test", 1)
     assert train(workspace, golden_arrow, f"log_dir={tmp_path}") == 0
     said = capsys.readouterr()
@@ -60,10 +55,10 @@ def test_a_test_of_one_class_is_said_and_undefined_throughout(
     results = strict(folder / "test_results.json")
     assert results["metrics"]["auroc"] is None and 0 <= results["metrics"]["accuracy"] <= 1
     assert [each["metrics"]["auroc"] for each in results["baselines"].values()] == [None, None]
-    assert command_line(["run.py", "runs", "with", f"log_dir={tmp_path}"]) == 0
+    assert call("runs", f"log_dir={tmp_path}") == 0
     assert "undefined" in capsys.readouterr().out.splitlines()[3].split()
     options = (f"load_path={folder}", "robustness_ratios=[0,1]", "bootstrap=10", "precision=32", "num_workers=0")
-    assert command_line(["run.py", "robustness", "with", *options]) == 0
+    assert call("robustness", *options) == 0
     said = capsys.readouterr()
     assert f"{path}: no sample is of class 'not hateful'" in said.err and said.out.count("undefined") >= 9
     robustness = strict(folder / "robustness" / "robustness.json")
@@ -74,6 +69,5 @@ def test_a_test_of_one_class_is_said_and_undefined_throughout(
     assert robustness["by_type"]["complete"]["auroc"] is None
     assert robustness["confidence"]["complete"]["auroc"] == [None, None]
     assert robustness["confidence"]["undefined_resamples"]["complete"] == {"auroc": 10}
-    with (folder / "robustness" / "matrix.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_of(folder / "robustness" / "matrix.csv")
     assert {row["auroc_mean"] for row in rows} == {""} and all(float(row["accuracy_mean"]) <= 1 for row in rows)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from run import command_line
-from tests.conftest import Captured, Workspace
+from tests.conftest import Workspace, call
 from tests.custom_files import convert, write_labelled
 from tests.interrupted import files_up_to
 from tests.report_files import write_run
@@ -51,22 +50,12 @@ def test_every_function_that_writes_a_file_lets_it_appear_at_once() -> None:
     assert "" in found and found - {""} <= OTHERS.keys()
 
 
-# A full disk
-
-
-@pytest.fixture(scope="module")
-def best(workspace: Workspace) -> Path:
-    common = (f"vit={workspace.backbone}", "exp_name=written", "max_epoch=1", "test_after_fit=False")
-    assert command_line(workspace.command(*common)) == 0
-    return workspace.results / "written_seed0" / "version_0" / "best.ckpt"
-
-
 Prepare = Callable[[Path, Workspace, Path], Callable[[], int]]
 """Makes what a command needs, in a folder of its own; the command."""
 
 
 def run(command: str, *options: str) -> Callable[[], int]:
-    return lambda: command_line(["run.py", command, "with", *options])
+    return lambda: call(command, *options)
 
 
 def conversion(folder: Path, workspace: Workspace, best: Path) -> Callable[[], int]:
@@ -124,11 +113,9 @@ def contents(folder: Path) -> dict[Path, bytes]:
     ("named", "before"),
     [(named, before) for named in COMMANDS for before in (False, True) if (named, before) != ("out", True)],
 )
-def test_a_full_disk_leaves_what_was_there_and_is_one_line(
-    workspace: Workspace, best: Path, tmp_path: Path, capsys: Captured, named: str, before: bool
-) -> None:
+def test_a_full_disk_leaves_what_was_there_and_is_one_line(workspace, fitted, tmp_path, capsys, named, before):
     prepare, room = COMMANDS[named]
-    command = prepare(tmp_path, workspace, best)
+    command = prepare(tmp_path, workspace, fitted / "best.ckpt")
     if before:
         assert command() == 0
     there = contents(tmp_path)

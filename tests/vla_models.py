@@ -10,24 +10,17 @@ from clip.modules.interfaces import ModelInput
 from clip.modules.method import MethodOptions
 from clip.modules.registry import method_class
 from clip.trainable import freeze
-from vla.backbone import LETTERS, VlaArchitecture, VlaBackbone
+from tests.models import batch_of
+from vla.backbone import VlaArchitecture, VlaBackbone
 from vla.memory_learner import MODE_OF_TYPE
 
 TYPE_OF_MODE = [MODE_OF_TYPE.index(mode) for mode in range(7)]
 TINY = VlaArchitecture(5, 6, 4, text_dim=7, audio_dim=3, vision_dim=4, width=8, heads=2, layers=2)
 
 
-def present_of(types: list[int]) -> Tensor:
-    """(B, 3), True where a sample has text, audio, vision."""
-    return torch.tensor([[not code & bit for bit in (4, 2, 1)] for code in types])
-
-
 def vla_batch(features: dict[str, Tensor], types: list[int]) -> ModelInput:
-    """The batch of samples with missing types, given all their features (B, T, D); what is missing is left out."""
-    present = present_of(types)
-    rows = {name: present[:, number].nonzero().flatten() for number, name in enumerate(LETTERS)}
-    inputs = {name: features[name][rows[name]] for name in LETTERS}
-    return ModelInput(inputs, rows, present, tuple(sorted(set(types))))
+    """The batch of samples with missing types, given all their features (B, T, D) by modality."""
+    return batch_of(features, torch.tensor([[not code & bit for bit in (4, 2, 1)] for code in types]))
 
 
 def random_features(arch: VlaArchitecture, samples: int, seed: int = 0) -> dict[str, Tensor]:

@@ -4,9 +4,9 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,24 +43,22 @@ from engine.checkpoint import (
     read_checkpoint,
     restore_classifier,
 )
-from engine.contents import OF_TEST, contents_of_data, other_contents
+from engine.contents import contents_of_data
 from engine.cuda_graphs import recorded
 from engine.families import family_of
 from engine.kept_features import are_constant, keep_features, remember_training_split
 from engine.neighbour_accuracy import NeighbourAccuracy
 from engine.open_model import COMPUTE_TYPES, reading_texts
 from engine.processes import ending_together
-from engine.resume import Training, alone, find_progress, say_differences
 from engine.tasks import head_name, task_of
 from engine.teacher import soft_labels
 from engine.trainer import make_trainer
 from engine.training import MINUS_LOSS, FinetuneModule, model_input
-from runs.comparable import NOT_THE_TRAINING
 from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
+from runs.resume import alone, check_resume, find_progress, say_differences
 from runs.run_reader import as_written_by_run
 from runs.start import commit, described, say_device, say_remarks, start_folder
 from vilt.datamodules import MissingModalityData
-from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import EVERY_DATASET
@@ -90,11 +88,10 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
     if options.resume_from != AUTO:
         return train_from(options, name, given=given)
     custom = open_spec(options.task, options.data_root, options.splits).custom
-    # What these two name is compared by its content.
-    ours = Training(options.log_dir / name, described(options, custom), NOT_THE_TRAINING | {"load_path", "teacher"})
-    with nullcontext() if options.fast_dev_run else alone(ours):  # which would write a lock
+    parent = options.log_dir / name
+    with nullcontext() if options.fast_dev_run else alone(parent, described(options, custom)):  # which writes a lock
         opened = open_training(options, given)
-        progress = find_progress(replace(ours, config=described(opened.options, custom), contents=opened.contents))
+        progress = find_progress(parent, described(opened.options, custom), opened.contents)
         if progress.finished is not None:
             log.info("resume_from=auto: nothing is left to do: %s is finished", progress.finished)
             path = progress.finished / "test_results.json"
@@ -192,7 +189,7 @@ def train_from(
         resumed = read_checkpoint(Path(options.resume_from))
         check_resume(resumed, spec, backbone, inputs.fingerprint, train_data, contents)
         load_kept_state(classifier, resumed.state, f"resume_from={resumed.path}")
-        say_differences(resumed.path, described(options, custom), NOT_THE_TRAINING)
+        say_differences(resumed.path, described(options, custom))
     elif start is not None:
         check_tokenizer(start, inputs.fingerprint)
         if options.finetune_first:
@@ -354,41 +351,3 @@ def warm_start(
         len([name for name in wanted if not name.startswith(heads)]),
         "the head too" if with_head else "the head starts from random values (finetune_first=True takes it too)",
     )
-
-
-def check_resume(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    backbone: Backbone,
-    fingerprint: str,
-    dataset: ArrowDataset,
-    contents: Mapping[str, str],
-) -> None:
-    """Raises CheckpointError unless training can resume from `checkpoint` with this model on `dataset`."""
-    if checkpoint.published:
-        raise CheckpointError(f"resume_from={checkpoint.path}: a published checkpoint; use it as load_path")
-    if not checkpoint.resumable:
-        raise CheckpointError(
-            f"resume_from={checkpoint.path}: does not hold where the training stood, as last.ckpt does; "
-            f"use it as load_path"
-        )
-    check_backbone(checkpoint, backbone)
-    check_tokenizer(checkpoint, fingerprint)
-    check_classes(checkpoint, dataset)
-    if checkpoint.spec != spec:
-        theirs, ours = (
-            asdict(one.method)
-            | {"task": one.task, "head": one.head, "architecture": one.architecture}
-            | (asdict(one.custom) if one.custom is not None else {})
-            for one in (checkpoint.spec, spec)
-        )
-        both = [key for key in theirs if key in ours]
-        differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in both if theirs[key] != ours[key]]
-        raise CheckpointError(f"resume_from={checkpoint.path}: a run with other options: {', '.join(differing)}")
-    if not checkpoint.contents:
-        log.warning("resume_from=%s: does not say which data it was trained on; not compared", checkpoint.path)
-    elif other := other_contents(checkpoint.contents, contents, *OF_TEST, "load_path", "architecture"):
-        raise CheckpointError(
-            f"resume_from={checkpoint.path}: trained on something else, so that its best validation counts for "
-            f"nothing here: {', '.join(other)}; to start from its weights, use it as load_path"
-        )

@@ -17,9 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from common.errors import BusyError, ConfigError
 from common.locks import locked
-from engine import resume
-from engine.resume import Training
-from runs.comparable import NOT_THE_TRAINING
+from runs import resume
 from tests.conftest import Patch
 
 FORK = multiprocessing.get_context("fork")
@@ -29,7 +27,7 @@ CONFIG = {"learning_rate": 0.1, "num_workers": 2, "missing_ratio": {"train": 0.7
 
 def alone(parent: Path, config: dict[str, Any], samples_per_batch: int) -> AbstractContextManager[None]:
     machine = {"num_nodes": 1, "num_gpus": 0, "cpu_processes": 1, "per_gpu_batchsize": samples_per_batch}
-    return resume.alone(Training(parent, config | machine, NOT_THE_TRAINING))
+    return resume.alone(parent, config | machine)
 
 
 @contextmanager

@@ -12,15 +12,15 @@ import torch
 from clip.modules.method import MethodOptions
 from common.errors import CheckpointError
 from config import DEFAULTS
-from engine import callbacks, resume
+from engine import callbacks
 from engine.callbacks import Checkpoints
 from engine.checkpoint import ModelSpec
 from engine.checkpoint_file import check_intact, write_checkpoint
 from engine.contents import CONTENTS_FILE
-from engine.resume import Progress, Training
 from engine.training import FinetuneModule
 from run import command_line
-from runs.comparable import NOT_THE_TRAINING
+from runs import resume
+from runs.resume import Progress
 from tests.archives import Touch
 from tests.conftest import Captured, Patch, Workspace, call, csv_of, error_of, json_of
 from tests.interrupted import differences, files_up_to
@@ -35,7 +35,7 @@ def find_progress(parent: Path, config: dict[str, Any], **other_contents: str) -
     """For a run that reads what the first one in `parent` did, but for `other_contents`."""
     path = parent / "version_0" / CONTENTS_FILE
     contents = {**(json_of(path) if path.is_file() else {}), **other_contents}
-    return resume.find_progress(Training(parent, config, NOT_THE_TRAINING, contents))
+    return resume.find_progress(parent, config, contents)
 
 
 def auto(workspace: Workspace, name: str, *options: str) -> list[str]:

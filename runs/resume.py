@@ -1,0 +1,186 @@
+"""Resuming a training: how far earlier runs with the same options, on the same data, got, and what may be otherwise."""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from clip.backbone import Backbone
+from common.errors import CheckpointError, DataError, UserError
+from common.locks import locked
+from common.messages import first_line
+from common.strict_json import read_json
+from common.text import counted, natural_key
+from engine.checkpoint import Checkpoint, ModelSpec, check_backbone, check_classes, check_tokenizer
+from engine.checkpoint_file import check_intact
+from engine.contents import CONTENTS_FILE, OF_TEST, other_contents
+from runs.comparable import NOT_THE_TRAINING
+from runs.run_reader import as_written_by_run, flat_options, open_checkpoint
+from vilt.datasets.arrow_dataset import ArrowDataset
+
+log = logging.getLogger("rep")
+
+FREE = NOT_THE_TRAINING | {"load_path", "teacher"}
+"""Options in which two runs of one training may differ; what these two name is compared by its content."""
+TEST_PATTERN = ("missing_ratio.test", "missing_type.test")
+
+
+class Progress(NamedTuple):
+    """What there is of a run; nothing if all is None."""
+
+    finished: Path | None = None  # folder of the run, if nothing is left to do
+    checkpoint: Path | None = None
+    """From which it resumes otherwise. A run that lacks only the test has one of its last step."""
+
+
+@contextmanager
+def alone(parent: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Keeps two runs with folders in `parent` from doing one training at once, each from the other's checkpoints.
+
+    Runs that differ in an option of the training have different locks. Of several processes the first one holds it.
+
+    Raises:
+        BusyError: another one is at it; names it.
+        ConfigError: the folder cannot be written.
+    """
+    if getattr(rank_zero_only, "rank", 0):
+        yield
+        return
+    training = {name: value for name, value in _comparable(config).items() if name not in FREE}
+    digest = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()
+    busy = f"resume_from=auto: another process is at this training in {parent}"
+    with locked(parent / f".training_{digest[:16]}.lock", busy):
+        yield
+
+
+def find_progress(parent: Path, config: Mapping[str, Any], contents: Mapping[str, str]) -> Progress:
+    """The newest intact checkpoint of the runs of this training in `parent`, or the run that has finished it.
+
+    Logs what it finds, and which checkpoints are damaged. The arguments are what config.json and contents.json of this
+    run will hold.
+    """
+    wanted = _comparable(config)
+    runs = list(_agreeing(parent, wanted, contents))
+    for folder, theirs, read in runs:
+        same_test = all(theirs[name] == wanted[name] for name in TEST_PATTERN)
+        same_test = same_test and all(read.get(name) == contents.get(name) for name in OF_TEST)
+        if config["test_after_fit"] and same_test and (folder / "test_results.json").is_file():
+            return Progress(finished=folder)
+    for path in (path for folder, *_ in runs if (path := folder / "last.ckpt").is_file()):
+        try:
+            check_intact(path)
+            last = open_checkpoint(path, "MissingModalityData", "global_step")
+            with as_written_by_run(path):
+                epochs, steps = int(last["MissingModalityData"]["epoch"]), int(last["global_step"])
+        except UserError as error:
+            log.warning("%s; the one before is taken", error)
+            continue
+        trained = epochs >= config["max_epoch"] or steps >= (config["max_steps"] or math.inf)
+        if trained and not config["test_after_fit"]:
+            return Progress(finished=path.parent)
+        log.info("resume_from=auto: resumes from %s (%s, %s)", path, counted(epochs, "epoch"), counted(steps, "step"))
+        return Progress(checkpoint=path)
+    log.info("resume_from=auto: no checkpoint of this run in %s; starts from the beginning", parent)
+    return Progress()
+
+
+def _agreeing(
+    parent: Path, wanted: dict[str, Any], contents: Mapping[str, str]
+) -> Iterator[tuple[Path, dict[str, Any], dict[str, str]]]:
+    """The run folders of the same training, newest first, with their options and what they read."""
+    folders = [path for path in parent.glob("version_*") if path.name[8:].isdigit()]
+    for folder in sorted(folders, key=natural_key, reverse=True):
+        try:
+            theirs, read = _comparable(read_json(folder / "config.json")), read_json(folder / CONTENTS_FILE)
+        except (DataError, KeyError, TypeError) as error:
+            log.warning("%s: passed over: %s", folder, first_line(error))
+            continue
+        if differing := _differences(theirs, wanted, FREE):
+            log.info("%s: a run with other options: %s", folder, ", ".join(differing))
+        elif other := other_contents(read, contents, *OF_TEST):
+            log.info("%s: a run on something else under these options: %s", folder, ", ".join(other))
+        else:
+            yield folder, theirs, read
+
+
+def say_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
+    """Logs in which options a training that resumes from `checkpoint` differs from its run, of those that matter.
+
+    Raises:
+        CheckpointError: it has another optimiser, whose state means something else.
+    """
+    path = checkpoint.with_name("config.json")
+    if not path.is_file():
+        return
+    try:
+        theirs, ours = _comparable(read_json(path)), _comparable(config)
+    except (DataError, KeyError, TypeError) as error:
+        log.info("%s: not compared: %s", path, first_line(error))
+        return
+    if (there := theirs.get("optim_type", ours["optim_type"])) != (here := ours["optim_type"]):
+        raise CheckpointError(f"resume_from={checkpoint}: expected optim_type={there}, as its run had, found {here}")
+    if differing := _differences(theirs, ours, {*FREE, "finetune_first"}):  # a resumed training starts from nothing
+        log.info("resume_from: from here on other options than the run had: %s", ", ".join(differing))
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], free: Collection[str]) -> list[str]:
+    return [
+        f"{name} (there {theirs.get(name, 'no such option')}, here {ours.get(name, 'no such option')})"
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in free and (name not in ours or name not in theirs or ours[name] != theirs[name])
+    ]
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as config.json gives them back, with what follows from them; those of a split as `option.split`.
+
+    Raises KeyError or TypeError where they are not complete.
+    """
+    processes = config["num_nodes"] * (config["num_gpus"] or config["cpu_processes"])
+    of_step = {"samples per batch": config["per_gpu_batchsize"] * processes}
+    return flat_options(json.loads(json.dumps(dict(config), default=str))) | of_step
+
+
+def check_resume(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    backbone: Backbone,
+    fingerprint: str,
+    dataset: ArrowDataset,
+    contents: Mapping[str, str],
+) -> None:
+    """Raises CheckpointError unless training can resume from `checkpoint` with this model on `dataset`."""
+    if checkpoint.published:
+        raise CheckpointError(f"resume_from={checkpoint.path}: a published checkpoint; use it as load_path")
+    if not checkpoint.resumable:
+        raise CheckpointError(
+            f"resume_from={checkpoint.path}: does not hold where the training stood, as last.ckpt does; "
+            f"use it as load_path"
+        )
+    check_backbone(checkpoint, backbone)
+    check_tokenizer(checkpoint, fingerprint)
+    check_classes(checkpoint, dataset)
+    if checkpoint.spec != spec:
+        theirs, ours = (
+            asdict(one.method)
+            | {"task": one.task, "head": one.head, "architecture": one.architecture}
+            | (asdict(one.custom) if one.custom is not None else {})
+            for one in (checkpoint.spec, spec)
+        )
+        both = [key for key in theirs if key in ours]
+        differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in both if theirs[key] != ours[key]]
+        raise CheckpointError(f"resume_from={checkpoint.path}: a run with other options: {', '.join(differing)}")
+    if not checkpoint.contents:
+        log.warning("resume_from=%s: does not say which data it was trained on; not compared", checkpoint.path)
+    elif other := other_contents(checkpoint.contents, contents, *OF_TEST, "load_path", "architecture"):
+        raise CheckpointError(
+            f"resume_from={checkpoint.path}: trained on something else, so that its best validation counts for "
+            f"nothing here: {', '.join(other)}; to start from its weights, use it as load_path"
+        )

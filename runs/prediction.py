@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common.errors import ConfigError
@@ -24,7 +24,7 @@ from runs.evaluation import backbone_choice
 from runs.option_readers import PRECISIONS
 from runs.targets import as_trained, check_agreement, taken_from_run
 from vilt.datamodules import MissingModalityData
-from vilt.datasets.arrow_dataset import ArrowDataset, Sample
+from vilt.datasets.arrow_dataset import ArrowDataset
 
 T = TypeVar("T")
 
@@ -71,7 +71,9 @@ def embed_file(config: Mapping[str, Any], options: Options, given: set[str]) -> 
             known = {"start_s": start_s, "end_s": end_s}
     else:
         dataset = _split(checkpoint, config, given, options.split, predictor)
-        samples, ids = _InOrder(dataset), [dataset.sample_name(number) for number in range(len(dataset))]
+        places: Any = [(0, number) for number in range(len(dataset))]  # of the first epoch
+        samples = Subset(dataset, places)
+        ids = [dataset.sample_name(number) for number in range(len(dataset))]
         known = {"label": dataset.label_of_sample}
         if options.split == "train" and checkpoint.contents.get("data of train") == file_sha256(dataset.path):
             trained_on = "train"
@@ -96,19 +98,6 @@ def _predictor(checkpoints: Sequence[Checkpoint], options: Options, given: set[s
 def _shown(passes: Iterable[T], total: int, what: str) -> Iterable[T]:
     """With a bar, on a terminal."""
     return tqdm(passes, what, total, disable=not sys.stderr.isatty())
-
-
-class _InOrder(Dataset[Sample]):
-    """The samples of a split by number."""
-
-    def __init__(self, data: ArrowDataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, numbers: Sequence[int]) -> list[Sample]:
-        return self.data.__getitems__([(0, number) for number in numbers])
 
 
 def _split(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from engine.checkpoint import Checkpoint, ModelSpec, check_backbone, check_class
 from engine.checkpoint_file import check_intact
 from engine.contents import CONTENTS_FILE, OF_TEST, other_contents
 from runs.comparable import NOT_THE_TRAINING
-from runs.run_reader import as_written_by_run, flat_options, open_checkpoint
+from runs.run_reader import flat_options, trained_so_far
 from vilt.datasets.arrow_dataset import ArrowDataset
 
 log = logging.getLogger("rep")
@@ -76,13 +75,10 @@ def find_progress(parent: Path, config: Mapping[str, Any], contents: Mapping[str
     for path in (path for folder, *_ in runs if (path := folder / "last.ckpt").is_file()):
         try:
             check_intact(path)
-            last = open_checkpoint(path, "MissingModalityData", "global_step")
-            with as_written_by_run(path):
-                epochs, steps = int(last["MissingModalityData"]["epoch"]), int(last["global_step"])
+            epochs, steps, trained = trained_so_far(path, config)
         except UserError as error:
             log.warning("%s; the one before is taken", error)
             continue
-        trained = epochs >= config["max_epoch"] or steps >= (config["max_steps"] or math.inf)
         if trained and not config["test_after_fit"]:
             return Progress(finished=path.parent)
         log.info("resume_from=auto: resumes from %s (%s, %s)", path, counted(epochs, "epoch"), counted(steps, "step"))

@@ -116,15 +116,10 @@ class Run:
         path = self.folder / "last.ckpt"
         if not path.is_file():
             return "unfinished", "no validation yet"
-        last = open_checkpoint(path, "MissingModalityData", "global_step")
-        with as_written_by_run(path):
-            epochs, config = last["MissingModalityData"]["epoch"], self.config
-            trained = epochs >= config["max_epoch"] or last["global_step"] >= (config["max_steps"] or math.inf)
-            done = trained and not config["test_after_fit"]
-            return (
-                "finished" if done else "unfinished",
-                "not tested" if trained else f"{epochs} of {counted(config['max_epoch'], 'epoch')}",
-            )
+        epochs, _, trained = trained_so_far(path, self.config)
+        done = trained and not self.config["test_after_fit"]
+        came = "not tested" if trained else f"{epochs} of {counted(self.config['max_epoch'], 'epoch')}"
+        return "finished" if done else "unfinished", came
 
     @cached_property
     def line(self) -> dict[str, Any]:
@@ -245,6 +240,14 @@ def open_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
     except Exception as error:  # torch.load raises many types on damaged files
         raise DataError(f"{path}: not readable as a checkpoint: {first_line(error)}") from error
     return content
+
+
+def trained_so_far(path: Path, config: Mapping[str, Any]) -> tuple[int, int, bool]:
+    """Epochs and optimiser steps behind a last.ckpt, and whether they are all that `config` wants. Raises DataError."""
+    last = open_checkpoint(path, "MissingModalityData", "global_step")
+    with as_written_by_run(path):
+        epochs, steps = int(last["MissingModalityData"]["epoch"]), int(last["global_step"])
+        return epochs, steps, epochs >= config["max_epoch"] or steps >= (config["max_steps"] or math.inf)
 
 
 def flat_options(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -86,8 +86,8 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
     html = Environment(
         loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    html.filters |= {"b64": lambda data: base64.b64encode(data).decode(), "unbroken": _unbroken}
-    html.filters |= {"anchor": lambda title: re.sub(r"\W+", "-", title.lower()), "verbatim": Markup}
+    html.filters |= {"b64": lambda data: base64.b64encode(data).decode(), "verbatim": Markup}
+    html.filters["anchor"] = lambda title: re.sub(r"\W+", "-", title.lower())
     markdown = html.overlay(finalize=_markdown_text)
     texts = {"index.html": html.get_template("page.html.j2"), "report.md": markdown.get_template("report.md.j2")}
     files = {name: template.render(content).encode(errors="replace") for name, template in texts.items()}
@@ -101,12 +101,6 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
         elif item.rows:
             files[f"tables/{item.name}.csv"] = item.csv().encode(errors="replace")
     return files
-
-
-def _unbroken(text: str) -> str:
-    """`text` with no line end within `MM-IMDb` and `61.02 ± 0.45 %`."""
-    text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%")
-    return text.replace("-", "-\N{WORD JOINER}")
 
 
 def _markdown_text(value: Any) -> Any:

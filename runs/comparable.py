@@ -21,12 +21,14 @@ NOT_THE_LINE = frozenset(_NO_RESULT | {"seed", "skip_bad_steps"})
 """Options in which runs of one line may differ."""
 
 
+BESIDE = ("head", "neighbours", "teacher")
+
+
 def beside_method(options: Mapping[str, Any]) -> list[str]:
-    """`option=value` of what a run has beside its method, for the table of runs; of a teacher its run's folder."""
-    names = ("head", "neighbours", "teacher")
-    given = {name: value for name in names if (value := options.get(name, DEFAULTS[name])) != DEFAULTS[name]}
+    """`option=value` of what a run has beside its method; every table names it, of a teacher its run's folder."""
+    given = {name: value for name in BESIDE if (value := options.get(name, DEFAULTS[name])) != DEFAULTS[name]}
     if "teacher" in given:
-        given["teacher"] = "/".join(Path(str(given["teacher"])).parts[-3:-1])
+        given["teacher"] = "-".join(Path(str(given["teacher"])).parts[-3:-1])
     return [f"{name}={value}" for name, value in given.items()]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from common.text import Estimate, estimate
-from runs.comparable import other_input
+from runs.comparable import BESIDE, beside_method, other_input
 from runs.run_reader import Run
 
 T = TypeVar("T")
@@ -29,10 +29,12 @@ class RunLine(Generic[T]):
         return {} if self.run is None else self.run.line
 
     def differing(self, lines: Sequence["RunLine[Any]"]) -> list[str]:
-        """`option=value` for the options in which its method's lines among `lines` differ, and for other inputs."""
+        """`option=value` for the options in which its method's lines among `lines` differ, and for what every table
+        names: other inputs, and what it has beside the method."""
         same = [other.options for other in lines if other.options.get("prompt_type") == self.options.get("prompt_type")]
-        words = [f"{name}={value}" for name, value in self.options.items() if any(o.get(name) != value for o in same)]
-        return list(dict.fromkeys([*other_input(self.options), *words]))
+        differ = {name for name, value in self.options.items() if any(other.get(name) != value for other in same)}
+        words = [f"{name}={value}" for name, value in self.options.items() if name in differ.difference(BESIDE)]
+        return list(dict.fromkeys([*other_input(self.options), *beside_method(self.options), *words]))
 
 
 def lines_of(items: Sequence[T], run_of: Callable[[T], Run | None]) -> list[RunLine[T]]:

@@ -73,6 +73,18 @@ def test_a_run_cut_off_and_its_resumed_one_are_one_seed(tmp_path: Path) -> None:
     assert [run.folder.name for run in (*line.items, *line.repeats)] == ["version_3", "version_2", "version_1"]
 
 
+def test_head_neighbours_and_teacher_are_named_though_no_other_line_differs(tmp_path: Path) -> None:
+    beside: dict[str, Any] = {"head": "dpl", "neighbours": 4, "teacher": "result/large_seed1/version_2/best.ckpt"}
+    write_run(tmp_path / "taught" / "version_0", prompt_type="none", **beside)
+    (line,) = lines_in(tmp_path)
+    named = ["head=dpl", "neighbours=4", "teacher=large_seed1-version_2"]
+    assert line.differing([line]) == named
+    write_run(tmp_path / "plain" / "version_0", prompt_type="none", memory_length=9)
+    plain, taught = lines_in(tmp_path)
+    assert plain.differing([plain, taught]) == ["memory_length=9"]
+    assert taught.differing([plain, taught]) == [*named, "memory_length=36"]
+
+
 def test_both_ratio_counts_where_it_has_an_effect(tmp_path: Path) -> None:
     for number, options in enumerate(({"both_ratio": 0.3}, {"both_ratio": 0.5})):
         write_run(tmp_path / "text" / f"version_{number}", seed=number, **options, **at("text", 0.7))

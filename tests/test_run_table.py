@@ -182,7 +182,7 @@ def test_the_method_is_named_with_its_head_neighbours_and_teacher(tmp_path: Path
     write_run(tmp_path / "b_seed0" / "version_0", teacher="result/large_seed1/version_2/best.ckpt")
     assert {row.method for row in list_runs(tmp_path)} == {
         "none head=dpl neighbours=8",
-        "rep teacher=large_seed1/version_2",
+        "rep teacher=large_seed1-version_2",
     }
 
 

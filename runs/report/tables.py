@@ -11,7 +11,7 @@ import pandas as pd
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from common.text import AT_OFFSET
-from runs.comparable import other_input
+from runs.comparable import beside_method, other_input
 from runs.pattern import Pattern
 from runs.report.lines import Dataset, Line, method_title
 from runs.report.results import PUBLISHED_BACKBONE, ReportRun
@@ -54,7 +54,7 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
         rows.append(
             {
                 "run": run.tag,
-                "method": ", ".join([method_title(run), *other_input(run.config)]),
+                "method": ", ".join([method_title(run), *other_input(run.config), *beside_method(run.config)]),
                 "dataset": dataset.name if dataset else dataset_title(run.dataset),
                 "trained_at": NOT_APPLICABLE if run.is_evaluation else run.pattern.title,
                 "seed": str(run.config["seed"]),

@@ -34,6 +34,7 @@ from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
 
 NETWORK = ("network.width=8", "network.blocks=[1,1]", "network.feature_width=12", "network.projection_width=6")
+FORESTS = ("one", "one for each pattern")
 SMALL = ("batch_size=16", "per_gpu_batchsize=16", "max_epoch=2", "precision=32", "num_workers=0")
 
 
@@ -354,3 +355,25 @@ def test_frozen_towers_are_in_evaluation_mode_and_run_once_where_nothing_changes
     assert modes == {(False, True)}
     for name, tensor in states[True].items():
         torch.testing.assert_close(tensor, states[False][name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_forest_reads_the_files_and_tables_of_a_run(root: Path, tmp_path: Path) -> None:
+    """Every modality shows the class, so that a forest is right of what is complete, and mostly whatever is missing."""
+    pytest.importorskip("sklearn")
+    from benchmarks.forest import table
+
+    split = {"train": "some", "test": "some"}
+    config = {"task": "sensors", "data_root": str(root / "data"), "seed": 0, "both_ratio": 0.5}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"missing_type": split, "missing_ratio": dict.fromkeys(split, 0.7)})
+    )
+    cells = [{"missing_type": "some", "ratio": ratio, "both_ratio": None} for ratio in (0.0, 0.7)]
+    (tmp_path / "robustness").mkdir()
+    (tmp_path / "robustness" / "robustness.json").write_text(json.dumps({"cells": cells, "table_seeds": [0, 1]}))
+    header, *alone = table([tmp_path])
+    assert header.startswith("| forest | missing | ratio | accuracy")
+    rows = [line.strip("| ").split(" | ") for line in alone]
+    assert [row[:3] for row in rows] == [[of, "some", ratio] for of in FORESTS for ratio in ("0.0", "0.7")]
+    assert all(row[3:] == ["100.0", "100.0"] for row in rows[::2]) and all(float(row[3]) > 80 for row in rows)
+    [*_, last] = table([tmp_path] * 2)
+    assert " ± 0.0 | " in last

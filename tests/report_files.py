@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,23 +75,6 @@ def at(missing_type: str, ratio: float) -> dict[str, Any]:
     }
 
 
-def write_films(folder: Path, plots: list[list[str]], labels: np.ndarray, first_id: int = 0) -> None:
-    """FOLDER/mmimdb_test.arrow: film `number` is `tt{first_id + number}`, its picture is of the grey `8 * number`."""
-    images = []
-    for number in range(len(plots)):
-        file = io.BytesIO()
-        Image.new("RGB", (100, 200), (8 * number,) * 3).save(file, "PNG")
-        images.append(file.getvalue())
-    columns = {
-        "image": pa.array(images, pa.binary()),
-        "plots": pa.array(plots, pa.list_(pa.string())),
-        "label": pa.array(labels.tolist(), pa.list_(pa.int64())),
-        "image_id": pa.array([f"tt{first_id + number}" for number in range(len(plots))]),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_arrow(folder / "mmimdb_test.arrow", pa.table(columns))
-
-
 @dataclass(frozen=True)
 class TestSet:
     """Samples of a made-up test set: film 3 has two plots and is two samples."""
@@ -99,6 +83,7 @@ class TestSet:
 
     task: str = "mmimdb"
     films: int = 29
+    first_id: int = 0
 
     @property
     def rows(self) -> list[int]:
@@ -106,7 +91,7 @@ class TestSet:
 
     @property
     def ids(self) -> list[str]:
-        return [f"tt{row}" if self.task != "hatememes" else f"row {row}" for row in self.rows]
+        return [f"tt{self.first_id + row}" if self.task != "hatememes" else f"row {row}" for row in self.rows]
 
     @property
     def labels(self) -> np.ndarray:
@@ -129,85 +114,80 @@ class TestSet:
             for name, strength in zip(TYPE_NAMES, (2.0, 1.0, 0.6), strict=True)
         }
 
-    def write(self, run: Path, seed: int = 0) -> dict[str, Any]:
-        """RUN/robustness for the logits of `seed`; returns what robustness.json holds."""
-        return write_robustness(run, self.ids, self.rows, self.labels, self.logits(seed))
+    def write(
+        self, run: Path, seed: int = 0, logits: dict[str, np.ndarray] | None = None, offset: float | None = None
+    ) -> dict[str, Any]:
+        """RUN/robustness for `logits` (N, C) by name of missing type; returns what robustness.json holds."""
+        found, rows = logits or self.logits(seed), self.rows
+        logits_TNC = torch.from_numpy(np.stack([found[name] for name in TYPE_NAMES])).float()
+        split = SplitLogits(np.array(rows), max(rows) + 1, torch.from_numpy(self.labels), logits_TNC)
+        classes = DATASETS[self.task].class_names or [f"dish {number:03}" for number in range(logits_TNC.shape[-1])]
+        content = write_measured(run, split, classes, ("text", "image", "both"), RATIOS, ("image", "text"), offset)
+        self.write_logits(run, found)
+        return content
 
-    def write_films(self, folder: Path, plots: list[list[str]], other_labels: bool = False, first_id: int = 0) -> None:
-        """The films of the samples."""
+    def write_logits(self, run: Path, logits: dict[str, np.ndarray], sha256: str = "") -> None:
+        """RUN/robustness/logits.arrow, of the checkpoint with that digest, or of RUN/best.ckpt."""
+        rows = self.rows
+        columns: dict[str, pa.Array] = {
+            "sample": pa.array(range(len(rows)), pa.int64()),
+            "row": pa.array(rows, pa.int64()),
+            "id": pa.array(self.ids, pa.string()),
+            "text_number": pa.array([rows[:place].count(row) for place, row in enumerate(rows)], pa.int64()),
+            "label": pa.array(self.labels.tolist(), pa.list_(pa.uint8()) if self.labels.ndim == 2 else pa.int64()),
+        }
+        for name in TYPE_NAMES:
+            columns[f"logits_{name.replace(' ', '_')}"] = pa.array(logits[name].tolist(), pa.list_(pa.float32()))
+        described = {"format": 1, "task": self.task, "checkpoint_sha256": sha256 or sha256_of(run / "best.ckpt")}
+        table = pa.table(columns).replace_schema_metadata({"rep": json.dumps(described)})
+        write_arrow(run / "robustness" / "logits.arrow", table)
+
+    def write_films(self, folder: Path, plots: list[list[str]], other_labels: bool = False) -> None:
+        """FOLDER/mmimdb_test.arrow of the samples; the picture of film `number` is of the grey `8 * number`."""
+        images = []
+        for number in range(self.films):
+            file = io.BytesIO()
+            Image.new("RGB", (100, 200), (8 * number,) * 3).save(file, "PNG")
+            images.append(file.getvalue())
         labels = self.labels[[self.rows.index(row) for row in range(self.films)]]
-        write_films(folder, plots, 1 - labels if other_labels else labels, first_id)
+        columns = {
+            "image": pa.array(images, pa.binary()),
+            "plots": pa.array(plots, pa.list_(pa.string())),
+            "label": pa.array((1 - labels if other_labels else labels).tolist(), pa.list_(pa.int64())),
+            "image_id": pa.array([f"tt{self.first_id + number}" for number in range(self.films)]),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_arrow(folder / "mmimdb_test.arrow", pa.table(columns))
 
 
 def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_robustness(
+def write_measured(
     run: Path,
-    ids: list[str],
-    rows: list[int],
-    labels: np.ndarray,
-    logits: dict[str, np.ndarray],
+    split: SplitLogits,
+    classes: Sequence[str],
+    missing_types: Sequence[str],
+    ratios: Sequence[float],
+    modalities: tuple[str, ...],
     offset: float | None = None,
 ) -> dict[str, Any]:
-    """Writes RUN/robustness for logits (N, C) by name of missing type; returns what robustness.json holds."""
-    config = json.loads((run / "config.json").read_text())
-    task, sha256 = TASKS[config["task"]], sha256_of(run / "best.ckpt")
-    classes = DATASETS[task.name].class_names or tuple(f"dish {number:03}" for number in range(task.n_classes))
-    logits_TNC = torch.from_numpy(np.stack([logits[name] for name in TYPE_NAMES])).float()
-    split = SplitLogits(np.array(rows), max(rows) + 1, torch.from_numpy(labels), logits_TNC)
+    """RUN/robustness of the logits of a split, two missing tables a pattern; returns what robustness.json holds."""
+    config, best = json.loads((run / "config.json").read_text()), run / "best.ckpt"
     patterns = [
-        [MissingPattern(missing_type, ratio, 0.5, seed) for seed in (0, 1)]
-        for missing_type in ("text", "image", "both")
-        for ratio in RATIOS
+        [MissingPattern(kind, ratio, 0.5, seed) for seed in (0, 1)] for kind in missing_types for ratio in ratios
     ]
-    of_run = (config["prompt_type"], config["exp_name"], config["seed"], None)
-    subject = Subject(
-        run / "best.ckpt",
-        sha256,
-        *of_run,
-        "32-true",
-        task,
-        ("image", "text"),
-        classes,
-        run / "missing_tables",
-        task.name,
-        offset,
-    )
-    content = measure(subject, split, patterns, resamples=10)
+    of_run = (config["prompt_type"], config["exp_name"], config["seed"], None, "32-true", TASKS[config["task"]])
+    named = (modalities, tuple(classes), run / "missing_tables", config["task"], offset)
+    content = measure(Subject(best, sha256_of(best), *of_run, *named), split, patterns, resamples=10)
     content["confidence"] = {"level": 0.95, "resamples": 1000} | {
         name: {metric: [value - 0.03, value + 0.02] for metric, value in found.items()}
         for name, found in content["by_type"].items()
     }
     (run / "robustness").mkdir(exist_ok=True)
     write_results(content, run / "robustness")
-    write_logits(run / "robustness" / "logits.arrow", task.name, sha256, ids, rows, labels, logits)
     return content
-
-
-def write_logits(
-    path: Path,
-    task: str,
-    sha256: str,
-    ids: list[str],
-    rows: list[int],
-    labels: np.ndarray,
-    logits: dict[str, np.ndarray],
-) -> None:
-    """Writes a logits.arrow."""
-    kind = pa.list_(pa.uint8()) if DATASETS[task].multilabel else pa.int64()
-    columns: dict[str, pa.Array] = {
-        "sample": pa.array(range(len(rows)), pa.int64()),
-        "row": pa.array(rows, pa.int64()),
-        "id": pa.array(ids, pa.string()),
-        "text_number": pa.array([rows[:place].count(row) for place, row in enumerate(rows)], pa.int64()),
-        "label": pa.array(labels.tolist(), kind),
-    }
-    for name in TYPE_NAMES:
-        columns[f"logits_{name.replace(' ', '_')}"] = pa.array(logits[name].tolist(), pa.list_(pa.float32()))
-    described = {"format": 1, "task": task, "checkpoint_sha256": sha256}
-    write_arrow(path, pa.table(columns).replace_schema_metadata({"rep": json.dumps(described)}))
 
 
 def write_arrow(path: Path, table: pa.Table) -> None:
@@ -226,13 +206,9 @@ def write_runs(root: Path) -> Path:
     """Two seeds at 70 % both with results and pictures, a run at 90 % text without, and two other datasets."""
     TestSet().write_films(root / "films", PLOTS)
     for seed, name in ((0, "rep"), (1, HOSTILE)):
-        options: dict[str, Any] = {
-            "tested": 0.4 + seed / 100,
-            "seed": seed,
-            "exp_name": name,
-            "data_root": str(root / "films"),
-        }
-        TestSet().write(write_run(root / "mmimdb" / f"rep_seed{seed}" / "version_0", **options), seed)
+        options: dict[str, Any] = {"seed": seed, "exp_name": name, "data_root": str(root / "films")}
+        run = write_run(root / "mmimdb" / f"rep_seed{seed}" / "version_0", tested=0.4 + seed / 100, **options)
+        TestSet().write(run, seed)
     write_run(root / "mmimdb" / "text_seed0" / "version_0", tested=0.52, **at("text", 0.9))
     for task in ("food101", "hatememes"):
         run = write_run(root / "others" / f"{task}_seed0" / "version_0", task, exp_name=task)

@@ -19,7 +19,7 @@ from runs.compare import Comparison, Settings, compare_runs
 from runs.pattern import Pattern
 from runs.run_reader import find_runs
 from tests.conftest import Captured
-from tests.report_files import TestSet, at, edited, write_arrow, write_robustness, write_run
+from tests.report_files import TestSet, at, edited, write_arrow, write_run
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
 FILMS = TestSet(films=60)
@@ -31,7 +31,7 @@ def write(folder: Path, strength: float, seed: int, test_set: TestSet = FILMS, *
     run = write_run(folder, test_set.task, seed=seed, **options)
     logits, labels = test_set.logits(seed), test_set.labels
     target = 2.0 * (labels if labels.ndim == 2 else np.eye(TASKS[test_set.task].n_classes)[labels]) - 1
-    write_robustness(run, test_set.ids, test_set.rows, labels, {k: v + strength * target for k, v in logits.items()})
+    test_set.write(run, logits={k: v + strength * target for k, v in logits.items()})
     return run
 
 

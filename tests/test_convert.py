@@ -64,9 +64,8 @@ def test_what_a_frame_lacks_is_missing_and_numbers_are_labels(tmp_path: Path) ->
 
 
 def test_lists_of_labels_are_several_and_splits_may_be_drawn(tmp_path: Path) -> None:
-    rows = [
-        {"photo": png(n), "caption": str(n), "tags": [["a", "b"], ("b",), []][n % 3], "split": None} for n in range(30)
-    ]
+    tags = [["a", "b"], ("b",), []]
+    rows = [{"photo": png(n), "caption": str(n), "tags": tags[n % 3], "split": None} for n in range(30)]
     columns = {"image": "photo", "text": "caption", "label": "tags"}
     summary = convert(rows, tmp_path / "a", columns=columns, split_seed=3)
     assert [split.n_samples for split in summary] == [21, 3, 6]
@@ -106,18 +105,9 @@ class Dataset:
 
 def test_splits_of_hugging_face_with_names_of_classes(tmp_path: Path) -> None:
     features = {"image": ImageFeature(), "text": None, "label": ClassLabel(["dog", "cat"])}
-    parts = {
-        split: Dataset(
-            {
-                "image": [{"bytes": png(n), "path": None} for n in range(2)],
-                "text": ["a", None],
-                "label": [1, 0],
-            },
-            features,
-        )
-        for split in ("train", "validation", "test")
-    }
-    convert(parts, tmp_path)
+    images = [{"bytes": png(n), "path": None} for n in range(2)]
+    columns: dict[str, list[Any]] = {"image": images, "text": ["a", None], "label": [1, 0]}
+    convert({split: Dataset(columns, features) for split in ("train", "validation", "test")}, tmp_path)
     for split in SPLITS:
         found = columns_of(tmp_path, split)
         assert (found["image"], found["text"], found["label"]) == ([png(0), png(1)], [["a"], None], [1, 0])

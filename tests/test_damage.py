@@ -166,11 +166,8 @@ def read_runs(folder: Path, path: Path) -> None:
 
 def raw(name: str, *files: str) -> Reader:
     """A golden raw dataset."""
-    return Reader(
-        lambda folder, _: shutil.copytree(GOLDEN / "raw" / name, folder, dirs_exist_ok=True),
-        partial(convert, name),
-        files,
-    )
+    source = GOLDEN / "raw" / name
+    return Reader(lambda to, _: shutil.copytree(source, to, dirs_exist_ok=True), partial(convert, name), files)
 
 
 IMAGES = ("RGB.JPEG", "CMYK.JPEG", "RGBA.PNG", "I_16.PNG", "P.GIF", "RGB.WEBP", "1.TIFF", "L.BMP")
@@ -212,11 +209,7 @@ READERS = {
         ("model.safetensors", "config.json", "tokenizer.json"),
     ),
     "missing tables": Reader(write_tables, read_a_table, (KEPT, PUBLISHED)),
-    "runs": Reader(
-        write_a_run,
-        read_runs,
-        tuple(f"version_0/{name}" for name in RUN_FILES),
-    ),
+    "runs": Reader(write_a_run, read_runs, tuple(f"version_0/{name}" for name in RUN_FILES)),
 }
 
 
@@ -287,13 +280,13 @@ def test_a_damaged_file_is_read_or_refused_by_name(name: str, workspace: Workspa
 
 
 def test_an_option_of_any_value_is_read_or_refused() -> None:
-    outcomes = Counter[str]()
+    read = refused = 0
     for option in DEFAULTS:
         for odd in ODD_VALUES:
             try:
                 read_options({**DEFAULTS, option: odd}, DEFAULTS)
-                outcomes["read"] += 1
+                read += 1
             except ConfigError as error:
                 assert option.partition(".")[0] in str(error) and len(str(error)) < 2000
-                outcomes["refused"] += 1
-    assert len(outcomes) == 2
+                refused += 1
+    assert read and refused

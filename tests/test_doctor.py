@@ -201,9 +201,7 @@ def test_options_that_contradict_each_other_or_the_backbone(examine, option, sub
     assert found.status == 2 and subject in found.failed() and fact in found.text[subject]
 
 
-def test_without_a_task_or_with_an_option_out_of_range(
-    examine: Examine, capsys: Captured, workspace: Workspace
-) -> None:
+def test_without_a_task_or_with_an_option_out_of_range(examine, capsys, workspace):
     found = examine("learning_rate=fast")
     assert found.status == 2 and found.level == {} and "learning_rate" in found.error
     status = call("doctor", f"vit={workspace.backbone}", "num_workers=0")

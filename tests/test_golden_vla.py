@@ -22,6 +22,7 @@ from clip.modules.interfaces import ModelInput
 from clip.modules.method import MethodOptions
 from engine.regression import PUBLISHED_F1
 from engine.tasks import METRICS, TASKS
+from tests.conftest import Patch
 from tests.golden import assert_gradients, load_module, read, relative_error
 from tests.vla_models import TYPE_OF_MODE, published_name, vla_batch, vla_classifier
 from vla import backbone
@@ -79,7 +80,7 @@ def opened(path: Path, mask_readout: bool = False) -> Golden:
     return Golden(arrays, meta, classifier, features, torch.from_numpy(labels))
 
 
-def arrays_of(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+def arrays_of(golden: Golden, monkeypatch: Patch) -> dict[str, Tensor]:
     """What the model has for each array of the file."""
     classifier, batch = golden.classifier, golden.batch()
     model, method = classifier.model, classifier.method
@@ -120,7 +121,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return opened(request.param)
 
 
-def test_arrays_and_logits_are_those_of_the_file(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrays_and_logits_are_those_of_the_file(golden: Golden, monkeypatch: Patch) -> None:
     ours = arrays_of(golden, monkeypatch)
     unknown = {"label", "zero_prompts_last_hidden", "logits_masked_readout", "last_hidden_masked"}
     compared = golden.arrays.keys() - unknown

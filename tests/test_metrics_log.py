@@ -14,7 +14,7 @@ from engine.metrics_log import MetricsLogger
 from run import command_line
 from runs import option_readers
 from runs.start import environment
-from tests.conftest import Patch
+from tests.conftest import Patch, csv_of
 from tests.interrupted import files_up_to
 
 
@@ -29,11 +29,6 @@ def logger(tmp_path: Path) -> MetricsLogger:
     return logger
 
 
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.parametrize("writes", [0, 1, 2])
 def test_a_step_is_one_row_whenever_it_is_measured_and_written(tmp_path, logger, writes):
     """The newest one is in the file where a checkpoint was written meanwhile."""
@@ -45,13 +40,13 @@ def test_a_step_is_one_row_whenever_it_is_measured_and_written(tmp_path, logger,
             logger.experiment.write()
     logger.log_metrics({"lr": 0.25}, 4)
     logger.save()
-    rows = rows_of(tmp_path)
+    rows = csv_of(tmp_path / "metrics.csv")
     assert list(rows[0]) == ["epoch", "step", "seconds", "lr", "train/loss", "val/loss"]
     assert [row["train/loss"] for row in rows] == ["0.1", "1.1", "2.1", "3.1"]
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"] and rows[3].pop("seconds")
     assert rows[3] == {"epoch": "0", "step": "3", "lr": "0.5", "train/loss": "3.1", "val/loss": "0.25"}
     logger.finalize("")
-    assert len(rows_of(tmp_path)) == 5
+    assert len(csv_of(tmp_path / "metrics.csv")) == 5
 
 
 def test_a_run_killed_while_the_columns_change_keeps_its_lines(tmp_path, logger, monkeypatch):
@@ -73,11 +68,11 @@ def test_a_run_killed_while_the_columns_change_keeps_its_lines(tmp_path, logger,
 
 def test_a_full_disk_loses_no_line(tmp_path: Path, logger: MetricsLogger) -> None:
     path = tmp_path / "metrics.csv"
-    rows = rows_of(tmp_path)
+    rows = csv_of(path)
     logger.log_metrics({"train/loss": 1 / 3}, 3)
     with files_up_to(path.stat().st_size + 5), pytest.raises(OSError, match="File too large"):
         logger.finalize("")
-    assert rows_of(tmp_path)[: len(rows)] == rows
+    assert csv_of(path)[: len(rows)] == rows
 
 
 def test_a_service_whose_package_is_not_there_is_refused(monkeypatch: Patch) -> None:

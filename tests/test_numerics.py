@@ -65,9 +65,8 @@ def test_so_many_in_a_row_may_be_skipped() -> None:
 
 
 def module_of(**trainer: Any) -> FinetuneModule:
-    module = FinetuneModule(
-        tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), {}, skip_bad_steps=1
-    )
+    spec = ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY)
+    module = FinetuneModule(tiny_classifier(), spec, {}, skip_bad_steps=1)
     module._sample_names = lambda index_B: [f"film{number}" for number in index_B.tolist()]  # type: ignore[method-assign]
     module._trainer = SimpleNamespace(world_size=1, global_rank=0, **trainer)  # type: ignore[assignment]
     return module

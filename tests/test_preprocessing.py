@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from clip.backbone import load_backbone
+from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipBackbone
 from clip.preprocessing import image_statistics
 from clip.tokenizer import load_tokenizer
 from common.errors import BackboneError
-from engine.checkpoint import read_checkpoint
+from engine.checkpoint import ModelSpec, describe, read_checkpoint
 from engine.families import BackboneChoice, family_of
 from run import command_line
 from tests.backbones import openai_state, random_hf_clip
-from tests.conftest import Captured, Workspace, json_of
+from tests.conftest import Workspace, error_of, json_of
 from tests.models import tiny_classifier
 
 HALF, ODD = [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]
@@ -159,17 +160,15 @@ def test_the_tokenizer_beside_a_file_is_that_of_the_file(workspace: Workspace, t
     assert inputs.fingerprint == load_tokenizer(str(workspace.backbone)).fingerprint
 
 
-def test_a_run_keeps_the_normalisation_of_its_backbone(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
-    """Checkpoints have it; the same weights with another one are another backbone."""
-    half = Path(shutil.copytree(workspace.backbone, tmp_path / "half"))
-    write(half, PREPROCESSOR, {"image_mean": HALF, "image_std": HALF})
-    options = (f"log_dir={tmp_path}", "prompt_type=none", "max_epoch=1", "test_after_fit=False", f"vit={half}")
-    assert command_line(workspace.command(*options)) == 0
-    [best] = tmp_path.rglob("best.ckpt")
-    assert read_checkpoint(best).spec.architecture.image_mean == tuple(HALF)
-    evaluation = ("test_only=True", f"load_path={best}", f"log_dir={tmp_path}", f"vit={workspace.backbone}")
-    assert command_line(workspace.command("prompt_type=none", *evaluation)) == 2
-    assert "image_mean (there (0.5, 0.5, 0.5), here (0.48145466" in capsys.readouterr().err
+def test_a_checkpoint_keeps_the_normalisation_of_its_backbone(fitted, workspace, tmp_path, capsys):
+    """The same weights with another one are another backbone."""
+    half = write(Path(shutil.copytree(workspace.backbone, tmp_path / "half")), PREPROCESSOR, {"image_mean": HALF})
+    spec = ModelSpec("mmimdb", MethodOptions("none"), load_backbone(str(half)).architecture)
+    torch.save({"state_dict": {}, "rep": describe(spec, "half", "ab" * 32)}, tmp_path / "of_half.ckpt")
+    assert read_checkpoint(tmp_path / "of_half.ckpt").spec.architecture.image_mean == tuple(HALF)
+    options = ("test_only=True", f"load_path={fitted / 'best.ckpt'}", f"log_dir={tmp_path}", f"vit={half}")
+    assert command_line(workspace.command(*options)) == 2
+    assert "image_mean (there (0.48145466" in (said := error_of(capsys)) and "here (0.5, 0.5, 0.5)" in said
 
 
 def test_a_published_checkpoint_of_a_compiled_model_is_read(tmp_path: Path) -> None:

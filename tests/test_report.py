@@ -16,9 +16,7 @@ from PIL import Image
 
 from common.errors import DataError
 from common.text import AT_OFFSET
-from engine.robustness import Subject, measure, write_results
 from engine.stored_logits import SplitLogits
-from engine.tasks import TASKS
 from runs.pattern import Pattern
 from runs.report import figures, make_report, tables
 from runs.report.lines import Dataset, by_dataset
@@ -34,13 +32,11 @@ from tests.report_files import (
     TestSet,
     at,
     edited,
-    sha256_of,
-    write_robustness,
+    write_measured,
     write_run,
     write_runs,
 )
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
-from vilt.missing_tables import MissingPattern
 
 TYPES = ("complete", "text missing", "image missing")
 
@@ -74,9 +70,6 @@ def as_csv(table: Table) -> list[dict[str, str]]:
 def rows_of(table: Table) -> list[list[str]]:
     """The shown cells."""
     return [[cell.text for cell in row.values()] for row in table.cells]
-
-
-# Numbers
 
 
 def test_the_matrix_is_over_training_seeds_and_with_one_over_missing_tables(runs, results):
@@ -116,9 +109,8 @@ def test_the_published_table(runs: Path) -> None:
 
 def test_what_other_papers_say(runs: Path) -> None:
     rows = tables.rivals_table(dataset_of(runs / "mmimdb")).cells
-    shown = {
-        tuple(row[name].text for name in ("method", "missing_type", "missing_ratio", "source")): row for row in rows
-    }
+    names = ("method", "missing_type", "missing_ratio", "source")
+    shown = {tuple(row[name].text for name in names): row for row in rows}
     assert len(shown) == len(rows), "nothing twice"
     best = shown["DPL on DCP", "both", "70", "its paper"]
     facts = ("value", "metric", "venue", "read")
@@ -191,7 +183,7 @@ def test_only_what_is_significantly_better_is_bold(tmp_path: Path, worse: bool) 
         if worse and method == "dcp":
             logits = {name: -values for name, values in logits.items()}
         run = write_run(tmp_path / method, "food101", prompt_type=method)
-        write_robustness(run, test_set.ids, test_set.rows, test_set.labels, logits)
+        test_set.write(run, logits=logits)
     [best, other, *_] = tables.comparison_table(dataset := dataset_of(tmp_path)).cells
     [lines] = dataset.compared.values()
     means = [line.at_own_pattern.mean for line in lines if line.at_own_pattern]
@@ -232,11 +224,10 @@ def test_confidence_intervals(runs: Path, results: list[dict[str, Any]]) -> None
 
 def test_macro_f1_at_the_offset_of_validation_stands_beside_the_published_one(tmp_path: Path) -> None:
     """Also in a report with a run of before offsets were chosen, where it is absent."""
-    test_set, found = TestSet(), {}
+    found = {}
     for method, offset in (("rep", 0.8), ("dcp", None)):
         run = write_run(tmp_path / method, prompt_type=method, **at("text", 0.5))
-        of_test_set = (test_set.ids, test_set.rows, test_set.labels)
-        found[method] = write_robustness(run, *of_test_set, test_set.logits(0), offset)
+        found[method] = TestSet().write(run, offset=offset)
     edited(tmp_path / "rep", "test_results.json", metrics={"f1_macro": 0.5, AT_OFFSET: 0.625})
     dataset = dataset_of(tmp_path)
     cells = {row["method"].text: row for row in tables.comparison_table(dataset).cells}
@@ -275,14 +266,10 @@ def test_what_is_undefined_is_shown_so_and_counts_nowhere(tmp_path: Path) -> Non
 def test_errors_are_no_per_cents_and_the_lowest_is_best(tmp_path: Path) -> None:
     """Sentiment of segments of text, audio and vision: mean absolute error, and one encoding per set of modalities."""
     spec, labels = DATASETS["mosi"], torch.linspace(-3, 3, 30)
-    patterns = [[MissingPattern(kind, ratio, 0.5, 0)] for kind in spec.missing_types for ratio in (0.0, 0.7)]
     for method, error in (("rep", 0.25), ("none", 1.5)):
         run = write_run(tmp_path / method, "mosi", tested=error, prompt_type=method, **at("some", 0.7))
         split = SplitLogits(np.arange(30), 30, labels, (labels[:, None] + error).expand(len(spec.type_names), -1, -1))
-        of_run = (run / "best.ckpt", sha256_of(run / "best.ckpt"), method, "x", 0, None, "32-true", TASKS["mosi"])
-        subject = Subject(*of_run, tuple(spec.modalities), ("sentiment",), tmp_path / "tables", "mosi")
-        (run / "robustness").mkdir()
-        write_results(measure(subject, split, patterns, resamples=10), run / "robustness")
+        write_measured(run, split, ("sentiment",), spec.missing_types, (0.0, 0.7), tuple(spec.modalities))
     dataset = dataset_of(tmp_path)
     assert dataset.headline.variant == "REP" and dataset.axis_title == "MAE"
     assert [row[3] for row in rows_of(tables.comparison_table(dataset))[:2]] == ["0.25", "1.50"]
@@ -301,10 +288,9 @@ def test_results_by_class(runs: Path, results: list[dict[str, Any]]) -> None:
     f1 = [entry["f1"] for entry in entries if (entry["type"], entry["class"]) == ("text missing", "Drama")]
     found = line.f1_of("Drama", "text missing")
     assert found is not None and found[:2] == pytest.approx((statistics.mean(f1), statistics.stdev(f1)))
-    assert figures.class_figure(dataset, [line]).svg.count('style="fill: #d55e00"') == len(line.support) - 1, (
-        "a bar of each"
-    )
-    assert "No test sample is of Film-Noir." in figures.class_figure(dataset, dataset.measured).caption
+    drawn = figures.class_figure(dataset, [line])
+    assert drawn.svg.count('style="fill: #d55e00"') == len(line.support) - 1, "a bar of each"
+    assert "No test sample is of Film-Noir." in drawn.caption
 
 
 def test_confusions_are_a_matrix_or_of_many_classes_the_most_frequent(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -332,9 +318,8 @@ def test_confusions_are_a_matrix_or_of_many_classes_the_most_frequent(tmp_path: 
 def test_a_long_title_of_a_panel_is_shown_whole() -> None:
     title = "REP, memory_depth 6, learning_rate 0.01, trained at 70 % image"
     drawn = figures.figure("name", "title", "", [figures.Panel(title, lambda axes: None)])
-    lines = [
-        line.strip() for comment in re.findall(r"<!--(.*?)-->", drawn.svg, re.DOTALL) for line in comment.split("\n")
-    ]
+    comments = re.findall(r"<!--(.*?)-->", drawn.svg, re.DOTALL)
+    lines = [line.strip() for comment in comments for line in comment.split("\n")]
     assert "REP, memory_depth 6, learning_rate 0.01," in lines and "trained at 70 % image" in lines
 
 
@@ -415,9 +400,6 @@ def test_tags_of_runs_are_ranges(tmp_path: Path) -> None:
     assert listed_runs([read[10], *read[:3], read[4]]) == "R1 to R3, R5, R11"
 
 
-# Which runs belong together
-
-
 def test_another_configuration_is_another_line(tmp_path: Path) -> None:
     for memory_length in (12, 36):
         for seed in (0, 1):
@@ -433,6 +415,8 @@ def test_another_configuration_is_another_line(tmp_path: Path) -> None:
 def test_of_repeated_runs_the_most_complete_and_then_the_latest_counts(tmp_path: Path) -> None:
     for version in (2, 9, 10):
         write_run(tmp_path / "rep" / f"version_{version}", tested=version / 100)
+    read = read_report_runs([tmp_path / "rep" / "version_10", tmp_path, tmp_path / "rep" / "version_2"])
+    assert [run.place[-2:] for run in read] == ["10", "_2", "_9"], "each once, however often it is named"
     TestSet().write(write_run(tmp_path / "full" / "version_0", seed=1, tested=None))
     write_run(tmp_path / "full" / "version_1", seed=1)
     dataset = dataset_of(tmp_path)
@@ -490,22 +474,12 @@ def test_a_configuration_that_is_none_of_ours_is_left_out(tmp_path: Path, caplog
         read_report_runs([top / "version_2"])
 
 
-def test_a_run_that_is_named_twice_is_there_once(tmp_path: Path) -> None:
-    for version in (10, 9):
-        write_run(tmp_path / "rep" / f"version_{version}")
-    found = read_report_runs([tmp_path / "rep" / "version_10", tmp_path, tmp_path / "rep"])
-    assert [run.place for run in found] == ["rep/version_10", "rep/version_9"]
-
-
 def test_equal_patterns_compare_equal() -> None:
     text, both = (
         [Pattern.of(DATASETS["mmimdb"], kind, 0.7, ratio) for ratio in (0.2, 0.5)] for kind in ("text", "both")
     )
     assert text[0] == text[1] and both[0] != both[1]
     assert [str(pattern) for pattern in both] == ["70 % both 0.2", "70 % both"]
-
-
-# Samples
 
 
 def grid_of(folder: Path) -> tuple[SampleGrid, str]:
@@ -558,14 +532,11 @@ def test_single_label_samples_have_one_prediction(runs: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["is gone", "holds other samples", "is damaged", "labels", "decoded", "logits"])
 def test_pictures_that_are_not_there_are_missed(tmp_path: Path, fault: str) -> None:
-    run, test_set, films = (
-        write_run(tmp_path / "run", data_root=str(tmp_path)),
-        TestSet(),
-        tmp_path / "mmimdb_test.arrow",
-    )
+    run, test_set = write_run(tmp_path / "run", data_root=str(tmp_path)), TestSet()
+    films = tmp_path / "mmimdb_test.arrow"
     test_set.write(run)
     if fault != "is gone":
-        test_set.write_films(tmp_path, PLOTS, fault == "labels", first_id=1 if fault == "holds other samples" else 0)
+        TestSet(first_id=int(fault == "holds other samples")).write_films(tmp_path, PLOTS, fault == "labels")
     if fault == "is damaged":
         films.write_bytes(b"ARROW1 or so")
     if fault == "decoded":

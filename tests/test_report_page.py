@@ -24,7 +24,7 @@ from runs.report.parts import _results_parts
 from runs.report.results import read_report_runs
 from runs.report.text import excerpt, without_home
 from tests.conftest import Captured, Patch, call, json_of
-from tests.report_files import HOSTILE, TestSet, edited, sha256_of, write_logits, write_run, write_runs
+from tests.report_files import HOSTILE, TestSet, edited, write_run, write_runs
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 ROOT_HOME = "/root"
@@ -84,16 +84,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# Files
-
-
 def test_the_files_of_a_report(report: Path, runs: Path, tmp_path: Path) -> None:
     found = contents(report)
-    tables = [
-        f"{name}_{task}"
-        for name in ("matrix", "published", "rivals", "ours", "confidence", "samples")
-        for task in TASKS
-    ]
+    each = ("matrix", "published", "rivals", "ours", "confidence", "samples")
+    tables = [f"{name}_{task}" for name in each for task in TASKS]
     tables += ["runs", "confusions_food101"]
     drawn = [f"{name}_{task}" for name in ("curves", "train_loss") for task in TASKS]
     drawn += ["per_class_mmimdb", "roc_hatememes", "val_f1_macro_mmimdb", "val_accuracy_food101", "val_auroc_hatememes"]
@@ -167,9 +161,6 @@ def test_a_report_is_replaced_and_a_foreign_folder_is_not(tmp_path: Path, monkey
             make_report([run], foreign)
     del before["report.json"]
     assert contents(out) == before
-
-
-# The page
 
 
 def test_the_page_is_self_contained_and_sound(page: Page, report: Path) -> None:
@@ -258,9 +249,7 @@ def test_texts_of_others_have_no_effect(page: Page, report: Path, tmp_path: Path
 
 def test_home_folders_stay_at_home(report: Path, tmp_path: Path) -> None:
     html = (report / "index.html").read_text("utf-8")
-    assert "python run.py with task_finetune_mmimdb data_root=/home/somebody/films" in html, (
-        "the command as it was given"
-    )
+    assert "python run.py with task_finetune_mmimdb data_root=/home/somebody/films" in html, "as it was given"
     assert "0123456789abcdef0123" in html and "NVIDIA H100" in html and "secret" not in html
     assert set(re.findall(r"/home/\w+(?:/\w+)?", html)) == {"/home/somebody/films"}
     text = f'x=/home/a.b/data,/Users/c {ROOT_HOME}/d "/home/e", /data/home/f'
@@ -287,19 +276,12 @@ def test_excerpts() -> None:
     assert excerpt("x" * 20, 10) == "x" * 9 + "…"
 
 
-# Bad input
-
-
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
         ("config.json", "{", "not readable as JSON: Expecting property name"),
         ("config.json", "[]", "expected a JSON object, found a list"),
-        (
-            "config.json",
-            {"task": "imagenet"},
-            "task: expected one of mmimdb, food101, hatememes",
-        ),
+        ("config.json", {"task": "imagenet"}, "task: expected one of mmimdb, food101, hatememes"),
         ("config.json", {"missing_type": {"train": "x", "val": "both", "test": "both"}}, "expected text or image or"),
         ("config.json", {"missing_ratio": {"train": 7}}, "expected a ratio from 0 to 1, found 7"),
         ("best.ckpt", "weights", "not readable as a checkpoint: "),
@@ -340,23 +322,21 @@ def test_a_file_that_is_damaged_or_of_another_run_is_named(tmp_path, name, conte
 def test_logits_that_do_not_belong_to_the_result(tmp_path: Path) -> None:
     run, test_set, other = write_run(tmp_path / "run"), TestSet(), TestSet("food101")
     test_set.write(run)
-    sha256, logits = sha256_of(run / "best.ckpt"), test_set.logits(0)
-    ours, theirs = ((one.ids, one.rows, one.labels) for one in (test_set, other))
+    logits = test_set.logits(0)
     narrow = {name: values[:, :20] for name, values in logits.items()}
-    for task, digest, samples, values, found in (
-        ("food101", sha256, theirs, other.logits(0), "expected logits that `run.py robustness` stored"),
-        ("mmimdb", "0" * 64, ours, logits, "logits of another checkpoint"),
-        ("mmimdb", sha256, ours, narrow, "expected .*logits_complete: expected 23 numbers"),
+    for samples, values, sha256, found in (
+        (other, other.logits(0), "", "expected logits that `run.py robustness` stored"),
+        (test_set, logits, "0" * 64, "logits of another checkpoint"),
+        (test_set, narrow, "", "expected .*logits_complete: expected 23 numbers"),
     ):
-        write_logits(run / LOGITS, task, digest, *samples, values)
+        samples.write_logits(run, values, sha256)
         with pytest.raises(DataError, match=rf"logits\.arrow: {found}"):
             read_report_runs([run])
-    write_logits(run / LOGITS, "mmimdb", sha256, *ours, logits)
+    test_set.write_logits(run, logits)
     assert len(read_report_runs([run])) == 1
     second = write_run(tmp_path / "second", seed=1)
     test_set.write(second)
-    samples = ([f"other{row}" for row in test_set.rows], test_set.rows, test_set.labels)
-    write_logits(second / LOGITS, "mmimdb", sha256_of(second / "best.ckpt"), *samples, logits)
+    TestSet(first_id=1).write_logits(second, logits)
     with pytest.raises(DataError, match=r"second: results on another dataset than .*run, with other ids or labels"):
         read_report_runs([tmp_path])
 
@@ -371,9 +351,6 @@ def test_folders_without_runs(tmp_path: Path, capsys: Captured) -> None:
         make_report([], tmp_path / "report")
     assert command_line(["run.py", "report", "with", f"runs={tmp_path / 'empty'}", f"out={tmp_path / 'report'}"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ") and not (tmp_path / "report").exists()
-
-
-# A real run, and a real browser
 
 
 @pytest.mark.parametrize("bootstrap", [0, 20])

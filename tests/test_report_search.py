@@ -13,6 +13,7 @@ from optuna.trial import TrialState, create_trial
 
 from common.errors import DataError
 from engine.tasks import TASKS
+from tests.conftest import Patch
 from runs.report import make_report
 from runs.report.search import _history
 from runs.report.text import Unit
@@ -73,7 +74,7 @@ def test_a_search_has_a_section_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("metric", "best"), [("f1_macro", [31, 42, 42, 42]), ("mae", [0.31, 0.31, 0.31, 0.31])])
-def test_the_best_score_so_far(monkeypatch: pytest.MonkeyPatch, metric: str, best: list[float]) -> None:
+def test_the_best_score_so_far(monkeypatch: Patch, metric: str, best: list[float]) -> None:
     drawn: list[tuple[list[int], list[float]]] = []
     monkeypatch.setattr(Axes, "step", lambda self, x, y, **how: drawn.append((list(x), list(y))))
     trials = [

@@ -1,6 +1,5 @@
 """Text, audio and vision through run.py: both stages, resuming, robustness, prediction, tables and report."""
 
-import csv
 import json
 import pickle
 from pathlib import Path
@@ -16,7 +15,7 @@ from engine.checkpoint import read_checkpoint
 from engine.items import Item, read_items
 from engine.predict import load_model
 from run import command_line
-from tests.conftest import error_of
+from tests.conftest import Captured, call, csv_of, error_of, json_of
 from tests.report_files import text_of
 from tests.vla_files import mmsa_pickle, vla_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -37,9 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vla")
     widths = {"mosei": (7, 5, 6), "mosi": (7, 3, 4)}
     for seed, (name, of_corpus) in enumerate(widths.items()):
-        shapes = dict(
-            zip(("text", "audio", "vision"), ((5, of_corpus[0]), (6, of_corpus[1]), (4, of_corpus[2])), strict=True)
-        )
+        shapes = {"text": (5, of_corpus[0]), "audio": (6, of_corpus[1]), "vision": (4, of_corpus[2])}
         (root / f"{name}.pkl").write_bytes(pickle.dumps(mmsa_pickle(vla_splits(SIZES, shapes, seed))))
         converted = ["--dataset", name, "--root", str(root / f"{name}.pkl"), "--target", str(root / name)]
         assert make_arrow.main(converted) == 0
@@ -87,7 +84,7 @@ def measured(trained: Path, root: Path) -> Path:
 
 
 def test_stage_one_trains_the_whole_backbone_on_complete_segments(pretrained: Path) -> None:
-    results = json.loads((pretrained.parent / "test_results.json").read_text())
+    results = json_of(pretrained.parent / "test_results.json")
     assert results["missing"]["complete"] == SIZES["test"] and results["missing_in_training"].startswith("fixed")
     checkpoint = read_checkpoint(pretrained)
     assert checkpoint.spec.method.prompt_type == "full" and not checkpoint.spec.architecture.project_all
@@ -96,12 +93,11 @@ def test_stage_one_trains_the_whole_backbone_on_complete_segments(pretrained: Pa
 
 
 @pytest.mark.parametrize("method", ["mplmm", "none", "rep"])
-def test_stage_two_takes_over_and_freezes_all_but_projections(root: Path, pretrained: Path, method: str) -> None:
-    trained = finetune(root, pretrained, method, f"exp_name=two_{method}")
-    trained = folder_of(root, f"two_{method}")
-    config = json.loads((trained / "config.json").read_text())
+def test_stage_two_takes_over_and_freezes_all_but_projections(root, pretrained, trained, method):
+    trained = trained if method == "rep" else finetune(root, pretrained, method)
+    config = json_of(trained / "config.json")
     assert config["vit"] == str(pretrained) and config["learning_rate"] == 1e-3 and config["optim_type"] == "adam"
-    results = json.loads((trained / "test_results.json").read_text())
+    results = json_of(trained / "test_results.json")
     assert results["missing_in_training"].startswith("drawn anew in each epoch (70% some")
     assert sum(results["missing"][name] for name in TYPE_NAMES[1:]) == int(0.7 * SIZES["test"])
     kept = read_checkpoint(trained / "best.ckpt").state
@@ -109,23 +105,15 @@ def test_stage_two_takes_over_and_freezes_all_but_projections(root: Path, pretra
     own = ("model.proj_l", "model.proj_a", "model.proj_v", "mosi_classifier.", learner)
     assert all(name.startswith(own) for name in kept)
     assert kept["model.proj_a.weight"].shape == (8, 3, 1)
-    groups: dict[str, set[str]] = {}
-    for line in (trained / "taken_over.txt").read_text().splitlines():
-        group, name = line.split("\t")
-        groups.setdefault(group, set()).add(name)
-    assert groups["new"] == set(kept)
-    assert groups["taken over"] | groups["left"] == set(read_checkpoint(pretrained).state)
-    assert {name.rpartition(".")[0] for name in groups["left"]} == {
-        *(f"model.proj_{letter}" for letter in "lav"),
-        "mosei_classifier",
-    }
+    lines = [line.split("\t") for line in (trained / "taken_over.txt").read_text().splitlines()]
+    new, over, left = ({name for of, name in lines if of == group} for group in ("new", "taken over", "left"))
+    assert new == set(kept) and over | left == set(read_checkpoint(pretrained).state)
+    assert {name.rpartition(".")[0] for name in left} == {*(f"model.proj_{x}" for x in "lav"), "mosei_classifier"}
 
 
 def test_the_best_model_is_that_of_the_lowest_error(trained: Path) -> None:
     best = torch.load(trained / "best.ckpt", weights_only=True)
-    with (trained / "metrics.csv").open() as file:
-        header, *rows = [line.rstrip("\n").split(",") for line in file]
-    errors = [float(row[header.index("val/mae")]) for row in rows if row[header.index("val/mae")]]
+    errors = [float(row["val/mae"]) for row in csv_of(trained / "metrics.csv") if row["val/mae"]]
     assert best["score"] == pytest.approx(min(errors)) and best["monitor"] == "val/mae"
 
 
@@ -141,7 +129,7 @@ def test_predictions_are_those_of_the_test(measured: Path, root: Path, tmp_path:
     (tmp_path / "in.csv").write_text("\n".join(lines))
     output, checkpoint = tmp_path / "out.jsonl", measured.parent / "best.ckpt"
     given = [f"load_path={checkpoint}", f"input={tmp_path / 'in.csv'}", f"output={output}", "num_workers=0"]
-    assert command_line(["run.py", "predict", "with", "precision=32", *given]) == 0
+    assert call("predict", "precision=32", *given) == 0
     found = [json.loads(line) for line in output.read_text().splitlines()]
     table = pa.ipc.open_file(pa.memory_map(str(measured / "logits.arrow"))).read_all()
     for row, one in enumerate(found):
@@ -155,17 +143,16 @@ def test_predictions_are_those_of_the_test(measured: Path, root: Path, tmp_path:
     (tmp_path / "in.pkl").write_bytes(pickle.dumps(arrays))
     for file in ("in.npz", "in.pkl"):
         again = ["num_workers=0", *given[::2], f"input={tmp_path / file}"]
-        assert command_line(["run.py", "predict", "with", *again]) == 0
+        assert call("predict", *again) == 0
         assert [json.loads(line) for line in output.read_text().splitlines()] == found
     model = load_model(checkpoint)
-    own = [
-        Item("", {name: x[row] for name, x in arrays.items() if not np.isnan(x[row]).any()}, "mine") for row in range(6)
-    ]
+    there = [{name: x[row] for name, x in arrays.items() if not np.isnan(x[row]).any()} for row in range(6)]
+    own = [Item("", inputs, "mine") for inputs in there]
     for items in (own, read_items(tmp_path / "in.npz", model.dataset)):
         values = [prediction.value for prediction in model.predict_items(items, batch_size=4)]
         assert values == pytest.approx([one["value"] for one in found], abs=1e-5)
     given[2] = f"output={tmp_path / 'out.npz'}"
-    assert command_line(["run.py", "embed", "with", "precision=32", *given]) == 0
+    assert call("embed", "precision=32", *given) == 0
     head = model._classifier.head
     with np.load(tmp_path / "out.npz") as features:
         values = head(torch.from_numpy(features["fused"]), torch.zeros(6)).flatten().tolist()
@@ -174,21 +161,19 @@ def test_predictions_are_those_of_the_test(measured: Path, root: Path, tmp_path:
         assert features["features/audio"][3].any() and not features["features/text"][3].any()
 
 
-def test_tables_and_report_show_shares_and_errors_as_what_they_are(
-    measured: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_line(["run.py", "runs", "with", f"log_dir={root / 'result'}"]) == 0
+def test_tables_and_report_show_shares_and_errors_as_what_they_are(measured, root, tmp_path, capsys):
+    assert call("runs", f"log_dir={root / 'result'}") == 0
     assert "mae" in (said := capsys.readouterr().out) and "70 % some" in said
-    assert command_line(["run.py", "report", "with", f"runs={root / 'result'}", f"out={tmp_path / 'report'}"]) == 0
+    assert call("report", f"runs={root / 'result'}", f"out={tmp_path / 'report'}") == 0
     page = text_of(tmp_path / "report")
     assert "CMU-MOSI" in page and "without text, vision" in page
-    with (tmp_path / "report" / "tables" / "rivals_mosi.csv").open() as file:
-        rows = {(row["method"], row["metric"], row["source"]): row for row in csv.DictReader(file)}
+    table = csv_of(tmp_path / "report" / "tables" / "rivals_mosi.csv")
+    rows = {(row["method"], row["metric"], row["source"]): row for row in table}
     ours = {metric: row["value"] for (_, metric, source), row in rows.items() if source == "ours"}
     assert set(ours) == {"acc2 non0", "F1-non0 published"}, "the latter was asked for"
     published = rows["MPLMM", "acc2 non0", "MPLMM's Table 1"]
     assert (published["value"], published["read"]) == ("72.1400", "second-hand")
-    found = json.loads((measured / "robustness.json").read_text())
+    found = json_of(measured / "robustness.json")
     by_type, cells = found["by_type"], {(cell["missing_type"], cell["ratio"]): cell for cell in found["cells"]}
     assert cells["text+audio", 1.0]["metrics"]["mae"]["mean"] == by_type["text, audio missing"]["mae"]
     assert cells["text+audio", 1.0]["vision_available"] == 1 and cells["text+audio", 1.0]["text_available"] == 0
@@ -196,21 +181,17 @@ def test_tables_and_report_show_shares_and_errors_as_what_they_are(
     assert float(ours["acc2 non0"]) == pytest.approx(100 * mean, abs=1e-3)
 
 
-def test_the_published_f1_is_of_sentiments_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_published_f1_is_of_sentiments_alone(capsys: Captured) -> None:
     assert command_line(["run.py", "with", "task_finetune_hatememes", "published_f1=True"]) == 2
     assert "published_f1: expected a task of text, audio and vision, found hatememes" in capsys.readouterr().err
 
 
-def test_doctor_checks_them(root: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_checks_them(root: Path, pretrained: Path, capsys: Captured) -> None:
     own = ("memory_length=6", "memory_depth=2", f"load_path={pretrained}")
     assert command_line(command(root, *own, name="doctor")) == 0
     said = capsys.readouterr().out
-    assert (
-        f"ok   backbone: {pretrained}" in said
-        and "ok   tokenizer: none needed" in said
-        and "training step: loss" in said
-        and "FAIL" not in said
-    )
+    facts = (f"ok   backbone: {pretrained}", "ok   tokenizer: none needed", "training step: loss")
+    assert all(fact in said for fact in facts) and "FAIL" not in said
 
 
 WRONG: list[tuple[tuple[str, ...], str]] = [
@@ -224,9 +205,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=[options[0] for options, _ in WRONG])
-def test_what_is_wrong_is_one_line(
-    root: Path, pretrained: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_wrong_is_one_line(root, pretrained, options, message, capsys):
     assert command_line(command(root, "memory_length=6", "memory_depth=2", f"load_path={pretrained}", *options)) == 2
     assert message in error_of(capsys).replace(".train", "")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.errors import DataError
+from tests.conftest import Captured, Patch
 from tests.custom_files import make, read_arrow
 from tests.golden_as import HERE
 from tests.sensor_files import RATE, ROWS, SPEC, write_set
@@ -33,11 +34,8 @@ def test_a_set_of_sensors(tmp_path: Path) -> None:
     assert {split: len(found) for split, found in tables.items()} == {"train": 48, "val": 12, "test": 12}
     spec = open_spec("sensors", tmp_path / "out", SPLITS)
     assert spec.title == "made_up" and spec.class_names == ("slow", "fast")
-    assert {name: modality.shape for name, modality in spec.modalities.items()} == {
-        "acc": (2, 4, 4),
-        "gyr": (2, 4, 4),
-        "lig": (1, 4, 4),
-    }
+    shapes = {name: modality.shape for name, modality in spec.modalities.items()}
+    assert shapes == {"acc": (2, 4, 4), "gyr": (2, 4, 4), "lig": (1, 4, 4)}
     dataset = ArrowDataset(spec, tmp_path / "out", "test")
     signals = np.load(tmp_path / "signals.npy") * np.float32(0.01)
     row = 7  # the second sample of the last recording
@@ -57,9 +55,8 @@ def test_a_set_of_sensors(tmp_path: Path) -> None:
 def test_no_two_neighbours_are_in_different_splits(tmp_path: Path, way: str, sizes: tuple[int, ...] | None) -> None:
     raw = write_set(tmp_path)
     if way == "time":
-        (raw / "spec.yaml").write_text(
-            SPEC.replace("sample: 1", "sample: 0.4").replace("0.4\ninterval_", "0.2\ninterval_")
-        )
+        other = SPEC.replace("sample: 1", "sample: 0.4").replace("0.4\ninterval_", "0.2\ninterval_")
+        (raw / "spec.yaml").write_text(other)
     tables = converted("sensors", raw, "--split", way)
     places: dict[tuple[str, int], str] = {}
     for split, found in tables.items():
@@ -124,9 +121,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-def test_short_recordings_are_named_and_a_byte_order_mark_is_no_part_of_a_class(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_short_recordings_are_named_and_a_byte_order_mark_is_no_part_of_a_class(tmp_path, capsys):
     raw = write_set(tmp_path)
     (raw / "classes.txt").write_bytes(b"\xef\xbb\xbfslow\nfast\n")
     replace_line(raw / "recordings.csv", 4, "r2,s2,train,120,9")
@@ -136,7 +131,7 @@ def test_short_recordings_are_named_and_a_byte_order_mark_is_no_part_of_a_class(
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_input_of_a_set_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_bad_input_of_a_set_is_one_line(tmp_path: Path, capsys: Captured, name: str) -> None:
     raw = write_set(tmp_path)
     spoil, message = WRONG[name]
     spoil(raw)
@@ -144,9 +139,6 @@ def test_bad_input_of_a_set_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().err.strip()
     assert message in said and len(said.splitlines()) == 1
     assert not list(raw.glob("out/*.arrow"))
-
-
-# MOD
 
 
 def write_recording(raw: Path, run: str, node: str, seconds: int, seed: int) -> None:
@@ -158,7 +150,7 @@ def write_recording(raw: Path, run: str, node: str, seconds: int, seed: int) -> 
     (folder / "ehz.csv").write_text("".join(f"{value} 7\n" for value in draw.integers(-900, 900, 100 * seconds + 90)))
 
 
-def test_recordings_of_mod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recordings_of_mod(tmp_path: Path, monkeypatch: Patch) -> None:
     used = ("Polaris0150pm", "rs1", 1, 1, "supervised"), ("Polaris0150pm", "rs2", 0, 2, "pretrain")
     monkeypatch.setattr(write_mod, "runs", lambda: [write_mod.Listed(*of_node) for of_node in used])
     for node in ("rs1", "rs2"):
@@ -190,7 +182,7 @@ def test_a_recording_of_mod_becomes_the_published_sample() -> None:
         np.testing.assert_array_equal(found, expected[name].numpy())
 
 
-def test_published_samples_of_mod(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_samples_of_mod(tmp_path: Path, capsys: Captured) -> None:
     for path in (HERE / "mod_samples").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tables = converted("mod", tmp_path, "--split", "published")
@@ -226,24 +218,18 @@ def test_bad_recordings_of_mod(tmp_path: Path, name: str, line: str, message: st
     assert str(path.parent) in str(refused.value)
 
 
-# Public files of wearables
-
-
-def test_pamap2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pamap2(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "Protocol").mkdir()
     for subject in (101, 102, 103):
         values = np.random.default_rng(subject).normal(size=(1000, 54))
         values[:, 1] = np.repeat([0, 1, 24], [200, 450, 350])
-        rows = [
-            " ".join("NaN" if column == 5 and row == 300 else f"{x:g}" for column, x in enumerate(of))
-            for row, of in enumerate(values)
-        ]
+        values[300, 5] = np.nan
+        rows = [" ".join(f"{x:g}".replace("nan", "NaN") for x in of) for of in values]
         (tmp_path / "Protocol" / f"subject{subject}.dat").write_text("\n".join(rows))
     tables = converted("pamap2", tmp_path)
     assert {split: len(found) for split, found in tables.items()} == dict.fromkeys(SPLITS, 3)
-    for (
-        found
-    ) in tables.values():  # 200 to 399, 400 to 599 and 800 to 999; the others cross a boundary, or are no activity
+    for found in tables.values():
+        # 200 to 399, 400 to 599 and 800 to 999; the others cross a boundary, or are no activity
         assert found["number"].to_pylist() == [1, 2, 4] and found["label"].to_pylist() == [0, 0, 17]
         assert 0.0 in np.array(found["signal_Acc"][0].as_py())[1]
     assert "samples with missing values, now 0: train 1, val 1, test 1" in capsys.readouterr().out

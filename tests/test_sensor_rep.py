@@ -19,6 +19,7 @@ from sensors.attention import SlotAttention, products
 from sensors.backbone import SwtBackbone
 from sensors.memory import SensorMemoryLearner, patterns
 from sensors.sizes import SWT, ModalitySizes, SensorSizes
+from tests.conftest import Patch
 from tests import golden_as, slow_sensors
 from tests.golden import assert_gradients, relative_error
 from tests.models import batch_of
@@ -178,7 +179,7 @@ def test_logits_depend_on_nothing_but_the_sample_and_what_it_has() -> None:
     torch.testing.assert_close(classifier(shuffled), logits[order], rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_that_cannot_see_slots_are_those_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_cannot_see_slots_are_those_without(monkeypatch: Patch) -> None:
     """Their attention logits towards slots at minus infinity."""
     classifier = make(options=replace(OPTIONS, memory_length=9))
     signals, present = signals_of(SIZES, 2), torch.ones(2, 3, dtype=torch.bool)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common.arrow_file import open_table
+from tests.conftest import Captured
 from tests.custom_files import make
 from tests.vla_files import SIZES, mmsa_pickle, mult_pickle, vla_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -66,9 +67,7 @@ def test_the_mask_of_the_tokens_says_how_long_a_text_is(content: Any, tmp_path: 
     assert samples(tmp_path / "out", "mosi", "train")[0, 0].inputs["text"].any(dim=1).tolist() == [0, 0, 0, 1, 1]
 
 
-def test_numbers_that_are_not_finite_become_zero_and_are_counted(
-    content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_that_are_not_finite_become_zero_and_are_counted(content, tmp_path, capsys):
     content["train"]["audio"][1, 3] = [np.nan, -np.inf, np.inf]
     content["test"]["vision"][0, -1, 0] = np.nan
     (tmp_path / "f.pkl").write_bytes(pickle.dumps(mult_pickle(content)))
@@ -119,9 +118,7 @@ WRONG: list[tuple[Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("make", "parts"), WRONG, ids=[parts[0][:40] for _, parts in WRONG])
-def test_what_is_wrong_is_one_line_with_file_and_row(
-    content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, parts: list[str]
-) -> None:
+def test_what_is_wrong_is_one_line_with_file_and_row(content, tmp_path, capsys, make, parts):
     (tmp_path / "f.pkl").write_bytes(pickle.dumps(make(content)))
     assert convert(tmp_path, tmp_path / "out") == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -144,9 +141,7 @@ class Runs:
     [(os.system, ("touch left",)), (eval, ("open('left', 'w')",)), (np.load, ("left",)), (getattr, ("a", "upper"))],
     ids=["os.system", "eval", "numpy.load", "getattr"],
 )
-def test_a_pickle_that_runs_something_is_not_opened(
-    call: Any, arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pickle_that_runs_something_is_not_opened(call, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "f.pkl").write_bytes(pickle.dumps({"train": Runs(call, *arguments)}))
     assert convert(tmp_path / "f.pkl", tmp_path / "out") == 2
@@ -175,9 +170,7 @@ def test_arrays_are_those_that_pickle_reads(tmp_path: Path, protocol: int) -> No
     assert read["scalar"] == 2.5 and read["list"] == [1, "z"]
 
 
-def test_of_several_pickles_the_one_of_the_dataset_is_taken(
-    content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_several_pickles_the_one_of_the_dataset_is_taken(content, tmp_path, monkeypatch, capsys):
     sizes: dict[Split, tuple[int, ...]] = {split: (SIZES[SPLIT_KEYS[split]],) for split in SPLITS}
     for split, rows in sizes.items():
         monkeypatch.setitem(DATASETS["mosi"].published_rows, split, rows)
@@ -189,9 +182,6 @@ def test_of_several_pickles_the_one_of_the_dataset_is_taken(
     assert convert(tmp_path, tmp_path / "out") == 2
     assert "found 2 that fits: a.pkl, c.pkl; give the file itself as --root" in capsys.readouterr().err
     assert convert(tmp_path / "c.pkl", tmp_path / "out") == 0
-
-
-# A table with files
 
 
 def own_data(folder: Path, content: Any) -> Path:
@@ -229,9 +219,7 @@ def test_a_table_with_files(content: Any, tmp_path: Path) -> None:
         ("id,split,label", "id,split,score", "row 1: expected the columns 'label'"),
     ],
 )
-def test_a_wrong_table(
-    content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
-) -> None:
+def test_a_wrong_table(content: Any, tmp_path: Path, capsys: Captured, old: str, new: str, message: str) -> None:
     raw = own_data(tmp_path / "raw", content)
     table = raw / "table.csv"
     table.write_text(table.read_text().replace(old, new))
@@ -248,9 +236,7 @@ def test_a_wrong_table(
         (np.array([[{}]]), "Python objects in dtype"),
     ],
 )
-def test_wrong_files(
-    content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], array: np.ndarray, message: str
-) -> None:
+def test_wrong_files(content: Any, tmp_path: Path, capsys: Captured, array: np.ndarray, message: str) -> None:
     raw = own_data(tmp_path / "raw", content)
     np.save(raw / "audio" / "train_2.npy", array)
     assert convert(raw, tmp_path / "out", "vla") == 2

@@ -14,6 +14,7 @@ from clip.modules.method import MethodOptions
 from clip.modules.registry import FAMILY_METHODS
 from common.errors import CheckpointError
 from engine.checkpoint import read_checkpoint, restore_classifier
+from tests.conftest import Patch
 from tests import slow_vla
 from tests.golden import relative_error
 from tests.vla_models import TINY, TYPE_OF_MODE, published_name, random_features, vla_batch, vla_classifier
@@ -262,9 +263,7 @@ def whole_model(state: dict[str, torch.Tensor], heads: int) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("method", ["mplmm", "full"])
-def test_a_published_checkpoint_is_read_without_its_code(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_published_checkpoint_is_read_without_its_code(method: str, tmp_path: Path, monkeypatch: Patch) -> None:
     arch = replace(TINY, project_all=method == "mplmm")
     classifier = vla_classifier(arch, MethodOptions(method, prompt_length=3)).eval()
     state = {published_name(name): value for name, value in classifier.state_dict().items()}

@@ -164,7 +164,8 @@ def test_a_checkpoint_keeps_the_normalisation_of_its_backbone(fitted, workspace,
     """The same weights with another one are another backbone."""
     half = write(Path(shutil.copytree(workspace.backbone, tmp_path / "half")), PREPROCESSOR, {"image_mean": HALF})
     spec = ModelSpec("mmimdb", MethodOptions("none"), load_backbone(str(half)).architecture)
-    torch.save({"state_dict": {}, "rep": describe(spec, "half", "ab" * 32)}, tmp_path / "of_half.ckpt")
+    content = {"state_dict": {"mmimdb_classifier.bias": torch.zeros(23)}, "rep": describe(spec, "half", "ab" * 32)}
+    torch.save(content, tmp_path / "of_half.ckpt")
     assert read_checkpoint(tmp_path / "of_half.ckpt").spec.architecture.image_mean == tuple(HALF)
     options = ("test_only=True", f"load_path={fitted / 'best.ckpt'}", f"log_dir={tmp_path}", f"vit={half}")
     assert command_line(workspace.command(*options)) == 2

@@ -1,6 +1,5 @@
 """The report's section of a search: trials, the best score so far, importances, and what is missing or damaged."""
 
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,12 @@ from optuna.trial import TrialState, create_trial
 
 from common.errors import DataError
 from engine.tasks import TASKS
-from tests.conftest import Patch
 from runs.report import make_report
 from runs.report.search import _history
 from runs.report.text import Unit
 from runs.sweep.jobs import JOURNAL
 from runs.sweep.search import open_study
+from tests.conftest import Patch, csv_of
 from tests.report_files import HOSTILE, TestSet, at, edited, text_of, write_run
 
 SPACE = {"learning_rate": FloatDistribution(1e-4, 0.1, log=True), "tokenizer": CategoricalDistribution(["a", HOSTILE])}
@@ -34,9 +33,8 @@ def write_search(folder: Path, task: str = "mmimdb", trials: Sequence[tuple[Any,
         state = TrialState.FAIL if score is None else TrialState.COMPLETE
         given = dict(zip(SPACE, values, strict=True))
         study.add_trial(create_trial(params=given, distributions=SPACE, value=score, state=state))
-        run = write_run(
-            folder / f"{folder.name}_trial_{number}_seed0" / "version_0", task, tested=None, **pattern, **given
-        )
+        place = folder / f"{folder.name}_trial_{number}_seed0" / "version_0"
+        run = write_run(place, task, tested=None, **pattern, **given)
         edited(run, "environment.json", command=["run.py", "with", f"exp_name={folder.name}_trial_{number}"])
     return folder
 
@@ -50,24 +48,21 @@ def test_a_search_has_a_section_of_its_own(tmp_path: Path) -> None:
     page = text_of(report)
     assert (search / JOURNAL).read_bytes() == journal
     for fact in (
-        *(
-            "5 trials (4 complete, 1 failed)",
-            "trial 2, reaches a validation F1-macro of 42.0 % with learning_rate=0.001",
-        ),
+        "5 trials (4 complete, 1 failed)",
+        "trial 2, reaches a validation F1-macro of 42.0 % with learning_rate=0.001",
         *("trial 0, reaches a validation MAE of 0.310", "exp_name=s_trial_2", "exp_name=low_trial_0"),
     ):
         assert fact in page, fact
-    with (report / "tables" / "search_2_trials.csv").open() as file:
-        trials = list(csv.DictReader(file))
+    trials = csv_of(report / "tables" / "search_2_trials.csv")
     assert [trial["val/f1_macro"] for trial in trials] == ["31.0000", "", "42.0000", "42.0000", "40.0000"]
     assert [trial["tokenizer"] == HOSTILE for trial in trials] == [tokenizer == HOSTILE for _, tokenizer, _ in TRIALS]
-    with (report / "tables" / "search_1_importances.csv").open() as file:
-        shares = {row["option"]: float(row["importance"]) for row in csv.DictReader(file)}
+    table = csv_of(report / "tables" / "search_1_importances.csv")
+    shares = {row["option"]: float(row["importance"]) for row in table}
     assert shares.keys() == SPACE.keys() and sum(shares.values()) == pytest.approx(100, abs=1e-3)
     assert "Missing: it takes 4 trials of different values" in page, "of the other search"
     assert {path.name for path in (report / "figures").glob("*.png")} >= {f"search_{n}_history.png" for n in (1, 2)}
-    with (report / "tables" / "runs.csv").open() as file:
-        assert Counter(row["kind"] for row in csv.DictReader(file)) == {"training": 1, "trial": 11}
+    kinds = Counter(row["kind"] for row in csv_of(report / "tables" / "runs.csv"))
+    assert kinds == {"training": 1, "trial": 11}
     (search / JOURNAL).write_text("{\n{\n")
     with pytest.raises(DataError, match=f"s/{JOURNAL}: not readable as Optuna's journal"):
         make_report([search], report)
@@ -77,12 +72,11 @@ def test_a_search_has_a_section_of_its_own(tmp_path: Path) -> None:
 def test_the_best_score_so_far(monkeypatch: Patch, metric: str, best: list[float]) -> None:
     drawn: list[tuple[list[int], list[float]]] = []
     monkeypatch.setattr(Axes, "step", lambda self, x, y, **how: drawn.append((list(x), list(y))))
-    trials = [
-        create_trial(params={}, value=score, state=TrialState.FAIL if score is None else TrialState.COMPLETE)
-        for *_, score in TRIALS
-    ]
-    for number, trial in enumerate(trials):
-        trial.number = number
+    trials = []
+    for number, (*_, score) in enumerate(TRIALS):
+        state = TrialState.FAIL if score is None else TrialState.COMPLETE
+        trials.append(create_trial(params={}, value=score, state=state))
+        trials[-1].number = number
     _history(trials, metric, Unit.of(metric, 100), "name")
     assert drawn[0][0] == [0, 2, 3, 4] and drawn[0][1] == pytest.approx(best)
 
@@ -92,7 +86,6 @@ def test_a_trial_that_is_named_itself_is_a_run(tmp_path: Path) -> None:
     TestSet().write(trial := search / "s_trial_0_seed0" / "version_0")
     for place, kind, curves in ((search, "trial", 0), (trial, "training", 1)):
         make_report([place], tmp_path / "report")
-        with (tmp_path / "report" / "tables" / "runs.csv").open() as file:
-            assert [row["kind"] for row in csv.DictReader(file)] == [kind]
+        assert [row["kind"] for row in csv_of(tmp_path / "report" / "tables" / "runs.csv")] == [kind]
         assert len(list((tmp_path / "report").glob("figures/curves_*.png"))) == curves
         assert ("1 trial (1 failed)" in text_of(tmp_path / "report")) == (kind == "trial")

@@ -1,5 +1,6 @@
 """A set of sensors through run.py: FOCAL's pretraining, fine-tuning, supervised training, and all that follows."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -19,8 +19,8 @@ from sensors.attention import SlotAttention, products
 from sensors.backbone import SwtBackbone
 from sensors.memory import SensorMemoryLearner, patterns
 from sensors.sizes import SWT, ModalitySizes, SensorSizes
-from tests.conftest import Patch
 from tests import golden_as, slow_sensors
+from tests.conftest import Patch
 from tests.golden import assert_gradients, relative_error
 from tests.models import batch_of
 from tests.test_golden_as import FORWARD

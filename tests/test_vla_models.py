@@ -14,8 +14,8 @@ from clip.modules.method import MethodOptions
 from clip.modules.registry import FAMILY_METHODS
 from common.errors import CheckpointError
 from engine.checkpoint import read_checkpoint, restore_classifier
-from tests.conftest import Patch
 from tests import slow_vla
+from tests.conftest import Patch
 from tests.golden import relative_error
 from tests.vla_models import TINY, TYPE_OF_MODE, published_name, random_features, vla_batch, vla_classifier
 from vla.backbone import LETTERS, VlaArchitecture, VlaBackbone, cross

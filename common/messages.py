@@ -12,7 +12,9 @@ LONGEST_LINE = 500
 
 
 def quoted(value: object) -> str:
-    """`value` as Python writes it; what is long or nested deeply is shortened."""
+    """`value` as Python writes it, a number of NumPy's as a number; what is long or nested deeply is shortened."""
+    if getattr(value, "shape", None) == () and not isinstance(value, str | bytes):
+        return str(value)
     return _SHORT.repr(value)
 
 

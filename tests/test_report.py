@@ -120,6 +120,9 @@ def test_what_other_papers_say(runs: Path) -> None:
     assert "ViLT" in shown["RAGPT", "text", "70", "its paper"]["protocol"].text
 
 
+TAUGHT = ("REP, head dpl", "REP, teacher large_seed1-version_2")
+
+
 @pytest.mark.parametrize(
     ("options", "cells"),
     [
@@ -128,6 +131,8 @@ def test_what_other_papers_say(runs: Path) -> None:
         ({"prompt_type": "map"}, ["60", "42.66", "+17"]),
         ({"prompt_type": "new"}, ["60", "—", "not published"]),
         ({"text_windows": 8}, ["60", "52.31", "other input"]),
+        ({"head": "dpl"}, ["60", "52.31", "other head or teacher"]),
+        ({"teacher": "result/large_seed1/version_2/best.ckpt"}, ["60", "52.31", "other head or teacher"]),
         ({"rows": 400}, ["60", "52.31", "other data"]),
         ({"rows": None}, ["60", "52.31", "test split not known"]),
         ({"vit": "tiny"}, ["60", "52.31", "other backbone"]),
@@ -145,7 +150,7 @@ def test_ours_beside_the_published_results(tmp_path: Path, options: dict[str, An
     dataset = dataset_of(tmp_path)
     assert [row[3:] for row in rows_of(tables.ours_table(dataset))] == ([cells] if cells else [])
     title = {"rows=400": "MM-IMDb format, other data", "vit=tiny": "MM-IMDb (tiny)"}
-    assert {line.variant for line in dataset.lines} <= {"REP", "MAP", "new", "REP, text_windows 8"}
+    assert {line.variant for line in dataset.lines} <= {"REP", "MAP", "new", "REP, text_windows 8", *TAUGHT}
     assert dataset.title == title.get("".join(f"{name}={value}" for name, value in options.items()), "MM-IMDb")
     assert ("7,799 items, ours has 400" in notes_of(tmp_path)) == (options.get("rows") == 400)
 

@@ -105,7 +105,7 @@ WRONG: list[tuple[Any, list[str]]] = [
     (lambda content: {"train": {}}, ["expected the splits train, valid and test", "'train'"]),
     (without("audio"), ["train: audio: expected numbers (rows, steps, width), found None"]),
     (without("regression_labels"), ["train: expected labels or regression_labels, found 'id'"]),
-    (with_label(2, np.nan), ["valid, row 3: regression_labels: expected a number from -3 to 3, found"]),
+    (with_label(2, np.nan), ["valid, row 3: regression_labels: expected a number from -3 to 3, found nan"]),
     (with_label(0, 3.5), ["valid, row 1: regression_labels", "3.5"]),
     (lambda c: changed(c, "test", "id", lambda ids: ids[:-1]), ["test: id: expected 3 rows", "found 2"]),
     (lambda c: changed(c, "test", "vision", lambda x: x[:, :2]), ["test: vision: expected the sizes (4, 4)", "(2, 4)"]),

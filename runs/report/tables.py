@@ -195,10 +195,12 @@ def ours_table(dataset: Dataset) -> Table:
 
 
 def unlike_published(dataset: Dataset, line: Line) -> str:
-    """Why results of a line do not compare with published ones, which are of one test split and backbone; or ""."""
+    """Why results of a line do not compare with published ones, of one test split, backbone and head; or ""."""
     backbones = {run.backbone for run in line.runs}
     if other_input(line.runs[0].config):
         return "other input"
+    if beside_method(line.runs[0].config):
+        return "other head or teacher"
     if not dataset.is_published:
         return "other data" if dataset.test_rows else "test split not known"
     if backbones != {PUBLISHED_BACKBONE}:

@@ -233,6 +233,7 @@ def test_macro_f1_at_the_offset_of_validation_stands_beside_the_published_one(tm
     for method, offset in (("rep", 0.8), ("dcp", None)):
         run = write_run(tmp_path / method, prompt_type=method, **at("text", 0.5))
         found[method] = TestSet().write(run, offset=offset)
+    assert [each["offset"] for each in found.values()] == [0.8, None]
     edited(tmp_path / "rep", "test_results.json", metrics={"f1_macro": 0.5, AT_OFFSET: 0.625})
     dataset = dataset_of(tmp_path)
     cells = {row["method"].text: row for row in tables.comparison_table(dataset).cells}

@@ -118,7 +118,8 @@ def test_every_cell_is_what_test_only_gives(workspace: Workspace, fresh: Path, t
             expected = {metric: value for metric, value in tested["metrics"].items() if metric != "loss"}
             assert found == pytest.approx(expected, abs=1e-6), name
             values.add(found["f1_macro"])
-            assert AT_OFFSET in found and tested["offset"] == read_checkpoint(fresh / "best.ckpt").offset
+            offset = read_checkpoint(fresh / "best.ckpt").offset
+            assert AT_OFFSET in found and tested["offset"] == results_of(fresh)["offset"] == offset
     assert len(values) > 3, "the cells should differ, or their equality says little"
     published_cell = cells["image", 0.5]["f1_macro"]
     assert published_cell["std"] == 0.0  # one table for all seeds

@@ -23,8 +23,8 @@ from optuna.trial import TrialState
 
 from common.locks import locked
 from run import command_line
-from runs.sweep import jobs, launchers
-from runs.sweep.jobs import Job, Outcome, Progress, error_in, run_job
+from runs.sweep import jobs
+from runs.sweep.jobs import Job, Outcome, Progress, error_in, run_here
 from runs.sweep.launchers import Submission, _run_submitted
 from tests.conftest import Captured, Patch, Workspace, csv_of, json_of
 from tests.custom_files import convert, write_labelled
@@ -300,7 +300,7 @@ def test_a_run_completed_meanwhile_is_not_run_and_the_newest_version_counts(tmp_
         (tmp_path / "run_seed0" / version / "test_results.json").touch()
     assert job.result == tmp_path / "run_seed0" / "version_10" / "test_results.json"
     assert Job("run_seed0", tmp_path, (), tested=False).result is None, "its results say nothing of a trial"
-    assert run_job(job).error is None
+    assert [outcome.error for _, outcome in run_here([job])] == [None]
     assert not job.log.exists()
 
 
@@ -340,7 +340,7 @@ def test_a_run_that_does_not_stop_is_killed(sweep: Sweep, stand_in: SetUp, monke
 
 
 def test_cells_at_once_are_stopped_together_and_resumed(sweep, stand_in, capsys, monkeypatch):
-    monkeypatch.setattr(launchers, "POLL_S", 0.02)
+    monkeypatch.setattr(jobs, "POLL_S", 0.02)
     stand_in(
         "mark = here / f\"{options['exp_name']}{options['seed']}\"\n"
         "mark.touch()\n"
@@ -379,7 +379,7 @@ def test_gpus_are_shared_out(monkeypatch: Patch, visible: str | None, wanted: in
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [launchers.gpus_of(place, wanted).get("CUDA_VISIBLE_DEVICES") for place in range(4)] == expected
+    assert [jobs.gpus_of(place, wanted).get("CUDA_VISIBLE_DEVICES") for place in range(4)] == expected
 
 
 def test_commands_are_listed_and_run_as_they_stand(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:

@@ -1,4 +1,4 @@
-"""One run of a sweep: its folder, how far it got, and running it to its end in a process of its own.
+"""Runs of a sweep: their folders, how far they got, and running them to their end in processes of their own.
 
 Nothing heavy is imported here: a node of a cluster reads this module before it starts the run.
 """
@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ log = logging.getLogger("rep")
 JOURNAL = "optuna.journal"
 """Optuna's record of a search, in the folder of its sweep."""
 RUN = Path(__file__).resolve().parents[2] / "run.py"
-PATIENCE_S = 60.0
-"""How long a run that is asked to stop may take, before it is killed."""
+PATIENCE_S, POLL_S = 60.0, 0.5
+"""How long a run that is asked to stop may take, before it is killed; between looks at runs that are at work."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class Outcome(NamedTuple):
 
     error: str | None
     seconds: float
+
+
+Outcomes = Generator[tuple[Job, Outcome]]
 
 
 class Progress:
@@ -144,9 +148,9 @@ class Running:
                 start_new_session=True,  # Ctrl-C comes from here alone, once
             )
 
-    def outcome(self, *, wait: bool = False) -> Outcome | None:
-        """How it ended; None while it is at work, unless that is waited for."""
-        status = self.process.wait() if wait else self.process.poll()
+    def outcome(self) -> Outcome | None:
+        """How it ended; None while it is at work."""
+        status = self.process.poll()
         if status is None:
             return None
         job, error = self.job, None
@@ -159,18 +163,44 @@ class Running:
         return Outcome(error, time.monotonic() - self._began)
 
 
-def run_job(job: Job) -> Outcome:
-    """Runs `job` to its end; interrupted, it first stops the run."""
-    if job.result is not None:
-        return Outcome(None, 0.0)
-    running = Running(job)
+def run_here(jobs: Sequence[Job], parallel: int = 1, gpus: int = 0) -> Outcomes:
+    """Runs so many jobs at once, one in each place, on this machine, its GPUs shared out among them; `gpus` of each."""
+    waiting, running = deque(jobs), dict[int, Running]()
     try:
-        outcome = running.outcome(wait=True)
-    except BaseException:  # Ctrl-C, or the end of a cluster job's time
-        stop([running])
-        raise
-    assert outcome is not None
-    return outcome
+        while waiting or running:
+            for place in range(parallel):
+                if waiting and place not in running:
+                    job = waiting.popleft()
+                    if job.result is not None:  # complete meanwhile
+                        yield job, Outcome(None, 0.0)
+                        continue
+                    log.info("%s: %s", job.name, job.log)
+                    running[place] = Running(job, gpus_of(place, gpus))
+            ended = [(place, found) for place, run in running.items() if (found := run.outcome()) is not None]
+            for place, outcome in ended:
+                yield running.pop(place).job, outcome
+            if running and not ended:
+                with suppress(subprocess.TimeoutExpired):
+                    next(iter(running.values())).process.wait(POLL_S)
+    finally:
+        stop([*running.values()])
+
+
+def gpus_of(place: int, wanted: int) -> dict[str, str]:
+    """What shows so many GPUs to the run in this place of those at work, the next ones to the next place, and so on.
+
+    Nothing where runs have no GPU, or all of them.
+    """
+    if not wanted:
+        return {}
+    import torch  # here, so that a node of a cluster need not
+
+    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    visible = visible or [str(number) for number in range(torch.cuda.device_count())]
+    if wanted >= len(visible):
+        return {}
+    own = [visible[(place * wanted + number) % len(visible)] for number in range(wanted)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 def stop(runs: Sequence[Running]) -> None:

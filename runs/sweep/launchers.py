@@ -1,12 +1,9 @@
-"""Where the runs of a sweep are run: here, so many at once, or through submitit on SLURM (or all at once here)."""
+"""Where the runs of a sweep are run: here, or through submitit on SLURM (or all at once here)."""
 
 import logging
 import os
-import subprocess
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +16,10 @@ from common.errors import ConfigError
 from common.messages import first_line
 from common.text import counted
 from config import Options
-from runs.sweep.jobs import RUN, Job, Outcome, Running, error_in, run_job, stop
+from runs.sweep.jobs import POLL_S, RUN, Job, Outcome, Outcomes, error_in, run_here
 
 log = logging.getLogger("rep")
 
-Outcomes = Generator[tuple[Job, Outcome]]
 Launcher = Callable[[Sequence[Job]], Outcomes]
 """Runs jobs and yields each with its outcome as it ends. Left early, it stops what it runs."""
 
@@ -31,7 +27,6 @@ CLUSTERS = {"slurm": "slurm", "submitit_local": "local"}
 """submitit's word for a launcher."""
 TIMEOUT_MIN = 24 * 60
 """Of a cluster job where `sweep_slurm` has no timeout_min; submitit's own are 2 and 5 minutes."""
-POLL_S = 0.5
 
 
 def make_launcher(name: str, options: Options, folder: Path) -> Launcher:
@@ -41,46 +36,11 @@ def make_launcher(name: str, options: Options, folder: Path) -> Launcher:
         ConfigError: there is no SLURM here, or submitit does not know a parameter.
     """
     if name == "local":
-        return partial(run_here, options)
+        return partial(run_here, parallel=options.sweep_parallel, gpus=options.num_gpus)
     executor = _executor(name, options.sweep_slurm, folder)
     # A node finds this package wherever the sweep was started from.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(RUN.parent), os.environ.get("PYTHONPATH")]))
     return lambda jobs: _run_submitted(executor, jobs)
-
-
-def run_here(options: Options, jobs: Sequence[Job]) -> Outcomes:
-    """Runs `sweep_parallel` jobs at once on this machine, its GPUs shared out among them."""
-    waiting, running = deque(jobs), dict[int, Running]()
-    try:
-        while waiting or running:
-            for place in range(options.sweep_parallel):
-                if waiting and place not in running:
-                    job = waiting.popleft()
-                    log.info("%s: %s", job.name, job.log)
-                    running[place] = Running(job, gpus_of(place, options.num_gpus))
-            ended = [(place, found) for place, run in running.items() if (found := run.outcome()) is not None]
-            for place, outcome in ended:
-                yield running.pop(place).job, outcome
-            if not ended:
-                with suppress(subprocess.TimeoutExpired):
-                    next(iter(running.values())).process.wait(POLL_S)
-    finally:
-        stop([*running.values()])
-
-
-def gpus_of(place: int, wanted: int) -> dict[str, str]:
-    """What shows so many GPUs to the run in this place of those at work, the next ones to the next place, and so on.
-
-    Nothing where runs have no GPU, or all of them.
-    """
-    import torch  # here, so that wrong options of a sweep are one line at once
-
-    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    visible = visible or [str(number) for number in range(torch.cuda.device_count())]
-    if not 0 < wanted < len(visible):
-        return {}
-    own = [visible[(place * wanted + number) % len(visible)] for number in range(wanted)]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 @dataclass(frozen=True)
@@ -90,7 +50,8 @@ class Submission:
     job: Job
 
     def __call__(self) -> Outcome:
-        return run_job(self.job)
+        [(_, outcome)] = run_here([self.job])
+        return outcome
 
     def checkpoint(self) -> DelayedSubmission:
         """Asked for by submitit shortly before the time ends."""

@@ -143,29 +143,23 @@ def check_together(options: Options) -> None:
         names = ", ".join(f"task_finetune_{name}" for name in EVERY_DATASET)
         raise ConfigError(f"no task: expected one of {names}, as in `python run.py with task_finetune_mmimdb …`")
     _check_method(options)
-    if options.published_f1 and EVERY_DATASET[options.task].family != VLA:
+    family = EVERY_DATASET[options.task].family
+    if options.published_f1 and family != VLA:
         raise ConfigError(f"published_f1: expected a task of text, audio and vision, found {options.task}")
-    if (
-        EVERY_DATASET[options.task].family == VLA
-        and options.prompt_type not in TRAIN_BACKBONES
-        and options.load_path is None
-        and options.vit.startswith("random")
-    ):
+    frozen = family == VLA and options.prompt_type not in TRAIN_BACKBONES
+    if frozen and options.load_path is None and options.vit.startswith("random"):
         raise ConfigError(
             "load_path: expected a checkpoint of task_pretrain_mosei, whose layers stay frozen, found none; "
             "prompt_type=full trains all layers without one"
         )
     if options.end_lr >= options.learning_rate:
-        raise ConfigError(
-            f"end_lr: expected less than learning_rate={options.learning_rate:g}, found {options.end_lr:g}"
-        )
+        highest = f"learning_rate={options.learning_rate:g}"
+        raise ConfigError(f"end_lr: expected less than {highest}, found {options.end_lr:g}")
     if options.test_only and options.load_path is None:
         raise ConfigError("test_only: expected a checkpoint to evaluate, as in load_path=result/…/best.ckpt")
     if len(options.load_paths) > 1 and not options.test_only:
-        raise ConfigError(
-            f"load_path: expected one checkpoint, but with test_only, robustness or predict, found "
-            f"{len(options.load_paths)}"
-        )
+        several = f"found {len(options.load_paths)}"
+        raise ConfigError(f"load_path: expected one checkpoint, but with test_only, robustness or predict, {several}")
     if options.finetune_first and options.load_path is None:
         raise ConfigError("finetune_first: expected a checkpoint to start from in load_path")
     if options.resume_from is not None and options.test_only:
@@ -191,8 +185,7 @@ def _check_method(options: Options) -> None:
             f"prompt_type: expected {' or '.join(known)} with task={options.task}, found {options.prompt_type}"
         )
     if (together := PRETRAINING.get(options.prompt_type)) is not None:
-        if options.missing_ratio["train"] or options.missing_ratio["val"]:
-            ratio = options.missing_ratio["train"] or options.missing_ratio["val"]
+        if ratio := options.missing_ratio["train"] or options.missing_ratio["val"]:
             raise ConfigError(f"missing_ratio: expected 0 with prompt_type={options.prompt_type}, found {ratio:g}")
         for name in ("simulate_missing", "modality_dropout"):
             if found := getattr(options, name):

@@ -18,7 +18,7 @@ from runs.check_options import check
 from runs.command_line import is_of_sweep, option_of
 from runs.run_reader import as_written_by_run
 from runs.sweep.grid import Grid, variant_name, variants
-from runs.sweep.jobs import JOURNAL, run_command
+from runs.sweep.jobs import run_command
 from runs.sweep.launchers import CLUSTERS, make_launcher
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS, DatasetSpec
@@ -64,10 +64,9 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
             launch = make_launcher("local" if commands else options.sweep_launcher, options, folder / "submitit")
             record(options, spec, config, folder)
             if options.search:
-                from runs.sweep.search import Search, open_study, run_search
+                from runs.sweep.search import Search
 
-                study = open_study(folder / JOURNAL, options.sweep_name, spec.monitor)
-                run_search(Search(options, f"val/{spec.monitor}", tuple(given), folder, study), launch)
+                Search(options, spec.monitor, given, folder).run(launch)
             elif commands:
                 Grid(options, spec, given, folder).write_commands()
             else:

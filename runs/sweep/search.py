@@ -9,7 +9,6 @@ import logging
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,46 +27,13 @@ from config import Options
 from runs.check_options import check, is_range, is_range_of_steps
 from runs.command_line import written
 from runs.run_reader import open_checkpoint
-from runs.sweep.jobs import Job, Outcome, Progress, run_command
+from runs.sweep.jobs import JOURNAL, Job, Outcome, Progress, run_command
 from runs.sweep.launchers import Launcher
 
 log = logging.getLogger("rep")
 
 STATE_NAMES = {TrialState.COMPLETE: "complete", TrialState.FAIL: "failed", TrialState.RUNNING: "cut off"}
 BEST_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search, its trials and where they are.
-
-    Args:
-        options: of the sweep.
-        metric: the validation metric to improve, such as `val/f1_macro`.
-        given: options of the command line that all trials have.
-        folder: of the sweep.
-        study: Optuna's record.
-    """
-
-    options: Options
-    metric: str
-    given: tuple[str, ...]
-    folder: Path
-    study: optuna.Study
-
-    def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """The trials so far, by number; of these states, or all."""
-        return self.study.get_trials(deepcopy=False, states=states or None)
-
-    def job(self, number: int, values: Mapping[str, Any]) -> Job:
-        """The run of a trial. It does not test: the test split has no part in the choice."""
-        name = f"{self.options.sweep_name}_trial_{number}"
-        own = (*assignments(values), f"exp_name={name}", f"log_dir={self.folder}", "test_after_fit=False")
-        return Job(f"{name}_seed{self.options.seed}", self.folder, (*self.given, *own), tested=False)
-
-    def job_of(self, trial: FrozenTrial) -> Job:
-        """The run that gave a trial its score."""
-        return self.job(run_number(trial, self.trials()), trial.params)
 
 
 def ranked(trials: Sequence[FrozenTrial], metric: str) -> list[FrozenTrial]:
@@ -145,97 +111,121 @@ def open_study(path: Path, name: str = "", metric: str = "") -> optuna.Study:
         raise DataError(f"{path}: not readable as Optuna's journal: {first_line(error)}") from error
 
 
-def run_search(search: Search, launch: Launcher) -> None:
-    """Runs trials until `search_trials` are complete or have failed now; writes `search.csv` and prints the best.
+class Search:
+    """A search and its trials.
+
+    Args:
+        options: of the sweep.
+        metric: of the task, which the search improves in validation.
+        given: options of the command line that all trials have.
+        folder: of the sweep.
 
     Raises:
-        SweepError: trials failed; they are listed before.
+        DataError: the journal in `folder` is damaged.
     """
-    wanted = search.options.search_trials
-    counts = {name: len(search.trials(state)) for state, name in STATE_NAMES.items()}
-    so_far = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    asked = counted(wanted, "trial")
-    log.info("search %s: %s wanted%s", search.options.sweep_name, asked, f"; so far {so_far}" if so_far else "")
-    progress = Progress(max(wanted, counts["complete"] + counts["cut off"]), counts["complete"])
-    for number, values in _proposals(search):
-        job = search.job(number, values)
-        score, outcome = _try(search, job, values, launch)
-        words = ""
-        if score is None:
-            search.study.tell(number, state=TrialState.FAIL)
-        else:
-            search.study.tell(number, score)
-            shown = " ".join(f"{name}={short(value)}" for name, value in values.items())
-            words = f"{search.metric} {score:.4f} with {shown}"
-        progress.report(job, outcome, words)
-        write_trials(search)
-    write_trials(search)
-    _print_best(search)
-    progress.end("trials failed; the same command tries as many others")
 
+    def __init__(self, options: Options, metric: str, given: Sequence[str], folder: Path) -> None:
+        self.options, self.given, self.folder, self.metric = options, given, folder, f"val/{metric}"
+        self.study = open_study(folder / JOURNAL, options.sweep_name, metric)
 
-def _proposals(search: Search) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbers and values of the trials to run: first those cut off, then new ones, each after the last one's result."""
-    space = distributions(search.options)
-    cut_off = []
-    for trial in search.trials(TrialState.RUNNING):
-        if trial.params.keys() == space.keys():
-            cut_off.append(trial)
-        else:  # while its values were drawn
-            search.study.tell(trial.number, state=TrialState.FAIL)
-    new = search.options.search_trials - len(search.trials(TrialState.COMPLETE)) - len(cut_off)
-    for trial in cut_off:
-        yield trial.number, trial.params
-    for _ in range(new):
-        # Its own seed for each trial, so that an interruption does not change what follows.
-        key = hashlib.sha256(f"{search.options.seed}/{len(search.trials())}".encode()).digest()
-        search.study.sampler = optuna.samplers.TPESampler(seed=int.from_bytes(key[:4], "big"))
-        proposed = search.study.ask(space)
-        yield proposed.number, proposed.params
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials so far, by number; of these states, or all."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
+    def run(self, launch: Launcher) -> None:
+        """Runs trials until `search_trials` are complete or have failed now; writes `search.csv` and prints the best.
 
-def _try(search: Search, job: Job, values: dict[str, Any], launch: Launcher) -> tuple[float | None, Outcome]:
-    """The score of a trial and how its run ended; a run with the same values, which would end the same, serves too."""
-    for trial in search.trials(TrialState.COMPLETE):
-        if trial.params == values:
-            log.info("%s has the values of trial %d, and so its score", job.name, trial.number)
-            return trial.values[0], Outcome(None, 0.0)
-    [(_, outcome)] = launch([job])
-    if outcome.error is not None:
-        return None, outcome
-    best = job.newest("best.ckpt")
-    if best is None:
-        return None, Outcome(f"it ended without best.ckpt: no validation gave {search.metric}", outcome.seconds)
-    score = float(open_checkpoint(best, "score")["score"])
-    if math.isnan(score):
-        return None, Outcome(f"{search.metric} is not a number", outcome.seconds)
-    return score, outcome
+        Raises:
+            SweepError: trials failed; they are listed before.
+        """
+        wanted = self.options.search_trials
+        counts = {name: len(self.trials(state)) for state, name in STATE_NAMES.items()}
+        so_far = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        asked = counted(wanted, "trial")
+        log.info("search %s: %s wanted%s", self.options.sweep_name, asked, f"; so far {so_far}" if so_far else "")
+        progress = Progress(max(wanted, counts["complete"] + counts["cut off"]), counts["complete"])
+        for number, values in self._proposals():
+            job, words = self._job(number, values), ""
+            score, outcome = self._try(job, values, launch)
+            if score is None:
+                self.study.tell(number, state=TrialState.FAIL)
+            else:
+                self.study.tell(number, score)
+                shown = " ".join(f"{name}={short(value)}" for name, value in values.items())
+                words = f"{self.metric} {score:.4f} with {shown}"
+            progress.report(job, outcome, words)
+            self._write_trials()
+        self._write_trials()
+        self._print_best()
+        progress.end("trials failed; the same command tries as many others")
 
+    def _job(self, number: int, values: Mapping[str, Any]) -> Job:
+        """The run of a trial. It does not test: the test split has no part in the choice."""
+        name = f"{self.options.sweep_name}_trial_{number}"
+        own = (*assignments(values), f"exp_name={name}", f"log_dir={self.folder}", "test_after_fit=False")
+        return Job(f"{name}_seed{self.options.seed}", self.folder, (*self.given, *own), tested=False)
 
-def write_trials(search: Search) -> None:
-    """Writes `search.csv`: a line per trial with its values, its score and the folder of its run."""
-    rows = []
-    for trial in search.trials():
-        newest = search.job_of(trial).newest("config.json")
-        row = {"number": trial.number, "state": STATE_NAMES[trial.state]}
-        row |= {name: trial.params.get(name, "") for name in search.options.search}
-        row |= {search.metric: trial.value, "folder": None if newest is None else newest.parent}
-        rows.append(row)
-    write_csv(search.folder / "search.csv", rows)
+    def _job_of(self, trial: FrozenTrial) -> Job:
+        """The run that gave a trial its score."""
+        return self._job(run_number(trial, self.trials()), trial.params)
 
+    def _proposals(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbers and values of the trials to run: first those cut off, then new ones, each after the last result."""
+        space, cut_off = distributions(self.options), []
+        for trial in self.trials(TrialState.RUNNING):
+            if trial.params.keys() == space.keys():
+                cut_off.append(trial)
+            else:  # while its values were drawn
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        new = self.options.search_trials - len(self.trials(TrialState.COMPLETE)) - len(cut_off)
+        for trial in cut_off:
+            yield trial.number, trial.params
+        for _ in range(new):
+            # Its own seed for each trial, so that an interruption does not change what follows.
+            key = hashlib.sha256(f"{self.options.seed}/{len(self.trials())}".encode()).digest()
+            self.study.sampler = optuna.samplers.TPESampler(seed=int.from_bytes(key[:4], "big"))
+            proposed = self.study.ask(space)
+            yield proposed.number, proposed.params
 
-def _print_best(search: Search) -> None:
-    best_first = ranked(search.trials(), search.metric)
-    if not best_first:
-        return
-    best, names = best_first[0], list(search.options.search)
-    rows = [
-        (f"trial {trial.number}", *(short(trial.params[name]) for name in names), f"{trial.values[0]:.4f}")
-        for trial in best_first[:BEST_SHOWN]
-    ]
-    table = terminal_table(("", *names, search.metric), rows, "<" + ">" * (len(names) + 1))
-    print(f"\nsearch {search.options.sweep_name}: the best trials\n\n{table}\n")
-    print(f"  all are in {search.folder / 'search.csv'}; the best model is {search.job_of(best).newest('best.ckpt')}\n")
-    print("to train and test with the best values:\n")
-    name = f"exp_name={search.options.sweep_name}_best"
-    print(f"  {shlex.join(run_command('with', *search.given, *assignments(best.params), name))}\n")
+    def _try(self, job: Job, values: dict[str, Any], launch: Launcher) -> tuple[float | None, Outcome]:
+        """The score of a trial and how its run ended; a run with the same values, which would end so too, serves."""
+        for trial in self.trials(TrialState.COMPLETE):
+            if trial.params == values:
+                log.info("%s has the values of trial %d, and so its score", job.name, trial.number)
+                return trial.values[0], Outcome(None, 0.0)
+        [(_, outcome)] = launch([job])
+        if outcome.error is not None:
+            return None, outcome
+        if (best := job.newest("best.ckpt")) is None:
+            return None, Outcome(f"it ended without best.ckpt: no validation gave {self.metric}", outcome.seconds)
+        score = float(open_checkpoint(best, "score")["score"])
+        if math.isnan(score):
+            return None, Outcome(f"{self.metric} is not a number", outcome.seconds)
+        return score, outcome
+
+    def _write_trials(self) -> None:
+        """Writes `search.csv`: a line per trial with its values, its score and the folder of its run."""
+        rows = []
+        for trial in self.trials():
+            newest = self._job_of(trial).newest("config.json")
+            row = {"number": trial.number, "state": STATE_NAMES[trial.state]}
+            row |= {name: trial.params.get(name, "") for name in self.options.search}
+            rows.append(row | {self.metric: trial.value, "folder": None if newest is None else newest.parent})
+        write_csv(self.folder / "search.csv", rows)
+
+    def _print_best(self) -> None:
+        best_first = ranked(self.trials(), self.metric)
+        if not best_first:
+            return
+        best, names = best_first[0], list(self.options.search)
+        rows = [
+            (f"trial {trial.number}", *(short(trial.params[name]) for name in names), f"{trial.values[0]:.4f}")
+            for trial in best_first[:BEST_SHOWN]
+        ]
+        table = terminal_table(("", *names, self.metric), rows, "<" + ">" * (len(names) + 1))
+        print(f"\nsearch {self.options.sweep_name}: the best trials\n\n{table}\n")
+        model = self._job_of(best).newest("best.ckpt")
+        print(f"  all are in {self.folder / 'search.csv'}; the best model is {model}\n")
+        print("to train and test with the best values:\n")
+        name = f"exp_name={self.options.sweep_name}_best"
+        print(f"  {shlex.join(run_command('with', *self.given, *assignments(best.params), name))}\n")

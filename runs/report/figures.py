@@ -5,7 +5,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -23,8 +23,8 @@ from runs.report.lines import Dataset, Line
 from runs.report.text import capital, excerpt, listed
 from vilt.missing_types import ANY, BOTH, SOME
 
-WIDTH, HEIGHT = 3.2, 2.3
-"""Inches of a panel. Three panels are as wide as the page."""
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 3.2, 0.5, 0.1, 0.28, 0.42
+"""Inches of a panel, and of the margins around its axes. Three panels are as wide as the page."""
 PNG_DPI = 150
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 matplotlib.rcParams.update(STYLE)
@@ -35,8 +35,8 @@ Look = dict[str, Any]
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", ":", "-.")
 FLOORS: tuple[Look, ...] = ({"color": "#6d6d6e", "linestyle": "--"}, {"color": "#6d6d6e", "linestyle": ":"})
 """Looks of the baselines."""
-TITLE = 42
-"""Characters in a line of a panel's title."""
+TITLE, LINE = 42, 0.14
+"""Of a panel's title, characters in a line, and inches that another line takes."""
 TOGETHER = 3
 """Lines that one panel shows; where there are more, each has a panel of its own."""
 CURVE_POINTS = 150
@@ -72,27 +72,32 @@ def figure(
     title: str,
     caption: str,
     panels: Sequence[Panel],
-    height: float = HEIGHT,
+    height: float = 2.3,
     legend: Mapping[str, Look] = MappingProxyType({}),
 ) -> Figure:
     """Draws panels of `height` inches, three in a row."""
-    png, together = io.BytesIO(), _drawn(panels, height, legend)
+    panels = [replace(panel, title=textwrap.fill(excerpt(panel.title, 2 * TITLE), TITLE)) for panel in panels]
+    top = TOP + LINE * max(panel.title.count("\n") for panel in panels)
+    png, together = io.BytesIO(), _drawn(panels, height, top, legend)
     together.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    singles = [(panel.title or title, _svg(_drawn([panel], height, {}))) for panel in panels]
+    singles = [(panel.title or title, _svg(_drawn([panel], height, top, {}))) for panel in panels]
     return Figure(name, title, caption, legend, singles, _svg(together), png.getvalue())
 
 
-def _drawn(panels: Sequence[Panel], height: float, legend: Mapping[str, Look]) -> Canvas:
+def _drawn(panels: Sequence[Panel], height: float, top: float, legend: Mapping[str, Look]) -> Canvas:
     columns = min(3, len(panels))
-    rows, rows_of_legend = math.ceil(len(panels) / columns), math.ceil(len(legend) / columns)
-    canvas = Canvas(figsize=(WIDTH * columns, height * rows + 0.2 * rows_of_legend), layout="constrained")
+    rows, head = math.ceil(len(panels) / columns), 0.17 * math.ceil(len(legend) / columns) + 0.1 if legend else 0
+    width, total, inner = WIDTH * columns, (height - TOP + top) * rows + head, height - TOP - BOTTOM
+    canvas = Canvas(figsize=(width, total))
+    canvas.subplots_adjust(LEFT / width, BOTTOM / total, 1 - RIGHT / width, 1 - (head + top) / total)
+    canvas.subplots_adjust(wspace=(LEFT + RIGHT) / (WIDTH - LEFT - RIGHT), hspace=(top + BOTTOM) / inner)
     for place, panel in enumerate(panels, start=1):
         axes = canvas.add_subplot(rows, columns, place)
-        axes.set_title(textwrap.fill(excerpt(panel.title, 2 * TITLE), TITLE), loc="left")
+        axes.set_title(panel.title, loc="left")
         panel.draw(axes)
     if legend:
         handles = [Line2D([], [], ms=3.6, lw=1.4, **look) for look in legend.values()]
-        canvas.legend(handles, [excerpt(label, 52) for label in legend], loc="outside upper left", ncols=columns)
+        canvas.legend(handles, [excerpt(label, 52) for label in legend], loc="upper left", ncols=columns)
     return canvas
 
 
@@ -150,7 +155,7 @@ def comparison_figure(dataset: Dataset) -> Figure:
         axes.set(xlim=bounds, xlabel=dataset.axis_title)
 
     panels = [Panel(f"Trained at {pattern}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()]
-    height = 0.7 + 0.3 * max(map(len, dataset.compared.values()))
+    height = TOP + BOTTOM + 0.3 * max(map(len, dataset.compared.values()))
     return figure(f"comparison_{dataset.key}", "Methods compared", dataset.caption("comparison_figure"), panels, height)
 
 
@@ -236,7 +241,7 @@ def class_figure(dataset: Dataset, lines: Sequence[Line]) -> Figure:
 
     caption = dataset.caption("class_figure") + (f" No test sample is of {listed(lacking)}." if lacking else "")
     panels = [Panel(line.label, partial(draw, line=line)) for line in lines]
-    height, legend = 0.7 + 0.28 * len(there), {capital(name): style for name, style in looks.items()}
+    height, legend = TOP + BOTTOM + 0.28 * len(there), {capital(name): style for name, style in looks.items()}
     return figure(f"per_class_{dataset.key}", "F1 by class", caption, panels, height, legend)
 
 

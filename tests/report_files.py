@@ -219,7 +219,7 @@ def write_runs(root: Path) -> Path:
 def text_of(report: Path) -> str:
     """What the page of a report says, a heading or a paragraph a line."""
     page = re.sub(r"<style>.*?</style>|<[^>]*>", "", (report / "index.html").read_text("utf-8"), flags=re.DOTALL)
-    return html.unescape(page)
+    return html.unescape(page).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def edited(run: Path, name: str, **changes: Any) -> Path:

@@ -3,7 +3,9 @@ its steps, small and in this process."""
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from demo import __main__ as demo
 from demo import data
 from run import command_line
 from runs.sweep import launchers
-from runs.sweep.jobs import Job, Outcome
+from runs.sweep.jobs import Job, Outcome, Outcomes
 from tests.conftest import Patch, Workspace, json_of
 
 transformers = pytest.importorskip("transformers", reason="the tiny CLIP is a transformers model")
@@ -88,12 +90,13 @@ def steps(workspace: Workspace, tmp_path: Path, monkeypatch: Patch) -> list[tupl
         commands.append(command)
         assert command_line(list(command)) == 0, title
 
-    def run_job(job: Job) -> Outcome:
-        assert command_line(["run.py", *job.command()[2:]]) == 0
-        return Outcome(None, 0.0)
+    def run_here(jobs: Sequence[Job], **_: Any) -> Outcomes:
+        for job in jobs:
+            assert command_line(["run.py", *job.command()[2:]]) == 0
+            yield job, Outcome(None, 0.0)
 
     monkeypatch.setattr(demo, "run", run)
-    monkeypatch.setattr(launchers, "run_job", run_job)
+    monkeypatch.setattr(launchers, "run_here", run_here)
     return commands
 
 

@@ -95,6 +95,8 @@ def test_logits_are_averaged_by_test_robustness_and_predict(workspace, tmp_path,
     assert command_line([*command, "test_only=True", "test_exp_name=together"]) == 0
     cells = ("bootstrap=0", "robustness_seeds=[0]", "robustness_types=both", "robustness_ratios=[0,0.7]")
     assert command_line([command[0], "robustness", *command[1:], *cells]) == 0
+    [trained] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained at")]
+    assert trained.count("70 % both") == 3, "of the mean, which has no run, what its members have in common"
     stored = [read_arrow(one.parent / "robustness" / "logits.arrow") for one in members]
     of_type = torch.tensor([[table[name].to_pylist() for name in LOGIT_COLUMNS] for table in stored]).mean(0)
     labels = torch.tensor(stored[0]["label"].to_pylist())

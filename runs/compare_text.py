@@ -45,7 +45,8 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
         log.warning("left out: %s", error)
     without = [run.folder for run in runs if not run.is_evaluation and not has_logits(run)]
     if without:
-        log.warning("without stored logits, and left out: %s", ", ".join(map(str, without)))
+        others = f" and {len(without) - 3} more" if len(without) > 3 else ""
+        log.warning("without stored logits, and left out: %s%s", ", ".join(map(str, without[:3])), others)
     groups = compare_runs(runs, settings)
     if not groups:
         where = ", ".join(map(str, places))

@@ -19,14 +19,13 @@ NOT_THE_TRAINING = frozenset(_NO_RESULT - {"test_only", "fast_dev_run"})
 checked when the checkpoint is read."""
 NOT_THE_LINE = frozenset(_NO_RESULT | {"seed", "skip_bad_steps"})
 """Options in which runs of one line may differ."""
-
-
 BESIDE = ("head", "neighbours", "teacher")
+"""Options of what a run has beside its method."""
 
 
 def beside_method(options: Mapping[str, Any]) -> list[str]:
     """`option=value` of what a run has beside its method; every table names it, of a teacher its run's folder."""
-    given = {name: value for name in BESIDE if (value := options.get(name, DEFAULTS[name])) != DEFAULTS[name]}
+    given = _not_default(options, *BESIDE)
     if "teacher" in given:
         given["teacher"] = "-".join(Path(str(given["teacher"])).parts[-3:-1])
     return [f"{name}={value}" for name, value in given.items()]
@@ -34,5 +33,8 @@ def beside_method(options: Mapping[str, Any]) -> list[str]:
 
 def other_input(options: Mapping[str, Any]) -> list[str]:
     """`option=value` of what gives a model more of a sample than published ones get; every table names it."""
-    names = ("text_windows", "group_texts")
-    return [f"{name}={options[name]}" for name in names if options.get(name, DEFAULTS[name]) != DEFAULTS[name]]
+    return [f"{name}={value}" for name, value in _not_default(options, "text_windows", "group_texts").items()]
+
+
+def _not_default(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := options.get(name, DEFAULTS[name])) != DEFAULTS[name]}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip.modules.interfaces import NO_SLOTS, Place, Tower, TowerSlots
+from common.dropout import dropout
 from sensors.attention import SlotAttention
 from sensors.sizes import SensorSizes
 from sensors.spectra import spectrum
@@ -87,7 +88,7 @@ class WindowAttention(nn.Module):
         """What is added to tokens and, where there are slots, to those from `first` on."""
         b, L, C = x_bLC.shape
         n, t, h = self.windows, self.tokens, self.heads
-        dropout = DROPOUT if self.training else 0.0
+        rate = DROPOUT if self.training else 0.0
         tokens = self.qkv(_Reorder.apply(x_bLC, self.order_L, self.inverse_L))
         bias = self.relative_position_bias_table[self.index_tt].permute(2, 0, 1)[:, None]  # (h, 1, t, t)
         bias = bias.expand(h, n, t, t) if self.mask_ntt is None else bias + self.mask_ntt
@@ -95,11 +96,11 @@ class WindowAttention(nn.Module):
         if slots_bPC is None:
             q, k, v = tokens.view(b, n, t, 3, h, C // h).permute(3, 0, 4, 1, 2, 5).contiguous().unbind()
             seen = F.scaled_dot_product_attention(
-                q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1)[None], dropout
+                q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1)[None], rate
             ).view(q.shape)  # (b, h, n, t, d)
             seen_bLC = seen.permute(0, 2, 3, 1, 4).reshape(b, L, C)
         else:
-            assert not dropout, "slots enter frozen towers, which are in evaluation mode"
+            assert not rate, "slots enter frozen towers, which are in evaluation mode"
             weights, biases = self.qkv.weight.split([C, 2 * C]), self.qkv.bias.split([C, 2 * C])
             asking = F.linear(slots_bPC[:, first:], weights[0], biases[0])
             seen_bLC, seen_slots = SlotAttention.apply(tokens, asking, F.linear(slots_bPC, weights[1], biases[1]), bias)
@@ -107,7 +108,7 @@ class WindowAttention(nn.Module):
         return _Reorder.apply(self._project(seen_bLC), self.inverse_L, self.order_L), new_slots
 
     def _project(self, x: Tensor) -> Tensor:
-        return F.dropout(self.proj(x), DROPOUT, self.training)
+        return dropout(self.proj(x), DROPOUT, self.training)
 
 
 class _Reorder(torch.autograd.Function):
@@ -148,8 +149,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of any shape (…, C)."""
-        hidden = F.dropout(F.gelu(self.fc1(x)), DROPOUT, self.training)
-        return F.dropout(self.fc2(hidden), DROPOUT, self.training)
+        hidden = dropout(F.gelu(self.fc1(x)), DROPOUT, self.training)
+        return dropout(self.fc2(hidden), DROPOUT, self.training)
 
 
 class Block(nn.Module):

@@ -19,7 +19,7 @@ from tests.conftest import Patch
 from tests.golden import relative_error
 from tests.vla_models import TINY, TYPE_OF_MODE, published_name, random_features, vla_batch, vla_classifier
 from vla.backbone import LETTERS, VlaArchitecture, VlaBackbone, cross
-from vla.encoder import Attention, Encoder, dropout, mask
+from vla.encoder import Attention, Encoder, mask
 
 MISSING = ("l", "a", "v", "la", "lv", "av", "")
 REP = MethodOptions("rep", 6, 2)
@@ -147,19 +147,6 @@ def test_dropout_on_the_weights_of_zeros_has_the_same_distribution(steps: int) -
     ):
         assert (drawn.mean(0) - expected.mean(0)).abs().max() < 0.02
         assert torch.allclose(drawn.std(0), expected.std(0), rtol=0.05, atol=0.002)
-
-
-def test_dropout_keeps_the_share_and_the_mean() -> None:
-    torch.manual_seed(0)
-    x = torch.ones(1_000_003, requires_grad=True)
-    dropped = dropout(x, 0.1, training=True)
-    dropped.sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, dropped)
-    assert float((dropped == 0).float().mean()) == pytest.approx(0.1, abs=1e-3)
-    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.9], rel=1e-4)
-    neighbours = (dropped.detach()[1:] == 0) & (dropped.detach()[:-1] == 0)
-    assert float(neighbours.float().mean()) == pytest.approx(0.01, abs=5e-4)
-    assert dropout(x, 0.1, training=False) is x
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.modules.interfaces import Backbone, ModelInput, Place, Tower, TowerSlots
-from vla.encoder import DROPOUT, EMBEDDING_DROPOUT, LANES, Encoder, dropout, embed, seen
+from common.dropout import dropout
+from vla.encoder import DROPOUT, EMBEDDING_DROPOUT, LANES, Encoder, embed, seen
 
 LETTERS = {"text": "l", "audio": "a", "vision": "v"}
 """By modality, in the order of all joins: what published parameter names call it."""
 START_STD = 0.02
 FRONTENDS, POOLER, ENCODERS = "projections", "pooler", "encoders"
 LEAST_TOWER_LAYERS = 3
-GROUPS = 3
-"""Of samples of like length, each of which is padded no more than it needs."""
+GROUPS, SHORT = 3, 64
+"""Of samples of like length, each of which is padded no more than it needs, and for how many steps one will do."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _groups(targets: list[int], sources: list[int], T: int, S: int) -> list[tupl
     seeing = [T - min(max(S - length - abs(S - T), 0), T) if length else 0 for length in sources]
     sizes = [(bool(source), max(pair), source) for source, *pair in zip(sources, targets, seeing, strict=True)]
     groups: dict[tuple[bool, int], list[int]] = {}
-    number = min(GROUPS, len(set(sizes)))
+    number = min(GROUPS, len(set(sizes))) if max(T, S) > SHORT else 1
     for place, row in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
         groups.setdefault((sizes[row][0], place * number // len(sizes)), []).append(row)
     return [

@@ -15,32 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip.modules.interfaces import NO_SLOTS, Tower, TowerSlots
+from common.dropout import dropout, kept
 
 EMBEDDING_DROPOUT, DROPOUT = 0.25, 0.1
-LEVELS = 2**16
 LANES = 16
 """Floats that a CPU takes at once; a softmax over fewer takes ten times as long for each."""
 BLOCK, BLOCKS = 32, 8
 """Least steps and greatest number of the blocks of queries that a CPU attends with, each to what it sees alone."""
-
-
-def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """`F.dropout`, whose generator takes most of a training step on a CPU: there 16 random bits decide on each value.
-
-    The rate becomes one in steps of 2^-16, with the factor that belongs to it.
-    """
-    if not training:
-        return x
-    return F.dropout(x, rate) if x.is_cuda else x * kept(x, rate)
-
-
-def kept(x: Tensor, rate: float) -> Tensor:
-    """What dropout multiplies with, on a CPU."""
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    lost = round(LEVELS * rate)
-    stays = torch.ge(bits, lost - LEVELS // 2, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    return stays.mul_(LEVELS / (LEVELS - lost))
 
 
 def share_kept(count_T: Tensor, rate: float, samples: int, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clip.modules.interfaces import Backbone, ModelInput, Place, TowerSlots
 from clip.modules.method import Method, MethodOptions
 from clip.modules.vision_transformer_memory import ClipBackbone
+from common.dropout import dropout
 
 ADAPTED_BLOCKS = 2
 """The last ones that both towers have: 10 and 11 of ViT-B and ViT-L."""
@@ -63,7 +64,7 @@ class LoRA(Method):
             return F.linear(x_BLD, weight_DD, bias_D)
         trained = self._own(tower, block, MATRICES[matrix])["P"].dtype  # frozen weights may be in 16 bits
         adapted_DD = self.adapted(tower, block, MATRICES[matrix], weight_DD.to(trained))
-        x_BLD = F.dropout(x_BLD, DROPOUT, self.training)
+        x_BLD = dropout(x_BLD, DROPOUT, self.training)
         return F.linear(x_BLD, adapted_DD.to(weight_DD.dtype), bias_D)
 
     def adapted(self, tower: str, block: int, matrix: str, weight_DD: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ LEVELS = 2**8
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """`F.dropout`, of a rate below 1.
+    """`F.dropout`, of a rate below 0.99.
 
     On CPUs that are not Intel's that one draws a double for each value, one by one: a third of a training step.
     """

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clip.backbone import Backbone, weights_sha256
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.heads import LinearHead
 from clip.modules.method import UNUSED, MethodOptions
 from clip.modules.neighbours import Neighbours
 from clip.modules.registry import HEADS, head_class, method_class, methods_of
@@ -155,7 +156,8 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     if spec.head != "linear" and parts != len(backbone.places):
         raise ValueError(f"head: expected linear where features are not side by side, found {spec.head}")
     head = head_class(spec.head)(parts, backbone.embed_dim, task.n_classes, spec.method)
-    backbone.start_head(head)
+    if backbone.plain_head and isinstance(head, LinearHead):
+        head.reset_parameters()
     neighbours, k = None, spec.method.neighbours
     if k:
         widths = {name: backbone.embed_dim * (1 + (windows > 1 and name == "text")) for name in backbone.places}

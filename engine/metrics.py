@@ -47,15 +47,19 @@ class Sums(Measure):
         return self.value(counts_RN.sum(1).double(), *(of_term.double() for of_term in sums))
 
     def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
-        terms = list(zip(self.terms(one, labels), self.terms(other, labels), strict=True))
+        # Of both at once: what terms are measured from may follow from the first sample.
+        of_both = self.terms(torch.cat([one, other]), torch.cat([labels, labels]))
+        terms = [term.split(len(labels)) for term in of_both]
         units = int(units_N.max()) + 1
-        moves = [a.new_zeros(units, *a.shape[1:]).index_add_(0, units_N, b - a).float() for a, b in terms]
+        moves = [a.new_zeros(units, *a.shape[1:]).index_add_(0, units_N, b - a) for a, b in terms]
+        moves = [move if move.frac().any() else move.float() for move in moves]  # which sums up counts exactly
 
         def swapped(swaps_RU: Tensor) -> tuple[Tensor, Tensor]:
             first, second = [], []
             for (a, b), move in zip(terms, moves, strict=True):
-                # Of what depends on the labels alone, nothing moves.
-                moved = (swaps_RU @ move).double() if move.any() else torch.zeros(len(swaps_RU), *a.shape[1:])
+                moved = a.new_zeros(len(swaps_RU), *a.shape[1:])  # of what depends on the labels alone
+                if move.any():
+                    moved += swaps_RU.to(move.dtype) @ move
                 first.append(a.sum(0) + moved)
                 second.append(b.sum(0) - moved)
             n_R = torch.full((len(swaps_RU),), float(len(labels)), dtype=torch.float64)
@@ -200,20 +204,25 @@ auroc_and_accuracy = Metric({"auroc": Auroc()} | class_accuracy.measures)
 def roc_counts(logits: Tensor, labels: Tensor, counts_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """False and true positives (R, K) of each resample at K thresholds, and the thresholds (K,).
 
-    A threshold is the least probability of class 1 that counts as positive: first infinity, then each that occurs, in
-    float64, since float32 does not tell confident ones apart.
+    A threshold is the least probability of class 1 that counts as positive: first infinity, then each that occurs. They
+    are told apart by their logits, as probabilities near 1 are rounded to 1.
     """
-    score_N, order_N = logits.double().softmax(-1)[:, 1].sort(descending=True)
-    last_K = torch.nonzero(score_N.diff(append=torch.tensor([-1.0]))).flatten()  # of each run of equal scores
+    score_N, order_N = _log_odds(logits).sort(descending=True)
+    last_K = torch.nonzero(score_N.diff(append=torch.tensor([-torch.inf]))).flatten()  # of each run of equal scores
     counts_RN, positive_N = counts_RN[:, order_N], labels[order_N].to(counts_RN.dtype)
     tp_RK, fp_RK = ((counts_RN * is_N).cumsum(1)[:, last_K] for is_N in (positive_N, 1 - positive_N))
     nothing_R1 = counts_RN.new_zeros(len(counts_RN), 1)
-    thresholds_K = torch.cat([torch.tensor([torch.inf]), score_N[last_K]])
+    thresholds_K = torch.cat([torch.tensor([torch.inf]), score_N[last_K].sigmoid()])
     return torch.cat([nothing_R1, fp_RK], 1), torch.cat([nothing_R1, tp_RK], 1), thresholds_K
 
 
+def _log_odds(logits: Tensor) -> Tensor:
+    """(N,) of class 1."""
+    return logits[:, 1].double() - logits[:, 0].double()
+
+
 def _ranked(logits: Tensor) -> Tensor:
-    """Logits (N, 2) whose margin is the mean rank of class 1's probability, as a share of N."""
-    _, place_N, count_K = logits.double().softmax(-1)[:, 1].unique(return_inverse=True, return_counts=True)
-    rank_N = (count_K.cumsum(0) - (count_K.double() - 1) / 2)[place_N] / len(logits)
+    """Logits (N, 2) whose difference is the mean rank of class 1's probability."""
+    _, place_N, count_K = _log_odds(logits).unique(return_inverse=True, return_counts=True)
+    rank_N = (count_K.cumsum(0) - (count_K.double() - 1) / 2)[place_N]
     return torch.stack([torch.zeros_like(rank_N), rank_N], 1)

@@ -33,8 +33,7 @@ class OptimizerSettings:
     warmup_steps: float  # optimiser steps, or a share of all steps if below 1
     end_lr: float
     decay_power: float | str
-    """Power of the polynomial decay; `cosine` to 0; or by epoch, after no warm-up: `epoch_cosine` to `end_lr`,
-    `epoch_step`, a fifth every 300 epochs; or `plateau`, see Plateau."""
+    """Power of the polynomial decay to `end_lr`, `cosine` to it, or `plateau`, see Plateau."""
     max_steps: int | None = None  # all steps, where that is less than the epochs have
 
 

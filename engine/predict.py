@@ -12,11 +12,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pytorch_lightning.utilities import move_data_to_device
 from safetensors.numpy import save
 from torch.utils.data import DataLoader, Dataset
@@ -181,14 +183,17 @@ class Predictor:
                 Prediction(missing, (), {}, x) for missing, x in zip(missing_of, logits_BC[:, 0].tolist(), strict=True)
             ]
         probability_BC = logits_BC.sigmoid() if self.multilabel else logits_BC.softmax(dim=-1)
-        above_BC = are_predicted(logits_BC, self.offset).tolist()
+        # Of the logits, as in tests: probabilities of close ones are rounded to the same number.
+        if self.multilabel:
+            predicted_BC = are_predicted(logits_BC, self.offset)
+        else:
+            predicted_BC = F.one_hot(logits_BC.argmax(dim=-1), logits_BC.shape[1])
         predictions = []
-        for missing, probability_C, above_C in zip(missing_of, probability_BC.tolist(), above_BC, strict=True):
-            named = dict(zip(self.class_names, probability_C, strict=True))
-            labels = [name for name, is_above in zip(self.class_names, above_C, strict=True) if is_above]
-            if not self.multilabel:
-                labels = [self.class_names[int(np.argmax(probability_C))]]
-            predictions.append(Prediction(missing, tuple(labels), named))
+        for missing, probability_C, is_C in zip(
+            missing_of, probability_BC.tolist(), predicted_BC.tolist(), strict=True
+        ):
+            labels = tuple(compress(self.class_names, is_C))
+            predictions.append(Prediction(missing, labels, dict(zip(self.class_names, probability_C, strict=True))))
         return predictions
 
 

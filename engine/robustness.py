@@ -98,7 +98,6 @@ def measure(
             for type_name, logits_NC in of_type.items()
             if not numbers
             for class_name, figures in zip(names, class_figures(logits_NC, labels), strict=True)
-            if not numbers
         ],
         "confusions": [
             {"type": type_name, **pair}

@@ -191,10 +191,10 @@ def _check_method(options: Options) -> None:
             if found := getattr(options, name):
                 expected = f"expected {OPTIONS[name].default} with prompt_type={options.prompt_type}"
                 raise ConfigError(f"{name}: {expected}, which compares all modalities, found {found}")
-        if options.per_gpu_batchsize % together:
+        if options.per_gpu_batchsize % together or options.per_gpu_batchsize == together:
             raise ConfigError(
-                f"per_gpu_batchsize: expected a multiple of {together}, the samples of a subsequence, with "
-                f"prompt_type={options.prompt_type}, found {options.per_gpu_batchsize}"
+                f"per_gpu_batchsize: expected a multiple of {together}, the samples of a subsequence, of which at "
+                f"least 2 are compared, with prompt_type={options.prompt_type}, found {options.per_gpu_batchsize}"
             )
         if options.test_after_fit and not options.fast_dev_run:
             raise ConfigError(f"test_after_fit: expected False with prompt_type={options.prompt_type}, found True")

@@ -41,6 +41,8 @@ class Fusion(nn.Module):
 class SensorBackbone(Backbone):
     """Towers that are not run where a modality is missing; no level of locations."""
 
+    plain_head = True
+
     def __init__(self, sizes: SensorSizes) -> None:
         super().__init__()
         self.sizes = sizes

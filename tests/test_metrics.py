@@ -117,7 +117,7 @@ def test_auroc_by_hand() -> None:
         ([1, 2, 3, 4], [1, 1, 0, 0], 0),
         ([5, 5, 5], [0, 1, 0], 1 / 2),
         ([1, 2, 2, 3], [0, 1, 0, 1], 3.5 / 4),
-        ([20, 25], [0, 1], 1),  # in float32 both probabilities are 1, which would be a tie
+        ([40, 50], [0, 1], 1),  # both probabilities are rounded to 1, which would be a tie
     ):
         assert auroc([[0.0, margin] for margin in margins], labels) == pytest.approx(expected)
     assert auroc([[9.0, 5.0], [0.0, 1.0]], [0, 1]) == pytest.approx(1), "the probability counts, not the logit"

@@ -297,10 +297,13 @@ def test_a_single_label_model_names_one_class(workspace: Workspace, golden_arrow
     """Food-101's class names come from its arrow files, through the checkpoint."""
     options = ("max_epoch=1", "test_after_fit=False", "batch_size=2", "per_gpu_batchsize=2")
     best = workspace.train("food", *options, log_dir=tmp_path, task="food101", data_root=golden_arrow) / "best.ckpt"
-    found = load_model(best).predict(texts=["apple pie"])[0]
+    model = load_model(best)
+    found = model.predict(texts=["apple pie"])[0]
     assert sum(found.probabilities.values()) == pytest.approx(1, abs=1e-5) and len(found.probabilities) == 101
     assert found.labels == (max(found.probabilities, key=lambda name: found.probabilities[name]),)
     assert tuple(found.probabilities) == read_checkpoint(best).class_names
+    model._classifier = lambda batch: 1e-10 * torch.eye(101)[7:8]  # type: ignore[assignment]  # of one probability all
+    assert model.predict(texts=["apple pie"])[0].labels == model.class_names[7:8]
     assert run_predict(best, f"input={write_text(tmp_path)}", f"output={tmp_path / 'found.csv'}") == 0
 
 

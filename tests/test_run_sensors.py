@@ -191,6 +191,7 @@ def test_a_checkpoint_of_another_family_is_no_start(root: Path, monkeypatch: Pat
         ((*FOCAL, "simulate_missing=True"), "simulate_missing: expected False with prompt_type=focal"),
         ((*FOCAL, "modality_dropout=0.3"), "modality_dropout: expected 0 with prompt_type=focal, which compares all"),
         ((*FOCAL, "per_gpu_batchsize=6"), "per_gpu_batchsize: expected a multiple of 4"),
+        ((*FOCAL, "per_gpu_batchsize=4"), "at least 2 are compared, with prompt_type=focal, found 4"),
     ],
 )
 def test_wrong_options(root: Path, capsys: Captured, options: tuple[str, ...], message: str) -> None:

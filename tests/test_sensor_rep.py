@@ -15,11 +15,12 @@ from clip.modules.heads import LinearHead
 from clip.modules.method import Method, MethodOptions
 from clip.modules.no_prompts import NoPrompts
 from clip.trainable import freeze
+from engine.checkpoint import ModelSpec, build_classifier
 from sensors.attention import SlotAttention, products
 from sensors.backbone import SwtBackbone
 from sensors.memory import SensorMemoryLearner, patterns
 from sensors.sizes import SWT, ModalitySizes, SensorSizes
-from tests import golden_as, slow_sensors
+from tests import golden_as, slow_sensors, vla_models
 from tests.conftest import Patch
 from tests.golden import assert_gradients, relative_error
 from tests.models import batch_of
@@ -268,6 +269,16 @@ def test_the_order_of_modalities_changes_logits_by_rounding() -> None:
     expected = classifier(batch_of(signals, ALL))
     present = ALL[:, [NAMES.index(name) for name in turned]]
     torch.testing.assert_close(other(batch_of({name: signals[name] for name in turned}, present)), expected)
+
+
+@pytest.mark.parametrize(("task", "sizes"), [("mod", SIZES), ("mosi", vla_models.TINY)])
+def test_heads_start_at_the_values_of_torch_as_published(task: str, sizes: Any) -> None:
+    torch.manual_seed(0)
+    head = build_classifier(ModelSpec(task, replace(OPTIONS, prompt_type="none"), sizes)).head
+    assert isinstance(head, LinearHead)
+    weight, bias = head.weight.detach().abs().max(), head.bias.detach().abs().max()
+    most = head.weight.shape[1] ** -0.5
+    assert 0.9 * most < weight <= most and 0 < bias <= most
 
 
 def test_what_is_trained_of_mod() -> None:

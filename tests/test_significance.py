@@ -97,6 +97,20 @@ def test_the_permutation_test_is_that_of_a_slow_loop(task: str) -> None:
     assert drawn == pytest.approx(p, abs=4 * math.sqrt(p / 63) + 1 / 64)
 
 
+@pytest.mark.parametrize("task", ["mmimdb", "food101", "mosi", "sims"])
+def test_figures_after_a_swap_are_those_of_the_models_that_it_makes(task: str) -> None:
+    (one, labels), (other, _) = made_up(TASKS[task], 30), made_up(TASKS[task], 30, seed=1)
+    other = other + 0.25  # of numbers, so that sums of both start elsewhere
+    swaps = torch.randint(0, 2, (5, 30), generator=torch.Generator().manual_seed(0))
+    once = torch.ones(1, 30, dtype=torch.float64)
+    for name, measure in TASKS[task].metrics.measures.items():
+        found = measure.swapper(one, other, labels, torch.arange(30))(swaps.float())
+        for figures, own, theirs in zip(found, (one, other), (other, one), strict=True):
+            models = [torch.where(swap[:, None], theirs, own) for swap in swaps.bool()]
+            expected = [measure.resampled(model, labels, once).item() for model in models]
+            assert figures.tolist() == pytest.approx(expected, abs=1e-12), name
+
+
 def test_the_interval_of_a_difference_is_paired_and_over_seeds_too() -> None:
     """Two models that fail on the same samples differ by less than each is uncertain; seeds that disagree count."""
     labels = torch.randint(0, 2, (400,), generator=torch.Generator().manual_seed(0))

@@ -44,7 +44,7 @@ def vla_classifier(
     backbone = VlaBackbone(arch)
     method = method_class(options.prompt_type, "vla")(backbone.places, backbone.embed_dim, options)
     head = LinearHead(3, backbone.embed_dim, outputs)
-    backbone.start_head(head)
+    head.reset_parameters()
     classifier = MissingModalityClassifier(backbone, method, "mosi_classifier", head)
     freeze(classifier, "mosi")
     return classifier

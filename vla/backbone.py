@@ -56,6 +56,7 @@ class VlaBackbone(Backbone):
 
     mixes = True
     always_trained = (FRONTENDS,)
+    plain_head = True
 
     def __init__(self, arch: VlaArchitecture) -> None:
         super().__init__()
@@ -88,11 +89,6 @@ class VlaBackbone(Backbone):
 
     def _cross_encoders(self) -> Iterator[Encoder]:
         return (self._encoder(_cross_name(target, source)) for target, source in permutations(LETTERS, 2))
-
-    def start_head(self, head: nn.Module) -> None:
-        """PyTorch's own start values."""
-        if isinstance(head, nn.Linear):
-            head.reset_parameters()
 
     def prepare(self, batch: ModelInput) -> ModelInput:
         """Dropout on the features of texts; what reads them later reads the same."""

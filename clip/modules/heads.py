@@ -53,6 +53,11 @@ class LinearHead(Head):
         nn.init.normal_(self.weight, std=HEAD_STD)
         nn.init.zeros_(self.bias)
 
+    def reset_parameters(self) -> None:
+        """PyTorch's own start values, see `Backbone.plain_head`."""
+        linear = nn.Linear(self.weight.shape[1], len(self.bias))
+        self.weight, self.bias = linear.weight, linear.bias
+
     def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (B, C)."""
         return nn.functional.linear(features, self.weight, self.bias)

@@ -200,14 +200,13 @@ class Backbone(nn.Module):
     """Parts (see `parts`) that follow the last blocks, for `train_ends`."""
     always_trained: tuple[str, ...] = ()
     """Parts (see `parts`) that are trained whatever the method."""
+    plain_head = False
+    """Whether a linear head starts at PyTorch's own values, as that of the published model does."""
 
     @property
     def towers(self) -> dict[str, Tower]:
         """By modality."""
         raise NotImplementedError
-
-    def start_head(self, head: nn.Module) -> None:
-        """Gives the head other start values than its own, where the published model has others."""
 
     def prepare(self, batch: ModelInput) -> ModelInput:
         """The batch as all that follows reads it: with dropout on its inputs, for example."""

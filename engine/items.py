@@ -14,7 +14,7 @@ from common.text import natural_key
 from engine.recordings import in_samples
 from vilt.datasets.kinds import kinds_of
 from vilt.datasets.specs import DatasetSpec
-from vilt.utils.array_files import SUFFIXES, samples_of_arrays
+from vilt.utils.array_files import SUFFIXES, samples_of_arrays, say_unread
 from vilt.utils.names import find_file, normal
 from vilt.utils.tables import DELIMITERS, table_rows
 from vilt.utils.write_custom import missing as is_missing
@@ -76,17 +76,19 @@ def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
     if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
         there = "another file" if source.exists() else "nothing there"
         raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl, found {there}")
-    items, kinds = [], kinds_of(dataset)
+    items, kinds, columns = [], kinds_of(dataset), dict[str, None]()
     for row, values in table_rows(source, [*kinds, "id"], [], [name for name, kind in kinds.items() if kind.in_file]):
         place = f"{source}, row {row}"
         if not kinds.keys() & values.keys():
             names = f"{', '.join(map(repr, kinds))} or {'both' if len(kinds) == 2 else 'some of them'}"
             raise DataError(f"{place}: expected the columns {names}, found {listed(list(values))}")
+        columns |= dict.fromkeys(values)
         cells = {name: _cell(values.get(name), name, place) for name in kinds}
         inputs: dict[str, Any] = {name: cell for name, cell in cells.items() if cell}
         for name in inputs.keys() & {name for name, kind in kinds.items() if kind.in_file}:
             inputs[name] = _file(source.parent, inputs[name], place)
         items.append(Item(str(row if values.get("id") is None else values["id"]), inputs, place))
+    say_unread(source, list(kinds), columns)
     return items
 
 

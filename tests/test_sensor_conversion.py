@@ -1,6 +1,6 @@
 """Recordings of sensors become arrow files: what is in them, how they are divided, and what is refused."""
 
-import zipfile
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from vilt.datasets.kinds import root_mean_squares
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import DATASETS, SPLITS
 from vilt.datasets.subsequences import subsequences
-from vilt.utils import write_mod, write_wearables
+from vilt.utils import write_mod
 from vilt.utils.recordings import Cut, time_split
 
 
@@ -88,9 +88,9 @@ def replace_line(path: Path, row: int, line: str) -> None:
     path.write_text("\n".join([*lines, ""]))
 
 
-def with_nan(raw: Path) -> None:
-    signals = np.load(raw / "signals.npy").astype(np.float32)
-    signals[37, 1] = np.nan
+def with_value(raw: Path, value: float) -> None:
+    signals = np.load(raw / "signals.npy").astype(np.float64)
+    signals[37, 1] = value
     np.save(raw / "signals.npy", signals)
 
 
@@ -104,7 +104,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown key": (lambda raw: (raw / "spec.yaml").write_text(SPEC + "rate: 1\n"), "found 'rate'"),
     "lengths differ": (lambda raw: np.save(raw / "labels.npy", np.zeros(5, np.int8)), "expected 720 rows"),
     "class": (lambda raw: np.save(raw / "labels.npy", np.full(720, 2, np.int8)), "labels.npy, row 0: expected 0 to 1"),
-    "no number": (with_nan, "signals.npy, row 37: signals: expected a finite number"),
+    "no number": (lambda raw: with_value(raw, np.nan), "row 37: column 1 × scale 0.01: expected a finite number"),
+    "too large": (
+        lambda raw: with_value(raw, 1e41),
+        "row 37: column 1 × scale 0.01: expected a finite",
+    ),
     "behind the end": (lambda raw: replace_line(raw / "recordings.csv", 13, "r11,s,test,700,60"), "row 13: expected"),
     "a name twice": (lambda raw: replace_line(raw / "recordings.csv", 13, "r1,s,test,660,60"), "row 13: recording"),
     "rows twice": (
@@ -116,9 +120,36 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "classes.txt: classes: 'w\N{LATIN SMALL LETTER O WITH DIAERESIS}rt' is listed twice",
     ),
     "classes in another encoding": (lambda raw: (raw / "classes.txt").write_bytes(b"w\xf6rt\nfast\n"), "classes.txt"),
+    "a blank line": (lambda raw: (raw / "classes.txt").write_text("slow\n\nfast\n"), "expected a name in row 2"),
+    "some splits": (
+        lambda raw: replace_line(raw / "recordings.csv", 3, "r1,s,,60,60"),
+        "row 3: --split published",
+    ),
+    "some subjects": (lambda raw: without_splits(raw, "s2"), "row 4: --split subject: expected a subject, found none"),
+    "a word": (lambda raw: rename(raw, "some"), "not any or some or both or complete or id, found 'some'"),
+    "alike": (lambda raw: rename(raw, "ACC"), "expected 2 to 4 different names, found 'acc', 'ACC', 'lig'"),
     "split": (lambda raw: replace_line(raw / "recordings.csv", 2, "r0,s,dev,0,60"), "row 2: split: expected train or"),
     "pickle": (lambda raw: np.save(raw / "labels.npy", np.array([{}], object)), "labels.npy: not readable"),
 }
+
+
+def without_splits(raw: Path, subject: str) -> None:
+    text = (raw / "recordings.csv").read_text()
+    (raw / "recordings.csv").write_text(re.sub(r",(train|val|test),", ",,", text).replace(f",{subject},", ",,"))
+
+
+def rename(raw: Path, modality: str) -> None:
+    (raw / "channels.csv").write_text((raw / "channels.csv").read_text().replace("gyr", modality))
+
+
+def test_a_subject_is_one_however_it_is_typed(tmp_path: Path) -> None:
+    """The two halves of each subject would be in different splits otherwise."""
+    raw = write_set(tmp_path)
+    lines = [f"r{n},{n // 2}{'.0 ' if n % 2 else ''},,{ROWS * n},{ROWS}" for n in range(12)]
+    (raw / "recordings.csv").write_text("\n".join(["recording,subject,split,start,length", *lines]))
+    for found in converted("sensors", raw).values():
+        numbers = {int(name[1:]) for name in found["recording"].to_pylist()}
+        assert numbers == {n ^ 1 for n in numbers}
 
 
 def test_short_recordings_are_named_and_a_byte_order_mark_is_no_part_of_a_class(tmp_path, capsys):
@@ -127,7 +158,14 @@ def test_short_recordings_are_named_and_a_byte_order_mark_is_no_part_of_a_class(
     replace_line(raw / "recordings.csv", 4, "r2,s2,train,120,9")
     tables = converted("sensors", raw)
     assert len(tables["train"]) == 42 and open_spec("sensors", raw / "out", SPLITS).class_names == ("slow", "fast")
-    assert "left out: 'r2'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out: 'r2'" in said and "in no recording, and left out: 51 of 720 rows" in said
+    shorter = "name: made_up\nsample: 0.4\ninterval: 0.2\nmixed_labels: false\n"
+    (raw / "spec.yaml").write_text(shorter)
+    np.save(raw / "labels.npy", np.arange(720) // 30 % 2)
+    converted("sensors", raw, "--split", "time")
+    said = capsys.readouterr().out
+    assert "with several labels: 11 of 167 samples" in said and "next to another split: 23 of 167 samples" in said
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -201,6 +239,9 @@ def test_published_samples_of_mod(tmp_path: Path, capsys: Captured) -> None:
     [
         ("aud16000.csv", "loud,4", "row 5: expected a number in column 1, found 'loud'"),
         ("aud16000.csv", "nan", "row 5: audio: expected a finite number"),
+        ("aud16000.csv", " ", "row 5: expected a number in column 1, found"),
+        ("aud16000.csv", "\n", "row 5: audio: expected a finite number of float32, found nan"),
+        ("ehz.csv", "-1e39 7", "row 5: seismic: expected a finite number of float32, found -1e\\+39"),
         ("ehz.csv", "", "expected ehz.csv, found none"),
     ],
 )
@@ -218,49 +259,38 @@ def test_bad_recordings_of_mod(tmp_path: Path, name: str, line: str, message: st
     assert str(path.parent) in str(refused.value)
 
 
-def test_pamap2(tmp_path: Path, capsys: Captured) -> None:
-    (tmp_path / "Protocol").mkdir()
-    for subject in (101, 102, 103):
-        values = np.random.default_rng(subject).normal(size=(1000, 54))
-        values[:, 1] = np.repeat([0, 1, 24], [200, 450, 350])
-        values[300, 5] = np.nan
-        rows = [" ".join(f"{x:g}".replace("nan", "NaN") for x in of) for of in values]
-        (tmp_path / "Protocol" / f"subject{subject}.dat").write_text("\n".join(rows))
-    tables = converted("pamap2", tmp_path)
-    assert {split: len(found) for split, found in tables.items()} == dict.fromkeys(SPLITS, 3)
-    for found in tables.values():
-        # 200 to 399, 400 to 599 and 800 to 999; the others cross a boundary, or are no activity
-        assert found["number"].to_pylist() == [1, 2, 4] and found["label"].to_pylist() == [0, 0, 17]
-        assert 0.0 in np.array(found["signal_Acc"][0].as_py())[1]
-    assert "samples with missing values, now 0: train 1, val 1, test 1" in capsys.readouterr().out
-    replaced = tmp_path / "Protocol" / "subject102.dat"
-    replace_line(replaced, 7, "1 1 " + "inf " * 52)
-    with pytest.raises(DataError, match=r"subject102\.dat, row 7: expected finite numbers"):
-        write_wearables.open_raw(tmp_path, "pamap2")
-    replace_line(replaced, 7, "1 8 " + "0 " * 52)
-    with pytest.raises(DataError, match=r"subject102\.dat, row 7: expected an activity of PAMAP2, found 8"):
-        write_wearables.open_raw(tmp_path, "pamap2")
+def test_what_is_no_part_of_mod_is_said(tmp_path: Path, monkeypatch: Patch) -> None:
+    run = "Polaris0150pm"
+    monkeypatch.setattr(write_mod, "runs", lambda: [write_mod.Listed(run, f"rs{n}", 0, 0, "pretrain") for n in (1, 2)])
+    for node in ("rs1", "rs2", "rs9", "x/rs3"):
+        write_recording(tmp_path, run, node, 4, 0)
+    for name, count in (("aud16000.csv", 16000), ("ehz.csv", 250)):  # a second; and 2.5 seconds, where audio has 4
+        path = tmp_path / run / ("rs1" if count > 250 else "rs2") / name
+        path.write_text("\n".join(["1 2" if "ehz" in name else "1"] * count))
+    (tmp_path / "more.zip").touch()
+    said = write_mod.open_raw(tmp_path).note
+    assert "shorter than a sample, and left out: 'Polaris0150pm_rs1'\n" in said
+    assert "not equally long; the rest is left out: 'Polaris0150pm_rs1', 'Polaris0150pm_rs2'" in said
+    assert f"and left out: '{run}/rs9', '{run}/x/rs3', 'more.zip'" in said
 
 
-def test_realworld_har(tmp_path: Path) -> None:
-    names = {"acc": "acc", "gyr": "Gyroscope", "mag": "MagneticField", "lig": "Light"}
-    for subject in (1, 2, 3):
-        folder = tmp_path / f"proband{subject}" / "data"
-        folder.mkdir(parents=True)
-        for name, prefix in names.items():
-            columns = ["attr_light"] if name == "lig" else ["attr_x", "attr_y", "attr_z"]
-            times = np.arange(0, 11_000, 200 if name == "lig" else 20) + 1000
-            lines = [f"{n},{time}," + ",".join(f"{time / 1000}" for _ in columns) for n, time in enumerate(times)]
-            content = "\n".join([",".join(["id", "attr_time", *columns]), *lines])
-            with zipfile.ZipFile(folder / f"{name}_walking_csv.zip", "w") as archive:
-                archive.writestr(f"{prefix}_walking_waist.csv", content)
-                archive.writestr(f"{prefix}_walking_chest.csv", "")
-    tables = converted("rwhar", tmp_path)
-    assert {split: len(found) for split, found in tables.items()} == dict.fromkeys(SPLITS, 2)
-    light, acc = (np.array(tables["train"][f"signal_{name}"][1].as_py()) for name in ("lig", "acc"))
-    assert light.shape == (1, 9, 50) and acc.shape == (3, 9, 50)
-    np.testing.assert_allclose(light[0], acc[0], atol=1e-4)  # on one clock
-    assert set(tables["test"]["label"].to_pylist()) == {7}
-    (tmp_path / "proband2" / "data" / "mag_walking_csv.zip").unlink()
-    with pytest.raises(DataError, match=r"proband2.*expected a file of mag for walking, found none"):
-        write_wearables.open_raw(tmp_path, "rwhar")
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("x/train_index.txt", "", "x/train_index.txt: expected one file of this name, found .*train_index.txt too"),
+        ("x/walk2_rs3_0.pt", "", "x/walk2_rs3_0.pt: expected one file of this name"),
+        (
+            "test_index.txt",
+            "/a/walk2_rs3_9.pt\n/a/Polaris0150pm_rs1_1.pt",
+            "test_index.txt, row 2: Polaris0150pm_rs1",
+        ),
+        ("test_index.txt", "/a/tank_rs3_9.pt", "test_index.txt, row 1: tank_rs3_9: expected one of 'Polaris'"),
+    ],
+)
+def test_index_files_that_contradict(tmp_path: Path, file: str, content: str, message: str) -> None:
+    for path in (HERE / "mod_samples").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=message):
+        write_mod.open_raw(tmp_path, "published")

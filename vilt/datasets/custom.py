@@ -16,6 +16,8 @@ CUSTOM_METRICS: dict[str, dict[str, str]] = {
 }
 """By kind of labels: the metrics that can choose the best model, the default first, and what is measured with each."""
 MOST_MODALITIES = 4
+NO_MODALITIES = ("any", "some", "both", "complete", "id")
+"""What names of modalities cannot be: words for missing patterns, and a column of tables."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -55,12 +57,13 @@ class CustomData:
     def _check_signals(self) -> None:
         names = [name for name, *_ in self.signals]
         for name, *sizes, rate in self.signals:
-            if not isinstance(name, str) or not NAME.fullmatch(name):
-                raise ValueError(f"modalities: expected letters, digits, - and _ in a name, found {quoted(name)}")
+            if not isinstance(name, str) or not NAME.fullmatch(name) or name.lower() in NO_MODALITIES:
+                expected = f"expected letters, digits, - and _ in a name, and not {' or '.join(NO_MODALITIES)}"
+                raise ValueError(f"modalities: {expected}, found {quoted(name)}")
             known = type(rate) in (int, float) and rate > 0 and all(type(size) is int and size > 0 for size in sizes)
             if len(sizes) != 4 or not known:
                 raise ValueError(f"modalities: {name}: expected four sizes and a rate, found {[*sizes, rate]}")
-        if names and not 2 <= len(set(names)) == len(names) <= MOST_MODALITIES:
+        if names and not 2 <= len({name.lower() for name in names}) == len(names) <= MOST_MODALITIES:
             raise ValueError(f"modalities: expected 2 to {MOST_MODALITIES} different names, found {listed(names)}")
         if self.signals and self.labels != "single":
             raise ValueError(f"labels: expected single for signals, found {self.labels}")

@@ -1,6 +1,7 @@
 """Files with the arrays of many samples, by modality: `.npz`, or a pickle, in which nothing runs."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from common.errors import DataError
 from common.messages import listed
 from vilt.utils.pickled_arrays import SUFFIXES, PickledArray, read_pickle
 from vilt.utils.write_vla import LABELS, MODALITIES, id_of, lengths_of, padded_in_front
+
+log = logging.getLogger("rep")
 
 
 def samples_of_arrays(path: Path, modalities: Sequence[str]) -> list[tuple[str, dict[str, np.ndarray], str]]:
@@ -24,6 +27,8 @@ def samples_of_arrays(path: Path, modalities: Sequence[str]) -> list[tuple[str, 
     there = [name for name in modalities if name in arrays]
     if not there:
         raise DataError(f"input={path}: expected {' or '.join(modalities)}, found {listed(list(arrays))}")
+    if path.suffix.lower() not in SUFFIXES:
+        say_unread(path, modalities, arrays)
     count = len(arrays[there[0]])
     for name in (*there, *(["id"] if "id" in arrays else [])):
         if len(arrays[name]) != count:
@@ -37,6 +42,14 @@ def samples_of_arrays(path: Path, modalities: Sequence[str]) -> list[tuple[str, 
         given = {name: array for name, array in inputs.items() if not _is_absent(array)}
         samples.append((ids[row], given, f"{path}, row {row}"))
     return samples
+
+
+def say_unread(path: Path, modalities: Sequence[str], names: Iterable[str]) -> None:
+    """Logs what is not read of a file that lacks a modality: it may be that modality by another name."""
+    lacking, unread = set(modalities) - {*names}, [name for name in names if name not in (*modalities, "id")]
+    if lacking and unread:
+        lacking_of = " or ".join(name for name in modalities if name in lacking)
+        log.warning("input=%s: no sample has %s; not read: %s", path, lacking_of, listed(unread))
 
 
 def _is_absent(array: Any) -> bool:

@@ -243,7 +243,8 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
                     first = f"; the first bad one: {' '.join(split.bad[0].cells())}" if split.bad else ""
                     if not split.bad and not split.remarks[NO_TEXT]:
                         counts = "none is listed for it, or recordings are too short to be divided"
-                    raise DataError(f"no sample is left for {split.path.name}: {counts}{first}")
+                    note = "".join(f"; {line}" for line in dataset.note.splitlines())
+                    raise DataError(f"no sample is left for {split.path.name}: {counts}{first}{note}")
             if bad:
                 lines = [BadSample._fields, *(sample.cells() for sample in bad)]
                 part = files.enter_context(atomic_path(report))

@@ -25,6 +25,8 @@ TIME, SUBJECT, RUN, PUBLISHED = WAYS = ("time", "subject", "run", "published")
 TRAIN_SHARE, TRAIN_AND_VAL_SHARE, VAL_SHARE = 0.7, 0.8, 0.1
 NO_LABEL = -1
 MISSING_VALUES = "samples with missing values, now 0"
+SHORT = "shorter than a sample, and left out"
+LARGEST = np.finfo(np.float32).max
 
 
 class Cut(NamedTuple):
@@ -40,7 +42,8 @@ class Cut(NamedTuple):
     def of(cls, rate: float, *seconds: float) -> Self:
         """From seconds. Raises ValueError: no whole numbers of values, or intervals do not fill a sample."""
         found = []
-        for name, of_name in zip(cls._fields, seconds, strict=True):
+        names = ("sample", "sample less sample_overlap", "interval", "interval less interval_overlap")
+        for name, of_name in zip(names, seconds, strict=True):
             values = of_name * rate
             if round(values) < 1 or abs(round(values) - values) > 1e-6:
                 at = f"found {of_name:g} s, {values:g} values at {rate:g} Hz"
@@ -95,6 +98,8 @@ class Recording:
     """As the data says it."""
     row: int = 1
     """In the file that lists it."""
+    remark: str = ""
+    """What users have to know of it."""
 
 
 def label_of(labels_N: np.ndarray, *, mixed: bool) -> int:
@@ -117,6 +122,26 @@ def divide(recordings: Sequence[Recording], how: str, source: str, dropped: int)
             if split is not None and label != NO_LABEL:
                 found[split].append((recording.row, partial(read_row, recording, number)))
     return [RawSplit(split, source, samples) for split, samples in found.items()]
+
+
+def note_on(recordings: Sequence[Recording], splits: Sequence[RawSplit] | None = None, others: str = "") -> str:
+    """What users have to know: remarks on recordings, and how many samples are in none of `splits`.
+
+    Args:
+        others: why samples have no label, beside having several.
+    """
+    remarks: dict[str, list[str]] = {}
+    for recording in recordings:
+        for remark in (SHORT if not len(recording.labels) else "", recording.remark):
+            remarks.setdefault(remark, []).append(recording.name)
+    lines = [f"warning: {remark}: {listed(names)}" for remark, names in remarks.items() if remark]
+    if splits is not None:
+        n_samples = sum(len(recording.labels) for recording in recordings)
+        unlabelled = sum(np.count_nonzero(recording.labels == NO_LABEL) for recording in recordings)
+        between = n_samples - unlabelled - sum(len(split.samples) for split in splits)
+        left_out = {f"with several labels{others}": unlabelled, "next to another split": between}
+        lines += [f"left out, {why}: {count:,} of {n_samples:,} samples" for why, count in left_out.items() if count]
+    return "\n".join(lines)
 
 
 def time_split(number: int, count: int, dropped: int) -> Split | None:
@@ -170,22 +195,34 @@ def read_row(recording: Recording, number: int) -> Row:
     return {**signals, "label": int(recording.labels[number]), **of_sample}
 
 
-def check_finite(signal: np.ndarray, path: Path, first_row: int, column: str) -> None:
-    """Raises DataError, which names the first row that is not a number; rows count from `first_row`."""
-    finite = np.isfinite(signal) if signal.ndim == 1 else np.isfinite(signal).all(axis=1)
+def check_finite(
+    signal_N: np.ndarray, place: Path | str, first_row: int, column: str, given_N: Sequence[object] = ()
+) -> None:
+    """Raises DataError, which names the first row without a number that float32 holds; rows count from `first_row`.
+
+    Args:
+        given_N: what was read, where that may be no number.
+    """
+    finite = np.abs(signal_N) <= LARGEST
     if not finite.all():
-        raise DataError(f"{path}, row {int(np.argmin(finite)) + first_row}: {column}: expected a finite number")
+        row = int(np.argmin(finite))
+        found = f"found {quoted(given_N[row]) if len(given_N) else f'{signal_N[row]:g}'}"
+        raise DataError(f"{place}, row {row + first_row}: {column}: expected a finite number of float32, {found}")
 
 
 def read_numbers(path: Path, columns: Sequence[int], separator: str) -> np.ndarray:
-    """Columns, ascending, of a text file of numbers, (N, columns) float64; empty cells and `NaN` are not a number.
+    """Columns, ascending, of a text file of numbers, (N, columns) float64.
+
+    Empty cells, blank lines and `NaN` are not a number.
 
     Raises:
         DataError: the file cannot be read, or a cell is no number; names file and row.
     """
     try:
-        frame = pd.read_csv(path, sep=separator, header=None, usecols=list(columns), dtype=np.float64, engine="c")
-        return np.asarray(frame)
+        which = {"header": None, "usecols": list(columns), "skip_blank_lines": False}
+        return np.asarray(pd.read_csv(path, sep=separator, dtype=np.float64, engine="c", **which))
+    except pd.errors.EmptyDataError:
+        raise DataError(f"{path}, row 1: expected numbers, found none") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
@@ -195,7 +232,7 @@ def read_numbers(path: Path, columns: Sequence[int], separator: str) -> np.ndarr
 def _first_wrong(path: Path, columns: Sequence[int], separator: str) -> str | None:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for row, line in enumerate(lines, 1):
-            cells = line.split() if separator == r"\s+" else line.strip().split(separator)
+            cells = line.split() if separator == r"\s+" else line.rstrip("\r\n").split(separator)
             for column in columns:
                 cell = cells[column] if column < len(cells) else "no such column"
                 try:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from vilt.utils.recordings import (
     Recording,
     check_finite,
     check_way,
+    note_on,
     read_numbers,
     read_row,
     time_split,
@@ -46,7 +47,7 @@ CLASSES = (
     *("bicycle", "forester", "pickup", "scooter"),
 )
 SECONDS, INTERVALS = 2, 10
-PRETRAIN = "pretrain"
+PRETRAIN, UNUSED = "pretrain", "unused"
 RATES = {"seismic": 100, "audio": 8000}
 ZERO_CROSSINGS, ROLL_OFF, TAPS, BEFORE = 6, 0.99, 28, 13
 VALIDATION_OF_PUBLISHED = 10
@@ -112,17 +113,22 @@ class Node:
         return {"audio": audio, "seismic": seismic}
 
     @cached_property
+    def seconds(self) -> list[float]:
+        """How long audio and seismic are."""
+        return [_lines(self.paths["audio"]) / RATES["audio"] / 2, _lines(self.paths["seismic"]) / RATES["seismic"]]
+
+    @property
     def count(self) -> int:
         """Samples: as many as both signals have."""
-        found = []
-        for name, rate in (("audio", 2 * RATES["audio"]), ("seismic", RATES["seismic"])):
-            values = _lines(self.paths[name]) - (self.listed.cut_start + self.listed.cut_end) * rate
-            found.append(max(0, values // (SECONDS * rate)))
-        return min(found)
+        cut = self.listed.cut_start + self.listed.cut_end
+        return max(0, int(min(self.seconds) - cut) // SECONDS)
 
     def recording(self, label: int) -> Recording:
         """With one label for all samples."""
-        return Recording(f"{self.listed.run}_{self.listed.node}", np.full(self.count, label), self.read)
+        differ = max(self.seconds) > 1.1 * min(self.seconds)
+        remark = "audio at 16 kHz and seismic at 100 Hz are not equally long; the rest is left out" if differ else ""
+        name = f"{self.listed.run}_{self.listed.node}"
+        return Recording(name, np.full(self.count, label), self.read, remark=remark)
 
     def read(self, number: int) -> dict[str, np.ndarray]:
         """By modality, (1, 10, S) of a sample. Raises DataError."""
@@ -179,21 +185,37 @@ def open_raw(raw: Path, split: str | None = None) -> RawDataset:
     raw_data.require_layout(raw, (), LAYOUT)
     spec = DATASETS["mod"]
     how = check_way(split, TIME, (TIME, PUBLISHED), spec)
-    samples = {path.stem: path for path in sorted(raw.rglob("*.pt"))}
-    indices = {path.stem.removesuffix("_index"): path for path in sorted(raw.rglob("*_index.txt"))}
+    samples = _by_name(raw.rglob("*.pt"))
+    indices = {name.removesuffix("_index"): path for name, path in _by_name(raw.rglob("*_index.txt")).items()}
     nodes = [Node(raw / one.run / one.node, one) for one in runs() if (raw / one.run / one.node).is_dir()]
     if not samples and not nodes:
         raise raw_data.not_as_in(LAYOUT, f"{raw}: found neither recordings of MOD nor its samples")
+    notes, listed_samples = [], {name for path in indices.values() for name in _names(path)}
     if not nodes or indices or how == PUBLISHED:
         if missing := [name for name in ("train", "test") if name not in indices]:
             raise DataError(f"{raw}: expected {missing[0]}_index.txt, which says what is for training and test")
         splits = _of_index(raw, samples, nodes, indices, how)
     else:
         splits = _of_recordings(nodes)
-    note = ""
+        notes.append(note_on([node.recording(NO_LABEL) for node in nodes if node.listed.used_for != UNUSED]))
+    known = {raw / one.run / one.node for one in runs()}
+    strays = {path.parent for path in raw.rglob("ehz.csv")} - known | {*raw.rglob("*.zip")}
+    strays |= {path for name, path in samples.items() if name not in listed_samples}
+    if strays:
+        found = listed([str(path.relative_to(raw)) for path in sorted(strays)])
+        notes.append(f"warning: in no list of MOD's recordings or samples, and left out: {found}")
     if how == PUBLISHED:
-        note = "--split published: samples for test lie between those for training of the same recording"
-    return RawDataset(spec, CLASSES[: spec.n_classes], tuple(splits), note)
+        notes.append("--split published: samples for test lie between those for training of the same recording")
+    return RawDataset(spec, CLASSES[: spec.n_classes], tuple(splits), "\n".join(filter(None, notes)))
+
+
+def _by_name(paths: Iterable[Path]) -> dict[str, Path]:
+    """Raises DataError where two have one name."""
+    found: dict[str, Path] = {}
+    for path in sorted(paths):
+        if (other := found.setdefault(path.stem, path)) != path:
+            raise DataError(f"{path}: expected one file of this name, found {other} too")
+    return found
 
 
 def _of_recordings(nodes: Sequence[Node]) -> list[RawSplit]:
@@ -250,6 +272,9 @@ def _of_index(
         return row, partial(read_row, of, number)
 
     train, test = sorted(listed_in["train"]), sorted(listed_in["test"])
+    if how == PUBLISHED and (shared := [name for name in test if name in listed_in["train"]]):
+        row = listed_in["test"][shared[0]]
+        raise DataError(f"{indices['test']}, row {row}: {shared[0]}: expected a sample that is not for training too")
     split_of: dict[str, str | None] = {**dict.fromkeys(train, "train"), **dict.fromkeys(test, "test")}
     if how == PUBLISHED:
         split_of |= dict.fromkeys(train[::VALIDATION_OF_PUBLISHED], "val")
@@ -273,7 +298,9 @@ def _of_index(
             continue
         label = class_of(name)
         if not 0 <= label < DATASETS["mod"].n_classes:
-            raise DataError(f"{indices['train']}: {name}: expected one of {listed(CLASSES[:7])} in the name")
+            index = "train" if name in listed_in["train"] else "test"
+            expected = f"expected one of {listed(CLASSES[:7])} in the name"
+            raise DataError(f"{indices[index]}, row {listed_in[index][name]}: {name}: {expected}")
         found[split].append(entry(name, label))
         if split != "train":
             held_out.add(place_of(name))
@@ -315,8 +342,8 @@ def read_sample(path: Path, number: int) -> dict[str, np.ndarray]:
             shape = (1, INTERVALS, SECONDS * rate // INTERVALS)
             if not isinstance(found[name], torch.Tensor) or tuple(found[name].shape) != shape:
                 raise ValueError(f"{name}: expected an array of shape {shape}")
-            if not torch.isfinite(found[name]).all():
-                raise ValueError(f"{name}: expected finite numbers")
+            if not torch.isfinite(found[name].float()).all():
+                raise ValueError(f"{name}: expected finite numbers of float32")
     except KeyError as error:
         raise DataError(f"{path}: expected data of shake with {' and '.join(RATES)}, found no {error}") from None
     except Exception as error:  # torch.load raises many types on damaged files

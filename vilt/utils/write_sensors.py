@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import ConfigError, DataError
-from common.messages import listed, quoted
+from common.messages import quoted
 from common.readers import Reader, flag, integer, literal, number, one_of, text
 from vilt.datasets.custom import SENSORS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, custom_spec
@@ -16,7 +16,18 @@ from vilt.utils.custom_layout import read_yaml
 from vilt.utils.mapped_array import open_numbers
 from vilt.utils.names import label_name, look_alikes
 from vilt.utils.raw_data import RawDataset
-from vilt.utils.recordings import PUBLISHED, SUBJECT, TIME, WAYS, Cut, Recording, check_finite, check_way, divide
+from vilt.utils.recordings import (
+    PUBLISHED,
+    SUBJECT,
+    TIME,
+    WAYS,
+    Cut,
+    Recording,
+    check_finite,
+    check_way,
+    divide,
+    note_on,
+)
 from vilt.utils.tables import read_text, table_rows
 
 LAYOUT = """\
@@ -90,7 +101,7 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
         raise DataError(f"{raw / 'labels.npy'}: expected {len(signals)} rows, as signals.npy has, found {len(labels)}")
     channels = _read_channels(raw / "channels.csv", signals.shape[1])
     steps = (of_spec[name] * (1 - of_spec[f"{name}_overlap"]) for name in ("sample", "interval"))
-    classes = tuple(label_name(line) for line in read_text(raw / "classes.txt").splitlines() if line)
+    classes = tuple(map(label_name, read_text(raw / "classes.txt").rstrip().splitlines()))
     if pair := look_alikes(classes):
         raise DataError(f"{raw / 'classes.txt'}: the classes {' and '.join(pair)} look the same")
     try:
@@ -100,7 +111,10 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
         custom = CustomData(of_spec["name"], "single", classes, of_spec["metric"], of_signals)
     except ValueError as error:
         raise DataError(f"{raw / 'classes.txt' if 'classes:' in str(error) else source}: {error}") from None
-    _check_rows(raw, signals, labels, classes)
+    for name, of in channels.columns.items():
+        for column, scale in zip(of, channels.scales[name], strict=True):
+            check_finite(signals[:, column] * scale, raw / "signals.npy", 0, f"column {column} × scale {scale:g}")
+    _check_labels(raw / "labels.npy", labels, classes)
 
     def read(start: int, length: int, number: int) -> dict[str, np.ndarray]:
         values_Nc, scales = signals[start : start + length][cut.rows(number)], channels.scales
@@ -108,7 +122,6 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
 
     recordings: list[Recording] = []
     recording_of_row = np.full(len(signals), -1)
-    short = []
     for row, values in table_rows(raw / "recordings.csv", RECORDINGS):
         place = f"{raw / 'recordings.csv'}, row {row}"
         start, length = (_number(f"{place}: {name}", values[name], integer(0)) for name in ("start", "length"))
@@ -122,28 +135,25 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
         of_samples = cut.labels(labels[start : start + length], mixed=of_spec["mixed_labels"])
         if values["recording"] in {one.name for one in recordings} or not values["recording"]:
             raise DataError(f"{place}: recording: expected a name of its own, found {values['recording']!r}")
-        reader, name = partial(read, start, length), values["recording"]
-        short += [] if len(of_samples) else [name]
-        recordings.append(Recording(name, of_samples, reader, values["subject"], values["split"] or None, row))
+        reader, subject = partial(read, start, length), label_name(values["subject"])
+        recordings.append(Recording(values["recording"], of_samples, reader, subject, values["split"] or None, row))
     row_of_set = custom_spec(custom)
-    default = PUBLISHED if all(one.split for one in recordings) else TIME
-    if default == TIME and all(one.subject for one in recordings):
-        default = SUBJECT
+    default = SUBJECT if any(one.subject for one in recordings) else TIME
+    default = PUBLISHED if any(one.split for one in recordings) else default
     how = check_way(split, default, WAYS, EVERY_DATASET[SENSORS])
-    splits = tuple(divide(recordings, how, "recordings.csv", cut.dropped))
-    note = f"warning: shorter than a sample, and left out: {listed(short)}" if short else ""
+    splits = tuple(divide(recordings, how, str(raw / "recordings.csv"), cut.dropped))
+    note = note_on(recordings, splits)
+    if in_none := np.count_nonzero(recording_of_row < 0):
+        note += f"{note and chr(10)}warning: in no recording, and left out: {in_none:,} of {len(signals):,} rows"
     return RawDataset(row_of_set, classes, splits, note)
 
 
-def _check_rows(raw: Path, signals: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
-    if signals.dtype.kind == "f":
-        check_finite(signals, raw / "signals.npy", 0, "signals")
+def _check_labels(path: Path, labels: np.ndarray, classes: tuple[str, ...]) -> None:
     if labels.dtype.kind == "f":
-        raise DataError(f"{raw / 'labels.npy'}: expected class numbers, found {labels.dtype}")
+        raise DataError(f"{path}: expected class numbers, found {labels.dtype}")
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(wrong):
-        found = f"found {labels[wrong[0]]}"
-        raise DataError(f"{raw / 'labels.npy'}, row {wrong[0]}: expected 0 to {len(classes) - 1}, {found}")
+        raise DataError(f"{path}, row {wrong[0]}: expected 0 to {len(classes) - 1}, found {labels[wrong[0]]}")
 
 
 def _read_channels(path: Path, n_columns: int) -> _Channels:

@@ -92,14 +92,16 @@ def open_raw(raw: Path, dataset: str, table: Path | None = None) -> RawDataset:
 def _row(spec: DatasetSpec, segments: Segments, row: int) -> Row:
     remarks: Counter[str] = Counter()
     columns: Row = {"id": segments.ids[row], "raw_text": [segments.texts[row]], REMARKS: remarks}
-    for name, x_TD in segments.features(row).items():
+    for name, given_TD in segments.features(row).items():
+        with np.errstate(over="ignore"):  # what is too large for float32 is not finite there
+            x_TD = given_TD.astype(np.float32)
         finite_TD = np.isfinite(x_TD)
         if not finite_TD.all():
             remarks[f"{name}: {NOT_FINITE}"] += int((~finite_TD).sum())
             x_TD = np.where(finite_TD, x_TD, 0)
         steps = spec.modalities[name].shape[0]
         assert steps is not None
-        columns[name] = np.pad(x_TD.astype(np.float32), ((steps - len(x_TD), 0), (0, 0)))
+        columns[name] = np.pad(x_TD, ((steps - len(x_TD), 0), (0, 0)))
     return columns | {"label": float(segments.labels_N[row])}
 
 

@@ -11,27 +11,42 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.messages import first_line, listed
 from vilt.datasets.specs import DATASETS
 from vilt.utils import raw_data
+from vilt.utils.names import spelled_as
 from vilt.utils.raw_data import RawDataset
-from vilt.utils.recordings import NO_LABEL, SUBJECT, TIME, Cut, Recording, check_way, divide, read_numbers
+from vilt.utils.recordings import (
+    NO_LABEL,
+    SUBJECT,
+    TIME,
+    Cut,
+    Recording,
+    check_finite,
+    check_way,
+    divide,
+    note_on,
+    read_numbers,
+)
 
 PAMAP2_LAYOUT = """\
 RAW/
   Protocol/subject101.dat …   54 columns: time, activity, heart rate, then the sensors of hand, chest and ankle
   Optional/subject101.dat …   likewise, if wanted
 """
+PAMAP2_WIDTH, PAMAP2_RATE = 54, 100
 PAMAP2_COLUMNS = {"Acc": (4, 5, 6), "Gyro": (10, 11, 12), "Mag": (13, 14, 15)}
 """Of the hand: accelerometer of ±16 g, gyroscope, magnetometer."""
 PAMAP2_ACTIVITIES = (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 16, 17, 18, 19, 20, 24)
-PAMAP2_CUT = Cut.of(100, 2, 2, 0.4, 0.2)
+PAMAP2_CUT = Cut.of(PAMAP2_RATE, 2, 2, 0.4, 0.2)
 RWHAR_LAYOUT = """\
 RAW/
   proband1/data/acc_walking_csv.zip …   each with acc_walking_waist.csv: id, attr_time in ms, values; or unpacked
 """
 RWHAR_FILES = {"acc": "acc", "gyr": "Gyroscope", "mag": "MagneticField", "lig": "Light"}
-RWHAR_WIDTHS = {"acc": 3, "gyr": 3, "mag": 3, "lig": 1}
-RWHAR_RATE = 50
+AXES = ["attr_x", "attr_y", "attr_z"]
+RWHAR_RATE, LONGEST_GAP = 50, 1000
+"""In Hz; and in ms, between two values. Light is recorded when it changes."""
 RWHAR_CUT = Cut.of(RWHAR_RATE, 5, 5, 1, 0.5)
 
 
@@ -42,7 +57,9 @@ def open_raw(raw: Path, dataset: str, split: str | None = None) -> RawDataset:
     recordings = list(_pamap2(raw) if dataset == "pamap2" else _rwhar(raw))
     cut = PAMAP2_CUT if dataset == "pamap2" else RWHAR_CUT
     assert spec.class_names is not None
-    return RawDataset(spec, spec.class_names, tuple(divide(recordings, how, str(raw), cut.dropped)))
+    splits = divide(recordings, how, str(raw), cut.dropped)
+    note = note_on(recordings, splits, ", without an activity, or where rows are missing")
+    return RawDataset(spec, spec.class_names, tuple(splits), note)
 
 
 def _sample(signals: dict[str, np.ndarray], cut: Cut, number: int) -> dict[str, np.ndarray]:
@@ -51,22 +68,52 @@ def _sample(signals: dict[str, np.ndarray], cut: Cut, number: int) -> dict[str, 
 
 def _pamap2(raw: Path) -> Iterator[Recording]:
     raw_data.require_layout(raw, ("Protocol",), PAMAP2_LAYOUT)
-    paths = sorted([*raw.glob("Protocol/*.dat"), *raw.glob("Optional/*.dat")])
+    paths = sorted(path for path in [*raw.glob("Protocol/*"), *raw.glob("Optional/*")] if path.name[0] != ".")
+    if wrong := [path for path in paths if path.suffix != ".dat"]:
+        raise DataError(f"{wrong[0].parent}: expected files subject101.dat …, found {wrong[0].name}")
     if not paths:
         raise DataError(f"{raw / 'Protocol'}: expected files subject101.dat …, found none")
-    columns = [1, *(column for of in PAMAP2_COLUMNS.values() for column in of)]
+    columns = [0, 1, *(column for of in PAMAP2_COLUMNS.values() for column in of)]
     for row, path in enumerate(paths, 1):
+        _check_width(path, PAMAP2_WIDTH)
         values = read_numbers(path, columns, r"\s+")
-        activities, signals = values[:, 0], values[:, 1:].astype(np.float32)
-        for wrong in np.flatnonzero(np.isinf(signals).any(axis=1)):
-            raise DataError(f"{path}, row {wrong + 1}: expected finite numbers, or NaN for missing ones")
-        for wrong in np.flatnonzero(~np.isin(activities, (0, *PAMAP2_ACTIVITIES))):
-            raise DataError(f"{path}, row {wrong + 1}: expected an activity of PAMAP2, found {activities[wrong]:g}")
-        of_samples = PAMAP2_CUT.labels(activities.astype(np.int64), mixed=False).tolist()
-        labels = [PAMAP2_ACTIVITIES.index(activity) if activity > 0 else NO_LABEL for activity in of_samples]
+        for column, of_column in zip(columns[2:], values[:, 2:].T, strict=True):
+            check_finite(np.where(np.isnan(of_column), 0, of_column), path, 1, f"column {column + 1}")
+        activities, signals = values[:, 1], values[:, 2:].astype(np.float32)
+        for row_ in np.flatnonzero(~np.isin(activities, (0, *PAMAP2_ACTIVITIES))):
+            raise DataError(f"{path}, row {row_ + 1}: expected an activity of PAMAP2, found {activities[row_]:g}")
+        parts = activities.astype(np.int64) + 100 * _parts(path, values[:, 0])
+        of_samples = [part % 100 if part > 0 else 0 for part in PAMAP2_CUT.labels(parts, mixed=False).tolist()]
+        labels = [PAMAP2_ACTIVITIES.index(activity) if activity else NO_LABEL for activity in of_samples]
         of = {name: signals[:, 3 * m : 3 * m + 3] for m, name in enumerate(PAMAP2_COLUMNS)}
         name, read = f"{path.parent.name}_{path.stem}", partial(_sample, of, PAMAP2_CUT)
         yield Recording(name, np.array(labels, dtype=np.int64), read, path.stem, row=row)
+
+
+def _check_width(path: Path, width: int) -> None:
+    """Raises DataError where a row has another number of values; pandas takes what a short one lacks for missing."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for row, line in enumerate(lines, 1):
+                if (found := len(line.split())) != width:
+                    raise DataError(f"{path}, row {row}: expected {width} values, found {found}")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _parts(path: Path, times_N: np.ndarray) -> np.ndarray:
+    """(N,) int64: the number of the part that a row is in; one ends where a row is not 0.01 s after the one before.
+
+    Raises:
+        DataError: that is so of most rows.
+    """
+    steps = np.diff(times_N)
+    ends = ~(np.abs(steps * PAMAP2_RATE - 1) < 0.5)
+    if len(ends) and ends.mean() > 0.5:
+        row = int(np.argmax(ends))
+        expected = f"expected a time (column 1) {1 / PAMAP2_RATE:g} s after that of the row before"
+        raise DataError(f"{path}, row {row + 2}: {expected}, found {steps[row]:g} s")
+    return np.concatenate([[0], np.cumsum(ends)])
 
 
 def _rwhar(raw: Path) -> Iterator[Recording]:
@@ -79,64 +126,107 @@ def _rwhar(raw: Path) -> Iterator[Recording]:
         activity = re.sub(r"_\d+$", "", part)
         if activity not in classes:
             raise DataError(f"{raw / subject}: expected an activity of {', '.join(classes)}, found {activity}")
-        of = {}
+        of, in_order = {}, True
         for name in RWHAR_FILES:
             if (subject, part, name) not in files:
                 raise DataError(f"{raw / subject / 'data'}: expected a file of {name} for {part}, found none")
-            of[name] = _timed(*files[subject, part, name], RWHAR_WIDTHS[name])
+            times, values = _timed(*files[subject, part, name], name)
+            order = np.argsort(times, kind="stable")
+            in_order &= bool((np.diff(times) > 0).all())
+            of[name] = times[order], values[order]
         begin, end = max(times[0] for times, _ in of.values()), min(times[-1] for times, _ in of.values())
         clock = np.arange(begin, end, 1000 / RWHAR_RATE)  # one for all sensors, where all of them recorded
         signals = {
             name: np.stack([np.interp(clock, times, column) for column in values.T], axis=1).astype(np.float32)
             for name, (times, values) in of.items()
         }
-        labels, read = (
-            np.full(RWHAR_CUT.count(len(clock)), classes.index(activity)),
-            partial(_sample, signals, RWHAR_CUT),
-        )
-        yield Recording(f"{subject}_{part}", labels, read, subject, row=row)
+        labels_N = np.full(len(clock), classes.index(activity))
+        for times, values in of.values():
+            if values.shape[1] == len(AXES):
+                after = np.searchsorted(times, clock, side="right")
+                labels_N[np.diff(times, append=np.inf)[after - 1] > LONGEST_GAP] = NO_LABEL
+        labels, read = RWHAR_CUT.labels(labels_N, mixed=False), partial(_sample, signals, RWHAR_CUT)
+        remark = "" if in_order else "times that go back or repeat, put in order"
+        yield Recording(f"{subject}_{part}", labels, read, subject, row=row, remark=remark)
 
 
-def _waist_files(raw: Path) -> dict[tuple[str, str, str], tuple[Path, str | None]]:
-    """By subject, activity (with the number of its part) and sensor: the file, in an archive by its name there."""
+def _waist_files(raw: Path) -> dict[tuple[str, str, str], tuple[Path, tuple[str, ...]]]:
+    """By subject, activity (with the number of its part) and sensor: the file, in archives by its names there."""
     name_of = {prefix.lower(): name for name, prefix in RWHAR_FILES.items()}
-    found: dict[tuple[str, str, str], tuple[Path, str | None]] = {}
-    for folder in sorted(raw.glob("proband*")):
-        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".csv", ".zip")):
-            names: list[str | None] = [None]
-            if path.suffix == ".zip":
-                try:
-                    with zipfile.ZipFile(path) as archive:
-                        names = list(archive.namelist())
-                except (OSError, zipfile.BadZipFile) as error:
-                    raise DataError(f"{path}: not readable as an archive: {error}") from None
-            for name in names:
-                match = re.fullmatch(r"(\w+?)_(\w+)_waist\.csv", (name or path.name).rsplit("/", 1)[-1])
+    found: dict[tuple[str, str, str], tuple[Path, tuple[str, ...]]] = {}
+    for folder in sorted(raw.glob("[pP]roband*")):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: expected a folder, found a file; unpack it, if it is an archive")
+        for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".csv", ".zip")):
+            for inside in _files_in(path):
+                match = re.fullmatch(r"(\w+?)_(\w+)_waist\.csv", (path.name, *inside)[-1].rsplit("/", 1)[-1])
                 if match and (sensor := name_of.get(match[1].lower())):
-                    part = re.sub(r"_csv$", "", path.stem if path.suffix == ".zip" else path.parent.name)
-                    number = re.search(r"_(\d+)$", part)
-                    key = (folder.name, match[2] + (number[0] if number and number[0] not in match[2] else ""), sensor)
-                    found[key] = (path, name)
+                    archive = (path.parent.name, path.name, *inside)[-2].rsplit("/", 1)[-1]
+                    number = re.search(r"_(\d+)$", re.sub(r"(_csv)?(\.zip)?$", "", archive, flags=re.IGNORECASE))
+                    part = match[2] + (number[0] if number and number[0] not in match[2] else "")
+                    other = found.setdefault((folder.name, part, sensor), (path, inside))
+                    if other != (path, inside) and _content(*other) != _content(path, inside):
+                        place = f"{path}{_in(inside)}"
+                        raise DataError(f"{place}: expected one file of {sensor} for {part}, found {other[0]} too")
+        if folder.name not in {subject for subject, _, _ in found}:
+            raise DataError(f"{folder}: expected files of the waist, as data/acc_walking_csv.zip, found none")
     return found
 
 
-def _timed(path: Path, inside: str | None, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Times in ms, ascending, and values (N, width). Raises DataError."""
-    place = f"{path}{f' ({inside})' if inside else ''}"
+def _in(inside: tuple[str, ...]) -> str:
+    return f" ({', '.join(inside)})" if inside else ""
+
+
+def _files_in(path: Path, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """What leads to each file: () for one that is no archive, else names in the archive, and in archives in there."""
+    if not (path.name, *inside)[-1].lower().endswith(".zip"):
+        yield inside
+        return
     try:
-        if inside is None:
-            data = raw_data.read_bytes(path)
-        else:
-            with zipfile.ZipFile(path) as archive:
-                data = archive.read(inside)
-        frame = pd.read_csv(io.BytesIO(data))
-        numbers = frame.drop(columns="id", errors="ignore").apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{place}: not readable as a table: {error}") from None
-    if numbers.shape[1] != width + 1 or not len(numbers):
-        raise DataError(f"{place}: expected a time and {width} values in each row, found {list(frame.columns)}")
-    finite = np.isfinite(numbers).all(axis=1)
-    if not finite.all():
-        raise DataError(f"{place}, row {int(np.argmin(finite)) + 2}: expected numbers, found something else")
-    order = np.argsort(numbers[:, 0], kind="stable")
-    return numbers[order, 0], numbers[order, 1:]
+        with zipfile.ZipFile(io.BytesIO(_content(path, inside))) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path}{_in(inside)}: not readable as an archive: {error}") from None
+    for name in names:
+        yield from _files_in(path, (*inside, name))
+
+
+def _content(path: Path, inside: tuple[str, ...]) -> bytes:
+    """The bytes of a file, in archives by its names there. Raises DataError."""
+    data = raw_data.read_bytes(path)
+    try:
+        for name in inside:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                data = archive.read(name)
+    except Exception as error:  # zipfile raises whatever the damage leads to; RuntimeError where a password is needed
+        raise DataError(f"{path}{_in(inside)}: cannot be read: {first_line(error)}") from None
+    return data
+
+
+def _timed(path: Path, inside: tuple[str, ...], sensor: str) -> tuple[np.ndarray, np.ndarray]:
+    """Times in ms and values (N, channels), as in the file. Raises DataError."""
+    place = f"{path}{_in(inside)}"
+    file = io.BytesIO(_content(path, inside))
+    header, first = file.readline(), file.readline()
+    try:
+        if first.count(b",") > header.count(b","):  # of which pandas would make an index
+            raise ValueError("row 2: more values than in the header")
+        frame = pd.read_csv(io.BytesIO(file.getvalue()), skip_blank_lines=False)
+    except ValueError as error:
+        raise DataError(f"{place}: not readable as a table: {first_line(error)}") from None
+    frame.columns = pd.Index(spelled_as(frame.columns, ["id", "attr_time", *AXES]))
+    channels = sorted(set(frame.columns) - {"id", "attr_time"})
+    fits = len(channels) == 1 if sensor == "lig" else channels == AXES
+    if not fits or "attr_time" not in frame or not len(frame):
+        expected = f"attr_time and {'the light' if sensor == 'lig' else ', '.join(AXES)}"
+        found = listed(list(frame.columns)) if len(frame) else "none"
+        raise DataError(f"{place}: expected rows of {expected}, found {found}")
+    numbers = frame[["attr_time", *channels]].apply(pd.to_numeric, errors="coerce")
+    for name, column in numbers.items():
+        check_finite(column.to_numpy(np.float64), place, 2, str(name), frame[name].tolist())
+    times, values = numbers["attr_time"].to_numpy(np.float64), numbers[channels].to_numpy(np.float64)
+    step = float(np.median(np.diff(np.sort(times)))) if len(times) > 1 else 1000 / RWHAR_RATE
+    if sensor != "lig" and not 1 <= step <= 200:
+        expected = f"expected milliseconds, in rows some {1000 // RWHAR_RATE} apart"
+        raise DataError(f"{place}: attr_time: {expected}, found {step:g}")
+    return times, values

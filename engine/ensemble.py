@@ -29,7 +29,7 @@ class Ensemble(MissingModalityClassifier):
 
     def forward(self, batch: ModelInput) -> Tensor:
         """Logits (B, C)."""
-        return torch.stack([member(batch).float() for member in self.members]).mean(0)
+        return torch.stack([member(batch) for member in self.members]).mean(0)
 
     def features(self, batch: ModelInput) -> tuple[dict[str, Tensor], dict[str, TowerSlots]]:
         """Raises ConfigError: members have features of their own."""

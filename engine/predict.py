@@ -176,7 +176,7 @@ class Predictor:
     @torch.inference_mode()
     def _predictions(self, batch: ModelInput) -> list[Prediction]:
         with self._autocast():
-            logits_BC = self._classifier(batch).float().cpu()
+            logits_BC = self._classifier(batch).cpu()
         missing_of = [self.dataset.type_names[code] for code in batch.joined().missing_type_B.tolist()]
         if self.dataset.label_range is not None:
             return [

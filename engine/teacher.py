@@ -71,7 +71,7 @@ def soft_labels(
     probabilities = []
     with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         for batch in tqdm(loader, desc="teacher", unit=" batches", dynamic_ncols=True, disable=None):
-            logits_BC = classifier(model_input(move_data_to_device(batch, device), "train")).float()
+            logits_BC = classifier(model_input(move_data_to_device(batch, device), "train"))
             logits_BC *= classifier.head.logit_scale  # cosines alone would be probabilities near 1/2, or all alike
             probabilities.append((logits_BC.sigmoid() if dataset.spec.multilabel else logits_BC.softmax(-1)).cpu())
     log.info("soft labels of %d training samples by %s", len(dataset), path)

@@ -58,11 +58,6 @@ def model_input(batch: Batch, split: str = "") -> ModelInput:
     return ModelInput(**of_model, split=split)
 
 
-def _full_precision(logits: Tensor) -> Tensor:
-    """float32 in place of 16 bits; float64 stays."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 class FinetuneModule(pl.LightningModule):
     """Trains what the table of trainable parameters says; logs `train/`, `val/` and `test/` metrics of whole epochs.
 
@@ -139,7 +134,6 @@ class FinetuneModule(pl.LightningModule):
 
     def _step(self, inputs: ModelInput, labels: Tensor, counted: int) -> Losses:
         logits, own_losses = self.classifier.training_outputs(inputs, labels)
-        logits = _full_precision(logits)
         loss = self.task.loss(logits[:counted], labels[:counted])
         if self.soft_labels is not None and inputs.index_B is not None:
             loss = (loss + self.task.loss(logits[:counted], self.soft_labels[inputs.index_B[:counted]])) / 2
@@ -211,11 +205,11 @@ class FinetuneModule(pl.LightningModule):
         """Keeps the logits; the metrics are those of the whole split. Of a pretraining it logs the losses."""
         if self.pretrains:
             return self._log_pretraining("val", batch, batch_idx)
-        return self._keep("val", batch, _full_precision(self(batch, "val")))
+        return self._keep("val", batch, self(batch, "val"))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the logits; the metrics are those of the whole split."""
-        self._keep("test", batch, _full_precision(self(batch, "test")))
+        self._keep("test", batch, self(batch, "test"))
 
     def _log_pretraining(self, stage: Stage, batch: Batch, batch_idx: int) -> None:
         """The mean loss over the split, of the same views each time."""

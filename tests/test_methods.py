@@ -211,7 +211,8 @@ def test_bfloat16_is_close(variant: str) -> None:
         classifier.compute(torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             half = classifier(batch)
-    assert golden.relative_error(half.float(), exact) < 5e-2
+    assert golden.relative_error(half, exact) < 5e-2
+    assert half.dtype == torch.float32 and not torch.equal(half, half.bfloat16().float())
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class MissingModalityClassifier(nn.Module):
         return head
 
     def forward(self, batch: ModelInput) -> Tensor:
-        """Logits (B, C)."""
+        """Logits (B, C), in full precision."""
         features, _ = self.features(batch)
         return self._logits(features, batch.joined())
 
@@ -86,7 +86,10 @@ class MissingModalityClassifier(nn.Module):
 
     def _logits(self, features: dict[str, Tensor], batch: ModelInput, labels: Tensor | None = None) -> Tensor:
         fused, votes_BC = self.fused(features, batch)
-        return self.head(fused, batch.missing_type_B, labels) + votes_BC
+        with torch.autocast(fused.device.type, enabled=False):  # logits in 16 bits are tied, and rounded to 0.4 %
+            fused = fused.to(torch.promote_types(fused.dtype, torch.float32))
+            logits_BC: Tensor = self.head(fused, batch.missing_type_B, labels)
+        return logits_BC + votes_BC
 
     def fused(self, features: dict[str, Tensor], batch: ModelInput) -> tuple[Tensor, Tensor | float]:
         """What the head classifies, and what neighbours add to its logits."""

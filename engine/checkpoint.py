@@ -26,7 +26,7 @@ from common.hashing import file_sha256
 from common.messages import first_line, quoted
 from common.records import record_of
 from common.torch_file import check_state, first_of, state_dict_of, unwrapped_names
-from engine.exported import DESCRIPTION, WEIGHTS, is_exported, read_exported
+from engine.exported import DESCRIPTION, WEIGHTS, read_exported, weights_file
 from engine.families import BackboneChoice, family_of
 from engine.published_checkpoint import load_checkpoint_file, model_names, published_model, published_vla
 from engine.tasks import task_of
@@ -167,7 +167,8 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     if k and (backbone.mixes or backbone.fused_parts != len(backbone.places) or not has_frozen_towers(classifier)):
         raise ValueError(
             "neighbours: expected frozen towers whose features stand side by side, as with prompt_type=none and "
-            "train_ends=False"
+            f"train_ends=False; found prompt_type={spec.method.prompt_type}, train_ends={spec.method.train_ends} and "
+            f"head={spec.head}"
         )
     return classifier
 
@@ -221,8 +222,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: not there, damaged, or not a checkpoint of this model.
     """
-    if is_exported(path):
-        path = path / WEIGHTS
+    path = weights_file(path)
     if not path.is_file():
         found = "found a folder; name the best.ckpt in it" if path.is_dir() else "found no such file"
         raise CheckpointError(f"load_path={path}: expected a checkpoint, {found}")

@@ -24,6 +24,11 @@ def is_exported(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()
 
 
+def weights_file(path: Path) -> Path:
+    """The file of a checkpoint: of an exported model, which is a folder, that of its weights."""
+    return path / WEIGHTS if is_exported(path) else path
+
+
 def read_exported(weights: Path) -> dict[str, Any]:
     """What the checkpoint that was exported held: its entries, and what it said of its model under DESCRIPTION.
 

@@ -168,7 +168,7 @@ def check_together(options: Options) -> None:
     for name, checkpoint in (*named, ("resume_from", options.resume_from), ("teacher", options.teacher)):
         if checkpoint in (None, AUTO) or Path(checkpoint).is_file():
             continue
-        if name == "load_path" and (Path(checkpoint) / "model.safetensors").is_file():  # as `run.py export` writes it
+        if name != "resume_from" and (Path(checkpoint) / "model.safetensors").is_file():  # as `run.py export` writes it
             continue
         if not Path(checkpoint).is_dir():
             raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")

@@ -19,6 +19,8 @@ NOT_THE_TRAINING = frozenset(_NO_RESULT - {"test_only", "fast_dev_run"})
 checked when the checkpoint is read."""
 NOT_THE_LINE = frozenset(_NO_RESULT | {"seed", "skip_bad_steps"})
 """Options in which runs of one line may differ."""
+BY_CONTENT = {"vit": "backbone", "tokenizer": "tokenizer", "load_path": "load_path", "teacher": "teacher"}
+"""Options that name files, with the entry of contents.json by which runs are compared in their place."""
 BESIDE = ("head", "neighbours", "teacher")
 """Options of what a run has beside its method."""
 

@@ -20,14 +20,15 @@ from common.text import counted, natural_key
 from engine.checkpoint import Checkpoint, ModelSpec, check_backbone, check_classes, check_tokenizer
 from engine.checkpoint_file import check_intact
 from engine.contents import CONTENTS_FILE, OF_TEST, other_contents
-from runs.comparable import NOT_THE_TRAINING
+from runs.comparable import BY_CONTENT, NOT_THE_TRAINING
+from runs.option_readers import PRECISIONS
 from runs.run_reader import flat_options, trained_so_far
 from vilt.datasets.arrow_dataset import ArrowDataset
 
 log = logging.getLogger("rep")
 
-FREE = NOT_THE_TRAINING | {"load_path", "teacher"}
-"""Options in which two runs of one training may differ; what these two name is compared by its content."""
+FREE = NOT_THE_TRAINING | set(BY_CONTENT)
+"""Options in which two runs of one training may differ."""
 TEST_PATTERN = ("missing_ratio.test", "missing_type.test")
 
 
@@ -59,14 +60,19 @@ def alone(parent: Path, config: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def find_progress(parent: Path, config: Mapping[str, Any], contents: Mapping[str, str]) -> Progress:
+def find_progress(
+    parent: Path, config: Mapping[str, Any], contents: Mapping[str, str], *, any_precision: bool
+) -> Progress:
     """The newest intact checkpoint of the runs of this training in `parent`, or the run that has finished it.
 
-    Logs what it finds, and which checkpoints are damaged. The arguments are what config.json and contents.json of this
-    run will hold.
+    Logs what it finds, and which checkpoints are damaged.
+
+    Args:
+        config, contents: what config.json and contents.json of this run will hold.
+        any_precision: it takes that of the run that it resumes, if this machine computes in it.
     """
     wanted = _comparable(config)
-    runs = list(_agreeing(parent, wanted, contents))
+    runs = list(_agreeing(parent, wanted, contents, any_precision=any_precision))
     for folder, theirs, read in runs:
         same_test = all(theirs[name] == wanted[name] for name in TEST_PATTERN)
         same_test = same_test and all(read.get(name) == contents.get(name) for name in OF_TEST)
@@ -88,7 +94,7 @@ def find_progress(parent: Path, config: Mapping[str, Any], contents: Mapping[str
 
 
 def _agreeing(
-    parent: Path, wanted: dict[str, Any], contents: Mapping[str, str]
+    parent: Path, wanted: dict[str, Any], contents: Mapping[str, str], *, any_precision: bool
 ) -> Iterator[tuple[Path, dict[str, Any], dict[str, str]]]:
     """The run folders of the same training, newest first, with their options and what they read."""
     folders = [path for path in parent.glob("version_*") if path.name[8:].isdigit()]
@@ -98,7 +104,8 @@ def _agreeing(
         except (DataError, KeyError, TypeError) as error:
             log.warning("%s: passed over: %s", folder, first_line(error))
             continue
-        if differing := _differences(theirs, wanted, FREE):
+        possible = any_precision and (theirs.get("precision") != PRECISIONS["16"] or wanted["num_gpus"])
+        if differing := _differences(theirs, wanted, FREE | {"precision"} if possible else FREE):
             log.info("%s: a run with other options: %s", folder, ", ".join(differing))
         elif other := other_contents(read, contents, *OF_TEST):
             log.info("%s: a run on something else under these options: %s", folder, ", ".join(other))

@@ -20,7 +20,7 @@ from common.readers import text
 from common.strict_json import read_json
 from common.text import baseline_texts, counted, natural_key
 from config import DEFAULTS
-from runs.comparable import NOT_THE_LINE
+from runs.comparable import BY_CONTENT, NOT_THE_LINE
 from runs.pattern import Pattern
 from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
@@ -137,8 +137,9 @@ class Run:
 
     @property
     def line_key(self) -> str:
-        """Equal for runs of one line at any pattern."""
-        return json.dumps(self.line, sort_keys=True)
+        """Equal for runs of one line at any pattern, wherever the files lay that they read."""
+        known = {name: self.contents[entry] for name, entry in BY_CONTENT.items() if entry in self.contents}
+        return json.dumps(self.line | known, sort_keys=True)
 
 
 def find_runs(*places: Path) -> tuple[list[Run], dict[Path, DataError]]:

@@ -1,7 +1,7 @@
 """What `run.py robustness` evaluates: checkpoints, with what is known of their runs and their stored logits."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,8 @@ def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -
             raise ConfigError(f"{option}: {ours} contradicts the checkpoint {checkpoint.path}, which has {theirs}")
 
 
-def as_trained(options: Options, checkpoints: Sequence[Checkpoint], given: set[str]) -> Options:
-    """The options of an evaluation, in the precision of the training unless another one is `given`."""
+def as_trained(options: Options, checkpoints: Sequence[Checkpoint], given: Collection[str]) -> Options:
+    """The options of what goes on from `checkpoints`, in the precision of the training unless another is `given`."""
     if "precision" in given:
         return options
     return replace(options, precision=precision_of(checkpoints, options.precision, on_gpu=options.num_gpus > 0))

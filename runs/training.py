@@ -45,6 +45,7 @@ from engine.checkpoint import (
 )
 from engine.contents import contents_of_data
 from engine.cuda_graphs import recorded
+from engine.exported import weights_file
 from engine.families import family_of
 from engine.kept_features import are_constant, keep_features, remember_training_split
 from engine.neighbour_accuracy import NeighbourAccuracy
@@ -58,6 +59,7 @@ from runs.evaluation import backbone_choice, check_measurable, open_data, set_co
 from runs.resume import alone, check_resume, find_progress, say_differences
 from runs.run_reader import as_written_by_run
 from runs.start import commit, described, say_device, say_remarks, start_folder
+from runs.targets import as_trained
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
@@ -91,14 +93,15 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
     parent = options.log_dir / name
     with nullcontext() if options.fast_dev_run else alone(parent, described(options, custom)):  # which writes a lock
         opened = open_training(options, given)
-        progress = find_progress(parent, described(opened.options, custom), opened.contents)
+        described_here, any_precision = described(opened.options, custom), "precision" not in given
+        progress = find_progress(parent, described_here, opened.contents, any_precision=any_precision)
         if progress.finished is not None:
             log.info("resume_from=auto: nothing is left to do: %s is finished", progress.finished)
             path = progress.finished / "test_results.json"
             with as_written_by_run(path):
                 return read_json(path)["metrics"] if options.test_after_fit else {}
         opened = opened._replace(options=replace(opened.options, resume_from=progress.checkpoint))
-        return train_from(options, name, opened=opened)
+        return train_from(options, name, given=given, opened=opened)
 
 
 def starting_point(options: Options, given: Collection[str]) -> tuple[Options, Checkpoint | None, Any]:
@@ -128,9 +131,9 @@ def open_training(options: Options, given: Collection[str] = ()) -> Opened:
     options = fit_depths(options, given, backbone.architecture)
     inputs = reading_texts(family.inputs(choice, backbone.architecture), options.method())
     data = open_data(options, inputs)
-    contents = {} if options.fast_dev_run else contents_of_data(data)
+    contents = {} if options.fast_dev_run and options.resume_from is None else contents_of_data(data)
     architecture = hashlib.sha256(repr(backbone.architecture).encode()).hexdigest()  # with the preprocessing of images
-    contents |= {"teacher": file_sha256(options.teacher)} if options.teacher is not None else {}
+    contents |= {"teacher": file_sha256(weights_file(options.teacher))} if options.teacher is not None else {}
     contents |= {"backbone": backbone.sha256, "architecture": architecture, "tokenizer": inputs.fingerprint}
     return Opened(options, start, backbone, inputs, data, contents | ({"load_path": start.sha256} if start else {}))
 
@@ -188,6 +191,7 @@ def train_from(
     if options.resume_from is not None:
         resumed = read_checkpoint(Path(options.resume_from))
         check_resume(resumed, spec, backbone, inputs.fingerprint, train_data, contents)
+        options = as_trained(options, [resumed], given)
         load_kept_state(classifier, resumed.state, f"resume_from={resumed.path}")
         say_differences(resumed.path, described(options, custom))
     elif start is not None:

@@ -75,6 +75,11 @@ def test_a_teacher_sees_what_the_missing_table_leaves(workspace, tmp_path, membe
     again = [word.replace(str(members[teacher]), str(moved)) for word in student]
     assert command_line([*again, "resume_from=auto"]) == 0
     assert "nothing is left to do" in capsys.readouterr().err
+    exported = tmp_path / "exported"
+    assert call("export", f"load_path={moved}", f"out={exported}") == 0
+    shared = [word.replace(str(members[teacher]), str(exported)) for word in student]
+    assert command_line([*shared, "exp_name=by_exported", "max_epoch=1"]) == 0
+    torch.testing.assert_close(seen[-1][1], soft, rtol=1e-3, atol=1e-4)
 
 
 def test_a_teacher_with_neighbours_knows_the_training_split(workspace, tmp_path, capsys):

@@ -25,17 +25,17 @@ from tests.archives import Touch
 from tests.conftest import Captured, Patch, Workspace, call, csv_of, error_of, json_of
 from tests.interrupted import differences, files_up_to
 from tests.models import TINY, tiny_classifier
-from tests.report_files import write_run
+from tests.report_files import edited, write_run
 
 WEIGHT = "model.memory_learner.text_memory_complete"
 OPTIONS = ("val_check_interval=0.4", "max_epoch=1")
 
 
-def find_progress(parent: Path, config: dict[str, Any], **other_contents: str) -> Progress:
+def find_progress(parent: Path, config: dict[str, Any], any_precision: bool = False, **other_contents: str) -> Progress:
     """For a run that reads what the first one in `parent` did, but for `other_contents`."""
     path = parent / "version_0" / CONTENTS_FILE
     contents = {**(json_of(path) if path.is_file() else {}), **other_contents}
-    return resume.find_progress(parent, config, contents)
+    return resume.find_progress(parent, config, contents, any_precision=any_precision)
 
 
 def auto(workspace: Workspace, name: str, *options: str) -> list[str]:
@@ -140,6 +140,7 @@ def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatc
     first = folder_of(workspace, "left_alone", 0)
     config = {**json_of(first / "config.json"), "test_after_fit": True}
     elsewhere = {"num_workers": 3, "data_root": "moved", "exp_name": "renamed", "compile": True, "cpu_processes": 2}
+    elsewhere |= {"vit": "moved", "tokenizer": "moved"}  # their contents are the same
     for agreeing in ({}, {**elsewhere, "per_gpu_batchsize": 2}):
         found = find_progress(first.parent, {**config, **agreeing})
         assert found == Progress(checkpoint=first / "last.ckpt")
@@ -151,6 +152,25 @@ def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatc
     said = capsys.readouterr().err
     assert f"{first}: " in said and "batch_size (there 8, here 4), learning_rate (there 0.01, here 0.5)" in said
     assert "no checkpoint of this run" in said
+
+
+def test_a_precision_that_is_left_open_is_that_of_the_run(workspace: Workspace, monkeypatch: Patch) -> None:
+    """Whatever this machine would take by itself."""
+    command = auto(workspace, "in_bf16", "precision=bf16")
+    interrupt(command, monkeypatch, checkpoints=2)
+    first, second, third = (folder_of(workspace, "in_bf16", version) for version in range(3))
+    left_open = [word for word in command if not word.startswith("precision=")]
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    assert command_line(left_open) == 0
+    assert json_of(second / "config.json")["precision"] == "bf16-mixed"
+    last = f"resume_from={first / 'last.ckpt'}"
+    assert command_line([last if word == "resume_from=auto" else word for word in left_open]) == 0
+    assert json_of(third / "config.json")["precision"] == "bf16-mixed"
+    config = json_of(second / "config.json")
+    for precision, any_precision in (("32-true", False), ("16-mixed", True)):  # given; no CPU computes in 16 bits
+        for folder in (first, second, third):
+            edited(folder, "config.json", precision=precision)
+        assert find_progress(first.parent, config, any_precision=any_precision) == Progress()
 
 
 def test_folders_that_say_nothing_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -36,6 +36,17 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line(tmp_path: Path) -> No
     assert seeds_of([line]) == [[0, 1, 2]] and not line.repeats and line.differing([line]) == []
 
 
+def test_files_are_known_by_their_content(tmp_path: Path) -> None:
+    """Not by where they lay, where the runs say what they read."""
+    for seed, vit in enumerate(("here/clip", "there/clip", "other/clip")):
+        run = write_run(tmp_path / f"run{seed}" / "version_0", seed=seed, vit=vit, teacher=f"t{seed}/best.ckpt")
+        contents = {"backbone": "b" if "other" in vit else "a", "teacher": "c"}
+        (run / "contents.json").write_text(json.dumps(contents))
+    assert seeds_of(lines_in(tmp_path)) == [[0, 1], [2]]
+    (tmp_path / "run1" / "version_0" / "contents.json").unlink()
+    assert seeds_of(lines_in(tmp_path)) == [[0], [1], [2]]
+
+
 def test_a_run_of_before_an_option_was_there_has_its_default(tmp_path: Path) -> None:
     for seed in (0, 1):
         run = write_run(tmp_path / f"run{seed}" / "version_0", seed=seed)

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from common.machine import as_printed
 
-GAP, NARROWEST, ONE_LINE = 2, 4, 10_000
-"""Characters: between columns of a table, in one without a heading, and at most in a table that is not folded."""
+GAP, NARROWEST, ESTIMATE, ONE_LINE = 2, 4, len("0.1234 ± 0.1234"), 10_000
+"""Characters: between columns of a table, in one without a heading, in a column of estimates, and at most in a table
+that is not folded."""
 
 LOWER_IS_BETTER = ("loss", "mae")
 """Metrics of which the lowest value is the best."""
@@ -96,18 +97,37 @@ def per_cent(share: float) -> str:
     return f"{round(100 * share, 6):g} %"
 
 
-def terminal_table(heads: Sequence[str], rows: Sequence[Sequence[str] | None], sides: str) -> str:
+def terminal_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str] | None], sides: str, repeated: int | None = None
+) -> str:
     """A table for the terminal, folded to its width. Into a pipe or a file a row is one line, however long.
 
     Args:
         rows: None is a line between rows.
         sides: `<` or `>` for each column, the side that it is aligned to.
+        repeated: of a table that may have any number of columns, the first ones, with which it begins again below
+            itself where the others are too many for the terminal.
     """
     heads, rows = [*map(as_printed, heads)], [None if row is None else [*map(as_printed, row)] for row in rows]
     lines = [heads, *(row for row in rows if row is not None)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    least = [max(map(len, head.split()), default=NARROWEST) for head in heads]  # a word is not folded
+    kept = [[head, *(row[i] for row in lines if sides[i] == ">")] for i, head in enumerate(heads)]  # figures, too
+    least = [max(map(len, " ".join(cells).split()), default=NARROWEST) for cells in kept]  # a word is not folded
     available = shutil.get_terminal_size((0, 0)).columns or ONE_LINE  # 0: no terminal, and no COLUMNS either
+    if repeated is not None:
+        others = zip(least[repeated:], widths[repeated:], strict=True)
+        each = GAP + max(max(low, min(width, ESTIMATE)) for low, width in others)
+        if (n := max(1, (available - sum(widths[:repeated]) - GAP * repeated) // each)) < len(heads) - repeated:
+            first, starts = slice(0, repeated), range(repeated, len(heads), n)
+            parts = [slice(start, start + n) for start in starts]
+            return "\n\n".join(
+                terminal_table(
+                    [*heads[first], *heads[part]],
+                    [None if row is None else [*row[first], *row[part]] for row in rows],
+                    sides[first] + sides[part],
+                )
+                for part in parts
+            )
     while sum(widths) + GAP * len(widths) > available and any(map(gt, widths, least)):
         room = [width if width > low else 0 for width, low in zip(widths, least, strict=True)]
         widths[room.index(max(room))] -= 1

@@ -172,7 +172,7 @@ def _group(
             difference = Difference(value, low, high, p)
             comparison = Comparison(one, other, pattern, (mine, theirs), difference, of_seeds, task.monitor)
             comparisons.append(comparison)
-        log.info("%s: %s compared", dataset, pattern.title)
+        log.info("%s: %s compared by %s", dataset, pattern.title, task.monitor)
     labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
     of_constants = baselines(task, first.split.labels, first.class_names)
     metric = AT_OFFSET if at_offset else task.monitor

@@ -32,8 +32,10 @@ class RunLine(Generic[T]):
         """`option=value` for the options in which its method's lines among `lines` differ, and for what every table
         names: other inputs, and what it has beside the method."""
         same = [other.options for other in lines if other.options.get("prompt_type") == self.options.get("prompt_type")]
-        differ = {name for name, value in self.options.items() if any(other.get(name) != value for other in same)}
-        words = [f"{name}={value}" for name, value in self.options.items() if name in differ.difference(BESIDE)]
+        values = {name: {str(other[name]) for other in same if name in other} for name in self.options}
+        differ = {name for name, those in values.items() if len(those) > 1}
+        shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in self.options.items()}
+        words = [f"{name}={value}" for name, value in shown.items() if name in differ.difference(BESIDE)]
         return list(dict.fromkeys([*other_input(self.options), *beside_method(self.options), *words]))
 
 

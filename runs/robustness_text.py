@@ -79,12 +79,13 @@ def _side_by_side(measured: Sequence[tuple[Target, Results]]) -> list[str]:
         rows[1].append("not known" if trained is None else str(Pattern(**trained)))
         rows[2].append(", ".join("not known" if one.train_seed is None else str(one.train_seed) for one in subjects))
     table, over = _block(first["metric"], first, lines)
+    side_by_side = partial(terminal_table, heads, sides="<" + ">" * (len(heads) - 1), repeated=2)
+    tables = [side_by_side([*rows, ["± over", "", *over], *table])]
     if any(AT_OFFSET in found["metrics"] for _, found in measured):
-        heading = [AT_OFFSET, "", *[""] * len(lines)]
-        table += [None, heading, *_block(AT_OFFSET, first, lines)[0]]
+        tables += [f"\n{AT_OFFSET}:\n", side_by_side(_block(AT_OFFSET, first, lines)[0])]
     left_out = [str(target.subject.checkpoint) for line in lines for target, _ in line.repeats]
     return [
-        terminal_table(heads, [*rows, ["± over", "", *over], *table], "<" + ">" * (len(heads) - 1)),
+        *tables,
         *([f"\nnot counted, of a seed that is there already: {', '.join(left_out)}"] if left_out else []),
     ]
 

@@ -22,6 +22,7 @@ from runs.check_options import check, read_load_paths
 from runs.comparable import other_input
 from runs.pattern import Pattern
 from runs.run_reader import Run, find_runs, read_run
+from runs.sweep.jobs import search_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec, rows_of_splits
 from vilt.datasets.specs import DatasetSpec
@@ -69,7 +70,8 @@ def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
 def find_checkpoints(places: Sequence[Path]) -> list[Path]:
     """The checkpoints among `places`, and the best.ckpt of each run in or below those that are folders.
 
-    Runs without one are named in a warning.
+    Runs without one are named in a warning. The trials of a search below a folder are left out: validation chooses
+    among them, and the test split has no part in it.
 
     Raises:
         ConfigError: a place is not there, or has no checkpoint below it.
@@ -82,6 +84,11 @@ def find_checkpoints(places: Sequence[Path]) -> list[Path]:
         if not place.is_dir():
             raise ConfigError(f"load_path: expected a checkpoint file or a folder of runs, found nothing at {place}")
         runs, damaged = find_runs(place)
+        searches = {run.folder: search for run in runs if (search := search_of(run.folder)) and place in search.parents}
+        if searches:
+            named = ", ".join(str(search) for search in dict.fromkeys(searches.values()))
+            log.info("trials of a search, left out unless they are named: %s", named)
+        runs = [run for run in runs if run.folder not in searches]
         trained = [run.folder for run in runs if not run.is_evaluation and run.config["prompt_type"] not in PRETRAINING]
         folders = sorted([*trained, *damaged], key=natural_key)
         below = [path for folder in folders if (path := folder / "best.ckpt").is_file()]

@@ -15,6 +15,7 @@ from common.errors import ConfigError
 from common.text import AT_OFFSET
 from config import DEFAULTS
 from runs.run_table import describe_runs, list_runs, sort_runs
+from runs.sweep.jobs import JOURNAL
 from runs.targets import find_checkpoints
 from tests.conftest import Captured, Patch, call, csv_of, json_of
 from tests.report_files import edited
@@ -267,7 +268,8 @@ def test_a_real_run(fitted: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_below_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Natural order; evaluations have no checkpoint and need none."""
+    """Natural order; evaluations have no checkpoint and need none, and trials of a search are no results."""
+    caplog.set_level("INFO", "rep")
     folders = [write_run(tmp_path / "rep_seed0" / f"version_{number}") for number in (10, 9)]
     write_run(tmp_path / "rep_test" / "version_0", score=None, test_only=True)
     cut = write_run(tmp_path / "cut" / "version_0", score=None, tested=None)
@@ -275,6 +277,12 @@ def test_checkpoints_below_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFix
     empty.mkdir(parents=True)
     assert find_checkpoints([tmp_path]) == [folders[1] / "best.ckpt", folders[0] / "best.ckpt"]
     assert caplog.messages == [f"without a checkpoint, and left out: {cut}, {empty}"]
+    trial = write_run(tmp_path / "search" / "search_trial_0_seed0" / "version_0")
+    (tmp_path / "search" / JOURNAL).touch()
+    assert trial / "best.ckpt" not in find_checkpoints([tmp_path])
+    assert caplog.messages[1].endswith(f": {tmp_path / 'search'}")
+    for named in (tmp_path / "search", trial):
+        assert find_checkpoints([named]) == [trial / "best.ckpt"]
     assert find_checkpoints([folders[0] / "last.ckpt"]) == [folders[0] / "last.ckpt"]
     with pytest.raises(ConfigError, match=r"found runs without one: .*cut/version_0$"):
         find_checkpoints([tmp_path / "cut"])

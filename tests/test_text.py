@@ -42,6 +42,16 @@ def test_a_table_in_a_pipe_has_a_line_a_row(monkeypatch: Patch) -> None:
     assert {len(lines[number]) for number in (0, 2, 4)} == {len(lines[4])}
 
 
+def test_a_table_of_too_many_columns_begins_again_below_itself(monkeypatch: Patch) -> None:
+    heads, figures = ["missing", "", *"abcde"], [f"0.{number}234 ± 0.0000" for number in range(5)]
+    monkeypatch.setenv("COLUMNS", "60")
+    text = terminal_table(heads, [["text", "70 %", *figures], None, ["both", "70 %", *figures]], "<>>>>>>", repeated=2)
+    assert max(map(len, text.splitlines())) <= 60
+    parts = [part.splitlines()[0].split() for part in text.split("\n\n") if "missing" in part]
+    assert parts == [["missing", *"ab"], ["missing", *"cd"], ["missing", "e"]]
+    assert all(text.count(figure) == 2 for figure in figures) and text.count("text  ") == 3
+
+
 def test_a_table_on_a_narrow_terminal_is_folded_and_loses_nothing(monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     cell = "".join(f"{number:02}" for number in range(40))

@@ -21,7 +21,7 @@ from runs.report.samples import SampleGrid
 from runs.report.search import search_section
 from runs.report.tables import runs_table
 from runs.report.text import listed
-from runs.sweep.jobs import JOURNAL
+from runs.sweep.jobs import search_of
 
 MARKER = "report.json"
 """File that says that a folder is a report, so that a later one may replace it."""
@@ -47,9 +47,10 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
     runs = read_report_runs(places)
     trials: dict[Path, list[ReportRun]] = {}
     for run in runs:
-        if sweep := _search_of(run, places):
+        if (sweep := search_of(run.folder)) and any(sweep.is_relative_to(place) for place in places):
             trials.setdefault(sweep, []).append(run)
-    others, now = [run for run in runs if not _search_of(run, places)], datetime.now()
+    in_searches, now = [run for of_search in trials.values() for run in of_search], datetime.now()
+    others = [run for run in runs if run not in in_searches]
     datasets = by_dataset(others)
     sections = [section_of(dataset) for dataset in datasets]
     title = f"Robustness to missing modalities: {listed([section.title for section in sections])}"
@@ -73,12 +74,6 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
     except OSError as error:
         raise DataError(f"out={out}: cannot be written: {reason_of(error)}") from error
     return out / "index.html"
-
-
-def _search_of(run: ReportRun, places: Sequence[Path]) -> Path | None:
-    """The folder of the search in or below `places` that a run is a trial of."""
-    sweep = run.folder.parent.parent
-    return sweep if (sweep / JOURNAL).is_file() and any(sweep.is_relative_to(place) for place in places) else None
 
 
 def _files(content: dict[str, Any]) -> dict[str, bytes]:

@@ -31,6 +31,11 @@ PATIENCE_S, POLL_S = 60.0, 0.5
 """How long a run that is asked to stop may take, before it is killed; between looks at runs that are at work."""
 
 
+def search_of(run: Path) -> Path | None:
+    """The folder of the search that a run is a trial of."""
+    return sweep if ((sweep := run.parent.parent) / JOURNAL).is_file() else None
+
+
 @dataclass(frozen=True)
 class Job:
     """A run of a sweep.

@@ -157,7 +157,7 @@ class Search:
             self._write_trials()
         self._write_trials()
         self._print_best()
-        progress.end("trials failed; the same command tries as many others")
+        progress.end(f"of {counted(wanted, 'trial')} failed; the same command tries as many others")
 
     def _job(self, number: int, values: Mapping[str, Any]) -> Job:
         """The run of a trial. It does not test: the test split has no part in the choice."""

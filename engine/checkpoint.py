@@ -376,8 +376,8 @@ def check_classes(checkpoint: Checkpoint, dataset: ArrowDataset) -> None:
     spec = checkpoint.spec
     if spec.task != dataset.spec.name:
         return
-    for name, modality in spec.dataset.modalities.items():
-        if (found := dataset.spec.modalities[name].shape) != modality.shape and spec.dataset.family == VLA:
+    for name, modality in spec.dataset.modalities.items() if spec.dataset.family == VLA else ():
+        if (found := dataset.spec.modalities[name].shape) != modality.shape:
             raise CheckpointError(f"{checkpoint.path}: trained on {name} {modality.shape}, {dataset.path} has {found}")
     if spec.custom is not None and dataset.spec.custom is not None:
         difference = spec.custom.difference(dataset.spec.custom)

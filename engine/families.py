@@ -18,7 +18,7 @@ from clip.tokenizer import FILES, ClipTokenizer, load_tokenizer
 from common.errors import BackboneError, ConfigError
 from sensors import weights as sensor_weights
 from sensors.backbone import build
-from sensors.sizes import SensorSizes
+from sensors.sizes import SensorSizes, shapes_of, size_of
 from sensors.weights import RANDOM, published_weights, silences, sizes_for
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat, root_mean_squares
@@ -127,6 +127,15 @@ class SensorFamily(Family):
         from engine.checkpoint import backbone_in  # which needs families itself
 
         if (ours := backbone_in(Path(vit))) is not None:
+            if trained_on is None:
+                sizes = self._sizes(choice, scaled=False)
+                expected, found = shapes_of(sizes), shapes_of(ours.architecture)
+                if found != expected:
+                    raise BackboneError(f"vit: expected a backbone of {expected}, found one of {found} in {vit}")
+                for entry in choice.network or {}:
+                    asked, there = (size_of(one, entry) for one in (sizes, ours.architecture))
+                    if asked != there:
+                        raise ConfigError(f"network.{entry}: expected {there}, which {vit} has, found {asked}")
             return ours
         return published_weights(Path(vit), trained_on or self._sizes(choice, scaled=False))
 

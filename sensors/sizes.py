@@ -9,6 +9,15 @@ SWT, DEEPSENSE = NETWORKS = ("swt", "deepsense")
 MOST_MODALITIES = 4
 
 
+def check_sizes(sizes: object, *names: str) -> None:
+    """Raises ValueError where one, or a value of a list of them, is no integer of at least 1."""
+    for name in names:
+        value = getattr(sizes, name)
+        values = value if isinstance(value, list) else [value]
+        if not values or any(type(one) is not int or one < 1 for one in values):
+            raise ValueError(f"{name}: expected integers of at least 1, found {value}")
+
+
 @dataclass(frozen=True)
 class ModalitySizes:
     """Those of one modality."""
@@ -26,6 +35,12 @@ class ModalitySizes:
     """Likewise."""
     inner_kernel: int = 3
     """DeepSense: of the other convolutions."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "channels", "samples", "patch", "window", "kernel", "stride", "inner_kernel")
+        for name, pair in (("patch", self.patch), ("window", self.window)):
+            if len(pair) != 2:
+                raise ValueError(f"{name}: expected two sizes, found {pair}")
 
 
 @dataclass(frozen=True)
@@ -66,10 +81,30 @@ class SensorSizes:
             raise ValueError(f"network: expected {' or '.join(NETWORKS)}, found {self.network!r}")
         if not 1 <= len(self.modalities) <= MOST_MODALITIES:
             raise ValueError(f"modalities: expected 1 to {MOST_MODALITIES}, found {len(self.modalities)}")
+        check_sizes(self, "intervals", "width", "feature_width", "projection_width", "blocks", "heads")
+        check_sizes(self, "recurrent_width")
+        if self.inner_layers < 0 or self.temperature <= 0:
+            found = f"{self.inner_layers} and {self.temperature}"
+            raise ValueError(f"inner_layers and temperature: expected 0 or more, and above 0, found {found}")
 
     def of(self, modality: str) -> ModalitySizes:
         """The sizes of a modality; raises ValueError where they are none."""
         return record_of(ModalitySizes, self.modalities[modality])
+
+
+def shapes_of(sizes: SensorSizes) -> str:
+    """The modalities, in order, and the shapes of their signals, which a backbone is for."""
+    of = {name: sizes.of(name) for name in sizes.modalities}
+    return ", ".join(f"{name} ({x.channels}, {sizes.intervals}, {x.samples})" for name, x in of.items())
+
+
+def size_of(sizes: SensorSizes, entry: str) -> Any:
+    """What an entry of the option `network` is: of all, or by modality."""
+    if entry == "type":
+        return sizes.network
+    if hasattr(sizes, entry):
+        return getattr(sizes, entry)
+    return {name: getattr(sizes.of(name), entry) for name in sizes.modalities}
 
 
 MOD_SIZES = {

@@ -232,8 +232,6 @@ class SwtTower(Tower):
     def __init__(self, sizes: SensorSizes, modality: str) -> None:
         super().__init__()
         of_modality = sizes.of(modality)
-        if min(*of_modality.patch, *of_modality.window, *sizes.blocks, sizes.width, sizes.heads) < 1:
-            raise ValueError("patches, windows, blocks, widths and heads have to be positive")
         if sizes.width % sizes.heads or sizes.feature_width % sizes.heads:
             found = f"{sizes.width} and {sizes.feature_width}"
             raise ValueError(f"width and feature_width: expected multiples of heads={sizes.heads}, found {found}")

@@ -56,6 +56,9 @@ def sizes_for(data: DatasetSpec, network: Mapping[str, Any], scale: Mapping[str,
     if unknown := [name for name in network if name not in (*of_modality, *of_all, "type")]:
         known = ", ".join(sorted(["type", *of_modality, *of_all]))
         raise ConfigError(f"network: expected {known}, found {unknown[0]!r}")
+    for entry, value in network.items():
+        if isinstance(value, dict) and (others := [name for name in value if name not in data.modalities]):
+            raise ConfigError(f"network.{entry}: expected {' or '.join(data.modalities)}, found {others[0]!r}")
     modalities = {}
     intervals = 1
     for name, modality in data.modalities.items():

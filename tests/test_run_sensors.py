@@ -180,6 +180,12 @@ def test_a_checkpoint_of_another_family_is_no_start(root: Path, monkeypatch: Pat
         (("network.width=none",), "network: width: expected int, found 'none'"),
         (("network.depth=3",), "network: expected "),
         (("network.type=resnet",), "network.type: expected swt or deepsense, found 'resnet'"),
+        (("network.patch={'acc':[1,2],'gyro':[1,2]}",), "network.patch: expected acc or gyr or lig, found 'gyro'"),
+        (("network.window=[3]",), "network: window: expected two sizes, found [3]"),
+        (("network.blocks=[]",), "network: blocks: expected integers of at least 1, found []"),
+        (("network.blocks=[1,1.5]",), "network: blocks: expected integers of at least 1, found [1, 1.5]"),
+        (("network.type=deepsense", "network.kernel=0"), "network: kernel: expected integers of at least 1, found 0"),
+        (("network.inner_layers=-1",), "inner_layers and temperature: expected 0 or more, and above 0, found -1 and"),
         (("network.heads=3",), "network: width and feature_width: expected multiples of heads=3, found 32 and 128"),
         (("missing_type=image",), "any or some, or several as acc+gyr, found 'image'"),
         (("missing_type=both",), "any or some, or several as acc+gyr, found 'both'"),
@@ -198,6 +204,22 @@ def test_wrong_options(root: Path, capsys: Captured, options: tuple[str, ...], m
     assert command_line(command(root, "task_finetune_sensors", "exp_name=wrong", *options)) == 2
     assert message in capsys.readouterr().err
     assert not (root / "result" / "wrong_seed0").exists()
+
+
+def test_models_of_other_modalities_or_sizes_are_refused(root, pretrained, trained, tmp_path, capsys):
+    raw = write_set(tmp_path / "raw", modalities=("acc", "gyr"))
+    assert make_arrow(["--dataset", "sensors", "--root", str(raw), "--target", str(tmp_path / "data")]) == 0
+    backbone, other = f"load_path={pretrained / 'best.ckpt'}", f"data_root={tmp_path / 'data'}"
+    found = "vit: expected a backbone of acc (2, 4, 4), gyr (2, 4, 4), found one of acc (2, 4, 4), gyr (2, 4, 4), lig ("
+    for options, message in (
+        ((backbone, other), found),
+        ((f"load_path={trained / 'best.ckpt'}", other, "test_only=True"), "expected the modalities [('acc', 2, 4, 4,"),
+        ((backbone, "network.width=16"), f"network.width: expected 8, which {pretrained / 'best.ckpt'} has, found 16"),
+        ((backbone, "network.patch={'acc':[1,2]}"), "network.patch: expected {'acc': [1, 1], "),
+    ):
+        assert command_line([*command(root, "task_finetune_sensors", "exp_name=refused"), *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (root / "result" / "refused_seed0").exists()
 
 
 def test_a_published_state_is_a_backbone(root: Path, tmp_path: Path) -> None:

@@ -138,8 +138,20 @@ def terminal_table(
         if row is None:
             table.add_section()
         else:
-            table.add_row(*row)
+            table.add_row(*map(_folded, row, widths))
     file = io.StringIO()
     console = Console(file=file, width=available, markup=False, highlight=False, emoji=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def _folded(cell: str, width: int) -> str:
+    """The cell, with words that are longer than its column broken behind `/`, `=` and `_` where they have these."""
+
+    def broken(word: re.Match[str]) -> str:
+        lines = [""]
+        for piece in re.split(r"(?<=[/=_])", word[0]):
+            lines = [*lines, piece] if len(lines[-1] + piece) > width else [*lines[:-1], lines[-1] + piece]
+        return "\n".join(filter(None, lines))
+
+    return re.sub(rf"\S{{{width + 1},}}", broken, cell)

@@ -553,7 +553,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(sweep: Sweep, scores:
     assert sweep.run(*SPACE, "search_trials=3") == 2
     said = capsys.readouterr()
     assert (
-        error_line(said.err) == "3 trials failed; the same command tries as many others"
+        error_line(said.err) == "3 of 3 trials failed; the same command tries as many others"
         and "best values" not in said.out
     )
     assert said.out[said.out.index("failed:\n") :].splitlines()[1:-1:2] == [

@@ -42,6 +42,14 @@ def test_a_table_in_a_pipe_has_a_line_a_row(monkeypatch: Patch) -> None:
     assert {len(lines[number]) for number in (0, 2, 4)} == {len(lines[4])}
 
 
+def test_long_words_are_broken_where_they_have_parts(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    row = ["search/trial_10_seed0/version_0", "none head=linear_by_type"]
+    lines = terminal_table(("folder", "method"), [row], "<<").splitlines()[2:]
+    folders, methods = zip(*((line[:15].strip(), line[15:].strip()) for line in lines), strict=True)
+    assert folders == ("search/trial_", "10_seed0/", "version_0") and methods == ("none", "head=linear_", "by_type")
+
+
 def test_a_table_of_too_many_columns_begins_again_below_itself(monkeypatch: Patch) -> None:
     heads, figures = ["missing", "", *"abcde"], [f"0.{number}234 ± 0.0000" for number in range(5)]
     monkeypatch.setenv("COLUMNS", "60")

@@ -26,15 +26,15 @@ TRAINED_ANEW = ("mod_fusion_layers.", "class_layer.", "mod_projectors.")
 WEARABLE: dict[str, Any] = {"width": 32, "blocks": [2, 2, 2], "feature_width": 128, "projection_width": 128}
 KNOWN: dict[str, dict[str, Any]] = {
     "mod": {"location": "shake", "width": 64, "feature_width": 256, "projection_width": 256},
-    "pamap2": {**WEARABLE, "location": "hand", "window": [3, 5], "patch": [1, 2]},
-    "rwhar": {**WEARABLE, "location": "waist", "window": [3, 3], "patch": [1, 2]},
+    "pamap2": {**WEARABLE, "location": "hand", "window": [3, 5], "patch": [1, 2], "temperature": 0.5},
+    "rwhar": {**WEARABLE, "location": "waist", "window": [3, 3], "patch": [1, 2], "projection_width": 256},
     "sensors": {**WEARABLE, "location": "sensors", "window": [3, 3], "patch": [1, 1]},
 }
 """By task, the sizes of the SW-Transformer."""
 KNOWN_DEEPSENSE: dict[str, dict[str, Any]] = {
     "mod": {"width": 128, "recurrent_width": 256, "projection_width": 256, "temperature": 0.5},
     "pamap2": {"width": 64, "inner_layers": 2, "recurrent_width": 64, "kernel": 5, "inner_kernel": 5},
-    "rwhar": {"width": 128, "recurrent_width": 256, "projection_width": 256},
+    "rwhar": {"width": 128, "recurrent_width": 256},
     "sensors": {"width": 64, "inner_layers": 2, "recurrent_width": 64},
 }
 """What differs with DeepSense."""

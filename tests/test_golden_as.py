@@ -18,10 +18,12 @@ from sensors import augmentations, spectra
 from sensors.backbone import build, read_by_nothing
 from sensors.focal import FocalSettings, focal_losses, focal_parts
 from sensors.swt import SwtTower
+from sensors.weights import sizes_for
 from tests import golden_as
 from tests.conftest import Patch, json_of
 from tests.golden import assert_gradients, relative_error
 from tests.golden_as import INPUTS, Golden
+from vilt.datasets.specs import DATASETS
 from vilt.utils import write_mod
 
 FORWARD, GRADIENT = 1e-4, 1e-3
@@ -220,6 +222,34 @@ def test_the_rate_is_the_published_one_an_epoch_earlier() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1e-3)
     [share_of_rate] = make_schedule(optimizer, settings, 200 * 3).lr_lambdas
     assert [1e-3 * share_of_rate(3 * epoch) for epoch in range(199)] == pytest.approx(expected[1:], rel=1e-6)
+
+
+SWT_SIZES = ("width", "blocks", "feature_width", "heads", "projection_width", "temperature")
+DEEPSENSE_SIZES = ("width", "inner_layers", "recurrent_width", "projection_width", "temperature")
+
+
+@pytest.mark.parametrize(
+    ("task", "swt", "windows", "deepsense", "kernels", "rate"),
+    [
+        ("mod", (64, [2, 2, 4], 256, 4, 256, 0.07), {"audio": [3, 3, 1, 40], "seismic": [3, 3, 1, 1]},
+         (128, 4, 256, 256, 0.5), {"audio": [80, 80, 5], "seismic": [3, 1, 3]}, 1e-3),
+        ("rwhar", (32, [2, 2, 2], 128, 4, 256, 0.07), {"acc": [3, 3, 1, 2]},
+         (128, 4, 256, 256, 0.07), {"acc": [3, 1, 3]}, 5e-4),
+        ("pamap2", (32, [2, 2, 2], 128, 4, 128, 0.5), {"Acc": [3, 5, 1, 2]},
+         (64, 2, 64, 128, 0.5), {"Acc": [5, 1, 5]}, 5e-4),
+    ],
+)  # fmt: skip
+def test_sizes_are_the_published_ones(task, swt, windows, deepsense, kernels, rate):
+    spec = DATASETS[task]
+    sizes = sizes_for(spec, {}, {})
+    assert tuple(getattr(sizes, name) for name in SWT_SIZES) == swt
+    for name, expected in windows.items():
+        assert [*sizes.of(name).window, *sizes.of(name).patch] == expected
+    sizes = sizes_for(spec, {"type": "deepsense"}, {})
+    assert tuple(getattr(sizes, name) for name in DEEPSENSE_SIZES) == deepsense
+    for name, expected in kernels.items():
+        assert [sizes.of(name).kernel, sizes.of(name).stride, sizes.of(name).inner_kernel] == expected
+    assert {**spec.options, **spec.pretraining}["learning_rate"] == rate
 
 
 @pytest.mark.parametrize(("network", "file"), [("swt", "swt_mod"), ("deepsense", "deepsense_mod")])

@@ -35,6 +35,7 @@ SENSOR_PRETRAINING: dict[str, Any] = {
     "max_epoch": 100,
 }
 """Of FOCAL's code, but for the epochs, of which it has thousands."""
+WEARABLE_PRETRAINING = {**SENSOR_PRETRAINING, "learning_rate": 5e-4}
 
 
 def signal(name: str, channels: int, intervals: int, values: int, step: int, rate: float) -> Modality:
@@ -54,6 +55,7 @@ def recordings(
         "converter_options": ("split",),
         "scaled": True,
         "options": SENSOR_OPTIONS,
+        "pretraining": SENSOR_PRETRAINING,
         **others,
     }
     return DatasetSpec(
@@ -64,7 +66,6 @@ def recordings(
         make_arrow_name=name,
         family="sensors",
         recordings=True,
-        pretraining=SENSOR_PRETRAINING,
         **given,
     )
 
@@ -88,6 +89,7 @@ SENSOR_ROWS = (
         class_names=PAMAP2_CLASSES,
         converter="vilt.utils.write_wearables",
         converter_arguments={"dataset": "pamap2"},
+        pretraining=WEARABLE_PRETRAINING,
     ),
     recordings(
         *("rwhar", "RealWorld-HAR"),
@@ -96,5 +98,6 @@ SENSOR_ROWS = (
         class_names=(*("climbingdown", "climbingup", "jumping", "lying", "running", "sitting", "standing", "walking"),),
         converter="vilt.utils.write_wearables",
         converter_arguments={"dataset": "rwhar"},
+        pretraining=WEARABLE_PRETRAINING,
     ),
 )

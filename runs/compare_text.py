@@ -43,7 +43,7 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
     runs, damaged = find_runs(*places)
     for error in damaged.values():
         log.warning("left out: %s", error)
-    without = [run.folder for run in runs if not run.is_evaluation and not has_logits(run)]
+    without = [run.folder for run in runs if not (run.is_evaluation or run.pretrains or has_logits(run))]
     if without:
         others = f" and {len(without) - 3} more" if len(without) > 3 else ""
         log.warning("without stored logits, and left out: %s%s", ", ".join(map(str, without[:3])), others)

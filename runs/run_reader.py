@@ -68,6 +68,11 @@ class Run:
         return bool(self.config["test_only"])
 
     @property
+    def pretrains(self) -> bool:
+        """Whether it trained a backbone without labels, which is not tested."""
+        return self.spec.recordings and self.config["prompt_type"] == self.spec.pretraining["prompt_type"]
+
+    @property
     def pattern(self) -> Pattern:
         """Of the training."""
         config = self.config
@@ -100,9 +105,9 @@ class Run:
 
     @cached_property
     def best_validation(self) -> float | None:
-        """The task's metric in the best checkpoint, a fraction; None for an evaluation, and where there is none."""
+        """The task's metric in the best checkpoint, a fraction; None of what has none."""
         best = self.folder / "best.ckpt"
-        if self.is_evaluation or not best.is_file():
+        if self.is_evaluation or self.pretrains or not best.is_file():
             return None
         return float(open_checkpoint(best, "score")["score"])
 
@@ -118,7 +123,8 @@ class Run:
             return "unfinished", "no validation yet"
         epochs, _, trained = trained_so_far(path, self.config)
         done = trained and not self.config["test_after_fit"]
-        came = "not tested" if trained else f"{epochs} of {counted(self.config['max_epoch'], 'epoch')}"
+        came = "pretraining" if self.pretrains else "not tested"
+        came = came if trained else f"{epochs} of {counted(self.config['max_epoch'], 'epoch')}"
         return "finished" if done else "unfinished", came
 
     @cached_property

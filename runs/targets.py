@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clip.modules.registry import PRETRAINING
 from common.errors import ConfigError
 from common.hashing import file_sha256
 from common.text import natural_key
@@ -89,7 +88,7 @@ def find_checkpoints(places: Sequence[Path]) -> list[Path]:
             named = ", ".join(str(search) for search in dict.fromkeys(searches.values()))
             log.info("trials of a search, left out unless they are named: %s", named)
         runs = [run for run in runs if run.folder not in searches]
-        trained = [run.folder for run in runs if not run.is_evaluation and run.config["prompt_type"] not in PRETRAINING]
+        trained = [run.folder for run in runs if not (run.is_evaluation or run.pretrains)]
         folders = sorted([*trained, *damaged], key=natural_key)
         below = [path for folder in folders if (path := folder / "best.ckpt").is_file()]
         without = ", ".join(str(folder) for folder in folders if not (folder / "best.ckpt").is_file())

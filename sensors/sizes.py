@@ -83,6 +83,10 @@ class SensorSizes:
             raise ValueError(f"modalities: expected 1 to {MOST_MODALITIES}, found {len(self.modalities)}")
         check_sizes(self, "intervals", "width", "feature_width", "projection_width", "blocks", "heads")
         check_sizes(self, "recurrent_width")
+        if self.projection_width % 2:
+            raise ValueError(
+                f"projection_width: expected two halves, shared and private, found {self.projection_width}"
+            )
         if self.inner_layers < 0 or self.temperature <= 0:
             found = f"{self.inner_layers} and {self.temperature}"
             raise ValueError(f"inner_layers and temperature: expected 0 or more, and above 0, found {found}")

@@ -1,6 +1,7 @@
 """A set of sensors through run.py: FOCAL's pretraining, fine-tuning, supervised training, and all that follows."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,9 +138,11 @@ def test_robustness_report_and_table_of_runs(root: Path, trained: Path, tmp_path
     assert len(found["by_type"]) == 7
     assert {cell["missing_type"] for cell in found["cells"]} == {"lig", "gyr", "acc", "any", "some"}
     assert call("runs", f"log_dir={root / 'result'}") == 0
-    assert "made_up" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "made_up" in said and re.search(r"focal +0 % any +– +– .* finished +pretraining\n", said), "no accuracy"
     assert call("report", f"runs={root / 'result'}", f"out={tmp_path / 'report'}") == 0
-    assert "without acc, gyr" in text_of(tmp_path / "report")
+    page = text_of(tmp_path / "report")
+    assert "without acc, gyr" in page and "1 of 1 trained run with" in page and "no robustness results" not in page
 
 
 @pytest.mark.parametrize("network", ["swt", "deepsense"])
@@ -186,6 +189,7 @@ def test_a_checkpoint_of_another_family_is_no_start(root: Path, monkeypatch: Pat
         (("network.blocks=[1,1.5]",), "network: blocks: expected integers of at least 1, found [1, 1.5]"),
         (("network.type=deepsense", "network.kernel=0"), "network: kernel: expected integers of at least 1, found 0"),
         (("network.inner_layers=-1",), "inner_layers and temperature: expected 0 or more, and above 0, found -1 and"),
+        (("network.projection_width=5",), "projection_width: expected two halves, shared and private, found 5"),
         (("network.heads=3",), "network: width and feature_width: expected multiples of heads=3, found 32 and 128"),
         (("missing_type=image",), "any or some, or several as acc+gyr, found 'image'"),
         (("missing_type=both",), "any or some, or several as acc+gyr, found 'both'"),

@@ -263,7 +263,7 @@ def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:
 
 def _dataset(key: str, runs: list[ReportRun]) -> Dataset:
     groups = lines_of([run for run in runs if not run.is_evaluation], lambda run: run)
-    several_patterns = len({group.items[0].pattern for group in groups}) > 1
+    several_patterns = len({group.items[0].pattern for group in groups if not group.items[0].pretrains}) > 1
     lines = []
     for group in groups:
         variant = _variant_title(group, groups)

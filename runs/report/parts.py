@@ -47,7 +47,8 @@ class Section(NamedTuple):
 
 def section_of(dataset: Dataset) -> Section:
     """The parts of a dataset, in order; those that take robustness results only where there are some."""
-    runs, parts = [run for line in dataset.lines for run in line.runs], []
+    trained, parts = [run for line in dataset.lines for run in line.runs], []
+    runs = [run for run in trained if not run.pretrains]
     if dataset.compared:
         parts.append(Part("Methods compared", [figures.comparison_figure(dataset), tables.comparison_table(dataset)]))
     if runs:
@@ -72,8 +73,8 @@ def section_of(dataset: Dataset) -> Section:
             text = f"the published results are on a test split of {expected:,} items, {found}"
             parts[-1].notes.append(Note(f"Not like for like: {text}."))
             parts[-1].folded |= published
-    if runs:
-        parts.append(_training_part(dataset, runs))
+    if trained:
+        parts.append(_training_part(dataset, trained))
     if dataset.measured:
         parts += _results_parts(dataset)
     return Section(dataset.key, dataset.title, _summary(dataset), parts)
@@ -90,7 +91,7 @@ def _summary(dataset: Dataset) -> str:
     values = listed([f"{full(found)} {where.get(name, without(name))}" for name, found in line.by_type.items()])
     own = line.at_own_pattern
     at_own = f", and {full(own)} at the pattern of its training ({line.pattern.title})" if own else ""
-    trained = counted(sum(len(line.runs) for line in dataset.lines), "trained run")
+    trained = counted(sum(not run.pretrains for line in dataset.lines for run in line.runs), "trained run")
     samples = counted(dataset.results[0][2].samples, "test sample")
     measured = f"{n_results} of {trained} with robustness results, on {samples}."
     return f"{start} reaches {dataset.metric_title} {values}{at_own}. {measured}{dataset.baseline_text}"
@@ -102,7 +103,7 @@ def _training_part(dataset: Dataset, runs: Sequence[ReportRun]) -> Part:
         part.shown.append(figures.training_figure(dataset, metric, f"Validation {dataset.axis_title}", unit.factor))
     if any(len(run.curve("train/loss")) for run in runs):
         part.folded["Training loss"] = figures.training_figure(dataset, "train/loss", "Training loss", 1)
-    if lacking := [run for run in runs if not len(run.curve(metric))]:
+    if lacking := [run for run in runs if not run.pretrains and not len(run.curve(metric))]:
         part.notes.append(Note(f"Missing of {listed_runs(lacking)}: metrics.csv has no {metric}, or is not there."))
     return part
 

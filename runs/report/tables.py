@@ -48,9 +48,10 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
     for run in runs:
         dataset = dataset_of.get(run)
         unit = dataset.unit() if dataset else Unit.of(run.spec.monitor, 100)
-        kind = "training" if dataset else "trial"
+        kind = "pretraining" if run.pretrains else "training" if dataset else "trial"
         kind = "evaluation" if run.is_evaluation else "repeated" if run in repeats else kind
-        untrained, untested = (NOT_APPLICABLE if why else MISSING for why in (run.is_evaluation, not dataset))
+        none = (run.is_evaluation or run.pretrains, run.pretrains or not dataset)
+        untrained, untested = (NOT_APPLICABLE if why else MISSING for why in none)
         rows.append(
             {
                 "run": run.tag,

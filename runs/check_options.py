@@ -26,9 +26,14 @@ OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "aoept_": ("prompt_type", ("aoept",)),
     "neighbours": ("prompt_type", ("none",)),
     "prompt_length": ("prompt_type", ("mplmm", "mplmm_described")),
-    **dict.fromkeys(("far", "fmb", "replay_depth", "decoupling_weight", "dynamic_init"), ("prompt_type", ("rep",))),
+    **dict.fromkeys(
+        ("far", "fmb", "replay_depth", "decoupling_weight", "dynamic_init", "rdn_hidden", "train_pooler"),
+        ("prompt_type", ("rep",)),
+    ),
 }
 """Beginnings of options that one head or method has alone, with its name."""
+FAMILIES = {"train_ends": (CLIP,), "network": ("sensors", VLA), "rdn_hidden": (VLA,), "train_pooler": (VLA,)}
+"""Options that some families of backbones have alone."""
 OUTPUTS = {"predict": ("predictions.csv", ".csv", ".jsonl"), "embed": ("features.npz", ".npz", ".safetensors")}
 """By command, the file that it writes by default, and the suffixes that others may have."""
 
@@ -155,6 +160,9 @@ def check_together(options: Options) -> None:
     if options.end_lr >= options.learning_rate:
         highest = f"learning_rate={options.learning_rate:g}"
         raise ConfigError(f"end_lr: expected less than {highest}, found {options.end_lr:g}")
+    for name in ("warmup_steps", "end_lr") if options.decay_power == "plateau" else ():
+        if found := getattr(options, name):
+            raise ConfigError(f"{name}: expected 0 with decay_power=plateau, which has none, found {found:g}")
     if options.test_only and options.load_path is None:
         raise ConfigError("test_only: expected a checkpoint to evaluate, as in load_path=result/…/best.ckpt")
     if len(options.load_paths) > 1 and not options.test_only:
@@ -211,6 +219,10 @@ def _check_method(options: Options) -> None:
             raise ConfigError(
                 f"{name}: is an option of {owner}={' or '.join(values)}, found {owner}={getattr(options, owner)}"
             )
+    for name, families in FAMILIES.items():
+        without = OPTIONS[name].read(name, OPTIONS[name].default)
+        if EVERY_DATASET[options.task].family not in families and getattr(options, name) != without:
+            raise ConfigError(f"{name}: is no option of task={options.task}, found {getattr(options, name)}")
     for name, needed in {"replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}.items():
         if (value := getattr(options, name)) and not getattr(options, needed):
             raise ConfigError(f"{name}: expected {OPTIONS[name].default} with {needed}=False, found {value}")

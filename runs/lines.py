@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from common.text import Estimate, estimate
+from config import DEFAULTS
 from runs.comparable import BESIDE, beside_method, other_input
 from runs.run_reader import Run
 
 T = TypeVar("T")
+SWITCHES = {name for name, default in DEFAULTS.items() if default in ("", None, 0, 1)}  # equal to False and True, too
+"""Options that are on or off by default: where one is as by default, a line need not say so, as others say theirs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,8 @@ class RunLine(Generic[T]):
         values = {name: {str(other[name]) for other in same if name in other} for name in self.options}
         differ = {name for name, those in values.items() if len(those) > 1}
         shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in self.options.items()}
-        words = [f"{name}={value}" for name, value in shown.items() if name in differ.difference(BESIDE)]
+        plain = {name for name in SWITCHES if self.options.get(name) == DEFAULTS[name]}
+        words = [f"{name}={value}" for name, value in shown.items() if name in differ.difference(BESIDE, plain)]
         return list(dict.fromkeys([*other_input(self.options), *beside_method(self.options), *words]))
 
 

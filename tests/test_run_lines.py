@@ -98,10 +98,13 @@ def test_head_neighbours_and_teacher_are_named_though_no_other_line_differs(tmp_
 
 def test_lines_are_named_by_what_differs_and_not_by_what_one_does_not_say(tmp_path: Path) -> None:
     for number, rate in enumerate((0.0123456789, 0.1)):
-        run = write_run(tmp_path / f"run{number}" / "version_0", learning_rate=rate)
+        run = write_run(tmp_path / f"run{number}" / "version_0", learning_rate=rate, far=not number)
         (run / "contents.json").write_text(json.dumps({"data of test": "a"} if number else {}))
     lines = lines_in(tmp_path)
-    assert [line.differing(lines) for line in lines] == [["learning_rate=0.0123457"], ["learning_rate=0.1"]]
+    assert [line.differing(lines) for line in lines] == [
+        ["learning_rate=0.0123457"],
+        ["far=False", "learning_rate=0.1"],
+    ]
 
 
 def test_both_ratio_counts_where_it_has_an_effect(tmp_path: Path) -> None:

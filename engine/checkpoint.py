@@ -337,7 +337,7 @@ def backbone_in(path: Path) -> Backbone | None:
 
 def is_ours(path: Path) -> bool:
     """Whether a file is a checkpoint of ours. Raises CheckpointError where it is not readable."""
-    raw = load_checkpoint_file(path)
+    raw = read_exported(path) if path.name == WEIGHTS else load_checkpoint_file(path)
     return isinstance(raw, dict) and DESCRIPTION in raw
 
 

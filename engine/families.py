@@ -16,6 +16,7 @@ from clip.modules.interfaces import Backbone
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from clip.tokenizer import FILES, ClipTokenizer, load_tokenizer
 from common.errors import BackboneError, ConfigError
+from engine.exported import weights_file
 from sensors import weights as sensor_weights
 from sensors.backbone import build
 from sensors.sizes import SensorSizes, shapes_of, size_of
@@ -118,7 +119,7 @@ class SensorFamily(Family):
         return build(architecture)
 
     def load(self, choice: BackboneChoice, trained_on: SensorSizes | None = None) -> FrozenWeights:
-        vit = str(choice.vit)
+        vit = str(weights_file(Path(str(choice.vit))))
         if vit.partition(":")[0] == RANDOM:
             seed = int(number) if (number := vit.partition(":")[2]).isdigit() else choice.seed
             return sensor_weights.random_weights(trained_on or self._sizes(choice, scaled=True), seed)
@@ -160,7 +161,7 @@ class VlaFamily(Family):
 
     def load(self, choice: BackboneChoice, trained_on: VlaArchitecture | None = None) -> FrozenWeights:
         """Of a checkpoint without the projections, which belong to its data."""
-        vit = str(choice.vit)
+        vit = str(weights_file(Path(str(choice.vit))))
         if trained_on is None:
             assert choice.task is not None and choice.data_root is not None
             row = open_spec(choice.task, choice.data_root, ["train"])

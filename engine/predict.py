@@ -209,6 +209,8 @@ class _Items(Dataset[Sample]):
     def __init__(self, items: Sequence[Item], dataset: DatasetSpec, inputs: InputFormat) -> None:
         self._items, self._dataset, self._inputs = items, dataset, inputs
         for item in items:
+            if others := [name for name in item.inputs if name not in dataset.modalities]:
+                raise DataError(f"{item.place}: expected {' or '.join(dataset.modalities)}, found {others[0]}")
             if not item.inputs:
                 names = " or ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in dataset.modalities)
                 raise DataError(f"{item.place}: expected {names}, found neither")

@@ -61,6 +61,8 @@ def _samples_of(item: "Item", dataset: DatasetSpec) -> "list[Item]":
 def _opened(value: Any, place: str) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
+    if not isinstance(value, str | Path):
+        raise DataError(f"{place}: expected an array or the path of a .npy file, found {type(value).__name__}")
     try:
         return MappedArray(Path(value)).values
     except DataError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from clip.backbone import HUB_NAMES
+from clip.modules.registry import PRETRAINING
 from common.errors import CheckpointError, ConfigError
 from common.text import figure, per_cent
 from engine.checkpoint import Checkpoint, describe, read_checkpoint
@@ -49,6 +50,7 @@ def _card(checkpoint: Checkpoint, run: Run | None) -> str:
         dataset=spec.dataset,
         task=spec.task,
         method=spec.method,
+        pretrains=spec.method.prompt_type in PRETRAINING,
         head=spec.head,
         hub_name=HUB_NAMES.get(name),
         values=sum(tensor.numel() for tensor in checkpoint.state.values()),

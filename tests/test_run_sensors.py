@@ -14,6 +14,7 @@ from torch import Tensor
 from clip.modules.method import MethodOptions
 from common.errors import CheckpointError, DataError
 from engine.checkpoint import ModelSpec, backbone_in, build_classifier
+from engine.families import BackboneChoice, family_of
 from engine.items import Item
 from engine.neighbour_accuracy import neighbour_accuracy
 from engine.predict import load_model
@@ -257,6 +258,16 @@ def test_a_pretraining_is_not_evaluated(root: Path, pretrained: Path, capsys: Ca
         load_model(pretrained / "best.ckpt")
 
 
+def test_an_exported_backbone_is_one(pretrained: Path, tmp_path: Path) -> None:
+    assert call("export", f"load_path={pretrained / 'best.ckpt'}", f"out={tmp_path / 'out'}") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pretrained without labels on made_up" in card and "classified" not in card and "load_model" not in card
+    ours = backbone_in(pretrained / "best.ckpt")
+    assert ours is not None
+    exported = family_of("sensors").load(BackboneChoice(str(tmp_path / "out")), ours.architecture)
+    assert exported.sha256 == ours.sha256 and exported.architecture == ours.architecture
+
+
 def test_views_change_all_of_a_batch_alike_or_leave_it() -> None:
     torch.manual_seed(0)
     signals = signals_of(make().model.sizes, 3)  # type: ignore[arg-type]
@@ -319,9 +330,12 @@ def test_a_recording_of_any_length_is_predicted_sample_by_sample(root: Path, tra
     assert call("predict", "precision=32", "num_workers=0", *options) == 2
     with pytest.raises(DataError, match="expected signals of acc, gyr, lig, found sound"):
         model.predict_recording({"sound": np.zeros((20, 1))})
+    with pytest.raises(DataError, match="sample 0: expected acc or gyr or lig, found text"):
+        model.predict(texts=["walk"])
     np.savez(tmp_path / "gyr.npz", gyr=signals)
     (tmp_path / "gyr.txt").write_text("1 2\n" * ROWS)
     wrong: list[Any] = [tmp_path / "gyr.npz", tmp_path / "gyr.txt", np.zeros(ROWS), np.full((ROWS, 2), np.nan)]
+    wrong += [[[0.0, 0.0]] * ROWS, np.full((ROWS, 2), 1j), np.full((ROWS, 2), "1"), np.full((ROWS, 2), 1e39)]
     for gyr in wrong:
         with pytest.raises(DataError, match=r"the recording.*: gyr") as refused:
             model.predict_recording({"acc": recording["acc"], "gyr": gyr})

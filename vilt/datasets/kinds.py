@@ -318,7 +318,10 @@ class ArrayKind(Kind):
     def read_given(value: str | Path | np.ndarray, modality: Modality, given: InputFormat) -> Tensor:
         if not isinstance(value, np.ndarray):
             value = np.lib.format.read_array(io.BytesIO(_bytes_of(Path(value))), allow_pickle=False)
-        array, shape = np.array(value, dtype=np.float32), modality.shape
+        if value.dtype.kind not in "biuf":
+            raise ValueError(f"expected numbers, found {value.dtype}")
+        with np.errstate(over="ignore"):  # what is too large for float32 is not finite there
+            array, shape = np.array(value, dtype=np.float32), modality.shape
         if modality.padded and array.ndim == len(shape) and len(array) < (shape[0] or 0):
             array = np.pad(array, [((shape[0] or 0) - len(array), 0), *[(0, 0)] * (array.ndim - 1)])
         if array.ndim != len(shape) or array.shape[1:] != shape[1:] or shape[0] not in (None, len(array)):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip.modules.clip_dynamic_memory import DYNAMIC_STD, RDN, RESIDUAL_ALPHA, unit_rows
+from clip.modules.clip_dynamic_memory import DYNAMIC_STD, RDN, RESIDUAL_ALPHA, mean_tokens, unit_rows
 from clip.modules.interfaces import ModelInput, Place, TowerSlots, zero_of
 from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, without
 from vilt.missing_types import is_missing
@@ -67,10 +67,7 @@ class SensorMemoryLearner(Method):
         m, depth, steps = options.slots, options.memory_depth, options.replay_depth
         if min(place.depth for place in places.values()) < 1:
             raise ValueError("prompt_type=rep: expected network=swt, found a network without blocks that slots enter")
-        if depth < 1:
-            raise ValueError(f"memory_depth must be at least 1, found {depth}")
-        check_depth(places, depth, f"memory_depth={depth}")
-        check_depth(places, depth + steps, f"memory_depth={depth} with replay_depth={steps}")
+        check_depth(places, depth, steps)
         self.modalities = tuple(places)
         self.patterns = patterns(self.modalities)
         first = next(iter(places.values()))
@@ -102,9 +99,7 @@ class SensorMemoryLearner(Method):
         )
         self.dynamic_common_token_net = RDN(joint, C, hidden=C) if options.dynamic_init else None
         if self.dynamic_common_token_net is not None:
-            for last in (self.dynamic_common_token_net.fc2, self.dynamic_common_token_net.skip):
-                for parameter in last.parameters():
-                    nn.init.zeros_(parameter)
+            self.dynamic_common_token_net.start_at_zero()
         stages = list(dict.fromkeys(first.widths))
         replayed = [(stages.index(width), width) for width in first.widths[depth : depth + steps]]
         self.replay = _by_modality(places, lambda: StageReplay(depth, replayed)) if steps else None
@@ -170,14 +165,8 @@ class SensorMemoryLearner(Method):
         common_RmC = self._of_pattern(self.common_memory, batch)[type_R]
         common_BmC = common_RmC[row_B]
         if self.dynamic_common_token_net is not None:
-            width = next(iter(self.places.values())).width
-            means = [
-                batch.to_all_samples(name, tokens[name].mean(dim=1))
-                if name in tokens
-                else torch.zeros(len(row_B), width, device=row_B.device)
-                for name in self.modalities
-            ]
-            common_BmC = common_BmC + self.dynamic_common_token_net(torch.cat(means, dim=-1))[:, None]
+            mean_BX = mean_tokens(batch, tokens, self.places)
+            common_BmC = common_BmC + self.dynamic_common_token_net(mean_BX)[:, None]
         return common_BmC
 
     def _dynamic(self, batch: ModelInput, name: str, tokens: Mapping[str, Tensor]) -> Tensor:

@@ -32,10 +32,7 @@ class VlaMemoryLearner(Method):
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__(places, embed_dim, options)
         m, w, depth, steps = options.slots, embed_dim, options.memory_depth, options.replay_depth
-        if depth < 1:
-            raise ValueError(f"memory_depth must be at least 1, found {depth}")
-        check_depth(places, depth, f"memory_depth={depth}")
-        check_depth(places, depth + steps, f"memory_depth={depth} with replay_depth={steps}")
+        check_depth(places, depth, steps)
         rdn = options.rdn_hidden
         for letter in LETTERS.values():
             start = F.normalize(torch.randn(2, m, w), dim=-1)
@@ -54,9 +51,7 @@ class VlaMemoryLearner(Method):
         self.residual_alpha = nn.Parameter(torch.tensor(RESIDUAL_ALPHA))
         if options.dynamic_init:
             self.dynamic_common_token_net = RDN(3 * w, w, rdn)
-            for last in (self.dynamic_common_token_net.fc2, self.dynamic_common_token_net.skip):
-                for parameter in last.parameters():
-                    nn.init.zeros_(parameter)
+            self.dynamic_common_token_net.start_at_zero()
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         """The slots of every sample; without dropout private and shared ones are computed once for each type."""
@@ -75,7 +70,8 @@ class VlaMemoryLearner(Method):
         if self.options.fmb:
             common = self.common_memory[mode_of_type[type_n]]
             if self.options.dynamic_init:
-                mean = [tokens[name].mean(dim=1) * has[:, None] for name, has in self._presence(batch).items()]
+                has = zip(LETTERS, batch.present_BM.T, strict=True)
+                mean = [tokens[name].mean(dim=1) * has_B[:, None] for name, has_B in has]
                 common = of_samples(common) + self.dynamic_common_token_net(torch.cat(mean, dim=-1))[:, None]
             for letter in shared:
                 slots = self.get_submodule(f"common_memory_projection_{letter}")(common)
@@ -109,9 +105,6 @@ class VlaMemoryLearner(Method):
                 layers[letter].append(slots)
             chain = {letter: of_letter[-1] for letter, of_letter in layers.items()}
         return layers
-
-    def _presence(self, batch: ModelInput) -> dict[str, Tensor]:
-        return dict(zip(LETTERS, batch.present_BM.unbind(dim=1), strict=True))
 
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor

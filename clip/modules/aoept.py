@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clip.modules.interfaces import NO_SLOTS, Backbone, ModelInput, Place, TowerSlots
 from clip.modules.method import METHOD, Method, MethodOptions, check_depth, prompts
-from clip.modules.vision_transformer_memory import FINAL, TEXT_PROJECTION, ClipBackbone, Transformer
+from clip.modules.vision_transformer_memory import FINAL, TEXT_PROJECTION, ClipBackbone, Transformer, causal_mask
 from common.kmeans import kmeans
 
 HEADS = 8
@@ -41,7 +41,7 @@ class AOEPT(Method):
         if [*places] != ["image", "text"]:
             raise ValueError(f"prompt_type=aoept is for an image and a text, found {', '.join(places)}")
         K, S = options.memory_depth, options.slots
-        check_depth(places, K, f"memory_depth={K}")
+        check_depth(places, K)
         hidden = embed_dim // self.reduction
         self.shared_query = prompts(K, S, hidden)
         self.logit_scale = nn.Parameter(torch.tensor(START_OF_SCALE))
@@ -206,7 +206,7 @@ class AOEPT(Method):
                 if name == "text":
                     end_b1 = batch.inputs["text"].argmax(dim=1, keepdim=True)
                     keep_bL1 = (torch.arange(x_bLD.shape[1], device=x_bLD.device) <= end_b1)[..., None].float()
-                mask = _causal(x_bLD.shape[1], x_bLD.device) if transformer.causal else None
+                mask = causal_mask(x_bLD.shape[1], x_bLD.device) if transformer.causal else None
                 means = []
                 for k in range(self.options.memory_depth):
                     means.append((x_bLD * keep_bL1).sum(dim=1) / keep_bL1.sum(dim=1))
@@ -222,12 +222,8 @@ def _two_layers(width_in: int, hidden: int, width_out: int, activation: nn.Modul
     return nn.Sequential(nn.Linear(width_in, hidden), activation, nn.Linear(hidden, width_out))
 
 
-def _causal(length: int, device: torch.device) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
-
-
 def _text_mask(end_B: Tensor, length: int, slots: int) -> Tensor:
     """(B, 1, L, L): causal over prompts and text, what follows `<end>` seen by nobody."""
     positions = torch.arange(slots + length, device=end_B.device)
     seen_BL = positions <= slots + end_B[:, None]
-    return (_causal(slots + length, end_B.device) & seen_BL[:, None])[:, None]
+    return (causal_mask(slots + length, end_B.device) & seen_BL[:, None])[:, None]

@@ -46,6 +46,11 @@ class RDN(nn.Module):
         hidden = self.dropout(F.gelu(self.layernorm(self.fc1(x))))
         return (self.fc2(hidden) + self.skip(x)).to(x.dtype)
 
+    def start_at_zero(self) -> None:
+        """Makes the last layers 0, so that all it gives is."""
+        for parameter in (*self.fc2.parameters(), *self.skip.parameters()):
+            nn.init.zeros_(parameter)
+
 
 class DynamicSlots(nn.Module):
     """Slots that fixed queries, one set for each missing type, read from the input tokens of a tower.
@@ -109,10 +114,7 @@ class MemoryLearner(Method):
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__(places, embed_dim, options)
         m, depth, steps = options.slots, options.memory_depth, options.replay_depth
-        if depth < 1:
-            raise ValueError(f"memory_depth must be at least 1, found {depth}")
-        check_depth(places, depth, f"memory_depth={depth}")
-        check_depth(places, depth + steps, f"memory_depth={depth} with replay_depth={steps}")
+        check_depth(places, depth, steps)
         self.per_sample = options.dynamic_init
         d_v, d_t, E = places["image"].width, places["text"].width, embed_dim
         for state in ("complete", "missing"):
@@ -132,9 +134,7 @@ class MemoryLearner(Method):
         self.layernorm_text = nn.ModuleList(nn.LayerNorm(d_v + d_t) for _ in range(depth))
         self.layernorm_image = nn.ModuleList(nn.LayerNorm(d_v + d_t) for _ in range(depth))
         if options.dynamic_init:
-            for last in (self.dynamic_common_token_net.fc2, self.dynamic_common_token_net.skip):
-                for parameter in last.parameters():
-                    nn.init.zeros_(parameter)
+            self.dynamic_common_token_net.start_at_zero()
         self.replay_image = LayerReplay(d_v, depth, steps) if steps else None
         self.replay_text = LayerReplay(d_t, depth, steps) if steps else None
         self.dynamic = nn.ModuleDict({modality: DynamicSlots(place, m) for modality, place in places.items()})
@@ -221,7 +221,7 @@ def decoupling_loss(slots: Mapping[str, TowerSlots], weight: float) -> dict[str,
 
 
 def mean_tokens(batch: ModelInput, tokens: Mapping[str, Tensor], places: Mapping[str, Place]) -> Tensor:
-    """(B, V): the mean of each sample's input tokens, image tower first, zero for a missing modality."""
+    """(B, V): the mean of each sample's input tokens, by modality side by side, zero for a missing one."""
     means = []
     for modality, place in places.items():
         if modality in tokens:

@@ -22,7 +22,7 @@ class DeepCorrelatedPrompts(Method):
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__(places, embed_dim, options)
         m, depth = options.slots, options.memory_depth
-        check_depth(places, depth, f"memory_depth={depth}")
+        check_depth(places, depth)
         d_v, d_t, E = places["image"].width, places["text"].width, embed_dim
         self.visual_prompt_complete, self.visual_prompt_missing = prompts(m, d_v), prompts(m, d_v)
         self.text_prompt_complete, self.text_prompt_missing = prompts(m, d_t), prompts(m, d_t)

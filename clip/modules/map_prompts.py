@@ -17,7 +17,7 @@ class MissingAwarePrompts(Method):
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__(places, embed_dim, options)
         depth, types = options.memory_depth, 2 ** len(places) - 1
-        check_depth(places, depth, f"memory_depth={depth}")
+        check_depth(places, depth)
         for name, place in places.items():
             self.register_parameter(f"{name}_prompts", prompts(depth, types, options.slots, place.width))
 

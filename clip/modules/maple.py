@@ -18,7 +18,7 @@ class MaPLe(Method):
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__(places, embed_dim, options)
         depth, d_v, d_t = options.memory_depth, places["image"].width, places["text"].width
-        check_depth(places, depth, f"memory_depth={depth}")
+        check_depth(places, depth)
         self.text_prompts = prompts(depth, options.slots, d_t)
         self.image_projections = nn.ModuleList(nn.Linear(d_t, d_v) for _ in range(depth))
 

@@ -216,10 +216,14 @@ def prompts(*shape: int) -> nn.Parameter:
     return nn.Parameter(PROMPT_STD * torch.randn(*shape))
 
 
-def check_depth(places: Mapping[str, Place], blocks: int, option: str) -> None:
-    """Raises ValueError where a tower has fewer than `blocks` blocks, which `option` asks for."""
-    if blocks > (most := min(place.depth for place in places.values())):
+def check_depth(places: Mapping[str, Place], depth: int, replayed: int = 0) -> None:
+    """Raises ValueError unless `depth` is 1 or more, and each tower has so many blocks and `replayed` more."""
+    if depth < 1:
+        raise ValueError(f"memory_depth must be at least 1, found {depth}")
+    option, value, most = "memory_depth", depth, min(place.depth for place in places.values())
+    if depth <= most:
+        option, value, most = f"memory_depth={depth} with replay_depth", replayed, most - depth
+    if value > most:
         there = ", ".join(f"{place.depth} in the {name} tower" for name, place in places.items())
-        name, _, value = option.rpartition("=")
-        fits = f"; {name}={int(value) - blocks + most} is the most" if int(value) - blocks + most > 0 else ""
-        raise ValueError(f"{option} is more than the backbone has blocks ({there}){fits}")
+        fits = f"; {option}={most} is the most" if most else ""
+        raise ValueError(f"{option}={value} is more than the backbone has blocks ({there}){fits}")

@@ -22,7 +22,7 @@ class ModalitySpecificPrompts(Method):
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__(places, embed_dim, options)
         depth = options.memory_depth
-        check_depth(places, depth, f"memory_depth={depth}")
+        check_depth(places, depth)
         for name, place in places.items():  # (D, M, m, width): a set for each modality in each tower
             self.register_parameter(f"{name}_prompts", prompts(depth, len(places), options.slots, place.width))
 

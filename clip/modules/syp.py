@@ -27,7 +27,7 @@ class SynergisticPrompts(Method):
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__(places, embed_dim, options)
         m, D, types = options.memory_length, options.memory_depth, 2 ** len(places) - 1
-        check_depth(places, D, f"memory_depth={D}")
+        check_depth(places, D)
         V = sum(place.width for place in places.values())
         self.static_prompts = prompts(m, embed_dim)
         self.scale = nn.Sequential(nn.Linear(V, V // BOTTLENECK), nn.ReLU(), nn.Linear(V // BOTTLENECK, V))

@@ -176,7 +176,8 @@ class Transformer(nn.Module):
                 x_BLD = _add_in_front(x_BLD, replay[k - depth](outputs_BPD))
 
             prefix_BP2D = prefix[k] if k < len(prefix) else None
-            mask = _causal_mask(x_BLD, prefix_BP2D) if self.causal else None
+            P = 0 if prefix_BP2D is None else prefix_BP2D.shape[1]
+            mask = causal_mask(x_BLD.shape[1], x_BLD.device, P) if self.causal else None
             last = k + 1 == len(self.resblocks)
             read = x_BLD.shape[1] - L + read_B if last else None
             x_BLD = self.run(k, x_BLD, prefix_BP2D, mask, read, adapters.get(k))
@@ -205,10 +206,9 @@ def _add_in_front(x_BLD: Tensor, added_BPD: Tensor) -> Tensor:
     return torch.cat([x_BLD[:, :P] + added_BPD, x_BLD[:, P:]], dim=1)
 
 
-def _causal_mask(x_BLD: Tensor, prefix_BP2D: Tensor | None) -> Tensor:
+def causal_mask(length: int, device: torch.device, prefix: int = 0) -> Tensor:
     """(L, P + L): positions see the prefix, themselves and what is before them."""
-    L, P = x_BLD.shape[1], 0 if prefix_BP2D is None else prefix_BP2D.shape[1]
-    return torch.ones(L, P + L, dtype=torch.bool, device=x_BLD.device).tril(P)
+    return torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
 
 
 def normalise(image_u8: Tensor, mean: tuple[float, ...] = IMAGE_MEAN, std: tuple[float, ...] = IMAGE_STD) -> Tensor:

@@ -29,8 +29,15 @@ def beside_method(options: Mapping[str, Any]) -> list[str]:
     """`option=value` of what a run has beside its method; every table names it, of a teacher its run's folder."""
     given = _not_default(options, *BESIDE)
     if "teacher" in given:
-        given["teacher"] = "-".join(Path(str(given["teacher"])).parts[-3:-1])
+        given["teacher"] = of_run(given["teacher"])
     return [f"{name}={value}" for name, value in given.items()]
+
+
+def of_run(checkpoint: object) -> str:
+    """A path to a checkpoint as tables name it: by its run's folder, and by its own name if that says something."""
+    path = Path(str(checkpoint))
+    folders = path.parent.parts if path.name in ("best.ckpt", "last.ckpt", "export") else ()
+    return "-".join((folders or path.parts)[-2:])
 
 
 def other_input(options: Mapping[str, Any]) -> list[str]:

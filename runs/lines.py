@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from common.text import Estimate, estimate
 from config import DEFAULTS
-from runs.comparable import BESIDE, beside_method, other_input
+from runs.comparable import BESIDE, beside_method, of_run, other_input
 from runs.run_reader import Run
 
 T = TypeVar("T")
@@ -38,7 +38,8 @@ class RunLine(Generic[T]):
         values = {name: {str(other[name]) for other in same if name in other} for name in self.options}
         differ = {name for name, those in values.items() if len(those) > 1}
         shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in self.options.items()}
-        plain = {name for name in SWITCHES if self.options.get(name) == DEFAULTS[name]}
+        shown["load_path"] = of_run(shown.get("load_path"))
+        plain = {name for name in SWITCHES if (self.options.get(name) or None) == (DEFAULTS[name] or None)}
         words = [f"{name}={value}" for name, value in shown.items() if name in differ.difference(BESIDE, plain)]
         return list(dict.fromkeys([*other_input(self.options), *beside_method(self.options), *words]))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from runs.comparable import of_run
 from runs.lines import RunLine, lines_of, spread_of
 from runs.run_reader import Run, find_runs
 from tests.conftest import json_of
@@ -105,6 +106,20 @@ def test_lines_are_named_by_what_differs_and_not_by_what_one_does_not_say(tmp_pa
         ["learning_rate=0.0123457"],
         ["far=False", "learning_rate=0.1"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("result/large_seed1/version_2/best.ckpt", "large_seed1-version_2"),
+        ("result/large_seed1/version_2/export", "large_seed1-version_2"),
+        ("shared/rep_mmimdb", "shared-rep_mmimdb"),
+        ("teachers/large.ckpt", "teachers-large.ckpt"),
+        ("best.ckpt", "best.ckpt"),
+    ],
+)
+def test_a_checkpoint_is_named_by_its_run(path: str, name: str) -> None:
+    assert of_run(path) == name
 
 
 def test_both_ratio_counts_where_it_has_an_effect(tmp_path: Path) -> None:

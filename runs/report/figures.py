@@ -35,8 +35,8 @@ Look = dict[str, Any]
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", ":", "-.")
 FLOORS: tuple[Look, ...] = ({"color": "#6d6d6e", "linestyle": "--"}, {"color": "#6d6d6e", "linestyle": ":"})
 """Looks of the baselines."""
-TITLE, LINE = 42, 0.14
-"""Of a panel's title, characters in a line, and inches that another line takes."""
+TITLE, LINE, SIDE_LABEL = 42, 0.14, 48
+"""Of a panel's title, characters in a line, and inches that another line takes; characters of a label of a row."""
 TOGETHER = 3
 """Lines that one panel shows; where there are more, each has a panel of its own."""
 CURVE_POINTS = 150
@@ -118,7 +118,8 @@ def side_labels(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_yticks([])
     axes.set_ylim(len(labels) - 0.4, -0.75)
     for place, label in enumerate(labels):
-        axes.text(0.0, place - 0.28, excerpt(label, 50), transform=axes.get_yaxis_transform(), fontsize=7)
+        text = textwrap.fill(excerpt(label, 2 * SIDE_LABEL), SIDE_LABEL)
+        axes.text(0.0, place - 0.28, text, transform=axes.get_yaxis_transform(), fontsize=7, linespacing=1, va="bottom")
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
 
@@ -155,7 +156,8 @@ def comparison_figure(dataset: Dataset) -> Figure:
         axes.set(xlim=bounds, xlabel=dataset.axis_title)
 
     panels = [Panel(f"Trained at {pattern}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()]
-    height = TOP + BOTTOM + 0.3 * max(map(len, dataset.compared.values()))
+    longest = max(len(line.variant) for lines in dataset.compared.values() for line in lines)
+    height = TOP + BOTTOM + (0.42 if longest > SIDE_LABEL else 0.3) * max(map(len, dataset.compared.values()))
     return figure(f"comparison_{dataset.key}", "Methods compared", dataset.caption("comparison_figure"), panels, height)
 
 

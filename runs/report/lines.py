@@ -285,4 +285,4 @@ def _variant_title(line: RunLine[ReportRun], lines: Sequence[RunLine[ReportRun]]
         title = ABLATION[bool(run.config.get("far", True)), bool(run.config.get("fmb", True))]
         words = [word for word in words if not word.startswith(("far=", "fmb="))]
     options = [word.split("=", 1) for word in words]
-    return ", ".join([title, *(f"{name} {excerpt(value.rstrip('/').rsplit('/')[-1], 24)}" for name, value in options)])
+    return ", ".join([title, *(f"{name} {excerpt(value.rstrip('/').rsplit('/')[-1], 40)}" for name, value in options)])

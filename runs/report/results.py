@@ -108,7 +108,8 @@ class ReportRun(Run):
             return None
         with as_written_by_run(best):
             published = described["architecture"].items() >= PUBLISHED_SIZES.items()
-            return PUBLISHED_BACKBONE if published else without_home(str(described["backbone"]["name"]))
+            named = str(described["backbone"]["name"])
+            return PUBLISHED_BACKBONE if published else Path(named).name if Path(named).is_absolute() else named
 
     def at_own_pattern(self, metric: str) -> float | None:
         """A metric at the pattern of the training: mean over table seeds, else the test result there."""

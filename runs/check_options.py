@@ -32,7 +32,11 @@ OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 """Beginnings of options that one head or method has alone, with its name."""
-FAMILIES = {"train_ends": (CLIP,), "network": ("sensors", VLA), "rdn_hidden": (VLA,), "train_pooler": (VLA,)}
+FAMILIES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("train_ends", "tokenizer", "vit_activation", "image_size"), (CLIP,)),
+    **dict.fromkeys(("rdn_hidden", "train_pooler"), (VLA,)),
+    "network": ("sensors", VLA),
+}
 """Options that some families of backbones have alone."""
 OUTPUTS = {"predict": ("predictions.csv", ".csv", ".jsonl"), "embed": ("features.npz", ".npz", ".safetensors")}
 """By command, the file that it writes by default, and the suffixes that others may have."""

@@ -193,6 +193,7 @@ def test_a_checkpoint_of_another_family_is_no_start(root: Path, monkeypatch: Pat
         (("network.projection_width=5",), "projection_width: expected two halves, shared and private, found 5"),
         (("network.heads=3",), "network: width and feature_width: expected multiples of heads=3, found 32 and 128"),
         (("train_ends=True",), "train_ends: is no option of task=sensors, found True"),
+        (("vit_activation=gelu",), "vit_activation: is no option of task=sensors, found gelu"),
         (("missing_type=image",), "any or some, or several as acc+gyr, found 'image'"),
         (("missing_type=both",), "any or some, or several as acc+gyr, found 'both'"),
         (("prompt_type=coop",), "prompt_type: expected rep or none or full or focal with task=sensors, found coop"),

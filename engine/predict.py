@@ -130,6 +130,8 @@ class Predictor:
             DataError: a signal cannot be read, is shorter than a sample, or of another number of channels.
         """
         items = in_samples([Item("", named(signals, self.dataset), "the recording")], self.dataset)
+        if items[0].inputs and items[0].times is None:
+            raise DataError("the recording: expected signals (values, channels), found others")
         found = self.predict_items(items, batch_size=batch_size)
         return [(*(item.times or (0.0, 0.0)), one) for item, one in zip(items, found, strict=True)]
 

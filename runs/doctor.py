@@ -40,7 +40,7 @@ from vilt.datasets.custom import CUSTOM
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
-from vilt.missing_tables import load_missing_table, type_counts
+from vilt.missing_tables import load_missing_table, said_counts, type_counts
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 SHARED_MEMORY, IMAGES_DECODED = Path("/dev/shm"), 64  # images of each split, evenly spread
@@ -171,8 +171,8 @@ class Doctor:
         data.missing_table = load_missing_table(root, spec.table_name, split, pattern, data.n_rows)
         what = " (one per text)" if spec.column_of("text") else ""
         facts = [f"{counted(data.n_rows, 'row')}, {counted(len(data), 'sample')}{what}"]
-        of_types, remarks = type_counts(data.missing_table, spec.type_names), []
-        facts += [f"{count:,} {kind}" for kind, count in of_types.items()]
+        facts += said_counts(type_counts(data.missing_table, spec.type_names))
+        remarks = []
         if data.n_rows not in (published := spec.published_rows.get(split, (data.n_rows,))):
             remarks.append(f"the published split has {' or '.join(f'{rows:,}' for rows in published)} rows")
         if absent := data.absent_classes():

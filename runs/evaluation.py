@@ -39,7 +39,7 @@ from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
-from vilt.missing_tables import type_counts
+from vilt.missing_tables import said_counts, type_counts
 
 log = logging.getLogger("rep")
 
@@ -172,7 +172,7 @@ def test(
     if trainer.is_global_zero:
         assert folder is not None
         write_json(folder / "test_results.json", result)
-        counts = ", ".join(f"{count:,} {name}" for name, count in result["missing"].items())
+        counts = ", ".join(said_counts(result["missing"]))
         print(" ".join([f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})", *other]))
         print(
             f"  {options.task} test, {pattern.ratio:.0%} missing ({pattern.missing_type}), seed {pattern.seed}\n"

@@ -331,6 +331,8 @@ def test_a_recording_of_any_length_is_predicted_sample_by_sample(root: Path, tra
     assert call("predict", "precision=32", "num_workers=0", *options) == 2
     with pytest.raises(DataError, match="expected signals of acc, gyr, lig, found sound"):
         model.predict_recording({"sound": np.zeros((20, 1))})
+    with pytest.raises(DataError, match=r"the recording: expected signals \(values, channels\)"):
+        model.predict_recording({"gyr": np.zeros((2, 4, 4))})
     with pytest.raises(DataError, match="sample 0: expected acc or gyr or lig, found text"):
         model.predict(texts=["walk"])
     np.savez(tmp_path / "gyr.npz", gyr=signals)

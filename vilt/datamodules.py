@@ -26,7 +26,7 @@ from vilt.datasets.kinds import InputFormat, kinds_of
 from vilt.datasets.open_spec import open_spec, rows_of_splits
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.datasets.subsequences import subsequences
-from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, published_patterns, type_counts
+from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, published_patterns, said_counts, type_counts
 
 log = logging.getLogger(__name__)
 
@@ -214,8 +214,7 @@ class MissingModalityData(pl.LightningDataModule):
         """A line per split: samples, rows, and how many are missing what."""
         lines = []
         for split, dataset in self.datasets.items():
-            of_types = type_counts(dataset.missing_table, self.spec.type_names)
-            counts = ", ".join(f"{count:,} {name}" for name, count in of_types.items())
+            counts = ", ".join(said_counts(type_counts(dataset.missing_table, self.spec.type_names)))
             rows = "" if len(dataset) == dataset.n_rows else f" of {counted(dataset.n_rows, 'row')}"
             nature = type_counts(dataset.natural[dataset.row_of_sample], self.spec.type_names)
             natural = [f"{count:,} {name}" for name, count in list(nature.items())[1:] if count]

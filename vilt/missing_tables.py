@@ -220,6 +220,11 @@ def type_counts(table: np.ndarray, names: Sequence[str]) -> dict[str, int]:
     return {name: int((table == value).sum()) for value, name in enumerate(names)}
 
 
+def said_counts(of_types: Mapping[str, int]) -> list[str]:
+    """`type_counts` for people: of more than three types those that occur."""
+    return [f"{count:,} {name}" for name, count in of_types.items() if count or len(of_types) <= 3]
+
+
 def _published_paths(root: Path, stem: str, ratio: float) -> list[Path]:
     """Where the published code keeps a table: it wrote a ratio without its dot, and 1 as `1` or, of 1.0, as `10`."""
     spellings = [str(float(ratio)), *([str(int(ratio))] if ratio == int(ratio) else [])]

@@ -79,9 +79,9 @@ def baseline_texts(baselines: Mapping[str, Any], metric: str) -> list[str]:
 
 
 def natural_key(name: str | Path) -> list[tuple[int, str]]:
-    """Sorts version_10 after version_9."""
+    """Sorts version_10 after version_9; no two names are equal, so that the order is never that of the file system."""
     parts = re.split(r"([0-9]+)", str(name))  # every second one is a number
-    return [(int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
+    return [*((int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)), (-2, str(name))]
 
 
 def duration(seconds: float) -> str:

@@ -41,6 +41,9 @@ def export(load_path: Path | tuple[Path, ...] | None, out: Path | None = None) -
 
 def _card(checkpoint: Checkpoint, run: Run | None) -> str:
     spec, at, name = checkpoint.spec, checkpoint.training, str(checkpoint.backbone_name)
+    test = None if run is None else run.test
+    if test is not None and test.get("checkpoint_sha256", checkpoint.sha256) != checkpoint.sha256:
+        test = None  # of best.ckpt, and this is another one
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -59,7 +62,7 @@ def _card(checkpoint: Checkpoint, run: Run | None) -> str:
         at=at,
         pattern=None if at is None else Pattern(at.missing_type, at.ratio, at.both_ratio),
         options={} if run is None else {name: value for name in OPTIONS if (value := run.config.get(name)) is not None},
-        test=None if run is None else run.test,
+        test=test,
         tested_at=None if run is None else run.tested_at,
         classes=", ".join(checkpoint.class_names or spec.dataset.class_names or ()) or spec.dataset.n_classes,
     )

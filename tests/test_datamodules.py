@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from common.errors import ConfigError, DataError
-from tests.data_files import assert_equal, data_settings, memes, types_of, write
+from tests.data_files import assert_equal, data_settings, films, memes, types_of, write
 from vilt.batches import collate
 from vilt.datamodules import DataSettings, EpochSampler, MissingModalityData
 from vilt.datasets.arrow_dataset import Sample
@@ -155,6 +156,17 @@ def test_each_split_has_its_own_pattern(folder):
         "  val          7 samples (4 complete, 3 text missing, 0 image missing)\n"
         "  test         9 samples (1 complete, 0 text missing, 8 image missing)"
     )
+
+
+def test_what_is_missing_is_counted_in_rows(folder: Path) -> None:
+    """By nature too, of a film with three plots once."""
+    table = films([["a", "b", "c"], ["d"], ["e"]])
+    images = pa.array([None, *table["image"].to_pylist()[1:]])
+    write(folder / "mmimdb_test.arrow", table.set_column(0, "image", images))
+    settings = data_settings("mmimdb", folder, MissingPattern("both", 0, 0.5, 0))
+    data = MissingModalityData(settings, ("test",), InputFormat(SIZE))
+    rows = "(2 complete, 0 text missing, 1 image missing; by nature 1 image missing)"
+    assert data.describe() == f"  test         5 samples of 3 rows {rows}"
 
 
 def test_only_the_splits_asked_for_are_opened(folder):

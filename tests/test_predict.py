@@ -518,6 +518,14 @@ def test_the_card_of_an_export_is_what_the_hub_reads(trained: Path, tmp_path: Pa
     assert (data.library_name, data.license, "rep" in data.tags) == ("rep", "other", True)
 
 
+def test_the_card_has_no_results_of_another_checkpoint(trained: Path, tmp_path: Path) -> None:
+    """The test is that of best.ckpt."""
+    for name, tested in (("best", True), ("last", False)):
+        export(trained.with_name(f"{name}.ckpt"), tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("f1_macro" in card) == tested and ("Not tested." in card) != tested
+
+
 def test_exports_that_cannot_be_are_refused(trained: Path, tmp_path: Path, capsys: Captured) -> None:
     def refused(*options: str) -> str:
         assert call("export", *options) == 2

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from common.errors import DataError
 from common.text import AT_OFFSET
 from engine.stored_logits import SplitLogits
 from runs.pattern import Pattern
-from runs.report import figures, make_report, tables
+from runs.report import figures, make_report, parts, tables
 from runs.report.lines import Dataset, by_dataset
 from runs.report.parts import section_of
 from runs.report.results import listed_runs, read_report_runs
@@ -92,6 +93,18 @@ def test_the_matrix_is_over_training_seeds_and_with_one_over_missing_tables(runs
             assert shown[column].text == f"{mean:.0f} ± {std:.0f}", "30 samples"
 
 
+def test_the_matrix_says_of_each_row_all_that_its_deviations_are_over(tmp_path: Path) -> None:
+    """As where one of two seeds was measured at fewer patterns."""
+    for seed in (0, 1):
+        TestSet().write(run := write_run(tmp_path / f"{seed}", seed=seed), seed)
+    found = json.loads((run / "robustness" / "robustness.json").read_text())
+    left = [cell for cell in found["cells"] if cell["missing_type"] == "text" or cell["ratio"] == 0.7]
+    edited(run, "robustness/robustness.json", cells=left)
+    over = {row["missing_type"]: row["deviation_over"] for row in as_csv(tables.matrix_table(dataset_of(tmp_path)))}
+    several = "2 missing tables or 2 training seeds"
+    assert over == {"text": "2 training seeds", "image": several, "both": several}
+
+
 def test_the_published_table(runs: Path) -> None:
     table = tables.published_table(dataset_of(runs / "mmimdb"))
     rows = rows_of(table)
@@ -160,6 +173,7 @@ def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -
     for method, seed, kind, tested in (
         *(("rep", 0, "both", 0.5), ("rep", 1, "both", 0.6), ("rep", 0, "text", 0.25), ("rep", 1, "text", 0.25)),
         *(("maple", 0, "both", 0.4), ("maple", 1, "both", 0.5), ("maple", 0, "text", 0.2)),
+        ("maple", 2, "both", None),  # not tested yet
     ):
         options = at(kind, 0.7) | {"prompt_type": method, "seed": seed, "tested": tested}
         run = write_run(tmp_path / f"{method}_{kind}_{seed}", **options)
@@ -524,6 +538,22 @@ def test_samples_that_change_the_most_come_first(runs: Path) -> None:
             pixel = image.convert("L").getpixel((40, 80))
         assert isinstance(pixel, int) and abs(pixel - 8 * row) <= 2, "the picture is that of the film"
     assert note == "" and HOSTILE in [shown["text"] for shown in grid.table.rows]
+
+
+@pytest.mark.parametrize(("task", "better"), [("mosi", "R1"), ("hatememes", "R2")])
+def test_samples_are_of_the_best_run(tmp_path: Path, monkeypatch: Patch, task: str, better: str) -> None:
+    """The lowest where errors are measured."""
+    for seed, tested in ((0, 0.5), (1, 0.75)):
+        write_run(tmp_path / f"{seed}", task, tested=tested, seed=seed, **at("text", 0.7))
+    dataset = dataset_of(tmp_path)
+    spec = DATASETS[task]
+    by_type = {name: {spec.monitor: 0.5} for name in spec.type_names}
+    results = SimpleNamespace(raw={"by_type": by_type}, cells={})
+    for run in dataset.runs:
+        monkeypatch.setitem(vars(run), "robustness", results)
+        monkeypatch.setitem(vars(run), "test_set", ("", 30))
+    shown = parts.run_of_samples(dataset.headline)
+    assert shown is not None and shown.tag == better
 
 
 def test_single_label_samples_have_one_prediction(runs: Path) -> None:

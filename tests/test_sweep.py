@@ -23,11 +23,13 @@ from optuna.trial import TrialState
 
 from common.locks import locked
 from run import command_line
-from runs.sweep import jobs
+from runs.sweep import command, jobs
 from runs.sweep.jobs import Job, Outcome, Progress, error_in, run_here
 from runs.sweep.launchers import Submission, _run_submitted
 from tests.conftest import Captured, Patch, Workspace, csv_of, json_of
 from tests.custom_files import convert, write_labelled
+from vilt.datasets.custom import CustomData
+from vilt.datasets.specs import custom_spec
 
 STAND_IN = """
 import json, os, pathlib, shutil, signal, sys, time
@@ -115,6 +117,16 @@ def error_line(said: str) -> str:
 def one_spaced(said: str) -> list[str]:
     """The lines of a table, with one space between words."""
     return [" ".join(line.split()) for line in said.splitlines()]
+
+
+def test_published_tables_of_sensors_are_contents_of_a_sweep(tmp_path: Path) -> None:
+    """Their names tell the modalities."""
+    sizes = (3, 2, 4, 4, 10.0)
+    spec = custom_spec(CustomData("x", "single", ("a", "b"), "accuracy", (("acc", *sizes), ("gyr", *sizes))))
+    (tmp_path / "sensors+acc+gyr_train_missing_both_07.pt").write_bytes(b"1")
+    places = {"data_root": tmp_path, "missing_table_root": tmp_path, "vit": None, "tokenizer": None, "teacher": None}
+    found = command._contents(SimpleNamespace(task="sensors", load_paths=(), **places), spec)  # type: ignore[arg-type]
+    assert list(found) == ["missing_table_root/sensors+acc+gyr_train_missing_both_07.pt"]
 
 
 def test_the_whole_grid_runs_one_seed_of_each_pattern_first(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:

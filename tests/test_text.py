@@ -22,6 +22,7 @@ def test_shares() -> None:
 
 def test_numbers_in_names_sort_as_numbers() -> None:
     names = ["²", "version_10b", "version_9", "version_10", "a"]
+    assert sorted(("a01", "a1"), key=natural_key) == sorted(("a1", "a01"), key=natural_key), "not as the disk has them"
     assert sorted(names, key=natural_key) == ["a", "version_9", "version_10", "version_10b", "²"]
 
 

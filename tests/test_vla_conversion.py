@@ -176,7 +176,7 @@ def test_of_several_pickles_the_one_of_the_dataset_is_taken(content, tmp_path, m
     for split, rows in sizes.items():
         monkeypatch.setitem(DATASETS["mosi"].published_rows, split, rows)
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(mult_pickle(content)))
-    (tmp_path / "b.pkl").write_bytes(pickle.dumps({"another": 1}))
+    (tmp_path / "b.pkl").write_bytes(pickle.dumps({"train": 1, "valid": {"text": 1}}))
     assert convert(tmp_path, tmp_path / "out") == 0
     assert "a.pkl" in capsys.readouterr().out
     (tmp_path / "c.pkl").write_bytes(pickle.dumps(mmsa_pickle(content)))

@@ -216,7 +216,7 @@ class MissingModalityData(pl.LightningDataModule):
         for split, dataset in self.datasets.items():
             counts = ", ".join(said_counts(type_counts(dataset.missing_table, self.spec.type_names)))
             rows = "" if len(dataset) == dataset.n_rows else f" of {counted(dataset.n_rows, 'row')}"
-            nature = type_counts(dataset.natural[dataset.row_of_sample], self.spec.type_names)
+            nature = type_counts(dataset.natural, self.spec.type_names)
             natural = [f"{count:,} {name}" for name, count in list(nature.items())[1:] if count]
             by_nature = f"; by nature {', '.join(natural)}" if natural else ""
             lines.append(f"  {split:<6}{counted(len(dataset), 'sample'):>16}{rows} ({counts}{by_nature})")

@@ -106,6 +106,11 @@ class Line:
         """Mean and deviation over train seeds of the task's metric, at the pattern of the training."""
         return self.estimate_of(self.spec.monitor)
 
+    @property
+    def n_at_own_pattern(self) -> int:
+        """The training seeds that have a result there, an undefined one too."""
+        return sum(run.at_own_pattern(self.spec.monitor) is not None for run in self.runs)
+
     def estimate_of(self, metric: str) -> Estimate | None:
         """Likewise of another metric."""
         scores = [run.at_own_pattern(metric) for run in self.runs]

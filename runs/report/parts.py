@@ -1,15 +1,16 @@
 """What the report says and in which order: a section per dataset, its parts, and the details of each run."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from common.text import AT_OFFSET, counted
+from common.text import AT_OFFSET, counted, order_of
 from runs.report import figures, tables
 from runs.report.figures import Figure
-from runs.report.lines import Dataset
+from runs.report.lines import Dataset, Line
 from runs.report.results import ReportRun, listed_runs
 from runs.report.samples import SampleGrid, sample_grid
 from runs.report.table import Table
@@ -128,13 +129,23 @@ def _results_parts(dataset: Dataset) -> list[Part]:
     if lacking := [run for _, run, found in dataset.results if not found.raw["confidence"]["resamples"]]:
         parts[-1].notes = [Note(f"Confidence intervals are missing in {listed_runs(lacking)}: made with bootstrap=0.")]
     parts.append(Part("Test samples that change the most"))
-    if with_logits := [run for run, _ in best.results if run.test_set]:
-        grid = sample_grid(max(with_logits, key=lambda run: run.at_own_pattern(spec.monitor) or 0), best.label)
+    if (run := run_of_samples(best)) is not None:
+        grid = sample_grid(run, best.label)
         parts[-1].shown, parts[-1].notes = [grid], [Note(grid.note)] if grid.note else []
     else:
         tags = listed_runs([run for run, _ in best.results])
         parts[-1].notes = [Note(f"Samples are missing: there is no logits.arrow in {tags}.")]
     return parts
+
+
+def run_of_samples(line: Line) -> ReportRun | None:
+    """Of the runs of a line that have stored logits the best one at the pattern of the training."""
+
+    def order(run: ReportRun) -> float:
+        found = run.at_own_pattern(line.spec.monitor)
+        return order_of(math.nan if found is None else found, line.spec.monitor)
+
+    return max((run for run, _ in line.results if run.test_set), key=order, default=None)
 
 
 def robustness_command(runs: Sequence[ReportRun]) -> str:

@@ -78,7 +78,7 @@ def comparison_table(dataset: Dataset) -> Table:
     rows: list[Row] = []
     for line in (line for lines in dataset.compared.values() for line in lines):
         own, found = mean_std(line.at_own_pattern, unit), dataset.against_best.get(line)
-        of_line: Row = {"trained_at": line.pattern.title, "method": line.variant, "seeds": len(line.runs)}
+        of_line: Row = {"trained_at": line.pattern.title, "method": line.variant, "seeds": line.n_at_own_pattern}
         of_line[metric] = replace(own, strong=dataset.is_significantly_best(line))
         if dataset.decides_elsewhere:
             of_line[AT_OFFSET] = mean_std(line.estimate_of(AT_OFFSET), dataset.unit(AT_OFFSET))
@@ -115,11 +115,12 @@ def matrix_table(dataset: Dataset, metric: str = "") -> Table:
         for kind in dict.fromkeys(pattern.kind for pattern in spreads):
             row: Row = {"method": line.label, "missing_type": kind}
             row |= {f"{100 * ratio:g} %": NOT_APPLICABLE for ratio in ratios}
-            for pattern, (found, _) in spreads.items():
-                if pattern.kind == kind:
-                    shade = (dataset.order(found) - low) / width if found.n else None
-                    row[f"{100 * pattern.ratio:g} %"] = replace(mean_std(found, dataset.unit()), shade=shade)
-            rows.append(row | {"deviation_over": next(spread.over for spread in spreads.values()) or "one run"})
+            of_kind = {pattern: spread for pattern, spread in spreads.items() if pattern.kind == kind}
+            for pattern, (found, _) in of_kind.items():
+                shade = (dataset.order(found) - low) / width if found.n else None
+                row[f"{100 * pattern.ratio:g} %"] = replace(mean_std(found, dataset.unit()), shade=shade)
+            over = dict.fromkeys(spread.over or "one run" for spread in of_kind.values())
+            rows.append(row | {"deviation_over": " or ".join(over)})
     name = "matrix_at_offset" if metric else "matrix"
     return Table(f"{name}_{dataset.key}", dataset.caption(name), rows, {"deviation_over": "± over"})
 
@@ -183,7 +184,8 @@ def ours_table(dataset: Dataset) -> Table:
             ours = line.at_own_pattern
             if ours is None or available_of(dataset, line.pattern) != available_of(dataset, pattern):
                 continue
-            row: Row = {"trained_at": line.pattern.title, "method": line.variant, "training_seeds": len(line.runs)}
+            row: Row = {"trained_at": line.pattern.title, "method": line.variant}
+            row["training_seeds"] = line.n_at_own_pattern
             row["ours"] = mean_std(ours, dataset.unit())
             row |= {"published": NOT_APPLICABLE, "difference": absent("not published")}
             if theirs := of_method.get(method_title(line.runs[0])):

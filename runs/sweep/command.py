@@ -170,7 +170,7 @@ def _contents(options: Options, spec: DatasetSpec) -> dict[str, str]:
 
     assert options.data_root is not None
     paths = {f"data_root/{spec.file_name(split)}": options.data_root / spec.file_name(split) for split in SPLITS}
-    published = sorted(options.missing_table_root.glob(f"{options.task}_*_missing_*.pt"))
+    published = sorted(options.missing_table_root.glob(f"{spec.table_name}_*_missing_*.pt"))
     paths |= {f"missing_table_root/{path.name}": path for path in published}
     named = {"vit": options.vit, "tokenizer": options.tokenizer, "teacher": options.teacher}
     named["load_path"] = next(iter(options.load_paths), None)

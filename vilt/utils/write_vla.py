@@ -137,9 +137,10 @@ def _has_sizes_of(spec: DatasetSpec, path: Path) -> bool:
         content = read_pickle(path)
     except DataError:
         return False
-    if not isinstance(content, dict):
+    try:
+        sizes = {split: len(content[key]["text"]) for split, key in SPLIT_KEYS.items()}
+    except (AttributeError, LookupError, TypeError):  # something else
         return False
-    sizes = {split: len(content.get(key, {}).get("text", ())) for split, key in SPLIT_KEYS.items()}
     return all(sizes[split] in spec.published_rows.get(split, (sizes[split],)) for split in SPLITS)
 
 

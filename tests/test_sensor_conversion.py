@@ -160,6 +160,11 @@ def test_short_recordings_are_named_and_a_byte_order_mark_is_no_part_of_a_class(
     assert len(tables["train"]) == 42 and open_spec("sensors", raw / "out", SPLITS).class_names == ("slow", "fast")
     said = capsys.readouterr().out
     assert "left out: 'r2'" in said and "in no recording, and left out: 51 of 720 rows" in said
+    assert "several splits" not in said
+    replace_line(raw / "recordings.csv", 2, "r0,s11,train,0,60")
+    assert sum(map(len, converted("sensors", raw, "--split", "run").values())) == 66
+    converted("sensors", raw)
+    assert "warning: subjects that are in several splits: 's11'\n" in capsys.readouterr().out
     shorter = "name: made_up\nsample: 0.4\ninterval: 0.2\nmixed_labels: false\n"
     (raw / "spec.yaml").write_text(shorter)
     np.save(raw / "labels.npy", np.arange(720) // 30 % 2)

@@ -67,11 +67,10 @@ class RawDataset:
 def require_layout(root: Path, names: Iterable[str], layout: str) -> None:
     """Raises DataError, which shows `layout`, unless all `names` exist in `root`."""
     missing = [name for name in names if not (root / name).exists()]
-    if missing or not root.is_dir():
-        there = root.is_dir()
-        raise not_as_in(
-            layout, f"{', '.join(missing)} not found in {root}" if there else f"the raw folder {root} does not exist"
-        )
+    if not root.is_dir():
+        raise not_as_in(layout, f"the raw folder {root} {'is a file' if root.exists() else 'does not exist'}")
+    if missing:
+        raise not_as_in(layout, f"{', '.join(missing)} not found in {root}")
 
 
 def not_as_in(layout: str, problem: str) -> DataError:

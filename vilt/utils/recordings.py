@@ -167,7 +167,10 @@ def _ways(recordings: Sequence[Recording], how: str, source: str) -> dict[str, S
         groups = {}
         for recording in recordings:
             kept = recording.labels[recording.labels != NO_LABEL]
-            groups.setdefault(label_of(kept, mixed=True) if len(kept) else NO_LABEL, []).append(recording)
+            if len(kept):
+                groups.setdefault(label_of(kept, mixed=True), []).append(recording)
+            else:
+                found[recording.name] = "train"  # for which it has no sample
     for label, group in groups.items():
         key_of = {one.name: one.subject if how == SUBJECT else one.name for one in group}
         if how == SUBJECT and (without := [one for one in group if not one.subject]):

@@ -1,5 +1,6 @@
 """A custom set of sensors: signals in one array, with tables of its channels and recordings, and a spec."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import ConfigError, DataError
-from common.messages import quoted
+from common.messages import listed, quoted
 from common.readers import Reader, flag, integer, literal, number, one_of, text
 from vilt.datasets.custom import SENSORS, CustomData
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, custom_spec
@@ -143,6 +144,11 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     how = check_way(split, default, WAYS, EVERY_DATASET[SENSORS])
     splits = tuple(divide(recordings, how, str(raw / "recordings.csv"), cut.dropped))
     note = note_on(recordings, splits)
+    if how == PUBLISHED:
+        pairs = {(one.subject, one.split) for one in recordings if one.subject}
+        counts = Counter(subject for subject, _ in pairs)
+        if several := sorted(subject for subject, count in counts.items() if count > 1):
+            note += f"{note and chr(10)}warning: subjects that are in several splits: {listed(several)}"
     if in_none := np.count_nonzero(recording_of_row < 0):
         note += f"{note and chr(10)}warning: in no recording, and left out: {in_none:,} of {len(signals):,} rows"
     return RawDataset(row_of_set, classes, splits, note)

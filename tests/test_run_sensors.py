@@ -187,7 +187,6 @@ def test_a_checkpoint_of_another_family_is_no_start(root: Path, monkeypatch: Pat
         (("network.patch={'acc':[1,2],'gyro':[1,2]}",), "network.patch: expected acc or gyr or lig, found 'gyro'"),
         (("network.window=[3]",), "network: window: expected two sizes, found [3]"),
         (("network.blocks=[]",), "network: blocks: expected integers of at least 1, found []"),
-        (("network.blocks=[1,1.5]",), "network: blocks: expected integers of at least 1, found [1, 1.5]"),
         (("network.type=deepsense", "network.kernel=0"), "network: kernel: expected integers of at least 1, found 0"),
         (("network.inner_layers=-1",), "inner_layers and temperature: expected 0 or more, and above 0, found -1 and"),
         (("network.projection_width=5",), "projection_width: expected two halves, shared and private, found 5"),

@@ -17,7 +17,7 @@ from clip.modules.classifier import MissingModalityClassifier
 from common.errors import CheckpointError, ConfigError, DataError
 from common.messages import listed
 from common.strict_json import write_json
-from common.text import AT_OFFSET, baseline_texts, counted, figure
+from common.text import AT_OFFSET, baseline_texts, counted, figure, per_cent
 from config import Options
 from engine.baselines import baselines
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
@@ -175,7 +175,7 @@ def test(
         counts = ", ".join(said_counts(result["missing"]))
         print(" ".join([f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})", *other]))
         print(
-            f"  {options.task} test, {pattern.ratio:.0%} missing ({pattern.missing_type}), seed {pattern.seed}\n"
+            f"  {options.task} test, {per_cent(pattern.ratio)} missing ({pattern.missing_type}), seed {pattern.seed}\n"
             f"  {counted(result['samples'], 'sample')}: {counts}"
         )
         for metric, value in module.test_metrics.items():

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -43,7 +43,7 @@ class Run:
     folder: Path  # as the user spelled it
     config: dict[str, Any]
     custom: CustomData | None  # of a custom dataset
-    started: datetime  # when the configuration was written
+    started: datetime  # in local time
     contents: dict[str, Any]  # digests of what it read; empty for a run of before they were kept
     earlier: "Run | None" = None  # the run that this one was resumed from
 
@@ -188,10 +188,19 @@ def read_run(folder: Path) -> Run:
         for split in SPLITS:
             pattern = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
             Pattern.of(spec_of(config["task"], custom), *pattern)
-        started = datetime.fromtimestamp(path.stat().st_mtime)
+    started = _started(folder)
     path = folder / "contents.json"
     contents = read_json(path) if path.is_file() else {}
     return Run(folder, config, custom, started, contents, _resumed_from(folder, config))
+
+
+def _started(folder: Path) -> datetime:
+    """As the run has recorded it; else when its configuration was written, which a copy may have forgotten."""
+    with suppress(DataError, KeyError, TypeError, ValueError):
+        return (
+            datetime.fromisoformat(read_json(folder / "environment.json")["started"]).astimezone().replace(tzinfo=None)
+        )
+    return datetime.fromtimestamp((folder / "config.json").stat().st_mtime)
 
 
 def _resumed_from(folder: Path, config: Mapping[str, Any]) -> Run | None:

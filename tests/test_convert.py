@@ -137,8 +137,10 @@ def test_rows_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], fact: 
 
 def test_wrong_columns_and_splits(tmp_path: Path) -> None:
     data = frame([png(n) for n in range(4)])
+    twice = pd.concat([data, data["text"]], axis=1)
     for wrong, options, fact in (
         (data, {"columns": {"text": "caption"}}, "expected the columns caption, found image, text, label, split"),
+        (twice, {}, "the column 'text' is repeated"),
         (data, {"columns": {"texts": "text"}}, "columns: expected image, text, label, split, found texts"),
         (data, {"classes": {"cat", "dog"}}, "classes: expected a list"),
         (data.assign(split="eval"), {}, "row 1: split: expected train or val or test, found 'eval'"),

@@ -82,7 +82,7 @@ def test_the_test_pattern_is_the_one_asked_for(workspace: Workspace, fitted: Pat
     assert results["missing"] == {"complete": 0, "text missing": 0, "image missing": results["samples"]}
     said = capsys.readouterr().out
     assert f"test/f1_macro {results['metrics']['f1_macro']:.4f}" in " ".join(said.split())
-    assert "mmimdb test, 100% missing (image), seed 0" in said and str(fitted / "best.ckpt") in said
+    assert "mmimdb test, 100 % missing (image), seed 0" in said and str(fitted / "best.ckpt") in said
 
 
 def test_results_equal_those_computed_by_hand(workspace: Workspace, fitted: Path, best: str) -> None:

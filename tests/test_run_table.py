@@ -53,6 +53,16 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert row.date == datetime.fromtimestamp(BEGAN + 3) and (row.state, row.note) == ("finished", "")
 
 
+def test_a_copied_run_keeps_its_date(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "rep_seed3" / "version_0")
+    for recorded in ("2025-03-04T05:06:07+00:00", "2025-03-04T07:06:07+02:00"):
+        (folder / "environment.json").write_text(json.dumps({"started": recorded}))
+        (row,) = list_runs(tmp_path)
+        assert row.date is not None and row.date.timestamp() == 1_741_064_767
+    (folder / "environment.json").write_text("{}")  # of before it was recorded
+    assert list_runs(tmp_path)[0].date == datetime.fromtimestamp(BEGAN)
+
+
 def test_an_evaluation_has_no_training(tmp_path: Path) -> None:
     write_run(tmp_path / "rep_test_both_0.5" / "version_0", score=None, test_only=True)
     write_run(tmp_path / "rep_test_both_0.6" / "version_0", score=None, tested=None, test_only=True)

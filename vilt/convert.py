@@ -17,6 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from common.errors import DataError
+from common.messages import quoted
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS
 from vilt.images import open_rgb
 from vilt.utils import raw_data
@@ -112,7 +113,9 @@ def _columns(data: Any, named: Mapping[str, str]) -> tuple[dict[str, Iterable[An
     else:
         frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame(list(data))
         there, count = list(frame.columns), len(frame)
-        found = {column: map(_plain, frame[column]) for column in named.values() if column in there}
+        found = {column: map(_plain, frame[column]) for column in named.values() if there.count(column) == 1}
+    if repeated := [name for name in named.values() if there.count(name) > 1]:
+        raise DataError(f"data: the column {quoted(repeated[0])} is repeated")
     if missing := [name for column, name in named.items() if column != "split" and name not in there]:
         raise DataError(f"data: expected the columns {', '.join(missing)}, found {', '.join(map(str, there))}")
     label = features.get(named["label"])

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from common.errors import ConfigError, DataError
 from common.signals import STOP_SIGNALS
-from common.text import counted
+from common.text import counted, per_cent
 from vilt.batches import collate
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat, kinds_of
@@ -204,7 +204,7 @@ class MissingModalityData(pl.LightningDataModule):
         pattern, dropout = self.patterns["train"], self.settings.modality_dropout
         said = "fixed by a missing table"
         if self.settings.simulate_missing and self.spec.redrawn:
-            how = f"{pattern.ratio:.0%} {pattern.missing_type}; simulate_missing=False fixes it"
+            how = f"{per_cent(pattern.ratio)} {pattern.missing_type}; simulate_missing=False fixes it"
             said = f"drawn anew in each epoch ({how})"
         elif self.settings.simulate_missing:
             said += "; complete samples lose a modality at random in each epoch"

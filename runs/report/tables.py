@@ -64,7 +64,7 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
                 "test": number(run.tested(run.spec.monitor), unit, untested),
                 **({AT_OFFSET: number(run.tested(AT_OFFSET), unit, NOT_APPLICABLE)} if elsewhere else {}),
                 "robustness": "yes" if run.robustness else untrained if dataset else NOT_APPLICABLE,
-                "date": f"{run.started:%Y-%m-%d}",
+                "date": f"{run.parts[-1].started:%Y-%m-%d}",
                 "folder": run.place,
             }
         )

@@ -33,4 +33,4 @@ def read_pretrained(option: str, source: str, read: Callable[[bool], T], what: s
         f"`hf download {source}` and copy the folder that it names here; then give {name}=THAT_FOLDER, or put it into "
         f"the cache that HF_HOME names"
     )
-    raise BackboneError(f"{option}: not readable as {what}: {reason}{'' if is_folder else advice}")
+    raise BackboneError(f"{option}: not readable as {what}: {reason if is_folder else reason.rstrip('.') + advice}")

@@ -10,6 +10,7 @@ from clip.modules.registry import PRETRAINING, TRAIN_BACKBONES, methods_of
 from common.errors import ConfigError, DataError
 from common.machine import cores
 from common.readers import path, several, wrong
+from common.text import natural_key
 from config import AUTO, MODEL, OPTIONS, TRAINING, Options
 from runs.command_line import is_text, unknown_option
 from runs.option_readers import PRECISIONS, MissingTypeReader
@@ -185,7 +186,7 @@ def check_together(options: Options) -> None:
         if not Path(checkpoint).is_dir():
             raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")
         file = "last.ckpt" if name == "resume_from" else "best.ckpt"
-        found = min(Path(checkpoint).rglob(file), key=lambda path: (len(path.parts), path), default=None)
+        found = max(Path(checkpoint).rglob(file), key=lambda path: (-len(path.parts), natural_key(path)), default=None)
         hint = f"did you mean {name}={found}?" if found is not None else f"there is no {file} in it"
         raise ConfigError(f"{name}: expected a checkpoint file, found the folder {checkpoint}; {hint}")
 

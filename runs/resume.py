@@ -151,6 +151,18 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat_options(json.loads(json.dumps(dict(config), default=str))) | of_step
 
 
+def differing_options(there: ModelSpec, here: ModelSpec) -> str:
+    """The options in which two models differ, with the values of both."""
+    theirs, ours = (
+        asdict(one.method)
+        | {"task": one.task, "head": one.head, "architecture": one.architecture}
+        | (asdict(one.custom) if one.custom is not None else {})
+        for one in (there, here)
+    )
+    both = [key for key in theirs if key in ours]
+    return ", ".join(f"{key} (there {theirs[key]}, here {ours[key]})" for key in both if theirs[key] != ours[key])
+
+
 def check_resume(
     checkpoint: Checkpoint,
     spec: ModelSpec,
@@ -171,15 +183,8 @@ def check_resume(
     check_tokenizer(checkpoint, fingerprint)
     check_classes(checkpoint, dataset)
     if checkpoint.spec != spec:
-        theirs, ours = (
-            asdict(one.method)
-            | {"task": one.task, "head": one.head, "architecture": one.architecture}
-            | (asdict(one.custom) if one.custom is not None else {})
-            for one in (checkpoint.spec, spec)
-        )
-        both = [key for key in theirs if key in ours]
-        differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in both if theirs[key] != ours[key]]
-        raise CheckpointError(f"resume_from={checkpoint.path}: a run with other options: {', '.join(differing)}")
+        differing = differing_options(checkpoint.spec, spec)
+        raise CheckpointError(f"resume_from={checkpoint.path}: a run with other options: {differing}")
     if not checkpoint.contents:
         log.warning("resume_from=%s: does not say which data it was trained on; not compared", checkpoint.path)
     elif other := other_contents(checkpoint.contents, contents, *OF_TEST, "load_path", "architecture"):

@@ -56,7 +56,7 @@ from engine.teacher import soft_labels
 from engine.trainer import make_trainer
 from engine.training import MINUS_LOSS, FinetuneModule, model_input
 from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
-from runs.resume import alone, check_resume, find_progress, say_differences
+from runs.resume import alone, check_resume, differing_options, find_progress, say_differences
 from runs.run_reader import as_written_by_run
 from runs.start import commit, described, say_device, say_remarks, start_folder
 from runs.targets import as_trained
@@ -198,7 +198,7 @@ def train_from(
         check_tokenizer(start, inputs.fingerprint)
         if options.finetune_first:
             check_classes(start, train_data)
-        warm_start(classifier, start, backbone, options.published_seed, with_head=options.finetune_first)
+        warm_start(classifier, spec, start, backbone, options.published_seed, with_head=options.finetune_first)
 
     set_computation(options, classifier)
     has_seen = start is not None and start.spec.method.prompt_type == options.prompt_type  # a start of `none` has not
@@ -309,6 +309,7 @@ def see_training_split(options: Options, classifier: MissingModalityClassifier, 
 
 def warm_start(
     classifier: MissingModalityClassifier,
+    spec: ModelSpec,
     checkpoint: Checkpoint,
     backbone: Backbone,
     published_seed: int,
@@ -343,8 +344,8 @@ def warm_start(
     misfits = [name for name in wanted if name not in theirs or own[name].shape != theirs[name].shape]
     if misfits:
         raise CheckpointError(
-            f"load_path={checkpoint.path}: {len(misfits)} entries do not fit this model, for example {misfits[0]}: its "
-            f"task is {checkpoint.spec.task}, its method {checkpoint.spec.method}, its head {checkpoint.spec.head}"
+            f"load_path={checkpoint.path}: {len(misfits)} entries do not fit this model, for example {misfits[0]}: a "
+            f"run with other options: {differing_options(checkpoint.spec, spec)}"
         )
     with torch.no_grad():
         for name in wanted:

@@ -153,9 +153,15 @@ def test_warm_start_takes_the_memory_and_with_finetune_first_the_head(workspace,
 
 
 @pytest.mark.parametrize(("option", "file"), [("load_path", "best.ckpt"), ("resume_from", "last.ckpt")])
-def test_a_folder_in_place_of_a_checkpoint(workspace, fitted, option, file, capsys):
+def test_a_folder_in_place_of_a_checkpoint(workspace, fitted, tmp_path, option, file, capsys):
     error = error_of(command_of(workspace, "folder", f"{option}={fitted.parent}"), capsys)
     assert f"found the folder {fitted.parent}; did you mean {option}={fitted / file}?" in error
+    for number in (9, 10):
+        (newest := tmp_path / f"version_{number}").mkdir()
+        (newest / file).touch()
+    assert f"did you mean {option}={newest / file}?" in error_of(
+        command_of(workspace, "folder", f"{option}={tmp_path}"), capsys
+    )
     assert "no best.ckpt" in error_of(command_of(workspace, "folder", f"load_path={workspace.arrow}"), capsys)
 
 

@@ -114,7 +114,10 @@ def test_data_of_other_classes_is_refused(workspace: Workspace, fitted: Path, tm
     resume = (f"resume_from={fitted / 'last.ckpt'}", f"vit={workspace.backbone}")
     assert message.replace("best.ckpt", "last.ckpt") in refused(workspace, capsys, other, *resume)
     assert command_line(workspace.command(load, "finetune_first=True", f"vit={workspace.backbone}")) == 2
-    assert "entries do not fit this model" in (said := capsys.readouterr().err) and "its task is custom" in said
+    assert (
+        "entries do not fit this model" in (said := capsys.readouterr().err)
+        and "task (there custom, here mmimdb)" in said
+    )
 
 
 def test_data_of_another_metric_cannot_go_on_but_be_tested(workspace, fitted, tmp_path, capsys):

@@ -23,7 +23,7 @@ from config import DEFAULTS
 from runs.comparable import BY_CONTENT, NOT_THE_LINE
 from runs.pattern import Pattern
 from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
-from vilt.datasets.specs import EVERY_DATASET, SPLITS, DatasetSpec, spec_of
+from vilt.datasets.specs import CLIP, EVERY_DATASET, SPLITS, DatasetSpec, spec_of
 
 RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
 """Each tells a run folder, where its config.json does not."""
@@ -138,14 +138,20 @@ class Run:
         left_out = {*NOT_THE_LINE, *PATTERN_OPTIONS}
         if all(flat[f"{name}.val"] == flat[f"{name}.train"] for name in ("missing_type", "missing_ratio")):
             left_out |= {"missing_type.val", "missing_ratio.val"}
-        same = {name: str(self.contents[name])[:12] for name in SAME_CONTENTS if name in self.contents}
+        same = {name: str(self._read[name])[:12] for name in SAME_CONTENTS if name in self._read}
         return {name: value for name, value in flat.items() if name not in left_out} | same
 
     @property
     def line_key(self) -> str:
         """Equal for runs of one line at any pattern, wherever the files lay that they read."""
-        known = {name: self.contents[entry] for name, entry in BY_CONTENT.items() if entry in self.contents}
+        known = {name: self._read[entry] for name, entry in BY_CONTENT.items() if entry in self._read}
         return json.dumps(self.line | known, sort_keys=True)
+
+    @property
+    def _read(self) -> dict[str, Any]:
+        """Digests of what it read, without a backbone that was drawn from its seed."""
+        drawn = self.spec.family != CLIP and str(self.config.get("vit")).partition(":")[0] == "random"
+        return {name: digest for name, digest in self.contents.items() if not (drawn and name == "backbone")}
 
 
 def find_runs(*places: Path) -> tuple[list[Run], dict[Path, DataError]]:

@@ -48,6 +48,15 @@ def test_files_are_known_by_their_content(tmp_path: Path) -> None:
     assert seeds_of(lines_in(tmp_path)) == [[0], [1], [2]]
 
 
+@pytest.mark.parametrize(("vit", "lines"), [("random", [[0, 1]]), ("here/backbone.ckpt", [[0], [1]])])
+def test_backbones_that_seeds_draw_are_of_one_line(tmp_path: Path, vit: str, lines: list[list[int]]) -> None:
+    """Other ones in a file are not."""
+    for seed in (0, 1):
+        run = write_run(tmp_path / f"run{seed}" / "version_0", tested=None, task="mod", seed=seed, vit=vit)
+        (run / "contents.json").write_text(json.dumps({"backbone": str(seed), "data of train": "a"}))
+    assert seeds_of(lines_in(tmp_path)) == lines
+
+
 def test_a_run_of_before_an_option_was_there_has_its_default(tmp_path: Path) -> None:
     for seed in (0, 1):
         run = write_run(tmp_path / f"run{seed}" / "version_0", seed=seed)

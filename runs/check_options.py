@@ -107,7 +107,9 @@ def read_prediction(config: Mapping[str, Any], command: str, *sources: str) -> O
     options = read_all(config)
     if options.load_path is None or sum(getattr(options, source) is not None for source in sources) != 1:
         samples = " or ".join({"input": "input=samples.csv", "split": "split=test"}[source] for source in sources)
-        raise ConfigError(f"{command}: expected a checkpoint and samples, as in load_path=result/…/best.ckpt {samples}")
+        found = ", ".join(name for name in ("load_path", *sources) if getattr(options, name) is not None) or "none"
+        expected = f"expected a checkpoint and samples, as in load_path=result/…/best.ckpt {samples}"
+        raise ConfigError(f"{command}: {expected}; found {found}")
     default, *suffixes = OUTPUTS[command]
     output = options.output or Path(default)
     if output.suffix not in suffixes:

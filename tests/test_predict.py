@@ -442,7 +442,7 @@ def test_no_training_sample_is_its_own_neighbour_whatever_is_missing(workspace: 
     ("option", "message"),
     [
         ("input=None", "embed: expected a checkpoint and samples"),
-        ("split=test", "embed: expected a checkpoint and samples"),
+        ("split=test", "input=samples.csv or split=test; found load_path, input, split"),
         ("split=dev", "split: expected train or val or test"),
         ("output=found.csv", "output: expected a file .npz or .safetensors, found 'found.csv'"),
         ("output=/proc/found.npz", "output=/proc/found.npz: cannot be written: nothing can be made there"),

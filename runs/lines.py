@@ -35,7 +35,10 @@ class RunLine(Generic[T]):
         """`option=value` for the options in which its method's lines among `lines` differ, and for what every table
         names: other inputs, and what it has beside the method."""
         same = [other.options for other in lines if other.options.get("prompt_type") == self.options.get("prompt_type")]
-        values = {name: {str(other[name]) for other in same if name in other} for name in self.options}
+        # Older runs have no digests of what they read; of a dictionary's entry a run without it has another value.
+        values = {
+            name: {str(other.get(name)) for other in same if name in other or "." in name} for name in self.options
+        }
         differ = {name for name, those in values.items() if len(those) > 1}
         shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in self.options.items()}
         shown["load_path"] = of_run(shown.get("load_path"))

@@ -48,6 +48,14 @@ def test_files_are_known_by_their_content(tmp_path: Path) -> None:
     assert seeds_of(lines_in(tmp_path)) == [[0], [1], [2]]
 
 
+def test_an_entry_that_one_line_has_alone_is_named(tmp_path: Path) -> None:
+    for number, network in enumerate(({}, {"width": 64}, {"width": 64, "heads": 2})):
+        write_run(tmp_path / f"run{number}" / "version_0", tested=None, task="mod", vit="random", network=network)
+    lines = lines_in(tmp_path)
+    words = [["network.width=64"], ["network.width=64", "network.heads=2"]]
+    assert [line.differing(lines) for line in lines] == [[], *words]
+
+
 @pytest.mark.parametrize(("vit", "lines"), [("random", [[0, 1]]), ("here/backbone.ckpt", [[0], [1]])])
 def test_backbones_that_seeds_draw_are_of_one_line(tmp_path: Path, vit: str, lines: list[list[int]]) -> None:
     """Other ones in a file are not."""

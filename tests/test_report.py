@@ -420,6 +420,15 @@ def test_tags_of_runs_are_ranges(tmp_path: Path) -> None:
     assert listed_runs([read[10], *read[:3], read[4]]) == "R1 to R3, R5, R11"
 
 
+def test_no_two_lines_of_a_pattern_have_one_label(tmp_path: Path) -> None:
+    """As where two backbones have one name, in folders of their own."""
+    for place in ("here", "there"):
+        write_run(tmp_path / place, vit=f"/{place}/clip")
+    dataset = dataset_of(tmp_path)
+    assert [line.label for line in dataset.lines] == ["REP, vit clip (R1)", "REP, vit clip (R2)"]
+    assert len(rows_of(tables.comparison_table(dataset))) == 2
+
+
 def test_another_configuration_is_another_line(tmp_path: Path) -> None:
     for memory_length in (12, 36):
         for seed in (0, 1):

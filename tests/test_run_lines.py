@@ -48,6 +48,15 @@ def test_files_are_known_by_their_content(tmp_path: Path) -> None:
     assert seeds_of(lines_in(tmp_path)) == [[0], [1], [2]]
 
 
+@pytest.mark.parametrize(("option", "value"), [("order_seed", 0), ("train_ends", False)])
+def test_what_is_set_is_named_where_it_is_open_by_default(tmp_path: Path, option: str, value: Any) -> None:
+    """0 and False are other values than none."""
+    for number, chosen in enumerate((None, value)):
+        write_run(tmp_path / f"run{number}" / "version_0", **{option: chosen})
+    lines = lines_in(tmp_path)
+    assert [line.differing(lines) for line in lines] == [[], [f"{option}={value}"]]
+
+
 def test_an_entry_that_one_line_has_alone_is_named(tmp_path: Path) -> None:
     for number, network in enumerate(({}, {"width": 64}, {"width": 64, "heads": 2})):
         write_run(tmp_path / f"run{number}" / "version_0", tested=None, task="mod", vit="random", network=network)

@@ -269,10 +269,11 @@ def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:
 def _dataset(key: str, runs: list[ReportRun]) -> Dataset:
     groups = lines_of([run for run in runs if not run.is_evaluation], lambda run: run)
     several_patterns = len({group.items[0].pattern for group in groups if not group.items[0].pretrains}) > 1
+    titles = [(_variant_title(group, groups), group.items[0].pattern) for group in groups]
     lines = []
-    for group in groups:
-        variant = _variant_title(group, groups)
-        pattern = f", trained at {group.items[0].pattern.title}" if several_patterns else ""
+    for group, (title, at) in zip(groups, titles, strict=True):
+        variant = title if titles.count((title, at)) == 1 else f"{title} ({group.items[0].tag})"
+        pattern = f", trained at {at.title}" if several_patterns else ""
         lines.append(Line(variant, variant + pattern, group.items))
     return Dataset(key, runs[0].spec, runs, lines, [run for group in groups for run in group.repeats])
 

@@ -57,19 +57,21 @@ class DecoupledPrototypes(Head):
     def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:
         """Cosines (B, C) of features (B, 2E), image first; with labels the logits of training.
 
-        Heads get features in full precision: 16 bits round cosines near 1 to 1, where the sine of the margin has no slope.
+        In full precision: 16 bits round cosines near 1 to 1, where the sine of the margin has no slope.
         """
-        image_BE, text_BE = F.normalize(features.unflatten(-1, (2, -1)), dim=-1).unbind(1)
-        type_B1 = missing_type_B[:, None]
-        image_BC = torch.where(
-            type_B1 == TEXT_MISSING, image_BE @ self._prototypes("w_mi_tm"), image_BE @ self._prototypes("w_mi_c")
-        )
-        text_BC = torch.where(
-            type_B1 == IMAGE_MISSING, text_BE @ self._prototypes("w_mt_im"), text_BE @ self._prototypes("w_mt_c")
-        )
-        of_one_BC = torch.where(type_B1 == TEXT_MISSING, image_BC, text_BC)
-        cosine_BC = torch.where(type_B1 == 0, (image_BC + text_BC) / 2, of_one_BC)
-        return cosine_BC if labels is None else self.with_margin(cosine_BC, missing_type_B, labels)
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.get_parameter("w_mi_c").dtype)
+            image_BE, text_BE = F.normalize(features.unflatten(-1, (2, -1)), dim=-1).unbind(1)
+            type_B1 = missing_type_B[:, None]
+            image_BC = torch.where(
+                type_B1 == TEXT_MISSING, image_BE @ self._prototypes("w_mi_tm"), image_BE @ self._prototypes("w_mi_c")
+            )
+            text_BC = torch.where(
+                type_B1 == IMAGE_MISSING, text_BE @ self._prototypes("w_mt_im"), text_BE @ self._prototypes("w_mt_c")
+            )
+            of_one_BC = torch.where(type_B1 == TEXT_MISSING, image_BC, text_BC)
+            cosine_BC = torch.where(type_B1 == 0, (image_BC + text_BC) / 2, of_one_BC)
+            return cosine_BC if labels is None else self.with_margin(cosine_BC, missing_type_B, labels)
 
     def with_margin(self, cosine_BC: Tensor, missing_type_B: Tensor, labels: Tensor) -> Tensor:
         """What the loss of the task sees: scaled, of right classes the cosine of the angle plus the margin.

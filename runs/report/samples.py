@@ -28,7 +28,8 @@ class SampleGrid:
 
     table: Table  # A row per sample
     pictures: dict[str, bytes | None]
-    """Of the samples: JPEG files by path in the report's folder; None where there is no image to be shown."""
+    """Of the samples: JPEG files by path in the report's folder; None where there is no image to be shown. Empty of a
+    dataset without images."""
     note: str | None  # what is missing of pictures and texts, and why
 
 
@@ -49,7 +50,7 @@ def sample_grid(run: ReportRun, line: str) -> SampleGrid:
     changes = np.abs(probabilities_TNC[1:] - probabilities_TNC[0]).sum(-1).max(0)
     order = np.argsort(-changes, kind="stable")
     _, first_of_row = np.unique(split.row_of_sample_N[order], return_index=True)
-    dataset, note = _open_dataset(run, stored)
+    dataset, note = _open_dataset(run, stored) if image_column or text_column else (None, None)
     types = {name.replace(" ", "_"): capital(without(name)) for name in spec.type_names}
     rows: list[Row] = []
     pictures: dict[str, bytes | None] = {}
@@ -73,9 +74,11 @@ def sample_grid(run: ReportRun, line: str) -> SampleGrid:
             marks = [f"{'✓' if n in true else '✗'} {names[n]} {probabilities_C[n]:.0%}" for n in numbers]
             predicted[column] = f"{probabilities_C[0]:.2f}" if numbers_alone else ", ".join(marks) or "none"
         shown = f"{true[0]:.2f}" if numbers_alone else ", ".join(names[n] for n in true) or "none"
-        rows.append({"rank": rank, "id": name, "text": text, "label": shown, **predicted})
+        given = {"text": text} if text_column else {}
+        rows.append({"rank": rank, "id": name, **given, "label": shown, **predicted})
         rows[-1]["change"] = f"{changes[index]:.2f}"
-        pictures[f"thumbnails/{key}_{rank:02}.jpg"] = picture
+        if image_column:
+            pictures[f"thumbnails/{key}_{rank:02}.jpg"] = picture
     if undecoded:
         note = f"{counted(len(undecoded), 'image')} cannot be decoded: {', '.join(undecoded)}."
     caption = CAPTIONS["samples"].format(dataset=dataset_title(key), run=run.tag, line=line)

@@ -99,7 +99,7 @@ def test_slots_in_training_are_those_of_evaluation_without_dropout(method: str) 
     assert relative_error(classifier(batch), expected) < 1e-5
 
 
-@pytest.mark.parametrize(("steps", "source_steps"), [(5, 6), (6, 5), (9, 4), (35, 40)])
+@pytest.mark.parametrize(("steps", "source_steps"), [(5, 6), (6, 5), (9, 4), (35, 40), (70, 40)])
 @pytest.mark.parametrize(("real", "source_real"), [(9, 9), (2, 3), (3, 1), (0, 2), (2, 0)])
 def test_steps_of_zeros_are_computed_once(steps: int, source_steps: int, real: int, source_real: int) -> None:
     """Whatever is left out, every step reads what it reads where nothing is."""

@@ -42,8 +42,8 @@ class RunLine(Generic[T]):
         differ = {name for name, those in values.items() if len(those) > 1}
         shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in self.options.items()}
         shown["load_path"] = of_run(shown.get("load_path"))
-        plain = {name for name in SWITCHES if (self.options.get(name), DEFAULTS[name]) in ((None, ""), ("", None))}
-        plain |= {name for name in SWITCHES if self.options.get(name) == DEFAULTS[name]}
+        pairs, nothing = [(name, self.options.get(name), DEFAULTS[name]) for name in SWITCHES], ("", None)
+        plain = {name for name, given, by in pairs if given == by or (given in nothing and by in nothing)}
         words = [f"{name}={value}" for name, value in shown.items() if name in differ.difference(BESIDE, plain)]
         return list(dict.fromkeys([*other_input(self.options), *beside_method(self.options), *words]))
 

@@ -81,8 +81,8 @@ class SensorSizes:
             raise ValueError(f"network: expected {' or '.join(NETWORKS)}, found {self.network!r}")
         if not 1 <= len(self.modalities) <= MOST_MODALITIES:
             raise ValueError(f"modalities: expected 1 to {MOST_MODALITIES}, found {len(self.modalities)}")
-        check_sizes(self, "intervals", "width", "feature_width", "projection_width", "blocks", "heads")
-        check_sizes(self, "recurrent_width")
+        widths = ("width", "feature_width", "projection_width", "recurrent_width")
+        check_sizes(self, "intervals", *widths, "blocks", "heads")
         if self.projection_width % 2:
             raise ValueError(
                 f"projection_width: expected two halves, shared and private, found {self.projection_width}"

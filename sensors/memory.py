@@ -85,12 +85,18 @@ class SensorMemoryLearner(Method):
         )
         self.common_memory_projection = _by_modality(places, lambda: RDN(C, C, hidden=C))
         self.attn_memory = _by_modality(places, lambda: nn.MultiheadAttention(C, 1, batch_first=True))
-        self.memories_dynamic = nn.ModuleDict({
-            name: nn.ParameterDict({
-                pattern: DYNAMIC_STD * torch.randn(m, C) for pattern in self.patterns if name in pattern.split("+")
-            })
-            for name in places
-        })  # fmt: skip
+        self.memories_dynamic = nn.ModuleDict(
+            {
+                name: nn.ParameterDict(
+                    {
+                        pattern: DYNAMIC_STD * torch.randn(m, C)
+                        for pattern in self.patterns
+                        if name in pattern.split("+")
+                    }
+                )
+                for name in places
+            }
+        )
         self.dynamic_common_token_net = RDN(joint, C, hidden=C) if options.dynamic_init else None
         if self.dynamic_common_token_net is not None:
             self.dynamic_common_token_net.start_at_zero()

@@ -80,8 +80,8 @@ def _pamap2(raw: Path) -> Iterator[Recording]:
         for column, of_column in zip(columns[2:], values[:, 2:].T, strict=True):
             check_finite(np.where(np.isnan(of_column), 0, of_column), path, 1, f"column {column + 1}")
         activities, signals = values[:, 1], values[:, 2:].astype(np.float32)
-        for row_ in np.flatnonzero(~np.isin(activities, (0, *PAMAP2_ACTIVITIES))):
-            raise DataError(f"{path}, row {row_ + 1}: expected an activity of PAMAP2, found {activities[row_]:g}")
+        for place in np.flatnonzero(~np.isin(activities, (0, *PAMAP2_ACTIVITIES))):
+            raise DataError(f"{path}, row {place + 1}: expected an activity of PAMAP2, found {activities[place]:g}")
         parts = activities.astype(np.int64) + 100 * _parts(path, values[:, 0])
         of_samples = [part % 100 if part > 0 else 0 for part in PAMAP2_CUT.labels(parts, mixed=False).tolist()]
         labels = [PAMAP2_ACTIVITIES.index(activity) if activity else NO_LABEL for activity in of_samples]

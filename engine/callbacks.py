@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from common.signals import STOP_SIGNALS, Stopped, stop_now
 from common.text import counted, figure, order_of
-from engine.checkpoint_file import write_checkpoint
+from engine.checkpoint_file import AtomicCheckpointIO
 from engine.exported import DESCRIPTION
 from engine.metrics_log import MetricsLogger
 from engine.training import FinetuneModule
@@ -44,7 +44,7 @@ class Checkpoints(Checkpoint):
         self.folder = folder
         self.monitor = monitor
         self.best: dict[str, Any] | None = None  # what `best.ckpt` holds
-        self.seconds = 0.0  # spent on writing, since the reader last set it to 0
+        self.seconds = 0.0  # that the training waited for writing, since the reader last set it to 0
         self.training = False  # whether a validation has begun, by when all that a checkpoint restores has been used
         self._asked: int | None = None  # the first SIGTERM or Ctrl-C in a training; a second one stops at once
         self._kept_step = 0
@@ -91,7 +91,7 @@ class Checkpoints(Checkpoint):
             log.info("not kept as the best model: the learning rate was 0 up to step %d", trainer.global_step)
         elif order_of(score, self.monitor) > order_of(self.best["score"] if self.best else math.nan, self.monitor):
             self.best = {
-                "state_dict": {name: value.cpu().clone() for name, value in pl_module.state_dict().items()},
+                "state_dict": {name: value.to("cpu", copy=True) for name, value in pl_module.state_dict().items()},
                 "epoch": trainer.current_epoch,
                 "global_step": trainer.global_step,
                 "monitor": self.monitor,
@@ -112,6 +112,7 @@ class Checkpoints(Checkpoint):
         for number in STOP_SIGNALS:
             signal.signal(number, stop_now)
         self._keep_or_stop(trainer, False)
+        self._finish(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -142,7 +143,7 @@ class Checkpoints(Checkpoint):
     def _write_best(self, trainer: pl.Trainer) -> None:
         began = time.monotonic()
         if trainer.is_global_zero and self.best is not None:
-            write_checkpoint(self.best, self.best_path)
+            trainer.strategy.checkpoint_io.save_checkpoint(self.best, self.best_path)
         self.seconds += time.monotonic() - began
 
     def _write_last(self, trainer: pl.Trainer) -> None:
@@ -150,9 +151,16 @@ class Checkpoints(Checkpoint):
         for logger in trainer.loggers:  # a run resumed from here measures nothing of these steps again
             if isinstance(logger, MetricsLogger):
                 logger.experiment.write()
-        trainer.save_checkpoint(self.folder / "last.ckpt")  # by AtomicCheckpointIO; all processes take part
+        trainer.save_checkpoint(self.folder / "last.ckpt")  # all processes take part
         self._kept_step, self._kept_at = trainer.global_step, time.monotonic()
         self.seconds += self._kept_at - began
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        """Waits until both are on the disk."""
+        began, io = time.monotonic(), trainer.strategy.checkpoint_io
+        assert isinstance(io, AtomicCheckpointIO)
+        io.finish()
+        self.seconds += time.monotonic() - began
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         if self._asked is not None:
@@ -177,6 +185,7 @@ class Checkpoints(Checkpoint):
         if due or (number is not None and trainer.global_step > self._kept_step):
             self._write_last(trainer)
         if number is not None:
+            self._finish(trainer)
             log.info("stopped at step %d; resume_from=auto, other options as before, resumes there", self._kept_step)
             raise Stopped(number)
 

@@ -2,11 +2,13 @@
 
 import io
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch.utils._pytree import tree_map_only
 
 from common.errors import CheckpointError
 from common.files import atomic_path
@@ -14,14 +16,31 @@ from common.messages import first_line
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """How Lightning writes checkpoints: with `write_checkpoint`.
+    """How Lightning writes checkpoints: with `write_checkpoint`, while the training goes on.
 
-    Its own way writes into the system's folder for temporary files and copies from there: a kill leaves a part.
+    Its own way writes into the system's folder for temporary files and copies from there: a kill leaves a part. Its own
+    way in a thread cannot be waited for.
     """
 
+    def __init__(self) -> None:
+        self._disk = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Called by Lightning in the first process alone."""
-        write_checkpoint(checkpoint, Path(path))
+        """Begins to write what the checkpoint holds now; in the first process alone. Raises what `finish` does."""
+        now = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
+        self.finish()
+        self._writing = self._disk.submit(write_checkpoint, now, Path(path))
+
+    def finish(self) -> None:
+        """Waits until what was begun is on the disk. Raises OSError where it could not be written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def teardown(self) -> None:
+        """Called by Lightning at the end."""
+        self.finish()
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:

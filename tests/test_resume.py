@@ -15,7 +15,7 @@ from config import DEFAULTS
 from engine import callbacks
 from engine.callbacks import Checkpoints
 from engine.checkpoint import ModelSpec
-from engine.checkpoint_file import check_intact, write_checkpoint
+from engine.checkpoint_file import AtomicCheckpointIO, check_intact, write_checkpoint
 from engine.contents import CONTENTS_FILE
 from engine.training import FinetuneModule
 from run import command_line
@@ -51,13 +51,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def after_checkpoint(patch: Patch, number: int, act: Callable[[], object]) -> None:
-    """Runs `act` once, after the checkpoint of that number is written, of one at each optimiser step."""
+    """Runs `act` once, when the checkpoint of that number is on the disk, of one at each optimiser step."""
     patch.setattr(callbacks, "SECONDS_BETWEEN", 0.0)
     save, written = Checkpoints._write_last, 0
 
     def save_and_act(self: Any, trainer: Any) -> None:
         nonlocal written
         save(self, trainer)
+        self._finish(trainer)
         written += 1
         if written == number:
             act()
@@ -219,8 +220,10 @@ def test_the_best_model_is_the_first_with_the_best_score_that_was_trained(tmp_pa
     checkpoints, found = Checkpoints(tmp_path, f"val/{metric}"), []
     for step, score in enumerate([0.9, 0.9, float("nan"), 0.2, 0.5, 0.5, 0.1]):
         state = {"callback_metrics": {f"val/{metric}": score}, "current_epoch": 0, "global_step": step}
-        trainer: Any = SimpleNamespace(**state, is_global_zero=True, world_size=1, should_stop=False)
+        strategy = SimpleNamespace(checkpoint_io=AtomicCheckpointIO())
+        trainer: Any = SimpleNamespace(**state, strategy=strategy, is_global_zero=True, world_size=1, should_stop=False)
         checkpoints.on_validation_end(trainer, module)
+        checkpoints._finish(trainer)
         found.append(load(tmp_path / "best.ckpt")["global_step"] if checkpoints.best is not None else None)
     assert found == [None, None, None, *best]
 

@@ -177,6 +177,7 @@ def test_resuming_in_mid_epoch_ends_where_the_uninterrupted_run_does(workspace, 
 
     def save_and_keep(self: Any, trainer: Any) -> None:
         save(self, trainer)
+        self._finish(trainer)
         kept.append(tmp_path / f"at_{len(kept)}.ckpt")
         kept[-1].write_bytes((self.folder / "last.ckpt").read_bytes())
 

@@ -237,6 +237,9 @@ class Report(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            # The number that loggers get: Lightning's is one more in a run that resumes right behind a validation.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         self._samples += len(batch.index_B) * trainer.world_size
         self._began = time.perf_counter()
 

@@ -81,6 +81,21 @@ def interrupt(command: list[str], monkeypatch: Patch, checkpoints: int) -> None:
             command_line(command)
 
 
+@pytest.mark.parametrize("checkpoints", range(1, 6))
+def test_steps_keep_their_numbers_in_a_run_resumed_between_two(workspace, monkeypatch, checkpoints):
+    """Also where a validation has just ended, of whose checkpoints Lightning counts the step later."""
+
+    def between_steps(self: Any, trainer: Any) -> bool:
+        return not trainer.validating and trainer.global_step > self._kept_step
+
+    monkeypatch.setattr(Checkpoints, "_is_due", between_steps)
+    name = f"numbered_{checkpoints}"
+    interrupt(auto(workspace, name), monkeypatch, checkpoints)
+    assert command_line(auto(workspace, name)) == 0
+    numbers = [int(row["step"]) for row in csv_of(folder_of(workspace, name, 1) / "metrics.csv")]
+    assert numbers == [*range(checkpoints, 7)]  # six steps, and the test
+
+
 def test_without_an_earlier_run_it_starts_and_then_nothing_is_left_to_do(workspace, capsys):
     command = auto(workspace, "auto")
     assert command_line(command) == 0

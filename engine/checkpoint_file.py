@@ -1,6 +1,8 @@
 """Writing checkpoints so that a reader finds the old file or the new one, and telling a damaged one from an intact."""
 
 import io
+import logging
+import sys
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 from common.errors import CheckpointError
 from common.files import atomic_path
 from common.messages import first_line
+
+log = logging.getLogger("rep")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,8 +43,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             writing.result()
 
     def teardown(self) -> None:
-        """Called by Lightning at the end."""
-        self.finish()
+        """Called by Lightning at the end, whose error, if it has one, is the one to be raised."""
+        ended = sys.exc_info()[0]
+        try:
+            self.finish()
+        except OSError as error:
+            if ended is None:
+                raise
+            log.error("%s", first_line(error))
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:

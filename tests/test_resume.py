@@ -247,6 +247,19 @@ def content(value: float) -> dict[str, Any]:
     return {"state_dict": {"weights": torch.full((50_000,), float(value))}, "names": ["a"], "step": (1, 2)}
 
 
+def test_a_checkpoint_holds_what_there_was_when_it_was_begun(tmp_path: Path) -> None:
+    """And what could not be written is said by the next one, or at the end."""
+    io, given = AtomicCheckpointIO(), content(1)
+    io.save_checkpoint(given, tmp_path / "last.ckpt")
+    given["state_dict"]["weights"].zero_()
+    io.finish()
+    assert not differences(load(tmp_path / "last.ckpt"), content(1))
+    for then in (lambda: io.save_checkpoint(given, tmp_path / "last.ckpt"), io.teardown):
+        io.save_checkpoint(given, tmp_path / "last.ckpt" / "below a file.ckpt")
+        with pytest.raises(OSError, match=r"last\.ckpt"):
+            then()
+
+
 @pytest.mark.parametrize("keep", [0, 100, 100_000, -1])
 def test_a_cut_checkpoint_is_damaged(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "last.ckpt"

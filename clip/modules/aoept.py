@@ -206,11 +206,10 @@ class AOEPT(Method):
                 if name == "text":
                     end_b1 = batch.inputs["text"].argmax(dim=1, keepdim=True)
                     keep_bL1 = (torch.arange(x_bLD.shape[1], device=x_bLD.device) <= end_b1)[..., None].float()
-                mask = causal_mask(x_bLD.shape[1], x_bLD.device) if transformer.causal else None
                 means = []
                 for k in range(self.options.memory_depth):
                     means.append((x_bLD * keep_bL1).sum(dim=1) / keep_bL1.sum(dim=1))
-                    x_bLD = transformer.run(k, x_bLD, mask=mask)
+                    x_bLD = transformer.run(k, x_bLD)
                 seen[name].append(torch.stack(means, dim=1).float().cpu())
         for name, means_bKD in seen.items():
             centres = self.get_buffer(f"{TOWERS[name]}_init_tokens")

@@ -73,7 +73,18 @@ class DynamicSlots(nn.Module):
             return zero.expand(len(batch.present_BM), *queries_3mD.shape[1:])
         type_b = batch.missing_type_B[batch.samples_of(modality)]
         with torch.autocast(queries_3mD.device.type, enabled=False):
-            return batch.to_all_samples(modality, self.attention(queries_3mD[type_b], tokens[modality]))
+            return batch.to_all_samples(modality, self._read(queries_3mD, type_b, tokens[modality]))
+
+    def _read(self, queries_3mD: Tensor, type_b: Tensor, tokens_bLD: Tensor) -> Tensor:
+        """What `Attention` gives with one head, whose key and value matrices the few queries meet, not the many tokens.
+
+        A score is q·(K x + k) = (Kᵀq)·x + q·k, of which the softmax drops the last term; weights add up to 1, so that
+        the mean of V x + v is V times the mean of x, plus v.
+        """
+        (Q, K, V), (q, _, v) = (self.attention.in_proj_weight.chunk(3), self.attention.in_proj_bias.chunk(3))
+        reading_3mD = F.linear(queries_3mD, Q, q) @ K / K.shape[1] ** 0.5
+        weight_bmL = (reading_3mD.index_select(0, type_b) @ tokens_bLD.mT).softmax(dim=-1)
+        return self.attention.out_proj(F.linear(weight_bmL @ tokens_bLD, V, v))
 
 
 class LayerReplay(nn.Module):

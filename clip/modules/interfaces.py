@@ -133,7 +133,7 @@ class TowerSlots(NamedTuple):
     replaced_BmD: Sequence[Tensor] = ()
     """Take the place of those of the block before; the last ones stay."""
     inserted_BmD: Sequence[Tensor] = ()
-    """Come in before a block, in front of the sequence, and stay."""
+    """Come in before a block, in front of the sequence, and stay; where slots are replaced, before the first alone."""
     dynamic_BmD: Tensor | None = None
     """Come in before the first block, right in front of the tokens, and stay."""
     appended_BmD: Tensor | None = None
@@ -149,9 +149,11 @@ class TowerSlots(NamedTuple):
     def of_rows(self, rows: Tensor) -> "TowerSlots":
         """The slots of the samples `rows`, in that order."""
         replaced, inserted, prefix = (
-            [slots[rows] for slots in group] for group in (self.replaced_BmD, self.inserted_BmD, self.prefix_BP2D)
+            [slots.index_select(0, rows) for slots in group]
+            for group in (self.replaced_BmD, self.inserted_BmD, self.prefix_BP2D)
         )
-        dynamic, appended = (each if each is None else each[rows] for each in (self.dynamic_BmD, self.appended_BmD))
+        single = (self.dynamic_BmD, self.appended_BmD)
+        dynamic, appended = (each if each is None else each.index_select(0, rows) for each in single)
         return TowerSlots(replaced, inserted, dynamic, appended, prefix, self.replay, self.adapters)
 
     def tensors(self) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clip.modules.fused import PLAIN, Passes
 from clip.modules.interfaces import Adapter, Backbone, Blanks, ModelInput, Place, Tower, TowerSlots
 
 FINAL = "final norms, image projection"
@@ -55,12 +56,7 @@ class ClipArchitecture:
         }
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """x·sigmoid(1.702x), in one pass over memory instead of three."""
-    return F.silu(1.702 * x) / 1.702
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 class Attention(nn.Module):
@@ -82,11 +78,13 @@ class Attention(nn.Module):
         prefix_BP2D: Tensor | None = None,
         mask: Tensor | None = None,
         adapter: Adapter | None = None,
+        causal: bool = False,
     ) -> Tensor:
         """(B, N, D): what the queries read from the source and from keys and values in front of it.
 
         Args:
             mask: True where a query may look, over prefix and source.
+            causal: whether each query, one for each position of the source, sees what is before it and itself.
         """
         D = source_BLD.shape[-1]
         if adapter is None:
@@ -100,7 +98,8 @@ class Attention(nn.Module):
         if prefix_BP2D is not None:
             kv_BL2D = torch.cat([prefix_BP2D.to(kv_BL2D.dtype), kv_BL2D], dim=1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q_BND, *kv_BL2D.chunk(2, dim=-1)))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out_proj(read.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -110,7 +109,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
-        self.activate = ACTIVATIONS[activation]
+        self.activate: Callable[[Tensor], Tensor] = PLAIN.quick_gelu if activation == "quick_gelu" else F.gelu
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D)."""
@@ -120,8 +119,10 @@ class MLP(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """A pre-norm transformer block. Its matrix products are in the type of its weights, the residual stream is not."""
 
-    def __init__(self, width: int, heads: int, activation: str) -> None:
+    def __init__(self, width: int, heads: int, activation: str, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
+        self.passes = PLAIN
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = MLP(width, activation)
@@ -139,17 +140,27 @@ class ResidualAttentionBlock(nn.Module):
 
         Args:
             prefix_BP2D: keys and values that all positions see.
-            mask: (L, P + L), True where a position may look.
+            mask: (…, L, L), True where a position may look; None: everywhere, of a causal block up to itself.
         """
-        dtype = self.attn.in_proj_weight.dtype
-        normed_BLD = self.ln_1(x_BLD).to(dtype)
+        dtype, causal = self.attn.in_proj_weight.dtype, self.causal and mask is None
+        normed_BLD = self.passes.normed(x_BLD, self.ln_1, dtype)
         query_BND = normed_BLD
+        if causal and (prefix_BP2D is not None or read_B is not None):
+            P = 0 if prefix_BP2D is None else prefix_BP2D.shape[1]
+            mask, causal = causal_mask(x_BLD.shape[1], x_BLD.device, P), False
         if read_B is not None:
-            row_B = torch.arange(len(read_B), device=read_B.device)
-            x_BLD, query_BND = x_BLD[row_B, read_B][:, None], normed_BLD[row_B, read_B][:, None]
+            read_B11 = read_B[:, None, None]
+            x_BLD, query_BND = (each.take_along_dim(read_B11, dim=1) for each in (x_BLD, normed_BLD))
             mask = None if mask is None else mask[read_B][:, None, None]
-        x_BND = x_BLD + self.attn(query_BND, normed_BLD, prefix_BP2D, mask, adapter)
-        return x_BND + self.mlp(self.ln_2(x_BND).to(dtype))
+        read_BND = self.attn(query_BND, normed_BLD, prefix_BP2D, mask, adapter, causal)
+        x_BND, normed_BND = self.passes.added_and_normed(x_BLD, read_BND, self.ln_2, dtype)
+        return x_BND + self.mlp(normed_BND)
+
+    def compute_by(self, passes: Passes) -> None:
+        """Sets how norms, sums and activation are computed."""
+        self.passes = passes
+        if self.mlp.activate is not F.gelu:  # which is one pass over memory
+            self.mlp.activate = passes.quick_gelu
 
 
 class Transformer(nn.Module):
@@ -157,32 +168,32 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, layers: int, heads: int, activation: str, causal: bool) -> None:
         super().__init__()
-        self.causal = causal
         self.checkpointing = False
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, activation, causal) for _ in range(layers))
 
     def forward(self, tokens_BLD: Tensor, read_B: Tensor, slots: TowerSlots) -> Tensor:
         """(B, D): the last block's output of the input token `read_B` of each sample; its others are not computed."""
         replaced, inserted, dynamic_BmD, _, prefix, replay, adapters = slots
         depth, L = len(replaced), tokens_BLD.shape[1]
-        x_BLD = tokens_BLD if dynamic_BmD is None else torch.cat([dynamic_BmD, tokens_BLD], dim=1)
+        # [replaced | inserted | dynamic | tokens]
+        front = [*replaced[:1], *inserted[:1], *([] if dynamic_BmD is None else [dynamic_BmD])]
+        x_BLD = torch.cat([*front, tokens_BLD], dim=1) if front else tokens_BLD
         outputs_BPD: list[Tensor] = []  # of the replaced and inserted slots, for the replay
         for k in range(len(self.resblocks)):
             if 0 < k < depth:
-                x_BLD = x_BLD[:, replaced[k - 1].shape[1] :]
-            # [replaced | inserted | dynamic | tokens]
-            x_BLD = torch.cat([*replaced[k : k + 1], *inserted[k : k + 1], x_BLD], dim=1)
+                x_BLD[:, : replaced[k].shape[1]] = replaced[k]
+            if 0 < k < len(inserted):
+                x_BLD = torch.cat([inserted[k], x_BLD], dim=1)
             if depth <= k < depth + len(replay):
-                x_BLD = _add_in_front(x_BLD, replay[k - depth](outputs_BPD))
+                added_BPD = replay[k - depth](outputs_BPD)
+                x_BLD[:, : added_BPD.shape[1]].add_(added_BPD)
 
-            prefix_BP2D = prefix[k] if k < len(prefix) else None
-            P = 0 if prefix_BP2D is None else prefix_BP2D.shape[1]
-            mask = causal_mask(x_BLD.shape[1], x_BLD.device, P) if self.causal else None
             last = k + 1 == len(self.resblocks)
             read = x_BLD.shape[1] - L + read_B if last else None
-            x_BLD = self.run(k, x_BLD, prefix_BP2D, mask, read, adapters.get(k))
+            x_BLD = self.run(k, x_BLD, prefix[k] if k < len(prefix) else None, None, read, adapters.get(k))
             if replay and k < depth:
-                outputs_BPD.append(x_BLD[:, : replaced[k].shape[1] + sum(each.shape[1] for each in inserted)])
+                P = replaced[k].shape[1] + sum(each.shape[1] for each in inserted)
+                outputs_BPD.append(x_BLD[:, :P].clone())
         return x_BLD[:, 0]
 
     def run(
@@ -199,11 +210,6 @@ class Transformer(nn.Module):
         if self.checkpointing and torch.is_grad_enabled():  # only adapters draw something at random
             block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=adapter is not None)
         return block(x_BLD, prefix_BP2D, mask, read_B, adapter)
-
-
-def _add_in_front(x_BLD: Tensor, added_BPD: Tensor) -> Tensor:
-    P = added_BPD.shape[1]
-    return torch.cat([x_BLD[:, :P] + added_BPD, x_BLD[:, P:]], dim=1)
 
 
 def causal_mask(length: int, device: torch.device, prefix: int = 0) -> Tensor:
@@ -242,7 +248,10 @@ class ImageTower(Tower):
         """Tokens (B, L, D) of images, uint8 or normalised, the class token first."""
         if image_B3RR.dtype == torch.uint8:
             image_B3RR = normalise(image_B3RR, *self.statistics)
-        patches_BLD = self.conv1(image_B3RR.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        [side, _] = self.conv1.kernel_size
+        rows = image_B3RR.to(self.conv1.weight.dtype).unflatten(2, (-1, side)).unflatten(4, (-1, side))
+        patches_BLK = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # each side by side, as a kernel is
+        patches_BLD = F.linear(patches_BLK, self.conv1.weight.flatten(1))
         class_B1D = self.class_embedding.expand(len(patches_BLD), 1, -1)
         return self.ln_pre(torch.cat([class_B1D, patches_BLD], dim=1) + self.positional_embedding)
 
@@ -314,7 +323,7 @@ class ClipBackbone(Backbone):
             present_B, blank = batch.present_BM[:, column], self._blank(modality, inputs[modality], blanks)
             own_B, known = torch.arange(len(present_B), device=blank.device), len(rows[modality]) > 0
             if once:
-                missing = (~present_B).nonzero()[:1, 0]
+                missing = (~present_B).int().argmax()[None]  # one of them, without waiting for a GPU
                 inputs[modality] = torch.cat([inputs[modality], blank[None]]) if known else blank[None]
                 rows[modality] = torch.cat([rows[modality], missing])
                 sources[modality] = torch.where(present_B, sources.get(modality, own_B), missing)

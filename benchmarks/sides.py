@@ -36,14 +36,14 @@ class Data:
     """A batch of made-up samples: all of it for the baseline, without what is missing for ours."""
 
     def __init__(self, types: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-        B, size = len(types), VIT_B16.image_size
-        images = torch.randint(0, 256, (B, 3, size, size), dtype=torch.uint8, generator=generator)
+        generator, own = (torch.Generator(each).manual_seed(0) for each in ("cpu", device))
+        B, shape = len(types), (len(types), 3, VIT_B16.image_size, VIT_B16.image_size)
+        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=own)
         tokens = torch.zeros(B, VIT_B16.context_length, dtype=torch.long)
         for row, length in enumerate(lengths):
             tokens[row, : length - 1] = torch.randint(1, START, (length - 1,), generator=generator)
             tokens[row, 0], tokens[row, length - 1] = START, END
-        self.images, self.tokens = images.to(device), tokens.to(device)
+        self.tokens = tokens.to(device)
         self.missing_type_B = torch.tensor(types, device=device)
         self.present_BM = torch.tensor([[t != NO_IMAGE, t != NO_TEXT] for t in types], device=device)
         image_rows, text_rows = (present_B.nonzero().flatten() for present_B in self.present_BM.unbind(1))
@@ -60,7 +60,7 @@ class Data:
 
     def present(self) -> ModelInput:
         """Input of ours."""
-        inputs = {"image": normalise(self.present_images), "text": self.present_tokens}
+        inputs = {"image": self.present_images, "text": self.present_tokens}
         return ModelInput(inputs, self.rows, self.present_BM, self.types, self.lengths)
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.fused import PLAIN
 from clip.modules.interfaces import ModelInput
 from clip.modules.registry import PRETRAINING
 from common.errors import NonFiniteLossError
 from common.text import counted
 from engine.checkpoint import OFFSET, ModelSpec, kept_state, load_kept_state
-from engine.cuda_graphs import Losses, Step
+from engine.cuda_graphs import Forward, Losses, Step, compute_by
 from engine.decision import best_offset
 from engine.exported import DESCRIPTION
 from engine.numerics import FiniteWatch, NotFinite, first_not_finite
@@ -96,13 +97,14 @@ class FinetuneModule(pl.LightningModule):
         """By the number of an optimiser step, the share of the learning rate that it has."""
         self._groups: list[dict[str, Any]] = []  # of the optimiser, without the parameters, as the options have them
         self.step: Step = self._step  # what a training step computes
+        self.evaluate: Forward = classifier.__call__
         self.soft_labels: Tensor | None = None  # (N, C), half of what is learned, see `engine/teacher.py`
         self.test_metrics: dict[str, float] = {}  # the test metrics of all processes' samples, after a test run
         self.tested: tuple[Tensor, Tensor] | None = None  # logits and labels of the test split
 
     def forward(self, batch: Batch, split: str = "") -> Tensor:
         """Logits (B, C)."""
-        return self.classifier(model_input(batch, split))
+        return self.evaluate(model_input(batch, split))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds the dropout masks by their place in the training, so that an interruption does not change them."""
@@ -191,7 +193,8 @@ class FinetuneModule(pl.LightningModule):
         return f"the loss became {bad.what} at step {bad.step} (epoch {self.current_epoch}, batch {bad.batch}){place}"
 
     def _repeat(self, batch_idx: int) -> None:
-        """The forward pass of a batch, with the same dropout masks."""
+        """The forward pass of a batch, with the same dropout masks, where every module can be looked at."""
+        compute_by(self.classifier, PLAIN)
         batch = self._batches[batch_idx]
         self.on_train_batch_start(batch, batch_idx)
         inputs = model_input(batch, "train")

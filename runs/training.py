@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import move_data_to_device
 
 from clip.backbone import Backbone
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.fused import PLAIN
 from clip.modules.method import Method
 from clip.modules.no_prompts import NoPrompts
 from clip.modules.registry import TRAIN_BACKBONES, method_class
@@ -44,7 +45,7 @@ from engine.checkpoint import (
     restore_classifier,
 )
 from engine.contents import contents_of_data
-from engine.cuda_graphs import recorded
+from engine.cuda_graphs import compute_by, recorded
 from engine.exported import weights_file
 from engine.families import family_of
 from engine.kept_features import are_constant, keep_features, remember_training_split
@@ -225,8 +226,11 @@ def train_from(
     description = describe(*of_model, contents, training=TrainedAt(*at, commit(), options.precision))
     settings = options.optimizer_settings()
     module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
-    module.step = recorded(module.step, classifier, options)
-    module.soft_labels = taught
+    module.soft_labels, plain = taught, (module.step, module.evaluate)
+    batches = 1 if options.fast_dev_run else data.steps_per_epoch(options.processes) * options.max_epoch
+    if options.max_steps is not None:
+        batches = min(batches, options.max_steps * options.accumulation)
+    module.step, module.evaluate = recorded(*plain, classifier, options, batches)
     # Processes without the folder write nothing, but take part in writing.
     monitor = MINUS_LOSS if module.pretrains else task.monitor
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{monitor}")
@@ -244,6 +248,8 @@ def train_from(
                 f"resume_from={options.resume_from}: not to be resumed: {first_line(error)}"
             ) from error
         seconds = time.monotonic() - began
+        module.step, module.evaluate = plain  # the weights that graphs read are no longer where they were
+        compute_by(classifier, PLAIN)
         if options.fast_dev_run:
             log.info("fast_dev_run: one batch of everything went through; nothing was written")
             return {}

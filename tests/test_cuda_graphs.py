@@ -7,12 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from clip.modules.classifier import MissingModalityClassifier
+from clip.modules.fused import PLAIN
 from clip.modules.interfaces import ModelInput
+from clip.modules.registry import METHODS
 from engine import cuda_graphs
-from engine.cuda_graphs import GraphedSteps, Losses, recorded
+from engine.cuda_graphs import (
+    EVALUATIONS,
+    STEPS,
+    CaptureFailedError,
+    GraphedForward,
+    GraphedSteps,
+    Losses,
+    Recordings,
+    recorded,
+)
 from engine.tasks import TASKS
 from tests.conftest import Patch
 from tests.models import model_input, tiny_batch, tiny_classifier
@@ -21,15 +33,15 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MIXES = ([0, 1, 2, 0] * 3, [0, 1, 2, 1] * 3, [0, 1, 2, 0] * 3, [1] * 12, [0, 1, 2, 0] * 3)
 
 
-def compute_again(run: Callable[[], Losses], pool: Any) -> tuple[Losses, Callable[[], None]]:
+def compute_again(run: Callable[[], Any], pool: Any, *, first: bool) -> tuple[Any, Callable[[], None]]:
     """Stands in for `capture`: a replay computes and writes where the recording left its results."""
     with torch.random.fork_rng():
         outputs = run()
 
     def replay() -> None:
-        loss, logits, own_losses = run()
-        for old, new in zip((*outputs[:2], *outputs[2].values()), (loss, logits, *own_losses.values()), strict=True):
-            old.copy_(new)
+        for old, new in zip(tree_leaves(outputs), tree_leaves(run()), strict=True):
+            if old is not None:
+                old.copy_(new)
 
     return outputs, replay
 
@@ -42,8 +54,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: Patch) -> torch.device:
 
 
 def on(device: torch.device, batch: ModelInput) -> ModelInput:
-    inputs, rows = ({name: x.to(device) for name, x in each.items()} for each in (batch.inputs, batch.rows))
-    return batch._replace(inputs=inputs, rows=rows, present_BM=batch.present_BM.to(device))
+    groups = (batch.inputs, batch.rows, batch.source_of_B)
+    inputs, rows, sources = ({name: x.to(device) for name, x in each.items()} for each in groups)
+    return batch._replace(inputs=inputs, rows=rows, source_of_B=sources, present_BM=batch.present_BM.to(device))
 
 
 def step_of(classifier: MissingModalityClassifier) -> cuda_graphs.Step:
@@ -55,23 +68,30 @@ def step_of(classifier: MissingModalityClassifier) -> cuda_graphs.Step:
     return step
 
 
-@pytest.mark.parametrize("method", ["rep", "msp", "mora"])
-def test_recorded_steps_give_the_same(device: torch.device, method: str) -> None:
-    """Losses, logits and gradients, with dropout, accumulated over two batches, whose seeds alone decide the masks."""
+@pytest.mark.parametrize(("method", "dtype"), [*((each, torch.float32) for each in METHODS), ("rep", torch.bfloat16)])
+def test_recorded_steps_give_the_same(device: torch.device, method: str, dtype: torch.dtype) -> None:
+    """Losses, logits and gradients, with dropout, accumulated over two batches, whose seeds alone decide the masks.
+
+    In 16 bits the forward pass is under autocast and the backward pass is not, as in a training.
+    """
     of_method: dict[str, Any] = {"prompt_type": method}
     found: list[list[Tensor | None]] = []
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     for with_graphs in (False, True):
         classifier = tiny_classifier("hatememes", **of_method).to(device).train()
+        classifier.compute(dtype)
         parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
         step = step_of(classifier)
-        step = GraphedSteps(step, parameters) if with_graphs else step
+        step = GraphedSteps(step, parameters, Recordings()) if with_graphs else step
         values: list[Tensor | None] = []
         for number, mix in enumerate(MIXES):
             images, tokens = tiny_batch(len(mix), seed=number)
             labels = torch.arange(len(mix), device=device) % 2
             batch = on(device, model_input(images, tokens, mix))
             torch.manual_seed(number)
-            loss, logits, own_losses = step(batch if with_graphs else batch.rounded(), labels, len(mix) - number // 4)
+            batch = batch if with_graphs else batch.rounded()
+            with autocast:
+                loss, logits, own_losses = step(batch, labels, len(mix) - number // 4)
             (loss * 0.5).backward()
             values += [loss.detach(), logits.detach(), *(value.detach() for value in own_losses.values())]
             values += [None if each.grad is None else each.grad.clone() for each in parameters]
@@ -81,25 +101,83 @@ def test_recorded_steps_give_the_same(device: torch.device, method: str) -> None
                         parameter.grad.zero_()
         found.append(values)
         if isinstance(step, GraphedSteps):
-            assert step.refused is None and len(step._recorded) == 4, "one shape came twice"
+            assert not step.recordings.refused and len(step.recordings.by_shape[STEPS]) == 4, "one shape came twice"
     for plain, replayed in zip(*found, strict=True):
         assert (plain is None) == (replayed is None)
-        assert plain is None or replayed is None or torch.allclose(plain, replayed, rtol=1e-4, atol=1e-6)
+        if plain is not None and replayed is not None:
+            assert torch.allclose(plain.float(), replayed.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_recorded_evaluations_give_the_same(device: torch.device) -> None:
+    """Of other weights at each replay, and where samples share an image."""
+    classifier = tiny_classifier("hatememes").to(device).eval()
+    evaluate = GraphedForward(classifier, Recordings())
+    for number, mix in enumerate(MIXES):
+        images, tokens = tiny_batch(len(mix), seed=number)
+        batch = model_input(images, tokens, mix)
+        if number != 3:  # which has no image
+            [first, *_] = batch.rows["image"].tolist()
+            shared = {"image": batch.inputs["image"][:1]}, {"image": batch.rows["image"][:1]}
+            inputs, rows = ({**old, **new} for old, new in zip((batch.inputs, batch.rows), shared, strict=True))
+            sources = {"image": torch.full((len(mix),), first)}
+            batch = batch._replace(inputs=inputs, rows=rows, source_of_B=sources)
+        batch = on(device, batch)
+        for parameter in classifier.head.parameters():
+            nn.init.normal_(parameter)
+        with torch.inference_mode():
+            found, expected = evaluate(batch), classifier(batch)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert not evaluate.recordings.refused and len(evaluate.recordings.by_shape[EVALUATIONS]) == 3
+
+
+def test_a_recording_that_fails_ends_all(device: torch.device, monkeypatch: Patch) -> None:
+    """The others would not follow from the seeds any more."""
+
+    def step(batch: ModelInput, labels: Tensor, counted: int) -> Losses:
+        dropped = torch.nn.functional.dropout(weight)
+        return dropped.sum(), dropped, {}
+
+    def forward(batch: ModelInput) -> Tensor:
+        torch.cuda.synchronize()  # which torch sees in a recording alone
+        return torch.zeros(3, device=device)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise CaptureFailedError("not permitted")
+
+    weight, recordings = nn.Parameter(torch.ones(64, device=device)), Recordings()
+    graphed, evaluate = GraphedSteps(step, [weight], recordings), GraphedForward(forward, recordings)
+    batch = on(device, model_input(*tiny_batch(3), [0, 1, 2]))
+
+    def masks(step: cuda_graphs.Step) -> Tensor:
+        torch.manual_seed(1)
+        loss, dropped, _ = step(batch, torch.zeros(3, device=device), 3)
+        loss.backward()
+        return dropped
+
+    found = [masks(graphed)]
+    assert recordings.by_shape[STEPS]
+    if device.type == "cpu":
+        monkeypatch.setattr(cuda_graphs, "capture", fail)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    evaluate(batch)
+    assert recordings.refused.keys() == {STEPS, EVALUATIONS} and not any(recordings.by_shape.values())
+    found.append(masks(graphed))
+    assert torch.equal(found[0], masks(step)) and torch.equal(found[1], found[0])
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: Patch, caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("called a synchronizing CUDA operation\nand more")
 
     monkeypatch.setattr(cuda_graphs, "capture", refuse)
     classifier = tiny_classifier("hatememes").train()
-    step = GraphedSteps(step_of(classifier), [*classifier.parameters()])
+    step = GraphedSteps(step_of(classifier), [*classifier.parameters()], Recordings())
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             loss, *_ = step(model_input(*tiny_batch(3), [0, 1, 2]), torch.arange(3) % 2, 3)
     assert loss.requires_grad
     assert [record.message for record in caplog.records] == [
-        "cuda_graphs: the step cannot be recorded: called a synchronizing CUDA operation"
+        "cuda_graphs: training steps: cannot be recorded: called a synchronizing CUDA operation"
     ]
 
 
@@ -107,31 +185,36 @@ def test_only_so_many_shapes_are_recorded(monkeypatch: Patch) -> None:
     monkeypatch.setattr(cuda_graphs, "capture", compute_again)
     monkeypatch.setattr(cuda_graphs, "MOST", 2)
     classifier = tiny_classifier("hatememes", prompt_type="none").train()
-    step = GraphedSteps(step_of(classifier), [each for each in classifier.parameters() if each.requires_grad])
+    trained = [each for each in classifier.parameters() if each.requires_grad]
+    step = GraphedSteps(step_of(classifier), trained, Recordings())
     for mix in ([0], [0, 1], [0, 0, 1], [0], [0, 0, 2]):
         step(model_input(*tiny_batch(len(mix)), mix), torch.zeros(len(mix), dtype=torch.long), len(mix))
-    assert len(step._recorded) == 2 and step.refused is not None and "2 graphs" in step.refused
+    assert len(step.recordings.by_shape[STEPS]) == 2 and "2 graphs" in step.recordings.refused[STEPS]
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"num_gpus": 0}, "there is no GPU"),
+        ({"num_gpus": 0}, None),
         ({"processes": 2}, "several processes"),
         ({"precision": "16-mixed"}, "precision=16-mixed"),
         ({"activation_checkpointing": True}, "activation_checkpointing"),
         ({"text_windows": 2}, "text_windows=2"),
         ({"neighbours": 4}, "neighbours"),
         ({"cuda_graphs": False}, None),
+        ({"batches": 999}, None),
         ({}, None),
     ],
 )
-def test_options_against_it_are_logged(changed, reason, caplog):
+def test_options_against_it_are_logged(changed, reason, caplog, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "compiled", lambda: PLAIN)
     given = {"cuda_graphs": True, "num_gpus": 1, "processes": 1, "precision": "bf16", "activation_checkpointing": False}
-    options: Any = SimpleNamespace(**{**given, "text_windows": 1, "neighbours": 0, "teacher": None, **changed})
+    given |= {"text_windows": 1, "neighbours": 0, "teacher": None, "batches": 1000}
+    options: Any = SimpleNamespace(**{**given, **changed})
     classifier = tiny_classifier()
     step = step_of(classifier)
     with caplog.at_level(logging.INFO):
-        found = recorded(step, classifier, options)
-    assert isinstance(found, GraphedSteps) == (not changed) and (found is step) == bool(changed)
+        found, evaluate = recorded(step, classifier, classifier, options, options.batches)
+    assert isinstance(found, GraphedSteps) == isinstance(evaluate, GraphedForward) == (not changed)
+    assert (found is step) == (evaluate is classifier) == bool(changed)
     assert [reason in record.message for record in caplog.records if reason] == [True] * bool(reason)

@@ -64,8 +64,8 @@ def test_two_processes_train_what_one_does(workspace: Workspace, tmp_path: Path)
     one, two = (logged(folder) for folder in folders)
     assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
     one_state, two_state = (torch.load(f / "last.ckpt", weights_only=True)["state_dict"] for f in folders)
-    for key in one_state:
-        torch.testing.assert_close(one_state[key], two_state[key], rtol=1e-3, atol=1e-5)
+    for key in one_state:  # where a gradient is next to nothing, Adam makes a step of a rounding error
+        torch.testing.assert_close(one_state[key], two_state[key], rtol=1e-3, atol=1e-4)
     results: list[dict[str, Any]] = [json_of(f / "test_results.json") for f in folders]
     assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-4)
     assert results[0]["samples"] == results[1]["samples"]

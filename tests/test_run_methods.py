@@ -99,6 +99,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(workspace, tmp_path,
 
     def keep_a_copy(self: Checkpoints, trainer: Any, *rest: Any) -> None:
         of_callbacks(self, trainer, *rest)
+        self._finish(trainer)
         copies.append(Path(shutil.copy(self.folder / "last.ckpt", tmp_path / f"{len(copies)}.ckpt")))
 
     options = (*VARIANTS[variant], "max_epoch=2", "test_after_fit=False")

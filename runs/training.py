@@ -227,9 +227,11 @@ def train_from(
     settings = options.optimizer_settings()
     module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
     module.soft_labels, plain = taught, (module.step, module.evaluate)
-    batches = 1 if options.fast_dev_run else data.steps_per_epoch(options.processes) * options.max_epoch
+    batches = data.steps_per_epoch(options.processes) * options.max_epoch
     if options.max_steps is not None:
         batches = min(batches, options.max_steps * options.accumulation)
+    if options.fast_dev_run or train_data.kept is not None:  # where a step is short
+        batches = 0
     module.step, module.evaluate = recorded(*plain, classifier, options, batches)
     # Processes without the folder write nothing, but take part in writing.
     monitor = MINUS_LOSS if module.pretrains else task.monitor

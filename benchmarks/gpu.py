@@ -35,8 +35,8 @@ from engine import cuda_graphs
 from engine.cuda_graphs import Forward, GraphedForward, GraphedSteps, Losses, Recordings, Step, compute_by
 
 SIZES: tuple[int, ...] = (32, 64, 128, 256)
-BATCHES, COPIES, EPOCHS = 8, 16, 3
-"""Of each size; of the films; that are timed, after a first one."""
+BATCHES, COPIES, EPOCHS = 8, 16, 6
+"""Of each size; of the films; that are timed, after a first one: later ones have few new shapes."""
 VIT_B16 = TinyClip(224, 16, 768, 12, 512, 12, 512, batch=8)
 TARGETS = {("training", 32): 2300, ("training", 256): 4500, ("evaluation", 32): 5000, ("evaluation", 256): 11000}
 """Samples per second on one H100 or H200."""

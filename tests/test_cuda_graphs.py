@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.fused import PLAIN
+from clip.modules.fused import PLAIN, quick_gelu_in_one
 from clip.modules.interfaces import ModelInput
 from clip.modules.registry import METHODS
 from engine import cuda_graphs
@@ -128,6 +128,20 @@ def test_recorded_evaluations_give_the_same(device: torch.device) -> None:
             found, expected = evaluate(batch), classifier(batch)
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert not evaluate.recordings.refused and len(evaluate.recordings.by_shape[EVALUATIONS]) == 3
+
+
+def test_what_samples_share_is_part_of_a_shape(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(cuda_graphs, "capture", compute_again)
+    evaluate = GraphedForward(lambda batch: next(iter(batch.source_of_B.values())), Recordings())
+    batch = model_input(*tiny_batch(3), [0, 1, 2])
+    for name in ("image", "text"):
+        evaluate(batch._replace(source_of_B={name: torch.arange(3)}))
+    assert len(evaluate.recordings.by_shape[EVALUATIONS]) == 2
+
+
+def test_the_activation_for_a_gpu_is_the_same() -> None:
+    x = torch.linspace(-12, 12, 1001, dtype=torch.float64)
+    torch.testing.assert_close(quick_gelu_in_one(x), PLAIN.quick_gelu(x))
 
 
 def test_a_recording_that_fails_ends_all(device: torch.device, monkeypatch: Patch) -> None:

@@ -258,6 +258,13 @@ def test_a_checkpoint_holds_what_there_was_when_it_was_begun(tmp_path: Path) -> 
         io.save_checkpoint(given, tmp_path / "last.ckpt" / "below a file.ckpt")
         with pytest.raises(OSError, match=r"last\.ckpt"):
             then()
+    io.save_checkpoint(given, tmp_path / "last.ckpt" / "below a file.ckpt")
+    with pytest.raises(ValueError, match="what ended the training"):
+        try:
+            raise ValueError("what ended the training")
+        except ValueError:
+            io.teardown()
+            raise
 
 
 @pytest.mark.parametrize("keep", [0, 100, 100_000, -1])

@@ -24,47 +24,47 @@ FILMS, BATCH = 1200, 32
 
 
 class Stopwatch(pl.Callback):
-    """Times the epochs without their validations, and at the end the bare step on the batches of each."""
+    """Times each epoch without its validations and, right behind it, the bare step on its batches."""
 
     def __init__(self) -> None:
-        self.batches: list[list[Batch]] = []
-        self.took: list[float] = []
-        """Seconds, by epoch."""
+        self.batches: list[Batch] = []
+        """Of the epoch that runs."""
+        self.took = 0.0
+        """Seconds of it."""
         self.rates: list[tuple[float, float]] = []
-        """Samples per second of the bare step and of the loop, by epoch; without the first, which warms up."""
+        """Samples per second of the bare step and of the loop, by epoch."""
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.batches.append([])
-        self.took.append(-time.perf_counter())
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._compare(trainer, pl_module)
+        self.batches, self.took = [], -time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
-        self.batches[-1].append(batch)
+        self.batches.append(batch)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.took:  # else it is Lightning's check before training
-            self.took[-1] += time.perf_counter()
+        self.took += time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before checkpoints are written, which are of the loop: Lightning calls those last."""
-        if self.took:
-            self.took[-1] -= time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.took[-1] += seconds(lambda: None) + time.perf_counter()  # the first waits for a GPU
+        self.took -= time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._compare(trainer, pl_module)
+
+    def _compare(self, trainer: pl.Trainer, pl_module: Any) -> None:
         def bare_steps() -> None:
-            for batch in batches:
+            for batch in self.batches:
                 with trainer.precision_plugin.forward_context():
                     loss, *_ = pl_module.step(model_input(batch), batch.label, len(batch.label))
                 loss.backward()
                 trainer.optimizers[0].step()
                 trainer.optimizers[0].zero_grad()
 
-        pl_module.train()
-        for batches, took in list(zip(self.batches, self.took, strict=True))[1:]:
-            samples = sum(len(batch.label) for batch in batches)
-            self.rates.append((samples / seconds(bare_steps), samples / took))
+        self.took += seconds(lambda: None) + time.perf_counter()  # the first waits for a GPU
+        if self.batches:  # else the first epoch begins
+            pl_module.train()
+            samples = sum(len(batch.label) for batch in self.batches)
+            self.rates.append((samples / seconds(bare_steps), samples / self.took))
 
 
 def timed(folder: Path, device: torch.device, epochs: int) -> list[tuple[float, float]]:
@@ -74,7 +74,7 @@ def timed(folder: Path, device: torch.device, epochs: int) -> list[tuple[float, 
     write_pretrain(folder / "pretrain", 192, 0)
     make_backbone(folder / "pretrain", folder / "backbone", 2, 0)
     convert(folder)
-    small = {"memory_length": 12, "memory_depth": 3, "num_workers": 1}
+    small = {"memory_length": 12, "memory_depth": 3, "num_workers": 0}
     found = rates(folder, device, epochs, per_gpu_batchsize=BATCH, batch_size=BATCH, val_check_interval=1.0, **small)
     logging.disable(logging.NOTSET)
     return found
@@ -97,4 +97,4 @@ def rates(folder: Path, device: torch.device, epochs: int, **more: Any) -> list[
     stopwatch = Stopwatch()
     EX.current_run = SimpleNamespace(info={})  # type: ignore[assignment]  # as under a command
     train_from(check({**DEFAULTS, **options, **more}), "timed", stopwatch)
-    return stopwatch.rates
+    return stopwatch.rates[1:]  # the first epoch warms up

@@ -216,6 +216,24 @@ class StepLimit(pl.Callback):
     on_train_batch_end = on_validation_end = on_train_epoch_end = _look
 
 
+class AheadOfTime(pl.Callback):
+    """While a validation or a training goes on, loader processes begin with what comes after it."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.is_last_batch and self._goes_on(trainer):
+            loader: Any = trainer.train_dataloader
+            loader.sampler.set_epoch(trainer.current_epoch + 1)
+            loader.begin()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_last_batch or self._goes_on(trainer):
+            loader: Any = trainer.val_dataloaders
+            loader.begin()
+
+    def _goes_on(self, trainer: pl.Trainer) -> bool:
+        return not trainer.should_stop and trainer.current_epoch + 1 < (trainer.max_epochs or 0)
+
+
 class Report(pl.Callback):
     """A line per validation, and one per epoch on how fast the run was and where its time went."""
 

@@ -35,11 +35,8 @@ class RunBar(pl.Callback):
         self._bar: Progress | None = None
         self._values: dict[str, float] = {}
         self._validated = 0  # batches of the validation that runs now
-        self._began, self._first, self._drawn = (
-            0.0,
-            0.0,
-            0.0,
-        )  # clock and work done at the start; clock of the last look
+        self._began = self._first = 0.0  # clock and work done at the start
+        self._drawn = 0.0  # clock of the last look
         self._samples = 0  # computed since that look
 
     def _work(self, trainer: pl.Trainer, batches: int) -> float:

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from common.errors import ConfigError
 from common.messages import first_line
 from common.shares import part_of
-from engine.callbacks import Checkpoints, Report, StepLimit
+from engine.callbacks import AheadOfTime, Checkpoints, Report, StepLimit
 from engine.checkpoint_file import AtomicCheckpointIO
 from engine.loggers import make_loggers
 from engine.progress import RunBar
@@ -49,7 +49,7 @@ def make_trainer(
     if checkpoints is not None:
         accumulation = options.accumulation
         interval = validation_interval(options.val_check_interval, steps_per_epoch, accumulation)
-        callbacks.append(Report(checkpoints))
+        callbacks += [AheadOfTime(), Report(checkpoints)]
         if options.max_steps is not None:
             callbacks.append(StepLimit(options.max_steps))
         if keeps:

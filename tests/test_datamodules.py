@@ -1,5 +1,6 @@
 """Batches, their order, their division among processes, and resuming after an interruption."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,27 @@ def test_batches_are_the_samples_in_order(folder):
     assert [batch.index_B.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
     for batch in batches:
         assert_equal(batch, collate(MEME_KINDS, [dataset[0, index] for index in batch.index_B.tolist()]))
+
+
+def test_a_pass_that_was_begun_is_the_next_one_that_is_read(folder: Path) -> None:
+    """Loader processes begin with it at once, and keep to the epoch of that moment."""
+    data = open_data(data_settings("hatememes", folder, BOTH, num_workers=1), "train")
+    loader = data.train_dataloader()
+    sampler, reading = loader.sampler, data.datasets["train"].reading
+    assert isinstance(sampler, EpochSampler) and reading is not None
+    orders = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        orders.append([index for _, index in sampler])
+    assert orders[0] != orders[1]
+    loader.begin()
+    deadline = time.monotonic() + 60
+    while reading[0, 1] < 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert reading[0, 1] in orders[1][:4], "nobody has asked for a batch yet"
+    sampler.set_epoch(0)
+    for wanted in (orders[1], orders[0]):
+        assert [index for batch in loader for index in batch.index_B.tolist()] == wanted
 
 
 @pytest.mark.parametrize("world", [1, 3, 8])

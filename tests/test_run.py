@@ -19,6 +19,7 @@ from run import command_line
 from tests.conftest import Captured, Workspace, csv_of, json_of
 from tests.interrupted import differences
 from tests.models import model_input
+from vilt.datamodules import EpochSampler, TimedLoader
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
 
@@ -238,6 +239,20 @@ def test_an_unreadable_image_ends_the_run_with_file_and_row(workspace, golden_ar
     options = ("batch_size=2", "per_gpu_batchsize=2", "missing_ratio=0.0", f"num_workers={workers}")
     command = command_of(workspace, "bad", *options, task="food101", data_root=golden_arrow)
     assert error_of(command, capsys).startswith(f"error: {path}: row 3: the image cannot be decoded: ")
+
+
+def test_loader_processes_begin_with_what_comes_next(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of 12 batches with two validations each: a second epoch, and three validations after the first."""
+    begun = []
+
+    def noted(loader: TimedLoader, begin: Any = TimedLoader.begin) -> None:
+        assert isinstance(loader.sampler, EpochSampler) and isinstance(loader.dataset, ArrowDataset)
+        begun.append((loader.dataset.split, loader.sampler.epoch))
+        begin(loader)
+
+    monkeypatch.setattr(TimedLoader, "begin", noted)
+    workspace.train("ahead", "num_workers=1", "val_check_interval=0.5", "test_after_fit=False")
+    assert begun == [("val", 0), ("train", 1), ("val", 0), ("val", 1)]
 
 
 def test_max_steps_ends_in_mid_epoch_and_the_rest_can_follow(workspace: Workspace, capsys: Captured) -> None:

@@ -106,9 +106,14 @@ class TimedLoader(DataLoader[Any]):
 
     waited = 0.0
     """Since the reader last set it to 0."""
+    _begun: Iterator[Any] | None = None
+
+    def begin(self) -> None:
+        """Lets the loader processes, if there are any, make the first batches of the next pass meanwhile."""
+        self._begun = super().__iter__()
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch says: of a class of its own
-        batches = super().__iter__()
+        batches, self._begun = self._begun or super().__iter__(), None
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)

@@ -1,10 +1,11 @@
 #!/bin/sh
 # What a GPU does, in less than 8 minutes, as one table:
 #
-#     bash benchmarks/gpu.sh [WHEELS [FILMS]]
+#     bash benchmarks/gpu.sh [WHEELS [FILMS [PART ...]]]
 #
 # WHEELS: a folder of wheels of what requirements.txt names and the machine lacks ("" for none). FILMS: a folder in
-# MM-IMDb's layout, taken sixteen times over; without it made-up films. SMALL=1 tries the script itself, on a CPU too.
+# MM-IMDb's layout, taken many times over; without it ("") made-up films. PART: steps, loop (both by default), cells
+# (another 8 minutes: a whole cell of MM-IMDb's size, and two at once). SMALL=1 tries the script itself, on a CPU too.
 set -e
 wheels=${1:+$(realpath "$1")} films=${2:+$(realpath "$2")} site=$(mktemp -d)
 cd "$(dirname "$0")/.."
@@ -14,4 +15,5 @@ if [ -n "$wheels" ]; then
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export HF_HUB_OFFLINE=1
-python3 -m benchmarks.gpu ${films:+--films "$films"} ${SMALL:+--small}
+[ $# -gt 2 ] && shift 2 || shift $#
+python3 -m benchmarks.gpu ${films:+--films "$films"} ${1:+--parts "$@"} ${SMALL:+--small}

@@ -1,6 +1,7 @@
 """What the benchmarks compare is the same thing: the baseline has our numbers; and what they record."""
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,15 @@ def test_the_script_for_a_gpu_prints_its_table(monkeypatch: Patch, capsys: Captu
         asked.append(more)
         return [(200.0, 190.0)]
 
+    commands: list[list[str]] = []
     monkeypatch.setattr(loop, "rates", rates)
-    monkeypatch.setattr("sys.argv", ["gpu", "--small"])
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: commands.append(words))
+    monkeypatch.setattr("sys.argv", ["gpu", "--small", "--parts", "steps", "loop", "cells"])
     gpu.main()
     rows = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| "))
     assert rows["run.py, 4, epoch 2, cuda_graphs=False"] == "190 samples/s, bare step 200: 95% (≥ 90 %)"
     of_steps = {"training, 8, few shapes, for the first time", "training, 4, as they are", "evaluation, 8, few shapes"}
     assert of_steps <= rows.keys()
     assert [more["per_gpu_batchsize"] for more in asked][:2] == [4, 8]
+    assert [words[1:3] for words in commands] == [["run.py", "with"], ["run.py", "sweep"], ["run.py", "sweep"]]
+    assert rows["a whole cell, the decoding of its images included"] == "0 s (< 300 s)"

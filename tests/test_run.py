@@ -12,11 +12,15 @@ import pytorch_lightning as pl
 import torch
 
 from clip.backbone import load_backbone
+from clip.modules.fused import PLAIN
+from clip.modules.vision_transformer_memory import ResidualAttentionBlock
 from clip.tokenizer import load_tokenizer
 from engine.callbacks import Checkpoints
 from engine.checkpoint import read_checkpoint, restore_classifier
+from engine.cuda_graphs import compute_by
 from run import command_line
-from tests.conftest import Captured, Workspace, csv_of, json_of
+from runs import training
+from tests.conftest import Captured, Patch, Workspace, csv_of, json_of
 from tests.interrupted import differences
 from tests.models import model_input
 from vilt.datamodules import EpochSampler, TimedLoader
@@ -241,7 +245,7 @@ def test_an_unreadable_image_ends_the_run_with_file_and_row(workspace, golden_ar
     assert error_of(command, capsys).startswith(f"error: {path}: row 3: the image cannot be decoded: ")
 
 
-def test_loader_processes_begin_with_what_comes_next(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loader_processes_begin_with_what_comes_next(workspace: Workspace, monkeypatch: Patch) -> None:
     """Two epochs of 12 batches with two validations each: a second epoch, and three validations after the first."""
     begun = []
 
@@ -253,6 +257,23 @@ def test_loader_processes_begin_with_what_comes_next(workspace: Workspace, monke
     monkeypatch.setattr(TimedLoader, "begin", noted)
     workspace.train("ahead", "num_workers=1", "val_check_interval=0.5", "test_after_fit=False")
     assert begun == [("val", 0), ("train", 1), ("val", 0), ("val", 1)]
+
+
+def test_the_test_after_a_training_computes_nothing_compiled(workspace: Workspace, monkeypatch: Patch) -> None:
+    def compiled(step: Any, forward: Any, classifier: Any, *_: Any) -> tuple[Any, Any]:
+        compute_by(classifier, PLAIN._replace(normed=lambda x, norm, dtype: norm(x).to(dtype)))
+        return step, forward
+
+    found: list[bool] = []
+
+    def tested(options: Any, trainer: Any, module: Any, *_: Any) -> dict[str, float]:
+        found.extend(each.passes is PLAIN for each in module.modules() if isinstance(each, ResidualAttentionBlock))
+        return {}
+
+    monkeypatch.setattr(training, "recorded", compiled)
+    monkeypatch.setattr(training, "test", tested)
+    workspace.train("compiled", "max_steps=2")
+    assert found and all(found)
 
 
 def test_max_steps_ends_in_mid_epoch_and_the_rest_can_follow(workspace: Workspace, capsys: Captured) -> None:

@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 
 from clip.pretrained import read_pretrained
 from common.errors import BackboneError
-from common.messages import first_line, listed
+from common.messages import first_line, listed, quoted
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
@@ -49,7 +49,7 @@ class ClipTokenizer:
             raise ValueError(
                 f"not a CLIP vocabulary: expected {START}, the 256 byte characters inside and at the end of "
                 f"a word, and {END} as the highest id; found {len(needed & vocab.keys())} of those {len(needed)} and "
-                f"{highest!r} as the highest"
+                f"{quoted(highest)} as the highest"
             )
         self.start_id, self.end_id = vocab[START], vocab[END]
         self.vocab_size = self.end_id + 1

@@ -8,7 +8,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 LONGEST_LINE = 500
-"""Of another library's words, in characters: some have in them what was found, of any length."""
+"""Of words that are not ours, in characters: some are, or have in them, what was found, of any length."""
 
 
 def quoted(value: object) -> str:
@@ -36,7 +36,12 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or isinstance(error, KeyError):
         lines = [" ".join([type(error).__name__, *lines[:1]])]
-    return lines[0] if len(lines[0]) <= LONGEST_LINE else f"{lines[0][:LONGEST_LINE]}…"
+    return cut(lines[0])
+
+
+def cut(text: str) -> str:
+    """`text`, of LONGEST_LINE characters at most."""
+    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}…"
 
 
 def printable(text: str) -> str:

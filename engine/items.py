@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from common.errors import DataError, reason_of
-from common.messages import listed
+from common.messages import cut, listed
 from common.text import natural_key
 from engine.recordings import in_samples
 from vilt.datasets.kinds import kinds_of
@@ -105,7 +105,7 @@ def _file(folder: Path, name: str, place: str) -> Path:
     try:
         return find_file(folder, name)
     except OSError as error:
-        raise DataError(f"{place}: {name}: cannot be read: {reason_of(error)}") from error
+        raise DataError(f"{place}: {cut(name)}: cannot be read: {reason_of(error)}") from error
 
 
 def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:

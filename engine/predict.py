@@ -227,7 +227,7 @@ class _Items(Dataset[Sample]):
             try:
                 read[name] = KINDS[modality.kind].read_given(value, modality, self._inputs)
             except Exception as error:  # Pillow's decoders raise whatever the damage leads to
-                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                reason = getattr(error, "strerror", None) or first_line(error)
                 file = f" {value}" if isinstance(value, str | Path) else ""
                 raise DataError(f"{item.place}: {name}{file}: cannot be read: {reason}") from error
         return Sample(read, torch.tensor(0), number)

@@ -91,13 +91,16 @@ def read_logits(path: Path, spec: DatasetSpec, logit_columns: Sequence[str]) -> 
         described = json.loads((table.schema.metadata or {})[DESCRIPTION])
         if described["format"] != FORMAT:
             raise ValueError(f"format {FORMAT}, found {quoted(described['format'])}")
+        for name, type_ in {"row": pa.int64(), "id": pa.string()}.items():
+            if (found := table.schema.field(name).type) != type_:
+                raise ValueError(f"{name}: expected {type_}, found {found}")
         for name in [*logit_columns, *(["label"] if spec.multilabel else [])]:
             lengths = pc.fill_null(pc.list_value_length(table[name]), -1).to_numpy()
             if wrong := np.flatnonzero(lengths != spec.n_classes).tolist():
                 raise ValueError(f"{name}: expected {spec.n_classes} numbers, found others in row {wrong[0]}")
             if not np.isfinite(matrix_of(table[name], spec.n_classes)).all():
                 raise ValueError(f"{name}: expected finite numbers")
-        labels_of(table.select(["row", "id", "label"]), spec).astype(np.float32)
+        labels_of(table, spec).astype(np.float32)
     except (KeyError, TypeError, ValueError, RecursionError, pa.ArrowException) as error:
         raise DataError(f"{path}: expected logits that `run.py robustness` stored: {first_line(error)}") from error
     return table, described

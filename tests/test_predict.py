@@ -332,6 +332,7 @@ def test_a_checkpoint_without_class_names_has_those_of_the_dataset(trained: Path
         ("in.csv", "text,image\nx,  \n ,\t\n", "in.csv, row 3: expected an image or a text, found neither"),
         ("in.csv", "text,image\nx,nowhere.jpg\n", "row 2: image {top}/nowhere.jpg: cannot be read: No such"),
         ("in.csv", "text,image\nx,in.csv\n", "row 2: image {top}/in.csv: cannot be read: not an image"),
+        ("in.csv", f"text,image\nx,{'n' * 9000}\n", "nnn…: cannot be read: File name too long"),
         ("in.csv", "text,image\nx\n", "in.csv, row 2: expected 2 values, as in the header, found 1"),
         ("in.csv", "text,text\nx,y\n", "in.csv, row 1: the column 'text' is repeated"),
         ("in.csv", b"text\n\xff\n", "in.csv is not valid UTF-8"),

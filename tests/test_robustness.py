@@ -284,6 +284,7 @@ DAMAGES: dict[str, tuple[Callable[[pa.Table], dict[str, Any]], str]] = {
         FOREIGN,
     ),
     "column": (lambda table: {"logits_complete": None}, "logits_complete"),
+    "names": (lambda table: {"id": table["id"].cast(pa.binary())}, f"{FOREIGN}: id: expected string, found binary"),
     "width": (with_narrow_row, "logits_complete: expected 23 numbers, found others in row 4"),
     "compressed": (
         lambda table: {"compression": "zstd", "times": 50},

@@ -129,13 +129,15 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
         if start + length > len(signals):
             raise DataError(f"{place}: expected rows below {len(signals)}, as signals.npy has, found {start + length}")
         if values["split"] not in (*SPLITS, ""):
-            raise DataError(f"{place}: split: expected {' or '.join(SPLITS)}, or nothing, found {values['split']!r}")
+            found = quoted(values["split"])
+            raise DataError(f"{place}: split: expected {' or '.join(SPLITS)}, or nothing, found {found}")
         if (taken := recording_of_row[start : start + length].max(initial=-1)) >= 0:
-            raise DataError(f"{place}: expected rows of its own, found some that {recordings[taken].name!r} has too")
+            found = quoted(recordings[taken].name)
+            raise DataError(f"{place}: expected rows of its own, found some that {found} has too")
         recording_of_row[start : start + length] = len(recordings)
         of_samples = cut.labels(labels[start : start + length], mixed=of_spec["mixed_labels"])
         if values["recording"] in {one.name for one in recordings} or not values["recording"]:
-            raise DataError(f"{place}: recording: expected a name of its own, found {values['recording']!r}")
+            raise DataError(f"{place}: recording: expected a name of its own, found {quoted(values['recording'])}")
         reader, subject = partial(read, start, length), label_name(values["subject"])
         recordings.append(Recording(values["recording"], of_samples, reader, subject, values["split"] or None, row))
     row_of_set = custom_spec(custom)

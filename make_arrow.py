@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.compute as pc
+from rich import filesize
 
 from common.arrow_file import open_table
 from common.errors import UserError
 from common.machine import check_system, cores, print_anywhere
-from common.messages import byte_size, printable
+from common.messages import printable
 from common.text import counted, terminal_table
 from engine.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
 from vilt.datasets.specs import CLIP, EVERY_DATASET
@@ -94,7 +95,7 @@ def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
 
     def row(name: str, parts: Sequence[SplitSummary], remark: str) -> tuple[str, ...]:
         n_samples, n_texts = sum(part.n_samples for part in parts), sum(part.n_texts for part in parts)
-        return (name, f"{n_samples:,}", f"{n_texts:,}", byte_size(sum(part.n_bytes for part in parts)), remark)
+        return (name, f"{n_samples:,}", f"{n_texts:,}", filesize.decimal(sum(part.n_bytes for part in parts)), remark)
 
     files = [row(s.path.name, [s], "replaced" if s.replaced else "") for s in splits]
     counts = [[printable(name), *(f"{s.label_counts[n]:,}" for s in splits)] for n, name in enumerate(class_names)]

@@ -47,13 +47,3 @@ def cut(text: str) -> str:
 def printable(text: str) -> str:
     """`text` on one line, without control characters, so that a hostile or broken name cannot garble a list."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def byte_size(n_bytes: int) -> str:
-    """For people: for example `11.8 MB`."""
-    value = float(n_bytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:,.{0 if unit == 'B' else 1}f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} GB"

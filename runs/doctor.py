@@ -22,11 +22,12 @@ import pyarrow.compute as pc
 import pytorch_lightning as pl
 import torch
 from packaging.requirements import Requirement
+from rich import filesize
 
 from clip.backbone import Backbone
 from clip.tokenizer import ClipTokenizer
 from common.errors import CheckupError, ConfigError, DataError, UserError
-from common.messages import byte_size, listed, quoted
+from common.messages import listed, quoted
 from common.text import counted
 from config import Options
 from engine.families import family_of
@@ -132,7 +133,7 @@ class Doctor:
             threads = counted(torch.get_num_threads(), "thread")
             return "warn", f"no GPU in use, {threads}: a published training takes days"
         free, total = torch.cuda.mem_get_info()
-        memory = f"{byte_size(free)} of {byte_size(total)} free"
+        memory = f"{filesize.decimal(free)} of {filesize.decimal(total)} free"
         device = f"{self.options.num_gpus} × {torch.cuda.get_device_name()}, {memory}"
         return "ok" if free > total / 2 else "warn", device
 
@@ -196,7 +197,7 @@ class Doctor:
         train.__getitems__([(0, index) for index in range(batch)])
         loading = time.perf_counter() - began
         speed = f"{timer.seconds:.2f} s to train on {counted(batch, 'sample')}, {loading:.2f} s to load them"
-        speed += f", peak memory {byte_size(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
+        speed += f", peak memory {filesize.decimal(torch.cuda.max_memory_allocated())}" if options.num_gpus else ""
         slow = loading / max(1, options.num_workers) > timer.seconds
         hints = ["loading is slower than training (image_cache=True keeps decoded images)"] if slow else []
         hints += remarks(options, train.spec, samples_of_epoch(options, train))
@@ -216,7 +217,7 @@ class Doctor:
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise DataError(f"{path}: expected a folder that can be written, or created")
             free = shutil.disk_usage(folder).free
-            texts.append(f"{path}: {byte_size(free)} free, about {byte_size(needed)} needed")
+            texts.append(f"{path}: {filesize.decimal(free)} free, about {filesize.decimal(needed)} needed")
             if free < needed:
                 raise DataError(texts[-1])
         return "ok", "; ".join(texts)

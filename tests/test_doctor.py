@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from rich import filesize
 from safetensors.torch import load_file, save_file
 
-from common.messages import byte_size
 from run import command_line
 from runs import doctor
 from tests.conftest import Captured, Patch, Workspace, call
@@ -240,6 +240,6 @@ def test_space_and_rights(examine: Examine, monkeypatch: Patch, tmp_path: Path) 
         found = examine("num_workers=1")
         assert found.failed() == (set() if short is None else {"storage"}), found.text
         at, said = short or tmp_path, found.text["storage"]
-        assert str(at) in said and byte_size(space[at]) in said
+        assert str(at) in said and filesize.decimal(space[at]) in said
     (tmp_path / "file").write_text("")
     assert examine(f"log_dir={tmp_path / 'file' / 'result'}").failed() == {"storage"}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+from rich import filesize
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +22,6 @@ from common.errors import DataError, reason_of
 from common.files import atomic_path
 from common.hashing import file_sha256
 from common.locks import waiting_lock
-from common.messages import byte_size
 from vilt.utils.mapped_array import MappedArray, fault_of, is_usable
 from vilt.utils.ordered_threads import in_order
 
@@ -56,7 +56,7 @@ def open_image_cache(arrow_path: Path, n_rows: int, size: int, read_image: ReadI
         # Where the lock is there, the cache is just being made, or its maker was killed, and may have left others.
         if fault_of(cache, np.uint8, shape) is None and not os.access(lock, os.W_OK):
             return MappedArray(cache)
-        busy = f"{cache}: another process is making it ({byte_size(math.prod(shape))}); waiting for that"
+        busy = f"{cache}: another process is making it ({filesize.decimal(math.prod(shape))}); waiting for that"
         with waiting_lock(lock, busy):
             name = f"{arrow_path.stem}_images{size}_{'[0-9a-f]' * 16}.npy"
             if not is_usable(cache, np.uint8, shape):
@@ -86,7 +86,7 @@ def _remove(paths: Iterable[Path], what: str) -> None:
 def _make(cache: Path, shape: tuple[int, ...], read_image: ReadImage, workers: int) -> None:
     """Writes the file, row by row."""
     n_rows = shape[0]
-    log.info("%s: decoding %s images once, %s", cache, f"{n_rows:,}", byte_size(math.prod(shape)))
+    log.info("%s: decoding %s images once, %s", cache, f"{n_rows:,}", filesize.decimal(math.prod(shape)))
     start = time.monotonic()
     with (
         atomic_path(cache) as part,

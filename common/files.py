@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.errors import DataError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         part.replace(target)
         sync_folder(target.parent)
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Within the block, an error of the system is a DataError: `what` cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{what}: cannot be written: {reason_of(error)}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import ModelInput
-from common.errors import ConfigError, DataError, reason_of
-from common.files import atomic_path
+from common.errors import ConfigError, DataError
+from common.files import atomic_path, writing
 from common.messages import first_line, printable
 from common.text import per_cent, terminal_table
 from engine.checkpoint import Checkpoint, read_checkpoint
@@ -281,14 +281,11 @@ def write_features(path: Path, arrays: Mapping[str, np.ndarray], ids: Sequence[s
         DataError: the file cannot be written.
     """
     with_ids: dict[str, Any] = {"id": np.array(ids), **arrays}
-    try:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            if path.suffix == ".npz":
-                np.savez(file, **with_ids)
-            else:
-                file.write(save(dict(arrays), {"id": json.dumps(list(ids))}))
-    except OSError as error:
-        raise DataError(f"output={path}: cannot be written: {reason_of(error)}") from error
+    with writing(f"output={path}"), atomic_path(path) as part, part.open("wb") as file:
+        if path.suffix == ".npz":
+            np.savez(file, **with_ids)
+        else:
+            file.write(save(dict(arrays), {"id": json.dumps(list(ids))}))
 
 
 def write_predictions(path: Path, items: Sequence[Item], predictions: Iterable[Prediction]) -> list[Prediction]:
@@ -301,27 +298,24 @@ def write_predictions(path: Path, items: Sequence[Item], predictions: Iterable[P
     """
     first: list[Prediction] = []
     times = ("start_s", "end_s") if any(item.times for item in items) else ()
-    try:
-        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            for item, prediction in zip(items, predictions, strict=True):
-                row = {"id": item.id, **dict.fromkeys(times), **dict(zip(times, item.times or (), strict=False))}
-                row |= {"missing": prediction.missing}
-                if prediction.value is not None:
-                    row |= {"value": prediction.value}
-                elif path.suffix == ".csv":
-                    row |= {"labels": "|".join(prediction.labels)}
-                    row |= {f"p({name})": probability for name, probability in prediction.probabilities.items()}
-                else:
-                    row |= {"labels": prediction.labels, "probabilities": prediction.probabilities}
-                if path.suffix == ".csv":
-                    writer.writerows([row, row.values()] if not first else [row.values()])
-                else:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if len(first) < SHOWN:
-                    first.append(prediction)
-    except OSError as error:
-        raise DataError(f"output={path}: cannot be written: {reason_of(error)}") from error
+    with writing(f"output={path}"), atomic_path(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for item, prediction in zip(items, predictions, strict=True):
+            row = {"id": item.id, **dict.fromkeys(times), **dict(zip(times, item.times or (), strict=False))}
+            row |= {"missing": prediction.missing}
+            if prediction.value is not None:
+                row |= {"value": prediction.value}
+            elif path.suffix == ".csv":
+                row |= {"labels": "|".join(prediction.labels)}
+                row |= {f"p({name})": probability for name, probability in prediction.probabilities.items()}
+            else:
+                row |= {"labels": prediction.labels, "probabilities": prediction.probabilities}
+            if path.suffix == ".csv":
+                writer.writerows([row, row.values()] if not first else [row.values()])
+            else:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if len(first) < SHOWN:
+                first.append(prediction)
     return first
 
 

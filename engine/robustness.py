@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import DataError, reason_of
-from common.files import write_csv
+from common.files import write_csv, writing
 from common.strict_json import write_json
 from common.text import estimate
 from engine.baselines import baselines
@@ -140,15 +139,14 @@ def write_results(found: Results, folder: Path) -> list[str]:
     ]
     # The first threshold is no JSON number.
     curves = {name: _without(curve, "threshold") for name, curve in found["roc"].items()}
-    try:
-        for name, rows in tables.items():
+    for name, rows in tables.items():
+        with writing(folder / name):
             if rows:
                 write_csv(folder / name, rows)
             else:  # perhaps of another dataset
                 (folder / name).unlink(missing_ok=True)
+    with writing(folder / "robustness.json"):
         write_json(folder / "robustness.json", {**found, "roc": curves})
-    except OSError as error:
-        raise DataError(f"{error.filename or folder}: cannot be written: {reason_of(error)}") from error
     return ["robustness.json", *(name for name, rows in tables.items() if rows)]
 
 

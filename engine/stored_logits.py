@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from common.arrow_file import open_table
-from common.errors import CheckpointError, DataError, UserError, reason_of
-from common.files import atomic_path
+from common.errors import CheckpointError, DataError, UserError
+from common.files import atomic_path, writing
 from common.messages import first_line, quoted
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DatasetSpec
@@ -221,13 +221,11 @@ class LogitStore:
         if np.any(self.dataset.natural):
             description["natural"] = "".join(f"{code:x}" for code in self.dataset.natural.tolist())
         table = pa.table(columns).replace_schema_metadata({DESCRIPTION: json.dumps(description, default=str).encode()})
-        try:
+        with writing(path):
             with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
                 writer.write_table(table)
             if path == self.path:
                 self._part.unlink(missing_ok=True)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
 
 
 def _lists(values_NC: np.ndarray) -> pa.Array:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from common.errors import ConfigError, DataError, reason_of
+from common.errors import ConfigError
+from common.files import writing
 from common.readers import integer, several, text
 from common.strict_json import write_json
 from common.text import baseline_texts, counted, figure, interval_text, per_cent, terminal_table
@@ -56,10 +57,8 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
         )
     at_offset = compare_runs(runs, settings, at_offset=True)
     path = (places[0] if places[0].is_dir() else places[0].parent) / "compare.json"
-    try:
+    with writing(path):
         write_json(path, _content([*groups, *at_offset], settings))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error
     total = max(sum(len(group.comparisons) for group in found) for found in (groups, at_offset))
     if any(len(each.of_seeds) == 1 for group in groups for each in group.comparisons):
         log.warning("of one training seed each, a difference may be one of seeds, not of methods")

@@ -6,8 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError, DataError, reason_of
-from common.files import write_csv
+from common.errors import ConfigError, DataError
+from common.files import write_csv, writing
 from common.text import AT_OFFSET, baseline_texts, figure, natural_key, terminal_table
 from runs.comparable import beside_method, other_input
 from runs.lines import lines_of
@@ -140,7 +140,5 @@ def write_runs(rows: Sequence[RunRow], path: Path) -> None:
         {name: row.text(name, path) if name == "date" and row.date else getattr(row, name) for name in columns}
         for row in rows
     ]
-    try:
+    with writing(path):
         write_csv(path, lines, columns)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {reason_of(error)}") from error

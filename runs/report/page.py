@@ -10,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from common.errors import DataError, reason_of
-from common.files import check_replaceable, whole_folder
+from common.files import check_replaceable, whole_folder, writing
 from common.text import counted
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
@@ -66,13 +65,10 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
             "report_command": report_command(places),
         }
     )
-    try:
-        with whole_folder(out, MARKER, MAKER) as folder:
-            for name, data in files.items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_bytes(data)
-    except OSError as error:
-        raise DataError(f"out={out}: cannot be written: {reason_of(error)}") from error
+    with writing(f"out={out}"), whole_folder(out, MARKER, MAKER) as folder:
+        for name, data in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
     return out / "index.html"
 
 

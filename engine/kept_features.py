@@ -11,7 +11,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from clip.backbone import Backbone as FrozenWeights
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.interfaces import NO_SLOTS, ModelInput, Tower
+from clip.modules.interfaces import NO_SLOTS, Tower
 from clip.trainable import has_frozen_towers
 from common.errors import ConfigError, reason_of
 from common.files import atomic_path
@@ -35,6 +35,7 @@ from common.hashing import file_sha256
 from common.locks import waiting_lock
 from engine.families import family_of
 from engine.open_model import COMPUTE_TYPES
+from engine.training import model_input
 from vilt.batches import collate
 from vilt.datamodules import MissingModalityData, leave_group
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -81,24 +82,22 @@ def keep_features(
     windows = max(kind.most_windows for kind in first.kinds.values())
     of_model += [windows, first.group_texts] if windows > 1 else []
     digest = hashlib.sha256(repr(of_model).encode()).hexdigest()
-    towers: dict[str, Tower] = {}
 
-    def opened() -> dict[str, Tower]:
-        if not towers:
-            model = family_of(data.settings.dataset).build(backbone.architecture)
-            if model.mixes:
-                raise ConfigError("features: in this backbone modalities read each other, so that none has its own")
-            backbone.load_into(model)
-            model.compute(COMPUTE_TYPES[precision])
-            towers.update(model.to(device).eval().towers)
-        return towers
+    @cache
+    def towers() -> dict[str, Tower]:
+        model = family_of(data.settings.dataset).build(backbone.architecture)
+        if model.mixes:
+            raise ConfigError("features: in this backbone modalities read each other, so that none has its own")
+        backbone.load_into(model)
+        model.compute(COMPUTE_TYPES[precision])
+        return model.to(device).eval().towers
 
     for split, dataset in data.datasets.items():
         arrow = file_sha256(dataset.path)
         path = dataset.path.with_name(f"{dataset.path.stem}_features_{digest[:16]}_{arrow[:16]}.safetensors")
         kept = _read(path)
         if kept is None:
-            maker = _Maker(dataset, opened(), data.settings.num_workers, device, must_keep)
+            maker = _Maker(dataset, towers(), data.settings.num_workers, device, must_keep)
             try:
                 kept = _made_once(path, maker)
             except OSError as error:  # a folder that nobody can write to
@@ -135,7 +134,7 @@ def remember_training_split(classifier: MissingModalityClassifier, data: Missing
         return
     features, present, labels = [], [], []
     for batch in training_batches(data, kept=True):
-        inputs = ModelInput(**{name: value for name, value in batch._asdict().items() if name != "label"})
+        inputs = model_input(batch)
         of_batch, _ = classifier.features(inputs)
         features.append(torch.cat([of_batch[name] for name in classifier.neighbours.widths], dim=1))
         present.append(inputs.joined().present_BM)

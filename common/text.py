@@ -51,7 +51,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     return Estimate(mean, std, len(defined), len(values) - len(defined))
 
 
-def order_of(value: float, metric: str = "") -> float:
+def order_of(value: float, metric: str) -> float:
     """What to choose the best value of a metric by, the highest: an undefined one (NaN) is below all others."""
     lower = metric.rpartition("/")[2] in LOWER_IS_BETTER
     return -math.inf if math.isnan(value) else -value if lower else value

@@ -39,7 +39,7 @@ def read_exported(weights: Path) -> dict[str, Any]:
 
     try:
         config = read_json(weights.with_name(CONFIG))
-        if not isinstance(config, dict) or config.get("model_type") != DESCRIPTION:
+        if config.get("model_type") != DESCRIPTION:
             raise ValueError(
                 f"{weights.with_name(CONFIG)}: expected model_type {DESCRIPTION}, as `run.py export` writes it"
             )

@@ -207,14 +207,14 @@ class FinetuneModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the logits; the metrics are those of the whole split. Of a pretraining it logs the losses."""
         if self.pretrains:
-            return self._log_pretraining("val", batch, batch_idx)
+            return self._log_pretraining(batch, batch_idx)
         return self._keep("val", batch, self(batch, "val"))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the logits; the metrics are those of the whole split."""
         self._keep("test", batch, self(batch, "test"))
 
-    def _log_pretraining(self, stage: Stage, batch: Batch, batch_idx: int) -> None:
+    def _log_pretraining(self, batch: Batch, batch_idx: int) -> None:
         """The mean loss over the split, of the same views each time."""
         with torch.random.fork_rng():
             torch.manual_seed(batch_idx)
@@ -222,7 +222,7 @@ class FinetuneModule(pl.LightningModule):
         several, samples = self.trainer.world_size > 1, len(batch.index_B)
         loss = sum(losses.values(), torch.zeros((), device=self.device))
         for name, value in {**losses, "loss": loss, MINUS_LOSS: -loss}.items():
-            self.log(f"{stage}/{name}", value, batch_size=samples, sync_dist=several)
+            self.log(f"val/{name}", value, batch_size=samples, sync_dist=several)
 
     def on_validation_start(self) -> None:
         self._check_finite()  # before the checkpoint that follows a validation

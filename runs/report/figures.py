@@ -124,11 +124,12 @@ def side_labels(axes: Axes, labels: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def limits(values: Iterable[float], room: float = 0.05) -> tuple[float, float]:
+def limits(values: Iterable[float]) -> tuple[float, float]:
     """Of an axis that panels share."""
     there = [value for value in values if math.isfinite(value)] or [0, 1]
     low, high = min(there), max(there)
-    return low - room * (high - low or 1), high + room * (high - low or 1)
+    room = 0.05 * (high - low or 1)
+    return low - room, high + room
 
 
 def arranged(lines: Sequence[Line], kinds: dict[str, str]) -> tuple[list[tuple[str, list[Curve]]], dict[str, Look]]:

@@ -69,13 +69,13 @@ def _f1(decide: Decide, limit: float | None = None, counted: Decide | None = Non
     return Sums(terms, f1_weighted)
 
 
-def _above(limit: float, numbers: Tensor) -> Tensor:
-    return numbers > limit
-
-
 def _bins(edges: Sequence[float], numbers: Tensor) -> Tensor:
     """Of (-∞, e0], (e0, e1], …"""
     return torch.bucketize(numbers, torch.tensor(edges, dtype=numbers.dtype))
+
+
+def _positive(numbers: Tensor) -> Tensor:
+    return numbers > 0
 
 
 def _not_negative(numbers: Tensor) -> Tensor:
@@ -86,7 +86,6 @@ def _not_zero(numbers: Tensor) -> Tensor:
     return numbers != 0
 
 
-_positive = partial(_above, 0.0)
 sentiment = Metric(
     {
         "mae": _error(None),

@@ -17,10 +17,6 @@ def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels)
-
-
 def _mean_absolute_error(logits: Tensor, labels: Tensor) -> Tensor:
     assert logits.shape == (len(labels), 1) and labels.ndim == 1, "shapes that broadcast would compare all pairs"
     return F.l1_loss(logits[:, 0], labels)
@@ -28,7 +24,7 @@ def _mean_absolute_error(logits: Tensor, labels: Tensor) -> Tensor:
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "binary_cross_entropy": _binary_cross_entropy,
-    "cross_entropy": _cross_entropy,
+    "cross_entropy": F.cross_entropy,
     "mean_absolute_error": _mean_absolute_error,
 }
 METRICS: dict[str, Metric] = {

@@ -79,7 +79,7 @@ def open_evaluation(
 ) -> tuple[MissingModalityClassifier, MissingModalityData]:
     """The model of `checkpoints`, on the backbones they were trained on, and the test split for it."""
     classifier, inputs = open_models(checkpoints, backbone_choice(options, given), options.vit)
-    set_computation(options, classifier)
+    classifier.compute(COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing)
     return classifier, open_data(options, inputs)
 
 
@@ -124,11 +124,6 @@ def check_measurable(data: MissingModalityData, task: Task) -> None:
         if split == "val":
             raise DataError(f"{said} and cannot choose the best model; expected samples of all classes in each split")
         log.warning("%s: no number is given for it", said)
-
-
-def set_computation(options: Options, classifier: MissingModalityClassifier) -> None:
-    """Sets how the towers compute, once their weights are there."""
-    classifier.compute(COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing)
 
 
 def test(

@@ -56,7 +56,7 @@ from engine.tasks import head_name, task_of
 from engine.teacher import soft_labels
 from engine.trainer import make_trainer
 from engine.training import MINUS_LOSS, FinetuneModule, model_input
-from runs.evaluation import backbone_choice, check_measurable, open_data, set_computation, test
+from runs.evaluation import backbone_choice, check_measurable, open_data, test
 from runs.resume import alone, check_resume, differing_options, find_progress, say_differences
 from runs.run_reader import as_written_by_run
 from runs.start import commit, described, say_device, say_remarks, start_folder
@@ -201,7 +201,7 @@ def train_from(
             check_classes(start, train_data)
         warm_start(classifier, spec, start, backbone, options.published_seed, with_head=options.finetune_first)
 
-    set_computation(options, classifier)
+    classifier.compute(COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing)
     has_seen = start is not None and start.spec.method.prompt_type == options.prompt_type  # a start of `none` has not
     if classifier.method.sees_training_split and options.resume_from is None and not has_seen:
         see_training_split(options, classifier, data)

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from common.errors import SweepError
-from common.text import duration
+from common.text import duration, natural_key
 
 log = logging.getLogger("rep")
 
@@ -64,12 +64,9 @@ class Job:
 
     def newest(self, file: str) -> Path | None:
         """The file of this name in the newest version of the run that has one."""
-        found = {
-            int(path.parent.name.removeprefix("version_")): path
-            for path in (self.folder / self.name).glob(f"version_*/{file}")
-            if path.parent.name.removeprefix("version_").isdecimal()
-        }
-        return found[max(found)] if found else None
+        paths = (self.folder / self.name).glob(f"version_*/{file}")
+        found = [path for path in paths if path.parent.name.removeprefix("version_").isdecimal()]
+        return max(found, key=natural_key, default=None)
 
     def command(self) -> list[str]:
         """Begins the run, or resumes it where it was interrupted."""

@@ -26,55 +26,52 @@ def images_with_texts(text_column: str) -> dict[str, Modality]:
     return {"image": Modality("image", "image"), "text": Modality("text", text_column)}
 
 
-DATASETS: dict[str, DatasetSpec] = {
-    spec.name: spec
-    for spec in (
-        DatasetSpec(
-            name="mmimdb",
-            title="MM-IMDb",
-            file_splits={"train": "train", "val": "dev", "test": "test"},
-            modalities=images_with_texts("plots"),
-            id_column="image_id",
-            multilabel=True,
-            n_classes=23,
-            class_names=MMIMDB_GENRES,
-            loss="binary_cross_entropy",
-            metrics="multilabel_f1",
-            monitor="f1_macro",
-            make_arrow_name="mmimdb",
-            converter="vilt.utils.write_mmimdb",
-            converter_options=("allow_missing",),
-            kept_columns=("genres",),
-            published_rows={"train": (15552,), "val": (2608,), "test": (7799,)},
-        ),
-        DatasetSpec(
-            name="food101",
-            title="UPMC Food-101",
-            modalities=images_with_texts("text"),
-            id_column="image_id",
-            n_classes=101,
-            make_arrow_name="food101",
-            converter="vilt.utils.write_food101",
-            converter_options=("allow_missing",),
-            published_rows={"train": (61142,), "val": (6846,), "test": (22716,)},
-        ),
-        DatasetSpec(
-            name="hatememes",
-            title="Hateful Memes",
-            file_splits={"train": "train", "val": "dev", "test": "test"},
-            modalities=images_with_texts("text"),
-            id_column=None,
-            n_classes=2,
-            class_names=("not hateful", "hateful"),
-            metrics="auroc_and_accuracy",
-            monitor="auroc",
-            make_arrow_name="hateful_memes",
-            converter="vilt.utils.write_hatememes",
-            converter_options=("test_split", "allow_missing"),
-            published_rows={"train": (8500,), "val": (500,), "test": (1000, 2000)},  # dev_seen; test_seen, test_unseen
-        ),
-    )
-}
+CLIP_ROWS = (
+    DatasetSpec(
+        name="mmimdb",
+        title="MM-IMDb",
+        file_splits={"train": "train", "val": "dev", "test": "test"},
+        modalities=images_with_texts("plots"),
+        id_column="image_id",
+        multilabel=True,
+        n_classes=23,
+        class_names=MMIMDB_GENRES,
+        loss="binary_cross_entropy",
+        metrics="multilabel_f1",
+        monitor="f1_macro",
+        make_arrow_name="mmimdb",
+        converter="vilt.utils.write_mmimdb",
+        converter_options=("allow_missing",),
+        kept_columns=("genres",),
+        published_rows={"train": (15552,), "val": (2608,), "test": (7799,)},
+    ),
+    DatasetSpec(
+        name="food101",
+        title="UPMC Food-101",
+        modalities=images_with_texts("text"),
+        id_column="image_id",
+        n_classes=101,
+        make_arrow_name="food101",
+        converter="vilt.utils.write_food101",
+        converter_options=("allow_missing",),
+        published_rows={"train": (61142,), "val": (6846,), "test": (22716,)},
+    ),
+    DatasetSpec(
+        name="hatememes",
+        title="Hateful Memes",
+        file_splits={"train": "train", "val": "dev", "test": "test"},
+        modalities=images_with_texts("text"),
+        id_column=None,
+        n_classes=2,
+        class_names=("not hateful", "hateful"),
+        metrics="auroc_and_accuracy",
+        monitor="auroc",
+        make_arrow_name="hateful_memes",
+        converter="vilt.utils.write_hatememes",
+        converter_options=("test_split", "allow_missing"),
+        published_rows={"train": (8500,), "val": (500,), "test": (1000, 2000)},  # dev_seen; test_seen, test_unseen
+    ),
+)
 
 _SEGMENTS = {name: Modality("array", name, padded=True) for name in ("text", "audio", "vision")}
 VLA_OPTIONS: dict[str, Any] = {
@@ -127,7 +124,7 @@ def segments(
     )
 
 
-for _spec in (
+VLA_ROWS = (
     segments("mosi", "CMU-MOSI", "sentiment", 3, {"train": (1284,), "val": (229,), "test": (686,)}),
     segments(
         *("mosei", "CMU-MOSEI", "sentiment", 3),
@@ -136,12 +133,8 @@ for _spec in (
     ),
     segments("sims", "CH-SIMS", "sentiment_of_sims", 1, {"train": (1368,), "val": (456,), "test": (457,)}),
     segments("vla", "text, audio and vision", "sentiment", 3, {}, converter_options=("table",)),
-):
-    DATASETS[_spec.name] = _spec
-
-for _spec in SENSOR_ROWS:
-    DATASETS[_spec.name] = _spec
-
+)
+DATASETS: dict[str, DatasetSpec] = {row.name: row for row in (*CLIP_ROWS, *VLA_ROWS, *SENSOR_ROWS)}
 _CUSTOM = {
     SENSORS: recordings(
         *(SENSORS, "sensor dataset", {}),

@@ -41,7 +41,7 @@ def main(_config: dict[str, Any], _run: Any, network: Any) -> dict[str, float]:
 
 @EX.command
 def robustness(_config: dict[str, Any], _run: Any) -> None:
-    """Evaluates load_path at all robustness_types and robustness_ratios, from three passes over the test split."""
+    """Evaluates load_path at all robustness_types and robustness_ratios, by a test pass per missing type."""
     read_load_paths(_config)
     from runs.robustness_text import measure_all
 

@@ -169,7 +169,7 @@ def warmup_steps(settings: OptimizerSettings, total_steps: int) -> int:
 
 
 class Plateau:
-    """A factor on the learning rate: a tenth each time PATIENCE validations in a row more had no lower loss."""
+    """A factor on the learning rate: a tenth after more than PATIENCE validations in a row without a lower loss."""
 
     def __init__(self) -> None:
         self.factor, self.lowest, self.without = 1.0, math.inf, 0

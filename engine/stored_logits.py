@@ -40,7 +40,7 @@ class SplitLogits:
 
     row_of_sample_N: np.ndarray
     table_rows: int  # rows of the arrow file, which is what missing tables count
-    labels: Tensor  # (N, C) uint8 for multi-label tasks, else (N,) int64
+    labels: Tensor  # (N, C) uint8 for multi-label tasks, else (N,) int64, or float32 where labels are numbers
     logits_TNC: Tensor  # float32
     natural: np.ndarray | int = 0  # what every row misses by nature, a missing type, int8 (table_rows,)
 

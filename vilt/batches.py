@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     source_of_B: dict[str, Tensor]
     """By modality that samples share: the row whose input each sample has (its own if it has none)."""
     label: Tensor
-    """(B, C) uint8 or (B,) int64."""
+    """(B, C) uint8, or (B,) int64 or float32, see `Sample`."""
     index_B: Tensor
     """Numbers of the samples in the dataset."""
     kept: bool = False

@@ -221,7 +221,7 @@ def thinned(curve: pd.Series) -> pd.Series:
 
 
 def class_figure(dataset: Dataset, lines: Sequence[Line]) -> Figure:
-    """F1 by class, a panel per line and a bar per missing type; whiskers are the deviation over train seeds."""
+    """F1 by class, a panel per line and a bar per missing type; whiskers are the deviation over training seeds."""
     looks = {name: look(place) for place, name in enumerate(dataset.spec.type_names)}
     there = [name for name, support in lines[0].support.items() if support]
     lacking = [name for name in lines[0].support if name not in there]

@@ -83,7 +83,7 @@ class Line:
 
     @cached_property
     def by_type(self) -> dict[str, Estimate]:
-        """The task's metric over train seeds where every sample has one missing type."""
+        """The task's metric over training seeds where every sample has one missing type."""
         values = {
             name: [results.raw["by_type"][name][self.spec.monitor] for _, results in self.results]
             for name in self.spec.type_names
@@ -97,13 +97,13 @@ class Line:
         return {entry["class"]: entry["support"] for entry in entries}
 
     def f1_of(self, class_name: str, type_name: str) -> Estimate | None:
-        """F1 of a class over train seeds where every sample has one missing type."""
+        """F1 of a class over training seeds where every sample has one missing type."""
         entries = [entry for _, results in self.results for entry in results.raw["per_class"]]
         return estimate([each["f1"] for each in entries if (each["class"], each["type"]) == (class_name, type_name)])
 
     @cached_property
     def at_own_pattern(self) -> Estimate | None:
-        """Mean and deviation over train seeds of the task's metric, at the pattern of the training."""
+        """Mean and deviation over training seeds of the task's metric, at the pattern of the training."""
         return self.estimate_of(self.spec.monitor)
 
     @property
@@ -117,7 +117,7 @@ class Line:
         return estimate([score for score in scores if score is not None])
 
     def interval_at(self, pattern: Pattern) -> tuple[float, float] | None:
-        """Confidence interval over test samples; of several train seeds, the mean of their intervals."""
+        """Confidence interval over test samples; of several training seeds, the mean of their intervals."""
         cells = [results.cells[pattern] for _, results in self.results if pattern in results.cells]
         found = [cell["interval"] for cell in cells if "interval" in cell]
         if not found:

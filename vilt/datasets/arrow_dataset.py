@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     inputs: dict[str, Tensor]
     """By modality, of those that it has."""
     label: Tensor
-    """0/1 vector (C,) uint8 for multi-label data, else a class number, int64."""
+    """0/1 vector (C,) uint8 for multi-label data, else a class number, int64, or where labels are numbers float32."""
     number: int
     """Of the sample in the dataset."""
 
@@ -89,7 +89,7 @@ class ArrowDataset(Dataset[Sample]):
         self.row_of_sample = np.repeat(np.arange(self.n_rows), samples)
         """Row of every sample, int64 (N,), ascending."""
         self.labels = self._read_labels()
-        """Labels of every row: (N, C) uint8 for multi-label data, (N,) int64 otherwise."""
+        """Labels of every row, see `_read_labels`."""
         self.natural = self._natural_types()
         """What every row misses by nature, a missing type, int8 (n_rows,)."""
         self.missing_table = np.zeros(self.n_rows, dtype=np.int8)
@@ -130,7 +130,7 @@ class ArrowDataset(Dataset[Sample]):
 
     @property
     def label_of_sample(self) -> np.ndarray:
-        """Label of every sample: (N, C) uint8 for multi-label data, (N,) int64 otherwise."""
+        """Label of every sample, see `_read_labels`."""
         return self.labels[self.row_of_sample]
 
     @property

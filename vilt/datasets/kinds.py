@@ -122,7 +122,7 @@ class Kind:
 
 
 def decode_image(source: bytes | Image.Image, size: int) -> Tensor:
-    """`square_image` as a tensor, uint8 (3, size, size) (METHOD.md section 1)."""
+    """`square_image` as a tensor, uint8 (3, size, size) (docs/method.md section 1)."""
     return torch.from_numpy(np.array(square_image(source, size))).permute(2, 0, 1).contiguous()
 
 

@@ -37,9 +37,9 @@ class DatasetSpec:
     title: str
     """For people."""
     file_splits: dict[Split, str] = field(default_factory=lambda: {split: split for split in SPLITS})
-    """What each split is called in the file names (`dev` for validation in two of the three datasets)."""
+    """What each split is called in the file names; for validation some datasets have `dev` or `valid`."""
     modalities: dict[str, Modality]
-    """Each text of a row's list of texts is a training sample of its own."""
+    """By name, in the order of the digits of missing types (vilt/missing_types.py)."""
     id_column: str | None
     """Column naming the sample, where the published files have one."""
     multilabel: bool = False

@@ -20,7 +20,6 @@ LARGEST_KEPT = 2**25
 """Bytes; glibc takes no more."""
 LOOK_S = 0.2
 """How long `busy_cores` looks."""
-_TICKS_PER_S = 100
 IN_ASCII = "in ascii"
 """Name of the handler of what an encoding lacks, by this table."""
 ASCII = {"±": "+/-", "–": "-", "…": "...", "×": "x", "─": "-"}
@@ -110,7 +109,7 @@ def busy_cores() -> float:
         idle = _idle_ticks() - before
     except (OSError, ValueError, IndexError):
         return 0.0
-    return cores() - idle / _TICKS_PER_S / (time.monotonic() - began)
+    return cores() - idle / os.sysconf("SC_CLK_TCK") / (time.monotonic() - began)
 
 
 def _idle_ticks() -> int:

@@ -53,7 +53,7 @@ def open_models(
     opened = [open_model(checkpoint, choice, published_vit) for checkpoint in checkpoints]
     (classifier, inputs), *others = opened
     for checkpoint, (_, other) in zip(checkpoints[1:], others, strict=True):
-        if replace(other, tokenize=None) != replace(inputs, tokenize=None):
+        if other != inputs:
             raise ConfigError(
                 f"load_path: expected models of one image size, tokenizer and reading of texts, found others in "
                 f"{checkpoints[0].path} and {checkpoint.path}"

@@ -62,9 +62,7 @@ def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
         DataError: it is not there or holds nothing, or a row is not as expected; names file and row.
     """
     if source.suffix.lower() in (".npz", *SUFFIXES):
-        items = [
-            Item(name, inputs, place) for name, inputs, place in samples_of_arrays(source, list(dataset.modalities))
-        ]
+        items = [Item(*sample) for sample in samples_of_arrays(source, list(dataset.modalities))]
     else:
         items = _items_of_folder(source, dataset) if source.is_dir() else _items_of_table(source, dataset)
     if not items:
@@ -117,8 +115,7 @@ def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
     others: list[str] = []
     for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
         # Hidden files are none of the user's: macOS keeps attributes of NAME.jpg in ._NAME.jpg.
-        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-        if hidden:
+        if any(part.startswith(".") for part in path.relative_to(source).parts):
             continue
         if (name := name_of.get(path.suffix.lower())) is None:
             others.append(path.relative_to(source).as_posix())

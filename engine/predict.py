@@ -184,11 +184,11 @@ class Predictor:
             return [
                 Prediction(missing, (), {}, x) for missing, x in zip(missing_of, logits_BC[:, 0].tolist(), strict=True)
             ]
-        probability_BC = logits_BC.sigmoid() if self.multilabel else logits_BC.softmax(dim=-1)
-        # Of the logits, as in tests: probabilities of close ones are rounded to the same number.
+        # Decided by the logits, as in tests: probabilities of close ones are rounded to the same number.
         if self.multilabel:
-            predicted_BC = are_predicted(logits_BC, self.offset)
+            probability_BC, predicted_BC = logits_BC.sigmoid(), are_predicted(logits_BC, self.offset)
         else:
+            probability_BC = logits_BC.softmax(dim=-1)
             predicted_BC = F.one_hot(logits_BC.argmax(dim=-1), logits_BC.shape[1])
         predictions = []
         for missing, probability_C, is_C in zip(

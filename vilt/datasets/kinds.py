@@ -7,7 +7,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import DataError, reason_of
 from common.files import atomic_path
@@ -42,7 +43,7 @@ class InputFormat:
     """What a model takes: the side of images in pixels, and the tokenizer of texts with what identifies it."""
 
     image_size: int = 224
-    tokenize: Tokenize | None = None
+    tokenize: Tokenize | None = field(default=None, compare=False)
     fingerprint: str = ""
     text_windows: int = 1
     """Windows of 75 tokens that a text is read in, at most."""
@@ -334,10 +335,10 @@ class ArrayKind(Kind):
     def collate(inputs: Sequence[Tensor]) -> Collated:
         if not inputs:
             return Collated(torch.empty(0))
-        if len({len(array) for array in inputs}) == 1:
+        if len({len(array) for array in inputs}) == 1:  # which torch.stack does in a tenth of the time
             return Collated(torch.stack([*inputs]), length_b=torch.full((len(inputs),), len(inputs[0])))
-        flipped = torch.nn.utils.rnn.pad_sequence([array.flip(0) for array in inputs], batch_first=True)
-        return Collated(flipped.flip(1), length_b=torch.tensor([len(array) for array in inputs]))
+        padded_b = pad_sequence([*inputs], batch_first=True, padding_side="left")
+        return Collated(padded_b, length_b=torch.tensor([len(array) for array in inputs]))
 
 
 def root_mean_squares(data: "ArrowDataset") -> dict[str, float]:

@@ -118,10 +118,9 @@ def optional(reader: Reader) -> Reader:
     return lambda option, value: None if value is None or value == "" else reader(option, value)
 
 
-def word_or(words: str | tuple[str, ...], reader: Reader) -> Reader:
-    """Reads one of `words`, or what `reader` reads."""
-    known = (words,) if isinstance(words, str) else words
-    return lambda option, value: value if isinstance(value, str) and value in known else reader(option, value)
+def word_or(word: str, reader: Reader) -> Reader:
+    """Reads `word`, or what `reader` reads."""
+    return lambda option, value: word if value == word else reader(option, value)
 
 
 def by_key(keys: Sequence[str], reader: Reader) -> Reader:

@@ -100,33 +100,26 @@ def make_optimizer(
     decays: Decays = lambda *_: None,
     betas: tuple[float, float] = ADAM_BETAS,
 ) -> Optimizer:
-    """The optimiser over the groups of the trained parameters."""
-    groups = optimizer_groups(module, head_name, settings, decays)
-    return OPTIMIZERS[settings.optim_type](groups, settings.learning_rate, betas)
+    """The optimiser of the trained parameters, in groups with and without weight decay, those of the head last.
 
-
-def optimizer_groups(
-    module: nn.Module, head_name: str, settings: OptimizerSettings, decays: Decays = lambda *_: None
-) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay or none, first of all but the head, then of the head.
-
-    `decays` says of a parameter whether it has weight decay; None: see NOT_DECAYED. Every trained parameter is in
-    exactly one group.
+    Args:
+        decays: says of a parameter whether it has weight decay; None: see NOT_DECAYED.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    by_kind: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decayed = decays(name, parameter)
             not_decayed = name.endswith(NOT_DECAYED) if decayed is None else not decayed
-            groups.setdefault((name.startswith(f"{head_name}."), not_decayed), []).append(parameter)
-    return [
+            by_kind.setdefault((name.startswith(f"{head_name}."), not_decayed), []).append(parameter)
+    groups = [
         {
             "params": parameters,
             "lr": settings.learning_rate * (settings.lr_mult if of_head else 1.0),
             "weight_decay": 0.0 if not_decayed else settings.weight_decay,
         }
-        for (of_head, not_decayed), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (of_head, not_decayed), parameters in sorted(by_kind.items(), key=lambda item: item[0])
     ]
+    return OPTIMIZERS[settings.optim_type](groups, settings.learning_rate, betas)
 
 
 def schedule_steps(batches: int, epochs: int, accumulation: int, max_steps: int | None, *, as_published: bool) -> int:

@@ -15,7 +15,7 @@ Decide = Callable[[Tensor], Tensor]
 """Numbers (N,) to what counts as one class: class numbers, or whether it is positive."""
 
 
-def _pair(logits: Tensor, labels: Tensor, limit: float | None = None) -> tuple[Tensor, Tensor]:
+def _pair(logits: Tensor, labels: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
     """Predictions and labels (N,), clipped to ±`limit`."""
     predicted_N = logits[:, 0]
     return (predicted_N, labels) if limit is None else (predicted_N.clamp(-limit, limit), labels.clamp(-limit, limit))

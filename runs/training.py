@@ -124,7 +124,7 @@ def starting_point(options: Options, given: Collection[str]) -> tuple[Options, C
     return options, start, trained_on
 
 
-def open_training(options: Options, given: Collection[str] = ()) -> Opened:
+def open_training(options: Options, given: Collection[str]) -> Opened:
     """Opens everything that a training reads. The arguments are those of `train`."""
     options, start, trained_on = starting_point(options, given)
     family, choice = family_of(options.task), backbone_choice(options, {"vit"})

@@ -16,7 +16,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from common.errors import SweepError
@@ -131,7 +130,7 @@ class Running:
         variables: of the environment, beside those of this process.
     """
 
-    def __init__(self, job: Job, variables: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(self, job: Job, variables: Mapping[str, str]) -> None:
         self.job, self._began = job, time.monotonic()
         # Lightning starts the processes of a run itself, and is not to take a job of SLURM for having done so.
         own = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"}

@@ -102,20 +102,24 @@ def bootstrap(measure: Measure, split: SplitLogits, tables_K: Sequence[np.ndarra
     return torch.cat(parts, 1)
 
 
+def percentiles(value: float, values_R: Tensor) -> tuple[float, float]:
+    """The ends of a figure's percentile interval; NaN where it, or each of its values in resamples, is undefined."""
+    if math.isnan(value) or values_R.isnan().all():
+        return math.nan, math.nan
+    low, high = np.nanquantile(values_R.numpy(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return low, high
+
+
 def interval(value: float, values_R: Tensor, units: int) -> Interval:
     """The percentile interval of a figure, from its values in resamples.
 
     Where all resamples agree, as they do where no sample or every sample is right, they say nothing about samples not
     seen: there it is Wilson's interval of a share of `units`.
     """
-    defined = values_R[~values_R.isnan()]
-    undefined = len(values_R) - len(defined)
-    if math.isnan(value) or not len(defined):
-        return Interval(math.nan, math.nan, undefined)
-    low, high = np.quantile(defined.numpy(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    low, high = percentiles(value, values_R)
     if high - low < 1e-9 and 0 <= value <= 1:
         low, high = wilson(value, units)
-    return Interval(low, high, undefined)
+    return Interval(low, high, int(values_R.isnan().sum()))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

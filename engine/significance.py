@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.metrics import Measure
-from engine.sample_statistics import COUNTS_AT_ONCE, LEVEL, wilson
+from engine.sample_statistics import COUNTS_AT_ONCE, percentiles, wilson
 from engine.stored_logits import SplitLogits
 
 SEED = 0
@@ -56,10 +56,7 @@ def difference_interval(values_SR: Tensor, value: float, units: int) -> tuple[fl
     pairs, resamples = values_SR.shape
     drawn_SR = np.random.default_rng(SEED).integers(pairs, size=(pairs, resamples)) if pairs > 1 else [[0] * resamples]
     values_R = values_SR.gather(0, torch.as_tensor(np.asarray(drawn_SR))).nanmean(0)
-    defined = values_R[~values_R.isnan()]
-    if math.isnan(value) or not len(defined):
-        return math.nan, math.nan
-    low, high = np.quantile(defined.numpy(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    low, high = percentiles(value, values_R)
     margin = wilson(0, units)[1] if high - low < TIE else 0.0
     return low - margin, high + margin
 

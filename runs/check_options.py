@@ -12,6 +12,7 @@ from common.machine import cores
 from common.readers import path, several, wrong
 from common.text import natural_key
 from config import AUTO, MODEL, OPTIONS, TRAINING, Options
+from engine.exported import is_exported
 from runs.command_line import is_text, unknown_option
 from runs.option_readers import PRECISIONS, MissingTypeReader
 from vilt.datasets.custom import CUSTOM
@@ -183,7 +184,7 @@ def check_together(options: Options) -> None:
     for name, checkpoint in (*named, ("resume_from", options.resume_from), ("teacher", options.teacher)):
         if checkpoint in (None, AUTO) or Path(checkpoint).is_file():
             continue
-        if name != "resume_from" and (Path(checkpoint) / "model.safetensors").is_file():  # as `run.py export` writes it
+        if name != "resume_from" and is_exported(Path(checkpoint)):
             continue
         if not Path(checkpoint).is_dir():
             raise ConfigError(f"{name}: expected a checkpoint file, found nothing at {checkpoint}")

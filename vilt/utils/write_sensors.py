@@ -101,12 +101,12 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     if len(labels) != len(signals):
         raise DataError(f"{raw / 'labels.npy'}: expected {len(signals)} rows, as signals.npy has, found {len(labels)}")
     channels = _read_channels(raw / "channels.csv", signals.shape[1])
-    steps = (of_spec[name] * (1 - of_spec[f"{name}_overlap"]) for name in ("sample", "interval"))
+    steps = {name: of_spec[name] * (1 - of_spec[f"{name}_overlap"]) for name in ("sample", "interval")}
     classes = tuple(map(label_name, read_text(raw / "classes.txt").rstrip().splitlines()))
     if pair := look_alikes(classes):
         raise DataError(f"{raw / 'classes.txt'}: the classes {' and '.join(pair)} look the same")
     try:
-        cut = Cut.of(channels.rate, of_spec["sample"], next(steps), of_spec["interval"], next(steps))
+        cut = Cut.of(channels.rate, of_spec["sample"], steps["sample"], of_spec["interval"], steps["interval"])
         sizes = *cut.shape, cut.interval_step, channels.rate
         of_signals = tuple((name, len(of), *sizes) for name, of in channels.columns.items())
         custom = CustomData(of_spec["name"], "single", classes, of_spec["metric"], of_signals)

@@ -68,6 +68,7 @@ class Checkpoints(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.training |= trainer.global_step > self._kept_step  # a step is through
             self._keep_or_stop(trainer, self._is_due(trainer))
 
     def on_validation_batch_end(
@@ -206,7 +207,9 @@ class StepLimit(pl.Callback):
         batches = loop.epoch_loop.batch_progress.current.completed
         # In a resumed run the end of an epoch, or a validation that was stopped, may be still to come.
         ends_epoch = batches == trainer.num_training_batches and epoch.ready > epoch.completed
-        if not ends_epoch and validation.ready == validation.completed:
+        if validation.ready > validation.completed and trainer.global_step >= self.max_steps:
+            trainer.val_check_batch = batches  # the last one, wherever it is: Lightning repeats only those that are due
+        elif not ends_epoch and validation.ready == validation.completed:
             self._look(trainer)
 
     def _look(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
@@ -226,7 +229,7 @@ class AheadOfTime(pl.Callback):
             loader.begin()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_last_batch or self._goes_on(trainer):
+        if not trainer.should_stop and (not trainer.is_last_batch or self._goes_on(trainer)):
             loader: Any = trainer.val_dataloaders
             loader.begin()
 
@@ -251,6 +254,8 @@ class Report(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._say(trainer, trainer.current_epoch - 1)
+        # For the test: one less in a run that resumes where StepLimit ended it in mid-epoch.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
@@ -259,10 +264,10 @@ class Report(pl.Callback):
             # The number that loggers get: Lightning's is one more in a run that resumes right behind a validation.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         self._samples += len(batch.index_B) * trainer.world_size
-        self._began = time.perf_counter()
+        self._began = time.perf_counter() - self.checkpoints.seconds  # one may be written before the step begins
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self._seconds["step"] += time.perf_counter() - self._began
+        self._seconds["step"] += time.perf_counter() - self.checkpoints.seconds - self._began
 
     def on_validation_start(self, *_: Any) -> None:
         self._began = time.perf_counter()

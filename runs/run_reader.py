@@ -6,7 +6,7 @@ A run that was resumed is one run with those that it was resumed from. `runs/lin
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -180,6 +180,23 @@ def find_runs(*places: Path) -> tuple[list[Run], dict[Path, DataError]]:
     return [run for folder, run in runs.items() if folder not in parts], damaged
 
 
+def runs_of_each(places: Sequence[Path]) -> tuple[list[Run], dict[Path, DataError]]:
+    """See `find_runs`.
+
+    Raises:
+        ConfigError: a place is not there, or neither is a run nor holds one.
+        DataError: all runs of a place are damaged.
+    """
+    for place in places:
+        runs, damaged = find_runs(place)
+        if not runs and damaged:
+            raise next(iter(damaged.values()))
+        if not runs:
+            found = "no run" if place.is_dir() else "a file" if place.exists() else "no such folder"
+            raise ConfigError(f"runs={place}: expected a run folder or a folder with runs below it, found {found}")
+    return find_runs(*places)
+
+
 def read_run(folder: Path) -> Run:
     """A run folder, with the runs that it was resumed from. Raises DataError where options or contents are damaged."""
     path = folder / "config.json"
@@ -269,7 +286,10 @@ def trained_so_far(path: Path, config: Mapping[str, Any]) -> tuple[int, int, boo
     last = open_checkpoint(path, "MissingModalityData", "global_step")
     with as_written_by_run(path):
         epochs, steps = int(last["MissingModalityData"]["epoch"]), int(last["global_step"])
-        return epochs, steps, epochs >= config["max_epoch"] or steps >= (config["max_steps"] or math.inf)
+        loops = last.get("loops", {}).get("fit_loop", {})  # a validation that was stopped is still to come
+        validation = loops.get("epoch_loop.val_loop.batch_progress", {}).get("total", {"ready": 0, "completed": 0})
+        at_limit = steps >= (config["max_steps"] or math.inf) and validation["ready"] == validation["completed"]
+        return epochs, steps, epochs >= config["max_epoch"] or at_limit
 
 
 def flat_options(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -57,6 +57,20 @@ def test_sigterm_writes_a_checkpoint_first(workspace: Workspace, whole: Chain) -
     assert_same(chain, whole)
 
 
+@pytest.mark.parametrize("steps", [3, 4], ids=["between two validations", "where one is due"])
+def test_stopped_in_the_validation_that_max_steps_ends_with_it_is_repeated(workspace: Workspace, steps: int) -> None:
+    """Two batches are validated at step 2, at step 3 for the limit alone, and at step 4."""
+    options = (f"max_steps={steps}", "test_after_fit=True")
+    once = Chain(workspace, f"limited_{steps}", *options)
+    assert once.run() == 0, once.log.read_text()
+    chain = Chain(workspace, f"limited_stopped_{steps}", *options)
+    assert chain.run(("validation", 3, TERMINATED)) == 143, chain.log.read_text()
+    last = torch.load(chain.folders[0] / "last.ckpt", weights_only=True)
+    assert last["global_step"] == steps
+    assert chain.run() == 0, chain.log.read_text()
+    assert_same(chain, once)
+
+
 def test_of_two_that_are_started_together_one_is_refused(workspace: Workspace, whole: Chain) -> None:
     """And none is after the other was killed, whose loader processes live on for a while."""
     pair = [Chain(workspace, "together"), Chain(workspace, "together")]

@@ -1,4 +1,5 @@
 # make demo   sets up and runs the whole method on made-up data (minutes on two cores)
+# make demo-vla  likewise on made-up text, audio and vision (about a minute)
 # make demo-as  likewise on made-up signals of sensors (about a minute)
 # make test   sets up and runs all tests
 # make test-long  and those that take long: runs interrupted anywhere, thousands of steps (10 minutes more on two cores)

@@ -219,7 +219,7 @@ class Options:
     published_f1: bool = option(
         False, flag, RUN, "text, audio and vision: results have F1 weighted by prediction too, as MPLMM's code has it")
     bootstrap: int = option(
-        1000, integer(0), COMMAND, "robustness, compare: resamples behind confidence intervals; 0: no intervals")
+        1000, integer(0), COMMAND, "robustness, compare: resamples behind intervals; 0 (robustness alone): none")
     permutations: int = option(10_000, integer(1), COMMAND, "compare: how many, at most, are behind a p-value")
     runs_sort: str = option("date", sort_order, COMMAND, "runs: column to sort by; -date: the other way round")
     input: Path | None = option(

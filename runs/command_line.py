@@ -92,9 +92,11 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
     if rest and rest[0] != "with":
         found.command = rest.pop(0)
         if found.command not in commands:
+            an_option = "=" in found.command or found.command in NAMED_CONFIGS
+            example = f"as in `run.py with {found.command}`, " if an_option else ""
             raise ConfigError(
-                f"{quoted(found.command)}: expected `with` before options, as in `run.py with {found.command}`, or one "
-                f"of the commands {', '.join(commands)}{_near(found.command, commands)}"
+                f"{quoted(found.command)}: expected `with` before options, {example}or one of the commands "
+                f"{', '.join(commands)}{_near(found.command, ['with', *commands])}"
             )
     if found.record is not None and getattr(commands[found.command], "unobserved", False):
         raise ConfigError(f"-F: {found.command} has nothing to record; leave it out")

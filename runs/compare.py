@@ -155,6 +155,7 @@ def _group(
         if each.test_set != first.test_set:
             said = f"logits of other test samples than {logits_path(first.run)}; compare each test set by itself"
             raise DataError(f"{logits_path(each.run)}: {said}")
+    metric = AT_OFFSET if at_offset else task.monitor
     measure, comparisons = task.metrics.measures[task.monitor], []
     for pattern in _patterns(spec, trained_at, settings):
         tables = _tables(first, pattern, settings)
@@ -172,10 +173,9 @@ def _group(
             difference = Difference(value, low, high, p)
             comparison = Comparison(one, other, pattern, (mine, theirs), difference, of_seeds, task.monitor)
             comparisons.append(comparison)
-        log.info("%s: %s compared by %s", dataset, pattern.title, task.monitor)
+        log.info("%s: %s compared by %s", dataset, pattern.title, metric)
     labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
     of_constants = baselines(task, first.split.labels, first.class_names)
-    metric = AT_OFFSET if at_offset else task.monitor
     return Group(dataset, task, metric, trained_at, lines, labels, len(first.split.labels), of_constants, comparisons)
 
 

@@ -15,7 +15,7 @@ from common.text import baseline_texts, counted, figure, interval_text, per_cent
 from engine.sample_statistics import LEVEL
 from runs.check_options import read_options
 from runs.compare import Group, Settings, compare_runs, has_logits
-from runs.run_reader import find_runs
+from runs.run_reader import runs_of_each
 
 log = logging.getLogger("rep")
 
@@ -41,7 +41,7 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
         options["both_ratio"],
         options["missing_table_root"] if "missing_table_root" in given else None,
     )
-    runs, damaged = find_runs(*places)
+    runs, damaged = runs_of_each(places)
     for error in damaged.values():
         log.warning("left out: %s", error)
     without = [run.folder for run in runs if not (run.is_evaluation or run.pretrains or has_logits(run))]
@@ -53,24 +53,24 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
         where = ", ".join(map(str, places))
         raise ConfigError(
             f"runs: expected two configurations or more in {where} that were trained at one pattern and have stored "
-            f"logits, found none; `python run.py robustness with load_path={places[0]}` stores logits"
+            f"logits, found others; `python run.py robustness with load_path={places[0]}` stores logits"
         )
     at_offset = compare_runs(runs, settings, at_offset=True)
     path = (places[0] if places[0].is_dir() else places[0].parent) / "compare.json"
-    with writing(path):
-        write_json(path, _content([*groups, *at_offset], settings))
     total = max(sum(len(group.comparisons) for group in found) for found in (groups, at_offset))
+    with writing(path):
+        write_json(path, _content([*groups, *at_offset], total, settings))
     if any(len(each.of_seeds) == 1 for group in groups for each in group.comparisons):
         log.warning("of one training seed each, a difference may be one of seeds, not of methods")
     return "\n".join([*map(_text, [*groups, *at_offset]), "", *_legend(total, settings), f"written to {path}"])
 
 
-def _content(groups: Sequence[Group], settings: Settings) -> dict[str, Any]:
+def _content(groups: Sequence[Group], total: int, settings: Settings) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "level": LEVEL,
         "correction": "Holm",
-        "comparisons": sum(len(group.comparisons) for group in groups),
+        "comparisons": total,
         "settings": asdict(settings),
         "groups": [
             {

@@ -1,6 +1,7 @@
 """`run.py compare`: which lines of runs are compared, with which figures, and what is refused."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,16 @@ def test_the_figures_are_those_of_the_logits_at_the_missing_tables(runs: Path) -
     assert each.values == pytest.approx(expected, abs=1e-6) and len(each.of_seeds) == 2
 
 
-def test_several_labels_are_compared_at_the_offset_of_each_run_too(runs: Path) -> None:
+def test_several_labels_are_compared_at_each_offset_too(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of those that have one, each at its own."""
     settings = Settings((0,), 20, 100, ("text",), (1.0,))
     assert compare_runs(find_runs(runs)[0], settings, at_offset=True) == []
     for path in runs.rglob("logits.arrow"):
         offset = {"rep": -0.75, "dcp": 0.5}.get(path.parts[-4].partition("_")[0])
         edited(path.parents[1], "robustness/robustness.json", offset=offset)
-    (group,) = compare_runs(find_runs(runs)[0], settings, at_offset=True)
+    with caplog.at_level(logging.INFO, "rep"):
+        (group,) = compare_runs(find_runs(runs)[0], settings, at_offset=True)
+    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["f1_macro_at_offset"]
     assert (group.metric, group.labels) == ("f1_macro_at_offset", ["dcp", "rep"]), "without the one that has none"
     (each,) = group.comparisons
     expected = []
@@ -183,7 +186,8 @@ def test_an_undefined_metric_is_null_and_does_not_count(tmp_path: Path, capsys: 
     ("options", "message"),
     [
         (["runs={top}/rep_seed0"], "runs: expected two configurations or more in {top}/rep_seed0 that were trained at"),
-        (["runs={top}/nowhere"], "found none; `python run.py robustness with load_path={top}/nowhere` stores logits"),
+        (["runs={top}/rep_seed0"], "found others; `python run.py robustness with load_path={top}/rep_seed0` stores"),
+        (["runs=[{top},{top}/nowhere]"], "runs={top}/nowhere: expected a run folder or a folder with runs below it"),
         (["runs={top}", "robustness_types=[sound]"], "robustness_types: expected text or image or both, found sound"),
         (["runs={top}", "bootstrap=0"], "bootstrap: expected an integer of at least 1, found 0"),
         (["runs={top}", "permutations=0"], "permutations: expected an integer of at least 1, found 0"),

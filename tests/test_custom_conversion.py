@@ -244,7 +244,11 @@ TABLES: list[tuple[str, str | bytes, str]] = [
     ("csv", GOOD + 'a.png,"x,cat,train\na.png,y",cat,train\n', "row 5: a quote is not closed; the cell includes row 6"),
     ("csv", GOOD + ',"x,cat,train\n,y",cat,train\n', "row 5: a quote is not closed; the cell includes row 6"),
     ("csv", GOOD + 'a.png,"x,cat,train\n' + 9000 * "a.png,text,cat,train\n", "(131072); maybe a quote is not closed"),
-    ("csv", "image,text,label\na.png,x,cat\nb.png,x,dog\n", "expected rows enough to draw three splits from 2"),
+    (
+        "csv",
+        "image,text,label\na.png,x,cat\nb.png,x,dog\n",
+        "expected rows enough to draw three splits from; of 2, those of one image together, none is left for",
+    ),
     ("jsonl", '{"split": "train", "label": true}\n' * 2 + '{"split": "val"}\n{"split": "test"}', "row 1: label: "),
     ("csv", GOOD.replace("dog", "c\u0430t"), r"the labels 'cat' and 'c\u0430t' look the same"),
     ("csv", GOOD.replace("dog", "\uff43at"), r"the labels 'cat' and '\uff43at' look the same"),

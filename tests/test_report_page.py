@@ -112,6 +112,7 @@ def test_the_files_of_a_report(report: Path, runs: Path, tmp_path: Path) -> None
 def test_markdown_says_the_same(report: Path, page: Page, runs: Path) -> None:
     markdown = (report / "report.md").read_text("utf-8")
     pictures = re.findall(r"!\[.*?\]\(((?:figures|thumbnails)/[^)]*)\)", markdown)
+    assert "&#39;" not in markdown, "quotes are none of HTML here"
     assert len(pictures) == 11 + 24 and all((report / path).is_file() for path in pictures)
     headings = re.findall(r"^#+ (.*)", markdown.replace("\\", ""), re.MULTILINE)
     assert all(heading in page.text for heading in headings) and "Training curves" in headings

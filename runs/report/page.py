@@ -4,11 +4,12 @@ import base64
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from common.files import check_replaceable, whole_folder, writing
 from common.text import counted
@@ -97,5 +98,5 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
 def _markdown_text(value: Any) -> Any:
     """Texts of others as they are to be read, on one line: neither HTML nor Markdown in them has an effect."""
     if isinstance(value, str) and not isinstance(value, Markup):
-        return escape(re.sub(r"\s+", " ", value).translate(_MARKDOWN_SPECIAL))
+        return Markup(escape(re.sub(r"\s+", " ", value).translate(_MARKDOWN_SPECIAL), quote=False))
     return value

@@ -18,7 +18,7 @@ from common.strict_json import read_json
 from common.text import estimate
 from engine.exported import DESCRIPTION
 from runs.report.text import dataset_title, without_home
-from runs.run_reader import Run, as_written_by_run, find_runs, open_checkpoint
+from runs.run_reader import Run, as_written_by_run, open_checkpoint, runs_of_each
 from runs.stored_results import Robustness, StoredLogits, read_logits, read_robustness
 
 log = logging.getLogger("rep")
@@ -155,19 +155,12 @@ def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
     """The runs in and below `places`. One whose config.json cannot be read is left out, with a warning.
 
     Raises:
-        ConfigError: a place is not there, or neither is a run nor holds one.
+        ConfigError: no place is given, or one is not there, or neither is a run nor holds one.
         DataError: a file is damaged, or results belong to another checkpoint, dataset or test set.
     """
     if not places:
         raise ConfigError("runs: expected run folders, or folders with runs below them, found nothing")
-    for place in places:
-        runs, damaged = find_runs(place)
-        if not runs and damaged:
-            raise next(iter(damaged.values()))
-        if not runs:
-            found = "no run" if place.is_dir() else "a file" if place.exists() else "no such folder"
-            raise ConfigError(f"runs={place}: expected a run folder or a folder with runs below it, found {found}")
-    runs, damaged = find_runs(*places)
+    runs, damaged = runs_of_each(places)
     for error in damaged.values():
         log.warning("left out of the report: %s", error)
     read = [

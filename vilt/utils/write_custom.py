@@ -97,7 +97,9 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
         if not of_split:
             table = table_of.get(split) or table_of.get(None, layout.source)
             what = "" if split in table_of else f" with {layout.columns['split']} {split}"
-            what = f" enough to draw three splits from {len(rows)}" if drawn else what
+            if drawn:
+                found_rows = f"of {len(rows)}, those of one image together, none is left for {split}"
+                raise DataError(f"{table}: expected rows enough to draw three splits from; {found_rows}")
             raise DataError(f"{table}: expected rows{what}, found none")
     custom = classes_of(layout, rows)
     if layout.labels == "multi" and not any(

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import pytorch_lightning as pl
 import torch
 from packaging.requirements import Requirement
@@ -162,9 +161,6 @@ class Doctor:
         stored = json.loads((data.table.schema.metadata or {}).get(b"class_names", b"null"))
         if stored not in (None, names):
             raise DataError(f"{data.path}: metadata class_names: expected {listed(names)}, found {quoted(stored)}")
-        expected = [spec.file_splits[split]]
-        if "split" in data.table.column_names and (found := pc.unique(data.table["split"]).to_pylist()) != expected:
-            raise DataError(f"{data.path}: column split: expected {quoted(expected)}, found {quoted(found)}")
         for index in np.unique(np.linspace(0, len(data) - 1, IMAGES_DECODED, dtype=int)).tolist():
             data[0, index]  # raises DataError where the image cannot be decoded
         pattern = split_patterns(options.data_settings().patterns, spec, root)[split]

@@ -247,6 +247,7 @@ def changed(column: str, values: pa.Array | list, table: pa.Table | None = None)
     [
         (memes().drop(["label"]), "expected the columns image, label, text; found image, text"),
         (memes().slice(0, 0), "expected samples, found no rows"),
+        (memes().append_column("split", [["dev"] * 3]), "column split: expected ['train'], found ['dev']"),
         (changed("text", [[]] * 3), "column text: expected lists of texts, found list<item: null>"),
         (changed("text", ["a", "b", "c"]), "column text: expected lists of texts, found string"),
         (changed("text", [[1], [2], [3]]), "column text: expected lists of texts, found list<item: int64>"),

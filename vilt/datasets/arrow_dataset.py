@@ -260,6 +260,10 @@ class ArrowDataset(Dataset[Sample]):
             )
         if not self.n_rows:
             raise DataError(f"{self.path}: expected samples, found no rows")
+        if "split" in found and not pa.types.is_nested(self.table["split"].type) and self._least_label == 0:
+            names, own = pc.unique(self.table["split"]).to_pylist(), [self.spec.file_splits[self.split]]
+            if names != own:
+                raise DataError(f"{self.path}: column split: expected {quoted(own)}, found {quoted(names)}")
         if nulls := self.table["label"].null_count:
             row = pc.index(pc.is_null(self.table["label"]), True).as_py()
             raise DataError(f"{self.path}: row {row}: column label is empty (null) ({nulls} such rows)")

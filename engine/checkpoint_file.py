@@ -51,6 +51,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if ended is None:
                 raise
             log.error("%s", first_line(error))
+        finally:
+            self._disk.shutdown()  # a thread whose start an error interrupted is unknown to the interpreter's exit
+            self._disk = ThreadPoolExecutor(max_workers=1)
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:

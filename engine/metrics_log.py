@@ -1,6 +1,7 @@
 """`metrics.csv`: a row for each step, of which none is lost when its columns change."""
 
 import csv
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,13 @@ class _Writer(ExperimentWriter):
         path = Path(self.metrics_file_path)
         columns = [*FIRST, *sorted({*self.metrics_keys, *set().union(*rows)} - set(FIRST))]
         if columns == self.metrics_keys and rows[0]["step"] != self._written:
-            with path.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, columns).writerows(rows)
+            length = path.stat().st_size
+            try:
+                with path.open("a", encoding="utf-8", newline="") as file:
+                    csv.DictWriter(file, columns).writerows(rows)
+            except OSError:  # part of a row, to which the next would be added
+                os.truncate(path, length)
+                raise
         else:  # completely or not at all: a run killed here would lose its metrics
             lines: list[dict[str, Any]] = []
             if path.is_file():

@@ -49,9 +49,9 @@ def make_trainer(
     if checkpoints is not None:
         accumulation = options.accumulation
         interval = validation_interval(options.val_check_interval, steps_per_epoch, accumulation)
-        callbacks += [AheadOfTime(), Report(checkpoints)]
         if options.max_steps is not None:
-            callbacks.append(StepLimit(options.max_steps))
+            callbacks.append(StepLimit(options.max_steps))  # before the next one, which asks whether it goes on
+        callbacks += [AheadOfTime(), Report(checkpoints)]
         if keeps:
             callbacks += [checkpoints, LearningRateMonitor("step")]
     place = folder or options.log_dir

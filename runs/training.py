@@ -51,7 +51,7 @@ from engine.families import family_of
 from engine.kept_features import are_constant, keep_features, remember_training_split
 from engine.neighbour_accuracy import NeighbourAccuracy
 from engine.open_model import COMPUTE_TYPES, reading_texts
-from engine.processes import ending_together
+from engine.processes import LOST, ending_together
 from engine.tasks import head_name, task_of
 from engine.teacher import soft_labels
 from engine.trainer import make_trainer
@@ -61,7 +61,7 @@ from runs.resume import alone, check_resume, differing_options, find_progress, s
 from runs.run_reader import as_written_by_run
 from runs.start import commit, described, say_device, say_remarks, start_folder
 from runs.targets import as_trained
-from vilt.datamodules import MissingModalityData
+from vilt.datamodules import MissingModalityData, dead_worker
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import EVERY_DATASET
@@ -242,9 +242,12 @@ def train_from(
     with data.naming_dead_workers(), ending_together(trainer):
         began = time.monotonic()
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=options.resume_from, weights_only=True)
+            state = None if options.fast_dev_run else options.resume_from  # the weights are there
+            trainer.fit(module, datamodule=data, ckpt_path=state, weights_only=True)
         except Exception as error:
-            if options.resume_from is None or checkpoints.training or isinstance(error, UserError):
+            # Not of the checkpoint: a full disk or GPU, a loader process or another process that died.
+            elsewhere = isinstance(error, (UserError, OSError, torch.OutOfMemoryError)) or LOST.search(str(error))
+            if options.resume_from is None or checkpoints.training or elsewhere or dead_worker(error):
                 raise
             raise CheckpointError(
                 f"resume_from={options.resume_from}: not to be resumed: {first_line(error)}"

@@ -58,12 +58,15 @@ def test_sigterm_writes_a_checkpoint_first(workspace: Workspace, whole: Chain) -
 
 
 @pytest.mark.parametrize("steps", [3, 4], ids=["between two validations", "where one is due"])
-def test_stopped_in_the_validation_that_max_steps_ends_with_it_is_repeated(workspace: Workspace, steps: int) -> None:
+def test_stopped_in_what_follows_max_steps_it_is_repeated(workspace: Workspace, steps: int) -> None:
     """Two batches are validated at step 2, at step 3 for the limit alone, and at step 4."""
-    options = (f"max_steps={steps}", "test_after_fit=True")
-    once = Chain(workspace, f"limited_{steps}", *options)
+    once = Chain(workspace, f"limited_{steps}", f"max_steps={steps}")
     assert once.run() == 0, once.log.read_text()
-    chain = Chain(workspace, f"limited_stopped_{steps}", *options)
+    tested = Chain(workspace, f"limited_in_test_{steps}", f"max_steps={steps}")
+    assert tested.run(("test", 1, TERMINATED)) == 143, tested.log.read_text()
+    assert tested.run() == 0, tested.log.read_text()
+    assert {step for step, name in tested.metrics() if name.startswith("test/")} == {steps}
+    chain = Chain(workspace, f"limited_in_validation_{steps}", f"max_steps={steps}")
     assert chain.run(("validation", 3, TERMINATED)) == 143, chain.log.read_text()
     last = torch.load(chain.folders[0] / "last.ckpt", weights_only=True)
     assert last["global_step"] == steps
@@ -121,7 +124,12 @@ def test_ctrl_c_to_the_whole_group_reaches_the_checkpoint(workspace: Workspace, 
     assert_same(chain, whole)
 
 
-def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(workspace, monkeypatch, capsys):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(workspace, monkeypatch, capsys, resumed):
+    options = ["missing_ratio=0.0", "num_workers=2", "test_after_fit=False"]
+    if resumed:
+        folder = workspace.train("before_it_dies", *options, "max_steps=1")
+        options.append(f"resume_from={folder / 'last.ckpt'}")
     image = ImageKind._decoded
 
     def die(self: ImageKind, row: int) -> torch.Tensor:
@@ -130,8 +138,7 @@ def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(wo
         return image(self, row)
 
     monkeypatch.setattr(ImageKind, "_decoded", die)
-    options = ("missing_ratio=0.0", "num_workers=2", "exp_name=dies")
-    assert command_line(workspace.command(f"vit={workspace.backbone}", *options)) == 2
+    assert command_line(workspace.command(f"vit={workspace.backbone}", *options, "exp_name=dies")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     name = pa.ipc.open_file(workspace.arrow / "mmimdb_train.arrow").read_all()["image_id"][17]
     assert error.startswith(f"error: {workspace.arrow / 'mmimdb_train.arrow'}: sample {name}: the loader process")

@@ -472,9 +472,9 @@ def test_a_resumed_run_is_one_with_the_run_that_it_was_resumed_from(tmp_path: Pa
     edited(run, "config.json", resume_from=str(first / "last.ckpt"))
     header = "epoch,step,train/loss,val/f1_macro"
     (first / "metrics.csv").write_text(f"{header}\n0,1,1.5,\n0,7,,0.35\n0,8,0.9,\n0,8,,0.2\n")  # two rows a step, once
-    (run / "metrics.csv").write_text(f"{header}\n1,8,0.5,0.25\n1,9,,0.3\n1,10,0.")  # cut off
+    (run / "metrics.csv").write_text(f"{header}\n1,8,,0.25\n1,9,,0.3\n1,10,0.")  # cut off
     [read] = dataset_of(tmp_path).runs
-    assert read.curve("train/loss").to_dict() == {1: 1.5, 8: 0.5}
+    assert read.curve("train/loss").to_dict() == {1: 1.5, 8: 0.9}, "of the step that the other one validated again"
     assert read.curve("val/f1_macro").to_dict() == {7: 0.35, 8: 0.25, 9: 0.3}
     assert read.curve("val/loss").empty
     for best in ("40.0000", ""):

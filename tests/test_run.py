@@ -18,6 +18,7 @@ from clip.tokenizer import load_tokenizer
 from engine.callbacks import Checkpoints
 from engine.checkpoint import read_checkpoint, restore_classifier
 from engine.cuda_graphs import compute_by
+from engine.training import FinetuneModule
 from run import command_line
 from runs import training
 from tests.conftest import Captured, Patch, Workspace, csv_of, json_of
@@ -255,8 +256,12 @@ def test_loader_processes_begin_with_what_comes_next(workspace: Workspace, monke
         begin(loader)
 
     monkeypatch.setattr(TimedLoader, "begin", noted)
-    workspace.train("ahead", "num_workers=1", "val_check_interval=0.5", "test_after_fit=False")
+    options = ("num_workers=1", "val_check_interval=0.5", "test_after_fit=False")
+    workspace.train("ahead", *options)
     assert begun == [("val", 0), ("train", 1), ("val", 0), ("val", 1)]
+    begun.clear()
+    workspace.train("ahead_limited", *options, "max_steps=3")
+    assert begun == [], "it ends with its first validation"
 
 
 def test_the_test_after_a_training_computes_nothing_compiled(workspace: Workspace, monkeypatch: Patch) -> None:
@@ -290,9 +295,12 @@ def test_max_steps_ends_in_mid_epoch_and_the_rest_can_follow(workspace: Workspac
     assert longer["global_step"] == 6 and longer["MissingModalityData"]["epoch"] == 1
 
 
-def test_fast_dev_run_writes_nothing(workspace: Workspace) -> None:
-    workspace.train("fast", "fast_dev_run=True")
-    assert not list(workspace.results.glob("fast*"))
+@pytest.mark.parametrize("resumed", [False, True])
+def test_fast_dev_run_trains_a_batch_and_writes_nothing(workspace, fitted, monkeypatch, resumed) -> None:
+    steps = []
+    monkeypatch.setattr(FinetuneModule, "on_before_optimizer_step", lambda *_: steps.append(1))
+    workspace.train("fast", "fast_dev_run=True", *([f"resume_from={fitted / 'last.ckpt'}"] if resumed else []))
+    assert steps == [1] and not list(workspace.results.glob("fast*"))
 
 
 @pytest.mark.parametrize(("task", "metric"), [("food101", "accuracy"), ("hatememes", "auroc")])

@@ -1,9 +1,11 @@
 """Batches of the splits, in an order that follows from the seed and survives interruption and several processes."""
 
+import ctypes
 import logging
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,11 +125,21 @@ class TimedLoader(DataLoader[Any]):
             yield batch
 
 
+PR_SET_PDEATHSIG = 1
+
+
 def leave_group(_: int) -> None:
     """In a loader process: Ctrl-C goes to a whole group, but the checkpoint that follows still needs its batches."""
     os.setpgrp()
+    if sys.platform == "linux":  # what outlives a killed process holds its connections, which the others watch
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+
+
+def dead_worker(error: Exception) -> re.Match[str] | None:
+    """What torch says of loader processes that died, if that is what `error` is about: their ids, and how."""
+    return re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
 
 
 @dataclass(frozen=True)
@@ -258,7 +270,7 @@ class MissingModalityData(pl.LightningDataModule):
         try:
             yield
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
-            ended = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
+            ended = dead_worker(error)
             if ended is None:
                 raise
             places = [

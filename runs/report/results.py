@@ -132,7 +132,7 @@ class ReportRun(Run):
             if content := content.rpartition("\n")[0]:  # not a line that was cut off
                 with as_written_by_run(path):
                     found = pd.read_csv(io.StringIO(content)).astype(float).groupby("step").first()
-                curves = pd.concat([found[found.index < curves.index.min()] if len(curves) else found, curves])
+                curves = curves.combine_first(found[found.index <= curves.index.min()]) if len(curves) else found
         return curves
 
     def curve(self, column: str) -> pd.Series:

@@ -1,6 +1,8 @@
 """`resume_from=auto`: which checkpoint a run resumes from, and what it says; and how checkpoints are written."""
 
 import logging
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +267,24 @@ def test_a_checkpoint_holds_what_there_was_when_it_was_begun(tmp_path: Path) -> 
         except ValueError:
             io.teardown()
             raise
+
+
+def test_no_thread_is_left_where_an_error_interrupts_its_start(tmp_path: Path, monkeypatch: Patch) -> None:
+    """As that of a loader process's death does, or a signal; the process would wait for it at its end."""
+    io, before, start = AtomicCheckpointIO(), threading.active_count(), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise RuntimeError("a loader process was killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="was killed"):
+        patch.setattr(threading.Thread, "start", interrupted)
+        io.save_checkpoint(content(1), tmp_path / "last.ckpt")
+    io.teardown()
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("keep", [0, 100, 100_000, -1])

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from clip.backbone import load_backbone
 from clip.modules.fused import PLAIN
 from clip.modules.vision_transformer_memory import ResidualAttentionBlock
 from clip.tokenizer import load_tokenizer
+from engine import callbacks
 from engine.callbacks import Checkpoints
 from engine.checkpoint import read_checkpoint, restore_classifier
 from engine.cuda_graphs import compute_by
@@ -220,7 +222,10 @@ def test_resume_with_other_batches_or_options_is_refused(workspace, fitted, opti
     assert said in error_of(command, capsys)
 
 
-def test_an_epoch_ends_with_the_throughput(workspace: Workspace, capsys: Captured) -> None:
+def test_an_epoch_ends_with_the_throughput(workspace: Workspace, capsys: Captured, monkeypatch: Patch) -> None:
+    """Each second counts once, also where a checkpoint is written between two steps, slowly."""
+    monkeypatch.setattr(callbacks, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", lambda *_: time.sleep(0.1))
     workspace.train("timed", "test_after_fit=False")
     said = capsys.readouterr().err
     found = re.findall(r"epoch (\d): 4\d training samples in ([\d.]+) s, [\d.]+ per second\n  (.*)\n", said)

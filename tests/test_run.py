@@ -225,8 +225,8 @@ def test_resume_with_other_batches_or_options_is_refused(workspace, fitted, opti
 def test_an_epoch_ends_with_the_throughput(workspace: Workspace, capsys: Captured, monkeypatch: Patch) -> None:
     """Each second counts once, also where a checkpoint is written between two steps, slowly."""
     monkeypatch.setattr(callbacks, "SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", lambda *_: time.sleep(0.1))
-    workspace.train("timed", "test_after_fit=False")
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", lambda *_: time.sleep(0.3))
+    workspace.train("timed", "test_after_fit=False", "val_check_interval=1.0")
     said = capsys.readouterr().err
     found = re.findall(r"epoch (\d): 4\d training samples in ([\d.]+) s, [\d.]+ per second\n  (.*)\n", said)
     assert [epoch for epoch, *_ in found] == ["0", "1"], said

@@ -229,12 +229,13 @@ class AheadOfTime(pl.Callback):
             loader.begin()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.should_stop and (not trainer.is_last_batch or self._goes_on(trainer)):
+        if self._goes_on(trainer):
             loader: Any = trainer.val_dataloaders
             loader.begin()
 
     def _goes_on(self, trainer: pl.Trainer) -> bool:
-        return not trainer.should_stop and trainer.current_epoch + 1 < (trainer.max_epochs or 0)
+        in_epoch = not trainer.is_last_batch
+        return not trainer.should_stop and (in_epoch or trainer.current_epoch + 1 < (trainer.max_epochs or 0))
 
 
 class Report(pl.Callback):

@@ -55,8 +55,8 @@ class ArrowDataset(Dataset[Sample]):
         group_texts: all texts of a row are one sample.
 
     Raises:
-        DataError: the file is not there, damaged, of another conversion than the rest, or its columns or labels are
-            not the dataset's.
+        DataError: the file is not there, damaged, of another conversion than the rest or of another split, or its
+            columns or labels are not the dataset's.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ArrowDataset(Dataset[Sample]):
         self.split: Split = split
         with_more = spec.pretraining_file if pretraining and split == "train" else None
         self.path = root / (with_more or spec.file_name(split))
-        self._least_label = 0 if with_more is None else -1
+        self._with_more = with_more is not None  # then no split is known, nor all labels
         self.image_size, self.group_texts = image_size, group_texts
         self._table: pa.Table | None = None
         self.kinds = {name: kind(spec.modalities[name], self) for name, kind in kinds_of(spec).items()}
@@ -260,7 +260,7 @@ class ArrowDataset(Dataset[Sample]):
             )
         if not self.n_rows:
             raise DataError(f"{self.path}: expected samples, found no rows")
-        if "split" in found and not pa.types.is_nested(self.table["split"].type) and self._least_label == 0:
+        if "split" in found and not pa.types.is_nested(self.table["split"].type) and not self._with_more:
             names, own = pc.unique(self.table["split"]).to_pylist(), [self.spec.file_splits[self.split]]
             if names != own:
                 raise DataError(f"{self.path}: column split: expected {quoted(own)}, found {quoted(names)}")
@@ -288,7 +288,7 @@ class ArrowDataset(Dataset[Sample]):
                 expected = "float32" if limit is not None else "class numbers"
                 raise DataError(f"{self.path}: column label: expected {expected}, found {column.type}")
             numbers = column.to_numpy() if limit is not None else column.to_numpy().astype(np.int64)
-            low, high = (-limit, limit) if limit is not None else (self._least_label, n_classes - 1)
+            low, high = (-limit, limit) if limit is not None else (-1 if self._with_more else 0, n_classes - 1)
             wrong = np.flatnonzero(~((numbers >= low) & (numbers <= high)))
             if len(wrong):
                 found = f"label {numbers[wrong[0]]} is outside {low:g} to {high:g} ({len(wrong)} such rows)"

@@ -96,10 +96,10 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
     for split, of_split in of_splits.items():
         if not of_split:
             table = table_of.get(split) or table_of.get(None, layout.source)
-            what = "" if split in table_of else f" with {layout.columns['split']} {split}"
             if drawn:
                 found_rows = f"of {len(rows)}, those of one image together, none is left for {split}"
                 raise DataError(f"{table}: expected rows enough to draw three splits from; {found_rows}")
+            what = "" if split in table_of else f" with {layout.columns['split']} {split}"
             raise DataError(f"{table}: expected rows{what}, found none")
     custom = classes_of(layout, rows)
     if layout.labels == "multi" and not any(

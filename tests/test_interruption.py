@@ -75,7 +75,7 @@ def test_stopped_in_what_follows_max_steps_it_is_repeated(workspace: Workspace, 
 
 
 def test_of_two_that_are_started_together_one_is_refused(workspace: Workspace, whole: Chain) -> None:
-    """And none is after the other was killed, whose loader processes live on for a while."""
+    """And none is after the other was killed."""
     pair = [Chain(workspace, "together"), Chain(workspace, "together")]
     pair[1].log = pair[1].log.with_name("together_too.log")
     assert pair[0].run(("accumulation", 3, KILLED)) == -KILLED

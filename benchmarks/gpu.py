@@ -239,7 +239,10 @@ def main() -> None:
         for part in parts:
             for what, found in part if time.monotonic() - began < given.seconds else [("the rest", "no time left")]:
                 print(f"| {what} | {found} |", flush=True)
-    print("\ntargets, samples/s: " + ", ".join(f"{what} {size}: {most:,}" for (what, size), most in TARGETS.items()))
+    if "steps" in given.parts:
+        print(
+            "\ntargets, samples/s: " + ", ".join(f"{what} {size}: {most:,}" for (what, size), most in TARGETS.items())
+        )
 
 
 if __name__ == "__main__":

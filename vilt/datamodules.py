@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,8 +130,8 @@ PR_SET_PDEATHSIG = 1
 def leave_group(_: int) -> None:
     """In a loader process: Ctrl-C goes to a whole group, but the checkpoint that follows still needs its batches."""
     os.setpgrp()
-    if sys.platform == "linux":  # what outlives a killed process holds its connections, which the others watch
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # What outlives a killed process holds its connections, which the others watch.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 

@@ -6,7 +6,6 @@ C width of a stage, h heads, d width of a head, E width of features.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from clip.modules.interfaces import NO_SLOTS, Place, Tower, TowerSlots
 from common.dropout import dropout
-from sensors.attention import SlotAttention
 from sensors.sizes import SensorSizes
 from sensors.spectra import spectrum
 
@@ -89,42 +87,39 @@ class WindowAttention(nn.Module):
         b, L, C = x_bLC.shape
         n, t, h = self.windows, self.tokens, self.heads
         rate = DROPOUT if self.training else 0.0
-        tokens = self.qkv(_Reorder.apply(x_bLC, self.order_L, self.inverse_L))
+        tokens = self.qkv(x_bLC.index_select(1, self.order_L)).view(b, n, t, 3, h, C // h)
+        q, k, v = tokens.permute(3, 0, 4, 1, 2, 5).contiguous().unbind()  # (b, h, n, t, d)
         bias = self.relative_position_bias_table[self.index_tt].permute(2, 0, 1)[:, None]  # (h, 1, t, t)
         bias = bias.expand(h, n, t, t) if self.mask_ntt is None else bias + self.mask_ntt
         new_slots = None
         if slots_bPC is None:
-            q, k, v = tokens.view(b, n, t, 3, h, C // h).permute(3, 0, 4, 1, 2, 5).contiguous().unbind()
             seen = F.scaled_dot_product_attention(
                 q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1)[None], rate
-            ).view(q.shape)  # (b, h, n, t, d)
-            seen_bLC = seen.permute(0, 2, 3, 1, 4).reshape(b, L, C)
+            ).view(q.shape)
         else:
             assert not rate, "slots enter frozen towers, which are in evaluation mode"
-            weights, biases = self.qkv.weight.split([C, 2 * C]), self.qkv.bias.split([C, 2 * C])
-            asking = F.linear(slots_bPC[:, first:], weights[0], biases[0])
-            seen_bLC, seen_slots = SlotAttention.apply(tokens, asking, F.linear(slots_bPC, weights[1], biases[1]), bias)
-            new_slots = self._project(seen_slots)
-        return _Reorder.apply(self._project(seen_bLC), self.inverse_L, self.order_L), new_slots
+            # Two products and one softmax, since repeating the slots' keys for every window takes 5 % more of a step.
+            slots = self.qkv(slots_bPC).view(b, -1, 3, h, C // h).permute(2, 0, 3, 1, 4)
+            q_slots, k_slots, v_slots = slots.unbind()  # (b, h, P, d)
+            scale, k_grid, v_grid = (C // h) ** -0.5, k.flatten(2, 3), v.flatten(2, 3)
+            q, q_slots = q * scale, q_slots[:, :, first:] * scale
+            to_slots = (q.flatten(2, 3) @ k_slots.mT).view(b, h, n, t, -1)
+            of_slots, of_window = joint_softmax(to_slots, q @ k.mT + bias)
+            seen = (of_slots.flatten(2, 3) @ v_slots).view(q.shape) + of_window @ v
+            of_slots, of_grid = joint_softmax(q_slots @ k_slots.mT, q_slots @ k_grid.mT)
+            seen_slots = of_slots @ v_slots + of_grid @ v_grid
+            new_slots = self._project(seen_slots.transpose(1, 2).flatten(2))
+        seen_bLC = self._project(seen.permute(0, 2, 3, 1, 4).reshape(b, L, C))
+        return seen_bLC.index_select(1, self.inverse_L), new_slots
 
     def _project(self, x: Tensor) -> Tensor:
         return dropout(self.proj(x), DROPOUT, self.training)
 
 
-class _Reorder(torch.autograd.Function):
-    """Tokens in another order; autograd's own way back adds up what may have been taken twice, and is slower."""
-
-    @staticmethod
-    def forward(context: Any, x_bLC: Tensor, order_L: Tensor, inverse_L: Tensor) -> Tensor:
-        """The tokens in `order_L`."""
-        context.save_for_backward(inverse_L)
-        return x_bLC.index_select(1, order_L)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The gradients in the order of the input."""
-        [inverse_L] = context.saved_tensors
-        return gradients[0].index_select(1, inverse_L), None, None
+def joint_softmax(to_slots: Tensor, to_tokens: Tensor) -> Sequence[Tensor]:
+    """The weights of slots and of tokens, in one softmax."""
+    weights = torch.cat([to_slots, to_tokens], dim=-1).softmax(dim=-1)
+    return weights.split([to_slots.shape[-1], to_tokens.shape[-1]], dim=-1)
 
 
 def _windows(grid_HW: Tensor, rows: int, columns: int) -> Tensor:

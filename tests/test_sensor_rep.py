@@ -16,10 +16,10 @@ from clip.modules.method import Method, MethodOptions
 from clip.modules.no_prompts import NoPrompts
 from clip.trainable import freeze
 from engine.checkpoint import ModelSpec, build_classifier
-from sensors.attention import SlotAttention, products
 from sensors.backbone import SwtBackbone
 from sensors.memory import SensorMemoryLearner, patterns
 from sensors.sizes import SWT, ModalitySizes, SensorSizes
+from sensors.swt import joint_softmax
 from tests import golden_as, slow_sensors, vla_models
 from tests.conftest import Patch
 from tests.golden import assert_gradients, relative_error
@@ -187,22 +187,13 @@ def test_tokens_that_cannot_see_slots_are_those_without(monkeypatch: Patch) -> N
     plain = {name: tower(signals[name]) for name, tower in classifier.model.towers.items()}
     assert relative_error(classifier.features(batch_of(signals, present))[0]["sound"], plain["sound"]) > 1e-3
 
-    def unseen(queries: Tensor, keys: Tensor) -> Tensor:
-        """No window and no grid has 9 tokens."""
-        return products(queries, keys) - (torch.inf if keys.shape[1] == 9 else 0)
+    def unseen(to_slots: Tensor, to_tokens: Tensor) -> Sequence[Tensor]:
+        return joint_softmax(to_slots - torch.inf, to_tokens)
 
-    monkeypatch.setattr("sensors.attention.products", unseen)
+    monkeypatch.setattr("sensors.swt.joint_softmax", unseen)
     features, _ = classifier.features(batch_of(signals, present))
     for name in NAMES:
         assert relative_error(features[name], plain[name]) < 1e-5
-
-
-@pytest.mark.parametrize("asking", [0, 2])
-def test_written_out_gradients_of_attention_are_those_of_its_outputs(asking: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = (2, 6, 12), (2, asking, 4), (2, 3, 8), (2, 2, 3, 3)  # of tokens, slots, bias; two heads and two windows
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(SlotAttention.apply, inputs)
 
 
 def test_the_bypass() -> None:

@@ -19,6 +19,8 @@ from common.machine import as_printed
 GAP, NARROWEST, ESTIMATE, ONE_LINE = 2, 4, len("0.1234 ± 0.1234"), 10_000
 """Characters: between columns of a table, in one without a heading, in a column of estimates, and at most in a table
 that is not folded."""
+BREAK = r"(?<=[/=_])"
+"""Where a word may be broken that is longer than its column."""
 
 LOWER_IS_BETTER = ("loss", "mae")
 """Metrics of which the lowest value is the best."""
@@ -110,9 +112,11 @@ def terminal_table(
     """
     heads, rows = [*map(as_printed, heads)], [None if row is None else [*map(as_printed, row)] for row in rows]
     lines = [heads, *(row for row in rows if row is not None)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    kept = [[head, *(row[i] for row in lines if sides[i] == ">")] for i, head in enumerate(heads)]  # figures, too
-    least = [max(map(len, " ".join(cells).split()), default=NARROWEST) for cells in kept]  # a word is not folded
+    columns = [*zip(*lines, strict=True)]
+    widths = [max(map(len, cells)) for cells in columns]
+    figures = [cells if side == ">" else [cells[0]] for cells, side in zip(columns, sides, strict=True)]  # and heads
+    least = [max(map(len, " ".join(cells).split()), default=NARROWEST) for cells in figures]  # never folded
+    words = [max(map(len, re.split(rf"\s|{BREAK}", " ".join(cells)))) for cells in columns]  # only if there is no room
     available = shutil.get_terminal_size((0, 0)).columns or ONE_LINE  # 0: no terminal, and no COLUMNS either
     if repeated is not None:
         others = zip(least[repeated:], widths[repeated:], strict=True)
@@ -128,9 +132,10 @@ def terminal_table(
                 )
                 for part in parts
             )
-    while sum(widths) + GAP * len(widths) > available and any(map(gt, widths, least)):
-        room = [width if width > low else 0 for width, low in zip(widths, least, strict=True)]
-        widths[room.index(max(room))] -= 1
+    for lowest in ([*map(max, least, words)], least):
+        while sum(widths) + GAP * len(widths) > available and any(map(gt, widths, lowest)):
+            room = [width if width > low else 0 for width, low in zip(widths, lowest, strict=True)]
+            widths[room.index(max(room))] -= 1
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="")
     for head, side, width in zip(heads, sides, widths, strict=True):
         table.add_column(head, justify="left" if side == "<" else "right", overflow="fold", width=width)
@@ -150,7 +155,7 @@ def _folded(cell: str, width: int) -> str:
 
     def broken(word: re.Match[str]) -> str:
         lines = [""]
-        for piece in re.split(r"(?<=[/=_])", word[0]):
+        for piece in re.split(BREAK, word[0]):
             lines = [*lines, piece] if len(lines[-1] + piece) > width else [*lines[:-1], lines[-1] + piece]
         return "\n".join(filter(None, lines))
 

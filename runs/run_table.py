@@ -112,24 +112,31 @@ def sort_runs(rows: Sequence[RunRow], order: str) -> list[RunRow]:
 
 
 def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
-    """The table for the terminal: without what the folder says as well, or what is the same in all rows."""
-    left_out = {"name", "seed"}
+    """The table for the terminal: without what the folder says as well; what is the same in all rows is below it."""
+    if not rows:
+        return f"no runs below {log_dir}"
+    columns = {"folder": "<", **COLUMNS}
+    texts = {name: [row.text(name, log_dir) for row in rows] for name in columns}
     datasets = {row.dataset: row.metric for row in rows if row.metric is not None}
+    same = [name for name in ("method", "train", "state") if len(rows) > 1 and len({*texts[name]}) == 1]
+    said_of_all = [f"{name} {texts[name][0]}" for name in same]
+    if len(rows) > 1 and len({row.folder.name for row in rows}) == 1 and all("/" in text for text in texts["folder"]):
+        texts["folder"] = [text.rpartition("/")[0] for text in texts["folder"]]
+        said_of_all.append(f"folder …/{rows[0].folder.name}")
+    left_out = {"name", "seed", *same}
     left_out |= {"dataset"} if len(datasets) == 1 else set()
     left_out |= set() if any(row.note for row in rows) else {"note"}
     left_out |= {AT_OFFSET} if all(row.f1_macro_at_offset is None for row in rows) else set()
     left_out |= {"tested_at"} if all(row.tested_at in (None, row.train) for row in rows) else set()
-    columns = {"folder": "<", **COLUMNS}
     shown = {name: side for name, side in columns.items() if name not in left_out}
     heads = [name.replace("_", " ") for name in shown]
-    table = terminal_table(
-        heads, [[row.text(name, log_dir) for name in shown] for row in rows], "".join(shown.values())
-    )
+    table = terminal_table(heads, [*zip(*(texts[name] for name in shown), strict=True)], "".join(shown.values()))
     legend = ", ".join(f"{metric} ({dataset})" for dataset, metric in datasets.items())
     lines = ["", f"validation (the best) and test: {legend}"] if legend else []
     for dataset, metric in datasets.items():
         found = next((row.baselines for row in rows if row.dataset == dataset and row.baselines), {})
         lines += [f"  {text} ({dataset})" for text in baseline_texts(found, metric)]
+    lines += [f"all {len(rows)} runs: {', '.join(said_of_all)}"] if said_of_all else []
     return "\n".join([table, *lines])
 
 

@@ -176,9 +176,9 @@ def test_the_command(tmp_path: Path, capsys: Captured) -> None:
     header = lines[1]
     assert " ".join(header.split()) == "folder method train validation test tested at date state note"
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(BEGAN))
-    expected = f"rep_seed1/version_0 rep 70 % both 0.4000 0.7500 50 % both 0.3 {date} finished"
+    expected = f"rep_seed1 rep 70 % both 0.4000 0.7500 50 % both 0.3 {date} finished"
     assert " ".join(lines[3].split()) == expected
-    assert lines[4].startswith("rep_seed0/version_0 ") and lines[5].startswith("cut/version_0 ")
+    assert lines[4].startswith("rep_seed0 ") and lines[5].startswith("cut ")
     assert "damaged" in lines[5]
     for title, text in (("state", "finished"), ("tested at", "50 %"), ("folder", "rep_seed1")):
         assert header.index(title) == lines[3].index(text)
@@ -218,7 +218,7 @@ def test_the_table_fits_into_a_narrow_terminal(tmp_path: Path, capsys: Captured,
         lines = capsys.readouterr().out.splitlines()
         assert max(map(len, lines[:-3])) <= 100
         heads = " ".join(lines[1:3]).split("─")[0].split()
-        assert {"folder", "method", "train", "validation", "test", "state"} <= set(heads)
+        assert {"folder", "validation", "test", "state"} <= set(heads) and not {"method", "train"} & set(heads)
         assert ("dataset" in heads) is (task == "food101")
         assert "".join("".join(lines).split()).count("long_") >= 1 and "epochs" in "".join(lines)
 
@@ -234,9 +234,10 @@ def test_undefined_figures_and_baselines_are_shown_as_such(tmp_path: Path, capsy
     for order in ("test", "-test"):
         assert call("runs", f"log_dir={tmp_path}", f"runs_sort={order}") == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[1].split()[:3] == ["folder", "method", "dataset"]
-        assert lines[5].split()[0] == "b/version_0" and "undefined" in lines[5]
+        assert lines[1].split()[:3] == ["folder", "dataset", "validation"]
+        assert lines[5].split()[0] == "b" and "undefined" in lines[5]
         assert "  always Drama: f1_macro 0.1893 (mmimdb)" in lines
+        assert "all 3 runs: method rep, train 70 % both, state finished, folder …/version_0" in lines
     assert [row["test"] for row in csv_of(tmp_path / "runs.csv")] == ["0.6", "0.3", ""]
 
 
@@ -246,9 +247,10 @@ def test_a_run_that_repeats_a_seed_says_so(tmp_path: Path) -> None:
     assert [row.note for row in list_runs(tmp_path)] == ["repeats a/version_1", ""]
 
 
-def test_an_empty_folder_gives_an_empty_table(tmp_path: Path, capsys: Captured) -> None:
+def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: Captured) -> None:
     assert call("runs", f"log_dir={tmp_path}") == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("folder  method")
+    assert capsys.readouterr().out.splitlines()[1] == f"no runs below {tmp_path}"
+    assert csv_of(tmp_path / "runs.csv") == []
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,20 @@ def test_long_words_are_broken_where_they_have_parts(monkeypatch: Patch) -> None
     assert folders == ("search/trial_", "10_seed0/", "version_0") and methods == ("none", "head=linear_", "by_type")
 
 
+def test_words_are_broken_only_where_folding_between_them_is_not_enough(monkeypatch: Patch) -> None:
+    """The column with the most text is not made narrower at the cost of words in the others."""
+    monkeypatch.setenv("COLUMNS", "40")
+    row = ["sweep/sweep_both_0.7_seed0", "2026-11-27 05:49", "finished", "0.0985"]
+    lines = terminal_table(("folder", "date", "state", "test"), [row], "<<<>").splitlines()[2:]
+    assert [line.split() for line in lines] == [
+        ["sweep/", "2026-11-27", "finished", "0.0985"],
+        ["sweep_", "05:49"],
+        ["both_"],
+        ["0.7_"],
+        ["seed0"],
+    ]
+
+
 def test_a_table_of_too_many_columns_begins_again_below_itself(monkeypatch: Patch) -> None:
     heads, figures = ["missing", "", *"abcde"], [f"0.{number}234 ± 0.0000" for number in range(5)]
     monkeypatch.setenv("COLUMNS", "60")

@@ -1,5 +1,6 @@
 """Words of other libraries' errors, and of values that are not what was expected, to put into our errors."""
 
+import difflib
 import re
 import reprlib
 from collections.abc import Sequence
@@ -21,6 +22,13 @@ def quoted(value: object) -> str:
 def listed(names: Sequence[object]) -> str:
     """Names as Python writes them, with commas between them, of many the first ten; `nothing` where there are none."""
     return ", ".join([*map(quoted, names[:10]), *(["…"] if len(names) > 10 else [])]) or "nothing"
+
+
+def near(word: object, known: Sequence[str]) -> str:
+    """`; did you mean NAME?` with the name of `known` that begins with `word`, or is most like it, if there is one."""
+    begun = [name for name in known if word and name.startswith(str(word))]
+    found = begun or difflib.get_close_matches(str(word), known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def first_line(error: BaseException) -> str:

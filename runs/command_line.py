@@ -5,16 +5,15 @@ as Python writes it (`sweep_ratios=[0.5,0.9]`), and what Python does not underst
 """
 
 import argparse
-import difflib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from common.errors import ConfigError, DataError
-from common.messages import quoted
+from common.messages import near, quoted
 from common.readers import literal, may_be_path, unquoted, wrong
 from common.strict_json import read_json
 from config import DEFAULTS, NAMED_CONFIGS, OPTIONS, SEED, Options
@@ -96,8 +95,10 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
             example = f"as in `run.py with {found.command}`, " if an_option else ""
             raise ConfigError(
                 f"{quoted(found.command)}: expected `with` before options, {example}or one of the commands "
-                f"{', '.join(commands)}{_near(found.command, ['with', *commands])}"
+                f"{', '.join(commands)}{near(found.command, ['with', *commands])}"
             )
+    if found.help:
+        return found
     if found.record is not None and getattr(commands[found.command], "unobserved", False):
         raise ConfigError(f"-F: {found.command} has nothing to record; leave it out")
     if rest and rest[0] != "with":
@@ -146,7 +147,7 @@ def _take_config(word: str, before: str, found: CommandLine) -> None:
         raise ConfigError(f"{word}: a named config of ViLT, whose tasks and model are not here; leave it out")
     if not word.endswith(".json"):
         shown = f"{before} {word}" if "=" in before else word
-        example = f", as in {word}={DEFAULTS[word] or 'VALUE'}" if word in OPTIONS else _near(word, NAMED_CONFIGS)
+        example = f", as in {word}={DEFAULTS[word] or 'VALUE'}" if word in OPTIONS else near(word, [*NAMED_CONFIGS])
         raise ConfigError(
             f"{shown}: expected name=value without blanks in it or around = (or all of it in quotes), a named config "
             f"or a .json file{example}"
@@ -199,13 +200,10 @@ def _known(name: str, where: str = "") -> str:
 
 def unknown_option(name: str) -> ConfigError:
     """The error for an option that does not exist, with the nearest that does."""
-    hint = f"; did you mean {MEANT[name]}?" if name in MEANT else _near(name, OPTIONS)
+    dictionaries = {option: default for option, default in DEFAULTS.items() if isinstance(default, dict)}
+    entries = [f"{option}.{entry}" for option, default in dictionaries.items() for entry in default]
+    hint = f"; did you mean {MEANT[name]}?" if name in MEANT else near(name, [*OPTIONS, *entries])
     return ConfigError(f"unknown option {name}{hint} (`python run.py print_config` shows all)")
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 # Values

@@ -37,9 +37,9 @@ def help_on(command: str | None, commands: Mapping[str, Callable[..., Any]], abo
     """What a command is for and all that it takes; of none, which commands there are."""
     if command is None:
         lines = [
-            about.strip(),
+            *_wrapped(about),
             "",
-            "Commands (`run.py COMMAND --help` shows its options; `run.py main --help` those of a run):",
+            *_wrapped("Commands (`run.py COMMAND --help` shows its options; `run.py main --help` those of a run):"),
             "",
         ]
         for name, function in ((name, function) for name, function in commands.items() if name != MAIN):
@@ -47,9 +47,9 @@ def help_on(command: str | None, commands: Mapping[str, Callable[..., Any]], abo
         lines += ["", "Flags:", "", *(line for flag, text in FLAGS.items() for line in _entry(flag, text))]
         return "\n".join([*lines, "", *_configs()])
     lines = [
-        f"python run.py {command} with name=value …",
+        f"python run.py {'' if command == MAIN else f'{command} '}with name=value …",
         "",
-        *textwrap.wrap(inspect.getdoc(commands[command]) or "", 100),
+        *_wrapped(inspect.getdoc(commands[command]) or ""),
     ]
     own = [name for name, option in OPTIONS.items() if command in option.help.partition(":")[0].split(", ")]
     lines += ["", *_options(own)]
@@ -74,10 +74,18 @@ def _options(names: Sequence[str]) -> list[str]:
 
 def _entry(name: str, text: str) -> list[str]:
     """A name with what is said of it, on lines of its own where the name is long."""
-    width, column = min(100, shutil.get_terminal_size((100, 24)).columns), 28
-    lines = textwrap.wrap(text, max(20, width - column)) or [""]
+    column = 28
+    lines = textwrap.wrap(text, max(20, _width() - column)) or [""]
     first = [f"  {name:<{column - 3}} {lines.pop(0)}"] if len(name) < column - 2 else [f"  {name}"]
     return [*first, *(" " * column + line for line in lines)]
+
+
+def _wrapped(text: str) -> list[str]:
+    return [part for line in text.strip().splitlines() for part in textwrap.wrap(line, _width()) or [""]]
+
+
+def _width() -> int:
+    return min(100, shutil.get_terminal_size((100, 24)).columns)
 
 
 def described_options(config: Mapping[str, Any]) -> str:

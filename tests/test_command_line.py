@@ -193,7 +193,10 @@ WRONG = {
     "with task_finetune_vqa_randaug": ("task_finetune_vqa_randaug", "ViLT"),
     "with prompt_length=9": ("prompt_length", "memory_length", "prompt_type"),
     "with seed.x=1": ("unknown option seed.x",),
-    "with missing_ratio.tran=1": ("unknown option missing_ratio.tran",),
+    "with missing_ratio.tran=1": ("unknown option missing_ratio.tran;", "missing_ratio.train?"),
+    "with prompt_type=map": ("prompt_type", "found 'map'", "did you mean map_input?"),
+    "with prompt_type=mpl": ("prompt_type", "did you mean mplmm?"),
+    "with task=mimdb": ("task", "did you mean mmimdb?"),
     "with task_finetune_mmimd": ("task_finetune_mmimdb?",),
     "with nowhere.json": ("nowhere.json", "no file"),
     "with seed=4294967296": ("seed", "4294967295"),
@@ -211,13 +214,16 @@ def test_what_is_nearly_right_is_one_line_with_a_hint(line, capsys, tmp_path, mo
 
 
 @pytest.mark.parametrize("command", EX.commands)
-@pytest.mark.parametrize("words", [["{}", "--help"], ["{}", "with", "seed=1", "-h"]])
-def test_help_on_a_command_has_its_options(command: str, words: list[str], capsys: Captured) -> None:
+@pytest.mark.parametrize("words", [["{}", "--help"], ["{}", "with", "seed=1", "-h"], ["{}", "-h", "seed"]])
+def test_help_on_a_command_has_its_options(
+    command: str, words: list[str], capsys: Captured, monkeypatch: Patch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
     assert command_line(["run.py", *(word.format(command) for word in words)]) == 0
     shown = capsys.readouterr().out
     own = [name for name, option in OPTIONS.items() if option.help.startswith(f"{command}: ")]
     assert all(re.search(rf"^  {name}=", shown, re.MULTILINE) for name in own)
     others = {"predict": "load_path", "sweep": "learning_rate", "robustness": "load_path"}
     others |= dict.fromkeys(("main", "doctor", "features"), "vit=")
-    assert others.get(command, "") in shown and max(map(len, shown.splitlines())) <= 100
+    assert others.get(command, "") in shown and max(map(len, shown.splitlines())) <= 90
     assert "sweep_seeds" in shown if command == "sweep" else "sweep_seeds" not in shown

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+
 from common.errors import BackboneError
 from common.messages import first_line
 
@@ -24,7 +27,11 @@ def read_pretrained(option: str, source: str, read: Callable[[bool], T], what: s
     is_folder, reason = Path(source).is_dir(), ""
     for local_files_only in (True,) if is_folder else (True, False):  # the cache first: no network where it suffices
         try:
+            if not local_files_only:
+                HfApi().file_exists(source, "config.json")  # fails at once without a network; `read` would retry
             return read(local_files_only)
+        except HFValidationError as error:
+            raise BackboneError(f"{option}: expected {what}, found no file or folder of that name") from error
         except Exception as error:  # on damaged folders: pickle's, ImportError, KeyError, and classes of its own
             reason = first_line(error)
     name = option.partition("=")[0]

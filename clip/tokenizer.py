@@ -145,11 +145,8 @@ def byte_characters() -> list[str]:
 
 def _from_hugging_face(source: str) -> ClipTokenizer:
     from transformers import CLIPTokenizer  # seconds to import; only needed here
-    from transformers.utils import cached_file
 
     def read(local_files_only: bool) -> ClipTokenizer:
-        if not local_files_only:
-            cached_file(source, "vocab.json")  # without a network, fails once and not for each of six files
         tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=local_files_only)
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
         if len(model["vocab"]) <= len(tokenizer.all_special_tokens):  # what transformers makes where no files are

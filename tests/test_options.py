@@ -82,6 +82,7 @@ WRONG = {
     "finetune_first=True": "finetune_first: expected a checkpoint to start from in load_path",
     "task=imagenet": "task: expected mmimdb or food101 or hatememes or mosi",
     "tokenizer=nowhere": "tokenizer=nowhere: not readable as a CLIP tokenizer",
+    "tokenizer=/no/where": "tokenizer=/no/where: expected a CLIP tokenizer (a Hugging Face folder",
     "": "error: no task: expected one of task_finetune_mmimdb, task_finetune_food101",
     **({} if torch.cuda.is_available() else {"precision=16": "precision: expected 32 or bf16, found 16"}),
 }

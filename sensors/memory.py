@@ -11,9 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip.modules.clip_dynamic_memory import DYNAMIC_STD, RDN, RESIDUAL_ALPHA, mean_tokens, unit_rows
+from clip.modules.clip_dynamic_memory import (
+    DYNAMIC_STD,
+    RDN,
+    RESIDUAL_ALPHA,
+    chained,
+    mean_tokens,
+    read_dynamic,
+    rows_to_compute,
+    unit_rows,
+)
 from clip.modules.interfaces import ModelInput, Place, TowerSlots, zero_of
-from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, without
+from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, of_missing_type, without
+from clip.modules.vision_transformer_memory import Attention
 from vilt.missing_types import is_missing
 
 PRIVATE_NOISE = COMMON_NOISE = 0.2
@@ -84,7 +94,7 @@ class SensorMemoryLearner(Method):
             places, lambda: nn.ModuleList(RDN(joint, C, hidden=C) for _ in range(depth))
         )
         self.common_memory_projection = _by_modality(places, lambda: RDN(C, C, hidden=C))
-        self.attn_memory = _by_modality(places, lambda: nn.MultiheadAttention(C, 1, batch_first=True))
+        self.attn_memory = _by_modality(places, lambda: Attention(C, heads=1))
         self.memories_dynamic = nn.ModuleDict(
             {
                 name: nn.ParameterDict(
@@ -113,41 +123,24 @@ class SensorMemoryLearner(Method):
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         """Private, shared and dynamic slots of every sample, in training each with dropout masks of its own."""
-        type_B = batch.missing_type_B
-        if self.training:
-            type_R, row_B = type_B, torch.arange(len(type_B), device=type_B.device)
-        else:  # private and shared slots follow from the pattern
-            type_R = torch.tensor(batch.types, device=type_B.device)
-            row_B = torch.searchsorted(type_R, type_B)
-        chain = self._chain(batch, type_R)
+        type_R, row_B = rows_to_compute(batch, self.training)
+        start = {name: self._start(name, batch, type_R) for name in self.modalities}
+        private = chained(self, start, self.residual_alpha if self.options.far else None, joint=".")
+        common_BmC = of_missing_type([self.common_memory[pattern] for pattern in self.patterns], batch)
+        if self.options.fmb and self.dynamic_common_token_net is not None:
+            common_BmC = common_BmC + self.dynamic_common_token_net(mean_tokens(batch, tokens, self.places))[:, None]
         slots = {}
-        common_BmC = self._common(batch, tokens, type_R, row_B)
         for name in self.modalities:
-            private = [v_RmC[row_B] for v_RmC in chain[name]]
-            shared = [] if common_BmC is None else [self.common_memory_projection[name](common_BmC)]
-            replay = self.replay[name] if self.replay is not None else None
+            shared = [self.common_memory_projection[name](common_BmC)] if self.options.fmb else []
+            attention, replay = self.attn_memory[name], None if self.replay is None else self.replay[name]
+            assert isinstance(attention, Attention)
             slots[name] = TowerSlots(
-                private,
+                [v_RmC[row_B] for v_RmC in private[name]],
                 shared,
-                self._dynamic(batch, name, tokens),
+                read_dynamic(attention, self._queries(name, batch), batch, name, tokens),
                 replay=replay.of_each_block() if isinstance(replay, StageReplay) else (),
             )
         return slots
-
-    def _chain(self, batch: ModelInput, type_R: Tensor) -> dict[str, list[Tensor]]:
-        """v_0 to v_{D-1} of each modality, (R, m, C), from those of all."""
-        v = {name: self._start(name, batch, type_R) for name in self.modalities}
-        found: dict[str, list[Tensor]] = {name: [] for name in self.modalities}
-        for k in range(self.options.memory_depth):
-            joint = torch.cat([v[name] for name in self.modalities], dim=-1)
-            for name, of_modality in found.items():
-                norm, project = self.layernorm[name], self.compound_memory_projections[name]
-                new = project[k](norm[k](joint))  # type: ignore[index]
-                if k > 0 and self.options.far:
-                    new = torch.lerp(v[name], new, self.residual_alpha)
-                of_modality.append(new)
-            v = {name: of_modality[-1] for name, of_modality in found.items()}
-        return found
 
     def _start(self, name: str, batch: ModelInput, type_R: Tensor) -> Tensor:
         """(R, m, C): the private slots of what has the modality, and what lacks it; of neither a gradient if unused."""
@@ -158,33 +151,9 @@ class SensorMemoryLearner(Method):
         both = torch.stack([complete.detach() if all(lost) else complete, missing if any(lost) else missing.detach()])
         return both[is_missing(self.modalities, name, type_R).long()]
 
-    def _common(self, batch: ModelInput, tokens: Mapping[str, Tensor], type_R: Tensor, row_B: Tensor) -> Tensor | None:
-        """(B, m, C): the common memory of each sample's pattern."""
-        if not self.options.fmb:
-            return None
-        common_RmC = self._of_pattern(self.common_memory, batch)[type_R]
-        common_BmC = common_RmC[row_B]
-        if self.dynamic_common_token_net is not None:
-            mean_BX = mean_tokens(batch, tokens, self.places)
-            common_BmC = common_BmC + self.dynamic_common_token_net(mean_BX)[:, None]
-        return common_BmC
-
-    def _dynamic(self, batch: ModelInput, name: str, tokens: Mapping[str, Tensor]) -> Tensor:
-        """(B, m, C), read from the tokens; zero for samples without the modality."""
-        queries, attention = self.memories_dynamic[name], self.attn_memory[name]
-        assert isinstance(attention, nn.MultiheadAttention)
-        queries_TmC = self._of_pattern(queries, batch)
-        if name not in tokens:
-            zero = zero_of(attention.parameters(), queries_TmC.device)
-            return zero.expand(len(batch.present_BM), *queries_TmC.shape[1:])
-        with torch.autocast(queries_TmC.device.type, enabled=False):
-            query_bmC = queries_TmC[batch.missing_type_B[batch.rows[name]]]
-            read_bmC = _read(attention, query_bmC, tokens[name])
-        return batch.to_all_samples(name, read_bmC)
-
-    def _of_pattern(self, slots: nn.Module, batch: ModelInput) -> Tensor:
-        """(T, m, C) by missing type; without gradient for those that do not occur, 0 where a modality has none."""
-        of_pattern = dict(slots.named_parameters())
+    def _queries(self, name: str, batch: ModelInput) -> Tensor:
+        """(T, m, C) by missing type; without gradient for those that do not occur, 0 where the modality is missing."""
+        of_pattern = dict(self.memories_dynamic[name].named_parameters())
         zero = torch.zeros_like(next(iter(of_pattern.values())))
         found = [of_pattern.get(pattern, zero) for pattern in self.patterns]
         return torch.stack([x if code in batch.types else x.detach() for code, x in enumerate(found)])
@@ -212,19 +181,6 @@ class SensorMemoryLearner(Method):
             modules = ("private_memory_missing", "common_memory", "common_memory_projection")
             unused += [parameter for name in modules for parameter in self.get_submodule(name).parameters()]
         return {METHOD: without(self.parameters(), unused), UNUSED: unused}
-
-
-def _read(attention: nn.MultiheadAttention, query_bmC: Tensor, tokens_bLC: Tensor) -> Tensor:
-    """What an attention of one head gives for few queries: these and what is read are projected, not all tokens.
-
-    The bias of the keys adds the same to all products of a query, and is left out.
-    """
-    of_query, of_key, of_value = attention.in_proj_weight.chunk(3)
-    query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
-    key_bmC = F.linear(query_bmC, of_query, query_bias) @ of_key * query_bmC.shape[-1] ** -0.5
-    weights_bmL = (key_bmC @ tokens_bLC.transpose(1, 2)).softmax(dim=-1)
-    read_bmC: Tensor = attention.out_proj(F.linear(weights_bmL @ tokens_bLC, of_value, value_bias))
-    return read_bmC
 
 
 def _by_modality(modalities: Mapping[str, Place], make: Callable[[], nn.Module]) -> nn.ModuleDict:

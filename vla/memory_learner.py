@@ -2,7 +2,7 @@
 
 No code or equation for it is published. The slots are those of REP on CLIP, for three towers.
 
-Shape suffixes: B samples, n rows of slots (types or samples), m slots of one group, w width of a tower.
+Shape suffixes: B samples, R samples or missing types, m slots of one group, w width of a tower.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip.modules.clip_dynamic_memory import DYNAMIC_STD, RDN, RESIDUAL_ALPHA, LayerReplay, decoupling_loss
+from clip.modules.clip_dynamic_memory import (
+    DYNAMIC_STD,
+    RDN,
+    RESIDUAL_ALPHA,
+    LayerReplay,
+    chained,
+    decoupling_loss,
+    rows_to_compute,
+)
 from clip.modules.interfaces import ModelInput, Place, TowerSlots
 from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, without
 from vilt.missing_types import is_missing
@@ -55,30 +63,21 @@ class VlaMemoryLearner(Method):
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         """The slots of every sample; without dropout private and shared ones are computed once for each type."""
-        type_B = batch.missing_type_B
-        type_n, row_B = type_B, None
-        if not self.training:
-            type_n = torch.tensor(batch.types, device=type_B.device)
-            row_B = torch.searchsorted(type_n, type_B)
-        mode_of_type = torch.tensor(MODE_OF_TYPE, device=type_B.device)
-
-        def of_samples(slots_nmw: Tensor) -> Tensor:
-            return slots_nmw if row_B is None else slots_nmw[row_B]
-
-        private = {letter: [of_samples(x) for x in layers] for letter, layers in self._private(type_n).items()}
+        type_R, row_B = rows_to_compute(batch, self.training)
+        mode_B = torch.tensor(MODE_OF_TYPE, device=type_R.device)[batch.missing_type_B]
+        private = {letter: [x[row_B] for x in layers] for letter, layers in self._private(type_R).items()}
         shared: dict[str, list[Tensor]] = {letter: [] for letter in private}
         if self.options.fmb:
-            common = self.common_memory[mode_of_type[type_n]]
+            common_Bmw = self.common_memory[mode_B]
             if self.options.dynamic_init:
                 has = zip(LETTERS, batch.present_BM.T, strict=True)
                 mean = [tokens[name].mean(dim=1) * has_B[:, None] for name, has_B in has]
-                common = of_samples(common) + self.dynamic_common_token_net(torch.cat(mean, dim=-1))[:, None]
+                common_Bmw = common_Bmw + self.dynamic_common_token_net(torch.cat(mean, dim=-1))[:, None]
             for letter in shared:
-                slots = self.get_submodule(f"common_memory_projection_{letter}")(common)
-                shared[letter] = [slots if self.options.dynamic_init else of_samples(slots)]
+                shared[letter] = [self.get_submodule(f"common_memory_projection_{letter}")(common_Bmw)]
         found = {}
         for name, letter in LETTERS.items():
-            queries_BmD = self.get_parameter(f"dynamic_queries_{letter}")[mode_of_type[type_B]]
+            queries_BmD = self.get_parameter(f"dynamic_queries_{letter}")[mode_B]
             dynamic = self.get_submodule(f"attn_memory_{letter}")(queries_BmD, tokens[name])
             replay = []
             if self.options.replay_depth:
@@ -88,23 +87,13 @@ class VlaMemoryLearner(Method):
             found[name] = TowerSlots(private[letter], shared[letter], dynamic, replay=replay)
         return found
 
-    def _private(self, type_n: Tensor) -> dict[str, list[Tensor]]:
-        """By letter, slots (n, m, w) of each layer of the memory depth."""
-        chain = {}
+    def _private(self, type_R: Tensor) -> dict[str, list[Tensor]]:
+        """By letter, slots (R, m, w) of each layer of the memory depth."""
+        start = {}
         for name, letter in LETTERS.items():
-            lacking = is_missing(LETTERS, name, type_n).long() if self.options.fmb else torch.zeros_like(type_n)
-            chain[letter] = self.get_parameter(f"memory_start_{letter}")[lacking]
-        layers: dict[str, list[Tensor]] = {letter: [] for letter in chain}
-        for k in range(self.options.memory_depth):
-            joined = torch.cat(list(chain.values()), dim=-1)
-            for letter, before in chain.items():
-                norm = self.get_submodule(f"layernorm_{letter}.{k}")
-                slots = self.get_submodule(f"compound_memory_projections_{letter}.{k}")(norm(joined))
-                if k > 0 and self.options.far:  # the residual bypass
-                    slots = torch.lerp(before, slots, self.residual_alpha)
-                layers[letter].append(slots)
-            chain = {letter: of_letter[-1] for letter, of_letter in layers.items()}
-        return layers
+            lacking = is_missing(LETTERS, name, type_R).long() if self.options.fmb else torch.zeros_like(type_R)
+            start[letter] = self.get_parameter(f"memory_start_{letter}")[lacking]
+        return chained(self, start, self.residual_alpha if self.options.far else None)
 
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor

@@ -1,7 +1,7 @@
 """REP's memory learner (docs/method.md sections 2, 3 and 7).
 
-Shape suffixes: B samples, b samples with a modality, L sequence, m slots of one group, D width of a tower, V widths of
-both towers together, E joint embedding width, P private and shared slots.
+Shape suffixes: B samples, b samples with a modality, R samples or missing types, T missing types, L sequence, m slots
+of one group, D width of a tower, V widths of all towers, E joint embedding width, P private and shared slots.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -66,25 +66,51 @@ class DynamicSlots(nn.Module):
             self.register_buffer(f"queries_{available}", DYNAMIC_STD * torch.randn(slots, 1, place.width))
 
     def forward(self, batch: ModelInput, modality: str, tokens: Mapping[str, Tensor]) -> Tensor:
-        """(B, m, D) of `tokens` by modality, all of them; zero for samples without the modality."""
-        queries_3mD = torch.stack([self.get_buffer(f"queries_{available}").squeeze(1) for available in AVAILABLE])
-        if modality not in tokens:
-            zero = zero_of(self.attention.parameters(), queries_3mD.device)
-            return zero.expand(len(batch.present_BM), *queries_3mD.shape[1:])
-        type_b = batch.missing_type_B[batch.samples_of(modality)]
-        with torch.autocast(queries_3mD.device.type, enabled=False):
-            return batch.to_all_samples(modality, self._read(queries_3mD, type_b, tokens[modality]))
+        """See `read_dynamic`."""
+        queries_TmD = torch.stack([self.get_buffer(f"queries_{available}").squeeze(1) for available in AVAILABLE])
+        return read_dynamic(self.attention, queries_TmD, batch, modality, tokens)
 
-    def _read(self, queries_3mD: Tensor, type_b: Tensor, tokens_bLD: Tensor) -> Tensor:
-        """What `Attention` gives with one head, whose key and value matrices the few queries meet, not the many tokens.
 
-        A score is q·(K x + k) = (Kᵀq)·x + q·k, of which the softmax drops the last term; weights add up to 1, so that
-        the mean of V x + v is V times the mean of x, plus v.
-        """
-        (Q, K, V), (q, _, v) = (self.attention.in_proj_weight.chunk(3), self.attention.in_proj_bias.chunk(3))
-        reading_3mD = F.linear(queries_3mD, Q, q) @ K / K.shape[1] ** 0.5
-        weight_bmL = (reading_3mD.index_select(0, type_b) @ tokens_bLD.mT).softmax(dim=-1)
-        return self.attention.out_proj(F.linear(weight_bmL @ tokens_bLD, V, v))
+def read_dynamic(
+    attention: Attention, queries_TmD: Tensor, batch: ModelInput, modality: str, tokens: Mapping[str, Tensor]
+) -> Tensor:
+    """(B, m, D): what the queries of each sample's missing type read from its tokens, zero without the modality.
+
+    What `attention` gives with one head, whose key and value matrices the few queries meet, not the many tokens: a
+    score is q·(K x + k) = (Kᵀq)·x + q·k, of which the softmax drops the last term; weights add up to 1, so that the
+    mean of V x + v is V times the mean of x, plus v.
+    """
+    if modality not in tokens:
+        zero = zero_of(attention.parameters(), queries_TmD.device)
+        return zero.expand(len(batch.present_BM), *queries_TmD.shape[1:])
+    type_b, tokens_bLD = batch.missing_type_B[batch.samples_of(modality)], tokens[modality]
+    with torch.autocast(queries_TmD.device.type, enabled=False):
+        (Q, K, V), (q, _, v) = (attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))
+        reading_TmD = F.linear(queries_TmD, Q, q) @ K / K.shape[1] ** 0.5
+        weight_bmL = (reading_TmD.index_select(0, type_b) @ tokens_bLD.mT).softmax(dim=-1)
+        read_bmD = attention.out_proj(F.linear(weight_bmL @ tokens_bLD, V, v))
+        return batch.to_all_samples(modality, read_bmD)
+
+
+def chained(
+    method: Method, start: Mapping[str, Tensor], bypass: Tensor | None = None, kind: str = "memory", joint: str = "_"
+) -> dict[str, list[Tensor]]:
+    """By tower, the slots (R, m, D) of each block of the memory depth, from those of all towers one block before.
+
+    Args:
+        start: by tower, what those of the first block follow from.
+        bypass: from the second block on, the share of new slots in a mean with those before; None: they are new alone.
+        kind, joint: parts of the names of norms and projections.
+    """
+    before, found = start, {tower: list[Tensor]() for tower in start}
+    for k in range(method.options.memory_depth):
+        joined_RmV = torch.cat([*before.values()], dim=-1)
+        for tower, slots in found.items():
+            norm = method.get_submodule(f"layernorm{joint}{tower}.{k}")
+            new_RmD = method.get_submodule(f"compound_{kind}_projections{joint}{tower}.{k}")(norm(joined_RmV))
+            slots.append(new_RmD if k == 0 or bypass is None else torch.lerp(before[tower], new_RmD, bypass))
+        before = {tower: slots[-1] for tower, slots in found.items()}
+    return found
 
 
 class LayerReplay(nn.Module):
@@ -159,18 +185,8 @@ class MemoryLearner(Method):
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         """Private, shared and dynamic slots of every sample, in training each with dropout masks of its own."""
-        visual_BmD, text_BmD = self._start("visual", batch), self._start("text", batch)
-        private_image, private_text = [], []
-        for k in range(self.options.memory_depth):
-            pair_BmV = torch.cat([visual_BmD, text_BmD], dim=-1)
-            new_visual_BmD = self.compound_memory_projections_image[k](self.layernorm_image[k](pair_BmV))
-            new_text_BmD = self.compound_memory_projections_text[k](self.layernorm_text[k](pair_BmV))
-            if k > 0 and self.options.far:  # the residual bypass
-                new_visual_BmD = torch.lerp(visual_BmD, new_visual_BmD, self.residual_alpha)
-                new_text_BmD = torch.lerp(text_BmD, new_text_BmD, self.residual_alpha)
-            visual_BmD, text_BmD = new_visual_BmD, new_text_BmD
-            private_image.append(visual_BmD)
-            private_text.append(text_BmD)
+        start = {"image": self._start("visual", batch), "text": self._start("text", batch)}
+        private = chained(self, start, self.residual_alpha if self.options.far else None)
 
         shared_image, shared_text = [], []
         if self.options.fmb:
@@ -186,8 +202,8 @@ class MemoryLearner(Method):
             [] if replay is None else replay.of_each_block() for replay in (self.replay_image, self.replay_text)
         )
         return {
-            "image": TowerSlots(private_image, shared_image, dynamic["image"], replay=replay_image),
-            "text": TowerSlots(private_text, shared_text, dynamic["text"], replay=replay_text),
+            "image": TowerSlots(private["image"], shared_image, dynamic["image"], replay=replay_image),
+            "text": TowerSlots(private["text"], shared_text, dynamic["text"], replay=replay_text),
         }
 
     def _start(self, part: str, batch: ModelInput) -> Tensor:
@@ -216,6 +232,18 @@ class MemoryLearner(Method):
     def trains(self, task: str) -> tuple[str, ...]:
         """On Hateful Memes, the dynamic attention and the ends of the towers too (docs/method.md section 5)."""
         return (METHOD, DYNAMIC_ATTENTION, FINAL) if task == "hatememes" else (METHOD,)
+
+
+def rows_to_compute(batch: ModelInput, training: bool) -> tuple[Tensor, Tensor]:
+    """Missing types (R,) to compute slots for, and which of these rows (B,) each sample has.
+
+    In training each sample has its own, for dropout masks of its own; in evaluation each missing type that occurs.
+    """
+    type_B = batch.missing_type_B
+    if training:
+        return type_B, torch.arange(len(type_B), device=type_B.device)
+    type_R = torch.tensor(batch.types, device=type_B.device)
+    return type_R, torch.searchsorted(type_R, type_B)
 
 
 def decoupling_loss(slots: Mapping[str, TowerSlots], weight: float) -> dict[str, Tensor]:

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from clip.modules.clip_dynamic_memory import AVAILABLE, DYNAMIC_ATTENTION, START, DynamicSlots
+from clip.modules.clip_dynamic_memory import AVAILABLE, DYNAMIC_ATTENTION, START, DynamicSlots, chained
 from clip.modules.interfaces import ModelInput, Place, TowerSlots
 from clip.modules.method import METHOD, Method, MethodOptions, check_depth, of_missing_type, prompts, without
 from clip.modules.vision_transformer_memory import FINAL
@@ -42,19 +41,14 @@ class DeepCorrelatedPrompts(Method):
             of_missing_type([self.get_parameter(f"{part}_prompt_{name}") for name in names], batch)
             for part, names in START.items()
         )
-        image, text = [], []
-        for k in range(self.options.memory_depth):
-            pair_BmV = torch.cat([visual_BmD, text_BmD], dim=-1)
-            visual_BmD = self.compound_prompt_projections_image[k](self.layernorm_image[k](pair_BmV))
-            text_BmD = self.compound_prompt_projections_text[k](self.layernorm_text[k](pair_BmV))
-            image.append(visual_BmD)
-            text.append(text_BmD)
+        start = {"image": visual_BmD, "text": text_BmD}
+        private = chained(self, start, kind="prompt")
         shared_image = self.common_prompt_projection_image(common_BmE)
         shared_text = self.common_prompt_projection_text(common_BmE)
         dynamic = {modality: read(batch, modality, tokens) for modality, read in self.dynamic.items()}
         return {
-            "image": TowerSlots(image, [shared_image], dynamic["image"]),
-            "text": TowerSlots(text, [shared_text], dynamic["text"]),
+            "image": TowerSlots(private["image"], [shared_image], dynamic["image"]),
+            "text": TowerSlots(private["text"], [shared_text], dynamic["text"]),
         }
 
     def parts(self) -> dict[str, list[nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""Recorded steps give what steps give; on a GPU with real graphs, elsewhere with a stand-in that computes again."""
+"""Recorded steps give what steps give; on a GPU with real graphs, elsewhere with a stand-in that repeats operations."""
 
 import logging
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clip.modules.classifier import MissingModalityClassifier
@@ -33,23 +34,46 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MIXES = ([0, 1, 2, 0] * 3, [0, 1, 2, 1] * 3, [0, 1, 2, 0] * 3, [1] * 12, [0, 1, 2, 0] * 3)
 
 
-def compute_again(run: Callable[[], Any], pool: Any, *, first: bool) -> tuple[Any, Callable[[], None]]:
-    """Stands in for `capture`: a replay computes and writes where the recording left its results."""
-    with torch.random.fork_rng():
+WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+"""What makes the host wait for a GPU."""
+
+
+class Tape(TorchDispatchMode):
+    """Stands in for a CUDA graph: keeps each operation with the tensors that it read and wrote, and does them again.
+
+    Nothing of Python runs in a replay, so what it decided, or computed itself, stays as it was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Any]]] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation.overloadpacket in WAITS:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        found = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, tree_leaves(found)))
+        return found
+
+    def replay(self) -> None:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for operation, args, kwargs, written in self.calls:
+                for old, new in zip(written, tree_leaves(operation(*args, **kwargs)), strict=True):
+                    if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                        old.copy_(new)
+
+
+def tape(run: Callable[[], Any], pool: Any, *, first: bool) -> tuple[Any, Callable[[], None]]:
+    """Stands in for `capture`."""
+    with torch.random.fork_rng(), Tape() as graph:
         outputs = run()
-
-    def replay() -> None:
-        for old, new in zip(tree_leaves(outputs), tree_leaves(run()), strict=True):
-            if old is not None:
-                old.copy_(new)
-
-    return outputs, replay
+    return outputs, graph.replay
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: Patch) -> torch.device:
     if request.param == "cpu":
-        monkeypatch.setattr(cuda_graphs, "capture", compute_again)
+        monkeypatch.setattr(cuda_graphs, "capture", tape)
     return torch.device(request.param)
 
 
@@ -129,7 +153,7 @@ def test_recorded_evaluations_give_the_same(device: torch.device) -> None:
 
 
 def test_what_samples_share_is_part_of_a_shape(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(cuda_graphs, "capture", compute_again)
+    monkeypatch.setattr(cuda_graphs, "capture", tape)
     evaluate = GraphedForward(lambda batch: next(iter(batch.source_of_B.values())), Recordings())
     batch = model_input(*tiny_batch(3), [0, 1, 2])
     for name in ("image", "text"):
@@ -194,7 +218,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: Patch, caplog: pytes
 
 
 def test_only_so_many_shapes_are_recorded(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(cuda_graphs, "capture", compute_again)
+    monkeypatch.setattr(cuda_graphs, "capture", tape)
     monkeypatch.setattr(cuda_graphs, "MOST", 2)
     classifier = tiny_classifier("hatememes", prompt_type="none").train()
     trained = [each for each in classifier.parameters() if each.requires_grad]

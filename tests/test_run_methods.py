@@ -10,18 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from clip.modules.dpl import DecoupledPrototypes
 from config import DEFAULTS
+from engine import cuda_graphs
 from engine.callbacks import Checkpoints
+from engine.cuda_graphs import STEPS, Forward, GraphedForward, GraphedSteps, Recordings, Step
 from engine.predict import load_model
 from run import command_line
 from runs.check_options import resolve
 from runs.training import fit_depths
-from tests.conftest import Captured, Workspace, json_of
+from tests.conftest import Captured, Patch, Workspace, json_of
 from tests.custom_files import read_arrow
-from tests.interrupted import differences
+from tests.interrupted import assert_same_end, differences
 from tests.models import TINY
+from tests.test_cuda_graphs import tape
 
 DESCRIBED = ("memory_depth=1", "replay_depth=1", "dynamic_init=True", "decoupling_weight=0.1")
 VARIANTS = {
@@ -89,6 +93,25 @@ def test_whole_texts_are_read_in_every_command(workspace: Workspace, tmp_path: P
         assert torch.allclose(torch.tensor(list(one.probabilities.values())), expected, atol=1e-6)
     assert command_line(workspace.command(f"load_path={best}", "test_only=True", "text_windows=1")) == 2
     assert "text_windows: 1 contradicts the checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_of_recorded_steps_ends_as_a_plain_one(workspace: Workspace, tmp_path: Path, monkeypatch: Patch) -> None:
+    """In every bit: what Python decides in a step, and validations among the steps, are as when each is computed."""
+    monkeypatch.setattr(cuda_graphs, "capture", tape)
+    recordings = Recordings()
+
+    def rounded(step: Step, forward: Forward, *_: Any) -> tuple[Step, Forward]:
+        return lambda batch, *rest: step(batch.rounded(), *rest), lambda batch: forward(batch.rounded())
+
+    def replayed(step: Step, forward: Forward, model: nn.Module, *_: Any) -> tuple[Step, Forward]:
+        trained = [each for each in model.parameters() if each.requires_grad]
+        return GraphedSteps(step, trained, recordings), GraphedForward(forward, recordings)
+
+    for name, how in (("plain", rounded), ("replayed", replayed)):
+        monkeypatch.setattr("runs.training.recorded", how)
+        run(workspace, tmp_path, *DESCRIBED, "max_epoch=3", "missing_ratio=0", f"exp_name={name}")
+    assert not recordings.refused and len(recordings.by_shape[STEPS]) < 12
+    assert_same_end(*(tmp_path / f"{name}_seed0" / "version_0" for name in ("plain", "replayed")))
 
 
 @pytest.mark.parametrize("variant", ["described", "dpl", "aoept", "windows"])

@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 
 from benchmarks import sides
-from clip.backbone import Backbone
+from clip.backbone import FrozenWeights
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipBackbone
 from config import DEFAULTS
@@ -73,7 +73,7 @@ def seconds_of_epoch(folder: Path, name: str, **head: Any) -> float:
     )
     small = replace(sides.VIT_B16, vision_layers=1, text_layers=1)  # the towers are not run
     torch.manual_seed(0)
-    backbone = Backbone("random", small, ClipBackbone(small).state_dict(), "")
+    backbone = FrozenWeights("random", small, ClipBackbone(small).state_dict())
     inputs = InputFormat(224, lambda texts: np.ones((len(texts), 77), dtype=np.int64), "ones")
     data = MissingModalityData(options.data_settings(), options.splits, inputs)
 

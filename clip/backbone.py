@@ -11,6 +11,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ WRAPPED_NAMES = {**{rf"_orig_mod\.{'(?:)' * n}": "" for n in range(4)}, r"^(?:mo
 
 
 @dataclass(frozen=True)
-class Backbone:
+class FrozenWeights:
     """Frozen weights."""
 
     name: str
@@ -65,10 +66,17 @@ class Backbone:
     """The sizes, as the family describes them."""
     state: dict[str, Tensor]
     """float32 tensors; of CLIP `image_encoder.*`, `text_encoder.*`, `logit_scale`."""
-    sha256: str
-    """Of the weights' values, the same in whatever format they were read."""
     left: tuple[str, ...] = ()
     """Names of what its checkpoint holds too, and what is not taken over."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weights' names and values, the same in whatever format they were read."""
+        digest = hashlib.sha256()
+        for name in sorted(self.state):
+            digest.update(name.encode())
+            digest.update(self.state[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def load_into(self, model: nn.Module) -> None:
         """Copies the weights into a backbone of the same architecture, which may hold a method too."""
@@ -76,7 +84,7 @@ class Backbone:
         assert not unexpected, unexpected
 
 
-def load_backbone(vit: str, *, trust: bool = False, activation: str | None = None) -> Backbone:
+def load_backbone(vit: str, *, trust: bool = False, activation: str | None = None) -> FrozenWeights:
     """Reads the CLIP weights that `vit` names.
 
     Args:
@@ -110,8 +118,7 @@ def load_backbone(vit: str, *, trust: bool = False, activation: str | None = Non
             check_state(state, ClipBackbone(architecture).state_dict())
     except ValueError as error:
         raise BackboneError(f"vit={vit}: {error}") from error
-    state = {name: tensor.float() for name, tensor in state.items()}
-    return Backbone(vit, architecture, state, weights_sha256(state))
+    return FrozenWeights(vit, architecture, {name: tensor.float() for name, tensor in state.items()})
 
 
 def architecture_of(state: Mapping[str, Tensor], activation: str) -> ClipArchitecture:
@@ -314,12 +321,3 @@ def _activation(raw: Mapping[str, Tensor], open_clip: Mapping[str, Any], given: 
     if given is not None and given not in known:
         raise ValueError(f"expected vit_activation={' or '.join(known)}, as the file has it, found {given}")
     return stated or given or ""
-
-
-def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """Of names and values."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()

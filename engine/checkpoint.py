@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clip.backbone import Backbone, weights_sha256
+from clip.backbone import FrozenWeights
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.heads import LinearHead
 from clip.modules.method import UNUSED, MethodOptions
@@ -287,7 +287,7 @@ def _described_model(described: Any) -> dict[str, Any]:
 
 
 def restore_classifier(
-    checkpoint: Checkpoint, backbone: Backbone | None, published_seed: int = 0
+    checkpoint: Checkpoint, backbone: FrozenWeights | None, published_seed: int = 0
 ) -> MissingModalityClassifier:
     """The classifier that `checkpoint` holds.
 
@@ -318,7 +318,7 @@ def restore_classifier(
     return classifier
 
 
-def backbone_in(path: Path) -> Backbone | None:
+def backbone_in(path: Path) -> FrozenWeights | None:
     """The backbone in a checkpoint of ours that trained it; None where the file is none of ours.
 
     Raises:
@@ -332,7 +332,7 @@ def backbone_in(path: Path) -> Backbone | None:
     )
     model = restore_classifier(checkpoint, start).model
     state = {name: tensor for name, tensor in model.state_dict().items() if name in start.state}
-    return Backbone(str(path), checkpoint.spec.architecture, state, weights_sha256(state))
+    return FrozenWeights(str(path), checkpoint.spec.architecture, state)
 
 
 def is_ours(path: Path) -> bool:
@@ -341,7 +341,7 @@ def is_ours(path: Path) -> bool:
     return isinstance(raw, dict) and DESCRIPTION in raw
 
 
-def check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
+def check_backbone(checkpoint: Checkpoint, backbone: FrozenWeights) -> None:
     """Raises CheckpointError unless `backbone` is the one that the checkpoint was trained on."""
     theirs = {"sha256": checkpoint.backbone_sha256, **asdict(checkpoint.spec.architecture)}
     ours = {"sha256": backbone.sha256, **asdict(backbone.architecture)}

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clip.backbone import HUB_NAMES, load_backbone
-from clip.backbone import Backbone as FrozenWeights
+from clip.backbone import HUB_NAMES, FrozenWeights, load_backbone
 from clip.modules.interfaces import Backbone
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from clip.tokenizer import FILES, ClipTokenizer, load_tokenizer

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clip.backbone import Backbone as FrozenWeights
+from clip.backbone import FrozenWeights
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.interfaces import NO_SLOTS, Tower
 from clip.trainable import has_frozen_towers

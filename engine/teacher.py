@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 from tqdm import tqdm
 
-from clip.backbone import Backbone
+from clip.backbone import FrozenWeights
 from common.errors import ConfigError
 from common.hashing import file_sha256
 from engine.checkpoint import check_classes, read_checkpoint
@@ -35,7 +35,7 @@ def soft_labels(
     options: "Options",
     data: MissingModalityData,
     given: InputFormat,
-    backbone: Backbone,
+    backbone: FrozenWeights,
     device: torch.device,
 ) -> Tensor:
     """Probabilities (N, C) of the classes of every training sample.

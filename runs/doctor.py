@@ -23,7 +23,7 @@ import torch
 from packaging.requirements import Requirement
 from rich import filesize
 
-from clip.backbone import Backbone
+from clip.backbone import FrozenWeights
 from clip.tokenizer import ClipTokenizer
 from common.errors import CheckupError, ConfigError, DataError, UserError
 from common.messages import listed, quoted
@@ -109,7 +109,7 @@ class Doctor:
 
     options: Options
     given: set[str]
-    backbone: Backbone | None = None
+    backbone: FrozenWeights | None = None
     inputs: InputFormat | None = None
     datasets: dict[Split, ArrowDataset] = field(default_factory=dict)
     run_bytes: int = 2**30  # what the run leaves in its folder; a guess until a step was tried

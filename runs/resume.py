@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from clip.backbone import Backbone
+from clip.backbone import FrozenWeights
 from common.errors import CheckpointError, DataError, UserError
 from common.locks import locked
 from common.messages import first_line
@@ -166,7 +166,7 @@ def differing_options(there: ModelSpec, here: ModelSpec) -> str:
 def check_resume(
     checkpoint: Checkpoint,
     spec: ModelSpec,
-    backbone: Backbone,
+    backbone: FrozenWeights,
     fingerprint: str,
     dataset: ArrowDataset,
     contents: Mapping[str, str],

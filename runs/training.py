@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import move_data_to_device
 
-from clip.backbone import Backbone
+from clip.backbone import FrozenWeights
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.fused import PLAIN
 from clip.modules.method import Method
@@ -75,7 +75,7 @@ class Opened(NamedTuple):
     options: Options
     """Those given, with the backbone and the tokenizer of the checkpoint that it starts from, unless others are."""
     start: Checkpoint | None  # what `load_path` names
-    backbone: Backbone
+    backbone: FrozenWeights
     inputs: InputFormat
     data: MissingModalityData
     contents: dict[str, str]  # SHA-256 of all of it
@@ -276,7 +276,7 @@ def train_from(
         return test(options, trainer, module, data, checkpoint, folder, training)
 
 
-def list_names(path: Path, backbone: Backbone, classifier: MissingModalityClassifier) -> None:
+def list_names(path: Path, backbone: FrozenWeights, classifier: MissingModalityClassifier) -> None:
     """Writes the name of every entry that is taken over from a pretrained model, new, or left in its checkpoint."""
     names = [(name, name.removeprefix("model.") in backbone.state) for name in classifier.state_dict()]
     groups = {
@@ -322,7 +322,7 @@ def warm_start(
     classifier: MissingModalityClassifier,
     spec: ModelSpec,
     checkpoint: Checkpoint,
-    backbone: Backbone,
+    backbone: FrozenWeights,
     published_seed: int,
     *,
     with_head: bool,

@@ -94,15 +94,8 @@ def _second_derivatives(y: Tensor) -> Tensor:
     return torch.cat([2 * inner[:, :1] - inner[:, 1:2], inner, 2 * inner[:, -1:] - inner[:, -2:-1]], dim=1)
 
 
-def phase_shift(spectrum: Tensor, angle: float) -> Tensor:
-    """(B, 2c, I, S): every bin of a spectrum times e^{i·angle}; real and imaginary parts in turn."""
-    real, imaginary = spectrum.unflatten(1, (-1, 2)).unbind(dim=2)
-    cos, sin = math.cos(angle), math.sin(angle)
-    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=2).flatten(1, 2)
-
-
 def with_phase(x: Tensor, angle: float) -> Tensor:
-    """Signals whose spectrum is that of `x` with `phase_shift`; complex, since no signal of real numbers has it."""
+    """Signals whose spectrum is that of `x` times e^{i·angle}; complex, since no signal of real numbers has it."""
     return x * complex(math.cos(angle), math.sin(angle))
 
 

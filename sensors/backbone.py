@@ -140,12 +140,7 @@ def build(sizes: SensorSizes) -> SensorBackbone:
     return SwtBackbone(sizes) if sizes.network == SWT else DeepSenseBackbone(sizes)
 
 
-OURS_ALONE = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
-"""Endings of entries of published checkpoints that follow from sizes, or that nothing reads."""
-OF_LOCATIONS = ("mod_extractors.",)
-"""Beginnings of those that several locations would need."""
-
-
 def read_by_nothing(name: str) -> bool:
-    """Whether an entry of a published checkpoint matters to no output."""
-    return name.endswith(OURS_ALONE) or name.startswith(OF_LOCATIONS)
+    """Whether an entry of a published checkpoint follows from sizes, is for several locations, or is never read."""
+    endings = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
+    return name.endswith(endings) or name.startswith("mod_extractors.")

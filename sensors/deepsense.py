@@ -13,7 +13,6 @@ from sensors.spectra import spectrum
 
 DROPOUT = 0.2
 RECURRENT_LAYERS = 2
-BATCH_NORM_MOMENTUM, BATCH_NORM_EPS = 0.1, 1e-5
 
 
 class BatchNorm(nn.Module):
@@ -30,10 +29,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the same shape."""
-        statistics = self.running_mean, self.running_var
-        return F.batch_norm(
-            x, *statistics, self.weight, self.bias, self.training, BATCH_NORM_MOMENTUM, BATCH_NORM_EPS
-        )  # fmt: skip
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
 class Convolution(nn.Module):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip.modules.interfaces import Backbone, ModelInput, Place
-from clip.modules.method import EVERY_PART, METHOD, MethodOptions
-from clip.modules.no_prompts import NoPrompts
+from clip.modules.method import METHOD, MethodOptions
+from clip.modules.no_prompts import NoPrompts, WholeBackbone
 from clip.modules.registry import PRETRAINING
 from sensors.augmentations import CUTMIX_PROBABILITY, cut_box, draw_phases, draw_view, pasted
 from sensors.backbone import TOWERS, SensorBackbone
@@ -47,15 +47,11 @@ class Focal(NoPrompts):
         return (METHOD, TOWERS)
 
 
-class Supervised(NoPrompts):
-    """Everything is trained, on mixed samples, and on the SW-Transformer with shifted phases."""
+class Supervised(WholeBackbone):
+    """On mixed samples, and on the SW-Transformer with shifted phases."""
 
     betas = (0.9, 0.999)
     decays_all = True
-
-    def trains(self, task: str) -> tuple[str, ...]:
-        """Every part."""
-        return (EVERY_PART,)
 
     def augment(self, batch: ModelInput, labels: Tensor, n_classes: int) -> tuple[ModelInput, Tensor]:
         """Mixup, or cutmix, with one other sample for all modalities that both have; labels as they were mixed."""

@@ -38,11 +38,6 @@ class PatchEmbedding(nn.Module):
         tokens: Tensor = self.norm(self.proj(padded).flatten(2).transpose(1, 2))
         return tokens
 
-    def silence(self) -> Tensor:
-        """(C,): the token of a patch of zeros."""
-        silent: Tensor = self.norm(self.proj.bias)
-        return silent
-
 
 class WindowAttention(nn.Module):
     """Attention within windows; slots, if there are any, are in every window and see the complete grid.

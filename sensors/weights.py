@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip.backbone import Backbone as FrozenWeights
-from clip.backbone import weights_sha256
+from clip.backbone import FrozenWeights
 from common.errors import BackboneError, ConfigError
 from common.messages import first_line
 from common.records import record_of
@@ -96,7 +95,7 @@ def random_weights(sizes: SensorSizes, seed: int) -> FrozenWeights:
 def frozen(name: str, sizes: SensorSizes, state: Mapping[str, Tensor]) -> FrozenWeights:
     """Without what is trained anew."""
     kept = {entry: value for entry, value in state.items() if not entry.startswith(TRAINED_ANEW)}
-    return FrozenWeights(name, sizes, kept, weights_sha256(kept))
+    return FrozenWeights(name, sizes, kept)
 
 
 def silences(weights: FrozenWeights) -> dict[str, Tensor]:

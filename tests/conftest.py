@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from clip.backbone import Backbone
+    from clip.backbone import FrozenWeights
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits for it
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables would fold
@@ -106,7 +106,7 @@ def fitted(workspace: Workspace) -> Path:
 
 
 @pytest.fixture(scope="session")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> "Backbone":
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> "FrozenWeights":
     """A random CLIP of TINY size."""
     from clip.backbone import load_backbone
     from tests.backbones import random_hf_clip

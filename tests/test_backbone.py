@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from clip import backbone as backbone_module
-from clip.backbone import Backbone, architecture_of, load_backbone
+from clip.backbone import FrozenWeights, architecture_of, load_backbone
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipArchitecture, ClipBackbone
 from common.errors import BackboneError
@@ -54,7 +54,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny: Tiny) -> Backbone:
+def loaded(tiny: Tiny) -> FrozenWeights:
     return load_backbone(str(tiny.folder))
 
 
@@ -168,7 +168,7 @@ FORMATS: dict[str, Callable[[Tiny, Path], str]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_the_same_backbone(name: str, tiny: Tiny, loaded: Backbone, tmp_path: Path) -> None:
+def test_every_format_is_the_same_backbone(name: str, tiny: Tiny, loaded: FrozenWeights, tmp_path: Path) -> None:
     assert_same(load_backbone(FORMATS[name](tiny, tmp_path)), loaded, tiny)
 
 
@@ -179,7 +179,7 @@ def tower_name(name: str) -> str:
     return f"image_encoder.{name[7:]}" if name[:7] == "visual." else f"text_encoder.{name}"
 
 
-def assert_same(found: Backbone, loaded: Backbone, tiny: Tiny) -> None:
+def assert_same(found: FrozenWeights, loaded: FrozenWeights, tiny: Tiny) -> None:
     assert found.architecture == loaded.architecture == TINY
     assert found.sha256 == loaded.sha256
     assert found.state.keys() == loaded.state.keys() == set(map(tower_name, tiny.openai))
@@ -189,7 +189,7 @@ def assert_same(found: Backbone, loaded: Backbone, tiny: Tiny) -> None:
         assert torch.equal(tensor, tiny.openai[short]), name
 
 
-def test_hash_is_of_the_values(tiny: Tiny, loaded: Backbone, tmp_path: Path) -> None:
+def test_hash_is_of_the_values(tiny: Tiny, loaded: FrozenWeights, tmp_path: Path) -> None:
     value = torch.nextafter(tiny.openai["visual.ln_post.bias"], torch.tensor(9.0))
     other = openai_file(tiny, tmp_path / "other.pt", lambda state: {**state, "visual.ln_post.bias": value})
     assert load_backbone(other).sha256 != loaded.sha256
@@ -432,7 +432,7 @@ print(len(attempts))
 """
 
 
-def test_hub_names_with_and_without_a_cache(tiny: Tiny, loaded: Backbone, tmp_path: Path) -> None:
+def test_hub_names_with_and_without_a_cache(tiny: Tiny, loaded: FrozenWeights, tmp_path: Path) -> None:
     """A name in the cache asks no network; one that is not there is answered by what to do."""
     slow = SlowTokenizer(train_merges(SENTENCES[:1], 20))
     repository = tmp_path / "hub" / "models--openai--clip-vit-base-patch16"

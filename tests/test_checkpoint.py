@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip.backbone import Backbone, load_backbone
+from clip.backbone import FrozenWeights, load_backbone
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import MethodOptions
 from common.errors import CheckpointError, UserError
@@ -49,7 +49,7 @@ def spec_of(task: str) -> ModelSpec:
     return ModelSpec(task, MethodOptions("rep", 6, 2), TINY)
 
 
-def trained_classifier(task: str, backbone: Backbone, seed: int = 0) -> MissingModalityClassifier:
+def trained_classifier(task: str, backbone: FrozenWeights, seed: int = 0) -> MissingModalityClassifier:
     """On `backbone`, with everything that training moves moved."""
     torch.manual_seed(seed)
     classifier = build_classifier(spec_of(task))
@@ -61,7 +61,7 @@ def trained_classifier(task: str, backbone: Backbone, seed: int = 0) -> MissingM
     return classifier.eval()
 
 
-def content_of(classifier: MissingModalityClassifier, task: str, backbone: Backbone) -> dict[str, Any]:
+def content_of(classifier: MissingModalityClassifier, task: str, backbone: FrozenWeights) -> dict[str, Any]:
     return {
         "epoch": 3,
         "state_dict": kept_state(classifier),
@@ -84,7 +84,7 @@ def test_a_counter_is_kept_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
-def test_what_is_kept(task: str, backbone: Backbone) -> None:
+def test_what_is_kept(task: str, backbone: FrozenWeights) -> None:
     """The trained, the dynamic attention and its queries; not the frozen weights."""
     kept = kept_state(trained_classifier(task, backbone))
     frozen = {f"model.{name}" for name in backbone.state}
@@ -94,7 +94,7 @@ def test_what_is_kept(task: str, backbone: Backbone) -> None:
     assert {f"{task}_classifier.weight", "model.memory_learner.residual_alpha"} <= kept.keys()
 
 
-def test_names_of_older_checkpoints_are_read(backbone: Backbone, tmp_path: Path) -> None:
+def test_names_of_older_checkpoints_are_read(backbone: FrozenWeights, tmp_path: Path) -> None:
     """They have the dynamic slots in the towers, as published, and frozen values that fit into 16 bits in these."""
     classifier = trained_classifier("mmimdb", backbone)
     content = content_of(classifier, "mmimdb", backbone)
@@ -108,7 +108,7 @@ def test_names_of_older_checkpoints_are_read(backbone: Backbone, tmp_path: Path)
     assert torch.equal(logits_of(restored), logits_of(classifier))
 
 
-def test_another_backbone_is_refused(backbone: Backbone, tmp_path: Path) -> None:
+def test_another_backbone_is_refused(backbone: FrozenWeights, tmp_path: Path) -> None:
     torch.save(content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone), tmp_path / "best.ckpt")
     checkpoint = read_checkpoint(tmp_path / "best.ckpt")
     random_hf_clip(tmp_path / "other", seed=1)
@@ -161,7 +161,7 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c["rep"]["architecture"].update(text_layers=3), "text_layers .there 3, here 2"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: Change, problem: str, backbone: Backbone, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(change: Change, problem: str, backbone: FrozenWeights, tmp_path: Path) -> None:
     content = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone)
     change(content)
     path = tmp_path / "best.ckpt"
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused(change: Change, problem: str, backbone: Ba
     assert str(path) in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
 
 
-def test_a_refused_state_changes_nothing(backbone: Backbone) -> None:
+def test_a_refused_state_changes_nothing(backbone: FrozenWeights) -> None:
     classifier = trained_classifier("mmimdb", backbone)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     state = {name: torch.zeros_like(value) for name, value in kept_state(classifier).items()}
@@ -181,7 +181,7 @@ def test_a_refused_state_changes_nothing(backbone: Backbone) -> None:
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
 
-def test_files_that_are_no_checkpoints_are_refused(backbone: Backbone, tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoints_are_refused(backbone: FrozenWeights, tmp_path: Path) -> None:
     path = tmp_path / "best.ckpt"
     with pytest.raises(CheckpointError, match="no such file"):
         read_checkpoint(path)
@@ -207,7 +207,7 @@ ODD_TENSORS: dict[str, tuple[Tensor, str]] = {
 
 
 @pytest.mark.parametrize("kind", ODD_TENSORS)
-def test_weights_that_are_none_are_refused_by_name(kind: str, backbone: Backbone, tmp_path: Path) -> None:
+def test_weights_that_are_none_are_refused_by_name(kind: str, backbone: FrozenWeights, tmp_path: Path) -> None:
     tensor, found = ODD_TENSORS[kind]
     own, path = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone), tmp_path / "best.ckpt"
     for content in (own, {"state_dict": tiny_classifier().state_dict()}):  # the second as published
@@ -274,7 +274,7 @@ class Call:
         return self.call
 
 
-def test_code_is_refused_by_name(backbone: Backbone, tmp_path: Path) -> None:
+def test_code_is_refused_by_name(backbone: FrozenWeights, tmp_path: Path) -> None:
     marker, path = tmp_path / "marker", tmp_path / "bad.ckpt"
     content = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone)
     content["state_dict"]["code"] = Call(os.system, f"touch {marker}")

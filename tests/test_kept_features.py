@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clip.backbone import Backbone, weights_sha256
+from clip.backbone import FrozenWeights
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipBackbone, Transformer
@@ -40,13 +40,13 @@ def open_data(folder: Path, windows: int = 1, group: bool = False, **changes: An
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
+def backbone() -> FrozenWeights:
     torch.manual_seed(0)
     state = {name: value + 0.1 * torch.randn_like(value) for name, value in ClipBackbone(TINY).state_dict().items()}
-    return Backbone("random", TINY, state, weights_sha256(state))
+    return FrozenWeights("random", TINY, state)
 
 
-def keep(data: MissingModalityData, backbone: Backbone, precision: str = "32", **changes: Any) -> None:
+def keep(data: MissingModalityData, backbone: FrozenWeights, precision: str = "32", **changes: Any) -> None:
     keep_features(data, backbone, "tokenizer", precision, CPU, **changes)
 
 
@@ -109,7 +109,7 @@ def test_a_file_is_used_again_and_made_again_for_other_data_weights_or_precision
 
     monkeypatch.setattr(Transformer, "forward", counted)
 
-    def kept(backbone: Backbone = backbone, precision: str = "32") -> int:
+    def kept(backbone: FrozenWeights = backbone, precision: str = "32") -> int:
         """Inputs encoded."""
         passes.clear()
         keep(open_data(tmp_path), backbone, precision)
@@ -118,7 +118,7 @@ def test_a_file_is_used_again_and_made_again_for_other_data_weights_or_precision
     assert kept() == 3 * 21
     assert kept() == 0
     other = {name: value + 0.1 for name, value in backbone.state.items()}
-    assert kept(replace(backbone, state=other, sha256=weights_sha256(other))) == 3 * 21
+    assert kept(replace(backbone, state=other)) == 3 * 21
     assert kept(precision="bf16") == 3 * 21
     assert kept() == 0
     path = tmp_path / DATASETS["mmimdb"].file_name("val")
@@ -133,7 +133,7 @@ def test_a_file_is_used_again_and_made_again_for_other_data_weights_or_precision
     assert image.dtype == torch.float32 and image.shape == (10, TINY.embed_dim)
 
 
-def test_what_a_killed_run_has_kept_is_taken_up(tmp_path: Path, backbone: Backbone, monkeypatch: Patch) -> None:
+def test_what_a_killed_run_has_kept_is_taken_up(tmp_path: Path, backbone: FrozenWeights, monkeypatch: Patch) -> None:
     monkeypatch.setattr(kept_features, "PART", 4)
     monkeypatch.setattr(kept_features, "ROWS", 2)
     (tmp_path / "other").mkdir()

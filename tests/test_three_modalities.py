@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clip.backbone import Backbone as FrozenWeights
+from clip.backbone import FrozenWeights
 from clip.modules.interfaces import Backbone, ModelInput, Place, Tower, TowerSlots
 from clip.modules.method import Method, MethodOptions, of_missing_type
 from clip.modules.registry import METHODS
@@ -129,7 +129,7 @@ class SensorFamily(Family):
         sizes = SensorSizes(8, 5)
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            return FrozenWeights(str(choice.vit), sizes, self.build(sizes).state_dict(), "5" * 64)
+            return FrozenWeights(str(choice.vit), sizes, self.build(sizes).state_dict())
 
     def start_embeddings(self, weights: FrozenWeights, inputs: Any) -> dict[str, Tensor]:
         return {name: weights.state[f"of.{name}.into.bias"] for name in SENSORS.modalities}

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip.backbone import Backbone as FrozenWeights
-from clip.backbone import weights_sha256
+from clip.backbone import FrozenWeights
 from common.errors import BackboneError
 from vla.backbone import LETTERS, VlaArchitecture, VlaBackbone
 
@@ -42,7 +41,7 @@ def random_weights(architecture: VlaArchitecture, seed: int) -> FrozenWeights:
             state = VlaBackbone(architecture).state_dict()
         except ValueError as error:
             raise BackboneError(f"network: {error}") from error
-    return FrozenWeights(f"{RANDOM}:{seed}", architecture, state, weights_sha256(state))
+    return FrozenWeights(f"{RANDOM}:{seed}", architecture, state)
 
 
 def taken_over(name: str, state: Mapping[str, Tensor], theirs: VlaArchitecture, ours: VlaArchitecture) -> FrozenWeights:
@@ -59,7 +58,7 @@ def taken_over(name: str, state: Mapping[str, Tensor], theirs: VlaArchitecture, 
     own = {entry: state[f"model.{entry}"] for entry in of_backbone}
     left = tuple(entry for entry in state if entry.removeprefix("model.") not in of_backbone)
     architecture = replace(ours, **sizes, project_all=True)
-    return FrozenWeights(name, architecture, own, weights_sha256(own), left)
+    return FrozenWeights(name, architecture, own, left)
 
 
 def _default(size: str) -> int:

@@ -85,6 +85,8 @@ def measure(
         "metrics": list(task.metrics.measures),
         "offset": subject.offset,
         "other_input": list(subject.other_input),
+        "missing_tables": patterns[0][0].drawing,
+        "rows_before": [rows for *_, rows in patterns[0][0].after],
         "table_seeds": [pattern.seed for pattern in patterns[0]],
         "class_names": list(names),
         "cells": cells,

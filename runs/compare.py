@@ -26,8 +26,8 @@ from runs.lines import RunLine, lines_of
 from runs.pattern import Pattern
 from runs.run_reader import Run
 from runs.stored_results import logits_path, read_logits, read_robustness
-from vilt.datasets.specs import DatasetSpec
-from vilt.missing_tables import MissingPattern, load_missing_table
+from vilt.datasets.specs import SPLITS, DatasetSpec
+from vilt.missing_tables import NESTED, MissingPattern, behind_training, load_missing_table
 from vilt.missing_types import on_top, pattern_type
 
 log = logging.getLogger("rep")
@@ -42,7 +42,7 @@ class Settings:
     permutations: int
     types: tuple[str, ...] | None = None  # missing types to evaluate at; None for all
     ratios: tuple[float, ...] | None = None  # missing ratios; None for 0, 1, and that of the training
-    both_ratio: float = 0.5
+    both_ratio: float | None = None  # None for that of the training
     missing_table_root: Path | None = None
     """Where tables are kept; None for where the first run has them. Others are drawn, and not kept."""
 
@@ -96,6 +96,7 @@ class _Stored:
         assert results is not None and stored is not None
         self.run, self.split, self.test_set = run, stored.split, stored.test_set
         self.class_names: list[str] = results.raw["class_names"]
+        self.rows_before = results.rows_before
         if at_offset and results.offset is not None:
             self.split = replace(self.split, logits_TNC=self.split.logits_TNC.double() + results.offset)
 
@@ -127,13 +128,13 @@ def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = F
     with_logits = [run for run in runs if not run.is_evaluation and has_logits(run)]
     if at_offset:
         with_logits = [run for run in with_logits if (found := read_robustness(run)) and found.offset is not None]
-    by_pattern: dict[tuple[str, Pattern], list[RunLine[Run]]] = {}
+    by_pattern: dict[tuple[str, Pattern, str], list[RunLine[Run]]] = {}
     for line in lines_of(with_logits, lambda run: run):
         run = line.items[0]
-        by_pattern.setdefault((run.dataset, run.pattern), []).append(line)
+        by_pattern.setdefault((run.dataset, run.pattern, run.config.get("missing_tables", NESTED)), []).append(line)
     groups = [
         _group(dataset, trained_at, lines, settings, at_offset=at_offset)
-        for (dataset, trained_at), lines in by_pattern.items()
+        for (dataset, trained_at, _), lines in by_pattern.items()
         if len(lines) > 1
     ]
     corrected = iter(holm([each.difference.p for group in groups for each in group.comparisons]))
@@ -155,10 +156,13 @@ def _group(
         if each.test_set != first.test_set:
             said = f"logits of other test samples than {logits_path(first.run)}; compare each test set by itself"
             raise DataError(f"{logits_path(each.run)}: {said}")
+        if each.rows_before != first.rows_before:
+            said = f"results at missing tables drawn otherwise than those of {logits_path(first.run).parent}"
+            raise DataError(f"{logits_path(each.run).parent}: {said}; run `python run.py robustness` again")
     metric = AT_OFFSET if at_offset else task.monitor
     measure, comparisons = task.metrics.measures[task.monitor], []
     for pattern in _patterns(spec, trained_at, settings):
-        tables = _tables(first, pattern, settings)
+        tables = _tables(first, trained_at, pattern, settings)
         found = [{seed: each.at(task, tables, settings.resamples) for seed, each in of.items()} for of in stored]
         for one, other in itertools.combinations(range(len(lines)), 2):
             seeds = _paired(list(stored[one]), list(stored[other]))
@@ -193,14 +197,18 @@ def _patterns(spec: DatasetSpec, trained_at: Pattern, settings: Settings) -> lis
     ratios = settings.ratios or sorted({0.0, trained_at.ratio, 1.0})
     cells = [(types[0], 0.0)] if 0 in ratios else []
     cells += [(name, ratio) for name in types for ratio in ratios if ratio]
-    return [Pattern.of(spec, *cell, settings.both_ratio) for cell in cells]
+    both_ratio = trained_at.both_ratio if settings.both_ratio is None else settings.both_ratio
+    return [Pattern.of(spec, *cell, both_ratio) for cell in cells]
 
 
-def _tables(stored: _Stored, pattern: Pattern, settings: Settings) -> list[np.ndarray]:
-    """The missing tables of all table seeds; one, where they are all the same."""
+def _tables(stored: _Stored, trained_at: Pattern, pattern: Pattern, settings: Settings) -> list[np.ndarray]:
+    """The missing tables of all table seeds, drawn as for the robustness results; one, where they are all the same."""
     root = settings.missing_table_root or Path(str(stored.run.config.get("missing_table_root", "")))
     spec, split = stored.run.spec, stored.split
     described = [MissingPattern(*pattern, seed) for seed in settings.table_seeds]
+    if stored.rows_before:
+        rows = dict(zip(SPLITS, (*stored.rows_before, split.table_rows), strict=True))
+        described = [behind_training(MissingPattern(*trained_at, each.seed), each, rows) for each in described]
     drawn = [
         load_missing_table(root, spec.table_name, "test", each, split.table_rows, keep=False) for each in described
     ]

@@ -38,7 +38,7 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
         options["permutations"],
         several(text)("robustness_types", config["robustness_types"]) if "robustness_types" in given else None,
         options["robustness_ratios"] if "robustness_ratios" in given else None,
-        options["both_ratio"],
+        options["both_ratio"] if "both_ratio" in given else None,
         options["missing_table_root"] if "missing_table_root" in given else None,
     )
     runs, damaged = runs_of_each(places)

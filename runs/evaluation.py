@@ -34,7 +34,7 @@ from engine.trainer import make_trainer
 from engine.training import FinetuneModule
 from runs.comparable import other_input
 from runs.start import say_device, start_folder
-from runs.targets import Target, as_trained, check_agreement, with_model_of
+from runs.targets import Target, as_trained, check_agreement, drawn_as_trained, with_model_of
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
@@ -52,7 +52,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     assert options.load_paths
     arrow = open_spec(options.task, options.data_root, options.splits)
     members = [read_checkpoint(path) for path in options.load_paths]
-    options = as_trained(options, members, given)
+    options = drawn_as_trained(as_trained(options, members, given), members[0].training, given)
     say_device(options)
     for checkpoint in members:
         check_agreement(options, checkpoint, given)

@@ -25,6 +25,11 @@ class Robustness:
     offset: float | None  # of the run's validation, see `engine/decision.py`
 
     @property
+    def rows_before(self) -> tuple[int, ...]:
+        """Of the published drawing of missing tables, rows of the splits that are drawn first; else nothing."""
+        return tuple(self.raw.get("rows_before", ()))
+
+    @property
     def samples(self) -> int:
         """Of the test set; a film with several plots is several."""
         return int(self.raw["samples"])

@@ -10,7 +10,7 @@ from common.errors import ConfigError
 from common.hashing import file_sha256
 from common.text import natural_key
 from config import Options
-from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
+from engine.checkpoint import Checkpoint, TrainedAt, check_classes, read_checkpoint
 from engine.exported import WEIGHTS, is_exported
 from engine.families import BackboneChoice, family_of
 from engine.open_model import precision_of
@@ -25,7 +25,7 @@ from runs.sweep.jobs import search_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec, rows_of_splits
 from vilt.datasets.specs import DatasetSpec
-from vilt.missing_tables import NESTED, MissingPattern, published_patterns
+from vilt.missing_tables import NESTED, MissingPattern, behind_training
 
 log = logging.getLogger("rep")
 
@@ -144,7 +144,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     if options.fast_dev_run:
         raise ConfigError("fast_dev_run: robustness needs the whole test split")
     check_agreement(options, checkpoint, given)
-    options = as_trained(options, [checkpoint], given)
+    options = drawn_as_trained(as_trained(options, [checkpoint], given), checkpoint.training, given)
     spec = open_spec(options.task, options.data_root, options.splits)
     arrow = options.data_root / spec.file_name("test")
     grouped = checkpoint.spec.method.group_texts
@@ -190,6 +190,21 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     return Target(options, subject, run, store, store.is_there(), _patterns(options, spec))
 
 
+def drawn_as_trained(options: Options, trained: TrainedAt | None, given: Collection[str]) -> Options:
+    """The options of an evaluation with missing tables drawn as the training's, unless a drawing is chosen."""
+    if trained is None:
+        return options
+    chosen = "missing_tables" in given or options.missing_tables != NESTED
+    if not chosen and trained.drawing != NESTED:
+        log.info("missing_tables=%s, as the training had", trained.drawing)
+    return replace(
+        options,
+        missing_tables=options.missing_tables if chosen else trained.drawing,
+        missing_type={**options.missing_type, "train": trained.missing_type},
+        missing_ratio={**options.missing_ratio, "train": float(trained.ratio)},
+    )
+
+
 def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]:
     """The cells of the matrix. For the published drawing each is behind the training's, as with `test_only`."""
     cells = options.robustness_patterns()
@@ -197,13 +212,7 @@ def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]
         return cells
     assert options.data_root is not None
     train, rows = options.data_settings().patterns["train"], rows_of_splits(spec, options.data_root)
-    return [
-        [
-            published_patterns({"train": replace(train, seed=cell.seed), "val": cell, "test": cell}, rows)["test"]
-            for cell in of_cell
-        ]
-        for of_cell in cells
-    ]
+    return [[behind_training(train, cell, rows) for cell in of_cell] for of_cell in cells]
 
 
 def _check_comparable(targets: Sequence[Target]) -> None:

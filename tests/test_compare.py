@@ -227,6 +227,21 @@ def test_what_is_significant(low: float, p: float, metric: str, significant: boo
     assert found.significant is significant and found.ahead == (1 if metric == "mae" else 2)
 
 
+def test_results_at_missing_tables_drawn_otherwise_are_not_compared(runs: Path) -> None:
+    edited(runs / "dcp_seed1" / "version_0", "robustness/robustness.json", rows_before=[100, 20])
+    with pytest.raises(DataError, match=r"dcp_seed1.*drawn otherwise.*run `python run.py robustness` again"):
+        compare_runs(find_runs(runs)[0], Settings((0,), 2, 2))
+
+
+def test_compared_is_at_the_share_that_the_training_lost_the_image_of(tmp_path: Path) -> None:
+    for method in ("dcp", "rep"):
+        options = {"both_ratio": 0.25, **at("both", 0.7)}
+        write(tmp_path / method, 0.5, 0, prompt_type=method, **options)
+    for given, expected in ((None, 0.25), (0.5, 0.5)):
+        [group] = compare_runs(find_runs(tmp_path)[0], Settings((0,), 2, 2, ("both",), (0.7,), given))
+        assert [each.pattern.both_ratio for each in group.comparisons] == [expected]
+
+
 def test_runs_of_the_same_seed_are_paired(tmp_path: Path) -> None:
     """Without any, those of the lowest seeds."""
     for method, seeds in (("dcp", (1, 2)), ("mmp", (3, 5)), ("rep", (0, 1))):

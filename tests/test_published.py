@@ -22,7 +22,7 @@ from engine.optimization import AdamW, OptimizerSettings, make_optimizer
 from engine.trainer import validation_interval
 from run import command_line
 from runs.check_options import check, resolve
-from tests.conftest import Captured, Patch, Workspace, csv_of
+from tests.conftest import Captured, Patch, Workspace, csv_of, json_of
 from tests.models import published_name, published_state
 from tests.test_run import error_of, evaluate, other_backbone, results_of
 from vilt.datasets.open_spec import rows_of_splits
@@ -128,16 +128,24 @@ def test_published_tables_in_a_run_and_its_robustness(workspace: Workspace, tmp_
     folder = workspace.train("as_published", "published", tables)
     assert results_of(folder)["missing_pattern"]["drawing"] == "published"
     rows = rows_of_splits(DATASETS["mmimdb"], workspace.arrow)
-    options = ("missing_tables=published", "test_ratio=0.4", "test_type=text", f"load_path={folder / 'best.ckpt'}")
+    options = ("test_ratio=0.4", "test_type=text", f"load_path={folder / 'best.ckpt'}")
     tested = evaluate(workspace, "table", *options, tables)
     patterns = [MissingPattern(kind, ratio, 0.5, 0) for kind, ratio in (("both", 0.7), ("text", 0.4), ("text", 0.4))]
     expected = tables_of_one_generator(patterns, list(rows.values()))[2]
     name = next(path for path in (tmp_path / "tables").iterdir() if "_test_missing_text_0.4_" in path.name)
     assert "".join(line for line in name.read_text().splitlines() if line[0] != "#") == "".join(map(str, expected))
-    cells = ("published", tables, "robustness_types=text", "robustness_ratios=0.4", *ONE_TABLE)
-    assert command_line(workspace.command(f"load_path={folder / 'best.ckpt'}", *cells, name="robustness")) == 0
-    cell = csv_of(folder / "robustness" / "cells.csv")[0]
-    assert float(cell["f1_macro"]) == pytest.approx(tested["metrics"]["f1_macro"], abs=1e-9)
+    other = workspace.train("as_published_too", "published", "far=False", "fmb=False", tables)
+    cells = (tables, "robustness_types=[text,both]", "robustness_ratios=[0.4,0.7]", *ONE_TABLE)
+    for each in (folder, other):
+        assert command_line(workspace.command(f"load_path={each / 'best.ckpt'}", *cells, name="robustness")) == 0
+    first, *_, last = csv_of(folder / "robustness" / "cells.csv")
+    own = [results_of(each)["metrics"]["f1_macro"] for each in (folder, other)]
+    assert float(first["f1_macro"]) == pytest.approx(tested["metrics"]["f1_macro"], abs=1e-9)
+    assert float(last["f1_macro"]) == pytest.approx(own[0], abs=1e-9)
+    compared = ("robustness_types=both", "robustness_seeds=0", "permutations=10", "bootstrap=10")
+    assert command_line(["run.py", "compare", "with", f"runs=[{folder},{other}]", *compared]) == 0
+    [_, at_own, _] = json_of(folder / "compare.json")["groups"][0]["differences"]
+    assert sorted(at_own["values"]) == pytest.approx(sorted(own), abs=1e-9)
 
 
 def test_published_tables_need_all_splits(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:

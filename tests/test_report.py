@@ -211,6 +211,16 @@ def test_only_what_is_significantly_better_is_bold(tmp_path: Path, worse: bool) 
     assert not other["accuracy"].strong and best["difference_to_best"].absent
 
 
+def test_results_at_other_missing_tables_than_those_of_the_run_do_not_stand_for_it(tmp_path: Path) -> None:
+    """Its test does, which was at its own, drawn as published."""
+    run = write_run(tmp_path / "a", missing_tables="published", tested=0.875)
+    TestSet().write(run)
+    for rows_before, at_own in (([], False), ([15552, 2608], True)):
+        edited(run, "robustness/robustness.json", rows_before=rows_before)
+        [found] = dataset_of(tmp_path).runs
+        assert (found.at_own_pattern("f1_macro") != 0.875) is at_own
+
+
 def test_what_is_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "a", tested=0.6)
     write_run(tmp_path / "b", tested=0.6, seed=1)
@@ -557,7 +567,7 @@ def test_samples_are_of_the_best_run(tmp_path: Path, monkeypatch: Patch, task: s
     dataset = dataset_of(tmp_path)
     spec = DATASETS[task]
     by_type = {name: {spec.monitor: 0.5} for name in spec.type_names}
-    results = SimpleNamespace(raw={"by_type": by_type}, cells={})
+    results = SimpleNamespace(raw={"by_type": by_type}, cells={}, rows_before=())
     for run in dataset.runs:
         monkeypatch.setitem(vars(run), "robustness", results)
         monkeypatch.setitem(vars(run), "test_set", ("", 30))

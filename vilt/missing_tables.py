@@ -99,6 +99,12 @@ def published_patterns(
     return found
 
 
+def behind_training(train: MissingPattern, test: MissingPattern, rows: Mapping[Split, int]) -> MissingPattern:
+    """The published drawing of a test at `test`, behind a training at `train` and a validation as the test."""
+    drawn = replace(test, drawing=PUBLISHED)
+    return published_patterns({"train": replace(train, seed=test.seed), "val": drawn, "test": drawn}, rows)["test"]
+
+
 def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samples: int) -> np.ndarray:
     """Missing types of `samples` rows, int8 (N,).
 

@@ -20,6 +20,7 @@ from engine.exported import DESCRIPTION
 from runs.report.text import dataset_title, without_home
 from runs.run_reader import Run, as_written_by_run, open_checkpoint, runs_of_each
 from runs.stored_results import Robustness, StoredLogits, read_logits, read_robustness
+from vilt.missing_tables import PUBLISHED
 
 log = logging.getLogger("rep")
 PUBLISHED_BACKBONE = "ViT-B/16"
@@ -113,10 +114,11 @@ class ReportRun(Run):
 
     def at_own_pattern(self, metric: str) -> float | None:
         """A metric at the pattern of the training: mean over table seeds, else the test result there."""
-        cell = self.robustness.cells.get(self.pattern) if self.robustness is not None else None
+        found, published = self.robustness, self.config.get("missing_tables") == PUBLISHED
+        cell = found.cells.get(self.pattern) if found and bool(found.rows_before) == published else None
         if cell is not None and metric in cell["metrics"]:
-            found = estimate(cell["metrics"][metric]["values"])
-            return found and found.mean
+            of_tables = estimate(cell["metrics"][metric]["values"])
+            return of_tables and of_tables.mean
         return self.tested(metric) if self.tested_at == self.pattern else None
 
     def tested(self, metric: str) -> float | None:

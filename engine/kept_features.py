@@ -6,7 +6,6 @@ outputs (n, D) of the last block where features are read, which norm and project
 texts in W windows (n, W, D) and (n, W, E).
 """
 
-import copy
 import hashlib
 import logging
 import shutil
@@ -114,8 +113,7 @@ def training_batches(data: MissingModalityData, *, kept: bool) -> DataLoader[Any
     Args:
         kept: whether inputs are what frozen towers have made of them.
     """
-    dataset = copy.copy(data.datasets["train"])
-    dataset.simulate_seed, dataset.redrawn, dataset.modality_dropout = None, None, (0.0, 0)
+    dataset = data.datasets["train"].without_draws()
     dataset.kept = dataset.kept if kept else None
     return DataLoader(
         dataset,

@@ -1,5 +1,6 @@
 """A training run, from its options to its best checkpoint and the test of it."""
 
+import copy
 import hashlib
 import logging
 import os
@@ -308,9 +309,11 @@ def own_device(options: Options) -> torch.device:
 
 
 def see_training_split(options: Options, classifier: MissingModalityClassifier, data: MissingModalityData) -> None:
-    """Shows the method the samples of the training split, in every process all of them."""
+    """Shows the method the samples of the training split as their missing table leaves them, in every process all."""
     log.info("%s looks at the training split first", options.prompt_type)
     device = own_device(options)
+    data = copy.copy(data)
+    data.datasets = {**data.datasets, "train": data.datasets["train"].without_draws()}
     with data.naming_dead_workers():
         batches = islice(data.train_dataloader(), 1 if options.fast_dev_run else None)
         classifier.to(device)

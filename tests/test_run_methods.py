@@ -5,6 +5,8 @@ The others differ in their slots alone (test_methods.py).
 
 import dataclasses
 import shutil
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from clip.modules.aoept import AOEPT
 from clip.modules.dpl import DecoupledPrototypes
+from clip.modules.interfaces import ModelInput
 from config import DEFAULTS
 from engine import cuda_graphs
 from engine.callbacks import Checkpoints
@@ -112,6 +116,19 @@ def test_a_run_of_recorded_steps_ends_as_a_plain_one(workspace: Workspace, tmp_p
         run(workspace, tmp_path, *DESCRIBED, "max_epoch=3", "missing_ratio=0", f"exp_name={name}")
     assert not recordings.refused and len(recordings.by_shape[STEPS]) < 12
     assert_same_end(*(tmp_path / f"{name}_seed0" / "version_0" for name in ("plain", "replayed")))
+
+
+def test_prototypes_are_of_all_that_the_training_split_has(workspace, tmp_path, monkeypatch):
+    """Not of what an epoch leaves of it."""
+    seen: Counter[str] = Counter()
+
+    def count(_: AOEPT, __: Any, batches: Iterable[ModelInput]) -> None:
+        for batch in batches:
+            seen.update({name: len(values) for name, values in batch.inputs.items()})
+
+    monkeypatch.setattr(AOEPT, "see", count)
+    run(workspace, tmp_path, *VARIANTS["aoept"], "missing_ratio=0", "modality_dropout=0.5", "simulate_missing=True")
+    assert seen == {"image": 45, "text": 45}
 
 
 @pytest.mark.parametrize("variant", ["described", "dpl", "aoept", "windows"])

@@ -1,11 +1,12 @@
 """One dataset class for all arrow files."""
 
+import copy
 import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -103,6 +104,12 @@ class ArrowDataset(Dataset[Sample]):
         """By modality, what the model has made of each input, (n, D) by `Kind.place_of_sample`, to be read instead."""
         self.reading: Tensor | None = None
         """int64 (workers, 2), shared: of each loader process its id and the number of the sample that it reads."""
+
+    def without_draws(self) -> Self:
+        """The same samples, each with what its missing table leaves it in every epoch."""
+        dataset = copy.copy(self)
+        dataset.simulate_seed, dataset.redrawn, dataset.modality_dropout = None, None, (0.0, 0)
+        return dataset
 
     @property
     def table(self) -> pa.Table:

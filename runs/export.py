@@ -39,6 +39,13 @@ def export(load_path: Path | tuple[Path, ...] | None, out: Path | None = None) -
     return f"written to {out}: {len(checkpoint.state)} tensors, their description and a model card"
 
 
+def _values(checkpoint: Checkpoint, run: Run | None) -> str:
+    trained = None if run is None or run.test is None else run.test.get("trained_parameters")
+    of_these = f" ({trained:,})" if trained is not None else ""
+    values = sum(tensor.numel() for tensor in checkpoint.state.values())
+    return f"{values:,} values: what was trained{of_these}, and what the method keeps fixed beside it"
+
+
 def _card(checkpoint: Checkpoint, run: Run | None) -> str:
     spec, at, name = checkpoint.spec, checkpoint.training, str(checkpoint.backbone_name)
     test = None if run is None else run.test
@@ -56,7 +63,7 @@ def _card(checkpoint: Checkpoint, run: Run | None) -> str:
         pretrains=spec.method.prompt_type in PRETRAINING,
         head=spec.head,
         hub_name=HUB_NAMES.get(name),
-        values=sum(tensor.numel() for tensor in checkpoint.state.values()),
+        values=_values(checkpoint, run),
         backbone=name if name in HUB_NAMES else Path(name).name,
         sha256=str(checkpoint.backbone_sha256),
         at=at,

@@ -1,4 +1,4 @@
-"""K-means, as scikit-learn computes it: k-means++ starts, Lloyd's rounds, the best of several starts."""
+"""K-means: k-means++ starts (without scikit-learn's greedy trials), Lloyd's rounds, the best of several starts."""
 
 import torch
 from torch import Tensor

@@ -43,7 +43,8 @@ class Sums(Measure):
     value: Callable[..., Tensor]  # number of samples (R,) and the sum of each term, (R, K) or (R,), to the figure (R,)
 
     def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Tensor:
-        sums = (counts_RN @ term.to(counts_RN.dtype) for term in self.terms(logits, labels))
+        terms = (term if term.frac().any() else term.to(counts_RN.dtype) for term in self.terms(logits, labels))
+        sums = (counts_RN.to(term.dtype) @ term for term in terms)  # in 32 bits counts are exact, numbers are not
         return self.value(counts_RN.sum(1).double(), *(of_term.double() for of_term in sums))
 
     def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:

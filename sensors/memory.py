@@ -5,7 +5,6 @@ group, M modalities, C width of the first stage, P private and shared slots.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from clip.modules.clip_dynamic_memory import (
     chained,
     mean_tokens,
     read_dynamic,
+    replays,
     rows_to_compute,
     unit_rows,
 )
@@ -50,10 +50,6 @@ class StageReplay(nn.Module):
         self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(width) for stage, width in dict(steps).items()})
         self.gates = nn.Parameter(torch.zeros(len(steps)))
         self.stages = [str(stage) for stage, _ in steps]
-
-    def of_each_block(self) -> list[Callable[[Sequence[Tensor]], Tensor]]:
-        """A function for each deeper block, from the outputs, of its width, to what is added before it."""
-        return [partial(self, step) for step in range(len(self.stages))]
 
     def forward(self, step: int, outputs_BPD: Sequence[Tensor]) -> Tensor:
         """(B, P, D): what is added before the `step`-th deeper block."""
@@ -95,18 +91,12 @@ class SensorMemoryLearner(Method):
         )
         self.common_memory_projection = _by_modality(places, lambda: RDN(C, C, hidden=C))
         self.attn_memory = _by_modality(places, lambda: Attention(C, heads=1))
-        self.memories_dynamic = nn.ModuleDict(
-            {
-                name: nn.ParameterDict(
-                    {
-                        pattern: DYNAMIC_STD * torch.randn(m, C)
-                        for pattern in self.patterns
-                        if name in pattern.split("+")
-                    }
-                )
-                for name in places
-            }
-        )
+        self.memories_dynamic = nn.ModuleDict()
+        for name in places:
+            own = [pattern for pattern in self.patterns if name in pattern.split("+")]
+            self.memories_dynamic[name] = nn.ParameterDict(
+                {pattern: DYNAMIC_STD * torch.randn(m, C) for pattern in own}
+            )
         self.dynamic_common_token_net = RDN(joint, C, hidden=C) if options.dynamic_init else None
         if self.dynamic_common_token_net is not None:
             self.dynamic_common_token_net.start_at_zero()
@@ -132,13 +122,13 @@ class SensorMemoryLearner(Method):
         slots = {}
         for name in self.modalities:
             shared = [self.common_memory_projection[name](common_BmC)] if self.options.fmb else []
-            attention, replay = self.attn_memory[name], None if self.replay is None else self.replay[name]
+            attention = self.attn_memory[name]
             assert isinstance(attention, Attention)
             slots[name] = TowerSlots(
                 [v_RmC[row_B] for v_RmC in private[name]],
                 shared,
                 read_dynamic(attention, self._queries(name, batch), batch, name, tokens),
-                replay=replay.of_each_block() if isinstance(replay, StageReplay) else (),
+                replay=replays(self, f"replay.{name}"),
             )
         return slots
 

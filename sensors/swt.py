@@ -260,78 +260,44 @@ class SwtTower(Tower):
         return tokens
 
     def body(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
-        """Features (b, E); slots leave them out of the flattened last stage."""
+        """Features (b, E) of tokens and slots `[replaced | inserted | dynamic]`, which the last stage leaves behind.
+
+        Raises:
+            ValueError: slots of a kind that this backbone has no place for.
+        """
+        if slots.prefix_BP2D or len(slots.inserted_BmD) > 1:
+            raise ValueError("the SW-Transformer takes replaced and dynamic slots, and inserted ones before block 0")
+        replaced, replay, depth = list(slots.replaced_BmD), slots.replay, len(slots.replaced_BmD)
+        front = [*replaced[:1], *slots.inserted_BmD]
+        P = sum(each.shape[1] for each in front)
+        given = [*front, *([] if slots.dynamic_BmD is None else [slots.dynamic_BmD])]
+        x_bLC, slots_bPC = tokens_bLD, torch.cat(given, dim=1) if given else None
+        outputs_BPC: list[Tensor] = []  # of the replaced and inserted slots, for the replay
+        k = left_out = 0
         with torch.autocast(tokens_bLD.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            x_bLC, groups = tokens_bLD, _Groups(slots)
-            k = 0
             for stage in self.stages:
                 assert isinstance(stage, Stage)
                 for block in stage.blocks:
-                    slots_bPC, first = groups.before(k), groups.needed(k, self.place.depth)
+                    if slots_bPC is not None:
+                        if 0 < k < depth:
+                            slots_bPC = torch.cat([replaced[k], slots_bPC[:, replaced[k].shape[1] - left_out :]], dim=1)
+                        elif depth <= k < depth + len(replay):
+                            replayed_bPC = slots_bPC[:, :P] + replay[k - depth](outputs_BPC)
+                            slots_bPC = torch.cat([replayed_bPC, slots_bPC[:, P:]], dim=1)
+                        # Not computed are slots that the next block replaces, and all behind the last block.
+                        left_out = replaced[k + 1].shape[1] if k + 1 < depth and not replay else 0
+                        if k + 1 == self.place.depth:
+                            left_out = slots_bPC.shape[1]
                     if self.checkpointing and torch.is_grad_enabled():
-                        x_bLC, slots_bPC = checkpoint(block, x_bLC, slots_bPC, first, use_reentrant=False)
+                        x_bLC, slots_bPC = checkpoint(block, x_bLC, slots_bPC, left_out, use_reentrant=False)
                     else:
-                        x_bLC, slots_bPC = block(x_bLC, slots_bPC, first)
-                    groups.after(k, slots_bPC)
+                        x_bLC, slots_bPC = block(x_bLC, slots_bPC, left_out)
+                    if slots_bPC is not None and replay and k < depth:
+                        outputs_BPC.append(slots_bPC[:, :P])
                     k += 1
-                if stage.downsample is not None:
-                    assert isinstance(stage.downsample, Merging)
-                    x_bLC = stage.downsample(x_bLC)
-                    groups.carry(stage.downsample)
+                if isinstance(stage.downsample, Merging):
+                    x_bLC, merged = stage.downsample(x_bLC), stage.downsample.of_slots
+                    slots_bPC = None if slots_bPC is None else merged(slots_bPC)
+                    replaced[k:], outputs_BPC = map(merged, replaced[k:]), list(map(merged, outputs_BPC))
             feature: Tensor = self.in_layer(x_bLC.flatten(1))
         return feature.float() if self.dtype is not torch.float32 else feature
-
-
-class _Groups:
-    """The slots on their way through the blocks, `[replaced | inserted | dynamic]`, and what is still to come of them.
-
-    Raises:
-        ValueError: slots of a kind that this backbone has no place for.
-    """
-
-    def __init__(self, slots: TowerSlots) -> None:
-        if slots.prefix_BP2D or len(slots.inserted_BmD) > 1:
-            raise ValueError("the SW-Transformer takes replaced and dynamic slots, and inserted ones before block 0")
-        self.depth, self.replay = len(slots.replaced_BmD), slots.replay
-        self.to_come = dict(enumerate(slots.replaced_BmD))
-        first = [*slots.replaced_BmD[:1], *slots.inserted_BmD]
-        self.behind = sum(group.shape[1] for group in first)
-        """Replaced and inserted slots, which are replayed."""
-        given = [*first, *([] if slots.dynamic_BmD is None else [slots.dynamic_BmD])]
-        self.now = torch.cat(given, dim=1) if given else None
-        self.outputs: list[Tensor] = []
-        self.left_out = 0
-        """Slots that the block before has not computed."""
-
-    def before(self, k: int) -> Tensor | None:
-        """The slots that block `k` gets."""
-        if self.now is None:
-            return None
-        new = self.to_come.pop(k, None)
-        if k > 0 and new is not None:
-            self.now = torch.cat([new, self.now[:, new.shape[1] - self.left_out :]], dim=1)
-        elif self.depth <= k < self.depth + len(self.replay):
-            added = self.replay[k - self.depth](self.outputs)
-            self.now = torch.cat([self.now[:, : self.behind] + added, self.now[:, self.behind :]], dim=1)
-        return self.now
-
-    def needed(self, k: int, blocks: int) -> int:
-        """From which slot on the output of block `k` is: not of those that are replaced before the next one."""
-        if k == blocks - 1 and self.now is not None:  # nothing follows it
-            return self.now.shape[1]
-        replaced = self.to_come.get(k + 1)
-        self.left_out = 0 if replaced is None or self.replay else replaced.shape[1]
-        return self.left_out
-
-    def after(self, k: int, slots_bPC: Tensor | None) -> None:
-        """Takes what block `k` made of them."""
-        self.now = slots_bPC
-        if self.replay and k < self.depth and slots_bPC is not None:
-            self.outputs.append(slots_bPC[:, : self.behind])
-
-    def carry(self, merging: Merging) -> None:
-        """To the next stage."""
-        if self.now is not None:
-            self.now = merging.of_slots(self.now)
-            self.to_come = {k: merging.of_slots(slots) for k, slots in self.to_come.items()}
-            self.outputs = [merging.of_slots(slots) for slots in self.outputs]

@@ -18,6 +18,7 @@ from clip.modules.clip_dynamic_memory import (
     LayerReplay,
     chained,
     decoupling_loss,
+    replays,
     rows_to_compute,
 )
 from clip.modules.interfaces import ModelInput, Place, TowerSlots
@@ -79,12 +80,7 @@ class VlaMemoryLearner(Method):
         for name, letter in LETTERS.items():
             queries_BmD = self.get_parameter(f"dynamic_queries_{letter}")[mode_B]
             dynamic = self.get_submodule(f"attn_memory_{letter}")(queries_BmD, tokens[name])
-            replay = []
-            if self.options.replay_depth:
-                module = self.get_submodule(f"replay_{letter}")
-                assert isinstance(module, LayerReplay)
-                replay = module.of_each_block()
-            found[name] = TowerSlots(private[letter], shared[letter], dynamic, replay=replay)
+            found[name] = TowerSlots(private[letter], shared[letter], dynamic, replay=replays(self, f"replay_{letter}"))
         return found
 
     def _private(self, type_R: Tensor) -> dict[str, list[Tensor]]:

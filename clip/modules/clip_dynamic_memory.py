@@ -126,15 +126,16 @@ class LayerReplay(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.gates = nn.Parameter(torch.zeros(steps))
 
-    def of_each_block(self) -> list[Callable[[Sequence[Tensor]], Tensor]]:
-        """A function for each deeper block, from the outputs to what is added before it."""
-        return [partial(self, step) for step in range(len(self.gates))]
-
     def forward(self, step: int, outputs_BPD: Sequence[Tensor]) -> Tensor:
         """(B, P, D): what is added before the `step`-th deeper block."""
         weights = self.layer_scores.softmax(dim=0)
         summed_BPD = torch.stack([weight * x for weight, x in zip(weights, outputs_BPD, strict=True)]).sum(dim=0)
         return self.gates[step] * self.norm(summed_BPD)
+
+
+def replays(method: Method, name: str) -> list[Callable[[Sequence[Tensor]], Tensor]]:
+    """For each deeper block, what a replay called `name` makes of outputs."""
+    return [partial(method.get_submodule(name), step) for step in range(method.options.replay_depth)]
 
 
 class MemoryLearner(Method):
@@ -198,12 +199,10 @@ class MemoryLearner(Method):
             shared_text = [self.common_memory_projection_text(common_BmE)]
 
         dynamic = {modality: read(batch, modality, tokens) for modality, read in self.dynamic.items()}
-        replay_image, replay_text = (
-            [] if replay is None else replay.of_each_block() for replay in (self.replay_image, self.replay_text)
-        )
+        replay = {tower: replays(self, f"replay_{tower}") for tower in start}
         return {
-            "image": TowerSlots(private["image"], shared_image, dynamic["image"], replay=replay_image),
-            "text": TowerSlots(private["text"], shared_text, dynamic["text"], replay=replay_text),
+            "image": TowerSlots(private["image"], shared_image, dynamic["image"], replay=replay["image"]),
+            "text": TowerSlots(private["text"], shared_text, dynamic["text"], replay=replay["text"]),
         }
 
     def _start(self, part: str, batch: ModelInput) -> Tensor:

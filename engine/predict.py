@@ -28,7 +28,7 @@ from clip.modules.interfaces import ModelInput
 from common.errors import ConfigError, DataError
 from common.files import atomic_path, writing
 from common.messages import first_line, printable
-from common.text import per_cent, terminal_table
+from common.text import terminal_table
 from engine.checkpoint import Checkpoint, read_checkpoint
 from engine.ensemble import as_one, open_models
 from engine.families import BackboneChoice
@@ -326,7 +326,7 @@ def describe_predictions(items: Sequence[Item], first: Sequence[Prediction], thr
         if prediction.value is not None:
             said = f"{prediction.value:.3f}"
         else:
-            shown = [f"{name} {per_cent(round(prediction.probabilities[name], 3))}" for name in prediction.labels]
-            said = printable(", ".join(shown)) or f"none above {per_cent(round(threshold, 3))}"
+            shown = [f"{name} {100 * prediction.probabilities[name]:.1f} %" for name in prediction.labels]
+            said = printable(", ".join(shown)) or f"none above {100 * threshold:.1f} %"
         rows.append([printable(item.id), prediction.missing, said])
     return terminal_table(("id", "missing", "prediction"), rows, "<<<")

@@ -97,6 +97,13 @@ def test_a_table_for_each_split_with_columns_of_other_names(raw: Path) -> None:
     assert (spec.n_classes, spec.multilabel, spec.class_names) == (3, False, ("fish", "dog", "cat"))
 
 
+def test_a_label_that_looks_like_several_is_said_to_be_one_class(raw: Path, capsys: Captured) -> None:
+    write_table(raw / "table.csv", with_labels(["red|blue", "green", "green", "green", "red|blue"]))
+    (raw / "spec.yaml").write_text("files: table.csv\n")
+    assert convert(raw, raw / "out") == 0
+    assert "warning: 'red|blue' is one class; with `labels: multi`" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("separator", [None, ", ", " "])
 def test_several_labels(raw: Path, separator: str | None, capsys: Captured) -> None:
     mark = separator or "|"

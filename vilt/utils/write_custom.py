@@ -102,18 +102,22 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
             what = "" if split in table_of else f" with {layout.columns['split']} {split}"
             raise DataError(f"{table}: expected rows{what}, found none")
     custom = classes_of(layout, rows)
-    if layout.labels == "multi" and not any(
+    several = any(
         len(listed.label) > 1 if isinstance(listed.label, list) else layout.separator in str(listed.label)
         for listed in rows
-    ):
-        single = f"warning: no row has several labels; in a cell {quoted(layout.separator)} separates them"
-        note = f"{note}\n{single}".strip()
+    )
+    doubt = ""
+    if layout.labels == "multi" and not several:
+        doubt = f"warning: no row has several labels; in a cell {quoted(layout.separator)} separates them"
+    elif layout.labels == "single" and several:
+        joined = quoted(next(name for name in custom.class_names if layout.separator in name))
+        doubt = f"warning: {joined} is one class; with `labels: multi` in the description it would be several"
     read = partial(read_row, layout, {name: number for number, name in enumerate(custom.class_names)}, read_image)
     splits = [
         RawSplit(split, of_split[0].table.name, [(listed.row, partial(read, listed)) for listed in of_split])
         for split, of_split in of_splits.items()
     ]
-    return RawDataset(custom_spec(custom), custom.class_names, tuple(splits), note)
+    return RawDataset(custom_spec(custom), custom.class_names, tuple(splits), "\n".join(filter(None, (note, doubt))))
 
 
 def draw_splits(layout: Layout, rows: Sequence[Listed], seed: int) -> tuple[dict[Split, list[Listed]], str]:

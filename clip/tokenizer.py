@@ -25,9 +25,12 @@ FILES = ("tokenizer.json", "vocab.json")
 """Of a Hugging Face tokenizer: at least one is in its folder."""
 CLIP_MERGES = 49152 - 256 - 2
 """Merges that CLIP reads from its file, which holds more."""
-PIECES = (
-    r"(?i)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's pattern
+SPLIT = pre_tokenizers.Split(
+    Regex(r"(?i)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"),
+    behavior="removed",
+    invert=True,
 )
+"""By CLIP's pattern."""
 
 
 class ClipTokenizer:
@@ -61,17 +64,13 @@ class ClipTokenizer:
         except Exception as error:  # the class that tokenizers raises for a merge of unknown pieces
             raise ValueError(f"not a CLIP vocabulary: {first_line(error)}") from error
         self._tokenizer = Tokenizer(bpe)
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([SPLIT, to_bytes])
 
     def __call__(self, texts: Sequence[str], windows: int = 1) -> np.ndarray:
         """Ids of `texts`, int64 (N, 77): start, text, end, zeros; a long text is cut so that end is the last.
 
-        With several windows (N, W, 77): the text goes on in the next one, for at most so many. W is what the longest
+        With several windows (N, W, 77): a long text continues in the next one, up to that number. W is what the longest
         text has; windows that a shorter one has not are 0.
         """
         cleaned, room = [clean(text) for text in texts], CONTEXT_LENGTH - 2
@@ -92,7 +91,7 @@ class ClipTokenizer:
         is the mark: `!<|endoftext|>` is punctuation, a word and punctuation."""
         marks = {START: self.start_id, END: self.end_id}
         ids: list[int] = []
-        for piece, _ in pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True).pre_tokenize_str(text):
+        for piece, _ in SPLIT.pre_tokenize_str(text):
             ids += [marks[piece]] if piece in marks else self._tokenizer.encode(piece).ids
         return ids
 
@@ -101,7 +100,7 @@ def is_surely_cut(text: str) -> bool:
     """Whether a text has more tokens than CLIP's 77 positions, going by its pieces, of one token or more each."""
     if len(text) <= CONTEXT_LENGTH - 2:
         return False
-    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True).pre_tokenize_str(clean(text))
+    pieces = SPLIT.pre_tokenize_str(clean(text))
     return len(pieces) > CONTEXT_LENGTH - 2
 
 

@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from clip.modules.vision_transformer_memory import normalise
-from clip.tokenizer import CONTEXT_LENGTH, END, PIECES, START, byte_characters
+from clip.tokenizer import CONTEXT_LENGTH, END, SPLIT, START, byte_characters
 from common.errors import DataError
 from demo.data import whole_folder
 from vilt.datasets.kinds import decode_image
@@ -58,9 +58,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> CLIPT
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
     by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, by_byte])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([SPLIT, by_byte])
     # The trainer breaks ties between pairs by id and numbers a symbol as it meets it, in no fixed order. Naming the
     # alphabet as special tokens fixes the ids, and with them the merges.
     trainer = trainers.BpeTrainer(

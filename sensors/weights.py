@@ -20,8 +20,8 @@ from vilt.datasets.specs import DatasetSpec
 
 RANDOM = "random"
 """What `vit` says of weights that are drawn from the seed; `random:SEED` in checkpoints."""
-TRAINED_ANEW = ("mod_fusion_layers.", "class_layer.", "mod_projectors.")
-"""Beginnings of entries that a pretrained backbone leaves to whoever uses it."""
+NOT_PRETRAINED = ("mod_fusion_layers.", "class_layer.", "mod_projectors.")
+"""Beginnings of entries that are trained from scratch on top of a pretrained backbone."""
 WEARABLE: dict[str, Any] = {"width": 32, "blocks": [2, 2, 2], "feature_width": 128, "projection_width": 128}
 KNOWN: dict[str, dict[str, Any]] = {
     "mod": {"location": "shake", "width": 64, "feature_width": 256, "projection_width": 256},
@@ -82,7 +82,7 @@ def sizes_for(data: DatasetSpec, network: Mapping[str, Any], scale: Mapping[str,
 def build_on_meta(sizes: SensorSizes) -> dict[str, Tensor]:
     """Names and shapes of the frozen weights of these sizes, without memory. Raises what a wrong size leads to."""
     with torch.device("meta"):
-        return {name: x for name, x in build(sizes).state_dict().items() if not name.startswith(TRAINED_ANEW)}
+        return {name: x for name, x in build(sizes).state_dict().items() if not name.startswith(NOT_PRETRAINED)}
 
 
 def random_weights(sizes: SensorSizes, seed: int) -> FrozenWeights:
@@ -93,8 +93,8 @@ def random_weights(sizes: SensorSizes, seed: int) -> FrozenWeights:
 
 
 def frozen(name: str, sizes: SensorSizes, state: Mapping[str, Tensor]) -> FrozenWeights:
-    """Without what is trained anew."""
-    kept = {entry: value for entry, value in state.items() if not entry.startswith(TRAINED_ANEW)}
+    """Without what is not pretrained."""
+    kept = {entry: value for entry, value in state.items() if not entry.startswith(NOT_PRETRAINED)}
     return FrozenWeights(name, sizes, kept)
 
 
@@ -117,7 +117,7 @@ def published_weights(path: Path, sizes: SensorSizes) -> FrozenWeights:
     try:
         raw = state_dict_of(load_inert(path))
         state = {name: x.float() for name, x in raw.items() if not read_by_nothing(name)}
-        kept = {name: x for name, x in state.items() if not name.startswith(TRAINED_ANEW)}
+        kept = {name: x for name, x in state.items() if not name.startswith(NOT_PRETRAINED)}
         check_state(kept, build_on_meta(sizes))
     except Exception as error:  # torch.load raises many types on damaged files
         raise BackboneError(f"vit={path}: not readable as a pretrained state: {first_line(error)}") from error

@@ -40,7 +40,7 @@ class Head(nn.Module):
         return {}
 
     def trained_on(self, missing_type: str) -> None:
-        """Told before a training which missing type its samples have, as the option names it."""
+        """Called before a training with the missing type of its samples, as the option names it."""
 
 
 class LinearHead(Head):

@@ -77,7 +77,7 @@ class ModelInput(NamedTuple):
         return x_B.index_copy(0, self.rows[modality], x_b)[:B]
 
     def rounded(self, step: int | None = None) -> "ModelInput":
-        """The batch in one of few shapes, which a GPU need not get to know anew at each step.
+        """The batch in one of few shapes, since each new shape costs a GPU time.
 
         What becomes of the inputs that are added, by repeating the last one, is dropped: results stay the same, and no
         gradient comes from them. Lengths are rounded up to a multiple of 4.

@@ -69,7 +69,7 @@ class MethodOptions:
     prompt_length: int = 16
     """MPLMM: steps of each of its prompts."""
     neighbours: int = 0
-    """Nearest training samples that the head is told of, of frozen towers (`clip/modules/neighbours.py`); 0: none."""
+    """Nearest training samples, of frozen towers, that the head uses too (`clip/modules/neighbours.py`); 0: none."""
 
     @property
     def slots(self) -> int:

@@ -1,4 +1,4 @@
-"""Retrieval: what the nearest training samples had is told to the head, through gates that start at 0.
+"""Retrieval: the nearest training samples' features and labels reach the head, through gates that start at 0.
 
 Nearness is the mean cosine of the features that two samples both have, less the training samples' mean features. A
 missing modality's feature is filled with the mean of the nearest that have it; the labels of the nearest of all add to

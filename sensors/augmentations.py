@@ -123,13 +123,12 @@ VIEWS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 def draw_view(signals: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A view of a batch: one augmentation, drawn for all, of each modality with probability 0.5."""
-    augment = VIEWS[int(torch.randint(len(VIEWS), ()))]
+    return drawn(VIEWS[int(torch.randint(len(VIEWS), ()))], signals)
+
+
+def drawn(augment: Callable[[Tensor], Tensor], signals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The augmentation of each modality with probability 0.5."""
     return {name: augment(x) if float(torch.rand(())) < PROBABILITY else x for name, x in signals.items()}
-
-
-def draw_phases(signals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The phase of each modality with probability 0.5."""
-    return {name: random_phase(x) if float(torch.rand(())) < PROBABILITY else x for name, x in signals.items()}
 
 
 def cut_box(share: float, centre: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from clip.modules.interfaces import Backbone, ModelInput, Place
 from clip.modules.method import METHOD, MethodOptions
 from clip.modules.no_prompts import NoPrompts, WholeBackbone
 from clip.modules.registry import PRETRAINING
-from sensors.augmentations import CUTMIX_PROBABILITY, cut_box, draw_phases, draw_view, pasted
+from sensors.augmentations import CUTMIX_PROBABILITY, cut_box, draw_view, drawn, pasted, random_phase
 from sensors.backbone import TOWERS, SensorBackbone
 from sensors.focal import FocalSettings, focal_losses, projector
 
@@ -79,7 +79,7 @@ class Supervised(WholeBackbone):
             kept_B[rows] += torch.where(alone_b, 1.0, of_modality)
             present_B[rows] += 1
         if all(place.depth for place in self.places.values()):
-            inputs = draw_phases(inputs)
+            inputs = drawn(random_phase, inputs)
         kept_B1 = (kept_B / present_B)[:, None].to(labels.device)
         one_hot_BK = F.one_hot(labels, n_classes).float()
         mixed_BK = kept_B1 * one_hot_BK + (1 - kept_B1) * one_hot_BK[other_B.to(labels.device)]

@@ -69,12 +69,11 @@ class WindowAttention(nn.Module):
         self.index_tt: Tensor
         self.order_L: Tensor
         self.inverse_L: Tensor
-        self.mask_ntt: Tensor | None
+        self.mask_ntt: Tensor
         self.register_buffer("index_tt", index_tt, persistent=False)
         self.register_buffer("order_L", order_nt.flatten(), persistent=False)
         self.register_buffer("inverse_L", order_nt.flatten().argsort(), persistent=False)
-        mask_ntt = NOT_SEEN * apart_ntt if 0 not in self.shift else None
-        self.register_buffer("mask_ntt", mask_ntt, persistent=False)
+        self.register_buffer("mask_ntt", NOT_SEEN * apart_ntt, persistent=False)
         self.windows, self.tokens = order_nt.shape
 
     def forward(self, x_bLC: Tensor, slots_bPC: Tensor | None, first: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -84,12 +83,11 @@ class WindowAttention(nn.Module):
         rate = DROPOUT if self.training else 0.0
         tokens = self.qkv(x_bLC.index_select(1, self.order_L)).view(b, n, t, 3, h, C // h)
         q, k, v = tokens.permute(3, 0, 4, 1, 2, 5).contiguous().unbind()  # (b, h, n, t, d)
-        bias = self.relative_position_bias_table[self.index_tt].permute(2, 0, 1)[:, None]  # (h, 1, t, t)
-        bias = bias.expand(h, n, t, t) if self.mask_ntt is None else bias + self.mask_ntt
+        bias_hntt = self.relative_position_bias_table[self.index_tt].permute(2, 0, 1)[:, None] + self.mask_ntt
         new_slots = None
         if slots_bPC is None:
             seen = F.scaled_dot_product_attention(
-                q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1)[None], rate
+                q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias_hntt.flatten(0, 1)[None], rate
             ).view(q.shape)
         else:
             assert not rate, "slots enter frozen towers, which are in evaluation mode"
@@ -99,7 +97,7 @@ class WindowAttention(nn.Module):
             scale, k_grid, v_grid = (C // h) ** -0.5, k.flatten(2, 3), v.flatten(2, 3)
             q, q_slots = q * scale, q_slots[:, :, first:] * scale
             to_slots = (q.flatten(2, 3) @ k_slots.mT).view(b, h, n, t, -1)
-            of_slots, of_window = joint_softmax(to_slots, q @ k.mT + bias)
+            of_slots, of_window = joint_softmax(to_slots, q @ k.mT + bias_hntt)
             seen = (of_slots.flatten(2, 3) @ v_slots).view(q.shape) + of_window @ v
             of_slots, of_grid = joint_softmax(q_slots @ k_slots.mT, q_slots @ k_grid.mT)
             seen_slots = of_slots @ v_slots + of_grid @ v_grid

@@ -22,7 +22,7 @@ from clip.modules.clip_dynamic_memory import (
     unit_rows,
 )
 from clip.modules.interfaces import ModelInput, Place, TowerSlots, zero_of
-from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, of_missing_type, without
+from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, by_missing_type, check_depth, without
 from clip.modules.vision_transformer_memory import Attention
 from vilt.missing_types import is_missing
 
@@ -114,10 +114,11 @@ class SensorMemoryLearner(Method):
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         """Private, shared and dynamic slots of every sample, in training each with dropout masks of its own."""
         type_R, row_B = rows_to_compute(batch, self.training)
-        start = {name: self._start(name, batch, type_R) for name in self.modalities}
+        start = {name: self._start(name, batch)[type_R] for name in self.modalities}
         private = chained(self, start, self.residual_alpha if self.options.far else None, joint=".")
-        common_BmC = of_missing_type([self.common_memory[pattern] for pattern in self.patterns], batch)
-        if self.options.fmb and self.dynamic_common_token_net is not None:
+        common_TmC = by_missing_type([self.common_memory[pattern] for pattern in self.patterns], batch)
+        common_BmC = common_TmC[batch.missing_type_B]
+        if self.dynamic_common_token_net is not None:
             common_BmC = common_BmC + self.dynamic_common_token_net(mean_tokens(batch, tokens, self.places))[:, None]
         slots = {}
         for name in self.modalities:
@@ -132,21 +133,17 @@ class SensorMemoryLearner(Method):
             )
         return slots
 
-    def _start(self, name: str, batch: ModelInput, type_R: Tensor) -> Tensor:
-        """(R, m, C): the private slots of what has the modality, and what lacks it; of neither a gradient if unused."""
+    def _start(self, name: str, batch: ModelInput) -> Tensor:
+        """(T, m, C) by missing type: the private slots that the chain of a modality starts from."""
         complete, missing = (self.get_parameter(f"private_memory_{state}.{name}") for state in ("complete", "missing"))
-        if not self.options.fmb:
-            return complete.expand(len(type_R), -1, -1)
-        lost = [bool(is_missing(self.modalities, name, code)) for code in batch.types]
-        both = torch.stack([complete.detach() if all(lost) else complete, missing if any(lost) else missing.detach()])
-        return both[is_missing(self.modalities, name, type_R).long()]
+        lost = [self.options.fmb and is_missing(self.modalities, name, code) for code in range(len(self.patterns))]
+        return by_missing_type([missing if each else complete for each in lost], batch)
 
     def _queries(self, name: str, batch: ModelInput) -> Tensor:
-        """(T, m, C) by missing type; without gradient for those that do not occur, 0 where the modality is missing."""
-        of_pattern = dict(self.memories_dynamic[name].named_parameters())
-        zero = torch.zeros_like(next(iter(of_pattern.values())))
-        found = [of_pattern.get(pattern, zero) for pattern in self.patterns]
-        return torch.stack([x if code in batch.types else x.detach() for code, x in enumerate(found)])
+        """(T, m, C) by missing type, 0 where the modality is missing."""
+        queries = dict(self.memories_dynamic[name].named_parameters())
+        zero = torch.zeros_like(next(iter(queries.values())))
+        return by_missing_type([queries.get(pattern, zero) for pattern in self.patterns], batch)
 
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor

@@ -195,14 +195,18 @@ class Method(nn.Module):
 
 
 def of_missing_type(slots_of_type: Sequence[Tensor], batch: ModelInput) -> Tensor:
-    """(B, m, D) of T tensors (m, D): those of each sample's missing type.
+    """(B, m, D) of T tensors (m, D): those of each sample's missing type, see `by_missing_type`."""
+    return by_missing_type(slots_of_type, batch)[batch.missing_type_B]
+
+
+def by_missing_type(slots_of_type: Sequence[Tensor], batch: ModelInput) -> Tensor:
+    """(T, m, D) of T tensors (m, D).
 
     Slots of types that do not occur get no gradient, not one of zero: as published, the optimiser leaves them alone.
     """
-    slots_TmD = torch.stack([
+    return torch.stack([
         slots if missing_type in batch.types else slots.detach() for missing_type, slots in enumerate(slots_of_type)
     ])  # fmt: skip
-    return slots_TmD[batch.missing_type_B]
 
 
 def without(parameters: Iterable[nn.Parameter], *taken: Iterable[nn.Parameter]) -> list[nn.Parameter]:

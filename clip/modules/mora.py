@@ -123,8 +123,8 @@ class MoRA(LoRA):
         factors = self.shared.get_submodule(str(block))
         assert isinstance(factors, nn.ParameterDict)
         mine_Dr, other_Dr = (factors[name] for name in (tower, "image" if tower == "text" else "text"))
-        shared_DD = mine_Dr @ (other_Dr.T @ other_Dr) @ mine_Dr.T
-        own_DD = self._own_update(tower, block, matrix)
-        return own["shared_gain"] * F.normalize(weight_DD + alpha * shared_DD, dim=0, eps=SHORTEST_COLUMN) + own[
-            "own_gain"
-        ] * F.normalize(weight_DD + alpha * own_DD, dim=0, eps=SHORTEST_COLUMN)
+        shared_DD, own_DD = (
+            F.normalize(weight_DD + alpha * update_DD, dim=0, eps=SHORTEST_COLUMN)
+            for update_DD in (mine_Dr @ (other_Dr.T @ other_Dr) @ mine_Dr.T, self._own_update(tower, block, matrix))
+        )
+        return own["shared_gain"] * shared_DD + own["own_gain"] * own_DD

@@ -63,33 +63,30 @@ class VlaMemoryLearner(Method):
             self.dynamic_common_token_net.start_at_zero()
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
-        """The slots of every sample; without dropout private and shared ones are computed once for each type."""
+        """The slots of every sample; without dropout private ones are computed once for each type."""
         type_R, row_B = rows_to_compute(batch, self.training)
         mode_B = torch.tensor(MODE_OF_TYPE, device=type_R.device)[batch.missing_type_B]
-        private = {letter: [x[row_B] for x in layers] for letter, layers in self._private(type_R).items()}
-        shared: dict[str, list[Tensor]] = {letter: [] for letter in private}
-        if self.options.fmb:
-            common_Bmw = self.common_memory[mode_B]
-            if self.options.dynamic_init:
-                has = zip(LETTERS, batch.present_BM.T, strict=True)
-                mean = [tokens[name].mean(dim=1) * has_B[:, None] for name, has_B in has]
-                common_Bmw = common_Bmw + self.dynamic_common_token_net(torch.cat(mean, dim=-1))[:, None]
-            for letter in shared:
-                shared[letter] = [self.get_submodule(f"common_memory_projection_{letter}")(common_Bmw)]
-        found = {}
-        for name, letter in LETTERS.items():
-            queries_BmD = self.get_parameter(f"dynamic_queries_{letter}")[mode_B]
-            dynamic = self.get_submodule(f"attn_memory_{letter}")(queries_BmD, tokens[name])
-            found[name] = TowerSlots(private[letter], shared[letter], dynamic, replay=replays(self, f"replay_{letter}"))
-        return found
-
-    def _private(self, type_R: Tensor) -> dict[str, list[Tensor]]:
-        """By letter, slots (R, m, w) of each layer of the memory depth."""
         start = {}
         for name, letter in LETTERS.items():
             lacking = is_missing(LETTERS, name, type_R).long() if self.options.fmb else torch.zeros_like(type_R)
             start[letter] = self.get_parameter(f"memory_start_{letter}")[lacking]
-        return chained(self, start, self.residual_alpha if self.options.far else None)
+        private = chained(self, start, self.residual_alpha if self.options.far else None)
+        common_Bmw = self.common_memory[mode_B]
+        if self.options.dynamic_init:
+            has = zip(LETTERS, batch.present_BM.T, strict=True)
+            mean = [tokens[name].mean(dim=1) * has_B[:, None] for name, has_B in has]
+            common_Bmw = common_Bmw + self.dynamic_common_token_net(torch.cat(mean, dim=-1))[:, None]
+        found = {}
+        for name, letter in LETTERS.items():
+            project = self.get_submodule(f"common_memory_projection_{letter}")
+            queries_Bmw = self.get_parameter(f"dynamic_queries_{letter}")[mode_B]
+            found[name] = TowerSlots(
+                [slots_Rmw[row_B] for slots_Rmw in private[letter]],
+                [project(common_Bmw)] if self.options.fmb else [],
+                self.get_submodule(f"attn_memory_{letter}")(queries_Bmw, tokens[name]),
+                replay=replays(self, f"replay_{letter}"),
+            )
+        return found
 
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor

@@ -5,7 +5,7 @@ inert stand-ins, whose parameters are looked up by name.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,18 +51,15 @@ def taken_over(name: str, state: Mapping[str, Tensor], theirs: VlaArchitecture, 
         state: of the whole classifier.
     """
     sizes = {size: getattr(theirs, size) for size in SIZES}
-    if differing := [size for size in SIZES if getattr(ours, size) not in (sizes[size], _default(size))]:
-        size = differing[0]
-        raise BackboneError(f"network.{size}: expected {sizes[size]}, as {name} has, found {getattr(ours, size)}")
+    for size, expected in sizes.items():
+        found = getattr(ours, size)
+        if found not in (expected, getattr(VlaArchitecture, size)):  # the default leaves it to stage 1
+            raise BackboneError(f"network.{size}: expected {expected}, as {name} has, found {found}")
     of_backbone = [entry for entry in VlaBackbone(theirs).state_dict() if not entry.startswith("proj_")]
     own = {entry: state[f"model.{entry}"] for entry in of_backbone}
     left = tuple(entry for entry in state if entry.removeprefix("model.") not in of_backbone)
     architecture = replace(ours, **sizes, project_all=True)
     return FrozenWeights(name, architecture, own, left)
-
-
-def _default(size: str) -> int:
-    return next(field.default for field in fields(VlaArchitecture) if field.name == size)  # type: ignore[return-value]
 
 
 class Module:

@@ -188,22 +188,19 @@ class MemoryLearner(Method):
         """Private, shared and dynamic slots of every sample, in training each with dropout masks of its own."""
         start = {"image": self._start("visual", batch), "text": self._start("text", batch)}
         private = chained(self, start, self.residual_alpha if self.options.far else None)
-
-        shared_image, shared_text = [], []
-        if self.options.fmb:
-            common_BmE = self._start("common", batch)
-            if self.options.dynamic_init:
-                mean_BV = mean_tokens(batch, tokens, self.places)
-                common_BmE = common_BmE + self.dynamic_common_token_net(mean_BV)[:, None]
-            shared_image = [self.common_memory_projection_image(common_BmE)]
-            shared_text = [self.common_memory_projection_text(common_BmE)]
-
-        dynamic = {modality: read(batch, modality, tokens) for modality, read in self.dynamic.items()}
-        replay = {tower: replays(self, f"replay_{tower}") for tower in start}
-        return {
-            "image": TowerSlots(private["image"], shared_image, dynamic["image"], replay=replay["image"]),
-            "text": TowerSlots(private["text"], shared_text, dynamic["text"], replay=replay["text"]),
-        }
+        common_BmE = self._start("common", batch)
+        if self.options.dynamic_init:
+            common_BmE = common_BmE + self.dynamic_common_token_net(mean_tokens(batch, tokens, self.places))[:, None]
+        slots = {}
+        for tower, read in self.dynamic.items():
+            project = self.get_submodule(f"common_memory_projection_{tower}")
+            slots[tower] = TowerSlots(
+                private[tower],
+                [project(common_BmE)] if self.options.fmb else [],
+                read(batch, tower, tokens),
+                replay=replays(self, f"replay_{tower}"),
+            )
+        return slots
 
     def _start(self, part: str, batch: ModelInput) -> Tensor:
         names = START[part] if self.options.fmb else ("complete",) * 3

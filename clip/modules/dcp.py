@@ -43,13 +43,11 @@ class DeepCorrelatedPrompts(Method):
         )
         start = {"image": visual_BmD, "text": text_BmD}
         private = chained(self, start, kind="prompt")
-        shared_image = self.common_prompt_projection_image(common_BmE)
-        shared_text = self.common_prompt_projection_text(common_BmE)
-        dynamic = {modality: read(batch, modality, tokens) for modality, read in self.dynamic.items()}
-        return {
-            "image": TowerSlots(private["image"], [shared_image], dynamic["image"]),
-            "text": TowerSlots(private["text"], [shared_text], dynamic["text"]),
-        }
+        slots = {}
+        for tower, read in self.dynamic.items():
+            project = self.get_submodule(f"common_prompt_projection_{tower}")
+            slots[tower] = TowerSlots(private[tower], [project(common_BmE)], read(batch, tower, tokens))
+        return slots
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The prompts, and the attention of the dynamic ones."""

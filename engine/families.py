@@ -3,7 +3,9 @@
 Another one is a class and a line in FAMILIES; a dataset's row names its family.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +43,13 @@ class BackboneChoice(NamedTuple):
     data_root: Path | None = None
     network: dict[str, Any] | None = None  # sizes that weights are drawn in, where they are not those of the task
     seed: int = 0  # of weights that are drawn
+
+
+def check_network(choice: BackboneChoice, there: Callable[[str], Any], source: str) -> None:
+    """Raises ConfigError where the option `network` has a size that is not `there`, in the weights of `source`."""
+    for entry, asked in (choice.network or {}).items():
+        if asked != there(entry):
+            raise ConfigError(f"network.{entry}: expected {there(entry)}, which {source} has, found {asked}")
 
 
 class Family:
@@ -119,6 +128,8 @@ class SensorFamily(Family):
 
     def load(self, choice: BackboneChoice, trained_on: SensorSizes | None = None) -> FrozenWeights:
         vit = str(weights_file(Path(str(choice.vit))))
+        if trained_on is not None:
+            self._check_network(choice, trained_on, "the checkpoint")
         if vit.partition(":")[0] == RANDOM:
             seed = int(number) if (number := vit.partition(":")[2]).isdigit() else choice.seed
             return sensor_weights.random_weights(trained_on or self._sizes(choice, scaled=True), seed)
@@ -132,12 +143,15 @@ class SensorFamily(Family):
                 expected, found = shapes_of(sizes), shapes_of(ours.architecture)
                 if found != expected:
                     raise BackboneError(f"vit: expected a backbone of {expected}, found one of {found} in {vit}")
-                for entry in choice.network or {}:
-                    asked, there = (size_of(one, entry) for one in (sizes, ours.architecture))
-                    if asked != there:
-                        raise ConfigError(f"network.{entry}: expected {there}, which {vit} has, found {asked}")
+                self._check_network(choice, ours.architecture, vit)
             return ours
         return published_weights(Path(vit), trained_on or self._sizes(choice, scaled=False))
+
+    def _check_network(self, choice: BackboneChoice, there: SensorSizes, source: str) -> None:
+        if choice.network:
+            sizes = self._sizes(choice, scaled=False)
+            asked = {entry: size_of(sizes, entry) for entry in choice.network}
+            check_network(choice._replace(network=asked), partial(size_of, there), source)
 
     def _sizes(self, choice: BackboneChoice, scaled: bool) -> SensorSizes:
         assert choice.task is not None and choice.data_root is not None
@@ -166,6 +180,8 @@ class VlaFamily(Family):
             row = open_spec(choice.task, choice.data_root, ["train"])
             shapes = {name: modality.shape for name, modality in row.modalities.items()}
             ours = vla_weights.architecture_for(shapes, choice.network or {})
+        else:
+            check_network(choice, lambda entry: getattr(trained_on, entry, "no such size"), "the checkpoint")
         if vit.partition(":")[0] == RANDOM:
             seed = int(number) if (number := vit.partition(":")[2]).isdigit() else choice.seed
             return vla_weights.random_weights(trained_on or replace(ours, project_all=False), seed)

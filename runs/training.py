@@ -115,8 +115,8 @@ def starting_point(options: Options, given: Collection[str]) -> tuple[Options, C
         raise CheckpointError(
             f"load_path={start.path}: expected a model for {options.task}, found one of {start.spec.task}"
         )
-    trains_backbone = options.prompt_type in TRAIN_BACKBONES
-    if start is not None and start.spec.method.prompt_type in TRAIN_BACKBONES and not trains_backbone:
+    warm_start = options.prompt_type in TRAIN_BACKBONES and start is not None and start.spec.task == options.task
+    if start is not None and start.spec.method.prompt_type in TRAIN_BACKBONES and not warm_start:
         options, start = replace(options, vit=str(options.load_path)), None  # a backbone, of which no memory is taken
     elif start is not None and not start.published and "vit" not in given:
         options, trained_on = replace(options, vit=str(start.backbone_name)), start.spec.architecture

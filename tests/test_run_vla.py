@@ -194,6 +194,17 @@ def test_doctor_checks_them(root: Path, pretrained: Path, capsys: Captured) -> N
     assert all(fact in said for fact in facts) and "FAIL" not in said
 
 
+def test_all_layers_are_trained_on_from_stage_one(root: Path, pretrained: Path, capsys: Any) -> None:
+    """With projections of their own for data of other widths; its checkpoint is no network of another size."""
+    full = finetune(root, pretrained, "full", "learning_rate=1e-9", "max_epoch=1") / "best.ckpt"
+    before, after = (read_checkpoint(path).state for path in (pretrained, full))
+    assert after["model.proj_a.weight"].shape == (8, 3, 1)
+    assert torch.allclose(before["model.proj1.weight"], after["model.proj1.weight"], atol=1e-6)
+    options = (f"load_path={full}", "prompt_type=full", "network.width=16")
+    assert command_line(command(root, *options)) == 2
+    assert "network.width: expected 8, which the checkpoint has, found 16" in error_of(capsys)
+
+
 WRONG: list[tuple[tuple[str, ...], str]] = [
     (("prompt_type=rep", "load_path=None"), "load_path: expected a checkpoint of task_pretrain_mosei"),
     (("prompt_type=dcp",), "prompt_type: expected rep or mplmm or mplmm_described or none or full"),

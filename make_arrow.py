@@ -65,6 +65,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if takers and value is not None and args.dataset not in takers:
             name = f"--{option.replace('_', '-')}"
             parser.error(f"{name} belongs to --dataset {' or '.join(takers)}, not {args.dataset}")
+    if args.skip_bad and CONVERTERS[args.dataset].family != CLIP:
+        parser.error(f"--skip-bad: is for datasets with images; {args.dataset} is converted completely or not at all")
     if args.workers < 0:
         parser.error(f"--workers: expected 0 or more, found {args.workers}")
     return args

@@ -55,9 +55,15 @@ def start_folder(options: Options, name: str, custom: CustomData | None, content
     EX.current_run.info["folder"] = str(folder)  # type: ignore[attr-defined]  # for `command_line`, and Sacred's record
     write_json(folder / "config.json", described(options, custom))
     write_json(folder / CONTENTS_FILE, contents)
-    write_json(folder / "environment.json", {"command": sys.argv, **environment()})
+    write_json(folder / "environment.json", {"command": command(), **environment()})
     log.info("run folder: %s", folder)
     return folder
+
+
+def command() -> list[str]:
+    """The words behind `python` of this program's call."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m NAME`
+    return ["-m", module.name.removesuffix(".__main__"), *sys.argv[1:]] if module is not None else sys.argv
 
 
 def described(options: Options, custom: CustomData | None) -> dict[str, Any]:

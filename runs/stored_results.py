@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from common.errors import DataError
 from common.hashing import file_sha256
 from common.messages import quoted
@@ -43,9 +45,10 @@ class StoredLogits(NamedTuple):
 
     @property
     def test_set(self) -> str:
-        """Equal for logits of the same samples with the same labels."""
-        said = "\0".join(self.names).encode(), self.split.row_of_sample_N.tobytes(), self.split.labels.numpy().tobytes()
-        return hashlib.sha256(b"\0".join(said)).hexdigest()
+        """Equal for logits of the same samples with the same labels, that lack the same by nature."""
+        natural = np.broadcast_to(self.split.natural, self.split.table_rows).astype(np.int8)
+        arrays = (each.tobytes() for each in (self.split.row_of_sample_N, self.split.labels.numpy(), natural))
+        return hashlib.sha256(b"\0".join(["\0".join(self.names).encode(), *arrays])).hexdigest()
 
 
 def logits_path(run: Run) -> Path:

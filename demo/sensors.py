@@ -50,8 +50,8 @@ def main() -> int:
     write_signals(out / "raw")
     result, data = out / "result", out / "data"
     places = (f"data_root={data}", f"log_dir={result}", f"missing_table_root={out / 'missing_tables'}")
-    small = ("batch_size=64", "per_gpu_batchsize=64", "precision=32", "num_workers=0")
-    common = ["with", *places, *small, "resume_from=auto"]
+    here = ("precision=32", "num_workers=0")
+    common = ["with", *places, *here, "batch_size=64", "per_gpu_batchsize=64", "resume_from=auto"]
     focal, *tuned = (result / f"{name}_seed0" / "version_0" / "best.ckpt" for name in ("focal", "none", "rep"))
     backbone = f"load_path={focal}"
     fine_tuning = ("task_finetune_sensors", backbone, "max_epoch=20", "missing_type=some", "missing_ratio=0.7")
@@ -62,7 +62,7 @@ def main() -> int:
         [*common, "task_pretrain_sensors", "exp_name=focal", "max_epoch=15", *NETWORK],
         [*common, *fine_tuning, "exp_name=none", "prompt_type=none", *slots],
         [*common, *fine_tuning, "exp_name=rep", "prompt_type=rep", *slots],
-        ["robustness", "with", f"load_path=[{tuned[0]},{tuned[1]}]", *matrix, "precision=32", "num_workers=0"],
+        ["robustness", "with", f"load_path=[{tuned[0]},{tuned[1]}]", *matrix, *places, *here],
         ["report", "with", f"runs={result}", f"out={out / 'report'}"],
     ):
         if status == 0:

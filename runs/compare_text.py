@@ -50,10 +50,12 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
         log.warning("without stored logits, and left out: %s%s", ", ".join(map(str, without[:3])), others)
     groups = compare_runs(runs, settings)
     if not groups:
-        where = ", ".join(map(str, places))
+        stored = [run for run in runs if has_logits(run)]
+        there = dict.fromkeys(f"{run.config['prompt_type']} on {run.dataset} at {run.pattern}" for run in stored)
         raise ConfigError(
-            f"runs: expected two configurations or more in {where} that were trained at one pattern and have stored "
-            f"logits, found others; `python run.py robustness with load_path={places[0]}` stores logits"
+            f"runs: expected two configurations or more in {', '.join(map(str, places))} that were trained on one "
+            f"dataset at one pattern and have stored logits, found {'; '.join(there) or 'none with logits'}"
+            + (f"; `python run.py robustness with load_path={places[0]}` stores them" if without else "")
         )
     at_offset = compare_runs(runs, settings, at_offset=True)
     path = (places[0] if places[0].is_dir() else places[0].parent) / "compare.json"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from clip.modules.registry import PRETRAINING
+from clip.modules.registry import PRETRAINING, TRAIN_BACKBONES
 from common.errors import ConfigError
 from common.machine import threads_wait
 from common.messages import listed
@@ -107,6 +107,8 @@ def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:
     steps = schedule_steps(batches, options.max_epoch, step, options.max_steps, as_published=as_published)
     warmup = warmup_steps(options.optimizer_settings(), steps)
     found = []
+    if options.vit.startswith("random") and options.prompt_type not in TRAIN_BACKBONES:
+        found.append(f"vit={options.vit}: the frozen backbone is untrained; expected load_path with a pretraining")
     if warmup >= steps:
         reached = per_cent(round((steps - 1) / warmup, 4))
         found.append(

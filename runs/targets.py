@@ -1,7 +1,7 @@
 """What `run.py robustness` evaluates: checkpoints, with what is known of their runs and their stored logits."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,23 @@ def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
 
     Raises:
         ConfigError, CheckpointError, DataError: an option is wrong, a checkpoint or its stored logits do not fit, or
-            the checkpoints are not all of one test set.
+            the checkpoints are not all of one test set, in a folder those of a dataset.
     """
     test_sets: TestSets = {}
-    targets = [_open(config, given, path, test_sets) for path in find_checkpoints(read_load_paths(config))]
-    _check_comparable(targets)
+    places = read_load_paths(config)
+    targets = [_open(config, given, path, test_sets) for path in find_checkpoints(places)]
+    in_folders = all(place.is_dir() and not is_exported(place) for place in places)
+    for group in by_dataset(targets) if in_folders else [targets]:
+        _check_comparable(group)
     return targets
+
+
+def by_dataset(targets: Iterable[Target]) -> list[list[Target]]:
+    """The targets of each dataset."""
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.options.task, []).append(target)
+    return [*groups.values()]
 
 
 def find_checkpoints(places: Sequence[Path]) -> list[Path]:

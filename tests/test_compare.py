@@ -136,8 +136,15 @@ def test_several_labels_are_compared_at_each_offset_too(runs: Path, caplog: pyte
 
 
 def test_what_is_missing_by_nature_is_missing_at_every_pattern(runs: Path) -> None:
-    """Where all texts are, nothing more is lost with the text, and the image stays where it is all there is."""
-    for path in runs.rglob("logits.arrow"):
+    """Where all texts are, nothing more is lost with the text, and the image stays where it is all there is.
+
+    A run in which they are not has other test samples, though they have the same ids and labels.
+    """
+    first, *_ = paths = sorted(runs.rglob("logits.arrow"))
+    for path in reversed(paths):
+        if path == first:
+            with pytest.raises(DataError, match=r"logits of other test samples than"):
+                compare_runs(find_runs(runs)[0], Settings((0,), 20, 100))
         table = pa.ipc.open_file(path).read_all()
         described = json.loads(table.schema.metadata[b"rep"]) | {"natural": "1" * 60}
         write_arrow(path, table.replace_schema_metadata({"rep": json.dumps(described)}))
@@ -185,8 +192,9 @@ def test_an_undefined_metric_is_null_and_does_not_count(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["runs={top}/rep_seed0"], "runs: expected two configurations or more in {top}/rep_seed0 that were trained at"),
-        (["runs={top}/rep_seed0"], "found others; `python run.py robustness with load_path={top}/rep_seed0` stores"),
+        (["runs={top}/rep_seed0"], "runs: expected two configurations or more in {top}/rep_seed0 that were trained on"),
+        (["runs={top}/rep_seed0"], "stored logits, found rep on mmimdb at 70 % both\n"),
+        (["runs={top}/bare"], "none with logits; `python run.py robustness with load_path={top}/bare` stores them"),
         (["runs=[{top},{top}/nowhere]"], "runs={top}/nowhere: expected a run folder or a folder with runs below it"),
         (["runs={top}", "robustness_types=[sound]"], "robustness_types: expected text or image or both, found sound"),
         (["runs={top}", "bootstrap=0"], "bootstrap: expected an integer of at least 1, found 0"),
@@ -194,6 +202,7 @@ def test_an_undefined_metric_is_null_and_does_not_count(tmp_path: Path, capsys: 
     ],
 )
 def test_what_is_refused(runs: Path, capsys: Captured, options: list[str], message: str) -> None:
+    write_run(runs / "bare" / "version_0")
     assert compare(*(option.format(top=runs) for option in options)) == 2
     assert message.format(top=runs) in capsys.readouterr().err
 

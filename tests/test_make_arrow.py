@@ -98,7 +98,7 @@ class Case:
     def check_bad(self, reason: str, **expected: str) -> None:
         """Refused for one bad sample, which is left out and listed with --skip-bad."""
         said = self.refused()
-        assert all(fact in said for fact in (" samples cannot be used; nothing was written", reason))
+        assert all(fact in said for fact in (" samples cannot be used (", "; nothing was written", reason))
         assert self.run("--skip-bad") == 0
         (bad,) = self.report()
         assert {**bad, **expected, "reason": reason} == bad
@@ -570,6 +570,10 @@ def test_ids_may_repeat_between_files_but_not_within_one(memes: Case) -> None:
         (["mmimdb", "--root", "x", "--workers", "-1"], "expected 0 or more, found -1"),
         (["mmimdb", "--root", "x", "--test-split", "test_seen"], "--test-split belongs to --dataset hateful_memes"),
         (["mmimdb", "--root", "x", "--spec", "a"], "--spec belongs to --dataset sensors or custom, not mmimdb"),
+        (
+            ["mosi", "--root", "x", "--skip-bad"],
+            "--skip-bad: is for datasets with images; mosi is converted",
+        ),
         (["food101", "--root", "x", "--table", "a"], "--table belongs to --dataset vla or custom, not food101"),
         (["custom", "--root", "x", "--spec", "a", "--table", "b"], "not allowed with argument --spec"),
     ],

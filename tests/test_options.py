@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,5 +189,9 @@ def test_what_a_run_remarks(workspace, monkeypatch, changes, facts):
     """A schedule, a step or a validation that is not what the options seem to say."""
     common = {"num_gpus": 0, "per_gpu_batchsize": 4, "batch_size": 8, "max_epoch": 2}
     monkeypatch.setattr(start, "FEW_STEPS", 6)
-    found = start.remarks(config_with(workspace, **{**common, **changes}), DATASETS["mmimdb"], samples=24)
+    options = config_with(workspace, **{**common, **changes})
+    found = start.remarks(options, DATASETS["mmimdb"], samples=24)
     assert len(found) == (facts is not None) and all(fact in found[0] for fact in facts or [])
+    untrained = [replace(options, vit="random:3", prompt_type=method) for method in ("rep", "full")]
+    more = [len(start.remarks(each, DATASETS["mmimdb"], samples=24)) - len(found) for each in untrained]
+    assert more == [1, 0], "that a frozen backbone is untrained"

@@ -448,6 +448,10 @@ def test_checkpoints_of_different_datasets_or_test_sets(workspace, encoded, gold
     assert all(fact in said for fact in ("load_path: expected checkpoints of one dataset", *files)), said
     other = ("task_finetune_mmimdb", f"load_path={food / 'best.ckpt'}", f"data_root={workspace.arrow}")
     assert f"task: mmimdb contradicts the checkpoint {food / 'best.ckpt'}" in refusal(capsys, *other)
+    folders, few = f"load_path=['{encoded}','{food}']", ("robustness_ratios=0.7", "robustness_seeds=0", "bootstrap=0")
+    robustness(folders, *few)
+    tables = capsys.readouterr().out.split("robustness of ")[1:]
+    assert ["mmimdb test" in tables[0], "food101 test" in tables[1], len(tables)] == [True, True, 2]
     elsewhere = Path(shutil.copytree(encoded, tmp_path / "other" / "version_0"))
     shutil.rmtree(elsewhere / "robustness")
     edited(elsewhere, "config.json", data_root=str(golden_arrow))

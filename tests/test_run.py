@@ -4,7 +4,9 @@ import re
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +24,7 @@ from engine.checkpoint import read_checkpoint, restore_classifier
 from engine.cuda_graphs import compute_by
 from engine.training import FinetuneModule
 from run import command_line
-from runs import training
+from runs import start, training
 from tests.conftest import Captured, Patch, Workspace, csv_of, json_of
 from tests.interrupted import differences
 from tests.models import model_input
@@ -61,6 +63,14 @@ def error_of(command: list[str], capsys: Captured) -> str:
     return last
 
 
+def test_the_command_of_a_module_is_recorded_as_one(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/me/rep/demo/__main__.py", "--seed", "1"])
+    for name, words in (("demo.__main__", ["-m", "demo"]), ("demo.vla", ["-m", "demo.vla"]), (None, [sys.argv[0]])):
+        spec = None if name is None else ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+        assert start.command() == [*words, "--seed", "1"]
+
+
 def test_the_run_folder_holds_everything(workspace: Workspace, fitted: Path) -> None:
     files = {"best.ckpt", "last.ckpt", "metrics.csv", "test_results.json"}
     recorded = {"config.json", "environment.json", "contents.json", "tensorboard"}
@@ -68,7 +78,7 @@ def test_the_run_folder_holds_everything(workspace: Workspace, fitted: Path) -> 
     config, environment = json_of(fitted / "config.json"), json_of(fitted / "environment.json")
     assert (config["task"], config["memory_length"], config["missing_ratio"]["train"]) == ("mmimdb", 6, 0.7)
     assert environment["packages"]["torch"] == torch.__version__
-    assert environment["command"][0] == sys.argv[0]
+    assert environment["command"] == start.command()
     rows = csv_of(fitted / "metrics.csv")
     names, seconds = set(rows[0]), [float(row["seconds"]) for row in rows]
     assert list(rows[0])[:3] == ["epoch", "step", "seconds"] and seconds == sorted(seconds) and seconds[-1] > 0

@@ -32,7 +32,7 @@ from tests.report_files import text_of
 from tests.test_resume import interrupt
 from vilt.batches import collate
 from vilt.datasets.arrow_dataset import ArrowDataset
-from vilt.datasets.kinds import kinds_of
+from vilt.datasets.kinds import ArrayKind, InputFormat, kinds_of
 from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, Modality
 
 SENSORS = DatasetSpec(
@@ -356,6 +356,8 @@ def test_numbers_that_are_not_finite_are_refused_with_their_row(registered: None
     write(tmp_path / "gadgets_val.arrow", table.set_column(1, "motion", values))
     dataset = ArrowDataset(SENSORS, tmp_path, "val")
     assert set(dataset[0, 0].inputs) == set(SENSORS.modalities)
+    with pytest.raises(ValueError, match="expected finite numbers, found none"):
+        ArrayKind.read_given(np.zeros((0, 3)), Modality("array", "motion", (9, 3), padded=True), InputFormat())
     with pytest.raises(DataError, match=r"gadgets_val.arrow: row 1: column motion: expected finite numbers"):
         dataset[0, 1]
 

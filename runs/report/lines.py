@@ -188,7 +188,8 @@ class Dataset:
         facts |= {"metric": self.metric_title, "Metric": capital(self.metric_title), "dataset": self.name}
         facts |= {"baselines": self.baseline_text, "conditions": f"{', '.join(first)}, or {last}"}
         facts |= {"better": "lower" if self.spec.monitor in LOWER_IS_BETTER else "higher"}
-        facts |= {"unit": " in per cent" if self.unit().sign else ""}
+        in_per_cent = bool(self.unit().sign)
+        facts |= {"unit": " in per cent" * in_per_cent, "points": " in percentage points" * in_per_cent}
         return CAPTIONS[name].format(**facts)
 
     def order(self, found: Estimate | None) -> float:

@@ -323,12 +323,12 @@ class ArrayKind(Kind):
             raise ValueError(f"expected numbers, found {value.dtype}")
         with np.errstate(over="ignore"):  # what is too large for float32 is not finite there
             array, shape = np.array(value, dtype=np.float32), modality.shape
+        if not array.size or not np.isfinite(array).all():
+            raise ValueError("expected finite numbers" + ("" if array.size else ", found none"))
         if modality.padded and array.ndim == len(shape) and len(array) < (shape[0] or 0):
             array = np.pad(array, [((shape[0] or 0) - len(array), 0), *[(0, 0)] * (array.ndim - 1)])
         if array.ndim != len(shape) or array.shape[1:] != shape[1:] or shape[0] not in (None, len(array)):
             raise ValueError(f"expected an array of shape {shape}, found {array.shape}")
-        if not array.size or not np.isfinite(array).all():
-            raise ValueError("expected finite numbers")
         return torch.from_numpy(array)
 
     @staticmethod

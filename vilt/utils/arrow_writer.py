@@ -53,7 +53,9 @@ class BadSamplesError(DataError):
     """Some samples cannot be used, and leaving them out was not asked for."""
 
     def __init__(self, bad: list[BadSample], n_samples: int) -> None:
-        super().__init__(f"{len(bad):,} of {n_samples:,} samples cannot be used")
+        _, listed_in, row, *said = bad[0].cells()
+        first = f"{listed_in}, row {row}: {': '.join(filter(None, said))}"
+        super().__init__(f"{len(bad):,} of {n_samples:,} samples cannot be used ({first})")
         self.bad = bad
 
 

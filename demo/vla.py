@@ -1,5 +1,6 @@
 """Both stages on made-up text, audio and vision: `make demo-vla`. What is measured says nothing about CMU-MOSI."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from common.text import terminal_table
 from demo import segments
 from run import command_line
 
-ROOT = Path("demo_run_vla")
+ROOT = Path("demo_run", "vla")
 SMALL = ("num_workers=0", f"log_dir={ROOT / 'result'}", f"missing_table_root={ROOT / 'tables'}")
 METHODS = ("none", "mplmm", "rep")
 PRETRAINING_EPOCHS, EPOCHS = 6, 6
@@ -17,6 +18,7 @@ PRETRAINING_EPOCHS, EPOCHS = 6, 6
 
 def main() -> int:
     """Runs everything, and prints a table by what is available; returns the exit status."""
+    argparse.ArgumentParser(prog="python -m demo.vla", description=__doc__).parse_args()
     for name, path in segments.write(ROOT / "raw").items():
         if make_arrow.main(["--dataset", name, "--root", str(path), "--target", str(ROOT / name)]):
             return 1

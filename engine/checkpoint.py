@@ -26,7 +26,7 @@ from common.hashing import file_sha256
 from common.messages import first_line, quoted
 from common.records import record_of
 from common.torch_file import check_state, first_of, state_dict_of, unwrapped_names
-from engine.exported import DESCRIPTION, WEIGHTS, read_exported, weights_file
+from engine.exported import DESCRIPTION, WEIGHTS, from_elsewhere, read_exported, weights_file
 from engine.families import BackboneChoice, family_of
 from engine.published_checkpoint import load_checkpoint_file, model_names, published_model, published_vla
 from engine.tasks import task_of
@@ -238,14 +238,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
         state = model_names(unwrapped_names(state_dict_of(raw["state_dict"])))
         described = raw.get(DESCRIPTION)
-        of_model = {"spec": ModelSpec(*published_model(state))} if described is None else _described_model(described)
+        published = described is None
+        of_model = {"spec": ModelSpec(*published_model(state))} if published else _described_model(described, path)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
     resumable = all(raw.get(name) not in (None, [], {}) for name in OF_TRAINING)
     return Checkpoint(path, file_sha256(path), state=state, resumable=resumable, **of_model)
 
 
-def _described_model(described: Any) -> dict[str, Any]:
+def _described_model(described: Any, path: Path) -> dict[str, Any]:
     """What `describe` has said. Options that a checkpoint does not name are newer than it, and have their defaults.
 
     Raises:
@@ -276,7 +277,7 @@ def _described_model(described: Any) -> dict[str, Any]:
         raise ValueError(f"{OFFSET}: expected a number, found {quoted(offset)}")
     return {
         "spec": ModelSpec(task, method, architecture, head, custom),
-        "backbone_name": str(described["backbone"]["name"]),
+        "backbone_name": from_elsewhere(str(described["backbone"]["name"]), path),
         "backbone_sha256": str(described["backbone"]["sha256"]),
         "class_names": class_names,
         "tokenizer": record_of(TokenizerUsed, described["tokenizer"]) if "tokenizer" in described else None,

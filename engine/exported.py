@@ -63,3 +63,9 @@ def write_exported(out: Path, state: "dict[str, Tensor]", described: dict[str, A
         (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
         write_json(folder / CONFIG, {"model_type": DESCRIPTION, DESCRIPTION: described})
         (folder / CARD).write_text(card, "utf-8")
+
+
+def from_elsewhere(name: str, checkpoint: Path) -> str:
+    """A backbone as a run named it; as a path from here, where that was one from a folder above its checkpoint."""
+    places = [folder / name for folder in checkpoint.resolve().parents if not Path(name).exists()]
+    return next((str(place) for place in places if place.exists()), name)

@@ -365,7 +365,7 @@ def warm_start(
         for name in wanted:
             own[name].copy_(theirs[name])
     log.info(
-        "warm start from %s: %d entries of the memory loaded, %s",
+        "warm start from %s: %d entries loaded, %s",
         checkpoint.path,
         len([name for name in wanted if not name.startswith(heads)]),
         "the head too" if with_head else "the head starts from random values (finetune_first=True takes it too)",

@@ -108,6 +108,17 @@ def test_names_of_older_checkpoints_are_read(backbone: FrozenWeights, tmp_path: 
     assert torch.equal(logits_of(restored), logits_of(classifier))
 
 
+def test_a_backbone_is_found_from_another_folder(backbone: FrozenWeights, tmp_path: Path) -> None:
+    """By the path from which its run had it, as in a notebook that lies elsewhere; other names stay."""
+    (tmp_path / "weights").mkdir()
+    path = tmp_path / "result" / "rep_seed0" / "best.ckpt"
+    path.parent.mkdir(parents=True)
+    classifier = trained_classifier("mmimdb", backbone)
+    for name, expected in (("weights", str(tmp_path / "weights")), ("ViT-B/16", "ViT-B/16"), ("random:0", "random:0")):
+        torch.save(content_of(classifier, "mmimdb", replace(backbone, name=name)), path)
+        assert read_checkpoint(path).backbone_name == expected
+
+
 def test_another_backbone_is_refused(backbone: FrozenWeights, tmp_path: Path) -> None:
     torch.save(content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone), tmp_path / "best.ckpt")
     checkpoint = read_checkpoint(tmp_path / "best.ckpt")

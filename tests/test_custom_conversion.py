@@ -64,7 +64,7 @@ def said_of(status: int, capsys: Captured) -> str:
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.jsonl", "TABLE.CSV"])
-def test_a_table_of_each_format(raw: Path, name: str) -> None:
+def test_a_table_of_each_format(raw: Path, name: str, capsys: Captured) -> None:
     (raw / "table.csv").unlink()
     write_table(raw / name, ROWS)
     assert convert(raw, raw / "out", "--table", str(raw / name)) == 0
@@ -77,6 +77,7 @@ def test_a_table_of_each_format(raw: Path, name: str) -> None:
         "split": ["train"] * 3,
     }
     assert columns_of(raw / "out", "val")["label"] == [1] and columns_of(raw / "out", "test")["label"] == [0]
+    assert "warning: 2 rows of val and test with an image that training has too" in capsys.readouterr().out
     assert open_spec("custom", raw / "out", SPLITS).custom == CustomData("custom", "single", ("cat", "dog"), "accuracy")
 
 

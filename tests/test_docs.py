@@ -2,10 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from clip.modules.coop import CoOp
+from clip.modules.interfaces import Place
+from clip.modules.method import MethodOptions
 from runs.options_page import PAGE, page
+from tests.models import model_input, tiny_batch
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -30,6 +36,20 @@ def test_every_link_leads_somewhere(path: Path) -> None:
         if anchor:
             titles = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
+def test_the_example_of_a_method_is_one() -> None:
+    """All that it needs is in it, and it says what the method of that name does."""
+    example = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.DOTALL)[0]
+    scope: dict[str, Any] = {}
+    exec(example, scope)
+    torch.manual_seed(0)
+    theirs = scope["CoOp"](places := {"text": Place(8, 2)}, 4, MethodOptions("coop", 6, 2))
+    torch.manual_seed(0)
+    ours = CoOp(places, 4, MethodOptions("coop", 6, 2))
+    batch = model_input(*tiny_batch(2), [0, 0])
+    found, expected = (one(batch, {})["text"].inserted_BmD[0] for one in (theirs, ours))
+    assert torch.equal(found, expected)
 
 
 def test_every_page_is_found_from_the_readme() -> None:

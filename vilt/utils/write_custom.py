@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from common.errors import DataError
 from common.messages import quoted
 from common.strict_json import kind_of
+from common.text import counted
 from vilt.datasets.custom import CustomData
 from vilt.datasets.specs import SPLITS, Split, custom_spec
 from vilt.utils import raw_data
@@ -106,26 +107,34 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
         len(listed.label) > 1 if isinstance(listed.label, list) else layout.separator in str(listed.label)
         for listed in rows
     )
-    doubt = ""
+    doubts = [note]
+    trained_on = {image_of(listed) for listed in of_splits["train"]} - {None}
+    if repeated := sum(image_of(listed) in trained_on for split in ("val", "test") for listed in of_splits[split]):
+        doubts.append(f"warning: {counted(repeated, 'row')} of val and test with an image that training has too")
     if layout.labels == "multi" and not several:
-        doubt = f"warning: no row has several labels; in a cell {quoted(layout.separator)} separates them"
+        doubts.append(f"warning: no row has several labels; in a cell {quoted(layout.separator)} separates them")
     elif layout.labels == "single" and several:
         joined = quoted(next(name for name in custom.class_names if layout.separator in name))
-        doubt = f"warning: {joined} is one class; with `labels: multi` in the description it would be several"
+        doubts.append(f"warning: {joined} is one class; with `labels: multi` in the description it would be several")
     read = partial(read_row, layout, {name: number for number, name in enumerate(custom.class_names)}, read_image)
     splits = [
         RawSplit(split, of_split[0].table.name, [(listed.row, partial(read, listed)) for listed in of_split])
         for split, of_split in of_splits.items()
     ]
-    return RawDataset(custom_spec(custom), custom.class_names, tuple(splits), "\n".join(filter(None, (note, doubt))))
+    return RawDataset(custom_spec(custom), custom.class_names, tuple(splits), "\n".join(filter(None, doubts)))
+
+
+def image_of(listed: Listed) -> str | None:
+    """What tells the image of a row from others; None where it has none, or not as a file."""
+    alone = missing(listed.image) or not isinstance(listed.image, str | Path)
+    return None if alone else normal(str(listed.image))
 
 
 def draw_splits(layout: Layout, rows: Sequence[Listed], seed: int) -> tuple[dict[Split, list[Listed]], str]:
     """The rows of each split, stratified by label, and a remark on it. Rows of one image are in one split."""
     groups: dict[str, list[int]] = {}
     for number, listed in enumerate(rows):
-        alone = missing(listed.image) or not isinstance(listed.image, str | Path)
-        groups.setdefault(f"row {number}" if alone else normal(str(listed.image)), []).append(number)
+        groups.setdefault(image_of(listed) or f"row {number}", []).append(number)
 
     def place(group: str) -> tuple[str, bytes]:
         label = normal(str(rows[groups[group][0]].label))

@@ -35,7 +35,7 @@ OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Beginnings of options that one head or method has alone, with its name."""
 FAMILIES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("train_ends", "tokenizer", "vit_activation", "image_size"), (CLIP,)),
+    **dict.fromkeys(("train_ends", "tokenizer", "vit_activation", "image_size", "image_cache"), (CLIP,)),
     **dict.fromkeys(("rdn_hidden", "train_pooler"), (VLA,)),
     "network": ("sensors", VLA),
 }

@@ -27,7 +27,7 @@ from clip.backbone import FrozenWeights
 from clip.tokenizer import ClipTokenizer
 from common.errors import CheckupError, ConfigError, DataError, UserError
 from common.messages import listed, quoted
-from common.text import counted
+from common.text import counted, per_cent
 from config import Options
 from engine.families import family_of
 from runs.check_options import check_together, resolve
@@ -168,7 +168,10 @@ class Doctor:
         data.missing_table = load_missing_table(root, spec.table_name, split, pattern, data.n_rows)
         what = " (one per text)" if spec.column_of("text") else ""
         facts = [f"{counted(data.n_rows, 'row')}, {counted(len(data), 'sample')}{what}"]
-        facts += said_counts(type_counts(data.missing_table, spec.type_names))
+        if split == "train" and spec.redrawn and options.simulate_missing:
+            facts.append(f"{per_cent(pattern.ratio)} {pattern.missing_type} missing, drawn anew in each epoch")
+        else:
+            facts += said_counts(type_counts(data.missing_table, spec.type_names))
         remarks = []
         if data.n_rows not in (published := spec.published_rows.get(split, (data.n_rows,))):
             remarks.append(f"the published split has {' or '.join(f'{rows:,}' for rows in published)} rows")

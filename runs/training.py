@@ -117,6 +117,8 @@ def starting_point(options: Options, given: Collection[str]) -> tuple[Options, C
         )
     warm_start = options.prompt_type in TRAIN_BACKBONES and start is not None and start.spec.task == options.task
     if start is not None and start.spec.method.prompt_type in TRAIN_BACKBONES and not warm_start:
+        if options.finetune_first:
+            raise ConfigError(f"finetune_first: expected a model whose head fits, found the backbone {start.path}")
         options, start = replace(options, vit=str(options.load_path)), None  # a backbone, of which no memory is taken
     elif start is not None and not start.published and "vit" not in given:
         options, trained_on = replace(options, vit=str(start.backbone_name)), start.spec.architecture

@@ -190,7 +190,12 @@ def test_doctor_checks_them(root: Path, pretrained: Path, capsys: Captured) -> N
     own = ("memory_length=6", "memory_depth=2", f"load_path={pretrained}")
     assert command_line(command(root, *own, name="doctor")) == 0
     said = capsys.readouterr().out
-    facts = (f"ok   backbone: {pretrained}", "ok   tokenizer: none needed", "training step: loss")
+    facts = (
+        f"ok   backbone: {pretrained}",
+        "ok   tokenizer: none needed",
+        "training step: loss",
+        "missing, drawn anew",
+    )
     assert all(fact in said for fact in facts) and "FAIL" not in said
 
 
@@ -210,6 +215,8 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("prompt_type=dcp",), "prompt_type: expected rep or mplmm or mplmm_described or none or full"),
     (("missing_type=image",), "any or some, or several as text+audio, found 'image'"),
     (("network.width=16",), "network.width: expected 8"),
+    (("finetune_first=True",), "finetune_first: expected a model whose head fits, found the backbone"),
+    (("image_cache=True",), "image_cache: is no option of task=mosi, found True"),
     (("network.depth=1",), "network: expected width, heads, layers, found depth"),
     (("memory_depth=9",), "memory_depth=9 is more than the backbone has blocks"),
 ]

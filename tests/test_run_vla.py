@@ -15,6 +15,7 @@ from engine.checkpoint import read_checkpoint
 from engine.items import Item, read_items
 from engine.predict import load_model
 from run import command_line
+from runs.export import export
 from tests.conftest import Captured, call, csv_of, error_of, json_of
 from tests.report_files import text_of
 from tests.vla_files import mmsa_pickle, vla_splits
@@ -81,6 +82,12 @@ def measured(trained: Path, root: Path) -> Path:
     options.append("robustness_types=[some,text,audio+text]")
     assert command_line(command(root, f"load_path={trained / 'best.ckpt'}", *options, name="robustness")) == 0
     return trained / "robustness"
+
+
+def test_the_card_of_a_model_of_numbers_has_no_classes(trained: Path, tmp_path: Path) -> None:
+    export(trained / "best.ckpt", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "CMU-MOSI, predicted from text" in card and "Predicted: sentiment." in card and "Classes" not in card
 
 
 def test_stage_one_trains_the_whole_backbone_on_complete_segments(pretrained: Path) -> None:

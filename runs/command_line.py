@@ -113,8 +113,6 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
         elif word.strip():
             found.words.append(word)
             _take_config(word, before, found)
-    if len(tasks := [word for word in found.words if word in NAMED_CONFIGS and word.startswith("task_")]) > 1:
-        raise ConfigError(f"{' '.join(tasks)}: expected one task")
     for word in found.words:  # they count more than named configs and files, wherever they stand
         name, equals, value = word.partition("=")
         if equals:

@@ -196,7 +196,6 @@ WRONG = {
     "with missing_ratio.tran=1": ("unknown option missing_ratio.tran;", "missing_ratio.train?"),
     "with prompt_type=map": ("prompt_type", "found 'map'", "did you mean map_input?"),
     "with prompt_type=mpl": ("prompt_type", "did you mean mplmm?"),
-    "with task_finetune_mosi task_finetune_sims": ("task_finetune_mosi task_finetune_sims", "one task"),
     "with task=mimdb": ("task", "did you mean mmimdb?"),
     "with task_finetune_mmimd": ("task_finetune_mmimdb?",),
     "with nowhere.json": ("nowhere.json", "no file"),

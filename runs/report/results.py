@@ -17,6 +17,7 @@ from common.messages import quoted
 from common.strict_json import read_json
 from common.text import estimate
 from engine.exported import DESCRIPTION
+from runs.comparable import of_run
 from runs.report.text import dataset_title, without_home
 from runs.run_reader import Run, as_written_by_run, open_checkpoint, runs_of_each
 from runs.stored_results import Robustness, StoredLogits, read_logits, read_robustness
@@ -110,7 +111,9 @@ class ReportRun(Run):
         with as_written_by_run(best):
             published = described["architecture"].items() >= PUBLISHED_SIZES.items()
             named = str(described["backbone"]["name"])
-            return PUBLISHED_BACKBONE if published else Path(named).name if Path(named).is_absolute() else named
+            if published or named.endswith(".ckpt"):
+                return PUBLISHED_BACKBONE if published else of_run(named)
+            return Path(named).name if Path(named).is_absolute() else named
 
     def at_own_pattern(self, metric: str) -> float | None:
         """A metric at the pattern of the training: mean over table seeds, else the test result there."""

@@ -24,7 +24,7 @@ def read_pretrained(option: str, source: str, read: Callable[[bool], T], what: s
     Raises:
         BackboneError: nothing usable is there.
     """
-    is_folder, reason = Path(source).is_dir(), ""
+    is_folder, reasons = Path(source).is_dir(), list[str]()
     for local_files_only in (True,) if is_folder else (True, False):  # the cache first: no network where it suffices
         try:
             if not local_files_only:
@@ -33,11 +33,12 @@ def read_pretrained(option: str, source: str, read: Callable[[bool], T], what: s
         except HFValidationError as error:
             raise BackboneError(f"{option}: expected {what}, found no file or folder of that name") from error
         except Exception as error:  # on damaged folders: pickle's, ImportError, KeyError, and classes of its own
-            reason = first_line(error)
+            reasons.append(first_line(error).rstrip("."))
     name = option.partition("=")[0]
     advice = (
         f". {source} is neither in the Hugging Face cache nor within reach on the hub: on a machine with network run "
         f"`hf download {source}` and copy the folder that it names here; then give {name}=THAT_FOLDER, or put it into "
         f"the cache that HF_HOME names"
     )
-    raise BackboneError(f"{option}: not readable as {what}: {reason if is_folder else reason.rstrip('.') + advice}")
+    said = "; ".join(dict.fromkeys(reasons))
+    raise BackboneError(f"{option}: not readable as {what}: {said}{'' if is_folder else advice}")

@@ -26,8 +26,9 @@ def listed(names: Sequence[object]) -> str:
 
 def near(word: object, known: Sequence[str]) -> str:
     """`; did you mean NAME?` with the name of `known` that begins with `word`, or is most like it, if there is one."""
-    begun = [name for name in known if word and name.startswith(str(word))]
-    found = begun or difflib.get_close_matches(str(word), known, n=1)
+    like = str(word).casefold()
+    begun = [name for name in known if len(like) > 1 and name.casefold().startswith(like)]
+    found = begun or difflib.get_close_matches(like, known, n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clip.backbone import FrozenWeights
+from clip.backbone import HUB_NAMES, FrozenWeights
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.heads import LinearHead
 from clip.modules.method import UNUSED, MethodOptions
@@ -108,6 +108,12 @@ class Checkpoint:
     def published(self) -> bool:
         """True for a checkpoint of the published code."""
         return self.backbone_sha256 is None
+
+    @property
+    def backbone_place(self) -> str:
+        """The backbone as its run named it; where that was a path from a folder above the checkpoint, one from here."""
+        name = str(self.backbone_name)
+        return name if name in HUB_NAMES else from_elsewhere(name, self.path)
 
 
 def describe(
@@ -238,15 +244,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
         state = model_names(unwrapped_names(state_dict_of(raw["state_dict"])))
         described = raw.get(DESCRIPTION)
-        published = described is None
-        of_model = {"spec": ModelSpec(*published_model(state))} if published else _described_model(described, path)
+        of_model = {"spec": ModelSpec(*published_model(state))} if described is None else _described_model(described)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
     resumable = all(raw.get(name) not in (None, [], {}) for name in OF_TRAINING)
     return Checkpoint(path, file_sha256(path), state=state, resumable=resumable, **of_model)
 
 
-def _described_model(described: Any, path: Path) -> dict[str, Any]:
+def _described_model(described: Any) -> dict[str, Any]:
     """What `describe` has said. Options that a checkpoint does not name are newer than it, and have their defaults.
 
     Raises:
@@ -277,7 +282,7 @@ def _described_model(described: Any, path: Path) -> dict[str, Any]:
         raise ValueError(f"{OFFSET}: expected a number, found {quoted(offset)}")
     return {
         "spec": ModelSpec(task, method, architecture, head, custom),
-        "backbone_name": from_elsewhere(str(described["backbone"]["name"]), path),
+        "backbone_name": str(described["backbone"]["name"]),
         "backbone_sha256": str(described["backbone"]["sha256"]),
         "class_names": class_names,
         "tokenizer": record_of(TokenizerUsed, described["tokenizer"]) if "tokenizer" in described else None,
@@ -329,7 +334,7 @@ def backbone_in(path: Path) -> FrozenWeights | None:
         return None
     checkpoint = read_checkpoint(path)
     start = family_of(checkpoint.spec.task).load(
-        BackboneChoice(checkpoint.backbone_name), trained_on=checkpoint.spec.architecture
+        BackboneChoice(checkpoint.backbone_place), trained_on=checkpoint.spec.architecture
     )
     model = restore_classifier(checkpoint, start).model
     state = {name: tensor for name, tensor in model.state_dict().items() if name in start.state}

@@ -3,6 +3,7 @@
 `load_path` and `load_model` read it like a checkpoint; `huggingface_hub` uploads it as it is.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,8 @@ def write_exported(out: Path, state: "dict[str, Tensor]", described: dict[str, A
 
 
 def from_elsewhere(name: str, checkpoint: Path) -> str:
-    """A backbone as a run named it; as a path from here, where that was one from a folder above its checkpoint."""
-    places = [folder / name for folder in checkpoint.resolve().parents if not Path(name).exists()]
-    return next((str(place) for place in places if place.exists()), name)
+    """A path as a run named it; where that was one from a folder above its checkpoint, one from here."""
+    with suppress(OSError):  # a folder that may not be entered, or no name of a file
+        places = [Path(name), *(folder / name for folder in checkpoint.resolve().parents)]
+        return next((str(place) for place in places if place.is_file() or (place / CONFIG).is_file()), name)
+    return name

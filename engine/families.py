@@ -69,6 +69,10 @@ class Family:
         """What it takes; nothing is compared with an architecture that is None. Raises BackboneError, ConfigError."""
         return InputFormat()
 
+    def fits(self, architecture: Any, choice: BackboneChoice) -> bool:
+        """Whether an architecture is for data of the shapes of those in `choice`."""
+        return True
+
     def start_embeddings(self, weights: FrozenWeights, inputs: InputFormat) -> dict[str, Tensor]:
         """What the start values of methods may follow from, see `Method.start_from`."""
         return {}
@@ -147,6 +151,9 @@ class SensorFamily(Family):
             return ours
         return published_weights(Path(vit), trained_on or self._sizes(choice, scaled=False))
 
+    def fits(self, architecture: SensorSizes, choice: BackboneChoice) -> bool:
+        return shapes_of(self._sizes(choice._replace(network=None), scaled=False)) == shapes_of(architecture)
+
     def _check_network(self, choice: BackboneChoice, there: SensorSizes, source: str) -> None:
         if choice.network:
             sizes = self._sizes(choice, scaled=False)
@@ -176,12 +183,10 @@ class VlaFamily(Family):
         """Of a checkpoint without the projections, which belong to its data."""
         vit = str(weights_file(Path(str(choice.vit))))
         if trained_on is None:
-            assert choice.task is not None and choice.data_root is not None
-            row = open_spec(choice.task, choice.data_root, ["train"])
-            shapes = {name: modality.shape for name, modality in row.modalities.items()}
-            ours = vla_weights.architecture_for(shapes, choice.network or {})
+            ours = self._architecture(choice)
         else:
-            check_network(choice, lambda entry: getattr(trained_on, entry, "no such size"), "the checkpoint")
+            vla_weights.check_sizes(choice.network or {})
+            check_network(choice, partial(getattr, trained_on), "the checkpoint")
         if vit.partition(":")[0] == RANDOM:
             seed = int(number) if (number := vit.partition(":")[2]).isdigit() else choice.seed
             return vla_weights.random_weights(trained_on or replace(ours, project_all=False), seed)
@@ -193,9 +198,18 @@ class VlaFamily(Family):
         theirs = checkpoint.spec.architecture
         if not isinstance(theirs, VlaArchitecture):
             raise BackboneError(f"vit: expected a checkpoint of stage 1, found one of {checkpoint.spec.task} in {vit}")
-        start = None if checkpoint.published else self.load(BackboneChoice(checkpoint.backbone_name), theirs)
+        start = None if checkpoint.published else self.load(BackboneChoice(checkpoint.backbone_place), theirs)
         state = restore_classifier(checkpoint, start).state_dict()
         return vla_weights.taken_over(vit, state, theirs, trained_on or ours)
+
+    def fits(self, architecture: VlaArchitecture, choice: BackboneChoice) -> bool:
+        return self._architecture(choice).shapes == architecture.shapes
+
+    def _architecture(self, choice: BackboneChoice) -> VlaArchitecture:
+        assert choice.task is not None and choice.data_root is not None
+        row = open_spec(choice.task, choice.data_root, ["train"])
+        shapes = {name: modality.shape for name, modality in row.modalities.items()}
+        return vla_weights.architecture_for(shapes, choice.network or {})
 
 
 FAMILIES: dict[str, Family] = {CLIP: ClipFamily(), "sensors": SensorFamily(), VLA: VlaFamily()}

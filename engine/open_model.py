@@ -80,7 +80,7 @@ def open_model(
         log.info("%s: a checkpoint of the published code; it holds its own CLIP weights", checkpoint.path)
         choice = choice._replace(vit=published_vit)
     else:
-        choice = choice._replace(vit=choice.vit or str(checkpoint.backbone_name))
+        choice = choice._replace(vit=choice.vit or checkpoint.backbone_place)
         backbone = family.load(choice, spec.architecture)
     inputs = reading_texts(family.inputs(choice, spec.architecture), spec.method)
     check_tokenizer(checkpoint, inputs.fingerprint)

@@ -80,6 +80,7 @@ class Group:
     task: Task
     metric: str  # that of the task, or macro F1 at each run's offset
     trained_at: Pattern
+    drawing: str  # of the missing tables of their trainings
     lines: list[RunLine[Run]]
     labels: list[str]  # of the lines: the method, with the options that set it apart
     samples: int
@@ -131,20 +132,21 @@ def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = F
     by_pattern: dict[tuple[str, Pattern, str], list[RunLine[Run]]] = {}
     for line in lines_of(with_logits, lambda run: run):
         run = line.items[0]
-        by_pattern.setdefault((run.dataset, run.pattern, run.config.get("missing_tables", NESTED)), []).append(line)
-    groups = [
-        _group(dataset, trained_at, lines, settings, at_offset=at_offset)
-        for (dataset, trained_at, _), lines in by_pattern.items()
-        if len(lines) > 1
-    ]
+        by_pattern.setdefault((run.dataset, run.pattern, drawing_of(run)), []).append(line)
+    groups = [_group(*key, lines, settings, at_offset=at_offset) for key, lines in by_pattern.items() if len(lines) > 1]
     corrected = iter(holm([each.difference.p for group in groups for each in group.comparisons]))
     for group in groups:
         group.comparisons[:] = [replace(each, p_corrected=next(corrected)) for each in group.comparisons]
     return groups
 
 
+def drawing_of(run: Run) -> str:
+    """How the missing tables of a training were drawn."""
+    return str(run.config.get("missing_tables", NESTED))
+
+
 def _group(
-    dataset: str, trained_at: Pattern, lines: list[RunLine[Run]], settings: Settings, *, at_offset: bool
+    dataset: str, trained_at: Pattern, drawing: str, lines: list[RunLine[Run]], settings: Settings, *, at_offset: bool
 ) -> Group:
     run = lines[0].items[0]
     spec, task = run.spec, task_of(run.config["task"], run.custom)
@@ -157,7 +159,7 @@ def _group(
             said = f"logits of other test samples than {logits_path(first.run)}; compare each test set by itself"
             raise DataError(f"{logits_path(each.run)}: {said}")
         if each.rows_before != first.rows_before:
-            said = f"results at missing tables drawn otherwise than those of {logits_path(first.run).parent}"
+            said = f"results at tables drawn behind other splits than those of {logits_path(first.run).parent}"
             raise DataError(f"{logits_path(each.run).parent}: {said}; run `python run.py robustness` again")
     metric = AT_OFFSET if at_offset else task.monitor
     measure, comparisons = task.metrics.measures[task.monitor], []
@@ -180,7 +182,9 @@ def _group(
         log.info("%s: %s compared by %s", dataset, pattern.title, metric)
     labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
     of_constants = baselines(task, first.split.labels, first.class_names)
-    return Group(dataset, task, metric, trained_at, lines, labels, len(first.split.labels), of_constants, comparisons)
+    return Group(
+        dataset, task, metric, trained_at, drawing, lines, labels, len(first.split.labels), of_constants, comparisons
+    )
 
 
 def _paired(one: list[int], other: list[int]) -> list[tuple[int, int]]:

@@ -14,8 +14,9 @@ from common.strict_json import write_json
 from common.text import baseline_texts, counted, figure, interval_text, per_cent, terminal_table
 from engine.sample_statistics import LEVEL
 from runs.check_options import read_options
-from runs.compare import Group, Settings, compare_runs, has_logits
+from runs.compare import Group, Settings, compare_runs, drawing_of, has_logits
 from runs.run_reader import runs_of_each
+from vilt.missing_tables import NESTED
 
 log = logging.getLogger("rep")
 
@@ -51,7 +52,9 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
     groups = compare_runs(runs, settings)
     if not groups:
         stored = [run for run in runs if has_logits(run)]
-        there = dict.fromkeys(f"{run.config['prompt_type']} on {run.dataset} at {run.pattern}" for run in stored)
+        there = dict.fromkeys(
+            f"{run.config['prompt_type']} on {run.dataset} at {run.pattern}{_drawn(drawing_of(run))}" for run in stored
+        )
         raise ConfigError(
             f"runs: expected two configurations or more in {', '.join(map(str, places))} that were trained on one "
             f"dataset at one pattern and have stored logits, found {'; '.join(there) or 'none with logits'}"
@@ -80,6 +83,7 @@ def _content(groups: Sequence[Group], total: int, settings: Settings) -> dict[st
                 "metric": group.metric,
                 "samples": group.samples,
                 "trained_at": group.trained_at,
+                "missing_tables": group.drawing,
                 "methods": [
                     {"name": label, "runs": {str(run.config["seed"]): str(run.folder) for run in line.items}}
                     for label, line in zip(group.labels, group.lines, strict=True)
@@ -132,13 +136,17 @@ def _text(group: Group) -> str:
     return "\n".join(
         [
             f"\n{group.dataset} test, {counted(group.samples, 'sample')}, {group.metric}; trained at "
-            f"{group.trained_at}",
+            f"{group.trained_at}{_drawn(group.drawing)}",
             *known,
             *(f"     {text}" for text in baseline_texts(group.baselines, group.task.monitor)),
             "",
             terminal_table(heads, rows, "<<" + ">" * 6),
         ]
     )
+
+
+def _drawn(drawing: str) -> str:
+    return "" if drawing == NESTED else f" ({drawing} tables)"
 
 
 def _signed(value: float) -> str:

@@ -52,7 +52,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     assert options.load_paths
     arrow = open_spec(options.task, options.data_root, options.splits)
     members = [read_checkpoint(path) for path in options.load_paths]
-    options = drawn_as_trained(as_trained(options, members, given), members[0].training, given)
+    options = drawn_as_trained(as_trained(options, members, given), members, given)
     say_device(options)
     for checkpoint in members:
         check_agreement(options, checkpoint, given)

@@ -23,7 +23,7 @@ PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 def task_name(option: str, value: Any) -> str:
     """Reads the name of a task."""
     if not isinstance(value, str) or value not in EVERY_DATASET:
-        hint = near(value, [*DATASETS]) or f"; a custom dataset is {CUSTOM}"
+        hint = near(value, [*EVERY_DATASET]) or f"; a custom dataset is {CUSTOM}"
         raise ConfigError(f"{wrong(option, ' or '.join(DATASETS), value)}{hint}")
     return str(value)
 

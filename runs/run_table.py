@@ -119,6 +119,7 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
     texts = {name: [row.text(name, log_dir) for row in rows] for name in columns}
     datasets = {row.dataset: row.metric for row in rows if row.metric is not None}
     same = [name for name in ("method", "train", "state") if len(rows) > 1 and len({*texts[name]}) == 1]
+    same = [name for name in same if texts[name][0] not in ("–", "damaged")]
     said_of_all = [f"{name} {texts[name][0]}" for name in same]
     if len(rows) > 1 and len({row.folder.name for row in rows}) == 1 and all("/" in text for text in texts["folder"]):
         texts["folder"] = [text.rpartition("/")[0] for text in texts["folder"]]

@@ -73,6 +73,9 @@ def read_robustness(run: Run) -> Robustness | None:
         offset = written.get("offset")
         if not (offset is None or (type(offset) is float and math.isfinite(offset))):
             raise ValueError(f"offset: expected a number, found {quoted(offset)}")
+        rows = written.get("rows_before", [])
+        if not isinstance(rows, list) or len(rows) not in (0, 2) or any(type(n) is not int or n < 1 for n in rows):
+            raise ValueError(f"rows_before: expected nothing or two numbers of rows, found {quoted(rows)}")
         raw = {"baselines": {}, **_undefined_as_nan(written)}  # results of older versions have no baselines
         cells = {Pattern.of(run.spec, *(cell[name] for name in PATTERN)): cell for cell in raw["cells"]}
         return Robustness(raw, cells, offset)

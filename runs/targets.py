@@ -73,7 +73,8 @@ def by_dataset(targets: Iterable[Target]) -> list[list[Target]]:
     """The targets of each dataset."""
     groups: dict[str, list[Target]] = {}
     for target in targets:
-        groups.setdefault(target.options.task, []).append(target)
+        custom = target.store.dataset.spec.custom
+        groups.setdefault(custom.key if custom else target.options.task, []).append(target)
     return [*groups.values()]
 
 
@@ -155,7 +156,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     if options.fast_dev_run:
         raise ConfigError("fast_dev_run: robustness needs the whole test split")
     check_agreement(options, checkpoint, given)
-    options = drawn_as_trained(as_trained(options, [checkpoint], given), checkpoint.training, given)
+    options = drawn_as_trained(as_trained(options, [checkpoint], given), [checkpoint], given)
     spec = open_spec(options.task, options.data_root, options.splits)
     arrow = options.data_root / spec.file_name("test")
     grouped = checkpoint.spec.method.group_texts
@@ -168,7 +169,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
         there, here = trained_with[:12], arrow_sha256[:12]
         log.warning("%s: %s is not the test set of its run (there sha256 %s…, here %s…)", path, arrow, there, here)
     at = checkpoint.training
-    seed, trained = (None, None) if at is None else (at.seed, Pattern(at.missing_type, at.ratio, at.both_ratio))
+    seed, trained = (None, None) if at is None else (at.seed, pattern_of(at))
     if run is not None:
         seed, trained = run.config["seed"], run.pattern
     task = task_of(options.task, spec.custom)
@@ -201,19 +202,35 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     return Target(options, subject, run, store, store.is_there(), _patterns(options, spec))
 
 
-def drawn_as_trained(options: Options, trained: TrainedAt | None, given: Collection[str]) -> Options:
-    """The options of an evaluation with missing tables drawn as the training's, unless a drawing is chosen."""
-    if trained is None:
+def drawn_as_trained(options: Options, checkpoints: Sequence[Checkpoint], given: Collection[str]) -> Options:
+    """The options of an evaluation with missing tables drawn as the training's, unless a drawing is chosen.
+
+    Published tables also follow from the pattern of the training, that of the first checkpoint.
+
+    Raises:
+        ConfigError: the tables of the trainings were drawn in different ways, and none is chosen.
+    """
+    trained = [each.training for each in checkpoints if each.training is not None]
+    drawings = list(dict.fromkeys(each.drawing for each in trained))
+    if "missing_tables" in given or options.missing_tables != NESTED:
+        drawings = [options.missing_tables]
+    if len(drawings) > 1:
+        raise ConfigError(f"missing_tables: expected one of {' and '.join(drawings)}, which the checkpoints differ in")
+    if not trained or drawings == [NESTED]:
         return options
-    chosen = "missing_tables" in given or options.missing_tables != NESTED
-    if not chosen and trained.drawing != NESTED:
-        log.info("missing_tables=%s, as the training had", trained.drawing)
+    log.info("missing_tables=%s, behind those of a training at %s", *drawings, pattern_of(trained[0]))
     return replace(
         options,
-        missing_tables=options.missing_tables if chosen else trained.drawing,
-        missing_type={**options.missing_type, "train": trained.missing_type},
-        missing_ratio={**options.missing_ratio, "train": float(trained.ratio)},
+        missing_tables=drawings[0],
+        missing_type={**options.missing_type, "train": trained[0].missing_type},
+        missing_ratio={**options.missing_ratio, "train": float(trained[0].ratio)},
+        both_ratio=options.both_ratio if "both_ratio" in given else float(trained[0].both_ratio),
     )
+
+
+def pattern_of(trained: TrainedAt) -> Pattern:
+    """The missing pattern of a training."""
+    return Pattern(trained.missing_type, trained.ratio, trained.both_ratio)
 
 
 def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]:
@@ -237,6 +254,10 @@ def _check_comparable(targets: Sequence[Target]) -> None:
                 f"load_path: {same_folder.subject.checkpoint} and {path} are in one folder, which has room for the "
                 f"results of one checkpoint"
             )
+        drawings = {each.patterns[0][0].drawing for each in (first, target)}
+        if len(drawings) > 1:
+            said = f"expected one of {' and '.join(sorted(drawings))}, which the checkpoints differ in"
+            raise ConfigError(f"missing_tables: {said}: {first.subject.checkpoint} and {path}")
         for name, what in (("task", "dataset"), ("arrow_sha256", "test set")):
             if target.store.origin[name] != first.store.origin[name]:
                 raise ConfigError(

@@ -115,16 +115,21 @@ def starting_point(options: Options, given: Collection[str]) -> tuple[Options, C
         raise CheckpointError(
             f"load_path={start.path}: expected a model for {options.task}, found one of {start.spec.task}"
         )
-    warm_start = options.prompt_type in TRAIN_BACKBONES and start is not None and start.spec.task == options.task
-    if start is not None and start.spec.method.prompt_type in TRAIN_BACKBONES and not warm_start:
+    if start is not None and start.spec.method.prompt_type in TRAIN_BACKBONES and not warm_starts(options, start):
         if options.finetune_first:
             raise ConfigError(f"finetune_first: expected a model whose head fits, found the backbone {start.path}")
         options, start = replace(options, vit=str(options.load_path)), None  # a backbone, of which no memory is taken
     elif start is not None and not start.published and "vit" not in given:
-        options, trained_on = replace(options, vit=str(start.backbone_name)), start.spec.architecture
+        options, trained_on = replace(options, vit=start.backbone_place), start.spec.architecture
     if start is not None and start.tokenizer is not None and "tokenizer" not in given:
         options = replace(options, tokenizer=start.tokenizer.option)
     return options, start, trained_on
+
+
+def warm_starts(options: Options, start: Checkpoint) -> bool:
+    """Whether a training of the whole backbone goes on with `start` as it is: it is of data of the same shapes."""
+    choice = backbone_choice(options, {"vit"})
+    return options.prompt_type in TRAIN_BACKBONES and family_of(options.task).fits(start.spec.architecture, choice)
 
 
 def open_training(options: Options, given: Collection[str]) -> Opened:

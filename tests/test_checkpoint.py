@@ -111,12 +111,14 @@ def test_names_of_older_checkpoints_are_read(backbone: FrozenWeights, tmp_path: 
 def test_a_backbone_is_found_from_another_folder(backbone: FrozenWeights, tmp_path: Path) -> None:
     """By the path from which its run had it, as in a notebook that lies elsewhere; other names stay."""
     (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
     path = tmp_path / "result" / "rep_seed0" / "best.ckpt"
     path.parent.mkdir(parents=True)
     classifier = trained_classifier("mmimdb", backbone)
-    for name, expected in (("weights", str(tmp_path / "weights")), ("ViT-B/16", "ViT-B/16"), ("random:0", "random:0")):
+    for name in ("weights", "ViT-B/16", "random:0", "x" * 300):
         torch.save(content_of(classifier, "mmimdb", replace(backbone, name=name)), path)
-        assert read_checkpoint(path).backbone_name == expected
+        found, expected = read_checkpoint(path), str(tmp_path / name) if name == "weights" else name
+        assert (found.backbone_place, found.backbone_name) == (expected, name)
 
 
 def test_another_backbone_is_refused(backbone: FrozenWeights, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_what_is_significant(low: float, p: float, metric: str, significant: boo
 
 def test_results_at_missing_tables_drawn_otherwise_are_not_compared(runs: Path) -> None:
     edited(runs / "dcp_seed1" / "version_0", "robustness/robustness.json", rows_before=[100, 20])
-    with pytest.raises(DataError, match=r"dcp_seed1.*drawn otherwise.*run `python run.py robustness` again"):
+    with pytest.raises(DataError, match=r"dcp_seed1.*drawn behind other splits.*run `python run.py robustness` again"):
         compare_runs(find_runs(runs)[0], Settings((0,), 2, 2))
 
 

@@ -31,11 +31,21 @@ from tests.conftest import Patch
 from tests.models import model_input, tiny_batch, tiny_classifier
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CASES: dict[str, dict[str, Any]] = {
+    **{method: {"prompt_type": method} for method in METHODS},
+    "described": {"memory_depth": 1, "replay_depth": 1, "dynamic_init": True, "decoupling_weight": 0.1},
+    "dpl": {"prompt_type": "none", "head": "dpl", "dpl_contrast_weight": 0.9},
+    "linear by type": {"prompt_type": "coop", "head": "linear_by_type"},
+}
 MIXES = ([0, 1, 2, 0] * 3, [0, 1, 2, 1] * 3, [0, 1, 2, 0] * 3, [1] * 12, [0, 1, 2, 0] * 3)
 
 
-WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
-"""What makes the host wait for a GPU."""
+aten = torch.ops.aten
+WAITS = (
+    *(aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.bincount, aten.lift_fresh),
+    *(aten._unique2, aten.unique_dim, aten.repeat_interleave),
+)
+"""What makes the host wait for a GPU, or copies a tensor of Python's numbers to it (`lift_fresh`)."""
 
 
 class Tape(TorchDispatchMode):
@@ -49,7 +59,9 @@ class Tape(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, list[Any]]] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operation.overloadpacket in WAITS:
+        masks = [each for each in tree_leaves(args[1:2]) if isinstance(each, Tensor) and each.dtype == torch.bool]
+        by_mask = operation.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and masks
+        if operation.overloadpacket in WAITS or by_mask:
             raise RuntimeError("called a synchronizing CUDA operation")
         found = operation(*args, **(kwargs or {}))
         self.calls.append((operation, args, kwargs or {}, tree_leaves(found)))
@@ -92,17 +104,25 @@ def step_of(classifier: MissingModalityClassifier) -> cuda_graphs.Step:
     return step
 
 
-@pytest.mark.parametrize(("method", "dtype"), [*((each, torch.float32) for each in METHODS), ("rep", torch.bfloat16)])
-def test_recorded_steps_give_the_same(device: torch.device, method: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("wait", ["x[x > 0]", "x[0].item()", "x.unique()", "torch.equal(x, x)", "x.new_tensor([1.0])"])
+def test_the_stand_in_refuses_what_a_graph_does(wait: str) -> None:
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        tape(lambda: eval(wait, {"torch": torch, "x": torch.arange(3.0)}), None, first=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((each, torch.float32) for each in CASES), ("rep", torch.bfloat16)],
+)
+def test_recorded_steps_give_the_same(device: torch.device, case: str, dtype: torch.dtype) -> None:
     """Losses, logits and gradients, with dropout, accumulated over two batches, whose seeds alone decide the masks.
 
     In 16 bits the forward pass is under autocast and the backward pass is not, as in a training.
     """
-    of_method: dict[str, Any] = {"prompt_type": method}
     found: list[list[Tensor | None]] = []
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     for with_graphs in (False, True):
-        classifier = tiny_classifier("hatememes", **of_method).to(device).train()
+        classifier = tiny_classifier("hatememes", **CASES[case]).to(device).train()
         classifier.compute(dtype)
         parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
         step = step_of(classifier)

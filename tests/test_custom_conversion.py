@@ -307,6 +307,8 @@ BAD: list[tuple[str, object, str, str]] = [
     ("label", None, "incomplete row", "label: expected a name, found none"),
     ("label", True, "incomplete row", "label: expected a name, found true"),
     ("label", "cow", "unknown class", "'cow' is not in classes"),
+    ("label", "cat|dog", "unknown class", "'cat|dog' is not in classes"),
+    ("label", ["cat", "dog"], "incomplete row", "label: expected a name, found a list"),
     ("labels", "cat", "incomplete row", "label: expected a list, found 'cat'"),
     ("labels", ["cat", ""], "incomplete row", "label: expected a name, found ''"),
     ("labels", ["cat", "pink"], "unknown class", "'pink' is not in classes"),

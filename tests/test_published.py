@@ -122,19 +122,21 @@ def test_kept_published_tables_of_other_training_patterns_are_others(tmp_path: P
     assert len(list(tmp_path.iterdir())) == 2 and not np.array_equal(tables[0], tables[1])
 
 
-def test_published_tables_in_a_run_and_its_robustness(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_published_tables_in_a_run_and_its_robustness(workspace: Workspace, tmp_path: Path, share: float) -> None:
     """A test at another pattern has the table that the published code draws behind those of training and validation."""
-    tables = f"missing_table_root={tmp_path / 'tables'}"
-    folder = workspace.train("as_published", "published", tables)
+    tables, log_dir = f"missing_table_root={tmp_path / 'tables'}", tmp_path / "result"
+    published = ("published", f"both_ratio={share}", tables)
+    folder = workspace.train("as_published", *published, log_dir=log_dir)
     assert results_of(folder)["missing_pattern"]["drawing"] == "published"
     rows = rows_of_splits(DATASETS["mmimdb"], workspace.arrow)
     options = ("test_ratio=0.4", "test_type=text", f"load_path={folder / 'best.ckpt'}")
     tested = evaluate(workspace, "table", *options, tables)
-    patterns = [MissingPattern(kind, ratio, 0.5, 0) for kind, ratio in (("both", 0.7), ("text", 0.4), ("text", 0.4))]
+    patterns = [MissingPattern(kind, ratio, share, 0) for kind, ratio in (("both", 0.7), ("text", 0.4), ("text", 0.4))]
     expected = tables_of_one_generator(patterns, list(rows.values()))[2]
     name = next(path for path in (tmp_path / "tables").iterdir() if "_test_missing_text_0.4_" in path.name)
     assert "".join(line for line in name.read_text().splitlines() if line[0] != "#") == "".join(map(str, expected))
-    other = workspace.train("as_published_too", "published", "far=False", "fmb=False", tables)
+    other = workspace.train("too", *published, "far=False", "fmb=False", log_dir=log_dir)
     cells = (tables, "robustness_types=[text,both]", "robustness_ratios=[0.4,0.7]", *ONE_TABLE)
     for each in (folder, other):
         assert command_line(workspace.command(f"load_path={each / 'best.ckpt'}", *cells, name="robustness")) == 0
@@ -146,6 +148,16 @@ def test_published_tables_in_a_run_and_its_robustness(workspace: Workspace, tmp_
     assert command_line(["run.py", "compare", "with", f"runs=[{folder},{other}]", *compared]) == 0
     [_, at_own, _] = json_of(folder / "compare.json")["groups"][0]["differences"]
     assert sorted(at_own["values"]) == pytest.approx(sorted(own), abs=1e-9)
+
+
+def test_checkpoints_of_trainings_at_tables_drawn_differently(workspace, fitted, tmp_path, capsys):
+    """Neither mean nor table is of both, unless a drawing is chosen."""
+    published = workspace.train("drawn", "published", log_dir=tmp_path) / "best.ckpt"
+    both = f"load_path=[{fitted / 'best.ckpt'},{published}]"
+    small = (both, f"log_dir={tmp_path}", "robustness_ratios=0.7", *ONE_TABLE)
+    for command in (workspace.command(both, "test_only=True"), workspace.command(*small, name="robustness")):
+        assert "missing_tables: expected one of nested and published, which the che" in error_of(command, capsys)
+    assert command_line(workspace.command(both, "test_only=True", "missing_tables=nested", f"log_dir={tmp_path}")) == 0
 
 
 def test_published_tables_need_all_splits(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:

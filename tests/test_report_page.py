@@ -298,6 +298,8 @@ def test_excerpts() -> None:
         (ROBUSTNESS, "{]", "not readable as JSON"),
         (ROBUSTNESS, '{"format": 1}', "KeyError 'task'"),
         (ROBUSTNESS, {"format": 2}, "format: expected 1, found 2"),
+        (ROBUSTNESS, {"rows_before": [7]}, "rows_before: expected nothing or two numbers of rows, found [7]"),
+        (ROBUSTNESS, {"rows_before": "x"}, "rows_before: expected nothing or two numbers of rows, found 'x'"),
         (ROBUSTNESS, {"task": "food101"}, "task: expected mmimdb, found 'food101'"),
         (ROBUSTNESS, {"checkpoint_sha256": "0" * 64}, "another checkpoint than best.ckpt"),
         (ROBUSTNESS, {"metric": "accuracy"}, "metric: expected f1_macro, found 'accuracy'"),
@@ -338,7 +340,7 @@ def test_logits_that_do_not_belong_to_the_result(tmp_path: Path) -> None:
     second = write_run(tmp_path / "second", seed=1)
     test_set.write(second)
     TestSet(first_id=1).write_logits(second, logits)
-    with pytest.raises(DataError, match=r"second: results on another dataset than .*run, with other ids or labels"):
+    with pytest.raises(DataError, match=r"second: results on another dataset .*run, with other test samples, by id"):
         read_report_runs([tmp_path])
 
 

@@ -220,6 +220,7 @@ def test_models_of_other_modalities_or_sizes_are_refused(root, pretrained, train
     found = "vit: expected a backbone of acc (2, 4, 4), gyr (2, 4, 4), found one of acc (2, 4, 4), gyr (2, 4, 4), lig ("
     for options, message in (
         ((backbone, other), found),
+        ((backbone, other, "prompt_type=full"), found),
         ((f"load_path={trained / 'best.ckpt'}", other, "test_only=True"), "expected the modalities [('acc', 2, 4, 4,"),
         ((backbone, "network.width=16"), f"network.width: expected 8, which {pretrained / 'best.ckpt'} has, found 16"),
         ((backbone, "network.patch={'acc':[1,2]}"), "network.patch: expected {'acc': [1, 1], "),

@@ -215,6 +215,15 @@ def test_all_layers_are_trained_on_from_stage_one(root: Path, pretrained: Path, 
     options = (f"load_path={full}", "prompt_type=full", "network.width=16")
     assert command_line(command(root, *options)) == 2
     assert "network.width: expected 8, which the checkpoint has, found 16" in error_of(capsys)
+    assert command_line(command(root, *options[:2], "network.depth=2")) == 2
+    assert "network: expected width, heads, layers, found depth" in error_of(capsys)
+    shapes = {"text": (5, 9), "audio": (6, 4), "vision": (4, 2)}
+    (root / "other.pkl").write_bytes(pickle.dumps(mmsa_pickle(vla_splits(SIZES, shapes))))
+    converted = ["--dataset", "mosi", "--root", str(root / "other.pkl"), "--target", str(root / "other")]
+    assert make_arrow.main(converted) == 0
+    finetune(root, full, "full", f"data_root={root / 'other'}", "max_epoch=1", "exp_name=other")
+    state = read_checkpoint(folder_of(root, "other") / "best.ckpt").state
+    assert state["model.proj_a.weight"].shape == (8, 4, 1), "of another extraction of the same corpus"
 
 
 WRONG: list[tuple[tuple[str, ...], str]] = [

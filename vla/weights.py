@@ -24,13 +24,18 @@ HEAD = "out_layer."
 
 def architecture_for(shapes: Mapping[str, tuple[int | None, ...]], network: Mapping[str, Any]) -> VlaArchitecture:
     """The sizes for data with these shapes (T, D) and what the option `network` says. Raises BackboneError."""
+    check_sizes(network)
+    steps, dims = ([int(shapes[name][place] or 0) for name in LETTERS] for place in (0, 1))
+    return VlaArchitecture(*steps, *dims, **network)  # type: ignore[arg-type]
+
+
+def check_sizes(network: Mapping[str, Any]) -> None:
+    """Raises BackboneError unless the option `network` has sizes alone."""
     if unknown := sorted(set(network) - set(SIZES)):
         raise BackboneError(f"network: expected {', '.join(SIZES)}, found {unknown[0]}")
     for name, value in network.items():
         if type(value) is not int or value < 1:
             raise BackboneError(f"network.{name}: expected a number of 1 or more, found {value!r}")
-    steps, dims = ([int(shapes[name][place] or 0) for name in LETTERS] for place in (0, 1))
-    return VlaArchitecture(*steps, *dims, **network)  # type: ignore[arg-type]
 
 
 def random_weights(architecture: VlaArchitecture, seed: int) -> FrozenWeights:

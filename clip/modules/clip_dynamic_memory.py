@@ -188,15 +188,15 @@ class MemoryLearner(Method):
         """Private, shared and dynamic slots of every sample, in training each with dropout masks of its own."""
         start = {"image": self._start("visual", batch), "text": self._start("text", batch)}
         private = chained(self, start, self.residual_alpha if self.options.far else None)
-        common_BmE = self._start("common", batch)
-        if self.options.dynamic_init:
+        common_BmE = self._start("common", batch) if self.options.fmb else None
+        if common_BmE is not None and self.options.dynamic_init:
             common_BmE = common_BmE + self.dynamic_common_token_net(mean_tokens(batch, tokens, self.places))[:, None]
         slots = {}
         for tower, read in self.dynamic.items():
             project = self.get_submodule(f"common_memory_projection_{tower}")
             slots[tower] = TowerSlots(
                 private[tower],
-                [project(common_BmE)] if self.options.fmb else [],
+                [project(common_BmE)] if common_BmE is not None else [],
                 read(batch, tower, tokens),
                 replay=replays(self, f"replay_{tower}"),
             )

@@ -4,6 +4,7 @@ Shape suffixes: B samples, E width of a modality's features, C classes, V views,
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +79,11 @@ class DecoupledPrototypes(Head):
 
         Where that angle would be more than pi, the cosine less `margin * sin(pi - margin)` instead.
         """
-        scale_B1, margin_B1 = (cosine_BC.new_tensor(x)[missing_type_B, None] for x in (self.scales, self.margins))
-        C = cosine_BC.shape[-1]
-        right_BC = F.one_hot(labels, C).bool() if labels.ndim == 1 else labels.bool()
+        scale_B1, margin_B1 = (
+            _of_type(values, missing_type_B, cosine_BC.dtype)[:, None] for values in (self.scales, self.margins)
+        )
+        classes_C = torch.arange(cosine_BC.shape[-1], device=labels.device)
+        right_BC = labels[:, None] == classes_C if labels.ndim == 1 else labels.bool()
         sine_BC = (1 - cosine_BC.square()).clamp_min(SMALLEST_SQUARE).sqrt()
         widened_BC = torch.where(
             cosine_BC > (math.pi - margin_B1).cos(),
@@ -107,3 +110,8 @@ class DecoupledPrototypes(Head):
     def _prototypes(self, name: str) -> Tensor:
         """(E, C), each of length 1."""
         return F.normalize(self.get_parameter(name), dim=0)
+
+
+def _of_type(values: Sequence[float], type_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B,): the value for each sample's missing type; no tensor is made of values, which no CUDA graph copies to it."""
+    return torch.stack([(type_B == number).to(dtype) * value for number, value in enumerate(values)]).sum(dim=0)

@@ -186,7 +186,7 @@ def _check_same_test_sets(runs: Sequence[ReportRun]) -> None:
             ("classes, labels or metric", run.custom),
             ("test samples", run.robustness and run.robustness.samples),
             ("test samples", run.test and run.test.get("samples")),
-            ("ids or labels of the test samples, or with others missing", run.test_set and run.test_set[0]),
+            ("test samples, by id, label and what they lack", run.test_set and run.test_set[0]),
         ):
             if found:
                 other, expected = first.setdefault((run.dataset, what), (run.folder, found))

@@ -103,19 +103,18 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
             what = "" if split in table_of else f" with {layout.columns['split']} {split}"
             raise DataError(f"{table}: expected rows{what}, found none")
     custom = classes_of(layout, rows)
-    several = any(
-        len(listed.label) > 1 if isinstance(listed.label, list) else layout.separator in str(listed.label)
-        for listed in rows
-    )
     doubts = [note]
     trained_on = {image_of(listed) for listed in of_splits["train"]} - {None}
     if repeated := sum(image_of(listed) in trained_on for split in ("val", "test") for listed in of_splits[split]):
         doubts.append(f"warning: {counted(repeated, 'row')} of val and test with an image that training has too")
-    if layout.labels == "multi" and not several:
+    if layout.labels == "multi" and not any(
+        len(listed.label) > 1 if isinstance(listed.label, list) else layout.separator in str(listed.label)
+        for listed in rows
+    ):
         doubts.append(f"warning: no row has several labels; in a cell {quoted(layout.separator)} separates them")
-    elif layout.labels == "single" and several:
-        joined = quoted(next(name for name in custom.class_names if layout.separator in name))
-        doubts.append(f"warning: {joined} is one class; with `labels: multi` in the description it would be several")
+    joined = [quoted(name) for name in custom.class_names if layout.separator in name]
+    if layout.labels == "single" and joined:
+        doubts.append(f"warning: {joined[0]} is one class; with `labels: multi` in the description it would be several")
     read = partial(read_row, layout, {name: number for number, name in enumerate(custom.class_names)}, read_image)
     splits = [
         RawSplit(split, of_split[0].table.name, [(listed.row, partial(read, listed)) for listed in of_split])

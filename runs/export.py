@@ -10,8 +10,8 @@ from common.errors import CheckpointError, ConfigError
 from common.text import figure, per_cent
 from engine.checkpoint import Checkpoint, describe, read_checkpoint
 from engine.exported import write_exported
-from runs.pattern import Pattern
 from runs.run_reader import Run, find_runs
+from runs.targets import pattern_of
 
 CARD = Path(__file__).with_name("model_card.md.j2")
 OPTIONS = ("learning_rate", "batch_size", "max_epoch", "max_steps", "warmup_steps", "weight_decay")
@@ -67,7 +67,7 @@ def _card(checkpoint: Checkpoint, run: Run | None) -> str:
         backbone=name if name in HUB_NAMES else Path(name).name,
         sha256=str(checkpoint.backbone_sha256),
         at=at,
-        pattern=None if at is None else Pattern(at.missing_type, at.ratio, at.both_ratio),
+        pattern=None if at is None else pattern_of(at),
         options={} if run is None else {name: value for name in OPTIONS if (value := run.config.get(name)) is not None},
         test=test,
         tested_at=None if run is None else run.tested_at,

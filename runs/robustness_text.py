@@ -12,7 +12,7 @@ from runs.check_options import read_load_paths
 from runs.evaluation import measure_mean, measure_target
 from runs.lines import RunLine, lines_of, spread_of
 from runs.pattern import Pattern
-from runs.targets import Target, by_dataset, open_targets
+from runs.targets import Target, dataset_of, open_targets
 from vilt.missing_types import BOTH
 
 log = logging.getLogger("rep")
@@ -27,9 +27,8 @@ def measure_all(config: Mapping[str, Any], given: set[str]) -> str:
             found.append(measure_mean([target for target, _ in found]))
         else:
             log.info("no mean of the logits: text_windows or group_texts differ")
-    results_of = {id(target): results for target, results in found}
-    groups = by_dataset(target for target, _ in found)
-    return "\n\n".join(describe([(target, results_of[id(target)]) for target in group]) for group in groups)
+    names = dict.fromkeys(dataset_of(target) for target, _ in found)
+    return "\n\n".join(describe([each for each in found if dataset_of(each[0]) == name]) for name in names)
 
 
 def describe(measured: Sequence[tuple[Target, Results]]) -> str:

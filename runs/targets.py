@@ -1,7 +1,7 @@
 """What `run.py robustness` evaluates: checkpoints, with what is known of their runs and their stored logits."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,18 +64,17 @@ def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
     places = read_load_paths(config)
     targets = [_open(config, given, path, test_sets) for path in find_checkpoints(places)]
     in_folders = all(place.is_dir() and not is_exported(place) for place in places)
-    for group in by_dataset(targets) if in_folders else [targets]:
+    names = dict.fromkeys(map(dataset_of, targets))
+    of_datasets = [[each for each in targets if dataset_of(each) == name] for name in names]
+    for group in of_datasets if in_folders else [targets]:
         _check_comparable(group)
     return targets
 
 
-def by_dataset(targets: Iterable[Target]) -> list[list[Target]]:
-    """The targets of each dataset."""
-    groups: dict[str, list[Target]] = {}
-    for target in targets:
-        custom = target.store.dataset.spec.custom
-        groups.setdefault(custom.key if custom else target.options.task, []).append(target)
-    return [*groups.values()]
+def dataset_of(target: Target) -> str:
+    """What tells its dataset from others."""
+    custom = target.store.dataset.spec.custom
+    return custom.key if custom else target.options.task
 
 
 def find_checkpoints(places: Sequence[Path]) -> list[Path]:

@@ -19,6 +19,8 @@ COLUMNS = {
     **dict.fromkeys(("tested_at", "date", "state", "folder", "note"), "<"),
 }
 """Of the table, each with the side that it is aligned to; they are fields of RunRow."""
+REPEATS = "repeats"
+"""Beginning of the note on a run whose configuration and seed another one has too."""
 
 
 @dataclass
@@ -66,7 +68,7 @@ def list_runs(log_dir: Path) -> list[RunRow]:
         counts = {run.config["seed"]: run.folder.relative_to(log_dir) for run in line.items}
         for repeat in line.repeats:
             row = rows[repeat.folder]
-            row.note = ", ".join(filter(None, (row.note, f"repeats {counts[row.seed]}")))
+            row.note = ", ".join(filter(None, (row.note, f"{REPEATS} {counts[row.seed]}")))
     return sorted(rows.values(), key=lambda row: natural_key(row.folder))
 
 
@@ -126,7 +128,9 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
         said_of_all.append(f"folder …/{rows[0].folder.name}")
     left_out = {"name", "seed", *same}
     left_out |= {"dataset"} if len(datasets) == 1 else set()
-    left_out |= set() if any(row.note for row in rows) else {"note"}
+    below = [row.note if row.note.startswith(REPEATS) else "" for row in rows]  # too long for a column
+    texts["note"] = ["" if said else row.note for said, row in zip(below, rows, strict=True)]
+    left_out |= set() if any(texts["note"]) else {"note"}
     left_out |= {AT_OFFSET} if all(row.f1_macro_at_offset is None for row in rows) else set()
     left_out |= {"tested_at"} if all(row.tested_at in (None, row.train) for row in rows) else set()
     shown = {name: side for name, side in columns.items() if name not in left_out}
@@ -137,6 +141,7 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
     for dataset, metric in datasets.items():
         found = next((row.baselines for row in rows if row.dataset == dataset and row.baselines), {})
         lines += [f"  {text} ({dataset})" for text in baseline_texts(found, metric)]
+    lines += [f"{folder}: {note}" for folder, note in zip(texts["folder"], below, strict=True) if note]
     lines += [f"all {len(rows)} runs: {', '.join(said_of_all)}"] if said_of_all else []
     return "\n".join([table, *lines])
 

@@ -244,7 +244,10 @@ def test_undefined_figures_and_baselines_are_shown_as_such(tmp_path: Path, capsy
 def test_a_run_that_repeats_a_seed_says_so(tmp_path: Path) -> None:
     for number in (0, 1):
         write_run(tmp_path / "a" / f"version_{number}")
-    assert [row.note for row in list_runs(tmp_path)] == ["repeats a/version_1", ""]
+    rows = list_runs(tmp_path)
+    assert [row.note for row in rows] == ["repeats a/version_1", ""]
+    head, *_, repeat, _ = describe_runs(rows, tmp_path).splitlines()
+    assert "note" not in head and repeat == "a/version_0: repeats a/version_1"
 
 
 def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: Captured) -> None:

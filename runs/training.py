@@ -115,7 +115,7 @@ def starting_point(options: Options, given: Collection[str]) -> tuple[Options, C
         raise CheckpointError(
             f"load_path={start.path}: expected a model for {options.task}, found one of {start.spec.task}"
         )
-    if start is not None and start.spec.method.prompt_type in TRAIN_BACKBONES and not warm_starts(options, start):
+    if start is not None and start.spec.method.prompt_type in TRAIN_BACKBONES and not is_warm_start(options, start):
         if options.finetune_first:
             raise ConfigError(f"finetune_first: expected a model whose head fits, found the backbone {start.path}")
         options, start = replace(options, vit=str(options.load_path)), None  # a backbone, of which no memory is taken
@@ -126,7 +126,7 @@ def starting_point(options: Options, given: Collection[str]) -> tuple[Options, C
     return options, start, trained_on
 
 
-def warm_starts(options: Options, start: Checkpoint) -> bool:
+def is_warm_start(options: Options, start: Checkpoint) -> bool:
     """Whether a training of the whole backbone goes on with `start` as it is: it is of data of the same shapes."""
     choice = backbone_choice(options, {"vit"})
     return options.prompt_type in TRAIN_BACKBONES and family_of(options.task).fits(start.spec.architecture, choice)

@@ -240,9 +240,8 @@ def main() -> None:
             for what, found in part if time.monotonic() - began < given.seconds else [("the rest", "no time left")]:
                 print(f"| {what} | {found} |", flush=True)
     if "steps" in given.parts:
-        print(
-            "\ntargets, samples/s: " + ", ".join(f"{what} {size}: {most:,}" for (what, size), most in TARGETS.items())
-        )
+        asked = (f"{what} {size}: {most:,}" for (what, size), most in TARGETS.items())
+        print(f"\ntargets, samples/s: {', '.join(asked)}")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c["rep"].update(memory_length=7), "memory_length must be a positive multiple of 3"),
         (lambda c: c["rep"].update(memory_length="6"), "memory_length: expected int, found '6'"),
         (lambda c: c["rep"].update(training={"seed": 0}), "TrainedAt: missing: 'both_ratio', 'missing_type', 'ratio'"),
-        (lambda c: c["rep"].update(memory_depth=3), "memory_depth=3 is more than the backbone has blocks"),
+        (lambda c: c["rep"].update(memory_depth=3), "memory_depth=3 needs more blocks than the backbone has"),
         (lambda c: c["rep"].update(memory_depth=1), "unexpected"),
         (lambda c: c["rep"].update(memory_length=9), "has shape"),
         (lambda c: c["rep"].pop("backbone"), "backbone"),

@@ -523,13 +523,13 @@ def test_sizes_of_real_backbones_by_shapes(arch: str, variant: str) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"prompt_type": "maple", "memory_depth": 3}, "memory_depth=3 is more than the backbone has blocks"),
-        ({"prompt_type": "dcp", "memory_depth": 3}, "memory_depth=3 is more than the backbone has blocks"),
+        ({"prompt_type": "maple", "memory_depth": 3}, "memory_depth=3 needs more blocks than the backbone has"),
+        ({"prompt_type": "dcp", "memory_depth": 3}, "memory_depth=3 needs more blocks than the backbone has"),
         ({"prompt_type": "map_attention", "memory_length": 9}, "memory_length must be a multiple of 6, found 9"),
         ({"prompt_type": "coop", "memory_length": 8}, "memory_length must be a positive multiple of 3.* 8"),
         ({"memory_length": 0}, "memory_length must be a positive multiple of 3.* 0"),
-        ({"memory_depth": 3}, "memory_depth=3 is more than the backbone has blocks"),
-        ({"memory_depth": 2, "replay_depth": 1}, "memory_depth=2 with replay_depth=1 is more than the backbone has"),
+        ({"memory_depth": 3}, "memory_depth=3 needs more blocks than the backbone has"),
+        ({"memory_depth": 2, "replay_depth": 1}, "memory_depth=2 with replay_depth=1 needs more blocks"),
     ],
 )
 def test_sizes_that_do_not_fit(options: dict[str, Any], problem: str) -> None:

@@ -170,7 +170,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(workspace, tmp_path,
         ("resume_from={0}/last.ckpt", "a run with other options: prompt_type (there dcp, here rep)"),
         (
             "rep_described",
-            "error: memory_depth=2 with replay_depth=1 is more than the backbone has blocks (2 in the im",
+            "error: memory_depth=2 with replay_depth=1 needs more blocks than the backbone has (2 in the im",
         ),
     ],
 )

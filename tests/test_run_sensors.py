@@ -198,7 +198,7 @@ def test_a_checkpoint_of_another_family_is_no_start(root: Path, monkeypatch: Pat
         (("missing_type=both",), "any or some, or several as acc+gyr, found 'both'"),
         (("prompt_type=coop",), "prompt_type: expected rep or none or full or focal with task=sensors, found coop"),
         (("network.type=deepsense", "prompt_type=rep"), "expected network=swt"),
-        (("memory_depth=7",), "memory_depth=7 is more than the backbone has blocks"),
+        (("memory_depth=7",), "memory_depth=7 needs more blocks than the backbone has"),
         (("vit=ViT-B/16",), "vit: expected random, or a file with a pretrained backbone, found 'ViT-B/16'"),
         (("prompt_type=focal",), "missing_ratio: expected 0 with prompt_type=focal, found 0.7"),
         ((*FOCAL, "simulate_missing=True"), "simulate_missing: expected False with prompt_type=focal"),

@@ -234,7 +234,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("finetune_first=True",), "finetune_first: expected a model whose head fits, found the backbone"),
     (("image_cache=True",), "image_cache: is no option of task=mosi, found True"),
     (("network.depth=1",), "network: expected width, heads, layers, found depth"),
-    (("memory_depth=9",), "memory_depth=9 is more than the backbone has blocks"),
+    (("memory_depth=9",), "memory_depth=9 needs more blocks than the backbone has"),
 ]
 
 

@@ -21,13 +21,13 @@ RESIDUAL_ALPHA = 0.5
 DYNAMIC_STD = 0.02
 DYNAMIC_ATTENTION = "dynamic attention"
 AVAILABLE = ("complete", "image", "text")
-"""By missing type (0 complete, 1 text missing, 2 image missing): which modalities are available."""
+"""The modalities available, indexed by missing type (0 complete, 1 text missing, 2 image missing)."""
 START = {
     "visual": ("complete", "complete", "missing"),
     "text": ("complete", "missing", "complete"),
     "common": AVAILABLE,
 }
-"""By missing type: the slots that the private chains start from and the slots that both towers share."""
+"""Start slots, indexed by missing type: those of the two private chains, and the common ones that both towers share."""
 
 
 class RDN(nn.Module):
@@ -42,21 +42,21 @@ class RDN(nn.Module):
         self.skip = nn.Linear(width_in, width_out) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, i) to (…, o), in the type of x also where autocast computes in 16 bits."""
+        """Maps (…, i) to (…, o), in the dtype of x even where autocast computes in 16 bits."""
         hidden = self.dropout(F.gelu(self.layernorm(self.fc1(x))))
         return (self.fc2(hidden) + self.skip(x)).to(x.dtype)
 
     def start_at_zero(self) -> None:
-        """Makes the last layers 0, so that all it gives is."""
+        """Zeroes the output layers, which makes the output zero."""
         for parameter in (*self.fc2.parameters(), *self.skip.parameters()):
             nn.init.zeros_(parameter)
 
 
 class DynamicSlots(nn.Module):
-    """Slots that fixed queries, one set for each missing type, read from the input tokens of a tower.
+    """Slots read from a tower's input tokens by attention, with a fixed set of queries for each missing type.
 
-    The queries are buffers, never trained. The published code has them as plain tensors, so that its checkpoints lack
-    them (docs/method.md section 6, point 2).
+    The queries are buffers and never trained. In the published code they are plain tensors, which its checkpoints lack
+    (docs/method.md section 6, point 2).
     """
 
     def __init__(self, place: Place, slots: int) -> None:
@@ -74,11 +74,11 @@ class DynamicSlots(nn.Module):
 def read_dynamic(
     attention: Attention, queries_TmD: Tensor, batch: ModelInput, modality: str, tokens: Mapping[str, Tensor]
 ) -> Tensor:
-    """(B, m, D): what the queries of each sample's missing type read from its tokens, zero without the modality.
+    """Attention output (B, m, D) of the queries for each sample's missing type over its tokens; zero without any.
 
-    What `attention` gives with one head, whose key and value matrices the few queries meet, not the many tokens: a
-    score is q·(K x + k) = (Kᵀq)·x + q·k, of which the softmax drops the last term; weights add up to 1, so that the
-    mean of V x + v is V times the mean of x, plus v.
+    The result is that of one-head `attention`, but its key and value matrices are applied to the few queries instead
+    of the many tokens: a score is q·(K x + k) = (Kᵀq)·x + q·k, and the softmax cancels the last term; the weights add
+    up to 1, so the mean of V x + v is V times the mean of x, plus v.
     """
     if modality not in tokens:
         zero = zero_of(attention.parameters(), queries_TmD.device)
@@ -95,11 +95,13 @@ def read_dynamic(
 def chained(
     method: Method, start: Mapping[str, Tensor], bypass: Tensor | None = None, kind: str = "memory", joint: str = "_"
 ) -> dict[str, list[Tensor]]:
-    """By tower, the slots (R, m, D) of each block of the memory depth, from those of all towers one block before.
+    """Slots (R, m, D) of each block of the memory depth, keyed by tower; a block's slots are computed from those of all
+    towers one block before.
 
     Args:
-        start: by tower, what those of the first block follow from.
-        bypass: from the second block on, the share of new slots in a mean with those before; None: they are new alone.
+        start: the slots that the first block's are computed from, keyed by tower.
+        bypass: from the second block on, the weight of the new slots when averaged with the slots of the block before;
+            None: no average, the new slots alone.
         kind, joint: parts of the names of norms and projections.
     """
     before, found = start, {tower: list[Tensor]() for tower in start}
@@ -114,10 +116,10 @@ def chained(
 
 
 class LayerReplay(nn.Module):
-    """Gives deeper blocks back the outputs of the first blocks at private and shared slots (docs/method.md section 7).
+    """Replays the first blocks' outputs at private and shared slots into deeper blocks (docs/method.md section 7).
 
-    The outputs of the `depth` first blocks are summed with learned softmax weights and normalised; a gate for each
-    deeper block, 0 at the start, says how much of the sum is added before it.
+    The outputs of the first `depth` blocks are summed with learned softmax weights and normalised. The sum is added
+    before each deeper block, scaled by that block's own gate, which starts at 0.
     """
 
     def __init__(self, width: int, depth: int, steps: int) -> None:
@@ -127,23 +129,23 @@ class LayerReplay(nn.Module):
         self.gates = nn.Parameter(torch.zeros(steps))
 
     def forward(self, step: int, outputs_BPD: Sequence[Tensor]) -> Tensor:
-        """(B, P, D): what is added before the `step`-th deeper block."""
+        """The addition (B, P, D) to the slots before the `step`-th deeper block."""
         weights = self.layer_scores.softmax(dim=0)
         summed_BPD = torch.stack([weight * x for weight, x in zip(weights, outputs_BPD, strict=True)]).sum(dim=0)
         return self.gates[step] * self.norm(summed_BPD)
 
 
 def replays(method: Method, name: str) -> list[Callable[[Sequence[Tensor]], Tensor]]:
-    """For each deeper block, what a replay called `name` makes of outputs."""
+    """The replay functions of the deeper blocks, from the `LayerReplay` called `name`."""
     return [partial(method.get_submodule(name), step) for step in range(method.options.replay_depth)]
 
 
 class MemoryLearner(Method):
-    """Private slots for each layer of the memory depth, shared slots and dynamic slots for the first one.
+    """Private slots for each layer of the memory depth, and shared and dynamic slots for the first layer.
 
-    Options of docs/method.md section 7, which start as the identity: `replay_depth`, `dynamic_init`, and the loss of
-    `decoupling_weight`. For ablations: without `far` a layer's private slots are the projection alone; without `fmb`
-    all missing types start from the same private slots, and there are no shared ones.
+    The options of docs/method.md section 7, `replay_depth`, `dynamic_init` and `decoupling_weight`, start as the
+    identity. For ablations: without `far`, a layer's private slots are the projection alone; without `fmb`, all missing
+    types start from the same private slots and there are no shared ones.
     """
 
     attribute = "memory_learner"
@@ -163,7 +165,7 @@ class MemoryLearner(Method):
             common_mE = unit_rows(m, E) + 0.2 * torch.randn(m, E)
             self.register_parameter(f"common_memory_{available}", nn.Parameter(common_mE))
         self.residual_alpha = nn.Parameter(torch.tensor(RESIDUAL_ALPHA))
-        # Part of published checkpoints; the released model never calls it.
+        # In published checkpoints, although the released model never calls it.
         self.dynamic_common_token_net = RDN(d_v + d_t, E)
         self.compound_memory_projections_text = nn.ModuleList(RDN(d_v + d_t, d_t) for _ in range(depth))
         self.compound_memory_projections_image = nn.ModuleList(RDN(d_v + d_t, d_v) for _ in range(depth))
@@ -179,13 +181,13 @@ class MemoryLearner(Method):
 
     @torch.no_grad()
     def start_from(self, embeddings: Mapping[str, Tensor]) -> None:
-        """Adds the backbone's class embedding and its embedding of `<end>` to every private start slot."""
+        """Adds the backbone's class embedding to the visual start slots, and its `<end>` embedding to the text ones."""
         for state in ("complete", "missing"):
             self.get_parameter(f"visual_memory_{state}").add_(embeddings["image"])
             self.get_parameter(f"text_memory_{state}").add_(embeddings["text"])
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
-        """Private, shared and dynamic slots of every sample, in training each with dropout masks of its own."""
+        """Private, shared and dynamic slots of every sample; in training, each sample has its own dropout masks."""
         start = {"image": self._start("visual", batch), "text": self._start("text", batch)}
         private = chained(self, start, self.residual_alpha if self.options.far else None)
         common_BmE = self._start("common", batch) if self.options.fmb else None
@@ -209,11 +211,11 @@ class MemoryLearner(Method):
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """The decoupling of private and shared slots."""
+        """The loss that decouples private from shared slots."""
         return decoupling_loss(slots, self.options.decoupling_weight)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The learner, what the options leave unused, and the attention of the dynamic slots."""
+        """The learner, the parameters that the options leave unused, and the attention of the dynamic slots."""
         unused = [] if self.options.dynamic_init else [*self.dynamic_common_token_net.parameters()]
         if not self.options.far:
             unused.append(self.residual_alpha)
@@ -226,14 +228,15 @@ class MemoryLearner(Method):
         return {METHOD: without(self.parameters(), unused, dynamic), UNUSED: unused, DYNAMIC_ATTENTION: dynamic}
 
     def trains(self, task: str) -> tuple[str, ...]:
-        """On Hateful Memes, the dynamic attention and the ends of the towers too (docs/method.md section 5)."""
+        """The learner; on Hateful Memes also the dynamic attention and the towers' ends (docs/method.md section 5)."""
         return (METHOD, DYNAMIC_ATTENTION, FINAL) if task == "hatememes" else (METHOD,)
 
 
 def rows_to_compute(batch: ModelInput, training: bool) -> tuple[Tensor, Tensor]:
-    """Missing types (R,) to compute slots for, and which of these rows (B,) each sample has.
+    """Missing types (R,) to compute slots for, and the row among them that each sample uses (B,).
 
-    In training each sample has its own, for dropout masks of its own; in evaluation each missing type that occurs.
+    In training every sample has its own row, for its own dropout masks; in evaluation there is one row for each missing
+    type that occurs.
     """
     type_B = batch.missing_type_B
     if training:
@@ -243,20 +246,20 @@ def rows_to_compute(batch: ModelInput, training: bool) -> tuple[Tensor, Tensor]:
 
 
 def decoupling_loss(slots: Mapping[str, TowerSlots], weight: float) -> dict[str, Tensor]:
-    """Mean squared cosine between private and shared slots, over layers and towers, times `weight` if that is not 0."""
+    """Mean squared cosine between private and shared slots, over layers and towers, times `weight`; no loss if 0."""
     if not weight:
         return {}
     squared = []
-    for of_tower in slots.values():
-        shared_BmD = F.normalize(of_tower.inserted_BmD[0], dim=-1)
-        for private_BmD in of_tower.replaced_BmD:
+    for tower_slots in slots.values():
+        shared_BmD = F.normalize(tower_slots.inserted_BmD[0], dim=-1)
+        for private_BmD in tower_slots.replaced_BmD:
             cosine_Bmm = F.normalize(private_BmD, dim=-1) @ shared_BmD.transpose(1, 2)
             squared.append(cosine_Bmm.square().mean())
     return {"decoupling": weight * torch.stack(squared).mean()}
 
 
 def mean_tokens(batch: ModelInput, tokens: Mapping[str, Tensor], places: Mapping[str, Place]) -> Tensor:
-    """(B, V): the mean of each sample's input tokens, by modality side by side, zero for a missing one."""
+    """Each sample's mean input token (B, V), concatenated over modalities; zeros for a missing one."""
     means = []
     for modality, place in places.items():
         if modality in tokens:

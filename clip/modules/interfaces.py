@@ -1,4 +1,5 @@
-"""What data, backbone, method and head hand each other. Modalities go by name, in the order of the backbone's places.
+"""The types that data, backbone, method and head exchange. Mappings keyed by modality are in the order of the
+backbone's places.
 
 Shape suffixes: B samples of the batch, b samples with a modality, M modalities, L sequence, m slots, P prefix keys,
 D width of a tower, E width of a modality's features.
@@ -12,49 +13,50 @@ from torch import Tensor, nn
 
 
 class Place(NamedTuple):
-    """Where slots can enter: a tower."""
+    """A tower that slots can enter."""
 
     width: int
     depth: int
-    """Blocks."""
+    """Number of blocks."""
     widths: tuple[int, ...] = ()
-    """Of each block, where they differ; slots come in with the width of the first."""
+    """Width of each block, if they differ; slots enter with the width of the first."""
     projection: int = 0
-    """Width that pretraining compares features in."""
+    """Width to which pretraining projects features before it compares them."""
     input_shape: tuple[int, ...] = ()
-    """Of an input of its modality, where all have one that methods may depend on."""
+    """Shape of one input, if all inputs of the modality share one that methods may depend on."""
 
 
 class ModelInput(NamedTuple):
-    """A batch. A modality that a sample lacks is not in it, so it costs nothing."""
+    """A batch. Missing inputs are left out, so they cost nothing."""
 
     inputs: Mapping[str, Tensor]
-    """By modality, what b samples have of it: images (b, 3, R, R), token ids (b, L), arrays."""
+    """Inputs of the b samples that have a modality, keyed by it: images (b, 3, R, R), token ids (b, L), arrays."""
     rows: Mapping[str, Tensor]
-    """By modality, the numbers (b,) of these samples in the batch; B in rows of padding (see `rounded`), at the end."""
+    """Batch row (b,) of each input, keyed by modality; B for padding (see `rounded`), which comes last."""
     present_BM: Tensor
     """True where a sample has a modality."""
     types: tuple[int, ...]
-    """The missing types that occur, ascending, known without asking the device."""
+    """Missing types that occur, in ascending order; known without a read from the device."""
     lengths: Mapping[str, int] = {}
-    """By modality, the positions that matter (of texts: up to the last `<end>`), likewise; without an entry, all."""
+    """Number of leading positions that matter (in texts, up to the last `<end>`), keyed by modality; all if there is no
+    entry. Also known without a read from the device."""
     length_b: Mapping[str, Tensor] = {}
-    """By modality that is padded in front, the length (b,) of each input."""
+    """Length (b,) of each input, keyed by modality, for modalities padded in front."""
     source_of_B: Mapping[str, Tensor] = {}
-    """By modality, where samples share an input: the row whose input each sample has; `rows` has just those."""
+    """Row (B,) whose input each sample uses, keyed by modality, where samples share inputs; `rows` has these alone."""
     index_B: Tensor | None = None
-    """Numbers of the samples in their dataset."""
+    """Indices of the samples in their dataset."""
     split: str = ""
-    """Which of a training's splits they are of, as `train`; "": of none."""
+    """Split of the training that the samples are from, for example `train`; "" if they are from none."""
     kept: bool = False
-    """Whether `inputs` are (b, D) what `Tower.body` made of each input, see `engine/kept_features.py`."""
+    """Whether `inputs` are cached outputs (b, D) of `Tower.body`, see `engine/kept_features.py`."""
     windows_BW: Tensor | None = None
-    """Where texts are in several windows, B above is the number of all windows, each with the other inputs of its
-    sample: of each sample the places of its own, -1 where another one has more."""
+    """Rows of each sample's windows, padded with -1, where texts are split into windows. The other fields then have one
+    row per window (B is the number of windows), and each window comes with the other inputs of its sample."""
 
     @property
     def missing_type_B(self) -> Tensor:  # noqa: N802
-        """The missing modalities as a binary number, the last modality the lowest digit.
+        """Missing type of each sample: its missing modalities as a binary number, with the last as the lowest bit.
 
         With image and text: 0 complete, 1 text missing, 2 image missing.
         """
@@ -63,27 +65,28 @@ class ModelInput(NamedTuple):
         return ((~self.present_BM) * digits_M).sum(dim=1)
 
     def joined(self) -> "ModelInput":
-        """What heads need to know of the samples, where `windows_BW` are several to a sample."""
+        """The batch for heads, with `present_BM` per sample even where other fields are per window."""
         return self if self.windows_BW is None else self._replace(present_BM=self.present_BM[self.windows_BW[:, 0]])
 
     def samples_of(self, modality: str) -> Tensor:
-        """The numbers (b,) of the samples that the inputs are of, for padding that of the last sample."""
+        """Row (b,) of the sample that each input belongs to; the last row for padding."""
         return self.rows[modality].clamp(max=len(self.present_BM) - 1)
 
     def to_all_samples(self, modality: str, x_b: Tensor) -> Tensor:
-        """(B, …) of (b, …): zero for samples without the modality."""
+        """Scatters (b, …) to (B, …), with zeros for samples without the modality."""
         B = len(self.present_BM)
-        x_B = x_b.new_zeros(B + 1, *x_b.shape[1:])  # the last row takes the padding, which is dropped
+        x_B = x_b.new_zeros(B + 1, *x_b.shape[1:])  # the extra row receives the padding and is dropped
         return x_B.index_copy(0, self.rows[modality], x_b)[:B]
 
     def rounded(self, step: int | None = None) -> "ModelInput":
-        """The batch in one of few shapes, since each new shape costs a GPU time.
+        """Pads the batch to one of a few shapes, because each new shape costs time on a GPU.
 
-        What becomes of the inputs that are added, by repeating the last one, is dropped: results stay the same, and no
-        gradient comes from them. Lengths are rounded up to a multiple of 4.
+        The padding repeats the last input. Its outputs are dropped, so it changes no result and gets no gradient.
+        Lengths are rounded up to a multiple of 4.
 
         Args:
-            step: what numbers of inputs are rounded up to a multiple of; None: half the root of B, as they vary by it.
+            step: numbers of inputs are rounded up to a multiple of it; None: half the square root of B, which is about
+                how much they vary.
         """
         B = len(self.present_BM)
         step, inputs, rows = step or max(1, round(B**0.5 / 2)), dict(self.inputs), dict(self.rows)
@@ -97,7 +100,8 @@ class ModelInput(NamedTuple):
         return self._replace(inputs=inputs, rows=rows, lengths=lengths)
 
     def with_own_inputs(self) -> "ModelInput":
-        """Every sample with inputs of its own, for methods that treat samples with the same input differently."""
+        """The batch with shared inputs copied to each sample, for methods that treat samples with the same input
+        differently."""
         inputs, rows, length_b = dict(self.inputs), dict(self.rows), dict(self.length_b)
         for modality, source_B in self.source_of_B.items():
             column = list(self.inputs).index(modality)
@@ -110,41 +114,41 @@ class ModelInput(NamedTuple):
 
 
 Adapter = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""What takes the place of a block's projections: (0 query, 1 key or 2 value; input (…, D); frozen weight (D, D); bias
-(D,)) to (…, D)."""
+"""Replaces a block's projections: takes 0 (query), 1 (key) or 2 (value), the input (…, D), the frozen weight (D, D) and
+the bias (D,), and returns (…, D)."""
 
 
 class Blanks(NamedTuple):
-    """What stands for a missing input, for methods that encode it all the same."""
+    """Placeholders for missing inputs, for methods that encode them."""
 
     grey: float
-    """Level of the image, 0 to 1, before it is normalised."""
+    """Grey level of the image, 0 to 1, before normalisation."""
     text_marks: Tensor
-    """(2,): the token ids of start and `<end>`, between which an empty text has nothing."""
+    """The token ids (2,) of start and `<end>`, which make up an empty text."""
 
 
 class TowerSlots(NamedTuple):
-    """What a method puts into one tower, a row for each sample. Lists go by block, from the first.
+    """The slots that a method puts into one tower, with a row for each sample. Lists are indexed by block.
 
     The sequence of a block is `[replaced | inserted | dynamic | tokens]`, for REP
     `[private | shared | dynamic | tokens]`.
     """
 
     replaced_BmD: Sequence[Tensor] = ()
-    """Take the place of those of the block before; the last ones stay."""
+    """Slots that replace those of the block before; the last ones stay."""
     inserted_BmD: Sequence[Tensor] = ()
-    """Come in before a block, in front of the sequence, and stay; where slots are replaced, before the first alone."""
+    """Slots inserted at the front before a block, which stay; before the first block only, if slots are replaced."""
     dynamic_BmD: Tensor | None = None
-    """Come in before the first block, right in front of the tokens, and stay."""
+    """Slots inserted directly in front of the tokens before the first block, which stay."""
     appended_BmD: Tensor | None = None
-    """Tokens behind the others, embedded like them; of towers that read a sequence's last token."""
+    """Tokens appended to the others and embedded like them, for towers that read out the last token."""
     prefix_BP2D: Sequence[Tensor] = ()
-    """Keys and values that all positions of a block see, without positions of their own."""
+    """Keys and values that all positions of a block attend to; they take up no positions themselves."""
     replay: Sequence[Callable[[Sequence[Tensor]], Tensor]] = ()
-    """For blocks after those that replace slots: from the outputs (B, P, D) of each replacing block at replaced and
-    inserted slots to what is added to these slots (B, P, D)."""
+    """Functions for the blocks right after the replacing ones: each maps the replacing blocks' outputs (B, P, D) at
+    replaced and inserted slots to the addition (B, P, D) to these slots."""
     adapters: Mapping[int, Adapter] = {}
-    """By block, for those whose projections are adapted."""
+    """Adapters of the blocks whose projections are adapted, keyed by block."""
 
     def of_rows(self, rows: Tensor) -> "TowerSlots":
         """The slots of the samples `rows`, in that order."""
@@ -157,7 +161,7 @@ class TowerSlots(NamedTuple):
         return TowerSlots(replaced, inserted, dynamic, appended, prefix, self.replay, self.adapters)
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
+        """All slots."""
         single = [each for each in (self.dynamic_BmD, self.appended_BmD) if each is not None]
         return [*self.replaced_BmD, *self.inserted_BmD, *single, *self.prefix_BP2D]
 
@@ -173,11 +177,11 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def body(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots) -> Tensor:
-        """(b, D): what the last block gives of input tokens, where features are read."""
+        """The last block's output (b, D) at the position where features are read."""
         raise NotImplementedError
 
     def end(self, x_bD: Tensor) -> Tensor:
-        """Features (b, E) of what `body` gave: what follows the last block, see `Backbone.ends`."""
+        """Features (b, E) from the output of `body`: the layers after the last block, see `Backbone.ends`."""
         return x_bD
 
     def encode(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
@@ -190,39 +194,39 @@ class Tower(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Towers whose features are joined. Another family of models is another subclass."""
+    """Towers whose features are joined. Each family of models has its own subclass."""
 
     places: dict[str, Place]
-    """By modality."""
+    """The towers that slots can enter, keyed by modality."""
     embed_dim: int
-    """E."""
+    """Width E of a modality's features."""
     mixes = False
-    """Whether modalities read each other before their towers, so that samples cannot share the features of one."""
+    """Whether modalities interact before their towers; samples with the same input then have different features."""
     ends: tuple[str, ...] = ()
-    """Parts (see `parts`) that follow the last blocks, for `train_ends`."""
+    """Parts (see `parts`) after the last blocks, which `train_ends` trains."""
     always_trained: tuple[str, ...] = ()
     """Parts (see `parts`) that are trained whatever the method."""
     plain_head = False
-    """Whether a linear head starts at PyTorch's own values, as that of the published model does."""
+    """Whether a linear head starts with PyTorch's default initialisation, as in the published model."""
 
     @property
     def towers(self) -> dict[str, Tower]:
-        """By modality."""
+        """The towers, keyed by modality."""
         raise NotImplementedError
 
     def prepare(self, batch: ModelInput) -> ModelInput:
-        """The batch as all that follows reads it: with dropout on its inputs, for example."""
+        """The batch as all later steps read it, for example with dropout on its inputs."""
         return batch
 
     def complete(self, batch: ModelInput, blanks: Blanks, *, once: bool) -> ModelInput:
-        """The batch with `blanks` in place of missing inputs; with `once`, all samples that miss one share it."""
-        raise ValueError("the method encodes missing inputs, which this family of backbones has not defined")
+        """The batch with `blanks` for missing inputs; with `once`, all samples that lack a modality share one."""
+        raise ValueError("the method encodes missing inputs, which this family of backbones does not support")
 
     def mix(self, batch: ModelInput, tokens: Mapping[str, Tensor], *, padded: bool = True) -> Mapping[str, Tensor]:
-        """Input tokens of the towers, where modalities read each other before: from those of `embed`.
+        """Turns the tokens of `embed` into the towers' input tokens, where modalities interact before the towers.
 
         Args:
-            padded: whether steps of zeros are padding, which no parameter has made, see `Method.fills`.
+            padded: whether steps of zeros are padding rather than made by parameters, see `Method.fills`.
         """
         return tokens
 
@@ -231,7 +235,7 @@ class Backbone(nn.Module):
         present = {modality: tower for modality, tower in self.towers.items() if len(batch.rows[modality])}
         if batch.kept:
             return {modality: batch.inputs[modality] for modality in present}
-        with torch.autocast(batch.present_BM.device.type, enabled=False):  # towers compute in the type of their weights
+        with torch.autocast(batch.present_BM.device.type, enabled=False):  # towers use the dtype of their weights
             return {modality: tower.embed(batch.inputs[modality]) for modality, tower in present.items()}
 
     def encode(
@@ -259,36 +263,36 @@ class Backbone(nn.Module):
 
     @property
     def fused_parts(self) -> int:
-        """How many times E what `fuse` gives is wide."""
+        """Width of the output of `fuse`, in units of E."""
         return len(self.places)
 
     def fuse(self, features: Mapping[str, Tensor], present_BM: Tensor) -> Tensor:
-        """What the head classifies: (B, ME), the features side by side, zero where `present_BM` is false."""
+        """The head's input (B, ME): the concatenated features, zero where `present_BM` is false."""
         return torch.cat([features[modality] for modality in self.places], dim=-1)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool | None:
-        """Whether weight decay is for a trained parameter; None: as the published rule of names says."""
+        """Whether weight decay applies to a trained parameter; None: the published rule, by name, decides."""
         return None
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Its parameters, each in one named part, which a method may train (`Method.trains`)."""
+        """All parameters, each in one named part that a method may train (`Method.trains`)."""
         raise NotImplementedError
 
     def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
-        """Sets how it computes; what it computes stays the same.
+        """Sets how the backbone computes, without changing what it computes.
 
         Args:
-            dtype: of the blocks' matrix products and convolutions. Their weights, which are frozen, are held in it and
-                never cast again; norms, embeddings and trained parameters keep their type.
-            checkpointing: recompute activations within a block for the gradients instead of keeping them.
+            dtype: dtype of the blocks' matrix products and convolutions. Their frozen weights are stored in it, so they
+                are never cast again; norms, embeddings and trained parameters keep their dtype.
+            checkpointing: recompute activations within a block in the backward pass instead of storing them.
         """
         raise NotImplementedError
 
 
 def zero_of(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """A scalar zero that depends on `tensors`, so that their gradients are zero, not absent.
+    """A scalar zero that depends on `tensors`, so that their gradients are zero rather than None.
 
-    For what no sample of a batch needs: the published code encodes everything and masks, and in a training over several
-    processes another one may have the modality.
+    It stands in for a computation that no sample of the batch needs: the published code encodes everything and masks
+    it, and in training with several processes, another process may have samples with the modality.
     """
     return sum((0.0 * tensor.float().sum() for tensor in tensors), torch.zeros((), device=device))

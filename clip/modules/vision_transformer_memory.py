@@ -27,7 +27,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ClipArchitecture:
-    """Sizes of a CLIP with two transformer towers; nothing else in the code knows them."""
+    """Sizes of a CLIP with two transformer towers; no other code hard-codes any of them."""
 
     image_size: int
     patch_size: int
@@ -43,13 +43,13 @@ class ClipArchitecture:
     activation: str
     """`quick_gelu` (OpenAI) or `gelu` (most open_clip weights)."""
     image_mean: tuple[float, ...] = IMAGE_MEAN
-    """Of red, green and blue, from 0 to 1; subtracted from images."""
+    """Mean of red, green and blue, on a scale from 0 to 1, which is subtracted from images."""
     image_std: tuple[float, ...] = IMAGE_STD
-    """Images are then divided by it."""
+    """Standard deviation that images are then divided by."""
 
     @property
     def places(self) -> dict[str, Place]:
-        """Where slots can enter."""
+        """The towers that slots can enter, keyed by modality."""
         return {
             "image": Place(self.vision_width, self.vision_layers),
             "text": Place(self.text_width, self.text_layers),
@@ -80,11 +80,11 @@ class Attention(nn.Module):
         adapter: Adapter | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """(B, N, D): what the queries read from the source and from keys and values in front of it.
+        """Attention output (B, N, D) of the queries over the source, preceded by the prefix's keys and values.
 
         Args:
-            mask: True where a query may look, over prefix and source.
-            causal: whether each query, one for each position of the source, sees what is before it and itself.
+            mask: True where a query may attend, over prefix and source.
+            causal: whether each query attends only to its own position of the source and those before it.
         """
         D = source_BLD.shape[-1]
         if adapter is None:
@@ -117,7 +117,7 @@ class MLP(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """A pre-norm transformer block. Its matrix products are in the type of its weights, the residual stream is not."""
+    """A pre-norm transformer block. Matrix products use the dtype of the weights; the residual stream keeps its own."""
 
     def __init__(self, width: int, heads: int, activation: str, causal: bool) -> None:
         super().__init__()
@@ -136,11 +136,11 @@ class ResidualAttentionBlock(nn.Module):
         read_B: Tensor | None = None,
         adapter: Adapter | None = None,
     ) -> Tensor:
-        """(B, L, D), or of the one position `read_B` of each sample (B, 1, D).
+        """The block's output (B, L, D), or (B, 1, D) at the single position `read_B` of each sample.
 
         Args:
-            prefix_BP2D: keys and values that all positions see.
-            mask: (…, L, L), True where a position may look; None: everywhere, of a causal block up to itself.
+            prefix_BP2D: keys and values that all positions attend to.
+            mask: (…, L, L), True where a position may attend; None: everywhere, or up to itself in a causal block.
         """
         dtype, causal = self.attn.in_proj_weight.dtype, self.causal and mask is None
         normed_BLD = self.passes.normed(x_BLD, self.ln_1, dtype)
@@ -157,14 +157,14 @@ class ResidualAttentionBlock(nn.Module):
         return x_BND + self.mlp(normed_BND)
 
     def compute_by(self, passes: Passes) -> None:
-        """Sets how norms, sums and activation are computed."""
+        """Sets the implementation of norms, residual sums and activation."""
         self.passes = passes
-        if self.mlp.activate is not F.gelu:  # which is one pass over memory
+        if self.mlp.activate is not F.gelu:  # already a single pass over memory
             self.mlp.activate = passes.quick_gelu
 
 
 class Transformer(nn.Module):
-    """The blocks of a tower, and a method's slots on their way through them."""
+    """The blocks of a tower, which a method's slots pass through along with the tokens."""
 
     def __init__(self, width: int, layers: int, heads: int, activation: str, causal: bool) -> None:
         super().__init__()
@@ -172,13 +172,13 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, activation, causal) for _ in range(layers))
 
     def forward(self, tokens_BLD: Tensor, read_B: Tensor, slots: TowerSlots) -> Tensor:
-        """(B, D): the last block's output of the input token `read_B` of each sample; its others are not computed."""
+        """The last block's output (B, D) at input token `read_B` of each sample, the only one that it computes."""
         replaced, inserted, dynamic_BmD, _, prefix, replay, adapters = slots
         depth, L = len(replaced), tokens_BLD.shape[1]
         # [replaced | inserted | dynamic | tokens]
         front = [*replaced[:1], *inserted[:1], *([] if dynamic_BmD is None else [dynamic_BmD])]
         x_BLD = torch.cat([*front, tokens_BLD], dim=1) if front else tokens_BLD
-        outputs_BPD: list[Tensor] = []  # of the replaced and inserted slots, for the replay
+        outputs_BPD: list[Tensor] = []  # at the replaced and inserted slots, for the replay
         for k in range(len(self.resblocks)):
             if 0 < k < depth:
                 x_BLD[:, : replaced[k].shape[1]] = replaced[k]
@@ -205,26 +205,26 @@ class Transformer(nn.Module):
         read_B: Tensor | None = None,
         adapter: Adapter | None = None,
     ) -> Tensor:
-        """What block `k` gives, see `ResidualAttentionBlock`."""
+        """Runs block `k`, see `ResidualAttentionBlock`."""
         block: Callable[..., Tensor] = self.resblocks[k]
-        if self.checkpointing and torch.is_grad_enabled():  # only adapters draw something at random
+        if self.checkpointing and torch.is_grad_enabled():  # only adapters draw random numbers
             block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=adapter is not None)
         return block(x_BLD, prefix_BP2D, mask, read_B, adapter)
 
 
 def causal_mask(length: int, device: torch.device, prefix: int = 0) -> Tensor:
-    """(L, P + L): positions see the prefix, themselves and what is before them."""
+    """Mask (L, P + L): each position sees the prefix, the positions before it and itself."""
     return torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
 
 
 def normalise(image_u8: Tensor, mean: tuple[float, ...] = IMAGE_MEAN, std: tuple[float, ...] = IMAGE_STD) -> Tensor:
-    """uint8 images (…, 3, R, R) as CLIP takes them: scaled to [0, 1], mean subtracted, divided by the deviation."""
-    return (image_u8.float() / 255 - _of_colours(mean, image_u8.device)) / _of_colours(std, image_u8.device)
+    """Scales uint8 images (…, 3, R, R) to [0, 1], subtracts the mean and divides by the standard deviation."""
+    return (image_u8.float() / 255 - _per_channel(mean, image_u8.device)) / _per_channel(std, image_u8.device)
 
 
 @functools.cache
-def _of_colours(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1) on `device`, sent there once: sending makes the host wait for it."""
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The values as (3, 1, 1) on `device`; cached because each copy to a GPU makes the host wait."""
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
@@ -245,28 +245,28 @@ class ImageTower(Tower):
         self.proj = nn.Parameter(torch.randn(width, arch.embed_dim) * width**-0.5)
 
     def embed(self, image_B3RR: Tensor) -> Tensor:
-        """Tokens (B, L, D) of images, uint8 or normalised, the class token first."""
+        """Tokens (B, L, D) of images, which are uint8 or normalised; the class token comes first."""
         if image_B3RR.dtype == torch.uint8:
             image_B3RR = normalise(image_B3RR, *self.statistics)
         [side, _] = self.conv1.kernel_size
         rows = image_B3RR.to(self.conv1.weight.dtype).unflatten(2, (-1, side)).unflatten(4, (-1, side))
-        patches_BLK = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # each side by side, as a kernel is
+        patches_BLK = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # pixels in a kernel's order
         patches_BLD = F.linear(patches_BLK, self.conv1.weight.flatten(1))
         class_B1D = self.class_embedding.expand(len(patches_BLD), 1, -1)
         return self.ln_pre(torch.cat([class_B1D, patches_BLD], dim=1) + self.positional_embedding)
 
     def body(self, tokens_BLD: Tensor, image_B3RR: Tensor, slots: TowerSlots) -> Tensor:
-        """(B, D) of the class token."""
+        """The last block's output (B, D) at the class token."""
         class_token_B = torch.zeros(len(tokens_BLD), dtype=torch.long, device=tokens_BLD.device)
         return self.transformer(tokens_BLD, class_token_B, slots)
 
     def end(self, x_BD: Tensor) -> Tensor:
-        """Features (B, E): normed and projected."""
+        """Features (B, E), after the final norm and projection."""
         return self.ln_post(x_BD) @ self.proj
 
 
 class TextTower(Tower):
-    """CLIP's text transformer. Its mask is causal over the whole sequence, slots first."""
+    """CLIP's text transformer. Its causal mask covers the whole sequence, in which slots come first."""
 
     def __init__(self, arch: ClipArchitecture) -> None:
         super().__init__()
@@ -278,16 +278,16 @@ class TextTower(Tower):
         self.text_projection = nn.Parameter(torch.randn(width, arch.embed_dim) * width**-0.5)
 
     def embed(self, ids_BL: Tensor) -> Tensor:
-        """Tokens (B, 77, D) of token ids, padding too."""
+        """Tokens (B, 77, D) of token ids, padding included."""
         return self.token_embedding(ids_BL) + self.positional_embedding
 
     def body(self, tokens_BLD: Tensor, ids_BL: Tensor, slots: TowerSlots) -> Tensor:
-        """(B, D) of `<end>`, the highest token id; what follows it does not matter to it."""
-        end_B = ids_BL.argmax(dim=-1)  # the first one where there are several
+        """The last block's output (B, D) at `<end>`, the highest token id; the causal mask hides padding from it."""
+        end_B = ids_BL.argmax(dim=-1)  # the first `<end>`, if there are several
         return self.transformer(tokens_BLD, end_B, slots)
 
     def end(self, x_BD: Tensor) -> Tensor:
-        """Features (B, E): normed and projected."""
+        """Features (B, E), after the final norm and projection."""
         return self.ln_final(x_BD) @ self.text_projection
 
 
@@ -301,17 +301,17 @@ class ClipBackbone(Backbone):
         self.arch = arch
         self.places = arch.places
         self.embed_dim = arch.embed_dim
-        self.logit_scale = nn.Parameter(torch.tensor(0.0))  # unused here, in every CLIP checkpoint
+        self.logit_scale = nn.Parameter(torch.tensor(0.0))  # unused, but in every CLIP checkpoint
         self.image_encoder = ImageTower(arch)
         self.text_encoder = TextTower(arch)
 
     @property
     def towers(self) -> dict[str, Tower]:
-        """By modality."""
+        """The towers, keyed by modality."""
         return {"image": self.image_encoder, "text": self.text_encoder}
 
     def prepare(self, batch: ModelInput) -> ModelInput:
-        """On a GPU in one of few shapes; on a CPU more rows only cost."""
+        """On a GPU, pads the batch to one of a few shapes; on a CPU, padding would only cost time."""
         return batch.rounded() if batch.present_BM.is_cuda else batch
 
     def complete(self, batch: ModelInput, blanks: Blanks, *, once: bool) -> ModelInput:
@@ -321,20 +321,20 @@ class ClipBackbone(Backbone):
             if not any(2 ** (len(self.places) - 1 - column) & missing_type for missing_type in batch.types):
                 continue
             present_B, blank = batch.present_BM[:, column], self._blank(modality, inputs[modality], blanks)
-            own_B, known = torch.arange(len(present_B), device=blank.device), len(rows[modality]) > 0
+            own_B, any_present = torch.arange(len(present_B), device=blank.device), len(rows[modality]) > 0
             if once:
-                missing = (~present_B).int().argmax()[None]  # one of them, without waiting for a GPU
-                inputs[modality] = torch.cat([inputs[modality], blank[None]]) if known else blank[None]
+                missing = (~present_B).int().argmax()[None]  # the first one, without waiting for a GPU
+                inputs[modality] = torch.cat([inputs[modality], blank[None]]) if any_present else blank[None]
                 rows[modality] = torch.cat([rows[modality], missing])
                 sources[modality] = torch.where(present_B, sources.get(modality, own_B), missing)
-            else:  # in one shape, whatever is missing
+            else:  # the shape is the same whatever is missing
                 filled = blank.expand(len(own_B) + 1, *blank.shape)
-                filled = filled.index_copy(0, rows[modality], inputs[modality]) if known else filled
+                filled = filled.index_copy(0, rows[modality], inputs[modality]) if any_present else filled
                 inputs[modality], rows[modality] = filled[:-1], own_B
         return batch._replace(inputs=inputs, rows=rows, source_of_B=sources)
 
     def _blank(self, modality: str, like: Tensor, blanks: Blanks) -> Tensor:
-        """One input of the type of `like`."""
+        """A placeholder input on the device of `like`; an image has its dtype too."""
         if modality == "text":
             ids_L = like.new_zeros(self.arch.context_length, dtype=torch.long)
             ids_L[:2] = blanks.text_marks
@@ -346,13 +346,13 @@ class ClipBackbone(Backbone):
         return normalise(image_u8, *self.image_encoder.statistics).to(like.dtype)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """What follows the last blocks, of which only AOEPT trains the text projection, and the rest."""
+        """The layers after the last blocks, and the rest. The text projection is separate: only AOEPT trains it."""
         final = [*self.image_encoder.ln_post.parameters(), self.image_encoder.proj]
         final += self.text_encoder.ln_final.parameters()
         parts = {FINAL: final, TEXT_PROJECTION: [self.text_encoder.text_projection]}
         ends = {id(parameter) for part in parts.values() for parameter in part}
-        of_clip = [*self.image_encoder.parameters(), *self.text_encoder.parameters(), self.logit_scale]
-        return {**parts, FROZEN: [parameter for parameter in of_clip if id(parameter) not in ends]}
+        everything = [*self.image_encoder.parameters(), *self.text_encoder.parameters(), self.logit_scale]
+        return {**parts, FROZEN: [parameter for parameter in everything if id(parameter) not in ends]}
 
     def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
         """See `Backbone.compute`."""

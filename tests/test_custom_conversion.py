@@ -500,7 +500,7 @@ def test_a_description_of_a_custom_dataset_that_is_none(tmp_path, custom, class_
 def test_data_md_shows_the_layout_and_its_example_works(tmp_path: Path) -> None:
     text = (ROOT / "DATA.md").read_text(encoding="utf-8")
     assert write_custom.LAYOUT in text and "--dataset custom " in text
-    section = text[text.index("## Your own data") : text.index("## What is written")]
+    section = text[text.index("## Your own data") : text.index("## Output files")]
     blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
     assert [kind for kind, _ in blocks] == ["csv", "yaml", "json"]
     for kind, name in (("csv", "birds.csv"), ("yaml", "spec.yaml"), ("json", "birds.jsonl")):

@@ -1,1 +1,1 @@
-"""Training, evaluation, checkpoints and resuming, robustness and prediction of models on data."""
+"""Training, evaluation, checkpoints and resuming, robustness and prediction."""

@@ -1,4 +1,4 @@
-"""What happens beside the steps of a training run: checkpoints, a limit of steps, and lines about the progress."""
+"""Callbacks of a training run: checkpoints, the step limit, prefetching and progress lines."""
 
 import logging
 import math
@@ -24,51 +24,51 @@ from vilt.datamodules import TimedLoader
 log = logging.getLogger("rep")
 
 SECONDS_BETWEEN = 300.0
-"""At most, between two checkpoints: writing one takes as long as several optimiser steps."""
+"""Interval of checkpoints within an epoch: writing one takes as long as several optimiser steps."""
 
 
 class Checkpoints(Checkpoint):
-    """Keeps `best.ckpt`, the best model by a validation metric, and `last.ckpt`, for `resume_from`.
+    """Writes `best.ckpt`, the best model by a validation metric, and `last.ckpt`, for `resume_from`.
 
-    `last.ckpt` also carries the best model so far: a resumed run, which has a folder of its own, ends with the same
-    best model as an uninterrupted one. Lightning's ModelCheckpoint loses it in another folder, and knows no way to
-    stop at a signal: `last.ckpt` is written at the end of each epoch, between optimiser steps once SECONDS_BETWEEN have
-    passed, and where a signal stops the run, between two steps or in a validation, which is then repeated.
+    `last.ckpt` is written at the end of each epoch, between optimiser steps once SECONDS_BETWEEN have passed, and when
+    a signal stops the run: between two steps, or in a validation, which the resumed run repeats. It also carries the
+    best model so far, since a resumed run has a folder of its own and must end with the same best model as an
+    uninterrupted one. Lightning's ModelCheckpoint loses it in a new folder and cannot stop at a signal.
 
     Args:
-        folder: where both are written, by the first process alone.
-        monitor: name of the logged metric; undefined (NaN) is never best.
+        folder: where both are written, by the first process only.
+        monitor: name of the logged metric; an undefined value (NaN) is never the best.
     """
 
     def __init__(self, folder: Path, monitor: str) -> None:
         self.folder = folder
         self.monitor = monitor
-        self.best: dict[str, Any] | None = None  # what `best.ckpt` holds
-        self.seconds = 0.0  # that the training waited for writing, since the reader last set it to 0
-        self.training = False  # whether a validation has begun, by when all that a checkpoint restores has been used
-        self._asked: int | None = None  # the first SIGTERM or Ctrl-C in a training; a second one stops at once
+        self.best: dict[str, Any] | None = None  # content of `best.ckpt`
+        self.seconds = 0.0  # that training waited for writing, since Report last reset it
+        self.training = False  # True after one step or validation batch, when everything restored has been used
+        self._signal: int | None = None  # the first SIGTERM or Ctrl-C during training; a second one stops at once
         self._kept_step = 0
-        """Optimiser steps behind the newest checkpoint, here or in the folder of the run that is resumed."""
+        """Optimiser steps up to the newest checkpoint, in this folder or in that of the run being resumed."""
         self._kept_at = time.monotonic()
 
     @property
     def best_path(self) -> Path:
-        """Of the best model; meaningful in the first process."""
+        """Path of the best model; meaningful in the first process only."""
         return self.folder / "best.ckpt"
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write_best(trainer)  # of a resumed run
+        self._write_best(trainer)  # a resumed run has one already
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._kept_step, self._kept_at = trainer.global_step, time.monotonic()
-        for number in STOP_SIGNALS:  # in place of Lightning's handlers, which stop in the middle of an accumulation
+        for number in STOP_SIGNALS:  # replaces Lightning's handlers, which stop in the middle of an accumulation
             signal.signal(number, self._note_signal)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.training |= trainer.global_step > self._kept_step  # a step is through
+            self.training |= trainer.global_step > self._kept_step  # a step is complete
             self._keep_or_stop(trainer, self._is_due(trainer))
 
     def on_validation_batch_end(
@@ -81,7 +81,9 @@ class Checkpoints(Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:
         loader: Any = trainer.val_dataloaders
-        if batch_idx < loader.sampler.samples // trainer.world_size // loader.batch_size:  # every process gets there
+        if (
+            batch_idx < loader.sampler.samples // trainer.world_size // loader.batch_size
+        ):  # every process has this batch
             self._keep_or_stop(trainer, False)
         self.training = True
 
@@ -89,7 +91,7 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, FinetuneModule)
         score = float(trainer.callback_metrics[self.monitor])
         if not pl_module.was_trained(trainer.global_step):
-            log.info("not kept as the best model: the learning rate was 0 up to step %d", trainer.global_step)
+            log.info("not considered for the best model: the learning rate was 0 up to step %d", trainer.global_step)
         elif order_of(score, self.monitor) > order_of(self.best["score"] if self.best else math.nan, self.monitor):
             self.best = {
                 "state_dict": {name: value.to("cpu", copy=True) for name, value in pl_module.state_dict().items()},
@@ -100,12 +102,12 @@ class Checkpoints(Checkpoint):
                 DESCRIPTION: pl_module.description,
             }
             self._write_best(trainer)
-        # Where StepLimit ends the training, this is its last state.
+        # If StepLimit ends training, this is its final state.
         self._keep_or_stop(trainer, trainer.should_stop or self._is_due(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning also calls this where StepLimit ends the training in mid-epoch, and would take the rest of the epoch
-        # for done in a run resumed from there.
+        # Lightning also calls this when StepLimit ends training in mid-epoch; a run resumed from a checkpoint written
+        # then would skip the rest of the epoch.
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed == trainer.num_training_batches:
             self._keep_or_stop(trainer, True)
 
@@ -121,14 +123,15 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
         if self.best is not None and not {"score", "state_dict"} <= self.best.keys():
-            raise KeyError("best")  # rather than write it into best.ckpt
+            raise KeyError("best")  # before it is written to best.ckpt
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Makes Lightning's counts say what it has to do next when it reads them back.
+        """Corrects Lightning's progress counters, so that a resumed run continues with the right batch.
 
-        By itself it leaves out a batch that was fetched, and the rest of a validation that had begun.
+        As Lightning saves them, it would skip a batch that was fetched but not completed, and the rest of a validation
+        that had begun.
         """
         loops = checkpoint["loops"]["fit_loop"]
         training, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
@@ -136,7 +139,7 @@ class Checkpoints(Checkpoint):
             training["is_last_batch"] = False
             for counts in (training["total"], training["current"]):
                 counts["ready"] = counts["completed"]
-        if validation["current"]["ready"] > validation["current"]["completed"]:  # which it has to repeat
+        if validation["current"]["ready"] > validation["current"]["completed"]:  # the resumed run repeats it
             validation["is_last_batch"] = False
             validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
             validation["current"] = dict.fromkeys(validation["total"], 0)
@@ -149,7 +152,7 @@ class Checkpoints(Checkpoint):
 
     def _write_last(self, trainer: pl.Trainer) -> None:
         began = time.monotonic()
-        for logger in trainer.loggers:  # a run resumed from here measures nothing of these steps again
+        for logger in trainer.loggers:  # a run resumed from here does not log these steps again
             if isinstance(logger, MetricsLogger):
                 logger.experiment.write()
         trainer.save_checkpoint(self.folder / "last.ckpt")  # all processes take part
@@ -157,45 +160,46 @@ class Checkpoints(Checkpoint):
         self.seconds += self._kept_at - began
 
     def _finish(self, trainer: pl.Trainer) -> None:
-        """Waits until both are on the disk."""
+        """Waits until both checkpoints are on disk."""
         began, io = time.monotonic(), trainer.strategy.checkpoint_io
         assert isinstance(io, AtomicCheckpointIO)
         io.finish()
         self.seconds += time.monotonic() - began
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None:
+        if self._signal is not None:
             stop_now(number, frame)
-        self._asked = number
-        log.info("%s: stopping after the next optimiser step; a second one stops at once", signal.Signals(number).name)
+        self._signal = number
+        name = signal.Signals(number).name
+        log.info("%s: stopping after the next optimiser step; a second signal stops at once", name)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return trainer.global_step > self._kept_step and time.monotonic() - self._kept_at >= SECONDS_BETWEEN
 
     def _keep_or_stop(self, trainer: pl.Trainer, due: bool) -> None:
-        """Writes last.ckpt if it is due in any process, or one was asked to stop; all have to call at the same place.
+        """Writes last.ckpt if it is due or a signal came, in any process; all must call this at the same point.
 
         Raises:
-            Stopped: one was asked to.
+            Stopped: a process was asked to stop.
         """
-        number = self._asked
+        number = self._signal
         if trainer.world_size > 1:
-            mine = torch.tensor([due, number is not None], dtype=torch.int, device=trainer.strategy.root_device)
-            due, stops = trainer.strategy.reduce(mine, reduce_op="max").bool().tolist()
+            flags = torch.tensor([due, number is not None], dtype=torch.int, device=trainer.strategy.root_device)
+            due, stops = trainer.strategy.reduce(flags, reduce_op="max").bool().tolist()
             number = (number or signal.SIGTERM) if stops else None
         if due or (number is not None and trainer.global_step > self._kept_step):
             self._write_last(trainer)
         if number is not None:
             self._finish(trainer)
-            log.info("stopped at step %d; resume_from=auto, other options as before, resumes there", self._kept_step)
+            log.info("stopped at step %d; to resume, use resume_from=auto with the same options", self._kept_step)
             raise Stopped(number)
 
 
 class StepLimit(pl.Callback):
-    """Ends a training after `max_steps` optimiser steps, with a validation.
+    """Ends training after `max_steps` optimiser steps, with a validation.
 
-    Lightning's own max_steps does not: it neither validates then, nor knows, on resuming, an epoch that is over from
-    one that it stopped in the middle of, and leaves the next one out.
+    Lightning's own max_steps does not validate then. On resuming, it also cannot tell a finished epoch from one that it
+    stopped in the middle of, and skips the next one.
     """
 
     def __init__(self, max_steps: int) -> None:
@@ -205,41 +209,41 @@ class StepLimit(pl.Callback):
         loop = trainer.fit_loop
         epoch, validation = loop.epoch_progress.current, loop.epoch_loop.val_loop.batch_progress.total
         batches = loop.epoch_loop.batch_progress.current.completed
-        # In a resumed run the end of an epoch, or a validation that was stopped, may be still to come.
+        # In a resumed run, the end of an epoch or an interrupted validation may still be to come.
         ends_epoch = batches == trainer.num_training_batches and epoch.ready > epoch.completed
         if validation.ready > validation.completed and trainer.global_step >= self.max_steps:
-            trainer.val_check_batch = batches  # the last one, wherever it is: Lightning repeats only those that are due
+            trainer.val_check_batch = batches  # now, wherever it is: Lightning only repeats one that is due
         elif not ends_epoch and validation.ready == validation.completed:
-            self._look(trainer)
+            self._check(trainer)
 
-    def _look(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+    def _check(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_step >= self.max_steps:
             trainer.should_stop = True
 
-    on_train_batch_end = on_validation_end = on_train_epoch_end = _look
+    on_train_batch_end = on_validation_end = on_train_epoch_end = _check
 
 
 class AheadOfTime(pl.Callback):
-    """While a validation or a training goes on, loader processes begin with what comes after it."""
+    """Lets workers load the next epoch's first batches during validation, and the next validation's during training."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.is_last_batch and self._goes_on(trainer):
+        if trainer.is_last_batch and self._continues(trainer):
             loader: Any = trainer.train_dataloader
             loader.sampler.set_epoch(trainer.current_epoch + 1)
             loader.begin()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._goes_on(trainer):
+        if self._continues(trainer):
             loader: Any = trainer.val_dataloaders
             loader.begin()
 
-    def _goes_on(self, trainer: pl.Trainer) -> bool:
+    def _continues(self, trainer: pl.Trainer) -> bool:
         in_epoch = not trainer.is_last_batch
         return not trainer.should_stop and (in_epoch or trainer.current_epoch + 1 < (trainer.max_epochs or 0))
 
 
 class Report(pl.Callback):
-    """A line per validation, and one per epoch on how fast the run was and where its time went."""
+    """Logs a line per validation, and one per epoch with the speed of the run and where its time went."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
@@ -248,24 +252,24 @@ class Report(pl.Callback):
         self._epoch_began = self._began = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer)  # a run resumed in mid-epoch has no start of an epoch
+        self._reset(trainer)  # in a run resumed in mid-epoch, on_train_epoch_start is not called
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._say(trainer, trainer.current_epoch - 1)
+        self._log_epoch(trainer, trainer.current_epoch - 1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._say(trainer, trainer.current_epoch - 1)
-        # For the test: one less in a run that resumes where StepLimit ended it in mid-epoch.
+        self._log_epoch(trainer, trainer.current_epoch - 1)
+        # The step that the test is logged at: one too low in a run resumed where StepLimit ended it in mid-epoch.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            # The number that loggers get: Lightning's is one more in a run that resumes right behind a validation.
+            # The step that loggers see: Lightning's is one too high in a run resumed right after a validation.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         self._samples += len(batch.index_B) * trainer.world_size
-        self._began = time.perf_counter() - self.checkpoints.seconds  # one may be written before the step begins
+        self._began = time.perf_counter() - self.checkpoints.seconds  # a checkpoint may precede the step
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._seconds["step"] += time.perf_counter() - self.checkpoints.seconds - self._began
@@ -280,13 +284,13 @@ class Report(pl.Callback):
         values = "  ".join(f"{name} {figure(float(metrics[name]))}" for name in shown)
         log.info("epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, values)
 
-    def _begin(self, trainer: pl.Trainer) -> None:
+    def _reset(self, trainer: pl.Trainer) -> None:
         self._samples, self._seconds = 0, dict.fromkeys(self._seconds, 0.0)
         self.checkpoints.seconds = _loader(trainer).waited = 0.0
         self._epoch_began = time.perf_counter()
 
-    def _say(self, trainer: pl.Trainer, epoch: int) -> None:
-        """Of the epoch that is over, its last checkpoint included; a step is what the host waits for it."""
+    def _log_epoch(self, trainer: pl.Trainer, epoch: int) -> None:
+        """Logs the epoch that is over, with its last checkpoint; a step counts for as long as the host waits for it."""
         if self._samples:  # none in a run resumed at the end of an epoch
             total = time.perf_counter() - self._epoch_began
             parts = {"data": _loader(trainer).waited, **self._seconds, "checkpoints": self.checkpoints.seconds}
@@ -295,7 +299,7 @@ class Report(pl.Callback):
             samples = counted(self._samples, "training sample")
             speed = f"{samples} in {total:.1f} s, {self._samples / total:.1f} per second"
             log.info("epoch %d: %s\n  %s", epoch, speed, text)  # within 80 columns
-        self._begin(trainer)
+        self._reset(trainer)
 
 
 def _loader(trainer: pl.Trainer) -> TimedLoader:

@@ -1,7 +1,7 @@
-"""Checkpoints: what they hold, and reading them.
+"""The content of checkpoints, and reading them.
 
-Ours hold everything but the frozen backbone, and the backbone's name and hash. Published ones hold the model with its
-backbone, except the dynamic queries, which follow from the seed of their run (docs/method.md section 6).
+Ours hold everything but the frozen backbone, of which they keep the name and hash. Published ones hold the whole model
+except the dynamic queries, which are drawn from the seed of their run (docs/method.md section 6).
 """
 
 import logging
@@ -41,14 +41,14 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 OFFSET = "offset"
-"""Key of what a checkpoint says, of its offset."""
-OF_TRAINING = "epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "MissingModalityData"
-"""Entries that resuming a training takes, none of them empty."""
+"""Key of the offset in a checkpoint's description."""
+RESUMED = "epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "MissingModalityData"
+"""Entries that resuming needs, none of them empty."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a classifier is built from."""
+    """The settings that a classifier is built from."""
 
     task: str
     method: MethodOptions
@@ -58,35 +58,35 @@ class ModelSpec:
 
     @property
     def dataset(self) -> DatasetSpec:
-        """Row of the dataset, with the shapes of arrays that the model is for."""
+        """The dataset's row, with the array shapes that the model takes."""
         row = spec_of(self.task, self.custom)
         return with_shapes(row, getattr(self.architecture, "shapes", {})) if row.family == VLA else row
 
 
 @dataclass(frozen=True)
 class TokenizerUsed:
-    """The tokenizer of a training."""
+    """The tokenizer that a model was trained with."""
 
-    option: str | None  # what the run had as option `tokenizer`; None for the one that comes with the backbone
+    option: str | None  # the run's option `tokenizer`; None for the one that comes with the backbone
     fingerprint: str
 
 
 @dataclass(frozen=True)
 class TrainedAt:
-    """The missing pattern of a training, its seed, the code that it ran, and the precision."""
+    """Missing pattern, seed, code version and precision of a training run."""
 
     missing_type: str
     ratio: float | int
     both_ratio: float | int
     seed: int
     drawing: str = NESTED
-    commit: str | None = None  # of the git checkout, with `-dirty` where files were changed; None outside of one
-    precision: str | None = None  # as Lightning calls it; None where the checkpoint is older than this entry
+    commit: str | None = None  # of the git checkout, with `-dirty` if files were changed; None outside a checkout
+    precision: str | None = None  # as Lightning spells it; None if the checkpoint is older than this entry
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint file, read and understood."""
+    """A parsed checkpoint file."""
 
     path: Path
     sha256: str
@@ -95,23 +95,23 @@ class Checkpoint:
     backbone_name: str | None = None
     backbone_sha256: str | None = None
     """None, like the name, for a published checkpoint, which holds the backbone itself."""
-    class_names: tuple[str, ...] = ()  # in label order; empty where it does not say them
-    resumable: bool = False  # whether it also holds the state of the training, like `last.ckpt`
-    tokenizer: TokenizerUsed | None = None  # None where it does not say it
+    class_names: tuple[str, ...] = ()  # in label order; empty if not recorded
+    resumable: bool = False  # whether it also holds the training state, as `last.ckpt` does
+    tokenizer: TokenizerUsed | None = None  # None if not recorded
     contents: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of what it was trained on, see `engine/contents.py`; empty where it does not say it."""
+    """SHA-256 of the files it was trained on (see `engine/contents.py`); empty if not recorded."""
     offset: float | None = None
-    """Of the logits, chosen on validation (see `engine/decision.py`); None where it has none."""
-    training: TrainedAt | None = None  # None where it does not say it
+    """Added to the logits before deciding, chosen on validation (see `engine/decision.py`); None if it has none."""
+    training: TrainedAt | None = None  # None if not recorded
 
     @property
     def published(self) -> bool:
-        """True for a checkpoint of the published code."""
+        """Whether the published code wrote it."""
         return self.backbone_sha256 is None
 
     @property
     def backbone_place(self) -> str:
-        """The backbone as its run named it; where that was a path from a folder above the checkpoint, one from here."""
+        """The backbone as its run named it; a path that was relative to a folder above the checkpoint is resolved."""
         name = str(self.backbone_name)
         return name if name in HUB_NAMES else from_elsewhere(name, self.path)
 
@@ -126,7 +126,7 @@ def describe(
     offset: float | None = None,
     training: TrainedAt | None = None,
 ) -> dict[str, Any]:
-    """The plain values that a checkpoint holds under DESCRIPTION."""
+    """The description that a checkpoint holds under DESCRIPTION, as plain values."""
     return {
         "format": FORMAT,
         "task": spec.task,
@@ -144,10 +144,10 @@ def describe(
 
 
 def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
-    """A classifier with random weights, its parameters frozen as the task says.
+    """A classifier with random weights, with the parameters that the task does not train frozen.
 
     Raises:
-        ValueError: the method's sizes do not fit each other or the backbone.
+        ValueError: the method's sizes do not fit together, or do not fit the backbone.
     """
     task = task_of(spec.task, spec.custom)
     backbone = family_of(spec.task).build(spec.architecture)
@@ -158,9 +158,9 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
         why = "slots follow from the whole sample" if spec.dataset.family == CLIP else "data have no texts to read"
         whose = f"prompt_type={spec.method.prompt_type} and task={spec.task}, whose {why}"
         raise ValueError(f"text_windows: expected 1 with {whose}; found {windows}")
-    parts += windows > 1  # mean and maximum of texts
+    parts += windows > 1  # text windows are pooled by mean and maximum
     if spec.head != "linear" and parts != len(backbone.places):
-        raise ValueError(f"head: expected linear where features are not side by side, found {spec.head}")
+        raise ValueError(f"head: expected linear, as features are not concatenated, found {spec.head}")
     head = head_class(spec.head)(parts, backbone.embed_dim, task.n_classes, spec.method)
     if backbone.plain_head and isinstance(head, LinearHead):
         head.reset_parameters()
@@ -172,7 +172,7 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     freeze(classifier, spec.task)
     if k and (backbone.mixes or backbone.fused_parts != len(backbone.places) or not has_frozen_towers(classifier)):
         raise ValueError(
-            "neighbours: expected frozen towers whose features stand side by side, as with prompt_type=none and "
+            "neighbours: expected frozen towers whose features are concatenated, as with prompt_type=none and "
             f"train_ends=False; found prompt_type={spec.method.prompt_type}, train_ends={spec.method.train_ends} and "
             f"head={spec.head}"
         )
@@ -180,28 +180,28 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
 
 
 def kept_names(classifier: MissingModalityClassifier) -> list[str]:
-    """Names of the entries that a checkpoint keeps: all but the frozen backbone and what the method does not use."""
+    """Names of the entries saved in a checkpoint: all but the frozen backbone and what the method does not use."""
     parts, backbone = parts_of(classifier), classifier.model.parts()
-    of_backbone = [parameter for part in backbone.values() for parameter in part if not parameter.requires_grad]
-    frozen = set(map(id, of_backbone))
+    frozen_parameters = [parameter for part in backbone.values() for parameter in part if not parameter.requires_grad]
+    frozen = set(map(id, frozen_parameters))
     statistics = [
         buffer
         for module in classifier.model.modules()
         if any(id(parameter) in frozen for parameter in module.parameters(recurse=False))
         for buffer in module.buffers(recurse=False)
     ]
-    left_out = set(map(id, [*of_backbone, *statistics, *parts.get(UNUSED, [])]))
+    left_out = set(map(id, [*frozen_parameters, *statistics, *parts.get(UNUSED, [])]))
     return [name for name, value in classifier.state_dict(keep_vars=True).items() if id(value) not in left_out]
 
 
 def kept_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
-    """The entries a checkpoint keeps."""
+    """The entries saved in a checkpoint."""
     state = classifier.state_dict()
     return {name: state[name] for name in kept_names(classifier)}
 
 
 def load_kept_state(classifier: MissingModalityClassifier, state: dict[str, Tensor], source: str) -> None:
-    """Copies a checkpoint's entries into `classifier`; every name is accounted for.
+    """Copies a checkpoint's entries into `classifier`; the names must match exactly.
 
     Raises:
         CheckpointError: names are missing or unexpected, a shape differs, or a value is not finite.
@@ -223,10 +223,10 @@ def _load(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint of ours, exported or not, or of the published code, without running anything in it.
+    """Reads a checkpoint of ours, exported or not, or of the published code, without running any code in it.
 
     Raises:
-        CheckpointError: not there, damaged, or not a checkpoint of this model.
+        CheckpointError: it is missing, damaged, or not a checkpoint of this model.
     """
     path = weights_file(path)
     if not path.is_file():
@@ -244,18 +244,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
         state = model_names(unwrapped_names(state_dict_of(raw["state_dict"])))
         described = raw.get(DESCRIPTION)
-        of_model = {"spec": ModelSpec(*published_model(state))} if described is None else _described_model(described)
+        model = {"spec": ModelSpec(*published_model(state))} if described is None else _described_model(described)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
-    resumable = all(raw.get(name) not in (None, [], {}) for name in OF_TRAINING)
-    return Checkpoint(path, file_sha256(path), state=state, resumable=resumable, **of_model)
+    resumable = all(raw.get(name) not in (None, [], {}) for name in RESUMED)
+    return Checkpoint(path, file_sha256(path), state=state, resumable=resumable, **model)
 
 
 def _described_model(described: Any) -> dict[str, Any]:
-    """What `describe` has said. Options that a checkpoint does not name are newer than it, and have their defaults.
+    """Reads what `describe` wrote. An option that is missing is newer than the checkpoint, and has its default.
 
     Raises:
-        KeyError, TypeError, ValueError: an entry is missing, or not as expected.
+        KeyError, TypeError, ValueError: an entry is missing or invalid.
     """
     found = described.get("format") if isinstance(described, dict) else described
     if found != FORMAT:
@@ -295,20 +295,20 @@ def _described_model(described: Any) -> dict[str, Any]:
 def restore_classifier(
     checkpoint: Checkpoint, backbone: FrozenWeights | None, published_seed: int = 0
 ) -> MissingModalityClassifier:
-    """The classifier that `checkpoint` holds.
+    """The classifier saved in `checkpoint`.
 
     Args:
         backbone: the frozen weights; None for a published checkpoint, which has them.
-        published_seed: that of the run which wrote a published checkpoint; its dynamic queries follow from it.
+        published_seed: seed of the run that wrote a published checkpoint; its dynamic queries are drawn from it.
 
     Raises:
-        CheckpointError: the backbone is another one, or the state does not fit.
+        CheckpointError: the backbone is not the one trained on, or the state does not fit.
     """
     path, spec, state = checkpoint.path, checkpoint.spec, checkpoint.state
     try:
         classifier = build_classifier(spec)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"{path}: no model has its sizes: {first_line(error)}") from error
+        raise CheckpointError(f"{path}: no model can have its sizes: {first_line(error)}") from error
     if not checkpoint.published:
         assert backbone is not None, "a checkpoint without frozen weights needs its backbone"
         check_backbone(checkpoint, backbone)
@@ -319,16 +319,16 @@ def restore_classifier(
     if any(".queries_" in name for name in expected - state.keys()):
         drawn = published_queries(spec.architecture, spec.method.slots, published_seed)
         state = {**{f"model.{classifier.method.attribute}.dynamic.{name}": drawn[name] for name in drawn}, **state}
-        log.info("%s: dynamic queries as its run with seed %d drew them", path, published_seed)
+        log.info("%s: dynamic queries drawn as in its run, with seed %d", path, published_seed)
     _load(classifier, state, expected, path)
     return classifier
 
 
 def backbone_in(path: Path) -> FrozenWeights | None:
-    """The backbone in a checkpoint of ours that trained it; None where the file is none of ours.
+    """The backbone in a checkpoint of ours that trained it; None if the file is not a checkpoint of ours.
 
     Raises:
-        CheckpointError, BackboneError: it is damaged, or what it started from is not there.
+        CheckpointError, BackboneError: it is damaged, or the backbone it started from is missing.
     """
     if not is_ours(path):
         return None
@@ -342,7 +342,7 @@ def backbone_in(path: Path) -> FrozenWeights | None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is a checkpoint of ours. Raises CheckpointError where it is not readable."""
+    """Whether a file is a checkpoint of ours. Raises CheckpointError if it cannot be read."""
     raw = read_exported(path) if path.name == WEIGHTS else load_checkpoint_file(path)
     return isinstance(raw, dict) and DESCRIPTION in raw
 
@@ -360,20 +360,20 @@ def check_backbone(checkpoint: Checkpoint, backbone: FrozenWeights) -> None:
 
 
 def check_tokenizer(checkpoint: Checkpoint, fingerprint: str) -> None:
-    """Raises CheckpointError where `checkpoint` says that it was trained with another tokenizer."""
+    """Raises CheckpointError if `checkpoint` records another tokenizer."""
     used = checkpoint.tokenizer
     if used is not None and used.fingerprint != fingerprint:
         had = f"tokenizer={used.option}" if used.option is not None else "the tokenizer that comes with its backbone"
         raise CheckpointError(
             f"{checkpoint.path}: trained with {had} (fingerprint {used.fingerprint[:16]}…), "
-            f"this tokenizer is another one (fingerprint {fingerprint[:16]}…)"
+            f"but this tokenizer differs (fingerprint {fingerprint[:16]}…)"
         )
 
 
 def check_classes(checkpoint: Checkpoint, dataset: ArrowDataset) -> None:
-    """Compares the classes that the head of `checkpoint` is for with those of `dataset`, where both are of one task.
+    """Compares the classes of `checkpoint` with those of `dataset`, if both belong to one task.
 
-    A class whose name is its number has none: the arrow file that it comes from did not say it.
+    A class named by its number has no known name: the arrow file did not give one.
 
     Raises:
         CheckpointError: they differ; names the first class that does.

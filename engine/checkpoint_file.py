@@ -1,4 +1,4 @@
-"""Writing checkpoints so that a reader finds the old file or the new one, and telling a damaged one from an intact."""
+"""Writing checkpoints atomically, and telling damaged files from intact ones."""
 
 import io
 import logging
@@ -20,10 +20,10 @@ log = logging.getLogger("rep")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """How Lightning writes checkpoints: with `write_checkpoint`, while the training goes on.
+    """Makes Lightning write checkpoints with `write_checkpoint`, in a thread, while training continues.
 
-    Its own way writes into the system's folder for temporary files and copies from there: a kill leaves a part. Its own
-    way in a thread cannot be waited for.
+    Lightning's own plugin writes to the system's temporary folder and copies from there: a kill leaves a partial file.
+    Its asynchronous plugin cannot be waited for.
     """
 
     def __init__(self) -> None:
@@ -31,19 +31,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Begins to write what the checkpoint holds now; in the first process alone. Raises what `finish` does."""
-        now = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
+        """Starts writing a copy of `checkpoint`; called in the first process only. Raises the same as `finish`."""
+        copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
         self.finish()
-        self._writing = self._disk.submit(write_checkpoint, now, Path(path))
+        self._writing = self._disk.submit(write_checkpoint, copied, Path(path))
 
     def finish(self) -> None:
-        """Waits until what was begun is on the disk. Raises OSError where it could not be written."""
+        """Waits until the checkpoint being written is on disk. Raises OSError if it could not be written."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def teardown(self) -> None:
-        """Called by Lightning at the end, whose error, if it has one, is the one to be raised."""
+        """Called by Lightning at the end. If an error is already being raised, one from writing is only logged."""
         ended = sys.exc_info()[0]
         try:
             self.finish()
@@ -52,22 +52,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             log.error("%s", first_line(error))
         finally:
-            self._disk.shutdown()  # a thread whose start an error interrupted is unknown to the interpreter's exit
+            self._disk.shutdown()  # the interpreter does not join a thread whose start was interrupted by an error
             self._disk = ThreadPoolExecutor(max_workers=1)
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Replaces `path` once all is on the disk. Raises OSError where it cannot be written; `path` is as it was then."""
-    file = io.BytesIO()  # checkpoints lack the frozen weights; and torch hides why writing to a file failed
+    """Replaces `path` once everything is on disk. Raises OSError if it cannot be written; `path` is then unchanged."""
+    file = io.BytesIO()  # small enough without the frozen weights; torch itself hides why writing to a file failed
     torch.save(content, file)
     with atomic_path(path) as temporary:
         temporary.write_bytes(file.getbuffer())
 
 
 def check_intact(path: Path) -> None:
-    """Raises CheckpointError unless each entry of a checkpoint has the size and the checksum that the file records.
+    """Raises CheckpointError unless each entry of a checkpoint has the size and checksum recorded in the file.
 
-    torch.load does not look at the checksums.
+    torch.load does not verify the checksums.
     """
     try:
         with zipfile.ZipFile(path) as entries:

@@ -1,7 +1,8 @@
-"""Steps as CUDA graphs: what is computed of each shape of batch is recorded once and replayed, which launches its
-thousands of kernels with one call. Of a training step these are the forward and the backward pass.
+"""Training and evaluation steps as CUDA graphs, captured once for each batch shape and replayed.
 
-Batches come in few shapes (`ModelInput.rounded`); dropout masks follow from the seed of each batch as without graphs.
+A replay launches the step's thousands of kernels with one call. For a training step, the graph holds the forward and
+the backward pass. Batches come in few shapes (`ModelInput.rounded`); dropout masks follow from each batch's seed, as
+they do without graphs.
 """
 
 import logging
@@ -26,28 +27,31 @@ log = logging.getLogger("rep")
 STEPS, EVALUATIONS = "training steps", "evaluations"
 Losses = tuple[Tensor, Tensor, dict[str, Tensor]]
 Step = Callable[[ModelInput, Tensor, int], Losses]
-"""From a batch, its labels and how many of its samples count to the loss, logits (B, C), and the own losses in it."""
+"""Computes the loss, the logits (B, C) and the method's own losses by name, from a batch, its labels and the number of
+samples that count."""
 Forward = Callable[[ModelInput], Tensor]
-"""From a batch to its logits (B, C)."""
+"""Maps a batch to its logits (B, C)."""
 Run = Callable[[ModelInput, list[Tensor]], Any]
-"""From a batch and further tensors to tensors."""
+"""Maps a batch and further tensors to tensors."""
 LEAST_BATCHES = 1000
-"""Compiling and recording take up to half a minute on an H200, which so many steps win back."""
+"""Fewest batches worth capturing for: compiling and capturing take up to half a minute on an H200."""
 MOST = 64
-"""Graphs of a kind. An epoch of MM-IMDb has some 30 shapes (benchmarks/RESULTS.md); further ones are not recorded."""
+"""Most graphs of one kind. An epoch of MM-IMDb has about 30 shapes (benchmarks/RESULTS.md)."""
 
 
 def recorded(
     step: Step, forward: Forward, classifier: MissingModalityClassifier, options: "Options", batches: int
 ) -> tuple[Step, Forward]:
-    """Both, for CLIP on a GPU recorded unless `cuda_graphs` is off or a reason is against it, which the log then says.
+    """`step` and `forward`, as CUDA graphs for CLIP on a GPU, unless `cuda_graphs` is off.
+
+    If an option rules graphs out, the log says so, and both are returned unchanged.
 
     Args:
-        forward: of a classifier in evaluation mode.
-        batches: of the whole training; of less than LEAST_BATCHES nothing is recorded.
+        forward: computes the logits of `classifier` in evaluation mode.
+        batches: number in the whole training; with fewer than LEAST_BATCHES nothing is captured.
     """
-    of_clip, pays = isinstance(classifier.model, ClipBackbone), batches >= LEAST_BATCHES
-    if not (options.cuda_graphs and options.num_gpus and of_clip and pays):
+    is_clip, pays = isinstance(classifier.model, ClipBackbone), batches >= LEAST_BATCHES
+    if not (options.cuda_graphs and options.num_gpus and is_clip and pays):
         return step, forward
     reasons = {
         "several processes train": options.processes > 1,
@@ -58,19 +62,19 @@ def recorded(
     }
     against = [reason for reason, holds in reasons.items() if holds]
     if against:
-        log.info("cuda_graphs: steps are not recorded: %s", ", ".join(against))
+        log.info("cuda_graphs: steps are not captured: %s", ", ".join(against))
         return step, forward
     try:
         compute_by(classifier, compiled())
-    except Exception as error:  # whatever keeps Triton from it
-        log.info("cuda_graphs: nothing is compiled: %s", first_line(error))
+    except Exception as error:  # Triton may fail for any reason
+        log.info("cuda_graphs: compilation failed, going on without: %s", first_line(error))
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     recordings = Recordings()
     return GraphedSteps(step, trained, recordings), GraphedForward(forward, recordings)
 
 
 def compute_by(classifier: nn.Module, passes: Passes) -> None:
-    """Sets how the blocks compute what is between their matrix products."""
+    """Sets how the blocks compute the operations between their matrix products."""
     for module in classifier.modules():
         if isinstance(module, ResidualAttentionBlock):
             module.compute_by(passes)
@@ -78,32 +82,32 @@ def compute_by(classifier: nn.Module, passes: Passes) -> None:
 
 class _Recording(NamedTuple):
     inputs: list[Tensor]
-    """What a replay reads."""
+    """Tensors that a replay reads."""
     outputs: Any
-    """What it writes, overwritten by the next replay of any graph."""
+    """Tensors that a replay writes; the next replay of any graph overwrites them."""
     replay: Callable[[], None]
 
 
 class Recordings:
-    """Of each shape of inputs the recording, up to `MOST` of a kind; a kind of which one fails has no more.
+    """Captured graphs by kind and input shape, up to `MOST` of a kind.
 
-    Where the recording itself fails, not what goes before it, the others do not follow from the seeds any more: all are
-    dropped, and no kind has more.
+    If the run before a capture fails, that kind gets no more graphs. If the capture itself fails, the existing graphs
+    no longer follow from the seeds: all are dropped, and no kind gets more.
     """
 
     def __init__(self) -> None:
         self.refused: dict[str, str] = {}
-        """By kind, why nothing is recorded any more."""
+        """Why nothing more is captured, keyed by kind."""
         self.by_shape: dict[str, dict[Hashable, _Recording]] = {}
         self._pool: Any = None
-        """Memory that the graphs share: what one leaves there has been read when the next is replayed."""
+        """Memory that the graphs share: the outputs of one have been read before the next is replayed."""
 
     def replayed(self, kind: str, batch: ModelInput, more: list[Tensor], counted: int, run: Run) -> Any:
-        """What `run` gives of a batch and of `more` tensors; None where it cannot be recorded.
+        """The outputs of `run` for a batch and `more` tensors, replayed; None if they cannot be captured.
 
         Args:
             kind: what `run` computes.
-            counted: what else decides what is computed.
+            counted: a number that the computation depends on, besides the shapes.
         """
         recordings = self.by_shape.setdefault(kind, {})
         tensors = [*_tensors(batch), *more]
@@ -111,7 +115,7 @@ class Recordings:
         shape = shapes, tuple(batch.source_of_B), batch.types, tuple(batch.lengths.items()), batch.kept, counted
         if shape not in recordings and kind not in self.refused:
             if len(recordings) == MOST:
-                self._refuse(kind, f"there are {MOST} graphs already; other shapes are not recorded")
+                self._refuse(kind, f"{MOST} graphs already; further shapes are not captured")
             else:
                 self._record(kind, shape, batch, tensors, run)
         if (recording := recordings.get(shape)) is None:
@@ -125,7 +129,7 @@ class Recordings:
         own_batch, more = _with_tensors(batch, own)
 
         def run_own() -> Any:
-            torch.clear_autocast_cache()  # each replay casts anew
+            torch.clear_autocast_cache()  # each replay has to cast again
             outputs = run(own_batch, more)
             torch.clear_autocast_cache()
             return outputs
@@ -137,11 +141,11 @@ class Recordings:
             outputs, replay = capture(run_own, self._pool, first=not recordings)
             recordings[shape] = _Recording(own, outputs, replay)
         except CaptureFailedError as error:
-            for each, of_kind in self.by_shape.items():
-                of_kind.clear()
-                self._refuse(each, f"cannot be recorded: {first_line(error)}")
+            for each, graphs in self.by_shape.items():
+                graphs.clear()
+                self._refuse(each, f"cannot be captured: {first_line(error)}")
         except RuntimeError as error:
-            self._refuse(kind, f"cannot be recorded: {first_line(error)}")
+            self._refuse(kind, f"cannot be captured: {first_line(error)}")
 
     def _refuse(self, kind: str, why: str) -> None:
         self.refused[kind] = why
@@ -153,7 +157,7 @@ def _tensors(batch: ModelInput) -> list[Tensor]:
 
 
 def _with_tensors(batch: ModelInput, tensors: list[Tensor]) -> tuple[ModelInput, list[Tensor]]:
-    """The batch with these tensors, in the order of `_tensors`, and those that are left over."""
+    """The batch with its tensors replaced, in the order of `_tensors`, and the remaining tensors."""
     left = iter(tensors)
     names = (batch.inputs, batch.rows, batch.source_of_B)
     inputs, rows, sources = ({name: next(left) for name in group} for group in names)
@@ -162,7 +166,7 @@ def _with_tensors(batch: ModelInput, tensors: list[Tensor]) -> tuple[ModelInput,
 
 
 class GraphedForward:
-    """Logits that are replayed where a batch of the same shape has been recorded. What cannot be, runs as it is."""
+    """A forward pass that replays the graph for the batch's shape; a batch that cannot be captured runs without one."""
 
     def __init__(self, forward: Forward, recordings: Recordings) -> None:
         self.forward, self.recordings = forward, recordings
@@ -175,18 +179,18 @@ class GraphedForward:
 
 
 class GraphedSteps:
-    """A step that is replayed where a batch of the same shape has been recorded. What cannot be, runs as it is.
+    """A training step that replays the graph for the batch's shape; a batch that cannot be captured runs without one.
 
     Args:
-        parameters: those that the loss has gradients of.
+        parameters: the trained parameters, which get the gradients.
     """
 
     def __init__(self, step: Step, parameters: Sequence[nn.Parameter], recordings: Recordings) -> None:
         self.step, self.parameters, self.recordings = step, parameters, recordings
         self._gradients: list[Tensor] = []
-        """By parameter, of the newest replay, whichever graph it was of."""
+        """Gradient of each parameter in the newest replay, shared by all graphs."""
         self._anchor = torch.zeros(()).requires_grad_()
-        """What the loss of a replay depends on, so that it has a backward pass."""
+        """Input of a replay's loss, to give it a backward pass."""
 
     def __call__(self, batch: ModelInput, labels: Tensor, counted: int) -> Losses:
         """See `Step`; the loss has a backward pass."""
@@ -203,24 +207,24 @@ class GraphedSteps:
         return loss, logits.clone(), {name: value.clone() for name, value in own_losses.items()}
 
     def _run(self, batch: ModelInput, labels: Tensor, counted: int) -> tuple[Losses, list[Tensor | None]]:
-        """Losses and, by parameter, where their gradients are; None where the loss does not depend on it."""
+        """The losses, and each parameter's gradient buffer, or None if the loss does not depend on the parameter."""
         if not self._gradients:
             self._gradients = [torch.empty_like(parameter) for parameter in self.parameters]
         loss, logits, own_losses = self.step(batch, labels, counted)
-        with torch.autocast(loss.device.type, enabled=False):  # as a backward pass is outside of it
+        with torch.autocast(loss.device.type, enabled=False):  # a backward pass runs outside autocast
             found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         pairs = zip(self._gradients, found, strict=True)
-        gradients: list[Tensor | None] = [None if made is None else own for own, made in pairs]
+        gradients: list[Tensor | None] = [None if new is None else own for own, new in pairs]
         torch._foreach_copy_([each for each in gradients if each is not None], [g for g in found if g is not None])
         detached = {name: value.detach() for name, value in own_losses.items()}
         return (loss.detach(), logits.detach(), detached), gradients
 
 
 class _Replayed(torch.autograd.Function):
-    """A loss whose gradients are there already.
+    """A loss whose gradients have been computed already.
 
-    It adds them to the parameters itself: nodes of autograd that do belong to the stream of the step that made them,
-    and while one is alive no graph can be recorded.
+    It adds them to the parameters itself: autograd's own accumulation nodes belong to the stream of the step that
+    created them, and no graph can be captured while one of them is alive.
     """
 
     @staticmethod
@@ -239,25 +243,26 @@ class _Replayed(torch.autograd.Function):
 
 
 class CaptureFailedError(RuntimeError):
-    """Something is not possible while a graph is recorded."""
+    """An operation is not permitted while a graph is being captured."""
 
 
 def capture(run: Callable[[], Any], pool: Any, *, first: bool) -> tuple[Any, Callable[[], None]]:
-    """What `run` gives, in memory that each call of the function returned fills anew. Draws nothing from the generator.
+    """The outputs of `run`, and a function that replays it into the same memory. The generator's state is restored.
 
     Args:
-        first: whether nothing like it has been recorded, so that it may make the host wait for the GPU, which no graph
-            can.
+        first: whether nothing like `run` has been captured; it is then checked for making the host wait for the GPU,
+            which a graph cannot do.
 
     Raises:
-        RuntimeError: it does, or fails by itself.
+        RuntimeError: `run` makes the host wait, or fails by itself.
+        CaptureFailedError: the capture failed.
     """
     state, mode = torch.cuda.get_rng_state(), torch.cuda.get_sync_debug_mode()
     before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     try:
         stream.wait_stream(before)
         with torch.cuda.stream(stream):
-            run()  # chooses kernels and fills caches
+            run()  # selects kernels and fills caches
             if first:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
@@ -269,7 +274,7 @@ def capture(run: Callable[[], Any], pool: Any, *, first: bool) -> tuple[Any, Cal
         try:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # a loader's thread pins memory
                 outputs = run()
-        except RuntimeError as error:  # which leaves torch in the stream, with a generator that waits for the end
+        except RuntimeError as error:  # torch stays on the side stream, and its generator in capture mode
             torch.cuda.set_stream(before)
             fresh = torch.Generator("cuda").graphsafe_get_state()
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)

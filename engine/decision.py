@@ -1,8 +1,8 @@
-"""Where a model of several labels decides: the offset of its logits at which macro F1 is highest on validation.
+"""The decision threshold of a multi-label model: the offset of its logits that gives the best macro F1 on validation.
 
-Macro F1 is highest well below a probability of 1/2 (for one class at half of its own best value), and a training may
-move where a model decides: DPL's margins bring it to about 1/3, as an offset of log 2 does. So methods compare at the
-offset of each, beside the published 1/2. Shapes: N samples, C classes, K = N * C logits in falling order.
+Macro F1 peaks well below a probability of 1/2 (for one class, at half of its best F1), and training may shift the
+threshold: DPL's margins move it to about 1/3, as an offset of log 2 does. Methods are therefore compared at their own
+offsets, as well as at the published 1/2. Shapes: N samples, C classes, K = N * C logits in descending order.
 """
 
 from dataclasses import replace
@@ -15,22 +15,22 @@ from engine.metrics import Metric, Sums, f1_macro, multilabel_f1, outcomes
 from engine.tasks import Task
 
 TIE = 1e-9
-"""Values of macro F1 that are closer are equal: sums in another order are rounded otherwise."""
+"""Values of macro F1 closer than this count as equal: summing in another order rounds differently."""
 
 
 def best_offset(logits: Tensor, labels: Tensor) -> float | None:
-    """What to add to all logits, so that deciding at a probability of 1/2 gives the highest macro F1.
+    """The value to add to all logits for the highest macro F1 when deciding at a probability of 1/2.
 
-    Exact: as the offset rises, one logit after the other passes 0, and changes the F1 of its class. Of equally good
-    offsets that nearest to 0, which is 0 itself where nothing is better; any other one is in the middle between the
-    logits that it tells apart.
+    The search is exact: as the offset rises, one logit after another passes 0 and changes the F1 of its class. Of
+    equally good offsets, the one nearest to 0 is taken: 0 itself if nothing is better, else midway between the two
+    logits that it separates.
 
     Args:
         logits: (N, C).
         labels: (N, C) of 0 and 1.
 
     Returns:
-        None where no offset is better than another: no class is ever true, or a logit is not finite.
+        None if no offset can be chosen: no class is ever true, or a logit is not finite.
     """
     if not labels.any() or not logits.isfinite().all():
         return None
@@ -40,11 +40,11 @@ def best_offset(logits: Tensor, labels: Tensor) -> float | None:
     predicted_N1 = torch.arange(1, len(logits) + 1, dtype=torch.float64)[:, None]
     f1_NC = 2 * hits_NC / (predicted_N1 + true_C)
     gain_NC = f1_NC.diff(dim=0, prepend=torch.zeros(1, len(true_C)))
-    counted_NC = (predicted_N1 == 1) & (true_C == 0)  # a class that is never true counts once it is predicted
+    counted_NC = (predicted_N1 == 1) & (true_C == 0)  # a class that is never true only counts once predicted
     falling_K, place_K = logits_NC.gather(0, order_NC).flatten().sort(descending=True)
     counted_K = (true_C > 0).sum() + counted_NC.flatten()[place_K].cumsum(0)
     macro_K = gain_NC.flatten()[place_K].cumsum(0) / counted_K
-    # Of the k highest logits of all classes predicted, k from 0: the offsets reach from -above (not itself) to -below.
+    # For k = 0, 1, … : the k highest logits are predicted at offsets above -above, up to and including -below.
     macro = torch.cat([torch.zeros(1), macro_K])
     above, below = (torch.cat(ends) for ends in ((falling_K[:1] + 2, falling_K), (falling_K, falling_K[-1:] - 2)))
     offsets = -(above + below) / 2
@@ -55,7 +55,7 @@ def best_offset(logits: Tensor, labels: Tensor) -> float | None:
 
 
 def with_offset(task: Task, offset: float | None) -> Task:
-    """The task with macro F1 at an offset of the logits as one more metric; without one, as it is."""
+    """The task with macro F1 at `offset` as a further metric; unchanged without an offset or F1 metrics."""
     if offset is None or task.metrics is not multilabel_f1:
         return task
     at_offset = Sums(lambda logits, labels: outcomes(logits.double() + offset, labels), f1_macro)

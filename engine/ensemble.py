@@ -1,4 +1,4 @@
-"""Several models as one: the mean of their logits."""
+"""Ensembles: several models as one, whose logits are the mean of theirs."""
 
 import hashlib
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger("rep")
 
 
 class Ensemble(MissingModalityClassifier):
-    """Several classifiers, where one is evaluated."""
+    """Several classifiers that are evaluated like one."""
 
     def __init__(self, members: Sequence[MissingModalityClassifier]) -> None:
         nn.Module.__init__(self)
@@ -32,11 +32,11 @@ class Ensemble(MissingModalityClassifier):
         return torch.stack([member(batch) for member in self.members]).mean(0)
 
     def features(self, batch: ModelInput) -> tuple[dict[str, Tensor], dict[str, TowerSlots]]:
-        """Raises ConfigError: members have features of their own."""
-        raise ConfigError("load_path: expected one checkpoint, as only logits are averaged")
+        """Raises ConfigError: each member has its own features."""
+        raise ConfigError("load_path: expected one checkpoint, as only logits can be averaged")
 
     def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
-        """As `MissingModalityClassifier.compute`."""
+        """Sets the dtype of each member, see `MissingModalityClassifier.compute`."""
         for member in self.members:
             assert isinstance(member, MissingModalityClassifier)
             member.compute(dtype, checkpointing=checkpointing)
@@ -45,27 +45,28 @@ class Ensemble(MissingModalityClassifier):
 def open_models(
     checkpoints: Sequence[Checkpoint], choice: BackboneChoice, published_vit: str
 ) -> tuple[MissingModalityClassifier, InputFormat]:
-    """The model of one checkpoint, or those of several as one, and what they take. Errors are those of `open_model`.
+    """The model of one checkpoint, or the ensemble of several, and its input format.
 
     Raises:
-        ConfigError: they do not all take the same.
+        ConfigError: they do not share one input format.
+        BackboneError, CheckpointError: as from `open_model`.
     """
     opened = [open_model(checkpoint, choice, published_vit) for checkpoint in checkpoints]
     (classifier, inputs), *others = opened
     for checkpoint, (_, other) in zip(checkpoints[1:], others, strict=True):
         if other != inputs:
             raise ConfigError(
-                f"load_path: expected models of one image size, tokenizer and reading of texts, found others in "
-                f"{checkpoints[0].path} and {checkpoint.path}"
+                f"load_path: expected models with the same image size, tokenizer and text options, found different "
+                f"ones in {checkpoints[0].path} and {checkpoint.path}"
             )
     return Ensemble([one for one, _ in opened]) if others else classifier, inputs
 
 
 def as_one(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
-    """The first, called by the names of all; its offset is the mean of theirs, where all have one.
+    """The first checkpoint, with the paths of all and a joint hash; its offset is the mean, if all have one.
 
     Raises:
-        CheckpointError: they are not of one task and its classes.
+        CheckpointError: they differ in task or classes.
     """
     first, *others = checkpoints
     for other in others:
@@ -78,7 +79,7 @@ def as_one(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     if not others:
         return first
     if len(heads := {one.spec.head for one in checkpoints}) > 1 and "dpl" in heads:
-        log.warning("load_path: logits of head=dpl are cosines, from -1 to 1: in the mean they weigh less than others")
+        log.warning("load_path: logits of head=dpl are cosines, from -1 to 1: they weigh less in the mean than others")
     offsets = [one.offset for one in checkpoints]
     known = [offset for offset in offsets if offset is not None]
     return replace(

@@ -1,6 +1,6 @@
 """A trained model as a folder in Hugging Face's layout: `model.safetensors`, `config.json` and a model card.
 
-`load_path` and `load_model` read it like a checkpoint; `huggingface_hub` uploads it as it is.
+`load_path` and `load_model` read it like a checkpoint; `huggingface_hub` can upload it unchanged.
 """
 
 from contextlib import suppress
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 DESCRIPTION = "rep"
-"""Key of a checkpoint, and of config.json, under which it says what it is; also the `model_type` there."""
+"""Key of the model's description in a checkpoint and in config.json; also config.json's `model_type`."""
 
 
 def is_exported(folder: Path) -> bool:
@@ -26,17 +26,17 @@ def is_exported(folder: Path) -> bool:
 
 
 def weights_file(path: Path) -> Path:
-    """The file of a checkpoint: of an exported model, which is a folder, that of its weights."""
+    """The file of a checkpoint; for an exported model, which is a folder, its file of weights."""
     return path / WEIGHTS if is_exported(path) else path
 
 
 def read_exported(weights: Path) -> dict[str, Any]:
-    """What the checkpoint that was exported held: its entries, and what it said of its model under DESCRIPTION.
+    """The state dict and the description (under DESCRIPTION) of the checkpoint that was exported.
 
     Raises:
-        CheckpointError: it is damaged, or of another kind.
+        CheckpointError: it is damaged, or not an exported model.
     """
-    from safetensors.torch import load_file  # here, as the table of runs needs the names above without torch
+    from safetensors.torch import load_file  # here, since the table of runs uses the names above without loading torch
 
     try:
         config = read_json(weights.with_name(CONFIG))
@@ -45,7 +45,7 @@ def read_exported(weights: Path) -> dict[str, Any]:
                 f"{weights.with_name(CONFIG)}: expected model_type {DESCRIPTION}, as `run.py export` writes it"
             )
         return {"state_dict": load_file(weights), DESCRIPTION: config[DESCRIPTION]}
-    except Exception as error:  # safetensors raises its own on damaged files
+    except Exception as error:  # safetensors has error types of its own for damaged files
         raise CheckpointError(f"{weights}: not readable as an exported model: {first_line(error)}") from error
 
 
@@ -53,12 +53,12 @@ def write_exported(out: Path, state: "dict[str, Tensor]", described: dict[str, A
     """Writes the folder, completely or not at all.
 
     Raises:
-        ConfigError: it is there already.
+        ConfigError: the folder exists already.
     """
     from safetensors.torch import save
 
     if out.exists():
-        raise ConfigError(f"out={out}: expected a folder that is not there yet")
+        raise ConfigError(f"out={out}: expected a folder that does not exist yet, found one that does")
     with new_folder(out) as folder:
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
@@ -67,8 +67,8 @@ def write_exported(out: Path, state: "dict[str, Tensor]", described: dict[str, A
 
 
 def from_elsewhere(name: str, checkpoint: Path) -> str:
-    """A path as a run named it; where that was one from a folder above its checkpoint, one from here."""
-    with suppress(OSError):  # a folder that may not be entered, or no name of a file
+    """Resolves a path as a run named it, if it was relative to a folder above the run's checkpoint."""
+    with suppress(OSError):  # a folder that may not be entered, or an invalid file name
         places = [Path(name), *(folder / name for folder in checkpoint.resolve().parents)]
         return next((str(place) for place in places if place.is_file() or (place / CONFIG).is_file()), name)
     return name

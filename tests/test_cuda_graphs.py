@@ -233,7 +233,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: Patch, caplog: pytes
             loss, *_ = step(model_input(*tiny_batch(3), [0, 1, 2]), torch.arange(3) % 2, 3)
     assert loss.requires_grad
     assert [record.message for record in caplog.records] == [
-        "cuda_graphs: training steps: cannot be recorded: called a synchronizing CUDA operation"
+        "cuda_graphs: training steps: cannot be captured: called a synchronizing CUDA operation"
     ]
 
 

@@ -98,7 +98,7 @@ def test_a_second_signal_stops_at_once(workspace: Workspace) -> None:
     """The first comes in the middle of an accumulation, after which there would be a checkpoint."""
     chain = Chain(workspace, "two_signals", "batch_size=24")
     assert chain.run(("accumulation", 1, TERMINATED), ("before the optimiser", 1, INTERRUPTED)) == 130
-    assert "a second one stops at once" in chain.log.read_text()
+    assert "a second signal stops at once" in chain.log.read_text()
     assert not list(chain.folders[0].glob("*.ckpt"))
 
 

@@ -62,7 +62,7 @@ def test_a_published_checkpoint_gives_the_logits_of_its_run(workspace, fitted, t
         after = restore_classifier(read_checkpoint(files["without", seed]), None, published_seed=seed).state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
     first = metrics("without", 0)
-    assert "dynamic queries as its run with seed 0 drew them" in capsys.readouterr().err
+    assert "dynamic queries drawn as in its run, with seed 0" in capsys.readouterr().err
     assert first == metrics("with", 0)
     assert metrics("without", 3, "published_seed=3") == metrics("with", 3)
     assert metrics("with", 3)["loss"] != metrics("with", 0)["loss"]

@@ -1,6 +1,6 @@
 """Families of backbones: how each is built, and where its weights and its tokenizer come from.
 
-Another one is a class and a line in FAMILIES; a dataset's row names its family.
+A new family is a class and an entry in FAMILIES; a dataset's row names its family.
 """
 
 from collections.abc import Callable
@@ -31,31 +31,35 @@ from vla.backbone import VlaArchitecture, VlaBackbone
 
 
 class BackboneChoice(NamedTuple):
-    """What the user says of the frozen weights; None: what the checkpoint says."""
+    """The user's choice of frozen weights and what goes with them; None: as the checkpoint says."""
 
     vit: str | None = None
     activation: str | None = None
     tokenizer: str | None = None
     trust: bool = False
-    published_seed: int = 0  # of the run that wrote a published checkpoint
+    published_seed: int = 0  # seed of the run that wrote a published checkpoint
     image_size: int | None = None
     task: str | None = None
     data_root: Path | None = None
-    network: dict[str, Any] | None = None  # sizes that weights are drawn in, where they are not those of the task
-    seed: int = 0  # of weights that are drawn
+    network: dict[str, Any] | None = None  # sizes of randomly drawn weights, if not the task's
+    seed: int = 0  # seed of randomly drawn weights
 
 
-def check_network(choice: BackboneChoice, there: Callable[[str], Any], source: str) -> None:
-    """Raises ConfigError where the option `network` has a size that is not `there`, in the weights of `source`."""
+def check_network(choice: BackboneChoice, size: Callable[[str], Any], source: str) -> None:
+    """Raises ConfigError if the option `network` asks for another size than the weights of `source` have.
+
+    Args:
+        size: gives the size that the weights have, by the name of the entry.
+    """
     for entry, asked in (choice.network or {}).items():
-        if asked != there(entry):
-            raise ConfigError(f"network.{entry}: expected {there(entry)}, which {source} has, found {asked}")
+        if asked != size(entry):
+            raise ConfigError(f"network.{entry}: expected {size(entry)}, as in {source}, found {asked}")
 
 
 class Family:
-    """What the program needs of a kind of backbone."""
+    """A kind of backbone: how to build it, load its weights and prepare its inputs."""
 
-    architecture: type[Any]  # dataclass of the sizes, which checkpoints keep
+    architecture: type[Any]  # dataclass of the sizes, saved in checkpoints
 
     def build(self, architecture: Any) -> Backbone:
         """A backbone with random weights."""
@@ -66,20 +70,20 @@ class Family:
         raise NotImplementedError
 
     def inputs(self, choice: BackboneChoice, architecture: Any) -> InputFormat:
-        """What it takes; nothing is compared with an architecture that is None. Raises BackboneError, ConfigError."""
+        """The input format, checked against `architecture` unless that is None. Raises BackboneError, ConfigError."""
         return InputFormat()
 
     def fits(self, architecture: Any, choice: BackboneChoice) -> bool:
-        """Whether an architecture is for data of the shapes of those in `choice`."""
+        """Whether `architecture` takes data of the shapes that the data of `choice` have."""
         return True
 
     def start_embeddings(self, weights: FrozenWeights, inputs: InputFormat) -> dict[str, Tensor]:
-        """What the start values of methods may follow from, see `Method.start_from`."""
+        """The embeddings that a method's parameters may be initialised from, see `Method.start_from`."""
         return {}
 
 
 class ClipFamily(Family):
-    """CLIP of two transformers."""
+    """CLIP with two transformer towers."""
 
     architecture = ClipArchitecture
 
@@ -94,11 +98,11 @@ class ClipFamily(Family):
         return load_backbone(choice.vit, trust=choice.trust, activation=activation)
 
     def inputs(self, choice: BackboneChoice, architecture: ClipArchitecture | None) -> InputFormat:
-        """With the tokenizer that the user names, or the one that comes with the backbone."""
+        """The input format, with the tokenizer that the user names or the one that comes with the backbone."""
         vit = str(choice.vit)
-        beside = Path(vit) if Path(vit).is_dir() else Path(vit).parent
-        comes_along = Path(vit).is_dir() or (Path(vit).is_file() and any((beside / name).is_file() for name in FILES))
-        source = choice.tokenizer or (str(beside) if comes_along else HUB_NAMES.get(vit, HUB_NAMES["ViT-B/16"]))
+        folder = Path(vit) if Path(vit).is_dir() else Path(vit).parent
+        comes_along = Path(vit).is_dir() or (Path(vit).is_file() and any((folder / name).is_file() for name in FILES))
+        source = choice.tokenizer or (str(folder) if comes_along else HUB_NAMES.get(vit, HUB_NAMES["ViT-B/16"]))
         tokenizer = load_tokenizer(source)
         if architecture is None:
             return InputFormat(tokenize=tokenizer, fingerprint=tokenizer.fingerprint)
@@ -108,13 +112,13 @@ class ClipFamily(Family):
             )
         if choice.image_size not in (None, expected := architecture.image_size):
             raise ConfigError(
-                f"image_size: expected {expected}, which is what the position embeddings of the backbone are for, "
+                f"image_size: expected {expected}, the size that the backbone's position embeddings are for, "
                 f"found {choice.image_size}"
             )
         return InputFormat(expected, tokenizer, tokenizer.fingerprint)
 
     def start_embeddings(self, weights: FrozenWeights, inputs: InputFormat) -> dict[str, Tensor]:
-        """The class token of images and the embedding of `<end>` of texts; the ids of the marks of texts."""
+        """The class embedding of images, the embedding of `<end>` in texts, and the ids of the start and end marks."""
         tokenizer = inputs.tokenize
         assert isinstance(tokenizer, ClipTokenizer)
         text = weights.state["text_encoder.token_embedding.weight"][tokenizer.end_id]
@@ -123,7 +127,7 @@ class ClipFamily(Family):
 
 
 class SensorFamily(Family):
-    """SW-Transformer and DeepSense: drawn from the seed, from a pretraining of ours, or a published one."""
+    """SW-Transformer and DeepSense, with random weights, weights pretrained here, or published ones."""
 
     architecture = SensorSizes
 
@@ -139,7 +143,7 @@ class SensorFamily(Family):
             return sensor_weights.random_weights(trained_on or self._sizes(choice, scaled=True), seed)
         if not Path(vit).is_file():
             raise BackboneError(f"vit: expected {RANDOM}, or a file with a pretrained backbone, found {vit!r}")
-        from engine.checkpoint import backbone_in  # which needs families itself
+        from engine.checkpoint import backbone_in  # here, as it imports this module
 
         if (ours := backbone_in(Path(vit))) is not None:
             if trained_on is None:
@@ -154,11 +158,11 @@ class SensorFamily(Family):
     def fits(self, architecture: SensorSizes, choice: BackboneChoice) -> bool:
         return shapes_of(self._sizes(choice._replace(network=None), scaled=False)) == shapes_of(architecture)
 
-    def _check_network(self, choice: BackboneChoice, there: SensorSizes, source: str) -> None:
+    def _check_network(self, choice: BackboneChoice, trained: SensorSizes, source: str) -> None:
         if choice.network:
             sizes = self._sizes(choice, scaled=False)
             asked = {entry: size_of(sizes, entry) for entry in choice.network}
-            check_network(choice._replace(network=asked), partial(size_of, there), source)
+            check_network(choice._replace(network=asked), partial(size_of, trained), source)
 
     def _sizes(self, choice: BackboneChoice, scaled: bool) -> SensorSizes:
         assert choice.task is not None and choice.data_root is not None
@@ -167,12 +171,12 @@ class SensorFamily(Family):
         return sizes_for(row, choice.network or {}, scale)
 
     def start_embeddings(self, weights: FrozenWeights, inputs: InputFormat) -> dict[str, Tensor]:
-        """By modality, the token of a patch of silence."""
+        """The token of a patch of silence, keyed by modality."""
         return silences(weights)
 
 
 class VlaFamily(Family):
-    """MulT: drawn from the seed, for stage 1, or from a checkpoint of stage 1, ours or a published one."""
+    """MulT, with random weights for stage 1, or weights from a stage-1 checkpoint, ours or a published one."""
 
     architecture = VlaArchitecture
 
@@ -180,7 +184,7 @@ class VlaFamily(Family):
         return VlaBackbone(architecture)
 
     def load(self, choice: BackboneChoice, trained_on: VlaArchitecture | None = None) -> FrozenWeights:
-        """Of a checkpoint without the projections, which belong to its data."""
+        """The frozen weights; from a checkpoint, all but the projections, which belong to its data."""
         vit = str(weights_file(Path(str(choice.vit))))
         if trained_on is None:
             ours = self._architecture(choice)
@@ -192,7 +196,7 @@ class VlaFamily(Family):
             return vla_weights.random_weights(trained_on or replace(ours, project_all=False), seed)
         if not Path(vit).is_file():
             raise BackboneError(f"vit: expected {RANDOM}, or a checkpoint of stage 1, found {vit!r}")
-        from engine.checkpoint import read_checkpoint, restore_classifier  # which need families themselves
+        from engine.checkpoint import read_checkpoint, restore_classifier  # here, as it imports this module
 
         checkpoint = read_checkpoint(Path(vit))
         theirs = checkpoint.spec.architecture
@@ -216,5 +220,5 @@ FAMILIES: dict[str, Family] = {CLIP: ClipFamily(), "sensors": SensorFamily(), VL
 
 
 def family_of(task: str) -> Family:
-    """That of the backbones for a task."""
+    """The family of backbones for a task."""
     return FAMILIES[EVERY_DATASET[task].family]

@@ -1,4 +1,4 @@
-"""The samples that a user gives: in a table, a folder, or a file of arrays."""
+"""Reading the samples that a user gives for prediction: lists, a table, a folder, or a file of arrays."""
 
 import json
 import logging
@@ -28,16 +28,16 @@ class Item(NamedTuple):
     """One sample."""
 
     id: str
-    inputs: dict[str, Any]  # by modality, of those that it has, what `Kind.read_given` takes
-    place: str  # how messages call it
-    times: tuple[float, float] | None = None  # of a sample of a recording: from and to, in seconds
+    inputs: dict[str, Any]  # keyed by modality, without missing ones; values as `Kind.read_given` takes them
+    place: str  # how messages refer to it
+    times: tuple[float, float] | None = None  # start and end in seconds, if it is part of a recording
 
 
 def items_of_lists(images: Sequence[ImageInput] | None, texts: Sequence[str | None] | None) -> list[Item]:
     """Samples of images and texts; see `Predictor.predict`."""
     for name, values in {"images": images, "texts": texts}.items():
         if isinstance(values, str | Path | Image.Image):
-            raise DataError(f"{name}: expected a list, found {type(values).__name__}; of one sample a list of one")
+            raise DataError(f"{name}: expected a list, found {type(values).__name__}; put a single sample into a list")
     count = len(images if images is not None else texts if texts is not None else [])
     images = [None] * count if images is None else images
     texts = [None] * count if texts is None else texts
@@ -51,15 +51,16 @@ def items_of_lists(images: Sequence[ImageInput] | None, texts: Sequence[str | No
 
 
 def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
-    """The samples in a CSV, TSV or JSONL with a column for each modality and maybe `id`, or in a folder.
+    """Reads the samples in a table, a folder, or a file of arrays.
 
-    Of arrays a `.npz` or a pickle holds (N, …) by modality, and maybe `id`; a modality that it lacks is missing.
-    Texts stand in the table, for other inputs the path of a file, relative to the table. In a folder, files of one name
-    are one sample: a text for `NAME.jpg` is in `NAME.txt` beside it. Files are taken in the order of their names,
-    folders within it too. A recording of sensors is as many samples as it holds.
+    A table (CSV, TSV or JSONL) has a column for each modality and optionally `id`; texts are in the table itself, other
+    inputs are paths of files, relative to the table. In a folder and its subfolders, files that share a name are one
+    sample: the text for `NAME.jpg` is in `NAME.txt` next to it; samples are sorted by name. A `.npz` or a pickle holds
+    an array (N, …) for each modality and optionally `id`; a modality without an array is missing. A sensor recording is
+    cut into as many samples as it holds.
 
     Raises:
-        DataError: it is not there or holds nothing, or a row is not as expected; names file and row.
+        DataError: the source is missing or empty, or a row is invalid; names file and row.
     """
     if source.suffix.lower() in (".npz", *SUFFIXES):
         items = [Item(*sample) for sample in samples_of_arrays(source, list(dataset.modalities))]
@@ -72,8 +73,8 @@ def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
 
 def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
     if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
-        there = "another file" if source.exists() else "nothing there"
-        raise DataError(f"input={source}: expected a folder of images, or a file .csv, .tsv or .jsonl, found {there}")
+        found = "another kind of file" if source.exists() else "nothing there"
+        raise DataError(f"input={source}: expected a folder of images, or a .csv, .tsv or .jsonl file, found {found}")
     items, kinds, columns = [], kinds_of(dataset), dict[str, None]()
     for row, values in table_rows(source, [*kinds, "id"], [], [name for name, kind in kinds.items() if kind.in_file]):
         place = f"{source}, row {row}"
@@ -91,7 +92,7 @@ def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
 
 
 def _cell(value: object, name: str, place: str) -> str | None:
-    """A text; None where it is absent or blank."""
+    """The text in a cell; None if it is absent or blank."""
     if is_missing(value):
         return None
     if not isinstance(value, str):
@@ -114,7 +115,7 @@ def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
     inputs_of: dict[str, dict[str, Any]] = {}
     others: list[str] = []
     for path in sorted((path for path in source.rglob("*") if path.is_file()), key=natural_key):
-        # Hidden files are none of the user's: macOS keeps attributes of NAME.jpg in ._NAME.jpg.
+        # Hidden files are not samples: macOS stores attributes of NAME.jpg in ._NAME.jpg.
         if any(part.startswith(".") for part in path.relative_to(source).parts):
             continue
         if (name := name_of.get(path.suffix.lower())) is None:
@@ -124,9 +125,7 @@ def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
         if (other := inputs_of.setdefault(stem, {}).setdefault(name, path)) is not path:
             raise DataError(f"{path}: expected one file of this name, found {other.name} too")
     if others:
-        log.warning(
-            "input=%s: left out, as files of other kinds than %s: %s", source, " ".join(name_of), listed(others)
-        )
+        log.warning("input=%s: left out, as their suffix is none of %s: %s", source, " ".join(name_of), listed(others))
     items = []
     for stem, inputs in sorted(inputs_of.items(), key=lambda item: natural_key(item[0])):
         for name, path in list(inputs.items()):
@@ -134,7 +133,7 @@ def _items_of_folder(source: Path, dataset: DatasetSpec) -> list[Item]:
                 try:
                     inputs[name] = path.read_text("utf-8-sig")
                 except (OSError, UnicodeDecodeError) as error:
-                    raise DataError(f"{path}: not readable as text in UTF-8: {error}") from error
+                    raise DataError(f"{path}: not readable as UTF-8 text: {error}") from error
         given = {name: value for name, value in inputs.items() if str(value).strip()}
         items.append(Item(stem, given, str(source / stem)))
     return items

@@ -1,9 +1,9 @@
-"""What frozen towers make of every input, computed once and kept beside the arrow files.
+"""Outputs of the frozen towers for every input, computed once and cached next to the arrow files.
 
-One safetensors file for each split, named by what its content follows from. By modality it holds, as float32, the
-outputs (n, D) of the last block where features are read, which norm and projection follow (`Tower.body`), and as
-`MODALITY.features` (n, E) what the pretrained ones make of them; an image once for each row, every text of a row, of
-texts in W windows (n, W, D) and (n, W, E).
+There is one safetensors file for each split, named by a hash of everything its content depends on. For each modality it
+holds, in float32, the outputs (n, D) of the last block at the position where features are read, before norm and
+projection (`Tower.body`), and as `MODALITY.features` the features (n, E) after the pretrained norm and projection. An
+image has one entry per row, a text one of its own; for texts in W windows the shapes are (n, W, D) and (n, W, E).
 """
 
 import hashlib
@@ -44,16 +44,17 @@ from vilt.utils.ordered_threads import in_order
 log = logging.getLogger("rep")
 
 FORMAT = 1
-"""Increase it when the numbers or the file's layout change."""
+"""Version of the cached files: increase it when the numbers or the layout change."""
 ROWS = 64
-"""Of a pass, whatever the batches of the training are, so that a resumed run has the same bits."""
+"""Inputs of one forward pass, whatever the training's batch size, so that a resumed run gets the same bits."""
 PART = 16 * ROWS
-"""Inputs after which what there is so far is kept, to resume from."""
+"""Inputs per part; each part is saved as soon as it is computed, so that an interrupted run can continue."""
 FEATURES = ".features"
+"""Suffix of the entries with features."""
 
 
 def are_constant(classifier: MissingModalityClassifier) -> bool:
-    """Whether all that is trained lies above the last blocks of the towers, which read each other in none of them."""
+    """Whether the last blocks' outputs are constant: nothing up to them is trained, and no tower reads another."""
     return has_frozen_towers(classifier, but_for=classifier.model.ends) and not classifier.model.mixes
 
 
@@ -66,27 +67,28 @@ def keep_features(
     *,
     must_keep: bool = False,
 ) -> None:
-    """Gives the datasets what the frozen towers make of their inputs, which they then have instead.
+    """Replaces the inputs of the datasets by the outputs of the frozen towers, computed or read from the cache.
 
     Args:
-        tokenizer: its fingerprint.
-        must_keep: where the files cannot be written, raise OSError; otherwise they are computed for this run alone.
+        tokenizer: fingerprint of the tokenizer.
+        must_keep: raise OSError if the files cannot be written; otherwise the outputs are computed for this run only.
 
     Raises:
-        ConfigError: it is a backbone whose towers read each other.
+        ConfigError: the backbone's towers read each other.
         DataError: an input cannot be read.
     """
-    of_model = [FORMAT, backbone.sha256, backbone.architecture, tokenizer, precision, PIL.__version__]
+    model_key = [FORMAT, backbone.sha256, backbone.architecture, tokenizer, precision, PIL.__version__]
     first = next(iter(data.datasets.values()))
     windows = max(kind.most_windows for kind in first.kinds.values())
-    of_model += [windows, first.group_texts] if windows > 1 else []
-    digest = hashlib.sha256(repr(of_model).encode()).hexdigest()
+    model_key += [windows, first.group_texts] if windows > 1 else []
+    digest = hashlib.sha256(repr(model_key).encode()).hexdigest()
 
     @cache
     def towers() -> dict[str, Tower]:
         model = family_of(data.settings.dataset).build(backbone.architecture)
         if model.mixes:
-            raise ConfigError("features: in this backbone modalities read each other, so that none has its own")
+            expected = "expected a backbone that encodes each modality by itself"
+            raise ConfigError(f"features: {expected}, found one whose modalities read each other")
         backbone.load_into(model)
         model.compute(COMPUTE_TYPES[precision])
         return model.to(device).eval().towers
@@ -99,7 +101,7 @@ def keep_features(
             maker = _Maker(dataset, towers(), data.settings.num_workers, device, must_keep)
             try:
                 kept = _made_once(path, maker)
-            except OSError as error:  # a folder that nobody can write to
+            except OSError as error:  # a read-only folder
                 maker.refused(path, error)
                 kept = maker.make(None)
         dataset.kept = {name: x for name, x in kept.items() if not name.endswith(FEATURES)}
@@ -108,17 +110,17 @@ def keep_features(
 
 
 def training_batches(data: MissingModalityData, *, kept: bool) -> DataLoader[Any]:
-    """The training split in order, as its missing table leaves it.
+    """Loads the training split in order, with the modalities of its missing table left out.
 
     Args:
-        kept: whether inputs are what frozen towers have made of them.
+        kept: whether to load the cached outputs of the frozen towers instead of the inputs.
     """
     dataset = data.datasets["train"].without_draws()
     dataset.kept = dataset.kept if kept else None
     return DataLoader(
         dataset,
         batch_size=data.settings.per_gpu_batchsize,
-        sampler=[(0, number) for number in range(len(dataset))],  # epoch and number
+        sampler=[(0, index) for index in range(len(dataset))],  # epoch and index
         collate_fn=partial(collate, kinds_of(data.spec), once=True, kept=kept),
         num_workers=0 if kept else data.settings.num_workers,
         worker_init_fn=leave_group,
@@ -127,14 +129,14 @@ def training_batches(data: MissingModalityData, *, kept: bool) -> DataLoader[Any
 
 @torch.no_grad()
 def remember_training_split(classifier: MissingModalityClassifier, data: MissingModalityData) -> None:
-    """Gives `Neighbours`, where the classifier has them, the training split."""
+    """Stores the features and labels of the training split in the classifier's `Neighbours`, if it has them."""
     if classifier.neighbours is None:
         return
     features, present, labels = [], [], []
     for batch in training_batches(data, kept=True):
         inputs = model_input(batch)
-        of_batch, _ = classifier.features(inputs)
-        features.append(torch.cat([of_batch[name] for name in classifier.neighbours.widths], dim=1))
+        by_modality, _ = classifier.features(inputs)
+        features.append(torch.cat([by_modality[name] for name in classifier.neighbours.widths], dim=1))
         present.append(inputs.joined().present_BM)
         labels.append(batch.label)
     rows = torch.from_numpy(data.datasets["train"].row_of_sample)
@@ -142,9 +144,9 @@ def remember_training_split(classifier: MissingModalityClassifier, data: Missing
 
 
 def _made_once(path: Path, maker: "_Maker") -> dict[str, Tensor]:
-    """Of several processes that ask at the same time one computes, and the others wait for it."""
+    """Computes the file, or reads it. If several processes ask at once, one computes and the others wait."""
     parts = path.with_name(f".{path.name}.parts")
-    with waiting_lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is making it; waiting for that"):
+    with waiting_lock(path.with_name(f".{path.name}.lock"), f"{path}: waiting for another process to compute it"):
         if (kept := _read(path)) is not None:
             return kept
         parts.mkdir(exist_ok=True)
@@ -154,12 +156,12 @@ def _made_once(path: Path, maker: "_Maker") -> dict[str, Tensor]:
         for other in path.parent.glob(f"{path.stem.rpartition('_')[0]}_{'[0-9a-f]' * 16}{path.suffix}"):
             if other != path:
                 other.unlink()
-                log.info("%s: of another state of the arrow file; removed", other)
+                log.info("%s: removed, as it was made from another version of the arrow file", other)
     return kept
 
 
 class _Maker:
-    """Runs the towers on all inputs of a split, those that the missing table leaves out too."""
+    """Runs the towers on all inputs of a split, including those that the missing table leaves out."""
 
     def __init__(
         self, dataset: ArrowDataset, towers: dict[str, Tower], workers: int, device: torch.device, must_keep: bool
@@ -168,12 +170,12 @@ class _Maker:
         self.must_keep, self.writes = must_keep, True
 
     def make(self, parts: Path | None) -> dict[str, Tensor]:
-        """All of it. What is in the folder `parts` is taken from there, and what is not is kept there."""
+        """The outputs for the whole split; parts already in the folder `parts` are read, new ones are saved there."""
         made = {}
         for name, kind in self.dataset.kinds.items():
             places_n, samples_n = np.unique(kind.place_of_sample, return_index=True)
             samples_n, places_n = samples_n[places_n >= 0], places_n[places_n >= 0]
-            of_parts: list[dict[str, Tensor]] = []
+            computed: list[dict[str, Tensor]] = []
             title = f"{self.dataset.path.name}, {name}"
             with tqdm(total=len(samples_n), desc=title, unit=" inputs", dynamic_ncols=True, disable=None) as bar:
                 for start in range(0, len(samples_n), PART):
@@ -183,10 +185,10 @@ class _Maker:
                         part = self._run(name, kind, samples_p)
                         if parts is not None:
                             self.write(path, part)
-                    of_parts.append(part)
+                    computed.append(part)
                     bar.update(len(samples_p))
-            for entry in of_parts[0] if of_parts else ():
-                x_nD = torch.cat([part[entry] for part in of_parts])
+            for entry in computed[0] if computed else ():
+                x_nD = torch.cat([part[entry] for part in computed])
                 made[entry] = x_nD.new_zeros(int(places_n.max()) + 1, *x_nD.shape[1:])
                 made[entry][torch.from_numpy(places_n)] = x_nD
         return made
@@ -195,22 +197,22 @@ class _Maker:
     def _run(self, name: str, kind: Kind, samples: Sequence[int]) -> dict[str, Tensor]:
         def read(sample: int) -> Tensor:
             found = kind.read(int(self.dataset.row_of_sample[sample]), sample)
-            assert found is not None, "texts are tokenised before"
+            assert found is not None, "texts are tokenised first"
             return found
 
         tower, inputs = self.towers[name], in_order(read, samples, self.workers)
         x_nD, features_nE = [], []
-        while of_pass := list(islice(inputs, ROWS)):
-            one_by_one = of_pass if kind.most_windows == 1 else [window for each in of_pass for window in each]
-            collated = kind.collate(one_by_one)
+        while batch := list(islice(inputs, ROWS)):
+            windows = batch if kind.most_windows == 1 else [window for text in batch for window in text]
+            collated = kind.collate(windows)
             input_b = collated.input_b.to(self.device)
             x_bD = tower.body(tower.embed(input_b)[:, : collated.length], input_b, NO_SLOTS)
-            x_nD.append(_of_inputs(x_bD, kind, of_pass))
-            features_nE.append(_of_inputs(tower.end(x_bD), kind, of_pass))
+            x_nD.append(_per_input(x_bD, kind, batch))
+            features_nE.append(_per_input(tower.end(x_bD), kind, batch))
         return {name: torch.cat(x_nD), name + FEATURES: torch.cat(features_nE)}
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Keeps tensors, a whole file or none."""
+        """Writes tensors to a file, completely or not at all."""
         if self.writes:
             try:
                 with atomic_path(path) as part:
@@ -219,15 +221,15 @@ class _Maker:
                 self.refused(path, error)
 
     def refused(self, path: Path, error: OSError) -> None:
-        """Raises the error where files must be kept."""
+        """Handles a failed write: raises the error if files must be written, else writes no more."""
         if self.must_keep:
             raise error
         self.writes = False
-        log.info("%s: cannot be kept (%s); this run computes it for itself", path, reason_of(error))
+        log.info("%s: cannot be saved (%s); this run computes it for itself", path, reason_of(error))
 
 
-def _of_inputs(x_bD: Tensor, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
-    """float32 (n, D), or of texts in windows (n, W, D), with 0 for those that one has not."""
+def _per_input(x_bD: Tensor, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
+    """Outputs of each input, float32 (n, D), or (n, W, D) for texts in windows, with 0 for windows a text lacks."""
     x_bD = x_bD.float().cpu()
     if kind.most_windows == 1:
         return x_bD
@@ -238,9 +240,9 @@ def _of_inputs(x_bD: Tensor, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """What is there; None where nothing is, or it is damaged."""
+    """The tensors in a file; None if it is missing or damaged."""
     try:
         return load_file(path) if path.is_file() else None
     except (SafetensorError, OSError) as error:
-        log.warning("%s: not readable (%s); making it again", path, error)
+        log.warning("%s: not readable (%s); computing it again", path, error)
         return None

@@ -1,4 +1,4 @@
-"""Where a training's metrics go: metrics.csv and TensorBoard, and a service if option `logger` names one."""
+"""The loggers of a training run: metrics.csv, TensorBoard, and a service if the option `logger` names one."""
 
 import os
 from dataclasses import asdict
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from config import Options
 
 PROJECT = "rep"
-"""Project of Weights & Biases, and experiment of MLflow."""
+"""Name of the Weights & Biases project and of the MLflow experiment."""
 
 
 def make_loggers(options: "Options", folder: Path) -> list[Logger]:
-    """The loggers of a run in `folder`; all but metrics.csv get its options too."""
+    """The loggers of a run in `folder`; all but the one for metrics.csv also record its options."""
     loggers: list[Logger] = [TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False)]
     name = "_".join(folder.parts[-2:])
     if options.logger == "wandb":

@@ -165,7 +165,7 @@ def test_without_room_a_training_computes_them_for_itself(tmp_path, backbone, mo
     data = open_data(tmp_path)
     with caplog.at_level("INFO"):
         keep(data, backbone)
-    assert "cannot be kept" in caplog.text and "space" in caplog.text and not list(tmp_path.glob("*.safetensors"))
+    assert "cannot be saved" in caplog.text and "space" in caplog.text and not list(tmp_path.glob("*.safetensors"))
     assert data.datasets["test"].kept is not None
     with pytest.raises(OSError, match="space"):
         keep(data, backbone, must_keep=True)

@@ -75,7 +75,7 @@ WRONG = {
     "vit=ViT-Z": "vit=ViT-Z: expected one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px",
     "vit=nowhere": "vit: expected one of ViT-B/32",
     "vit=RN50": "vit=RN50: expected one of ViT-B/32",
-    "image_size=48": "image_size: expected 32, which is what the position embeddings of the backbone are for, found 48",
+    "image_size=48": "image_size: expected 32, the size that the backbone's position embeddings are for, found 48",
     "memory_depth=3": "memory_depth=3 needs more blocks than the backbone has (2 in the image tower, 2 in the text",
     "load_path=no.ckpt": "load_path: expected a checkpoint file, found nothing at no.ckpt",
     "resume_from=no.ckpt": "resume_from: expected a checkpoint file, found nothing at no.ckpt",

@@ -340,7 +340,7 @@ def test_a_checkpoint_without_class_names_has_those_of_the_dataset(trained: Path
         ("in.jsonl", '{"text": "a"}\n{"text": "b"\n', "in.jsonl, row 2: not valid JSON in UTF-8"),
         ("in.jsonl", '["a"]\n', "in.jsonl, row 1: expected an object, found a list"),
         ("in.jsonl", '{"plot": "a"}\n', "in.jsonl, row 1: expected the columns 'image', 'text' or both, found 'plot'"),
-        ("in.xlsx", "", "expected a folder of images, or a file .csv, .tsv or .jsonl"),
+        ("in.xlsx", "", "expected a folder of images, or a .csv, .tsv or .jsonl file"),
     ],
 )
 def test_samples_that_are_not_as_expected(trained, tmp_path, capsys, name, content, message):
@@ -353,7 +353,7 @@ def test_samples_that_are_not_as_expected(trained, tmp_path, capsys, name, conte
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("input=nowhere", "a folder of images, or a file .csv, .tsv or .jsonl, found nothing there"),
+        ("input=nowhere", "a folder of images, or a .csv, .tsv or .jsonl file, found nothing there"),
         ("input=nowhere.csv", "nowhere.csv cannot be read: No such file or directory"),
         ("input=None", "predict: expected a checkpoint and samples"),
         ("load_path=nowhere.ckpt", "nowhere.ckpt"),
@@ -467,7 +467,7 @@ def test_items_know_their_place(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.jpg: expected one file of this name, found a.jpeg too"):
         read_items(tmp_path, FILMS)
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(DataError, match=r"a.txt: not readable as text in UTF-8"):
+    with pytest.raises(DataError, match=r"a.txt: not readable as UTF-8 text"):
         read_items(tmp_path, FILMS)
 
 

@@ -224,7 +224,7 @@ def test_models_of_other_modalities_or_sizes_are_refused(root, pretrained, train
         ((f"load_path={trained / 'best.ckpt'}", other, "test_only=True"), "expected the modalities [('acc', 2, 4, 4,"),
         ((backbone, "network.width=16"), f"network.width: expected 8, which {pretrained / 'best.ckpt'} has, found 16"),
         ((backbone, "network.patch={'acc':[1,2]}"), "network.patch: expected {'acc': [1, 1], "),
-        ((backbone, "prompt_type=full", "network.width=16"), "network.width: expected 8, which the checkpoint has"),
+        ((backbone, "prompt_type=full", "network.width=16"), "network.width: expected 8, as in the checkpoint"),
     ):
         assert command_line([*command(root, "task_finetune_sensors", "exp_name=refused"), *options]) == 2
         assert message in capsys.readouterr().err

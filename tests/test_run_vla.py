@@ -214,7 +214,7 @@ def test_all_layers_are_trained_on_from_stage_one(root: Path, pretrained: Path, 
     assert torch.allclose(before["model.proj1.weight"], after["model.proj1.weight"], atol=1e-6)
     options = (f"load_path={full}", "prompt_type=full", "network.width=16")
     assert command_line(command(root, *options)) == 2
-    assert "network.width: expected 8, which the checkpoint has, found 16" in error_of(capsys)
+    assert "network.width: expected 8, as in the checkpoint, found 16" in error_of(capsys)
     assert command_line(command(root, *options[:2], "network.depth=2")) == 2
     assert "network: expected width, heads, layers, found depth" in error_of(capsys)
     shapes = {"text": (5, 9), "audio": (6, 4), "vision": (4, 2)}

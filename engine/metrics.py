@@ -1,8 +1,8 @@
 """The published metrics (docs/method.md section 4) and others, computed on the logits of a whole split.
 
-Shapes: N samples, C classes, R resamples. `logits` (N, C); `labels` (N, C) of 0/1 for multi-label tasks, (N,) class
-numbers otherwise. All values are fractions in [0, 1], or NaN where the samples leave them undefined, such as the AUROC
-of one class. Undefined is not 0: such a value is left out of means and intervals, and chooses no model.
+Shapes: N samples, C classes, R resamples. `logits` (N, C); `labels` (N, C) of 0/1 for multi-label tasks, otherwise
+class indices (N,). All values are fractions in [0, 1], or NaN if the samples leave them undefined, such as the AUROC of
+a single class. Undefined is not 0: an undefined value is left out of means and intervals, and never chooses a model.
 """
 
 from abc import ABC, abstractmethod
@@ -16,49 +16,49 @@ THRESHOLD = 0.5
 
 
 Swapped = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Takes which units change sides, (R, U) of 0 and 1, and gives the figures (R,) of two models after it."""
+"""Maps swaps (R, U), 1 for each unit that changes sides, to the resulting figures (R,) of two models."""
 
 
 class Measure(ABC):
-    """A figure of a split."""
+    """A figure computed on a split."""
 
     @abstractmethod
     def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Tensor:
-        """The figure (R,) of each resample; `counts_RN` says how often each sample is in it."""
+        """The figure (R,) of each resample; `counts_RN` is how often each sample occurs in it."""
 
     @abstractmethod
     def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
-        """What two models' figures become where the outcomes of units of samples change sides, for permutations.
+        """For permutation tests: a function giving two models' figures after units of samples have changed sides.
 
         Args:
-            units_N: numbers from 0; samples of one number change sides together.
+            units_N: unit of each sample, counted from 0; the samples of one unit change sides together.
         """
 
 
 @dataclass(frozen=True)
 class Sums(Measure):
-    """A figure that follows from sums over samples, so that resamples cost one matrix product."""
+    """A figure computed from sums over samples, so that all resamples take one matrix product."""
 
-    terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (logits, labels) to what each sample adds: (N, K) or (N,)
-    value: Callable[..., Tensor]  # number of samples (R,) and the sum of each term, (R, K) or (R,), to the figure (R,)
+    terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (logits, labels) -> addends of each sample, (N, K) or (N,)
+    value: Callable[..., Tensor]  # (number of samples (R,), sum of each term, (R, K) or (R,)) -> the figure (R,)
 
     def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Tensor:
         terms = (term if term.frac().any() else term.to(counts_RN.dtype) for term in self.terms(logits, labels))
-        sums = (counts_RN.to(term.dtype) @ term for term in terms)  # in 32 bits counts are exact, numbers are not
-        return self.value(counts_RN.sum(1).double(), *(of_term.double() for of_term in sums))
+        sums = (counts_RN.to(term.dtype) @ term for term in terms)  # float32 is exact for counts only
+        return self.value(counts_RN.sum(1).double(), *(total.double() for total in sums))
 
     def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
-        # Of both at once: what terms are measured from may follow from the first sample.
-        of_both = self.terms(torch.cat([one, other]), torch.cat([labels, labels]))
-        terms = [term.split(len(labels)) for term in of_both]
+        # Both models together, since terms may be relative to the first sample.
+        joint = self.terms(torch.cat([one, other]), torch.cat([labels, labels]))
+        terms = [term.split(len(labels)) for term in joint]
         units = int(units_N.max()) + 1
         moves = [a.new_zeros(units, *a.shape[1:]).index_add_(0, units_N, b - a) for a, b in terms]
-        moves = [move if move.frac().any() else move.float() for move in moves]  # which sums up counts exactly
+        moves = [move if move.frac().any() else move.float() for move in moves]  # exact for counts
 
         def swapped(swaps_RU: Tensor) -> tuple[Tensor, Tensor]:
             first, second = [], []
             for (a, b), move in zip(terms, moves, strict=True):
-                moved = a.new_zeros(len(swaps_RU), *a.shape[1:])  # of what depends on the labels alone
+                moved = a.new_zeros(len(swaps_RU), *a.shape[1:])  # remains 0 for terms that depend on the labels only
                 if move.any():
                     moved += swaps_RU.to(move.dtype) @ move
                 first.append(a.sum(0) + moved)
@@ -70,7 +70,7 @@ class Sums(Measure):
 
 
 class Auroc(Measure):
-    """Area under the ROC curve of class 1's probability, exact (no binning); undefined where only one class occurs."""
+    """Exact area under the ROC curve of class 1's probability (no binning); undefined if only one class occurs."""
 
     def resampled(self, logits: Tensor, labels: Tensor, counts_RN: Tensor) -> Tensor:
         fp_RK, tp_RK, _ = roc_counts(logits, labels, counts_RN)
@@ -95,12 +95,12 @@ def _area(fp_RK: Tensor, tp_RK: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Metric:
-    """The measures of a task by name."""
+    """The measures of a task, by name."""
 
     measures: dict[str, Measure]
 
     def __call__(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """All measures of all samples; undefined, each of them, of no samples and where a logit is not finite."""
+        """Every measure over all samples; all are undefined if there are no samples or a logit is not finite."""
         if not len(labels) or not logits.isfinite().all():
             return dict.fromkeys(self.measures, torch.nan)
         once = torch.ones(1, len(labels), dtype=torch.float64)
@@ -108,9 +108,10 @@ class Metric:
 
 
 def decisions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which classes are predicted and which are true, bool (N, C) each.
+    """The predicted and the true classes, bool (N, C) each.
 
-    Multi-label: every class of a probability above 0.5. Otherwise: the class of the highest logit.
+    Predicted are, for multi-label tasks, all classes with a probability above 0.5, otherwise the one with the highest
+    logit.
     """
     if labels.ndim == 2:
         return are_predicted(logits), labels > 0.5
@@ -119,18 +120,18 @@ def decisions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def are_predicted(logits: Tensor, offset: float = 0.0) -> Tensor:
-    """Of samples with several labels: which classes have a probability above 0.5, with `offset` added to the logits."""
+    """The classes predicted in a multi-label task: probability above 0.5, with `offset` added to the logits."""
     return (logits.double() + offset).sigmoid() > THRESHOLD
 
 
 def outcomes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """1 for each class that is rightly predicted, that is predicted, and that is true, else 0: float64 (N, C) each."""
+    """Indicators (1 or 0) of classes correctly predicted, predicted, and true: float64 (N, C) each."""
     predicted, true = decisions(logits, labels)
     return (predicted & true).double(), predicted.double(), true.double()
 
 
 def ratio(part: Tensor, of: Tensor) -> Tensor:
-    """NaN where the denominator is 0."""
+    """`part / of`; NaN where the denominator is 0."""
     return torch.where(of > 0, part / of, torch.nan)
 
 
@@ -150,8 +151,8 @@ def recall(hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def _f1_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    of_sample = f1(*(outcome.sum(1) for outcome in outcomes(logits, labels)))
-    return (of_sample.nan_to_num(0),)  # as published
+    f1_N = f1(*(outcome.sum(1) for outcome in outcomes(logits, labels)))
+    return (f1_N.nan_to_num(0),)  # as published
 
 
 def f1_weighted(n: Tensor, hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ def mean_of(n: Tensor, total: Tensor) -> Tensor:
 
 
 def f1_macro(n: Tensor, *counts: Tensor) -> Tensor:
-    """Of hits, predicted and true (R, C), without the classes where it is undefined."""
+    """Macro F1 from hits, predicted and true (R, C), without the classes whose F1 is undefined."""
     return f1(*counts).nanmean(-1)
 
 
@@ -182,21 +183,21 @@ multilabel_f1 = Metric(
         "f1_weighted": Sums(outcomes, f1_weighted),
     }
 )
-"""F1 at threshold 0.5, averaged over classes, decisions, samples and classes by support.
+"""F1 at threshold 0.5: macro, micro, sample and support-weighted averages.
 
 `f1_macro` leaves out classes that are in neither predictions nor targets; `f1_samples` counts a sample with no
-predicted and no true class as 0; `f1_weighted` weighs classes by their number of true samples.
+predicted and no true class as 0; `f1_weighted` weights classes by their number of true samples.
 """
 
 class_accuracy = Metric({"accuracy": _accuracy, "f1_macro": _f1_macro, "balanced_accuracy": _balanced_accuracy})
-"""Share of samples whose highest logit is the true class; F1 of that class averaged over the classes; mean recall.
+"""Accuracy, macro F1 and mean recall of the class with the highest logit.
 
-`f1_macro` leaves out classes that are in neither predictions nor targets, unlike torchmetrics', which counts them as 0;
-`balanced_accuracy` leaves out those that are not in the targets.
+`f1_macro` leaves out classes that are in neither predictions nor targets, unlike torchmetrics, which counts them as 0;
+`balanced_accuracy` leaves out classes that are not in the targets.
 """
 
 macro_f1_and_accuracy = Metric({"f1_macro": _f1_macro} | class_accuracy.measures)
-"""The same, macro F1 first."""
+"""The measures of `class_accuracy`, macro F1 first."""
 
 auroc_and_accuracy = Metric({"auroc": Auroc()} | class_accuracy.measures)
 """See `Auroc` and `class_accuracy`."""
@@ -205,11 +206,11 @@ auroc_and_accuracy = Metric({"auroc": Auroc()} | class_accuracy.measures)
 def roc_counts(logits: Tensor, labels: Tensor, counts_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """False and true positives (R, K) of each resample at K thresholds, and the thresholds (K,).
 
-    A threshold is the least probability of class 1 that counts as positive: first infinity, then each that occurs. They
-    are told apart by their logits, as probabilities near 1 are rounded to 1.
+    A threshold is the lowest probability of class 1 that counts as positive: first infinity, then each one that occurs.
+    Thresholds are distinguished by log-odds, since probabilities near 1 round to 1.
     """
     score_N, order_N = _log_odds(logits).sort(descending=True)
-    last_K = torch.nonzero(score_N.diff(append=torch.tensor([-torch.inf]))).flatten()  # of each run of equal scores
+    last_K = torch.nonzero(score_N.diff(append=torch.tensor([-torch.inf]))).flatten()  # end of each run of equal scores
     counts_RN, positive_N = counts_RN[:, order_N], labels[order_N].to(counts_RN.dtype)
     tp_RK, fp_RK = ((counts_RN * is_N).cumsum(1)[:, last_K] for is_N in (positive_N, 1 - positive_N))
     nothing_R1 = counts_RN.new_zeros(len(counts_RN), 1)
@@ -218,7 +219,7 @@ def roc_counts(logits: Tensor, labels: Tensor, counts_RN: Tensor) -> tuple[Tenso
 
 
 def _log_odds(logits: Tensor) -> Tensor:
-    """(N,) of class 1."""
+    """Log-odds of class 1, (N,)."""
     return logits[:, 1].double() - logits[:, 0].double()
 
 

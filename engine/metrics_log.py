@@ -1,4 +1,4 @@
-"""`metrics.csv`: a row for each step, of which none is lost when its columns change."""
+"""Writes `metrics.csv`, one row per step; no row is lost when the columns change."""
 
 import csv
 import os
@@ -13,28 +13,28 @@ from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from common.files import atomic_path
 
 FIRST = ("epoch", "step", "seconds")
-"""Columns in front, which say when a row was measured; the others are metrics."""
+"""The first columns, which say when a row was measured; the others are metrics."""
 
 
 class MetricsLogger(CSVLogger):
-    """Lightning's logger with a writer of ours."""
+    """Lightning's CSV logger with our own writer."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """What writes the file; made when it is first asked for."""
+        """The writer of the file, created on first use."""
         if self._experiment is None:
             self._experiment = _Writer(self.log_dir)
         return self._experiment
 
     def finalize(self, status: str) -> None:
-        """Writes the newest step too, which no further value may follow."""
+        """Writes the newest step too, even if no further value follows."""
         if self._experiment is not None:
             self.experiment.write()
 
 
 class _Writer(ExperimentWriter):
-    """What is measured of one step at several moments is one row, which is written once the next step begins."""
+    """Collects the values logged for one step into one row, and writes it once the next step begins."""
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
@@ -43,7 +43,7 @@ class _Writer(ExperimentWriter):
         """Step of the newest row in the file."""
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Adds to the row of `step`, or begins it."""
+        """Adds values to the row of `step`, or starts that row."""
         super().log_metrics(metrics_dict, step)
         *before, new = self.metrics
         if before and before[-1]["step"] == new["step"]:
@@ -53,11 +53,11 @@ class _Writer(ExperimentWriter):
             new["seconds"] = round(time.monotonic() - self._began, 3)
 
     def save(self) -> None:
-        """Writes the rows of steps that are over; Lightning calls it whenever it has measured something."""
+        """Writes the rows of finished steps; Lightning calls this whenever it has logged something."""
         self.write(self.metrics[:-1])
 
     def write(self, rows: list[dict[str, float]] | None = None) -> None:
-        """Writes `rows`, by default all: what follows of the newest step is added to its row in the file."""
+        """Writes `rows`, by default all; values that follow for the newest step are added to its row in the file."""
         rows = self.metrics if rows is None else rows
         if not rows:
             return
@@ -68,10 +68,10 @@ class _Writer(ExperimentWriter):
             try:
                 with path.open("a", encoding="utf-8", newline="") as file:
                     csv.DictWriter(file, columns).writerows(rows)
-            except OSError:  # part of a row, to which the next would be added
+            except OSError:  # cuts off a partial row, to which the next one would be appended
                 os.truncate(path, length)
                 raise
-        else:  # completely or not at all: a run killed here would lose its metrics
+        else:  # rewritten atomically: a run killed here would lose its metrics
             lines: list[dict[str, Any]] = []
             if path.is_file():
                 with path.open(encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""How well classes follow from the features of a pretraining: FOCAL's accuracy of the 5 nearest neighbours."""
+"""How well the features of a pretraining separate the classes: FOCAL's 5-nearest-neighbour accuracy."""
 
 from typing import Any
 
@@ -34,25 +34,25 @@ class NeighbourAccuracy(pl.Callback):
 
 @torch.no_grad()
 def _features(model: Backbone, dataset: ArrowDataset, own: range, device: torch.device) -> Tensor:
-    """(N, ME), of all modalities side by side, not projected; 0 for samples that are not among `own`."""
+    """Concatenated features (N, ME) of all modalities, not projected; 0 for samples that are not among `own`."""
     found = torch.zeros(len(dataset), len(model.places) * model.embed_dim, device=device)
     for start in range(0, len(own), ROWS):
-        of_pass = own[start : start + ROWS]
-        samples = dataset.__getitems__([(0, index) for index in of_pass])
-        joined = [
+        indices = own[start : start + ROWS]
+        samples = dataset.__getitems__([(0, index) for index in indices])
+        features = [
             tower(torch.stack([sample.inputs[name] for sample in samples]).to(device))
             for name, tower in model.towers.items()
         ]
-        found[list(of_pass)] = torch.cat(joined, dim=1).float()
+        found[list(indices)] = torch.cat(features, dim=1).float()
     return found
 
 
 def neighbour_accuracy(known: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor]) -> float:
-    """Share of samples whose label most of their nearest neighbours have, of equally frequent ones the lowest.
+    """Accuracy of a majority vote of the nearest neighbours; the lowest label wins a tie.
 
     Args:
-        known: features (N, E) and labels (N,), -1 of those that have none and are no neighbours.
-        asked: likewise, all labelled.
+        known: features (N, E) and labels (N,) of the samples to search; those labelled -1 have no label and are
+        skipped. asked: features and labels of the samples to classify, all labelled.
     """
     labelled = known[1] >= 0
     distances = torch.cdist(asked[0], known[0][labelled])

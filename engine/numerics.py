@@ -1,4 +1,4 @@
-"""Where numbers stopped being finite: the step, the layer, and how many such steps may be skipped."""
+"""Detecting losses and gradients that are not finite: at which step and layer, and how many steps may be skipped."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,47 +13,47 @@ class NotFinite(NamedTuple):
 
     of_gradient: bool
     step: int
-    what: str  # value of the loss, or the first parameter that the backward pass reached with such a gradient
-    batch: int  # number in the epoch of the loss's batch, or of the step's last one
-    samples: Tensor  # numbers of the samples of the batch, or of all the step's
+    what: str  # value of the loss, or the first parameter in the backward pass whose gradient is not finite
+    batch: int  # index in the epoch of the loss's batch, or of the step's last batch
+    samples: Tensor  # indices of the samples in that batch, or in the whole step
 
 
 class FiniteWatch:
-    """Looks whether losses and gradients are finite, of many optimiser steps together: a look makes the host wait.
+    """Checks that losses and gradients are finite, for many optimiser steps at once, since a check makes the host wait.
 
     Args:
-        allowed: how many steps in a row may have gradients that are not finite. In 16 bits they are no fault: the
-            scale of the loss is too large then, such steps are skipped, and the scale is lowered.
+        allowed: how many steps in a row may have gradients that are not finite. In 16-bit precision this is normal: the
+            loss scale was too large, the step is skipped, and the scale is lowered.
     """
 
     def __init__(self, allowed: int) -> None:
         self.allowed = allowed
-        self.skipped = 0  # steps with such gradients up to the last look, in all
-        self.in_a_row = 0  # of the newest steps up to the last look
+        self.skipped = 0  # steps whose gradients were not finite, in total up to the last check
+        self.in_a_row = 0  # how many of them were the newest steps before the last check
         self._batches: list[tuple[int, Tensor, Tensor]] = []
-        """(number, numbers of samples, loss) of the step that is under way."""
+        """(index, indices of samples, loss) of each batch in the current step."""
         self._steps: list[tuple[int, list[tuple[int, Tensor, Tensor]], list[str], Tensor]] = []
-        """(step, batches, names of the parameters with a gradient, losses and a number of each gradient that is finite
-        if all of it is) since the last look."""
+        """(step, batches, names of the parameters with a gradient, values) of each step since the last check; the
+        values are the losses, and for each gradient a number that is finite if the whole gradient is."""
 
     def note_loss(self, batch: int, samples: Tensor, loss: Tensor) -> None:
-        """Takes the loss of a batch."""
+        """Records the loss of a batch."""
         self._batches.append((batch, samples, loss.detach()))
 
     def note_gradients(self, parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> int:
-        """Takes the gradients of a step, which ends the batches so far; the number of steps that wait for a look."""
+        """Records the gradients of a step, which completes it; returns the number of steps not checked yet."""
         gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
         if all(gradient.is_cpu for gradient in gradients.values()):
-            told = [gradient.sum() for gradient in gradients.values()]  # a tenth of the time of the largest value
+            reduced = [gradient.sum() for gradient in gradients.values()]  # takes a tenth of the maximum's time
         else:
-            told = list(torch._foreach_norm(list(gradients.values()), float("inf")))
-        values = torch.stack([*(loss for *_, loss in self._batches), *told])
+            reduced = list(torch._foreach_norm(list(gradients.values()), float("inf")))
+        values = torch.stack([*(loss for *_, loss in self._batches), *reduced])
         self._steps.append((step, self._batches, list(gradients), values))
         self._batches = []
         return len(self._steps)
 
     def look(self) -> NotFinite | None:
-        """The first loss that is not finite, or the gradient with which there are more in a row than allowed."""
+        """Checks the recorded steps: the first loss that is not finite, or the gradient that exceeds `allowed`."""
         steps, self._steps = self._steps, []
         finite = iter(torch.cat([values for *_, values in steps]).isfinite().tolist() if steps else [])
         for step, batches, names, _ in steps:
@@ -69,18 +69,20 @@ class FiniteWatch:
 
 
 def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
-    """`, first in …`: the parameter of `model` that is not finite, or the module whose output first is not as `forward`
-    calls it; empty where all are."""
+    """Where a value first is not finite, as `, first in …`: a parameter of `model`, or a module's output in `forward`.
+
+    Empty if all are finite.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f", first in the parameter {name}"
     found: list[str] = []
 
-    def look(name: str, _module: nn.Module, _input: Any, output: Any) -> None:
+    def check(name: str, _module: nn.Module, _input: Any, output: Any) -> None:
         if not found and isinstance(output, Tensor) and not output.isfinite().all():
             found.append(f", first in the output of {name}")
 
-    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(partial(check, name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
             forward()

@@ -1,4 +1,4 @@
-"""A trained model ready to compute: its classifier on the backbone it was trained on, and what it takes."""
+"""Opening a trained model: its classifier on the backbone it was trained on, and its input format."""
 
 import logging
 from collections.abc import Sequence
@@ -22,24 +22,26 @@ COMPUTE_TYPES = {
     **dict.fromkeys(("16", "16-mixed"), torch.float16),
     **dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16),
 }
-"""Of the frozen towers, by the precision as the option has it, and as Lightning calls it."""
+"""Dtype of the frozen towers, keyed by precision, as the option spells it and as Lightning does."""
 
-# cuDNN's attention, which torch prefers on Hopper GPUs, takes some hundred milliseconds to plan for each new shape, and
-# with missing modalities and texts of any length nearly every batch has one. Flash attention has no plans.
+# cuDNN's attention, which torch prefers on Hopper GPUs, takes a few hundred milliseconds to plan each new shape; with
+# missing modalities and texts of any length, nearly every batch has one. Flash attention needs no plans.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def reading_texts(inputs: InputFormat, method: MethodOptions) -> InputFormat:
-    """What a model takes, with how much of the texts it reads."""
+    """`inputs` with the method's options on how much of the texts it reads."""
     return replace(inputs, text_windows=method.text_windows, group_texts=method.group_texts)
 
 
 def precision_of(checkpoints: Sequence[Checkpoint], default: str, *, on_gpu: bool) -> str:
-    """What models are evaluated in where the user does not say: what they were trained and tested in, so that numbers
-    agree; `default` where they do not say it, differ in it, or a CPU cannot compute in it.
+    """The precision to evaluate models in if the user names none: the training's, so that results agree.
+
+    It is `default` if the checkpoints do not record one, record different ones, or record one that a CPU cannot
+    compute.
 
     Raises:
-        CheckpointError: one says something else than a precision.
+        CheckpointError: a checkpoint records an unknown precision.
     """
     trained: list[str] = []
     for one in checkpoints:
@@ -50,31 +52,31 @@ def precision_of(checkpoints: Sequence[Checkpoint], default: str, *, on_gpu: boo
     if not trained or trained == [default]:
         return default
     if len(trained) > 1 or (COMPUTE_TYPES[trained[0]] is torch.float16 and not on_gpu):
-        why = "they differ" if len(trained) > 1 else "a CPU cannot compute in it"
-        log.info("precision=%s, not the training's, %s: %s", default, " and ".join(trained), why)
+        why = "the checkpoints differ" if len(trained) > 1 else "a CPU cannot compute in it"
+        log.info("precision=%s instead of the training's %s: %s", default, " and ".join(trained), why)
         return default
-    log.info("precision=%s, the training's; %s is the default here", trained[0], default)
+    log.info("precision=%s, as in training; %s is the default here", trained[0], default)
     return trained[0]
 
 
 def open_model(
     checkpoint: Checkpoint, choice: BackboneChoice, published_vit: str
 ) -> tuple[MissingModalityClassifier, InputFormat]:
-    """The model of `checkpoint`, and what it takes.
+    """The model of `checkpoint`, and its input format.
 
     Args:
-        published_vit: for a published checkpoint, which holds its CLIP weights: whose tokenizer goes with them.
+        published_vit: for a published checkpoint, which holds its CLIP weights: the backbone whose tokenizer to use.
 
     Raises:
-        BackboneError, CheckpointError: weights or tokenizer are not found, do not fit each other, or are not those of
-            the training.
+        BackboneError, CheckpointError: weights or tokenizer are missing, do not fit together, or differ from those used
+            in training.
         ConfigError: `choice` contradicts the model.
     """
     spec, family, backbone = checkpoint.spec, family_of(checkpoint.spec.task), None
     if spec.method.prompt_type in PRETRAINING:
         raise CheckpointError(
-            f"{checkpoint.path}: a pretrained backbone (prompt_type={spec.method.prompt_type}), whose head nothing has "
-            f"trained; expected a model that was fine-tuned from it, with load_path={checkpoint.path}"
+            f"{checkpoint.path}: a pretrained backbone (prompt_type={spec.method.prompt_type}), whose head is not "
+            f"trained; expected a model fine-tuned from it, by training with load_path={checkpoint.path}"
         )
     if checkpoint.published:
         log.info("%s: a checkpoint of the published code; it holds its own CLIP weights", checkpoint.path)

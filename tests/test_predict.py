@@ -139,11 +139,11 @@ def test_precisions_are_named_like_the_option(trained, model, films, precision):
 @pytest.mark.parametrize(
     ("trained_in", "default", "on_gpu", "expected", "said"),
     [
-        (["32-true"], "bf16-mixed", False, "32-true", "the training's; bf16-mixed is the default"),
-        (["bf16-mixed", "bf16-mixed"], "32-true", False, "bf16-mixed", "the training's"),
-        (["16-mixed"], "bf16-mixed", True, "16-mixed", "the training's"),
+        (["32-true"], "bf16-mixed", False, "32-true", "as in training; bf16-mixed is the default"),
+        (["bf16-mixed", "bf16-mixed"], "32-true", False, "bf16-mixed", "as in training"),
+        (["16-mixed"], "bf16-mixed", True, "16-mixed", "as in training"),
         (["16-mixed"], "32-true", False, "32-true", "a CPU cannot compute in it"),
-        (["32-true", "bf16-mixed"], "32-true", False, "32-true", "they differ"),
+        (["32-true", "bf16-mixed"], "32-true", False, "32-true", "the checkpoints differ"),
         (["32-true", None], "32-true", False, "32-true", ""),
         ([None], "bf16-mixed", False, "bf16-mixed", ""),
     ],

@@ -1,1 +1,1 @@
-"""CLIP with learnable memory: backbone weights, tokenizer, model, checkpoints and training."""
+"""CLIP with learnable memory: backbone weights, tokenizer, towers, methods and heads."""

@@ -1,8 +1,8 @@
-"""CLIP weights in every form they come in, under OpenAI's names.
+"""Reads CLIP weights in any of their formats, under OpenAI's names.
 
 `vit` may be a model name (weights from the Hugging Face hub), a Hugging Face folder, an OpenAI `.pt` file, or an
-open_clip `.safetensors`/`.bin` state dict. Every name in a file is accounted for; anything missing or unexpected ends
-the run.
+open_clip `.safetensors`/`.bin` state dict. Every name in a file is accounted for: anything missing or unexpected is an
+error.
 """
 
 import hashlib
@@ -43,35 +43,35 @@ OPENAI_SHA256 = {
 """SHA-256 of the TorchScript archives that OpenAI published, which may therefore be run."""
 HEAD_WIDTH = 64
 WIDEST = 1024
-"""Width of ViT-L. Wider towers of open_clip (ViT-H, g, bigG) have heads of another width, which no shape shows."""
+"""Width of ViT-L. open_clip's wider towers (ViT-H, g, bigG) have heads of another width, which no shape reveals."""
 LAYER_NORM_EPS = 1e-5
 END_ID = 49407
-"""Of `<end>` in CLIP's vocabulary, where the text tower reads out."""
+"""Token id of `<end>` in CLIP's vocabulary, where the text tower is read out."""
 IGNORED_ENTRIES = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
-"""Not weights: sizes that OpenAI's archives store, and a constant mask."""
+"""Entries that are not weights: sizes stored in OpenAI's archives, and a constant mask."""
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Entries of a training's checkpoint under which its state dict may be."""
+"""Entries of a training checkpoint that may hold its state dict."""
 
 WRAPPED_NAMES = {**{rf"_orig_mod\.{'(?:)' * n}": "" for n in range(4)}, r"^(?:module\.)+": ""}
-"""What `unwrapped_names` takes off, for transformers, where an entry takes one off each name."""
+"""The prefixes that `unwrapped_names` removes, as patterns for transformers, where each entry removes one per name."""
 
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """Frozen weights."""
+    """The frozen weights of a backbone."""
 
     name: str
-    """What `vit` was."""
+    """The value of `vit`."""
     architecture: Any
-    """The sizes, as the family describes them."""
+    """The family's description of the sizes."""
     state: dict[str, Tensor]
-    """float32 tensors; of CLIP `image_encoder.*`, `text_encoder.*`, `logit_scale`."""
+    """float32 tensors; for CLIP `image_encoder.*`, `text_encoder.*` and `logit_scale`."""
     left: tuple[str, ...] = ()
-    """Names of what its checkpoint holds too, and what is not taken over."""
+    """Names of the checkpoint's entries that are not loaded."""
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weights' names and values, the same in whatever format they were read."""
+        """SHA-256 of the weights' names and values, independent of the format they were read from."""
         digest = hashlib.sha256()
         for name in sorted(self.state):
             digest.update(name.encode())
@@ -79,7 +79,7 @@ class FrozenWeights:
         return digest.hexdigest()
 
     def load_into(self, model: nn.Module) -> None:
-        """Copies the weights into a backbone of the same architecture, which may hold a method too."""
+        """Copies the weights into a backbone of the same architecture, which may also contain a method."""
         unexpected = model.load_state_dict(self.state, strict=False).unexpected_keys
         assert not unexpected, unexpected
 
@@ -89,31 +89,32 @@ def load_backbone(vit: str, *, trust: bool = False, activation: str | None = Non
 
     Args:
         vit: a key of HUB_NAMES, a Hugging Face folder, or a file `.pt`, `.pth`, `.safetensors`, `.bin`.
-        trust: run a TorchScript archive even though its SHA-256 is not one that OpenAI published.
-        activation: `quick_gelu` or `gelu`, for files that do not say (open_clip state dicts); where the file says,
-            it must agree.
+        trust: run a TorchScript archive even if its SHA-256 is not one that OpenAI published.
+        activation: `quick_gelu` or `gelu`, for files that do not record it (open_clip state dicts); must agree with a
+            file that does.
 
     Raises:
-        BackboneError: not there, not readable, not a CLIP of two transformers, or names missing or unexpected.
+        BackboneError: the weights are missing, unreadable, not a CLIP with two transformers, or have missing or
+            unexpected names.
     """
     path = Path(vit)
     try:
         if vit in HUB_NAMES or path.is_dir():
             if activation is not None:
-                raise ValueError(f"says its activation itself; leave out vit_activation={activation}")
+                raise ValueError(f"has its activation in config.json; leave out vit_activation={activation}")
             state, architecture = _from_hugging_face(vit)
         elif path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
             state, architecture = _from_openai_names(path, _read_file(path, trust), activation)
         else:
             raise ValueError(
                 f"expected one of {', '.join(HUB_NAMES)}, a Hugging Face folder, or a .pt, .bin or .safetensors file; "
-                f"found {'a file of another kind' if path.exists() else 'nothing of that name'}"
+                f"found {'a file of another kind' if path.exists() else 'nothing by that name'}"
             )
         if architecture.context_length != CONTEXT_LENGTH:
             raise ValueError(f"expected a text context of {CONTEXT_LENGTH}, found {architecture.context_length}")
         if vit not in HUB_NAMES:
-            beside = path if path.is_dir() else path.parent
-            architecture = replace(architecture, **image_statistics(beside, architecture.image_size))  # type: ignore[arg-type]
+            folder = path if path.is_dir() else path.parent
+            architecture = replace(architecture, **image_statistics(folder, architecture.image_size))  # type: ignore[arg-type]
         with torch.device("meta"):
             check_state(state, ClipBackbone(architecture).state_dict())
     except ValueError as error:
@@ -122,10 +123,10 @@ def load_backbone(vit: str, *, trust: bool = False, activation: str | None = Non
 
 
 def architecture_of(state: Mapping[str, Tensor], activation: str) -> ClipArchitecture:
-    """Sizes read from the shapes of a state dict with names `image_encoder.*` and `text_encoder.*`.
+    """Infers sizes from the shapes in a state dict with names `image_encoder.*` and `text_encoder.*`.
 
     Raises:
-        ValueError: an entry that tells a size is missing, has another number of dimensions, or no elements.
+        ValueError: an entry that determines a size is missing, has the wrong number of dimensions, or is empty.
     """
     vision_width, _, _, patch_size = shape_of(state, "image_encoder.conv1.weight", 4)
     positions, _ = shape_of(state, "image_encoder.positional_embedding", 2)
@@ -149,7 +150,7 @@ def architecture_of(state: Mapping[str, Tensor], activation: str) -> ClipArchite
 
 
 def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    """Of an entry; ValueError where it is missing, has another number of dimensions, or no elements."""
+    """Shape of an entry; ValueError if it is missing, has the wrong number of dimensions, or is empty."""
     if name not in state:
         raise ValueError(f"{name} is missing, found {len(state)} entries {first_of(state)}")
     shape = tuple(state[name].shape)
@@ -174,38 +175,38 @@ def _from_hugging_face(vit: str) -> tuple[dict[str, Tensor], ClipArchitecture]:
     source = HUB_NAMES.get(vit, vit)
 
     def read(local_files_only: bool) -> tuple[CLIPModel, dict[str, Any]]:
-        config, _ = CLIPConfig.get_config_dict(source, local_files_only=local_files_only)  # {} where there is none
+        config, _ = CLIPConfig.get_config_dict(source, local_files_only=local_files_only)  # {} if there is none
         if config.get("model_type") != "clip":
-            found = repr(config["model_type"]) if "model_type" in config else "no config.json that has one"
+            found = repr(config["model_type"]) if "model_type" in config else "no config.json with a model_type"
             raise ValueError(f"expected model_type 'clip', found {found}")
         return CLIPModel.from_pretrained(
             source,
             local_files_only=local_files_only,
             key_mapping=WRAPPED_NAMES,
             dtype=torch.float32,
-            attn_implementation="eager",  # else config.json may name one on the hub, which would be fetched and run
+            attn_implementation="eager",  # config.json could name code on the hub, which would be fetched and run
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the loading info, and refused below with their names
+            ignore_mismatched_sizes=True,  # they are in the loading info and refused below by name
         )
 
     model, info = read_pretrained(f"vit={vit}", source, read, "a Hugging Face CLIP")
     unexpected = {name for name in info["unexpected_keys"] if not name.endswith("position_ids")}
     check_names(info["missing_keys"], unexpected)
     for name, found, expected in info["mismatched_keys"]:
-        raise ValueError(f"{name} has shape {tuple(found)}, expected {tuple(expected)}, as config.json has it")
+        raise ValueError(f"{name} has shape {tuple(found)}, expected {tuple(expected)} as in config.json")
     vision, text = model.config.vision_config, model.config.text_config
     for entry, known in (("layer_norm_eps", [LAYER_NORM_EPS]), ("hidden_act", list(ACTIVATIONS))):
-        of_image, of_text = getattr(vision, entry), getattr(text, entry)
-        if of_image != of_text or of_image not in known:
+        image_value, text_value = getattr(vision, entry), getattr(text, entry)
+        if image_value != text_value or image_value not in known:
             raise ValueError(
                 f"expected {entry} {' or '.join(map(str, known))} in both towers, "
-                f"found {of_image} (image) and {of_text} (text)"
+                f"found {image_value} (image) and {text_value} (text)"
             )
-    ends = (2, END_ID, text.vocab_size - 1)  # 2 stands for the highest id in old files
+    ends = (2, END_ID, text.vocab_size - 1)  # in old files, 2 stands for the highest id
     if text.eos_token_id not in ends:
         raise ValueError(f"expected eos_token_id {' or '.join(map(str, ends))}, found {text.eos_token_id}")
     if (Path(vit) / "adapter_config.json").is_file():
-        raise ValueError("adapter_config.json: an adapter beside the weights is not supported; merge it into them")
+        raise ValueError("adapter_config.json: adapters are not supported; merge the adapter into the weights")
     state = _openai_names(model.state_dict())
     heads = {"vision_heads": vision.num_attention_heads, "text_heads": text.num_attention_heads}
     return state, replace(architecture_of(state, vision.hidden_act), **heads)
@@ -230,12 +231,12 @@ HF_NAMES = (
     (".mlp.fc1.", ".mlp.c_fc."),
     (".mlp.fc2.", ".mlp.c_proj."),
 )
-"""Hugging Face's names, or parts of them, and OpenAI's."""
+"""Hugging Face's names, or parts of names, and OpenAI's for the same weights."""
 TRANSPOSED = ("image_encoder.proj", "text_encoder.text_projection")
 
 
 def _openai_names(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Hugging Face CLIP state dict under OpenAI's names; query, key and value weights become one."""
+    """Renames a Hugging Face CLIP state dict to OpenAI's names and joins query, key and value weights."""
     state: dict[str, Tensor] = {}
     for name, tensor in hf_state.items():
         for hf_part, part in HF_NAMES:
@@ -251,7 +252,7 @@ def _openai_names(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path, trust: bool) -> dict[str, Tensor]:
-    """State dict of a weights file, under the names it holds."""
+    """State dict of a weights file, under the file's own names."""
     try:
         if path.suffix == ".safetensors":
             return unwrapped_names(load_file(path))
@@ -259,8 +260,8 @@ def _read_file(path: Path, trust: bool) -> dict[str, Tensor]:
             digest = file_sha256(path)
             if digest not in OPENAI_SHA256 and not trust:
                 raise BackboneError(
-                    f"vit={path}: a TorchScript archive can run code, and its SHA-256 {digest} is none that OpenAI "
-                    f"published; if you trust its source, say trust_backbone=True"
+                    f"vit={path}: a TorchScript archive can run code, and its SHA-256 {digest} is not one that OpenAI "
+                    f"published; if you trust its source, set trust_backbone=True"
                 )
             return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
         raw = load_inert(path)
@@ -285,7 +286,7 @@ def _from_openai_names(
     path: Path, raw: Mapping[str, Tensor], activation: str | None
 ) -> tuple[dict[str, Tensor], ClipArchitecture]:
     state = {}
-    for name, tensor in raw.items():  # the image tower is under `visual.` here, and the text tower at the top
+    for name, tensor in raw.items():  # here the image tower is under `visual.`, the text tower at the top level
         if name not in IGNORED_ENTRIES:
             tower = "" if name == "logit_scale" else "image_encoder." if name.startswith("visual.") else "text_encoder."
             state[tower + name.removeprefix("visual.")] = tensor
@@ -295,17 +296,17 @@ def _from_openai_names(
     heads = open_clip_heads(config, architecture.vision_width)
     if architecture.vision_width > WIDEST and "vision_heads" not in heads:
         raise ValueError(
-            f"an image tower of width {architecture.vision_width}; those wider than {WIDEST} have heads whose number "
-            f"a state dict does not show; put its open_clip_config.json, which has head_width, beside the file, or use "
-            f"a Hugging Face folder of this model"
+            f"the image tower has width {architecture.vision_width}, and above {WIDEST} a state dict does not reveal "
+            f"the number of heads; put open_clip_config.json, which has head_width, next to the file, or use a Hugging "
+            f"Face folder of this model"
         )
     return state, replace(architecture, **heads)  # type: ignore[arg-type]
 
 
 def _activation(raw: Mapping[str, Tensor], open_clip: Mapping[str, Any], given: str | None) -> str:
-    """What the file says its activation is, else `given`.
+    """The activation that the file implies, else `given`.
 
-    OpenAI's files hold `input_resolution`; open_clip's say it in open_clip_config.json beside them.
+    OpenAI's files, which contain `input_resolution`, use quick_gelu; for open_clip's, open_clip_config.json states it.
     """
     stated = None
     if "input_resolution" in raw:
@@ -314,10 +315,10 @@ def _activation(raw: Mapping[str, Tensor], open_clip: Mapping[str, Any], given: 
         stated = "quick_gelu" if open_clip["model_cfg"].get("quick_gelu", False) else "gelu"
     if (stated or given) is None:
         raise ValueError(
-            "a state dict does not say its activation; give vit_activation=quick_gelu (OpenAI's weights) or "
-            "vit_activation=gelu (LAION's and DataComp's), or put open_clip_config.json beside the file"
+            "a state dict does not record its activation; set vit_activation=quick_gelu (OpenAI's weights) or "
+            "vit_activation=gelu (LAION's and DataComp's), or put open_clip_config.json next to the file"
         )
     known = ACTIVATIONS if stated is None else (stated,)
     if given is not None and given not in known:
-        raise ValueError(f"expected vit_activation={' or '.join(known)}, as the file has it, found {given}")
+        raise ValueError(f"expected vit_activation={' or '.join(known)} for this file, found {given}")
     return stated or given or ""

@@ -1,4 +1,4 @@
-"""What the files beside CLIP weights say of images and towers: what can differ is used, anything else refused.
+"""Reads the configuration files next to CLIP weights: supported settings of images and towers are used, others refused.
 
 `preprocessor_config.json` and `processor_config.json` are Hugging Face's, `open_clip_config.json` is open_clip's.
 """
@@ -25,7 +25,7 @@ HF_IMAGES: dict[str, tuple[Any, ...]] = {
     "image_processor_type": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
     "feature_extractor_type": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
 }
-"""What transformers may do to images, and the values for which it does what this program does; 3 is bicubic."""
+"""Settings of transformers' image processing, and the values for which it equals this program's; 3 is bicubic."""
 OPEN_CLIP_IMAGES: dict[str, tuple[Any, ...]] = {
     "interpolation": ("bicubic",),
     "resize_mode": ("shortest",),
@@ -48,7 +48,7 @@ OPEN_CLIP_TOWERS: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm_kwargs": ({}, {"eps": 1e-5}),
     },
 }
-"""What changes the towers without showing in names and shapes."""
+"""Supported values of the settings that change the towers without changing names or shapes."""
 OPEN_CLIP_SIZES = {
     "": {"embed_dim": "embed_dim"},
     "vision_cfg": {
@@ -62,7 +62,7 @@ OPEN_CLIP_SIZES = {
 
 
 def read_open_clip(folder: Path) -> dict[str, Any]:
-    """`open_clip_config.json` in `folder`; empty where there is none. Raises ValueError: not readable or supported."""
+    """Content of `open_clip_config.json` in `folder`, empty without one; ValueError if unreadable or not supported."""
     path = folder / "open_clip_config.json"
     config = _read(path)
     if path.is_file() and not isinstance(config.get("model_cfg"), dict):
@@ -73,20 +73,20 @@ def read_open_clip(folder: Path) -> dict[str, Any]:
 
 
 def check_open_clip_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Raises ValueError where open_clip's configuration contradicts `sizes`, the fields of the architecture."""
+    """Raises ValueError if open_clip's configuration contradicts `sizes`, the fields of the architecture."""
     towers = config.get("model_cfg", {})
     for part, names in OPEN_CLIP_SIZES.items():
         entries = towers.get(part, {}) if part else towers
         for name, field in names.items():
             if entries.get(name) not in (None, sizes[field]):
                 raise ValueError(
-                    f"open_clip_config.json: model_cfg.{part}{'.' * bool(part)}{name}: expected {sizes[field]}, as the "
-                    f"weights have it, found {quoted(entries[name])}"
+                    f"open_clip_config.json: model_cfg.{part}{'.' * bool(part)}{name}: expected {sizes[field]} as in "
+                    f"the weights, found {quoted(entries[name])}"
                 )
 
 
 def open_clip_heads(config: Mapping[str, Any], vision_width: int) -> dict[str, int]:
-    """Numbers of heads that open_clip's configuration gives, as fields of the architecture."""
+    """Numbers of heads in open_clip's configuration, as fields of the architecture."""
     towers = config.get("model_cfg", {})
     width, heads = towers.get("vision_cfg", {}).get("head_width"), towers.get("text_cfg", {}).get("heads")
     found = {} if not _is_size(width) else {"vision_heads": vision_width // width}
@@ -94,11 +94,11 @@ def open_clip_heads(config: Mapping[str, Any], vision_width: int) -> dict[str, i
 
 
 def image_statistics(folder: Path, image_size: int) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std` where a file in `folder` says them.
+    """`image_mean` and `image_std`, if a file in `folder` has them.
 
     Raises:
-        ValueError: a file is not readable, or says that images are prepared otherwise than docs/method.md section 1
-            has it; names file and value.
+        ValueError: a file is unreadable, or prepares images differently from docs/method.md section 1; the message
+            names file and value.
     """
     found: dict[str, tuple[float, ...]] = {}
     for name, part, known, prefix in (
@@ -120,7 +120,9 @@ def image_statistics(folder: Path, image_size: int) -> dict[str, tuple[float, ..
                 raise ValueError(f"{path}: {label}{prefix}{field}: expected three numbers, found {quoted(values)}")
             read = tuple(map(float, values))
             if found.setdefault(f"image_{field}", read) != read:
-                raise ValueError(f"{path}: {prefix}{field} {read}, a file beside it says {found[f'image_{field}']}")
+                raise ValueError(
+                    f"{path}: {prefix}{field}: expected {found[f'image_{field}']} as in the other file, found {read}"
+                )
     return found
 
 
@@ -159,7 +161,7 @@ def _check_side(path: Path, content: Mapping[str, Any], name: str, image_size: i
     sides = found.values() if isinstance(found, dict) else found if isinstance(found, list) else [found]
     if found is not None and (squashes or any(side != image_size for side in sides)):
         raise ValueError(
-            f"{path}: {label}{name}: expected {image_size} as the shortest_edge, for the position embeddings, "
+            f"{path}: {label}{name}: expected a shortest_edge of {image_size} to match the position embeddings, "
             f"found {quoted(found)}"
         )
 

@@ -1,7 +1,7 @@
-"""The dynamic queries of published checkpoints, which do not hold them (docs/method.md section 6, point 2).
+"""Reproduces the dynamic queries that published checkpoints lack (docs/method.md section 6, point 2).
 
-The published code draws them in the constructor of its model, right after it has seeded torch, and never saves them.
-Training and test with the same seed have the same ones, and so has whoever repeats the draws.
+The published code draws them in its model's constructor, right after seeding torch, and never saves them. Training and
+test with the same seed therefore have the same queries, which repeating the draws gives again.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from clip.modules.vision_transformer_memory import ClipArchitecture
 
 
 def published_queries(architecture: ClipArchitecture, slots: int, seed: int) -> dict[str, Tensor]:
-    """The queries of both towers, (slots, 1, width) each, bit for bit; names as in a learner's `dynamic`.
+    """The queries (slots, 1, width) of both towers, bit for bit, under their names in a learner's `dynamic`.
 
     Args:
-        slots: m, for each missing type.
-        seed: that of the published run; its default is 0.
+        slots: number of slots m for each missing type.
+        seed: seed of the published run, which is 0 by default.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -26,7 +26,7 @@ def published_queries(architecture: ClipArchitecture, slots: int, seed: int) -> 
 
 
 def _construct(arch: ClipArchitecture, slots: int) -> Iterator[tuple[str, Tensor]]:
-    """Draws what the constructor draws, in its order. Nothing but the queries is used; norms draw nothing."""
+    """Repeats the constructor's draws in order and yields the queries among them; norms draw nothing."""
     d, patch = arch.vision_width, arch.patch_size
     nn.Conv2d(3, d, patch, patch, bias=False)
     torch.randn(d)

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, from a Hugging Face tokenizer or from CLIP's merges file (docs/method.md section 1)."""
+"""CLIP's byte-pair tokenizer, read from a Hugging Face tokenizer or CLIP's merges file (docs/method.md section 1)."""
 
 import gzip
 import hashlib
@@ -22,27 +22,27 @@ from common.messages import first_line, listed, quoted
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
 FILES = ("tokenizer.json", "vocab.json")
-"""Of a Hugging Face tokenizer: at least one is in its folder."""
+"""Files of which a Hugging Face tokenizer's folder has at least one."""
 CLIP_MERGES = 49152 - 256 - 2
-"""Merges that CLIP reads from its file, which holds more."""
+"""Number of merges that CLIP reads from its file, which contains more."""
 SPLIT = pre_tokenizers.Split(
     Regex(r"(?i)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"),
     behavior="removed",
     invert=True,
 )
-"""By CLIP's pattern."""
+"""Splits a text into pieces by CLIP's pattern."""
 
 
 class ClipTokenizer:
-    """Texts to CLIP token ids, exactly as OpenAI's code makes them.
+    """Converts texts to CLIP token ids, exactly like OpenAI's code.
 
     Args:
-        vocab: piece to id; `<|endoftext|>` has the highest id, because the text tower reads out there.
-        merges: pairs of pieces, first merged first.
+        vocab: maps pieces to ids; `<|endoftext|>` has the highest, by which the text tower finds where to read out.
+        merges: pairs of pieces, in the order in which they are merged.
 
     Raises:
-        ValueError: the vocabulary lacks a special token or a byte, `<|endoftext|>` is not its highest id, or a merge
-            is of pieces that it does not have.
+        ValueError: the vocabulary lacks a special token or a byte, `<|endoftext|>` does not have the highest id, or a
+            merge refers to unknown pieces.
     """
 
     def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
@@ -58,20 +58,20 @@ class ClipTokenizer:
         self.vocab_size = self.end_id + 1
         digest = json.dumps([sorted(vocab.items()), list(merges)]).encode()
         self.fingerprint = hashlib.sha256(digest).hexdigest()
-        """Identifies vocabulary and merges; part of the names of token caches."""
+        """Identifies vocabulary and merges; part of token caches' names."""
         try:
             bpe = BPE(vocab=vocab, merges=list(merges), end_of_word_suffix="</w>", continuing_subword_prefix="")
-        except Exception as error:  # the class that tokenizers raises for a merge of unknown pieces
+        except Exception as error:  # what tokenizers raises for a merge of unknown pieces
             raise ValueError(f"not a CLIP vocabulary: {first_line(error)}") from error
         self._tokenizer = Tokenizer(bpe)
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([SPLIT, to_bytes])
 
     def __call__(self, texts: Sequence[str], windows: int = 1) -> np.ndarray:
-        """Ids of `texts`, int64 (N, 77): start, text, end, zeros; a long text is cut so that end is the last.
+        """Ids of `texts`, int64 (N, 77): start, text, end, zeros; a long text is truncated so that end comes last.
 
-        With several windows (N, W, 77): a long text continues in the next one, up to that number. W is what the longest
-        text has; windows that a shorter one has not are 0.
+        With `windows` above 1, the shape is (N, W, 77): a long text continues in further windows, up to that number. W
+        is the number of windows of the longest text; the unused windows of shorter ones are 0.
         """
         cleaned, room = [clean(text) for text in texts], CONTEXT_LENGTH - 2
         pieces = [
@@ -87,8 +87,8 @@ class ClipTokenizer:
         return ids if windows > 1 else ids[:, 0]
 
     def _with_marks(self, text: str) -> list[int]:
-        """Ids of a cleaned text that spells a mark out. As OpenAI's pattern has it, only a piece that is nothing else
-        is the mark: `!<|endoftext|>` is punctuation, a word and punctuation."""
+        """Ids of a cleaned text that contains a special token. With OpenAI's pattern, it counts as one only if it is a
+        piece by itself: `!<|endoftext|>` is punctuation, a word and punctuation."""
         marks = {START: self.start_id, END: self.end_id}
         ids: list[int] = []
         for piece, _ in SPLIT.pre_tokenize_str(text):
@@ -97,7 +97,7 @@ class ClipTokenizer:
 
 
 def is_surely_cut(text: str) -> bool:
-    """Whether a text has more tokens than CLIP's 77 positions, going by its pieces, of one token or more each."""
+    """Whether a text is too long for CLIP's 77 positions even if each of its pieces is a single token."""
     if len(text) <= CONTEXT_LENGTH - 2:
         return False
     pieces = SPLIT.pre_tokenize_str(clean(text))
@@ -105,7 +105,7 @@ def is_surely_cut(text: str) -> bool:
 
 
 def clean(text: str) -> str:
-    """CLIP's cleaning: ftfy, HTML entities resolved twice, white space collapsed, lower case."""
+    """CLIP's cleaning: ftfy, HTML entities unescaped twice, white space collapsed, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip().lower()
 
@@ -136,19 +136,19 @@ def _from_merges_file(path: Path) -> ClipTokenizer:
 
 
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte, in the order of CLIP's ids: printable bytes first."""
+    """The printable character that represents each byte, in the order of CLIP's ids: printable bytes first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = 256 - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]
 
 
 def _from_hugging_face(source: str) -> ClipTokenizer:
-    from transformers import CLIPTokenizer  # seconds to import; only needed here
+    from transformers import CLIPTokenizer  # takes seconds to import
 
     def read(local_files_only: bool) -> ClipTokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=local_files_only)
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-        if len(model["vocab"]) <= len(tokenizer.all_special_tokens):  # what transformers makes where no files are
+        if len(model["vocab"]) <= len(tokenizer.all_special_tokens):  # transformers' result without files
             raise ValueError("no vocabulary found")
         _check_settings(tokenizer)
         merges = [(a, b) for a, b in (m if isinstance(m, list) else m.split() for m in model["merges"])]
@@ -159,11 +159,11 @@ def _from_hugging_face(source: str) -> ClipTokenizer:
 
 
 def _check_settings(tokenizer: Any) -> None:
-    """Raises ValueError where a Hugging Face tokenizer is set to give other ids than OpenAI's code."""
+    """Raises ValueError if a Hugging Face tokenizer's settings would give ids different from OpenAI's code."""
     settings = tokenizer.init_kwargs
     added = sorted({token.content for token in tokenizer.added_tokens_decoder.values()} - {START, END})
     for name, expected, found, fits in (
-        ("added tokens", f"{START} and {END} alone", listed(added), not added),
+        ("added tokens", f"only {START} and {END}", listed(added), not added),
         ("bos_token", START, tokenizer.bos_token, tokenizer.bos_token == START),
         ("eos_token", END, tokenizer.eos_token, tokenizer.eos_token == END),
         ("do_lower_case", True, settings.get("do_lower_case"), settings.get("do_lower_case", True)),

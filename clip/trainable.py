@@ -1,4 +1,4 @@
-"""Which parameters are trained: the parts of the model, and what trains which (docs/method.md section 5)."""
+"""Decides which parameters are trained, by the model's named parts (docs/method.md section 5)."""
 
 from collections.abc import Collection
 
@@ -12,18 +12,18 @@ HEAD, GATES = "head", "gates of neighbours"
 
 
 def parts_of(classifier: MissingModalityClassifier) -> dict[str, list[nn.Parameter]]:
-    """The parameters by part: what method and backbone say, and the head. Each is in exactly one."""
+    """All parameters, keyed by part: those of method and backbone, and the head. Each is in exactly one part."""
     method, backbone = classifier.method.parts(), classifier.model.parts()
     gates = [] if classifier.neighbours is None else list(classifier.neighbours.parameters())
     parts = {**method, HEAD: list(classifier.head.parameters()), GATES: gates, **backbone}
     assert len(parts) == len(method) + 2 + len(backbone), "method and backbone have parts of the same name"
-    of_parts = sorted(id(parameter) for part in parts.values() for parameter in part)
-    assert of_parts == sorted(map(id, classifier.parameters())), "a parameter is in no part, or in several"
+    in_parts = sorted(id(parameter) for part in parts.values() for parameter in part)
+    assert in_parts == sorted(map(id, classifier.parameters())), "a parameter is in no part, or in several"
     return parts
 
 
 def freeze(classifier: MissingModalityClassifier, task: str) -> str:
-    """Sets `requires_grad` of every parameter; returns a table of the parts with their sizes, as text."""
+    """Sets `requires_grad` of every parameter and returns a table of the parts and their sizes as text."""
     trained = {*classifier.method.trains(task)}
     if classifier.method.trains_head:
         trained |= {HEAD, GATES, *classifier.model.always_trained}
@@ -46,8 +46,8 @@ def freeze(classifier: MissingModalityClassifier, task: str) -> str:
 
 
 def has_frozen_towers(classifier: MissingModalityClassifier, but_for: Collection[str] = ()) -> bool:
-    """Whether the towers get no slots and, but for some parts of the backbone, nothing of them is trained."""
+    """Whether the towers get no slots and no parameter of theirs is trained, except in the parts `but_for`."""
     model = classifier.model
-    left_out = {id(parameter) for name, part in model.parts().items() if name in but_for for parameter in part}
-    of_towers = [each for tower in model.towers.values() for each in tower.parameters() if id(each) not in left_out]
-    return type(classifier.method) is NoPrompts and not any(each.requires_grad for each in of_towers)
+    excepted = {id(parameter) for name, part in model.parts().items() if name in but_for for parameter in part}
+    considered = [each for tower in model.towers.values() for each in tower.parameters() if id(each) not in excepted]
+    return type(classifier.method) is NoPrompts and not any(each.requires_grad for each in considered)

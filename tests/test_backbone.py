@@ -290,9 +290,9 @@ def refused(vit: str, problem: str, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("vit", "problem"),
     [
-        ("ViT-B/8", "found nothing of that name"),
-        ("RN50", "found nothing of that name"),
-        ("nowhere/clip.pt", "found nothing of that name"),
+        ("ViT-B/8", "found nothing by that name"),
+        ("RN50", "found nothing by that name"),
+        ("nowhere/clip.pt", "found nothing by that name"),
         (str(ROOT / "pyproject.toml"), "found a file of another kind"),
     ],
 )

@@ -1,1 +1,1 @@
-"""The towers with places for memory slots, the memory learner and the classifier around them."""
+"""Towers that take slots, the methods that provide them, heads, and the classifier that joins them."""

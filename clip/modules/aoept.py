@@ -1,5 +1,5 @@
-"""AOEPT: prompts that read clusters of the training set, gated by the other modality (arXiv 2605.24816; docs/method.md
-section 8).
+"""AOEPT: prompts that attend to clusters of the training set, gated by the other modality (arXiv 2605.24816;
+docs/method.md section 8).
 
 Shape suffixes: B samples, L sequence, D width of a tower, S slots of one kind, N prototypes, K blocks with prompts.
 """
@@ -18,17 +18,17 @@ from common.kmeans import kmeans
 HEADS = 8
 START_OF_SCALE = 4.6052
 PUBLISHED_END = 2
-"""The token id at which the published code looks for the end of a text, which is never it."""
+"""Token id by which the published code looks for the end of a text; it never marks the end."""
 IGNORED = -100
 TOWERS = {"text": "text", "image": "vision"}
-"""Published names of the towers; text goes first."""
+"""Published names of the towers, keyed by modality; text comes first."""
 
 
 class AOEPT(Method):
-    """Own and shared prompts for each of K blocks; both towers go in step, each gating the other's prompts.
+    """Own and shared prompts for each of K blocks; the towers run in step, each gating the other's prompts.
 
-    Missing inputs are encoded, as a black image or an empty text; where the other modality is missing a gate is 1.
-    Before the training, `see` fills the prototypes, which are frozen then. Names are the published ones.
+    Missing inputs are encoded as a black image or an empty text; a gate is 1 where the other modality is missing.
+    Before training, `see` fills the prototypes, which then stay frozen. Parameter names are the published ones.
     """
 
     grey = 0.0
@@ -39,7 +39,7 @@ class AOEPT(Method):
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__(places, embed_dim, options)
         if [*places] != ["image", "text"]:
-            raise ValueError(f"prompt_type=aoept is for an image and a text, found {', '.join(places)}")
+            raise ValueError(f"prompt_type=aoept expects image and text, found {', '.join(places)}")
         K, S = options.memory_depth, options.slots
         check_depth(places, K)
         hidden = embed_dim // self.reduction
@@ -58,28 +58,28 @@ class AOEPT(Method):
         self._auxiliary: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
-        """None: they follow from the blocks, see `encode`."""
+        """No slots: the prompts are computed from block to block in `encode`."""
         return dict.fromkeys(self.places, NO_SLOTS)
 
     def trains(self, task: str) -> tuple[str, ...]:
-        """The ends of the towers too, the text projection among them."""
+        """The method and the towers' ends, including the text projection."""
         return (METHOD, FINAL, TEXT_PROJECTION)
 
     # Prompts
 
     def own_prompts(self, tower: str, block: int) -> Tensor:
-        """(S, D)."""
+        """Own prompts (S, D) of a tower and block, before gating."""
         name = TOWERS[tower]
         return self._reading(f"{name}_layernorm", self.get_parameter(f"{name}_query")[block], tower, block)
 
     def shared_prompts(self, tower: str, block: int) -> Tensor:
-        """(S, D)."""
+        """Shared prompts (S, D) for a tower and block, before gating."""
         name = TOWERS[tower]
         projected_SD = self.get_submodule(f"shared_{name}_proj.{block}")(self.shared_query[block])
         return self._reading(f"shared_{name}_layernorm", projected_SD, tower, block)
 
     def _reading(self, norm: str, query_SD: Tensor, tower: str, block: int) -> Tensor:
-        """The queries and what they read from the prototypes, by attention without projections."""
+        """The queries plus their attention output over the prototypes, normalised; attention has no projections."""
         source_ND = self.get_buffer(f"{TOWERS[tower]}_init_tokens")[block]
         q, kv = (x.unflatten(-1, (HEADS, -1)).transpose(0, 1) for x in (query_SD, source_ND))
         read_SD = F.scaled_dot_product_attention(q, kv, kv).transpose(0, 1).flatten(1)
@@ -87,7 +87,7 @@ class AOEPT(Method):
         return result
 
     def gate(self, kind: str, tower: str, block: int, mean_BD: Tensor) -> Tensor:
-        """(B, D) from 0 to 1, of the other tower's mean token; `kind` is empty for own prompts, or `shared_`."""
+        """The gate (B, D), from 0 to 1, given the other tower's mean token; `kind` is "" (own prompts) or `shared_`."""
         found: Tensor = self.get_submodule(f"{kind}{TOWERS[tower]}_gate_mlp.{block}")(mean_BD)
         return found.sigmoid()
 
@@ -100,7 +100,7 @@ class AOEPT(Method):
         tokens: Mapping[str, Tensor],
         slots: Mapping[str, TowerSlots],
     ) -> dict[str, Tensor]:
-        """Features (B, E) of both towers, block by block, and the terms of the auxiliary loss."""
+        """Features (B, E) of both towers, run block by block; also collects the terms of the auxiliary loss."""
         assert isinstance(backbone, ClipBackbone)
         with torch.autocast(batch.present_BM.device.type, enabled=False):
             return self._encode(backbone, batch, tokens)
@@ -145,7 +145,8 @@ class AOEPT(Method):
         }
 
     def _text_tokens(self, backbone: ClipBackbone, ids_BL: Tensor, end_B: Tensor) -> Tensor:
-        """(B, L, D): padded with `<end>`, on the last of the positions stretched by the number of prompts."""
+        """Text tokens (B, L, D), padded with `<end>`. Their positions are the last L of the embeddings stretched by the
+        number of prompts."""
         tower = backbone.text_encoder
         L = ids_BL.shape[1]
         padding_BL = torch.arange(L, device=ids_BL.device) > end_B[:, None]
@@ -156,7 +157,7 @@ class AOEPT(Method):
         return embedded + stretched[0, 0, -L:]
 
     def _read_position(self, ids_BL: Tensor, end_B: Tensor) -> Tensor:
-        """(B,) in the text: of `<end>`, or where the published code reads, at the last of all 77 positions."""
+        """Position (B,) in the text to read out: `<end>`, or the published code's, in effect the last of the 77."""
         if self.options.aoept_read == "end":
             return end_B
         found_BL = ids_BL == PUBLISHED_END
@@ -166,10 +167,10 @@ class AOEPT(Method):
     # The auxiliary loss
 
     def _auxiliary_term(self, prompt_BD: Tensor, mean_BD: Tensor, has_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Each sample's mean own prompt should be nearer to its mean token than to those of others.
+        """Contrast that pulls each sample's mean own prompt nearer to its own mean token than to those of others.
 
         Returns:
-            The cross-entropy over the samples that have the modality, and whether these are two or more.
+            The cross-entropy over the samples that have the modality, and whether there are at least two of them.
         """
         B, count = len(has_B), has_B.sum()
         cosine_BB = F.normalize(prompt_BD, dim=-1) @ F.normalize(mean_BD.detach(), dim=-1).T
@@ -181,7 +182,7 @@ class AOEPT(Method):
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """The mean of the auxiliary terms over towers and blocks; 0 where no two samples have a modality."""
+        """The mean of the auxiliary terms over towers and blocks; 0 if no modality is present in two samples."""
         terms, counted = (torch.stack(each) for each in zip(*self._auxiliary, strict=True))
         return {"auxiliary": self.options.aoept_weight * (terms * counted).sum() / counted.sum().clamp_min(1)}
 
@@ -189,9 +190,9 @@ class AOEPT(Method):
 
     @torch.no_grad()
     def see(self, backbone: Backbone, batches: Iterable[ModelInput]) -> None:
-        """Sets the prototypes: centres of the mean tokens before each of K blocks of the towers, without prompts.
+        """Sets the prototypes: cluster centres of the mean tokens before each of K blocks of a tower without prompts.
 
-        Of the samples that have the modality; the tokens of texts up to `<end>`.
+        Only samples with the modality count, and only the tokens of a text up to `<end>`.
         """
         assert isinstance(backbone, ClipBackbone)
         transformers: dict[str, Transformer] = {
@@ -222,7 +223,7 @@ def _two_layers(width_in: int, hidden: int, width_out: int, activation: nn.Modul
 
 
 def _text_mask(end_B: Tensor, length: int, slots: int) -> Tensor:
-    """(B, 1, L, L): causal over prompts and text, what follows `<end>` seen by nobody."""
+    """Mask (B, 1, L, L), causal over prompts and text; no position sees what follows `<end>`."""
     positions = torch.arange(slots + length, device=end_B.device)
     seen_BL = positions <= slots + end_B[:, None]
     return (causal_mask(slots + length, end_B.device) & seen_BL[:, None])[:, None]

@@ -1,4 +1,4 @@
-"""CoOp: learned context in front of the input, the same for all samples (arXiv 2109.01134)."""
+"""CoOp: a learned context in front of the input, the same for all samples (arXiv 2109.01134)."""
 
 from collections.abc import Mapping
 
@@ -9,9 +9,9 @@ from clip.modules.method import Method, MethodOptions, prompts
 
 
 class CoOp(Method):
-    """m prompts in front of the first block of each tower, blind to the missing type (docs/method.md section 8).
+    """m prompts before the first block of each tower, independent of the missing type (docs/method.md section 8).
 
-    The source prompts the text tower of a zero-shot classifier; here both towers get prompts, and a head classifies.
+    The source prompts the text tower of a zero-shot classifier; here both towers get prompts and a head classifies.
     """
 
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:

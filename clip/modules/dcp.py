@@ -1,4 +1,4 @@
-"""DCP, deep correlated prompting: the method that REP grew out of (docs/method.md section 8)."""
+"""DCP, deep correlated prompting, the method that REP builds on (docs/method.md section 8)."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ BOTTLENECK = 16
 
 
 class DeepCorrelatedPrompts(Method):
-    """Private prompts that follow from those of the layer before, shared ones and dynamic ones.
+    """Private prompts computed from those of the layer before, and shared and dynamic prompts.
 
     Parameter names are those of published checkpoints.
     """
@@ -36,7 +36,7 @@ class DeepCorrelatedPrompts(Method):
         self.dynamic = nn.ModuleDict({modality: DynamicSlots(place, m) for modality, place in places.items()})
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
-        """Private prompts of each layer, shared and dynamic ones of the first."""
+        """Private prompts for each layer, and shared and dynamic ones for the first."""
         visual_BmD, text_BmD, common_BmE = (
             of_missing_type([self.get_parameter(f"{part}_prompt_{name}") for name in names], batch)
             for part, names in START.items()
@@ -50,12 +50,12 @@ class DeepCorrelatedPrompts(Method):
         return slots
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The prompts, and the attention of the dynamic ones."""
+        """The prompts, and the attention of the dynamic prompts."""
         dynamic = [*self.dynamic.parameters()]
         return {METHOD: without(self.parameters(), dynamic), DYNAMIC_ATTENTION: dynamic}
 
     def trains(self, task: str) -> tuple[str, ...]:
-        """The ends of the towers too, on every task."""
+        """All of the method and the towers' ends, on every task."""
         return (METHOD, DYNAMIC_ATTENTION, FINAL)
 
 

@@ -19,18 +19,19 @@ VIEWS = {
     "image": ("w_mi_c", "w_mt_c", "w_mt_im"),
     "both": ("w_mi_c", "w_mi_tm", "w_mt_c", "w_mt_im"),
 }
-"""The prototypes that a training with each missing type uses; the first are the anchors of `one_view`."""
+"""Names of the prototypes used in training, keyed by the missing type; the first are the anchors of `one_view`."""
 SMALLEST_SQUARE = 1e-12
-"""Of a sine; at 0 its root has no slope."""
+"""Lower bound of a squared sine; at 0, the square root has no finite gradient."""
 
 
 class DecoupledPrototypes(Head):
-    """A prototype of each class for images of complete samples, images without text, and likewise for texts.
+    """A prototype of each class for images of complete samples, for images without text, and the same for texts.
 
-    Logits are cosines between the features of the modalities that are there and the prototypes of the sample's missing
-    type, of complete samples their mean: no bias, and no scale in evaluation, so that a class is predicted from cosine
-    0 on. In training they are scaled, the angle to the right classes is widened by the missing type's margin, and a
-    contrast loss pulls the prototypes of a class together. Names are those of published checkpoints.
+    Logits are cosines between the features of the present modalities and the prototypes of the sample's missing type,
+    averaged for complete samples. There is no bias, and no scale in evaluation, so a class is predicted if its cosine
+    is at least 0. In training, logits are scaled, the angle to the right classes is widened by the missing type's
+    margin, and a contrast loss pulls the prototypes of a class together. Parameter names are those of published
+    checkpoints.
     """
 
     trains_ends = True
@@ -39,7 +40,7 @@ class DecoupledPrototypes(Head):
     def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
         super().__init__(parts, embed_dim, n_classes, options)
         if parts != 2:
-            raise ValueError(f"head=dpl is for an image and a text, found {parts} modalities")
+            raise ValueError(f"head=dpl expects an image and a text, found {parts} modalities")
         options = options or MethodOptions()
         self.margins, self.contrast_weight = options.dpl_margins, options.dpl_contrast_weight
         self.scales = (self.logit_scale,) * 3
@@ -50,15 +51,15 @@ class DecoupledPrototypes(Head):
             self.register_parameter(name, nn.Parameter(nn.init.xavier_normal_(torch.empty(embed_dim, n_classes))))
 
     def trained_on(self, missing_type: str) -> None:
-        """The contrast is between the prototypes that this missing type uses. ValueError: not of image and text."""
+        """Restricts the contrast loss to the prototypes of this missing type; ValueError: not one of image and text."""
         if missing_type not in VIEWS:
-            raise ValueError(f"head=dpl is for an image and a text, found missing_type={missing_type}")
+            raise ValueError(f"head=dpl expects an image and a text, found missing_type={missing_type}")
         self.views = VIEWS[missing_type]
 
     def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Cosines (B, C) of features (B, 2E), image first; with labels the logits of training.
+        """Cosines (B, C) for features (B, 2E), image first; with labels, the training logits.
 
-        In full precision: 16 bits round cosines near 1 to 1, where the sine of the margin has no slope.
+        Computed in full precision: 16 bits round cosines near 1 to 1, where the sine has no finite gradient.
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.get_parameter("w_mi_c").dtype)
@@ -70,14 +71,14 @@ class DecoupledPrototypes(Head):
             text_BC = torch.where(
                 type_B1 == IMAGE_MISSING, text_BE @ self._prototypes("w_mt_im"), text_BE @ self._prototypes("w_mt_c")
             )
-            of_one_BC = torch.where(type_B1 == TEXT_MISSING, image_BC, text_BC)
-            cosine_BC = torch.where(type_B1 == 0, (image_BC + text_BC) / 2, of_one_BC)
+            single_BC = torch.where(type_B1 == TEXT_MISSING, image_BC, text_BC)
+            cosine_BC = torch.where(type_B1 == 0, (image_BC + text_BC) / 2, single_BC)
             return cosine_BC if labels is None else self.with_margin(cosine_BC, missing_type_B, labels)
 
     def with_margin(self, cosine_BC: Tensor, missing_type_B: Tensor, labels: Tensor) -> Tensor:
-        """What the loss of the task sees: scaled, of right classes the cosine of the angle plus the margin.
+        """Logits for the task's loss: scaled cosines, with the margin added to the angle of the right classes.
 
-        Where that angle would be more than pi, the cosine less `margin * sin(pi - margin)` instead.
+        Where the widened angle would exceed pi, `margin * sin(pi - margin)` is subtracted from the cosine instead.
         """
         scale_B1, margin_B1 = (
             _of_type(values, missing_type_B, cosine_BC.dtype)[:, None] for values in (self.scales, self.margins)
@@ -93,7 +94,7 @@ class DecoupledPrototypes(Head):
         return scale_B1 * torch.where(right_BC, widened_BC, cosine_BC)
 
     def losses(self) -> dict[str, Tensor]:
-        """The contrast: each prototype should be nearer to those of its class than to all others."""
+        """The contrast loss: each prototype should be nearer to those of its class than to all others."""
         if not self.contrast_weight:
             return {}
         with torch.autocast(self.get_parameter("w_mi_c").device.type, enabled=False):
@@ -102,16 +103,17 @@ class DecoupledPrototypes(Head):
             anchors = N // V if self.one_view else N
             itself = torch.eye(N, dtype=torch.bool, device=prototypes_NE.device)[:anchors]
             same_class = torch.eye(N // V, dtype=torch.bool, device=itself.device).repeat(V, V)[:anchors] & ~itself
-            alike_AN = prototypes_NE[:anchors] @ prototypes_NE.T / self.temperature
-            log_softmax_AN = alike_AN.masked_fill(itself, -math.inf).log_softmax(dim=1)
+            similarity_AN = prototypes_NE[:anchors] @ prototypes_NE.T / self.temperature
+            log_softmax_AN = similarity_AN.masked_fill(itself, -math.inf).log_softmax(dim=1)
             mean = log_softmax_AN.masked_fill(~same_class, 0).sum() / (anchors * (V - 1))
             return {"contrast": -self.contrast_weight * self.temperature / self.base_temperature * mean}
 
     def _prototypes(self, name: str) -> Tensor:
-        """(E, C), each of length 1."""
+        """Prototypes (E, C), each of length 1."""
         return F.normalize(self.get_parameter(name), dim=0)
 
 
 def _of_type(values: Sequence[float], type_B: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B,): the value for each sample's missing type; no tensor is made of values, which no CUDA graph copies to it."""
-    return torch.stack([(type_B == number).to(dtype) * value for number, value in enumerate(values)]).sum(dim=0)
+    """The value (B,) for each sample's missing type. `values` is not made a tensor, whose copy to the GPU a CUDA graph
+    could not capture."""
+    return torch.stack([(type_B == code).to(dtype) * value for code, value in enumerate(values)]).sum(dim=0)

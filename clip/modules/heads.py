@@ -1,6 +1,6 @@
-"""Heads: from features to logits (docs/method.md sections 4 and 8).
+"""Heads, which map features to logits (docs/method.md sections 4 and 8).
 
-Shape suffixes: B samples, P parts of what is classified, E width of a modality's features, C classes, T missing types.
+Shape suffixes: B samples, P parts of the features, E width of a part, C classes, T missing types.
 """
 
 from typing import ClassVar
@@ -14,47 +14,47 @@ HEAD_STD = 0.02
 
 
 class Head(nn.Module):
-    """A head. A new one is a subclass and a line in `clip/modules/registry.py`.
+    """Base class of heads. To add one, write a subclass and a line in `clip/modules/registry.py`.
 
     Args:
-        parts: P; features are (B, PE).
+        parts: number of parts P; features are (B, PE).
 
     Raises:
-        ValueError: it is not for this many parts, or its options do not fit.
+        ValueError: the head does not support this number of parts, or its options do not fit.
     """
 
     trains_ends: ClassVar[bool] = False
-    """Whether it trains what follows the last blocks of the backbone, whatever the method (see `train_ends`)."""
+    """Whether the backbone's layers after the last blocks are trained, whatever the method (see `train_ends`)."""
     logit_scale: ClassVar[float] = 1.0
-    """Factor on its logits that makes them those of the probabilities that its training fits."""
+    """Factor that turns the head's logits into those of the probabilities that its training fits."""
 
     def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
         super().__init__()
 
     def forward(self, features: Tensor, missing_type_B: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, C) of features (B, PE); in training with labels (B, C) of 0 and 1, or (B,) class numbers."""
+        """Logits (B, C) for features (B, PE). Labels, 0 and 1 (B, C) or class indices (B,), are given in training."""
         raise NotImplementedError
 
     def losses(self) -> dict[str, Tensor]:
-        """Its own losses in training, weighted, by the names that they are logged under (`train/NAME`)."""
+        """The head's own weighted losses in training, keyed by the name they are logged under (`train/NAME`)."""
         return {}
 
     def trained_on(self, missing_type: str) -> None:
-        """Called before a training with the missing type of its samples, as the option names it."""
+        """Called before training with its `missing_type` option."""
 
 
 class LinearHead(Head):
-    """The published head: one linear layer of the joined features, blind to the missing type."""
+    """The published head: one linear layer on the joined features, independent of the missing type."""
 
     def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
         super().__init__(parts, embed_dim, n_classes, options)
-        linear = nn.Linear(parts * embed_dim, n_classes)  # draws, as published, before the weights are drawn
+        linear = nn.Linear(parts * embed_dim, n_classes)  # draws from the generator first, as published
         self.weight, self.bias = linear.weight, linear.bias
         nn.init.normal_(self.weight, std=HEAD_STD)
         nn.init.zeros_(self.bias)
 
     def reset_parameters(self) -> None:
-        """PyTorch's own start values, see `Backbone.plain_head`."""
+        """Resets to PyTorch's default initialisation, see `Backbone.plain_head`."""
         linear = nn.Linear(self.weight.shape[1], len(self.bias))
         self.weight, self.bias = linear.weight, linear.bias
 
@@ -64,7 +64,7 @@ class LinearHead(Head):
 
 
 class LinearByType(Head):
-    """A linear layer for each missing type, as DPL's code without prompts has for comparison."""
+    """One linear layer for each missing type, the comparison without prompts in DPL's code."""
 
     def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
         super().__init__(parts, embed_dim, n_classes, options)

@@ -9,9 +9,9 @@ from clip.modules.method import Method, MethodOptions, check_depth, prompts
 
 
 class MissingAwarePrompts(Method):
-    """m prompts per missing type, tower and block, for each of D blocks (docs/method.md section 8).
+    """m prompts for each missing type, in each tower and each of D blocks (docs/method.md section 8).
 
-    The source has one transformer over both modalities; here each tower has prompts of its own.
+    The source has one transformer for both modalities; here each tower has prompts of its own.
     """
 
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
@@ -22,12 +22,12 @@ class MissingAwarePrompts(Method):
             self.register_parameter(f"{name}_prompts", prompts(depth, types, options.slots, place.width))
 
     def prompts_of(self, batch: ModelInput) -> dict[str, Tensor]:
-        """(D, B, m, width) by place: those of each sample's missing type."""
+        """The prompts (D, B, m, width) for each sample's missing type, keyed by modality."""
         return {name: self.get_parameter(f"{name}_prompts")[:, batch.missing_type_B] for name in self.places}
 
 
 class MapInput(MissingAwarePrompts):
-    """Input level: the prompts of a block come in front of its input and stay, so that the sequence grows."""
+    """Input level: the prompts of a block are put in front of its input and stay there, so the sequence grows."""
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         """Slots to insert before each of D blocks."""
@@ -35,7 +35,7 @@ class MapInput(MissingAwarePrompts):
 
 
 class MapAttention(MissingAwarePrompts):
-    """Attention level: half of the prompts are keys, the other half values, which all positions of a block see.
+    """Attention level: half of the prompts are keys and half are values, which all positions of a block attend to.
 
     Raises:
         ValueError: the number of prompts is odd.
@@ -50,7 +50,7 @@ class MapAttention(MissingAwarePrompts):
         super().__init__(places, embed_dim, options)
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
-        """Keys and values, a prefix of each of D blocks: D tensors (B, m / 2, 2 width)."""
+        """A prefix of keys and values for each of D blocks: D tensors (B, m / 2, 2 width)."""
         return {
             name: TowerSlots(prefix_BP2D=list(slots.unflatten(2, (2, -1)).transpose(2, 3).flatten(3)))
             for name, slots in self.prompts_of(batch).items()

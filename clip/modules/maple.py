@@ -1,4 +1,4 @@
-"""MaPLe: text prompts in several blocks, and image prompts that follow from them (arXiv 2210.03117)."""
+"""MaPLe: text prompts in several blocks, and image prompts computed from them (arXiv 2210.03117)."""
 
 from collections.abc import Mapping
 
@@ -11,8 +11,8 @@ from clip.modules.method import Method, MethodOptions, check_depth, prompts
 class MaPLe(Method):
     """m text prompts for each of D blocks; the image prompts are a linear map of them (docs/method.md section 8).
 
-    Both replace those of the block before, and are blind to the missing type. In the source the text prompts stand
-    behind the start token; here they come first.
+    Both replace those of the block before and are independent of the missing type. In the source the text prompts come
+    after the start token; here they come first.
     """
 
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:

@@ -1,4 +1,4 @@
-"""MoRA, low-rank adaptation that towers share in part (arXiv 2511.06225; docs/method.md section 8), and plain LoRA.
+"""MoRA, low-rank adaptation partly shared by the towers (arXiv 2511.06225; docs/method.md section 8), and plain LoRA.
 
 Shape suffixes: B samples, L sequence, D width of a tower, r rank.
 """
@@ -16,7 +16,7 @@ from clip.modules.vision_transformer_memory import ClipBackbone
 from common.dropout import dropout
 
 ADAPTED_BLOCKS = 2
-"""The last ones that both towers have: 10 and 11 of ViT-B and ViT-L."""
+"""Number of adapted blocks, the last ones that both towers have: 10 and 11 in ViT-B and ViT-L."""
 MATRICES = "qkv"
 DROPOUT = 0.1
 SHORTEST_COLUMN = 1e-5
@@ -25,8 +25,8 @@ SHORTEST_COLUMN = 1e-5
 class LoRA(Method):
     """Low-rank updates of two of the matrices q, k, v in the last blocks: `W + alpha (PQ)^T`.
 
-    The control of MoRA, with its blocks, matrices, dropout and treatment of missing inputs: a white image or an empty
-    text is encoded, and nothing knows the missing type.
+    The control for MoRA, with the same blocks, matrices, dropout and treatment of missing inputs: a white image or an
+    empty text is encoded, and the missing type is not used.
     """
 
     grey = 1.0
@@ -34,17 +34,17 @@ class LoRA(Method):
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__(places, embed_dim, options)
         if [*places] != ["image", "text"]:
-            raise ValueError(f"prompt_type={options.prompt_type} is for an image and a text, found {', '.join(places)}")
+            raise ValueError(f"prompt_type={options.prompt_type} expects image and text, found {', '.join(places)}")
         last = min(place.depth for place in places.values())
         self.blocks = range(max(0, last - ADAPTED_BLOCKS), last)
         self.own = nn.ModuleDict()
         for (tower, place), rank in zip(places.items(), options.lora_rank[1:], strict=True):
-            of_tower = {
+            matrices = {
                 f"{block}_{matrix}": nn.ParameterDict(self._values(place.width, rank))
                 for block in self.blocks
                 for matrix in options.lora_matrices
             }
-            self.own[tower] = nn.ModuleDict(of_tower)
+            self.own[tower] = nn.ModuleDict(matrices)
 
     def _values(self, width: int, rank: int) -> dict[str, nn.Parameter]:
         return {
@@ -53,7 +53,7 @@ class LoRA(Method):
         }
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
-        """No slots, but adapters of the last blocks."""
+        """No slots, only adapters for the last blocks."""
         return {
             tower: TowerSlots(adapters={block: partial(self._project, tower, block) for block in self.blocks})
             for tower in self.places
@@ -68,7 +68,7 @@ class LoRA(Method):
         return F.linear(x_BLD, adapted_DD.to(weight_DD.dtype), bias_D)
 
     def adapted(self, tower: str, block: int, matrix: str, weight_DD: Tensor) -> Tensor:
-        """(D, D): the matrix in place of the frozen one."""
+        """The adapted matrix (D, D) that replaces the frozen one."""
         return weight_DD + self.options.lora_alpha * self._own_update(tower, block, matrix)
 
     def _own(self, tower: str, block: int, matrix: str) -> nn.ParameterDict:
@@ -82,12 +82,12 @@ class LoRA(Method):
 
 
 class MoRA(LoRA):
-    """Two directions for each adapted matrix, with a gain for each column: `W` moved by an update that both towers
-    share, and by one of its own.
+    """Each adapted matrix is a sum of two: `W` plus an update shared by both towers, and `W` plus an update of its own,
+    each with its columns normalised and scaled by learned gains.
 
     The shared update of a block comes from one pair of factors, `A` of the text tower's width and `B` of the image
-    tower's: `A (B^T B) A^T` for texts and `B (A^T A) B^T` for images. At the start an adapted matrix is not the frozen
-    one: both gains are its column norms.
+    tower's: `A (B^T B) A^T` for texts and `B (A^T A) B^T` for images. An adapted matrix does not start as the frozen
+    one, because both gains start at the frozen matrix's column norms.
     """
 
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
@@ -106,7 +106,7 @@ class MoRA(LoRA):
 
     @torch.no_grad()
     def start_on(self, backbone: Backbone) -> None:
-        """Both gains are the norms of the frozen columns."""
+        """Sets both gains to the norms of the frozen columns."""
         assert isinstance(backbone, ClipBackbone)
         for tower in self.places:
             for block in self.blocks:
@@ -118,13 +118,13 @@ class MoRA(LoRA):
                             gain.copy_(frozen_DD.norm(dim=0, keepdim=True))
 
     def adapted(self, tower: str, block: int, matrix: str, weight_DD: Tensor) -> Tensor:
-        """(D, D): the matrix in place of the frozen one."""
+        """The adapted matrix (D, D) that replaces the frozen one."""
         own, alpha = self._own(tower, block, matrix), self.options.lora_alpha
         factors = self.shared.get_submodule(str(block))
         assert isinstance(factors, nn.ParameterDict)
-        mine_Dr, other_Dr = (factors[name] for name in (tower, "image" if tower == "text" else "text"))
+        own_Dr, other_Dr = (factors[name] for name in (tower, "image" if tower == "text" else "text"))
         shared_DD, own_DD = (
             F.normalize(weight_DD + alpha * update_DD, dim=0, eps=SHORTEST_COLUMN)
-            for update_DD in (mine_Dr @ (other_Dr.T @ other_Dr) @ mine_Dr.T, self._own_update(tower, block, matrix))
+            for update_DD in (own_Dr @ (other_Dr.T @ other_Dr) @ own_Dr.T, self._own_update(tower, block, matrix))
         )
         return own["shared_gain"] * shared_DD + own["own_gain"] * own_DD

@@ -13,10 +13,10 @@ ORTHOGONALITY_WEIGHT = 0.15
 
 
 class ModalitySpecificPrompts(Method):
-    """m prompts per modality, tower and block, for each of D blocks (docs/method.md section 8).
+    """m prompts for each modality in each tower and each of D blocks (docs/method.md section 8).
 
-    A sample gets the sum of the sets of its modalities. A loss on the cosine between the two sets keeps them apart.
-    They replace those of the block before.
+    A sample gets the sum of its modalities' prompts, which replaces the prompts of the block before. A loss on the
+    cosine between the two sets keeps them apart.
     """
 
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
@@ -27,7 +27,7 @@ class ModalitySpecificPrompts(Method):
             self.register_parameter(f"{name}_prompts", prompts(depth, len(places), options.slots, place.width))
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
-        """The sum of the sets of the modalities that each sample has."""
+        """The sum of the prompts for the modalities that each sample has."""
         slots = {}
         for name in self.places:
             prompts_DMmW = self.get_parameter(f"{name}_prompts")
@@ -39,8 +39,8 @@ class ModalitySpecificPrompts(Method):
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
         """The mean absolute cosine between the two sets, over towers and blocks."""
-        alike = []
+        cosines = []
         for name in self.places:
             first_DmW, second_DmW = self.get_parameter(f"{name}_prompts").unbind(1)
-            alike.append(F.cosine_similarity(first_DmW.flatten(1), second_DmW.flatten(1), dim=-1).abs())
-        return {"orthogonality": ORTHOGONALITY_WEIGHT * torch.stack(alike).mean()}
+            cosines.append(F.cosine_similarity(first_DmW.flatten(1), second_DmW.flatten(1), dim=-1).abs())
+        return {"orthogonality": ORTHOGONALITY_WEIGHT * torch.stack(cosines).mean()}

@@ -1,11 +1,12 @@
-"""Retrieval: the nearest training samples' features and labels reach the head, through gates that start at 0.
+"""Retrieval: the features and labels of the nearest training samples reach the head, through gates that start at 0.
 
-Nearness is the mean cosine of the features that two samples both have, less the training samples' mean features. A
-missing modality's feature is filled with the mean of the nearest that have it; the labels of the nearest of all add to
-the logits. A training sample never finds its own row.
+The similarity of two samples is the mean cosine over the modalities that both have, after the training samples' mean
+features are subtracted. A missing modality's feature is filled with the mean over the nearest samples that have it; the
+labels of the nearest samples overall are added to the logits. A training sample never finds its own row.
 
 Shape suffixes: B samples of the batch, N of the training split, M modalities, E width of a modality's feature, F of all
-side by side, C classes, k neighbours, G searches: among all samples, then for each modality among those that have it.
+features concatenated, C classes, k neighbours, G searches: one among all samples, then one for each modality among the
+samples that have it.
 """
 
 from collections.abc import Mapping
@@ -21,13 +22,13 @@ BANK = ("features_NF", "present_NM", "labels_NC", "row_N")
 
 
 class Neighbours(nn.Module):
-    """The training samples, and what is taken from the nearest.
+    """The training samples, and what the nearest of them contribute.
 
-    Features are those of frozen towers, so that what was found for a sample of a split holds for the next epochs.
+    Features come from frozen towers, so the neighbours found for a sample of a split remain valid in later epochs.
 
     Args:
-        widths: E by modality.
-        k: how many.
+        widths: E, keyed by modality.
+        k: number of neighbours.
     """
 
     def __init__(self, widths: Mapping[str, int], n_classes: int, k: int) -> None:
@@ -39,17 +40,17 @@ class Neighbours(nn.Module):
         self._found: dict[tuple[str, int, int], Tensor] = {}
 
     def make_room(self, samples: int) -> None:
-        """For the training samples of a checkpoint, or of a training."""
+        """Allocates the buffers for the training samples, before they are computed or loaded from a checkpoint."""
         self.register_buffer("features_NF", torch.zeros(samples, sum(self.widths.values()), dtype=torch.float16))
         self.register_buffer("present_NM", torch.zeros(samples, len(self.widths), dtype=torch.bool))
         self.register_buffer("labels_NC", torch.zeros(samples, self.n_classes, dtype=torch.uint8))
         self.register_buffer("row_N", torch.zeros(samples, dtype=torch.long))
 
     def remember(self, features_NF: Tensor, present_NM: Tensor, labels: Tensor, row_N: Tensor) -> None:
-        """Takes the training samples, as their missing table leaves them.
+        """Stores the training samples, without the modalities that are missing by their missing table.
 
         Args:
-            labels: (N, C) of 0 and 1, or (N,) class numbers.
+            labels: 0 and 1 (N, C), or class indices (N,).
         """
         labels_NC = labels if labels.ndim == 2 else F.one_hot(labels, self.n_classes)
         self.make_room(len(row_N))
@@ -57,36 +58,36 @@ class Neighbours(nn.Module):
             self.get_buffer(name).copy_(value)
 
     def forward(self, features: Mapping[str, Tensor], batch: ModelInput) -> tuple[dict[str, Tensor], Tensor]:
-        """Features (B, E) by modality, filled, and what is added to the logits (B, C)."""
+        """Features (B, E) with missing ones filled, keyed by modality, and the addition (B, C) to the logits."""
         near_BGk = self._nearest(torch.cat([features[name] for name in self.widths], 1).detach(), batch)
-        there_BGk = near_BGk >= 0
-        count_BG = there_BGk.sum(-1)
+        valid_BGk = near_BGk >= 0
+        count_BG = valid_BGk.sum(-1)
         filled = {}
         parts_NE = self.get_buffer("features_NF").split(list(self.widths.values()), dim=1)
         for m, (name, part_NE) in enumerate(zip(self.widths, parts_NE, strict=True)):
-            weight_Bk = there_BGk[:, 1 + m] / count_BG[:, 1 + m, None].clamp_min(1)
+            weight_Bk = valid_BGk[:, 1 + m] / count_BG[:, 1 + m, None].clamp_min(1)
             found_BkE = part_NE[near_BGk[:, 1 + m]].float()
             mean_BE = torch.einsum("bk,bke->be", weight_Bk, found_BkE)
             filled[name] = features[name] + self.feature_gate_M[m] * mean_BE
         labels_NC = self.get_buffer("labels_NC").float()
         share_C = (labels_NC.sum(0) + 0.5) / (len(labels_NC) + 1)
-        votes_BC = (labels_NC[near_BGk[:, 0]] * there_BGk[:, 0, :, None]).sum(1) + share_C
+        votes_BC = (labels_NC[near_BGk[:, 0]] * valid_BGk[:, 0, :, None]).sum(1) + share_C
         log_odds_BC = (votes_BC / (count_BG[:, :1] + 1)).logit() - share_C.logit()
         return filled, self.vote_gate_C * log_odds_BC
 
     def _nearest(self, features_BF: Tensor, batch: ModelInput) -> Tensor:
-        """(B, G, k) numbers of training samples, -1 where there are fewer; of a modality that is there none."""
+        """Indices (B, G, k) of training samples, -1 where fewer qualify; none for a modality that the sample has."""
         types = batch.missing_type_B.tolist()
         if not batch.split or batch.index_B is None:
             return self._search(features_BF, batch)
-        keys = [(batch.split, number, code) for number, code in zip(batch.index_B.tolist(), types, strict=True)]
+        keys = [(batch.split, index, code) for index, code in zip(batch.index_B.tolist(), types, strict=True)]
         if any(key not in self._found for key in keys):
             self._found |= zip(keys, self._search(features_BF, batch).cpu(), strict=True)
         return torch.stack([self._found[key] for key in keys]).to(features_BF.device)
 
     @torch.no_grad()
     def _search(self, features_BF: Tensor, batch: ModelInput) -> Tensor:
-        """One matrix product."""
+        """Computes what `_nearest` returns, with one matrix product."""
         bank_NF, present_NM, row_N = (self.get_buffer(name) for name in ("features_NF", "present_NM", "row_N"))
         widths = list(self.widths.values())
         counts_F = present_NM.sum(0).clamp_min(1).repeat_interleave(torch.tensor(widths, device=present_NM.device))
@@ -100,13 +101,13 @@ class Neighbours(nn.Module):
             cosine_BN = keys(features_BF, batch.present_BM) @ keys(bank_NF, present_NM).T
         shared_BN = batch.present_BM.float() @ present_NM.float().T
         mean_BN = (cosine_BN / shared_BN).masked_fill(shared_BN == 0, -torch.inf)
-        if batch.split == TRAIN and batch.index_B is not None and len(row_N):  # fast_dev_run has none
+        if batch.split == TRAIN and batch.index_B is not None and len(row_N):  # fast_dev_run has no training samples
             mean_BN.masked_fill_(row_N[batch.index_B][:, None] == row_N, -torch.inf)
         found = []
         for m in range(-1, len(self.widths)):
             among_BN = mean_BN
             if m >= 0:
                 among_BN = mean_BN.masked_fill(batch.present_BM[:, m, None] | ~present_NM[:, m], -torch.inf)
-            nearness_Bk, number_Bk = among_BN.topk(min(self.k, len(row_N)))
-            found.append(number_Bk.where(nearness_Bk.isfinite(), -1))
+            nearness_Bk, index_Bk = among_BN.topk(min(self.k, len(row_N)))
+            found.append(index_Bk.where(nearness_Bk.isfinite(), -1))
         return torch.stack(found, 1)

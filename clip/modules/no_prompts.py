@@ -1,4 +1,4 @@
-"""No prompts at all: the frozen backbone and the head, the floor of every comparison, or all of it trained."""
+"""No prompts: the frozen backbone and a head, the baseline of every comparison, or a backbone trained as a whole."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from clip.modules.method import EVERY_PART, Method
 
 
 class NoPrompts(Method):
-    """Leaves the towers as they are; the head alone is trained."""
+    """Leaves the towers unchanged and trains the head alone."""
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         """No slots anywhere."""
@@ -17,7 +17,7 @@ class NoPrompts(Method):
 
 
 class WholeBackbone(NoPrompts):
-    """No prompts, and nothing frozen: pretraining, and full fine-tuning."""
+    """No prompts and nothing frozen, for pretraining and full fine-tuning."""
 
     def trains(self, task: str) -> tuple[str, ...]:
         """Every part."""

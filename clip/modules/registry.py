@@ -1,6 +1,6 @@
-"""Methods by the name that `prompt_type` knows them by, and heads. Adding one is adding a file and a line here.
+"""Methods, keyed by their `prompt_type`, and heads. To add one, add a file and a line here.
 
-Entries are names, so that reading the options loads none of them.
+Entries are import names, so that reading the options imports none of them.
 """
 
 from pkgutil import resolve_name
@@ -39,12 +39,12 @@ FAMILY_METHODS = {
         "focal": "sensors.methods:Focal",
     },
 }
-"""Likewise by family of backbones, for those whose methods are not METHODS."""
+"""Methods of the families of backbones that do not use METHODS, keyed by family."""
 PRETRAINING = {"focal": 4}
-"""Methods that train a backbone without labels, with the number of successive samples of a recording that they compare.
-Their checkpoints are backbones for the others."""
+"""Methods that train a backbone without labels, with the number of consecutive samples of a recording that they
+compare. Their checkpoints serve as backbones for other methods."""
 TRAIN_BACKBONES = (*PRETRAINING, "full")
-"""Methods whose checkpoints are backbones for the others."""
+"""Methods whose checkpoints serve as backbones for other methods."""
 HEADS = {
     "linear": "clip.modules.heads:LinearHead",
     "linear_by_type": "clip.modules.heads:LinearByType",
@@ -53,7 +53,7 @@ HEADS = {
 
 
 def every_method() -> list[str]:
-    """The names of all methods, of any family."""
+    """The names of all methods of all families."""
     return list(dict.fromkeys([*METHODS, *(name for methods in FAMILY_METHODS.values() for name in methods)]))
 
 

@@ -1,4 +1,4 @@
-"""SyP, synergistic prompts (arXiv 2507.07802; docs/method.md section 8): no code is published, this is our definition.
+"""SyP, synergistic prompts (arXiv 2507.07802; docs/method.md section 8). No code is published; this is our definition.
 
 Shape suffixes: B samples, T missing types, m prompts, D width of a tower, E joint width, V widths of both towers.
 """
@@ -16,10 +16,10 @@ BOTTLENECK = 16
 
 
 class SynergisticPrompts(Method):
-    """Prompts of each missing type, scaled channel by channel by the sample, plus static ones that both towers share.
+    """Prompts for each missing type, scaled per channel by the sample, plus static prompts that both towers share.
 
-    Those of deeper blocks follow from the pair of the block before. `memory_length` prompts replace those of the block
-    before in each of D blocks.
+    Deeper blocks' prompts are computed from those of both towers in the block before. In each of D blocks,
+    `memory_length` prompts replace those of the block before.
     """
 
     per_sample = True
@@ -38,7 +38,7 @@ class SynergisticPrompts(Method):
             self.deeper[name] = nn.ModuleList(_deeper(V, place.width) for _ in range(D - 1))
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
-        """Prompts that replace those of the block before, of each sample."""
+        """Each sample's prompts for every block, which replace those of the block before."""
         scale_BV = self.scale(mean_tokens(batch, tokens, self.places)).sigmoid()
         scales = scale_BV.split([place.width for place in self.places.values()], dim=1)
         slots_BmD = {
@@ -46,13 +46,13 @@ class SynergisticPrompts(Method):
             + self.static[name](self.static_prompts)
             for name, scale_BD in zip(self.places, scales, strict=True)
         }
-        of_blocks = {name: [x_BmD] for name, x_BmD in slots_BmD.items()}
+        per_block = {name: [x_BmD] for name, x_BmD in slots_BmD.items()}
         for k in range(self.options.memory_depth - 1):
             pair_BmV = torch.cat([*slots_BmD.values()], dim=-1)
             slots_BmD = {name: self.get_submodule(f"deeper.{name}.{k}")(pair_BmV) for name in self.places}
             for name, x_BmD in slots_BmD.items():
-                of_blocks[name].append(x_BmD)
-        return {name: TowerSlots(slots) for name, slots in of_blocks.items()}
+                per_block[name].append(x_BmD)
+        return {name: TowerSlots(slots) for name, slots in per_block.items()}
 
 
 def _deeper(width_in: int, width_out: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""What a training step does with gradients: parameter groups, optimiser and learning rate (docs/method.md, 5)."""
+"""Optimisation: parameter groups, optimisers and learning-rate schedules (docs/method.md section 5)."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,10 +16,10 @@ ADAM_BETAS = (0.9, 0.98)
 ADAM_EPS = 1e-8
 SGD_MOMENTUM = 0.9
 PATIENCE, PLATEAU_THRESHOLD = 10, 1e-4
-"""As torch's ReduceLROnPlateau has them."""
+"""The defaults of torch's ReduceLROnPlateau."""
 NOT_DECAYED = ("bias", "norm.weight")
-"""Endings of the names of parameters without weight decay. Of the norms these are the ones within RDNs, not `ln_post`,
-`ln_final` and `layernorm_text.K`: the published test of names."""
+"""Suffixes of the names of parameters without weight decay, as published. Among norms, this matches those within RDNs
+but not `ln_post`, `ln_final` and `layernorm_text.K`."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class OptimizerSettings:
 
     optim_type: str  # one of OPTIMIZERS
     learning_rate: float
-    lr_mult: float  # factor on the learning rate of the head
+    lr_mult: float  # factor on the head's learning rate
     weight_decay: float
     warmup_steps: float  # optimiser steps, or a share of all steps if below 1
     end_lr: float
     decay_power: float | str
-    """Power of the polynomial decay to `end_lr`, `cosine` to it, or `plateau`, see Plateau."""
-    max_steps: int | None = None  # all steps, where that is less than the epochs have
+    """Power of the polynomial decay to `end_lr`; or `cosine` for cosine decay to it, or `plateau` (see Plateau)."""
+    max_steps: int | None = None  # limit on all steps, if the epochs have more
 
 
 class AdamW(Optimizer):
-    """AdamW as transformers 4.2.1 computed it, which the published numbers come from.
+    """AdamW as implemented in transformers 4.2.1, with which the published results were obtained.
 
-    It differs from `torch.optim.AdamW` in two places: `eps` is added to the square root of the second moment before
-    the bias correction, and the weight decay follows the update.
+    It differs from `torch.optim.AdamW` in two ways: `eps` is added to the square root of the second moment before the
+    bias correction, and weight decay is applied after the update.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -49,7 +49,7 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; a parameter that has never had a gradient stays as it is, and its count has not begun."""
+        """Performs one step; a parameter without a gradient is not changed, and its steps are not counted."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -76,7 +76,7 @@ class AdamW(Optimizer):
         return loss
 
     def _counted(self, parameter: torch.Tensor) -> dict[str, Any]:
-        """The state of a parameter, this step counted. The count is on the host, where its powers are computed."""
+        """The state of a parameter, this step counted. The count is kept on the host, where its powers are computed."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -89,7 +89,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float, tuple[float, float]
     "adam": lambda groups, lr, _: Adam(groups, lr),
     "sgd": lambda groups, lr, _: SGD(groups, lr, momentum=SGD_MOMENTUM),
 }
-"""By the option `optim_type`, each as the published code sets it."""
+"""Optimisers keyed by the option `optim_type`, each configured as in the published code."""
 Decays = Callable[[str, nn.Parameter], bool | None]
 
 
@@ -100,10 +100,10 @@ def make_optimizer(
     decays: Decays = lambda *_: None,
     betas: tuple[float, float] = ADAM_BETAS,
 ) -> Optimizer:
-    """The optimiser of the trained parameters, in groups with and without weight decay, those of the head last.
+    """The optimiser of the trained parameters, in groups with and without weight decay; the head's groups come last.
 
     Args:
-        decays: says of a parameter whether it has weight decay; None: see NOT_DECAYED.
+        decays: decides whether a parameter has weight decay; where it returns None, NOT_DECAYED decides.
     """
     by_kind: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -123,10 +123,10 @@ def make_optimizer(
 
 
 def schedule_steps(batches: int, epochs: int, accumulation: int, max_steps: int | None, *, as_published: bool) -> int:
-    """Optimiser steps that the schedule spans.
+    """Number of optimiser steps that the schedule spans.
 
-    Each epoch ends with a step of its own, however few batches are left for it. The published code counts those of all
-    batches, rounded down, so that there may be some steps more than that, which have the final rate.
+    Each epoch ends with an optimiser step, however few batches are left for it. The published code instead divides the
+    total number of batches by `accumulation`, rounding down; the steps beyond that use the final rate.
     """
     steps = max(1, batches * epochs // accumulation) if as_published else -(-batches // accumulation) * epochs
     return steps if max_steps is None else min(steps, max_steps)
@@ -135,16 +135,16 @@ def schedule_steps(batches: int, epochs: int, accumulation: int, max_steps: int 
 def weight_in_step(
     batch: int, size: int, accumulation: int, samples: int, rank: int, processes: int
 ) -> tuple[int, float]:
-    """How many samples of a batch count, and the factor on their mean loss that makes an optimiser step's loss the mean
-    over its samples.
+    """The number of samples in a batch that count, and the weight of their mean loss.
 
-    Lightning divides each batch's loss by `accumulation` and averages the gradients of all processes, as if all batches
-    were of one size; the last ones of an epoch are not. The published code weights those of its tasks in that way.
+    With these weights, the loss of an optimiser step is the mean over its samples. Lightning divides each batch's loss
+    by `accumulation` and averages gradients over processes, as if all batches had the same size, but the last ones of
+    an epoch are smaller. The published code leaves it at that.
 
     Args:
-        batch: its number in the epoch.
-        size: of batches, but for the last one.
-        samples: of the epoch; a process whose share would have one less ends with a repeated one, which does not count.
+        batch: index of the batch in the epoch.
+        size: batch size, except for the last batch.
+        samples: number in the epoch; a process whose share is one short repeats a sample, which does not count.
     """
     share = -(-samples // processes)
     own = len(range(rank, samples, processes))
@@ -156,13 +156,13 @@ def weight_in_step(
 
 
 def warmup_steps(settings: OptimizerSettings, total_steps: int) -> int:
-    """Optimiser steps of the warm-up in a training of `total_steps`."""
+    """Number of warm-up steps in a training of `total_steps` optimiser steps."""
     warmup = settings.warmup_steps
     return part_of(total_steps, warmup) if warmup < 1 else int(warmup)
 
 
 class Plateau:
-    """A factor on the learning rate: a tenth after more than PATIENCE validations in a row without a lower loss."""
+    """A learning-rate factor, divided by 10 after more than PATIENCE validations in a row without a lower loss."""
 
     def __init__(self) -> None:
         self.factor, self.lowest, self.without = 1.0, math.inf, 0
@@ -171,7 +171,7 @@ class Plateau:
         return self.factor
 
     def see(self, loss: float, scheduler: LambdaLR) -> None:
-        """Takes the loss of a validation into account, from the next step on."""
+        """Updates the factor with the loss of a validation; it applies from the next step on."""
         if loss < self.lowest * (1 - PLATEAU_THRESHOLD):
             self.lowest, self.without = loss, 0
             return
@@ -183,15 +183,15 @@ class Plateau:
 
 
 def plateau_of(scheduler: object) -> Plateau | None:
-    """The one behind a schedule; None behind others."""
+    """The Plateau that a scheduler uses; None for other schedules."""
     factors = getattr(scheduler, "lr_lambdas", None)
     return factors[0] if factors and isinstance(factors[0], Plateau) else None
 
 
 def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then decay to `end_lr` at `total_steps`, from where on it stays.
+    """Linear warm-up, then decay to `end_lr` at `total_steps`; the rate stays there afterwards.
 
-    Each factor as transformers 4.2.1 rounds it. Its cosine rises again behind the last step.
+    Factors are rounded as in transformers 4.2.1, whose cosine schedule rises again after the last step.
     """
     start, end, power = settings.learning_rate, settings.end_lr, settings.decay_power
     if power == "plateau":

@@ -1,4 +1,4 @@
-"""Predictions of a trained model for any images and texts.
+"""Predicting with a trained model, for any images and texts.
 
 from engine.predict import load_model
 
@@ -43,22 +43,22 @@ from vilt.datasets.kinds import KINDS, InputFormat, kinds_of
 from vilt.datasets.specs import DatasetSpec
 
 SHOWN = 5
-"""Predictions that the terminal shows."""
+"""Number of predictions shown on the terminal."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one sample."""
+    """A model's prediction for one sample."""
 
-    missing: str  # `complete`, or the modalities that are missing, as in `text missing`
+    missing: str  # `complete`, or the missing modalities, as in `text missing`
     labels: tuple[str, ...]
-    """The most probable class, or all those above `Predictor.threshold` where a sample can have several."""
-    probabilities: dict[str, float]  # of every class, by its name
-    value: float | None = None  # of a model of numbers, which has no classes
+    """The most probable class; for a multi-label model, all classes above `Predictor.threshold`."""
+    probabilities: dict[str, float]  # of every class, keyed by its name
+    value: float | None = None  # prediction of a regression model, which has no classes
 
 
 class Predictor:
-    """A trained model that predicts; made by `load_model`."""
+    """A trained model ready to predict; created by `load_model`."""
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class Predictor:
 
     @property
     def threshold(self) -> float:
-        """Above which probability a class is predicted, where a sample can have several: the one that validation chose
-        (`engine/decision.py`), else 0.5."""
+        """Probability above which a multi-label model predicts a class: chosen on validation (`engine/decision.py`),
+        else 0.5."""
         return torch.tensor(-self.offset, dtype=torch.float64).sigmoid().item()
 
     def predict(
@@ -92,14 +92,14 @@ class Predictor:
         *,
         batch_size: int = 32,
     ) -> list[Prediction]:
-        """A prediction per sample, by a model of images and texts.
+        """Predicts from images and texts, one prediction per sample.
 
         Args:
-            images: paths or Pillow images; None, NaN or a blank for a sample without one. Left out: no sample has one.
-            texts: likewise.
+            images: paths or Pillow images; None, NaN or blank for a sample without one. Omitted if no sample has one.
+            texts: the same for texts.
 
         Raises:
-            DataError: the two are not of one length, a sample has neither, or an image cannot be read.
+            DataError: the two lists differ in length, a sample has neither, or an image cannot be read.
         """
         return list(self.predict_items(items_of_lists(images, texts), batch_size=batch_size))
 
@@ -110,51 +110,52 @@ class Predictor:
         *,
         batch_size: int = 32,
     ) -> dict[str, np.ndarray]:
-        """Features of samples that are given as for `predict`, which raises the same errors.
+        """Computes features of samples; takes the same arguments as `predict` and raises the same errors.
 
         Returns:
-            `features/MODALITY` float32 (N, E), zero where a sample lacks it; `fused` float32 (N, F), what the head
-            classifies; `present/MODALITY` bool (N,).
+            `features/MODALITY` float32 (N, E), zero where a sample lacks the modality; `fused` float32 (N, F), the
+            input of the head; `present/MODALITY` bool (N,).
         """
         return joined(self.features(self.samples(items_of_lists(images, texts)), batch_size=batch_size))
 
     def predict_recording(
         self, signals: Mapping[str, np.ndarray | str | Path | None], *, batch_size: int = 32
     ) -> list[tuple[float, float, Prediction]]:
-        """A prediction for each sample of a recording of sensors, with its times in seconds.
+        """Predicts each sample of a sensor recording; returns (start, end, prediction) with times in seconds.
 
         Args:
-            signals: by modality, (values, channels) at its rate, or a .npy file with them; without those missing.
+            signals: arrays (values, channels) at the modality's rate, or .npy files with them, keyed by modality;
+                missing ones are None or left out.
 
         Raises:
-            DataError: a signal cannot be read, is shorter than a sample, or of another number of channels.
+            DataError: a signal cannot be read, is shorter than a sample, or has the wrong number of channels.
         """
         items = in_samples([Item("", named(signals, self.dataset), "the recording")], self.dataset)
         if items[0].inputs and items[0].times is None:
-            raise DataError("the recording: expected signals (values, channels), found others")
+            raise DataError("the recording: expected signals (values, channels), found other shapes")
         found = self.predict_items(items, batch_size=batch_size)
         return [(*(item.times or (0.0, 0.0)), one) for item, one in zip(items, found, strict=True)]
 
     def predict_items(self, items: Sequence[Item], *, batch_size: int, workers: int = 0) -> Iterator[Prediction]:
-        """A prediction per item, in order; inputs are read by `workers` processes as they are needed.
+        """Yields a prediction per item, in order; `workers` processes read the inputs as needed.
 
         Raises:
-            DataError: an item has no input, or one that cannot be read; names it.
+            DataError: an item has no input, or one that cannot be read; names the item.
         """
         for batch in self._batches(self.samples(items), batch_size, workers):
             yield from self._predictions(batch)
 
     def samples(self, items: Sequence[Item]) -> Dataset[Sample]:
-        """The samples behind items. Raises DataError where one has no input."""
+        """The items as a dataset of samples. Raises DataError if an item has no input."""
         return _Items(items, self.dataset, self.inputs)
 
     def features(
         self, samples: Dataset[Sample], *, batch_size: int, workers: int = 0, split: str = ""
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The features of batches of samples, in order; see `embed`.
+        """Yields the features of batches of samples, in order; see `embed`.
 
         Args:
-            split: `train` of the samples that the model was trained on, none of which is a neighbour of its own.
+            split: `train` if the model was trained on these samples: none may then be its own neighbour.
         """
         for batch in self._batches(samples, batch_size, workers):
             batch = batch._replace(split=split)
@@ -168,8 +169,8 @@ class Predictor:
             yield {name: tensor.cpu().numpy() for name, tensor in found.items()}
 
     def _batches(self, samples: Dataset[Sample], batch_size: int, workers: int) -> Iterator[ModelInput]:
-        collated = partial(collate, kinds_of(self.dataset), once=True)
-        for batch in DataLoader(samples, batch_size=batch_size, num_workers=workers, collate_fn=collated):
+        collate_fn = partial(collate, kinds_of(self.dataset), once=True)
+        for batch in DataLoader(samples, batch_size=batch_size, num_workers=workers, collate_fn=collate_fn):
             yield model_input(move_data_to_device(batch, self.device))
 
     def _autocast(self) -> torch.autocast:
@@ -184,7 +185,7 @@ class Predictor:
             return [
                 Prediction(missing, (), {}, x) for missing, x in zip(missing_of, logits_BC[:, 0].tolist(), strict=True)
             ]
-        # Decided by the logits, as in tests: probabilities of close ones are rounded to the same number.
+        # Decided by the logits, as in testing: probabilities of close logits may round to the same number.
         if self.multilabel:
             probability_BC, predicted_BC = logits_BC.sigmoid(), are_predicted(logits_BC, self.offset)
         else:
@@ -200,13 +201,13 @@ class Predictor:
 
 
 def joined(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays of batches, one behind the other."""
+    """Concatenates the arrays of batches."""
     parts = list(batches)
     return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 class _Items(Dataset[Sample]):
-    """The samples behind items; what they lack is missing."""
+    """Items as samples; the modalities that an item lacks are missing."""
 
     def __init__(self, items: Sequence[Item], dataset: DatasetSpec, inputs: InputFormat) -> None:
         self._items, self._dataset, self._inputs = items, dataset, inputs
@@ -220,17 +221,17 @@ class _Items(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, number: int) -> Sample:
-        read, item = {}, self._items[number]
+    def __getitem__(self, index: int) -> Sample:
+        read, item = {}, self._items[index]
         for name, value in item.inputs.items():
             modality = self._dataset.modalities[name]
             try:
                 read[name] = KINDS[modality.kind].read_given(value, modality, self._inputs)
-            except Exception as error:  # Pillow's decoders raise whatever the damage leads to
+            except Exception as error:  # Pillow's decoders raise many types on damaged files
                 reason = getattr(error, "strerror", None) or first_line(error)
                 file = f" {value}" if isinstance(value, str | Path) else ""
                 raise DataError(f"{item.place}: {name}{file}: cannot be read: {reason}") from error
-        return Sample(read, torch.tensor(0), number)
+        return Sample(read, torch.tensor(0), index)
 
 
 def load_model(
@@ -244,20 +245,20 @@ def load_model(
     vit_activation: str | None = None,
     published_seed: int = 0,
 ) -> Predictor:
-    """The trained model of a checkpoint, ready to predict.
+    """Loads the trained model of a checkpoint, ready to predict.
 
     Args:
-        path: a checkpoint, ours or a published one; several are one model, whose logits are the mean of theirs.
-        vit, tokenizer, trust_backbone, vit_activation, published_seed: as the options of `run.py`; None: what the
+        path: a checkpoint, ours or a published one; several form an ensemble, whose logits are the mean of theirs.
+        vit, tokenizer, trust_backbone, vit_activation, published_seed: like the options of `run.py`; None: as the
             checkpoint says.
-        device: as torch names it; None: the first GPU, else the CPU.
-        precision: `32`, `16` or `bf16`, also in Lightning's spelling; None: that of the training, `32` where the
-            checkpoint does not say it.
+        device: a torch device; None: the first GPU, else the CPU.
+        precision: `32`, `16` or `bf16`, also in Lightning's spelling; None: the precision of the training, or `32` if
+            the checkpoint does not record it.
 
     Raises:
-        ConfigError: there is no such precision or device.
-        CheckpointError, BackboneError: checkpoint, frozen weights or tokenizer are not found, not readable, or do not
-            fit each other.
+        ConfigError: the precision or device does not exist.
+        CheckpointError, BackboneError: checkpoint, frozen weights or tokenizer are missing, not readable, or do not fit
+            together.
     """
     if precision is not None and str(precision) not in COMPUTE_TYPES:
         raise ConfigError(f"precision: expected 32, 16 or bf16, found {precision!r}")
@@ -269,13 +270,14 @@ def load_model(
     try:
         where = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # no such device, or not in this build of torch
-        raise ConfigError(f"device: expected one that is here, as cpu, found {name!r}: {first_line(error)}") from error
+        reason = first_line(error)
+        raise ConfigError(f"device: expected an available one, such as cpu, found {name!r}: {reason}") from error
     precision = precision_of(checkpoints, "32-true", on_gpu=where.type == "cuda") if precision is None else precision
     return Predictor(as_one(checkpoints), classifier, found, where, str(precision))
 
 
 def write_features(path: Path, arrays: Mapping[str, np.ndarray], ids: Sequence[str]) -> None:
-    """Writes a `.npz` with the ids as `id`, or a `.safetensors` with them as JSON in its metadata, or nothing.
+    """Writes a `.npz` with the ids as `id`, or a `.safetensors` with them as JSON in its metadata; all or nothing.
 
     Raises:
         DataError: the file cannot be written.
@@ -291,10 +293,10 @@ def write_features(path: Path, arrays: Mapping[str, np.ndarray], ids: Sequence[s
 def write_predictions(path: Path, items: Sequence[Item], predictions: Iterable[Prediction]) -> list[Prediction]:
     """Writes a line per sample as CSV or JSONL, completely or not at all; returns the first few.
 
-    In a CSV several labels are separated by `|`, and the probability of class X is in the column `p(X)`.
+    In a CSV, labels are separated by `|`, and the probability of class X is in column `p(X)`.
 
     Raises:
-        DataError: as `predict_items`, or the file cannot be written.
+        DataError: the file cannot be written, or an error of `predict_items`.
     """
     first: list[Prediction] = []
     times = ("start_s", "end_s") if any(item.times for item in items) else ()

@@ -1,4 +1,4 @@
-"""Runs on several processes: what ends one of them ends all, with one message and one exit status."""
+"""Runs on several processes: if one of them ends, all end, with one message and one exit status."""
 
 import os
 import re
@@ -18,33 +18,33 @@ from engine.ending import OUR_FAULT, USER_ERROR
 
 NOT_CONNECTED = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
 SECONDS_TO_END = 5
-"""For a process whose connections are gone."""
+"""How long to wait for a process that closed its connections to end."""
 LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|failed to recv", re.IGNORECASE)
-"""What torch's errors say when the process at the other end is gone."""
+"""Matches torch's errors when the process at the other end is gone."""
 
 
 @contextmanager
 def ending_together(trainer: pl.Trainer) -> Iterator[None]:
-    """Within the block, an error in this process ends those that it has started, before they miss it and complain.
+    """Within the block, an error in this process ends the processes that it started, before they report it missing.
 
-    Lightning kills the others as well, but prints the traceback of a lost connection for each. Where processes are
-    started by torchrun or SLURM, that is left to them.
+    Lightning kills the others as well, but prints the traceback of a lost connection for each. Processes started by
+    torchrun or SLURM are left to these.
 
     Raises:
-        OtherProcessError: the error was that one of them is gone.
-        MachineError: they cannot connect, for example because the port is in use.
+        OtherProcessError: another process of the run is gone.
+        MachineError: the processes cannot connect, for example because the port is in use.
     """
     try:
         yield
     except Stopped:  # all stop together
         raise
     except BaseException as error:
-        if trainer.global_rank and isinstance(error, NonFiniteLossError):  # all have it, and the first says so
+        if trainer.global_rank and isinstance(error, NonFiniteLossError):  # all have it, and the first one reports it
             raise SystemExit(USER_ERROR) from error
         others: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
         started = list(others)
-        others.clear()  # Lightning watches these, and would kill this process too
-        lost = isinstance(error, RuntimeError) and not isinstance(error, NOT_CONNECTED)  # what lost connections raise
+        others.clear()  # Lightning watches this list, and would kill this process too
+        lost = isinstance(error, RuntimeError) and not isinstance(error, NOT_CONNECTED)  # perhaps a lost connection
         failed = _first_failed(started) if lost and started else None
         for process in started:
             process.kill()
@@ -67,7 +67,7 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def _first_failed(processes: list["subprocess.Popen[bytes]"]) -> "subprocess.Popen[bytes] | None":
-    """A process that failed, or does within SECONDS_TO_END."""
+    """The first process to have failed, or to fail within SECONDS_TO_END; None if there is none."""
     until = time.monotonic() + SECONDS_TO_END
     while time.monotonic() < until:
         for process in processes:

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: one bar, with log lines above it."""
+"""The progress display on a terminal: one bar, with log lines above it."""
 
 import time
 from typing import Any
@@ -10,21 +10,22 @@ from rich.progress import BarColumn, Progress, TextColumn
 from common.text import duration
 
 VALIDATION_COST = 0.5
-"""Of a batch, beside training on it: there is no backward pass."""
+"""Cost of a validation batch relative to a training batch: there is no backward pass."""
 REFRESH_S = 0.2
+"""Shortest time between two redraws, in seconds."""
 
 
 class RunBar(pl.Callback):
     """One bar for all epochs with their validations, or for a test: epoch, loss, metric, samples per second, time left.
 
-    Shown by the first process alone, and only on a terminal. What is printed meanwhile stands above it. The training
-    draws it between batches: a thread that draws would leave its locks to loader processes.
+    Shown by the first process only, and only on a terminal; other output appears above it. It is drawn between batches,
+    not by a thread, whose locks forked loader workers would inherit.
 
     Args:
         monitor: name of the metric to show, if there is one.
-        steps_per_look: batches between two looks at the loss; on a GPU each makes the host wait.
-        max_steps: optimiser steps that end the training, if that many come before its last epoch does.
-        console: where it is drawn; standard error by default.
+        steps_per_look: batches between two reads of the loss; on a GPU, each makes the host wait.
+        max_steps: optimiser steps after which training ends, if the epochs have more.
+        console: console to draw on; standard error by default.
     """
 
     def __init__(
@@ -34,13 +35,13 @@ class RunBar(pl.Callback):
         self.console = console or Console(stderr=True)
         self._bar: Progress | None = None
         self._values: dict[str, float] = {}
-        self._validated = 0  # batches of the validation that runs now
-        self._began = self._first = 0.0  # clock and work done at the start
-        self._drawn = 0.0  # clock of the last look
-        self._samples = 0  # computed since that look
+        self._validated = 0  # batches done in the current validation
+        self._began = self._first = 0.0  # clock, and work already done, at the start
+        self._drawn = 0.0  # clock at the last redraw
+        self._samples = 0  # samples computed since then
 
     def _work(self, trainer: pl.Trainer, batches: int) -> float:
-        """Of so many training batches with the validations among them, in training batches."""
+        """The work of so many training batches and the validations among them, in units of training batches."""
         per_epoch, interval = int(trainer.num_training_batches), int(trainer.val_check_batch)  # type: ignore[arg-type]
         epochs, rest = divmod(batches, per_epoch)
         validations = epochs * (per_epoch // interval) + rest // interval
@@ -64,7 +65,7 @@ class RunBar(pl.Callback):
         self._bar.start()
 
     def _draw(self, done: float, text: str, samples: int = 0) -> None:
-        """Draws the bar, if that is due; `samples` were computed since the last call."""
+        """Redraws the bar if that is due; `samples` were computed since the last call."""
         now, self._samples = time.monotonic(), self._samples + samples
         if self._bar is None or now - self._drawn < REFRESH_S:
             return
@@ -105,7 +106,7 @@ class RunBar(pl.Callback):
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         self._validated += 1
-        # `_done` counts the validation behind the newest batch.
+        # `_done` already counts the whole validation that follows the newest training batch.
         left = sum(map(int, trainer.num_val_batches)) - self._validated
         self._draw(self._done(trainer) - VALIDATION_COST * left, self._text(trainer))
 

@@ -1,6 +1,7 @@
-"""Checkpoints of the published code: the names and sizes in them, and reading files that mention classes of theirs.
+"""Checkpoints of the published code: names, sizes, and reading files that refer to classes of that code.
 
-No file can run code: `torch.load` runs with `weights_only=True`, and classes that are mentioned become inert stand-ins.
+No file can run code: `torch.load` runs with `weights_only=True`, and inert stand-ins replace the classes that a file
+mentions.
 """
 
 import re
@@ -25,9 +26,9 @@ from vla.backbone import VlaArchitecture
 from vla.weights import Module
 
 MODEL_MODULES = ("torch.nn.", "torch._utils.", "src.", "modules.", "collections.", "builtins.set")
-"""A model that was saved whole, as MPLMM's code does, mentions its classes, which are in these."""
+"""Modules of the classes mentioned in a model saved as a whole object, as MPLMM's code does."""
 STAND_IN_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "pathlib.", "_io.")
-"""Published checkpoints mention classes of these (callbacks, hyper-parameters, paths). Others are refused."""
+"""Modules of the classes mentioned in published checkpoints (callbacks, hyperparameters, paths); others are refused."""
 PUBLISHED_NAMES = {
     f"model.{tower}_encoder.transformer.resblocks.0.{published}": f"model.{learner}.dynamic.{tower}.{ours}"
     for learner, slots, attention in (
@@ -37,17 +38,17 @@ PUBLISHED_NAMES = {
     for published, ours in ((f"{attention}.", "attention."), (f"{slots}_dynamic_", "queries_"))
     for tower in ("image", "text")
 }
-"""Beginnings of names in published checkpoints, and in older ones of ours, that the model has under other names: of
-REP's and DCP's dynamic slots, which are in the towers there."""
+"""Maps prefixes of names in published checkpoints, and in older ones of ours, to those in the model: there, the dynamic
+slots of REP and DCP belong to the towers."""
 
 
 def model_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a checkpoint under the names that the model has for them (see PUBLISHED_NAMES)."""
+    """Renames the entries of a checkpoint to the model's names (see PUBLISHED_NAMES)."""
     return {model_name(name): tensor for name, tensor in state.items()}
 
 
 def model_name(name: str) -> str:
-    """The name that the model has for an entry of a published checkpoint."""
+    """The model's name for an entry of a published checkpoint."""
     for published, ours in PUBLISHED_NAMES.items():
         if name.startswith(published):
             return ours + name.removeprefix(published)
@@ -55,10 +56,10 @@ def model_name(name: str) -> str:
 
 
 def published_model(state: Mapping[str, Tensor]) -> tuple[str, MethodOptions, ClipArchitecture]:
-    """Task, method and sizes from names and shapes; the published files' own description is not needed.
+    """Infers task, method and sizes from names and shapes, without the published files' own description.
 
     Raises:
-        KeyError, TypeError, ValueError: an entry is missing, or not as expected.
+        KeyError, TypeError, ValueError: an entry is missing or invalid.
     """
     dcp = any(name.startswith("model.prompt_learner.") for name in state)
     prompt_type, slots_name = ("dcp", "common_prompt_complete") if dcp else ("rep", "common_memory_complete")
@@ -74,12 +75,12 @@ def published_model(state: Mapping[str, Tensor]) -> tuple[str, MethodOptions, Cl
 
 
 def published_vla(model: Module) -> tuple[str, MethodOptions, VlaArchitecture, dict[str, Tensor]]:
-    """Likewise of a model of MPLMM's code, of either stage, with its state under our names.
+    """Infers task, method and sizes of a model of MPLMM's code, of either stage; returns its state under our names.
 
-    Which data it is of shows in no entry: it counts as MOSI's.
+    No entry tells which data the model was trained on; the task is taken to be `mosi`.
 
     Raises:
-        KeyError, ValueError: an entry is missing, or not as expected.
+        KeyError, ValueError: an entry is missing or invalid.
     """
     architecture, method, length, state = weights.published_model(model)
     head = TASKS["mosi"].head_name
@@ -91,7 +92,7 @@ def published_vla(model: Module) -> tuple[str, MethodOptions, VlaArchitecture, d
 
 
 class _StandIn:
-    """Takes the place of a class that a published checkpoint mentions, and does nothing."""
+    """Inert replacement for a class that a published checkpoint mentions."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -101,15 +102,15 @@ class _StandIn:
 
 
 def load_checkpoint_file(path: Path) -> Any:
-    """The content of a checkpoint, ours or a published one. Raises CheckpointError where it is not readable as one."""
+    """The content of a checkpoint, ours or a published one. Raises CheckpointError if it cannot be read as one."""
     try:
-        mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # refuses what is no zip archive
+        mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # refuses anything but a zip archive
         check_intact(path)
         whole = any(name.startswith("torch.nn.modules.") for name in mentioned)
         allowed = STAND_IN_MODULES + (MODEL_MODULES if whole else ())
         if refused := [name for name in mentioned if not name.startswith(allowed)]:
             raise ValueError(f"it mentions {', '.join(refused)}, which might run code; not opened")
-        # Hyper-parameters come as a subclass of dict; torch's restricted reader fills nothing but plain ones.
+        # Hyperparameters are a subclass of dict; torch's restricted reader can only fill plain dicts.
         stand_in = Module if whole else _StandIn
         stand_ins: list[Any] = [(dict if name.endswith("AttributeDict") else stand_in, name) for name in mentioned]
         with torch.serialization.safe_globals(stand_ins):

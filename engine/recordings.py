@@ -1,4 +1,4 @@
-"""Recordings of any length for prediction: cut into the samples that a model takes, with their times."""
+"""Cutting recordings of any length into the samples that a model takes, with their times, for prediction."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,13 @@ log = logging.getLogger("rep")
 
 
 def in_samples(items: "Sequence[Item]", dataset: DatasetSpec) -> "list[Item]":
-    """The items, of which those whose signals are recordings, (values, channels), become one for each sample.
+    """Replaces each item whose signals are recordings, (values, channels), by one item per sample.
 
-    Samples do not overlap; what is left over at the end, and what a modality has beyond another one, is left out.
+    Samples do not overlap. An incomplete sample at the end is left out, as is the rest of a modality whose recording is
+    longer than another's.
 
     Raises:
-        DataError: a file cannot be read, or a recording is shorter than a sample; names it.
+        DataError: a file cannot be read, or a recording is shorter than a sample; names the item.
     """
     if not dataset.recordings:
         return list(items)
@@ -33,7 +34,7 @@ def in_samples(items: "Sequence[Item]", dataset: DatasetSpec) -> "list[Item]":
 def _samples_of(item: "Item", dataset: DatasetSpec) -> "list[Item]":
     signals = {name: _opened(value, f"{item.place}: {name}") for name, value in item.inputs.items()}
     if not any(signal.ndim == 2 for signal in signals.values()):
-        return [item]  # single samples, or something else, which reading them says
+        return [item]  # single samples; anything else is reported when they are read
     counts = {}
     for name, signal in signals.items():
         modality, length = dataset.modalities[name], values_of(dataset.modalities[name])
@@ -44,10 +45,10 @@ def _samples_of(item: "Item", dataset: DatasetSpec) -> "list[Item]":
             )
         counts[name] = len(signal) // length
         if not counts[name]:
-            raise DataError(f"{item.place}: {name}: expected {length} values at least, a sample, found {len(signal)}")
+            raise DataError(f"{item.place}: {name}: expected at least {length} values, one sample, found {len(signal)}")
     if len({*counts.values()}) > 1:
         found = ", ".join(f"{name} {count}" for name, count in counts.items())
-        log.warning("%s: recordings of different lengths, in samples: %s; the rest is left out", item.place, found)
+        log.warning("%s: recordings differ in length, in samples: %s; the rest is left out", item.place, found)
     samples = []
     for number in range(min(counts.values())):
         inputs = {name: sample_of(signal, dataset.modalities[name], number) for name, signal in signals.items()}
@@ -70,14 +71,14 @@ def _opened(value: Any, place: str) -> np.ndarray:
 
 
 def values_of(modality: Modality) -> int:
-    """Values of a sample."""
+    """Number of values in a sample."""
     _, intervals, values = modality.shape
     assert intervals is not None and values is not None
     return (intervals - 1) * modality.step + values
 
 
 def sample_of(signal_Nc: np.ndarray, modality: Modality, number: int) -> np.ndarray:
-    """(c, I, S): the sample of a number, as a view."""
+    """The sample at index `number`, (c, I, S), as a view."""
     length, values = values_of(modality), modality.shape[2]
     assert values is not None
     sample = signal_Nc[number * length : (number + 1) * length]
@@ -86,7 +87,7 @@ def sample_of(signal_Nc: np.ndarray, modality: Modality, number: int) -> np.ndar
 
 
 def named(signals: Mapping[str, Any], dataset: DatasetSpec) -> dict[str, Any]:
-    """The signals that are there; raises DataError where a name is none of the dataset's modalities."""
+    """The signals that are not None; raises DataError if a name is not one of the dataset's modalities."""
     if unknown := [name for name in signals if name not in dataset.modalities]:
         raise DataError(f"expected signals of {', '.join(dataset.modalities)}, found {unknown[0]}")
     return {name: value for name, value in signals.items() if value is not None}

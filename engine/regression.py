@@ -1,6 +1,6 @@
-"""Metrics of sentiments, which are numbers (docs/vla.md section 5).
+"""Metrics of sentiment regression (docs/vla.md section 5).
 
-Shapes: N samples, R resamples. `logits` (N, 1) are the predicted numbers, `labels` (N,) the true ones, both float32.
+Shapes: N samples, R resamples. `logits` (N, 1) are the predicted values, `labels` (N,) the true ones, both float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.metrics import Metric, Sums, f1_weighted, mean_of, ratio
 
 Decide = Callable[[Tensor], Tensor]
-"""Numbers (N,) to what counts as one class: class numbers, or whether it is positive."""
+"""Maps values (N,) to classes: class indices, or whether a value is positive."""
 
 
 def _pair(logits: Tensor, labels: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
@@ -30,10 +30,10 @@ def _error(limit: float | None) -> Sums:
 
 
 def _correlation(limit: float | None) -> Sums:
-    """Pearson's; undefined where predictions or labels are constant."""
+    """Pearson's correlation; undefined if predictions or labels are constant."""
 
     def terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        # Moved by one of them, which changes nothing, so that the sums of constants are exactly 0.
+        # Shifted by the first value, which does not change the result, so that constants give sums of exactly 0.
         p, t = (x.double() - x[0].double() for x in _pair(logits, labels, limit))
         return p, t, p * p, t * t, p * t
 
@@ -45,7 +45,7 @@ def _correlation(limit: float | None) -> Sums:
 
 
 def _share(decide: Decide, limit: float | None = None, counted: Decide | None = None) -> Sums:
-    """Share of samples, of those whose label is `counted`, whose prediction and label are of one class."""
+    """Accuracy: share of the samples with a `counted` label whose prediction and label are in the same class."""
 
     def terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         predicted_N, true_N = _pair(logits, labels, limit)
@@ -56,7 +56,7 @@ def _share(decide: Decide, limit: float | None = None, counted: Decide | None = 
 
 
 def _f1(decide: Decide, limit: float | None = None, counted: Decide | None = None, by_prediction: bool = False) -> Sums:
-    """Mean F1 of positive and not positive, weighted by how often each is true, or, as published, predicted."""
+    """Mean F1 of positive and not positive, weighted by true counts, or, with `by_prediction`, by predicted counts."""
 
     def terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         predicted_N, true_N = (decide(x) for x in _pair(logits, labels, limit))
@@ -70,7 +70,7 @@ def _f1(decide: Decide, limit: float | None = None, counted: Decide | None = Non
 
 
 def _bins(edges: Sequence[float], numbers: Tensor) -> Tensor:
-    """Of (-∞, e0], (e0, e1], …"""
+    """Index of the bin (-∞, e0], (e0, e1], … that each value is in."""
     return torch.bucketize(numbers, torch.tensor(edges, dtype=numbers.dtype))
 
 
@@ -98,7 +98,8 @@ sentiment = Metric(
         "f1_has0": _f1(_not_negative),
     }
 )
-"""Of MOSI and MOSEI. `non0` leaves out labels of 0, positive is above 0; `has0` has all, 0 counts as positive."""
+"""Metrics for MOSI and MOSEI. `non0` leaves out labels of 0, and positive means above 0; `has0` keeps all samples, and
+0 counts as positive."""
 
 sentiment_of_sims = Metric(
     {
@@ -110,11 +111,11 @@ sentiment_of_sims = Metric(
         "f1": _f1(_positive, 1),
     }
 )
-"""Of CH-SIMS as MMSA defines them: all clipped to [-1, 1]; positive is above 0."""
+"""Metrics for CH-SIMS as MMSA defines them: all values clipped to [-1, 1]; positive means above 0."""
 
 PUBLISHED_F1 = {
     "sentiment": {"f1_non0_published": _f1(_positive, counted=_not_zero, by_prediction=True)},
     "sentiment_of_sims": {"f1_published": _f1(_positive, 1, by_prediction=True)},
 }
-"""By name of the metrics, F1 as MPLMM's code has it: weighted by how often a class is predicted, which raises it where
-one is predicted too often."""
+"""F1 as in MPLMM's code, keyed by the name of the metrics: weighted by how often a class is predicted, which raises it
+if one class is predicted too often."""

@@ -190,7 +190,7 @@ def test_evaluation_and_prediction_agree_with_the_training_on_a_machine_of_anoth
 def test_unknown_precisions_are_refused(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precision: expected 32, 16 or bf16, found 'fp8'"):
         load_model(trained, precision="fp8")
-    with pytest.raises(ConfigError, match="device: expected one that is here, as cpu, found 'gpu'"):
+    with pytest.raises(ConfigError, match="device: expected an available one, such as cpu, found 'gpu'"):
         load_model(trained, device="gpu")
     content = torch.load(trained, weights_only=True)
     content["rep"]["training"]["precision"] = "fp8"

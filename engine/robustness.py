@@ -1,7 +1,7 @@
-"""The robustness results of one checkpoint: every pattern of missing modalities, from stored logits alone.
+"""Robustness results of one checkpoint at every pattern of missing modalities, computed from stored logits.
 
-Fractions throughout; only matrix.csv gives what is available in per cent. What the test samples leave undefined is NaN:
-null in robustness.json, empty in the tables.
+All values are fractions, except that matrix.csv gives availability in per cent. Values that the test samples leave
+undefined are NaN: null in robustness.json, empty in the tables.
 """
 
 import statistics
@@ -31,47 +31,47 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Subject:
-    """What was evaluated, and how."""
+    """The evaluated model, and how it was evaluated."""
 
     checkpoint: Path
     checkpoint_sha256: str
     method: str
     exp_name: str
-    train_seed: int | None  # None where there is no record of the training (published checkpoints), like the pattern
+    train_seed: int | None  # None, like the pattern, if the training is not recorded (published checkpoints)
     train_pattern: dict[str, Any] | None
     precision: str
     task: Task
     modalities: tuple[str, ...]
     class_names: tuple[str, ...]
     missing_table_root: Path
-    table_name: str  # of the dataset, see `DatasetSpec.table_name`
-    offset: float | None = None  # of the checkpoint, see `engine/decision.py`
-    other_input: tuple[str, ...] = ()  # what gives it more of a sample than published models get, as `option=value`
+    table_name: str  # see `DatasetSpec.table_name`
+    offset: float | None = None  # the checkpoint's, see `engine/decision.py`
+    other_input: tuple[str, ...] = ()  # options that give it more input than published models get, as `option=value`
 
 
 Results = dict[str, Any]
-"""What robustness.json holds, and the thresholds of the ROC curves."""
+"""The content of robustness.json, plus the thresholds of the ROC curves."""
 
 
 def measure(
     subject: Subject, logits: SplitLogits, patterns: Sequence[Sequence[MissingPattern]], resamples: int
 ) -> Results:
-    """Everything that the logits of a test split say.
+    """Computes all results from the logits of a test split.
 
     Args:
-        patterns: of each cell, its pattern with every seed.
-        resamples: behind the confidence intervals; 0 for none.
+        patterns: for each cell, its pattern with every table seed.
+        resamples: number for the confidence intervals; 0 for none.
 
     Raises:
         DataError: a missing table in `subject.missing_table_root` does not fit the split.
     """
     task, labels, names = with_offset(subject.task, subject.offset), logits.labels, subject.class_names
-    multilabel, binary, numbers = labels.ndim == 2, task.n_classes == 2, labels.is_floating_point()
-    of_type = dict(zip(type_names(subject.modalities), logits.logits_TNC, strict=True))
-    by_type = {name: task.metrics(logits_NC, labels) for name, logits_NC in of_type.items()}
+    multilabel, binary, regression = labels.ndim == 2, task.n_classes == 2, labels.is_floating_point()
+    logits_by_type = dict(zip(type_names(subject.modalities), logits.logits_TNC, strict=True))
+    by_type = {name: task.metrics(logits_NC, labels) for name, logits_NC in logits_by_type.items()}
     natural_N = np.broadcast_to(logits.natural, logits.table_rows)[logits.row_of_sample_N]
-    cells = [_cell(subject, task, logits, of_cell, resamples) for of_cell in patterns]
-    curves = {name: roc(logits_NC, labels) for name, logits_NC in of_type.items() if binary and not multilabel}
+    cells = [_cell(subject, task, logits, cell_patterns, resamples) for cell_patterns in patterns]
+    curves = {name: roc(logits_NC, labels) for name, logits_NC in logits_by_type.items() if binary and not multilabel}
     return {
         "format": FORMAT,
         "task": task.name,
@@ -91,23 +91,23 @@ def measure(
         "class_names": list(names),
         "cells": cells,
         "by_type": by_type,
-        "natural": by_missing_type(task, list(of_type), natural_N, logits.logits_TNC[0], labels),
+        "natural": by_missing_type(task, list(logits_by_type), natural_N, logits.logits_TNC[0], labels),
         "baselines": baselines(subject.task, labels, names),
         "confidence": {"level": LEVEL, "resamples": resamples, **_confidence(task, logits, by_type, resamples)},
         "per_class": [
             {"type": type_name, "class": class_name, **figures}
-            for type_name, logits_NC in of_type.items()
-            if not numbers
+            for type_name, logits_NC in logits_by_type.items()
+            if not regression
             for class_name, figures in zip(names, class_figures(logits_NC, labels), strict=True)
         ],
         "confusions": [
             {"type": type_name, **pair}
-            for type_name, logits_NC in of_type.items()
-            if not multilabel and not binary and not numbers
+            for type_name, logits_NC in logits_by_type.items()
+            if not multilabel and not binary and not regression
             for pair in confusions(logits_NC, labels, names)
         ],
         "roc": {
-            name: {**curve, "auroc": auroc_and_accuracy(of_type[name], labels)["auroc"]}
+            name: {**curve, "auroc": auroc_and_accuracy(logits_by_type[name], labels)["auroc"]}
             for name, curve in curves.items()
             if curve is not None
         },
@@ -117,15 +117,15 @@ def measure(
 def by_missing_type(
     task: Task, names: Sequence[str], types_N: np.ndarray, logits_NC: Tensor, labels: Tensor
 ) -> dict[str, dict[str, Any]]:
-    """Number of samples and metrics of each missing type that occurs; `names` are those of all types."""
-    chosen = {names[code]: torch.from_numpy(types_N == code) for code in np.unique(types_N)}
-    return {name: {"samples": int(at.sum()), **task.metrics(logits_NC[at], labels[at])} for name, at in chosen.items()}
+    """Number of samples and metrics for each missing type that occurs; `names` names all types."""
+    masks = {names[code]: torch.from_numpy(types_N == code) for code in np.unique(types_N)}
+    return {name: {"samples": int(m.sum()), **task.metrics(logits_NC[m], labels[m])} for name, m in masks.items()}
 
 
 def write_results(found: Results, folder: Path) -> list[str]:
-    """Writes the tables and, last, robustness.json beside the logits; returns their names.
+    """Writes the tables and, last, robustness.json to the folder with the logits; returns the names of the files.
 
-    Of each file a reader finds the old one or the new one.
+    Each file is replaced atomically.
 
     Raises:
         DataError: the folder cannot be written.
@@ -139,13 +139,13 @@ def write_results(found: Results, folder: Path) -> list[str]:
         for name, curve in found["roc"].items()
         for point in zip(*(curve[column] for column in columns), strict=True)
     ]
-    # The first threshold is no JSON number.
+    # The first threshold is infinite, which JSON cannot represent.
     curves = {name: _without(curve, "threshold") for name, curve in found["roc"].items()}
     for name, rows in tables.items():
         with writing(folder / name):
             if rows:
                 write_csv(folder / name, rows)
-            else:  # perhaps of another dataset
+            else:  # an old one may be from another dataset
                 (folder / name).unlink(missing_ok=True)
     with writing(folder / "robustness.json"):
         write_json(folder / "robustness.json", {**found, "roc": curves})
@@ -159,7 +159,7 @@ def _without(entry: dict[str, Any], key: str) -> dict[str, Any]:
 def _confidence(
     task: Task, logits: SplitLogits, by_type: dict[str, dict[str, float]], resamples: int
 ) -> dict[str, dict[str, Any]]:
-    """[low, high] of each metric where every sample has one missing type; how many resamples left it undefined."""
+    """[low, high] of each metric with every sample at one missing type, and how many resamples left it undefined."""
     found: dict[str, dict[str, Any]] = {name: {} for name in by_type}
     left_out: dict[str, dict[str, int]] = {}
     tables = [np.full(logits.table_rows, code) for code in range(len(by_type))]
@@ -176,7 +176,7 @@ def _confidence(
 def _cell(
     subject: Subject, task: Task, logits: SplitLogits, patterns: Sequence[MissingPattern], resamples: int
 ) -> dict[str, Any]:
-    """One pattern, with a missing table per seed. What is available: the mean over the tables of the share of rows."""
+    """Results of one pattern, with a missing table per seed; availability is the mean share of rows over the tables."""
     first, root, rows = patterns[0], subject.missing_table_root, logits.table_rows
     drawn = [load_missing_table(root, subject.table_name, "test", pattern, rows) for pattern in patterns]
     tables = [on_top(subject.modalities, logits.natural, table) for table in drawn]
@@ -188,9 +188,9 @@ def _cell(
     metrics = {}
     for metric in results[0]:
         values = [result[metric] for result in results]
-        of_tables = estimate(values)
-        assert of_tables is not None
-        metrics[metric] = {**of_tables._asdict(), "values": values}
+        over_tables = estimate(values)
+        assert over_tables is not None
+        metrics[metric] = {**over_tables._asdict(), "values": values}
     cell = {"missing_type": first.missing_type, "ratio": first.ratio, "both_ratio": first.both_ratio}
     if resamples:
         different, place_S = np.unique(np.stack(tables), axis=0, return_inverse=True)
@@ -221,7 +221,7 @@ def _matrix_table(found: Results) -> list[dict[str, Any]]:
         {
             **{name: cell[name] for name in PATTERN},
             **{name: round(100 * share, 6) for name, share in cell.items() if name.endswith(AVAILABLE)},
-            **{f"{name}_{of}": cell["metrics"][name][of] for name in found["metrics"] for of in ("mean", "std")},
+            **{f"{name}_{stat}": cell["metrics"][name][stat] for name in found["metrics"] for stat in ("mean", "std")},
             **{f"{metric}_{end}": cell["interval"][end] for end in ("low", "high") if "interval" in cell},
             "n_seeds": len(found["table_seeds"]),
         }

@@ -17,23 +17,23 @@ from engine.stored_logits import SplitLogits
 
 SEED = 0
 TIE = 1e-7
-"""Differences that are closer than this are equal: sums in another order are rounded otherwise."""
+"""Differences closer than this count as equal: summing in another order rounds differently."""
 ENOUGH = 200
-"""Permutations as far from 0 as the difference, after which p is known to some 7 %."""
+"""Number of permutations at least as far from 0 as the difference, after which p is known to about 7 %."""
 Pair = tuple[SplitLogits, SplitLogits]
 
 
 class Difference(NamedTuple):
-    """A figure of one method minus that of another one, the mean over pairs of models and missing tables."""
+    """One method's figure minus another's, averaged over pairs of models and missing tables."""
 
     value: float
     low: float  # ends of the bootstrap interval of level LEVEL
     high: float
-    p: float  # of the permutation test, two-sided, not corrected; NaN where the difference is undefined
+    p: float  # two-sided p-value of the permutation test, not corrected; NaN if the difference is undefined
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for how many there are (Holm 1979); NaN stays, and does not count."""
+    """The p-values corrected for multiple testing (Holm 1979); NaN values stay NaN and are not counted."""
     order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
     corrected, highest = [math.nan] * len(p_values), 0.0
     for rank, (p, place) in enumerate(order):
@@ -43,15 +43,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def difference_interval(values_SR: Tensor, value: float, units: int) -> tuple[float, float]:
-    """The percentile interval of a mean difference of S pairs of models.
+    """The percentile interval of the mean difference over S pairs of models.
 
-    Over test samples, and where there are several pairs over these too: a difference that other training seeds do not
-    show has a wide one.
+    Test samples are resampled, and so are the pairs, if there are several: a difference that other training seeds do
+    not show gets a wide interval.
 
     Args:
-        values_SR: differences of each pair on the same R resamples of test samples.
-        units: resampled ones; where all resamples agree they say nothing of samples not seen, and the interval is
-            that of a difference seen in none of so many.
+        values_SR: difference of each pair on the same R resamples of test samples.
+        units: number of resampled units. If all resamples agree, they say nothing about unseen samples; the interval is
+            then widened to what a difference seen in none of `units` allows.
     """
     pairs, resamples = values_SR.shape
     drawn_SR = np.random.default_rng(SEED).integers(pairs, size=(pairs, resamples)) if pairs > 1 else [[0] * resamples]
@@ -66,10 +66,10 @@ def permutation_p(
 ) -> float:
     """The two-sided p-value of a mean difference `value` (Fisher's permutation test, paired).
 
-    Where the methods do not differ, a sample's outcomes might as well be the other method's: for each sample, with all
-    its texts, in all pairs and tables, the methods change sides or not. All ways are tried where there are at most
-    `permutations`, else so many, drawn at random; fewer where ENOUGH of them are as far from 0 as `value`, since then
-    p is known well enough (Besag and Clifford 1991).
+    If the methods do not differ, a sample's outcomes might as well be the other method's: for each sample, with all its
+    texts, in all pairs and tables, the two methods are swapped or not. All permutations are tried if there are at most
+    `permutations`; otherwise that many are drawn at random, or fewer if ENOUGH of them are as far from 0 as `value`,
+    since p is then known well enough (Besag and Clifford 1991).
     """
     if math.isnan(value):
         return math.nan
@@ -78,19 +78,19 @@ def permutation_p(
     swappers = [
         measure.swapper(one.at(table), other.at(table), labels, units_N) for one, other in pairs for table in tables_K
     ]
-    as_far, tried, all_ways = 0, 0, 2**units <= permutations
+    as_far, tried, exhaustive = 0, 0, 2**units <= permutations
     for swaps_RU in _swaps(units, permutations):
         sides = [swapped(swaps_RU) for swapped in swappers]
         mean_R = torch.stack([first - second for first, second in sides]).mean(0)
         as_far += int((~(mean_R.abs() < abs(value) - TIE)).sum())
         tried += len(mean_R)
-        if as_far >= ENOUGH and not all_ways:
+        if as_far >= ENOUGH and not exhaustive:
             break
-    return as_far / tried if all_ways else (as_far + 1) / (tried + 1)
+    return as_far / tried if exhaustive else (as_far + 1) / (tried + 1)
 
 
 def _swaps(units: int, permutations: int) -> Iterator[Tensor]:
-    """Which units change sides, (R, U) float32 of 0 and 1, in parts that fit into memory: all ways, or drawn ones."""
+    """Swaps (R, U), float32, 1 where a unit changes sides, in parts that fit into memory: all swaps, or random ones."""
     rng, at_once = np.random.default_rng(SEED), max(1, COUNTS_AT_ONCE // units)
     for done in range(0, total := min(2**units, permutations), at_once):
         size = min(at_once, total - done)

@@ -1,9 +1,9 @@
-"""The logits of a test split for each missing type, which `run.py robustness` keeps in `robustness/logits.arrow`.
+"""The logits of a test split at each missing type, which `run.py robustness` stores in `robustness/logits.arrow`.
 
-A sample's logits depend on nothing but the sample and its missing type, so that the logits of each type give the result
-of any missing table.
+A sample's logits depend only on the sample and its missing type, so the logits at each type give the result for any
+missing table.
 
-Shapes: T missing types (of M modalities 2^M - 1; with two: complete, one or the other missing), N samples, C classes.
+Shapes: T missing types (2^M - 1 for M modalities; with two: complete, one or the other missing), N samples, C classes.
 """
 
 import json
@@ -31,7 +31,7 @@ log = logging.getLogger("rep")
 
 FORMAT = 1
 DESCRIPTION = b"rep"
-"""Key of the schema's metadata under which a file says what it holds, as JSON."""
+"""Key in the schema's metadata of the file's own description, as JSON."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,34 +39,34 @@ class SplitLogits:
     """A test split with its logits."""
 
     row_of_sample_N: np.ndarray
-    table_rows: int  # rows of the arrow file, which is what missing tables count
-    labels: Tensor  # (N, C) uint8 for multi-label tasks, else (N,) int64, or float32 where labels are numbers
+    table_rows: int  # rows of the arrow file; missing tables have one entry for each
+    labels: Tensor  # (N, C) uint8 for multi-label tasks, else (N,): int64, or float32 for regression
     logits_TNC: Tensor  # float32
-    natural: np.ndarray | int = 0  # what every row misses by nature, a missing type, int8 (table_rows,)
+    natural: np.ndarray | int = 0  # missing type of each row's naturally missing modalities, int8 (table_rows,)
 
     @property
     def units(self) -> int:
-        """Rows that have samples."""
+        """Number of rows that have samples."""
         return len(np.unique(self.row_of_sample_N))
 
     @property
     def unit_numbers(self) -> np.ndarray:
-        """Which samples are of one row, such as the plots of one film: numbers from 0."""
+        """Unit of each sample, counted from 0: the samples of one row, such as the plots of a film, form a unit."""
         return np.unique(self.row_of_sample_N, return_inverse=True)[1]
 
     def at(self, table: np.ndarray) -> Tensor:
-        """Logits (N, C) where the rows of the split lose what a missing table says."""
+        """Logits (N, C) with the modalities missing that a missing table says."""
         type_N = torch.from_numpy(table[self.row_of_sample_N].astype(np.int64))
         return self.logits_TNC[type_N, torch.arange(len(type_N))]
 
 
 def logit_columns_of(spec: DatasetSpec) -> list[str]:
-    """Columns of the missing types of a dataset."""
+    """Names of the logit columns, one for each missing type of a dataset."""
     return [f"logits_{name.replace(', ', '_').replace(' ', '_')}" for name in spec.type_names]
 
 
 def read_split(path: Path, spec: DatasetSpec) -> tuple[SplitLogits, tuple[str, ...], dict[str, Any]]:
-    """The logits, what the samples are called, and what the file says of itself. See `read_logits`."""
+    """The logits, the names of the samples, and the file's description. Raises the same as `read_logits`."""
     columns = logit_columns_of(spec)
     table, described = read_logits(path, spec, columns)
     rows = table["row"].to_numpy().copy()
@@ -81,16 +81,16 @@ def read_split(path: Path, spec: DatasetSpec) -> tuple[SplitLogits, tuple[str, .
 
 
 def read_logits(path: Path, spec: DatasetSpec, logit_columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
-    """The memory-mapped table of stored logits of a dataset, and what the file says of itself.
+    """The memory-mapped table of stored logits of a dataset, and the file's description.
 
     Raises:
-        DataError: it is damaged, or something else.
+        DataError: it is damaged, or not a file of logits.
     """
     table = open_table(path, "stored logits")
     try:
         described = json.loads((table.schema.metadata or {})[DESCRIPTION])
         if described["format"] != FORMAT:
-            raise ValueError(f"format {FORMAT}, found {quoted(described['format'])}")
+            raise ValueError(f"expected format {FORMAT}, found {quoted(described['format'])}")
         for name, type_ in {"row": pa.int64(), "id": pa.string()}.items():
             if (found := table.schema.field(name).type) != type_:
                 raise ValueError(f"{name}: expected {type_}, found {found}")
@@ -102,7 +102,7 @@ def read_logits(path: Path, spec: DatasetSpec, logit_columns: Sequence[str]) -> 
                 raise ValueError(f"{name}: expected finite numbers")
         labels_of(table, spec).astype(np.float32)
     except (KeyError, TypeError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise DataError(f"{path}: expected logits that `run.py robustness` stored: {first_line(error)}") from error
+        raise DataError(f"{path}: expected logits stored by `run.py robustness`: {first_line(error)}") from error
     return table, described
 
 
@@ -112,7 +112,7 @@ def matrix_of(column: pa.ChunkedArray, width: int) -> np.ndarray:
 
 
 def labels_of(table: pa.Table, spec: DatasetSpec) -> np.ndarray:
-    """(N, C) for multi-label data, else (N,)."""
+    """Labels: (N, C) for multi-label data, else (N,)."""
     return matrix_of(table["label"], spec.n_classes) if spec.multilabel else table["label"].to_numpy().copy()
 
 
@@ -121,18 +121,18 @@ TITLES = {
     "arrow_file": "test set",
     "arrow_sha256": "test set (sha256 of the arrow file)",
 }
-"""What messages call a part of an origin where that is not its name."""
+"""How messages refer to a part of an origin, where not by its name."""
 
 
 @dataclass(frozen=True, eq=False)
 class LogitStore:
     """The file with the logits of one checkpoint."""
 
-    folder: Path  # where it is; made when it is written
+    folder: Path  # folder of the file, created when it is written
     origin: dict[str, Any]
-    """What the logits follow from, by name: those of one origin are never taken for those of another."""
+    """Everything the logits depend on, by name: stored logits are only used if their origin is the same."""
     dataset: ArrowDataset  # the test split
-    configuration: dict[str, Any]  # of the run, for the record
+    configuration: dict[str, Any]  # the run's, for the record
 
     @property
     def path(self) -> Path:
@@ -142,31 +142,31 @@ class LogitStore:
         """Whether the logits are stored.
 
         Raises:
-            CheckpointError: those that are there have another origin.
-            DataError: the file is damaged, or something else.
+            CheckpointError: the stored logits have another origin.
+            DataError: the file is damaged, or not a file of logits.
         """
         if not self.path.is_file():
             return False
         try:
             self.load()
         except UserError as error:
-            raise type(error)(f"{error}; delete the file, and they are computed again") from error
+            raise type(error)(f"{error}; delete the file to compute them again") from error
         return True
 
     def load(self) -> SplitLogits:
-        """The logits. Raises as `is_there`."""
+        """The logits. Raises the same as `is_there`."""
         split, _, described = read_split(self.path, self.dataset.spec)
         self._check_origin(self.path, described)
         return replace(split, table_rows=self.dataset.n_rows, natural=self.dataset.natural)
 
     def load_part(self) -> dict[str, Tensor]:
-        """By column, logits (N, C) that an interrupted run has kept; none where they do not fit or are damaged."""
+        """Logits (N, C) saved by an interrupted run, keyed by column; empty if they do not fit or are damaged."""
         spec, part = self.dataset.spec, self._part
         if not part.is_file():
             return {}
         try:
-            there = open_table(part, "stored logits").column_names
-            columns = [name for name in logit_columns_of(spec) if name in there]
+            stored = open_table(part, "stored logits").column_names
+            columns = [name for name in logit_columns_of(spec) if name in stored]
             table, described = read_logits(part, spec, columns)
             self._check_origin(part, described)
             if len(table) != len(self.dataset):
@@ -189,19 +189,19 @@ class LogitStore:
                 )
 
     def check_writable(self) -> None:
-        """Makes the folder; DataError where that or writing there is impossible."""
+        """Creates the folder; raises DataError if that, or writing there, is impossible."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(None, "not writable")
         except OSError as error:
             raise DataError(
-                f"{self.folder}: cannot keep results there: {error.strerror or error}; copy the checkpoint, with its "
-                f"config.json, to a folder that can be written"
+                f"{self.folder}: cannot store results there: {error.strerror or error}; copy the checkpoint, with its "
+                f"config.json, to a writable folder"
             ) from error
 
     def write(self, logits: Mapping[str, Tensor]) -> None:
-        """Writes float32 logits (N, C) of all samples, in their order, by column: a part until all columns are there.
+        """Writes float32 logits (N, C) of all samples in order, keyed by column; a part until the columns are complete.
 
         Raises:
             DataError: the folder cannot be written.
@@ -210,7 +210,7 @@ class LogitStore:
         columns = {
             "sample": pa.array(np.arange(len(rows)), pa.int64()),
             "row": pa.array(rows, pa.int64()),
-            "id": pa.array([self.dataset.sample_name(number) for number in range(len(rows))], pa.string()),
+            "id": pa.array([self.dataset.sample_name(index) for index in range(len(rows))], pa.string()),
             "text_number": pa.array(np.arange(len(rows)) - np.searchsorted(rows, rows), pa.int64()),  # rows ascend
             "label": _lists(labels.astype(np.uint8)) if labels.ndim == 2 else pa.array(labels),
         }
@@ -229,7 +229,7 @@ class LogitStore:
 
 
 def _lists(values_NC: np.ndarray) -> pa.Array:
-    """A column with a list per row."""
+    """A column with one list per row."""
     offsets = np.arange(len(values_NC) + 1, dtype=np.int32) * values_NC.shape[1]
     return pa.ListArray.from_arrays(offsets, pa.array(values_NC.reshape(-1)))
 

@@ -1,4 +1,4 @@
-"""Tasks: head, loss, metrics and the metric that chooses the best model (docs/method.md section 4), by dataset."""
+"""Each dataset's task: head, loss, metrics, and the metric that chooses the best model (docs/method.md section 4)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,11 +36,11 @@ METRICS: dict[str, Metric] = {
     "sentiment_of_sims": sentiment_of_sims,
 }
 NO_SHARES = (*LOWER_IS_BETTER, "corr")
-"""Metrics that are no shares of 1, so that per cent would be wrong."""
+"""Metrics that are not fractions of 1, and so not shown in per cent."""
 
 
 def head_name(task: str) -> str:
-    """Attribute name of the head of a task, as in published checkpoints."""
+    """Attribute name of a task's head, as in published checkpoints."""
     return f"{task}_classifier"
 
 
@@ -50,8 +50,8 @@ class Task:
 
     name: str
     n_classes: int
-    loss: Callable[[Tensor, Tensor], Tensor]  # (logits (B, C), labels) to the mean loss
-    metrics: Metric  # (logits (N, C), labels) of a whole split to named values
+    loss: Callable[[Tensor, Tensor], Tensor]  # (logits (B, C), labels) -> mean loss
+    metrics: Metric  # (logits (N, C), labels) of a whole split -> values by name
     monitor: str  # the metric that chooses the best model; see `order_of` (common/text.py)
 
     @property
@@ -69,17 +69,20 @@ TASKS: dict[str, Task] = {name: task_with(spec) for name, spec in DATASETS.items
 
 
 def task_of(name: str, custom: CustomData | None) -> Task:
-    """The task of a dataset by its name; that of a custom dataset follows from what the data says."""
+    """The task of a dataset, by the dataset's name; for a custom dataset, it follows from what the data declare."""
     return task_with(spec_of(name, custom))
 
 
 def with_published_f1(task: Task) -> Task:
-    """The task of sentiments with F1 as MPLMM's code has it, by a name of its own, beside its metrics."""
+    """A sentiment task with F1 as in MPLMM's code added to its metrics, under its own name."""
     more = PUBLISHED_F1[next(name for name, metrics in METRICS.items() if metrics is task.metrics)]
     return replace(task, metrics=Metric({**task.metrics.measures, **more}))
 
 
 def counts_as_published(dataset: DatasetSpec) -> bool:
-    """Whether the last, smaller optimiser step of an epoch counts as in the published code, whose tasks have numbers
-    that are compared with ours: see `schedule_steps` and `weight_in_step` (engine/optimization.py)."""
+    """Whether the last, smaller optimiser step of an epoch counts as in the published code.
+
+    It does for tasks with published results to compare with; see `schedule_steps` and `weight_in_step`
+    (engine/optimization.py).
+    """
     return dataset.family == CLIP and bool(dataset.published_rows)

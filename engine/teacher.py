@@ -1,6 +1,6 @@
-"""Soft labels: what a trained model says of each training sample, as the missing table leaves it.
+"""Soft labels: a trained model's predictions for the training samples, with the missing table applied.
 
-The model that is trained may see less of the sample: with `simulate_missing` or `modality_dropout`.
+The student may see less of a sample than the teacher, with `simulate_missing` or `modality_dropout`.
 """
 
 import logging
@@ -38,16 +38,17 @@ def soft_labels(
     backbone: FrozenWeights,
     device: torch.device,
 ) -> Tensor:
-    """Probabilities (N, C) of the classes of every training sample.
+    """The teacher's class probabilities (N, C) for every training sample.
 
     Args:
-        options: of the run that is taught.
-        given: what `data` gives a model.
-        backbone: that whose outputs `data` has kept, if it has.
+        path: the teacher's checkpoint.
+        options: options of the student's run.
+        given: the input format of `data`.
+        backbone: the backbone whose cached outputs `data` holds, if it holds any.
 
     Raises:
-        ConfigError: the model takes something else, or is of another task.
-        BackboneError, CheckpointError: it cannot be opened, or is for other classes.
+        ConfigError: the teacher takes other inputs, or is for another task.
+        BackboneError, CheckpointError: the teacher cannot be opened, or is for other classes.
     """
     checkpoint, dataset = read_checkpoint(path), data.datasets["train"]
     if checkpoint.spec.task != data.settings.dataset or dataset.spec.label_range is not None:
@@ -58,7 +59,7 @@ def soft_labels(
     choice = BackboneChoice(tokenizer=options.tokenizer, trust=trust, published_seed=seed)
     classifier, inputs = open_model(checkpoint, choice, published_vit="ViT-B/16")
     if inputs != given:
-        raise ConfigError(f"teacher={path}: expected image size, tokenizer and texts as they are here, found others")
+        raise ConfigError(f"teacher={path}: expected this run's image size, tokenizer and text options, found others")
     if classifier.neighbours is not None and checkpoint.contents.get("data of train") != file_sha256(dataset.path):
         expected = f"expected one trained on {dataset.path}, as no sample may be its own neighbour"
         raise ConfigError(f"teacher={path}: {expected}; found other data")
@@ -71,7 +72,7 @@ def soft_labels(
     with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         for batch in tqdm(loader, desc="teacher", unit=" batches", dynamic_ncols=True, disable=None):
             logits_BC = classifier(model_input(move_data_to_device(batch, device), "train"))
-            logits_BC *= classifier.head.logit_scale  # cosines alone would be probabilities near 1/2, or all alike
+            logits_BC *= classifier.head.logit_scale  # cosines alone would give nearly uniform probabilities
             probabilities.append((logits_BC.sigmoid() if dataset.spec.multilabel else logits_BC.softmax(-1)).cpu())
-    log.info("soft labels of %d training samples by %s", len(dataset), path)
+    log.info("soft labels for %d training samples from %s", len(dataset), path)
     return torch.cat(probabilities).to(device)

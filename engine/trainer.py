@@ -1,4 +1,4 @@
-"""The Lightning trainer of a run, and what the terminal shows of it."""
+"""Setting up the Lightning trainer of a run."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from config import Options
 
 GPU_STEPS_PER_LOOK = 50
-"""Training steps on a GPU between two looks at the loss, for the records; each look makes the host wait."""
+"""Training steps on a GPU between two reads of the loss for logging; each read makes the host wait."""
 
 
 def make_trainer(
@@ -32,14 +32,14 @@ def make_trainer(
     checkpoints: Checkpoints | None = None,
     *more_callbacks: pl.Callback,
 ) -> pl.Trainer:
-    """The trainer: for training if there are `checkpoints` to keep, else for evaluation.
+    """Creates the trainer: for training if `checkpoints` is given, else for evaluation.
 
-    Validation falls on optimiser steps, so that no checkpoint is in the middle of an accumulation.
+    Validations fall on optimiser steps, so that no checkpoint is written in the middle of an accumulation.
     """
     strategy: DDPStrategy | str = "auto"
     if options.processes > 1:
-        # Types that a batch lacks leave parameters without gradient. The buffers are equal by construction, and
-        # processes may have different numbers of evaluation batches: no broadcast in a forward pass.
+        # Missing types absent from a batch leave parameters without gradients. Buffers are not broadcast in the forward
+        # pass: they are equal by construction, and processes may have different numbers of evaluation batches.
         strategy = DDPStrategy(find_unused_parameters=True, forward_sync_buffers=False)
     steps_per_look = GPU_STEPS_PER_LOOK if options.num_gpus else 1
     monitor = checkpoints.monitor if checkpoints is not None else None
@@ -50,17 +50,17 @@ def make_trainer(
         accumulation = options.accumulation
         interval = validation_interval(options.val_check_interval, steps_per_epoch, accumulation)
         if options.max_steps is not None:
-            callbacks.append(StepLimit(options.max_steps))  # before the next one, which asks whether it goes on
+            callbacks.append(StepLimit(options.max_steps))  # before AheadOfTime, which asks whether training continues
         callbacks += [AheadOfTime(), Report(checkpoints)]
         if keeps:
             callbacks += [checkpoints, LearningRateMonitor("step")]
-    place = folder or options.log_dir
+    log_folder = folder or options.log_dir
     plugins: list[Any] = [AtomicCheckpointIO()]
     try:
         if SLURMEnvironment.detect():
             if (tasks := os.environ["SLURM_NTASKS"]) != str(options.processes):
-                raise ValueError(f"srun started {tasks} processes, the run has {options.processes}")
-            # Lightning's own way to requeue a job cuts accumulations; slurm.sh is ours.
+                raise ValueError(f"srun started {tasks} processes, but the run has {options.processes}")
+            # Lightning's own requeueing stops in the middle of an accumulation; slurm.sh requeues instead.
             plugins.append(SLURMEnvironment(auto_requeue=False))
         return pl.Trainer(
             accelerator="gpu" if options.num_gpus else "cpu",
@@ -75,27 +75,27 @@ def make_trainer(
             log_every_n_steps=steps_per_look,
             num_sanity_val_steps=0,
             fast_dev_run=options.fast_dev_run,
-            use_distributed_sampler=False,  # EpochSampler does it, and counts evaluation samples once
+            use_distributed_sampler=False,  # EpochSampler distributes, with each evaluation sample once
             enable_model_summary=False,
-            enable_progress_bar=False,  # RunBar is ours
+            enable_progress_bar=False,  # RunBar replaces it
             enable_checkpointing=keeps,
-            logger=make_loggers(options, place) if keeps else False,
+            logger=make_loggers(options, log_folder) if keeps else False,
             callbacks=callbacks,
             plugins=plugins,
             default_root_dir=folder,
         )
-    except (MisconfigurationException, KeyError, RuntimeError, ValueError) as error:  # from the variables of SLURM
+    except (MisconfigurationException, KeyError, RuntimeError, ValueError) as error:  # from SLURM's variables
         if "SLURM_NTASKS" not in os.environ:
             raise
-        text = "num_gpus, num_nodes or cpu_processes do not fit the job of SLURM"
+        text = "num_gpus, num_nodes or cpu_processes do not fit the SLURM job"
         raise ConfigError(f"{text}: {first_line(error)}") from error
 
 
 def validation_interval(wanted: int | float, batches: int, accumulation: int) -> int:
-    """Batches from one validation to the next, as `wanted`: a share of the `batches` of an epoch, or a number.
+    """Number of batches between validations; `wanted` is a share of the `batches` of an epoch, or a number.
 
-    Rounded down, never up, so that the last share of an epoch is validated too: to complete batches, and then to
-    optimiser steps, of which one is the least.
+    The interval is rounded down to whole batches, then to whole optimiser steps, at least one. It is never rounded up,
+    so that the last share of an epoch is validated too.
     """
     interval = part_of(batches, wanted) if isinstance(wanted, float) else wanted
     if interval >= batches:

@@ -39,38 +39,39 @@ log = logging.getLogger("rep")
 T = TypeVar("T")
 Stage = Literal["train", "val", "test"]
 Kept = tuple[Tensor, Tensor, Tensor]
-"""Numbers of samples, their logits and labels."""
+"""Indices of samples, their logits and labels."""
 EPOCH_SO_FAR = "epoch_so_far"
-"""Key of a checkpoint: what each process has kept of the epoch that it was written in."""
+"""Key in a checkpoint: the training outputs that each process has collected in the current epoch."""
 BAD_STEPS = "bad_steps"
-"""Likewise: how many steps had a gradient that is not finite, in all and of the newest ones in a row."""
+"""Key in a checkpoint: the number of steps with a gradient that is not finite, in total and in a row up to now."""
 MINUS_LOSS = "minus_loss"
-"""What chooses the best model of a pretraining."""
+"""Metric that chooses the best model in pretraining."""
 RUNNING_STATISTICS = ("running_mean", "running_var")
-"""Endings of the names of buffers that each process computes of its own samples."""
+"""Suffixes of the names of buffers that each process computes from its own samples."""
 GPU_STEPS_PER_CHECK = 32
-"""Looking at losses and gradients makes the host wait for the GPU."""
+"""Steps between checks of losses and gradients on a GPU: each check makes the host wait."""
 
 
 def model_input(batch: Batch, split: str = "") -> ModelInput:
-    """A batch as the model takes it: without labels."""
-    of_model = batch._asdict()
-    del of_model["label"]
-    return ModelInput(**of_model, split=split)
+    """The model's input: a batch without its labels."""
+    fields = batch._asdict()
+    del fields["label"]
+    return ModelInput(**fields, split=split)
 
 
 class FinetuneModule(pl.LightningModule):
-    """Trains what the table of trainable parameters says; logs `train/`, `val/` and `test/` metrics of whole epochs.
+    """Trains the parameters of a classifier that are not frozen, and evaluates it.
 
-    Its state dict is what checkpoints keep, so that the frozen weights are not in them.
+    It logs `train/`, `val/` and `test/` metrics of whole epochs. Its state dict leaves out the frozen weights, so
+    checkpoints do not contain them.
 
     Args:
-        classifier: frozen as `spec.task` says.
-        description: what checkpoints hold under DESCRIPTION, with the offset of the last validation (see
-            `engine/decision.py`); None where none are written.
-        settings: None where nothing is trained.
-        seed: with epoch, batch and process it gives the dropout masks, so that a resumed run draws the same ones.
-        skip_bad_steps: optimiser steps in a row that may have a gradient that is not finite (see FiniteWatch).
+        classifier: has the parameters frozen that `spec.task` does not train.
+        description: description saved in checkpoints under DESCRIPTION, to which each validation adds its offset (see
+            `engine/decision.py`); None if no checkpoints are written.
+        settings: None if nothing is trained. seed: seeds the dropout masks, together with epoch, batch and process, so
+        that a resumed run draws the same ones. skip_bad_steps: how many optimiser steps in a row may have gradients
+        that are not finite (see FiniteWatch).
     """
 
     def __init__(
@@ -92,33 +93,33 @@ class FinetuneModule(pl.LightningModule):
         self.counts_as_published = counts_as_published(spec.dataset)
         self._kept: dict[Stage, list[Kept]] = {"train": [], "val": [], "test": []}
         self._watch = FiniteWatch(skip_bad_steps)
-        self._batches: dict[int, Batch] = {}  # of the optimiser step that is under way, by number in the epoch
+        self._batches: dict[int, Batch] = {}  # batches of the current optimiser step, keyed by index in the epoch
         self._rate_at: Callable[[int], float] = lambda step: 1.0
-        """By the number of an optimiser step, the share of the learning rate that it has."""
-        self._groups: list[dict[str, Any]] = []  # of the optimiser, without the parameters, as the options have them
-        self.step: Step = self._step  # what a training step computes
+        """Maps an optimiser step to its share of the learning rate."""
+        self._groups: list[dict[str, Any]] = []  # the optimiser's groups from the options, without their parameters
+        self.step: Step = self._step  # computation of a training step
         self.evaluate: Forward = classifier.__call__
-        self.soft_labels: Tensor | None = None  # (N, C), half of what is learned, see `engine/teacher.py`
-        self.test_metrics: dict[str, float] = {}  # the test metrics of all processes' samples, after a test run
-        self.tested: tuple[Tensor, Tensor] | None = None  # logits and labels of the test split
+        self.soft_labels: Tensor | None = None  # (N, C), targets of half the loss, see `engine/teacher.py`
+        self.test_metrics: dict[str, float] = {}  # metrics over the test samples of all processes, after a test run
+        self.tested: tuple[Tensor, Tensor] | None = None  # logits and labels of the test split, after a test run
 
     def forward(self, batch: Batch, split: str = "") -> Tensor:
         """Logits (B, C)."""
         return self.evaluate(model_input(batch, split))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seeds the dropout masks by their place in the training, so that an interruption does not change them."""
+        """Seeds the dropout masks by their position in training, so that an interruption does not change them."""
         place = f"{self.seed}/{self.current_epoch}/{batch_idx}/{self.global_rank}"
         seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "big")
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps notes for GPUs that are not used
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also queue calls for unused GPUs
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch, with the method's own losses, each of which is logged by its name."""
+        """Mean loss of the batch plus the method's own losses, which are also logged by name."""
         inputs = model_input(batch, "train")
-        as_it_is = self.counts_as_published or self.pretrains  # whose batches are subsequences, not samples
-        counted, weight = (len(batch.index_B), 1.0) if as_it_is else self._weight(batch_idx)
+        unweighted = self.counts_as_published or self.pretrains  # a pretraining's batches are subsequences, not samples
+        counted, weight = (len(batch.index_B), 1.0) if unweighted else self._weight(batch_idx)
         if self.pretrains:
             own_losses = self.classifier.pretraining_losses(inputs)
             loss = sum(own_losses.values(), torch.zeros((), device=self.device))
@@ -147,10 +148,10 @@ class FinetuneModule(pl.LightningModule):
         return weight_in_step(batch_idx, *step, len(data.datasets["train"]), trainer.global_rank, trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Looks at losses and gradients, on a GPU at those of many steps together.
+        """Checks losses and gradients, on a GPU those of many steps at once.
 
-        Before, as published: once a parameter has been trained, a step that has no gradient for it (a start slot whose
-        missing type is absent) still moves it by momentum and weight decay.
+        First it sets missing gradients to zero, as published: once a parameter has been trained, a step without a
+        gradient for it (a start slot whose missing type is absent) still moves it by momentum and weight decay.
 
         Raises:
             NonFiniteLossError: see `_check_finite`.
@@ -168,19 +169,20 @@ class FinetuneModule(pl.LightningModule):
         return [each for each in self.classifier.named_parameters() if each[1].requires_grad]
 
     def _check_finite(self) -> None:
-        """All processes have to call this at the same place, and end with the same message.
+        """Checks the recorded losses and gradients; all processes must call this at the same point.
 
         Raises:
-            NonFiniteLossError: for the first loss that is not finite, or too many such gradients in a row; names the
-                step, the samples and the layer (of a loss where its step is not yet over: on a GPU it often is).
+            NonFiniteLossError: for the first loss that is not finite, or too many such gradients in a row; the message
+                is the same in all processes. It names the step, the samples and the layer; for a loss, the layer only
+                if its step is not over yet (on a GPU it often is).
         """
         bad = self._watch.look()
-        mine = None
+        own = None
         if bad is not None:
-            mine = bad.of_gradient, bad.step, self._describe(bad), self._sample_names(bad.samples)
-        found = sorted(of_process for of_process in self._of_all_processes(mine) if of_process is not None)
+            own = bad.of_gradient, bad.step, self._describe(bad), self._sample_names(bad.samples)
+        found = sorted(each for each in self._of_all_processes(own) if each is not None)
         if found:
-            *_, message, _ = found[0]  # of a gradient, all processes have the same
+            *_, message, _ = found[0]  # for a gradient, the same in all processes
             samples = [name for *_, other, names in found if other == message for name in names]
             raise NonFiniteLossError(f"{message}; samples: {', '.join(samples)}")
 
@@ -193,7 +195,7 @@ class FinetuneModule(pl.LightningModule):
         return f"the loss became {bad.what} at step {bad.step} (epoch {self.current_epoch}, batch {bad.batch}){place}"
 
     def _repeat(self, batch_idx: int) -> None:
-        """The forward pass of a batch, with the same dropout masks, where every module can be looked at."""
+        """Repeats the forward pass of a batch with the same dropout masks, in a form that exposes every module."""
         compute_by(self.classifier, PLAIN)
         batch = self._batches[batch_idx]
         self.on_train_batch_start(batch, batch_idx)
@@ -205,17 +207,17 @@ class FinetuneModule(pl.LightningModule):
             self._step(inputs, labels, len(batch.index_B))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keeps the logits; the metrics are those of the whole split. Of a pretraining it logs the losses."""
+        """Collects the logits, for metrics of the whole split; in pretraining, logs the losses instead."""
         if self.pretrains:
             return self._log_pretraining(batch, batch_idx)
         return self._keep("val", batch, self(batch, "val"))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keeps the logits; the metrics are those of the whole split."""
+        """Collects the logits, for metrics of the whole split."""
         self._keep("test", batch, self(batch, "test"))
 
     def _log_pretraining(self, batch: Batch, batch_idx: int) -> None:
-        """The mean loss over the split, of the same views each time."""
+        """Logs the mean losses over the split, with the same augmented views each time."""
         with torch.random.fork_rng():
             torch.manual_seed(batch_idx)
             losses = self.classifier.pretraining_losses(model_input(batch))
@@ -226,7 +228,7 @@ class FinetuneModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         self._check_finite()  # before the checkpoint that follows a validation
-        if self.trainer.world_size > 1:  # else each process would validate another model, of which one is kept
+        if self.trainer.world_size > 1:  # else each process would validate a different model, and only one is saved
             for name, buffer in self.classifier.named_buffers():
                 if name.endswith(RUNNING_STATISTICS):
                     torch.distributed.broadcast(buffer, src=0)
@@ -236,7 +238,7 @@ class FinetuneModule(pl.LightningModule):
         if self._watch.skipped:
             log.info("%s skipped so far: gradients not finite", counted(self._watch.skipped, "optimiser step"))
         metrics = self._log_metrics("train")
-        # Lightning would write the line after the checkpoint of the epoch's end, and a run killed between lose it.
+        # Lightning would write the line after the checkpoint at the epoch's end; a run killed in between would lose it.
         for logger in self.trainer.loggers if metrics else []:
             line = {f"train/{name}": value for name, value in metrics.items() if name != "loss"}
             logger.log_metrics({**line, "epoch": self.current_epoch}, step=self.global_step - 1)
@@ -267,17 +269,17 @@ class FinetuneModule(pl.LightningModule):
             self.tested = logits, labels
         for name, value in metrics.items():
             if (stage, name) != ("train", "loss"):  # logged step by step
-                # Every process has computed the same value of all samples: nothing to average.
+                # Every process has computed the same value over all samples: nothing to average.
                 shown, logged = name == self.task.monitor, False if stage == "train" else None
                 self.log(f"{stage}/{name}", value, prog_bar=shown, logger=logged, rank_zero_only=False)
         return metrics
 
     def _collect(self, stage: Stage) -> tuple[Tensor, Tensor] | None:
-        """Logits and labels that all processes kept since the last call, in dataset order, each sample once.
+        """Logits and labels that all processes collected since the last call, in dataset order, each sample once.
 
-        None where nothing was kept: a run resumed at the end of an epoch.
+        None if nothing was collected, as in a run resumed at the end of an epoch.
         """
-        kept = [of_process for of_process in self._gathered(stage) if of_process is not None]
+        kept = [each for each in self._gathered(stage) if each is not None]
         self._kept[stage].clear()
         if not kept:
             return None
@@ -285,22 +287,22 @@ class FinetuneModule(pl.LightningModule):
         order = torch.argsort(index_N, stable=True)
         index_N = index_N[order]
         first = torch.ones_like(index_N, dtype=torch.bool)
-        first[1:] = index_N[1:] != index_N[:-1]  # training repeats samples so that all processes have as many
+        first[1:] = index_N[1:] != index_N[:-1]  # training repeats samples to give all processes equally many
         return logits_NC[order][first], labels[order][first]
 
     def _gathered(self, stage: Stage) -> list[Kept | None]:
-        """What each process has kept, None for one that has nothing."""
+        """The outputs that each process has collected, None for a process without any."""
         parts = self._kept[stage]
-        columns = zip(*parts, strict=True)  # what a resumed run took from its checkpoint is on the host
-        mine: Any = tuple(torch.cat([part.cpu() for part in column]) for column in columns) if parts else None
-        return self._of_all_processes(mine)
+        columns = zip(*parts, strict=True)  # parts that a resumed run took from its checkpoint are on the host
+        own: Any = tuple(torch.cat([part.cpu() for part in column]) for column in columns) if parts else None
+        return self._of_all_processes(own)
 
-    def _of_all_processes(self, mine: T) -> list[T]:
-        """What each process gives; all have to call this at the same place."""
-        gathered: list[Any] = [mine]
+    def _of_all_processes(self, own: T) -> list[T]:
+        """The values that all processes pass as `own`; all must call this at the same point."""
+        gathered: list[Any] = [own]
         if self.trainer.world_size > 1:
             gathered = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, mine)
+            torch.distributed.all_gather_object(gathered, own)
         return gathered
 
     @property
@@ -310,10 +312,10 @@ class FinetuneModule(pl.LightningModule):
         return data
 
     def _sample_names(self, index_B: Tensor) -> list[str]:
-        return [self._data.datasets["train"].sample_name(number) for number in index_B.tolist()]
+        return [self._data.datasets["train"].sample_name(index) for index in index_B.tolist()]
 
     def configure_optimizers(self) -> Any:
-        """The optimiser over the declared groups, with warm-up and decay per optimiser step."""
+        """The optimiser with its parameter groups, and the schedule, which advances with each optimiser step."""
         assert self.settings is not None
         classifier, head = self.classifier, self.task.head_name
         optimizer = make_optimizer(classifier, head, self.settings, classifier.decays, classifier.method.betas)
@@ -321,8 +323,8 @@ class FinetuneModule(pl.LightningModule):
         _ = trainer.estimated_stepping_batches  # sets up the loaders that `num_training_batches` counts
         assert trainer.max_epochs is not None
         batches, accumulation = int(trainer.num_training_batches), trainer.accumulate_grad_batches
-        of_run = (batches, trainer.max_epochs, accumulation, self.settings.max_steps)
-        self.steps = schedule_steps(*of_run, as_published=self.counts_as_published)
+        run_length = (batches, trainer.max_epochs, accumulation, self.settings.max_steps)
+        self.steps = schedule_steps(*run_length, as_published=self.counts_as_published)
         scheduler = make_schedule(optimizer, self.settings, self.steps)
         [self._rate_at, *_] = scheduler.lr_lambdas
         self._groups = [
@@ -331,14 +333,14 @@ class FinetuneModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def was_trained(self, steps: int) -> bool:
-        """Whether any of the first optimiser steps had a learning rate above 0; the first one of a warm-up has not."""
+        """Whether any of the first `steps` optimiser steps had a learning rate above 0; a warm-up's first has 0."""
         return any(self._rate_at(step) > 0 for step in range(steps))
 
     def on_train_start(self) -> None:
-        """In a resumed run, applies the options.
+        """In a resumed run, applies the options of this run.
 
-        What Lightning restores says the settings of the optimiser too, those of the run that is resumed: of the rate up
-        to the first step alone, since the schedule is not restored.
+        Lightning also restores the optimiser's settings from the run being resumed; its learning rate would hold only
+        up to the first step, since the schedule is not restored.
         """
         [optimizer], [schedule] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
         scheduler: Any = schedule.scheduler
@@ -349,26 +351,26 @@ class FinetuneModule(pl.LightningModule):
             group["lr"] = own["initial_lr"] * self._rate_at(step)
         if step and self.trainer.is_global_zero:
             rate = max(group["lr"] for group in optimizer.param_groups)
-            text = "resumed at step %d; learning rate %.3g, by the schedule of this run's options (%d steps)"
+            text = "resumed at step %d; learning rate %.3g, by this run's schedule (%d steps)"
             log.info(text, step, rate, self.steps)
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What a checkpoint keeps: not the frozen weights."""
+        """The entries saved in a checkpoint: all but the frozen weights."""
         return kept_state(self.classifier)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
-        """Takes what `state_dict` gave; every name is accounted for, whatever `strict` says."""
+        """Loads what `state_dict` returned; the names must match exactly, whatever `strict` says."""
         load_kept_state(self.classifier, state_dict, "resume_from")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the description, and what the train metrics of the epoch follow from so far; all processes take part."""
+        """Adds the description and the training outputs of the epoch so far; all processes take part."""
         self._check_finite()
         checkpoint[DESCRIPTION] = self.description
         checkpoint[EPOCH_SO_FAR] = self._gathered("train")
         checkpoint[BAD_STEPS] = (self._watch.skipped, self._watch.in_a_row)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back what `on_save_checkpoint` added, so that train metrics are those of whole epochs."""
+        """Restores what `on_save_checkpoint` added, so that train metrics cover whole epochs."""
         if self.description is not None and OFFSET in checkpoint[DESCRIPTION]:
             self.description = {**self.description, OFFSET: checkpoint[DESCRIPTION][OFFSET]}
         kept, rank = checkpoint.get(EPOCH_SO_FAR, []), self.trainer.global_rank

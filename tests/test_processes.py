@@ -161,5 +161,5 @@ def test_more_tasks_of_slurm_than_processes_are_refused(workspace: Workspace, mo
     for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"):
         monkeypatch.setenv(name, "2")
     options = check({**DEFAULTS, "task": "mmimdb", "data_root": str(workspace.arrow), "num_gpus": 0})
-    with pytest.raises(ConfigError, match="srun started 2 processes, the run has 1"):
+    with pytest.raises(ConfigError, match="srun started 2 processes, but the run has 1"):
         make_trainer(options, None, steps_per_epoch=1)

@@ -328,7 +328,7 @@ def test_logits_that_do_not_belong_to_the_result(tmp_path: Path) -> None:
     logits = test_set.logits(0)
     narrow = {name: values[:, :20] for name, values in logits.items()}
     for samples, values, sha256, found in (
-        (other, other.logits(0), "", "expected logits that `run.py robustness` stored"),
+        (other, other.logits(0), "", "expected logits stored by `run.py robustness`"),
         (test_set, logits, "0" * 64, "logits of another checkpoint"),
         (test_set, narrow, "", "expected .*logits_complete: expected 23 numbers"),
     ):

@@ -276,7 +276,7 @@ def with_narrow_row(table: pa.Table) -> dict[str, Any]:
     return {"logits_complete": pa.array(rows, pa.list_(pa.float32()))}
 
 
-FOREIGN = "expected logits that `run.py robustness` stored"
+FOREIGN = "expected logits stored by `run.py robustness`"
 DAMAGES: dict[str, tuple[Callable[[pa.Table], dict[str, Any]], str]] = {
     "foreign": (lambda table: {"metadata": {}}, FOREIGN),
     "format": (
@@ -495,7 +495,7 @@ def test_places_that_do_not_serve(encoded: Path, tmp_path: Path, capsys, options
 
 def test_a_folder_that_cannot_be_written(fresh: Path, capsys) -> None:
     (fresh / "robustness").write_text("a file in the way")
-    assert f"error: {fresh / 'robustness'}: cannot keep results there: File exists" in refusal(
+    assert f"error: {fresh / 'robustness'}: cannot store results there: File exists" in refusal(
         capsys, f"load_path={fresh / 'best.ckpt'}", *QUICK
     )
 

@@ -100,7 +100,7 @@ def test_a_resumed_run_follows_the_schedule_and_the_optimiser_of_its_own_options
     folder = trained(workspace, uneven, tmp_path, "longer", *longer)
     said = capsys.readouterr().err
     assert all(f"{name} (there " in said for name in ("learning_rate", "max_epoch", "weight_decay"))
-    assert "resumed at step 6; learning rate 0.0109, by the schedule of this run's options (12 steps)" in said
+    assert "resumed at step 6; learning rate 0.0109, by this run's schedule (12 steps)" in said
     rows = csv_of(folder / "metrics.csv")
     found = {int(row["step"]): float(row["lr-AdamW/pg1"]) for row in rows if row["lr-AdamW/pg1"]}
     assert found == pytest.approx({step: 0.02 * (12 - step) / 11 for step in range(6, 12)})

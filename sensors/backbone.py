@@ -1,4 +1,4 @@
-"""The backbones: towers by modality under the names of published checkpoints, and how features are joined.
+"""The backbones: a tower for each modality, under the names of published checkpoints, and the fusion of features.
 
 Shape suffixes: B samples, M modalities, E width of features.
 """
@@ -21,7 +21,7 @@ UNUSED_EMBEDDING = "position embedding, unused"
 
 
 class Fusion(nn.Module):
-    """Attention of the mean of the present modalities' features to them."""
+    """Attention over the present modalities' features, with their mean as the query."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Fusion(nn.Module):
         self.mha = nn.MultiheadAttention(width, heads, DROPOUT, batch_first=True)
 
     def forward(self, features_BME: Tensor, present_BM: Tensor) -> Tensor:
-        """(B, E)."""
+        """The fused feature (B, E)."""
         x_BME = self.norm1(features_BME)
         present_BM1 = present_BM[..., None].to(x_BME.dtype)
         query_B1E = (x_BME * present_BM1).sum(dim=1, keepdim=True) / present_BM1.sum(dim=1, keepdim=True)
@@ -39,7 +39,7 @@ class Fusion(nn.Module):
 
 
 class SensorBackbone(Backbone):
-    """Towers that are not run where a modality is missing; no level of locations."""
+    """Towers for one location, which are not run where their modality is missing."""
 
     plain_head = True
 
@@ -47,14 +47,14 @@ class SensorBackbone(Backbone):
         super().__init__()
         self.sizes = sizes
         self._towers: dict[str, SwtTower | DeepSenseTower] = {}
-        """No submodules: their parts are, each kind together, as in published checkpoints."""
+        """Not submodules: their parts are, grouped by kind as in published checkpoints."""
 
     @property
     def towers(self) -> dict[str, Tower]:
         return dict(self._towers)
 
     def train(self, mode: bool = True) -> "SensorBackbone":
-        """Frozen parts stay in evaluation mode, without dropout and with their statistics."""
+        """Keeps frozen parts in evaluation mode, without dropout and with fixed statistics."""
         super().train(mode)
         for part in self.children():
             for module in part.modules() if mode else ():
@@ -68,11 +68,11 @@ class SensorBackbone(Backbone):
             tower.dtype, tower.checkpointing = dtype, checkpointing
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Not for biases, norms, slots and scalars."""
+        """Whether weight decay applies: not to biases, norms, slots and scalars."""
         return parameter.ndim > 1 and not any(slots in name for slots in SLOTS)
 
     def _by_name(self, parts: Mapping[str, nn.Module | nn.Parameter]) -> nn.Module:
-        """Of one location, as checkpoints have them: `location.modality`."""
+        """Parts keyed by modality, under the names that checkpoints have: `location.modality`."""
         inner: nn.Module
         if all(isinstance(part, nn.Parameter) for part in parts.values()):
             inner = nn.ParameterDict(parts)
@@ -82,7 +82,7 @@ class SensorBackbone(Backbone):
 
 
 class SwtBackbone(SensorBackbone):
-    """SW-Transformers, whose features are joined by attention."""
+    """SW-Transformers, with features joined by attention."""
 
     always_trained = (FUSION,)
 
@@ -103,7 +103,7 @@ class SwtBackbone(SensorBackbone):
         return 1
 
     def fuse(self, features: Mapping[str, Tensor], present_BM: Tensor) -> Tensor:
-        """(B, E)."""
+        """The fused feature (B, E), the only part of the head's input."""
         fused: Tensor = self.mod_fusion_layers(torch.stack([features[name] for name in self.places], 1), present_BM)
         return fused
 
@@ -120,7 +120,7 @@ class SwtBackbone(SensorBackbone):
 
 
 class DeepSenseBackbone(SensorBackbone):
-    """DeepSense, whose features stand side by side, zeros for missing ones."""
+    """DeepSense, with features concatenated, zeros for missing ones."""
 
     def __init__(self, sizes: SensorSizes) -> None:
         super().__init__(sizes)
@@ -136,11 +136,11 @@ class DeepSenseBackbone(SensorBackbone):
 
 
 def build(sizes: SensorSizes) -> SensorBackbone:
-    """A backbone with random weights. Raises ValueError where sizes do not fit each other."""
+    """A backbone with random weights. Raises ValueError if the sizes do not fit each other."""
     return SwtBackbone(sizes) if sizes.network == SWT else DeepSenseBackbone(sizes)
 
 
 def read_by_nothing(name: str) -> bool:
-    """Whether an entry of a published checkpoint follows from sizes, is for several locations, or is never read."""
+    """Whether an entry of a published checkpoint is derived from sizes, only for several locations, or never read."""
     endings = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
     return name.endswith(endings) or name.startswith("mod_extractors.")

@@ -1,4 +1,4 @@
-"""DeepSense of one modality: convolutions over the bins of each interval, then a GRU over the intervals.
+"""DeepSense for one modality: convolutions over the bins of each interval, then a GRU over the intervals.
 
 Shape suffixes: b samples with the modality, I intervals, S bins, w width of the convolutions, r width of the GRU.
 """
@@ -16,7 +16,7 @@ RECURRENT_LAYERS = 2
 
 
 class BatchNorm(nn.Module):
-    """Of images (b, w, I, S); without torch's count of batches, which this momentum does not need."""
+    """Batch norm for (b, w, I, S), without torch's count of batches, which a fixed momentum does not need."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -28,12 +28,12 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the same shape."""
+        """Returns the same shape."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
 class Convolution(nn.Module):
-    """Along the bins, with norm and GELU. Padded to the same size where the stride is 1, the odd zero at the end."""
+    """Convolution along the bins, norm and GELU. With stride 1, padding keeps the size; an odd zero goes to the end."""
 
     def __init__(self, width_in: int, width: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -42,30 +42,30 @@ class Convolution(nn.Module):
         self.padding = ((kernel - 1) // 2, kernel // 2) if stride == 1 else (0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, width, I, S / stride)."""
+        """Maps (b, width_in, I, S) to (b, width, I, S / stride)."""
         activated = F.gelu(self.batch_norm(self.conv(F.pad(x, self.padding))))
         return F.dropout2d(activated, DROPOUT, self.training)
 
 
 class Extractor(nn.Module):
-    """Convolutions of each interval."""
+    """Convolutions over each interval."""
 
     def __init__(self, sizes: SensorSizes, modality: str) -> None:
         super().__init__()
-        of_modality, half = sizes.of(modality), sizes.width // 2
-        left = of_modality.samples
-        if of_modality.stride > 1:
-            left = (of_modality.samples - of_modality.kernel) // of_modality.stride + 1
+        own, half = sizes.of(modality), sizes.width // 2
+        left = own.samples
+        if own.stride > 1:
+            left = (own.samples - own.kernel) // own.stride + 1
         if left < 1:
-            raise ValueError(f"{modality}: no value is left of {of_modality.samples} by kernel and stride")
-        self.conv_layer_in = Convolution(2 * of_modality.channels, half, of_modality.kernel, of_modality.stride)
+            raise ValueError(f"{modality}: kernel and stride leave none of {own.samples} values")
+        self.conv_layer_in = Convolution(2 * own.channels, half, own.kernel, own.stride)
         self.conv_layers_inter = nn.ModuleList(
-            Convolution(half, half, of_modality.inner_kernel) for _ in range(sizes.inner_layers)
+            Convolution(half, half, own.inner_kernel) for _ in range(sizes.inner_layers)
         )
         self.conv_layer_out = nn.Conv1d(half * left, sizes.width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, w, I) of spectra (b, 2c, I, S)."""
+        """Maps spectra (b, 2c, I, S) to (b, w, I)."""
         x = self.conv_layer_in(x)
         for layer in self.conv_layers_inter:
             x = x + layer(x)
@@ -83,13 +83,13 @@ class Recurrence(nn.Module):
         )
 
     def forward(self, x_bwI: Tensor) -> Tensor:
-        """(b, 2r): mean of its outputs."""
+        """The mean (b, 2r) of the GRU's outputs."""
         outputs: Tensor = self.gru(x_bwI.transpose(1, 2))[0]
         return outputs.mean(dim=1)
 
 
 class DeepSenseTower(Tower):
-    """The encoder of one modality, which no slots can enter. Its parts are the backbone's."""
+    """The encoder of one modality, which slots cannot enter. Its parts are submodules of the backbone."""
 
     def __init__(self, sizes: SensorSizes, modality: str) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class DeepSenseTower(Tower):
         self.dtype, self.checkpointing = torch.float32, False
 
     def embed(self, input_b: Tensor) -> Tensor:
-        """(b, I, w): what the convolutions make of signals (b, c, I, S)."""
+        """The convolutions' output (b, I, w) for signals (b, c, I, S)."""
         extracted: Tensor = self.extractor(spectrum(input_b / self.scale))
         return extracted.transpose(1, 2)
 

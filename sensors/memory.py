@@ -30,7 +30,7 @@ PRIVATE_NOISE = COMMON_NOISE = 0.2
 
 
 def patterns(modalities: Sequence[str]) -> tuple[str, ...]:
-    """What the missing types 0 to 2^M - 2 leave: the present modalities, joined by `+`."""
+    """The present modalities, joined by `+`, for each of the missing types 0 to 2^M - 2."""
     return tuple(
         "+".join(name for name in modalities if not is_missing(modalities, name, code))
         for code in range(2 ** len(modalities) - 1)
@@ -38,10 +38,10 @@ def patterns(modalities: Sequence[str]) -> tuple[str, ...]:
 
 
 class StageReplay(nn.Module):
-    """Gives deeper blocks of a tower back the outputs of the first blocks at private and shared slots.
+    """Replays the first blocks' outputs at private and shared slots into deeper blocks of a tower.
 
     Args:
-        steps: the stage of each block that gets them, and its width.
+        steps: stage and width of each block that they are replayed into.
     """
 
     def __init__(self, depth: int, steps: Sequence[tuple[int, int]]) -> None:
@@ -52,17 +52,17 @@ class StageReplay(nn.Module):
         self.stages = [str(stage) for stage, _ in steps]
 
     def forward(self, step: int, outputs_BPD: Sequence[Tensor]) -> Tensor:
-        """(B, P, D): what is added before the `step`-th deeper block."""
+        """The addition (B, P, D) to the slots before the `step`-th deeper block."""
         summed_BPD = torch.einsum("k,kbpd->bpd", self.layer_scores.softmax(dim=0), torch.stack([*outputs_BPD]))
         added: Tensor = self.gates[step] * self.norms[self.stages[step]](summed_BPD)
         return added
 
 
 class SensorMemoryLearner(Method):
-    """Private slots of each block of the memory depth, chained over all modalities; shared and dynamic slots.
+    """Private slots for each block of the memory depth, chained over all modalities, and shared and dynamic slots.
 
-    Options: `far` off, no bypass and no replay; `fmb` off, all patterns start from the same private slots, and there
-    are no shared ones; `replay_depth`, `dynamic_init` and the loss of `decoupling_weight` start as the identity.
+    Without `far`, there is no bypass and no replay; without `fmb`, all patterns start from the same private slots and
+    there are no shared ones. `replay_depth`, `dynamic_init` and `decoupling_weight` start as the identity.
     """
 
     attribute = "memory_learner"
@@ -72,7 +72,7 @@ class SensorMemoryLearner(Method):
         super().__init__(places, embed_dim, options)
         m, depth, steps = options.slots, options.memory_depth, options.replay_depth
         if min(place.depth for place in places.values()) < 1:
-            raise ValueError("prompt_type=rep: expected network=swt, found a network without blocks that slots enter")
+            raise ValueError("prompt_type=rep: expected network=swt, found a network whose blocks take no slots")
         check_depth(places, depth, steps)
         self.modalities = tuple(places)
         self.patterns = patterns(self.modalities)
@@ -106,13 +106,13 @@ class SensorMemoryLearner(Method):
 
     @torch.no_grad()
     def start_from(self, embeddings: Mapping[str, Tensor]) -> None:
-        """Adds the silence of its modality to every private start slot."""
+        """Adds the modality's silence (the token of a patch of zeros) to every private start slot."""
         for name, silence in embeddings.items():
             for state in ("complete", "missing"):
                 self.get_parameter(f"private_memory_{state}.{name}").add_(silence)
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
-        """Private, shared and dynamic slots of every sample, in training each with dropout masks of its own."""
+        """Private, shared and dynamic slots of every sample; in training, each sample has its own dropout masks."""
         type_R, row_B = rows_to_compute(batch, self.training)
         start = {name: self._start(name, batch)[type_R] for name in self.modalities}
         private = chained(self, start, self.residual_alpha if self.options.far else None, joint=".")
@@ -134,13 +134,13 @@ class SensorMemoryLearner(Method):
         return slots
 
     def _start(self, name: str, batch: ModelInput) -> Tensor:
-        """(T, m, C) by missing type: the private slots that the chain of a modality starts from."""
+        """The private slots (T, m, C) that a modality's chain starts from, for each missing type."""
         complete, missing = (self.get_parameter(f"private_memory_{state}.{name}") for state in ("complete", "missing"))
         lost = [self.options.fmb and is_missing(self.modalities, name, code) for code in range(len(self.patterns))]
         return by_missing_type([missing if each else complete for each in lost], batch)
 
     def _queries(self, name: str, batch: ModelInput) -> Tensor:
-        """(T, m, C) by missing type, 0 where the modality is missing."""
+        """The dynamic queries (T, m, C) for each missing type, 0 where the modality is missing."""
         queries = dict(self.memories_dynamic[name].named_parameters())
         zero = torch.zeros_like(next(iter(queries.values())))
         return by_missing_type([queries.get(pattern, zero) for pattern in self.patterns], batch)
@@ -148,21 +148,21 @@ class SensorMemoryLearner(Method):
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """The decoupling: mean squared cosine of private and shared slots, over layers and present modalities."""
+        """The decoupling loss: mean squared cosine of private and shared slots, over layers and present modalities."""
         if not self.options.decoupling_weight:
             return {}
         total, present = zero_of([], logits_BC.device), zero_of([], logits_BC.device)
-        for name, of_tower in slots.items():
+        for name, tower_slots in slots.items():
             present_B = features[name].detach().any(dim=-1).float()
-            shared_BmC = F.normalize(of_tower.inserted_BmD[0], dim=-1)
-            private_BDmC = F.normalize(torch.stack([*of_tower.replaced_BmD], dim=1), dim=-1)
+            shared_BmC = F.normalize(tower_slots.inserted_BmD[0], dim=-1)
+            private_BDmC = F.normalize(torch.stack([*tower_slots.replaced_BmD], dim=1), dim=-1)
             cosine = torch.einsum("bdmc,bnc->bdmn", private_BDmC, shared_BmC)
             total = total + (cosine.square().mean(dim=(1, 2, 3)) * present_B).sum()
             present = present + present_B.sum()
         return {"decoupling": self.options.decoupling_weight * total / present}
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The learner, and what the options leave unused."""
+        """The learner, and the parameters that the options leave unused."""
         unused = [] if self.options.far else [self.residual_alpha]
         if not self.options.fmb:
             modules = ("private_memory_missing", "common_memory", "common_memory_projection")

@@ -1,4 +1,4 @@
-"""Methods of the sensor backbones without slots: FOCAL's pretraining, and supervised training from scratch.
+"""Methods without slots for the sensor backbones: FOCAL's pretraining, and supervised training from scratch.
 
 Shape suffixes: B samples, b samples with a modality, K classes.
 """
@@ -19,7 +19,7 @@ from sensors.focal import FocalSettings, focal_losses, projector
 
 
 class Focal(NoPrompts):
-    """FOCAL: two views of subsequences; towers and projection heads are trained, all modalities have to be there."""
+    """FOCAL: trains towers and projection heads on two views of subsequences; needs samples with all modalities."""
 
     attribute = "mod_projectors"
     trains_head = False
@@ -32,7 +32,7 @@ class Focal(NoPrompts):
             self.add_module(name, projector(embed_dim, place.projection))
 
     def pretraining_losses(self, backbone: Backbone, batch: ModelInput) -> dict[str, Tensor]:
-        """The four parts, with their weights, of a batch of subsequences."""
+        """The four weighted parts of the loss for a batch of subsequences."""
         assert isinstance(backbone, SensorBackbone)
         views = []
         for _ in range(2):
@@ -43,18 +43,18 @@ class Focal(NoPrompts):
         return focal_losses(views, FocalSettings(backbone.sizes.temperature))
 
     def trains(self, task: str) -> tuple[str, ...]:
-        """Not the embedding of patches, unless the sizes of the backbone say so."""
+        """Projection heads and towers; the patch embedding only with the backbone's `train_patch_embed`."""
         return (METHOD, TOWERS)
 
 
 class Supervised(WholeBackbone):
-    """On mixed samples, and on the SW-Transformer with shifted phases."""
+    """Supervised training on mixed samples, and for the SW-Transformer with phase shifts too."""
 
     betas = (0.9, 0.999)
     decays_all = True
 
     def augment(self, batch: ModelInput, labels: Tensor, n_classes: int) -> tuple[ModelInput, Tensor]:
-        """Mixup, or cutmix, with one other sample for all modalities that both have; labels as they were mixed."""
+        """Mixup or cutmix with one other sample, in the modalities that both have; labels are mixed accordingly."""
         B = len(labels)
         share, other_B = float(torch.rand(())), torch.randperm(B)
         cut = float(torch.rand(())) < CUTMIX_PROBABILITY
@@ -62,21 +62,21 @@ class Supervised(WholeBackbone):
         kept_B, present_B = torch.zeros(B), torch.zeros(B)
         for name, x_b in batch.inputs.items():
             rows = batch.rows[name].cpu()
-            place_B = torch.full((B,), -1)
-            place_B[rows] = torch.arange(len(rows))
-            partner_b = place_B[other_B[rows]]
-            partner_b = torch.where(partner_b < 0, torch.arange(len(rows)), partner_b)  # the other one lacks it
+            index_B = torch.full((B,), -1)
+            index_B[rows] = torch.arange(len(rows))
+            partner_b = index_B[other_B[rows]]
+            partner_b = torch.where(partner_b < 0, torch.arange(len(rows)), partner_b)  # if the other sample lacks it
             other = x_b[partner_b.to(x_b.device)]
-            of_modality = share
+            kept_share = share
             if cut:
                 size = (x_b.shape[2], x_b.shape[3])
                 box = cut_box(share, (int(torch.randint(size[0], ())), int(torch.randint(size[1], ()))), size)
                 inputs[name] = pasted(x_b, other, box)
-                of_modality = 1 - (box[1] - box[0]) * (box[3] - box[2]) / (size[0] * size[1])
+                kept_share = 1 - (box[1] - box[0]) * (box[3] - box[2]) / (size[0] * size[1])
             else:
                 inputs[name] = share * x_b + (1 - share) * other
             alone_b = partner_b == torch.arange(len(rows))
-            kept_B[rows] += torch.where(alone_b, 1.0, of_modality)
+            kept_B[rows] += torch.where(alone_b, 1.0, kept_share)
             present_B[rows] += 1
         if all(place.depth for place in self.places.values()):
             inputs = drawn(random_phase, inputs)

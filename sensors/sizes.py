@@ -1,4 +1,4 @@
-"""Sizes of the backbones for sensor time series, and what they are where a task does not say otherwise."""
+"""Sizes of the backbones for sensor time series, and their defaults."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ MOST_MODALITIES = 4
 
 
 def check_sizes(sizes: object, *names: str) -> None:
-    """Raises ValueError where one, or a value of a list of them, is no integer of at least 1."""
+    """Raises ValueError unless each named size, or each value in a list of sizes, is an integer of at least 1."""
     for name in names:
         value = getattr(sizes, name)
         values = value if isinstance(value, list) else [value]
@@ -20,21 +20,21 @@ def check_sizes(sizes: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ModalitySizes:
-    """Those of one modality."""
+    """Sizes of one modality."""
 
     channels: int
     samples: int
-    """Values of an interval."""
+    """Number of values in an interval."""
     patch: list[int] = field(default_factory=lambda: [1, 1])
-    """SW-Transformer: intervals and bins of a token."""
+    """SW-Transformer: numbers of intervals and bins in a token."""
     window: list[int] = field(default_factory=lambda: [3, 3])
-    """SW-Transformer: rows and columns of tokens that see each other."""
+    """SW-Transformer: numbers of rows and columns of tokens in an attention window."""
     kernel: int = 3
-    """DeepSense: of the first convolution."""
+    """DeepSense: kernel size of the first convolution."""
     stride: int = 1
-    """Likewise."""
+    """DeepSense: stride of the first convolution."""
     inner_kernel: int = 3
-    """DeepSense: of the other convolutions."""
+    """DeepSense: kernel size of the other convolutions."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "channels", "samples", "patch", "window", "kernel", "stride", "inner_kernel")
@@ -45,36 +45,36 @@ class ModalitySizes:
 
 @dataclass(frozen=True)
 class SensorSizes:
-    """A backbone. What the other network alone needs does not matter."""
+    """Sizes of a backbone. Fields that only the other network needs are ignored."""
 
     network: str
     """One of NETWORKS."""
     location: str
-    """Part of the names of entries in checkpoints."""
+    """Location of the sensors, part of the names of checkpoint entries."""
     intervals: int
-    """Of a sample."""
+    """Number of intervals in a sample."""
     modalities: dict[str, Any]
-    """By name, in order: the fields of `ModalitySizes`."""
+    """Fields of `ModalitySizes`, keyed by modality, in order."""
     width: int
-    """SW-Transformer: C, of the first stage. DeepSense: of what the convolutions give."""
+    """SW-Transformer: width C of the first stage. DeepSense: output width of the convolutions."""
     feature_width: int
-    """SW-Transformer: E."""
+    """SW-Transformer: width E of features."""
     projection_width: int
-    """Of FOCAL's projected features."""
+    """Width of FOCAL's projected features."""
     blocks: list[int] = field(default_factory=lambda: [2, 2, 4])
-    """SW-Transformer: of each stage."""
+    """SW-Transformer: number of blocks in each stage."""
     heads: int = 4
-    """SW-Transformer: in every stage, and in the fusion."""
+    """SW-Transformer: number of heads, in every stage and in the fusion."""
     inner_layers: int = 4
-    """DeepSense: convolutions after the first."""
+    """DeepSense: number of convolutions after the first."""
     recurrent_width: int = 256
-    """DeepSense: of each direction of the GRU."""
+    """DeepSense: width of each direction of the GRU."""
     temperature: float = 0.07
-    """FOCAL's."""
+    """FOCAL: temperature of its losses."""
     train_patch_embed: bool = False
-    """SW-Transformer: whether pretraining trains the embedding of patches, which the published code leaves random."""
+    """SW-Transformer: whether pretraining trains the patch embedding, which the published code leaves random."""
     input_scale: dict[str, float] = field(default_factory=dict)
-    """By modality, what signals are divided by; none: 1."""
+    """Divisor of the signals, keyed by modality; 1 if there is no entry."""
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
@@ -92,18 +92,18 @@ class SensorSizes:
             raise ValueError(f"inner_layers and temperature: expected 0 or more, and above 0, found {found}")
 
     def of(self, modality: str) -> ModalitySizes:
-        """The sizes of a modality; raises ValueError where they are none."""
+        """The sizes of a modality; ValueError if its fields are invalid."""
         return record_of(ModalitySizes, self.modalities[modality])
 
 
 def shapes_of(sizes: SensorSizes) -> str:
-    """The modalities, in order, and the shapes of their signals, which a backbone is for."""
-    of = {name: sizes.of(name) for name in sizes.modalities}
-    return ", ".join(f"{name} ({x.channels}, {sizes.intervals}, {x.samples})" for name, x in of.items())
+    """The modalities that a backbone is for, in order, with the shapes of their signals."""
+    by_modality = {name: sizes.of(name) for name in sizes.modalities}
+    return ", ".join(f"{name} ({x.channels}, {sizes.intervals}, {x.samples})" for name, x in by_modality.items())
 
 
 def size_of(sizes: SensorSizes, entry: str) -> Any:
-    """What an entry of the option `network` is: of all, or by modality."""
+    """The value of an entry of the option `network`, keyed by modality if it differs between modalities."""
     if entry == "type":
         return sizes.network
     if hasattr(sizes, entry):

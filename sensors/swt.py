@@ -1,4 +1,4 @@
-"""The SW-Transformer of one modality: windows of a grid of intervals × frequencies, in stages, with slots beside it.
+"""The SW-Transformer for one modality: windows on a grid of intervals × frequencies, in stages, and slots beside it.
 
 Shape suffixes: b samples with the modality, H × W grid of tokens, L = HW, n windows, t tokens of a window, P slots,
 C width of a stage, h heads, d width of a head, E width of features.
@@ -19,14 +19,14 @@ from sensors.spectra import spectrum
 
 DROPOUT = 0.2
 STOCHASTIC_DEPTH = 0.1
-"""Of the last block; the first has none."""
+"""Drop rate of the last block; it grows linearly from 0 in the first."""
 MLP_RATIO = 4
 BIAS_STD = 0.02
 NOT_SEEN = -100.0
 
 
 class PatchEmbedding(nn.Module):
-    """Patches of a padded spectrum to tokens, row by row."""
+    """Embeds the patches of a padded spectrum as tokens, row by row."""
 
     def __init__(self, channels: int, width: int, patch: Sequence[int]) -> None:
         super().__init__()
@@ -34,22 +34,22 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, padded: Tensor) -> Tensor:
-        """(b, L, C)."""
+        """Tokens (b, L, C)."""
         tokens: Tensor = self.norm(self.proj(padded).flatten(2).transpose(1, 2))
         return tokens
 
 
 class WindowAttention(nn.Module):
-    """Attention within windows; slots, if there are any, are in every window and see the complete grid.
+    """Attention within windows. Slots, if there are any, belong to every window and see the complete grid.
 
     Args:
         grid: H, W.
-        shifted: whether windows are shifted by half their size, where they can be.
+        shifted: whether windows are shifted by half their size, if the grid is larger than a window in both directions.
     """
 
     def __init__(self, width: int, heads: int, grid: tuple[int, int], window: Sequence[int], shifted: bool) -> None:
         super().__init__()
-        rows, columns = (min(size, of_grid) for size, of_grid in zip(window, grid, strict=True))
+        rows, columns = (min(size, grid_size) for size, grid_size in zip(window, grid, strict=True))
         shift = (rows // 2, columns // 2) if shifted and rows < grid[0] and columns < grid[1] else (0, 0)
         self.shift = shift if 0 not in shift else (0, 0)
         self.heads = heads
@@ -65,7 +65,7 @@ class WindowAttention(nn.Module):
         regions = _region(grid[0], rows, self.shift[0])[:, None] * 3 + _region(grid[1], columns, self.shift[1])
         region_nt = _windows(regions, rows, columns)
         apart_ntt = region_nt[:, :, None] != region_nt[:, None]
-        # They follow from the sizes, and are not in our checkpoints.
+        # These buffers are derived from the sizes and left out of our checkpoints.
         self.index_tt: Tensor
         self.order_L: Tensor
         self.inverse_L: Tensor
@@ -77,7 +77,7 @@ class WindowAttention(nn.Module):
         self.windows, self.tokens = order_nt.shape
 
     def forward(self, x_bLC: Tensor, slots_bPC: Tensor | None, first: int = 0) -> tuple[Tensor, Tensor | None]:
-        """What is added to tokens and, where there are slots, to those from `first` on."""
+        """The residuals for the tokens and for the slots from `first` on, if there are any."""
         b, L, C = x_bLC.shape
         n, t, h = self.windows, self.tokens, self.heads
         rate = DROPOUT if self.training else 0.0
@@ -91,16 +91,16 @@ class WindowAttention(nn.Module):
             ).view(q.shape)
         else:
             assert not rate, "slots enter frozen towers, which are in evaluation mode"
-            # Two products and one softmax, since repeating the slots' keys for every window takes 5 % more of a step.
+            # Two products and a joint softmax: repeating the slots' keys in every window would cost 5 % of a step.
             slots = self.qkv(slots_bPC).view(b, -1, 3, h, C // h).permute(2, 0, 3, 1, 4)
             q_slots, k_slots, v_slots = slots.unbind()  # (b, h, P, d)
             scale, k_grid, v_grid = (C // h) ** -0.5, k.flatten(2, 3), v.flatten(2, 3)
             q, q_slots = q * scale, q_slots[:, :, first:] * scale
             to_slots = (q.flatten(2, 3) @ k_slots.mT).view(b, h, n, t, -1)
-            of_slots, of_window = joint_softmax(to_slots, q @ k.mT + bias_hntt)
-            seen = (of_slots.flatten(2, 3) @ v_slots).view(q.shape) + of_window @ v
-            of_slots, of_grid = joint_softmax(q_slots @ k_slots.mT, q_slots @ k_grid.mT)
-            seen_slots = of_slots @ v_slots + of_grid @ v_grid
+            on_slots, on_window = joint_softmax(to_slots, q @ k.mT + bias_hntt)
+            seen = (on_slots.flatten(2, 3) @ v_slots).view(q.shape) + on_window @ v
+            on_slots, on_grid = joint_softmax(q_slots @ k_slots.mT, q_slots @ k_grid.mT)
+            seen_slots = on_slots @ v_slots + on_grid @ v_grid
             new_slots = self._project(seen_slots.transpose(1, 2).flatten(2))
         seen_bLC = self._project(seen.permute(0, 2, 3, 1, 4).reshape(b, L, C))
         return seen_bLC.index_select(1, self.inverse_L), new_slots
@@ -110,25 +110,26 @@ class WindowAttention(nn.Module):
 
 
 def joint_softmax(to_slots: Tensor, to_tokens: Tensor) -> Sequence[Tensor]:
-    """The weights of slots and of tokens, in one softmax."""
+    """Attention weights of slots and of tokens, from one softmax over both."""
     weights = torch.cat([to_slots, to_tokens], dim=-1).softmax(dim=-1)
     return weights.split([to_slots.shape[-1], to_tokens.shape[-1]], dim=-1)
 
 
 def _windows(grid_HW: Tensor, rows: int, columns: int) -> Tensor:
-    """(n, t)."""
+    """Splits a grid into windows (n, t)."""
     H, W = grid_HW.shape
     return grid_HW.view(H // rows, rows, W // columns, columns).transpose(1, 2).reshape(-1, rows * columns)
 
 
 def _region(size: int, window: int, shift: int) -> Tensor:
-    """Along an axis of the shifted grid: 0, and 1 and 2 in its last window, which the shift makes of both ends."""
+    """Region of each position on an axis of the shifted grid: 0, but 1 and 2 in the last window, where the shift joins
+    both ends of the axis."""
     place = torch.arange(size)
     return (place >= size - window).long() + (place >= size - shift).long()
 
 
 class Mlp(nn.Module):
-    """Two layers with GELU between."""
+    """Two layers with GELU in between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -136,13 +137,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of any shape (…, C)."""
+        """Maps (…, C) to (…, C)."""
         hidden = dropout(F.gelu(self.fc1(x)), DROPOUT, self.training)
         return dropout(self.fc2(hidden), DROPOUT, self.training)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with its norm before it."""
+    """A pre-norm block of window attention and MLP."""
 
     def __init__(
         self, width: int, heads: int, grid: tuple[int, int], window: Sequence[int], shifted: bool, drop_path: float
@@ -155,7 +156,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x_bLC: Tensor, slots_bPC: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Tokens, and the slots from `first` on, where there are any."""
+        """The tokens, and the slots from `first` on, if there are any."""
         slots = None if slots_bPC is None else self.norm1(slots_bPC)
         new_x, new_slots = self.attn(self.norm1(x_bLC), slots, first)
         if dropped := self.training and self.drop_path > 0:  # stochastic depth
@@ -173,7 +174,7 @@ class Block(nn.Module):
 
 
 class Merging(nn.Module):
-    """Half the rows and columns, twice the width."""
+    """Merges patches of 2 × 2 tokens, which halves rows and columns and doubles the width."""
 
     def __init__(self, width: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -182,21 +183,21 @@ class Merging(nn.Module):
         self.grid = grid
 
     def forward(self, x_bLC: Tensor) -> Tensor:
-        """(b, L/4, 2C) of the tokens; of a patch in the order (0, 0), (1, 0), (0, 1), (1, 1)."""
+        """Maps tokens (b, L, C) to (b, L/4, 2C); the order within a patch is (0, 0), (1, 0), (0, 1), (1, 1)."""
         H, W = self.grid
         patches = x_bLC.unflatten(1, (H // 2, 2, W // 2, 2)).permute(0, 1, 3, 4, 2, 5)
         merged: Tensor = self.reduction(self.norm(patches.flatten(3).flatten(1, 2)))
         return merged
 
     def of_slots(self, slots: Tensor) -> Tensor:
-        """(…, 2C) of slots (…, C): each is a patch of four equal tokens."""
+        """Maps slots (…, C) to (…, 2C), each treated as a patch of four equal tokens."""
         C = slots.shape[-1]
         alike = (self.reduction.weight * self.norm.weight).unflatten(1, (4, C)).sum(dim=1)
         return F.linear(F.layer_norm(slots, (C,), eps=self.norm.eps), alike, self.reduction.weight @ self.norm.bias)
 
 
 class Stage(nn.Module):
-    """Blocks on one grid, and the merging to the next."""
+    """The blocks on one grid, and the merging that leads to the next."""
 
     def __init__(
         self,
@@ -215,32 +216,30 @@ class Stage(nn.Module):
 
 
 class SwtTower(Tower):
-    """The encoder of one modality. Its parts are the backbone's, under the names that checkpoints have."""
+    """The encoder of one modality. Its parts are submodules of the backbone, under the names in checkpoints."""
 
     def __init__(self, sizes: SensorSizes, modality: str) -> None:
         super().__init__()
-        of_modality = sizes.of(modality)
+        own = sizes.of(modality)
         if sizes.width % sizes.heads or sizes.feature_width % sizes.heads:
             found = f"{sizes.width} and {sizes.feature_width}"
             raise ValueError(f"width and feature_width: expected multiples of heads={sizes.heads}, found {found}")
         self.padded = [
             math.ceil(size / multiple) * multiple
-            for size, window, patch in zip(
-                (sizes.intervals, of_modality.samples), of_modality.window, of_modality.patch, strict=True
-            )
+            for size, window, patch in zip((sizes.intervals, own.samples), own.window, own.patch, strict=True)
             for multiple in [window * patch * 2 ** (len(sizes.blocks) - 1)]
         ]
-        H, W = (size // patch for size, patch in zip(self.padded, of_modality.patch, strict=True))
+        H, W = (size // patch for size, patch in zip(self.padded, own.patch, strict=True))
         depth, first = sum(sizes.blocks), 0
-        self.patch_embed = PatchEmbedding(of_modality.channels, sizes.width, of_modality.patch)
+        self.patch_embed = PatchEmbedding(own.channels, sizes.width, own.patch)
         self.absolute_pos_embed = nn.Parameter(torch.empty(1, H * W, sizes.width))
-        """In published checkpoints, and used by nothing."""
+        """Part of published checkpoints, but never used."""
         nn.init.trunc_normal_(self.absolute_pos_embed, std=BIAS_STD)
         self.stages = nn.ModuleList()
         for s, blocks in enumerate(sizes.blocks):
             rates = [STOCHASTIC_DEPTH * block / max(1, depth - 1) for block in range(first, first + blocks)]
             grid, last = (H // 2**s, W // 2**s), s == len(sizes.blocks) - 1
-            self.stages.append(Stage(2**s * sizes.width, sizes.heads, grid, of_modality.window, rates, last))
+            self.stages.append(Stage(2**s * sizes.width, sizes.heads, grid, own.window, rates, last))
             first += blocks
         last_stage = len(sizes.blocks) - 1
         flat = H * W // 4**last_stage * 2**last_stage * sizes.width
@@ -253,15 +252,15 @@ class SwtTower(Tower):
     def embed(self, input_b: Tensor) -> Tensor:
         """Tokens (b, L, C) of signals (b, c, I, S)."""
         taken = spectrum(input_b / self.scale)
-        missing = [of_padded - size for of_padded, size in zip(self.padded, taken.shape[2:], strict=True)]
-        tokens: Tensor = self.patch_embed(F.pad(taken, (0, missing[1], 0, missing[0])))
+        padding = [target - size for target, size in zip(self.padded, taken.shape[2:], strict=True)]
+        tokens: Tensor = self.patch_embed(F.pad(taken, (0, padding[1], 0, padding[0])))
         return tokens
 
     def body(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
-        """Features (b, E) of tokens and slots `[replaced | inserted | dynamic]`, which the last stage leaves behind.
+        """Features (b, E) from tokens with slots `[replaced | inserted | dynamic]`; the last block drops the slots.
 
         Raises:
-            ValueError: slots of a kind that this backbone has no place for.
+            ValueError: slots of a kind that this backbone does not support.
         """
         if slots.prefix_BP2D or len(slots.inserted_BmD) > 1:
             raise ValueError("the SW-Transformer takes replaced and dynamic slots, and inserted ones before block 0")
@@ -270,7 +269,7 @@ class SwtTower(Tower):
         P = sum(each.shape[1] for each in front)
         given = [*front, *([] if slots.dynamic_BmD is None else [slots.dynamic_BmD])]
         x_bLC, slots_bPC = tokens_bLD, torch.cat(given, dim=1) if given else None
-        outputs_BPC: list[Tensor] = []  # of the replaced and inserted slots, for the replay
+        outputs_BPC: list[Tensor] = []  # at the replaced and inserted slots, for the replay
         k = left_out = 0
         with torch.autocast(tokens_bLD.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             for stage in self.stages:
@@ -282,7 +281,7 @@ class SwtTower(Tower):
                         elif depth <= k < depth + len(replay):
                             replayed_bPC = slots_bPC[:, :P] + replay[k - depth](outputs_BPC)
                             slots_bPC = torch.cat([replayed_bPC, slots_bPC[:, P:]], dim=1)
-                        # Not computed are slots that the next block replaces, and all behind the last block.
+                        # Slots that the next block replaces are not computed, and in the last block none are.
                         left_out = replaced[k + 1].shape[1] if k + 1 < depth and not replay else 0
                         if k + 1 == self.place.depth:
                             left_out = slots_bPC.shape[1]

@@ -1,4 +1,4 @@
-"""Frozen weights of the sensor backbones: drawn from a seed, or read from a published checkpoint."""
+"""Frozen weights of the sensor backbones, drawn from a seed or read from a published checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -19,9 +19,9 @@ from sensors.sizes import MOD_SIZES, NETWORKS, SWT, ModalitySizes, SensorSizes
 from vilt.datasets.specs import DatasetSpec
 
 RANDOM = "random"
-"""What `vit` says of weights that are drawn from the seed; `random:SEED` in checkpoints."""
+"""Value of `vit` for weights drawn from the seed; `random:SEED` in checkpoints."""
 NOT_PRETRAINED = ("mod_fusion_layers.", "class_layer.", "mod_projectors.")
-"""Beginnings of entries that are trained from scratch on top of a pretrained backbone."""
+"""Prefixes of entries that are trained from scratch on top of a pretrained backbone."""
 WEARABLE: dict[str, Any] = {"width": 32, "blocks": [2, 2, 2], "feature_width": 128, "projection_width": 128}
 KNOWN: dict[str, dict[str, Any]] = {
     "mod": {"location": "shake", "width": 64, "feature_width": 256, "projection_width": 256},
@@ -29,31 +29,31 @@ KNOWN: dict[str, dict[str, Any]] = {
     "rwhar": {**WEARABLE, "location": "waist", "window": [3, 3], "patch": [1, 2], "projection_width": 256},
     "sensors": {**WEARABLE, "location": "sensors", "window": [3, 3], "patch": [1, 1]},
 }
-"""By task, the sizes of the SW-Transformer."""
+"""Sizes of the SW-Transformer, keyed by task."""
 KNOWN_DEEPSENSE: dict[str, dict[str, Any]] = {
     "mod": {"width": 128, "recurrent_width": 256, "projection_width": 256, "temperature": 0.5},
     "pamap2": {"width": 64, "inner_layers": 2, "recurrent_width": 64, "kernel": 5, "inner_kernel": 5},
     "rwhar": {"width": 128, "recurrent_width": 256},
     "sensors": {"width": 64, "inner_layers": 2, "recurrent_width": 64},
 }
-"""What differs with DeepSense."""
+"""Sizes that differ for DeepSense, keyed by task."""
 
 
 def sizes_for(data: DatasetSpec, network: Mapping[str, Any], scale: Mapping[str, float]) -> SensorSizes:
-    """The sizes for a dataset, with what the option `network` says instead: of a modality `{NAME: value}`, or of all.
+    """The sizes for a dataset, overridden by the option `network`, for all modalities or with `{NAME: value}` for one.
 
     Raises:
-        ConfigError: an entry is unknown, of another type, or does not fit.
+        ConfigError: an entry is unknown, has the wrong type, or does not fit.
     """
     kind = network.get("type", SWT)
     if kind not in NETWORKS:
         raise ConfigError(f"network.type: expected {' or '.join(NETWORKS)}, found {kind!r}")
     common, own = (each.get(data.name, each["sensors"]) for each in (KNOWN, KNOWN_DEEPSENSE))
     wanted = {**common, **(own if kind != SWT else {}), **network}
-    of_modality = [field.name for field in fields(ModalitySizes) if field.name not in ("channels", "samples")]
-    of_all = [field.name for field in fields(SensorSizes) if field.name not in ("network", "intervals", "modalities")]
-    if unknown := [name for name in network if name not in (*of_modality, *of_all, "type")]:
-        known = ", ".join(sorted(["type", *of_modality, *of_all]))
+    per_modality = [field.name for field in fields(ModalitySizes) if field.name not in ("channels", "samples")]
+    general = [field.name for field in fields(SensorSizes) if field.name not in ("network", "intervals", "modalities")]
+    if unknown := [name for name in network if name not in (*per_modality, *general, "type")]:
+        known = ", ".join(sorted(["type", *per_modality, *general]))
         raise ConfigError(f"network: expected {known}, found {unknown[0]!r}")
     for entry, value in network.items():
         if isinstance(value, dict) and (others := [name for name in value if name not in data.modalities]):
@@ -63,12 +63,12 @@ def sizes_for(data: DatasetSpec, network: Mapping[str, Any], scale: Mapping[str,
     for name, modality in data.modalities.items():
         channels, intervals, samples = (int(size or 1) for size in modality.shape)
         sizes = {**(MOD_SIZES[name] if data.name == "mod" else {}), "channels": channels, "samples": samples}
-        for entry in of_modality:
+        for entry in per_modality:
             if entry in wanted:
                 value = wanted[entry]
                 sizes |= {entry: value.get(name, sizes.get(entry)) if isinstance(value, dict) else value}
         modalities[name] = {entry: value for entry, value in sizes.items() if value is not None}
-    values = {entry: wanted[entry] for entry in of_all if entry in wanted}
+    values = {entry: wanted[entry] for entry in general if entry in wanted}
     try:
         given = {"network": kind, "intervals": intervals, "modalities": modalities, "input_scale": dict(scale)}
         sizes_found = record_of(SensorSizes, {**values, **given})
@@ -80,40 +80,40 @@ def sizes_for(data: DatasetSpec, network: Mapping[str, Any], scale: Mapping[str,
 
 
 def build_on_meta(sizes: SensorSizes) -> dict[str, Tensor]:
-    """Names and shapes of the frozen weights of these sizes, without memory. Raises what a wrong size leads to."""
+    """The frozen weights for these sizes as tensors without memory; building them raises an error for a wrong size."""
     with torch.device("meta"):
         return {name: x for name, x in build(sizes).state_dict().items() if not name.startswith(NOT_PRETRAINED)}
 
 
 def random_weights(sizes: SensorSizes, seed: int) -> FrozenWeights:
-    """Drawn from the seed."""
+    """Weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return frozen(f"{RANDOM}:{seed}", sizes, build(sizes).state_dict())
 
 
 def frozen(name: str, sizes: SensorSizes, state: Mapping[str, Tensor]) -> FrozenWeights:
-    """Without what is not pretrained."""
+    """The frozen weights in a state dict, without the entries that are not pretrained."""
     kept = {entry: value for entry, value in state.items() if not entry.startswith(NOT_PRETRAINED)}
     return FrozenWeights(name, sizes, kept)
 
 
 def silences(weights: FrozenWeights) -> dict[str, Tensor]:
-    """By modality, (C,): the token of a patch of zeros; none of DeepSense."""
+    """The token (C,) of a patch of zeros, keyed by modality; empty for DeepSense."""
     sizes, state = weights.architecture, weights.state
     if sizes.network != SWT:
         return {}
-    of = {name: f"patch_embed.{sizes.location}.{name}" for name in sizes.modalities}
+    prefixes = {name: f"patch_embed.{sizes.location}.{name}" for name in sizes.modalities}
     return {
         name: F.layer_norm(
-            state[f"{at}.proj.bias"], (sizes.width,), state[f"{at}.norm.weight"], state[f"{at}.norm.bias"]
+            state[f"{prefix}.proj.bias"], (sizes.width,), state[f"{prefix}.norm.weight"], state[f"{prefix}.norm.bias"]
         )
-        for name, at in of.items()
+        for name, prefix in prefixes.items()
     }
 
 
 def published_weights(path: Path, sizes: SensorSizes) -> FrozenWeights:
-    """The pretrained state of the published code. Raises BackboneError where a name or shape does not fit."""
+    """The weights pretrained by the published code; BackboneError if a name or shape does not fit."""
     try:
         raw = state_dict_of(load_inert(path))
         state = {name: x.float() for name, x in raw.items() if not read_by_nothing(name)}

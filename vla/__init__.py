@@ -1,1 +1,1 @@
-"""Text, audio and vision: backbone, methods, and the files that published code wrote."""
+"""Text, audio and vision: backbone, methods, and readers for the files of the published code."""

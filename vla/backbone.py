@@ -1,7 +1,7 @@
-"""MulT (Tsai et al., ACL 2019), as the backbone of MPLMM (arXiv 2407.05374): docs/vla.md sections 2 and 3.
+"""MulT (Tsai et al., ACL 2019), the backbone of MPLMM (arXiv 2407.05374): docs/vla.md sections 2 and 3.
 
-Each modality is projected to one width; six cross-modal encoders let each modality read each other one; a causal
-encoder per modality, its tower, runs on what it has read, and its last step is the modality's feature.
+All modalities are projected to one width. Six cross-modal encoders let each modality attend to each of the others. A
+causal encoder for each modality, its tower, runs on their outputs, and its last step is the modality's feature.
 
 Shape suffixes: B samples, n some of them, T steps of a target, S steps of a source, D width of an encoder, d width of
 the backbone, m slots.
@@ -20,17 +20,17 @@ from common.dropout import dropout
 from vla.encoder import DROPOUT, EMBEDDING_DROPOUT, LANES, Encoder, embed, seen
 
 LETTERS = {"text": "l", "audio": "a", "vision": "v"}
-"""By modality, in the order of all joins: what published parameter names call it."""
+"""The letters for modalities in published parameter names; all concatenations are in this order."""
 START_STD = 0.02
 FRONTENDS, POOLER, ENCODERS = "projections", "pooler", "encoders"
 LEAST_TOWER_LAYERS = 3
 GROUPS, SHORT = 3, 64
-"""Of samples of like length, each of which is padded no more than it needs, and for how many steps one will do."""
+"""Number of groups of samples of similar length, each padded only as far as it needs; up to SHORT steps, one group."""
 
 
 @dataclass(frozen=True)
 class VlaArchitecture:
-    """The sizes."""
+    """Sizes of the backbone."""
 
     text_steps: int
     audio_steps: int
@@ -41,9 +41,9 @@ class VlaArchitecture:
     width: int = 30
     heads: int = 5
     layers: int = 5
-    """Of the cross-modal encoders; the towers have as many, but three at least."""
+    """Number of layers of the cross-modal encoders; the towers have as many, but at least three."""
     project_all: bool = True
-    """False, for stage 1: a modality that has the width already is not projected, as published."""
+    """False in stage 1, where a modality that already has the width is not projected, as published."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -74,7 +74,7 @@ class VlaBackbone(Backbone):
         for name in LETTERS:
             self.add_module(_tower_name(name), Encoder(w, arch.heads, tower_layers))
         self.proj1, self.proj2 = nn.Linear(3 * w, 3 * w), nn.Linear(3 * w, 3 * w)
-        # At a bias of 0 padding enters the towers as exact zeros, where a LayerNorm is 300 times as steep.
+        # With a bias of 0, padding would enter the towers as exact zeros, where a LayerNorm is 300 times as steep.
         for encoder in self._cross_encoders():
             nn.init.normal_(encoder.layer_norm.bias, std=START_STD)
 
@@ -91,12 +91,12 @@ class VlaBackbone(Backbone):
         return (self._encoder(_cross_name(target, source)) for target, source in permutations(LETTERS, 2))
 
     def prepare(self, batch: ModelInput) -> ModelInput:
-        """Dropout on the features of texts; what reads them later reads the same."""
+        """Applies dropout to the text features, once for all later uses."""
         text = dropout(batch.inputs["text"], EMBEDDING_DROPOUT, self.training)
         return batch._replace(inputs={**batch.inputs, "text": text})
 
     def embed(self, batch: ModelInput) -> dict[str, Tensor]:
-        """(b, T, d), projected, of the modalities that any sample has."""
+        """Projected features (b, T, d) of every modality that any sample has."""
         projected = {}
         for name, x_bTD in batch.inputs.items():
             if len(x_bTD):
@@ -106,11 +106,11 @@ class VlaBackbone(Backbone):
         return projected
 
     def mix(self, batch: ModelInput, tokens: Mapping[str, Tensor], *, padded: bool = True) -> dict[str, Tensor]:
-        """(B, T, 2d): the embedded input of each tower, for samples without the modality too.
+        """Embedded inputs (B, T, 2d) of the towers, including samples without the modality.
 
         Args:
-            tokens: (b, T, d) of the samples that have a modality, those of the others being zeros, or (B, T, d).
-            padded: whether steps of zeros are padding, which no parameter has made.
+            tokens: (B, T, d) of all samples, or (b, T, d) of those that have the modality, with zeros for the others.
+            padded: whether steps of zeros are padding rather than made by parameters.
         """
         B, lengths, targets, sources = len(batch.present_BM), {}, {}, {}
         for name, (T, _) in self.arch.shapes.items():
@@ -119,7 +119,7 @@ class VlaBackbone(Backbone):
                 x_BTd = next(iter(tokens.values())).new_zeros(B, T, self.arch.width)
             elif len(x_BTd) < B:
                 x_BTd = batch.to_all_samples(name, x_BTd)
-            lengths[name] = _lengths(x_BTd) if padded and not x_BTd.is_cuda else [T] * B  # a GPU would have to wait
+            lengths[name] = _lengths(x_BTd) if padded and not x_BTd.is_cuda else [T] * B  # would stall a GPU
             targets[name], sources[name] = (embed(x_BTd, self.training) for _ in range(2))
         mixed = {}
         for target, tower in self.towers.items():
@@ -140,30 +140,30 @@ class VlaBackbone(Backbone):
     def encode(
         self, batch: ModelInput, tokens: Mapping[str, Tensor], slots: Mapping[str, TowerSlots]
     ) -> dict[str, Tensor]:
-        """Features (B, 2d) of every modality; that of a missing one holds what the others brought."""
+        """Features (B, 2d) of every modality; for a missing one, they hold what it read from the others."""
         return {name: tower.encode(tokens[name], tokens[name], slots[name]) for name, tower in self.towers.items()}
 
     def fuse(self, features: Mapping[str, Tensor], present_BM: Tensor) -> Tensor:
-        """(B, 6d): the features side by side, behind the residual pooler."""
+        """The concatenated features (B, 6d), after the residual pooler."""
         z = super().fuse(features, present_BM)
         return self.proj2(dropout(F.relu(self.proj1(z)), DROPOUT, self.training)) + z
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Projections of the features, pooler, and encoders."""
+        """The feature projections, the pooler and the encoders."""
         projections = [self.get_parameter(f"proj_{letter}.weight") for letter in LETTERS.values()]
         pooler = [*self.proj1.parameters(), *self.proj2.parameters()]
         encoders = [p for encoder in (*self._cross_encoders(), *self.towers.values()) for p in encoder.parameters()]
         return {FRONTENDS: projections, POOLER: pooler, ENCODERS: encoders}
 
     def compute(self, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
-        """See `Backbone.compute`. 16 bits are left to autocast: the weights are few."""
+        """See `Backbone.compute`. 16-bit precision is left to autocast, since there are few weights."""
         for module in self.modules():
             if isinstance(module, Encoder):
                 module.checkpointing = checkpointing
 
 
 def _lengths(x_BTd: Tensor) -> list[int]:
-    """Of each sample, the steps from the first one on that is not all zeros."""
+    """Length of each sample: the number of steps from its first nonzero step to the end."""
     real_BT = (x_BTd != 0).any(dim=-1)
     return ((real_BT.shape[1] - real_BT.int().argmax(dim=1)) * real_BT.any(dim=1)).tolist()
 
@@ -171,10 +171,11 @@ def _lengths(x_BTd: Tensor) -> list[int]:
 def cross(
     encoder: Encoder, target_BTd: Tensor, source_BSd: Tensor, target_lengths: list[int], source_lengths: list[int]
 ) -> Tensor:
-    """What all samples read from a source, both embedded, given how many of their last steps are not zeros.
+    """Runs a cross-modal encoder on embedded targets and sources, with as little work on padding as possible.
 
-    Steps of zeros that see nothing but zeros are alike, and no parameter before the encoder matters to them; steps of
-    zeros in front of a source are one, with a weight of their number.
+    The lengths count the steps from a sample's first nonzero step to the end; padding comes before it. Padding steps
+    that see only padding have equal outputs, which depend on no parameter before the encoder. The padding in front of a
+    source is represented by a single step, weighted by the number of steps that it stands for.
     """
     T, S = target_BTd.shape[1], source_BSd.shape[1]
     groups = _groups(target_lengths, source_lengths, T, S)
@@ -197,19 +198,20 @@ def cross(
 
 
 def _groups(targets: list[int], sources: list[int], T: int, S: int) -> list[tuple[list[int], int, int]]:
-    """Samples to compute together, with R, the last steps of the target that matter to any, and K, those of the source.
+    """Groups of samples to compute together, each with the number of last steps that any of its samples needs, R of the
+    target and K of the source.
 
     Args:
-        targets: of each sample, the last steps of the target that are not zeros.
-        sources: likewise of the source.
+        targets: length of each sample's target without padding.
+        sources: length of each sample's source without padding.
     """
-    # Step i sees the first step of the source that is not zero where i + |S - T| ≥ S - length.
+    # Step i sees the first nonzero step of the source if i + |S - T| ≥ S - length.
     seeing = [T - min(max(S - length - abs(S - T), 0), T) if length else 0 for length in sources]
     sizes = [(bool(source), max(pair), source) for source, *pair in zip(sources, targets, seeing, strict=True)]
     groups: dict[tuple[bool, int], list[int]] = {}
-    number = min(GROUPS, len(set(sizes))) if max(T, S) > SHORT else 1
-    for place, row in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
-        groups.setdefault((sizes[row][0], place * number // len(sizes)), []).append(row)
+    count = min(GROUPS, len(set(sizes))) if max(T, S) > SHORT else 1
+    for rank, row in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        groups.setdefault((sizes[row][0], rank * count // len(sizes)), []).append(row)
     return [
         (sorted(rows), max(sizes[row][1] for row in rows), max(sizes[row][2] for row in rows))
         for rows in groups.values()

@@ -1,7 +1,7 @@
 """The encoders of MulT (Tsai et al., ACL 2019): docs/vla.md section 3.
 
-Shape suffixes: B samples, n some of them, N steps of whatever samples, T steps of a target, S steps of a source, R the
-last steps of a target, W those of a source, D width, H heads, h width of a head, m slots.
+Shape suffixes: B samples, n some of them, N samples × heads, T steps of a target, S steps of a source, R last steps of
+a target, W last steps of a source, D width, H heads, h width of a head, m slots.
 """
 
 import math
@@ -19,13 +19,13 @@ from common.dropout import dropout, kept
 
 EMBEDDING_DROPOUT, DROPOUT = 0.25, 0.1
 LANES = 16
-"""Floats that a CPU takes at once; a softmax over fewer takes ten times as long for each."""
+"""Floats that a CPU processes at once; a softmax over fewer takes ten times as long for each."""
 BLOCK, BLOCKS = 32, 8
-"""Least steps and greatest number of the blocks of queries that a CPU attends with, each to what it sees alone."""
+"""Minimum size and maximum number of blocks of queries on a CPU; each block attends only to steps that it can see."""
 
 
 def share_kept(count_T: Tensor, rate: float, samples: int, device: torch.device) -> Tensor:
-    """(n, T) of mean 1: what dropout leaves of the sum of `count_T` equal shares, ascending counts on the CPU."""
+    """Draws (n, T), of mean 1: what dropout leaves of a sum of `count_T` equal parts; counts ascend, on the CPU."""
     chances_TC = _binomial(int(count_T[-1]), 1 - rate)[count_T].to(device)
     kept_Tn = torch.searchsorted(chances_TC, torch.rand(len(count_T), samples, device=device))
     return (kept_Tn / (count_T.to(device)[:, None] * (1 - rate))).T
@@ -33,7 +33,7 @@ def share_kept(count_T: Tensor, rate: float, samples: int, device: torch.device)
 
 @cache
 def _binomial(most: int, chance: float) -> Tensor:
-    """(most + 1, most + 1), at row n: how probable at most 0, 1, 2 … successes of n are; above 1 from n on."""
+    """Table (most + 1, most + 1): the probability of at most k successes in n trials, and values above 1 if k ≥ n."""
     n, k = torch.arange(most + 1.0, dtype=torch.float64)[:, None], torch.arange(most + 1.0, dtype=torch.float64)
     logs = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
     exactly = (logs + k * math.log(chance) + (n - k) * math.log(1 - chance)).exp()
@@ -54,11 +54,11 @@ class Attention(nn.Module):
     def forward(
         self, query_BTD: Tensor, source_BSD: Tensor, bias_TS: Tensor | None = None, count_T: Tensor | None = None
     ) -> Tensor:
-        """(B, T, D).
+        """Attention output (B, T, D).
 
         Args:
             bias_TS: added to the scores.
-            count_T: how many steps alike the first step of the source stands for, on the CPU.
+            count_T: for each query, how many equal steps the first step of the source stands for; on the CPU.
         """
         B, T, D = query_BTD.shape
         if query_BTD is source_BSD:
@@ -72,7 +72,7 @@ class Attention(nn.Module):
             q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
             read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_TS, dropout_p=rate)
             return self.out_proj(read.transpose(1, 2).flatten(2))
-        # Steps last: the matrices of a head are narrow, and products whose result is wide are several times as fast.
+        # Steps come last: a head's matrices are narrow, and products with a wide result are several times as fast.
         q, k, v = (x.transpose(1, 2).reshape(B * self.heads, D // self.heads, -1) for x in projected)
         bias_TS = q.new_zeros(T, k.shape[-1]) if bias_TS is None else bias_TS.to(q.dtype)
         size, blocks = max(BLOCK, -(-T // BLOCKS // LANES) * LANES), []
@@ -92,10 +92,10 @@ class Attention(nn.Module):
         return self.out_proj(torch.cat(blocks, dim=-1).view(B, D, T).transpose(1, 2))
 
     def of_constant(self, source_D: Tensor, samples: int, count_T: Tensor) -> Tensor:
-        """(n, T, D), or (D,) without dropout: what is read from a source whose steps are all alike.
+        """Attention output (n, T, D), or (D,) without dropout, over a source whose steps are all equal.
 
-        The weights of a step sum to 1, whatever they are. With dropout on them they are still equal, so that their sum
-        follows from how many of the `count_T` steps that it sees are kept, which is drawn instead of each step.
+        A query's attention weights are then equal and sum to 1. After dropout, their sum depends only on how many of
+        the `count_T` steps that the query sees are kept, so that number is drawn instead of a mask.
         """
         D = len(source_D)
         value_D = F.linear(source_D, self.in_proj_weight[2 * D :], self.in_proj_bias[2 * D :])
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm layer: attention, then a feed-forward half of four times the width."""
+    """A pre-norm layer: attention, then a feed-forward network of four times the width."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -124,10 +124,10 @@ class Layer(nn.Module):
         count_T: Tensor | None = None,
         last: bool = False,
     ) -> Tensor:
-        """(B, T, D), or with `last` (B, 1, D) of the last step alone.
+        """The layer's output (B, T, D), or with `last` that of the last step alone (B, 1, D).
 
         Args:
-            source_BSD: None for self-attention. One norm serves query and source.
+            source_BSD: None for self-attention. Query and source share one norm.
             bias_TS, count_T: see `Attention`.
         """
         normed_BTD = self.layer_norms[0](x_BTD)
@@ -137,7 +137,7 @@ class Layer(nn.Module):
         return self._feed_forward(x_BTD + self._drop(self.self_attn(normed_BTD, normed_BSD, bias_TS, count_T)))
 
     def of_zero_source(self, x_nTD: Tensor, count_T: Tensor) -> Tensor:
-        """The same for a source of zeros, whose norm is the bias; no step of it is computed."""
+        """The output for a source of zeros. It normalises to the norm's bias, so none of its steps is computed."""
         bias_D = self.layer_norms[0].get_parameter("bias")
         read = self.self_attn.of_constant(bias_D, len(x_nTD), count_T)
         return self._feed_forward(x_nTD + self._drop(read.expand_as(x_nTD)))
@@ -151,9 +151,9 @@ class Layer(nn.Module):
 
 
 class Encoder(Tower):
-    """Layers behind an embedding, and a LayerNorm; cross-modal if it is given a source, else causal.
+    """An embedding, layers and a final LayerNorm, used as a cross-modal encoder or as a modality's tower.
 
-    As a modality's tower it runs on what the cross-modal encoders have brought, with a method's slots.
+    A tower is causal and runs on the outputs of the cross-modal encoders, with a method's slots.
     """
 
     def __init__(self, width: int, heads: int, layers: int) -> None:
@@ -163,16 +163,16 @@ class Encoder(Tower):
         self.checkpointing = False
 
     def embed(self, input_b: Tensor, offset: int = 0) -> Tensor:
-        """See `embed`."""
+        """See the function `embed`."""
         return embed(input_b, self.training, offset)
 
     def cross(self, target_BRD: Tensor, source_BWD: Tensor, steps: int, source_steps: int) -> Tensor:
-        """(B, R, D): what a modality reads from another one, both embedded.
+        """Output (B, R, D) for a modality that attends to another one, both embedded.
 
         Args:
             target_BRD: the last R of `steps`.
-            source_BWD: the last W of `source_steps`; those before are zeros, and so is the first of these if there are
-                any before. Without any, all are zeros.
+            source_BWD: the last W of `source_steps`. Earlier steps are zeros; if there are any, the first of the W is
+                zero too and stands for them. With W = 0, all source steps are zeros.
         """
         R, W = target_BRD.shape[1], source_BWD.shape[1]
         count_R, bias_TS = seen(steps, source_steps)[steps - R :], mask(steps, source_steps, target_BRD.device)
@@ -192,7 +192,7 @@ class Encoder(Tower):
         return self.layer_norm(target_BRD)
 
     def cross_zeros(self, samples: int, count_T: Tensor) -> Tensor:
-        """(n, T, D): the same for steps of zeros that see `count_T` zeros; without dropout they are all alike."""
+        """Output (n, T, D) for steps of zeros that each see `count_T` zeros; without dropout, all steps are equal."""
         T, bias_D = len(count_T), self.layer_norm.bias
         one = (1, 1) if not self.training else (samples, T)
         x_nTD = bias_D.new_zeros(*one, len(bias_D))
@@ -202,9 +202,10 @@ class Encoder(Tower):
         return self.layer_norm(x_nTD).expand(samples, T, -1)
 
     def body(self, tokens_bLD: Tensor, input_b: Tensor, slots: TowerSlots = NO_SLOTS) -> Tensor:
-        """(B, D): the last step behind `[replaced | inserted | dynamic | tokens | appended]`, causal from the front.
+        """Output (B, D) at the last step of `[replaced | inserted | dynamic | tokens | appended]`, with a causal mask.
 
-        Slots are no steps: they get neither scale, position nor dropout; appended ones are steps after the others.
+        Slots in front are not steps: they get no scaling, position or dropout. Appended slots are embedded as further
+        steps.
         """
         replaced, appended = slots.replaced_BmD, slots.appended_BmD
         x_BTD = tokens_bLD
@@ -233,9 +234,9 @@ class Encoder(Tower):
 
 
 def embed(x_BTD: Tensor, training: bool, offset: int = 0) -> Tensor:
-    """(B, T, D): scaled, with sinusoidal positions from `offset` + 1 on, and dropout.
+    """Embeds steps (B, T, D): scales them, adds sinusoidal positions from `offset` + 1 on, and applies dropout.
 
-    A step whose first channel is exactly 0 gets no position, as published: padding is zeros.
+    As published, a step whose first channel is exactly 0 counts as padding and gets no position.
     """
     T, D = x_BTD.shape[1:]
     position_TD = positions(offset + T, D, x_BTD.device)[offset:].to(x_BTD.dtype)
@@ -244,7 +245,7 @@ def embed(x_BTD: Tensor, training: bool, offset: int = 0) -> Tensor:
 
 @cache
 def positions(steps: int, width: int, device: torch.device) -> Tensor:
-    """Sinusoids (T, D) of the steps 1 … T: sines, then cosines, and a 0 where D is odd."""
+    """Sinusoidal positions (T, D) of steps 1 … T: sines, then cosines, and a 0 if D is odd."""
     half = width // 2
     frequency = torch.exp(torch.arange(half, device=device) * (-math.log(10000) / (half - 1)))
     angle = torch.arange(1, steps + 1, device=device)[:, None] * frequency
@@ -253,17 +254,17 @@ def positions(steps: int, width: int, device: torch.device) -> Tensor:
 
 @cache
 def mask(steps: int, source_steps: int, device: torch.device) -> Tensor:
-    """(T, S), added to scores: 0 where step i may see source step j, j ≤ i + |S - T|, else -∞."""
+    """Additive mask (T, S): 0 where step i may attend to source step j, which is if j ≤ i + |S - T|, else -∞."""
     return torch.full((steps, source_steps), -math.inf, device=device).triu(abs(source_steps - steps) + 1)
 
 
 def seen(steps: int, source_steps: int) -> Tensor:
-    """(T,), on the CPU: how many steps of a source each step sees."""
+    """Number of source steps (T,) that each step sees, on the CPU."""
     return (torch.arange(steps) + abs(source_steps - steps) + 1).clamp(max=source_steps)
 
 
 def xavier(*weights: Tensor | nn.Linear) -> None:
-    """Published start values."""
+    """Initialises weights as published."""
     for weight in weights:
         if isinstance(weight, nn.Linear):
             nn.init.zeros_(weight.bias)

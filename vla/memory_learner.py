@@ -1,6 +1,6 @@
-"""REP's memory learner for text, audio and vision: this project's definition (docs/vla.md section 4).
+"""REP's memory learner for text, audio and vision, as defined by this project (docs/vla.md section 4).
 
-No code or equation for it is published. The slots are those of REP on CLIP, for three towers.
+Neither code nor equations are published for it. The slots are those of REP on CLIP, for three towers.
 
 Shape suffixes: B samples, R samples or missing types, m slots of one group, w width of a tower.
 """
@@ -29,11 +29,11 @@ from vla.encoder import Attention
 
 TYPES = 7
 MODE_OF_TYPE = (6, 2, 1, 5, 0, 4, 3)
-"""By missing type (see `vilt/missing_types.py`), the number that published files and tables have for it."""
+"""The number that published files and tables use for each missing type (see `vilt/missing_types.py`)."""
 
 
 class VlaMemoryLearner(Method):
-    """Private slots for each layer of the memory depth, shared slots and dynamic slots for the first one."""
+    """Private slots for each layer of the memory depth, and shared and dynamic slots for the first layer."""
 
     attribute = "memory_learner"
     identity_at_init = ("replay_", "dynamic_common_token_net.")
@@ -63,7 +63,7 @@ class VlaMemoryLearner(Method):
             self.dynamic_common_token_net.start_at_zero()
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
-        """The slots of every sample; without dropout private ones are computed once for each type."""
+        """The slots of every sample; in evaluation, private ones are computed once for each missing type."""
         type_R, row_B = rows_to_compute(batch, self.training)
         mode_B = torch.tensor(MODE_OF_TYPE, device=type_R.device)[batch.missing_type_B]
         start = {}
@@ -91,11 +91,11 @@ class VlaMemoryLearner(Method):
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """The decoupling of private and shared slots, over layers and towers."""
+        """The loss that decouples private from shared slots, over layers and towers."""
         return decoupling_loss(slots, self.options.decoupling_weight)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The learner, and what the options leave unused."""
+        """The learner, and the parameters that the options leave unused."""
         unused = [] if self.options.far else [self.residual_alpha]
         if not self.options.fmb:
             unused.append(self.common_memory)
@@ -104,5 +104,5 @@ class VlaMemoryLearner(Method):
         return {METHOD: without(self.parameters(), unused), UNUSED: unused}
 
     def trains(self, task: str) -> tuple[str, ...]:
-        """With `train_pooler` the pooler too."""
+        """The learner, and with `train_pooler` also the pooler."""
         return (METHOD, POOLER) if self.options.train_pooler else (METHOD,)

@@ -1,4 +1,4 @@
-"""Converts a raw dataset to the arrow files that training reads: see DATA.md for layouts and output.
+"""Converts a raw dataset to the arrow files that training reads; DATA.md describes layouts and output.
 
 python make_arrow.py --dataset mmimdb --root RAW --target OUT
 """
@@ -26,17 +26,17 @@ from vilt.utils.arrow_writer import BAD_SAMPLES, BadSample, BadSamplesError, Spl
 from vilt.utils.recordings import WAYS
 
 N_SHOWN = 20
-"""How many bad samples the terminal shows."""
+"""Number of bad samples shown on the terminal."""
 DEFAULT_ROOT = Path("datasets")
-"""Where arrow files go that no --target is given for, in a folder of their dataset's name."""
+"""Without --target, the arrow files go into a subfolder of this, named after the dataset."""
 SIGNS = ("negative", "zero", "positive")
-"""What labels that are numbers are counted by."""
+"""Names of the signs by which numeric labels are counted."""
 LONG_TEXTS = "texts longer than 77 tokens, at least (text_windows reads them whole)"
 CONVERTERS = {spec.make_arrow_name: spec for spec in EVERY_DATASET.values()}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options. Exits with status 2 if they contradict each other."""
+    """Parses the options. Exits with status 2 if they are wrong or contradict each other."""
     parser = argparse.ArgumentParser(
         description="Convert a raw dataset to arrow files. DATA.md describes the layouts of RAW and the files written."
     )
@@ -47,18 +47,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     workers = min(8, cores())
     add("--workers", type=int, default=workers, metavar="N", help="threads that read images (default: %(default)s)")
     add("--skip-bad", action="store_true", help="leave bad samples out, listed in OUT/NAME_bad_samples.tsv")
-    kept = "keep samples without image or text, as DATA.md says"
+    kept = "keep samples without image or text (see DATA.md)"
     add("--allow-missing", action="store_true", default=None, help=kept)
     splits = ("test", "test_seen", "test_unseen")
     add("--test-split", choices=splits, help="hateful_memes: the jsonl file to use for testing (default: test)")
     described = parser.add_mutually_exclusive_group()
-    spec, table = "custom, sensors: what the data holds (default: RAW/spec.yaml)", "the table, without a spec"
+    spec, table = "custom, sensors: describes the data (default: RAW/spec.yaml)", "custom: table, instead of a spec"
     described.add_argument("--spec", type=Path, metavar="FILE", help=spec)
     described.add_argument("--table", type=Path, metavar="FILE", help=table)
-    add("--split-seed", type=int, metavar="N", help="custom: draws the splits where the table has none (default: 0)")
-    links = "custom: images may be links that leave RAW"
+    add("--split-seed", type=int, metavar="N", help="custom: seed of the splits if the table has none (default: 0)")
+    links = "custom: images may be links that lead out of RAW"
     add("--follow-links", action="store_true", default=None, help=links)
-    add("--split", choices=WAYS, help="recordings: how they are divided (default: see DATA.md)")
+    add("--split", choices=WAYS, help="sensor datasets: how recordings are split (default: see DATA.md)")
     args = parser.parse_args(argv)
     for option, value in vars(args).items():
         takers = [name for name, spec in CONVERTERS.items() if option in spec.converter_options]
@@ -66,14 +66,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             name = f"--{option.replace('_', '-')}"
             parser.error(f"{name} belongs to --dataset {' or '.join(takers)}, not {args.dataset}")
     if args.skip_bad and CONVERTERS[args.dataset].family != CLIP:
-        parser.error(f"--skip-bad: is for datasets with images; {args.dataset} is converted completely or not at all")
+        parser.error(f"--skip-bad: only for datasets with images; {args.dataset} is converted completely or not at all")
     if args.workers < 0:
         parser.error(f"--workers: expected 0 or more, found {args.workers}")
     return args
 
 
 def describe_bad(bad: Sequence[BadSample]) -> str:
-    """The bad samples for the terminal: how many for each reason, and the first of them."""
+    """Formats the bad samples for the terminal: counts by reason, and the first few."""
     counts = Counter(sample.reason for sample in bad).most_common()
     more = f"\n... and {len(bad) - N_SHOWN:,} more" if len(bad) > N_SHOWN else ""
     return "\n\n".join(
@@ -85,7 +85,7 @@ def describe_bad(bad: Sequence[BadSample]) -> str:
 
 
 def count_long_texts(split: SplitSummary, column: str) -> int:
-    """How many texts of a split are surely longer than CLIP reads; no vocabulary is at hand to count their tokens."""
+    """How many texts of a split are certainly longer than CLIP reads: a lower bound, made without a vocabulary."""
     from clip.tokenizer import is_surely_cut  # takes a second to import
 
     texts = pc.list_flatten(open_table(split.path)[column])
@@ -93,7 +93,7 @@ def count_long_texts(split: SplitSummary, column: str) -> int:
 
 
 def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
-    """The files for the terminal: their sizes, label counts per split, what was left out."""
+    """Formats the files written for the terminal: their sizes, label counts per split, remarks."""
 
     def row(name: str, parts: Sequence[SplitSummary], remark: str) -> tuple[str, ...]:
         n_samples, n_texts = sum(part.n_samples for part in parts), sum(part.n_texts for part in parts)
@@ -113,7 +113,7 @@ def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit status: 0, 2 for a user error, 1 for a fault of ours, 130 for Ctrl-C."""
+    """Runs the command. Returns the exit status: 0, 2 for a user error, 1 for a bug in the program, 130 for Ctrl-C."""
     print_anywhere()
     args = parse_args(argv)
     target: Path | None = args.target
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 split.remarks[LONG_TEXTS] = count_long_texts(split, texts)
     except BadSamplesError as error:
         print(f"error: {error}; nothing was written to {target}.\n\n{describe_bad(error.bad)}\n", file=sys.stderr)
-        print("Correct them, or leave them out with --skip-bad, which lists all of them in a file.", file=sys.stderr)
+        print("Fix them, or leave them out with --skip-bad, which lists them all in a file.", file=sys.stderr)
         return USER_ERROR
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -153,5 +153,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # an orderly end, which removes unfinished files
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # an orderly exit, which removes unfinished files
     sys.exit(main())

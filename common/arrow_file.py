@@ -1,4 +1,4 @@
-"""Opening arrow files: every one that is read passes here, and is checked before anything of it is used."""
+"""Opens arrow files. Every arrow file is read through this module and checked before anything in it is used."""
 
 from pathlib import Path
 
@@ -9,16 +9,16 @@ from common.messages import first_line
 
 
 def open_table(path: Path, what: str = "an arrow file", how_to_make: str | None = None) -> pa.Table:
-    """The memory-mapped table in `path`, with every column once and every value within the file.
+    """The memory-mapped table in `path`, checked for repeated columns and for values that lie outside the file.
 
-    A file takes no more memory than what is asked of it: no values are read but texts, whose UTF-8 is checked.
+    Only the pages that are accessed take memory. The check reads no values except texts, whose UTF-8 it validates.
 
     Args:
-        what: what messages call the file.
-        how_to_make: what they say where it is not there.
+        what: what error messages call the file.
+        how_to_make: hint added to the error if the file is missing.
 
     Raises:
-        DataError: it is not there, damaged, compressed, or has two columns of one name.
+        DataError: the file is missing, damaged or compressed, or two of its columns have the same name.
     """
     try:
         with pa.memory_map(str(path)) as mapped:
@@ -31,11 +31,11 @@ def open_table(path: Path, what: str = "an arrow file", how_to_make: str | None 
     twice = [name for place, name in enumerate(names) if name in names[:place]]
     if twice:
         raise DataError(f"{path}: expected each column once, found {twice[0]} twice")
-    for name in names:  # also those that nothing needs: pyarrow ends the whole process on some damaged ones
+    for name in names:  # unused columns too: some damaged ones make pyarrow abort the whole process
         try:
             table[name].validate(full=True)  # offsets within the file, texts in UTF-8
         except pa.ArrowException as error:
             raise DataError(f"{path}: column {name}: damaged: {error}") from error
-    if table.nbytes > path.stat().st_size:  # each process would hold all of it in memory
+    if table.nbytes > path.stat().st_size:  # every process would hold the whole table in memory
         raise DataError(f"{path}: not readable as {what}: it is compressed; write it without compression")
     return table

@@ -1,4 +1,4 @@
-"""Dropout whose random numbers cost little on any CPU."""
+"""Dropout whose random numbers are cheap on any CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,10 @@ LEVELS = 2**8
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """`F.dropout`, of a rate below 0.99.
+    """`F.dropout` for rates below 0.99.
 
-    On CPUs that are not Intel's that one draws a double for each value, one by one: a third of a training step.
+    On non-Intel CPUs, PyTorch's own draws a double for each value, one at a time, which takes a third of a training
+    step.
     """
     if not training:
         return x
@@ -18,10 +19,10 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def kept(x: Tensor, rate: float) -> Tensor:
-    """What dropout multiplies with, on a CPU: of the type and shape of x.
+    """The mask that dropout multiplies `x` by, scaled by 1 / (1 - rate); on a CPU, with the dtype and shape of `x`.
 
-    Eight random bits decide on each value. They lose one level more than `LEVELS * rate` as often as makes the rate of
-    each value exact over all calls.
+    Eight random bits decide each value, so one call drops a whole number of the LEVELS levels. `LEVELS * rate` is
+    rounded up or down at random, which makes the rate exact on average over calls.
     """
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.uint8)[: x.numel()].view(x.shape)

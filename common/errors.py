@@ -1,4 +1,4 @@
-"""Errors that a user can correct. run.py and make_arrow.py print them without a traceback and exit with status 2."""
+"""Errors that the user can fix. run.py and make_arrow.py print them without a traceback and exit with status 2."""
 
 import errno
 import os
@@ -9,19 +9,19 @@ from common.messages import first_line
 
 
 class UserError(Exception):
-    """Base of all errors whose cause lies in what the user gave: options, files, weights."""
+    """Base of all errors caused by what the user provided: options, files, weights."""
 
 
 class ConfigError(UserError):
-    """An option is unknown, of the wrong type, out of range, or contradicts another one."""
+    """An option is unknown, has the wrong type, is out of range, or contradicts another one."""
 
 
 class DataError(UserError):
-    """A raw dataset, an arrow file or a missing table is absent, damaged or does not fit."""
+    """A raw dataset, an arrow file or a missing table is absent or damaged, or does not fit."""
 
 
 class BackboneError(UserError):
-    """CLIP weights or their tokenizer cannot be found, read or used."""
+    """CLIP's weights or tokenizer cannot be found, read or used."""
 
 
 class CheckpointError(UserError):
@@ -29,7 +29,7 @@ class CheckpointError(UserError):
 
 
 class NonFiniteLossError(UserError):
-    """The loss or a gradient became infinite or not a number; the run stops instead of training on."""
+    """The loss or a gradient became infinite or NaN; the run stops instead of training on."""
 
 
 class SweepError(UserError):
@@ -37,19 +37,19 @@ class SweepError(UserError):
 
 
 class BusyError(UserError):
-    """Another process is at the same work."""
+    """Another process is already doing the same work."""
 
 
 class CheckupError(UserError):
-    """`run.py doctor` found, and printed, what would end a run."""
+    """`run.py doctor` found, and printed, a problem that would end a run."""
 
 
 class MachineError(UserError):
-    """The machine refuses: a disk is full, a folder may not be written, too many files are open, no memory is left."""
+    """The machine refuses: disk full, folder not writable, too many open files, out of memory."""
 
 
 class OtherProcessError(Exception):
-    """Another process of the run is gone; `status` is the exit status for this one."""
+    """Another process of the run has died; `status` is the exit status for this one."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -57,21 +57,21 @@ class OtherProcessError(Exception):
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A full disk, a used-up quota, a limit on the size of files."""
+"""A full disk, an exhausted quota, or the file size limit."""
 OF_THE_MACHINE = {
     *NO_SPACE,
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE),
-    *(errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),  # a file where a folder is to be, and the like
+    *(errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),  # a file where a folder should be, and the like
 }
-"""What an OSError can be about without any fault of the program's; others, such as a file that is not there, it should
-have looked for itself."""
+"""Codes of OSErrors that are not the program's fault. It should have checked for all others itself, such as a missing
+file."""
 
 
 def machine_error(error: Exception, folder: Path | None = None) -> MachineError | None:
-    """`error` as one that the user can correct, if it is: the file, and what the system says of it, or a full GPU.
+    """`error` as a MachineError if the user can fix it (a refused file, a full GPU), else None.
 
     Args:
-        folder: where it was, in case the system names no file, as of a write to an open one.
+        folder: named in the message if the system names no file, as for a write to an open file.
     """
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return MachineError(f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
@@ -84,7 +84,7 @@ def machine_error(error: Exception, folder: Path | None = None) -> MachineError 
 
 
 def reason_of(error: OSError) -> str:
-    """What the system says of a file that it cannot write; where room is lacking, also how much there is."""
+    """The system's reason for `error`; if there is no space left, also how many bytes are free."""
     if error.errno not in NO_SPACE:
         return error.strerror or str(error)
     free = ""

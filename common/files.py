@@ -1,7 +1,7 @@
-"""Writing files and folders so that a reader sees either the old one or the new one, never a part.
+"""Writes files and folders atomically: a reader sees either the old one or the new one, never a part.
 
-What is unfinished lies beside its target, under a hidden name that ends in `.part`. What a killed writer left there is
-removed when the same target is written again, once it is older than a day.
+An unfinished file or folder lies next to its target, under a hidden name that ends in `.part`. If its writer is killed,
+it is removed when the same target is next written, provided that it is more than a day old.
 """
 
 import csv
@@ -23,17 +23,17 @@ from common.errors import DataError, reason_of
 log = logging.getLogger(__name__)
 
 ABANDONED_S = 86_400
-"""Age from which an unfinished file or folder is taken for a killed writer's."""
+"""Age in seconds above which an unfinished file or folder counts as left by a killed writer."""
 NEW, OLD = "new", "old"
-"""In an unfinished folder: what is to take the place of the target, and what was there until then."""
+"""Names inside an unfinished folder: the replacement for the target, and the previous target."""
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yields an empty file beside `target` to write to; it becomes `target` only when the block ends without an error.
+    """Yields an empty file next to `target` to write to; it becomes `target` only if the block ends without an error.
 
-    The folder is created. Concurrent writers do not meet: each has its own temporary file, the last rename wins.
-    Both the content and the rename are on the disk when the block has ended: a power cut changes nothing any more.
+    The folder is created. Concurrent writers do not interfere: each has its own temporary file, and the last rename
+    wins. Once the block has ended, both content and rename are on disk and survive a power cut.
     """
     with _part_of(target) as part:
         part.touch(exist_ok=False)
@@ -46,7 +46,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(what: object) -> Iterator[None]:
-    """Within the block, an error of the system is a DataError: `what` cannot be written, and why."""
+    """Turns an OSError within the block into a DataError that says that `what` cannot be written, and why."""
     try:
         yield
     except OSError as error:
@@ -54,7 +54,7 @@ def writing(what: object) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in `folder`, as they are now, are on the disk."""
+    """Waits until the current entries of `folder` are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,13 +64,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(target: Path, marker: str, maker: str) -> Iterator[Path]:
-    """As `new_folder`, for a `target` that is free, an empty folder, or one that was written in this way before.
+    """Like `new_folder`, but replaces only an empty folder or one that this function has written before.
 
     Args:
-        marker: name of a file that says that `maker` wrote the folder.
+        marker: name of the file that marks the folder as written by `maker`.
 
     Raises:
-        DataError: `target` is anything else.
+        DataError: `target` exists and is anything else.
     """
     check_replaceable(target, marker, maker)
     with new_folder(target) as fresh:
@@ -80,10 +80,10 @@ def whole_folder(target: Path, marker: str, maker: str) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `target` to write into; it becomes `target` only when the block ends without error.
+    """Yields an empty folder next to `target` to write into; it becomes `target` only if the block ends without error.
 
-    The old folder is moved away first. A kill between the two renames leaves no folder of that name: `restore_folder`,
-    or writing it again, puts the old one back.
+    The old folder is moved away first. If the process is killed between the two renames, no folder has the name
+    `target`: `restore_folder`, or writing it again, puts the old one back.
     """
     target = target.resolve()
     with _part_of(target) as part:
@@ -97,7 +97,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def restore_folder(target: Path) -> None:
-    """Puts the old folder back where a writer of `target` was killed between its two renames."""
+    """Puts the old folder back if a writer of `target` was killed between its two renames."""
     target = target.resolve()
     for part in _parts(target):
         if (part / OLD).exists() and not target.exists():
@@ -114,7 +114,7 @@ def check_replaceable(target: Path, marker: str, maker: str) -> None:
 
 @contextmanager
 def _part_of(target: Path) -> Iterator[Path]:
-    """A free name beside `target` for an unfinished file or folder, which is gone when the block ends."""
+    """Yields an unused name next to `target` for an unfinished file or folder, which is gone when the block ends."""
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def _part_of(target: Path) -> Iterator[Path]:
             restore_folder(target)
             _remove(part)
     except OSError as error:
-        # A full disk shows when writing, where the system names no file; the names of parts tell a user nothing.
+        # A full disk shows up in a write, for which the system names no file; names of parts tell the user nothing.
         at = part if error.filename is None else Path(error.filename)
         if at.is_relative_to(part / NEW):
             error.filename = str(target / at.relative_to(part / NEW))
@@ -134,19 +134,19 @@ def _part_of(target: Path) -> Iterator[Path]:
             error.filename = str(target)
         elif at not in part.parents:
             raise
-        if error.errno == errno.ENOENT:  # of a place in which nothing can be made, such as /proc
-            raise OSError(errno.EACCES, f"nothing can be made there: {error.strerror}", error.filename) from error
+        if error.errno == errno.ENOENT:  # a place where nothing can be created, such as /proc
+            raise OSError(errno.EACCES, f"nothing can be created there: {error.strerror}", error.filename) from error
         raise
 
 
 def _parts(target: Path) -> list[Path]:
-    """What writers have left beside `target`, or are writing now."""
+    """The unfinished files and folders next to `target`, abandoned or still being written."""
     return list(target.parent.glob(f".{glob.escape(target.name)}.????????.part"))
 
 
 def _remove_abandoned(target: Path) -> None:
     for part in _parts(target):
-        with suppress(FileNotFoundError):  # its writer is done by now
+        with suppress(FileNotFoundError):  # its writer has finished in the meantime
             if time.time() - part.lstat().st_mtime > ABANDONED_S:
                 _remove(part)
                 log.info("%s: left by a killed writer; removed", part)
@@ -160,10 +160,10 @@ def _remove(part: Path) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Writes a table; a reader finds the old file or the new one. NaN, an undefined value, is an empty cell.
+    """Writes a table atomically. NaN, an undefined value, becomes an empty cell.
 
     Args:
-        columns: names of the columns; by default those of the first row.
+        columns: column names; by default the keys of the first row.
     """
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""K-means: k-means++ starts (without scikit-learn's greedy trials), Lloyd's rounds, the best of several starts."""
+"""K-means: k-means++ initialisation (without scikit-learn's greedy trials), Lloyd iterations, best of STARTS."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ MOST_ROUNDS = 300
 
 
 def kmeans(points_ND: Tensor, count: int, seed: int = 0) -> Tensor:
-    """(count, D): centres of the points; with as many points as centres or fewer, the points, again and again."""
+    """The cluster centres (count, D). If there are at most `count` points, the points themselves, repeated in turn."""
     if len(points_ND) <= count:
         return points_ND[torch.arange(count, device=points_ND.device) % len(points_ND)]
     generator = torch.Generator().manual_seed(seed)
@@ -17,7 +17,7 @@ def kmeans(points_ND: Tensor, count: int, seed: int = 0) -> Tensor:
 
 
 def _start(points_ND: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each centre a point, drawn with the squared distance to the nearest one so far."""
+    """k-means++: each centre is a point drawn in proportion to its squared distance from the nearest centre so far."""
     chosen = [int(torch.randint(len(points_ND), (), generator=generator))]
     nearest_N = torch.full((len(points_ND),), torch.inf, device=points_ND.device)
     while len(chosen) < count:
@@ -29,7 +29,7 @@ def _start(points_ND: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _lloyd(points_ND: Tensor, centres_CD: Tensor) -> tuple[Tensor, float]:
-    """Centres after rounds of assigning and averaging, and the sum of squared distances to them."""
+    """The centres after alternating assignment and averaging, and the sum of squared distances to them."""
     previous_N = None
     for _ in range(MOST_ROUNDS):
         distance_N, nearest_N = torch.cdist(points_ND, centres_CD).min(dim=1)

@@ -1,4 +1,4 @@
-"""Variables by which SLURM, torchrun or the user say how the processes of a run are started."""
+"""Environment variables through which SLURM, torchrun or the user say how the processes of a run are started."""
 
 import os
 
@@ -11,18 +11,18 @@ NUMBERS = (
 
 
 def check_launcher() -> None:
-    """Checks the variables. To be called before Lightning is imported, which acts on them.
+    """Checks the variables. Must be called before Lightning, which acts on them, is imported.
 
-    In a job of SLURM, but not started by srun, which alone starts a process for each task, this one is the only one:
-    then the variables that say otherwise are removed, since Lightning would wait for the others.
+    Only srun starts a process for each task. In a SLURM job that was not started by srun, this process is the only
+    one; the variables that say otherwise are removed, since Lightning would wait for the others.
 
     Raises:
-        ConfigError: one is no number.
+        ConfigError: one of them is not a number.
     """
     for name in NUMBERS:
         value = os.environ.get(name)
         if value is not None and not (value.isascii() and value.isdecimal()):
-            raise ConfigError(f"{name}: expected a whole number in this variable of the environment, found {value!r}")
+            raise ConfigError(f"{name}: expected a whole number in this environment variable, found {value!r}")
     if int(os.environ.get("MASTER_PORT", "0")) > 65535:
         raise ConfigError(f"MASTER_PORT: expected a port up to 65535, found {os.environ['MASTER_PORT']}")
     if "SLURM_STEP_ID" not in os.environ:

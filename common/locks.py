@@ -1,4 +1,4 @@
-"""Locks that a dead process cannot hold: the system frees them when their holder ends, in whatever way."""
+"""Locks that a dead process cannot hold: the system releases them when their holder ends, however it ends."""
 
 import logging
 import os
@@ -15,12 +15,12 @@ from common.errors import BusyError, ConfigError
 log = logging.getLogger("rep")
 
 NAMING_S = 0.1
-"""By when the holder of a lock has written its name."""
+"""Seconds within which the holder of a lock has written its name into it."""
 
 
 @contextmanager
 def waiting_lock(path: Path, busy: str) -> Iterator[None]:
-    """Holds the lock file `path`; as long as another process does, waits for that, and says `busy`."""
+    """Holds the lock file `path`. If another process holds it, logs `busy` and waits."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -30,7 +30,7 @@ def waiting_lock(path: Path, busy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who waits for it opens a new one
+        path.unlink(missing_ok=True)  # while it is still held: a waiting process opens a new file
         lock.release()
 
 
@@ -38,12 +38,12 @@ def waiting_lock(path: Path, busy: str) -> Iterator[None]:
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Holds the lock file `path`, which names its holder.
 
-    Forked children do not hold it. The file is removed at the end. On a file system without locks the block runs
-    without one, and a warning says so.
+    Forked children do not hold the lock. The file is removed at the end. On a file system without locks, the block
+    runs unlocked, with a warning.
 
     Raises:
-        BusyError: another process holds it: `busy`, and who.
-        ConfigError: it cannot be created.
+        BusyError: another process holds the lock; the message is `busy` and the holder.
+        ConfigError: the file cannot be created.
     """
     lock = FileLock(path, timeout=0)
     try:
@@ -55,15 +55,15 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         time.sleep(NAMING_S)
-        with suppress(OSError):  # its holder has just removed it
+        with suppress(OSError):  # the holder has just removed it
             busy = f"{busy} ({path.read_text(errors='replace').strip()})"
         raise BusyError(busy) from None
     except OSError as error:
-        log.warning("%s: no lock available (%s): do not start anything twice", path.parent, error.strerror)
+        log.warning("%s: cannot be locked (%s): do not start anything twice", path.parent, error.strerror)
     try:
         with suppress(OSError):  # a full disk is no reason to stop here
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who waits for it opens a new one
+        path.unlink(missing_ok=True)  # while it is still held: a waiting process opens a new file
         lock.release()

@@ -1,4 +1,4 @@
-"""What the terminal shows of a command: one line per event, on standard error."""
+"""Logging to the terminal: one line per event, on standard error."""
 
 import logging
 import sys
@@ -12,14 +12,14 @@ NOT_SHOWN = (
     "your dataloader is not resumable",  # EpochSampler is
     r"module\(s\) in eval mode at the start of training",  # the frozen ones
     "exists and is not empty",  # the run folder, which holds config.json
-    r"It is recommended to use `self.log.*sync_dist=True",  # all processes have the same value
+    r"It is recommended to use `self.log.*sync_dist=True",  # the value is the same in all processes
     r"`isinstance.treespec, LeafSpec.` is deprecated",
 )
-"""Warnings of Lightning that do not apply, or are about its own code."""
+"""Patterns of Lightning's warnings that do not apply here, or concern its own code."""
 
 
 class _StandardError(logging.StreamHandler):
-    """Looks standard error up for each line: a progress bar stands in its place and shows the line above itself."""
+    """Looks up standard error for each line: a progress bar may have replaced it, to show the line above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -27,9 +27,10 @@ class _StandardError(logging.StreamHandler):
 
 
 def set_up_logging() -> None:
-    """One line per event on standard error, from the first process only; Lightning's small talk is left out.
+    """Logs one line per event on standard error, from the first process only, without Lightning's chatter.
 
-    A command that uses Lightning imports it before: it finds out which process this is, and sets its logger's level.
+    A command that uses Lightning must import it first: the import finds out which process this is, and sets the level
+    of Lightning's logger.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True, handlers=[_StandardError()])
     for name in CHATTY:

@@ -1,4 +1,4 @@
-"""The machine that a command runs on: its system, what its terminal can print, its cores."""
+"""The machine that a command runs on: its system, its cores and memory, and what its terminal can print."""
 
 import codecs
 import ctypes
@@ -12,17 +12,18 @@ from pathlib import Path
 from common.errors import MachineError
 
 SPINS = "10000"
-"""Rounds that a thread of libgomp waits busily for its next work, a fraction of a millisecond. Its default, 300,000,
-makes the threads of a training wait for each other's turn on a core that another process uses."""
+"""Iterations for which a libgomp thread spins while it waits for work: a fraction of a millisecond. At the default of
+300,000, the threads of a training hold each other up on a core that another process uses."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of malloc.h."""
+"""Constants from malloc.h."""
 LARGEST_KEPT = 2**25
-"""Bytes; glibc takes no more."""
+"""Largest M_MMAP_THRESHOLD that glibc accepts, in bytes."""
 LOOK_S = 0.2
-"""How long `busy_cores` looks."""
+"""Seconds over which `busy_cores` measures."""
 IN_ASCII = "in ascii"
-"""Name of the handler of what an encoding lacks, by this table."""
+"""Name of the codec error handler that replaces characters the encoding lacks."""
 ASCII = {"±": "+/-", "–": "-", "…": "...", "×": "x", "─": "-"}
+"""The replacements it makes."""
 
 
 def check_system() -> None:
@@ -40,21 +41,23 @@ codecs.register_error(IN_ASCII, _in_ascii)
 
 
 def print_anywhere() -> None:
-    """Lets both outputs put ASCII for what their encoding lacks (as in some containers and batch systems), `?` where
-    there is no such, instead of ending the command with a UnicodeEncodeError."""
+    """Makes both output streams replace characters that their encoding lacks, as in some containers and batch systems.
+
+    They print the ASCII replacement, or `?` if there is none, instead of raising a UnicodeEncodeError.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=IN_ASCII)
 
 
 def as_printed(text: str) -> str:
-    """As standard output will have it, for tables, whose columns are as wide as that."""
+    """`text` as standard output will show it; the column widths of tables depend on that."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, IN_ASCII).decode(encoding)
 
 
 def say(text: str) -> None:
-    """Prints, without an error where nobody reads on, as in `run.py --help | head`."""
+    """Prints `text`, without an error if the reader has closed the pipe, as in `run.py --help | head`."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -62,16 +65,16 @@ def say(text: str) -> None:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 
 def settle_threads() -> None:
-    """Decides how the threads of libgomp wait, unless the user has; has to be called before torch is imported.
+    """Decides how libgomp's threads wait, unless the user has; must be called before torch is imported.
 
-    On a core that another process uses a waiting thread that spins keeps the one it waits for from running: a small
-    model then trains at a tenth of its speed. Where cores are taken, threads sleep instead, which costs a third on a
-    quiet machine. The number of threads, and with it every result, is the same.
+    On a core shared with another process, a spinning thread keeps the thread it waits for from running: a small model
+    then trains at a tenth of its speed. If other processes use the cores, threads sleep instead, which would cost a
+    third on an idle machine. The number of threads, and with it every result, stays the same.
     """
     if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} or os.environ.get("OMP_NUM_THREADS") == "1":
         return
@@ -84,9 +87,10 @@ def settle_threads() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what tensors free for the next ones, instead of giving it back to the system at each of them.
+    """Makes glibc keep the memory of freed tensors for new ones, instead of returning it to the system each time.
 
-    Pages that the system has to clear again cost a tenth of a training on a CPU and a quarter of an evaluation.
+    Otherwise the system clears the pages again, which takes a tenth of a training on a CPU and a quarter of an
+    evaluation.
     """
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -95,13 +99,13 @@ def keep_freed_memory() -> None:
 
 
 def threads_wait() -> str:
-    """How threads wait for each other, for the line about the device; nothing where that is as usual."""
+    """How threads wait, for the log line about the device; empty if nothing is set."""
     set_to = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ}
     return "".join(f", {name}={value}" for name, value in set_to.items())
 
 
 def busy_cores() -> float:
-    """How many of the cores of this process others use now; 0 where the system does not say."""
+    """How many of this process's cores other processes are using; 0 if the system does not say."""
     try:
         before = _idle_ticks()
         began = time.monotonic()
@@ -113,7 +117,7 @@ def busy_cores() -> float:
 
 
 def _idle_ticks() -> int:
-    """Of all cores of this process since the start of the machine: idle, or waiting for a disk."""
-    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    """Ticks that all cores of this process have spent idle, or waiting for a disk, since the machine booted."""
+    own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     lines = [line.split() for line in Path("/proc/stat").read_text("ascii").splitlines()]
-    return sum(int(words[4]) + int(words[5]) for words in lines if words[0] in mine)
+    return sum(int(words[4]) + int(words[5]) for words in lines if words[0] in own)

@@ -1,4 +1,4 @@
-"""Words of other libraries' errors, and of values that are not what was expected, to put into our errors."""
+"""Pieces of error messages: unexpected values, and the errors of other libraries, fit to quote."""
 
 import difflib
 import re
@@ -9,23 +9,23 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 LONGEST_LINE = 500
-"""Of words that are not ours, in characters: some are, or have in them, what was found, of any length."""
+"""Characters of a quoted message that are shown: other libraries may quote input of any length."""
 
 
 def quoted(value: object) -> str:
-    """`value` as Python writes it, a number of NumPy's as a number; what is long or nested deeply is shortened."""
+    """The repr of `value`, shortened if it is long or deeply nested; a NumPy scalar as a plain number."""
     if getattr(value, "shape", None) == () and not isinstance(value, str | bytes):
         return str(value)
     return _SHORT.repr(value)
 
 
 def listed(names: Sequence[object]) -> str:
-    """Names as Python writes them, with commas between them, of many the first ten; `nothing` where there are none."""
+    """The reprs of `names`, separated by commas; the first ten if there are more, `nothing` if there are none."""
     return ", ".join([*map(quoted, names[:10]), *(["…"] if len(names) > 10 else [])]) or "nothing"
 
 
 def near(word: object, known: Sequence[str]) -> str:
-    """`; did you mean NAME?` with the name of `known` that begins with `word`, or is most like it, if there is one."""
+    """`; did you mean NAME?` with the name in `known` that begins with `word` or is closest to it; empty if none is."""
     like = str(word).casefold()
     begun = [name for name in known if len(like) > 1 and name.casefold().startswith(like)]
     found = begun or difflib.get_close_matches(like, known, n=1)
@@ -33,9 +33,9 @@ def near(word: object, known: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The line of `error`'s text that says what is wrong, cut where it is long; its type where the text says nothing.
+    """The line of `error`'s message that says what is wrong, cut if long; the error's type if the message is empty.
 
-    Of torch's refusal of a pickle: what it refused, not the advice to read the file without care.
+    If torch refuses a pickle, this is what it refused, without the advice to load the file unsafely.
     """
     text = str(error)
     if text.startswith("Weights only load failed"):
@@ -49,10 +49,10 @@ def first_line(error: BaseException) -> str:
 
 
 def cut(text: str) -> str:
-    """`text`, of LONGEST_LINE characters at most."""
+    """`text`, cut to LONGEST_LINE characters."""
     return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}…"
 
 
 def printable(text: str) -> str:
-    """`text` on one line, without control characters, so that a hostile or broken name cannot garble a list."""
+    """`text` on one line, with control characters escaped, so that a hostile or broken name cannot garble a list."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

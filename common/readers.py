@@ -1,6 +1,6 @@
 """Readers of option values: each takes (option, value) and returns the value to use.
 
-All raise ConfigError, one line that names the option, what was expected and what was found.
+All raise ConfigError with one line that names the option, what was expected and what was found.
 """
 
 import ast
@@ -17,17 +17,17 @@ Reader = Callable[[str, Any], Any]
 
 
 def wrong(option: str, expected: str, value: Any) -> ConfigError:
-    """The error for a value."""
+    """The error for an unexpected value."""
     return ConfigError(f"{option}: expected {expected}, found {quoted(value)}")
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a number that float holds, not infinite and not NaN."""
+    """Whether `value` is a number that a float can hold, neither infinite nor NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # of an integer with hundreds of digits
+    except OverflowError:  # an integer with hundreds of digits
         return False
 
 
@@ -63,7 +63,7 @@ def flag(option: str, value: Any) -> bool:
 
 
 def one_of(*choices: str) -> Reader:
-    """Reads one of some words."""
+    """Reads one of `choices`."""
 
     def read(option: str, value: Any) -> str:
         if value not in choices:
@@ -74,7 +74,7 @@ def one_of(*choices: str) -> Reader:
 
 
 def text(option: str, value: Any) -> str:
-    """Reads a text. A number is none: as what it was written, 1.10 or 1_000, is not known here."""
+    """Reads a text. A number is refused: its spelling, such as 1.10 or 1_000, is already lost."""
     if not isinstance(value, str):
         raise wrong(option, "a text (a number in quotes)", value)
     return value
@@ -105,7 +105,7 @@ def path(option: str, value: Any) -> Path:
 
 
 def may_be_path(name: str) -> bool:
-    """False for what the file system can have no file of: too long, with a NUL or half of a surrogate pair."""
+    """Whether a file can have this name: not if it is too long, or has a NUL or a lone surrogate."""
     try:
         parts = os.fsencode(name).split(b"/")
     except UnicodeEncodeError:
@@ -114,7 +114,7 @@ def may_be_path(name: str) -> bool:
 
 
 def optional(reader: Reader) -> Reader:
-    """Reads None, an empty text (None too), or what `reader` reads."""
+    """Reads what `reader` reads, or None; an empty text is None too."""
     return lambda option, value: None if value is None or value == "" else reader(option, value)
 
 
@@ -124,7 +124,7 @@ def word_or(word: str, reader: Reader) -> Reader:
 
 
 def by_key(keys: Sequence[str], reader: Reader) -> Reader:
-    """Reads one value for all keys, or a dictionary with each of them."""
+    """Reads one value for all keys, or a dictionary with a value for each."""
 
     def read(option: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
@@ -137,7 +137,7 @@ def by_key(keys: Sequence[str], reader: Reader) -> Reader:
 
 
 def of_each(count: int, reader: Reader) -> Reader:
-    """Reads a list of `count` values, or one value that stands for all of them, into a tuple."""
+    """Reads a list of `count` values, or one value for all of them, into a tuple."""
 
     def read(option: str, value: Any) -> tuple[Any, ...]:
         values = value if isinstance(value, (list, tuple)) else [value] * count
@@ -149,12 +149,12 @@ def of_each(count: int, reader: Reader) -> Reader:
 
 
 def several(reader: Reader, *, texts: bool = False) -> Reader:
-    """Reads a list of different values, at least one, into a tuple; a single value is a list of one.
+    """Reads a non-empty list of distinct values into a tuple; a single value counts as a list of one.
 
-    A shell makes `[text,image]` of `["text","image"]`, which is no list for Python: read as the list too.
+    A shell turns `["text","image"]` into `[text,image]`, which is not a Python list, but is read as one too.
 
     Args:
-        texts: its values are texts, taken as they are written: 1.10 is no number.
+        texts: the values are texts and are taken literally: 1.10 is not a number.
     """
 
     def read(option: str, value: Any) -> tuple[Any, ...]:
@@ -172,7 +172,7 @@ def several(reader: Reader, *, texts: bool = False) -> Reader:
 
 
 def one_or_several(reader: Reader) -> Reader:
-    """Reads texts: a single one, or a list of them into a tuple."""
+    """Reads a single text, or a list of several into a tuple."""
 
     def read(option: str, value: Any) -> Any:
         found = several(reader, texts=True)(option, value)
@@ -182,7 +182,7 @@ def one_or_several(reader: Reader) -> Reader:
 
 
 def words_of(option: str, value: str, texts: bool) -> Any:
-    """The values in `[a,b]`; what is no list as it is."""
+    """The values in `[a,b]`; anything but a list is returned unchanged."""
     found = literal(value)
     if isinstance(found, (list, tuple)) and (not texts or all(one is None or isinstance(one, str) for one in found)):
         return found
@@ -195,7 +195,7 @@ def words_of(option: str, value: str, texts: bool) -> Any:
 
 
 def literal(word: str) -> Any:
-    """The Python literal that a word spells, else the word."""
+    """The Python literal that `word` spells, or `word` itself if it is not one."""
     try:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -203,13 +203,13 @@ def literal(word: str) -> Any:
 
 
 def unquoted(word: str) -> str:
-    """A text without the quotes around it; without any it stays what it is, whatever it looks like."""
+    """`word` without its quotes; unchanged if it has none, even if it looks like a number."""
     found = literal(word)
     return found if isinstance(found, str) else word
 
 
 def dictionary(option: str, value: Any) -> dict[str, Any]:
-    """Reads a dictionary; None is an empty one."""
+    """Reads a dictionary; None counts as an empty one."""
     value = {} if value is None else value
     if not isinstance(value, Mapping):
         raise wrong(option, f"a dictionary, or one entry as in {option}.NAME=VALUE", value)
@@ -243,7 +243,7 @@ def gpus(option: str, value: Any) -> int:
 
 
 def plain(value: Any) -> Any:
-    """`value` with dictionaries and lists of Python in place of Sacred's."""
+    """`value` with Sacred's dictionaries and lists replaced by plain Python ones."""
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

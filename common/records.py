@@ -1,4 +1,4 @@
-"""Dataclasses of plain values, read back from the dicts that `dataclasses.asdict` made of them, through JSON or not."""
+"""Restores dataclasses of plain values from the dicts of `dataclasses.asdict`, which may have passed through JSON."""
 
 from dataclasses import MISSING, fields
 from typing import TypeVar, get_origin, get_type_hints
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 def record_of(kind: type[T], values: object) -> T:
-    """A `kind` with `values` by field; a field with a default may be left out.
+    """A `kind` made of `values`, keyed by field; fields with defaults may be left out.
 
     Raises:
-        ValueError: a field is missing, unknown, or has a value of another type; names it.
+        ValueError: a field is missing or unknown, or its value has the wrong type; the message names the field.
     """
     hints = get_type_hints(kind)
     types = {

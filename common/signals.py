@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Those that ask a run to stop."""
+"""Signals that ask a run to stop."""
 
 
 class Stopped(SystemExit):
@@ -21,13 +21,13 @@ class Stopped(SystemExit):
 
 
 def stop_now(number: int, _: FrameType | None) -> None:
-    """A signal handler: ends what runs. Unfinished files are removed on the way."""
+    """Signal handler that ends the command. Unfinished files are removed on the way out."""
     raise Stopped(number)
 
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Within the block, SIGTERM and Ctrl-C raise Stopped; to be used in the main thread."""
+    """Makes SIGTERM and Ctrl-C raise Stopped within the block; for use in the main thread."""
     before = {number: signal.signal(number, stop_now) for number in STOP_SIGNALS}
     try:
         yield
@@ -35,7 +35,7 @@ def stopping_on_signals() -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, Stopped):
             cause = cause.__context__
-        if cause is not None:  # the error is from cleaning up what the signal stopped halfway
+        if cause is not None:  # the error comes from cleaning up after the signal
             raise cause from error
         raise
     finally:
@@ -44,7 +44,7 @@ def stopping_on_signals() -> Iterator[None]:
 
 
 def end_loaders() -> None:
-    """Kills the loader processes, which hold no state; at exit torch would report their end as an error."""
+    """Kills the loader workers, which hold no state; at exit torch would report their end as an error."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()

@@ -1,4 +1,4 @@
-"""JSON files: written at once, and those of others read without guessing."""
+"""JSON files, written atomically and read strictly."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from common.messages import first_line, quoted
 def parse_json(data: bytes) -> Any:
     """The value of a JSON text in UTF-8 (a byte order mark is allowed).
 
-    Raises ValueError for anything else, also for an object that repeats a key: Python would silently keep the last.
+    Raises ValueError for anything else, and for an object that repeats a key: Python would silently keep the last.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def parse_json(data: bytes) -> Any:
     try:
         text = data.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=unique)
-        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which JSON can spell and UTF-8 cannot
+        if "\\ud" in text.lower():  # perhaps a lone surrogate, which JSON can spell but UTF-8 cannot
             json.dumps(value, ensure_ascii=False, default=str).encode()
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
@@ -46,7 +46,7 @@ def kind_of(value: object) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` readably; a reader finds the old file or the new one. A number that is not finite is null."""
+    """Writes `content` atomically, indented. Numbers that are not finite become null."""
     with atomic_path(path) as temporary:
         text = json.dumps(_finite(content), indent=2, default=str, allow_nan=False)
         temporary.write_text(text + "\n", "utf-8")
@@ -61,7 +61,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file. Raises DataError, naming it, where it is not readable as an object."""
+    """The object in a JSON file. Raises DataError, which names the file, if it cannot be read as one."""
     try:
         content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""How names, numbers and tables are written for people, on the terminal and in reports alike."""
+"""Formats names, numbers and tables for people, on the terminal and in reports."""
 
 import io
 import math
@@ -17,34 +17,34 @@ from rich.table import Table
 from common.machine import as_printed
 
 GAP, NARROWEST, ESTIMATE, ONE_LINE = 2, 4, len("0.1234 ± 0.1234"), 10_000
-"""Characters: between columns of a table, in one without a heading, in a column of estimates, and at most in a table
-that is not folded."""
+"""Widths in characters: the gap between columns, a column without a heading, a column of estimates, and a table outside
+a terminal, which is not folded."""
 BREAK = r"(?<=[/=_])"
-"""Where a word may be broken that is longer than its column."""
+"""Where a word that is longer than its column may be broken."""
 
 LOWER_IS_BETTER = ("loss", "mae")
-"""Metrics of which the lowest value is the best."""
+"""Metrics whose lowest value is the best."""
 AT_OFFSET = "f1_macro_at_offset"
-"""Macro F1 where validation chose to decide, see `engine/decision.py`."""
+"""Macro F1 at the decision offset chosen on validation data, see `engine/decision.py`."""
 
 
 class Estimate(NamedTuple):
-    """A mean with the sample standard deviation (divisor N-1), which is 0 where there is one value only."""
+    """A mean and the sample standard deviation (divisor N-1), which is 0 for a single value."""
 
-    mean: float  # NaN where every value is undefined
+    mean: float  # NaN if every value is undefined
     std: float
-    n: int  # values that are defined
-    undefined: int = 0  # values that are not, and are left out
+    n: int  # number of defined values
+    undefined: int = 0  # number of undefined values, which are left out
 
     def text(self, digits: int = 4, factor: float = 1) -> str:
-        """`mean ± deviation`, each times `factor`; the deviation only where there are several values."""
+        """`mean ± deviation`, each times `factor`; the deviation only if there are several values."""
         figures = (self.mean, self.std) if self.n > 1 else (self.mean,)
         left_out = f" ({self.n} of {self.n + self.undefined})" if self.n and self.undefined else ""
         return " ± ".join(figure(factor * value, digits) for value in figures) + left_out
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and deviation, exact before they are rounded: of equal values that value and 0. None of no values."""
+    """Mean and deviation, computed exactly, so that equal values have deviation 0. None if there are no values."""
     defined = [value for value in values if not math.isnan(value)]
     if not values:
         return None
@@ -54,40 +54,40 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def order_of(value: float, metric: str) -> float:
-    """What to choose the best value of a metric by, the highest: an undefined one (NaN) is below all others."""
+    """Sort key under which the best value of a metric is the highest; an undefined value (NaN) is below all others."""
     lower = metric.rpartition("/")[2] in LOWER_IS_BETTER
     return -math.inf if math.isnan(value) else -value if lower else value
 
 
 def figure(value: float, digits: int = 4) -> str:
-    """A number as text; NaN, which is what a metric is that the samples leave undefined, as `undefined`."""
+    """A number as text; `undefined` for NaN, which stands for a metric that is undefined on the samples."""
     return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def interval_text(low: float, high: float, write: Callable[[float], str] = figure) -> str:
-    """`0.1 to 0.2`, each end by `write`; of an undefined one that word alone."""
+    """`0.1 to 0.2`, each end formatted by `write`; `undefined` alone if either end is."""
     return "undefined" if math.isnan(low + high) else f"{write(low)} to {write(high)}"
 
 
 def counted(number: int, noun: str, several: str = "") -> str:
-    """`1 run`, `2 runs`; `several` where the plural is no `s` more."""
+    """`1 run`, `2 runs`; `several` is the plural if it is not formed with an `s`."""
     return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
 
 
 def baseline_texts(baselines: Mapping[str, Any], metric: str) -> list[str]:
-    """`always the 15 most frequent classes: f1_macro 0.1893`, of each baseline that a results file has."""
+    """`always the 15 most frequent classes: f1_macro 0.1893`, for each baseline in a results file."""
     values = {each["answer"]: each["metrics"].get(metric) for each in baselines.values()}
     return [f"{name}: {metric} {figure(math.nan if value is None else value)}" for name, value in values.items()]
 
 
 def natural_key(name: str | Path) -> list[tuple[int, str]]:
-    """Sorts version_10 after version_9; no two names are equal, so that the order is never that of the file system."""
+    """Sort key that puts version_10 after version_9. Keys are unique, so the order never depends on the file system."""
     parts = re.split(r"([0-9]+)", str(name))  # every second one is a number
     return [*((int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)), (-2, str(name))]
 
 
 def duration(seconds: float) -> str:
-    """For example `8 s`, `12 min`, `3 h 20 min`."""
+    """A duration as `8 s`, `12 min` or `3 h 20 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -102,22 +102,22 @@ def per_cent(share: float) -> str:
 def terminal_table(
     heads: Sequence[str], rows: Sequence[Sequence[str] | None], sides: str, repeated: int | None = None
 ) -> str:
-    """A table for the terminal, folded to its width. Into a pipe or a file a row is one line, however long.
+    """A table for the terminal, folded to its width. In a pipe or a file each row is one line, however long.
 
     Args:
-        rows: None is a line between rows.
-        sides: `<` or `>` for each column, the side that it is aligned to.
-        repeated: of a table that may have any number of columns, the first ones, with which it begins again below
-            itself where the others are too many for the terminal.
+        rows: cells of each row; None draws a line.
+        sides: the alignment of each column, `<` or `>`.
+        repeated: if the other columns do not fit the terminal, the table is split into several, one below the other;
+            this many leading columns are repeated in each. None: the table is never split.
     """
     heads, rows = [*map(as_printed, heads)], [None if row is None else [*map(as_printed, row)] for row in rows]
     lines = [heads, *(row for row in rows if row is not None)]
     columns = [*zip(*lines, strict=True)]
     widths = [max(map(len, cells)) for cells in columns]
     figures = [cells if side == ">" else [cells[0]] for cells, side in zip(columns, sides, strict=True)]  # and heads
-    least = [max(map(len, " ".join(cells).split()), default=NARROWEST) for cells in figures]  # never folded
-    words = [max(map(len, re.split(rf"\s|{BREAK}", " ".join(cells)))) for cells in columns]  # only if there is no room
-    available = shutil.get_terminal_size((0, 0)).columns or ONE_LINE  # 0: no terminal, and no COLUMNS either
+    least = [max(map(len, " ".join(cells).split()), default=NARROWEST) for cells in figures]  # never narrower
+    words = [max(map(len, re.split(rf"\s|{BREAK}", " ".join(cells)))) for cells in columns]  # narrower only if need be
+    available = shutil.get_terminal_size((0, 0)).columns or ONE_LINE  # 0: neither a terminal nor COLUMNS
     if repeated is not None:
         others = zip(least[repeated:], widths[repeated:], strict=True)
         each = GAP + max(max(low, min(width, ESTIMATE)) for low, width in others)
@@ -151,7 +151,7 @@ def terminal_table(
 
 
 def _folded(cell: str, width: int) -> str:
-    """The cell, with words that are longer than its column broken behind `/`, `=` and `_` where they have these."""
+    """The cell, with words longer than its column broken after `/`, `=` and `_` if they contain any."""
 
     def broken(word: re.Match[str]) -> str:
         lines = [""]

@@ -1,4 +1,4 @@
-"""Files of `torch.save` and the state dicts in them: nothing in a file runs, and every name is accounted for."""
+"""Reads `torch.save` files and the state dicts in them: no code in a file runs, and every name is accounted for."""
 
 import zipfile
 from collections.abc import Collection, Mapping
@@ -12,11 +12,11 @@ NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_inert(path: Path, *, mmap: bool = False) -> Any:
-    """The plain values and CPU tensors in a file of `torch.save`; with `mmap` the tensors stay on disk.
+    """The plain values and CPU tensors in a `torch.save` file; with `mmap` the tensors stay on disk.
 
     Raises:
-        ValueError: it is an archive that grows when it is unpacked; those of `torch.save` are not compressed.
-        Exception: torch raises many types on damaged files, and on those that mention code.
+        ValueError: the file is an archive that would grow when unpacked; those of `torch.save` are not compressed.
+        Exception: torch raises many types on damaged files and on those that refer to code.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -27,7 +27,7 @@ def load_inert(path: Path, *, mmap: bool = False) -> Any:
 
 
 def state_dict_of(value: object) -> dict[str, Tensor]:
-    """`value`, which has to be a state dict; ValueError says what it is instead."""
+    """`value`, checked to be a state dict; otherwise raises a ValueError that says what it is instead."""
     expected = "expected a state dict (name to tensor)"
     if not isinstance(value, dict) or not value:
         raise ValueError(f"{expected}, found {type(value).__name__}{' without entries' * (value == {})}")
@@ -38,9 +38,9 @@ def state_dict_of(value: object) -> dict[str, Tensor]:
 
 
 def unwrapped_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add to names.
+    """`state` without the prefixes that DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add.
 
-    Raises ValueError where two entries then have one name.
+    Raises ValueError if two entries then have the same name.
     """
     found = {}
     for name, tensor in state.items():
@@ -48,15 +48,15 @@ def unwrapped_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         while plain.startswith("module."):
             plain = plain.removeprefix("module.")
         if plain in found:
-            raise ValueError(f"two entries are {plain}, one of them as {name}")
+            raise ValueError(f"two entries have the name {plain}, one of them as {name}")
         found[plain] = tensor
     return found
 
 
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless `state` has exactly the names and shapes of `expected`, and finite numbers.
+    """Raises ValueError unless `state` has exactly the names and shapes of `expected`, and finite values.
 
-    They are floating-point numbers, or where `expected` has other ones (a counter in a buffer) of that type.
+    Values must be floating-point, or have the dtype that `expected` has (such as that of a counter in a buffer).
     """
     check_names(missing=expected.keys() - state.keys(), unexpected=state.keys() - expected.keys())
     for name, tensor in state.items():
@@ -69,7 +69,7 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def check_names(missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raises ValueError if there are any."""
+    """Raises a ValueError that lists the names, if there are any."""
     if missing or unexpected:
         raise ValueError(
             f"the weights do not fit: {len(missing)} names missing {first_of(missing)}, "
@@ -78,5 +78,5 @@ def check_names(missing: Collection[str], unexpected: Collection[str]) -> None:
 
 
 def first_of(names: Collection[str]) -> str:
-    """The first names in parentheses; nothing where there are none."""
+    """The first names, in parentheses; empty if there are none."""
     return f"({', '.join(sorted(names)[:8])}{', …' if len(names) > 8 else ''})" if names else ""

@@ -572,7 +572,7 @@ def test_ids_may_repeat_between_files_but_not_within_one(memes: Case) -> None:
         (["mmimdb", "--root", "x", "--spec", "a"], "--spec belongs to --dataset sensors or custom, not mmimdb"),
         (
             ["mosi", "--root", "x", "--skip-bad"],
-            "--skip-bad: is for datasets with images; mosi is converted",
+            "--skip-bad: only for datasets with images; mosi is converted",
         ),
         (["food101", "--root", "x", "--table", "a"], "--table belongs to --dataset vla or custom, not food101"),
         (["custom", "--root", "x", "--spec", "a", "--table", "b"], "not allowed with argument --spec"),

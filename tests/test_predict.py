@@ -446,7 +446,7 @@ def test_no_training_sample_is_its_own_neighbour_whatever_is_missing(workspace: 
         ("split=test", "input=samples.csv or split=test; found load_path, input, split"),
         ("split=dev", "split: expected train or val or test"),
         ("output=found.csv", "output: expected a file .npz or .safetensors, found 'found.csv'"),
-        ("output=/proc/found.npz", "output=/proc/found.npz: cannot be written: nothing can be made there"),
+        ("output=/proc/found.npz", "output=/proc/found.npz: cannot be written: nothing can be created there"),
     ],
 )
 def test_features_that_cannot_be_are_refused(trained, tmp_path, capsys, monkeypatch, option, message):
@@ -535,7 +535,7 @@ def test_exports_that_cannot_be_are_refused(trained: Path, tmp_path: Path, capsy
 
     assert str(tmp_path) in refused(f"load_path={trained}", f"out={tmp_path}")
     assert "load_path" in refused(f"out={tmp_path / 'x'}") and not (tmp_path / "x").exists()
-    assert "error: /proc/x: nothing can be made there" in refused(f"load_path={trained}", "out=/proc/x")
+    assert "error: /proc/x: nothing can be created there" in refused(f"load_path={trained}", "out=/proc/x")
     export(trained, tmp_path / "whole")
     (tmp_path / "whole" / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(CheckpointError, match="model_type rep"):

@@ -77,7 +77,7 @@ def test_a_table_of_each_format(raw: Path, name: str, capsys: Captured) -> None:
         "split": ["train"] * 3,
     }
     assert columns_of(raw / "out", "val")["label"] == [1] and columns_of(raw / "out", "test")["label"] == [0]
-    assert "warning: 2 rows of val and test with an image that training has too" in capsys.readouterr().out
+    assert "warning: 2 rows of val and test with an image that is also in training" in capsys.readouterr().out
     assert open_spec("custom", raw / "out", SPLITS).custom == CustomData("custom", "single", ("cat", "dog"), "accuracy")
 
 
@@ -173,11 +173,11 @@ SPECS = {
     "name: x": "files: expected a table",
     "file: a.csv": "unknown key file; expected name, files,",
     "files: 3": "files: expected a table",
-    "files: table.txt": "a name that ends in .csv or .tsv or .jsonl, found 'table.txt'",
+    "files: table.txt": "a table whose name ends in .csv or .tsv or .jsonl, found 'table.txt'",
     "files: {train: a.csv, dev: b.csv}": "unknown key files.dev; expected train, val, test",
-    "files: {train: a.csv, val: b.csv}": "files.test: expected a table, with a name that ends in",
+    "files: {train: a.csv, val: b.csv}": "files.test: expected a table whose name ends in",
     "files: {train: t.csv, val: t.csv, test: t.csv}\ncolumns: {split: split}": "columns.split: contradicts files",
-    "files: {train: t.csv, val: t.csv, test: u.csv}": "files: expected a table for each split, found one twice",
+    "files: {train: t.csv, val: t.csv, test: u.csv}": "files: expected a different table for each split",
     "!!python/object/apply:os.system ['touch marker']": "the file: expected a dictionary",
     "? [a, b]\n: 1": "found unhashable key",
     **{
@@ -198,7 +198,7 @@ SPECS = {
             "classes: [cat]": "classes: expected at least 2, found 1 ('cat')",
             "metric: f1": "metric: expected accuracy or f1_macro or auroc with labels: single, found 'f1'",
             "labels: multi\nmetric: auroc": "metric: expected f1_macro with labels: multi, found 'auroc'",
-            "classes: [cat, dog, cow]\nmetric: auroc": "metric: auroc takes 2 classes, found 3",
+            "classes: [cat, dog, cow]\nmetric: auroc": "metric: auroc needs 2 classes, found 3",
         }.items()
     },
 }
@@ -255,7 +255,7 @@ TABLES: list[tuple[str, str | bytes, str]] = [
     (
         "csv",
         "image,text,label\na.png,x,cat\nb.png,x,dog\n",
-        "expected rows enough to draw three splits from; of 2, those of one image together, none is left for",
+        "expected enough rows to draw three splits from; of 2, with those of an image kept together, none is left for",
     ),
     ("jsonl", '{"split": "train", "label": true}\n' * 2 + '{"split": "val"}\n{"split": "test"}', "row 1: label: "),
     ("csv", GOOD.replace("dog", "c\u0430t"), r"the labels 'cat' and 'c\u0430t' look the same"),

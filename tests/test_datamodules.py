@@ -166,7 +166,7 @@ def test_what_is_missing_is_counted_in_rows(folder: Path) -> None:
     write(folder / "mmimdb_test.arrow", table.set_column(0, "image", images))
     settings = data_settings("mmimdb", folder, MissingPattern("both", 0, 0.5, 0))
     data = MissingModalityData(settings, ("test",), InputFormat(SIZE))
-    rows = "(2 complete, 0 text missing, 1 image missing; by nature 1 image missing)"
+    rows = "(2 complete, 0 text missing, 1 image missing; naturally 1 image missing)"
     assert data.describe() == f"  test         5 samples of 3 rows {rows}"
 
 

@@ -161,8 +161,8 @@ def test_only_stale_caches_of_the_same_file_and_size_are_removed(memes, caplog):
     (cache,) = names(memes) - others
     assert names(memes) == {cache, *others}
     assert cache not in (stale, unfinished)
-    assert f"{memes / stale}: of another state of the arrow file; removed" in caplog.messages
-    assert f"{memes / unfinished}: left by a killed maker; removed" in caplog.messages
+    assert f"{memes / stale}: made from another version of the arrow file; removed" in caplog.messages
+    assert f"{memes / unfinished}: left by a killed process; removed" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_damaged_cache_is_made_again_with_one_warning(memes, caplog, content, 
     with caplog.at_level(logging.WARNING):
         open_memes(memes).cache_images(0)
     (warning,) = caplog.messages
-    assert warning.startswith(f"{cache}: not readable (") and reason in warning and "making it again" in warning
+    assert warning.startswith(f"{cache}: not usable (") and reason in warning and "creating it again" in warning
     assert cache_in(memes) == cache
     assert np.load(cache).tolist() == expected_images().tolist()
 

@@ -141,7 +141,7 @@ def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(wo
     assert command_line(workspace.command(f"vit={workspace.backbone}", *options, "exp_name=dies")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     name = pa.ipc.open_file(workspace.arrow / "mmimdb_train.arrow").read_all()["image_id"][17]
-    assert error.startswith(f"error: {workspace.arrow / 'mmimdb_train.arrow'}: sample {name}: the loader process")
+    assert error.startswith(f"error: {workspace.arrow / 'mmimdb_train.arrow'}: sample {name}: the loader worker")
     assert "is killed by signal" in error or "exited unexpectedly" in error  # as torch happens to notice it
 
 

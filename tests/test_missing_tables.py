@@ -260,7 +260,7 @@ def test_a_damaged_kept_table_is_an_error_and_stays_as_it_is(tmp_path, old, new,
     path.write_bytes(damaged)
     with pytest.raises(DataError) as raised:
         load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
-    assert str(raised.value).startswith(f"{path}: {found}") and "delete it" in str(raised.value)
+    assert str(raised.value).startswith(f"{path}: {found}") and "delete the file" in str(raised.value)
     assert path.read_bytes() == damaged
 
 
@@ -328,7 +328,7 @@ def test_a_published_table_has_precedence_over_a_kept_one_for_its_pattern_only(t
         (torch.zeros(11), r"expected a tensor of 10 entries, one per row of the split, found \(11,\)"),
         (torch.zeros(10, 1), r"found \(10, 1\)"),
         ([0.0] * 10, "expected a tensor of 10 entries, one per row of the split, found list"),
-        (torch.tensor([0, 1, 2, 0, 3.0, 0, 0, 0, 0, 9]), r"expected only the numbers to 2, found 3\.0 for row 4"),
+        (torch.tensor([0, 1, 2, 0, 3.0, 0, 0, 0, 0, 9]), r"expected only numbers 0 to 2, found 3\.0 for row 4"),
         (torch.tensor([0.5] + [0] * 9), r"found 0\.5 for row 0"),
         (torch.tensor([0] * 9 + [float("nan")]), "found nan for row 9"),
         (torch.tensor([0] * 9 + [-1]), r"found -1\.0 for row 9"),

@@ -105,7 +105,7 @@ def test_stage_two_takes_over_and_freezes_all_but_projections(root, pretrained, 
     config = json_of(trained / "config.json")
     assert config["vit"] == str(pretrained) and config["learning_rate"] == 1e-3 and config["optim_type"] == "adam"
     results = json_of(trained / "test_results.json")
-    assert results["missing_in_training"].startswith("drawn anew in each epoch (70 % some")
+    assert results["missing_in_training"].startswith("redrawn in each epoch (70 % some")
     assert sum(results["missing"][name] for name in TYPE_NAMES[1:]) == int(0.7 * SIZES["test"])
     kept = read_checkpoint(trained / "best.ckpt").state
     learner = {"rep": "model.memory_learner.", "mplmm": "model.prompt_learner."}.get(method, "none")

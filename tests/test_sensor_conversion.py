@@ -165,7 +165,7 @@ def test_short_recordings_are_named_and_a_byte_order_mark_is_no_part_of_a_class(
     replace_line(raw / "recordings.csv", 2, "r0,s11,train,0,60")
     assert sum(map(len, converted("sensors", raw, "--split", "run").values())) == 66
     converted("sensors", raw)
-    assert "warning: subjects that are in several splits: 's11'\n" in capsys.readouterr().out
+    assert "warning: subjects in several splits: 's11'\n" in capsys.readouterr().out
     shorter = "name: made_up\nsample: 0.4\ninterval: 0.2\nmixed_labels: false\n"
     (raw / "spec.yaml").write_text(shorter)
     np.save(raw / "labels.npy", np.arange(720) // 30 % 2)
@@ -234,7 +234,7 @@ def test_published_samples_of_mod(tmp_path: Path, capsys: Captured) -> None:
     index = {name: set(write_mod._names(HERE / "mod_samples" / f"{name}_index.txt")) for name in ("train", "test")}
     assert {*found["train"], *found["val"]} == index["train"] and len(found["val"]) == 1
     assert set(found["test"]) == index["test"]
-    assert "samples for test lie between those for training" in capsys.readouterr().out
+    assert "test samples lie between training samples" in capsys.readouterr().out
     (tmp_path / "walk2_rs3_0.pt").unlink()
     assert make("mod", tmp_path, tmp_path / "out", "--split", "published") == 2
     assert "train_index.txt, row" in (said := capsys.readouterr().err) and "walk2_rs3_0.pt" in said
@@ -276,7 +276,7 @@ def test_what_is_no_part_of_mod_is_said(tmp_path: Path, monkeypatch: Patch) -> N
     (tmp_path / "more.zip").touch()
     said = write_mod.open_raw(tmp_path).note
     assert "shorter than a sample, and left out: 'Polaris0150pm_rs1'\n" in said
-    assert "not equally long; the rest is left out: 'Polaris0150pm_rs1', 'Polaris0150pm_rs2'" in said
+    assert "differ in length; the excess is left out: 'Polaris0150pm_rs1', 'Polaris0150pm_rs2'" in said
     assert f"and left out: '{run}/rs9', '{run}/x/rs3', 'more.zip'" in said
 
 

@@ -154,7 +154,7 @@ def test_every_mode_becomes_rgb(data, expected):
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_levels_of_an_unknown_range_are_refused(mode):
-    with pytest.raises(ValueError, match="32 bits a channel"):
+    with pytest.raises(ValueError, match="32 bits per channel"):
         decode_image(saved(Image.new(mode, (2, 2)), "TIFF"), 2)
 
 
@@ -256,9 +256,9 @@ def announced(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "found"),
     [
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image of the kinds BMP, GIF, JPEG, PNG, TIFF, WEBP"),
-        (photo("EPS"), "not an image of the kinds"),
-        (announced(30_000, 4_000), "30000 × 4000 pixels; at most 89,478,485 are read, and 100,000 to a side"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image in one of the formats BMP, GIF, JPEG, PNG"),
+        (photo("EPS"), "not an image in one of the formats"),
+        (announced(30_000, 4_000), "30000 × 4000 pixels; at most 89,478,485 are read, and 100,000 on a side"),
         (announced(MAX_SIDE + 1, 1), "100001 × 1 pixels"),
         (announced(1, MAX_SIDE + 1), "1 × 100001 pixels"),
         (announced(2**31 - 1, 2**31 - 1), "exceeds limit"),

@@ -214,7 +214,7 @@ def test_a_table_with_files(content: Any, tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         (",train,", ",all,", "row 2: split: expected train or valid or test"),
-        ("train_1,", "train_0,", "row 3: id: 'train_0' is in row 2 too"),
+        ("train_1,", "train_0,", "row 3: id: 'train_0' is also in row 2"),
         ("train_1,", "no_such,", "row 3: expected its features in"),
         ("train_1,", "../a,", "row 3: id: expected a name, found '../a'"),
         ("id,split,label", "id,split,score", "row 1: expected the columns 'label'"),

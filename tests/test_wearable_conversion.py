@@ -138,7 +138,7 @@ def test_recordings_of_realworld_har_with_gaps_in_archives_in_archives(tmp_path:
         path.unlink()
     found = converted("rwhar", tmp_path)
     said = capsys.readouterr().out
-    assert "times that go back or repeat, put in order: 'proband1_walking'" in said and "1 of 6 samples" in said
+    assert "times go back or repeat; sorted: 'proband1_walking'" in said and "1 of 6 samples" in said
     for split, table in expected.items():
         kept = [row for row in table.to_pylist() if row["sample"] != "proband1_walking_1"]
         assert [row["sample"] for row in found[split].to_pylist()] == [row["sample"] for row in kept]
@@ -164,7 +164,7 @@ HEADER = "id,attr_time,attr_x,attr_y,attr_z\n"
         (HEADER + "1,2,3,4,5\n2,22,oops,4,5", "row 3: attr_x: .*, found 'oops'"),
         (HEADER + "1,2,3,4,-1e39", "row 2: attr_z: .*, found -1e\\+39"),
         (HEADER + "1,2,3,4,5,6\n2,22,3,4,5,6", "row 2: more values than in the header"),
-        (HEADER + "1,2,3,4,5\n2,2.02,3,4,5", "attr_time: expected milliseconds, in rows some 20 apart, found 0.02"),
+        (HEADER + "1,2,3,4,5\n2,2.02,3,4,5", "attr_time: expected milliseconds, in rows about 20 apart, found 0.02"),
     ],
 )
 def test_bad_tables_of_realworld_har(tmp_path: Path, content: str, message: str) -> None:

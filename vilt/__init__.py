@@ -1,1 +1,1 @@
-"""Data of missing-modality learning: arrow datasets, missing tables, loaders. Knows nothing of the model."""
+"""Data for learning with missing modalities: arrow datasets, missing tables, loaders. Independent of the model."""

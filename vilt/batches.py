@@ -1,4 +1,4 @@
-"""Batches of samples, in which what is missing takes no room."""
+"""Batches of samples. Missing inputs take up no space in them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,38 +13,38 @@ from vilt.datasets.kinds import Collated, Kind
 from vilt.missing_types import code_of
 
 SMALL_BYTES = 2**16
-"""Of a tensor that is sent from process to process, not shared."""
+"""Tensors up to this size are copied from worker to main process rather than shared."""
 
 
 class Batch(NamedTuple):
-    """What `collate` makes of B samples, of which b have the modality in question."""
+    """A batch of B samples, of which b have a given modality."""
 
     inputs: dict[str, Tensor]
-    """By modality, those of the samples `rows`; in evaluation, one that several samples share once."""
+    """Inputs of each modality, for the samples in `rows`. In evaluation an input that samples share is stored once."""
     rows: dict[str, Tensor]
-    """By modality, the numbers (b,) of these samples in the batch."""
+    """Positions (b,) in the batch of the samples that `inputs` belong to, keyed by modality."""
     present_BM: Tensor
     """True where a sample has a modality."""
     types: tuple[int, ...]
-    """The missing types that occur, ascending; on the host, so that nobody has to ask the device."""
+    """The missing types that occur, ascending. Kept on the host so that reading them needs no device sync."""
     lengths: dict[str, int]
-    """By modality with padding at the end, the positions up to the last one that matters, on the host too."""
+    """Number of positions up to the last one in use, for modalities padded at the end; on the host too."""
     length_b: dict[str, Tensor]
-    """By modality with padding in front, the length (b,) of each input."""
+    """Length (b,) of each input, for modalities padded in front."""
     source_of_B: dict[str, Tensor]
-    """By modality that samples share: the row whose input each sample has (its own if it has none)."""
+    """For modalities with shared inputs: the row whose input each sample uses (its own row if it has no input)."""
     label: Tensor
     """(B, C) uint8, or (B,) int64 or float32, see `Sample`."""
     index_B: Tensor
-    """Numbers of the samples in the dataset."""
+    """Indices of the samples in the dataset."""
     kept: bool = False
-    """Whether `inputs` are what the model has made of them, see `ArrowDataset.kept`."""
+    """Whether `inputs` are cached features, see `ArrowDataset.kept`."""
     windows_BW: Tensor | None = None
-    """Where texts are in several windows, everything above but labels and numbers is of as many samples as there are
-    windows: of each sample the places of its own there, -1 where another sample has more."""
+    """Set if a text spans several windows. All fields above except `label` and `index_B` then have one entry per window
+    in place of one per sample; this maps each sample to its windows, padded with -1."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """From a loader process small tensors come as arrays: for each tensor a connection to it is made."""
+        """Pickles small tensors as arrays, since each tensor that a worker sends needs a connection of its own."""
         return _of_arrays, tuple(_each(field, _as_array) for field in self)
 
 
@@ -67,12 +67,13 @@ def _each(field: Any, change: Callable[[Any], Any]) -> Any:
 def collate(
     kinds: Mapping[str, type[Kind]], samples: Sequence[Sample], *, once: bool = False, kept: bool = False
 ) -> Batch:
-    """Stacks samples; what is missing takes no room.
+    """Collates samples into a batch, leaving out missing inputs.
 
     Args:
-        kinds: by modality, in order.
-        once: an input that several samples share is there once: without dropout its features are the same for all.
-        kept: inputs are what the model has made of them.
+        kinds: kind of each modality, in the dataset's order.
+        once: an input shared by several samples is stored once. Valid only without dropout, when its features are the
+            same for all of them.
+        kept: the inputs are cached features.
     """
     collated: dict[str, Collated] = {}
     rows, sources = {}, {}
@@ -107,7 +108,10 @@ def collate(
 
 
 def by_window(kinds: Mapping[str, type[Kind]], samples: Sequence[Sample]) -> tuple[list[Sample], list[range]]:
-    """Samples whose texts are in windows as one for each window, with the other inputs; of each sample their places."""
+    """Splits samples whose text spans several windows into one sample per window, each with all other inputs.
+
+    Also returns the range of positions that each original sample takes in the new list.
+    """
     parts: list[Sample] = []
     places: list[range] = []
     for sample in samples:

@@ -1,4 +1,4 @@
-"""Custom datasets from Python: a pandas DataFrame, or a Dataset of Hugging Face, to arrow files.
+"""Converts a pandas DataFrame, a Hugging Face Dataset or a list of dictionaries to the arrow files of a custom dataset.
 
 from vilt.convert import convert
 
@@ -28,9 +28,9 @@ from vilt.utils.names import find_file, label_name, normal
 from vilt.utils.write_custom import Listed, assemble, incomplete
 
 SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val"}
-"""What Hugging Face and others call a split."""
+"""Other names for splits, used by Hugging Face and others."""
 LOADING = Lock()
-"""Threads may have one Pillow image in several rows, which reads its file when it is first used."""
+"""Held while a Pillow image reads its file, on first use: rows in different threads may share the image."""
 
 
 def convert(
@@ -48,24 +48,25 @@ def convert(
     skip_bad: bool = False,
     workers: int = 4,
 ) -> list[SplitSummary]:
-    """Writes the arrow files of a custom dataset into the folder `target`; DATA.md says what they hold.
+    """Writes the arrow files of a custom dataset into the folder `target`; DATA.md describes their content.
 
     Args:
-        data: a pandas DataFrame, a Dataset of Hugging Face, a list of dictionaries, or one of these for each split by
-            its name, as in a DatasetDict. Images are paths, bytes of image files, Pillow images, arrays (H, W, 3) of
-            uint8, or dictionaries with `bytes` or `path`; images and texts that are None or blank are missing.
-        columns: what `data` calls `image`, `text`, `label` and `split`, where it is not that.
-        labels, classes, separator, metric, name: as in spec.yaml. None: `multi` where labels are lists, names of
-            the classes as a Dataset has them, the default metric.
-        root: the folder of relative paths.
-        split_seed: draws the splits where `data` has none; None: 0.
+        data: a pandas DataFrame, a Hugging Face Dataset, a list of dictionaries, or one of these for each split, keyed
+            by the split's name as in a DatasetDict. Images are paths, bytes of image files, Pillow images, arrays
+            (H, W, 3) of uint8, or dictionaries with `bytes` or `path`; images and texts that are None or blank are
+            missing.
+        columns: the names in `data` of `image`, `text`, `label` and `split`, if they differ from these.
+        labels, classes, separator, metric, name: as in spec.yaml. If None: labels are `multi` if they are lists, else
+            `single`; classes are those of the Dataset, if it names them; metric is the default.
+        root: folder that relative paths start from.
+        split_seed: seed of the splits if `data` has none; None means 0.
         skip_bad, workers: as the options of make_arrow.py.
 
     Returns:
-        For each split, what was written.
+        A summary of each split.
 
     Raises:
-        DataError: a column is not there, values are not as expected, or files cannot be read or written.
+        DataError: a column is missing, values are not as expected, or files cannot be read or written.
     """
     if unknown := [name for name in columns or {} if name not in COLUMNS]:
         raise DataError(f"columns: expected {', '.join(COLUMNS)}, found {unknown[0]}")
@@ -102,29 +103,29 @@ def convert(
 
 
 def _columns(data: Any, named: Mapping[str, str]) -> tuple[dict[str, Iterable[Any]], list[str] | None]:
-    """Values by column, and the names of the classes if `data` has them."""
+    """The values of each column, and the class names if `data` has them."""
     features: Mapping[str, Any] = getattr(data, "features", None) or {}
-    if features:  # of Hugging Face
+    if features:  # a Hugging Face Dataset
         for column, feature in features.items():
-            if getattr(feature, "decode", False) is True:  # images as they are in their files
+            if getattr(feature, "decode", False) is True:  # keep the bytes of image files unchanged
                 data = data.cast_column(column, replace(feature, decode=False))
         found: Any = {column: data[column] for column in data.column_names if column in named.values()}
-        there, count = list(data.column_names), len(data)
+        present, count = list(data.column_names), len(data)
     else:
         frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame(list(data))
-        there, count = list(frame.columns), len(frame)
-        found = {column: map(_plain, frame[column]) for column in named.values() if there.count(column) == 1}
-    if repeated := [name for name in named.values() if there.count(name) > 1]:
+        present, count = list(frame.columns), len(frame)
+        found = {column: map(_plain, frame[column]) for column in named.values() if present.count(column) == 1}
+    if repeated := [name for name in named.values() if present.count(name) > 1]:
         raise DataError(f"data: the column {quoted(repeated[0])} is repeated")
-    if missing := [name for column, name in named.items() if column != "split" and name not in there]:
-        raise DataError(f"data: expected the columns {', '.join(missing)}, found {', '.join(map(str, there))}")
+    if missing := [name for column, name in named.items() if column != "split" and name not in present]:
+        raise DataError(f"data: expected the columns {', '.join(missing)}, found {', '.join(map(str, present))}")
     label = features.get(named["label"])
     class_names = getattr(label, "names", None) or getattr(getattr(label, "feature", None), "names", None)
     return {column: found.get(name, [None] * count) for column, name in named.items()}, class_names
 
 
 def _plain(cell: Any) -> Any:
-    """A cell without what pandas and NumPy make of missing values, lists and numbers."""
+    """A cell as plain Python: None, lists and numbers in place of pandas' and NumPy's forms of them."""
     if isinstance(cell, np.ndarray):
         return cell if cell.ndim > 1 else cell.tolist()
     if isinstance(cell, tuple | set):
@@ -135,14 +136,14 @@ def _plain(cell: Any) -> Any:
 
 
 def _label(label: Any, class_names: Sequence[str] | None) -> Any:
-    """The names of classes of which a Dataset has the numbers."""
+    """The label with class numbers replaced by names, if the Dataset names its classes."""
     if isinstance(label, list):
         return [_label(one, class_names) for one in label]
     return class_names[label] if class_names and type(label) is int and 0 <= label < len(class_names) else label
 
 
 def _image(listed: Listed, root: Path) -> tuple[bytes | None, str]:
-    """The bytes of an image file, and its path or row. Raises BadSampleError."""
+    """The bytes of a row's image file, and its path, or else its row, for messages. Raises BadSampleError."""
     image, name = listed.image, f"row {listed.row}"
     if isinstance(image, Mapping):
         name = str(image.get("path") or name)
@@ -157,13 +158,13 @@ def _image(listed: Listed, root: Path) -> tuple[bytes | None, str]:
         if isinstance(image, np.ndarray):
             try:
                 image = Image.fromarray(image)
-            except TypeError:  # of a type or size that Pillow does not know
+            except TypeError:  # a dtype or shape that Pillow does not know
                 raise ValueError(f"expected an array (H, W, 3) of uint8, found {image.dtype} {image.shape}") from None
         if isinstance(image, Image.Image):
             with LOADING:
                 image.load()
             file = io.BytesIO()
-            open_rgb(image).save(file, "PNG")  # as it is seen, without loss
+            open_rgb(image).save(file, "PNG")  # as displayed, lossless
             image = file.getvalue()
     except Exception as error:  # Pillow's decoders raise anything
         raise raw_data.BadSampleError(raw_data.UNDECODABLE_IMAGE, name, str(error) or type(error).__name__) from None

@@ -1,4 +1,4 @@
-"""Batches of the splits, in an order that follows from the seed and survives interruption and several processes."""
+"""Loaders for the splits, with an order fixed by the seed that survives interruptions and spans several processes."""
 
 import ctypes
 import logging
@@ -32,20 +32,20 @@ from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, publ
 log = logging.getLogger(__name__)
 
 LEAST_SUBSEQUENCES = 2
-"""In a batch: one alone has nothing to be compared with."""
+"""Fewest subsequences in a batch: a single one would have nothing to be compared with."""
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Keys (epoch, index) of one process's share of the samples.
+    """Yields the keys (epoch, index) of one process's share of the samples.
 
-    In training the order is drawn from (seed, epoch), and the samples are filled up from its start so that all
-    processes have the same number. In evaluation nothing is drawn and nothing filled up: every sample occurs once.
+    In training the order is drawn from (seed, epoch), and padded with samples from its start so that all processes get
+    the same number. In evaluation nothing is shuffled or padded: every sample occurs exactly once.
 
     Args:
         seed: None for evaluation.
-        order: of the samples in evaluation; None: as in the dataset.
-        together: units (A, L) of samples that stay together, in place of single ones.
-        per_batch: such units in a batch; a last batch of less than LEAST_SUBSEQUENCES is left out.
+        order: order of the samples in evaluation; None means that of the dataset.
+        together: groups (A, L) of samples to keep together, in place of single samples.
+        per_batch: groups in a batch; a last batch of fewer than LEAST_SUBSEQUENCES is left out.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.world_size = world_size
         self.epoch = 0
         self.skip: tuple[int, int] | None = None
-        """(epoch, n): in this epoch the first n samples of the share are left out; they were seen before a resume.
+        """(epoch, n): skip the first n samples of the share in this epoch, because they were seen before a resume.
 
-        This place is all that a checkpoint has to keep, since the order follows from (seed, epoch): no state of the
-        loaders, which fetch ahead.
+        A checkpoint need not save more than this position, since the order follows from (seed, epoch). The loaders,
+        which prefetch, have no state worth saving.
         """
 
     def set_epoch(self, epoch: int) -> None:
@@ -82,7 +82,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return self._share() * self.units_AL.shape[1]
 
     def _share(self) -> int:
-        """Units of this process."""
+        """Number of groups for this process."""
         units = len(self.units_AL)
         share = len(range(self.rank, units, self.world_size)) if self.seed is None else -(-units // self.world_size)
         rest = share % self.per_batch
@@ -103,17 +103,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class TimedLoader(DataLoader[Any]):
-    """A loader that counts the seconds its reader waits for batches."""
+    """A loader that measures how long its consumer waits for batches."""
 
     waited = 0.0
-    """Since the reader last set it to 0."""
+    """Seconds waited since the consumer last reset this to 0."""
     _begun: Iterator[Any] | None = None
 
     def begin(self) -> None:
-        """Lets the loader processes, if there are any, make the first batches of the next pass meanwhile."""
+        """Starts the next pass early: any workers load its first batches in the meantime."""
         self._begun = super().__iter__()
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch says: of a class of its own
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch declares its own iterator class
         batches, self._begun = self._begun or super().__iter__(), None
         while True:
             asked = time.perf_counter()
@@ -128,22 +128,22 @@ PR_SET_PDEATHSIG = 1
 
 
 def leave_group(_: int) -> None:
-    """In a loader process: Ctrl-C goes to a whole group, but the checkpoint that follows still needs its batches."""
+    """Takes a worker out of the process group: Ctrl-C goes to the whole group, and the checkpoint needs its batches."""
     os.setpgrp()
-    # What outlives a killed process holds its connections, which the others watch.
+    # Die with the parent: a worker that outlives it keeps its connections open, which the other processes watch.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
 def dead_worker(error: Exception) -> re.Match[str] | None:
-    """What torch says of loader processes that died, if that is what `error` is about: their ids, and how."""
+    """Matches torch's error about workers that died: group 1 has their process ids, group 2 how they died."""
     return re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What the loaders need of the configuration."""
+    """The part of the configuration that the loaders need."""
 
     dataset: str
     data_root: Path
@@ -155,16 +155,16 @@ class DataSettings:
     image_cache: bool
     seed: int
     order_seed: int
-    """Draws the order of the training samples."""
+    """Seed of the order of training samples."""
     subsequence: int = 1
-    """Samples of a recording that stay together in a batch; above 1 for pretraining."""
+    """Number of consecutive samples of a recording that stay together in a batch; above 1 only for pretraining."""
     modality_dropout: float = 0.0
 
 
 def split_patterns(
     patterns: Mapping[Split, MissingPattern], spec: DatasetSpec, data_root: Path
 ) -> dict[Split, MissingPattern]:
-    """The patterns of all splits; those of the published drawing with what is drawn before them. Raises DataError."""
+    """The patterns of all splits; for the published drawing, each with the draws that precede it. Raises DataError."""
     if all(pattern.drawing == NESTED for pattern in patterns.values()):
         return dict(patterns)
     return published_patterns(patterns, rows_of_splits(spec, data_root))
@@ -174,11 +174,11 @@ class MissingModalityData(pl.LightningDataModule):
     """The loaders of one dataset.
 
     Args:
-        splits: which splits to open.
-        given: what the model takes.
+        splits: the splits to open.
+        given: the input format of the model.
 
     Raises:
-        DataError: from opening the arrow files and missing tables.
+        DataError: an arrow file or a missing table cannot be used.
     """
 
     def __init__(self, settings: DataSettings, splits: Sequence[Split], given: InputFormat) -> None:
@@ -188,9 +188,9 @@ class MissingModalityData(pl.LightningDataModule):
         self.patterns = split_patterns(settings.patterns, self.spec, settings.data_root)
         self.datasets: dict[Split, ArrowDataset] = {}
         for split in splits:
-            with_more = settings.subsequence > 1
-            of_split = (self.spec, settings.data_root, split, given.image_size)
-            dataset = ArrowDataset(*of_split, pretraining=with_more, group_texts=given.group_texts)
+            where = (self.spec, settings.data_root, split, given.image_size)
+            pretraining = settings.subsequence > 1
+            dataset = ArrowDataset(*where, pretraining=pretraining, group_texts=given.group_texts)
             if given.tokenize is not None:
                 dataset.tokenize(given.tokenize, given.fingerprint, given.text_windows)
             if settings.image_cache:
@@ -216,32 +216,32 @@ class MissingModalityData(pl.LightningDataModule):
 
     @property
     def training_missing(self) -> str:
-        """Whether what training samples lose is fixed, for log and results."""
+        """How training samples lose modalities (fixed or redrawn), for log and results."""
         pattern, dropout = self.patterns["train"], self.settings.modality_dropout
-        said = "fixed by a missing table"
+        described = "fixed by a missing table"
         if self.settings.simulate_missing and self.spec.redrawn:
             how = f"{per_cent(pattern.ratio)} {pattern.missing_type}; simulate_missing=False fixes it"
-            said = f"drawn anew in each epoch ({how})"
+            described = f"redrawn in each epoch ({how})"
         elif self.settings.simulate_missing:
-            said += "; complete samples lose a modality at random in each epoch"
-        return said + (f"; modality dropout {dropout:g}" if dropout else "")
+            described += "; complete samples lose a modality at random in each epoch"
+        return described + (f"; modality dropout {dropout:g}" if dropout else "")
 
     def describe(self) -> str:
-        """A line per split: samples, rows, and how many are missing what."""
+        """One line per split: samples, rows, and the number of rows of each missing type."""
         lines = []
         for split, dataset in self.datasets.items():
             counts = ", ".join(said_counts(type_counts(dataset.missing_table, self.spec.type_names)))
             rows = "" if len(dataset) == dataset.n_rows else f" of {counted(dataset.n_rows, 'row')}"
-            nature = type_counts(dataset.natural, self.spec.type_names)
-            natural = [f"{count:,} {name}" for name, count in list(nature.items())[1:] if count]
-            by_nature = f"; by nature {', '.join(natural)}" if natural else ""
-            lines.append(f"  {split:<6}{counted(len(dataset), 'sample'):>16}{rows} ({counts}{by_nature})")
+            natural_counts = type_counts(dataset.natural, self.spec.type_names)
+            listed = [f"{count:,} {name}" for name, count in list(natural_counts.items())[1:] if count]
+            natural = f"; naturally {', '.join(listed)}" if listed else ""
+            lines.append(f"  {split:<6}{counted(len(dataset), 'sample'):>16}{rows} ({counts}{natural})")
         if "train" in self.datasets and (self.spec.redrawn or self.settings.modality_dropout):
-            lines.append(f"  in training, what is missing is {self.training_missing}")
+            lines.append(f"  missing modalities in training: {self.training_missing}")
         return "\n".join(lines)
 
     def steps_per_epoch(self, world_size: int) -> int:
-        """Batches that each process trains on in an epoch."""
+        """Number of batches that each process trains on in an epoch."""
         return -(-len(self._sampler("train", 0, world_size)) // self.settings.per_gpu_batchsize)
 
     def _sampler(self, split: Split, rank: int, world_size: int) -> EpochSampler:
@@ -254,21 +254,21 @@ class MissingModalityData(pl.LightningDataModule):
         if len(rows) < LEAST_SUBSEQUENCES * world_size:
             raise DataError(
                 f"{dataset.path}: expected at least {LEAST_SUBSEQUENCES} subsequences of {length} samples for each "
-                f"process, which are compared, found {len(rows)}"
+                f"process, to compare with each other, found {len(rows)}"
             )
         units: dict[str, Any] = {"together": rows, "per_batch": settings.per_gpu_batchsize // length}
         return EpochSampler(len(dataset), seed=seed, rank=rank, world_size=world_size, **units)
 
     @contextmanager
     def naming_dead_workers(self) -> Iterator[None]:
-        """Within the block, the death of a loader process is one line that names the sample that it was reading.
+        """Turns the death of a worker within the block into an error of one line that names the sample being read.
 
         Raises:
-            DataError: it was killed, most often because the memory was used up.
+            DataError: a worker was killed, most often because memory ran out.
         """
         try:
             yield
-        except RuntimeError as error:  # torch raises it wherever the main process happens to be
+        except RuntimeError as error:  # torch raises it at whatever point the main process has reached
             ended = dead_worker(error)
             if ended is None:
                 raise
@@ -279,7 +279,7 @@ class MissingModalityData(pl.LightningDataModule):
                 if str(pid) in ended[1].split(", ")
             ]
             raise DataError(
-                f"{'; '.join(places) or 'before its first sample'}: the loader process that read it "
+                f"{'; '.join(places) or 'before its first sample'}: the loader worker that was reading it "
                 f"{ended[2].rstrip('. ')}; if memory is short, try fewer num_workers"
             ) from error
 
@@ -290,7 +290,7 @@ class MissingModalityData(pl.LightningDataModule):
         if training and self._resume is not None:
             epoch, batches = self._resume
             sampler.skip = (epoch, batches * settings.per_gpu_batchsize)
-            # Workers ask for their first batches before Lightning, when it resumes, has set the sampler's epoch.
+            # When resuming, workers request their first batches before Lightning sets the sampler's epoch.
             sampler.set_epoch(epoch)
         dataset, kept = self.datasets[split], self.datasets[split].kept is not None
         once, workers = not training and settings.subsequence == 1, 0 if kept else settings.num_workers
@@ -316,24 +316,24 @@ class MissingModalityData(pl.LightningDataModule):
         return self._loader("test")
 
     def state_dict(self) -> dict[str, int]:
-        """Where the training stands in its data, for the checkpoint."""
+        """The position of the training in its data, for the checkpoint."""
         assert self.trainer is not None
         fit_loop = self.trainer.fit_loop
         epochs: Any = fit_loop.epoch_progress.current
         batches = fit_loop.epoch_loop.batch_progress.current.completed
         return {
             "epoch": epochs.processed,
-            # Lightning keeps the count of an epoch that is over until the next one starts.
+            # Lightning does not reset the count of a finished epoch until the next one starts.
             "batches": batches if epochs.ready > epochs.processed else 0,
             **self._order(),
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resumes where the checkpoint stood.
+        """Resumes at the checkpoint's position.
 
         Raises:
-            ConfigError: the batches, the dataset or its order are other ones than the checkpoint's, so that no place
-                in them corresponds to it.
+            ConfigError: the batch size, the dataset or its order differ from the checkpoint's, so that its position
+                means nothing here.
         """
         for name, value in self._order().items():
             if state_dict.get(name) != value:
@@ -344,7 +344,7 @@ class MissingModalityData(pl.LightningDataModule):
         self._resume = (state_dict["epoch"], state_dict["batches"])
 
     def _order(self) -> dict[str, int]:
-        """What decides which samples a batch has."""
+        """Everything that determines which samples each batch holds."""
         assert self.trainer is not None
         return {
             "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,

@@ -1,7 +1,7 @@
-"""The decoded images of an arrow file, kept beside it: for machines whose CPU cannot decode as fast as the GPU trains.
+"""Caches the decoded images of an arrow file next to it, for machines whose CPU decodes slower than the GPU trains.
 
-A cache is one .npy file, uint8 (N, 3, R, R), with the image of every row as `decode_image` gives it. Its name tells
-the arrow file's SHA-256 and Pillow's version, so that a cache of other images is never taken for the right one.
+A cache is one .npy file, uint8 (N, 3, R, R), with the image of every row as `decode_image` returns it. Its name has a
+hash of the arrow file's content and Pillow's version, so that a cache of other images is never mistaken for it.
 """
 
 import hashlib
@@ -28,44 +28,44 @@ from vilt.utils.ordered_threads import in_order
 log = logging.getLogger(__name__)
 
 ReadImage = Callable[[int], Tensor]
-"""Row to image, uint8 (3, R, R); raises DataError, which names the row, where it cannot be decoded."""
+"""Maps a row to its image, uint8 (3, R, R); raises DataError, which names the row, if it cannot be decoded."""
 
 FORMAT_VERSION = 2
-"""Increase it when `decode_image` or the file's layout changes."""
+"""Increment this when `decode_image` or the layout of the file changes."""
 
 
 def open_image_cache(arrow_path: Path, n_rows: int, size: int, read_image: ReadImage, workers: int) -> MappedArray:
-    """The images of all rows, uint8 (n_rows, 3, size, size); made first if they are not there, or damaged.
+    """Opens the cached images of all rows, uint8 (n_rows, 3, size, size), creating the cache if absent or damaged.
 
-    Of several processes that ask at the same time one makes the cache, and the others wait for it. Caches of the same
-    size that were made from another state of the arrow file are removed then.
+    If several processes ask at once, one creates the cache and the others wait. Caches of the same image size that
+    were made from other versions of the arrow file are then removed.
 
     Args:
         size: side of the images in pixels.
         workers: number of threads that decode.
 
     Raises:
-        DataError: an image cannot be decoded, the disk has too little room, or the folder cannot be written. Then
-            nothing is left behind.
+        DataError: an image cannot be decoded, the disk has too little space, or the folder cannot be written. Nothing
+            is left behind.
     """
     shape = (n_rows, 3, size, size)
     try:
         cache = _path_of(arrow_path, size)
-        # One lock for all states of the arrow file: its holder knows that nobody else is writing.
+        # All versions of the arrow file share one lock: its holder knows that nobody else is writing.
         lock = cache.with_name(f".{arrow_path.stem}_images{size}.lock")
-        # Where the lock is there, the cache is just being made, or its maker was killed, and may have left others.
+        # If the lock file exists, the cache is being created, or its creator was killed and may have left old caches.
         if fault_of(cache, np.uint8, shape) is None and not os.access(lock, os.W_OK):
             return MappedArray(cache)
-        busy = f"{cache}: another process is making it ({filesize.decimal(math.prod(shape))}); waiting for that"
+        busy = f"{cache}: another process is creating it ({filesize.decimal(math.prod(shape))}); waiting"
         with waiting_lock(lock, busy):
             name = f"{arrow_path.stem}_images{size}_{'[0-9a-f]' * 16}.npy"
             if not is_usable(cache, np.uint8, shape):
-                _remove(cache.parent.glob(f".{name}.*.part"), "left by a killed maker")
+                _remove(cache.parent.glob(f".{name}.*.part"), "left by a killed process")
                 _make(cache, shape, read_image, workers)
-            _remove(set(cache.parent.glob(name)) - {cache}, "of another state of the arrow file")
+            _remove(set(cache.parent.glob(name)) - {cache}, "made from another version of the arrow file")
     except OSError as error:
         raise DataError(
-            f"{arrow_path}: cannot keep the decoded images beside it: {reason_of(error)}; "
+            f"{arrow_path}: cannot cache the decoded images next to it: {reason_of(error)}; "
             f"they need {math.prod(shape):,} bytes"
         ) from error
     return MappedArray(cache)
@@ -84,19 +84,19 @@ def _remove(paths: Iterable[Path], what: str) -> None:
 
 
 def _make(cache: Path, shape: tuple[int, ...], read_image: ReadImage, workers: int) -> None:
-    """Writes the file, row by row."""
+    """Writes the cache row by row."""
     n_rows = shape[0]
-    log.info("%s: decoding %s images once, %s", cache, f"{n_rows:,}", filesize.decimal(math.prod(shape)))
+    log.info("%s: decoding %s images once (%s)", cache, f"{n_rows:,}", filesize.decimal(math.prod(shape)))
     start = time.monotonic()
     with (
         atomic_path(cache) as part,
         tqdm(total=n_rows, desc=cache.name, unit=" images", dynamic_ncols=True, disable=None) as bar,
     ):
         values = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-        with part.open("r+b") as file:  # claims the room: a full disk is an error here, and no bus error later
+        with part.open("r+b") as file:  # reserves the space: a full disk is an error now, not a bus error later
             os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         for row, image in enumerate(in_order(read_image, range(n_rows), workers)):
             values[row] = image.numpy()
             bar.update()
         values.flush()
-    log.info("%s: made in %.1f s", cache, time.monotonic() - start)
+    log.info("%s: created in %.1f s", cache, time.monotonic() - start)

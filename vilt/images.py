@@ -1,10 +1,12 @@
-"""Images: every one that others made is opened here, and resized as CLIP expects it (docs/method.md section 1).
+"""Opens images, all of them untrusted, and resizes them as CLIP expects (docs/method.md section 1).
 
-What counts is what a viewer shows: upright as the Exif orientation says, transparent parts over white, grey of 16 bits
-over its whole range. The published code ignores the orientation, shows what transparent pixels hide, and cuts grey at
-255; images without any of these are the same. Conversion, image cache, training, prediction and report come here.
+Images are seen as a viewer shows them: turned upright by their Exif orientation, transparent parts over white, 16-bit
+grey over its whole range. The published code ignores the orientation, shows the colour that transparent pixels hide,
+and clips grey at 255; images without any of these come out the same. Conversion, image cache, training, prediction and
+report all use this module.
 
-Memory is bounded by MAX_PIXELS and MAX_SIDE: 4 bytes a pixel, thrice where a mode has to be changed; 1.1 GB at worst.
+Memory is bounded by MAX_PIXELS and MAX_SIDE: 4 bytes a pixel, or three times that if the mode has to be converted;
+1.1 GB at worst.
 """
 
 import io
@@ -14,17 +16,17 @@ import numpy as np
 from PIL import Image, WebPImagePlugin  # noqa: F401 - registers itself
 from PIL.ExifTags import Base
 
-# About metadata and the like: the pixels are what counts. Here and not where images are opened: threads share filters.
+# Pillow warns about metadata and the like; only pixels matter. Set here once, since threads share the filters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What images of such datasets are. For EPS, Pillow would run another program (Ghostscript)."""
+"""Formats that occur in such datasets. Others are refused; for EPS, Pillow would run another program (Ghostscript)."""
 MAX_PIXELS = 89_478_485
-"""Of an image: the number above which Pillow warns. A poster of MM-IMDb has some 100,000."""
+"""Most pixels in an image: the number above which Pillow warns. A poster of MM-IMDb has about 100,000."""
 MAX_SIDE = 100_000
-"""Of an image, in pixels. Pillow keeps 8 bytes for every line."""
+"""Longest side of an image, in pixels. Pillow keeps 8 bytes for every row."""
 LONGEST = 50
-"""Times its shorter side: of an image that is longer still, only the middle is resized."""
+"""Aspect ratio above which only the middle of an image is resized."""
 PNG_HEAD, PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,21 +37,21 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By Exif orientation."""
+"""The transposition that turns an image upright, keyed by Exif orientation."""
 CHANGES = "changes"
-"""Key of an image's `info`: in what it differs from what the published code sees."""
+"""Key in an image's `info` that lists how it differs from what the published code sees."""
 
 
 def open_rgb(source: bytes | Image.Image) -> Image.Image:
-    """The RGB image in the bytes of an image file, fully decoded; of an animation the first frame.
+    """Decodes an image completely, as RGB; only the first frame of an animation.
 
     Args:
-        source: or an image that Pillow has opened or made.
+        source: the bytes of an image file, or a Pillow image.
 
     Raises:
-        ValueError: it is empty, of another format, has more than MAX_PIXELS pixels or MAX_SIDE to a side, or 32 bits
-            a channel.
-        Exception: Pillow's decoders raise whatever the damage leads to: OSError, SyntaxError, struct.error, ...
+        ValueError: the image is empty, not in one of FORMATS, has more than MAX_PIXELS pixels or more than MAX_SIDE on
+            a side, or has 32 bits per channel.
+        Exception: Pillow's decoders raise all kinds of errors on damage: OSError, SyntaxError, struct.error, ...
     """
     if isinstance(source, Image.Image):
         return _as_seen(source)
@@ -58,13 +60,13 @@ def open_rgb(source: bytes | Image.Image) -> Image.Image:
     try:
         opened = Image.open(io.BytesIO(_without_texts(source)), formats=FORMATS)
     except Image.UnidentifiedImageError:  # its message names a buffer in memory
-        raise ValueError(f"not an image of the kinds {', '.join(FORMATS)}") from None
+        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     with opened:
         return _as_seen(opened)
 
 
 def _without_texts(data: bytes) -> bytes:
-    """A PNG without its texts and colour profile, of which Pillow refuses large ones; other data as it is."""
+    """A PNG without its texts and colour profile, since Pillow refuses large ones; other data unchanged."""
     if not data.startswith(PNG_HEAD):
         return data
     kept, place = [PNG_HEAD], len(PNG_HEAD)
@@ -79,18 +81,18 @@ def _without_texts(data: bytes) -> bytes:
 def _as_seen(image: Image.Image) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ValueError(f"{width} × {height} pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} to a side")
+        raise ValueError(f"{width} × {height} pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} on a side")
     image.load()
     try:
         orientation = image.getexif().get(Base.Orientation)
-    except Exception:  # damaged metadata raise anything
+    except Exception:  # damaged metadata can raise anything
         orientation = None
     if image.mode in ("I", "F"):
-        raise ValueError("32 bits a channel, of which the range is not known; save it with 8 or 16 bits")
+        raise ValueError("32 bits per channel, whose range is unknown; save it with 8 or 16 bits")
     changes = []
     if image.mode.startswith("I;16"):
         image = _eight_bits(image)
-        changes.append("grey of 16 bits")
+        changes.append("16-bit grey")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha, opaque = image.getchannel("A"), Image.new("RGB", image.size, "white")
@@ -107,7 +109,7 @@ def _as_seen(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Of grey of 16 bits, or 12 in a TIFF, with the transparent level as alpha."""
+    """Converts 16-bit grey (12-bit in some TIFFs) to 8 bits; a transparent level becomes an alpha channel."""
     tags = getattr(image, "tag_v2", {})
     most = 2 ** int(tags.get(Base.BitsPerSample, (16,))[0]) - 1
     stored = np.asarray(image)
@@ -119,7 +121,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def square_image(source: bytes | Image.Image, size: int) -> Image.Image:
-    """RGB image of `source`, shorter side resized to `size` (bicubic), and of that the (size, size) in the middle.
+    """Resizes the shorter side of an image to `size` (bicubic) and crops the central (size, size) square.
 
     Raises:
         ValueError and others: as `open_rgb`.
@@ -129,8 +131,8 @@ def square_image(source: bytes | Image.Image, size: int) -> Image.Image:
     width, height = (size if length == short else int(size * length / short) for length in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     if short < size and max(image.size) > LONGEST * short:
-        # Resized before the crop, a line of 1 × 20,000 pixels would become an image of 3 GB. Others do not take this
-        # way, in which rounding may change a pixel by a level.
+        # If it were resized before the crop, a line of 1 × 20,000 pixels would become an image of 3 GB. Ordinary
+        # images do not go through this branch, where rounding may change a pixel by one level.
         across, down = image.width / width, image.height / height
         right, bottom = min((left + size) * across, image.width), min((top + size) * down, image.height)
         return image.resize((size, size), Image.Resampling.BICUBIC, box=(left * across, top * down, right, bottom))

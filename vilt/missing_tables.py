@@ -1,13 +1,13 @@
 """Which samples lose which modality (the protocol's missing tables).
 
-A table gives each row of an arrow file its missing type: with image and text 0 complete, 1 text missing, 2 image
-missing (see `vilt/missing_types.py`). It follows from its description alone, so that every process and every machine
-has the same one. There are two ways to draw one:
+A table assigns each row of an arrow file its missing type: with image and text, 0 complete, 1 text missing, 2 image
+missing (see `vilt/missing_types.py`). It is determined by its description alone, so every process on every machine has
+the same one. There are two ways to draw it:
 
-- nested, from (dataset, split, type, ratio, both_ratio, seed): what is missing at ratio 0.3 is missing in the same way
+- nested, from (dataset, split, type, ratio, both_ratio, seed): rows that lose a modality at ratio 0.3 lose the same one
   at 0.5;
-- published, as the published code draws the tables of train, dev and test in turn from one generator: a table also
-  follows from the patterns and sizes of the splits before its own.
+- published, as in the published code, which draws the tables of train, dev and test in turn from one generator: a table
+  also depends on the patterns and sizes of the splits before it.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 NESTED, PUBLISHED = DRAWINGS = ("nested", "published")
 LINE = 100
 MAGIC = "missing table"
-DRAWN_AGAIN = "a table follows from its description: delete it, and it is drawn again"
+DRAWN_AGAIN = "a table follows from its description: delete the file to have it redrawn"
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class MissingPattern:
     """How a split loses modalities.
 
     Args:
-        missing_type: what the chosen samples lose: a modality's name, `both`, `any` or `some`, see
+        missing_type: what the affected samples lose: a modality by name, `both`, `any` or `some`, see
             `vilt/missing_types.py`.
-        ratio: share of samples that lose something.
-        both_ratio: for `both`, share of those that lose the first modality; the others lose the second.
-        seed: draws the samples.
+        ratio: share of samples that lose a modality.
+        both_ratio: for `both`, the share of these that lose the first modality; the others lose the second.
+        seed: seed of the drawing.
         drawing: one of DRAWINGS.
-        after: for the published drawing, (missing_type, ratio, both_ratio, rows) of the splits drawn before this one;
+        after: for the published drawing, (missing_type, ratio, both_ratio, rows) of each split drawn before this one;
             see `published_patterns`.
     """
 
@@ -60,7 +60,7 @@ class MissingPattern:
     after: tuple[tuple[str, float, float, int], ...] = ()
 
     def describe(self, dataset: str, split: Split, samples: int) -> dict[str, str]:
-        """All that a table follows from, as written into its header."""
+        """Everything that determines a table, as written into its header."""
         assert split in get_args(Split)
         return {
             "dataset": dataset,
@@ -74,7 +74,7 @@ class MissingPattern:
         }
 
     def recorded(self) -> dict[str, str | float]:
-        """For the results of a test."""
+        """The pattern as recorded in test results."""
         kept = ("missing_type", "ratio", "both_ratio", "seed", *(() if self.drawing == NESTED else ("drawing",)))
         return {name: getattr(self, name) for name in kept}
 
@@ -85,10 +85,10 @@ class MissingPattern:
 def published_patterns(
     patterns: Mapping[Split, MissingPattern], rows: Mapping[Split, int]
 ) -> dict[Split, MissingPattern]:
-    """The patterns of the published drawing, each with what is drawn before it.
+    """The patterns of the published drawing, each with the draws that precede it.
 
     Args:
-        rows: of the arrow files of all splits.
+        rows: number of rows in the arrow file of each split.
     """
     found: dict[Split, MissingPattern] = {}
     after: tuple[tuple[str, float, float, int], ...] = ()
@@ -100,23 +100,22 @@ def published_patterns(
 
 
 def behind_training(train: MissingPattern, test: MissingPattern, rows: Mapping[Split, int]) -> MissingPattern:
-    """The published drawing of a test at `test`, behind a training at `train` and a validation as the test."""
+    """The test pattern in the published drawing, drawn after training at `train` and validation at `test`."""
     drawn = replace(test, drawing=PUBLISHED)
     return published_patterns({"train": replace(train, seed=test.seed), "val": drawn, "test": drawn}, rows)["test"]
 
 
 def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samples: int) -> np.ndarray:
-    """Missing types of `samples` rows, int8 (N,).
+    """Draws the missing types of `samples` rows, int8 (N,).
 
-    Exactly the integer part of N·ratio are missing; for `both`, exactly that of k·both_ratio of those k lose the
-    first modality.
-    The published drawing multiplies as the published code does, in binary: 62, not 63, of 90 at 0.7.
+    Exactly k = ⌊N·ratio⌋ rows lose a modality; for `both`, exactly ⌊k·both_ratio⌋ of these lose the first one. The
+    published drawing multiplies in binary floating point, as the published code does: 62, not 63, of 90 at 0.7.
     """
     modalities = list(row_of(dataset).modalities)
     if pattern.drawing == PUBLISHED:
         return _draw_as_published(pattern, modalities, samples)
     key = hashlib.sha256(f"{dataset}/{row_of(dataset).file_splits[split]}/{pattern.seed}".encode()).digest()
-    # random_raw is the one stream of NumPy that is promised never to change.
+    # random_raw is the only NumPy stream that is guaranteed never to change.
     order = np.argsort(np.random.PCG64(int.from_bytes(key, "big")).random_raw(samples), kind="stable")
     missing = order[: part_of(samples, pattern.ratio)]
     table = np.zeros(samples, dtype=np.int8)
@@ -125,10 +124,10 @@ def draw_missing_table(dataset: str, split: Split, pattern: MissingPattern, samp
 
 
 def _types_lost(modalities: list[str], missing_type: str, both_ratio: float, count: int) -> np.ndarray:
-    """Missing types of the chosen samples, (count,). The first ones are the same for every count."""
+    """Missing types (count,) of the affected samples. A shorter result is a prefix of a longer one."""
     place = np.arange(count)
     if missing_type == BOTH:
-        # The j-th loses the first modality where its share of j steps up, so that every prefix has its share.
+        # Sample j loses the first modality if ⌊j·both_ratio⌋ steps up there, so every prefix has the right share.
         first = np.diff(parts_of(range(count + 1), both_ratio)) > 0
         return np.where(first, *(code_of(modalities, name) for name in modalities))
     if missing_type == ANY:
@@ -139,7 +138,7 @@ def _types_lost(modalities: list[str], missing_type: str, both_ratio: float, cou
 
 
 def draw_missing_type(pattern: MissingPattern, modalities: Iterable[str], generator: np.random.Generator) -> int:
-    """What one sample loses where each is drawn by itself: with the pattern's ratio, all that it may alike."""
+    """Draws the missing type of a single sample: with probability `ratio`, uniformly among the types of the pattern."""
     names = list(modalities)
     if generator.random() >= pattern.ratio:
         return COMPLETE
@@ -150,7 +149,7 @@ def draw_missing_type(pattern: MissingPattern, modalities: Iterable[str], genera
 
 
 def drop_modalities(missing_type: int, chance: float, modalities: Iterable[str], generator: np.random.Generator) -> int:
-    """The missing type of a sample that with a chance loses some of the modalities that it has, but not all, alike."""
+    """Drops modalities further, with probability `chance`: a random proper subset of those that the sample has."""
     names = list(modalities)
     left = [code_of(names, name) for name in names if not is_missing(names, name, missing_type)]
     if generator.random() >= chance or len(left) < 2:
@@ -176,16 +175,16 @@ def _draw_as_published(pattern: MissingPattern, modalities: list[str], samples: 
 def load_missing_table(
     root: Path, dataset: str, split: Split, pattern: MissingPattern, samples: int, *, keep: bool = True
 ) -> np.ndarray:
-    """The table of a split, int8 (N,): read from `root` where it is kept, else drawn and kept there.
+    """The table of a split, int8 (N,): read from `root` if stored there, else drawn and stored there.
 
-    A table in the published form (`mmimdb_train_missing_both_07.pt`; at ratio 1 `…_10.pt`, else `…_1.pt`) in `root` has
-    precedence and is logged.
+    A table in the published form in `root` (`mmimdb_train_missing_both_07.pt`; at ratio 1 `…_10.pt`, else `…_1.pt`)
+    takes precedence; its use is logged.
 
     Args:
-        keep: whether a drawn table is written.
+        keep: whether a drawn table is stored.
 
     Raises:
-        DataError: a table found does not fit the split or its description, or `root` is not readable or writable.
+        DataError: a stored table does not fit the split or its description, or `root` is not readable or writable.
     """
     described = pattern.describe(dataset, split, samples)
     stem = f"{dataset}_{described['split']}_missing_{pattern.missing_type}"
@@ -217,22 +216,22 @@ def load_missing_table(
 
 @cache
 def _say_published(dataset: str, split: Split, path: Path) -> None:
-    """Once, not for every seed."""
+    """Logs the use of a published table; cached, so that it is logged once and not for every seed."""
     log.info("missing table of %s %s: %s (published form; seed and both_ratio not used)", dataset, split, path)
 
 
 def type_counts(table: np.ndarray, names: Sequence[str]) -> dict[str, int]:
-    """How many entries of `table` have each missing type, by its name in `names`."""
+    """Number of entries of `table` with each missing type, keyed by the type's name in `names`."""
     return {name: int((table == value).sum()) for value, name in enumerate(names)}
 
 
 def said_counts(of_types: Mapping[str, int]) -> list[str]:
-    """`type_counts` for people: of more than three types those that occur."""
+    """`type_counts` as text; if there are more than three types, only those that occur."""
     return [f"{count:,} {name}" for name, count in of_types.items() if count or len(of_types) <= 3]
 
 
 def _published_paths(root: Path, stem: str, ratio: float) -> list[Path]:
-    """Where the published code keeps a table: it wrote a ratio without its dot, and 1 as `1` or, of 1.0, as `10`."""
+    """Where the published code stores a table. It writes ratios without the dot: 1 as `1`, but 1.0 as `10`."""
     spellings = [str(float(ratio)), *([str(int(ratio))] if ratio == int(ratio) else [])]
     return [root / f"{stem}_{spelling.replace('.', '')}.pt" for spelling in spellings]
 
@@ -240,7 +239,7 @@ def _published_paths(root: Path, stem: str, ratio: float) -> list[Path]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError as error:  # a folder that may not be entered, a name that is too long
+    except OSError as error:  # no permission for the folder, or too long a name
         raise DataError(f"missing_table_root={path.parent}: not readable: {error.strerror or error}") from error
 
 
@@ -254,19 +253,19 @@ def _format(table: np.ndarray, dataset: str, described: dict[str, str]) -> str:
 
 
 def _check(path: Path, content: str) -> None:
-    """Raises DataError unless the kept table is the one that its description gives."""
+    """Raises DataError unless the stored table is the one that its description determines."""
     try:
         found = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as a missing table: {error}; {DRAWN_AGAIN}") from error
-    for line, (is_there, expected) in enumerate(zip_longest(found.split("\n"), content.split("\n")), 1):
-        if is_there != expected:
-            difference = f"line {line}: expected {quoted(expected)}, found {quoted(is_there)}"
+    for line, (actual, expected) in enumerate(zip_longest(found.split("\n"), content.split("\n")), 1):
+        if actual != expected:
+            difference = f"line {line}: expected {quoted(expected)}, found {quoted(actual)}"
             raise DataError(f"{path}: {difference}; {DRAWN_AGAIN}")
 
 
 def _read_published(path: Path, dataset: str, samples: int) -> np.ndarray:
-    import torch  # nothing else here needs it, and the options read this module's names
+    import torch  # needed only here, and this module is imported to read the options
 
     from common.torch_file import load_inert
 
@@ -274,7 +273,7 @@ def _read_published(path: Path, dataset: str, samples: int) -> np.ndarray:
         loaded = load_inert(path)
         fits = isinstance(loaded, torch.Tensor) and loaded.shape == (samples,)
         table = loaded.detach().float().numpy() if fits else None
-    except Exception as error:  # of many types, on damaged files and on tensors that are no plain list of numbers
+    except Exception as error:  # many types, on damaged files and on tensors that are not plain lists of numbers
         raise DataError(f"{path}: not readable as a published missing table: {first_line(error)}") from error
     if table is None:
         found = tuple(loaded.shape) if isinstance(loaded, torch.Tensor) else type(loaded).__name__
@@ -282,5 +281,5 @@ def _read_published(path: Path, dataset: str, samples: int) -> np.ndarray:
     known = range(len(row_of(dataset).type_names))
     wrong = np.flatnonzero(~np.isin(table, known))
     if len(wrong):
-        raise DataError(f"{path}: expected only the numbers to {known[-1]}, found {table[wrong[0]]} for row {wrong[0]}")
+        raise DataError(f"{path}: expected only numbers 0 to {known[-1]}, found {table[wrong[0]]} for row {wrong[0]}")
     return table.astype(np.int8)

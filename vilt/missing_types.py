@@ -1,7 +1,7 @@
-"""Missing types: which of M named modalities a sample lacks, as a number, and what that is called.
+"""Missing types: numbers that encode which of M named modalities a sample lacks, and their names.
 
-The number has a binary digit for each modality, 1 where it is missing; the last modality has the lowest digit. With
-image and text: 0 complete, 1 text missing, 2 image missing. A sample always has one modality at least.
+Each modality has a binary digit, 1 if it is missing; the last modality has the lowest digit. With image and text: 0
+complete, 1 text missing, 2 image missing. A sample always has at least one modality.
 """
 
 from collections.abc import Iterable
@@ -11,21 +11,21 @@ import numpy as np
 
 COMPLETE = 0
 AVAILABLE = "_available"
-"""End of the names of the shares of samples that have a modality."""
+"""Suffix in the names of the shares of samples that have a modality."""
 JOIN = "+"
 BOTH, ANY, SOME = "both", "any", "some"
-"""Missing types of patterns in which samples differ in what they lack: one of two modalities, with a share of each;
-one of more than two, each as often; a non-empty proper subset of more than two, each as often."""
+"""Missing types of patterns whose samples lose different things: one of two modalities, in given shares; one of three
+or more, equally often; a non-empty proper subset of three or more, equally often."""
 
 
 def missing_types(modalities: Iterable[str]) -> tuple[str, ...]:
-    """The missing types that a pattern may have, what its chosen samples lose, beside several modalities by name."""
+    """The missing types that a pattern may have, other than several named modalities such as `text+audio`."""
     names = list(modalities)
     return (*reversed(names), *((BOTH,) if len(names) == 2 else (ANY, SOME)))
 
 
 def pattern_type(modalities: Iterable[str], name: str) -> str | None:
-    """A missing type as patterns spell it, one of `missing_types` or several modalities as `text+audio`, or None."""
+    """`name` as patterns spell it: one of `missing_types`, or several modalities in order (`text+audio`). Else None."""
     names = list(modalities)
     if name in missing_types(names):
         return name
@@ -34,34 +34,34 @@ def pattern_type(modalities: Iterable[str], name: str) -> str | None:
 
 
 def type_names(modalities: Iterable[str]) -> tuple[str, ...]:
-    """What the missing types 0 to 2^M - 2 of samples are called."""
+    """Names of a sample's missing types, 0 to 2^M - 2."""
     names = list(modalities)
     lacking = ([name for name in names if is_missing(names, name, code)] for code in range(1, 2 ** len(names) - 1))
     return ("complete", *(f"{', '.join(missing)} missing" for missing in lacking))
 
 
 def code_of(modalities: Iterable[str], modality: str) -> int:
-    """The missing type of samples that lack `modality` alone, or several as `text+audio`."""
+    """The missing type of samples that lack only `modality`, which may name several as `text+audio`."""
     names = list(modalities)
     return int(sum(2 ** (len(names) - 1 - names.index(name)) for name in modality.split(JOIN)))
 
 
 def is_missing(modalities: Iterable[str], modality: str, code: Any) -> Any:
-    """Whether samples of missing type `code`, a number or an array, lack `modality`."""
+    """Whether samples of missing type `code` (a number or an array) lack `modality`."""
     return code & code_of(modalities, modality) != 0
 
 
 def on_top(modalities: Iterable[str], natural: np.ndarray | int, table: np.ndarray) -> np.ndarray:
-    """Missing types (N,) of samples that lack `natural` by nature, after a missing table was applied.
+    """Missing types (N,) after applying a missing table to samples with naturally missing modalities `natural`.
 
-    A sample that would have nothing left keeps what it has.
+    A sample that would be left with nothing keeps what it has.
     """
     both = natural | table
     return np.where(both == 2 ** len([*modalities]) - 1, natural, both).astype(np.int8)
 
 
 def available_shares(modalities: Iterable[str], missing_type: str, ratio: float, both_ratio: float) -> dict[str, float]:
-    """By modality, the share of samples that have it where a share `ratio` loses what `missing_type` says."""
+    """Share of samples that have each modality, if a share `ratio` of them loses what `missing_type` says."""
     names = list(modalities)
     if missing_type == BOTH:
         lost = dict(zip(names, (both_ratio, 1 - both_ratio), strict=True))

@@ -1,1 +1,1 @@
-"""The datasets as arrow files, and which of their modalities are missing."""
+"""The table of datasets, and the reading of their arrow files."""

@@ -1,4 +1,4 @@
-"""One dataset class for all arrow files."""
+"""The dataset class that reads all arrow files."""
 
 import copy
 import json
@@ -25,18 +25,18 @@ from vilt.missing_types import COMPLETE, code_of, is_missing, on_top
 
 
 class Sample(NamedTuple):
-    """One sample of one row."""
+    """A sample. A row with several texts holds several."""
 
     inputs: dict[str, Tensor]
-    """By modality, of those that it has."""
+    """Inputs of the modalities that are present, keyed by modality."""
     label: Tensor
-    """0/1 vector (C,) uint8 for multi-label data, else a class number, int64, or where labels are numbers float32."""
+    """0/1 vector (C,) uint8 for multi-label data, else a class number, int64, or a numeric label, float32."""
     number: int
-    """Of the sample in the dataset."""
+    """Index of the sample in the dataset."""
 
 
-def _of_kept(kept: Tensor, kind: Kind, index: int) -> Tensor:
-    """What is kept of a sample's input: (D,), or of a text in windows (w, D)."""
+def _cached_feature(kept: Tensor, kind: Kind, index: int) -> Tensor:
+    """The cached feature of a sample's input: (D,), or (w, D) for a text in windows."""
     found = kept[kind.place_of_sample[index]]
     return found if found.ndim == 1 else windows_there(found)
 
@@ -44,20 +44,21 @@ def _of_kept(kept: Tensor, kind: Kind, index: int) -> Tensor:
 class ArrowDataset(Dataset[Sample]):
     """The samples of one split, read from a memory-mapped arrow file.
 
-    Where there are texts, a sample is one of them: a film with three plots is three samples with the same image and
-    missing type. Opening reads labels and texts; images are read and decoded one by one, unless `cache_images` has
-    decoded them all before.
+    In datasets with texts, each text is a sample: a film with three plots is three samples with the same image and
+    missing type. Opening the dataset reads labels and texts; images are read and decoded one at a time, unless
+    `cache_images` has decoded them all beforehand.
 
     Args:
         spec: row of the dataset table.
         root: folder of the arrow files.
-        image_size: side of the images returned, if there are any.
-        pretraining: for training, further samples without labels (-1) too, where the dataset has a file of them.
-        group_texts: all texts of a row are one sample.
+        image_size: side of the images returned, if any.
+        pretraining: for the training split, read the dataset's pretraining file, if it has one, which also holds
+            unlabelled samples (label -1).
+        group_texts: all texts of a row form one sample.
 
     Raises:
-        DataError: the file is not there, damaged, of another conversion than the rest or of another split, or its
-            columns or labels are not the dataset's.
+        DataError: the file is missing, damaged, from another conversion than the others or of another split, or its
+            columns or labels are not those of the dataset.
     """
 
     def __init__(
@@ -72,17 +73,17 @@ class ArrowDataset(Dataset[Sample]):
     ) -> None:
         self.spec = spec
         self.split: Split = split
-        with_more = spec.pretraining_file if pretraining and split == "train" else None
-        self.path = root / (with_more or spec.file_name(split))
-        self._with_more = with_more is not None  # then no split is known, nor all labels
+        pretraining_file = spec.pretraining_file if pretraining and split == "train" else None
+        self.path = root / (pretraining_file or spec.file_name(split))
+        self._for_pretraining = pretraining_file is not None  # its rows may have no label, and are not of one split
         self.image_size, self.group_texts = image_size, group_texts
         self._table: pa.Table | None = None
         self.kinds = {name: kind(spec.modalities[name], self) for name, kind in kinds_of(spec).items()}
-        """By modality, what reads its inputs."""
+        """The reader of each modality's inputs."""
         if spec.replacing_mark(root).exists():
             raise DataError(
-                f"{root}: its {spec.name} files are being replaced, or were when make_arrow.py was ended, and belong "
-                f"to two conversions; {spec.how_to_make(root)}"
+                f"{root}: its {spec.name} files are being replaced, or make_arrow.py was killed while replacing them, "
+                f"and belong to two conversions; {spec.how_to_make(root)}"
             )
         self._check_columns()
         lists = [kind.lengths_of_rows() for kind in self.kinds.values() if isinstance(kind, TextKind)]
@@ -92,21 +93,22 @@ class ArrowDataset(Dataset[Sample]):
         self.labels = self._read_labels()
         """Labels of every row, see `_read_labels`."""
         self.natural = self._natural_types()
-        """What every row misses by nature, a missing type, int8 (n_rows,)."""
+        """Missing type of every row due to naturally missing modalities, int8 (n_rows,)."""
         self.missing_table = np.zeros(self.n_rows, dtype=np.int8)
         self.simulate_seed: int | None = None
-        """Training only: complete samples lose a modality at random in each epoch (option simulate_missing)."""
+        """Training only: seed with which complete samples lose a modality in each epoch (option simulate_missing)."""
         self.redrawn: tuple[MissingPattern, int] | None = None
-        """Training only: in place of a missing table, with a seed, what each epoch draws for each sample anew."""
+        """Training only: pattern and seed from which each sample's missing type is redrawn every epoch, in place of a
+        missing table."""
         self.modality_dropout = (0.0, 0)
-        """Training only: the chance that a sample loses some of its modalities more, with a seed."""
+        """Training only: the probability that a sample loses further modalities, and a seed."""
         self.kept: dict[str, Tensor] | None = None
-        """By modality, what the model has made of each input, (n, D) by `Kind.place_of_sample`, to be read instead."""
+        """Cached features (n, D) of each modality, indexed by `Kind.place_of_sample`, to return in place of inputs."""
         self.reading: Tensor | None = None
-        """int64 (workers, 2), shared: of each loader process its id and the number of the sample that it reads."""
+        """Shared int64 (workers, 2): each worker's process id and the index of the sample that it is reading."""
 
     def without_draws(self) -> Self:
-        """The same samples, each with what its missing table leaves it in every epoch."""
+        """A copy whose samples lose only what the missing table says, the same in every epoch."""
         dataset = copy.copy(self)
         dataset.simulate_seed, dataset.redrawn, dataset.modality_dropout = None, None, (0.0, 0)
         return dataset
@@ -119,11 +121,11 @@ class ArrowDataset(Dataset[Sample]):
         return self._table
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}  # a worker process maps the file itself, and those of the caches
+        return {**self.__dict__, "_table": None}  # each worker maps this file, and those of the caches, itself
 
     @property
     def missing_table(self) -> np.ndarray:
-        """Missing type of every row, int8 (n_rows,): by nature, and on top of that by the table that was set."""
+        """Missing type of every row, int8 (n_rows,): the table that was set, on top of naturally missing modalities."""
         return self._missing_table
 
     @missing_table.setter
@@ -132,7 +134,7 @@ class ArrowDataset(Dataset[Sample]):
 
     @property
     def n_rows(self) -> int:
-        """Rows of the file, which is what missing tables count."""
+        """Number of rows in the file. Missing tables have one entry per row."""
         return self.table.num_rows
 
     @property
@@ -149,19 +151,19 @@ class ArrowDataset(Dataset[Sample]):
         return len(self.row_of_sample)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Sample `index` in epoch `epoch`. Raises DataError: an image cannot be decoded, or a cache is gone."""
+        """The sample for the key (epoch, index). Raises DataError if an image cannot be decoded or a cache is gone."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample]:
-        """The samples of a batch, as loaders ask for them; samples of one row share its image."""
+        """The samples of a batch, in the form that loaders call; samples of one row share its image."""
         of_rows: dict[tuple[str, int], Tensor | None] = {}
         return [self._sample(epoch, index, of_rows) for epoch, index in keys]
 
     def evaluation_order(self) -> np.ndarray:
-        """All samples by falling length of their inputs, so that batches have little padding; (N,).
+        """Indices (N,) of all samples by decreasing length of their inputs, so that batches need little padding.
 
-        Of texts and of arrays that vary; what is missing has length 0. The samples of a row stay together, ordered by
-        the longest of them.
+        Texts and arrays of variable length count; missing inputs have length 0. Samples of one row stay together, at
+        the position of the longest.
         """
         lengths = np.zeros(len(self), dtype=np.int64)
         for name, kind in self.kinds.items():
@@ -195,22 +197,22 @@ class ArrowDataset(Dataset[Sample]):
             place = name, index if kind.of_sample else row
             if place not in of_rows:
                 kept = self.kept
-                of_rows[place] = kind.read(row, index) if kept is None else _of_kept(kept[name], kind, index)
+                of_rows[place] = kind.read(row, index) if kept is None else _cached_feature(kept[name], kind, index)
             if (read := of_rows[place]) is not None:
                 inputs[name] = read
         return Sample(inputs, label, index)
 
     def given(self, modality: str, index: int) -> Any:
-        """What the file has of a modality for a sample: bytes, a text, nested lists; None where it is missing."""
+        """A sample's raw value of a modality in the file (bytes, text or nested lists), or None if it is missing."""
         return self.kinds[modality].given(int(self.row_of_sample[index]), index)
 
     def sample_name(self, index: int) -> str:
-        """The sample's id where the file has one, else its row: for messages and results."""
+        """The sample's id if the file has one, else its row; for messages and results."""
         row, column = int(self.row_of_sample[index]), self.spec.id_column
         return str(self.table[column][row].as_py()) if column in self.table.column_names else f"row {row}"
 
     def class_names(self) -> tuple[str, ...]:
-        """Names in label order, from the dataset table or the file's metadata; classes without one have their number.
+        """Class names in label order, from the dataset table or the file's metadata; unnamed classes get their number.
 
         Raises:
             DataError: the metadata is damaged.
@@ -231,28 +233,28 @@ class ArrowDataset(Dataset[Sample]):
         return named
 
     def absent_classes(self) -> list[str]:
-        """Names of the classes that no row has; of labels that are numbers none."""
+        """Names of the classes that occur in no row; empty if labels are numeric."""
         if self.spec.label_range is not None:
             return []
         classes = np.arange(self.spec.n_classes)
-        there: Any = self.labels.any(axis=0) if self.labels.ndim == 2 else np.isin(classes, self.labels)
-        return [name for name, found in zip(self.class_names(), there, strict=True) if not found]
+        occurs: Any = self.labels.any(axis=0) if self.labels.ndim == 2 else np.isin(classes, self.labels)
+        return [name for name, found in zip(self.class_names(), occurs, strict=True) if not found]
 
     def tokenize(self, tokenize: Tokenize, fingerprint: str, windows: int = 1) -> None:
-        """Computes the token ids of all texts, once: they are kept beside the arrow file, by texts and fingerprint.
+        """Computes the token ids of all texts and caches them next to the arrow file, keyed by texts and fingerprint.
 
         Args:
-            windows: in which each text is read, at most.
+            windows: most windows that a text is read in.
         """
         for kind in self.kinds.values():
             if isinstance(kind, TextKind):
                 kind.tokenize(tokenize, fingerprint, windows)
 
     def cache_images(self, workers: int) -> None:
-        """Decodes the images of all rows, once, by so many threads: they are kept beside the arrow file.
+        """Decodes the images of all rows in `workers` threads and caches them next to the arrow file.
 
-        They take 3·R² bytes a row: 3.9 GB for the 25,959 films at R = 224. Raises DataError: an image cannot be
-        decoded (also one that the missing table leaves out), or the cache cannot be written.
+        They take 3·R² bytes per row: 3.9 GB for MM-IMDb's 25,959 films at R = 224. Raises DataError if an image cannot
+        be decoded, even one that the missing table leaves out, or if the cache cannot be written.
         """
         for kind in self.kinds.values():
             if isinstance(kind, ImageKind):
@@ -267,7 +269,7 @@ class ArrowDataset(Dataset[Sample]):
             )
         if not self.n_rows:
             raise DataError(f"{self.path}: expected samples, found no rows")
-        if "split" in found and not pa.types.is_nested(self.table["split"].type) and not self._with_more:
+        if "split" in found and not pa.types.is_nested(self.table["split"].type) and not self._for_pretraining:
             names, own = pc.unique(self.table["split"]).to_pylist(), [self.spec.file_splits[self.split]]
             if names != own:
                 raise DataError(f"{self.path}: column split: expected {quoted(own)}, found {quoted(names)}")
@@ -287,7 +289,7 @@ class ArrowDataset(Dataset[Sample]):
         return natural
 
     def _read_labels(self) -> np.ndarray:
-        """(N, C) uint8 for multi-label data, (N,) float32 where labels are numbers, else (N,) int64."""
+        """(N, C) uint8 for multi-label data, (N,) float32 for numeric labels, else class numbers (N,) int64."""
         column, n_classes, limit = self.table["label"], self.spec.n_classes, self.spec.label_range
         if not self.spec.multilabel:
             fits = column.type == pa.float32() if limit is not None else pa.types.is_integer(column.type)
@@ -295,7 +297,7 @@ class ArrowDataset(Dataset[Sample]):
                 expected = "float32" if limit is not None else "class numbers"
                 raise DataError(f"{self.path}: column label: expected {expected}, found {column.type}")
             numbers = column.to_numpy() if limit is not None else column.to_numpy().astype(np.int64)
-            low, high = (-limit, limit) if limit is not None else (-1 if self._with_more else 0, n_classes - 1)
+            low, high = (-limit, limit) if limit is not None else (-1 if self._for_pretraining else 0, n_classes - 1)
             wrong = np.flatnonzero(~((numbers >= low) & (numbers <= high)))
             if len(wrong):
                 found = f"label {numbers[wrong[0]]} is outside {low:g} to {high:g} ({len(wrong)} such rows)"

@@ -1,4 +1,4 @@
-"""A custom dataset: what its arrow files say of it, and checkpoints and run folders repeat."""
+"""The description of a custom dataset, stored in its arrow files, in checkpoints and in run folders."""
 
 import re
 from dataclasses import dataclass, fields
@@ -8,16 +8,17 @@ from common.messages import listed, quoted
 from vilt.utils.names import look_alikes, normal
 
 CUSTOM, SENSORS = CUSTOM_TASKS = ("custom", "sensors")
-"""Names of the tasks, and prefixes of the arrow files, of such datasets: of images and texts, and of sensor signals."""
+"""Task names and arrow file prefixes of custom datasets: of images and texts, and of sensor signals."""
 Labels = Literal["single", "multi"]
 CUSTOM_METRICS: dict[str, dict[str, str]] = {
     "single": {"accuracy": "class_accuracy", "f1_macro": "macro_f1_and_accuracy", "auroc": "auroc_and_accuracy"},
     "multi": {"f1_macro": "multilabel_f1"},
 }
-"""By kind of labels: the metrics that can choose the best model, the default first, and what is measured with each."""
+"""For each kind of labels: the metrics that can choose the best model, default first, and the function that measures
+each of them along with others."""
 MOST_MODALITIES = 4
 NO_MODALITIES = ("any", "some", "both", "complete", "id")
-"""What names of modalities cannot be: words for missing patterns, and a column of tables."""
+"""Reserved words, which cannot name a modality: missing patterns, and a column of tables."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -26,19 +27,20 @@ class CustomData:
     """Name, labels, classes and metric of a dataset.
 
     Raises:
-        ValueError: a value is of the wrong type or contradicts another one; names it, and what was expected and found.
+        ValueError: a value has the wrong type or contradicts another one; the message names it, and says what was
+            expected and found.
     """
 
     name: str
-    """What tables and reports call the dataset."""
+    """Name of the dataset in tables and reports."""
     labels: Labels
     """Whether a sample has exactly one label or any number of them."""
     class_names: tuple[str, ...]
     metric: str
-    """The one that chooses the best model."""
+    """Metric that chooses the best model."""
     signals: tuple[tuple[str, int, int, int, int, float], ...] = ()
-    """Of sensors, by modality: name, channels, intervals of a sample, values of an interval, values from the start of
-    an interval to that of the next, rate in Hz. Of others none."""
+    """For each modality of a sensor dataset: name, channels, intervals per sample, values per interval, step from one
+    interval to the next in values, rate in Hz. Empty for other datasets."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -51,7 +53,7 @@ class CustomData:
             expected = " or ".join(metrics)
             raise ValueError(f"metric: expected {expected} with labels: {self.labels}, found {quoted(self.metric)}")
         if self.metric == "auroc" and self.n_classes != 2:
-            raise ValueError(f"metric: auroc takes 2 classes, found {self.n_classes}")
+            raise ValueError(f"metric: auroc needs 2 classes, found {self.n_classes}")
         self._check_signals()
 
     def _check_signals(self) -> None:
@@ -82,7 +84,7 @@ class CustomData:
 
     @classmethod
     def of(cls, value: object) -> Self:
-        """From its values by name, as JSON and checkpoints hold them. Raises ValueError."""
+        """A CustomData made from a dict of its fields, as stored in JSON and checkpoints. Raises ValueError."""
         names = [field.name for field in fields(cls) if field.name != "signals"]
         if not isinstance(value, dict) or set(value) - {"signals"} != set(names):
             found = listed(list(value)) if isinstance(value, dict) else quoted(value)
@@ -102,16 +104,16 @@ class CustomData:
 
     @property
     def n_classes(self) -> int:
-        """C."""
+        """Number of classes C."""
         return len(self.class_names)
 
     @property
     def key(self) -> str:
-        """What tells the dataset from others, in tables and in names of files."""
+        """Identifies the dataset in tables and file names."""
         return f"{self.task}_{self.name}"
 
     def difference(self, other: "CustomData") -> str | None:
-        """What labels and classes `other` has instead of these, for messages; None where they are the same."""
+        """How labels, modalities or classes of `other` differ from these, for messages; None if they are the same."""
         if other.labels != self.labels:
             return f"expected labels: {self.labels}, found labels: {other.labels}"
         if other.signals != self.signals:

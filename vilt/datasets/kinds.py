@@ -1,4 +1,4 @@
-"""Kinds of modalities: how each is stored in arrow files, read, and collated. Another kind is a class and a line here.
+"""Kinds of modalities: how each is stored in arrow files, read and collated. To add one, add a class and a line here.
 
 Shape suffixes: N samples, b samples with the modality, L length, R side of images.
 """
@@ -35,20 +35,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Tokenize = Callable[..., np.ndarray]
-"""Texts to token ids, (N, 77); with a number of windows as second argument (N, W, 77), see `ClipTokenizer`."""
+"""Maps texts to token ids (N, 77), or (N, W, 77) if a number of windows is the second argument, see `ClipTokenizer`."""
 
 
 @dataclass(frozen=True)
 class InputFormat:
-    """What a model takes: the side of images in pixels, and the tokenizer of texts with what identifies it."""
+    """The inputs that a model expects."""
 
     image_size: int = 224
+    """Side of images in pixels."""
     tokenize: Tokenize | None = field(default=None, compare=False)
+    """Tokenizer of texts."""
     fingerprint: str = ""
+    """Identifies the tokenizer."""
     text_windows: int = 1
-    """Windows of 75 tokens that a text is read in, at most."""
+    """Most windows of 75 tokens that a text is read in."""
     group_texts: bool = False
-    """Whether all texts of a row are one sample."""
+    """Whether all texts of a row form one sample."""
 
 
 class Collated(NamedTuple):
@@ -56,65 +59,65 @@ class Collated(NamedTuple):
 
     input_b: Tensor
     length: int | None = None
-    """Of the longest, where inputs are padded at the end."""
+    """Length of the longest input, if inputs are padded at the end."""
     length_b: Tensor | None = None
-    """Where they are padded in front."""
+    """Length (b,) of each input, if they are padded in front."""
 
 
 class Kind:
     """One modality of a dataset."""
 
     in_file: ClassVar[bool] = True
-    """Whether users name a file for an input, or give the input itself."""
+    """True: users name a file for each input; False: they give the input itself."""
     suffixes: ClassVar[tuple[str, ...]] = ()
-    """Of such files in a folder."""
+    """File suffixes recognised in a folder."""
     of_sample: ClassVar[bool] = False
-    """Whether each sample of a row has an input of its own."""
+    """Whether each sample of a row has its own input, instead of sharing the row's."""
     most_windows = 1
-    """Of texts: in how many windows one is read, at most."""
+    """Most windows that a text is read in; 1 for other kinds."""
 
     def __init__(self, modality: Modality, data: "ArrowDataset") -> None:
         self.modality, self.data = modality, data
 
     @property
     def column(self) -> pa.ChunkedArray:
-        """Of the arrow file."""
+        """The modality's column in the arrow file."""
         return self.data.table[self.modality.column]
 
     def check(self) -> None:
-        """Raises DataError unless the column is of this kind; nulls are what is missing by nature."""
+        """Raises DataError unless the column is of this kind; nulls, which are naturally missing, are allowed."""
         raise NotImplementedError
 
     def absent(self) -> np.ndarray:
-        """Which rows miss it by nature, bool (n_rows,)."""
+        """Whether the modality is naturally missing in each row, bool (n_rows,)."""
         return np.asarray(pc.is_null(self.column).to_numpy())
 
     @cached_property
     def place_of_sample(self) -> np.ndarray:
-        """Of its input among all inputs, int64 (N,); -1 where it has none."""
+        """Position of each sample's input among all inputs of the split, int64 (N,); -1 if it has none."""
         row_N = self.data.row_of_sample
         return np.where(self.absent()[row_N], -1, row_N)
 
     def given(self, row: int, sample: int) -> Any:
-        """What the file has for a sample, None where it is missing by nature."""
+        """The file's raw value for a sample, None if it is naturally missing."""
         return self.column[row].as_py()
 
     def read(self, row: int, sample: int) -> Tensor | None:
-        """The input of a sample in a row; None for texts before `tokenize`. Raises DataError, which names the row."""
+        """The input of a sample; None for texts before `tokenize`. Raises DataError, which names the row."""
         raise NotImplementedError
 
     def lengths(self) -> np.ndarray | int:
-        """What decides how much is padded, (N,); 0 where inputs have one length, or it is not known yet."""
+        """Input lengths (N,), which decide how much is padded; 0 if all are equal, or not known yet."""
         return 0
 
     @staticmethod
     def read_given(value: Any, modality: Modality, given: InputFormat) -> Tensor:
-        """An input that a user gives. Raises what its damage leads to."""
+        """Reads an input that a user gives. On damaged input it may raise any error."""
         raise NotImplementedError
 
     @staticmethod
     def collate(inputs: Sequence[Tensor]) -> Collated:
-        """Stacks inputs, none of them too."""
+        """Stacks inputs; the list may be empty."""
         raise NotImplementedError
 
     def _fault(self, what: str, row: int | None = None) -> DataError:
@@ -128,7 +131,7 @@ def decode_image(source: bytes | Image.Image, size: int) -> Tensor:
 
 
 class ImageKind(Kind):
-    """Bytes of image files to uint8 (3, R, R)."""
+    """Image files, stored as bytes and read as uint8 (3, R, R)."""
 
     suffixes = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
     _cache: MappedArray | None = None
@@ -147,11 +150,11 @@ class ImageKind(Kind):
 
     def _decoded(self, row: int) -> Tensor:
         size, content = self.data.image_size, self.column[row].as_py()
-        if content is None:  # for the cache, which has a place for every row
+        if content is None:  # the cache has an entry for every row
             return torch.zeros(3, size, size, dtype=torch.uint8)
         try:
             return decode_image(content, size)
-        except Exception as error:  # Pillow's decoders raise whatever the damage leads to, DecompressionBombError, ...
+        except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
             reason = str(error) or type(error).__name__
             raise DataError(f"{self.data.path}: row {row}: the image cannot be decoded: {reason}") from error
 
@@ -172,14 +175,16 @@ def _token_ids(tokenize: Tokenize, texts: Sequence[str], windows: int) -> np.nda
 
 
 def windows_there(windows: Tensor) -> Tensor:
-    """Of windows (…, W, n) in one dimension those that a text has; the others are all 0."""
+    """The non-zero windows of (…, W, n), flattened to (w, n). All-zero windows are padding."""
     windows = windows.flatten(0, -2)
     return windows[windows.any(dim=-1)]
 
 
 class TextKind(Kind):
-    """Lists of texts, each text of a row a sample of its own (or with `group_texts` all of them together), to int64
-    token ids (77,), or with several windows (w, 77)."""
+    """Texts, stored as one list per row and read as int64 token ids (77,), or (w, 77) with several windows.
+
+    Each text of a row is a sample, or, with `group_texts`, all of them together are one.
+    """
 
     in_file = False
     suffixes = (".txt",)
@@ -204,7 +209,7 @@ class TextKind(Kind):
         return self.lengths_of_rows() == 0
 
     def lengths_of_rows(self) -> np.ndarray:
-        """How many texts each row has, int64 (n_rows,)."""
+        """Number of texts in each row, int64 (n_rows,)."""
         return np.asarray(pc.fill_null(pc.list_value_length(self.column), 0), dtype=np.int64)
 
     @cached_property
@@ -214,7 +219,7 @@ class TextKind(Kind):
 
     @cached_property
     def texts_of_sample(self) -> np.ndarray:
-        """Its texts among all texts, from and to, int64 (N, 2)."""
+        """Start and end of each sample's texts among all texts, int64 (N, 2)."""
         texts_N = self.lengths_of_rows()[self.data.row_of_sample]
         if not self.data.group_texts:
             texts_N = np.minimum(texts_N, 1)
@@ -245,7 +250,7 @@ class TextKind(Kind):
     def tokenize(self, tokenize: Tokenize, fingerprint: str, windows: int = 1) -> None:
         """See `ArrowDataset.tokenize`."""
         texts: list[str] = pc.list_flatten(self.column).to_pylist()
-        assert len(self.texts_of_sample) == len(self.data)  # found here, so that worker processes need no arrow file
+        assert len(self.texts_of_sample) == len(self.data)  # computed here, so that workers do not need the arrow file
         self.most_windows = windows
         shape = (len(texts), *[None] * (2 if windows > 1 else 1))
         if not texts:
@@ -263,7 +268,7 @@ class TextKind(Kind):
             with atomic_path(cache) as temporary, temporary.open("wb") as file:
                 np.save(file, tokens)
         except OSError as error:
-            log.info("%s: cannot keep the token ids there (%s); each run computes them", cache, reason_of(error))
+            log.info("%s: cannot cache the token ids there (%s); each run computes them", cache, reason_of(error))
             self._tokens = tokens
 
     @staticmethod
@@ -283,7 +288,8 @@ class TextKind(Kind):
 
 
 class ArrayKind(Kind):
-    """Nested lists of float32 to arrays of the modality's shape, whose first size may vary: padded in front with 0."""
+    """Arrays of the modality's shape, stored as nested lists of float32. If the first size varies, batches are padded
+    with zeros in front."""
 
     suffixes = (".npy",)
 
@@ -321,7 +327,7 @@ class ArrayKind(Kind):
             value = np.lib.format.read_array(io.BytesIO(_bytes_of(Path(value))), allow_pickle=False)
         if value.dtype.kind not in "biuf":
             raise ValueError(f"expected numbers, found {value.dtype}")
-        with np.errstate(over="ignore"):  # what is too large for float32 is not finite there
+        with np.errstate(over="ignore"):  # values too large for float32 become infinite and are refused below
             array, shape = np.array(value, dtype=np.float32), modality.shape
         if not array.size or not np.isfinite(array).all():
             raise ValueError("expected finite numbers" + ("" if array.size else ", found none"))
@@ -335,14 +341,14 @@ class ArrayKind(Kind):
     def collate(inputs: Sequence[Tensor]) -> Collated:
         if not inputs:
             return Collated(torch.empty(0))
-        if len({len(array) for array in inputs}) == 1:  # which torch.stack does in a tenth of the time
+        if len({len(array) for array in inputs}) == 1:  # torch.stack takes a tenth of the time of pad_sequence
             return Collated(torch.stack([*inputs]), length_b=torch.full((len(inputs),), len(inputs[0])))
         padded_b = pad_sequence([*inputs], batch_first=True, padding_side="left")
         return Collated(padded_b, length_b=torch.tensor([len(array) for array in inputs]))
 
 
 def root_mean_squares(data: "ArrowDataset") -> dict[str, float]:
-    """By modality of arrays, over all of a split; 1 where all is 0."""
+    """Root mean square of each array modality over a whole split; 1 if all its values are 0."""
     found = {}
     for name, kind in data.kinds.items():
         squares, count = 0.0, 0
@@ -360,7 +366,7 @@ KINDS: dict[str, type[Kind]] = {"image": ImageKind, "text": TextKind, "array": A
 
 
 def kinds_of(spec: DatasetSpec) -> dict[str, type[Kind]]:
-    """By modality of a dataset."""
+    """The kind of each modality of a dataset."""
     return {name: KINDS[modality.kind] for name, modality in spec.modalities.items()}
 
 

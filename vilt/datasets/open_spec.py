@@ -1,4 +1,4 @@
-"""The row of a dataset, which for a custom dataset is read from its arrow files."""
+"""Looks up the row of a dataset, and completes it with what only its arrow files say."""
 
 import json
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, DatasetSpec, Sp
 
 
 def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:
-    """The row of `dataset`, with what the arrow files of `splits` in `root` say of it.
+    """The row of `dataset`, completed from the arrow files of `splits` in `root`.
 
-    Of a custom dataset these are classes and metric, of arrays without a shape in the row their shapes.
+    For a custom dataset they provide classes and metric, and for arrays whose row gives no shape, the shape.
 
     Raises:
-        DataError: such a file is not there, not readable or not of the dataset, or the files do not agree.
+        DataError: a file is missing, unreadable or of another dataset, or the files contradict each other.
     """
     if dataset not in CUSTOM_TASKS:
         spec = DATASETS[dataset]
@@ -30,12 +30,12 @@ def open_spec(dataset: str, root: Path, splits: Sequence[Split]) -> DatasetSpec:
         if other != first:
             names = f"name {first.name} and metric {first.metric}, found {other.name} and {other.metric}"
             difference = first.difference(other) or f"expected the {names}"
-            raise DataError(f"{path}: not of one dataset with {paths[0].name}: {difference}; convert them together")
+            raise DataError(f"{path}: not the same dataset as {paths[0].name}: {difference}; convert them together")
     return custom_spec(first)
 
 
 def _with_shapes(spec: DatasetSpec, paths: Sequence[Path]) -> DatasetSpec:
-    """The row with the shapes that the metadata of its arrow files says."""
+    """The row with the shapes found in the metadata of its arrow files."""
     found: dict[str, tuple[int, ...]] = {}
     for path in paths:
         how_to_make = spec.how_to_make(path.parent)
@@ -51,13 +51,13 @@ def _with_shapes(spec: DatasetSpec, paths: Sequence[Path]) -> DatasetSpec:
             expected = f"metadata shapes: expected (steps, width) of {', '.join(spec.modalities)}"
             raise DataError(f"{path}: {expected}: {first_line(error)}; {how_to_make}") from error
         if found and shapes != found:
-            raise DataError(f"{path}: expected the shapes {found}, as {paths[0].name} has, found {shapes}")
+            raise DataError(f"{path}: expected the shapes {found} of {paths[0].name}, found {shapes}")
         found = shapes
     return with_shapes(spec, found)
 
 
 def _read(path: Path, dataset: str) -> CustomData:
-    """What the metadata of an arrow file says. Raises DataError."""
+    """Reads the description of a custom dataset from an arrow file's metadata. Raises DataError."""
     how_to_make = EVERY_DATASET[dataset].how_to_make(path.parent)
     metadata = open_table(path, how_to_make=how_to_make).schema.metadata or {}
     try:
@@ -70,15 +70,15 @@ def _read(path: Path, dataset: str) -> CustomData:
         if found.task != dataset:
             raise ValueError(f"expected data of task {dataset}, found {found.task}")
         return found
-    except (ValueError, RecursionError) as error:  # of json too
+    except (ValueError, RecursionError) as error:  # json raises both too
         raise DataError(f"{path}: {error}; {how_to_make}") from error
 
 
 def rows_of_splits(spec: DatasetSpec, data_root: Path) -> dict[Split, int]:
-    """Rows of the arrow files of all splits, for the published drawing of missing tables.
+    """Number of rows in the arrow file of each split, for the published drawing of missing tables.
 
     Raises:
-        DataError: a file is not there, or not readable.
+        DataError: a file is missing or unreadable.
     """
     files = {split: data_root / spec.file_name(split) for split in SPLITS}
     absent = [path.name for path in files.values() if not path.is_file()]

@@ -1,4 +1,4 @@
-"""The row of a dataset: all that the program knows of it."""
+"""The row of a dataset: everything that the program knows about it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,46 +13,46 @@ CLIP, VLA = "clip", "vla"
 
 
 class Modality(NamedTuple):
-    """Where a modality is in the arrow files, and what reads it."""
+    """How a modality is stored in the arrow files."""
 
     kind: str
     """A key of `vilt.datasets.kinds.KINDS`."""
     column: str
     shape: tuple[int | None, ...] = ()
-    """Of an `array`; None as the first size where it varies. None at all: what the metadata of the arrow files says."""
+    """Shape of an `array`; the first size is None if it varies. Empty: the arrow files' metadata give the shape."""
     step: int = 0
-    """Of signals: values from the start of an interval to that of the next."""
+    """For signals, the step from one interval to the next, in values."""
     rate: float = 0.0
-    """Likewise, in Hz."""
+    """For signals, the sampling rate in Hz."""
     padded: bool = False
-    """Whether shorter arrays than the shape are padded in front, where users give them."""
+    """Whether arrays given by users are padded in front if they are shorter than the shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """One dataset: what its converter writes, the loader reads, the training minimises and the report calls it."""
+    """One dataset: what its converter writes, the loader reads, training minimises, and reports call it."""
 
     name: str
     """Name of the task, and prefix of the arrow files: `NAME_SPLIT.arrow`."""
     title: str
-    """For people."""
+    """Name shown to people."""
     file_splits: dict[Split, str] = field(default_factory=lambda: {split: split for split in SPLITS})
-    """What each split is called in the file names; for validation some datasets have `dev` or `valid`."""
+    """Name of each split in file names; some datasets call validation `dev` or `valid`."""
     modalities: dict[str, Modality]
-    """By name, in the order of the digits of missing types (vilt/missing_types.py)."""
+    """Modalities, keyed by name and in the order of the digits of missing types (vilt/missing_types.py)."""
     id_column: str | None
-    """Column naming the sample, where the published files have one."""
+    """Column that identifies the sample, if the published files have one."""
     multilabel: bool = False
-    """True: the label column holds a 0/1 vector over classes; False: a class number, or a number of `label_range`."""
+    """True: the label column holds 0/1 vectors over classes; False: class numbers, or numbers within `label_range`."""
     n_classes: int
     class_names: tuple[str, ...] | None = None
-    """None where the names are read from the data (Food-101's class_idx.json)."""
+    """None if the names are read from the data (Food-101's class_idx.json)."""
     loss: str = "cross_entropy"
     """Name of the loss function."""
     metrics: str = "class_accuracy"
-    """Name of the function that measures them."""
+    """Name of the function that computes the metrics."""
     monitor: str = "accuracy"
-    """The metric that chooses the best model."""
+    """Metric that chooses the best model."""
     make_arrow_name: str
     """Name of the dataset on the command line of make_arrow.py."""
     converter: str
@@ -60,48 +60,48 @@ class DatasetSpec:
     converter_options: tuple[str, ...] = ()
     """Options of make_arrow.py that this converter takes."""
     converter_arguments: dict[str, Any] = field(default_factory=dict)
-    """What its converter is also given, where it is that of several datasets."""
+    """Fixed arguments for a converter that serves several datasets."""
     kept_columns: tuple[str, ...] = ()
-    """Columns with lists of texts that are kept as given and not read."""
+    """Columns with lists of texts that are stored unchanged and never read."""
     published_rows: dict[Split, tuple[int, ...]] = field(default_factory=dict)
-    """Samples that the published splits list (DATA.md)."""
+    """Sizes that each published split may have (DATA.md)."""
     label_range: float | None = None
-    """Where labels are numbers: none is larger, positive or negative."""
+    """Largest absolute value of numeric labels; None if labels are classes."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Defaults of `run.py` for this task, where they are others."""
+    """Options of `run.py` whose defaults differ for this task."""
     pretraining: dict[str, Any] = field(default_factory=dict)
-    """Likewise for pretraining without labels, beside `options`; none where there is no such."""
+    """Further defaults for pretraining without labels; empty if the dataset has no pretraining."""
     redrawn: bool = False
-    """What the option simulate_missing does in training: True: draws anew in each epoch what each sample loses, and
-    there is no missing table; False: complete samples lose something too."""
+    """Effect of the option simulate_missing in training. True: what each sample loses is redrawn in each epoch, without
+    a missing table; False: complete samples lose something too."""
     family: str = CLIP
     """Name of the family of backbones."""
     custom: CustomData | None = None
-    """What the arrow files say of a custom dataset."""
+    """Description of a custom dataset, from its arrow files."""
     recordings: bool = False
     """Whether samples are cut from recordings, which their rows name."""
     scaled: bool = False
     """Whether signals are divided by their root mean square in the training split."""
     pretraining_file: str | None = None
-    """What the file of further samples without labels is called, for pretraining; None where there is none."""
+    """Name of the pretraining file, which also has unlabelled samples; None if there is none."""
 
     @property
     def table_name(self) -> str:
-        """What missing tables call it: where modalities are the data's own, with them (see `row_of`)."""
+        """Name of the dataset in missing tables; includes the modalities if the data define them (see `row_of`)."""
         return self.name if self.custom is None or not self.custom.signals else "+".join([self.name, *self.modalities])
 
     @property
     def missing_types(self) -> tuple[str, ...]:
-        """What the chosen samples of a missing pattern may lose."""
+        """Missing types that a missing pattern may have."""
         return missing_types.missing_types(self.modalities)
 
     @property
     def type_names(self) -> tuple[str, ...]:
-        """What the missing types of samples are called, in the order of their numbers."""
+        """Names of the missing types of samples, in the order of their numbers."""
         return missing_types.type_names(self.modalities)
 
     def column_of(self, kind: str) -> str | None:
-        """Column of the first modality of a kind."""
+        """Column of the first modality of a kind; None if there is none."""
         return next((modality.column for modality in self.modalities.values() if modality.kind == kind), None)
 
     def file_name(self, split: Split) -> str:
@@ -109,9 +109,9 @@ class DatasetSpec:
         return f"{self.name}_{self.file_splits[split]}.arrow"
 
     def replacing_mark(self, root: Path) -> Path:
-        """A file that is in `root` from before the first to after the last of the arrow files is replaced."""
+        """Marker file that exists in `root` while the arrow files are being replaced, one after the other."""
         return root / f".{self.name}_replacing"
 
     def how_to_make(self, folder: Path) -> str:
-        """For messages about files that are not in `folder`."""
+        """Advice for messages about files missing from `folder`."""
         return f"make it with `python make_arrow.py --dataset {self.make_arrow_name} --root RAW --target {folder}`"

@@ -1,4 +1,4 @@
-"""The rows of datasets of sensors."""
+"""The rows of sensor datasets."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,22 +34,22 @@ SENSOR_PRETRAINING: dict[str, Any] = {
     "per_gpu_batchsize": 256,
     "max_epoch": 100,
 }
-"""Of FOCAL's code, but for the epochs, of which it has thousands."""
+"""Settings of FOCAL's code, except for the number of epochs, which runs to thousands there."""
 WEARABLE_PRETRAINING = {**SENSOR_PRETRAINING, "learning_rate": 5e-4}
 
 
 def signal(name: str, channels: int, intervals: int, values: int, step: int, rate: float) -> Modality:
-    """Signals of a sensor, cut into intervals."""
+    """The signals of a sensor, cut into intervals."""
     return Modality("array", f"signal_{name}", (channels, intervals, values), step, rate)
 
 
 def recordings(
     name: str, title: str, sizes: Mapping[str, tuple[int, int, int, int, float]], **others: Any
 ) -> DatasetSpec:
-    """A dataset of sensors, whose samples are cut from recordings.
+    """A sensor dataset, whose samples are cut from recordings.
 
     Args:
-        sizes: by modality, channels, intervals of a sample, values of an interval and from one to the next, rate.
+        sizes: for each modality, channels, intervals per sample, values per interval, step between intervals, rate.
     """
     given: dict[str, Any] = {
         "converter_options": ("split",),

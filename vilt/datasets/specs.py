@@ -1,4 +1,4 @@
-"""The table of datasets. Adding a dataset is adding a row, and the converter that it names."""
+"""The table of datasets. To add one, add a row and the converter that it names."""
 
 from collections import ChainMap
 from collections.abc import Mapping, MutableMapping
@@ -18,11 +18,11 @@ MMIMDB_GENRES = (
     "Sport", "Short", "Film-Noir",
 )
 # fmt: on
-"""The 23 genres in the order of the published label vectors."""
+"""The 23 genres, in the order of the published label vectors."""
 
 
 def images_with_texts(text_column: str) -> dict[str, Modality]:
-    """An image and a list of texts in each row."""
+    """Modalities of a dataset with an image and a list of texts in each row."""
     return {"image": Modality("image", "image"), "text": Modality("text", text_column)}
 
 
@@ -93,13 +93,13 @@ VLA_OPTIONS: dict[str, Any] = {
     "val_check_interval": 1.0,
     "precision": "32",
 }
-"""Those of MPLMM's code, with the missing ratio of its paper (docs/vla.md)."""
+"""Settings of MPLMM's code, with the missing ratio of its paper (docs/vla.md)."""
 
 
 def segments(
     name: str, title: str, metrics: str, label_range: float, rows: dict[Split, tuple[int, ...]], **others: Any
 ) -> DatasetSpec:
-    """A dataset of extracted text, audio and vision features with a sentiment."""
+    """A dataset of extracted text, audio and vision features, labelled with sentiment."""
     return DatasetSpec(
         name=name,
         title=title,
@@ -154,24 +154,24 @@ _CUSTOM = {
     ),
 }
 EVERY_DATASET: MutableMapping[str, DatasetSpec] = ChainMap(_CUSTOM, DATASETS)
-"""With the row of custom datasets; `custom_spec` fills in what the arrow files say."""
+"""DATASETS and the rows of custom datasets, which `custom_spec` completes from their arrow files."""
 
 
 def with_shapes(spec: DatasetSpec, shapes: Mapping[str, tuple[int | None, ...]]) -> DatasetSpec:
-    """The row with the shapes of its arrays, by modality."""
+    """The row with the given shapes of its arrays, keyed by modality."""
     modalities = {name: each._replace(shape=shapes.get(name, each.shape)) for name, each in spec.modalities.items()}
     return replace(spec, modalities=modalities)
 
 
 def row_of(table_name: str) -> DatasetSpec:
-    """The row of what missing tables call a dataset, with its modalities, and without classes if it is a custom one."""
+    """The row for a dataset's name in missing tables (`table_name`); if custom, with modalities but without classes."""
     name, *modalities = table_name.split("+")
     row = EVERY_DATASET[name]
     return replace(row, modalities={each: signal(each, 1, 1, 1, 1, 1) for each in modalities}) if modalities else row
 
 
 def spec_of(name: str, custom: CustomData | None) -> DatasetSpec:
-    """The row of a dataset; that of a custom one follows from what its arrow files say."""
+    """The row of a dataset; `custom` is the description of a custom one."""
     return DATASETS[name] if custom is None else custom_spec(custom)
 
 

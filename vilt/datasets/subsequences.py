@@ -1,16 +1,17 @@
-"""Samples of one recording that follow each other, for training that compares them."""
+"""Groups consecutive samples of a recording, for training that compares them."""
 
 import numpy as np
 import pyarrow as pa
 
 RECORDING, NUMBER = "recording", "number"
-"""Columns of arrow files: the recording that a sample is cut from, and its number there."""
+"""Columns of arrow files: the recording that a sample is cut from, and its number within the recording."""
 
 
 def subsequences(table: pa.Table, length: int) -> np.ndarray:
     """Rows of each subsequence, int64 (A, length).
 
-    A subsequence has consecutive numbers of one recording; a gap ends it, and it is filled by repeating its last one.
+    A subsequence has consecutive numbers from one recording. A gap ends it; it is then filled up by repeating its last
+    row.
     """
     names = table[RECORDING].to_pylist()
     numbers = table[NUMBER].to_numpy()

@@ -1,1 +1,1 @@
-"""Converters of raw datasets to arrow files, and small helpers for files."""
+"""Converters from raw datasets to arrow files, and their helpers."""

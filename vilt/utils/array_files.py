@@ -1,4 +1,4 @@
-"""Files with the arrays of many samples, by modality: `.npz`, or a pickle, in which nothing runs."""
+"""Reads files with arrays of many samples, keyed by modality: `.npz`, or pickles, whose code is never run."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -16,36 +16,36 @@ log = logging.getLogger("rep")
 
 
 def samples_of_arrays(path: Path, modalities: Sequence[str]) -> list[tuple[str, dict[str, np.ndarray], str]]:
-    """Id, arrays by modality, and what messages call it, of each sample in a file with (N, ...) by modality.
+    """Reads a file with an array (N, ...) for each modality: id, arrays and name in messages of each of N samples.
 
-    A modality that the file lacks is missing in all samples; so is one of a sample whose numbers are all NaN.
+    A modality that the file lacks is missing in all samples. It is missing in one sample if all its numbers are NaN.
 
     Raises:
-        DataError: the file is not readable, has none of the modalities, or other numbers of samples.
+        DataError: the file is unreadable, has none of the modalities, or its arrays differ in the number of samples.
     """
     arrays = _read(path)
-    there = [name for name in modalities if name in arrays]
-    if not there:
+    present = [name for name in modalities if name in arrays]
+    if not present:
         raise DataError(f"input={path}: expected {' or '.join(modalities)}, found {listed(list(arrays))}")
     if path.suffix.lower() not in SUFFIXES:
         say_unread(path, modalities, arrays)
-    count = len(arrays[there[0]])
-    for name in (*there, *(["id"] if "id" in arrays else [])):
+    count = len(arrays[present[0]])
+    for name in (*present, *(["id"] if "id" in arrays else [])):
         if len(arrays[name]) != count:
             raise DataError(
-                f"input={path}: {name}: expected {count} rows, as {there[0]} has, found {len(arrays[name])}"
+                f"input={path}: {name}: expected {count} rows, as {present[0]} has, found {len(arrays[name])}"
             )
     ids = [id_of(one) for one in arrays["id"]] if "id" in arrays else [str(row) for row in range(count)]
     samples = []
     for row in range(count):
-        inputs = {name: np.asarray(arrays[name][row]) for name in there}
+        inputs = {name: np.asarray(arrays[name][row]) for name in present}
         given = {name: array for name, array in inputs.items() if not _is_absent(array)}
         samples.append((ids[row], given, f"{path}, row {row}"))
     return samples
 
 
 def say_unread(path: Path, modalities: Sequence[str], names: Iterable[str]) -> None:
-    """Logs what is not read of a file that lacks a modality: it may be that modality by another name."""
+    """Warns about unread entries if a file lacks a modality: one of them may be that modality under another name."""
     lacking, unread = set(modalities) - {*names}, [name for name in names if name not in (*modalities, "id")]
     if lacking and unread:
         lacking_of = " or ".join(name for name in modalities if name in lacking)
@@ -61,7 +61,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return {name: np.atleast_1d(file[name]) for name in file.files}
-        except Exception as error:  # of many types, on damaged files
+        except Exception as error:  # many types, on damaged files
             raise DataError(f"input={path}: not readable as .npz: {str(error) or type(error).__name__}") from None
     content = read_pickle(path)
     if isinstance(content, dict) and isinstance(content.get("test"), dict):
@@ -69,15 +69,15 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not isinstance(content, dict):
         raise DataError(f"input={path}: expected arrays by name, found {type(content).__name__}")
     arrays = {name: value[:] for name, value in content.items() if isinstance(value, PickledArray)}
-    there = [name for name in MODALITIES if name in arrays and arrays[name].ndim == 3]
-    of_mmsa = LABELS[1] in content or any(f"{name}_lengths" in content for name in there)
-    if LABELS[0] in content or not of_mmsa or not there:
+    present = [name for name in MODALITIES if name in arrays and arrays[name].ndim == 3]
+    of_mmsa = LABELS[1] in content or any(f"{name}_lengths" in content for name in present)
+    if LABELS[0] in content or not of_mmsa or not present:
         return arrays
-    absent = {f"{name}_lengths" for name in MODALITIES if name not in there}
-    absent |= {"text_bert"} if "text" not in there else set()
+    absent = {f"{name}_lengths" for name in MODALITIES if name not in present}
+    absent |= {"text_bert"} if "text" not in present else set()
     described = {name: value for name, value in content.items() if name not in absent}
-    lengths = lengths_of(path, "test", described, len(arrays[there[0]]))
-    for name in there:  # the padding of MMSA's files is at the end
+    lengths = lengths_of(path, "test", described, len(arrays[present[0]]))
+    for name in present:  # MMSA's files are padded at the end
         of_rows = lengths.get(name, [None] * len(arrays[name]))
         arrays[name] = np.stack([padded_in_front(x, length) for x, length in zip(arrays[name], of_rows, strict=True)])
     return arrays

@@ -1,4 +1,4 @@
-"""Writes a raw dataset as arrow files: in batches, checked, all of its splits or none."""
+"""Writes a raw dataset as arrow files: in batches, with checks, and either all splits or none."""
 
 import json
 import sys
@@ -23,19 +23,19 @@ from vilt.utils.ordered_threads import in_order
 from vilt.utils.raw_data import NOTHING_LEFT, REMARKS, BadSampleError, ImageFile, RawDataset, Row, Sample
 
 Result = tuple[int, Row | BadSampleError]
-"""Row number, and the row or what is wrong with it."""
+"""A row's number, and its content or the error that makes it a bad sample."""
 
 MAX_BATCH_BYTES = 8 * 2**20
 MAX_BATCH_ROWS = 4096
 NO_TEXT = "left out, no text"
 BAD_SAMPLES = "_bad_samples.tsv"
-"""End of the name of the list of bad samples."""
+"""Suffix of the file that lists bad samples."""
 MAX_CELL = 1000
-"""Characters of a name in the list of bad samples; a hostile one may have millions."""
+"""Most characters of a cell in the list of bad samples; a hostile name may have millions."""
 
 
 class BadSample(NamedTuple):
-    """One line of the list of bad samples."""
+    """A line in the list of bad samples."""
 
     split: str
     listed_in: str
@@ -45,12 +45,12 @@ class BadSample(NamedTuple):
     detail: str
 
     def cells(self) -> tuple[str, ...]:
-        """The columns, printable."""
+        """The fields as printable text."""
         return tuple(printable(str(cell)[:MAX_CELL]) for cell in self)
 
 
 class BadSamplesError(DataError):
-    """Some samples cannot be used, and leaving them out was not asked for."""
+    """Some samples cannot be used, and the user has not asked for them to be left out."""
 
     def __init__(self, bad: list[BadSample], n_samples: int) -> None:
         _, listed_in, row, *said = bad[0].cells()
@@ -61,28 +61,29 @@ class BadSamplesError(DataError):
 
 @dataclass
 class SplitSummary:
-    """What one arrow file holds, and what it does not."""
+    """What an arrow file contains, and what was left out of it."""
 
     name: str
-    """The split as the file name has it."""
+    """The split as in the file name."""
     source: str
-    """The file that lists its samples."""
+    """The file that lists the samples of the split."""
     path: Path
     replaced: bool
-    """Whether a file of that name was there before."""
+    """Whether a file of that name already existed."""
     n_samples: int = 0
     n_texts: int = 0
     n_bytes: int = 0
     label_counts: Counter[int] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
-    """What else is to be said of its samples, and of how many."""
+    """Further remarks on samples, with the number of samples each applies to."""
     bad: list[BadSample] = field(default_factory=list)
 
 
 def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
-    """Columns and types of the published converters, and the class names as JSON in the metadata `class_names`.
+    """The arrow schema: columns and types of the published converters, with metadata in JSON.
 
-    For a custom dataset also what else is known of it, as JSON in the metadata `custom`.
+    `class_names` holds the class names, `shapes` the shapes of arrays if there are any, and `custom` the rest of the
+    description of a custom dataset.
     """
     texts = pa.list_(pa.string())
     types = {"image": pa.binary(), "text": texts}
@@ -103,7 +104,7 @@ def arrow_schema(spec: DatasetSpec, class_names: tuple[str, ...]) -> pa.Schema:
 
 
 def array_type(modality: Modality) -> pa.DataType:
-    """Nested lists of float32."""
+    """The arrow type of an array: nested lists of float32."""
     kind = pa.float32()
     for size in reversed(modality.shape):
         kind = pa.list_(kind, -1 if size is None else size)
@@ -111,7 +112,7 @@ def array_type(modality: Modality) -> pa.DataType:
 
 
 def _record_batch(rows: list[Row], schema: pa.Schema, spec: DatasetSpec) -> pa.RecordBatch:
-    """The rows as columns; arrays without a Python number for each of theirs."""
+    """Turns rows into columns, without making a Python number of each array element."""
     arrays = {each.column for each in spec.modalities.values() if each.kind == "array"}
     columns = []
     for name, kind in zip(schema.names, schema.types, strict=True):
@@ -121,7 +122,7 @@ def _record_batch(rows: list[Row], schema: pa.Schema, spec: DatasetSpec) -> pa.R
 
 
 def _arrays_of(values: Sequence[np.ndarray] | np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Arrays of one shape, but for the first size where it varies, as a column of nested lists."""
+    """Arrays of the same shape, except perhaps for the first size, as a column of nested lists."""
     if not isinstance(kind, (pa.FixedSizeListType, pa.ListType)):
         return pa.array(values, kind)
     rows = values.reshape(-1, *values.shape[2:]) if isinstance(values, np.ndarray) else np.concatenate(values)
@@ -132,7 +133,7 @@ def _arrays_of(values: Sequence[np.ndarray] | np.ndarray, kind: pa.DataType) -> 
 
 
 def _size_of(row: Row, spec: DatasetSpec) -> int:
-    """Bytes of its modalities, or characters."""
+    """Size of a row's modalities, in bytes, or characters for texts."""
     total = 0
     for modality in spec.modalities.values():
         value = row[modality.column]
@@ -154,7 +155,7 @@ def _read(sample: Sample) -> Result:
 def _kept_rows(
     results: Iterator[Result], bar: "tqdm[NoReturn]", spec: DatasetSpec, summary: SplitSummary, skip_bad: bool
 ) -> Iterator[Row]:
-    """The rows to write, with the `split` column; fills in `summary`, also from the others."""
+    """Yields the rows to write, with a `split` column added; also records all rows in `summary`."""
     for row_number, row in results:
         bar.update()
         if not isinstance(row, BadSampleError) and all(row[m.column] is None for m in spec.modalities.values()):
@@ -176,12 +177,12 @@ def _kept_rows(
         summary.remarks.update(f"kept, {name} missing" for name, m in spec.modalities.items() if row[m.column] is None)
         summary.remarks.update(["kept, but with none of the labels"] if not labels else [])
         summary.label_counts.update(labels)
-        if skip_bad or not summary.bad:  # otherwise the file will not be kept: the rest completes the list only
+        if skip_bad or not summary.bad:  # otherwise no file will be kept, and the rest only completes the list
             yield {**row, "split": summary.name}
 
 
 def _write_rows(rows: Iterator[Row], part: Path, schema: pa.Schema, spec: DatasetSpec) -> None:
-    """Writes record batches that are bounded in bytes and rows."""
+    """Writes record batches of bounded size in bytes and rows."""
     batch: list[Row] = []
     n_bytes = 0
     with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -197,20 +198,20 @@ def _write_rows(rows: Iterator[Row], part: Path, schema: pa.Schema, spec: Datase
 
 
 def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: bool = False) -> list[SplitSummary]:
-    """Writes `NAME_SPLIT.arrow` for each split into the folder `target`, and shows a progress bar on stderr.
+    """Writes `NAME_SPLIT.arrow` for each split into the folder `target`, with a progress bar on stderr.
 
-    The files appear under their names together, after the last sample has been read; until then older files of those
-    names stay as they are. Where this ends among the renames, a mark stays that keeps the files from being read.
-    Memory is bounded by batch size and number of workers, not by the dataset.
+    All files appear under their names together, after the last sample has been read; older files of those names stay
+    in place until then. If the process is killed between the renames, a marker file remains that keeps the files from
+    being read. Memory is bounded by the batch size and the number of workers, not by the dataset.
 
     Args:
         dataset: from one of the `open_raw` functions; its samples have not been read yet.
-        target: the folder to write to; made if absent.
+        target: the folder to write to; created if absent.
         n_workers: number of threads that read and decode.
         skip_bad: leave bad samples out and list them in `NAME_bad_samples.tsv`, instead of raising.
 
     Raises:
-        BadSamplesError: there are bad samples and `skip_bad` is false. It holds all of them; nothing was written.
+        BadSamplesError: there are bad samples and `skip_bad` is false. The error lists them all; nothing was written.
         DataError: a split has no usable sample, or the disk cannot be written. Nothing was written.
     """
     spec = dataset.spec
@@ -224,7 +225,7 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
         splits.append(SplitSummary(name, raw_split.source, path, path.exists(), remarks=remarks))
     schema, report = arrow_schema(spec, dataset.class_names), target / f"{spec.name}{BAD_SAMPLES}"
     samples = [sample for raw_split in dataset.splits for sample in raw_split.samples]
-    # A log file gets a line now and then; a terminal is kept up to date.
+    # A terminal is updated continuously, a log file only now and then.
     interval = 0.2 if sys.stderr.isatty() else 10.0
     bar = tqdm(unit=" samples", total=len(samples), dynamic_ncols=True, mininterval=interval)
     try:
@@ -244,7 +245,7 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
                     counts = f"{len(split.bad):,} are bad, {split.remarks[NO_TEXT]:,} have no text"
                     first = f"; the first bad one: {' '.join(split.bad[0].cells())}" if split.bad else ""
                     if not split.bad and not split.remarks[NO_TEXT]:
-                        counts = "none is listed for it, or recordings are too short to be divided"
+                        counts = "none is listed for it, or recordings are too short to be split"
                     note = "".join(f"; {line}" for line in dataset.note.splitlines())
                     raise DataError(f"no sample is left for {split.path.name}: {counts}{first}{note}")
             if bad:
@@ -255,8 +256,8 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
             mark.touch()
             sync_folder(target)
         if not bad:
-            report.unlink(missing_ok=True)  # of an earlier run: it would speak of files that are replaced now
-        mark.unlink()  # not after an error or a kill before this: the files are of two conversions then
+            report.unlink(missing_ok=True)  # from an earlier run, about files that are now replaced
+        mark.unlink()  # stays after an earlier error or kill: the files are then of two conversions
     except OSError as error:
         at = error.filename or target
         raise DataError(f"cannot write to {at}: {reason_of(error)}. No file was left half-written.") from None

@@ -1,4 +1,4 @@
-"""How the tables of a custom dataset are laid out: what its spec.yaml says, checked."""
+"""Reads and checks spec.yaml, which describes the tables of a custom dataset."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -23,31 +23,31 @@ FORMATS = (".csv", ".tsv", ".jsonl")
 
 @dataclass(frozen=True)
 class Layout:
-    """What a spec.yaml says."""
+    """The content of a spec.yaml."""
 
     source: Path
-    """Where it says so, for messages."""
+    """The file that the layout comes from, for messages."""
     tables: tuple[tuple[Path, Split | None], ...]
-    """Each with the split of its rows; None where a column gives it."""
+    """The tables, each with the split of its rows, or None if a column gives it."""
     columns: dict[str, str]
-    """What the tables call each of COLUMNS."""
+    """The tables' names for each of COLUMNS."""
     labels: str
     separator: str
-    """Between the labels of a row, in CSV and TSV."""
+    """Separator of the labels of a row, in CSV and TSV."""
     classes: tuple[str, ...] | None
-    """In the order of their numbers; None: those that occur, sorted."""
+    """Class names in the order of their numbers; None: the labels that occur, sorted."""
     name: Any
     metric: Any
     split_is_named: bool = False
-    """Whether the spec says what the tables call `split`."""
+    """Whether the spec names the column `split`."""
 
     @property
     def needed(self) -> list[str]:
-        """The columns that a table must have; splits may be drawn."""
+        """Columns that a table must have. That of splits is optional unless the spec names it: splits may be drawn."""
         return [name for column, name in self.columns.items() if column != "split" or self.split_is_named]
 
     def dataset(self, found: set[str]) -> CustomData:
-        """The dataset, if `found` are the labels that occur. Raises DataError."""
+        """The description of the dataset, given the labels `found` in its tables. Raises DataError."""
         classes = tuple(sorted(found)) if self.classes is None else self.classes
         if pair := look_alikes(classes):
             raise DataError(f"{self.source}: the labels {' and '.join(pair)} look the same; write them the same way")
@@ -60,31 +60,31 @@ class Layout:
 
 
 def read_layout(raw: Path, spec: Path | None, table: Path | None) -> Layout:
-    """What the spec.yaml at `spec` says, by default that of `raw`; or the layout of `table` alone.
+    """Reads the spec.yaml at `spec`, by default that in `raw`; or returns the default layout for `table`.
 
     Raises:
-        DataError: it is not readable, or a value is unknown, of the wrong type or contradicts another one.
+        DataError: the file is unreadable, or a value is unknown, has the wrong type or contradicts another one.
     """
     source = table or spec or raw / "spec.yaml"
     try:
         if table is not None:
             return _layout(source, Path(), {"files": str(table)})
         return _layout(source, raw, read_yaml(source))
-    except OSError as error:  # of names that are too long
+    except OSError as error:  # a file name that is too long
         raise DataError(f"{source}: {reason_of(error)}") from None
     except ConfigError as error:
         raise DataError(f"{source}: {error}") from None
 
 
 def read_yaml(source: Path) -> Any:
-    """What a YAML file holds. Raises DataError."""
+    """The content of a YAML file, with all scalars as texts. Raises DataError."""
     try:
         return yaml.load(read_bytes(source), _PlainLoader)
     except RecursionError:
         raise DataError(f"{source} is not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         raise DataError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
-    except ValueError as error:  # PyYAML's about a date that is none
+    except ValueError as error:  # PyYAML on an invalid date
         raise DataError(f"{source}: {error}") from None
 
 
@@ -99,7 +99,8 @@ def _layout(source: Path, folder: Path, given: Any) -> Layout:
             raise ConfigError("columns.split: contradicts files, which has a table for each split")
         if len({path for path, _ in tables}) < len(tables):
             raise ConfigError(
-                "files: expected a table for each split, found one twice; files: TABLE has a column split"
+                "files: expected a different table for each split, found one twice; for a single table with a column "
+                "split, use files: TABLE"
             )
     else:
         tables = ((find_file(folder, _table("files", files)), None),)
@@ -113,14 +114,14 @@ def _layout(source: Path, folder: Path, given: Any) -> Layout:
         labels,
         _name("separator", given.get("separator", "|")),
         tuple(map(label_name, several(_name)("classes", given["classes"]))) if "classes" in given else None,
-        given.get("name", CUSTOM),  # these two CustomData checks
+        given.get("name", CUSTOM),  # CustomData checks this and the next
         given.get("metric", next(iter(CUSTOM_METRICS[labels]))),
         "split" in columns,
     )
 
 
 def _known(prefix: str, value: object, known: Iterable[str]) -> dict[str, Any]:
-    """`value`, if it is a dictionary with no other keys than these."""
+    """`value`, checked to be a dictionary with no keys but those in `known`."""
     values = dictionary(prefix.rstrip(".") or "the file", value)
     for key in values:
         if key not in known:
@@ -129,7 +130,7 @@ def _known(prefix: str, value: object, known: Iterable[str]) -> dict[str, Any]:
 
 
 def _name(key: str, value: object) -> str:
-    """A text; from Python an integer is one too."""
+    """Reads a name; from Python it may also be an integer."""
     name = whole(value)
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
         raise wrong(key, "a name", value)
@@ -138,14 +139,14 @@ def _name(key: str, value: object) -> str:
 
 def _table(key: str, value: object) -> str:
     if not isinstance(value, str) or Path(value).suffix.lower() not in FORMATS:
-        raise wrong(key, f"a table, with a name that ends in {' or '.join(FORMATS)}", value)
+        raise wrong(key, f"a table whose name ends in {' or '.join(FORMATS)}", value)
     return value
 
 
 class _PlainLoader(yaml.BaseLoader):
-    """Takes texts as they are written, as all values here are: 007, 1.10, no and 12:30 are names.
+    """Takes every scalar as text, exactly as written: 007, 1.10, no and 12:30 are names.
 
-    Refuses a mapping that repeats a key, of which PyYAML would silently keep the last.
+    Refuses mappings that repeat a key; PyYAML would silently keep the last.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -1,4 +1,4 @@
-"""Arrays in .npy files, memory-mapped, so that all processes of a machine share one copy and pickling copies none."""
+"""Memory-mapped .npy files: all processes on a machine share one copy, and pickling copies no data."""
 
 import logging
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class MappedArray:
-    """The array in the file `path`, mapped when a process first reads from it; what is pickled is the path alone."""
+    """The array in the file `path`, mapped when a process first reads from it. Only the path is pickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -23,10 +23,10 @@ class MappedArray:
 
     @property
     def values(self) -> np.ndarray:
-        """The array, read-only. Raises DataError, which names the file, if that cannot be read."""
+        """The array, read-only. Raises DataError, which names the file, if it cannot be read."""
         if self._values is None:
             try:
-                # A plain array is quicker to index than a memmap.
+                # A plain array is faster to index than a memmap.
                 self._values = np.asarray(np.lib.format.open_memmap(self.path, mode="r"))
             except Exception as error:  # NumPy raises EOFError, BadZipFile, TokenError, ... on damaged files
                 raise DataError(f"{self.path}: not readable as a .npy file: {first_line(error)}") from error
@@ -37,7 +37,7 @@ class MappedArray:
 
 
 def open_numbers(path: Path, sizes: Sequence[str]) -> np.ndarray:
-    """The numbers in a .npy file, memory-mapped, with as many dimensions as `sizes` has names. Raises DataError."""
+    """The memory-mapped numbers in a .npy file, whose dimensions `sizes` names. Raises DataError."""
     array = MappedArray(path).values
     if array.ndim != len(sizes) or array.dtype.kind not in "iuf" or not array.size:
         raise DataError(f"{path}: expected numbers ({', '.join(sizes)}), found {array.dtype} {array.shape}")
@@ -45,7 +45,7 @@ def open_numbers(path: Path, sizes: Sequence[str]) -> np.ndarray:
 
 
 def fault_of(path: Path, dtype: DTypeLike, shape: tuple[int | None, ...]) -> str | None:
-    """What is wrong with the .npy file `path`, such as another dtype or shape (None: any size); None if nothing is."""
+    """What is wrong with the .npy file `path`, such as another dtype or shape (None: any size); None if it is fine."""
     try:
         found = MappedArray(path).values
     except DataError as error:
@@ -57,8 +57,8 @@ def fault_of(path: Path, dtype: DTypeLike, shape: tuple[int | None, ...]) -> str
 
 
 def is_usable(path: Path, dtype: DTypeLike, shape: tuple[int | None, ...]) -> bool:
-    """Whether the .npy file `path` is as expected; the log says it of one that is there and is not."""
+    """Whether the .npy file `path` exists and is as expected; logs a warning if it exists but is not."""
     fault = fault_of(path, dtype, shape)
     if fault is not None and path.exists():
-        log.warning("%s: not readable (%s); making it again", path, fault)
+        log.warning("%s: not usable (%s); creating it again", path, fault)
     return fault is None

@@ -1,4 +1,4 @@
-"""Names as people, spreadsheets and file systems write them: what looks the same is taken for the same."""
+"""Compares names as people, spreadsheets and file systems write them: those that look the same count as the same."""
 
 import re
 import unicodedata
@@ -7,41 +7,42 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 INVISIBLE = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
-"""Characters without a width that never tell words apart; the joiners U+200C and U+200D may."""
+"""Zero-width characters that never distinguish words, unlike the joiners U+200C and U+200D."""
 ALIKE = str.maketrans(
     "аеорсухіјѕԁһАВЕКМНОРСТХУІЈЅΑΒΕΖΗΙΚΜΝΟΡΤΥΧο‐‑‒–−", "aeopcyxijsdhABEKMHOPCTXYIJSABEZHIKMNOPTYXo-----"
 )
-"""Cyrillic and Greek letters, and dashes, to the Latin letter or the hyphen that they look like."""
+"""Maps Cyrillic and Greek letters, and dashes, to the Latin letter or the hyphen that they look like."""
 MADE_OF = ("<compat>", "<wide>", "<narrow>")
+"""Tags of Unicode decompositions of characters that look like those they are composed of."""
 WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
 def normal(name: str) -> str:
-    """`name` in Unicode's form NFC, without invisible characters and with single blanks between words only."""
+    """`name` in Unicode form NFC, without invisible characters, and with single blanks between words."""
     return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", name)).split())
 
 
 def whole(value: object) -> object:
-    """The integer that a float stands for, which is what programs make of 1 in a column with gaps; else `value`."""
+    """A whole float as an integer, else `value`: programs turn 1 into 1.0 in a column with gaps."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def label_name(label: str | float) -> str:
-    """The name of a label: text or number, where 1.0 is 1."""
+    """The name of a label, which may be text or a number; 1.0 becomes 1."""
     name = normal(str(label))
     return found[1] if (found := WHOLE.fullmatch(name)) else name
 
 
 def look(name: str) -> str:
-    """What `name` looks like: the same for names that cannot be told apart."""
+    """The appearance of `name`: the same for names that cannot be told apart by eye."""
     shown = (c for c in normal(name) if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
-    # Ligatures, and letters of full or half width, are the letters that they are made of.
+    # Ligatures and full-width or half-width letters are replaced by the letters they are composed of.
     plain = (unicodedata.normalize("NFKC", c) if unicodedata.decomposition(c).startswith(MADE_OF) else c for c in shown)
     return "".join(plain).translate(ALIKE)
 
 
 def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two different names that look the same, if there are any, as Python spells them in ASCII."""
+    """Two different names that look the same, in ASCII with escapes; None if there are none."""
     seen: dict[str, str] = {}
     for name in names:
         if (other := seen.setdefault(look(name), name)) != name:
@@ -50,7 +51,7 @@ def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def spelled_as(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """`names` in their normal form; what differs from a `known` name in capitals or in what cannot be seen is it."""
+    """`names` in normal form; those that differ from a `known` name only in case or invisibly become that name."""
     by_look = {look(name).casefold(): name for name in known}
     given = [normal(name) for name in names]
     spelled = [by_look.get(look(name).casefold(), name) for name in given]
@@ -58,12 +59,12 @@ def spelled_as(names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def find_file(folder: Path, file: str) -> Path:
-    """FOLDER/FILE, or where there is no such file the only one that `file` can mean.
+    """FOLDER/FILE, or, if there is no such file, the only one that `file` can mean.
 
-    It may be written with backslashes, other capitals, another Unicode form, or blanks around it.
+    It may be spelled with backslashes, other capitalisation, another Unicode form, or blanks around it.
 
     Raises:
-        OSError: a name is too long, or a folder may not be entered.
+        OSError: a name is too long, or there is no permission for a folder.
     """
     as_written = folder / file
     if as_written.exists():
@@ -85,7 +86,7 @@ def _key(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def _listing(folder: Path, _: int) -> dict[str, list[str]]:
-    """Names in a folder by their key; the time of its last change makes the cache see what is new."""
+    """Names in a folder, keyed by `_key`. The second argument, its modification time, invalidates the cache."""
     found: dict[str, list[str]] = {}
     for path in folder.iterdir():
         found.setdefault(_key(path.name), []).append(path.name)

@@ -1,4 +1,4 @@
-"""Work for several threads whose results are wanted in order, without holding all of them in memory."""
+"""Spreads work over threads and yields the results in order, without holding all of them in memory."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -6,13 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 AHEAD = 4
-"""How many items for each thread are taken before the first of their results is."""
+"""Number of items per thread that may be pending before the oldest result is taken."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result]:
-    """`function` of each item, in their order, by `workers` threads, one at least. For work without Python's lock."""
+    """Yields `function(item)` in order, computed by `workers` threads (at least 1), for work that releases the GIL."""
     workers, pending = max(1, workers), deque[Future[Result]]()
     with ThreadPoolExecutor(workers) as pool:
         for item in items:

@@ -1,8 +1,8 @@
-"""Pickles of numpy arrays, read without running anything in them, and without a second copy of the numbers.
+"""Reads pickles of NumPy arrays without running any code in them, and without a second copy of the data.
 
-The published feature files are pickles. Here only dicts, lists, tuples, texts, numbers and numpy's arrays, types and
-scalars are known; what else a file mentions ends the reading. The bytes of an array stay as the file has them, and
-parts are made into arrays when they are asked for.
+The published feature files are pickles. Only dicts, lists, tuples, texts, numbers and NumPy's arrays, dtypes and
+scalars are accepted; a reference to anything else is an error. The bytes of an array stay as they are in the file, and
+parts of it become arrays on access.
 """
 
 import pickle
@@ -18,22 +18,22 @@ from common.messages import first_line, quoted
 SUFFIXES = (".pkl", ".pickle")
 
 KINDS = re.compile(r"[biufSU]\d{1,6}|O8?|b1|\?")
-"""Spelled types of arrays: numbers, bytes, texts, and objects, which are lists here."""
+"""Codes of the dtypes accepted: numbers, bytes, texts, and objects, whose data are lists."""
 BLOCK = 2**20
 
 
 class NotNumpyError(ValueError):
-    """A pickle mentions something that might run code."""
+    """A pickle refers to something that might run code."""
 
 
 class _Type:
-    """A numpy type, by its spelling."""
+    """A NumPy dtype, made from its code."""
 
     def __init__(self, spelled: object, *_: object) -> None:
         if isinstance(spelled, bytes):
             spelled = spelled.decode("ascii")
         if not isinstance(spelled, str) or not KINDS.fullmatch(spelled):
-            raise NotNumpyError(f"an array of numbers or texts was expected, found the type {quoted(spelled)}")
+            raise NotNumpyError(f"expected an array of numbers or texts, found the dtype {quoted(spelled)}")
         self.spelled, self.order = spelled, "="
 
     def __setstate__(self, state: Any) -> None:
@@ -46,7 +46,7 @@ class _Type:
 
 
 class PickledArray:
-    """An array whose numbers are still as in the file; slices of the first axis become arrays."""
+    """An array whose data are still as in the file. Slices of the first axis become NumPy arrays."""
 
     shape: tuple[int, ...] = ()
     dtype: np.dtype[Any] = np.dtype("f8")
@@ -62,21 +62,21 @@ class PickledArray:
 
     def _set(self, shape: Any, kind: Any, fortran: object, raw: Any) -> None:
         if not isinstance(kind, _Type) or not isinstance(shape, tuple) or not all(type(n) is int for n in shape):
-            raise ValueError(f"expected an array with shape and type, found {quoted(shape)}, {quoted(kind)}")
+            raise ValueError(f"expected an array with shape and dtype, found {quoted(shape)}, {quoted(kind)}")
         self.shape, self.dtype, self._fortran, self._raw = shape, kind.dtype, bool(fortran), raw
         size = int(np.prod(shape, dtype=object))
         values = len(raw) if self.dtype == object else len(raw) // max(1, self.dtype.itemsize)
         if min(shape, default=0) < 0 or values != size:
             raise ValueError(f"an array of shape {shape} has {values:,} values")
         if isinstance(raw, str):
-            for start in range(0, len(raw), BLOCK):  # in blocks: a second copy of all would take as much memory again
+            for start in range(0, len(raw), BLOCK):  # in blocks: a complete copy would double the memory
                 _bytes(raw[start : start + BLOCK])
 
     def __len__(self) -> int:
         return self.shape[0] if self.shape else 0
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """The part of the first axis, as an array of its own."""
+        """A copy of a slice of the first axis."""
         start, stop, _ = rows.indices(len(self))
         if self.dtype == object:
             array = np.empty(len(self._raw), dtype=object)
@@ -91,7 +91,7 @@ class PickledArray:
 
 
 class _FromBuffer(PickledArray):
-    """As protocol 5 has arrays: `_frombuffer(buffer, type, shape, order)`."""
+    """The form of arrays in pickle protocol 5: `_frombuffer(buffer, dtype, shape, order)`."""
 
     def __init__(self, raw: Any, kind: Any, shape: Any, order: str) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def _encode(text: object, encoding: object) -> Any:
 
 def _scalar(kind: Any, raw: Any = b"") -> Any:
     if not isinstance(kind, _Type) or kind.dtype == object:
-        raise NotNumpyError(f"a number of numpy was expected, found {quoted(kind)}")
+        raise NotNumpyError(f"expected a NumPy number, found {quoted(kind)}")
     return np.frombuffer(_bytes(raw), kind.dtype)[0].item()
 
 
@@ -143,15 +143,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """What a pickle holds: plain values, with a PickledArray for each array.
+    """The content of a pickle: plain values, with a PickledArray for each array.
 
     Raises:
-        DataError: it cannot be read, is damaged, or holds something else than plain values and arrays.
+        DataError: the file cannot be read, is damaged, or has anything but plain values and arrays.
     """
     try:
         with path.open("rb") as file:
             return _Unpickler(file, encoding="latin1").load()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # pickle raises whatever the damage leads to
+    except Exception as error:  # pickle raises all kinds of errors on damaged files
         raise DataError(f"{path}: not readable as a pickle of arrays: {first_line(error)}") from None

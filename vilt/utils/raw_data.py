@@ -1,4 +1,4 @@
-"""Raw datasets as the converter sees them: samples that are read one by one, and what makes one unusable."""
+"""Raw datasets as the converter sees them: samples that are read one at a time, and reasons to reject one."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,21 +17,22 @@ BROKEN_JSON, INCOMPLETE_JSON, INCOMPLETE_ROW = "broken JSON", "incomplete JSON",
 UNKNOWN_CLASS, PATH_LEAVES_RAW, NOTHING_LEFT = "unknown class", "path leaves RAW", "nothing left"
 
 MAX_FILE_BYTES = 64 * 2**20
-"""Of one sample's file. No image of these datasets comes near, and memory stays bounded."""
+"""Largest file of one sample. It bounds memory, and no image of these datasets comes close."""
 MAX_RECORD_BYTES = 16 * 2**20
-"""Likewise of one sample's JSON file, of which Python makes up to 30 times as much in memory."""
+"""Largest JSON file of one sample; parsed, it takes up to 30 times as much memory."""
 
 Row = dict[str, Any]
-"""One sample, column name -> value, without the `split` column, which the writer adds."""
+"""One sample, keyed by column, without the `split` column, which the writer adds."""
 REMARKS = "remarks"
-"""Key of a row under which there is no column, but a count of what its reading has changed, by what it was."""
+"""Key in a row that is not a column, but counts what was changed in reading it, keyed by remark."""
 Sample = tuple[int, Callable[[], Row]]
-"""Row in the file that lists it, from 1, and what reads and checks all of it, or raises BadSampleError."""
+"""The sample's row, from 1, in the file that lists it, and a function that reads and checks it or raises
+BadSampleError."""
 Kind = TypeVar("Kind", str, list, dict)
 
 
 class BadSampleError(Exception):
-    """A sample that cannot be used. `file` is relative to the raw folder, `detail` may be empty."""
+    """A sample cannot be used. `file` is relative to the raw folder, `detail` may be empty."""
 
     def __init__(self, reason: str, file: str, detail: str = "") -> None:
         super().__init__(reason, file, detail)
@@ -52,16 +53,16 @@ class RawSplit:
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A raw dataset whose top-level files have been read and checked; its samples have not been yet."""
+    """A raw dataset whose top-level files have been read and checked, but whose samples have not."""
 
     spec: DatasetSpec
     class_names: tuple[str, ...]
     splits: tuple[RawSplit, ...]
     note: str = ""
-    """What users have to know of it."""
+    """Remarks for the user, one per line."""
 
 
-# ---- top-level files: one of them wrong means that nothing can be converted
+# ---- top-level files: an error in one of them stops the conversion
 
 
 def require_layout(root: Path, names: Iterable[str], layout: str) -> None:
@@ -74,7 +75,7 @@ def require_layout(root: Path, names: Iterable[str], layout: str) -> None:
 
 
 def not_as_in(layout: str, problem: str) -> DataError:
-    """An error that shows the layout."""
+    """An error that shows the expected layout."""
     return DataError(f"{problem}. Expected layout of RAW:\n\n{layout.rstrip()}")
 
 
@@ -87,7 +88,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_split_file(path: Path, spec: DatasetSpec) -> dict[Split, list[str]]:
-    """The names in split.json by split, in its order.
+    """The names that split.json lists for each split, in its order.
 
     Raises DataError if a split is absent, unknown or empty, or if a name is not a string or is listed twice.
     """
@@ -108,13 +109,13 @@ def read_split_file(path: Path, spec: DatasetSpec) -> dict[Split, list[str]]:
     return {split: lists[key] for split, key in spec.file_splits.items()}
 
 
-# ---- parts of a sample: one of them wrong makes a bad sample
+# ---- parts of a sample: an error in one of them makes it a bad sample
 
 
 def check_inside(file: str) -> None:
-    """Raises BadSampleError if `file`, relative to the raw folder, is absolute or climbs with `..`."""
-    # The path as written decides, not where links lead: big image folders often are links to another disk.
-    path = PureWindowsPath(file)  # which takes / and \\ alike
+    """Raises BadSampleError if `file`, which must be relative to the raw folder, is absolute or contains `..`."""
+    # The path as written decides, not where links lead: large image folders are often links to another disk.
+    path = PureWindowsPath(file)  # accepts both / and \\
     if path.root or ".." in path.parts:
         raise BadSampleError(PATH_LEAVES_RAW, file, "expected a path in RAW, relative to it")
 
@@ -126,7 +127,7 @@ def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES, follow_links: bo
         follow_links: whether a link may lead out of `raw`.
 
     Raises:
-        BadSampleError: it is not there, or not readable, has more than `most` bytes, or leaves `raw`.
+        BadSampleError: the file is missing, unreadable, larger than `most` bytes, or outside `raw`.
     """
     check_inside(file)
     try:
@@ -145,13 +146,13 @@ def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES, follow_links: bo
 
 
 def read_image(raw: Path, file: str, allow_missing: bool = False, follow_links: bool = True) -> bytes | None:
-    """The bytes of an image file, unchanged, after a full decode to RGB has succeeded.
+    """The unchanged bytes of an image file, checked by decoding it completely to RGB.
 
     Args:
-        allow_missing: None for a file that is not there.
+        allow_missing: return None if the file is missing, instead of raising.
 
     Raises:
-        BadSampleError: otherwise, or where it cannot be read or decoded.
+        BadSampleError: the file is missing, or cannot be read or decoded.
     """
     try:
         return checked_image(read_file(raw, file, follow_links=follow_links), file)
@@ -165,7 +166,7 @@ class ImageFile(bytes):
     """The bytes of an image file that can be decoded."""
 
     changes: Sequence[str] = ()
-    """In what it is seen otherwise than the published code sees it."""
+    """How the image is seen differently from the published code."""
 
 
 def checked_image(data: bytes, file: str) -> ImageFile:
@@ -173,7 +174,7 @@ def checked_image(data: bytes, file: str) -> ImageFile:
     image = ImageFile(data)
     try:
         image.changes = open_rgb(data).info[CHANGES]
-    except Exception as error:  # see there
+    except Exception as error:  # see open_rgb
         macos = "; macOS keeps attributes of another file in it" if PureWindowsPath(file).name.startswith("._") else ""
         raise BadSampleError(UNDECODABLE_IMAGE, file, (str(error) or type(error).__name__) + macos) from None
     return image
@@ -188,7 +189,7 @@ def read_record(data: bytes, file: str) -> dict[str, Any]:
 
 
 def of_kind(kind: type[Kind], value: object, file: str, what: str) -> Kind:
-    """`value`, if it is a `kind`. Raises BadSampleError, whose detail calls it `what`."""
+    """`value`, if it is a `kind`. Otherwise raises BadSampleError, whose detail calls it `what`."""
     if not isinstance(value, kind):
         raise BadSampleError(INCOMPLETE_JSON, file, f"{what}: expected {kind_of(kind())}, found {kind_of(value)}")
     return value

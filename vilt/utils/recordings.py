@@ -1,4 +1,4 @@
-"""Recordings of sensors, cut into samples, and divided so that no two neighbouring samples are in different splits.
+"""Cuts sensor recordings into samples, and divides these so that neighbouring samples are never in different splits.
 
 Shape suffixes: N values, c channels, I intervals of a sample, S values of an interval.
 """
@@ -21,7 +21,7 @@ from vilt.datasets.subsequences import NUMBER, RECORDING
 from vilt.utils.raw_data import REMARKS, RawSplit, Row
 
 TIME, SUBJECT, RUN, PUBLISHED = WAYS = ("time", "subject", "run", "published")
-"""Ways to divide: the end of each recording, subjects, complete recordings of each class, or as the data says."""
+"""Ways to split: by time within each recording, by subject, by complete recordings of each class, or as published."""
 TRAIN_SHARE, TRAIN_AND_VAL_SHARE, VAL_SHARE = 0.7, 0.8, 0.1
 NO_LABEL = -1
 MISSING_VALUES = "samples with missing values, now 0"
@@ -34,13 +34,16 @@ class Cut(NamedTuple):
 
     sample: int
     step: int
-    """From the start of a sample to that of the next."""
+    """Distance from the start of one sample to the start of the next."""
     interval: int
     interval_step: int
 
     @classmethod
     def of(cls, rate: float, *seconds: float) -> Self:
-        """From seconds. Raises ValueError: no whole numbers of values, or intervals do not fill a sample."""
+        """A Cut from durations in seconds.
+
+        Raises ValueError unless each is a whole number of values, and the intervals fill a sample.
+        """
         found = []
         names = ("sample", "sample less sample_overlap", "interval", "interval less interval_overlap")
         for name, of_name in zip(names, seconds, strict=True):
@@ -56,63 +59,67 @@ class Cut(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """I and S."""
+        """(I, S)."""
         return (self.sample - self.interval) // self.interval_step + 1, self.interval
 
     def rows(self, number: int) -> slice:
-        """Where a sample is in its recording."""
+        """The values of sample `number` within its recording."""
         return slice(number * self.step, number * self.step + self.sample)
 
     def count(self, values: int) -> int:
-        """Samples of a recording."""
+        """Number of samples in a recording of `values` values."""
         return max(0, (values - self.sample) // self.step + 1)
 
     def labels(self, labels_N: np.ndarray, *, mixed: bool) -> np.ndarray:
-        """Of each sample of a recording, int64: see `label_of`."""
+        """Label of each sample of a recording, int64; see `label_of`."""
         found = [label_of(labels_N[self.rows(number)], mixed=mixed) for number in range(self.count(len(labels_N)))]
         return np.array(found, dtype=np.int64)
 
     def intervals(self, sample_Nc: np.ndarray) -> np.ndarray:
-        """(c, I, S) float32 of the values of a sample."""
+        """The values of a sample, cut into intervals: float32 (c, I, S)."""
         values_Nc = np.asarray(sample_Nc, dtype=np.float32)
         windows = np.lib.stride_tricks.sliding_window_view(values_Nc, self.interval, axis=0)  # (N, c, S)
         return np.ascontiguousarray(windows[:: self.interval_step].transpose(1, 0, 2))
 
     @property
     def dropped(self) -> int:
-        """Samples to leave out where the split changes: one, or more where samples overlap by more than half."""
+        """Number of samples to leave out at a border between splits: one, or more if samples overlap by over half."""
         return max(1, -(-self.sample // self.step) - 1)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One recording."""
+    """A recording and its samples."""
 
     name: str
     labels: np.ndarray
-    """Of each sample; NO_LABEL where it is left out."""
+    """Label of each sample; NO_LABEL if it is left out."""
     read: Callable[[int], dict[str, np.ndarray]]
-    """By modality, (c, I, S) of the sample of a number. Raises DataError."""
+    """Reads a sample by its number: (c, I, S) for each modality. Raises DataError."""
     subject: str = ""
     split: Split | None = None
-    """As the data says it."""
+    """The split that the data assign it, if any."""
     row: int = 1
-    """In the file that lists it."""
+    """Its row in the file that lists it."""
     remark: str = ""
-    """What users have to know of it."""
+    """Remark for the user."""
 
 
 def label_of(labels_N: np.ndarray, *, mixed: bool) -> int:
-    """The label of a sample: the most frequent one, or NO_LABEL where there are several and `mixed` is false."""
+    """The label of a sample: the most frequent one, or NO_LABEL if there are several and `mixed` is false."""
     values, counts = np.unique(labels_N, return_counts=True)
     return int(values[np.argmax(counts)]) if mixed or len(values) == 1 else NO_LABEL
 
 
 def divide(recordings: Sequence[Recording], how: str, source: str, dropped: int) -> list[RawSplit]:
-    """The samples of each split.
+    """Divides the samples of `recordings` into splits.
+
+    Args:
+        how: one of WAYS.
+        dropped: number of samples to leave out at a border between splits.
 
     Raises:
-        DataError: the recordings do not have what `how` needs.
+        DataError: the recordings lack what `how` requires.
     """
     split_of = _ways(recordings, how, source) if how != TIME else {}
     found: dict[Split, list[tuple[int, Callable[[], Row]]]] = {split: [] for split in SPLITS}
@@ -125,10 +132,10 @@ def divide(recordings: Sequence[Recording], how: str, source: str, dropped: int)
 
 
 def note_on(recordings: Sequence[Recording], splits: Sequence[RawSplit] | None = None, others: str = "") -> str:
-    """What users have to know: remarks on recordings, and how many samples are in none of `splits`.
+    """Notes for the user: remarks on recordings, and how many samples are in none of `splits`.
 
     Args:
-        others: why samples have no label, beside having several.
+        others: further reasons for samples to have no label, besides having several.
     """
     remarks: dict[str, list[str]] = {}
     for recording in recordings:
@@ -145,7 +152,7 @@ def note_on(recordings: Sequence[Recording], splits: Sequence[RawSplit] | None =
 
 
 def time_split(number: int, count: int, dropped: int) -> Split | None:
-    """Of a sample of a recording: its first 70 % are for training, then 10 and 20 %; None next to a border."""
+    """The split of a sample by time: 70 % of a recording for training, then 10 % and 20 %; None next to a border."""
     first, second = part_of(count, TRAIN_SHARE), part_of(count, TRAIN_AND_VAL_SHARE)
     if number < first:
         return "train"
@@ -155,7 +162,7 @@ def time_split(number: int, count: int, dropped: int) -> Split | None:
 
 
 def _ways(recordings: Sequence[Recording], how: str, source: str) -> dict[str, Split]:
-    """By name of a recording."""
+    """The split of each recording, keyed by name."""
     if how == PUBLISHED:
         for recording in recordings:
             if recording.split is None:
@@ -170,7 +177,7 @@ def _ways(recordings: Sequence[Recording], how: str, source: str) -> dict[str, S
             if len(kept):
                 groups.setdefault(label_of(kept, mixed=True), []).append(recording)
             else:
-                found[recording.name] = "train"  # for which it has no sample
+                found[recording.name] = "train"  # has no effect, as none of its samples is used
     for label, group in groups.items():
         key_of = {one.name: one.subject if how == SUBJECT else one.name for one in group}
         if how == SUBJECT and (without := [one for one in group if not one.subject]):
@@ -190,7 +197,7 @@ def _ways(recordings: Sequence[Recording], how: str, source: str) -> dict[str, S
 
 
 def read_row(recording: Recording, number: int) -> Row:
-    """The columns of one sample. Missing values are 0, and remarked on."""
+    """The row of one sample. Missing values become 0, with a remark."""
     read = recording.read(number)
     remarks = {MISSING_VALUES: 1} if any(np.isnan(array).any() for array in read.values()) else {}
     signals = {f"signal_{name}": np.nan_to_num(array) for name, array in read.items()}
@@ -201,10 +208,10 @@ def read_row(recording: Recording, number: int) -> Row:
 def check_finite(
     signal_N: np.ndarray, place: Path | str, first_row: int, column: str, given_N: Sequence[object] = ()
 ) -> None:
-    """Raises DataError, which names the first row without a number that float32 holds; rows count from `first_row`.
+    """Raises DataError, which names the first row whose value is not finite in float32; rows count from `first_row`.
 
     Args:
-        given_N: what was read, where that may be no number.
+        given_N: the cells as read, to quote them if they may not be numbers.
     """
     finite = np.abs(signal_N) <= LARGEST
     if not finite.all():
@@ -214,16 +221,16 @@ def check_finite(
 
 
 def read_numbers(path: Path, columns: Sequence[int], separator: str) -> np.ndarray:
-    """Columns, ascending, of a text file of numbers, (N, columns) float64.
+    """Reads columns, in ascending order, of a text file of numbers: (N, columns) float64.
 
-    Empty cells, blank lines and `NaN` are not a number.
+    Empty cells, blank lines and `NaN` become NaN.
 
     Raises:
-        DataError: the file cannot be read, or a cell is no number; names file and row.
+        DataError: the file cannot be read, or a cell is not a number; the message names file and row.
     """
     try:
-        which = {"header": None, "usecols": list(columns), "skip_blank_lines": False}
-        return np.asarray(pd.read_csv(path, sep=separator, dtype=np.float64, engine="c", **which))
+        options = {"header": None, "usecols": list(columns), "skip_blank_lines": False}
+        return np.asarray(pd.read_csv(path, sep=separator, dtype=np.float64, engine="c", **options))
     except pd.errors.EmptyDataError:
         raise DataError(f"{path}, row 1: expected numbers, found none") from None
     except OSError as error:
@@ -246,7 +253,7 @@ def _first_wrong(path: Path, columns: Sequence[int], separator: str) -> str | No
 
 
 def check_way(how: str | None, default: str, known: Sequence[str], spec: DatasetSpec) -> str:
-    """The way to divide; raises DataError where a dataset does not have it."""
+    """The way to split, `default` if `how` is None. Raises DataError if the dataset does not offer it."""
     if how is not None and how not in known:
         raise DataError(f"--split {how}: expected {' or '.join(known)} for {spec.make_arrow_name}")
     return how or default

@@ -1,4 +1,4 @@
-"""Tables that users write: CSV, TSV and JSONL, read row by row."""
+"""Reads tables written by users, in CSV, TSV or JSONL, row by row."""
 
 import csv
 import io
@@ -20,15 +20,17 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 def table_rows(
     path: Path, known: Sequence[str], needed: Sequence[str] | None = None, files: Sequence[str] = ()
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Pairs of line (from 1, where the row begins) and values by column: strings, or of a `.jsonl` what JSON has.
+    """Yields pairs of the line, from 1, on which a row begins, and its values keyed by column.
+
+    Values are strings, or any JSON values in a `.jsonl`.
 
     Args:
-        known: columns that are read, however they are typed.
-        needed: columns that the header of a CSV or TSV must have; None: all of these.
-        files: columns with the names of files.
+        known: columns that are read; variants of their spelling are recognised.
+        needed: columns that the header of a CSV or TSV must have; None means all in `known`.
+        files: columns with file names.
 
     Raises:
-        DataError: the file cannot be read, or a row cannot be told from the others; names file and row.
+        DataError: the file cannot be read, or has a malformed row; the message names file and row.
     """
     delimiter = DELIMITERS.get(path.suffix.lower())
     if delimiter is None:
@@ -95,7 +97,7 @@ def _columns(path: Path, row: int, names: Sequence[str], known: Sequence[str], n
 
 
 def _is_row(fields: Sequence[str], header: Sequence[str], files: Sequence[str]) -> bool:
-    """Whether a line within a cell has as many fields as a row, and a split or images where a row has them."""
+    """Whether a line inside a cell looks like a row: as many fields, with a split or image names in the right place."""
     if len(fields) != len(header):
         return False
     row = {name: field.strip(' "\r\n') for name, field in zip(header, fields, strict=True)}

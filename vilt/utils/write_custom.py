@@ -1,4 +1,4 @@
-"""A custom dataset: tables (CSV, TSV or JSONL) that list an image, texts and labels in each row."""
+"""Converts a custom dataset: tables (CSV, TSV or JSONL) that list an image, texts and labels in each row."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -20,18 +20,18 @@ from vilt.utils.tables import table_rows
 
 LAYOUT = """\
 RAW/
-  spec.yaml           files: TABLE and what else is to be known; or say --spec FILE or --table TABLE
+  spec.yaml           files: TABLE and further settings; or use --spec FILE or --table TABLE
   TABLE.csv           columns image, text, label, split; or .tsv, or .jsonl with these keys on each line
-  ANY/FILE            the images: in the table stands ANY/FILE
+  ANY/FILE            the images, named ANY/FILE in the table
 """
 SHARES: dict[Split, float] = {"train": 0.7, "val": 0.1, "test": 0.2}
-"""Of the rows, where a dataset has no splits."""
+"""Shares of rows in each split, if the dataset defines no splits."""
 ReadImage = Callable[["Listed"], tuple[bytes | None, str]]
-"""A row's image and what it is called; None where there is none. Raises BadSampleError."""
+"""Returns a row's image (None if there is none) and the image's name. Raises BadSampleError."""
 
 
 class Listed(NamedTuple):
-    """One row, as it stands in a table."""
+    """One row, as it is in the table."""
 
     table: Path
     row: int
@@ -39,7 +39,7 @@ class Listed(NamedTuple):
     text: Any
     label: Any
     split: object
-    """None in all rows: the splits are drawn."""
+    """If this is None in all rows, the splits are drawn."""
 
 
 def open_raw(
@@ -50,17 +50,17 @@ def open_raw(
     follow_links: bool = False,
     allow_missing: bool = False,
 ) -> RawDataset:
-    """The dataset in `raw`, its tables read and its classes found.
+    """Opens the dataset in `raw`: reads its tables and finds its classes.
 
     Args:
-        spec: the spec.yaml; None: that of `raw`.
-        table: instead of a spec: the only table, with the default columns.
-        split_seed: draws the splits where the table names none.
+        spec: the spec.yaml; None means that in `raw`.
+        table: instead of a spec, the only table, with the default columns.
+        split_seed: seed of the splits if the table has none.
         follow_links: whether images may be links that lead out of `raw`.
-        allow_missing: whether an image file that is not there is missing by nature, not a bad sample.
+        allow_missing: whether an absent image file makes the image naturally missing instead of the sample bad.
 
     Raises:
-        DataError: the spec or a table as such is wrong; names the file, and the row where there is one.
+        DataError: the spec or a table is malformed; the message names the file, and the row if there is one.
     """
     raw_data.require_layout(raw, () if spec or table else ("spec.yaml",), LAYOUT)
     layout = read_layout(raw, spec, table)
@@ -79,13 +79,13 @@ def open_raw(
 
 
 def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, split_seed: int | None) -> RawDataset:
-    """The dataset of `rows`, whose images `read_image` gives. Raises DataError: no classes, or a split without rows."""
+    """Builds the dataset from `rows`. Raises DataError if it has no classes, or a split has no rows."""
     note, table_of = "", {split: path for path, split in layout.tables}
     drawn = bool(rows) and all(listed.split is None for listed in rows)
     if drawn:
         of_splits, note = draw_splits(layout, rows, split_seed or 0)
     elif split_seed is not None:
-        raise DataError(f"{layout.source}: split_seed draws splits where there are none; expected no column split")
+        raise DataError(f"{layout.source}: split_seed is for data without splits; expected no column split")
     else:
         of_splits = {split: [] for split in SPLITS}
         for listed in rows:
@@ -98,23 +98,23 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
         if not of_split:
             table = table_of.get(split) or table_of.get(None, layout.source)
             if drawn:
-                found_rows = f"of {len(rows)}, those of one image together, none is left for {split}"
-                raise DataError(f"{table}: expected rows enough to draw three splits from; {found_rows}")
+                found_rows = f"of {len(rows)}, with those of an image kept together, none is left for {split}"
+                raise DataError(f"{table}: expected enough rows to draw three splits from; {found_rows}")
             what = "" if split in table_of else f" with {layout.columns['split']} {split}"
             raise DataError(f"{table}: expected rows{what}, found none")
     custom = classes_of(layout, rows)
     doubts = [note]
     trained_on = {image_of(listed) for listed in of_splits["train"]} - {None}
     if repeated := sum(image_of(listed) in trained_on for split in ("val", "test") for listed in of_splits[split]):
-        doubts.append(f"warning: {counted(repeated, 'row')} of val and test with an image that training has too")
+        doubts.append(f"warning: {counted(repeated, 'row')} of val and test with an image that is also in training")
     if layout.labels == "multi" and not any(
         len(listed.label) > 1 if isinstance(listed.label, list) else layout.separator in str(listed.label)
         for listed in rows
     ):
-        doubts.append(f"warning: no row has several labels; in a cell {quoted(layout.separator)} separates them")
+        doubts.append(f"warning: no row has several labels; within a cell, {quoted(layout.separator)} separates them")
     joined = [quoted(name) for name in custom.class_names if layout.separator in name]
     if layout.labels == "single" and joined:
-        doubts.append(f"warning: {joined[0]} is one class; with `labels: multi` in the description it would be several")
+        doubts.append(f"warning: {joined[0]} is one class; with `labels: multi` it would be several")
     read = partial(read_row, layout, {name: number for number, name in enumerate(custom.class_names)}, read_image)
     splits = [
         RawSplit(split, of_split[0].table.name, [(listed.row, partial(read, listed)) for listed in of_split])
@@ -124,13 +124,13 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
 
 
 def image_of(listed: Listed) -> str | None:
-    """What tells the image of a row from others; None where it has none, or not as a file."""
+    """Identifies the image file of a row; None if the row has no image, or one that is not a file."""
     alone = missing(listed.image) or not isinstance(listed.image, str | Path)
     return None if alone else normal(str(listed.image))
 
 
 def draw_splits(layout: Layout, rows: Sequence[Listed], seed: int) -> tuple[dict[Split, list[Listed]], str]:
-    """The rows of each split, stratified by label, and a remark on it. Rows of one image are in one split."""
+    """Draws splits stratified by label, with all rows of an image in one split. Also returns a note on them."""
     groups: dict[str, list[int]] = {}
     for number, listed in enumerate(rows):
         groups.setdefault(image_of(listed) or f"row {number}", []).append(number)
@@ -151,7 +151,7 @@ def draw_splits(layout: Layout, rows: Sequence[Listed], seed: int) -> tuple[dict
 
 
 def classes_of(layout: Layout, rows: Sequence[Listed]) -> CustomData:
-    """Name, classes and metric. Raises DataError, which names the first row without a label where that is the cause."""
+    """The description of the dataset. Raises DataError; if rows lack labels, the message names the first of them."""
     names: set[str] = set()
     faults: list[tuple[Listed, BadSampleError]] = []
     for listed in rows:
@@ -171,7 +171,7 @@ def classes_of(layout: Layout, rows: Sequence[Listed]) -> CustomData:
 def read_row(layout: Layout, numbers: dict[str, int], read_image: ReadImage, listed: Listed) -> Row:
     """Columns image, text, label (class number, or 0/1 over the classes), image_id. Raises BadSampleError.
 
-    A blank cell is an image or a text that is missing by nature.
+    A blank cell means that the image or text is naturally missing.
     """
     texts = None
     if not missing(listed.text):
@@ -190,7 +190,7 @@ def read_row(layout: Layout, numbers: dict[str, int], read_image: ReadImage, lis
 
 
 def read_labels(layout: Layout, listed: Listed) -> list[str]:
-    """The names of the labels of a row. Raises BadSampleError."""
+    """The label names of a row. Raises BadSampleError."""
     labels = [listed.label]
     if layout.labels == "multi":
         if isinstance(listed.label, str) and listed.table.suffix.lower() != ".jsonl":
@@ -206,7 +206,7 @@ def read_labels(layout: Layout, listed: Listed) -> list[str]:
 
 
 def missing(cell: Any) -> bool:
-    """Whether a cell of images or texts says that there is none: nothing, blank, or a list of such."""
+    """Whether a cell for an image or text is empty: None, NaN, blank, or a list of such values."""
     if isinstance(cell, list):
         return all(map(missing, cell))
     return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and cell != cell)

@@ -1,4 +1,4 @@
-"""UPMC Food-101: photographs from web pages about 101 dishes, each with the title of its page."""
+"""Converts UPMC Food-101: photographs from web pages about 101 dishes, each with the title of its page."""
 
 import io
 import re
@@ -45,7 +45,7 @@ def read_dish(raw: Path, allow_missing: bool, folder: str, name: str, text: obje
 
 
 def read_classes(path: Path, n_most: int) -> dict[str, int]:
-    """class_idx.json: class name -> number, checked to be 0 ... n-1, n at most `n_most`. Raises DataError."""
+    """Reads class_idx.json: class name -> number, checked to be 0 ... n-1 with n at most `n_most`. Raises DataError."""
     given = read_json(path)
     classes: dict[str, Any] = {normal(name): whole(number) for name, number in given.items()}
     if len(classes) < len(given) or look_alikes(classes):
@@ -62,10 +62,10 @@ def read_classes(path: Path, n_most: int) -> dict[str, int]:
 
 
 def read_titles(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Row, file name and title of each line that is not blank.
+    """Yields row, file name and title of each line that is not blank.
 
-    A title with commas may stand in quotes or not; a quote that is not closed on its line is a character like others.
-    Raises DataError for a line that does not end with the class of its file, such as part of a title.
+    A title with commas may be quoted or not; a quote that is not closed on its line is an ordinary character. Raises
+    DataError for a line that does not end with the class of its file, such as part of a title.
     """
     for row, line in enumerate(io.StringIO(read_text(path), newline=None), 1):
         if not line.strip():
@@ -82,7 +82,7 @@ def read_titles(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def read_texts(raw: Path) -> dict[str, Any]:
-    """File name -> text, from text.json or, where that is absent, from the two titles files. Raises DataError."""
+    """File name -> text, from text.json or, if that is absent, from the two titles files. Raises DataError."""
     if (raw / "text.json").is_file():
         return read_json(raw / "text.json")
     raw_data.require_layout(raw, TITLE_FILES, LAYOUT)
@@ -96,15 +96,15 @@ def read_texts(raw: Path) -> dict[str, Any]:
 
 
 def open_raw(raw: Path, allow_missing: bool = False) -> RawDataset:
-    """UPMC Food-101 in `raw`, with its classes, splits and texts read and checked. Raises DataError.
+    """Opens UPMC Food-101 in `raw`: reads and checks its classes, splits and texts. Raises DataError.
 
     Args:
-        allow_missing: dishes without text are not left out, and those without image are no bad samples.
+        allow_missing: keep dishes without text, and those without image, which otherwise are bad samples.
     """
     spec = DATASETS["food101"]
     raw_data.require_layout(raw, ("class_idx.json", "split.json", "images/train", "images/test"), LAYOUT)
     classes = read_classes(raw / "class_idx.json", spec.n_classes)
-    # A value of another type is kept, to be reported as a bad sample.
+    # A value of another type is kept here, and later reported as a bad sample.
     given = read_texts(raw).items()
     texts = {normal(name): text for name, text in given if text is not None and str(text).strip()}
     splits = []

@@ -1,4 +1,4 @@
-"""Hateful Memes: images with their caption, hateful or not."""
+"""Converts Hateful Memes: images with their captions, hateful or not."""
 
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,11 @@ RAW/ or RAW/data/
 TEST_SPLITS = ("test", "test_seen", "test_unseen")
 
 Record = dict[str, Any] | BadSampleError
-"""What stands on a line, or what is wrong with it."""
+"""The content of a line, or the error that makes it a bad sample."""
 
 
 def read_meme(folder: Path, allow_missing: bool, source: str, record: Record) -> Row:
-    """Columns image, text (a list of one), label (1: hateful), of a record in the file `source`.
+    """Columns image, text (a list of one), label (1: hateful) for a record in the file `source`.
 
     Raises BadSampleError.
     """
@@ -47,9 +47,9 @@ def read_meme(folder: Path, allow_missing: bool, source: str, record: Record) ->
 
 
 def read_records(path: Path) -> dict[int, Record]:
-    """The records of a jsonl file by line, from 1.
+    """The records of a jsonl file, keyed by line from 1.
 
-    Raises DataError if there are none, if an id comes twice, or if none of those that can be read has a label.
+    Raises DataError if there are none, if an id occurs twice, or if none of the readable records has a label.
     """
     records: dict[int, Record] = {}
     for row, line in enumerate(raw_data.read_bytes(path).splitlines(), 1):
@@ -64,7 +64,7 @@ def read_records(path: Path) -> dict[int, Record]:
     rows: dict[int | str, int] = {}
     for row, record in intact.items():
         name = whole(record.get("id"))
-        # Within a file only: dev_seen and dev_unseen of the later release overlap by design.
+        # Unique only within a file: dev_seen and dev_unseen of the later release overlap by design.
         if isinstance(name, int | str) and rows.setdefault(name, row) != row:
             raise DataError(f"{path}: the id {quoted(name)} is listed twice, in rows {rows[name]} and {row}")
     if intact and all(record.get("label") is None for record in intact.values()):
@@ -74,11 +74,11 @@ def read_records(path: Path) -> dict[int, Record]:
 
 
 def open_raw(raw: Path, test_split: str = "test", allow_missing: bool = False) -> RawDataset:
-    """Hateful Memes in `raw` or `raw/data`, its jsonl files checked for labels and repeated ids. Raises DataError.
+    """Opens Hateful Memes in `raw` or `raw/data`; checks for labels and repeated ids. Raises DataError.
 
     Args:
         test_split: name of the jsonl file with the test split.
-        allow_missing: memes without image or text miss that by nature, and are no bad samples.
+        allow_missing: keep memes without image or text, as naturally missing; otherwise they are bad samples.
     """
     spec = DATASETS["hatememes"]
     folder = raw / "data" if (raw / "data" / "train.jsonl").is_file() and not (raw / "train.jsonl").is_file() else raw

@@ -1,4 +1,4 @@
-"""MM-IMDb: posters, plots and genres of 25,959 films. One row per film, with all its plots."""
+"""Converts MM-IMDb: posters, plots and genres of 25,959 films. One row per film, with all its plots."""
 
 from functools import partial
 from pathlib import Path
@@ -40,10 +40,10 @@ def read_film(raw: Path, allow_missing: bool, name: str) -> Row:
 
 
 def open_raw(raw: Path, allow_missing: bool = False) -> RawDataset:
-    """MM-IMDb in `raw`, with split.json read and checked. Raises DataError.
+    """Opens MM-IMDb in `raw`: reads and checks split.json. Raises DataError.
 
     Args:
-        allow_missing: films without poster or plots miss that by nature, and are no bad samples.
+        allow_missing: keep films without poster or plots, as naturally missing; otherwise they are bad samples.
     """
     spec = DATASETS["mmimdb"]
     raw_data.require_layout(raw, ("split.json", "images", "labels"), LAYOUT)

@@ -1,4 +1,4 @@
-"""MOD: recordings of a microphone and a geophone, or the published samples with their index files."""
+"""Converts MOD: recordings of a microphone and a geophone, or the published samples with their index files."""
 
 import math
 import re
@@ -51,18 +51,18 @@ PRETRAIN, UNUSED = "pretrain", "unused"
 RATES = {"seismic": 100, "audio": 8000}
 ZERO_CROSSINGS, ROLL_OFF, TAPS, BEFORE = 6, 0.99, 28, 13
 VALIDATION_OF_PUBLISHED = 10
-"""Of the published training samples, by name, each that many-th is for validation."""
+"""With the published split, every tenth training sample in order of name is for validation."""
 
 
 def half_rate_kernel() -> np.ndarray:
-    """(28,) float64: windowed sinc that halves a rate, with a Hann window."""
+    """The filter that halves a sampling rate: a sinc with a Hann window, float64 (28,)."""
     t = np.clip(ROLL_OFF * (np.arange(TAPS) - BEFORE) / 2, -ZERO_CROSSINGS, ZERO_CROSSINGS)
     kernel: np.ndarray = ROLL_OFF / 2 * np.sinc(t) * np.cos(math.pi * t / (2 * ZERO_CROSSINGS)) ** 2
     return kernel
 
 
 def at_half_rate(signal_N: np.ndarray, first: int, count: int) -> np.ndarray:
-    """(count,) float64: values from `first` on of a recording at half its rate, with zeros outside."""
+    """Resamples a recording to half its rate and returns `count` values from `first` on, float64; zeros outside it."""
     begin, length = 2 * first - BEFORE, 2 * count - 2 + TAPS
     padded = np.zeros(length)
     inside = signal_N[max(0, begin) : begin + length]
@@ -72,7 +72,7 @@ def at_half_rate(signal_N: np.ndarray, first: int, count: int) -> np.ndarray:
 
 
 def class_of(run: str) -> int:
-    """Label of a run, by its name; NO_LABEL where it says none."""
+    """The label of a run, taken from its name; NO_LABEL if the name has none."""
     return next((label for label, name in enumerate(CLASSES) if name in run), NO_LABEL)
 
 
@@ -88,7 +88,7 @@ class Listed(NamedTuple):
 
 
 def runs() -> list[Listed]:
-    """The recordings of MOD."""
+    """The rows of mod_runs.csv, which lists the recordings of MOD."""
     columns = ["run", "node", "cut_start_s", "cut_end_s", "used_for"]
     rows = [values for _, values in table_rows(RUNS, columns)]
     return [Listed(v["run"], v["node"], int(v["cut_start_s"]), int(v["cut_end_s"]), v["used_for"]) for v in rows]
@@ -96,14 +96,14 @@ def runs() -> list[Listed]:
 
 @dataclass(frozen=True)
 class Node:
-    """The raw recording of a node in a run."""
+    """The raw recording of one sensor node in a run."""
 
     folder: Path
     listed: Listed
 
     @cached_property
     def paths(self) -> dict[str, Path]:
-        """Of audio and seismic. Raises DataError where one is not there."""
+        """Paths of the audio and seismic files. Raises DataError if one is missing."""
         audio = next(
             (self.folder / name for name in ("aud16000.csv", "aud.csv") if (self.folder / name).is_file()), None
         )
@@ -114,24 +114,24 @@ class Node:
 
     @cached_property
     def seconds(self) -> list[float]:
-        """How long audio and seismic are."""
+        """Durations of audio and seismic."""
         return [_lines(self.paths["audio"]) / RATES["audio"] / 2, _lines(self.paths["seismic"]) / RATES["seismic"]]
 
     @property
     def count(self) -> int:
-        """Samples: as many as both signals have."""
+        """Number of samples that both signals cover."""
         cut = self.listed.cut_start + self.listed.cut_end
         return max(0, int(min(self.seconds) - cut) // SECONDS)
 
     def recording(self, label: int) -> Recording:
-        """With one label for all samples."""
+        """The recording, with the same label for all samples."""
         differ = max(self.seconds) > 1.1 * min(self.seconds)
-        remark = "audio at 16 kHz and seismic at 100 Hz are not equally long; the rest is left out" if differ else ""
+        remark = "audio at 16 kHz and seismic at 100 Hz differ in length; the excess is left out" if differ else ""
         name = f"{self.listed.run}_{self.listed.node}"
         return Recording(name, np.full(self.count, label), self.read, remark=remark)
 
     def read(self, number: int) -> dict[str, np.ndarray]:
-        """By modality, (1, 10, S) of a sample. Raises DataError."""
+        """The signals of a sample, (1, 10, S) for each modality. Raises DataError."""
         with _LOCK:
             signals = _loaded(self)
         audio = at_half_rate(signals["audio"], number * SECONDS * RATES["audio"], SECONDS * RATES["audio"])
@@ -143,7 +143,7 @@ class Node:
         }
 
     def load(self) -> dict[str, np.ndarray]:
-        """The signals without what is cut off. Raises DataError, which names file and row."""
+        """The signals, cut at both ends as listed. Raises DataError, which names file and row."""
         found = {}
         for name, rate in (("audio", 2 * RATES["audio"]), ("seismic", RATES["seismic"])):
             path, separator = self.paths[name], "," if name == "audio" else r"\s+"
@@ -158,7 +158,7 @@ _LOCK = Lock()
 
 @lru_cache(maxsize=1)
 def _loaded(node: Node) -> dict[str, np.ndarray]:
-    """The recording that was asked for last is kept; samples are read in order."""
+    """The signals of a node. Only the last recording is cached, since samples are read in order."""
     return node.load()
 
 
@@ -174,13 +174,13 @@ def _lines(path: Path) -> int:
 
 
 def open_raw(raw: Path, split: str | None = None) -> RawDataset:
-    """MOD in `raw`.
+    """Opens MOD in `raw`.
 
     Args:
-        split: `time` (default), or `published`, for which index files have to be there.
+        split: `time` (default), or `published`, which needs the index files.
 
     Raises:
-        DataError: files are missing, or not as expected; names them.
+        DataError: files are missing or not as expected; the message names them.
     """
     raw_data.require_layout(raw, (), LAYOUT)
     spec = DATASETS["mod"]
@@ -193,7 +193,7 @@ def open_raw(raw: Path, split: str | None = None) -> RawDataset:
     notes, listed_samples = [], {name for path in indices.values() for name in _names(path)}
     if not nodes or indices or how == PUBLISHED:
         if missing := [name for name in ("train", "test") if name not in indices]:
-            raise DataError(f"{raw}: expected {missing[0]}_index.txt, which says what is for training and test")
+            raise DataError(f"{raw}: expected {missing[0]}_index.txt, which lists samples for training or test")
         splits = _of_index(raw, samples, nodes, indices, how)
     else:
         splits = _of_recordings(nodes)
@@ -203,14 +203,14 @@ def open_raw(raw: Path, split: str | None = None) -> RawDataset:
     strays |= {path for name, path in samples.items() if name not in listed_samples}
     if strays:
         found = listed([str(path.relative_to(raw)) for path in sorted(strays)])
-        notes.append(f"warning: in no list of MOD's recordings or samples, and left out: {found}")
+        notes.append(f"warning: not in any list of MOD's recordings or samples, and left out: {found}")
     if how == PUBLISHED:
-        notes.append("--split published: samples for test lie between those for training of the same recording")
+        notes.append("--split published: test samples lie between training samples of the same recording")
     return RawDataset(spec, CLASSES[: spec.n_classes], tuple(splits), "\n".join(filter(None, notes)))
 
 
 def _by_name(paths: Iterable[Path]) -> dict[str, Path]:
-    """Raises DataError where two have one name."""
+    """The paths, keyed by their stems. Raises DataError if two have the same stem."""
     found: dict[str, Path] = {}
     for path in sorted(paths):
         if (other := found.setdefault(path.stem, path)) != path:
@@ -219,10 +219,10 @@ def _by_name(paths: Iterable[Path]) -> dict[str, Path]:
 
 
 def _of_recordings(nodes: Sequence[Node]) -> list[RawSplit]:
-    """Of raw recordings, by time."""
+    """Splits raw recordings by time."""
     found: dict[str, list[Sample]] = {split: [] for split in (*SPLITS, PRETRAIN)}
     held_out: set[tuple[str, int]] = set()
-    """Runs, and the seconds in them, of validation and test samples."""
+    """Run and start, in seconds, of each validation and test sample."""
     for use in ("supervised", PRETRAIN):
         for row, node in enumerate(nodes, 1):
             if node.listed.used_for != use:
@@ -243,7 +243,7 @@ def _of_recordings(nodes: Sequence[Node]) -> list[RawSplit]:
 
 
 def _is_clear(run: str, at: int, held_out: set[tuple[str, int]]) -> bool:
-    """Whether the sample from second `at` on shares no second with one that is held out."""
+    """Whether the sample that starts at second `at` of a run overlaps no held-out sample."""
     return not any((run, at + step) in held_out for step in range(1 - SECONDS, SECONDS))
 
 
@@ -254,7 +254,7 @@ def _splits(found: dict[str, list[Sample]], source: str) -> list[RawSplit]:
 def _of_index(
     raw: Path, samples: dict[str, Path], nodes: Sequence[Node], indices: dict[str, Path], how: str
 ) -> list[RawSplit]:
-    """Of the samples that index files list, published or cut from recordings."""
+    """Splits the samples that the index files list, whether published or cut from recordings."""
     of_node = {f"{node.listed.run}_{node.listed.node}": node for node in nodes}
     listed_in = {name: _names(path) for name, path in indices.items()}
 
@@ -263,18 +263,18 @@ def _of_index(
         index = next(index for index, rows in listed_in.items() if name in rows)
         row = listed_in[index][name]
         if name in samples:
-            of = Recording(recording, np.full(number + 1, label), partial(read_sample, samples[name]))
+            source = Recording(recording, np.full(number + 1, label), partial(read_sample, samples[name]))
         elif recording in of_node and number < of_node[recording].count:
-            of = of_node[recording].recording(label)
+            source = of_node[recording].recording(label)
         else:
-            there = f"expected {name}.pt, or its recording, below {raw}, found none"
-            raise DataError(f"{indices[index]}, row {row}: {there}")
-        return row, partial(read_row, of, number)
+            expected = f"expected {name}.pt, or its recording, below {raw}, found none"
+            raise DataError(f"{indices[index]}, row {row}: {expected}")
+        return row, partial(read_row, source, number)
 
     train, test = sorted(listed_in["train"]), sorted(listed_in["test"])
     if how == PUBLISHED and (shared := [name for name in test if name in listed_in["train"]]):
         row = listed_in["test"][shared[0]]
-        raise DataError(f"{indices['test']}, row {row}: {shared[0]}: expected a sample that is not for training too")
+        raise DataError(f"{indices['test']}, row {row}: {shared[0]}: expected a sample that is not also for training")
     split_of: dict[str, str | None] = {**dict.fromkeys(train, "train"), **dict.fromkeys(test, "test")}
     if how == PUBLISHED:
         split_of |= dict.fromkeys(train[::VALIDATION_OF_PUBLISHED], "val")
@@ -288,7 +288,7 @@ def _of_index(
     held_out: set[tuple[str, int]] = set()
 
     def place_of(name: str) -> tuple[str, int]:
-        """Run, and the second in it."""
+        """The run of a sample, and the second in it at which the sample starts."""
         recording, number = _by_number(name)
         run, node = recording.rsplit("_", 1) if "_" in recording else (recording, "")
         return run, cuts.get((run, node), 0) + SECONDS * number
@@ -313,7 +313,7 @@ def _of_index(
 
 
 def _names(path: Path) -> dict[str, int]:
-    """The names of samples in an index file, with their rows; folders are those of another machine."""
+    """Row of each sample in an index file, keyed by the sample's name without the folder of another machine."""
     found: dict[str, int] = {}
     for row, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
@@ -331,13 +331,13 @@ def _by_number(name: str) -> tuple[str, int]:
 
 
 def read_sample(path: Path, number: int) -> dict[str, np.ndarray]:
-    """The signals of a published sample. Raises DataError."""
+    """The signals of a published sample, keyed by modality. Raises DataError."""
     try:
         loaded = load_inert(path)
         found = {name: loaded["data"]["shake"][name] for name in RATES}
         label = loaded["label"]["vehicle_type"] if isinstance(loaded["label"], dict) else loaded["label"]
         if int(label) not in (class_of(path.stem), NO_LABEL):
-            raise ValueError(f"expected the label {class_of(path.stem)}, as its name says, found {int(label)}")
+            raise ValueError(f"expected the label {class_of(path.stem)} given by its name, found {int(label)}")
         for name, rate in RATES.items():
             shape = (1, INTERVALS, SECONDS * rate // INTERVALS)
             if not isinstance(found[name], torch.Tensor) or tuple(found[name].shape) != shape:
@@ -345,7 +345,7 @@ def read_sample(path: Path, number: int) -> dict[str, np.ndarray]:
             if not torch.isfinite(found[name].float()).all():
                 raise ValueError(f"{name}: expected finite numbers of float32")
     except KeyError as error:
-        raise DataError(f"{path}: expected data of shake with {' and '.join(RATES)}, found no {error}") from None
+        raise DataError(f"{path}: expected data['shake'] with {' and '.join(RATES)}, found no {error}") from None
     except Exception as error:  # torch.load raises many types on damaged files
         raise DataError(f"{path}: not readable as a sample of MOD: {first_line(error)}") from None
     return {name: x.float().numpy() for name, x in found.items()}

@@ -1,4 +1,4 @@
-"""A custom set of sensors: signals in one array, with tables of its channels and recordings, and a spec."""
+"""Converts a custom sensor dataset: signals in one array, with tables of channels and recordings, and a spec."""
 
 from collections import Counter
 from functools import partial
@@ -38,7 +38,7 @@ RAW/
   labels.npy      (rows): class number of each row
   classes.txt     class names, one a line, from 0
   recordings.csv  recording, subject, split, start (row), length (rows); subject and split may be empty
-  spec.yaml       name, sample and interval in seconds; or say --spec FILE
+  spec.yaml       name, sample and interval in seconds; or use --spec FILE
 """
 RECORDINGS = ["recording", "subject", "split", "start", "length"]
 CHANNELS = ["column", "modality", "rate_hz", "scale"]
@@ -51,19 +51,20 @@ KEYS = {
     "mixed_labels": (True, flag),
     "metric": ("accuracy", one_of("accuracy", "f1_macro")),
 }
-"""Of spec.yaml, with default and reader. `mixed_labels`: samples with several labels have the most frequent one, or are
-left out."""
+"""Keys of spec.yaml, each with default and reader. `mixed_labels`: samples with several labels get the most frequent
+one if true, and are left out if false."""
 
 
 class _Channels(NamedTuple):
     columns: dict[str, list[int]]
-    """By modality."""
+    """Columns of signals.npy that belong to each modality."""
     scales: dict[str, np.ndarray]
+    """Factor of each of these columns."""
     rate: float
 
 
 def read_spec(path: Path) -> dict[str, Any]:
-    """The values of a spec.yaml by key. Raises DataError."""
+    """The values of a spec.yaml, keyed as in KEYS. Raises DataError."""
     given = read_yaml(path)
     if not isinstance(given, dict) or (unknown := [key for key in given if key not in KEYS]):
         found = unknown[0] if isinstance(given, dict) else given
@@ -76,21 +77,21 @@ def read_spec(path: Path) -> dict[str, Any]:
 
 
 def _typed(value: Any, read: Reader) -> Any:
-    """Numbers and truth values, which YAML gives as they were typed."""
+    """Turns the text of a YAML scalar into the number or truth value that it spells, unless `read` reads texts."""
     if not isinstance(value, str) or read is text:
         return value
     return literal(value.capitalize() if read is flag else value)
 
 
 def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> RawDataset:
-    """The dataset in `raw`.
+    """Opens the dataset in `raw`.
 
     Args:
-        spec: the spec.yaml; None: that of `raw`.
-        split: how to divide; None: as recordings.csv says, else by subject, else by time.
+        spec: the spec.yaml; None means that in `raw`.
+        split: way to split; None means as in recordings.csv, else by subject, else by time.
 
     Raises:
-        DataError: a file is missing, or does not fit the others; names it, and the row where there is one.
+        DataError: a file is missing or does not fit the others; the message names it, and the row if there is one.
     """
     files = ("signals.npy", "channels.csv", "labels.npy", "classes.txt", "recordings.csv")
     raw_data.require_layout(raw, (*files, *(() if spec else ("spec.yaml",))), LAYOUT)
@@ -133,11 +134,11 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
             raise DataError(f"{place}: split: expected {' or '.join(SPLITS)}, or nothing, found {found}")
         if (taken := recording_of_row[start : start + length].max(initial=-1)) >= 0:
             found = quoted(recordings[taken].name)
-            raise DataError(f"{place}: expected rows of its own, found some that {found} has too")
+            raise DataError(f"{place}: expected rows of its own, found some that also belong to {found}")
         recording_of_row[start : start + length] = len(recordings)
         of_samples = cut.labels(labels[start : start + length], mixed=of_spec["mixed_labels"])
         if values["recording"] in {one.name for one in recordings} or not values["recording"]:
-            raise DataError(f"{place}: recording: expected a name of its own, found {quoted(values['recording'])}")
+            raise DataError(f"{place}: recording: expected a unique name, found {quoted(values['recording'])}")
         reader, subject = partial(read, start, length), label_name(values["subject"])
         recordings.append(Recording(values["recording"], of_samples, reader, subject, values["split"] or None, row))
     row_of_set = custom_spec(custom)
@@ -150,7 +151,7 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
         pairs = {(one.subject, one.split) for one in recordings if one.subject}
         counts = Counter(subject for subject, _ in pairs)
         if several := sorted(subject for subject, count in counts.items() if count > 1):
-            note += f"{note and chr(10)}warning: subjects that are in several splits: {listed(several)}"
+            note += f"{note and chr(10)}warning: subjects in several splits: {listed(several)}"
     if in_none := np.count_nonzero(recording_of_row < 0):
         note += f"{note and chr(10)}warning: in no recording, and left out: {in_none:,} of {len(signals):,} rows"
     return RawDataset(row_of_set, classes, splits, note)
@@ -189,7 +190,7 @@ def _read_channels(path: Path, n_columns: int) -> _Channels:
 
 
 def _number(place: str, value: str, read: Reader) -> Any:
-    """A number in a table, read by `read`. Raises DataError, which names its place."""
+    """Reads a number in a table. Raises DataError, which names its place."""
     try:
         return read(place, int(value) if value.isdecimal() else float(value))
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Text, audio and vision features with a sentiment: MulT's and MMSA's pickles, or a table with `.npy` files.
+"""Converts text, audio and vision features labelled with sentiment: MulT's and MMSA's pickles, or a table and arrays.
 
 Shape suffixes: N rows of a split, T steps, D width.
 """
@@ -24,7 +24,7 @@ from vilt.utils.tables import DELIMITERS, table_rows
 MODALITIES, STEPS = ("text", "audio", "vision"), ("steps", "width")
 SPLIT_KEYS: dict[Split, str] = {"train": "train", "val": "valid", "test": "test"}
 LABELS = ("labels", "regression_labels")
-"""Key of the labels in MulT's files, and in MMSA's, which have their padding at the end."""
+"""Key of the labels in MulT's files, and in MMSA's, which are padded at the end."""
 KNOWN_FILES = {
     "1a113ad5edc8b9b625a7e29e6b94a97ecade70494c4e022d9f7ba5affca3bbdc": ("mosi", "MulT's mosi_data.pkl"),
     "637d72469fe19333d7acfe9ca543f0f45af8004f103ed05649881b713c769e45": ("mosi", "MulT's mosi_data_noalign.pkl"),
@@ -35,7 +35,7 @@ KNOWN_FILES = {
     "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": ("mosei", "MMSA's MOSEI unaligned_50.pkl"),
     "c9e20c13ec0454d98bb9c1e520e490c75146bfa2dfeeea78d84de047dbdd442f": ("sims", "MMSA's SIMS unaligned_39.pkl"),
 }
-"""By SHA-256, the dataset and what the file is called."""
+"""Dataset and title of each published file, keyed by SHA-256."""
 NOT_FINITE = "numbers that were not finite, now 0"
 TABLE_COLUMNS = ("id", "split", "label", "text")
 LAYOUT = """\
@@ -50,7 +50,7 @@ RAW/
 
 @dataclass(frozen=True)
 class Segments:
-    """One split of a file, its labels checked and its features not read yet."""
+    """One split of a file. Its labels have been checked, but its features not read yet."""
 
     split: Split
     source: str
@@ -58,17 +58,17 @@ class Segments:
     labels_N: np.ndarray
     texts: Sequence[str]
     features: Callable[[int], dict[str, np.ndarray]]
-    """Of a row, from 0: (T, D) by modality, padding in front."""
+    """Reads the features of a row, from 0: (T, D) for each modality, padded in front."""
 
 
 def open_raw(raw: Path, dataset: str, table: Path | None = None) -> RawDataset:
-    """The segments in `raw`, a folder or the file itself, for the row `dataset`.
+    """Opens the segments of `dataset` in `raw`, a folder or the file itself.
 
     Args:
-        table: of a dataset of one's own, where it is not the only one in `raw`.
+        table: table of the user's own dataset, if `raw` has several.
 
     Raises:
-        DataError: no file fits, several do, or one is wrong; names file and row.
+        DataError: no file fits, several do, or one is malformed; the message names file and row.
     """
     spec = DATASETS[dataset]
     if not raw.is_file():
@@ -83,9 +83,9 @@ def open_raw(raw: Path, dataset: str, table: Path | None = None) -> RawDataset:
         raise not_as_in(LAYOUT, f"{raw}: expected a pickle ({', '.join(SUFFIXES)}), found none")
     spec = with_shapes(spec, shapes)
     splits = []
-    for of in segments:
-        samples = [(row + 1, partial(_row, spec, of, row)) for row in range(len(of.labels_N))]
-        splits.append(RawSplit(of.split, of.source, samples))
+    for part in segments:
+        samples = [(row + 1, partial(_row, spec, part, row)) for row in range(len(part.labels_N))]
+        splits.append(RawSplit(part.split, part.source, samples))
     return RawDataset(spec, spec.class_names or (), tuple(splits), note)
 
 
@@ -93,7 +93,7 @@ def _row(spec: DatasetSpec, segments: Segments, row: int) -> Row:
     remarks: Counter[str] = Counter()
     columns: Row = {"id": segments.ids[row], "raw_text": [segments.texts[row]], REMARKS: remarks}
     for name, given_TD in segments.features(row).items():
-        with np.errstate(over="ignore"):  # what is too large for float32 is not finite there
+        with np.errstate(over="ignore"):  # values too large for float32 become infinite, and are replaced below
             x_TD = given_TD.astype(np.float32)
         finite_TD = np.isfinite(x_TD)
         if not finite_TD.all():
@@ -109,7 +109,7 @@ def _row(spec: DatasetSpec, segments: Segments, row: int) -> Row:
 
 
 def _of_pickles(spec: DatasetSpec, paths: Sequence[Path]) -> tuple[dict[str, tuple[int, ...]], list[Segments], str]:
-    """The one pickle that is of a dataset: by its checksum, else by how many segments it has."""
+    """Reads the one pickle of the dataset, recognised by its checksum or else by its number of segments."""
     fitting = paths
     if len(paths) > 1:
         known = {path: KNOWN_FILES.get(file_sha256(path), (None, ""))[0] for path in paths}
@@ -128,7 +128,7 @@ def _of_pickles(spec: DatasetSpec, paths: Sequence[Path]) -> tuple[dict[str, tup
         raise DataError(f"{path}: this is {title}; convert it with --dataset {of_dataset}")
     note = f"{path.name}: {title or 'SHA-256 ' + digest}"
     if not title and spec.name != "vla":
-        note = f"warning: {note}, which is of none of the published files"
+        note = f"warning: {note}, not one of the published files"
     return *_read_splits(spec, path, read_pickle(path)), note
 
 
@@ -139,7 +139,7 @@ def _has_sizes_of(spec: DatasetSpec, path: Path) -> bool:
         return False
     try:
         sizes = {split: len(content[key]["text"]) for split, key in SPLIT_KEYS.items()}
-    except (AttributeError, LookupError, TypeError):  # something else
+    except (AttributeError, LookupError, TypeError):  # some other pickle
         return False
     return all(sizes[split] in spec.published_rows.get(split, (sizes[split],)) for split in SPLITS)
 
@@ -195,7 +195,7 @@ def _of_arrays(spec: DatasetSpec, path: Path, split: Split, key: str, arrays: di
 
 
 def lengths_of(path: Path, key: str, arrays: dict[str, Any], n_rows: int) -> dict[str, np.ndarray]:
-    """By modality, the steps (N,) behind which there is padding, where the file says them."""
+    """Number of steps (N,) before the padding at the end, for each modality whose lengths the file gives."""
     given = {name: arrays.get(f"{name}_lengths") for name in ("audio", "vision")}
     found = {name: _whole(lengths) for name, lengths in given.items() if lengths is not None}
     if (tokens := arrays.get("text_bert")) is not None:
@@ -215,7 +215,7 @@ def lengths_of(path: Path, key: str, arrays: dict[str, Any], n_rows: int) -> dic
 
 
 def padded_in_front(x_TD: np.ndarray, length: int | None) -> np.ndarray:
-    """(T, D) with its first `length` steps at the end; None: up to the last one that is not all zeros."""
+    """(T, D) with its first `length` steps moved to the end; None means up to the last step that is not all zeros."""
     if length is None:
         real = np.flatnonzero(x_TD.any(axis=1))
         length = int(real[-1]) + 1 if len(real) else 0
@@ -250,7 +250,7 @@ def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[st
     of_key = {key: split for split, key in SPLIT_KEYS.items()} | {split: split for split in SPLITS}
     shapes: dict[str, tuple[int, ...]] = {}
     first_with: dict[str, tuple[str, int]] = {}
-    """By modality, the first file and its width."""
+    """Name and width of the first file of each modality."""
     for row, name, split, label, text in _listed(table):
         place = f"{table}, row {row}"
         if split not in of_key:
@@ -286,14 +286,14 @@ def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[st
 
 
 def _listed(table: Path) -> Iterator[tuple[int, str, Any, Any, str]]:
-    """Row, id, split, label and text of each line."""
+    """Yields row, id, split, label and text of each line."""
     seen: dict[str, int] = {}
     for row, values in table_rows(table, TABLE_COLUMNS):
         name, split, label, text = (values.get(column) for column in TABLE_COLUMNS)
         if not isinstance(name, str) or not name.strip() or Path(name).name != name:
             raise DataError(f"{table}, row {row}: id: expected a name, found {quoted(name)}")
         if seen.setdefault(name, row) != row:
-            raise DataError(f"{table}, row {row}: id: {quoted(name)} is in row {seen[name]} too")
+            raise DataError(f"{table}, row {row}: id: {quoted(name)} is also in row {seen[name]}")
         yield row, name, split.strip() if isinstance(split, str) else split, label, str(text or "")
 
 

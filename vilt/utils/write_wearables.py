@@ -1,4 +1,4 @@
-"""PAMAP2 and RealWorld-HAR, from the layouts of their public files."""
+"""Converts PAMAP2 and RealWorld-HAR, in the layouts of their public files."""
 
 import io
 import re
@@ -32,11 +32,11 @@ from vilt.utils.recordings import (
 PAMAP2_LAYOUT = """\
 RAW/
   Protocol/subject101.dat …   54 columns: time, activity, heart rate, then the sensors of hand, chest and ankle
-  Optional/subject101.dat …   likewise, if wanted
+  Optional/subject101.dat …   the same, optional
 """
 PAMAP2_WIDTH, PAMAP2_RATE = 54, 100
 PAMAP2_COLUMNS = {"Acc": (4, 5, 6), "Gyro": (10, 11, 12), "Mag": (13, 14, 15)}
-"""Of the hand: accelerometer of ±16 g, gyroscope, magnetometer."""
+"""Columns of the hand's sensors: accelerometer (±16 g), gyroscope, magnetometer."""
 PAMAP2_ACTIVITIES = (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 16, 17, 18, 19, 20, 24)
 PAMAP2_CUT = Cut.of(PAMAP2_RATE, 2, 2, 0.4, 0.2)
 RWHAR_LAYOUT = """\
@@ -46,12 +46,12 @@ RAW/
 RWHAR_FILES = {"acc": "acc", "gyr": "Gyroscope", "mag": "MagneticField", "lig": "Light"}
 AXES = ["attr_x", "attr_y", "attr_z"]
 RWHAR_RATE, LONGEST_GAP = 50, 1000
-"""In Hz; and in ms, between two values. Light is recorded when it changes."""
+"""Rate in Hz, and longest gap between two values in ms. The gap does not apply to light, recorded only on changes."""
 RWHAR_CUT = Cut.of(RWHAR_RATE, 5, 5, 1, 0.5)
 
 
 def open_raw(raw: Path, dataset: str, split: str | None = None) -> RawDataset:
-    """PAMAP2 or RealWorld-HAR in `raw`, divided by subject (default) or time. Raises DataError."""
+    """Opens PAMAP2 or RealWorld-HAR in `raw`, split by subject (default) or time. Raises DataError."""
     spec = DATASETS[dataset]
     how = check_way(split, SUBJECT, (SUBJECT, TIME), spec)
     recordings = list(_pamap2(raw) if dataset == "pamap2" else _rwhar(raw))
@@ -85,13 +85,13 @@ def _pamap2(raw: Path) -> Iterator[Recording]:
         parts = activities.astype(np.int64) + 100 * _parts(path, values[:, 0])
         of_samples = [part % 100 if part > 0 else 0 for part in PAMAP2_CUT.labels(parts, mixed=False).tolist()]
         labels = [PAMAP2_ACTIVITIES.index(activity) if activity else NO_LABEL for activity in of_samples]
-        of = {name: signals[:, 3 * m : 3 * m + 3] for m, name in enumerate(PAMAP2_COLUMNS)}
-        name, read = f"{path.parent.name}_{path.stem}", partial(_sample, of, PAMAP2_CUT)
+        by_sensor = {name: signals[:, 3 * m : 3 * m + 3] for m, name in enumerate(PAMAP2_COLUMNS)}
+        name, read = f"{path.parent.name}_{path.stem}", partial(_sample, by_sensor, PAMAP2_CUT)
         yield Recording(name, np.array(labels, dtype=np.int64), read, path.stem, row=row)
 
 
 def _check_width(path: Path, width: int) -> None:
-    """Raises DataError where a row has another number of values; pandas takes what a short one lacks for missing."""
+    """Raises DataError if a row has another number of values; pandas would fill a short row with missing values."""
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
             for row, line in enumerate(lines, 1):
@@ -102,10 +102,12 @@ def _check_width(path: Path, width: int) -> None:
 
 
 def _parts(path: Path, times_N: np.ndarray) -> np.ndarray:
-    """(N,) int64: the number of the part that a row is in; one ends where a row is not 0.01 s after the one before.
+    """The number of the gapless part that each row belongs to, int64 (N,).
+
+    A part ends if the next row is not 0.01 s later.
 
     Raises:
-        DataError: that is so of most rows.
+        DataError: most rows do not follow at that distance.
     """
     steps = np.diff(times_N)
     ends = ~(np.abs(steps * PAMAP2_RATE - 1) < 0.5)
@@ -135,7 +137,7 @@ def _rwhar(raw: Path) -> Iterator[Recording]:
             in_order &= bool((np.diff(times) > 0).all())
             of[name] = times[order], values[order]
         begin, end = max(times[0] for times, _ in of.values()), min(times[-1] for times, _ in of.values())
-        clock = np.arange(begin, end, 1000 / RWHAR_RATE)  # one for all sensors, where all of them recorded
+        clock = np.arange(begin, end, 1000 / RWHAR_RATE)  # shared by all sensors, while all of them recorded
         signals = {
             name: np.stack([np.interp(clock, times, column) for column in values.T], axis=1).astype(np.float32)
             for name, (times, values) in of.items()
@@ -146,12 +148,15 @@ def _rwhar(raw: Path) -> Iterator[Recording]:
                 after = np.searchsorted(times, clock, side="right")
                 labels_N[np.diff(times, append=np.inf)[after - 1] > LONGEST_GAP] = NO_LABEL
         labels, read = RWHAR_CUT.labels(labels_N, mixed=False), partial(_sample, signals, RWHAR_CUT)
-        remark = "" if in_order else "times that go back or repeat, put in order"
+        remark = "" if in_order else "times go back or repeat; sorted"
         yield Recording(f"{subject}_{part}", labels, read, subject, row=row, remark=remark)
 
 
 def _waist_files(raw: Path) -> dict[tuple[str, str, str], tuple[Path, tuple[str, ...]]]:
-    """By subject, activity (with the number of its part) and sensor: the file, in archives by its names there."""
+    """Path of each file of the waist, and of its place within archives; keyed by subject, activity and sensor.
+
+    The activity includes the number of its part, if there is one.
+    """
     name_of = {prefix.lower(): name for name, prefix in RWHAR_FILES.items()}
     found: dict[tuple[str, str, str], tuple[Path, tuple[str, ...]]] = {}
     for folder in sorted(raw.glob("[pP]roband*")):
@@ -169,7 +174,7 @@ def _waist_files(raw: Path) -> dict[tuple[str, str, str], tuple[Path, tuple[str,
                         place = f"{path}{_in(inside)}"
                         raise DataError(f"{place}: expected one file of {sensor} for {part}, found {other[0]} too")
         if folder.name not in {subject for subject, _, _ in found}:
-            raise DataError(f"{folder}: expected files of the waist, as data/acc_walking_csv.zip, found none")
+            raise DataError(f"{folder}: expected files of the waist, such as data/acc_walking_csv.zip, found none")
     return found
 
 
@@ -178,7 +183,7 @@ def _in(inside: tuple[str, ...]) -> str:
 
 
 def _files_in(path: Path, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """What leads to each file: () for one that is no archive, else names in the archive, and in archives in there."""
+    """Yields the place of each file within `path`: () if that is not an archive, else names in nested archives."""
     if not (path.name, *inside)[-1].lower().endswith(".zip"):
         yield inside
         return
@@ -192,24 +197,24 @@ def _files_in(path: Path, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, .
 
 
 def _content(path: Path, inside: tuple[str, ...]) -> bytes:
-    """The bytes of a file, in archives by its names there. Raises DataError."""
+    """The bytes of the file at `inside`, a place as `_files_in` yields it. Raises DataError."""
     data = raw_data.read_bytes(path)
     try:
         for name in inside:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 data = archive.read(name)
-    except Exception as error:  # zipfile raises whatever the damage leads to; RuntimeError where a password is needed
+    except Exception as error:  # zipfile raises all kinds of errors on damage, and RuntimeError if a password is needed
         raise DataError(f"{path}{_in(inside)}: cannot be read: {first_line(error)}") from None
     return data
 
 
 def _timed(path: Path, inside: tuple[str, ...], sensor: str) -> tuple[np.ndarray, np.ndarray]:
-    """Times in ms and values (N, channels), as in the file. Raises DataError."""
+    """Reads a sensor's times in ms and values (N, channels), in the order of the file. Raises DataError."""
     place = f"{path}{_in(inside)}"
     file = io.BytesIO(_content(path, inside))
     header, first = file.readline(), file.readline()
     try:
-        if first.count(b",") > header.count(b","):  # of which pandas would make an index
+        if first.count(b",") > header.count(b","):  # pandas would turn the excess into an index
             raise ValueError("row 2: more values than in the header")
         frame = pd.read_csv(io.BytesIO(file.getvalue()), skip_blank_lines=False)
     except ValueError as error:
@@ -227,6 +232,6 @@ def _timed(path: Path, inside: tuple[str, ...], sensor: str) -> tuple[np.ndarray
     times, values = numbers["attr_time"].to_numpy(np.float64), numbers[channels].to_numpy(np.float64)
     step = float(np.median(np.diff(np.sort(times)))) if len(times) > 1 else 1000 / RWHAR_RATE
     if sensor != "lig" and not 1 <= step <= 200:
-        expected = f"expected milliseconds, in rows some {1000 // RWHAR_RATE} apart"
+        expected = f"expected milliseconds, in rows about {1000 // RWHAR_RATE} apart"
         raise DataError(f"{place}: attr_time: {expected}, found {step:g}")
     return times, values

@@ -250,7 +250,7 @@ def test_images_that_the_published_code_sees_otherwise_are_counted(films: Case) 
         Image.new(mode, (20, 16)).save(out, "PNG", **options)
         films.write(f"images/{name}.jpeg", out.getvalue())
     assert films.run() == 0
-    for change, counts in (("transparent", "train 0, dev 1"), ("turned", "train 0, dev 1"), ("grey", "train 1, dev 0")):
+    for change, counts in (("with trans", "train 0, dev 1"), ("turned", "train 0, dev 1"), ("in 16", "train 1, dev 0")):
         assert re.search(rf"images {change}.*published code differs\): {counts}, test 0", films.stdout), films.stdout
 
 

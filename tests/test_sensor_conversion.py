@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a name twice": (lambda raw: replace_line(raw / "recordings.csv", 13, "r1,s,test,660,60"), "row 13: recording"),
     "rows twice": (
         lambda raw: replace_line(raw / "recordings.csv", 13, "r11,s,test,630,60"),
-        "row 13: expected rows of its own, found some that 'r10' has",
+        "row 13: expected rows of its own, found some that also belong to 'r10'",
     ),
     "classes that look the same": (
         lambda raw: (raw / "classes.txt").write_text("w\N{LATIN SMALL LETTER O WITH DIAERESIS}rt\nwo\u0308rt\n"),

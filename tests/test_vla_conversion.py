@@ -77,7 +77,7 @@ def test_numbers_that_are_not_finite_become_zero_and_are_counted(content, tmp_pa
     assert "audio: numbers that were not finite, now 0: train 3, valid 0, test 0" in said.out
     assert "vision: numbers that were not finite, now 0: train 0, valid 0, test 1" in said.out
     assert samples(tmp_path / "out", "mosi", "train")[0, 1].inputs["audio"][3].tolist() == [0, 0, 0]
-    assert "warning: f.pkl: SHA-256" in said.out and "none of the published files" in said.out
+    assert "warning: f.pkl: SHA-256" in said.out and "not one of the published files" in said.out
 
 
 def changed(content: Any, split: str, key: str, value: Any) -> Any:

@@ -92,14 +92,14 @@ def _as_seen(image: Image.Image) -> Image.Image:
     changes = []
     if image.mode.startswith("I;16"):
         image = _eight_bits(image)
-        changes.append("16-bit grey")
+        changes.append("in 16-bit grey")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha, opaque = image.getchannel("A"), Image.new("RGB", image.size, "white")
         opaque.paste(image, mask=alpha)
         image = opaque
         if alpha.getextrema() != (255, 255):
-            changes.append("transparent, over white")
+            changes.append("with transparency, shown over white")
     image = image.convert("RGB")
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])

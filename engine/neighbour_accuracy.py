@@ -51,8 +51,8 @@ def neighbour_accuracy(known: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor
     """Accuracy of a majority vote of the nearest neighbours; the lowest label wins a tie.
 
     Args:
-        known: features (N, E) and labels (N,) of the samples to search; those labelled -1 have no label and are
-        skipped. asked: features and labels of the samples to classify, all labelled.
+        known: features (N, E) and labels (N,) to search; samples labelled -1 have no label and are left out.
+        asked: features and labels of the samples to classify, all labelled.
     """
     labelled = known[1] >= 0
     distances = torch.cdist(asked[0], known[0][labelled])

@@ -69,9 +69,9 @@ class FinetuneModule(pl.LightningModule):
         classifier: has the parameters frozen that `spec.task` does not train.
         description: description saved in checkpoints under DESCRIPTION, to which each validation adds its offset (see
             `engine/decision.py`); None if no checkpoints are written.
-        settings: None if nothing is trained. seed: seeds the dropout masks, together with epoch, batch and process, so
-        that a resumed run draws the same ones. skip_bad_steps: how many optimiser steps in a row may have gradients
-        that are not finite (see FiniteWatch).
+        settings: None if nothing is trained.
+        seed: seeds the dropout masks with epoch, batch and process, so that a resumed run draws the same ones.
+        skip_bad_steps: how many optimiser steps in a row may have gradients that are not finite (see FiniteWatch).
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class Checkpoints(Checkpoint):
         self.folder = folder
         self.monitor = monitor
         self.best: dict[str, Any] | None = None  # content of `best.ckpt`
-        self.seconds = 0.0  # that training waited for writing, since Report last reset it
+        self.seconds = 0.0  # time that training waited for writing, since Report last reset it
         self.training = False  # True after one step or validation batch, when everything restored has been used
         self._signal: int | None = None  # the first SIGTERM or Ctrl-C during training; a second one stops at once
         self._kept_step = 0
@@ -291,7 +291,7 @@ class Report(pl.Callback):
 
     def _log_epoch(self, trainer: pl.Trainer, epoch: int) -> None:
         """Logs the epoch that is over, with its last checkpoint; a step counts for as long as the host waits for it."""
-        if self._samples:  # none in a run resumed at the end of an epoch
+        if self._samples:  # 0 in a run resumed at the end of an epoch
             total = time.perf_counter() - self._epoch_began
             parts = {"data": _loader(trainer).waited, **self._seconds, "checkpoints": self.checkpoints.seconds}
             parts["rest"] = max(0.0, total - sum(parts.values()))

@@ -80,7 +80,7 @@ class TrainedAt:
     both_ratio: float | int
     seed: int
     drawing: str = NESTED
-    commit: str | None = None  # of the git checkout, with `-dirty` if files were changed; None outside a checkout
+    commit: str | None = None  # git commit of the code, with `-dirty` if files were changed; None outside a checkout
     precision: str | None = None  # as Lightning spells it; None if the checkpoint is older than this entry
 
 
@@ -348,7 +348,7 @@ def is_ours(path: Path) -> bool:
 
 
 def check_backbone(checkpoint: Checkpoint, backbone: FrozenWeights) -> None:
-    """Raises CheckpointError unless `backbone` is the one that the checkpoint was trained on."""
+    """Raises CheckpointError unless `checkpoint` was trained on `backbone`."""
     theirs = {"sha256": checkpoint.backbone_sha256, **asdict(checkpoint.spec.architecture)}
     ours = {"sha256": backbone.sha256, **asdict(backbone.architecture)}
     differing = [f"{key} (there {theirs[key]}, here {ours[key]})" for key in theirs if theirs[key] != ours[key]]

@@ -50,7 +50,7 @@ def read_exported(weights: Path) -> dict[str, Any]:
 
 
 def write_exported(out: Path, state: "dict[str, Tensor]", described: dict[str, Any], card: str) -> None:
-    """Writes the folder, completely or not at all.
+    """Exports a model to the folder `out`, completely or not at all.
 
     Raises:
         ConfigError: the folder exists already.

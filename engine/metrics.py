@@ -77,7 +77,7 @@ class Auroc(Measure):
         return _area(fp_RK, tp_RK)
 
     def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
-        """Ranks change sides, not scores, which two models may spread differently (Bandos et al. 2005)."""
+        """Swaps ranks instead of scores, whose spread may differ between models (Bandos et al. 2005)."""
         both, twice = torch.cat([_ranked(one), _ranked(other)]), torch.cat([labels, labels])
         fp_1K, tp_1K, _ = roc_counts(both, twice, torch.ones(1, len(both)))
 

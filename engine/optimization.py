@@ -24,7 +24,7 @@ but not `ln_post`, `ln_final` and `layernorm_text.K`."""
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Optimiser and schedule."""
+    """Settings of optimiser and schedule."""
 
     optim_type: str  # one of OPTIMIZERS
     learning_rate: float

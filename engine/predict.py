@@ -53,7 +53,7 @@ class Prediction:
     missing: str  # `complete`, or the missing modalities, as in `text missing`
     labels: tuple[str, ...]
     """The most probable class; for a multi-label model, all classes above `Predictor.threshold`."""
-    probabilities: dict[str, float]  # of every class, keyed by its name
+    probabilities: dict[str, float]  # of all classes, keyed by class name
     value: float | None = None  # prediction of a regression model, which has no classes
 
 

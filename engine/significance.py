@@ -1,4 +1,4 @@
-"""Whether two methods differ on the same test samples: a paired bootstrap interval and a paired permutation test.
+"""Significance of differences between two methods: a paired bootstrap interval and a paired permutation test.
 
 Shapes: S pairs of trained models (one of each method), K missing tables, N samples, R resamples.
 """

@@ -121,7 +121,7 @@ TITLES = {
     "arrow_file": "test set",
     "arrow_sha256": "test set (sha256 of the arrow file)",
 }
-"""How messages refer to a part of an origin, where not by its name."""
+"""Names that messages use for parts of an origin, if not the key itself."""
 
 
 @dataclass(frozen=True, eq=False)

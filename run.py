@@ -1,7 +1,7 @@
-"""Training and evaluation of REP: `python run.py with task_finetune_mmimdb data_root=… exp_name=…`.
+"""Trains and evaluates REP: `python run.py with task_finetune_mmimdb data_root=… exp_name=…`.
 
-Other commands are called likewise, as in `python run.py robustness with load_path=…`.
-Exit status: 0 done, 2 something the user can correct, 1 a fault of ours, 130 Ctrl-C, 143 SIGTERM.
+Other commands are named before `with`, as in `python run.py robustness with load_path=…`.
+Exit status: 0 success, 1 an error in the program, 2 an error the user can correct, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import sys
@@ -22,16 +22,16 @@ from runs.command_line import is_of_sweep, read_command_line
 from runs.experiment import EX, run_command
 from runs.help import described_options, help_on
 
-# Each command imports what it needs once the options are checked: torch and Lightning take seconds.
+# torch and Lightning take seconds to import, so each command imports what it needs only after checking the options.
 
 
 @EX.main
 def main(_config: dict[str, Any], _run: Any, network: Any) -> dict[str, float]:
-    """Trains, or evaluates with test_only=True; returns the test metrics."""
-    # `network` is there so that Sacred lets entries be added to it; it is in `_config` too.
+    """Trains a model, or evaluates one if test_only=True; returns the test metrics."""
+    # Sacred only lets entries be added to `network` if it is an argument; its value is read from `_config`.
     options, given = check(_config), given_options(_run)
     if of_sweeps := sorted(filter(is_of_sweep, _run.meta_info["options"]["CHOSEN"])):
-        raise ConfigError(f"{of_sweeps[0]}: for many runs; expected `python run.py sweep with …`")
+        raise ConfigError(f"{of_sweeps[0]}: is for sweeps; expected `python run.py sweep with …`")
     from runs.evaluation import evaluate
     from runs.training import train
 
@@ -41,7 +41,7 @@ def main(_config: dict[str, Any], _run: Any, network: Any) -> dict[str, float]:
 
 @EX.command
 def robustness(_config: dict[str, Any], _run: Any) -> None:
-    """Evaluates load_path at all robustness_types and robustness_ratios, by a test pass per missing type."""
+    """Evaluates load_path at all robustness_types and robustness_ratios, with one test pass per missing type."""
     read_load_paths(_config)
     from runs.robustness_text import measure_all
 
@@ -52,7 +52,7 @@ def robustness(_config: dict[str, Any], _run: Any) -> None:
 
 @EX.command(unobserved=True)
 def features(_config: dict[str, Any], _run: Any, network: Any) -> None:
-    """Runs the frozen towers on every input of all splits and keeps what they make, for trainings that start there."""
+    """Runs the frozen towers on every input of all splits and caches the features for later training runs."""
     options = check(_config)
     from runs.training import compute_features
 
@@ -62,7 +62,7 @@ def features(_config: dict[str, Any], _run: Any, network: Any) -> None:
 
 @EX.command(unobserved=True)
 def print_config(_config: dict[str, Any]) -> None:
-    """Prints all options with their values and what they are for."""
+    """Prints all options with their values and help."""
     say(described_options(_config))
 
 
@@ -80,7 +80,7 @@ def runs(_config: dict[str, Any]) -> None:
 
 @EX.command(unobserved=True)
 def compare(_config: dict[str, Any], _run: Any) -> None:
-    """Prints which methods differ significantly, from the logits that robustness stored of `runs`; as JSON too."""
+    """Prints which methods differ significantly, judged by the logits robustness stored in `runs`; also writes JSON."""
     from runs.compare_text import compare_places
 
     set_up_logging()
@@ -89,7 +89,7 @@ def compare(_config: dict[str, Any], _run: Any) -> None:
 
 @EX.command(unobserved=True)
 def report(_config: dict[str, Any]) -> None:
-    """Writes a page, with tables and figures, about the runs in and below the folders `runs`, into the folder `out`."""
+    """Writes a page with tables and figures about the runs in and below the folders `runs` to the folder `out`."""
     options = read_options(_config, ["runs", "out"])
     from runs.report import make_report
 
@@ -99,7 +99,7 @@ def report(_config: dict[str, Any]) -> None:
 
 @EX.command(unobserved=True)
 def predict(_config: dict[str, Any], _run: Any) -> None:
-    """Predicts classes of the images and texts that `input` names with load_path, and writes them to `output`."""
+    """Predicts with load_path the classes of the images and texts listed in `input`, and writes them to `output`."""
     options = read_prediction(_config, "predict", "input")
     from runs.prediction import predict_file
 
@@ -109,7 +109,7 @@ def predict(_config: dict[str, Any], _run: Any) -> None:
 
 @EX.command(unobserved=True)
 def embed(_config: dict[str, Any], _run: Any) -> None:
-    """Writes the features that load_path has of the samples in `input`, or of a `split`, to `output`."""
+    """Writes the features that load_path computes for the samples in `input`, or for a `split`, to `output`."""
     options = read_prediction(_config, "embed", "input", "split")
     from runs.prediction import embed_file
 
@@ -119,7 +119,7 @@ def embed(_config: dict[str, Any], _run: Any) -> None:
 
 @EX.command(unobserved=True)
 def export(_config: dict[str, Any]) -> None:
-    """Writes the model of load_path into the folder `out` in Hugging Face's layout, with a model card."""
+    """Writes the model of load_path to the folder `out` in Hugging Face's layout, with a model card."""
     from runs.export import export
 
     print(export(**read_options(_config, ["load_path", "out"])))
@@ -127,7 +127,7 @@ def export(_config: dict[str, Any]) -> None:
 
 @EX.command(unobserved=True)
 def doctor(_config: dict[str, Any], _run: Any, network: Any) -> None:
-    """Checks installation, machine, dataset, weights and one training step: a line each, with ok, warn or FAIL."""
+    """Checks installation, machine, dataset, weights and a training step; prints a line for each: ok, warn or FAIL."""
     from runs.doctor import check_all
 
     set_up_logging()
@@ -137,7 +137,7 @@ def doctor(_config: dict[str, Any], _run: Any, network: Any) -> None:
 @EX.command
 def sweep(_config: dict[str, Any], _run: Any, network: Any, search: Any, sweep_over: Any, sweep_slurm: Any) -> None:
     """Trains and evaluates a grid of missing patterns and seeds, or searches for good values of options."""
-    # The last arguments are there so that Sacred lets entries be added to them; they are in `_config` too.
+    # Sacred only lets entries be added to options that are arguments; their values are read from `_config`.
     from runs.sweep.command import run_sweep
 
     set_up_logging()
@@ -146,13 +146,13 @@ def sweep(_config: dict[str, Any], _run: Any, network: Any, search: Any, sweep_o
 
 
 def given_options(sacred_run: Any) -> set[str]:
-    """Names of the options that the command line sets, itself or in the .json files that it names."""
+    """Names of the options set on the command line or in the .json files it names."""
     return set(sacred_run.meta_info["options"]["GIVEN"])
 
 
 def command_line(argv: list[str]) -> int:
-    """Runs a command; returns the exit status, after a line on standard error if it is not 0."""
-    EX.current_run = None  # that of an earlier call in this process
+    """Runs a command and returns its exit status; if that is not 0, prints a line to standard error first."""
+    EX.current_run = None  # may be left over from an earlier call in this process
     print_anywhere()
     try:
         check_system()
@@ -173,12 +173,12 @@ def command_line(argv: list[str]) -> int:
         return error.status
     except Stopped as stop:
         end_loaders()
-        # Of the other processes Lightning takes any status but 0 for a fault, and kills the first.
+        # If another process ends with a status other than 0, Lightning takes it for an error and kills the first one.
         return DONE if getattr(rank_zero_only, "rank", 0) else end_with_signal(int(str(stop.code)), run_folder())
     except KeyboardInterrupt:
         return end_with_signal(INTERRUPTED, run_folder())
     except Exception as error:
-        if EX.current_run is None:  # Sacred did not get beyond reading the command line
+        if EX.current_run is None:  # Sacred failed while reading the command line
             return end_with_user_error(error, None, f"command line: {first_line(error)}")
         if (refusal := machine_error(error, run_folder())) is not None:
             return end_with_user_error(error, run_folder(), str(refusal))
@@ -187,7 +187,7 @@ def command_line(argv: list[str]) -> int:
 
 
 def run_folder() -> Path | None:
-    """The folder that this call's run has made, if it has."""
+    """The run folder that this call has created, if any."""
     folder = EX.current_run.info.get("folder") if EX.current_run is not None else None
     return Path(folder) if folder is not None else None
 

@@ -1,7 +1,7 @@
-"""`pip install .`: the checkout as one package `rep`, with the command `rep`.
+"""`pip install .` installs the checkout as a single package `rep`, with the command `rep`.
 
-The folders at the top level (`clip`, `vilt`, …) become `rep.clip`, `rep.vilt`, …, and every import of one is rewritten
-on the way: installed under their own names they would hide OpenAI's `clip`, and many a `config`.
+The top-level folders (`clip`, `vilt`, …) become `rep.clip`, `rep.vilt`, …, and every import of them is rewritten during
+the build: installed under their own names, they would shadow OpenAI's `clip` and any other `config` module.
 """
 
 import io
@@ -17,31 +17,31 @@ PACKAGES = ("clip", "common", "engine", "runs", "sensors", "vilt", "vla")
 MODULES = ("config", "make_arrow", "run")
 OWN = "|".join((*PACKAGES, *MODULES))
 LOWEST = {"torch": "torch>=2.11", "setuptools": "setuptools<81"}
-"""Requirements that others than requirements.txt's versions meet, tried; of the rest, its versions and newer ones."""
+"""Ranges that replace the pins of requirements.txt; for all other packages, the pinned version is the minimum."""
 PYTHON_INTERFACE = Path("runs", "python_interface.py")
-"""What `import rep` gives."""
+"""Becomes `rep/__init__.py`."""
 
 
 def under_rep(source: str) -> str:
-    """A module with the imports of this repository's packages below `rep`, and names in strings such as
-    "clip.modules.coop:CoOp" likewise."""
+    """Prefixes `rep.` to this repository's packages in a module's imports and in strings such as
+    "clip.modules.coop:CoOp"."""
     source = re.sub(rf"^(\s*)(from|import) ({OWN})(?=[. ])", r"\1\2 rep.\3", source, flags=re.MULTILINE)
     lines = source.splitlines(keepends=True)
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     for token in reversed(tokens):
         named = re.fullmatch(rf"\"(({OWN})(\.\w+)+)(:\w+)?\"", token.string) if token.type == tokenize.STRING else None
-        if named and Path(*named[1].split(".")).with_suffix(".py").is_file():  # "config.json" is no module
+        if named and Path(*named[1].split(".")).with_suffix(".py").is_file():  # skips "config.json"
             (row, start), (_, end) = token.start, token.end
             lines[row - 1] = f'{lines[row - 1][:start]}"rep.{token.string[1:-1]}"{lines[row - 1][end:]}'
     return "".join(lines)
 
 
 class BuildAsRep(build_py):
-    """Copies the packages below `rep` instead of beside each other."""
+    """Copies the packages into `rep` instead of to the top level."""
 
     def run(self) -> None:
         if self.editable_mode:
-            raise SystemExit("error: expected `pip install .`; an editable install is the checkout itself, with run.py")
+            raise SystemExit("error: expected `pip install .`; for an editable install, use the checkout's run.py")
         for source, target in self.places().items():
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.suffix == ".py":
@@ -50,7 +50,7 @@ class BuildAsRep(build_py):
                 shutil.copyfile(source, target)
 
     def places(self) -> dict[Path, Path]:
-        """Files of the checkout, and where each belongs."""
+        """Maps each file of the checkout to its place in the build."""
         root = Path(self.build_lib, "rep")
         files = [Path("requirements.txt"), *(Path(f"{name}.py") for name in MODULES)]
         for package in PACKAGES:

@@ -1,1 +1,1 @@
-"""Around a run: its command line, its options, its folder, and what many runs together give."""
+"""Everything around a run: command line, options, run folder, sweeps, comparison and report."""

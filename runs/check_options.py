@@ -1,4 +1,4 @@
-"""The check of the options: each by itself, against each other, the machine, and the files that they name."""
+"""Checks the options: each on its own, then against each other, the machine, and the files that they name."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +21,7 @@ from vilt.datasets.specs import CLIP, EVERY_DATASET, SPLITS, VLA, DatasetSpec
 from vilt.missing_tables import PUBLISHED
 
 PUBLISHED_INTERVALS: dict[str, dict[str | None, float]] = {"hatememes": {None: 0.1, "dcp": 0.11}}
-"""Epochs between validations, by task and method, where they are not 0.2."""
+"""Epochs between validations, keyed by task and method, if not 0.2; None stands for all other methods."""
 OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dpl_": ("head", ("dpl",)),
     "lora_": ("prompt_type", ("mora", "lora")),
@@ -33,19 +33,19 @@ OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("prompt_type", ("rep",)),
     ),
 }
-"""Beginnings of options that one head or method has alone, with its name."""
+"""Options, or prefixes of them, that only some heads or methods have: the option that selects those, and its values."""
 FAMILIES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("train_ends", "tokenizer", "vit_activation", "image_size", "image_cache"), (CLIP,)),
     **dict.fromkeys(("rdn_hidden", "train_pooler"), (VLA,)),
     "network": ("sensors", VLA),
 }
-"""Options that some families of backbones have alone."""
+"""Options that exist only for some backbone families."""
 OUTPUTS = {"predict": ("predictions.csv", ".csv", ".jsonl"), "embed": ("features.npz", ".npz", ".safetensors")}
-"""By command, the file that it writes by default, and the suffixes that others may have."""
+"""For each command, its default output file and the suffixes accepted for others."""
 
 
 def check(config: Mapping[str, Any]) -> Options:
-    """The whole configuration, checked against itself, the machine and the files it names.
+    """Checks the whole configuration for consistency and against the machine and the files it names.
 
     Raises:
         ConfigError: one line that names the option, what was expected and what was found.
@@ -57,16 +57,16 @@ def check(config: Mapping[str, Any]) -> Options:
 
 
 def resolve(config: Mapping[str, Any]) -> Options:
-    """The configuration, each option checked by itself and what is left open decided for this machine.
+    """Checks each option on its own and sets those left open to suit this machine.
 
     Raises:
-        ConfigError: as `check`.
+        ConfigError: see `check`.
     """
     return on_this_machine(read_all(config))
 
 
 def read_all(config: Mapping[str, Any]) -> Options:
-    """The configuration, each option checked by itself. Raises ConfigError."""
+    """Checks each option on its own. Raises ConfigError."""
     values = read_options(config, OPTIONS)
     values["sweep_over"] = values_of_options("sweep_over", values["sweep_over"])
     values["search"] = search_space("search", values["search"])
@@ -83,7 +83,7 @@ def read_all(config: Mapping[str, Any]) -> Options:
 
 
 def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The options `names`, each checked by itself. Raises ConfigError."""
+    """Checks each of the options `names` on its own. Raises ConfigError."""
     found = {}
     for name in names:
         read = OPTIONS[name].read
@@ -93,18 +93,18 @@ def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
 
 
 def row_of(config: Mapping[str, Any]) -> DatasetSpec:
-    """The row of the dataset, with the modalities that its arrow files say where they are the data's own."""
+    """The dataset's row; if its modalities are defined by the data, they are read from its arrow files."""
     task = config["task"] if config["task"] in EVERY_DATASET else CUSTOM
     root = config.get("data_root")
     if not EVERY_DATASET[task].modalities and root and isinstance(root, (str, Path)):
-        there = [split for split in SPLITS if (Path(root) / EVERY_DATASET[task].file_name(split)).is_file()]
-        with suppress(DataError):  # which opening the data raises again
-            return open_spec(task, Path(root), there[:1]) if there else EVERY_DATASET[task]
+        existing = [split for split in SPLITS if (Path(root) / EVERY_DATASET[task].file_name(split)).is_file()]
+        with suppress(DataError):  # raised again when the data is opened
+            return open_spec(task, Path(root), existing[:1]) if existing else EVERY_DATASET[task]
     return EVERY_DATASET[task]
 
 
 def read_prediction(config: Mapping[str, Any], command: str, *sources: str) -> Options:
-    """The options of predict and embed, of which one of `sources` names the samples. Raises ConfigError."""
+    """Checks the options of predict or embed; exactly one of `sources` must name the samples. Raises ConfigError."""
     options = read_all(config)
     if options.load_path is None or sum(getattr(options, source) is not None for source in sources) != 1:
         samples = " or ".join({"input": "input=samples.csv", "split": "split=test"}[source] for source in sources)
@@ -119,7 +119,7 @@ def read_prediction(config: Mapping[str, Any], command: str, *sources: str) -> O
 
 
 def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:
-    """What `load_path` names where it may be several: checkpoints and folders of runs. Raises ConfigError."""
+    """The checkpoints and folders of runs in `load_path`, for commands that accept several. Raises ConfigError."""
     if config["load_path"] in (None, ""):
         raise ConfigError(
             "load_path: expected a checkpoint, a list of them, or a folder of runs, as in load_path=result/…/best.ckpt"
@@ -128,20 +128,20 @@ def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:
 
 
 def on_this_machine(options: Options) -> Options:
-    """Checks num_gpus, num_workers and precision against the machine, and decides what is left to it."""
+    """Checks num_gpus and precision against the machine, sets those left open, and limits num_workers to its cores."""
     import torch
 
     available, precision = torch.cuda.device_count(), options.precision
     num_gpus = min(1, available) if options.num_gpus is None else options.num_gpus
     if num_gpus > available:
         remedy = "; leave num_gpus out to run on the CPU" if available == 0 else ""
-        raise ConfigError(f"num_gpus: expected at most the {available} of this machine, found {num_gpus}{remedy}")
+        raise ConfigError(f"num_gpus: expected at most {available}, the GPUs in this machine, found {num_gpus}{remedy}")
     if options.cpu_processes > 1 and num_gpus:
-        raise ConfigError(f"cpu_processes: expected 1 where GPUs are used (num_gpus={num_gpus})")
+        raise ConfigError(f"cpu_processes: expected 1 with GPUs (num_gpus={num_gpus}), found {options.cpu_processes}")
     if precision == PUBLISHED:
         precision = PRECISIONS["16" if num_gpus else "32"]
     if precision == PRECISIONS["16"] and not num_gpus:
-        raise ConfigError("precision: expected 32 or bf16, found 16, which a CPU cannot compute in")
+        raise ConfigError("precision: expected 32 or bf16, found 16, which needs a GPU")
     if precision is None and num_gpus:
         precision = PRECISIONS["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "16"]
     elif precision is None:
@@ -151,7 +151,7 @@ def on_this_machine(options: Options) -> Options:
 
 
 def check_together(options: Options) -> None:
-    """Raises ConfigError where options contradict each other, or name checkpoints that are not there."""
+    """Raises ConfigError if options contradict each other or name checkpoints that do not exist."""
     if options.task is None:
         names = ", ".join(f"task_finetune_{name}" for name in EVERY_DATASET)
         raise ConfigError(f"no task: expected one of {names}, as in `python run.py with task_finetune_mmimdb …`")
@@ -174,8 +174,8 @@ def check_together(options: Options) -> None:
     if options.test_only and options.load_path is None:
         raise ConfigError("test_only: expected a checkpoint to evaluate, as in load_path=result/…/best.ckpt")
     if len(options.load_paths) > 1 and not options.test_only:
-        several = f"found {len(options.load_paths)}"
-        raise ConfigError(f"load_path: expected one checkpoint, but with test_only, robustness or predict, {several}")
+        count = f"found {len(options.load_paths)}"
+        raise ConfigError(f"load_path: expected one checkpoint, except with test_only, robustness or predict; {count}")
     if options.finetune_first and options.load_path is None:
         raise ConfigError("finetune_first: expected a checkpoint to start from in load_path")
     if options.resume_from is not None and options.test_only:
@@ -209,8 +209,8 @@ def _check_method(options: Options) -> None:
                 raise ConfigError(f"{name}: {expected}, which compares all modalities, found {found}")
         if options.per_gpu_batchsize % together or options.per_gpu_batchsize == together:
             raise ConfigError(
-                f"per_gpu_batchsize: expected a multiple of {together}, the samples of a subsequence, of which at "
-                f"least 2 are compared, with prompt_type={options.prompt_type}, found {options.per_gpu_batchsize}"
+                f"per_gpu_batchsize: expected a multiple of {together}, the length of a subsequence, for at least 2 "
+                f"subsequences, with prompt_type={options.prompt_type}, found {options.per_gpu_batchsize}"
             )
         if options.test_after_fit and not options.fast_dev_run:
             raise ConfigError(f"test_after_fit: expected False with prompt_type={options.prompt_type}, found True")
@@ -220,9 +220,9 @@ def _check_method(options: Options) -> None:
             f"memory_length: expected a positive multiple of 3 (private, shared and dynamic slots), found {length}"
         )
     if options.prompt_type == "map_attention" and length % 2:
-        raise ConfigError(f"memory_length: expected a multiple of 6 (a third of it is keys and values), found {length}")
+        raise ConfigError(f"memory_length: expected a multiple of 6 (each third has keys and values), found {length}")
     for name, each in OPTIONS.items():
-        owner, values = next((of for start, of in OWNERS.items() if name.startswith(start)), ("", ()))
+        owner, values = next((owner for prefix, owner in OWNERS.items() if name.startswith(prefix)), ("", ()))
         if owner and getattr(options, owner) not in values and getattr(options, name) != each.read(name, each.default):
             raise ConfigError(
                 f"{name}: is an option of {owner}={' or '.join(values)}, found {owner}={getattr(options, owner)}"
@@ -230,7 +230,7 @@ def _check_method(options: Options) -> None:
     for name, families in FAMILIES.items():
         without = OPTIONS[name].read(name, OPTIONS[name].default)
         if EVERY_DATASET[options.task].family not in families and getattr(options, name) != without:
-            raise ConfigError(f"{name}: is no option of task={options.task}, found {getattr(options, name)}")
+            raise ConfigError(f"{name}: is not an option of task={options.task}, found {getattr(options, name)}")
     for name, needed in {"replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}.items():
         if (value := getattr(options, name)) and not getattr(options, needed):
             raise ConfigError(f"{name}: expected {OPTIONS[name].default} with {needed}=False, found {value}")
@@ -258,7 +258,7 @@ def _check_data_and_weights(options: Options) -> None:
 
 
 def values_of_options(option: str, value: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Checks options of the model or its training that have several values each, for a sweep. Raises ConfigError."""
+    """Checks the values that a sweep gives each option of the model or its training. Raises ConfigError."""
     space = {}
     for name, values in value.items():
         if name not in OPTIONS:
@@ -270,7 +270,7 @@ def values_of_options(option: str, value: Mapping[str, Any]) -> dict[str, tuple[
 
 
 def search_space(option: str, value: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Checks options with the values to look among (see `is_range`). Raises ConfigError."""
+    """Checks the options to search, each with a range (see `is_range`) or a list of choices. Raises ConfigError."""
     space = values_of_options(option, value)
     for name, values in space.items():
         if len(values) < 2:
@@ -278,15 +278,15 @@ def search_space(option: str, value: Mapping[str, Any]) -> dict[str, tuple[Any, 
         if is_range(name, values) and values[0] >= values[1]:
             raise wrong(f"{option}.{name}", "a range, the lower end first", list(values))
         if is_range_of_steps(name, values) and (0 < values[0] < 1 or values[1] == 1):
-            raise wrong(f"{option}.{name}", "a range of shares, all below 1, or of numbers of steps", list(values))
+            raise wrong(f"{option}.{name}", "a range of shares, all below 1, or of step counts", list(values))
     return space
 
 
 def is_range(name: str, values: Sequence[Any]) -> bool:
-    """Whether `values` of a search are the two ends of a range: two numbers for an option that is any number."""
+    """Whether `values` of a search are the two ends of a range: two numbers, for an option of type float."""
     return len(values) == 2 and get_type_hints(Options)[name] is float
 
 
 def is_range_of_steps(name: str, values: Sequence[Any]) -> bool:
-    """Whether a range is of whole numbers: of `warmup_steps` up to 1 or more, where below 1 it is a share."""
+    """Whether a range is one of integers: one of `warmup_steps` that ends at 1 or above (below 1 it is a share)."""
     return name == "warmup_steps" and is_range(name, values) and values[1] >= 1

@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from common.text import Estimate, estimate
 from config import DEFAULTS
-from runs.comparable import BESIDE, beside_method, of_run, other_input
+from runs.comparable import ADDITIONS, additions, checkpoint_label, other_input
 from runs.run_reader import Run
 
 T = TypeVar("T")
@@ -41,11 +41,11 @@ class RunLine(Generic[T]):
         }
         differ = {name for name, those in values.items() if len(those) > 1}
         shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in self.options.items()}
-        shown["load_path"] = of_run(shown.get("load_path"))
+        shown["load_path"] = checkpoint_label(shown.get("load_path"))
         pairs, nothing = [(name, self.options.get(name), DEFAULTS[name]) for name in SWITCHES], ("", None)
         plain = {name for name, given, by in pairs if given == by or (given in nothing and by in nothing)}
-        words = [f"{name}={value}" for name, value in shown.items() if name in differ.difference(BESIDE, plain)]
-        return list(dict.fromkeys([*other_input(self.options), *beside_method(self.options), *words]))
+        words = [f"{name}={value}" for name, value in shown.items() if name in differ.difference(ADDITIONS, plain)]
+        return list(dict.fromkeys([*other_input(self.options), *additions(self.options), *words]))
 
 
 def lines_of(items: Sequence[T], run_of: Callable[[T], Run | None]) -> list[RunLine[T]]:
@@ -86,7 +86,7 @@ def spread_of(values: Sequence[Sequence[float]]) -> Spread | None:
 
     Of one run it is the spread over its tables, another thing: how much depends on which samples lose what.
     """
-    of_runs = [found for of_run in values if (found := estimate(of_run)) is not None]
+    of_runs = [found for run_values in values if (found := estimate(run_values)) is not None]
     if not of_runs:
         return None
     if len(of_runs) > 1:

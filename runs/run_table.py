@@ -9,7 +9,7 @@ from typing import Any
 from common.errors import ConfigError, DataError
 from common.files import write_csv, writing
 from common.text import AT_OFFSET, baseline_texts, figure, natural_key, terminal_table
-from runs.comparable import beside_method, other_input
+from runs.comparable import additions, other_input
 from runs.lines import lines_of
 from runs.run_reader import Run, find_runs
 
@@ -77,7 +77,7 @@ def _row(run: Run) -> RunRow:
     row = RunRow(
         run.folder,
         name=run.folder.parent.name if run.is_evaluation else config["exp_name"],
-        method=" ".join([config["prompt_type"], *other_input(config), *beside_method(config)]),
+        method=" ".join([config["prompt_type"], *other_input(config), *additions(config)]),
         dataset=run.dataset,
         train=None if run.is_evaluation else str(run.pattern),
         seed=config["seed"],

@@ -142,7 +142,7 @@ def test_configuration_files_cannot_run_code(workspace: Workspace, tmp_path: Pat
         ('{"memory_length": 7}', "memory_length: expected a positive multiple of 3"),
         ('{"seed": null}', "seed: expected an integer"),
         ("[1]", "expected a JSON object, found a list"),
-        ('{"seed"', "expected options as JSON"),
+        ('{"seed"', "expected a JSON file of options"),
     ],
 )
 def test_the_options_of_a_configuration_file_are_checked(workspace, tmp_path, content, said, capsys):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runs.comparable import of_run
+from runs.comparable import checkpoint_label
 from runs.lines import RunLine, lines_of, spread_of
 from runs.run_reader import Run, find_runs
 from tests.conftest import json_of
@@ -145,7 +145,7 @@ def test_lines_are_named_by_what_differs_and_not_by_what_one_does_not_say(tmp_pa
     ],
 )
 def test_a_checkpoint_is_named_by_its_run(path: str, name: str) -> None:
-    assert of_run(path) == name
+    assert checkpoint_label(path) == name
 
 
 def test_both_ratio_counts_where_it_has_an_effect(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("missing_type=image",), "any or some, or several as text+audio, found 'image'"),
     (("network.width=16",), "network.width: expected 8"),
     (("finetune_first=True",), "finetune_first: expected a model whose head fits, found the backbone"),
-    (("image_cache=True",), "image_cache: is no option of task=mosi, found True"),
+    (("image_cache=True",), "image_cache: is not an option of task=mosi, found True"),
     (("network.depth=1",), "network: expected width, heads, layers, found depth"),
     (("memory_depth=9",), "memory_depth=9 needs more blocks than the backbone has"),
 ]

@@ -635,8 +635,8 @@ WRONG = {
     "search.learning_rate=0.1": "search.learning_rate: expected a list of at least two values, found [0.1]",
     "search.learning_rate=[0,1]": "search.learning_rate: expected a number above 0, found 0",
     "search.learning_rate=[1e-1,1e-4]": "search.learning_rate: expected a range, the lower end first, found [0.1, 0.0",
-    "search.warmup_steps=[0.1,10]": "search.warmup_steps: expected a range of shares, all below 1, or of numbers of st",
-    "search.warmup_steps=[0,1]": "search.warmup_steps: expected a range of shares, all below 1, or of numbers of st",
+    "search.warmup_steps=[0.1,10]": "search.warmup_steps: expected a range of shares, all below 1, or of step counts",
+    "search.warmup_steps=[0,1]": "search.warmup_steps: expected a range of shares, all below 1, or of step counts",
     "search.memory_length=[12,few]": "search.memory_length: expected an integer of at least 3, found 'few'",
     "search.memory_length=[12,12]": "search.memory_length: expected each value once, found 12 twice",
     "search.memory_length=[6,10]": "search.memory_length: 10 is not possible: memory_length: expected a positive multi",
@@ -732,4 +732,4 @@ def test_the_estimate_of_what_is_left(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_single_run_takes_no_option_of_sweeps(workspace: Workspace, capsys: Captured) -> None:
     for option, name in (("search.learning_rate=[1e-3,1e-2]", "search"), ("sweep_seeds=[1,2]", "sweep_seeds")):
         assert command_line(["run.py", *workspace.command(option)[1:]]) == 2
-        assert error_line(capsys.readouterr().err) == f"{name}: for many runs; expected `python run.py sweep with …`"
+        assert error_line(capsys.readouterr().err) == f"{name}: is for sweeps; expected `python run.py sweep with …`"

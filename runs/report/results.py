@@ -17,7 +17,7 @@ from common.messages import quoted
 from common.strict_json import read_json
 from common.text import estimate
 from engine.exported import DESCRIPTION
-from runs.comparable import of_run
+from runs.comparable import checkpoint_label
 from runs.report.text import dataset_title, without_home
 from runs.run_reader import Run, as_written_by_run, open_checkpoint, runs_of_each
 from runs.stored_results import Robustness, StoredLogits, read_logits, read_robustness
@@ -112,7 +112,7 @@ class ReportRun(Run):
             published = described["architecture"].items() >= PUBLISHED_SIZES.items()
             named = str(described["backbone"]["name"])
             if published or named.endswith(".ckpt"):
-                return PUBLISHED_BACKBONE if published else of_run(named)
+                return PUBLISHED_BACKBONE if published else checkpoint_label(named)
             return Path(named).name if Path(named).is_absolute() else named
 
     def at_own_pattern(self, metric: str) -> float | None:

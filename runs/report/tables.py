@@ -11,7 +11,7 @@ import pandas as pd
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from common.text import AT_OFFSET
-from runs.comparable import beside_method, other_input
+from runs.comparable import additions, other_input
 from runs.pattern import Pattern
 from runs.report.lines import Dataset, Line, method_title
 from runs.report.results import PUBLISHED_BACKBONE, ReportRun
@@ -55,7 +55,7 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
         rows.append(
             {
                 "run": run.tag,
-                "method": ", ".join([method_title(run), *other_input(run.config), *beside_method(run.config)]),
+                "method": ", ".join([method_title(run), *other_input(run.config), *additions(run.config)]),
                 "dataset": dataset.name if dataset else dataset_title(run.dataset),
                 "trained_at": NOT_APPLICABLE if run.is_evaluation else run.pattern.title,
                 "seed": str(run.config["seed"]),
@@ -202,7 +202,7 @@ def unlike_published(dataset: Dataset, line: Line) -> str:
     backbones = {run.backbone for run in line.runs}
     if other_input(line.runs[0].config):
         return "other input"
-    if beside_method(line.runs[0].config):
+    if additions(line.runs[0].config):
         return "other head or teacher"
     if not dataset.is_published:
         return "other data" if dataset.test_rows else "test split not known"
@@ -224,10 +224,10 @@ def confidence_table(dataset: Dataset) -> Table:
     rows: list[Row] = []
     for line, run, found in results:
         for name in dataset.spec.type_names:
-            of_run: Row = {"method": line.label, "run": run.tag, "seed": str(run.config["seed"])}
+            run_row: Row = {"method": line.label, "run": run.tag, "seed": str(run.config["seed"])}
             values, ends = found.raw["by_type"][name], found.raw["confidence"][name]
             cells = {metric: interval(value, ends[metric], dataset.unit(metric)) for metric, value in values.items()}
-            rows.append(of_run | {"test_samples_are": name} | dict.fromkeys(titles, NOT_APPLICABLE) | cells)
+            rows.append(run_row | {"test_samples_are": name} | dict.fromkeys(titles, NOT_APPLICABLE) | cells)
     for answer, metrics in dataset.baselines.items() if rows else ():
         of_answer: Row = {**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer}
         cells = {name: number(value, dataset.unit(name)) for name, value in metrics.items()}

@@ -1,7 +1,7 @@
-"""Which methods differ, from the stored logits of their runs, sample by sample.
+"""Tests which methods differ, sample by sample, from the stored logits of their runs.
 
-Compared are lines of runs (`runs/lines.py`) on one test set that were trained at the same pattern: nothing else is like
-for like. Of each pair of lines the runs of the same training seed are paired.
+Only lines of runs (`runs/lines.py`) on the same test set and trained at the same pattern are compared. Within a pair of
+lines, runs with the same training seed are paired.
 """
 
 import itertools
@@ -35,61 +35,61 @@ log = logging.getLogger("rep")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compare."""
+    """Settings of a comparison."""
 
     table_seeds: tuple[int, ...]
     resamples: int
     permutations: int
     types: tuple[str, ...] | None = None  # missing types to evaluate at; None for all
-    ratios: tuple[float, ...] | None = None  # missing ratios; None for 0, 1, and that of the training
-    both_ratio: float | None = None  # None for that of the training
+    ratios: tuple[float, ...] | None = None  # missing ratios; None for 0, 1 and the one used in training
+    both_ratio: float | None = None  # None for the one used in training
     missing_table_root: Path | None = None
-    """Where tables are kept; None for where the first run has them. Others are drawn, and not kept."""
+    """Folder of stored missing tables; None for the first run's. Tables missing there are drawn but not stored."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two lines at one pattern."""
+    """A comparison of two lines at one pattern."""
 
-    one: int  # places in `Group.labels`
+    one: int  # indices into `Group.labels`
     other: int
     pattern: Pattern
-    values: tuple[float, float]  # the metric of each, the mean over seeds and missing tables
-    difference: Difference  # of the first minus the second
-    of_seeds: tuple[float, ...]  # the difference of each pair of runs
+    values: tuple[float, float]  # each line's metric, averaged over seeds and missing tables
+    difference: Difference  # first minus second
+    of_seeds: tuple[float, ...]  # difference of each pair of runs
     metric: str
-    p_corrected: float = math.nan  # by Holm, for the number of comparisons made together
+    p_corrected: float = math.nan  # Holm-corrected for all comparisons made together
 
     @property
     def significant(self) -> bool:
-        """Whether the corrected p is at most 1 - LEVEL, and 0 is outside of the interval, which is over seeds too."""
+        """Whether the corrected p is at most 1 - LEVEL and the interval, which covers seeds too, excludes 0."""
         outside = self.difference.low > 0 or self.difference.high < 0
         return self.p_corrected <= 1 - LEVEL and outside
 
     @property
     def ahead(self) -> int:
-        """In how many pairs of runs the first is better."""
+        """Number of pairs of runs in which the first line is better."""
         return sum(order_of(1.0, self.metric) * value > 0 for value in self.of_seeds)
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Lines of one test set and training pattern, with all their comparisons."""
+    """The lines with one test set and training pattern, and all their comparisons."""
 
     dataset: str
     task: Task
-    metric: str  # that of the task, or macro F1 at each run's offset
+    metric: str  # the task's metric, or macro F1 at each run's offset
     trained_at: Pattern
-    drawing: str  # of the missing tables of their trainings
+    drawing: str  # how the missing tables were drawn in training
     lines: list[RunLine[Run]]
-    labels: list[str]  # of the lines: the method, with the options that set it apart
+    labels: list[str]  # one for each line: its method and the options that set it apart
     samples: int
     baselines: dict[str, dict[str, Any]]
     comparisons: list[Comparison]
 
 
 class _Stored:
-    """The logits of a run, with an offset (`engine/decision.py`) added where that is asked for."""
+    """The stored logits of a run, with its offset (`engine/decision.py`) added if `at_offset`."""
 
     def __init__(self, run: Run, *, at_offset: bool) -> None:
         results = read_robustness(run)
@@ -102,7 +102,7 @@ class _Stored:
             self.split = replace(self.split, logits_TNC=self.split.logits_TNC.double() + results.offset)
 
     def at(self, task: Task, tables: Sequence[np.ndarray], resamples: int) -> tuple[float, Tensor]:
-        """The task's metric, the mean over tables, and its values (R,) in resamples of the test samples."""
+        """The task's metric, averaged over tables, and its values (R,) in resamples of the test samples."""
         found = estimate([task.metrics(self.split.at(table), self.split.labels)[task.monitor] for table in tables])
         assert found is not None
         values_KR = bootstrap(task.metrics.measures[task.monitor], self.split, tables, resamples)
@@ -110,21 +110,21 @@ class _Stored:
 
 
 def has_logits(run: Run) -> bool:
-    """Whether a run has robustness results with their logits."""
+    """Whether a run has robustness results and their logits."""
     return logits_path(run).is_file() and logits_path(run).with_name("robustness.json").is_file()
 
 
 def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = False) -> list[Group]:
-    """All comparisons of lines of runs that are like for like, corrected for how many they are together.
+    """Makes all valid comparisons between lines of runs, with p values corrected for their total number.
 
     Runs without stored logits are left out.
 
     Args:
-        at_offset: compares macro F1 of several labels at each run's offset, of the runs that have one.
+        at_offset: compares multi-label macro F1 at each run's offset instead, among the runs that have one.
 
     Raises:
-        ConfigError: a missing type is none of a dataset's.
-        DataError: logits are damaged, of another checkpoint, or of other test samples than others of the dataset.
+        ConfigError: the dataset has no such missing type.
+        DataError: logits are damaged, belong to another checkpoint, or cover other test samples than the other runs'.
     """
     with_logits = [run for run in runs if not run.is_evaluation and has_logits(run)]
     if at_offset:
@@ -141,7 +141,7 @@ def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = F
 
 
 def drawing_of(run: Run) -> str:
-    """How the missing tables of a training were drawn."""
+    """How the missing tables of a training run were drawn."""
     return str(run.config.get("missing_tables", NESTED))
 
 
@@ -156,10 +156,10 @@ def _group(
     first = next(iter(stored[0].values()))
     for each in (each for of_line in stored for each in of_line.values()):
         if each.test_set != first.test_set:
-            said = f"logits of other test samples than {logits_path(first.run)}; compare each test set by itself"
+            said = f"logits of other test samples than in {logits_path(first.run)}; compare each test set separately"
             raise DataError(f"{logits_path(each.run)}: {said}")
         if each.rows_before != first.rows_before:
-            said = f"results at tables drawn behind other splits than those of {logits_path(first.run).parent}"
+            said = f"missing tables drawn after splits of other sizes than in {logits_path(first.run).parent}"
             raise DataError(f"{logits_path(each.run).parent}: {said}; run `python run.py robustness` again")
     metric = AT_OFFSET if at_offset else task.monitor
     measure, comparisons = task.metrics.measures[task.monitor], []
@@ -175,11 +175,11 @@ def _group(
             low, high = difference_interval(resampled_SR, value, first.split.units)
             pairs = [(stored[one][a].split, stored[other][b].split) for a, b in seeds]
             p = permutation_p(measure, pairs, tables, value, settings.permutations)
-            mine, theirs = (sum(side) / len(seeds) for side in zip(*values, strict=True))
-            difference = Difference(value, low, high, p)
-            comparison = Comparison(one, other, pattern, (mine, theirs), difference, of_seeds, task.monitor)
+            first_mean, second_mean = (sum(side) / len(seeds) for side in zip(*values, strict=True))
+            difference, means = Difference(value, low, high, p), (first_mean, second_mean)
+            comparison = Comparison(one, other, pattern, means, difference, of_seeds, task.monitor)
             comparisons.append(comparison)
-        log.info("%s: %s compared by %s", dataset, pattern.title, metric)
+        log.info("%s: %s, %s compared", dataset, pattern.title, metric)
     labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
     of_constants = baselines(task, first.split.labels, first.class_names)
     return Group(
@@ -188,13 +188,13 @@ def _group(
 
 
 def _paired(one: list[int], other: list[int]) -> list[tuple[int, int]]:
-    """The training seeds that both lines have; without any, the lowest ones of each."""
+    """Pairs of training seeds: the seeds that both lines have or, if there are none, the lowest seeds of each."""
     common = [seed for seed in one if seed in other]
     return [(seed, seed) for seed in common] or list(zip(one, other, strict=False))
 
 
 def _patterns(spec: DatasetSpec, trained_at: Pattern, settings: Settings) -> list[Pattern]:
-    """Each pattern once: where nothing is missing, all missing types are one."""
+    """The patterns to compare at, each once: at ratio 0 all missing types are the same."""
     types = settings.types or spec.missing_types
     if unknown := [name for name in types if pattern_type(spec.modalities, name) != name]:
         raise ConfigError(f"robustness_types: expected {' or '.join(spec.missing_types)}, found {unknown[0]}")
@@ -206,7 +206,7 @@ def _patterns(spec: DatasetSpec, trained_at: Pattern, settings: Settings) -> lis
 
 
 def _tables(stored: _Stored, trained_at: Pattern, pattern: Pattern, settings: Settings) -> list[np.ndarray]:
-    """The missing tables of all table seeds, drawn as for the robustness results; one, where they are all the same."""
+    """The missing tables of all table seeds, drawn as for the robustness results; only one if all are equal."""
     root = settings.missing_table_root or Path(str(stored.run.config.get("missing_table_root", "")))
     spec, split = stored.run.spec, stored.split
     described = [MissingPattern(*pattern, seed) for seed in settings.table_seeds]

@@ -1,4 +1,4 @@
-"""`run.py compare`: what differs significantly, as tables for the terminal and as JSON."""
+"""`run.py compare`: prints the significant differences as tables, and writes them as JSON."""
 
 import itertools
 import logging
@@ -24,11 +24,11 @@ FORMAT = 1
 
 
 def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
-    """Compares the runs in and below `runs`; writes `compare.json` into the first place, and gives it as text.
+    """Compares the runs in and below `runs`; writes `compare.json` to the first of these folders, and returns the text.
 
     Raises:
-        ConfigError: an option is wrong, or there are no two lines of runs to compare.
-        DataError: a file is damaged, or cannot be written.
+        ConfigError: an option is invalid, or there are no two lines of runs to compare.
+        DataError: a file is damaged or cannot be written.
     """
     names = ("runs", "robustness_seeds", "robustness_ratios", "both_ratio", "missing_table_root", "bootstrap")
     options = read_options(config, [*names, "permutations"])
@@ -48,16 +48,16 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
     without = [run.folder for run in runs if not (run.is_evaluation or run.pretrains or has_logits(run))]
     if without:
         others = f" and {len(without) - 3} more" if len(without) > 3 else ""
-        log.warning("without stored logits, and left out: %s%s", ", ".join(map(str, without[:3])), others)
+        log.warning("left out for lack of stored logits: %s%s", ", ".join(map(str, without[:3])), others)
     groups = compare_runs(runs, settings)
     if not groups:
         stored = [run for run in runs if has_logits(run)]
-        there = dict.fromkeys(
+        existing = dict.fromkeys(
             f"{run.config['prompt_type']} on {run.dataset} at {run.pattern}{_drawn(drawing_of(run))}" for run in stored
         )
         raise ConfigError(
-            f"runs: expected two configurations or more in {', '.join(map(str, places))} that were trained on one "
-            f"dataset at one pattern and have stored logits, found {'; '.join(there) or 'none with logits'}"
+            f"runs: expected at least two configurations in {', '.join(map(str, places))} that were trained on one "
+            f"dataset at one pattern and have stored logits, found {'; '.join(existing) or 'none with logits'}"
             + (f"; `python run.py robustness with load_path={places[0]}` stores them" if without else "")
         )
     at_offset = compare_runs(runs, settings, at_offset=True)
@@ -66,7 +66,7 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
     with writing(path):
         write_json(path, _content([*groups, *at_offset], total, settings))
     if any(len(each.of_seeds) == 1 for group in groups for each in group.comparisons):
-        log.warning("of one training seed each, a difference may be one of seeds, not of methods")
+        log.warning("with one training seed each, a difference may be due to the seeds, not the methods")
     return "\n".join([*map(_text, [*groups, *at_offset]), "", *_legend(total, settings), f"written to {path}"])
 
 
@@ -155,13 +155,14 @@ def _signed(value: float) -> str:
 
 def _legend(total: int, settings: Settings) -> list[str]:
     lines = [
-        f"differ: mean over pairs of training seeds and over missing tables (seeds "
+        f"differ: difference, mean over pairs of training seeds and missing tables (seeds "
         f"{', '.join(map(str, settings.table_seeds))})",
-        f"interval: bootstrap, {settings.resamples:,} times resampled: test samples and, where several, training seeds",
+        f"interval: bootstrap, {settings.resamples:,} resamples of the test samples and, if several, training seeds",
         "ahead: pairs of training seeds in which the first is better",
         f"p: paired permutation test over samples, Holm-corrected for {counted(total, 'comparison')} of a metric",
-        f"*: significant, p at most {1 - LEVEL:g} and 0 outside of the interval",
+        f"*: significant: p at most {1 - LEVEL:g}, and an interval that excludes 0",
     ]
     if total / (settings.permutations + 1) > 1 - LEVEL:
-        lines.append(f"so many comparisons need permutations={math.ceil(2 * total / (1 - LEVEL))} to find anything")
+        needed = math.ceil(2 * total / (1 - LEVEL))
+        lines.append(f"nothing can be significant with so many comparisons; expected permutations={needed} or more")
     return lines

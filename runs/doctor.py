@@ -1,7 +1,7 @@
-"""`run.py doctor`: checks, before a long run, that all it needs is there, intact and fast enough.
+"""`run.py doctor`: checks, before a long run, that everything it needs is present, intact and fast enough.
 
-Every check is made, whatever the others find. The readers that the run uses make most of them; nothing is written but
-the token ids and missing tables that the run would write too.
+Every check is made, whatever the others find. Most go through the readers that the run itself uses. The only files
+written are the token ids and missing tables, which the run would write too.
 """
 
 import importlib.metadata
@@ -45,11 +45,11 @@ from vilt.missing_tables import load_missing_table, said_counts, type_counts
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 SHARED_MEMORY, IMAGES_DECODED = Path("/dev/shm"), 64  # images of each split, evenly spread
 Found = tuple[str, str]
-"""A level and a text. `FAIL`: the run would end, or give wrong results; `warn`: worth a look; else `ok`."""
+"""A level and a message. `FAIL`: the run would stop or give wrong results; `warn`: worth a look; else `ok`."""
 
 
 def check_all(config: Mapping[str, Any], given: set[str]) -> None:
-    """Prints the line of each check; the arguments are those of a run. Raises CheckupError where one failed."""
+    """Prints a line for each check. Takes the arguments of a run. Raises CheckupError if a check failed."""
     logging.disable(logging.INFO)
     levels = []
     for level, line in examine(config, given):
@@ -60,7 +60,7 @@ def check_all(config: Mapping[str, Any], given: set[str]) -> None:
 
 
 def examine(config: Mapping[str, Any], given: set[str]) -> Iterator[Found]:
-    """Level and line of each check of a run, as soon as it is made. Raises ConfigError for an option out of range."""
+    """Yields the level and line of each check as soon as it is made. Raises ConfigError for an invalid option."""
     doctor = Doctor(resolve(config), given)
     checks: dict[str, Callable[[], Found]] = {
         "packages": check_packages,
@@ -81,16 +81,16 @@ def examine(config: Mapping[str, Any], given: set[str]) -> Iterator[Found]:
 
 
 def check_packages() -> Found:
-    """Installed versions beside those of requirements.txt."""
+    """Compares the installed versions with requirements.txt."""
     lines = [line for line in REQUIREMENTS.read_text("utf-8").splitlines() if not line.startswith("#")]
     found = {one: importlib.metadata.version(one.name) for one in map(Requirement, lines)}
     others = [f"{one.name} {version} (tested: {one})" for one, version in found.items() if version not in one.specifier]
-    text = f"other versions than tested: {', '.join(others)}" if others else f"as in {REQUIREMENTS.name}"
+    text = f"untested versions: {', '.join(others)}" if others else f"as in {REQUIREMENTS.name}"
     return "warn" if others else "ok", f"Python {platform.python_version()}, torch {torch.__version__}; {text}"
 
 
 class StepTimer(pl.Callback):
-    """Loss, seconds and trained bytes of the newest training step."""
+    """Records loss, seconds and trained bytes of the latest training step."""
 
     loss, seconds, began, trained_bytes = 0.0, 0.0, 0.0, 0
 
@@ -105,14 +105,14 @@ class StepTimer(pl.Callback):
 
 @dataclass
 class Doctor:
-    """The checks that need the options; later ones use what earlier ones have found."""
+    """The checks that need the options; later ones use the findings of earlier ones."""
 
     options: Options
     given: set[str]
     backbone: FrozenWeights | None = None
     inputs: InputFormat | None = None
     datasets: dict[Split, ArrowDataset] = field(default_factory=dict)
-    run_bytes: int = 2**30  # what the run leaves in its folder; a guess until a step was tried
+    run_bytes: int = 2**30  # size of the run folder in the end; a guess until the training step has run
 
     def __post_init__(self) -> None:
         self.family = family_of(self.options.task or CUSTOM)
@@ -120,7 +120,7 @@ class Doctor:
 
     @property
     def image_size(self) -> int:
-        """In pixels."""
+        """Side of the images in pixels."""
         return (self.inputs or InputFormat()).image_size
 
     def check_options(self) -> Found:
@@ -130,7 +130,7 @@ class Doctor:
     def check_device(self) -> Found:
         if not self.options.num_gpus:
             threads = counted(torch.get_num_threads(), "thread")
-            return "warn", f"no GPU in use, {threads}: a published training takes days"
+            return "warn", f"no GPU in use, {threads}: training as published takes days"
         free, total = torch.cuda.mem_get_info()
         memory = f"{filesize.decimal(free)} of {filesize.decimal(total)} free"
         device = f"{self.options.num_gpus} × {torch.cuda.get_device_name()}, {memory}"
@@ -148,10 +148,10 @@ class Doctor:
     def check_tokenizer(self) -> Found:
         self.inputs = self.family.inputs(self.choice, self.backbone.architecture if self.backbone else None)
         tokenize = self.inputs.tokenize
-        return "ok", f"{tokenize.vocab_size:,} ids" if isinstance(tokenize, ClipTokenizer) else "none needed"
+        return "ok", f"{tokenize.vocab_size:,} ids" if isinstance(tokenize, ClipTokenizer) else "not needed"
 
     def check_split(self, split: Split) -> Found:
-        """Arrow file, classes, size, a sample of the images, texts and missing table."""
+        """Checks a split's arrow file, classes, size, texts and missing table, and some of its images."""
         options, root = self.options, self.options.data_root
         if options.task is None or root is None:
             raise ConfigError("expected a task and data_root, as in task_finetune_mmimdb data_root=datasets/mmimdb")
@@ -162,14 +162,14 @@ class Doctor:
         if stored not in (None, names):
             raise DataError(f"{data.path}: metadata class_names: expected {listed(names)}, found {quoted(stored)}")
         for index in np.unique(np.linspace(0, len(data) - 1, IMAGES_DECODED, dtype=int)).tolist():
-            data[0, index]  # raises DataError where the image cannot be decoded
+            data[0, index]  # raises DataError if the image cannot be decoded
         pattern = split_patterns(options.data_settings().patterns, spec, root)[split]
         root = options.missing_table_root
         data.missing_table = load_missing_table(root, spec.table_name, split, pattern, data.n_rows)
         what = " (one per text)" if spec.column_of("text") else ""
         facts = [f"{counted(data.n_rows, 'row')}, {counted(len(data), 'sample')}{what}"]
         if split == "train" and spec.redrawn and options.simulate_missing:
-            facts.append(f"{per_cent(pattern.ratio)} {pattern.missing_type} missing, drawn anew in each epoch")
+            facts.append(f"{per_cent(pattern.ratio)} {pattern.missing_type} missing, redrawn in each epoch")
         else:
             facts += said_counts(type_counts(data.missing_table, spec.type_names))
         remarks = []
@@ -183,15 +183,15 @@ class Doctor:
         return "warn" if remarks else "ok", "; ".join([", ".join(facts), *remarks])
 
     def check_step(self) -> Found:
-        """Two training steps on real samples, of which the second is timed, and a validation."""
+        """Runs two training steps on real samples, the second of them timed, and a validation."""
         options, train = self.options, self.datasets.get("train")
         if self.backbone is None or self.inputs is None or train is None or "val" not in self.datasets:
-            return "warn", "not tried: it needs backbone, tokenizer, and train and val data"
+            return "warn", "not tried, since it needs backbone, tokenizer, train data and val data"
         alone = {"num_gpus": min(1, options.num_gpus), "num_nodes": 1, "cpu_processes": 1, "num_workers": 0}
         short = {"fast_dev_run": 2, "batch_size": options.per_gpu_batchsize, "image_cache": False, "resume_from": None}
         timer, changes = StepTimer(), dict[str, Any](alone | short)
         train_from(replace(options, **changes), options.exp_name, timer, given=self.given)
-        self.run_bytes = 9 * timer.trained_bytes  # best.ckpt; last.ckpt with that and AdamW's state, old and new
+        self.run_bytes = 9 * timer.trained_bytes  # best.ckpt; old and new last.ckpt, each with that and AdamW's state
         began, batch = time.perf_counter(), min(options.per_gpu_batchsize, len(train))
         train.__getitems__([(0, index) for index in range(batch)])
         loading = time.perf_counter() - began
@@ -203,18 +203,18 @@ class Doctor:
         return "warn" if hints else "ok", "; ".join([f"loss {timer.loss:.4f}", speed, *hints])
 
     def check_storage(self) -> Found:
-        """Rights and space where the run writes, and in shared memory, through which its loaders hand over batches."""
+        """Checks permissions and space where the run writes, and in shared memory, where workers put batches."""
         options = self.options
-        # Two batches of each worker wait there; the workers of training and validation live at the same time.
+        # Each worker keeps two batches there, and the workers of training and validation exist at the same time.
         workers = 2 * (options.num_gpus or options.cpu_processes) * options.num_workers
         batches = 2 * workers * options.per_gpu_batchsize * 3 * self.image_size**2
         needs, texts = [(options.log_dir, self.run_bytes), (SHARED_MEMORY, batches)], []
         if options.image_cache and options.data_root:
-            needs.append((options.data_root, 0))  # the cache says at once what it lacks
+            needs.append((options.data_root, 0))  # the cache checks its own space as soon as the run starts
         for path, needed in needs:
             folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-                raise DataError(f"{path}: expected a folder that can be written, or created")
+                raise DataError(f"{path}: expected a folder that can be written to or created")
             free = shutil.disk_usage(folder).free
             texts.append(f"{path}: {filesize.decimal(free)} free, about {filesize.decimal(needed)} needed")
             if free < needed:

@@ -164,8 +164,8 @@ def test_only_like_for_like_is_compared(tmp_path: Path, capsys: Captured) -> Non
     write_run(tmp_path / "lacking" / "version_0", learning_rate=0.5)
     assert compare(f"runs={tmp_path}") == 0
     said = capsys.readouterr()
-    assert f"without stored logits, and left out: {tmp_path / 'lacking' / 'version_0'}" in said.err
-    assert "of one training seed each, a difference may be one of seeds" in said.err
+    assert f"left out for lack of stored logits: {tmp_path / 'lacking' / 'version_0'}" in said.err
+    assert "with one training seed each, a difference may be due to the seeds" in said.err
     (group,) = json.loads((tmp_path / "compare.json").read_text())["groups"]
     assert [method["runs"] for method in group["methods"]] == [
         {"0": str(tmp_path / "dcp" / "version_0")},
@@ -192,7 +192,10 @@ def test_an_undefined_metric_is_null_and_does_not_count(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["runs={top}/rep_seed0"], "runs: expected two configurations or more in {top}/rep_seed0 that were trained on"),
+        (
+            ["runs={top}/rep_seed0"],
+            "runs: expected at least two configurations in {top}/rep_seed0 that were trained on",
+        ),
         (["runs={top}/rep_seed0"], "stored logits, found rep on mmimdb at 70 % both\n"),
         (["runs={top}/bare"], "none with logits; `python run.py robustness with load_path={top}/bare` stores them"),
         (["runs=[{top},{top}/nowhere]"], "runs={top}/nowhere: expected a run folder or a folder with runs below it"),
@@ -238,7 +241,9 @@ def test_what_is_significant(low: float, p: float, metric: str, significant: boo
 
 def test_results_at_missing_tables_drawn_otherwise_are_not_compared(runs: Path) -> None:
     edited(runs / "dcp_seed1" / "version_0", "robustness/robustness.json", rows_before=[100, 20])
-    with pytest.raises(DataError, match=r"dcp_seed1.*drawn behind other splits.*run `python run.py robustness` again"):
+    with pytest.raises(
+        DataError, match=r"dcp_seed1.*drawn after splits of other sizes.*run `python run.py robustness` again"
+    ):
         compare_runs(find_runs(runs)[0], Settings((0,), 2, 2))
 
 

@@ -199,9 +199,9 @@ def test_doctor_checks_them(root: Path, pretrained: Path, capsys: Captured) -> N
     said = capsys.readouterr().out
     facts = (
         f"ok   backbone: {pretrained}",
-        "ok   tokenizer: none needed",
+        "ok   tokenizer: not needed",
         "training step: loss",
-        "missing, drawn anew",
+        "missing, redrawn",
     )
     assert all(fact in said for fact in facts) and "FAIL" not in said
 

@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints: the test split, and every missing pattern from stored logits."""
+"""Evaluates checkpoints on the test split, and at every missing pattern from stored logits."""
 
 import logging
 import math
@@ -45,9 +45,9 @@ log = logging.getLogger("rep")
 
 
 def evaluate(options: Options, given: set[str]) -> dict[str, float]:
-    """Evaluates `load_path`; the model's options come from the checkpoint, and `given` ones may not contradict it.
+    """Evaluates `load_path` with the model's options from the checkpoint, which `given` ones must not contradict.
 
-    Several checkpoints are one model, whose logits are the mean of theirs; records have the options of the first.
+    Several checkpoints are evaluated as one model that averages their logits; the first one's options are recorded.
     """
     assert options.load_paths
     arrow = open_spec(options.task, options.data_root, options.splits)
@@ -56,7 +56,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     say_device(options)
     for checkpoint in members:
         check_agreement(options, checkpoint, given)
-        check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test"))  # before anything heavy
+        check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test"))  # before the heavy work
     checkpoint = as_one(members)
     classifier, data = open_evaluation(options, members, given)
     name = options.test_exp_name or (
@@ -65,7 +65,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     custom = data.spec.custom
     contents = contents_of_data(data)
     if other := other_contents(checkpoint.contents, contents, *(checkpoint.contents.keys() - {"data of test"})):
-        log.warning("%s: the test set is not the one that its run had: %s", checkpoint.path, ", ".join(other))
+        log.warning("%s: the test set differs from its run's: %s", checkpoint.path, ", ".join(other))
     folder = start_folder(with_model_of(checkpoint, options, given), name, custom, contents)
     trainer = make_trainer(options, folder, steps_per_epoch=1)
     module = FinetuneModule(classifier, replace(checkpoint.spec, custom=custom))
@@ -77,42 +77,42 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
 def open_evaluation(
     options: Options, checkpoints: Sequence[Checkpoint], given: set[str]
 ) -> tuple[MissingModalityClassifier, MissingModalityData]:
-    """The model of `checkpoints`, on the backbones they were trained on, and the test split for it."""
+    """Opens the model of `checkpoints`, on the backbones they were trained on, and its test split."""
     classifier, inputs = open_models(checkpoints, backbone_choice(options, given), options.vit)
     classifier.compute(COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing)
     return classifier, open_data(options, inputs)
 
 
 def backbone_choice(options: Options, given: set[str]) -> BackboneChoice:
-    """What the user says of the backbone; its name counts only where it is `given`."""
+    """The user's choice of a backbone; `vit` counts only if it is `given`."""
     vit = options.vit if "vit" in given else None
-    of_files = options.vit_activation, options.tokenizer, options.trust_backbone, options.published_seed
-    of_data = options.task, options.data_root, options.network, options.seed
-    return BackboneChoice(vit, *of_files, options.image_size, *of_data)
+    file_options = options.vit_activation, options.tokenizer, options.trust_backbone, options.published_seed
+    data_options = options.task, options.data_root, options.network, options.seed
+    return BackboneChoice(vit, *file_options, options.image_size, *data_options)
 
 
 def open_data(options: Options, inputs: InputFormat) -> MissingModalityData:
-    """The splits that this run reads.
+    """Opens the splits that this run reads.
 
     Raises:
-        ConfigError: a process would have no sample of a split.
+        ConfigError: a split has fewer samples than there are processes.
     """
     data = MissingModalityData(options.data_settings(), options.splits, inputs)
     for split, dataset in data.datasets.items():
         if len(dataset) < options.processes:
             raise ConfigError(
-                f"{dataset.path}: expected at least a sample for each of the {options.processes} processes, found "
-                f"{len(dataset)} in {split}; use fewer (num_gpus, num_nodes or cpu_processes)"
+                f"{dataset.path}: expected at least one sample for each of the {options.processes} processes, found "
+                f"{len(dataset)} in {split}; use fewer processes (num_gpus, num_nodes or cpu_processes)"
             )
     log.info("data of %s:\n%s", options.data_root, data.describe())
     return data
 
 
 def check_measurable(data: MissingModalityData, task: Task) -> None:
-    """Says which splits leave the task's metric undefined, whatever is predicted: AUROC where only one class occurs.
+    """Warns of splits on which the task's metric is always undefined, such as AUROC if only one class occurs.
 
     Raises:
-        DataError: so does the validation split, so that nothing can choose the best model.
+        DataError: the validation split is one of them; the best model cannot be chosen.
     """
     for split, dataset in data.datasets.items():
         labels = torch.from_numpy(np.asarray(dataset.label_of_sample))
@@ -120,10 +120,10 @@ def check_measurable(data: MissingModalityData, task: Task) -> None:
         if not math.isnan(task.metrics(anything, labels)[task.monitor]):
             continue
         why = f"{dataset.path}: no sample is of class {listed(dataset.absent_classes())}"
-        said = f"{why}, so that {split}/{task.monitor} is undefined"
+        said = f"{why}, so {split}/{task.monitor} is undefined"
         if split == "val":
             raise DataError(f"{said} and cannot choose the best model; expected samples of all classes in each split")
-        log.warning("%s: no number is given for it", said)
+        log.warning("%s and not reported", said)
 
 
 def test(
@@ -135,7 +135,7 @@ def test(
     folder: Path | None,
     training: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Runs the test split, prints the result and writes it, with `training`, to `test_results.json`."""
+    """Evaluates the test split, prints the results and writes them, with `training`, to `test_results.json`."""
     started, task = time.monotonic(), module.task
     module.task = with_offset(task, checkpoint.offset)
     if options.published_f1:
@@ -178,30 +178,30 @@ def test(
         if AT_OFFSET in module.test_metrics:
             print(f"  offset of the logits, chosen on validation: {checkpoint.offset:+.4f}")
         elif data.spec.multilabel:
-            print("  no offset of the logits was chosen on validation: decided at a probability of 1/2 alone")
-        for name, of_type in by_type.items() if len(by_type) > 1 else ():
-            shown = figure(of_type[module.task.monitor])
-            print(f"  {name}, {counted(of_type['samples'], 'sample')}: {module.task.monitor} {shown}")
+            print("  no offset of the logits was chosen on validation: the threshold is a probability of 1/2")
+        for name, results in by_type.items() if len(by_type) > 1 else ():
+            shown = figure(results[module.task.monitor])
+            print(f"  {name}, {counted(results['samples'], 'sample')}: {module.task.monitor} {shown}")
         print("".join(f"  {text}\n" for text in baseline_texts(found, module.task.monitor)), end="")
         print(f"  written to {folder / 'test_results.json'}\n")
     return module.test_metrics
 
 
 def measure_target(target: Target, given: set[str]) -> Results | None:
-    """Encodes what a target lacks and writes its results; they are None on other processes than the first.
+    """Computes a target's logits unless they are stored, and writes its results; None except on the first process.
 
     Raises:
-        CheckpointError: the checkpoint was replaced since the target was opened.
+        CheckpointError: the checkpoint has been replaced since the target was opened.
     """
     options, subject, store = target.options, target.subject, target.store
     if target.encoded:
-        log.info("%s: its logits are stored, no pass is needed", subject.checkpoint)
+        log.info("%s: uses the stored logits", subject.checkpoint)
     else:
         store.check_writable()
         say_device(options)
         checkpoint = read_checkpoint(subject.checkpoint)
         if checkpoint.sha256 != subject.checkpoint_sha256:
-            raise CheckpointError(f"{subject.checkpoint}: was replaced by another checkpoint a moment ago; start again")
+            raise CheckpointError(f"{subject.checkpoint}: has just been replaced by another checkpoint; start again")
         classifier, data = open_evaluation(options, [checkpoint], given)
         check_measurable(data, subject.task)
         trainer = make_trainer(options, None, steps_per_epoch=1)
@@ -216,18 +216,18 @@ def measure_target(target: Target, given: set[str]) -> Results | None:
 
 
 def encode(store: LogitStore, module: FinetuneModule, trainer: pl.Trainer, data: MissingModalityData) -> None:
-    """Computes the logits, in one pass over the test split for each missing type that an interrupted run left.
+    """Computes the logits in one pass over the test split per missing type, except types an interrupted run has stored.
 
-    With several processes all take part, and the first one writes.
+    All processes take part; the first one writes.
     """
     dataset, logits = data.datasets["test"], store.load_part()
     names = zip(logit_columns_of(dataset.spec), dataset.spec.type_names, strict=True)
     for number, (column, name) in enumerate(names):
         if column in logits:
-            log.info("%s: kept by an interrupted run", name)
+            log.info("%s: already computed by an interrupted run", name)
             continue
-        of, samples = len(dataset.spec.type_names), counted(len(dataset), "sample")
-        log.info("encoding %d of %d: %s, %s", number + 1, of, name, samples)
+        total, samples = len(dataset.spec.type_names), counted(len(dataset), "sample")
+        log.info("encoding %d of %d: %s, %s", number + 1, total, name, samples)
         dataset.missing_table = np.full(dataset.n_rows, number, dtype=np.int8)
         trainer.test(module, datamodule=data, verbose=False)
         assert module.tested is not None and len(module.tested[0]) == len(dataset)
@@ -237,7 +237,7 @@ def encode(store: LogitStore, module: FinetuneModule, trainer: pl.Trainer, data:
 
 
 def measure_mean(targets: Sequence[Target]) -> tuple[Target, Results]:
-    """Writes the results of targets, whose logits are all stored, as one model: by the mean of their logits."""
+    """Writes the results of targets as one model that averages their logits, which must all be stored."""
     first, subjects = targets[0], [target.subject for target in targets]
     checkpoint = as_one([read_checkpoint(subject.checkpoint) for subject in subjects])
     logits = [target.store.load() for target in targets]

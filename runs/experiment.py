@@ -1,4 +1,4 @@
-"""The Sacred experiment: what it is allowed to do, and how a command is started in it."""
+"""The Sacred experiment, with the features we do not use turned off, and how it runs a command."""
 
 import logging
 import sys
@@ -12,8 +12,8 @@ from config import DEFAULTS
 from runs.command_line import CommandLine
 
 with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # Sacred's; requirements.txt holds setuptools back
-    sys.modules.setdefault("pandas", None)  # type: ignore[arg-type]  # Sacred would load it, half a second, for nothing
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # Sacred uses it; requirements.txt pins setuptools
+    sys.modules.setdefault("pandas", None)  # type: ignore[arg-type]  # Sacred would import it: half a second, unused
     from sacred import SETTINGS, Experiment
 
     if sys.modules["pandas"] is None:
@@ -23,7 +23,7 @@ SETTINGS.CAPTURE_MODE = "no"  # Sacred would otherwise take over standard output
 SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # run.py records the devices itself
 
 EX = Experiment("REP", save_git_info=False)
-logging.getLogger("REP").setLevel(logging.CRITICAL)  # Sacred's steps and type changes; run.py and `check` report
+logging.getLogger("REP").setLevel(logging.CRITICAL)  # Sacred logs steps and type changes; run.py and `check` do that
 EX.logger = logging.getLogger("REP")  # type: ignore[assignment]
 EX.add_config(DEFAULTS)
 for _command in ("print_config", "print_dependencies", "save_config", "print_named_configs"):  # Sacred's
@@ -31,13 +31,13 @@ for _command in ("print_config", "print_dependencies", "save_config", "print_nam
 
 
 def run_command(asked: CommandLine) -> None:
-    """Runs the command that a user asked for. Sacred's own reading of a command line can run code (jsonpickle)."""
-    first = not getattr(rank_zero_only, "rank", 0)  # of several processes that one keeps the record
+    """Runs the given command. Sacred does not parse the command line itself, since it could run code (jsonpickle)."""
+    first = not getattr(rank_zero_only, "rank", 0)  # only the first process keeps the record
     if first and asked.record is not None:
         try:
             Path(asked.record).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"-F {asked.record}: cannot be made: {reason_of(error)}") from error
+            raise ConfigError(f"-F {asked.record}: cannot be created: {reason_of(error)}") from error
     flags = {"--file_storage": asked.record if first else None}
     words = {"UPDATE": asked.words, "GIVEN": sorted(asked.given), "CHOSEN": sorted(asked.chosen)}
     EX.run(asked.command, asked.updates, options={**flags, **words})

@@ -1,4 +1,4 @@
-"""`run.py export`: a trained model to share, with a model card of what is known of it."""
+"""`run.py export`: writes a trained model for sharing, with a model card."""
 
 from pathlib import Path
 
@@ -15,42 +15,42 @@ from runs.targets import pattern_of
 
 CARD = Path(__file__).with_name("model_card.md.j2")
 OPTIONS = ("learning_rate", "batch_size", "max_epoch", "max_steps", "warmup_steps", "weight_decay")
-"""Those that the card has."""
+"""Options shown in the model card."""
 
 
 def export(load_path: Path | tuple[Path, ...] | None, out: Path | None = None) -> str:
-    """Writes the model of a checkpoint into the folder `out`, by default `export` beside it; says so.
+    """Writes the model of a checkpoint to the folder `out`, by default `export` next to it; returns a message.
 
     Raises:
-        CheckpointError: it is none, or one of the published code, which holds its backbone.
-        ConfigError: `out` is there already, or no checkpoint is named.
+        CheckpointError: `load_path` is no checkpoint, or one of the published code, which contains its backbone.
+        ConfigError: `out` exists, or no checkpoint is named.
     """
     if not isinstance(load_path, Path):
         raise ConfigError("load_path: expected a checkpoint to export, as in load_path=result/…/best.ckpt")
     checkpoint = read_checkpoint(load_path)
     if checkpoint.published:
-        raise CheckpointError(f"{load_path}: a checkpoint of the published code; expected one of this program")
+        raise CheckpointError(f"{load_path}: expected a checkpoint of this program, found one of the published code")
     out = out or checkpoint.path.with_name("export")
     of_model = (checkpoint.spec, str(checkpoint.backbone_name), str(checkpoint.backbone_sha256), checkpoint.class_names)
     trained = (checkpoint.contents, checkpoint.offset, checkpoint.training)
     described = describe(*of_model, checkpoint.tokenizer, *trained)
     runs = [run for run in find_runs(load_path.parent)[0] if run.folder == load_path.parent]
     write_exported(out, checkpoint.state, described, _card(checkpoint, runs[0] if runs else None))
-    return f"written to {out}: {len(checkpoint.state)} tensors, their description and a model card"
+    return f"written to {out}: {len(checkpoint.state)} tensors, a description and a model card"
 
 
 def _values(checkpoint: Checkpoint, run: Run | None) -> str:
     trained = None if run is None or run.test is None else run.test.get("trained_parameters")
-    of_these = f" ({trained:,})" if trained is not None else ""
+    n_trained = f" ({trained:,})" if trained is not None else ""
     values = sum(tensor.numel() for tensor in checkpoint.state.values())
-    return f"{values:,} values: what was trained{of_these}, and what the method keeps fixed beside it"
+    return f"{values:,} values: the trained parameters{n_trained} and the method's fixed values"
 
 
 def _card(checkpoint: Checkpoint, run: Run | None) -> str:
     spec, at, name = checkpoint.spec, checkpoint.training, str(checkpoint.backbone_name)
     test = None if run is None else run.test
     if test is not None and test.get("checkpoint_sha256", checkpoint.sha256) != checkpoint.sha256:
-        test = None  # of best.ckpt, and this is another one
+        test = None  # the results are those of best.ckpt, and this is another checkpoint
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

@@ -26,15 +26,15 @@ OTHERS: dict[str, Sequence[str]] = {
     "runs": ("log_dir",),
     "export": ("load_path",),
 }
-"""Options of a command beside its own, whose help begins with its name, and kinds of options."""
+"""Further options, and kinds of options, of each command; the help of its own options starts with its name."""
 FLAGS = {
-    "-F FOLDER": "keeps Sacred's record of the run in FOLDER",
-    "-h, --help": "shows this, or what a command takes",
+    "-F FOLDER": "writes Sacred's record of the run to FOLDER",
+    "-h, --help": "shows this help, or a command's options",
 }
 
 
 def help_on(command: str | None, commands: Mapping[str, Callable[..., Any]], about: str) -> str:
-    """What a command is for and all that it takes; of none, which commands there are."""
+    """Help on a command and its options or, without one, on the program and its commands."""
     if command is None:
         lines = [
             *_wrapped(about),
@@ -62,7 +62,7 @@ def help_on(command: str | None, commands: Mapping[str, Callable[..., Any]], abo
 
 
 def _configs() -> list[str]:
-    lines = ["Named configs, which stand behind `with` too:", ""]
+    lines = ["Named configs, which also go after `with`:", ""]
     for name, values in NAMED_CONFIGS.items():
         lines += _entry(name, ", ".join(f"{option}={value}" for option, value in values.items()))
     return lines
@@ -73,7 +73,7 @@ def _options(names: Sequence[str]) -> list[str]:
 
 
 def _entry(name: str, text: str) -> list[str]:
-    """A name with what is said of it, on lines of its own where the name is long."""
+    """A name and its text, which starts on a new line if the name is long."""
     column = 28
     lines = textwrap.wrap(text, max(20, _width() - column)) or [""]
     first = [f"  {name:<{column - 3}} {lines.pop(0)}"] if len(name) < column - 2 else [f"  {name}"]
@@ -89,7 +89,7 @@ def _width() -> int:
 
 
 def described_options(config: Mapping[str, Any]) -> str:
-    """The options with their values and help, a line each; `*` marks those that are not the default."""
+    """All options with their values and help, one per line; `*` marks values other than the default."""
     lines = []
     for name, each in OPTIONS.items():
         value = config[name]

@@ -157,7 +157,7 @@ def test_help_that_nobody_reads_to_its_end_is_no_error() -> None:
 @pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x", "/dev/null"])
 def test_a_folder_of_the_record_that_cannot_be(place: str, capsys: Captured) -> None:
     assert command_line(["run.py", "with", "-F", place]) == 2
-    assert f"error: -F {place}: cannot be made: " in capsys.readouterr().err
+    assert f"error: -F {place}: cannot be created: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [0, 1])

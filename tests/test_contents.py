@@ -82,7 +82,7 @@ def test_another_test_set_is_tested_again_and_said(workspace: Workspace, place: 
     assert first["metrics"] != second["metrics"]
     evaluation = command(workspace, place, "test_only=True", f"load_path={folder / 'version_0' / 'best.ckpt'}")
     assert command_line(evaluation) == 0
-    assert "the test set is not the one that its run had: data of test (there " in capsys.readouterr().err
+    assert "the test set differs from its run's: data of test (there " in capsys.readouterr().err
 
 
 def test_a_sweep_notices_replaced_data(workspace: Workspace, place: Path, capsys: Captured) -> None:

@@ -532,6 +532,6 @@ def test_a_checkpoint_replaced_while_it_is_opened(fresh: Path, monkeypatch, caps
 
     monkeypatch.setattr(LogitStore, "check_writable", and_replace)
     monkeypatch.setattr(FinetuneModule, "test_step", None)
-    assert "best.ckpt: was replaced by another checkpoint a moment ago; start again" in refusal(
+    assert "best.ckpt: has just been replaced by another checkpoint; start again" in refusal(
         capsys, f"load_path={fresh}", *QUICK
     )

@@ -41,7 +41,7 @@ def test_a_validation_that_cannot_choose_is_refused_before_training(workspace, g
     path = with_one_class(golden_arrow, "dev", label)
     assert train(workspace, golden_arrow) == 2
     said = capsys.readouterr().err
-    assert f"{path}: no sample is of class {absent}, so that val/auroc is undefined" in said
+    assert f"{path}: no sample is of class {absent}, so val/auroc is undefined" in said
     assert not (workspace.results / "undefined_seed0").exists()
 
 
@@ -49,7 +49,7 @@ def test_a_test_of_one_class_is_said_and_undefined_throughout(workspace, golden_
     path = with_one_class(golden_arrow, "test", 1)
     assert train(workspace, golden_arrow, f"log_dir={tmp_path}") == 0
     said = capsys.readouterr()
-    assert f"{path}: no sample is of class 'not hateful', so that test/auroc is undefined" in said.err
+    assert f"{path}: no sample is of class 'not hateful', so test/auroc is undefined" in said.err
     assert " ".join(["test/auroc", "undefined"]) in " ".join(said.out.split())
     folder = tmp_path / "undefined_seed0" / "version_0"
     results = strict(folder / "test_results.json")

@@ -1,7 +1,7 @@
-"""Which runs belong together: those that differ in their seed alone are one line, and give a mean and a spread.
+"""Groups runs into lines: runs that differ only in their seed form one line, with a mean and a spread.
 
-Others are different lines. A run that was resumed is one run with those that it was resumed from (`find_runs`). The
-robustness table, the table of runs, the report and the comparison all follow this rule, from here.
+A resumed run and those it was resumed from count as one (`find_runs`). The robustness table, the table of runs, the
+report and the comparison all use this grouping.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,27 +15,27 @@ from runs.run_reader import Run
 
 T = TypeVar("T")
 SWITCHES = {name for name, default in DEFAULTS.items() if default in ("", None, 0, 1)}  # equal to False and True, too
-"""Options that are on or off by default: where one is as by default, a line need not say so, as others say theirs."""
+"""Options that are plain switches. A line names one only if it is not at its default."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunLine(Generic[T]):
-    """Runs, or what stands for them, that differ in their training seed alone."""
+    """Runs, or items that stand for them, that differ only in their training seed."""
 
-    run: Run | None  # one of them; None for a checkpoint without a record of its run, which is a line of its own
-    items: list[T]  # one for each training seed, the lowest first
-    repeats: list[T]  # others of these seeds, which do not count
+    run: Run | None  # one of the runs; None for a checkpoint without a record of its run, which is a line of its own
+    items: list[T]  # one for each training seed, in ascending order
+    repeats: list[T]  # further runs with these seeds, which do not count
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those in which the runs agree."""
+        """The options in which the runs agree."""
         return {} if self.run is None else self.run.line
 
     def differing(self, lines: Sequence["RunLine[Any]"]) -> list[str]:
-        """`option=value` for the options in which its method's lines among `lines` differ, and for what every table
-        names: other inputs, and what it has beside the method."""
+        """`option=value` for the options that set this line apart from others of its method in `lines`, and for those
+        that every table names: other inputs, and additions to the method."""
         same = [other.options for other in lines if other.options.get("prompt_type") == self.options.get("prompt_type")]
-        # Older runs have no digests of what they read; of a dictionary's entry a run without it has another value.
+        # Older runs lack digests, so a missing option is no difference; a missing entry of a dictionary is one.
         values = {
             name: {str(other.get(name)) for other in same if name in other or "." in name} for name in self.options
         }
@@ -49,10 +49,10 @@ class RunLine(Generic[T]):
 
 
 def lines_of(items: Sequence[T], run_of: Callable[[T], Run | None]) -> list[RunLine[T]]:
-    """The lines of runs, in the order of their first ones.
+    """Groups items into lines, in the order of each line's first item.
 
-    Of two runs with the same seed the more complete one counts (with robustness results, else with a test result), of
-    equals the last one.
+    If several runs have the same seed, the most complete one counts (robustness results weigh more than a test result)
+    or, among equals, the last one.
     """
     groups: dict[Any, list[tuple[Run | None, T]]] = {}
     for item in items:
@@ -75,16 +75,16 @@ def _completeness(run: Run | None) -> tuple[bool, ...]:
 
 
 class Spread(NamedTuple):
-    """A mean with its deviation, and what that is over: `3 training seeds`, `5 missing tables`, or nothing."""
+    """A mean with its deviation, and what that is taken over: `3 training seeds`, `5 missing tables`, or nothing."""
 
     estimate: Estimate
     over: str
 
 
 def spread_of(values: Sequence[Sequence[float]]) -> Spread | None:
-    """The spread over training seeds of what each run of a line gives at its missing tables; None of no values.
+    """The spread over training seeds, given each run's values at its missing tables; None if there are no values.
 
-    Of one run it is the spread over its tables, another thing: how much depends on which samples lose what.
+    For a single run, it is the spread over its tables, which says how much depends on which samples lose what.
     """
     of_runs = [found for run_values in values if (found := estimate(run_values)) is not None]
     if not of_runs:

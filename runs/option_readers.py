@@ -1,6 +1,6 @@
-"""Readers of the options that need more than a type: names of tasks, methods, missing types and columns.
+"""Readers for options that need more than a type check: tasks, missing types, services, precisions, columns.
 
-Nothing here loads torch, see `config.py`.
+Nothing here loads torch; see `config.py`.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,11 @@ def task_name(option: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class MissingTypeReader:
-    """Reads missing types, those of the modalities of a task.
+    """Reads missing types, checked against the modalities of the task.
 
     Args:
-        shape: from a reader of one missing type to the option's.
-        default: of the option; for tasks that have other types `otherwise`, or all of theirs, is read instead.
+        shape: turns a reader of one missing type into a reader of the option.
+        default: the option's default. In its place, tasks with other types get `otherwise`, or all of their types.
     """
 
     shape: Callable[[Reader], Reader]
@@ -45,7 +45,7 @@ class MissingTypeReader:
         known = MISSING_TYPES if row is None else list(row.missing_types)
         if value and value == self.default and known != MISSING_TYPES:
             value = known if self.otherwise is None else self.otherwise if self.otherwise in known else BOTH
-        if row is not None and not row.modalities:  # the data will say them
+        if row is not None and not row.modalities:  # known only from the data
             return self.shape(text)(option, value)
         if row is None or len(row.modalities) == 2:
             return self.shape(one_of(*known))(option, value)
@@ -59,17 +59,17 @@ class MissingTypeReader:
 
 
 def logging_service(option: str, value: Any) -> str:
-    """Reads the name of a service that gets metrics, whose package is installed."""
+    """Reads the name of a service that metrics are sent to; its package must be installed."""
     name = one_of("wandb", "mlflow")(option, value)
     if find_spec(name) is None:
         raise ConfigError(
-            f"{option}={name}: expected its package, which is not installed: python -m pip install {name}"
+            f"{option}={name}: its package is not installed; install it with python -m pip install {name}"
         )
     return name
 
 
 def precision_name(option: str, value: Any) -> str:
-    """Reads 32, 16 or bf16, also in Lightning's spelling, or `published`."""
+    """Reads 32, 16 or bf16, in this or Lightning's spelling, or `published`."""
     word = str(value)
     if word == PUBLISHED or word in PRECISIONS.values():
         return word
@@ -79,7 +79,7 @@ def precision_name(option: str, value: Any) -> str:
 
 
 def sort_order(option: str, value: Any) -> str:
-    """Reads a column of the table of runs, with `-` in front for descending order."""
+    """Reads a column of the table of runs, preceded by `-` for descending order."""
     from runs.run_table import COLUMNS
 
     if str(value).removeprefix("-") not in COLUMNS:

@@ -1,4 +1,4 @@
-"""Writes docs/options.md from config.py: `make docs`."""
+"""Writes docs/options.md from config.py (`make docs`)."""
 
 from pathlib import Path
 
@@ -8,19 +8,19 @@ PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 HEAD = """\
 # Options
 
-Anything can be set as `name=value` after `with`, in any order; named configs (`task_finetune_mmimdb`) stand there
-alone. The whole configuration is checked first: what is wrong is one line, and exit status 2. `make docs` writes this
-page from config.py; `python run.py print_config with …` shows the values that a command would use, and
-`python run.py COMMAND --help` the options of a command (of a run: `main`).
+Set any option as `name=value` after `with`, in any order; named configs such as `task_finetune_mmimdb` are given by
+name alone. The whole configuration is checked before anything starts: an error is one line, with exit status 2.
+`python run.py print_config with …` shows the values that a command would use, and `python run.py COMMAND --help` the
+options of a command (`main` for a run). `make docs` writes this page from config.py.
 
-A text or a path is what you type, in quotes or not: `exp_name=1.10`, `data_root=2024_11`, `runs=[1.10,a]`. Anything
-else is read as Python writes it: `seed=3`, `sweep_ratios=[0.5,0.9]`. `None` leaves open what may be open. Options in
-a `.json` file (`with options.json`, also the `config.json` of a run) count less than those on the command line.
+Strings and paths are taken as typed, with or without quotes: `exp_name=1.10`, `data_root=2024_11`, `runs=[1.10,a]`.
+Anything else is read as a Python literal: `seed=3`, `sweep_ratios=[0.5,0.9]`. `None` leaves an option open, if it may
+be. Options on the command line override those in a `.json` file (`with options.json`, or the `config.json` of a run).
 """
 
 
 def page() -> str:
-    """A table for each kind of options, a row for each option, in the order of config.py."""
+    """The page: a table for each kind of option, with a row for each option, in the order of config.py."""
     lines = [HEAD]
     for kind, title in KINDS.items():
         lines += [f"## {title}", "", "| option | default | |", "|---|---|---|"]

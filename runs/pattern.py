@@ -1,4 +1,4 @@
-"""What samples lose, as runs, comparisons and the report know it."""
+"""Missing patterns as used by runs, comparisons and the report."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from vilt.missing_types import BOTH, pattern_type
 
 
 class Pattern(NamedTuple):
-    """A missing pattern of a training or an evaluation, without the seed of its table."""
+    """The missing pattern of a training or an evaluation, without the seed of its table."""
 
     missing_type: str
     ratio: float
@@ -17,7 +17,7 @@ class Pattern(NamedTuple):
 
     @classmethod
     def of(cls, spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> "Pattern":
-        """The one spelling of a pattern, so that equal ones compare equal. Raises ValueError where it is none."""
+        """The normalised pattern, so that equal patterns compare equal. Raises ValueError if it is invalid."""
         if pattern_type(spec.modalities, missing_type) != missing_type:
             raise ValueError(f"missing_type: expected {' or '.join(spec.missing_types)}, found {quoted(missing_type)}")
         for share in (ratio, both_ratio):
@@ -27,12 +27,12 @@ class Pattern(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The missing type, with both_ratio where that is not a half."""
+        """The missing type, followed by both_ratio unless that is 0.5."""
         return self.missing_type + ("" if self.both_ratio == 0.5 else f" {self.both_ratio:g}")
 
     @property
     def title(self) -> str:
-        """As texts have it."""
+        """The pattern for use in text."""
         return str(self) if self.ratio else "nothing missing"
 
     def __str__(self) -> str:

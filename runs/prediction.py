@@ -1,4 +1,4 @@
-"""`run.py predict` and `run.py embed`: what a trained model says of samples, and the features that it has of them."""
+"""`run.py predict` and `run.py embed`: a trained model's predictions and features for samples."""
 
 import math
 import sys
@@ -30,14 +30,14 @@ T = TypeVar("T")
 
 
 def predict_file(options: Options, given: set[str]) -> str:
-    """Predicts what `input` names with load_path, writes it to `output`, and describes the first few predictions.
+    """Predicts the samples listed in `input` with load_path, writes the predictions to `output`, and shows a few.
 
     Args:
-        options: those of `read_prediction`.
-        given: names of the options that the command line sets.
+        options: the result of `read_prediction`.
+        given: names of the options set on the command line.
 
     Raises:
-        ConfigError, DataError, CheckpointError, BackboneError: an option, a sample or the model is not as expected.
+        ConfigError, DataError, CheckpointError, BackboneError: an option, a sample or the model is invalid.
     """
     options = on_this_machine(options)
     assert options.input is not None and options.output is not None
@@ -46,15 +46,15 @@ def predict_file(options: Options, given: set[str]) -> str:
     predictor = _predictor(checkpoints, options, given)
     predictions = predictor.predict_items(items, batch_size=options.per_gpu_batchsize, workers=options.num_workers)
     first = write_predictions(options.output, items, _shown(predictions, len(items), "predicting"))
-    decided = f"; a class counts above a probability of {predictor.threshold:.3f}" if predictor.multilabel else ""
+    decided = f"; predicted are classes of probability above {predictor.threshold:.3f}" if predictor.multilabel else ""
     written = f"{counted(len(items), 'prediction')}, written to {options.output}{decided}"
     return f"{describe_predictions(items, first, predictor.threshold)}\n\n  {written}"
 
 
 def embed_file(config: Mapping[str, Any], options: Options, given: set[str]) -> str:
-    """Writes the features that load_path has of the samples in `input`, or of a `split`, to `output`; says what.
+    """Writes load_path's features of the samples in `input`, or of a `split`, to `output`; returns a summary.
 
-    Arguments and errors are those of `predict_file`; `config` is Sacred's.
+    Takes Sacred's `config`; the other arguments and the errors are those of `predict_file`.
     """
     options = on_this_machine(options)
     assert options.output is not None
@@ -71,9 +71,9 @@ def embed_file(config: Mapping[str, Any], options: Options, given: set[str]) -> 
             known = {"start_s": start_s, "end_s": end_s}
     else:
         dataset = _split(checkpoint, config, given, options.split, predictor)
-        places: Any = [(0, number) for number in range(len(dataset))]  # of the first epoch
-        samples = Subset(dataset, places)
-        ids = [dataset.sample_name(number) for number in range(len(dataset))]
+        indices: Any = [(0, index) for index in range(len(dataset))]  # as in the first epoch
+        samples = Subset(dataset, indices)
+        ids = [dataset.sample_name(index) for index in range(len(dataset))]
         known = {"label": dataset.label_of_sample}
         if options.split == "train" and checkpoint.contents.get("data of train") == file_sha256(dataset.path):
             trained_on = "train"
@@ -86,9 +86,9 @@ def embed_file(config: Mapping[str, Any], options: Options, given: set[str]) -> 
 
 
 def _predictor(checkpoints: Sequence[Checkpoint], options: Options, given: set[str]) -> Predictor:
-    usual = checkpoints[0].spec.dataset.options.get("precision")  # of trainings, where the task has one
-    if usual is not None and "precision" not in given:
-        options = replace(options, precision=PRECISIONS[str(usual)])
+    of_task = checkpoints[0].spec.dataset.options.get("precision")  # the task's own default for training, if any
+    if of_task is not None and "precision" not in given:
+        options = replace(options, precision=PRECISIONS[str(of_task)])
     options = as_trained(options, checkpoints, given)
     classifier, inputs = open_models(checkpoints, backbone_choice(options, given), options.vit)
     device = torch.device("cuda" if options.num_gpus else "cpu")
@@ -96,14 +96,14 @@ def _predictor(checkpoints: Sequence[Checkpoint], options: Options, given: set[s
 
 
 def _shown(passes: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """With a bar, on a terminal."""
+    """Shows a progress bar if standard error is a terminal."""
     return tqdm(passes, what, total, disable=not sys.stderr.isatty())
 
 
 def _split(
     checkpoint: Checkpoint, config: Mapping[str, Any], given: set[str], split: Any, predictor: Predictor
 ) -> ArrowDataset:
-    """A split as its files have it; what `missing_ratio` or `test_ratio` say, where given, is missing on top."""
+    """Opens a split. Only naturally missing modalities are missing, unless `missing_ratio` or `test_ratio` is given."""
     _, taken = taken_from_run(checkpoint.path, config, given)
     whole = {} if "missing_ratio" in given else {"missing_ratio": 0.0}
     options = resolve({**config, **taken, **whole, "task": config["task"] or checkpoint.spec.task})

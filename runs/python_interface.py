@@ -1,4 +1,4 @@
-"""REP from Python, and the command `rep`: what `pip install .` adds to `python run.py`.
+"""The Python interface and the command `rep`, which `pip install .` adds to `python run.py`.
 
 import rep
 
@@ -6,7 +6,7 @@ rep.convert(data_frame, "datasets/birds", columns={"image": "photo"})
 model = rep.load_model("result/rep_seed0/version_0/best.ckpt")
 found = rep.robustness("result/rep_seed0/version_0/best.ckpt", data_root="datasets/mmimdb")
 
-In a checkout these are in this module. Nothing heavy is imported before it is used.
+In a checkout, import these functions from this module. Heavy modules are imported only when used.
 """
 
 import importlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ELSEWHERE = {"load_model": "engine.predict", "convert": "vilt.convert"}
 MEANINGS = {"train": (), "test": ("test_only=True",)}
-"""Commands of `rep` for what run.py does without one: the options that they add."""
+"""Commands of `rep` for which run.py needs none, with the options that they add."""
 
 
 def __getattr__(name: str) -> Any:
@@ -33,17 +33,17 @@ def __getattr__(name: str) -> Any:
 
 
 def robustness(load_path: str | Path, **options: Any) -> "list[Results]":
-    """Evaluates checkpoints at every missing type and ratio, as `run.py robustness` does; writes the same files.
+    """Evaluates checkpoints at every missing type and ratio, and writes the same files as `run.py robustness`.
 
     Args:
         load_path: a checkpoint, or a folder of runs.
-        options: those of `run.py robustness`, such as data_root, robustness_ratios and robustness_seeds.
+        options: options of `run.py robustness`, such as data_root, robustness_ratios and robustness_seeds.
 
     Returns:
-        For each checkpoint what its robustness.json holds.
+        The contents of robustness.json for each checkpoint.
 
     Raises:
-        UserError: an option, a checkpoint or the dataset is wrong.
+        UserError: an option, a checkpoint or the dataset is invalid.
     """
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ConfigError(f"{unknown[0]}: expected an option of `run.py robustness`")
@@ -55,7 +55,7 @@ def robustness(load_path: str | Path, **options: Any) -> "list[Results]":
 
 
 def main() -> int:
-    """The command `rep`: `rep train with …`, `rep test with …`, `rep convert --dataset …`, and run.py's others."""
+    """The command `rep`: `rep train with …`, `rep test with …`, `rep convert --dataset …`, and run.py's commands."""
     command, *words = sys.argv[1:] or ["--help"]
     if command == "convert":
         from make_arrow import main as convert
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def as_words_of_run(command: str, words: Sequence[str]) -> list[str]:
-    """`rep COMMAND WORDS` as run.py would be called."""
+    """Translates `rep COMMAND WORDS` into the words of run.py."""
     if command not in MEANINGS:
         return [command, *words]
     return ["main", *words, *([] if "--help" in words or "-h" in words else MEANINGS[command])]

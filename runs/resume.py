@@ -1,4 +1,4 @@
-"""Resuming a training: how far earlier runs with the same options, on the same data, got, and what may be otherwise."""
+"""Resuming a training run: finds earlier runs of the same training, and checks what may have changed since."""
 
 import hashlib
 import json
@@ -28,34 +28,34 @@ from vilt.datasets.arrow_dataset import ArrowDataset
 log = logging.getLogger("rep")
 
 FREE = NOT_THE_TRAINING | set(BY_CONTENT)
-"""Options in which two runs of one training may differ."""
+"""Options in which two runs of the same training may differ."""
 TEST_PATTERN = ("missing_ratio.test", "missing_type.test")
 
 
 class Progress(NamedTuple):
-    """What there is of a run; nothing if all is None."""
+    """How far earlier runs of a training have come; both fields are None if there are none."""
 
-    finished: Path | None = None  # folder of the run, if nothing is left to do
+    finished: Path | None = None  # folder of the run that has finished it
     checkpoint: Path | None = None
-    """From which it resumes otherwise. A run that lacks only the test has one of its last step."""
+    """Checkpoint to resume from otherwise. If only the test is left, this is the checkpoint of the last step."""
 
 
 @contextmanager
 def alone(parent: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Keeps two runs with folders in `parent` from doing one training at once, each from the other's checkpoints.
+    """Keeps two runs in `parent` from doing the same training at once and resuming from each other's checkpoints.
 
-    Runs that differ in an option of the training have different locks. Of several processes the first one holds it.
+    Runs that differ in an option of the training have different locks. The first process of a run holds the lock.
 
     Raises:
-        BusyError: another one is at it; names it.
-        ConfigError: the folder cannot be written.
+        BusyError: another process holds the lock; the message names it.
+        ConfigError: the folder cannot be written to.
     """
     if getattr(rank_zero_only, "rank", 0):
         yield
         return
     training = {name: value for name, value in _comparable(config).items() if name not in FREE}
     digest = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()
-    busy = f"resume_from=auto: another process is at this training in {parent}"
+    busy = f"resume_from=auto: another process runs this training in {parent}"
     with locked(parent / f".training_{digest[:16]}.lock", busy):
         yield
 
@@ -63,13 +63,13 @@ def alone(parent: Path, config: Mapping[str, Any]) -> Iterator[None]:
 def find_progress(
     parent: Path, config: Mapping[str, Any], contents: Mapping[str, str], *, any_precision: bool
 ) -> Progress:
-    """The newest intact checkpoint of the runs of this training in `parent`, or the run that has finished it.
+    """Finds the newest intact checkpoint of this training in `parent`, or the run that has finished it.
 
     Logs what it finds, and which checkpoints are damaged.
 
     Args:
-        config, contents: what config.json and contents.json of this run will hold.
-        any_precision: it takes that of the run that it resumes, if this machine computes in it.
+        config, contents: the future config.json and contents.json of this run.
+        any_precision: runs of another precision count too if this machine supports it; resuming adopts it.
     """
     wanted = _comparable(config)
     runs = list(_agreeing(parent, wanted, contents, any_precision=any_precision))
@@ -83,7 +83,7 @@ def find_progress(
             check_intact(path)
             epochs, steps, trained = trained_so_far(path, config)
         except UserError as error:
-            log.warning("%s; the one before is taken", error)
+            log.warning("%s; tries the one before it", error)
             continue
         if trained and not config["test_after_fit"]:
             return Progress(finished=path.parent)
@@ -96,28 +96,28 @@ def find_progress(
 def _agreeing(
     parent: Path, wanted: dict[str, Any], contents: Mapping[str, str], *, any_precision: bool
 ) -> Iterator[tuple[Path, dict[str, Any], dict[str, str]]]:
-    """The run folders of the same training, newest first, with their options and what they read."""
+    """The run folders of the same training, newest first, with their options and the digests of what they read."""
     folders = [path for path in parent.glob("version_*") if path.name[8:].isdigit()]
     for folder in sorted(folders, key=natural_key, reverse=True):
         try:
             theirs, read = _comparable(read_json(folder / "config.json")), read_json(folder / CONTENTS_FILE)
         except (DataError, KeyError, TypeError) as error:
-            log.warning("%s: passed over: %s", folder, first_line(error))
+            log.warning("%s: skipped: %s", folder, first_line(error))
             continue
-        possible = any_precision and (theirs.get("precision") != PRECISIONS["16"] or wanted["num_gpus"])
-        if differing := _differences(theirs, wanted, FREE | {"precision"} if possible else FREE):
+        supported = any_precision and (theirs.get("precision") != PRECISIONS["16"] or wanted["num_gpus"])
+        if differing := _differences(theirs, wanted, FREE | {"precision"} if supported else FREE):
             log.info("%s: a run with other options: %s", folder, ", ".join(differing))
         elif other := other_contents(read, contents, *OF_TEST):
-            log.info("%s: a run on something else under these options: %s", folder, ", ".join(other))
+            log.info("%s: a run with these options on other files: %s", folder, ", ".join(other))
         else:
             yield folder, theirs, read
 
 
 def say_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
-    """Logs in which options a training that resumes from `checkpoint` differs from its run, of those that matter.
+    """Logs the relevant options in which the resumed training differs from the run of `checkpoint`.
 
     Raises:
-        CheckpointError: it has another optimiser, whose state means something else.
+        CheckpointError: the run has another optimiser, whose state does not fit.
     """
     path = checkpoint.with_name("config.json")
     if not path.is_file():
@@ -129,8 +129,8 @@ def say_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
         return
     if (there := theirs.get("optim_type", ours["optim_type"])) != (here := ours["optim_type"]):
         raise CheckpointError(f"resume_from={checkpoint}: expected optim_type={there}, as its run had, found {here}")
-    if differing := _differences(theirs, ours, {*FREE, "finetune_first"}):  # a resumed training starts from nothing
-        log.info("resume_from: from here on other options than the run had: %s", ", ".join(differing))
+    if differing := _differences(theirs, ours, {*FREE, "finetune_first"}):  # finetune_first has no effect on resuming
+        log.info("resume_from: continues with options other than the run's: %s", ", ".join(differing))
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], free: Collection[str]) -> list[str]:
@@ -142,17 +142,17 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any], free: Collection[
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as config.json gives them back, with what follows from them; those of a split as `option.split`.
+    """The options as read back from config.json, as `option.split` if keyed by split, and the samples per batch.
 
-    Raises KeyError or TypeError where they are not complete.
+    Raises KeyError or TypeError if any are missing.
     """
     processes = config["num_nodes"] * (config["num_gpus"] or config["cpu_processes"])
-    of_step = {"samples per batch": config["per_gpu_batchsize"] * processes}
-    return flat_options(json.loads(json.dumps(dict(config), default=str))) | of_step
+    batch = {"samples per batch": config["per_gpu_batchsize"] * processes}
+    return flat_options(json.loads(json.dumps(dict(config), default=str))) | batch
 
 
 def differing_options(there: ModelSpec, here: ModelSpec) -> str:
-    """The options in which two models differ, with the values of both."""
+    """The options in which two models differ, with both values."""
     theirs, ours = (
         asdict(one.method)
         | {"task": one.task, "head": one.head, "architecture": one.architecture}
@@ -173,22 +173,21 @@ def check_resume(
 ) -> None:
     """Raises CheckpointError unless training can resume from `checkpoint` with this model on `dataset`."""
     if checkpoint.published:
-        raise CheckpointError(f"resume_from={checkpoint.path}: a published checkpoint; use it as load_path")
+        raise CheckpointError(f"resume_from={checkpoint.path}: is a published checkpoint; use it as load_path")
     if not checkpoint.resumable:
         raise CheckpointError(
-            f"resume_from={checkpoint.path}: does not hold where the training stood, as last.ckpt does; "
-            f"use it as load_path"
+            f"resume_from={checkpoint.path}: does not hold the training state, as last.ckpt does; use it as load_path"
         )
     check_backbone(checkpoint, backbone)
     check_tokenizer(checkpoint, fingerprint)
     check_classes(checkpoint, dataset)
     if checkpoint.spec != spec:
         differing = differing_options(checkpoint.spec, spec)
-        raise CheckpointError(f"resume_from={checkpoint.path}: a run with other options: {differing}")
+        raise CheckpointError(f"resume_from={checkpoint.path}: its run has other options: {differing}")
     if not checkpoint.contents:
-        log.warning("resume_from=%s: does not say which data it was trained on; not compared", checkpoint.path)
+        log.warning("resume_from=%s: does not record its training data; not compared", checkpoint.path)
     elif other := other_contents(checkpoint.contents, contents, *OF_TEST, "load_path", "architecture"):
         raise CheckpointError(
-            f"resume_from={checkpoint.path}: trained on something else, so that its best validation counts for "
-            f"nothing here: {', '.join(other)}; to start from its weights, use it as load_path"
+            f"resume_from={checkpoint.path}: trained on other files, so its best validation result does not apply "
+            f"here: {', '.join(other)}; to start from its weights, use it as load_path"
         )

@@ -1,4 +1,4 @@
-"""Robustness results as tables for the terminal: of one checkpoint, and of several side by side."""
+"""Prints robustness results as tables, for one checkpoint or several side by side."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,20 +19,20 @@ log = logging.getLogger("rep")
 
 
 def measure_all(config: Mapping[str, Any], given: set[str]) -> str:
-    """Evaluates what `load_path` names at all missing types and ratios; "" on other processes than the first."""
+    """Evaluates the checkpoints in `load_path` at all missing types and ratios; "" except on the first process."""
     measured = [(target, measure_target(target, given)) for target in open_targets(config, given)]
     found = [(target, results) for target, results in measured if results is not None]
     if len(found) > 1 and all(path.is_file() or is_exported(path) for path in read_load_paths(config)):
         if len({target.subject.other_input for target, _ in found}) == 1:
             found.append(measure_mean([target for target, _ in found]))
         else:
-            log.info("no mean of the logits: text_windows or group_texts differ")
+            log.info("the logits are not averaged, since text_windows or group_texts differ")
     names = dict.fromkeys(dataset_of(target) for target, _ in found)
     return "\n\n".join(describe([each for each in found if dataset_of(each[0]) == name]) for name in names)
 
 
 def describe(measured: Sequence[tuple[Target, Results]]) -> str:
-    """The results of one checkpoint, or of several side by side; then what answers that look at no sample get."""
+    """The results of one checkpoint, or of several side by side, then the baselines that ignore the sample."""
     (target, first), several = measured[0], len(measured) > 1
     subject, samples = target.subject, counted(first["samples"], "sample")
     one = " ".join([f"{subject.checkpoint} (sha256 {subject.checkpoint_sha256[:12]})", *subject.other_input])
@@ -43,13 +43,13 @@ def describe(measured: Sequence[tuple[Target, Results]]) -> str:
             f"robustness of {counted(len(measured), 'checkpoint') if several else one}",
             f"  {first['task']} test, {samples}; {first['metric']}, {over}\n",
             *(_side_by_side(measured) if several else _matrices(first)),
-            *(["", "without looking at a sample:", *baselines] if baselines else []),
+            *(["", "baselines that ignore the sample:", *baselines] if baselines else []),
         ]
     )
 
 
 def _matrices(found: Results) -> list[str]:
-    """Of one checkpoint, ratios down and missing types across: the metric, its intervals, its value at the offset."""
+    """Tables of one checkpoint (ratios down, missing types across): metric, intervals, and F1 at the offset."""
 
     def matrix(title: str, text_of: Callable[[dict[str, Any]], str]) -> list[str]:
         at = {(_kind(cell, found), cell["ratio"]): text_of(cell) for cell in found["cells"]}
@@ -76,7 +76,7 @@ def _side_by_side(measured: Sequence[tuple[Target, Results]]) -> list[str]:
         subjects = [target.subject for target, _ in line.items]
         heads.append(" ".join(dict.fromkeys([subjects[0].method, *subjects[0].other_input, *line.differing(lines)])))
         rows[0].append(", ".join(dict.fromkeys(subject.exp_name for subject in subjects)))
-        trained = subjects[0].train_pattern  # which runs of one line have in common
+        trained = subjects[0].train_pattern  # the same for all runs of a line
         rows[1].append("not known" if trained is None else str(Pattern(**trained)))
         rows[2].append(", ".join("not known" if one.train_seed is None else str(one.train_seed) for one in subjects))
     table, over = _block(first["metric"], first, lines)
@@ -87,17 +87,17 @@ def _side_by_side(measured: Sequence[tuple[Target, Results]]) -> list[str]:
     left_out = [str(target.subject.checkpoint) for line in lines for target, _ in line.repeats]
     return [
         *tables,
-        *([f"\nnot counted, of a seed that is there already: {', '.join(left_out)}"] if left_out else []),
+        *([f"\nnot counted, since another run has the seed: {', '.join(left_out)}"] if left_out else []),
     ]
 
 
 def _block(
     metric: str, first: Results, lines: Sequence[RunLine[tuple[Target, Results]]]
 ) -> tuple[list[list[str] | None], list[str]]:
-    """Rows of a metric by missing type and ratio, and of each line what its deviations are over."""
+    """Rows of a metric by missing type and ratio, and what the deviations of each line are taken over."""
     table: list[list[str] | None] = []
     over, last_kind = [""] * len(lines), None
-    for place, cell in enumerate(first["cells"]):  # all checkpoints have the same
+    for place, cell in enumerate(first["cells"]):  # the same for all checkpoints
         kind = _kind(cell, first)
         of_lines = [[found["cells"][place]["metrics"].get(metric) for _, found in line.items] for line in lines]
         spreads = [spread_of([each["values"] for each in of_line if each]) for of_line in of_lines]
@@ -110,6 +110,6 @@ def _block(
 
 
 def _kind(cell: dict[str, Any], found: Results) -> str:
-    """The missing type, with both_ratio where there are several."""
+    """The missing type, followed by both_ratio if there are several."""
     several = len({other["both_ratio"] for other in found["cells"]}) > 1
     return f"{BOTH} {cell['both_ratio']:g}" if cell["missing_type"] == BOTH and several else cell["missing_type"]

@@ -62,7 +62,7 @@ def test_a_run_is_not_taken_for_one_on_other_contents(workspace, place, capsys, 
     replace(place)
     assert command_line(auto) == 0
     said = capsys.readouterr().err
-    assert f"{folder}: a run on something else under these options: {named} (there sha256 " in said
+    assert f"{folder}: a run with these options on other files: {named} (there sha256 " in said
     assert (folder.with_name("version_1") / "test_results.json").is_file()
     assert command_line(command(workspace, place, "max_epoch=2", f"resume_from={folder / 'last.ckpt'}")) == 2
     error = capsys.readouterr().err.splitlines()[-1]

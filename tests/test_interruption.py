@@ -85,7 +85,7 @@ def test_of_two_that_are_started_together_one_is_refused(workspace: Workspace, w
     at_work, refused = sorted(zip(processes, pair, strict=True), key=lambda one: one[0].exitcode or 0)
     assert [at_work[0].exitcode, refused[0].exitcode] == [0, 2], [chain.log.read_text() for chain in pair]
     assert refused[1].log.read_text().splitlines()[-1] == (
-        f"error: resume_from=auto: another process is at this training in {pair[0].parent} "
+        f"error: resume_from=auto: another process runs this training in {pair[0].parent} "
         f"(process {at_work[0].pid} on {socket.gethostname()})"
     )
     assert len(pair[0].folders) == 2, "that of the killed run, and one"

@@ -197,7 +197,7 @@ def test_folders_that_say_nothing_are_passed_over(tmp_path: Path, caplog: pytest
     (tmp_path / "version_10" / "config.json").write_text('{"half')
     with caplog.at_level(logging.INFO, "rep"):
         assert find_progress(tmp_path, DEFAULTS) == Progress()
-    passed = [record.message.partition(": ")[0] for record in caplog.records if "passed over" in record.message]
+    passed = [record.message.partition(": ")[0] for record in caplog.records if "skipped" in record.message]
     assert passed == [str(tmp_path / "version_10"), str(tmp_path / "version_0")]
 
 
@@ -342,7 +342,7 @@ def having(**values: Any) -> Callable[[dict[str, Any]], object]:
     return lambda content: content.update(values)
 
 
-NOT_RESUMABLE = "does not hold where the training stood"
+NOT_RESUMABLE = "does not hold the training state"
 
 
 @pytest.mark.parametrize(

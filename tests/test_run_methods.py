@@ -167,7 +167,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(workspace, tmp_path,
         ("load_path={0}/best.ckpt test_only=True prompt_type=dcp memory_length=9", "memory_length: 9 contradicts the"),
         ("load_path={0}/best.ckpt test_only=True prompt_type=dcp memory_depth=1", "memory_depth: 1 contradicts the ch"),
         ("load_path={0}/best.ckpt", ": a run with other options: prompt_type (there dcp, here rep)"),
-        ("resume_from={0}/last.ckpt", "a run with other options: prompt_type (there dcp, here rep)"),
+        ("resume_from={0}/last.ckpt", "its run has other options: prompt_type (there dcp, here rep)"),
         (
             "rep_described",
             "error: memory_depth=2 with replay_depth=1 needs more blocks than the backbone has (2 in the im",

@@ -1,6 +1,6 @@
-"""The one reader of run folders, for the table of runs, robustness results, comparisons and the report.
+"""Reads run folders, for the table of runs, robustness results, comparisons and the report.
 
-A run that was resumed is one run with those that it was resumed from. `runs/lines.py` says which runs are one line.
+A resumed run and those it was resumed from count as one run. `runs/lines.py` groups runs into lines.
 """
 
 import json
@@ -26,35 +26,35 @@ from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import CLIP, EVERY_DATASET, SPLITS, DatasetSpec, spec_of
 
 RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
-"""Each tells a run folder, where its config.json does not."""
+"""Any of these identifies a run folder, even if its config.json does not."""
 NEEDED = ("task", "exp_name", "prompt_type", "data_root", "seed", "test_only")
 SAME_CONTENTS = ("data of train", "data of val", "data of test", "backbone")
-"""Entries of contents.json that runs of one line have in common."""
+"""Entries of contents.json in which the runs of one line agree."""
 PATTERN_OPTIONS = ("missing_type.train", "missing_ratio.train", "both_ratio")
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run folder whose configuration is readable. Its other files are read when they are asked for.
+    """A run folder with a readable configuration. Its other files are read on demand.
 
-    The properties raise DataError where a file is damaged.
+    The properties raise DataError if a file is damaged.
     """
 
     folder: Path  # as the user spelled it
     config: dict[str, Any]
-    custom: CustomData | None  # of a custom dataset
+    custom: CustomData | None  # description of a custom dataset
     started: datetime  # in local time
-    contents: dict[str, Any]  # digests of what it read; empty for a run of before they were kept
+    contents: dict[str, Any]  # digests of the files it read; empty for old runs, which did not record them
     earlier: "Run | None" = None  # the run that this one was resumed from
 
     @property
     def parts(self) -> list["Run"]:
-        """This run and those that it was resumed from, the last one first."""
+        """This run and those it was resumed from, latest first."""
         return [self, *(self.earlier.parts if self.earlier is not None else [])]
 
     @property
     def dataset(self) -> str:
-        """What tells the dataset from others, in tables and in names of files."""
+        """Unique key of the dataset, for tables and file names."""
         return str(self.config["task"]) if self.custom is None else self.custom.key
 
     @property
@@ -69,19 +69,19 @@ class Run:
 
     @property
     def pretrains(self) -> bool:
-        """Whether it trained a backbone without labels, which is not tested."""
+        """Whether it pretrained a backbone without labels; such runs are not tested."""
         return self.spec.recordings and self.config["prompt_type"] == self.spec.pretraining["prompt_type"]
 
     @property
     def pattern(self) -> Pattern:
-        """Of the training."""
+        """The missing pattern of the training."""
         config = self.config
-        of_train = config["missing_type"]["train"], config["missing_ratio"]["train"]
-        return Pattern.of(self.spec, *of_train, config["both_ratio"])
+        type_and_ratio = config["missing_type"]["train"], config["missing_ratio"]["train"]
+        return Pattern.of(self.spec, *type_and_ratio, config["both_ratio"])
 
     @cached_property
     def test(self) -> dict[str, Any] | None:
-        """The content of test_results.json; None where there is none."""
+        """The content of test_results.json; None if it does not exist."""
         path = self.folder / "test_results.json"
         if not path.is_file():
             return None
@@ -98,14 +98,14 @@ class Run:
 
     @property
     def tested_at(self) -> Pattern | None:
-        """Of the test."""
+        """The missing pattern of the test; None if the run was not tested."""
         if self.test is None:
             return None
         return Pattern.of(self.spec, *(self.test["missing_pattern"][name] for name in Pattern._fields))
 
     @cached_property
     def best_validation(self) -> float | None:
-        """The task's metric in the best checkpoint, a fraction; None of what has none."""
+        """The task's metric in best.ckpt, as a fraction; None without one, for evaluations and for pretraining."""
         best = self.folder / "best.ckpt"
         if self.is_evaluation or self.pretrains or not best.is_file():
             return None
@@ -113,7 +113,7 @@ class Run:
 
     @cached_property
     def state(self) -> tuple[str, str]:
-        """`finished` or `unfinished`, and what there is to say about it."""
+        """`finished` or `unfinished`, and a note."""
         if self.test is not None:
             return "finished", ""
         if self.is_evaluation:
@@ -123,16 +123,16 @@ class Run:
             return "unfinished", "no validation yet"
         epochs, _, trained = trained_so_far(path, self.config)
         done = trained and not self.config["test_after_fit"]
-        came = "pretraining" if self.pretrains else "not tested"
-        came = came if trained else f"{epochs} of {counted(self.config['max_epoch'], 'epoch')}"
-        return "finished" if done else "unfinished", came
+        note = "pretraining" if self.pretrains else "not tested"
+        note = note if trained else f"{epochs} of {counted(self.config['max_epoch'], 'epoch')}"
+        return "finished" if done else "unfinished", note
 
     @cached_property
     def line(self) -> dict[str, Any]:
-        """The options in which runs of one line agree, those of a split as `option.split`; without the pattern.
+        """The options in which the runs of a line agree, as `option.split` if keyed by split, without the pattern.
 
-        One that the program did not have yet when it ran is at its default. Also the beginnings of the digests of its
-        data and backbone, where the run has kept them.
+        Options that did not exist yet at the time of the run have their defaults. If recorded, the first digits of the
+        digests of its data and backbone are included.
         """
         flat = flat_options({**DEFAULTS, **self.config})
         left_out = {*NOT_THE_LINE, *PATTERN_OPTIONS}
@@ -143,22 +143,22 @@ class Run:
 
     @property
     def line_key(self) -> str:
-        """Equal for runs of one line at any pattern, wherever the files lay that they read."""
+        """Key shared by the runs of a line, whatever their pattern and wherever the files they read were stored."""
         known = {name: self._read[entry] for name, entry in BY_CONTENT.items() if entry in self._read}
         return json.dumps(self.line | known, sort_keys=True)
 
     @property
     def _read(self) -> dict[str, Any]:
-        """Digests of what it read, without a backbone that was drawn from its seed."""
+        """Digests of the files it read; a backbone drawn from the run's seed is left out."""
         drawn = self.spec.family != CLIP and str(self.config.get("vit")).partition(":")[0] == "random"
         return {name: digest for name, digest in self.contents.items() if not (drawn and name == "backbone")}
 
 
 def find_runs(*places: Path) -> tuple[list[Run], dict[Path, DataError]]:
-    """The runs in and below `places`, each once, and the folders of those whose config.json cannot be read.
+    """The runs in and below `places`, without duplicates, and an error for each folder with an unreadable config.json.
 
-    In natural order below a place: version_10 after version_9. A run that another one was resumed from is part of that
-    one, unless it has a test result of its own.
+    Runs are in natural order below a place: version_10 after version_9. A run that was resumed is part of the run that
+    resumed it, unless it has a test result of its own.
 
     Raises:
         ConfigError: a folder is not readable.
@@ -181,10 +181,10 @@ def find_runs(*places: Path) -> tuple[list[Run], dict[Path, DataError]]:
 
 
 def runs_of_each(places: Sequence[Path]) -> tuple[list[Run], dict[Path, DataError]]:
-    """See `find_runs`.
+    """As `find_runs`, but every place must have runs.
 
     Raises:
-        ConfigError: a place is not there, or neither is a run nor holds one.
+        ConfigError: a place does not exist, or neither is a run nor contains one.
         DataError: all runs of a place are damaged.
     """
     for place in places:
@@ -198,11 +198,11 @@ def runs_of_each(places: Sequence[Path]) -> tuple[list[Run], dict[Path, DataErro
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder, with the runs that it was resumed from. Raises DataError where options or contents are damaged."""
+    """Reads a run folder and the runs it was resumed from. Raises DataError if its options or contents are damaged."""
     path = folder / "config.json"
     config = read_json(path)
     with as_written_by_run(path):
-        [config[name] for name in NEEDED]  # a KeyError names the first that is not there
+        [config[name] for name in NEEDED]  # the KeyError names the first one missing
         for name in ("exp_name", "prompt_type"):
             text(name, config[name])
         if config["task"] not in EVERY_DATASET:
@@ -218,7 +218,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _started(folder: Path) -> datetime:
-    """As the run has recorded it; else when its configuration was written, which a copy may have forgotten."""
+    """When the run started, as it recorded it; else the time of its config.json, which copying may have changed."""
     with suppress(DataError, KeyError, TypeError, ValueError):
         return (
             datetime.fromisoformat(read_json(folder / "environment.json")["started"]).astimezone().replace(tzinfo=None)
@@ -227,7 +227,7 @@ def _started(folder: Path) -> datetime:
 
 
 def _resumed_from(folder: Path, config: Mapping[str, Any]) -> Run | None:
-    """The run whose checkpoint `resume_from` names, where that is still there; beside this one if both were moved."""
+    """The run of the checkpoint in `resume_from`, if it exists; looks next to this run first, as both may have moved."""
     named = config.get("resume_from")
     if not isinstance(named, str) or config["test_only"]:
         return None
@@ -242,7 +242,7 @@ def _resumed_from(folder: Path, config: Mapping[str, Any]) -> Run | None:
 
 
 def _run_folders(top: Path, seen: set[Path]) -> Iterator[Path]:
-    """A run has no runs below it, and links lead to no folder twice."""
+    """The run folders in and below `top`, skipping those in `seen`. Does not look for runs below a run."""
     if not top.is_dir() or top.resolve() in seen:
         return
     seen.add(top.resolve())
@@ -258,7 +258,7 @@ def _run_folders(top: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    if (folder / "run.json").is_file():  # Sacred's record of a run, which has a config.json too, like CLIP's weights
+    if (folder / "run.json").is_file():  # Sacred's record of a run; it has a config.json too, as CLIP's weights have
         return False
     if re.fullmatch(r"version_\d+", folder.name) or any((folder / name).is_file() for name in RUN_FILES):
         return True
@@ -269,31 +269,31 @@ def _is_run(folder: Path) -> bool:
 
 
 def open_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
-    """The content of a checkpoint of ours, with the `needed` keys; its tensors stay on disk. Raises DataError."""
-    from common.torch_file import load_inert  # loads torch, which a table of runs without checkpoints does without
+    """Opens one of our checkpoints, with the `needed` keys; its tensors stay on disk. Raises DataError."""
+    from common.torch_file import load_inert  # loads torch, which a table of runs without checkpoints does not need
 
     try:
         content = load_inert(path, mmap=True)
         if not isinstance(content, dict) or not set(needed) <= set(content):
             raise ValueError(f"expected a checkpoint of a run, with {' and '.join(needed)}")
-    except Exception as error:  # torch.load raises many types on damaged files
+    except Exception as error:  # on damaged files, torch.load raises errors of many types
         raise DataError(f"{path}: not readable as a checkpoint: {first_line(error)}") from error
     return content
 
 
 def trained_so_far(path: Path, config: Mapping[str, Any]) -> tuple[int, int, bool]:
-    """Epochs and optimiser steps behind a last.ckpt, and whether they are all that `config` wants. Raises DataError."""
+    """Epochs and optimiser steps trained up to a last.ckpt, and whether `config` asks for no more. Raises DataError."""
     last = open_checkpoint(path, "MissingModalityData", "global_step")
     with as_written_by_run(path):
         epochs, steps = int(last["MissingModalityData"]["epoch"]), int(last["global_step"])
-        loops = last.get("loops", {}).get("fit_loop", {})  # a validation that was stopped is still to come
+        loops = last.get("loops", {}).get("fit_loop", {})  # an interrupted validation is still due
         validation = loops.get("epoch_loop.val_loop.batch_progress", {}).get("total", {"ready": 0, "completed": 0})
         at_limit = steps >= (config["max_steps"] or math.inf) and validation["ready"] == validation["completed"]
         return epochs, steps, epochs >= config["max_epoch"] or at_limit
 
 
 def flat_options(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options and values; those of a dictionary as `option.key`."""
+    """Options and their values; entries of a dictionary as `option.key`."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= flat_options(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -302,7 +302,7 @@ def flat_options(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def as_written_by_run(path: Path) -> Iterator[None]:
-    """Turns what unexpected content of a file leads to into one line that names the file."""
+    """Turns errors caused by unexpected content of a file into a DataError that names the file."""
     try:
         yield
     except (ArithmeticError, AttributeError, ConfigError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -310,5 +310,5 @@ def as_written_by_run(path: Path) -> Iterator[None]:
 
 
 def numbers_by_name(values: Mapping[str, Any]) -> dict[str, float]:
-    """What a results file says of metrics; null is NaN, an undefined value."""
+    """Metrics from a results file; null, an undefined value, becomes NaN."""
     return {name: math.nan if value is None else float(value) for name, value in values.items()}

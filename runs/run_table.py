@@ -1,4 +1,4 @@
-"""The runs below a folder as a table: which there are, how far each came, and what it reached."""
+"""The table of the runs below a folder: their configurations, progress and results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,33 +18,33 @@ COLUMNS = {
     **dict.fromkeys(("seed", "validation", "test", AT_OFFSET), ">"),
     **dict.fromkeys(("tested_at", "date", "state", "folder", "note"), "<"),
 }
-"""Of the table, each with the side that it is aligned to; they are fields of RunRow."""
+"""Columns of the table and their alignment; each is a field of RunRow."""
 REPEATS = "repeats"
-"""Beginning of the note on a run whose configuration and seed another one has too."""
+"""First word of the note on a run with the configuration and seed of another run."""
 
 
 @dataclass
 class RunRow:
-    """One run. What it lacks, or what cannot be read, is None."""
+    """One run. Fields are None if the run has no such value or it cannot be read."""
 
-    folder: Path  # with log_dir in front
-    name: str  # option exp_name, or the name of the folder of an evaluation
+    folder: Path  # including log_dir
+    name: str  # the option exp_name; for an evaluation, the name of its folder
     state: str = "damaged"  # or finished, or unfinished
     note: str = ""  # what is unfinished or damaged
     method: str | None = None
     dataset: str | None = None
-    train: str | None = None  # pattern that it was trained at, such as `70 % both`; None for an evaluation (test_only)
+    train: str | None = None  # training pattern, such as `70 % both`; None for an evaluation (test_only)
     seed: int | None = None
     metric: str | None = None  # name of the metric that chooses the best model
-    validation: float | None = None  # its best value in validation, a fraction; likewise in the test
-    test: float | None = None
-    f1_macro_at_offset: float | None = None  # of several labels, at the offset that validation chose
-    tested_at: str | None = None  # pattern of the test, as in `train`
-    date: datetime | None = None  # when the run began
-    baselines: dict[str, Any] = field(default_factory=dict)  # of the test, see `engine/baselines.py`
+    validation: float | None = None  # best validation value of the metric, as a fraction
+    test: float | None = None  # test value of the metric, as a fraction
+    f1_macro_at_offset: float | None = None  # for multi-label tasks, at the offset chosen in validation
+    tested_at: str | None = None  # test pattern, in the form of `train`
+    date: datetime | None = None  # start of the run
+    baselines: dict[str, Any] = field(default_factory=dict)  # on the test split, see `engine/baselines.py`
 
     def text(self, column: str, log_dir: Path) -> str:
-        """What the table says in a column."""
+        """The text of a cell of the table."""
         value = getattr(self, column)
         if isinstance(value, Path):
             return str(value.relative_to(log_dir))
@@ -54,7 +54,7 @@ class RunRow:
 
 
 def list_runs(log_dir: Path) -> list[RunRow]:
-    """Every run below `log_dir`, also unfinished and damaged ones, by folder.
+    """All runs below `log_dir`, including unfinished and damaged ones, sorted by folder.
 
     Raises:
         ConfigError: there is no such folder.
@@ -101,20 +101,20 @@ def _short(error: DataError, folder: Path) -> str:
 
 
 def sort_runs(rows: Sequence[RunRow], order: str) -> list[RunRow]:
-    """By the column `order`, descending with `-` in front; rows that lack it, or have it undefined, come last."""
+    """Sorts by the column `order`, descending if preceded by `-`; rows with no value or NaN there come last."""
     name = order.removeprefix("-")
-    there = [row for row in rows if (value := getattr(row, name)) is not None and value == value]
-    lacking = [row for row in rows if row not in there]
+    defined = [row for row in rows if (value := getattr(row, name)) is not None and value == value]
+    lacking = [row for row in rows if row not in defined]
 
     def key(row: RunRow) -> object:
         value = getattr(row, name)
         return natural_key(value) if isinstance(value, (str, Path)) else value
 
-    return sorted(there, key=key, reverse=order != name) + lacking  # type: ignore[arg-type]
+    return sorted(defined, key=key, reverse=order != name) + lacking  # type: ignore[arg-type]
 
 
 def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
-    """The table for the terminal: without what the folder says as well; what is the same in all rows is below it."""
+    """The table for the terminal, without columns that the folder implies; values common to all rows go below it."""
     if not rows:
         return f"no runs below {log_dir}"
     columns = {"folder": "<", **COLUMNS}
@@ -122,10 +122,10 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
     datasets = {row.dataset: row.metric for row in rows if row.metric is not None}
     same = [name for name in ("method", "train", "state") if len(rows) > 1 and len({*texts[name]}) == 1]
     same = [name for name in same if texts[name][0] not in ("–", "damaged")]
-    said_of_all = [f"{name} {texts[name][0]}" for name in same]
+    shared = [f"{name} {texts[name][0]}" for name in same]
     if len(rows) > 1 and len({row.folder.name for row in rows}) == 1 and all("/" in text for text in texts["folder"]):
         texts["folder"] = [text.rpartition("/")[0] for text in texts["folder"]]
-        said_of_all.append(f"folder …/{rows[0].folder.name}")
+        shared.append(f"folder …/{rows[0].folder.name}")
     left_out = {"name", "seed", *same}
     left_out |= {"dataset"} if len(datasets) == 1 else set()
     below = [row.note if row.note.startswith(REPEATS) else "" for row in rows]  # too long for a column
@@ -142,12 +142,12 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
         found = next((row.baselines for row in rows if row.dataset == dataset and row.baselines), {})
         lines += [f"  {text} ({dataset})" for text in baseline_texts(found, metric)]
     lines += [f"{folder}: {note}" for folder, note in zip(texts["folder"], below, strict=True) if note]
-    lines += [f"all {len(rows)} runs: {', '.join(said_of_all)}"] if said_of_all else []
+    lines += [f"all {len(rows)} runs: {', '.join(shared)}"] if shared else []
     return "\n".join([table, *lines])
 
 
 def write_runs(rows: Sequence[RunRow], path: Path) -> None:
-    """Writes the table as CSV, numbers unrounded; DataError where that is impossible."""
+    """Writes the table as CSV with unrounded numbers. Raises DataError if it cannot be written."""
     columns = [*COLUMNS, "metric"]
     lines = [
         {name: row.text(name, path) if name == "date" and row.date else getattr(row, name) for name in columns}

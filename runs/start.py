@@ -1,4 +1,4 @@
-"""What every run begins with: its folder, its log, and a line on the machine."""
+"""The start of every run: its folder, the record of its environment, and first log lines."""
 
 import importlib.metadata
 import logging
@@ -39,17 +39,17 @@ PACKAGES = (
     *("torch", "pytorch-lightning", "transformers", "tokenizers", "torchmetrics"),
     *("pyarrow", "pillow", "sacred", "numpy"),
 )
-"""Whose versions are recorded."""
+"""Packages whose versions are recorded."""
 FEW_STEPS = 20
-"""A training of fewer optimiser steps hardly moves the model, and its validations compare nearly the same one."""
+"""With fewer optimiser steps than this, training hardly changes the model, and validations compare near-equal ones."""
 
 
 @rank_zero_only
 def start_folder(options: Options, name: str, custom: CustomData | None, contents: Mapping[str, str]) -> Path:
-    """The run's new folder, with configuration, environment and `contents`; None on other processes than the first.
+    """Creates the run folder, with configuration, environment and `contents`; None except on the first process.
 
-    The configuration also says what the arrow files say of a custom dataset, for `run.py runs` and `run.py report`.
-    Lightning tells the others where it is.
+    The configuration includes the arrow files' description of a custom dataset, for `run.py runs` and `run.py report`.
+    Lightning passes the folder on to the other processes.
     """
     folder = make_run_folder(options.log_dir, name)
     EX.current_run.info["folder"] = str(folder)  # type: ignore[attr-defined]  # for `command_line`, and Sacred's record
@@ -61,18 +61,18 @@ def start_folder(options: Options, name: str, custom: CustomData | None, content
 
 
 def command() -> list[str]:
-    """The words behind `python` of this program's call."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m NAME`
+    """The words after `python` in the call of this program."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m NAME`
     return ["-m", module.name.removesuffix(".__main__"), *sys.argv[1:]] if module is not None else sys.argv
 
 
 def described(options: Options, custom: CustomData | None) -> dict[str, Any]:
-    """What config.json holds: the options, and what the arrow files say of a custom dataset."""
+    """The content of config.json: the options, and the arrow files' description of a custom dataset."""
     return asdict(options) | ({CUSTOM: asdict(custom)} if custom is not None else {})
 
 
 def say_device(options: Options) -> None:
-    """Says what the run computes on."""
+    """Logs the devices and the precision."""
     if options.num_gpus:
         log.info("%d × %s, precision %s", options.processes, torch.cuda.get_device_name(), options.precision)
     else:
@@ -82,7 +82,7 @@ def say_device(options: Options) -> None:
 
 @rank_zero_only
 def say_remarks(options: Options, training: ArrowDataset) -> None:
-    """Warns of what `remarks` finds, and says how the last step of an epoch counts where that is as published."""
+    """Logs `remarks` and classes without samples as warnings, and how the last step counts if that is as published."""
     dataset, samples = training.spec, samples_of_epoch(options, training)
     absent = [] if options.prompt_type in PRETRAINING else training.absent_classes()
     never = [f"{training.path}: no sample is of class {listed(absent)}, which cannot be learned"] if absent else []
@@ -90,18 +90,18 @@ def say_remarks(options: Options, training: ArrowDataset) -> None:
         log.warning("warning: %s", remark)
     rest = samples % (options.processes * options.per_gpu_batchsize * options.accumulation)
     if options.accumulation > 1 and rest and counts_as_published(dataset):
-        text = "the last step of an epoch has %s; its loss is divided as that of a complete step, as published"
+        text = "the last step of an epoch has only %s, but its loss is divided as in a complete step, as published"
         log.info(text, counted(rest, "sample"))
 
 
 def samples_of_epoch(options: Options, training: ArrowDataset) -> int:
-    """Those of the training split; of a pretraining, with those that fill its subsequences."""
+    """Number of training samples in an epoch; for pretraining, including those that fill up subsequences."""
     length = PRETRAINING.get(options.prompt_type, 1)
     return len(training) if length == 1 else subsequences(training.table, length).size
 
 
 def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:
-    """What a training on so many samples does otherwise than its options seem to say."""
+    """Warnings about options that do not have the effect one would expect with this number of samples."""
     forward, step = options.processes * options.per_gpu_batchsize, options.accumulation
     batches, as_published = math.ceil(samples / forward), counts_as_published(dataset)
     steps = schedule_steps(batches, options.max_epoch, step, options.max_steps, as_published=as_published)
@@ -117,8 +117,8 @@ def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:
         )
     elif steps < FEW_STEPS:
         found.append(
-            f"only {counted(steps, 'optimiser step')} in all, {warmup} of them warm-up: hardly a training; a smaller "
-            f"batch_size or a larger max_epoch gives more"
+            f"only {counted(steps, 'optimiser step')} in all, {warmup} of them warm-up, hardly change the model; "
+            f"a smaller batch_size or a larger max_epoch gives more"
         )
     if (options.max_steps or 0) > (possible := options.max_epoch * math.ceil(batches / step)):
         found.append(f"max_steps={options.max_steps}: max_epoch={options.max_epoch} ends the training after {possible}")
@@ -128,17 +128,17 @@ def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:
         )
     if (interval := options.val_check_interval) > max(1, batches):
         found.append(
-            f"val_check_interval={interval}: an epoch has {counted(batches, 'batch', 'batches')}, "
-            f"and is validated at its end"
+            f"val_check_interval={interval}: an epoch has only {counted(batches, 'batch', 'batches')}; "
+            f"validation runs at its end"
         )
     return found
 
 
 def make_run_folder(log_dir: Path, name: str) -> Path:
-    """A new folder `log_dir/name/version_N`, with the lowest N that nobody has; safe against other processes.
+    """Creates a folder `log_dir/name/version_N`, with the lowest free N; safe if several processes do so at once.
 
     Raises:
-        ConfigError: log_dir cannot be written.
+        ConfigError: log_dir cannot be written to.
     """
     parent = log_dir / name
     try:
@@ -152,18 +152,22 @@ def make_run_folder(log_dir: Path, name: str) -> Path:
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise ConfigError(f"log_dir: cannot make a folder in {parent}: {error.strerror}; choose another") from error
+        raise ConfigError(
+            f"log_dir: cannot create a folder in {parent}: {error.strerror}; choose another log_dir"
+        ) from error
 
 
 def environment() -> dict[str, Any]:
-    """Time, versions, devices and the state of the code, for the record."""
+    """The content of environment.json: time, versions, devices and the state of the code."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))  # not of every Linux
+    processor = re.search(
+        r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8")
+    )  # missing on some Linux systems
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "packages": versions | {"torch": torch.__version__},  # with what it was built for
+        "packages": versions | {"torch": torch.__version__},  # includes the build, such as +cpu
         "machine": {
             "host": platform.node(),
             "platform": platform.platform(),
@@ -177,7 +181,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and changed files of the code, or None where it is not of a git repository, though it may lie in one."""
+    """Commit and changed files of the code; None unless git tracks it."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -186,14 +190,14 @@ def git_state() -> dict[str, Any] | None:
         ).stdout.rstrip("\n")
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # of an installed package in a user's repository it is none
+        git("ls-files", "--error-unmatch", here.name)  # fails for a package installed inside a user's repository
         return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain").splitlines()}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def commit() -> str | None:
-    """The commit of the code, with `-dirty` where files of it were changed; None outside of a git checkout."""
+    """The commit of the code, with `-dirty` appended if tracked files have changed; None outside a git checkout."""
     if (state := git_state()) is None:
         return None
     changed = any(not line.startswith("??") for line in state["changed"])

@@ -1,4 +1,4 @@
-"""What `run.py robustness` has left in a run folder, read back for the report and for comparisons."""
+"""Reads the results that `run.py robustness` stored in a run folder, for the report and comparisons."""
 
 import hashlib
 import math
@@ -20,44 +20,44 @@ from runs.run_reader import Run, as_written_by_run
 
 @dataclass(frozen=True, eq=False)
 class Robustness:
-    """What robustness.json of a run says. A value that is undefined is NaN."""
+    """The content of a run's robustness.json. Undefined values are NaN."""
 
     raw: dict[str, Any]
     cells: dict[Pattern, dict[str, Any]]
-    offset: float | None  # of the run's validation, see `engine/decision.py`
+    offset: float | None  # chosen in the run's validation, see `engine/decision.py`
 
     @property
     def rows_before(self) -> tuple[int, ...]:
-        """Of the published drawing of missing tables, rows of the splits that are drawn first; else nothing."""
+        """Rows of the splits drawn before the test split, if missing tables are drawn as published; else empty."""
         return tuple(self.raw.get("rows_before", ()))
 
     @property
     def samples(self) -> int:
-        """Of the test set; a film with several plots is several."""
+        """Number of test samples; a film with several plots counts as several."""
         return int(self.raw["samples"])
 
 
 class StoredLogits(NamedTuple):
-    """The logits of a run for its test samples."""
+    """A run's logits for its test samples."""
 
     split: SplitLogits
-    names: tuple[str, ...]  # of the samples
+    names: tuple[str, ...]  # sample names
 
     @property
     def test_set(self) -> str:
-        """Equal for logits of the same samples with the same labels, that lack the same by nature."""
+        """Digest of the samples, their labels and their naturally missing modalities."""
         natural = np.broadcast_to(self.split.natural, self.split.table_rows).astype(np.int8)
         arrays = (each.tobytes() for each in (self.split.row_of_sample_N, self.split.labels.numpy(), natural))
         return hashlib.sha256(b"\0".join(["\0".join(self.names).encode(), *arrays])).hexdigest()
 
 
 def logits_path(run: Run) -> Path:
-    """Where the logits of a run are stored."""
+    """Path of a run's stored logits."""
     return run.folder / "robustness" / "logits.arrow"
 
 
 def read_robustness(run: Run) -> Robustness | None:
-    """Robustness results of a run; None where there are none. Raises DataError where they are of something else."""
+    """Reads a run's robustness results; None if there are none. Raises DataError if they do not belong to the run."""
     path, best = run.folder / "robustness" / "robustness.json", run.folder / "best.ckpt"
     if not path.is_file():
         return None
@@ -66,7 +66,7 @@ def read_robustness(run: Run) -> Robustness | None:
         for name, expected in {"format": FORMAT, "task": run.config["task"], "metric": run.spec.monitor}.items():
             if written[name] != expected:
                 raise ValueError(f"{name}: expected {expected}, found {quoted(written[name])}")
-        if best.is_file() and written["checkpoint_sha256"] != file_sha256(best):  # a run may be kept without it
+        if best.is_file() and written["checkpoint_sha256"] != file_sha256(best):  # best.ckpt may have been deleted
             raise ValueError("results of another checkpoint than best.ckpt; run `python run.py robustness` again")
         if len(written["class_names"]) != run.spec.n_classes:
             raise ValueError(f"class_names: expected {run.spec.n_classes}, found {len(written['class_names'])}")
@@ -75,7 +75,7 @@ def read_robustness(run: Run) -> Robustness | None:
             raise ValueError(f"offset: expected a number, found {quoted(offset)}")
         rows = written.get("rows_before", [])
         if not isinstance(rows, list) or len(rows) not in (0, 2) or any(type(n) is not int or n < 1 for n in rows):
-            raise ValueError(f"rows_before: expected nothing or two numbers of rows, found {quoted(rows)}")
+            raise ValueError(f"rows_before: expected an empty list or two numbers of rows, found {quoted(rows)}")
         raw = {"baselines": {}, **_undefined_as_nan(written)}  # results of older versions have no baselines
         cells = {Pattern.of(run.spec, *(cell[name] for name in PATTERN)): cell for cell in raw["cells"]}
         return Robustness(raw, cells, offset)
@@ -90,7 +90,7 @@ def _undefined_as_nan(value: Any) -> Any:
 
 
 def read_logits(run: Run, results: Robustness) -> StoredLogits | None:
-    """The stored logits of a run; None where there are none. Raises DataError unless they are those of its results."""
+    """Reads a run's stored logits; None if there are none. Raises DataError unless they belong to its results."""
     path = logits_path(run)
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What `run.py robustness` evaluates: checkpoints, with what is known of their runs and their stored logits."""
+"""The checkpoints that `run.py robustness` evaluates, with their runs and stored logits."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -30,61 +30,61 @@ from vilt.missing_tables import NESTED, MissingPattern, behind_training
 log = logging.getLogger("rep")
 
 TAKEN_FROM_THE_RUN = ("data_root", "missing_table_root", "tokenizer")
-"""Options that a checkpoint's config.json answers where the command line does not."""
+"""Options taken from the config.json next to a checkpoint unless given on the command line."""
 
 
 TestSets = dict[tuple[Path, bool], tuple[ArrowDataset, str]]
-"""By arrow file and `group_texts`, with the file's SHA-256."""
+"""Opened test sets and the SHA-256 of their arrow files, keyed by arrow file and `group_texts`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
     """One checkpoint to evaluate."""
 
-    options: Options  # those of the evaluation
+    options: Options  # options of the evaluation
     subject: Subject
-    run: Run | None  # None where there is no record of the training
+    run: Run | None  # None if there is no record of the training
     store: LogitStore
     encoded: bool  # whether the logits are stored
-    patterns: list[list[MissingPattern]]  # the cells of the matrix: of each, its pattern with every table seed
+    patterns: list[list[MissingPattern]]  # for each cell of the matrix, its pattern with every table seed
 
 
 def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
-    """Everything that `load_path` names, all checked before anything heavy starts.
+    """Opens all checkpoints in `load_path` and checks them before any heavy work starts.
 
     Args:
         config: Sacred's configuration.
-        given: names of the options that the command line sets.
+        given: names of the options set on the command line.
 
     Raises:
-        ConfigError, CheckpointError, DataError: an option is wrong, a checkpoint or its stored logits do not fit, or
-            the checkpoints are not all of one test set, in a folder those of a dataset.
+        ConfigError, CheckpointError, DataError: an option is invalid, a checkpoint or its stored logits do not fit, or
+            the checkpoints (in folders: those of one dataset) do not have the same test set.
     """
     test_sets: TestSets = {}
     places = read_load_paths(config)
     targets = [_open(config, given, path, test_sets) for path in find_checkpoints(places)]
     in_folders = all(place.is_dir() and not is_exported(place) for place in places)
     names = dict.fromkeys(map(dataset_of, targets))
-    of_datasets = [[each for each in targets if dataset_of(each) == name] for name in names]
-    for group in of_datasets if in_folders else [targets]:
+    by_dataset = [[each for each in targets if dataset_of(each) == name] for name in names]
+    for group in by_dataset if in_folders else [targets]:
         _check_comparable(group)
     return targets
 
 
 def dataset_of(target: Target) -> str:
-    """What tells its dataset from others."""
+    """Unique key of the target's dataset."""
     custom = target.store.dataset.spec.custom
     return custom.key if custom else target.options.task
 
 
 def find_checkpoints(places: Sequence[Path]) -> list[Path]:
-    """The checkpoints among `places`, and the best.ckpt of each run in or below those that are folders.
+    """The checkpoints among `places`, and the best.ckpt of each run in and below the folders among them.
 
-    Runs without one are named in a warning. The trials of a search below a folder are left out: validation chooses
-    among them, and the test split has no part in it.
+    Runs without one are named in a warning. Trials of a search below a folder are left out: the choice among them is
+    made in validation, without the test split.
 
     Raises:
-        ConfigError: a place is not there, or has no checkpoint below it.
+        ConfigError: a place does not exist or contains no checkpoint.
     """
     found: list[Path] = []
     for place in places:
@@ -97,7 +97,7 @@ def find_checkpoints(places: Sequence[Path]) -> list[Path]:
         searches = {run.folder: search for run in runs if (search := search_of(run.folder)) and place in search.parents}
         if searches:
             named = ", ".join(str(search) for search in dict.fromkeys(searches.values()))
-            log.info("trials of a search, left out unless they are named: %s", named)
+            log.info("left out, since trials of a search have to be named in load_path: %s", named)
         runs = [run for run in runs if run.folder not in searches]
         trained = [run.folder for run in runs if not (run.is_evaluation or run.pretrains)]
         folders = sorted([*trained, *damaged], key=natural_key)
@@ -107,13 +107,13 @@ def find_checkpoints(places: Sequence[Path]) -> list[Path]:
             what = f"runs without one: {without}" if without else "no run"
             raise ConfigError(f"load_path: expected runs with a best.ckpt in {place}, found {what}")
         if without:
-            log.warning("without a checkpoint, and left out: %s", without)
+            log.warning("left out for lack of a checkpoint: %s", without)
         found += below
     return found
 
 
 def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -> None:
-    """Raises ConfigError where the task or a given option of the model is another one than the checkpoint's."""
+    """Raises ConfigError if the task or a given option of the model differs from the checkpoint's."""
     spec = checkpoint.spec
     for option, theirs in {"task": spec.task, **asdict(spec.method), "head": spec.head}.items():
         ours = getattr(options, option, theirs)
@@ -122,26 +122,26 @@ def check_agreement(options: Options, checkpoint: Checkpoint, given: set[str]) -
 
 
 def as_trained(options: Options, checkpoints: Sequence[Checkpoint], given: Collection[str]) -> Options:
-    """The options of what goes on from `checkpoints`, in the precision of the training unless another is `given`."""
+    """The options with the precision that `checkpoints` were trained in, unless a precision is `given`."""
     if "precision" in given:
         return options
     return replace(options, precision=precision_of(checkpoints, options.precision, on_gpu=options.num_gpus > 0))
 
 
 def with_model_of(checkpoint: Checkpoint, options: Options, given: set[str]) -> Options:
-    """The options of an evaluation for the records: method, head and backbone are those of `checkpoint`."""
+    """The options of an evaluation as recorded: with the method, head and backbone of `checkpoint`."""
     vit = options.vit if "vit" in given or checkpoint.backbone_name is None else checkpoint.backbone_name
-    of_model = {name: value for name, value in asdict(checkpoint.spec.method).items() if hasattr(options, name)}
-    return replace(options, **of_model, head=checkpoint.spec.head, vit=vit)
+    method_options = {name: value for name, value in asdict(checkpoint.spec.method).items() if hasattr(options, name)}
+    return replace(options, **method_options, head=checkpoint.spec.head, vit=vit)
 
 
 def taken_from_run(checkpoint: Path, config: Mapping[str, Any], given: set[str]) -> tuple[Run | None, dict[str, Any]]:
-    """The run of a checkpoint, where a record of it is beside it, and the options that it answers."""
+    """The run of a checkpoint, if its config.json is in the same folder, and the options taken from it."""
     source = checkpoint.parent / "config.json"
     run = read_run(checkpoint.parent) if source.is_file() and not is_exported(checkpoint.parent) else None
     recorded = {} if run is None else run.config
     taken = {name: recorded[name] for name in TAKEN_FROM_THE_RUN if name in recorded and name not in given}
-    if not Path(taken.get("missing_table_root", ".")).is_dir():  # tables would be written wherever it points
+    if not Path(taken.get("missing_table_root", ".")).is_dir():  # else tables would be written there
         log.warning("%s: missing_table_root: no folder at %s here", source, taken.pop("missing_table_root"))
     return run, taken
 
@@ -153,7 +153,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     of_evaluation = {"load_path": str(path), "test_only": True, "test_ratio": 0.0}
     options = check({**config, **taken, **of_evaluation, "task": config["task"] or checkpoint.spec.task})
     if options.fast_dev_run:
-        raise ConfigError("fast_dev_run: robustness needs the whole test split")
+        raise ConfigError("fast_dev_run: expected False, since robustness needs the whole test split")
     check_agreement(options, checkpoint, given)
     options = drawn_as_trained(as_trained(options, [checkpoint], given), [checkpoint], given)
     spec = open_spec(options.task, options.data_root, options.splits)
@@ -166,7 +166,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     check_classes(checkpoint, dataset)
     if (trained_with := checkpoint.contents.get("data of test", arrow_sha256)) != arrow_sha256:
         there, here = trained_with[:12], arrow_sha256[:12]
-        log.warning("%s: %s is not the test set of its run (there sha256 %s…, here %s…)", path, arrow, there, here)
+        log.warning("%s: %s differs from its run's test set (there sha256 %s…, here %s…)", path, arrow, there, here)
     at = checkpoint.training
     seed, trained = (None, None) if at is None else (at.seed, pattern_of(at))
     if run is not None:
@@ -190,7 +190,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     )
     published_seed = options.published_seed if checkpoint.published else None
     tokenizer = options.tokenizer
-    if checkpoint.published:  # it does not say which one it was trained with
+    if checkpoint.published:  # it does not record its tokenizer
         choice = BackboneChoice(options.vit, options.vit_activation, options.tokenizer, options.trust_backbone)
         tokenizer = family_of(options.task).inputs(choice, None).fingerprint
     origin: dict[str, Any] = {"task": options.task, "checkpoint_sha256": checkpoint.sha256}
@@ -202,22 +202,24 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
 
 
 def drawn_as_trained(options: Options, checkpoints: Sequence[Checkpoint], given: Collection[str]) -> Options:
-    """The options of an evaluation with missing tables drawn as the training's, unless a drawing is chosen.
+    """The options of an evaluation, with missing tables drawn as in training unless `missing_tables` is chosen.
 
-    Published tables also follow from the pattern of the training, that of the first checkpoint.
+    Published tables also depend on the training pattern; that of the first checkpoint is used.
 
     Raises:
-        ConfigError: the tables of the trainings were drawn in different ways, and none is chosen.
+        ConfigError: the checkpoints were trained with tables drawn in different ways, and none is chosen.
     """
     trained = [each.training for each in checkpoints if each.training is not None]
     drawings = list(dict.fromkeys(each.drawing for each in trained))
     if "missing_tables" in given or options.missing_tables != NESTED:
         drawings = [options.missing_tables]
     if len(drawings) > 1:
-        raise ConfigError(f"missing_tables: expected one of {' and '.join(drawings)}, which the checkpoints differ in")
+        raise ConfigError(
+            f"missing_tables: expected {' or '.join(drawings)} to be chosen, since the checkpoints differ"
+        )
     if not trained or drawings == [NESTED]:
         return options
-    log.info("missing_tables=%s, behind those of a training at %s", *drawings, pattern_of(trained[0]))
+    log.info("missing_tables=%s, drawn after those of training at %s", *drawings, pattern_of(trained[0]))
     return replace(
         options,
         missing_tables=drawings[0],
@@ -228,12 +230,12 @@ def drawn_as_trained(options: Options, checkpoints: Sequence[Checkpoint], given:
 
 
 def pattern_of(trained: TrainedAt) -> Pattern:
-    """The missing pattern of a training."""
+    """The missing pattern recorded for a training."""
     return Pattern(trained.missing_type, trained.ratio, trained.both_ratio)
 
 
 def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]:
-    """The cells of the matrix. For the published drawing each is behind the training's, as with `test_only`."""
+    """The cells of the matrix. If drawn as published, each is drawn after the training tables, as with `test_only`."""
     cells = options.robustness_patterns()
     if options.missing_tables == NESTED:
         return cells
@@ -250,16 +252,16 @@ def _check_comparable(targets: Sequence[Target]) -> None:
         same_folder = folders.setdefault(target.store.folder.resolve(), target)
         if same_folder is not target:
             raise ConfigError(
-                f"load_path: {same_folder.subject.checkpoint} and {path} are in one folder, which has room for the "
-                f"results of one checkpoint"
+                f"load_path: expected one checkpoint per folder, where its results go, found "
+                f"{same_folder.subject.checkpoint} and {path}"
             )
         drawings = {each.patterns[0][0].drawing for each in (first, target)}
         if len(drawings) > 1:
-            said = f"expected one of {' and '.join(sorted(drawings))}, which the checkpoints differ in"
+            said = f"expected {' or '.join(sorted(drawings))} to be chosen, since the checkpoints differ"
             raise ConfigError(f"missing_tables: {said}: {first.subject.checkpoint} and {path}")
         for name, what in (("task", "dataset"), ("arrow_sha256", "test set")):
             if target.store.origin[name] != first.store.origin[name]:
                 raise ConfigError(
-                    f"load_path: expected checkpoints of one {what}, found {first.store.dataset.path} for "
+                    f"load_path: expected checkpoints with the same {what}, found {first.store.dataset.path} for "
                     f"{first.subject.checkpoint} and {target.store.dataset.path} for {path}"
                 )

@@ -375,7 +375,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_column(encoded: Path, tmp_
     capsys.readouterr()
     robustness(f"load_path={tmp_path / 'runs'}", *QUICK)
     said = capsys.readouterr()
-    assert f"without a checkpoint, and left out: {unfinished}\n" in said.err
+    assert f"left out for lack of a checkpoint: {unfinished}\n" in said.err
     assert not (folders[0].parent / "version_0" / "robustness").exists(), "its training went on in version_1"
     results = {seed: results_of(folder) for seed, folder in folders.items()}
     assert {seed: found["train_seed"] for seed, found in results.items()} == {seed: seed for seed in folders}
@@ -445,7 +445,7 @@ def test_checkpoints_of_different_datasets_or_test_sets(workspace, encoded, gold
         f"{golden_arrow / 'food101_test.arrow'} for {food}",
     )
     said = refusal(capsys, both)
-    assert all(fact in said for fact in ("load_path: expected checkpoints of one dataset", *files)), said
+    assert all(fact in said for fact in ("load_path: expected checkpoints with the same dataset", *files)), said
     other = ("task_finetune_mmimdb", f"load_path={food / 'best.ckpt'}", f"data_root={workspace.arrow}")
     assert f"task: mmimdb contradicts the checkpoint {food / 'best.ckpt'}" in refusal(capsys, *other)
     folders, few = f"load_path=['{encoded}','{food}']", ("robustness_ratios=0.7", "robustness_seeds=0", "bootstrap=0")
@@ -455,7 +455,7 @@ def test_checkpoints_of_different_datasets_or_test_sets(workspace, encoded, gold
     elsewhere = Path(shutil.copytree(encoded, tmp_path / "other" / "version_0"))
     shutil.rmtree(elsewhere / "robustness")
     edited(elsewhere, "config.json", data_root=str(golden_arrow))
-    assert "error: load_path: expected checkpoints of one test set, found " in refusal(
+    assert "error: load_path: expected checkpoints with the same test set, found " in refusal(
         capsys, f"load_path=['{encoded}','{elsewhere}']"
     )
 
@@ -467,13 +467,13 @@ def test_checkpoints_of_different_datasets_or_test_sets(workspace, encoded, gold
         (["load_path={top}/nowhere.ckpt"], "load_path: expected a checkpoint file or a folder of runs, found nothing"),
         (["load_path={top}/empty"], "load_path: expected runs with a best.ckpt in {top}/empty, found no run"),
         (["load_path={top}/half"], "found runs without one: {top}/half/rep_seed0/version_0"),
-        (["load_path=[{run}/best.ckpt,{run}]"], "are in one folder, which has room for the results"),
-        (["load_path=['{run}/best.ckpt','{run}']"], "are in one folder, which has room for the results"),
+        (["load_path=[{run}/best.ckpt,{run}]"], "load_path: expected one checkpoint per folder"),
+        (["load_path=['{run}/best.ckpt','{run}']"], "load_path: expected one checkpoint per folder"),
         (["load_path=['{run}','{run}']"], "load_path: expected each value once, found {run} twice"),
-        (["load_path=['{run}/best.ckpt','{run}/again.ckpt']"], "are in one folder, which has room for the results"),
+        (["load_path=['{run}/best.ckpt','{run}/again.ckpt']"], "load_path: expected one checkpoint per folder"),
         (["load_path={run}", "data_root={top}/nowhere"], "data_root: expected mmimdb_test.arrow in {top}/nowhere"),
         (["load_path={run}", "memory_length=9"], "memory_length: 9 contradicts the checkpoint {run}/best.ckpt"),
-        (["load_path={run}", "fast_dev_run=True"], "fast_dev_run: robustness needs the whole test split"),
+        (["load_path={run}", "fast_dev_run=True"], "fast_dev_run: expected False, since robustness needs"),
         (["load_path={run}/config.json"], "{run}/config.json: not readable as a checkpoint: "),
         (["load_path={run}", "robustnes_types=text"], "unknown option robustnes_types; did you mean robustness_types?"),
         (["load_path={run}", "robustness_types=[text,sound]"], "expected text or image or both, found 'sound'"),

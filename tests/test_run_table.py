@@ -291,7 +291,7 @@ def test_checkpoints_below_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFix
     empty = tmp_path / "empty" / "version_0"
     empty.mkdir(parents=True)
     assert find_checkpoints([tmp_path]) == [folders[1] / "best.ckpt", folders[0] / "best.ckpt"]
-    assert caplog.messages == [f"without a checkpoint, and left out: {cut}, {empty}"]
+    assert caplog.messages == [f"left out for lack of a checkpoint: {cut}, {empty}"]
     trial = write_run(tmp_path / "search" / "search_trial_0_seed0" / "version_0")
     (tmp_path / "search" / JOURNAL).touch()
     assert trial / "best.ckpt" not in find_checkpoints([tmp_path])

@@ -227,7 +227,7 @@ def _started(folder: Path) -> datetime:
 
 
 def _resumed_from(folder: Path, config: Mapping[str, Any]) -> Run | None:
-    """The run of the checkpoint in `resume_from`, if it exists; looks next to this run first, as both may have moved."""
+    """The run of the checkpoint in `resume_from`, if any; looks next to this run first, since both may have moved."""
     named = config.get("resume_from")
     if not isinstance(named, str) or config["test_only"]:
         return None

@@ -1,4 +1,4 @@
-"""A training run, from its options to its best checkpoint and the test of it."""
+"""A training run, from its options to the test of its best checkpoint."""
 
 import copy
 import hashlib
@@ -71,34 +71,34 @@ log = logging.getLogger("rep")
 
 
 class Opened(NamedTuple):
-    """What a training reads, opened."""
+    """Everything that a training run reads."""
 
     options: Options
-    """Those given, with the backbone and the tokenizer of the checkpoint that it starts from, unless others are."""
-    start: Checkpoint | None  # what `load_path` names
+    """The options; backbone and tokenizer are those of the checkpoint in `load_path`, unless others are given."""
+    start: Checkpoint | None  # the checkpoint in `load_path`
     backbone: FrozenWeights
     inputs: InputFormat
     data: MissingModalityData
-    contents: dict[str, str]  # SHA-256 of all of it
+    contents: dict[str, str]  # their SHA-256
 
 
 def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
-    """A training run, or what is left of it; the metrics of its best checkpoint on the test split.
+    """Trains a model, or finishes an earlier run of the same training; returns the test metrics of its best checkpoint.
 
     Args:
-        given: names of the options that the command line sets.
+        given: names of the options set on the command line.
     """
     name = f"{options.exp_name}_seed{options.seed}"
     if options.resume_from != AUTO:
         return train_from(options, name, given=given)
     custom = open_spec(options.task, options.data_root, options.splits).custom
     parent = options.log_dir / name
-    with nullcontext() if options.fast_dev_run else alone(parent, described(options, custom)):  # which writes a lock
+    with nullcontext() if options.fast_dev_run else alone(parent, described(options, custom)):  # writes a lock file
         opened = open_training(options, given)
         described_here, any_precision = described(opened.options, custom), "precision" not in given
         progress = find_progress(parent, described_here, opened.contents, any_precision=any_precision)
         if progress.finished is not None:
-            log.info("resume_from=auto: nothing is left to do: %s is finished", progress.finished)
+            log.info("resume_from=auto: nothing left to do, since %s is finished", progress.finished)
             path = progress.finished / "test_results.json"
             with as_written_by_run(path):
                 return read_json(path)["metrics"] if options.test_after_fit else {}
@@ -107,8 +107,8 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
 
 
 def starting_point(options: Options, given: Collection[str]) -> tuple[Options, Checkpoint | None, Any]:
-    """What `load_path` names: the options with its backbone and tokenizer, unless others are given; the checkpoint, if
-    its memory is taken; and the architecture that it was trained on."""
+    """Reads `load_path`. Returns the options with its backbone and tokenizer, unless others are given; the checkpoint,
+    if its memory is used; and the architecture it was trained on."""
     start = read_checkpoint(options.load_paths[0]) if options.load_paths else None
     trained_on = None
     if start is not None and EVERY_DATASET[start.spec.task].family != EVERY_DATASET[options.task].family:
@@ -118,7 +118,7 @@ def starting_point(options: Options, given: Collection[str]) -> tuple[Options, C
     if start is not None and start.spec.method.prompt_type in TRAIN_BACKBONES and not is_warm_start(options, start):
         if options.finetune_first:
             raise ConfigError(f"finetune_first: expected a model whose head fits, found the backbone {start.path}")
-        options, start = replace(options, vit=str(options.load_path)), None  # a backbone, of which no memory is taken
+        options, start = replace(options, vit=str(options.load_path)), None  # only its backbone is used
     elif start is not None and not start.published and "vit" not in given:
         options, trained_on = replace(options, vit=start.backbone_place), start.spec.architecture
     if start is not None and start.tokenizer is not None and "tokenizer" not in given:
@@ -127,13 +127,13 @@ def starting_point(options: Options, given: Collection[str]) -> tuple[Options, C
 
 
 def is_warm_start(options: Options, start: Checkpoint) -> bool:
-    """Whether a training of the whole backbone goes on with `start` as it is: it is of data of the same shapes."""
+    """Whether training of the whole backbone can start from all of `start`, since its data had the same shapes."""
     choice = backbone_choice(options, {"vit"})
     return options.prompt_type in TRAIN_BACKBONES and family_of(options.task).fits(start.spec.architecture, choice)
 
 
 def open_training(options: Options, given: Collection[str]) -> Opened:
-    """Opens everything that a training reads. The arguments are those of `train`."""
+    """Opens everything that a training run reads. The arguments are those of `train`."""
     options, start, trained_on = starting_point(options, given)
     family, choice = family_of(options.task), backbone_choice(options, {"vit"})
     backbone = family.load(choice, trained_on)
@@ -141,14 +141,14 @@ def open_training(options: Options, given: Collection[str]) -> Opened:
     inputs = reading_texts(family.inputs(choice, backbone.architecture), options.method())
     data = open_data(options, inputs)
     contents = {} if options.fast_dev_run and options.resume_from is None else contents_of_data(data)
-    architecture = hashlib.sha256(repr(backbone.architecture).encode()).hexdigest()  # with the preprocessing of images
+    architecture = hashlib.sha256(repr(backbone.architecture).encode()).hexdigest()  # includes image preprocessing
     contents |= {"teacher": file_sha256(weights_file(options.teacher))} if options.teacher is not None else {}
     contents |= {"backbone": backbone.sha256, "architecture": architecture, "tokenizer": inputs.fingerprint}
     return Opened(options, start, backbone, inputs, data, contents | ({"load_path": start.sha256} if start else {}))
 
 
 def fit_depths(options: Options, given: Collection[str], architecture: Any) -> Options:
-    """The options, with depths that are not `given` fitted to a backbone of too few blocks for them.
+    """Reduces depths that are not `given`, if the backbone has too few blocks for them.
 
     Half of the blocks get slots of their own, and up to as many a replay, as in the published backbone.
     """
@@ -170,14 +170,14 @@ def fit_depths(options: Options, given: Collection[str], architecture: Any) -> O
     fitted = replace(options, memory_depth=memory, replay_depth=replay)
     for name in ("memory_depth", "replay_depth"):
         if (ours := getattr(fitted, name)) != (default := getattr(options, name)):
-            log.info("%s=%d: the backbone has %d blocks, and the default, %d, is for more", name, ours, depth, default)
+            log.info("%s=%d, since the backbone has %d blocks, too few for the default, %d", name, ours, depth, default)
     return fitted
 
 
 def train_from(
     options: Options, name: str, *callbacks: pl.Callback, given: Collection[str] = (), opened: Opened | None = None
 ) -> dict[str, float]:
-    """A training run in its own folder, `name`, from its start or from the checkpoint `resume_from`."""
+    """Runs a training in a new run folder below `name`, from the beginning or from the checkpoint `resume_from`."""
     say_device(options)
     options, start, backbone, inputs, data, contents = opened or open_training(options, given)
     pl.seed_everything(options.seed, workers=True, verbose=False)
@@ -210,7 +210,7 @@ def train_from(
         warm_start(classifier, spec, start, backbone, options.published_seed, with_head=options.finetune_first)
 
     classifier.compute(COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing)
-    has_seen = start is not None and start.spec.method.prompt_type == options.prompt_type  # a start of `none` has not
+    has_seen = start is not None and start.spec.method.prompt_type == options.prompt_type  # unlike a start of `none`
     if classifier.method.sees_training_split and options.resume_from is None and not has_seen:
         see_training_split(options, classifier, data)
     if are_constant(classifier) and (options.max_epoch > 1 or options.neighbours) and not options.fast_dev_run:
@@ -220,28 +220,28 @@ def train_from(
     taught = None
     if options.teacher is not None:
         if type(classifier.method).augment is not Method.augment:
-            raise ConfigError(f"teacher: has nothing to say of the mixed samples of prompt_type={options.prompt_type}")
+            raise ConfigError(f"teacher: expected None with prompt_type={options.prompt_type}, which mixes samples")
         taught = soft_labels(options.teacher, options, data, inputs, backbone, own_device(options))
-    classifier.train()  # Lightning leaves it to us: a backbone keeps its frozen parts in evaluation mode
+    classifier.train()  # Lightning does not set the mode; a backbone keeps its frozen parts in evaluation mode
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     if folder is not None and backbone.left:
         list_names(folder / "taken_over.txt", backbone, classifier)
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
     tokenizer = TokenizerUsed(options.tokenizer, inputs.fingerprint) if inputs.tokenize is not None else None
-    of_model = (spec, backbone.name, backbone.sha256, train_data.class_names(), tokenizer)
+    model_facts = (spec, backbone.name, backbone.sha256, train_data.class_names(), tokenizer)
     pattern = options.pattern("train")
-    at = (pattern.missing_type, pattern.ratio, pattern.both_ratio, pattern.seed, pattern.drawing)
-    description = describe(*of_model, contents, training=TrainedAt(*at, commit(), options.precision))
+    trained_at = (pattern.missing_type, pattern.ratio, pattern.both_ratio, pattern.seed, pattern.drawing)
+    description = describe(*model_facts, contents, training=TrainedAt(*trained_at, commit(), options.precision))
     settings = options.optimizer_settings()
     module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
     module.soft_labels, plain = taught, (module.step, module.evaluate)
     batches = data.steps_per_epoch(options.processes) * options.max_epoch
     if options.max_steps is not None:
         batches = min(batches, options.max_steps * options.accumulation)
-    if options.fast_dev_run or train_data.kept is not None:  # where a step is short
+    if options.fast_dev_run or train_data.kept is not None:  # steps too short for graph capture to pay
         batches = 0
     module.step, module.evaluate = recorded(*plain, classifier, options, batches)
-    # Processes without the folder write nothing, but take part in writing.
+    # Processes without a folder write nothing, but take part in collective calls when the first one writes.
     monitor = MINUS_LOSS if module.pretrains else task.monitor
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{monitor}")
     if module.pretrains and not options.fast_dev_run:
@@ -250,25 +250,25 @@ def train_from(
     with data.naming_dead_workers(), ending_together(trainer):
         began = time.monotonic()
         try:
-            state = None if options.fast_dev_run else options.resume_from  # the weights are there
+            state = None if options.fast_dev_run else options.resume_from  # the weights are loaded already
             trainer.fit(module, datamodule=data, ckpt_path=state, weights_only=True)
         except Exception as error:
-            # Not of the checkpoint: a full disk or GPU, a loader process or another process that died.
+            # Errors unrelated to the checkpoint: a full disk or GPU, a worker or another process that died.
             elsewhere = isinstance(error, (UserError, OSError, torch.OutOfMemoryError)) or LOST.search(str(error))
             if options.resume_from is None or checkpoints.training or elsewhere or dead_worker(error):
                 raise
             raise CheckpointError(
-                f"resume_from={options.resume_from}: not to be resumed: {first_line(error)}"
+                f"resume_from={options.resume_from}: cannot be resumed: {first_line(error)}"
             ) from error
         seconds = time.monotonic() - began
-        module.step, module.evaluate = plain  # the weights that graphs read are no longer where they were
+        module.step, module.evaluate = plain  # captured graphs would read weights at addresses no longer valid
         compute_by(classifier, PLAIN)
         if options.fast_dev_run:
-            log.info("fast_dev_run: one batch of everything went through; nothing was written")
+            log.info("fast_dev_run: one batch of each split passed; nothing was written")
             return {}
         if checkpoints.best is None:
-            what = f"of a trained model in which {checkpoints.monitor} is defined took place"
-            log.warning("no validation %s, so that there is no best checkpoint and nothing is tested", what)
+            why = f"no validation of a trained model gave a defined {checkpoints.monitor}"
+            log.warning("no best checkpoint, since %s; nothing is tested", why)
             return {}
         best_path = trainer.strategy.broadcast(checkpoints.best_path)
         log.info("best %s %.4f: %s", checkpoints.monitor, checkpoints.best["score"], best_path)
@@ -285,7 +285,7 @@ def train_from(
 
 
 def list_names(path: Path, backbone: FrozenWeights, classifier: MissingModalityClassifier) -> None:
-    """Writes the name of every entry that is taken over from a pretrained model, new, or left in its checkpoint."""
+    """Lists in a file which entries were taken over from a pretrained model, are new, or were left out."""
     names = [(name, name.removeprefix("model.") in backbone.state) for name in classifier.state_dict()]
     groups = {
         "taken over": [name for name, is_taken in names if is_taken],
@@ -295,11 +295,11 @@ def list_names(path: Path, backbone: FrozenWeights, classifier: MissingModalityC
     with atomic_path(path) as temporary:
         temporary.write_text("".join(f"{group}\t{name}\n" for group, each in groups.items() for name in each), "utf-8")
     counts = ", ".join(f"{len(each)} {group}" for group, each in groups.items())
-    log.info("entries of %s: %s; each by name in %s", backbone.name, counts, path)
+    log.info("entries of %s: %s; listed in %s", backbone.name, counts, path)
 
 
 def compute_features(options: Options, given: Collection[str]) -> None:
-    """Keeps what the frozen towers make of every input of the splits, whatever the missing tables leave of them.
+    """Computes and caches the frozen towers' features of every input of the splits, whatever the missing tables say.
 
     Raises:
         OSError: the files cannot be written.
@@ -311,13 +311,13 @@ def compute_features(options: Options, given: Collection[str]) -> None:
 
 
 def own_device(options: Options) -> torch.device:
-    """What this process computes on."""
+    """The device that this process computes on."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if options.num_gpus else torch.device("cpu")
 
 
 def see_training_split(options: Options, classifier: MissingModalityClassifier, data: MissingModalityData) -> None:
-    """Shows the method the samples of the training split as their missing table leaves them, in every process all."""
-    log.info("%s looks at the training split first", options.prompt_type)
+    """Passes the training split, with its missing table applied, to the method; every process passes all samples."""
+    log.info("%s: reads the whole training split before training", options.prompt_type)
     device = own_device(options)
     data = copy.copy(data)
     data.datasets = {**data.datasets, "train": data.datasets["train"].without_draws()}
@@ -337,7 +337,7 @@ def warm_start(
     *,
     with_head: bool,
 ) -> None:
-    """Starts from the memory of `checkpoint` (and its head), and says what it took.
+    """Loads the memory of `checkpoint`, and with `with_head` its head, and logs what was loaded.
 
     Raises:
         CheckpointError: the memory does not fit, or was trained on another backbone.
@@ -351,17 +351,17 @@ def warm_start(
     for name in sorted(frozen) if checkpoint.published else []:
         if own[name].shape != theirs[name].shape or not torch.allclose(own[name], theirs[name], rtol=0.01, atol=1e-3):
             raise CheckpointError(
-                f"load_path={checkpoint.path}: its backbone is another one than vit={backbone.name}: {name} differs"
+                f"load_path={checkpoint.path}: its backbone differs from vit={backbone.name} in {name}"
             )
-    # What REP as described adds to the released model starts as the identity, and is not in checkpoints without it.
+    # The parts that REP as described adds to the released model start as the identity; other checkpoints lack them.
     method = classifier.method
     added = tuple(f"model.{method.attribute}.{beginning}" for beginning in method.identity_at_init)
     absent = {name for name in kept_names(classifier) if name.startswith(added)} - set(kept_names(start))
-    if type(start.method) is NoPrompts:  # which has the head, and the ends where they were trained
+    if type(start.method) is NoPrompts:  # it has only the head and, if they were trained, the ends of the towers
         absent |= {name for name in kept_names(classifier) if name.startswith(f"model.{method.attribute}.")}
-    of_this_model = [name for name in kept_names(classifier) if name not in absent]
-    left_out = ("neighbours.", *(() if with_head else heads))  # the former are of the start's own training samples
-    wanted = [name for name in of_this_model if not name.startswith(left_out)]
+    candidates = [name for name in kept_names(classifier) if name not in absent]
+    left_out = ("neighbours.", *(() if with_head else heads))  # neighbours are the start's own training samples
+    wanted = [name for name in candidates if not name.startswith(left_out)]
     misfits = [name for name in wanted if name not in theirs or own[name].shape != theirs[name].shape]
     if misfits:
         raise CheckpointError(
@@ -375,5 +375,5 @@ def warm_start(
         "warm start from %s: %d entries loaded, %s",
         checkpoint.path,
         len([name for name in wanted if not name.startswith(heads)]),
-        "the head too" if with_head else "the head starts from random values (finetune_first=True takes it too)",
+        "the head too" if with_head else "the head starts from random values (finetune_first=True loads it too)",
     )

@@ -74,7 +74,7 @@ def test_a_teacher_sees_what_the_missing_table_leaves(workspace, tmp_path, membe
     moved = shutil.copy(members[teacher], tmp_path / "moved.ckpt")
     again = [word.replace(str(members[teacher]), str(moved)) for word in student]
     assert command_line([*again, "resume_from=auto"]) == 0
-    assert "nothing is left to do" in capsys.readouterr().err
+    assert "nothing left to do" in capsys.readouterr().err
     exported = tmp_path / "exported"
     assert call("export", f"load_path={moved}", f"out={exported}") == 0
     shared = [word.replace(str(members[teacher]), str(exported)) for word in student]

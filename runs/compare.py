@@ -179,7 +179,7 @@ def _group(
             difference, means = Difference(value, low, high, p), (first_mean, second_mean)
             comparison = Comparison(one, other, pattern, means, difference, of_seeds, task.monitor)
             comparisons.append(comparison)
-        log.info("%s: %s, %s compared", dataset, pattern.title, metric)
+        log.info("%s, %s: compared %s", dataset, pattern.title, metric)
     labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
     of_constants = baselines(task, first.split.labels, first.class_names)
     return Group(

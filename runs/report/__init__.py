@@ -1,4 +1,4 @@
-"""The report: one page, with tables and figures, of how runs hold up as modalities go missing."""
+"""The report: a page of tables and figures on how well runs hold up when modalities are missing."""
 
 from runs.report.page import make_report
 

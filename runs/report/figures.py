@@ -1,4 +1,4 @@
-"""The figures of the report, drawn with matplotlib: as PNG and SVG files, and panel by panel to stand within a page."""
+"""The report's figures, drawn with matplotlib as PNG and SVG files, and as single panels to embed in the page."""
 
 import io
 import itertools
@@ -24,26 +24,26 @@ from runs.report.text import capital, excerpt, listed
 from vilt.missing_types import ANY, BOTH, SOME
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 3.2, 0.5, 0.1, 0.28, 0.42
-"""Inches of a panel, and of the margins around its axes. Three panels are as wide as the page."""
+"""Width of a panel and margins around its axes, in inches. Three panels fill the width of the page."""
 PNG_DPI = 150
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 matplotlib.rcParams.update(STYLE)
 MUTED = STYLE["xtick.color"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, which colour-blind readers can tell apart; without black, and the yellow that paper swallows."""
+"""Okabe and Ito's palette, safe for colour-blind readers, without black and a yellow too faint on paper."""
 Look = dict[str, Any]
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", ":", "-.")
 FLOORS: tuple[Look, ...] = ({"color": "#6d6d6e", "linestyle": "--"}, {"color": "#6d6d6e", "linestyle": ":"})
 """Looks of the baselines."""
 TITLE, LINE, SIDE_LABEL = 42, 0.14, 48
-"""Of a panel's title, characters in a line, and inches that another line takes; characters of a label of a row."""
+"""Characters per line of a panel's title, inches added by a further title line, characters per line of a row label."""
 TOGETHER = 3
-"""Lines that one panel shows; where there are more, each has a panel of its own."""
+"""Maximum number of lines shown in one panel; if there are more, each gets its own panel."""
 CURVE_POINTS = 150
-"""Most points of a training curve."""
+"""Maximum number of points of a training curve."""
 
 Curve = tuple[Line, str, Look]
-"""Of a line, the curve of a missing type."""
+"""A line, the missing type whose curve is drawn, and its look."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure; `name` is that of its files."""
+    """A drawn figure."""
 
-    name: str
+    name: str  # stem of its files' names
     title: str
-    caption: str  # also what stands for the figure for those who cannot see it; its numbers are in tables
+    caption: str  # also the alternative text; the numbers are in tables
     legend: Mapping[str, Look]
-    panels: list[tuple[str, str]]  # title and SVG of each, which stack on a narrow screen
-    svg: str  # a file with all panels, like the PNG
-    png: bytes
+    panels: list[tuple[str, str]]  # title and SVG of each panel; they stack on a narrow screen
+    svg: str  # all panels in one file
+    png: bytes  # the same as PNG
 
 
 def figure(
@@ -108,13 +108,13 @@ def _svg(canvas: Canvas) -> str:
 
 
 def look(place: int) -> Look:
-    """Colour, dashes and marker of the line at this place."""
+    """Colour, dashes and marker of the line at index `place`."""
     dashes = DASHES[place // len(COLOURS) % len(DASHES)]
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes, "marker": MARKERS[place % len(MARKERS)]}
 
 
 def side_labels(axes: Axes, labels: Sequence[str]) -> None:
-    """Labels in rows, the first at the top, each above its row's data, so that long ones have room."""
+    """Labels the rows, the first at the top; each label is above its row's data, to leave room for long ones."""
     axes.set_yticks([])
     axes.set_ylim(len(labels) - 0.4, -0.75)
     for place, label in enumerate(labels):
@@ -125,15 +125,15 @@ def side_labels(axes: Axes, labels: Sequence[str]) -> None:
 
 
 def limits(values: Iterable[float]) -> tuple[float, float]:
-    """Of an axis that panels share."""
-    there = [value for value in values if math.isfinite(value)] or [0, 1]
-    low, high = min(there), max(there)
+    """Limits of an axis that panels share."""
+    finite = [value for value in values if math.isfinite(value)] or [0, 1]
+    low, high = min(finite), max(finite)
     room = 0.05 * (high - low or 1)
     return low - room, high + room
 
 
 def arranged(lines: Sequence[Line], kinds: dict[str, str]) -> tuple[list[tuple[str, list[Curve]]], dict[str, Look]]:
-    """Titles of panels with what is in each, and the legend: a panel per kind with all lines, or the reverse."""
+    """Distributes curves over panels, one per kind with all lines or the reverse; returns these and the legend."""
     if len(lines) <= TOGETHER:
         looks = {line.label: look(place) for place, line in enumerate(lines)}
         return [(title, [(line, kind, looks[line.label]) for line in lines]) for kind, title in kinds.items()], looks
@@ -142,7 +142,7 @@ def arranged(lines: Sequence[Line], kinds: dict[str, str]) -> tuple[list[tuple[s
 
 
 def comparison_figure(dataset: Dataset) -> Figure:
-    """A panel per training pattern, a dot per line: its mean with a whisker for the deviation over seeds."""
+    """A panel per training pattern with a dot per line at its mean, and whiskers for the deviation over seeds."""
     scale = dataset.unit().factor
     found = [line.at_own_pattern for lines in dataset.compared.values() for line in lines]
     bounds = limits(scale * (each.mean + sign * each.std) for each in found if each for sign in (-1, 1))
@@ -163,7 +163,7 @@ def comparison_figure(dataset: Dataset) -> Figure:
 
 
 def robustness_curves(dataset: Dataset) -> Figure:
-    """Metric against missing ratio: with few lines a panel per missing type, else one per line."""
+    """Metric against missing ratio, in a panel per missing type, or per line if there are many lines."""
     kinds = {pattern.kind: kind_title(pattern.kind) for line in dataset.measured for pattern in line.matrix}
     arrangement, legend = arranged(dataset.measured, kinds)
 
@@ -196,7 +196,7 @@ def robustness_curves(dataset: Dataset) -> Figure:
 
 
 def training_figure(dataset: Dataset, column: str, title: str, factor: float) -> Figure:
-    """A column of metrics.csv by optimiser step: a panel per line, a curve per run."""
+    """A column of metrics.csv by optimiser step, with a panel per line and a curve per run."""
     curves: dict[Line, list[pd.Series]] = {}
     for line in dataset.lines:
         if found := [run.curve(column) for run in line.runs if len(run.curve(column))]:
@@ -214,23 +214,23 @@ def training_figure(dataset: Dataset, column: str, title: str, factor: float) ->
 
 
 def thinned(curve: pd.Series) -> pd.Series:
-    """Steps and values, averaged over equal parts where there are more than CURVE_POINTS."""
+    """A curve reduced to at most CURVE_POINTS points, by averaging over equal parts."""
     points = curve.rename("value").reset_index()
     points = points.groupby(points.index // math.ceil(len(points) / CURVE_POINTS)).mean()
     return points.set_index("step").value
 
 
 def class_figure(dataset: Dataset, lines: Sequence[Line]) -> Figure:
-    """F1 by class, a panel per line and a bar per missing type; whiskers are the deviation over training seeds."""
+    """F1 by class, with a panel per line and a bar per missing type; whiskers are the deviation over training seeds."""
     looks = {name: look(place) for place, name in enumerate(dataset.spec.type_names)}
-    there = [name for name, support in lines[0].support.items() if support]
-    lacking = [name for name in lines[0].support if name not in there]
+    present = [name for name, support in lines[0].support.items() if support]
+    absent = [name for name in lines[0].support if name not in present]
 
     def draw(axes: Axes, line: Line) -> None:
-        side_labels(axes, there)
+        side_labels(axes, present)
         height = 0.54 / len(looks)
-        for (place, of_class), (bar, name) in itertools.product(enumerate(there), enumerate(looks)):
-            if value := line.f1_of(of_class, name):
+        for (place, class_name), (bar, name) in itertools.product(enumerate(present), enumerate(looks)):
+            if value := line.f1_of(class_name, name):
                 whisker, y = 100 * value.std if value.n > 1 else None, place - 0.22 + (bar + 0.5) * height
                 axes.barh(
                     y,
@@ -242,14 +242,14 @@ def class_figure(dataset: Dataset, lines: Sequence[Line]) -> Figure:
                 )
         axes.set(xlim=(0, 102), xlabel="F1, %")
 
-    caption = dataset.caption("class_figure") + (f" No test sample is of {listed(lacking)}." if lacking else "")
+    caption = dataset.caption("class_figure") + (f" No test sample is of {listed(absent)}." if absent else "")
     panels = [Panel(line.label, partial(draw, line=line)) for line in lines]
-    height, legend = TOP + BOTTOM + 0.28 * len(there), {capital(name): style for name, style in looks.items()}
+    height, legend = TOP + BOTTOM + 0.28 * len(present), {capital(name): style for name, style in looks.items()}
     return figure(f"per_class_{dataset.key}", "F1 by class", caption, panels, height, legend)
 
 
 def roc_curves(dataset: Dataset) -> Figure:
-    """ROC, a curve per run: with few lines a panel per missing type, else one per line."""
+    """ROC curves, one per run, in a panel per missing type, or per line if there are many lines."""
     arrangement, legend = arranged(dataset.measured, {name: capital(name) for name in dataset.spec.type_names})
 
     def draw(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -269,12 +269,12 @@ def roc_curves(dataset: Dataset) -> Figure:
 
 
 def ring(axes: Axes, x: Any, y: float, colour: str) -> None:
-    """A ring around a point."""
+    """Draws a ring around a point."""
     axes.plot(x, y, "o", ms=8.5, mfc="none", mec=colour, mew=1.1)
 
 
 def kind_title(kind: str) -> str:
-    """What samples of a pattern lose."""
+    """Title of a missing type."""
     titles = {ANY: "Any one missing", SOME: "Some missing"}
     both = kind.replace(BOTH, "One or the other missing") if kind.startswith(BOTH) else None
     return titles.get(kind) or both or f"{capital(kind)} missing"

@@ -1,4 +1,4 @@
-"""The runs of a dataset as lines: of each the mean and the deviation, by pattern, missing type and class."""
+"""The runs of a dataset grouped into lines, with mean and deviation by pattern, missing type and class."""
 
 import statistics
 from collections.abc import Sequence
@@ -19,44 +19,44 @@ from runs.stored_results import Robustness
 from vilt.datasets.specs import DATASETS, DatasetSpec
 
 RESAMPLES, PERMUTATIONS = 1000, 2000
-"""Behind the intervals and p-values of differences."""
+"""Numbers of resamples and permutations for the intervals and p values of differences."""
 METHODS = ("CoOp", "MAP", "MaPLe", "DePT", "MMP", "DCP", "REP")
-"""The published ones, as the published table writes them."""
+"""The published methods, spelled as in the published table."""
 METHOD_TITLES = {
     **{method.lower(): method for method in METHODS},
     **{"map_input": "MAP", "map_attention": "MAP, attention level", "msp": "MSP", "none": "head alone"},
     **{"mora": "MoRA", "lora": "LoRA", "aoept": "AOEPT", "syp": "SyP"},
 }
-"""Titles of the option prompt_type."""
+"""Titles of the values of `prompt_type`."""
 ABLATION = {(0, 0): "baseline", (1, 0): "baseline + FAR", (0, 1): "baseline + FMB", (1, 1): "REP"}
-"""Titles of REP without its parts, by the options far and fmb."""
+"""Titles of REP with or without its parts, keyed by the options `far` and `fmb`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """Runs of one method, configuration and training pattern, one per seed, lowest seed first."""
+    """Runs of one method, configuration and training pattern, one per seed in ascending order."""
 
     variant: str  # the method, with the options that set it apart from others of that method in the same report
-    label: str  # the variant, with the pattern where that differs within the dataset
+    label: str  # the variant, with the pattern if the dataset's lines differ in it
     runs: list[ReportRun]
 
     @property
     def pattern(self) -> Pattern:
-        """Of the training."""
+        """The missing pattern of the training."""
         return self.runs[0].pattern
 
     @property
     def spec(self) -> DatasetSpec:
-        """Of the dataset."""
+        """The row of the dataset."""
         return self.runs[0].spec
 
     @cached_property
     def results(self) -> list[tuple[ReportRun, Robustness]]:
-        """The runs that have robustness results, with them."""
+        """The runs that have robustness results, and those results."""
         return [(run, run.robustness) for run in self.runs if run.robustness is not None]
 
     def spreads_of(self, metric: str) -> dict[Pattern, Spread]:
-        """A metric by evaluation pattern, by type and ratio; nothing where the results have none of it."""
+        """A metric by evaluation pattern, sorted by type and ratio; patterns whose results lack it are left out."""
         found: dict[Pattern, list[list[float]]] = {}
         for _, results in self.results:
             for pattern, cell in results.cells.items():
@@ -73,17 +73,17 @@ class Line:
 
     @cached_property
     def matrix(self) -> dict[Pattern, Estimate]:
-        """Means of the task's metric, with deviations over training seeds, or of one run over its missing tables."""
+        """The task's metric by pattern: mean, and deviation over training seeds or, for one run, over its tables."""
         return {pattern: spread.estimate for pattern, spread in self.spreads_of(self.spec.monitor).items()}
 
     def mean_over_modes(self, metric: str) -> Estimate | None:
-        """Of a metric over training seeds, the mean over all missing types but `complete`; None where there is none."""
+        """A metric averaged over all missing types except `complete`, over training seeds; None without results."""
         of_runs = [results.raw["by_type"] for _, results in self.results if metric in results.raw["metrics"]]
         return estimate([statistics.mean(of[name][metric] for name in self.spec.type_names[1:]) for of in of_runs])
 
     @cached_property
     def by_type(self) -> dict[str, Estimate]:
-        """The task's metric over training seeds where every sample has one missing type."""
+        """The task's metric over training seeds, with all samples of the same missing type, keyed by that type."""
         values = {
             name: [results.raw["by_type"][name][self.spec.monitor] for _, results in self.results]
             for name in self.spec.type_names
@@ -92,32 +92,32 @@ class Line:
 
     @cached_property
     def support(self) -> dict[str, int]:
-        """Test samples of each class, the most frequent first."""
+        """Number of test samples of each class, the most frequent first."""
         entries = sorted(self.results[0][1].raw["per_class"], key=lambda entry: -entry["support"])
         return {entry["class"]: entry["support"] for entry in entries}
 
     def f1_of(self, class_name: str, type_name: str) -> Estimate | None:
-        """F1 of a class over training seeds where every sample has one missing type."""
+        """F1 of a class over training seeds, with all samples of the same missing type."""
         entries = [entry for _, results in self.results for entry in results.raw["per_class"]]
         return estimate([each["f1"] for each in entries if (each["class"], each["type"]) == (class_name, type_name)])
 
     @cached_property
     def at_own_pattern(self) -> Estimate | None:
-        """Mean and deviation over training seeds of the task's metric, at the pattern of the training."""
+        """The task's metric at the training pattern: mean and deviation over training seeds."""
         return self.estimate_of(self.spec.monitor)
 
     @property
     def n_at_own_pattern(self) -> int:
-        """The training seeds that have a result there, an undefined one too."""
+        """Number of training seeds with a result at the training pattern, including undefined results."""
         return sum(run.at_own_pattern(self.spec.monitor) is not None for run in self.runs)
 
     def estimate_of(self, metric: str) -> Estimate | None:
-        """Likewise of another metric."""
+        """Any metric at the training pattern: mean and deviation over training seeds."""
         scores = [run.at_own_pattern(metric) for run in self.runs]
         return estimate([score for score in scores if score is not None])
 
     def interval_at(self, pattern: Pattern) -> tuple[float, float] | None:
-        """Confidence interval over test samples; of several training seeds, the mean of their intervals."""
+        """Confidence interval over test samples; with several training seeds, the mean of their intervals."""
         cells = [results.cells[pattern] for _, results in self.results if pattern in results.cells]
         found = [cell["interval"] for cell in cells if "interval" in cell]
         if not found:
@@ -127,7 +127,7 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The runs of one dataset. Those in `repeats` do not count: a later or more complete one is of the same seed."""
+    """The runs of one dataset. Those in `repeats` do not count: a later or more complete run has the same seed."""
 
     key: str
     spec: DatasetSpec
@@ -137,13 +137,13 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """The dataset; other data in its place is named."""
+        """Name of the dataset, which says so if the data is not the published one."""
         is_other = self.spec.published_rows and self.test_rows and not self.is_published
         return f"{dataset_title(self.key)} format, other data" if is_other else dataset_title(self.key)
 
     @property
     def title(self) -> str:
-        """The dataset, with backbones that no published result has."""
+        """Name of the dataset, and of any backbones other than the published one."""
         others = {run.backbone for run in self.runs if run.backbone not in (None, PUBLISHED_BACKBONE)}
         return (
             f"{self.name} ({' and '.join(sorted(map(str, others)))})"
@@ -153,7 +153,7 @@ class Dataset:
 
     @property
     def test_rows(self) -> int | None:
-        """Rows of the test split, where a run says it."""
+        """Number of rows of the test split, if any run records it."""
         return next((run.test_rows for run in self.runs if run.test_rows), None)
 
     @property
@@ -162,19 +162,19 @@ class Dataset:
         return self.test_rows in self.spec.published_rows.get("test", ())
 
     def unit(self, metric: str = "") -> Unit:
-        """How a metric is written, that of the task or another one."""
+        """How to write a metric (by default the task's)."""
         samples = [run.robustness.samples for run in self.runs if run.robustness]
         samples += [run.test.get("samples", 0) for run in self.runs if run.test]
         return Unit.of(metric or self.spec.monitor, samples[0] if samples else 0)
 
     @property
     def metric_title(self) -> str:
-        """As texts and figures name it."""
+        """Name of the metric for text and figures."""
         return metric_title(self.spec.monitor)
 
     @property
     def decides_elsewhere(self) -> bool:
-        """Whether any run has macro F1 at an offset that its validation chose, too (`engine/decision.py`)."""
+        """Whether any run also has macro F1 at an offset chosen in its validation (`engine/decision.py`)."""
         return any(line.estimate_of(AT_OFFSET) or line.spreads_of(AT_OFFSET) for line in self.lines)
 
     @property
@@ -183,7 +183,7 @@ class Dataset:
         return f"{capital(self.metric_title)}{self.unit().sign and ', %'}"
 
     def caption(self, name: str, **facts: object) -> str:
-        """Of a figure or table."""
+        """Caption of a figure or table."""
         *first, last = map(without, self.spec.type_names)
         facts |= {"metric": self.metric_title, "Metric": capital(self.metric_title), "dataset": self.name}
         facts |= {"baselines": self.baseline_text, "conditions": f"{', '.join(first)}, or {last}"}
@@ -195,7 +195,7 @@ class Dataset:
         return CAPTIONS[name].format(**facts)
 
     def order(self, found: Estimate | None) -> float:
-        """What to choose the best value of the metric by, as the highest."""
+        """Sort key for values of the metric: the higher the better."""
         return order_of(found.mean, self.spec.monitor) if found else -float("inf")
 
     @cached_property
@@ -205,7 +205,7 @@ class Dataset:
 
     @property
     def headline(self) -> Line:
-        """The measured line that is best where nothing is missing."""
+        """The measured line that is best with nothing missing."""
         return max(self.measured, key=lambda line: self.order(line.by_type["complete"]))
 
     @property
@@ -215,20 +215,20 @@ class Dataset:
 
     @property
     def baselines(self) -> dict[str, dict[str, float]]:
-        """What answers that look at no sample get: metrics by what is answered."""
+        """Metrics of the baselines that ignore the sample, keyed by their answer."""
         found: dict[str, Any] = next((r.raw["baselines"] for _, _, r in self.results if r.raw["baselines"]), {})
         return {str(baseline["answer"]): baseline["metrics"] for baseline in found.values()}
 
     @property
     def baseline_text(self) -> str:
-        """Their figures of the task's metric, as a sentence."""
+        """The baselines' values of the task's metric, as a sentence."""
         metric, unit = self.spec.monitor, self.unit()
         figures = [f"{unit.full(metrics[metric])} ({answer})" for answer, metrics in self.baselines.items()]
-        return f" Without looking at a sample: {listed(figures)}." if figures else ""
+        return f" Baselines that ignore the sample: {listed(figures)}." if figures else ""
 
     @cached_property
     def compared(self) -> dict[Pattern, list[Line]]:
-        """By training pattern, the lines with results there, best first; none unless two variants have some."""
+        """Lines with results at their training pattern, keyed by it, best first; empty for fewer than two variants."""
         found = sorted(
             (line for line in self.lines if line.at_own_pattern), key=lambda x: -self.order(x.at_own_pattern)
         )
@@ -238,23 +238,25 @@ class Dataset:
 
     @cached_property
     def against_best(self) -> dict[Line, Difference]:
-        """By line that has stored logits, what it has less than the best one of its training pattern, if that has some
-        too; p is corrected for the number of lines. Every pair of a large report would take too long."""
+        """Difference between a line and the best line of its training pattern, if both have stored logits.
+
+        p is corrected for the number of lines. Comparing every pair of a large report would take too long.
+        """
         found: dict[Line, Difference] = {}
         for pattern, (best, *others) in self.compared.items():
-            at, of_pattern = ((pattern.missing_type,), (pattern.ratio,), pattern.both_ratio), {}
+            at, differences = ((pattern.missing_type,), (pattern.ratio,), pattern.both_ratio), {}
             for line in others:
                 results = [entry for each in (best, line) for entry in each.results if entry[0].test_set]
                 seeds = tuple(results[0][1].raw["table_seeds"]) if results else ()
                 for group in compare_runs([run for run, _ in results], Settings(seeds, RESAMPLES, PERMUTATIONS, *at)):
-                    value, low, high, p = group.comparisons[0].difference  # of the best one, whose runs come first
-                    of_pattern[line] = Difference(-value, -high, -low, p)
-            corrected = holm([each.p for each in of_pattern.values()])
-            found |= {line: each._replace(p=p) for (line, each), p in zip(of_pattern.items(), corrected, strict=True)}
+                    value, low, high, p = group.comparisons[0].difference  # best minus other, since its runs come first
+                    differences[line] = Difference(-value, -high, -low, p)
+            corrected = holm([each.p for each in differences.values()])
+            found |= {line: each._replace(p=p) for (line, each), p in zip(differences.items(), corrected, strict=True)}
         return found
 
     def is_significantly_best(self, line: Line) -> bool:
-        """Whether each other line of the training pattern differs significantly from this one, which is the best."""
+        """Whether this line is the best of its training pattern and all others differ significantly from it."""
         first, *others = self.compared[line.pattern]
         found = [self.against_best.get(other) for other in others]
         return (
@@ -263,9 +265,9 @@ class Dataset:
 
 
 def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:
-    """One entry per dataset that occurs, in the order of DATASETS, then others."""
-    there = {run.dataset for run in runs}
-    keys = [key for key in (*DATASETS, *sorted(there - set(DATASETS))) if key in there]
+    """Groups runs by dataset, in the order of DATASETS, then others."""
+    present = {run.dataset for run in runs}
+    keys = [key for key in (*DATASETS, *sorted(present - set(DATASETS))) if key in present]
     return [_dataset(key, [run for run in runs if run.dataset == key]) for key in keys]
 
 
@@ -282,12 +284,12 @@ def _dataset(key: str, runs: list[ReportRun]) -> Dataset:
 
 
 def method_title(run: Run) -> str:
-    """The method as the published table writes it, else as the option does."""
+    """Title of the method as in the published table, if it is there; else the value of `prompt_type`."""
     return METHOD_TITLES.get(run.config["prompt_type"], run.config["prompt_type"])
 
 
 def _variant_title(line: RunLine[ReportRun], lines: Sequence[RunLine[ReportRun]]) -> str:
-    """The method and in few words the options that set it apart; of a path its end."""
+    """The method and, in short, the options that set it apart; paths are cut to their last part."""
     run, words = line.items[0], line.differing(lines)
     title = method_title(run)
     if run.config["prompt_type"] == "rep":

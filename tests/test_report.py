@@ -147,9 +147,9 @@ TAUGHT = ("REP, head dpl", "REP, teacher large_seed1-version_2")
         ({"head": "dpl"}, ["60", "52.31", "other head or teacher"]),
         ({"teacher": "result/large_seed1/version_2/best.ckpt"}, ["60", "52.31", "other head or teacher"]),
         ({"rows": 400}, ["60", "52.31", "other data"]),
-        ({"rows": None}, ["60", "52.31", "test split not known"]),
+        ({"rows": None}, ["60", "52.31", "test split unknown"]),
         ({"vit": "tiny"}, ["60", "52.31", "other backbone"]),
-        ({"vit": None}, ["60", "52.31", "backbone not known"]),
+        ({"vit": None}, ["60", "52.31", "backbone unknown"]),
         ({"missing_ratio": {"train": 0.7, "val": 0.7, "test": 0.5}}, None),  # tested elsewhere
     ],
 )
@@ -306,7 +306,7 @@ def test_errors_are_no_per_cents_and_the_lowest_is_best(tmp_path: Path) -> None:
     shades = {row["method"].text: row["70 %"].shade for row in tables.matrix_table(dataset).cells}
     assert shades == {"REP": 1.0, "head alone": 0.0}
     page = make_report([tmp_path], tmp_path / "report").read_text()
-    assert "MAE 0.25 where nothing is missing" in page and "ROC" not in page
+    assert "MAE 0.25 with nothing missing" in page and "ROC" not in page
 
 
 def test_results_by_class(runs: Path, results: list[dict[str, Any]]) -> None:
@@ -406,7 +406,7 @@ def test_a_panel_of_training_curves_is_a_configuration_and_a_curve_a_run(tmp_pat
     assert isinstance(shown, figures.Figure) and isinstance(loss, figures.Figure)
     assert [svg.count("fill: none; stroke: #0072b2") for _, svg in shown.panels] == [2]
     assert [len(shown.panels), len(loss.panels)] == [1, 2]
-    assert [note.text.split(":")[0] for note in part.notes] == ["Missing of R3"]
+    assert [note.text.split(":")[0] for note in part.notes] == ["Missing for R3"]
 
 
 def test_few_lines_share_panels_and_many_have_their_own(tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_evaluations_are_listed_but_train_nothing(tmp_path: Path) -> None:
     write_run(tmp_path / "evaluation", test_only=True, tested=0.25)
     dataset = dataset_of(tmp_path)
     section = section_of(dataset)
-    assert section.summary == "Results are missing: 1 run, none of them with robustness results."
+    assert section.summary == "No results: 1 run, none of them with robustness results."
     assert [part.title for part in section.parts] == ["Published results and ours"] and dataset.lines == []
     [row] = as_csv(tables.runs_table(dataset.runs, [dataset]))
     assert (row["kind"], row["trained_at"], row["best_validation"]) == ("evaluation", "", "")
@@ -585,13 +585,15 @@ def test_single_label_samples_have_one_prediction(runs: Path) -> None:
         assert dish in predicted and (mark == "✓") == (dish == shown["label"])
 
 
-@pytest.mark.parametrize("fault", ["is gone", "holds other samples", "is damaged", "labels", "decoded", "logits"])
+@pytest.mark.parametrize(
+    "fault", ["no longer exists", "has other samples", "is damaged", "labels", "decoded", "logits"]
+)
 def test_pictures_that_are_not_there_are_missed(tmp_path: Path, fault: str) -> None:
     run, test_set = write_run(tmp_path / "run", data_root=str(tmp_path)), TestSet()
     films = tmp_path / "mmimdb_test.arrow"
     test_set.write(run)
-    if fault != "is gone":
-        TestSet(first_id=int(fault == "holds other samples")).write_films(tmp_path, PLOTS, fault == "labels")
+    if fault != "no longer exists":
+        TestSet(first_id=int(fault == "has other samples")).write_films(tmp_path, PLOTS, fault == "labels")
     if fault == "is damaged":
         films.write_bytes(b"ARROW1 or so")
     if fault == "decoded":
@@ -604,5 +606,5 @@ def test_pictures_that_are_not_there_are_missed(tmp_path: Path, fault: str) -> N
     assert len(grid.pictures) == 24 and set(grid.pictures.values()) == {None}
     texts = {str(shown["text"]) for shown in as_csv(grid.table)}
     assert (texts == {""}) == (fault != "decoded")
-    expected = {"labels": "holds other samples", "decoded": "24 images cannot be decoded"}.get(fault, fault)
+    expected = {"labels": "has other samples", "decoded": "24 images cannot be decoded"}.get(fault, fault)
     assert expected in note and ("mmimdb_test.arrow in the data_root of R1" in note) == (fault != "decoded")

@@ -215,7 +215,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         *("1 run, none of them with robustness", without_home(command)),
         "R1 (bare_seed0/version_0): no robustness results",
         *("command is not known", "Versions are not known"),
-        "Missing of R1: metrics.csv has no val/f1_macro",
+        "Missing for R1: metrics.csv does not exist or has no val/f1_macro",
     ):
         assert fact in page and fact in markdown, fact
     assert not (tmp_path / "report" / "figures").exists()
@@ -368,7 +368,7 @@ def test_the_report_of_a_real_run(fitted: Path, tmp_path: Path, bootstrap: int) 
     results = json_of(folder / "test_results.json")
     assert f"{100 * results['metrics']['f1_macro']:.0f}" in page.text and "70 % both" in page.text
     assert "Robustness curves" in page.text
-    assert ("missing in R1: made with bootstrap=0" in page.text) == (not bootstrap)
+    assert ("intervals for R1: evaluated with bootstrap=0" in page.text) == (not bootstrap)
     assert any("default-src 'none'" in str(meta.get("content")) for meta in page.all("meta"))
 
 

@@ -59,7 +59,7 @@ def test_a_search_has_a_section_of_its_own(tmp_path: Path) -> None:
     table = csv_of(report / "tables" / "search_1_importances.csv")
     shares = {row["option"]: float(row["importance"]) for row in table}
     assert shares.keys() == SPACE.keys() and sum(shares.values()) == pytest.approx(100, abs=1e-3)
-    assert "Missing: it takes 4 trials of different values" in page, "of the other search"
+    assert "Missing: this needs 4 trials with different values" in page, "of the other search"
     assert {path.name for path in (report / "figures").glob("*.png")} >= {f"search_{n}_history.png" for n in (1, 2)}
     kinds = Counter(row["kind"] for row in csv_of(report / "tables" / "runs.csv"))
     assert kinds == {"training": 1, "trial": 11}

@@ -173,7 +173,7 @@ def test_tables_and_report_show_shares_and_errors_as_what_they_are(measured, roo
     assert "mae" in (said := capsys.readouterr().out) and "70 % some" in said
     assert call("report", f"runs={root / 'result'}", f"out={tmp_path / 'report'}") == 0
     page = text_of(tmp_path / "report")
-    assert "CMU-MOSI" in page and "without text, vision" in page and "not available" not in page, "no pictures"
+    assert "CMU-MOSI" in page and "without text, vision" in page and "unavailable" not in page, "no pictures"
     table = csv_of(tmp_path / "report" / "tables" / "rivals_mosi.csv")
     rows = {(row["method"], row["metric"], row["source"]): row for row in table}
     ours = {metric: row["value"] for (_, metric, source), row in rows.items() if source == "ours"}

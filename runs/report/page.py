@@ -1,4 +1,4 @@
-"""Writing the report: one HTML page, the same as Markdown, and its tables and figures as files."""
+"""Writes the report: an HTML page, the same as Markdown, and its tables and figures as files."""
 
 import base64
 import re
@@ -24,37 +24,37 @@ from runs.report.text import listed
 from runs.sweep.jobs import search_of
 
 MARKER = "report.json"
-"""File that says that a folder is a report, so that a later one may replace it."""
+"""File that marks a folder as a report, which a later report may replace."""
 MAKER = "`python run.py report`"
 TEMPLATES = FileSystemLoader(Path(__file__).with_name("templates"))
 _MARKDOWN_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_[]|~$"})
 
 
 def make_report(places: Sequence[Path], out: Path) -> Path:
-    """Writes a report into the folder `out`: a reader finds the old one or the new one.
+    """Writes a report to the folder `out`, replacing an earlier one only once the new one is complete.
 
     Args:
         places: run folders, or folders with run folders below them.
-        out: a folder that does not exist, is empty, or is an earlier report, which is replaced.
+        out: a folder that does not exist, is empty, or contains an earlier report, which is replaced.
 
     Returns:
         The page, `out/index.html`.
 
     Raises:
-        UserError: a folder is no run, a file is damaged or belongs to another run, or `out` is not to be replaced.
+        UserError: a folder contains no run, a file is damaged or belongs to another run, or `out` must not be replaced.
     """
-    check_replaceable(out, MARKER, MAKER)  # now, not after minutes of drawing
+    check_replaceable(out, MARKER, MAKER)  # fail now, not after minutes of drawing
     runs = read_report_runs(places)
     trials: dict[Path, list[ReportRun]] = {}
     for run in runs:
         if (sweep := search_of(run.folder)) and any(sweep.is_relative_to(place) for place in places):
             trials.setdefault(sweep, []).append(run)
-    in_searches, now = [run for of_search in trials.values() for run in of_search], datetime.now()
+    in_searches, now = [run for trial_runs in trials.values() for run in trial_runs], datetime.now()
     others = [run for run in runs if run not in in_searches]
     datasets = by_dataset(others)
     sections = [section_of(dataset) for dataset in datasets]
     title = f"Robustness to missing modalities: {listed([section.title for section in sections])}"
-    sections += [search_section(sweep, of_search, n) for n, (sweep, of_search) in enumerate(trials.items(), start=1)]
+    sections += [search_section(sweep, trial_runs, n) for n, (sweep, trial_runs) in enumerate(trials.items(), start=1)]
     files = _files(
         {
             "title": title if datasets else listed([section.title for section in sections]),
@@ -74,7 +74,7 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
 
 
 def _files(content: dict[str, Any]) -> dict[str, bytes]:
-    """All files of the report by their path in the folder."""
+    """All files of the report, keyed by their path in the folder."""
     html = Environment(
         loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -96,7 +96,7 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _markdown_text(value: Any) -> Any:
-    """Texts of others as they are to be read, on one line: neither HTML nor Markdown in them has an effect."""
+    """Escapes text, so that HTML or Markdown in it has no effect, and puts it on one line."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return Markup(escape(re.sub(r"\s+", " ", value).translate(_MARKDOWN_SPECIAL), quote=False))
     return value

@@ -1,4 +1,4 @@
-"""What the report says and in which order: a section per dataset, its parts, and the details of each run."""
+"""The content of the report in order: a section per dataset, and its parts."""
 
 import math
 import shlex
@@ -17,11 +17,11 @@ from runs.report.table import Table
 from runs.report.text import listed, without, without_home
 
 CLASSES_SHOWN = 3
-"""Lines whose results by class are shown; per_class.csv of each run has all."""
+"""Maximum number of lines whose results by class are shown; per_class.csv of each run has them all."""
 
 
 class Note(NamedTuple):
-    """Something to know, such as what is missing, and a command."""
+    """A note, for example on missing results, and a command."""
 
     text: str
     command: str = ""
@@ -29,16 +29,16 @@ class Note(NamedTuple):
 
 @dataclass
 class Part:
-    """One heading of a section with what stands under it."""
+    """A heading of a section and the content under it."""
 
     title: str
     shown: list[Figure | Table | SampleGrid] = field(default_factory=list)
-    folded: dict[str, Figure | Table] = field(default_factory=dict)  # by what is shown of them while they are
+    folded: dict[str, Figure | Table] = field(default_factory=dict)  # keyed by the title shown while folded
     notes: list[Note] = field(default_factory=list)
 
 
 class Section(NamedTuple):
-    """One dataset, or one search."""
+    """The section of a dataset or a search."""
 
     anchor: str
     title: str
@@ -47,7 +47,7 @@ class Section(NamedTuple):
 
 
 def section_of(dataset: Dataset) -> Section:
-    """The parts of a dataset, in order; those that take robustness results only where there are some."""
+    """The section of a dataset; parts that need robustness results are left out if there are none."""
     trained, parts = [run for line in dataset.lines for run in line.runs], []
     runs = [run for run in trained if not run.pretrains]
     if dataset.compared:
@@ -56,7 +56,7 @@ def section_of(dataset: Dataset) -> Section:
         parts.append(Part("Robustness curves", [figures.robustness_curves(dataset)] if dataset.measured else []))
         if lacking := [run for run in runs if run.robustness is None]:
             few = ", ".join(f"{run.tag} ({run.place})" for run in lacking) if len(lacking) <= 3 else ""
-            text = f"{few or listed_runs(lacking)}: no robustness results. This command makes them:"
+            text = f"{few or listed_runs(lacking)}: no robustness results. This command computes them:"
             parts[-1].notes.append(Note(text, robustness_command(lacking)))
     if dataset.measured:
         parts.append(Part("Missing type × missing ratio", [tables.matrix_table(dataset)]))
@@ -70,9 +70,9 @@ def section_of(dataset: Dataset) -> Section:
             parts[-1].shown += published.values()
         else:
             [expected, *_] = dataset.spec.published_rows["test"]
-            found = f"ours has {dataset.test_rows:,}" if dataset.test_rows else "the size of ours is not known"
+            found = f"ours has {dataset.test_rows:,}" if dataset.test_rows else "the size of ours is unknown"
             text = f"the published results are on a test split of {expected:,} items, {found}"
-            parts[-1].notes.append(Note(f"Not like for like: {text}."))
+            parts[-1].notes.append(Note(f"Not comparable: {text}."))
             parts[-1].folded |= published
     if trained:
         parts.append(_training_part(dataset, trained))
@@ -82,16 +82,16 @@ def section_of(dataset: Dataset) -> Section:
 
 
 def _summary(dataset: Dataset) -> str:
-    """One or two sentences of numbers, of the robustness results."""
+    """A summary of the robustness results in one or two sentences."""
     total, full = counted(len(dataset.runs), "run"), dataset.unit().full
     if not dataset.measured:
-        return f"Results are missing: {total}, none of them with robustness results."
+        return f"No results: {total}, none of them with robustness results."
     line, n_measured, n_results = dataset.headline, len(dataset.measured), len(dataset.results)
     start = line.label if n_measured == 1 else f"The best of {n_measured} configurations, {line.label},"
-    where = {"complete": "where nothing is missing"}
-    values = listed([f"{full(found)} {where.get(name, without(name))}" for name, found in line.by_type.items()])
+    conditions = {"complete": "with nothing missing"}
+    values = listed([f"{full(found)} {conditions.get(name, without(name))}" for name, found in line.by_type.items()])
     own = line.at_own_pattern
-    at_own = f", and {full(own)} at the pattern of its training ({line.pattern.title})" if own else ""
+    at_own = f", and {full(own)} at its training pattern ({line.pattern.title})" if own else ""
     trained = counted(sum(not run.pretrains for line in dataset.lines for run in line.runs), "trained run")
     samples = counted(dataset.results[0][2].samples, "test sample")
     measured = f"{n_results} of {trained} with robustness results, on {samples}."
@@ -105,12 +105,12 @@ def _training_part(dataset: Dataset, runs: Sequence[ReportRun]) -> Part:
     if any(len(run.curve("train/loss")) for run in runs):
         part.folded["Training loss"] = figures.training_figure(dataset, "train/loss", "Training loss", 1)
     if lacking := [run for run in runs if not run.pretrains and not len(run.curve(metric))]:
-        part.notes.append(Note(f"Missing of {listed_runs(lacking)}: metrics.csv has no {metric}, or is not there."))
+        part.notes.append(Note(f"Missing for {listed_runs(lacking)}: metrics.csv does not exist or has no {metric}."))
     return part
 
 
 def _results_parts(dataset: Dataset) -> list[Part]:
-    """By class in the view that the task has, bars, confusions or ROC; confidence intervals; samples."""
+    """Results by class (as bars, confusions or ROC, depending on the task), confidence intervals and samples."""
     spec, parts, best = dataset.spec, [], dataset.headline
     if spec.multilabel:
         first = sorted(dataset.measured, key=lambda line: line is not best)[:CLASSES_SHOWN]
@@ -118,7 +118,7 @@ def _results_parts(dataset: Dataset) -> list[Part]:
         parts.append(Part(title, [figures.class_figure(dataset, first)]))
         if more := len(dataset.measured) - len(first):
             parts[-1].notes = [
-                Note(f"Not shown: {counted(more, 'other configuration')}; see per_class.csv of their runs.")
+                Note(f"Not shown: {counted(more, 'other configuration')}; see per_class.csv in their runs.")
             ]
     elif spec.n_classes > 2:
         table = tables.confusion_table(dataset)
@@ -127,19 +127,19 @@ def _results_parts(dataset: Dataset) -> list[Part]:
         parts.append(Part("ROC curves", [figures.roc_curves(dataset)]))
     parts.append(Part("Confidence intervals", [tables.confidence_table(dataset)]))
     if lacking := [run for _, run, found in dataset.results if not found.raw["confidence"]["resamples"]]:
-        parts[-1].notes = [Note(f"Confidence intervals are missing in {listed_runs(lacking)}: made with bootstrap=0.")]
+        parts[-1].notes = [Note(f"No confidence intervals for {listed_runs(lacking)}: evaluated with bootstrap=0.")]
     parts.append(Part("Test samples that change the most"))
     if (run := run_of_samples(best)) is not None:
         grid = sample_grid(run, best.label)
         parts[-1].shown, parts[-1].notes = [grid], [Note(grid.note)] if grid.note else []
     else:
         tags = listed_runs([run for run, _ in best.results])
-        parts[-1].notes = [Note(f"Samples are missing: there is no logits.arrow in {tags}.")]
+        parts[-1].notes = [Note(f"No samples: {tags} have no logits.arrow.")]
     return parts
 
 
 def run_of_samples(line: Line) -> ReportRun | None:
-    """Of the runs of a line that have stored logits the best one at the pattern of the training."""
+    """The run of a line that is best at the training pattern, among those with stored logits."""
 
     def order(run: ReportRun) -> float:
         found = run.at_own_pattern(line.spec.monitor)
@@ -149,7 +149,7 @@ def run_of_samples(line: Line) -> ReportRun | None:
 
 
 def robustness_command(runs: Sequence[ReportRun]) -> str:
-    """The command that makes the robustness results of runs of one dataset."""
+    """The command that computes the robustness results of runs of one dataset."""
     paths, config = [str(run.folder / "best.ckpt") for run in runs], runs[0].config
     options = [
         f"load_path={paths[0] if len(paths) == 1 else '[' + ','.join(paths) + ']'}",
@@ -160,6 +160,6 @@ def robustness_command(runs: Sequence[ReportRun]) -> str:
 
 
 def report_command(places: Sequence[Path]) -> str:
-    """The command that makes a report of the folders `places`."""
+    """The command that writes a report on the folders `places`."""
     folders = ",".join(map(str, places))
     return without_home(shlex.join(["python", "run.py", "report", "with", f"runs=[{folders}]"]))

@@ -1,4 +1,4 @@
-"""The runs of a report, read and checked before anything is drawn."""
+"""Reads and checks the runs of a report before anything is drawn."""
 
 import io
 import json
@@ -26,49 +26,49 @@ from vilt.missing_tables import PUBLISHED
 log = logging.getLogger("rep")
 PUBLISHED_BACKBONE = "ViT-B/16"
 PUBLISHED_SIZES = {"image_size": 224, "patch_size": 16, "vision_width": 768, "vision_layers": 12, "text_layers": 12}
-"""Of its architecture."""
+"""Sizes that identify its architecture."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReportRun(Run):
-    """A run of the report."""
+    """A run in the report."""
 
-    tag: str = ""  # short name, used throughout the report
+    tag: str = ""  # short name used throughout the report, such as R1
 
     @cached_property
     def place(self) -> str:
-        """NAME/version_N, without the folders above."""
+        """The folder as NAME/version_N."""
         return "/".join(Path(without_home(str(self.folder.resolve()))).parts[-2:])
 
     @property
     def title(self) -> str:
-        """As headings name it."""
+        """Title for headings."""
         kind, seed = "evaluation" if self.is_evaluation else "training", self.config["seed"]
         return f"{self.tag}: {self.place} ({dataset_title(self.dataset)}, {kind}, seed {seed})"
 
     @cached_property
     def robustness(self) -> Robustness | None:
-        """Its robustness results."""
+        """The run's robustness results, if any."""
         return read_robustness(self)
 
     @property
     def logits(self) -> StoredLogits | None:
-        """Read anew each time: those of all runs together may be large."""
+        """The stored logits. Not cached, since the logits of all runs together may be large."""
         return read_logits(self, self.robustness) if self.robustness is not None else None
 
     @cached_property
     def test_set(self) -> tuple[str, int] | None:
-        """Of stored logits, what is equal for the same samples and labels, and how many rows have samples."""
+        """Digest of the test set in the stored logits, and its number of rows; None without stored logits."""
         return None if (logits := self.logits) is None else (logits.test_set, logits.split.units)
 
     @property
     def test_rows(self) -> int | None:
-        """Rows of the test split, if they are known; a film with several plots is one."""
+        """Number of rows of the test split, if known; a film with several plots counts once."""
         return self.test_set[1] if self.test_set else None if self.test is None else self.test.get("rows")
 
     @cached_property
     def environment(self) -> dict[str, Any] | None:
-        """What environment.json says, without the name of the machine: a report is passed on."""
+        """The content of environment.json without the host name, since reports are shared."""
         path = self.folder / "environment.json"
         if not path.is_file():
             return None
@@ -82,12 +82,12 @@ class ReportRun(Run):
 
     @property
     def configuration(self) -> str:
-        """Its options as JSON."""
+        """The options as JSON."""
         return without_home(json.dumps(self.config, indent=2))
 
     @property
     def versions(self) -> str:
-        """What it ran on as JSON; empty where that is not known."""
+        """Versions, machine and commit as JSON; empty if unknown."""
         if self.environment is None:
             return ""
         kept = {name: self.environment.get(name) for name in ("python", "packages", "machine", "git")}
@@ -95,7 +95,7 @@ class ReportRun(Run):
 
     @property
     def command(self) -> str:
-        """The command that repeats it; empty where it is not known."""
+        """The command that repeats the run; empty if unknown."""
         if self.environment is None:
             return ""
         program, *arguments = self.environment["command"]
@@ -103,7 +103,7 @@ class ReportRun(Run):
 
     @cached_property
     def backbone(self) -> str | None:
-        """PUBLISHED_BACKBONE where it has its sizes, else what the user named; None where best.ckpt does not say it."""
+        """PUBLISHED_BACKBONE if the sizes match, else the name the user gave; None if best.ckpt does not record it."""
         best = self.folder / "best.ckpt"
         described = open_checkpoint(best).get(DESCRIPTION) if best.is_file() else None
         if not described:
@@ -116,7 +116,7 @@ class ReportRun(Run):
             return Path(named).name if Path(named).is_absolute() else named
 
     def at_own_pattern(self, metric: str) -> float | None:
-        """A metric at the pattern of the training: mean over table seeds, else the test result there."""
+        """A metric at the training pattern: mean over table seeds or, without robustness results, the test result."""
         found, published = self.robustness, self.config.get("missing_tables") == PUBLISHED
         cell = found.cells.get(self.pattern) if found and bool(found.rows_before) == published else None
         if cell is not None and metric in cell["metrics"]:
@@ -125,28 +125,28 @@ class ReportRun(Run):
         return self.tested(metric) if self.tested_at == self.pattern else None
 
     def tested(self, metric: str) -> float | None:
-        """A metric of the test, whatever was missing there; NaN where it is undefined."""
+        """A test metric, at any test pattern; NaN if undefined."""
         return None if self.test is None else self.test["metrics"].get(metric)
 
     @cached_property
     def curves(self) -> pd.DataFrame:
-        """metrics.csv by optimiser step, that of the runs that this one was resumed from too; empty without one."""
+        """metrics.csv by optimiser step, including the runs that this one was resumed from; empty without the file."""
         curves = pd.DataFrame()
-        for path in (part.folder / "metrics.csv" for part in self.parts):  # the last one first
+        for path in (part.folder / "metrics.csv" for part in self.parts):  # latest first
             content = path.read_text("utf-8", "replace") if path.is_file() else ""
-            if content := content.rpartition("\n")[0]:  # not a line that was cut off
+            if content := content.rpartition("\n")[0]:  # drops a last line that was cut off
                 with as_written_by_run(path):
                     found = pd.read_csv(io.StringIO(content)).astype(float).groupby("step").first()
                 curves = curves.combine_first(found[found.index <= curves.index.min()]) if len(curves) else found
         return curves
 
     def curve(self, column: str) -> pd.Series:
-        """One of them; empty where there is none."""
+        """A column of `curves`; empty if it does not exist."""
         return self.curves.get(column, pd.Series(dtype=float)).dropna()
 
 
 def listed_runs(runs: Sequence[ReportRun]) -> str:
-    """`R1, R3 to R5`: those that follow each other as a range."""
+    """The tags of runs, with consecutive ones as a range: `R1, R3 to R5`."""
     ranges: list[list[int]] = []
     for number in sorted(int(run.tag[1:]) for run in runs):
         if ranges and number == ranges[-1][-1] + 1:
@@ -157,10 +157,10 @@ def listed_runs(runs: Sequence[ReportRun]) -> str:
 
 
 def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
-    """The runs in and below `places`. One whose config.json cannot be read is left out, with a warning.
+    """Reads the runs in and below `places`. Runs with an unreadable config.json are left out, with a warning.
 
     Raises:
-        ConfigError: no place is given, or one is not there, or neither is a run nor holds one.
+        ConfigError: no place is given, or one does not exist, or neither is a run nor contains one.
         DataError: a file is damaged, or results belong to another checkpoint, dataset or test set.
     """
     if not places:
@@ -172,14 +172,14 @@ def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
         ReportRun(**{each.name: getattr(run, each.name) for each in fields(run)}, tag=f"R{number}")
         for number, run in enumerate(runs, start=1)
     ]
-    for run in read:  # damaged files are said now, not after minutes of drawing
+    for run in read:  # report damaged files now, not after minutes of drawing
         _ = run.environment, run.backbone
     _check_same_test_sets(read)
     return read
 
 
 def _check_same_test_sets(runs: Sequence[ReportRun]) -> None:
-    """Raises DataError where runs of one dataset were measured on different test sets: their numbers do not compare."""
+    """Raises DataError if runs of one dataset were evaluated on different test sets, and so cannot be compared."""
     first: dict[tuple[str, str], tuple[Path, Any]] = {}
     for run in runs:
         for what, found in (
@@ -192,5 +192,7 @@ def _check_same_test_sets(runs: Sequence[ReportRun]) -> None:
                 other, expected = first.setdefault((run.dataset, what), (run.folder, found))
                 if found != expected:
                     values = f": expected {expected}, found {found}" if isinstance(found, int) else ""
-                    said = f"results on another dataset than {other}, with other {what}{values}; make a report of each"
+                    said = (
+                        f"results on another dataset than in {other}, with other {what}{values}; make a report of each"
+                    )
                     raise DataError(f"{run.folder}: {said}")

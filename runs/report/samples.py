@@ -1,4 +1,4 @@
-"""Test samples whose prediction depends most on a modality: what the model says with everything, and without."""
+"""Test samples whose prediction depends most on a modality: predictions with all modalities, and without some."""
 
 import io
 from dataclasses import dataclass
@@ -24,20 +24,20 @@ JPEG_QUALITY = 82
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """The samples of one run that change the most."""
+    """The samples of one run whose predictions change the most."""
 
-    table: Table  # A row per sample
+    table: Table  # one row per sample
     pictures: dict[str, bytes | None]
-    """Of the samples: JPEG files by path in the report's folder; None where there is no image to be shown. Empty of a
-    dataset without images."""
-    note: str | None  # what is missing of pictures and texts, and why
+    """JPEG files of the samples, keyed by path in the report's folder; None if there is no image to show. Empty if the
+    dataset has no images."""
+    note: str | None  # which images and texts cannot be shown, and why
 
 
 def sample_grid(run: ReportRun, line: str) -> SampleGrid:
-    """The SHOWN samples of a run of `line`, with stored logits, that change the most, first the largest change.
+    """The SHOWN samples of a run of `line`, which has stored logits, that change the most, in descending order.
 
-    The change is the sum over classes of how far the probability moves when modalities are lost, the largest one. Of a
-    row with several texts only the text that changes the most is shown.
+    The change is the sum over classes of the absolute change in probability when modalities are missing, at its largest
+    over missing types. For a row with several texts, only the text with the largest change is shown.
     """
     stored = run.logits
     assert run.robustness is not None and stored is not None
@@ -58,7 +58,7 @@ def sample_grid(run: ReportRun, line: str) -> SampleGrid:
     for rank, index in enumerate(order[np.sort(first_of_row)][:SHOWN].tolist(), start=1):
         name, label = stored.names[index], split.labels[index]
         true = label.nonzero().flatten().tolist() if spec.multilabel else [label.item()]
-        text: Value = absent("not available")
+        text: Value = absent("unavailable")
         picture = None
         if dataset is not None and text_column:
             content = dataset.given("text", index)
@@ -69,11 +69,11 @@ def sample_grid(run: ReportRun, line: str) -> SampleGrid:
                 undecoded.append(name)
         predicted = {}
         for column, probabilities_C in zip(types, probabilities_TNC[:, index], strict=True):
-            numbers = np.argsort(-probabilities_C, kind="stable").tolist()
-            numbers = [n for n in numbers if probabilities_C[n] > THRESHOLD] if spec.multilabel else numbers[:1]
-            marks = [f"{'✓' if n in true else '✗'} {names[n]} {probabilities_C[n]:.0%}" for n in numbers]
+            classes = np.argsort(-probabilities_C, kind="stable").tolist()
+            classes = [c for c in classes if probabilities_C[c] > THRESHOLD] if spec.multilabel else classes[:1]
+            marks = [f"{'✓' if c in true else '✗'} {names[c]} {probabilities_C[c]:.0%}" for c in classes]
             predicted[column] = f"{probabilities_C[0]:.2f}" if numbers_alone else ", ".join(marks) or "none"
-        shown = f"{true[0]:.2f}" if numbers_alone else ", ".join(names[n] for n in true) or "none"
+        shown = f"{true[0]:.2f}" if numbers_alone else ", ".join(names[c] for c in true) or "none"
         given = {"text": text} if text_column else {}
         rows.append({"rank": rank, "id": name, **given, "label": shown, **predicted})
         rows[-1]["change"] = f"{changes[index]:.2f}"
@@ -86,11 +86,11 @@ def sample_grid(run: ReportRun, line: str) -> SampleGrid:
 
 
 def _open_dataset(run: ReportRun, stored: StoredLogits) -> tuple[ArrowDataset | None, str | None]:
-    """The arrow file that the logits are of, or None and why pictures and texts cannot be shown."""
+    """Opens the arrow file that the logits belong to; or returns None and why images and texts cannot be shown."""
     root, name = Path(run.config["data_root"]), run.spec.file_name("test")
-    fault = f"Images and texts are not available: {name} in the data_root of {run.tag}"
+    fault = f"Images and texts are unavailable: {name} in the data_root of {run.tag}"
     if not (root / name).is_file():
-        return None, f"{fault} is gone."
+        return None, f"{fault} no longer exists."
     try:
         dataset = ArrowDataset(run.spec, root, "test", image_size=THUMBNAIL_SIZE[0])
     except DataError:
@@ -98,17 +98,17 @@ def _open_dataset(run: ReportRun, stored: StoredLogits) -> tuple[ArrowDataset | 
     if (
         np.array_equal(dataset.row_of_sample, stored.split.row_of_sample_N)
         and np.array_equal(dataset.label_of_sample, stored.split.labels.numpy())
-        and all(dataset.sample_name(number) == name for number, name in enumerate(stored.names))
+        and all(dataset.sample_name(index) == name for index, name in enumerate(stored.names))
     ):
         return dataset, None
-    return None, f"{fault} holds other samples."
+    return None, f"{fault} has other samples."
 
 
 def _thumbnail(data: bytes) -> bytes | None:
-    """The image as a small JPEG file, or None where it cannot be decoded."""
+    """The image as a small JPEG file, or None if it cannot be decoded."""
     try:
         image = open_rgb(data)
-    except Exception:  # see there; the page says which images are left out
+    except Exception:  # of many types, see `open_rgb`; the page names the images left out
         return None
     image.thumbnail(THUMBNAIL_SIZE)
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The section of a search, from Optuna's journal: its trials, the best score so far, and which options mattered."""
+"""The report's section on a search, from Optuna's journal: trials, best score so far, importance of the options."""
 
 import warnings
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ from runs.sweep.jobs import JOURNAL
 from runs.sweep.search import STATE_NAMES, open_study, ranked, short
 
 TOP_SHARE = 0.25
-"""Of the complete trials, those that importances tell from the rest."""
+"""Share of the complete trials, the best ones, that importances distinguish from the rest."""
 TRIALS_FOR_IMPORTANCES = 4
 
 
 def search_section(folder: Path, runs: Sequence[ReportRun], place: int) -> Section:
-    """The search in a sweep's folder, the report's `place`-th, with `runs` of its trials.
+    """The section of the search in a sweep's folder: the report's `place`-th search, with `runs` of its trials.
 
     Raises:
         DataError: the journal is damaged.
     """
     study, metric = open_study(folder / JOURNAL), runs[0].spec.monitor
     trials = study.get_trials(deepcopy=False)
-    best_first, unit = ranked(trials, metric), Unit.of(metric, 100)  # it is not known of how many validation samples
+    best_first, unit = ranked(trials, metric), Unit.of(metric, 100)  # the number of validation samples is unknown
     states = [STATE_NAMES.get(trial.state, trial.state.name.lower()) for trial in trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     summary = f"{counted(len(trials), 'trial')} ({counts})."
@@ -53,15 +53,15 @@ def search_section(folder: Path, runs: Sequence[ReportRun], place: int) -> Secti
         parts.insert(0, Part("Best score by trial", [_history(trials, metric, unit, f"search_{place}_history")]))
         run = next((run for run in runs if f"_trial_{best.number}_seed" in run.place), None)
         if run and run.command:
-            parts[0].notes = [Note(f"The best trial, {run.tag}, is repeated by:", run.command)]
+            parts[0].notes = [Note(f"This command repeats the best trial, {run.tag}:", run.command)]
         parts.append(Part("Importance of each option"))
         if len(best_first) >= TRIALS_FOR_IMPORTANCES:
-            with warnings.catch_warnings(action="ignore"):  # that the evaluator is new, and trials are few
+            with warnings.catch_warnings(action="ignore"):  # about an experimental evaluator and few trials
                 shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP_SHARE))
             rows = [{"option": name, "importance": number(share, Unit(100, 0, ""))} for name, share in shares.items()]
             parts[-1].shown = [Table(f"search_{place}_importances", CAPTIONS["importances"], rows)]
         else:
-            parts[-1].notes = [Note(f"Missing: it takes {TRIALS_FOR_IMPORTANCES} trials of different values.")]
+            parts[-1].notes = [Note(f"Missing: this needs {TRIALS_FOR_IMPORTANCES} trials with different values.")]
     title = f"Search {folder.resolve().name} ({dataset_title(runs[0].dataset)})"
     return Section(f"search-{place}", title, summary, parts)
 

@@ -1,4 +1,4 @@
-"""A table, described once for the page, Markdown and CSV."""
+"""Tables, described once for the page, Markdown and CSV."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ from runs.report.text import Unit, capital
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as it is shown and as CSV has it."""
+    """A value as text and as written to CSV."""
 
     text: str
-    csv: dict[str, str | float | None]  # value by what is added to the column's name; None where there is no value
+    csv: dict[str, str | float | None]  # values keyed by a suffix to the column's name; None if there is no value
     is_number: bool = True
     strong: bool = False
     shade: float | None = None  # from 0 to 1, how dark the cell is
@@ -28,11 +28,11 @@ class Cell:
 
 Value = str | int | float | Cell
 Row = dict[str, Value]
-"""Value by column, as CSV names it."""
+"""Values keyed by column, as named in CSV."""
 
 
 def absent(text: str) -> Cell:
-    """`text` stands where there is no value."""
+    """A cell without a value, which shows `text`."""
     return Cell(text, {"": None})
 
 
@@ -40,12 +40,12 @@ NOT_APPLICABLE, MISSING, NOT_MEASURED = absent("—"), absent("missing"), absent
 
 
 def number(value: float | None, unit: Unit, otherwise: Cell = MISSING) -> Cell:
-    """A value of a metric."""
+    """A cell with the value of a metric."""
     return otherwise if value is None else Cell(unit.text(value), {"": unit.factor * value})
 
 
 def mean_std(found: Estimate | None, unit: Unit) -> Cell:
-    """Mean and deviation."""
+    """A cell with mean and deviation."""
     if found is None:
         return replace(NOT_MEASURED, csv={"": None, " std": None})
     std = unit.factor * found.std if found.n > 1 else None
@@ -53,16 +53,16 @@ def mean_std(found: Estimate | None, unit: Unit) -> Cell:
 
 
 def interval(value: float, ends: Sequence[float], unit: Unit) -> Cell:
-    """A value with its confidence interval, if there is one."""
-    there = all(map(math.isfinite, ends))
-    text = unit.text(value) + (f" [{', '.join(map(unit.text, ends))}]" if there else "")
+    """A cell with a value and its confidence interval, if there is one."""
+    has_interval = all(map(math.isfinite, ends))
+    text = unit.text(value) + (f" [{', '.join(map(unit.text, ends))}]" if has_interval else "")
     return Cell(
         text, {"": unit.factor * value, **{e: unit.factor * x for e, x in zip((" low", " high"), ends, strict=True)}}
     )
 
 
 def difference(value: float, unit: Unit, ends: Sequence[float] = (math.nan, math.nan)) -> Cell:
-    """A difference, in per cent in percentage points, with its sign, and its confidence interval if there is one."""
+    """A cell with a signed difference (percentage points for percentages) and its confidence interval, if any."""
     text, *of_ends = (f"{round(unit.factor * x, unit.digits) + 0.0:+.{unit.digits}f}" for x in (value, *sorted(ends)))
     text += "" if math.isnan(ends[0]) else f" [{', '.join(of_ends)}]"
     return replace(interval(value, sorted(ends), unit), text=text.replace("-", "−"))
@@ -70,29 +70,29 @@ def difference(value: float, unit: Unit, ends: Sequence[float] = (math.nan, math
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `name` is that of its CSV file."""
+    """A table."""
 
-    name: str
+    name: str  # stem of its CSV file's name
     caption: str
     rows: Sequence[Mapping[str, Value]]
-    titles: dict[str, str] = field(default_factory=dict)  # of columns whose title does not follow from the name
+    titles: dict[str, str] = field(default_factory=dict)  # titles of columns, if they do not follow from the name
 
     @property
     def columns(self) -> dict[str, str]:
-        """Titles of the columns."""
+        """Titles of the columns, keyed by name."""
         return {name: self.titles.get(name, capital(name.replace("_", " "))) for name in self.rows[0]}
 
     @property
     def cells(self) -> list[dict[str, Cell]]:
-        """The rows."""
+        """The rows, with every value as a Cell."""
         return [{name: _cell(value) for name, value in row.items()} for row in self.rows]
 
     def is_numeric(self, column: str) -> bool:
-        """Whether a column is one of numbers, which stand to the right."""
+        """Whether a column has only numbers, and so is aligned to the right."""
         return all(_cell(row[column]).is_number for row in self.rows)
 
     def csv(self) -> str:
-        """The table as CSV, where a deviation or the ends of an interval have columns of their own."""
+        """The table as CSV, with deviations and the ends of intervals in columns of their own."""
         rows = [
             {name + part: value for name, cell in row.items() for part, value in cell.csv.items()} for row in self.cells
         ]

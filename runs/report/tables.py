@@ -1,4 +1,4 @@
-"""The tables of the report: those of a dataset, of all runs, and of what they ran on."""
+"""The report's tables: those of each dataset, and the table of all runs."""
 
 import statistics
 from collections.abc import Sequence
@@ -33,14 +33,14 @@ from vilt.missing_types import AVAILABLE, available_shares
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 MEAN_OVER_MODES = "mean over modes"
-"""Of a published result: the mean of those where every sample has one incomplete missing type, over all of these."""
+"""Missing type of published results that are averaged over all missing types except `complete`."""
 CONFUSIONS_SHOWN = 10
 MATRIX_CLASSES = 30
-"""Most classes that a matrix of confusions has room for."""
+"""Maximum number of classes shown as a confusion matrix."""
 
 
 def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
-    """All runs, whatever they lack. Those that are in none of `datasets` are trials of searches."""
+    """The table of all runs. Runs in none of `datasets` are trials of searches."""
     dataset_of = {run: dataset for dataset in datasets for run in dataset.runs}
     repeats = {run for dataset in datasets for run in dataset.repeats}
     elsewhere = any(dataset.decides_elsewhere for dataset in datasets)
@@ -73,19 +73,19 @@ def runs_table(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> Table:
 
 
 def comparison_table(dataset: Dataset) -> Table:
-    """A row per training pattern and line: the metric there, the difference to the best line, what training takes."""
+    """A row per training pattern and line: the metric there, the difference to the best line, the cost of training."""
     metric, unit = dataset.spec.monitor, dataset.unit()
     rows: list[Row] = []
     for line in (line for lines in dataset.compared.values() for line in lines):
         own, found = mean_std(line.at_own_pattern, unit), dataset.against_best.get(line)
-        of_line: Row = {"trained_at": line.pattern.title, "method": line.variant, "seeds": line.n_at_own_pattern}
-        of_line[metric] = replace(own, strong=dataset.is_significantly_best(line))
+        row: Row = {"trained_at": line.pattern.title, "method": line.variant, "seeds": line.n_at_own_pattern}
+        row[metric] = replace(own, strong=dataset.is_significantly_best(line))
         if dataset.decides_elsewhere:
-            of_line[AT_OFFSET] = mean_std(line.estimate_of(AT_OFFSET), dataset.unit(AT_OFFSET))
-        of_line["difference_to_best"] = difference(found.value, unit, found[1:3]) if found else NOT_APPLICABLE
-        of_line["p"] = Cell(f"{found.p:.2g}", {"": found.p}) if found else NOT_APPLICABLE
-        of_line["trained_parameters"] = _cost(line, "trained_parameters", "{:,.0f}")
-        rows.append(of_line | {"training_minutes": _cost(line, "training_seconds", "{:,.1f}", 60)})
+            row[AT_OFFSET] = mean_std(line.estimate_of(AT_OFFSET), dataset.unit(AT_OFFSET))
+        row["difference_to_best"] = difference(found.value, unit, found[1:3]) if found else NOT_APPLICABLE
+        row["p"] = Cell(f"{found.p:.2g}", {"": found.p}) if found else NOT_APPLICABLE
+        row["trained_parameters"] = _cost(line, "trained_parameters", "{:,.0f}")
+        rows.append(row | {"training_minutes": _cost(line, "training_seconds", "{:,.1f}", 60)})
     for answer, metrics in dataset.baselines.items() if rows else ():
         rows.append({**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer, metric: number(metrics[metric], unit)})
     titles = {"trained_parameters": "Trainable parameters", "training_minutes": "Minutes", "p": "p (Holm)"}
@@ -94,7 +94,7 @@ def comparison_table(dataset: Dataset) -> Table:
 
 
 def _cost(line: Line, name: str, form: str, unit: float = 1) -> Cell:
-    """Mean of what test results say of the cost of their training."""
+    """Mean over a line's runs of a cost of training, from their test results."""
     found = [run.test[name] / unit for run in line.runs if run.test is not None and run.test.get(name)]
     mean = statistics.fmean(found) if found else None
     return NOT_MEASURED if mean is None else Cell(form.format(mean), {"": mean})
@@ -104,7 +104,7 @@ def matrix_table(dataset: Dataset, metric: str = "") -> Table:
     """A row per line and missing type, a column per missing ratio; the darker the better.
 
     Args:
-        metric: another one than that of the task.
+        metric: a metric other than the task's.
     """
     of_line = {line: line.spreads_of(metric or dataset.spec.monitor) for line in dataset.measured}
     every = [dataset.order(found) for of in of_line.values() for found, _ in of.values() if found.n]
@@ -126,15 +126,15 @@ def matrix_table(dataset: Dataset, metric: str = "") -> Table:
 
 
 def read_published(task: str) -> pd.DataFrame:
-    """Published results of a dataset, by set (`rep`: its paper's Table 1; others: what else is published), with method,
-    source, venue, protocol, missing_type, ratio, metric, value (ratio and value in per cent), read (from the paper or
-    from notes on it) and note."""
+    """Published results of a dataset, with `set` (`rep`: Table 1 of REP's paper; others: other publications), method,
+    source, venue, protocol, missing_type, ratio, metric, value (ratio and value in per cent), `read` (where it was
+    read: the paper or notes on it) and note."""
     frame = pd.read_csv(PUBLISHED, dtype=dict.fromkeys(("value", "ratio"), float), keep_default_na=False)
     return frame[frame.dataset == task]
 
 
 def published_of_rep(dataset: Dataset) -> dict[Pattern, dict[str, Any]]:
-    """The table of REP's paper: by pattern the rows of `read_published` by method."""
+    """The table of REP's paper: the rows of `read_published`, keyed by pattern and method."""
     found: dict[Pattern, dict[str, Any]] = {}
     frame = read_published(dataset.key)
     for row in frame[frame.set == "rep"].to_dict("records"):
@@ -144,7 +144,7 @@ def published_of_rep(dataset: Dataset) -> dict[Pattern, dict[str, Any]]:
 
 
 def published_table(dataset: Dataset) -> Table:
-    """Table 1 of REP's paper, with a star where a number is known to be another one in the paper it comes from."""
+    """Table 1 of REP's paper, with a star on numbers known to differ from the paper they come from."""
     rows: list[Row] = []
     for pattern, of_method in published_of_rep(dataset).items():
         shares = {f"{name}{AVAILABLE}": 100 * share for name, share in available_of(dataset, pattern).items()}
@@ -157,7 +157,7 @@ def published_table(dataset: Dataset) -> Table:
 
 
 def rivals_table(dataset: Dataset) -> Table:
-    """What other papers say, by method and pattern."""
+    """Results from other papers, by method and pattern."""
     frame = read_published(dataset.key)
     rows: list[Row] = [
         {name: row[name] for name in ("method", "missing_type")}
@@ -176,8 +176,8 @@ def rivals_table(dataset: Dataset) -> Table:
 
 
 def ours_table(dataset: Dataset) -> Table:
-    """What lines reach that were trained at a pattern of the published table, evaluated at that pattern, as there. The
-    difference is to REP's table, the method of the same name."""
+    """Results of lines trained and evaluated at a pattern of the published table. The difference is to the method of
+    the same name in REP's table."""
     rows: list[Row] = []
     for pattern, of_method in published_of_rep(dataset).items():
         for line in dataset.lines:
@@ -198,40 +198,40 @@ def ours_table(dataset: Dataset) -> Table:
 
 
 def unlike_published(dataset: Dataset, line: Line) -> str:
-    """Why results of a line do not compare with published ones, of one test split, backbone and head; or ""."""
+    """Why results of a line cannot be compared with published ones, such as another test split; "" if they can."""
     backbones = {run.backbone for run in line.runs}
     if other_input(line.runs[0].config):
         return "other input"
     if additions(line.runs[0].config):
         return "other head or teacher"
     if not dataset.is_published:
-        return "other data" if dataset.test_rows else "test split not known"
+        return "other data" if dataset.test_rows else "test split unknown"
     if backbones != {PUBLISHED_BACKBONE}:
-        return "backbone not known" if None in backbones else "other backbone"
+        return "backbone unknown" if None in backbones else "other backbone"
     return ""
 
 
 def available_of(dataset: Dataset, pattern: Pattern) -> dict[str, float]:
-    """By modality, the share of samples that have it."""
+    """Share of samples that have each modality."""
     shares = available_shares(dataset.spec.modalities, *pattern)
     return {name: round(share, 9) for name, share in shares.items()}
 
 
 def confidence_table(dataset: Dataset) -> Table:
-    """Every metric of every run where all samples are of one missing type."""
+    """Every metric of every run with all samples of the same missing type, with confidence intervals."""
     results = [(line, run, found) for line, run, found in dataset.results if found.raw["confidence"]["resamples"]]
     titles = {name: capital(metric_title(name)) for _, _, found in results for name in found.raw["metrics"]}
     rows: list[Row] = []
     for line, run, found in results:
         for name in dataset.spec.type_names:
-            run_row: Row = {"method": line.label, "run": run.tag, "seed": str(run.config["seed"])}
+            row: Row = {"method": line.label, "run": run.tag, "seed": str(run.config["seed"])}
             values, ends = found.raw["by_type"][name], found.raw["confidence"][name]
             cells = {metric: interval(value, ends[metric], dataset.unit(metric)) for metric, value in values.items()}
-            rows.append(run_row | {"test_samples_are": name} | dict.fromkeys(titles, NOT_APPLICABLE) | cells)
+            rows.append(row | {"test_samples_are": name} | dict.fromkeys(titles, NOT_APPLICABLE) | cells)
     for answer, metrics in dataset.baselines.items() if rows else ():
-        of_answer: Row = {**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer}
+        baseline_row: Row = {**dict.fromkeys(rows[0], NOT_APPLICABLE), "method": answer}
         cells = {name: number(value, dataset.unit(name)) for name, value in metrics.items()}
-        rows.append(of_answer | cells)
+        rows.append(baseline_row | cells)
     levels = sorted(
         {tuple(found.raw["confidence"][name] for name in ("level", "resamples")) for _, _, found in results}
     )
@@ -240,8 +240,8 @@ def confidence_table(dataset: Dataset) -> Table:
 
 
 def confusion_table(dataset: Dataset) -> Table:
-    """Of the best line's first run: how often each class is taken for which, for up to MATRIX_CLASSES classes; else, or
-    where there are no logits, the most frequent confusions."""
+    """The confusion matrix of the best line's first run or, with more than MATRIX_CLASSES classes or without stored
+    logits, the most frequent confusions."""
     line, spec = dataset.headline, dataset.spec
     run, found = line.results[0]
     name, facts = f"confusions_{dataset.key}", {"line": line.label, "run": run.tag}

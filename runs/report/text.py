@@ -1,4 +1,4 @@
-"""How numbers, names and paths are written, in the page, the figures and Markdown alike."""
+"""How numbers, names and paths are written in the page, the figures and Markdown."""
 
 import math
 import re
@@ -18,7 +18,7 @@ _HOME = re.compile(rf"(?<![\w.~-])(?:/home/{_NAME}|/Users/{_NAME}|/root(?![\w.-]
 
 
 class Unit(NamedTuple):
-    """How values of a metric are written: in per cent, or as they are."""
+    """How values of a metric are written: in per cent, or unscaled."""
 
     factor: float
     digits: int
@@ -26,47 +26,47 @@ class Unit(NamedTuple):
 
     @classmethod
     def of(cls, metric: str, samples: int) -> "Unit":
-        """With as many decimals as so many test samples allow: a share's standard error is about 50 % / √samples."""
+        """With as many decimals as the test samples justify: a share's standard error is about 50 % / √samples."""
         digits = 2 if samples >= 1000 else 1 if samples >= 100 else 0
         return cls(1, digits + 2, "") if metric in NO_SHARES else cls(100, digits, " %")
 
     def text(self, value: float) -> str:
-        """Without the sign."""
+        """The value without a per cent sign."""
         return f"{self.factor * value:.{self.digits}f}" if math.isfinite(value) else "undefined"
 
     def full(self, value: float | Estimate) -> str:
-        """With it."""
+        """The value with a per cent sign, if it has one."""
         text = value.text(self.digits, self.factor) if isinstance(value, Estimate) else self.text(value)
         return f"{text}{self.sign}"
 
 
 def metric_title(name: str) -> str:
-    """As texts and figures name a metric."""
+    """Name of a metric for text and figures."""
     return name.upper() if name in ("auroc", "mae") else name.replace("f1_", "F1-").replace("_", " ")
 
 
 def dataset_title(key: str) -> str:
-    """As texts and figures name the dataset; a custom one is called what its spec.yaml says."""
+    """Name of a dataset for text and figures; for a custom dataset, the name in its spec.yaml."""
     return DATASETS[key].title if key in DATASETS else key.partition("_")[2]
 
 
 def without_home(text: str) -> str:
-    """`text` with home folders as `~`: a report is passed on."""
+    """`text` with home folders replaced by `~`, since reports are shared."""
     return _HOME.sub("~", text)
 
 
 def capital(text: str) -> str:
-    """`text` as the start of a sentence."""
+    """`text` with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
 def listed(words: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Joins words as in `a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def without(type_name: str) -> str:
-    """A missing type as `complete`, `without text`."""
+    """Rephrases a missing type: `text missing` becomes `without text`; `complete` stays."""
     return f"without {lacking}" if (lacking := type_name.removesuffix(" missing")) != type_name else type_name
 
 

@@ -256,7 +256,7 @@ def test_a_pretraining_is_not_evaluated(root: Path, pretrained: Path, capsys: Ca
     for option in ("sweep_ratios=0.7", "search.learning_rate=[1e-4,1e-2]"):
         words = [*command(root, "task_pretrain_sensors"), "sweep_name=pre", option]
         assert command_line(["run.py", "sweep", *words[1:]]) == 2
-        assert "prompt_type: expected methods that are tested, found focal" in capsys.readouterr().err
+        assert "prompt_type: expected methods that can be tested, found focal" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="a pretrained backbone"):
         load_model(pretrained / "best.ckpt")
 

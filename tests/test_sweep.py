@@ -247,7 +247,7 @@ def test_a_failed_cell_is_listed_and_the_others_are_run(sweep: Sweep, stand_in: 
     )
     assert sweep.grid() == 2
     said = capsys.readouterr()
-    assert error_line(said.err) == "4 of 8 cells failed; the same command tries them again, and no other"
+    assert error_line(said.err) == "4 of 8 cells failed; the same command tries only these again"
     assert "[2/8] s_text_0.9_seed0: failed: no films at all0 (" in said.err
     logs = sweep.folder / "logs"
     assert said.out[said.out.index("failed:\n") :].splitlines() == [
@@ -286,7 +286,7 @@ def test_a_failed_cell_is_listed_and_the_others_are_run(sweep: Sweep, stand_in: 
         ("torch.OutOfMemoryError: CUDA\nloading…\n", "torch.OutOfMemoryError: CUDA"),
         ("a test: RuntimeError: quoted\nbye\n\n", "bye"),
         ("KeyboardInterrupt\n", "KeyboardInterrupt"),
-        ("\n", "it said nothing"),
+        ("\n", "it ended without output"),
     ],
 )
 def test_the_line_of_the_error(said: str, expected: str) -> None:
@@ -297,7 +297,7 @@ def test_two_sweeps_of_a_name_do_not_meet(sweep: Sweep, stand_in: SetUp, capsys:
     with locked(sweep.folder / ".lock", "never said"):
         assert sweep.grid() == 2
     line = error_line(capsys.readouterr().err)
-    assert line.startswith(f"sweep_name=s: another sweep of this name is at work in {sweep.log_dir} (process ")
+    assert line.startswith(f"sweep_name=s: another sweep of this name is running in {sweep.log_dir} (process ")
     assert f"(process {os.getpid()} on " in line
     assert sweep.versions() == {}
     assert sweep.grid() == 0, "the lock ends with its holder"
@@ -565,7 +565,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(sweep: Sweep, scores:
     assert sweep.run(*SPACE, "search_trials=3") == 2
     said = capsys.readouterr()
     assert (
-        error_line(said.err) == "3 of 3 trials failed; the same command tries as many others"
+        error_line(said.err) == "3 of 3 trials failed; the same command tries as many new ones"
         and "best values" not in said.out
     )
     assert said.out[said.out.index("failed:\n") :].splitlines()[1:-1:2] == [
@@ -620,11 +620,11 @@ WRONG = {
     "sweep_parallel=2 sweep_launcher=slurm": "sweep_parallel: is for the runs of a grid",
     "sweep_parallel=2 sweep_launcher=commands": "sweep_parallel: is for the runs of a grid",
     "sweep_parallel=2 search.learning_rate=[1e-3,1]": "sweep_parallel: is for the runs of a grid",
-    "missing_ratio=0.5": "missing_ratio: the cells of a sweep differ in it; expected sweep_ratios",
-    "missing_type=text": "missing_type: the cells of a sweep differ in it; expected sweep_types",
-    "test_ratio=0.5": "test_ratio: the cells of a sweep differ in it; expected sweep_ratios",
-    "seed=3": "seed: the cells of a sweep differ in it; expected sweep_seeds",
-    "exp_name=x": "exp_name: the runs of a sweep are named after it; expected sweep_name",
+    "missing_ratio=0.5": "missing_ratio: differs between the cells of a sweep; expected sweep_ratios",
+    "missing_type=text": "missing_type: differs between the cells of a sweep; expected sweep_types",
+    "test_ratio=0.5": "test_ratio: differs between the cells of a sweep; expected sweep_ratios",
+    "seed=3": "seed: differs between the cells of a sweep; expected sweep_seeds",
+    "exp_name=x": "exp_name: runs of a sweep get their names from it; expected sweep_name",
     "fast_dev_run=True": "fast_dev_run: contradicts a sweep, which trains and evaluates its runs itself",
     "test_after_fit=False": "test_after_fit: contradicts a sweep",
     "sweep_over.memory_lengt=[3]": "sweep_over: unknown option memory_lengt; did you mean memory_length?",
@@ -642,7 +642,7 @@ WRONG = {
     "search.memory_length=[6,10]": "search.memory_length: 10 is not possible: memory_length: expected a positive multi",
     "search_trials=5": "search_trials: expected options to search, as in search.learning_rate=[1e-4,1e-1]",
     "search.memory_length=[3,6] sweep_seeds=[1,2]": "sweep_seeds: is for a grid; a search has one missing_type",
-    "search.memory_length=[3,6] sweep_launcher=commands": "sweep_launcher: a search chooses by results; expected local",
+    "search.memory_length=[3,6] sweep_launcher=commands": "sweep_launcher: expected local, slurm or submitit_local, since",
 }
 
 

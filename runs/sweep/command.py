@@ -1,4 +1,4 @@
-"""`python run.py sweep with …`: its options, its folder, and that only one at a time runs in it."""
+"""`python run.py sweep with …`: checks the options, locks and records the sweep's folder, and starts the runs."""
 
 import json
 import logging
@@ -37,27 +37,27 @@ COMPARED = (
     *(name for name, option in OPTIONS.items() if option.kind in (DATA, MODEL, TRAINING)),
     *("data_root", "test_ratio", "test_type"),
 )
-"""Options that have to be the same when a sweep is resumed."""
+"""Options that must not change when a sweep is resumed."""
 
 
 def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequence[str]) -> None:
-    """Runs the grid or the search that the configuration describes, or what is left of it.
+    """Runs the configured grid or search, or the rest of it.
 
     Args:
         config: the complete configuration.
-        updates: options and named configs of the command line, as given; the runs get all but the sweep's own.
+        updates: options and named configs as typed on the command line; the runs get all except the sweep's own.
         chosen: names of the options that the user has set.
 
     Raises:
-        ConfigError: an option is wrong, or contradicts another one.
-        DataError: the arrow files of a custom dataset do not say which metric is theirs.
-        SweepError: runs failed, the folder has a sweep with other options, or a sweep is at work in it.
+        ConfigError: an option is invalid or contradicts another.
+        DataError: the arrow files of a custom dataset do not name its metric.
+        SweepError: runs failed, or the folder has a sweep with other options or one that is running.
     """
     options = check_sweep(config, chosen)
     spec = open_spec(options.task, options.data_root, options.splits)
     folder = options.log_dir / options.sweep_name
     given = [update for update in updates if not is_of_sweep(option_of(update))]
-    busy = f"sweep_name={options.sweep_name}: another sweep of this name is at work in {options.log_dir}"
+    busy = f"sweep_name={options.sweep_name}: another sweep of this name is running in {options.log_dir}"
     with locked(folder / ".lock", busy):
         try:
             commands = options.sweep_launcher == "commands"
@@ -77,27 +77,29 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
 
 
 def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:
-    """The checked options of a sweep.
+    """Checks the options of a sweep.
 
     Raises:
         ConfigError: one line that names the option, what was expected and what was found.
     """
-    # Where the runs are elsewhere, they check themselves what that machine has.
+    # Runs on other machines check these themselves when they start there.
     elsewhere = {"num_gpus": None, "precision": None} if config["sweep_launcher"] in ("slurm", "commands") else {}
     options = check({**config, **elsewhere})
     refused = dict.fromkeys(SET_BY_SWEEP, "contradicts a sweep, which trains and evaluates its runs itself")
-    refused["exp_name"] = "the runs of a sweep are named after it; expected sweep_name"
+    refused["exp_name"] = "runs of a sweep get their names from it; expected sweep_name"
     if options.search:
         refused |= dict.fromkeys(GRID, "is for a grid; a search has one missing_type, missing_ratio and seed")
     else:
-        refused |= {name: f"the cells of a sweep differ in it; expected {grid}" for name, grid in SET_BY_GRID.items()}
+        refused |= {
+            name: f"differs between the cells of a sweep; expected {grid}" for name, grid in SET_BY_GRID.items()
+        }
         refused["search_trials"] = "expected options to search, as in search.learning_rate=[1e-4,1e-1]"
     for name in names:
         if name in refused:
             raise ConfigError(f"{name}: {refused[name]}")
     varied = {**options.sweep_over, **options.search}.get("prompt_type", (options.prompt_type,))
     if found := next((name for name in varied if name in PRETRAINING), None):
-        raise ConfigError(f"prompt_type: expected methods that are tested, found {found}, which pretrains")
+        raise ConfigError(f"prompt_type: expected methods that can be tested, found {found}, which pretrains")
     if options.sweep_slurm and options.sweep_launcher not in CLUSTERS:
         launchers = " or ".join(CLUSTERS)
         raise ConfigError(f"sweep_slurm: expected sweep_launcher={launchers}, found {options.sweep_launcher}")
@@ -106,13 +108,13 @@ def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:
         raise ConfigError(f"sweep_parallel: is for the runs of a grid with sweep_launcher=local, found {found}")
     if options.num_nodes > 1 and options.sweep_launcher != "commands":
         raise ConfigError(
-            f"num_nodes: expected 1, since a sweep starts each run on one machine, or sweep_launcher=commands, "
+            f"num_nodes: expected 1, since a sweep starts each run on a single machine, or sweep_launcher=commands; "
             f"found {options.num_nodes}"
         )
     if options.search:
         if options.sweep_launcher == "commands":
-            raise ConfigError("sweep_launcher: a search chooses by results; expected local, slurm or submitit_local")
-        from runs.sweep.search import check_values  # Optuna takes pandas along, which nothing else needs
+            raise ConfigError("sweep_launcher: expected local, slurm or submitit_local, since a search needs results")
+        from runs.sweep.search import check_values  # Optuna imports pandas, which nothing else needs
 
         check_values(options, {**config, **elsewhere})
     else:
@@ -121,7 +123,7 @@ def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:
 
 
 def check_variants(options: Options, config: Mapping[str, Any]) -> None:
-    """Raises ConfigError for values of `sweep_over` that are wrong together, or whose folders would have one name."""
+    """Raises ConfigError for values of `sweep_over` that do not go together or would get the same folder name."""
     named: dict[str, dict[str, Any]] = {}
     for variant in variants(options):
         try:
@@ -130,15 +132,15 @@ def check_variants(options: Options, config: Mapping[str, Any]) -> None:
             raise ConfigError(f"sweep_over: {variant} is not possible: {error}") from error
         other = named.setdefault(variant_name(variant), variant)
         if other is not variant:
-            raise ConfigError(f"sweep_over: {variant} and {other} would have one folder, {variant_name(variant)}")
+            raise ConfigError(f"sweep_over: {variant} and {other} would have the same folder, {variant_name(variant)}")
 
 
 def record(options: Options, spec: DatasetSpec, config: Mapping[str, Any], folder: Path) -> None:
-    """Writes `sweep.json`, which says what the sweep is; one that is there must be of the same sweep.
+    """Writes `sweep.json`, which describes the sweep. An existing one must have the same options; cells may be added.
 
     Raises:
-        DataError: it is damaged.
-        SweepError: it is of a sweep with other options; other cells may be added.
+        DataError: the existing file is damaged.
+        SweepError: the existing file describes a sweep with other options.
     """
     path, grid = folder / "sweep.json", None
     if not options.search:
@@ -147,25 +149,25 @@ def record(options: Options, spec: DatasetSpec, config: Mapping[str, Any], folde
     same = {name: config[name] for name in COMPARED if grid is None or name not in SET_BY_GRID}
     same |= {"search": options.search, **_contents(options, spec)}
     of_sweep = {"name": options.sweep_name, "task": options.task, "metric": spec.monitor}
-    mine = json.loads(json.dumps({"format": FORMAT, **of_sweep, "grid": grid, "options": same}, default=str))
+    new = json.loads(json.dumps({"format": FORMAT, **of_sweep, "grid": grid, "options": same}, default=str))
     if path.is_file():
-        there = read_json(path)
+        existing = read_json(path)
         with as_written_by_run(path):
-            if there["format"] != FORMAT:
-                raise ValueError(f"expected format {FORMAT}, found {quoted(there['format'])}")
-            theirs = dict(there["options"])
-        if other := [name for name, value in mine["options"].items() if theirs.get(name) != value]:
-            ours = mine["options"]
+            if existing["format"] != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, found {quoted(existing['format'])}")
+            theirs = dict(existing["options"])
+        if other := [name for name, value in new["options"].items() if theirs.get(name) != value]:
+            ours = new["options"]
             shown = ", ".join(f"{name} (there {quoted(theirs.get(name))}, here {quoted(ours[name])})" for name in other)
             raise SweepError(
-                f"sweep_name={options.sweep_name}: {path} is of a sweep with other options: {shown}; expected the "
-                f"same, or another sweep_name"
+                f"sweep_name={options.sweep_name}: {path} describes a sweep with other options: {shown}; expected the "
+                f"same options, or another sweep_name"
             )
-    write_json(path, mine)
+    write_json(path, new)
 
 
 def _contents(options: Options, spec: DatasetSpec) -> dict[str, str]:
-    """SHA-256 of the files that the options name, by option and file: cells of other contents are other cells."""
+    """SHA-256 of the files named by the options, keyed by option and file: a sweep is tied to their contents."""
     from engine.contents import contents_of_files
 
     assert options.data_root is not None

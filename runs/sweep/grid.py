@@ -24,7 +24,7 @@ from vilt.missing_types import AVAILABLE, available_shares
 log = logging.getLogger("rep")
 
 COSTS = ("trained_parameters", "training_seconds")
-"""What a run says of its cost. A run that was resumed does not know its time."""
+"""Costs of a run in its test results. A resumed run does not record its time."""
 
 
 def variants(options: Options) -> list[dict[str, Any]]:
@@ -33,18 +33,18 @@ def variants(options: Options) -> list[dict[str, Any]]:
 
 
 def variant_name(variant: dict[str, Any]) -> str:
-    """What a variant adds to the names of its runs' folders."""
+    """The part of its runs' folder names that identifies a variant."""
     words = [value if isinstance(value, str) else f"{option}-{value}" for option, value in variant.items()]
     return "_".join(re.sub(r"[^\w.+-]", "-", word) for word in words)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs of the grid that differ in their seed; training, validation and test have the same type and ratio."""
+    """Runs of the grid that differ only in their seed; missing type and ratio are the same in all splits."""
 
     missing_type: str
     ratio: float
-    variant: dict[str, Any]  # values of the options of `sweep_over`
+    variant: dict[str, Any]  # values of the options in `sweep_over`
     jobs: list[Job]  # one for each seed
 
 
@@ -52,10 +52,10 @@ class Grid:
     """The runs of a grid and the table of their results.
 
     Args:
-        options: of the sweep.
-        spec: row of the dataset.
-        given: options of the command line that all runs have.
-        folder: of the sweep.
+        options: the sweep's options.
+        spec: the row of the dataset.
+        given: options from the command line that all runs get.
+        folder: the sweep's folder.
     """
 
     def __init__(self, options: Options, spec: DatasetSpec, given: Sequence[str], folder: Path) -> None:
@@ -64,8 +64,8 @@ class Grid:
             Cell(kind, ratio, variant, [self._job(kind, ratio, variant, seed) for seed in options.sweep_seeds])
             for kind, ratio, variant in product(options.sweep_types, options.sweep_ratios, variants(options))
         ]
-        self.jobs = [job for of_seed in zip(*(cell.jobs for cell in self.cells), strict=True) for job in of_seed]
-        """In the order of running: one seed of every pattern first, then the next."""
+        self.jobs = [job for seed_jobs in zip(*(cell.jobs for cell in self.cells), strict=True) for job in seed_jobs]
+        """The runs in the order they are started: the first seed of every pattern, then the second, and so on."""
 
     def _job(self, missing_type: str, ratio: float, variant: dict[str, Any], seed: int) -> Job:
         name = "_".join(filter(None, [self.options.sweep_name, variant_name(variant), missing_type, str(ratio)]))
@@ -74,21 +74,21 @@ class Grid:
         return Job(f"{name}_seed{seed}", self.folder, (*self.given, *own, f"log_dir={self.folder}"), tested=True)
 
     def incomplete(self) -> list[Job]:
-        """The runs that are left."""
+        """The runs still to be done."""
         waiting = [job for job in self.jobs if job.result is None]
         n, complete = counted(len(self.jobs), "cell"), len(self.jobs) - len(waiting)
         log.info("sweep %s: %s, %d complete", self.options.sweep_name, n, complete)
         return waiting
 
     def run(self, launch: Launcher) -> None:
-        """Runs what is not complete, and writes and prints the table.
+        """Runs the incomplete runs, and writes and prints the table.
 
         Raises:
-            SweepError: runs failed; they are listed before.
+            SweepError: runs failed; they are listed first.
         """
         waiting, path, metric = self.incomplete(), self.folder / "table.csv", self.spec.monitor
         progress = Progress(len(self.jobs), len(self.jobs) - len(waiting))
-        with closing(launch(waiting)) as outcomes:  # which stops what runs, if an error ends the block
+        with closing(launch(waiting)) as outcomes:  # stops running jobs if an error ends the block
             for job, outcome in outcomes:
                 result = self._result(job)
                 progress.report(job, outcome, "" if result is None else f"{metric} {figure(result[metric])}")
@@ -101,28 +101,28 @@ class Grid:
             texts = baseline_texts(read_json(result_path).get("baselines", {}), metric)
             print("".join(f"  {text}\n" for text in texts))
         print(f"  written to {path}\n")
-        progress.end(f"of {counted(len(self.jobs), 'cell')} failed; the same command tries them again, and no other")
+        progress.end(f"of {counted(len(self.jobs), 'cell')} failed; the same command tries only these again")
 
     def write_commands(self) -> None:
-        """Prints a command for each run that is not complete, one a line, and writes them to `commands.txt`."""
+        """Prints a command for each incomplete run, one per line, and writes them to `commands.txt`."""
         commands, path = [shlex.join(job.command()) for job in self.incomplete()], self.folder / "commands.txt"
         with atomic_path(path) as temporary:
             temporary.write_text("".join(f"{command}\n" for command in commands), "utf-8")
         for command in commands:
             print(command)
-        log.info("%s, written to %s; nothing was run", counted(len(commands), "command"), path)
+        log.info("%s, written to %s; no run was started", counted(len(commands), "command"), path)
 
     def _result(self, job: Job) -> dict[str, float] | None:
-        """Metrics and costs of a run, once it is complete. Raises DataError where its results lack the metric."""
+        """Metrics and costs of a run; None until it is complete. Raises DataError if its results lack the metric."""
         if (path := job.result) is None:
             return None
         found = read_json(path)
         with as_written_by_run(path):
-            found["metrics"][self.spec.monitor]  # a KeyError names it
+            found["metrics"][self.spec.monitor]  # the KeyError names it
             return numbers_by_name(found["metrics"] | {name: found[name] for name in COSTS if found.get(name)})
 
     def _rows(self, failed: set[Job]) -> list[dict[str, Any]]:
-        """A row per pattern, by column of table.csv; the task's metric is there before any seed is complete."""
+        """A row of table.csv per cell; the column of the task's metric exists even before any seed is complete."""
         results = {job: result for job in self.jobs if (result := self._result(job)) is not None}
         metrics = dict.fromkeys(name for result in results.values() for name in result if name not in COSTS)
         rows = []
@@ -133,17 +133,17 @@ class Grid:
             shares = available_shares(list(self.spec.modalities), *pattern)
             row |= {f"{name}{AVAILABLE}": round(share, 6) for name, share in shares.items()}
             for name in (*(metrics or [self.spec.monitor]), *COSTS):
-                of_all = [result[name] for result in complete] if all(name in result for result in complete) else []
-                mean, std, _, undefined = estimate(of_all) or ("", "", 0, 0)
-                of_metric = {f"{name}_mean": mean, f"{name}_std": std, f"{name}_undefined": undefined}
-                row |= {name: mean} if name in COSTS else of_metric
+                values = [result[name] for result in complete] if all(name in result for result in complete) else []
+                mean, std, _, undefined = estimate(values) or ("", "", 0, 0)
+                columns = {f"{name}_mean": mean, f"{name}_std": std, f"{name}_undefined": undefined}
+                row |= {name: mean} if name in COSTS else columns
             n_failed = len(failed & set(cell.jobs))
             n_open = len(cell.jobs) - len(complete) - n_failed
             rows.append({**row, "complete": len(complete), "failed": n_failed, "open": n_open})
         return rows
 
     def _text(self, rows: Sequence[dict[str, Any]]) -> str:
-        """The table for the terminal, with the metric of the task."""
+        """The table for the terminal, with the task's metric."""
         over, modalities, metric = list(self.options.sweep_over), list(self.spec.modalities), self.spec.monitor
         heads = [*over, "missing", "ratio", *modalities, metric, "seeds complete"]
         any_failed = ["failed"] if any(row["failed"] for row in rows) else []

@@ -1,6 +1,6 @@
-"""Runs of a sweep: their folders, how far they got, and running them to their end in processes of their own.
+"""The runs of a sweep: their folders, their progress, and running them in processes of their own.
 
-Nothing heavy is imported here: a node of a cluster reads this module before it starts the run.
+Nothing heavy is imported here, since a cluster node imports this module before it starts the run.
 """
 
 import logging
@@ -27,11 +27,11 @@ JOURNAL = "optuna.journal"
 """Optuna's record of a search, in the folder of its sweep."""
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 PATIENCE_S, POLL_S = 60.0, 0.5
-"""How long a run that is asked to stop may take, before it is killed; between looks at runs that are at work."""
+"""Seconds that a run gets to stop before it is killed; seconds between checks on running jobs."""
 
 
 def search_of(run: Path) -> Path | None:
-    """The folder of the search that a run is a trial of."""
+    """The folder of the search that a run is a trial of; None if it is not a trial."""
     return sweep if ((sweep := run.parent.parent) / JOURNAL).is_file() else None
 
 
@@ -40,10 +40,10 @@ class Job:
     """A run of a sweep.
 
     Args:
-        name: of the folder of its versions: exp_name and seed.
-        folder: of the sweep.
-        options: of `run.py`; with `resume_from=auto` it finds out by itself how far it got, and that it is alone.
-        tested: whether it ends with the test; of a run that does not, only its exit status says that it is complete.
+        name: name of the folder with its versions: exp_name and seed.
+        folder: the sweep's folder.
+        options: options of `run.py`; `resume_from=auto` is added, so the run resumes itself and locks its training.
+        tested: whether the run ends with the test; otherwise, only its exit status shows that it is complete.
     """
 
     name: str
@@ -53,27 +53,27 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the run said, in all its attempts."""
+        """The run's output, from all attempts."""
         return self.folder / "logs" / f"{self.name}.log"
 
     @property
     def result(self) -> Path | None:
-        """The test results, once the run is complete."""
+        """The file of test results; None until the run is complete, and for runs without a test."""
         return self.newest("test_results.json") if self.tested else None
 
     def newest(self, file: str) -> Path | None:
-        """The file of this name in the newest version of the run that has one."""
+        """The file of this name in the newest version of the run that has it."""
         paths = (self.folder / self.name).glob(f"version_*/{file}")
         found = [path for path in paths if path.parent.name.removeprefix("version_").isdecimal()]
         return max(found, key=natural_key, default=None)
 
     def command(self) -> list[str]:
-        """Begins the run, or resumes it where it was interrupted."""
+        """The command that starts the run, or resumes it after an interruption."""
         return run_command("with", *self.options, "resume_from=auto")
 
 
 class Outcome(NamedTuple):
-    """How a run ended: what went wrong, or None, and how long it took."""
+    """How a run ended: the error, if any, and the time it took."""
 
     error: str | None
     seconds: float
@@ -83,11 +83,11 @@ Outcomes = Generator[tuple[Job, Outcome]]
 
 
 class Progress:
-    """A line for each run that ends, with its time and an estimate of what is left; remembers those that failed.
+    """Logs a line for each run that ends, with its time and an estimate of the time left; collects failed runs.
 
     Args:
-        total: runs of the sweep in all.
-        complete: runs that were complete before this one started.
+        total: total number of runs in the sweep.
+        complete: number of runs that were complete at the start.
     """
 
     def __init__(self, total: int, complete: int) -> None:
@@ -98,7 +98,7 @@ class Progress:
         self._began = time.monotonic()
 
     def report(self, job: Job, outcome: Outcome, words: str) -> None:
-        """Says that `job` ended, and with what; `words` are its result."""
+        """Logs that `job` has ended, with its error or else its result, `words`."""
         self.ended += 1
         if outcome.error is None:
             self.done += 1
@@ -111,7 +111,7 @@ class Progress:
         log.info("[%d/%d] %s: %s (%s%s)", place, self.total, job.name, words, duration(outcome.seconds), rest)
 
     def end(self, failed: str) -> None:
-        """Prints the runs that failed, each with its last error and its log; raises SweepError if there are any."""
+        """Prints the failed runs, each with its last error and its log; raises SweepError if there are any."""
         if self.failed:
             listed = "\n".join(f"  {job.name}: {error}\n    {job.log}" for job, error in self.failed)
             print(f"failed:\n{listed}\n")
@@ -119,20 +119,20 @@ class Progress:
 
 
 def run_command(*arguments: str) -> list[str]:
-    """A command line of run.py, for the interpreter that runs now."""
+    """A command line of run.py, with the current Python interpreter."""
     return [sys.executable, str(RUN), *arguments]
 
 
 class Running:
-    """A run of a sweep that was started, its output going to its log.
+    """A started run of a sweep, which writes its output to its log.
 
     Args:
-        variables: of the environment, beside those of this process.
+        variables: environment variables to set in addition to those of this process.
     """
 
     def __init__(self, job: Job, variables: Mapping[str, str]) -> None:
         self.job, self._began = job, time.monotonic()
-        # Lightning starts the processes of a run itself, and is not to take a job of SLURM for having done so.
+        # Lightning starts a run's processes itself; with this variable it would expect SLURM to have started them.
         own = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"}
         command = job.command()
         job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -146,11 +146,11 @@ class Running:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**own, "PYTHONUNBUFFERED": "1", **variables},
-                start_new_session=True,  # Ctrl-C comes from here alone, once
+                start_new_session=True,  # Ctrl-C reaches the run only once, through `stop`
             )
 
     def outcome(self) -> Outcome | None:
-        """How it ended; None while it is at work."""
+        """How the run ended; None while it is running."""
         status = self.process.poll()
         if status is None:
             return None
@@ -165,14 +165,14 @@ class Running:
 
 
 def run_here(jobs: Sequence[Job], parallel: int = 1, gpus: int = 0) -> Outcomes:
-    """Runs so many jobs at once, one in each place, on this machine, its GPUs shared out among them; `gpus` of each."""
+    """Runs jobs on this machine, `parallel` at a time, each with `gpus` of its GPUs."""
     waiting, running = deque(jobs), dict[int, Running]()
     try:
         while waiting or running:
             for place in range(parallel):
                 if waiting and place not in running:
                     job = waiting.popleft()
-                    if job.result is not None:  # complete meanwhile
+                    if job.result is not None:  # completed in the meantime
                         yield job, Outcome(None, 0.0)
                         continue
                     log.info("%s: %s", job.name, job.log)
@@ -188,24 +188,24 @@ def run_here(jobs: Sequence[Job], parallel: int = 1, gpus: int = 0) -> Outcomes:
 
 
 def gpus_of(place: int, wanted: int) -> dict[str, str]:
-    """What shows so many GPUs to the run in this place of those at work, the next ones to the next place, and so on.
+    """Environment variables that give the run at index `place` its `wanted` GPUs; the next place gets the next ones.
 
-    Nothing where runs have no GPU, or all of them.
+    Empty if runs use no GPU, or all of them.
     """
     if not wanted:
         return {}
-    import torch  # here, so that a node of a cluster need not
+    import torch  # a cluster node does not need it
 
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    visible = visible or [str(number) for number in range(torch.cuda.device_count())]
+    visible = visible or [str(index) for index in range(torch.cuda.device_count())]
     if wanted >= len(visible):
         return {}
-    own = [visible[(place * wanted + number) % len(visible)] for number in range(wanted)]
+    own = [visible[(place * wanted + index) % len(visible)] for index in range(wanted)]
     return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 def stop(runs: Sequence[Running]) -> None:
-    """Interrupts runs and their processes, and kills what is left."""
+    """Interrupts runs and their processes, and kills those that do not stop in time."""
     until = time.monotonic() + PATIENCE_S
     try:
         for run in runs:
@@ -216,16 +216,16 @@ def stop(runs: Sequence[Running]) -> None:
                 run.process.wait(max(0.0, until - time.monotonic()))
     finally:
         for run in runs:
-            with suppress(ProcessLookupError):  # none is left
+            with suppress(ProcessLookupError):  # no process is left
                 os.killpg(run.process.pid, signal.SIGKILL)
             run.process.wait()
 
 
 def error_in(said: str) -> str:
-    """The line of a run's output that says what went wrong: our own, an exception's, or else the last one."""
+    """The line of a run's output that names the error: our own message, an exception, or else the last line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     for pattern in (r"error: (.*)", r"((?:\w+\.)*\w+(?:Error|Exception|Interrupt)\b.*)"):
         found = [match[1] for line in lines if (match := re.fullmatch(pattern, line))]
         if found:
             return found[-1]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it ended without output"

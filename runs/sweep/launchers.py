@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are run: here, or through submitit on SLURM (or all at once here)."""
+"""Launchers for the runs of a sweep: on this machine, or through submitit on SLURM (or here, all at once)."""
 
 import logging
 import os
@@ -21,31 +21,31 @@ from runs.sweep.jobs import POLL_S, RUN, Job, Outcome, Outcomes, error_in, run_h
 log = logging.getLogger("rep")
 
 Launcher = Callable[[Sequence[Job]], Outcomes]
-"""Runs jobs and yields each with its outcome as it ends. Left early, it stops what it runs."""
+"""Runs jobs and yields each with its outcome as it ends. If closed early, it stops the running ones."""
 
 CLUSTERS = {"slurm": "slurm", "submitit_local": "local"}
-"""submitit's word for a launcher."""
+"""submitit's names of our launchers."""
 TIMEOUT_MIN = 24 * 60
-"""Of a cluster job where `sweep_slurm` has no timeout_min; submitit's own are 2 and 5 minutes."""
+"""Time limit of a cluster job in minutes, if `sweep_slurm` has no timeout_min; submitit's defaults are 2 and 5."""
 
 
 def make_launcher(name: str, options: Options, folder: Path) -> Launcher:
-    """The launcher of this name; submitit's keep their files in `folder`.
+    """Creates the launcher of this name; submitit keeps its files in `folder`.
 
     Raises:
-        ConfigError: there is no SLURM here, or submitit does not know a parameter.
+        ConfigError: SLURM is not available here, or submitit does not know a parameter.
     """
     if name == "local":
         return partial(run_here, parallel=options.sweep_parallel, gpus=options.num_gpus)
     executor = _executor(name, options.sweep_slurm, folder)
-    # A node finds this package wherever the sweep was started from.
+    # Lets nodes find this package, wherever the sweep was started from.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(RUN.parent), os.environ.get("PYTHONPATH")]))
     return lambda jobs: _run_submitted(executor, jobs)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What a cluster job does. Cut off by the end of its time, it is queued again and resumes the run."""
+    """The task of a cluster job. At its time limit, submitit requeues it, and it resumes the run."""
 
     job: Job
 
@@ -54,7 +54,7 @@ class Submission:
         return outcome
 
     def checkpoint(self) -> DelayedSubmission:
-        """Asked for by submitit shortly before the time ends."""
+        """Called by submitit shortly before the time limit."""
         return DelayedSubmission(self)
 
 
@@ -100,5 +100,5 @@ def _outcome(handle: submitit.Job[Outcome]) -> Outcome:
         return handle.result()
     except UncompletedJobError as error:
         return Outcome(first_line(error), 0.0)
-    except Exception as error:  # submitit puts whatever the job raised into its text
+    except Exception as error:  # its text contains whatever the job raised
         return Outcome(error_in(str(error)), 0.0)

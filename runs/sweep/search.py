@@ -1,6 +1,6 @@
-"""The search: values of options that give the best validation metric, proposed by Optuna's TPE one trial after another.
+"""The search for option values with the best validation metric; Optuna's TPE proposes one trial after another.
 
-All that is known of the trials is in Optuna's journal in the sweep's folder, so that a search can be resumed.
+All trials are recorded in Optuna's journal in the sweep's folder, from which a search is resumed.
 """
 
 import hashlib
@@ -37,29 +37,29 @@ BEST_SHOWN = 5
 
 
 def ranked(trials: Sequence[FrozenTrial], metric: str) -> list[FrozenTrial]:
-    """The complete trials with a run of their own, the best first."""
+    """The complete trials that have their own run, the best first."""
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.number == run_number(t, trials)]
     return sorted(complete, key=lambda trial: (-order_of(trial.values[0], metric), trial.number))
 
 
 def run_number(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
-    """Of the trial whose run gave `trial` its score: the first complete one with its values, else itself."""
+    """Number of the trial whose run gave `trial` its score: the first complete one with the same values, or itself."""
     complete = (other for other in trials if other.state == trial.state == TrialState.COMPLETE)
     return next((other.number for other in complete if other.params == trial.params), trial.number)
 
 
 def assignments(values: Mapping[str, Any]) -> list[str]:
-    """Values of options as a command line has them."""
+    """Option values as command-line words."""
     return [written(name, value) for name, value in values.items()]
 
 
 def short(value: Any) -> str:
-    """A value for tables."""
+    """A value as shown in tables."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def distributions(options: Options) -> dict[str, BaseDistribution]:
-    """What Optuna draws from: a range of two numbers, log-uniform or linear where it begins at 0; a list of choices."""
+    """Optuna's search space: ranges of two numbers (log-uniform; uniform if they start at 0) and lists of choices."""
     space: dict[str, BaseDistribution] = {}
     for name, values in options.search.items():
         if is_range_of_steps(name, values):
@@ -74,7 +74,7 @@ def distributions(options: Options) -> dict[str, BaseDistribution]:
 
 
 def check_values(options: Options, config: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a value that is wrong together with any values of the other options of the search.
+    """Raises ConfigError for a value that no combination with values of the other searched options makes valid.
 
     Args:
         config: the complete configuration.
@@ -95,7 +95,7 @@ def check_values(options: Options, config: Mapping[str, Any]) -> None:
 
 
 def open_study(path: Path, name: str = "", metric: str = "") -> optuna.Study:
-    """The study of a metric in a journal, which is made where there is none; without a name the one that is there.
+    """Opens the study `name` in a journal, creating it for `metric` if needed; without a name, the existing study.
 
     Raises:
         DataError: the journal is damaged.
@@ -115,10 +115,10 @@ class Search:
     """A search and its trials.
 
     Args:
-        options: of the sweep.
-        metric: of the task, which the search improves in validation.
-        given: options of the command line that all trials have.
-        folder: of the sweep.
+        options: the sweep's options.
+        metric: the task's metric, whose validation value the search optimises.
+        given: options from the command line that all trials get.
+        folder: the sweep's folder.
 
     Raises:
         DataError: the journal in `folder` is damaged.
@@ -129,14 +129,14 @@ class Search:
         self.study = open_study(folder / JOURNAL, options.sweep_name, metric)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """The trials so far, by number; of these states, or all."""
+        """The trials so far, in the given states (by default all), sorted by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def run(self, launch: Launcher) -> None:
         """Runs trials until `search_trials` are complete or have failed now; writes `search.csv` and prints the best.
 
         Raises:
-            SweepError: trials failed; they are listed before.
+            SweepError: trials failed; they are listed first.
         """
         wanted = self.options.search_trials
         counts = {name: len(self.trials(state)) for state, name in STATE_NAMES.items()}
@@ -157,10 +157,10 @@ class Search:
             self._write_trials()
         self._write_trials()
         self._print_best()
-        progress.end(f"of {counted(wanted, 'trial')} failed; the same command tries as many others")
+        progress.end(f"of {counted(wanted, 'trial')} failed; the same command tries as many new ones")
 
     def _job(self, number: int, values: Mapping[str, Any]) -> Job:
-        """The run of a trial. It does not test: the test split has no part in the choice."""
+        """The run of a trial. It is not tested, to keep the test split out of the choice."""
         name = f"{self.options.sweep_name}_trial_{number}"
         own = (*assignments(values), f"exp_name={name}", f"log_dir={self.folder}", "test_after_fit=False")
         return Job(f"{name}_seed{self.options.seed}", self.folder, (*self.given, *own), tested=False)
@@ -170,28 +170,28 @@ class Search:
         return self._job(run_number(trial, self.trials()), trial.params)
 
     def _proposals(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Numbers and values of the trials to run: first those cut off, then new ones, each after the last result."""
+        """Yields number and values of the trials to run: first those cut off, then new ones, each from all results."""
         space, cut_off = distributions(self.options), []
         for trial in self.trials(TrialState.RUNNING):
             if trial.params.keys() == space.keys():
                 cut_off.append(trial)
-            else:  # while its values were drawn
+            else:  # interrupted while its values were drawn
                 self.study.tell(trial.number, state=TrialState.FAIL)
         new = self.options.search_trials - len(self.trials(TrialState.COMPLETE)) - len(cut_off)
         for trial in cut_off:
             yield trial.number, trial.params
         for _ in range(new):
-            # Its own seed for each trial, so that an interruption does not change what follows.
+            # Each trial has its own seed, so that an interruption does not change later trials.
             key = hashlib.sha256(f"{self.options.seed}/{len(self.trials())}".encode()).digest()
             self.study.sampler = optuna.samplers.TPESampler(seed=int.from_bytes(key[:4], "big"))
             proposed = self.study.ask(space)
             yield proposed.number, proposed.params
 
     def _try(self, job: Job, values: dict[str, Any], launch: Launcher) -> tuple[float | None, Outcome]:
-        """The score of a trial and how its run ended; a run with the same values, which would end so too, serves."""
+        """The score of a trial and how its run ended; reuses the score of a complete trial with the same values."""
         for trial in self.trials(TrialState.COMPLETE):
             if trial.params == values:
-                log.info("%s has the values of trial %d, and so its score", job.name, trial.number)
+                log.info("%s has the same values as trial %d and takes its score", job.name, trial.number)
                 return trial.values[0], Outcome(None, 0.0)
         [(_, outcome)] = launch([job])
         if outcome.error is not None:
@@ -204,7 +204,7 @@ class Search:
         return score, outcome
 
     def _write_trials(self) -> None:
-        """Writes `search.csv`: a line per trial with its values, its score and the folder of its run."""
+        """Writes `search.csv`: a row per trial with its values, its score and its run folder."""
         rows = []
         for trial in self.trials():
             newest = self._job_of(trial).newest("config.json")

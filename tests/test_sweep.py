@@ -642,7 +642,7 @@ WRONG = {
     "search.memory_length=[6,10]": "search.memory_length: 10 is not possible: memory_length: expected a positive multi",
     "search_trials=5": "search_trials: expected options to search, as in search.learning_rate=[1e-4,1e-1]",
     "search.memory_length=[3,6] sweep_seeds=[1,2]": "sweep_seeds: is for a grid; a search has one missing_type",
-    "search.memory_length=[3,6] sweep_launcher=commands": "sweep_launcher: expected local, slurm or submitit_local, since",
+    "search.memory_length=[3,6] sweep_launcher=commands": "sweep_launcher: expected local, slurm or submitit",
 }
 
 

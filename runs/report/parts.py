@@ -134,7 +134,7 @@ def _results_parts(dataset: Dataset) -> list[Part]:
         parts[-1].shown, parts[-1].notes = [grid], [Note(grid.note)] if grid.note else []
     else:
         tags = listed_runs([run for run, _ in best.results])
-        parts[-1].notes = [Note(f"No samples: {tags} have no logits.arrow.")]
+        parts[-1].notes = [Note(f"No samples: no logits.arrow in {tags}.")]
     return parts
 
 

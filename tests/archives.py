@@ -1,4 +1,4 @@
-"""Files of `torch.save`: changed entry by entry, so that their checksums are right, or with code in them."""
+"""Tampered `torch.save` archives: entries changed with valid checksums, or pickles that run code."""
 
 import io
 import zipfile
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def rewritten(data: bytes, entry: str, change: Callable[[bytes], bytes]) -> bytes:
-    """The archive with the content of the entries whose name ends in `entry` changed."""
+    """The archive with `change` applied to the entries whose name ends in `entry`."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
         for info in source.infolist():
@@ -18,7 +18,7 @@ def rewritten(data: bytes, entry: str, change: Callable[[bytes], bytes]) -> byte
 
 
 class Touch:
-    """Pickled, it is a call that makes the file `marker`."""
+    """Unpickling it creates the file `marker`."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

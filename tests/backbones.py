@@ -1,4 +1,4 @@
-"""Random CLIPs written in the formats that real weights come in."""
+"""Random CLIPs saved in the formats that real weights come in."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.models import TINY
 
 
 def hf_config(arch: ClipArchitecture) -> CLIPConfig:
-    """transformers' description of a CLIP."""
+    """The architecture as a transformers configuration."""
     return CLIPConfig(
         projection_dim=arch.embed_dim,
         text_config={
@@ -51,7 +51,7 @@ def random_hf_clip(folder: Path, activation: str = "quick_gelu", seed: int = 0) 
 
 
 def openai_state(model: CLIPModel) -> dict[str, Tensor]:
-    """OpenAI's state dict of a Hugging Face CLIP, written out entry by entry."""
+    """A Hugging Face CLIP as OpenAI's state dict, mapped entry by entry."""
     image, text = model.vision_model, model.text_model
     state = {
         "logit_scale": model.logit_scale,
@@ -69,8 +69,8 @@ def openai_state(model: CLIPModel) -> dict[str, Tensor]:
         "ln_final": text.final_layer_norm,
     }
     for prefix, tower in (("visual.", image), ("", text)):
-        for number, layer in enumerate(tower.encoder.layers):
-            block = f"{prefix}transformer.resblocks.{number}"
+        for index, layer in enumerate(tower.encoder.layers):
+            block = f"{prefix}transformer.resblocks.{index}"
             modules |= {
                 f"{block}.ln_1": layer.layer_norm1,
                 f"{block}.ln_2": layer.layer_norm2,

@@ -1,4 +1,4 @@
-"""What several test files share: a made-up dataset, a tiny CLIP with its tokenizer, and a trained run on them."""
+"""Fixtures and helpers shared by the test files: a made-up dataset, a tiny CLIP with its tokenizer, a run on them."""
 
 import csv
 import json
@@ -14,9 +14,9 @@ import pytest
 if TYPE_CHECKING:
     from clip.backbone import FrozenWeights
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits for it
-os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables would fold
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, on models that one thread serves best
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests must neither use the network nor wait for it
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, which would wrap tables
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, on models too small for several threads
 
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -26,24 +26,24 @@ SLOW = {
     *("quickstart", "report_page", "report_search", "resume", "robustness", "run", "run_custom", "run_methods"),
     *("run_sensors", "run_vla", "sweep", "undefined", "writers"),
 }
-"""Test files that train, or start processes: `pytest -m "not slow"` leaves them out."""
+"""Test files that train or start processes; `pytest -m "not slow"` skips them."""
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder with everything that a run needs."""
+    """A folder with everything a run needs."""
 
     root: Path
 
     @property
     def arrow(self) -> Path:
-        """Made-up films: 40 for training, 6 for validation, 13 for the test."""
+        """Arrow files of made-up films: 40 for training, 6 for validation, 13 for testing."""
         return self.root / "arrow"
 
     @property
     def backbone(self) -> Path:
-        """A Hugging Face folder of a tiny CLIP, hardly pretrained."""
+        """Hugging Face folder of a tiny, barely pretrained CLIP."""
         return self.root / "backbone"
 
     @property
@@ -52,7 +52,7 @@ class Workspace:
         return self.root / "result"
 
     def command(self, *options: str, name: str = "", task: str = "mmimdb", data_root: Path | None = None) -> list[str]:
-        """Arguments of `run.py`, or of its command `name`, for a small float32 run; later options win."""
+        """Arguments of `run.py`, or of its command `name`, for a small float32 run; later options override."""
         places = (f"data_root={data_root or self.arrow}", f"log_dir={self.results}")
         small = ("precision=32", "num_workers=0", "memory_length=6", "memory_depth=2", "max_epoch=2")
         batches = ("batch_size=8", "per_gpu_batchsize=4", f"missing_table_root={self.root / 'missing_tables'}")
@@ -60,7 +60,7 @@ class Workspace:
         return [*words, *places, *small, *batches, *options]
 
     def train(self, name: str, *options: str, log_dir: Path | None = None, **source: Any) -> Path:
-        """The folder of a training on the tiny CLIP, which ends well."""
+        """Trains on the tiny CLIP, which must succeed; returns the run folder."""
         from run import command_line
 
         places = (f"vit={self.backbone}", f"exp_name={name}", f"log_dir={log_dir or self.results}")
@@ -85,7 +85,7 @@ def _make_backbone(root: Path) -> None:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Dataset and backbone, made once per test session."""
+    """Dataset and backbone, created once per test session."""
     import make_arrow
     from demo.data import write_task
 
@@ -101,7 +101,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="session")
 def fitted(workspace: Workspace) -> Path:
-    """The folder of a training of two epochs and its test. It stays as it is: write into a copy."""
+    """Folder of a run trained for two epochs and tested. Shared by all tests: write only to a copy."""
     return workspace.train("fitted")
 
 
@@ -118,23 +118,23 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> "FrozenWeights":
 
 @pytest.fixture(autouse=True)
 def _plain_logging() -> None:
-    """Takes back what run.py set up in tests before, and in fixtures: it configures its whole process."""
+    """Undoes the logging set-up of earlier tests and fixtures, since run.py configures the whole process."""
     root = logging.getLogger()
     root.setLevel(logging.WARNING)
     logging.disable(logging.NOTSET)
     for handler in root.handlers[:]:
-        if type(handler).__module__ in ("logging", "common.logs"):  # those of pytest are of classes of its own
+        if type(handler).__module__ in ("logging", "common.logs"):  # pytest's handlers have classes of their own
             root.removeHandler(handler)
 
 
 @pytest.fixture
 def golden_arrow(tmp_path: Path) -> Path:
-    """A copy of what the published converters wrote, so that nothing is written beside the original."""
+    """A copy of the published converters' arrow files, so that no test writes next to the originals."""
     return Path(shutil.copytree(GOLDEN_ARROW, tmp_path / "golden_arrow"))
 
 
 def call(command: str, *options: str) -> int:
-    """Status of `run.py COMMAND with OPTIONS`."""
+    """Exit status of `run.py COMMAND with OPTIONS`."""
     from run import command_line
 
     return command_line(["run.py", command, "with", *options])
@@ -150,7 +150,7 @@ def csv_of(path: Path) -> list[dict[str, str]]:
 
 
 def error_of(capsys: Captured) -> str:
-    """The one line that a command ended with."""
+    """The single error line that a command printed."""
     said = capsys.readouterr().err
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in said

@@ -1,4 +1,4 @@
-"""Datasets of one's own for tests: written as tables, converted, and the films of the MM-IMDb layout as one of them."""
+"""Custom datasets for tests: written as tables and converted; also the MM-IMDb films as a custom dataset."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def make(dataset: str, raw: Path, target: Path, *options: str) -> int:
-    """Status of make_arrow.py in this process alone."""
+    """Exit status of make_arrow.py, run in this process without workers."""
     args = ["--dataset", dataset, "--root", str(raw), "--target", str(target), "--workers", "0"]
     return make_arrow.main([*args, *options])
 
@@ -46,7 +46,7 @@ def columns_of(folder: Path, split: str = "train") -> dict[str, list]:
 
 
 def write_labelled(raw: Path, rows: Mapping[str, int], labels: list[str], **spec: object) -> Path:
-    """A single-label dataset: `rows` of each split, their labels in turn; returns its spec.yaml."""
+    """Writes a single-label dataset with `rows` per split, cycling through `labels`; returns its spec.yaml."""
     (raw / "pictures").mkdir(parents=True)
     records = []
     for split, count in rows.items():
@@ -56,12 +56,12 @@ def write_labelled(raw: Path, rows: Mapping[str, int], labels: list[str], **spec
             label = labels[number % len(labels)]
             records.append({"image": file, "text": f"{label} no. {number}", "label": label, "split": split})
     write_jsonl(raw / "table.jsonl", records)
-    (raw / "spec.yaml").write_text(json.dumps({"files": "table.jsonl", **spec}))  # YAML has JSON in it
+    (raw / "spec.yaml").write_text(json.dumps({"files": "table.jsonl", **spec}))  # JSON is valid YAML
     return raw / "spec.yaml"
 
 
 def films_as_custom(raw: Path, folder: Path) -> Path:
-    """The films in `raw`, MM-IMDb layout, as FOLDER/films.jsonl with a spec, which is returned."""
+    """Writes the MM-IMDb films in `raw` as FOLDER/films.jsonl with a spec; returns the spec's path."""
     folder.mkdir(parents=True)
     records = []
     for key, names in json.loads((raw / "split.json").read_text()).items():

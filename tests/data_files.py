@@ -1,4 +1,4 @@
-"""Small arrow files and tokenizers for tests of what reads them."""
+"""Small arrow files and a fake tokenizer for tests of the code that reads them."""
 
 import io
 import multiprocessing
@@ -68,14 +68,14 @@ def as_npy(array: np.ndarray) -> bytes:
 
 
 def data_settings(dataset: str, folder: Path, pattern: MissingPattern, **changes: Any) -> DataSettings:
-    """Batches of two, all splits at one pattern; nothing is simulated or cached."""
-    of_data: dict[str, Any] = {"dataset": dataset, "data_root": folder, "missing_table_root": folder / "tables"}
-    of_data |= {"patterns": dict.fromkeys(SPLITS, pattern), "simulate_missing": False, "image_cache": False}
-    return DataSettings(**{**of_data, "per_gpu_batchsize": 2, "num_workers": 0, "seed": 0, "order_seed": 0, **changes})
+    """Settings for batches of two, with one pattern for all splits and nothing simulated or cached."""
+    settings: dict[str, Any] = {"dataset": dataset, "data_root": folder, "missing_table_root": folder / "tables"}
+    settings |= {"patterns": dict.fromkeys(SPLITS, pattern), "simulate_missing": False, "image_cache": False}
+    return DataSettings(**{**settings, "per_gpu_batchsize": 2, "num_workers": 0, "seed": 0, "order_seed": 0, **changes})
 
 
 class Tokenizer:
-    """Says what it was asked: a text becomes its length and its first characters, or windows of five of them each."""
+    """Records its calls; encodes a text as its length and first characters, or as windows of five characters each."""
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
@@ -102,24 +102,24 @@ def types_of(batch: Batch) -> list[int]:
 
 
 def assert_equal(one: Any, other: Any) -> None:
-    """Of samples or batches: all values, types and shapes."""
+    """Samples or batches agree in all values, dtypes and shapes."""
     assert len(one) == len(other)
     for key in one if isinstance(one, dict) else range(len(one)):
-        mine, theirs = one[key], other[key]
-        if isinstance(mine, dict):
-            assert_equal(mine, theirs)
-        elif isinstance(mine, torch.Tensor):
-            assert isinstance(theirs, torch.Tensor)
-            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs)
+        left, right = one[key], other[key]
+        if isinstance(left, dict):
+            assert_equal(left, right)
+        elif isinstance(left, torch.Tensor):
+            assert isinstance(right, torch.Tensor)
+            assert left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
         else:
-            assert mine == theirs
+            assert left == right
 
 
 FORK = multiprocessing.get_context("fork")
 
 
 def at_once(count: int, act: Callable[[], None]) -> None:
-    """Runs `act` in so many processes, which start it together; none may fail."""
+    """Runs `act` in `count` processes that start together; none may fail."""
     barrier = FORK.Barrier(count)
 
     def run() -> None:

@@ -1,7 +1,7 @@
-"""The golden numbers: the published implementation's results, with the weights and inputs that gave them.
+"""The golden numbers: the published implementation's results, with the weights and inputs that produced them.
 
-They lie in `tests/data/golden`, or in the folder the environment variable GOLDEN_DIR names; the folder's `weights.py`
-makes the weights from a tag and a checkpoint name.
+They are in `tests/data/golden`, or in the folder named by the environment variable GOLDEN_DIR; its `weights.py`
+generates the weights from a tag and a checkpoint name.
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Golden:
-    """One golden file: a whole model, a batch, and what the published code made of them in evaluation mode."""
+    """One golden file: a whole model, a batch, and the published code's results for them in evaluation mode."""
 
     options: MethodOptions
     task: str
@@ -46,9 +46,9 @@ class Golden:
     labels: Tensor  # (B, 23) float32 for mmimdb, else (B,) int64
     expected: dict[str, Tensor]  # the arrays named in EXPECTED
     loss: float
-    grad_norm: dict[str, float]  # norm of the gradient of each parameter that got one
-    grad_head: dict[str, list[float]]  # its first four values
-    trainable_without_grad: list[str]  # trained by the task, but the loss does not depend on them
+    grad_norm: dict[str, float]  # gradient norm of each parameter that received a gradient
+    grad_head: dict[str, list[float]]  # the gradient's first four values
+    trainable_without_grad: list[str]  # trained for the task, though the loss does not depend on them
 
 
 def rep_files() -> list[Path]:
@@ -72,10 +72,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_gradients(
     found: Mapping[str, Tensor | None], meta: Mapping[str, Any], tolerance: float = 1e-3, floor: float = 0.0
 ) -> None:
-    """Norms and first four values of the gradients are those that `meta` has.
+    """The gradients' norms and first four values match those in `meta`.
 
     Args:
-        floor: what is nothing but rounding, of gradients that are 0.
+        floor: the most that rounding may leave of a gradient that is exactly 0.
     """
     for name, norm in meta["grad_norm"].items():
         gradient, head = found[name], torch.tensor(meta["grad_head"][name])
@@ -103,23 +103,23 @@ def architecture(vision_layers: int, text_layers: int, resolution: int) -> ClipA
 
 
 def shapes(task: str, options: MethodOptions, arch: ClipArchitecture) -> dict[str, tuple[int, ...]]:
-    """Published names and shapes of a model. That names are the published ones, test_backbone.py tests."""
+    """Shapes of a model's entries by published name; test_backbone.py checks the names against the published ones."""
     with torch.device("meta"):
         classifier = build_classifier(ModelSpec(task, options, arch))
     return {name: tuple(value.shape) for name, value in published_state(classifier).items()}
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays of a golden file, and what its entry `meta` says."""
+    """The arrays of a golden file and its parsed entry `meta`."""
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     return arrays, json.loads(str(arrays.pop("meta")))
 
 
 def load_golden(path: Path) -> Golden:
-    """Read a `rep_*.npz` or `dcp_*.npz` and make the weights and inputs behind it, from the files beside it.
+    """Reads a `rep_*.npz` or `dcp_*.npz` and regenerates its weights and inputs with the `weights.py` next to it.
 
-    Raises ValueError if the inputs made are not the ones in the file.
+    Raises ValueError if the generated inputs differ from those in the file.
     """
     arrays, meta = read(path)
     task, tag, missing_types = meta["task"], meta["tag"], meta["missing_type"]

@@ -1,7 +1,7 @@
-"""The golden numbers of the sensor backbones: published results, with the weights and signals that gave them.
+"""The golden numbers of the sensor backbones: published results, with the weights and signals that produced them.
 
-They lie in `tests/data/golden_as`, or in the folder the environment variable GOLDEN_AS_DIR names; `inputs.py` and the
-lists of names come from the former.
+They are in `tests/data/golden_as`, or in the folder named by the environment variable GOLDEN_AS_DIR; `inputs.py` and
+the lists of names always come from `tests/data/golden_as`.
 """
 
 import os
@@ -28,7 +28,7 @@ INPUTS: Any = golden.load_module(HERE / "inputs.py")
 
 @dataclass(frozen=True)
 class Golden:
-    """One file."""
+    """One golden file: its description and its arrays."""
 
     path: Path
     meta: dict[str, Any]
@@ -55,7 +55,7 @@ class Golden:
         return list(self.meta["modalities"])
 
     def fill(self, module: nn.Module, prefix: str = "") -> None:
-        """Gives parameters and statistics the values that go with their names."""
+        """Sets parameters and statistics to the values generated from their names."""
         with torch.no_grad():
             for name, value in module.state_dict().items():
                 value.copy_(torch.as_tensor(INPUTS.parameter(self.meta["tag"], prefix + name, tuple(value.shape))))
@@ -66,21 +66,23 @@ def load(path: Path) -> Golden:
     return Golden(path, meta, arrays)
 
 
-def files(*beginnings: str) -> list[Path]:
-    return sorted(path for beginning in beginnings for path in GOLDEN_AS_DIR.glob(f"{beginning}*.npz"))
+def files(*prefixes: str) -> list[Path]:
+    return sorted(path for name_prefix in prefixes for path in GOLDEN_AS_DIR.glob(f"{name_prefix}*.npz"))
 
 
 def sizes_of(meta: Mapping[str, Any]) -> SensorSizes:
     """The sizes that a golden file describes."""
     swt = "patch" in meta
-    of = {name: {"channels": meta["channels"][name], "samples": meta["samples"][name]} for name in meta["modalities"]}
-    for name, own in of.items():
+    modality_sizes = {
+        name: {"channels": meta["channels"][name], "samples": meta["samples"][name]} for name in meta["modalities"]
+    }
+    for name, own in modality_sizes.items():
         if swt:
             own |= {"patch": meta["patch"][name], "window": meta["window"][name]}
         else:
             kernels = [kernel[1] for kernel in meta["kernels"][name]]
             own |= {"kernel": kernels[0], "stride": meta["stride"][name][1], "inner_kernel": kernels[1]}
-    common = (meta["location"], meta["intervals"], of)
+    common = (meta["location"], meta["intervals"], modality_sizes)
     if swt:
         blocks = meta["blocks"][meta["modalities"][0]]
         return SensorSizes(SWT, *common, meta["width"], meta["feature_width"], meta["emb_dim"], blocks, meta["heads"])
@@ -89,7 +91,7 @@ def sizes_of(meta: Mapping[str, Any]) -> SensorSizes:
 
 
 def backbone_of(file: Golden) -> SensorBackbone:
-    """With the file's weights, in evaluation mode."""
+    """The backbone with the file's weights, in evaluation mode."""
     backbone = build(file.sizes)
     file.fill(backbone)
     return backbone.eval()

@@ -1,4 +1,4 @@
-"""Runs in processes of their own that are interrupted, and what such a chain of runs leaves."""
+"""Runs in separate processes that are interrupted and resumed, and the results of such a chain of runs."""
 
 import csv
 import json
@@ -15,16 +15,16 @@ import torch
 
 from tests.conftest import Workspace
 
-CONTEXT = multiprocessing.get_context("forkserver")  # imports everything once: a run then starts in a moment
+CONTEXT = multiprocessing.get_context("forkserver")  # imports everything once, so that each run starts quickly
 CONTEXT.set_forkserver_preload(["run", "runs.training"])
 OPTIONS = (
     *("val_check_interval=0.4", "max_epoch=3", "num_workers=1", "simulate_missing=True"),
     *("batch_size=8", "per_gpu_batchsize=4", "resume_from=auto"),
 )
-"""Twelve batches an epoch, two of them a step; validation after the batches 4, 8 and 12."""
+"""Twelve batches per epoch, two per optimiser step; validation after batches 4, 8 and 12."""
 
 Trap = tuple[str, int, int]
-"""Place in the run, at which of its passes the process sends itself a signal there, and that signal."""
+"""Place in the run, the pass through it at which the process signals itself, and the signal's number."""
 
 
 def _trap(trap: Trap, group: bool) -> None:
@@ -58,8 +58,8 @@ def _trap(trap: Trap, group: bool) -> None:
 
 
 def _run(command: list[str], log: Path, traps: tuple[Trap, ...], group: bool) -> None:
-    os.setsid()  # a group of its own, as a shell gives it
-    multiprocessing.set_start_method("fork", force=True)  # what a run has for its loaders
+    os.setsid()  # its own process group, as a shell would start it
+    multiprocessing.set_start_method("fork", force=True)  # as runs start their loader workers
     os.environ["HF_HUB_OFFLINE"] = "1"
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -75,7 +75,7 @@ def _run(command: list[str], log: Path, traps: tuple[Trap, ...], group: bool) ->
 
 
 class Chain:
-    """Runs of one name, one after the other, each resuming the one before."""
+    """Successive runs under one name, each resuming the one before."""
 
     def __init__(self, workspace: Workspace, name: str, *options: str) -> None:
         self.command = workspace.command(f"vit={workspace.backbone}", *OPTIONS, f"exp_name={name}", *options)
@@ -83,10 +83,10 @@ class Chain:
         self.log = workspace.root / f"{name}.log"
 
     def run(self, *traps: Trap, group: bool = False) -> int:
-        """Starts a run and waits for its end; its exit status, or the negative number of the signal that killed it.
+        """Starts a run, waits for it to end, and returns its exit status, or minus the signal that killed it.
 
         Args:
-            group: signals go to all its processes, as from Ctrl-C.
+            group: send signals to the whole process group, as Ctrl-C does.
         """
         process = self.started(*traps, group=group)
         process.join(120)
@@ -94,18 +94,18 @@ class Chain:
         return process.exitcode
 
     def started(self, *traps: Trap, group: bool = False) -> multiprocessing.process.BaseProcess:
-        """A run under way."""
+        """Starts a run and returns its process without waiting."""
         process = CONTEXT.Process(target=_run, args=(self.command, self.log, traps, group))
         process.start()
         return process
 
     @property
     def folders(self) -> list[Path]:
-        """Of the runs, in their order."""
+        """Folders of the runs, oldest first."""
         return sorted(self.parent.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
 
     def metrics(self) -> dict[tuple[int, str], str]:
-        """The values in all metrics.csv by step and column, but for the times; repeated ones have to agree."""
+        """All logged values keyed by step and column, except times; values logged twice must agree."""
         found: dict[tuple[int, str], str] = {}
         for path in (folder / "metrics.csv" for folder in self.folders if (folder / "metrics.csv").is_file()):
             with path.open(newline="") as file:
@@ -117,7 +117,7 @@ class Chain:
         return found
 
     def result(self) -> dict[str, Any]:
-        """Everything that a run computes: the newest last.ckpt and best.ckpt, the test metrics, all logged metrics."""
+        """Everything the chain computed: the newest last.ckpt and best.ckpt, the test metrics, all logged metrics."""
         last = next(folder for folder in reversed(self.folders) if (folder / "last.ckpt").is_file())
         best = torch.load(self.folders[-1] / "best.ckpt", weights_only=True)
         state = torch.load(last / "last.ckpt", weights_only=True)
@@ -134,7 +134,7 @@ class Chain:
 
 @contextmanager
 def files_up_to(n_bytes: int) -> Iterator[None]:
-    """No file may become longer: a write beyond fails as on a full disk, with another number."""
+    """Limits file sizes: a write beyond `n_bytes` fails as on a full disk, but with a different errno."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
@@ -144,7 +144,7 @@ def files_up_to(n_bytes: int) -> Iterator[None]:
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two results are not the same, bit for bit."""
+    """Paths at which two results are not bitwise equal."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         one, other = dict(enumerate(one)), dict(enumerate(other))
     if isinstance(one, dict) and isinstance(other, dict):

@@ -1,4 +1,4 @@
-"""Building the real model in tests: from a state dict, from a golden file, or small and random."""
+"""Builders of the real model for tests: from a state dict, from a golden file, or small and random."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,17 +21,17 @@ REAL = {
     "ViT-L/14": ClipArchitecture(224, 14, 1024, 24, 16, 768, 12, 12, 77, 49408, 768, "quick_gelu"),
     "ViT-L/14@336px": ClipArchitecture(336, 14, 1024, 24, 16, 768, 12, 12, 77, 49408, 768, "quick_gelu"),
 }
-"""Sizes of OpenAI's weights."""
+"""Architectures of OpenAI's weights."""
 ENDS = {
     "model.image_encoder.proj",
     *(f"model.image_encoder.ln_post.{part}" for part in ("weight", "bias")),
     *(f"model.text_encoder.ln_final.{part}" for part in ("weight", "bias")),
 }
-"""What is trained of the towers for Hateful Memes, and by some methods."""
+"""Tower parameters trained for Hateful Memes and by some methods."""
 
 
 def batch_of(given: Mapping[str, Tensor], present_BM: Tensor) -> ModelInput:
-    """The batch of samples, given all their inputs by modality; what is missing is left out."""
+    """A batch of samples, given all their inputs keyed by modality; missing ones are left out."""
     rows = {name: present_BM[:, m].nonzero().flatten() for m, name in enumerate(given)}
     code_B = (~present_BM).long() @ 2 ** torch.arange(len(rows)).flip(0)  # the last modality is the lowest digit
     inputs = {name: x[rows[name]] for name, x in given.items()}
@@ -40,7 +40,7 @@ def batch_of(given: Mapping[str, Tensor], present_BM: Tensor) -> ModelInput:
 
 
 def model_input(images: Tensor, tokens: Tensor, missing_types: list[int]) -> ModelInput:
-    """The batch of samples with `missing_types`, given every image and text."""
+    """A batch of samples with `missing_types`, given every image and text."""
     present_BM = torch.tensor([[t != 2, t != 1] for t in missing_types])
     batch = batch_of({"image": images, "text": tokens}, present_BM)
     texts = batch.inputs["text"]
@@ -48,7 +48,7 @@ def model_input(images: Tensor, tokens: Tensor, missing_types: list[int]) -> Mod
 
 
 def published_name(name: str) -> str:
-    """The name of an entry of the model in published checkpoints, which the slow version goes by."""
+    """Name of a model entry in published checkpoints, which the slow version uses."""
     for published, ours in PUBLISHED_NAMES.items():
         if name.startswith(ours):
             return published + name.removeprefix(ours)
@@ -56,13 +56,13 @@ def published_name(name: str) -> str:
 
 
 def published_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
-    """Parameters and buffers under their published names; gradients reach them."""
+    """Parameters and buffers keyed by published name, not detached: gradients reach them."""
     entries = [*classifier.named_buffers(), *classifier.named_parameters()]
     return {published_name(name): value for name, value in entries}
 
 
 def classifier_of(state: dict[str, Tensor], task: str, options: MethodOptions) -> MissingModalityClassifier:
-    """The real classifier with the values of `state`, published names; parameters frozen as `task` says."""
+    """The real classifier with the values of `state`, keyed by published name; parameters frozen as for `task`."""
     towers = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     classifier = build_classifier(ModelSpec(task, options, architecture_of(towers, "quick_gelu")))
     classifier.load_state_dict(model_names(state), strict=True)
@@ -76,11 +76,11 @@ def tiny_classifier(
     seed: int = 0,
     head: str = "linear",
     arch: ClipArchitecture = TINY,
-    **of_method: Any,
+    **method_options: Any,
 ) -> MissingModalityClassifier:
-    """A random classifier of TINY size, biases and norms moved away from their trivial start."""
+    """A random classifier of TINY size, with biases and norms moved away from their initial 0 and 1."""
     torch.manual_seed(seed)
-    options = MethodOptions(memory_length=memory_length, memory_depth=memory_depth, **of_method)
+    options = MethodOptions(memory_length=memory_length, memory_depth=memory_depth, **method_options)
     classifier = build_classifier(ModelSpec(task, options, arch, head))
     with torch.no_grad():
         for parameter in classifier.parameters():

@@ -32,7 +32,7 @@ STARTED = 1_790_000_000
 def write_run(
     folder: Path, task: str = "mmimdb", tested: float | None = 0.5, rows: int | None = None, **options: Any
 ) -> Path:
-    """A finished run of made-up numbers: `options` differ from the defaults, `tested` is its result on `rows` rows."""
+    """Writes a finished run with made-up numbers: `options` override defaults; test result `tested` on `rows` rows."""
     from config import DEFAULTS
 
     config = json.loads(json.dumps(DEFAULTS))
@@ -68,7 +68,7 @@ def write_run(
 
 
 def at(missing_type: str, ratio: float) -> dict[str, Any]:
-    """The options of a run that is trained, validated and tested at one pattern."""
+    """Options of a run that is trained, validated and tested at one pattern."""
     return {
         "missing_type": dict.fromkeys(("train", "val", "test"), missing_type),
         "missing_ratio": dict.fromkeys(("train", "val", "test"), ratio),
@@ -77,7 +77,7 @@ def at(missing_type: str, ratio: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TestSet:
-    """Samples of a made-up test set: film 3 has two plots and is two samples."""
+    """Samples of a made-up test set; film 3 has two plots and so counts as two samples."""
 
     __test__ = False
 
@@ -95,7 +95,7 @@ class TestSet:
 
     @property
     def labels(self) -> np.ndarray:
-        """Of the samples: (N, C) for MM-IMDb, whose last genre has no film, else (N,)."""
+        """Labels of the samples: (N, C) for MM-IMDb, whose last genre has no film, else (N,)."""
         rng = np.random.default_rng(0)
         n_classes = TASKS[self.task].n_classes
         if self.task == "mmimdb":
@@ -105,7 +105,7 @@ class TestSet:
         return rng.integers(min(n_classes, 5), size=self.films)[self.rows]
 
     def logits(self, seed: int) -> dict[str, np.ndarray]:
-        """Better than chance, the less so the more is missing."""
+        """Logits better than chance, the less so the more is missing."""
         rng = np.random.default_rng(seed + 1)
         labels, n_classes = self.labels, TASKS[self.task].n_classes
         target = labels if labels.ndim == 2 else np.eye(n_classes)[labels]
@@ -117,7 +117,7 @@ class TestSet:
     def write(
         self, run: Path, seed: int = 0, logits: dict[str, np.ndarray] | None = None, offset: float | None = None
     ) -> dict[str, Any]:
-        """RUN/robustness for `logits` (N, C) by name of missing type; returns what robustness.json holds."""
+        """Writes RUN/robustness for `logits`, (N, C) keyed by missing type; returns the content of robustness.json."""
         found, rows = logits or self.logits(seed), self.rows
         logits_TNC = torch.from_numpy(np.stack([found[name] for name in TYPE_NAMES])).float()
         split = SplitLogits(np.array(rows), max(rows) + 1, torch.from_numpy(self.labels), logits_TNC)
@@ -127,7 +127,7 @@ class TestSet:
         return content
 
     def write_logits(self, run: Path, logits: dict[str, np.ndarray], sha256: str = "") -> None:
-        """RUN/robustness/logits.arrow, of the checkpoint with that digest, or of RUN/best.ckpt."""
+        """Writes RUN/robustness/logits.arrow for the checkpoint with digest `sha256`, by default RUN/best.ckpt."""
         rows = self.rows
         columns: dict[str, pa.Array] = {
             "sample": pa.array(range(len(rows)), pa.int64()),
@@ -143,7 +143,7 @@ class TestSet:
         write_arrow(run / "robustness" / "logits.arrow", table)
 
     def write_films(self, folder: Path, plots: list[list[str]], other_labels: bool = False) -> None:
-        """FOLDER/mmimdb_test.arrow of the samples; the picture of film `number` is of the grey `8 * number`."""
+        """Writes the samples to FOLDER/mmimdb_test.arrow; the image of film `number` is grey, level `8 * number`."""
         images = []
         for number in range(self.films):
             file = io.BytesIO()
@@ -173,14 +173,14 @@ def write_measured(
     modalities: tuple[str, ...],
     offset: float | None = None,
 ) -> dict[str, Any]:
-    """RUN/robustness of the logits of a split, two missing tables a pattern; returns what robustness.json holds."""
+    """Writes RUN/robustness for a split's logits, two missing tables per pattern; returns robustness.json's content."""
     config, best = json.loads((run / "config.json").read_text()), run / "best.ckpt"
     patterns = [
         [MissingPattern(kind, ratio, 0.5, seed) for seed in (0, 1)] for kind in missing_types for ratio in ratios
     ]
-    of_run = (config["prompt_type"], config["exp_name"], config["seed"], None, "32-true", TASKS[config["task"]])
-    named = (modalities, tuple(classes), run / "missing_tables", config["task"], offset)
-    content = measure(Subject(best, sha256_of(best), *of_run, *named), split, patterns, resamples=10)
+    run_facts = (config["prompt_type"], config["exp_name"], config["seed"], None, "32-true", TASKS[config["task"]])
+    data_facts = (modalities, tuple(classes), run / "missing_tables", config["task"], offset)
+    content = measure(Subject(best, sha256_of(best), *run_facts, *data_facts), split, patterns, resamples=10)
     content["confidence"] = {"level": 0.95, "resamples": 1000} | {
         name: {metric: [value - 0.03, value + 0.02] for metric, value in found.items()}
         for name, found in content["by_type"].items()
@@ -203,7 +203,7 @@ PLOTS[3:5] = [["The first plot of film 3.", HOSTILE], [HOSTILE]]
 
 
 def write_runs(root: Path) -> Path:
-    """Two seeds at 70 % both with results and pictures, a run at 90 % text without, and two other datasets."""
+    """Two seeds at 70 % both with results and images, a run at 90 % text without, and runs on two other datasets."""
     TestSet().write_films(root / "films", PLOTS)
     for seed, name in ((0, "rep"), (1, HOSTILE)):
         options: dict[str, Any] = {"seed": seed, "exp_name": name, "data_root": str(root / "films")}
@@ -217,12 +217,12 @@ def write_runs(root: Path) -> Path:
 
 
 def text_of(report: Path) -> str:
-    """What the page of a report says, a heading or a paragraph a line."""
+    """Visible text of a report's page, one heading or paragraph per line."""
     page = re.sub(r"<style>.*?</style>|<[^>]*>", "", (report / "index.html").read_text("utf-8"), flags=re.DOTALL)
     return html.unescape(page).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def edited(run: Path, name: str, **changes: Any) -> Path:
-    """`run` with other values in one of its JSON files."""
+    """Changes values in one of the run's JSON files; returns `run`."""
     (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | changes))
     return run

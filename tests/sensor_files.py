@@ -1,4 +1,4 @@
-"""Made-up sets of sensors in the layouts that make_arrow.py reads."""
+"""Made-up sensor datasets in the layout that make_arrow.py reads."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import numpy as np
 
 MODALITIES = ("acc", "gyr", "lig")
 RATE, ROWS = 10, 60
-"""Rows of a recording: 6 s."""
+"""Sampling rate in Hz, and rows of a recording, which lasts 6 s."""
 SPEC = "name: made_up\nsample: 1\ninterval: 0.4\ninterval_overlap: 0.5\n"
-"""Of 10 values each, 4 intervals of 4, 2 apart."""
+"""Samples of 10 values: 4 intervals of 4 values, starting 2 apart."""
 
 
 def write_set(folder: Path, recordings: int = 12, modalities: tuple[str, ...] = MODALITIES) -> Path:
-    """A recording of each subject, of one of two classes that all modalities show; the splits are 8, 2 and 2."""
+    """Writes one recording per subject, of one of two classes that every modality reveals; splits of 8, 2 and 2."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(4)
     widths = {"acc": 2, "gyr": 2, "lig": 1}

@@ -1,11 +1,11 @@
-"""All methods on CLIP, slowly: one sample at a time, every position of every block computed, as docs/method.md says it.
+"""All methods on CLIP, slowly: one sample at a time, every position of every block computed, following docs/method.md.
 
-This is the yardstick for the fast model, so it shares no code with it: pure functions over `state`, a flat dict of
-tensors under their checkpoint names (`model.image_encoder.proj`, ...). Sizes come from the tensors; autograd flows
-wherever an entry requires grad.
+This is the reference for the fast model, so the two share no code: pure functions over `state`, a flat dict of tensors
+keyed by checkpoint name (`model.image_encoder.proj`, ...). Sizes are read from the tensors; gradients reach every entry
+that requires them.
 
-Shape suffixes: L sequence, W width of either tower, E joint embedding, m slots of a group. A missing type is 0
-complete, 1 text missing, 2 image missing.
+Shape suffixes: L sequence length, W tower width, E joint embedding, m slots of a group. Missing types: 0 complete,
+1 text missing, 2 image missing.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 Dropout = Callable[[str, Tensor], Tensor]
-"""(checkpoint prefix of the RDN, its hidden activations (m, 256)) -> the same, with a mask applied."""
+"""(checkpoint prefix of the RDN, its hidden activations (m, 256)) -> the activations with a dropout mask applied."""
 
 PROMPTS = "model.prompt_learner"
 MEMORY = "model.memory_learner"
@@ -29,14 +29,14 @@ TOWERS = {"image": IMAGE, "text": TEXT}
 HEAD_WIDTH = 64
 TEXT_MISSING, IMAGE_MISSING = 1, 2
 AVAILABLE = ("complete", "image", "text")
-"""By missing type: what the common memory and the dynamic queries are named after, which is what is *there*."""
+"""Indexed by missing type: common memory and dynamic queries are named after the modality that is *available*."""
 RELEASED = {"far": True, "fmb": True, "dynamic_init": False}
-"""Options of REP."""
+"""REP's default options."""
 
 
 class Features(NamedTuple):
     unmasked: Tensor  # (2E,) image half, then text half
-    masked: Tensor  # (2E,) the half of the missing modality is zero
+    masked: Tensor  # (2E,) zeros in the missing modality's half
 
 
 def linear(state: State, name: str, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def attention(
     values: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Multi-head attention of `target_LW` over `source_SW`, (L, W); every position sees further keys and values."""
+    """Multi-head attention of `target_LW` over `source_SW`, (L, W); every position also sees `keys` and `values`."""
     weights, biases = state[f"{name}.in_proj_weight"].chunk(3), state[f"{name}.in_proj_bias"].chunk(3)
     sources = (target_LW, source_SW, source_SW)
     query, key, value = (F.linear(x, weight, bias) for x, weight, bias in zip(sources, weights, biases, strict=True))
@@ -75,16 +75,16 @@ def attention(
     allowed = torch.ones(len(query), len(key), dtype=torch.bool)
     if causal:
         allowed[:, ahead:] = allowed[:, ahead:].tril()
-    seen, width = [], target_LW.shape[-1] // heads
+    attended, width = [], target_LW.shape[-1] // heads
     for head in range(heads):
         part = slice(head * width, (head + 1) * width)
         score = query[:, part] @ key[:, part].T / math.sqrt(width)
-        seen.append(score.masked_fill(~allowed, -math.inf).softmax(-1) @ value[:, part])
-    return linear(state, f"{name}.out_proj", torch.cat(seen, dim=-1))
+        attended.append(score.masked_fill(~allowed, -math.inf).softmax(-1) @ value[:, part])
+    return linear(state, f"{name}.out_proj", torch.cat(attended, dim=-1))
 
 
 def rdn(state: State, name: str, x: Tensor, dropout: Dropout | None) -> Tensor:
-    """RDN(i -> o), (m, i) -> (m, o): `skip` is the identity where the state has no such layer, which is where i = o."""
+    """RDN(i -> o), (m, i) -> (m, o). `skip` is the identity if the state has no such layer, as when i = o."""
     hidden = F.gelu(layer_norm(state, f"{name}.layernorm", linear(state, f"{name}.fc1", x)))
     if dropout is not None:
         hidden = dropout(name, hidden)
@@ -94,7 +94,7 @@ def rdn(state: State, name: str, x: Tensor, dropout: Dropout | None) -> Tensor:
 
 @dataclass
 class Slots:
-    """What one tower gets for one sample. Lists go by block."""
+    """Slots of one tower for one sample; lists have an item per block."""
 
     replaced: list[Tensor] = field(default_factory=list)
     inserted: list[Tensor] = field(default_factory=list)
@@ -113,11 +113,11 @@ def method_slots(
     rep: dict[str, bool] = RELEASED,
     dropout: Dropout | None = None,
 ) -> dict[str, Slots]:
-    """The slots of one sample for the image and the text tower.
+    """One sample's slots for the image and the text tower.
 
     Args:
-        inputs: input tokens (L, W) of either tower, for `dynamic_init`.
-        rep: the options far, fmb and dynamic_init of REP.
+        inputs: input tokens (L, W) of each tower, read by SyP and by `dynamic_init`.
+        rep: REP's options far, fmb and dynamic_init.
     """
     slots = {"image": Slots(), "text": Slots()}
     if prompt_type == "none":
@@ -126,52 +126,52 @@ def method_slots(
         return _synergistic(state, missing_type, inputs)
     if prompt_type in ("rep", "dcp"):
         return _chained(state, prompt_type, missing_type, inputs, rep, dropout)
-    for tower, of_tower in slots.items():
+    for tower, tower_slots in slots.items():
         prompts = state.get(f"{PROMPTS}.{tower}_prompts")
         if prompt_type == "coop":
             assert prompts is not None
-            of_tower.inserted = [prompts]
+            tower_slots.inserted = [prompts]
         elif prompt_type == "maple":
             text = state[f"{PROMPTS}.text_prompts"]
             for k in range(len(text)):
                 name = f"{PROMPTS}.image_projections.{k}"
-                of_tower.replaced.append(text[k] if tower == "text" else linear(state, name, text[k]))
+                tower_slots.replaced.append(text[k] if tower == "text" else linear(state, name, text[k]))
         elif prompt_type == "msp":
             assert prompts is not None
             for for_image, for_text in prompts:
-                of_type = (for_image + for_text, for_image, for_text)
-                of_tower.replaced.append(of_type[missing_type])
+                by_type = (for_image + for_text, for_image, for_text)
+                tower_slots.replaced.append(by_type[missing_type])
         else:
             assert prompts is not None
-            for of_block in prompts:
-                mine = of_block[missing_type]
+            for block_prompts in prompts:
+                chosen = block_prompts[missing_type]
                 if prompt_type == "map_input":
-                    of_tower.inserted.append(mine)
+                    tower_slots.inserted.append(chosen)
                 else:
-                    half = len(mine) // 2
-                    of_tower.keys.append(mine[:half])
-                    of_tower.values.append(mine[half:])
+                    half = len(chosen) // 2
+                    tower_slots.keys.append(chosen[:half])
+                    tower_slots.values.append(chosen[half:])
     return slots
 
 
 def _synergistic(state: State, missing_type: int, inputs: dict[str, Tensor]) -> dict[str, Slots]:
-    """SyP: prompts scaled by the sample and static ones, then those that follow from the block before."""
+    """SyP: sample-scaled plus static prompts in the first block, each later block's computed from the block before."""
     slots = {"image": Slots(), "text": Slots()}
     missing = {"image": IMAGE_MISSING, "text": TEXT_MISSING}
     means = [inputs[tower].mean(0) * (missing_type != missing[tower]) for tower in slots]
     scale = linear(state, f"{PROMPTS}.scale.2", linear(state, f"{PROMPTS}.scale.0", torch.cat(means)[None]).relu())
     scales = dict(zip(slots, scale[0].sigmoid().split([len(mean) for mean in means]), strict=True))
-    for tower, of_tower in slots.items():
+    for tower, tower_slots in slots.items():
         base = state[f"{PROMPTS}.{tower}_prompts"][missing_type]
         static = linear(state, f"{PROMPTS}.static.{tower}", state[f"{PROMPTS}.static_prompts"])
-        of_tower.replaced.append(base * scales[tower] + static)
+        tower_slots.replaced.append(base * scales[tower] + static)
     k = 0
     while f"{PROMPTS}.deeper.image.{k}.0.weight" in state:
         pair = torch.cat([slots["image"].replaced[-1], slots["text"].replaced[-1]], dim=-1)
-        for tower, of_tower in slots.items():
+        for tower, tower_slots in slots.items():
             name = f"{PROMPTS}.deeper.{tower}.{k}"
             hidden = F.gelu(linear(state, f"{name}.0", pair))
-            of_tower.replaced.append(layer_norm(state, f"{name}.3", linear(state, f"{name}.2", hidden)))
+            tower_slots.replaced.append(layer_norm(state, f"{name}.3", linear(state, f"{name}.2", hidden)))
         k += 1
     return slots
 
@@ -184,7 +184,7 @@ def _chained(
     rep: dict[str, bool],
     dropout: Dropout | None,
 ) -> dict[str, Slots]:
-    """REP and DCP: private slots that follow from those of the layer before, shared ones, dynamic ones."""
+    """REP and DCP: private slots, each layer's computed from the layer before; shared slots; dynamic slots."""
     learner, word = (MEMORY, "memory") if prompt_type == "rep" else (PROMPTS, "prompt")
     image_state = "missing" if missing_type == IMAGE_MISSING and rep["fmb"] else "complete"
     text_state = "missing" if missing_type == TEXT_MISSING and rep["fmb"] else "complete"
@@ -222,18 +222,18 @@ def _chained(
         net = f"{learner}.dynamic_common_token_net"
         common = common + rdn(state, net, torch.cat(means)[None], None)
     queries = "memories_dynamic" if prompt_type == "rep" else "prompts_dynamic"
-    for tower, of_tower in slots.items():
+    for tower, tower_slots in slots.items():
         if rep["fmb"]:
-            of_tower.inserted = [project(f"common_{word}_projection_{tower}", common)]
+            tower_slots.inserted = [project(f"common_{word}_projection_{tower}", common)]
         block = f"{TOWERS[tower]}.transformer.resblocks.0"
-        of_tower.queries = state[f"{block}.{queries}_{AVAILABLE[missing_type]}"][:, 0]
-        of_tower.dynamic = f"{block}.attn_{word}"
-        of_tower.replay = f"{learner}.replay_{tower}"
+        tower_slots.queries = state[f"{block}.{queries}_{AVAILABLE[missing_type]}"][:, 0]
+        tower_slots.dynamic = f"{block}.attn_{word}"
+        tower_slots.replay = f"{learner}.replay_{tower}"
     return slots
 
 
 def run_tower(state: State, tower: str, tokens_LW: Tensor, slots: Slots, activation: str) -> tuple[Tensor, int]:
-    """All positions (slots first) after the last block, and the number of those before the input tokens."""
+    """Outputs of the last block at all positions, slots first, and the number of positions before the input tokens."""
     x = tokens_LW
     if slots.queries is not None:
         x = torch.cat([attention(state, slots.dynamic, slots.queries, tokens_LW, heads=1), x])
@@ -267,7 +267,7 @@ def run_tower(state: State, tower: str, tokens_LW: Tensor, slots: Slots, activat
 def _block(
     state: State, name: str, x_LW: Tensor, keys: Tensor, values: Tensor, causal: bool, activation: str
 ) -> Tensor:
-    """One block of CLIP, with keys and values in front that every position sees."""
+    """One block of CLIP, with extra keys and values in front that every position sees."""
     normed, heads = layer_norm(state, f"{name}.ln_1", x_LW), x_LW.shape[-1] // HEAD_WIDTH
     x_LW = x_LW + attention(state, f"{name}.attn", normed, normed, heads, keys, values, causal)
     hidden = activate(linear(state, f"{name}.mlp.c_fc", layer_norm(state, f"{name}.ln_2", x_LW)), activation)
@@ -284,7 +284,7 @@ def features(
     activation: str = "quick_gelu",
     dropout: Dropout | None = None,
 ) -> Features:
-    """Of one sample: a normalised image (3, R, R) and token ids (77,), padding included."""
+    """Features of one sample: a normalised image (3, R, R) and token ids (77,), padding included."""
     kernel = state[f"{IMAGE}.conv1.weight"]
     patches = F.conv2d(image[None], kernel, stride=kernel.shape[-1])[0].flatten(1).T
     image_tokens = torch.cat([state[f"{IMAGE}.class_embedding"][None], patches])
@@ -303,7 +303,7 @@ def features(
 
 
 def msp_penalty(state: State) -> Tensor:
-    """0.15 times the mean absolute cosine between the two sets, over towers and blocks."""
+    """0.15 times the mean absolute cosine between the two prompt sets, over towers and blocks."""
     cosines = []
     for tower in TOWERS:
         for for_image, for_text in state[f"{PROMPTS}.{tower}_prompts"]:
@@ -316,9 +316,9 @@ def decoupling(all_slots: list[dict[str, Slots]]) -> Tensor:
     """Mean squared cosine between every private and every shared slot, over samples, towers and layers."""
     squares = []
     for slots in all_slots:
-        for of_tower in slots.values():
-            for private in of_tower.replaced:
+        for tower_slots in slots.values():
+            for private in tower_slots.replaced:
                 for one in private:
-                    for other in of_tower.inserted[0]:
+                    for other in tower_slots.inserted[0]:
                         squares.append((one @ other / (one.norm() * other.norm())) ** 2)
     return torch.stack(squares).mean()

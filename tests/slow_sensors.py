@@ -1,7 +1,7 @@
-"""REP on the SW-Transformer, slowly: one sample at a time, and of each token an explicit list of what it sees.
+"""REP on the SW-Transformer, slowly: one sample at a time, with an explicit list of the positions each token sees.
 
-It shares no code with the fast model: pure functions over `state`, a flat dict of tensors under their names in
-checkpoints, and the sizes. Evaluation mode.
+The reference for the fast model, so the two share no code: pure functions over `state`, a flat dict of tensors keyed by
+checkpoint name, and the sizes. Evaluation mode.
 """
 
 import math
@@ -33,14 +33,14 @@ def rdn(state: State, name: str, x: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], added: Sequence[float | Tensor]) -> Tensor:
-    """One query (d,) and one head."""
+    """Attention of one query (d,) in one head; `added` is added to the scores."""
     scores = [query @ key / math.sqrt(len(query)) + one for key, one in zip(keys, added, strict=True)]
     weights = torch.stack(scores).softmax(dim=0)
     return sum((weight * value for weight, value in zip(weights, values, strict=True)), torch.zeros_like(query))
 
 
 def multi_head(state: State, name: str, query: Tensor, source: Tensor, heads: int) -> Tensor:
-    """Of torch's names: queries (q, C) over (s, C)."""
+    """Multi-head attention of queries (q, C) over (s, C), with the parameter names of torch's module."""
     width = query.shape[-1] // heads
     weights, biases = state[f"{name}.in_proj_weight"].chunk(3), state[f"{name}.in_proj_bias"].chunk(3)
     q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, source, source), weights, biases, strict=True))
@@ -52,18 +52,22 @@ def multi_head(state: State, name: str, query: Tensor, source: Tensor, heads: in
 
 
 def patches(state: State, sizes: SensorSizes, name: str, signal: Tensor) -> dict[tuple[int, int], Tensor]:
-    """Tokens by place of the grid."""
-    of, at = sizes.of(name), f"patch_embed.{sizes.location}.{name}"
+    """Tokens keyed by grid position."""
+    spec, at = sizes.of(name), f"patch_embed.{sizes.location}.{name}"
     spectrum = torch.fft.fft(signal)
     planes = torch.stack([part for channel in spectrum for part in (channel.real, channel.imag)])
-    multiples = [w * p * 2 ** (len(sizes.blocks) - 1) for w, p in zip(of.window, of.patch, strict=True)]
+    multiples = [w * p * 2 ** (len(sizes.blocks) - 1) for w, p in zip(spec.window, spec.patch, strict=True)]
     rows, columns = (-(-size // each) * each for size, each in zip(planes.shape[1:], multiples, strict=True))
     padded = torch.zeros(len(planes), rows, columns)
     padded[:, : planes.shape[1], : planes.shape[2]] = planes
     grid = {}
-    for i in range(rows // of.patch[0]):
-        for j in range(columns // of.patch[1]):
-            patch = padded[:, i * of.patch[0] : (i + 1) * of.patch[0], j * of.patch[1] : (j + 1) * of.patch[1]]
+    for i in range(rows // spec.patch[0]):
+        for j in range(columns // spec.patch[1]):
+            patch = padded[
+                :,
+                i * spec.patch[0] : (i + 1) * spec.patch[0],
+                j * spec.patch[1] : (j + 1) * spec.patch[1],
+            ]
             token = (state[f"{at}.proj.weight"] * patch).sum(dim=(1, 2, 3)) + state[f"{at}.proj.bias"]
             grid[i, j] = norm(state, f"{at}.norm", token)
     return grid
@@ -82,8 +86,8 @@ def block(
         parts = linear(state, f"{at}.attn.qkv", norm(state, f"{at}.norm1", x)).chunk(3)
         return [list(part.chunk(heads)) for part in parts]
 
-    of_token = {place: projected(x) for place, x in grid.items()}
-    of_slot = [projected(x) for x in slots]
+    token_qkv = {place: projected(x) for place, x in grid.items()}
+    slot_qkv = [projected(x) for x in slots]
 
     def shifted(place: tuple[int, int]) -> tuple[int, int]:
         return (place[0] - shift[0]) % H, (place[1] - shift[1]) % W
@@ -109,19 +113,19 @@ def block(
     nothing = lambda _: 0.0  # noqa: E731
     new = {}
     for place, x in grid.items():
-        seen: list[tuple[list[list[Tensor]], Any]] = [(one, nothing) for one in of_slot]
-        mine = shifted(place)
+        seen: list[tuple[list[list[Tensor]], Any]] = [(one, nothing) for one in slot_qkv]
+        target = shifted(place)
         for other in grid:
-            theirs = shifted(other)
-            if (mine[0] // h, mine[1] // w) != (theirs[0] // h, theirs[1] // w):
+            source_place = shifted(other)
+            if (target[0] // h, target[1] // w) != (source_place[0] // h, source_place[1] // w):
                 continue
-            down, right = mine[0] - theirs[0], mine[1] - theirs[1]
+            down, right = target[0] - source_place[0], target[1] - source_place[1]
             bias = table[(down + h - 1) * (2 * w - 1) + right + w - 1]
             apart = -100.0 if 0 not in shift and region(place) != region(other) else 0.0
-            seen.append((of_token[other], lambda head, bias=bias, apart=apart: bias[head] + apart))
-        new[place] = finish(x, output(of_token[place], seen))
-    everything = [(one, nothing) for one in (*of_slot, *of_token.values())]
-    return new, [finish(x, output(one, everything)) for x, one in zip(slots, of_slot, strict=True)]
+            seen.append((token_qkv[other], lambda head, bias=bias, apart=apart: bias[head] + apart))
+        new[place] = finish(x, output(token_qkv[place], seen))
+    everything = [(one, nothing) for one in (*slot_qkv, *token_qkv.values())]
+    return new, [finish(x, output(one, everything)) for x, one in zip(slots, slot_qkv, strict=True)]
 
 
 def merged(state: State, at: str, four: Sequence[Tensor]) -> Tensor:
@@ -132,7 +136,7 @@ def feature(
     state: State, sizes: SensorSizes, name: str, grid: dict[tuple[int, int], Tensor], first: list[Tensor],
     private: list[list[Tensor]], replay_steps: int = 0,
 ) -> Tensor:  # fmt: skip
-    """(E,) of tokens; `first` are the slots of block 0, `private` those that replace the first ones of each block."""
+    """One modality's feature (E,); `first` are block 0's slots, `private` replaces the leading slots of each block."""
     slots, k, depth = first, 0, len(private)
     outputs: list[list[Tensor]] = []
     replayed = 2 * len(private[0]) if private else 0
@@ -167,7 +171,7 @@ def feature(
 
 
 def chain(state: State, names: Sequence[str], present: Sequence[str], depth: int, far: bool, fmb: bool) -> Any:
-    """v_k (m, C) by modality, for each k."""
+    """Private slots v_k (m, C) keyed by modality, for each k."""
     start = {
         name: state[f"{LEARNER}.private_memory_{'complete' if name in present or not fmb else 'missing'}.{name}"]
         for name in names
@@ -191,7 +195,7 @@ def logits(
     state: State, sizes: SensorSizes, head: tuple[Tensor, Tensor], signals: Mapping[str, Tensor], *,
     depth: int, far: bool = True, fmb: bool = True, replay_depth: int = 0, dynamic_init: bool = False,
 ) -> Tensor:  # fmt: skip
-    """(K,) of one sample, whose missing modalities are not in `signals`."""
+    """Logits (K,) of one sample, whose missing modalities are absent from `signals`."""
     names = list(sizes.modalities)
     present = [name for name in names if name in signals]
     pattern = "+".join(present)

@@ -1,6 +1,6 @@
-"""The backbone for text, audio and vision with REP's memory, slowly: one sample at a time, as docs/vla.md says it.
+"""The backbone for text, audio and vision with REP's memory, slowly: one sample at a time, following docs/vla.md.
 
-The yardstick for the fast model, so it shares no code with it: functions over `state`, tensors by published name.
+The reference for the fast model, so the two share no code: functions over `state`, tensors keyed by published name.
 Letters l, a, v in this order. Shapes: T steps, S of a source, D width, w width of a tower, m slots of a group.
 """
 
@@ -85,7 +85,7 @@ def forward(
     fmb: bool = True,
     mask_readout: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Output (C,) of one sample, of whose features (T, D) by letter those in `missing` are not read; the decoupling."""
+    """One sample's output (C,) and decoupling penalty; features (T, D) keyed by letter, those in `missing` unread."""
     mode = ["l", "a", "v", "la", "lv", "av", ""].index(missing)
     u = {
         c: (torch.zeros_like(x) if c in missing else x) @ state[f"proj_{c}.weight"][..., 0].T

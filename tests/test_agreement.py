@@ -1,4 +1,4 @@
-"""A checkpoint against what it is used with: classes, tokenizer, options from files, and what its run recorded."""
+"""Checkpoints match the classes, tokenizer and options they are used with, and the records of their run."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ SMALL = ("batch_size=2", "per_gpu_batchsize=2", "max_epoch=1")
 
 
 def name_classes(folder: Path, names: list[str]) -> Path:
-    """Gives the Food-101 files in `folder` the class names `names`."""
+    """Sets the class names of the Food-101 files in `folder`."""
     for path in folder.glob("food101_*.arrow"):
         table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
         write(path, table.replace_schema_metadata({"class_names": json.dumps(names)}))
@@ -32,7 +32,7 @@ def name_classes(folder: Path, names: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def food(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a Food-101 run, whose arrow files lie beside it."""
+    """Folder of a Food-101 run on arrow files with class names."""
     root = tmp_path_factory.mktemp("food")
     arrow = name_classes(Path(shutil.copytree(GOLDEN_ARROW, root / "arrow")), DISHES)
     return workspace.train("food", "test_after_fit=False", *SMALL, log_dir=root, task="food101", data_root=arrow)
@@ -40,7 +40,7 @@ def food(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def coop(workspace: Workspace) -> Path:
-    """The folder of a run of another method than the default one."""
+    """Folder of a run with a non-default method."""
     return workspace.train("agree", "prompt_type=coop", "max_epoch=1", "test_after_fit=False")
 
 
@@ -55,7 +55,7 @@ def other_tokenizer(workspace: Workspace, tmp_path: Path) -> Path:
 
 
 def changed(path: Path, target: Path, **described: Any) -> Path:
-    """A copy of a checkpoint with other entries in its description; None leaves an entry out."""
+    """Copies a checkpoint with entries of its description changed; None removes an entry."""
     content = torch.load(path, weights_only=True)
     merged = {**content["rep"], **described}
     content["rep"] = {name: value for name, value in merged.items() if value is not None}
@@ -69,7 +69,7 @@ def evaluation(workspace: Workspace, log_dir: Path, *options: str) -> list[str]:
 
 
 @pytest.mark.parametrize("use", ["test_only", "resume", "finetune_first", "robustness"])
-def test_data_with_another_order_of_classes(workspace, food, tmp_path, golden_arrow, capsys, use):
+def test_data_with_reordered_classes_is_refused(workspace, food, tmp_path, golden_arrow, capsys, use):
     arrow = name_classes(golden_arrow, [*DISHES[:2], DISHES[3], DISHES[2], *DISHES[4:]])
     common = (f"log_dir={tmp_path}", f"vit={workspace.backbone}", *SMALL)
     best = f"load_path={food / 'best.ckpt'}"
@@ -89,8 +89,8 @@ def test_data_with_another_order_of_classes(workspace, food, tmp_path, golden_ar
     assert "expected 'dish 2' as class 2, found 'dish 3'" in said
 
 
-def test_classes_without_a_name_agree_with_any(workspace, food, tmp_path, golden_arrow):
-    """The published files have no names, and a checkpoint may be older than its class names."""
+def test_unnamed_classes_match_any_names(workspace, food, tmp_path, golden_arrow):
+    """The published files have no class names, nor do older checkpoints."""
     unnamed = name_classes(golden_arrow, DISHES[:2])
     old = changed(food / "best.ckpt", tmp_path / "old.ckpt", class_names=None)
     for number, checkpoint in enumerate([food / "best.ckpt", old]):
@@ -99,7 +99,7 @@ def test_classes_without_a_name_agree_with_any(workspace, food, tmp_path, golden
 
 
 @pytest.mark.parametrize("use", ["test_only", "predict", "robustness", "resume"])
-def test_another_tokenizer_than_that_of_the_training(workspace, coop, other_tokenizer, tmp_path, capsys, use):
+def test_a_tokenizer_other_than_the_training_one_is_refused(workspace, coop, other_tokenizer, tmp_path, capsys, use):
     option, best = f"tokenizer={other_tokenizer}", coop / "best.ckpt"
     if use == "test_only":
         assert command_line(evaluation(workspace, tmp_path, f"load_path={best}", option)) == 2
@@ -116,17 +116,19 @@ def test_another_tokenizer_than_that_of_the_training(workspace, coop, other_toke
     assert f"{best}: trained with the tokenizer that comes with its backbone (fingerprint " in error_of(capsys)
 
 
-def test_the_message_names_the_tokenizer_that_the_run_had(workspace, other_tokenizer, tmp_path):
+def test_the_error_names_the_training_tokenizer(workspace, other_tokenizer, tmp_path):
     short = ("max_epoch=1", "test_after_fit=False", f"tokenizer={other_tokenizer}")
     best = workspace.train("t", *short, log_dir=tmp_path) / "best.ckpt"
     with pytest.raises(CheckpointError, match=f"trained with tokenizer={other_tokenizer} "):
         load_model(best)
     load_model(best, tokenizer=str(other_tokenizer))
     copied = Path(shutil.copytree(other_tokenizer, tmp_path / "copied"))
-    load_model(best, tokenizer=str(copied))  # the same one elsewhere
+    load_model(best, tokenizer=str(copied))  # the same tokenizer in another folder
 
 
-def test_a_checkpoint_without_its_tokenizer_is_read(coop: Path, other_tokenizer: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_recorded_tokenizer_accepts_any(
+    coop: Path, other_tokenizer: Path, tmp_path: Path
+) -> None:
     old = changed(coop / "best.ckpt", tmp_path / "old.ckpt", tokenizer=None)
     load_model(old, tokenizer=str(other_tokenizer))
     assert read_checkpoint(old).tokenizer is None
@@ -135,8 +137,8 @@ def test_a_checkpoint_without_its_tokenizer_is_read(coop: Path, other_tokenizer:
             read_checkpoint(changed(coop / "best.ckpt", tmp_path / "wrong.ckpt", tokenizer=wrong))
 
 
-def test_tables_are_not_written_where_a_record_points(coop, tmp_path, monkeypatch, capsys):
-    """Only where that folder is there."""
+def test_missing_tables_are_not_written_to_a_recorded_folder_that_is_absent(coop, tmp_path, monkeypatch, capsys):
+    """They are written there only if that folder exists; otherwise in the default folder."""
     run, elsewhere = Path(shutil.copytree(coop, tmp_path / "run")), tmp_path / "else" / "where"
     edited(run, "config.json", missing_table_root=str(elsewhere))
     (tmp_path / "here").mkdir()
@@ -150,13 +152,15 @@ def test_tables_are_not_written_where_a_record_points(coop, tmp_path, monkeypatc
     assert list(elsewhere.iterdir())
 
 
-def test_the_data_that_a_file_names_is_evaluated(coop: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_a_data_root_from_an_options_file_overrides_the_recorded_one(
+    coop: Path, tmp_path: Path, capsys: Captured
+) -> None:
     (tmp_path / "options.json").write_text(json.dumps({"data_root": str(tmp_path / "nowhere")}))
     robustness(f"load_path={coop}", str(tmp_path / "options.json"), status=2)
     assert str(tmp_path / "nowhere") in error_of(capsys)
 
 
-def test_the_config_of_a_run_starts_it_again(coop: Path, tmp_path: Path) -> None:
-    """It has the options of sweeps too, which are refused where someone writes them."""
+def test_a_runs_config_starts_the_same_run_again(coop: Path, tmp_path: Path) -> None:
+    """It includes sweep options, which are accepted from a recorded config though refused if typed."""
     assert command_line(["run.py", "with", str(coop / "config.json"), f"log_dir={tmp_path}"]) == 0
     assert (tmp_path / "agree_seed0" / "version_0" / "best.ckpt").is_file()

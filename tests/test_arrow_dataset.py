@@ -1,4 +1,4 @@
-"""The dataset class: the published files row by row, several plots per film, damaged files, token caches."""
+"""Arrow datasets: published files row by row, several plots per film, damaged files, token caches."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def caches(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def decoded(monkeypatch: Patch) -> list[bytes]:
-    """Collects the images that are decoded."""
+    """Images decoded so far."""
     found: list[bytes] = []
 
     def remember(data: bytes, size: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_files_of_the_published_converters_are_read_row_by_row(golden_arrow, nam
         assert dataset.sample_name(index) == row.get("image_id", f"row {number}")
 
 
-def test_class_names_come_from_the_table_then_the_file_then_the_numbers(tmp_path, golden_arrow):
+def test_class_names_come_from_the_spec_then_the_file_then_the_class_indices(tmp_path, golden_arrow):
     food = DATASETS["food101"]
     assert ArrowDataset(food, golden_arrow, "val", SIZE).class_names() == tuple(map(str, range(101)))
     for named in (2, 101):
@@ -96,7 +96,7 @@ def test_class_names_come_from_the_table_then_the_file_then_the_numbers(tmp_path
 
 
 @pytest.mark.parametrize("rows_per_batch", [None, 2, 1])
-def test_a_film_with_several_plots_is_several_samples_with_one_missing_entry(tmp_path, rows_per_batch):
+def test_each_plot_of_a_film_is_a_sample_sharing_the_films_missing_type(tmp_path, rows_per_batch):
     write(tmp_path / "mmimdb_train.arrow", films([["a"], ["b", "c", "d"], ["e", "f"]]), rows_per_batch)
     dataset = open_films(tmp_path)
     assert (dataset.n_rows, len(dataset)) == (3, 6)
@@ -112,19 +112,19 @@ def test_a_film_with_several_plots_is_several_samples_with_one_missing_entry(tmp
         assert dataset.sample_name(index) == f"film{row}"
 
 
-def test_evaluation_goes_from_long_to_short_texts_and_keeps_films_together(tmp_path):
+def test_evaluation_order_goes_from_long_to_short_texts_and_keeps_films_together(tmp_path):
     def tokenize(texts: Sequence[str]) -> np.ndarray:
         return np.array([[9 * (place == int(text)) for place in range(77)] for text in texts])
 
     dataset = open_films(tmp_path, films([["3"], ["5", "70"], ["76"], ["6", "2"], ["3"]]))
-    assert dataset.evaluation_order().tolist() == list(range(7)), "no tokens: as they are"
+    assert dataset.evaluation_order().tolist() == list(range(7)), "without tokens, samples stay in order"
     dataset.tokenize(tokenize, "numbers")
     assert dataset.evaluation_order().tolist() == [3, 1, 2, 4, 5, 0, 6]
     dataset.missing_table = np.array([0, 0, 1, 2, 0], dtype=np.int8)  # the third has no text
     assert dataset.evaluation_order().tolist() == [1, 2, 4, 5, 0, 6, 3]
 
 
-def test_images_are_decoded_once_in_a_batch_and_not_where_they_are_missing(tmp_path, decoded):
+def test_an_image_is_decoded_once_per_batch_and_not_at_all_if_missing(tmp_path, decoded):
     dataset = open_films(tmp_path, films([["a"], ["b", "c"], ["d", "e"]]))
     dataset.missing_table = np.array([1, 0, 2], dtype=np.int8)
     batch = dataset.__getitems__([(0, 2), (0, 0), (0, 1), (0, 3)])
@@ -135,8 +135,8 @@ def test_images_are_decoded_once_in_a_batch_and_not_where_they_are_missing(tmp_p
         assert_equal(sample, dataset[0, sample.number])
 
 
-def test_opening_reads_no_image(tmp_path):
-    """A file of MM-IMDb's length: its bytes are mapped, and what an image holds shows only when it is asked for."""
+def test_opening_a_dataset_reads_no_images(tmp_path):
+    """A file as long as MM-IMDb's: it is memory-mapped, and a damaged image is noticed only when it is decoded."""
     n_rows, image = 15_552, b"not an image".ljust(2000, b".")
     columns = {"image": [image] * n_rows, "plots": [[f"plot {row}"] for row in range(n_rows)]}
     table = pa.table({**columns, "label": [genres(row % 23) for row in range(n_rows)]})
@@ -163,7 +163,7 @@ def simulated(tmp_path: Path) -> ArrowDataset:
     return dataset
 
 
-def test_simulated_types_follow_from_seed_epoch_and_sample(simulated):
+def test_simulated_missing_types_depend_only_on_seed_epoch_and_sample(simulated):
     def types(seed: int, epoch: int) -> list[int]:
         simulated.simulate_seed = seed
         return [type_in(simulated, epoch, index) for index in range(30)]
@@ -174,11 +174,11 @@ def test_simulated_types_follow_from_seed_epoch_and_sample(simulated):
     np.random.seed(3)
     torch.manual_seed(3)
     assert [type_in(simulated, 1, index) for index in reversed(range(30))] == expected[::-1]
-    assert len({tuple(types(seed, epoch)) for seed in (5, 6) for epoch in range(5)}) == 10, "other ones in each epoch"
-    assert any(expected[i] != expected[i + 1] for i in range(1, 30, 3)), "each plot of a film draws for itself"
+    assert len({tuple(types(seed, epoch)) for seed in (5, 6) for epoch in range(5)}) == 10, "every epoch draws afresh"
+    assert any(expected[i] != expected[i + 1] for i in range(1, 30, 3)), "each plot of a film is drawn separately"
 
 
-def test_simulation_leaves_what_is_missing_by_the_table(simulated):
+def test_simulation_keeps_the_missing_types_of_the_table(simulated):
     simulated.missing_table = np.array([1, 2] * 9 + [0, 0], dtype=np.int8)
     for epoch in range(10):
         assert [type_in(simulated, epoch, index) for index in range(27)] == [1, 2, 2] * 9
@@ -188,7 +188,7 @@ def test_simulation_leaves_what_is_missing_by_the_table(simulated):
 
 
 def holes(no_image: Sequence[int], no_text: Sequence[int], rows: int = 3) -> pa.Table:
-    """Memes without images or texts in some rows."""
+    """Memes that lack images or texts in the given rows."""
     table = memes(rows)
     for column, empty in (("image", no_image), ("text", no_text)):
         cells = [None if row in empty else cell for row, cell in enumerate(table[column].to_pylist())]
@@ -198,7 +198,7 @@ def holes(no_image: Sequence[int], no_text: Sequence[int], rows: int = 3) -> pa.
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("rows_per_batch", [None, 1])
-def test_rows_without_image_or_text_are_samples_that_lack_it(tmp_path, rows_per_batch, cached):
+def test_rows_without_an_image_or_text_are_naturally_missing_it(tmp_path, rows_per_batch, cached):
     dataset = open_memes(tmp_path, holes([1], [0, 3], 5), rows_per_batch)
     tokenizer = Tokenizer()
     dataset.tokenize(tokenizer, "f")
@@ -219,7 +219,7 @@ def test_rows_without_image_or_text_are_samples_that_lack_it(tmp_path, rows_per_
     assert dataset.evaluation_order().tolist() == [1, 2, 4, 0, 3]
 
 
-def test_tables_come_on_top_of_what_is_missing_and_leave_one_modality(tmp_path):
+def test_missing_tables_add_to_naturally_missing_inputs_but_leave_one_modality(tmp_path):
     dataset = open_memes(tmp_path, holes([1, 4], [0, 3], 6))
     dataset.tokenize(Tokenizer(), "f")
     dataset.missing_table = np.array([1, 1, 1, 2, 0, 2], dtype=np.int8)
@@ -262,7 +262,7 @@ def changed(column: str, values: pa.Array | list, table: pa.Table | None = None)
     ],
 )
 @pytest.mark.parametrize("rows_per_batch", [None, 1])
-def test_a_file_that_is_not_the_dataset_is_refused_when_it_is_opened(tmp_path, table, message, rows_per_batch):
+def test_a_file_that_does_not_fit_the_dataset_is_refused_on_opening(tmp_path, table, message, rows_per_batch):
     with pytest.raises(DataError, match=re.escape(f"{tmp_path / ARROW}: {message}")):
         open_memes(tmp_path, table, rows_per_batch)
 
@@ -278,7 +278,7 @@ def test_a_file_that_is_not_the_dataset_is_refused_when_it_is_opened(tmp_path, t
         ([list("0" * 23)] * 3, 0, "'0'"),
     ],
 )
-def test_label_vectors_that_are_not_the_datasets_are_refused(tmp_path, labels, row, found):
+def test_malformed_label_vectors_are_refused(tmp_path, labels, row, found):
     table = films([["a"], ["b"], ["c"]]).set_column(2, "label", pa.array(labels))
     at = "" if row is None else f"row {row}: "
     with pytest.raises(
@@ -287,15 +287,15 @@ def test_label_vectors_that_are_not_the_datasets_are_refused(tmp_path, labels, r
         open_films(tmp_path, table)
 
 
-def test_a_missing_file_says_how_to_make_it(tmp_path):
+def test_the_error_for_a_missing_file_says_how_to_create_it(tmp_path):
     with pytest.raises(DataError) as raised:
         open_films(tmp_path, split="val")
     facts = (f"{tmp_path}/mmimdb_dev.arrow: no such file", "make_arrow.py --dataset mmimdb", f"--target {tmp_path}")
     assert all(fact in str(raised.value) for fact in facts)
 
 
-def test_damaged_columns_that_nothing_needs_are_refused(tmp_path):
-    """pyarrow ends the whole process on some when they are read."""
+def test_damaged_unused_columns_are_refused(tmp_path):
+    """Reading some of them would make pyarrow abort the whole process."""
     table = memes()
     content = file_of(table.append_column("image_id", pa.array(["first", "second", "third"])))
     offsets, others = (np.array(values, dtype="<i4").tobytes() for values in ([0, 5, 11, 16], [0, 2**30, 11, 16]))
@@ -313,7 +313,7 @@ def test_damaged_columns_that_nothing_needs_are_refused(tmp_path):
 
 @pytest.mark.parametrize("compression", ["zstd", "lz4"])
 def test_compressed_files_are_refused(tmp_path, compression):
-    """Each process would hold all of such a file in memory."""
+    """Every process would have to hold the whole file in memory."""
     table = pa.table({"image": ["a" * 10**6] * 5})
     options = pa.ipc.IpcWriteOptions(compression=compression)
     with pa.ipc.new_file(str(tmp_path / "x"), table.schema, options=options) as writer:
@@ -332,7 +332,7 @@ def test_compressed_files_are_refused(tmp_path, compression):
         (json.dumps(["a"] * 102), "found something else"),
         (b"\xff", "utf-8"),
         ('["a", "b", "a"]', "found 'a' twice"),
-        ('["3"]', "found '3' twice"),  # the fourth class has no name but its number
+        ('["3"]', "found '3' twice"),  # the fourth class is unnamed and so called '3'
     ],
 )
 def test_damaged_class_names_are_an_error(tmp_path, written, found):
@@ -351,18 +351,18 @@ def test_an_undecodable_image_is_an_error_that_names_file_and_row(tmp_path):
         with pytest.raises(DataError, match=f"^{tmp_path / ARROW}: row 2: the image cannot be decoded: "):
             dataset[0, 2]
     table = films([["a", "b", "c"], ["d"]])
-    with pytest.raises(DataError, match=r"row 1: the image"):  # of the film, not of the plot
+    with pytest.raises(DataError, match=r"row 1: the image"):  # the film's row, not the plot's
         open_films(tmp_path, table.set_column(0, "image", [[png(0), data]]))[0, 3]
 
 
-def test_pickling_carries_neither_the_file_nor_its_table(tmp_path):
+def test_pickling_leaves_out_the_file_and_its_table(tmp_path):
     rows = 400
     dataset = open_memes(tmp_path, memes(rows, {row: png(row, 64) for row in range(rows)}))
     dataset.tokenize(Tokenizer(), "f")
     dataset.missing_table = np.arange(rows, dtype=np.int8) % 3
     opened = dataset.table
     pickled = pickle.dumps(dataset)
-    assert dataset.table is opened, "the original keeps its own"
+    assert dataset.table is opened, "the original keeps its table"
     assert len(pickled) < 200_000 < 4_000_000 < (tmp_path / ARROW).stat().st_size
     copy = pickle.loads(pickled)
     assert vars(copy)["_table"] is None
@@ -370,14 +370,14 @@ def test_pickling_carries_neither_the_file_nor_its_table(tmp_path):
         assert_equal(copy[0, index], dataset[0, index])
 
 
-def test_other_texts_or_another_tokenizer_have_their_own_cache(tmp_path):
+def test_different_texts_or_tokenizers_have_separate_caches(tmp_path):
     first, tokenizer = open_memes(tmp_path, memes()), Tokenizer()
     first.tokenize(tokenizer, "f")
     first.__getitems__([(epoch, index) for epoch in range(3) for index in range(3)])
-    assert tokenizer.calls == [["meme 0", "meme 1", "meme 2"]], "once"
+    assert tokenizer.calls == [["meme 0", "meme 1", "meme 2"]], "tokenized once"
     (cache,) = caches(tmp_path)
     assert cache.name.startswith("hatememes_train_tokens_")
-    assert {path.name for path in tmp_path.iterdir()} == {ARROW, cache.name}, "nothing else"
+    assert {path.name for path in tmp_path.iterdir()} == {ARROW, cache.name}, "no other files"
     texts = [["meme 0"], ["meme 1"], ["another"]]
     reordered = [["meme 1"], ["meme 0"], ["meme 2"]]
     cases = [(changed("text", texts), "f"), (memes(), "g"), (changed("text", texts), "g"), (memes(4), "f")]
@@ -389,7 +389,7 @@ def test_other_texts_or_another_tokenizer_have_their_own_cache(tmp_path):
         assert len(caches(tmp_path)) == seen
     again, tokenizer = open_memes(tmp_path, memes()), Tokenizer()
     again.tokenize(tokenizer, "f")
-    assert tokenizer.calls == [], "found again"
+    assert tokenizer.calls == [], "cache reused"
     for index in range(3):
         assert_equal(again[0, index], first[0, index])
         assert_equal([again[0, index].inputs["text"]], [torch.from_numpy(Tokenizer()([f"meme {index}"])[0])])
@@ -398,8 +398,8 @@ def test_other_texts_or_another_tokenizer_have_their_own_cache(tmp_path):
     assert [path.name.partition("_tokens_")[0] for path in caches(tmp_path)[-2:]] == ["mmimdb_dev", "mmimdb_train"]
 
 
-@pytest.mark.parametrize("content", [b"", as_npy(np.zeros((2, 77), np.int32))], ids=["empty", "a row short"])
-def test_a_damaged_cache_is_made_again(tmp_path, caplog, content):
+@pytest.mark.parametrize("content", [b"", as_npy(np.zeros((2, 77), np.int32))], ids=["empty", "one row short"])
+def test_a_damaged_cache_is_rebuilt(tmp_path, caplog, content):
     open_memes(tmp_path, memes()).tokenize(Tokenizer(), "f")
     (cache,) = caches(tmp_path)
     intact = cache.read_bytes()
@@ -412,7 +412,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, caplog, content):
     assert caches(tmp_path) == [cache] and cache.read_bytes() == intact
 
 
-def test_a_folder_that_cannot_be_written_works_without_a_cache(tmp_path, caplog, monkeypatch):
+def test_a_read_only_folder_works_without_a_cache(tmp_path, caplog, monkeypatch):
     dataset, tokenizer = open_memes(tmp_path, memes()), Tokenizer()
 
     def refuse(*_, **__) -> None:

@@ -1,4 +1,4 @@
-"""One random tiny CLIP written in every format that weights come in, and everything that a file can have wrong."""
+"""A random tiny CLIP loaded from every format weights come in, and the refusal of faulty files."""
 
 import hashlib
 import json
@@ -32,16 +32,16 @@ from tests.test_tokenizer import SENTENCES, SlowTokenizer, train_merges, write_f
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, but the format of OpenAI's archives
 ROOT = Path(__file__).parents[1]
 SCALARS = {"input_resolution": 32, "context_length": 77, "vocab_size": 300}
-"""Entries that OpenAI's archives hold beside the weights."""
+"""Entries that OpenAI's archives contain in addition to the weights."""
 
 
 class Tiny:
-    """The one tiny CLIP: its Hugging Face folder, and its state dict under OpenAI's names."""
+    """The tiny CLIP: its Hugging Face folder, and its state dict with OpenAI's names."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = random_hf_clip(folder)
-        with torch.no_grad():  # values that half precision holds, so that fp16 files are the same CLIP
+        with torch.no_grad():  # round to half precision, so that fp16 files hold the same CLIP
             for parameter in self.model.parameters():
                 parameter.copy_(parameter.half())
         self.model.save_pretrained(folder)
@@ -80,7 +80,7 @@ def add_position_ids(state: dict[str, Tensor]) -> None:
 
 
 def compiled(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names that DistributedDataParallel and torch.compile give, of the model and of a block in it."""
+    """Renames entries as DistributedDataParallel and torch.compile do, on the model and on a block in it."""
     for name in list(state):
         inner = name.replace("resblocks.1.", "resblocks.1._orig_mod.").replace("layers.1.", "layers.1._orig_mod.")
         state[f"module._orig_mod.{inner}"] = state.pop(name)
@@ -92,7 +92,7 @@ def scalars() -> dict[str, Tensor]:
 
 
 def half_like_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Half precision where OpenAI's archives have it: everything but norms and embeddings."""
+    """Converts to half precision as in OpenAI's archives: everything but norms, embeddings and the logit scale."""
     return {
         name: value if "ln_" in name or "embedding" in name or name == "logit_scale" else value.half()
         for name, value in state.items()
@@ -105,7 +105,7 @@ class _Node(nn.Module):
 
 
 def torchscript(state: dict[str, Tensor], path: Path) -> Path:
-    """A TorchScript archive whose state dict is `state`, as OpenAI's archives are."""
+    """Saves a TorchScript archive with the state dict `state`, like OpenAI's archives."""
     root = _Node()
     for name, value in state.items():
         *parents, leaf = name.split(".")
@@ -123,7 +123,7 @@ def torchscript(state: dict[str, Tensor], path: Path) -> Path:
 
 
 def open_clip(tiny: Tiny, path: Path, quick: bool | None) -> str:
-    """The tiny CLIP as open_clip's state dict; `quick` is what open_clip_config.json beside it says, None for none."""
+    """Saves open_clip's state dict of the tiny CLIP; `quick` is for open_clip_config.json, which None leaves out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file(tiny.openai, path)
@@ -140,7 +140,7 @@ def halve(state: dict[str, Tensor]) -> None:
 
 
 def openai_file(tiny: Tiny, path: Path, change: Callable[[dict[str, Tensor]], Any] = dict, **options: Any) -> str:
-    """OpenAI's entries, changed, in a file."""
+    """Saves OpenAI's entries with `change` applied."""
     path.parent.mkdir(exist_ok=True)
     torch.save(change({**tiny.openai, **scalars()}), path, **options)
     return str(path)
@@ -168,12 +168,12 @@ FORMATS: dict[str, Callable[[Tiny, Path], str]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_the_same_backbone(name: str, tiny: Tiny, loaded: FrozenWeights, tmp_path: Path) -> None:
+def test_every_format_loads_as_the_same_backbone(name: str, tiny: Tiny, loaded: FrozenWeights, tmp_path: Path) -> None:
     assert_same(load_backbone(FORMATS[name](tiny, tmp_path)), loaded, tiny)
 
 
 def tower_name(name: str) -> str:
-    """Ours of OpenAI's."""
+    """Our name of OpenAI's entry `name`."""
     if name == "logit_scale":
         return name
     return f"image_encoder.{name[7:]}" if name[:7] == "visual." else f"text_encoder.{name}"
@@ -189,15 +189,15 @@ def assert_same(found: FrozenWeights, loaded: FrozenWeights, tiny: Tiny) -> None
         assert torch.equal(tensor, tiny.openai[short]), name
 
 
-def test_hash_is_of_the_values(tiny: Tiny, loaded: FrozenWeights, tmp_path: Path) -> None:
+def test_the_hash_depends_on_the_values(tiny: Tiny, loaded: FrozenWeights, tmp_path: Path) -> None:
     value = torch.nextafter(tiny.openai["visual.ln_post.bias"], torch.tensor(9.0))
     other = openai_file(tiny, tmp_path / "other.pt", lambda state: {**state, "visual.ln_post.bias": value})
     assert load_backbone(other).sha256 != loaded.sha256
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_features_are_those_of_transformers(activation: str, tmp_path: Path) -> None:
-    """Both towers without memory; also with heads of another width than 64, which a folder tells."""
+def test_features_match_transformers(activation: str, tmp_path: Path) -> None:
+    """Checks both towers without memory, also with a head width other than 64, which only a folder specifies."""
     model = random_hf_clip(tmp_path / "hf", activation)
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 298, (3, 77))
     tokens[:, 20] = TINY.vocab_size - 1
@@ -223,11 +223,11 @@ def test_torchscript_runs_only_if_published_or_trusted(tiny, loaded, tmp_path, m
     opened: list[str] = []
     load = torch.jit.load
 
-    def recorded(path: str, **options: Any) -> Any:
+    def recording_load(path: str, **options: Any) -> Any:
         opened.append(path)
         return load(path, **options)
 
-    monkeypatch.setattr(torch.jit, "load", recorded)
+    monkeypatch.setattr(torch.jit, "load", recording_load)
     with pytest.raises(BackboneError, match="trust_backbone=True") as refusal:
         load_backbone(str(archive))
     assert digest in str(refusal.value) and str(archive) in str(refusal.value)
@@ -238,12 +238,12 @@ def test_torchscript_runs_only_if_published_or_trusted(tiny, loaded, tmp_path, m
     assert len(opened) == 2
 
 
-def test_torchscript_under_another_ending_is_not_run(tiny: Tiny, tmp_path: Path) -> None:
+def test_torchscript_under_another_suffix_is_not_run(tiny: Tiny, tmp_path: Path) -> None:
     refused(str(torchscript({**tiny.openai, **scalars()}, tmp_path / "clip.bin")), "not readable")
 
 
-def test_a_configuration_that_names_code_on_the_hub_is_read_without_it(loaded, tiny, tmp_path):
-    """An attention implementation may be a repository, whose code transformers fetches and runs."""
+def test_a_config_that_names_code_on_the_hub_is_loaded_without_that_code(loaded, tiny, tmp_path):
+    """An attention implementation may be a repository whose code transformers downloads and runs."""
     folder = Path(hf_folder(tiny, tmp_path / "hf"))
     config = json_of(folder / "config.json")
     for part in (config, config["text_config"], config["vision_config"]):
@@ -254,13 +254,15 @@ def test_a_configuration_that_names_code_on_the_hub_is_read_without_it(loaded, t
 
 
 @pytest.mark.parametrize(("quick", "expected"), [(True, "quick_gelu"), (False, "gelu")])
-def test_open_clip_config_says_the_activation(quick: bool, expected: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_the_activation_is_read_from_the_open_clip_config(
+    quick: bool, expected: str, tiny: Tiny, tmp_path: Path
+) -> None:
     vit = open_clip(tiny, tmp_path / "open_clip.bin", quick)
     assert load_backbone(vit).architecture == replace(TINY, activation=expected)
 
 
 @pytest.mark.parametrize("trust", [False, True], ids=["open_clip", "torchscript"])
-def test_activation_that_nobody_says_is_asked_for(trust: bool, tiny: Tiny, tmp_path: Path) -> None:
+def test_an_unknown_activation_must_be_given(trust: bool, tiny: Tiny, tmp_path: Path) -> None:
     vit = open_clip(tiny, tmp_path / "open_clip.bin", None)
     if trust:
         vit = str(torchscript(tiny.openai, tmp_path / "archive.pt"))
@@ -272,7 +274,7 @@ def test_activation_that_nobody_says_is_asked_for(trust: bool, tiny: Tiny, tmp_p
 
 
 @pytest.mark.parametrize("name", ["openai", "open_clip bin", "bin folder"])
-def test_activation_that_contradicts_the_file_is_refused(name: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_an_activation_that_contradicts_the_file_is_refused(name: str, tiny: Tiny, tmp_path: Path) -> None:
     vit = FORMATS[name](tiny, tmp_path)
     refused(vit, "vit_activation=(quick_gelu.*found )?gelu", activation="gelu")
     if name != "bin folder":
@@ -296,7 +298,7 @@ def refused(vit: str, problem: str, **options: Any) -> None:
         (str(ROOT / "pyproject.toml"), "found a file of another kind"),
     ],
 )
-def test_names_of_nothing_are_refused(vit: str, problem: str) -> None:
+def test_names_that_lead_to_no_weights_are_refused(vit: str, problem: str) -> None:
     refused(vit, problem)
     refused(vit, "expected one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px")
 
@@ -322,7 +324,7 @@ def put(name: str, *shape: int) -> Change:
     ],
     ids=["missing", "missing in block", "shape", "nan"],
 )
-def test_folder_with_wrong_weights_is_refused(change: Change, problem: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_folder_with_wrong_weights_is_refused(change: Change, problem: str, tiny: Tiny, tmp_path: Path) -> None:
     refused(hf_folder(tiny, tmp_path / "hf", change), problem)
 
 
@@ -343,7 +345,7 @@ def test_folder_with_wrong_weights_is_refused(change: Change, problem: str, tiny
         (lambda c: c.clear(), "no config.json"),
     ],
 )
-def test_folder_with_wrong_config_is_refused(config: Change, problem: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_folder_with_a_wrong_config_is_refused(config: Change, problem: str, tiny: Tiny, tmp_path: Path) -> None:
     refused(hf_folder(tiny, tmp_path / "hf", config=config), problem)
 
 
@@ -378,15 +380,15 @@ def test_folders_without_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None
         (lambda s: s.clear() or s.update(a=torch.ones(1)), r"found 1 entries \(text_encoder.a\)"),
     ],
 )
-def test_state_dict_with_wrong_weights_is_refused(change, problem, ending, tiny, tmp_path):
-    state, path = dict(tiny.openai), tmp_path / f"clip{ending}"
+def test_a_state_dict_with_wrong_weights_is_refused(change, problem, suffix, tiny, tmp_path):
+    state, path = dict(tiny.openai), tmp_path / f"clip{suffix}"
     change(state)
-    (save_file if ending == ".safetensors" else torch.save)(state, path)
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
     refused(str(path), problem, activation="quick_gelu")
 
 
-def test_towers_whose_heads_no_shape_shows_are_refused(tmp_path: Path) -> None:
-    """open_clip's ViT-H has 16 heads of width 80; its state dict would pass for one with 20 of 64."""
+def test_towers_whose_head_count_is_ambiguous_are_refused(tmp_path: Path) -> None:
+    """open_clip's ViT-H has 16 heads of width 80; by its shapes it could have 20 heads of width 64."""
     state = shapes_of(replace(TINY, vision_width=1280, vision_layers=1, vision_heads=16))
     torch.save({name: torch.zeros(value.shape) for name, value in state.items()}, tmp_path / "vit_h.bin")
     refused(str(tmp_path / "vit_h.bin"), "width 1280.*Hugging Face folder", activation="gelu")
@@ -407,7 +409,7 @@ def test_truncated_and_foreign_files_are_refused(name: str, tiny: Tiny, tmp_path
     [[torch.ones(2)], {}, {"epoch": 3}, {3: torch.ones(2)}, {"state_dict": {"a": "b"}}, torch.ones(3)],
     ids=["list", "empty", "number", "numbered", "text", "tensor"],
 )
-def test_other_things_than_state_dicts_are_refused(content: object, tmp_path: Path) -> None:
+def test_files_without_a_state_dict_are_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "clip.pt")
     refused(str(tmp_path / "clip.pt"), r"expected a state dict \(name to tensor\)", activation="quick_gelu")
 
@@ -432,8 +434,10 @@ print(len(attempts))
 """
 
 
-def test_hub_names_with_and_without_a_cache(tiny: Tiny, loaded: FrozenWeights, tmp_path: Path) -> None:
-    """A name in the cache asks no network; one that is not there is answered by what to do."""
+def test_hub_names_load_from_the_cache_or_explain_how_to_download(
+    tiny: Tiny, loaded: FrozenWeights, tmp_path: Path
+) -> None:
+    """A cached name needs no network; for any other, the error says how to download it."""
     slow = SlowTokenizer(train_merges(SENTENCES[:1], 20))
     repository = tmp_path / "hub" / "models--openai--clip-vit-base-patch16"
     snapshot = repository / "snapshots" / ("0" * 40)
@@ -444,14 +448,14 @@ def test_hub_names_with_and_without_a_cache(tiny: Tiny, loaded: FrozenWeights, t
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    # the hub's library asks for a list of agents, to report them
+    # with telemetry, the hub's library would request a list of agents
     more = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     environment = {**kept, **more, "HF_HOME": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", HUB], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found, *refusals, attempts = ran.stdout.splitlines()
     assert found.split() == [loaded.sha256, "64", "0"]
-    assert int(attempts) == 2, "the hub's library would try again for most of a minute"
+    assert int(attempts) == 2, "one attempt per name: retries would take most of a minute"
     for line, given in zip(refusals, ("vit=", "tokenizer="), strict=True):
         assert line.startswith(given)
         for advice in ("hf download openai/clip-vit-large-patch14-336", f"{given}THAT_FOLDER", "HF_HOME"):
@@ -465,7 +469,7 @@ def shapes_of(arch: ClipArchitecture) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_sizes_come_from_the_weights(name: str) -> None:
+def test_the_architecture_is_inferred_from_the_weights(name: str) -> None:
     arch = REAL[name]
     state = {tower_name(name): value for name, value in shapes_of(arch).items()}
     assert architecture_of(state, "quick_gelu") == arch
@@ -477,8 +481,8 @@ def test_sizes_come_from_the_weights(name: str) -> None:
     assert model.text_encoder.transformer.resblocks[-1].get_submodule("attn").heads == arch.text_heads
 
 
-def test_names_and_shapes_of_vit_b_16_are_the_published_ones() -> None:
-    """Of the default sizes of REP; published checkpoints lack the dynamic queries."""
+def test_vit_b_16_has_the_published_names_and_shapes() -> None:
+    """With REP's default options; published checkpoints lack the dynamic queries."""
     published = json_of(golden.GOLDEN_DIR / "rep_checkpoint_keys_vitb16.json")
     with torch.device("meta"):
         classifier = build_classifier(ModelSpec("mmimdb", MethodOptions(), REAL["ViT-B/16"]))

@@ -1,4 +1,4 @@
-"""What a constant answer and a coin get on a test set."""
+"""The scores of a constant answer and of chance on a test set."""
 
 import math
 
@@ -10,8 +10,8 @@ from engine.tasks import LOSSES, METRICS, TASKS, Task, task_of
 from vilt.datasets.custom import CustomData
 
 
-def test_the_constant_of_several_labels_a_sample_is_the_best_of_all() -> None:
-    """Against every set of classes: which of 2^4 constants has the highest macro F1."""
+def test_the_multi_label_constant_is_the_best_of_all_constants() -> None:
+    """Compared with every set of classes: all non-empty constants out of 2^4."""
     task = task_of("custom", CustomData("x", "multi", ("a", "b", "c", "d"), "f1_macro"))
     shares = torch.tensor([0.1, 0.7, 0.3, 0.0])
     labels = (torch.rand(40, 4, generator=torch.Generator().manual_seed(0)) < shares).long()
@@ -22,7 +22,7 @@ def test_the_constant_of_several_labels_a_sample_is_the_best_of_all() -> None:
     assert found["answer"] == "always a, b, c"
 
 
-def test_the_constant_of_one_label_a_sample_is_the_most_frequent_class() -> None:
+def test_the_single_label_constant_is_the_most_frequent_class() -> None:
     labels = torch.tensor([7] * 6 + [3] * 3 + [50])
     found = baselines(TASKS["food101"], labels, [f"dish {number}" for number in range(101)])
     assert found["constant"]["answer"] == "always dish 7"
@@ -32,19 +32,19 @@ def test_the_constant_of_one_label_a_sample_is_the_most_frequent_class() -> None
     assert found["chance"]["metrics"]["balanced_accuracy"] == pytest.approx(1 / 101)
 
 
-def test_of_two_classes() -> None:
+def test_two_classes() -> None:
     found = baselines(TASKS["hatememes"], torch.tensor([0, 0, 0, 1]), ("kind", "hateful"))
     assert found["constant"]["answer"] == "always kind"
     figures = {"auroc": 0.5, "accuracy": 0.75, "f1_macro": 3 / 7, "balanced_accuracy": 0.5}
     assert found["constant"]["metrics"] == pytest.approx(figures)
     chance = found["chance"]["metrics"]
     assert [chance[name] for name in ("auroc", "accuracy", "balanced_accuracy")] == pytest.approx([0.5] * 3)
-    of_one = baselines(TASKS["hatememes"], torch.tensor([1, 1]), ("kind", "hateful"))
-    assert all(math.isnan(each["metrics"]["auroc"]) for each in of_one.values())
+    one_class = baselines(TASKS["hatememes"], torch.tensor([1, 1]), ("kind", "hateful"))
+    assert all(math.isnan(each["metrics"]["auroc"]) for each in one_class.values())
 
 
-def test_a_coin_of_several_labels_is_near_its_expectation() -> None:
-    """Of a class with share p a coin finds half: F1 p / (p + 1/2) of many samples."""
+def test_multi_label_chance_is_near_its_expectation() -> None:
+    """A coin finds half of a class with share p, so that its F1 tends to p / (p + 1/2)."""
     shares = torch.linspace(0.05, 0.6, 23)
     labels = (torch.rand(4000, 23, generator=torch.Generator().manual_seed(0)) < shares).to(torch.uint8)
     found = baselines(TASKS["mmimdb"], labels, [str(number) for number in range(23)])["chance"]
@@ -53,8 +53,8 @@ def test_a_coin_of_several_labels_is_near_its_expectation() -> None:
     assert found["answer"] == "each class with probability 1/2"
 
 
-def test_of_numbers_the_constant_is_the_median() -> None:
-    """It has the lowest mean absolute error of all; the correlation of a constant is undefined."""
+def test_the_regression_constant_is_the_median() -> None:
+    """The median minimises the mean absolute error; the correlation of a constant is undefined."""
     task = Task("mosi", 1, LOSSES["mean_absolute_error"], METRICS["sentiment"], "mae")
     labels = torch.tensor([-2.0, 0.2, 0.4, 1.0, 3.0])
     found = baselines(task, labels, [])

@@ -1,4 +1,4 @@
-"""What the benchmarks compare is the same thing: the baseline has our numbers; and what they record."""
+"""The benchmarks compare like with like (the baselines compute our numbers) and record their results."""
 
 import re
 import subprocess
@@ -24,7 +24,7 @@ TYPES = [0, 1, 2, 0]
 
 
 def assert_same(found: list[Tensor], losses: list[Tensor], classifier: nn.Module, tolerance: float) -> None:
-    """Both outputs, and the gradients of both losses."""
+    """Both outputs agree, and so do the gradients of both losses."""
     assert golden.relative_error(*found) < tolerance
     gradients = []
     for loss in losses:
@@ -38,7 +38,7 @@ def assert_same(found: list[Tensor], losses: list[Tensor], classifier: nn.Module
 
 
 @pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
-def test_the_baseline_computes_the_same_numbers(task: str) -> None:
+def test_the_baseline_matches_our_outputs_and_gradients(task: str) -> None:
     classifier = tiny_classifier(task).double().eval()
     images, tokens = tiny_batch(4)
     theirs = baseline.logits(classifier, images.double(), tokens, torch.tensor(TYPES))
@@ -48,16 +48,16 @@ def test_the_baseline_computes_the_same_numbers(task: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["rep", "mplmm", "none"])
-def test_the_baseline_of_text_audio_and_vision_computes_the_same_numbers(method: str) -> None:
+def test_the_vla_baseline_matches_our_outputs_and_gradients(method: str) -> None:
     classifier, types = vla.classifier_of(method, TINY_VLA).double().eval(), [*range(7), 0]
     features = {name: x.double() for name, x in next(vla.drawn(TINY_VLA, lambda _: types)).features.items()}
     batch = vla.without_missing(features, types)
     found = [classifier(batch), vla_baseline.logits(classifier, features, batch)]
-    assert_same(found, [logits.square().sum() for logits in found], classifier, 1e-7)  # padding's weight is float32
+    assert_same(found, [logits.square().sum() for logits in found], classifier, 1e-7)  # the padding's weight is float32
 
 
 def test_every_comparison_runs(monkeypatch: Patch, tmp_path: Path) -> None:
-    """The command line, on a tiny model and a few films."""
+    """Runs the command line on a tiny model and a few films."""
     arch = ClipArchitecture(32, 16, 64, 2, 1, 64, 2, 1, 77, 49408, 64, "quick_gelu")
     monkeypatch.setattr(sides, "VIT_B16", arch)
     monkeypatch.setattr(sides, "SPEC", replace(sides.SPEC, architecture=arch, method=MethodOptions("rep", 6, 2)))
@@ -80,15 +80,15 @@ def test_every_comparison_runs(monkeypatch: Patch, tmp_path: Path) -> None:
     assert len(rows) == 10 + 1 + 1 + 4
     assert all(float(ratio) > 0 for *_, ratio, _, _ in rows)
     padded = re.findall(r"\| (\d+) \| (\d+) \| ([\d.]+) % \| < (\d) %", path.read_text())
-    assert len(padded) == 8 and all(int(few) <= int(as_they_are) for as_they_are, few, _, _ in padded)
+    assert len(padded) == 8 and all(int(few) <= int(unchanged) for unchanged, few, _, _ in padded)
     assert all(0 <= float(added) < int(most) for *_, added, most in padded)
-    of_sensors = path.read_text().partition("<!-- sensors on cpu -->")[2]
-    assert re.search(r"`rep`, 70 % both \| [\d.]+ s, [\d.]+ × `none`", of_sensors)
+    sensor_part = path.read_text().partition("<!-- sensors on cpu -->")[2]
+    assert re.search(r"`rep`, 70 % both \| [\d.]+ s, [\d.]+ × `none`", sensor_part)
     assert len(re.findall(r"Hateful Memes, linear.* \| [\d.]+ s \| \d+ min \| \d+ \| ≥ 100", path.read_text())) == 2
 
 
-def test_the_script_for_a_gpu_prints_its_table(monkeypatch: Patch, capsys: Captured) -> None:
-    for name in ("VIT_B16", "SPEC"):  # which it changes
+def test_the_gpu_script_prints_its_table(monkeypatch: Patch, capsys: Captured) -> None:
+    for name in ("VIT_B16", "SPEC"):  # the script changes them
         monkeypatch.setattr(sides, name, getattr(sides, name))
     asked: list[dict[str, Any]] = []
 
@@ -104,8 +104,8 @@ def test_the_script_for_a_gpu_prints_its_table(monkeypatch: Patch, capsys: Captu
     gpu.main()
     rows = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| "))
     assert rows["run.py, 4, epoch 2, cuda_graphs=False"] == "190 samples/s, bare step 200: 95% (≥ 90 %)"
-    of_steps = {"training, 8, few shapes, for the first time", "training, 4, as they are", "evaluation, 8, few shapes"}
-    assert of_steps <= rows.keys()
+    step_rows = {"training, 8, few shapes, for the first time", "training, 4, as they are", "evaluation, 8, few shapes"}
+    assert step_rows <= rows.keys()
     assert [more["per_gpu_batchsize"] for more in asked][:2] == [4, 8]
     assert [words[1:3] for words in commands] == [["run.py", "with"], ["run.py", "sweep"], ["run.py", "sweep"]]
     assert rows["a whole cell, the decoding of its images included"] == "0 s (< 300 s)"

@@ -1,4 +1,4 @@
-"""Checkpoints of ours and of the published code: what they hold, that they restore exactly, and what is refused."""
+"""Our checkpoints and published ones: their contents, exact restoring, and refusals."""
 
 import gzip
 import io
@@ -50,7 +50,7 @@ def spec_of(task: str) -> ModelSpec:
 
 
 def trained_classifier(task: str, backbone: FrozenWeights, seed: int = 0) -> MissingModalityClassifier:
-    """On `backbone`, with everything that training moves moved."""
+    """A classifier on `backbone` whose trained parameters have all been moved."""
     torch.manual_seed(seed)
     classifier = build_classifier(spec_of(task))
     backbone.load_into(classifier.model)
@@ -75,8 +75,8 @@ def logits_of(classifier: MissingModalityClassifier) -> Tensor:
         return classifier.eval()(model_input(images, tokens, TYPES))
 
 
-def test_a_counter_is_kept_as_it_is() -> None:
-    """A buffer of whole numbers, such as BatchNorm's; a weight is none."""
+def test_integer_buffers_are_accepted_but_integer_weights_are_not() -> None:
+    """BatchNorm, for example, counts its batches in an integer buffer."""
     expected = {"count": torch.tensor(3), "weight": torch.zeros(2)}
     check_state({"count": torch.tensor(5), "weight": torch.ones(2)}, expected)
     with pytest.raises(ValueError, match=r"weight holds torch\.int64"):
@@ -84,8 +84,8 @@ def test_a_counter_is_kept_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
-def test_what_is_kept(task: str, backbone: FrozenWeights) -> None:
-    """The trained, the dynamic attention and its queries; not the frozen weights."""
+def test_a_checkpoint_saves_everything_but_frozen_weights(task: str, backbone: FrozenWeights) -> None:
+    """Saved are trained parameters, the dynamic attention and its queries."""
     kept = kept_state(trained_classifier(task, backbone))
     frozen = {f"model.{name}" for name in backbone.state}
     assert frozen & kept.keys() == (ENDS if task == "hatememes" else set())
@@ -94,8 +94,8 @@ def test_what_is_kept(task: str, backbone: FrozenWeights) -> None:
     assert {f"{task}_classifier.weight", "model.memory_learner.residual_alpha"} <= kept.keys()
 
 
-def test_names_of_older_checkpoints_are_read(backbone: FrozenWeights, tmp_path: Path) -> None:
-    """They have the dynamic slots in the towers, as published, and frozen values that fit into 16 bits in these."""
+def test_checkpoints_with_older_names_load(backbone: FrozenWeights, tmp_path: Path) -> None:
+    """They keep the dynamic slots in the towers, as published, and store frozen values in 16 bits if that is exact."""
     classifier = trained_classifier("mmimdb", backbone)
     content = content_of(classifier, "mmimdb", backbone)
     weight = content["state_dict"]["model.memory_learner.dynamic.image.attention.in_proj_weight"]
@@ -108,8 +108,8 @@ def test_names_of_older_checkpoints_are_read(backbone: FrozenWeights, tmp_path: 
     assert torch.equal(logits_of(restored), logits_of(classifier))
 
 
-def test_a_backbone_is_found_from_another_folder(backbone: FrozenWeights, tmp_path: Path) -> None:
-    """By the path from which its run had it, as in a notebook that lies elsewhere; other names stay."""
+def test_a_backbone_is_found_relative_to_the_checkpoint(backbone: FrozenWeights, tmp_path: Path) -> None:
+    """A relative path is looked up in the folders above the checkpoint, as for a notebook elsewhere; other names stay."""
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "config.json").write_text("{}")
     path = tmp_path / "result" / "rep_seed0" / "best.ckpt"
@@ -121,7 +121,7 @@ def test_a_backbone_is_found_from_another_folder(backbone: FrozenWeights, tmp_pa
         assert (found.backbone_place, found.backbone_name) == (expected, name)
 
 
-def test_another_backbone_is_refused(backbone: FrozenWeights, tmp_path: Path) -> None:
+def test_a_different_backbone_is_refused(backbone: FrozenWeights, tmp_path: Path) -> None:
     torch.save(content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone), tmp_path / "best.ckpt")
     checkpoint = read_checkpoint(tmp_path / "best.ckpt")
     random_hf_clip(tmp_path / "other", seed=1)
@@ -174,7 +174,9 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c["rep"]["architecture"].update(text_layers=3), "text_layers .there 3, here 2"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: Change, problem: str, backbone: FrozenWeights, tmp_path: Path) -> None:
+def test_faulty_or_mismatched_content_is_refused(
+    change: Change, problem: str, backbone: FrozenWeights, tmp_path: Path
+) -> None:
     content = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone)
     change(content)
     path = tmp_path / "best.ckpt"
@@ -184,7 +186,7 @@ def test_what_does_not_fit_is_refused(change: Change, problem: str, backbone: Fr
     assert str(path) in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
 
 
-def test_a_refused_state_changes_nothing(backbone: FrozenWeights) -> None:
+def test_a_refused_state_leaves_the_model_unchanged(backbone: FrozenWeights) -> None:
     classifier = trained_classifier("mmimdb", backbone)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     state = {name: torch.zeros_like(value) for name, value in kept_state(classifier).items()}
@@ -194,7 +196,7 @@ def test_a_refused_state_changes_nothing(backbone: FrozenWeights) -> None:
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
 
-def test_files_that_are_no_checkpoints_are_refused(backbone: FrozenWeights, tmp_path: Path) -> None:
+def test_files_other_than_checkpoints_are_refused(backbone: FrozenWeights, tmp_path: Path) -> None:
     path = tmp_path / "best.ckpt"
     with pytest.raises(CheckpointError, match="no such file"):
         read_checkpoint(path)
@@ -220,17 +222,17 @@ ODD_TENSORS: dict[str, tuple[Tensor, str]] = {
 
 
 @pytest.mark.parametrize("kind", ODD_TENSORS)
-def test_weights_that_are_none_are_refused_by_name(kind: str, backbone: FrozenWeights, tmp_path: Path) -> None:
+def test_invalid_tensors_are_refused_by_name(kind: str, backbone: FrozenWeights, tmp_path: Path) -> None:
     tensor, found = ODD_TENSORS[kind]
     own, path = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone), tmp_path / "best.ckpt"
-    for content in (own, {"state_dict": tiny_classifier().state_dict()}):  # the second as published
+    for content in (own, {"state_dict": tiny_classifier().state_dict()}):  # the second is a published checkpoint
         content["state_dict"][WEIGHT] = tensor
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=rf"best\.ckpt: {WEIGHT} .*{found}"):
             restore_classifier(read_checkpoint(path), backbone)
 
 
-def test_archives_that_grow_are_not_unpacked(tmp_path: Path) -> None:
+def test_compressed_archives_are_not_unpacked(tmp_path: Path) -> None:
     intact = io.BytesIO()
     torch.save({"state_dict": {"a": torch.zeros(10**6)}}, intact)
     path = tmp_path / "best.ckpt"
@@ -254,7 +256,7 @@ def positions(code: Touch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
 @pytest.mark.parametrize("position", positions(Touch(Path())))
-def test_code_in_any_position_does_not_run_in_any_reader(position, zipped, backbone, tmp_path):
+def test_no_reader_runs_pickled_code_in_any_position(position, zipped, backbone, tmp_path):
     shutil.copy(Path(backbone.name) / "config.json", tmp_path)
     marker = tmp_path / "marker"
     content = positions(Touch(marker))[position]
@@ -272,13 +274,13 @@ def test_code_in_any_position_does_not_run_in_any_reader(position, zipped, backb
         with pytest.raises(UserError, match=f"{path.name}|vit={tmp_path}: not readable"):
             reader(path)
     assert not marker.exists()
-    with pytest.raises(Exception, match=r".*"):  # torch.load of a bare call gives None, which is no checkpoint
+    with pytest.raises(Exception, match=r".*"):  # for a bare call, torch.load returns None, which is no checkpoint
         assert torch.load(tmp_path / "best.ckpt", weights_only=False) is NotImplemented
-    assert marker.exists(), "the pickle would never have made the file"
+    assert marker.exists(), "the pickle never creates the file, so the test is void"
 
 
 class Call:
-    """Pickled, it is a call that a careless reader makes."""
+    """Unpickling it makes a call, unless the reader refuses."""
 
     def __init__(self, function: Callable[..., Any], *arguments: object) -> None:
         self.call = function, arguments
@@ -287,7 +289,7 @@ class Call:
         return self.call
 
 
-def test_code_is_refused_by_name(backbone: FrozenWeights, tmp_path: Path) -> None:
+def test_the_error_names_the_refused_code(backbone: FrozenWeights, tmp_path: Path) -> None:
     marker, path = tmp_path / "marker", tmp_path / "bad.ckpt"
     content = content_of(trained_classifier("mmimdb", backbone), "mmimdb", backbone)
     content["state_dict"]["code"] = Call(os.system, f"touch {marker}")
@@ -297,8 +299,8 @@ def test_code_is_refused_by_name(backbone: FrozenWeights, tmp_path: Path) -> Non
     assert not marker.exists()
 
 
-def test_functions_of_the_modules_with_stand_ins_are_not_called(tmp_path: Path) -> None:
-    """Those of `_io` and `pathlib` are among the names that published files may mention."""
+def test_functions_from_modules_with_stand_ins_are_not_called(tmp_path: Path) -> None:
+    """Published files may mention names from `_io` and `pathlib`."""
     marker = tmp_path / "marker"
     content = {"state_dict": {"a": torch.ones(1)}, "file": Call(io.FileIO, str(marker), "w"), "path": marker}
     torch.save(content, tmp_path / "bad.ckpt")
@@ -306,20 +308,20 @@ def test_functions_of_the_modules_with_stand_ins_are_not_called(tmp_path: Path) 
         read_checkpoint(tmp_path / "bad.ckpt")
     assert not marker.exists()
     torch.load(tmp_path / "bad.ckpt", weights_only=False)["file"].close()
-    assert marker.exists(), "the pickle would never have opened the file"
+    assert marker.exists(), "the pickle never opens the file, so the test is void"
 
 
 class ModelCheckpoint:
-    """Under the name of Lightning's callback, of which published checkpoints have the class as a key."""
+    """Pickled under the name of Lightning's callback, a class that is a key in published checkpoints."""
 
 
 class AttributeDict(dict):
-    """Under the name of Lightning's hyper-parameters."""
+    """Pickled under the name of the class of Lightning's hyper-parameters."""
 
 
 @pytest.fixture
 def published_names(monkeypatch: Patch) -> None:
-    """pickle writes the two classes above under their published names."""
+    """Makes pickle write the two classes above under their published names."""
     for module, member in (
         ("pytorch_lightning.callbacks.model_checkpoint", ModelCheckpoint),
         ("pytorch_lightning.utilities.parsing", AttributeDict),
@@ -329,7 +331,7 @@ def published_names(monkeypatch: Patch) -> None:
 
 
 def published_content(classifier: MissingModalityClassifier) -> dict[str, Any]:
-    """What the published code's trainer writes: everything but the dynamic queries."""
+    """A checkpoint as the published code saves it: everything but the dynamic queries."""
     state = {name: value for name, value in published_state(classifier).items() if "memories_dynamic_" not in name}
     score = torch.tensor(0.5)
     return {
@@ -353,14 +355,14 @@ def test_published_checkpoints_load_without_a_backbone(task, tmp_path, caplog):
     torch.save({**content, "state_dict": published_state(classifier)}, path)
     with caplog.at_level(logging.INFO, logger="engine.checkpoint"):
         assert torch.equal(logits_of(restore_classifier(read_checkpoint(path), None)), logits_of(classifier))
-    assert not caplog.records, "it has its queries"
+    assert not caplog.records, "no message: the checkpoint has its queries"
     torch.save(content, path)
     written = path.read_bytes()
     assert b"pytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint" in written
     assert b"pytorch_lightning.utilities.parsing\nAttributeDict" in written
 
     checkpoint = read_checkpoint(path)
-    assert sorted(map(str, torch.serialization.get_safe_globals())) == safe, "stand-ins are gone after reading"
+    assert sorted(map(str, torch.serialization.get_safe_globals())) == safe, "stand-ins are removed after reading"
     assert checkpoint.published and checkpoint.backbone_name is None and checkpoint.spec == spec_of(task)
     with caplog.at_level(logging.INFO, logger="engine.checkpoint"):
         restored = restore_classifier(checkpoint, None, published_seed=4)

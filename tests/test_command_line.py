@@ -1,4 +1,4 @@
-"""Words of a command line: texts as they were typed, wherever they stand, and hints for what is nearly right."""
+"""Parsing the command line: texts stay as typed, whatever their source, and near misses get hints."""
 
 import json
 import re
@@ -32,8 +32,8 @@ def values(*words: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("text", TYPED)
-def test_a_text_is_what_was_typed(text: str, tmp_path: Path) -> None:
-    """On the line, in quotes, in a file, in a sweep, and when a sweep hands it on to its runs."""
+def test_text_options_keep_exactly_what_was_typed(text: str, tmp_path: Path) -> None:
+    """On the command line, in quotes, in a file, in a sweep, and when a sweep passes it on to its runs."""
     assert values(f"exp_name={text}") == values(f"exp_name={text!r}") == {"exp_name": text}
     assert values(f"data_root={text}", f"tokenizer={text}") == {"data_root": text, "tokenizer": text}
     file = tmp_path / "options.json"
@@ -46,15 +46,15 @@ def test_a_text_is_what_was_typed(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["1.10", "1_000", "2024_11", "007", "1e3", "12e400", "True", "a b"])
-def test_lists_of_texts_need_no_quotes(text: str) -> None:
+def test_texts_in_lists_need_no_quotes(text: str) -> None:
     given = values(f"runs=[{text}, b]", f"sweep_over.vit=[{text},b]", f"sweep_over.tokenizer=[None,{text}]")
     assert read_options({**DEFAULTS, **given}, ["runs"])["runs"] == (Path(text), Path("b"))
     assert values_of_options("sweep_over", given["sweep_over"]) == {"vit": (text, "b"), "tokenizer": (None, text)}
 
 
 @pytest.mark.parametrize("number", ["1.10", "1e3", "2024"])
-def test_a_number_in_a_file_or_dictionary_is_refused_where_a_text_is_expected(number: str, tmp_path: Path) -> None:
-    """What was typed is lost by then."""
+def test_a_number_in_a_file_or_dictionary_is_refused_for_a_text_option(number: str, tmp_path: Path) -> None:
+    """Its original spelling has been lost by then."""
     file = tmp_path / "options.json"
     file.write_text(f'{{"exp_name": {number}, "runs": [{number}], "seed": 3}}')
     given = values(str(file), f"sweep_over={{'vit': [{number}]}}")
@@ -65,15 +65,15 @@ def test_a_number_in_a_file_or_dictionary_is_refused_where_a_text_is_expected(nu
         values_of_options("sweep_over", given["sweep_over"])
 
 
-def test_none_leaves_open_what_can_be_left_open() -> None:
-    open_options = ("tokenizer", "load_path", "precision")
-    assert values(*(f"{name}=None" for name in open_options)) == dict.fromkeys(open_options)
+def test_none_unsets_options_that_are_optional() -> None:
+    optional = ("tokenizer", "load_path", "precision")
+    assert values(*(f"{name}=None" for name in optional)) == dict.fromkeys(optional)
     assert values("tokenizer='None'", "exp_name=None") == {"tokenizer": "None", "exp_name": "None"}
     assert values(written("tokenizer", None)) == {"tokenizer": None}
     assert values(written("tokenizer", "None")) == {"tokenizer": "None"}
 
 
-def test_which_options_are_texts() -> None:
+def test_text_options_are_recognised() -> None:
     texts = {name for name in OPTIONS if is_text(name)}
     assert texts >= {
         "exp_name",
@@ -91,7 +91,7 @@ def test_which_options_are_texts() -> None:
 
 
 @pytest.mark.parametrize("method", ["dcp", "rep"])
-def test_names_of_dcp_for_options(method: str, tmp_path: Path) -> None:
+def test_dcp_names_of_options_are_accepted(method: str, tmp_path: Path) -> None:
     given = values(f"prompt_type={method}", "prompt_length=9", "prompt_depth=1")
     assert given == {"prompt_type": method, "memory_length": 9, "memory_depth": 1}
     assert values("prompt_type=mplmm", "prompt_length=9") == {"prompt_type": "mplmm", "prompt_length": 9}
@@ -99,7 +99,7 @@ def test_names_of_dcp_for_options(method: str, tmp_path: Path) -> None:
     assert values(str(tmp_path / "options.json")) == {"memory_depth": 2}
 
 
-def test_other_values_are_read_as_python_writes_them() -> None:
+def test_other_values_are_parsed_as_python_literals() -> None:
     given = values("seed=3", "learning_rate=1e-3", "far=False", "sweep_ratios=[0.5,0.9]", "missing_type=text")
     assert given == {
         "seed": 3, "learning_rate": 0.001, "far": False, "sweep_ratios": [0.5, 0.9], "missing_type": "text"
@@ -109,7 +109,7 @@ def test_other_values_are_read_as_python_writes_them() -> None:
     }
 
 
-def test_an_entry_changes_that_entry_alone(tmp_path: Path) -> None:
+def test_setting_one_entry_keeps_the_others(tmp_path: Path) -> None:
     assert values("missing_ratio=0.5", "missing_ratio.train=0.3")["missing_ratio"] == {
         "train": 0.3, "val": 0.5, "test": 0.5
     }  # fmt: skip
@@ -121,7 +121,7 @@ def test_an_entry_changes_that_entry_alone(tmp_path: Path) -> None:
     assert values("ablation", "sweep_over.far=[True]")["sweep_over"] == {"far": [True], "fmb": [False, True]}
 
 
-def test_the_line_counts_more_than_files_and_a_later_file_more_than_an_earlier(tmp_path: Path) -> None:
+def test_typed_options_override_files_and_later_files_override_earlier_ones(tmp_path: Path) -> None:
     for name, seed in (("a.json", 1), ("b.json", 2)):
         (tmp_path / name).write_text(f'{{"seed": {seed}, "task": "food101"}}')
     files = [str(tmp_path / name) for name in ("a.json", "b.json")]
@@ -129,8 +129,8 @@ def test_the_line_counts_more_than_files_and_a_later_file_more_than_an_earlier(t
     assert values("seed=3", *files)["seed"] == 3
 
 
-def test_the_config_of_a_run_can_be_given_as_options(tmp_path: Path) -> None:
-    """It has all options, and what the files of a custom dataset say of it."""
+def test_a_runs_config_can_be_given_as_an_options_file(tmp_path: Path) -> None:
+    """It holds all options and the description of a custom dataset."""
     chosen = {"custom": {"name": "pets"}, "compile": False, "seed": 5, "exp_name": "x"}
     (tmp_path / "config.json").write_text(json.dumps({**DEFAULTS, **chosen}))
     found = read("sweep", "with", str(tmp_path / "config.json"))
@@ -141,13 +141,13 @@ def test_the_config_of_a_run_can_be_given_as_options(tmp_path: Path) -> None:
     "flag", [["-F", "1.10"], ["-F1.10"], ["-F=1.10"], ["--file_storage=1.10"], ["--file_storage", "1.10"]]
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_the_folder_of_the_record(flag: list[str], first: bool) -> None:
+def test_the_record_folder_can_be_given_in_every_form(flag: list[str], first: bool) -> None:
     words = ["with", "seed=1"]
     found = read(*flag, *words) if first else read(*words, *flag)
     assert (found.record, found.updates) == ("1.10", {"seed": 1})
 
 
-def test_help_that_nobody_reads_to_its_end_is_no_error() -> None:
+def test_closing_the_pipe_while_help_is_printed_is_no_error() -> None:
     command = f"{sys.executable} run.py print_config | head -1; exit ${{PIPESTATUS[0]}}"
     root = Path(__file__).parents[1]
     done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=False)
@@ -155,13 +155,13 @@ def test_help_that_nobody_reads_to_its_end_is_no_error() -> None:
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x", "/dev/null"])
-def test_a_folder_of_the_record_that_cannot_be(place: str, capsys: Captured) -> None:
+def test_a_record_folder_that_cannot_be_created_is_refused(place: str, capsys: Captured) -> None:
     assert command_line(["run.py", "with", "-F", place]) == 2
     assert f"error: -F {place}: cannot be created: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_of_several_processes_the_first_keeps_the_record(rank: int, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_only_the_first_process_writes_the_record(rank: int, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
     assert command_line(["run.py", "with", "learning_rate=-1", "-F", str(tmp_path / "record")]) == 2
     assert (tmp_path / "record" / "1").is_dir() is (rank == 0)
@@ -204,7 +204,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_what_is_nearly_right_is_one_line_with_a_hint(line, capsys, tmp_path, monkeypatch):
+def test_near_misses_give_one_line_with_a_hint(line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command_line(["run.py", *line.split()]) == 2
     said = capsys.readouterr().err.splitlines()
@@ -215,7 +215,7 @@ def test_what_is_nearly_right_is_one_line_with_a_hint(line, capsys, tmp_path, mo
 
 @pytest.mark.parametrize("command", EX.commands)
 @pytest.mark.parametrize("words", [["{}", "--help"], ["{}", "with", "seed=1", "-h"], ["{}", "-h", "seed"]])
-def test_help_on_a_command_has_its_options(
+def test_help_for_a_command_lists_its_options(
     command: str, words: list[str], capsys: Captured, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "90")

@@ -1,4 +1,4 @@
-"""`run.py compare`: which lines of runs are compared, with which figures, and what is refused."""
+"""`run.py compare`: which runs are compared, the reported values, and refusals."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ QUICK = ("bootstrap=50", "permutations=2000", "robustness_seeds=[0,1]")
 
 
 def write(folder: Path, strength: float, seed: int, test_set: TestSet = FILMS, **options: Any) -> Path:
-    """A run with stored logits, better with higher `strength`."""
+    """Writes a run with stored logits, which are better for higher `strength`."""
     run = write_run(folder, test_set.task, seed=seed, **options)
     logits, labels = test_set.logits(seed), test_set.labels
     target = 2.0 * (labels if labels.ndim == 2 else np.eye(TASKS[test_set.task].n_classes)[labels]) - 1
@@ -51,12 +51,12 @@ def runs_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(runs_once: Path, tmp_path: Path) -> Path:
-    """Three methods with two seeds each: one is far better, two are equal but for their names."""
+    """Three methods with two seeds each: one is far better, the other two are equal."""
     return Path(shutil.copytree(runs_once, tmp_path / "runs"))
 
 
-def test_the_command(runs: Path, capsys: Captured) -> None:
-    """What differs is significant, what is equal is not; JSON has all figures."""
+def test_the_command_reports_significant_differences(runs: Path, capsys: Captured) -> None:
+    """Different methods differ significantly, equal ones do not; the JSON file has all values."""
     assert compare(f"runs={runs}") == 0
     said = capsys.readouterr().out.splitlines()
     found = json.loads((runs / "compare.json").read_text())
@@ -88,15 +88,15 @@ def test_the_command(runs: Path, capsys: Captured) -> None:
     assert max(map(len, said)) <= 120
 
 
-def test_the_figures_are_those_of_the_logits_at_the_missing_tables(runs: Path) -> None:
-    """Also of pairs: the mean over the seeds that both have; a third seed of one method has no part in it."""
+def test_values_match_the_logits_at_the_missing_tables(runs: Path) -> None:
+    """A pair's values are means over the seeds that both methods have; a third seed of one method is ignored."""
     write(runs / "rep_seed2" / "version_0", 9.0, 2, prompt_type="rep")
     settings = Settings((3, 4), 20, 100, ("both",), (0.5,), 0.3, missing_table_root=runs)
     (group,) = compare_runs(find_runs(runs)[0], settings)
     each = next(each for each in group.comparisons if (each.one, each.other) == (0, 2))
     expected = []
     for strength in (0.0, 1.5):
-        of_seeds = []
+        seed_values = []
         for seed in (0, 1):
             logits = [value + strength * (2.0 * FILMS.labels - 1) for value in FILMS.logits(seed).values()]
             for table_seed in (3, 4):
@@ -104,13 +104,13 @@ def test_the_figures_are_those_of_the_logits_at_the_missing_tables(runs: Path) -
                 rows = [logits[table[row]][place] for place, row in enumerate(FILMS.rows)]
                 predicted, true = np.stack(rows) > 0, FILMS.labels > 0
                 hits, both = (predicted & true).sum(0), predicted.sum(0) + true.sum(0)
-                of_seeds.append((2 * hits[both > 0] / both[both > 0]).mean())
-        expected.append(np.mean(of_seeds))
+                seed_values.append((2 * hits[both > 0] / both[both > 0]).mean())
+        expected.append(np.mean(seed_values))
     assert each.values == pytest.approx(expected, abs=1e-6) and len(each.of_seeds) == 2
 
 
-def test_several_labels_are_compared_at_each_offset_too(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of those that have one, each at its own."""
+def test_multi_label_runs_are_also_compared_at_their_own_offsets(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Only runs with an offset take part, each at its own."""
     settings = Settings((0,), 20, 100, ("text",), (1.0,))
     assert compare_runs(find_runs(runs)[0], settings, at_offset=True) == []
     for path in runs.rglob("logits.arrow"):
@@ -119,7 +119,7 @@ def test_several_labels_are_compared_at_each_offset_too(runs: Path, caplog: pyte
     with caplog.at_level(logging.INFO, "rep"):
         (group,) = compare_runs(find_runs(runs)[0], settings, at_offset=True)
     assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["f1_macro_at_offset"]
-    assert (group.metric, group.labels) == ("f1_macro_at_offset", ["dcp", "rep"]), "without the one that has none"
+    assert (group.metric, group.labels) == ("f1_macro_at_offset", ["dcp", "rep"]), "mmp, without an offset, is left out"
     (each,) = group.comparisons
     expected = []
     for strength, offset in ((0.0, 0.5), (1.5, -0.75)):
@@ -135,10 +135,10 @@ def test_several_labels_are_compared_at_each_offset_too(runs: Path, caplog: pyte
         compare_runs(find_runs(runs)[0], settings, at_offset=True)
 
 
-def test_what_is_missing_by_nature_is_missing_at_every_pattern(runs: Path) -> None:
-    """Where all texts are, nothing more is lost with the text, and the image stays where it is all there is.
+def test_naturally_missing_inputs_are_missing_at_every_pattern(runs: Path) -> None:
+    """If every sample lacks its text, further missing texts change nothing, and images are kept as the only input.
 
-    A run in which they are not has other test samples, though they have the same ids and labels.
+    Runs whose natural missingness differs have different test samples, even with the same ids and labels.
     """
     first, *_ = paths = sorted(runs.rglob("logits.arrow"))
     for path in reversed(paths):
@@ -154,7 +154,7 @@ def test_what_is_missing_by_nature_is_missing_at_every_pattern(runs: Path) -> No
 
 
 def test_only_like_for_like_is_compared(tmp_path: Path, capsys: Captured) -> None:
-    """Not other training patterns, other datasets or evaluations; a run cut off and resumed is one seed."""
+    """Training pattern, dataset and kind of run must match; an interrupted run and its continuation are one seed."""
     places: dict[str, dict[str, Any]] = {"rep_seed0": {}, "dcp": {"prompt_type": "dcp"}, "text": at("text", 0.7)}
     for name, options in places.items():
         write(tmp_path / name / "version_0", 0.5, 0, **options)
@@ -173,7 +173,7 @@ def test_only_like_for_like_is_compared(tmp_path: Path, capsys: Captured) -> Non
     ]
 
 
-def test_an_undefined_metric_is_null_and_does_not_count(tmp_path: Path, capsys: Captured) -> None:
+def test_an_undefined_metric_is_null_and_not_significant(tmp_path: Path, capsys: Captured) -> None:
     class Kind(TestSet):
         @property
         def labels(self) -> np.ndarray:
@@ -204,20 +204,20 @@ def test_an_undefined_metric_is_null_and_does_not_count(tmp_path: Path, capsys: 
         (["runs={top}", "permutations=0"], "permutations: expected an integer of at least 1, found 0"),
     ],
 )
-def test_what_is_refused(runs: Path, capsys: Captured, options: list[str], message: str) -> None:
+def test_unusable_runs_and_options_are_refused(runs: Path, capsys: Captured, options: list[str], message: str) -> None:
     write_run(runs / "bare" / "version_0")
     assert compare(*(option.format(top=runs) for option in options)) == 2
     assert message.format(top=runs) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "test set", "damaged"])
-def test_logits_that_do_not_belong_together(runs: Path, capsys: Captured, what: str) -> None:
+def test_mismatched_or_damaged_logits_are_refused(runs: Path, capsys: Captured, fault: str) -> None:
     run = runs / "rep_seed1" / "version_0"
     logits = run / "robustness" / "logits.arrow"
-    if what == "checkpoint":
+    if fault == "checkpoint":
         shutil.copy(logits, run / "best.ckpt")
         message = f"{logits.with_name('robustness.json')}: not as written by run.py: results of another checkpoint"
-    elif what == "test set":
+    elif fault == "test set":
         shutil.rmtree(run)
         write(run, 1.0, 1, TestSet(films=61), prompt_type="rep")
         message = f"{logits}: logits of other test samples than "
@@ -232,14 +232,16 @@ def test_logits_that_do_not_belong_together(runs: Path, capsys: Captured, what: 
     ("low", "p", "metric", "significant"),
     [(0.1, 0.05, "accuracy", True), (0.1, 0.05, "mae", True), (-0.1, 0.01, "mae", False), (0.1, 0.06, "mae", False)],
 )
-def test_what_is_significant(low: float, p: float, metric: str, significant: bool) -> None:
-    """The corrected p at most 0.05, and 0 outside of the interval; of errors the lower is ahead."""
+def test_significance_needs_a_low_p_and_an_interval_without_zero(
+    low: float, p: float, metric: str, significant: bool
+) -> None:
+    """The corrected p is at most 0.05 and the interval excludes 0; for error metrics, the lower value is ahead."""
     pattern, difference = Pattern("text", 0.5, 0.5), Difference(0.2, low, 0.3, 0.001)
     found = Comparison(0, 1, pattern, (0.9, 0.7), difference, (0.2, 0.3, -0.1), metric, p)
     assert found.significant is significant and found.ahead == (1 if metric == "mae" else 2)
 
 
-def test_results_at_missing_tables_drawn_otherwise_are_not_compared(runs: Path) -> None:
+def test_results_with_differently_drawn_missing_tables_are_refused(runs: Path) -> None:
     edited(runs / "dcp_seed1" / "version_0", "robustness/robustness.json", rows_before=[100, 20])
     with pytest.raises(
         DataError, match=r"dcp_seed1.*drawn after splits of other sizes.*run `python run.py robustness` again"
@@ -247,7 +249,7 @@ def test_results_at_missing_tables_drawn_otherwise_are_not_compared(runs: Path) 
         compare_runs(find_runs(runs)[0], Settings((0,), 2, 2))
 
 
-def test_compared_is_at_the_share_that_the_training_lost_the_image_of(tmp_path: Path) -> None:
+def test_the_both_ratio_defaults_to_that_of_training(tmp_path: Path) -> None:
     for method in ("dcp", "rep"):
         options = {"both_ratio": 0.25, **at("both", 0.7)}
         write(tmp_path / method, 0.5, 0, prompt_type=method, **options)
@@ -257,7 +259,7 @@ def test_compared_is_at_the_share_that_the_training_lost_the_image_of(tmp_path: 
 
 
 def test_runs_of_the_same_seed_are_paired(tmp_path: Path) -> None:
-    """Without any, those of the lowest seeds."""
+    """Methods without common seeds are paired in order of their seeds."""
     for method, seeds in (("dcp", (1, 2)), ("mmp", (3, 5)), ("rep", (0, 1))):
         for seed in seeds:
             write(tmp_path / f"{method}_seed{seed}" / "version_0", seed / 10, seed, prompt_type=method)

@@ -1,4 +1,4 @@
-"""Made-up segments of text, audio and vision, as the published pickles have them."""
+"""Made-up segments of text, audio and vision in the layouts of the published pickles."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ SHAPES = {"text": (5, 7), "audio": (6, 3), "vision": (4, 4)}
 def vla_splits(
     sizes: dict[str, int] = SIZES, shapes: dict[str, tuple[int, int]] = SHAPES, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """By split: (N, T, D) float32 by modality, padded in front, with lengths, labels, ids and texts."""
+    """Float32 features (N, T, D) of each split keyed by modality, left-padded; lengths, labels, ids and texts."""
     draw = np.random.default_rng(seed)
     splits = {}
     for split, rows in sizes.items():
@@ -32,7 +32,7 @@ def vla_splits(
 
 
 def mult_pickle(splits: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """MulT's layout."""
+    """The splits in MulT's layout."""
     return {
         split: {
             "text": arrays["text"],
@@ -46,7 +46,7 @@ def mult_pickle(splits: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def mmsa_pickle(splits: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """MMSA's layout, with numbers behind the lengths of audio and vision."""
+    """The splits in MMSA's layout, right-padded; the padding of audio and vision is 9 and must be ignored."""
     return {
         split: {
             "id": np.array(arrays["ids"]),

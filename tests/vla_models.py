@@ -1,4 +1,4 @@
-"""The models of text, audio and vision for tests, and batches for them."""
+"""Small models of text, audio and vision for tests, and batches for them."""
 
 import numpy as np
 import torch
@@ -19,12 +19,12 @@ TINY = VlaArchitecture(5, 6, 4, text_dim=7, audio_dim=3, vision_dim=4, width=8, 
 
 
 def vla_batch(features: dict[str, Tensor], types: list[int]) -> ModelInput:
-    """The batch of samples with missing types, given all their features (B, T, D) by modality."""
+    """A batch of samples with missing `types`, given all their features (B, T, D) keyed by modality."""
     return batch_of(features, torch.tensor([[not code & bit for bit in (4, 2, 1)] for code in types]))
 
 
 def random_features(arch: VlaArchitecture, samples: int, seed: int = 0) -> dict[str, Tensor]:
-    """(B, T, D) by modality, padded in front with zeros, some samples all zeros."""
+    """Features (B, T, D) keyed by modality, left-padded with zeros by up to all but one step."""
     draw = np.random.default_rng(seed)
     features = {}
     for name, (steps, width) in arch.shapes.items():
@@ -38,7 +38,7 @@ def random_features(arch: VlaArchitecture, samples: int, seed: int = 0) -> dict[
 def vla_classifier(
     arch: VlaArchitecture = TINY, options: MethodOptions | None = None, outputs: int = 1, seed: int = 0
 ) -> MissingModalityClassifier:
-    """A random classifier, frozen as its method says."""
+    """A random classifier, with parameters frozen as its method requires."""
     torch.manual_seed(seed)
     options = options or MethodOptions("rep", 6, 2)
     backbone = VlaBackbone(arch)
@@ -51,7 +51,7 @@ def vla_classifier(
 
 
 def published_name(name: str) -> str:
-    """What published files call a parameter of the classifier."""
+    """Name of a classifier parameter in published files."""
     for ours, theirs in (("model.prompt_learner.", ""), ("model.", ""), ("mosi_classifier.", "out_layer.")):
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)

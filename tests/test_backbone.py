@@ -363,7 +363,7 @@ def test_folders_without_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None
     refused(vit, "no file named model.safetensors")
 
 
-@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -109,7 +109,7 @@ def test_checkpoints_with_older_names_load(backbone: FrozenWeights, tmp_path: Pa
 
 
 def test_a_backbone_is_found_relative_to_the_checkpoint(backbone: FrozenWeights, tmp_path: Path) -> None:
-    """A relative path is looked up in the folders above the checkpoint, as for a notebook elsewhere; other names stay."""
+    """A relative path is looked up in the folders above the checkpoint, as for a notebook; other names stay."""
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "config.json").write_text("{}")
     path = tmp_path / "result" / "rep_seed0" / "best.ckpt"

@@ -210,7 +210,7 @@ def test_unusable_runs_and_options_are_refused(runs: Path, capsys: Captured, opt
     assert message.format(top=runs) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "test set", "damaged"])
+@pytest.mark.parametrize("fault", ["checkpoint", "test set", "damaged"])
 def test_mismatched_or_damaged_logits_are_refused(runs: Path, capsys: Captured, fault: str) -> None:
     run = runs / "rep_seed1" / "version_0"
     logits = run / "robustness" / "logits.arrow"

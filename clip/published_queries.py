@@ -1,7 +1,7 @@
 """Reproduces the dynamic queries that published checkpoints lack (docs/method.md section 6, point 2).
 
 The published code draws them in its model's constructor, right after seeding torch, and never saves them. Training and
-test with the same seed therefore have the same queries, which repeating the draws gives again.
+test with the same seed therefore have the same queries, and repeating the draws reproduces them.
 """
 
 from collections.abc import Iterator

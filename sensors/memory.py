@@ -72,7 +72,7 @@ class SensorMemoryLearner(Method):
         super().__init__(places, embed_dim, options)
         m, depth, steps = options.slots, options.memory_depth, options.replay_depth
         if min(place.depth for place in places.values()) < 1:
-            raise ValueError("prompt_type=rep: expected network=swt, found a network whose blocks take no slots")
+            raise ValueError("prompt_type=rep: expected network.type=swt, found a network whose blocks take no slots")
         check_depth(places, depth, steps)
         self.modalities = tuple(places)
         self.patterns = patterns(self.modalities)

@@ -85,11 +85,11 @@ class SensorSizes:
         check_sizes(self, "intervals", *widths, "blocks", "heads")
         if self.projection_width % 2:
             raise ValueError(
-                f"projection_width: expected two halves, shared and private, found {self.projection_width}"
+                f"projection_width: expected an even number, half shared and half private, found {self.projection_width}"
             )
         if self.inner_layers < 0 or self.temperature <= 0:
             found = f"{self.inner_layers} and {self.temperature}"
-            raise ValueError(f"inner_layers and temperature: expected 0 or more, and above 0, found {found}")
+            raise ValueError(f"inner_layers and temperature: expected at least 0 and above 0, found {found}")
 
     def of(self, modality: str) -> ModalitySizes:
         """The sizes of a modality; ValueError if its fields are invalid."""

@@ -254,7 +254,7 @@ def positions(steps: int, width: int, device: torch.device) -> Tensor:
 
 @cache
 def mask(steps: int, source_steps: int, device: torch.device) -> Tensor:
-    """Additive mask (T, S): 0 where step i may attend to source step j, which is if j ≤ i + |S - T|, else -∞."""
+    """Additive mask (T, S): 0 where step i may attend to source step j, that is, where j ≤ i + |S - T|, else -∞."""
     return torch.full((steps, source_steps), -math.inf, device=device).triu(abs(source_steps - steps) + 1)
 
 

@@ -74,7 +74,7 @@ class DynamicSlots(nn.Module):
 def read_dynamic(
     attention: Attention, queries_TmD: Tensor, batch: ModelInput, modality: str, tokens: Mapping[str, Tensor]
 ) -> Tensor:
-    """Attention output (B, m, D) of the queries for each sample's missing type over its tokens; zero without any.
+    """Attention of the queries for each sample's missing type over its tokens (B, m, D), zero without the modality.
 
     The result is that of one-head `attention`, but its key and value matrices are applied to the few queries instead
     of the many tokens: a score is q·(K x + k) = (Kᵀq)·x + q·k, and the softmax cancels the last term; the weights add

@@ -114,7 +114,7 @@ class Method(nn.Module):
     """Whether weight decay applies to everything that is trained."""
     per_sample = False
     """Whether a modality's slots depend on more than the sample's missing type and its input of that modality; an input
-    shared by several samples is then encoded once for each."""
+    shared by several samples is then encoded separately for each of them."""
 
     def __init__(self, places: Mapping[str, Place], embed_dim: int, options: MethodOptions) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class Method(nn.Module):
         """Sets initial values that depend on the frozen weights."""
 
     def see(self, backbone: Backbone, batches: Iterable[ModelInput]) -> None:
-        """Takes in the samples of the training split before training, if `sees_training_split`."""
+        """Passes over the samples of the training split before training, if `sees_training_split`."""
 
 
 def of_missing_type(slots_of_type: Sequence[Tensor], batch: ModelInput) -> Tensor:

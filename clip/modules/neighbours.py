@@ -47,7 +47,7 @@ class Neighbours(nn.Module):
         self.register_buffer("row_N", torch.zeros(samples, dtype=torch.long))
 
     def remember(self, features_NF: Tensor, present_NM: Tensor, labels: Tensor, row_N: Tensor) -> None:
-        """Stores the training samples, without the modalities that are missing by their missing table.
+        """Stores the training samples, with modalities missing as in their missing table.
 
         Args:
             labels: 0 and 1 (N, C), or class indices (N,).

@@ -1,4 +1,4 @@
-"""CLIP's two towers with places for slots (docs/method.md sections 3 and 8).
+"""CLIP's two towers, which slots can enter (docs/method.md sections 3 and 8).
 
 Shape suffixes: B samples, L sequence, N queries, D width of a tower, P prefix keys, R image side, m slots of one group,
 E joint embedding width.
@@ -27,7 +27,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ClipArchitecture:
-    """Sizes of a CLIP with two transformer towers; no other code hard-codes any of them."""
+    """Sizes of a CLIP with two transformer towers; nothing else in the code fixes any of them."""
 
     image_size: int
     patch_size: int
@@ -112,7 +112,7 @@ class MLP(nn.Module):
         self.activate: Callable[[Tensor], Tensor] = PLAIN.quick_gelu if activation == "quick_gelu" else F.gelu
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D)."""
+        """Maps (B, L, D) to (B, L, D)."""
         return self.c_proj(self.activate(self.c_fc(x_BLD)))
 
 

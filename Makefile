@@ -1,21 +1,21 @@
-# make demo   sets up and runs the whole method on made-up data (minutes on two cores)
-# make demo-vla  likewise on made-up text, audio and vision (about a minute)
-# make demo-as  likewise on made-up signals of sensors (about a minute)
+# make demo   sets up and runs the whole method on synthetic data (minutes on two cores)
+# make demo-vla  the same on synthetic text, audio and vision (about a minute)
+# make demo-as  the same on synthetic sensor signals (about a minute)
 # make test   sets up and runs all tests
-# make test-long  and those that take long: runs interrupted anywhere, thousands of steps (10 minutes more on two cores)
+# make test-long  also the long ones: runs interrupted anywhere, thousands of steps (10 more minutes on two cores)
 # make lint   ruff and mypy
-# make bench  how fast it is, beside the published algorithm (half an hour on two cores); writes benchmarks/RESULTS.md
-# make fuzz   feeds damaged input to every reader, a thousand damages of each file (ten minutes on two cores)
+# make bench  speed compared with the published algorithm (half an hour on two cores); writes benchmarks/RESULTS.md
+# make fuzz   feeds damaged input to every reader, a thousand variants of each file (ten minutes on two cores)
 # make docs   writes docs/options.md from config.py
-# make constraints  installs requirements-dev.txt in a fresh environment, and pins all of it in constraints.txt
-# make clean  removes what the above made
+# make constraints  installs requirements-dev.txt in a fresh environment and pins the result in constraints.txt
+# make clean  removes everything created by the above
 
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-# Of `pip freeze`: no CUDA packages, which a torch with CUDA pins itself; no local versions (torch's +cpu); names as pip
-# compares them.
+# Filters `pip freeze`: drops CUDA packages, which a CUDA build of torch pins itself, and local versions (torch's +cpu);
+# normalises names as pip does.
 PINS := sed -E '/^(pip=|nvidia-|cuda-|triton=)/d; s/\+.*//; s/^[^=]+/\L&/; :a; s/^([^=]*)[_.]/\1-/; ta' | LC_ALL=C sort -t= -k1,1
 
 .PHONY: demo demo-vla demo-as test test-long lint bench fuzz docs constraints clean
@@ -63,7 +63,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one as in make demo PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: expected Python 3.11 or newer; choose one with make demo PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 
 .venv/.ready: requirements.txt constraints.txt | .venv/bin/python

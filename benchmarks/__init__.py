@@ -1,1 +1,1 @@
-"""How fast it is, beside the published algorithm written plainly. Not part of the tests."""
+"""Speed compared with a plain implementation of the published algorithm. Not part of the tests."""

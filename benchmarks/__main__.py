@@ -1,8 +1,8 @@
-"""`make bench`: how fast training, evaluation and loading are, beside the published algorithm written plainly.
+"""`make bench`: speed of training, evaluation and loading, compared with a plain version of the published algorithm.
 
     python -m benchmarks [--only PART …] [--pairs 5] [--threads 2] [--device cpu] [--record benchmarks/RESULTS.md]
 
-Prints Markdown tables. `--record` replaces those between the markers of a file.
+Prints Markdown tables. `--record` also replaces the tables between the markers in a file.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BF16 = torch.bfloat16
 
 
 def steps(device: torch.device, pairs: int) -> Iterator[str]:
-    """The table of required ratios. Each pair of timings is of another batch, drawn as in training."""
+    """The required ratios. Each pair of timings uses a different batch, drawn as in training."""
     both = partial(sides.drawn, "both", 0.7, range(77, 78), device=device)
     yield from header("case", "baseline", "ours", "ratio", "lowest to highest", "required")
 
@@ -72,7 +72,7 @@ def steps(device: torch.device, pairs: int) -> Iterator[str]:
 
 
 def _learn(side: Side, dtype: torch.dtype, make: Callable[[Any, Data], Iterable[Any]], data: Data) -> None:
-    """Forward and backward of the learner alone; all slots have the same gradient."""
+    """Forward and backward pass of the learner alone; all slots get the same gradient."""
     with torch.autocast(data.images.device.type, dtype, enabled=dtype is not torch.float32):
         made = make(side.model.method, data)
     slots = [[*t.replaced_BmD, *t.inserted_BmD] if isinstance(t, TowerSlots) else t for t in made]
@@ -81,7 +81,7 @@ def _learn(side: Side, dtype: torch.dtype, make: Callable[[Any, Data], Iterable[
 
 
 def robustness(device: torch.device, pairs: int) -> Iterator[str]:
-    """The 33 cells of a robustness matrix, missing type × ratio, of a batch of samples."""
+    """The 33 cells of a robustness matrix, missing type × ratio, for a batch of samples."""
     yield from header("33 cells one by one", "from three encodings", "ratio", "lowest to highest", "required")
     every_type = [Data([missing_type] * BATCH, [77] * BATCH, device) for missing_type in (0, 1, 2)]
     theirs, ours = sides.baseline(device), sides.ours(device)
@@ -90,13 +90,13 @@ def robustness(device: torch.device, pairs: int) -> Iterator[str]:
         for data in batch:
             ours.evaluate(data)
 
-    # The published algorithm encodes everything whatever is missing: each of the 33 cells takes it as long.
+    # The published algorithm encodes everything, whatever is missing, so each of the 33 cells takes equally long.
     timed = compare(lambda batch: theirs.evaluate(batch[0]), encodings, itertools.repeat(every_type), pairs)
     yield row(*Comparison([33 * took for took in timed.baseline], timed.ours).cells(), "≥ 15")
 
 
 def training(device: torch.device, pairs: int) -> Iterator[str]:
-    """The loop of run.py (loader, Lightning, logging, gradient watch, checkpoints) and the bare step on its batches."""
+    """The loop of run.py (loader, Lightning, logging, gradient checks, checkpoints) and a bare step on its batches."""
     yield from header("case", "bare step", "run.py", "share", "lowest to highest", "required")
     case = f"the demo's films and tiny CLIP, batches of {loop.BATCH}, samples/s"
     with TemporaryDirectory() as folder:
@@ -108,7 +108,7 @@ def training(device: torch.device, pairs: int) -> Iterator[str]:
 
 
 def machine(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """The machine and library versions behind the figures."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {versions}"
@@ -119,17 +119,17 @@ def machine(device: torch.device) -> str:
 
 
 def record(path: Path, device: str, part: str, text: str) -> None:
-    """Replaces what `path` has between the markers of a part on `device`."""
+    """Replaces the text between the markers of a part on `device` in the file `path`."""
     begin, end, found = f"<!-- {part} on {device} -->\n", f"<!-- end of {part} -->", path.read_text("utf-8")
     if not re.search(f"{begin}.*?{end}", found, re.DOTALL):
-        raise SystemExit(f"{path}: expected the lines {begin.strip()} and {end}")
+        raise SystemExit(f"{path}: expected the lines {begin.strip()} and {end}, found no such pair")
     replaced = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", found, count=1, flags=re.DOTALL)
     with atomic_path(path) as temporary:
         temporary.write_text(replaced, "utf-8")
 
 
 def of_vla(device: torch.device, pairs: int) -> Iterator[str]:
-    """Text, audio and vision: beside the published algorithm written plainly, at MOSI's sizes, batch 64."""
+    """Text, audio and vision: compared with a plain version of the published algorithm, at MOSI's sizes, batch 64."""
     yield from header("case", "baseline", "ours", "ratio", "lowest to highest", "required")
     yield from (row(*cells) for cells in vla.rows(pairs))
 
@@ -144,9 +144,9 @@ PARTS: dict[str, Callable[[torch.device, int], Iterator[str]]] = {
     "vla": of_vla,
 }
 CAPTIONS = {name: part.__doc__ or "" for name, part in PARTS.items()} | {
-    "shapes": "Shapes of an epoch's batches, MM-IMDb's 15,552 training samples, and the operations that rounding adds.",
-    "sensors": "Sensors, processor time: REP's training step at the sizes of MOD beside `none`'s, and kept features.",
-    "heads": "Heads on kept features, processor time: run.py's loop at published sizes, on features drawn at random.",
+    "shapes": "Batch shapes in an epoch of MM-IMDb's 15,552 training samples, and the operations added by rounding.",
+    "sensors": "Sensors, CPU time: REP's training step at MOD's sizes against that of `none`, and cached features.",
+    "heads": "Heads on cached features, CPU time: run.py's own loop at published sizes, on random features.",
 }
 
 

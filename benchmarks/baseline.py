@@ -1,8 +1,8 @@
-"""The published algorithm, written plainly, with the parameters of our classifier: what the benchmarks compare with.
+"""The baseline of the benchmarks: a plain version of the published algorithm with the parameters of our classifier.
 
-It encodes both modalities of every sample and puts zeros in place of the missing ones afterwards, makes the memory once
-per sample in a loop, takes all 77 positions of every text through all blocks, and decodes and tokenises every sample
-whatever it lacks. Attention is that of `nn.MultiheadAttention`, sequence first, as in OpenAI's CLIP.
+It encodes both modalities of every sample and replaces the features of missing ones by zeros afterwards, computes the
+memory sample by sample in a loop, passes all 77 positions of every text through all blocks, and decodes and tokenises
+every sample whatever it lacks. Attention is that of `nn.MultiheadAttention`, sequence first, as in OpenAI's CLIP.
 """
 
 import io
@@ -20,7 +20,7 @@ from clip.modules.vision_transformer_memory import IMAGE_MEAN, IMAGE_STD
 
 
 def logits(ours: MissingModalityClassifier, image_B3RR: Tensor, tokens_BL: Tensor, missing_type_B: Tensor) -> Tensor:
-    """(B, C) of normalised images and token ids of all samples, missing or not."""
+    """Logits (B, C) for normalised images and token ids of all samples, missing or not."""
     model: Any = ours.model
     image, text = model.image_encoder, model.text_encoder
     image_memory, text_memory = memory(ours.method, missing_type_B)
@@ -41,7 +41,7 @@ def logits(ours: MissingModalityClassifier, image_B3RR: Tensor, tokens_BL: Tenso
 
 
 def memory(learner: nn.Module, missing_type_B: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """(image memory, text memory): per layer (B, m, D), the first (B, 2m, D) with the shared slots."""
+    """Image and text memory: a tensor (B, m, D) per layer, the first (B, 2m, D) with the shared slots."""
     samples = [_of_sample(learner, int(missing)) for missing in missing_type_B]
     image, text = ([torch.stack(of_layer) for of_layer in zip(*of, strict=True)] for of in zip(*samples, strict=True))
     return image, text
@@ -67,7 +67,7 @@ def _of_sample(learner: Any, missing: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _blocks(ours: Any, name: str, tokens_LBD: Tensor, slots: list[Tensor], missing_type_B: Tensor) -> Tensor:
-    """A tower's blocks with memory (docs/method.md section 3); the input tokens after the last one."""
+    """Runs a tower's blocks with memory (docs/method.md section 3); returns the input tokens after the last block."""
     dynamic, m = ours.method.dynamic[name], slots[-1].shape[1]
     queries = torch.cat([dynamic.get_buffer(f"queries_{AVAILABLE[int(type_)]}") for type_ in missing_type_B], dim=1)
     x_LBD = torch.cat([slots[0].transpose(0, 1), _attend(dynamic.attention, queries, tokens_LBD), tokens_LBD])
@@ -84,15 +84,15 @@ def _blocks(ours: Any, name: str, tokens_LBD: Tensor, slots: list[Tensor], missi
 
 
 def _attend(attention: Any, query: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-    inwards = attention.in_proj_weight, attention.in_proj_bias, None, None, False, 0.0
-    outwards = attention.out_proj.weight, attention.out_proj.bias
+    inputs = attention.in_proj_weight, attention.in_proj_bias, None, None, False, 0.0
+    outputs = attention.out_proj.weight, attention.out_proj.bias
     of_heads = query.shape[-1], attention.heads
-    all_of_it = (query, source, source, *of_heads, *inwards, *outwards)
-    return F.multi_head_attention_forward(*all_of_it, need_weights=False, attn_mask=mask)[0]
+    arguments = (query, source, source, *of_heads, *inputs, *outputs)
+    return F.multi_head_attention_forward(*arguments, need_weights=False, attn_mask=mask)[0]
 
 
 def load_image(data: bytes, size: int) -> Tensor:
-    """CLIP's transform as torchvision composes it, to a normalised float image (3, size, size)."""
+    """Applies CLIP's transform as composed in torchvision; returns a normalised float image (3, size, size)."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     width, height = image.size
     scale = size / min(width, height)

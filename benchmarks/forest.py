@@ -1,11 +1,11 @@
-"""Random forests beside runs on sensors: on the same arrow files, trained and tested with the same missing tables.
+"""Random forests to compare runs on sensors with: same arrow files, and same missing tables in training and test.
 
     pip install scikit-learn==1.9.1
     python -m benchmarks.forest result/rep_seed0/version_0 …
 
-Of runs that have a robustness matrix, whose cells are tested: accuracy and macro F1, mean and deviation over the runs.
-One forest has the mean of the training samples for what is missing; another one is trained for each pattern of present
-modalities, on the training samples that have these.
+The runs must have a robustness matrix, whose cells are tested: accuracy and macro F1, mean and standard deviation over
+the runs. One forest gets the mean of the training samples in place of missing features; others are trained for each
+pattern of present modalities, on the training samples that have them.
 """
 
 import json
@@ -28,8 +28,8 @@ TREES, BANDS = 100, 8
 
 
 def features(dataset: ArrowDataset, modality: str) -> np.ndarray:
-    """(N, F): mean, deviation, extremes and logarithmic power in bands, of each channel and of their norm."""
-    step = dataset.spec.modalities[modality].step or None  # less than an interval where they overlap
+    """(N, F): mean, standard deviation, extremes and log power in bands, for each channel and for their norm."""
+    step = dataset.spec.modalities[modality].step or None  # less than an interval if intervals overlap
     x_NcIS = np.stack([np.asarray(dataset.kinds[modality].read(row, row)) for row in range(dataset.n_rows)])
     x_NcT = np.concatenate([x_NcIS[:, :, :-1, :step].reshape(*x_NcIS.shape[:2], -1), x_NcIS[:, :, -1]], axis=2)
     x_NcT = np.concatenate([x_NcT, np.linalg.norm(x_NcT, axis=1, keepdims=True)], axis=1)
@@ -40,7 +40,7 @@ def features(dataset: ArrowDataset, modality: str) -> np.ndarray:
 
 
 def predictions(config: dict[str, Any], train: ArrowDataset, test: ArrowDataset) -> dict[str, np.ndarray]:
-    """By forest, (missing types, N) of the test split."""
+    """Predictions (missing types, N) for the test split, keyed by forest."""
     names, seed = list(train.spec.modalities), config["seed"]
     x_train, x_test = ([features(dataset, name) for name in names] for dataset in (train, test))
     lost = config["missing_type"]["train"], config["missing_ratio"]["train"], config["both_ratio"], seed
@@ -65,7 +65,7 @@ def predictions(config: dict[str, Any], train: ArrowDataset, test: ArrowDataset)
 
 
 def table(runs: Sequence[Path]) -> Iterator[str]:
-    """Its lines, in Markdown."""
+    """Yields the lines of the Markdown table."""
     scores = defaultdict(list)
     for run in runs:
         config, tested = (

@@ -1,4 +1,4 @@
-"""What a GPU does, in minutes: `bash benchmarks/gpu.sh`, which see. One line a figure, as it is measured."""
+"""Benchmarks a GPU in minutes: see `benchmarks/gpu.sh`. Prints each figure on a line as it is measured."""
 
 import argparse
 import json
@@ -37,25 +37,25 @@ from engine.cuda_graphs import Forward, GraphedForward, GraphedSteps, Losses, Re
 
 SIZES: tuple[int, ...] = (32, 64, 128, 256)
 BATCHES, COPIES, EPOCHS = 8, 16, 6
-"""Of each size; of the films; that are timed, after a first one: later ones have few new shapes."""
+"""Batches of each size; copies of the films; epochs timed after a first one (later ones have few new shapes)."""
 PARTS = "steps", "loop", "cells"
 COPIES_FOR_CELLS = 29
-"""With which the 902 films that these scripts were written for are as many as MM-IMDb has."""
+"""Makes the 902 films that these scripts were written for as many as MM-IMDb has."""
 VIT_B16 = TinyClip(224, 16, 768, 12, 512, 12, 512, batch=8)
 TARGETS = {("training", 32): 2300, ("training", 256): 4500, ("evaluation", 32): 5000, ("evaluation", 256): 11000}
 """Samples per second on one H100 or H200."""
 WAYS = {
-    "as they are, cuDNN attention": (True, False, False),
-    "as they are": (False, False, False),
+    "exact shapes, cuDNN attention": (True, False, False),
+    "exact shapes": (False, False, False),
     "few shapes": (False, True, False),
-    "recorded": (False, True, True),
+    "captured": (False, True, True),
 }
-"""Of batches: with cuDNN's attention, in few shapes, recorded and compiled."""
+"""Ways to run batches: with cuDNN's attention or not, rounded to few shapes or not, captured and compiled or not."""
 Rows = Iterator[tuple[str, str]]
 
 
 def losses_of(side: Side) -> Step:
-    """What a training step computes."""
+    """The losses and logits computed by a training step."""
 
     def losses(batch: ModelInput, labels: Tensor, _: int) -> Losses:
         logits, own_losses = side.model.training_outputs(batch, labels)
@@ -64,15 +64,15 @@ def losses_of(side: Side) -> Step:
     return losses
 
 
-def recorded(side: Side) -> tuple[GraphedSteps, GraphedForward]:
-    """Training step and evaluation as a training on a GPU has them."""
+def captured(side: Side) -> tuple[GraphedSteps, GraphedForward]:
+    """Training step and evaluation as used by a training on a GPU."""
     compute_by(side.model, compiled())
     recordings, trained = Recordings(), [p for p in side.model.parameters() if p.requires_grad]
     return GraphedSteps(losses_of(side), trained, recordings), GraphedForward(side.model.__call__, recordings)
 
 
 def train(side: Side, step: Step, data: Data) -> None:
-    """A whole training step."""
+    """Runs a whole training step."""
     side.model.train()
     with side._autocast(data):
         loss, *_ = step(data.present(), data.labels, len(data.labels))
@@ -82,32 +82,32 @@ def train(side: Side, step: Step, data: Data) -> None:
 
 
 def evaluate(side: Side, forward: Forward, data: Data) -> Tensor:
-    """Logits."""
+    """Computes the logits of a batch."""
     side.model.eval()
     with torch.inference_mode(), side._autocast(data):
         return forward(data.present())
 
 
 def rate(work: Callable[[Data], object], batches: list[Data], *, again: bool) -> str:
-    """Samples per second over batches of different shapes, one after the other without a wait for the GPU between.
+    """Samples per second over batches of different shapes, run back to back without waiting for the GPU.
 
     Args:
-        again: whether the shapes have been seen before; else all but the first have not.
+        again: whether all shapes have been seen before; otherwise only the first has.
     """
 
-    def all_of_them() -> None:
+    def run_all() -> None:
         for data in timed:
             work(data)
 
     for data in batches[: len(batches) if again else 1]:
         work(data)
     timed = batches[0 if again else 1 :]
-    took = seconds(all_of_them) / len(timed)
+    took = seconds(run_all) / len(timed)
     return f"{len(batches[0].labels) / took:,.0f} samples/s, {1000 * took:.1f} ms"
 
 
 def steps(device: torch.device, sizes: Sequence[int]) -> Rows:
-    """The bare step and evaluation on batches as a sampler draws them, shapes seen for the first time or again."""
+    """The bare step and evaluation on batches drawn by a sampler, with new and with known shapes."""
     on_gpu = device.type == "cuda"
     side = sides.ours(device, torch.bfloat16 if on_gpu else torch.float32)
     for size in sizes:
@@ -117,13 +117,13 @@ def steps(device: torch.device, sizes: Sequence[int]) -> Rows:
             if (cudnn and size not in (sizes[0], sizes[-1])) or (graphs and not on_gpu):
                 continue
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            step, forward = recorded(side) if graphs else (losses_of(side), side.model.__call__)
+            step, forward = captured(side) if graphs else (losses_of(side), side.model.__call__)
             work = partial(train, side, step)
             with nullcontext() if rounds else mock.patch.object(ClipBackbone, "prepare", lambda _, batch: batch):
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
                 if not graphs:
-                    yield f"training, {size}, {way}, for the first time", rate(work, batches, again=False)
+                    yield f"training, {size}, {way}, new shapes", rate(work, batches, again=False)
                 found = rate(work, batches, again=True)
             memory = f", {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB" if on_gpu else ""
             refused = (
@@ -135,23 +135,23 @@ def steps(device: torch.device, sizes: Sequence[int]) -> Rows:
 
 
 def same(device: torch.device, size: int) -> Rows:
-    """Gradients of a recorded step beside those of one that is not, in float32, with the same dropout masks."""
+    """Compares the gradients of a captured and a plain step, in float32, with the same dropout masks."""
     [data] = islice(sides.drawn("both", 0.7, range(77, 78), size, device), 1)
     found = []
     for graphs in (False, True):
         side = sides.ours(device)
         side.model.train()
         torch.manual_seed(0)
-        step = recorded(side)[0] if graphs else losses_of(side)
+        step = captured(side)[0] if graphs else losses_of(side)
         loss, *_ = step(data.present(), data.labels, size)
         loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in side.model.parameters() if p.grad is not None]))
     difference = float((found[0] - found[1]).norm() / found[0].norm())
-    yield "gradients of a recorded step, relative difference", f"{difference:.1e}"
+    yield "gradients of a captured step, relative difference", f"{difference:.1e}"
 
 
 def run(folder: Path, device: torch.device, size: int, ready: Future[None], **more: Any) -> Rows:
-    """The loop of run.py on the films, beside the bare step on its batches. Its log says where the time went."""
+    """The loop of run.py on the films compared with the bare step on its batches; the log says how time was spent."""
     ready.result()
     with mock.patch.object(cuda_graphs, "LEAST_BATCHES", 0):
         found = loop.rates(folder, device, EPOCHS, per_gpu_batchsize=size, batch_size=size, **more)
@@ -161,7 +161,7 @@ def run(folder: Path, device: torch.device, size: int, ready: Future[None], **mo
 
 
 def cells(folder: Path, ready: Future[None], *more: str) -> Rows:
-    """A whole cell of the published table by the command; then what it wins to compute two at once."""
+    """A whole cell of the published table by the command, then the gain from computing two at once."""
     ready.result()
     places = {"data_root": "arrow", "vit": "backbone", "log_dir": "result", "missing_table_root": "tables"}
     options = ["task_finetune_mmimdb", *(f"{name}={folder / place}" for name, place in places.items())]
@@ -172,7 +172,7 @@ def cells(folder: Path, ready: Future[None], *more: str) -> Rows:
         words = [sys.executable, "run.py", *command.split(), "with", *options, *own]
         return seconds(lambda: subprocess.run(words, check=True, stdout=sys.stderr))
 
-    yield "a whole cell, the decoding of its images included", f"{took('', 'exp_name=cell'):.0f} s (< 300 s)"
+    yield "a whole cell, including the decoding of its images", f"{took('', 'exp_name=cell'):.0f} s (< 300 s)"
     alone, two = (
         took("sweep", f"sweep_name=of_{name}", f"sweep_seeds={seeds}", *of_sweep)
         for name, seeds in (("one", "[0]"), ("two", "[0,1]"))
@@ -182,7 +182,7 @@ def cells(folder: Path, ready: Future[None], *more: str) -> Rows:
 
 
 def prepared(folder: Path, films: Path | None, copies: int, sizes: TinyClip, workers: int) -> None:
-    """Films, so many times over, or made-up ones, as arrow files; a random CLIP with a tokenizer."""
+    """Prepares `copies` of the films, or synthetic ones, as arrow files, and a random CLIP with a tokenizer."""
     raw = folder / "raw"
     if films is None:
         write_task(raw, 24 * copies, 0)
@@ -204,10 +204,10 @@ def prepared(folder: Path, films: Path | None, copies: int, sizes: TinyClip, wor
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--films", type=Path, help="folder in MM-IMDb's layout; default: made-up films")
+    parser.add_argument("--films", type=Path, help="folder in MM-IMDb's layout; default: synthetic films")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2], help="default: steps loop")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script itself")
-    parser.add_argument("--seconds", type=float, default=400, help="after which nothing more is begun")
+    parser.add_argument("--seconds", type=float, default=400, help="time after which no further part is started")
     given = parser.parse_args()
     print_anywhere()
     began = time.monotonic()

@@ -1,11 +1,11 @@
 #!/bin/sh
-# What a GPU does, in less than 8 minutes, as one table:
+# Benchmarks a GPU in less than 8 minutes and prints one table:
 #
 #     bash benchmarks/gpu.sh [WHEELS [FILMS [PART ...]]]
 #
-# WHEELS: a folder of wheels of what requirements.txt names and the machine lacks ("" for none). FILMS: a folder in
-# MM-IMDb's layout, taken many times over; without it ("") made-up films. PART: steps, loop (both by default), cells
-# (another 8 minutes: a whole cell of MM-IMDb's size, and two at once). SMALL=1 tries the script itself, on a CPU too.
+# WHEELS: a folder of wheels for the packages in requirements.txt that the machine lacks ("" for none). FILMS: a folder
+# in MM-IMDb's layout, used many times over; without it (""), synthetic films. PART: steps, loop (both by default), cells
+# (another 8 minutes: a whole cell of MM-IMDb's size, and two at once). SMALL=1 tries out the script, on a CPU too.
 set -e
 wheels=${1:+$(realpath "$1")} films=${2:+$(realpath "$2")} site=$(mktemp -d)
 cd "$(dirname "$0")/.."

@@ -1,4 +1,4 @@
-"""The part `heads`: `none` on kept features, of the sizes of published datasets, beside running the towers."""
+"""The part `heads`: `none` on cached features at the sizes of published datasets, compared with running the towers."""
 
 import logging
 import time
@@ -39,7 +39,7 @@ HEADS = {"linear": {}, "linear, ends trained": {"train_ends": True}}
 
 
 class Stopwatch(pl.Callback):
-    """Processor seconds of an epoch, its validations, records and checkpoints included."""
+    """Records the CPU time at the start of each epoch, to time epochs with their validations, logs and checkpoints."""
 
     def __init__(self) -> None:
         self.began: list[float] = []
@@ -52,7 +52,7 @@ class Stopwatch(pl.Callback):
 
 
 def write(folder: Path, name: str) -> None:
-    """Arrow files of the published sizes, without images, one short text a row."""
+    """Writes arrow files of the published sizes, without images and with one short text per row."""
     spec, rng = DATASETS[name], np.random.default_rng(0)
     for split in SPLITS:
         n = ROWS[name][split]
@@ -64,7 +64,7 @@ def write(folder: Path, name: str) -> None:
 
 
 def seconds_of_epoch(folder: Path, name: str, **head: Any) -> float:
-    """Of run.py's own loop, on features drawn at random."""
+    """CPU seconds of an epoch of run.py's own loop, on random features."""
     places = dict.fromkeys(("data_root", "vit", "log_dir", "missing_table_root"), str(folder))
     options = check(
         {**DEFAULTS, **DATASETS[name].options, **places, **head}
@@ -91,10 +91,10 @@ def seconds_of_epoch(folder: Path, name: str, **head: Any) -> float:
 
 
 def seconds_of_towers() -> tuple[float, float]:
-    """Of a sample at 70 % both, and of a complete one, through ViT-B/16."""
+    """CPU seconds for one sample through ViT-B/16: on average at 70 % both, and complete."""
     classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("none"), sides.VIT_B16)).eval()
     found = []
-    # Of 20 samples at 70 % both 13 have an image and 13 a text: 5 of 8.
+    # At 70 % both, 13 of 20 samples have an image and 13 a text: about 5 of 8.
     for types in ([0, 0, 1, 1, 1, 2, 2, 2], [0] * SAMPLES):
         batch = sides.Data(types, [77] * SAMPLES, torch.device("cpu"))
         began = time.process_time()
@@ -105,12 +105,12 @@ def seconds_of_towers() -> tuple[float, float]:
 
 
 def table() -> Iterator[str]:
-    """Its lines, in Markdown."""
+    """Yields the lines of the Markdown table."""
     logging.disable(logging.INFO)
     drawn, complete = seconds_of_towers()
-    yield f"A sample through both towers, float32: {drawn:.3f} s at 70 % both, {complete:.3f} s complete.\n"
-    names = "dataset, head", "an epoch on kept features", "through the towers", "ratio", "required"
-    yield from sides.header(*names, f"{EPOCHS} epochs", f"{CELLS} cells", "once, the features")
+    yield f"One sample through both towers, float32: {drawn:.3f} s at 70 % both, {complete:.3f} s complete.\n"
+    names = "dataset, head", "an epoch on cached features", "through the towers", "ratio", "required"
+    yield from sides.header(*names, f"{EPOCHS} epochs", f"{CELLS} cells", "features, once")
     for name, rows in ROWS.items():
         with TemporaryDirectory() as folder:
             write(Path(folder), name)
@@ -119,6 +119,6 @@ def table() -> Iterator[str]:
                 towers = drawn * (rows["train"] + VALIDATIONS * rows["val"])
                 ratio, epochs = f"{towers / 60:.0f} min", f"{EPOCHS * took / 60:.1f} min"
                 cells, once = CELLS * EPOCHS * took / 60, complete * sum(rows.values()) / 60
-                beside = (f"{took:.1f} s", ratio, f"{towers / took:.0f}", "≥ 100", epochs)
-                yield sides.row(f"{DATASETS[name].title}, {title}", *beside, f"{cells:.0f} min", f"{once:.0f} min")
+                figures = (f"{took:.1f} s", ratio, f"{towers / took:.0f}", "≥ 100", epochs)
+                yield sides.row(f"{DATASETS[name].title}, {title}", *figures, f"{cells:.0f} min", f"{once:.0f} min")
     logging.disable(logging.NOTSET)

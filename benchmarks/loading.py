@@ -1,4 +1,4 @@
-"""Made-up films with posters and plots of the usual size, and loading them: reading, decoding, transforming, tokens."""
+"""Loading of synthetic films with realistic posters and plots: reading, decoding, transforming, tokenising."""
 
 import io
 from pathlib import Path
@@ -22,7 +22,7 @@ FILMS, BATCH, POSTER, WORDS, SIZE = 192, 32, (300, 440), 110, 224
 
 
 class Loading:
-    """A training split of made-up films, one plot each, 70 % without image, in `folder`; both ways to load it."""
+    """A training split of synthetic films in `folder`, one plot each, 70 % without image, and two ways to load it."""
 
     def __init__(self, folder: Path) -> None:
         draw = np.random.default_rng(0)
@@ -41,12 +41,12 @@ class Loading:
         self.dataset.missing_table = draw_missing_table("mmimdb", "train", pattern, FILMS)
 
     def ours(self) -> None:
-        """An epoch in batches."""
+        """Loads an epoch in batches."""
         for start in range(0, FILMS, BATCH):
             collate(self.kinds, self.dataset.__getitems__([(0, index) for index in range(start, start + BATCH)]))
 
     def theirs(self) -> None:
-        """An epoch in batches, as published: all is decoded and tokenised, then a missing image becomes ones."""
+        """Loads an epoch in batches as published: decodes and tokenises all, then sets missing images to ones."""
         for start in range(0, FILMS, BATCH):
             torch.stack([self._load(row) for row in range(start, start + BATCH)])
 

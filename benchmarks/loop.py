@@ -1,4 +1,4 @@
-"""The loop of run.py on the demo's films and a tiny CLIP, and the bare step on the batches that it had."""
+"""The loop of run.py on the demo's films and a tiny CLIP, and the bare step on the same batches."""
 
 import logging
 import time
@@ -24,15 +24,15 @@ FILMS, BATCH = 1200, 32
 
 
 class Stopwatch(pl.Callback):
-    """Times each epoch without its validations and, right behind it, the bare step on its batches."""
+    """Times each epoch without its validations and, right after it, the bare step on its batches."""
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
-        """Of the epoch that runs."""
+        """Batches of the current epoch."""
         self.took = 0.0
-        """Seconds of it."""
+        """Seconds taken by the current epoch."""
         self.rates: list[tuple[float, float]] = []
-        """Samples per second of the bare step and of the loop, by epoch."""
+        """Samples per second of the bare step and of the loop, for each epoch."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._compare(trainer, pl_module)
@@ -45,7 +45,7 @@ class Stopwatch(pl.Callback):
         self.took += time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before checkpoints are written, which are of the loop: Lightning calls those last."""
+        """Runs before checkpoints are written, so their time counts: Lightning calls checkpoint callbacks last."""
         self.took -= time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -60,15 +60,15 @@ class Stopwatch(pl.Callback):
                 trainer.optimizers[0].step()
                 trainer.optimizers[0].zero_grad()
 
-        self.took += seconds(lambda: None) + time.perf_counter()  # the first waits for a GPU
-        if self.batches:  # else the first epoch begins
+        self.took += seconds(lambda: None) + time.perf_counter()  # `seconds` waits for a GPU
+        if self.batches:  # none before the first epoch
             pl_module.train()
             samples = sum(len(batch.label) for batch in self.batches)
             self.rates.append((samples / seconds(bare_steps), samples / self.took))
 
 
 def timed(folder: Path, device: torch.device, epochs: int) -> list[tuple[float, float]]:
-    """Samples per second of the bare step and of the loop, in each of `epochs` epochs after a first one."""
+    """Samples per second of the bare step and of the loop, for each of `epochs` epochs after a first one."""
     logging.disable(logging.INFO)
     write_task(folder / "raw", FILMS, 0)
     write_pretrain(folder / "pretrain", 192, 0)
@@ -81,13 +81,13 @@ def timed(folder: Path, device: torch.device, epochs: int) -> list[tuple[float, 
 
 
 def convert(folder: Path, workers: int = 0) -> None:
-    """The films in `raw` to arrow files."""
+    """Converts the films in `raw` to arrow files."""
     places = ["--root", str(folder / "raw"), "--target", str(folder / "arrow")]
     assert make_arrow.main(["--dataset", "mmimdb", *places, "--workers", str(workers)]) == 0
 
 
 def rates(folder: Path, device: torch.device, epochs: int, **more: Any) -> list[tuple[float, float]]:
-    """See `timed`, for the arrow files and the backbone in `folder`."""
+    """The rates of `timed`, for the arrow files and the backbone in `folder`."""
     places = {"data_root": "arrow", "vit": "backbone", "log_dir": "result", "missing_table_root": "tables"}
     options = {
         **{"task": "mmimdb", "max_epoch": 1 + epochs, "test_after_fit": False, "image_cache": True},
@@ -95,6 +95,6 @@ def rates(folder: Path, device: torch.device, epochs: int, **more: Any) -> list[
         **{name: str(folder / place) for name, place in places.items()},
     }
     stopwatch = Stopwatch()
-    EX.current_run = SimpleNamespace(info={})  # type: ignore[assignment]  # as under a command
+    EX.current_run = SimpleNamespace(info={})  # type: ignore[assignment]  # as within a command
     train_from(check({**DEFAULTS, **options, **more}), "timed", stopwatch)
     return stopwatch.rates[1:]  # the first epoch warms up

@@ -1,4 +1,4 @@
-"""The part `sensors`: training steps at the sizes of MOD, and `none` on features that are kept."""
+"""The part `sensors`: training steps at the sizes of MOD, and `none` on cached features."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ MOD = DATASETS["mod"]
 
 
 def classifier_of(prompt_type: str) -> MissingModalityClassifier:
-    """At the sizes of MOD, with random weights."""
+    """A classifier at the sizes of MOD with random weights."""
     torch.manual_seed(0)
     backbone = SwtBackbone(sizes_for(MOD, {}, {}))
     method = method_class(prompt_type, "sensors")(
@@ -36,7 +36,7 @@ def classifier_of(prompt_type: str) -> MissingModalityClassifier:
 
 
 def batch_of(inputs: Mapping[str, Tensor], present_BM: Tensor) -> ModelInput:
-    """What is missing is not in it."""
+    """The batch without missing inputs."""
     names = list(inputs)
     rows = {name: present_BM[:, m].nonzero().flatten() for m, name in enumerate(names)}
     lost = {sum(code_of(names, name) for m, name in enumerate(names) if not here[m]) for here in present_BM.tolist()}
@@ -44,7 +44,7 @@ def batch_of(inputs: Mapping[str, Tensor], present_BM: Tensor) -> ModelInput:
 
 
 def seconds_of_step(classifier: MissingModalityClassifier, batch: ModelInput, labels: Tensor) -> float:
-    """Processor time of a step's forward and backward pass."""
+    """CPU time of a step's forward and backward pass."""
     began = time.process_time()
     logits_BC, _ = classifier.training_outputs(batch, labels)
     F.cross_entropy(logits_BC, labels).backward()
@@ -52,7 +52,7 @@ def seconds_of_step(classifier: MissingModalityClassifier, batch: ModelInput, la
 
 
 def table(pairs: int) -> Iterator[str]:
-    """Its lines, in Markdown."""
+    """Yields the lines of the Markdown table."""
     shapes = {name: [size or 1 for size in modality.shape] for name, modality in MOD.modalities.items()}
     signals = {name: torch.randn(BATCH, *shape) for name, shape in shapes.items()}
     complete_BM = torch.ones(BATCH, len(signals), dtype=torch.bool)
@@ -65,12 +65,12 @@ def table(pairs: int) -> Iterator[str]:
     of_none, of_rep = (min(column) for column in zip(*found, strict=True))
     yield "| case | time | required |"
     yield "| --- | --- | --- |"
-    yield f"| MOD, training step of `none`, everything present, batch {BATCH} | {of_none:.3f} s | |"
+    yield f"| MOD, training step of `none`, nothing missing, batch {BATCH} | {of_none:.3f} s | |"
     ratio = f"{of_rep / of_none:.2f} × `none`"
     yield f"| MOD, training step of `rep`, 70 % both | {of_rep:.3f} s, {ratio} | ≤ 1.6 × |"
     features = {name: torch.randn(BATCH, none.model.embed_dim) for name in signals}
     on_kept = batch_of(features, complete_BM)._replace(kept=True)
     kept = [seconds_of_step(none, on_kept, labels) for _ in range(20)]
     whole = min(kept) * EPOCHS * SAMPLES / BATCH
-    case = f"MOD, {EPOCHS} epochs of `none` on the kept features of {SAMPLES:,} samples, steps alone"
+    case = f"MOD, {EPOCHS} epochs of `none` on cached features of {SAMPLES:,} samples, steps only"
     yield f"| {case} | {whole:.0f} s | ≤ 120 s |"

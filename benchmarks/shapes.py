@@ -1,4 +1,4 @@
-"""How many shapes the batches of an epoch have, as they are and as a GPU has them, and what the padding costs."""
+"""Counts the batch shapes of an epoch, exact and as rounded on a GPU, and the operations that rounding adds."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,15 @@ from vilt.datamodules import EpochSampler
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
 FILMS = 15_552
-"""Of MM-IMDb's training split."""
+"""Films in MM-IMDb's training split."""
 LENGTHS = (18, 23, 26, 29, 33, 35, 38, 41, 44, 48, 53, 59, 66, 75, 77, 77, 77, 77, 77, 77)
-"""Of the plots of 902 films in tokens, a twentieth of them each."""
+"""Lengths in tokens of the plots of 902 films; each value stands for a twentieth of them."""
 TITLES = range(15, 26)
 """Lengths of short texts."""
 
 
 def table() -> Iterator[str]:
-    """Its lines, in Markdown."""
+    """Yields the lines of the Markdown table."""
     yield from header("batch", "missing", "texts", "batches", "shapes", "on a GPU", "work added", "required")
     for size, most in ((32, 8), (256, 3)):
         for missing_type, ratio, lengths in (
@@ -40,7 +40,7 @@ def table() -> Iterator[str]:
 
 
 def epoch(missing_type: str, ratio: float, lengths: tuple[int, ...] | range, size: int) -> Iterator[ModelInput]:
-    """Its batches, without what is in the inputs."""
+    """The batches of an epoch, with shapes but no content."""
     types = draw_missing_table(TASK.name, "train", MissingPattern(missing_type, ratio, 0.5, 0), FILMS)
     tokens = np.random.default_rng(0).choice(lengths, FILMS)
     sampler = EpochSampler(FILMS, seed=0, rank=0, world_size=1)
@@ -54,12 +54,12 @@ def epoch(missing_type: str, ratio: float, lengths: tuple[int, ...] | range, siz
 
 
 def shape(batch: ModelInput) -> tuple[object, ...]:
-    """All that decides which kernels a step calls."""
+    """Everything that determines which kernels a step calls."""
     return len(batch.present_BM), *map(len, batch.inputs.values()), *batch.lengths.values(), batch.types
 
 
 def operations(batch: ModelInput) -> float:
-    """Of the matrix products in the blocks of both towers, where padding counts; of a layer."""
+    """Operations per layer in the matrix products of both towers' blocks, padding included."""
     patches = (VIT_B16.image_size // VIT_B16.patch_size) ** 2 + 1
     sizes = {"image": (patches, VIT_B16.vision_width), "text": (batch.lengths.get("text", 0), VIT_B16.text_width)}
     total = 0.0

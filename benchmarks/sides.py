@@ -1,4 +1,7 @@
-"""The two sides: models of full size, batches, and the steps that are timed, in turn: what else runs meets both."""
+"""The two sides of a comparison: full-size models, batches, and steps.
+
+The sides are timed alternately, so other load on the machine affects both.
+"""
 
 import itertools
 import statistics
@@ -29,11 +32,11 @@ NO_TEXT, NO_IMAGE = 1, 2
 SPEC = ModelSpec(TASK.name, MethodOptions("rep", memory_length=36, memory_depth=6), VIT_B16)
 START, END = 49406, 49407
 SAMPLES = 4096
-"""Of the made-up training split that batches are drawn from."""
+"""Samples in the synthetic training split that batches are drawn from."""
 
 
 class Data:
-    """A batch of made-up samples: all of it for the baseline, without what is missing for ours."""
+    """A batch of synthetic samples: in full for the baseline, without missing inputs for ours."""
 
     def __init__(self, types: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
         generator, own = (torch.Generator(each).manual_seed(0) for each in ("cpu", device))
@@ -55,11 +58,11 @@ class Data:
         self.labels = (torch.rand(B, TASK.n_classes, generator=generator) < 0.1).float().to(device)
 
     def everything(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Input of the baseline."""
+        """The input of the baseline."""
         return normalise(self.images), self.tokens, self.missing_type_B
 
     def present(self) -> ModelInput:
-        """Input of ours."""
+        """The input of our classifier."""
         inputs = {"image": self.present_images, "text": self.present_tokens}
         return ModelInput(inputs, self.rows, self.present_BM, self.types, self.lengths)
 
@@ -84,7 +87,7 @@ def drawn(missing_type: str, ratio: float, lengths: range, size: int, device: to
 
 
 class Side:
-    """A classifier with random weights, the same at every call, and its steps; in 16 bits under autocast."""
+    """A classifier with random weights, identical at every call, and its steps; 16 bits run under autocast."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -93,11 +96,11 @@ class Side:
         self.optimizer = make_optimizer(self.model, TASK.head_name, settings)
 
     def logits(self, data: Data) -> Tensor:
-        """Of a batch, as we compute them."""
+        """Our logits of a batch."""
         return self.model(data.present())
 
     def train(self, data: Data) -> None:
-        """One training step."""
+        """Runs one training step."""
         self.model.train()
         with self._autocast(data):
             loss = TASK.loss(self.logits(data).float(), data.labels)
@@ -106,7 +109,7 @@ class Side:
         self.optimizer.zero_grad()
 
     def evaluate(self, data: Data) -> Tensor:
-        """Logits of a batch, in evaluation."""
+        """Computes the logits of a batch in evaluation mode."""
         self.model.eval()
         with torch.inference_mode(), self._autocast(data):
             return self.logits(data)
@@ -116,15 +119,15 @@ class Side:
 
 
 class Baseline(Side):
-    """The published algorithm, with the same weights."""
+    """The published algorithm with the same weights."""
 
     def logits(self, data: Data) -> Tensor:
-        """Of a batch, as published."""
+        """The published algorithm's logits of a batch."""
         return published.logits(self.model, *data.everything())
 
 
 def ours(device: torch.device, dtype: torch.dtype = torch.float32) -> Side:
-    """The classifier as a training has it."""
+    """Our classifier, as used in training."""
     side = Side(device, dtype)
     side.model.compute(dtype)
     return side
@@ -136,26 +139,26 @@ def baseline(device: torch.device, dtype: torch.dtype = torch.float32) -> Side:
 
 
 def row(*cells: str) -> str:
-    """A line of a table in Markdown."""
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def header(*names: str) -> list[str]:
-    """The first lines of one."""
+    """The first two lines of a Markdown table."""
     return [row(*names), "|" + "---|" * len(names)]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of each side, pair by pair."""
+    """Seconds taken by each side in each pair."""
 
     baseline: list[float]
     ours: list[float]
 
     @property
     def ratios(self) -> list[float]:
-        """Baseline time / our time."""
-        return [theirs / mine for theirs, mine in zip(self.baseline, self.ours, strict=True)]
+        """Baseline time / our time of each pair."""
+        return [theirs / ours for theirs, ours in zip(self.baseline, self.ours, strict=True)]
 
     def cells(self) -> tuple[str, str, str, str]:
         """Both medians, the median ratio, and its lowest and highest."""
@@ -167,16 +170,16 @@ class Comparison:
 def compare(
     baseline: Callable[[Any], object], ours: Callable[[Any], object], batches: Iterable[Any], pairs: int
 ) -> Comparison:
-    """Runs both on the first batch to warm up, then in turn on each of the next ones."""
+    """Runs both on the first batch to warm up, then alternately on each further batch."""
     first, *others = itertools.islice(batches, 1 + pairs)
     seconds(partial(baseline, first))
     seconds(partial(ours, first))
     timed = [(seconds(partial(baseline, batch)), seconds(partial(ours, batch))) for batch in others]
-    return Comparison([theirs for theirs, _ in timed], [mine for _, mine in timed])
+    return Comparison([first for first, _ in timed], [second for _, second in timed])
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes, the GPU's part included."""
+    """Seconds that `work` takes, including work queued on the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The part `vla`: training and evaluation for text, audio and vision beside the published algorithm, plainly."""
+"""The part `vla`: training and evaluation for text, audio and vision, compared with the published algorithm."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,32 +23,32 @@ SIZES = {
     "aligned": VlaArchitecture(50, 50, 50, 300, 5, 20),
     "unaligned": VlaArchitecture(50, 375, 500, 300, 5, 20),
 }
-"""Of MOSI."""
+"""MOSI's sizes."""
 GOALS = {
     **{("aligned", True): "≥ 4", ("unaligned", True): "≥ 2"},
     **{(size, False): "≥ 5" for size in SIZES},
 }
-"""By sizes, and whether it is a training step."""
+"""Required ratios, keyed by the name of the sizes and whether it is a training step."""
 WORDS, SPREAD = 10, 0.62
-"""Median length of MOSI's segments, and deviation of its logarithm; a quarter of the aligned steps is no padding."""
+"""Median length of MOSI's segments, and standard deviation of its log; padding fills 3/4 of the aligned steps."""
 
 
 class Data(NamedTuple):
-    """A batch of made-up segments: all features for the baseline, without what is missing for ours."""
+    """A batch of synthetic segments: all features for the baseline, without missing inputs for ours."""
 
     features: dict[str, Tensor]
     batch: ModelInput
 
 
 def drawn(arch: VlaArchitecture, types_of: Callable[[np.random.Generator], list[int]]) -> Iterator[Data]:
-    """Batches of segments that are as long as MOSI's, padded in front."""
+    """Yields batches of segments as long as MOSI's, padded in front."""
     draw = np.random.default_rng(0)
     while True:
         types = types_of(draw)
         words = WORDS * np.exp(SPREAD * draw.standard_normal(len(types)))
         features = {}
         for name, (steps, width) in arch.shapes.items():
-            # The unaligned sequences have 12 % of their steps.
+            # Unaligned sequences fill 12 % of their steps.
             lengths = words if steps <= arch.text_steps else words / 100 * steps
             x_BTD = draw.standard_normal((len(types), steps, width), dtype=np.float32)
             for x_TD, length in zip(x_BTD, lengths.round().clip(1, steps).astype(int), strict=True):
@@ -66,12 +66,12 @@ def without_missing(features: dict[str, Tensor], types: list[int]) -> ModelInput
 
 
 def types_in_training(draw: np.random.Generator) -> list[int]:
-    """Of a batch, drawn as a training draws them."""
+    """Missing types of a batch, drawn as in training."""
     return np.where(draw.random(BATCH) < MISSING, draw.integers(1, TYPES, BATCH), 0).tolist()
 
 
 def classifier_of(method: str, arch: VlaArchitecture) -> MissingModalityClassifier:
-    """With random weights; prompts are not 0, as they are after the first step."""
+    """A classifier with random weights and nonzero prompts, as after the first step."""
     torch.manual_seed(0)
     backbone = VlaBackbone(arch)
     learner = method_class(method, "vla")(backbone.places, backbone.embed_dim, MethodOptions(method, 12, 3))
@@ -85,21 +85,21 @@ def classifier_of(method: str, arch: VlaArchitecture) -> MissingModalityClassifi
 
 
 def step(classifier: MissingModalityClassifier, run: Callable[[Data], Tensor], data: Data) -> None:
-    """Forward and backward."""
+    """Runs the forward and backward pass."""
     classifier.train().zero_grad()
     run(data).square().mean().backward()
 
 
 @torch.inference_mode()
 def evaluate(classifier: MissingModalityClassifier, run: Callable[[Data], Tensor], data: Data) -> None:
-    """The seven modes of a batch, each for all of its samples."""
+    """Evaluates a batch in each of the seven modes."""
     classifier.eval()
     for code in range(TYPES):
         run(Data(data.features, without_missing(data.features, [code] * len(data.batch.present_BM))))
 
 
 def rows(pairs: int) -> Iterator[tuple[str, ...]]:
-    """Of the table: the case, what `sides.Comparison` gives, and the goal."""
+    """Yields the rows of the table: the case, the cells of `sides.Comparison`, and the goal."""
     for (size, arch), method in product(SIZES.items(), ("rep", "mplmm")):
         classifier = classifier_of(method, arch)
 

@@ -1,10 +1,10 @@
-"""Published models of text, audio and vision, written plainly: what the part `vla` of the benchmarks compares with.
+"""The baseline of the part `vla`: plain versions of the published models for text, audio and vision.
 
-MPLMM's code takes every sample of a batch by itself to project or generate its modalities and to make its prompts;
-REP's makes the memory sample by sample. The encoders are MulT's: steps first, a source is embedded as key and as value
-by each encoder that reads it, every layer norms and projects both and makes its mask, attention weights are matrices
-whose mean over the heads is given back, all steps of a tower go to the end, and missing modalities are encoded like the
-others. Parameters are ours.
+MPLMM's code projects or generates modalities and computes prompts separately for every sample; REP's computes the
+memory sample by sample. The encoders are MulT's: steps first; each encoder embeds its source as key and as value; every
+layer normalises and projects both and builds its mask; attention weights are matrices whose mean over the heads is
+returned; all steps of a tower are computed to the end; and missing modalities are encoded like the others. The
+parameters are ours.
 """
 
 import torch
@@ -23,10 +23,10 @@ NAMES = tuple(LETTERS)
 
 
 def logits(classifier: MissingModalityClassifier, features: dict[str, Tensor], batch: ModelInput) -> Tensor:
-    """(B, 1), what the classifier gives.
+    """The classifier's output (B, 1).
 
     Args:
-        features: (B, T, D) by modality, of missing ones too, which are not read.
+        features: (B, T, D) for each modality; those of missing ones are given but not read.
         batch: the same samples.
     """
     model, method, types = classifier.model, classifier.method, batch.missing_type_B.tolist()
@@ -71,7 +71,7 @@ def logits(classifier: MissingModalityClassifier, features: dict[str, Tensor], b
 
 
 def _complete(model: VlaBackbone, method: Mplmm, features: dict[str, Tensor], row: int, code: int) -> list[Tensor]:
-    """Of one sample (1, d, T) by modality: projected, or generated from those that are there."""
+    """The modalities (1, d, T) of one sample: projected, or generated from the present ones."""
     x = {name: features[name][row : row + 1].transpose(1, 2) for name in NAMES}
     there = tuple(name for name in NAMES if not is_missing(NAMES, name, code))
     found = []
@@ -93,7 +93,7 @@ def _complete(model: VlaBackbone, method: Mplmm, features: dict[str, Tensor], ro
 
 
 def _type_prompts(method: Mplmm, code: int) -> Tensor:
-    """Of one sample (3, P, w)."""
+    """Missing-type prompts (3, P, w) of one sample."""
     coupled: Tensor = sum(  # type: ignore[assignment]
         method.get_parameter(f"prompt{letter}_{'m' if is_missing(NAMES, name, code) else 'nm'}")
         @ method.get_parameter(f"m_{letter}")
@@ -103,7 +103,7 @@ def _type_prompts(method: Mplmm, code: int) -> Tensor:
 
 
 def _memory(method: VlaMemoryLearner, code: int) -> list[list[Tensor]]:
-    """Of one sample, by modality, the slots (m, w) of each layer; of the first one private and shared (2m, w)."""
+    """Slots (m, w) of one sample for each modality and layer; private and shared slots (2m, w) for the first layer."""
     slots = [
         method.get_parameter(f"memory_start_{letter}")[int(is_missing(NAMES, name, code))]
         for name, letter in LETTERS.items()
@@ -137,7 +137,7 @@ def _embed(x_TBD: Tensor, training: bool) -> Tensor:
 def _encode(
     encoder: nn.Module, x_TBD: Tensor, source_SBD: Tensor | None = None, memory: list[Tensor] | None = None
 ) -> Tensor:
-    """(T, B, D). With `memory`, by layer (m, B, D), of the first one all slots, x is embedded already."""
+    """Output (T, B, D). With `memory`, (m, B, D) per layer (all slots for the first), x is already embedded."""
     assert isinstance(encoder, Encoder)
     training = encoder.training
     x = torch.cat([memory[0], x_TBD]) if memory else _embed(x_TBD, training)
@@ -171,5 +171,5 @@ def _attend(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
     shares = (scores if mask is None else scores + mask[None]).softmax(dim=-1)
     shares = F.dropout(shares, attention.dropout, attention.training)
     read = torch.bmm(shares, v).transpose(0, 1).contiguous().view(T, B, D)
-    shares.view(B, H, T, -1).sum(dim=1).div(H)  # given back by the published code, and not used
+    shares.view(B, H, T, -1).sum(dim=1).div(H)  # returned by the published code, but not used
     return attention.out_proj(read)

@@ -1,8 +1,8 @@
-"""The whole method on made-up films, through the commands that a user has: `python -m demo` (or `make demo`).
+"""The whole method on synthetic films, through the user's own commands: `python -m demo` (or `make demo`).
 
     python -m demo [--out demo_run] [--seed 0]
 
-Steps whose result is there are not repeated; delete the folder to start again.
+Steps whose result exists are not repeated; delete the folder to start again.
 """
 
 import argparse
@@ -45,11 +45,11 @@ PATTERNS = (
     ("text missing", "100 %", "0 %", "text", "1"),
     ("70 % missing, both", "65 %", "65 %", "both", "0.7"),
 )
-"""Label, image and text available, test_type, test_ratio."""
+"""Label, share of available images and texts, test_type, test_ratio."""
 SWEEP, SWEEP_TYPES, SWEEP_RATIO, SWEEP_SEEDS = "sweep", ("both", "text", "image"), "0.7", 2
-"""The small grid whose robustness the report shows; its seeds begin with that of the demo."""
+"""The small grid whose robustness the report shows; its first seed is the demo's."""
 REAL_DATA = """\
-The same on a real dataset (DATA.md says how to get it):
+The same on a real dataset (see DATA.md for how to get it):
 
   .venv/bin/python make_arrow.py --dataset mmimdb --root RAW --target datasets/mmimdb
   .venv/bin/python run.py with task_finetune_mmimdb data_root=datasets/mmimdb per_gpu_batchsize=32 exp_name=rep
@@ -57,11 +57,11 @@ The same on a real dataset (DATA.md says how to get it):
 
 
 class StepError(Exception):
-    """A command of the demo ended with an error, which it has printed."""
+    """A command of the demo ended with an error that it has already printed."""
 
 
 def run(title: str, *command: str) -> None:
-    """Runs a command, showing it first; raises StepError where it fails."""
+    """Prints a command and runs it; raises StepError if it fails."""
     print(f"\n── {title}\n$ {shlex.join(['python', *command])}", flush=True)
     began = time.monotonic()
     status = subprocess.run([sys.executable, *command], check=False).returncode
@@ -71,22 +71,22 @@ def run(title: str, *command: str) -> None:
 
 
 def results_in(folder: Path) -> dict[str, Any] | None:
-    """The newest test result of the runs in `folder`, or None."""
+    """The latest test result of the runs in `folder`, or None."""
     found = sorted(folder.glob("version_*/test_results.json"), key=lambda path: path.stat().st_mtime)
     return json.loads(found[-1].read_text("utf-8")) if found else None
 
 
 def options(values: Mapping[str, object]) -> list[str]:
-    """As words of a command line."""
+    """The options as words of a command line."""
     return [f"{name}={value}" for name, value in values.items()]
 
 
 def demo(out: Path, seed: int) -> None:
-    """All steps, and the table at the end."""
+    """Runs all steps and prints a table at the end."""
     began = time.monotonic()
     raw, arrow, backbone = out / "raw", out / "arrow", out / "backbone"
     if not (raw.is_dir() and (out / "pretrain").is_dir()):
-        print(f"\n── made-up films in the MM-IMDb layout: {raw}", flush=True)
+        print(f"\n── synthetic films in the MM-IMDb layout: {raw}", flush=True)
         write_task(raw, FILMS, seed)
         write_pretrain(out / "pretrain", PRETRAIN_FILMS, seed)
     if not all((arrow / DATASETS["mmimdb"].file_name(split)).is_file() for split in SPLITS):
@@ -99,23 +99,23 @@ def demo(out: Path, seed: int) -> None:
     page = sweep_and_report(out, common, backbone, seed)
     labels = torch.from_numpy(ArrowDataset(DATASETS["mmimdb"], arrow, "test", 64).label_of_sample)
     constant = baselines(TASKS["mmimdb"], labels, MMIMDB_GENRES)["constant"]
-    print(f"\nREP on made-up films, trained at 70 % missing (both), checkpoint {checkpoint}\n")
+    print(f"\nREP on synthetic films, trained at 70 % missing (both), checkpoint {checkpoint}\n")
     print(f"  {'test pattern':<22}{'image':>7}{'text':>7}{'F1-macro':>11}{'F1-micro':>11}")
     for label, image, text, macro, micro in rows:
         print(f"  {label:<22}{image:>7}{text:>7}{macro:>11.3f}{micro:>11.3f}")
     print(f"  {constant['answer']:<36}{constant['metrics']['f1_macro']:>11.3f}{constant['metrics']['f1_micro']:>11.3f}")
     print(
-        "\n  image, text: share of the films that have it. Some genres show only in the poster, some only in the plot."
+        "\n  image, text: share of the films that have one. Some genres show only in the poster, some only in the plot."
     )
-    print(f"  Everything is in {out}/ ({time.monotonic() - began:.0f} s this time; what is there is used again).")
-    print("\nA report on REP trained at three patterns, tested at every missing type and ratio, for a browser:")
+    print(f"  Everything is in {out}/ ({time.monotonic() - began:.0f} s this time; existing results are reused).")
+    print("\nA report on REP trained at three patterns, tested at every missing type and ratio (open it in a browser):")
     print(f"\n  {page}\n\n{REAL_DATA}")
 
 
 def train_and_evaluate(
     common: Mapping[str, object], backbone: Path, seed: int
 ) -> tuple[str, list[tuple[str, str, str, float, float]]]:
-    """Trains one run and tests it at PATTERNS; its checkpoint, and label, image, text and two F1 of each."""
+    """Trains one run and tests it at PATTERNS; returns its checkpoint, and label, image, text and two F1 of each."""
     result = Path(str(common["log_dir"]))
     command = ["run.py", "with", "task_finetune_mmimdb", *options(common), f"seed={seed}"]
     trained = result / f"rep_seed{seed}"
@@ -123,7 +123,7 @@ def train_and_evaluate(
         pattern = ("missing_ratio=0.7", "missing_type=both")
         run("training", *command, f"vit={backbone}", "exp_name=rep", *options(TRAINING), *pattern)
     fit = results_in(trained)
-    assert fit is not None, "training ended well without a test result"
+    assert fit is not None, "training succeeded without a test result"
     rows = []
     for label, image, text, test_type, test_ratio in PATTERNS:
         name = f"rep_test_{test_type}_{test_ratio}"
@@ -138,7 +138,7 @@ def train_and_evaluate(
 
 
 def sweep_and_report(out: Path, common: Mapping[str, object], backbone: Path, seed: int) -> Path:
-    """Trains a small grid, evaluates its runs at every missing pattern, and writes a report; returns its page."""
+    """Trains a small grid, evaluates its runs at every missing pattern, and writes a report; returns the page."""
     grid, page = out / "result" / SWEEP, out / "report" / "index.html"
     seeds = range(seed, seed + SWEEP_SEEDS)
     names = [f"{SWEEP}_{kind}_{SWEEP_RATIO}_seed{one}" for kind in SWEEP_TYPES for one in seeds]
@@ -157,7 +157,7 @@ def sweep_and_report(out: Path, common: Mapping[str, object], backbone: Path, se
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m demo", description="REP on made-up films, start to end.")
+    parser = argparse.ArgumentParser(prog="python -m demo", description="REP on synthetic films, from start to finish.")
     parser.add_argument("--out", type=Path, default=Path("demo_run"), help="folder to work in (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     print_anywhere()

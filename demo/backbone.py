@@ -26,16 +26,16 @@ from vilt.datasets.kinds import decode_image
 
 _WORD_END = "</w>"
 VOCABULARY = 2000
-"""Most tokens there may be: 512 bytes, the merges, the two marks. Fewer come out when every word has its own."""
+"""Maximum vocabulary size: 512 bytes, the merges, two marks. It is smaller if every word gets its own token."""
 _HELD_OUT = 128
-"""Films that are not trained on."""
+"""Number of films held out from training."""
 
 
 @dataclass(frozen=True)
 class TinyClip:
-    """Sizes and training of the tiny CLIP. Widths are multiples of 64: one head is 64 wide.
+    """Sizes and training settings of the tiny CLIP. Widths are multiples of 64, the width of a head.
 
-    The towers differ in width, as those of the published CLIPs do, so that a mix-up of the two shows.
+    The towers differ in width, like those of the published CLIPs, so that mixing them up has visible effects.
     """
 
     image_size: int = 64
@@ -51,8 +51,10 @@ class TinyClip:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> CLIPTokenizer:
-    """A CLIP tokenizer with at most `vocabulary` ids trained on `texts`: the bytes, the bytes at a word's end, the
-    merges, and last the start and the end mark."""
+    """Trains a CLIP tokenizer with at most `vocabulary` ids on `texts`.
+
+    The ids are, in order: bytes, bytes at the end of a word, merges, start mark and end mark.
+    """
     symbols = byte_characters()
     alphabet = [*symbols, *(symbol + _WORD_END for symbol in symbols)]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
@@ -60,8 +62,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> CLIPT
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([SPLIT, by_byte])
-    # The trainer breaks ties between pairs by id and numbers a symbol as it meets it, in no fixed order. Naming the
-    # alphabet as special tokens fixes the ids, and with them the merges.
+    # The trainer breaks ties between pairs by id and assigns ids to symbols in no fixed order. Declaring the alphabet
+    # as special tokens fixes the ids, and with them the merges.
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - 2, special_tokens=alphabet, end_of_word_suffix=_WORD_END, show_progress=False
     )
@@ -73,7 +75,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> CLIPT
 
 
 def encode(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
-    """Token ids, B x 77: cut to 77 with the end mark last, padded with 0."""
+    """Token ids (B, 77), cut to 77 with the end mark last, padded with 0."""
     ids_BL = torch.zeros(len(texts), CONTEXT_LENGTH, dtype=torch.long)
     encoded = tokenizer(list(texts), truncation=True, max_length=CONTEXT_LENGTH)["input_ids"]
     for row, ids in zip(ids_BL, encoded, strict=True):
@@ -82,7 +84,10 @@ def encode(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
 
 
 def read_films(folder: Path, image_size: int) -> tuple[torch.Tensor, list[list[str]]]:
-    """Posters (N, 3, size, size) and captions of the films under `folder`, by id. DataError for a film or none."""
+    """Posters (N, 3, size, size) and captions of the films in `folder`, sorted by id.
+
+    Raises DataError if there are no films or one cannot be read.
+    """
     paths = sorted((folder / "labels").glob("*.json"))
     if not paths:
         raise DataError(f"{folder}: expected films in labels/, found none")
@@ -94,12 +99,12 @@ def read_films(folder: Path, image_size: int) -> tuple[torch.Tensor, list[list[s
             captions.append(list(json.loads(path.read_text(encoding="utf-8"))["plot"]))
             images.append(normalise(decode_image(poster.read_bytes(), image_size)))
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"film {path.stem} of {folder} cannot be read: {type(error).__name__}: {error}") from error
+            raise DataError(f"cannot read film {path.stem} of {folder}: {type(error).__name__}: {error}") from error
     return torch.stack(images), captions
 
 
 def build_model(tokenizer: CLIPTokenizer, sizes: TinyClip) -> CLIPModel:
-    """An untrained CLIP of these sizes for this tokenizer."""
+    """Builds an untrained CLIP of these sizes for this tokenizer."""
     end = int(tokenizer.eos_token_id)
 
     def tower(width: int, layers: int, **more: int) -> dict[str, Any]:
@@ -119,10 +124,10 @@ def pretrain(
 ) -> Iterator[str]:
     """Trains `model` in place to match posters (N, 3, size, size) with their captions (per film: ids (k, 77)).
 
-    One wording of each film is drawn per step. Symmetric cross-entropy over the batch, AdamW, warm-up and cosine.
+    Each step draws one caption per film. Symmetric cross-entropy over the batch, AdamW, warm-up and cosine decay.
 
     Yields:
-        Lines about the progress.
+        Progress lines.
     """
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), sizes.learning_rate, (0.9, 0.98), weight_decay=sizes.weight_decay)
@@ -141,7 +146,7 @@ def pretrain(
         wording = torch.rand(batch, generator=draw)
         pairs = zip(chosen.tolist(), wording, strict=True)
         ids_BL = torch.stack([captions[film][int(w * len(captions[film]))] for film, w in pairs])
-        # The attention is causal and the text is read at the end mark: columns of padding alone change nothing.
+        # Attention is causal and the text is read at the end mark, so all-padding columns can be dropped.
         ids_BL = ids_BL[:, : int((ids_BL > 0).sum(1).max())]
         similarity = model(pixel_values=images[chosen], input_ids=ids_BL).logits_per_image
         own = torch.arange(batch)
@@ -159,9 +164,9 @@ def pretrain(
 
 
 def make_backbone(data: Path, out: Path, steps: int, seed: int, sizes: TinyClip | None = None) -> None:
-    """Pretrains on the films under `data` and writes the folder `out`, complete or not at all.
+    """Pretrains on the films in `data` and writes the folder `out`, completely or not at all.
 
-    DataError where `data` cannot be read or `out` is not the demo's to replace.
+    Raises DataError if `data` cannot be read, or if `out` exists and was not written by the demo.
     """
     sizes = sizes or TinyClip()
     images, captions = read_films(data, sizes.image_size)

@@ -1,11 +1,11 @@
-"""The recipe `mmimdb_best` step by step, beside every method at its own best setting: `python -m demo.best`.
+"""The recipe `mmimdb_best` step by step, compared with every method at its own best setting: `python -m demo.best`.
 
     python -m demo.best --data demo_run/arrow --vit demo_run/backbone --out demo_run/best [--methods dcp rep …]
 
-Each method and each step searches its learning rate, then its number of epochs, on the validation split of the first
-table seed, then is trained on the others with both; the best epoch of a run is chosen on validation too. The recipe is
-the step with the best validation (the mean of several has none). The test split is read once for each run. What is
-there is not trained again; delete the folder to start afresh.
+For each method and each step, the learning rate and then the number of epochs are searched on the validation split of
+the first table seed; training on the other seeds uses both. The best epoch of a run is chosen on validation too. The
+recipe is the step with the best validation metric (the mean of several models has none). The test split is read once
+for each run. Existing runs are not trained again; delete the folder to start afresh.
 """
 
 import argparse
@@ -27,40 +27,39 @@ METHODS: dict[str, Mapping[str, object]] = {
     "mora": {"lora_alpha": 0.1},
     "aoept": {"aoept_prototypes": 64},
 }
-"""Options beside prompt_type, which is the name where they do not say it; the linear head alone is the recipe's first
-step."""
+"""Options of each method; `prompt_type` defaults to its name. The linear head alone is the first step of the recipe."""
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
-"""The first and the last are tried only where the one beside it is the best of the others."""
+"""Learning rates; the first and the last are tried only if their neighbour is the best of the others."""
 STEPS: dict[str, Mapping[str, object]] = {
     "head": {"prompt_type": "none"},
     "+ whole texts": {"text_windows": 8},
     "+ neighbours": {"neighbours": 16},
     "+ teacher": {"teacher": "+ neighbours"},
 }
-"""Each with the options of those before it; a checkpoint is named by its step."""
+"""Steps of the recipe; each adds its options to those before it, and names a checkpoint by its step."""
 SLOTS = {"prompt_type": "dcp", "text_windows": 8, "finetune_first": True}
-"""Started at the weights of the step `+ whole texts`."""
+"""Options of a run with slots that starts from the weights of the step `+ whole texts`."""
 MEMBERS = ("+ whole texts", "+ neighbours", "+ teacher", "slots on the head")
-"""Of the ensemble."""
+"""Steps that form the ensemble."""
 
 
 class Result(NamedTuple):
-    """Of one run: macro F1."""
+    """Macro F1 of one run."""
 
     folder: Path
     validation: float
-    """At 1/2, of the best epoch."""
+    """Macro F1 at 1/2 on validation, in the best epoch."""
     test: float
     at_offset: float
 
 
 class Bench:
-    """Trains what is not there yet.
+    """Trains runs that do not exist yet.
 
     Args:
         common: options of all runs.
-        out: where they are.
-        epochs: the numbers of epochs to choose from; rates are searched with the first.
+        out: folder of the runs.
+        epochs: numbers of epochs to choose from; learning rates are searched with the first.
     """
 
     def __init__(self, common: Mapping[str, object], out: Path, epochs: Sequence[int]) -> None:
@@ -68,7 +67,7 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, seed: int, options: Mapping[str, object]) -> Result:
-        """A training and its test, or the test of several checkpoints."""
+        """Runs a training and its test, or the test of several checkpoints."""
         folder = self.out / f"{name}_seed{seed}"
         if not (found := sorted(folder.glob("version_*/test_results.json"))):
             tested = {"test_exp_name": folder.name} if "test_only" in options else {}
@@ -88,7 +87,7 @@ class Bench:
     def at_best_setting(
         self, name: str, seeds: Sequence[int], of_seed: Mapping[int, Mapping[str, object]]
     ) -> list[Result]:
-        """A result of each seed, with what is best on the validation split of the first one."""
+        """A result for each seed, with the setting that is best on the validation split of the first one."""
 
         def run(rate: float, epochs: int, seed: int) -> Result:
             setting = {"learning_rate": rate, "max_epoch": epochs}
@@ -107,7 +106,7 @@ class Bench:
 
 
 def recipe(bench: Bench, seeds: Sequence[int], slots: bool) -> dict[str, list[Result]]:
-    """The results of the steps, by seed."""
+    """Runs the steps of the recipe; returns a result per seed, keyed by step."""
     found: dict[str, list[Result]] = {}
 
     def checkpoint(step: object, place: int) -> Path:
@@ -133,7 +132,7 @@ def recipe(bench: Bench, seeds: Sequence[int], slots: bool) -> dict[str, list[Re
 
 
 def figures(results: Sequence[Result]) -> list[str]:
-    """Mean and deviation of each figure, in per cent."""
+    """Mean and standard deviation of each figure, in per cent."""
     cells = []
     for values in zip(*((one.validation, one.test, one.at_offset) for one in results), strict=True):
         found = estimate(values)
@@ -145,13 +144,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m demo.best", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default="demo_run/arrow", help="folder of MM-IMDb's arrow files")
-    parser.add_argument("--vit", default="demo_run/backbone", help="as the option of run.py")
-    parser.add_argument("--out", type=Path, default=Path("demo_run/best"), help="folder of the runs")
+    parser.add_argument("--vit", default="demo_run/backbone", help="like the option of run.py")
+    parser.add_argument("--out", type=Path, default=Path("demo_run/best"), help="folder for the runs")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="default: all")
-    parser.add_argument("--epochs", nargs="*", type=int, default=[20, 10], help="to choose from; rates with the first")
+    parser.add_argument("--epochs", nargs="*", type=int, default=[20, 10], help="choices; rates use the first")
     parser.add_argument("--seeds", type=int, default=5, help="table seeds")
     parser.add_argument("--no-slots", action="store_true", help="leave out the step that trains prompts")
-    parser.add_argument("options", nargs="*", metavar="option=value", help="of all runs, as of run.py")
+    parser.add_argument("options", nargs="*", metavar="option=value", help="options of run.py for all runs")
     print_anywhere()
     args = parser.parse_intermixed_args(argv)
     common = {"data_root": args.data, "vit": args.vit, "missing_table_root": args.out / "missing_tables"}
@@ -164,10 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append([name, *figures(results)])
     steps = recipe(bench, seeds, not args.no_slots)
     rows += [[f"recipe: {step}", *figures(results)] for step, results in steps.items()]
-    print(f"\nMacro F1 in per cent, mean ± deviation over {args.seeds} table seeds\n")
+    print(f"\nMacro F1 in per cent, mean ± standard deviation over {args.seeds} table seeds\n")
     print(terminal_table(("", "validation", "test at 1/2", "test at the offset"), rows, "<>>>"))
     trained = {step: sum(one.validation for one in results) for step, results in steps.items() if "mean of" not in step}
-    print(f"\nThe recipe, chosen on validation: {max(trained, key=lambda step: trained[step])}")
+    print(f"\nRecipe chosen on validation: {max(trained, key=lambda step: trained[step])}")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""A small made-up dataset in the MM-IMDb layout, and separate films with captions to pretrain a CLIP on.
+"""A small synthetic dataset in the MM-IMDb layout, and separate films with captions to pretrain a CLIP on.
 
-In the task some genres show in the poster alone, some in the plot alone and some in both (see themes.py), so that a
-missing modality costs something that the other cannot give back. No cue is certain: some are left out, some posters
-are faint, and some plots use a genre's word without meaning it.
+In the task, some genres show only in the poster, some only in the plot and some in both (see themes.py), so a missing
+modality loses information that the other cannot supply. No cue is certain: some are left out, some posters are faint,
+and some plots use a genre's word without belonging to it.
 """
 
 import io
@@ -21,7 +21,7 @@ from demo.posters import SKIES, draw_poster
 from demo.themes import FILLERS, THEME_BY_GENRE, THEMES, Theme
 
 MARKER = "made_up.json"
-"""File that says that a folder was written here, so that a rerun may replace it."""
+"""File that marks a folder as written by the demo, so a rerun may replace it."""
 
 _GENRES_PER_FILM = {1: 0.35, 2: 0.45, 3: 0.20}
 _CUE_ABSENT = 0.05
@@ -34,7 +34,7 @@ _FIRST_TASK_ID, _FIRST_PRETRAIN_ID = 1_000_000, 9_000_000
 
 @dataclass(frozen=True)
 class Film:
-    """One made-up film. `genres` is None for a pretraining film, which carries no label."""
+    """One synthetic film. `genres` is None for a pretraining film, which has no label."""
 
     title: str
     plots: list[str]
@@ -44,7 +44,7 @@ class Film:
 
 
 def whole_folder(target: Path) -> AbstractContextManager[Path]:
-    """A folder that becomes `target` when it is complete. DataError where `target` is not the demo's to replace."""
+    """A folder that becomes `target` when complete. DataError if `target` exists and was not written by the demo."""
     return files.whole_folder(target, MARKER, "the demo")
 
 
@@ -54,7 +54,7 @@ def _fill(sentence: str, rng: random.Random, cast: Sequence[str], place: str) ->
 
 
 def _tell(sentences: list[str], rng: random.Random) -> str:
-    """The sentences in any order, with one cast and one place."""
+    """Joins the sentences in random order, with one cast and one place."""
     cast, place = rng.sample(themes.NAMES, 3), rng.choice(themes.PLACES)
     rng.shuffle(sentences)
     return " ".join(_fill(sentence, rng, cast, place) for sentence in sentences)
@@ -75,7 +75,7 @@ def _title(rng: random.Random) -> str:
 
 
 def _task_plot(shown: Sequence[Theme], rng: random.Random) -> str:
-    """A plot that tells the themes that have tales, hidden between sentences that tell nothing."""
+    """A plot that tells the themes that have tales, among sentences without any theme."""
     told = [rng.choice(theme.tales) for theme in shown if theme.in_plot and rng.random() >= _CUE_ABSENT]
     padding = rng.sample(FILLERS, 1 if len(told) == 3 else 2)
     if rng.random() < _DISTRACTOR:
@@ -84,7 +84,7 @@ def _task_plot(shown: Sequence[Theme], rng: random.Random) -> str:
 
 
 def make_task_film(seed: int, number: int) -> Film:
-    """Film `number` of the task: 1 to 3 genres, each shown where its theme shows and nowhere else."""
+    """Film `number` of the task: 1 to 3 genres, each shown only in the modalities of its theme."""
     rng = random.Random(f"task-{seed}-{number}")
     genres = _draw_genres(rng, by_weight=True)
     shown = [THEME_BY_GENRE[genre] for genre in genres]
@@ -101,7 +101,7 @@ def make_task_film(seed: int, number: int) -> Film:
 
 
 def _caption(shown: Sequence[Theme], sky: str, rng: random.Random) -> str:
-    """A caption that tells every theme of a pretraining poster: by a look, or by a tale where there is one."""
+    """A caption that tells every theme of a pretraining poster, by a look or by a tale."""
     looks: list[str] = []
     tales: list[str] = []
     for theme in shown:
@@ -124,7 +124,7 @@ def _caption(shown: Sequence[Theme], sky: str, rng: random.Random) -> str:
 
 
 def make_pretrain_film(seed: int, number: int) -> Film:
-    """Film `number` of the pretraining part: the poster shows every theme, two captions each tell every theme."""
+    """Film `number` for pretraining: the poster shows every theme, and two captions each tell every theme."""
     rng = random.Random(f"pretrain-{seed}-{number}")
     genres = _draw_genres(rng, by_weight=False)
     shown = [THEME_BY_GENRE[genre] for genre in genres]
@@ -135,7 +135,7 @@ def make_pretrain_film(seed: int, number: int) -> Film:
 
 
 def _write_film(folder: Path, film_id: str, film: Film) -> None:
-    poster = io.BytesIO()  # Pillow does not notice where a full disk takes a part of a file only
+    poster = io.BytesIO()  # Pillow does not notice if a full disk takes only part of a file
     film.poster.save(poster, "JPEG", quality=88)
     (folder / "images").mkdir(exist_ok=True)
     (folder / "labels").mkdir(exist_ok=True)
@@ -147,9 +147,9 @@ def _write_film(folder: Path, film_id: str, film: Film) -> None:
 
 
 def write_task(target: Path, films: int, seed: int) -> dict[str, list[str]]:
-    """Writes the task in the MM-IMDb layout: `films` films to train, a sixth more for dev, a third more for test.
+    """Writes the task in the MM-IMDb layout: `films` training films, plus a sixth of that for dev and a third for test.
 
-    Returns the split as written: ids by "train", "dev", "test". DataError where `target` is not ours to replace.
+    Returns the split as written: ids keyed by "train", "dev", "test". Errors are those of `whole_folder`.
     """
     sizes = {"train": films, "dev": max(1, round(films * _DEV_SHARE)), "test": max(1, round(films * _TEST_SHARE))}
     numbers = list(range(sum(sizes.values())))
@@ -166,7 +166,7 @@ def write_task(target: Path, films: int, seed: int) -> dict[str, list[str]]:
 
 
 def write_pretrain(target: Path, films: int, seed: int) -> None:
-    """Writes `films` captioned posters, without genres or split. DataError where `target` is not ours to replace."""
+    """Writes `films` captioned posters, without genres or split. Errors are those of `whole_folder`."""
     with whole_folder(target) as folder:
         for number in range(films):
             _write_film(folder, str(_FIRST_PRETRAIN_ID + number), make_pretrain_film(seed, number))

@@ -1,4 +1,4 @@
-"""Draws made-up film posters: a sky, a ground, the title, and one motif for each theme that the poster shows."""
+"""Draws synthetic film posters: a sky, a ground, the title, and one motif for each theme that the poster shows."""
 
 import random
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 WIDTH, HEIGHT = 96, 128
-"""Size of a poster in pixels. The loader's centre crop keeps the middle 96 rows: everything that tells a genre is
-drawn there, title and credits outside of it."""
+"""Size of a poster in pixels. The loader's centre crop keeps the middle 96 rows: everything that shows a genre is drawn
+there, and the title outside it."""
 _CROP_TOP = (HEIGHT - WIDTH) // 2
 Colour = tuple[int, int, int]
 SKIES: dict[str, tuple[Colour, Colour]] = {
@@ -20,19 +20,19 @@ SKIES: dict[str, tuple[Colour, Colour]] = {
     "rosy": ((190, 90, 110), (250, 196, 180)),
     "green": ((24, 84, 80), (140, 200, 170)),
 }
-"""Name of a sky and its colours at the top and at the horizon."""
+"""Each sky's colours at the top and at the horizon."""
 _GROUNDS: tuple[Colour, ...] = ((60, 84, 50), (110, 88, 60), (52, 56, 70), (150, 120, 80), (36, 60, 84))
 _INK: Colour = (20, 18, 24)
 
 
 class Pen:
-    """Draws around a point, in units of half a motif's size."""
+    """Draws around a point, in units of half the motif's size."""
 
     def __init__(self, poster: Image.Image, x: float, y: float, r: float, rng: random.Random) -> None:
         self.draw, self.x, self.y, self.r, self.rng = ImageDraw.Draw(poster), x, y, r, rng
 
     def __call__(self, shape: str, *points: tuple[float, float], **style: Any) -> None:
-        """A shape of ImageDraw, such as `polygon` or `ellipse`, by its corners."""
+        """Draws a shape of ImageDraw, such as `polygon` or `ellipse`, given its corners."""
         corners = [(self.x + dx * self.r, self.y + dy * self.r) for dx, dy in points]
         getattr(self.draw, shape)(corners, **style)
 
@@ -133,7 +133,7 @@ MOTIFS = (
     "Biography", "Family", "Sci-Fi", "Horror", "Sport",
 )
 # fmt: on
-"""Genres with a motif; two more change the whole poster: Animation (dots) and Film-Noir (blinds)."""
+"""Genres with a motif. Two more change the whole poster: Animation (dots) and Film-Noir (blinds)."""
 SCENERY = ("tree", "birds", "cloud")
 _DOT_COLOURS: tuple[Colour, ...] = ((250, 80, 160), (80, 220, 90), (255, 230, 50), (60, 150, 250))
 
@@ -160,7 +160,7 @@ def _blinds(poster: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def _background(sky: str, rng: random.Random) -> Image.Image:
-    """A sky that fades to the horizon over a hilly ground, with grain."""
+    """A sky that fades towards the horizon over a hilly ground, with grain."""
     noise = np.random.default_rng(rng.getrandbits(64))
     top, bottom = (np.array(colour, dtype=np.float32) for colour in SKIES[sky])
     fade = np.linspace(0, 1, HEIGHT, dtype=np.float32)[:, None, None]
@@ -176,7 +176,7 @@ def _background(sky: str, rng: random.Random) -> Image.Image:
 def _lettering(poster: Image.Image, title: str) -> None:
     draw = ImageDraw.Draw(poster)
     draw.rectangle([0, HEIGHT - _CROP_TOP, WIDTH, HEIGHT], fill=_INK)
-    # The bitmap font comes with Pillow; a system's fonts would make the bytes depend on the machine.
+    # The bitmap font comes with Pillow; with system fonts, the bytes would depend on the machine.
     font = ImageFont.load_default_imagefont()
     words = title.upper()
     draw.text(((WIDTH - font.getbbox(words)[2]) // 2, HEIGHT - _CROP_TOP + 2), words, font=font, fill=(240, 230, 200))
@@ -185,10 +185,10 @@ def _lettering(poster: Image.Image, title: str) -> None:
 def draw_poster(
     title: str, sky: str, strength: dict[str, float], rng: random.Random, scenery: Sequence[int] = ()
 ) -> Image.Image:
-    """One RGB poster of WIDTH x HEIGHT.
+    """Draws an RGB poster of WIDTH x HEIGHT.
 
-    `strength` maps each genre to show to 1 (plain) or less (faint); a genre that is not in it leaves no trace.
-    `scenery` are numbers of SCENERY. Motifs and scenery have four places together.
+    `strength` maps each genre to show to 1 (plain) or less (faint); a genre not in it leaves no trace. `scenery` are
+    indices into SCENERY. Motifs and scenery share four places.
     """
     poster = _background(sky, rng)
     if "Animation" in strength:

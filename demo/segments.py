@@ -1,6 +1,6 @@
-"""Made-up segments of text, audio and vision: a corpus to pretrain on and a smaller one of other widths.
+"""Synthetic segments of text, audio and vision: a corpus to pretrain on and a smaller one with other widths.
 
-What each modality shows is half shared with the others, from which a missing one can be guessed, and half its own.
+Half of each modality's signal is shared with the others, so a missing one can be guessed in part; half is its own.
 """
 
 import pickle
@@ -17,7 +17,7 @@ WIDTHS = {"mosei": (74, 35), "mosi": (5, 20)}
 
 
 def vocabulary(draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors (words, width), which both corpora share, and polarities (words,): 0 of neutral words."""
+    """Word vectors (words, width), shared by both corpora, and polarities (words,), 0 for neutral words."""
     polarity = np.concatenate([np.zeros(WORDS - POLAR), np.linspace(-1, 1, POLAR)])
     direction = draw.normal(size=TEXT_WIDTH)
     direction /= np.linalg.norm(direction)
@@ -25,7 +25,7 @@ def vocabulary(draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def corpus(name: str, sizes: dict[str, int], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """By split, in MulT's layout: padding in front, labels in fifths of [-3, 3]."""
+    """A corpus in MulT's layout, keyed by split: padding in front, labels in [-3, 3] in steps of a fifth."""
     vectors, polarity = vocabulary(np.random.default_rng(seed))
     draw = np.random.default_rng([seed, *name.encode()])
     audio_width, vision_width = WIDTHS[name]
@@ -82,7 +82,7 @@ def _vision(draw: np.random.Generator, sentiment: float, length: int) -> np.ndar
 
 
 def write(folder: Path) -> dict[str, Path]:
-    """Both corpora as pickles, by the name of the dataset that they stand for."""
+    """Writes both corpora as pickles; returns their paths, keyed by the dataset they stand for."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for name, sizes in (("mosei", PRETRAINING), ("mosi", TARGET)):

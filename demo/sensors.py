@@ -1,4 +1,4 @@
-"""Sensors on made-up signals, through the commands that a user has: `python -m demo.sensors` (or `make demo-as`).
+"""Sensors on synthetic signals, through the user's own commands: `python -m demo.sensors` (or `make demo-as`).
 
 python -m demo.sensors [--out demo_run/sensors]
 """
@@ -13,13 +13,13 @@ from run import command_line
 
 RATE, SECONDS, RECORDINGS = 20, 20, 48
 CLASSES = ("walking slowly", "walking fast", "cycling slowly", "cycling fast")
-"""What one does shows in the acceleration, how fast in the rotation, and both a little in the light."""
+"""The activity shows in the acceleration, its speed in the rotation, and both weakly in the light."""
 SPEC = "name: made_up_motions\nsample: 2\ninterval: 0.4\ninterval_overlap: 0.5\n"
 NETWORK = ("network.width=16", "network.blocks=[1,1]", "network.feature_width=32", "network.projection_width=32")
 
 
 def write_signals(folder: Path) -> None:
-    """A set of sensors in the layout of DATA.md: 12 people, each of whom does everything once."""
+    """Writes a sensor dataset in the layout of DATA.md: 12 people, each doing every activity once."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, rows = np.random.default_rng(0), RATE * SECONDS
     signals, recordings = [], []
@@ -43,7 +43,7 @@ def write_signals(folder: Path) -> None:
 
 
 def main() -> int:
-    """Writes, converts, pretrains with FOCAL, trains `none` and `rep` with sensors missing, and reports."""
+    """Writes and converts data, pretrains with FOCAL, trains `none` and `rep` with sensors missing, and reports."""
     parser = argparse.ArgumentParser(prog="python -m demo.sensors", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo_run/sensors"))
     out = parser.parse_args().out

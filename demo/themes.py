@@ -1,4 +1,4 @@
-"""The table of themes: which genre a made-up film tells by its poster, which by its plot, and in what words."""
+"""The table of themes: which genres a synthetic film shows in its poster, which in its plot, and in what words."""
 
 import tomllib
 from dataclasses import dataclass
@@ -7,13 +7,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Theme:
-    """One genre and how it shows. In the task's films a theme without `looks` never shows in the poster, and a
-    theme without `tales` never in the plot; in the pretraining films the poster shows every theme (posters.py has
-    a motif for each) and the caption tells every theme, by a look, a tale or both."""
+    """One genre and how it shows.
+
+    In the task's films, a theme without `looks` never shows in the poster, and one without `tales` never in the plot.
+    In the pretraining films, the poster shows every theme (posters.py has a motif for each) and the caption tells every
+    theme, by a look, a tale or both.
+    """
 
     genre: str
     weight: float
-    """How often the genre is drawn, relative to the others."""
+    """Relative frequency of the genre."""
     looks: tuple[str, ...] = ()
     """Phrases that describe the poster's motif, for the captions of the pretraining films."""
     tales: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Both stages on made-up text, audio and vision: `make demo-vla`. What is measured says nothing about CMU-MOSI."""
+"""Both stages on synthetic text, audio and vision: `make demo-vla`. The figures say nothing about CMU-MOSI."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ PRETRAINING_EPOCHS, EPOCHS = 6, 6
 
 
 def main() -> int:
-    """Runs everything, and prints a table by what is available; returns the exit status."""
+    """Runs everything and prints a table by missing modalities; returns the exit status."""
     argparse.ArgumentParser(prog="python -m demo.vla", description=__doc__).parse_args()
     for name, path in segments.write(ROOT / "raw").items():
         if make_arrow.main(["--dataset", name, "--root", str(path), "--target", str(ROOT / name)]):
@@ -35,23 +35,23 @@ def main() -> int:
     paths = ",".join(str(newest(method)) for method in METHODS)
     if status := run("robustness", f"load_path=[{paths}]", "robustness_ratios=[0,0.7]", "bootstrap=100"):
         return status
-    print(f"\n{table()}\n\nMade-up segments: the errors say nothing about CMU-MOSI.\n")
+    print(f"\n{table()}\n\nSynthetic segments: the errors say nothing about CMU-MOSI.\n")
     return command_line(["run.py", "report", "with", f"runs={ROOT / 'result'}", f"out={ROOT / 'report'}"])
 
 
 def run(command: str, *options: str) -> int:
-    """A command of run.py with the demo's places."""
+    """Runs a command of run.py with the demo's folders."""
     return command_line(["run.py", *([] if command == "main" else [command]), "with", *options, *SMALL])
 
 
 def newest(name: str) -> Path:
-    """Best checkpoint of the newest run of an experiment."""
+    """Best checkpoint of an experiment's newest run."""
     folders = (ROOT / "result" / f"{name}_seed0").glob("version_*/best.ckpt")
     return max(folders, key=lambda path: path.stat().st_mtime)
 
 
 def table() -> str:
-    """Mean absolute error and correlation by method and missing modalities."""
+    """Table of mean absolute error and correlation by method and missing modalities."""
     files = {method: newest(method).parent / "robustness" / "robustness.json" for method in METHODS}
     found = {method: json.loads(path.read_text())["by_type"] for method, path in files.items()}
     rows = [

@@ -104,8 +104,8 @@ def test_the_gpu_script_prints_its_table(monkeypatch: Patch, capsys: Captured) -
     gpu.main()
     rows = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| "))
     assert rows["run.py, 4, epoch 2, cuda_graphs=False"] == "190 samples/s, bare step 200: 95% (≥ 90 %)"
-    step_rows = {"training, 8, few shapes, for the first time", "training, 4, as they are", "evaluation, 8, few shapes"}
+    step_rows = {"training, 8, few shapes, new shapes", "training, 4, exact shapes", "evaluation, 8, few shapes"}
     assert step_rows <= rows.keys()
     assert [more["per_gpu_batchsize"] for more in asked][:2] == [4, 8]
     assert [words[1:3] for words in commands] == [["run.py", "with"], ["run.py", "sweep"], ["run.py", "sweep"]]
-    assert rows["a whole cell, the decoding of its images included"] == "0 s (< 300 s)"
+    assert rows["a whole cell, including the decoding of its images"] == "0 s (< 300 s)"

@@ -65,7 +65,7 @@ def losses_of(side: Side) -> Step:
 
 
 def captured(side: Side) -> tuple[GraphedSteps, GraphedForward]:
-    """Training step and evaluation as used by a training on a GPU."""
+    """Training step and evaluation as used by a training run on a GPU."""
     compute_by(side.model, compiled())
     recordings, trained = Recordings(), [p for p in side.model.parameters() if p.requires_grad]
     return GraphedSteps(losses_of(side), trained, recordings), GraphedForward(side.model.__call__, recordings)

@@ -68,12 +68,11 @@ class Data:
 
 
 def drawn(missing_type: str, ratio: float, lengths: range, size: int, device: torch.device) -> Iterator[Data]:
-    """Batches of one epoch after another, drawn as a training draws them: no two have the same samples present, and the
-    longest text differs.
+    """Yields batches, epoch after epoch, drawn as in training: present samples and the longest text differ between them.
 
     Args:
-        lengths: of the texts, in tokens.
-        size: B.
+        lengths: range of text lengths, in tokens.
+        size: samples per batch.
     """
     table = draw_missing_table(TASK.name, "train", MissingPattern(missing_type, ratio, 0.5, 0), SAMPLES)
     tokens = np.random.default_rng(0).choice(lengths, SAMPLES)

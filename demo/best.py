@@ -67,7 +67,7 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, seed: int, options: Mapping[str, object]) -> Result:
-        """Runs a training and its test, or the test of several checkpoints."""
+        """Trains and tests a model, or tests several checkpoints."""
         folder = self.out / f"{name}_seed{seed}"
         if not (found := sorted(folder.glob("version_*/test_results.json"))):
             tested = {"test_exp_name": folder.name} if "test_only" in options else {}

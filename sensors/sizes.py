@@ -85,7 +85,7 @@ class SensorSizes:
         check_sizes(self, "intervals", *widths, "blocks", "heads")
         if self.projection_width % 2:
             raise ValueError(
-                f"projection_width: expected an even number, half shared and half private, found {self.projection_width}"
+                f"projection_width: expected an even number (shared and private half), found {self.projection_width}"
             )
         if self.inner_layers < 0 or self.temperature <= 0:
             found = f"{self.inner_layers} and {self.temperature}"

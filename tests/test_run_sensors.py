@@ -190,7 +190,7 @@ def test_a_checkpoint_of_another_family_is_no_start(root: Path, monkeypatch: Pat
         (("network.blocks=[]",), "network: blocks: expected integers of at least 1, found []"),
         (("network.type=deepsense", "network.kernel=0"), "network: kernel: expected integers of at least 1, found 0"),
         (("network.inner_layers=-1",), "inner_layers and temperature: expected at least 0 and above 0, found -1 and"),
-        (("network.projection_width=5",), "projection_width: expected an even number, half shared and half private, found 5"),
+        (("network.projection_width=5",), "expected an even number (shared and private half), found 5"),
         (("network.heads=3",), "network: width and feature_width: expected multiples of heads=3, found 32 and 128"),
         (("train_ends=True",), "train_ends: is not an option of task=sensors, found True"),
         (("vit_activation=gelu",), "vit_activation: is not an option of task=sensors, found gelu"),

@@ -31,7 +31,7 @@ DEFAULT_ROOT = Path("datasets")
 """Without --target, the arrow files go into a subfolder of this, named after the dataset."""
 SIGNS = ("negative", "zero", "positive")
 """Names of the signs by which numeric labels are counted."""
-LONG_TEXTS = "texts longer than 77 tokens, at least (text_windows reads them whole)"
+LONG_TEXTS = "texts certainly longer than 77 tokens (text_windows reads them whole)"
 CONVERTERS = {spec.make_arrow_name: spec for spec in EVERY_DATASET.values()}
 
 
@@ -52,7 +52,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     splits = ("test", "test_seen", "test_unseen")
     add("--test-split", choices=splits, help="hateful_memes: the jsonl file to use for testing (default: test)")
     described = parser.add_mutually_exclusive_group()
-    spec, table = "custom, sensors: describes the data (default: RAW/spec.yaml)", "custom: table, instead of a spec"
+    spec, table = "custom, sensors: describes the data (default: RAW/spec.yaml)", "custom, vla: table instead of a spec"
     described.add_argument("--spec", type=Path, metavar="FILE", help=spec)
     described.add_argument("--table", type=Path, metavar="FILE", help=table)
     add("--split-seed", type=int, metavar="N", help="custom: seed of the splits if the table has none (default: 0)")

@@ -63,7 +63,7 @@ OF_THE_MACHINE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE),
     *(errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),  # a file where a folder should be, and the like
 }
-"""Codes of OSErrors that are not the program's fault. It should have checked for all others itself, such as a missing
+"""Codes of OSErrors that are not the program's fault. The program should have checked for all others, such as a missing
 file."""
 
 

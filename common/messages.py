@@ -25,7 +25,7 @@ def listed(names: Sequence[object]) -> str:
 
 
 def near(word: object, known: Sequence[str]) -> str:
-    """`; did you mean NAME?` with the name in `known` that begins with `word` or is closest to it; empty if none is."""
+    """`; did you mean NAME?` with the name in `known` that begins with `word` or is closest to it, if there is one."""
     like = str(word).casefold()
     begun = [name for name in known if len(like) > 1 and name.casefold().startswith(like)]
     found = begun or difflib.get_close_matches(like, known, n=1)

@@ -17,8 +17,8 @@ from rich.table import Table
 from common.machine import as_printed
 
 GAP, NARROWEST, ESTIMATE, ONE_LINE = 2, 4, len("0.1234 ± 0.1234"), 10_000
-"""Widths in characters: the gap between columns, a column without a heading, a column of estimates, and a table outside
-a terminal, which is not folded."""
+"""Widths in characters: the gap between columns, a column without a heading, a column of estimates, and the limit for
+tables outside a terminal, which are not folded."""
 BREAK = r"(?<=[/=_])"
 """Where a word that is longer than its column may be broken."""
 

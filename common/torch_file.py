@@ -38,7 +38,7 @@ def state_dict_of(value: object) -> dict[str, Tensor]:
 
 
 def unwrapped_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without the prefixes that DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add.
+    """`state` without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add to its names.
 
     Raises ValueError if two entries then have the same name.
     """

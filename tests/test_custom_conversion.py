@@ -189,7 +189,7 @@ SPECS = {
             f"name: {'n' * 100_000}.": "name: expected letters, digits, - and _, found 'nnn",
             "labels: both": "labels: expected single or multi, found 'both'",
             "labels: [single]": "labels: expected single or multi, found ['single']",
-            "separator: ';'": "separator: belongs to labels: multi, found labels: single",
+            "separator: ';'": "separator: only for labels: multi, found labels: single",
             "labels: multi\nseparator: ''": "separator: expected a name",
             "classes: [cat, [dog]]": "classes: expected a name",
             "classes: [cat, dog, cat]": "classes: expected each value once, found cat twice",

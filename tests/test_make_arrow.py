@@ -174,7 +174,7 @@ def test_summary_counts_samples_texts_labels_and_bytes(films: Case) -> None:
         assert expected in [line[: len(expected)] for line in lines]
     assert f"{sum(map(len, contents(films.out).values())) / 1000:.1f} kB" in films.stdout
     assert "none of the labels: train 0, dev 1, test 0" in films.stdout and "replaced" not in films.stdout
-    assert "longer than 77 tokens, at least (text_windows reads them whole): train 0, dev 0, test 0" in films.stdout
+    assert "certainly longer than 77 tokens (text_windows reads them whole): train 0, dev 0, test 0" in films.stdout
     films.edit(FILM, lambda film: film.update(plot=["a word " * 38, "a word " * 37, "&lt;" * 70, "a" * 200]))
     assert films.run() == 0
     assert films.stdout.count("replaced") == 3 and "whole): train 0, dev 1, test 0" in films.stdout, "76 words"

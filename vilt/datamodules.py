@@ -188,9 +188,9 @@ class MissingModalityData(pl.LightningDataModule):
         self.patterns = split_patterns(settings.patterns, self.spec, settings.data_root)
         self.datasets: dict[Split, ArrowDataset] = {}
         for split in splits:
-            where = (self.spec, settings.data_root, split, given.image_size)
+            source = (self.spec, settings.data_root, split, given.image_size)
             pretraining = settings.subsequence > 1
-            dataset = ArrowDataset(*where, pretraining=pretraining, group_texts=given.group_texts)
+            dataset = ArrowDataset(*source, pretraining=pretraining, group_texts=given.group_texts)
             if given.tokenize is not None:
                 dataset.tokenize(given.tokenize, given.fingerprint, given.text_windows)
             if settings.image_cache:

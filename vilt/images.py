@@ -109,7 +109,7 @@ def _as_seen(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Converts 16-bit grey (12-bit in some TIFFs) to 8 bits; a transparent level becomes an alpha channel."""
+    """Converts 16-bit grey (12-bit in some TIFFs) to 8 bits, with an alpha channel if one level is transparent."""
     tags = getattr(image, "tag_v2", {})
     most = 2 ** int(tags.get(Base.BitsPerSample, (16,))[0]) - 1
     stored = np.asarray(image)

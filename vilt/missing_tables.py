@@ -138,7 +138,10 @@ def _types_lost(modalities: list[str], missing_type: str, both_ratio: float, cou
 
 
 def draw_missing_type(pattern: MissingPattern, modalities: Iterable[str], generator: np.random.Generator) -> int:
-    """Draws the missing type of a single sample: with probability `ratio`, uniformly among the types of the pattern."""
+    """Draws the missing type of a single sample: complete, or with probability `ratio` one that the pattern allows.
+
+    `both` draws the first modality with probability `both_ratio`; other patterns draw uniformly.
+    """
     names = list(modalities)
     if generator.random() >= pattern.ratio:
         return COMPLETE
@@ -149,7 +152,10 @@ def draw_missing_type(pattern: MissingPattern, modalities: Iterable[str], genera
 
 
 def drop_modalities(missing_type: int, chance: float, modalities: Iterable[str], generator: np.random.Generator) -> int:
-    """Drops modalities further, with probability `chance`: a random proper subset of those that the sample has."""
+    """The missing type of a sample after modality dropout.
+
+    With probability `chance` the sample loses a random non-empty proper subset of the modalities that it has.
+    """
     names = list(modalities)
     left = [code_of(names, name) for name in names if not is_missing(names, name, missing_type)]
     if generator.random() >= chance or len(left) < 2:

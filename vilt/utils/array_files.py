@@ -16,9 +16,12 @@ log = logging.getLogger("rep")
 
 
 def samples_of_arrays(path: Path, modalities: Sequence[str]) -> list[tuple[str, dict[str, np.ndarray], str]]:
-    """Reads a file with an array (N, ...) for each modality: id, arrays and name in messages of each of N samples.
+    """Reads a file that has an array (N, ...) for each modality.
 
     A modality that the file lacks is missing in all samples. It is missing in one sample if all its numbers are NaN.
+
+    Returns:
+        For each sample, its id, its arrays keyed by modality, and what messages call it.
 
     Raises:
         DataError: the file is unreadable, has none of the modalities, or its arrays differ in the number of samples.

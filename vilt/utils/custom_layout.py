@@ -106,7 +106,7 @@ def _layout(source: Path, folder: Path, given: Any) -> Layout:
         tables = ((find_file(folder, _table("files", files)), None),)
     labels = one_of(*CUSTOM_METRICS)("labels", given.get("labels", "single"))
     if "separator" in given and labels != "multi":
-        raise ConfigError(f"separator: belongs to labels: multi, found labels: {labels}")
+        raise ConfigError(f"separator: only for labels: multi, found labels: {labels}")
     return Layout(
         source,
         tables,

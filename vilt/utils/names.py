@@ -51,7 +51,7 @@ def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def spelled_as(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """`names` in normal form; those that differ from a `known` name only in case or invisibly become that name."""
+    """`names` in normal form; those that look like a `known` name but for capitals become that name."""
     by_look = {look(name).casefold(): name for name in known}
     given = [normal(name) for name in names]
     spelled = [by_look.get(look(name).casefold(), name) for name in given]

@@ -63,7 +63,7 @@ class Cut(NamedTuple):
         return (self.sample - self.interval) // self.interval_step + 1, self.interval
 
     def rows(self, number: int) -> slice:
-        """The values of sample `number` within its recording."""
+        """The slice of the recording that is sample `number`."""
         return slice(number * self.step, number * self.step + self.sample)
 
     def count(self, values: int) -> int:

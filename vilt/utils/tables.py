@@ -20,9 +20,9 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 def table_rows(
     path: Path, known: Sequence[str], needed: Sequence[str] | None = None, files: Sequence[str] = ()
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yields pairs of the line, from 1, on which a row begins, and its values keyed by column.
+    """Yields each row as the line on which it begins, from 1, and its values, keyed by column.
 
-    Values are strings, or any JSON values in a `.jsonl`.
+    Values are strings, or JSON values if the file is a `.jsonl`.
 
     Args:
         known: columns that are read; variants of their spelling are recognised.

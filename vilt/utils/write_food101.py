@@ -99,7 +99,8 @@ def open_raw(raw: Path, allow_missing: bool = False) -> RawDataset:
     """Opens UPMC Food-101 in `raw`: reads and checks its classes, splits and texts. Raises DataError.
 
     Args:
-        allow_missing: keep dishes without text, and those without image, which otherwise are bad samples.
+        allow_missing: keep dishes without text, which are otherwise left out, and those without image, which are
+            otherwise bad samples.
     """
     spec = DATASETS["food101"]
     raw_data.require_layout(raw, ("class_idx.json", "split.json", "images/train", "images/test"), LAYOUT)

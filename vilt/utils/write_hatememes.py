@@ -86,7 +86,7 @@ def open_raw(raw: Path, test_split: str = "test", allow_missing: bool = False) -
     raw_data.require_layout(folder, ("train.jsonl", f"{dev}.jsonl", "img"), LAYOUT)
     if not (folder / f"{test_split}.jsonl").is_file():
         others = " or ".join(f"--test-split {name}" for name in TEST_SPLITS if (folder / f"{name}.jsonl").is_file())
-        raise DataError(f"{test_split}.jsonl not found in {folder}" + (f"; there is {others}" if others else ""))
+        raise DataError(f"{test_split}.jsonl not found in {folder}" + (f"; try {others}" if others else ""))
     splits = []
     files: dict[Split, str] = {"train": "train", "val": dev, "test": test_split}
     for split, name in files.items():

@@ -96,21 +96,21 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     files = ("signals.npy", "channels.csv", "labels.npy", "classes.txt", "recordings.csv")
     raw_data.require_layout(raw, (*files, *(() if spec else ("spec.yaml",))), LAYOUT)
     source = spec or raw / "spec.yaml"
-    of_spec = read_spec(source)
+    settings = read_spec(source)
     signals = open_numbers(raw / "signals.npy", ("rows", "columns"))
     labels = open_numbers(raw / "labels.npy", ("rows",))
     if len(labels) != len(signals):
         raise DataError(f"{raw / 'labels.npy'}: expected {len(signals)} rows, as signals.npy has, found {len(labels)}")
     channels = _read_channels(raw / "channels.csv", signals.shape[1])
-    steps = {name: of_spec[name] * (1 - of_spec[f"{name}_overlap"]) for name in ("sample", "interval")}
+    steps = {name: settings[name] * (1 - settings[f"{name}_overlap"]) for name in ("sample", "interval")}
     classes = tuple(map(label_name, read_text(raw / "classes.txt").rstrip().splitlines()))
     if pair := look_alikes(classes):
         raise DataError(f"{raw / 'classes.txt'}: the classes {' and '.join(pair)} look the same")
     try:
-        cut = Cut.of(channels.rate, of_spec["sample"], steps["sample"], of_spec["interval"], steps["interval"])
+        cut = Cut.of(channels.rate, settings["sample"], steps["sample"], settings["interval"], steps["interval"])
         sizes = *cut.shape, cut.interval_step, channels.rate
         of_signals = tuple((name, len(of), *sizes) for name, of in channels.columns.items())
-        custom = CustomData(of_spec["name"], "single", classes, of_spec["metric"], of_signals)
+        custom = CustomData(settings["name"], "single", classes, settings["metric"], of_signals)
     except ValueError as error:
         raise DataError(f"{raw / 'classes.txt' if 'classes:' in str(error) else source}: {error}") from None
     for name, of in channels.columns.items():
@@ -136,7 +136,7 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
             found = quoted(recordings[taken].name)
             raise DataError(f"{place}: expected rows of its own, found some that also belong to {found}")
         recording_of_row[start : start + length] = len(recordings)
-        of_samples = cut.labels(labels[start : start + length], mixed=of_spec["mixed_labels"])
+        of_samples = cut.labels(labels[start : start + length], mixed=settings["mixed_labels"])
         if values["recording"] in {one.name for one in recordings} or not values["recording"]:
             raise DataError(f"{place}: recording: expected a unique name, found {quoted(values['recording'])}")
         reader, subject = partial(read, start, length), label_name(values["subject"])

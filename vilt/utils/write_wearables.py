@@ -58,7 +58,7 @@ def open_raw(raw: Path, dataset: str, split: str | None = None) -> RawDataset:
     cut = PAMAP2_CUT if dataset == "pamap2" else RWHAR_CUT
     assert spec.class_names is not None
     splits = divide(recordings, how, str(raw), cut.dropped)
-    note = note_on(recordings, splits, ", without an activity, or where rows are missing")
+    note = note_on(recordings, splits, ", without an activity, or with missing rows")
     return RawDataset(spec, spec.class_names, tuple(splits), note)
 
 
@@ -128,22 +128,22 @@ def _rwhar(raw: Path) -> Iterator[Recording]:
         activity = re.sub(r"_\d+$", "", part)
         if activity not in classes:
             raise DataError(f"{raw / subject}: expected an activity of {', '.join(classes)}, found {activity}")
-        of, in_order = {}, True
+        series, in_order = {}, True
         for name in RWHAR_FILES:
             if (subject, part, name) not in files:
                 raise DataError(f"{raw / subject / 'data'}: expected a file of {name} for {part}, found none")
             times, values = _timed(*files[subject, part, name], name)
             order = np.argsort(times, kind="stable")
             in_order &= bool((np.diff(times) > 0).all())
-            of[name] = times[order], values[order]
-        begin, end = max(times[0] for times, _ in of.values()), min(times[-1] for times, _ in of.values())
+            series[name] = times[order], values[order]
+        begin, end = max(times[0] for times, _ in series.values()), min(times[-1] for times, _ in series.values())
         clock = np.arange(begin, end, 1000 / RWHAR_RATE)  # shared by all sensors, while all of them recorded
         signals = {
             name: np.stack([np.interp(clock, times, column) for column in values.T], axis=1).astype(np.float32)
-            for name, (times, values) in of.items()
+            for name, (times, values) in series.items()
         }
         labels_N = np.full(len(clock), classes.index(activity))
-        for times, values in of.values():
+        for times, values in series.values():
             if values.shape[1] == len(AXES):
                 after = np.searchsorted(times, clock, side="right")
                 labels_N[np.diff(times, append=np.inf)[after - 1] > LONGEST_GAP] = NO_LABEL

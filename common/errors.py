@@ -74,7 +74,7 @@ def machine_error(error: Exception, folder: Path | None = None) -> MachineError 
         folder: named in the message if the system names no file, as for a write to an open file.
     """
     if type(error).__name__ == "OutOfMemoryError":  # torch's
-        return MachineError(f"{first_line(error)} A smaller per_gpu_batchsize needs less.")
+        return MachineError(f"{first_line(error)} Try a smaller per_gpu_batchsize.")
     if not isinstance(error, OSError) or error.errno not in OF_THE_MACHINE:
         return None
     if error.filename is None and folder is not None:

@@ -29,7 +29,7 @@ ASCII = {"±": "+/-", "–": "-", "…": "...", "×": "x", "─": "-"}
 def check_system() -> None:
     """Raises MachineError on anything but Linux."""
     if sys.platform != "linux":
-        raise MachineError(f"expected Linux, found {sys.platform}: runs there in a container or a virtual machine")
+        raise MachineError(f"expected Linux, found {sys.platform}; use a container or a virtual machine")
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:

@@ -76,7 +76,7 @@ def one_of(*choices: str) -> Reader:
 def text(option: str, value: Any) -> str:
     """Reads a text. A number is refused: its spelling, such as 1.10 or 1_000, is already lost."""
     if not isinstance(value, str):
-        raise wrong(option, "a text (a number in quotes)", value)
+        raise wrong(option, "a text (numbers in quotes)", value)
     return value
 
 
@@ -190,7 +190,7 @@ def words_of(option: str, value: str, texts: bool) -> Any:
         words = [word.strip() for word in value[1:-1].split(",") if word.strip()]
         return [(unquoted(word) if word != "None" else None) if texts else literal(word) for word in words]
     if value.startswith("[") or (value.startswith("(") and not texts):
-        raise wrong(option, """a list as Python writes it, such as "['a','b']" or [1,2]""", value)
+        raise wrong(option, """a Python list, such as "['a','b']" or [1,2]""", value)
     return value
 
 

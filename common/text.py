@@ -114,7 +114,7 @@ def terminal_table(
     lines = [heads, *(row for row in rows if row is not None)]
     columns = [*zip(*lines, strict=True)]
     widths = [max(map(len, cells)) for cells in columns]
-    figures = [cells if side == ">" else [cells[0]] for cells, side in zip(columns, sides, strict=True)]  # and heads
+    figures = [cells if side == ">" else [cells[0]] for cells, side in zip(columns, sides, strict=True)]  # or heads
     least = [max(map(len, " ".join(cells).split()), default=NARROWEST) for cells in figures]  # never narrower
     words = [max(map(len, re.split(rf"\s|{BREAK}", " ".join(cells)))) for cells in columns]  # narrower only if need be
     available = shutil.get_terminal_size((0, 0)).columns or ONE_LINE  # 0: neither a terminal nor COLUMNS

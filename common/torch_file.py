@@ -22,7 +22,7 @@ def load_inert(path: Path, *, mmap: bool = False) -> Any:
         with zipfile.ZipFile(path) as archive:
             claimed, found = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
         if claimed > found:
-            raise ValueError(f"its entries claim {claimed:,} bytes, and it has {found:,}")
+            raise ValueError(f"its entries claim {claimed:,} bytes, but the file has {found:,}")
     return torch.load(path, "cpu", weights_only=True, mmap=mmap)
 
 

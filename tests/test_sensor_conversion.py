@@ -95,7 +95,7 @@ def with_value(raw: Path, value: float) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing channel": (lambda raw: replace_line(raw / "channels.csv", 6, ""), "none has 4"),
+    "missing channel": (lambda raw: replace_line(raw / "channels.csv", 6, ""), "found none for column 4"),
     "channel twice": (lambda raw: replace_line(raw / "channels.csv", 3, "0,acc,1,g,10,1"), "row 3: column"),
     "other rate": (lambda raw: replace_line(raw / "channels.csv", 4, "2,gyr,0,g,20,1"), "row 4: rate_hz: expected 10"),
     "no rate": (lambda raw: replace_line(raw / "channels.csv", 4, "2,gyr,0,g,0,1"), "row 4: rate_hz: expected a num"),
@@ -104,7 +104,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown key": (lambda raw: (raw / "spec.yaml").write_text(SPEC + "rate: 1\n"), "found 'rate'"),
     "lengths differ": (lambda raw: np.save(raw / "labels.npy", np.zeros(5, np.int8)), "expected 720 rows"),
     "class": (lambda raw: np.save(raw / "labels.npy", np.full(720, 2, np.int8)), "labels.npy, row 0: expected 0 to 1"),
-    "no number": (lambda raw: with_value(raw, np.nan), "row 37: column 1 × scale 0.01: expected a finite number"),
+    "no number": (lambda raw: with_value(raw, np.nan), "row 37: column 1 × scale 0.01: expected a finite"),
     "too large": (
         lambda raw: with_value(raw, 1e41),
         "row 37: column 1 × scale 0.01: expected a finite",
@@ -244,10 +244,10 @@ def test_published_samples_of_mod(tmp_path: Path, capsys: Captured) -> None:
     ("name", "line", "message"),
     [
         ("aud16000.csv", "loud,4", "row 5: expected a number in column 1, found 'loud'"),
-        ("aud16000.csv", "nan", "row 5: audio: expected a finite number"),
+        ("aud16000.csv", "nan", "row 5: audio: expected a finite float32 number"),
         ("aud16000.csv", " ", "row 5: expected a number in column 1, found"),
-        ("aud16000.csv", "\n", "row 5: audio: expected a finite number of float32, found nan"),
-        ("ehz.csv", "-1e39 7", "row 5: seismic: expected a finite number of float32, found -1e\\+39"),
+        ("aud16000.csv", "\n", "row 5: audio: expected a finite float32 number, found nan"),
+        ("ehz.csv", "-1e39 7", "row 5: seismic: expected a finite float32 number, found -1e\\+39"),
         ("ehz.csv", "", "expected ehz.csv, found none"),
     ],
 )

@@ -109,11 +109,11 @@ WRONG: list[tuple[Any, list[str]]] = [
     (with_label(2, np.nan), ["valid, row 3: regression_labels: expected a number from -3 to 3, found nan"]),
     (with_label(0, 3.5), ["valid, row 1: regression_labels", "3.5"]),
     (lambda c: changed(c, "test", "id", lambda ids: ids[:-1]), ["test: id: expected 3 rows", "found 2"]),
-    (lambda c: changed(c, "test", "vision", lambda x: x[:, :2]), ["test: vision: expected the sizes (4, 4)", "(2, 4)"]),
+    (lambda c: changed(c, "test", "vision", lambda x: x[:, :2]), ["test: vision: expected the shape (4, 4)", "(2, 4)"]),
     (lambda c: changed(c, "test", "audio", lambda x: x[:2]), ["test: audio: expected 3 rows", "found 2"]),
     (lambda c: changed(c, "train", "audio_lengths", lambda n: [*n[:-1], 9]), ["train, row 6: audio_lengths", "0 to 6"]),
     (lambda c: changed(c, "train", "vision_lengths", lambda n: n[:2]), ["train: vision_lengths: expected 6, found 2"]),
-    (lambda c: changed(c, "train", "text_bert", np.zeros((6, 2, 5))), ["train: text_bert: expected the sizes"]),
+    (lambda c: changed(c, "train", "text_bert", np.zeros((6, 2, 5))), ["train: text_bert: expected the shape"]),
     (lambda c: changed(c, "train", "text", np.array(["a"] * 6)), ["train: text: expected numbers", "<U1"]),
 ]
 
@@ -231,7 +231,7 @@ def test_a_wrong_table(content: Any, tmp_path: Path, capsys: Captured, old: str,
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((2, 9), dtype=np.float32), "expected the width 3, as train_0.npy has, found 9"),
+        (np.zeros((2, 9), dtype=np.float32), "expected the width 3, as in train_0.npy, found 9"),
         (np.zeros(3), "expected numbers (steps, width), found float64 (3,)"),
         (np.array([["a"]]), "expected numbers (steps, width), found <U1"),
         (np.array([[{}]]), "Python objects in dtype"),

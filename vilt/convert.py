@@ -71,7 +71,7 @@ def convert(
     if unknown := [name for name in columns or {} if name not in COLUMNS]:
         raise DataError(f"columns: expected {', '.join(COLUMNS)}, found {unknown[0]}")
     if isinstance(classes, str | set | frozenset):
-        raise DataError(f"classes: expected a list, whose order numbers them, found a {type(classes).__name__}")
+        raise DataError(f"classes: expected a list, in the order of class numbers, found a {type(classes).__name__}")
     named = {column: (columns or {}).get(column, column) for column in COLUMNS}
     parts = data if isinstance(data, Mapping) else {None: data}
     rows: list[Listed] = []

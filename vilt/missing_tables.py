@@ -127,7 +127,7 @@ def _types_lost(modalities: list[str], missing_type: str, both_ratio: float, cou
     """Missing types (count,) of the affected samples. A shorter result is a prefix of a longer one."""
     place = np.arange(count)
     if missing_type == BOTH:
-        # Sample j loses the first modality if ⌊j·both_ratio⌋ steps up there, so every prefix has the right share.
+        # A sample loses the first modality if ⌊j·both_ratio⌋ increases at its j, so every prefix has the right share.
         first = np.diff(parts_of(range(count + 1), both_ratio)) > 0
         return np.where(first, *(code_of(modalities, name) for name in modalities))
     if missing_type == ANY:

@@ -75,7 +75,7 @@ class ArrowDataset(Dataset[Sample]):
         self.split: Split = split
         pretraining_file = spec.pretraining_file if pretraining and split == "train" else None
         self.path = root / (pretraining_file or spec.file_name(split))
-        self._for_pretraining = pretraining_file is not None  # its rows may have no label, and are not of one split
+        self._for_pretraining = pretraining_file is not None  # rows may be unlabelled, and of any split
         self.image_size, self.group_texts = image_size, group_texts
         self._table: pa.Table | None = None
         self.kinds = {name: kind(spec.modalities[name], self) for name, kind in kinds_of(spec).items()}

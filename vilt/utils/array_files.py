@@ -36,7 +36,7 @@ def samples_of_arrays(path: Path, modalities: Sequence[str]) -> list[tuple[str, 
     for name in (*present, *(["id"] if "id" in arrays else [])):
         if len(arrays[name]) != count:
             raise DataError(
-                f"input={path}: {name}: expected {count} rows, as {present[0]} has, found {len(arrays[name])}"
+                f"input={path}: {name}: expected {count} rows, as in {present[0]}, found {len(arrays[name])}"
             )
     ids = [id_of(one) for one in arrays["id"]] if "id" in arrays else [str(row) for row in range(count)]
     samples = []

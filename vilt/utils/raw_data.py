@@ -117,7 +117,7 @@ def check_inside(file: str) -> None:
     # The path as written decides, not where links lead: large image folders are often links to another disk.
     path = PureWindowsPath(file)  # accepts both / and \\
     if path.root or ".." in path.parts:
-        raise BadSampleError(PATH_LEAVES_RAW, file, "expected a path in RAW, relative to it")
+        raise BadSampleError(PATH_LEAVES_RAW, file, "expected a relative path within RAW")
 
 
 def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES, follow_links: bool = True) -> bytes:

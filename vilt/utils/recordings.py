@@ -217,7 +217,7 @@ def check_finite(
     if not finite.all():
         row = int(np.argmin(finite))
         found = f"found {quoted(given_N[row]) if len(given_N) else f'{signal_N[row]:g}'}"
-        raise DataError(f"{place}, row {row + first_row}: {column}: expected a finite number of float32, {found}")
+        raise DataError(f"{place}, row {row + first_row}: {column}: expected a finite float32 number, {found}")
 
 
 def read_numbers(path: Path, columns: Sequence[int], separator: str) -> np.ndarray:

@@ -343,7 +343,7 @@ def read_sample(path: Path, number: int) -> dict[str, np.ndarray]:
             if not isinstance(found[name], torch.Tensor) or tuple(found[name].shape) != shape:
                 raise ValueError(f"{name}: expected an array of shape {shape}")
             if not torch.isfinite(found[name].float()).all():
-                raise ValueError(f"{name}: expected finite numbers of float32")
+                raise ValueError(f"{name}: expected finite float32 numbers")
     except KeyError as error:
         raise DataError(f"{path}: expected data['shake'] with {' and '.join(RATES)}, found no {error}") from None
     except Exception as error:  # torch.load raises many types on damaged files

@@ -100,7 +100,7 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     signals = open_numbers(raw / "signals.npy", ("rows", "columns"))
     labels = open_numbers(raw / "labels.npy", ("rows",))
     if len(labels) != len(signals):
-        raise DataError(f"{raw / 'labels.npy'}: expected {len(signals)} rows, as signals.npy has, found {len(labels)}")
+        raise DataError(f"{raw / 'labels.npy'}: expected {len(signals)} rows, as in signals.npy, found {len(labels)}")
     channels = _read_channels(raw / "channels.csv", signals.shape[1])
     steps = {name: settings[name] * (1 - settings[f"{name}_overlap"]) for name in ("sample", "interval")}
     classes = tuple(map(label_name, read_text(raw / "classes.txt").rstrip().splitlines()))
@@ -128,7 +128,7 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
         place = f"{raw / 'recordings.csv'}, row {row}"
         start, length = (_number(f"{place}: {name}", values[name], integer(0)) for name in ("start", "length"))
         if start + length > len(signals):
-            raise DataError(f"{place}: expected rows below {len(signals)}, as signals.npy has, found {start + length}")
+            raise DataError(f"{place}: expected rows below {len(signals)}, as in signals.npy, found {start + length}")
         if values["split"] not in (*SPLITS, ""):
             found = quoted(values["split"])
             raise DataError(f"{place}: split: expected {' or '.join(SPLITS)}, or nothing, found {found}")
@@ -179,13 +179,14 @@ def _read_channels(path: Path, n_columns: int) -> _Channels:
             _number(f"{place}: {name}", values[name], number(0, above=True)) for name in ("rate_hz", "scale")
         )
         if rates and rate not in rates:
-            raise DataError(f"{place}: rate_hz: expected {next(iter(rates)):g}, as the rows before, found {rate:g}")
+            raise DataError(f"{place}: rate_hz: expected {next(iter(rates)):g}, as in earlier rows, found {rate:g}")
         rates.setdefault(rate, row)
         columns.setdefault(values["modality"], []).append(column)
         scales.setdefault(values["modality"], []).append(scale)
     if len(seen) != n_columns:
         absent = next(column for column in range(n_columns) if column not in seen)
-        raise DataError(f"{path}: expected a row for each of the {n_columns} columns of signals.npy, none has {absent}")
+        expected = f"expected a row for each of the {n_columns} columns of signals.npy"
+        raise DataError(f"{path}: {expected}, found none for column {absent}")
     return _Channels(columns, {name: np.array(of) for name, of in scales.items()}, next(iter(rates)))
 
 

@@ -161,7 +161,7 @@ def _read_splits(spec: DatasetSpec, path: Path, content: Any) -> tuple[dict[str,
                 raise DataError(f"{path}: {key}: {name}: expected numbers (rows, steps, width), found {found}")
             if shapes.setdefault(name, array.shape[1:]) != array.shape[1:]:
                 expected = shapes[name]
-                raise DataError(f"{path}: {key}: {name}: expected the sizes {expected}, found {array.shape[1:]}")
+                raise DataError(f"{path}: {key}: {name}: expected the shape {expected}, found {array.shape[1:]}")
         segments.append(_of_arrays(spec, path, split, key, arrays))
     return shapes, segments
 
@@ -174,7 +174,7 @@ def _of_arrays(spec: DatasetSpec, path: Path, split: Split, key: str, arrays: di
         raise DataError(f"{path}: {key}: expected {' or '.join(LABELS)}, found {listed(list(arrays))}")
     for name in (*MODALITIES, keys[0], *(one for one in ("id", "raw_text") if one in arrays)):
         if (found := len(arrays[name])) != n_rows:
-            raise DataError(f"{path}: {key}: {name}: expected {n_rows:,} rows, as text has, found {found:,}")
+            raise DataError(f"{path}: {key}: {name}: expected {n_rows:,} rows, as in text, found {found:,}")
     labels = _whole(arrays[keys[0]])
     if labels.size != n_rows or labels.dtype.kind not in "fiu":
         raise DataError(f"{path}: {key}: {keys[0]}: expected a number in each row, found {labels.dtype} {labels.shape}")
@@ -201,7 +201,7 @@ def lengths_of(path: Path, key: str, arrays: dict[str, Any], n_rows: int) -> dic
     if (tokens := arrays.get("text_bert")) is not None:
         expected = (n_rows, 3, arrays["text"].shape[1])
         if not isinstance(tokens, PickledArray) or tokens.shape != expected:
-            raise DataError(f"{path}: {key}: text_bert: expected the sizes {expected}")
+            raise DataError(f"{path}: {key}: text_bert: expected the shape {expected}")
         found["text"] = np.array([int(tokens[row : row + 1][0, 1].sum()) for row in range(n_rows)])
     for name, lengths in found.items():
         steps, what = arrays[name].shape[1], "the mask of text_bert" if name == "text" else f"{name}_lengths"
@@ -271,7 +271,7 @@ def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[st
                 raise DataError(f"{place}: {error}") from None
             first, most = first_with.setdefault(modality, (file.name, width)), shapes.get(modality, (0,))[0]
             if width != first[1]:
-                raise DataError(f"{place}: {file}: expected the width {first[1]}, as {first[0]} has, found {width}")
+                raise DataError(f"{place}: {file}: expected the width {first[1]}, as in {first[0]}, found {width}")
             shapes[modality] = (max(steps, most), width)
         rows[of_key[split]].append((name, number, text))
     for split, of_split in rows.items():

@@ -81,7 +81,7 @@ def _pamap2(raw: Path) -> Iterator[Recording]:
             check_finite(np.where(np.isnan(of_column), 0, of_column), path, 1, f"column {column + 1}")
         activities, signals = values[:, 1], values[:, 2:].astype(np.float32)
         for place in np.flatnonzero(~np.isin(activities, (0, *PAMAP2_ACTIVITIES))):
-            raise DataError(f"{path}, row {place + 1}: expected an activity of PAMAP2, found {activities[place]:g}")
+            raise DataError(f"{path}, row {place + 1}: expected a PAMAP2 activity, found {activities[place]:g}")
         parts = activities.astype(np.int64) + 100 * _parts(path, values[:, 0])
         of_samples = [part % 100 if part > 0 else 0 for part in PAMAP2_CUT.labels(parts, mixed=False).tolist()]
         labels = [PAMAP2_ACTIVITIES.index(activity) if activity else NO_LABEL for activity in of_samples]
@@ -123,11 +123,11 @@ def _rwhar(raw: Path) -> Iterator[Recording]:
     classes = DATASETS["rwhar"].class_names or ()
     files = _waist_files(raw)
     if not files:
-        raise DataError(f"{raw}: expected files of the waist below proband1/data …, found none")
+        raise DataError(f"{raw}: expected waist files below proband1/data …, found none")
     for row, (subject, part) in enumerate(sorted({key[:2] for key in files}), 1):
         activity = re.sub(r"_\d+$", "", part)
         if activity not in classes:
-            raise DataError(f"{raw / subject}: expected an activity of {', '.join(classes)}, found {activity}")
+            raise DataError(f"{raw / subject}: expected one of the activities {', '.join(classes)}, found {activity}")
         series, in_order = {}, True
         for name in RWHAR_FILES:
             if (subject, part, name) not in files:
@@ -137,7 +137,7 @@ def _rwhar(raw: Path) -> Iterator[Recording]:
             in_order &= bool((np.diff(times) > 0).all())
             series[name] = times[order], values[order]
         begin, end = max(times[0] for times, _ in series.values()), min(times[-1] for times, _ in series.values())
-        clock = np.arange(begin, end, 1000 / RWHAR_RATE)  # shared by all sensors, while all of them recorded
+        clock = np.arange(begin, end, 1000 / RWHAR_RATE)  # for all sensors, over the time that all recorded
         signals = {
             name: np.stack([np.interp(clock, times, column) for column in values.T], axis=1).astype(np.float32)
             for name, (times, values) in series.items()
@@ -172,9 +172,9 @@ def _waist_files(raw: Path) -> dict[tuple[str, str, str], tuple[Path, tuple[str,
                     other = found.setdefault((folder.name, part, sensor), (path, inside))
                     if other != (path, inside) and _content(*other) != _content(path, inside):
                         place = f"{path}{_in(inside)}"
-                        raise DataError(f"{place}: expected one file of {sensor} for {part}, found {other[0]} too")
+                        raise DataError(f"{place}: expected one file of {sensor} for {part}, also found {other[0]}")
         if folder.name not in {subject for subject, _, _ in found}:
-            raise DataError(f"{folder}: expected files of the waist, such as data/acc_walking_csv.zip, found none")
+            raise DataError(f"{folder}: expected waist files, such as data/acc_walking_csv.zip, found none")
     return found
 
 

@@ -68,7 +68,7 @@ class Data:
 
 
 def drawn(missing_type: str, ratio: float, lengths: range, size: int, device: torch.device) -> Iterator[Data]:
-    """Yields batches, epoch after epoch, drawn as in training: present samples and the longest text differ between them.
+    """Yields batches, epoch after epoch, drawn as in training: missing modalities and the longest text vary.
 
     Args:
         lengths: range of text lengths, in tokens.

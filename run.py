@@ -30,8 +30,8 @@ def main(_config: dict[str, Any], _run: Any, network: Any) -> dict[str, float]:
     """Trains a model, or evaluates one if test_only=True; returns the test metrics."""
     # Sacred only lets entries be added to `network` if it is an argument; its value is read from `_config`.
     options, given = check(_config), given_options(_run)
-    if of_sweeps := sorted(filter(is_of_sweep, _run.meta_info["options"]["CHOSEN"])):
-        raise ConfigError(f"{of_sweeps[0]}: is for sweeps; expected `python run.py sweep with …`")
+    if sweep_options := sorted(filter(is_of_sweep, _run.meta_info["options"]["CHOSEN"])):
+        raise ConfigError(f"{sweep_options[0]}: is for sweeps; expected `python run.py sweep with …`")
     from runs.evaluation import evaluate
     from runs.training import train
 

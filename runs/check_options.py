@@ -87,8 +87,8 @@ def read_options(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
     found = {}
     for name in names:
         read = OPTIONS[name].read
-        of_row = (row_of(config),) if isinstance(read, MissingTypeReader) else ()
-        found[name] = read(name, config[name], *of_row)
+        row = (row_of(config),) if isinstance(read, MissingTypeReader) else ()
+        found[name] = read(name, config[name], *row)
     return found
 
 

@@ -227,7 +227,7 @@ def typed(name: str, value: str) -> Any:
     if option in ("sweep_over", "search") and entry:
         option = entry
     if is_text(option):
-        if value == "None" and takes_none(option):
+        if value == "None" and accepts_none(option):
             return None
         return unquoted(value)
     found = literal(value)
@@ -243,7 +243,7 @@ def is_text(name: str) -> bool:
     return hint is not None and types - {type(None), Ellipsis} <= TEXTS
 
 
-def takes_none(name: str) -> bool:
+def accepts_none(name: str) -> bool:
     """Whether an option may be None."""
     try:
         return OPTIONS[name].read(name, None) is None

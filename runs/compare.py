@@ -154,7 +154,7 @@ def _group(
         task = replace(task, monitor="f1_macro")
     stored = [{run.config["seed"]: _Stored(run, at_offset=at_offset) for run in line.items} for line in lines]
     first = next(iter(stored[0].values()))
-    for each in (each for of_line in stored for each in of_line.values()):
+    for each in (each for line_stored in stored for each in line_stored.values()):
         if each.test_set != first.test_set:
             said = f"logits of other test samples than in {logits_path(first.run)}; compare each test set separately"
             raise DataError(f"{logits_path(each.run)}: {said}")
@@ -165,7 +165,7 @@ def _group(
     measure, comparisons = task.metrics.measures[task.monitor], []
     for pattern in _patterns(spec, trained_at, settings):
         tables = _tables(first, trained_at, pattern, settings)
-        found = [{seed: each.at(task, tables, settings.resamples) for seed, each in of.items()} for of in stored]
+        found = [{seed: each.at(task, tables, settings.resamples) for seed, each in runs.items()} for runs in stored]
         for one, other in itertools.combinations(range(len(lines)), 2):
             seeds = _paired(list(stored[one]), list(stored[other]))
             values = [(found[one][a][0], found[other][b][0]) for a, b in seeds]
@@ -181,9 +181,9 @@ def _group(
             comparisons.append(comparison)
         log.info("%s, %s: compared %s", dataset, pattern.title, metric)
     labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
-    of_constants = baselines(task, first.split.labels, first.class_names)
+    answers = baselines(task, first.split.labels, first.class_names)
     return Group(
-        dataset, task, metric, trained_at, drawing, lines, labels, len(first.split.labels), of_constants, comparisons
+        dataset, task, metric, trained_at, drawing, lines, labels, len(first.split.labels), answers, comparisons
     )
 
 

@@ -116,9 +116,9 @@ def _text(group: Group) -> str:
     ]
     rows: list[list[str] | None] = []
     ordered = sorted(group.comparisons, key=lambda each: (each.one, each.other))
-    for (one, other), of_pair in itertools.groupby(ordered, key=lambda each: (each.one, each.other)):
+    for (one, other), comparisons in itertools.groupby(ordered, key=lambda each: (each.one, each.other)):
         rows += [None] if rows else []
-        for each in of_pair:
+        for each in comparisons:
             difference = each.difference
             rows.append(
                 [

@@ -187,9 +187,9 @@ class Doctor:
         options, train = self.options, self.datasets.get("train")
         if self.backbone is None or self.inputs is None or train is None or "val" not in self.datasets:
             return "warn", "not tried, since it needs backbone, tokenizer, train data and val data"
-        alone = {"num_gpus": min(1, options.num_gpus), "num_nodes": 1, "cpu_processes": 1, "num_workers": 0}
+        single = {"num_gpus": min(1, options.num_gpus), "num_nodes": 1, "cpu_processes": 1, "num_workers": 0}
         short = {"fast_dev_run": 2, "batch_size": options.per_gpu_batchsize, "image_cache": False, "resume_from": None}
-        timer, changes = StepTimer(), dict[str, Any](alone | short)
+        timer, changes = StepTimer(), dict[str, Any](single | short)
         train_from(replace(options, **changes), options.exp_name, timer, given=self.given)
         self.run_bytes = 9 * timer.trained_bytes  # best.ckpt; old and new last.ckpt, each with that and AdamW's state
         began, batch = time.perf_counter(), min(options.per_gpu_batchsize, len(train))

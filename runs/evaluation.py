@@ -33,7 +33,7 @@ from engine.tasks import Task, with_published_f1
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
 from runs.comparable import other_input
-from runs.start import say_device, start_folder
+from runs.start import log_device, start_folder
 from runs.targets import Target, as_trained, check_agreement, drawn_as_trained, with_model_of
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -53,7 +53,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     arrow = open_spec(options.task, options.data_root, options.splits)
     members = [read_checkpoint(path) for path in options.load_paths]
     options = drawn_as_trained(as_trained(options, members, given), members, given)
-    say_device(options)
+    log_device(options)
     for checkpoint in members:
         check_agreement(options, checkpoint, given)
         check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test"))  # before the heavy work
@@ -198,7 +198,7 @@ def measure_target(target: Target, given: set[str]) -> Results | None:
         log.info("%s: uses the stored logits", subject.checkpoint)
     else:
         store.check_writable()
-        say_device(options)
+        log_device(options)
         checkpoint = read_checkpoint(subject.checkpoint)
         if checkpoint.sha256 != subject.checkpoint_sha256:
             raise CheckpointError(f"{subject.checkpoint}: has just been replaced by another checkpoint; start again")

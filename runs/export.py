@@ -31,9 +31,9 @@ def export(load_path: Path | tuple[Path, ...] | None, out: Path | None = None) -
     if checkpoint.published:
         raise CheckpointError(f"{load_path}: expected a checkpoint of this program, found one of the published code")
     out = out or checkpoint.path.with_name("export")
-    of_model = (checkpoint.spec, str(checkpoint.backbone_name), str(checkpoint.backbone_sha256), checkpoint.class_names)
+    model = (checkpoint.spec, str(checkpoint.backbone_name), str(checkpoint.backbone_sha256), checkpoint.class_names)
     trained = (checkpoint.contents, checkpoint.offset, checkpoint.training)
-    described = describe(*of_model, checkpoint.tokenizer, *trained)
+    described = describe(*model, checkpoint.tokenizer, *trained)
     runs = [run for run in find_runs(load_path.parent)[0] if run.folder == load_path.parent]
     write_exported(out, checkpoint.state, described, _card(checkpoint, runs[0] if runs else None))
     return f"written to {out}: {len(checkpoint.state)} tensors, a description and a model card"

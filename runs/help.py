@@ -56,8 +56,8 @@ def help_on(command: str | None, commands: Mapping[str, Callable[..., Any]], abo
     wanted = OTHERS.get(command, ())
     lines += _options([name for name in wanted if name in OPTIONS and name not in own])
     for kind in (kind for kind in wanted if kind in KINDS):
-        of_kind = [name for name, each in OPTIONS.items() if each.kind == kind and name not in (*own, *wanted)]
-        lines += ["", f"{KINDS[kind]}:", "", *_options(of_kind)]
+        names = [name for name, each in OPTIONS.items() if each.kind == kind and name not in (*own, *wanted)]
+        lines += ["", f"{KINDS[kind]}:", "", *_options(names)]
     return "\n".join([*lines, "", *(_configs() if DATA in wanted else [])])
 
 

@@ -63,8 +63,8 @@ def lines_of(items: Sequence[T], run_of: Callable[[T], Run | None]) -> list[RunL
         by_seed: dict[int, list[T]] = {}
         for run, item in sorted(group, key=lambda entry: _completeness(entry[0])):
             by_seed.setdefault(0 if run is None else run.config["seed"], []).append(item)
-        kept = [of_seed[-1] for _, of_seed in sorted(by_seed.items())]
-        repeats = [item for of_seed in by_seed.values() for item in of_seed[:-1]]
+        kept = [same_seed[-1] for _, same_seed in sorted(by_seed.items())]
+        repeats = [item for same_seed in by_seed.values() for item in same_seed[:-1]]
         lines.append(RunLine(group[0][0], kept, repeats))
     return lines
 
@@ -86,12 +86,12 @@ def spread_of(values: Sequence[Sequence[float]]) -> Spread | None:
 
     For a single run, it is the spread over its tables, which says how much depends on which samples lose what.
     """
-    of_runs = [found for run_values in values if (found := estimate(run_values)) is not None]
-    if not of_runs:
+    run_estimates = [found for run_values in values if (found := estimate(run_values)) is not None]
+    if not run_estimates:
         return None
-    if len(of_runs) > 1:
-        means = estimate([found.mean for found in of_runs])
+    if len(run_estimates) > 1:
+        means = estimate([found.mean for found in run_estimates])
         assert means is not None
-        return Spread(means, f"{len(of_runs)} training seeds")
-    (only,) = of_runs
+        return Spread(means, f"{len(run_estimates)} training seeds")
+    (only,) = run_estimates
     return Spread(only, f"{only.n + only.undefined} missing tables" if only.n > 1 else "")

@@ -41,7 +41,7 @@ class Progress(NamedTuple):
 
 
 @contextmanager
-def alone(parent: Path, config: Mapping[str, Any]) -> Iterator[None]:
+def training_lock(parent: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Keeps two runs in `parent` from doing the same training at once and resuming from each other's checkpoints.
 
     Runs that differ in an option of the training have different locks. The first process of a run holds the lock.
@@ -113,7 +113,7 @@ def _agreeing(
             yield folder, theirs, read
 
 
-def say_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
+def log_differences(checkpoint: Path, config: Mapping[str, Any]) -> None:
     """Logs the relevant options in which the resumed training differs from the run of `checkpoint`.
 
     Raises:

@@ -99,8 +99,8 @@ def _block(
     over, last_kind = [""] * len(lines), None
     for place, cell in enumerate(first["cells"]):  # the same for all checkpoints
         kind = _kind(cell, first)
-        of_lines = [[found["cells"][place]["metrics"].get(metric) for _, found in line.items] for line in lines]
-        spreads = [spread_of([each["values"] for each in of_line if each]) for of_line in of_lines]
+        line_values = [[found["cells"][place]["metrics"].get(metric) for _, found in line.items] for line in lines]
+        spreads = [spread_of([each["values"] for each in values if each]) for values in line_values]
         over = [spread.over if spread else "" for spread in spreads]
         table += [None] if kind != last_kind else []
         shown = [spread.estimate.text() if spread else "–" for spread in spreads]

@@ -53,7 +53,7 @@ def start_folder(options: Options, name: str, custom: CustomData | None, content
     """
     folder = make_run_folder(options.log_dir, name)
     EX.current_run.info["folder"] = str(folder)  # type: ignore[attr-defined]  # for `command_line`, and Sacred's record
-    write_json(folder / "config.json", described(options, custom))
+    write_json(folder / "config.json", config_content(options, custom))
     write_json(folder / CONTENTS_FILE, contents)
     write_json(folder / "environment.json", {"command": command(), **environment()})
     log.info("run folder: %s", folder)
@@ -66,12 +66,12 @@ def command() -> list[str]:
     return ["-m", module.name.removesuffix(".__main__"), *sys.argv[1:]] if module is not None else sys.argv
 
 
-def described(options: Options, custom: CustomData | None) -> dict[str, Any]:
+def config_content(options: Options, custom: CustomData | None) -> dict[str, Any]:
     """The content of config.json: the options, and the arrow files' description of a custom dataset."""
     return asdict(options) | ({CUSTOM: asdict(custom)} if custom is not None else {})
 
 
-def say_device(options: Options) -> None:
+def log_device(options: Options) -> None:
     """Logs the devices and the precision."""
     if options.num_gpus:
         log.info("%d × %s, precision %s", options.processes, torch.cuda.get_device_name(), options.precision)
@@ -81,7 +81,7 @@ def say_device(options: Options) -> None:
 
 
 @rank_zero_only
-def say_remarks(options: Options, training: ArrowDataset) -> None:
+def log_remarks(options: Options, training: ArrowDataset) -> None:
     """Logs `remarks` and classes without samples as warnings, and how the last step counts if that is as published."""
     dataset, samples = training.spec, samples_of_epoch(options, training)
     absent = [] if options.prompt_type in PRETRAINING else training.absent_classes()

@@ -150,8 +150,8 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     checkpoint = read_checkpoint(path)
     run, taken = taken_from_run(path, config, given)
     recorded = {} if run is None else run.config
-    of_evaluation = {"load_path": str(path), "test_only": True, "test_ratio": 0.0}
-    options = check({**config, **taken, **of_evaluation, "task": config["task"] or checkpoint.spec.task})
+    overrides = {"load_path": str(path), "test_only": True, "test_ratio": 0.0}
+    options = check({**config, **taken, **overrides, "task": config["task"] or checkpoint.spec.task})
     if options.fast_dev_run:
         raise ConfigError("fast_dev_run: expected False, since robustness needs the whole test split")
     check_agreement(options, checkpoint, given)
@@ -241,7 +241,7 @@ def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]
         return cells
     assert options.data_root is not None
     train, rows = options.data_settings().patterns["train"], rows_of_splits(spec, options.data_root)
-    return [[behind_training(train, cell, rows) for cell in of_cell] for of_cell in cells]
+    return [[behind_training(train, pattern, rows) for pattern in cell] for cell in cells]
 
 
 def _check_comparable(targets: Sequence[Target]) -> None:

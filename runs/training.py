@@ -58,9 +58,9 @@ from engine.teacher import soft_labels
 from engine.trainer import make_trainer
 from engine.training import MINUS_LOSS, FinetuneModule, model_input
 from runs.evaluation import backbone_choice, check_measurable, open_data, test
-from runs.resume import alone, check_resume, differing_options, find_progress, say_differences
+from runs.resume import check_resume, differing_options, find_progress, log_differences, training_lock
 from runs.run_reader import as_written_by_run
-from runs.start import commit, described, say_device, say_remarks, start_folder
+from runs.start import commit, config_content, log_device, log_remarks, start_folder
 from runs.targets import as_trained
 from vilt.datamodules import MissingModalityData, dead_worker
 from vilt.datasets.kinds import InputFormat
@@ -93,10 +93,12 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
         return train_from(options, name, given=given)
     custom = open_spec(options.task, options.data_root, options.splits).custom
     parent = options.log_dir / name
-    with nullcontext() if options.fast_dev_run else alone(parent, described(options, custom)):  # writes a lock file
+    with (
+        nullcontext() if options.fast_dev_run else training_lock(parent, config_content(options, custom))
+    ):  # writes a lock file
         opened = open_training(options, given)
-        described_here, any_precision = described(opened.options, custom), "precision" not in given
-        progress = find_progress(parent, described_here, opened.contents, any_precision=any_precision)
+        our_config, any_precision = config_content(opened.options, custom), "precision" not in given
+        progress = find_progress(parent, our_config, opened.contents, any_precision=any_precision)
         if progress.finished is not None:
             log.info("resume_from=auto: nothing left to do, since %s is finished", progress.finished)
             path = progress.finished / "test_results.json"
@@ -178,12 +180,12 @@ def train_from(
     options: Options, name: str, *callbacks: pl.Callback, given: Collection[str] = (), opened: Opened | None = None
 ) -> dict[str, float]:
     """Runs a training in a new run folder below `name`, from the beginning or from the checkpoint `resume_from`."""
-    say_device(options)
+    log_device(options)
     options, start, backbone, inputs, data, contents = opened or open_training(options, given)
     pl.seed_everything(options.seed, workers=True, verbose=False)
     family, custom = family_of(options.task), data.spec.custom
     if not options.fast_dev_run:
-        say_remarks(options, data.datasets["train"])
+        log_remarks(options, data.datasets["train"])
     task = task_of(options.task, custom)
     check_measurable(data, task)
     spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, custom)
@@ -202,7 +204,7 @@ def train_from(
         check_resume(resumed, spec, backbone, inputs.fingerprint, train_data, contents)
         options = as_trained(options, [resumed], given)
         load_kept_state(classifier, resumed.state, f"resume_from={resumed.path}")
-        say_differences(resumed.path, described(options, custom))
+        log_differences(resumed.path, config_content(options, custom))
     elif start is not None:
         check_tokenizer(start, inputs.fingerprint)
         if options.finetune_first:
@@ -225,7 +227,7 @@ def train_from(
     classifier.train()  # Lightning does not set the mode; a backbone keeps its frozen parts in evaluation mode
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     if folder is not None and backbone.left:
-        list_names(folder / "taken_over.txt", backbone, classifier)
+        write_entry_names(folder / "taken_over.txt", backbone, classifier)
     skip_bad_steps = options.skip_bad_steps if COMPUTE_TYPES[options.precision] == torch.float16 else 0
     tokenizer = TokenizerUsed(options.tokenizer, inputs.fingerprint) if inputs.tokenize is not None else None
     model_facts = (spec, backbone.name, backbone.sha256, train_data.class_names(), tokenizer)
@@ -284,7 +286,7 @@ def train_from(
         return test(options, trainer, module, data, checkpoint, folder, training)
 
 
-def list_names(path: Path, backbone: FrozenWeights, classifier: MissingModalityClassifier) -> None:
+def write_entry_names(path: Path, backbone: FrozenWeights, classifier: MissingModalityClassifier) -> None:
     """Lists in a file which entries were taken over from a pretrained model, are new, or were left out."""
     names = [(name, name.removeprefix("model.") in backbone.state) for name in classifier.state_dict()]
     groups = {
@@ -304,7 +306,7 @@ def compute_features(options: Options, given: Collection[str]) -> None:
     Raises:
         OSError: the files cannot be written.
     """
-    say_device(options)
+    log_device(options)
     opened = open_training(options, given)
     computed = opened.inputs.fingerprint, options.precision, own_device(options)
     keep_features(opened.data, opened.backbone, *computed, must_keep=True)

@@ -25,9 +25,9 @@ WHO = f"process {os.getpid()} on {socket.gethostname()}"
 CONFIG = {"learning_rate": 0.1, "num_workers": 2, "missing_ratio": {"train": 0.7, "test": 0.7}}
 
 
-def alone(parent: Path, config: dict[str, Any], samples_per_batch: int) -> AbstractContextManager[None]:
+def training_lock(parent: Path, config: dict[str, Any], samples_per_batch: int) -> AbstractContextManager[None]:
     machine = {"num_nodes": 1, "num_gpus": 0, "cpu_processes": 1, "per_gpu_batchsize": samples_per_batch}
-    return resume.alone(parent, config | machine)
+    return resume.training_lock(parent, config | machine)
 
 
 @contextmanager
@@ -99,15 +99,15 @@ def test_without_locks_a_warning_is_given_and_without_a_folder_an_error(tmp_path
 
 
 def test_trainings_with_other_options_do_not_meet(tmp_path: Path, monkeypatch: Patch) -> None:
-    with alone(tmp_path, CONFIG, samples_per_batch=8):
+    with training_lock(tmp_path, CONFIG, samples_per_batch=8):
         for other, samples in (({"learning_rate": 0.2}, 8), ({}, 16), ({"missing_ratio": {"train": 0.1}}, 8)):
-            with alone(tmp_path, {**CONFIG, **other}, samples_per_batch=samples):
+            with training_lock(tmp_path, {**CONFIG, **other}, samples_per_batch=samples):
                 pass
         for same in ({}, {"num_workers": 8}, {"missing_ratio": {"train": 0.7, "test": 0.1}}):
-            with pytest.raises(BusyError) as refusal, alone(tmp_path, {**CONFIG, **same}, samples_per_batch=8):
+            with pytest.raises(BusyError) as refusal, training_lock(tmp_path, {**CONFIG, **same}, samples_per_batch=8):
                 pass
             assert all(fact in str(refusal.value) for fact in ("resume_from=auto", str(tmp_path), WHO))
         monkeypatch.setattr(rank_zero_only, "rank", 1)  # another process of the same run
-        with alone(tmp_path, CONFIG, samples_per_batch=8):
+        with training_lock(tmp_path, CONFIG, samples_per_batch=8):
             pass
     assert list(tmp_path.iterdir()) == []

@@ -201,7 +201,7 @@ def training_figure(dataset: Dataset, column: str, title: str, factor: float) ->
     for line in dataset.lines:
         if found := [run.curve(column) for run in line.runs if len(run.curve(column))]:
             curves[line] = [factor * thinned(curve) for curve in found]
-    bounds = limits(value for of_line in curves.values() for curve in of_line for value in curve)
+    bounds = limits(value for line_curves in curves.values() for curve in line_curves for value in curve)
 
     def draw(axes: Axes, line: Line) -> None:
         for curve in curves[line]:

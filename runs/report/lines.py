@@ -78,8 +78,8 @@ class Line:
 
     def mean_over_modes(self, metric: str) -> Estimate | None:
         """A metric averaged over all missing types except `complete`, over training seeds; None without results."""
-        of_runs = [results.raw["by_type"] for _, results in self.results if metric in results.raw["metrics"]]
-        return estimate([statistics.mean(of[name][metric] for name in self.spec.type_names[1:]) for of in of_runs])
+        runs = [results.raw["by_type"] for _, results in self.results if metric in results.raw["metrics"]]
+        return estimate([statistics.mean(run[name][metric] for name in self.spec.type_names[1:]) for run in runs])
 
     @cached_property
     def by_type(self) -> dict[str, Estimate]:
@@ -88,7 +88,7 @@ class Line:
             name: [results.raw["by_type"][name][self.spec.monitor] for _, results in self.results]
             for name in self.spec.type_names
         }
-        return {name: found for name, of_runs in values.items() if (found := estimate(of_runs))}
+        return {name: found for name, run_values in values.items() if (found := estimate(run_values))}
 
     @cached_property
     def support(self) -> dict[str, int]:

@@ -120,8 +120,8 @@ class ReportRun(Run):
         found, published = self.robustness, self.config.get("missing_tables") == PUBLISHED
         cell = found.cells.get(self.pattern) if found and bool(found.rows_before) == published else None
         if cell is not None and metric in cell["metrics"]:
-            of_tables = estimate(cell["metrics"][metric]["values"])
-            return of_tables and of_tables.mean
+            over_tables = estimate(cell["metrics"][metric]["values"])
+            return over_tables and over_tables.mean
         return self.tested(metric) if self.tested_at == self.pattern else None
 
     def tested(self, metric: str) -> float | None:

@@ -63,8 +63,8 @@ def interval(value: float, ends: Sequence[float], unit: Unit) -> Cell:
 
 def difference(value: float, unit: Unit, ends: Sequence[float] = (math.nan, math.nan)) -> Cell:
     """A cell with a signed difference (percentage points for percentages) and its confidence interval, if any."""
-    text, *of_ends = (f"{round(unit.factor * x, unit.digits) + 0.0:+.{unit.digits}f}" for x in (value, *sorted(ends)))
-    text += "" if math.isnan(ends[0]) else f" [{', '.join(of_ends)}]"
+    text, *end_texts = (f"{round(unit.factor * x, unit.digits) + 0.0:+.{unit.digits}f}" for x in (value, *sorted(ends)))
+    text += "" if math.isnan(ends[0]) else f" [{', '.join(end_texts)}]"
     return replace(interval(value, sorted(ends), unit), text=text.replace("-", "−"))
 
 

@@ -106,20 +106,20 @@ def matrix_table(dataset: Dataset, metric: str = "") -> Table:
     Args:
         metric: a metric other than the task's.
     """
-    of_line = {line: line.spreads_of(metric or dataset.spec.monitor) for line in dataset.measured}
-    every = [dataset.order(found) for of in of_line.values() for found, _ in of.values() if found.n]
+    spreads_by_line = {line: line.spreads_of(metric or dataset.spec.monitor) for line in dataset.measured}
+    every = [dataset.order(found) for spreads in spreads_by_line.values() for found, _ in spreads.values() if found.n]
     low, width = min(every, default=0), (max(every, default=0) - min(every, default=0)) or 1
-    ratios = sorted({pattern.ratio for of in of_line.values() for pattern in of})
+    ratios = sorted({pattern.ratio for spreads in spreads_by_line.values() for pattern in spreads})
     rows: list[Row] = []
-    for line, spreads in of_line.items():
+    for line, spreads in spreads_by_line.items():
         for kind in dict.fromkeys(pattern.kind for pattern in spreads):
             row: Row = {"method": line.label, "missing_type": kind}
             row |= {f"{100 * ratio:g} %": NOT_APPLICABLE for ratio in ratios}
-            of_kind = {pattern: spread for pattern, spread in spreads.items() if pattern.kind == kind}
-            for pattern, (found, _) in of_kind.items():
+            same_kind = {pattern: spread for pattern, spread in spreads.items() if pattern.kind == kind}
+            for pattern, (found, _) in same_kind.items():
                 shade = (dataset.order(found) - low) / width if found.n else None
                 row[f"{100 * pattern.ratio:g} %"] = replace(mean_std(found, dataset.unit()), shade=shade)
-            over = dict.fromkeys(spread.over or "one run" for spread in of_kind.values())
+            over = dict.fromkeys(spread.over or "one run" for spread in same_kind.values())
             rows.append(row | {"deviation_over": " or ".join(over)})
     name = "matrix_at_offset" if metric else "matrix"
     return Table(f"{name}_{dataset.key}", dataset.caption(name), rows, {"deviation_over": "± over"})
@@ -146,11 +146,11 @@ def published_of_rep(dataset: Dataset) -> dict[Pattern, dict[str, Any]]:
 def published_table(dataset: Dataset) -> Table:
     """Table 1 of REP's paper, with a star on numbers known to differ from the paper they come from."""
     rows: list[Row] = []
-    for pattern, of_method in published_of_rep(dataset).items():
+    for pattern, by_method in published_of_rep(dataset).items():
         shares = {f"{name}{AVAILABLE}": 100 * share for name, share in available_of(dataset, pattern).items()}
         rows.append({"missing_ratio": 100 * pattern.ratio, **shares})
-        best = max(row["value"] for row in of_method.values())
-        for method, row in of_method.items():
+        best = max(row["value"] for row in by_method.values())
+        for method, row in by_method.items():
             value, star = row["value"], "*" if row["note"] else ""
             rows[-1][method] = Cell(f"{value:.2f}{star}", {"": value}, strong=value == best)
     return Table(f"published_{dataset.key}", dataset.caption("published"), rows)
@@ -179,7 +179,7 @@ def ours_table(dataset: Dataset) -> Table:
     """Results of lines trained and evaluated at a pattern of the published table. The difference is to the method of
     the same name in REP's table."""
     rows: list[Row] = []
-    for pattern, of_method in published_of_rep(dataset).items():
+    for pattern, by_method in published_of_rep(dataset).items():
         for line in dataset.lines:
             ours = line.at_own_pattern
             if ours is None or available_of(dataset, line.pattern) != available_of(dataset, pattern):
@@ -188,7 +188,7 @@ def ours_table(dataset: Dataset) -> Table:
             row["training_seeds"] = line.n_at_own_pattern
             row["ours"] = mean_std(ours, dataset.unit())
             row |= {"published": NOT_APPLICABLE, "difference": absent("not published")}
-            if theirs := of_method.get(method_title(line.runs[0])):
+            if theirs := by_method.get(method_title(line.runs[0])):
                 row["published"] = Cell(f"{theirs['value']:.2f}", {"": theirs["value"]})
                 row["difference"] = difference(ours.mean - theirs["value"] / 100, dataset.unit())
                 if reason := unlike_published(dataset, line):

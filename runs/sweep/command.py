@@ -148,8 +148,8 @@ def record(options: Options, spec: DatasetSpec, config: Mapping[str, Any], folde
         grid |= {f"sweep_over.{name}": values for name, values in options.sweep_over.items()}
     same = {name: config[name] for name in COMPARED if grid is None or name not in SET_BY_GRID}
     same |= {"search": options.search, **_contents(options, spec)}
-    of_sweep = {"name": options.sweep_name, "task": options.task, "metric": spec.monitor}
-    new = json.loads(json.dumps({"format": FORMAT, **of_sweep, "grid": grid, "options": same}, default=str))
+    sweep_facts = {"name": options.sweep_name, "task": options.task, "metric": spec.monitor}
+    new = json.loads(json.dumps({"format": FORMAT, **sweep_facts, "grid": grid, "options": same}, default=str))
     if path.is_file():
         existing = read_json(path)
         with as_written_by_run(path):

@@ -214,7 +214,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for fact in (
         *("1 run, none of them with robustness", without_home(command)),
         "R1 (bare_seed0/version_0): no robustness results",
-        *("command is not known", "Versions are not known"),
+        *("command is unknown", "Versions are unknown"),
         "Missing for R1: metrics.csv does not exist or has no val/f1_macro",
     ):
         assert fact in page and fact in markdown, fact

@@ -190,7 +190,7 @@ class Dataset:
         facts |= {"better": "lower" if self.spec.monitor in LOWER_IS_BETTER else "higher"}
         in_per_cent = bool(self.unit().sign)
         facts |= {"unit": " in per cent" * in_per_cent, "points": " in percentage points" * in_per_cent}
-        chosen = " F1-macro at offset: where the run's validation chose to decide, in place of 1/2."
+        chosen = " F1-macro at offset: with the threshold chosen in the run's validation instead of 1/2."
         facts |= {"at_offset": chosen if self.decides_elsewhere else ""}
         return CAPTIONS[name].format(**facts)
 

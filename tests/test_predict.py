@@ -501,7 +501,7 @@ def test_an_exported_model_predicts_and_is_measured_as_its_checkpoint(workspace,
     assert at is not None and (at.missing_type, at.ratio, at.both_ratio, at.seed) == ("both", 0.7, 0.5, 0)
     assert at.commit == commit() and f"commit {at.commit}" in card
     assert all(fact in card for fact in ("fitted", "MM-IMDb", "rep", "70 % both", "Seed: 0", "Horror"))
-    assert f"was trained ({json_of(trained.with_name('test_results.json'))['trained_parameters']:,}), and" in card
+    assert f"trained parameters ({json_of(trained.with_name('test_results.json'))['trained_parameters']:,}) and" in card
     texts = films.texts[:3]
     assert load_model(out).threshold == load_model(trained).threshold != 0.5
     assert load_model(out).predict(texts=texts) == load_model(trained).predict(texts=texts)

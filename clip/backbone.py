@@ -193,7 +193,7 @@ def _from_hugging_face(vit: str) -> tuple[dict[str, Tensor], ClipArchitecture]:
     unexpected = {name for name in info["unexpected_keys"] if not name.endswith("position_ids")}
     check_names(info["missing_keys"], unexpected)
     for name, found, expected in info["mismatched_keys"]:
-        raise ValueError(f"{name} has shape {tuple(found)}, expected {tuple(expected)} as in config.json")
+        raise ValueError(f"{name} has shape {tuple(found)}, expected {tuple(expected)}, as in config.json")
     vision, text = model.config.vision_config, model.config.text_config
     for entry, known in (("layer_norm_eps", [LAYER_NORM_EPS]), ("hidden_act", list(ACTIVATIONS))):
         image_value, text_value = getattr(vision, entry), getattr(text, entry)

@@ -80,7 +80,7 @@ def check_open_clip_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) -
         for name, field in names.items():
             if entries.get(name) not in (None, sizes[field]):
                 raise ValueError(
-                    f"open_clip_config.json: model_cfg.{part}{'.' * bool(part)}{name}: expected {sizes[field]} as in "
+                    f"open_clip_config.json: model_cfg.{part}{'.' * bool(part)}{name}: expected {sizes[field]}, as in "
                     f"the weights, found {quoted(entries[name])}"
                 )
 
@@ -121,7 +121,7 @@ def image_statistics(folder: Path, image_size: int) -> dict[str, tuple[float, ..
             read = tuple(map(float, values))
             if found.setdefault(f"image_{field}", read) != read:
                 raise ValueError(
-                    f"{path}: {prefix}{field}: expected {found[f'image_{field}']} as in the other file, found {read}"
+                    f"{path}: {prefix}{field}: expected {found[f'image_{field}']}, as in the other file, found {read}"
                 )
     return found
 

@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_family_is_no_start(root: Path, monkeypatch: Pat
         ((*FOCAL, "simulate_missing=True"), "simulate_missing: expected False with prompt_type=focal"),
         ((*FOCAL, "modality_dropout=0.3"), "modality_dropout: expected 0 with prompt_type=focal, which compares all"),
         ((*FOCAL, "per_gpu_batchsize=6"), "per_gpu_batchsize: expected a multiple of 4"),
-        ((*FOCAL, "per_gpu_batchsize=4"), "at least 2 are compared, with prompt_type=focal, found 4"),
+        ((*FOCAL, "per_gpu_batchsize=4"), "for at least 2 subsequences, with prompt_type=focal, found 4"),
     ],
 )
 def test_wrong_options(root: Path, capsys: Captured, options: tuple[str, ...], message: str) -> None:
@@ -222,7 +222,7 @@ def test_models_of_other_modalities_or_sizes_are_refused(root, pretrained, train
         ((backbone, other), found),
         ((backbone, other, "prompt_type=full"), found),
         ((f"load_path={trained / 'best.ckpt'}", other, "test_only=True"), "expected the modalities [('acc', 2, 4, 4,"),
-        ((backbone, "network.width=16"), f"network.width: expected 8, which {pretrained / 'best.ckpt'} has, found 16"),
+        ((backbone, "network.width=16"), f"network.width: expected 8, as in {pretrained / 'best.ckpt'}, found 16"),
         ((backbone, "network.patch={'acc':[1,2]}"), "network.patch: expected {'acc': [1, 1], "),
         ((backbone, "prompt_type=full", "network.width=16"), "network.width: expected 8, as in the checkpoint"),
     ):

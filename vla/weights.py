@@ -59,7 +59,7 @@ def taken_over(name: str, state: Mapping[str, Tensor], theirs: VlaArchitecture, 
     for size, expected in sizes.items():
         found = getattr(ours, size)
         if found not in (expected, getattr(VlaArchitecture, size)):  # the default defers to stage 1
-            raise BackboneError(f"network.{size}: expected {expected} as in {name}, found {found}")
+            raise BackboneError(f"network.{size}: expected {expected}, as in {name}, found {found}")
     shared = [entry for entry in VlaBackbone(theirs).state_dict() if not entry.startswith("proj_")]
     own = {entry: state[f"model.{entry}"] for entry in shared}
     left = tuple(entry for entry in state if entry.removeprefix("model.") not in shared)

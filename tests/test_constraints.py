@@ -1,4 +1,4 @@
-"""constraints.txt pins all that requirements-dev.txt brings in, and the pins agree with each other."""
+"""constraints.txt pins everything that requirements-dev.txt installs."""
 
 import re
 from importlib.metadata import distributions
@@ -20,19 +20,19 @@ INSTALLED = {canonicalize_name(one.metadata["Name"]): one for one in distributio
 
 
 def needs(name: NormalizedName) -> list[Requirement]:
-    """What the installed distribution `name` requires on this machine, without its extras."""
+    """Requirements of the installed distribution `name` on this platform, without extras."""
     found = map(Requirement, INSTALLED[name].requires or ())
     return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
-def test_the_file_is_one_exact_pin_a_line() -> None:
+def test_every_line_is_one_exact_pin() -> None:
     assert len(PINS) == len(LINES) > 50
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in LINES)
     assert sorted(PINS) == list(PINS) == [canonicalize_name(name) for name in PINS]
     assert set(REQUIRED) <= set(LINES)
 
 
-def test_nothing_that_the_requirements_need_is_left_out() -> None:
+def test_everything_the_requirements_need_is_pinned() -> None:
     waiting = {canonicalize_name(Requirement(line).name) for line in REQUIRED}
     seen: set[NormalizedName] = set()
     while waiting:

@@ -1,4 +1,4 @@
-"""What a run reads is known by its content: replaced files are other ones, moved ones the same."""
+"""A run's input files are identified by their content: replacing one matters, moving it does not."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ PUBLISHED_TABLE = "mmimdb_train_missing_both_07.pt"
 
 
 def command(workspace: Workspace, root: Path, *options: str) -> list[str]:
-    """A training that reads nothing but what is below `root`."""
+    """Command line of a training that reads only files below `root`."""
     own = (f"vit={root / 'backbone'}", f"log_dir={root / 'result'}", f"missing_table_root={root / 'tables'}")
     return workspace.command(
         *own, "exp_name=rep", "max_epoch=1", "val_check_interval=1.0", *options, data_root=root / "arrow"
@@ -32,7 +32,7 @@ def place(workspace: Workspace, tmp_path: Path) -> Path:
 
 
 def relabel(path: Path) -> None:
-    """Other labels in a file of the same size, name and times."""
+    """Reverses the labels in a file but keeps its size, name and times."""
     state, table = path.stat(), pa.ipc.open_file(path.read_bytes()).read_all()
     labels = pa.array(table["label"].to_pylist()[::-1], table["label"].type)
     table = table.set_column(table.column_names.index("label"), table.schema.field("label"), labels)
@@ -48,7 +48,7 @@ def relabel(path: Path) -> None:
         (lambda root: torch.save(torch.zeros(40), root / "tables" / PUBLISHED_TABLE), "missing table of train"),
     ],
 )
-def test_a_run_is_not_taken_for_one_on_other_contents(workspace, place, capsys, replace, named):
+def test_a_run_on_replaced_files_is_not_resumed_but_one_on_moved_files_is(workspace, place, capsys, replace, named):
     auto = command(workspace, place, "resume_from=auto")
     assert command_line(auto) == 0
     folder = place / "result" / "rep_seed0" / "version_0"
@@ -69,7 +69,7 @@ def test_a_run_is_not_taken_for_one_on_other_contents(workspace, place, capsys, 
     assert error.startswith(f"error: resume_from={folder / 'last.ckpt'}: ") and named in error
 
 
-def test_another_test_set_is_tested_again_and_said(workspace: Workspace, place: Path, capsys: Captured) -> None:
+def test_a_replaced_test_set_is_tested_again_and_reported(workspace: Workspace, place: Path, capsys: Captured) -> None:
     auto = command(workspace, place, "resume_from=auto")
     assert command_line(auto) == 0
     relabel(place / "arrow" / "mmimdb_test.arrow")
@@ -94,7 +94,7 @@ def test_a_sweep_notices_replaced_data(workspace: Workspace, place: Path, capsys
     assert "data_root/mmimdb_train.arrow (there " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_folder_of_weights_is_what_is_in_it(tmp_path: Path) -> None:
+def test_a_weights_folder_is_identified_by_its_content(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"weights")

@@ -1,4 +1,4 @@
-"""`vilt.convert.convert`: DataFrames, Datasets of Hugging Face and dictionaries become arrow files."""
+"""`vilt.convert.convert` turns DataFrames, Hugging Face Datasets and dictionaries into arrow files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def frame(images: list[Any], **columns: Any) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("kind", ["path", "text", "bytes", "Pillow", "array", "dictionary", "path in a dictionary"])
-def test_images_of_each_kind(tmp_path: Path, kind: str) -> None:
+def test_images_of_every_kind_are_converted(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.png").write_bytes(png(7))
     image: Any = {
         "path": Path("a.png"),
@@ -50,7 +50,7 @@ def test_images_of_each_kind(tmp_path: Path, kind: str) -> None:
     assert found["image_id"] == [names.get(kind, "row 1"), names.get(kind, "row 2")]
 
 
-def test_what_a_frame_lacks_is_missing_and_numbers_are_labels(tmp_path: Path) -> None:
+def test_empty_cells_are_missing_and_numbers_may_be_labels(tmp_path: Path) -> None:
     data = frame(
         [png(1), None, float("nan"), pd.NA, png(2), png(3)],
         text=[None, "a", "b", ["c", "d"], pd.NA, np.nan],
@@ -63,7 +63,7 @@ def test_what_a_frame_lacks_is_missing_and_numbers_are_labels(tmp_path: Path) ->
     assert open_spec("custom", tmp_path, SPLITS).custom == CustomData("pets", "single", ("1", "0"), "f1_macro")
 
 
-def test_lists_of_labels_are_several_and_splits_may_be_drawn(tmp_path: Path) -> None:
+def test_lists_of_labels_are_multi_label_and_absent_splits_are_drawn(tmp_path: Path) -> None:
     tags = [["a", "b"], ("b",), []]
     rows = [{"photo": png(n), "caption": str(n), "tags": tags[n % 3], "split": None} for n in range(30)]
     columns = {"image": "photo", "text": "caption", "label": "tags"}
@@ -74,7 +74,7 @@ def test_lists_of_labels_are_several_and_splits_may_be_drawn(tmp_path: Path) -> 
     assert columns_of(tmp_path / "a") == columns_of(tmp_path / "b")
 
 
-# Hugging Face's library is not installed for tests: these have the parts of its interface that are used.
+# Stand-ins for Hugging Face's library, which tests do not install, with the parts of its interface that we use.
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Dataset:
         return Dataset(self.columns, {**self.features, name: feature})
 
 
-def test_splits_of_hugging_face_with_names_of_classes(tmp_path: Path) -> None:
+def test_hugging_face_splits_keep_their_class_names(tmp_path: Path) -> None:
     features = {"image": ImageFeature(), "text": None, "label": ClassLabel(["dog", "cat"])}
     images = [{"bytes": png(n), "path": None} for n in range(2)]
     columns: dict[str, list[Any]] = {"image": images, "text": ["a", None], "label": [1, 0]}
@@ -128,14 +128,14 @@ def test_splits_of_hugging_face_with_names_of_classes(tmp_path: Path) -> None:
         ({"label": ["cat", "dog", True, "cat"]}, "label: expected a name, found true"),
     ],
 )
-def test_rows_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], fact: str) -> None:
+def test_unusable_rows_are_refused(tmp_path: Path, change: dict[str, Any], fact: str) -> None:
     with pytest.raises(BadSamplesError) as caught:
         convert(frame([png(n) for n in range(4)], **change), tmp_path)
     assert any(fact in " ".join(bad.cells()) for bad in caught.value.bad)
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_columns_and_splits(tmp_path: Path) -> None:
+def test_wrong_columns_and_options_are_refused(tmp_path: Path) -> None:
     data = frame([png(n) for n in range(4)])
     twice = pd.concat([data, data["text"]], axis=1)
     for wrong, options, fact in (

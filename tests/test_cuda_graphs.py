@@ -1,4 +1,4 @@
-"""Recorded steps give what steps give; on a GPU with real graphs, elsewhere with a stand-in that repeats operations."""
+"""Captured steps give the same results as plain ones: real CUDA graphs on a GPU, elsewhere a stand-in for them."""
 
 import logging
 from collections.abc import Callable
@@ -45,13 +45,13 @@ WAITS = (
     *(aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.bincount, aten.lift_fresh),
     *(aten._unique2, aten.unique_dim, aten.repeat_interleave),
 )
-"""What makes the host wait for a GPU, or copies a tensor of Python's numbers to it (`lift_fresh`)."""
+"""Operations that make the host wait for the GPU, or copy Python numbers to it (`lift_fresh`)."""
 
 
 class Tape(TorchDispatchMode):
-    """Stands in for a CUDA graph: keeps each operation with the tensors that it read and wrote, and does them again.
+    """Stands in for a CUDA graph: records every operation with the tensors it reads and writes, and replays them.
 
-    Nothing of Python runs in a replay, so what it decided, or computed itself, stays as it was.
+    As with a real graph, a replay runs no Python code, so decisions and numbers from Python stay those of the capture.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ def step_of(classifier: MissingModalityClassifier) -> cuda_graphs.Step:
 
 
 @pytest.mark.parametrize("wait", ["x[x > 0]", "x[0].item()", "x.unique()", "torch.equal(x, x)", "x.new_tensor([1.0])"])
-def test_the_stand_in_refuses_what_a_graph_does(wait: str) -> None:
+def test_the_stand_in_refuses_operations_that_a_graph_cannot_capture(wait: str) -> None:
     with pytest.raises(RuntimeError, match="synchronizing"):
         tape(lambda: eval(wait, {"torch": torch, "x": torch.arange(3.0)}), None, first=True)
 
@@ -114,10 +114,10 @@ def test_the_stand_in_refuses_what_a_graph_does(wait: str) -> None:
     ("case", "dtype"),
     [*((each, torch.float32) for each in CASES), ("rep", torch.bfloat16)],
 )
-def test_recorded_steps_give_the_same(device: torch.device, case: str, dtype: torch.dtype) -> None:
-    """Losses, logits and gradients, with dropout, accumulated over two batches, whose seeds alone decide the masks.
+def test_captured_training_steps_match_plain_ones(device: torch.device, case: str, dtype: torch.dtype) -> None:
+    """Losses, logits and gradients match, accumulated over two batches, with dropout masks fixed by the seed alone.
 
-    In 16 bits the forward pass is under autocast and the backward pass is not, as in a training.
+    In 16-bit precision, only the forward pass is under autocast, as in training.
     """
     found: list[list[Tensor | None]] = []
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
@@ -145,15 +145,15 @@ def test_recorded_steps_give_the_same(device: torch.device, case: str, dtype: to
                         parameter.grad.zero_()
         found.append(values)
         if isinstance(step, GraphedSteps):
-            assert not step.recordings.refused and len(step.recordings.by_shape[STEPS]) == 4, "one shape came twice"
+            assert not step.recordings.refused and len(step.recordings.by_shape[STEPS]) == 4, "one shape is used twice"
     for plain, replayed in zip(*found, strict=True):
         assert (plain is None) == (replayed is None)
         if plain is not None and replayed is not None:
             assert torch.allclose(plain.float(), replayed.float(), rtol=1e-4, atol=1e-6)
 
 
-def test_recorded_evaluations_give_the_same(device: torch.device) -> None:
-    """Of other weights at each replay, and where samples share an image."""
+def test_captured_evaluations_match_plain_ones(device: torch.device) -> None:
+    """Logits match although the weights change between replays and samples share an image."""
     classifier = tiny_classifier("hatememes").to(device).eval()
     evaluate = GraphedForward(classifier, Recordings())
     for number, mix in enumerate(MIXES):
@@ -172,7 +172,7 @@ def test_recorded_evaluations_give_the_same(device: torch.device) -> None:
     assert not evaluate.recordings.refused and len(evaluate.recordings.by_shape[EVALUATIONS]) == 3
 
 
-def test_what_samples_share_is_part_of_a_shape(monkeypatch: Patch) -> None:
+def test_shared_inputs_are_part_of_a_graphs_shape(monkeypatch: Patch) -> None:
     monkeypatch.setattr(cuda_graphs, "capture", tape)
     evaluate = GraphedForward(lambda batch: next(iter(batch.source_of_B.values())), Recordings())
     batch = model_input(*tiny_batch(3), [0, 1, 2])
@@ -181,20 +181,20 @@ def test_what_samples_share_is_part_of_a_shape(monkeypatch: Patch) -> None:
     assert len(evaluate.recordings.by_shape[EVALUATIONS]) == 2
 
 
-def test_the_activation_for_a_gpu_is_the_same() -> None:
+def test_the_gpu_activation_matches_the_plain_one() -> None:
     x = torch.linspace(-12, 12, 1001, dtype=torch.float64)
     torch.testing.assert_close(quick_gelu_in_one(x), PLAIN.quick_gelu(x))
 
 
-def test_a_recording_that_fails_ends_all(device: torch.device, monkeypatch: Patch) -> None:
-    """The others would not follow from the seeds any more."""
+def test_a_failed_capture_disables_all_graphs(device: torch.device, monkeypatch: Patch) -> None:
+    """With the other graphs still in use, dropout would no longer follow from the seeds."""
 
     def step(batch: ModelInput, labels: Tensor, counted: int) -> Losses:
         dropped = torch.nn.functional.dropout(weight)
         return dropped.sum(), dropped, {}
 
     def forward(batch: ModelInput) -> Tensor:
-        torch.cuda.synchronize()  # which torch sees in a recording alone
+        torch.cuda.synchronize()  # which torch objects to only during capture
         return torch.zeros(3, device=device)
 
     def fail(*_: Any, **__: Any) -> Any:
@@ -221,7 +221,9 @@ def test_a_recording_that_fails_ends_all(device: torch.device, monkeypatch: Patc
     assert torch.equal(found[0], masks(step)) and torch.equal(found[1], found[0])
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: Patch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_that_cannot_be_captured_runs_without_graphs(
+    monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("called a synchronizing CUDA operation\nand more")
 
@@ -237,7 +239,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: Patch, caplog: pytes
     ]
 
 
-def test_only_so_many_shapes_are_recorded(monkeypatch: Patch) -> None:
+def test_the_number_of_captured_shapes_is_limited(monkeypatch: Patch) -> None:
     monkeypatch.setattr(cuda_graphs, "capture", tape)
     monkeypatch.setattr(cuda_graphs, "MOST", 2)
     classifier = tiny_classifier("hatememes", prompt_type="none").train()
@@ -262,7 +264,7 @@ def test_only_so_many_shapes_are_recorded(monkeypatch: Patch) -> None:
         ({}, None),
     ],
 )
-def test_options_against_it_are_logged(changed, reason, caplog, monkeypatch):
+def test_options_that_rule_out_graphs_are_logged(changed, reason, caplog, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "compiled", lambda: PLAIN)
     given = {"cuda_graphs": True, "num_gpus": 1, "processes": 1, "precision": "bf16", "activation_checkpointing": False}
     given |= {"text_windows": 1, "neighbours": 0, "teacher": None, "batches": 1000}

@@ -1,4 +1,4 @@
-"""make_arrow.py --dataset custom: tables of each format, what they become, and every fault that they may have."""
+"""make_arrow.py --dataset custom: tables of every format, the resulting arrow files, and every fault of a table."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ RECORDS = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """Two images and the table of ROWS in a folder."""
+    """A folder with two images and the table of ROWS."""
     folder = tmp_path / "raw"
     folder.mkdir()
     (folder / "a.png").write_bytes(png(10))
@@ -43,7 +43,7 @@ def raw(tmp_path: Path) -> Path:
 
 
 def write_table(path: Path, rows: list[list[str]], header: list[str] = HEADER) -> None:
-    """CSV, TSV or JSONL."""
+    """Writes CSV, TSV or JSONL, by the suffix of `path`."""
     if path.suffix == ".jsonl":
         write_jsonl(path, [dict(zip(header, row, strict=True)) for row in rows])
         return
@@ -56,7 +56,7 @@ def with_labels(labels: list[str]) -> list[list[str]]:
 
 
 def said_of(status: int, capsys: Captured) -> str:
-    """The one line that a run with status 2 says."""
+    """The single error line of a conversion that must have ended with status 2."""
     assert status == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and said.startswith("error: "), said
@@ -64,7 +64,7 @@ def said_of(status: int, capsys: Captured) -> str:
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.jsonl", "TABLE.CSV"])
-def test_a_table_of_each_format(raw: Path, name: str, capsys: Captured) -> None:
+def test_every_table_format_is_converted(raw: Path, name: str, capsys: Captured) -> None:
     (raw / "table.csv").unlink()
     write_table(raw / name, ROWS)
     assert convert(raw, raw / "out", "--table", str(raw / name)) == 0
@@ -81,7 +81,7 @@ def test_a_table_of_each_format(raw: Path, name: str, capsys: Captured) -> None:
     assert open_spec("custom", raw / "out", SPLITS).custom == CustomData("custom", "single", ("cat", "dog"), "accuracy")
 
 
-def test_a_table_for_each_split_with_columns_of_other_names(raw: Path) -> None:
+def test_one_table_per_split_with_renamed_columns(raw: Path) -> None:
     for split, rows in (("train", ROWS[:3]), ("val", ROWS[3:4])):
         cells = [[row[2], "x", row[0], row[1]] for row in rows]
         write_table(raw / f"{split}.csv", cells, ["kind", "n", "file", "says"])
@@ -98,7 +98,7 @@ def test_a_table_for_each_split_with_columns_of_other_names(raw: Path) -> None:
     assert (spec.n_classes, spec.multilabel, spec.class_names) == (3, False, ("fish", "dog", "cat"))
 
 
-def test_a_label_that_looks_like_several_is_said_to_be_one_class(raw: Path, capsys: Captured) -> None:
+def test_a_label_that_looks_like_several_gives_a_warning(raw: Path, capsys: Captured) -> None:
     write_table(raw / "table.csv", with_labels(["red|blue", "green", "green", "green", "red|blue"]))
     (raw / "spec.yaml").write_text("files: table.csv\n")
     assert convert(raw, raw / "out") == 0
@@ -106,7 +106,7 @@ def test_a_label_that_looks_like_several_is_said_to_be_one_class(raw: Path, caps
 
 
 @pytest.mark.parametrize("separator", [None, ", ", " "])
-def test_several_labels(raw: Path, separator: str | None, capsys: Captured) -> None:
+def test_multi_label_tables_are_converted(raw: Path, separator: str | None, capsys: Captured) -> None:
     mark = separator or "|"
     write_table(raw / "table.csv", with_labels(["red", "", "green", "blue", "red"]))
     (raw / "spec.yaml").write_text("files: table.csv\nlabels: multi\n")
@@ -124,15 +124,15 @@ def test_several_labels(raw: Path, separator: str | None, capsys: Captured) -> N
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_spec_and_tables_with_a_byte_order_mark(raw: Path, encoding: str) -> None:
+def test_byte_order_marks_are_ignored(raw: Path, encoding: str) -> None:
     (raw / "spec.yaml").write_text("name: caf-1\nfiles: Table.CSV\nclasses: [cat, dog]\n", encoding)
     (raw / "table.csv").write_bytes(b"\xef\xbb\xbf" + (raw / "table.csv").read_bytes())
     assert convert(raw, raw / "out") == 0
     assert columns_of(raw / "out")["label"] == [0, 1, 0]
 
 
-def test_numbers_are_names_in_json_and_yaml(raw: Path) -> None:
-    """Whole ones as they are, also where they are written as floats."""
+def test_numbers_are_class_names_in_json_and_yaml(raw: Path) -> None:
+    """Whole numbers, even if written as floats, are named without a decimal point."""
     write_jsonl(raw / "table.jsonl", [{**row, "label": (n % 2, float(n % 2))[n < 3]} for n, row in enumerate(RECORDS)])
     for classes, names, labels in (("", ("0", "1"), [0, 1, 0]), ("classes: [1, 0]", ("1", "0"), [1, 0, 1])):
         (raw / "spec.yaml").write_text(f"files: table.jsonl\nmetric: auroc\n{classes}\n")
@@ -141,8 +141,8 @@ def test_numbers_are_names_in_json_and_yaml(raw: Path) -> None:
         assert open_spec("custom", raw / "out", SPLITS).class_names == names
 
 
-def test_names_in_yaml_are_what_is_written_there(raw: Path) -> None:
-    """What YAML would read as numbers, truth values, times and dates."""
+def test_names_in_yaml_are_taken_literally(raw: Path) -> None:
+    """YAML would otherwise read them as numbers, truth values, times or dates."""
     names = ["007", "1.10", "no", "12:30", "1_000"]
     write_table(raw / "table.csv", with_labels(names))
     (raw / "spec.yaml").write_text(f"name: 2024_11\nfiles: table.csv\nclasses: [{', '.join(names)}]\n")
@@ -151,7 +151,7 @@ def test_names_in_yaml_are_what_is_written_there(raw: Path) -> None:
     assert spec.class_names == tuple(names) and spec.custom is not None and spec.custom.name == "2024_11"
 
 
-def test_films_are_those_of_the_mmimdb_path(tmp_path: Path) -> None:
+def test_films_convert_as_with_the_mmimdb_converter(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     write_task(raw, films=20, seed=3)
     assert make("mmimdb", raw, tmp_path / "films") == 0
@@ -205,7 +205,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=range(len(SPECS)))
-def test_a_wrong_spec(raw: Path, spec: str, capsys: Captured, monkeypatch: Patch) -> None:
+def test_a_wrong_spec_is_refused(raw: Path, spec: str, capsys: Captured, monkeypatch: Patch) -> None:
     monkeypatch.chdir(raw)
     (raw / "spec.yaml").write_text(spec)
     said = said_of(convert(raw, raw / "out", "--skip-bad"), capsys)
@@ -213,7 +213,7 @@ def test_a_wrong_spec(raw: Path, spec: str, capsys: Captured, monkeypatch: Patch
     assert not list(raw.glob("out/*")) and not (raw / "marker").exists()
 
 
-def test_a_spec_or_a_table_that_is_not_there(raw: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_a_missing_spec_or_table_is_refused(raw: Path, tmp_path: Path, capsys: Captured) -> None:
     assert convert(raw, raw / "out") == 2
     said = capsys.readouterr().err
     assert f"spec.yaml not found in {raw}" in said and write_custom.LAYOUT.rstrip() in said
@@ -272,7 +272,7 @@ TABLES: list[tuple[str, str | bytes, str]] = [
 
 
 @pytest.mark.parametrize(("suffix", "content", "message"), TABLES, ids=range(len(TABLES)))
-def test_a_wrong_table(raw: Path, suffix: str, content: str | bytes, message: str, capsys: Captured) -> None:
+def test_a_wrong_table_is_refused(raw: Path, suffix: str, content: str | bytes, message: str, capsys: Captured) -> None:
     path = raw / f"wrong.{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     said = said_of(convert(raw, raw / "out", "--skip-bad", "--table", str(path)), capsys)
@@ -281,7 +281,7 @@ def test_a_wrong_table(raw: Path, suffix: str, content: str | bytes, message: st
 
 
 def damage(raw: Path) -> None:
-    """Image files of special kinds."""
+    """Adds faulty image files and links."""
     (raw / "damaged.png").write_bytes(png()[:50])
     (raw / "._a.png").write_bytes(b"\0\5\x16\7")
     (raw / "circle.png").symlink_to(raw / "circle.png")
@@ -316,7 +316,7 @@ BAD: list[tuple[str, object, str, str]] = [
 
 
 @pytest.mark.parametrize(("column", "value", "reason", "detail"), BAD)
-def test_a_bad_sample_is_named_and_can_be_skipped(raw, column, value, reason, detail, capsys):
+def test_a_bad_sample_is_reported_and_can_be_skipped(raw, column, value, reason, detail, capsys):
     damage(raw)
     several = column == "labels"
     rows = [{**row, **({"label": ["cat"]} if several else {})} for row in RECORDS]
@@ -334,7 +334,7 @@ def test_a_bad_sample_is_named_and_can_be_skipped(raw, column, value, reason, de
     assert len(columns_of(raw / "out")["label"]) == 3
 
 
-def test_links_out_of_the_folder_are_followed_on_demand(raw: Path) -> None:
+def test_links_out_of_the_folder_are_followed_only_on_request(raw: Path) -> None:
     damage(raw)
     write_table(raw / "table.csv", [["link.png", *row[1:]] for row in ROWS])
     assert convert(raw, raw / "out", "--table", str(raw / "table.csv")) == 2
@@ -343,7 +343,7 @@ def test_links_out_of_the_folder_are_followed_on_demand(raw: Path) -> None:
 
 
 @pytest.mark.parametrize("listed", [r"img\A.PNG", "IMG/a.png", " img/a.png ", "img/a.Png", r".\img\a.png"])
-def test_a_file_is_found_however_its_path_is_typed(raw: Path, listed: str) -> None:
+def test_a_file_is_found_despite_differences_in_spelling_of_its_path(raw: Path, listed: str) -> None:
     (raw / "img").mkdir()
     (raw / "a.png").rename(raw / "img" / "a.png")
     rows = [[listed if row[0] == "a.png" else row[0], *row[1:]] for row in ROWS]
@@ -361,7 +361,7 @@ def test_a_file_is_found_however_its_path_is_typed(raw: Path, listed: str) -> No
         ["1", "1.0", "1.00", " 1", "1.0 "],
     ],
 )
-def test_labels_count_however_they_are_typed(raw: Path, typed: list[str]) -> None:
+def test_labels_match_despite_differences_in_spelling(raw: Path, typed: list[str]) -> None:
     splits = ["train", "train", "train", "val", "test"]
     rows = [[*ROWS[0][:2], label, split] for label, split in zip(typed, splits, strict=True)]
     write_table(raw / "table.csv", [*rows, [*ROWS[0][:2], "dog", "train"]])
@@ -378,13 +378,13 @@ def test_labels_count_however_they_are_typed(raw: Path, typed: list[str]) -> Non
     "header", [["Image", " TEXT", "label ", "Split"], ["\u0456mage", "text", "l\u0430bel", "\u0455plit"]]
 )
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_columns_count_however_they_are_typed(raw: Path, header: list[str], suffix: str) -> None:
+def test_columns_match_despite_differences_in_spelling(raw: Path, header: list[str], suffix: str) -> None:
     write_table(raw / f"typed.{suffix}", ROWS, header)
     assert convert(raw, raw / "out", "--table", str(raw / f"typed.{suffix}")) == 0
     assert columns_of(raw / "out")["text"] == [["one, two"], ['says "miau"'], ["another\nline"]]
 
 
-def test_a_checkpoint_fits_data_typed_the_other_way() -> None:
+def test_class_names_match_in_either_unicode_form() -> None:
     composed, decomposed, cyrillic = (
         CustomData("a", "single", (name, "dog"), "accuracy") for name in ("caf\u00e9", "cafe\u0301", "c\u0430f\u00e9")
     )
@@ -393,7 +393,7 @@ def test_a_checkpoint_fits_data_typed_the_other_way() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_blank_cells_are_missing_by_nature(raw: Path, suffix: str, capsys: Captured) -> None:
+def test_blank_cells_are_naturally_missing(raw: Path, suffix: str, capsys: Captured) -> None:
     rows = [["", *ROWS[0][1:]], ["b.png", " ", *ROWS[1][2:]], *ROWS[2:]]
     path = raw / f"holes.{suffix}"
     if suffix == "csv":
@@ -409,7 +409,7 @@ def test_blank_cells_are_missing_by_nature(raw: Path, suffix: str, capsys: Captu
     assert data.natural.tolist() == [2, 1, 0]
 
 
-def test_an_image_that_is_not_there_is_missing_on_demand(raw: Path) -> None:
+def test_an_absent_image_file_counts_as_missing_only_on_request(raw: Path) -> None:
     (raw / "b.png").unlink()
     options = ["--table", str(raw / "table.csv")]
     assert convert(raw, raw / "out", *options) == 2
@@ -418,7 +418,7 @@ def test_an_image_that_is_not_there_is_missing_on_demand(raw: Path) -> None:
 
 
 def drawn(raw: Path, seed: int | None = None, rows: int = 100) -> tuple[dict[str, list], list[str]]:
-    """Labels by split of `rows` rows, a tenth of class c, of which each two have an image; and the images of train."""
+    """Converts `rows` rows, a tenth of class c, pairs sharing an image; returns labels by split and train's images."""
     for number in range(0, rows, 2):
         (raw / f"{number}.png").write_bytes(png(number))
     lines = [[f"{n - n % 2}.png", f"text {n}", "c" if n % 20 < 2 else "ab"[n % 4 // 2]] for n in range(rows)]
@@ -431,9 +431,9 @@ def drawn(raw: Path, seed: int | None = None, rows: int = 100) -> tuple[dict[str
     return {split: columns["label"] for split, columns in found.items()}, found["train"]["image_id"]
 
 
-def test_splits_that_are_not_named_are_drawn_by_label_and_seed(raw: Path, capsys: Captured) -> None:
+def test_unspecified_splits_are_drawn_by_label_and_seed(raw: Path, capsys: Captured) -> None:
     labels, images = drawn(raw)
-    assert {split: len(of_split) for split, of_split in labels.items()} == {"train": 70, "val": 10, "test": 20}
+    assert {split: len(found) for split, found in labels.items()} == {"train": 70, "val": 10, "test": 20}
     for split, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
         for number, count in enumerate((40, 50, 10)):
             assert abs(labels[split].count(number) - share * count) <= 2, (split, number)
@@ -456,9 +456,11 @@ def test_splits_that_are_not_named_are_drawn_by_label_and_seed(raw: Path, capsys
         (["a", "b"], {"metric": "auroc"}, "expected the name custom and metric accuracy, found custom and auroc"),
     ],
 )
-def test_splits_of_different_datasets(tmp_path: Path, labels: list[str], spec: dict[str, object], message: str) -> None:
-    for name, of_name, more in (("first", ["a", "b"], {}), ("second", labels, spec)):
-        write_labelled(tmp_path / name, dict.fromkeys(SPLITS, len(of_name)), of_name, **more)
+def test_splits_of_different_datasets_are_refused(
+    tmp_path: Path, labels: list[str], spec: dict[str, object], message: str
+) -> None:
+    for name, names, more in (("first", ["a", "b"], {}), ("second", labels, spec)):
+        write_labelled(tmp_path / name, dict.fromkeys(SPLITS, len(names)), names, **more)
         assert convert(tmp_path / name, tmp_path / name / "arrow") == 0
     arrow = tmp_path / "first" / "arrow"
     (tmp_path / "second" / "arrow" / "custom_val.arrow").replace(arrow / "custom_val.arrow")
@@ -467,7 +469,7 @@ def test_splits_of_different_datasets(tmp_path: Path, labels: list[str], spec: d
     assert str(arrow / "custom_val.arrow") in str(error.value) and "custom_train.arrow" in str(error.value)
 
 
-OWN = {"name": "pets", "labels": "single", "metric": "accuracy"}
+DESCRIPTION = {"name": "pets", "labels": "single", "metric": "accuracy"}
 
 
 @pytest.mark.parametrize(
@@ -479,14 +481,14 @@ OWN = {"name": "pets", "labels": "single", "metric": "accuracy"}
         (b"\xff", ["a", "b"], "utf-8"),
         ([], ["a", "b"], "expected an object, found []"),
         ({}, ["a", "b"], "expected the values name, labels, class_names, metric of a dataset, found "),
-        ({**OWN, "classes": 2}, ["a", "b"], "expected the values name, labels, class_names, metric"),
-        ({**OWN, "name": [1]}, ["a", "b"], "name: expected letters, digits, - and _, found [1]"),
-        (OWN, ["a", "a"], "classes: 'a' is listed twice, in rows 1 and 2"),
-        (OWN, "ab", "class_names: expected a list, found 'ab'"),
-        (OWN, ["a", ["b"]], "classes: expected a name in row 2, found ['b']"),
+        ({**DESCRIPTION, "classes": 2}, ["a", "b"], "expected the values name, labels, class_names, metric"),
+        ({**DESCRIPTION, "name": [1]}, ["a", "b"], "name: expected letters, digits, - and _, found [1]"),
+        (DESCRIPTION, ["a", "a"], "classes: 'a' is listed twice, in rows 1 and 2"),
+        (DESCRIPTION, "ab", "class_names: expected a list, found 'ab'"),
+        (DESCRIPTION, ["a", ["b"]], "classes: expected a name in row 2, found ['b']"),
     ],
 )
-def test_a_description_of_a_custom_dataset_that_is_none(tmp_path, custom, class_names, found):
+def test_a_damaged_dataset_description_is_refused(tmp_path, custom, class_names, found):
     path = tmp_path / "custom_test.arrow"
     written = custom if isinstance(custom, (str, bytes)) else json.dumps(custom)
     metadata = {"class_names": json.dumps(class_names), **({} if custom is None else {"custom": written})}

@@ -1,6 +1,6 @@
-"""Every reader of files that come from others, and of options, fed damaged and made-up input.
+"""Every reader of users' files and options, given damaged and made-up input.
 
-It comes to a result, or to an error of ours that names the file; `make fuzz` tries more.
+It must return a result or raise an error of ours that names the file; `make fuzz` tries more inputs.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from vilt.utils.raw_data import BadSampleError, read_image
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "12"))
-"""Damaged contents of each file, beside ODD_FILES."""
+"""Damaged versions of each file, in addition to ODD_FILES."""
 PATTERN = MissingPattern("both", 0.7, 0.5, 0)
 TABLE = 'image,text,label,split\na.png,one,cat,train\na.png,"two, three",dog,val\na.png,five,dog,test\n'
 
@@ -66,19 +66,19 @@ INSERTED = (b"", b"", b"\0", b"\n", b'"', b"\xff\xfe", b"[" * 20_000)
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads some files, each of which is damaged in turn."""
+    """A reader and its files, each of which is damaged in turn."""
 
     prepare: Callable[[Path, Workspace], object]
-    """Makes them in a folder."""
+    """Writes the intact files to a folder."""
     read: Callable[[Path, Path], object]
-    """Reads the folder, of which the second path is the damaged file."""
+    """Reads the folder (first path), in which the second path is the damaged file."""
     files: tuple[str, ...]
     entry: str = ""
-    """What is damaged of a file that is an archive, whose checksums are right; nothing: the file itself."""
+    """Archive entry to damage, with checksums kept valid; if empty, the file itself is damaged."""
 
 
 def convert(dataset: str, folder: Path, path: Path) -> None:
-    """Of what is refused nothing is left; the loader reads all that the converter lets pass."""
+    """A refused conversion leaves no files, and the loader reads everything the converter accepts."""
     spec, out, said = EVERY_DATASET[dataset], folder.with_name("out"), io.StringIO()
     shutil.rmtree(out, ignore_errors=True)
     table = ["--table", str(path)] if path.name == "alone.csv" else []
@@ -89,17 +89,17 @@ def convert(dataset: str, folder: Path, path: Path) -> None:
         assert not list(out.glob("*.arrow")), "an arrow file was left behind"
         raise DataError(said.getvalue())
     for split in SPLITS if dataset in CLIP_DATASETS else ():
-        look_through(ArrowDataset(spec, out, split, 8))
+        read_samples(ArrowDataset(spec, out, split, 8))
 
 
-def look_through(data: ArrowDataset) -> None:
+def read_samples(data: ArrowDataset) -> None:
     for index in range(min(8, len(data))):
         assert data[0, index].inputs["image"].shape == (3, 8, 8)
 
 
 def open_arrow(folder: Path, path: Path) -> None:
     spec = next(spec for spec in CLIP_DATASETS.values() if path.name == spec.file_name("train"))
-    look_through(ArrowDataset(spec, folder, "train", 8))
+    read_samples(ArrowDataset(spec, folder, "train", 8))
 
 
 def write_custom(folder: Path, _: Workspace) -> None:
@@ -165,13 +165,16 @@ def read_runs(folder: Path, path: Path) -> None:
 
 
 def raw(name: str, *files: str) -> Reader:
-    """A golden raw dataset."""
+    """The conversion of a golden raw dataset."""
     source = GOLDEN / "raw" / name
     return Reader(lambda to, _: shutil.copytree(source, to, dirs_exist_ok=True), partial(convert, name), files)
 
 
 IMAGES = ("RGB.JPEG", "CMYK.JPEG", "RGBA.PNG", "I_16.PNG", "P.GIF", "RGB.WEBP", "1.TIFF", "L.BMP")
-KEPT, PUBLISHED = "mmimdb_train_missing_both_0.7_both_ratio_0.5_seed_0_of_30.txt", "mmimdb_train_missing_both_07.pt"
+OWN_TABLE, PUBLISHED = (
+    "mmimdb_train_missing_both_0.7_both_ratio_0.5_seed_0_of_30.txt",
+    "mmimdb_train_missing_both_07.pt",
+)
 RUN_FILES = (
     *("config.json", "environment.json", "metrics.csv", "test_results.json"),
     *("robustness/robustness.json", "robustness/logits.arrow"),
@@ -208,13 +211,13 @@ READERS = {
         read_weights,
         ("model.safetensors", "config.json", "tokenizer.json"),
     ),
-    "missing tables": Reader(write_tables, read_a_table, (KEPT, PUBLISHED)),
+    "missing tables": Reader(write_tables, read_a_table, (OWN_TABLE, PUBLISHED)),
     "runs": Reader(write_a_run, read_runs, tuple(f"version_0/{name}" for name in RUN_FILES)),
 }
 
 
 def damaged(whole: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
-    """`count` times the content with some bits flipped; then also with something inserted, or its end cut off."""
+    """Yields `count` copies with a few bits flipped; every other one also has bytes inserted or its end cut off."""
     draw = random.Random(seed)
     for number in range(count):
         content = bytearray(whole)
@@ -228,7 +231,7 @@ def damaged(whole: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
 
 
 def odd_records(value: Any) -> Iterator[Any]:
-    """A value of JSON with an odd one in one place after the other; of a list the first two."""
+    """Yields copies of a JSON value with an odd value in one place each; in lists, only in the first two."""
     if not isinstance(value, (dict, list)):
         return
     for number, key in enumerate(value if isinstance(value, dict) else range(min(len(value), 2))):
@@ -249,12 +252,12 @@ def contents(path: Path, entry: str) -> Iterator[bytes]:
     with zipfile.ZipFile(path) as archive:
         inner = next(archive.read(name) for name in archive.namelist() if name.endswith(entry))
     for content in (*ODD_FILES, *damaged(inner, EXAMPLES)):
-        yield rewritten(whole, entry, lambda _: content)  # noqa: B023 - it is called at once
+        yield rewritten(whole, entry, lambda _: content)  # noqa: B023 - called at once
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", READERS)
-def test_a_damaged_file_is_read_or_refused_by_name(name: str, workspace: Workspace, tmp_path: Path) -> None:
+def test_a_damaged_file_is_read_or_refused_naming_the_file(name: str, workspace: Workspace, tmp_path: Path) -> None:
     reader, folder, outcomes = READERS[name], tmp_path / "folder", Counter[str]()
     folder.mkdir()
     reader.prepare(folder, workspace)
@@ -276,10 +279,10 @@ def test_a_damaged_file_is_read_or_refused_by_name(name: str, workspace: Workspa
                 raise AssertionError(f"{file}, content {number}: {content[:50]!r}") from error
         path.write_bytes(whole)
     print(f"{name}: {dict(outcomes)}")
-    assert outcomes["refused"], "whatever is in them"
+    assert outcomes["refused"], "nothing was refused, whatever the content"
 
 
-def test_an_option_of_any_value_is_read_or_refused() -> None:
+def test_any_value_of_an_option_is_read_or_refused() -> None:
     read = refused = 0
     for option in DEFAULTS:
         for odd in ODD_VALUES:

@@ -1,4 +1,4 @@
-"""Batches, their order, their division among processes, and resuming after an interruption."""
+"""Batches, their order and division among processes, and resuming after an interruption."""
 
 import time
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ BOTH = MissingPattern("both", 0.5, 0.5, 0)
 
 
 def tokenize(texts: Sequence[str]) -> np.ndarray:
-    """The text's number, 77 times."""
+    """Encodes each text, a number, as 77 copies of that number."""
     return np.array([[int(text)] * 77 for text in texts])
 
 
@@ -35,7 +35,7 @@ def write_memes(folder: Path, split: Split, rows: int, images: dict[int, bytes] 
 
 @dataclass
 class Processes:
-    """What the loaders ask a trainer for."""
+    """The trainer attributes that the loaders read."""
 
     global_rank: int
     world_size: int
@@ -59,7 +59,7 @@ MEME_KINDS = kinds_of(DATASETS["hatememes"])
 
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("types", [[2, 0, 1, 0], [2, 2], [1]], ids=["all types", "no image", "no text"])
-def test_batches_leave_out_what_is_missing(types, once):
+def test_batches_leave_out_missing_inputs(types, once):
     samples = [sample(5 + row, kind, [0, row, 1]) for row, kind in enumerate(types)]
     batch = collate(MEME_KINDS, samples, once=once)
     for name, lost in (("image", 2), ("text", 1)):
@@ -73,7 +73,7 @@ def test_batches_leave_out_what_is_missing(types, once):
     assert batch.index_B.tolist() == list(range(5, 5 + len(types)))
 
 
-def test_a_shared_image_is_there_once_in_evaluation():
+def test_a_shared_image_is_in_an_evaluation_batch_once():
     first, second, third, fourth = sample(5, 0), sample(6, 2), sample(7, 1), sample(8, 0)
     samples = [first, second, third._replace(inputs={"image": first.inputs["image"]}), fourth]
     apart = collate(MEME_KINDS, samples)
@@ -99,8 +99,8 @@ def shares(samples: int, world: int, seed: int | None, epoch: int = 0, **more: A
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 7, 8, 9, 16, 101])
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
-def test_processes_share_the_samples_in_turn(samples: int, world: int) -> None:
-    """In evaluation each counts once; in training all have as many, filled up from the start of the same order."""
+def test_processes_take_samples_in_turn(samples: int, world: int) -> None:
+    """In evaluation each sample counts once; in training, the first samples repeat until shares are equally long."""
     parts = shares(samples, world, None, epoch=3)
     assert parts == [list(range(rank, samples, world)) for rank in range(world)]
     assert shares(samples, world, None, order=np.arange(samples)[::-1]) == [
@@ -112,13 +112,13 @@ def test_processes_share_the_samples_in_turn(samples: int, world: int) -> None:
     assert in_turn == [alone[place % samples] for place in range(len(in_turn))]
 
 
-def test_the_order_is_the_one_that_was_written_down():
+def test_the_order_is_the_recorded_one():
     assert shares(10, 1, seed=0, epoch=0) == [[4, 1, 7, 5, 3, 9, 0, 8, 6, 2]]
     assert shares(10, 1, seed=1, epoch=3) == [[2, 7, 8, 4, 5, 3, 6, 0, 9, 1]]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_skip_leaves_out_the_start_of_one_epoch_only(rank: int) -> None:
+def test_skip_omits_the_start_of_one_epoch_only(rank: int) -> None:
     sampler, whole = EpochSampler(21, seed=3, rank=rank, world_size=2), {}
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -159,8 +159,8 @@ def test_each_split_has_its_own_pattern(folder):
     )
 
 
-def test_what_is_missing_is_counted_in_rows(folder: Path) -> None:
-    """By nature too, of a film with three plots once."""
+def test_missing_types_are_counted_in_rows(folder: Path) -> None:
+    """Naturally missing ones too; a film with three plots counts once."""
     table = films([["a", "b", "c"], ["d"], ["e"]])
     images = pa.array([None, *table["image"].to_pylist()[1:]])
     write(folder / "mmimdb_test.arrow", table.set_column(0, "image", images))
@@ -170,7 +170,7 @@ def test_what_is_missing_is_counted_in_rows(folder: Path) -> None:
     assert data.describe() == f"  test         5 samples of 3 rows {rows}"
 
 
-def test_only_the_splits_asked_for_are_opened(folder):
+def test_only_the_requested_splits_are_opened(folder):
     (folder / "hatememes_train.arrow").unlink()
     (folder / "hatememes_dev.arrow").write_bytes(b"")
     assert list(open_data(data_settings("hatememes", folder, BOTH), "test").datasets) == ["test"]
@@ -178,7 +178,7 @@ def test_only_the_splits_asked_for_are_opened(folder):
         open_data(data_settings("hatememes", folder, BOTH), "train", "test")
 
 
-def test_batches_are_the_samples_in_order(folder):
+def test_evaluation_batches_hold_the_samples_in_order(folder):
     data = open_data(data_settings("hatememes", folder, BOTH, per_gpu_batchsize=4), "test")
     dataset = data.datasets["test"]
     batches = list(data.test_dataloader())
@@ -187,8 +187,8 @@ def test_batches_are_the_samples_in_order(folder):
         assert_equal(batch, collate(MEME_KINDS, [dataset[0, index] for index in batch.index_B.tolist()]))
 
 
-def test_a_pass_that_was_begun_is_the_next_one_that_is_read(folder: Path) -> None:
-    """Loader processes begin with it at once, and keep to the epoch of that moment."""
+def test_a_pass_begun_early_is_the_next_one_read(folder: Path) -> None:
+    """Loader workers start on it at once and keep to the epoch of that moment."""
     data = open_data(data_settings("hatememes", folder, BOTH, num_workers=1), "train")
     loader = data.train_dataloader()
     sampler, reading = loader.sampler, data.datasets["train"].reading
@@ -209,7 +209,7 @@ def test_a_pass_that_was_begun_is_the_next_one_that_is_read(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("world", [1, 3, 8])
-def test_all_processes_together_evaluate_each_sample_once_and_train_equally_long(folder, world):
+def test_processes_together_evaluate_each_sample_once_and_train_equally_many(folder, world):
     data = open_data(data_settings("hatememes", folder, BOTH), *SPLITS)
     seen: dict[str, list[int]] = {"val": [], "test": [], "train": []}
     for rank in range(world):
@@ -233,8 +233,8 @@ def test_all_processes_together_evaluate_each_sample_once_and_train_equally_long
         ({"order_seed": 1}, 11, "order seed = 0, now it is 1"),
     ],
 )
-def test_a_run_whose_order_is_another_one_is_not_resumed(folder, changes, rows_now, found):
-    """tests/test_run.py resumes whole runs, from each place."""
+def test_a_run_with_a_different_sample_order_is_not_resumed(folder, changes, rows_now, found):
+    """tests/test_run.py covers resuming whole runs from every place."""
     before = open_data(data_settings("hatememes", folder, BOTH), "train")
     write_memes(folder, "train", rows_now)
     now = open_data(data_settings("hatememes", folder, BOTH, **changes), "train")

@@ -1,5 +1,4 @@
-"""The demo's made-up films and its tiny CLIP: their layout, what they promise, and that a rerun gives the same. Then
-its steps, small and in this process."""
+"""The demo: its made-up films and tiny CLIP are reproducible, and its steps run, small and in this process."""
 
 import hashlib
 import re
@@ -46,19 +45,19 @@ def tiny_clip(films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_same_seed_same_bytes_and_another_seed_others(films, tmp_path):
+def test_the_seed_determines_the_bytes(films, tmp_path):
     data.write_task(tmp_path / "raw", 60, seed=3)
     data.write_pretrain(tmp_path / "pretrain", 40, seed=3)
     for part in ("raw", "pretrain"):
         assert fingerprint(tmp_path / part) == fingerprint(films / part)
-    # A rerun replaces what the demo wrote.
+    # A rerun replaces the demo's own files.
     data.write_task(tmp_path / "raw", 60, seed=4)
     other, first = fingerprint(tmp_path / "raw"), fingerprint(films / "raw")
     assert other.keys() == first.keys()
     assert sum(other[name] == first[name] for name in first) == 1, "only the marker is the same"
 
 
-def test_a_folder_of_the_users_is_not_replaced(tmp_path, capsys):
+def test_a_users_folder_is_not_replaced(tmp_path, capsys):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "thesis.txt").write_text("mine")
     assert demo.main(["--out", str(tmp_path)]) == 2
@@ -76,7 +75,7 @@ def test_pretraining_is_repeatable(films, tiny_clip, tmp_path):
 
 @pytest.fixture
 def steps(workspace: Workspace, tmp_path: Path, monkeypatch: Patch) -> list[tuple[str, ...]]:
-    """The commands that the demo runs: in this process, on films and a CLIP that are there, hardly training."""
+    """Commands that the demo runs, here in this process, on existing films and CLIP and with hardly any training."""
     for name in ("raw", "pretrain", "arrow", "backbone"):
         (tmp_path / name).symlink_to(workspace.root / name)
     small = {"max_epoch": "1", "memory_length": "6", "memory_depth": "2", "num_workers": "0"}
@@ -115,11 +114,11 @@ def test_the_demo_from_training_to_its_report(steps, workspace, tmp_path, capsys
     for name in ("curves_mmimdb.png", "per_class_mmimdb.png"):
         assert (page.parent / "figures" / name).is_file()
 
-    # What is there is used again.
+    # Existing results are reused.
     steps.clear()
     assert demo.main(["--out", str(tmp_path)]) == 0
     assert steps == []
-    # What is not is made again, with what follows from it.
+    # A missing result is recomputed, and so is everything that depends on it.
     (tmp_path / "result" / "sweep" / runs[1] / "version_0" / "robustness" / "robustness.json").unlink()
     before = page.stat().st_mtime_ns
     assert demo.main(["--out", str(tmp_path)]) == 0

@@ -1,4 +1,4 @@
-"""The documentation: options as config.py has them, links that lead somewhere, and all of it found from README."""
+"""The documentation: options match config.py, links have targets, and the README links to every page."""
 
 import re
 from pathlib import Path
@@ -21,12 +21,12 @@ def links(path: Path) -> list[str]:
     return re.findall(r"\]\(([^)\s]+)\)", path.read_text("utf-8"))
 
 
-def test_the_options_are_those_of_config() -> None:
-    assert PAGE.read_text("utf-8") == page(), "`make docs` writes it"
+def test_the_options_page_matches_config() -> None:
+    assert PAGE.read_text("utf-8") == page(), "run `make docs`"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_link_leads_somewhere(path: Path) -> None:
+def test_every_link_has_a_target(path: Path) -> None:
     for link in links(path):
         name, _, anchor = link.partition("#")
         if link.startswith("https://"):
@@ -38,8 +38,8 @@ def test_every_link_leads_somewhere(path: Path) -> None:
             assert anchor in [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
-def test_the_example_of_a_method_is_one() -> None:
-    """All that it needs is in it, and it says what the method of that name does."""
+def test_the_example_method_works() -> None:
+    """It is self-contained and gives the same slots as the real method of that name."""
     example = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.DOTALL)[0]
     scope: dict[str, Any] = {}
     exec(example, scope)
@@ -52,6 +52,6 @@ def test_the_example_of_a_method_is_one() -> None:
     assert torch.equal(found, expected)
 
 
-def test_every_page_is_found_from_the_readme() -> None:
+def test_the_readme_links_to_every_page() -> None:
     linked = {(ROOT / link).resolve() for link in links(ROOT / "README.md") if not link.startswith("https://")}
     assert {path.resolve() for path in PAGES if path.name != "README.md"} <= linked

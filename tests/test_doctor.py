@@ -1,4 +1,4 @@
-"""`run.py doctor`: an intact dataset is ok, and every planted fault has its line, whatever else is wrong."""
+"""`run.py doctor`: an intact dataset passes, and every planted fault has its own line, whatever else is wrong."""
 
 import importlib.metadata
 import json
@@ -28,12 +28,12 @@ SUBJECTS = ["packages", "options", "device", "backbone", "tokenizer", *SPLITS, "
 
 @pytest.fixture
 def arrow(workspace: Workspace, tmp_path: Path) -> Path:
-    """A copy of the dataset, to be damaged."""
+    """A copy of the dataset, free to be damaged."""
     return Path(shutil.copytree(workspace.arrow, tmp_path / "arrow", ignore=shutil.ignore_patterns("*.npy")))
 
 
 class Examination:
-    """What doctor printed."""
+    """Doctor's output, parsed."""
 
     def __init__(self, status: int, out: str, err: str) -> None:
         self.status = status
@@ -51,7 +51,7 @@ Examine = Callable[..., Examination]
 
 @pytest.fixture
 def examine(workspace: Workspace, tmp_path: Path, capsys: Captured) -> Examine:
-    """Runs doctor on a dataset, with a log_dir and missing tables of the test's own."""
+    """Runs doctor on a dataset, with the test's own log_dir and missing tables."""
 
     def examine(*options: str, data_root: Path | None = None, task: str = "mmimdb") -> Examination:
         own = (f"log_dir={tmp_path / 'result'}", f"missing_table_root={tmp_path / 'tables'}")
@@ -78,7 +78,7 @@ def column(path: Path, name: str) -> list[Any]:
     return pa.ipc.open_file(path).read_all()[name].to_pylist()
 
 
-def test_an_intact_dataset_is_ok(examine: Examine, arrow: Path, tmp_path: Path) -> None:
+def test_an_intact_dataset_passes(examine: Examine, arrow: Path, tmp_path: Path) -> None:
     found = examine(data_root=arrow)
     assert found.status == 0 and found.error == "" and found.failed() == set()
     assert list(found.level) == SUBJECTS
@@ -96,12 +96,12 @@ def test_an_intact_dataset_is_ok(examine: Examine, arrow: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("task", ["food101", "hatememes"])
-def test_files_of_the_published_converters_are_ok(examine: Examine, golden_arrow: Path, task: str) -> None:
+def test_files_of_the_published_converters_pass(examine: Examine, golden_arrow: Path, task: str) -> None:
     found = examine("batch_size=2", "per_gpu_batchsize=2", data_root=golden_arrow, task=task)
     assert (found.status, found.failed()) == (0, set()), found.text
 
 
-def test_only_a_dataset_of_another_size_than_the_published_one_is_remarked(examine, monkeypatch, arrow, tmp_path):
+def test_only_an_unpublished_dataset_size_is_remarked_on(examine, monkeypatch, arrow, tmp_path):
     write_labelled(tmp_path / "raw", {"train": 8, "val": 5, "test": 6}, ["cat", "dog"], name="pets")
     assert convert(tmp_path / "raw", tmp_path / "own") == 0
     found = examine(data_root=tmp_path / "own", task="custom")
@@ -141,7 +141,7 @@ def name_classes(names: Any) -> Callable[[Path], None]:
         (damage_image, ["row 3", "cannot be decoded"]),
     ],
 )
-def test_a_damaged_file_fails_alone(examine, arrow, damage, facts):
+def test_a_damaged_file_fails_only_its_own_check(examine, arrow, damage, facts):
     damage(arrow / "mmimdb_train.arrow")
     found = examine(data_root=arrow)
     assert found.status == 2 and found.failed() == {"train data"}
@@ -150,16 +150,16 @@ def test_a_damaged_file_fails_alone(examine, arrow, damage, facts):
     assert "1 of" in found.error
 
 
-def test_a_large_split_is_sampled_from_its_first_row_to_its_last(examine, workspace, monkeypatch):
+def test_a_large_split_is_checked_at_rows_spread_from_first_to_last(examine, workspace, monkeypatch):
     decoded: list[int] = []
     monkeypatch.setattr(doctor, "IMAGES_DECODED", 3)
     monkeypatch.setattr(ImageKind, "_decoded", lambda _, row: decoded.append(row))
-    examine("memory_depth=3")  # with which there is no training step
+    examine("memory_depth=3")  # too deep, so that doctor runs no training step
     rows = ArrowDataset(DATASETS["mmimdb"], workspace.arrow, "train", 32).row_of_sample
     assert decoded[:3] == [rows[0], rows[(len(rows) - 1) // 2], rows[-1]]
 
 
-def test_missing_tables_that_are_damaged_or_cannot_be_written(examine: Examine, tmp_path: Path) -> None:
+def test_damaged_or_unwritable_missing_tables_fail(examine: Examine, tmp_path: Path) -> None:
     examine()
     kept = next((tmp_path / "tables").glob("mmimdb_train*"))
     kept.write_text(kept.read_text().replace("1", "7"))
@@ -169,8 +169,8 @@ def test_missing_tables_that_are_damaged_or_cannot_be_written(examine: Examine, 
     assert examine(f"missing_table_root={tmp_path / 'file' / 'tables'}").failed() == set(SPLITS)
 
 
-def test_nan_in_the_backbone(examine: Examine, workspace: Workspace, tmp_path: Path) -> None:
-    """The dataset is examined all the same."""
+def test_nan_in_the_backbone_fails(examine: Examine, workspace: Workspace, tmp_path: Path) -> None:
+    """The dataset is still checked."""
     folder = shutil.copytree(workspace.backbone, tmp_path / "broken")
     state = load_file(folder / "model.safetensors")
     state["visual_projection.weight"][0, 0] = math.nan
@@ -181,7 +181,7 @@ def test_nan_in_the_backbone(examine: Examine, workspace: Workspace, tmp_path: P
     assert found.level["train data"] == found.level["training step"] == "warn"
 
 
-def test_weights_tokenizer_and_data_that_are_not_there(examine: Examine, tmp_path: Path) -> None:
+def test_absent_weights_tokenizer_and_data_fail(examine: Examine, tmp_path: Path) -> None:
     found = examine("vit=ViT-L/14", "tokenizer=nowhere", data_root=tmp_path / "nowhere")
     assert found.failed() == {"backbone", "tokenizer", *SPLITS}
     assert "hf download openai/clip-vit-large-patch14" in found.text["backbone"]
@@ -196,12 +196,12 @@ def test_weights_tokenizer_and_data_that_are_not_there(examine: Examine, tmp_pat
         ("memory_depth=3", "training step", "memory_depth=3"),
     ],
 )
-def test_options_that_contradict_each_other_or_the_backbone(examine, option, subject, fact):
+def test_contradictory_options_fail(examine, option, subject, fact):
     found = examine(option)
     assert found.status == 2 and subject in found.failed() and fact in found.text[subject]
 
 
-def test_without_a_task_or_with_an_option_out_of_range(examine, capsys, workspace):
+def test_a_missing_task_or_an_invalid_option_fails(examine, capsys, workspace):
     found = examine("learning_rate=fast")
     assert found.status == 2 and found.level == {} and "learning_rate" in found.error
     status = call("doctor", f"vit={workspace.backbone}", "num_workers=0")
@@ -210,7 +210,7 @@ def test_without_a_task_or_with_an_option_out_of_range(examine, capsys, workspac
     assert "task_finetune_mmimdb" in found.text["options"]
 
 
-def test_a_check_that_breaks_is_a_failure_of_its_own(examine: Examine, monkeypatch: Patch) -> None:
+def test_a_check_that_crashes_fails_alone(examine: Examine, monkeypatch: Patch) -> None:
     def breaks(_: Any) -> Any:
         raise LookupError("two\nlines")
 
@@ -220,7 +220,7 @@ def test_a_check_that_breaks_is_a_failure_of_its_own(examine: Examine, monkeypat
     assert list(found.level) == SUBJECTS
 
 
-def test_other_versions_and_absent_packages(monkeypatch: Patch) -> None:
+def test_untested_package_versions_give_a_warning(monkeypatch: Patch) -> None:
     level, text = doctor.check_packages()
     assert level == "ok" and f"torch {importlib.metadata.version('torch')}" in text
     real = importlib.metadata.version
@@ -229,9 +229,9 @@ def test_other_versions_and_absent_packages(monkeypatch: Patch) -> None:
     assert level == "warn" and "regex 1.0 (tested: regex==" in text
 
 
-def test_space_and_rights(examine: Examine, monkeypatch: Patch, tmp_path: Path) -> None:
+def test_too_little_space_and_unwritable_folders_fail(examine: Examine, monkeypatch: Patch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
-    batches = 2 * 2 * 4 * 3 * 32 * 32  # two of training and two of validation
+    batches = 2 * 2 * 4 * 3 * 32 * 32  # two training and two validation batches
     fits: dict[Path | None, int] = {tmp_path: 10**9, doctor.SHARED_MEMORY: batches}
     short: Path | None
     for short, free in ((None, 0), (tmp_path, 10**4), (doctor.SHARED_MEMORY, batches - 1)):

@@ -1,4 +1,4 @@
-"""Exit statuses and last words of run.py: user's errors, ours, the machine's, Ctrl-C and SIGTERM."""
+"""Exit statuses and final messages of run.py: user errors, internal and machine errors, Ctrl-C and SIGTERM."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """What run.py and Lightning set is put back: Lightning leaves Ctrl-C ignored."""
+    """Restores the signal handlers that run.py and Lightning set; Lightning would leave Ctrl-C ignored."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -39,19 +39,19 @@ def small_run(workspace: Workspace, log_dir: Path, *options: str) -> list[str]:
 
 
 def folder_in(log_dir: Path) -> Path:
-    """Of `small_run`."""
+    """The run folder of `small_run`."""
     return log_dir / "x_seed0" / "version_0"
 
 
 def ends_with(status: int, command: list[str], capsys: Captured) -> tuple[str, bool]:
-    """The last line on standard error, and whether there is a traceback before it."""
+    """The last line on standard error, and whether a traceback was printed."""
     assert command_line(command) == status
     said = capsys.readouterr().err
     return said.splitlines()[-1], "Traceback (most recent call last):" in said
 
 
 def in_training_step(monkeypatch: Patch, act: Callable[[], object], at_step: int = 0) -> None:
-    """Runs `act` in the training step of that number."""
+    """Runs `act` in the training step of batch `at_step`."""
     step = FinetuneModule.training_step
 
     def acting(self: FinetuneModule, batch: Any, batch_idx: int) -> Any:
@@ -69,7 +69,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return act
 
 
-def test_a_fault_of_ours_is_a_traceback_a_line_and_a_file(workspace, tmp_path, monkeypatch, capsys):
+def test_an_internal_error_gives_a_traceback_a_line_and_a_file(workspace, tmp_path, monkeypatch, capsys):
     in_training_step(monkeypatch, raising(KeyError("lost")))
     last, traced = ends_with(1, small_run(workspace, tmp_path), capsys)
     kept = folder_in(tmp_path) / "error.txt"
@@ -78,15 +78,17 @@ def test_a_fault_of_ours_is_a_traceback_a_line_and_a_file(workspace, tmp_path, m
     assert text.startswith("Traceback (most recent call last):") and text.endswith("KeyError: 'lost'\n")
 
 
-def test_a_fault_of_ours_before_the_run_has_a_folder(workspace, tmp_path, monkeypatch, capsys):
-    """Nor does the folder of an earlier run in this process get its traceback."""
+def test_an_internal_error_before_the_run_folder_exists_leaves_no_file(workspace, tmp_path, monkeypatch, capsys):
+    """Nor is its traceback written to the folder of an earlier run in this process."""
     monkeypatch.setattr(families, "load_backbone", lambda *_, **__: 1 / 0)
     last, traced = ends_with(1, small_run(workspace, tmp_path), capsys)
     assert last.startswith("internal error: ZeroDivisionError: division by zero") and traced
     assert "error.txt" not in last and list(tmp_path.iterdir()) == []
 
 
-def test_a_fault_of_ours_in_a_conversion(tmp_path: Path, monkeypatch: Patch, capsys: Captured) -> None:
+def test_an_internal_error_in_a_conversion_gives_a_traceback_and_a_line(
+    tmp_path: Path, monkeypatch: Patch, capsys: Captured
+) -> None:
     monkeypatch.setattr(make_arrow, "convert", raising(LookupError("lost")))
     raw = ROOT / "tests" / "data" / "golden" / "raw" / "mmimdb"
     assert make_arrow.main(["--dataset", "mmimdb", "--root", str(raw), "--target", str(tmp_path)]) == 1
@@ -95,7 +97,7 @@ def test_a_fault_of_ours_in_a_conversion(tmp_path: Path, monkeypatch: Patch, cap
     assert said.splitlines()[-1].startswith("internal error: LookupError: lost")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_its_traceback_is_kept(workspace, tmp_path, capsys):
+def test_a_non_finite_loss_ends_the_run_and_its_traceback_is_saved(workspace, tmp_path, capsys):
     last, traced = ends_with(2, small_run(workspace, tmp_path, "learning_rate=1e30"), capsys)
     kept = folder_in(tmp_path) / "error.txt"
     assert last.startswith("error: the loss became nan at step ") and str(kept) in last and not traced
@@ -108,7 +110,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_traceback_is_kept(worksp
 @pytest.mark.parametrize(
     "options", [[], ["with", "no.such"], ["with", "run.py"], ["with", "clip"], ["with", "seed=0", "-l", "x"]]
 )
-def test_a_command_line_that_sacred_cannot_read_is_one_line(options, monkeypatch, capsys):
+def test_a_command_line_that_sacred_cannot_parse_gives_one_line(options, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert command_line(["run.py", *options]) == 2
     said = capsys.readouterr().err.splitlines()
@@ -123,7 +125,7 @@ def test_help_is_no_error(asked: str, capsys: Captured) -> None:
 
 
 def test_configuration_files_cannot_run_code(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
-    """Sacred reads pickles, and JSON with jsonpickle, which makes any object that a file asks for."""
+    """Sacred reads pickles, and JSON with jsonpickle, which creates any object a file names."""
     made = tmp_path / "made"
     write_json(
         tmp_path / "bad.json", {"exp_name": {"py/reduce": [{"py/function": "os.mkdir"}, {"py/tuple": [str(made)]}]}}
@@ -145,14 +147,14 @@ def test_configuration_files_cannot_run_code(workspace: Workspace, tmp_path: Pat
         ('{"seed"', "expected a JSON file of options"),
     ],
 )
-def test_the_options_of_a_configuration_file_are_checked(workspace, tmp_path, content, said, capsys):
+def test_options_from_a_configuration_file_are_checked(workspace, tmp_path, content, said, capsys):
     (tmp_path / "options.json").write_text(content)
     named = [option for option in small_run(workspace, tmp_path) if "memory_length" not in option]
     assert said in ends_with(2, [*named, str(tmp_path / "options.json")], capsys)[0]
 
 
-def test_options_of_a_file_count_as_given(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
-    """A method that contradicts the checkpoint's is refused."""
+def test_options_from_a_file_count_as_given(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
+    """A method from a file that contradicts the checkpoint's is refused."""
     assert command_line(small_run(workspace, tmp_path, "max_steps=1")) == 0
     (tmp_path / "options.json").write_text('{"prompt_type": "coop"}')
     command = workspace.command("test_only=True", f"load_path={folder_in(tmp_path) / 'best.ckpt'}")
@@ -160,8 +162,10 @@ def test_options_of_a_file_count_as_given(workspace: Workspace, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("room", "at"), [(100_000, "best.ckpt"), (50, "config.json")])
-def test_a_full_disk(workspace: Workspace, tmp_path: Path, room: int, at: str, capsys: Captured) -> None:
-    """With room for 50 bytes not even the traceback can be kept."""
+def test_a_full_disk_gives_one_line_with_the_file_and_free_space(
+    workspace: Workspace, tmp_path: Path, room: int, at: str, capsys: Captured
+) -> None:
+    """With room for only 50 bytes, not even the traceback can be saved."""
     with files_up_to(room):
         last, traced = ends_with(2, small_run(workspace, tmp_path), capsys)
     folder = folder_in(tmp_path)
@@ -171,7 +175,7 @@ def test_a_full_disk(workspace: Workspace, tmp_path: Path, room: int, at: str, c
     assert not [path for path in folder.iterdir() if "ckpt" in path.name or room == 50]
 
 
-def test_a_log_dir_that_cannot_be_written(workspace, tmp_path, monkeypatch, capsys):
+def test_an_unwritable_log_dir_gives_one_line(workspace, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     assert ends_with(2, small_run(workspace, tmp_path / "file"), capsys)[0].startswith("error: log_dir: ")
     path = folder_in(tmp_path) / "config.json"
@@ -180,14 +184,16 @@ def test_a_log_dir_that_cannot_be_written(workspace, tmp_path, monkeypatch, caps
     assert last.startswith(f"error: {path}: Permission denied")
 
 
-def test_a_gpu_that_is_full(workspace: Workspace, tmp_path: Path, monkeypatch: Patch, capsys: Captured) -> None:
+def test_running_out_of_gpu_memory_suggests_a_smaller_batch(
+    workspace: Workspace, tmp_path: Path, monkeypatch: Patch, capsys: Captured
+) -> None:
     in_training_step(monkeypatch, raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")))
     last, _ = ends_with(2, small_run(workspace, tmp_path), capsys)
     assert last.startswith("error: CUDA out of memory. Tried to allocate 2 GiB. ") and "per_gpu_batchsize" in last
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EMFILE])
-def test_what_the_machine_refuses_is_the_users(number: int) -> None:
+def test_refusals_by_the_machine_are_user_errors(number: int) -> None:
     room = r"; [\d,]+ bytes free" if number in NO_SPACE else ""
     for error in (OSError(number, os.strerror(number), "some/file"), OSError(number, os.strerror(number))):
         found = machine_error(error, Path("some/file"))
@@ -199,7 +205,7 @@ def test_what_the_machine_refuses_is_the_users(number: int) -> None:
 @pytest.mark.parametrize(
     "error", [FileNotFoundError(errno.ENOENT, "gone"), OSError("no number"), IsADirectoryError(21, "x")]
 )
-def test_other_errors_of_the_system_are_ours(error: OSError) -> None:
+def test_other_os_errors_are_internal(error: OSError) -> None:
     assert machine_error(error) is None
 
 
@@ -207,13 +213,17 @@ def test_other_errors_of_the_system_are_ours(error: OSError) -> None:
     ("number", "step", "status", "word"),
     [(signal.SIGINT, 7, 130, "interrupted"), (signal.SIGTERM, 0, 143, "terminated")],
 )
-def test_a_signal_in_a_loop_of_lightning(workspace, tmp_path, monkeypatch, capsys, number, step, status, word):
+def test_a_signal_during_training_names_the_checkpoint_to_resume_from(
+    workspace, tmp_path, monkeypatch, capsys, number, step, status, word
+):
     in_training_step(monkeypatch, lambda: os.kill(os.getpid(), number), at_step=step)
     last, _ = ends_with(status, small_run(workspace, tmp_path, "val_check_interval=4"), capsys)
     assert last.startswith(word) and last.endswith(f"resume_from={folder_in(tmp_path) / 'last.ckpt'}")
     assert not (folder_in(tmp_path) / "error.txt").exists()
 
 
-def test_ctrl_c_before_the_loops(workspace: Workspace, tmp_path: Path, monkeypatch: Patch, capsys: Captured) -> None:
+def test_ctrl_c_before_training_gives_one_word(
+    workspace: Workspace, tmp_path: Path, monkeypatch: Patch, capsys: Captured
+) -> None:
     monkeypatch.setattr(families, "load_backbone", raising(KeyboardInterrupt()))
     assert ends_with(130, small_run(workspace, tmp_path), capsys)[0] == "interrupted"

@@ -1,4 +1,4 @@
-"""Several trained models: one as the teacher of another, and their logits averaged."""
+"""Several trained models: teacher and student, and averaged logits."""
 
 import json
 import math
@@ -31,7 +31,7 @@ from vilt.datasets.kinds import kinds_of
 
 @pytest.fixture(scope="module")
 def members(workspace: Workspace) -> list[Path]:
-    """Two checkpoints, of a head alone and of one with prompts."""
+    """Two checkpoints: a head alone, and one with prompts."""
     return [
         workspace.train(f"member_{method}", f"prompt_type={method}", "test_after_fit=False") / "best.ckpt"
         for method in ("none", "coop")
@@ -42,8 +42,8 @@ def listed(members: list[Path]) -> str:
     return f"load_path=[{','.join(map(str, members))}]"
 
 
-@pytest.mark.parametrize("teacher", [0, 1])  # on what the towers have kept, and through the towers
-def test_a_teacher_sees_what_the_missing_table_leaves(workspace, tmp_path, members, teacher, monkeypatch, capsys):
+@pytest.mark.parametrize("teacher", [0, 1])  # with cached features, and through the towers
+def test_a_teacher_sees_everything_the_missing_table_leaves(workspace, tmp_path, members, teacher, monkeypatch, capsys):
     seen: list[tuple[Any, Tensor, Tensor, Tensor]] = []
     step = FinetuneModule._step
 
@@ -57,7 +57,7 @@ def test_a_teacher_sees_what_the_missing_table_leaves(workspace, tmp_path, membe
         return loss, logits, own
 
     monkeypatch.setattr(FinetuneModule, "_step", looking)
-    monkeypatch.setattr(LinearHead, "logit_scale", DecoupledPrototypes.logit_scale)  # as if logits were cosines
+    monkeypatch.setattr(LinearHead, "logit_scale", DecoupledPrototypes.logit_scale)  # treat logits as cosines
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "prompt_type=none", "test_after_fit=False")
     student = workspace.command(*options, f"teacher={members[teacher]}", "simulate_missing=True", "exp_name=student")
     assert command_line(student) == 0
@@ -82,7 +82,7 @@ def test_a_teacher_sees_what_the_missing_table_leaves(workspace, tmp_path, membe
     torch.testing.assert_close(seen[-1][1], soft, rtol=1e-3, atol=1e-4)
 
 
-def test_a_teacher_with_neighbours_knows_the_training_split(workspace, tmp_path, capsys):
+def test_a_teacher_with_neighbours_needs_its_own_training_split(workspace, tmp_path, capsys):
     options = ("prompt_type=none", "test_after_fit=False")
     best = workspace.train("of_neighbours", *options, "neighbours=2", log_dir=tmp_path) / "best.ckpt"
     stored = torch.load(best, weights_only=True)
@@ -94,14 +94,14 @@ def test_a_teacher_with_neighbours_knows_the_training_split(workspace, tmp_path,
     assert f"teacher={best}: expected one trained on {workspace.arrow}" in capsys.readouterr().err
 
 
-def test_logits_are_averaged_by_test_robustness_and_predict(workspace, tmp_path, members, capsys):
+def test_testing_robustness_and_predict_average_logits(workspace, tmp_path, members, capsys):
     both, out = listed(members), f"log_dir={tmp_path}"
     command = [word for word in workspace.command(both, out) if not word.startswith(("memory_", "prompt_"))]
     assert command_line([*command, "test_only=True", "test_exp_name=together"]) == 0
     cells = ("bootstrap=0", "robustness_seeds=[0]", "robustness_types=both", "robustness_ratios=[0,0.7]")
     assert command_line([command[0], "robustness", *command[1:], *cells]) == 0
     [trained] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained at")]
-    assert trained.count("70 % both") == 3, "of the mean, which has no run, what its members have in common"
+    assert trained.count("70 % both") == 3, "the mean has no run of its own and shows what its members share"
     stored = [read_arrow(one.parent / "robustness" / "logits.arrow") for one in members]
     of_type = torch.tensor([[table[name].to_pylist() for name in LOGIT_COLUMNS] for table in stored]).mean(0)
     labels = torch.tensor(stored[0]["label"].to_pylist())
@@ -128,7 +128,7 @@ def test_logits_are_averaged_by_test_robustness_and_predict(workspace, tmp_path,
             assert row["probabilities"][name] == pytest.approx(probability, abs=1e-4)
 
 
-def test_the_mean_of_cosines_and_logits_is_said(members: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_averaging_cosines_with_logits_gives_a_warning(members: list[Path], caplog: pytest.LogCaptureFixture) -> None:
     first = read_checkpoint(members[0])
     cosines = replace(first, spec=replace(first.spec, head="dpl"))
     with caplog.at_level("WARNING", "rep"):
@@ -146,14 +146,18 @@ def test_the_mean_of_cosines_and_logits_is_said(members: list[Path], caplog: pyt
         (("prompt_type=none", "test_only=True", "head=dpl"), ("head", "dpl")),
     ],
 )
-def test_several_are_refused_where_one_is_trained_or_an_option_contradicts(workspace, members, options, said, capsys):
+def test_several_checkpoints_are_refused_for_training_and_with_contradictory_options(
+    workspace, members, options, said, capsys
+):
     assert command_line(workspace.command(listed(members), *options)) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in said)
 
 
-def test_prompts_start_on_the_weights_of_a_head(workspace: Workspace, tmp_path: Path, members: list[Path]) -> None:
-    """Of a checkpoint without prompts; the prompts themselves start as ever."""
+def test_prompts_can_start_from_a_head_trained_without_prompts(
+    workspace: Workspace, tmp_path: Path, members: list[Path]
+) -> None:
+    """The head's weights are loaded; the prompts are initialised as usual."""
     options = ("finetune_first=True", "prompt_type=dcp", "learning_rate=1e-12", "max_epoch=1")
     folder = workspace.train("on", f"load_path={members[0]}", *options, log_dir=tmp_path)
     state = read_checkpoint(folder / "best.ckpt").state
@@ -186,7 +190,7 @@ def test_the_recipe_searches_rates_then_epochs(best_rate, tried, tmp_path, monke
     ]
 
 
-def test_the_recipe_is_trained_by_one_command(workspace, tmp_path, monkeypatch, capsys):
+def test_one_command_trains_the_recipe_and_reuses_its_results(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(best, "RATES", (0.001, 0.01, 0.02, 0.03))
     monkeypatch.setattr(best, "STEPS", {"head": {"prompt_type": "none"}, "+ whole texts": {"text_windows": 2}})
     words = [word for word in workspace.command("max_epoch=1", "val_check_interval=1.0")[3:] if "root" not in word]

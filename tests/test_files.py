@@ -1,4 +1,4 @@
-"""Files and folders are intact at every moment, whenever their writer is killed."""
+"""Files and folders stay intact whenever their writer is killed."""
 
 import errno
 import multiprocessing
@@ -37,7 +37,7 @@ def _folder(target: Path, number: int) -> None:
 
 
 def _number_in(target: Path) -> int:
-    """The number that `target` was written with, in each of its files."""
+    """The number in every byte of `target`'s files."""
     restore_folder(target)
     if target.is_dir():
         (number,) = {_number_in(target / name) for name in ("a", "b")}
@@ -49,7 +49,7 @@ def _number_in(target: Path) -> int:
 
 
 @pytest.mark.parametrize(("write", "name"), [(_bytes, "file"), (_folder, "folder")])
-def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path, write, name):
+def test_a_killed_writer_leaves_the_old_or_the_new_version_intact(tmp_path, write, name):
     target, draw, start = tmp_path / name, random.Random(0), time.monotonic()
     write(target, 0)
     seconds = time.monotonic() - start
@@ -66,10 +66,10 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path, write, name):
         writer.kill()
         writer.join()
         found.append(_number_in(target))
-    assert any(found)  # not all were killed before they wrote anything
+    assert any(found)  # at least one writer got to write before it was killed
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_writing_of_the_same_a_day_later(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_after_a_day_by_the_next_write(tmp_path: Path) -> None:
     target = tmp_path / "a[b.csv"
     old, new, others = (tmp_path / f".{name}.part" for name in ("a[b.csv.0123abcd", "a[b.csv.123abcde", "c.0123abcd"))
     for part in (old, new, others):
@@ -79,8 +79,8 @@ def test_what_a_killed_writer_left_goes_with_the_next_writing_of_the_same_a_day_
     assert set(tmp_path.iterdir()) == {target, new, others}
 
 
-def test_an_old_folder_without_a_successor_is_put_back(tmp_path: Path, monkeypatch: Patch) -> None:
-    """The writer is killed, or interrupted, between its two renames."""
+def test_an_old_folder_without_a_replacement_is_restored(tmp_path: Path, monkeypatch: Patch) -> None:
+    """As when the writer is killed or interrupted between its two renames."""
     target, part = tmp_path / "folder", tmp_path / ".folder.0123abcd.part"
     for restore in (restore_folder, lambda target: new_folder(target).__enter__()):
         (part / OLD).mkdir(parents=True)
@@ -104,7 +104,7 @@ def test_an_old_folder_without_a_successor_is_put_back(tmp_path: Path, monkeypat
     assert [path.name for path in target.iterdir()] == ["old"]
 
 
-def test_errors_name_the_target_and_leave_nothing(tmp_path: Path) -> None:
+def test_errors_name_the_target_and_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(OSError) as raised, atomic_path(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert raised.value.filename == str(tmp_path / "file")
@@ -117,8 +117,8 @@ def test_errors_name_the_target_and_leave_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_arrow_files_of_two_conversions_are_refused(tmp_path: Path, monkeypatch: Patch) -> None:
-    """make_arrow.py is killed between two of the renames."""
+def test_arrow_files_from_two_conversions_are_refused(tmp_path: Path, monkeypatch: Patch) -> None:
+    """As when make_arrow.py is killed between renaming two of its files."""
     import make_arrow
     from demo.data import write_task
 

@@ -44,7 +44,7 @@ RAW/
 or
 RAW/
   TABLE.csv           columns id, split, label and text; or .tsv, or .jsonl
-  text/ID.npy         features of each segment, (steps, width); audio/ID.npy and vision/ID.npy likewise
+  text/ID.npy         features of each segment, (steps, width); also audio/ID.npy and vision/ID.npy
 """
 
 

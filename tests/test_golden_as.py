@@ -1,4 +1,4 @@
-"""Backbones, losses and preprocessing give the published implementation's numbers; REP the definition's.
+"""Backbones, losses and preprocessing reproduce the published implementation's numbers, REP those of its definition.
 
 Runs over every `.npz` in GOLDEN_AS_DIR (default: tests/data/golden_as).
 """
@@ -37,7 +37,7 @@ def close(found: Tensor, expected: Tensor, what: object = "", tolerance: float =
 
 
 def gradients_agree(golden: Golden, modules: dict[str, nn.Module]) -> None:
-    """Exactly the published parameters have one."""
+    """Exactly the published parameters have gradients, and these match."""
     found = {
         prefix + name: parameter.grad
         for prefix, module in modules.items()
@@ -46,15 +46,16 @@ def gradients_agree(golden: Golden, modules: dict[str, nn.Module]) -> None:
     }
     norms = golden.meta["grad_norm"]
     assert set(found) == set(norms)
-    assert_gradients(found, golden.meta, floor=1e-6 * max(norms.values()))  # of biases before a BatchNorm
+    # Gradients of biases before a BatchNorm are nothing but rounding.
+    assert_gradients(found, golden.meta, floor=1e-6 * max(norms.values()))
 
 
-def test_files_are_there() -> None:
+def test_golden_files_of_every_kind_exist() -> None:
     assert FEATURES and PRETRAIN and LOSSES and golden_as.files("rep") and golden_as.files("preprocessing")
 
 
 @pytest.mark.parametrize("path", FEATURES, ids=lambda path: path.stem)
-def test_backbone(path: Path, monkeypatch: Patch) -> None:
+def test_backbones_reproduce_the_published_numbers(path: Path, monkeypatch: Patch) -> None:
     golden = golden_as.load(path)
     meta, names = golden.meta, golden.names
     backbone = golden_as.backbone_of(golden)
@@ -121,7 +122,7 @@ def tap_swt(tower: SwtTower, name: str, taps: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("path", golden_as.files("swt"), ids=lambda path: path.stem)
-def test_grids_shifts_and_masks(path: Path) -> None:
+def test_grids_shifts_and_masks_match_the_published_ones(path: Path) -> None:
     golden = golden_as.load(path)
     for name, tower in build(golden.sizes).towers.items():
         stages: Any = tower.get_submodule("stages")
@@ -136,7 +137,7 @@ def test_grids_shifts_and_masks(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
-def test_pretraining_step(path: Path) -> None:
+def test_a_pretraining_step_reproduces_the_published_numbers(path: Path) -> None:
     golden = golden_as.load(path)
     meta = golden.meta
     backbone = golden_as.backbone_of(golden)
@@ -160,7 +161,7 @@ def test_pretraining_step(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", LOSSES, ids=lambda path: path.stem)
-def test_losses(path: Path) -> None:
+def test_losses_reproduce_the_published_numbers(path: Path) -> None:
     golden = golden_as.load(path)
     meta = golden.meta
     shape = (meta["subsequences"], meta["seq_len"], meta["width"])
@@ -184,7 +185,7 @@ def test_losses(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", golden_as.files("preprocessing"), ids=lambda path: path.stem)
-def test_preprocessing(path: Path) -> None:
+def test_preprocessing_reproduces_the_published_numbers(path: Path) -> None:
     golden = golden_as.load(path)
     tag, arrays = golden.meta["tag"], golden.arrays
 
@@ -215,7 +216,7 @@ def test_preprocessing(path: Path) -> None:
     assert write_mod.at_half_rate(recording, 0, 321) == pytest.approx(arrays["resampled"], abs=1e-9)
 
 
-def test_the_rate_is_the_published_one_an_epoch_earlier() -> None:
+def test_the_learning_rate_is_one_epoch_ahead_of_the_published_one() -> None:
     expected = golden_as.load(golden_as.HERE / "preprocessing.npz").arrays["lr_finetune"]
     settings = OptimizerSettings("adamw", 1e-3, 1, 0, 0, 1e-6, "cosine")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1e-3)
@@ -238,7 +239,7 @@ DEEPSENSE_SIZES = ("width", "inner_layers", "recurrent_width", "projection_width
          (64, 2, 64, 128, 0.5), {"Acc": [5, 1, 5]}, 5e-4),
     ],
 )  # fmt: skip
-def test_sizes_are_the_published_ones(task, swt, windows, deepsense, kernels, rate):
+def test_default_sizes_are_the_published_ones(task, swt, windows, deepsense, kernels, rate):
     spec = DATASETS[task]
     sizes = sizes_for(spec, {}, {})
     assert tuple(getattr(sizes, name) for name in SWT_SIZES) == swt
@@ -252,7 +253,7 @@ def test_sizes_are_the_published_ones(task, swt, windows, deepsense, kernels, ra
 
 
 @pytest.mark.parametrize(("network", "file"), [("swt", "swt_mod"), ("deepsense", "deepsense_mod")])
-def test_names_are_those_of_published_checkpoints(network: str, file: str) -> None:
+def test_names_and_shapes_match_published_checkpoints(network: str, file: str) -> None:
     golden = golden_as.load(golden_as.HERE / f"{file}.npz")
     backbone = build(golden.sizes)
     keys = json_of(golden_as.HERE / f"checkpoint_keys_{file}.json")

@@ -1,8 +1,8 @@
-"""Rivals against numbers that their published code gave once, for made-up weights and inputs, without dropout.
+"""Rivals compared with numbers from their published code, for made-up weights and inputs, without dropout.
 
-The files lie in `tests/data/golden/rivals`, or in the folder that GOLDEN_RIVALS_DIR names; weights come from
-`weights.py` of the default golden folder. Each file is compared in its outputs, its losses, the exact set of trained
-parameters, and the gradient of each.
+The files are in `tests/data/golden/rivals`, or in the folder named by GOLDEN_RIVALS_DIR; weights come from `weights.py`
+in the default golden folder. For each file we compare outputs, losses, the exact set of trained parameters, and the
+gradient of each of them.
 """
 
 import os
@@ -38,7 +38,7 @@ Change = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
 class Case:
-    """One file, and the model that it describes, as far as all rivals have it in common."""
+    """One golden file, and the part of its model that all rivals share."""
 
     def __init__(self, path: Path) -> None:
         arrays, meta = golden.read(path)
@@ -52,11 +52,11 @@ class Case:
         assert torch.equal(self.tokens, self.arrays["tokens"]) and torch.equal(self.labels, self.arrays["label"])
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Of the file's model, by its published name."""
+        """A parameter of the file's model, by its published name."""
         return torch.from_numpy(np.asarray(WEIGHTS.parameter(self.meta.tag, name, shape)))
 
     def build(self, options: MethodOptions, head: str) -> MissingModalityClassifier:
-        """A classifier on the file's frozen towers, with DCP's learner if that is its method; the rest is random."""
+        """A classifier with the file's frozen towers and, for DCP, the file's learner; the rest is random."""
         meta = self.meta
         arch = golden.architecture(meta.vision_layers, meta.text_layers, meta.resolution)
         classifier = build_classifier(ModelSpec(self.task.name, options, arch, head)).eval()
@@ -71,7 +71,7 @@ class Case:
         assert golden.relative_error(found, self.arrays[name]) < FORWARD_TOLERANCE, name
 
     def check_gradients(self, classifier: MissingModalityClassifier, published: Callable[[str], str]) -> None:
-        """Trained is what the file says, each with the gradient that the file has."""
+        """The trained parameters and their gradients are those of the file."""
         trained = {published(name): p for name, p in classifier.named_parameters() if p.requires_grad}
         assert trained.keys() == {*self.meta.grad_norm, *self.meta.trainable_without_grad}
         for name in self.meta.trainable_without_grad:
@@ -223,9 +223,9 @@ CHECKS: dict[str, Callable[[Case], None]] = {"dpl": check_dpl, "mora": check_mor
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_rival_gives_the_published_numbers(path: Path) -> None:
+def test_a_rival_reproduces_the_published_numbers(path: Path) -> None:
     CHECKS[path.name.partition("_")[0]](Case(path))
 
 
-def test_golden_files_are_there() -> None:
+def test_golden_files_of_every_rival_exist() -> None:
     assert {path.name.partition("_")[0] for path in FILES} >= CHECKS.keys(), f"files of rivals in {FOLDER}"

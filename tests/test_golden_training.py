@@ -1,8 +1,8 @@
-"""Whole trainings give the published implementation's losses, rates and parameters.
+"""Whole trainings reproduce the published implementation's losses, learning rates and parameters.
 
 Runs over every `.npz` with a `meta` in GOLDEN_TRAINING_DIR (default: tests/data/golden/training), in float64 and
-without dropout, through the program's own module, optimiser and schedule, and Lightning's loop. Start values and inputs
-follow from a tag, as `tests/golden.py` says.
+without dropout, through the program's own module, optimiser and schedule, and Lightning's loop. Initial values and
+inputs are generated from a tag, see `tests/golden.py`.
 """
 
 import json
@@ -40,11 +40,11 @@ def meta_of(path: Path) -> dict[str, Any] | None:
 
 
 class Samples:
-    """The batches of each epoch in the order of the published run."""
+    """Loader of each epoch's batches, in the order of the published run."""
 
     def __init__(self, meta: dict[str, Any], order: np.ndarray) -> None:
         self.meta, self.order = meta, order
-        self.sampler = self  # where Lightning says which epoch it is
+        self.sampler = self  # Lightning calls the sampler's set_epoch
         self.set_epoch(0)
         weights = golden.load_module(golden.GOLDEN_DIR / "weights.py")
         task = TASKS[meta["task"]]
@@ -59,22 +59,22 @@ class Samples:
 
     def __iter__(self) -> Iterator[Batch]:
         order, size = torch.from_numpy(self.order[self.epoch]), self.meta["per_gpu_batchsize"]
-        return (self.batch(numbers) for numbers in order.split(size))
+        return (self.batch(indices) for indices in order.split(size))
 
-    def batch(self, numbers: torch.Tensor) -> Batch:
-        kinds = torch.tensor(self.meta["missing_type"])[numbers]
+    def batch(self, indices: torch.Tensor) -> Batch:
+        kinds = torch.tensor(self.meta["missing_type"])[indices]
         image_rows, text_rows = (kinds != 2).nonzero().flatten(), (kinds != 1).nonzero().flatten()
-        tokens_bL = self.tokens[numbers][text_rows]
+        tokens_bL = self.tokens[indices][text_rows]
         return Batch(
-            inputs={"image": self.images[numbers][image_rows].double(), "text": tokens_bL},  # normalised
+            inputs={"image": self.images[indices][image_rows].double(), "text": tokens_bL},  # normalised
             rows={"image": image_rows, "text": text_rows},
             present_BM=torch.stack([kinds != 2, kinds != 1], dim=1),
             types=tuple(sorted(set(kinds.tolist()))),
             lengths={"text": int(tokens_bL.argmax(-1).max()) + 1} if len(text_rows) else {},
             length_b={},
             source_of_B={},
-            label=self.labels[numbers],
-            index_B=numbers,
+            label=self.labels[indices],
+            index_B=indices,
         )
 
 
@@ -91,7 +91,7 @@ class Record(pl.Callback):
 
 
 @pytest.mark.parametrize("path", [path for path in sorted(DIR.glob("*.npz")) if meta_of(path)], ids=lambda p: p.stem)
-def test_a_training_equals_the_published_one(path: Path, monkeypatch: Patch) -> None:
+def test_a_training_reproduces_the_published_one(path: Path, monkeypatch: Patch) -> None:
     meta = meta_of(path)
     assert meta is not None
     with np.load(path) as file:
@@ -114,7 +114,7 @@ def test_a_training_equals_the_published_one(path: Path, monkeypatch: Patch) -> 
     module = FinetuneModule(classifier, ModelSpec(task.name, options, VIT_B16), settings=settings)
     record = Record()
     given: dict[str, Any] = {"max_epochs": meta["epochs"], "accumulate_grad_batches": meta["accumulation"]}
-    given["val_check_interval"] = 2 * meta["accumulation"]  # what a validation does must not show
+    given["val_check_interval"] = 2 * meta["accumulation"]  # validating must not change the training
     given |= {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
     given |= {"accelerator": "cpu", "precision": "64-true", "num_sanity_val_steps": 0, "logger": False}
     trainer = pl.Trainer(callbacks=[record], **given)
@@ -122,12 +122,12 @@ def test_a_training_equals_the_published_one(path: Path, monkeypatch: Patch) -> 
     trainer.fit(module, samples, DataLoader([samples.batch(torch.arange(2))], batch_size=None))  # type: ignore[arg-type]
 
     assert record.losses == pytest.approx(losses.tolist(), rel=1e-9)
-    assert [of_groups[0] for of_groups in record.rates] == pytest.approx(rates.tolist(), rel=1e-9)
-    assert all(set(of_groups) == {of_groups[0]} for of_groups in record.rates)  # lr_mult is 1
+    assert [group_rates[0] for group_rates in record.rates] == pytest.approx(rates.tolist(), rel=1e-9)
+    assert all(set(group_rates) == {group_rates[0]} for group_rates in record.rates)  # lr_mult is 1
 
     named = {published_name(name): parameter for name, parameter in classifier.named_parameters()}
     names = {id(parameter): name for name, parameter in named.items()}
-    never_moves = {name for name, moved in meta["moved"].items() if moved == 0}  # not trained here
+    never_moves = {name for name, moved in meta["moved"].items() if moved == 0}  # we do not train these
     groups = trainer.optimizers[0].param_groups
     found = [(group["weight_decay"], sorted(names[id(p)] for p in group["params"])) for group in groups]
     expected = [(group["weight_decay"], sorted(set(group["parameters"]) - never_moves)) for group in meta["groups"]]
@@ -142,7 +142,7 @@ def test_a_training_equals_the_published_one(path: Path, monkeypatch: Patch) -> 
             assert moved == pytest.approx(meta["moved"][name], rel=1e-8), name
 
 
-def test_the_queries_that_published_runs_draw() -> None:
+def test_published_queries_are_redrawn_from_the_seed() -> None:
     queries, other = (published_queries(VIT_B16, 12, seed) for seed in (0, 1))
     with np.load(DIR / "queries_seed0_vitb16.npz") as file:
         published = {published_name(f"model.memory_learner.dynamic.{name}"): query for name, query in queries.items()}

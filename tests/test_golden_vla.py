@@ -1,7 +1,7 @@
-"""Backbone and methods for text, audio and vision give the published implementation's numbers.
+"""Backbone and methods for text, audio and vision reproduce the published implementation's numbers.
 
 Runs over every `mult_*.npz`, `mplmm_*.npz` and `rep_*.npz` in GOLDEN_VLA_DIR (default: tests/data/golden_vla, which
-also has the script that makes weights and inputs, the names of checkpoints, steps and metrics).
+also has the script that generates weights and inputs, the names in checkpoints, training steps and metrics).
 """
 
 import json
@@ -38,7 +38,7 @@ SCRIPT: Any = load_module(DEFAULT_DIR / "inputs.py")
 
 @dataclass
 class Golden:
-    """A golden file, with the model and the batch that it is of."""
+    """A golden file with its model and batch."""
 
     arrays: dict[str, np.ndarray]
     meta: dict[str, Any]
@@ -47,7 +47,7 @@ class Golden:
     labels: Tensor
 
     def batch(self, mode: int | None = None) -> ModelInput:
-        """With the modes of the file, or all samples in one."""
+        """The batch with the file's modes, or with all samples in one mode."""
         modes = self.meta["modes"] if mode is None else [mode] * len(self.meta["modes"])
         return vla_batch(self.features, [TYPE_OF_MODE[one] for one in modes])
 
@@ -74,28 +74,28 @@ def opened(path: Path, mask_readout: bool = False) -> Golden:
     options = MethodOptions(method, mask_readout=mask_readout, **own)
     classifier = vla_classifier(arch, options, meta["output_dim"]).eval()
     set_values(classifier, meta["tag"])
-    of_inputs = ("tag", "modes", "seq_lens", "dims", "output_dim", "label_range")
-    inputs, labels = SCRIPT.inputs(*(meta[name] for name in of_inputs))
+    input_settings = ("tag", "modes", "seq_lens", "dims", "output_dim", "label_range")
+    inputs, labels = SCRIPT.inputs(*(meta[name] for name in input_settings))
     features = {name: torch.from_numpy(inputs[letter]) for name, letter in LETTERS.items()}
     return Golden(arrays, meta, classifier, features, torch.from_numpy(labels))
 
 
 def arrays_of(golden: Golden, monkeypatch: Patch) -> dict[str, Tensor]:
-    """What the model has for each array of the file."""
+    """The model's value of each array in the file."""
     classifier, batch = golden.classifier, golden.batch()
     model, method = classifier.model, classifier.method
     assert isinstance(model, VlaBackbone)
     entered = method.adapt(batch, model.embed(batch))
     seen: dict[str, Tensor] = {}
 
-    def and_see(encoder: Encoder, *arguments: Any) -> Tensor:
+    def cross_and_record(encoder: Encoder, *arguments: Any) -> Tensor:
         read = original(encoder, *arguments)
         seen[names[encoder]] = read[:, -1]
         return read
 
     original = backbone.cross
     names: Any = {module: name for name, module in model.named_children() if "_with_" in name}
-    monkeypatch.setattr(backbone, "cross", and_see)
+    monkeypatch.setattr(backbone, "cross", cross_and_record)
     features, slots = classifier.features(batch)
     fused = model.fuse(features, batch.present_BM)
     found = {
@@ -107,12 +107,12 @@ def arrays_of(golden: Golden, monkeypatch: Patch) -> dict[str, Tensor]:
     for name, letter in LETTERS.items():
         x = entered[name]
         found[f"entered_{letter}"] = batch.to_all_samples(name, x) if len(x) < len(batch.present_BM) else x
-        of_tower = slots[name]
-        if of_tower.appended_BmD is not None:
-            found[f"type_prompt_{letter}"] = of_tower.appended_BmD
-        if of_tower.dynamic_BmD is not None:
-            found[f"dynamic_{letter}"], found[f"shared_{letter}"] = of_tower.dynamic_BmD, of_tower.inserted_BmD[0]
-        found |= {f"private_{letter}_{k}": x for k, x in enumerate(of_tower.replaced_BmD)}
+        tower_slots = slots[name]
+        if tower_slots.appended_BmD is not None:
+            found[f"type_prompt_{letter}"] = tower_slots.appended_BmD
+        if tower_slots.dynamic_BmD is not None:
+            found[f"dynamic_{letter}"], found[f"shared_{letter}"] = tower_slots.dynamic_BmD, tower_slots.inserted_BmD[0]
+        found |= {f"private_{letter}_{k}": x for k, x in enumerate(tower_slots.replaced_BmD)}
     return found
 
 
@@ -121,7 +121,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return opened(request.param)
 
 
-def test_arrays_and_logits_are_those_of_the_file(golden: Golden, monkeypatch: Patch) -> None:
+def test_arrays_and_logits_match_the_published_ones(golden: Golden, monkeypatch: Patch) -> None:
     ours = arrays_of(golden, monkeypatch)
     unknown = {"label", "zero_prompts_last_hidden", "logits_masked_readout", "last_hidden_masked"}
     compared = golden.arrays.keys() - unknown
@@ -131,7 +131,7 @@ def test_arrays_and_logits_are_those_of_the_file(golden: Golden, monkeypatch: Pa
     assert golden.loss(ours["logits"]).item() == pytest.approx(golden.meta["loss"], rel=FORWARD)
 
 
-def test_gradients_are_those_of_the_file_and_trained_is_what_it_says(golden: Golden) -> None:
+def test_the_published_parameters_are_trained_with_matching_gradients(golden: Golden) -> None:
     classifier, meta = golden.classifier, golden.meta
     golden.loss(classifier(golden.batch())).backward()
     parameters = {published_name(name): p for name, p in classifier.named_parameters()}
@@ -144,7 +144,7 @@ def test_gradients_are_those_of_the_file_and_trained_is_what_it_says(golden: Gol
     assert_gradients({name: p.grad for name, p in trained.items()}, meta)
 
 
-def test_each_mode_alone_gives_the_numbers_of_the_file(golden: Golden) -> None:
+def test_each_mode_alone_reproduces_the_published_numbers(golden: Golden) -> None:
     logits_of = golden.meta.get("logits_by_mode") or {
         mode: values["logits"] for mode, values in golden.meta.get("by_mode", {}).items()
     }
@@ -171,10 +171,10 @@ def test_the_readout_of_missing_modalities_can_be_masked(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith("mplmm")], ids=lambda path: path.stem)
-def test_prompts_of_zero_give_the_numbers_of_the_file(path: Path) -> None:
+def test_zero_prompts_reproduce_the_published_numbers(path: Path) -> None:
     golden = opened(path)
     if "zero_prompts" not in golden.meta:
-        pytest.skip("not in this file")
+        pytest.skip("no zero prompts in this file")
     set_values(golden.classifier, golden.meta["tag"], zero_prompts=True)
     golden.loss(logits := golden.classifier(golden.batch())).backward()
     expected = golden.meta["zero_prompts"]
@@ -182,7 +182,7 @@ def test_prompts_of_zero_give_the_numbers_of_the_file(path: Path) -> None:
     for name, parameter in golden.classifier.named_parameters():
         if (norm := expected["grad_norm"].get(published_name(name))) is not None:
             found = 0.0 if parameter.grad is None else float(parameter.grad.norm())
-            # One input of a ReLU is within 1e-7 of 0 in mplmm_mosi: which side it is on moves a gradient by 0.3 %.
+            # In mplmm_mosi, one input of a ReLU is within 1e-7 of 0, and its sign changes a gradient by 0.3 %.
             assert found == pytest.approx(norm, rel=5 * GRADIENT, abs=1e-6), name
 
 
@@ -190,7 +190,7 @@ STEPS = json.loads(((GOLDEN_DIR if (GOLDEN_DIR / "steps.json").is_file() else DE
 
 
 @pytest.mark.parametrize("case", list(STEPS))
-def test_five_steps_of_training(case: str) -> None:
+def test_five_training_steps_reproduce_the_published_ones(case: str) -> None:
     zero_prompts = case.endswith("_zero_prompts")
     stem = case.removesuffix("_zero_prompts")
     folder = GOLDEN_DIR if (GOLDEN_DIR / f"{stem}.npz").is_file() else DEFAULT_DIR
@@ -216,7 +216,7 @@ def test_five_steps_of_training(case: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["mult", "mplmm", "mplmm_unaligned"])
-def test_names_and_shapes_are_those_of_published_checkpoints(model: str) -> None:
+def test_names_and_shapes_match_published_checkpoints(model: str) -> None:
     keys = json.loads((DEFAULT_DIR / "checkpoint_keys.json").read_text())
     unaligned = model == "mplmm_unaligned"
     expected = keys["mplmm"] | keys["mplmm_unaligned"] if unaligned else keys[model]
@@ -230,7 +230,7 @@ def test_names_and_shapes_are_those_of_published_checkpoints(model: str) -> None
 
 METRICS_FILE = (GOLDEN_DIR if (GOLDEN_DIR / "metrics.npz").is_file() else DEFAULT_DIR) / "metrics.npz"
 MMSA = {"MAE": "mae", "Corr": "corr", "F1_score": "f1", **{f"Mult_acc_{k}": f"acc{k}" for k in (7, 5, 3, 2)}}
-"""Names of MMSA's metrics that are ours."""
+"""Our names of MMSA's metrics."""
 
 
 def metric_cases() -> dict[str, Any]:
@@ -246,7 +246,7 @@ METRIC_CASES = metric_cases()
 
 
 @pytest.mark.parametrize("name", METRIC_CASES)
-def test_metrics_are_those_of_mmsa_and_the_right_ones(name: str) -> None:
+def test_metrics_match_mmsa_and_the_correct_values(name: str) -> None:
     case = METRIC_CASES[name]
     sims = case["kind"] == "sims"
     found = METRICS["sentiment_of_sims" if sims else "sentiment"](case["logits"], case["labels"])
@@ -255,9 +255,7 @@ def test_metrics_are_those_of_mmsa_and_the_right_ones(name: str) -> None:
             assert found[ours] == pytest.approx(value, abs=5.1e-5), theirs
     if case["mmsa"].get("Corr", 0) is None:
         assert math.isnan(found["corr"])
-    right = (
-        case["right"] if sims else {f"{m}_{k}": v for k, of_kind in case["right"].items() for m, v in of_kind.items()}
-    )
+    right = case["right"] if sims else {f"{m}_{k}": v for k, values in case["right"].items() for m, v in values.items()}
     for metric, value in right.items():
         assert found[metric] == pytest.approx(value, abs=1e-6), metric
     if not sims and not case["right"]["non0"]:

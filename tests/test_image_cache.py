@@ -1,4 +1,4 @@
-"""The cache of decoded images: equal to decoding, made once, made again when stale or damaged, whole or not there."""
+"""The cache of decoded images: equal to decoding, created once, rebuilt if stale or damaged, never partial."""
 
 import fcntl
 import hashlib
@@ -62,7 +62,7 @@ def expected_images(n_rows: int = ROWS) -> np.ndarray:
 
 
 def names(folder: Path) -> set[str]:
-    """What is in the folder, apart from the arrow file and its tokens."""
+    """Names of the folder's files, except the arrow file and its cached tokens."""
     return {path.name for path in folder.iterdir() if path.name != ARROW and "_tokens_" not in path.name}
 
 
@@ -72,7 +72,7 @@ def cache_in(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(memes, monkeypatch, workers):
+def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_stays_closed(memes, monkeypatch, workers):
     dataset = open_memes(memes)
     dataset.cache_images(workers)
     kept = np.load(cache_in(memes), allow_pickle=False)
@@ -83,22 +83,22 @@ def test_with_the_cache_nothing_is_decoded_and_the_arrow_file_is_not_opened(meme
         for reader in (dataset, worker):
             image = reader[0, row].inputs["image"]
             assert image.tolist() == expected.tolist()
-            image.zero_()  # its own copy
+            image.zero_()  # must change only this copy
     assert vars(worker)["_table"] is None
 
 
-def test_the_cache_is_made_once_and_found_again(memes, monkeypatch, caplog):
+def test_the_cache_is_created_once_and_reused(memes, monkeypatch, caplog):
     open_memes(memes).cache_images(0)
     cache = cache_in(memes)
     made = cache.stat()
     monkeypatch.setattr(kinds, "decode_image", None)
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
-        patch.setattr(fcntl, "flock", None)  # a folder that may only be read has room for no lock either
+        patch.setattr(fcntl, "flock", None)  # in a read-only folder no lock can be taken
         dataset = open_memes(memes)
         dataset.cache_images(2)
     assert caplog.messages == []
     assert dataset[0, 3].inputs["image"] is not None
-    (memes / "hatememes_train_images8_0123456789abcdef.npy").touch()  # as a maker killed at its very end leaves it
+    (memes / "hatememes_train_images8_0123456789abcdef.npy").touch()  # as left by a process killed just before the end
     (memes / LOCK).touch()
     open_memes(memes).cache_images(0)
     assert cache_in(memes) == cache
@@ -106,7 +106,7 @@ def test_the_cache_is_made_once_and_found_again(memes, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("change", ["an image", "a row more"])
-def test_a_changed_arrow_file_has_a_new_cache_and_the_old_one_goes(memes, change):
+def test_a_changed_arrow_file_gets_a_new_cache_and_the_old_one_is_removed(memes, change):
     open_memes(memes).cache_images(0)
     old = cache_in(memes)
     write_memes(memes, [*(png(row) for row in range(ROWS - (change == "an image"))), png(99)])
@@ -118,11 +118,11 @@ def test_a_changed_arrow_file_has_a_new_cache_and_the_old_one_goes(memes, change
 
 
 @pytest.mark.parametrize("what", ["footer", "Pillow", "format"])
-def test_what_else_makes_a_cache_stale(memes, monkeypatch, what):
+def test_footer_pillow_and_format_changes_make_a_cache_stale(memes, monkeypatch, what):
     dataset = open_memes(memes)
     dataset.cache_images(0)
     old, path = cache_in(memes), memes / ARROW
-    if what == "footer":  # size and time stay; the last byte is none that an open dataset reads again
+    if what == "footer":  # size and time stay; an open dataset never reads the last byte again
         state = path.stat()
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
@@ -134,11 +134,11 @@ def test_what_else_makes_a_cache_stale(memes, monkeypatch, what):
     assert cache_in(memes) != old
 
 
-@pytest.mark.skipif(PIL.__version__ != "13.0.0", reason="another version of Pillow may give other pixels")
-def test_other_pixels_need_another_version():
-    """Where this fails, `decode_image` has changed: then increase FORMAT_VERSION, or old caches would be read."""
-    of_modes = [Image.open(io.BytesIO(png_of(0, 48))).resize((48, height)).convert(mode) for mode, height in MODES]
-    pixels = b"".join(decode_image(image, 16).numpy().tobytes() for image in of_modes)
+@pytest.mark.skipif(PIL.__version__ != "13.0.0", reason="another version of Pillow may decode differently")
+def test_a_change_of_decoded_pixels_requires_a_new_format_version():
+    """If this fails, `decode_image` has changed: increase FORMAT_VERSION, or old caches would still be read."""
+    images = [Image.open(io.BytesIO(png_of(0, 48))).resize((48, height)).convert(mode) for mode, height in MODES]
+    pixels = b"".join(decode_image(image, 16).numpy().tobytes() for image in images)
     assert (image_cache.FORMAT_VERSION, hashlib.sha256(pixels).hexdigest()[:16]) == (2, "501fbc82349ca0b8")
 
 
@@ -175,9 +175,9 @@ def test_only_stale_caches_of_the_same_file_and_size_are_removed(memes, caplog):
         (as_npy(expected_images().astype(np.int16)), "expected uint8 (7, 3, 8, 8), found int16 (7, 3, 8, 8)"),
         (as_npy(np.array([None] * ROWS)), ""),
     ],
-    ids=["empty", "garbage", "a byte short", "a row short", "int16", "objects"],
+    ids=["empty", "garbage", "one byte short", "one row short", "int16", "objects"],
 )
-def test_a_damaged_cache_is_made_again_with_one_warning(memes, caplog, content, reason):
+def test_a_damaged_cache_is_rebuilt_with_one_warning(memes, caplog, content, reason):
     open_memes(memes).cache_images(0)
     cache = cache_in(memes)
     cache.write_bytes(content)
@@ -189,7 +189,7 @@ def test_a_damaged_cache_is_made_again_with_one_warning(memes, caplog, content, 
     assert np.load(cache).tolist() == expected_images().tolist()
 
 
-def test_a_cache_that_vanishes_is_an_error_that_names_it(memes):
+def test_the_error_for_a_vanished_cache_names_it(memes):
     dataset = open_memes(memes)
     dataset.cache_images(0)
     cache = cache_in(memes)
@@ -206,12 +206,12 @@ def test_an_undecodable_image_is_named_by_file_and_row(memes, workers):
     with pytest.raises(DataError, match=rf"^{memes / ARROW}: row 5: the image cannot be decoded: .*$"):
         dataset.cache_images(workers)
     assert names(memes) == set()
-    assert dataset[0, 4].inputs["image"] is not None, "works without a cache"
+    assert dataset[0, 4].inputs["image"] is not None, "other images still load, without a cache"
 
 
 @pytest.mark.parametrize("room", [100, 1000])
 def test_a_full_disk_leaves_nothing_behind(memes, room):
-    """Within the header, or within the images."""
+    """Whether the space runs out in the header or in the images."""
     dataset = open_memes(memes)
     with files_up_to(room), pytest.raises(DataError) as raised:
         dataset.cache_images(0)
@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_nothing_behind(memes, room):
 
 
 @pytest.mark.parametrize("before", ["nothing", "a stale cache", "a damaged cache", "a lock that nobody holds"])
-def test_eight_processes_at_once_make_one_cache(memes, before):
+def test_eight_concurrent_processes_create_one_cache(memes, before):
     if "cache" in before:
         open_memes(memes).cache_images(0)
     if before == "a stale cache":
@@ -242,5 +242,5 @@ def test_eight_processes_at_once_make_one_cache(memes, before):
         assert images.values.tolist() == expected.tolist()
 
     at_once(8, ask)
-    assert counted.value == ROWS, "each image once"
+    assert counted.value == ROWS, "each image is decoded once"
     assert np.load(cache_in(memes)).tolist() == expected.tolist()

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed, however often and wherever, ends with the same bits as one that is not."""
+"""A run that is killed and resumed, however often and wherever, ends bitwise equal to an uninterrupted one."""
 
 import os
 import re
@@ -27,7 +27,7 @@ KILLED, TERMINATED, INTERRUPTED = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 @pytest.fixture(scope="module")
 def whole(workspace: Workspace) -> Chain:
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
     chain = Chain(workspace, "uninterrupted")
     assert chain.run() == 0, chain.log.read_text()
     return chain
@@ -38,7 +38,7 @@ def assert_same(chain: Chain, whole: Chain) -> None:
     assert not found, (found[:5], chain.log.read_text()[-3000:] if chain.log.is_file() else "")
 
 
-def test_killed_three_times_it_ends_with_the_same_bits(workspace: Workspace, whole: Chain) -> None:
+def test_a_run_killed_three_times_ends_bitwise_equal(workspace: Workspace, whole: Chain) -> None:
     chain = Chain(workspace, "killed")
     for place, passes in (("accumulation", 9), ("checkpoint", 3), ("validation", 3)):
         assert chain.run((place, passes, KILLED)) == -KILLED, chain.log.read_text()
@@ -46,8 +46,8 @@ def test_killed_three_times_it_ends_with_the_same_bits(workspace: Workspace, who
     assert_same(chain, whole)
 
 
-def test_sigterm_writes_a_checkpoint_first(workspace: Workspace, whole: Chain) -> None:
-    """No step is lost: each run ends where the signal came, and the next one begins there."""
+def test_sigterm_saves_a_checkpoint_first(workspace: Workspace, whole: Chain) -> None:
+    """No step is lost: each run stops where the signal arrived, and the next one continues there."""
     chain = Chain(workspace, "terminated")
     for place, passes, step in (("accumulation", 3, 3), ("validation", 1, 4), ("test", 1, 18)):
         assert chain.run((place, passes, TERMINATED)) == 143, chain.log.read_text()
@@ -57,9 +57,9 @@ def test_sigterm_writes_a_checkpoint_first(workspace: Workspace, whole: Chain) -
     assert_same(chain, whole)
 
 
-@pytest.mark.parametrize("steps", [3, 4], ids=["between two validations", "where one is due"])
-def test_stopped_in_what_follows_max_steps_it_is_repeated(workspace: Workspace, steps: int) -> None:
-    """Two batches are validated at step 2, at step 3 for the limit alone, and at step 4."""
+@pytest.mark.parametrize("steps", [3, 4], ids=["between validations", "when validation is due"])
+def test_validation_or_test_interrupted_after_max_steps_is_repeated(workspace: Workspace, steps: int) -> None:
+    """Each validation has two batches; it runs at steps 2 and 4, and at step 3 only because of the limit."""
     once = Chain(workspace, f"limited_{steps}", f"max_steps={steps}")
     assert once.run() == 0, once.log.read_text()
     tested = Chain(workspace, f"limited_in_test_{steps}", f"max_steps={steps}")
@@ -74,8 +74,8 @@ def test_stopped_in_what_follows_max_steps_it_is_repeated(workspace: Workspace, 
     assert_same(chain, once)
 
 
-def test_of_two_that_are_started_together_one_is_refused(workspace: Workspace, whole: Chain) -> None:
-    """And none is after the other was killed."""
+def test_one_of_two_runs_started_together_is_refused(workspace: Workspace, whole: Chain) -> None:
+    """After a kill, the lock is free, so that one of the two can run."""
     pair = [Chain(workspace, "together"), Chain(workspace, "together")]
     pair[1].log = pair[1].log.with_name("together_too.log")
     assert pair[0].run(("accumulation", 3, KILLED)) == -KILLED
@@ -88,35 +88,35 @@ def test_of_two_that_are_started_together_one_is_refused(workspace: Workspace, w
         f"error: resume_from=auto: another process runs this training in {pair[0].parent} "
         f"(process {at_work[0].pid} on {socket.gethostname()})"
     )
-    assert len(pair[0].folders) == 2, "that of the killed run, and one"
+    assert len(pair[0].folders) == 2, "one of the killed run and one more"
     assert_same(pair[0], whole)
-    assert pair[1].run() == 0, "nothing is left to do"
+    assert pair[1].run() == 0, "nothing left to do"
     assert not list(pair[0].parent.glob(".*"))
 
 
 def test_a_second_signal_stops_at_once(workspace: Workspace) -> None:
-    """The first comes in the middle of an accumulation, after which there would be a checkpoint."""
+    """The first signal arrives during accumulation; without the second, a checkpoint would follow the step."""
     chain = Chain(workspace, "two_signals", "batch_size=24")
     assert chain.run(("accumulation", 1, TERMINATED), ("before the optimiser", 1, INTERRUPTED)) == 130
     assert "a second signal stops at once" in chain.log.read_text()
     assert not list(chain.folders[0].glob("*.ckpt"))
 
 
-def test_a_stop_is_no_error_whatever_fails_on_its_way() -> None:
+def test_a_stop_is_no_error_even_if_cleaning_up_fails() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped) as stopped, stopping_on_signals():
         try:
             signal.raise_signal(signal.SIGINT)
         finally:
-            raise RuntimeError("half set up, and not to be cleaned up")
+            raise RuntimeError("half set up, cannot be cleaned up")
     assert stopped.value.code == 130
     with pytest.raises(ZeroDivisionError), stopping_on_signals():
         print(1 / 0)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_ctrl_c_to_the_whole_group_reaches_the_checkpoint(workspace: Workspace, whole: Chain) -> None:
-    """The loader processes still give what the run needs until then."""
+def test_ctrl_c_to_the_process_group_still_saves_a_checkpoint(workspace: Workspace, whole: Chain) -> None:
+    """The loader workers keep delivering the batches that the run needs until then."""
     chain = Chain(workspace, "group")
     assert chain.run(("accumulation", 8, INTERRUPTED), group=True) == 130, chain.log.read_text()
     assert (chain.folders[0] / "last.ckpt").is_file()
@@ -125,7 +125,7 @@ def test_ctrl_c_to_the_whole_group_reaches_the_checkpoint(workspace: Workspace, 
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(workspace, monkeypatch, capsys, resumed):
+def test_the_error_for_a_dead_loader_worker_names_its_sample(workspace, monkeypatch, capsys, resumed):
     options = ["missing_ratio=0.0", "num_workers=2", "test_after_fit=False"]
     if resumed:
         folder = workspace.train("before_it_dies", *options, "max_steps=1")
@@ -142,11 +142,11 @@ def test_a_loader_process_that_dies_ends_the_run_with_the_sample_that_it_read(wo
     error = capsys.readouterr().err.splitlines()[-1]
     name = pa.ipc.open_file(workspace.arrow / "mmimdb_train.arrow").read_all()["image_id"][17]
     assert error.startswith(f"error: {workspace.arrow / 'mmimdb_train.arrow'}: sample {name}: the loader worker")
-    assert "is killed by signal" in error or "exited unexpectedly" in error  # as torch happens to notice it
+    assert "is killed by signal" in error or "exited unexpectedly" in error  # depends on how torch notices
 
 
-def test_a_slurm_job_resumes_by_itself(workspace: Workspace, whole: Chain, tmp_path: Path) -> None:
-    """slurm.sh with an srun that runs its arguments, and an scontrol that notes its own."""
+def test_a_slurm_job_is_requeued_and_resumes(workspace: Workspace, whole: Chain, tmp_path: Path) -> None:
+    """Runs slurm.sh with a fake srun that runs its arguments, and a fake scontrol that records its own."""
     programs = {"srun": 'exec "$@"', "scontrol": f'echo "$@" >> {tmp_path}/requeued'}
     for name, line in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
@@ -163,7 +163,7 @@ def test_a_slurm_job_resumes_by_itself(workspace: Workspace, whole: Chain, tmp_p
     assert job.stderr is not None
     for line in job.stderr:
         if line.startswith("epoch 0, step 2:"):
-            # SLURM signals the task, not the script: here the only child of the script's shell.
+            # SLURM signals the task, not the script; the task is the only child of the script's shell.
             os.kill(int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[0]), signal.SIGTERM)
     assert job.wait(60) == 143
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
@@ -179,8 +179,10 @@ def test_a_slurm_job_resumes_by_itself(workspace: Workspace, whole: Chain, tmp_p
 @pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
 @pytest.mark.parametrize("number", [KILLED, TERMINATED, INTERRUPTED])
 @pytest.mark.parametrize("place", PLACES)
-def test_interrupted_anywhere(workspace: Workspace, whole: Chain, place: str, number: int) -> None:
-    """At each place, at its first, third, and fifth pass in a run; passes that do not come end the chain earlier."""
+def test_a_run_interrupted_anywhere_ends_bitwise_equal(
+    workspace: Workspace, whole: Chain, place: str, number: int
+) -> None:
+    """Interrupts at the first, third and fifth pass of each place; if a pass never comes, the run simply finishes."""
     chain = Chain(workspace, f"{place.replace(' ', '_')}_{number}")
     statuses = [chain.run((place, passes, number)) for passes in (1, 3, 5)]
     assert statuses[0] in (-KILLED, 128 + number), chain.log.read_text()
@@ -192,7 +194,7 @@ def test_interrupted_anywhere(workspace: Workspace, whole: Chain, place: str, nu
 @pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
 @pytest.mark.parametrize("place", ["epoch 0, step 2:", "epoch 0: "])
 def test_two_processes_stop_together(workspace: Workspace, place: str) -> None:
-    """The signal reaches the first alone; both stop at the same step, and the run resumes as if it had not stopped."""
+    """Only the first gets the signal; both stop at the same step, and the run resumes as if never stopped."""
     chains = [Chain(workspace, f"pair_{number}_{len(place)}", "cpu_processes=2", "batch_size=16") for number in (0, 1)]
     for chain, stopped in zip(chains, (True, False), strict=True):
         statuses: list[int] = []
@@ -209,11 +211,11 @@ def test_two_processes_stop_together(workspace: Workspace, place: str) -> None:
 
 STEPS = 2_000
 GROWTH = 8 * 2**20
-"""Bytes, in three quarters of the run, of the main process and of each loader process."""
+"""Most bytes that the main process and each loader worker may grow by in the last three quarters of the run."""
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of memory that belong to a process alone."""
+    """Bytes of the process's resident anonymous memory."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return 1024 * int(found[1]) if found else 0
 
@@ -227,22 +229,22 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
 def test_memory_does_not_grow(workspace: Workspace, capsys: Captured) -> None:
     chain = Chain(workspace, "long", "num_workers=2", "max_epoch=10000", f"max_steps={STEPS}", "val_check_interval=1.0")
-    process, seen = chain.started(), dict[int, list[int]]()
+    process, memory = chain.started(), dict[int, list[int]]()
     assert process.pid is not None
     while process.exitcode is None:
         process.join(0.5)
         try:
             for pid in (process.pid, *children(process.pid)):
-                seen.setdefault(pid, []).append(anonymous(pid))
-        except OSError:  # it has just ended
+                memory.setdefault(pid, []).append(anonymous(pid))
+        except OSError:  # the process has just ended
             continue
         time.sleep(0.5)
     assert process.exitcode == 0, chain.log.read_text()[-3000:]
-    longest = max(map(len, seen.values()))
-    for pid, sizes in seen.items():
-        if len(sizes) > longest / 2:  # not those of the test at the end
+    longest = max(map(len, memory.values()))
+    for pid, sizes in memory.items():
+        if len(sizes) > longest / 2:  # leaves out the workers of the final test
             early, late = max(sizes[len(sizes) // 8 : len(sizes) // 4]), max(sizes[-len(sizes) // 8 :])
             with capsys.disabled():
-                who = "main process" if pid == process.pid else "loader process"
+                who = "main process" if pid == process.pid else "loader worker"
                 print(f"\n{who}: {early / 2**20:.1f} MB, at the end of {STEPS} steps {late / 2**20:.1f} MB")
             assert late < early + GROWTH

@@ -1,4 +1,4 @@
-"""What frozen towers make of inputs, kept: the same batches and numbers as without, and never those of other data."""
+"""Cached features of frozen towers: the same batches and numbers as without, never those of other data."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ PLOTS = [["a", "a longer plot"], [], ["b"], ["c"], ["d", "e", "f"], ["g"], ["h"]
 
 
 def open_data(folder: Path, windows: int = 1, group: bool = False, **changes: Any) -> MissingModalityData:
-    """Films with several plots or none, in all splits."""
+    """Opens films with several plots or none, in all splits."""
     for split in SPLITS:
         if not (path := folder / DATASETS["mmimdb"].file_name(split)).exists():
             write(path, films(PLOTS))
@@ -60,9 +60,10 @@ def gradients(classifier: MissingModalityClassifier, loss: torch.Tensor) -> dict
 @pytest.mark.parametrize(
     ("head", "reading"),
     [("linear", {}), ("dpl", {}), ("linear", {"windows": 3}), ("linear", {"windows": 2, "group": True})],
-)  # DPL trains the ends
-def test_batches_logits_and_gradients_are_those_without(tmp_path, backbone, head, reading, changes):
-    within: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6 if head == "linear" else 32e-6}  # DPL multiplies cosines by 32
+)  # DPL trains the towers' ends
+def test_batches_logits_and_gradients_match_those_without_cached_features(tmp_path, backbone, head, reading, changes):
+    # DPL multiplies cosines by 32.
+    tolerance: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6 if head == "linear" else 32e-6}
     method = MethodOptions("none", text_windows=reading.get("windows", 1), train_ends=bool(reading) or None)
     classifier = build_classifier(ModelSpec("mmimdb", method, TINY, head))
     backbone.load_into(classifier.model)
@@ -77,15 +78,15 @@ def test_batches_logits_and_gradients_are_those_without(tmp_path, backbone, head
             for field in set(with_inputs._fields) - {"inputs", "lengths", "length_b", "kept"}:
                 assert_equal([getattr(with_inputs, field)], [getattr(without, field)])
             outputs = [classifier.training_outputs(model_input(batch), batch.label) for batch in (with_inputs, without)]
-            torch.testing.assert_close(outputs[0][0], outputs[1][0], **within)
+            torch.testing.assert_close(outputs[0][0], outputs[1][0], **tolerance)
             found = [gradients(classifier, logits.square().mean() + sum(own.values())) for logits, own in outputs]
             assert found[0].keys() == found[1].keys()
             for name in found[0]:
-                torch.testing.assert_close(found[0][name], found[1][name], **within)
+                torch.testing.assert_close(found[0][name], found[1][name], **tolerance)
         assert len(seen) > 1
 
 
-def test_what_is_constant() -> None:
+def test_features_are_constant_only_for_frozen_towers_without_prompts() -> None:
     options: dict[str, Any] = {"task": "mmimdb", "prompt_type": "none"}
     assert are_constant(tiny_classifier(**options))
     assert are_constant(tiny_classifier(**options, head="dpl"))
@@ -99,7 +100,7 @@ def test_what_is_constant() -> None:
     assert are_constant(classifier)
 
 
-def test_a_file_is_used_again_and_made_again_for_other_data_weights_or_precision(tmp_path, backbone, monkeypatch):
+def test_a_file_is_reused_unless_data_weights_or_precision_differ(tmp_path, backbone, monkeypatch):
     passes: list[int] = []
     forward = Transformer.forward
 
@@ -110,7 +111,7 @@ def test_a_file_is_used_again_and_made_again_for_other_data_weights_or_precision
     monkeypatch.setattr(Transformer, "forward", counted)
 
     def kept(backbone: FrozenWeights = backbone, precision: str = "32") -> int:
-        """Inputs encoded."""
+        """Caches features; returns the number of inputs encoded."""
         passes.clear()
         keep(open_data(tmp_path), backbone, precision)
         return sum(passes)
@@ -126,14 +127,14 @@ def test_a_file_is_used_again_and_made_again_for_other_data_weights_or_precision
     write(path, films([*PLOTS[1:], ["changed"]]))
     assert kept() == 10 + 10
     [damaged] = set(tmp_path.glob("*.safetensors")) - before
-    assert len(before - set(tmp_path.glob("*.safetensors"))) == 1, "that of the state before"
+    assert len(before - set(tmp_path.glob("*.safetensors"))) == 1, "only the file of the old data is removed"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert kept() == 10 + 10
     image = load_file(next(iter(tmp_path.glob("mmimdb_train_features_*"))))["image.features"]
     assert image.dtype == torch.float32 and image.shape == (10, TINY.embed_dim)
 
 
-def test_what_a_killed_run_has_kept_is_taken_up(tmp_path: Path, backbone: FrozenWeights, monkeypatch: Patch) -> None:
+def test_features_saved_by_a_killed_run_are_reused(tmp_path: Path, backbone: FrozenWeights, monkeypatch: Patch) -> None:
     monkeypatch.setattr(kept_features, "PART", 4)
     monkeypatch.setattr(kept_features, "ROWS", 2)
     (tmp_path / "other").mkdir()
@@ -151,13 +152,13 @@ def test_what_a_killed_run_has_kept_is_taken_up(tmp_path: Path, backbone: Frozen
     with pytest.raises(KeyboardInterrupt):
         keep(data, backbone)
     keep(data, backbone)
-    assert parts[:3] == ["image"] * 3 and parts[3:].count("image") == 1 + 2 * 3, "two of the first split were there"
+    assert parts[:3] == ["image"] * 3 and parts[3:].count("image") == 1 + 2 * 3, "two parts had been saved"
     for split in SPLITS:
         assert_equal(data.datasets[split].kept, whole.datasets[split].kept)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_without_room_a_training_computes_them_for_itself(tmp_path, backbone, monkeypatch, caplog):
+def test_without_disk_space_a_training_computes_features_in_memory(tmp_path, backbone, monkeypatch, caplog):
     def full(path: Path) -> Any:
         raise OSError(28, "No space left on device", str(path))
 
@@ -171,8 +172,8 @@ def test_without_room_a_training_computes_them_for_itself(tmp_path, backbone, mo
         keep(data, backbone, must_keep=True)
 
 
-def test_a_training_ends_at_the_same_weights_with_and_without(workspace, tmp_path, monkeypatch, capsys):
-    """Of the program, after `features`."""
+def test_a_training_ends_at_the_same_weights_with_and_without_cached_features(workspace, tmp_path, monkeypatch, capsys):
+    """Runs whole trainings, the first on features cached by `run.py features`."""
     small = ("prompt_type=none", "train_ends=True", "max_epoch=1", "test_after_fit=False")
     common = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", *small)
     assert command_line(["run.py", "features", *workspace.command(*common)[1:]]) == 0
@@ -181,7 +182,7 @@ def test_a_training_ends_at_the_same_weights_with_and_without(workspace, tmp_pat
         if name == "plain":
             monkeypatch.setattr("runs.training.are_constant", lambda _: False)
         else:
-            monkeypatch.setattr(kept_features._Maker, "_run", None)  # `features` has made them
+            monkeypatch.setattr(kept_features._Maker, "_run", None)  # all cached by `features`
         assert command_line(workspace.command(*common, f"exp_name={name}")) == 0
         folder = tmp_path / f"{name}_seed0" / "version_0"
         states.append(torch.load(folder / "best.ckpt", weights_only=True)["state_dict"])

@@ -1,4 +1,4 @@
-"""K-means on points whose clusters are plain to see."""
+"""K-means on well-separated clusters."""
 
 import torch
 
@@ -14,10 +14,10 @@ def test_centres_are_the_means_of_the_clusters() -> None:
     assert sorted(nearest.indices.tolist()) == list(range(8)) and nearest.values.max() < 0.02
     assert torch.equal(kmeans(points, 8), found)
     for centre in found:
-        of_cluster = points[torch.cdist(points, found).argmin(dim=1) == torch.cdist(centre[None], found).argmin()]
-        assert torch.allclose(of_cluster.mean(dim=0), centre, atol=1e-4)
+        members = points[torch.cdist(points, found).argmin(dim=1) == torch.cdist(centre[None], found).argmin()]
+        assert torch.allclose(members.mean(dim=0), centre, atol=1e-4)
 
 
-def test_few_points_are_the_centres() -> None:
+def test_fewer_points_than_clusters_are_repeated_as_centres() -> None:
     points = torch.randn(3, 2)
     assert torch.equal(kmeans(points, 5), points[[0, 1, 2, 0, 1]])

@@ -1,4 +1,4 @@
-"""Locks: who holds one, who is refused, and that the dead hold none."""
+"""Locks: who holds one, who is refused, and that dead processes hold none."""
 
 import errno
 import logging
@@ -32,7 +32,7 @@ def training_lock(parent: Path, config: dict[str, Any], samples_per_batch: int) 
 
 @contextmanager
 def waiting_within(begin: Callable[[], None]) -> Iterator[int]:
-    """A process that calls `begin`, which ends with `reached()`, and stays there until it is killed; its id."""
+    """Runs `begin`, which never returns, in a process that is killed at the end; yields its id."""
     process = FORK.Process(target=begin)
     process.start()
     try:
@@ -42,7 +42,7 @@ def waiting_within(begin: Callable[[], None]) -> Iterator[int]:
         process.join()
 
 
-def test_a_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
+def test_a_lock_names_its_holder_and_is_removed_on_release(tmp_path: Path) -> None:
     path = tmp_path / "made" / ".lock"
     for _ in range(2):
         with locked(path, "never said"):
@@ -86,7 +86,7 @@ def test_a_forked_child_does_not_hold_a_lock(tmp_path: Path) -> None:
     child.join()
 
 
-def test_without_locks_a_warning_is_given_and_without_a_folder_an_error(tmp_path, monkeypatch, caplog):
+def test_unsupported_locks_give_a_warning_and_an_unusable_folder_an_error(tmp_path, monkeypatch, caplog):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -98,7 +98,7 @@ def test_without_locks_a_warning_is_given_and_without_a_folder_an_error(tmp_path
         pass
 
 
-def test_trainings_with_other_options_do_not_meet(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_only_trainings_with_equal_options_exclude_each_other(tmp_path: Path, monkeypatch: Patch) -> None:
     with training_lock(tmp_path, CONFIG, samples_per_batch=8):
         for other, samples in (({"learning_rate": 0.2}, 8), ({}, 16), ({"missing_ratio": {"train": 0.1}}, 8)):
             with training_lock(tmp_path, {**CONFIG, **other}, samples_per_batch=samples):

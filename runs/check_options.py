@@ -135,7 +135,7 @@ def on_this_machine(options: Options) -> Options:
     num_gpus = min(1, available) if options.num_gpus is None else options.num_gpus
     if num_gpus > available:
         remedy = "; leave num_gpus out to run on the CPU" if available == 0 else ""
-        raise ConfigError(f"num_gpus: expected at most {available}, the GPUs in this machine, found {num_gpus}{remedy}")
+        raise ConfigError(f"num_gpus: expected at most {available}, the number of GPUs here, found {num_gpus}{remedy}")
     if options.cpu_processes > 1 and num_gpus:
         raise ConfigError(f"cpu_processes: expected 1 with GPUs (num_gpus={num_gpus}), found {options.cpu_processes}")
     if precision == PUBLISHED:

@@ -46,7 +46,7 @@ def predict_file(options: Options, given: set[str]) -> str:
     predictor = _predictor(checkpoints, options, given)
     predictions = predictor.predict_items(items, batch_size=options.per_gpu_batchsize, workers=options.num_workers)
     first = write_predictions(options.output, items, _shown(predictions, len(items), "predicting"))
-    decided = f"; predicted are classes of probability above {predictor.threshold:.3f}" if predictor.multilabel else ""
+    decided = f"; classes above a probability of {predictor.threshold:.3f} count" if predictor.multilabel else ""
     written = f"{counted(len(items), 'prediction')}, written to {options.output}{decided}"
     return f"{describe_predictions(items, first, predictor.threshold)}\n\n  {written}"
 

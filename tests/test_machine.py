@@ -37,7 +37,7 @@ def test_tables_and_names_where_only_ascii_can_be_printed(tmp_path: Path) -> Non
     said = ascii_output("make_arrow.py", *given)
     assert "written to" in said and f"{tmp_path}/?" in said
     assert "exp_name=..." in ascii_output("run.py", "--help")
-    assert "no file there" in ascii_output("run.py", "with", "é.json")
+    assert "no such file" in ascii_output("run.py", "with", "é.json")
     assert "expected a folder" in ascii_output("run.py", "runs", "with", "log_dir=é")
 
 

@@ -69,7 +69,7 @@ def test_a_published_checkpoint_gives_the_logits_of_its_run(workspace, fitted, t
 
     other = other_backbone(workspace, tmp_path)
     error = error_of(workspace.command(f"vit={other}", f"load_path={files['without', 0]}"), capsys)
-    assert f"another one than vit={other}" in error and "image_encoder.proj differs" in error
+    assert f"its backbone differs from vit={other} in " in error and "image_encoder.proj" in error
     alone = tmp_path / "alone" / "published.ckpt"  # stored logits go by the seed too
     alone.parent.mkdir()
     shutil.copy(files["without", 3], alone)
@@ -221,7 +221,7 @@ def test_any_batch_size_accumulates_what_fits_in_batch_size(workspace: Workspace
 def test_gpus_by_number(workspace: Workspace, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for number in (1, [0]):
-        with pytest.raises(ConfigError, match=r"num_gpus: .* 0 of this machine, found 1; leave num_gpus out"):
+        with pytest.raises(ConfigError, match=r"num_gpus: .* 0, the number of GPUs here, found 1; leave num_gpus out"):
             options_of(workspace, num_gpus=number)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)

@@ -209,7 +209,7 @@ def test_adding_ratios_and_seeds_does_not_touch_the_model(fresh: Path, monkeypat
     before = results_of(fresh)["cells"]
     no_model(monkeypatch)
     robustness(best, "robustness_ratios=[0,0.25,0.5]", "robustness_seeds=[0,1,2]", "bootstrap=0")
-    assert "no pass is needed" in capsys.readouterr().err
+    assert "uses the stored logits" in capsys.readouterr().err
     after = {(cell["missing_type"], cell["ratio"]): cell["metrics"]["f1_micro"] for cell in results_of(fresh)["cells"]}
     assert len(after) == 9 and all(len(figures["values"]) == 3 for figures in after.values())
     for cell in before:

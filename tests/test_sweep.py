@@ -208,7 +208,7 @@ def test_other_options_under_the_same_name_are_refused(sweep: Sweep, stand_in: S
     assert sweep.grid("weight_decay=0.5", "decay_power=cosine") == 2
     differing = "weight_decay (there 0.02, here 0.5), decay_power (there 1, here 'cosine')"
     said = error_line(capsys.readouterr().err)
-    assert all(fact in said for fact in ("sweep_name=s: ", f"{sweep.folder / 'sweep.json'} is of", differing)), said
+    assert all(fact in said for fact in ("sweep_name=s: ", f"{sweep.folder / 'sweep.json'} describes", differing)), said
     assert sweep.run("search.learning_rate=[1e-3,1e-1]") == 2
     assert "search (there {}, here {'learning_rate': [0.001, 0.1]})" in error_line(capsys.readouterr().err)
     assert (sweep.folder / "sweep.json").read_text() == before
@@ -631,7 +631,7 @@ WRONG = {
     "sweep_over.seed=[1,2]": "sweep_over.seed: expected an option of the model or its training, found 'seed'",
     "sweep_over.memory_length=[3,4]": "sweep_over: {'memory_length': 4} is not possible: memory_length: expected a pos",
     "search.memory_length=[3,6] sweep_over.memory_depth=[1,2]": "sweep_over: is for a grid; a search has one missing",
-    "num_nodes=2 batch_size=8": "num_nodes: expected 1, since a sweep starts each run on one machine",
+    "num_nodes=2 batch_size=8": "num_nodes: expected 1, since a sweep starts each run on a single machine",
     "search.learning_rate=0.1": "search.learning_rate: expected a list of at least two values, found [0.1]",
     "search.learning_rate=[0,1]": "search.learning_rate: expected a number above 0, found 0",
     "search.learning_rate=[1e-1,1e-4]": "search.learning_rate: expected a range, the lower end first, found [0.1, 0.0",

@@ -114,7 +114,7 @@ def read_prediction(config: Mapping[str, Any], command: str, *sources: str) -> O
     default, *suffixes = OUTPUTS[command]
     output = options.output or Path(default)
     if output.suffix not in suffixes:
-        raise wrong("output", f"a file {' or '.join(suffixes)}", str(output))
+        raise wrong("output", f"a {' or '.join(suffixes)} file", str(output))
     return replace(options, output=output)
 
 

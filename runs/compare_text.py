@@ -132,7 +132,7 @@ def _text(group: Group) -> str:
                 ]
             )
     interval = f"{per_cent(LEVEL)} interval"
-    heads = ["", "missing", "first", "second", "differ", interval, "ahead", "p "]
+    heads = ["", "missing", "first", "second", "difference", interval, "ahead", "p "]
     return "\n".join(
         [
             f"\n{group.dataset} test, {counted(group.samples, 'sample')}, {group.metric}; trained at "
@@ -155,7 +155,7 @@ def _signed(value: float) -> str:
 
 def _legend(total: int, settings: Settings) -> list[str]:
     lines = [
-        f"differ: difference, mean over pairs of training seeds and missing tables (seeds "
+        f"difference: mean over pairs of training seeds and missing tables (seeds "
         f"{', '.join(map(str, settings.table_seeds))})",
         f"interval: bootstrap, {settings.resamples:,} resamples of the test samples and, if several, training seeds",
         "ahead: pairs of training seeds in which the first is better",

@@ -13,7 +13,7 @@ class Pattern(NamedTuple):
 
     missing_type: str
     ratio: float
-    both_ratio: float  # 0.5 where it has no effect
+    both_ratio: float  # 0.5 if it has no effect
 
     @classmethod
     def of(cls, spec: DatasetSpec, missing_type: str, ratio: float, both_ratio: float) -> "Pattern":

@@ -41,7 +41,7 @@ PACKAGES = (
 )
 """Packages whose versions are recorded."""
 FEW_STEPS = 20
-"""With fewer optimiser steps than this, training hardly changes the model, and validations compare near-equal ones."""
+"""With fewer optimiser steps than this, training hardly changes the model or its validation results."""
 
 
 @rank_zero_only

@@ -357,7 +357,7 @@ def test_samples_that_are_not_as_expected(trained, tmp_path, capsys, name, conte
         ("input=nowhere.csv", "nowhere.csv cannot be read: No such file or directory"),
         ("input=None", "predict: expected a checkpoint and samples"),
         ("load_path=nowhere.ckpt", "nowhere.ckpt"),
-        ("output=found.xlsx", "output: expected a file .csv or .jsonl, found 'found.xlsx'"),
+        ("output=found.xlsx", "output: expected a .csv or .jsonl file, found 'found.xlsx'"),
         ("output={top}/one.jsonl/found.csv", "output={top}/one.jsonl/found.csv: cannot be written"),
         ("per_gpu_batchsize=0", "per_gpu_batchsize: expected an integer of at least 1, found 0"),
         ("vit=nowhere", "vit=nowhere"),
@@ -445,7 +445,7 @@ def test_no_training_sample_is_its_own_neighbour_whatever_is_missing(workspace: 
         ("input=None", "embed: expected a checkpoint and samples"),
         ("split=test", "input=samples.csv or split=test; found load_path, input, split"),
         ("split=dev", "split: expected train or val or test"),
-        ("output=found.csv", "output: expected a file .npz or .safetensors, found 'found.csv'"),
+        ("output=found.csv", "output: expected a .npz or .safetensors file, found 'found.csv'"),
         ("output=/proc/found.npz", "output=/proc/found.npz: cannot be written: nothing can be created there"),
     ],
 )

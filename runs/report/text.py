@@ -26,7 +26,10 @@ class Unit(NamedTuple):
 
     @classmethod
     def of(cls, metric: str, samples: int) -> "Unit":
-        """With as many decimals as the test samples justify: a share's standard error is about 50 % / √samples."""
+        """The unit of a metric, with as many decimals as the number of test samples justifies.
+
+        The standard error of a share is about 50 % / √samples.
+        """
         digits = 2 if samples >= 1000 else 1 if samples >= 100 else 0
         return cls(1, digits + 2, "") if metric in NO_SHARES else cls(100, digits, " %")
 

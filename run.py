@@ -80,7 +80,7 @@ def runs(_config: dict[str, Any]) -> None:
 
 @EX.command(unobserved=True)
 def compare(_config: dict[str, Any], _run: Any) -> None:
-    """Prints which methods differ significantly, judged by the logits robustness stored in `runs`; also writes JSON."""
+    """Prints which methods differ significantly, from the logits that robustness stored in `runs`; also writes JSON."""
     from runs.compare_text import compare_places
 
     set_up_logging()
@@ -99,7 +99,7 @@ def report(_config: dict[str, Any]) -> None:
 
 @EX.command(unobserved=True)
 def predict(_config: dict[str, Any], _run: Any) -> None:
-    """Predicts with load_path the classes of the images and texts listed in `input`, and writes them to `output`."""
+    """Predicts the samples listed in `input` with load_path, and writes the predictions to `output`."""
     options = read_prediction(_config, "predict", "input")
     from runs.prediction import predict_file
 
@@ -136,7 +136,7 @@ def doctor(_config: dict[str, Any], _run: Any, network: Any) -> None:
 
 @EX.command
 def sweep(_config: dict[str, Any], _run: Any, network: Any, search: Any, sweep_over: Any, sweep_slurm: Any) -> None:
-    """Trains and evaluates a grid of missing patterns and seeds, or searches for good values of options."""
+    """Trains and evaluates a grid of missing patterns and seeds, or searches for good option values."""
     # Sacred only lets entries be added to options that are arguments; their values are read from `_config`.
     from runs.sweep.command import run_sweep
 

@@ -101,7 +101,7 @@ def block(
     def output(query: list[list[Tensor]], seen: list[tuple[list[list[Tensor]], Any]]) -> Tensor:
         found = []
         for head in range(heads):
-            keys, values = ([one[which][head] for one, _ in seen] for which in (1, 2))
+            keys, values = ([one[part_index][head] for one, _ in seen] for part_index in (1, 2))
             found.append(attend(query[0][head], keys, values, [added(head) for _, added in seen]))
         return linear(state, f"{at}.attn.proj", torch.cat(found))
 
@@ -215,7 +215,7 @@ def logits(
         source = torch.stack([*grids[name].values()])
         dynamic = multi_head(state, f"{LEARNER}.attn_memory.{name}", queries, source, 1)
         first = [*v[0][name], *shared, *dynamic]
-        private = [[*of_block[name]] for of_block in v]
+        private = [[*layer_slots[name]] for layer_slots in v]
         features.append(feature(state, sizes, name, grids[name], first, private, replay_depth))
     x = torch.stack([norm(state, "mod_fusion_layers.norm1", one) for one in features])
     fused = multi_head(state, "mod_fusion_layers.mha", x.mean(dim=0, keepdim=True), x, sizes.heads)[0]

@@ -208,10 +208,10 @@ def test_rows_without_an_image_or_text_are_naturally_missing_it(tmp_path, rows_p
     assert dataset.natural.tolist() == dataset.missing_type_of_sample.tolist() == [1, 2, 0, 1, 0]
     tokens = tokenizer(tokenizer.calls[0])
     expected = [{"image": 0}, {"text": 0}, {"image": 2, "text": 1}, {"image": 3}, {"image": 4, "text": 2}]
-    for index, of_sample in enumerate(expected):
+    for index, places in enumerate(expected):
         inputs = {
             name: decode_image(png(place), SIZE) if name == "image" else torch.from_numpy(tokens[place])
-            for name, place in of_sample.items()
+            for name, place in places.items()
         }
         assert_equal(dataset[0, index], Sample(inputs, torch.tensor(index % 2), index))
     assert [dataset.given("text", index) for index in range(5)] == [None, "meme 1", "meme 2", None, "meme 4"]

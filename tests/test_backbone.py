@@ -173,7 +173,7 @@ def test_every_format_loads_as_the_same_backbone(name: str, tiny: Tiny, loaded: 
 
 
 def tower_name(name: str) -> str:
-    """Our name of OpenAI's entry `name`."""
+    """Our name for OpenAI's entry `name`."""
     if name == "logit_scale":
         return name
     return f"image_encoder.{name[7:]}" if name[:7] == "visual." else f"text_encoder.{name}"

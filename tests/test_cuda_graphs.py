@@ -89,7 +89,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: Patch) -> torch.device:
     return torch.device(request.param)
 
 
-def on(device: torch.device, batch: ModelInput) -> ModelInput:
+def to_device(device: torch.device, batch: ModelInput) -> ModelInput:
     groups = (batch.inputs, batch.rows, batch.source_of_B)
     inputs, rows, sources = ({name: x.to(device) for name, x in each.items()} for each in groups)
     return batch._replace(inputs=inputs, rows=rows, source_of_B=sources, present_BM=batch.present_BM.to(device))
@@ -131,7 +131,7 @@ def test_captured_training_steps_match_plain_ones(device: torch.device, case: st
         for number, mix in enumerate(MIXES):
             images, tokens = tiny_batch(len(mix), seed=number)
             labels = torch.arange(len(mix), device=device) % 2
-            batch = on(device, model_input(images, tokens, mix))
+            batch = to_device(device, model_input(images, tokens, mix))
             torch.manual_seed(number)
             batch = batch if with_graphs else batch.rounded()
             with autocast:
@@ -163,7 +163,7 @@ def test_captured_evaluations_match_plain_ones(device: torch.device) -> None:
         shared = {"image": batch.inputs["image"][:1]}, {"image": batch.rows["image"][:1]}
         inputs, rows = ({**old, **new} for old, new in zip((batch.inputs, batch.rows), shared, strict=True))
         sources = {"image": torch.full((len(mix),), first)}
-        batch = on(device, batch._replace(inputs=inputs, rows=rows, source_of_B=sources))
+        batch = to_device(device, batch._replace(inputs=inputs, rows=rows, source_of_B=sources))
         for parameter in classifier.head.parameters():
             nn.init.normal_(parameter)
         with torch.inference_mode():
@@ -202,7 +202,7 @@ def test_a_failed_capture_disables_all_graphs(device: torch.device, monkeypatch:
 
     weight, recordings = nn.Parameter(torch.ones(64, device=device)), Recordings()
     graphed, evaluate = GraphedSteps(step, [weight], recordings), GraphedForward(forward, recordings)
-    batch = on(device, model_input(*tiny_batch(3), [0, 1, 2]))
+    batch = to_device(device, model_input(*tiny_batch(3), [0, 1, 2]))
 
     def masks(step: cuda_graphs.Step) -> Tensor:
         torch.manual_seed(1)

@@ -47,7 +47,7 @@ def test_a_teacher_sees_everything_the_missing_table_leaves(workspace, tmp_path,
     seen: list[tuple[Any, Tensor, Tensor, Tensor]] = []
     step = FinetuneModule._step
 
-    def looking(self: FinetuneModule, inputs: Any, labels: Tensor, counted: int) -> Any:
+    def recording_step(self: FinetuneModule, inputs: Any, labels: Tensor, counted: int) -> Any:
         loss, logits, own = step(self, inputs, labels, counted)
         assert self.soft_labels is not None
         soft = self.soft_labels[inputs.index_B]
@@ -56,7 +56,7 @@ def test_a_teacher_sees_everything_the_missing_table_leaves(workspace, tmp_path,
         seen.append((self._data.datasets["train"], self.soft_labels, inputs.index_B, inputs.present_BM))
         return loss, logits, own
 
-    monkeypatch.setattr(FinetuneModule, "_step", looking)
+    monkeypatch.setattr(FinetuneModule, "_step", recording_step)
     monkeypatch.setattr(LinearHead, "logit_scale", DecoupledPrototypes.logit_scale)  # treat logits as cosines
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "prompt_type=none", "test_after_fit=False")
     student = workspace.command(*options, f"teacher={members[teacher]}", "simulate_missing=True", "exp_name=student")
@@ -84,7 +84,7 @@ def test_a_teacher_sees_everything_the_missing_table_leaves(workspace, tmp_path,
 
 def test_a_teacher_with_neighbours_needs_its_own_training_split(workspace, tmp_path, capsys):
     options = ("prompt_type=none", "test_after_fit=False")
-    best = workspace.train("of_neighbours", *options, "neighbours=2", log_dir=tmp_path) / "best.ckpt"
+    best = workspace.train("with_neighbours", *options, "neighbours=2", log_dir=tmp_path) / "best.ckpt"
     stored = torch.load(best, weights_only=True)
     stored["rep"]["contents"]["data of train"] = "0" * 64
     torch.save(stored, best)
@@ -103,14 +103,14 @@ def test_testing_robustness_and_predict_average_logits(workspace, tmp_path, memb
     [trained] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained at")]
     assert trained.count("70 % both") == 3, "the mean has no run of its own and shows what its members share"
     stored = [read_arrow(one.parent / "robustness" / "logits.arrow") for one in members]
-    of_type = torch.tensor([[table[name].to_pylist() for name in LOGIT_COLUMNS] for table in stored]).mean(0)
+    mean_logits = torch.tensor([[table[name].to_pylist() for name in LOGIT_COLUMNS] for table in stored]).mean(0)
     labels = torch.tensor(stored[0]["label"].to_pylist())
     one = as_one([read_checkpoint(path) for path in members])
     task = with_offset(TASKS["mmimdb"], one.offset)
     [found] = tmp_path.glob("mean_*/robustness/robustness.json")
     results = json_of(found)
-    for kind, figures in zip(results["by_type"].values(), of_type, strict=True):
-        assert kind == pytest.approx(task.metrics(figures, labels))
+    for kind, logits_NC in zip(results["by_type"].values(), mean_logits, strict=True):
+        assert kind == pytest.approx(task.metrics(logits_NC, labels))
     tested = json_of(tmp_path / "together" / "version_0" / "test_results.json")
     assert tested["checkpoint_sha256"] == results["checkpoint_sha256"] == one.sha256
     [cell] = [cell for cell in results["cells"] if cell["ratio"] == 0.7]

@@ -32,8 +32,8 @@ PRETRAIN = golden_as.files("pretrain")
 LOSSES = golden_as.files("loss")
 
 
-def close(found: Tensor, expected: Tensor, what: object = "", tolerance: float = FORWARD) -> None:
-    assert relative_error(found, expected) < tolerance, what
+def close(found: Tensor, expected: Tensor, context: object = "", tolerance: float = FORWARD) -> None:
+    assert relative_error(found, expected) < tolerance, context
 
 
 def gradients_agree(golden: Golden, modules: dict[str, nn.Module]) -> None:

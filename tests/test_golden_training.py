@@ -115,7 +115,7 @@ def test_a_training_reproduces_the_published_one(path: Path, monkeypatch: Patch)
     record = Record()
     given: dict[str, Any] = {"max_epochs": meta["epochs"], "accumulate_grad_batches": meta["accumulation"]}
     given["val_check_interval"] = 2 * meta["accumulation"]  # validating must not change the training
-    given |= {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
+    given |= {f"enable_{feature}": False for feature in ("checkpointing", "progress_bar", "model_summary")}
     given |= {"accelerator": "cpu", "precision": "64-true", "num_sanity_val_steps": 0, "logger": False}
     trainer = pl.Trainer(callbacks=[record], **given)
     samples = Samples(meta, order)

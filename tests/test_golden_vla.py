@@ -230,7 +230,7 @@ def test_names_and_shapes_match_published_checkpoints(model: str) -> None:
 
 METRICS_FILE = (GOLDEN_DIR if (GOLDEN_DIR / "metrics.npz").is_file() else DEFAULT_DIR) / "metrics.npz"
 MMSA = {"MAE": "mae", "Corr": "corr", "F1_score": "f1", **{f"Mult_acc_{k}": f"acc{k}" for k in (7, 5, 3, 2)}}
-"""Our names of MMSA's metrics."""
+"""Our names for MMSA's metrics."""
 
 
 def metric_cases() -> dict[str, Any]:

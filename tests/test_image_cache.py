@@ -117,16 +117,16 @@ def test_a_changed_arrow_file_gets_a_new_cache_and_the_old_one_is_removed(memes,
         assert_equal(dataset[0, index], plain[0, index])
 
 
-@pytest.mark.parametrize("what", ["footer", "Pillow", "format"])
-def test_footer_pillow_and_format_changes_make_a_cache_stale(memes, monkeypatch, what):
+@pytest.mark.parametrize("changed", ["footer", "Pillow", "format"])
+def test_footer_pillow_and_format_changes_make_a_cache_stale(memes, monkeypatch, changed):
     dataset = open_memes(memes)
     dataset.cache_images(0)
     old, path = cache_in(memes), memes / ARROW
-    if what == "footer":  # size and time stay; an open dataset never reads the last byte again
+    if changed == "footer":  # size and time stay; an open dataset never reads the last byte again
         state = path.stat()
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    elif what == "Pillow":
+    elif changed == "Pillow":
         monkeypatch.setattr(image_cache, "PIL", SimpleNamespace(__version__="99.0"))
     else:
         monkeypatch.setattr(image_cache, "FORMAT_VERSION", 99)
@@ -211,7 +211,7 @@ def test_an_undecodable_image_is_named_by_file_and_row(memes, workers):
 
 @pytest.mark.parametrize("room", [100, 1000])
 def test_a_full_disk_leaves_nothing_behind(memes, room):
-    """Whether the space runs out in the header or in the images."""
+    """The space runs out in the header (100 bytes) or in the images."""
     dataset = open_memes(memes)
     with files_up_to(room), pytest.raises(DataError) as raised:
         dataset.cache_images(0)

@@ -23,7 +23,7 @@ from common.text import counted, terminal_table
 from engine.ending import DONE, INTERRUPTED, TERMINATED, USER_ERROR, end_with_our_fault
 from vilt.datasets.specs import CLIP, EVERY_DATASET
 from vilt.utils.arrow_writer import BAD_SAMPLES, BadSample, BadSamplesError, SplitSummary, convert
-from vilt.utils.recordings import WAYS
+from vilt.utils.recordings import SPLIT_METHODS
 
 N_SHOWN = 20
 """Number of bad samples shown on the terminal."""
@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--split-seed", type=int, metavar="N", help="custom: seed of the splits if the table has none (default: 0)")
     links = "custom: images may be links that lead out of RAW"
     add("--follow-links", action="store_true", default=None, help=links)
-    add("--split", choices=WAYS, help="sensor datasets: how recordings are split (default: see DATA.md)")
+    add("--split", choices=SPLIT_METHODS, help="sensor datasets: how recordings are split (default: see DATA.md)")
     args = parser.parse_args(argv)
     for option, value in vars(args).items():
         takers = [name for name, spec in CONVERTERS.items() if option in spec.converter_options]

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from common.errors import ConfigError, OtherProcessError, UserError, machine_error
 from common.launcher import check_launcher
 from common.logs import set_up_logging
-from common.machine import check_system, keep_freed_memory, print_anywhere, say, settle_threads
+from common.machine import check_system, keep_freed_memory, print_anywhere, print_safely, settle_threads
 from common.messages import first_line
 from common.signals import Stopped, end_loaders, stopping_on_signals
 from engine.ending import DONE, INTERRUPTED, end_with_our_fault, end_with_signal, end_with_user_error
@@ -63,7 +63,7 @@ def features(_config: dict[str, Any], _run: Any, network: Any) -> None:
 @EX.command(unobserved=True)
 def print_config(_config: dict[str, Any]) -> None:
     """Prints all options with their values and help."""
-    say(described_options(_config))
+    print_safely(described_options(_config))
 
 
 @EX.command(unobserved=True)
@@ -75,7 +75,7 @@ def runs(_config: dict[str, Any]) -> None:
     log_dir = options["log_dir"]
     rows = sort_runs(list_runs(log_dir), options["runs_sort"])
     write_runs(rows, log_dir / "runs.csv")
-    say(f"\n{describe_runs(rows, log_dir)}\nwritten to {log_dir / 'runs.csv'}\n")
+    print_safely(f"\n{describe_runs(rows, log_dir)}\nwritten to {log_dir / 'runs.csv'}\n")
 
 
 @EX.command(unobserved=True)
@@ -159,7 +159,7 @@ def command_line(argv: list[str]) -> int:
         check_launcher()
         asked = read_command_line(argv[1:], EX.commands)
         if asked.help:
-            say(help_on(asked.command if asked.command in argv else None, EX.commands, __doc__ or ""))
+            print_safely(help_on(asked.command if asked.command in argv else None, EX.commands, __doc__ or ""))
             return DONE
         if asked.command in ("main", "robustness", "predict", "embed", "doctor", "features"):
             settle_threads()

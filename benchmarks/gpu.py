@@ -33,7 +33,7 @@ from common.machine import print_anywhere
 from demo.backbone import TinyClip, make_backbone
 from demo.data import write_pretrain, write_task
 from engine import cuda_graphs
-from engine.cuda_graphs import Forward, GraphedForward, GraphedSteps, Losses, Recordings, Step, compute_by
+from engine.cuda_graphs import CapturedGraphs, Forward, GraphedForward, GraphedSteps, Losses, Step, use_ops
 
 SIZES: tuple[int, ...] = (32, 64, 128, 256)
 BATCHES, COPIES, EPOCHS = 8, 16, 6
@@ -66,8 +66,8 @@ def losses_of(side: Side) -> Step:
 
 def captured(side: Side) -> tuple[GraphedSteps, GraphedForward]:
     """Training step and evaluation as used by a training run on a GPU."""
-    compute_by(side.model, compiled())
-    recordings, trained = Recordings(), [p for p in side.model.parameters() if p.requires_grad]
+    use_ops(side.model, compiled())
+    recordings, trained = CapturedGraphs(), [p for p in side.model.parameters() if p.requires_grad]
     return GraphedSteps(losses_of(side), trained, recordings), GraphedForward(side.model.__call__, recordings)
 
 
@@ -111,7 +111,7 @@ def steps(device: torch.device, sizes: Sequence[int]) -> Rows:
     on_gpu = device.type == "cuda"
     side = sides.ours(device, torch.bfloat16 if on_gpu else torch.float32)
     for size in sizes:
-        compute_by(side.model, PLAIN)
+        use_ops(side.model, PLAIN)
         batches = list(islice(sides.drawn("both", 0.7, range(77, 78), size, device), BATCHES))
         for way, (cudnn, rounds, graphs) in WAYS.items():
             if (cudnn and size not in (sizes[0], sizes[-1])) or (graphs and not on_gpu):
@@ -153,7 +153,7 @@ def same(device: torch.device, size: int) -> Rows:
 def run(folder: Path, device: torch.device, size: int, ready: Future[None], **more: Any) -> Rows:
     """The loop of run.py on the films compared with the bare step on its batches; the log says how time was spent."""
     ready.result()
-    with mock.patch.object(cuda_graphs, "LEAST_BATCHES", 0):
+    with mock.patch.object(cuda_graphs, "MIN_BATCHES", 0):
         found = loop.rates(folder, device, EPOCHS, per_gpu_batchsize=size, batch_size=size, **more)
     for epoch, (bare, ours) in enumerate(found, start=2):
         what = f"run.py, {size}, epoch {epoch}{'' if more['cuda_graphs'] else ', cuda_graphs=False'}"

@@ -84,7 +84,7 @@ def seconds_of_epoch(folder: Path, name: str, **head: Any) -> float:
 
     stopwatch = Stopwatch()
     EX.current_run = SimpleNamespace(info={})  # type: ignore[assignment]  # as under a command
-    patches = patch("runs.training.keep_features", kept), patch("engine.families.ClipFamily.start_embeddings")
+    patches = patch("runs.training.cache_features", kept), patch("engine.families.ClipFamily.start_embeddings")
     with patches[0], patches[1], redirect_stdout(StringIO()):
         train_from(options, "timed", stopwatch, opened=Opened(options, None, backbone, inputs, data, {}))
     return stopwatch.began[-1] - stopwatch.began[-2]

@@ -58,7 +58,7 @@ class OtherProcessError(Exception):
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, an exhausted quota, or the file size limit."""
-OF_THE_MACHINE = {
+MACHINE_ERRNOS = {
     *NO_SPACE,
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE),
     *(errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),  # a file where a folder should be, and the like
@@ -75,7 +75,7 @@ def machine_error(error: Exception, folder: Path | None = None) -> MachineError 
     """
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return MachineError(f"{first_line(error)} Try a smaller per_gpu_batchsize.")
-    if not isinstance(error, OSError) or error.errno not in OF_THE_MACHINE:
+    if not isinstance(error, OSError) or error.errno not in MACHINE_ERRNOS:
         return None
     if error.filename is None and folder is not None:
         error.filename = str(folder)

@@ -56,7 +56,7 @@ def as_printed(text: str) -> str:
     return text.encode(encoding, IN_ASCII).decode(encoding)
 
 
-def say(text: str) -> None:
+def print_safely(text: str) -> None:
     """Prints `text`, without an error if the reader has closed the pipe, as in `run.py --help | head`."""
     try:
         print(text, flush=True)

@@ -24,7 +24,7 @@ def listed(names: Sequence[object]) -> str:
     return ", ".join([*map(quoted, names[:10]), *(["…"] if len(names) > 10 else [])]) or "nothing"
 
 
-def near(word: object, known: Sequence[str]) -> str:
+def suggestion(word: object, known: Sequence[str]) -> str:
     """`; did you mean NAME?` with the name in `known` that begins with `word` or is closest to it, if there is one."""
     like = str(word).casefold()
     begun = [name for name in known if len(like) > 1 and name.casefold().startswith(like)]

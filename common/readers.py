@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from common.messages import near, quoted
+from common.messages import quoted, suggestion
 
 Reader = Callable[[str, Any], Any]
 
@@ -67,7 +67,7 @@ def one_of(*choices: str) -> Reader:
 
     def read(option: str, value: Any) -> str:
         if value not in choices:
-            raise ConfigError(f"{wrong(option, ' or '.join(choices), value)}{near(value, choices)}")
+            raise ConfigError(f"{wrong(option, ' or '.join(choices), value)}{suggestion(value, choices)}")
         return str(value)
 
     return read

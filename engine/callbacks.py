@@ -223,7 +223,7 @@ class StepLimit(pl.Callback):
     on_train_batch_end = on_validation_end = on_train_epoch_end = _check
 
 
-class AheadOfTime(pl.Callback):
+class Prefetch(pl.Callback):
     """Lets workers load the next epoch's first batches during validation, and the next validation's during training."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:

@@ -26,7 +26,7 @@ from common.hashing import file_sha256
 from common.messages import first_line, quoted
 from common.records import record_of
 from common.torch_file import check_state, first_of, state_dict_of, unwrapped_names
-from engine.exported import DESCRIPTION, WEIGHTS, from_elsewhere, read_exported, weights_file
+from engine.exported import DESCRIPTION, WEIGHTS, read_exported, resolve_path, weights_file
 from engine.families import BackboneChoice, family_of
 from engine.published_checkpoint import load_checkpoint_file, model_names, published_model, published_vla
 from engine.tasks import task_of
@@ -72,7 +72,7 @@ class TokenizerUsed:
 
 
 @dataclass(frozen=True)
-class TrainedAt:
+class TrainingRecord:
     """Missing pattern, seed, code version and precision of a training run."""
 
     missing_type: str
@@ -102,7 +102,7 @@ class Checkpoint:
     """SHA-256 of the files it was trained on (see `engine/contents.py`); empty if not recorded."""
     offset: float | None = None
     """Added to the logits before deciding, chosen on validation (see `engine/decision.py`); None if it has none."""
-    training: TrainedAt | None = None  # None if not recorded
+    training: TrainingRecord | None = None  # None if not recorded
 
     @property
     def published(self) -> bool:
@@ -113,7 +113,7 @@ class Checkpoint:
     def backbone_place(self) -> str:
         """The backbone as its run named it; a path that was relative to a folder above the checkpoint is resolved."""
         name = str(self.backbone_name)
-        return name if name in HUB_NAMES else from_elsewhere(name, self.path)
+        return name if name in HUB_NAMES else resolve_path(name, self.path)
 
 
 def describe(
@@ -124,7 +124,7 @@ def describe(
     tokenizer: TokenizerUsed | None = None,
     contents: Mapping[str, str] | None = None,
     offset: float | None = None,
-    training: TrainedAt | None = None,
+    training: TrainingRecord | None = None,
 ) -> dict[str, Any]:
     """The description that a checkpoint holds under DESCRIPTION, as plain values."""
     return {
@@ -179,7 +179,7 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     return classifier
 
 
-def kept_names(classifier: MissingModalityClassifier) -> list[str]:
+def saved_names(classifier: MissingModalityClassifier) -> list[str]:
     """Names of the entries saved in a checkpoint: all but the frozen backbone and what the method does not use."""
     parts, backbone = parts_of(classifier), classifier.model.parts()
     frozen_parameters = [parameter for part in backbone.values() for parameter in part if not parameter.requires_grad]
@@ -194,26 +194,26 @@ def kept_names(classifier: MissingModalityClassifier) -> list[str]:
     return [name for name, value in classifier.state_dict(keep_vars=True).items() if id(value) not in left_out]
 
 
-def kept_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
+def saved_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
     """The entries saved in a checkpoint."""
     state = classifier.state_dict()
-    return {name: state[name] for name in kept_names(classifier)}
+    return {name: state[name] for name in saved_names(classifier)}
 
 
-def load_kept_state(classifier: MissingModalityClassifier, state: dict[str, Tensor], source: str) -> None:
+def load_saved_state(classifier: MissingModalityClassifier, state: dict[str, Tensor], source: str) -> None:
     """Copies a checkpoint's entries into `classifier`; the names must match exactly.
 
     Raises:
         CheckpointError: names are missing or unexpected, a shape differs, or a value is not finite.
     """
-    _load(classifier, model_names(unwrapped_names(state)), kept_names(classifier), source)
+    _load(classifier, model_names(unwrapped_names(state)), saved_names(classifier), source)
 
 
 def _load(
     classifier: MissingModalityClassifier, state: dict[str, Tensor], expected: Collection[str], source: object
 ) -> None:
     if classifier.neighbours is not None:
-        classifier.neighbours.make_room(len(state.get("neighbours.row_N", ())))
+        classifier.neighbours.allocate(len(state.get("neighbours.row_N", ())))
     own = classifier.state_dict()
     try:
         check_state(state, {name: own[name] for name in expected})
@@ -272,7 +272,7 @@ def _described_model(described: Any) -> dict[str, Any]:
     for option, value, known in known_values:
         if value not in list(known):
             raise ValueError(f"{option} {quoted(value)}, expected one of {', '.join(known)}")
-    custom = CustomData.of(described["custom"]) if task in CUSTOM_TASKS else None
+    custom = CustomData.from_dict(described["custom"]) if task in CUSTOM_TASKS else None
     architecture = record_of(family_of(task).architecture, described["architecture"])
     class_names = tuple(map(str, described.get("class_names", ())))
     if class_names and len(class_names) != (expected := task_of(task, custom).n_classes):
@@ -288,7 +288,7 @@ def _described_model(described: Any) -> dict[str, Any]:
         "tokenizer": record_of(TokenizerUsed, described["tokenizer"]) if "tokenizer" in described else None,
         "contents": {str(name): str(sha256) for name, sha256 in dict(described.get("contents", {})).items()},
         "offset": offset,
-        "training": record_of(TrainedAt, described["training"]) if "training" in described else None,
+        "training": record_of(TrainingRecord, described["training"]) if "training" in described else None,
     }
 
 
@@ -313,7 +313,7 @@ def restore_classifier(
         assert backbone is not None, "a checkpoint without frozen weights needs its backbone"
         check_backbone(checkpoint, backbone)
         backbone.load_into(classifier.model)
-        _load(classifier, state, kept_names(classifier), path)
+        _load(classifier, state, saved_names(classifier), path)
         return classifier
     expected = classifier.state_dict().keys()
     if any(".queries_" in name for name in expected - state.keys()):
@@ -330,7 +330,7 @@ def backbone_in(path: Path) -> FrozenWeights | None:
     Raises:
         CheckpointError, BackboneError: it is damaged, or the backbone it started from is missing.
     """
-    if not is_ours(path):
+    if not is_own_checkpoint(path):
         return None
     checkpoint = read_checkpoint(path)
     start = family_of(checkpoint.spec.task).load(
@@ -341,7 +341,7 @@ def backbone_in(path: Path) -> FrozenWeights | None:
     return FrozenWeights(str(path), checkpoint.spec.architecture, state)
 
 
-def is_ours(path: Path) -> bool:
+def is_own_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint of ours. Raises CheckpointError if it cannot be read."""
     raw = read_exported(path) if path.name == WEIGHTS else load_checkpoint_file(path)
     return isinstance(raw, dict) and DESCRIPTION in raw

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clip.modules.classifier import MissingModalityClassifier
-from clip.modules.fused import Passes, compiled
+from clip.modules.fused import BlockOps, compiled
 from clip.modules.interfaces import ModelInput
 from clip.modules.vision_transformer_memory import ClipBackbone, ResidualAttentionBlock
 from common.messages import first_line
@@ -33,13 +33,13 @@ Forward = Callable[[ModelInput], Tensor]
 """Maps a batch to its logits (B, C)."""
 Run = Callable[[ModelInput, list[Tensor]], Any]
 """Maps a batch and further tensors to tensors."""
-LEAST_BATCHES = 1000
+MIN_BATCHES = 1000
 """Fewest batches worth capturing for: compiling and capturing take up to half a minute on an H200."""
-MOST = 64
+MAX_GRAPHS = 64
 """Most graphs of one kind. An epoch of MM-IMDb has about 30 shapes (benchmarks/RESULTS.md)."""
 
 
-def recorded(
+def captured(
     step: Step, forward: Forward, classifier: MissingModalityClassifier, options: "Options", batches: int
 ) -> tuple[Step, Forward]:
     """`step` and `forward`, as CUDA graphs for CLIP on a GPU, unless `cuda_graphs` is off.
@@ -48,9 +48,9 @@ def recorded(
 
     Args:
         forward: computes the logits of `classifier` in evaluation mode.
-        batches: number in the whole training; with fewer than LEAST_BATCHES nothing is captured.
+        batches: number in the whole training; with fewer than MIN_BATCHES nothing is captured.
     """
-    is_clip, pays = isinstance(classifier.model, ClipBackbone), batches >= LEAST_BATCHES
+    is_clip, pays = isinstance(classifier.model, ClipBackbone), batches >= MIN_BATCHES
     if not (options.cuda_graphs and options.num_gpus and is_clip and pays):
         return step, forward
     reasons = {
@@ -65,22 +65,22 @@ def recorded(
         log.info("cuda_graphs: steps are not captured: %s", ", ".join(against))
         return step, forward
     try:
-        compute_by(classifier, compiled())
+        use_ops(classifier, compiled())
     except Exception as error:  # Triton may fail for any reason
         log.info("cuda_graphs: compilation failed, going on without: %s", first_line(error))
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    recordings = Recordings()
+    recordings = CapturedGraphs()
     return GraphedSteps(step, trained, recordings), GraphedForward(forward, recordings)
 
 
-def compute_by(classifier: nn.Module, passes: Passes) -> None:
+def use_ops(classifier: nn.Module, passes: BlockOps) -> None:
     """Sets how the blocks compute the operations between their matrix products."""
     for module in classifier.modules():
         if isinstance(module, ResidualAttentionBlock):
-            module.compute_by(passes)
+            module.use_ops(passes)
 
 
-class _Recording(NamedTuple):
+class _CapturedGraph(NamedTuple):
     inputs: list[Tensor]
     """Tensors that a replay reads."""
     outputs: Any
@@ -88,8 +88,8 @@ class _Recording(NamedTuple):
     replay: Callable[[], None]
 
 
-class Recordings:
-    """Captured graphs by kind and input shape, up to `MOST` of a kind.
+class CapturedGraphs:
+    """Captured graphs by kind and input shape, up to `MAX_GRAPHS` of a kind.
 
     If the run before a capture fails, that kind gets no more graphs. If the capture itself fails, the existing graphs
     no longer follow from the seeds: all are dropped, and no kind gets more.
@@ -98,7 +98,7 @@ class Recordings:
     def __init__(self) -> None:
         self.refused: dict[str, str] = {}
         """Why nothing more is captured, keyed by kind."""
-        self.by_shape: dict[str, dict[Hashable, _Recording]] = {}
+        self.by_shape: dict[str, dict[Hashable, _CapturedGraph]] = {}
         self._pool: Any = None
         """Memory that the graphs share: the outputs of one have been read before the next is replayed."""
 
@@ -114,8 +114,8 @@ class Recordings:
         shapes = tuple((each.shape, each.dtype) for each in tensors)
         shape = shapes, tuple(batch.source_of_B), batch.types, tuple(batch.lengths.items()), batch.kept, counted
         if shape not in recordings and kind not in self.refused:
-            if len(recordings) == MOST:
-                self._refuse(kind, f"{MOST} graphs already; further shapes are not captured")
+            if len(recordings) == MAX_GRAPHS:
+                self._refuse(kind, f"{MAX_GRAPHS} graphs already; further shapes are not captured")
             else:
                 self._record(kind, shape, batch, tensors, run)
         if (recording := recordings.get(shape)) is None:
@@ -139,7 +139,7 @@ class Recordings:
         recordings = self.by_shape[kind]
         try:
             outputs, replay = capture(run_own, self._pool, first=not recordings)
-            recordings[shape] = _Recording(own, outputs, replay)
+            recordings[shape] = _CapturedGraph(own, outputs, replay)
         except CaptureFailedError as error:
             for each, graphs in self.by_shape.items():
                 graphs.clear()
@@ -168,7 +168,7 @@ def _with_tensors(batch: ModelInput, tensors: list[Tensor]) -> tuple[ModelInput,
 class GraphedForward:
     """A forward pass that replays the graph for the batch's shape; a batch that cannot be captured runs without one."""
 
-    def __init__(self, forward: Forward, recordings: Recordings) -> None:
+    def __init__(self, forward: Forward, recordings: CapturedGraphs) -> None:
         self.forward, self.recordings = forward, recordings
 
     def __call__(self, batch: ModelInput) -> Tensor:
@@ -185,7 +185,7 @@ class GraphedSteps:
         parameters: the trained parameters, which get the gradients.
     """
 
-    def __init__(self, step: Step, parameters: Sequence[nn.Parameter], recordings: Recordings) -> None:
+    def __init__(self, step: Step, parameters: Sequence[nn.Parameter], recordings: CapturedGraphs) -> None:
         self.step, self.parameters, self.recordings = step, parameters, recordings
         self._gradients: list[Tensor] = []
         """Gradient of each parameter in the newest replay, shared by all graphs."""

@@ -62,7 +62,7 @@ def open_models(
     return Ensemble([one for one, _ in opened]) if others else classifier, inputs
 
 
-def as_one(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+def merged_checkpoint(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     """The first checkpoint, with the paths of all and a joint hash; its offset is the mean, if all have one.
 
     Raises:

@@ -66,7 +66,7 @@ def write_exported(out: Path, state: "dict[str, Tensor]", described: dict[str, A
         (folder / CARD).write_text(card, "utf-8")
 
 
-def from_elsewhere(name: str, checkpoint: Path) -> str:
+def resolve_path(name: str, checkpoint: Path) -> str:
     """Resolves a path as a run named it, if it was relative to a folder above the run's checkpoint."""
     with suppress(OSError):  # a folder that may not be entered, or an invalid file name
         places = [Path(name), *(folder / name for folder in checkpoint.resolve().parents)]

@@ -11,7 +11,7 @@ from PIL import Image
 from common.errors import DataError, reason_of
 from common.messages import cut, listed
 from common.text import natural_key
-from engine.recordings import in_samples
+from engine.recordings import split_recordings
 from vilt.datasets.kinds import kinds_of
 from vilt.datasets.specs import DatasetSpec
 from vilt.utils.array_files import SUFFIXES, samples_of_arrays, say_unread
@@ -68,7 +68,7 @@ def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
         items = _items_of_folder(source, dataset) if source.is_dir() else _items_of_table(source, dataset)
     if not items:
         raise DataError(f"input={source}: expected at least one sample, found none")
-    return in_samples(items, dataset)
+    return split_recordings(items, dataset)
 
 
 def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:

@@ -15,7 +15,7 @@ from torch import Tensor
 THRESHOLD = 0.5
 
 
-Swapped = Callable[[Tensor], tuple[Tensor, Tensor]]
+SwapFigures = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps swaps (R, U), 1 for each unit that changes sides, to the resulting figures (R,) of two models."""
 
 
@@ -27,7 +27,7 @@ class Measure(ABC):
         """The figure (R,) of each resample; `counts_RN` is how often each sample occurs in it."""
 
     @abstractmethod
-    def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
+    def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> SwapFigures:
         """For permutation tests: a function giving two models' figures after units of samples have changed sides.
 
         Args:
@@ -47,7 +47,7 @@ class Sums(Measure):
         sums = (counts_RN.to(term.dtype) @ term for term in terms)  # float32 is exact for counts only
         return self.value(counts_RN.sum(1).double(), *(total.double() for total in sums))
 
-    def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
+    def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> SwapFigures:
         # Both models together, since terms may be relative to the first sample.
         joint = self.terms(torch.cat([one, other]), torch.cat([labels, labels]))
         terms = [term.split(len(labels)) for term in joint]
@@ -76,7 +76,7 @@ class Auroc(Measure):
         fp_RK, tp_RK, _ = roc_counts(logits, labels, counts_RN)
         return _area(fp_RK, tp_RK)
 
-    def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> Swapped:
+    def swapper(self, one: Tensor, other: Tensor, labels: Tensor, units_N: Tensor) -> SwapFigures:
         """Swaps ranks instead of scores, whose spread may differ between models (Bandos et al. 2005)."""
         both, twice = torch.cat([_ranked(one), _ranked(other)]), torch.cat([labels, labels])
         fp_1K, tp_1K, _ = roc_counts(both, twice, torch.ones(1, len(both)))

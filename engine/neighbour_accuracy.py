@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip.modules.interfaces import Backbone
-from engine.kept_features import ROWS
+from engine.cached_features import ROWS
 from vilt.datasets.arrow_dataset import ArrowDataset
 
 EPOCHS, NEIGHBOURS = 10, 5

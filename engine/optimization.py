@@ -165,7 +165,7 @@ class Plateau:
     """A learning-rate factor, divided by 10 after more than PATIENCE validations in a row without a lower loss."""
 
     def __init__(self) -> None:
-        self.factor, self.lowest, self.without = 1.0, math.inf, 0
+        self.factor, self.lowest, self.stale = 1.0, math.inf, 0
 
     def __call__(self, step: int) -> float:
         return self.factor
@@ -173,11 +173,11 @@ class Plateau:
     def see(self, loss: float, scheduler: LambdaLR) -> None:
         """Updates the factor with the loss of a validation; it applies from the next step on."""
         if loss < self.lowest * (1 - PLATEAU_THRESHOLD):
-            self.lowest, self.without = loss, 0
+            self.lowest, self.stale = loss, 0
             return
-        self.without += 1
-        if self.without > PATIENCE:
-            self.factor, self.without = self.factor / 10, 0
+        self.stale += 1
+        if self.stale > PATIENCE:
+            self.factor, self.stale = self.factor / 10, 0
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
                 group["lr"] = rate * self.factor
 

@@ -30,12 +30,12 @@ from common.files import atomic_path, writing
 from common.messages import first_line, printable
 from common.text import terminal_table
 from engine.checkpoint import Checkpoint, read_checkpoint
-from engine.ensemble import as_one, open_models
+from engine.ensemble import merged_checkpoint, open_models
 from engine.families import BackboneChoice
 from engine.items import ImageInput, Item, items_of_lists
 from engine.metrics import are_predicted
 from engine.open_model import COMPUTE_TYPES, precision_of
-from engine.recordings import in_samples, named
+from engine.recordings import given_signals, split_recordings
 from engine.training import model_input
 from vilt.batches import collate
 from vilt.datasets.arrow_dataset import Sample
@@ -130,7 +130,7 @@ class Predictor:
         Raises:
             DataError: a signal cannot be read, is shorter than a sample, or has the wrong number of channels.
         """
-        items = in_samples([Item("", named(signals, self.dataset), "the recording")], self.dataset)
+        items = split_recordings([Item("", given_signals(signals, self.dataset), "the recording")], self.dataset)
         if items[0].inputs and items[0].times is None:
             raise DataError("the recording: expected signals (values, channels), found other shapes")
         found = self.predict_items(items, batch_size=batch_size)
@@ -273,7 +273,7 @@ def load_model(
         reason = first_line(error)
         raise ConfigError(f"device: expected an available one, such as cpu, found {name!r}: {reason}") from error
     precision = precision_of(checkpoints, "32-true", on_gpu=where.type == "cuda") if precision is None else precision
-    return Predictor(as_one(checkpoints), classifier, found, where, str(precision))
+    return Predictor(merged_checkpoint(checkpoints), classifier, found, where, str(precision))
 
 
 def write_features(path: Path, arrays: Mapping[str, np.ndarray], ids: Sequence[str]) -> None:

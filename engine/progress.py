@@ -29,9 +29,9 @@ class RunBar(pl.Callback):
     """
 
     def __init__(
-        self, monitor: str | None, steps_per_look: int = 1, max_steps: int | None = None, console: Console | None = None
+        self, monitor: str | None, steps_per_read: int = 1, max_steps: int | None = None, console: Console | None = None
     ) -> None:
-        self.monitor, self.steps_per_look, self.max_steps = monitor, steps_per_look, max_steps
+        self.monitor, self.steps_per_read, self.max_steps = monitor, steps_per_read, max_steps
         self.console = console or Console(stderr=True)
         self._bar: Progress | None = None
         self._values: dict[str, float] = {}
@@ -100,7 +100,7 @@ class RunBar(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._bar is not None and batch_idx % self.steps_per_look == 0:
+        if self._bar is not None and batch_idx % self.steps_per_read == 0:
             self._values["loss"] = float(trainer.callback_metrics["train/loss"])
         self._draw(self._done(trainer), self._text(trainer), len(batch.index_B) * trainer.world_size)
 

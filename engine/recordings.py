@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rep")
 
 
-def in_samples(items: "Sequence[Item]", dataset: DatasetSpec) -> "list[Item]":
+def split_recordings(items: "Sequence[Item]", dataset: DatasetSpec) -> "list[Item]":
     """Replaces each item whose signals are recordings, (values, channels), by one item per sample.
 
     Samples do not overlap. An incomplete sample at the end is left out, as is the rest of a modality whose recording is
@@ -86,7 +86,7 @@ def sample_of(signal_Nc: np.ndarray, modality: Modality, number: int) -> np.ndar
     return intervals.transpose(1, 0, 2)
 
 
-def named(signals: Mapping[str, Any], dataset: DatasetSpec) -> dict[str, Any]:
+def given_signals(signals: Mapping[str, Any], dataset: DatasetSpec) -> dict[str, Any]:
     """The signals that are not None; raises DataError if a name is not one of the dataset's modalities."""
     if unknown := [name for name in signals if name not in dataset.modalities]:
         raise DataError(f"expected signals of {', '.join(dataset.modalities)}, found {unknown[0]}")

@@ -24,7 +24,7 @@ from engine.sample_statistics import LEVEL, bootstrap, class_figures, confusions
 from engine.stored_logits import SplitLogits
 from engine.tasks import Task
 from vilt.missing_tables import MissingPattern, load_missing_table
-from vilt.missing_types import AVAILABLE, is_missing, on_top, type_names
+from vilt.missing_types import AVAILABLE, is_missing, type_names, with_natural
 
 FORMAT = 1
 
@@ -179,7 +179,7 @@ def _cell(
     """Results of one pattern, with a missing table per seed; availability is the mean share of rows over the tables."""
     first, root, rows = patterns[0], subject.missing_table_root, logits.table_rows
     drawn = [load_missing_table(root, subject.table_name, "test", pattern, rows) for pattern in patterns]
-    tables = [on_top(subject.modalities, logits.natural, table) for table in drawn]
+    tables = [with_natural(subject.modalities, logits.natural, table) for table in drawn]
     available = {
         f"{name}{AVAILABLE}": statistics.mean(float(np.mean(~is_missing(subject.modalities, name, t))) for t in tables)
         for name in subject.modalities

@@ -98,7 +98,7 @@ def bootstrap(measure: Measure, split: SplitLogits, tables_K: Sequence[np.ndarra
     """The figure (K, R) at each missing table in each resample of test samples; every call draws the same resamples."""
     parts = [
         torch.stack([measure.resampled(split.at(table), split.labels, counts_RN) for table in tables_K])
-        for counts_RN in draw_counts(split.unit_numbers, resamples)
+        for counts_RN in draw_counts(split.unit_of_sample, resamples)
     ]
     return torch.cat(parts, 1)
 

@@ -73,7 +73,7 @@ def permutation_p(
     """
     if math.isnan(value):
         return math.nan
-    units_N = torch.from_numpy(pairs[0][0].unit_numbers)
+    units_N = torch.from_numpy(pairs[0][0].unit_of_sample)
     units, labels = int(units_N.max()) + 1, pairs[0][0].labels
     swappers = [
         measure.swapper(one.at(table), other.at(table), labels, units_N) for one, other in pairs for table in tables_K

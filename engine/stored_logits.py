@@ -50,7 +50,7 @@ class SplitLogits:
         return len(np.unique(self.row_of_sample_N))
 
     @property
-    def unit_numbers(self) -> np.ndarray:
+    def unit_of_sample(self) -> np.ndarray:
         """Unit of each sample, counted from 0: the samples of one row, such as the plots of a film, form a unit."""
         return np.unique(self.row_of_sample_N, return_inverse=True)[1]
 
@@ -138,7 +138,7 @@ class LogitStore:
     def path(self) -> Path:
         return self.folder / "logits.arrow"
 
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
         """Whether the logits are stored.
 
         Raises:
@@ -154,7 +154,7 @@ class LogitStore:
         return True
 
     def load(self) -> SplitLogits:
-        """The logits. Raises the same as `is_there`."""
+        """The logits. Raises the same as `exists`."""
         split, _, described = read_split(self.path, self.dataset.spec)
         self._check_origin(self.path, described)
         return replace(split, table_rows=self.dataset.n_rows, natural=self.dataset.natural)

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from clip.backbone import FrozenWeights
 from common.errors import ConfigError
 from common.hashing import file_sha256
+from engine.cached_features import has_constant_features, training_batches
 from engine.checkpoint import check_classes, read_checkpoint
 from engine.families import BackboneChoice
-from engine.kept_features import are_constant, training_batches
 from engine.open_model import COMPUTE_TYPES, open_model
 from engine.training import model_input
 from vilt.datamodules import MissingModalityData
@@ -67,7 +67,7 @@ def soft_labels(
     classifier.compute(dtype)
     classifier.to(device).eval()
     same = (checkpoint.backbone_sha256, checkpoint.spec.architecture) == (backbone.sha256, backbone.architecture)
-    loader = training_batches(data, kept=same and are_constant(classifier) and dataset.kept is not None)
+    loader = training_batches(data, kept=same and has_constant_features(classifier) and dataset.kept is not None)
     probabilities = []
     with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         for batch in tqdm(loader, desc="teacher", unit=" batches", dynamic_ncols=True, disable=None):

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from common.errors import ConfigError
 from common.messages import first_line
 from common.shares import part_of
-from engine.callbacks import AheadOfTime, Checkpoints, Report, StepLimit
+from engine.callbacks import Checkpoints, Prefetch, Report, StepLimit
 from engine.checkpoint_file import AtomicCheckpointIO
 from engine.loggers import make_loggers
 from engine.progress import RunBar
@@ -41,17 +41,17 @@ def make_trainer(
         # Missing types absent from a batch leave parameters without gradients. Buffers are not broadcast in the forward
         # pass: they are equal by construction, and processes may have different numbers of evaluation batches.
         strategy = DDPStrategy(find_unused_parameters=True, forward_sync_buffers=False)
-    steps_per_look = GPU_STEPS_PER_LOOK if options.num_gpus else 1
+    steps_per_read = GPU_STEPS_PER_LOOK if options.num_gpus else 1
     monitor = checkpoints.monitor if checkpoints is not None else None
-    callbacks = [RunBar(monitor, steps_per_look, options.max_steps), *more_callbacks]
+    callbacks = [RunBar(monitor, steps_per_read, options.max_steps), *more_callbacks]
     interval, accumulation = steps_per_epoch, 1
     keeps = checkpoints is not None and not options.fast_dev_run
     if checkpoints is not None:
         accumulation = options.accumulation
         interval = validation_interval(options.val_check_interval, steps_per_epoch, accumulation)
         if options.max_steps is not None:
-            callbacks.append(StepLimit(options.max_steps))  # before AheadOfTime, which asks whether training continues
-        callbacks += [AheadOfTime(), Report(checkpoints)]
+            callbacks.append(StepLimit(options.max_steps))  # before Prefetch, which asks whether training continues
+        callbacks += [Prefetch(), Report(checkpoints)]
         if keeps:
             callbacks += [checkpoints, LearningRateMonitor("step")]
     log_folder = folder or options.log_dir
@@ -72,7 +72,7 @@ def make_trainer(
             accumulate_grad_batches=accumulation,
             gradient_clip_val=options.clip_gradient or None,
             val_check_interval=interval,
-            log_every_n_steps=steps_per_look,
+            log_every_n_steps=steps_per_read,
             num_sanity_val_steps=0,
             fast_dev_run=options.fast_dev_run,
             use_distributed_sampler=False,  # EpochSampler distributes, with each evaluation sample once

@@ -17,8 +17,8 @@ from clip.modules.interfaces import ModelInput
 from clip.modules.registry import PRETRAINING
 from common.errors import NonFiniteLossError
 from common.text import counted
-from engine.checkpoint import OFFSET, ModelSpec, kept_state, load_kept_state
-from engine.cuda_graphs import Forward, Losses, Step, compute_by
+from engine.checkpoint import OFFSET, ModelSpec, load_saved_state, saved_state
+from engine.cuda_graphs import Forward, Losses, Step, use_ops
 from engine.decision import best_offset
 from engine.exported import DESCRIPTION
 from engine.numerics import FiniteWatch, NotFinite, first_not_finite
@@ -196,7 +196,7 @@ class FinetuneModule(pl.LightningModule):
 
     def _repeat(self, batch_idx: int) -> None:
         """Repeats the forward pass of a batch with the same dropout masks, in a form that exposes every module."""
-        compute_by(self.classifier, PLAIN)
+        use_ops(self.classifier, PLAIN)
         batch = self._batches[batch_idx]
         self.on_train_batch_start(batch, batch_idx)
         inputs = model_input(batch, "train")
@@ -356,11 +356,11 @@ class FinetuneModule(pl.LightningModule):
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         """The entries saved in a checkpoint: all but the frozen weights."""
-        return kept_state(self.classifier)
+        return saved_state(self.classifier)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
         """Loads what `state_dict` returned; the names must match exactly, whatever `strict` says."""
-        load_kept_state(self.classifier, state_dict, "resume_from")
+        load_saved_state(self.classifier, state_dict, "resume_from")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the description and the training outputs of the epoch so far; all processes take part."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from common.errors import ConfigError, DataError
-from common.messages import near, quoted
+from common.messages import quoted, suggestion
 from common.readers import literal, may_be_path, unquoted, wrong
 from common.strict_json import read_json
 from config import DEFAULTS, NAMED_CONFIGS, OPTIONS, SEED, Options
@@ -95,7 +95,7 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
             example = f"as in `run.py with {found.command}`, " if an_option else ""
             raise ConfigError(
                 f"{quoted(found.command)}: expected `with` before options, {example}or one of the commands "
-                f"{', '.join(commands)}{near(found.command, ['with', *commands])}"
+                f"{', '.join(commands)}{suggestion(found.command, ['with', *commands])}"
             )
     if found.help:
         return found
@@ -147,7 +147,9 @@ def _take_config(word: str, before: str, found: CommandLine) -> None:
         raise ConfigError(f"{word}: a named config of ViLT's tasks and model, which do not exist here; leave it out")
     if not word.endswith(".json"):
         shown = f"{before} {word}" if "=" in before else word
-        example = f", as in {word}={DEFAULTS[word] or 'VALUE'}" if word in OPTIONS else near(word, [*NAMED_CONFIGS])
+        example = (
+            f", as in {word}={DEFAULTS[word] or 'VALUE'}" if word in OPTIONS else suggestion(word, [*NAMED_CONFIGS])
+        )
         raise ConfigError(
             f"{shown}: expected name=value without spaces in it or around = (or all of it in quotes), a named config "
             f"or a .json file{example}"
@@ -202,7 +204,7 @@ def unknown_option(name: str) -> ConfigError:
     """The error for an option that does not exist, with a suggestion."""
     dictionaries = {option: default for option, default in DEFAULTS.items() if isinstance(default, dict)}
     entries = [f"{option}.{entry}" for option, default in dictionaries.items() for entry in default]
-    hint = f"; did you mean {ALIASES[name]}?" if name in ALIASES else near(name, [*OPTIONS, *entries])
+    hint = f"; did you mean {ALIASES[name]}?" if name in ALIASES else suggestion(name, [*OPTIONS, *entries])
     return ConfigError(f"unknown option {name}{hint} (`python run.py print_config` lists all)")
 
 

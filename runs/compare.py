@@ -27,8 +27,8 @@ from runs.pattern import Pattern
 from runs.run_reader import Run
 from runs.stored_results import logits_path, read_logits, read_robustness
 from vilt.datasets.specs import SPLITS, DatasetSpec
-from vilt.missing_tables import NESTED, MissingPattern, behind_training, load_missing_table
-from vilt.missing_types import on_top, pattern_type
+from vilt.missing_tables import NESTED, MissingPattern, after_training, load_missing_table
+from vilt.missing_types import pattern_type, with_natural
 
 log = logging.getLogger("rep")
 
@@ -212,9 +212,9 @@ def _tables(stored: _Stored, trained_at: Pattern, pattern: Pattern, settings: Se
     described = [MissingPattern(*pattern, seed) for seed in settings.table_seeds]
     if stored.rows_before:
         rows = dict(zip(SPLITS, (*stored.rows_before, split.table_rows), strict=True))
-        described = [behind_training(MissingPattern(*trained_at, each.seed), each, rows) for each in described]
+        described = [after_training(MissingPattern(*trained_at, each.seed), each, rows) for each in described]
     drawn = [
         load_missing_table(root, spec.table_name, "test", each, split.table_rows, keep=False) for each in described
     ]
-    tables = [on_top(spec.modalities, split.natural, table) for table in drawn]
+    tables = [with_natural(spec.modalities, split.natural, table) for table in drawn]
     return tables[:1] if all(np.array_equal(table, tables[0]) for table in tables) else tables

@@ -40,7 +40,7 @@ from vilt.datasets.custom import CUSTOM
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import Split
-from vilt.missing_tables import load_missing_table, said_counts, type_counts
+from vilt.missing_tables import counts_text, load_missing_table, type_counts
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 SHARED_MEMORY, IMAGES_DECODED = Path("/dev/shm"), 64  # images of each split, evenly spread
@@ -171,7 +171,7 @@ class Doctor:
         if split == "train" and spec.redrawn and options.simulate_missing:
             facts.append(f"{per_cent(pattern.ratio)} {pattern.missing_type} missing, redrawn in each epoch")
         else:
-            facts += said_counts(type_counts(data.missing_table, spec.type_names))
+            facts += counts_text(type_counts(data.missing_table, spec.type_names))
         remarks = []
         if data.n_rows not in (published := spec.published_rows.get(split, (data.n_rows,))):
             remarks.append(f"the published split has {' or '.join(f'{rows:,}' for rows in published)} rows")

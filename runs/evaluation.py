@@ -23,7 +23,7 @@ from engine.baselines import baselines
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.contents import contents_of_data, other_contents
 from engine.decision import with_offset
-from engine.ensemble import as_one, open_models
+from engine.ensemble import merged_checkpoint, open_models
 from engine.families import BackboneChoice
 from engine.open_model import COMPUTE_TYPES
 from engine.processes import ending_together
@@ -39,7 +39,7 @@ from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
-from vilt.missing_tables import said_counts, type_counts
+from vilt.missing_tables import counts_text, type_counts
 
 log = logging.getLogger("rep")
 
@@ -57,7 +57,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     for checkpoint in members:
         check_agreement(options, checkpoint, given)
         check_classes(checkpoint, ArrowDataset(arrow, options.data_root, "test"))  # before the heavy work
-    checkpoint = as_one(members)
+    checkpoint = merged_checkpoint(members)
     classifier, data = open_evaluation(options, members, given)
     name = options.test_exp_name or (
         f"{options.exp_name}_test_{options.missing_type['test']}_{options.missing_ratio['test']:g}"
@@ -70,7 +70,7 @@ def evaluate(options: Options, given: set[str]) -> dict[str, float]:
     trainer = make_trainer(options, folder, steps_per_epoch=1)
     module = FinetuneModule(classifier, replace(checkpoint.spec, custom=custom))
     check_measurable(data, module.task)
-    with data.naming_dead_workers(), ending_together(trainer):
+    with data.report_dead_workers(), ending_together(trainer):
         return test(options, trainer, module, data, checkpoint, folder)
 
 
@@ -167,7 +167,7 @@ def test(
     if trainer.is_global_zero:
         assert folder is not None
         write_json(folder / "test_results.json", result)
-        counts = ", ".join(said_counts(result["missing"]))
+        counts = ", ".join(counts_text(result["missing"]))
         print(" ".join([f"\ntest of {checkpoint.path} (sha256 {checkpoint.sha256[:12]})", *other]))
         print(
             f"  {options.task} test, {per_cent(pattern.ratio)} missing ({pattern.missing_type}), seed {pattern.seed}\n"
@@ -205,7 +205,7 @@ def measure_target(target: Target, given: set[str]) -> Results | None:
         classifier, data = open_evaluation(options, [checkpoint], given)
         check_measurable(data, subject.task)
         trainer = make_trainer(options, None, steps_per_epoch=1)
-        with data.naming_dead_workers(), ending_together(trainer):
+        with data.report_dead_workers(), ending_together(trainer):
             encode(store, FinetuneModule(classifier, checkpoint.spec), trainer, data)
     if getattr(rank_zero_only, "rank", 0):
         return None
@@ -239,7 +239,7 @@ def encode(store: LogitStore, module: FinetuneModule, trainer: pl.Trainer, data:
 def measure_mean(targets: Sequence[Target]) -> tuple[Target, Results]:
     """Writes the results of targets as one model that averages their logits, which must all be stored."""
     first, subjects = targets[0], [target.subject for target in targets]
-    checkpoint = as_one([read_checkpoint(subject.checkpoint) for subject in subjects])
+    checkpoint = merged_checkpoint([read_checkpoint(subject.checkpoint) for subject in subjects])
     logits = [target.store.load() for target in targets]
     mean_TNC = torch.stack([one.logits_TNC for one in logits]).mean(0)
     name = f"mean_{checkpoint.sha256[:12]}"

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from common.errors import ConfigError
-from common.messages import near
+from common.messages import suggestion
 from common.readers import Reader, one_of, text, wrong
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec
@@ -23,7 +23,7 @@ PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 def task_name(option: str, value: Any) -> str:
     """Reads the name of a task."""
     if not isinstance(value, str) or value not in EVERY_DATASET:
-        hint = near(value, [*EVERY_DATASET]) or f"; a custom dataset is {CUSTOM}"
+        hint = suggestion(value, [*EVERY_DATASET]) or f"; a custom dataset is {CUSTOM}"
         raise ConfigError(f"{wrong(option, ' or '.join(DATASETS), value)}{hint}")
     return str(value)
 

@@ -16,7 +16,7 @@ from common.hashing import file_sha256
 from common.text import counted
 from config import Options
 from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
-from engine.ensemble import as_one, open_models
+from engine.ensemble import merged_checkpoint, open_models
 from engine.items import read_items
 from engine.predict import Predictor, describe_predictions, joined, write_features, write_predictions
 from runs.check_options import on_this_machine, resolve
@@ -92,7 +92,7 @@ def _predictor(checkpoints: Sequence[Checkpoint], options: Options, given: set[s
     options = as_trained(options, checkpoints, given)
     classifier, inputs = open_models(checkpoints, backbone_choice(options, given), options.vit)
     device = torch.device("cuda" if options.num_gpus else "cpu")
-    return Predictor(as_one(checkpoints), classifier, inputs, device, options.precision)
+    return Predictor(merged_checkpoint(checkpoints), classifier, inputs, device, options.precision)
 
 
 def _shown(passes: Iterable[T], total: int, what: str) -> Iterable[T]:

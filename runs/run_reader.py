@@ -207,7 +207,7 @@ def read_run(folder: Path) -> Run:
             text(name, config[name])
         if config["task"] not in EVERY_DATASET:
             raise ValueError(f"task: expected one of {', '.join(EVERY_DATASET)}, found {quoted(config['task'])}")
-        custom = CustomData.of(config[CUSTOM]) if config["task"] in CUSTOM_TASKS else None
+        custom = CustomData.from_dict(config[CUSTOM]) if config["task"] in CUSTOM_TASKS else None
         for split in SPLITS:
             pattern = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
             Pattern.of(spec_of(config["task"], custom), *pattern)

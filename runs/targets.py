@@ -10,7 +10,7 @@ from common.errors import ConfigError
 from common.hashing import file_sha256
 from common.text import natural_key
 from config import Options
-from engine.checkpoint import Checkpoint, TrainedAt, check_classes, read_checkpoint
+from engine.checkpoint import Checkpoint, TrainingRecord, check_classes, read_checkpoint
 from engine.exported import WEIGHTS, is_exported
 from engine.families import BackboneChoice, family_of
 from engine.open_model import precision_of
@@ -25,7 +25,7 @@ from runs.sweep.jobs import search_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec, rows_of_splits
 from vilt.datasets.specs import DatasetSpec
-from vilt.missing_tables import NESTED, MissingPattern, behind_training
+from vilt.missing_tables import NESTED, MissingPattern, after_training
 
 log = logging.getLogger("rep")
 
@@ -198,7 +198,7 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     origin |= {"precision": options.precision, "tokenizer": tokenizer, "published_seed": published_seed}
     recorded_options = asdict(with_model_of(checkpoint, options, given))
     store = LogitStore(path.parent / "robustness", origin, dataset, recorded_options)
-    return Target(options, subject, run, store, store.is_there(), _patterns(options, spec))
+    return Target(options, subject, run, store, store.exists(), _patterns(options, spec))
 
 
 def drawn_as_trained(options: Options, checkpoints: Sequence[Checkpoint], given: Collection[str]) -> Options:
@@ -229,7 +229,7 @@ def drawn_as_trained(options: Options, checkpoints: Sequence[Checkpoint], given:
     )
 
 
-def pattern_of(trained: TrainedAt) -> Pattern:
+def pattern_of(trained: TrainingRecord) -> Pattern:
     """The missing pattern recorded for a training."""
     return Pattern(trained.missing_type, trained.ratio, trained.both_ratio)
 
@@ -241,7 +241,7 @@ def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]
         return cells
     assert options.data_root is not None
     train, rows = options.data_settings().patterns["train"], rows_of_splits(spec, options.data_root)
-    return [[behind_training(train, pattern, rows) for pattern in cell] for cell in cells]
+    return [[after_training(train, pattern, rows) for pattern in cell] for cell in cells]
 
 
 def _check_comparable(targets: Sequence[Target]) -> None:

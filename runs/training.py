@@ -29,27 +29,27 @@ from common.hashing import file_sha256
 from common.messages import first_line
 from common.strict_json import read_json
 from config import AUTO, Options
+from engine.cached_features import cache_features, has_constant_features, remember_training_split
 from engine.callbacks import Checkpoints
 from engine.checkpoint import (
     Checkpoint,
     ModelSpec,
     TokenizerUsed,
-    TrainedAt,
+    TrainingRecord,
     build_classifier,
     check_backbone,
     check_classes,
     check_tokenizer,
     describe,
-    kept_names,
-    load_kept_state,
+    load_saved_state,
     read_checkpoint,
     restore_classifier,
+    saved_names,
 )
 from engine.contents import contents_of_data
-from engine.cuda_graphs import compute_by, recorded
+from engine.cuda_graphs import captured, use_ops
 from engine.exported import weights_file
 from engine.families import family_of
-from engine.kept_features import are_constant, keep_features, remember_training_split
 from engine.neighbour_accuracy import NeighbourAccuracy
 from engine.open_model import COMPUTE_TYPES, reading_texts
 from engine.processes import LOST, ending_together
@@ -203,7 +203,7 @@ def train_from(
         resumed = read_checkpoint(Path(options.resume_from))
         check_resume(resumed, spec, backbone, inputs.fingerprint, train_data, contents)
         options = as_trained(options, [resumed], given)
-        load_kept_state(classifier, resumed.state, f"resume_from={resumed.path}")
+        load_saved_state(classifier, resumed.state, f"resume_from={resumed.path}")
         log_differences(resumed.path, config_content(options, custom))
     elif start is not None:
         check_tokenizer(start, inputs.fingerprint)
@@ -215,8 +215,8 @@ def train_from(
     has_seen = start is not None and start.spec.method.prompt_type == options.prompt_type  # unlike a start of `none`
     if classifier.method.sees_training_split and options.resume_from is None and not has_seen:
         see_training_split(options, classifier, data)
-    if are_constant(classifier) and (options.max_epoch > 1 or options.neighbours) and not options.fast_dev_run:
-        keep_features(data, backbone, inputs.fingerprint, options.precision, own_device(options))
+    if has_constant_features(classifier) and (options.max_epoch > 1 or options.neighbours) and not options.fast_dev_run:
+        cache_features(data, backbone, inputs.fingerprint, options.precision, own_device(options))
         if options.resume_from is None:
             remember_training_split(classifier, data)
     taught = None
@@ -233,7 +233,7 @@ def train_from(
     model_facts = (spec, backbone.name, backbone.sha256, train_data.class_names(), tokenizer)
     pattern = options.pattern("train")
     trained_at = (pattern.missing_type, pattern.ratio, pattern.both_ratio, pattern.seed, pattern.drawing)
-    description = describe(*model_facts, contents, training=TrainedAt(*trained_at, commit(), options.precision))
+    description = describe(*model_facts, contents, training=TrainingRecord(*trained_at, commit(), options.precision))
     settings = options.optimizer_settings()
     module = FinetuneModule(classifier, spec, description, settings, options.seed, skip_bad_steps)
     module.soft_labels, plain = taught, (module.step, module.evaluate)
@@ -242,14 +242,14 @@ def train_from(
         batches = min(batches, options.max_steps * options.accumulation)
     if options.fast_dev_run or train_data.kept is not None:  # steps too short for graph capture to pay
         batches = 0
-    module.step, module.evaluate = recorded(*plain, classifier, options, batches)
+    module.step, module.evaluate = captured(*plain, classifier, options, batches)
     # Processes without a folder write nothing, but take part in collective calls when the first one writes.
     monitor = MINUS_LOSS if module.pretrains else task.monitor
     checkpoints = Checkpoints(folder or options.log_dir, f"val/{monitor}")
     if module.pretrains and not options.fast_dev_run:
         callbacks += (NeighbourAccuracy(),)
     trainer = make_trainer(options, folder, data.steps_per_epoch(options.processes), checkpoints, *callbacks)
-    with data.naming_dead_workers(), ending_together(trainer):
+    with data.report_dead_workers(), ending_together(trainer):
         began = time.monotonic()
         try:
             state = None if options.fast_dev_run else options.resume_from  # the weights are loaded already
@@ -264,7 +264,7 @@ def train_from(
             ) from error
         seconds = time.monotonic() - began
         module.step, module.evaluate = plain  # captured graphs would read weights at addresses no longer valid
-        compute_by(classifier, PLAIN)
+        use_ops(classifier, PLAIN)
         if options.fast_dev_run:
             log.info("fast_dev_run: one batch of each split passed; nothing was written")
             return {}
@@ -277,7 +277,7 @@ def train_from(
         if not options.test_after_fit:
             return {}
         checkpoint = read_checkpoint(best_path)
-        load_kept_state(classifier, checkpoint.state, str(best_path))
+        load_saved_state(classifier, checkpoint.state, str(best_path))
         training = {
             "missing_in_training": data.training_missing,
             "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
@@ -309,7 +309,7 @@ def compute_features(options: Options, given: Collection[str]) -> None:
     log_device(options)
     opened = open_training(options, given)
     computed = opened.inputs.fingerprint, options.precision, own_device(options)
-    keep_features(opened.data, opened.backbone, *computed, must_keep=True)
+    cache_features(opened.data, opened.backbone, *computed, must_keep=True)
 
 
 def own_device(options: Options) -> torch.device:
@@ -323,7 +323,7 @@ def see_training_split(options: Options, classifier: MissingModalityClassifier, 
     device = own_device(options)
     data = copy.copy(data)
     data.datasets = {**data.datasets, "train": data.datasets["train"].without_draws()}
-    with data.naming_dead_workers():
+    with data.report_dead_workers():
         batches = islice(data.train_dataloader(), 1 if options.fast_dev_run else None)
         classifier.to(device)
         classifier.method.see(classifier.model, (model_input(move_data_to_device(batch, device)) for batch in batches))
@@ -349,7 +349,7 @@ def warm_start(
     start = restore_classifier(checkpoint, None if checkpoint.published else backbone, published_seed)
     heads = tuple(f"{head_name(task)}." for task in EVERY_DATASET)
     own, theirs = classifier.state_dict(), start.state_dict()
-    frozen = (theirs.keys() & own.keys()) - set(kept_names(start)) - set(kept_names(classifier))
+    frozen = (theirs.keys() & own.keys()) - set(saved_names(start)) - set(saved_names(classifier))
     for name in sorted(frozen) if checkpoint.published else []:
         if own[name].shape != theirs[name].shape or not torch.allclose(own[name], theirs[name], rtol=0.01, atol=1e-3):
             raise CheckpointError(
@@ -358,10 +358,10 @@ def warm_start(
     # The parts that REP as described adds to the released model start as the identity; other checkpoints lack them.
     method = classifier.method
     added = tuple(f"model.{method.attribute}.{beginning}" for beginning in method.identity_at_init)
-    absent = {name for name in kept_names(classifier) if name.startswith(added)} - set(kept_names(start))
+    absent = {name for name in saved_names(classifier) if name.startswith(added)} - set(saved_names(start))
     if type(start.method) is NoPrompts:  # it has only the head and, if they were trained, the ends of the towers
-        absent |= {name for name in kept_names(classifier) if name.startswith(f"model.{method.attribute}.")}
-    candidates = [name for name in kept_names(classifier) if name not in absent]
+        absent |= {name for name in saved_names(classifier) if name.startswith(f"model.{method.attribute}.")}
+    candidates = [name for name in saved_names(classifier) if name not in absent]
     left_out = ("neighbours.", *(() if with_head else heads))  # neighbours are the start's own training samples
     wanted = [name for name in candidates if not name.startswith(left_out)]
     misfits = [name for name in wanted if name not in theirs or own[name].shape != theirs[name].shape]

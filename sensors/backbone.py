@@ -140,7 +140,7 @@ def build(sizes: SensorSizes) -> SensorBackbone:
     return SwtBackbone(sizes) if sizes.network == SWT else DeepSenseBackbone(sizes)
 
 
-def read_by_nothing(name: str) -> bool:
+def is_unused_entry(name: str) -> bool:
     """Whether an entry of a published checkpoint is derived from sizes, only for several locations, or never read."""
     endings = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
     return name.endswith(endings) or name.startswith("mod_extractors.")

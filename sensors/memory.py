@@ -22,7 +22,7 @@ from clip.modules.clip_dynamic_memory import (
     unit_rows,
 )
 from clip.modules.interfaces import ModelInput, Place, TowerSlots, zero_of
-from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, by_missing_type, check_depth, without
+from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, by_missing_type, check_depth, excluding
 from clip.modules.vision_transformer_memory import Attention
 from vilt.missing_types import is_missing
 
@@ -167,7 +167,7 @@ class SensorMemoryLearner(Method):
         if not self.options.fmb:
             modules = ("private_memory_missing", "common_memory", "common_memory_projection")
             unused += [parameter for name in modules for parameter in self.get_submodule(name).parameters()]
-        return {METHOD: without(self.parameters(), unused), UNUSED: unused}
+        return {METHOD: excluding(self.parameters(), unused), UNUSED: unused}
 
 
 def _by_modality(modalities: Mapping[str, Place], make: Callable[[], nn.Module]) -> nn.ModuleDict:

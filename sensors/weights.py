@@ -14,7 +14,7 @@ from common.errors import BackboneError, ConfigError
 from common.messages import first_line
 from common.records import record_of
 from common.torch_file import check_state, load_inert, state_dict_of
-from sensors.backbone import build, read_by_nothing
+from sensors.backbone import build, is_unused_entry
 from sensors.sizes import MOD_SIZES, NETWORKS, SWT, ModalitySizes, SensorSizes
 from vilt.datasets.specs import DatasetSpec
 
@@ -116,7 +116,7 @@ def published_weights(path: Path, sizes: SensorSizes) -> FrozenWeights:
     """The weights pretrained by the published code; BackboneError if a name or shape does not fit."""
     try:
         raw = state_dict_of(load_inert(path))
-        state = {name: x.float() for name, x in raw.items() if not read_by_nothing(name)}
+        state = {name: x.float() for name, x in raw.items() if not is_unused_entry(name)}
         kept = {name: x for name, x in state.items() if not name.startswith(NOT_PRETRAINED)}
         check_state(kept, build_on_meta(sizes))
     except Exception as error:  # torch.load raises many types on damaged files

@@ -25,10 +25,10 @@ from engine.checkpoint import (
     ModelSpec,
     build_classifier,
     describe,
-    kept_state,
-    load_kept_state,
+    load_saved_state,
     read_checkpoint,
     restore_classifier,
+    saved_state,
 )
 from tests.archives import Touch
 from tests.backbones import random_hf_clip
@@ -64,7 +64,7 @@ def trained_classifier(task: str, backbone: FrozenWeights, seed: int = 0) -> Mis
 def content_of(classifier: MissingModalityClassifier, task: str, backbone: FrozenWeights) -> dict[str, Any]:
     return {
         "epoch": 3,
-        "state_dict": kept_state(classifier),
+        "state_dict": saved_state(classifier),
         DESCRIPTION: describe(spec_of(task), backbone.name, backbone.sha256),
     }
 
@@ -86,7 +86,7 @@ def test_integer_buffers_are_accepted_but_integer_weights_are_not() -> None:
 @pytest.mark.parametrize("task", ["mmimdb", "hatememes"])
 def test_a_checkpoint_saves_everything_but_frozen_weights(task: str, backbone: FrozenWeights) -> None:
     """Saved are trained parameters, the dynamic attention and its queries."""
-    kept = kept_state(trained_classifier(task, backbone))
+    kept = saved_state(trained_classifier(task, backbone))
     frozen = {f"model.{name}" for name in backbone.state}
     assert frozen & kept.keys() == (ENDS if task == "hatememes" else set())
     assert len([name for name in kept if ".dynamic." in name and ".queries_" in name]) == 6
@@ -161,7 +161,10 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c["rep"].update(class_names=["a"]), "class_names: expected 23, found 1"),
         (lambda c: c["rep"].update(memory_length=7), "memory_length must be a positive multiple of 3"),
         (lambda c: c["rep"].update(memory_length="6"), "memory_length: expected int, found '6'"),
-        (lambda c: c["rep"].update(training={"seed": 0}), "TrainedAt: missing: 'both_ratio', 'missing_type', 'ratio'"),
+        (
+            lambda c: c["rep"].update(training={"seed": 0}),
+            "TrainingRecord: missing: 'both_ratio', 'missing_type', 'ratio'",
+        ),
         (lambda c: c["rep"].update(memory_depth=3), "memory_depth=3 needs more blocks than the backbone has"),
         (lambda c: c["rep"].update(memory_depth=1), "unexpected"),
         (lambda c: c["rep"].update(memory_length=9), "has shape"),
@@ -189,10 +192,10 @@ def test_faulty_or_mismatched_content_is_refused(
 def test_a_refused_state_leaves_the_model_unchanged(backbone: FrozenWeights) -> None:
     classifier = trained_classifier("mmimdb", backbone)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    state = {name: torch.zeros_like(value) for name, value in kept_state(classifier).items()}
+    state = {name: torch.zeros_like(value) for name, value in saved_state(classifier).items()}
     state["mmimdb_classifier.bias"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=r"here: mmimdb_classifier.bias has shape"):
-        load_kept_state(classifier, state, "here")
+        load_saved_state(classifier, state, "here")
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
 

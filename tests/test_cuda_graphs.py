@@ -19,12 +19,12 @@ from engine import cuda_graphs
 from engine.cuda_graphs import (
     EVALUATIONS,
     STEPS,
+    CapturedGraphs,
     CaptureFailedError,
     GraphedForward,
     GraphedSteps,
     Losses,
-    Recordings,
-    recorded,
+    captured,
 )
 from engine.tasks import TASKS
 from tests.conftest import Patch
@@ -126,7 +126,7 @@ def test_captured_training_steps_match_plain_ones(device: torch.device, case: st
         classifier.compute(dtype)
         parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
         step = step_of(classifier)
-        step = GraphedSteps(step, parameters, Recordings()) if with_graphs else step
+        step = GraphedSteps(step, parameters, CapturedGraphs()) if with_graphs else step
         values: list[Tensor | None] = []
         for number, mix in enumerate(MIXES):
             images, tokens = tiny_batch(len(mix), seed=number)
@@ -155,7 +155,7 @@ def test_captured_training_steps_match_plain_ones(device: torch.device, case: st
 def test_captured_evaluations_match_plain_ones(device: torch.device) -> None:
     """Logits match although the weights change between replays and samples share an image."""
     classifier = tiny_classifier("hatememes").to(device).eval()
-    evaluate = GraphedForward(classifier, Recordings())
+    evaluate = GraphedForward(classifier, CapturedGraphs())
     for number, mix in enumerate(MIXES):
         images, tokens = tiny_batch(len(mix), seed=number)
         batch = model_input(images, tokens, mix)
@@ -174,7 +174,7 @@ def test_captured_evaluations_match_plain_ones(device: torch.device) -> None:
 
 def test_shared_inputs_are_part_of_a_graphs_shape(monkeypatch: Patch) -> None:
     monkeypatch.setattr(cuda_graphs, "capture", tape)
-    evaluate = GraphedForward(lambda batch: next(iter(batch.source_of_B.values())), Recordings())
+    evaluate = GraphedForward(lambda batch: next(iter(batch.source_of_B.values())), CapturedGraphs())
     batch = model_input(*tiny_batch(3), [0, 1, 2])
     for name in ("image", "text"):
         evaluate(batch._replace(source_of_B={name: torch.arange(3)}))
@@ -200,7 +200,7 @@ def test_a_failed_capture_disables_all_graphs(device: torch.device, monkeypatch:
     def fail(*_: Any, **__: Any) -> Any:
         raise CaptureFailedError("not permitted")
 
-    weight, recordings = nn.Parameter(torch.ones(64, device=device)), Recordings()
+    weight, recordings = nn.Parameter(torch.ones(64, device=device)), CapturedGraphs()
     graphed, evaluate = GraphedSteps(step, [weight], recordings), GraphedForward(forward, recordings)
     batch = to_device(device, model_input(*tiny_batch(3), [0, 1, 2]))
 
@@ -229,7 +229,7 @@ def test_a_step_that_cannot_be_captured_runs_without_graphs(
 
     monkeypatch.setattr(cuda_graphs, "capture", refuse)
     classifier = tiny_classifier("hatememes").train()
-    step = GraphedSteps(step_of(classifier), [*classifier.parameters()], Recordings())
+    step = GraphedSteps(step_of(classifier), [*classifier.parameters()], CapturedGraphs())
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             loss, *_ = step(model_input(*tiny_batch(3), [0, 1, 2]), torch.arange(3) % 2, 3)
@@ -241,10 +241,10 @@ def test_a_step_that_cannot_be_captured_runs_without_graphs(
 
 def test_the_number_of_captured_shapes_is_limited(monkeypatch: Patch) -> None:
     monkeypatch.setattr(cuda_graphs, "capture", tape)
-    monkeypatch.setattr(cuda_graphs, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     classifier = tiny_classifier("hatememes", prompt_type="none").train()
     trained = [each for each in classifier.parameters() if each.requires_grad]
-    step = GraphedSteps(step_of(classifier), trained, Recordings())
+    step = GraphedSteps(step_of(classifier), trained, CapturedGraphs())
     for mix in ([0], [0, 1], [0, 0, 1], [0], [0, 0, 2]):
         step(model_input(*tiny_batch(len(mix)), mix), torch.zeros(len(mix), dtype=torch.long), len(mix))
     assert len(step.recordings.by_shape[STEPS]) == 2 and "2 graphs" in step.recordings.refused[STEPS]
@@ -272,7 +272,7 @@ def test_options_that_rule_out_graphs_are_logged(changed, reason, caplog, monkey
     classifier = tiny_classifier()
     step = step_of(classifier)
     with caplog.at_level(logging.INFO):
-        found, evaluate = recorded(step, classifier, classifier, options, options.batches)
+        found, evaluate = captured(step, classifier, classifier, options, options.batches)
     assert isinstance(found, GraphedSteps) == isinstance(evaluate, GraphedForward) == (not changed)
     assert (found is step) == (evaluate is classifier) == bool(changed)
     assert [reason in record.message for record in caplog.records if reason] == [True] * bool(reason)

@@ -28,7 +28,7 @@ from clip.modules.method import MethodOptions
 from clip.tokenizer import load_tokenizer
 from common.errors import ConfigError, DataError, UserError
 from config import DEFAULTS
-from engine.checkpoint import ModelSpec, describe, kept_state, read_checkpoint, restore_classifier
+from engine.checkpoint import ModelSpec, describe, read_checkpoint, restore_classifier, saved_state
 from engine.items import read_items
 from runs.check_options import read_options
 from runs.report.results import read_report_runs
@@ -123,7 +123,7 @@ def read_an_image(folder: Path, path: Path) -> None:
 
 def write_checkpoints(folder: Path, _: Workspace) -> None:
     spec, classifier = ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), tiny_classifier()
-    content = {"state_dict": kept_state(classifier), "rep": describe(spec, "ViT-B/16", "ab" * 32)}
+    content = {"state_dict": saved_state(classifier), "rep": describe(spec, "ViT-B/16", "ab" * 32)}
     torch.save(content, folder / "own.ckpt")
     torch.save({"state_dict": classifier.state_dict()}, folder / "published.ckpt")
 

@@ -16,7 +16,7 @@ from clip.modules.heads import LinearHead
 from demo import best
 from engine.checkpoint import read_checkpoint
 from engine.decision import with_offset
-from engine.ensemble import as_one, open_models
+from engine.ensemble import merged_checkpoint, open_models
 from engine.families import BackboneChoice
 from engine.predict import load_model
 from engine.tasks import TASKS
@@ -105,7 +105,7 @@ def test_testing_robustness_and_predict_average_logits(workspace, tmp_path, memb
     stored = [read_arrow(one.parent / "robustness" / "logits.arrow") for one in members]
     mean_logits = torch.tensor([[table[name].to_pylist() for name in LOGIT_COLUMNS] for table in stored]).mean(0)
     labels = torch.tensor(stored[0]["label"].to_pylist())
-    one = as_one([read_checkpoint(path) for path in members])
+    one = merged_checkpoint([read_checkpoint(path) for path in members])
     task = with_offset(TASKS["mmimdb"], one.offset)
     [found] = tmp_path.glob("mean_*/robustness/robustness.json")
     results = json_of(found)
@@ -132,10 +132,10 @@ def test_averaging_cosines_with_logits_gives_a_warning(members: list[Path], capl
     first = read_checkpoint(members[0])
     cosines = replace(first, spec=replace(first.spec, head="dpl"))
     with caplog.at_level("WARNING", "rep"):
-        as_one([first, first])
-        as_one([cosines, cosines])
+        merged_checkpoint([first, first])
+        merged_checkpoint([cosines, cosines])
         assert not caplog.records
-        as_one([first, cosines])
+        merged_checkpoint([first, cosines])
     assert "head=dpl are cosines" in caplog.text
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clip.modules.interfaces import NO_SLOTS
 from engine.optimization import OptimizerSettings, make_schedule
 from sensors import augmentations, spectra
-from sensors.backbone import build, read_by_nothing
+from sensors.backbone import build, is_unused_entry
 from sensors.focal import FocalSettings, focal_losses, focal_parts
 from sensors.swt import SwtTower
 from sensors.weights import sizes_for
@@ -261,4 +261,4 @@ def test_names_and_shapes_match_published_checkpoints(network: str, file: str) -
     heads = golden_as.projectors_of(golden, backbone)
     ours |= {f"mod_projectors.{name}": list(x.shape) for name, x in heads.state_dict().items()}
     ours |= {"class_layer.0.weight": [7, backbone.fused_parts * backbone.embed_dim], "class_layer.0.bias": [7]}
-    assert ours == {name: shape for name, shape in keys.items() if not read_by_nothing(name)}
+    assert ours == {name: shape for name, shape in keys.items() if not is_unused_entry(name)}

@@ -26,9 +26,9 @@ from engine.checkpoint import (
     ModelSpec,
     build_classifier,
     describe,
-    kept_state,
     read_checkpoint,
     restore_classifier,
+    saved_state,
 )
 from engine.tasks import TASKS
 from engine.training import FinetuneModule
@@ -568,7 +568,7 @@ def test_a_checkpoint_restores_the_model_on_its_backbone(variant, head, backbone
         for parameter in classifier.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    content = {"state_dict": kept_state(classifier), DESCRIPTION: describe(spec, backbone.name, backbone.sha256)}
+    content = {"state_dict": saved_state(classifier), DESCRIPTION: describe(spec, backbone.name, backbone.sha256)}
     torch.save(content, tmp_path / "best.ckpt")
     assert not any(".resblocks." in name for name in content["state_dict"])
     checkpoint = read_checkpoint(tmp_path / "best.ckpt")

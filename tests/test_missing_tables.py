@@ -21,7 +21,7 @@ from tests.conftest import Patch
 from tests.data_files import at_once
 from tests.interrupted import files_up_to
 from vilt.datasets.specs import DATASETS, SPLITS, Modality, Split
-from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, said_counts
+from vilt.missing_tables import MissingPattern, counts_text, draw_missing_table, load_missing_table
 from vilt.missing_types import available_shares, code_of, is_missing, missing_types, pattern_type, type_names
 
 ROOT = Path(__file__).parents[1]
@@ -365,9 +365,9 @@ def test_patterns_may_lose_several_modalities_by_name(given: str, expected: str 
 
 
 def test_of_many_types_those_that_occur_are_said() -> None:
-    assert said_counts({"complete": 3, "text missing": 0, "image missing": 1_000})[1:] == [
+    assert counts_text({"complete": 3, "text missing": 0, "image missing": 1_000})[1:] == [
         "0 text missing",
         "1,000 image missing",
     ]
     four = dict(zip(type_names(["hum", "acc", "gyr", "lig"]), [5, 0, 0, 2, *[0] * 11], strict=True))
-    assert said_counts(four) == ["5 complete", "2 gyr, lig missing"]
+    assert counts_text(four) == ["5 complete", "2 gyr, lig missing"]

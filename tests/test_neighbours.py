@@ -9,7 +9,7 @@ from torch import Tensor
 from clip.modules.interfaces import ModelInput
 from clip.modules.method import MethodOptions
 from clip.modules.neighbours import Neighbours
-from engine.checkpoint import ModelSpec, build_classifier, kept_state, load_kept_state
+from engine.checkpoint import ModelSpec, build_classifier, load_saved_state, saved_state
 from tests.models import TINY
 
 NAMES = ("image", "text")
@@ -29,7 +29,7 @@ def neighbours() -> Neighbours:
     module = Neighbours(dict.fromkeys(NAMES, E), C, K)
     features, present = samples(0, N)
     labels = (torch.rand(N, C, generator=torch.Generator().manual_seed(1)) < 0.4).to(torch.uint8)
-    module.remember(features.flatten(1), present, labels, torch.arange(N) // 2)  # a row has two samples
+    module.store(features.flatten(1), present, labels, torch.arange(N) // 2)  # a row has two samples
     with torch.no_grad():
         module.feature_gate_M.copy_(torch.tensor([0.5, 2.0]))
         module.vote_gate_C.copy_(torch.tensor([1.0, -1.0, 0.5]))
@@ -87,7 +87,7 @@ def test_at_the_start_nothing_changes_and_fewer_samples_than_neighbours_are_enou
     for split in ("train", "val"):  # no sample yet, then two
         filled, votes = fresh(given, batch_of(present, split))
         assert all(torch.equal(filled[name], given[name]) for name in NAMES) and not votes.any()
-        fresh.remember(*bank)
+        fresh.store(*bank)
 
 
 def test_a_checkpoint_holds_the_samples() -> None:
@@ -95,8 +95,8 @@ def test_a_checkpoint_holds_the_samples() -> None:
     one, other = build_classifier(spec), build_classifier(spec)
     assert one.neighbours is not None and other.neighbours is not None
     features = torch.randn(5, 2 * TINY.embed_dim)
-    one.neighbours.remember(features, torch.ones(5, 2, dtype=torch.bool), torch.ones(5, 23), torch.arange(5))
-    load_kept_state(other, kept_state(one), "a file")
+    one.neighbours.store(features, torch.ones(5, 2, dtype=torch.bool), torch.ones(5, 23), torch.arange(5))
+    load_saved_state(other, saved_state(one), "a file")
     torch.testing.assert_close(other.neighbours.get_buffer("features_NF"), features.half())
 
 

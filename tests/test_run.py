@@ -21,7 +21,7 @@ from clip.tokenizer import load_tokenizer
 from engine import callbacks
 from engine.callbacks import Checkpoints
 from engine.checkpoint import read_checkpoint, restore_classifier
-from engine.cuda_graphs import compute_by
+from engine.cuda_graphs import use_ops
 from engine.training import FinetuneModule
 from run import command_line
 from runs import start, training
@@ -281,7 +281,7 @@ def test_loader_processes_begin_with_what_comes_next(workspace: Workspace, monke
 
 def test_the_test_after_a_training_computes_nothing_compiled(workspace: Workspace, monkeypatch: Patch) -> None:
     def compiled(step: Any, forward: Any, classifier: Any, *_: Any) -> tuple[Any, Any]:
-        compute_by(classifier, PLAIN._replace(normed=lambda x, norm, dtype: norm(x).to(dtype)))
+        use_ops(classifier, PLAIN._replace(normed=lambda x, norm, dtype: norm(x).to(dtype)))
         return step, forward
 
     found: list[bool] = []

@@ -20,7 +20,7 @@ from clip.modules.interfaces import ModelInput
 from config import DEFAULTS
 from engine import cuda_graphs
 from engine.callbacks import Checkpoints
-from engine.cuda_graphs import STEPS, Forward, GraphedForward, GraphedSteps, Recordings, Step
+from engine.cuda_graphs import STEPS, CapturedGraphs, Forward, GraphedForward, GraphedSteps, Step
 from engine.predict import load_model
 from run import command_line
 from runs.check_options import resolve
@@ -102,7 +102,7 @@ def test_whole_texts_are_read_in_every_command(workspace: Workspace, tmp_path: P
 def test_a_run_of_recorded_steps_ends_as_a_plain_one(workspace: Workspace, tmp_path: Path, monkeypatch: Patch) -> None:
     """In every bit: what Python decides in a step, and validations among the steps, are as when each is computed."""
     monkeypatch.setattr(cuda_graphs, "capture", tape)
-    recordings = Recordings()
+    recordings = CapturedGraphs()
 
     def rounded(step: Step, forward: Forward, *_: Any) -> tuple[Step, Forward]:
         return lambda batch, *rest: step(batch.rounded(), *rest), lambda batch: forward(batch.rounded())

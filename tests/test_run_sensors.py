@@ -368,7 +368,7 @@ def test_frozen_towers_are_in_evaluation_mode_and_run_once_where_nothing_changes
     states = {}
     for kept in (True, False) if method == "none" else (True,):  # REP's are never constant
         if not kept:
-            monkeypatch.setattr("runs.training.are_constant", lambda _: False)
+            monkeypatch.setattr("runs.training.has_constant_features", lambda _: False)
         ran.clear()
         name = f"exp_name={method}_{kept}"
         assert command_line(command(root, "task_finetune_sensors", name, "max_epoch=3", *load)) == 0

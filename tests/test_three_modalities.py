@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clip.backbone import FrozenWeights
 from clip.modules.interfaces import Backbone, ModelInput, Place, Tower, TowerSlots
-from clip.modules.method import Method, MethodOptions, of_missing_type
+from clip.modules.method import Method, MethodOptions, select_by_missing_type
 from clip.modules.registry import METHODS
 from common.errors import DataError
 from config import DEFAULTS
@@ -153,7 +153,8 @@ class Sensing(Method):
 
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         return {
-            name: TowerSlots(inserted_BmD=[of_missing_type(list(slots), batch)]) for name, slots in self.wobble.items()
+            name: TowerSlots(inserted_BmD=[select_by_missing_type(list(slots), batch)])
+            for name, slots in self.wobble.items()
         }
 
     def losses(

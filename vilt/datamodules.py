@@ -27,7 +27,7 @@ from vilt.datasets.kinds import InputFormat, kinds_of
 from vilt.datasets.open_spec import open_spec, rows_of_splits
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.datasets.subsequences import subsequences
-from vilt.missing_tables import NESTED, MissingPattern, load_missing_table, published_patterns, said_counts, type_counts
+from vilt.missing_tables import NESTED, MissingPattern, counts_text, load_missing_table, published_patterns, type_counts
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class MissingModalityData(pl.LightningDataModule):
         """One line per split: samples, rows, and the number of rows of each missing type."""
         lines = []
         for split, dataset in self.datasets.items():
-            counts = ", ".join(said_counts(type_counts(dataset.missing_table, self.spec.type_names)))
+            counts = ", ".join(counts_text(type_counts(dataset.missing_table, self.spec.type_names)))
             rows = "" if len(dataset) == dataset.n_rows else f" of {counted(dataset.n_rows, 'row')}"
             natural_counts = type_counts(dataset.natural, self.spec.type_names)
             listed = [f"{count:,} {name}" for name, count in list(natural_counts.items())[1:] if count]
@@ -260,7 +260,7 @@ class MissingModalityData(pl.LightningDataModule):
         return EpochSampler(len(dataset), seed=seed, rank=rank, world_size=world_size, **units)
 
     @contextmanager
-    def naming_dead_workers(self) -> Iterator[None]:
+    def report_dead_workers(self) -> Iterator[None]:
         """Turns the death of a worker within the block into an error of one line that names the sample being read.
 
         Raises:

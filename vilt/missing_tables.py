@@ -99,7 +99,7 @@ def published_patterns(
     return found
 
 
-def behind_training(train: MissingPattern, test: MissingPattern, rows: Mapping[Split, int]) -> MissingPattern:
+def after_training(train: MissingPattern, test: MissingPattern, rows: Mapping[Split, int]) -> MissingPattern:
     """The test pattern in the published drawing, drawn after training at `train` and validation at `test`."""
     drawn = replace(test, drawing=PUBLISHED)
     return published_patterns({"train": replace(train, seed=test.seed), "val": drawn, "test": drawn}, rows)["test"]
@@ -231,7 +231,7 @@ def type_counts(table: np.ndarray, names: Sequence[str]) -> dict[str, int]:
     return {name: int((table == value).sum()) for value, name in enumerate(names)}
 
 
-def said_counts(of_types: Mapping[str, int]) -> list[str]:
+def counts_text(of_types: Mapping[str, int]) -> list[str]:
     """`type_counts` as text; if there are more than three types, only those that occur."""
     return [f"{count:,} {name}" for name, count in of_types.items() if count or len(of_types) <= 3]
 

@@ -51,7 +51,7 @@ def is_missing(modalities: Iterable[str], modality: str, code: Any) -> Any:
     return code & code_of(modalities, modality) != 0
 
 
-def on_top(modalities: Iterable[str], natural: np.ndarray | int, table: np.ndarray) -> np.ndarray:
+def with_natural(modalities: Iterable[str], natural: np.ndarray | int, table: np.ndarray) -> np.ndarray:
     """Missing types (N,) after applying a missing table to samples with naturally missing modalities `natural`.
 
     A sample that would be left with nothing keeps what it has.

@@ -22,7 +22,7 @@ from clip.modules.clip_dynamic_memory import (
     rows_to_compute,
 )
 from clip.modules.interfaces import ModelInput, Place, TowerSlots
-from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, without
+from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, excluding
 from vilt.missing_types import is_missing
 from vla.backbone import LETTERS, POOLER
 from vla.encoder import Attention
@@ -101,7 +101,7 @@ class VlaMemoryLearner(Method):
             unused.append(self.common_memory)
             for letter in LETTERS.values():
                 unused += self.get_submodule(f"common_memory_projection_{letter}").parameters()
-        return {METHOD: without(self.parameters(), unused), UNUSED: unused}
+        return {METHOD: excluding(self.parameters(), unused), UNUSED: unused}
 
     def trains(self, task: str) -> tuple[str, ...]:
         """The learner, and with `train_pooler` also the pooler."""

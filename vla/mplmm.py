@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.modules.interfaces import ModelInput, Place, TowerSlots
-from clip.modules.method import PROMPT_STD, Method, MethodOptions, of_missing_type
+from clip.modules.method import PROMPT_STD, Method, MethodOptions, select_by_missing_type
 from vilt.missing_types import is_missing
 from vla.backbone import LETTERS
 from vla.memory_learner import TYPES
@@ -46,7 +46,7 @@ class Mplmm(Method):
     """
 
     attribute = "prompt_learner"
-    fills = True
+    generates_missing = True
     learns = False
     """Whether missing-type prompts and their couplings start at random values, from which they can learn."""
 
@@ -108,7 +108,7 @@ class Mplmm(Method):
             sum(coupled[name, bool(is_missing(MODALITIES, name, code))] for name in MODALITIES) for code in range(TYPES)
         ]
         return {
-            name: TowerSlots(appended_BmD=of_missing_type([prompt_Pd @ one for one in sum_Tdw], batch))
+            name: TowerSlots(appended_BmD=select_by_missing_type([prompt_Pd @ one for one in sum_Tdw], batch))
             for name, prompt_Pd in zip(MODALITIES, self.missing_type_prompt, strict=True)
         }
 

@@ -106,7 +106,7 @@ class MissingModalityClassifier(nn.Module):
             batch = self.model.complete(batch, blanks, once=not self.training and not self.method.per_sample)
         batch = self.model.prepare(batch)
         adapted = self.method.adapt(batch, self.model.embed(batch))
-        tokens = self.model.mix(batch, adapted, padded=not self.method.fills)
+        tokens = self.model.mix(batch, adapted, padded=not self.method.generates_missing)
         slots = self.method(batch, tokens)
         features = self.method.encode(self.model, batch, tokens, slots)
         if self.method.options.mask_readout:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.modules.interfaces import ModelInput, Place, TowerSlots, zero_of
-from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, of_missing_type, without
+from clip.modules.method import METHOD, UNUSED, Method, MethodOptions, check_depth, excluding, select_by_missing_type
 from clip.modules.vision_transformer_memory import FINAL, Attention
 
 RDN_HIDDEN = 256
@@ -206,7 +206,7 @@ class MemoryLearner(Method):
 
     def _start(self, part: str, batch: ModelInput) -> Tensor:
         names = START[part] if self.options.fmb else ("complete",) * 3
-        return of_missing_type([self.get_parameter(f"{part}_memory_{name}") for name in names], batch)
+        return select_by_missing_type([self.get_parameter(f"{part}_memory_{name}") for name in names], batch)
 
     def losses(
         self, slots: Mapping[str, TowerSlots], features: Mapping[str, Tensor], logits_BC: Tensor, labels: Tensor
@@ -225,7 +225,7 @@ class MemoryLearner(Method):
             unused += [*self.common_memory_projection_image.parameters()]
             unused += [*self.common_memory_projection_text.parameters()]
         dynamic = [*self.dynamic.parameters()]
-        return {METHOD: without(self.parameters(), unused, dynamic), UNUSED: unused, DYNAMIC_ATTENTION: dynamic}
+        return {METHOD: excluding(self.parameters(), unused, dynamic), UNUSED: unused, DYNAMIC_ATTENTION: dynamic}
 
     def trains(self, task: str) -> tuple[str, ...]:
         """The learner; on Hateful Memes also the dynamic attention and the towers' ends (docs/method.md section 5)."""

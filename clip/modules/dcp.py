@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from clip.modules.clip_dynamic_memory import AVAILABLE, DYNAMIC_ATTENTION, START, DynamicSlots, chained
 from clip.modules.interfaces import ModelInput, Place, TowerSlots
-from clip.modules.method import METHOD, Method, MethodOptions, check_depth, of_missing_type, prompts, without
+from clip.modules.method import METHOD, Method, MethodOptions, check_depth, excluding, prompts, select_by_missing_type
 from clip.modules.vision_transformer_memory import FINAL
 
 BOTTLENECK = 16
@@ -38,7 +38,7 @@ class DeepCorrelatedPrompts(Method):
     def forward(self, batch: ModelInput, tokens: Mapping[str, Tensor]) -> dict[str, TowerSlots]:
         """Private prompts for each layer, and shared and dynamic ones for the first."""
         visual_BmD, text_BmD, common_BmE = (
-            of_missing_type([self.get_parameter(f"{part}_prompt_{name}") for name in names], batch)
+            select_by_missing_type([self.get_parameter(f"{part}_prompt_{name}") for name in names], batch)
             for part, names in START.items()
         )
         start = {"image": visual_BmD, "text": text_BmD}
@@ -52,7 +52,7 @@ class DeepCorrelatedPrompts(Method):
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The prompts, and the attention of the dynamic prompts."""
         dynamic = [*self.dynamic.parameters()]
-        return {METHOD: without(self.parameters(), dynamic), DYNAMIC_ATTENTION: dynamic}
+        return {METHOD: excluding(self.parameters(), dynamic), DYNAMIC_ATTENTION: dynamic}
 
     def trains(self, task: str) -> tuple[str, ...]:
         """All of the method and the towers' ends, on every task."""

@@ -31,7 +31,7 @@ def added_and_normed(x: Tensor, y: Tensor, norm: nn.LayerNorm, dtype: torch.dtyp
     return x, norm(x).to(dtype)
 
 
-class Passes(NamedTuple):
+class BlockOps(NamedTuple):
     """Implementations of the three operations."""
 
     quick_gelu: Callable[[Tensor], Tensor]
@@ -39,11 +39,11 @@ class Passes(NamedTuple):
     added_and_normed: Callable[[Tensor, Tensor, nn.LayerNorm, torch.dtype], tuple[Tensor, Tensor]]
 
 
-PLAIN = Passes(quick_gelu, normed, added_and_normed)
+PLAIN = BlockOps(quick_gelu, normed, added_and_normed)
 
 
 @cache
-def compiled() -> Passes:
+def compiled() -> BlockOps:
     """The three operations compiled for a GPU, each to one pass over memory.
 
     Raises:
@@ -51,7 +51,7 @@ def compiled() -> Passes:
     """
     torch._dynamo.config.recompile_limit = 32  # by width, for one position and for more, with gradients and without
     in_one = PLAIN._replace(quick_gelu=quick_gelu_in_one)
-    passes = Passes._make(torch.compile(each, dynamic=True) for each in in_one)
+    passes = BlockOps._make(torch.compile(each, dynamic=True) for each in in_one)
     passes.normed(torch.zeros(2, 2, 64, device="cuda"), nn.LayerNorm(64, device="cuda"), torch.bfloat16)
     torch._dynamo.config.suppress_errors = True  # if a later width fails to compile, run it uncompiled
     return passes

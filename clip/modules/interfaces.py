@@ -49,7 +49,7 @@ class ModelInput(NamedTuple):
     split: str = ""
     """Split of the training that the samples are from, for example `train`; "" if they are from none."""
     kept: bool = False
-    """Whether `inputs` are cached outputs (b, D) of `Tower.body`, see `engine/kept_features.py`."""
+    """Whether `inputs` are cached outputs (b, D) of `Tower.body`, see `engine/cached_features.py`."""
     windows_BW: Tensor | None = None
     """Rows of each sample's windows, padded with -1, where texts are split into windows. The other fields then have one
     row per window (B is the number of windows), and each window comes with the other inputs of its sample."""
@@ -226,7 +226,7 @@ class Backbone(nn.Module):
         """Turns the tokens of `embed` into the towers' input tokens, where modalities interact before the towers.
 
         Args:
-            padded: whether steps of zeros are padding rather than made by parameters, see `Method.fills`.
+            padded: whether steps of zeros are padding rather than made by parameters, see `Method.generates_missing`.
         """
         return tokens
 

@@ -104,7 +104,7 @@ class Method(nn.Module):
     """Grey level of the image encoded for a missing one, see `blanks`; None: missing inputs are not encoded."""
     sees_training_split: ClassVar[bool] = False
     """Whether training starts with a pass over its samples, see `see`."""
-    fills: ClassVar[bool] = False
+    generates_missing: ClassVar[bool] = False
     """Whether `adapt` adds parameters to tokens where inputs are zero."""
     betas: ClassVar[tuple[float, float]] = (0.9, 0.98)
     """AdamW's betas."""
@@ -196,7 +196,7 @@ class Method(nn.Module):
         """Passes over the samples of the training split before training, if `sees_training_split`."""
 
 
-def of_missing_type(slots_of_type: Sequence[Tensor], batch: ModelInput) -> Tensor:
+def select_by_missing_type(slots_of_type: Sequence[Tensor], batch: ModelInput) -> Tensor:
     """Slots (B, m, D) for each sample's missing type, selected from T tensors (m, D), see `by_missing_type`."""
     return by_missing_type(slots_of_type, batch)[batch.missing_type_B]
 
@@ -212,7 +212,7 @@ def by_missing_type(slots_of_type: Sequence[Tensor], batch: ModelInput) -> Tenso
     ])  # fmt: skip
 
 
-def without(parameters: Iterable[nn.Parameter], *taken: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+def excluding(parameters: Iterable[nn.Parameter], *taken: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """The parameters in none of the groups `taken`."""
     ids = {id(parameter) for group in taken for parameter in group}
     return [parameter for parameter in parameters if id(parameter) not in ids]

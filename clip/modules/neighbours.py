@@ -36,24 +36,24 @@ class Neighbours(nn.Module):
         self.widths, self.n_classes, self.k = dict(widths), n_classes, k
         self.feature_gate_M = nn.Parameter(torch.zeros(len(widths)))
         self.vote_gate_C = nn.Parameter(torch.zeros(n_classes))
-        self.make_room(0)
+        self.allocate(0)
         self._found: dict[tuple[str, int, int], Tensor] = {}
 
-    def make_room(self, samples: int) -> None:
+    def allocate(self, samples: int) -> None:
         """Allocates the buffers for the training samples, before they are computed or loaded from a checkpoint."""
         self.register_buffer("features_NF", torch.zeros(samples, sum(self.widths.values()), dtype=torch.float16))
         self.register_buffer("present_NM", torch.zeros(samples, len(self.widths), dtype=torch.bool))
         self.register_buffer("labels_NC", torch.zeros(samples, self.n_classes, dtype=torch.uint8))
         self.register_buffer("row_N", torch.zeros(samples, dtype=torch.long))
 
-    def remember(self, features_NF: Tensor, present_NM: Tensor, labels: Tensor, row_N: Tensor) -> None:
+    def store(self, features_NF: Tensor, present_NM: Tensor, labels: Tensor, row_N: Tensor) -> None:
         """Stores the training samples, with modalities missing as in their missing table.
 
         Args:
             labels: 0 and 1 (N, C), or class indices (N,).
         """
         labels_NC = labels if labels.ndim == 2 else F.one_hot(labels, self.n_classes)
-        self.make_room(len(row_N))
+        self.allocate(len(row_N))
         for name, value in zip(BANK, (features_NF, present_NM, labels_NC, row_N), strict=True):
             self.get_buffer(name).copy_(value)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clip.modules.fused import PLAIN, Passes
+from clip.modules.fused import PLAIN, BlockOps
 from clip.modules.interfaces import Adapter, Backbone, Blanks, ModelInput, Place, Tower, TowerSlots
 
 FINAL = "final norms, image projection"
@@ -156,7 +156,7 @@ class ResidualAttentionBlock(nn.Module):
         x_BND, normed_BND = self.passes.added_and_normed(x_BLD, read_BND, self.ln_2, dtype)
         return x_BND + self.mlp(normed_BND)
 
-    def compute_by(self, passes: Passes) -> None:
+    def use_ops(self, passes: BlockOps) -> None:
         """Sets the implementation of norms, residual sums and activation."""
         self.passes = passes
         if self.mlp.activate is not F.gelu:  # already a single pass over memory

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset, get_worker_info
 from common.arrow_file import open_table
 from common.errors import DataError
 from common.messages import quoted
-from vilt.datasets.kinds import ImageKind, Kind, TextKind, Tokenize, kinds_of, windows_there
+from vilt.datasets.kinds import ImageKind, Kind, TextKind, Tokenize, kinds_of, real_windows
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.missing_tables import MissingPattern, draw_missing_type, drop_modalities
-from vilt.missing_types import COMPLETE, code_of, is_missing, on_top
+from vilt.missing_types import COMPLETE, code_of, is_missing, with_natural
 
 
 class Sample(NamedTuple):
@@ -37,8 +37,8 @@ class Sample(NamedTuple):
 
 def _cached_feature(kept: Tensor, kind: Kind, index: int) -> Tensor:
     """The cached feature of a sample's input: (D,), or (w, D) for a text in windows."""
-    found = kept[kind.place_of_sample[index]]
-    return found if found.ndim == 1 else windows_there(found)
+    found = kept[kind.position_of_sample[index]]
+    return found if found.ndim == 1 else real_windows(found)
 
 
 class ArrowDataset(Dataset[Sample]):
@@ -103,7 +103,7 @@ class ArrowDataset(Dataset[Sample]):
         self.modality_dropout = (0.0, 0)
         """Training only: the probability that a sample loses further modalities, and a seed."""
         self.kept: dict[str, Tensor] | None = None
-        """Cached features (n, D) of each modality, indexed by `Kind.place_of_sample`, to return in place of inputs."""
+        """Cached features (n, D) of each modality, at `Kind.position_of_sample`, to return in place of inputs."""
         self.reading: Tensor | None = None
         """Shared int64 (workers, 2): each worker's process id and the index of the sample that it is reading."""
 
@@ -130,7 +130,7 @@ class ArrowDataset(Dataset[Sample]):
 
     @missing_table.setter
     def missing_table(self, table: np.ndarray) -> None:
-        self._missing_table = on_top(self.kinds, self.natural, table)
+        self._missing_table = with_natural(self.kinds, self.natural, table)
 
     @property
     def n_rows(self) -> int:
@@ -184,7 +184,7 @@ class ArrowDataset(Dataset[Sample]):
         if self.redrawn is not None:
             pattern, seed = self.redrawn
             drawn = draw_missing_type(pattern, self.kinds, np.random.default_rng([seed, epoch, index, 1]))
-            missing_type = int(on_top(self.kinds, self.natural[row : row + 1], np.array([drawn]))[0])
+            missing_type = int(with_natural(self.kinds, self.natural[row : row + 1], np.array([drawn]))[0])
         if self.modality_dropout[0]:
             chance, seed = self.modality_dropout
             generator = np.random.default_rng([seed, epoch, index, 2])

@@ -83,7 +83,7 @@ class CustomData:
             raise ValueError(f"classes: expected at least {least}, found {found}")
 
     @classmethod
-    def of(cls, value: object) -> Self:
+    def from_dict(cls, value: object) -> Self:
         """A CustomData made from a dict of its fields, as stored in JSON and checkpoints. Raises ValueError."""
         names = [field.name for field in fields(cls) if field.name != "signals"]
         if not isinstance(value, dict) or set(value) - {"signals"} != set(names):

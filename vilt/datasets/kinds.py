@@ -73,7 +73,7 @@ class Kind:
     """File suffixes recognised in a folder."""
     of_sample: ClassVar[bool] = False
     """Whether each sample of a row has its own input, instead of sharing the row's."""
-    most_windows = 1
+    max_windows = 1
     """Most windows that a text is read in; 1 for other kinds."""
 
     def __init__(self, modality: Modality, data: "ArrowDataset") -> None:
@@ -93,7 +93,7 @@ class Kind:
         return np.asarray(pc.is_null(self.column).to_numpy())
 
     @cached_property
-    def place_of_sample(self) -> np.ndarray:
+    def position_of_sample(self) -> np.ndarray:
         """Position of each sample's input among all inputs of the split, int64 (N,); -1 if it has none."""
         row_N = self.data.row_of_sample
         return np.where(self.absent()[row_N], -1, row_N)
@@ -174,7 +174,7 @@ def _token_ids(tokenize: Tokenize, texts: Sequence[str], windows: int) -> np.nda
     return tokenize(texts, windows) if windows > 1 else tokenize(texts)
 
 
-def windows_there(windows: Tensor) -> Tensor:
+def real_windows(windows: Tensor) -> Tensor:
     """The non-zero windows of (…, W, n), flattened to (w, n). All-zero windows are padding."""
     windows = windows.flatten(0, -2)
     return windows[windows.any(dim=-1)]
@@ -213,7 +213,7 @@ class TextKind(Kind):
         return np.asarray(pc.fill_null(pc.list_value_length(self.column), 0), dtype=np.int64)
 
     @cached_property
-    def place_of_sample(self) -> np.ndarray:
+    def position_of_sample(self) -> np.ndarray:
         absent_N = self.absent()[self.data.row_of_sample]
         return np.where(absent_N, -1, np.cumsum(~absent_N) - 1)
 
@@ -236,7 +236,7 @@ class TextKind(Kind):
             return None
         start, end = self.texts_of_sample[sample]
         ids = torch.from_numpy(tokens[start:end].astype(np.int64))
-        return ids[0] if ids.ndim == 2 else windows_there(ids)[: self.most_windows]
+        return ids[0] if ids.ndim == 2 else real_windows(ids)[: self.max_windows]
 
     def lengths(self) -> np.ndarray | int:
         if (tokens := self.tokens) is None:
@@ -251,7 +251,7 @@ class TextKind(Kind):
         """See `ArrowDataset.tokenize`."""
         texts: list[str] = pc.list_flatten(self.column).to_pylist()
         assert len(self.texts_of_sample) == len(self.data)  # computed here, so that workers do not need the arrow file
-        self.most_windows = windows
+        self.max_windows = windows
         shape = (len(texts), *[None] * (2 if windows > 1 else 1))
         if not texts:
             self._tokens = np.zeros([size or 1 for size in shape], dtype=np.int32)[:0]
@@ -277,7 +277,7 @@ class TextKind(Kind):
             raise ValueError(f"expected a text, found {type(value).__name__}")
         assert given.tokenize is not None
         ids = torch.from_numpy(_token_ids(given.tokenize, [value], given.text_windows)[0])
-        return ids if ids.ndim == 1 else windows_there(ids)
+        return ids if ids.ndim == 1 else real_windows(ids)
 
     @staticmethod
     def collate(inputs: Sequence[Tensor]) -> Collated:

@@ -66,7 +66,7 @@ def _read(path: Path, dataset: str) -> CustomData:
         described = json.loads(metadata[b"custom"])
         if not isinstance(described, dict):
             raise ValueError(f"metadata custom: expected an object, found {quoted(described)}")
-        found = CustomData.of({**described, "class_names": json.loads(metadata[b"class_names"])})
+        found = CustomData.from_dict({**described, "class_names": json.loads(metadata[b"class_names"])})
         if found.task != dataset:
             raise ValueError(f"expected data of task {dataset}, found {found.task}")
         return found

@@ -52,7 +52,7 @@ class Layout:
         if pair := look_alikes(classes):
             raise DataError(f"{self.source}: the labels {' and '.join(pair)} look the same; write them the same way")
         try:
-            return CustomData.of(
+            return CustomData.from_dict(
                 {"name": self.name, "labels": self.labels, "class_names": classes, "metric": self.metric}
             )
         except ValueError as error:

@@ -20,7 +20,7 @@ from vilt.datasets.specs import SPLITS, DatasetSpec, Split
 from vilt.datasets.subsequences import NUMBER, RECORDING
 from vilt.utils.raw_data import REMARKS, RawSplit, Row
 
-TIME, SUBJECT, RUN, PUBLISHED = WAYS = ("time", "subject", "run", "published")
+TIME, SUBJECT, RUN, PUBLISHED = SPLIT_METHODS = ("time", "subject", "run", "published")
 """Ways to split: by time within each recording, by subject, by complete recordings of each class, or as published."""
 TRAIN_SHARE, TRAIN_AND_VAL_SHARE, VAL_SHARE = 0.7, 0.8, 0.1
 NO_LABEL = -1
@@ -39,7 +39,7 @@ class Cut(NamedTuple):
     interval_step: int
 
     @classmethod
-    def of(cls, rate: float, *seconds: float) -> Self:
+    def from_seconds(cls, rate: float, *seconds: float) -> Self:
         """A Cut from durations in seconds.
 
         Raises ValueError unless each is a whole number of values, and the intervals fill a sample.
@@ -111,7 +111,7 @@ def label_of(labels_N: np.ndarray, *, mixed: bool) -> int:
     return int(values[np.argmax(counts)]) if mixed or len(values) == 1 else NO_LABEL
 
 
-def divide(recordings: Sequence[Recording], how: str, source: str, dropped: int) -> list[RawSplit]:
+def split_samples(recordings: Sequence[Recording], how: str, source: str, dropped: int) -> list[RawSplit]:
     """Divides the samples of `recordings` into splits.
 
     Args:
@@ -252,7 +252,7 @@ def _first_wrong(path: Path, columns: Sequence[int], separator: str) -> str | No
     return None
 
 
-def check_way(how: str | None, default: str, known: Sequence[str], spec: DatasetSpec) -> str:
+def check_split_method(how: str | None, default: str, known: Sequence[str], spec: DatasetSpec) -> str:
     """The way to split, `default` if `how` is None. Raises DataError if the dataset does not offer it."""
     if how is not None and how not in known:
         raise DataError(f"--split {how}: expected {' or '.join(known)} for {spec.make_arrow_name}")

@@ -24,7 +24,7 @@ from vilt.utils.recordings import (
     TIME,
     Recording,
     check_finite,
-    check_way,
+    check_split_method,
     note_on,
     read_numbers,
     read_row,
@@ -184,7 +184,7 @@ def open_raw(raw: Path, split: str | None = None) -> RawDataset:
     """
     raw_data.require_layout(raw, (), LAYOUT)
     spec = DATASETS["mod"]
-    how = check_way(split, TIME, (TIME, PUBLISHED), spec)
+    how = check_split_method(split, TIME, (TIME, PUBLISHED), spec)
     samples = _by_name(raw.rglob("*.pt"))
     indices = {name.removesuffix("_index"): path for name, path in _by_name(raw.rglob("*_index.txt")).items()}
     nodes = [Node(raw / one.run / one.node, one) for one in runs() if (raw / one.run / one.node).is_dir()]

@@ -19,15 +19,15 @@ from vilt.utils.names import label_name, look_alikes
 from vilt.utils.raw_data import RawDataset
 from vilt.utils.recordings import (
     PUBLISHED,
+    SPLIT_METHODS,
     SUBJECT,
     TIME,
-    WAYS,
     Cut,
     Recording,
     check_finite,
-    check_way,
-    divide,
+    check_split_method,
     note_on,
+    split_samples,
 )
 from vilt.utils.tables import read_text, table_rows
 
@@ -107,7 +107,9 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     if pair := look_alikes(classes):
         raise DataError(f"{raw / 'classes.txt'}: the classes {' and '.join(pair)} look the same")
     try:
-        cut = Cut.of(channels.rate, settings["sample"], steps["sample"], settings["interval"], steps["interval"])
+        cut = Cut.from_seconds(
+            channels.rate, settings["sample"], steps["sample"], settings["interval"], steps["interval"]
+        )
         sizes = *cut.shape, cut.interval_step, channels.rate
         of_signals = tuple((name, len(of), *sizes) for name, of in channels.columns.items())
         custom = CustomData(settings["name"], "single", classes, settings["metric"], of_signals)
@@ -144,8 +146,8 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
     row_of_set = custom_spec(custom)
     default = SUBJECT if any(one.subject for one in recordings) else TIME
     default = PUBLISHED if any(one.split for one in recordings) else default
-    how = check_way(split, default, WAYS, EVERY_DATASET[SENSORS])
-    splits = tuple(divide(recordings, how, str(raw / "recordings.csv"), cut.dropped))
+    how = check_split_method(split, default, SPLIT_METHODS, EVERY_DATASET[SENSORS])
+    splits = tuple(split_samples(recordings, how, str(raw / "recordings.csv"), cut.dropped))
     note = note_on(recordings, splits)
     if how == PUBLISHED:
         pairs = {(one.subject, one.split) for one in recordings if one.subject}

@@ -23,10 +23,10 @@ from vilt.utils.recordings import (
     Cut,
     Recording,
     check_finite,
-    check_way,
-    divide,
+    check_split_method,
     note_on,
     read_numbers,
+    split_samples,
 )
 
 PAMAP2_LAYOUT = """\
@@ -38,7 +38,7 @@ PAMAP2_WIDTH, PAMAP2_RATE = 54, 100
 PAMAP2_COLUMNS = {"Acc": (4, 5, 6), "Gyro": (10, 11, 12), "Mag": (13, 14, 15)}
 """Columns of the hand's sensors: accelerometer (±16 g), gyroscope, magnetometer."""
 PAMAP2_ACTIVITIES = (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 16, 17, 18, 19, 20, 24)
-PAMAP2_CUT = Cut.of(PAMAP2_RATE, 2, 2, 0.4, 0.2)
+PAMAP2_CUT = Cut.from_seconds(PAMAP2_RATE, 2, 2, 0.4, 0.2)
 RWHAR_LAYOUT = """\
 RAW/
   proband1/data/acc_walking_csv.zip …   each with acc_walking_waist.csv: id, attr_time in ms, values; or unpacked
@@ -47,17 +47,17 @@ RWHAR_FILES = {"acc": "acc", "gyr": "Gyroscope", "mag": "MagneticField", "lig": 
 AXES = ["attr_x", "attr_y", "attr_z"]
 RWHAR_RATE, LONGEST_GAP = 50, 1000
 """Rate in Hz, and longest gap between two values in ms. The gap does not apply to light, recorded only on changes."""
-RWHAR_CUT = Cut.of(RWHAR_RATE, 5, 5, 1, 0.5)
+RWHAR_CUT = Cut.from_seconds(RWHAR_RATE, 5, 5, 1, 0.5)
 
 
 def open_raw(raw: Path, dataset: str, split: str | None = None) -> RawDataset:
     """Opens PAMAP2 or RealWorld-HAR in `raw`, split by subject (default) or time. Raises DataError."""
     spec = DATASETS[dataset]
-    how = check_way(split, SUBJECT, (SUBJECT, TIME), spec)
+    how = check_split_method(split, SUBJECT, (SUBJECT, TIME), spec)
     recordings = list(_pamap2(raw) if dataset == "pamap2" else _rwhar(raw))
     cut = PAMAP2_CUT if dataset == "pamap2" else RWHAR_CUT
     assert spec.class_names is not None
-    splits = divide(recordings, how, str(raw), cut.dropped)
+    splits = split_samples(recordings, how, str(raw), cut.dropped)
     note = note_on(recordings, splits, ", without an activity, or with missing rows")
     return RawDataset(spec, spec.class_names, tuple(splits), note)
 

@@ -13,9 +13,9 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.method import MethodOptions
 from clip.modules.vision_transformer_memory import ClipBackbone, Transformer
 from clip.trainable import freeze
-from engine import kept_features
+from engine import cached_features
+from engine.cached_features import cache_features, has_constant_features
 from engine.checkpoint import ModelSpec, build_classifier
-from engine.kept_features import are_constant, keep_features
 from engine.training import model_input
 from run import command_line
 from tests.conftest import Patch
@@ -47,7 +47,7 @@ def backbone() -> FrozenWeights:
 
 
 def keep(data: MissingModalityData, backbone: FrozenWeights, precision: str = "32", **changes: Any) -> None:
-    keep_features(data, backbone, "tokenizer", precision, CPU, **changes)
+    cache_features(data, backbone, "tokenizer", precision, CPU, **changes)
 
 
 def gradients(classifier: MissingModalityClassifier, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -88,16 +88,16 @@ def test_batches_logits_and_gradients_match_those_without_cached_features(tmp_pa
 
 def test_features_are_constant_only_for_frozen_towers_without_prompts() -> None:
     options: dict[str, Any] = {"task": "mmimdb", "prompt_type": "none"}
-    assert are_constant(tiny_classifier(**options))
-    assert are_constant(tiny_classifier(**options, head="dpl"))
-    assert not are_constant(tiny_classifier("mmimdb"))
+    assert has_constant_features(tiny_classifier(**options))
+    assert has_constant_features(tiny_classifier(**options, head="dpl"))
+    assert not has_constant_features(tiny_classifier("mmimdb"))
     for method in ("mora", "lora", "aoept", "coop"):
-        assert not are_constant(tiny_classifier("mmimdb", prompt_type=method))
+        assert not has_constant_features(tiny_classifier("mmimdb", prompt_type=method))
     classifier = tiny_classifier(**options)
     classifier.model.get_parameter("text_encoder.transformer.resblocks.1.ln_2.bias").requires_grad_()
-    assert not are_constant(classifier)
+    assert not has_constant_features(classifier)
     freeze(classifier, "mmimdb")
-    assert are_constant(classifier)
+    assert has_constant_features(classifier)
 
 
 def test_a_file_is_reused_unless_data_weights_or_precision_differ(tmp_path, backbone, monkeypatch):
@@ -135,12 +135,12 @@ def test_a_file_is_reused_unless_data_weights_or_precision_differ(tmp_path, back
 
 
 def test_features_saved_by_a_killed_run_are_reused(tmp_path: Path, backbone: FrozenWeights, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(kept_features, "PART", 4)
-    monkeypatch.setattr(kept_features, "ROWS", 2)
+    monkeypatch.setattr(cached_features, "PART", 4)
+    monkeypatch.setattr(cached_features, "ROWS", 2)
     (tmp_path / "other").mkdir()
     whole, data = open_data(tmp_path / "other"), open_data(tmp_path)
     keep(whole, backbone)
-    run, parts = kept_features._Maker._run, []
+    run, parts = cached_features._Maker._run, []
 
     def killed(self: Any, name: str, *others: Any) -> Any:
         parts.append(name)
@@ -148,7 +148,7 @@ def test_features_saved_by_a_killed_run_are_reused(tmp_path: Path, backbone: Fro
             raise KeyboardInterrupt
         return run(self, name, *others)
 
-    monkeypatch.setattr(kept_features._Maker, "_run", killed)
+    monkeypatch.setattr(cached_features._Maker, "_run", killed)
     with pytest.raises(KeyboardInterrupt):
         keep(data, backbone)
     keep(data, backbone)
@@ -162,7 +162,7 @@ def test_without_disk_space_a_training_computes_features_in_memory(tmp_path, bac
     def full(path: Path) -> Any:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(kept_features, "atomic_path", full)
+    monkeypatch.setattr(cached_features, "atomic_path", full)
     data = open_data(tmp_path)
     with caplog.at_level("INFO"):
         keep(data, backbone)
@@ -180,9 +180,9 @@ def test_a_training_ends_at_the_same_weights_with_and_without_cached_features(wo
     states = []
     for name in ("kept", "plain"):
         if name == "plain":
-            monkeypatch.setattr("runs.training.are_constant", lambda _: False)
+            monkeypatch.setattr("runs.training.has_constant_features", lambda _: False)
         else:
-            monkeypatch.setattr(kept_features._Maker, "_run", None)  # all cached by `features`
+            monkeypatch.setattr(cached_features._Maker, "_run", None)  # all cached by `features`
         assert command_line(workspace.command(*common, f"exp_name={name}")) == 0
         folder = tmp_path / f"{name}_seed0" / "version_0"
         states.append(torch.load(folder / "best.ckpt", weights_only=True)["state_dict"])

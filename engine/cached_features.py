@@ -53,12 +53,12 @@ FEATURES = ".features"
 """Suffix of the entries with features."""
 
 
-def are_constant(classifier: MissingModalityClassifier) -> bool:
+def has_constant_features(classifier: MissingModalityClassifier) -> bool:
     """Whether the last blocks' outputs are constant: nothing up to them is trained, and no tower reads another."""
     return has_frozen_towers(classifier, but_for=classifier.model.ends) and not classifier.model.mixes
 
 
-def keep_features(
+def cache_features(
     data: MissingModalityData,
     backbone: FrozenWeights,
     tokenizer: str,
@@ -79,7 +79,7 @@ def keep_features(
     """
     model_key = [FORMAT, backbone.sha256, backbone.architecture, tokenizer, precision, PIL.__version__]
     first = next(iter(data.datasets.values()))
-    windows = max(kind.most_windows for kind in first.kinds.values())
+    windows = max(kind.max_windows for kind in first.kinds.values())
     model_key += [windows, first.group_texts] if windows > 1 else []
     digest = hashlib.sha256(repr(model_key).encode()).hexdigest()
 
@@ -140,7 +140,7 @@ def remember_training_split(classifier: MissingModalityClassifier, data: Missing
         present.append(inputs.joined().present_BM)
         labels.append(batch.label)
     rows = torch.from_numpy(data.datasets["train"].row_of_sample)
-    classifier.neighbours.remember(torch.cat(features), torch.cat(present), torch.cat(labels), rows)
+    classifier.neighbours.store(torch.cat(features), torch.cat(present), torch.cat(labels), rows)
 
 
 def _made_once(path: Path, maker: "_Maker") -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class _Maker:
         """The outputs for the whole split; parts already in the folder `parts` are read, new ones are saved there."""
         made = {}
         for name, kind in self.dataset.kinds.items():
-            places_n, samples_n = np.unique(kind.place_of_sample, return_index=True)
+            places_n, samples_n = np.unique(kind.position_of_sample, return_index=True)
             samples_n, places_n = samples_n[places_n >= 0], places_n[places_n >= 0]
             computed: list[dict[str, Tensor]] = []
             title = f"{self.dataset.path.name}, {name}"
@@ -203,7 +203,7 @@ class _Maker:
         tower, inputs = self.towers[name], in_order(read, samples, self.workers)
         x_nD, features_nE = [], []
         while batch := list(islice(inputs, ROWS)):
-            windows = batch if kind.most_windows == 1 else [window for text in batch for window in text]
+            windows = batch if kind.max_windows == 1 else [window for text in batch for window in text]
             collated = kind.collate(windows)
             input_b = collated.input_b.to(self.device)
             x_bD = tower.body(tower.embed(input_b)[:, : collated.length], input_b, NO_SLOTS)
@@ -231,9 +231,9 @@ class _Maker:
 def _per_input(x_bD: Tensor, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
     """Outputs of each input, float32 (n, D), or (n, W, D) for texts in windows, with 0 for windows a text lacks."""
     x_bD = x_bD.float().cpu()
-    if kind.most_windows == 1:
+    if kind.max_windows == 1:
         return x_bD
-    x_nWD = x_bD.new_zeros(len(inputs), kind.most_windows, x_bD.shape[1])
+    x_nWD = x_bD.new_zeros(len(inputs), kind.max_windows, x_bD.shape[1])
     for x_WD, own in zip(x_nWD, x_bD.split([len(windows) for windows in inputs]), strict=True):
         x_WD[: len(own)] = own
     return x_nWD

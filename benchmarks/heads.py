@@ -77,14 +77,14 @@ def seconds_of_epoch(folder: Path, name: str, **head: Any) -> float:
     inputs = InputFormat(224, lambda texts: np.ones((len(texts), 77), dtype=np.int64), "ones")
     data = MissingModalityData(options.data_settings(), options.splits, inputs)
 
-    def kept(*_: Any) -> None:
+    def cached(*_: Any) -> None:
         for dataset in data.datasets.values():
             widths = {"image": small.vision_width, "text": small.text_width}
-            dataset.kept = {name: torch.randn(dataset.n_rows, width) for name, width in widths.items()}
+            dataset.cached = {name: torch.randn(dataset.n_rows, width) for name, width in widths.items()}
 
     stopwatch = Stopwatch()
     EX.current_run = SimpleNamespace(info={})  # type: ignore[assignment]  # as under a command
-    patches = patch("runs.training.cache_features", kept), patch("engine.families.ClipFamily.start_embeddings")
+    patches = patch("runs.training.cache_features", cached), patch("engine.families.ClipFamily.start_embeddings")
     with patches[0], patches[1], redirect_stdout(StringIO()):
         train_from(options, "timed", stopwatch, opened=Opened(options, None, backbone, inputs, data, {}))
     return stopwatch.began[-1] - stopwatch.began[-2]

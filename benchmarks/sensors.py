@@ -69,7 +69,7 @@ def table(pairs: int) -> Iterator[str]:
     ratio = f"{of_rep / of_none:.2f} × `none`"
     yield f"| MOD, training step of `rep`, 70 % both | {of_rep:.3f} s, {ratio} | ≤ 1.6 × |"
     features = {name: torch.randn(BATCH, none.model.embed_dim) for name in signals}
-    on_kept = batch_of(features, complete_BM)._replace(kept=True)
+    on_kept = batch_of(features, complete_BM)._replace(cached=True)
     kept = [seconds_of_step(none, on_kept, labels) for _ in range(20)]
     whole = min(kept) * EPOCHS * SAMPLES / BATCH
     case = f"MOD, {EPOCHS} epochs of `none` on cached features of {SAMPLES:,} samples, steps only"

@@ -96,33 +96,35 @@ def cache_features(
     for split, dataset in data.datasets.items():
         arrow = file_sha256(dataset.path)
         path = dataset.path.with_name(f"{dataset.path.stem}_features_{digest[:16]}_{arrow[:16]}.safetensors")
-        kept = _read(path)
-        if kept is None:
+        cached = _read(path)
+        if cached is None:
             maker = _Maker(dataset, towers(), data.settings.num_workers, device, must_keep)
             try:
-                kept = _made_once(path, maker)
+                cached = _made_once(path, maker)
             except OSError as error:  # a read-only folder
                 maker.refused(path, error)
-                kept = maker.make(None)
-        dataset.kept = {name: x for name, x in kept.items() if not name.endswith(FEATURES)}
-        counts = ", ".join(f"{' × '.join(f'{size:,}' for size in x.shape)} {name}" for name, x in dataset.kept.items())
+                cached = maker.make(None)
+        dataset.cached = {name: x for name, x in cached.items() if not name.endswith(FEATURES)}
+        counts = ", ".join(
+            f"{' × '.join(f'{size:,}' for size in x.shape)} {name}" for name, x in dataset.cached.items()
+        )
         log.info("%s: frozen towers run once, for all epochs: %s (%s)", split, counts, path.name)
 
 
-def training_batches(data: MissingModalityData, *, kept: bool) -> DataLoader[Any]:
+def training_batches(data: MissingModalityData, *, cached: bool) -> DataLoader[Any]:
     """Loads the training split in order, with the modalities of its missing table left out.
 
     Args:
         kept: whether to load the cached outputs of the frozen towers instead of the inputs.
     """
     dataset = data.datasets["train"].without_draws()
-    dataset.kept = dataset.kept if kept else None
+    dataset.cached = dataset.cached if cached else None
     return DataLoader(
         dataset,
         batch_size=data.settings.per_gpu_batchsize,
         sampler=[(0, index) for index in range(len(dataset))],  # epoch and index
-        collate_fn=partial(collate, kinds_of(data.spec), once=True, kept=kept),
-        num_workers=0 if kept else data.settings.num_workers,
+        collate_fn=partial(collate, kinds_of(data.spec), once=True, cached=cached),
+        num_workers=0 if cached else data.settings.num_workers,
         worker_init_fn=leave_group,
     )
 
@@ -133,7 +135,7 @@ def remember_training_split(classifier: MissingModalityClassifier, data: Missing
     if classifier.neighbours is None:
         return
     features, present, labels = [], [], []
-    for batch in training_batches(data, kept=True):
+    for batch in training_batches(data, cached=True):
         inputs = model_input(batch)
         by_modality, _ = classifier.features(inputs)
         features.append(torch.cat([by_modality[name] for name in classifier.neighbours.widths], dim=1))
@@ -147,17 +149,17 @@ def _made_once(path: Path, maker: "_Maker") -> dict[str, Tensor]:
     """Computes the file, or reads it. If several processes ask at once, one computes and the others wait."""
     parts = path.with_name(f".{path.name}.parts")
     with waiting_lock(path.with_name(f".{path.name}.lock"), f"{path}: waiting for another process to compute it"):
-        if (kept := _read(path)) is not None:
-            return kept
+        if (cached := _read(path)) is not None:
+            return cached
         parts.mkdir(exist_ok=True)
-        kept = maker.make(parts)
-        maker.write(path, kept)
+        cached = maker.make(parts)
+        maker.write(path, cached)
         shutil.rmtree(parts)
         for other in path.parent.glob(f"{path.stem.rpartition('_')[0]}_{'[0-9a-f]' * 16}{path.suffix}"):
             if other != path:
                 other.unlink()
                 log.info("%s: removed, as it was made from another version of the arrow file", other)
-    return kept
+    return cached
 
 
 class _Maker:

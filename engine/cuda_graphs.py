@@ -112,7 +112,7 @@ class CapturedGraphs:
         recordings = self.by_shape.setdefault(kind, {})
         tensors = [*_tensors(batch), *more]
         shapes = tuple((each.shape, each.dtype) for each in tensors)
-        shape = shapes, tuple(batch.source_of_B), batch.types, tuple(batch.lengths.items()), batch.kept, counted
+        shape = shapes, tuple(batch.source_of_B), batch.types, tuple(batch.lengths.items()), batch.cached, counted
         if shape not in recordings and kind not in self.refused:
             if len(recordings) == MAX_GRAPHS:
                 self._refuse(kind, f"{MAX_GRAPHS} graphs already; further shapes are not captured")

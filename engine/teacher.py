@@ -67,7 +67,7 @@ def soft_labels(
     classifier.compute(dtype)
     classifier.to(device).eval()
     same = (checkpoint.backbone_sha256, checkpoint.spec.architecture) == (backbone.sha256, backbone.architecture)
-    loader = training_batches(data, kept=same and has_constant_features(classifier) and dataset.kept is not None)
+    loader = training_batches(data, cached=same and has_constant_features(classifier) and dataset.cached is not None)
     probabilities = []
     with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         for batch in tqdm(loader, desc="teacher", unit=" batches", dynamic_ncols=True, disable=None):

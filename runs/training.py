@@ -240,7 +240,7 @@ def train_from(
     batches = data.steps_per_epoch(options.processes) * options.max_epoch
     if options.max_steps is not None:
         batches = min(batches, options.max_steps * options.accumulation)
-    if options.fast_dev_run or train_data.kept is not None:  # steps too short for graph capture to pay
+    if options.fast_dev_run or train_data.cached is not None:  # steps too short for graph capture to pay
         batches = 0
     module.step, module.evaluate = captured(*plain, classifier, options, batches)
     # Processes without a folder write nothing, but take part in collective calls when the first one writes.

@@ -69,13 +69,13 @@ def test_batches_logits_and_gradients_match_those_without_cached_features(tmp_pa
     backbone.load_into(classifier.model)
     plain, kept = open_data(tmp_path, **reading, **changes), open_data(tmp_path, **reading, **changes)
     keep(kept, backbone)
-    counts = {name: len(x) for name, x in (kept.datasets["train"].kept or {}).items()}
+    counts = {name: len(x) for name, x in (kept.datasets["train"].cached or {}).items()}
     assert counts == {"image": 10, "text": 8 if "group" in reading else 11}
     for loader in ("train_dataloader", "val_dataloader"):
         seen = set()
         for with_inputs, without in zip(getattr(plain, loader)(), getattr(kept, loader)(), strict=True):
             seen |= set(with_inputs.types)
-            for field in set(with_inputs._fields) - {"inputs", "lengths", "length_b", "kept"}:
+            for field in set(with_inputs._fields) - {"inputs", "lengths", "length_b", "cached"}:
                 assert_equal([getattr(with_inputs, field)], [getattr(without, field)])
             outputs = [classifier.training_outputs(model_input(batch), batch.label) for batch in (with_inputs, without)]
             torch.testing.assert_close(outputs[0][0], outputs[1][0], **tolerance)
@@ -154,7 +154,7 @@ def test_features_saved_by_a_killed_run_are_reused(tmp_path: Path, backbone: Fro
     keep(data, backbone)
     assert parts[:3] == ["image"] * 3 and parts[3:].count("image") == 1 + 2 * 3, "two parts had been saved"
     for split in SPLITS:
-        assert_equal(data.datasets[split].kept, whole.datasets[split].kept)
+        assert_equal(data.datasets[split].cached, whole.datasets[split].cached)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -167,7 +167,7 @@ def test_without_disk_space_a_training_computes_features_in_memory(tmp_path, bac
     with caplog.at_level("INFO"):
         keep(data, backbone)
     assert "cannot be saved" in caplog.text and "space" in caplog.text and not list(tmp_path.glob("*.safetensors"))
-    assert data.datasets["test"].kept is not None
+    assert data.datasets["test"].cached is not None
     with pytest.raises(OSError, match="space"):
         keep(data, backbone, must_keep=True)
 

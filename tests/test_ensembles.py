@@ -66,7 +66,7 @@ def test_a_teacher_sees_everything_the_missing_table_leaves(workspace, tmp_path,
     assert any((now != present[index]).any() for _, _, index, now in seen), "the student sees less"
     checkpoint = read_checkpoint(members[teacher])
     model, _ = open_models([checkpoint], BackboneChoice(), "")
-    dataset.kept = dataset.simulate_seed = None
+    dataset.cached = dataset.simulate_seed = None
     batch = collate(kinds_of(dataset.spec), dataset.__getitems__([(0, number) for number in range(len(dataset))]))
     torch.testing.assert_close(soft, (32 * model.eval()(model_input(batch))).sigmoid().detach(), rtol=1e-3, atol=1e-4)
     contents = json_of(tmp_path / "student_seed0" / "version_0" / "contents.json")

@@ -37,8 +37,8 @@ class Batch(NamedTuple):
     """(B, C) uint8, or (B,) int64 or float32, see `Sample`."""
     index_B: Tensor
     """Indices of the samples in the dataset."""
-    kept: bool = False
-    """Whether `inputs` are cached features, see `ArrowDataset.kept`."""
+    cached: bool = False
+    """Whether `inputs` are cached features, see `ArrowDataset.cached`."""
     windows_BW: Tensor | None = None
     """Set if a text spans several windows. All fields above except `label` and `index_B` then have one entry per window
     in place of one per sample; this maps each sample to its windows, padded with -1."""
@@ -65,7 +65,7 @@ def _each(field: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def collate(
-    kinds: Mapping[str, type[Kind]], samples: Sequence[Sample], *, once: bool = False, kept: bool = False
+    kinds: Mapping[str, type[Kind]], samples: Sequence[Sample], *, once: bool = False, cached: bool = False
 ) -> Batch:
     """Collates samples into a batch, leaving out missing inputs.
 
@@ -89,7 +89,7 @@ def collate(
         own = [row for row, source in source_of.items() if row == source]
         rows[name] = torch.tensor(own, dtype=torch.long)
         given = [inputs[row] for row in own]
-        collated[name] = Collated(torch.stack(given) if given else torch.empty(0, 0)) if kept else kind.collate(given)
+        collated[name] = Collated(torch.stack(given) if given else torch.empty(0, 0)) if cached else kind.collate(given)
     missing = [sum(code_of(kinds, name) for name in kinds if name not in sample.inputs) for sample in samples]
     windows = [torch.tensor(own) for own in places] if len(parts) > len(samples) else []
     return Batch(
@@ -102,7 +102,7 @@ def collate(
         source_of_B=sources,
         label=torch.stack([sample.label for sample in samples]),
         index_B=torch.tensor([sample.number for sample in samples]),
-        kept=kept,
+        cached=cached,
         windows_BW=pad_sequence(windows, batch_first=True, padding_value=-1) if windows else None,
     )
 

@@ -292,14 +292,14 @@ class MissingModalityData(pl.LightningDataModule):
             sampler.skip = (epoch, batches * settings.per_gpu_batchsize)
             # When resuming, workers request their first batches before Lightning sets the sampler's epoch.
             sampler.set_epoch(epoch)
-        dataset, kept = self.datasets[split], self.datasets[split].kept is not None
-        once, workers = not training and settings.subsequence == 1, 0 if kept else settings.num_workers
+        dataset, cached = self.datasets[split], self.datasets[split].cached is not None
+        once, workers = not training and settings.subsequence == 1, 0 if cached else settings.num_workers
         dataset.reading = torch.full((workers, 2), -1).share_memory_()
         return TimedLoader(
             dataset,
             batch_size=settings.per_gpu_batchsize,
             sampler=sampler,
-            collate_fn=partial(collate, kinds_of(self.spec), once=once, kept=kept),
+            collate_fn=partial(collate, kinds_of(self.spec), once=once, cached=cached),
             num_workers=workers,
             worker_init_fn=leave_group,
             persistent_workers=workers > 0,

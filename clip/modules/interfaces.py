@@ -48,7 +48,7 @@ class ModelInput(NamedTuple):
     """Indices of the samples in their dataset."""
     split: str = ""
     """Split of the training that the samples are from, for example `train`; "" if they are from none."""
-    kept: bool = False
+    cached: bool = False
     """Whether `inputs` are cached outputs (b, D) of `Tower.body`, see `engine/cached_features.py`."""
     windows_BW: Tensor | None = None
     """Rows of each sample's windows, padded with -1, where texts are split into windows. The other fields then have one
@@ -233,7 +233,7 @@ class Backbone(nn.Module):
     def embed(self, batch: ModelInput) -> dict[str, Tensor]:
         """Input tokens (b, L, D) of the modalities that any sample has."""
         present = {modality: tower for modality, tower in self.towers.items() if len(batch.rows[modality])}
-        if batch.kept:
+        if batch.cached:
             return {modality: batch.inputs[modality] for modality in present}
         with torch.autocast(batch.present_BM.device.type, enabled=False):  # towers use the dtype of their weights
             return {modality: tower.embed(batch.inputs[modality]) for modality, tower in present.items()}
@@ -250,7 +250,7 @@ class Backbone(nn.Module):
                 features[modality] = zero_feature.expand(len(batch.present_BM), self.embed_dim)
                 continue
             with torch.autocast(batch.present_BM.device.type, enabled=False):
-                if batch.kept:
+                if batch.cached:
                     feature_bE = tower.end(tokens[modality])
                 else:
                     tokens_bLD = tokens[modality][:, : batch.lengths.get(modality)]

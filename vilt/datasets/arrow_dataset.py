@@ -35,9 +35,9 @@ class Sample(NamedTuple):
     """Index of the sample in the dataset."""
 
 
-def _cached_feature(kept: Tensor, kind: Kind, index: int) -> Tensor:
+def _cached_feature(cached: Tensor, kind: Kind, index: int) -> Tensor:
     """The cached feature of a sample's input: (D,), or (w, D) for a text in windows."""
-    found = kept[kind.position_of_sample[index]]
+    found = cached[kind.position_of_sample[index]]
     return found if found.ndim == 1 else real_windows(found)
 
 
@@ -102,7 +102,7 @@ class ArrowDataset(Dataset[Sample]):
         missing table."""
         self.modality_dropout = (0.0, 0)
         """Training only: the probability that a sample loses further modalities, and a seed."""
-        self.kept: dict[str, Tensor] | None = None
+        self.cached: dict[str, Tensor] | None = None
         """Cached features (n, D) of each modality, at `Kind.position_of_sample`, to return in place of inputs."""
         self.reading: Tensor | None = None
         """Shared int64 (workers, 2): each worker's process id and the index of the sample that it is reading."""
@@ -196,8 +196,8 @@ class ArrowDataset(Dataset[Sample]):
                 continue
             place = name, index if kind.of_sample else row
             if place not in of_rows:
-                kept = self.kept
-                of_rows[place] = kind.read(row, index) if kept is None else _cached_feature(kept[name], kind, index)
+                cached = self.cached
+                of_rows[place] = kind.read(row, index) if cached is None else _cached_feature(cached[name], kind, index)
             if (read := of_rows[place]) is not None:
                 inputs[name] = read
         return Sample(inputs, label, index)

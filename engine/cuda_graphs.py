@@ -73,11 +73,11 @@ def captured(
     return GraphedSteps(step, trained, recordings), GraphedForward(forward, recordings)
 
 
-def use_ops(classifier: nn.Module, passes: BlockOps) -> None:
+def use_ops(classifier: nn.Module, ops: BlockOps) -> None:
     """Sets how the blocks compute the operations between their matrix products."""
     for module in classifier.modules():
         if isinstance(module, ResidualAttentionBlock):
-            module.use_ops(passes)
+            module.use_ops(ops)
 
 
 class _CapturedGraph(NamedTuple):

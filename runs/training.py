@@ -93,9 +93,8 @@ def train(options: Options, given: Collection[str] = ()) -> dict[str, float]:
         return train_from(options, name, given=given)
     custom = open_spec(options.task, options.data_root, options.splits).custom
     parent = options.log_dir / name
-    with (
-        nullcontext() if options.fast_dev_run else training_lock(parent, config_content(options, custom))
-    ):  # writes a lock file
+    writes = not options.fast_dev_run
+    with training_lock(parent, config_content(options, custom)) if writes else nullcontext():
         opened = open_training(options, given)
         our_config, any_precision = config_content(opened.options, custom), "precision" not in given
         progress = find_progress(parent, our_config, opened.contents, any_precision=any_precision)

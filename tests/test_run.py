@@ -287,7 +287,7 @@ def test_the_test_after_a_training_computes_nothing_compiled(workspace: Workspac
     found: list[bool] = []
 
     def tested(options: Any, trainer: Any, module: Any, *_: Any) -> dict[str, float]:
-        found.extend(each.passes is PLAIN for each in module.modules() if isinstance(each, ResidualAttentionBlock))
+        found.extend(each.ops is PLAIN for each in module.modules() if isinstance(each, ResidualAttentionBlock))
         return {}
 
     monkeypatch.setattr(training, "recorded", compiled)

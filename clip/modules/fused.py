@@ -51,7 +51,7 @@ def compiled() -> BlockOps:
     """
     torch._dynamo.config.recompile_limit = 32  # by width, for one position and for more, with gradients and without
     in_one = PLAIN._replace(quick_gelu=quick_gelu_in_one)
-    passes = BlockOps._make(torch.compile(each, dynamic=True) for each in in_one)
-    passes.normed(torch.zeros(2, 2, 64, device="cuda"), nn.LayerNorm(64, device="cuda"), torch.bfloat16)
+    ops = BlockOps._make(torch.compile(each, dynamic=True) for each in in_one)
+    ops.normed(torch.zeros(2, 2, 64, device="cuda"), nn.LayerNorm(64, device="cuda"), torch.bfloat16)
     torch._dynamo.config.suppress_errors = True  # if a later width fails to compile, run it uncompiled
-    return passes
+    return ops

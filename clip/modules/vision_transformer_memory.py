@@ -122,7 +122,7 @@ class ResidualAttentionBlock(nn.Module):
     def __init__(self, width: int, heads: int, activation: str, causal: bool) -> None:
         super().__init__()
         self.causal = causal
-        self.passes = PLAIN
+        self.ops = PLAIN
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = MLP(width, activation)
@@ -143,7 +143,7 @@ class ResidualAttentionBlock(nn.Module):
             mask: (…, L, L), True where a position may attend; None: everywhere, or up to itself in a causal block.
         """
         dtype, causal = self.attn.in_proj_weight.dtype, self.causal and mask is None
-        normed_BLD = self.passes.normed(x_BLD, self.ln_1, dtype)
+        normed_BLD = self.ops.normed(x_BLD, self.ln_1, dtype)
         query_BND = normed_BLD
         if causal and (prefix_BP2D is not None or read_B is not None):
             P = 0 if prefix_BP2D is None else prefix_BP2D.shape[1]
@@ -153,14 +153,14 @@ class ResidualAttentionBlock(nn.Module):
             x_BLD, query_BND = (each.take_along_dim(read_B11, dim=1) for each in (x_BLD, normed_BLD))
             mask = None if mask is None else mask[read_B][:, None, None]
         read_BND = self.attn(query_BND, normed_BLD, prefix_BP2D, mask, adapter, causal)
-        x_BND, normed_BND = self.passes.added_and_normed(x_BLD, read_BND, self.ln_2, dtype)
+        x_BND, normed_BND = self.ops.added_and_normed(x_BLD, read_BND, self.ln_2, dtype)
         return x_BND + self.mlp(normed_BND)
 
-    def use_ops(self, passes: BlockOps) -> None:
+    def use_ops(self, ops: BlockOps) -> None:
         """Sets the implementation of norms, residual sums and activation."""
-        self.passes = passes
+        self.ops = ops
         if self.mlp.activate is not F.gelu:  # already a single pass over memory
-            self.mlp.activate = passes.quick_gelu
+            self.mlp.activate = ops.quick_gelu
 
 
 class Transformer(nn.Module):

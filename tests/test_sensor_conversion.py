@@ -127,6 +127,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "some subjects": (lambda raw: without_splits(raw, "s2"), "row 4: --split subject: expected a subject, found none"),
     "a word": (lambda raw: rename(raw, "some"), "not any or some or both or complete or id, found 'some'"),
+    "a dot": (lambda raw: rename(raw, "a.b"), "channels.csv: modalities: expected letters, digits, - and _ in a name"),
     "alike": (lambda raw: rename(raw, "ACC"), "expected 2 to 4 different names, found 'acc', 'ACC', 'lig'"),
     "split": (lambda raw: replace_line(raw / "recordings.csv", 2, "r0,s,dev,0,60"), "row 2: split: expected train or"),
     "long": (lambda raw: replace_line(raw / "recordings.csv", 2, f"r0,s,{9000 * '['},0,60"), f"found '{57 * '['}...["),

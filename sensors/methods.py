@@ -35,12 +35,13 @@ class Focal(NoPrompts):
         """The four weighted parts of the loss for a batch of subsequences."""
         assert isinstance(backbone, SensorBackbone)
         views = []
-        for _ in range(2):
-            signals = draw_view(batch.inputs)
-            features = {name: backbone.towers[name](signals[name]) for name in self.places}
-            projected = {name: self.get_submodule(name)(feature_BE).float() for name, feature_BE in features.items()}
-            views.append({name: x.unflatten(0, (-1, PRETRAINING["focal"])) for name, x in projected.items()})
-        return focal_losses(views, FocalSettings(backbone.sizes.temperature))
+        with torch.autocast(batch.present_BM.device.type, enabled=False):  # the blocks use the dtype of their tower
+            for _ in range(2):
+                signals = draw_view(batch.inputs)
+                features = {name: backbone.towers[name](signals[name]) for name in self.places}
+                projected = {name: self.get_submodule(name)(feature_BE) for name, feature_BE in features.items()}
+                views.append({name: x.unflatten(0, (-1, PRETRAINING["focal"])) for name, x in projected.items()})
+            return focal_losses(views, FocalSettings(backbone.sizes.temperature))
 
     def trains(self, task: str) -> tuple[str, ...]:
         """Projection heads and towers; the patch embedding only with the backbone's `train_patch_embed`."""

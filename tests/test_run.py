@@ -290,7 +290,7 @@ def test_the_test_after_a_training_computes_nothing_compiled(workspace: Workspac
         found.extend(each.ops is PLAIN for each in module.modules() if isinstance(each, ResidualAttentionBlock))
         return {}
 
-    monkeypatch.setattr(training, "recorded", compiled)
+    monkeypatch.setattr(training, "captured", compiled)
     monkeypatch.setattr(training, "test", tested)
     workspace.train("compiled", "max_steps=2")
     assert found and all(found)

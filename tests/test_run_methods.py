@@ -99,7 +99,7 @@ def test_whole_texts_are_read_in_every_command(workspace: Workspace, tmp_path: P
     assert "text_windows: 1 contradicts the checkpoint" in capsys.readouterr().err
 
 
-def test_a_run_of_recorded_steps_ends_as_a_plain_one(workspace: Workspace, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_run_of_captured_steps_ends_as_a_plain_one(workspace: Workspace, tmp_path: Path, monkeypatch: Patch) -> None:
     """In every bit: what Python decides in a step, and validations among the steps, are as when each is computed."""
     monkeypatch.setattr(cuda_graphs, "capture", tape)
     recordings = CapturedGraphs()
@@ -112,7 +112,7 @@ def test_a_run_of_recorded_steps_ends_as_a_plain_one(workspace: Workspace, tmp_p
         return GraphedSteps(step, trained, recordings), GraphedForward(forward, recordings)
 
     for name, how in (("plain", rounded), ("replayed", replayed)):
-        monkeypatch.setattr("runs.training.recorded", how)
+        monkeypatch.setattr("runs.training.captured", how)
         run(workspace, tmp_path, *DESCRIBED, "max_epoch=3", "missing_ratio=0", f"exp_name={name}")
     assert not recordings.refused and len(recordings.by_shape[STEPS]) < 12
     assert_same_end(*(tmp_path / f"{name}_seed0" / "version_0" for name in ("plain", "replayed")))

@@ -1,4 +1,4 @@
-"""Commands where only ASCII can be printed, on other systems, and on cores that others use."""
+"""Commands on terminals limited to ASCII, on other systems, and on shared cores."""
 
 import os
 import resource
@@ -19,11 +19,11 @@ from tests.conftest import Captured, Patch
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "data" / "golden" / "raw" / "mmimdb"
 ASCII = {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"}
-"""Where print would raise UnicodeEncodeError, and logging show a traceback instead of the line."""
+"""An environment in which print raises UnicodeEncodeError and logging shows a traceback instead of the line."""
 
 
 def ascii_output(*command: str) -> str:
-    """What a command prints where only ASCII can be printed."""
+    """The output of a command that can print only ASCII."""
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, check=False, env={**os.environ, **ASCII}
     )
@@ -32,7 +32,7 @@ def ascii_output(*command: str) -> str:
     return said
 
 
-def test_tables_and_names_where_only_ascii_can_be_printed(tmp_path: Path) -> None:
+def test_commands_run_where_only_ascii_can_be_printed(tmp_path: Path) -> None:
     given = ("--dataset", "mmimdb", "--root", str(GOLDEN), "--target", f"{tmp_path}/é", "--workers", "0")
     said = ascii_output("make_arrow.py", *given)
     assert "written to" in said and f"{tmp_path}/?" in said
@@ -41,13 +41,13 @@ def test_tables_and_names_where_only_ascii_can_be_printed(tmp_path: Path) -> Non
     assert "expected a folder" in ascii_output("run.py", "runs", "with", "log_dir=é")
 
 
-def test_what_stands_for_what_cannot_be_printed() -> None:
+def test_unprintable_characters_are_replaced() -> None:
     code = "from common.machine import print_anywhere as p; p(); import logging; print('0.1 ± 0.2 – … × ─ é 𝟙')"
     said = ascii_output("-c", f"{code}; logging.error('é…')")
     assert said == "0.1 +/- 0.2 - ... x - ? ?\nERROR:root:?...\n"
 
 
-def test_a_table_is_as_wide_as_what_is_printed() -> None:
+def test_table_columns_are_aligned_after_replacement() -> None:
     code = "from common.machine import print_anywhere as p; p(); from common.text import terminal_table as t"
     said = ascii_output("-c", f"{code}; print(t(['a', 'b'], [['1 ± 2', '3'], ['–', '4']], '><'))")
     heads, line, *rows = said.rstrip("\n").split("\n")
@@ -55,7 +55,7 @@ def test_a_table_is_as_wide_as_what_is_printed() -> None:
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])
-def test_another_system_is_one_line(system: str, monkeypatch: Patch, capsys: Captured, tmp_path: Path) -> None:
+def test_other_systems_are_refused(system: str, monkeypatch: Patch, capsys: Captured, tmp_path: Path) -> None:
     monkeypatch.setattr(machine.sys, "platform", system)
     statuses = [
         command_line(["run.py", "print_config"]),
@@ -67,8 +67,8 @@ def test_another_system_is_one_line(system: str, monkeypatch: Patch, capsys: Cap
     assert [f"expected Linux, found {system}" in line for line in said.err.splitlines()] == [True] * 3
 
 
-def test_freed_memory_is_used_again() -> None:
-    """Not given back, and cleared by the system page by page, at each tensor."""
+def test_freed_memory_is_reused() -> None:
+    """It is not returned to the system, which would have to zero the pages of each new tensor."""
     keep_freed_memory()
     faults = []
     for _ in range(8):
@@ -88,7 +88,7 @@ def test_freed_memory_is_used_again() -> None:
     ],
 )
 def test_how_threads_wait(busy: float, given: dict[str, str], expected: dict[str, str], monkeypatch: Patch) -> None:
-    """As the user says, else by the load."""
+    """The user's environment variables win; without them the load of the machine decides."""
     environment = dict(given)
     monkeypatch.setattr(machine.os, "environ", environment)
     monkeypatch.setattr(machine, "busy_cores", lambda: busy)

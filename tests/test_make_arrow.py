@@ -1,4 +1,4 @@
-"""make_arrow.py: what it writes, what it refuses, and what it leaves behind."""
+"""make_arrow.py: the files it writes, the inputs it refuses, and what it leaves behind."""
 
 import csv
 import functools
@@ -61,7 +61,7 @@ class Case:
         return status
 
     def refused(self, *options: str, workers: int = 0, lines: int | None = None) -> str:
-        """What is said by a conversion that must fail, and write nothing."""
+        """The error output of a conversion that must fail and write nothing."""
         before = contents(self.out)
         assert self.run(*options, workers=workers) == 2
         assert contents(self.out) == before
@@ -69,7 +69,7 @@ class Case:
         return self.stderr
 
     def write(self, file: str, content: object) -> None:
-        """Bytes, a text, or what is to stand there as JSON; None removes the file."""
+        """Writes bytes, a text, or any other value as JSON; None removes the file."""
         path = self.raw / file
         if content is None:
             path.unlink()
@@ -96,7 +96,7 @@ class Case:
             return list(csv.DictReader(opened, delimiter="\t", quoting=csv.QUOTE_NONE))
 
     def check_bad(self, reason: str, **expected: str) -> None:
-        """Refused for one bad sample, which is left out and listed with --skip-bad."""
+        """Asserts that one bad sample ends the conversion, and is left out and listed with --skip-bad."""
         said = self.refused()
         assert all(fact in said for fact in (" samples cannot be used (", "; nothing was written", reason))
         assert self.run("--skip-bad") == 0
@@ -132,7 +132,7 @@ def memes(case: MakeCase) -> Case:
 
 
 @pytest.mark.parametrize("dataset", CLIP_DATASETS)
-def test_equals_what_the_published_converters_wrote_with_any_number_of_workers(case: MakeCase, dataset: str) -> None:
+def test_output_equals_the_published_converters_for_any_number_of_workers(case: MakeCase, dataset: str) -> None:
     made = case(dataset)
     assert made.run() == 0
     assert sorted(contents(made.out)) == FILES[dataset]
@@ -144,14 +144,14 @@ def test_equals_what_the_published_converters_wrote_with_any_number_of_workers(c
     assert contents(made.out) == serial
 
 
-def test_class_names_are_in_the_metadata_in_the_order_of_their_numbers(dishes: Case) -> None:
+def test_class_names_are_in_the_metadata_in_index_order(dishes: Case) -> None:
     dishes.write("class_idx.json", '{"apple_pie": 2, "pizza": 0, "baby_back_ribs": 1}')
     assert dishes.run() == 0
     assert json.loads(dishes.table("train").schema.metadata[b"class_names"]) == ["pizza", "baby_back_ribs", "apple_pie"]
     assert dishes.table("val")["label"].to_pylist() == [2, 1, 0]
 
 
-def test_target_defaults_to_a_folder_beside_the_command(films: Case, monkeypatch: Patch) -> None:
+def test_target_defaults_to_a_folder_in_the_working_directory(films: Case, monkeypatch: Patch) -> None:
     monkeypatch.chdir(films.raw.parent)
     before = contents(films.raw / "images")
     assert make_arrow.main(["--dataset", "mmimdb", "--root", str(films.raw)]) == 0
@@ -180,7 +180,7 @@ def test_summary_counts_samples_texts_labels_and_bytes(films: Case) -> None:
     assert films.stdout.count("replaced") == 3 and "whole): train 0, dev 1, test 0" in films.stdout, "76 words"
 
 
-def test_dishes_without_text_are_left_out_and_counted_or_kept_on_demand(dishes: Case) -> None:
+def test_dishes_without_text_are_left_out_and_counted_or_kept_on_request(dishes: Case) -> None:
     dishes.edit("text.json", lambda texts: texts.update({"pizza_2.jpg": "  ", "apple_pie_2.jpg": None}))
     assert dishes.run() == 0
     assert "left out, no text: train 1, val 2, test 0" in dishes.stdout
@@ -193,13 +193,13 @@ def test_dishes_without_text_are_left_out_and_counted_or_kept_on_demand(dishes: 
 
 
 def write_titles(dishes: Case, train: bytes, test: bytes = b"") -> None:
-    """In place of text.json."""
+    """Writes the two files of titles in place of text.json."""
     dishes.write("text.json", None)
     dishes.write("texts/train_titles.csv", train)
     dishes.write("texts/test_titles.csv", test)
 
 
-def test_titles_serve_where_text_json_is_absent(dishes: Case) -> None:
+def test_titles_are_read_if_text_json_is_missing(dishes: Case) -> None:
     assert dishes.run() == 0
     expected = contents(dishes.out)
     texts = json_of(dishes.raw / "text.json")
@@ -222,7 +222,7 @@ def test_titles_serve_where_text_json_is_absent(dishes: Case) -> None:
         ("a_1.jpg,Crème\u2028brûlée,a".encode(), "Crème\u2028brûlée"),
     ],
 )
-def test_titles_with_commas_and_quotes(dishes: Case, line: bytes, text: str) -> None:
+def test_titles_may_have_commas_and_quotes(dishes: Case, line: bytes, text: str) -> None:
     write_titles(dishes, b"\xef\xbb\xbf" + line + b"\r\n\r\n")
     assert write_food101.read_texts(dishes.raw) == {"a_1.jpg": text}
 
@@ -237,12 +237,12 @@ def test_titles_with_commas_and_quotes(dishes: Case, line: bytes, text: str) -> 
         (b"pizza_0.jpg,one,pizza\n", "two different texts: 'one' and 'two'"),
     ],
 )
-def test_wrong_titles_are_an_error(dishes: Case, train: bytes, message: str) -> None:
+def test_malformed_titles_are_an_error(dishes: Case, train: bytes, message: str) -> None:
     write_titles(dishes, train, b"pizza_0.jpg,two,pizza\n")
     assert message in dishes.refused(lines=1)
 
 
-def test_images_that_the_published_code_sees_otherwise_are_counted(films: Case) -> None:
+def test_images_that_the_published_code_reads_differently_are_counted(films: Case) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for name, mode, options in (("0000012", "RGBA", {"exif": exif}), ("0000005", "I;16", {}), ("0000013", "RGB", {})):
@@ -257,18 +257,18 @@ def test_images_that_the_published_code_sees_otherwise_are_counted(films: Case) 
 NFD = functools.partial(unicodedata.normalize, "NFD")
 
 
-def test_genres_count_however_they_are_typed(films: Case) -> None:
-    typed = [" DRAMA", "drama ", "Sci\u2011Fi\u200b", "film-noir", "Comedy drama"]
-    films.edit(FILM, lambda film: film.update(genres=typed))
+def test_genres_are_recognised_in_any_spelling(films: Case) -> None:
+    spelt = [" DRAMA", "drama ", "Sci\u2011Fi\u200b", "film-noir", "Comedy drama"]
+    films.edit(FILM, lambda film: film.update(genres=spelt))
     assert films.run() == 0
     row = films.table("dev").to_pylist()[0]
     assert [MMIMDB_GENRES[n] for n, one in enumerate(row["label"]) if one] == ["Drama", "Sci-Fi", "Film-Noir"]
-    assert row["genres"] == typed
+    assert row["genres"] == spelt
 
 
-@pytest.mark.parametrize(("listed", "there"), [("é", NFD("é")), (NFD("é"), "é"), ("e", "E")])
-def test_names_of_files_and_classes_in_another_spelling(dishes: Case, listed: str, there: str) -> None:
-    """As another disk keeps them, in lists, texts, class names, folders and files."""
+@pytest.mark.parametrize(("listed", "on_disk"), [("é", NFD("é")), (NFD("é"), "é"), ("e", "E")])
+def test_names_match_in_another_unicode_form_or_case(dishes: Case, listed: str, on_disk: str) -> None:
+    """Another file system may change the names of files and folders, against those in lists, texts and class names."""
 
     def renamed(name: str, spelling: str) -> str:
         return name.replace("pizza", f"pizz{spelling}")
@@ -276,17 +276,17 @@ def test_names_of_files_and_classes_in_another_spelling(dishes: Case, listed: st
     files = (dishes.raw / f"{name}.json" for name in ("class_idx", "text", "split"))
     classes, texts, splits = (json_of(path) for path in files)
     dishes.write("class_idx.json", {renamed(name, listed): number for name, number in classes.items()})
-    dishes.write("text.json", {renamed(name, there if len(there) > 1 else listed): t for name, t in texts.items()})
+    dishes.write("text.json", {renamed(name, on_disk if len(on_disk) > 1 else listed): t for name, t in texts.items()})
     dishes.write("split.json", {key: [renamed(name, listed) for name in names] for key, names in splits.items()})
     for folder in dishes.raw.glob("images/*/pizza"):
         for path in folder.iterdir():
-            path.rename(path.with_name(renamed(path.name, there)))
-        folder.rename(folder.with_name(renamed(folder.name, there)))
+            path.rename(path.with_name(renamed(path.name, on_disk)))
+        folder.rename(folder.with_name(renamed(folder.name, on_disk)))
     assert dishes.run() == 0
     assert dishes.table("train")["label"].to_pylist() == [row["label"] for row in published("food101_train.arrow")]
 
 
-def test_two_files_that_a_name_can_mean_are_none(films: Case) -> None:
+def test_a_name_that_matches_two_files_counts_as_missing(films: Case) -> None:
     (films.raw / POSTER).rename(films.raw / POSTER.upper().replace("IMAGES/", "images/"))
     assert films.run() == 0
     other = Path(shutil.copy(films.raw / "images/0000013.jpeg", films.raw / "images/0000012.Jpeg"))
@@ -299,7 +299,7 @@ def missing_in(table: pa.Table, column: str) -> list[int]:
     return [row for row, cell in enumerate(table[column].to_pylist()) if cell is None]
 
 
-def test_films_without_poster_or_plot(films: Case) -> None:
+def test_films_without_poster_or_plot_are_kept_with_allow_missing(films: Case) -> None:
     films.write(POSTER, None)
     films.edit("labels/0000013.json", lambda film: film.update(plot=[" "]))
     films.edit("labels/0000005.json", lambda film: film.pop("plot"))
@@ -313,7 +313,7 @@ def test_films_without_poster_or_plot(films: Case) -> None:
     assert "nothing left" in films.refused("--allow-missing") and "no image and no text" in films.stderr
 
 
-def test_memes_without_image_or_text(memes: Case) -> None:
+def test_memes_without_image_or_text_are_kept_with_allow_missing(memes: Case) -> None:
     memes.edit_line("data/dev.jsonl", 1, meme(text=" ", id=1))
     memes.edit_line("data/dev.jsonl", 2, meme(img=None))
     memes.write("data/img/10000.png", None)
@@ -346,7 +346,7 @@ BAD_FILES: list[tuple[str, object, str]] = [
 
 
 @pytest.mark.parametrize(("file", "content", "reason"), BAD_FILES)
-def test_bad_film(films: Case, file: str, content: object, reason: str) -> None:
+def test_a_bad_film_is_reported(films: Case, file: str, content: object, reason: str) -> None:
     films.write(file, content)
     films.check_bad(reason, split="dev", listed_in="split.json", row="1", file=file)
     assert films.table("dev")["image_id"].to_pylist() == ["0000013"]
@@ -362,14 +362,14 @@ def test_bad_film(films: Case, file: str, content: object, reason: str) -> None:
         ("../../secret", "path leaves RAW", "labels/../../secret.json"),
     ],
 )
-def test_names_of_films_that_are_no_file(films: Case, name: str, reason: str, file: str) -> None:
+def test_film_names_that_are_not_file_names_are_reported(films: Case, name: str, reason: str, file: str) -> None:
     films.edit("split.json", lambda splits: splits["dev"].__setitem__(0, name))
     films.check_bad(reason, file=file)
     assert "\x1b[31m" not in films.stderr
 
 
 def meme(**changes: object) -> bytes:
-    """A line; what is None is left out."""
+    """A line of the JSON file; fields that are None are left out."""
     record = {"id": 10005, "img": "img/10005.png", "label": 1, "text": "a", **changes}
     return json.dumps({key: value for key, value in record.items() if value is not None}).encode()
 
@@ -390,7 +390,7 @@ def meme(**changes: object) -> bytes:
         (meme(img=r"C:\img\10005.png"), "path leaves RAW"),
     ],
 )
-def test_bad_meme(memes: Case, line: bytes, reason: str) -> None:
+def test_a_bad_meme_is_reported(memes: Case, line: bytes, reason: str) -> None:
     memes.edit_line("data/dev.jsonl", 2, line)
     memes.check_bad(reason, split="dev", listed_in="dev.jsonl", row="2")
     assert (memes.table("dev").num_rows, memes.table("test").num_rows) == (1, 3)
@@ -406,7 +406,7 @@ def test_bad_meme(memes: Case, line: bytes, reason: str) -> None:
         ("pizza_3.jpg", "a", "missing file"),  # among the test images only
     ],
 )
-def test_bad_dish(dishes: Case, name: str, text: object, reason: str) -> None:
+def test_a_bad_dish_is_reported(dishes: Case, name: str, text: object, reason: str) -> None:
     splits = json_of(dishes.raw / "split.json")
     splits["test"] = [other for other in splits["test"] if other != name]
     splits["val"].insert(1, name)
@@ -416,7 +416,7 @@ def test_bad_dish(dishes: Case, name: str, text: object, reason: str) -> None:
     assert dishes.table("val").to_pylist() == published("food101_val.arrow")
 
 
-def test_no_bad_sample_hides_another(films: Case) -> None:
+def test_all_bad_samples_are_counted_and_listed(films: Case) -> None:
     films.edit("split.json", lambda splits: splits["train"].extend(f"none{n:02}" for n in range(30)))
     films.write(POSTER, b"")
     films.write("labels/0000439.json", "{")
@@ -432,7 +432,7 @@ def test_no_bad_sample_hides_another(films: Case) -> None:
     assert "left out, bad: train 30, dev 1, test 1" in films.stdout and "mmimdb_bad_samples.tsv" in films.stderr
 
 
-def test_a_split_with_no_sample_left_is_an_error_even_with_skip_bad(films: Case) -> None:
+def test_a_split_left_empty_is_an_error_even_with_skip_bad(films: Case) -> None:
     for name in ("0000012", "0000013"):
         films.write(f"images/{name}.jpeg", None)
     said = films.refused("--skip-bad")
@@ -485,15 +485,15 @@ WRONG_FILES: list[tuple[str, object, list[str]]] = [
 
 
 @pytest.mark.parametrize(("file", "content", "facts"), WRONG_FILES)
-def test_a_wrong_top_level_file(case: MakeCase, file: str, content: object, facts: list[str]) -> None:
+def test_a_malformed_top_level_file_is_an_error(case: MakeCase, file: str, content: object, facts: list[str]) -> None:
     made = case({"split.json": "mmimdb", "class_idx.json": "food101"}.get(file, "hatememes"))
     made.write(file, content)
     said = made.refused("--skip-bad", lines=1)
     assert all(fact in said for fact in (str(made.raw / file), *facts)), said
 
 
-def test_what_reads_as_usual(case: MakeCase) -> None:
-    """A byte order mark, CR line ends, NaN that nobody asks for, NUL and surrogate pairs spelt out, 2 MB of text."""
+def test_unusual_but_valid_files_are_read(case: MakeCase) -> None:
+    """A byte order mark, CR line ends, NaN in an unused field, escaped NUL and surrogate pairs, 2 MB of text."""
     mark, text = b"\xef\xbb\xbf", "word " * 400_000
     memes = case("hatememes")
     lines = (memes.raw / "data/dev.jsonl").read_bytes().splitlines()
@@ -520,7 +520,7 @@ def strip_labels(path: Path) -> None:
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "label"}) + "\n" for row in rows))
 
 
-def test_memes_directly_in_raw(memes: Case) -> None:
+def test_memes_may_lie_directly_in_raw(memes: Case) -> None:
     memes.raw = memes.raw / "data"
     assert memes.run() == 0
     assert memes.table("test").to_pylist() == published("hatememes_test.arrow")
@@ -542,14 +542,14 @@ def test_the_test_split_can_be_chosen(memes: Case) -> None:
 
 
 @pytest.mark.parametrize(("name", "rows"), [("test", 3), ("dev", 2)])
-def test_a_split_without_labels(memes: Case, name: str, rows: int) -> None:
+def test_a_split_without_labels_is_refused(memes: Case, name: str, rows: int) -> None:
     strip_labels(memes.raw / "data" / f"{name}.jsonl")
     said = memes.refused("--skip-bad", lines=1)
     assert f"{name}.jsonl: expected a 'label' in its {rows} rows, found none" in said
     assert ("--test-split" in said) == (name == "test")
 
 
-def test_a_file_of_broken_rows_is_not_taken_for_one_without_labels(memes: Case) -> None:
+def test_a_file_of_broken_rows_is_not_mistaken_for_an_unlabelled_one(memes: Case) -> None:
     memes.write("data/dev.jsonl", "{\n{\n")
     assert ["2", "broken", "JSON"] in [line.split() for line in memes.refused().splitlines()]
 
@@ -578,14 +578,14 @@ def test_ids_may_repeat_between_files_but_not_within_one(memes: Case) -> None:
         (["custom", "--root", "x", "--spec", "a", "--table", "b"], "not allowed with argument --spec"),
     ],
 )
-def test_wrong_options(capsys: Captured, options: list[str], message: str) -> None:
+def test_invalid_options_are_refused(capsys: Captured, options: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as caught:
         make_arrow.main(["--dataset", *options])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_what_stands_in_the_place_of_the_files_is_an_error(films: Case) -> None:
+def test_a_file_or_folder_in_the_way_of_the_output_is_an_error(films: Case) -> None:
     films.out.write_text("mine")
     assert films.run() == 2
     assert f"cannot write to {films.out}" in films.stderr and films.out.read_text() == "mine"
@@ -642,10 +642,10 @@ def test_memory_is_bounded(large_raw: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_leaves_nothing(large_raw: Path, tmp_path: Path, sent: int, status: int) -> None:
+def test_an_interrupted_conversion_leaves_nothing(large_raw: Path, tmp_path: Path, sent: int, status: int) -> None:
     out = tmp_path / "out"
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell lets background commands ignore Ctrl-C
-    process = subprocess.Popen(command(large_raw, out), stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    reset = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell lets background commands ignore Ctrl-C
+    process = subprocess.Popen(command(large_raw, out), stderr=subprocess.PIPE, text=True, preexec_fn=reset)
     while process.poll() is None and not any(path.stat().st_size > 10**7 for path in out.glob(".*.part")):
         time.sleep(0.01)
     process.send_signal(sent)

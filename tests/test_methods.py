@@ -1,4 +1,4 @@
-"""Every method equals its slow version, in evaluation and training, outputs and gradients; what else methods may do."""
+"""Every method equals its slow version in outputs and gradients, in evaluation and training; more about methods."""
 
 import re
 from dataclasses import replace
@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"prompt_type": name} for name in METHODS if name != "rep"},
 }
 SLOW_VARIANTS = [name for name in VARIANTS if name not in ("mora", "lora", "aoept")]
-"""Those with a slow version; the others have golden numbers (test_golden_rivals.py)."""
+"""Variants with a slow version; the others are compared with golden numbers (test_golden_rivals.py)."""
 DEEPER = replace(TINY, vision_layers=4, text_layers=3)
 
 
@@ -67,7 +67,7 @@ def make(
     task: str = "mmimdb",
     **more: Any,
 ) -> MissingModalityClassifier:
-    """A random classifier in float64, all values moved away from their trivial start."""
+    """A random classifier in float64, with all values moved away from their trivial initial ones."""
     options = {**VARIANTS[variant], **more}
     return tiny_classifier(task, memory_depth=depth, seed=seed, head=head, arch=arch, **options).double().eval()
 
@@ -84,7 +84,7 @@ def slow_features(
     mix: list[int],
     activation: str = "quick_gelu",
 ) -> Tensor:
-    """(B, 2E) of the slow version; gradients reach the parameters of the classifier."""
+    """Features (B, 2E) by the slow version; gradients reach the classifier's parameters."""
     state = published_state(classifier)
     options = slow_methods.RELEASED | VARIANTS[variant]
     prompt_type = options.get("prompt_type", "rep")
@@ -106,27 +106,27 @@ def test_outputs_and_gradients_equal_the_slow_version(variant: str) -> None:
     images, tokens = double_batch(4)
     weight = torch.randn(2, dtype=torch.float64)
     for mix in MIXES:
-        of_mix = images[: len(mix)], tokens[: len(mix)]
-        slow = slow_features(classifier, variant, *of_mix, mix)
+        inputs = images[: len(mix)], tokens[: len(mix)]
+        slow = slow_features(classifier, variant, *inputs, mix)
         expected = slow @ classifier.get_parameter("hatememes_classifier.weight").T
         expected = expected + classifier.get_parameter("hatememes_classifier.bias")
         with torch.inference_mode():
-            evaluated = classifier(model_input(*of_mix, mix))
-        fast = classifier(model_input(*of_mix, mix))
+            evaluated = classifier(model_input(*inputs, mix))
+        fast = classifier(model_input(*inputs, mix))
         assert golden.relative_error(evaluated, expected) < 1e-9, mix
         assert golden.relative_error(fast, expected) < 1e-9, mix
         trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
         grads = torch.autograd.grad((fast * weight).sum(), list(trained.values()), allow_unused=True)
-        wanted = torch.autograd.grad((expected * weight).sum(), list(trained.values()), allow_unused=True)
-        for name, mine, theirs in zip(trained, grads, wanted, strict=True):
-            mine, theirs = (torch.zeros(()) if grad is None else grad for grad in (mine, theirs))
-            assert float((mine - theirs).norm()) <= 1e-8 * (1 + float(theirs.norm())), (name, mix)
+        slow_grads = torch.autograd.grad((expected * weight).sum(), list(trained.values()), allow_unused=True)
+        for name, grad, slow_grad in zip(trained, grads, slow_grads, strict=True):
+            grad, slow_grad = (torch.zeros(()) if g is None else g for g in (grad, slow_grad))
+            assert float((grad - slow_grad).norm()) <= 1e-8 * (1 + float(slow_grad.norm())), (name, mix)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_few_shapes_change_nothing(variant: str, monkeypatch: Patch) -> None:
-    """As a GPU has batches, with inputs added and dropped again: the same outputs, losses and gradients."""
-    classifier, as_it_is = make(variant, task="hatememes"), ClipBackbone.prepare
+def test_batches_padded_to_few_shapes_give_the_same_results(variant: str, monkeypatch: Patch) -> None:
+    """On a GPU inputs are added to a batch and dropped again: outputs, losses and gradients are the same."""
+    classifier, unpadded = make(variant, task="hatememes"), ClipBackbone.prepare
     seen: list[ModelInput] = []
 
     def rounded(self: ClipBackbone, batch: ModelInput) -> ModelInput:
@@ -139,15 +139,15 @@ def test_few_shapes_change_nothing(variant: str, monkeypatch: Patch) -> None:
     for mix in ([0, 1, 2, 0, 1, 0, 1], [1, 1], [2, 0, 2], [2], [0]):
         batch, labels = model_input(images[: len(mix)], tokens[: len(mix)], mix), torch.arange(len(mix)) % 2
         found = []
-        for prepare in (as_it_is, rounded):
+        for prepare in (unpadded, rounded):
             monkeypatch.setattr(ClipBackbone, "prepare", prepare)
             logits, losses = classifier.training_outputs(batch, labels)
             assert losses.keys() == own_losses.get(variant, set())
             loss = TASKS["hatememes"].loss(logits, labels) + sum(losses.values())
             found.append([logits, loss, *torch.autograd.grad(loss, trained, allow_unused=True)])
-        for plain, few in zip(*found, strict=True):
-            assert (plain is None) == (few is None), mix
-            assert plain is None or torch.allclose(few, plain, rtol=1e-9, atol=1e-12), mix
+        for plain, padded in zip(*found, strict=True):
+            assert (plain is None) == (padded is None), mix
+            assert plain is None or torch.allclose(padded, plain, rtol=1e-9, atol=1e-12), mix
     assert [len(batch.inputs["image"]) for batch in seen[:1]] == [7] and len(seen) == 5
 
 
@@ -171,8 +171,8 @@ def test_other_depths_and_activations(variant: str, arch: ClipArchitecture, dept
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_samples_that_share_an_image(variant: str) -> None:
-    """In evaluation an image that several samples have is in the batch once."""
+def test_samples_may_share_an_image(variant: str) -> None:
+    """In evaluation, an image shared by several samples is in the batch only once."""
     classifier = make(variant)
     images, tokens = double_batch(5)
     images[2], images[4] = images[1], images[3]
@@ -187,7 +187,7 @@ def test_samples_that_share_an_image(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_checkpointing_changes_no_bit(variant: str) -> None:
+def test_activation_checkpointing_changes_no_bit(variant: str) -> None:
     classifier = make(variant, task="hatememes").train()
     images, tokens = double_batch(3)
     results = []
@@ -203,7 +203,7 @@ def test_checkpointing_changes_no_bit(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bfloat16_is_close(variant: str) -> None:
+def test_bfloat16_is_close_to_float32(variant: str) -> None:
     classifier = make(variant).float()
     batch = model_input(*tiny_batch(3), [0, 1, 2])
     with torch.inference_mode():
@@ -218,8 +218,8 @@ def test_bfloat16_is_close(variant: str) -> None:
 @pytest.mark.parametrize(
     ("prompt_type", "head"), [*((name, "linear") for name in METHODS), ("none", "dpl"), ("none", "linear_by_type")]
 )
-def test_sixteen_samples_are_learnt_by_heart(prompt_type: str, head: str) -> None:
-    """And everything that is trained takes part."""
+def test_every_method_overfits_sixteen_samples(prompt_type: str, head: str) -> None:
+    """Every trained parameter changes in the process."""
     torch.manual_seed(0)
     options = MethodOptions(prompt_type, 6, 2, dynamic_init=True, replay_depth=0)
     classifier = build_classifier(ModelSpec("hatememes", options, TINY, head)).train()
@@ -241,8 +241,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("prompt_type", METHODS)
-def test_what_is_trained_has_the_size_that_the_readme_says(prompt_type: str) -> None:
-    """The learner and the head; of DCP and AOEPT the ends of the towers too."""
+def test_trained_parameters_are_as_many_as_the_readme_says(prompt_type: str) -> None:
+    """The learner and the head are trained; with DCP and AOEPT, so are the ends of the towers."""
     found = re.search(
         rf"^\| `{prompt_type}` \|.*\| ([\d,]+) ?(?:\(`memory_depth=(\d+)`\))?[^|]*\|[^|]*\|$", README, re.M
     )
@@ -268,7 +268,7 @@ def test_what_is_trained_has_the_size_that_the_readme_says(prompt_type: str) -> 
                           "common_memory_projection_image", "common_memory_projection_text"}),
     ],
 )  # fmt: skip
-def test_what_an_option_leaves_unused_is_not_trained(options: dict[str, Any], unused: set[str]) -> None:
+def test_parameters_unused_under_an_option_are_not_trained(options: dict[str, Any], unused: set[str]) -> None:
     learner = build_classifier(ModelSpec("hatememes", MethodOptions("rep", 6, 2, **options), TINY)).method
     assert {name.split(".")[0] for name, p in learner.named_parameters() if not p.requires_grad} == unused
     assert {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}.isdisjoint(unused)
@@ -299,7 +299,7 @@ BATCH = Batch(
 
 
 def training_step(classifier: MissingModalityClassifier) -> tuple[Tensor, dict[str, float], ModelInput]:
-    """The loss of a step on BATCH in float32 as the trainer gets it, what is logged, and the model's input."""
+    """A step on BATCH in float32: the loss returned to the trainer, the logged values and the model's input."""
     module = FinetuneModule(classifier.float(), ModelSpec("mmimdb", MethodOptions(), DEEPER))
     module._trainer = SimpleNamespace(world_size=1, global_step=0)  # type: ignore[assignment]
     logged: dict[str, float] = {}
@@ -307,7 +307,7 @@ def training_step(classifier: MissingModalityClassifier) -> tuple[Tensor, dict[s
     return module.training_step(BATCH, 0), logged, training_input(BATCH)
 
 
-def test_the_loss_of_msp() -> None:
+def test_the_msp_loss_is_the_orthogonality_penalty() -> None:
     classifier = make("msp").train()
     losses = classifier.training_outputs(*training_batch([0, 2]))[1]
     assert losses.keys() == {"orthogonality"}
@@ -318,7 +318,7 @@ def test_the_loss_of_msp() -> None:
     assert gradient is not None and gradient.any()
 
 
-def test_the_decoupling_loss() -> None:
+def test_the_decoupling_loss_equals_the_slow_version() -> None:
     classifier = make("rep described").train()
     for module in classifier.modules():
         if isinstance(module, nn.Dropout):
@@ -343,29 +343,29 @@ def test_a_training_step_adds_and_logs_the_losses_of_the_method(variant: str, na
     classifier = make(variant)  # in evaluation, without dropout
     loss, logged, batch = training_step(classifier)
     logits, losses = classifier.training_outputs(batch, BATCH.label)
-    of_task = TASKS["mmimdb"].loss(logits.float(), BATCH.label).item()
+    task_loss = TASKS["mmimdb"].loss(logits.float(), BATCH.label).item()
     assert losses[name].item() > 1e-3
-    assert loss.item() == pytest.approx(of_task + losses[name].item(), rel=1e-6)
+    assert loss.item() == pytest.approx(task_loss + losses[name].item(), rel=1e-6)
     assert logged == {"train/loss": loss.item(), f"train/{name}": losses[name].item()}
 
 
 def test_a_training_step_gives_the_head_the_labels() -> None:
-    """DPL widens the angles to the right classes, and scales: another loss than that of the cosines."""
+    """With labels, DPL widens the angles to the true classes, so the loss exceeds that of the plain logits."""
     classifier = make("none", head="dpl", dpl_contrast_weight=0.5)
     loss, logged, batch = training_step(classifier)
     with torch.no_grad():
         logits, losses = classifier.training_outputs(batch, BATCH.label)
         without_labels = TASKS["mmimdb"].loss(classifier(batch), BATCH.label)
-        of_task = TASKS["mmimdb"].loss(logits, BATCH.label)
-    assert loss.item() == pytest.approx((of_task + losses["contrast"]).item(), rel=1e-6)
+        task_loss = TASKS["mmimdb"].loss(logits, BATCH.label)
+    assert loss.item() == pytest.approx((task_loss + losses["contrast"]).item(), rel=1e-6)
     assert logged["train/contrast"] == losses["contrast"].item() > 0.1
-    assert of_task > without_labels + 1e-3
+    assert task_loss > without_labels + 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cosine", [0.9, 0.998, 0.9999, 1.0, -1.0])
-def test_a_sample_near_its_prototype_has_a_finite_gradient(cosine: float, dtype: torch.dtype) -> None:
-    """Also under autocast, where a cosine in 16 bits would be 1 from 0.998 on."""
+def test_the_gradient_is_finite_near_a_prototype(cosine: float, dtype: torch.dtype) -> None:
+    """Under autocast too, although a 16-bit cosine would round to 1 from 0.998 on."""
     torch.manual_seed(0)
     head = DecoupledPrototypes(2, 64, 3, MethodOptions(dpl_contrast_weight=0.5))
     head = head.to(torch.float64 if dtype is torch.float64 else torch.float32)
@@ -386,7 +386,7 @@ def test_a_sample_near_its_prototype_has_a_finite_gradient(cosine: float, dtype:
         assert leaf.grad is not None and leaf.grad.isfinite().all()
 
 
-def test_a_head_by_type_is_a_linear_head_for_each() -> None:
+def test_linear_by_type_is_a_linear_head_per_missing_type() -> None:
     head = LinearByType(2, 4, 3)
     nn.init.normal_(head.bias)
     features, types = torch.randn(4, 8), torch.tensor([2, 0, 1, 2])
@@ -407,15 +407,15 @@ def test_a_head_by_type_is_a_linear_head_for_each() -> None:
         ("rep", "hatememes", "linear", False, False),
     ],
 )
-def test_what_trains_the_ends_of_the_towers(prompt_type, task, head, train_ends, trained):
+def test_the_ends_of_the_towers_are_trained_by_method_head_or_option(prompt_type, task, head, train_ends, trained):
     classifier = build_classifier(ModelSpec(task, MethodOptions(prompt_type, 6, 2, train_ends=train_ends), TINY, head))
     found = {name for name, p in classifier.named_parameters() if p.requires_grad and "_encoder." in name}
     assert found == (ENDS if trained else set())
 
 
 @pytest.mark.parametrize("variant", ["mora", "lora"])
-def test_missing_inputs_are_those_of_white_images_and_empty_texts(variant: str) -> None:
-    """In training encoded for each sample, with dropout of its own, in evaluation once."""
+def test_missing_inputs_are_encoded_as_white_images_and_empty_texts(variant: str) -> None:
+    """They are encoded once in evaluation, and in training for each sample with its own dropout mask."""
     classifier = make(variant).float()
     images, tokens = tiny_batch(4)
     images = (images * 60 + 128).clamp(0, 255).to(torch.uint8)
@@ -431,7 +431,7 @@ def test_missing_inputs_are_those_of_white_images_and_empty_texts(variant: str) 
     assert not torch.equal(image[1], image[2]) and not torch.equal(text[0], text[3])
 
 
-def test_plain_lora_adds_its_update_and_starts_at_the_frozen_weights() -> None:
+def test_lora_starts_at_the_frozen_weights_and_adds_its_update() -> None:
     method = build_classifier(
         ModelSpec("mmimdb", MethodOptions("lora", lora_alpha=0.5, lora_matrices="kv"), TINY)
     ).method
@@ -444,8 +444,8 @@ def test_plain_lora_adds_its_update_and_starts_at_the_frozen_weights() -> None:
     assert torch.allclose(method.adapted("image", 1, "v", weight), expected)
 
 
-def test_aoept_sees_the_mean_tokens_of_the_training_split_first() -> None:
-    """Of the samples that have a modality, of texts up to `<end>`; as many samples as clusters are the clusters."""
+def test_aoept_clusters_start_at_mean_tokens_of_the_training_split() -> None:
+    """Means are over present inputs, and texts up to `<end>`; with as many samples as clusters, each is a cluster."""
     classifier = build_classifier(ModelSpec("mmimdb", MethodOptions("aoept", 6, 2, aoept_prototypes=2), TINY))
     images, tokens = tiny_batch(3)
     classifier.method.see(classifier.model, [model_input(images, tokens, [0, 1, 2])])
@@ -465,7 +465,7 @@ def test_aoept_sees_the_mean_tokens_of_the_training_split_first() -> None:
 @pytest.mark.parametrize(
     ("mix", "counted"), [([0, 2, 2], [True, False]), ([0, 1, 2], [True, True]), ([1], [False] * 2)]
 )
-def test_the_auxiliary_loss_of_aoept_is_over_modalities_of_two_samples_or_more(mix, counted):
+def test_the_auxiliary_loss_of_aoept_counts_modalities_with_two_samples_or_more(mix, counted):
     classifier = make("aoept", depth=1, aoept_weight=0.5)
     loss = classifier.training_outputs(*training_batch(mix))[1]["auxiliary"]
     assert isinstance(classifier.method, AOEPT)
@@ -474,7 +474,7 @@ def test_the_auxiliary_loss_of_aoept_is_over_modalities_of_two_samples_or_more(m
     assert loss.item() == pytest.approx(0.5 * float(np.mean([term.item() for term in terms] or [0.0])))
 
 
-def test_with_gates_at_their_start_the_described_model_gives_the_released_output() -> None:
+def test_rep_as_described_starts_at_the_output_of_the_released_model() -> None:
     described = build_classifier(
         ModelSpec("mmimdb", MethodOptions("rep", 6, 1, replay_depth=1, dynamic_init=True), TINY)
     )
@@ -502,8 +502,8 @@ def test_with_gates_at_their_start_the_described_model_gives_the_released_output
     ("arch", "variant"),
     [*(("ViT-B/32", variant) for variant in ("rep described", "aoept", "mora")), *((arch, "rep") for arch in REAL)],
 )
-def test_sizes_of_real_backbones_by_shapes(arch: str, variant: str) -> None:
-    """Forward and backward at the sizes of real backbones, without values."""
+def test_shapes_are_right_at_the_sizes_of_real_backbones(arch: str, variant: str) -> None:
+    """A forward and backward pass on fake tensors, which have no values."""
     with FakeTensorMode():
         options = MethodOptions(memory_length=36, memory_depth=6, **VARIANTS[variant])
         classifier = build_classifier(ModelSpec("food101", options, REAL[arch])).train()
@@ -532,13 +532,13 @@ def test_sizes_of_real_backbones_by_shapes(arch: str, variant: str) -> None:
         ({"memory_depth": 2, "replay_depth": 1}, "memory_depth=2 with replay_depth=1 needs more blocks"),
     ],
 )
-def test_sizes_that_do_not_fit(options: dict[str, Any], problem: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         build_classifier(ModelSpec("mmimdb", MethodOptions(**{"memory_length": 6, "memory_depth": 2, **options}), TINY))
 
 
 class Scaled(LinearHead):
-    """A head with a buffer and other names than today's."""
+    """A head with a buffer and names that the registered heads lack."""
 
     def __init__(self, parts: int, embed_dim: int, n_classes: int, options: MethodOptions | None = None) -> None:
         super().__init__(parts, embed_dim, n_classes)
@@ -557,7 +557,7 @@ class Scaled(LinearHead):
     ],
 )
 def test_a_checkpoint_restores_the_model_on_its_backbone(variant, head, backbone, tmp_path, monkeypatch):
-    """Whatever a head registers too; test_three_modalities.py has a method with a buffer."""
+    """A head's buffers are restored too; test_three_modalities.py has a method with a buffer."""
     monkeypatch.setitem(HEADS, "scaled", f"{__name__}:Scaled")
     options = {"memory_length": 6, "memory_depth": 1, **VARIANTS[variant]}
     spec = ModelSpec("hatememes", MethodOptions(**options), backbone.architecture, head)
@@ -578,12 +578,12 @@ def test_a_checkpoint_restores_the_model_on_its_backbone(variant, head, backbone
     batch = model_input(*tiny_batch(3), [0, 1, 2])
     with torch.inference_mode():
         assert torch.equal(restored(batch), classifier(batch))
-    trained = [{name for name, p in of.named_parameters() if p.requires_grad} for of in (classifier, restored)]
+    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (classifier, restored)]
     assert trained[0] == trained[1]
 
 
-def test_a_published_dcp_checkpoint_evaluates(tmp_path: Path) -> None:
-    """From the golden file's weights, laid out as the published code does: without the dynamic queries."""
+def test_a_published_dcp_checkpoint_can_be_evaluated(tmp_path: Path) -> None:
+    """The golden file's weights, laid out as in a published checkpoint: without the dynamic queries."""
     [path] = golden.dcp_files()
     expected = golden.load_golden(path)
     state = {name: value for name, value in expected.state.items() if "prompts_dynamic" not in name}

@@ -1,4 +1,4 @@
-"""The metrics against slow, obvious loops and against values computed by hand (docs/method.md section 4)."""
+"""The metrics equal slow, obvious loops and values computed by hand (docs/method.md section 4)."""
 
 import itertools
 import math
@@ -38,7 +38,7 @@ def slow_multilabel(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def slow_auroc(scores: list[float], labels: list[int]) -> float:
-    """Share of pairs of a positive and a negative that are in the right order; ties count half."""
+    """Share of (positive, negative) pairs in the right order; ties count half."""
     positives = [s for s, label in zip(scores, labels, strict=True) if label == 1]
     negatives = [s for s, label in zip(scores, labels, strict=True) if label == 0]
     if not positives or not negatives:
@@ -48,16 +48,16 @@ def slow_auroc(scores: list[float], labels: list[int]) -> float:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_multilabel_f1_is_that_of_the_slow_loops(seed: int) -> None:
+def test_multilabel_f1_equals_the_slow_version(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     n, c = int(torch.randint(1, 40, (), generator=generator)), int(torch.randint(1, 24, (), generator=generator))
-    rarity = 0.02 + 0.3 * (seed % 3)  # where it is low, classes and samples with nothing counted are there
+    rarity = 0.02 + 0.3 * (seed % 3)  # if low, some classes and samples have no positives at all
     labels = (torch.rand(n, c, generator=generator) < rarity).float()
     logits = torch.randn(n, c, generator=generator) - (2 if rarity < 0.1 else 0)
     assert multilabel_f1(logits, labels) == pytest.approx(slow_multilabel(logits, labels), abs=1e-12, nan_ok=True)
 
 
-def test_multilabel_f1_by_hand() -> None:
+def test_multilabel_f1_equals_values_computed_by_hand() -> None:
     logits = torch.tensor([[YES, YES, NO, NO], [YES, NO, NO, NO], [NO, NO, NO, NO]])
     labels = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
     # class 0: 2 of 2, F1 1; class 1: one false alarm, one miss, F1 0; classes 2 and 3 do not occur.
@@ -75,8 +75,8 @@ def test_multilabel_f1_by_hand() -> None:
         assert multilabel_f1(torch.tensor([[logit]]), torch.tensor([[1.0]]))["f1_micro"] == f1
 
 
-def test_nothing_predicted_and_nothing_true_is_undefined() -> None:
-    """But for samples, each of which counts as 0, as published."""
+def test_f1_is_undefined_if_nothing_is_predicted_or_true() -> None:
+    """Except the F1 over samples, each of which counts as 0, as published."""
     values = multilabel_f1(torch.full((3, 5), NO), torch.zeros(3, 5))
     undefined = dict.fromkeys(("f1_macro", "f1_micro", "f1_weighted"), math.nan)
     assert values == pytest.approx({**undefined, "f1_samples": 0.0}, nan_ok=True)
@@ -84,13 +84,13 @@ def test_nothing_predicted_and_nothing_true_is_undefined() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("samples", [0, 4])
-def test_no_samples_or_logits_that_are_not_finite_leave_all_undefined(name: str, samples: int) -> None:
+def test_all_metrics_are_undefined_without_samples_or_finite_logits(name: str, samples: int) -> None:
     logits = torch.full((samples, TASKS[name].n_classes), math.nan)
     labels = torch.zeros_like(logits) if name == "mmimdb" else torch.zeros(samples, dtype=torch.long)
     assert all(math.isnan(value) for value in TASKS[name].metrics(logits, labels).values())
 
 
-def test_balanced_accuracy_leaves_out_classes_that_are_never_true() -> None:
+def test_balanced_accuracy_leaves_out_absent_classes() -> None:
     """By hand: class 0 is right in 2 of 3, class 1 in 1 of 1, class 2 is predicted once and never true."""
     logits = torch.eye(3)[[0, 0, 2, 1]]
     found = class_accuracy(logits, torch.tensor([0, 0, 0, 1]))
@@ -98,7 +98,7 @@ def test_balanced_accuracy_leaves_out_classes_that_are_never_true() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_auroc_is_the_share_of_pairs_in_order(seed: int) -> None:
+def test_auroc_is_the_share_of_ordered_pairs(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     n = int(torch.randint(2, 60, (), generator=generator))
     margin = torch.randint(-3, 4, (n,), generator=generator).float()  # few values, so many ties
@@ -108,7 +108,7 @@ def test_auroc_is_the_share_of_pairs_in_order(seed: int) -> None:
     assert auroc_and_accuracy(logits, labels)["auroc"] == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
-def test_auroc_by_hand() -> None:
+def test_auroc_equals_values_computed_by_hand() -> None:
     def auroc(logits: list[list[float]], labels: list[int]) -> float:
         return auroc_and_accuracy(torch.tensor(logits), torch.tensor(labels))["auroc"]
 
@@ -123,8 +123,8 @@ def test_auroc_by_hand() -> None:
     assert auroc([[9.0, 5.0], [0.0, 1.0]], [0, 1]) == pytest.approx(1), "the probability counts, not the logit"
 
 
-def test_macro_f1_is_that_of_torchmetrics_but_for_absent_classes() -> None:
-    """torchmetrics counts a class that does not occur as 0, which published numbers leave out."""
+def test_macro_f1_equals_torchmetrics_except_for_absent_classes() -> None:
+    """torchmetrics counts a class that does not occur as 0; the published numbers leave it out."""
     generator = torch.Generator().manual_seed(0)
     labels, logits = torch.randint(0, 5, (200,), generator=generator), torch.randn(200, 5, generator=generator)
     found = macro_f1_and_accuracy(logits, labels)["f1_macro"]
@@ -140,7 +140,7 @@ def test_auroc_of_one_class_is_undefined(label: int) -> None:
     assert math.isnan(values["auroc"]) and values["accuracy"] == (2 if label else 1) / 3
 
 
-def test_each_task_reports_what_it_is_chosen_by() -> None:
+def test_each_task_reports_the_metric_that_selects_checkpoints() -> None:
     cases = {"mmimdb": "f1_macro", "food101": "accuracy", "hatememes": "auroc"}
     cases |= dict.fromkeys(("mosi", "mosei", "sims", "vla"), "mae")
     assert {name: TASKS[name].monitor for name in cases} == cases
@@ -152,7 +152,7 @@ def test_each_task_reports_what_it_is_chosen_by() -> None:
         assert all(0 <= value <= 1 for name, value in values.items() if name not in NO_SHARES)
 
 
-def test_losses_are_those_of_the_method() -> None:
+def test_task_losses_are_cross_entropies() -> None:
     logits = torch.tensor([[0.5, -1.0], [2.0, 0.0]])
     labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     terms = [math.log1p(math.exp(-0.5)), math.log1p(math.exp(-1.0)), math.log1p(math.exp(2.0)), math.log(2)]

@@ -1,4 +1,4 @@
-"""metrics.csv has a row for each step and keeps it, whatever happens meanwhile; the other loggers get options."""
+"""metrics.csv has a row for each step and loses none, whatever happens; the other loggers get the options too."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from tests.interrupted import files_up_to
 
 @pytest.fixture
 def logger(tmp_path: Path) -> MetricsLogger:
-    """With the rows of three steps in its file."""
+    """A logger with the rows of three steps in its file."""
     logger = MetricsLogger(tmp_path, "", "")
     for step in range(3):
         logger.log_metrics({"train/loss": 0.1 + step}, step)
@@ -30,8 +30,8 @@ def logger(tmp_path: Path) -> MetricsLogger:
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2])
-def test_a_step_is_one_row_whenever_it_is_measured_and_written(tmp_path, logger, writes):
-    """The newest one is in the file where a checkpoint was written meanwhile."""
+def test_all_metrics_of_a_step_share_a_row_however_often_it_is_written(tmp_path, logger, writes):
+    """A checkpoint saved in between writes the newest row to the file."""
     measured: list[dict[str, Any]] = [{"lr": 0.5}, {"train/loss": 3.1, "epoch": 0}, {"val/loss": 0.25, "epoch": 0}]
     for metrics in measured:
         logger.log_metrics(metrics, 3)
@@ -49,7 +49,7 @@ def test_a_step_is_one_row_whenever_it_is_measured_and_written(tmp_path, logger,
     assert len(csv_of(tmp_path / "metrics.csv")) == 5
 
 
-def test_a_run_killed_while_the_columns_change_keeps_its_lines(tmp_path, logger, monkeypatch):
+def test_a_run_killed_while_the_columns_change_keeps_its_rows(tmp_path, logger, monkeypatch):
     before = (tmp_path / "metrics.csv").read_bytes()
 
     class Killed(BaseException):
@@ -66,7 +66,7 @@ def test_a_run_killed_while_the_columns_change_keeps_its_lines(tmp_path, logger,
     assert (tmp_path / "metrics.csv").read_bytes() == before
 
 
-def test_a_full_disk_loses_no_line(tmp_path: Path, logger: MetricsLogger) -> None:
+def test_a_full_disk_loses_no_row(tmp_path: Path, logger: MetricsLogger) -> None:
     path = tmp_path / "metrics.csv"
     rows = csv_of(path)
     logger.log_metrics({"train/loss": 1 / 3}, 3)
@@ -77,7 +77,7 @@ def test_a_full_disk_loses_no_line(tmp_path: Path, logger: MetricsLogger) -> Non
     assert [row["train/loss"] for row in csv_of(path)[len(rows) :]] == [str(1 / 3)], "the next try has room"
 
 
-def test_a_service_whose_package_is_not_there_is_refused(monkeypatch: Patch) -> None:
+def test_a_service_without_its_package_is_refused(monkeypatch: Patch) -> None:
     monkeypatch.setattr(option_readers, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^logger=wandb: .*pip install wandb"):
         OPTIONS["logger"].read("logger", "wandb")
@@ -103,7 +103,7 @@ def test_services_and_tensorboard_get_options_and_metrics(workspace, tmp_path, m
         assert found["params.max_steps"] == "2" and found["metrics.val/loss"] > 0
 
 
-def test_the_record_of_the_machine() -> None:
+def test_the_environment_describes_the_machine() -> None:
     found = json.loads(json.dumps(environment()))
     assert found["started"].endswith("+00:00")
     assert {"host", "cpu", "cores", "threads"} <= found["machine"].keys() and found["machine"]["threads"] >= 1

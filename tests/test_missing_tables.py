@@ -1,4 +1,4 @@
-"""Missing tables: what they contain, that nothing but their description decides it, and how they are kept."""
+"""Missing tables: their contents, which depend on their description alone, and how they are saved."""
 
 import hashlib
 import itertools
@@ -27,7 +27,7 @@ from vilt.missing_types import available_shares, code_of, is_missing, missing_ty
 ROOT = Path(__file__).parents[1]
 BOTH = MissingPattern("both", 0.7, 0.5, 0)
 
-# Drawn once and written down: results of a seed must be the same for ever.
+# Drawn once and recorded here: a seed must give the same table for ever.
 DRAWN: list[tuple[str, Split, MissingPattern, str]] = [
     ("mmimdb", "train", MissingPattern("both", 0.7, 0.5, 0), "2011112021202120102020012011122000122211"),
     ("mmimdb", "train", MissingPattern("both", 0.3, 0.5, 0), "0010010021000000002000010010002000022210"),
@@ -36,8 +36,8 @@ DRAWN: list[tuple[str, Split, MissingPattern, str]] = [
     ("hatememes", "train", MissingPattern("both", 0.65, 0.25, 7), "1121211121102011101112000011000110120001"),
 ]
 
-KEPT_NAME = "mmimdb_dev_missing_both_0.7_both_ratio_0.5_seed_0_of_10.txt"
-KEPT_HEADER = "# missing table: dataset=mmimdb split=dev type=both ratio=0.7 both_ratio=0.5 seed=0 samples=10"
+SAVED_NAME = "mmimdb_dev_missing_both_0.7_both_ratio_0.5_seed_0_of_10.txt"
+SAVED_HEADER = "# missing table: dataset=mmimdb split=dev type=both ratio=0.7 both_ratio=0.5 seed=0 samples=10"
 
 
 def digits(table: np.ndarray) -> str:
@@ -45,12 +45,12 @@ def digits(table: np.ndarray) -> str:
 
 
 def exact(count: int, ratio: float) -> int:
-    """The integer part of a share, with the decimal digits of the ratio."""
+    """The share of `count`, rounded down, with the ratio in decimal digits."""
     return int(count * Decimal(repr(float(ratio))))
 
 
 def slow_table(dataset: str, split: Split, pattern: MissingPattern, samples: int) -> list[int]:
-    """The same table row by row: rows in the order of their random numbers lose something until enough have."""
+    """The same table row by row: in the order of their random numbers, rows lose a modality until enough have."""
     key = hashlib.sha256(f"{dataset}/{DATASETS[dataset].file_splits[split]}/{pattern.seed}".encode()).hexdigest()
     numbers = np.random.PCG64(int(key, 16)).random_raw(samples).tolist()
     table, images_lost = [0] * samples, 0
@@ -65,7 +65,7 @@ def slow_table(dataset: str, split: Split, pattern: MissingPattern, samples: int
 
 
 def random_cases(n: int) -> list[tuple[int, float, float, int]]:
-    """(samples, ratio, both_ratio, seed) of all sizes, with the awkward ratios among them."""
+    """(samples, ratio, both_ratio, seed) of all sizes, awkward ratios included."""
     draw = random.Random(20)
     awkward = [0.0, 1.0, 0.1, 0.29, 0.57, 0.7, 0.9, 1 / 3, 2 / 3, 1e-9, 1 - 2**-53]
     cases = [(samples, 0.5, 0.5, 0) for samples in (1, 2, 3)]
@@ -76,14 +76,14 @@ def random_cases(n: int) -> list[tuple[int, float, float, int]]:
 
 
 @pytest.mark.parametrize(("dataset", "split", "pattern", "expected"), DRAWN)
-def test_drawn_tables_are_those_that_were_written_down(dataset, split, pattern, expected):
+def test_drawn_tables_never_change(dataset, split, pattern, expected):
     table = draw_missing_table(dataset, split, pattern, 40)
     assert table.dtype == np.int8
     assert digits(table) == expected
 
 
 @pytest.mark.parametrize("missing_type", ["text", "image", "both"])
-def test_equals_the_slow_version_and_has_exact_counts(missing_type):
+def test_tables_equal_the_slow_version_and_have_exact_counts(missing_type):
     for samples, ratio, both_ratio, seed in random_cases(150):
         pattern = MissingPattern(missing_type, ratio, both_ratio, seed)
         table = draw_missing_table("food101", "val", pattern, samples)
@@ -96,7 +96,7 @@ def test_equals_the_slow_version_and_has_exact_counts(missing_type):
 @pytest.mark.parametrize(
     ("samples", "ratio", "count"), [(90, 0.7, 63), (170, 0.7, 119), (100, 0.29, 29), (100, 0.57, 57), (3, 1 / 3, 0)]
 )
-def test_the_number_follows_from_the_ratio_as_it_is_written(samples, ratio, count):
+def test_counts_follow_from_the_decimal_digits_of_the_ratio(samples, ratio, count):
     pattern = MissingPattern("text", ratio, 0.5, 0)
     assert (draw_missing_table("mmimdb", "test", pattern, samples) > 0).sum() == count
     both = draw_missing_table("mmimdb", "test", MissingPattern("both", 1, ratio, 0), samples)
@@ -105,14 +105,14 @@ def test_the_number_follows_from_the_ratio_as_it_is_written(samples, ratio, coun
     assert (as_published > 0).sum() == int(samples * ratio)  # in binary, as the published code
 
 
-def test_the_published_sizes_are_as_before():
-    sizes = {rows for spec in DATASETS.values() for of_split in spec.published_rows.values() for rows in of_split}
+def test_counts_at_published_sizes_equal_the_published_ones():
+    sizes = {rows for spec in DATASETS.values() for per_split in spec.published_rows.values() for rows in per_split}
     assert 61142 in sizes
     for rows, ratio in itertools.product(sizes, [number / 100 for number in range(101)]):
         assert part_of(rows, ratio) == int(rows * ratio)
 
 
-def test_global_random_states_are_neither_used_nor_moved(tmp_path):
+def test_global_random_states_are_neither_used_nor_advanced(tmp_path):
     def states() -> bytes:
         return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
 
@@ -133,14 +133,14 @@ OF_FOUR = ["complete", "light missing", "depth missing", "depth, light missing",
 
 @pytest.fixture
 def names(request: pytest.FixtureRequest, monkeypatch: Patch) -> tuple[str, ...]:
-    """Modalities of a dataset `more`, as many as the parameter says."""
+    """Modality names of a dataset `more`; the parameter is their number."""
     found = NAMES[: request.param]
     modalities = {name: Modality("array", name, (1,)) for name in found}
     monkeypatch.setitem(DATASETS, "more", replace(DATASETS["hatememes"], name="more", modalities=modalities))
     return found
 
 
-def test_types_are_named_in_the_order_of_their_binary_numbers() -> None:
+def test_missing_types_are_named_in_binary_order() -> None:
     assert [*type_names(NAMES)[:5], type_names(NAMES)[14]] == [*OF_FOUR, "text, sound, depth missing"]
     assert len(type_names(NAMES)) == 15
     assert missing_types(NAMES) == ("light", "depth", "sound", "text", "any", "some")
@@ -150,13 +150,13 @@ def test_types_are_named_in_the_order_of_their_binary_numbers() -> None:
 @pytest.mark.parametrize("names", [3, 4], indirect=True)
 @pytest.mark.parametrize("drawing", ["nested", "published"])
 @pytest.mark.parametrize("kind", ["any", "some", "text", "sound"])
-def test_all_that_a_pattern_allows_goes_missing_as_often(names, drawing, kind):
+def test_all_types_that_a_pattern_allows_occur_equally_often(names, drawing, kind):
     samples = 14 * 12 * len(names)
     table = draw_missing_table("more", "train", MissingPattern(kind, 0.5, 0.5, 3, drawing), samples)
-    lost = [{name for name in names if is_missing(names, name, code)} for code in range(len(type_names(names)))]
+    missing_sets = [{name for name in names if is_missing(names, name, code)} for code in range(len(type_names(names)))]
     fits = {"any": lambda missing: len(missing) == 1, "some": bool}.get(kind, {kind}.__eq__)
-    allowed = [code for code, missing in enumerate(lost) if fits(missing)]
-    counts = np.bincount(table, minlength=len(lost))
+    allowed = [code for code, missing in enumerate(missing_sets) if fits(missing)]
+    counts = np.bincount(table, minlength=len(missing_sets))
     assert counts[0] == samples / 2 and set(np.flatnonzero(counts)) == {0, *allowed}
     assert {counts[code] for code in allowed} == {samples // 2 // len(allowed)}
     shares = available_shares(names, kind, 0.5, 0.5)
@@ -172,7 +172,7 @@ def test_all_that_a_pattern_allows_goes_missing_as_often(names, drawing, kind):
     ],
     indirect=["names"],
 )
-def test_what_is_missing_stays_missing_at_a_higher_ratio(names, kind):
+def test_missing_inputs_stay_missing_at_a_higher_ratio(names, kind):
     for samples, _, both_ratio, seed in random_cases(60):
         patterns = [MissingPattern(kind, ratio, both_ratio, seed) for ratio in (0, 0.05, 0.29, 0.3, 0.5, 0.65, 0.9, 1)]
         tables = [draw_missing_table("more", "train", pattern, samples) for pattern in patterns]
@@ -181,7 +181,7 @@ def test_what_is_missing_stays_missing_at_a_higher_ratio(names, kind):
 
 
 @pytest.mark.parametrize("names", [4], indirect=True)
-def test_tables_of_more_modalities_are_kept_too(names, tmp_path):
+def test_tables_of_more_modalities_are_saved_too(names, tmp_path):
     pattern = MissingPattern("some", 1, 0.5, 0)
     drawn = load_missing_table(tmp_path, "more", "val", pattern, 40)
     (path,) = tmp_path.iterdir()
@@ -192,14 +192,14 @@ def test_tables_of_more_modalities_are_kept_too(names, tmp_path):
     assert np.array_equal(load_missing_table(tmp_path, "more", "val", pattern, 40), drawn)
 
 
-def test_a_kept_table_is_a_small_readable_file_that_says_all_of_it(tmp_path):
+def test_a_saved_table_is_a_small_self_explanatory_file(tmp_path):
     root = tmp_path / "not" / "there" / "yet"
     assert not load_missing_table(root, "mmimdb", "train", MissingPattern("both", 0, 0.5, 0), 7).any()
-    assert not root.exists(), "nothing is kept where nothing is missing"
+    assert not root.exists(), "nothing is saved if nothing is missing"
     table = load_missing_table(root, "mmimdb", "val", BOTH, 10)
-    assert [path.name for path in root.iterdir()] == [KEPT_NAME]
-    assert (root / KEPT_NAME).read_text() == (
-        f"{KEPT_HEADER}\n# 0=complete 1=text_missing 2=image_missing\n{digits(table)}\n"
+    assert [path.name for path in root.iterdir()] == [SAVED_NAME]
+    assert (root / SAVED_NAME).read_text() == (
+        f"{SAVED_HEADER}\n# 0=complete 1=text_missing 2=image_missing\n{digits(table)}\n"
     )
     drawn = load_missing_table(tmp_path / "long", "mmimdb", "train", BOTH, 15552)
     (path,) = (tmp_path / "long").iterdir()
@@ -209,7 +209,7 @@ def test_a_kept_table_is_a_small_readable_file_that_says_all_of_it(tmp_path):
     assert again.dtype == drawn.dtype == np.int8 and np.array_equal(again, drawn)
 
 
-def test_whatever_differs_is_kept_under_another_name(tmp_path):
+def test_each_table_is_saved_under_its_own_name(tmp_path):
     patterns = [
         MissingPattern(kind, ratio, both_ratio, seed)
         for kind in ("text", "image", "both")
@@ -227,7 +227,7 @@ def test_whatever_differs_is_kept_under_another_name(tmp_path):
         assert np.array_equal(draw_missing_table(*case), table)
 
 
-def test_processes_that_race_get_the_same_table_and_leave_one_file(tmp_path):
+def test_racing_processes_get_the_same_table_and_leave_one_file(tmp_path):
     for seed in range(5):
         pattern = replace(BOTH, seed=seed)
         expected = draw_missing_table("mmimdb", "train", pattern, 2000)
@@ -252,9 +252,9 @@ def test_processes_that_race_get_the_same_table_and_leave_one_file(tmp_path):
         (r"(?s).*", "\udcff", "not readable as a missing table"),
     ],
 )
-def test_a_damaged_kept_table_is_an_error_and_stays_as_it_is(tmp_path, old, new, found):
+def test_a_damaged_saved_table_is_an_error_and_stays_unchanged(tmp_path, old, new, found):
     load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
-    path = tmp_path / KEPT_NAME
+    path = tmp_path / SAVED_NAME
     damaged = re.sub(old, new, path.read_text(), count=1).encode(errors="surrogateescape")
     assert damaged != path.read_bytes()
     path.write_bytes(damaged)
@@ -265,17 +265,17 @@ def test_a_damaged_kept_table_is_an_error_and_stays_as_it_is(tmp_path, old, new,
 
 
 @pytest.mark.parametrize("root", ["file", "file/folder", "x" * 300, "taken"])
-def test_a_root_that_cannot_be_used_is_an_error(tmp_path, root):
+def test_an_unusable_root_is_an_error(tmp_path, root):
     (tmp_path / "file").write_text("not a folder")
-    (tmp_path / "taken" / KEPT_NAME).mkdir(parents=True)
+    (tmp_path / "taken" / SAVED_NAME).mkdir(parents=True)
     with pytest.raises(DataError) as raised:
         load_missing_table(tmp_path / root, "mmimdb", "val", BOTH, 10)
-    fact = "File name too long" if len(root) == 300 else f"cannot write {KEPT_NAME}"
+    fact = "File name too long" if len(root) == 300 else f"cannot write {SAVED_NAME}"
     assert f"missing_table_root={tmp_path / root}: " in str(raised.value) and fact in str(raised.value)
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
-    with files_up_to(100), pytest.raises(DataError, match=f"cannot write {KEPT_NAME}: File too large; .* bytes free"):
+    with files_up_to(100), pytest.raises(DataError, match=f"cannot write {SAVED_NAME}: File too large; .* bytes free"):
         load_missing_table(tmp_path, "mmimdb", "val", BOTH, 10)
     assert list(tmp_path.iterdir()) == []
 
@@ -307,10 +307,10 @@ def test_a_published_table_is_used_and_the_log_says_so(tmp_path, caplog, dataset
     assert list(tmp_path.iterdir()) == [path], "it is not copied"
 
 
-def test_a_published_table_has_precedence_over_a_kept_one_for_its_pattern_only(tmp_path, caplog):
-    kept = load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10)
+def test_a_published_table_takes_precedence_for_its_own_pattern_only(tmp_path, caplog):
+    saved = load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10)
     published(tmp_path, "mmimdb_train_missing_both_07.pt", torch.ones(10))
-    assert kept.tolist() != [1] * 10
+    assert saved.tolist() != [1] * 10
     assert load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10).tolist() == [1] * 10
     caplog.clear()
     others: list[tuple[str, Split, MissingPattern]] = [("mmimdb", "val", BOTH), ("food101", "train", BOTH)]
@@ -342,7 +342,7 @@ def test_a_published_table_that_does_not_fit_is_an_error(tmp_path, monkeypatch, 
     with pytest.raises(DataError, match=message) as raised:
         load_missing_table(tmp_path, "mmimdb", "train", BOTH, 10)
     assert str(raised.value).startswith(f"{path}: ")
-    assert list(tmp_path.iterdir()) == [path], "nothing of the file is executed, nothing drawn in its place"
+    assert list(tmp_path.iterdir()) == [path], "no code in the file is executed, and no table is drawn in its place"
 
 
 @pytest.mark.parametrize(
@@ -353,10 +353,10 @@ def test_a_published_table_that_does_not_fit_is_an_error(tmp_path, monkeypatch, 
         *((name, None) for name in ("both", "text+audio+vision", "text+text", "text+image", "image", "", "+")),
     ],
 )
-def test_patterns_may_lose_several_modalities_by_name(given: str, expected: str | None) -> None:
+def test_patterns_may_name_several_missing_modalities(given: str, expected: str | None) -> None:
     modalities = ("text", "audio", "vision")
     assert pattern_type(modalities, given) == expected
-    assert pattern_type(("image", "text"), "image+text") is None, "of two modalities never both"
+    assert pattern_type(("image", "text"), "image+text") is None, "never both of two modalities"
     if expected == "text+vision":
         shares = available_shares(modalities, expected, 0.7, 0.5)
         assert shares == pytest.approx({"text": 0.3, "audio": 1, "vision": 0.3})
@@ -364,7 +364,7 @@ def test_patterns_may_lose_several_modalities_by_name(given: str, expected: str 
         assert table.tolist().count(code_of(modalities, "text") + code_of(modalities, "vision")) == 14
 
 
-def test_of_many_types_those_that_occur_are_said() -> None:
+def test_if_there_are_many_types_only_those_that_occur_are_listed() -> None:
     assert counts_text({"complete": 3, "text missing": 0, "image missing": 1_000})[1:] == [
         "0 text missing",
         "1,000 image missing",

@@ -1,4 +1,4 @@
-"""REP against the slow, obvious version of tests/slow_methods.py, and what is trained."""
+"""REP against the slow, obvious version in tests/slow_methods.py; dtypes, gradients and initial values."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def labels_of(task: str, size: int) -> Tensor:
 
 
 def slow_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
-    """The classifier's values as independent leaves, for the slow version."""
+    """The classifier's values as separate leaf tensors, for the slow version."""
     return {
         name: value.detach().clone().requires_grad_(value.requires_grad)
         for name, value in published_state(classifier).items()
@@ -29,9 +29,9 @@ def slow_state(classifier: MissingModalityClassifier) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(classifier: nn.Module, state: dict[str, Tensor], tolerance: float = 1e-9) -> None:
-    """Equal where the slow version has a gradient; zero or absent where it has none.
+    """Asserts equal gradients where the slow version has any, and zero or absent ones elsewhere.
 
-    The slow version never encodes for nothing, so a tower nobody needs leaves gradients absent there.
+    The slow version never runs a tower that no sample needs, so it leaves those gradients absent.
     """
     for name, parameter in classifier.named_parameters():
         slow = state[published_name(name)].grad
@@ -42,7 +42,7 @@ def assert_same_gradients(classifier: nn.Module, state: dict[str, Tensor], toler
             assert golden.relative_error(parameter.grad, slow) < tolerance, name
 
 
-def test_sixteen_bits_hold_the_frozen_weights_alone() -> None:
+def test_only_frozen_weights_are_held_in_16_bits() -> None:
     classifier = tiny_classifier().eval()
     classifier.compute(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -55,7 +55,7 @@ def test_sixteen_bits_hold_the_frozen_weights_alone() -> None:
 
 @pytest.mark.parametrize("mix", [[0, 1, 2, 0], [1, 1, 0, 1], [2, 2, 2]], ids=str)
 def test_each_sample_has_its_own_dropout_mask(mix: list[int]) -> None:
-    """In training: the masks that the real learner draws, one per sample, give the slow version the same numbers."""
+    """In training, the slow version gives the same numbers with the masks that the real learner draws per sample."""
     classifier = tiny_classifier().double().train()
     images, tokens = tiny_batch(len(mix))
     images = images.double()
@@ -65,10 +65,10 @@ def test_each_sample_has_its_own_dropout_mask(mix: list[int]) -> None:
     for name, module in classifier.named_modules():
         if isinstance(module, RDN):
 
-            def keep_mask(_: nn.Module, inputs: tuple[Tensor], output: Tensor, name: str = name) -> None:
+            def record_mask(_: nn.Module, inputs: tuple[Tensor], output: Tensor, name: str = name) -> None:
                 masks[name] = (output / inputs[0]).detach()
 
-            module.dropout.register_forward_hook(keep_mask)
+            module.dropout.register_forward_hook(record_mask)
 
     logits = classifier(model_input(images, tokens, mix))
     TASKS["mmimdb"].loss(logits, labels).backward()
@@ -88,9 +88,9 @@ def test_each_sample_has_its_own_dropout_mask(mix: list[int]) -> None:
     assert_same_gradients(classifier, state)
 
 
-def test_parameters_of_absent_types_get_no_gradient_and_skipped_towers_get_zeros() -> None:
-    """As published: start slots of a type that does not occur keep `grad=None` (no weight decay); a tower that
-    nobody needs still gives zero gradients to what feeds it."""
+def test_absent_types_leave_gradients_none_and_skipped_towers_zero() -> None:
+    """As published: starting slots of an absent type keep `grad=None` (no weight decay); a tower that no sample
+    needs still gives its inputs zero gradients."""
     classifier = tiny_classifier("hatememes").train()
     images, tokens = tiny_batch(3)
     classifier(model_input(images, tokens, [2, 2, 2])).sum().backward()

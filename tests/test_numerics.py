@@ -1,4 +1,4 @@
-"""What is said of a loss or a gradient that is not finite, and how many may be skipped."""
+"""How a non-finite loss or gradient is reported, and how many steps may be skipped."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def named(*gradients: list[float] | None) -> list[tuple[str, nn.Parameter]]:
-    """Parameters a, b, … with these gradients."""
+    """Parameters named a, b, … with the given gradients."""
     parameters = []
     for name, gradient in zip("abcdef", gradients, strict=False):
         parameter = nn.Parameter(torch.zeros(len(gradient or [0])))
@@ -27,8 +27,8 @@ def named(*gradients: list[float] | None) -> list[tuple[str, nn.Parameter]]:
     return parameters
 
 
-def noted(watch: FiniteWatch, step: int, gradients: list[list[float] | None], *losses: float) -> int:
-    """A step of batches of two samples: in step 6 the batches 60, 61, … with the samples 600, 601, 610, …"""
+def note_step(watch: FiniteWatch, step: int, gradients: list[list[float] | None], *losses: float) -> int:
+    """Notes a step with batches of two samples; step 6 has batches 60, 61, … with samples 600, 601, 610, …"""
     for batch, loss in enumerate(losses or (1.0,), 10 * step):
         watch.note_loss(batch, torch.tensor([10 * batch, 10 * batch + 1]), torch.tensor(loss))
     return watch.note_gradients(named(*gradients), step)
@@ -36,30 +36,30 @@ def noted(watch: FiniteWatch, step: int, gradients: list[list[float] | None], *l
 
 def test_the_first_bad_step_and_the_parameter_nearest_to_the_loss_are_named() -> None:
     watch = FiniteWatch(0)
-    noted(watch, 4, [[1.0, 3e38], None, [-3e38]], 3e38)  # large, and finite
+    note_step(watch, 4, [[1.0, 3e38], None, [-3e38]], 3e38)  # large, and finite
     assert watch.look() is None and watch.skipped == 0
-    noted(watch, 5, [[1.0], [2.0], [3.0]])
-    noted(watch, 6, [[NAN], None, [-INF, 1.0], [1.0]], 1.0, 2.0)
-    assert noted(watch, 7, [[INF], [1.0]], NAN) == 3
+    note_step(watch, 5, [[1.0], [2.0], [3.0]])
+    note_step(watch, 6, [[NAN], None, [-INF, 1.0], [1.0]], 1.0, 2.0)
+    assert note_step(watch, 7, [[INF], [1.0]], NAN) == 3
     found = watch.look()
     assert found is not None and (found.of_gradient, found.step, found.what) == (True, 6, "c")
     assert found.samples.tolist() == [600, 601, 610, 611]
-    assert watch.look() is None  # nothing is looked at twice
+    assert watch.look() is None  # each step is examined once
 
 
 @pytest.mark.parametrize("allowed", [0, 5])
-def test_the_first_bad_loss_is_named_whatever_may_be_skipped(allowed: int) -> None:
+def test_the_first_bad_loss_is_named_however_many_steps_may_be_skipped(allowed: int) -> None:
     watch = FiniteWatch(allowed)
     for step, losses in enumerate([(1.0, 2.0), (1.0, INF), (NAN, NAN)]):
-        noted(watch, step, [[1.0]], *losses)
+        note_step(watch, step, [[1.0]], *losses)
     found = watch.look()
     assert found is not None and found[:4] == (False, 1, "inf", 11) and found.samples.tolist() == [110, 111]
 
 
-def test_so_many_in_a_row_may_be_skipped() -> None:
+def test_only_so_many_steps_in_a_row_may_be_skipped() -> None:
     watch = FiniteWatch(2)
     for step, value in enumerate([INF, INF, 1.0, NAN, NAN, NAN]):
-        noted(watch, step, [[value]])
+        note_step(watch, step, [[value]])
         assert (watch.look() is not None) is (step == 5)
     assert (watch.skipped, watch.in_a_row) == (5, 3)
 
@@ -72,8 +72,8 @@ def module_of(**trainer: Any) -> FinetuneModule:
     return module
 
 
-def test_what_was_trained_once_has_a_gradient_of_zero_where_a_step_gives_it_none() -> None:
-    """As published, so that momentum and weight decay still move it; what never had a gradient stays as it is."""
+def test_a_parameter_trained_before_gets_a_zero_gradient_instead_of_none() -> None:
+    """As published, momentum and weight decay still move it; a parameter that never had a gradient keeps None."""
     module = module_of(global_step=1)
     once, never = (module.classifier.get_parameter(f"mmimdb_classifier.{name}") for name in ("weight", "bias"))
     optimizer = torch.optim.AdamW([once, never])
@@ -85,7 +85,7 @@ def test_what_was_trained_once_has_a_gradient_of_zero_where_a_step_gives_it_none
     assert once.grad is not None and not once.grad.any() and never.grad is None
 
 
-def test_counts_go_into_the_checkpoint_and_back() -> None:
+def test_counts_of_skipped_steps_are_restored_from_the_checkpoint() -> None:
     one, other = module_of(), module_of()
     one._watch.skipped, one._watch.in_a_row = 7, 2
     checkpoint: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def test_counts_go_into_the_checkpoint_and_back() -> None:
 
 
 @pytest.mark.parametrize("name", ["model.memory_learner.layernorm_text.1", "mmimdb_classifier"])
-def test_the_module_that_first_is_not_finite_is_found(name: str) -> None:
+def test_the_first_module_with_a_non_finite_value_is_found(name: str) -> None:
     classifier = tiny_classifier()
     batch = model_input(*tiny_batch(4), [0, 0, 1, 2])
     assert first_not_finite(classifier, lambda: classifier(batch)) == ""
@@ -109,8 +109,8 @@ def test_the_module_that_first_is_not_finite_is_found(name: str) -> None:
     assert not any(module._forward_hooks for module in classifier.modules())
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(workspace, monkeypatch, capsys):
-    """The loss is finite, its gradient is not: as of a square root at 0."""
+def test_a_non_finite_gradient_ends_the_run_before_the_step(workspace, monkeypatch, capsys):
+    """The loss is finite and its gradient is not, as with a square root at 0."""
     training_step = FinetuneModule.training_step
 
     def spoil(self: FinetuneModule, batch: Any, batch_idx: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Every wrong option ends in one clear line and status 2, before anything heavy starts."""
+"""Every invalid option ends in one clear line and status 2, before anything expensive starts."""
 
 import re
 import subprocess
@@ -90,7 +90,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("option", WRONG)
-def test_wrong_option(workspace: Workspace, tmp_path: Path, capsys: Captured, option: str) -> None:
+def test_invalid_options_are_refused(workspace: Workspace, tmp_path: Path, capsys: Captured, option: str) -> None:
     command = workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path / 'result'}", *option.split())
     assert command_line([word for word in command if option or not word.startswith("task_")]) == 2
     assert WRONG[option] in error_of(capsys)
@@ -106,7 +106,7 @@ def test_print_config_explains_every_option(capsys: Captured) -> None:
     assert changed == {"missing_tables", "order_seed", "precision", "seed"}
 
 
-def test_the_choices_of_options_are_those_of_the_code() -> None:
+def test_options_accept_the_choices_that_the_code_implements() -> None:
     from clip.modules.vision_transformer_memory import ACTIVATIONS
     from engine.optimization import OPTIMIZERS
 
@@ -118,19 +118,19 @@ def test_the_choices_of_options_are_those_of_the_code() -> None:
 
 
 def test_options_are_read_without_torch(workspace: Workspace, tmp_path: Path) -> None:
-    """So that a wrong one, and what needs no model, answers at once."""
-    of_training = workspace.command(f"vit={workspace.backbone}")[1:]
+    """Invalid options, and commands that need no model, answer at once."""
+    train_command = workspace.command(f"vit={workspace.backbone}")[1:]
     commands = [
         (["print_config"], 0),
         (["runs", "with", f"log_dir={tmp_path}"], 0),
         (["report", "with", "runs=[]"], 2),
         (["predict", "with", "load_path=x.ckpt"], 2),
         (["robustness"], 2),
-        ([*of_training, "learning_rat=1"], 2),
-        ([*of_training, "learning_rate=0"], 2),
-        ([*of_training, "far=False", "replay_depth=1"], 2),
-        ([*of_training, "data_root=nowhere"], 2),
-        (["sweep", *of_training, "seed=1", "data_root=nowhere"], 2),
+        ([*train_command, "learning_rat=1"], 2),
+        ([*train_command, "learning_rate=0"], 2),
+        ([*train_command, "far=False", "replay_depth=1"], 2),
+        ([*train_command, "data_root=nowhere"], 2),
+        (["sweep", *train_command, "seed=1", "data_root=nowhere"], 2),
     ]
     code = (
         "import sys, run\n"
@@ -185,8 +185,8 @@ def test_accumulation_counts_all_processes(workspace: Workspace) -> None:
         ({"val_check_interval": 6}, None),
     ],
 )
-def test_what_a_run_remarks(workspace, monkeypatch, changes, facts):
-    """A schedule, a step or a validation that is not what the options seem to say."""
+def test_a_run_remarks_on_options_that_mislead(workspace, monkeypatch, changes, facts):
+    """Remarks name a schedule, batch size or validation interval that is not what the options suggest."""
     common = {"num_gpus": 0, "per_gpu_batchsize": 4, "batch_size": 8, "max_epoch": 2}
     monkeypatch.setattr(start, "FEW_STEPS", 6)
     options = config_with(workspace, **{**common, **changes})
@@ -194,4 +194,4 @@ def test_what_a_run_remarks(workspace, monkeypatch, changes, facts):
     assert len(found) == (facts is not None) and all(fact in found[0] for fact in facts or [])
     untrained = [replace(options, vit="random:3", prompt_type=method) for method in ("rep", "full")]
     more = [len(start.remarks(each, DATASETS["mmimdb"], samples=24)) - len(found) for each in untrained]
-    assert more == [1, 0], "that a frozen backbone is untrained"
+    assert more == [1, 0], "a remark that a frozen backbone is untrained"

@@ -1,4 +1,4 @@
-"""What `pip install .` gives: a package `rep` that works beside OpenAI's `clip`, with a command `rep`."""
+"""`pip install .` installs a package `rep` that works alongside OpenAI's `clip`, and a command `rep`."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ assert not {"config", "common", "engine", "runs", "vilt"} & set(sys.modules)
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the installed wheel, and beside it another package named clip."""
+    """A folder with the installed wheel and another package named clip."""
     folder = tmp_path_factory.mktemp("package")
     folder.joinpath("checkout").mkdir()
     named = (ROOT / name for name in ("pyproject.toml", "requirements.txt", "LICENSE"))
@@ -44,7 +44,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_trains_evaluates_and_imports_beside_another_clip(workspace: Workspace, site: Path, tmp_path: Path) -> None:
+def test_an_installed_rep_works_alongside_another_clip(workspace: Workspace, site: Path, tmp_path: Path) -> None:
     def call(*words: str) -> str:
         environment = {**os.environ, "PYTHONPATH": str(site)}
         result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -62,7 +62,7 @@ def test_trains_evaluates_and_imports_beside_another_clip(workspace: Workspace, 
     call(sys.executable, "-c", USE, str(best))
 
 
-def test_what_run_py_does_without_a_command_has_names() -> None:
+def test_train_and_test_are_names_for_run_py_without_a_command() -> None:
     assert as_words_of_run("train", ["with", "seed=1"]) == ["main", "with", "seed=1"]
     assert as_words_of_run("test", ["with", "seed=1"]) == ["main", "with", "seed=1", "test_only=True"]
     assert as_words_of_run("test", ["--help"]) == ["main", "--help"]

@@ -1,4 +1,4 @@
-"""Predictions: those of the evaluation, for whatever form the samples come in; and what is wrong with samples."""
+"""Predictions equal those of the evaluation, in whatever form samples come; invalid samples are refused."""
 
 import csv
 import io
@@ -39,7 +39,7 @@ FILMS = DATASETS["mmimdb"]
 
 @pytest.fixture(scope="module")
 def trained(fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, with its logits of the test split for each missing type beside it."""
+    """A checkpoint with its stored logits of the test split for each missing type."""
     best = Path(shutil.copytree(fitted, tmp_path_factory.mktemp("predicting") / "version_0")) / "best.ckpt"
     assert measure(best) == 0
     return best
@@ -56,7 +56,7 @@ def model(trained: Path) -> Predictor:
 
 
 class Films:
-    """The test split: the bytes of an image, a text and the logits by missing type of each sample."""
+    """The test split: for each sample the bytes of its image, its text, and its logits for each missing type."""
 
     def __init__(self, workspace: Workspace, trained: Path) -> None:
         rows = read_arrow(workspace.arrow / "mmimdb_test.arrow").to_pylist()
@@ -81,7 +81,7 @@ def assert_predicted(found: Iterable[float], logits: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("missing_type", [0, 1, 2])
-def test_probabilities_are_those_of_the_evaluation(model, films, tmp_path, missing_type):
+def test_probabilities_equal_those_of_the_evaluation(model, films, tmp_path, missing_type):
     paths = [tmp_path / f"{number}.jpg" for number in range(len(films.images))]
     for path, data in zip(paths, films.images, strict=True):
         path.write_bytes(data)
@@ -92,7 +92,7 @@ def test_probabilities_are_those_of_the_evaluation(model, films, tmp_path, missi
         assert one.labels == tuple(name for name, value in one.probabilities.items() if value > model.threshold)
 
 
-def test_samples_with_different_modalities_in_one_batch(model: Predictor, films: Films) -> None:
+def test_one_batch_may_mix_samples_with_different_modalities(model: Predictor, films: Films) -> None:
     opened = [Image.open(io.BytesIO(data)) for data in films.images[:3]]
     found = model.predict(images=[opened[0], None, opened[2]], texts=[films.texts[0], films.texts[1], None])
     for number, missing_type in enumerate((0, 2, 1)):
@@ -100,8 +100,8 @@ def test_samples_with_different_modalities_in_one_batch(model: Predictor, films:
         assert found[number].missing == TYPE_NAMES[missing_type]
 
 
-def test_validation_alone_chooses_where_several_labels_are_decided(workspace, trained, model, tmp_path):
-    """The offset that the checkpoint keeps is the best one on the validation split, at its missing table."""
+def test_the_decision_threshold_is_chosen_on_the_validation_split(workspace, trained, model, tmp_path):
+    """The offset saved in the checkpoint is the best one on the validation split with its missing table."""
     data = ArrowDataset(FILMS, workspace.arrow, "val", 32)
     pattern = MissingPattern("both", 0.7, 0.5, 0)
     data.missing_table = load_missing_table(workspace.root / "missing_tables", "mmimdb", "val", pattern, data.n_rows)
@@ -148,7 +148,7 @@ def test_precisions_are_named_like_the_option(trained, model, films, precision):
         ([None], "bf16-mixed", False, "bf16-mixed", ""),
     ],
 )
-def test_models_are_evaluated_in_the_precision_of_their_training(
+def test_models_are_evaluated_in_the_precision_they_were_trained_in(
     trained: Path,
     caplog: pytest.LogCaptureFixture,
     trained_in: list[str | None],
@@ -165,7 +165,7 @@ def test_models_are_evaluated_in_the_precision_of_their_training(
     assert said in caplog.text and bool(caplog.records) == bool(said)
 
 
-def test_evaluation_and_prediction_agree_with_the_training_on_a_machine_of_another_default(
+def test_evaluation_and_prediction_keep_the_training_precision_on_other_machines(
     workspace: Workspace, trained: Path, films: Films, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
@@ -176,7 +176,7 @@ def test_evaluation_and_prediction_agree_with_the_training_on_a_machine_of_anoth
     cells = ("bootstrap=0", "robustness_seeds=[0]")
     assert (
         command_line([command[0], "robustness", *command[1:], *cells]) == 0
-    )  # from the logits that are there, of precision 32
+    )  # uses the stored logits, of precision 32
     table, output = tmp_path / "t.jsonl", tmp_path / "p.jsonl"
     table.write_text("".join(json.dumps({"text": text}) + "\n" for text in films.texts))
     for given, close in (((), 1e-6), (("precision=bf16",), 0.1)):
@@ -213,7 +213,7 @@ def test_unknown_precisions_are_refused(trained: Path, tmp_path: Path) -> None:
         ({"images": [Path("large.jpg")]}, "sample 0: image .*large.jpg: cannot be read: 68,157,440 bytes, at most"),
     ],
 )
-def test_inputs_that_are_not_as_expected(model, given, fact, tmp_path, monkeypatch):
+def test_invalid_inputs_are_refused(model, given, fact, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("large.jpg").touch()
     os.truncate("large.jpg", 65 * 2**20)
@@ -281,20 +281,20 @@ def test_a_folder_of_images_and_texts(trained: Path, films: Films, tmp_path: Pat
     assert run_predict(trained, f"input={folder}", f"output={tmp_path / 'found.jsonl'}") == 0
     assert "left out" in (said := capsys.readouterr().err) and "'notes.md'" in said
     rows = jsonl_of(tmp_path / "found.jsonl")
-    of_types = [("film9", "text missing"), ("film10", "complete"), ("more/plot", "image missing")]
-    assert [(row["id"], row["missing"]) for row in rows] == of_types
+    expected = [("film9", "text missing"), ("film10", "complete"), ("more/plot", "image missing")]
+    assert [(row["id"], row["missing"]) for row in rows] == expected
     for row, (number, missing_type) in zip(rows, ((1, 1), (0, 0), (2, 2)), strict=True):
         assert_predicted(row["probabilities"].values(), films.logits[missing_type][number])
 
 
-def test_samples_are_read_by_workers(model: Predictor, films: Films, tmp_path: Path) -> None:
+def test_workers_give_the_same_predictions(model: Predictor, films: Films, tmp_path: Path) -> None:
     items = read_items(write_table(tmp_path / "in", films, ".csv"), FILMS)
     alone = list(model.predict_items(items, batch_size=4))
     assert list(model.predict_items(items, batch_size=4, workers=2)) == alone
 
 
 def test_a_single_label_model_names_one_class(workspace: Workspace, golden_arrow: Path, tmp_path: Path) -> None:
-    """Food-101's class names come from its arrow files, through the checkpoint."""
+    """Food-101's class names come from its arrow files by way of the checkpoint."""
     options = ("max_epoch=1", "test_after_fit=False", "batch_size=2", "per_gpu_batchsize=2")
     best = workspace.train("food", *options, log_dir=tmp_path, task="food101", data_root=golden_arrow) / "best.ckpt"
     model = load_model(best)
@@ -302,7 +302,7 @@ def test_a_single_label_model_names_one_class(workspace: Workspace, golden_arrow
     assert sum(found.probabilities.values()) == pytest.approx(1, abs=1e-5) and len(found.probabilities) == 101
     assert found.labels == (max(found.probabilities, key=lambda name: found.probabilities[name]),)
     assert tuple(found.probabilities) == read_checkpoint(best).class_names
-    model._classifier = lambda batch: 1e-10 * torch.eye(101)[7:8]  # type: ignore[assignment]  # of one probability all
+    model._classifier = lambda batch: 1e-10 * torch.eye(101)[7:8]  # type: ignore[assignment]  # all probabilities round to the same value
     assert model.predict(texts=["apple pie"])[0].labels == model.class_names[7:8]
     assert run_predict(best, f"input={write_text(tmp_path)}", f"output={tmp_path / 'found.csv'}") == 0
 
@@ -313,7 +313,7 @@ def write_text(folder: Path) -> Path:
     return path
 
 
-def test_a_checkpoint_without_class_names_has_those_of_the_dataset(trained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_class_names_gets_those_of_the_dataset(trained: Path, tmp_path: Path) -> None:
     content = torch.load(trained, weights_only=True)
     del content["rep"]["class_names"]
     torch.save(content, tmp_path / "old.ckpt")
@@ -343,7 +343,7 @@ def test_a_checkpoint_without_class_names_has_those_of_the_dataset(trained: Path
         ("in.xlsx", "", "expected a folder of images, or a .csv, .tsv or .jsonl file"),
     ],
 )
-def test_samples_that_are_not_as_expected(trained, tmp_path, capsys, name, content, message):
+def test_invalid_samples_are_refused(trained, tmp_path, capsys, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert run_predict(trained, f"input={tmp_path / name}", f"output={tmp_path / 'found.csv'}") == 2
     assert message.format(top=tmp_path) in error_of(capsys)
@@ -363,7 +363,7 @@ def test_samples_that_are_not_as_expected(trained, tmp_path, capsys, name, conte
         ("vit=nowhere", "vit=nowhere"),
     ],
 )
-def test_options_that_are_not_as_expected(trained, tmp_path, capsys, option, message):
+def test_invalid_options_are_refused(trained, tmp_path, capsys, option, message):
     given = [f"input={write_text(tmp_path)}", f"output={tmp_path / 'found.csv'}", option.format(top=tmp_path)]
     assert run_predict(trained, *given) == 2
     assert message.format(top=tmp_path) in error_of(capsys)
@@ -381,8 +381,8 @@ def embedded(trained: Path, output: Path, *options: str) -> dict[str, np.ndarray
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_features_of_a_split_are_what_the_head_classifies(workspace, trained, model, films, tmp_path, suffix):
-    """Complete, though its model was trained with missing modalities; the data is that of the run."""
+def test_features_of_a_split_are_the_inputs_of_the_head(workspace, trained, model, films, tmp_path, suffix):
+    """They are complete, although the model was trained with missing modalities; the dataset defaults to the run's."""
     found = embedded(trained, tmp_path / f"found{suffix}", "split=test", "per_gpu_batchsize=4")
     for missing_type, empty in ((0, None), (1, "text"), (2, "image")):
         parts = [found[f"features/{name}"] * (name != empty) for name in ("image", "text")]
@@ -412,14 +412,14 @@ def test_features_of_missing_modalities_are_zero_and_marked(trained, model, film
     assert not again["present/image"].any() and not again["features/image"].any()
 
 
-def test_features_of_a_split_follow_a_missing_pattern_that_is_given(trained: Path, tmp_path: Path) -> None:
+def test_features_of_a_split_follow_a_given_missing_pattern(trained: Path, tmp_path: Path) -> None:
     options = ("split=train", "missing_ratio.train=1", "missing_type=text", f"missing_table_root={tmp_path}")
     found = embedded(trained, tmp_path / "found.npz", *options)
     assert len(found["id"]) == 45 and found["present/image"].all() and not found["present/text"].any()
 
 
 def test_no_training_sample_is_its_own_neighbour_whatever_is_missing(workspace: Workspace, tmp_path: Path) -> None:
-    """A text that is hidden now, and was not in training, is not found again; of other data all rows may be."""
+    """A sample does not find its own text, hidden now but seen in training; with other data it may find any row."""
     options = ("prompt_type=none", "neighbours=1", "missing_ratio=0", "max_epoch=1", "test_after_fit=False")
     command = workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path}", "exp_name=near", *options)
     assert command_line(command) == 0
@@ -436,7 +436,7 @@ def test_no_training_sample_is_its_own_neighbour_whatever_is_missing(workspace: 
     for checkpoint in (best, other):
         fused = embedded(checkpoint, tmp_path / "hidden.npz", *given)["fused"]
         found.append(int(np.isclose(fused[:, -whole.shape[1] :], whole, atol=2e-3).all(axis=1).sum()))
-    assert found == [0, 40]  # of 45 texts; of a film with several the first one is as near as another
+    assert found == [0, 40]  # of 45 texts; if a film has several, its first is as near as the others
 
 
 @pytest.mark.parametrize(
@@ -449,14 +449,14 @@ def test_no_training_sample_is_its_own_neighbour_whatever_is_missing(workspace: 
         ("output=/proc/found.npz", "output=/proc/found.npz: cannot be written: nothing can be created there"),
     ],
 )
-def test_features_that_cannot_be_are_refused(trained, tmp_path, capsys, monkeypatch, option, message):
+def test_invalid_options_of_embed_are_refused(trained, tmp_path, capsys, monkeypatch, option, message):
     monkeypatch.chdir(tmp_path)
     given = (f"load_path={trained}", f"input={write_text(tmp_path)}", "precision=32", "num_workers=0", option)
     assert call("embed", *given) == 2
     assert message in error_of(capsys)
 
 
-def test_items_know_their_place(tmp_path: Path) -> None:
+def test_items_have_the_id_and_place_of_their_row(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text('image,text\na.jpg,"two\nlines"\nb.jpg,\n')
     assert read_items(tmp_path / "in.csv", FILMS) == [
         Item("2", {"image": tmp_path / "a.jpg", "text": "two\nlines"}, f"{tmp_path / 'in.csv'}, row 2"),
@@ -471,8 +471,8 @@ def test_items_know_their_place(tmp_path: Path) -> None:
         read_items(tmp_path, FILMS)
 
 
-def test_files_that_can_be_meant_are_found(tmp_path: Path) -> None:
-    """Whatever another system made of their names; what it hid beside them is none of them."""
+def test_files_are_found_under_equivalent_names(tmp_path: Path) -> None:
+    """Names may differ in Unicode form, case or separators, as on other systems; hidden files are ignored."""
     spec = DATASETS["mmimdb"]
     (tmp_path / "in").mkdir()
     grey = Image.fromarray(np.array([[0, 65535]] * 2, dtype=np.uint16))
@@ -494,7 +494,7 @@ def test_files_that_can_be_meant_are_found(tmp_path: Path) -> None:
     ]
 
 
-def test_an_exported_model_predicts_and_is_measured_as_its_checkpoint(workspace, trained, films, tmp_path):
+def test_an_exported_model_gives_the_results_of_its_checkpoint(workspace, trained, films, tmp_path):
     out = tmp_path / "shared"
     assert call("export", f"load_path={trained}", f"out={out}") == 0
     card, at = (out / "README.md").read_text(), read_checkpoint(out).training
@@ -511,8 +511,8 @@ def test_an_exported_model_predicts_and_is_measured_as_its_checkpoint(workspace,
     assert results[0] == results[1]
 
 
-def test_the_card_of_an_export_is_what_the_hub_reads(trained: Path, tmp_path: Path) -> None:
-    """By default the folder is beside the checkpoint."""
+def test_the_hub_can_read_the_card_of_an_export(trained: Path, tmp_path: Path) -> None:
+    """The export folder is next to the checkpoint by default."""
     hub = pytest.importorskip("huggingface_hub")
     shutil.copytree(trained.parent, tmp_path / "run")
     assert call("export", f"load_path={tmp_path / 'run' / 'best.ckpt'}") == 0
@@ -520,15 +520,15 @@ def test_the_card_of_an_export_is_what_the_hub_reads(trained: Path, tmp_path: Pa
     assert (data.library_name, data.license, "rep" in data.tags) == ("rep", "other", True)
 
 
-def test_the_card_has_no_results_of_another_checkpoint(trained: Path, tmp_path: Path) -> None:
-    """The test is that of best.ckpt."""
+def test_the_card_has_results_of_its_own_checkpoint_only(trained: Path, tmp_path: Path) -> None:
+    """A run tests best.ckpt, so the card of last.ckpt has no results."""
     for name, tested in (("best", True), ("last", False)):
         export(trained.with_name(f"{name}.ckpt"), tmp_path / name)
         card = (tmp_path / name / "README.md").read_text()
         assert ("f1_macro" in card) == tested and ("Not tested." in card) != tested
 
 
-def test_exports_that_cannot_be_are_refused(trained: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_invalid_exports_are_refused(trained: Path, tmp_path: Path, capsys: Captured) -> None:
     def refused(*options: str) -> str:
         assert call("export", *options) == 2
         return capsys.readouterr().err

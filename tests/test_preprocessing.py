@@ -1,4 +1,4 @@
-"""What the files beside the weights say of images, towers and texts: used, or refused with file, entry and value."""
+"""Settings in the files next to the weights are used, or refused with file, entry and value."""
 
 import json
 import shutil
@@ -39,18 +39,18 @@ def write(folder: Path, name: str, content: Any) -> Path:
         (OPEN_CLIP, {"model_cfg": {}, "preprocess_cfg": {"mean": HALF, "std": ODD}}),
     ],
 )
-def test_mean_and_deviation_are_used(name: str, content: Any, tmp_path: Path) -> None:
+def test_mean_and_std_of_images_are_used(name: str, content: Any, tmp_path: Path) -> None:
     write(tmp_path, name, content)
     assert image_statistics(tmp_path, 32) == {"image_mean": tuple(HALF), "image_std": tuple(ODD)}
     model = random_hf_clip(tmp_path)
     torch.save(openai_state(model), tmp_path / "weights.bin")
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    by_hand = (images.float() / 255 - torch.tensor(HALF).view(3, 1, 1)) / torch.tensor(ODD).view(3, 1, 1)
-    for vit in (tmp_path, tmp_path / "weights.bin"):  # a folder, and a file beside which it is
+    normalised = (images.float() / 255 - torch.tensor(HALF).view(3, 1, 1)) / torch.tensor(ODD).view(3, 1, 1)
+    for vit in (tmp_path, tmp_path / "weights.bin"):  # the folder with the settings, and a file in it
         activation = "gelu" if vit.is_file() else None
         backbone = load_backbone(str(vit), activation=activation)
         tower = ClipBackbone(backbone.architecture).image_encoder
-        assert torch.allclose(tower.embed(images), tower.embed(by_hand), atol=1e-5)
+        assert torch.allclose(tower.embed(images), tower.embed(normalised), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_mean_and_deviation_are_used(name: str, content: Any, tmp_path: Path) ->
         {"image_processor_type": "CLIPImageProcessorFast", "do_pad": None, "data_format": "channels_first"},
     ],
 )
-def test_what_clip_does_anyway_is_accepted(content: Any, tmp_path: Path) -> None:
+def test_settings_that_clip_always_uses_are_accepted(content: Any, tmp_path: Path) -> None:
     assert image_statistics(write(tmp_path, PREPROCESSOR, content), 32) == {}
 
 
@@ -94,7 +94,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "content", "found"), REFUSED)
-def test_what_is_not_supported_is_refused(name: str, content: Any, found: str, tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused(name: str, content: Any, found: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{name}.*{found}") as refusal:
         image_statistics(write(tmp_path, name, content), 32)
     assert len(str(refusal.value).splitlines()) == 1
@@ -120,14 +120,14 @@ def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
         ({"text_cfg": {"hf_tokenizer_name": "some/tokenizer"}}, "hf_tokenizer_name.*some/tokenizer"),
     ],
 )
-def test_towers_of_open_clip_that_differ_are_refused(entry: Any, found: str, tmp_path: Path) -> None:
+def test_open_clip_towers_with_other_settings_are_refused(entry: Any, found: str, tmp_path: Path) -> None:
     torch.save(openai_state(random_hf_clip(tmp_path / "hf")), tmp_path / "weights.bin")
     write(tmp_path, OPEN_CLIP, {"model_cfg": entry})
     with pytest.raises(BackboneError, match=f"{OPEN_CLIP}.*{found}"):
         load_backbone(str(tmp_path / "weights.bin"))
 
 
-def test_open_clip_says_the_heads(tmp_path: Path) -> None:
+def test_head_counts_come_from_open_clip(tmp_path: Path) -> None:
     torch.save(openai_state(random_hf_clip(tmp_path / "hf")), tmp_path / "weights.bin")
     write(tmp_path, OPEN_CLIP, {"model_cfg": {"vision_cfg": {"head_width": 32}, "text_cfg": {"heads": 4}}})
     found = load_backbone(str(tmp_path / "weights.bin")).architecture
@@ -144,7 +144,7 @@ def test_open_clip_says_the_heads(tmp_path: Path) -> None:
         ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side.*left"),
     ],
 )
-def test_a_tokenizer_that_is_set_otherwise_is_refused(name, change, found, workspace, tmp_path):
+def test_a_tokenizer_with_other_settings_is_refused(name, change, found, workspace, tmp_path):
     folder = Path(shutil.copytree(workspace.backbone, tmp_path / "copy"))
     before = json_of(folder / name) if (folder / name).is_file() else {}
     write(folder, name, {**before, **change})
@@ -152,7 +152,7 @@ def test_a_tokenizer_that_is_set_otherwise_is_refused(name, change, found, works
         load_tokenizer(str(folder))
 
 
-def test_the_tokenizer_beside_a_file_is_that_of_the_file(workspace: Workspace, tmp_path: Path) -> None:
+def test_the_tokenizer_next_to_a_weights_file_is_used(workspace: Workspace, tmp_path: Path) -> None:
     for path in workspace.backbone.glob("tokenizer*"):
         shutil.copy(path, tmp_path)
     (tmp_path / "weights.bin").touch()
@@ -160,8 +160,8 @@ def test_the_tokenizer_beside_a_file_is_that_of_the_file(workspace: Workspace, t
     assert inputs.fingerprint == load_tokenizer(str(workspace.backbone)).fingerprint
 
 
-def test_a_checkpoint_keeps_the_normalisation_of_its_backbone(fitted, workspace, tmp_path, capsys):
-    """The same weights with another one are another backbone."""
+def test_a_checkpoint_records_the_normalisation_of_its_backbone(fitted, workspace, tmp_path, capsys):
+    """The same weights with another normalisation are another backbone."""
     half = write(Path(shutil.copytree(workspace.backbone, tmp_path / "half")), PREPROCESSOR, {"image_mean": HALF})
     spec = ModelSpec("mmimdb", MethodOptions("none"), load_backbone(str(half)).architecture)
     content = {"state_dict": {"mmimdb_classifier.bias": torch.zeros(23)}, "rep": describe(spec, "half", "ab" * 32)}
@@ -172,7 +172,7 @@ def test_a_checkpoint_keeps_the_normalisation_of_its_backbone(fitted, workspace,
     assert "image_mean (there (0.48145466" in (said := error_of(capsys)) and "here (0.5, 0.5, 0.5)" in said
 
 
-def test_a_published_checkpoint_of_a_compiled_model_is_read(tmp_path: Path) -> None:
+def test_a_published_checkpoint_of_a_compiled_model_can_be_read(tmp_path: Path) -> None:
     state = tiny_classifier().state_dict()
     content = {f"module.{name.replace('_encoder.', '_encoder._orig_mod.')}": value for name, value in state.items()}
     torch.save({"state_dict": content}, tmp_path / "compiled.ckpt")

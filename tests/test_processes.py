@@ -1,4 +1,4 @@
-"""Training on two CPU processes: it equals one process, and what ends one of them ends the run in good order."""
+"""Training on two CPU processes equals training on one, and an error in either ends the run in order."""
 
 import csv
 import os
@@ -26,11 +26,11 @@ WITHOUT_DROPOUT = """
 from clip.modules import clip_dynamic_memory
 clip_dynamic_memory.RDN_DROPOUT = 0.0
 """
-"""Each process draws dropout masks of its own."""
+"""Code that turns dropout off, since each process draws its own masks."""
 
 
 def in_processes(script: Path, command: list[str], change: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own, which may start others, after the code `change` in each."""
+    """Runs the command line in a new process, which may start others; each runs the code `change` first."""
     script.write_text(f"import sys\n{change}\nfrom run import command_line\nsys.exit(command_line(sys.argv))\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, str(script), *command[1:]]
@@ -38,7 +38,7 @@ def in_processes(script: Path, command: list[str], change: str = "") -> subproce
 
 
 def logged(folder: Path) -> dict[tuple[int, str], float]:
-    """Every value in metrics.csv by step and column."""
+    """Every value in metrics.csv, keyed by step and column."""
     with (folder / "metrics.csv").open(newline="") as file:
         return {
             (int(row["step"]), name): float(value)
@@ -48,8 +48,8 @@ def logged(folder: Path) -> dict[tuple[int, str], float]:
         }
 
 
-def test_two_processes_train_what_one_does(workspace: Workspace, tmp_path: Path) -> None:
-    """The same batches of 8, by accumulation of 2: all logged metrics, the weights and the test."""
+def test_two_processes_train_like_one(workspace: Workspace, tmp_path: Path) -> None:
+    """With the same batches of 8 (accumulation of 2), all logged metrics, the weights and the test results agree."""
     folders = []
     for processes, batch in ((1, 4), (2, 2)):
         name = f"processes_{processes}"
@@ -64,7 +64,7 @@ def test_two_processes_train_what_one_does(workspace: Workspace, tmp_path: Path)
     one, two = (logged(folder) for folder in folders)
     assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
     one_state, two_state = (torch.load(f / "last.ckpt", weights_only=True)["state_dict"] for f in folders)
-    for key in one_state:  # where a gradient is next to nothing, Adam makes a step of a rounding error
+    for key in one_state:  # for a tiny gradient, Adam turns a rounding error into a step
         torch.testing.assert_close(one_state[key], two_state[key], rtol=1e-3, atol=1e-4)
     results: list[dict[str, Any]] = [json_of(f / "test_results.json") for f in folders]
     assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-4)
@@ -94,7 +94,7 @@ if os.environ.get("LOCAL_RANK", "0") == "{rank}":
 
 
 def in_a_step(change: str) -> str:
-    """Code that has a process do `change` in its third optimiser step."""
+    """Code that makes a process run `change` in its third optimiser step."""
     return IN_A_STEP.replace("{change}", change)
 
 
@@ -108,7 +108,7 @@ def in_a_step(change: str) -> str:
     ],
     ids=["loss", "image", "fault", "killed"],
 )
-def test_what_ends_one_process_ends_both_with_its_message(workspace, tmp_path, change, ranks, status, said):
+def test_an_error_in_one_process_ends_both_with_its_message(workspace, tmp_path, change, ranks, status, said):
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "cpu_processes=2", "per_gpu_batchsize=2")
     command = workspace.command(*options, "missing_ratio.train=0.0")
     for rank in ranks:
@@ -118,7 +118,7 @@ def test_what_ends_one_process_ends_both_with_its_message(workspace, tmp_path, c
         assert done.stderr.count("Traceback") == (status == 1)
 
 
-def test_a_split_with_fewer_samples_than_processes_is_refused_before_the_training(workspace, tmp_path, capsys):
+def test_a_split_with_fewer_samples_than_processes_is_refused_before_training(workspace, tmp_path, capsys):
     spec = write_labelled(tmp_path / "raw", {"train": 6, "val": 1, "test": 4}, ["green", "red"])
     assert convert(tmp_path / "raw", tmp_path / "arrow", "--spec", str(spec)) == 0
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path / 'result'}", "cpu_processes=2")
@@ -128,7 +128,7 @@ def test_a_split_with_fewer_samples_than_processes_is_refused_before_the_trainin
     assert not (tmp_path / "result").exists()
 
 
-def test_a_port_in_use_is_the_users(monkeypatch: Patch) -> None:
+def test_a_port_in_use_is_a_clear_error(monkeypatch: Patch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29777")
     trainer: Any = SimpleNamespace(global_rank=0, strategy=SimpleNamespace(launcher=None))
@@ -139,7 +139,7 @@ def test_a_port_in_use_is_the_users(monkeypatch: Patch) -> None:
 
 
 @pytest.mark.parametrize(("step", "left"), [(None, set()), ("0", {"SLURM_NTASKS", "SLURM_PROCID"})])
-def test_variables_of_slurm_count_where_srun_started_the_process(monkeypatch, step, left):
+def test_slurm_variables_count_only_if_srun_started_the_process(monkeypatch, step, left):
     for name in ("SLURM_NTASKS", "SLURM_PROCID"):
         monkeypatch.setenv(name, "1")
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)
@@ -150,14 +150,14 @@ def test_variables_of_slurm_count_where_srun_started_the_process(monkeypatch, st
 
 
 @pytest.mark.parametrize(("name", "value"), [("MASTER_PORT", "http"), ("MASTER_PORT", "70000"), ("LOCAL_RANK", "-1")])
-def test_variables_that_are_no_numbers(monkeypatch: Patch, name: str, value: str, capsys: Captured) -> None:
+def test_invalid_launcher_variables_are_refused(monkeypatch: Patch, name: str, value: str, capsys: Captured) -> None:
     monkeypatch.setenv(name, value)
     assert command_line(["run.py", "print_config"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {name}: ") and value in error
 
 
-def test_more_tasks_of_slurm_than_processes_are_refused(workspace: Workspace, monkeypatch: Patch) -> None:
+def test_more_slurm_tasks_than_processes_are_refused(workspace: Workspace, monkeypatch: Patch) -> None:
     for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"):
         monkeypatch.setenv(name, "2")
     options = check({**DEFAULTS, "task": "mmimdb", "data_root": str(workspace.arrow), "num_gpus": 0})

@@ -1,4 +1,4 @@
-"""The bar of a run on a terminal of 80 columns: one line, with all that is asked of it, and log lines above it."""
+"""The progress bar on a terminal of 80 columns: one complete line, with log lines above it."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @pytest.fixture
 def screen(monkeypatch: Patch) -> io.StringIO:
-    """What a run draws on a terminal of 80 columns, each refresh included."""
+    """The output of a run on a terminal of 80 columns, with every refresh."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr(trainer, "RunBar", lambda *given: RunBar(*given, console=console))  # type: ignore[misc]
@@ -35,7 +35,7 @@ def small(workspace: Workspace, log_dir: Path, *options: str) -> list[str]:
     return workspace.command(f"vit={workspace.backbone}", f"log_dir={log_dir}", "val_check_interval=0.5", *options)
 
 
-def test_one_bar_for_the_whole_run_with_log_lines_above(workspace, tmp_path, screen):
+def test_a_run_has_one_bar_with_log_lines_above(workspace, tmp_path, screen):
     assert command_line(small(workspace, tmp_path)) == 0
     lines = lines_of(screen)
     assert max(map(len, lines)) <= 80
@@ -60,7 +60,7 @@ def test_without_a_terminal_nothing_is_drawn(workspace: Workspace, tmp_path: Pat
     assert file.getvalue() == ""
 
 
-def test_log_lines_go_where_standard_error_is_now(monkeypatch: Patch) -> None:
+def test_log_lines_go_to_the_current_standard_error(monkeypatch: Patch) -> None:
     set_up_logging()
     file = io.StringIO()
     monkeypatch.setattr("sys.stderr", file)

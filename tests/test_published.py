@@ -1,4 +1,4 @@
-"""What the published code does and this program repeats: its queries, tables, steps, intervals and command lines.
+"""Behaviour of the published code reproduced here: queries, tables, steps, validation intervals and command lines.
 
 Whole trainings are in test_golden_training.py.
 """
@@ -24,7 +24,7 @@ from run import command_line
 from runs.check_options import check, resolve
 from tests.conftest import Captured, Patch, Workspace, csv_of, json_of
 from tests.models import published_name, published_state
-from tests.test_run import error_of, evaluate, other_backbone, results_of
+from tests.test_run import evaluate, other_backbone, refusal, results_of
 from vilt.datasets.open_spec import rows_of_splits
 from vilt.datasets.specs import DATASETS, SPLITS, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, published_patterns
@@ -37,8 +37,8 @@ def defaults(**changes: Any) -> dict[str, Any]:
     return {**DEFAULTS, "task": "mmimdb", **changes}
 
 
-def test_a_published_checkpoint_gives_the_logits_of_its_run(workspace, fitted, tmp_path, capsys):
-    """Written without its queries, as published, it evaluates as it did with those that its seed drew."""
+def test_a_published_checkpoint_gives_the_metrics_of_its_run(workspace, fitted, tmp_path, capsys):
+    """Published checkpoints lack the dynamic queries; they are drawn again from the seed of the run."""
     backbone = load_backbone(str(workspace.backbone))
     trained = read_checkpoint(fitted / "best.ckpt")
     classifier = restore_classifier(trained, backbone)
@@ -68,9 +68,9 @@ def test_a_published_checkpoint_gives_the_logits_of_its_run(workspace, fitted, t
     assert metrics("with", 3)["loss"] != metrics("with", 0)["loss"]
 
     other = other_backbone(workspace, tmp_path)
-    error = error_of(workspace.command(f"vit={other}", f"load_path={files['without', 0]}"), capsys)
+    error = refusal(workspace.command(f"vit={other}", f"load_path={files['without', 0]}"), capsys)
     assert f"its backbone differs from vit={other} in " in error and "image_encoder.proj" in error
-    alone = tmp_path / "alone" / "published.ckpt"  # stored logits go by the seed too
+    alone = tmp_path / "alone" / "published.ckpt"  # stored logits depend on the seed too
     alone.parent.mkdir()
     shutil.copy(files["without", 3], alone)
     cells = (f"tokenizer={workspace.backbone}", "robustness_types=text", "robustness_ratios=0.7", *ONE_TABLE)
@@ -81,7 +81,7 @@ def test_a_published_checkpoint_gives_the_logits_of_its_run(workspace, fitted, t
 
 
 def tables_of_one_generator(patterns: list[MissingPattern], rows: list[int]) -> list[list[int]]:
-    """As the published code draws them: one global generator, the splits in turn."""
+    """Tables as the published code draws them: one global generator for the splits in turn."""
     random.seed(patterns[0].seed)
     tables = []
     for pattern, samples in zip(patterns, rows, strict=True):
@@ -98,9 +98,9 @@ def tables_of_one_generator(patterns: list[MissingPattern], rows: list[int]) -> 
 
 @pytest.mark.parametrize("missing_type", ["text", "image", "both"])
 @pytest.mark.parametrize(("ratios", "seed"), [((0.7, 0.7, 0.7), 0), ((0.9, 0.0, 0.5), 3), ((0.0, 1.0, 0.3), 1)])
-def test_published_tables_are_drawn_in_turn(tmp_path, missing_type, ratios, seed):
-    of_each = dict(zip(SPLITS, ratios, strict=True))
-    given = {split: MissingPattern(missing_type, of_each[split], 0.5, seed, "published") for split in SPLITS}
+def test_published_tables_of_the_splits_are_drawn_in_turn(tmp_path, missing_type, ratios, seed):
+    ratio_of = dict(zip(SPLITS, ratios, strict=True))
+    given = {split: MissingPattern(missing_type, ratio_of[split], 0.5, seed, "published") for split in SPLITS}
     patterns = published_patterns(given, ROWS)
     expected = tables_of_one_generator(list(given.values()), list(ROWS.values()))
     for split, table in zip(SPLITS, expected, strict=True):
@@ -113,7 +113,7 @@ def test_published_tables_are_drawn_in_turn(tmp_path, missing_type, ratios, seed
     assert not np.array_equal(tables[0], tables[1])
 
 
-def test_kept_published_tables_of_other_training_patterns_are_others(tmp_path: Path) -> None:
+def test_published_test_tables_depend_on_the_training_pattern(tmp_path: Path) -> None:
     tables = []
     for ratio in (0.7, 0.5):
         given = {split: MissingPattern("both", 0.7, 0.5, 0, "published") for split in SPLITS}
@@ -123,8 +123,8 @@ def test_kept_published_tables_of_other_training_patterns_are_others(tmp_path: P
 
 
 @pytest.mark.parametrize("share", [0.5, 0.2])
-def test_published_tables_in_a_run_and_its_robustness(workspace: Workspace, tmp_path: Path, share: float) -> None:
-    """A test at another pattern has the table that the published code draws behind those of training and validation."""
+def test_a_run_and_its_robustness_use_the_published_tables(workspace: Workspace, tmp_path: Path, share: float) -> None:
+    """The table of another test pattern is the one that the published code draws after training's and validation's."""
     tables, log_dir = f"missing_table_root={tmp_path / 'tables'}", tmp_path / "result"
     published = ("published", f"both_ratio={share}", tables)
     folder = workspace.train("as_published", *published, log_dir=log_dir)
@@ -150,13 +150,13 @@ def test_published_tables_in_a_run_and_its_robustness(workspace: Workspace, tmp_
     assert sorted(at_own["values"]) == pytest.approx(sorted(own), abs=1e-9)
 
 
-def test_checkpoints_of_trainings_at_tables_drawn_differently(workspace, fitted, tmp_path, capsys):
-    """Neither mean nor table is of both, unless a drawing is chosen."""
+def test_checkpoints_trained_with_different_drawings_need_a_choice(workspace, fitted, tmp_path, capsys):
+    """Results are not averaged or tabulated together unless one drawing is chosen for all."""
     published = workspace.train("drawn", "published", log_dir=tmp_path) / "best.ckpt"
     both = f"load_path=[{fitted / 'best.ckpt'},{published}]"
     small = (both, f"log_dir={tmp_path}", "robustness_ratios=0.7", *ONE_TABLE)
     for command in (workspace.command(both, "test_only=True"), workspace.command(*small, name="robustness")):
-        assert "missing_tables: expected nested or published to be chosen, since" in error_of(command, capsys)
+        assert "missing_tables: expected nested or published to be chosen, since" in refusal(command, capsys)
     assert command_line(workspace.command(both, "test_only=True", "missing_tables=nested", f"log_dir={tmp_path}")) == 0
 
 
@@ -187,7 +187,7 @@ def test_optim_type_chooses_the_published_optimisers() -> None:
         (0.2, 486, 8, 96, 5),
         (1.0, 21, 4, 21, 1),
         (0.5, 21, 4, 8, 2),
-        (0.1, 20, 4, 4, 5),  # a step is the least
+        (0.1, 20, 4, 4, 5),  # at least one step
         (0.1, 3, 8, 8, 0),
         (7, 21, 4, 4, 5),
         (50, 21, 4, 21, 1),
@@ -200,7 +200,7 @@ def test_validation_falls_on_steps_and_never_later_than_asked(wanted, batches, a
     assert found <= max(asked, accumulation)
 
 
-def test_intervals_of_validation_follow_task_and_method() -> None:
+def test_validation_intervals_depend_on_task_and_method() -> None:
     def interval(**options: Any) -> float:
         return resolve(defaults(**options)).val_check_interval
 
@@ -213,12 +213,12 @@ def options_of(workspace: Workspace, **changes: Any) -> Options:
     return check(defaults(data_root=str(workspace.arrow), **changes))
 
 
-def test_any_batch_size_accumulates_what_fits_in_batch_size(workspace: Workspace) -> None:
+def test_any_per_gpu_batch_size_is_accumulated_up_to_batch_size(workspace: Workspace) -> None:
     sizes = {7: 36, 12: 21, 32: 8, 300: 1}
     assert {size: options_of(workspace, per_gpu_batchsize=size).accumulation for size in sizes} == sizes
 
 
-def test_gpus_by_number(workspace: Workspace, monkeypatch: Patch) -> None:
+def test_num_gpus_is_checked_against_the_machine(workspace: Workspace, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for number in (1, [0]):
         with pytest.raises(ConfigError, match=r"num_gpus: .* 0, the number of GPUs here, found 1; leave num_gpus out"):
@@ -233,7 +233,7 @@ def test_gpus_by_number(workspace: Workspace, monkeypatch: Patch) -> None:
     assert options_of(workspace, num_gpus=0, precision="published").precision == "32-true"
 
 
-def test_the_published_configuration() -> None:
+def test_the_published_configuration_changes_drawing_order_and_precision() -> None:
     published = NAMED_CONFIGS["published"]
     assert published == {"missing_tables": "published", "order_seed": 0, "precision": "published"}
     settings = {

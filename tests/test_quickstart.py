@@ -1,4 +1,4 @@
-"""docs/quickstart.ipynb runs, from its first cell to its last."""
+"""docs/quickstart.ipynb runs from its first cell to its last."""
 
 from pathlib import Path
 from typing import Any

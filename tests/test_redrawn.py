@@ -1,4 +1,4 @@
-"""What training draws anew for each sample, and a learning rate that follows the validation loss."""
+"""Missing types and modality dropout drawn for each sample, and a learning rate that follows the validation loss."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ DRAWS = 6000
 @pytest.mark.parametrize(
     ("kind", "types"), [("some", {1, 2, 3, 4, 5, 6}), ("any", {1, 2, 4}), ("text", {4}), ("vision", {1})]
 )
-def test_each_sample_loses_all_that_it_may_alike_at_the_ratio(kind: str, types: set[int]) -> None:
+def test_allowed_missing_types_are_equally_likely_at_the_ratio(kind: str, types: set[int]) -> None:
     generator = np.random.default_rng(0)
     pattern = MissingPattern(kind, 0.7, 0.5, 0)
     found = Counter(draw_missing_type(pattern, NAMES, generator) for _ in range(DRAWS))
@@ -26,7 +26,7 @@ def test_each_sample_loses_all_that_it_may_alike_at_the_ratio(kind: str, types: 
         assert found[code] / DRAWS == pytest.approx(0.7 / len(types), abs=0.03)
 
 
-def test_with_two_modalities_both_ratio_says_which_is_lost() -> None:
+def test_both_ratio_is_the_share_of_missing_images() -> None:
     generator = np.random.default_rng(0)
     pattern = MissingPattern("both", 1.0, 0.2, 0)
     found = Counter(draw_missing_type(pattern, ("image", "text"), generator) for _ in range(DRAWS))
@@ -36,7 +36,7 @@ def test_with_two_modalities_both_ratio_says_which_is_lost() -> None:
 @pytest.mark.parametrize(
     ("code", "reached"), [(0, {1, 2, 3, 4, 5, 6}), (1, {3, 5}), (4, {5, 6}), (3, set()), (6, set())]
 )
-def test_modality_dropout_takes_some_more_but_never_all(code: int, reached: set[int]) -> None:
+def test_modality_dropout_never_removes_all_modalities(code: int, reached: set[int]) -> None:
     generator = np.random.default_rng(0)
     found = Counter(drop_modalities(code, 0.5, NAMES, generator) for _ in range(DRAWS))
     assert set(found) == reached | {code}
@@ -45,7 +45,7 @@ def test_modality_dropout_takes_some_more_but_never_all(code: int, reached: set[
     assert {drop_modalities(code, 0.0, NAMES, generator) for _ in range(50)} == {code}
 
 
-def test_the_rate_falls_to_a_tenth_where_the_loss_no_longer_does_and_is_kept_in_the_state() -> None:
+def test_plateau_divides_the_rate_by_ten_and_its_state_is_restored() -> None:
     parameters = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1e-3, 2e-3)]
     optimizer = torch.optim.Adam(parameters, 1e-3)
     settings = OptimizerSettings("adam", 1e-3, 1.0, 0.0, 0, 0.0, "plateau")

@@ -1,4 +1,4 @@
-"""The report's numbers against the files that it reads, which runs belong together, and samples."""
+"""The report's numbers agree with the files it reads; which runs belong together; the samples shown."""
 
 import csv
 import io
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(runs: Path) -> list[dict[str, Any]]:
-    """Robustness results of the two seeds."""
+    """Robustness results of the two training seeds."""
     folders = [runs / "mmimdb" / f"rep_seed{seed}" / "version_0" for seed in (0, 1)]
     return [json.loads((folder / "robustness" / "robustness.json").read_text()) for folder in folders]
 
@@ -60,7 +60,7 @@ def dataset_of(*folders: Path) -> Dataset:
 
 
 def notes_of(*folders: Path) -> str:
-    """What a dataset's section notes."""
+    """Text of all notes in the dataset's section."""
     return "\n".join(note.text for part in section_of(dataset_of(*folders)).parts for note in part.notes)
 
 
@@ -69,11 +69,11 @@ def as_csv(table: Table) -> list[dict[str, str]]:
 
 
 def rows_of(table: Table) -> list[list[str]]:
-    """The shown cells."""
+    """Texts of the cells shown."""
     return [[cell.text for cell in row.values()] for row in table.cells]
 
 
-def test_the_matrix_is_over_training_seeds_and_with_one_over_missing_tables(runs, results):
+def test_matrix_deviations_are_over_training_seeds_or_else_missing_tables(runs, results):
     for folder, found, spread in (
         ("mmimdb", results, "2 training seeds"),
         ("mmimdb/rep_seed0", results[:1], "2 missing tables"),
@@ -84,8 +84,8 @@ def test_the_matrix_is_over_training_seeds_and_with_one_over_missing_tables(runs
         assert [row["missing_type"] for row in rows] == ["text", "image", "both"], "the order of the options"
         for cells in zip(*(one["cells"] for one in found), strict=True):
             kind, column = cells[0]["missing_type"], f"{100 * cells[0]['ratio']:g} %"
-            of_tables = [cell["metrics"]["f1_macro"]["values"] for cell in cells]
-            values = of_tables[0] if len(found) == 1 else [statistics.mean(values) for values in of_tables]
+            values_of_cells = [cell["metrics"]["f1_macro"]["values"] for cell in cells]
+            values = values_of_cells[0] if len(found) == 1 else [statistics.mean(values) for values in values_of_cells]
             mean, std = 100 * statistics.mean(values), 100 * statistics.stdev(values)
             [written] = [row for row in rows if row["missing_type"] == kind]
             assert (written[column], written[f"{column} std"]) == (f"{mean:.4f}", f"{std:.4f}")
@@ -93,8 +93,8 @@ def test_the_matrix_is_over_training_seeds_and_with_one_over_missing_tables(runs
             assert shown[column].text == f"{mean:.0f} ± {std:.0f}", "30 samples"
 
 
-def test_the_matrix_says_of_each_row_all_that_its_deviations_are_over(tmp_path: Path) -> None:
-    """As where one of two seeds was measured at fewer patterns."""
+def test_each_row_of_the_matrix_says_what_its_deviations_are_over(tmp_path: Path) -> None:
+    """They differ within a row if one of two seeds was measured at fewer patterns."""
     for seed in (0, 1):
         TestSet().write(run := write_run(tmp_path / f"{seed}", seed=seed), seed)
     found = json.loads((run / "robustness" / "robustness.json").read_text())
@@ -105,7 +105,7 @@ def test_the_matrix_says_of_each_row_all_that_its_deviations_are_over(tmp_path: 
     assert over == {"text": "2 training seeds", "image": several, "both": several}
 
 
-def test_the_published_table(runs: Path) -> None:
+def test_the_published_table_is_shown_as_printed(runs: Path) -> None:
     table = tables.published_table(dataset_of(runs / "mmimdb"))
     rows = rows_of(table)
     assert [row[:3] for row in rows] == [
@@ -120,11 +120,11 @@ def test_the_published_table(runs: Path) -> None:
         assert len(found) == 9 and found.value.max() == best
 
 
-def test_what_other_papers_say(runs: Path) -> None:
+def test_results_of_other_papers_name_their_source(runs: Path) -> None:
     rows = tables.rivals_table(dataset_of(runs / "mmimdb")).cells
     names = ("method", "missing_type", "missing_ratio", "source")
     shown = {tuple(row[name].text for name in names): row for row in rows}
-    assert len(shown) == len(rows), "nothing twice"
+    assert len(shown) == len(rows), "no row is repeated"
     best = shown["DPL on DCP", "both", "70", "its paper"]
     facts = ("value", "metric", "venue", "read")
     assert [best[name].text for name in facts] == ["55.48", "F1-macro", "CVPR 2026", "notes"]
@@ -153,8 +153,8 @@ TAUGHT = ("REP, head dpl", "REP, teacher large_seed1-version_2")
         ({"missing_ratio": {"train": 0.7, "val": 0.7, "test": 0.5}}, None),  # tested elsewhere
     ],
 )
-def test_ours_beside_the_published_results(tmp_path: Path, options: dict[str, Any], cells: list[str] | None) -> None:
-    """A difference is of the same thing: the published test split, the published backbone, a method of that name."""
+def test_our_results_next_to_published_ones(tmp_path: Path, options: dict[str, Any], cells: list[str] | None) -> None:
+    """A difference needs the published test split, the published backbone and a published method."""
     run = write_run(tmp_path / "run", **{"tested": 0.6, "rows": 7799} | options)
     if "vit" in options:
         checkpoint = torch.load(run / "best.ckpt", weights_only=True)
@@ -168,7 +168,7 @@ def test_ours_beside_the_published_results(tmp_path: Path, options: dict[str, An
     assert ("7,799 items, ours has 400" in notes_of(tmp_path)) == (options.get("rows") == 400)
 
 
-def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -> None:
+def test_methods_are_compared_at_their_training_pattern(tmp_path: Path) -> None:
     cost = {"trained_parameters": 1234567, "training_seconds": 60.0}
     for method, seed, kind, tested in (
         *(("rep", 0, "both", 0.5), ("rep", 1, "both", 0.6), ("rep", 0, "text", 0.25), ("rep", 1, "text", 0.25)),
@@ -195,7 +195,7 @@ def test_methods_are_compared_at_the_pattern_of_their_training(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("worse", [True, False])
-def test_only_what_is_significantly_better_is_bold(tmp_path: Path, worse: bool) -> None:
+def test_only_significantly_better_results_are_bold(tmp_path: Path, worse: bool) -> None:
     test_set = TestSet("food101")
     for method in ("rep", "dcp"):
         logits = test_set.logits(0)
@@ -211,8 +211,8 @@ def test_only_what_is_significantly_better_is_bold(tmp_path: Path, worse: bool) 
     assert not other["accuracy"].strong and best["difference_to_best"].absent
 
 
-def test_results_at_other_missing_tables_than_those_of_the_run_do_not_stand_for_it(tmp_path: Path) -> None:
-    """Its test does, which was at its own, drawn as published."""
+def test_results_with_other_missing_tables_do_not_replace_the_runs_own(tmp_path: Path) -> None:
+    """The run's own test counts instead, since it used the run's tables, drawn as published."""
     run = write_run(tmp_path / "a", missing_tables="published", tested=0.875)
     TestSet().write(run)
     for rows_before, at_own in (([], False), ([15552, 2608], True)):
@@ -221,7 +221,7 @@ def test_results_at_other_missing_tables_than_those_of_the_run_do_not_stand_for_
         assert (found.at_own_pattern("f1_macro") != 0.875) is at_own
 
 
-def test_what_is_compared(tmp_path: Path) -> None:
+def test_a_comparison_needs_several_tested_methods(tmp_path: Path) -> None:
     write_run(tmp_path / "a", tested=0.6)
     write_run(tmp_path / "b", tested=0.6, seed=1)
     write_run(tmp_path / "c", prompt_type="maple", tested=None)
@@ -234,7 +234,7 @@ def test_what_is_compared(tmp_path: Path) -> None:
     assert {line.variant for line in lines} == {"baseline", "baseline + FAR", "baseline + FMB", "REP"}
 
 
-def test_confidence_intervals(runs: Path, results: list[dict[str, Any]]) -> None:
+def test_confidence_intervals_are_those_of_the_results(runs: Path, results: list[dict[str, Any]]) -> None:
     table = tables.confidence_table(dataset_of(runs / "mmimdb"))
     metrics = ("f1_macro", "f1_micro", "f1_samples", "f1_weighted")
     values = [(found["by_type"][name][metric], *found["confidence"][name][metric]) for found in results
@@ -244,15 +244,15 @@ def test_confidence_intervals(runs: Path, results: list[dict[str, Any]]) -> None
     assert [cell for row in of_runs for cell in row[4:]] == expected
     for row, baseline in ((constant, "constant"), (chance, "chance")):
         found = results[0]["baselines"][baseline]
-        values_of = [f"{100 * found['metrics'][metric]:.0f}" for metric in metrics]
-        assert row == [found["answer"], "—", "—", "—", *values_of]
+        baseline_cells = [f"{100 * found['metrics'][metric]:.0f}" for metric in metrics]
+        assert row == [found["answer"], "—", "—", "—", *baseline_cells]
     assert "95 % from 1,000 resamples" in table.caption
     first = as_csv(table)[0]
     assert [first[f"f1_macro{part}"] for part in ("", " low", " high")] == [f"{100 * part:.4f}" for part in values[0]]
 
 
-def test_macro_f1_at_the_offset_of_validation_stands_beside_the_published_one(tmp_path: Path) -> None:
-    """Also in a report with a run of before offsets were chosen, where it is absent."""
+def test_macro_f1_at_the_validation_offset_is_shown_next_to_the_published_metric(tmp_path: Path) -> None:
+    """It is absent for an older run, whose offset was not chosen."""
     found = {}
     for method, offset in (("rep", 0.8), ("dcp", None)):
         run = write_run(tmp_path / method, prompt_type=method, **at("text", 0.5))
@@ -275,8 +275,8 @@ def test_macro_f1_at_the_offset_of_validation_stands_beside_the_published_one(tm
     assert "F1-macro at offset" in make_report([tmp_path], tmp_path / "report").read_text()
 
 
-def test_what_is_undefined_is_shown_so_and_counts_nowhere(tmp_path: Path) -> None:
-    """As where a test set has one class only."""
+def test_undefined_metrics_are_shown_as_such_and_left_out_of_means(tmp_path: Path) -> None:
+    """A metric is undefined if, for example, the test set has only one class."""
     for seed in (0, 1):
         TestSet("hatememes").write(run := write_run(tmp_path / f"{seed}", "hatememes", seed=seed), seed)
     found = json.loads((run / "robustness" / "robustness.json").read_text())
@@ -293,8 +293,8 @@ def test_what_is_undefined_is_shown_so_and_counts_nowhere(tmp_path: Path) -> Non
     make_report([tmp_path], tmp_path / "report")
 
 
-def test_errors_are_no_per_cents_and_the_lowest_is_best(tmp_path: Path) -> None:
-    """Sentiment of segments of text, audio and vision: mean absolute error, and one encoding per set of modalities."""
+def test_errors_are_not_percentages_and_the_lowest_is_best(tmp_path: Path) -> None:
+    """Sentiment from text, audio and vision is measured by mean absolute error."""
     spec, labels = DATASETS["mosi"], torch.linspace(-3, 3, 30)
     for method, error in (("rep", 0.25), ("none", 1.5)):
         run = write_run(tmp_path / method, "mosi", tested=error, prompt_type=method, **at("some", 0.7))
@@ -309,7 +309,7 @@ def test_errors_are_no_per_cents_and_the_lowest_is_best(tmp_path: Path) -> None:
     assert "MAE 0.25 with nothing missing" in page and "ROC" not in page
 
 
-def test_results_by_class(runs: Path, results: list[dict[str, Any]]) -> None:
+def test_results_by_class_are_sorted_by_support(runs: Path, results: list[dict[str, Any]]) -> None:
     dataset = dataset_of(runs / "mmimdb")
     [line] = dataset.measured
     entries = [entry for found in results for entry in found["per_class"]]
@@ -319,11 +319,11 @@ def test_results_by_class(runs: Path, results: list[dict[str, Any]]) -> None:
     found = line.f1_of("Drama", "text missing")
     assert found is not None and found[:2] == pytest.approx((statistics.mean(f1), statistics.stdev(f1)))
     drawn = figures.class_figure(dataset, [line])
-    assert drawn.svg.count('style="fill: #d55e00"') == len(line.support) - 1, "a bar of each"
+    assert drawn.svg.count('style="fill: #d55e00"') == len(line.support) - 1, "a bar for each"
     assert "No test sample is of Film-Noir." in drawn.caption
 
 
-def test_confusions_are_a_matrix_or_of_many_classes_the_most_frequent(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_confusions_are_a_matrix_or_for_many_classes_the_most_frequent(tmp_path: Path, monkeypatch: Patch) -> None:
     test_set = TestSet("food101")
     test_set.write(run := write_run(tmp_path / "run", "food101"))
     monkeypatch.setattr(tables, "MATRIX_CLASSES", 101)
@@ -345,7 +345,7 @@ def test_confusions_are_a_matrix_or_of_many_classes_the_most_frequent(tmp_path: 
     ]
 
 
-def test_a_long_title_of_a_panel_is_shown_whole() -> None:
+def test_a_long_panel_title_is_wrapped() -> None:
     title = "REP, memory_depth 6, learning_rate 0.01, trained at 70 % image"
     drawn = figures.figure("name", "title", "", [figures.Panel(title, lambda axes: None)])
     comments = re.findall(r"<!--(.*?)-->", drawn.svg, re.DOTALL)
@@ -353,7 +353,7 @@ def test_a_long_title_of_a_panel_is_shown_whole() -> None:
     assert "REP, memory_depth 6, learning_rate 0.01," in lines and "trained at 70 % image" in lines
 
 
-def test_the_list_of_runs(runs: Path) -> None:
+def test_the_list_of_runs_has_all_columns(runs: Path) -> None:
     read = read_report_runs([runs / "mmimdb"])
     rows = as_csv(tables.runs_table(read, by_dataset(read)))
     for column, expected in {
@@ -371,12 +371,12 @@ def test_the_list_of_runs(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("samples", "accuracy", "mae"), [(99, "42", "0.42"), (100, "42.3", "0.423"), (1000, "42.35", "0.4235")]
 )
-def test_decimals_are_as_many_as_the_samples_allow(samples: int, accuracy: str, mae: str) -> None:
+def test_decimals_depend_on_the_number_of_samples(samples: int, accuracy: str, mae: str) -> None:
     assert Unit.of("accuracy", samples).full(0.42346) == f"{accuracy} %"
     assert Unit.of("mae", samples).full(0.42346) == mae
 
 
-def test_intervals_over_test_samples_and_baselines_stand_beside_the_results(runs, results):
+def test_sample_intervals_and_baselines_are_shown_with_the_results(runs, results):
     dataset = dataset_of(runs / "mmimdb")
     pattern = Pattern.of(DATASETS["mmimdb"], "text", 0.7, 0.5)
     at_pattern = [c for found in results for c in found["cells"] if (c["missing_type"], c["ratio"]) == ("text", 0.7)]
@@ -389,7 +389,7 @@ def test_intervals_over_test_samples_and_baselines_stand_beside_the_results(runs
         assert f"{100 * constant:.0f} % ({answers[0]}) and " in said and f"({answers[1]})" in said
 
 
-def test_training_curves_are_averaged_over_equal_parts() -> None:
+def test_long_training_curves_are_averaged_over_equal_parts() -> None:
     steps = np.arange(4 * figures.CURVE_POINTS)
     found = figures.thinned(pd.Series(steps % 4, pd.Index(steps, name="step")))
     assert list(found.index) == [4 * part + 1.5 for part in range(figures.CURVE_POINTS)] and set(found) == {1.5}
@@ -397,7 +397,7 @@ def test_training_curves_are_averaged_over_equal_parts() -> None:
     assert figures.thinned(few).to_dict() == few.to_dict()
 
 
-def test_a_panel_of_training_curves_is_a_configuration_and_a_curve_a_run(tmp_path: Path) -> None:
+def test_training_curves_have_a_panel_per_configuration_and_a_curve_per_run(tmp_path: Path) -> None:
     for length, seed in ((6, 0), (6, 1), (12, 0)):
         write_run(tmp_path / f"{length}_{seed}", memory_length=length, seed=seed)
     (tmp_path / "12_0" / "metrics.csv").write_text("epoch,step,train/loss,val/f1_macro\n0,0,0.5,\n")
@@ -409,7 +409,7 @@ def test_a_panel_of_training_curves_is_a_configuration_and_a_curve_a_run(tmp_pat
     assert [note.text.split(":")[0] for note in part.notes] == ["Missing for R3"]
 
 
-def test_few_lines_share_panels_and_many_have_their_own(tmp_path: Path) -> None:
+def test_few_configurations_share_panels_and_many_have_their_own(tmp_path: Path) -> None:
     for number in range(4):
         TestSet().write(write_run(tmp_path / f"{number}", memory_length=6 * number + 6))
         dataset = dataset_of(tmp_path)
@@ -423,15 +423,15 @@ def test_few_lines_share_panels_and_many_have_their_own(tmp_path: Path) -> None:
             assert [title for title, _ in curves.panels] == labels
 
 
-def test_tags_of_runs_are_ranges(tmp_path: Path) -> None:
+def test_consecutive_run_tags_are_listed_as_ranges(tmp_path: Path) -> None:
     for number in range(11):
         write_run(tmp_path / f"version_{number}")
     read = read_report_runs([tmp_path])
     assert listed_runs([read[10], *read[:3], read[4]]) == "R1 to R3, R5, R11"
 
 
-def test_no_two_lines_of_a_pattern_have_one_label(tmp_path: Path) -> None:
-    """As where two backbones have one name, in folders of their own."""
+def test_labels_at_a_pattern_are_unique(tmp_path: Path) -> None:
+    """Two backbones in different folders may have the same name."""
     for place in ("here", "there"):
         write_run(tmp_path / place, vit=f"/{place}/clip")
     dataset = dataset_of(tmp_path)
@@ -439,7 +439,7 @@ def test_no_two_lines_of_a_pattern_have_one_label(tmp_path: Path) -> None:
     assert len(rows_of(tables.comparison_table(dataset))) == 2
 
 
-def test_another_configuration_is_another_line(tmp_path: Path) -> None:
+def test_each_configuration_has_its_own_line(tmp_path: Path) -> None:
     for memory_length in (12, 36):
         for seed in (0, 1):
             write_run(tmp_path / f"{memory_length}_{seed}", memory_length=memory_length, seed=seed, num_workers=seed)
@@ -451,7 +451,7 @@ def test_another_configuration_is_another_line(tmp_path: Path) -> None:
     ]
 
 
-def test_of_repeated_runs_the_most_complete_and_then_the_latest_counts(tmp_path: Path) -> None:
+def test_among_repeated_runs_the_most_complete_then_the_latest_counts(tmp_path: Path) -> None:
     for version in (2, 9, 10):
         write_run(tmp_path / "rep" / f"version_{version}", tested=version / 100)
     read = read_report_runs([tmp_path / "rep" / "version_10", tmp_path, tmp_path / "rep" / "version_2"])
@@ -467,7 +467,7 @@ def test_of_repeated_runs_the_most_complete_and_then_the_latest_counts(tmp_path:
     assert {kind for place, kind in kinds.items() if place not in repeated} == {"training"}
 
 
-def test_evaluations_are_listed_but_train_nothing(tmp_path: Path) -> None:
+def test_evaluations_are_listed_but_not_as_trainings(tmp_path: Path) -> None:
     write_run(tmp_path / "evaluation", test_only=True, tested=0.25)
     dataset = dataset_of(tmp_path)
     section = section_of(dataset)
@@ -477,14 +477,14 @@ def test_evaluations_are_listed_but_train_nothing(tmp_path: Path) -> None:
     assert (row["kind"], row["trained_at"], row["best_validation"]) == ("evaluation", "", "")
 
 
-def test_a_resumed_run_is_one_with_the_run_that_it_was_resumed_from(tmp_path: Path) -> None:
+def test_a_resumed_run_includes_the_run_it_was_resumed_from(tmp_path: Path) -> None:
     first, run = (write_run(tmp_path / "rep_seed0" / f"version_{number}", tested=None) for number in (0, 1))
     edited(run, "config.json", resume_from=str(first / "last.ckpt"))
     header = "epoch,step,train/loss,val/f1_macro"
-    (first / "metrics.csv").write_text(f"{header}\n0,1,1.5,\n0,7,,0.35\n0,8,0.9,\n0,8,,0.2\n")  # two rows a step, once
+    (first / "metrics.csv").write_text(f"{header}\n0,1,1.5,\n0,7,,0.35\n0,8,0.9,\n0,8,,0.2\n")  # step 8 has two rows
     (run / "metrics.csv").write_text(f"{header}\n1,8,,0.25\n1,9,,0.3\n1,10,0.")  # cut off
     [read] = dataset_of(tmp_path).runs
-    assert read.curve("train/loss").to_dict() == {1: 1.5, 8: 0.9}, "of the step that the other one validated again"
+    assert read.curve("train/loss").to_dict() == {1: 1.5, 8: 0.9}, "step 8 is in both runs"
     assert read.curve("val/f1_macro").to_dict() == {7: 0.35, 8: 0.25, 9: 0.3}
     assert read.curve("val/loss").empty
     for best in ("40.0000", ""):
@@ -494,7 +494,7 @@ def test_a_resumed_run_is_one_with_the_run_that_it_was_resumed_from(tmp_path: Pa
         (run / "best.ckpt").unlink(missing_ok=True)
 
 
-def test_a_configuration_that_is_none_of_ours_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_configuration_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     top = tmp_path / "runs" / "rep_seed0"
     write_run(top / "version_0")
     for number, content in enumerate((b"[1]", b"{", b"\xff"), start=1):
@@ -522,14 +522,14 @@ def test_equal_patterns_compare_equal() -> None:
 
 
 def grid_of(folder: Path) -> tuple[SampleGrid, str]:
-    """The samples of the one run below a folder, and what is noted of them."""
+    """The grid of samples for the only run below a folder, and its notes."""
     part = section_of(dataset_of(folder)).parts[-1]
     [grid] = part.shown
     assert isinstance(grid, SampleGrid)
     return grid, "".join(note.text for note in part.notes)
 
 
-def test_samples_that_change_the_most_come_first(runs: Path) -> None:
+def test_samples_whose_predictions_change_most_come_first(runs: Path) -> None:
     grid, note = grid_of(runs / "mmimdb" / "rep_seed0")
     test_set = TestSet()
     logits = test_set.logits(0)
@@ -555,13 +555,13 @@ def test_samples_that_change_the_most_come_first(runs: Path) -> None:
         with Image.open(io.BytesIO(picture)) as image:
             assert image.size == (88, 176)
             pixel = image.convert("L").getpixel((40, 80))
-        assert isinstance(pixel, int) and abs(pixel - 8 * row) <= 2, "the picture is that of the film"
+        assert isinstance(pixel, int) and abs(pixel - 8 * row) <= 2, "the picture is the film's poster"
     assert note == "" and HOSTILE in [shown["text"] for shown in grid.table.rows]
 
 
 @pytest.mark.parametrize(("task", "better"), [("mosi", "R1"), ("hatememes", "R2")])
 def test_samples_are_of_the_best_run(tmp_path: Path, monkeypatch: Patch, task: str, better: str) -> None:
-    """The lowest where errors are measured."""
+    """The best run has the lowest value if the metric is an error."""
     for seed, tested in ((0, 0.5), (1, 0.75)):
         write_run(tmp_path / f"{seed}", task, tested=tested, seed=seed, **at("text", 0.7))
     dataset = dataset_of(tmp_path)
@@ -588,7 +588,7 @@ def test_single_label_samples_have_one_prediction(runs: Path) -> None:
 @pytest.mark.parametrize(
     "fault", ["no longer exists", "has other samples", "is damaged", "labels", "decoded", "logits"]
 )
-def test_pictures_that_are_not_there_are_missed(tmp_path: Path, fault: str) -> None:
+def test_missing_pictures_are_noted(tmp_path: Path, fault: str) -> None:
     run, test_set = write_run(tmp_path / "run", data_root=str(tmp_path)), TestSet()
     films = tmp_path / "mmimdb_test.arrow"
     test_set.write(run)

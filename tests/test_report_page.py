@@ -1,4 +1,4 @@
-"""The report's files and page, also in a browser, texts of others in it, input that is damaged or does not fit."""
+"""The report's files and page, also in a browser; hostile texts; damaged or mismatched input."""
 
 import csv
 import itertools
@@ -33,7 +33,7 @@ TASKS = ("mmimdb", "food101", "hatememes")
 
 
 class Page(HTMLParser):
-    """A parsed page; complains about tags that do not match."""
+    """A parsed page; fails on mismatched tags."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of all of them."""
+    """A report on all runs."""
     out = tmp_path_factory.mktemp("out") / "report"
     assert make_report([runs / "others", runs / "mmimdb"], out) == out / "index.html"
     return out
@@ -84,7 +84,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_files_of_a_report(report: Path, runs: Path, tmp_path: Path) -> None:
+def test_a_report_has_all_its_files(report: Path, runs: Path, tmp_path: Path) -> None:
     found = contents(report)
     each = ("matrix", "published", "rivals", "ours", "confidence", "samples")
     tables = [f"{name}_{task}" for name in each for task in TASKS]
@@ -109,10 +109,10 @@ def test_the_files_of_a_report(report: Path, runs: Path, tmp_path: Path) -> None
     assert [name for name in found if again[name] != found[name]] == [], "the same runs give the same files"
 
 
-def test_markdown_says_the_same(report: Path, page: Page, runs: Path) -> None:
+def test_the_markdown_file_agrees_with_the_page(report: Path, page: Page, runs: Path) -> None:
     markdown = (report / "report.md").read_text("utf-8")
     pictures = re.findall(r"!\[.*?\]\(((?:figures|thumbnails)/[^)]*)\)", markdown)
-    assert "&#39;" not in markdown, "quotes are none of HTML here"
+    assert "&#39;" not in markdown, "quotes are not HTML entities here"
     assert len(pictures) == 11 + 24 and all((report / path).is_file() for path in pictures)
     headings = re.findall(r"^#+ (.*)", markdown.replace("\\", ""), re.MULTILINE)
     assert all(heading in page.text for heading in headings) and "Training curves" in headings
@@ -164,7 +164,7 @@ def test_a_report_is_replaced_and_a_foreign_folder_is_not(tmp_path: Path, monkey
     assert contents(out) == before
 
 
-def test_the_page_is_self_contained_and_sound(page: Page, report: Path) -> None:
+def test_the_page_is_self_contained_and_valid(page: Page, report: Path) -> None:
     ids = Counter(attributes["id"] for _, attributes in page.tags if "id" in attributes)
     assert [name for name, count in ids.items() if count > 1] == []
     for tag, attributes in page.tags:
@@ -204,7 +204,7 @@ def test_sections_and_their_parts_are_in_order(page: Page, report: Path) -> None
     assert {f"reproduce-R{number}" for number in (1, 5)} <= {attributes.get("id") for attributes in page.all("h3")}
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_files_are_reported(tmp_path: Path) -> None:
     run = write_run(tmp_path / "bare_seed0" / "version_0", tested=None, data_root="films")
     (run / "environment.json").unlink()
     (run / "metrics.csv").unlink()
@@ -221,7 +221,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "report" / "figures").exists()
 
 
-def test_configurations_without_bars_are_counted(tmp_path: Path) -> None:
+def test_configurations_left_out_of_the_bars_are_counted(tmp_path: Path) -> None:
     for number in range(4):
         TestSet().write(write_run(tmp_path / f"{number}", memory_length=6 * number + 6))
     [dataset] = by_dataset(read_report_runs([tmp_path]))
@@ -230,7 +230,7 @@ def test_configurations_without_bars_are_counted(tmp_path: Path) -> None:
     assert "1 other configuration" in by_class.notes[0].text
 
 
-def test_texts_of_others_have_no_effect(page: Page, report: Path, tmp_path: Path) -> None:
+def test_hostile_texts_have_no_effect(page: Page, report: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "run", tokenizer=HOSTILE)
     write_run(tmp_path / "runs" / "other", tokenizer="$\\frac{$")
     TestSet().write(run)
@@ -248,7 +248,7 @@ def test_texts_of_others_have_no_effect(page: Page, report: Path, tmp_path: Path
         assert " ".join(HOSTILE.split()) in shown.text and "script" not in [tag for tag, _ in shown.tags]
 
 
-def test_home_folders_stay_at_home(report: Path, tmp_path: Path) -> None:
+def test_home_folders_are_not_disclosed(report: Path, tmp_path: Path) -> None:
     html = (report / "index.html").read_text("utf-8")
     assert "python run.py with task_finetune_mmimdb data_root=/home/somebody/films" in html, "as it was given"
     assert "0123456789abcdef0123" in html and "NVIDIA H100" in html and "secret" not in html
@@ -271,7 +271,7 @@ def test_home_folders_stay_at_home(report: Path, tmp_path: Path) -> None:
     assert "~/clip" in (tmp_path / "report" / "index.html").read_text()
 
 
-def test_excerpts() -> None:
+def test_excerpts_end_at_a_word() -> None:
     assert excerpt("one  two\nthree", 13) == "one two three"
     assert excerpt("one two three", 12) == "one two…"
     assert excerpt("x" * 20, 10) == "x" * 9 + "…"
@@ -309,7 +309,7 @@ def test_excerpts() -> None:
         (LOGITS, "ARROW1", "not readable as stored logits"),
     ],
 )
-def test_a_file_that_is_damaged_or_of_another_run_is_named(tmp_path, name, content, found):
+def test_a_damaged_or_mismatched_file_is_named(tmp_path, name, content, found):
     run = write_run(tmp_path / "run")
     TestSet().write(run)
     if isinstance(content, dict):
@@ -322,7 +322,7 @@ def test_a_file_that_is_damaged_or_of_another_run_is_named(tmp_path, name, conte
     assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
 
 
-def test_logits_that_do_not_belong_to_the_result(tmp_path: Path) -> None:
+def test_logits_of_other_results_are_refused(tmp_path: Path) -> None:
     run, test_set, other = write_run(tmp_path / "run"), TestSet(), TestSet("food101")
     test_set.write(run)
     logits = test_set.logits(0)
@@ -344,7 +344,7 @@ def test_logits_that_do_not_belong_to_the_result(tmp_path: Path) -> None:
         read_report_runs([tmp_path])
 
 
-def test_folders_without_runs(tmp_path: Path, capsys: Captured) -> None:
+def test_folders_without_runs_are_refused(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for name, found in (("empty", "no run"), ("absent", "no such folder"), ("file", "a file")):
@@ -357,8 +357,8 @@ def test_folders_without_runs(tmp_path: Path, capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize("bootstrap", [0, 20])
-def test_the_report_of_a_real_run(fitted: Path, tmp_path: Path, bootstrap: int) -> None:
-    """What run.py leaves is read as it is: no name in it is one that only these tests use."""
+def test_a_real_run_can_be_reported(fitted: Path, tmp_path: Path, bootstrap: int) -> None:
+    """The files of run.py itself are read, so the names in these tests' made-up files are the real ones."""
     folder = Path(shutil.copytree(fitted, tmp_path / "fitted_seed0" / "version_0"))
     wanted = ("robustness_ratios=[0.0,0.7,1.0]", "robustness_seeds=[0,1]", f"bootstrap={bootstrap}")
     best = f"load_path={folder / 'best.ckpt'}"
@@ -374,7 +374,7 @@ def test_the_report_of_a_real_run(fitted: Path, tmp_path: Path, bootstrap: int) 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless Chromium: the one that Playwright has, or the system's."""
+    """A headless Chromium: Playwright's own or the system's."""
     api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with api.sync_playwright() as playwright:
@@ -387,7 +387,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser(report: Path, browser: Any, width: int) -> None:
+def test_the_page_fits_and_loads_nothing_in_a_browser(report: Path, browser: Any, width: int) -> None:
     tab = browser.new_page(viewport={"width": width, "height": 800})
     said: list[str] = []
     requests: list[str] = []
@@ -400,7 +400,7 @@ def test_in_a_browser(report: Path, browser: Any, width: int) -> None:
     assert [url for url in requests if not url.startswith("data:")] == [address]
     pictures = tab.evaluate("[...document.images].map(image => image.complete ? image.naturalWidth : 0)")
     assert pictures.count(88) == 24 and min(pictures) > 0
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out at the side"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing overflows sideways"
     plots = "[...document.querySelectorAll('.panels img')]"
     assert tab.evaluate(f"{plots}.filter(plot => plot.getBoundingClientRect().height > 50).length") == 13 + 2 * 4
     cut = tab.evaluate(
@@ -408,5 +408,5 @@ def test_in_a_browser(report: Path, browser: Any, width: int) -> None:
         ".filter(element => element.scrollWidth > element.clientWidth + 1 && element.clientWidth > 0)"
         ".map(element => element.textContent)"
     )
-    assert cut == [], "no text is wider than its place"
+    assert cut == [], "no text is cut off"
     tab.close()

@@ -1,4 +1,4 @@
-"""The report's section of a search: trials, the best score so far, importances, and what is missing or damaged."""
+"""The report's section on a search: trials, best score so far, importances, missing and damaged parts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from tests.report_files import HOSTILE, TestSet, at, edited, text_of, write_run
 
 SPACE = {"learning_rate": FloatDistribution(1e-4, 0.1, log=True), "tokenizer": CategoricalDistribution(["a", HOSTILE])}
 TRIALS = [(0.01, "a", 0.31), (0.1, HOSTILE, None), (0.001, "a", 0.42), (0.001, "a", 0.42), (0.02, HOSTILE, 0.4)]
-"""Values and score; one failed, and one has the values of the one before."""
+"""(values, score) of each trial; one failed, and one repeats the values of the trial before."""
 
 
 def write_search(folder: Path, task: str = "mmimdb", trials: Sequence[tuple[Any, ...]] = TRIALS) -> Path:
@@ -39,7 +39,7 @@ def write_search(folder: Path, task: str = "mmimdb", trials: Sequence[tuple[Any,
     return folder
 
 
-def test_a_search_has_a_section_of_its_own(tmp_path: Path) -> None:
+def test_a_search_has_its_own_section(tmp_path: Path) -> None:
     search, report = write_search(tmp_path / "runs" / "s"), tmp_path / "report"
     write_search(tmp_path / "runs" / "low", "mosi", [*TRIALS, (0.03, "a", 0.5)])
     write_run(tmp_path / "runs" / "rep_seed0" / "version_0")
@@ -69,7 +69,7 @@ def test_a_search_has_a_section_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("metric", "best"), [("f1_macro", [31, 42, 42, 42]), ("mae", [0.31, 0.31, 0.31, 0.31])])
-def test_the_best_score_so_far(monkeypatch: Patch, metric: str, best: list[float]) -> None:
+def test_the_history_shows_the_best_score_so_far(monkeypatch: Patch, metric: str, best: list[float]) -> None:
     drawn: list[tuple[list[int], list[float]]] = []
     monkeypatch.setattr(Axes, "step", lambda self, x, y, **how: drawn.append((list(x), list(y))))
     trials = []
@@ -81,7 +81,7 @@ def test_the_best_score_so_far(monkeypatch: Patch, metric: str, best: list[float
     assert drawn[0][0] == [0, 2, 3, 4] and drawn[0][1] == pytest.approx(best)
 
 
-def test_a_trial_that_is_named_itself_is_a_run(tmp_path: Path) -> None:
+def test_a_trial_given_by_its_own_folder_is_an_ordinary_run(tmp_path: Path) -> None:
     search = write_search(tmp_path / "s", trials=[(0.01, "a", None)])
     TestSet().write(trial := search / "s_trial_0_seed0" / "version_0")
     for place, kind, curves in ((search, "trial", 0), (trial, "training", 1)):

@@ -1,4 +1,4 @@
-"""`resume_from=auto`: which checkpoint a run resumes from, and what it says; and how checkpoints are written."""
+"""`resume_from=auto`: which checkpoint a run resumes from and what it logs; how checkpoints are written."""
 
 import logging
 import threading
@@ -34,7 +34,7 @@ OPTIONS = ("val_check_interval=0.4", "max_epoch=1")
 
 
 def find_progress(parent: Path, config: dict[str, Any], any_precision: bool = False, **other_contents: str) -> Progress:
-    """For a run that reads what the first one in `parent` did, but for `other_contents`."""
+    """Progress found for a run with the same input contents as the first one in `parent`, except `other_contents`."""
     path = parent / "version_0" / CONTENTS_FILE
     contents = {**(json_of(path) if path.is_file() else {}), **other_contents}
     return resume.find_progress(parent, config, contents, any_precision=any_precision)
@@ -53,7 +53,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def after_checkpoint(patch: Patch, number: int, act: Callable[[], object]) -> None:
-    """Runs `act` once, when the checkpoint of that number is on the disk, of one at each optimiser step."""
+    """Writes a checkpoint at each optimiser step, and runs `act` once the one of the given number is on disk."""
     patch.setattr(callbacks, "SECONDS_BETWEEN", 0.0)
     save, written = Checkpoints._write_last, 0
 
@@ -69,10 +69,10 @@ def after_checkpoint(patch: Patch, number: int, act: Callable[[], object]) -> No
 
 
 def interrupt(command: list[str], monkeypatch: Patch, checkpoints: int) -> None:
-    """Runs `command` until it has written `checkpoints`, and no further."""
+    """Runs `command` until it has written the given number of checkpoints."""
 
     class Killed(BaseException):
-        """Stands for the end of the process."""
+        """Simulates the death of the process."""
 
     def kill() -> None:
         raise Killed
@@ -84,8 +84,8 @@ def interrupt(command: list[str], monkeypatch: Patch, checkpoints: int) -> None:
 
 
 @pytest.mark.parametrize("checkpoints", range(1, 6))
-def test_steps_keep_their_numbers_in_a_run_resumed_between_two(workspace, monkeypatch, checkpoints):
-    """Also where a validation has just ended, of whose checkpoints Lightning counts the step later."""
+def test_step_numbers_continue_in_a_resumed_run(workspace, monkeypatch, checkpoints):
+    """Even right after a validation, where Lightning counts the step only after the checkpoint."""
 
     def between_steps(self: Any, trainer: Any) -> bool:
         return not trainer.validating and trainer.global_step > self._kept_step
@@ -98,7 +98,7 @@ def test_steps_keep_their_numbers_in_a_run_resumed_between_two(workspace, monkey
     assert numbers == [*range(checkpoints, 7)]  # six steps, and the test
 
 
-def test_without_an_earlier_run_it_starts_and_then_nothing_is_left_to_do(workspace, capsys):
+def test_a_new_run_starts_afresh_and_a_finished_one_is_left_alone(workspace, capsys):
     command = auto(workspace, "auto")
     assert command_line(command) == 0
     parent = workspace.results / "auto_seed0"
@@ -113,7 +113,7 @@ def test_without_an_earlier_run_it_starts_and_then_nothing_is_left_to_do(workspa
     assert f"error: {results}: not as written by run.py: " in (said := capsys.readouterr().err) and "metrics" in said
 
 
-def test_a_run_that_lacks_its_test_is_tested_alone(workspace: Workspace, capsys: Captured) -> None:
+def test_a_trained_but_untested_run_is_only_tested(workspace: Workspace, capsys: Captured) -> None:
     def said_by(*options: str) -> str:
         assert command_line(auto(workspace, "untested", *options)) == 0
         return capsys.readouterr().err
@@ -125,13 +125,13 @@ def test_a_run_that_lacks_its_test_is_tested_alone(workspace: Workspace, capsys:
     assert f"from {first / 'last.ckpt'} (1 epoch, 6 steps)" in said and "step 6" not in said
     assert not differences(load(first / "best.ckpt"), load(second / "best.ckpt"))
     assert json_of(second / "test_results.json")["checkpoint"] == str(second / "best.ckpt")
-    # Another test pattern is another test of the same training. test_ratio wins, and is what was tested.
+    # Another test pattern is another test of the same training. test_ratio overrides, so this one was tested.
     assert "is finished" in said_by("test_ratio=0.7", "test_type=both", "missing_ratio.test=0.5")
     said_by("missing_ratio.test=0.5")
     assert json_of(third / "test_results.json")["missing_pattern"]["ratio"] == 0.5
 
 
-def test_the_newest_intact_checkpoint_is_taken_and_the_best_one_carries_over(workspace, monkeypatch, capsys):
+def test_the_newest_intact_checkpoint_is_resumed(workspace, monkeypatch, capsys):
     command = auto(workspace, "chain", "learning_rate=0.003")
     interrupt(command, monkeypatch, checkpoints=2)
     interrupt(command, monkeypatch, checkpoints=2)
@@ -157,10 +157,10 @@ def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatc
     interrupt(auto(workspace, "left_alone"), monkeypatch, checkpoints=2)
     first = folder_of(workspace, "left_alone", 0)
     config = {**json_of(first / "config.json"), "test_after_fit": True}
-    elsewhere = {"num_workers": 3, "data_root": "moved", "exp_name": "renamed", "compile": True, "cpu_processes": 2}
-    elsewhere |= {"vit": "moved", "tokenizer": "moved"}  # their contents are the same
-    for agreeing in ({}, {**elsewhere, "per_gpu_batchsize": 2}):
-        found = find_progress(first.parent, {**config, **agreeing})
+    irrelevant = {"num_workers": 3, "data_root": "moved", "exp_name": "renamed", "compile": True, "cpu_processes": 2}
+    irrelevant |= {"vit": "moved", "tokenizer": "moved"}  # their contents are the same
+    for same in ({}, {**irrelevant, "per_gpu_batchsize": 2}):
+        found = find_progress(first.parent, {**config, **same})
         assert found == Progress(checkpoint=first / "last.ckpt")
     others = {"missing_ratio": {**config["missing_ratio"], "val": 0.1}}, {"new": 1}, {"per_gpu_batchsize": 8}
     for changed in ({"learning_rate": 0.5}, *others):
@@ -172,8 +172,8 @@ def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatc
     assert "no checkpoint of this run" in said
 
 
-def test_a_precision_that_is_left_open_is_that_of_the_run(workspace: Workspace, monkeypatch: Patch) -> None:
-    """Whatever this machine would take by itself."""
+def test_an_unset_precision_is_that_of_the_resumed_run(workspace: Workspace, monkeypatch: Patch) -> None:
+    """The default on this machine does not matter."""
     command = auto(workspace, "in_bf16", "precision=bf16")
     interrupt(command, monkeypatch, checkpoints=2)
     first, second, third = (folder_of(workspace, "in_bf16", version) for version in range(3))
@@ -185,23 +185,23 @@ def test_a_precision_that_is_left_open_is_that_of_the_run(workspace: Workspace, 
     assert command_line([last if word == "resume_from=auto" else word for word in left_open]) == 0
     assert json_of(third / "config.json")["precision"] == "bf16-mixed"
     config = json_of(second / "config.json")
-    for precision, any_precision in (("32-true", False), ("16-mixed", True)):  # given; no CPU computes in 16 bits
+    for precision, any_precision in (("32-true", False), ("16-mixed", True)):  # given, or impossible on a CPU
         for folder in (first, second, third):
             edited(folder, "config.json", precision=precision)
         assert find_progress(first.parent, config, any_precision=any_precision) == Progress()
 
 
-def test_folders_that_say_nothing_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_without_a_configuration_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in (0, 10):
         (tmp_path / f"version_{number}").mkdir()
     (tmp_path / "version_10" / "config.json").write_text('{"half')
     with caplog.at_level(logging.INFO, "rep"):
         assert find_progress(tmp_path, DEFAULTS) == Progress()
-    passed = [record.message.partition(": ")[0] for record in caplog.records if "skipped" in record.message]
-    assert passed == [str(tmp_path / "version_10"), str(tmp_path / "version_0")]
+    skipped = [record.message.partition(": ")[0] for record in caplog.records if "skipped" in record.message]
+    assert skipped == [str(tmp_path / "version_10"), str(tmp_path / "version_0")]
 
 
-def test_a_warm_start_is_the_start_of_a_run_and_not_of_its_resumption(workspace, monkeypatch, capsys):
+def test_a_resumed_run_does_not_repeat_its_warm_start(workspace, monkeypatch, capsys):
     assert command_line(auto(workspace, "source", "test_after_fit=False")) == 0
     source = folder_of(workspace, "source", 0) / "best.ckpt"
     command = auto(workspace, "warmed", f"load_path={source}", "finetune_first=True")
@@ -214,8 +214,8 @@ def test_a_warm_start_is_the_start_of_a_run_and_not_of_its_resumption(workspace,
     assert "test_only contradicts it" in capsys.readouterr().err
 
 
-def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monkeypatch: Patch) -> None:
-    """The second one begins and ends while the first one trains."""
+def test_two_runs_of_the_same_name_have_separate_folders(workspace: Workspace, monkeypatch: Patch) -> None:
+    """The second one starts and finishes while the first is training."""
     command = [option for option in auto(workspace, "twice") if option != "resume_from=auto"]
     statuses: list[int] = []
     after_checkpoint(monkeypatch, 1, lambda: statuses.append(command_line(command)))
@@ -230,8 +230,8 @@ def test_two_runs_of_a_name_have_folders_of_their_own(workspace: Workspace, monk
 
 
 @pytest.mark.parametrize(("metric", "best"), [("f1_macro", [3, 4, 4, 4]), ("mae", [3, 3, 3, 6])])
-def test_the_best_model_is_the_first_with_the_best_score_that_was_trained(tmp_path, metric, best):
-    """An undefined score is never the best; of errors the lowest is; the first step of a warm-up changes nothing."""
+def test_the_best_checkpoint_is_the_first_with_the_best_score_after_training_began(tmp_path, metric, best):
+    """An undefined score is never best; the lowest error is; the first warm-up step (rate 0) does not count."""
     module = FinetuneModule(tiny_classifier(), ModelSpec("mmimdb", MethodOptions("rep", 6, 2), TINY), {})
     module._rate_at = lambda step: step / 10
     checkpoints, found = Checkpoints(tmp_path, f"val/{metric}"), []
@@ -249,8 +249,8 @@ def content(value: float) -> dict[str, Any]:
     return {"state_dict": {"weights": torch.full((50_000,), float(value))}, "names": ["a"], "step": (1, 2)}
 
 
-def test_a_checkpoint_holds_what_there_was_when_it_was_begun(tmp_path: Path) -> None:
-    """And what could not be written is said by the next one, or at the end."""
+def test_a_checkpoint_holds_the_values_from_when_saving_began(tmp_path: Path) -> None:
+    """A failure to write is raised by the next save, or at the end."""
     io, given = AtomicCheckpointIO(), content(1)
     io.save_checkpoint(given, tmp_path / "last.ckpt")
     given["state_dict"]["weights"].zero_()
@@ -269,13 +269,13 @@ def test_a_checkpoint_holds_what_there_was_when_it_was_begun(tmp_path: Path) -> 
             raise
 
 
-def test_no_thread_is_left_where_an_error_interrupts_its_start(tmp_path: Path, monkeypatch: Patch) -> None:
-    """As that of a loader process's death does, or a signal; the process would wait for it at its end."""
+def test_no_thread_is_left_if_an_error_interrupts_its_start(tmp_path: Path, monkeypatch: Patch) -> None:
+    """The death of a loader worker or a signal may do so; the process would wait for the thread when it exits."""
     io, before, start = AtomicCheckpointIO(), threading.active_count(), threading.Thread.start
 
     def interrupted(thread: threading.Thread) -> None:
         start(thread)
-        raise RuntimeError("a loader process was killed")
+        raise RuntimeError("a loader worker was killed")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="was killed"):
         patch.setattr(threading.Thread, "start", interrupted)
@@ -288,7 +288,7 @@ def test_no_thread_is_left_where_an_error_interrupts_its_start(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("keep", [0, 100, 100_000, -1])
-def test_a_cut_checkpoint_is_damaged(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_checkpoint_is_damaged(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "last.ckpt"
     write_checkpoint(content(1), path)
     check_intact(path)
@@ -297,7 +297,7 @@ def test_a_cut_checkpoint_is_damaged(tmp_path: Path, keep: int) -> None:
         check_intact(path)
 
 
-@pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's, which has no room either
+@pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's thread has no room either
 @pytest.mark.parametrize(("what", "n_bytes"), [("last.ckpt", 1_000_000), ("metrics.csv", 1_000)])
 def test_a_run_on_a_full_disk_ends_with_one_line_and_is_resumed_later(workspace, monkeypatch, capsys, what, n_bytes):
     name = f"full_{what.partition('.')[0]}"
@@ -361,7 +361,7 @@ NOT_RESUMABLE = "does not hold the training state"
         (lambda c: c["state_dict"][WEIGHT].fill_(float("nan")), f"{WEIGHT} holds values that are not finite"),
     ],
 )
-def test_a_training_that_cannot_be_resumed_is_an_error(workspace, fitted, tmp_path, capsys, change, found):
+def test_an_unusable_training_state_is_an_error(workspace, fitted, tmp_path, capsys, change, found):
     content = load(fitted / "last.ckpt")
     change(content)
     torch.save(content, tmp_path / "last.ckpt")

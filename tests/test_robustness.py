@@ -1,4 +1,4 @@
-"""`run.py robustness`: every cell from three passes, equal to one evaluation each; resumption, reuse and refusals."""
+"""`run.py robustness`: all cells come from three passes and equal single evaluations; resuming, reuse and refusals."""
 
 import json
 import re
@@ -33,7 +33,7 @@ QUICK = ("robustness_ratios=[0,0.5]", "robustness_seeds=[0,1]", "bootstrap=20")
 
 
 def draw_head(path: Path, seed: int) -> None:
-    """Another checkpoint in the place of `path`."""
+    """Replaces the checkpoint at `path` by one with a random head."""
     checkpoint = torch.load(path, weights_only=True)
     weight = checkpoint["state_dict"]["mmimdb_classifier.weight"]
     generator = torch.Generator().manual_seed(seed)
@@ -43,21 +43,21 @@ def draw_head(path: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def trained(fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose head is then drawn at random, so that its predictions are not all the same."""
+    """Folder of a run whose head is replaced by a random one, so that its predictions vary."""
     folder = Path(shutil.copytree(fitted, tmp_path_factory.mktemp("robust") / "version_0"))
-    (folder / "test_results.json").unlink()  # with it, a run that is resumed is one of its own
+    (folder / "test_results.json").unlink()  # otherwise a resumed run would count separately
     draw_head(folder / "best.ckpt", seed=0)
     return folder
 
 
 @pytest.fixture
 def fresh(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it for one test."""
+    """A copy of the trained run for one test."""
     return Path(shutil.copytree(trained, tmp_path / "robust_seed0" / "version_0"))
 
 
 def robustness(*options: str, status: int = 0) -> None:
-    """`run.py robustness` without task and data_root, which the run knows."""
+    """Runs `run.py robustness` without task and data_root, which come from the run."""
     assert command_line(robustness_command(*options)) == status
 
 
@@ -82,8 +82,8 @@ def stored(folder: Path) -> pa.Table:
     return read_arrow(folder / "robustness" / "logits.arrow")
 
 
-def no_model(monkeypatch: Patch) -> None:
-    """Whatever touches the model fails from here on."""
+def forbid_the_model(monkeypatch: Patch) -> None:
+    """Makes any use of the model fail from here on."""
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the model was touched")
@@ -92,8 +92,8 @@ def no_model(monkeypatch: Patch) -> None:
         monkeypatch.setattr(evaluation, name, fail)
 
 
-def test_every_cell_is_what_test_only_gives(workspace: Workspace, fresh: Path, tmp_path: Path) -> None:
-    """One by one with test_only=True, to 1e-6; kept tables, drawn ones and one in the published form."""
+def test_every_cell_equals_an_evaluation_with_test_only(workspace: Workspace, fresh: Path, tmp_path: Path) -> None:
+    """Within 1e-6, for saved tables, newly drawn ones and one in the published format."""
     tables = tmp_path / "tables"
     tables.mkdir()
     dataset = ArrowDataset(DATASETS["mmimdb"], workspace.arrow, "test", 32)
@@ -125,7 +125,7 @@ def test_every_cell_is_what_test_only_gives(workspace: Workspace, fresh: Path, t
     assert published_cell["std"] == 0.0  # one table for all seeds
 
 
-def test_the_stored_logits_name_their_samples(workspace: Workspace, fresh: Path) -> None:
+def test_the_stored_logits_identify_their_samples(workspace: Workspace, fresh: Path) -> None:
     robustness(f"load_path={fresh / 'best.ckpt'}", *QUICK)
     table = stored(fresh).to_pydict()
     films = read_arrow(workspace.arrow / "mmimdb_test.arrow").to_pylist()
@@ -149,8 +149,8 @@ def test_the_stored_logits_name_their_samples(workspace: Workspace, fresh: Path)
     assert description["checkpoint_sha256"] == results_of(fresh)["checkpoint_sha256"]
 
 
-def test_the_files_agree_with_the_stored_logits(fresh: Path, tmp_path: Path) -> None:
-    """Every figure again from logits.arrow and the missing tables, with the statistics module."""
+def test_the_result_files_agree_with_the_stored_logits(fresh: Path, tmp_path: Path) -> None:
+    """Every number is computed again from logits.arrow and the missing tables, with the statistics module."""
     root = tmp_path / "tables"
     options = ("robustness_ratios=[0,0.3,1.0]", "robustness_seeds=[5,2,9]", "robustness_both_ratios=[0.5,0.2]")
     robustness(f"load_path={fresh / 'best.ckpt'}", f"missing_table_root={root}", *options, "bootstrap=30")
@@ -202,12 +202,12 @@ def test_the_files_agree_with_the_stored_logits(fresh: Path, tmp_path: Path) -> 
     assert not (fresh / "robustness" / "roc.csv").exists()
 
 
-def test_adding_ratios_and_seeds_does_not_touch_the_model(fresh: Path, monkeypatch: Patch, capsys: Captured) -> None:
+def test_adding_ratios_and_seeds_does_not_run_the_model(fresh: Path, monkeypatch: Patch, capsys: Captured) -> None:
     best = f"load_path={fresh / 'best.ckpt'}"
     robustness(best, *QUICK)
     assert "encoding 3 of 3: image missing" in capsys.readouterr().err
     before = results_of(fresh)["cells"]
-    no_model(monkeypatch)
+    forbid_the_model(monkeypatch)
     robustness(best, "robustness_ratios=[0,0.25,0.5]", "robustness_seeds=[0,1,2]", "bootstrap=0")
     assert "uses the stored logits" in capsys.readouterr().err
     after = {(cell["missing_type"], cell["ratio"]): cell["metrics"]["f1_micro"] for cell in results_of(fresh)["cells"]}
@@ -218,9 +218,9 @@ def test_adding_ratios_and_seeds_does_not_touch_the_model(fresh: Path, monkeypat
     assert results_of(fresh)["confidence"] == described | {name: {} for name in TYPE_NAMES}
 
 
-@pytest.mark.parametrize("spoilt", ["not", "cut", "of another checkpoint"])
-def test_an_interrupted_run_continues_after_the_types_that_are_complete(fresh, encoded, monkeypatch, capsys, spoilt):
-    """Unless what it has kept is damaged, or another checkpoint's."""
+@pytest.mark.parametrize("damage", ["not", "cut", "of another checkpoint"])
+def test_an_interrupted_run_continues_after_the_finished_missing_types(fresh, encoded, monkeypatch, capsys, damage):
+    """Unless the partial file is damaged or belongs to another checkpoint."""
     write = LogitStore.write
 
     def stop(self: LogitStore, logits: dict[str, torch.Tensor]) -> None:
@@ -233,16 +233,16 @@ def test_an_interrupted_run_continues_after_the_types_that_are_complete(fresh, e
         patch.setattr(LogitStore, "write", stop)
         assert command_line(command) == 130
     (part,) = (fresh / "robustness").iterdir()
-    if spoilt == "cut":
+    if damage == "cut":
         part.write_bytes(part.read_bytes()[:-200])
-    elif spoilt == "of another checkpoint":
+    elif damage == "of another checkpoint":
         draw_head(fresh / "best.ckpt", seed=1)
     capsys.readouterr()
     assert command_line(command) == 0
     said = capsys.readouterr().err
-    assert said.count("encoding ") == (1 if spoilt == "not" else 3) and (f"{part}: " in said) == (spoilt != "not")
+    assert said.count("encoding ") == (1 if damage == "not" else 3) and (f"{part}: " in said) == (damage != "not")
     assert not part.exists()
-    assert stored(fresh).equals(stored(encoded)) == (spoilt != "of another checkpoint")
+    assert stored(fresh).equals(stored(encoded)) == (damage != "of another checkpoint")
 
 
 def test_a_store_of_another_checkpoint_is_refused_until_it_is_deleted(encoded: Path, capsys: Captured) -> None:
@@ -260,13 +260,13 @@ def test_a_store_of_another_checkpoint_is_refused_until_it_is_deleted(encoded: P
 
 
 def rewrite(path: Path, compression: str | None = None, times: int = 1, **changes: Any) -> None:
-    """Changes columns of a logits.arrow (None removes one), or its `metadata`; so many times over."""
+    """Changes columns of a logits.arrow (None removes one) or its `metadata`, and repeats its rows `times` times."""
     table = pa.concat_tables([read_arrow(path)] * times).combine_chunks()
     metadata = changes.pop("metadata", table.schema.metadata)
     columns = {name: table[name] for name in table.column_names} | changes
     table = pa.table({name: column for name, column in columns.items() if column is not None})
     table = table.replace_schema_metadata(metadata)
-    path.unlink()  # it is mapped
+    path.unlink()  # not overwritten, since it is memory-mapped
     with pa.ipc.new_file(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_table(table)
 
@@ -319,7 +319,7 @@ def encoded(encoded_once: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(encoded_once, tmp_path / "encoded" / "version_0"))
 
 
-def test_new_results_replace_all_old_ones_and_nothing_else(encoded: Path) -> None:
+def test_new_results_replace_all_old_ones_and_no_other_files(encoded: Path) -> None:
     folder = encoded / "robustness"
     (folder / "roc.csv").write_text("of another dataset")
     (folder / "mine").mkdir()
@@ -352,8 +352,8 @@ def test_another_test_set_precision_or_tokenizer_is_refused(workspace, encoded, 
     robustness(best, f"data_root={moved}", *QUICK)  # the same file in another place
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_column(encoded: Path, tmp_path: Path, capsys: Captured) -> None:
-    """Others are columns of their own, also of the same name; a resumed run counts once."""
+def test_runs_that_differ_only_in_seed_share_a_column(encoded: Path, tmp_path: Path, capsys: Captured) -> None:
+    """Other runs have their own columns, even with the same name; a resumed run counts once."""
     folders = {}
     robust, first = {"exp_name": "robust"}, "x/robust_seed0/version_0/last.ckpt"
     described: dict[str, dict[str, Any]] = {
@@ -390,17 +390,17 @@ def test_runs_that_differ_in_their_seed_alone_are_one_column(encoded: Path, tmp_
     ]
     expected, chance = [], f"{results[0]['baselines']['chance']['metrics']['f1_macro']:.4f}"
     for number, cell in enumerate(results[0]["cells"]):
-        of_seed = {seed: found["cells"][number]["metrics"]["f1_macro"]["values"] for seed, found in results.items()}
-        both = [statistics.fmean(of_seed[0]), statistics.fmean(of_seed[1])]
-        shown = [f"{statistics.fmean(of):.4f} ± {statistics.stdev(of):.4f}" for of in (of_seed[4], both, of_seed[3])]
+        by_seed = {seed: found["cells"][number]["metrics"]["f1_macro"]["values"] for seed, found in results.items()}
+        both = [statistics.fmean(by_seed[0]), statistics.fmean(by_seed[1])]
+        shown = [f"{statistics.fmean(v):.4f} ± {statistics.stdev(v):.4f}" for v in (by_seed[4], both, by_seed[3])]
         expected.append([f"{100 * cell['ratio']:g} %", *shown])
     shown_cells = [cells[-4:] for cells in lines[place + 6 :] if len(cells) >= 4]
     assert shown_cells[: len(expected)] == expected  # then those at the offset
     assert any(line == ["each class with probability 1/2: f1_macro " + chance] for line in lines)
 
 
-def test_the_matrix_of_one_checkpoint(encoded: Path, capsys: Captured, monkeypatch: Patch) -> None:
-    no_model(monkeypatch)
+def test_the_matrix_of_one_checkpoint_is_printed(encoded: Path, capsys: Captured, monkeypatch: Patch) -> None:
+    forbid_the_model(monkeypatch)
     robustness(f"load_path={encoded / 'best.ckpt'}", *QUICK, "robustness_both_ratios=[0.2,0.5]")
     results = results_of(encoded)
     said = capsys.readouterr().out
@@ -414,7 +414,7 @@ def test_the_matrix_of_one_checkpoint(encoded: Path, capsys: Captured, monkeypat
     def estimate(cell: dict[str, Any], metric: str) -> str:
         return f"{cell['metrics'][metric]['mean']:.4f} ± {cell['metrics'][metric]['std']:.4f}"
 
-    for place, text_of in zip(
+    for place, cell_text in zip(
         places,
         (
             lambda cell: estimate(cell, "f1_macro"),
@@ -425,7 +425,7 @@ def test_the_matrix_of_one_checkpoint(encoded: Path, capsys: Captured, monkeypat
     ):
         for line, ratio in zip(lines[place + 2 :], ("0 %", "50 %"), strict=False):
             of_ratio = [cell for cell in results["cells"] if f"{100 * cell['ratio']:g} %" == ratio]
-            assert line == [ratio, *map(text_of, of_ratio)]
+            assert line == [ratio, *map(cell_text, of_ratio)]
 
 
 def test_checkpoints_of_different_datasets_or_test_sets(workspace, encoded, golden_arrow, tmp_path, capsys):
@@ -483,7 +483,7 @@ def test_checkpoints_of_different_datasets_or_test_sets(workspace, encoded, gold
         (["load_path={run}", "bootstrap=-1"], "bootstrap: expected an integer of at least 0, found -1"),
     ],
 )  # fmt: skip
-def test_places_that_do_not_serve(encoded: Path, tmp_path: Path, capsys, options: list[str], message: str) -> None:
+def test_invalid_options_are_refused(encoded: Path, tmp_path: Path, capsys, options: list[str], message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "half" / "rep_seed0" / "version_0").mkdir(parents=True)
     shutil.copy(encoded / "config.json", tmp_path / "half" / "rep_seed0" / "version_0")
@@ -493,15 +493,15 @@ def test_places_that_do_not_serve(encoded: Path, tmp_path: Path, capsys, options
     assert message.format(**places) in error_of(capsys)
 
 
-def test_a_folder_that_cannot_be_written(fresh: Path, capsys) -> None:
+def test_an_unwritable_folder_is_refused(fresh: Path, capsys) -> None:
     (fresh / "robustness").write_text("a file in the way")
     assert f"error: {fresh / 'robustness'}: cannot store results there: File exists" in refusal(
         capsys, f"load_path={fresh / 'best.ckpt'}", *QUICK
     )
 
 
-def test_a_checkpoint_without_its_run(workspace: Workspace, trained: Path, tmp_path: Path, capsys) -> None:
-    """As with published ones: task from the checkpoint, the data from the command line."""
+def test_a_checkpoint_may_be_given_without_its_run(workspace: Workspace, trained: Path, tmp_path: Path, capsys) -> None:
+    """As with published checkpoints, the task comes from the checkpoint and the data from the command line."""
     path = Path(shutil.copy(trained / "best.ckpt", tmp_path / "downloaded.ckpt"))
     assert "data_root: expected the folder of the arrow files" in refusal(capsys, f"load_path={path}")
     tables = f"missing_table_root={tmp_path / 'tables'}"
@@ -512,7 +512,7 @@ def test_a_checkpoint_without_its_run(workspace: Workspace, trained: Path, tmp_p
     assert results["checkpoint"] == "downloaded.ckpt"
 
 
-def test_two_processes_give_the_same(fresh: Path, encoded: Path) -> None:
+def test_two_processes_give_the_same_results(fresh: Path, encoded: Path) -> None:
     in_processes(robustness_command(f"load_path={fresh / 'best.ckpt'}", "cpu_processes=2", *QUICK))
     for name in LOGIT_COLUMNS:
         two, one = (np.array(stored(folder)[name].to_pylist()) for folder in (fresh, encoded))
@@ -522,8 +522,8 @@ def test_two_processes_give_the_same(fresh: Path, encoded: Path) -> None:
     }
 
 
-def test_a_checkpoint_replaced_while_it_is_opened(fresh: Path, monkeypatch, capsys) -> None:
-    """As by a training run that is still going on."""
+def test_a_checkpoint_replaced_while_it_is_opened_is_refused(fresh: Path, monkeypatch, capsys) -> None:
+    """A training run in progress may do this."""
     check_writable = LogitStore.check_writable
 
     def and_replace(self: LogitStore) -> None:

@@ -1,4 +1,4 @@
-"""Training and evaluation from the command line to the files they leave, on a small dataset."""
+"""Training and evaluation on a small dataset, from the command line to the files they write."""
 
 import re
 import subprocess
@@ -41,7 +41,7 @@ def command_of(workspace: Workspace, name: str, *options: str, **source: Any) ->
 
 @pytest.fixture(scope="module")
 def best(fitted: Path) -> str:
-    """The option that loads its checkpoint."""
+    """The option that loads the fitted run's checkpoint."""
     return f"load_path={fitted / 'best.ckpt'}"
 
 
@@ -50,20 +50,20 @@ def results_of(folder: Path) -> dict[str, Any]:
 
 
 def evaluate(workspace: Workspace, name: str, *options: str) -> dict[str, Any]:
-    """Results of a test_only run called `name`."""
+    """Results of a test_only run named `name`."""
     assert command_line(workspace.command("test_only=True", f"test_exp_name={name}", *options)) == 0
     return results_of(workspace.results / name / "version_0")
 
 
-def error_of(command: list[str], capsys: Captured) -> str:
-    """The last line of a command that refuses what it was given."""
+def refusal(command: list[str], capsys: Captured) -> str:
+    """The error line of a command that must be refused."""
     assert command_line(command) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     return last
 
 
-def test_the_command_of_a_module_is_recorded_as_one(monkeypatch: Patch) -> None:
+def test_a_command_run_as_a_module_is_recorded_with_m(monkeypatch: Patch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/me/rep/demo/__main__.py", "--seed", "1"])
     for name, words in (("demo.__main__", ["-m", "demo"]), ("demo.vla", ["-m", "demo.vla"]), (None, [sys.argv[0]])):
         spec = None if name is None else ModuleSpec(name, None)
@@ -71,7 +71,7 @@ def test_the_command_of_a_module_is_recorded_as_one(monkeypatch: Patch) -> None:
         assert start.command() == [*words, "--seed", "1"]
 
 
-def test_the_run_folder_holds_everything(workspace: Workspace, fitted: Path) -> None:
+def test_the_run_folder_has_all_files(workspace: Workspace, fitted: Path) -> None:
     files = {"best.ckpt", "last.ckpt", "metrics.csv", "test_results.json"}
     recorded = {"config.json", "environment.json", "contents.json", "tensorboard"}
     assert {path.name for path in fitted.iterdir()} == files | recorded
@@ -90,12 +90,12 @@ def test_the_run_folder_holds_everything(workspace: Workspace, fitted: Path) -> 
     assert results["missing_pattern"] == {"missing_type": "both", "ratio": 0.7, "both_ratio": 0.5, "seed": 0}
 
 
-def test_evaluation_of_the_best_checkpoint_repeats_the_result(workspace: Workspace, fitted: Path, best: str) -> None:
+def test_evaluating_the_best_checkpoint_repeats_the_test(workspace: Workspace, fitted: Path, best: str) -> None:
     again, first = evaluate(workspace, "again", best, "test_ratio=0.7", "test_type=both"), results_of(fitted)
     assert again["metrics"] == first["metrics"] and again["checkpoint_sha256"] == first["checkpoint_sha256"]
 
 
-def test_the_test_pattern_is_the_one_asked_for(workspace: Workspace, fitted: Path, best: str, capsys: Captured) -> None:
+def test_the_test_pattern_is_the_given_one(workspace: Workspace, fitted: Path, best: str, capsys: Captured) -> None:
     results = evaluate(workspace, "image", best, "test_ratio=1", "test_type=image")
     assert results["missing"] == {"complete": 0, "text missing": 0, "image missing": results["samples"]}
     said = capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_the_test_pattern_is_the_one_asked_for(workspace: Workspace, fitted: Pat
 
 
 def test_results_equal_those_computed_by_hand(workspace: Workspace, fitted: Path, best: str) -> None:
-    """The reported F1 from the model's own logits, sample by sample, without loaders or Lightning."""
+    """The reported F1 equals one computed sample by sample, without loaders or Lightning."""
     checkpoint = read_checkpoint(fitted / "best.ckpt")
     classifier = restore_classifier(checkpoint, load_backbone(str(workspace.backbone))).eval()
     tokenizer = load_tokenizer(str(workspace.backbone))
@@ -125,7 +125,7 @@ def test_results_equal_those_computed_by_hand(workspace: Workspace, fitted: Path
 
 
 def test_model_options_come_from_the_checkpoint(workspace: Workspace, fitted: Path, best: str) -> None:
-    """memory_length and the like need not be repeated, and their defaults do not count as contradictions."""
+    """Options such as memory_length need not be repeated, and their defaults do not count as contradictions."""
     command = workspace.command("test_only=True", "test_exp_name=bare", best)
     assert command_line([argument for argument in command if "memory_" not in argument]) == 0
     assert results_of(workspace.results / "bare" / "version_0")["metrics"] == results_of(fitted)["metrics"]
@@ -133,9 +133,9 @@ def test_model_options_come_from_the_checkpoint(workspace: Workspace, fitted: Pa
 
 def test_another_task_or_backbone_is_refused(workspace, best, tmp_path, golden_arrow, capsys):
     command = workspace.command("test_only=True", best, task="food101", data_root=golden_arrow)
-    assert "task: food101 contradicts the checkpoint" in error_of(command, capsys)
+    assert "task: food101 contradicts the checkpoint" in refusal(command, capsys)
     other = other_backbone(workspace, tmp_path)
-    said = error_of(workspace.command("test_only=True", best, f"vit={other}"), capsys)
+    said = refusal(workspace.command("test_only=True", best, f"vit={other}"), capsys)
     assert f"trained on the backbone {workspace.backbone}" in said and f"vit={other} has other weights" in said
 
 
@@ -151,7 +151,7 @@ def other_backbone(workspace: Workspace, folder: Path) -> Path:
     return folder / "other"
 
 
-def test_warm_start_takes_the_memory_and_with_finetune_first_the_head(workspace, fitted, capsys, monkeypatch):
+def test_a_warm_start_loads_the_memory_and_with_finetune_first_the_head(workspace, fitted, capsys, monkeypatch):
     started: list[dict[str, torch.Tensor]] = []
 
     def keep_start(trainer: Any, module: Any, **_: Any) -> None:
@@ -159,7 +159,7 @@ def test_warm_start_takes_the_memory_and_with_finetune_first_the_head(workspace,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pl.Trainer, "fit", keep_start)
-    # Without vit, which is then the checkpoint's.
+    # Without vit, the checkpoint's backbone is used.
     base = workspace.command("exp_name=warm", f"load_path={fitted / 'last.ckpt'}")
     source = read_checkpoint(fitted / "last.ckpt").state
     for with_head in (False, True):
@@ -171,16 +171,16 @@ def test_warm_start_takes_the_memory_and_with_finetune_first_the_head(workspace,
 
 
 @pytest.mark.parametrize(("option", "file"), [("load_path", "best.ckpt"), ("resume_from", "last.ckpt")])
-def test_a_folder_in_place_of_a_checkpoint(workspace, fitted, tmp_path, option, file, capsys):
-    error = error_of(command_of(workspace, "folder", f"{option}={fitted.parent}"), capsys)
+def test_a_folder_given_as_a_checkpoint_is_refused_with_a_suggestion(workspace, fitted, tmp_path, option, file, capsys):
+    error = refusal(command_of(workspace, "folder", f"{option}={fitted.parent}"), capsys)
     assert f"found the folder {fitted.parent}; did you mean {option}={fitted / file}?" in error
     for number in (9, 10):
         (newest := tmp_path / f"version_{number}").mkdir()
         (newest / file).touch()
-    assert f"did you mean {option}={newest / file}?" in error_of(
+    assert f"did you mean {option}={newest / file}?" in refusal(
         command_of(workspace, "folder", f"{option}={tmp_path}"), capsys
     )
-    assert "no best.ckpt" in error_of(command_of(workspace, "folder", f"load_path={workspace.arrow}"), capsys)
+    assert "no best.ckpt" in refusal(command_of(workspace, "folder", f"load_path={workspace.arrow}"), capsys)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_a_folder_in_place_of_a_checkpoint(workspace, fitted, tmp_path, option, 
     [("num_workers=1", "val_check_interval=0.4"), ("max_steps=14", "max_epoch=3", "val_check_interval=1.0")],
     ids=["a worker", "steps in a third epoch"],
 )
-def test_resuming_in_mid_epoch_ends_where_the_uninterrupted_run_does(workspace, tmp_path, monkeypatch, options):
-    """Bit for bit: same samples, same dropout masks, same optimiser state, from each checkpoint on the way."""
+def test_a_run_resumed_mid_epoch_ends_as_the_uninterrupted_one(workspace, tmp_path, monkeypatch, options):
+    """Bit for bit, from each of its checkpoints: the same samples, dropout masks and optimiser state."""
     kept: list[Path] = []
     save = Checkpoints._write_last
 
@@ -209,7 +209,7 @@ def test_resuming_in_mid_epoch_ends_where_the_uninterrupted_run_does(workspace, 
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "_write_last", save_and_keep)
-        # After validations, and once between two steps that have none.
+        # After validations, and once between two steps without one.
         patch.setattr(Checkpoints, "_is_due", lambda _, trainer: trainer.validating or trainer.global_step == 5)
         run("uninterrupted")
     places = [torch.load(path, weights_only=True)["MissingModalityData"] for path in kept]
@@ -227,13 +227,13 @@ def test_resuming_in_mid_epoch_ends_where_the_uninterrupted_run_does(workspace, 
         ("optim_type=sgd", "last.ckpt: expected optim_type=adamw"),
     ],
 )
-def test_resume_with_other_batches_or_options_is_refused(workspace, fitted, option, said, capsys):
+def test_resuming_with_other_batches_or_options_is_refused(workspace, fitted, option, said, capsys):
     command = command_of(workspace, "other", f"resume_from={fitted / 'last.ckpt'}", "max_epoch=3", option)
-    assert said in error_of(command, capsys)
+    assert said in refusal(command, capsys)
 
 
-def test_an_epoch_ends_with_the_throughput(workspace: Workspace, capsys: Captured, monkeypatch: Patch) -> None:
-    """Each second counts once, also where a checkpoint is written between two steps, slowly."""
+def test_the_throughput_is_logged_after_each_epoch(workspace: Workspace, capsys: Captured, monkeypatch: Patch) -> None:
+    """Each second is counted once, even if a slow checkpoint is written between two steps."""
     monkeypatch.setattr(callbacks, "SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", lambda *_: time.sleep(0.3))
     workspace.train("timed", "test_after_fit=False", "val_check_interval=1.0")
@@ -248,7 +248,7 @@ def test_an_epoch_ends_with_the_throughput(workspace: Workspace, capsys: Capture
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_ends_the_run_with_file_and_row(workspace, golden_arrow, capsys, workers):
-    """Also from a loader process, whose errors torch wraps into tracebacks."""
+    """Also in a loader worker, whose errors torch wraps in tracebacks."""
     path = golden_arrow / "food101_train.arrow"
     table = pa.ipc.open_file(path).read_all()
     images = table["image"].to_pylist()
@@ -258,28 +258,28 @@ def test_an_unreadable_image_ends_the_run_with_file_and_row(workspace, golden_ar
         writer.write_table(broken)
     options = ("batch_size=2", "per_gpu_batchsize=2", "missing_ratio=0.0", f"num_workers={workers}")
     command = command_of(workspace, "bad", *options, task="food101", data_root=golden_arrow)
-    assert error_of(command, capsys).startswith(f"error: {path}: row 3: the image cannot be decoded: ")
+    assert refusal(command, capsys).startswith(f"error: {path}: row 3: the image cannot be decoded: ")
 
 
-def test_loader_processes_begin_with_what_comes_next(workspace: Workspace, monkeypatch: Patch) -> None:
-    """Two epochs of 12 batches with two validations each: a second epoch, and three validations after the first."""
+def test_loader_workers_prefetch_the_next_epoch_or_validation(workspace: Workspace, monkeypatch: Patch) -> None:
+    """With two epochs of 12 batches and two validations each, the second epoch and later validations are prefetched."""
     begun = []
 
-    def noted(loader: TimedLoader, begin: Any = TimedLoader.begin) -> None:
+    def record(loader: TimedLoader, begin: Any = TimedLoader.begin) -> None:
         assert isinstance(loader.sampler, EpochSampler) and isinstance(loader.dataset, ArrowDataset)
         begun.append((loader.dataset.split, loader.sampler.epoch))
         begin(loader)
 
-    monkeypatch.setattr(TimedLoader, "begin", noted)
+    monkeypatch.setattr(TimedLoader, "begin", record)
     options = ("num_workers=1", "val_check_interval=0.5", "test_after_fit=False")
     workspace.train("ahead", *options)
     assert begun == [("val", 0), ("train", 1), ("val", 0), ("val", 1)]
     begun.clear()
     workspace.train("ahead_limited", *options, "max_steps=3")
-    assert begun == [], "it ends with its first validation"
+    assert begun == [], "the run ends with its first validation"
 
 
-def test_the_test_after_a_training_computes_nothing_compiled(workspace: Workspace, monkeypatch: Patch) -> None:
+def test_the_test_after_training_does_not_use_compiled_passes(workspace: Workspace, monkeypatch: Patch) -> None:
     def compiled(step: Any, forward: Any, classifier: Any, *_: Any) -> tuple[Any, Any]:
         use_ops(classifier, PLAIN._replace(normed=lambda x, norm, dtype: norm(x).to(dtype)))
         return step, forward
@@ -296,22 +296,22 @@ def test_the_test_after_a_training_computes_nothing_compiled(workspace: Workspac
     assert found and all(found)
 
 
-def test_max_steps_ends_in_mid_epoch_and_the_rest_can_follow(workspace: Workspace, capsys: Captured) -> None:
-    """12 batches an epoch, two of them a step: the run stops at step 4 with a validation, and is then made longer."""
+def test_max_steps_ends_mid_epoch_and_the_run_can_be_extended(workspace: Workspace, capsys: Captured) -> None:
+    """With 12 batches per epoch and two per step, the run stops at step 4 with a validation, and is then extended."""
     common = ("val_check_interval=0.5", "test_after_fit=False", "decay_power=1")
     last = workspace.train("short", *common, "max_steps=4") / "last.ckpt"
     place = torch.load(last, weights_only=True)["MissingModalityData"]
     assert (place["epoch"], place["batches"]) == (0, 8)
     assert torch.load(last.with_name("best.ckpt"), weights_only=True)["global_step"] in (3, 4)
     capsys.readouterr()
-    more = (*common, "max_epoch=1", f"resume_from={last}", f"load_path={last}")  # of the two the first counts
+    more = (*common, "max_epoch=1", f"resume_from={last}", f"load_path={last}")  # resume_from wins
     longer = torch.load(workspace.train("long", *more) / last.name, weights_only=True)
     assert "max_epoch (there 2, here 1), max_steps (there 4, here None)" in capsys.readouterr().err
     assert longer["global_step"] == 6 and longer["MissingModalityData"]["epoch"] == 1
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_fast_dev_run_trains_a_batch_and_writes_nothing(workspace, fitted, monkeypatch, resumed) -> None:
+def test_fast_dev_run_trains_one_step_and_writes_nothing(workspace, fitted, monkeypatch, resumed) -> None:
     steps = []
     monkeypatch.setattr(FinetuneModule, "on_before_optimizer_step", lambda *_: steps.append(1))
     workspace.train("fast", "fast_dev_run=True", *([f"resume_from={fitted / 'last.ckpt'}"] if resumed else []))
@@ -319,7 +319,7 @@ def test_fast_dev_run_trains_a_batch_and_writes_nothing(workspace, fitted, monke
 
 
 @pytest.mark.parametrize(("task", "metric"), [("food101", "accuracy"), ("hatememes", "auroc")])
-def test_the_other_tasks_train_on_the_published_converters_files(workspace, golden_arrow, task, metric):
+def test_the_other_tasks_train_on_files_of_the_published_converters(workspace, golden_arrow, task, metric):
     options = ("batch_size=2", "per_gpu_batchsize=2", "max_epoch=1")
     folder = workspace.train(task, *options, task=task, data_root=golden_arrow)
     results = results_of(folder)
@@ -329,7 +329,7 @@ def test_the_other_tasks_train_on_the_published_converters_files(workspace, gold
     )
 
 
-def test_sacred_keeps_its_own_record(workspace: Workspace, fitted: Path, best: str, tmp_path: Path) -> None:
+def test_sacred_records_the_run(workspace: Workspace, fitted: Path, best: str, tmp_path: Path) -> None:
     command = workspace.command("test_only=True", best, "test_exp_name=sacred")
     assert command_line([*command, "-F", str(tmp_path / "sacred")]) == 0
     record = json_of(tmp_path / "sacred" / "1" / "run.json")
@@ -343,8 +343,8 @@ def in_processes(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_train_where_a_tower_gets_no_data(workspace: Workspace, fitted: Path) -> None:
-    """All train samples lose the same modality; every test sample counts once."""
+def test_two_processes_train_even_if_a_tower_gets_no_data(workspace: Workspace, fitted: Path) -> None:
+    """All training samples lack the same modality; every test sample counts once."""
     options = ("max_epoch=1", "missing_type.train=image", "missing_ratio.train=1.0")
     in_processes(command_of(workspace, "ddp", "cpu_processes=2", *options))
     folder = workspace.results / "ddp_seed0" / "version_0"

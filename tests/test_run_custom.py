@@ -1,4 +1,4 @@
-"""Data of one's own from the arrow files to the report: the same as a published task where the data is the same."""
+"""Custom datasets from the arrow files to the report."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ ROWS = {"train": 12, "val": 6, "test": 9}
 QUICK = ("robustness_ratios=[0.0,0.7]", "robustness_seeds=[0,1]", "bootstrap=10")
 
 
-def make_own(folder: Path, labels: list[str], **spec: object) -> Path:
-    """Arrow files of a single-label dataset."""
+def make_arrow_files(folder: Path, labels: list[str], **spec: object) -> Path:
+    """Writes the arrow files of a single-label dataset; returns their folder."""
     write_labelled(folder, ROWS, labels, **spec)
     assert convert(folder, folder / "arrow") == 0
     return folder / "arrow"
@@ -31,8 +31,8 @@ def make_own(folder: Path, labels: list[str], **spec: object) -> Path:
 
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes, chosen by F1-macro."""
-    return make_own(tmp_path_factory.mktemp("pets"), ["cat", "dog", "cow"], name="pets", metric="f1_macro")
+    """Arrow files of three classes, with F1-macro as the metric."""
+    return make_arrow_files(tmp_path_factory.mktemp("pets"), ["cat", "dog", "cow"], name="pets", metric="f1_macro")
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def fitted(workspace: Workspace, pets: Path) -> Path:
 
 
 def refused(workspace: Workspace, capsys: Captured, data: Path, *options: str) -> str:
-    """The error of a run."""
+    """The error line of a run that must be refused."""
     capsys.readouterr()
     assert command_line(workspace.command(*options, task="custom", data_root=data)) == 2
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_data_with_holes_is_trained_evaluated_and_predicted_on(workspace: Workspace, tmp_path: Path) -> None:
-    """What is missing by nature counts like what is simulated, which comes on top; results are given for it."""
+def test_naturally_missing_inputs_count_in_training_and_evaluation(workspace: Workspace, tmp_path: Path) -> None:
+    """They count like simulated ones, which are added to them, and have results of their own."""
     write_labelled(tmp_path, ROWS, ["cat", "dog"])
     records = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
     for number, record in enumerate(records):
@@ -72,7 +72,7 @@ def test_data_with_holes_is_trained_evaluated_and_predicted_on(workspace: Worksp
         if cell["ratio"] == 0:
             assert cell["metrics"]["accuracy"]["mean"] == found["metrics"]["accuracy"]
             assert cell["image_available"] == cell["text_available"] == pytest.approx(2 / 3)
-    # What the logits of a type are: of a sample that lacks the other modality, those of what it has.
+    # A sample that naturally lacks a modality has, for each type, the logits of its present one.
     logits = read_arrow(folder / "robustness" / "logits.arrow")
     lacking = np.arange(9) % 3
     complete, no_text, no_image = (np.array(logits[name].to_pylist()) for name in LOGIT_COLUMNS)
@@ -81,7 +81,7 @@ def test_data_with_holes_is_trained_evaluated_and_predicted_on(workspace: Worksp
     assert not np.allclose(no_text[lacking == 2], complete[lacking == 2], atol=1e-3)
 
 
-def test_the_run_says_what_the_data_says(workspace: Workspace, fitted: Path, pets: Path) -> None:
+def test_a_run_records_the_description_of_the_data(workspace: Workspace, fitted: Path, pets: Path) -> None:
     described = {"name": "pets", "labels": "single", "class_names": ["cat", "cow", "dog"], "metric": "f1_macro"}
     assert json_of(fitted / "config.json")["custom"] == described | {"signals": []}
     spec = read_checkpoint(fitted / "best.ckpt").spec
@@ -94,8 +94,8 @@ def test_the_run_says_what_the_data_says(workspace: Workspace, fitted: Path, pet
     assert set(results["metrics"]) == {"loss", "f1_macro", "accuracy", "balanced_accuracy"}
 
 
-def test_a_warm_start_takes_the_head_of_the_same_classes_alone(workspace, fitted, pets, tmp_path, capsys):
-    renamed = make_own(tmp_path / "renamed", ["cat", "dog", "horse"])
+def test_a_warm_start_loads_only_a_head_of_the_same_classes(workspace, fitted, pets, tmp_path, capsys):
+    renamed = make_arrow_files(tmp_path / "renamed", ["cat", "dog", "horse"])
     load = f"load_path={fitted / 'best.ckpt'}"
     said = refused(workspace, capsys, renamed, load, f"vit={workspace.backbone}", "finetune_first=True")
     assert "trained on the classes of pets, the data's differ: expected 'cow' as class 1, found 'dog'" in said
@@ -106,7 +106,7 @@ def test_a_warm_start_takes_the_head_of_the_same_classes_alone(workspace, fitted
 
 def test_data_of_other_classes_is_refused(workspace: Workspace, fitted: Path, tmp_path: Path, capsys: Captured) -> None:
     load = f"load_path={fitted / 'best.ckpt'}"
-    other = make_own(tmp_path, ["cat", "dog", "horse"])
+    other = make_arrow_files(tmp_path, ["cat", "dog", "horse"])
     message = f"{fitted / 'best.ckpt'}: trained on the classes of pets, the data's differ: expected 'cow' as class 1, "
     assert message in refused(workspace, capsys, other, load, "test_only=True")
     assert command_line(workspace.command(load, *QUICK, name="robustness", task="custom", data_root=other)) == 2
@@ -120,8 +120,8 @@ def test_data_of_other_classes_is_refused(workspace: Workspace, fitted: Path, tm
     )
 
 
-def test_data_of_another_metric_cannot_go_on_but_be_tested(workspace, fitted, tmp_path, capsys):
-    other = make_own(tmp_path, ["cat", "dog", "cow"])
+def test_data_with_another_metric_can_be_tested_but_not_resumed(workspace, fitted, tmp_path, capsys):
+    other = make_arrow_files(tmp_path, ["cat", "dog", "cow"])
     said = refused(workspace, capsys, other, f"resume_from={fitted / 'last.ckpt'}", f"vit={workspace.backbone}")
     assert "other options: name (there pets, here custom), metric (there f1_macro, here accuracy)" in said
     options = [f"load_path={fitted / 'best.ckpt'}", "test_only=True", "test_exp_name=other_metric"]
@@ -133,11 +133,11 @@ def test_data_of_another_metric_cannot_go_on_but_be_tested(workspace, fitted, tm
 
 @pytest.fixture(scope="module")
 def measured(workspace: Workspace, pets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs with robustness results: three classes, two by AUROC, and several labels."""
+    """Runs with robustness results: three classes, two classes measured by AUROC, and multiple labels."""
     log_dir = tmp_path_factory.mktemp("measured")
     folders, raw = {}, workspace.root / "raw"
     assert convert(raw, log_dir / "films", "--spec", str(films_as_custom(raw, log_dir / "films_data"))) == 0
-    memes = make_own(log_dir / "memes_data", ["fine", "hateful"], name="memes", metric="auroc")
+    memes = make_arrow_files(log_dir / "memes_data", ["fine", "hateful"], name="memes", metric="auroc")
     for name, data in (("pets", pets), ("memes", memes), ("films", log_dir / "films")):
         given = ("max_epoch=1",)
         folders[name] = workspace.train(name, *given, log_dir=log_dir / "runs", task="custom", data_root=data)
@@ -146,7 +146,7 @@ def measured(workspace: Workspace, pets: Path, tmp_path_factory: pytest.TempPath
     return folders
 
 
-def test_robustness_of_each_kind(measured: dict[str, Path]) -> None:
+def test_robustness_results_suit_the_kind_of_labels(measured: dict[str, Path]) -> None:
     for name, metric, extra in (
         ("pets", "f1_macro", "confusions.csv"),
         ("memes", "auroc", "roc.csv"),
@@ -160,14 +160,14 @@ def test_robustness_of_each_kind(measured: dict[str, Path]) -> None:
         files = {path.name for path in folder.iterdir()}
         assert files >= {"logits.arrow", "cells.csv", "matrix.csv", "per_class.csv"}
         assert (extra in files) if extra else not files & {"roc.csv", "confusions.csv"}
-        for of_type, curve in results["roc"].items():
-            assert curve["auroc"] == results["by_type"][of_type]["auroc"]
+        for type_name, curve in results["roc"].items():
+            assert curve["auroc"] == results["by_type"][type_name]["auroc"]
         [cell] = [one for one in results["cells"] if (one["missing_type"], one["ratio"]) == ("both", 0.7)]
-        for of_cell, found in cell["metrics"].items():  # the pattern of the test after the training
-            assert found["values"][0] == pytest.approx(tested[of_cell], abs=1e-12), name
+        for metric_name, found in cell["metrics"].items():  # at the pattern of the test after training
+            assert found["values"][0] == pytest.approx(tested[metric_name], abs=1e-12), name
 
 
-def test_the_table_of_runs(measured: dict[str, Path], capsys: Captured) -> None:
+def test_custom_runs_are_listed_by_dataset_name(measured: dict[str, Path], capsys: Captured) -> None:
     log_dir = measured["pets"].parents[1]
     assert call("runs", f"log_dir={log_dir}") == 0
     assert "f1_macro (custom_pets)" in capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_the_table_of_runs(measured: dict[str, Path], capsys: Captured) -> None:
         assert float(row["test"]) == json_of(measured[name] / "test_results.json")["metrics"][row["metric"]]
 
 
-def test_the_report(measured: dict[str, Path], tmp_path: Path) -> None:
+def test_the_report_has_custom_datasets(measured: dict[str, Path], tmp_path: Path) -> None:
     runs = measured["pets"].parents[1]
     assert call("report", f"runs={runs}", f"out={tmp_path / 'report'}") == 0
     page = text_of(tmp_path / "report")
@@ -194,7 +194,7 @@ def test_the_report(measured: dict[str, Path], tmp_path: Path) -> None:
     assert {"matrix_custom_pets.csv", "matrix_custom_memes.csv", "confusions_custom_pets.csv"} <= names
 
 
-def test_a_report_of_two_datasets_of_one_name(measured: dict[str, Path], tmp_path: Path, capsys) -> None:
+def test_datasets_of_the_same_name_cannot_share_a_report(measured: dict[str, Path], tmp_path: Path, capsys) -> None:
     for number, (name, folder) in enumerate(measured.items()):
         config = json_of(folder / "config.json")
         config["custom"]["name"] = "same"
@@ -205,7 +205,7 @@ def test_a_report_of_two_datasets_of_one_name(measured: dict[str, Path], tmp_pat
     assert "results on another dataset than" in capsys.readouterr().err
 
 
-def test_every_metric_that_data_may_name_has_its_row() -> None:
+def test_every_metric_for_custom_data_is_implemented() -> None:
     for labels, metric in [(labels, metric) for labels, metrics in CUSTOM_METRICS.items() for metric in metrics]:
         custom = CustomData("x", labels, ("a", "b"), metric)  # type: ignore[arg-type]
         task = task_of("custom", custom)
@@ -217,7 +217,7 @@ def test_every_metric_that_data_may_name_has_its_row() -> None:
         assert task.loss(logits, target) == TASKS[like].loss(logits, target)
 
 
-def test_doctor_and_sweep_on_a_custom_dataset(workspace, tmp_path, capsys, pets):
+def test_doctor_and_sweep_accept_a_custom_dataset(workspace, tmp_path, capsys, pets):
     own: dict[str, Any] = {"task": "custom", "data_root": pets}
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=1", "val_check_interval=1.0")
     assert command_line(workspace.command(*options, name="doctor", **own)) == 0

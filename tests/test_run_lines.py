@@ -1,4 +1,4 @@
-"""Which runs are one line, and what its spread is over."""
+"""Which runs share a line, and what its spread is over."""
 
 import json
 import math
@@ -25,8 +25,8 @@ def seeds_of(lines: list[RunLine[Run]]) -> list[list[int]]:
     return [[run.config["seed"] for run in line.items] for line in lines]
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_line(tmp_path: Path) -> None:
-    """Whatever they are called, wherever and how fast they ran, and however they were evaluated and reported."""
+def test_runs_that_differ_only_in_their_seed_share_a_line(tmp_path: Path) -> None:
+    """Names, places, speed, and options of evaluation and reports do not matter."""
     same: list[dict[str, Any]] = [{}, {"num_workers": 0, "exp_name": "other"}, {"test_ratio": 0.3, "log_dir": "x"}]
     same[1] |= {"image_cache": True, "compile": True, "activation_checkpointing": True, "bootstrap": 0, "runs": "x"}
     same[2] |= {"runs_sort": "-test", "out": "y", "robustness_anew": True, "robustness_types": ["text"]}
@@ -37,8 +37,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line(tmp_path: Path) -> No
     assert seeds_of([line]) == [[0, 1, 2]] and not line.repeats and line.differing([line]) == []
 
 
-def test_files_are_known_by_their_content(tmp_path: Path) -> None:
-    """Not by where they lay, where the runs say what they read."""
+def test_input_files_are_identified_by_content(tmp_path: Path) -> None:
+    """Their paths do not matter if the runs recorded the contents."""
     for seed, vit in enumerate(("here/clip", "there/clip", "other/clip")):
         run = write_run(tmp_path / f"run{seed}" / "version_0", seed=seed, vit=vit, teacher=f"t{seed}/best.ckpt")
         contents = {"backbone": "b" if "other" in vit else "a", "teacher": "c"}
@@ -49,15 +49,15 @@ def test_files_are_known_by_their_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("order_seed", 0), ("train_ends", False)])
-def test_what_is_set_is_named_where_it_is_open_by_default(tmp_path: Path, option: str, value: Any) -> None:
-    """0 and False are other values than none."""
+def test_a_set_option_is_named_if_its_default_is_none(tmp_path: Path, option: str, value: Any) -> None:
+    """0 and False differ from None."""
     for number, chosen in enumerate((None, value)):
         write_run(tmp_path / f"run{number}" / "version_0", **{option: chosen})
     lines = lines_in(tmp_path)
     assert [line.differing(lines) for line in lines] == [[], [f"{option}={value}"]]
 
 
-def test_an_entry_that_one_line_has_alone_is_named(tmp_path: Path) -> None:
+def test_an_entry_that_other_lines_lack_is_named(tmp_path: Path) -> None:
     for number, network in enumerate(({}, {"width": 64}, {"width": 64, "heads": 2})):
         write_run(tmp_path / f"run{number}" / "version_0", tested=None, task="mod", vit="random", network=network)
     lines = lines_in(tmp_path)
@@ -66,15 +66,15 @@ def test_an_entry_that_one_line_has_alone_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("vit", "lines"), [("random", [[0, 1]]), ("here/backbone.ckpt", [[0], [1]])])
-def test_backbones_that_seeds_draw_are_of_one_line(tmp_path: Path, vit: str, lines: list[list[int]]) -> None:
-    """Other ones in a file are not."""
+def test_random_backbones_of_different_seeds_share_a_line(tmp_path: Path, vit: str, lines: list[list[int]]) -> None:
+    """Different backbones from a file do not."""
     for seed in (0, 1):
         run = write_run(tmp_path / f"run{seed}" / "version_0", tested=None, task="mod", seed=seed, vit=vit)
         (run / "contents.json").write_text(json.dumps({"backbone": str(seed), "data of train": "a"}))
     assert seeds_of(lines_in(tmp_path)) == lines
 
 
-def test_a_run_of_before_an_option_was_there_has_its_default(tmp_path: Path) -> None:
+def test_an_older_run_has_the_default_of_a_newer_option(tmp_path: Path) -> None:
     for seed in (0, 1):
         run = write_run(tmp_path / f"run{seed}" / "version_0", seed=seed)
     config = json_of(run / "config.json")
@@ -89,15 +89,15 @@ def test_a_run_of_before_an_option_was_there_has_its_default(tmp_path: Path) -> 
     "options",
     [{"learning_rate": 0.5}, {"precision": "bf16-mixed"}, {"prompt_type": "mmp"}, at("text", 0.7), {"far": False}],
 )
-def test_other_configurations_and_patterns_are_other_lines(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Also where they have the same seed: three configurations are no three seeds."""
+def test_other_configurations_and_patterns_have_their_own_lines(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Even with the same seed, since configurations are not repetitions."""
     for number, differing in enumerate(({}, options)):
         write_run(tmp_path / f"run{number}" / "version_0", seed=0, **differing)
     assert seeds_of(lines_in(tmp_path)) == [[0], [0]]
 
 
-def test_a_run_cut_off_and_its_resumed_one_are_one_seed(tmp_path: Path) -> None:
-    """As are two of the same seed, of which the more complete one counts, else the last."""
+def test_an_interrupted_run_and_its_continuation_count_as_one_seed(tmp_path: Path) -> None:
+    """Of two runs with the same seed, the more complete one counts, or else the last."""
     parent = tmp_path / "rep_seed0"
     cut = write_run(parent / "version_0", tested=None)
     write_run(parent / "version_1", resume_from=str(cut / "last.ckpt"))
@@ -111,9 +111,9 @@ def test_a_run_cut_off_and_its_resumed_one_are_one_seed(tmp_path: Path) -> None:
     assert [run.folder.name for run in (*line.items, *line.repeats)] == ["version_3", "version_2", "version_1"]
 
 
-def test_head_neighbours_and_teacher_are_named_though_no_other_line_differs(tmp_path: Path) -> None:
-    beside: dict[str, Any] = {"head": "dpl", "neighbours": 4, "teacher": "result/large_seed1/version_2/best.ckpt"}
-    write_run(tmp_path / "taught" / "version_0", prompt_type="none", **beside)
+def test_head_neighbours_and_teacher_are_always_named(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"head": "dpl", "neighbours": 4, "teacher": "result/large_seed1/version_2/best.ckpt"}
+    write_run(tmp_path / "taught" / "version_0", prompt_type="none", **options)
     (line,) = lines_in(tmp_path)
     named = ["head=dpl", "neighbours=4", "teacher=large_seed1-version_2"]
     assert line.differing([line]) == named
@@ -123,7 +123,7 @@ def test_head_neighbours_and_teacher_are_named_though_no_other_line_differs(tmp_
     assert taught.differing([plain, taught]) == [*named, "memory_length=36"]
 
 
-def test_lines_are_named_by_what_differs_and_not_by_what_one_does_not_say(tmp_path: Path) -> None:
+def test_lines_are_named_by_options_that_differ_not_by_unrecorded_contents(tmp_path: Path) -> None:
     for number, rate in enumerate((0.0123456789, 0.1)):
         run = write_run(tmp_path / f"run{number}" / "version_0", learning_rate=rate, far=not number)
         (run / "contents.json").write_text(json.dumps({"data of test": "a"} if number else {}))
@@ -144,23 +144,23 @@ def test_lines_are_named_by_what_differs_and_not_by_what_one_does_not_say(tmp_pa
         ("best.ckpt", "best.ckpt"),
     ],
 )
-def test_a_checkpoint_is_named_by_its_run(path: str, name: str) -> None:
+def test_a_checkpoint_is_labelled_by_its_run(path: str, name: str) -> None:
     assert checkpoint_label(path) == name
 
 
-def test_both_ratio_counts_where_it_has_an_effect(tmp_path: Path) -> None:
+def test_both_ratio_counts_only_if_it_has_an_effect(tmp_path: Path) -> None:
     for number, options in enumerate(({"both_ratio": 0.3}, {"both_ratio": 0.5})):
         write_run(tmp_path / "text" / f"version_{number}", seed=number, **options, **at("text", 0.7))
         write_run(tmp_path / "both" / f"version_{number}", seed=number, **options)
     assert seeds_of(lines_in(tmp_path)) == [[0], [1], [0, 1]]
 
 
-def test_a_checkpoint_without_a_record_is_a_line_of_its_own() -> None:
+def test_a_checkpoint_without_a_run_has_its_own_line() -> None:
     lines = lines_of(["a.ckpt", "b.ckpt"], lambda _: None)
     assert [line.items for line in lines] == [["a.ckpt"], ["b.ckpt"]]
 
 
-def test_the_spread_is_over_training_seeds_or_named_as_over_tables() -> None:
+def test_the_spread_is_over_training_seeds_or_else_missing_tables() -> None:
     three = spread_of([[0.1, 0.3], [0.4, 0.4], [0.6, 0.6]])
     assert three is not None and three.over == "3 training seeds"
     assert (three.estimate.mean, three.estimate.std) == pytest.approx((0.4, 0.2))

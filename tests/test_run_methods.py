@@ -1,6 +1,6 @@
-"""Methods and heads that add something to a run, through run.py: trained, tested, evaluated, resumed, started from.
+"""Methods and heads that affect a whole run, through run.py: training, evaluation, resuming and warm starts.
 
-The others differ in their slots alone (test_methods.py).
+The others differ only in their slots (test_methods.py).
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def state_of(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "windows"])
-def test_a_run_and_the_evaluation_of_its_checkpoint(workspace: Workspace, tmp_path: Path, variant: str) -> None:
+def test_evaluating_a_checkpoint_repeats_the_test(workspace: Workspace, tmp_path: Path, variant: str) -> None:
     run(workspace, tmp_path, *VARIANTS[variant], "exp_name=m")
     best = tmp_path / "m_seed0" / "version_0" / "best.ckpt"
     trained = result(tmp_path / "m_seed0")
@@ -76,8 +76,8 @@ def test_a_run_and_the_evaluation_of_its_checkpoint(workspace: Workspace, tmp_pa
     assert len({tuple(one[n] for n in ("prompt_type", "head", "memory_length", "far", "vit")) for one in configs}) == 1
 
 
-def test_whole_texts_are_read_in_every_command(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
-    """All plots of a film as one sample: tested, evaluated at the same pattern from stored logits, and predicted."""
+def test_every_command_reads_whole_texts(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
+    """All plots of a film form one sample, in the test, in robustness at the same pattern, and in predictions."""
     run(workspace, tmp_path, *VARIANTS["windows"], "exp_name=m")
     tested, best = result(tmp_path / "m_seed0"), tmp_path / "m_seed0" / "version_0" / "best.ckpt"
     assert tested["other_input"] == ["text_windows=3", "group_texts=True"] and tested["samples"] == tested["rows"] == 13
@@ -100,26 +100,26 @@ def test_whole_texts_are_read_in_every_command(workspace: Workspace, tmp_path: P
 
 
 def test_a_run_of_captured_steps_ends_as_a_plain_one(workspace: Workspace, tmp_path: Path, monkeypatch: Patch) -> None:
-    """In every bit: what Python decides in a step, and validations among the steps, are as when each is computed."""
+    """Bit for bit, despite decisions that Python makes in a step and validations between the steps."""
     monkeypatch.setattr(cuda_graphs, "capture", tape)
-    recordings = CapturedGraphs()
+    graphs = CapturedGraphs()
 
     def rounded(step: Step, forward: Forward, *_: Any) -> tuple[Step, Forward]:
         return lambda batch, *rest: step(batch.rounded(), *rest), lambda batch: forward(batch.rounded())
 
     def replayed(step: Step, forward: Forward, model: nn.Module, *_: Any) -> tuple[Step, Forward]:
         trained = [each for each in model.parameters() if each.requires_grad]
-        return GraphedSteps(step, trained, recordings), GraphedForward(forward, recordings)
+        return GraphedSteps(step, trained, graphs), GraphedForward(forward, graphs)
 
     for name, how in (("plain", rounded), ("replayed", replayed)):
         monkeypatch.setattr("runs.training.captured", how)
         run(workspace, tmp_path, *DESCRIBED, "max_epoch=3", "missing_ratio=0", f"exp_name={name}")
-    assert not recordings.refused and len(recordings.by_shape[STEPS]) < 12
+    assert not graphs.refused and len(graphs.by_shape[STEPS]) < 12
     assert_same_end(*(tmp_path / f"{name}_seed0" / "version_0" for name in ("plain", "replayed")))
 
 
-def test_prototypes_are_of_all_that_the_training_split_has(workspace, tmp_path, monkeypatch):
-    """Not of what an epoch leaves of it."""
+def test_prototypes_use_the_whole_training_split(workspace, tmp_path, monkeypatch):
+    """Inputs that an epoch drops count too."""
     seen: Counter[str] = Counter()
 
     def count(_: AOEPT, __: Any, batches: Iterable[ModelInput]) -> None:
@@ -132,20 +132,20 @@ def test_prototypes_are_of_all_that_the_training_split_has(workspace, tmp_path, 
 
 
 @pytest.mark.parametrize("variant", ["described", "dpl", "aoept", "windows"])
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(workspace, tmp_path, variant, monkeypatch):
-    """From the checkpoint of every validation."""
+def test_a_resumed_run_ends_as_an_uninterrupted_one(workspace, tmp_path, variant, monkeypatch):
+    """Resumed from the checkpoint of the first validation."""
     copies: list[Path] = []
-    of_callbacks = Checkpoints.on_validation_end
+    on_validation_end = Checkpoints.on_validation_end
 
-    def keep_a_copy(self: Checkpoints, trainer: Any, *rest: Any) -> None:
-        of_callbacks(self, trainer, *rest)
+    def copy_checkpoint(self: Checkpoints, trainer: Any, *rest: Any) -> None:
+        on_validation_end(self, trainer, *rest)
         self._finish(trainer)
         copies.append(Path(shutil.copy(self.folder / "last.ckpt", tmp_path / f"{len(copies)}.ckpt")))
 
     options = (*VARIANTS[variant], "max_epoch=2", "test_after_fit=False")
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "_is_due", lambda _, trainer: trainer.validating)
-        patch.setattr(Checkpoints, "on_validation_end", keep_a_copy)
+        patch.setattr(Checkpoints, "on_validation_end", copy_checkpoint)
         run(workspace, tmp_path, *options, "exp_name=whole")
     assert len(copies) == 2
     run(workspace, tmp_path, *options, "exp_name=on", f"resume_from={copies[0]}")
@@ -174,7 +174,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(workspace, tmp_path,
         ),
     ],
 )
-def test_options_that_contradict_the_checkpoint_or_the_backbone(workspace, dcp, tmp_path, capsys, options, message):
+def test_options_that_contradict_checkpoint_or_backbone_are_refused(workspace, dcp, tmp_path, capsys, options, message):
     run(workspace, tmp_path, *options.format(dcp.parent).split(" "), status=2)
     assert message.format(dcp.parent) in capsys.readouterr().err
 
@@ -184,8 +184,8 @@ def dcp(workspace: Workspace) -> Path:
     return workspace.train("dcp", "prompt_type=dcp", "max_epoch=1", "test_after_fit=False") / "best.ckpt"
 
 
-def test_a_method_that_sees_the_training_split_sees_it_after_a_warm_start_from_none(workspace, tmp_path):
-    """Of AOEPT the clusters, which would all be 0; from a checkpoint of its own it has them."""
+def test_aoept_draws_its_clusters_after_a_warm_start_from_another_method(workspace, tmp_path):
+    """They would all be 0 otherwise; a checkpoint of AOEPT already has them."""
     short = ("test_after_fit=False", "max_steps=1", "warmup_steps=0")
     run(workspace, tmp_path, "prompt_type=none", *short, "exp_name=m")
     states: list[dict[str, torch.Tensor]] = []
@@ -214,8 +214,8 @@ def test_a_method_that_sees_the_training_split_sees_it_after_a_warm_start_from_n
         (4, {"prompt_type": "coop"}, (), (6, 0)),
     ],
 )
-def test_depths_that_are_not_given_fit_the_backbone(caplog, blocks, wanted, given, expected):
-    """As in the published one, half of the blocks have slots of their own; what is given is left alone."""
+def test_unset_depths_are_fitted_to_the_backbone(caplog, blocks, wanted, given, expected):
+    """As in the published model, half of the blocks have slots of their own; given depths are not changed."""
     options = resolve({**DEFAULTS, "task": "mmimdb", **wanted})
     with caplog.at_level("INFO"):
         fitted = fit_depths(options, given, dataclasses.replace(TINY, vision_layers=blocks, text_layers=12))
@@ -225,7 +225,7 @@ def test_depths_that_are_not_given_fit_the_backbone(caplog, blocks, wanted, give
     assert all(f"the backbone has {blocks} blocks" in record.getMessage() for record in caplog.records)
 
 
-def test_a_run_keeps_the_depth_that_it_had(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_resumed_run_keeps_its_depth(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_steps=1")
     command = [option for option in command if not option.startswith("memory_depth")]
     assert command_line([*command, "exp_name=m", "prompt_type=msp"]) == 0
@@ -236,7 +236,7 @@ def test_a_run_keeps_the_depth_that_it_had(workspace: Workspace, tmp_path: Path,
     assert "nothing left to do" in capsys.readouterr().err
 
 
-def test_a_head_is_told_the_missing_type_of_the_training(workspace, tmp_path, monkeypatch):
+def test_a_head_is_told_the_missing_type_of_training(workspace, tmp_path, monkeypatch):
     told: list[str] = []
     monkeypatch.setattr(DecoupledPrototypes, "trained_on", lambda _, missing_type: told.append(missing_type))
     types = ("missing_type=text", "test_type=image")

@@ -1,4 +1,4 @@
-"""A set of sensors through run.py: FOCAL's pretraining, fine-tuning, supervised training, and all that follows."""
+"""A sensor dataset through run.py: FOCAL pretraining, fine-tuning, supervised training, and the commands after them."""
 
 import json
 import re
@@ -37,7 +37,7 @@ from vilt.datasets.open_spec import open_spec
 
 NETWORK = ("network.width=8", "network.blocks=[1,1]", "network.feature_width=12", "network.projection_width=6")
 FOCAL = ("prompt_type=focal", "missing_ratio=0")
-FORESTS = ("one", "one for each pattern")
+FOREST_NAMES = ("one", "one for each pattern")
 SMALL = ("batch_size=16", "per_gpu_batchsize=16", "max_epoch=2", "precision=32", "num_workers=0")
 
 
@@ -72,7 +72,7 @@ def state_of(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def test_pretraining_trains_towers_and_projections_alone(root: Path, pretrained: Path) -> None:
+def test_pretraining_trains_only_towers_and_projections(root: Path, pretrained: Path) -> None:
     state = state_of(pretrained / "best.ckpt")
     parts = {name.split(".")[1] for name in state}
     assert parts == {"freq_interval_layers", "mod_in_layers", "mod_projectors", "weight", "bias"}
@@ -83,7 +83,7 @@ def test_pretraining_trains_towers_and_projections_alone(root: Path, pretrained:
     losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
     assert losses[-1] < losses[0]
     [accuracy] = [float(row["val/neighbour_accuracy"]) for row in rows if row["val/neighbour_accuracy"]]
-    backbone = backbone_in(pretrained / "last.ckpt")  # it is measured after the last epoch
+    backbone = backbone_in(pretrained / "last.ckpt")  # neighbour accuracy is measured after the last epoch
     assert backbone is not None
     model = build(backbone.architecture).eval()
     model.load_state_dict(backbone.state, strict=False)
@@ -104,20 +104,20 @@ def test_pretraining_trains_towers_and_projections_alone(root: Path, pretrained:
     assert set(scale) == {"acc", "gyr", "lig"} and all(value > 0 for value in scale.values())
 
 
-def test_neighbours_have_labels_and_of_equally_many_the_lowest_counts() -> None:
+def test_only_labelled_neighbours_count_and_ties_go_to_the_lowest_class() -> None:
     known = torch.tensor([[0.0], [1], [2], [10], [11], [12], [3]]), torch.tensor([0, 0, 1, 2, 2, 2, -1])
     for label, share in ((0, 1.0), (2, 0.5)):
         assert neighbour_accuracy(known, (torch.tensor([[0.0], [11]]), torch.tensor([label, 2]))) == share
 
 
-def test_fine_tuning_takes_the_pretrained_towers_and_leaves_them(root: Path, pretrained: Path, trained: Path) -> None:
-    kept = state_of(trained / "best.ckpt")
-    assert {name.split(".")[1] for name in kept} == {"memory_learner", "mod_fusion_layers", "weight", "bias"}
+def test_fine_tuning_loads_the_pretrained_towers_and_freezes_them(root: Path, pretrained: Path, trained: Path) -> None:
+    saved = state_of(trained / "best.ckpt")
+    assert {name.split(".")[1] for name in saved} == {"memory_learner", "mod_fusion_layers", "weight", "bias"}
     predictor = load_model(trained / "best.ckpt", device="cpu")
-    of_model = predictor._classifier.state_dict()
+    loaded = predictor._classifier.state_dict()
     for name, tensor in state_of(pretrained / "best.ckpt").items():
         if name.startswith(("model.freq", "model.mod_in")):
-            assert torch.equal(of_model[name], tensor), name
+            assert torch.equal(loaded[name], tensor), name
     results = json_of(trained / "test_results.json")
     assert results["samples"] == 12 and sum(results["missing"].values()) == 12
     lost = {name for name, count in results["missing"].items() if count}
@@ -132,7 +132,7 @@ def test_an_interrupted_pretraining_ends_with_the_same_bits(root, pretrained, mo
     assert_same_end(pretrained, root / "result" / "pre_again_seed0" / "version_1")
 
 
-def test_robustness_report_and_table_of_runs(root: Path, trained: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_robustness_runs_and_report_accept_sensors(root: Path, trained: Path, tmp_path: Path, capsys: Captured) -> None:
     options = ("robustness_ratios=[0,0.7]", "robustness_seeds=[0]", "bootstrap=0", "num_workers=0", "precision=32")
     assert call("robustness", f"load_path={trained / 'best.ckpt'}", *options) == 0
     found = json_of(trained / "robustness" / "robustness.json")
@@ -148,7 +148,7 @@ def test_robustness_report_and_table_of_runs(root: Path, trained: Path, tmp_path
 
 
 @pytest.mark.parametrize("network", ["swt", "deepsense"])
-def test_supervised_training(root: Path, network: str) -> None:
+def test_supervised_training_of_both_networks(root: Path, network: str) -> None:
     sizes = (*NETWORK, f"network.type={network}", "network.recurrent_width=4", "missing_type=acc", "max_epoch=1")
     assert command_line(command(root, "task_finetune_sensors", "supervised", f"exp_name={network}", *sizes)) == 0
     state = state_of(root / "result" / f"{network}_seed0" / "version_0" / "best.ckpt")
@@ -157,8 +157,8 @@ def test_supervised_training(root: Path, network: str) -> None:
     assert any("patch_embed" in name or "loc_mod_extractors" in name for name in state)
 
 
-def test_several_processes_validate_the_running_statistics_that_are_kept(root: Path, monkeypatch: Patch) -> None:
-    """Those of the first process; each would have its own otherwise."""
+def test_all_processes_validate_with_the_saved_running_statistics(root: Path, monkeypatch: Patch) -> None:
+    """The first process's statistics are broadcast; otherwise each process would use its own."""
     row = open_spec("sensors", root / "data", ["train"])
     sizes = sizes_for(row, {"type": "deepsense", "width": 8, "recurrent_width": 4}, {})
     spec = ModelSpec("sensors", MethodOptions("full"), sizes, custom=row.custom)
@@ -172,9 +172,9 @@ def test_several_processes_validate_the_running_statistics_that_are_kept(root: P
     assert changed == {name for name in before if "running" in name} and len(changed) == 2 * 3 * 3
 
 
-def test_a_checkpoint_of_another_family_is_no_start(root: Path, monkeypatch: Patch, capsys: Captured) -> None:
-    of_images = SimpleNamespace(path="best.ckpt", spec=SimpleNamespace(task="mmimdb"))
-    monkeypatch.setattr("runs.training.read_checkpoint", lambda _: of_images)
+def test_a_warm_start_from_another_family_is_refused(root: Path, monkeypatch: Patch, capsys: Captured) -> None:
+    image_checkpoint = SimpleNamespace(path="best.ckpt", spec=SimpleNamespace(task="mmimdb"))
+    monkeypatch.setattr("runs.training.read_checkpoint", lambda _: image_checkpoint)
     assert command_line(command(root, "task_finetune_sensors", f"load_path={__file__}")) == 2
     assert "load_path=best.ckpt: expected a model for sensors, found one of mmimdb" in capsys.readouterr().err
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_family_is_no_start(root: Path, monkeypatch: Pat
         ((*FOCAL, "per_gpu_batchsize=4"), "for at least 2 subsequences, with prompt_type=focal, found 4"),
     ],
 )
-def test_wrong_options(root: Path, capsys: Captured, options: tuple[str, ...], message: str) -> None:
+def test_invalid_options_are_refused(root: Path, capsys: Captured, options: tuple[str, ...], message: str) -> None:
     assert command_line(command(root, "task_finetune_sensors", "exp_name=wrong", *options)) == 2
     assert message in capsys.readouterr().err
     assert not (root / "result" / "wrong_seed0").exists()
@@ -231,8 +231,8 @@ def test_models_of_other_modalities_or_sizes_are_refused(root, pretrained, train
     assert not (root / "result" / "refused_seed0").exists()
 
 
-def test_a_published_state_is_a_backbone(root: Path, tmp_path: Path) -> None:
-    """Its names all accounted for; fusion, head and projections are left."""
+def test_published_weights_load_as_a_backbone(root: Path, tmp_path: Path) -> None:
+    """Every name is accounted for; fusion, head and projections are left out."""
     spec = open_spec("sensors", root / "data", ["train"])
     sizes = sizes_for(spec, {"width": 8, "blocks": [1, 1], "feature_width": 12}, {})
     backbone = make(sizes).model
@@ -247,7 +247,7 @@ def test_a_published_state_is_a_backbone(root: Path, tmp_path: Path) -> None:
         published_weights(path, sizes)
 
 
-def test_a_pretraining_is_not_evaluated(root: Path, pretrained: Path, capsys: Captured) -> None:
+def test_a_pretrained_backbone_cannot_be_evaluated(root: Path, pretrained: Path, capsys: Captured) -> None:
     """Its head is untrained."""
     load = f"load_path={pretrained / 'best.ckpt'}"
     for words in ([*command(root, "task_finetune_sensors"), "test_only=True"], ["run.py", "robustness", "with"]):
@@ -261,7 +261,7 @@ def test_a_pretraining_is_not_evaluated(root: Path, pretrained: Path, capsys: Ca
         load_model(pretrained / "best.ckpt")
 
 
-def test_an_exported_backbone_is_one(pretrained: Path, tmp_path: Path) -> None:
+def test_an_exported_backbone_can_be_loaded(pretrained: Path, tmp_path: Path) -> None:
     assert call("export", f"load_path={pretrained / 'best.ckpt'}", f"out={tmp_path / 'out'}") == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pretrained without labels on made_up" in card and "classified" not in card and "load_model" not in card
@@ -271,7 +271,7 @@ def test_an_exported_backbone_is_one(pretrained: Path, tmp_path: Path) -> None:
     assert exported.sha256 == ours.sha256 and exported.architecture == ours.architecture
 
 
-def test_views_change_all_of_a_batch_alike_or_leave_it() -> None:
+def test_views_change_each_modality_some_of_the_time() -> None:
     torch.manual_seed(0)
     signals = signals_of(make().model.sizes, 3)  # type: ignore[arg-type]
     changed = dict.fromkeys(signals, 0)
@@ -299,7 +299,7 @@ def test_mixed_samples_have_mixed_labels() -> None:
         assert torch.isfinite(torch.nn.functional.cross_entropy(logits, shares))
 
 
-def test_a_recording_of_any_length_is_predicted_sample_by_sample(root: Path, trained: Path, tmp_path: Path) -> None:
+def test_recordings_are_predicted_sample_by_sample(root: Path, trained: Path, tmp_path: Path) -> None:
     dataset = ArrowDataset(open_spec("sensors", root / "data", ["test"]), root / "data", "test")
     signals = np.load(root / "raw" / "signals.npy")[11 * ROWS :] * np.float32(0.01)
     recording = {"acc": signals[:, :2], "gyr": signals[: ROWS - 3, 2:4], "lig": None}
@@ -348,33 +348,33 @@ def test_a_recording_of_any_length_is_predicted_sample_by_sample(root: Path, tra
 
 
 @pytest.mark.parametrize("method", ["none", "rep"])
-def test_frozen_towers_are_in_evaluation_mode_and_run_once_where_nothing_changes(root, pretrained, monkeypatch, method):
+def test_frozen_towers_stay_in_evaluation_mode_and_run_once_if_cached(root, pretrained, monkeypatch, method):
     modes: set[tuple[bool, ...]] = set()
     ran: list[int] = []
     step, encode = FinetuneModule.training_step, SwtTower.body
 
-    def looking(module: FinetuneModule, *arguments: Any) -> Tensor:
+    def record_modes(module: FinetuneModule, *arguments: Any) -> Tensor:
         parts = map(module.classifier.model.get_submodule, ("freq_interval_layers", "mod_fusion_layers"))
         modes.add(tuple(part.training for part in parts))
         return step(module, *arguments)
 
-    def counted(tower: SwtTower, tokens: Tensor, *others: Any) -> Tensor:
+    def count(tower: SwtTower, tokens: Tensor, *others: Any) -> Tensor:
         ran.append(len(tokens))
         return encode(tower, tokens, *others)
 
-    monkeypatch.setattr(FinetuneModule, "training_step", looking)
-    monkeypatch.setattr(SwtTower, "body", counted)
+    monkeypatch.setattr(FinetuneModule, "training_step", record_modes)
+    monkeypatch.setattr(SwtTower, "body", count)
     load = (f"load_path={pretrained / 'best.ckpt'}", f"prompt_type={method}", "memory_depth=2", "memory_length=6")
     states = {}
-    for kept in (True, False) if method == "none" else (True,):  # REP's are never constant
-        if not kept:
+    for cached in (True, False) if method == "none" else (True,):  # REP's features are never constant
+        if not cached:
             monkeypatch.setattr("runs.training.has_constant_features", lambda _: False)
         ran.clear()
-        name = f"exp_name={method}_{kept}"
+        name = f"exp_name={method}_{cached}"
         assert command_line(command(root, "task_finetune_sensors", name, "max_epoch=3", *load)) == 0
-        states[kept] = state_of(root / "result" / f"{method}_{kept}_seed0" / "version_0" / "last.ckpt")
-        if method == "none" and kept:
-            assert sum(ran) == 3 * 72  # the samples of three splits, of three modalities
+        states[cached] = state_of(root / "result" / f"{method}_{cached}_seed0" / "version_0" / "last.ckpt")
+        if method == "none" and cached:
+            assert sum(ran) == 3 * 72  # three modalities of the samples in all splits
         else:
             assert sum(ran) > 3 * 72
     assert modes == {(False, True)}
@@ -382,8 +382,8 @@ def test_frozen_towers_are_in_evaluation_mode_and_run_once_where_nothing_changes
         torch.testing.assert_close(tensor, states[True][name], rtol=1e-4, atol=1e-4)
 
 
-def test_a_forest_reads_the_files_and_tables_of_a_run(root: Path, tmp_path: Path) -> None:
-    """Every modality shows the class, so that a forest is right of what is complete, and mostly whatever is missing."""
+def test_a_forest_is_measured_at_the_patterns_of_a_run(root: Path, tmp_path: Path) -> None:
+    """Every modality reveals the class, so a forest is right on complete samples, and mostly right on others."""
     pytest.importorskip("sklearn")
     from benchmarks.forest import table
 
@@ -397,7 +397,7 @@ def test_a_forest_reads_the_files_and_tables_of_a_run(root: Path, tmp_path: Path
     header, *alone = table([tmp_path])
     assert header.startswith("| forest | missing | ratio | accuracy")
     rows = [line.strip("| ").split(" | ") for line in alone]
-    assert [row[:3] for row in rows] == [[of, "some", ratio] for of in FORESTS for ratio in ("0.0", "0.7")]
+    assert [row[:3] for row in rows] == [[name, "some", ratio] for name in FOREST_NAMES for ratio in ("0.0", "0.7")]
     assert all(row[3:] == ["100.0", "100.0"] for row in rows[::2]) and all(float(row[3]) > 80 for row in rows)
     [*_, last] = table([tmp_path] * 2)
     assert " ± 0.0 | " in last

@@ -1,4 +1,4 @@
-"""`run.py runs`: every run is there, with its state and its figures."""
+"""`run.py runs` lists every run with its state and results."""
 
 import json
 import os
@@ -24,7 +24,7 @@ BEGAN = 1_750_000_000
 
 
 def write_run(folder: Path, *, score: float | None = 0.4, tested: float | None = 0.3, **options: Any) -> Path:
-    """A run folder with made-up content; `options` differ from the defaults."""
+    """Writes a run folder with made-up content; `options` override the defaults."""
     config = json.loads(json.dumps(DEFAULTS)) | {"task": "mmimdb", **options}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -44,7 +44,7 @@ def state_of(folder: Path) -> tuple[str, str]:
     return row.state, row.note
 
 
-def test_a_finished_run(tmp_path: Path) -> None:
+def test_a_finished_run_is_listed_with_its_results(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "rep_seed3" / "version_0", exp_name="rep", seed=3, both_ratio=0.25)
     (row,) = list_runs(tmp_path)
     assert row.folder == folder
@@ -59,11 +59,11 @@ def test_a_copied_run_keeps_its_date(tmp_path: Path) -> None:
         (folder / "environment.json").write_text(json.dumps({"started": recorded}))
         (row,) = list_runs(tmp_path)
         assert row.date is not None and row.date.timestamp() == 1_741_064_767
-    (folder / "environment.json").write_text("{}")  # of before it was recorded
+    (folder / "environment.json").write_text("{}")  # an older run did not record it
     assert list_runs(tmp_path)[0].date == datetime.fromtimestamp(BEGAN)
 
 
-def test_an_evaluation_has_no_training(tmp_path: Path) -> None:
+def test_an_evaluation_is_listed_without_training(tmp_path: Path) -> None:
     write_run(tmp_path / "rep_test_both_0.5" / "version_0", score=None, test_only=True)
     write_run(tmp_path / "rep_test_both_0.6" / "version_0", score=None, tested=None, test_only=True)
     done, broken_off = list_runs(tmp_path)
@@ -82,7 +82,7 @@ def test_an_evaluation_has_no_training(tmp_path: Path) -> None:
         ({"score": None}, ("unfinished", "no validation yet")),
     ],
 )
-def test_how_far_a_run_without_test_result_came(tmp_path: Path, options: dict[str, Any], expected) -> None:
+def test_an_untested_run_shows_how_far_it_got(tmp_path: Path, options: dict[str, Any], expected) -> None:
     folder = write_run(tmp_path / "a" / "version_0", tested=None, **options)
     assert state_of(folder) == expected
 
@@ -104,7 +104,7 @@ def test_a_damaged_run_is_shown_as_such(tmp_path: Path, name: str) -> None:
     assert state == "damaged" and note.startswith(message)
 
 
-def test_other_damage(tmp_path: Path) -> None:
+def test_other_damage_is_shown_too(tmp_path: Path) -> None:
     (tmp_path / "a" / "version_0").mkdir(parents=True)  # cut off before anything was written
     whole = write_run(tmp_path / "c" / "version_0")
     (whole / "best.ckpt").write_bytes((whole / "best.ckpt").read_bytes()[:-300])
@@ -122,8 +122,8 @@ def test_other_damage(tmp_path: Path) -> None:
     assert rows[3].note == "config.json: not as written by run.py: KeyError 'prompt_type'"
 
 
-def test_only_runs_are_runs(tmp_path: Path) -> None:
-    """CLIP's folder and Sacred's records have a config.json too; runs may lie deeper, or under another name."""
+def test_only_run_folders_are_listed(tmp_path: Path) -> None:
+    """CLIP's folder and Sacred's records have a config.json too; run folders may be nested deeper or renamed."""
     (tmp_path / "backbone").mkdir()
     (tmp_path / "backbone" / "config.json").write_text('{"model_type": "clip"}')
     sacred = write_run(tmp_path / "sacred" / "1")
@@ -135,8 +135,8 @@ def test_only_runs_are_runs(tmp_path: Path) -> None:
     assert [row.folder for row in list_runs(tmp_path)] == [renamed, folders[1], folders[0]]
 
 
-def test_a_resumed_run_is_one_with_the_run_that_it_was_resumed_from(tmp_path: Path) -> None:
-    """Wherever both were moved; one that was tested before it was resumed is a run of its own."""
+def test_a_resumed_run_replaces_the_run_it_was_resumed_from(tmp_path: Path) -> None:
+    """Even if both were moved; a run that was tested before it was resumed is listed separately."""
     parent = tmp_path / "moved" / "rep_seed0"
     first = write_run(parent / "version_0", tested=None, score=0.1)
     for number in (1, 2):
@@ -146,12 +146,12 @@ def test_a_resumed_run_is_one_with_the_run_that_it_was_resumed_from(tmp_path: Pa
         if number == 1:
             (row,) = list_runs(tmp_path)
             assert (row.folder, row.validation) == (parent / "version_1", 0.2)
-            assert row.date == datetime.fromtimestamp(BEGAN - 60), "when the first one began"
+            assert row.date == datetime.fromtimestamp(BEGAN - 60), "the start of the first one"
             assert find_checkpoints([tmp_path]) == [parent / "version_1" / "best.ckpt"]
     assert [row.folder.name for row in list_runs(tmp_path)] == ["version_1", "version_2"]
 
 
-def test_sorting_puts_what_is_lacking_last(tmp_path: Path) -> None:
+def test_missing_values_are_sorted_last(tmp_path: Path) -> None:
     for seed, score in ((10, 0.2), (9, None), (2, 0.7)):
         write_run(tmp_path / f"rep_seed{seed}" / "version_0", seed=seed, score=score)
     rows = list_runs(tmp_path)
@@ -167,7 +167,7 @@ def test_sorting_puts_what_is_lacking_last(tmp_path: Path) -> None:
         assert [row.seed for row in sort_runs(rows, order)] == seeds, order
 
 
-def test_the_command(tmp_path: Path, capsys: Captured) -> None:
+def test_the_command_prints_and_writes_the_table(tmp_path: Path, capsys: Captured) -> None:
     for seed, tested in ((0, 0.25), (1, 0.75)):
         write_run(tmp_path / f"rep_seed{seed}" / "version_0", exp_name="rep", seed=seed, tested=tested)
     (tmp_path / "cut" / "version_0").mkdir(parents=True)
@@ -188,7 +188,7 @@ def test_the_command(tmp_path: Path, capsys: Captured) -> None:
     assert rows[0]["metric"] == "f1_macro" and rows[0]["folder"] == str(tmp_path / "rep_seed1" / "version_0")
 
 
-def test_the_method_is_named_with_its_head_neighbours_and_teacher(tmp_path: Path) -> None:
+def test_the_method_includes_head_neighbours_and_teacher(tmp_path: Path) -> None:
     write_run(tmp_path / "a_seed0" / "version_0", prompt_type="none", head="dpl", neighbours=8)
     write_run(tmp_path / "b_seed0" / "version_0", teacher="result/large_seed1/version_2/best.ckpt")
     assert {row.method for row in list_runs(tmp_path)} == {
@@ -197,7 +197,7 @@ def test_the_method_is_named_with_its_head_neighbours_and_teacher(tmp_path: Path
     }
 
 
-def test_macro_f1_at_the_offset_of_validation_has_a_column(tmp_path: Path) -> None:
+def test_macro_f1_at_the_validation_offset_has_a_column(tmp_path: Path) -> None:
     for seed, found in ((0, {AT_OFFSET: 0.5}), (1, {})):
         run = write_run(tmp_path / f"rep_seed{seed}" / "version_0", seed=seed)
         edited(run, "test_results.json", metrics={"f1_macro": 0.25, **found})
@@ -208,8 +208,8 @@ def test_macro_f1_at_the_offset_of_validation_has_a_column(tmp_path: Path) -> No
     assert "f1 macro at offset" in shown[0] and "offset" not in describe_runs(rows[1:], tmp_path)
 
 
-def test_the_table_fits_into_a_narrow_terminal(tmp_path: Path, capsys: Captured, monkeypatch: Patch) -> None:
-    """Headings are not folded within a word. What is the same for all runs, or said by the folder, has no column."""
+def test_the_table_fits_a_narrow_terminal(tmp_path: Path, capsys: Captured, monkeypatch: Patch) -> None:
+    """Headings wrap only between words. Values that all runs share, or that the folder states, have no column."""
     monkeypatch.setenv("COLUMNS", "100")
     write_run(tmp_path / ("long_" * 20) / "version_0", max_epoch=20, tested=None)
     for task in ("mmimdb", "food101"):
@@ -223,8 +223,8 @@ def test_the_table_fits_into_a_narrow_terminal(tmp_path: Path, capsys: Captured,
         assert "".join("".join(lines).split()).count("long_") >= 1 and "epochs" in "".join(lines)
 
 
-def test_undefined_figures_and_baselines_are_shown_as_such(tmp_path: Path, capsys: Captured) -> None:
-    """Null in test_results.json; sorted last whichever way; of two datasets each by its name."""
+def test_undefined_results_and_baselines_are_shown(tmp_path: Path, capsys: Captured) -> None:
+    """Undefined results (null in test_results.json) sort last in either order; baselines name their dataset."""
     first = write_run(tmp_path / "a" / "version_0", seed=0, tested=0.3)
     second = write_run(tmp_path / "b" / "version_0", seed=1)
     baselines = {"constant": {"answer": "always Drama", "metrics": {"f1_macro": 0.1893}}}
@@ -241,7 +241,7 @@ def test_undefined_figures_and_baselines_are_shown_as_such(tmp_path: Path, capsy
     assert [row["test"] for row in csv_of(tmp_path / "runs.csv")] == ["0.6", "0.3", ""]
 
 
-def test_a_run_that_repeats_a_seed_says_so(tmp_path: Path) -> None:
+def test_a_run_that_repeats_a_seed_has_a_note(tmp_path: Path) -> None:
     for number in (0, 1):
         write_run(tmp_path / "a" / f"version_{number}")
     rows = list_runs(tmp_path)
@@ -250,7 +250,7 @@ def test_a_run_that_repeats_a_seed_says_so(tmp_path: Path) -> None:
     assert "note" not in head and repeat == "a/version_0: repeats a/version_1"
 
 
-def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: Captured) -> None:
+def test_a_folder_without_runs_gives_an_empty_table(tmp_path: Path, capsys: Captured) -> None:
     assert call("runs", f"log_dir={tmp_path}") == 0
     assert capsys.readouterr().out.splitlines()[1] == f"no runs below {tmp_path}"
     assert csv_of(tmp_path / "runs.csv") == []
@@ -265,12 +265,12 @@ def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: Captured) -> None
         ("run_sort=date", "unknown option run_sort; did you mean runs_sort?"),
     ],
 )
-def test_wrong_options(tmp_path: Path, capsys: Captured, option: str, message: str) -> None:
+def test_invalid_options_are_refused(tmp_path: Path, capsys: Captured, option: str, message: str) -> None:
     assert call("runs", option.format(top=tmp_path)) == 2
     assert capsys.readouterr().err.startswith(f"error: {message.format(top=tmp_path)}")
 
 
-def test_a_real_run(fitted: Path, tmp_path: Path) -> None:
+def test_a_real_run_is_listed(fitted: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fitted, tmp_path / "version_0"))
     (row,) = list_runs(tmp_path)
     values = [float(line["val/f1_macro"]) for line in csv_of(folder / "metrics.csv") if line["val/f1_macro"]]
@@ -282,8 +282,8 @@ def test_a_real_run(fitted: Path, tmp_path: Path) -> None:
     assert state_of(folder) == ("unfinished", "not tested")
 
 
-def test_checkpoints_below_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Natural order; evaluations have no checkpoint and need none, and trials of a search are no results."""
+def test_checkpoints_below_a_folder_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In natural order; evaluations need no checkpoint, and the trials of a search are left out."""
     caplog.set_level("INFO", "rep")
     folders = [write_run(tmp_path / "rep_seed0" / f"version_{number}") for number in (10, 9)]
     write_run(tmp_path / "rep_test" / "version_0", score=None, test_only=True)

@@ -36,8 +36,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Arrow files of two corpora with different widths."""
     root = tmp_path_factory.mktemp("vla")
     widths = {"mosei": (7, 5, 6), "mosi": (7, 3, 4)}
-    for seed, (name, of_corpus) in enumerate(widths.items()):
-        shapes = {"text": (5, of_corpus[0]), "audio": (6, of_corpus[1]), "vision": (4, of_corpus[2])}
+    for seed, (name, (text, audio, vision)) in enumerate(widths.items()):
+        shapes = {"text": (5, text), "audio": (6, audio), "vision": (4, vision)}
         (root / f"{name}.pkl").write_bytes(pickle.dumps(mmsa_pickle(vla_splits(SIZES, shapes, seed))))
         converted = ["--dataset", name, "--root", str(root / f"{name}.pkl"), "--target", str(root / name)]
         assert make_arrow.main(converted) == 0
@@ -57,7 +57,7 @@ def folder_of(root: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(root: Path) -> Path:
-    """Checkpoint of stage 1."""
+    """The checkpoint of stage 1."""
     sizes = ("network.width=8", "network.heads=2", "network.layers=2")
     assert command_line(command(root, *sizes, corpus="mosei")) == 0
     return folder_of(root, "pretrain_mosei") / "best.ckpt"
@@ -72,7 +72,7 @@ def finetune(root: Path, pretrained: Path, method: str, *options: str) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(root: Path, pretrained: Path) -> Path:
-    """Run folder of REP."""
+    """The run folder of REP in stage 2."""
     return finetune(root, pretrained, "rep")
 
 
@@ -84,7 +84,7 @@ def measured(trained: Path, root: Path) -> Path:
     return trained / "robustness"
 
 
-def test_the_card_of_a_model_of_numbers_has_no_classes(trained: Path, tmp_path: Path) -> None:
+def test_the_card_of_a_regression_model_has_no_classes(trained: Path, tmp_path: Path) -> None:
     export(trained / "best.ckpt", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "CMU-MOSI, predicted from text" in card and "Predicted: sentiment." in card and "Classes" not in card
@@ -100,31 +100,31 @@ def test_stage_one_trains_the_whole_backbone_on_complete_segments(pretrained: Pa
 
 
 @pytest.mark.parametrize("method", ["mplmm", "none", "rep"])
-def test_stage_two_takes_over_and_freezes_all_but_projections(root, pretrained, trained, method):
+def test_stage_two_loads_and_freezes_all_but_projections(root, pretrained, trained, method):
     trained = trained if method == "rep" else finetune(root, pretrained, method)
     config = json_of(trained / "config.json")
     assert config["vit"] == str(pretrained) and config["learning_rate"] == 1e-3 and config["optim_type"] == "adam"
     results = json_of(trained / "test_results.json")
     assert results["missing_in_training"].startswith("redrawn in each epoch (70 % some")
     assert sum(results["missing"][name] for name in TYPE_NAMES[1:]) == int(0.7 * SIZES["test"])
-    kept = read_checkpoint(trained / "best.ckpt").state
+    saved = read_checkpoint(trained / "best.ckpt").state
     learner = {"rep": "model.memory_learner.", "mplmm": "model.prompt_learner."}.get(method, "none")
     own = ("model.proj_l", "model.proj_a", "model.proj_v", "mosi_classifier.", learner)
-    assert all(name.startswith(own) for name in kept)
-    assert kept["model.proj_a.weight"].shape == (8, 3, 1)
+    assert all(name.startswith(own) for name in saved)
+    assert saved["model.proj_a.weight"].shape == (8, 3, 1)
     lines = [line.split("\t") for line in (trained / "taken_over.txt").read_text().splitlines()]
-    new, over, left = ({name for of, name in lines if of == group} for group in ("new", "taken over", "left"))
-    assert new == set(kept) and over | left == set(read_checkpoint(pretrained).state)
+    new, over, left = ({name for kind, name in lines if kind == group} for group in ("new", "taken over", "left"))
+    assert new == set(saved) and over | left == set(read_checkpoint(pretrained).state)
     assert {name.rpartition(".")[0] for name in left} == {*(f"model.proj_{x}" for x in "lav"), "mosei_classifier"}
 
 
-def test_the_best_model_is_that_of_the_lowest_error(trained: Path) -> None:
+def test_the_best_checkpoint_has_the_lowest_error(trained: Path) -> None:
     best = torch.load(trained / "best.ckpt", weights_only=True)
     errors = [float(row["val/mae"]) for row in csv_of(trained / "metrics.csv") if row["val/mae"]]
     assert best["score"] == pytest.approx(min(errors)) and best["monitor"] == "val/mae"
 
 
-def test_predictions_are_those_of_the_test(measured: Path, root: Path, tmp_path: Path) -> None:
+def test_predictions_equal_those_of_the_test(measured: Path, root: Path, tmp_path: Path) -> None:
     dataset = ArrowDataset(open_spec("mosi", root / "mosi", ["test"]), root / "mosi", "test")
     lines = ["id,text,audio,vision"]
     for row in range(6):
@@ -153,8 +153,8 @@ def test_predictions_are_those_of_the_test(measured: Path, root: Path, tmp_path:
         assert call("predict", *again) == 0
         assert [json.loads(line) for line in output.read_text().splitlines()] == found
     model = load_model(checkpoint)
-    there = [{name: x[row] for name, x in arrays.items() if not np.isnan(x[row]).any()} for row in range(6)]
-    own = [Item("", inputs, "mine") for inputs in there]
+    present = [{name: x[row] for name, x in arrays.items() if not np.isnan(x[row]).any()} for row in range(6)]
+    own = [Item("", inputs, "mine") for inputs in present]
     for items in (own, read_items(tmp_path / "in.npz", model.dataset)):
         values = [prediction.value for prediction in model.predict_items(items, batch_size=4)]
         assert values == pytest.approx([one["value"] for one in found], abs=1e-5)
@@ -168,7 +168,7 @@ def test_predictions_are_those_of_the_test(measured: Path, root: Path, tmp_path:
         assert features["features/audio"][3].any() and not features["features/text"][3].any()
 
 
-def test_tables_and_report_show_shares_and_errors_as_what_they_are(measured, root, tmp_path, capsys):
+def test_tables_and_report_tell_percentages_from_errors(measured, root, tmp_path, capsys):
     assert call("runs", f"log_dir={root / 'result'}") == 0
     assert "mae" in (said := capsys.readouterr().out) and "70 % some" in said
     assert call("report", f"runs={root / 'result'}", f"out={tmp_path / 'report'}") == 0
@@ -177,7 +177,7 @@ def test_tables_and_report_show_shares_and_errors_as_what_they_are(measured, roo
     table = csv_of(tmp_path / "report" / "tables" / "rivals_mosi.csv")
     rows = {(row["method"], row["metric"], row["source"]): row for row in table}
     ours = {metric: row["value"] for (_, metric, source), row in rows.items() if source == "ours"}
-    assert set(ours) == {"acc2 non0", "F1-non0 published"}, "the latter was asked for"
+    assert set(ours) == {"acc2 non0", "F1-non0 published"}, "published_f1=True was given"
     published = rows["MPLMM", "acc2 non0", "MPLMM's Table 1"]
     assert (published["value"], published["read"]) == ("72.1400", "second-hand")
     found = json_of(measured / "robustness.json")
@@ -188,12 +188,12 @@ def test_tables_and_report_show_shares_and_errors_as_what_they_are(measured, roo
     assert float(ours["acc2 non0"]) == pytest.approx(100 * mean, abs=1e-3)
 
 
-def test_the_published_f1_is_of_sentiments_alone(capsys: Captured) -> None:
+def test_the_published_f1_is_for_sentiment_only(capsys: Captured) -> None:
     assert command_line(["run.py", "with", "task_finetune_hatememes", "published_f1=True"]) == 2
     assert "published_f1: expected a task of text, audio and vision, found hatememes" in capsys.readouterr().err
 
 
-def test_doctor_checks_them(root: Path, pretrained: Path, capsys: Captured) -> None:
+def test_doctor_checks_a_sentiment_task(root: Path, pretrained: Path, capsys: Captured) -> None:
     own = ("memory_length=6", "memory_depth=2", f"load_path={pretrained}")
     assert command_line(command(root, *own, name="doctor")) == 0
     said = capsys.readouterr().out
@@ -206,8 +206,8 @@ def test_doctor_checks_them(root: Path, pretrained: Path, capsys: Captured) -> N
     assert all(fact in said for fact in facts) and "FAIL" not in said
 
 
-def test_all_layers_are_trained_on_from_stage_one(root: Path, pretrained: Path, capsys: Any) -> None:
-    """With projections of their own for data of other widths; its checkpoint is no network of another size."""
+def test_full_fine_tuning_starts_from_stage_one(root: Path, pretrained: Path, capsys: Any) -> None:
+    """Data with other widths gets new projections; the size of the network is that of the checkpoint."""
     full = finetune(root, pretrained, "full", "learning_rate=1e-9", "max_epoch=1") / "best.ckpt"
     before, after = (read_checkpoint(path).state for path in (pretrained, full))
     assert after["model.proj_a.weight"].shape == (8, 3, 1)
@@ -223,7 +223,7 @@ def test_all_layers_are_trained_on_from_stage_one(root: Path, pretrained: Path, 
     assert make_arrow.main(converted) == 0
     finetune(root, full, "full", f"data_root={root / 'other'}", "max_epoch=1", "exp_name=other")
     state = read_checkpoint(folder_of(root, "other") / "best.ckpt").state
-    assert state["model.proj_a.weight"].shape == (8, 4, 1), "of another extraction of the same corpus"
+    assert state["model.proj_a.weight"].shape == (8, 4, 1), "features of the same corpus by another extraction"
 
 
 WRONG: list[tuple[tuple[str, ...], str]] = [
@@ -239,7 +239,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=[options[0] for options, _ in WRONG])
-def test_what_is_wrong_is_one_line(root, pretrained, options, message, capsys):
+def test_invalid_options_are_refused_in_one_line(root, pretrained, options, message, capsys):
     assert command_line(command(root, "memory_length=6", "memory_depth=2", f"load_path={pretrained}", *options)) == 2
     assert message in error_of(capsys).replace(".train", "")
 

@@ -1,4 +1,4 @@
-"""Figures by class, confusions, ROC and bootstrap against slow, obvious versions."""
+"""Per-class metrics, confusions, ROC and bootstrap equal slow, obvious versions."""
 
 import math
 from collections import Counter
@@ -28,7 +28,7 @@ DISHES = [f"dish {number}" for number in range(101)]
 
 
 def made_up(task: Task, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits and labels: better than chance, with ties, rare classes and classes that do not occur."""
+    """Logits and labels, better than chance, with ties, rare classes and absent ones."""
     generator = torch.Generator().manual_seed(seed)
     if task.n_classes == 1:
         numbers = (torch.randn(samples, generator=generator) * 7).round() / 5
@@ -36,7 +36,7 @@ def made_up(task: Task, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     if task.name == "mmimdb":
         labels = (torch.rand(samples, 23, generator=generator) < torch.linspace(0, 0.4, 23)).to(torch.uint8)
         target = labels.float()
-        target[:, -3:] = 0  # are true and never predicted
+        target[:, -3:] = 0  # true but never predicted
     else:
         labels = torch.randint(0, max(2, task.n_classes - 5), (samples,), generator=generator)
         target = torch.nn.functional.one_hot(labels, task.n_classes).float()
@@ -45,7 +45,7 @@ def made_up(task: Task, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def predictions(logits: Tensor, labels: Tensor) -> tuple[list[set[int]], list[set[int]]]:
-    """Predicted and true classes of each sample."""
+    """The predicted and the true classes of each sample."""
     if labels.ndim == 2:
         predicted = [{c for c, x in enumerate(row) if 1 / (1 + math.exp(-x)) > 0.5} for row in logits.tolist()]
         return predicted, [{c for c, x in enumerate(row) if x == 1} for row in labels.tolist()]
@@ -53,7 +53,7 @@ def predictions(logits: Tensor, labels: Tensor) -> tuple[list[set[int]], list[se
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.n_classes > 1])
-def test_figures_by_class(name: str) -> None:
+def test_class_metrics_equal_counts_by_hand(name: str) -> None:
     logits, labels = made_up(TASKS[name], 60)
     predicted, true = predictions(logits, labels)
     found = class_figures(logits, labels)
@@ -84,8 +84,8 @@ def test_confusions_are_the_most_frequent_pairs() -> None:
 
 
 @pytest.mark.parametrize("samples", [6, 50, 3000])
-def test_roc(samples: int) -> None:
-    """Each point is what its threshold gives; the area under them is the AUROC, nearly so where points are left out."""
+def test_each_point_of_the_roc_curve_is_that_of_its_threshold(samples: int) -> None:
+    """The area under the points is the AUROC, or close to it if points are left out."""
     generator = torch.Generator().manual_seed(samples)
     labels = torch.randint(0, 2, (samples,), generator=generator)
     margin = labels + 1.5 * torch.randn(samples, generator=generator)
@@ -104,7 +104,7 @@ def test_roc(samples: int) -> None:
     assert thresholds == sorted(thresholds, reverse=True)
     auroc = auroc_and_accuracy(logits, labels)["auroc"]
     assert float(np.trapezoid(tpr, fpr)) == pytest.approx(auroc, abs=1e-6 if samples < 1000 else 2e-3)
-    assert roc(torch.randn(5, 2), torch.ones(5, dtype=torch.long)) is None, "of one class alone"
+    assert roc(torch.randn(5, 2), torch.ones(5, dtype=torch.long)) is None, "undefined for one class"
 
 
 def split_of(logits: Sequence[Tensor], labels: Tensor, rows: np.ndarray | None = None) -> SplitLogits:
@@ -113,12 +113,12 @@ def split_of(logits: Sequence[Tensor], labels: Tensor, rows: np.ndarray | None =
 
 
 @pytest.mark.parametrize("name", ["mmimdb", "food101", "hatememes", "mosi"])
-def test_the_bootstrap_is_that_of_a_slow_loop(name: str, monkeypatch: Patch) -> None:
-    """Also where the resamples do not fit into memory at once, and where rows have several samples."""
+def test_the_bootstrap_equals_a_slow_loop(name: str, monkeypatch: Patch) -> None:
+    """Also if the resamples are computed in parts, and if rows have several samples."""
     task, samples, resamples = TASKS[name], 30, 25
     two_sets, labels = [made_up(task, samples, seed)[0] for seed in (0, 1)], made_up(task, samples)[1]
     for logits in two_sets:
-        logits[1:] *= 0.01  # predictions that hardly differ, but for the first, from which correlation is measured
+        logits[1:] *= 0.01  # predictions that hardly differ, except the first, which correlations start from
     rows = np.sort(np.arange(samples) * 2 // 3)
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     drawn = [rng.integers(20, size=20) for _ in range(resamples)]
@@ -133,8 +133,8 @@ def test_the_bootstrap_is_that_of_a_slow_loop(name: str, monkeypatch: Patch) -> 
                 assert values == pytest.approx(expected, abs=1e-7)
 
 
-def test_the_interval_covers_where_theory_says_so() -> None:
-    """Accuracy of a coin: the interval of 400 samples is 0.98 / sqrt(400) to each side, and covers in 95 % of cases."""
+def test_the_interval_has_its_theoretical_width_and_coverage() -> None:
+    """For a fair coin and 400 samples, it reaches 0.98 / sqrt(400) to each side and covers 0.5 in 95 % of cases."""
     generator, measure = torch.Generator().manual_seed(0), TASKS["food101"].metrics.measures["accuracy"]
     covered = 0
     for _ in range(100):
@@ -148,8 +148,8 @@ def test_the_interval_covers_where_theory_says_so() -> None:
 
 
 @pytest.mark.parametrize(("value", "low", "high"), [(0.0, 0, 0.0713), (1.0, 0.9287, 1), (0.5, 0.3664, 0.6336)])
-def test_an_interval_does_not_shrink_to_nothing(value: float, low: float, high: float) -> None:
-    """Where resamples all agree it is Wilson's, as tables have it for 50 samples."""
+def test_an_interval_never_shrinks_to_a_point(value: float, low: float, high: float) -> None:
+    """If all resamples agree, it is Wilson's interval; values from tables for 50 samples."""
     assert interval(value, torch.full((20,), value), 50) == pytest.approx((low, high, 0), abs=1e-4)
 
 

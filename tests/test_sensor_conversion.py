@@ -1,4 +1,4 @@
-"""Recordings of sensors become arrow files: what is in them, how they are divided, and what is refused."""
+"""Conversion of sensor recordings to arrow files: contents, splits and refusals."""
 
 import re
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from vilt.utils.recordings import Cut, time_split
 
 
 def converted(dataset: str, raw: Path, *options: str) -> dict[str, pa.Table]:
-    """By split."""
+    """Converts `raw`; returns the tables keyed by split."""
     assert make(dataset, raw, raw / "out", *options) == 0
     return {path.stem.rpartition("_")[2]: read_arrow(path) for path in (raw / "out").glob("*.arrow")}
 
 
-def test_a_set_of_sensors(tmp_path: Path) -> None:
+def test_a_sensor_dataset_is_cut_into_samples_and_intervals(tmp_path: Path) -> None:
     tables = converted("sensors", write_set(tmp_path))
     assert {split: len(found) for split, found in tables.items()} == {"train": 48, "val": 12, "test": 12}
     spec = open_spec("sensors", tmp_path / "out", SPLITS)
@@ -52,7 +52,7 @@ def test_a_set_of_sensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("way", "sizes"), [("time", (48, 0, 12)), ("subject", None), ("run", None), ("published", None)]
 )
-def test_no_two_neighbours_are_in_different_splits(tmp_path: Path, way: str, sizes: tuple[int, ...] | None) -> None:
+def test_adjacent_samples_are_in_the_same_split(tmp_path: Path, way: str, sizes: tuple[int, ...] | None) -> None:
     raw = write_set(tmp_path)
     if way == "time":
         other = SPEC.replace("sample: 1", "sample: 0.4").replace("0.4\ninterval_", "0.2\ninterval_")
@@ -65,15 +65,15 @@ def test_no_two_neighbours_are_in_different_splits(tmp_path: Path, way: str, siz
     for (recording, number), split in places.items():
         assert places.get((recording, number + 1), split) == split
     if way != "time":
-        of_recording = {recording: split for (recording, _), split in places.items()}
-        assert all(of_recording[recording] == split for (recording, _), split in places.items())
-        assert len(set(of_recording.values())) == 3
+        split_of_recording = {recording: split for (recording, _), split in places.items()}
+        assert all(split_of_recording[recording] == split for (recording, _), split in places.items())
+        assert len(set(split_of_recording.values())) == 3
 
 
-def test_the_end_of_each_recording_is_held_out() -> None:
+def test_a_split_by_time_holds_out_the_end_of_each_recording() -> None:
     found = [time_split(number, 20, 1) for number in range(20)]
     assert found == ["train"] * 14 + [None, "val"] + [None] + ["test"] * 3
-    assert [time_split(number, 90, 1) for number in (62, 63)] == ["train", None]  # 0.7 * 90 is below 63 in binary
+    assert [time_split(number, 90, 1) for number in (62, 63)] == ["train", None]  # as floats, 0.7 * 90 < 63
     assert Cut(4, 1, 4, 4).dropped == 3 and Cut(4, 2, 4, 4).dropped == 1
 
 
@@ -144,8 +144,8 @@ def rename(raw: Path, modality: str) -> None:
     (raw / "channels.csv").write_text((raw / "channels.csv").read_text().replace("gyr", modality))
 
 
-def test_a_subject_is_one_however_it_is_typed(tmp_path: Path) -> None:
-    """The two halves of each subject would be in different splits otherwise."""
+def test_spellings_of_a_subject_are_recognised_as_one(tmp_path: Path) -> None:
+    """Otherwise the two recordings of a subject could end up in different splits."""
     raw = write_set(tmp_path)
     lines = [f"r{n},{n // 2}{'.0 ' if n % 2 else ''},,{ROWS * n},{ROWS}" for n in range(12)]
     (raw / "recordings.csv").write_text("\n".join(["recording,subject,split,start,length", *lines]))
@@ -154,7 +154,7 @@ def test_a_subject_is_one_however_it_is_typed(tmp_path: Path) -> None:
         assert numbers == {n ^ 1 for n in numbers}
 
 
-def test_short_recordings_are_named_and_a_byte_order_mark_is_no_part_of_a_class(tmp_path, capsys):
+def test_omissions_are_reported_and_a_byte_order_mark_is_ignored(tmp_path, capsys):
     raw = write_set(tmp_path)
     (raw / "classes.txt").write_bytes(b"\xef\xbb\xbfslow\nfast\n")
     replace_line(raw / "recordings.csv", 4, "r2,s2,train,120,9")
@@ -176,7 +176,7 @@ def test_short_recordings_are_named_and_a_byte_order_mark_is_no_part_of_a_class(
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_input_of_a_set_is_one_line(tmp_path: Path, capsys: Captured, name: str) -> None:
+def test_invalid_sensor_files_are_refused_in_one_line(tmp_path: Path, capsys: Captured, name: str) -> None:
     raw = write_set(tmp_path)
     spoil, message = WRONG[name]
     spoil(raw)
@@ -195,17 +195,17 @@ def write_recording(raw: Path, run: str, node: str, seconds: int, seed: int) -> 
     (folder / "ehz.csv").write_text("".join(f"{value} 7\n" for value in draw.integers(-900, 900, 100 * seconds + 90)))
 
 
-def test_recordings_of_mod(tmp_path: Path, monkeypatch: Patch) -> None:
-    used = ("Polaris0150pm", "rs1", 1, 1, "supervised"), ("Polaris0150pm", "rs2", 0, 2, "pretrain")
-    monkeypatch.setattr(write_mod, "runs", lambda: [write_mod.Listed(*of_node) for of_node in used])
+def test_mod_recordings_are_cut_and_split(tmp_path: Path, monkeypatch: Patch) -> None:
+    nodes = ("Polaris0150pm", "rs1", 1, 1, "supervised"), ("Polaris0150pm", "rs2", 0, 2, "pretrain")
+    monkeypatch.setattr(write_mod, "runs", lambda: [write_mod.Listed(*node) for node in nodes])
     for node in ("rs1", "rs2"):
         write_recording(tmp_path, "Polaris0150pm", node, 32, 0)
     tables = converted("mod", tmp_path)
     found = {split: tables[split]["sample"].to_pylist() for split in tables}
     assert found["train"] == [f"Polaris0150pm_rs1_{number}" for number in range(10)]
-    assert found["val"] == ["Polaris0150pm_rs1_11"]  # from second 23 on
+    assert found["val"] == ["Polaris0150pm_rs1_11"]  # starts at second 23
     assert found["test"] == ["Polaris0150pm_rs1_13", "Polaris0150pm_rs1_14"]
-    # of other nodes of a run, what is not at the time of its validation and test samples
+    # other nodes of a run contribute the samples outside the times of its validation and test samples
     assert found["pretrain"] == [*found["train"], *(f"Polaris0150pm_rs2_{number}" for number in range(11))]
     assert tables["pretrain"]["label"].to_pylist() == [0] * 10 + [-1] * 11
     spec = DATASETS["mod"]
@@ -218,7 +218,7 @@ def test_recordings_of_mod(tmp_path: Path, monkeypatch: Patch) -> None:
     np.testing.assert_array_equal(inputs["seismic"].numpy().ravel(), seismic[700:900])
 
 
-def test_a_recording_of_mod_becomes_the_published_sample() -> None:
+def test_a_mod_recording_becomes_the_published_sample() -> None:
     listed = next(one for one in write_mod.runs() if one.run == "Polaris0150pm")
     node = write_mod.Node(HERE / "mod_raw" / listed.run / listed.node, listed)
     expected = torch.load(HERE / "mod_raw" / "Polaris0150pm_rs1_0.pt", weights_only=True)["data"]["shake"]
@@ -227,7 +227,7 @@ def test_a_recording_of_mod_becomes_the_published_sample() -> None:
         np.testing.assert_array_equal(found, expected[name].numpy())
 
 
-def test_published_samples_of_mod(tmp_path: Path, capsys: Captured) -> None:
+def test_published_mod_samples_are_converted(tmp_path: Path, capsys: Captured) -> None:
     for path in (HERE / "mod_samples").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tables = converted("mod", tmp_path, "--split", "published")
@@ -252,7 +252,7 @@ def test_published_samples_of_mod(tmp_path: Path, capsys: Captured) -> None:
         ("ehz.csv", "", "expected ehz.csv, found none"),
     ],
 )
-def test_bad_recordings_of_mod(tmp_path: Path, name: str, line: str, message: str) -> None:
+def test_invalid_mod_recordings_are_refused(tmp_path: Path, name: str, line: str, message: str) -> None:
     write_recording(tmp_path, "Polaris0150pm", "rs1", 8, 0)
     path = tmp_path / "Polaris0150pm" / "rs1" / name
     if line:
@@ -266,12 +266,12 @@ def test_bad_recordings_of_mod(tmp_path: Path, name: str, line: str, message: st
     assert str(path.parent) in str(refused.value)
 
 
-def test_what_is_no_part_of_mod_is_said(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_unused_parts_of_mod_are_reported(tmp_path: Path, monkeypatch: Patch) -> None:
     run = "Polaris0150pm"
     monkeypatch.setattr(write_mod, "runs", lambda: [write_mod.Listed(run, f"rs{n}", 0, 0, "pretrain") for n in (1, 2)])
     for node in ("rs1", "rs2", "rs9", "x/rs3"):
         write_recording(tmp_path, run, node, 4, 0)
-    for name, count in (("aud16000.csv", 16000), ("ehz.csv", 250)):  # a second; and 2.5 seconds, where audio has 4
+    for name, count in (("aud16000.csv", 16000), ("ehz.csv", 250)):  # one second; and 2.5 seconds, while audio has 4
         path = tmp_path / run / ("rs1" if count > 250 else "rs2") / name
         path.write_text("\n".join(["1 2" if "ehz" in name else "1"] * count))
     (tmp_path / "more.zip").touch()
@@ -294,7 +294,7 @@ def test_what_is_no_part_of_mod_is_said(tmp_path: Path, monkeypatch: Patch) -> N
         ("test_index.txt", "/a/tank_rs3_9.pt", "test_index.txt, row 1: tank_rs3_9: expected one of 'Polaris'"),
     ],
 )
-def test_index_files_that_contradict(tmp_path: Path, file: str, content: str, message: str) -> None:
+def test_contradictory_index_files_are_refused(tmp_path: Path, file: str, content: str, message: str) -> None:
     for path in (HERE / "mod_samples").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / file).parent.mkdir(exist_ok=True)

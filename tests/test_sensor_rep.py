@@ -1,4 +1,4 @@
-"""REP on the SW-Transformer: the definition's numbers, its properties, and a slow version."""
+"""REP on the SW-Transformer equals golden numbers and a slow version, and has the properties of its definition."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -45,7 +45,7 @@ def make(
     sizes: SensorSizes = SIZES, options: MethodOptions = OPTIONS, kind: type[Method] = SensorMemoryLearner,
     classes: int = CLASSES,
 ) -> MissingModalityClassifier:  # fmt: skip
-    """With weights large enough for everything to matter, in evaluation mode."""
+    """A classifier in evaluation mode, with weights large enough for every part to matter."""
     torch.manual_seed(3)
     backbone = SwtBackbone(sizes)
     method = kind(backbone.places, backbone.embed_dim, options)
@@ -67,7 +67,7 @@ def signals_of(sizes: SensorSizes, count: int, seed: int = 0) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("path", golden_as.files("rep"), ids=lambda path: path.stem)
-def test_golden(path: Path) -> None:
+def test_values_and_gradients_equal_the_golden_ones(path: Path) -> None:
     golden = golden_as.load(path)
     meta = golden.meta
     options = MethodOptions("rep", meta["memory_length"], meta["memory_depth"])
@@ -85,11 +85,13 @@ def test_golden(path: Path) -> None:
             continue
         row = int(sample)
         kind, _, name = what.rpartition("_")
-        of = slots[name]
-        assert of.dynamic_BmD is not None
+        tower_slots = slots[name]
+        assert tower_slots.dynamic_BmD is not None
         found = {
-            "slots0": torch.cat([of.replaced_BmD[0][row], of.inserted_BmD[0][row], of.dynamic_BmD[row]]),
-            "private_last": of.replaced_BmD[-1][row],
+            "slots0": torch.cat(
+                [tower_slots.replaced_BmD[0][row], tower_slots.inserted_BmD[0][row], tower_slots.dynamic_BmD[row]]
+            ),
+            "private_last": tower_slots.replaced_BmD[-1][row],
             "feature": features[name][row],
         }[kind]
         assert relative_error(found, torch.from_numpy(expected)) < FORWARD, key
@@ -130,7 +132,7 @@ def test_the_slow_version_gives_the_same_numbers_and_gradients(changed: dict[str
         (logits * weights).sum(), list(map(classifier.get_parameter, names)), allow_unused=True
     )
     state = {name: x.detach().clone().requires_grad_(name in names) for name, x in classifier.state_dict().items()}
-    of_model = {name.removeprefix("model."): x for name, x in state.items()}
+    model_state = {name.removeprefix("model."): x for name, x in state.items()}
     head = state["class_layer.weight"], state["class_layer.bias"]
     used = {name: getattr(options, name) for name in ("far", "fmb", "replay_depth", "dynamic_init")}
     torch.set_default_dtype(torch.double)
@@ -138,7 +140,7 @@ def test_the_slow_version_gives_the_same_numbers_and_gradients(changed: dict[str
         slow = torch.stack(
             [
                 slow_sensors.logits(
-                    of_model, SIZES, head, {name: signals[name][row] for m, name in enumerate(NAMES) if here[m]},
+                    model_state, SIZES, head, {name: signals[name][row] for m, name in enumerate(NAMES) if here[m]},
                     depth=options.memory_depth, **used,
                 )
                 for row, here in enumerate(present.tolist())
@@ -153,7 +155,7 @@ def test_the_slow_version_gives_the_same_numbers_and_gradients(changed: dict[str
         torch.testing.assert_close(zero if found is None else found, zero if known is None else known, msg=name)
 
 
-def test_without_slots_the_tower_is_the_plain_one() -> None:
+def test_without_slots_the_tower_equals_the_plain_one() -> None:
     rep, none = make(), make(kind=NoPrompts)
     none.model.load_state_dict(rep.model.state_dict(), strict=False)
     x = signals_of(SIZES, 2)
@@ -163,7 +165,7 @@ def test_without_slots_the_tower_is_the_plain_one() -> None:
         assert torch.equal(features[name], rep.model.towers[name](x[name]))
 
 
-def test_logits_depend_on_nothing_but_the_sample_and_what_it_has() -> None:
+def test_logits_depend_only_on_the_present_inputs_of_a_sample() -> None:
     classifier = make()
     signals = signals_of(SIZES, 7)
     logits = classifier(batch_of(signals, ALL))
@@ -180,8 +182,8 @@ def test_logits_depend_on_nothing_but_the_sample_and_what_it_has() -> None:
     torch.testing.assert_close(classifier(shuffled), logits[order], rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_that_cannot_see_slots_are_those_without(monkeypatch: Patch) -> None:
-    """Their attention logits towards slots at minus infinity."""
+def test_tokens_that_cannot_attend_to_slots_equal_those_without(monkeypatch: Patch) -> None:
+    """Attention logits towards slots are set to minus infinity."""
     classifier = make(options=replace(OPTIONS, memory_length=9))
     signals, present = signals_of(SIZES, 2), torch.ones(2, 3, dtype=torch.bool)
     plain = {name: tower(signals[name]) for name, tower in classifier.model.towers.items()}
@@ -196,29 +198,29 @@ def test_tokens_that_cannot_see_slots_are_those_without(monkeypatch: Patch) -> N
         assert relative_error(features[name], plain[name]) < 1e-5
 
 
-def test_the_bypass() -> None:
+def test_alpha_blends_starting_slots_and_those_of_the_blocks() -> None:
     options = replace(OPTIONS, memory_depth=4)
     classifier = make(options=options)
     signals = signals_of(SIZES, 7)
 
     def private(classifier: MissingModalityClassifier) -> dict[str, Sequence[Tensor]]:
         _, slots = classifier.features(batch_of(signals, ALL))
-        return {name: of.replaced_BmD for name, of in slots.items()}
+        return {name: tower_slots.replaced_BmD for name, tower_slots in slots.items()}
 
     alpha = classifier.method.get_parameter("residual_alpha")
     with torch.no_grad():
         alpha.fill_(0)
-        for of_modality in private(classifier).values():
-            assert all(torch.equal(v, of_modality[0]) for v in of_modality)
+        for layers in private(classifier).values():
+            assert all(torch.equal(layer, layers[0]) for layer in layers)
         alpha.fill_(1)
-        of_alpha_1 = private(classifier)
+        with_alpha_1 = private(classifier)
         without = make(options=replace(options, far=False))
         without.load_state_dict(classifier.state_dict())
-        for name, of_modality in private(without).items():
-            torch.testing.assert_close(torch.stack([*of_modality]), torch.stack([*of_alpha_1[name]]))
+        for name, layers in private(without).items():
+            torch.testing.assert_close(torch.stack([*layers]), torch.stack([*with_alpha_1[name]]))
 
 
-def test_all_of_the_learner_is_trained_and_nothing_of_the_towers() -> None:
+def test_the_whole_learner_is_trained_and_no_tower() -> None:
     described = replace(OPTIONS, replay_depth=2, decoupling_weight=0.5, dynamic_init=True)
     for options in (OPTIONS, described):
         classifier = make(options=options).train()
@@ -226,7 +228,7 @@ def test_all_of_the_learner_is_trained_and_nothing_of_the_towers() -> None:
         before = {name: x.clone() for name, x in (*classifier.named_parameters(), *classifier.named_buffers())}
         labels = torch.arange(7) % CLASSES
         optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.1)
-        for _ in range(2):  # at first, gates of 0 keep the scores of the replay from a gradient
+        for _ in range(2):  # in the first step, gates of 0 keep the replay scores from getting a gradient
             logits, own = classifier.training_outputs(batch_of(signals_of(SIZES, 7), ALL), labels)
             assert set(own) == ({"decoupling"} if options.decoupling_weight else set())
             (F.cross_entropy(logits, labels) + sum(own.values())).backward()
@@ -239,17 +241,17 @@ def test_all_of_the_learner_is_trained_and_nothing_of_the_towers() -> None:
             assert torch.equal(before[name], buffer), name
 
 
-def test_the_order_of_modalities_changes_logits_by_rounding() -> None:
+def test_the_order_of_modalities_does_not_change_the_logits() -> None:
     classifier = make().double()
-    turned = ("light", "sound", "shake")
-    other = make(replace(SIZES, modalities={name: SIZES.modalities[name] for name in turned})).double()
-    columns = torch.cat([torch.arange(8) + 8 * NAMES.index(name) for name in turned])
+    reordered = ("light", "sound", "shake")
+    other = make(replace(SIZES, modalities={name: SIZES.modalities[name] for name in reordered})).double()
+    columns = torch.cat([torch.arange(8) + 8 * NAMES.index(name) for name in reordered])
     key_of = {frozenset(pattern.split("+")): pattern for pattern in patterns(NAMES)}
     state = {}
     for name in other.state_dict():
         beginning, _, last = name.rpartition(".")
-        theirs = f"{beginning}.{key_of[frozenset(last.split('+'))]}" if "+" in last else name
-        value = classifier.state_dict()[theirs]
+        source = f"{beginning}.{key_of[frozenset(last.split('+'))]}" if "+" in last else name
+        value = classifier.state_dict()[source]
         if ".layernorm." in name and "projection" not in name:
             value = value[columns]
         elif "compound" in name and name.endswith(("fc1.weight", "skip.weight")):
@@ -258,12 +260,12 @@ def test_the_order_of_modalities_changes_logits_by_rounding() -> None:
     other.load_state_dict(state)
     signals = {name: x.double() for name, x in signals_of(SIZES, 7).items()}
     expected = classifier(batch_of(signals, ALL))
-    present = ALL[:, [NAMES.index(name) for name in turned]]
-    torch.testing.assert_close(other(batch_of({name: signals[name] for name in turned}, present)), expected)
+    present = ALL[:, [NAMES.index(name) for name in reordered]]
+    torch.testing.assert_close(other(batch_of({name: signals[name] for name in reordered}, present)), expected)
 
 
 @pytest.mark.parametrize(("task", "sizes"), [("mod", SIZES), ("mosi", vla_models.TINY)])
-def test_heads_start_at_the_values_of_torch_as_published(task: str, sizes: Any) -> None:
+def test_heads_are_initialised_by_torch_as_published(task: str, sizes: Any) -> None:
     torch.manual_seed(0)
     head = build_classifier(ModelSpec(task, replace(OPTIONS, prompt_type="none"), sizes)).head
     assert isinstance(head, LinearHead)
@@ -272,8 +274,7 @@ def test_heads_start_at_the_values_of_torch_as_published(task: str, sizes: Any) 
     assert 0.9 * most < weight <= most and 0 < bias <= most
 
 
-def test_what_is_trained_of_mod() -> None:
-    """The counts of the definition."""
+def test_parameter_counts_for_mod_equal_the_definition() -> None:
     sizes = golden_as.load(golden_as.HERE / "rep_mod.npz").sizes
     classifier = make(sizes, MethodOptions("rep", 12, 4), classes=7)
     counts = [
@@ -286,7 +287,7 @@ def test_what_is_trained_of_mod() -> None:
     assert sum(p.numel() for p in more_slots.parameters()) == 227_073
 
 
-def test_decoupling_is_of_present_modalities() -> None:
+def test_decoupling_counts_present_modalities_only() -> None:
     classifier = make(options=replace(OPTIONS, decoupling_weight=2.0))
     batch = batch_of(signals_of(SIZES, 7), ALL)
     features, slots = classifier.features(batch)
@@ -296,8 +297,8 @@ def test_decoupling_is_of_present_modalities() -> None:
         for m, name in enumerate(NAMES)
         for row in range(7)
         if ALL[row, m]
-        for of_layer in slots[name].replaced_BmD
-        for private in of_layer[row]
+        for layer in slots[name].replaced_BmD
+        for private in layer[row]
         for shared in slots[name].inserted_BmD[0][row]
     ]
     assert found.item() == pytest.approx(2 * float(torch.stack(cosines).detach().mean()), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Optimiser steps: how batches and samples count in one, and the learning rate of each, also of a resumed run."""
+"""Optimiser steps: the weights of batches and samples, and the learning rate, also in a resumed run."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -16,21 +16,21 @@ from tests.custom_files import convert, write_labelled
     ("samples", "size", "accumulation"), [(18, 8, 1), (18, 4, 2), (17, 2, 3), (7, 4, 8), (3, 1, 2)]
 )
 def test_the_loss_of_a_step_is_the_mean_over_its_samples(samples, size, accumulation, processes):
-    """As Lightning adds them up, of samples whose losses are their places in the epoch; repeated ones do not count."""
+    """Losses are added as Lightning does, each sample's loss being its place in the epoch; repeats do not count."""
     share = -(-samples // processes)
     batches = -(-share // size)
     for first in range(0, batches, accumulation):
-        found, of_step, weights = 0.0, set[int](), list[float]()
+        found, in_step, weights = 0.0, set[int](), list[float]()
         for batch in range(first, min(batches, first + accumulation)):
             for rank in range(processes):
                 places = [place * processes + rank for place in range(batch * size, min(share, (batch + 1) * size))]
                 counted, weight = weight_in_step(batch, size, accumulation, samples, rank, processes)
                 found += weight * sum(places[:counted]) / counted / accumulation / processes
-                of_step |= {place for place in places if place < samples}
+                in_step |= {place for place in places if place < samples}
                 weights.append(weight)
-        if len(of_step) == size * accumulation * processes:
-            assert set(weights) == {1}, "the same bits as without weights"
-        assert found == pytest.approx(sum(of_step) / len(of_step))
+        if len(in_step) == size * accumulation * processes:
+            assert set(weights) == {1}, "same bits as without weights"
+        assert found == pytest.approx(sum(in_step) / len(in_step))
 
 
 def rates(settings: OptimizerSettings, total: int, steps: int) -> list[float]:
@@ -56,13 +56,13 @@ def test_the_rate_rises_then_falls_to_end_lr_and_stays_there(power: float | str)
 
 
 @pytest.mark.parametrize("warmup", [5, 6, 1000])
-def test_a_warm_up_as_long_as_the_training_or_longer(warmup: int) -> None:
+def test_a_warm_up_may_be_longer_than_the_training(warmup: int) -> None:
     found = rates(OptimizerSettings("adamw", 1.0, 1, 0, warmup, 0, 1), 5, 7)
     assert found[:5] == [step / warmup for step in range(5)]
 
 
 def test_the_schedule_spans_the_batches_of_all_epochs_rounded_down() -> None:
-    for taken, as_published in ((21, True), (24, False)):  # the published code leaves out three that are taken
+    for taken, as_published in ((21, True), (24, False)):  # the published code does not count three of the steps
         assert schedule_steps(21, 4, 4, None, as_published=as_published) == taken
         assert schedule_steps(21, 4, 4, 100, as_published=as_published) == taken
     assert schedule_steps(21, 4, 4, 10, as_published=True) == 10
@@ -73,7 +73,7 @@ def test_the_schedule_spans_the_batches_of_all_epochs_rounded_down() -> None:
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """18 training samples: two steps of 8, and one of 2."""
+    """Arrow files with 18 training samples: two steps of 8 and one of 2."""
     root = tmp_path_factory.mktemp("uneven")
     spec = write_labelled(root / "raw", {"train": 18, "val": 4, "test": 4}, ["green", "red"])
     assert convert(root / "raw", root / "arrow", "--spec", str(spec)) == 0
@@ -85,7 +85,7 @@ def trained(workspace: Workspace, data_root: Path, log_dir: Path, name: str, *op
     return workspace.train(name, *common, *options, log_dir=log_dir, task="custom", data_root=data_root)
 
 
-def test_a_step_trains_the_same_in_one_pass_or_several(workspace: Workspace, uneven: Path, tmp_path: Path) -> None:
+def test_accumulation_does_not_change_a_step(workspace: Workspace, uneven: Path, tmp_path: Path) -> None:
     states = []
     for size in (8, 4):
         folder = trained(workspace, uneven, tmp_path, f"of_{size}", f"per_gpu_batchsize={size}")
@@ -94,7 +94,7 @@ def test_a_step_trains_the_same_in_one_pass_or_several(workspace: Workspace, une
         torch.testing.assert_close(value, states[1][name], rtol=0, atol=1e-6)
 
 
-def test_a_resumed_run_follows_the_schedule_and_the_optimiser_of_its_own_options(workspace, uneven, tmp_path, capsys):
+def test_a_resumed_run_follows_its_own_schedule_and_optimiser_options(workspace, uneven, tmp_path, capsys):
     first = trained(workspace, uneven, tmp_path, "first")
     longer = ("max_epoch=4", "learning_rate=0.02", "weight_decay=0.5", f"resume_from={first / 'last.ckpt'}")
     folder = trained(workspace, uneven, tmp_path, "longer", *longer)

@@ -1,4 +1,4 @@
-"""Sweeps: what they run, skip, resume and refuse, and what they leave. Most with a stand-in for run.py."""
+"""Sweeps: the runs they start, skip, resume and refuse, and the files they write; mostly with a stand-in for run.py."""
 
 import math
 import os
@@ -46,15 +46,15 @@ if options.get("test_after_fit") != "False":
     result = {"metrics": {"f1_macro": score, "f1_micro": score / 2, "accuracy": score / 4}}
     (folder / "test_results.json").write_text(json.dumps(result))
 """
-"""Makes a run folder as run.py does; its F1-macro is the missing ratio and a tenth of the squared seed, its
-accuracy a quarter of that."""
+"""Script that writes a run folder as run.py does: F1-macro is the missing ratio plus a tenth of the squared seed,
+and accuracy a quarter of that."""
 
 SetUp = Callable[[str], None]
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: Patch) -> SetUp:
-    """Runs are made by a quick script from now on; given lines say what else it does."""
+    """Replaces run.py by a quick script; the function returned adds the given lines to it."""
     path = tmp_path / "stand in" / "run.py"
     path.parent.mkdir()
     monkeypatch.setattr(jobs, "RUN", path)
@@ -67,13 +67,13 @@ def stand_in(tmp_path: Path, monkeypatch: Patch) -> SetUp:
 
 
 def job_in(folder: Path) -> Job:
-    """A run of the stand-in."""
+    """A job that runs the stand-in."""
     options = ("exp_name=run", f"log_dir={folder}", "missing_ratio=0", "seed=0")
     return Job("run_seed0", folder, options, tested=True)
 
 
 class Sweep:
-    """A sweep called `s` with its own log_dir."""
+    """A sweep named `s` with its own log_dir."""
 
     def __init__(self, workspace: Workspace, log_dir: Path) -> None:
         self.workspace = workspace
@@ -91,11 +91,11 @@ class Sweep:
         return self.run(f"sweep_types={types}", f"sweep_ratios={ratios}", f"sweep_seeds={seeds}", *options)
 
     def versions(self) -> dict[str, int]:
-        """Runs so far, by name."""
+        """Number of runs so far, keyed by name."""
         return {path.name: len(list(path.glob("version_*"))) for path in self.folder.glob("s_*") if path.is_dir()}
 
     def arguments(self, run: str, version: int = 0) -> list[str]:
-        """The command line that the stand-in got."""
+        """The command line that the stand-in received."""
         return json_of(self.folder / run / f"version_{version}" / "config.json")
 
     def table(self, name: str = "table.csv") -> list[dict[str, str]]:
@@ -107,20 +107,20 @@ def sweep(workspace: Workspace, tmp_path: Path) -> Sweep:
     return Sweep(workspace, tmp_path / "result s")
 
 
-def error_line(said: str) -> str:
-    """The one line that begins with `error: `, without that."""
+def error_message(said: str) -> str:
+    """The only line that begins with `error: `, without this prefix."""
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in said
     return line.removeprefix("error: ")
 
 
-def one_spaced(said: str) -> list[str]:
-    """The lines of a table, with one space between words."""
+def single_spaced(said: str) -> list[str]:
+    """The lines of a table, with runs of spaces reduced to one."""
     return [" ".join(line.split()) for line in said.splitlines()]
 
 
-def test_published_tables_of_sensors_are_contents_of_a_sweep(tmp_path: Path) -> None:
-    """Their names tell the modalities."""
+def test_published_sensor_tables_count_as_contents_of_a_sweep(tmp_path: Path) -> None:
+    """Their names state the modalities."""
     sizes = (3, 2, 4, 4, 10.0)
     spec = custom_spec(CustomData("x", "single", ("a", "b"), "accuracy", (("acc", *sizes), ("gyr", *sizes))))
     (tmp_path / "sensors+acc+gyr_train_missing_both_07.pt").write_bytes(b"1")
@@ -129,7 +129,7 @@ def test_published_tables_of_sensors_are_contents_of_a_sweep(tmp_path: Path) -> 
     assert list(found) == ["missing_table_root/sensors+acc+gyr_train_missing_both_07.pt"]
 
 
-def test_the_whole_grid_runs_one_seed_of_each_pattern_first(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
+def test_a_grid_runs_one_seed_of_each_pattern_first(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
     stand_in("(here / 'order').open('a').write(options['exp_name'] + options['seed'] + '\\n')")
     assert sweep.grid("learning_rate=0.003", "sweep_launcher=local") == 0
     order = (jobs.RUN.parent / "order").read_text().split()
@@ -152,7 +152,7 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds(sweep: Sweep, stan
         *(("image", "0.5", "0.5", "1.0"), ("image", "0.9", "0.1", "1.0")),
         *(("both", "0.5", "0.75", "0.75"), ("both", "0.9", "0.55", "0.55")),
     ]
-    # of 0.9, 0.9 + 0.1 and 0.9 + 0.4
+    # values 0.9, 0.9 + 0.1 and 0.9 + 0.4
     mean = 0.9 + 0.5 / 3
     std = math.sqrt(sum((value - mean) ** 2 for value in (0.9, 1.0, 1.3)) / 2)
     assert float(rows[1]["f1_macro_mean"]) == pytest.approx(mean)
@@ -160,12 +160,12 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds(sweep: Sweep, stan
     assert float(rows[1]["f1_micro_mean"]) == pytest.approx(mean / 2)
     assert [(row["complete"], row["failed"], row["open"]) for row in rows] == [("3", "0", "0")] * 4
     said = capsys.readouterr().out
-    assert f"image 0.9 10 % 100 % {mean:.4f} ± {std:.4f} 3 of 3" in one_spaced(said)
+    assert f"image 0.9 10 % 100 % {mean:.4f} ± {std:.4f} 3 of 3" in single_spaced(said)
     assert str(sweep.folder / "table.csv") in said
 
 
-def test_a_second_call_runs_nothing_and_shows_the_table_again(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
-    """But for cells that are added."""
+def test_a_second_call_runs_only_added_cells(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
+    """Without any, it only shows the table again."""
     assert sweep.grid() == 0
     table, shown = (sweep.folder / "table.csv").read_text(), capsys.readouterr().out
     stand_in("sys.exit('error: not to be run again')")
@@ -182,9 +182,10 @@ def test_a_second_call_runs_nothing_and_shows_the_table_again(sweep: Sweep, stan
     assert grid["sweep_seeds"] == [1, 0]
 
 
-def test_further_options_of_the_grid(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
-    over: Any = ("sweep_over.decay_power=[1,cosine]", {"types": "both", "ratios": "0.5"})
-    assert sweep.grid("sweep_over.memory_depth=[1,2]", over[0], **over[1]) == 0
+def test_a_grid_may_vary_further_options(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
+    decay_power = "sweep_over.decay_power=[1,cosine]"
+    one_pattern: Any = {"types": "both", "ratios": "0.5"}
+    assert sweep.grid("sweep_over.memory_depth=[1,2]", decay_power, **one_pattern) == 0
     names = {f"s_{power}_memory_depth-{depth}_both_0.5" for depth in (1, 2) for power in ("decay_power-1.0", "cosine")}
     assert set(sweep.versions()) == {f"{name}_seed{seed}" for name in names for seed in (0, 1)}
     given = sweep.arguments("s_cosine_memory_depth-2_both_0.5_seed1")
@@ -197,8 +198,8 @@ def test_further_options_of_the_grid(sweep: Sweep, stand_in: SetUp, capsys: Capt
         "2 cosine 2",
     ]
     said = capsys.readouterr().out
-    assert any(line.startswith("decay_power memory_depth missing ratio") for line in one_spaced(said))
-    assert sweep.grid("sweep_over.memory_depth=[1,2,3]", over[0], **over[1]) == 0
+    assert any(line.startswith("decay_power memory_depth missing ratio") for line in single_spaced(said))
+    assert sweep.grid("sweep_over.memory_depth=[1,2,3]", decay_power, **one_pattern) == 0
     assert "sweep s: 12 cells, 8 complete" in capsys.readouterr().err
 
 
@@ -207,12 +208,12 @@ def test_other_options_under_the_same_name_are_refused(sweep: Sweep, stand_in: S
     before = (sweep.folder / "sweep.json").read_text()
     assert sweep.grid("weight_decay=0.5", "decay_power=cosine") == 2
     differing = "weight_decay (there 0.02, here 0.5), decay_power (there 1, here 'cosine')"
-    said = error_line(capsys.readouterr().err)
+    said = error_message(capsys.readouterr().err)
     assert all(fact in said for fact in ("sweep_name=s: ", f"{sweep.folder / 'sweep.json'} describes", differing)), said
     assert sweep.run("search.learning_rate=[1e-3,1e-1]") == 2
-    assert "search (there {}, here {'learning_rate': [0.001, 0.1]})" in error_line(capsys.readouterr().err)
+    assert "search (there {}, here {'learning_rate': [0.001, 0.1]})" in error_message(capsys.readouterr().err)
     assert (sweep.folder / "sweep.json").read_text() == before
-    assert sweep.grid("num_workers=1", "sweep_launcher=commands") == 0, "those that change no result may differ"
+    assert sweep.grid("num_workers=1", "sweep_launcher=commands") == 0, "options that do not change results may differ"
 
 
 @pytest.mark.parametrize(
@@ -228,16 +229,16 @@ def test_a_damaged_record(sweep: Sweep, stand_in: SetUp, capsys: Captured, conte
     sweep.folder.mkdir(parents=True)
     (sweep.folder / "sweep.json").write_text(content)
     assert sweep.grid() == 2
-    line = error_line(capsys.readouterr().err)
+    line = error_message(capsys.readouterr().err)
     assert line.startswith(f"{sweep.folder / 'sweep.json'}: ") and problem in line
     assert sweep.versions() == {}
     shutil.rmtree(sweep.log_dir)
     sweep.log_dir.touch()
     assert sweep.grid() == 2
-    assert error_line(capsys.readouterr().err).startswith(f"log_dir: cannot write to {sweep.folder}: ")
+    assert error_message(capsys.readouterr().err).startswith(f"log_dir: cannot write to {sweep.folder}: ")
 
 
-def test_a_failed_cell_is_listed_and_the_others_are_run(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
+def test_failed_cells_are_listed_and_the_others_run(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
     stand_in(
         "if options['exp_name'] == 's_text_0.9':\n"
         "    sys.exit('warning: odd\\nerror: no films at all' + options['seed'])\n"
@@ -247,7 +248,7 @@ def test_a_failed_cell_is_listed_and_the_others_are_run(sweep: Sweep, stand_in: 
     )
     assert sweep.grid() == 2
     said = capsys.readouterr()
-    assert error_line(said.err) == "4 of 8 cells failed; the same command tries only these again"
+    assert error_message(said.err) == "4 of 8 cells failed; the same command tries only these again"
     assert "[2/8] s_text_0.9_seed0: failed: no films at all0 (" in said.err
     logs = sweep.folder / "logs"
     assert said.out[said.out.index("failed:\n") :].splitlines() == [
@@ -267,7 +268,7 @@ def test_a_failed_cell_is_listed_and_the_others_are_run(sweep: Sweep, stand_in: 
         for row in sweep.table()
     }
     assert counts["text", "0.9"] == ("0", "2", "0", "") and counts["both", "0.5"] == ("1", "1", "0", "0.6")
-    shown = one_spaced(said.out)
+    shown = single_spaced(said.out)
     assert "text 0.9 100 % 10 % – 0 of 2 2" in shown and "both 0.5 75 % 75 % 0.6000 1 of 2 1" in shown
     stand_in("")
     assert sweep.grid() == 0
@@ -289,21 +290,21 @@ def test_a_failed_cell_is_listed_and_the_others_are_run(sweep: Sweep, stand_in: 
         ("\n", "it ended without output"),
     ],
 )
-def test_the_line_of_the_error(said: str, expected: str) -> None:
+def test_the_most_telling_line_of_the_output_is_the_error(said: str, expected: str) -> None:
     assert error_in(said) == expected
 
 
-def test_two_sweeps_of_a_name_do_not_meet(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
+def test_two_sweeps_of_the_same_name_cannot_run_at_once(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
     with locked(sweep.folder / ".lock", "never said"):
         assert sweep.grid() == 2
-    line = error_line(capsys.readouterr().err)
+    line = error_message(capsys.readouterr().err)
     assert line.startswith(f"sweep_name=s: another sweep of this name is running in {sweep.log_dir} (process ")
     assert f"(process {os.getpid()} on " in line
     assert sweep.versions() == {}
     assert sweep.grid() == 0, "the lock ends with its holder"
 
 
-def test_a_run_completed_meanwhile_is_not_run_and_the_newest_version_counts(tmp_path: Path, stand_in: SetUp) -> None:
+def test_a_run_completed_meanwhile_is_skipped_and_its_newest_version_counts(tmp_path: Path, stand_in: SetUp) -> None:
     stand_in("sys.exit('error: not to be run')")
     job = job_in(tmp_path)
     assert job.newest("best.ckpt") is None and job.result is None
@@ -311,14 +312,14 @@ def test_a_run_completed_meanwhile_is_not_run_and_the_newest_version_counts(tmp_
         (tmp_path / "run_seed0" / version).mkdir(parents=True)
         (tmp_path / "run_seed0" / version / "test_results.json").touch()
     assert job.result == tmp_path / "run_seed0" / "version_10" / "test_results.json"
-    assert Job("run_seed0", tmp_path, (), tested=False).result is None, "its results say nothing of a trial"
+    assert Job("run_seed0", tmp_path, (), tested=False).result is None, "a test result does not complete a trial"
     assert [outcome.error for _, outcome in run_here([job])] == [None]
     assert not job.log.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_interrupts_the_run_and_says_how_to_go_on(sweep, stand_in, capsys, number):
-    """Only the sweep gets the signal; the run it has started is interrupted, and may end in order."""
+def test_stopping_interrupts_the_run_and_shows_the_command_that_resumes(sweep, stand_in, capsys, number):
+    """The sweep alone gets the signal; it interrupts the run, which may shut down properly."""
     stand_in(
         "if options['missing_type'] == 'both':\n"
         "    try:\n"
@@ -351,7 +352,7 @@ def test_a_run_that_does_not_stop_is_killed(sweep: Sweep, stand_in: SetUp, monke
         os.kill(int((jobs.RUN.parent / "pid").read_text()), 0)
 
 
-def test_cells_at_once_are_stopped_together_and_resumed(sweep, stand_in, capsys, monkeypatch):
+def test_parallel_cells_are_stopped_together_and_resumed(sweep, stand_in, capsys, monkeypatch):
     monkeypatch.setattr(jobs, "POLL_S", 0.02)
     stand_in(
         "mark = here / f\"{options['exp_name']}{options['seed']}\"\n"
@@ -394,9 +395,9 @@ def test_gpus_are_shared_out(monkeypatch: Patch, visible: str | None, wanted: in
     assert [jobs.gpus_of(place, wanted).get("CUDA_VISIBLE_DEVICES") for place in range(4)] == expected
 
 
-def test_commands_are_listed_and_run_as_they_stand(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
+def test_listed_commands_can_be_run_unchanged(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
     stand_in("if options['missing_type'] == 'both': sys.exit(1)")
-    # Whether there are as many GPUs as that, the runs find out where they are run.
+    # The number of GPUs is checked by the runs themselves, on their machine.
     options = ("sweep_launcher=commands", "num_nodes=2", "batch_size=8", "num_gpus=99", "precision=16")
     assert sweep.grid(*options, seeds="0", ratios="0.5") == 0
     said = capsys.readouterr()
@@ -411,8 +412,8 @@ def test_commands_are_listed_and_run_as_they_stand(sweep: Sweep, stand_in: SetUp
     assert (sweep.folder / "commands.txt").read_text() == f"{lines[1]}\n"
 
 
-def test_submitit_runs_the_cells_as_on_slurm(sweep: Sweep, capsys: Captured) -> None:
-    """The real run.py, through submitit's local executor; one cell finds its folder's place taken."""
+def test_submitit_runs_the_cells(sweep: Sweep, capsys: Captured) -> None:
+    """The real run.py, through submitit's local executor; a file is in the way of one cell's folder."""
     sweep.folder.mkdir(parents=True)
     (sweep.folder / "s_both_0.5_seed1").touch()
     options = ("sweep_launcher=submitit_local", "sweep_slurm.timeout_min=5", "sweep_slurm.partition=any")
@@ -428,7 +429,7 @@ def test_submitit_runs_the_cells_as_on_slurm(sweep: Sweep, capsys: Captured) -> 
     assert (float(row["f1_macro_mean"]), row["complete"], row["failed"]) == (result["metrics"]["f1_macro"], "1", "1")
 
 
-def test_jobs_are_told_of_as_they_end_and_cancelled_when_left(tmp_path: Path) -> None:
+def test_jobs_are_reported_as_they_end_and_cancelled_on_exit(tmp_path: Path) -> None:
     trace = RuntimeError("Job (task=0) failed during processing with trace:\n-----\nOSError: disk full\n-----\n")
     results: dict[str, Any] = {"slow": None, "well": Outcome(None, 2.0), "broken": trace}
     handles = {name: Mock(job_id=name, **{"done.return_value": name != "slow"}) for name in results}
@@ -436,14 +437,14 @@ def test_jobs_are_told_of_as_they_end_and_cancelled_when_left(tmp_path: Path) ->
         handle.result.side_effect = [results[name]]
     executor: Any = SimpleNamespace(batch=nullcontext, submit=lambda submission: handles[submission.job.name])
     outcomes = _run_submitted(executor, [Job(name, tmp_path, (), tested=True) for name in results])
-    told = {job.name: outcome for job, outcome in (next(outcomes), next(outcomes))}
-    assert told == {"well": Outcome(None, 2.0), "broken": Outcome("OSError: disk full", 0.0)}
+    reported = {job.name: outcome for job, outcome in (next(outcomes), next(outcomes))}
+    assert reported == {"well": Outcome(None, 2.0), "broken": Outcome("OSError: disk full", 0.0)}
     outcomes.close()
     assert [handle.cancel.called for handle in handles.values()] == [True, False, False]
 
 
-def test_runs_do_not_take_themselves_for_started_by_slurm(tmp_path: Path, stand_in: SetUp, monkeypatch: Patch) -> None:
-    """And a cluster job at the end of its time is queued again for the same run."""
+def test_runs_of_a_sweep_do_not_see_slurm_task_variables(tmp_path: Path, stand_in: SetUp, monkeypatch: Patch) -> None:
+    """A cluster job that reaches its time limit is queued again for the same run."""
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     stand_in("print(os.environ.get('SLURM_NTASKS'), os.environ['SLURM_JOB_ID'])")
@@ -452,7 +453,7 @@ def test_runs_do_not_take_themselves_for_started_by_slurm(tmp_path: Path, stand_
     assert "None 77" in submission.job.log.read_text().splitlines()
 
 
-def test_a_search_with_the_real_model_and_its_best_command(sweep: Sweep, capsys: Captured) -> None:
+def test_the_best_command_of_a_search_repeats_its_score(sweep: Sweep, capsys: Captured) -> None:
     assert sweep.run("search.learning_rate=[1e-3,1e-1]", "search.memory_length=[3,6]", "search_trials=2") == 0
     said = capsys.readouterr().out
     trials = sweep.table("search.csv")
@@ -463,7 +464,7 @@ def test_a_search_with_the_real_model_and_its_best_command(sweep: Sweep, capsys:
         assert config["learning_rate"] == float(trial["learning_rate"])
         assert config["memory_length"] == int(trial["memory_length"])
         assert torch.load(folder / "best.ckpt", weights_only=True)["score"] == float(trial["val/f1_macro"])
-        assert not (folder / "test_results.json").exists(), "the test split has no part in a search"
+        assert not (folder / "test_results.json").exists(), "a search does not use the test split"
     best = max(trials, key=lambda trial: float(trial["val/f1_macro"]))
     line = said[said.index("to train and test with the best values:") :].splitlines()[2]
     interpreter, script, *arguments = shlex.split(line)
@@ -492,7 +493,7 @@ def scores(stand_in: SetUp) -> SetUp:
 SPACE = ("search.memory_length=[3,6,9,12]", "search.learning_rate=[1e-4,1e-1]", "search.weight_decay=[0,0.1]")
 
 
-def test_a_search_tries_values_and_ends_with_the_best(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
+def test_a_search_tries_values_and_shows_the_best(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
     assert sweep.run(*SPACE, "search_trials=12", "missing_ratio=0.5") == 0
     said = capsys.readouterr()
     trials = sweep.table("search.csv")
@@ -507,8 +508,8 @@ def test_a_search_tries_values_and_ends_with_the_best(sweep: Sweep, scores: SetU
     assert statistics.median(rates) < 0.02, "log-uniform: a linear one would have its median at 0.05"
     arguments = sweep.arguments("s_trial_7_seed0")
     values = [f"{name}={trials[7][name]}" for name in columns[2:5]]
-    of_trial = ["exp_name=s_trial_7", f"log_dir={sweep.folder}", "test_after_fit=False", "resume_from=auto"]
-    assert arguments[-7:] == [*values, *of_trial]
+    trial_options = ["exp_name=s_trial_7", f"log_dir={sweep.folder}", "test_after_fit=False", "resume_from=auto"]
+    assert arguments[-7:] == [*values, *trial_options]
     assert "missing_ratio=0.5" in arguments and not any(argument.startswith("search") for argument in arguments)
     best = next(trial for trial in trials if trial["memory_length"] == "12")
     shown = said.out.splitlines()
@@ -525,7 +526,7 @@ def test_a_search_tries_values_and_ends_with_the_best(sweep: Sweep, scores: SetU
     assert last in said.err
 
 
-def test_a_search_in_parts_tries_what_one_in_a_go_does(workspace: Workspace, tmp_path: Path, scores: SetUp) -> None:
+def test_a_search_in_parts_tries_the_same_values(workspace: Workspace, tmp_path: Path, scores: SetUp) -> None:
     whole, parts = Sweep(workspace, tmp_path / "whole"), Sweep(workspace, tmp_path / "parts")
     assert whole.run(*SPACE, "search_trials=13") == 0
     for trials in (4, 11, 13, 13):
@@ -533,14 +534,14 @@ def test_a_search_in_parts_tries_what_one_in_a_go_does(workspace: Workspace, tmp
         assert len(parts.table("search.csv")) == trials
     assert set(parts.versions().values()) == {1}
     columns = ("number", "state", "memory_length", "learning_rate", "weight_decay", "val/f1_macro")
-    in_go, in_parts = (
+    at_once, in_parts = (
         [[trial[column] for column in columns] for trial in sweep.table("search.csv")] for sweep in (whole, parts)
     )
-    assert in_go == in_parts
-    assert len({trial[3] for trial in in_go}) == 13
+    assert at_once == in_parts
+    assert len({trial[3] for trial in at_once}) == 13
 
 
-def test_a_trial_that_was_cut_off_is_resumed(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
+def test_an_interrupted_trial_is_resumed(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
     scores("if 'trial_2' in options['exp_name']: os.kill(os.getppid(), 2); time.sleep(9)")
     assert sweep.run(*SPACE, "search_trials=4") == 130
     scores("")
@@ -555,7 +556,7 @@ def test_a_trial_that_was_cut_off_is_resumed(sweep: Sweep, scores: SetUp, capsys
 
 
 def test_failed_trials_are_recorded_and_the_search_goes_on(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
-    """Without a complete trial there is no best one."""
+    """There is no best trial until one is complete."""
     torch.save({"score": float("nan")}, jobs.RUN.parent / "nan.ckpt")
     scores(
         "if options['exp_name'] == 's_trial_0': sys.exit('error: the loss became nan')\n"
@@ -565,7 +566,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(sweep: Sweep, scores:
     assert sweep.run(*SPACE, "search_trials=3") == 2
     said = capsys.readouterr()
     assert (
-        error_line(said.err) == "3 of 3 trials failed; the same command tries as many new ones"
+        error_message(said.err) == "3 of 3 trials failed; the same command tries as many new ones"
         and "best values" not in said.out
     )
     assert said.out[said.out.index("failed:\n") :].splitlines()[1:-1:2] == [
@@ -578,7 +579,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(sweep: Sweep, scores:
     assert trials == [("failed", True)] * 3 + [("complete", False)] * 3
 
 
-def test_the_same_values_are_not_trained_twice(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
+def test_repeated_values_are_not_trained_twice(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
     assert sweep.run("search.memory_length=[3,12]", "search_trials=6") == 0
     trials = sweep.table("search.csv")
     assert len(trials) == 6 and len(sweep.versions()) == 2
@@ -588,7 +589,7 @@ def test_the_same_values_are_not_trained_twice(sweep: Sweep, scores: SetUp, caps
     assert sum(line.startswith("trial ") for line in capsys.readouterr().out.splitlines()) == 2
 
 
-def test_a_trial_cut_off_while_its_values_were_drawn_is_given_up(sweep: Sweep, scores: SetUp) -> None:
+def test_a_trial_interrupted_while_drawing_its_values_fails(sweep: Sweep, scores: SetUp) -> None:
     assert sweep.run(*SPACE, "search_trials=1") == 0
     journal = optuna.storages.journal.JournalFileBackend(str(sweep.folder / "optuna.journal"))
     study = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(journal))
@@ -598,12 +599,12 @@ def test_a_trial_cut_off_while_its_values_were_drawn_is_given_up(sweep: Sweep, s
     assert study.get_trials()[1].state == TrialState.FAIL
 
 
-def test_a_damaged_journal(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
+def test_a_damaged_journal_is_refused(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
     assert sweep.run(*SPACE, "search_trials=1") == 0
     (sweep.folder / "optuna.journal").write_text("{\n{\n")
     assert sweep.run(*SPACE, "search_trials=1") == 2
     expected = f"{sweep.folder / 'optuna.journal'}: not readable as Optuna's journal: "
-    assert error_line(capsys.readouterr().err).startswith(expected)
+    assert error_message(capsys.readouterr().err).startswith(expected)
 
 
 WRONG = {
@@ -647,14 +648,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("options", WRONG)
-def test_wrong_option(sweep: Sweep, capsys: Captured, options: str) -> None:
+def test_invalid_options_are_refused(sweep: Sweep, capsys: Captured, options: str) -> None:
     assert sweep.run(*options.split(" ")) == 2
-    assert error_line(capsys.readouterr().err).startswith(WRONG[options])
+    assert error_message(capsys.readouterr().err).startswith(WRONG[options])
     assert sweep.versions() == {} and not (sweep.folder / "sweep.json").exists()
 
 
-def test_lists_that_a_shell_has_unquoted(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
-    """Of one seed there is no deviation."""
+def test_lists_may_be_unquoted_by_the_shell(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
+    """The table shows no deviation for a single seed."""
     assert sweep.grid(types="[text, image]", ratios="(0.5,)", seeds="1") == 0
     assert set(sweep.versions()) == {f"s_{kind}_0.5_seed1" for kind in ("text", "image")}
     assert [(row["f1_macro_mean"], row["f1_macro_std"]) for row in sweep.table()] == [("0.6", "0.0")] * 2
@@ -673,33 +674,33 @@ def test_lists_that_a_shell_has_unquoted(sweep: Sweep, stand_in: SetUp, capsys: 
         ("warmup_steps", "[0,0.5]", None),
     ],
 )
-def test_what_a_search_draws(sweep: Sweep, scores: SetUp, name: str, values: str, drawn: Any) -> None:
+def test_a_search_draws_ranges_and_choices(sweep: Sweep, scores: SetUp, name: str, values: str, drawn: Any) -> None:
     assert sweep.run(f"search.{name}={values}", "search.memory_length=[3,6]", "search_trials=8") == 0
     found = {trial[name] for trial in sweep.table("search.csv")}
     assert len(found) > 1
-    if drawn is None:  # a range of warmup_steps below 1 is one of shares
+    if drawn is None:  # below 1, warmup_steps are shares
         assert len(found) == 8 and all(0 <= float(share) <= 0.5 for share in found)
     else:
         assert found <= set(map(str, drawn))
 
 
 @pytest.fixture
-def own(workspace: Workspace, tmp_path: Path) -> tuple[str, ...]:
+def custom(workspace: Workspace, tmp_path: Path) -> tuple[str, ...]:
     """Options of a sweep on a custom dataset, whose metric is accuracy."""
     write_labelled(tmp_path / "raw", {"train": 8, "val": 4, "test": 4}, ["cat", "dog"], metric="accuracy")
-    assert convert(tmp_path / "raw", tmp_path / "own") == 0
-    return ("task_finetune_custom", f"data_root={tmp_path / 'own'}")
+    assert convert(tmp_path / "raw", tmp_path / "custom") == 0
+    return ("task_finetune_custom", f"data_root={tmp_path / 'custom'}")
 
 
-def test_the_metric_of_a_custom_dataset_in_a_grid(sweep, stand_in, own, capsys):
-    """Also before there is a result."""
+def test_a_grid_uses_the_metric_of_a_custom_dataset(sweep, stand_in, custom, capsys):
+    """Even before the first result."""
     stand_in("sys.exit('error: no')")
-    assert sweep.grid(*own, types="text", ratios="0.5") == 2
+    assert sweep.grid(*custom, types="text", ratios="0.5") == 2
     [row] = sweep.table()
     assert row["accuracy_mean"] == "" and not any("f1" in name for name in row)
     stand_in("")
     capsys.readouterr()
-    assert sweep.grid(*own, types="text", ratios="0.5") == 0
+    assert sweep.grid(*custom, types="text", ratios="0.5") == 0
     said = capsys.readouterr()
     assert "[1/2] s_text_0.5_seed0: accuracy 0.1250 (" in said.err
     [head] = [line for line in said.out.splitlines() if line.startswith("missing")]
@@ -707,13 +708,13 @@ def test_the_metric_of_a_custom_dataset_in_a_grid(sweep, stand_in, own, capsys):
     assert json_of(sweep.folder / "sweep.json")["metric"] == "accuracy"
 
 
-def test_the_metric_of_a_custom_dataset_in_a_search(sweep: Sweep, scores: SetUp, own: tuple[str, ...]) -> None:
-    assert sweep.run(*own, "search.memory_length=[3,6]", "search_trials=2") == 0
+def test_a_search_uses_the_metric_of_a_custom_dataset(sweep: Sweep, scores: SetUp, custom: tuple[str, ...]) -> None:
+    assert sweep.run(*custom, "search.memory_length=[3,6]", "search_trials=2") == 0
     assert [set(trial) >= {"val/accuracy"} for trial in sweep.table("search.csv")] == [True, True]
 
 
-def test_the_estimate_of_what_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Patch) -> None:
-    """Of 10 runs 4 are complete; two that took 60 s in all leave four more, 2 minutes."""
+def test_progress_estimates_the_time_left(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Patch) -> None:
+    """Of 10 runs, 4 are complete; after two more in 60 s, the last four will take about 2 minutes."""
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     progress = Progress(10, complete=4)
@@ -729,7 +730,7 @@ def test_the_estimate_of_what_is_left(tmp_path: Path, caplog: pytest.LogCaptureF
     ]
 
 
-def test_a_single_run_takes_no_option_of_sweeps(workspace: Workspace, capsys: Captured) -> None:
+def test_sweep_options_are_refused_in_a_single_run(workspace: Workspace, capsys: Captured) -> None:
     for option, name in (("search.learning_rate=[1e-3,1e-2]", "search"), ("sweep_seeds=[1,2]", "sweep_seeds")):
         assert command_line(["run.py", *workspace.command(option)[1:]]) == 2
-        assert error_line(capsys.readouterr().err) == f"{name}: is for sweeps; expected `python run.py sweep with …`"
+        assert error_message(capsys.readouterr().err) == f"{name}: is for sweeps; expected `python run.py sweep with …`"

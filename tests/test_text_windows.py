@@ -1,4 +1,4 @@
-"""Whole texts: windows of 75 tokens, each encoded as a text of its own, whose features are pooled; texts of a row."""
+"""Whole texts: windows of 75 tokens, encoded separately, whose features are pooled; grouped texts of a row."""
 
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,20 @@ from vilt.datasets.specs import DATASETS
 FILMS = DATASETS["mmimdb"]
 METHODS = ("rep", "none", "dcp", "map_input", "map_attention", "maple", "coop", "msp", "mora", "lora")
 TYPES = (0, 2, 0, 1, 0)
-"""Missing types of five samples: with both, without image, with both, without text, with both."""
+"""Missing types of five samples: complete, image missing, complete, text missing, complete."""
 WINDOWS = (2, 3, 1, 0, 2)
-"""Windows of their texts."""
+"""Number of windows of each sample's text."""
 
 
 def samples_in_windows() -> tuple[list[Sample], Tensor, Tensor]:
-    """Five samples, their images, and of all windows the token ids (n, 77); the last two share an image."""
+    """Five samples, their images, and the token ids of all windows (n, 77); the third and fifth share an image."""
     images, _ = tiny_batch(len(TYPES))
     _, ids = tiny_batch(sum(WINDOWS), seed=1)
     images = images.double()
-    of_sample = iter(ids.split([*WINDOWS]))
+    windows_of_samples = iter(ids.split([*WINDOWS]))
     samples = []
     for number, missing_type in enumerate(TYPES):
-        windows = next(of_sample)
+        windows = next(windows_of_samples)
         inputs = {} if missing_type == 2 else {"image": images[number]}
         inputs |= {} if missing_type == 1 else {"text": windows}
         label = torch.tensor(genres(number), dtype=torch.uint8)
@@ -49,7 +49,7 @@ def samples_in_windows() -> tuple[list[Sample], Tensor, Tensor]:
 
 @pytest.mark.parametrize("once", [True, False])
 @pytest.mark.parametrize("prompt_type", METHODS)
-def test_logits_and_gradients_are_those_of_a_loop_over_windows(prompt_type: str, once: bool) -> None:
+def test_logits_and_gradients_equal_a_loop_over_windows(prompt_type: str, once: bool) -> None:
     options: dict[str, Any] = {"prompt_type": prompt_type, "memory_depth": 2}
     fast = tiny_classifier("mmimdb", seed=0, text_windows=8, **options).double().eval()
     plain = tiny_classifier("mmimdb", seed=0, **options).double().eval()
@@ -72,15 +72,15 @@ def test_logits_and_gradients_are_those_of_a_loop_over_windows(prompt_type: str,
     logits = fast(model_input(collate(kinds_of(FILMS), samples, once=once)))
     assert logits.shape == (len(TYPES), 23) and torch.allclose(logits, slow, rtol=0, atol=1e-10)
     factor = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).double()
-    of_slow = {name: each for name, each in plain.named_parameters() if each.requires_grad and name in shared}
-    (slow * factor).sum().backward(inputs=[weight, *of_slow.values()])
-    expected = [0 if each.grad is None else each.grad.clone() for each in (weight, *of_slow.values())]
+    slow_parameters = {name: each for name, each in plain.named_parameters() if each.requires_grad and name in shared}
+    (slow * factor).sum().backward(inputs=[weight, *slow_parameters.values()])
+    expected = [0 if each.grad is None else each.grad.clone() for each in (weight, *slow_parameters.values())]
     weight.grad = None
-    of_fast = [fast.get_parameter(name) for name in of_slow]
-    (logits * factor).sum().backward(inputs=[weight, *of_fast])
-    for name, each, theirs in zip(["head", *of_slow], [weight, *of_fast], expected, strict=True):
-        mine = torch.zeros(()) if each.grad is None else each.grad
-        assert float((mine - theirs).norm()) <= 1e-9 * (1 + float(mine.norm())), name
+    fast_parameters = [weight, *(fast.get_parameter(name) for name in slow_parameters)]
+    (logits * factor).sum().backward(inputs=fast_parameters)
+    for name, each, slow_grad in zip(["head", *slow_parameters], fast_parameters, expected, strict=True):
+        grad = torch.zeros(()) if each.grad is None else each.grad
+        assert float((grad - slow_grad).norm()) <= 1e-9 * (1 + float(grad.norm())), name
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ClipTokenizer:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 74, 75, 76, 150, 151, 599, 600, 601, 2000])
-def test_windows_hold_the_text_up_to_their_number(tokenizer: ClipTokenizer, tokens: int) -> None:
-    """Marks around each, nothing twice, nothing left out before the end; the first is the published input."""
+def test_windows_hold_all_tokens_up_to_their_limit(tokenizer: ClipTokenizer, tokens: int) -> None:
+    """Each has a start and an end token; no token is repeated or skipped; the first window is the published input."""
     digits = "".join(str(number % 10) for number in range(tokens))  # one token each
     [text], [alone] = tokenizer([digits], 8), tokenizer([digits])
     assert np.array_equal(text[0], alone)
@@ -106,14 +106,14 @@ def test_windows_hold_the_text_up_to_their_number(tokenizer: ClipTokenizer, toke
     assert len(text) == min(8, max(1, -(-tokens // 75)))
 
 
-def test_texts_of_fewer_windows_have_none_in_place_of_them(tokenizer: ClipTokenizer) -> None:
+def test_shorter_texts_are_padded_with_empty_windows(tokenizer: ClipTokenizer) -> None:
     ids = tokenizer(["1" * 200, "", "2" * 80], 8)
     assert ids.shape == (3, 3, 77) and (ids[..., 0] > 0).sum(axis=1).tolist() == [3, 1, 2]
     assert tokenizer([], 8).shape == (0, 1, 77)
 
 
-def test_texts_that_are_surely_cut_are(tokenizer: ClipTokenizer) -> None:
-    """Counted without a vocabulary: never too many, and all of them where each piece is a token."""
+def test_texts_counted_as_cut_are_cut(tokenizer: ClipTokenizer) -> None:
+    """Without a vocabulary the count is never too high, and exact if each piece is one token."""
     for count in (74, 75, 76, 90):
         for unit in ("7 ", "word ", "it's, ", "&amp;&amp; ", "naïve–", "\u2167 ²"):
             text = unit * count
@@ -122,11 +122,11 @@ def test_texts_that_are_surely_cut_are(tokenizer: ClipTokenizer) -> None:
 
 
 PLOTS = [["1" * 100, "2"], [], ["3" * 800], ["4", "5" * 160, "6" * 600]]
-"""Of four films: windows 2 and 1, none, 8 of 11, 1 and 3 and 8."""
+"""Plots of four films, with 2 and 1 windows; none; 8 of 11; 1, 3 and 8."""
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_samples_of_windows_and_of_all_texts_of_a_row(tmp_path: Path, tokenizer: ClipTokenizer, group: bool) -> None:
+def test_a_sample_has_windows_of_one_text_or_all(tmp_path: Path, tokenizer: ClipTokenizer, group: bool) -> None:
     write(tmp_path / "mmimdb_test.arrow", films(PLOTS))
     data = ArrowDataset(FILMS, tmp_path, "test", 8, group_texts=group)
     data.tokenize(tokenizer, "f", 8)
@@ -134,19 +134,19 @@ def test_samples_of_windows_and_of_all_texts_of_a_row(tmp_path: Path, tokenizer:
     assert len(data) == len(expected)
     texts = ["\n".join(plots) or None for plots in PLOTS] if group else [*PLOTS[0], None, *PLOTS[2], *PLOTS[3]]
     assert [data.given("text", number) for number in range(len(data))] == texts
-    for number, of_texts in enumerate(expected):
+    for number, token_counts in enumerate(expected):
         windows = data[0, number].inputs.get("text", torch.zeros(0, 77))
-        lengths = [min(75, tokens - start) for tokens in of_texts for start in range(0, tokens, 75)]
+        lengths = [min(75, tokens - start) for tokens in token_counts for start in range(0, tokens, 75)]
         assert [int(window.argmax()) - 1 for window in windows] == lengths and len(windows) <= 8
     again = ArrowDataset(FILMS, tmp_path, "test", 8, group_texts=group)
     again.tokenize(Tokenizer(), "f", 8)
-    assert torch.equal(again[0, 0].inputs["text"], data[0, 0].inputs["text"]), "the kept token ids are read"
+    assert torch.equal(again[0, 0].inputs["text"], data[0, 0].inputs["text"]), "the cached token ids are read"
     cut = ArrowDataset(FILMS, tmp_path, "test", 8)
     cut.tokenize(tokenizer, "f")
-    assert cut[0, 0].inputs["text"].shape == (77,), "those in windows are kept apart"
+    assert cut[0, 0].inputs["text"].shape == (77,), "ids in windows are cached separately"
 
 
-def test_a_text_that_is_given_has_windows(tokenizer: ClipTokenizer) -> None:
+def test_a_given_text_has_windows(tokenizer: ClipTokenizer) -> None:
     given = InputFormat(8, tokenizer, "f", text_windows=2)
     assert TextKind.read_given("1" * 80, FILMS.modalities["text"], given).shape == (2, 77)
     assert TextKind.read_given("", FILMS.modalities["text"], given).shape == (1, 77)
@@ -162,7 +162,7 @@ def test_a_text_that_is_given_has_windows(tokenizer: ClipTokenizer) -> None:
         ({"prompt_type": "none", "head": "linear_by_type"}, "head: expected linear"),
     ],
 )
-def test_where_windows_are_refused(options: dict[str, Any], fact: str) -> None:
+def test_methods_and_heads_without_windows_refuse_them(options: dict[str, Any], fact: str) -> None:
     with pytest.raises(ValueError, match=fact):
         tiny_classifier("mmimdb", text_windows=8, **options)
 

@@ -1,6 +1,6 @@
-"""A dataset of three made-up modalities, a family of backbones and a method, all of them in this file: through run.py.
+"""run.py on a dataset with three made-up modalities, a backbone family and a method, all defined in this file.
 
-Nothing of the program knows them but by their rows in DATASETS, FAMILIES and METHODS.
+The program knows them only through their entries in DATASETS, FAMILIES and METHODS.
 """
 
 import json
@@ -68,7 +68,7 @@ class SensorSizes:
 
 
 class SensorTower(Tower):
-    """Numbers to tokens, and their sum, with the slots in front, to a feature."""
+    """Maps numbers to tokens, and the sum of slots and tokens to a feature."""
 
     def __init__(self, inputs: int, sizes: SensorSizes) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class SensorTower(Tower):
 
 
 class SensorBackbone(Backbone):
-    """Three towers, and a mixture of their features."""
+    """Three towers and a mixture of their features."""
 
     def __init__(self, sizes: SensorSizes) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class SensorBackbone(Backbone):
 
     def embed(self, batch: ModelInput) -> dict[str, Tensor]:
         tokens = super().embed(batch)
-        for name, tokens_bLD in tokens.items():  # padding, which is in front, is all zeros
+        for name, tokens_bLD in tokens.items():  # zero the padding, which is in front
             L = tokens_bLD.shape[1]
             if batch.inputs[name].ndim == 3:
                 padding_bL = torch.arange(L) < L - batch.length_b[name][:, None]
@@ -118,7 +118,7 @@ class SensorBackbone(Backbone):
 
 
 class SensorFamily(Family):
-    """Its weights follow from a seed."""
+    """The family of that backbone, with weights drawn from a seed."""
 
     architecture = SensorSizes
 
@@ -201,7 +201,7 @@ def command(data: Path, *options: str, name: str | None = None) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(registered: None, data: Path) -> dict[str, Path]:
-    """Run folders of trainings, by missing type."""
+    """Folders of training runs, keyed by missing type."""
     for kind in ("any", "some"):
         assert command_line(command(data, f"exp_name={kind}", f"missing_type={kind}")) == 0
     return {kind: data / "result" / f"{kind}_seed0" / "version_0" for kind in ("any", "some")}
@@ -209,24 +209,24 @@ def trained(registered: None, data: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def measured(trained: dict[str, Path], data: Path) -> Path:
-    """Folder of the robustness results of one of them."""
+    """Folder of the robustness results of one run."""
     options = ("robustness_ratios=[0,0.5,1]", "robustness_seeds=[0]", "bootstrap=20")
     assert command_line(command(data, f"load_path={trained['any'] / 'best.ckpt'}", *options, name="robustness")) == 0
     return trained["any"] / "robustness"
 
 
 @pytest.mark.parametrize("kind", ["any", "some"])
-def test_a_run_trains_tests_and_keeps_what_the_method_has(trained: dict[str, Path], kind: str) -> None:
+def test_a_run_trains_tests_and_saves_the_state_of_the_method(trained: dict[str, Path], kind: str) -> None:
     results = json_of(trained[kind] / "test_results.json")
     lost = {name: count for name, count in results["missing"].items() if count}
     assert results["samples"] == 14 and results["missing_pattern"]["missing_type"] == kind
     assert lost.pop("complete") == 14 - int(0.7 * 14)
     assert set(lost) == {name for name in TYPE_NAMES[1:] if kind == "some" or "," not in name}
     assert max(lost.values()) - min(lost.values()) <= 1
-    kept = torch.load(trained[kind] / "best.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(trained[kind] / "best.ckpt", weights_only=True)["state_dict"]
     own = {f"model.sense.{name}" for name in ("habit", *(f"wobble.{name}" for name in SENSORS.modalities))}
-    assert set(kept) == own | {"gadgets_classifier.weight", "gadgets_classifier.bias"}
-    assert kept["model.sense.habit"].any()
+    assert set(saved) == own | {"gadgets_classifier.weight", "gadgets_classifier.bias"}
+    assert saved["model.sense.habit"].any()
     losses = [float(row["train/habit"]) for row in csv_of(trained[kind] / "metrics.csv") if row["train/habit"]]
     assert losses and all(np.isfinite(losses))
 
@@ -238,7 +238,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(trained, data, monkeypa
     assert_same_end(trained["some"], data / "result" / "again_seed0" / "version_1")
 
 
-def test_logits_are_kept_of_each_of_seven_types(measured: Path) -> None:
+def test_logits_are_stored_for_each_of_seven_missing_types(measured: Path) -> None:
     table = read_arrow(measured / "logits.arrow")
     columns = [name for name in table.column_names if name.startswith("logits_")]
     assert columns == [f"logits_{name.replace(', ', '_').replace(' ', '_')}" for name in TYPE_NAMES]
@@ -247,7 +247,7 @@ def test_logits_are_kept_of_each_of_seven_types(measured: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["motion", "some"])
-def test_each_cell_is_what_an_evaluation_gives(measured: Path, data: Path, kind: str) -> None:
+def test_each_cell_equals_an_evaluation(measured: Path, data: Path, kind: str) -> None:
     cells = json_of(measured / "robustness.json")["cells"]
     assert {cell["missing_type"] for cell in cells} == set(TYPES) and len(cells) == 15
     for ratio in (0.5, 1.0):
@@ -265,7 +265,7 @@ def test_each_cell_is_what_an_evaluation_gives(measured: Path, data: Path, kind:
             assert cell[f"{modality}_available"] == pytest.approx(1 - lacking / 14)
 
 
-def test_predictions_are_those_of_the_test(measured: Path, data: Path, tmp_path: Path) -> None:
+def test_predictions_equal_those_of_the_test(measured: Path, data: Path, tmp_path: Path) -> None:
     dataset = ArrowDataset(SENSORS, data, "test")
     lines = ["id,sound,motion,light"]
     for row in range(7):
@@ -288,7 +288,7 @@ def test_predictions_are_those_of_the_test(measured: Path, data: Path, tmp_path:
         assert list(one["probabilities"]) == list(SENSORS.class_names or ())
 
 
-def test_the_table_of_runs_and_the_report_show_them(measured, data, tmp_path, capsys):
+def test_the_table_of_runs_and_the_report_show_the_modalities(measured, data, tmp_path, capsys):
     assert call("runs", f"log_dir={data / 'result'}") == 0
     assert "70 % some" in (said := capsys.readouterr().out) and "gadgets" in said
     assert call("report", f"runs={data / 'result'}", f"out={tmp_path / 'report'}") == 0
@@ -297,14 +297,14 @@ def test_the_table_of_runs_and_the_report_show_them(measured, data, tmp_path, ca
     rows = csv_of(tmp_path / "report" / "tables" / "matrix_gadgets.csv")
     assert {row["missing_type"] for row in rows} == set(TYPES)
     half = {row["missing_type"]: row for row in csv_of(measured / "matrix.csv") if float(row["ratio"]) == 0.5}
-    there = {kind: [float(row[f"{name}_available"]) for name in SENSORS.modalities] for kind, row in half.items()}
-    assert there["light"] == [100, 100, 50]
-    assert sum(there["any"]) == pytest.approx(250, abs=0.01)  # 7 of 14 samples lose one modality
-    assert 200 < sum(there["some"]) < 250  # or two
+    available = {kind: [float(row[f"{name}_available"]) for name in SENSORS.modalities] for kind, row in half.items()}
+    assert available["light"] == [100, 100, 50]
+    assert sum(available["any"]) == pytest.approx(250, abs=0.01)  # 7 of 14 samples lose one modality
+    assert 200 < sum(available["some"]) < 250  # or two
 
 
-def test_defaults_are_those_of_the_modalities(registered: None, data: Path) -> None:
-    """And complete samples may lose any in training."""
+def test_defaults_depend_on_the_modalities(registered: None, data: Path) -> None:
+    """In training, complete samples may lose any combination of them."""
     options = check({**DEFAULTS, "task": "gadgets", "data_root": str(data)})
     assert set(options.missing_type.values()) == {"any"} and options.test_type is None
     assert options.robustness_types == options.sweep_types == TYPES
@@ -317,7 +317,7 @@ def test_defaults_are_those_of_the_modalities(registered: None, data: Path) -> N
 # Arrays
 
 
-def test_arrays_that_vary_are_padded_in_front(registered: None, data: Path) -> None:
+def test_arrays_of_varying_length_are_padded_in_front(registered: None, data: Path) -> None:
     dataset = ArrowDataset(SENSORS, data, "val")
     batch = collate(kinds_of(SENSORS), dataset.__getitems__([(0, index) for index in range(9)]))
     stored = [np.array(waves, dtype=np.float32) for waves in dataset.table["waves"].to_pylist()]
@@ -344,14 +344,14 @@ VARYING, NESTED = pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32()))
         ("waves", pa.array([[[1.0] * 4], []], NESTED), r"waves: .*found the size 0"),
     ],
 )
-def test_other_arrays_are_refused(registered, tmp_path, column, values, message):
+def test_arrays_of_another_shape_or_type_are_refused(registered, tmp_path, column, values, message):
     table = sensor_rows("val").slice(0, 2)
     write(tmp_path / "gadgets_val.arrow", table.set_column(table.column_names.index(column), column, values))
     with pytest.raises(DataError, match=message):
         ArrowDataset(SENSORS, tmp_path, "val")
 
 
-def test_numbers_that_are_not_finite_are_refused_with_their_row(registered: None, tmp_path: Path) -> None:
+def test_non_finite_numbers_are_refused_with_their_row(registered: None, tmp_path: Path) -> None:
     values = pa.array([[1.0] * 6, [1.0] * 5 + [float("nan")]], pa.list_(pa.float32()))
     table = sensor_rows("val").slice(0, 2)
     write(tmp_path / "gadgets_val.arrow", table.set_column(1, "motion", values))
@@ -367,7 +367,7 @@ def test_numbers_that_are_not_finite_are_refused_with_their_row(registered: None
     ("array", "reason"),
     [(np.zeros(5), r"shape \(6,\), found \(5,\)"), (np.full(6, np.inf), "finite"), (None, "No such file")],
 )
-def test_arrays_that_cannot_be_predicted_from(trained, tmp_path, array, reason, capsys):
+def test_invalid_arrays_to_predict_from_are_refused(trained, tmp_path, array, reason, capsys):
     if array is not None:
         np.save(tmp_path / "a.npy", array)
     (tmp_path / "in.csv").write_text("motion\na.npy\n")

@@ -1,7 +1,7 @@
-"""The tokenizer against a slow, obvious byte-pair encoding, in every form it is read from.
+"""The tokenizer equals a slow, obvious byte-pair encoding, in every form it can be read from.
 
-The small vocabulary is made here. The tests of CLIP's own need the environment variable CLIP_VOCAB, which names
-`bpe_simple_vocab_16e6.txt.gz`.
+The small vocabulary is made here. Tests of CLIP's own vocabulary need the environment variable CLIP_VOCAB, the path
+of `bpe_simple_vocab_16e6.txt.gz`.
 """
 
 import gzip
@@ -41,7 +41,7 @@ needs_vocabulary = pytest.mark.skipif(not os.environ.get("CLIP_VOCAB"), reason="
 
 
 def byte_symbols() -> dict[int, str]:
-    """Byte to the character that stands for it, in the order of CLIP's ids."""
+    """The character that stands for each byte, in the order of CLIP's ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = {byte: chr(byte) for byte in printable}
     for byte in range(256):
@@ -54,7 +54,7 @@ SYMBOLS = byte_symbols()
 
 
 def openai_clean(text: str) -> str:
-    """What OpenAI's code does with a text before it looks for pieces."""
+    """The text as OpenAI's code cleans it before splitting it into pieces."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return regex.sub(r"\s+", " ", text).strip().lower()
 
@@ -74,7 +74,7 @@ def merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 class SlowTokenizer:
-    """Byte-pair encoding, step by step: of the pairs that are there, the one merged first in training is joined."""
+    """Byte-pair encoding, step by step: among the pairs present, the one merged first in training is joined."""
 
     def __init__(self, merges: list[tuple[str, str]]) -> None:
         self.merges = merges
@@ -97,7 +97,7 @@ class SlowTokenizer:
 
 
 def train_merges(texts: tuple[str, ...], count: int) -> list[tuple[str, str]]:
-    """The most frequent pair is merged, again and again."""
+    """Merges learnt by repeatedly joining the most frequent pair."""
     words = [symbols_of(word) for text in texts for word in OPENAI_PATTERN.findall(openai_clean(text))]
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
@@ -121,7 +121,7 @@ def fast(slow: SlowTokenizer) -> ClipTokenizer:
 
 
 def write_folder(folder: Path, vocab: object, merges: list[tuple[str, str]]) -> Path:
-    """A Hugging Face folder with vocab.json and merges.txt."""
+    """Writes a Hugging Face folder with vocab.json and merges.txt."""
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
@@ -145,7 +145,7 @@ def random_texts(count: int, seed: int) -> list[str]:
     return ["".join(draw.choice(ALPHABET) for _ in range(draw.randrange(60))) for _ in range(count)]
 
 
-def test_equals_the_slow_encoding(slow: SlowTokenizer, fast: ClipTokenizer) -> None:
+def test_ids_equal_the_slow_version(slow: SlowTokenizer, fast: ClipTokenizer) -> None:
     texts = [*SENTENCES, *random_texts(600, seed=0)]
     found = fast(texts)
     assert found.shape == (len(texts), 77) and found.dtype == np.int64
@@ -155,24 +155,24 @@ def test_equals_the_slow_encoding(slow: SlowTokenizer, fast: ClipTokenizer) -> N
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t\u3000", "\x00 \x07", "&#32;"])
-def test_nothing_to_say_is_start_and_end(fast: ClipTokenizer, text: str) -> None:
+def test_an_empty_text_is_start_and_end(fast: ClipTokenizer, text: str) -> None:
     assert ids_of(fast, text) == [fast.start_id, fast.end_id] + [0] * 75
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "the dog " * 125_000], ids=["one word", "many words"])
-def test_a_megabyte_is_cut_with_end_last(fast: ClipTokenizer, slow: SlowTokenizer, text: str) -> None:
+def test_a_megabyte_is_truncated_with_end_last(fast: ClipTokenizer, slow: SlowTokenizer, text: str) -> None:
     assert ids_of(fast, text) == slow(text[:800])
 
 
 @pytest.mark.parametrize("words", [74, 75, 76])
-def test_cut_at_77(fast: ClipTokenizer, words: int) -> None:
+def test_texts_are_truncated_to_77_tokens(fast: ClipTokenizer, words: int) -> None:
     ids = ids_of(fast, "7" * words)  # each digit is its own piece
     seven = ids[1]
     assert ids == [fast.start_id, *[seven] * min(words, 75), fast.end_id, *[0] * (75 - words)]
 
 
-def test_marks_spelt_out_are_marks_only_as_pieces_of_their_own(slow: SlowTokenizer, fast: ClipTokenizer) -> None:
-    """As OpenAI's pattern has it: after punctuation the pattern has already taken the mark's bracket."""
+def test_spelt_out_marks_are_marks_only_as_separate_pieces(slow: SlowTokenizer, fast: ClipTokenizer) -> None:
+    """As in OpenAI's code: after punctuation, the pattern has already consumed the mark's bracket."""
     start, end = fast.start_id, fast.end_id
     dog = ids_of(fast, "dog")[1:-1]
     dog = dog[: dog.index(end)]
@@ -183,7 +183,7 @@ def test_marks_spelt_out_are_marks_only_as_pieces_of_their_own(slow: SlowTokeniz
     assert glued.index(end) > 5  # only the one that ends the text
 
 
-def test_folders_and_the_object_agree(slow: SlowTokenizer, fast: ClipTokenizer, tmp_path: Path) -> None:
+def test_folders_and_objects_give_the_same_tokenizer(slow: SlowTokenizer, fast: ClipTokenizer, tmp_path: Path) -> None:
     old = write_folder(tmp_path / "old", slow.vocab, slow.merges)
     CLIPTokenizer(vocab=slow.vocab, merges=slow.merges).save_pretrained(tmp_path / "new")
     assert (tmp_path / "new" / "tokenizer.json").is_file() and not (tmp_path / "new" / "vocab.json").exists()
@@ -194,7 +194,7 @@ def test_folders_and_the_object_agree(slow: SlowTokenizer, fast: ClipTokenizer, 
         assert (read.fingerprint, read.vocab_size) == (fast.fingerprint, len(slow.vocab))
 
 
-def test_fingerprint_tells_vocabularies_and_merges_apart(slow: SlowTokenizer, fast: ClipTokenizer) -> None:
+def test_fingerprints_differ_between_vocabularies_and_merges(slow: SlowTokenizer, fast: ClipTokenizer) -> None:
     reordered = ClipTokenizer(slow.vocab, [slow.merges[1], slow.merges[0], *slow.merges[2:]])
     fewer = SlowTokenizer(slow.merges[:-1])
     smaller = ClipTokenizer(fewer.vocab, fewer.merges)
@@ -202,7 +202,7 @@ def test_fingerprint_tells_vocabularies_and_merges_apart(slow: SlowTokenizer, fa
 
 
 def write_new(folder: Path, slow: SlowTokenizer, change: Callable[[str], str]) -> None:
-    """A Hugging Face folder with tokenizer.json, changed."""
+    """Writes a Hugging Face folder with a changed tokenizer.json."""
     CLIPTokenizer(vocab=slow.vocab, merges=slow.merges).save_pretrained(folder)
     path = folder / "tokenizer.json"
     path.write_text(change(path.read_text("utf-8")), "utf-8")
@@ -260,8 +260,8 @@ def test_broken_merges_files_are_refused(tmp_path: Path, name: str, content: byt
     assert str(tmp_path / name) in str(refusal.value)
 
 
-def test_the_hub_is_asked_where_the_cache_has_no_vocabulary(slow, fast, monkeypatch):
-    """transformers makes an empty tokenizer, without an error, of a hub name that is not in the cache."""
+def test_the_hub_is_asked_if_the_cache_has_no_vocabulary(slow, fast, monkeypatch):
+    """For a hub name that is not cached, transformers returns an empty tokenizer without an error."""
     asked: list[bool] = []
 
     def from_pretrained(source: str, *, local_files_only: bool, **_: Any) -> CLIPTokenizer:
@@ -275,7 +275,7 @@ def test_the_hub_is_asked_where_the_cache_has_no_vocabulary(slow, fast, monkeypa
 
 
 @needs_vocabulary
-def test_golden_ids_in_every_form(tmp_path: Path) -> None:
+def test_ids_equal_the_golden_ones_in_every_form(tmp_path: Path) -> None:
     packed = Path(os.environ["CLIP_VOCAB"])
     plain = tmp_path / "bpe_simple_vocab_16e6.txt"
     if packed.suffix == ".gz":

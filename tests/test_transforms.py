@@ -1,4 +1,4 @@
-"""CLIP's image transform against explicit arithmetic: sizes, crop offsets, bicubic weights, colour modes."""
+"""CLIP's image transform equals explicit arithmetic: sizes, crop offsets, bicubic weights, colour modes."""
 
 import io
 import math
@@ -38,7 +38,7 @@ def to_hwc(image: Tensor) -> np.ndarray:
 
 
 def slow_weights(n_in: int, n_out: int) -> np.ndarray:
-    """(n_out, n_in): the bicubic kernel (a = -0.5), stretched by the scale where the image becomes smaller."""
+    """Weights (n_out, n_in) of the bicubic kernel (a = -0.5), stretched by the scale if the image shrinks."""
 
     def kernel(x: float) -> float:
         x = abs(x)
@@ -57,7 +57,7 @@ def slow_weights(n_in: int, n_out: int) -> np.ndarray:
 
 
 def slow_transform(pixels: np.ndarray, size: int) -> np.ndarray:
-    """float (size, size, 3): resized with explicit weights, width first, each time kept within 0 to 255; cropped."""
+    """Float image (size, size, 3): resized with explicit weights, width first, each time clipped to [0, 255]."""
     height, width = pixels.shape[:2]
     if width <= height:
         new_width, new_height = size, math.floor(size * height / width)
@@ -66,7 +66,7 @@ def slow_transform(pixels: np.ndarray, size: int) -> np.ndarray:
     image = pixels.astype(float)
     image = np.clip(np.einsum("ow,hwc->hoc", slow_weights(width, new_width), image), 0, 255)
     image = np.clip(np.einsum("oh,hwc->owc", slow_weights(height, new_height), image), 0, 255)
-    # Halves go to the even number.
+    # rint rounds halves to even.
     top, left = (int(np.rint((n - size) / 2)) for n in (new_height, new_width))
     return image[top : top + size, left : left + size]
 
@@ -74,14 +74,14 @@ def slow_transform(pixels: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("width", "height", "size"),
     [
-        *((8, 3, 4), (3, 4, 224), (640, 427, 224)),  # the longer side would be 10.67, 298.67, 335.73: cut, not rounded
+        *((8, 3, 4), (3, 4, 224), (640, 427, 224)),  # a longer side of 10.67, 298.67, 335.73 is truncated, not rounded
         *((40, 30, 16), (30, 40, 16), (33, 33, 16)),  # landscape, portrait, square
-        *((9, 7, 16), (7, 9, 16), (1, 1, 4), (1, 9, 4)),  # smaller than what is wanted
+        *((9, 7, 16), (7, 9, 16), (1, 1, 4), (1, 9, 4)),  # smaller than the target
         *((16, 16, 16), (16, 50, 16), (17, 16, 16)),  # the shorter side fits
         *((101, 37, 13), (200, 3, 8)),
     ],
 )
-def test_equals_the_slow_version(width, height, size):
+def test_images_equal_the_slow_version(width, height, size):
     pixels = noise(width, height)
     image = decode_image(encode(pixels), size)
     assert image.dtype == torch.uint8 and image.shape == (3, size, size) and image.is_contiguous()
@@ -129,7 +129,7 @@ WHITE = (255,) * 3
     [
         (saved(pixels_of("L", 0, 7, 255, 100)), GREYS),
         (saved(pixels_of("1", 0, 255, 255, 0)), [(0,) * 3, WHITE, WHITE, (0,) * 3]),
-        # what is transparent lies over white
+        # transparent pixels are blended onto white
         (saved(pixels_of("LA", (9, 0), (9, 255), (55, 51), (0, 0))), [WHITE, (9,) * 3, (215,) * 3, WHITE]),
         (
             saved(pixels_of("RGBA", (1, 2, 3, 0), (4, 5, 6, 255), (55, 155, 255, 51), (0,) * 4)),
@@ -159,7 +159,7 @@ def test_levels_of_an_unknown_range_are_refused(mode):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpeg_in_each_of_its_modes(mode):
+def test_every_mode_of_jpeg_becomes_rgb(mode):
     colours: dict[str, int | tuple[int, ...]] = {"RGB": (200, 100, 50), "L": 90, "CMYK": (0, 155, 205, 0)}
     image = decode_image(saved(Image.new(mode, (8, 16), colours[mode]), "JPEG", quality=95), 8)
     expected = {"RGB": (200, 100, 50), "L": (90, 90, 90), "CMYK": (255, 100, 50)}[mode]
@@ -167,7 +167,7 @@ def test_jpeg_in_each_of_its_modes(mode):
 
 
 def test_colours_are_resolved_before_the_resize():
-    """Else a palette would be resized by its numbers, which cannot be blended."""
+    """Otherwise palette indices would be interpolated."""
     image = with_palette()
     plain = Image.fromarray(np.array(image.convert("RGB")))
     assert torch.equal(decode_image(saved(image), 7), decode_image(saved(plain), 7))
@@ -175,7 +175,7 @@ def test_colours_are_resolved_before_the_resize():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_images_stand_as_their_orientation_says(kind):
+def test_images_are_turned_by_their_exif_orientation(kind):
     pixels = noise(6, 6)
     turned = [
         pixels, pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1], pixels.transpose(1, 0, 2),
@@ -191,8 +191,8 @@ def test_images_stand_as_their_orientation_says(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_texts_and_profiles_of_a_png_do_not_matter():
-    """Nor an EXIF that is damaged."""
+def test_texts_and_profiles_of_a_png_are_ignored():
+    """A damaged EXIF block is ignored too."""
     info = PngImagePlugin.PngInfo()
     for number in range(30):
         info.add_text(f"history {number}", "x" * 3_000_000, zip=True)
@@ -202,7 +202,7 @@ def test_texts_and_profiles_of_a_png_do_not_matter():
         assert np.array_equal(to_hwc(decode_image(saved(Image.fromarray(pixels), **given), 6)), pixels)
 
 
-def test_normalised_values_of_every_level():
+def test_every_level_is_normalised_as_published():
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
     values = normalise(levels)
@@ -214,7 +214,7 @@ def test_normalised_values_of_every_level():
 
 
 @pytest.mark.parametrize(("long", "short"), [(2000, 3), (5000, 7), (20_000, 40), (900, 1)])
-def test_very_thin_images_are_close_to_those_that_are_resized_whole(long, short):
+def test_very_thin_images_are_close_to_those_resized_whole(long, short):
     size = 56
     ramp = np.linspace(0, 40 * np.pi, long)
     pixels = np.repeat((127 + 120 * np.sin(ramp))[None, :, None], short, axis=0).repeat(3, axis=2).astype(np.uint8)
@@ -248,7 +248,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def announced(width: int, height: int) -> bytes:
-    """The head of a PNG of that size."""
+    """The header of a PNG of the given size."""
     size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"")
 
@@ -265,12 +265,12 @@ def announced(width: int, height: int) -> bytes:
     ],
     ids=["svg", "eps", "many pixels", "wide", "high", "any size"],
 )
-def test_what_is_no_image_to_read(data: bytes, found: str) -> None:
+def test_unsupported_and_oversized_images_are_refused(data: bytes, found: str) -> None:
     with pytest.raises(Exception, match=found):
         open_rgb(data)
 
 
-def test_animations_show_their_first_frame() -> None:
+def test_animations_are_read_as_their_first_frame() -> None:
     frames = [Image.new("RGB", (6, 6), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     for file_format, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
         data = saved(frames[0], file_format, save_all=True, append_images=frames[1:], **options)

@@ -1,4 +1,4 @@
-"""A split of one class leaves AUROC undefined: said before training, and null, empty or `undefined` from then on."""
+"""A split with one class leaves AUROC undefined: reported before training; later null, empty or `undefined`."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.report_files import write_arrow
 
 
 def with_one_class(arrow: Path, split: str, label: int) -> Path:
-    """The file of a split of Hateful Memes, every label replaced."""
+    """Replaces every label in a Hateful Memes split; returns its file."""
     path = arrow / f"hatememes_{split}.arrow"
     table = pa.ipc.open_file(pa.OSFile(str(path))).read_all()
     place = table.schema.get_field_index("label")
@@ -28,7 +28,7 @@ def train(workspace: Workspace, arrow: Path, *options: str) -> int:
 
 
 def strict(path: Path) -> Any:
-    """Content of a JSON file as a reader takes it that knows no NaN."""
+    """Content of a JSON file, read without support for NaN."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{path}: {word}")
@@ -37,7 +37,7 @@ def strict(path: Path) -> Any:
 
 
 @pytest.mark.parametrize(("label", "absent"), [(0, "'hateful'"), (1, "'not hateful'")])
-def test_a_validation_that_cannot_choose_is_refused_before_training(workspace, golden_arrow, capsys, label, absent):
+def test_an_undefined_validation_metric_is_refused_before_training(workspace, golden_arrow, capsys, label, absent):
     path = with_one_class(golden_arrow, "dev", label)
     assert train(workspace, golden_arrow) == 2
     said = capsys.readouterr().err
@@ -45,7 +45,7 @@ def test_a_validation_that_cannot_choose_is_refused_before_training(workspace, g
     assert not (workspace.results / "undefined_seed0").exists()
 
 
-def test_a_test_of_one_class_is_said_and_undefined_throughout(workspace, golden_arrow, tmp_path, capsys):
+def test_an_undefined_test_metric_is_reported_throughout(workspace, golden_arrow, tmp_path, capsys):
     path = with_one_class(golden_arrow, "test", 1)
     assert train(workspace, golden_arrow, f"log_dir={tmp_path}") == 0
     said = capsys.readouterr()

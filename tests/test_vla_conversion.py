@@ -1,4 +1,4 @@
-"""Pickles of features and tables with `.npy` files, converted; pickles that would run something are not opened."""
+"""Conversion of feature pickles and of tables with `.npy` files; pickles that would run code are not opened."""
 
 import os
 import pickle
@@ -39,7 +39,7 @@ def content() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", ["mult", "mmsa"])
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_both_layouts_become_one(content: Any, tmp_path: Path, layout: str, protocol: int) -> None:
+def test_both_layouts_give_the_same_samples(content: Any, tmp_path: Path, layout: str, protocol: int) -> None:
     make = {"mult": mult_pickle, "mmsa": mmsa_pickle}[layout]
     (tmp_path / "any_name.pkl").write_bytes(pickle.dumps(make(content), protocol))
     assert convert(tmp_path, tmp_path / "out") == 0
@@ -57,9 +57,9 @@ def test_both_layouts_become_one(content: Any, tmp_path: Path, layout: str, prot
     assert table["raw_text"].to_pylist() == [[text] for text in texts]
 
 
-def test_the_mask_of_the_tokens_says_how_long_a_text_is(content: Any, tmp_path: Path) -> None:
+def test_the_token_mask_gives_the_length_of_a_text(content: Any, tmp_path: Path) -> None:
     layout = mmsa_pickle(content)
-    layout["train"]["text"][0] = 1  # behind the mask too
+    layout["train"]["text"][0] = 1  # beyond the mask too
     layout["train"]["text_bert"] = np.zeros((SIZES["train"], 3, 5), dtype=np.float32)
     layout["train"]["text_bert"][:, 1, :2] = 1
     (tmp_path / "f.pkl").write_bytes(pickle.dumps(layout))
@@ -67,10 +67,10 @@ def test_the_mask_of_the_tokens_says_how_long_a_text_is(content: Any, tmp_path: 
     assert samples(tmp_path / "out", "mosi", "train")[0, 0].inputs["text"].any(dim=1).tolist() == [0, 0, 0, 1, 1]
 
 
-def test_numbers_that_are_not_finite_become_zero_and_are_counted(content, tmp_path, capsys):
+def test_non_finite_numbers_become_zero_and_are_counted(content, tmp_path, capsys):
     content["train"]["audio"][1, 3] = [np.nan, -np.inf, np.inf]
     content["test"]["vision"] = content["test"]["vision"].astype(np.float64)
-    content["test"]["vision"][0, -1, 0] = 1e39  # of float32
+    content["test"]["vision"][0, -1, 0] = 1e39  # overflows float32
     (tmp_path / "f.pkl").write_bytes(pickle.dumps(mult_pickle(content)))
     assert convert(tmp_path, tmp_path / "out") == 0
     said = capsys.readouterr()
@@ -119,7 +119,7 @@ WRONG: list[tuple[Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("make", "parts"), WRONG, ids=[parts[0][:40] for _, parts in WRONG])
-def test_what_is_wrong_is_one_line_with_file_and_row(content, tmp_path, capsys, make, parts):
+def test_invalid_pickles_are_refused_in_one_line_with_file_and_row(content, tmp_path, capsys, make, parts):
     (tmp_path / "f.pkl").write_bytes(pickle.dumps(make(content)))
     assert convert(tmp_path, tmp_path / "out") == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -127,8 +127,8 @@ def test_what_is_wrong_is_one_line_with_file_and_row(content, tmp_path, capsys, 
     assert not (tmp_path / "out").exists()
 
 
-class Runs:
-    """Leaves a file behind where its pickle is opened as usual."""
+class RunsCode:
+    """Leaves a file behind if its pickle is opened in the usual way."""
 
     def __init__(self, call: Any, *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
@@ -142,9 +142,9 @@ class Runs:
     [(os.system, ("touch left",)), (eval, ("open('left', 'w')",)), (np.load, ("left",)), (getattr, ("a", "upper"))],
     ids=["os.system", "eval", "numpy.load", "getattr"],
 )
-def test_a_pickle_that_runs_something_is_not_opened(call, arguments, tmp_path, monkeypatch, capsys):
+def test_a_pickle_that_runs_code_is_not_opened(call, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "f.pkl").write_bytes(pickle.dumps({"train": Runs(call, *arguments)}))
+    (tmp_path / "f.pkl").write_bytes(pickle.dumps({"train": RunsCode(call, *arguments)}))
     assert convert(tmp_path / "f.pkl", tmp_path / "out") == 2
     assert "which might run code; not opened" in capsys.readouterr().err
     assert not (tmp_path / "left").exists()
@@ -161,7 +161,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_arrays_are_those_that_pickle_reads(tmp_path: Path, protocol: int) -> None:
+def test_arrays_equal_those_read_by_pickle(tmp_path: Path, protocol: int) -> None:
     given = {**ARRAYS, "scalar": np.float32(2.5), "list": [1, "z"]}
     (tmp_path / "f.pkl").write_bytes(pickle.dumps(given, protocol))
     read = read_pickle(tmp_path / "f.pkl")
@@ -171,7 +171,7 @@ def test_arrays_are_those_that_pickle_reads(tmp_path: Path, protocol: int) -> No
     assert read["scalar"] == 2.5 and read["list"] == [1, "z"]
 
 
-def test_of_several_pickles_the_one_of_the_dataset_is_taken(content, tmp_path, monkeypatch, capsys):
+def test_the_pickle_that_fits_the_dataset_is_chosen_among_several(content, tmp_path, monkeypatch, capsys):
     sizes: dict[Split, tuple[int, ...]] = {split: (SIZES[SPLIT_KEYS[split]],) for split in SPLITS}
     for split, rows in sizes.items():
         monkeypatch.setitem(DATASETS["mosi"].published_rows, split, rows)
@@ -185,7 +185,7 @@ def test_of_several_pickles_the_one_of_the_dataset_is_taken(content, tmp_path, m
     assert convert(tmp_path / "c.pkl", tmp_path / "out") == 0
 
 
-def own_data(folder: Path, content: Any) -> Path:
+def write_own_data(folder: Path, content: Any) -> Path:
     lines = ["id,split,label,text"]
     for split, arrays in content.items():
         for row, name in enumerate(arrays["ids"]):
@@ -197,8 +197,8 @@ def own_data(folder: Path, content: Any) -> Path:
     return folder
 
 
-def test_a_table_with_files(content: Any, tmp_path: Path) -> None:
-    raw = own_data(tmp_path / "raw", content)
+def test_a_table_with_files_is_converted(content: Any, tmp_path: Path) -> None:
+    raw = write_own_data(tmp_path / "raw", content)
     assert convert(raw, tmp_path / "out", "vla") == 0
     dataset = samples(tmp_path / "out", "vla", "train")
     for row in range(len(dataset)):
@@ -220,8 +220,8 @@ def test_a_table_with_files(content: Any, tmp_path: Path) -> None:
         ("id,split,label", "id,split,score", "row 1: expected the columns 'label'"),
     ],
 )
-def test_a_wrong_table(content: Any, tmp_path: Path, capsys: Captured, old: str, new: str, message: str) -> None:
-    raw = own_data(tmp_path / "raw", content)
+def test_an_invalid_table(content: Any, tmp_path: Path, capsys: Captured, old: str, new: str, message: str) -> None:
+    raw = write_own_data(tmp_path / "raw", content)
     table = raw / "table.csv"
     table.write_text(table.read_text().replace(old, new))
     assert convert(raw, tmp_path / "out", "vla") == 2
@@ -237,8 +237,8 @@ def test_a_wrong_table(content: Any, tmp_path: Path, capsys: Captured, old: str,
         (np.array([[{}]]), "Python objects in dtype"),
     ],
 )
-def test_wrong_files(content: Any, tmp_path: Path, capsys: Captured, array: np.ndarray, message: str) -> None:
-    raw = own_data(tmp_path / "raw", content)
+def test_invalid_array_files(content: Any, tmp_path: Path, capsys: Captured, array: np.ndarray, message: str) -> None:
+    raw = write_own_data(tmp_path / "raw", content)
     np.save(raw / "audio" / "train_2.npy", array)
     assert convert(raw, tmp_path / "out", "vla") == 2
     said = capsys.readouterr().err
@@ -277,12 +277,12 @@ def test_memory_is_at_most_one_and_a_half_times_the_file(tmp_path: Path, protoco
     assert int(status) == 0 and int(grown) * 1024 < 1.5 * path.stat().st_size + 40e6, (grown, path.stat().st_size)
 
 
-def test_files_are_predicted_from_as_they_are_converted(tmp_path: Path) -> None:
+def test_files_are_read_alike_in_prediction_and_conversion(tmp_path: Path) -> None:
     splits, found = vla_splits(), []
     for name, layout in (("mult", mult_pickle), ("mmsa", mmsa_pickle)):
         (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(layout(splits)))
         found.append(samples_of_arrays(tmp_path / f"{name}.pkl", NAMES))
     for (name, ours, _), (other, theirs, _) in zip(*found, strict=True):
-        assert name == other and name.startswith("test_")  # no bytes
+        assert name == other and name.startswith("test_")  # a str, not bytes
         for modality in NAMES:  # MMSA's padding is at the end
             np.testing.assert_array_equal(ours[modality].astype(np.float32), theirs[modality])

@@ -1,4 +1,4 @@
-"""Models of text, audio and vision: REP against its slow version, exact shortcuts, and what is promised of each."""
+"""Models of text, audio and vision: REP equals its slow version; exact shortcuts; promises of every method."""
 
 import sys
 from dataclasses import replace
@@ -27,7 +27,7 @@ METHODS = list(FAMILY_METHODS["vla"])
 
 
 def moved(options: MethodOptions = REP, outputs: int = 1):
-    """A classifier with all values away from their start, in evaluation mode."""
+    """A classifier in evaluation mode, with all values moved away from their initial ones."""
     classifier = vla_classifier(TINY, options, outputs).eval()
     with torch.no_grad():
         for parameter in classifier.parameters():
@@ -47,7 +47,7 @@ def moved(options: MethodOptions = REP, outputs: int = 1):
     ],
     ids=str,
 )
-def test_rep_is_its_slow_version(options: Any) -> None:
+def test_rep_equals_the_slow_version(options: Any) -> None:
     classifier = moved(replace(REP, **options), outputs=2)
     features = random_features(TINY, 7)
     batch = vla_batch(features, TYPE_OF_MODE)
@@ -73,7 +73,7 @@ def test_rep_is_its_slow_version(options: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_sample_depends_on_itself_and_what_it_has_alone(method: str) -> None:
+def test_logits_depend_only_on_the_present_inputs_of_a_sample(method: str) -> None:
     classifier = moved(replace(REP, prompt_type=method, prompt_length=3))
     features = random_features(TINY, 7)
     together = classifier(vla_batch(features, TYPE_OF_MODE))
@@ -88,7 +88,7 @@ def test_a_sample_depends_on_itself_and_what_it_has_alone(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_slots_in_training_are_those_of_evaluation_without_dropout(method: str) -> None:
+def test_without_dropout_slots_are_the_same_in_training(method: str) -> None:
     classifier = moved(replace(REP, prompt_type=method, prompt_length=3))
     batch = vla_batch(random_features(TINY, 8), [*TYPE_OF_MODE, 0])
     expected = classifier(batch)
@@ -101,8 +101,8 @@ def test_slots_in_training_are_those_of_evaluation_without_dropout(method: str) 
 
 @pytest.mark.parametrize(("steps", "source_steps"), [(5, 6), (6, 5), (9, 4), (35, 40), (70, 40)])
 @pytest.mark.parametrize(("real", "source_real"), [(9, 9), (2, 3), (3, 1), (0, 2), (2, 0)])
-def test_steps_of_zeros_are_computed_once(steps: int, source_steps: int, real: int, source_real: int) -> None:
-    """Whatever is left out, every step reads what it reads where nothing is."""
+def test_steps_of_zeros_may_be_computed_once(steps: int, source_steps: int, real: int, source_real: int) -> None:
+    """Every step gets the same result as if no step were left out."""
     model, draw = moved().model, torch.Generator().manual_seed(0)
     encoder = model.get_submodule("trans_l_with_a")
     assert isinstance(encoder, Encoder)
@@ -118,7 +118,7 @@ def test_steps_of_zeros_are_computed_once(steps: int, source_steps: int, real: i
 
 
 @pytest.mark.parametrize(("steps", "source_steps"), [(70, 70), (40, 90), (90, 40)])
-def test_blocks_of_queries_read_what_all_read_at_once(steps: int, source_steps: int) -> None:
+def test_attention_in_blocks_of_queries_equals_attention_at_once(steps: int, source_steps: int) -> None:
     attention, causal = Attention(8, 2), mask(steps, source_steps, torch.device("cpu"))
     query, source = torch.randn(3, steps, 8), torch.randn(3, source_steps, 8)
     q, k, v = (
@@ -130,8 +130,8 @@ def test_blocks_of_queries_read_what_all_read_at_once(steps: int, source_steps: 
 
 
 @pytest.mark.parametrize("steps", [4, 9])
-def test_dropout_on_the_weights_of_zeros_has_the_same_distribution(steps: int) -> None:
-    """Of a source of zeros alone, and of zeros in front of two steps that are none."""
+def test_dropout_on_merged_steps_of_zeros_has_the_same_distribution(steps: int) -> None:
+    """For a source of zeros only, and for zeros in front of two other steps."""
     torch.manual_seed(0)
     attention, n, count = Attention(8, 2).train(), 20_000, torch.arange(steps) + 1
     source, others = torch.randn(8), torch.randn(2, 8)
@@ -153,13 +153,13 @@ def test_dropout_on_the_weights_of_zeros_has_the_same_distribution(steps: int) -
     ("method", "trained"),
     [("rep", 245_504), ("mplmm", 88_141), ("mplmm_described", 88_141), ("none", 9_931), ("full", 1_071_211)],
 )
-def test_trained_parameters_at_the_sizes_of_mosi(method: str, trained: int) -> None:
+def test_parameter_counts_at_the_sizes_of_mosi(method: str, trained: int) -> None:
     classifier = vla_classifier(VlaArchitecture(50, 50, 50, 300, 5, 20), MethodOptions(method, 12, 3))
     assert sum(p.numel() for p in classifier.parameters() if p.requires_grad) == trained
 
 
 @pytest.mark.parametrize("options", [{"replay_depth": 1}, {"dynamic_init": True}, {"decoupling_weight": 1.0}], ids=str)
-def test_options_as_described_start_as_the_identity(options: Any) -> None:
+def test_options_as_described_do_not_change_the_initial_output(options: Any) -> None:
     plain, described = (vla_classifier(TINY, each).eval() for each in (REP, replace(REP, **options)))
     described.load_state_dict(plain.state_dict(), strict=False)
     batch = vla_batch(random_features(TINY, 7), TYPE_OF_MODE)
@@ -167,7 +167,7 @@ def test_options_as_described_start_as_the_identity(options: Any) -> None:
 
 
 @pytest.mark.parametrize(("method", "learns"), [("mplmm", False), ("mplmm_described", True)])
-def test_missing_type_prompts_learn_with_the_start_that_is_described(method: str, learns: bool) -> None:
+def test_missing_type_prompts_learn_only_from_the_described_start(method: str, learns: bool) -> None:
     classifier = vla_classifier(TINY, MethodOptions(method, prompt_length=3))
     optimizer = torch.optim.Adam(p for p in classifier.parameters() if p.requires_grad)
     batch = vla_batch(random_features(TINY, 7), TYPE_OF_MODE)
@@ -187,25 +187,25 @@ def test_the_first_step_of_stage_one_does_not_explode() -> None:
     features = random_features(arch, 8)
     classifier(vla_batch(features, [0] * 8)).abs().mean().backward()
     norm = torch.stack([p.grad.norm() for p in classifier.parameters() if p.grad is not None]).norm()
-    assert float(norm) < 1e3  # 1e10 where the norms behind the cross-modal encoders have no bias
+    assert float(norm) < 1e3  # 1e10 if the norms after the cross-modal encoders had no bias
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"width": 9}, "width: expected a multiple of heads=2"), ({"width": 2}, "width: expected .* 4 or more, found 2")],
 )
-def test_sizes_that_do_not_fit(change: Any, message: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VlaBackbone(replace(TINY, **change))
 
 
-def test_memory_deeper_than_the_towers() -> None:
+def test_memory_deeper_than_the_towers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"memory_depth=4 .*3 in the text tower"):
         vla_classifier(TINY, MethodOptions("rep", 6, 4))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_training_step_gives_every_trained_parameter_a_gradient_unless_its_types_are_absent(method: str) -> None:
+def test_a_training_step_gives_exactly_the_trained_parameters_a_gradient(method: str) -> None:
     classifier = vla_classifier(TINY, replace(REP, prompt_type=method, prompt_length=3)).train()
     classifier(vla_batch(random_features(TINY, 7), TYPE_OF_MODE)).sum().backward()
     lacking = [name for name, p in classifier.named_parameters() if p.requires_grad and p.grad is None]
@@ -214,7 +214,7 @@ def test_a_training_step_gives_every_trained_parameter_a_gradient_unless_its_typ
     assert not frozen
 
 
-def test_checkpointing_activations_changes_nothing() -> None:
+def test_activation_checkpointing_changes_nothing() -> None:
     gradients = []
     for checkpointing in (False, True):
         classifier = moved()
@@ -226,8 +226,8 @@ def test_checkpointing_activations_changes_nothing() -> None:
     assert torch.equal(*gradients)
 
 
-class Whole(torch.nn.Module):
-    """A module of the published code, as its pickles mention it."""
+class PublishedModule(torch.nn.Module):
+    """Stands for any module class of the published code."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -235,14 +235,14 @@ class Whole(torch.nn.Module):
 
 
 def whole_model(state: dict[str, torch.Tensor], heads: int) -> torch.nn.Module:
-    """A tree of modules with these parameters, whose classes are those of MPLMM's code."""
-    root = Whole(heads)
+    """A tree of modules with the given parameters, with classes of MPLMM's code."""
+    root = PublishedModule(heads)
     for name, value in state.items():
         *path, last = name.split(".")
         module: torch.nn.Module = root
         for part in path:
             if part not in dict(module.named_children()):
-                module.add_module(part, Whole(heads))
+                module.add_module(part, PublishedModule(heads))
             module = module.get_submodule(part)
         module.register_parameter(last, torch.nn.Parameter(value))
     root.add_module("relu", torch.nn.ReLU())
@@ -250,7 +250,7 @@ def whole_model(state: dict[str, torch.Tensor], heads: int) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("method", ["mplmm", "full"])
-def test_a_published_checkpoint_is_read_without_its_code(method: str, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_published_checkpoint_can_be_read_without_its_code(method: str, tmp_path: Path, monkeypatch: Patch) -> None:
     arch = replace(TINY, project_all=method == "mplmm")
     classifier = vla_classifier(arch, MethodOptions(method, prompt_length=3)).eval()
     state = {published_name(name): value for name, value in classifier.state_dict().items()}
@@ -260,8 +260,8 @@ def test_a_published_checkpoint_is_read_without_its_code(method: str, tmp_path: 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "src", code)
         patch.setitem(sys.modules, "src.models", code.models)
-        code.models.Whole = Whole
-        patch.setattr(Whole, "__module__", "src.models")
+        code.models.PublishedModule = PublishedModule
+        patch.setattr(PublishedModule, "__module__", "src.models")
         torch.save(whole_model(state, arch.heads), tmp_path / "published.pt")
     checkpoint = read_checkpoint(tmp_path / "published.pt")
     assert checkpoint.published and checkpoint.spec.method.prompt_type == method
@@ -269,12 +269,12 @@ def test_a_published_checkpoint_is_read_without_its_code(method: str, tmp_path: 
     assert (found.width, found.heads, found.layers) == (8, 2, 2) and found.text_dim == 7
     restored = restore_classifier(checkpoint, None).eval()
     batch = vla_batch(random_features(TINY, 7), TYPE_OF_MODE)
-    if method == "full":  # its steps are in no entry
+    if method == "full":  # no entry states the steps
         restored.model.arch = arch  # type: ignore[assignment]
     assert torch.equal(restored(batch), classifier(batch))
 
 
-def test_a_whole_model_that_mentions_something_else_is_not_opened(tmp_path: Path) -> None:
+def test_a_pickled_model_that_mentions_other_code_is_not_opened(tmp_path: Path) -> None:
     torch.save({"model": torch.nn.Linear(1, 1), "run": print}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=r"print, which might run code; not opened"):
         read_checkpoint(tmp_path / "m.pt")

@@ -1,4 +1,4 @@
-"""PAMAP2 and RealWorld-HAR become arrow files: what is in them, and what is refused."""
+"""Conversion of PAMAP2 and RealWorld-HAR to arrow files: contents and refusals."""
 
 import io
 import zipfile
@@ -22,24 +22,24 @@ def write_pamap2(raw: Path) -> Path:
         values[:, 0] = 5 + np.arange(1000) / 100
         values[:, 1] = np.repeat([0, 1, 24], [200, 450, 350])
         values[300, 5] = np.nan
-        rows = [" ".join(f"{x:g}".replace("nan", "NaN") for x in of) for of in values]
+        rows = [" ".join(f"{x:g}".replace("nan", "NaN") for x in row) for row in values]
         (raw / "Protocol" / f"subject{subject}.dat").write_text("\n".join(rows))
     return raw
 
 
-def test_pamap2(tmp_path: Path, capsys: Captured) -> None:
+def test_pamap2_is_cut_into_samples(tmp_path: Path, capsys: Captured) -> None:
     write_pamap2(tmp_path)
     tables = converted("pamap2", tmp_path)
     assert {split: len(found) for split, found in tables.items()} == dict.fromkeys(SPLITS, 3)
     for found in tables.values():
-        # 200 to 399, 400 to 599 and 800 to 999; the others cross a boundary, or are no activity
+        # rows 200 to 399, 400 to 599 and 800 to 999; other samples cross a boundary or have no activity
         assert found["number"].to_pylist() == [1, 2, 4] and found["label"].to_pylist() == [0, 0, 17]
         assert 0.0 in np.array(found["signal_Acc"][0].as_py())[1]
     said = capsys.readouterr().out
     assert "samples with missing values, now 0: train 1, val 1, test 1" in said and "6 of 15 samples" in said
 
 
-def test_samples_of_pamap2_end_where_rows_are_missing(tmp_path: Path) -> None:
+def test_pamap2_samples_with_missing_rows_are_left_out(tmp_path: Path) -> None:
     path = write_pamap2(tmp_path) / "Protocol" / "subject101.dat"
     lines = path.read_text().splitlines()
     lines[220] = lines[220].replace(lines[220].split()[0], "NaN", 1)
@@ -47,8 +47,8 @@ def test_samples_of_pamap2_end_where_rows_are_missing(tmp_path: Path) -> None:
     path.write_text("\ufeff" + "\r\n".join(lines))
     raw = write_wearables.open_raw(tmp_path, "pamap2", "subject")
     numbers = {row["number"] for split in raw.splits for row in (read() for _, read in split.samples)}
-    of_first = [row for split in raw.splits for row in (read() for _, read in split.samples) if "101" in row["sample"]]
-    assert numbers == {1, 2, 4} and of_first == []  # it has 999 rows: 4 samples, each with a boundary or a gap
+    first = [row for split in raw.splits for row in (read() for _, read in split.samples) if "101" in row["sample"]]
+    assert numbers == {1, 2, 4} and first == []  # 999 rows: 4 samples, each with a boundary or a gap
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def test_samples_of_pamap2_end_where_rows_are_missing(tmp_path: Path) -> None:
         (7, "1,1" + ",0" * 52, "row 7: expected 54 values, found 1"),
     ],
 )
-def test_bad_rows_of_pamap2(tmp_path: Path, row: int, line: str, message: str) -> None:
+def test_invalid_pamap2_rows_are_refused(tmp_path: Path, row: int, line: str, message: str) -> None:
     path = write_pamap2(tmp_path) / "Protocol" / "subject102.dat"
     replace_line(path, row, line)
     with pytest.raises(DataError, match=r"subject102\.dat, " + message):
         write_wearables.open_raw(tmp_path, "pamap2")
 
 
-def test_wrong_files_of_pamap2(tmp_path: Path) -> None:
+def test_invalid_pamap2_files_are_refused(tmp_path: Path) -> None:
     path = write_pamap2(tmp_path) / "Protocol" / "subject102.dat"
     text = path.read_text()
     (tmp_path / "Protocol" / ".DS_Store").touch()
@@ -106,28 +106,28 @@ def zipped(name: str, content: str | bytes) -> bytes:
     return file.getvalue()
 
 
-def test_realworld_har(tmp_path: Path) -> None:
+def test_realworld_har_is_cut_into_samples(tmp_path: Path) -> None:
     write_rwhar(tmp_path)
     tables = converted("rwhar", tmp_path)
     assert {split: len(found) for split, found in tables.items()} == dict.fromkeys(SPLITS, 2)
     light, acc = (np.array(tables["train"][f"signal_{name}"][1].as_py()) for name in ("lig", "acc"))
     assert light.shape == (1, 9, 50) and acc.shape == (3, 9, 50)
-    np.testing.assert_allclose(light[0], acc[0], atol=1e-4)  # on one clock
+    np.testing.assert_allclose(light[0], acc[0], atol=1e-4)  # on a common clock
     assert set(tables["test"]["label"].to_pylist()) == {7}
     (tmp_path / "proband2" / "data" / "mag_walking_csv.zip").unlink()
     with pytest.raises(DataError, match=r"proband2.*expected a file of mag for walking, found none"):
         write_wearables.open_raw(tmp_path, "rwhar")
 
 
-def test_recordings_of_realworld_har_with_gaps_in_archives_in_archives(tmp_path: Path, capsys: Captured) -> None:
-    """Columns in another order, times that go back, and a gap: the same samples, but for those in the gap."""
+def test_realworld_har_may_have_gaps_and_nested_archives(tmp_path: Path, capsys: Captured) -> None:
+    """With reordered columns, times that go back and a gap, the samples outside the gap are the same."""
     expected = converted("rwhar", write_rwhar(tmp_path))
     capsys.readouterr()
     for path in sorted(tmp_path.glob("proband1/data/*.zip")):
         sensor, prefix = path.name[:3], RWHAR_NAMES[path.name[:3]]
         with zipfile.ZipFile(path) as archive:
             rows = [line.split(",") for line in archive.read(f"{prefix}_walking_waist.csv").decode().splitlines()]
-        del rows[20 if sensor == "lig" else 1 : 30 if sensor == "lig" else 1]  # light changes when it does
+        del rows[20 if sensor == "lig" else 1 : 30 if sensor == "lig" else 1]  # light is recorded only when it changes
         if sensor == "gyr":
             rows[100:200] = rows[199:99:-1]
         if sensor == "mag":
@@ -167,14 +167,14 @@ HEADER = "id,attr_time,attr_x,attr_y,attr_z\n"
         (HEADER + "1,2,3,4,5\n2,2.02,3,4,5", "attr_time: expected milliseconds, in rows about 20 apart, found 0.02"),
     ],
 )
-def test_bad_tables_of_realworld_har(tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_realworld_har_tables_are_refused(tmp_path: Path, content: str, message: str) -> None:
     path = write_rwhar(tmp_path) / "proband2" / "data" / "acc_walking_csv.zip"
     path.write_bytes(zipped("acc_walking_waist.csv", content))
     with pytest.raises(DataError, match=r"acc_walking_csv\.zip \(acc_walking_waist\.csv\).*" + message):
         write_wearables.open_raw(tmp_path, "rwhar")
 
 
-def test_bad_files_of_realworld_har(tmp_path: Path) -> None:
+def test_invalid_realworld_har_files_are_refused(tmp_path: Path) -> None:
     path = write_rwhar(tmp_path) / "proband2" / "data" / "acc_walking_csv.zip"
     content = path.read_bytes()
 
@@ -200,7 +200,7 @@ def test_bad_files_of_realworld_har(tmp_path: Path) -> None:
     refused(r"proband4\.zip: expected a folder, found a file")
 
 
-def test_a_modality_by_another_name_is_said_to_be_unread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_modalities_under_unknown_names_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sample = np.zeros((3, 9, 40), np.float32)
     np.save(tmp_path / "a.npy", sample)
     np.savez(tmp_path / "in.npz", acc=[sample], Gyro=[sample], magnet=[sample], id=["x"])

@@ -1,4 +1,4 @@
-"""All that is written appears at once, as tests/test_files.py tries by killing writers; a full disk is one line."""
+"""All files are written atomically (tests/test_files.py kills writers to try it); a full disk is a one-line error."""
 
 import ast
 import re
@@ -15,19 +15,21 @@ from tests.report_files import write_run
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("common", "vilt", "clip", "engine", "runs", "sensors", "vla")
-AT_ONCE = {"atomic_path", "new_folder", "whole_folder"}
+ATOMIC = {"atomic_path", "new_folder", "whole_folder"}
 WRITES = {"write_text", "write_bytes", "touch", "save", "save_file", "savefig", "to_csv", "new_file", "OSFile", "dump"}
-OTHERS = {
-    "common/files.py atomic_path": "is what makes it so",
-    "common/locks.py locked": "a lock is no data",
-    "engine/training.py on_train_epoch_end": "asks the logger",
+EXEMPT = {
+    "common/files.py atomic_path": "implements atomic writing",
+    "common/locks.py locked": "a lock file is not data",
+    "engine/training.py on_train_epoch_end": "calls the logger",
     "runs/sweep/jobs.py __init__": "appends to a log",
-    "vilt/utils/arrow_writer.py _write_rows": "convert gives the part",
-    **dict.fromkeys(("vilt/convert.py _image", "runs/report/samples.py _thumbnail"), "into memory"),
+    "vilt/utils/arrow_writer.py _write_rows": "convert passes a temporary file",
+    **dict.fromkeys(("vilt/convert.py _image", "runs/report/samples.py _thumbnail"), "writes to memory"),
     **dict.fromkeys(
-        (f"runs/report/{place}" for place in ("figures.py figure", "figures.py _svg", "table.py csv")), "too"
+        (f"runs/report/{place}" for place in ("figures.py figure", "figures.py _svg", "table.py csv")),
+        "writes to memory",
     ),
 }
+"""Functions that may write otherwise, with the reason."""
 
 
 def name_of(call: ast.Call) -> str:
@@ -40,18 +42,18 @@ def writes(call: ast.Call) -> bool:
     return name_of(call) in WRITES or (name_of(call) in ("open", "open_memmap") and bool(modes))
 
 
-def test_every_function_that_writes_a_file_lets_it_appear_at_once() -> None:
+def test_every_function_writes_its_files_atomically() -> None:
     found = set()
     for path in [each for package in PACKAGES for each in (ROOT / package).rglob("*.py")]:
         for function in ast.walk(ast.parse(path.read_text("utf-8"))):
             calls = [each for each in ast.walk(function) if isinstance(each, ast.Call)]
             if isinstance(function, ast.FunctionDef) and any(map(writes, calls)):
-                found.add(f"{path.relative_to(ROOT)} {function.name}" if not AT_ONCE & set(map(name_of, calls)) else "")
-    assert "" in found and found - {""} <= OTHERS.keys()
+                found.add(f"{path.relative_to(ROOT)} {function.name}" if not ATOMIC & set(map(name_of, calls)) else "")
+    assert "" in found and found - {""} <= EXEMPT.keys()
 
 
 Prepare = Callable[[Path, Workspace, Path], Callable[[], int]]
-"""Makes what a command needs, in a folder of its own; the command."""
+"""Prepares a folder with the inputs of a command; returns a function that runs the command."""
 
 
 def run(command: str, *options: str) -> Callable[[], int]:
@@ -102,7 +104,7 @@ COMMANDS: dict[str, tuple[Prepare, int]] = {
     "s/": (sweep, 100),
     "out": (export, 1000),
 }
-"""By what the line about a full disk names: what writes it, and the bytes that fit."""
+"""(preparation, bytes that fit) of each command, keyed by the path in its error about a full disk."""
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -113,16 +115,16 @@ def contents(folder: Path) -> dict[Path, bytes]:
     ("named", "before"),
     [(named, before) for named in COMMANDS for before in (False, True) if (named, before) != ("out", True)],
 )
-def test_a_full_disk_leaves_what_was_there_and_is_one_line(workspace, fitted, tmp_path, capsys, named, before):
+def test_a_full_disk_is_one_line_and_leaves_existing_files(workspace, fitted, tmp_path, capsys, named, before):
     prepare, room = COMMANDS[named]
     command = prepare(tmp_path, workspace, fitted / "best.ckpt")
     if before:
         assert command() == 0
-    there = contents(tmp_path)
+    existing = contents(tmp_path)
     with files_up_to(room):
         assert command() == 2
     said = capsys.readouterr().err
     last = said.splitlines()[-1]
     assert re.fullmatch(r"error: .*: File too large; [\d,]+ bytes free.*", last) and named in last, said
     assert "Traceback" not in said and not re.search(r"[0-9a-f]{8}\.part", last)
-    assert contents(tmp_path) == there
+    assert contents(tmp_path) == existing

@@ -16,7 +16,7 @@ from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CustomData
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS
-from vilt.utils import write_custom
+from vilt.utils import arrow_writer, write_custom
 from vilt.utils.names import normal
 
 ROOT = Path(__file__).parents[1]
@@ -77,8 +77,32 @@ def test_every_table_format_is_converted(raw: Path, name: str, capsys: Captured)
         "split": ["train"] * 3,
     }
     assert columns_of(raw / "out", "val")["label"] == [1] and columns_of(raw / "out", "test")["label"] == [0]
-    assert "warning: 2 rows of val and test with an image that is also in training" in capsys.readouterr().out
+    assert f"{arrow_writer.IN_TRAINING}: train 0, val 1, test 1" in capsys.readouterr().out
     assert open_spec("custom", raw / "out", SPLITS).custom == CustomData("custom", "single", ("cat", "dog"), "accuracy")
+
+
+def test_rows_that_leak_or_repeat_are_counted_by_content(raw: Path, capsys: Captured) -> None:
+    (raw / "copy.png").write_bytes(png(10))
+    (raw / "other.png").write_bytes(png(30))
+    rows = [
+        ["a.png", "purr", "cat", "train"],
+        ["", "miau", "cat", "train"],
+        ["b.png", "bark", "dog", "train"],
+        ["copy.png", "purr", "cat", "train"],  # repeats
+        ["copy.png", "purr", "dog", "train"],
+        ["", "miau", "cat", "train"],  # repeats
+        ["other.png", "purr", "cat", "val"],
+        ["", "miau", "dog", "val"],  # leaks
+        ["", "bark", "dog", "test"],
+        ["copy.png", "growl", "dog", "test"],  # leaks
+        ["b.png", "bark", "dog", "test"],  # leaks
+        ["b.png", "bark", "dog", "test"],  # leaks and repeats
+    ]
+    write_table(raw / "table.csv", rows)
+    assert convert(raw, raw / "out", "--table", str(raw / "table.csv")) == 0
+    said = capsys.readouterr().out
+    assert f"{arrow_writer.IN_TRAINING}: train 0, val 1, test 3" in said
+    assert f"{arrow_writer.REPEATED}: train 2, val 0, test 1" in said
 
 
 def test_one_table_per_split_with_renamed_columns(raw: Path) -> None:

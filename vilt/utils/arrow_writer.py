@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.errors import DataError, reason_of
 from common.files import atomic_path, sync_folder
 from common.messages import printable
-from vilt.datasets.specs import DatasetSpec, Modality
+from vilt.datasets.specs import CLIP, DatasetSpec, Modality
 from vilt.datasets.subsequences import NUMBER, RECORDING
 from vilt.utils.ordered_threads import in_order
 from vilt.utils.raw_data import NOTHING_LEFT, REMARKS, BadSampleError, ImageFile, RawDataset, Row, Sample
@@ -28,6 +28,8 @@ Result = tuple[int, Row | BadSampleError]
 MAX_BATCH_BYTES = 8 * 2**20
 MAX_BATCH_ROWS = 4096
 NO_TEXT = "left out, no text"
+IN_TRAINING = "warning: image, or text of rows without one, that is also in training"
+REPEATED = "warning: image, texts and label all repeat those of an earlier row"
 BAD_SAMPLES = "_bad_samples.tsv"
 """Suffix of the file that lists bad samples."""
 MAX_CELL = 1000
@@ -153,9 +155,18 @@ def _read(sample: Sample) -> Result:
 
 
 def _kept_rows(
-    results: Iterator[Result], bar: "tqdm[NoReturn]", spec: DatasetSpec, summary: SplitSummary, skip_bad: bool
+    results: Iterator[Result],
+    bar: "tqdm[NoReturn]",
+    spec: DatasetSpec,
+    summary: SplitSummary,
+    skip_bad: bool,
+    seen: set[int],
 ) -> Iterator[Row]:
-    """Yields the rows to write, with a `split` column added; also records all rows in `summary`."""
+    """Yields the rows to write, with a `split` column added; also records all rows in `summary`.
+
+    `seen` collects hashes of all rows, and of the images and texts of training, to find repeated ones. With 64 bits,
+    the probability that any two of a million different rows share a hash is 3e-8.
+    """
     for row_number, row in results:
         bar.update()
         if not isinstance(row, BadSampleError) and all(row[m.column] is None for m in spec.modalities.values()):
@@ -177,6 +188,12 @@ def _kept_rows(
         summary.remarks.update(f"kept, {name} missing" for name, m in spec.modalities.items() if row[m.column] is None)
         summary.remarks.update(["kept, but with none of the labels"] if not labels else [])
         summary.label_counts.update(labels)
+        if spec.family == CLIP:
+            image, said = row["image"], tuple(row[spec.modalities["text"].column] or ())
+            content, whole = hash(said if image is None else image), hash((summary.name, image, said, str(label)))
+            in_training = summary.name != "train" and content in seen
+            summary.remarks.update([IN_TRAINING] * in_training + [REPEATED] * (whole in seen))
+            seen.update([whole, content] if summary.name == "train" else [whole])
         if skip_bad or not summary.bad:  # otherwise no file will be kept, and the rest only completes the list
             yield {**row, "split": summary.name}
 
@@ -224,6 +241,7 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
         remarks = Counter({NO_TEXT: raw_split.n_without_text} if raw_split.n_without_text else {})
         splits.append(SplitSummary(name, raw_split.source, path, path.exists(), remarks=remarks))
     schema, report = arrow_schema(spec, dataset.class_names), target / f"{spec.name}{BAD_SAMPLES}"
+    seen: set[int] = set()
     samples = [sample for raw_split in dataset.splits for sample in raw_split.samples]
     # A terminal is updated continuously, a log file only now and then.
     interval = 0.2 if sys.stderr.isatty() else 10.0
@@ -235,7 +253,7 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
                     bar.set_description(split.path.name, refresh=False)
                     part = files.enter_context(atomic_path(split.path))
                     of_split = islice(results, len(raw_split.samples))
-                    _write_rows(_kept_rows(of_split, bar, spec, split, skip_bad), part, schema, spec)
+                    _write_rows(_kept_rows(of_split, bar, spec, split, skip_bad, seen), part, schema, spec)
                     split.n_bytes = part.stat().st_size
             bad = [sample for split in splits for sample in split.bad]
             if bad and not skip_bad:

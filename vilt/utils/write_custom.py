@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from common.errors import DataError
 from common.messages import quoted
 from common.strict_json import kind_of
-from common.text import counted
 from vilt.datasets.custom import CustomData
 from vilt.datasets.specs import SPLITS, Split, custom_spec
 from vilt.utils import raw_data
@@ -104,9 +103,6 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
             raise DataError(f"{table}: expected rows{what}, found none")
     custom = classes_of(layout, rows)
     doubts = [note]
-    trained_on = {image_of(listed) for listed in of_splits["train"]} - {None}
-    if repeated := sum(image_of(listed) in trained_on for split in ("val", "test") for listed in of_splits[split]):
-        doubts.append(f"warning: {counted(repeated, 'row')} of val and test with an image that is also in training")
     if layout.labels == "multi" and not any(
         len(listed.label) > 1 if isinstance(listed.label, list) else layout.separator in str(listed.label)
         for listed in rows

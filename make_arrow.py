@@ -107,7 +107,7 @@ def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
         terminal_table(["label", *(s.name for s in splits)], counts, "<" + ">" * len(splits)),
         "",
     ]
-    for remark in dict.fromkeys(remark for s in splits for remark in s.remarks):
+    for remark in dict.fromkeys(remark for s in splits for remark, count in s.remarks.items() if count):
         lines.append(f"{remark}: {', '.join(f'{s.name} {s.remarks[remark]:,}' for s in splits)}")
     return "\n".join(lines)
 

@@ -39,10 +39,14 @@ def content() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", ["mult", "mmsa"])
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_both_layouts_give_the_same_samples(content: Any, tmp_path: Path, layout: str, protocol: int) -> None:
+def test_both_layouts_give_the_same_samples(
+    content: Any, tmp_path: Path, layout: str, protocol: int, capsys: Captured
+) -> None:
     make = {"mult": mult_pickle, "mmsa": mmsa_pickle}[layout]
     (tmp_path / "any_name.pkl").write_bytes(pickle.dumps(make(content), protocol))
     assert convert(tmp_path, tmp_path / "out") == 0
+    n_texts = str(sum(SIZES.values()))
+    assert ["total", n_texts, n_texts] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
     for split in SPLITS:
         given = content[SPLIT_KEYS[split]]
         dataset = samples(tmp_path / "out", "mosi", split)

@@ -77,7 +77,7 @@ class SplitSummary:
     n_bytes: int = 0
     label_counts: Counter[int] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
-    """Further remarks on samples, with the number of samples each applies to."""
+    """Further remarks on samples, with the number of samples each applies to, which may be 0."""
     bad: list[BadSample] = field(default_factory=list)
 
 
@@ -183,16 +183,16 @@ def _kept_rows(
         for image in (value for value in row.values() if isinstance(value, ImageFile)):
             summary.remarks.update(f"images {change} (the published code differs)" for change in image.changes)
         summary.n_samples += 1
-        texts = next(iter([spec.column_of("text"), *spec.kept_columns]), None)
+        texts = spec.column_of("text") or next(iter(spec.kept_columns), None)
         summary.n_texts += len(row[texts] or []) if texts else 0
         summary.remarks.update(f"kept, {name} missing" for name, m in spec.modalities.items() if row[m.column] is None)
-        summary.remarks.update(["kept, but with none of the labels"] if not labels else [])
+        summary.remarks["kept, but with none of the labels"] += not labels
         summary.label_counts.update(labels)
         if spec.family == CLIP:
             image, said = row["image"], tuple(row[spec.modalities["text"].column] or ())
             content, whole = hash(said if image is None else image), hash((summary.name, image, said, str(label)))
-            in_training = summary.name != "train" and content in seen
-            summary.remarks.update([IN_TRAINING] * in_training + [REPEATED] * (whole in seen))
+            summary.remarks[IN_TRAINING] += summary.name != "train" and content in seen
+            summary.remarks[REPEATED] += whole in seen
             seen.update([whole, content] if summary.name == "train" else [whole])
         if skip_bad or not summary.bad:  # otherwise no file will be kept, and the rest only completes the list
             yield {**row, "split": summary.name}
@@ -238,7 +238,7 @@ def convert(dataset: RawDataset, target: Path, n_workers: int = 0, skip_bad: boo
         if path.is_dir():
             raise DataError(f"{path} is a folder; the arrow file needs that name")
         name = spec.file_splits[raw_split.split]
-        remarks = Counter({NO_TEXT: raw_split.n_without_text} if raw_split.n_without_text else {})
+        remarks = Counter({NO_TEXT: raw_split.n_without_text})
         splits.append(SplitSummary(name, raw_split.source, path, path.exists(), remarks=remarks))
     schema, report = arrow_schema(spec, dataset.class_names), target / f"{spec.name}{BAD_SAMPLES}"
     seen: set[int] = set()

@@ -306,6 +306,7 @@ def test_a_wrong_table_is_refused(raw: Path, suffix: str, content: str | bytes, 
 
 def damage(raw: Path) -> None:
     """Adds faulty image files and links."""
+    (raw / "folder").mkdir()
     (raw / "damaged.png").write_bytes(png()[:50])
     (raw / "._a.png").write_bytes(b"\0\5\x16\7")
     (raw / "circle.png").symlink_to(raw / "circle.png")
@@ -316,6 +317,8 @@ def damage(raw: Path) -> None:
 BAD: list[tuple[str, object, str, str]] = [
     ("image", ["a.png"], "incomplete row", "image: expected a path, found a list"),
     ("image", "no.png", "missing file", ""),
+    ("image", "folder", "unreadable file", "expected a file, found a folder"),
+    ("image", "https://there/a.png", "unreadable file", "expected a file, found a URL"),
     ("image", "../secret.png", "path leaves RAW", ""),
     ("image", "link.png", "path leaves RAW", "by a link; --follow-links allows that"),
     ("image", r"..\secret.png", "path leaves RAW", ""),

@@ -24,7 +24,7 @@ from vilt.utils import raw_data
 from vilt.utils.arrow_writer import SplitSummary
 from vilt.utils.arrow_writer import convert as write_arrow
 from vilt.utils.custom_layout import COLUMNS, Layout
-from vilt.utils.names import find_file, label_name, normal
+from vilt.utils.names import label_name, normal
 from vilt.utils.write_custom import Listed, assemble, incomplete
 
 SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val"}
@@ -149,11 +149,7 @@ def _image(listed: Listed, root: Path) -> tuple[bytes | None, str]:
         name = str(image.get("path") or name)
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str | Path):
-        path = find_file(root, str(image))
-        try:
-            return raw_data.read_image(path.parent, path.name), str(image)
-        except raw_data.BadSampleError as bad:
-            raise raw_data.BadSampleError(bad.reason, str(image), bad.detail) from None
+        return raw_data.read_image(root, str(image), anywhere=True), str(image)
     try:
         if isinstance(image, np.ndarray):
             try:

@@ -120,18 +120,25 @@ def check_inside(file: str) -> None:
         raise BadSampleError(PATH_LEAVES_RAW, file, "expected a relative path within RAW")
 
 
-def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES, follow_links: bool = True) -> bytes:
+def read_file(
+    raw: Path, file: str, most: int = MAX_FILE_BYTES, follow_links: bool = True, anywhere: bool = False
+) -> bytes:
     """The bytes of `raw/file`.
 
     Args:
         follow_links: whether a link may lead out of `raw`.
+        anywhere: whether `file` may be absolute or contain `..`.
 
     Raises:
         BadSampleError: the file is missing, unreadable, larger than `most` bytes, or outside `raw`.
     """
-    check_inside(file)
+    if not anywhere:
+        check_inside(file)
     try:
         path = find_file(raw, file)
+        if path.is_dir() or "://" in file:
+            found = "a folder" if path.is_dir() else "a URL"
+            raise BadSampleError(UNREADABLE_FILE, file, f"expected a file, found {found}")
         if not path.is_file():
             raise BadSampleError(MISSING_FILE, file)
         if not follow_links and not path.resolve().is_relative_to(raw.resolve()):
@@ -145,17 +152,20 @@ def read_file(raw: Path, file: str, most: int = MAX_FILE_BYTES, follow_links: bo
     return data
 
 
-def read_image(raw: Path, file: str, allow_missing: bool = False, follow_links: bool = True) -> bytes | None:
+def read_image(
+    raw: Path, file: str, allow_missing: bool = False, follow_links: bool = True, anywhere: bool = False
+) -> bytes | None:
     """The unchanged bytes of an image file, checked by decoding it completely to RGB.
 
     Args:
         allow_missing: return None if the file is missing, instead of raising.
+        follow_links, anywhere: as for `read_file`.
 
     Raises:
         BadSampleError: the file is missing, or cannot be read or decoded.
     """
     try:
-        return checked_image(read_file(raw, file, follow_links=follow_links), file)
+        return checked_image(read_file(raw, file, MAX_FILE_BYTES, follow_links, anywhere), file)
     except BadSampleError as bad:
         if allow_missing and bad.reason == MISSING_FILE:
             return None

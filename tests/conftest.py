@@ -140,16 +140,16 @@ def call(command: str, *options: str) -> int:
     return command_line(["run.py", command, "with", *options])
 
 
-def json_of(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
-def csv_of(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def error_of(capsys: Captured) -> str:
+def error_line(capsys: Captured) -> str:
     """The single error line that a command printed."""
     said = capsys.readouterr().err
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]

@@ -216,13 +216,13 @@ def write_runs(root: Path) -> Path:
     return root
 
 
-def text_of(report: Path) -> str:
+def page_text(report: Path) -> str:
     """Visible text of a report's page, one heading or paragraph per line."""
     page = re.sub(r"<style>.*?</style>|<[^>]*>", "", (report / "index.html").read_text("utf-8"), flags=re.DOTALL)
     return html.unescape(page).replace("\N{NO-BREAK SPACE}", " ")
 
 
-def edited(run: Path, name: str, **changes: Any) -> Path:
+def edit_json(run: Path, name: str, **changes: Any) -> Path:
     """Changes values in one of the run's JSON files; returns `run`."""
     (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | changes))
     return run

@@ -13,9 +13,9 @@ from common.errors import CheckpointError
 from engine.checkpoint import read_checkpoint
 from engine.predict import load_model
 from run import command_line
-from tests.conftest import GOLDEN_ARROW, Captured, Workspace, call, error_of, json_of
+from tests.conftest import GOLDEN_ARROW, Captured, Workspace, call, error_line, read_json
 from tests.data_files import write
-from tests.report_files import edited
+from tests.report_files import edit_json
 from tests.test_robustness import QUICK, robustness
 
 DISHES = [f"dish {number}" for number in range(101)]
@@ -48,7 +48,7 @@ def coop(workspace: Workspace) -> Path:
 def other_tokenizer(workspace: Workspace, tmp_path: Path) -> Path:
     """The backbone's tokenizer without its last merge."""
     folder = Path(shutil.copytree(workspace.backbone, tmp_path / "tokenizer"))
-    content = json_of(folder / "tokenizer.json")
+    content = read_json(folder / "tokenizer.json")
     content["model"]["merges"].pop()
     (folder / "tokenizer.json").write_text(json.dumps(content))
     return folder
@@ -84,7 +84,7 @@ def test_data_with_reordered_classes_is_refused(workspace, food, tmp_path, golde
         assert command_line(workspace.command(*common, *how[use], task="food101", data_root=arrow)) == 2
     split = "test" if use in ("test_only", "robustness") else "train"
     checkpoint = food / ("last.ckpt" if use == "resume" else "best.ckpt")
-    said = error_of(capsys)
+    said = error_line(capsys)
     assert f"{checkpoint}: trained on other classes than those of {arrow / f'food101_{split}.arrow'}: " in said
     assert "expected 'dish 2' as class 2, found 'dish 3'" in said
 
@@ -113,7 +113,7 @@ def test_a_tokenizer_other_than_the_training_one_is_refused(workspace, coop, oth
         best = coop / "last.ckpt"
         model = (f"vit={workspace.backbone}", "prompt_type=coop")
         assert command_line(workspace.command(*model, f"resume_from={best}", f"log_dir={tmp_path}", option)) == 2
-    assert f"{best}: trained with the tokenizer that comes with its backbone (fingerprint " in error_of(capsys)
+    assert f"{best}: trained with the tokenizer that comes with its backbone (fingerprint " in error_line(capsys)
 
 
 def test_the_error_names_the_training_tokenizer(workspace, other_tokenizer, tmp_path):
@@ -140,7 +140,7 @@ def test_a_checkpoint_without_a_recorded_tokenizer_accepts_any(
 def test_missing_tables_are_not_written_to_a_recorded_folder_that_is_absent(coop, tmp_path, monkeypatch, capsys):
     """They are written there only if that folder exists; otherwise in the default folder."""
     run, elsewhere = Path(shutil.copytree(coop, tmp_path / "run")), tmp_path / "else" / "where"
-    edited(run, "config.json", missing_table_root=str(elsewhere))
+    edit_json(run, "config.json", missing_table_root=str(elsewhere))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     robustness(f"load_path={run}", *QUICK)
@@ -157,7 +157,7 @@ def test_a_data_root_from_an_options_file_overrides_the_recorded_one(
 ) -> None:
     (tmp_path / "options.json").write_text(json.dumps({"data_root": str(tmp_path / "nowhere")}))
     robustness(f"load_path={coop}", str(tmp_path / "options.json"), status=2)
-    assert str(tmp_path / "nowhere") in error_of(capsys)
+    assert str(tmp_path / "nowhere") in error_line(capsys)
 
 
 def test_a_runs_config_starts_the_same_run_again(coop: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from common.errors import BackboneError
 from engine.checkpoint import ModelSpec, build_classifier
 from tests import golden
 from tests.backbones import hf_config, openai_state, random_hf_clip
-from tests.conftest import json_of
+from tests.conftest import read_json
 from tests.models import REAL, TINY, published_name
 from tests.test_tokenizer import SENTENCES, SlowTokenizer, train_merges, write_folder
 
@@ -61,7 +61,7 @@ def loaded(tiny: Tiny) -> FrozenWeights:
 def hf_folder(tiny: Tiny, folder: Path, change: Callable[[dict[str, Tensor]], Any] | None = None, **files: Any) -> str:
     """A copy of the tiny folder. `change` edits the weights; config= edits config.json; pickled=True writes .bin."""
     folder.mkdir(parents=True)
-    config = json_of(tiny.folder / "config.json")
+    config = read_json(tiny.folder / "config.json")
     files.get("config", lambda _: None)(config)
     (folder / "config.json").write_text(json.dumps(config))
     state = load_file(tiny.folder / "model.safetensors")
@@ -202,7 +202,7 @@ def test_features_match_transformers(activation: str, tmp_path: Path) -> None:
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 298, (3, 77))
     tokens[:, 20] = TINY.vocab_size - 1
     for heads in (1, 4):
-        config = json_of(tmp_path / "hf" / "config.json")
+        config = read_json(tmp_path / "hf" / "config.json")
         config["vision_config"]["num_attention_heads"] = config["text_config"]["num_attention_heads"] = heads
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
         model = CLIPModel.from_pretrained(tmp_path / "hf").eval()
@@ -245,7 +245,7 @@ def test_torchscript_under_another_suffix_is_not_run(tiny: Tiny, tmp_path: Path)
 def test_a_config_that_names_code_on_the_hub_is_loaded_without_that_code(loaded, tiny, tmp_path):
     """An attention implementation may be a repository whose code transformers downloads and runs."""
     folder = Path(hf_folder(tiny, tmp_path / "hf"))
-    config = json_of(folder / "config.json")
+    config = read_json(folder / "config.json")
     for part in (config, config["text_config"], config["vision_config"]):
         part |= {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
         part["auto_map"] = {"AutoModel": "someone/code--module.Model"}
@@ -483,7 +483,7 @@ def test_the_architecture_is_inferred_from_the_weights(name: str) -> None:
 
 def test_vit_b_16_has_the_published_names_and_shapes() -> None:
     """With REP's default options; published checkpoints lack the dynamic queries."""
-    published = json_of(golden.GOLDEN_DIR / "rep_checkpoint_keys_vitb16.json")
+    published = read_json(golden.GOLDEN_DIR / "rep_checkpoint_keys_vitb16.json")
     with torch.device("meta"):
         classifier = build_classifier(ModelSpec("mmimdb", MethodOptions(), REAL["ViT-B/16"]))
     own = {published_name(name): list(value.shape) for name, value in classifier.state_dict().items()}

@@ -20,7 +20,7 @@ from runs.compare import Comparison, Settings, compare_runs
 from runs.pattern import Pattern
 from runs.run_reader import find_runs
 from tests.conftest import Captured
-from tests.report_files import TestSet, at, edited, write_arrow, write_run
+from tests.report_files import TestSet, at, edit_json, write_arrow, write_run
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
 FILMS = TestSet(films=60)
@@ -115,7 +115,7 @@ def test_multi_label_runs_are_also_compared_at_their_own_offsets(runs: Path, cap
     assert compare_runs(find_runs(runs)[0], settings, at_offset=True) == []
     for path in runs.rglob("logits.arrow"):
         offset = {"rep": -0.75, "dcp": 0.5}.get(path.parts[-4].partition("_")[0])
-        edited(path.parents[1], "robustness/robustness.json", offset=offset)
+        edit_json(path.parents[1], "robustness/robustness.json", offset=offset)
     with caplog.at_level(logging.INFO, "rep"):
         (group,) = compare_runs(find_runs(runs)[0], settings, at_offset=True)
     assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["f1_macro_at_offset"]
@@ -130,7 +130,7 @@ def test_multi_label_runs_are_also_compared_at_their_own_offsets(runs: Path, cap
             values.append(multilabel_f1(shifted, torch.from_numpy(FILMS.labels))["f1_macro"])
         expected.append(np.mean(values))
     assert each.values == pytest.approx(expected, abs=1e-6)
-    edited(path.parents[1], "robustness/robustness.json", offset="0.5")
+    edit_json(path.parents[1], "robustness/robustness.json", offset="0.5")
     with pytest.raises(DataError, match=r"robustness\.json: .*offset: expected a number, found '0\.5'"):
         compare_runs(find_runs(runs)[0], settings, at_offset=True)
 
@@ -242,7 +242,7 @@ def test_significance_needs_a_low_p_and_an_interval_without_zero(
 
 
 def test_results_with_differently_drawn_missing_tables_are_refused(runs: Path) -> None:
-    edited(runs / "dcp_seed1" / "version_0", "robustness/robustness.json", rows_before=[100, 20])
+    edit_json(runs / "dcp_seed1" / "version_0", "robustness/robustness.json", rows_before=[100, 20])
     with pytest.raises(
         DataError, match=r"dcp_seed1.*drawn after splits of other sizes.*run `python run.py robustness` again"
     ):

@@ -11,7 +11,7 @@ import torch
 from common.hashing import file_sha256
 from engine.contents import CONTENTS_FILE, contents_of_files
 from run import command_line
-from tests.conftest import Captured, Workspace, json_of
+from tests.conftest import Captured, Workspace, read_json
 
 PUBLISHED_TABLE = "mmimdb_train_missing_both_07.pt"
 
@@ -52,7 +52,7 @@ def test_a_run_on_replaced_files_is_not_resumed_but_one_on_moved_files_is(worksp
     auto = command(workspace, place, "resume_from=auto")
     assert command_line(auto) == 0
     folder = place / "result" / "rep_seed0" / "version_0"
-    contents = json_of(folder / CONTENTS_FILE)
+    contents = read_json(folder / CONTENTS_FILE)
     assert contents["data of val"] == file_sha256(place / "arrow" / "mmimdb_dev.arrow")
     moved = place / "moved"
     shutil.copytree(place / "arrow", moved / "arrow")
@@ -78,7 +78,7 @@ def test_a_replaced_test_set_is_tested_again_and_reported(workspace: Workspace, 
     said = capsys.readouterr().err
     assert "resumes from" in said and "step 6" not in said
     folder = place / "result" / "rep_seed0"
-    first, second = (json_of(folder / f"version_{n}" / "test_results.json") for n in (0, 1))
+    first, second = (read_json(folder / f"version_{n}" / "test_results.json") for n in (0, 1))
     assert first["metrics"] != second["metrics"]
     evaluation = command(workspace, place, "test_only=True", f"load_path={folder / 'version_0' / 'best.ckpt'}")
     assert command_line(evaluation) == 0

@@ -55,7 +55,7 @@ def with_labels(labels: list[str]) -> list[list[str]]:
     return [[*row[:2], label, row[3]] for row, label in zip(ROWS, labels, strict=True)]
 
 
-def error_line(status: int, capsys: Captured) -> str:
+def conversion_error(status: int, capsys: Captured) -> str:
     """The single error line of a conversion that must have ended with status 2."""
     assert status == 2
     said = capsys.readouterr().err
@@ -232,7 +232,7 @@ SPECS = {
 def test_a_wrong_spec_is_refused(raw: Path, spec: str, capsys: Captured, monkeypatch: Patch) -> None:
     monkeypatch.chdir(raw)
     (raw / "spec.yaml").write_text(spec)
-    said = error_line(convert(raw, raw / "out", "--skip-bad"), capsys)
+    said = conversion_error(convert(raw, raw / "out", "--skip-bad"), capsys)
     assert SPECS[spec] in said and str(raw / "spec.yaml") in said and len(said) < 1000
     assert not list(raw.glob("out/*")) and not (raw / "marker").exists()
 
@@ -253,7 +253,7 @@ def test_a_missing_spec_or_table_is_refused(raw: Path, tmp_path: Path, capsys: C
         ([], f"{raw / 'nowhere.csv'} cannot be read: No such file"),
         (["--spec", str(raw / "val.yaml")], f"{raw / 'val.jsonl'}: expected rows, found none"),
     ):
-        assert fact in error_line(convert(raw, raw / "out", *options), capsys)
+        assert fact in conversion_error(convert(raw, raw / "out", *options), capsys)
 
 
 GOOD = "image,text,label,split\na.png,x,cat,train\na.png,x,cat,val\na.png,x,dog,test\n"
@@ -299,7 +299,7 @@ TABLES: list[tuple[str, str | bytes, str]] = [
 def test_a_wrong_table_is_refused(raw: Path, suffix: str, content: str | bytes, message: str, capsys: Captured) -> None:
     path = raw / f"wrong.{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    said = error_line(convert(raw, raw / "out", "--skip-bad", "--table", str(path)), capsys)
+    said = conversion_error(convert(raw, raw / "out", "--skip-bad", "--table", str(path)), capsys)
     assert f"error: {path}" in said and message in said
     assert not list(raw.glob("out/*"))
 
@@ -470,7 +470,7 @@ def test_unspecified_splits_are_drawn_by_label_and_seed(raw: Path, capsys: Captu
     capsys.readouterr()
     write_table(raw / "table.csv", ROWS)
     status = convert(raw, raw / "out", "--table", str(raw / "table.csv"), "--split-seed", "1")
-    assert "split_seed" in error_line(status, capsys)
+    assert "split_seed" in conversion_error(status, capsys)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from demo import data
 from run import command_line
 from runs.sweep import launchers
 from runs.sweep.jobs import Job, Outcome, Outcomes
-from tests.conftest import Patch, Workspace, json_of
+from tests.conftest import Patch, Workspace, read_json
 
 transformers = pytest.importorskip("transformers", reason="the tiny CLIP is a transformers model")
 from demo import backbone  # noqa: E402
@@ -22,7 +22,7 @@ SIZES = backbone.TinyClip(image_width=64, image_layers=1, text_layers=1, embed=3
 
 
 def labels_of(folder: Path) -> dict[str, dict]:
-    return {path.stem: json_of(path) for path in sorted((folder / "labels").glob("*.json"))}
+    return {path.stem: read_json(path) for path in sorted((folder / "labels").glob("*.json"))}
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -106,7 +106,7 @@ def test_the_demo_from_training_to_its_report(steps, workspace, tmp_path, capsys
     assert f"\n  {page}\n" in printed
     for label, _, _, test_type, ratio in demo.PATTERNS:
         result = tmp_path / "result" / f"rep_test_{test_type}_{ratio}" / "version_0" / "test_results.json"
-        tested = json_of(result)
+        tested = read_json(result)
         assert re.search(rf"{label} .* {tested['metrics']['f1_macro']:.3f} ", printed)
     assert [command[1] for command in steps] == [*["with"] * 5, "sweep", "robustness", "report"]
     runs = [path.parent.name for path in sorted((tmp_path / "result" / "sweep").glob("*/version_0"))]

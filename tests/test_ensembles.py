@@ -22,7 +22,7 @@ from engine.predict import load_model
 from engine.tasks import TASKS
 from engine.training import FinetuneModule, model_input
 from run import command_line
-from tests.conftest import Workspace, call, json_of
+from tests.conftest import Workspace, call, read_json
 from tests.custom_files import read_arrow
 from tests.data_files import LOGIT_COLUMNS
 from vilt.datamodules import collate
@@ -69,7 +69,7 @@ def test_a_teacher_sees_everything_the_missing_table_leaves(workspace, tmp_path,
     dataset.cached = dataset.simulate_seed = None
     batch = collate(kinds_of(dataset.spec), dataset.__getitems__([(0, number) for number in range(len(dataset))]))
     torch.testing.assert_close(soft, (32 * model.eval()(model_input(batch))).sigmoid().detach(), rtol=1e-3, atol=1e-4)
-    contents = json_of(tmp_path / "student_seed0" / "version_0" / "contents.json")
+    contents = read_json(tmp_path / "student_seed0" / "version_0" / "contents.json")
     assert contents["teacher"] == checkpoint.sha256
     moved = shutil.copy(members[teacher], tmp_path / "moved.ckpt")
     again = [word.replace(str(members[teacher]), str(moved)) for word in student]
@@ -108,10 +108,10 @@ def test_testing_robustness_and_predict_average_logits(workspace, tmp_path, memb
     one = merged_checkpoint([read_checkpoint(path) for path in members])
     task = with_offset(TASKS["mmimdb"], one.offset)
     [found] = tmp_path.glob("mean_*/robustness/robustness.json")
-    results = json_of(found)
+    results = read_json(found)
     for kind, logits_NC in zip(results["by_type"].values(), mean_logits, strict=True):
         assert kind == pytest.approx(task.metrics(logits_NC, labels))
-    tested = json_of(tmp_path / "together" / "version_0" / "test_results.json")
+    tested = read_json(tmp_path / "together" / "version_0" / "test_results.json")
     assert tested["checkpoint_sha256"] == results["checkpoint_sha256"] == one.sha256
     [cell] = [cell for cell in results["cells"] if cell["ratio"] == 0.7]
     assert tested["metrics"]["f1_macro"] == pytest.approx(cell["metrics"]["f1_macro"]["mean"])
@@ -203,5 +203,5 @@ def test_one_command_trains_the_recipe_and_reuses_its_results(workspace, tmp_pat
     assert again[0] == again[1]
     rows = {line.split("  ")[0].strip(): line.split() for line in again[0][0].splitlines() if line.startswith("recipe")}
     assert list(rows) == ["recipe: head", "recipe: + whole texts", "recipe: mean of 1"]
-    tested = json_of(tmp_path / "mean_of_1_seed0" / "version_0" / "test_results.json")["metrics"]
+    tested = read_json(tmp_path / "mean_of_1_seed0" / "version_0" / "test_results.json")["metrics"]
     assert f"{100 * tested['f1_macro']:.1f}" in rows["recipe: mean of 1"]

@@ -20,7 +20,7 @@ from sensors.focal import FocalSettings, focal_losses, focal_parts
 from sensors.swt import SwtTower
 from sensors.weights import sizes_for
 from tests import golden_as
-from tests.conftest import Patch, json_of
+from tests.conftest import Patch, read_json
 from tests.golden import assert_gradients, relative_error
 from tests.golden_as import INPUTS, Golden
 from vilt.datasets.specs import DATASETS
@@ -256,7 +256,7 @@ def test_default_sizes_are_the_published_ones(task, swt, windows, deepsense, ker
 def test_names_and_shapes_match_published_checkpoints(network: str, file: str) -> None:
     golden = golden_as.load(golden_as.HERE / f"{file}.npz")
     backbone = build(golden.sizes)
-    keys = json_of(golden_as.HERE / f"checkpoint_keys_{file}.json")
+    keys = read_json(golden_as.HERE / f"checkpoint_keys_{file}.json")
     ours = {name: list(x.shape) for name, x in backbone.state_dict().items()}
     heads = golden_as.projectors_of(golden, backbone)
     ours |= {f"mod_projectors.{name}": list(x.shape) for name, x in heads.state_dict().items()}

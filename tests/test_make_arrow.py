@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 import make_arrow
-from tests.conftest import Captured, Patch, json_of
+from tests.conftest import Captured, Patch, read_json
 from tests.custom_files import make, read_arrow
 from tests.data_files import CLIP_DATASETS
 from vilt.datasets.specs import DATASETS, MMIMDB_GENRES
@@ -79,7 +79,7 @@ class Case:
         path.write_bytes(data if isinstance(data, bytes) else data.encode())
 
     def edit(self, file: str, change: Callable[[dict], object]) -> None:
-        value = json_of(self.raw / file)
+        value = read_json(self.raw / file)
         change(value)
         self.write(file, value)
 
@@ -203,7 +203,7 @@ def write_titles(dishes: Case, train: bytes, test: bytes = b"") -> None:
 def test_titles_are_read_if_text_json_is_missing(dishes: Case) -> None:
     assert dishes.run() == 0
     expected = contents(dishes.out)
-    texts = json_of(dishes.raw / "text.json")
+    texts = read_json(dishes.raw / "text.json")
     out = io.StringIO()
     csv.writer(out).writerows((name, text, write_food101.class_of(name)) for name, text in texts.items())
     write_titles(dishes, out.getvalue().encode())
@@ -275,7 +275,7 @@ def test_names_match_in_another_unicode_form_or_case(dishes: Case, listed: str, 
         return name.replace("pizza", f"pizz{spelling}")
 
     files = (dishes.raw / f"{name}.json" for name in ("class_idx", "text", "split"))
-    classes, texts, splits = (json_of(path) for path in files)
+    classes, texts, splits = (read_json(path) for path in files)
     dishes.write("class_idx.json", {renamed(name, listed): number for name, number in classes.items()})
     dishes.write("text.json", {renamed(name, on_disk if len(on_disk) > 1 else listed): t for name, t in texts.items()})
     dishes.write("split.json", {key: [renamed(name, listed) for name in names] for key, names in splits.items()})
@@ -408,7 +408,7 @@ def test_a_bad_meme_is_reported(memes: Case, line: bytes, reason: str) -> None:
     ],
 )
 def test_a_bad_dish_is_reported(dishes: Case, name: str, text: object, reason: str) -> None:
-    splits = json_of(dishes.raw / "split.json")
+    splits = read_json(dishes.raw / "split.json")
     splits["test"] = [other for other in splits["test"] if other != name]
     splits["val"].insert(1, name)
     dishes.write("split.json", splits)
@@ -509,7 +509,7 @@ def test_unusual_but_valid_files_are_read(case: MakeCase) -> None:
 
 def test_hostile_names_do_not_flood_the_terminal(films: Case) -> None:
     name = "x" * 1_000_000
-    splits = json_of(films.raw / "split.json")
+    splits = read_json(films.raw / "split.json")
     changes: list[dict[str, Any]] = [{"dev": [name, name]}, {"dev": [[[[[]]]] * 1000]}, {name: ["a"]}]
     for change in changes:
         films.write("split.json", {**splits, **change})

@@ -14,7 +14,7 @@ from engine.metrics_log import MetricsLogger
 from run import command_line
 from runs import option_readers
 from runs.start import environment
-from tests.conftest import Patch, csv_of
+from tests.conftest import Patch, read_csv
 from tests.interrupted import files_up_to
 
 
@@ -40,13 +40,13 @@ def test_all_metrics_of_a_step_share_a_row_however_often_it_is_written(tmp_path,
             logger.experiment.write()
     logger.log_metrics({"lr": 0.25}, 4)
     logger.save()
-    rows = csv_of(tmp_path / "metrics.csv")
+    rows = read_csv(tmp_path / "metrics.csv")
     assert list(rows[0]) == ["epoch", "step", "seconds", "lr", "train/loss", "val/loss"]
     assert [row["train/loss"] for row in rows] == ["0.1", "1.1", "2.1", "3.1"]
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"] and rows[3].pop("seconds")
     assert rows[3] == {"epoch": "0", "step": "3", "lr": "0.5", "train/loss": "3.1", "val/loss": "0.25"}
     logger.finalize("")
-    assert len(csv_of(tmp_path / "metrics.csv")) == 5
+    assert len(read_csv(tmp_path / "metrics.csv")) == 5
 
 
 def test_a_run_killed_while_the_columns_change_keeps_its_rows(tmp_path, logger, monkeypatch):
@@ -68,13 +68,13 @@ def test_a_run_killed_while_the_columns_change_keeps_its_rows(tmp_path, logger, 
 
 def test_a_full_disk_loses_no_row(tmp_path: Path, logger: MetricsLogger) -> None:
     path = tmp_path / "metrics.csv"
-    rows = csv_of(path)
+    rows = read_csv(path)
     logger.log_metrics({"train/loss": 1 / 3}, 3)
     with files_up_to(path.stat().st_size + 5), pytest.raises(OSError, match="File too large"):
         logger.finalize("")
-    assert csv_of(path) == rows
+    assert read_csv(path) == rows
     logger.finalize("")
-    assert [row["train/loss"] for row in csv_of(path)[len(rows) :]] == [str(1 / 3)], "the next try has room"
+    assert [row["train/loss"] for row in read_csv(path)[len(rows) :]] == [str(1 / 3)], "the next try has room"
 
 
 def test_a_service_without_its_package_is_refused(monkeypatch: Patch) -> None:

@@ -14,7 +14,7 @@ from config import DEFAULTS, OPTIONS, Options
 from run import command_line
 from runs import start
 from runs.check_options import check
-from tests.conftest import Captured, Workspace, error_of
+from tests.conftest import Captured, Workspace, error_line
 from vilt.datasets.specs import DATASETS
 
 WRONG = {
@@ -93,7 +93,7 @@ WRONG = {
 def test_invalid_options_are_refused(workspace: Workspace, tmp_path: Path, capsys: Captured, option: str) -> None:
     command = workspace.command(f"vit={workspace.backbone}", f"log_dir={tmp_path / 'result'}", *option.split())
     assert command_line([word for word in command if option or not word.startswith("task_")]) == 2
-    assert WRONG[option] in error_of(capsys)
+    assert WRONG[option] in error_line(capsys)
     assert not (tmp_path / "result").exists()
 
 

@@ -26,7 +26,7 @@ from engine.predict import Predictor, load_model
 from run import command_line
 from runs.export import export
 from runs.start import commit
-from tests.conftest import Captured, Patch, Workspace, call, csv_of, error_of, json_of
+from tests.conftest import Captured, Patch, Workspace, call, error_line, read_csv, read_json
 from tests.custom_files import read_arrow
 from tests.data_files import LOGIT_COLUMNS, TYPE_NAMES
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -172,7 +172,7 @@ def test_evaluation_and_prediction_keep_the_training_precision_on_other_machines
     options = [f"load_path={trained}", "test_only=True", "test_exp_name=t", f"log_dir={tmp_path}"]
     command = [option for option in workspace.command(*options) if option != "precision=32"]
     assert command_line(command) == 0
-    assert json_of(tmp_path / "t" / "version_0" / "test_results.json")["precision"] == "32-true"
+    assert read_json(tmp_path / "t" / "version_0" / "test_results.json")["precision"] == "32-true"
     cells = ("bootstrap=0", "robustness_seeds=[0]")
     assert (
         command_line([command[0], "robustness", *command[1:], *cells]) == 0
@@ -250,7 +250,7 @@ def test_a_table_of_samples(trained, model, films, tmp_path, capsys, suffix, out
     target = tmp_path / "out" / f"found.{output}"
     assert run_predict(trained, f"input={table}", f"output={target}", "per_gpu_batchsize=4") == 0
     if output == "csv":
-        rows: list[dict[str, Any]] = csv_of(target)
+        rows: list[dict[str, Any]] = read_csv(target)
         probabilities = [[float(row[f"p({name})"]) for name in MMIMDB_GENRES] for row in rows]
         labels = [tuple(filter(None, row["labels"].split("|"))) for row in rows]
     else:
@@ -346,7 +346,7 @@ def test_a_checkpoint_without_class_names_gets_those_of_the_dataset(trained: Pat
 def test_invalid_samples_are_refused(trained, tmp_path, capsys, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert run_predict(trained, f"input={tmp_path / name}", f"output={tmp_path / 'found.csv'}") == 2
-    assert message.format(top=tmp_path) in error_of(capsys)
+    assert message.format(top=tmp_path) in error_line(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
 
 
@@ -366,7 +366,7 @@ def test_invalid_samples_are_refused(trained, tmp_path, capsys, name, content, m
 def test_invalid_options_are_refused(trained, tmp_path, capsys, option, message):
     given = [f"input={write_text(tmp_path)}", f"output={tmp_path / 'found.csv'}", option.format(top=tmp_path)]
     assert run_predict(trained, *given) == 2
-    assert message.format(top=tmp_path) in error_of(capsys)
+    assert message.format(top=tmp_path) in error_line(capsys)
     assert not (tmp_path / "found.csv").exists()
 
 
@@ -453,7 +453,7 @@ def test_invalid_options_of_embed_are_refused(trained, tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     given = (f"load_path={trained}", f"input={write_text(tmp_path)}", "precision=32", "num_workers=0", option)
     assert call("embed", *given) == 2
-    assert message in error_of(capsys)
+    assert message in error_line(capsys)
 
 
 def test_items_have_the_id_and_place_of_their_row(tmp_path: Path) -> None:
@@ -501,13 +501,14 @@ def test_an_exported_model_gives_the_results_of_its_checkpoint(workspace, traine
     assert at is not None and (at.missing_type, at.ratio, at.both_ratio, at.seed) == ("both", 0.7, 0.5, 0)
     assert at.commit == commit() and f"commit {at.commit}" in card
     assert all(fact in card for fact in ("fitted", "MM-IMDb", "rep", "70 % both", "Seed: 0", "Horror"))
-    assert f"trained parameters ({json_of(trained.with_name('test_results.json'))['trained_parameters']:,}) and" in card
+    tested = read_json(trained.with_name("test_results.json"))
+    assert f"trained parameters ({tested['trained_parameters']:,}) and" in card
     texts = films.texts[:3]
     assert load_model(out).threshold == load_model(trained).threshold != 0.5
     assert load_model(out).predict(texts=texts) == load_model(trained).predict(texts=texts)
     options = ("bootstrap=0", "robustness_seeds=[0]")
     assert command_line(workspace.command(f"load_path={out}", *options, name="robustness")) == 0
-    results = [json_of(place / "robustness" / "robustness.json")["cells"] for place in (trained.parent, out)]
+    results = [read_json(place / "robustness" / "robustness.json")["cells"] for place in (trained.parent, out)]
     assert results[0] == results[1]
 
 

@@ -18,7 +18,7 @@ from engine.checkpoint import ModelSpec, describe, read_checkpoint
 from engine.families import BackboneChoice, family_of
 from run import command_line
 from tests.backbones import openai_state, random_hf_clip
-from tests.conftest import Workspace, error_of, json_of
+from tests.conftest import Workspace, error_line, read_json
 from tests.models import tiny_classifier
 
 HALF, ODD = [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]
@@ -146,7 +146,7 @@ def test_head_counts_come_from_open_clip(tmp_path: Path) -> None:
 )
 def test_a_tokenizer_with_other_settings_is_refused(name, change, found, workspace, tmp_path):
     folder = Path(shutil.copytree(workspace.backbone, tmp_path / "copy"))
-    before = json_of(folder / name) if (folder / name).is_file() else {}
+    before = read_json(folder / name) if (folder / name).is_file() else {}
     write(folder, name, {**before, **change})
     with pytest.raises(BackboneError, match=found):
         load_tokenizer(str(folder))
@@ -169,7 +169,7 @@ def test_a_checkpoint_records_the_normalisation_of_its_backbone(fitted, workspac
     assert read_checkpoint(tmp_path / "of_half.ckpt").spec.architecture.image_mean == tuple(HALF)
     options = ("test_only=True", f"load_path={fitted / 'best.ckpt'}", f"log_dir={tmp_path}", f"vit={half}")
     assert command_line(workspace.command(*options)) == 2
-    assert "image_mean (there (0.48145466" in (said := error_of(capsys)) and "here (0.5, 0.5, 0.5)" in said
+    assert "image_mean (there (0.48145466" in (said := error_line(capsys)) and "here (0.5, 0.5, 0.5)" in said
 
 
 def test_a_published_checkpoint_of_a_compiled_model_can_be_read(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from engine.processes import ending_together
 from engine.trainer import make_trainer
 from run import command_line
 from runs.check_options import check
-from tests.conftest import Captured, Patch, Workspace, json_of
+from tests.conftest import Captured, Patch, Workspace, read_json
 from tests.custom_files import convert, write_labelled
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def test_two_processes_train_like_one(workspace: Workspace, tmp_path: Path) -> N
     one_state, two_state = (torch.load(f / "last.ckpt", weights_only=True)["state_dict"] for f in folders)
     for key in one_state:  # for a tiny gradient, Adam turns a rounding error into a step
         torch.testing.assert_close(one_state[key], two_state[key], rtol=1e-3, atol=1e-4)
-    results: list[dict[str, Any]] = [json_of(f / "test_results.json") for f in folders]
+    results: list[dict[str, Any]] = [read_json(f / "test_results.json") for f in folders]
     assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-4)
     assert results[0]["samples"] == results[1]["samples"]
 

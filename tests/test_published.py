@@ -22,7 +22,7 @@ from engine.optimization import AdamW, OptimizerSettings, make_optimizer
 from engine.trainer import validation_interval
 from run import command_line
 from runs.check_options import check, resolve
-from tests.conftest import Captured, Patch, Workspace, csv_of, json_of
+from tests.conftest import Captured, Patch, Workspace, read_csv, read_json
 from tests.models import published_name, published_state
 from tests.test_run import evaluate, other_backbone, refusal, results_of
 from vilt.datasets.open_spec import rows_of_splits
@@ -140,13 +140,13 @@ def test_a_run_and_its_robustness_use_the_published_tables(workspace: Workspace,
     cells = (tables, "robustness_types=[text,both]", "robustness_ratios=[0.4,0.7]", *ONE_TABLE)
     for each in (folder, other):
         assert command_line(workspace.command(f"load_path={each / 'best.ckpt'}", *cells, name="robustness")) == 0
-    first, *_, last = csv_of(folder / "robustness" / "cells.csv")
+    first, *_, last = read_csv(folder / "robustness" / "cells.csv")
     own = [results_of(each)["metrics"]["f1_macro"] for each in (folder, other)]
     assert float(first["f1_macro"]) == pytest.approx(tested["metrics"]["f1_macro"], abs=1e-9)
     assert float(last["f1_macro"]) == pytest.approx(own[0], abs=1e-9)
     compared = ("robustness_types=both", "robustness_seeds=0", "permutations=10", "bootstrap=10")
     assert command_line(["run.py", "compare", "with", f"runs=[{folder},{other}]", *compared]) == 0
-    [_, at_own, _] = json_of(folder / "compare.json")["groups"][0]["differences"]
+    [_, at_own, _] = read_json(folder / "compare.json")["groups"][0]["differences"]
     assert sorted(at_own["values"]) == pytest.approx(sorted(own), abs=1e-9)
 
 

@@ -32,7 +32,7 @@ from tests.report_files import (
     PLOTS,
     TestSet,
     at,
-    edited,
+    edit_json,
     write_measured,
     write_run,
     write_runs,
@@ -99,7 +99,7 @@ def test_each_row_of_the_matrix_says_what_its_deviations_are_over(tmp_path: Path
         TestSet().write(run := write_run(tmp_path / f"{seed}", seed=seed), seed)
     found = json.loads((run / "robustness" / "robustness.json").read_text())
     left = [cell for cell in found["cells"] if cell["missing_type"] == "text" or cell["ratio"] == 0.7]
-    edited(run, "robustness/robustness.json", cells=left)
+    edit_json(run, "robustness/robustness.json", cells=left)
     over = {row["missing_type"]: row["deviation_over"] for row in as_csv(tables.matrix_table(dataset_of(tmp_path)))}
     several = "2 missing tables or 2 training seeds"
     assert over == {"text": "2 training seeds", "image": several, "both": several}
@@ -178,7 +178,7 @@ def test_methods_are_compared_at_their_training_pattern(tmp_path: Path) -> None:
         options = at(kind, 0.7) | {"prompt_type": method, "seed": seed, "tested": tested}
         run = write_run(tmp_path / f"{method}_{kind}_{seed}", **options)
         if method == "rep":
-            edited(run, "test_results.json", **cost | {"training_seconds": 60.0 * (1 + seed)})
+            edit_json(run, "test_results.json", **cost | {"training_seconds": 60.0 * (1 + seed)})
     table = tables.comparison_table(dataset_of(tmp_path))
     assert list(table.columns.values())[2:4] == ["Seeds", "F1-macro"]
     assert [row[:4] + row[-2:] for row in rows_of(table)] == [
@@ -216,7 +216,7 @@ def test_results_with_other_missing_tables_do_not_replace_the_runs_own(tmp_path:
     run = write_run(tmp_path / "a", missing_tables="published", tested=0.875)
     TestSet().write(run)
     for rows_before, at_own in (([], False), ([15552, 2608], True)):
-        edited(run, "robustness/robustness.json", rows_before=rows_before)
+        edit_json(run, "robustness/robustness.json", rows_before=rows_before)
         [found] = dataset_of(tmp_path).runs
         assert (found.at_own_pattern("f1_macro") != 0.875) is at_own
 
@@ -258,7 +258,7 @@ def test_macro_f1_at_the_validation_offset_is_shown_next_to_the_published_metric
         run = write_run(tmp_path / method, prompt_type=method, **at("text", 0.5))
         found[method] = TestSet().write(run, offset=offset)
     assert [each["offset"] for each in found.values()] == [0.8, None]
-    edited(tmp_path / "rep", "test_results.json", metrics={"f1_macro": 0.5, AT_OFFSET: 0.625})
+    edit_json(tmp_path / "rep", "test_results.json", metrics={"f1_macro": 0.5, AT_OFFSET: 0.625})
     dataset = dataset_of(tmp_path)
     cells = {row["method"].text: row for row in tables.comparison_table(dataset).cells}
     [cell] = [each for each in found["rep"]["cells"] if (each["missing_type"], each["ratio"]) == ("text", 0.5)]
@@ -283,7 +283,7 @@ def test_undefined_metrics_are_shown_as_such_and_left_out_of_means(tmp_path: Pat
     found["by_type"]["complete"]["auroc"], found["confidence"]["complete"]["auroc"] = None, [None, None]
     for cell in found["cells"]:
         cell["metrics"]["auroc"] = {"mean": None, "std": None, "values": [None, None]}
-    edited(run, "robustness/robustness.json", **found)
+    edit_json(run, "robustness/robustness.json", **found)
     dataset = dataset_of(tmp_path)
     assert rows_of(tables.confidence_table(dataset))[3][4] == "undefined"
     [line] = dataset.lines
@@ -339,7 +339,7 @@ def test_confusions_are_a_matrix_or_for_many_classes_the_most_frequent(tmp_path:
         for count in range(1, 13)
         for name in TYPES
     ]
-    table = tables.confusion_table(dataset_of(edited(run, "robustness/robustness.json", confusions=rarest_first)))
+    table = tables.confusion_table(dataset_of(edit_json(run, "robustness/robustness.json", confusions=rarest_first)))
     assert [row[:4] for row in rows_of(table)] == [
         [name, f"dish {count}", name, str(count)] for name in TYPES for count in range(12, 2, -1)
     ]
@@ -479,7 +479,7 @@ def test_evaluations_are_listed_but_not_as_trainings(tmp_path: Path) -> None:
 
 def test_a_resumed_run_includes_the_run_it_was_resumed_from(tmp_path: Path) -> None:
     first, run = (write_run(tmp_path / "rep_seed0" / f"version_{number}", tested=None) for number in (0, 1))
-    edited(run, "config.json", resume_from=str(first / "last.ckpt"))
+    edit_json(run, "config.json", resume_from=str(first / "last.ckpt"))
     header = "epoch,step,train/loss,val/f1_macro"
     (first / "metrics.csv").write_text(f"{header}\n0,1,1.5,\n0,7,,0.35\n0,8,0.9,\n0,8,,0.2\n")  # step 8 has two rows
     (run / "metrics.csv").write_text(f"{header}\n1,8,,0.25\n1,9,,0.3\n1,10,0.")  # cut off

@@ -23,8 +23,8 @@ from runs.report.lines import by_dataset
 from runs.report.parts import _results_parts
 from runs.report.results import read_report_runs
 from runs.report.text import excerpt, without_home
-from tests.conftest import Captured, Patch, call, json_of
-from tests.report_files import HOSTILE, TestSet, edited, write_run, write_runs
+from tests.conftest import Captured, Patch, call, read_json
+from tests.report_files import HOSTILE, TestSet, edit_json, write_run, write_runs
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 ROOT_HOME = "/root"
@@ -263,7 +263,7 @@ def test_home_folders_are_not_disclosed(report: Path, tmp_path: Path) -> None:
     }
     for name, options in (("a", places), ("b", {"vit": "/Users/alice/other"})):
         run = write_run(tmp_path / "runs" / name, **options)
-        edited(run, "environment.json", command=["run.py", "with"])
+        edit_json(run, "environment.json", command=["run.py", "with"])
     make_report([tmp_path / "runs"], tmp_path / "report")
     for name, content in contents(tmp_path / "report").items():
         said = content.decode(errors="ignore").replace(str(tmp_path), "")
@@ -313,7 +313,7 @@ def test_a_damaged_or_mismatched_file_is_named(tmp_path, name, content, found):
     run = write_run(tmp_path / "run")
     TestSet().write(run)
     if isinstance(content, dict):
-        edited(run, name, **content)
+        edit_json(run, name, **content)
     else:
         (run / name).write_text(content)
     with pytest.raises(DataError, match=re.escape(found)) as error:
@@ -365,7 +365,7 @@ def test_a_real_run_can_be_reported(fitted: Path, tmp_path: Path, bootstrap: int
     assert call("robustness", best, *wanted, "precision=32", "num_workers=0", "per_gpu_batchsize=4") == 0
     assert call("report", f"runs={tmp_path}", f"out={tmp_path / 'report'}") == 0
     page = Page(tmp_path / "report" / "index.html")
-    results = json_of(folder / "test_results.json")
+    results = read_json(folder / "test_results.json")
     assert f"{100 * results['metrics']['f1_macro']:.0f}" in page.text and "70 % both" in page.text
     assert "Robustness curves" in page.text
     assert ("intervals for R1: evaluated with bootstrap=0" in page.text) == (not bootstrap)

@@ -17,8 +17,8 @@ from runs.report.search import _history
 from runs.report.text import Unit
 from runs.sweep.jobs import JOURNAL
 from runs.sweep.search import open_study
-from tests.conftest import Patch, csv_of
-from tests.report_files import HOSTILE, TestSet, at, edited, text_of, write_run
+from tests.conftest import Patch, read_csv
+from tests.report_files import HOSTILE, TestSet, at, edit_json, page_text, write_run
 
 SPACE = {"learning_rate": FloatDistribution(1e-4, 0.1, log=True), "tokenizer": CategoricalDistribution(["a", HOSTILE])}
 TRIALS = [(0.01, "a", 0.31), (0.1, HOSTILE, None), (0.001, "a", 0.42), (0.001, "a", 0.42), (0.02, HOSTILE, 0.4)]
@@ -35,7 +35,7 @@ def write_search(folder: Path, task: str = "mmimdb", trials: Sequence[tuple[Any,
         study.add_trial(create_trial(params=given, distributions=SPACE, value=score, state=state))
         place = folder / f"{folder.name}_trial_{number}_seed0" / "version_0"
         run = write_run(place, task, tested=None, **pattern, **given)
-        edited(run, "environment.json", command=["run.py", "with", f"exp_name={folder.name}_trial_{number}"])
+        edit_json(run, "environment.json", command=["run.py", "with", f"exp_name={folder.name}_trial_{number}"])
     return folder
 
 
@@ -45,7 +45,7 @@ def test_a_search_has_its_own_section(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "rep_seed0" / "version_0")
     journal = (search / JOURNAL).read_bytes()
     make_report([tmp_path / "runs"], report)
-    page = text_of(report)
+    page = page_text(report)
     assert (search / JOURNAL).read_bytes() == journal
     for fact in (
         "5 trials (4 complete, 1 failed)",
@@ -53,15 +53,15 @@ def test_a_search_has_its_own_section(tmp_path: Path) -> None:
         *("trial 0, reaches a validation MAE of 0.310", "exp_name=s_trial_2", "exp_name=low_trial_0"),
     ):
         assert fact in page, fact
-    trials = csv_of(report / "tables" / "search_2_trials.csv")
+    trials = read_csv(report / "tables" / "search_2_trials.csv")
     assert [trial["val/f1_macro"] for trial in trials] == ["31.0000", "", "42.0000", "42.0000", "40.0000"]
     assert [trial["tokenizer"] == HOSTILE for trial in trials] == [tokenizer == HOSTILE for _, tokenizer, _ in TRIALS]
-    table = csv_of(report / "tables" / "search_1_importances.csv")
+    table = read_csv(report / "tables" / "search_1_importances.csv")
     shares = {row["option"]: float(row["importance"]) for row in table}
     assert shares.keys() == SPACE.keys() and sum(shares.values()) == pytest.approx(100, abs=1e-3)
     assert "Missing: this needs 4 trials with different values" in page, "of the other search"
     assert {path.name for path in (report / "figures").glob("*.png")} >= {f"search_{n}_history.png" for n in (1, 2)}
-    kinds = Counter(row["kind"] for row in csv_of(report / "tables" / "runs.csv"))
+    kinds = Counter(row["kind"] for row in read_csv(report / "tables" / "runs.csv"))
     assert kinds == {"training": 1, "trial": 11}
     (search / JOURNAL).write_text("{\n{\n")
     with pytest.raises(DataError, match=f"s/{JOURNAL}: not readable as Optuna's journal"):
@@ -86,6 +86,6 @@ def test_a_trial_given_by_its_own_folder_is_an_ordinary_run(tmp_path: Path) -> N
     TestSet().write(trial := search / "s_trial_0_seed0" / "version_0")
     for place, kind, curves in ((search, "trial", 0), (trial, "training", 1)):
         make_report([place], tmp_path / "report")
-        assert [row["kind"] for row in csv_of(tmp_path / "report" / "tables" / "runs.csv")] == [kind]
+        assert [row["kind"] for row in read_csv(tmp_path / "report" / "tables" / "runs.csv")] == [kind]
         assert len(list((tmp_path / "report").glob("figures/curves_*.png"))) == curves
-        assert ("1 trial (1 failed)" in text_of(tmp_path / "report")) == (kind == "trial")
+        assert ("1 trial (1 failed)" in page_text(tmp_path / "report")) == (kind == "trial")

@@ -24,10 +24,10 @@ from run import command_line
 from runs import resume
 from runs.resume import Progress
 from tests.archives import Touch
-from tests.conftest import Captured, Patch, Workspace, call, csv_of, error_of, json_of
+from tests.conftest import Captured, Patch, Workspace, call, error_line, read_csv, read_json
 from tests.interrupted import differences, files_up_to
 from tests.models import TINY, tiny_classifier
-from tests.report_files import edited, write_run
+from tests.report_files import edit_json, write_run
 
 WEIGHT = "model.memory_learner.text_memory_complete"
 OPTIONS = ("val_check_interval=0.4", "max_epoch=1")
@@ -36,7 +36,7 @@ OPTIONS = ("val_check_interval=0.4", "max_epoch=1")
 def find_progress(parent: Path, config: dict[str, Any], any_precision: bool = False, **other_contents: str) -> Progress:
     """Progress found for a run with the same input contents as the first one in `parent`, except `other_contents`."""
     path = parent / "version_0" / CONTENTS_FILE
-    contents = {**(json_of(path) if path.is_file() else {}), **other_contents}
+    contents = {**(read_json(path) if path.is_file() else {}), **other_contents}
     return resume.find_progress(parent, config, contents, any_precision=any_precision)
 
 
@@ -94,7 +94,7 @@ def test_step_numbers_continue_in_a_resumed_run(workspace, monkeypatch, checkpoi
     name = f"numbered_{checkpoints}"
     interrupt(auto(workspace, name), monkeypatch, checkpoints)
     assert command_line(auto(workspace, name)) == 0
-    numbers = [int(row["step"]) for row in csv_of(folder_of(workspace, name, 1) / "metrics.csv")]
+    numbers = [int(row["step"]) for row in read_csv(folder_of(workspace, name, 1) / "metrics.csv")]
     assert numbers == [*range(checkpoints, 7)]  # six steps, and the test
 
 
@@ -124,11 +124,11 @@ def test_a_trained_but_untested_run_is_only_tested(workspace: Workspace, capsys:
     said = said_by()
     assert f"from {first / 'last.ckpt'} (1 epoch, 6 steps)" in said and "step 6" not in said
     assert not differences(load(first / "best.ckpt"), load(second / "best.ckpt"))
-    assert json_of(second / "test_results.json")["checkpoint"] == str(second / "best.ckpt")
+    assert read_json(second / "test_results.json")["checkpoint"] == str(second / "best.ckpt")
     # Another test pattern is another test of the same training. test_ratio overrides, so this one was tested.
     assert "is finished" in said_by("test_ratio=0.7", "test_type=both", "missing_ratio.test=0.5")
     said_by("missing_ratio.test=0.5")
-    assert json_of(third / "test_results.json")["missing_pattern"]["ratio"] == 0.5
+    assert read_json(third / "test_results.json")["missing_pattern"]["ratio"] == 0.5
 
 
 def test_the_newest_intact_checkpoint_is_resumed(workspace, monkeypatch, capsys):
@@ -147,7 +147,7 @@ def test_the_newest_intact_checkpoint_is_resumed(workspace, monkeypatch, capsys)
     said = capsys.readouterr().err
     assert f"{second / 'last.ckpt'}: damaged: the checksum of its entry " in said
     assert f"from {first / 'last.ckpt'} (0 epochs, 2 steps)" in said
-    assert json_of(third / "config.json")["resume_from"] == str(first / "last.ckpt")
+    assert read_json(third / "config.json")["resume_from"] == str(first / "last.ckpt")
     assert command_line(auto(workspace, "uninterrupted_chain", "learning_rate=0.003")) == 0
     uninterrupted = load(folder_of(workspace, "uninterrupted_chain", 0) / "last.ckpt")
     assert not differences(load(third / "last.ckpt")["state_dict"], uninterrupted["state_dict"])
@@ -156,7 +156,7 @@ def test_the_newest_intact_checkpoint_is_resumed(workspace, monkeypatch, capsys)
 def test_a_run_with_other_options_is_left_alone(workspace: Workspace, monkeypatch: Patch, capsys: Captured) -> None:
     interrupt(auto(workspace, "left_alone"), monkeypatch, checkpoints=2)
     first = folder_of(workspace, "left_alone", 0)
-    config = {**json_of(first / "config.json"), "test_after_fit": True}
+    config = {**read_json(first / "config.json"), "test_after_fit": True}
     irrelevant = {"num_workers": 3, "data_root": "moved", "exp_name": "renamed", "compile": True, "cpu_processes": 2}
     irrelevant |= {"vit": "moved", "tokenizer": "moved"}  # their contents are the same
     for same in ({}, {**irrelevant, "per_gpu_batchsize": 2}):
@@ -180,14 +180,14 @@ def test_an_unset_precision_is_that_of_the_resumed_run(workspace: Workspace, mon
     left_open = [word for word in command if not word.startswith("precision=")]
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
     assert command_line(left_open) == 0
-    assert json_of(second / "config.json")["precision"] == "bf16-mixed"
+    assert read_json(second / "config.json")["precision"] == "bf16-mixed"
     last = f"resume_from={first / 'last.ckpt'}"
     assert command_line([last if word == "resume_from=auto" else word for word in left_open]) == 0
-    assert json_of(third / "config.json")["precision"] == "bf16-mixed"
-    config = json_of(second / "config.json")
+    assert read_json(third / "config.json")["precision"] == "bf16-mixed"
+    config = read_json(second / "config.json")
     for precision, any_precision in (("32-true", False), ("16-mixed", True)):  # given, or impossible on a CPU
         for folder in (first, second, third):
-            edited(folder, "config.json", precision=precision)
+            edit_json(folder, "config.json", precision=precision)
         assert find_progress(first.parent, config, any_precision=any_precision) == Progress()
 
 
@@ -222,10 +222,10 @@ def test_two_runs_of_the_same_name_have_separate_folders(workspace: Workspace, m
     assert [command_line(command), *statuses] == [0, 0]
     one, other = (folder_of(workspace, "twice", version) for version in (0, 1))
     assert {path.name for path in one.parent.iterdir()} == {"version_0", "version_1"}
-    results = [json_of(folder / "test_results.json") for folder in (one, other)]
+    results = [read_json(folder / "test_results.json") for folder in (one, other)]
     assert results[0]["metrics"] == results[1]["metrics"]
     assert [result["checkpoint"] for result in results] == [str(one / "best.ckpt"), str(other / "best.ckpt")]
-    logged = [[{**row, "seconds": ""} for row in csv_of(folder / "metrics.csv")] for folder in (one, other)]
+    logged = [[{**row, "seconds": ""} for row in read_csv(folder / "metrics.csv")] for folder in (one, other)]
     assert logged[0] == logged[1]
 
 
@@ -367,5 +367,5 @@ def test_an_unusable_training_state_is_an_error(workspace, fitted, tmp_path, cap
     torch.save(content, tmp_path / "last.ckpt")
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "max_epoch=3")
     assert command_line(workspace.command(*options, f"resume_from={tmp_path / 'last.ckpt'}")) == 2
-    error = error_of(capsys)
+    error = error_line(capsys)
     assert found in error and ("last.ckpt" in error or "resume_from" in error)

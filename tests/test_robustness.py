@@ -20,10 +20,10 @@ from engine.tasks import TASKS
 from engine.training import FinetuneModule
 from run import command_line
 from runs import evaluation
-from tests.conftest import Captured, Patch, Workspace, csv_of, error_of, json_of
+from tests.conftest import Captured, Patch, Workspace, error_line, read_csv, read_json
 from tests.custom_files import read_arrow
 from tests.data_files import LOGIT_COLUMNS, TYPE_NAMES
-from tests.report_files import edited
+from tests.report_files import edit_json
 from tests.test_run import in_processes
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.specs import DATASETS
@@ -67,15 +67,15 @@ def robustness_command(*options: str) -> list[str]:
 
 def refusal(capsys: Captured, *options: str) -> str:
     robustness(*options, status=2)
-    return error_of(capsys)
+    return error_line(capsys)
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    return json_of(folder / "robustness" / "robustness.json")
+    return read_json(folder / "robustness" / "robustness.json")
 
 
 def table_of(folder: Path, name: str) -> list[dict[str, str]]:
-    return csv_of(folder / "robustness" / name)
+    return read_csv(folder / "robustness" / name)
 
 
 def stored(folder: Path) -> pa.Table:
@@ -113,7 +113,7 @@ def test_every_cell_equals_an_evaluation_with_test_only(workspace: Workspace, fr
             name = f"cell_{kind}_{ratio}_{seed}"
             options = (f"test_type={kind}", f"test_ratio={ratio}", f"seed={seed}", f"test_exp_name={name}")
             assert command_line(workspace.command("test_only=True", *common, *options)) == 0
-            tested = json_of(workspace.results / name / "version_0" / "test_results.json")
+            tested = read_json(workspace.results / name / "version_0" / "test_results.json")
             found = {metric: figures["values"][place] for metric, figures in cells[kind, ratio].items()}
             expected = {metric: value for metric, value in tested["metrics"].items() if metric != "loss"}
             assert found == pytest.approx(expected, abs=1e-6), name
@@ -302,7 +302,7 @@ def test_a_damaged_or_foreign_store_is_refused(encoded: Path, capsys: Captured, 
         change, message = DAMAGES[how]
         rewrite(path, **change(read_arrow(path)))
     robustness(f"load_path={encoded / 'best.ckpt'}", *QUICK, status=2)
-    error = error_of(capsys)
+    error = error_line(capsys)
     assert error.startswith(f"error: {path}: ") and message in error and "; delete the file" in error
 
 
@@ -366,7 +366,7 @@ def test_runs_that_differ_only_in_seed_share_a_column(encoded: Path, tmp_path: P
     for name, options in described.items():
         folder = Path(shutil.copytree(encoded, tmp_path / "runs" / name))
         shutil.rmtree(folder / "robustness")
-        edited(folder, "config.json", **options)
+        edit_json(folder, "config.json", **options)
         draw_head(folder / "best.ckpt", options["seed"])
         folders[options["seed"]] = folder
     unfinished = tmp_path / "runs" / "robust_seed2" / "version_0"
@@ -438,7 +438,7 @@ def test_checkpoints_of_different_datasets_or_test_sets(workspace, encoded, gold
     }
     content["rep"] |= {"task": "food101", "class_names": [f"dish {number}" for number in range(101)]}
     torch.save(content, food / "best.ckpt")
-    edited(food, "config.json", task="food101", data_root=str(golden_arrow))
+    edit_json(food, "config.json", task="food101", data_root=str(golden_arrow))
     both = f"load_path=['{encoded / 'best.ckpt'}', '{food / 'best.ckpt'}']"
     files = (
         f"{workspace.arrow / 'mmimdb_test.arrow'} for {encoded}",
@@ -454,7 +454,7 @@ def test_checkpoints_of_different_datasets_or_test_sets(workspace, encoded, gold
     assert ["mmimdb test" in tables[0], "food101 test" in tables[1], len(tables)] == [True, True, 2]
     elsewhere = Path(shutil.copytree(encoded, tmp_path / "other" / "version_0"))
     shutil.rmtree(elsewhere / "robustness")
-    edited(elsewhere, "config.json", data_root=str(golden_arrow))
+    edit_json(elsewhere, "config.json", data_root=str(golden_arrow))
     assert "error: load_path: expected checkpoints with the same test set, found " in refusal(
         capsys, f"load_path=['{encoded}','{elsewhere}']"
     )
@@ -490,7 +490,7 @@ def test_invalid_options_are_refused(encoded: Path, tmp_path: Path, capsys, opti
     shutil.copy(encoded / "best.ckpt", encoded / "again.ckpt")
     places = {"top": tmp_path, "run": encoded}
     robustness(*(option.format(**places) for option in options), status=2)
-    assert message.format(**places) in error_of(capsys)
+    assert message.format(**places) in error_line(capsys)
 
 
 def test_an_unwritable_folder_is_refused(fresh: Path, capsys) -> None:

@@ -25,7 +25,7 @@ from engine.cuda_graphs import use_ops
 from engine.training import FinetuneModule
 from run import command_line
 from runs import start, training
-from tests.conftest import Captured, Patch, Workspace, csv_of, json_of
+from tests.conftest import Captured, Patch, Workspace, read_csv, read_json
 from tests.interrupted import differences
 from tests.models import model_input
 from vilt.datamodules import EpochSampler, TimedLoader
@@ -46,7 +46,7 @@ def best(fitted: Path) -> str:
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    return json_of(folder / "test_results.json")
+    return read_json(folder / "test_results.json")
 
 
 def evaluate(workspace: Workspace, name: str, *options: str) -> dict[str, Any]:
@@ -75,11 +75,11 @@ def test_the_run_folder_has_all_files(workspace: Workspace, fitted: Path) -> Non
     files = {"best.ckpt", "last.ckpt", "metrics.csv", "test_results.json"}
     recorded = {"config.json", "environment.json", "contents.json", "tensorboard"}
     assert {path.name for path in fitted.iterdir()} == files | recorded
-    config, environment = json_of(fitted / "config.json"), json_of(fitted / "environment.json")
+    config, environment = read_json(fitted / "config.json"), read_json(fitted / "environment.json")
     assert (config["task"], config["memory_length"], config["missing_ratio"]["train"]) == ("mmimdb", 6, 0.7)
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["command"] == start.command()
-    rows = csv_of(fitted / "metrics.csv")
+    rows = read_csv(fitted / "metrics.csv")
     names, seconds = set(rows[0]), [float(row["seconds"]) for row in rows]
     assert list(rows[0])[:3] == ["epoch", "step", "seconds"] and seconds == sorted(seconds) and seconds[-1] > 0
     assert [int(row["step"]) for row in rows] == list(range(len(rows))) and rows[-1]["test/f1_macro"]
@@ -332,7 +332,7 @@ def test_the_other_tasks_train_on_files_of_the_published_converters(workspace, g
 def test_sacred_records_the_run(workspace: Workspace, fitted: Path, best: str, tmp_path: Path) -> None:
     command = workspace.command("test_only=True", best, "test_exp_name=sacred")
     assert command_line([*command, "-F", str(tmp_path / "sacred")]) == 0
-    record = json_of(tmp_path / "sacred" / "1" / "run.json")
+    record = read_json(tmp_path / "sacred" / "1" / "run.json")
     assert record["status"] == "COMPLETED"
     assert record["result"]["f1_macro"] == results_of(fitted)["metrics"]["f1_macro"]
 

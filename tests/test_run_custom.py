@@ -12,10 +12,10 @@ from engine.checkpoint import read_checkpoint
 from engine.metrics import Metric
 from engine.tasks import TASKS, task_of
 from run import command_line
-from tests.conftest import Captured, Workspace, call, csv_of, json_of
+from tests.conftest import Captured, Workspace, call, read_csv, read_json
 from tests.custom_files import convert, films_as_custom, read_arrow, write_jsonl, write_labelled
 from tests.data_files import LOGIT_COLUMNS
-from tests.report_files import text_of
+from tests.report_files import page_text
 from vilt.datasets.custom import CUSTOM_METRICS, CustomData
 
 ROWS = {"train": 12, "val": 6, "test": 9}
@@ -58,7 +58,7 @@ def test_naturally_missing_inputs_count_in_training_and_evaluation(workspace: Wo
     assert convert(tmp_path, tmp_path / "arrow") == 0
     options = ("missing_ratio={'train': 0.5, 'val': 0.0, 'test': 0.0}", "max_epoch=1", "simulate_missing=True")
     folder = workspace.train("holes", *options, task="custom", data_root=tmp_path / "arrow")
-    found = json_of(folder / "test_results.json")
+    found = read_json(folder / "test_results.json")
     assert found["missing"] == {"complete": 3, "text missing": 3, "image missing": 3}
     by_type = found["by_missing_type"]
     assert {name: of_type["samples"] for name, of_type in by_type.items()} == found["missing"]
@@ -66,7 +66,7 @@ def test_naturally_missing_inputs_count_in_training_and_evaluation(workspace: Wo
     assert found["metrics"]["accuracy"] == pytest.approx(sum(accuracies) / 3)
     places = (f"load_path={folder / 'best.ckpt'}", f"missing_table_root={workspace.root / 'missing_tables'}")
     assert call("robustness", *places, *QUICK, f"data_root={tmp_path / 'arrow'}", "precision=32", "num_workers=0") == 0
-    robustness = json_of(folder / "robustness" / "robustness.json")
+    robustness = read_json(folder / "robustness" / "robustness.json")
     assert robustness["natural"] == by_type
     for cell in robustness["cells"]:
         if cell["ratio"] == 0:
@@ -83,13 +83,13 @@ def test_naturally_missing_inputs_count_in_training_and_evaluation(workspace: Wo
 
 def test_a_run_records_the_description_of_the_data(workspace: Workspace, fitted: Path, pets: Path) -> None:
     described = {"name": "pets", "labels": "single", "class_names": ["cat", "cow", "dog"], "metric": "f1_macro"}
-    assert json_of(fitted / "config.json")["custom"] == described | {"signals": []}
+    assert read_json(fitted / "config.json")["custom"] == described | {"signals": []}
     spec = read_checkpoint(fitted / "best.ckpt").spec
     assert spec.custom == CustomData("pets", "single", ("cat", "cow", "dog"), "f1_macro")
     checkpoint = torch.load(fitted / "best.ckpt", weights_only=True)
     assert checkpoint["state_dict"]["custom_classifier.weight"].shape[0] == 3
     assert checkpoint["monitor"] == "val/f1_macro"
-    results = json_of(fitted / "test_results.json")
+    results = read_json(fitted / "test_results.json")
     assert results["task"] == "custom" and results["samples"] == 9
     assert set(results["metrics"]) == {"loss", "f1_macro", "accuracy", "balanced_accuracy"}
 
@@ -126,8 +126,8 @@ def test_data_with_another_metric_can_be_tested_but_not_resumed(workspace, fitte
     assert "other options: name (there pets, here custom), metric (there f1_macro, here accuracy)" in said
     options = [f"load_path={fitted / 'best.ckpt'}", "test_only=True", "test_exp_name=other_metric"]
     assert command_line(workspace.command(*options, task="custom", data_root=other)) == 0
-    metrics = json_of(workspace.results / "other_metric" / "version_0" / "test_results.json")["metrics"]
-    assert metrics["accuracy"] == json_of(fitted / "test_results.json")["metrics"]["accuracy"]
+    metrics = read_json(workspace.results / "other_metric" / "version_0" / "test_results.json")["metrics"]
+    assert metrics["accuracy"] == read_json(fitted / "test_results.json")["metrics"]["accuracy"]
     assert set(metrics) == {"loss", "accuracy", "f1_macro", "balanced_accuracy"}
 
 
@@ -152,10 +152,10 @@ def test_robustness_results_suit_the_kind_of_labels(measured: dict[str, Path]) -
         ("memes", "auroc", "roc.csv"),
         ("films", "f1_macro", None),
     ):
-        folder, tested = measured[name] / "robustness", json_of(measured[name] / "test_results.json")["metrics"]
-        results = json_of(folder / "robustness.json")
+        folder, tested = measured[name] / "robustness", read_json(measured[name] / "test_results.json")["metrics"]
+        results = read_json(folder / "robustness.json")
         assert (results["task"], results["metric"]) == ("custom", metric)
-        assert results["class_names"] == json_of(measured[name] / "config.json")["custom"]["class_names"]
+        assert results["class_names"] == read_json(measured[name] / "config.json")["custom"]["class_names"]
         assert metric in results["by_type"]["complete"] and metric in results["confidence"]["complete"]
         files = {path.name for path in folder.iterdir()}
         assert files >= {"logits.arrow", "cells.csv", "matrix.csv", "per_class.csv"}
@@ -171,20 +171,20 @@ def test_custom_runs_are_listed_by_dataset_name(measured: dict[str, Path], capsy
     log_dir = measured["pets"].parents[1]
     assert call("runs", f"log_dir={log_dir}") == 0
     assert "f1_macro (custom_pets)" in capsys.readouterr().out
-    rows = {row["name"]: row for row in csv_of(log_dir / "runs.csv")}
+    rows = {row["name"]: row for row in read_csv(log_dir / "runs.csv")}
     assert {name: (row["dataset"], row["metric"], row["state"]) for name, row in rows.items()} == {
         "pets": ("custom_pets", "f1_macro", "finished"),
         "memes": ("custom_memes", "auroc", "finished"),
         "films": ("custom_films", "f1_macro", "finished"),
     }
     for name, row in rows.items():
-        assert float(row["test"]) == json_of(measured[name] / "test_results.json")["metrics"][row["metric"]]
+        assert float(row["test"]) == read_json(measured[name] / "test_results.json")["metrics"][row["metric"]]
 
 
 def test_the_report_has_custom_datasets(measured: dict[str, Path], tmp_path: Path) -> None:
     runs = measured["pets"].parents[1]
     assert call("report", f"runs={runs}", f"out={tmp_path / 'report'}") == 0
-    page = text_of(tmp_path / "report")
+    page = page_text(tmp_path / "report")
     headings = page.splitlines()
     for heading in ("pets", "memes", "films", "Confusion matrix", "ROC curves", "Results by class"):
         assert heading in headings
@@ -196,7 +196,7 @@ def test_the_report_has_custom_datasets(measured: dict[str, Path], tmp_path: Pat
 
 def test_datasets_of_the_same_name_cannot_share_a_report(measured: dict[str, Path], tmp_path: Path, capsys) -> None:
     for number, (name, folder) in enumerate(measured.items()):
-        config = json_of(folder / "config.json")
+        config = read_json(folder / "config.json")
         config["custom"]["name"] = "same"
         place = tmp_path / "runs" / name / f"version_{number}"
         place.mkdir(parents=True)

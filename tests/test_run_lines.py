@@ -10,8 +10,8 @@ import pytest
 from runs.comparable import checkpoint_label
 from runs.lines import RunLine, lines_of, spread_of
 from runs.run_reader import Run, find_runs
-from tests.conftest import json_of
-from tests.report_files import at, edited
+from tests.conftest import read_json
+from tests.report_files import at, edit_json
 from tests.test_run_table import write_run
 
 
@@ -77,11 +77,11 @@ def test_random_backbones_of_different_seeds_share_a_line(tmp_path: Path, vit: s
 def test_an_older_run_has_the_default_of_a_newer_option(tmp_path: Path) -> None:
     for seed in (0, 1):
         run = write_run(tmp_path / f"run{seed}" / "version_0", seed=seed)
-    config = json_of(run / "config.json")
+    config = read_json(run / "config.json")
     del config["replay_depth"]
     (run / "config.json").write_text(json.dumps(config))
     assert seeds_of(lines_in(tmp_path)) == [[0, 1]]
-    edited(run, "config.json", replay_depth=2)
+    edit_json(run, "config.json", replay_depth=2)
     assert seeds_of(lines_in(tmp_path)) == [[0], [1]]
 
 

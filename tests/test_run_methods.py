@@ -25,7 +25,7 @@ from engine.predict import load_model
 from run import command_line
 from runs.check_options import resolve
 from runs.training import fit_depths
-from tests.conftest import Captured, Patch, Workspace, json_of
+from tests.conftest import Captured, Patch, Workspace, read_json
 from tests.custom_files import read_arrow
 from tests.interrupted import assert_same_end, differences
 from tests.models import TINY
@@ -51,7 +51,7 @@ def run(workspace: Workspace, tmp_path: Path, *options: str, status: int = 0) ->
 
 
 def result(folder: Path) -> dict[str, Any]:
-    return json_of(folder / "version_0" / "test_results.json")
+    return read_json(folder / "version_0" / "test_results.json")
 
 
 def state_of(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def test_evaluating_a_checkpoint_repeats_the_test(workspace: Workspace, tmp_path
     assert command_line(evaluation) == 0
     assert result(tmp_path / "again")["metrics"] == pytest.approx(trained["metrics"], rel=1e-6)
     assert "trained_parameters" not in result(tmp_path / "again")
-    configs = (json_of(tmp_path / name / "version_0" / "config.json") for name in ("m_seed0", "again"))
+    configs = (read_json(tmp_path / name / "version_0" / "config.json") for name in ("m_seed0", "again"))
     assert len({tuple(one[n] for n in ("prompt_type", "head", "memory_length", "far", "vit")) for one in configs}) == 1
 
 
@@ -83,7 +83,7 @@ def test_every_command_reads_whole_texts(workspace: Workspace, tmp_path: Path, c
     assert tested["other_input"] == ["text_windows=3", "group_texts=True"] and tested["samples"] == tested["rows"] == 13
     small = ("bootstrap=0", "robustness_seeds=[0]", "robustness_ratios=[0.7]")
     assert command_line(workspace.command(f"load_path={best}", *small, name="robustness")) == 0
-    found = json_of(best.parent / "robustness" / "robustness.json")
+    found = read_json(best.parent / "robustness" / "robustness.json")
     [cell] = [cell for cell in found["cells"] if cell["missing_type"] == "both"]
     for metric, figures in cell["metrics"].items():
         assert figures["mean"] == pytest.approx(tested["metrics"][metric], abs=1e-6), metric
@@ -231,7 +231,7 @@ def test_a_resumed_run_keeps_its_depth(workspace: Workspace, tmp_path: Path, cap
     assert command_line([*command, "exp_name=m", "prompt_type=msp"]) == 0
     said = capsys.readouterr().err
     assert f"warning: {workspace.arrow / 'mmimdb_train.arrow'}: no sample is of class " in said and "'War'" in said
-    assert json_of(tmp_path / "m_seed0" / "version_0" / "config.json")["memory_depth"] == 1
+    assert read_json(tmp_path / "m_seed0" / "version_0" / "config.json")["memory_depth"] == 1
     assert command_line([*command, "exp_name=m", "prompt_type=msp", "resume_from=auto"]) == 0
     assert "nothing left to do" in capsys.readouterr().err
 

@@ -25,10 +25,10 @@ from sensors.augmentations import draw_view
 from sensors.backbone import build
 from sensors.swt import SwtTower
 from sensors.weights import published_weights, sizes_for
-from tests.conftest import Captured, Patch, call, csv_of, json_of
+from tests.conftest import Captured, Patch, call, read_csv, read_json
 from tests.interrupted import assert_same_end
 from tests.models import batch_of
-from tests.report_files import text_of
+from tests.report_files import page_text
 from tests.sensor_files import ROWS, write_set
 from tests.test_resume import interrupt
 from tests.test_sensor_rep import ALL, make, signals_of
@@ -76,7 +76,7 @@ def test_pretraining_trains_only_towers_and_projections(root: Path, pretrained: 
     state = state_of(pretrained / "best.ckpt")
     parts = {name.split(".")[1] for name in state}
     assert parts == {"freq_interval_layers", "mod_in_layers", "mod_projectors", "weight", "bias"}
-    rows = csv_of(pretrained / "metrics.csv")
+    rows = read_csv(pretrained / "metrics.csv")
     for name in ("train/shared", "train/private", "train/orthogonal", "train/temporal", "val/loss"):
         values = [float(row[name]) for row in rows if row[name]]
         assert values and all(value > 0 for value in values), name
@@ -118,7 +118,7 @@ def test_fine_tuning_loads_the_pretrained_towers_and_freezes_them(root: Path, pr
     for name, tensor in state_of(pretrained / "best.ckpt").items():
         if name.startswith(("model.freq", "model.mod_in")):
             assert torch.equal(loaded[name], tensor), name
-    results = json_of(trained / "test_results.json")
+    results = read_json(trained / "test_results.json")
     assert results["samples"] == 12 and sum(results["missing"].values()) == 12
     lost = {name for name, count in results["missing"].items() if count}
     assert {"lig missing", "acc, gyr missing"} <= lost
@@ -135,7 +135,7 @@ def test_an_interrupted_pretraining_ends_with_the_same_bits(root, pretrained, mo
 def test_robustness_runs_and_report_accept_sensors(root: Path, trained: Path, tmp_path: Path, capsys: Captured) -> None:
     options = ("robustness_ratios=[0,0.7]", "robustness_seeds=[0]", "bootstrap=0", "num_workers=0", "precision=32")
     assert call("robustness", f"load_path={trained / 'best.ckpt'}", *options) == 0
-    found = json_of(trained / "robustness" / "robustness.json")
+    found = read_json(trained / "robustness" / "robustness.json")
     assert len(found["by_type"]) == 7
     assert {cell["missing_type"] for cell in found["cells"]} == {"lig", "gyr", "acc", "any", "some"}
     assert call("runs", f"log_dir={root / 'result'}") == 0
@@ -143,7 +143,7 @@ def test_robustness_runs_and_report_accept_sensors(root: Path, trained: Path, tm
     assert "made_up" in said and re.search(r"focal +0 % any +– +– .*pretraining\n", said), "no accuracy"
     assert re.search("all . runs: .*state finished", said)
     assert call("report", f"runs={root / 'result'}", f"out={tmp_path / 'report'}") == 0
-    page = text_of(tmp_path / "report")
+    page = page_text(tmp_path / "report")
     assert "without acc, gyr" in page and "1 of 1 trained run with" in page and "no robustness results" not in page
 
 
@@ -317,7 +317,7 @@ def test_recordings_are_predicted_sample_by_sample(root: Path, trained: Path, tm
     output = tmp_path / "out.csv"
     options = [f"load_path={trained / 'best.ckpt'}", f"input={tmp_path / 'in.csv'}", f"output={output}"]
     assert call("predict", "precision=32", "num_workers=0", *options) == 0
-    rows = csv_of(output)
+    rows = read_csv(output)
     assert [(row["id"], row["start_s"]) for row in rows[4:7]] == [("walk", "4.0"), ("run", "0.0"), ("run", "1.0")]
     assert len(rows) == 11 and rows[5]["missing"] == "gyr, lig missing"
     options[2] = f"output={tmp_path / 'out.npz'}"

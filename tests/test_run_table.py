@@ -17,8 +17,8 @@ from config import DEFAULTS
 from runs.run_table import describe_runs, list_runs, sort_runs
 from runs.sweep.jobs import JOURNAL
 from runs.targets import find_checkpoints
-from tests.conftest import Captured, Patch, call, csv_of, json_of
-from tests.report_files import edited
+from tests.conftest import Captured, Patch, call, read_csv, read_json
+from tests.report_files import edit_json
 
 BEGAN = 1_750_000_000
 
@@ -183,7 +183,7 @@ def test_the_command_prints_and_writes_the_table(tmp_path: Path, capsys: Capture
     for title, text in (("state", "finished"), ("tested at", "50 %"), ("folder", "rep_seed1")):
         assert header.index(title) == lines[3].index(text)
     assert "validation (the best) and test: f1_macro (mmimdb)" in lines
-    rows = csv_of(tmp_path / "runs.csv")
+    rows = read_csv(tmp_path / "runs.csv")
     assert [row["test"] for row in rows] == ["0.75", "0.25", ""]
     assert rows[0]["metric"] == "f1_macro" and rows[0]["folder"] == str(tmp_path / "rep_seed1" / "version_0")
 
@@ -200,7 +200,7 @@ def test_the_method_includes_head_neighbours_and_teacher(tmp_path: Path) -> None
 def test_macro_f1_at_the_validation_offset_has_a_column(tmp_path: Path) -> None:
     for seed, found in ((0, {AT_OFFSET: 0.5}), (1, {})):
         run = write_run(tmp_path / f"rep_seed{seed}" / "version_0", seed=seed)
-        edited(run, "test_results.json", metrics={"f1_macro": 0.25, **found})
+        edit_json(run, "test_results.json", metrics={"f1_macro": 0.25, **found})
     shown = describe_runs(rows := list_runs(tmp_path), tmp_path).splitlines()
     assert "0.2500 0.5000" in " ".join(shown[2].split()) and "0.2500 –" in " ".join(shown[3].split())
     write_run(tmp_path / "windows", text_windows=8, group_texts=True)
@@ -228,8 +228,8 @@ def test_undefined_results_and_baselines_are_shown(tmp_path: Path, capsys: Captu
     first = write_run(tmp_path / "a" / "version_0", seed=0, tested=0.3)
     second = write_run(tmp_path / "b" / "version_0", seed=1)
     baselines = {"constant": {"answer": "always Drama", "metrics": {"f1_macro": 0.1893}}}
-    edited(first, "test_results.json", baselines=baselines)
-    edited(second, "test_results.json", metrics={"f1_macro": None, "loss": None})
+    edit_json(first, "test_results.json", baselines=baselines)
+    edit_json(second, "test_results.json", metrics={"f1_macro": None, "loss": None})
     write_run(tmp_path / "c" / "version_0", task="food101", tested=0.6)
     for order in ("test", "-test"):
         assert call("runs", f"log_dir={tmp_path}", f"runs_sort={order}") == 0
@@ -238,7 +238,7 @@ def test_undefined_results_and_baselines_are_shown(tmp_path: Path, capsys: Captu
         assert lines[5].split()[0] == "b" and "undefined" in lines[5]
         assert "  always Drama: f1_macro 0.1893 (mmimdb)" in lines
         assert "all 3 runs: method rep, train 70 % both, state finished, folder …/version_0" in lines
-    assert [row["test"] for row in csv_of(tmp_path / "runs.csv")] == ["0.6", "0.3", ""]
+    assert [row["test"] for row in read_csv(tmp_path / "runs.csv")] == ["0.6", "0.3", ""]
 
 
 def test_a_run_that_repeats_a_seed_has_a_note(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_run_that_repeats_a_seed_has_a_note(tmp_path: Path) -> None:
 def test_a_folder_without_runs_gives_an_empty_table(tmp_path: Path, capsys: Captured) -> None:
     assert call("runs", f"log_dir={tmp_path}") == 0
     assert capsys.readouterr().out.splitlines()[1] == f"no runs below {tmp_path}"
-    assert csv_of(tmp_path / "runs.csv") == []
+    assert read_csv(tmp_path / "runs.csv") == []
 
 
 @pytest.mark.parametrize(
@@ -273,10 +273,10 @@ def test_invalid_options_are_refused(tmp_path: Path, capsys: Captured, option: s
 def test_a_real_run_is_listed(fitted: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fitted, tmp_path / "version_0"))
     (row,) = list_runs(tmp_path)
-    values = [float(line["val/f1_macro"]) for line in csv_of(folder / "metrics.csv") if line["val/f1_macro"]]
+    values = [float(line["val/f1_macro"]) for line in read_csv(folder / "metrics.csv") if line["val/f1_macro"]]
     assert row.validation == torch.load(folder / "best.ckpt", weights_only=True)["score"]
     assert any(row.validation == pytest.approx(value, abs=1e-6) for value in values)
-    assert row.test == json_of(folder / "test_results.json")["metrics"]["f1_macro"]
+    assert row.test == read_json(folder / "test_results.json")["metrics"]["f1_macro"]
     assert (row.state, row.name, row.train) == ("finished", "fitted", "70 % both")
     (folder / "test_results.json").unlink()
     assert state_of(folder) == ("unfinished", "not tested")

@@ -16,8 +16,8 @@ from engine.items import Item, read_items
 from engine.predict import load_model
 from run import command_line
 from runs.export import export
-from tests.conftest import Captured, call, csv_of, error_of, json_of
-from tests.report_files import text_of
+from tests.conftest import Captured, call, error_line, read_csv, read_json
+from tests.report_files import page_text
 from tests.vla_files import mmsa_pickle, vla_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
@@ -91,7 +91,7 @@ def test_the_card_of_a_regression_model_has_no_classes(trained: Path, tmp_path: 
 
 
 def test_stage_one_trains_the_whole_backbone_on_complete_segments(pretrained: Path) -> None:
-    results = json_of(pretrained.parent / "test_results.json")
+    results = read_json(pretrained.parent / "test_results.json")
     assert results["missing"]["complete"] == SIZES["test"] and results["missing_in_training"].startswith("fixed")
     checkpoint = read_checkpoint(pretrained)
     assert checkpoint.spec.method.prompt_type == "full" and not checkpoint.spec.architecture.project_all
@@ -102,9 +102,9 @@ def test_stage_one_trains_the_whole_backbone_on_complete_segments(pretrained: Pa
 @pytest.mark.parametrize("method", ["mplmm", "none", "rep"])
 def test_stage_two_loads_and_freezes_all_but_projections(root, pretrained, trained, method):
     trained = trained if method == "rep" else finetune(root, pretrained, method)
-    config = json_of(trained / "config.json")
+    config = read_json(trained / "config.json")
     assert config["vit"] == str(pretrained) and config["learning_rate"] == 1e-3 and config["optim_type"] == "adam"
-    results = json_of(trained / "test_results.json")
+    results = read_json(trained / "test_results.json")
     assert results["missing_in_training"].startswith("redrawn in each epoch (70 % some")
     assert sum(results["missing"][name] for name in TYPE_NAMES[1:]) == int(0.7 * SIZES["test"])
     saved = read_checkpoint(trained / "best.ckpt").state
@@ -120,7 +120,7 @@ def test_stage_two_loads_and_freezes_all_but_projections(root, pretrained, train
 
 def test_the_best_checkpoint_has_the_lowest_error(trained: Path) -> None:
     best = torch.load(trained / "best.ckpt", weights_only=True)
-    errors = [float(row["val/mae"]) for row in csv_of(trained / "metrics.csv") if row["val/mae"]]
+    errors = [float(row["val/mae"]) for row in read_csv(trained / "metrics.csv") if row["val/mae"]]
     assert best["score"] == pytest.approx(min(errors)) and best["monitor"] == "val/mae"
 
 
@@ -172,15 +172,15 @@ def test_tables_and_report_tell_percentages_from_errors(measured, root, tmp_path
     assert call("runs", f"log_dir={root / 'result'}") == 0
     assert "mae" in (said := capsys.readouterr().out) and "70 % some" in said
     assert call("report", f"runs={root / 'result'}", f"out={tmp_path / 'report'}") == 0
-    page = text_of(tmp_path / "report")
+    page = page_text(tmp_path / "report")
     assert "CMU-MOSI" in page and "without text, vision" in page and "unavailable" not in page, "no pictures"
-    table = csv_of(tmp_path / "report" / "tables" / "rivals_mosi.csv")
+    table = read_csv(tmp_path / "report" / "tables" / "rivals_mosi.csv")
     rows = {(row["method"], row["metric"], row["source"]): row for row in table}
     ours = {metric: row["value"] for (_, metric, source), row in rows.items() if source == "ours"}
     assert set(ours) == {"acc2 non0", "F1-non0 published"}, "published_f1=True was given"
     published = rows["MPLMM", "acc2 non0", "MPLMM's Table 1"]
     assert (published["value"], published["read"]) == ("72.1400", "second-hand")
-    found = json_of(measured / "robustness.json")
+    found = read_json(measured / "robustness.json")
     by_type, cells = found["by_type"], {(cell["missing_type"], cell["ratio"]): cell for cell in found["cells"]}
     assert cells["text+audio", 1.0]["metrics"]["mae"]["mean"] == by_type["text, audio missing"]["mae"]
     assert cells["text+audio", 1.0]["vision_available"] == 1 and cells["text+audio", 1.0]["text_available"] == 0
@@ -214,9 +214,9 @@ def test_full_fine_tuning_starts_from_stage_one(root: Path, pretrained: Path, ca
     assert torch.allclose(before["model.proj1.weight"], after["model.proj1.weight"], atol=1e-6)
     options = (f"load_path={full}", "prompt_type=full", "network.width=16")
     assert command_line(command(root, *options)) == 2
-    assert "network.width: expected 8, as in the checkpoint, found 16" in error_of(capsys)
+    assert "network.width: expected 8, as in the checkpoint, found 16" in error_line(capsys)
     assert command_line(command(root, *options[:2], "network.depth=2")) == 2
-    assert "network: expected width, heads, layers, found depth" in error_of(capsys)
+    assert "network: expected width, heads, layers, found depth" in error_line(capsys)
     shapes = {"text": (5, 9), "audio": (6, 4), "vision": (4, 2)}
     (root / "other.pkl").write_bytes(pickle.dumps(mmsa_pickle(vla_splits(SIZES, shapes))))
     converted = ["--dataset", "mosi", "--root", str(root / "other.pkl"), "--target", str(root / "other")]
@@ -241,7 +241,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=[options[0] for options, _ in WRONG])
 def test_invalid_options_are_refused_in_one_line(root, pretrained, options, message, capsys):
     assert command_line(command(root, "memory_length=6", "memory_depth=2", f"load_path={pretrained}", *options)) == 2
-    assert message in error_of(capsys).replace(".train", "")
+    assert message in error_line(capsys).replace(".train", "")
 
 
 def test_data_of_other_sizes_is_refused(root: Path, trained: Path, tmp_path: Path, capsys: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.optimization import AdamW, OptimizerSettings, make_schedule, schedule_steps, weight_in_step
-from tests.conftest import Workspace, csv_of
+from tests.conftest import Workspace, read_csv
 from tests.custom_files import convert, write_labelled
 
 
@@ -101,7 +101,7 @@ def test_a_resumed_run_follows_its_own_schedule_and_optimiser_options(workspace,
     said = capsys.readouterr().err
     assert all(f"{name} (there " in said for name in ("learning_rate", "max_epoch", "weight_decay"))
     assert "resumed at step 6; learning rate 0.0109, by this run's schedule (12 steps)" in said
-    rows = csv_of(folder / "metrics.csv")
+    rows = read_csv(folder / "metrics.csv")
     found = {int(row["step"]): float(row["lr-AdamW/pg1"]) for row in rows if row["lr-AdamW/pg1"]}
     assert found == pytest.approx({step: 0.02 * (12 - step) / 11 for step in range(6, 12)})
     [optimizer] = torch.load(folder / "last.ckpt", weights_only=True)["optimizer_states"]

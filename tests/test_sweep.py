@@ -26,7 +26,7 @@ from run import command_line
 from runs.sweep import command, jobs
 from runs.sweep.jobs import Job, Outcome, Progress, error_in, run_here
 from runs.sweep.launchers import Submission, _run_submitted
-from tests.conftest import Captured, Patch, Workspace, csv_of, json_of
+from tests.conftest import Captured, Patch, Workspace, read_csv, read_json
 from tests.custom_files import convert, write_labelled
 from vilt.datasets.custom import CustomData
 from vilt.datasets.specs import custom_spec
@@ -96,10 +96,10 @@ class Sweep:
 
     def arguments(self, run: str, version: int = 0) -> list[str]:
         """The command line that the stand-in received."""
-        return json_of(self.folder / run / f"version_{version}" / "config.json")
+        return read_json(self.folder / run / f"version_{version}" / "config.json")
 
     def table(self, name: str = "table.csv") -> list[dict[str, str]]:
-        return csv_of(self.folder / name)
+        return read_csv(self.folder / name)
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_second_call_runs_only_added_cells(sweep: Sweep, stand_in: SetUp, caps
     assert sweep.grid(seeds="[1,0]", types="[text,both,image]", ratios="[0.5,0.7]") == 0
     assert "sweep s: 12 cells, 4 complete" in capsys.readouterr().err
     assert set(sweep.versions().values()) == {1} and len(sweep.versions()) == 16
-    grid = json_of(sweep.folder / "sweep.json")["grid"]
+    grid = read_json(sweep.folder / "sweep.json")["grid"]
     assert (grid["sweep_types"], grid["sweep_ratios"]) == (["text", "both", "image"], [0.5, 0.7])
     assert grid["sweep_seeds"] == [1, 0]
 
@@ -422,9 +422,9 @@ def test_submitit_runs_the_cells(sweep: Sweep, capsys: Captured) -> None:
     assert "s_both_0.5_seed0 is job " in said.err
     assert f"  s_both_0.5_seed1: log_dir: cannot write to {sweep.folder / 's_both_0.5_seed1'}: " in said.out
     folder = sweep.folder / "s_both_0.5_seed0" / "version_0"
-    config = json_of(folder / "config.json")
+    config = read_json(folder / "config.json")
     assert config["missing_ratio"] == {"train": 0.5, "val": 0.5, "test": 0.5}
-    result = json_of(folder / "test_results.json")
+    result = read_json(folder / "test_results.json")
     [row] = sweep.table()
     assert (float(row["f1_macro_mean"]), row["complete"], row["failed"]) == (result["metrics"]["f1_macro"], "1", "1")
 
@@ -460,7 +460,7 @@ def test_the_best_command_of_a_search_repeats_its_score(sweep: Sweep, capsys: Ca
     assert [trial["state"] for trial in trials] == ["complete"] * 2
     for trial in trials:
         folder = Path(trial["folder"])
-        config = json_of(folder / "config.json")
+        config = read_json(folder / "config.json")
         assert config["learning_rate"] == float(trial["learning_rate"])
         assert config["memory_length"] == int(trial["memory_length"])
         assert torch.load(folder / "best.ckpt", weights_only=True)["score"] == float(trial["val/f1_macro"])
@@ -705,7 +705,7 @@ def test_a_grid_uses_the_metric_of_a_custom_dataset(sweep, stand_in, custom, cap
     assert "[1/2] s_text_0.5_seed0: accuracy 0.1250 (" in said.err
     [head] = [line for line in said.out.splitlines() if line.startswith("missing")]
     assert head.split()[4] == "accuracy" and "0.1375 ± 0.0177" in said.out
-    assert json_of(sweep.folder / "sweep.json")["metric"] == "accuracy"
+    assert read_json(sweep.folder / "sweep.json")["metric"] == "accuracy"
 
 
 def test_a_search_uses_the_metric_of_a_custom_dataset(sweep: Sweep, scores: SetUp, custom: tuple[str, ...]) -> None:

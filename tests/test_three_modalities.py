@@ -24,11 +24,11 @@ from config import DEFAULTS
 from engine.families import FAMILIES, BackboneChoice, Family
 from run import command_line
 from runs.check_options import check
-from tests.conftest import Patch, call, csv_of, json_of
+from tests.conftest import Patch, call, read_csv, read_json
 from tests.custom_files import read_arrow
 from tests.data_files import write
 from tests.interrupted import assert_same_end
-from tests.report_files import text_of
+from tests.report_files import page_text
 from tests.test_resume import interrupt
 from vilt.batches import collate
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -217,7 +217,7 @@ def measured(trained: dict[str, Path], data: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["any", "some"])
 def test_a_run_trains_tests_and_saves_the_state_of_the_method(trained: dict[str, Path], kind: str) -> None:
-    results = json_of(trained[kind] / "test_results.json")
+    results = read_json(trained[kind] / "test_results.json")
     lost = {name: count for name, count in results["missing"].items() if count}
     assert results["samples"] == 14 and results["missing_pattern"]["missing_type"] == kind
     assert lost.pop("complete") == 14 - int(0.7 * 14)
@@ -227,7 +227,7 @@ def test_a_run_trains_tests_and_saves_the_state_of_the_method(trained: dict[str,
     own = {f"model.sense.{name}" for name in ("habit", *(f"wobble.{name}" for name in SENSORS.modalities))}
     assert set(saved) == own | {"gadgets_classifier.weight", "gadgets_classifier.bias"}
     assert saved["model.sense.habit"].any()
-    losses = [float(row["train/habit"]) for row in csv_of(trained[kind] / "metrics.csv") if row["train/habit"]]
+    losses = [float(row["train/habit"]) for row in read_csv(trained[kind] / "metrics.csv") if row["train/habit"]]
     assert losses and all(np.isfinite(losses))
 
 
@@ -243,19 +243,19 @@ def test_logits_are_stored_for_each_of_seven_missing_types(measured: Path) -> No
     columns = [name for name in table.column_names if name.startswith("logits_")]
     assert columns == [f"logits_{name.replace(', ', '_').replace(' ', '_')}" for name in TYPE_NAMES]
     assert len({tuple(map(tuple, table[name].to_pylist())) for name in columns}) == 7
-    assert list(json_of(measured / "robustness.json")["by_type"]) == list(TYPE_NAMES)
+    assert list(read_json(measured / "robustness.json")["by_type"]) == list(TYPE_NAMES)
 
 
 @pytest.mark.parametrize("kind", ["motion", "some"])
 def test_each_cell_equals_an_evaluation(measured: Path, data: Path, kind: str) -> None:
-    cells = json_of(measured / "robustness.json")["cells"]
+    cells = read_json(measured / "robustness.json")["cells"]
     assert {cell["missing_type"] for cell in cells} == set(TYPES) and len(cells) == 15
     for ratio in (0.5, 1.0):
         name = f"{kind}_{ratio}"
         pattern = (f"test_type={kind}", f"test_ratio={ratio}", f"test_exp_name={name}")
         evaluation = (f"load_path={measured.parent / 'best.ckpt'}", "test_only=True", *pattern)
         assert command_line(command(data, *evaluation)) == 0
-        results = json_of(data / "result" / name / "version_0" / "test_results.json")
+        results = read_json(data / "result" / name / "version_0" / "test_results.json")
         (cell,) = (cell for cell in cells if (cell["missing_type"], cell["ratio"]) == (kind, ratio))
         assert {metric: figures["mean"] for metric, figures in cell["metrics"].items()} == pytest.approx(
             {metric: results["metrics"][metric] for metric in cell["metrics"]}
@@ -292,11 +292,11 @@ def test_the_table_of_runs_and_the_report_show_the_modalities(measured, data, tm
     assert call("runs", f"log_dir={data / 'result'}") == 0
     assert "70 % some" in (said := capsys.readouterr().out) and "gadgets" in said
     assert call("report", f"runs={data / 'result'}", f"out={tmp_path / 'report'}") == 0
-    page = text_of(tmp_path / "report")
+    page = page_text(tmp_path / "report")
     assert "Sensors" in page and "without motion, light" in page and "without sound, light" in page
-    rows = csv_of(tmp_path / "report" / "tables" / "matrix_gadgets.csv")
+    rows = read_csv(tmp_path / "report" / "tables" / "matrix_gadgets.csv")
     assert {row["missing_type"] for row in rows} == set(TYPES)
-    half = {row["missing_type"]: row for row in csv_of(measured / "matrix.csv") if float(row["ratio"]) == 0.5}
+    half = {row["missing_type"]: row for row in read_csv(measured / "matrix.csv") if float(row["ratio"]) == 0.5}
     available = {kind: [float(row[f"{name}_available"]) for name in SENSORS.modalities] for kind, row in half.items()}
     assert available["light"] == [100, 100, 50]
     assert sum(available["any"]) == pytest.approx(250, abs=0.01)  # 7 of 14 samples lose one modality

@@ -25,7 +25,7 @@ from transformers import CLIPTokenizer
 from clip.tokenizer import CLIP_MERGES, END, START, ClipTokenizer, load_tokenizer
 from common.errors import BackboneError
 from tests import golden
-from tests.conftest import json_of
+from tests.conftest import read_json
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog and then the other dogs, too; they've all seen it: 1999 was the year",
@@ -286,7 +286,7 @@ def test_ids_equal_the_golden_ones_in_every_form(tmp_path: Path) -> None:
     slow = SlowTokenizer([(a, b) for a, b in (line.split() for line in lines)])
     write_folder(tmp_path / "old", slow.vocab, slow.merges)
     CLIPTokenizer(vocab=slow.vocab, merges=slow.merges).save_pretrained(tmp_path / "new")
-    entries = json_of(golden.GOLDEN_DIR / "clip_tokens.json")
+    entries = read_json(golden.GOLDEN_DIR / "clip_tokens.json")
     texts = [entry["text"] for entry in entries]
     expected = [entry["ids"] + [0] * (77 - len(entry["ids"])) for entry in entries]
     assert [slow(text) for text in texts] == expected

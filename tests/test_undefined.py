@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from run import command_line
-from tests.conftest import Workspace, call, csv_of
+from tests.conftest import Workspace, call, read_csv
 from tests.report_files import write_arrow
 
 
@@ -69,5 +69,5 @@ def test_an_undefined_test_metric_is_reported_throughout(workspace, golden_arrow
     assert robustness["by_type"]["complete"]["auroc"] is None
     assert robustness["confidence"]["complete"]["auroc"] == [None, None]
     assert robustness["confidence"]["undefined_resamples"]["complete"] == {"auroc": 10}
-    rows = csv_of(folder / "robustness" / "matrix.csv")
+    rows = read_csv(folder / "robustness" / "matrix.csv")
     assert {row["auroc_mean"] for row in rows} == {""} and all(float(row["accuracy_mean"]) <= 1 for row in rows)

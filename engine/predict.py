@@ -215,9 +215,7 @@ class _Items(Dataset[Sample]):
             if others := [name for name in item.inputs if name not in dataset.modalities]:
                 raise DataError(f"{item.place}: expected {' or '.join(dataset.modalities)}, found {others[0]}")
             if not item.inputs:
-                names = " or ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in dataset.modalities)
-                raise DataError(f"{item.place}: expected {names}, found neither")
-
+                raise DataError(f"{item.place}: expected {' or '.join(dataset.modalities)}, found none of them")
     def __len__(self) -> int:
         return len(self._items)
 

@@ -204,12 +204,12 @@ def test_unknown_precisions_are_refused(trained: Path, tmp_path: Path) -> None:
     [
         ({"texts": "a text"}, "texts: expected a list, found str"),  # not one sample for each character
         ({"images": Path("a.png")}, "images: expected a list, found "),
-        ({"texts": [float("nan")]}, "sample 0: expected an image or a text"),
-        ({"texts": [" "]}, "sample 0: expected an image or a text"),
+        ({"texts": [float("nan")]}, "sample 0: expected image or text"),
+        ({"texts": [" "]}, "sample 0: expected image or text"),
         ({"texts": [3]}, "sample 0: text: cannot be read: expected a text, found int"),
         ({"images": [b"GIF"]}, "sample 0: image: cannot be read: expected a path or a Pillow image, found bytes"),
         ({"images": [None], "texts": ["a", "b"]}, "expected as many images as texts, found 1 and 2"),
-        ({"images": [None] * 2, "texts": ["a", None]}, "sample 1: expected an image or a text, found neither"),
+        ({"images": [None] * 2, "texts": ["a", None]}, "sample 1: expected image or text, found none of them"),
         ({"images": [Path("large.jpg")]}, "sample 0: image .*large.jpg: cannot be read: 68,157,440 bytes, at most"),
     ],
 )
@@ -329,7 +329,7 @@ def test_a_checkpoint_without_class_names_gets_those_of_the_dataset(trained: Pat
     [
         ("in.csv", "", "expected at least one sample, found none"),
         ("in.csv", "title,year\na,b\n", "in.csv, row 2: expected the columns 'image', 'text' or both, found 'title'"),
-        ("in.csv", "text,image\nx,  \n ,\t\n", "in.csv, row 3: expected an image or a text, found neither"),
+        ("in.csv", "text,image\nx,  \n ,\t\n", "in.csv, row 3: expected image or text, found none of them"),
         ("in.csv", "text,image\nx,nowhere.jpg\n", "row 2: image {top}/nowhere.jpg: cannot be read: No such"),
         ("in.csv", "text,image\nx,in.csv\n", "row 2: image {top}/in.csv: cannot be read: not an image"),
         ("in.csv", f"text,image\nx,{'n' * 9000}\n", "nnn…: cannot be read: File name too long"),
